@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo-mpi VERB …``: finds the verb's module and runs it.
+
+A verb's module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Data goes to stdout, talk to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from dynamo_mpi import __version__
+from dynamo_mpi.errors import BootstrapError, UsageError
+from dynamo_mpi.exit_codes import ExitCode, of_signal
+
+PROGRAM = "dynamo-mpi"
+VERBS = {
+    "local": "run the whole stack on this machine: etcd, NATS, the Dynamo frontend and one worker",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our exit code for wrong flags; its own, 2, means nothing to a batch script."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, fix=f"{self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: the words after the program's name; None takes ``sys.argv``.
+
+    Returns:
+        the exit code; see ``dynamo_mpi.exit_codes``.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except BootstrapError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return of_signal(2)
+
+
+def _run(words: list[str]) -> int:
+    parser = _parser()
+    if not words:
+        parser.print_help(sys.stderr)
+        return ExitCode.USAGE
+    chosen = parser.parse_args(words[:1])  # ends here for --help and --version
+    module = importlib.import_module(f"dynamo_mpi.cli.{chosen.verb}")
+    verb_parser = Parser(prog=f"{PROGRAM} {chosen.verb}", description=module.__doc__)
+    module.add_arguments(verb_parser)
+    code: int = module.run(verb_parser.parse_args(words[1:]))
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, VERBS))
+    parser = Parser(
+        prog=PROGRAM,
+        description="MPI-native bootstrap for multi-node TensorRT-LLM workers of NVIDIA Dynamo.",
+        epilog="verbs:\n" + "\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("verb", choices=sorted(VERBS), metavar="VERB")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

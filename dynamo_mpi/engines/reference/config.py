@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a reference engine, from the keys an engine YAML has for TensorRT-LLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynamo_mpi.errors import DataError, LayoutError, ModelError
+
+_DEFAULT_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """What one engine is to be.
+
+    Args:
+        model_dir: holds config.json, the tokenizer's files and exactly one ``*.gguf``.
+        tp_size: ranks that share the model: all of the engine's world.
+        max_batch_size: sequences that run at once; one KV-cache slot each.
+        max_num_tokens: tokens of one step over all sequences; longer prompts enter in chunks.
+        max_seq_len: prompt and output tokens of one request; default the model's context, 2048 at the most.
+        kv_block_size: tokens of a KV-cache block, as reported.
+        pp_size: has to be 1.
+        cp_size: has to be 1.
+
+    Raises:
+        DataError: a value that no engine can have.
+        LayoutError: pipeline or context parallelism.
+    """
+
+    model_dir: Path
+    tp_size: int
+    max_batch_size: int = 8
+    max_num_tokens: int = 512
+    max_seq_len: int | None = None
+    kv_block_size: int = 32
+    pp_size: int = 1
+    cp_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp_size", "max_batch_size", "max_num_tokens", "max_seq_len", "kv_block_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise DataError(f"{name} is {value}", needed=f"{name} of at least 1", fix="correct the engine config")
+        if self.max_num_tokens < self.max_batch_size:
+            raise DataError(
+                f"max_num_tokens {self.max_num_tokens} is smaller than max_batch_size {self.max_batch_size}",
+                needed="room for one token of every running sequence in each step",
+                fix=f"set max_num_tokens to {self.max_batch_size} or more in the engine config",
+            )
+        for key, size in (("pipeline_parallel_size", self.pp_size), ("context_parallel_size", self.cp_size)):
+            if size != 1:
+                raise LayoutError(
+                    f"{key} is {size}",
+                    needed=f"{key}: 1, as the reference engine knows tensor parallelism only",
+                    fix="use tensor_parallel_size for all ranks, or the trtllm engine",
+                )
+
+    def context_length(self, model_context: int) -> int:
+        """Return the tokens one request may have.
+
+        Raises:
+            DataError: ``max_seq_len`` is beyond what the model was made for.
+        """
+        if self.max_seq_len is None:
+            return min(model_context, _DEFAULT_CONTEXT)
+        if self.max_seq_len > model_context:
+            raise DataError(
+                f"max_seq_len is {self.max_seq_len}, the model's context {model_context} tokens",
+                needed=f"max_seq_len of at most {model_context}",
+                fix="lower max_seq_len in the engine config",
+            )
+        return self.max_seq_len
+
+
+def find_model_gguf(model_dir: Path) -> Path:
+    """Return the one GGUF file of a model folder.
+
+    Raises:
+        ModelError: there is no such folder, or not exactly one such file in it.
+    """
+    found = sorted(model_dir.glob("*.gguf")) if model_dir.is_dir() else []
+    if len(found) == 1:
+        return found[0]
+    if not model_dir.is_dir():
+        what = f"the model folder {model_dir} does not exist"
+    elif not found:
+        what = f"the model folder {model_dir} holds no *.gguf file"
+    else:
+        what = f"the model folder {model_dir} holds {len(found)} *.gguf files: {', '.join(path.name for path in found)}"
+    raise ModelError(
+        what,
+        needed="a folder with config.json, the tokenizer's files and exactly one *.gguf file",
+        fix=f"python -m dynamo_mpi.engines.reference.model_files MODEL.gguf {model_dir}",
+    )

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference engine itself: requests in, chunks out, one thread that steps all ranks.
+
+Rank 0's thread is the only one that touches the scheduler and, after ``start``, the engine's communicator. It sleeps on
+a condition while there is nothing to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dynamo_mpi.engines.protocol import EngineLimits, FinishReason, GenerationRequest, RequestError, Sink, TokenChunk
+from dynamo_mpi.engines.reference.collectives import Collectives, MpiCollectives, SingleRank
+from dynamo_mpi.engines.reference.config import ReferenceConfig, find_model_gguf
+from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.request_checks import check_request
+from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
+from dynamo_mpi.engines.reference.scheduler import Scheduler, Step, TokenChoice
+from dynamo_mpi.engines.reference.step_channel import StepChannel
+from dynamo_mpi.engines.reference.transformer import Transformer
+from dynamo_mpi.engines.reference.weights import load_weights
+from dynamo_mpi.errors import EngineError, LayoutError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["ReferenceConfig", "ReferenceEngine"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What ``load`` made. ``channel`` is None in a world of one rank."""
+
+    transformer: Transformer
+    scheduler: Scheduler
+    channel: StepChannel | None
+    limits: EngineLimits
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    sink: Sink
+    generator: np.random.Generator
+
+
+@dataclass(frozen=True)
+class _Cancellation:
+    request_id: str
+
+
+class ReferenceEngine:
+    """An ``Engine`` that runs a llama model on the CPUs of all ranks.
+
+    Args:
+        comm: all ranks of the engine. ``load`` duplicates it, so the caller may go on using it. None is a world of one
+            rank, without MPI.
+        config: what the engine is to be; the same on every rank.
+
+    Raises:
+        LayoutError: the number of ranks is not ``config.tp_size``.
+    """
+
+    def __init__(self, comm: MPI.Intracomm | None, config: ReferenceConfig) -> None:
+        self._comm = comm
+        self._config = config
+        self._rank, size = (0, 1) if comm is None else (comm.Get_rank(), comm.Get_size())
+        if size != config.tp_size:
+            raise LayoutError(
+                f"the engine has {size} ranks, and tensor_parallel_size is {config.tp_size}",
+                needed="as many ranks as tensor_parallel_size",
+                fix=f"start {config.tp_size} ranks, or set tensor_parallel_size to {size} in the engine config",
+            )
+        self._loaded: _Loaded | None = None
+
+        self._wake = threading.Condition()
+        self._commands: deque[GenerationRequest | _Cancellation] = deque()
+        self._in_flight: dict[str, _InFlight] = {}
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._failure_callbacks: list[Callable[[BaseException], None]] = []
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What the engine can hold. Raises EngineError before ``load``."""
+        return self._require_loaded().limits
+
+    def load(self) -> None:
+        """Read this rank's share of the weights and lay out its KV cache. Collective.
+
+        Raises:
+            ModelError: the model can't be read, or is not one this engine computes.
+            LayoutError: the model can't be split into ``tp_size``.
+            DataError: ``max_seq_len`` is beyond the model's context.
+            EngineError: the memory is too small.
+        """
+        # First of all: a rank that failed below would leave the others waiting in the duplication.
+        comm = None if self._comm is None or self._comm.Get_size() == 1 else self._comm.Dup()
+        config = self._config
+        try:
+            weights = load_weights(find_model_gguf(config.model_dir), self._rank, config.tp_size)
+            context = config.context_length(weights.shape.max_position_embeddings)
+            collectives: Collectives = SingleRank() if comm is None else MpiCollectives(comm)
+            transformer = Transformer(weights, collectives, config.tp_size, config.max_batch_size, context)
+        except MemoryError as error:
+            raise EngineError(
+                f"the memory is too small for the model and a KV cache of {config.max_batch_size} sequences",
+                needed="room for this rank's weights and KV cache",
+                fix="lower max_batch_size or max_seq_len in the engine config, or use more ranks",
+            ) from error
+        self._loaded = _Loaded(
+            transformer=transformer,
+            scheduler=Scheduler(config.max_batch_size, config.max_num_tokens, context),
+            channel=None if comm is None else StepChannel(comm),
+            limits=EngineLimits(
+                context_length=context,
+                max_batch_size=config.max_batch_size,
+                max_num_tokens=config.max_num_tokens,
+                kv_block_size=config.kv_block_size,
+                total_kv_blocks=config.max_batch_size * -(-context // config.kv_block_size),
+            ),
+            vocab_size=weights.shape.vocab_size,
+        )
+
+    def start(self) -> None:
+        """Rank 0: begin to run requests.
+
+        Raises:
+            EngineError: the engine is not loaded, was started before, or MPI does not allow a second thread.
+        """
+        loaded = self._require_loaded()
+        if self._rank != 0:
+            raise EngineError(f"rank {self._rank} cannot start the engine: rank 0 does")
+        if loaded.channel is not None:
+            _require_threads()
+        with self._wake:
+            if self._thread is not None or self._closing:
+                raise EngineError("the engine was started or closed before")
+            self._thread = threading.Thread(target=self._run, args=(loaded,), name="reference-engine", daemon=True)
+            self._thread.start()
+
+    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+        """Rank 0: queue a request.
+
+        Raises:
+            RequestError: the request can't be served as it is.
+            EngineError: the engine is not running.
+        """
+        loaded = self._require_loaded()
+        check_request(request, vocab_size=loaded.vocab_size, context_length=loaded.limits.context_length)
+        entry = _InFlight(sink, generator_of(request.sampling.seed))
+        with self._wake:
+            if self._failure is not None:
+                raise EngineError(f"the engine has failed: {self._failure}", fix="start the worker again")
+            if self._thread is None or self._closing:
+                raise EngineError("the engine is not running")
+            if request.request_id in self._in_flight:
+                raise RequestError(f"request id {request.request_id} is in flight already")
+            self._in_flight[request.request_id] = entry
+            self._commands.append(request)
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Rank 0: end a request soon."""
+        with self._wake:
+            if request_id in self._in_flight:
+                self._commands.append(_Cancellation(request_id))
+                self._wake.notify()
+
+    def on_failure(self, callback: Callable[[BaseException], None]) -> None:
+        """Rank 0: call this once if the engine can't go on; at once if it has failed already."""
+        with self._wake:
+            failure = self._failure
+            if failure is None:
+                self._failure_callbacks.append(callback)
+        if failure is not None:
+            callback(failure)
+
+    def close(self) -> None:
+        """Rank 0: cancel what is left, release the other ranks, join the thread. Idempotent; nothing on other ranks.
+
+        After a failure the other ranks are not released: they may be in the middle of a step, and only ending the
+        world frees them.
+        """
+        with self._wake:
+            first = not self._closing
+            self._closing = True
+            self._wake.notify()
+        thread = self._thread
+        if thread is None:
+            if first and self._rank == 0 and self._loaded is not None and self._loaded.channel is not None:
+                self._loaded.channel.send_stop()
+        elif thread is not threading.current_thread():
+            thread.join()
+
+    def follow(self) -> None:
+        """Other ranks: compute what rank 0 plans until it closes the engine. What goes wrong in a step is raised.
+
+        The duplicated communicator is left to MPI_Finalize: freeing it is collective, and could hang a shutdown.
+        """
+        loaded = self._require_loaded()
+        if loaded.channel is None or self._rank == 0:
+            raise EngineError("rank 0 cannot follow: it leads")
+        while (plan := loaded.channel.receive()) is not None:
+            loaded.transformer.forward(plan)
+
+    def _require_loaded(self) -> _Loaded:
+        if self._loaded is None:
+            raise EngineError("the engine is not loaded yet")
+        return self._loaded
+
+    # What follows runs in rank 0's engine thread.
+
+    def _run(self, loaded: _Loaded) -> None:
+        try:
+            while self._take_commands(loaded.scheduler):
+                step = loaded.scheduler.next_step()
+                if step is not None:
+                    self._run_step(loaded, step)
+            self._end_all("cancelled", None)
+            if loaded.channel is not None:
+                loaded.channel.send_stop()
+        except BaseException as error:  # nobody above this thread: it has to tell the clients and the owner
+            self._fail(error)
+
+    def _take_commands(self, scheduler: Scheduler) -> bool:
+        """Wait for work and hand new requests and cancellations to the scheduler. Returns False to close."""
+        with self._wake:
+            while not (self._commands or self._closing or scheduler.has_work):
+                self._wake.wait()
+            commands, self._commands = self._commands, deque()
+            if self._closing:
+                return False
+        for command in commands:
+            if isinstance(command, GenerationRequest):
+                scheduler.add(command)
+            elif scheduler.cancel(command.request_id):
+                self._deliver(command.request_id, TokenChunk((), "cancelled"))
+        return True
+
+    def _run_step(self, loaded: _Loaded, step: Step) -> None:
+        if loaded.channel is not None:
+            loaded.channel.send_step(step.plan)
+        logits = loaded.transformer.forward(step.plan)
+        if logits is None:
+            raise EngineError("rank 0 got no logits")
+        tokens = [self._choose(choice, row) for choice, row in zip(step.choices, logits, strict=True)]
+        for request_id, chunk in loaded.scheduler.apply(tokens):
+            if not self._deliver(request_id, chunk):
+                loaded.scheduler.cancel(request_id)
+
+    def _choose(self, choice: TokenChoice, logits: Float32Array) -> int:
+        generator = self._in_flight[choice.request.request_id].generator
+        return choose_token(logits, choice.request.sampling, generator, choice.banned)
+
+    def _deliver(self, request_id: str, chunk: TokenChunk) -> bool:
+        """Hand a chunk to its sink. Returns whether the request goes on to be served."""
+        with self._wake:
+            entry = self._in_flight[request_id]
+            if chunk.finish_reason is not None:
+                del self._in_flight[request_id]
+        try:
+            entry.sink(chunk)
+        except Exception:  # a sink is its caller's code; its error must not end the other requests
+            _log.exception("the receiver of request %s failed; the request is dropped", request_id)
+            with self._wake:
+                if self._in_flight.get(request_id) is entry:
+                    del self._in_flight[request_id]
+            return False
+        return True
+
+    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+        with self._wake:
+            request_ids = list(self._in_flight)
+        for request_id in request_ids:
+            self._deliver(request_id, TokenChunk((), reason, error))
+
+    def _fail(self, error: BaseException) -> None:
+        _log.error("the reference engine failed", exc_info=error)
+        with self._wake:
+            self._failure = error
+            callbacks, self._failure_callbacks = self._failure_callbacks, []
+        self._end_all("error", f"the engine failed: {error}")
+        for callback in callbacks:
+            try:
+                callback(error)
+            except Exception:  # the next callback has to hear of it as well
+                _log.exception("a failure callback failed")
+
+
+def _require_threads() -> None:
+    from mpi4py import MPI
+
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise EngineError(
+            "MPI was initialised without support for threads",
+            needed="MPI_THREAD_MULTIPLE: the engine's thread and the main thread both call MPI",
+            fix="let mpi4py initialise MPI with its default thread level",
+        )

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continuous batching: which tokens of which sequences enter the next step, and what became of them. Pure.
+
+A request waits until a slot of the KV cache is free, then belongs to it until it ends. Every step takes one token of
+each sequence that is generating and fills what is left of ``max_num_tokens`` with prompts, the oldest first, in chunks
+where they don't fit.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from dynamo_mpi.engines.protocol import FinishReason, GenerationRequest, TokenChunk
+from dynamo_mpi.engines.reference.step_plan import SequencePart, StepPlan
+
+
+@dataclass(frozen=True)
+class TokenChoice:
+    """One row of the step's logits: whose token it gives, and which tokens must not come now."""
+
+    request: GenerationRequest
+    banned: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all ranks compute, and what rank 0 makes of the logits, row by row."""
+
+    plan: StepPlan
+    choices: tuple[TokenChoice, ...]
+
+
+@dataclass
+class _RunningSequence:
+    request: GenerationRequest
+    slot: int
+    token_limit: int
+    computed: int = 0
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def prompt_done(self) -> bool:
+        return self.computed >= len(self.request.prompt_token_ids)
+
+    def next_part(self, budget: int) -> SequencePart:
+        """Return at most ``budget`` tokens that follow those in the cache."""
+        prompt = self.request.prompt_token_ids
+        if self.prompt_done:
+            return SequencePart(self.slot, self.computed, (self.generated[-1],), True)
+        tokens = prompt[self.computed : self.computed + budget]
+        return SequencePart(self.slot, self.computed, tokens, self.computed + len(tokens) == len(prompt))
+
+    def finish_reason(self) -> FinishReason | None:
+        if self.generated[-1] in self.request.stop_token_ids:
+            return "stop"
+        return "length" if len(self.generated) >= self.token_limit else None
+
+
+class Scheduler:
+    """Requests in flight and the slots they hold.
+
+    Args:
+        max_batch_size: slots.
+        max_num_tokens: tokens of one step, at least ``max_batch_size``: so no sequence can starve.
+        context_length: tokens a slot holds; a request must have passed ``check_request`` for it.
+    """
+
+    def __init__(self, max_batch_size: int, max_num_tokens: int, context_length: int) -> None:
+        if max_num_tokens < max_batch_size:
+            raise ValueError(f"max_num_tokens {max_num_tokens} is smaller than max_batch_size {max_batch_size}")
+        self._max_num_tokens = max_num_tokens
+        self._context_length = context_length
+        self._free_slots = list(range(max_batch_size))
+        self._waiting: deque[GenerationRequest] = deque()
+        self._running: dict[str, _RunningSequence] = {}
+        self._in_step: list[tuple[_RunningSequence, SequencePart]] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request."""
+        self._waiting.append(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forget a request between two steps and free its slot. Returns whether there was one."""
+        if self._in_step:
+            raise RuntimeError("a request was cancelled between next_step and apply")
+        sequence = self._running.get(request_id)
+        if sequence is not None:
+            self._release(sequence)
+            return True
+        remaining = [request for request in self._waiting if request.request_id != request_id]
+        found = len(remaining) < len(self._waiting)
+        self._waiting = deque(remaining)
+        return found
+
+    def next_step(self) -> Step | None:
+        """Return the next step, None without work. ``apply`` must follow before anything else."""
+        self._admit()
+        if not self._running:
+            return None
+        budget = self._max_num_tokens
+        parts: list[tuple[_RunningSequence, SequencePart]] = []
+        # Generating sequences first: their next token must not wait behind a long prompt. The sort keeps arrival order.
+        by_phase = sorted(self._running.values(), key=lambda sequence: not sequence.prompt_done)
+        for sequence in by_phase:
+            if budget == 0:
+                break
+            part = sequence.next_part(budget)
+            parts.append((sequence, part))
+            budget -= len(part.token_ids)
+        self._in_step = parts
+        choices = tuple(_choice(sequence) for sequence, part in parts if part.wants_logits)
+        return Step(StepPlan(tuple(part for _, part in parts)), choices)
+
+    def apply(self, tokens: Sequence[int]) -> list[tuple[str, TokenChunk]]:
+        """Take the step's result: one token per choice, in their order. Returns what each request got."""
+        remaining = iter(tokens)
+        chunks: list[tuple[str, TokenChunk]] = []
+        parts, self._in_step = self._in_step, []
+        for sequence, part in parts:
+            sequence.computed += len(part.token_ids)
+            if not part.wants_logits:
+                continue
+            token = next(remaining)
+            sequence.generated.append(token)
+            reason = sequence.finish_reason()
+            if reason is not None:
+                self._release(sequence)
+            chunks.append((sequence.request.request_id, TokenChunk((token,), reason)))
+        return chunks
+
+    def _admit(self) -> None:
+        while self._waiting and self._free_slots:
+            request = self._waiting.popleft()
+            room = self._context_length - len(request.prompt_token_ids)
+            limit = room if request.max_tokens is None else min(request.max_tokens, room)
+            # The lowest slot keeps the used ones together, which attention over a range of slots profits from.
+            self._running[request.request_id] = _RunningSequence(request, heapq.heappop(self._free_slots), limit)
+
+    def _release(self, sequence: _RunningSequence) -> None:
+        del self._running[sequence.request.request_id]
+        heapq.heappush(self._free_slots, sequence.slot)
+
+
+def _choice(sequence: _RunningSequence) -> TokenChoice:
+    too_early = len(sequence.generated) < sequence.request.min_tokens
+    return TokenChoice(sequence.request, sequence.request.stop_token_ids if too_early else frozenset())

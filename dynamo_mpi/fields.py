@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists of strings as bytes, for what ranks tell each other before the verdict.
+
+JSON would do, but importing it opens a dozen more files on every rank; a list of strings is all that is needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def pack(values: Sequence[str]) -> bytes:
+    """Encode ``values``; any text is allowed, lone surrogates of odd file names included."""
+    parts = [value.encode("utf-8", "surrogateescape") for value in values]
+    return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+
+
+def unpack(data: bytes) -> list[str]:
+    """Decode what `pack` made.
+
+    Raises:
+        ValueError: ``data`` isn't such an encoding.
+    """
+    values: list[str] = []
+    at = 0
+    while at < len(data):
+        end = at + 4 + int.from_bytes(data[at : at + 4], "little")
+        if end > len(data):
+            raise ValueError(f"truncated at byte {at} of {len(data)}")
+        values.append(data[at + 4 : end].decode("utf-8", "surrogateescape"))
+        at = end
+    return values

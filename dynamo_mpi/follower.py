@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks other than 0: answer rank 0's inquiry, hear the verdict, load, and take part in the engine's steps."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.engines.spec import EngineSpec, build_engine
+from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.fields import pack
+from dynamo_mpi.preflight.inquiry import Inquiry, fill_card
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi4py import MPI
+
+    from dynamo_mpi.engines.protocol import Engine
+    from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.world import World
+
+# what rank 0 broadcasts begins with one byte that says how to read the rest
+STOP, GO = b"S", b"G"
+
+
+def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases) -> int:
+    """Live a follower's life.
+
+    Returns:
+        The exit code that rank 0 has told.
+    """
+    with phases.enter("preflight"):
+        message = world.broadcast()
+        if message[:1] == STOP:
+            return message[1]
+        world.gather(fill_card(Inquiry.unpack(message[1:]), launch, argv).pack())
+        message = world.broadcast()
+        if message[:1] == STOP:
+            return message[1]
+    # Launchers signal every rank, and rank 0 leads the draining: a follower that left now would take the requests in flight with it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    with phases.enter("load"):
+        spec, comm = EngineSpec.unpack(message[1:]), world.duplicate()
+        engine, report = load_part(spec, comm, launch.local_size or world.size)
+        world.gather(report)
+        message = world.broadcast()
+        if engine is None or message[:1] == STOP:
+            return message[1]
+    with phases.enter("serve"):
+        engine.follow()
+    return world.broadcast()[1]
+
+
+def load_part(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> tuple[Engine | None, bytes]:
+    """Build and load this rank's part of the engine, on rank 0 as on any other.
+
+    Returns:
+        The engine and an empty report, or None and the exit code with the error, packed for rank 0.
+    """
+    try:
+        engine = build_engine(spec, comm, local_size)
+        engine.load()
+    except BootstrapError as error:
+        return None, pack([str(int(error.exit_code)), str(error)])
+    except Exception:
+        import traceback
+
+        return None, pack([str(int(ExitCode.ENGINE)), traceback.format_exc().rstrip()])
+    return engine, b""

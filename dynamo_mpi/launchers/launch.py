@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launch of one rank, as its environment tells it.
+
+Order of belief: a launcher's own variables before Slurm's, because ``mpirun`` inside an allocation starts one
+daemon per node with ``srun``, and the ranks inherit *the daemon's* ``SLURM_PROCID`` and ``SLURM_NTASKS``. The variables of each
+launcher were recorded from real ones; ``tests/slurm/recorded_environments.json`` holds them.
+
+This module is imported by every rank of a world of hundreds, often from a shared file system: it imports nothing
+that ``mpi4py.MPI`` doesn't import anyway, but for ``typing``.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Launcher(Enum):
+    """Who started the ranks, and over which interface they find each other."""
+
+    SLURM_PMIX = "srun --mpi=pmix"
+    SLURM_PMI2 = "srun --mpi=pmi2"
+    SLURM_BARE = "srun without an MPI plugin"
+    SLURM_SHELL = "a shell inside a Slurm allocation"
+    OPEN_MPI = "Open MPI's mpirun"
+    HYDRA = "MPICH's mpiexec"
+    PMIX = "a PMIx launcher"
+    ALONE = "no launcher"
+
+
+class Launch(NamedTuple):
+    """One rank's view of its launch. What the launcher doesn't tell is None.
+
+    Args:
+        launcher: who started this process.
+        rank: this process's rank, counted over all nodes from 0.
+        size: number of ranks that the launcher started.
+        local_rank: this process's place among those of its node, from 0.
+        local_size: ranks on this node.
+        ranks_per_node: ranks on each node, in the nodes' order; Slurm only.
+        node_ranks: the ranks on this node, ascending; Slurm only.
+        job_id: Slurm's job, where there is one.
+        step_id: Slurm's step, where there is one.
+    """
+
+    launcher: Launcher
+    rank: int = 0
+    size: int = 1
+    local_rank: int | None = None
+    local_size: int | None = None
+    ranks_per_node: tuple[int, ...] | None = None
+    node_ranks: tuple[int, ...] | None = None
+    job_id: str | None = None
+    step_id: str | None = None
+
+
+def detect(environ: Mapping[str, str]) -> Launch:
+    """Tell from ``environ`` what started this process. Never raises: what can't be read is left out."""
+    job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return Launch(
+            Launcher.OPEN_MPI,
+            rank=_number(environ, "OMPI_COMM_WORLD_RANK") or 0,
+            size=_number(environ, "OMPI_COMM_WORLD_SIZE") or 1,
+            local_rank=_number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
+            local_size=_number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"),
+            job_id=job,
+        )
+    if "PMI_RANK" in environ and ("HYDI_CONTROL_FD" in environ or "MPI_LOCALNRANKS" in environ or step is None):
+        return Launch(
+            Launcher.HYDRA,
+            rank=_number(environ, "PMI_RANK") or 0,
+            size=_number(environ, "PMI_SIZE") or 1,
+            local_rank=_number(environ, "MPI_LOCALRANKID"),
+            local_size=_number(environ, "MPI_LOCALNRANKS"),
+            job_id=job,
+        )
+    if step is not None and "SLURM_PROCID" in environ:
+        return _slurm_step(environ, job, step)
+    if "PMIX_RANK" in environ:
+        # PMIx itself tells the size only to a client of its library: MPI will know it
+        return Launch(Launcher.PMIX, rank=_number(environ, "PMIX_RANK") or 0, size=0, job_id=job)
+    if job is not None and "SLURM_NTASKS" in environ:
+        return Launch(Launcher.SLURM_SHELL, size=_number(environ, "SLURM_NTASKS") or 1, job_id=job)
+    return Launch(Launcher.ALONE, job_id=job)
+
+
+def _slurm_step(environ: Mapping[str, str], job: str | None, step: str) -> Launch:
+    if "PMIX_RANK" in environ:
+        launcher = Launcher.SLURM_PMIX
+    elif "PMI_RANK" in environ:
+        launcher = Launcher.SLURM_PMI2
+    else:
+        launcher = Launcher.SLURM_BARE
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
+    ranks_per_node = expand_tasks_per_node(per_node) if per_node else None
+    node = _number(environ, "SLURM_NODEID")
+    local_size = None
+    if ranks_per_node is not None and node is not None and node < len(ranks_per_node):
+        local_size = ranks_per_node[node]
+    return Launch(
+        launcher,
+        rank=_number(environ, "SLURM_PROCID") or 0,
+        size=_number(environ, "SLURM_STEP_NUM_TASKS") or _number(environ, "SLURM_NTASKS") or 1,
+        local_rank=_number(environ, "SLURM_LOCALID"),
+        local_size=local_size,
+        ranks_per_node=ranks_per_node,
+        node_ranks=_numbers(environ.get("SLURM_GTIDS")),
+        job_id=job,
+        step_id=step,
+    )
+
+
+def expand_tasks_per_node(text: str) -> tuple[int, ...] | None:
+    """Expand Slurm's compressed list of tasks per node: ``"4(x2),3"`` is ``(4, 4, 3)``. None if it isn't one."""
+    out: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        if not count.isdecimal() or (times and not times.removesuffix(")").isdecimal()):
+            return None
+        out += [int(count)] * (int(times.removesuffix(")")) if times else 1)
+    return tuple(out)
+
+
+def _number(environ: Mapping[str, str], name: str) -> int | None:
+    text = environ.get(name, "")
+    return int(text) if text.isdecimal() else None
+
+
+def _numbers(text: str | None) -> tuple[int, ...] | None:
+    parts = (text or "").split(",")
+    return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else None

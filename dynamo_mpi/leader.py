@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank 0: decides in the preflight, leads the engine, and is the one that Dynamo sees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.control_plane.probe import probe_control_plane
+from dynamo_mpi.engines.proof import prove
+from dynamo_mpi.engines.spec import EngineSpec
+from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.fields import unpack
+from dynamo_mpi.follower import GO, STOP, load_part
+from dynamo_mpi.preflight.inquiry import Card, fill_card
+from dynamo_mpi.preflight.roster import describe_ranks
+from dynamo_mpi.preflight.verdict import judge, read_plan
+from dynamo_mpi.serving.service import Registration, point_runtime_at, serve
+from dynamo_mpi.settings import load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.engines.protocol import Engine
+    from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.preflight.verdict import Plan
+    from dynamo_mpi.settings import Settings
+    from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.world import World
+
+
+class Leader:
+    """Rank 0's life, phase by phase.
+
+    Args:
+        world: all ranks.
+        launch: how this rank was started.
+        phases: where durations go.
+        voice: how rank 0 speaks.
+    """
+
+    def __init__(self, world: World, launch: Launch, phases: Phases, voice: Voice) -> None:
+        self._world = world
+        self._launch = launch
+        self._phases = phases
+        self._voice = voice
+        self._verdict_seconds = 0.0
+
+    def run(self, argv: Sequence[str]) -> int:
+        """Live it.
+
+        Returns:
+            The exit code, which every other rank has been told.
+        """
+        with self._phases.enter("preflight"):
+            try:
+                settings = load_settings(argv, os.environ)
+                plan = read_plan(settings, argv)
+            except BootstrapError as error:
+                return self._stop(f"error: {error}", error.exit_code)
+            cards = self._ask(plan, argv)
+            verdict = judge(plan, cards)
+            self._verdict_seconds = self._phases.age
+            if verdict.exit_code is not ExitCode.OK or settings.preflight_only:
+                return self._stop(verdict.report, verdict.exit_code)
+            self._voice.say(verdict.report)
+            try:
+                point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
+            except BootstrapError as error:
+                return self._stop(f"error: {error}", error.exit_code)
+            spec = engine_spec(settings, plan)
+            self._world.broadcast(GO + spec.pack())
+        with self._phases.enter("load"):
+            engine, report = load_part(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
+            reports = self._world.gather(report)
+            if engine is None or any(reports):
+                text, code = describe_failures(reports, cards)
+                return self._stop(text, code)
+            self._world.broadcast(GO)
+        return self._lead_engine(engine, settings, plan)
+
+    def _ask(self, plan: Plan, argv: Sequence[str]) -> list[Card]:
+        self._world.broadcast(GO + plan.inquiry.pack())
+        answers = self._world.gather(fill_card(plan.inquiry, self._launch, argv).pack())
+        return [Card.unpack(answer) for answer in answers]
+
+    def _stop(self, text: str, code: ExitCode) -> ExitCode:
+        """Say why, then tell the others to leave: in this order, since the first to leave may take rank 0 along."""
+        self._voice.say(text)
+        self._world.broadcast(STOP + bytes([code]))
+        return code
+
+    def _lead_engine(self, engine: Engine, settings: Settings, plan: Plan) -> int:
+        token_id = plan.shape.bos_token_id or 0
+        registration = Registration(
+            model_dir=str(settings.model),
+            served_model_name=settings.served_model_name,
+            endpoint=settings.endpoint,
+            request_plane=settings.request_plane,
+            discovery_backend=settings.discovery_backend,
+            health_token_id=token_id,
+            drain_timeout=settings.drain_timeout,
+        )
+        engine.start()
+        code = ExitCode.OK
+        try:
+            with self._phases.enter("prove"):
+                prove(engine, token_id, settings.prove_timeout)
+            asyncio.run(
+                serve(registration, engine, self._phases, lambda: self._announce(settings), self._voice.say),
+                debug=False,
+            )
+        except (EngineError, DeadlineError):
+            # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
+            raise
+        except BootstrapError as error:
+            self._voice.say(f"error in {self._phases.current}: {error}")
+            code = error.exit_code
+        finally:
+            if settings.ready_file is not None:
+                settings.ready_file.unlink(missing_ok=True)
+        with self._phases.enter("exit"):
+            engine.close()
+            self._world.broadcast(STOP + bytes([code]))
+        self._voice.say(
+            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
+        )
+        return code
+
+    def _announce(self, settings: Settings) -> None:
+        seconds = self._phases.durations
+        spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "prove", "register"))
+        self._voice.say(
+            f"ready: {settings.served_model_name} at {settings.endpoint} after {self._phases.age:.1f} s "
+            f"(verdict {self._verdict_seconds:.1f} s, {spans})"
+        )
+        if settings.ready_file is None:
+            return
+        content = {
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+            "ranks": self._world.size,
+            "model": settings.served_model_name,
+            "endpoint": settings.endpoint,
+            "phases": seconds,
+            "verdict_seconds": self._verdict_seconds,
+            "ready_seconds": self._phases.age,
+        }
+        partial = settings.ready_file.with_name(settings.ready_file.name + ".partial")
+        try:
+            partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            partial.replace(settings.ready_file)
+        except OSError as error:
+            self._voice.say(f"warning: the ready file {settings.ready_file} can't be written: {error.strerror}")
+
+
+def lead(world: World, launch: Launch, argv: Sequence[str], phases: Phases, voice: Voice) -> int:
+    """Live rank 0's life, and return the exit code. See `Leader`."""
+    return Leader(world, launch, phases, voice).run(argv)
+
+
+def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
+    """Say which engine every rank has to build."""
+    config = plan.config
+    return EngineSpec(
+        engine=settings.engine,
+        model_dir=str(settings.model),
+        tp_size=config.tp_size,
+        max_batch_size=config.max_batch_size,
+        max_num_tokens=config.max_num_tokens,
+        max_seq_len=config.max_seq_len,
+        tokens_per_block=config.tokens_per_block,
+    )
+
+
+def describe_failures(reports: Sequence[bytes], cards: Sequence[Card]) -> tuple[str, ExitCode]:
+    """Write down which ranks could not load, and why, each reason once.
+
+    Returns:
+        The text, and the exit code of the lowest rank that failed.
+    """
+    groups: dict[tuple[str, str], list[int]] = {}
+    for rank, report in enumerate(reports):
+        if report:
+            code, text = unpack(report)
+            groups.setdefault((code, text), []).append(rank)
+    parts = [f"{describe_ranks(ranks, cards)}: {text}" for (_, text), ranks in groups.items()]
+    first = next(iter(groups))
+    return "error in load: " + "\n".join(parts), ExitCode(int(first[0]))

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong with a part, as errors that carry the part's own words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.local.logs import last_lines
+from dynamo_mpi.local.processes import Child
+
+LOG_LINES = 20
+
+
+class PartError(BootstrapError):
+    """A part of the stack failed.
+
+    Args:
+        part: its name.
+        status: what to exit with; any code, for a worker's own is passed on.
+        log: the part's own words, to be printed as they are.
+    """
+
+    def __init__(self, found: str, *, part: str, status: int, log: str, fix: str = "") -> None:
+        super().__init__(found, fix=fix)
+        self.part, self.status, self.log = part, status, log
+
+
+class PartEnded(PartError):
+    """A part ended although it was to go on."""
+
+    @classmethod
+    def of(cls, child: Child, rank_logs: Path | None = None) -> PartEnded:
+        code = child.exit_code()
+        found = f"{child.name} ended with exit code {code}"
+        if child.name != "worker" or rank_logs is None:
+            return cls(found, part=child.name, status=ExitCode.UNAVAILABLE, log="\n".join(child.last_lines(LOG_LINES)))
+        # A world that leaves by itself with code 0 has lost its lease, or stopped without being asked.
+        return cls(found, part=child.name, status=code or ExitCode.ENGINE, log=worker_log(child, rank_logs))
+
+
+class PartLate(PartError):
+    """A part was not ready when the time was up."""
+
+    @classmethod
+    def of(cls, child: Child, state: str, seconds: float, rank_logs: Path) -> PartLate:
+        log = worker_log(child, rank_logs) if child.name == "worker" else "\n".join(child.last_lines(LOG_LINES))
+        found = f"{child.name} is not ready after {seconds:g} s: {state}"
+        return cls(found, part=child.name, status=ExitCode.DEADLINE, log=log, fix="a longer --timeout, or --verbose")
+
+
+def worker_log(child: Child, rank_logs: Path) -> str:
+    """Return the worker's own words.
+
+    An orderly end is one of our exit codes: rank 0 has reported for all, and its text stands alone, whole. After any
+    other end each rank's last lines are shown, and the launcher's.
+    """
+    rank_zero = rank_logs / "rank-0.log"
+    if child.exit_code() in set(ExitCode) and rank_zero.is_file():
+        return rank_zero.read_text(errors="replace").rstrip("\n")
+    sources = [*sorted(rank_logs.glob("rank-*.log")), child.log]
+    return "\n".join(f"[{log.stem}] {line}" for log in sources for line in last_lines(log, LOG_LINES))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A child process that can't outlive us, and the session of processes it may have started in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dynamo_mpi.exit_codes import of_signal
+from dynamo_mpi.local.logs import last_lines
+
+_TETHER = Path(__file__).with_name("tether.py")
+
+
+def tethered(command: Sequence[str], *, parent: int | None = None, rank_logs: Path | None = None) -> tuple[str, ...]:
+    """Return the command line that runs ``command`` so that it is killed when its parent ends.
+
+    Args:
+        command: what to run.
+        parent: the parent's process id where it is known beforehand; closes a race at the start.
+        rank_logs: folder for one log per MPI rank.
+    """
+    words = [sys.executable, "-I", "-S", str(_TETHER)]
+    if parent is not None:
+        words += ["--parent", str(parent)]
+    if rank_logs is not None:
+        words += ["--rank-logs", str(rank_logs)]
+    return (*words, "--", *command)
+
+
+@dataclass(frozen=True)
+class Child:
+    """One part of the stack as a running process, leader of a session of its own.
+
+    The session keeps the terminal's Ctrl-C and SIGHUP away from it, and names all its descendants.
+    """
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @classmethod
+    def start(cls, name: str, command: Sequence[str], *, environment: Mapping[str, str], log: Path) -> Child:
+        """Start a part. Call it from the main thread: the tether reacts to the end of the starting *thread*."""
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                tethered(command, parent=os.getpid()),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,
+            )
+        return cls(name, process, log)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def exit_code(self) -> int | None:
+        """Return None while it runs, then its exit code as a shell would give it."""
+        code = self.process.poll()
+        return code if code is None or code >= 0 else of_signal(-code)
+
+    def send(self, number: signal.Signals) -> None:
+        """Signal the process itself, not its descendants."""
+        self.process.send_signal(number)
+
+    def members(self) -> list[int]:
+        """Return the living processes of its session."""
+        return session_members(self.pid)
+
+    def last_lines(self, count: int) -> list[str]:
+        """Return the last lines of its log."""
+        return last_lines(self.log, count)
+
+    def kill(self) -> None:
+        """End it and all of its session, now."""
+        self.process.kill()
+        for pid in self.members():
+            if pid != self.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def session_members(session: int) -> list[int]:
+    """Return the ids of the processes of a session that aren't zombies."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except OSError:
+            continue  # ended meanwhile
+        # The command's name is in parentheses and may hold anything; state, parent, group, session follow (proc(5)).
+        state, _, _, owner = text.rpartition(")")[2].split()[:4]
+        if int(owner) == session and state not in "ZX":
+            members.append(int(stat.parent.name))
+    return members

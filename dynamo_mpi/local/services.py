@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the stack: each one's command line, environment and readiness probe.
+
+Nothing is started here. A probe asks the service itself, once, and answers within a second.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dynamo_mpi.local.ports import LOOPBACK
+from dynamo_mpi.local.processes import tethered
+
+RequestPlane = Literal["tcp", "nats"]
+NAMESPACE = "local"
+PROBE_SECONDS = 1.0
+
+# What belongs to another deployment, or to the launcher this command itself runs under, must not leak into the stack.
+_FOREIGN = ("ETCD_", "NATS_", "DYN_", "SLURM", "PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDI_", "HYDRA_")
+_KEPT = ("DYN_LOG", "DYN_MPI_", "OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_")
+
+
+@dataclass(frozen=True)
+class Etcd:
+    """Discovery. Its data is worth nothing after the run, so it skips fsync."""
+
+    binary: Path
+    port: int
+    data: Path
+    name: str = "etcd"
+
+    @property
+    def url(self) -> str:
+        return f"http://{LOOPBACK}:{self.port}"
+
+    def command(self) -> tuple[str, ...]:
+        # Port 0: nobody joins a cluster of one, so its peer port may be any.
+        peer = f"http://{LOOPBACK}:0"
+        return (
+            *(str(self.binary), "--data-dir", str(self.data), "--log-level", "warn", "--unsafe-no-fsync"),
+            *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", f"default={peer}"),
+            *("--heartbeat-interval", "20", "--election-timeout", "100"),  # it elects itself: no second to wait
+        )
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def answers(self) -> bool:
+        status, body = get_json(self.port, "/health")
+        return status == 200 and str(body.get("health")) == "true"
+
+
+@dataclass(frozen=True)
+class Nats:
+    """Events, and requests with ``--request-plane nats``."""
+
+    binary: Path
+    port: int
+    data: Path
+    name: str = "nats"
+
+    @property
+    def url(self) -> str:
+        return f"nats://{LOOPBACK}:{self.port}"
+
+    def command(self) -> tuple[str, ...]:
+        return (str(self.binary), "-a", LOOPBACK, "-p", str(self.port), "-js", "-sd", str(self.data))
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def answers(self) -> bool:
+        try:
+            with socket.create_connection((LOOPBACK, self.port), timeout=PROBE_SECONDS) as connection:
+                return connection.recv(5) == b"INFO "
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """Dynamo's OpenAI-compatible HTTP server."""
+
+    port: int
+    discovery: Mapping[str, str]
+    name: str = "frontend"
+
+    @property
+    def url(self) -> str:
+        return f"http://{LOOPBACK}:{self.port}"
+
+    def command(self) -> tuple[str, ...]:
+        return (sys.executable, "-m", "dynamo.frontend", "--http-host", LOOPBACK, "--http-port", str(self.port))
+
+    def environment(self) -> dict[str, str]:
+        return dict(self.discovery)
+
+    def answers(self) -> bool:
+        return get_json(self.port, "/live")[0] == 200
+
+    def models(self) -> list[str]:
+        """Return the names of the models it serves now."""
+        status, body = get_json(self.port, "/v1/models")
+        return [str(entry.get("id")) for entry in body.get("data") or []] if status == 200 else []
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One world of the worker under mpirun. Ready when rank 0 has written its ready file."""
+
+    mpirun: tuple[str, ...]
+    tp_size: int
+    model: Path
+    served_model_name: str
+    engine_config: Path
+    ready_file: Path
+    rank_logs: Path
+    scratch: Path
+    discovery: Mapping[str, str]
+    name: str = "worker"
+
+    def command(self) -> tuple[str, ...]:
+        worker = (
+            *(sys.executable, "-m", "dynamo_mpi.worker", "--role", "agg", "--engine", "reference"),
+            *("--model", str(self.model), "--served-model-name", self.served_model_name),
+            *("--engine-config", str(self.engine_config), "--ready-file", str(self.ready_file)),
+        )
+        return (*self.mpirun, "-n", str(self.tp_size), *tethered(worker, rank_logs=self.rank_logs))
+
+    def environment(self) -> dict[str, str]:
+        return {**self.discovery, "PYTHONUNBUFFERED": "1", **mpi_environment(self.scratch, root=os.geteuid() == 0)}
+
+    def ready(self) -> dict[str, Any] | None:
+        """Return the ready file's contents, None while there is none. It appears whole, by a rename."""
+        try:
+            contents = json.loads(self.ready_file.read_text())
+        except FileNotFoundError:
+            return None
+        return contents if isinstance(contents, dict) else None
+
+
+def mpi_environment(scratch: Path, *, root: bool) -> dict[str, str]:
+    """Return what lets Open MPI 4 and 5 run more ranks than cores; other MPIs ignore it.
+
+    Variables, not flags, because each launcher has flags of its own.
+
+    Args:
+        scratch: folder for shared-memory files, which a killed rank can't remove from /dev/shm.
+        root: Open MPI refuses root unless told twice.
+    """
+    variables = {
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_MCA_hwloc_base_binding_policy": "none",
+        "OMPI_MCA_btl_sm_backing_directory": str(scratch),
+        "OMPI_MCA_btl_vader_backing_directory": str(scratch),
+    }
+    if root:
+        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return variables
+
+
+def discovery_environment(etcd: Etcd, nats: Nats, request_plane: RequestPlane) -> dict[str, str]:
+    """Return how frontend and worker find each other.
+
+    ``NATS_SERVER`` is set for the nats plane only: Dynamo's runtime connects wherever it is set, needed or not.
+    """
+    variables = {"ETCD_ENDPOINTS": etcd.url, "DYN_NAMESPACE": NAMESPACE, "DYN_REQUEST_PLANE": request_plane}
+    return variables | ({"NATS_SERVER": nats.url} if request_plane == "nats" else {})
+
+
+def base_environment(own: Mapping[str, str], scratch: Path) -> dict[str, str]:
+    """Return the environment every part starts from: ours, less what belongs to another deployment.
+
+    Args:
+        own: this process's environment.
+        scratch: folder for temporary files, removed with the run's folder.
+    """
+    variables = {name: value for name, value in own.items() if not name.startswith(_FOREIGN) or name.startswith(_KEPT)}
+    variables.setdefault("DYN_LOG", "warn")
+    variables["DYN_SDK_DISABLE_ANSI_LOGGING"] = "1"
+    variables["TMPDIR"] = str(scratch)
+    for name in ("no_proxy", "NO_PROXY"):  # gRPC would take a proxy even to loopback
+        variables[name] = ",".join(filter(None, (variables.get(name), LOOPBACK, "localhost")))
+    return variables
+
+
+def get_json(port: int, path: str) -> tuple[int, dict[str, Any]]:
+    """GET from a service on loopback; status 0 when it doesn't answer."""
+    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=PROBE_SECONDS)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = json.loads(response.read() or b"{}")
+        return response.status, body if isinstance(body, dict) else {}
+    except (OSError, http.client.HTTPException, ValueError):
+        return 0, {}
+    finally:
+        connection.close()

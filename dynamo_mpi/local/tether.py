@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Become another program that dies with its parent.
+
+Run by path (``python -I -S tether.py … -- COMMAND …``), so it costs little more than an interpreter's start and
+imports nothing of this package. Linux kills the tethered process in the moment its parent ends, also when
+the parent got SIGKILL and could not clean up: neither a service nor a rank can be left behind.
+
+The rank is part of a log file's name only: with ``--rank-logs`` each rank writes to a file of its own, which keeps
+the ranks' text apart from each other's and from the launcher's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+RANK_VARIABLES = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+def die_with_parent(expected_parent: int | None) -> None:
+    """Have the kernel kill this process when its parent ends.
+
+    Args:
+        expected_parent: leave at once if this is not the parent (any more). None for a rank, whose parent is some
+            process of the launcher; of that we only know that it isn't init.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    # The parent may have ended before prctl took effect; no signal comes then.
+    parent = os.getppid()
+    if parent != expected_parent if expected_parent is not None else parent == 1:
+        os._exit(128 + signal.SIGKILL)
+
+
+def write_to_rank_log(folder: str) -> None:
+    """Point stdout and stderr to this rank's file; a launcher that doesn't name ranks leaves them as they are."""
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), None)
+    if rank is None:
+        return
+    log = os.open(os.path.join(folder, f"rank-{int(rank)}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--parent", type=int)
+    parser.add_argument("--rank-logs")
+    parser.add_argument("command", nargs="+")
+    arguments = parser.parse_args()
+    die_with_parent(arguments.parent)
+    if arguments.rank_logs:
+        write_to_rank_log(arguments.rank_logs)
+    try:
+        os.execvp(arguments.command[0], arguments.command)  # noqa: S606 - no shell is the point
+    except OSError as error:
+        print(f"cannot start {arguments.command[0]}: {error.strerror}", file=sys.stderr)
+        os._exit(127)
+
+
+if __name__ == "__main__":
+    main()

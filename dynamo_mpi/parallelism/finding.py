@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A finding: one thing that a check has to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Severity(Enum):
+    """How bad it is. Only an error stops a world."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one rule found.
+
+    Args:
+        rule: id of the rule, e.g. ``"B1"``: stable, for scripts and for looking it up.
+        severity: how bad it is.
+        message: one sentence that says what is wrong.
+        found: the values that were found.
+        needed: what they have to be.
+        fix: what to do.
+    """
+
+    rule: str
+    severity: Severity
+    message: str
+    found: str = ""
+    needed: str = ""
+    fix: str = ""
+
+    def as_json(self) -> dict[str, str]:
+        """Return the finding as plain data."""
+        return {
+            "rule": self.rule,
+            "severity": self.severity.value,
+            "message": self.message,
+            "found": self.found,
+            "needed": self.needed,
+            "fix": self.fix,
+        }
+
+
+def errors(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings that stop a world."""
+    return [finding for finding in findings if finding.severity is Severity.ERROR]
+
+
+def render(findings: Sequence[Finding]) -> str:
+    """Write findings for a person, errors first."""
+    lines: list[str] = []
+    order = [Severity.ERROR, Severity.WARNING, Severity.INFO]
+    for finding in sorted(findings, key=lambda f: order.index(f.severity)):
+        lines.append(f"{finding.severity.value} {finding.rule}: {finding.message}")
+        for name, value in (("found", finding.found), ("needed", finding.needed), ("do", finding.fix)):
+            if value:
+                lines.append(f"  {name + ':':<8}{value}")
+    return "\n".join(lines)

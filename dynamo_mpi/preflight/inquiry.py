@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank 0 asks of every rank, and what each answers: one broadcast, one gather.
+
+Rank 0 sends the *contents* it has read, so that a rank compares bytes instead of hashing them, and can say where they part. This module
+runs on every rank before the verdict and imports nothing beyond what MPI brought along.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi import __version__
+from dynamo_mpi.fields import pack, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.launchers.launch import Launch
+
+
+class WatchedFile(NamedTuple):
+    """A file that must be the same on every rank.
+
+    Args:
+        label: what it is to the user, e.g. ``"engine config"``.
+        path: as every rank opens it.
+        content: what rank 0 read.
+    """
+
+    label: str
+    path: str
+    content: str
+
+
+class Inquiry(NamedTuple):
+    """Rank 0's question.
+
+    Args:
+        argv: rank 0's command line, without the program.
+        model_dir: the model folder.
+        weights: names of the weight files that rank 0 sees in it, sorted.
+        files: files to compare.
+    """
+
+    argv: tuple[str, ...]
+    model_dir: str
+    weights: tuple[str, ...]
+    files: tuple[WatchedFile, ...]
+
+    def pack(self) -> bytes:
+        """Encode for the broadcast."""
+        return pack(
+            [
+                str(len(self.argv)),
+                *self.argv,
+                self.model_dir,
+                str(len(self.weights)),
+                *self.weights,
+                *(text for file in self.files for text in file),
+            ]
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Inquiry:
+        """Decode what `pack` made."""
+        values = unpack(data)
+        end = 1 + int(values[0])
+        argv, rest = values[1:end], values[end:]
+        model_dir, end = rest[0], 2 + int(rest[1])
+        weights, rest = rest[2:end], rest[end:]
+        files = tuple(WatchedFile(*rest[i : i + 3]) for i in range(0, len(rest), 3))
+        return cls(tuple(argv), model_dir, tuple(weights), files)
+
+
+class Card(NamedTuple):
+    """One rank's answer.
+
+    Args:
+        host: this node's name.
+        visible_gpus: ``CUDA_VISIBLE_DEVICES``, empty where it isn't set.
+        version: dynamo_mpi's.
+        problems: ``label: what is wrong`` for everything that isn't as rank 0 has it.
+    """
+
+    host: str
+    visible_gpus: str
+    version: str
+    problems: tuple[str, ...]
+
+    def pack(self) -> bytes:
+        """Encode for the gather."""
+        return pack([self.host, self.visible_gpus, self.version, *self.problems])
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Card:
+        """Decode what `pack` made."""
+        host, gpus, version, *problems = unpack(data)
+        return cls(host, gpus, version, tuple(problems))
+
+
+def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str]) -> Card:
+    """Answer ``inquiry`` for this rank. Never raises: whatever can't be read becomes a problem."""
+    problems: list[str] = []
+    if tuple(argv) != inquiry.argv:
+        problems.append(f"command line: is `{' '.join(argv)}`, on rank 0 `{' '.join(inquiry.argv)}`")
+    problems += [f"{file.label}: {found}" for file in inquiry.files if (found := _compare(file))]
+    if inquiry.weights and (found := _weights(inquiry, each_file=launch.local_rank in (0, None))):
+        problems.append(f"model: {found}")
+    return Card(host_name(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), __version__, tuple(problems))
+
+
+def host_name() -> str:
+    """Return this node's name, short as Slurm writes it."""
+    return os.uname().nodename.partition(".")[0]
+
+
+def _compare(file: WatchedFile) -> str:
+    try:
+        # no TextIOWrapper: newline translation would hide a difference
+        with open(file.path, "rb") as stream:
+            mine = stream.read().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        return f"{file.path} can't be read: {error.strerror}"
+    if mine == file.content:
+        return ""
+    here, there = mine.splitlines(), file.content.splitlines()
+    for number, (a, b) in enumerate(zip(here, there, strict=False), 1):
+        if a != b:
+            return f"{file.path} differs, first at line {number}: `{_short(a)}`, on rank 0 `{_short(b)}`"
+    return f"{file.path} differs: {len(here)} lines, on rank 0 {len(there)}"
+
+
+def _short(line: str) -> str:
+    line = line.strip()
+    return line if len(line) <= 60 else line[:57] + "..."
+
+
+def weight_files(names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of a folder's file names that hold weights, sorted."""
+    return tuple(sorted(name for name in names if name.endswith((".safetensors", ".gguf", ".bin"))))
+
+
+def _weights(inquiry: Inquiry, *, each_file: bool) -> str:
+    try:
+        names = set(weight_files(os.listdir(inquiry.model_dir)))
+    except OSError as error:
+        return f"{inquiry.model_dir} can't be read: {error.strerror}"
+    if missing := [name for name in inquiry.weights if name not in names]:
+        return f"{inquiry.model_dir} lacks {len(missing)} of {len(inquiry.weights)} weight files, first {missing[0]}"
+    if each_file:  # once per node: opening hundreds of shards from every rank is what a shared file system fears
+        for name in inquiry.weights:
+            if not os.access(os.path.join(inquiry.model_dir, name), os.R_OK):
+                return f"{os.path.join(inquiry.model_dir, name)} can't be read"
+    return ""

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The endpoint's handler: one Dynamo request in, a stream of token chunks out.
+
+Two forms of one handler. *Push*: runtimes from 1.5 on hand in a ``response_sender``, and each chunk crosses into Rust while we hold
+Python's lock anyway. *Pull*: older runtimes, and health checks in newer ones, iterate the generator. The runtime chooses by
+looking for the parameter's name in the signature.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.engines.protocol import RequestError, TokenChunk
+from dynamo_mpi.errors import EngineError
+from dynamo_mpi.serving.requests import to_generation_request, to_response
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from dynamo_mpi.engines.protocol import Engine
+
+
+class RequestHandler:
+    """Serves requests from an engine, and knows how many are in flight.
+
+    Args:
+        engine: a started engine.
+        invalid_argument: the exception that the runtime reports to a client as the client's own fault.
+        engine_shutdown: the one that tells the frontend to try another worker.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        invalid_argument: Callable[[str], Exception],
+        engine_shutdown: Callable[[str], Exception],
+    ) -> None:
+        self._engine = engine
+        self._invalid_argument = invalid_argument
+        self._engine_shutdown = engine_shutdown
+        self._in_flight = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have begun and not ended."""
+        return self._in_flight
+
+    async def wait_quiet(self, timeout: float) -> bool:
+        """Wait until no request is in flight; tell whether that came about within ``timeout`` seconds."""
+        try:
+            await asyncio.wait_for(self._quiet.wait(), timeout)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def generate(self, request: Any, context: Any, response_sender: Any = None) -> AsyncGenerator[dict[str, Any], None]:
+        """Serve one request; the runtime calls this.
+
+        Returns:
+            An async generator: of responses, or, with a ``response_sender``, one that yields nothing and pushes them there.
+        """
+        stream = self._stream(request, context)
+        return stream if response_sender is None else _push(stream, response_sender)
+
+    async def _stream(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        chunks = _Mailbox(asyncio.get_running_loop())
+        request_id = context.id()
+        try:
+            generation = to_generation_request(request_id, request)
+            self._engine.submit(generation, chunks.put)
+        except RequestError as error:
+            raise self._invalid_argument(str(error)) from None
+        except EngineError as error:
+            raise self._engine_shutdown(error.found) from None
+        self._in_flight += 1
+        self._quiet.clear()
+        stopped = asyncio.ensure_future(context.async_killed_or_stopped())
+        stopped.add_done_callback(lambda _: self._engine.cancel(request_id))
+        made, finished = 0, False
+        try:
+            while not finished:
+                chunk = await chunks.take()
+                made += len(chunk.token_ids)
+                finished = chunk.finish_reason is not None
+                if chunk.finish_reason == "error":
+                    raise self._engine_shutdown(chunk.error or "the engine failed")
+                yield to_response(chunk, len(generation.prompt_token_ids), made)
+        finally:
+            if not finished:
+                self._engine.cancel(request_id)
+            stopped.cancel()
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._quiet.set()
+
+
+async def _push(stream: AsyncGenerator[dict[str, Any], None], sender: Any) -> AsyncGenerator[dict[str, Any], None]:
+    """Drain ``stream`` into ``sender``. Errors are left to the runtime, which tells a bad request from a broken engine by their type."""
+    async for response in stream:
+        sender.send(response)
+    sender.close()
+    nothing: tuple[dict[str, Any], ...] = ()
+    for response in nothing:
+        yield response  # makes this an async generator, the only form that the runtime drives
+
+
+class _Mailbox:
+    """Chunks from the engine's thread, for one coroutine. What has piled up is taken at once, as one chunk.
+
+    A deque needs no lock for one reader and one writer. The writer wakes the reader when it finds its own chunk alone, so
+    a chunk is either announced or taken together with an announced one; a wake-up for nothing is possible and harmless.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._chunks: deque[TokenChunk] = deque()
+        self._arrived = asyncio.Event()
+
+    def put(self, chunk: TokenChunk) -> None:
+        """Add a chunk; called from the engine's thread."""
+        self._chunks.append(chunk)
+        if len(self._chunks) == 1:
+            # the loop may have ended, and with it whoever would read this
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def take(self) -> TokenChunk:
+        """Return everything since the last call as one chunk, waiting for the first."""
+        chunks: list[TokenChunk] = []
+        while not chunks:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._chunks:
+                chunks.append(self._chunks.popleft())
+        if len(chunks) == 1:
+            return chunks[0]
+        tokens = tuple(token for chunk in chunks for token in chunk.token_ids)
+        return TokenChunk(tokens, chunks[-1].finish_reason, chunks[-1].error)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's time in Dynamo: register, serve, drain.
+
+A ``serve_endpoint`` that returns by itself means that the runtime has lost its lease and shut down, without an error: here it
+becomes one, since a worker that nobody can find must not look like one that has finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.errors import EngineError, TemporaryError
+from dynamo_mpi.serving.handler import RequestHandler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dynamo_mpi.engines.protocol import Engine
+    from dynamo_mpi.supervision.phases import Phases
+
+# time for frontends to see that the instance has gone, before its last requests are counted
+_FAREWELL_SECONDS = 0.2
+_SHUTDOWN_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How the worker appears in Dynamo.
+
+    Args:
+        model_dir: folder with config.json and the tokenizer's files.
+        served_model_name: what clients ask for.
+        endpoint: ``dyn://namespace.component.endpoint``.
+        request_plane: ``"tcp"`` or ``"nats"``.
+        discovery_backend: ``"etcd"``.
+        health_token_id: a token for the runtime's own health checks.
+        drain_timeout: seconds for requests in flight after a signal.
+    """
+
+    model_dir: str
+    served_model_name: str
+    endpoint: str
+    request_plane: str
+    discovery_backend: str
+    health_token_id: int
+    drain_timeout: float
+
+
+def health_payload(token_id: int) -> dict[str, Any]:
+    """Return the request by which the runtime asks whether the engine still makes tokens: without one, ``/health`` never turns ready."""
+    return {
+        "token_ids": [token_id],
+        "stop_conditions": {"max_tokens": 1, "ignore_eos": True},
+        "sampling_options": {"temperature": 0.0},
+        "_HEALTH_CHECK": True,
+    }
+
+
+async def serve(
+    registration: Registration, engine: Engine, phases: Phases, on_ready: Callable[[], None], say: Callable[[str], None]
+) -> None:
+    """Register ``engine`` with Dynamo, and serve until SIGTERM or SIGINT; then drain.
+
+    A second signal ends the draining.
+
+    Args:
+        registration: how it appears.
+        engine: started and proven.
+        phases: gets ``register``, ``serve`` and ``drain``.
+        on_ready: called once requests are answered.
+        say: for a line of progress.
+
+    Raises:
+        EngineError: the engine failed while serving.
+        TemporaryError: the runtime ended by itself: its lease was lost.
+    """
+    from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
+    from dynamo.runtime import DistributedRuntime
+
+    loop = asyncio.get_running_loop()
+    stop = _StopSignals(loop)
+    failed: asyncio.Future[BaseException] = loop.create_future()
+    engine.on_failure(lambda error: _from_thread(loop, failed, error))
+    handler = RequestHandler(engine, InvalidArgument, EngineShutdown)
+
+    with phases.enter("register"):
+        runtime = DistributedRuntime(loop, registration.discovery_backend, registration.request_plane)
+        endpoint = runtime.endpoint(registration.endpoint)
+        serving = asyncio.ensure_future(
+            endpoint.serve_endpoint(
+                handler.generate,
+                graceful_shutdown=True,
+                metrics_labels=[("model", registration.served_model_name)],
+                health_check_payload=health_payload(registration.health_token_id),
+            )
+        )
+        await _register_model(registration, engine, endpoint)
+    on_ready()
+    with phases.enter("serve"):
+        await _first_of(serving, failed, stop.first)
+    with phases.enter("drain"):
+        await _deregister(endpoint)
+        if failed.done():
+            runtime.shutdown()
+            await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
+            cause = failed.result()
+            raise EngineError(f"the engine failed while serving: {cause or type(cause).__name__}") from cause
+        if serving.done():
+            cause = serving.exception()
+            raise TemporaryError(
+                f"the Dynamo runtime ended by itself: {cause}" if cause else "the Dynamo runtime ended by itself",
+                needed="an etcd that keeps this worker's lease",
+                fix="start the worker again; if it comes back, look at etcd and the network between",
+            )
+        say(f"drain: deregistered, {handler.in_flight} requests in flight")
+        await asyncio.sleep(_FAREWELL_SECONDS)
+        drained = asyncio.ensure_future(handler.wait_quiet(registration.drain_timeout))
+        await _first_of(drained, stop.second, failed)
+        if handler.in_flight:
+            say(f"drain: {handler.in_flight} requests are cut off")
+        drained.cancel()
+        runtime.shutdown()
+        await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
+
+
+async def _register_model(registration: Registration, engine: Engine, endpoint: Any) -> None:
+    from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
+
+    limits = engine.limits
+    config = ModelRuntimeConfig()
+    config.context_length = limits.context_length
+    config.total_kv_blocks = limits.total_kv_blocks
+    config.max_num_seqs = limits.max_batch_size
+    config.max_num_batched_tokens = limits.max_num_tokens
+    await register_model(
+        ModelInput.Tokens,
+        ModelType.Chat | ModelType.Completions,
+        endpoint,
+        registration.model_dir,
+        registration.served_model_name,
+        kv_cache_block_size=limits.kv_block_size,
+        runtime_config=config,
+        worker_type=WorkerType.Aggregated,
+        needs=[],
+    )
+
+
+async def _deregister(endpoint: Any) -> None:
+    """Take the worker out of discovery: the model first, so that a lone worker's model disappears with it."""
+    from dynamo.llm import unregister_model
+
+    for withdraw in (lambda: unregister_model(endpoint), endpoint.unregister_endpoint_instance):
+        try:
+            await asyncio.wait_for(withdraw(), _SHUTDOWN_SECONDS)
+        except Exception:  # noqa: S112 - whatever the runtime raises here, its lease goes with the process
+            continue
+
+
+async def _first_of(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT as two futures: the first one, and the one after it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.first: asyncio.Future[int] = loop.create_future()
+        self.second: asyncio.Future[int] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._arrived, number)
+
+    def _arrived(self, number: int) -> None:
+        for future in (self.first, self.second):
+            if not future.done():
+                future.set_result(number)
+                return
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[BaseException], error: BaseException) -> None:
+    def deliver() -> None:
+        if not future.done():
+            future.set_result(error)
+
+    loop.call_soon_threadsafe(deliver)
+
+
+def point_runtime_at(etcd: list[str]) -> None:
+    """Tell the Dynamo runtime, which reads its environment, which etcd endpoints to try, living ones first."""
+    os.environ["ETCD_ENDPOINTS"] = ",".join(etcd)

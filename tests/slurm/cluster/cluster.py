@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build a cluster, run commands in it, switch nodes off and on, and leave nothing behind.
+
+The *anchor* is the one process of the cluster that the machine's own PID namespace knows by pid: ``unshare``, whose child is
+PID 1 of the login node. Everything else of the cluster is a descendant of that PID 1 in its PID namespace.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from . import config, packages
+from .entry import inside_command, inside_environment
+from .errors import ClusterError
+from .inside import READY
+from .processes import ProcessIdentity, children_of, command_line, namespace_of, processes_in_namespace
+from .settings import LOGIN, ClusterSettings
+
+STATE_PREFIX = "dynmpi-"
+"""Of the folders under /tmp that ``Cluster.temporary`` makes."""
+START_TIMEOUT = 60.0
+"""Seconds for the daemons to start and every node to be idle; one or two are usual."""
+NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
+OTHER_LAUNCHERS = ("SLURM", "SALLOC_", "SBATCH_", "SRUN_", "PMI", "OMPI_", "PRTE_", "HYD", "MPI_LOCAL")
+"""Prefixes of variables that a job or an mpirun around the tests would smuggle in."""
+
+
+def why_unavailable() -> str | None:
+    """Return why no cluster can be built here, or None."""
+    if sys.platform != "linux":
+        return "Slurm needs Linux"
+    if os.geteuid() != 0:
+        return "needs root, to install packages and make namespaces"
+    if reason := packages.why_not_installable():
+        return reason
+    probe = subprocess.run(
+        ["unshare", *NAMESPACES, "--fork", "--mount-proc", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"],
+        capture_output=True,
+        text=True,
+    )
+    return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
+
+
+class InsideProcess(subprocess.Popen[str]):
+    """A process inside the cluster, as its starter outside sees it: signals reach it, not the ``nsenter`` before it."""
+
+    def send_signal(self, sig: int) -> None:
+        """Send a signal to the command itself; ``terminate`` and ``kill`` come here too."""
+        if self.poll() is None:
+            for pid in children_of(self.pid) or [self.pid]:
+                os.kill(pid, sig)
+
+
+class Cluster:
+    """One cluster, up or not. Any number of these objects, in any process, may stand for the same state folder."""
+
+    def __init__(self, settings: ClusterSettings) -> None:
+        self.settings = settings
+        self._anchor_process: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def temporary(cls, **values: int) -> Cluster:
+        """A cluster with a new state folder of its own; ``values`` as in ClusterSettings."""
+        # not tempfile.gettempdir(): pytest or a job may have made that one long, and sockets lie in here
+        return cls(ClusterSettings(Path(tempfile.mkdtemp(prefix=STATE_PREFIX, dir="/tmp")), **values))
+
+    @classmethod
+    def existing(cls, state: Path) -> Cluster:
+        """The cluster of that folder.
+
+        Raises:
+            ClusterError: there is none.
+        """
+        return cls(ClusterSettings.load(state))
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def up(self, *, die_with_parent: bool = False) -> None:
+        """Install what is missing, start the cluster and wait until every node is idle. Nothing stays when it fails.
+
+        Args:
+            die_with_parent: end the cluster when this process ends, however it ends.
+
+        Raises:
+            ClusterError: it cannot be built here, or a daemon does not start; with the ends of the logs.
+        """
+        if self.is_up():
+            return
+        if reason := why_unavailable():
+            raise ClusterError(reason)
+        packages.install()
+        state = self.settings.state
+        shutil.rmtree(state, ignore_errors=True)
+        state.mkdir(parents=True)
+        state.chmod(0o755)  # daemons and tasks of other users look for their sockets in it
+        self.settings.save()
+        try:
+            config.write_configuration(self.settings)
+            self._start_anchor(die_with_parent)
+            self.wait_until_idle()
+        except ClusterError as error:
+            logs = self.log_tails()
+            self.down()
+            raise ClusterError(f"{error}\n{logs}") from None
+        except BaseException:
+            self.down()
+            raise
+
+    def _start_anchor(self, die_with_parent: bool) -> None:
+        tie = ("setpriv", "--pdeathsig", "KILL") if die_with_parent else ()
+        namespaces = ("unshare", *NAMESPACES, "--fork", "--kill-child=KILL", "--mount-proc")
+        with (self.settings.logs / "login.out").open("ab") as log:
+            self._anchor_process = subprocess.Popen(
+                [*tie, *namespaces, *inside_command("login", self.settings.state)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=inside_environment(self.settings.state),
+                text=True,
+                start_new_session=True,
+            )
+        # setpriv becomes unshare in place, so pid and start time hold from the beginning
+        identity = ProcessIdentity.of(self._anchor_process.pid)
+        if identity:
+            identity.save(self.settings.anchor)
+        stdout = self._anchor_process.stdout
+        assert stdout is not None  # as PIPE was asked for
+        with stdout:
+            in_time, _, _ = select.select([stdout], [], [], START_TIMEOUT)
+            answer = stdout.readline().strip() if in_time else f"silent for {START_TIMEOUT:g} s"
+        if answer != READY:
+            raise ClusterError(f"the login node did not start ({answer or 'it ended'})")
+
+    def wait_until_idle(self, timeout: float = START_TIMEOUT) -> None:
+        """Wait until slurmctld calls every node idle (seconds).
+
+        Raises:
+            ClusterError: it does not within the timeout.
+        """
+        wanted = set(self.settings.node_names)
+        deadline = time.monotonic() + timeout
+        while (idle := self.idle_nodes()) != wanted:
+            if time.monotonic() > deadline or not self.is_up():
+                raise ClusterError(f"nodes that are not idle after {timeout:g} s: {sorted(wanted - idle)}")
+            time.sleep(0.05)
+
+    def idle_nodes(self) -> set[str]:
+        return set(self.run(["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]).stdout.split())
+
+    def is_up(self) -> bool:
+        anchor = ProcessIdentity.load(self.settings.anchor)
+        return bool(anchor and anchor.is_alive())
+
+    def down(self) -> None:
+        """End every process of the cluster and remove its folder. Does nothing to a cluster that is down already."""
+        anchor = ProcessIdentity.load(self.settings.anchor)
+        if anchor and anchor.is_alive():
+            init = [ProcessIdentity.of(child) for child in children_of(anchor.pid)]
+            # PID 1 first: the kernel ends it only after everything else in its PID namespace, so this waits for them all
+            for process in [*init, anchor]:
+                if process:
+                    process.kill()
+        if self._anchor_process:
+            self._anchor_process.kill()  # also when it never came to be recorded
+            self._anchor_process.wait()
+            self._anchor_process = None
+        shutil.rmtree(self.settings.state, ignore_errors=True)
+
+    def log_tails(self, lines: int = 5) -> str:
+        """The last lines of each log that has any."""
+        tails = []
+        for path in sorted(self.settings.logs.glob("*")):
+            if text := path.read_text(errors="replace").strip():
+                tails.append("\n  ".join([f"{path.name}:", *text.splitlines()[-lines:]]))
+        return "\n".join(tails)
+
+    # -- commands -----------------------------------------------------------------------------------------------------
+
+    def popen(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        host: str = LOGIN,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        stdin: int | IO[Any] | None = subprocess.DEVNULL,
+        stdout: int | IO[Any] | None = subprocess.PIPE,
+        stderr: int | IO[Any] | None = subprocess.PIPE,
+    ) -> InsideProcess:
+        """Start a command on one of the cluster's hosts. It gets SIGTERM if this process dies.
+
+        Args:
+            argv: the command; looked up in the environment's PATH.
+            host: ``login`` or a node's name.
+            environment: all of its environment but SLURM_CONF; ``default_environment()`` unless given.
+            cwd: its folder; the state folder unless given.
+            stdin, stdout, stderr: as for subprocess.Popen.
+
+        Raises:
+            ClusterError: that host is not running.
+        """
+        enter = ["nsenter", f"--target={self.init_pid(host)}", *NAMESPACES, "--"]
+        # env --chdir, and not nsenter's own, as that keeps the folder of the outer mount namespace
+        prepare = ["setpriv", "--pdeathsig", "TERM", "env", f"--chdir={cwd or self.settings.state}", "--"]
+        chosen = self.default_environment() if environment is None else environment
+        return InsideProcess(
+            [*enter, *prepare, *map(str, argv)],
+            env={**chosen, "SLURM_CONF": str(self.settings.slurm_conf)},
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+        )
+
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        host: str = LOGIN,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = 60.0,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; as ``popen`` otherwise.
+
+        Raises:
+            ClusterError: that host is not running.
+            subprocess.TimeoutExpired: it did not end within ``timeout`` seconds. It was sent SIGTERM, on which srun ends its
+                step too, and SIGKILL if that did not help.
+        """
+        with self.popen(argv, host=host, environment=environment, cwd=cwd) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired as expired:
+                process.terminate()
+                try:
+                    stdout, stderr = process.communicate(timeout=5)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    stdout, stderr = process.communicate()
+                expired.stdout, expired.stderr = stdout, stderr
+                raise
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(list(argv), process.returncode, stdout, stderr)
+
+    def default_environment(self) -> dict[str, str]:
+        """The caller's environment, without any launcher's, with this Python's folder first on PATH."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(OTHER_LAUNCHERS)}
+        path = [str(Path(sys.executable).parent), *os.environ.get("PATH", os.defpath).split(os.pathsep), "/usr/sbin"]
+        return {**kept, "PATH": os.pathsep.join(dict.fromkeys(path)), "TMPDIR": str(self.settings.temporary)}
+
+    # -- hosts --------------------------------------------------------------------------------------------------------
+
+    def find_init_pid(self, host: str) -> int | None:
+        """The pid, on this machine, of PID 1 of a host; None if the host is off.
+
+        Raises:
+            ClusterError: there is no such host in the cluster.
+        """
+        if host not in self.settings.addresses:
+            raise ClusterError(f"no host {host}: there are {', '.join(self.settings.addresses)}")
+        anchor = ProcessIdentity.load(self.settings.anchor)
+        init = children_of(anchor.pid)[:1] if anchor and anchor.is_alive() else []
+        if host != LOGIN:
+            # between the login node's PID 1 and the compute node's stands an unshare that ends with the node's argv
+            argv = inside_command("node", self.settings.state, host)
+            holders = [child for parent in init for child in children_of(parent)]
+            holders = [holder for holder in holders if command_line(holder)[-len(argv) :] == argv]
+            init = [child for holder in holders for child in children_of(holder)[:1]]
+        return init[0] if init else None
+
+    def init_pid(self, host: str) -> int:
+        """As ``find_init_pid``.
+
+        Raises:
+            ClusterError: the host is off, or unknown.
+        """
+        pid = self.find_init_pid(host)
+        if pid is None:
+            raise ClusterError(f"{host} is not running")
+        return pid
+
+    def pids(self, host: str) -> list[int]:
+        """The pids, on this machine, of the host's own processes; a node's are not the login node's."""
+        namespace = namespace_of(self.init_pid(host), "pid")
+        return processes_in_namespace(namespace, "pid") if namespace else []
+
+    def kill_node(self, node: str) -> None:
+        """Power a node off: SIGKILL to everything in it. Slurm has to find out for itself.
+
+        Raises:
+            ClusterError: it is off already, or is the login node.
+        """
+        if node == LOGIN:
+            raise ClusterError("the login node holds the cluster: use down")
+        init = ProcessIdentity.of(self.init_pid(node))
+        if init:
+            init.kill()
+
+    def start_node(self, node: str, *, wait: bool = True) -> None:
+        """Power a node on again, and wait until the whole cluster is idle.
+
+        Raises:
+            ClusterError: it is on already, or does not become idle.
+        """
+        if self.find_init_pid(node) is not None:
+            raise ClusterError(f"{node} is running")
+        command = inside_command("power-on", self.settings.state, node)
+        done = self.run(command, environment=inside_environment(self.settings.state))
+        if done.returncode:
+            raise ClusterError(f"{node} does not start: {done.stderr}")
+        if wait:
+            self.wait_until_idle()
+
+
+def remove_leftovers() -> None:
+    """Remove folders of ``Cluster.temporary`` whose cluster died together with the process that owned it."""
+    for state in Path("/tmp").glob(f"{STATE_PREFIX}*"):
+        anchor = ProcessIdentity.load(state / "anchor.json")
+        if anchor and not anchor.is_alive():
+            shutil.rmtree(state, ignore_errors=True)

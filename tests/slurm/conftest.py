@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures with a real Slurm cluster. Where none can be built the tests are skipped, with the reason; with
+DYN_MPI_REQUIRE_SLURM=1, as in CI, that is an error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from .cluster.cluster import Cluster, remove_leftovers, why_unavailable
+from .session import SlurmSession
+
+REQUIRE = "DYN_MPI_REQUIRE_SLURM"
+
+
+class MakeSlurm(Protocol):
+    """Builds another cluster; keyword arguments as in ClusterSettings."""
+
+    def __call__(self, **values: int) -> SlurmSession: ...
+
+
+@pytest.fixture(scope="session")
+def mpich_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of PyPI's MPICH: kept between runs, unless pytest's cache is switched off."""
+    if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
+        return pytestconfig.cache.mkdir("mpich-wheel")
+    return tmp_path_factory.mktemp("mpich-wheel")
+
+
+@pytest.fixture(scope="session")
+def make_slurm(mpich_cache: Path) -> Iterator[MakeSlurm]:
+    """Clusters for tests that break theirs; all are taken down at the end of the session, also if it is killed."""
+    if reason := why_unavailable():
+        if os.environ.get(REQUIRE) == "1":
+            pytest.fail(f"{REQUIRE}=1, but {reason}", pytrace=False)
+        pytest.skip(f"no Slurm cluster: {reason}")
+    remove_leftovers()
+    with ExitStack() as clusters:
+
+        def make(**values: int) -> SlurmSession:
+            cluster = Cluster.temporary(**values)
+            clusters.callback(cluster.down)
+            cluster.up(die_with_parent=True)
+            return SlurmSession(cluster, mpich_cache)
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def slurm(make_slurm: MakeSlurm) -> SlurmSession:
+    """The cluster that tests share: 4 nodes with 4 CPUs and 4 GPUs each, as far as Slurm knows."""
+    return make_slurm()

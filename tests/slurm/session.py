@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a test does with a Slurm cluster: the fixture ``slurm`` is a :class:`SlurmSession`."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.mpi_flavours import MpiFlavour, Unavailable, debian_openmpi, mpich_wheel
+
+from .cluster.cluster import Cluster, InsideProcess
+from .cluster.settings import LOGIN
+
+Argument = str | Path
+DEFAULT_TIMEOUT = 60.0
+"""Seconds for one command."""
+
+
+@dataclass(frozen=True)
+class SlurmSession:
+    """A running cluster.
+
+    Every command starts from this process's environment without any launcher's variables, with this Python's folder first on
+    PATH; ``env`` adds to it. The nodes see this machine's files, so ``sys.executable`` and ``tmp_path`` hold there too.
+    Their network is their own: servers that ranks should reach run inside, on ``login`` or a node (``popen``).
+
+    Attributes:
+        cluster: for what is not offered here.
+        mpich_cache: where PyPI's MPICH is kept.
+    """
+
+    cluster: Cluster
+    mpich_cache: Path
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the compute nodes."""
+        return self.cluster.settings.node_names
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """IPv4 address of ``login`` and of each node."""
+        return self.cluster.settings.addresses
+
+    @property
+    def debian_openmpi_env(self) -> Mapping[str, str]:
+        """Makes mpi4py use Debian's Open MPI, for ``srun --mpi=pmix``. Skips the test where there is none."""
+        return _environment_or_skip(debian_openmpi())
+
+    @property
+    def mpich_env(self) -> Mapping[str, str]:
+        """Makes mpi4py use PyPI's MPICH, for ``srun --mpi=pmi2``. Skips the test where it can't be installed."""
+        return _environment_or_skip(mpich_wheel(self.mpich_cache))
+
+    def exec(
+        self,
+        *argv: Argument,
+        env: Mapping[str, str] | None = None,
+        host: str = LOGIN,
+        cwd: Path | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command on the login node, or on ``host``, to its end.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer than ``timeout`` seconds, and was ended.
+        """
+        return self.cluster.run(argv, host=host, environment=self.environment(env), cwd=cwd, timeout=timeout)
+
+    def popen(
+        self, *argv: Argument, env: Mapping[str, str] | None = None, host: str = LOGIN, cwd: Path | None = None
+    ) -> InsideProcess:
+        """Start a command whose stdout and stderr are pipes; its ``send_signal`` reaches the command itself."""
+        return self.cluster.popen(argv, host=host, environment=self.environment(env), cwd=cwd)
+
+    def srun(
+        self,
+        *arguments: Argument,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> subprocess.CompletedProcess[str]:
+        """``exec`` of srun on the login node."""
+        return self.exec("srun", *arguments, env=env, cwd=cwd, timeout=timeout)
+
+    def sbatch(
+        self,
+        *arguments: Argument,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> subprocess.CompletedProcess[str]:
+        """``exec`` of sbatch on the login node; with ``--wait`` it lasts as long as the job."""
+        return self.exec("sbatch", *arguments, env=env, cwd=cwd, timeout=timeout)
+
+    def kill_node(self, node: str) -> None:
+        """Power a node off; Slurm is not told."""
+        self.cluster.kill_node(node)
+
+    def start_node(self, node: str) -> None:
+        """Power a node on and wait until every node is idle."""
+        self.cluster.start_node(node)
+
+    def pids(self, host: str) -> list[int]:
+        """Pids, on this machine, of a host's processes, to be signalled with os.kill."""
+        return self.cluster.pids(host)
+
+    def environment(self, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+        return {**self.cluster.default_environment(), **(extra or {})}
+
+
+def _environment_or_skip(flavour: MpiFlavour | Unavailable) -> Mapping[str, str]:
+    if isinstance(flavour, Unavailable):
+        pytest.skip(flavour.reason)
+    return flavour.environment

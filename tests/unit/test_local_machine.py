@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ports, private folders, signals, logs and children: what ``dynamo-mpi local`` takes from this machine and gives back."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.local import folder as folders
+from dynamo_mpi.local.interrupts import Interrupted, Interrupts
+from dynamo_mpi.local.logs import Follower, last_lines
+from dynamo_mpi.local.ports import free_port, holds_port, is_free, listening_inodes
+from dynamo_mpi.local.processes import Child, session_members, tethered
+
+PROC_NET_TCP = """\
+  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 111 1 0 100 0 0 10 0
+   1: 0100007F:1F90 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 222 1 0 20 4 0 10 -1
+   2: 00000000:1F91 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 333 1 0 100 0 0 10 0
+"""
+
+
+def test_only_listening_sockets_of_the_port_count() -> None:
+    assert listening_inodes(PROC_NET_TCP, 8080) == {"111"}
+    assert listening_inodes(PROC_NET_TCP, 8081) == {"333"}
+    assert listening_inodes(PROC_NET_TCP, 80) == frozenset()
+
+
+def test_a_port_belongs_to_the_process_that_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert holds_port(os.getpid(), port)
+        assert not holds_port(os.getppid(), port)
+        assert not is_free(port)
+    assert not holds_port(os.getpid(), port)
+    assert is_free(port)
+
+
+def test_free_port_is_free() -> None:
+    assert is_free(free_port())
+
+
+def test_folder_is_private_and_goes(tmp_path: Path) -> None:
+    with folders.private_folder(tmp_path) as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_takes_dead_runs_only(tmp_path: Path) -> None:
+    dead, foreign = tmp_path / f"{folders.PREFIX}dead", tmp_path / f"{folders.PREFIX}without-lock"
+    for folder in (dead, foreign):
+        folder.mkdir()
+    (dead / folders.LOCK).touch()
+    with folders.private_folder(tmp_path) as alive:
+        assert not dead.exists()
+        folders.sweep(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([alive, foreign])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_noted_and_raised_where_we_wait(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with Interrupts() as interrupts:
+        interrupts.check()
+        os.kill(os.getpid(), number)
+        interrupts.sleep(60)  # ends at once
+        with pytest.raises(Interrupted) as caught:
+            interrupts.pause(60)
+    assert caught.value.exit_code == 128 + number
+    assert signal.getsignal(number) == before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            interrupts.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_ends_a_blocking_read() -> None:
+    ours, theirs = socket.socketpair()
+    sender = subprocess.Popen([sys.executable, "-c", f"import os; os.kill({os.getpid()}, {int(signal.SIGTERM)})"])
+    with ours, theirs, Interrupts() as interrupts, interrupts.closing(ours):
+        assert ours.recv(1) == b""
+        assert interrupts.first == signal.SIGTERM
+    sender.wait()
+
+
+def test_last_lines_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    assert last_lines(log, 3) == []
+    log.write_bytes(b"1\n\n2\n\xff\n4")
+    assert last_lines(log, 3) == ["2", "\N{REPLACEMENT CHARACTER}", "4"]
+
+
+def test_follower_copies_every_line_once(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    follower = Follower(tmp_path, "rank-*.log", stream, period_seconds=0.001)
+    follower.start()
+    (tmp_path / "other.log").write_text("no\n")
+    with (tmp_path / "rank-0.log").open("w", buffering=1) as log:
+        for number in range(100):
+            log.write(f"{number}\n")
+        log.write("cut off")
+    follower.close()
+    follower.close()
+    assert stream.getvalue().splitlines() == [f"[rank-0] {number}" for number in [*range(100), "cut off"]]
+
+
+def test_a_child_leads_a_session_and_is_killed_with_all_of_it(tmp_path: Path) -> None:
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'], stdin=subprocess.PIPE)"
+    child = Child.start("x", [sys.executable, "-c", script], environment=os.environ, log=tmp_path / "x.log")
+    try:
+        with Interrupts() as interrupts:
+            while len(child.members()) < 2 or not child.last_lines(1):
+                interrupts.sleep(0.01)
+        assert os.getsid(child.pid) == child.pid != os.getsid(0)
+        assert child.exit_code() is None
+    finally:
+        child.kill()
+    assert child.exit_code() == 128 + signal.SIGKILL
+    assert session_members(child.pid) == []
+
+
+def test_a_program_that_is_not_there_says_so(tmp_path: Path) -> None:
+    child = Child.start("x", ["/no/such/program"], environment={}, log=tmp_path / "x.log")
+    assert child.process.wait() == 127
+    assert child.last_lines(1) == ["cannot start /no/such/program: No such file or directory"]
+
+
+def test_the_tether_kills_when_the_parent_is_killed(tmp_path: Path) -> None:
+    """The parent is a shell that starts a tethered ``sleep`` and is then killed with SIGKILL."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)  # closed by its last writer's death, so reading it waits for exactly that
+    command = " ".join(tethered(["sleep", "600"]))
+    shell = subprocess.Popen(["/bin/sh", "-c", f"{command} >{fifo} & echo $!; wait"], stdout=subprocess.PIPE)
+    assert shell.stdout is not None
+    with fifo.open("rb") as pipe, shell.stdout:
+        assert shell.stdout.readline().strip().isdigit()
+        shell.kill()
+        shell.wait()
+        assert pipe.read() == b""
+
+
+@pytest.mark.parametrize("variable", ["PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
+def test_a_rank_writes_to_its_own_log(tmp_path: Path, variable: str) -> None:
+    command = tethered(["/bin/sh", "-c", "echo out; echo err >&2"], rank_logs=tmp_path)
+    result = subprocess.run(command, env={variable: "2"}, capture_output=True, check=True)
+    assert result.stdout == result.stderr == b""
+    assert (tmp_path / "rank-2.log").read_text() == "out\nerr\n"
+
+
+def test_without_a_rank_the_output_stays_where_it_was(tmp_path: Path) -> None:
+    result = subprocess.run(
+        tethered(["echo", "out"], rank_logs=tmp_path), env={"PATH": os.environ["PATH"]}, capture_output=True, check=True
+    )
+    assert result.stdout == b"out\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines and environments of ``dynamo-mpi local``'s parts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi.local.model import served_name
+from dynamo_mpi.local.processes import tethered
+from dynamo_mpi.local.services import (
+    Etcd,
+    Frontend,
+    Nats,
+    Ranks,
+    base_environment,
+    discovery_environment,
+    mpi_environment,
+)
+
+ETCD = Etcd(Path("/bin/etcd"), 2379, Path("/run/etcd"))
+NATS = Nats(Path("/bin/nats-server"), 4222, Path("/run/nats"))
+
+
+def values_after(command: tuple[str, ...], flag: str) -> list[str]:
+    return [value for name, value in zip(command, command[1:], strict=False) if name == flag]
+
+
+def make_ranks(mpirun: tuple[str, ...] = ("mpirun",), tp_size: int = 3) -> Ranks:
+    return Ranks(
+        mpirun=mpirun,
+        tp_size=tp_size,
+        model=Path("/run/model"),
+        served_model_name="a model",
+        engine_config=Path("/run/engine.yaml"),
+        ready_file=Path("/run/ready.json"),
+        rank_logs=Path("/run/ranks"),
+        scratch=Path("/run/scratch"),
+        discovery={"ETCD_ENDPOINTS": "http://127.0.0.1:2379"},
+    )
+
+
+@pytest.mark.parametrize("service", [ETCD, NATS, Frontend(8000, {})], ids=lambda service: service.name)
+def test_a_service_listens_on_loopback_only(service: Etcd | Nats | Frontend) -> None:
+    words = service.command()
+    addresses = [word for word in words if any(c.isdigit() for c in word) and not word.startswith("/")]
+    assert str(service.port) in " ".join(words)
+    assert "0.0.0.0" not in " ".join(words)
+    assert any("127.0.0.1" in word for word in addresses)
+
+
+def test_etcd_needs_no_fixed_peer_port() -> None:
+    command = ETCD.command()
+    peers = values_after(command, "--listen-peer-urls") + values_after(command, "--initial-advertise-peer-urls")
+    assert peers == ["http://127.0.0.1:0"] * 2
+    assert values_after(command, "--initial-cluster") == ["default=http://127.0.0.1:0"]
+
+
+@pytest.mark.parametrize(("plane", "servers"), [("tcp", None), ("nats", "nats://127.0.0.1:4222")])
+def test_nats_is_named_on_its_own_plane_only(plane: str, servers: str | None) -> None:
+    variables = discovery_environment(ETCD, NATS, plane)  # type: ignore[arg-type]  # parametrize knows no literals
+    assert variables.get("NATS_SERVER") == servers
+    assert variables["ETCD_ENDPOINTS"] == "http://127.0.0.1:2379"
+    assert variables["DYN_REQUEST_PLANE"] == plane
+
+
+def test_the_launcher_starts_every_rank_tethered() -> None:
+    command = make_ranks(("srun", "--mpi=pmix"), tp_size=9).command()
+    assert command[:4] == ("srun", "--mpi=pmix", "-n", "9")
+    worker = command[command.index("--") + 1 :]
+    assert worker[:3] == (sys.executable, "-m", "dynamo_mpi.worker")
+    assert values_after(worker, "--served-model-name") == ["a model"]
+    assert values_after(command[: command.index("--")], "--rank-logs") == ["/run/ranks"]
+    assert "--parent" not in command  # a rank's parent is the launcher, whose id nobody knows yet
+
+
+def test_a_tethered_command_keeps_its_words() -> None:
+    words = ["program", "--", "-x", "two words", ""]
+    command = tethered(words, parent=7)
+    assert list(command[command.index("--") + 1 :]) == words
+    assert values_after(command, "--parent") == ["7"]
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_open_mpi_is_told_about_root_only_when_it_is(root: bool) -> None:
+    assert ("OMPI_ALLOW_RUN_AS_ROOT" in mpi_environment(Path("/run"), root=root)) == root
+
+
+def test_the_stack_takes_nothing_from_another_deployment() -> None:
+    foreign = {
+        "ETCD_ENDPOINTS": "http://production:2379",
+        "ETCD_AUTH_PASSWORD": "secret",
+        "NATS_SERVER": "nats://production:4222",
+        "DYN_NAMESPACE": "production",
+        "SLURM_NTASKS": "8",
+        "SLURMD_NODENAME": "n1",
+        "PMIX_RANK": "3",
+        "PMI_RANK": "3",
+        "OMPI_COMM_WORLD_SIZE": "8",
+    }
+    kept = {"HOME": "/home/me", "DYN_LOG": "debug", "OMPI_MCA_pml": "ob1", "DYN_MPI_X": "1", "PATH": "/bin"}
+    result = base_environment(foreign | kept, Path("/run/scratch"))
+    assert not foreign.keys() & result.keys()
+    assert kept.items() <= result.items()
+    assert result["TMPDIR"] == "/run/scratch"
+
+
+@given(st.none() | st.sampled_from(["", "example.com", "10.0.0.0/8,.corp"]))
+def test_loopback_never_goes_through_a_proxy(given_exceptions: str | None) -> None:
+    own = {} if given_exceptions is None else {"no_proxy": given_exceptions}
+    exceptions = base_environment(own, Path("/run"))["no_proxy"].split(",")
+    assert exceptions[-2:] == ["127.0.0.1", "localhost"]
+    assert "" not in exceptions
+    assert not given_exceptions or exceptions[:-2] == given_exceptions.split(",")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+        ("model.gguf", "model"),
+        ("Qwen2.5-0.5B.Q8_0.gguf", "Qwen2.5-0.5B"),
+    ],
+)
+def test_served_name_is_the_file_name_without_quantisation(file: str, name: str) -> None:
+    assert served_name(Path("/models") / file) == name
