@@ -22,8 +22,9 @@ class KeyValueCache:
     """
 
     def __init__(self, layers: int, slots: int, kv_heads: int, positions: int, head_dim: int) -> None:
-        self.keys: Float32Array = np.zeros((layers, slots, kv_heads, positions, head_dim), np.float32)
-        self.values: Float32Array = np.zeros_like(self.keys)
+        size = (layers, slots, kv_heads, positions, head_dim)
+        self.keys: Float32Array = np.zeros(size, np.float32)
+        self.values: Float32Array = np.zeros(size, np.float32)  # zeros_like would touch every page
 
 
 @dataclass(frozen=True)

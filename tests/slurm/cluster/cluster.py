@@ -23,7 +23,7 @@ from .entry import inside_command, inside_environment
 from .errors import ClusterError
 from .inside import READY
 from .processes import ProcessIdentity, children_of, command_line, namespace_of, processes_in_namespace
-from .settings import LOGIN, ClusterSettings
+from .settings import LOGIN, ClusterSettings, cable
 
 STATE_PREFIX = "dynmpi-"
 """Of the folders under /tmp that ``Cluster.temporary`` makes."""
@@ -297,7 +297,9 @@ class Cluster:
         return processes_in_namespace(namespace, "pid") if namespace else []
 
     def kill_node(self, node: str) -> None:
-        """Power a node off: SIGKILL to everything in it. Slurm has to find out for itself.
+        """Power a node off: its cable goes dead, then everything in it gets SIGKILL. Slurm has to find out for itself.
+
+        As with a real power failure no connection is closed towards other hosts: they just hear nothing any more.
 
         Raises:
             ClusterError: it is off already, or is the login node.
@@ -305,8 +307,19 @@ class Cluster:
         if node == LOGIN:
             raise ClusterError("the login node holds the cluster: use down")
         init = ProcessIdentity.of(self.init_pid(node))
+        self.switch_cable(node, on=False)
         if init:
             init.kill()
+
+    def switch_cable(self, node: str, *, on: bool) -> None:
+        """Cut a running node off from the network, or connect it again.
+
+        Raises:
+            ClusterError: there is no such cable.
+        """
+        done = self.run(["ip", "link", "set", cable(node), "up" if on else "down"])
+        if done.returncode:
+            raise ClusterError(f"cable of {node}: {done.stderr.strip()}")
 
     def start_node(self, node: str, *, wait: bool = True) -> None:
         """Power a node on again, and wait until the whole cluster is idle.
@@ -316,6 +329,7 @@ class Cluster:
         """
         if self.find_init_pid(node) is not None:
             raise ClusterError(f"{node} is running")
+        self.switch_cable(node, on=True)
         command = inside_command("power-on", self.settings.state, node)
         done = self.run(command, environment=inside_environment(self.settings.state))
         if done.returncode:

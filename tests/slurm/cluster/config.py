@@ -21,7 +21,8 @@ NULL_DEVICE = os.makedev(1, 3)
 """A fake GPU is a second /dev/null: Slurm wants a device file, and leaves count-only GPUs in state 'inval'."""
 
 # Lines whose reason is not plain:
-# - SlurmdSpoolDir and TmpFS carry %n, as all nodes share one file system.
+# - SlurmdSpoolDir and TmpFS carry %n, as all nodes share one file system; with one TmpFS the nodes' PMIx servers collide
+#   ("task 2 launch failed: Unspecified error").
 # - TaskPlugin and ProctrackType do without cgroups, which a container often lacks; the nodes' PID namespaces do their work.
 # - ReturnToService=2: a node that was switched off is idle again as soon as its slurmd registers.
 SLURM_CONF = """\
@@ -35,7 +36,7 @@ AuthInfo=socket={munge_socket}
 CredType=cred/munge
 StateSaveLocation={state}/slurmctld
 SlurmdSpoolDir={state}/spool.%n
-TmpFS={state}/tmp
+TmpFS={state}/tmp.%n
 SlurmctldPidFile={state}/slurmctld.pid
 SlurmdPidFile={state}/slurmd.%n.pid
 SlurmctldLogFile={logs}/slurmctld.log

@@ -21,7 +21,7 @@ from typing import NoReturn
 from .config import PMIX_LIBRARY
 from .entry import inside_command, inside_environment
 from .errors import ClusterError
-from .settings import LOGIN, SLURMCTLD_PORT, ClusterSettings
+from .settings import LOGIN, SLURMCTLD_PORT, ClusterSettings, cable
 
 READY = "ready"
 DAEMON_TIMEOUT = 20.0
@@ -96,8 +96,8 @@ def build_network(settings: ClusterSettings) -> None:
     command("ip", "link", "set", BRIDGE, "up")
     for name in settings.node_names:
         command("ip", "netns", "add", name)
-        command("ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0", "netns", name)
-        command("ip", "link", "set", f"to-{name}", "master", BRIDGE, "up")
+        command("ip", "link", "add", cable(name), "type", "veth", "peer", "name", "eth0", "netns", name)
+        command("ip", "link", "set", cable(name), "master", BRIDGE, "up")
         command("ip", "-n", name, "address", "add", f"{settings.addresses[name]}/24", "dev", "eth0")
         command("ip", "-n", name, "link", "set", "eth0", "up")
 
@@ -141,7 +141,8 @@ def login(settings: ClusterSettings) -> NoReturn:
 def node(settings: ClusterSettings, name: str) -> NoReturn:
     """PID 1 of a compute node."""
     become_host(settings, name)
-    (settings.state / f"spool.{name}").mkdir(exist_ok=True)
+    for folder in ("spool", "tmp"):
+        (settings.state / f"{folder}.{name}").mkdir(exist_ok=True)
     slurmd = daemon(settings, f"slurmd.{name}", ["slurmd", "-D", "-N", name, "-f", str(settings.slurm_conf)])
     reap_until_end_of({slurmd.pid: "slurmd"})
 

@@ -18,6 +18,11 @@ LONGEST_STATE_PATH = 64
 """Slurm's longest socket is STATE/spool.n99/stepd.slurm.pmix.JOB.STEP, and a Unix socket's path ends at 107 characters."""
 
 
+def cable(node: str) -> str:
+    """The login node's end of a compute node's cable: a network interface."""
+    return f"to-{node}"
+
+
 @dataclass(frozen=True)
 class ClusterSettings:
     """One cluster.
