@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.probe import probe_control_plane
@@ -18,7 +18,7 @@ from dynamo_mpi.follower import GO, STOP, load_part
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.preflight.verdict import judge, read_plan
-from dynamo_mpi.serving.service import Registration, point_runtime_at, serve
+from dynamo_mpi.serving.service import Registration, point_runtime_at, run, serve
 from dynamo_mpi.settings import load_settings
 
 if TYPE_CHECKING:
@@ -110,10 +110,8 @@ class Leader:
         try:
             with self._phases.enter("prove"):
                 prove(engine, token_id, settings.prove_timeout)
-            asyncio.run(
-                serve(registration, engine, self._phases, lambda: self._announce(settings), self._voice.say),
-                debug=False,
-            )
+            announce = partial(self._announce, settings)
+            run(serve(registration, engine, self._phases, announce, self._voice.say))
         except (EngineError, DeadlineError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise

@@ -54,7 +54,13 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a process group of its own, and leave nothing of it behind when it takes too long."""
     with subprocess.Popen(
-        command, env=dict(env), cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        env=dict(env),
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     ) as process:
         try:
             out, err = process.communicate(timeout=timeout)

@@ -71,7 +71,9 @@ class Unavailable:
     reason: str
 
 
-def _flavour(name: str, mpirun: Path, libmpi: Path, remedy: str, environment: Mapping[str, str]) -> MpiFlavour | Unavailable:
+def _flavour(
+    name: str, mpirun: Path, libmpi: Path, remedy: str, environment: Mapping[str, str]
+) -> MpiFlavour | Unavailable:
     missing = [str(path) for path in (mpirun, libmpi) if not path.exists()]
     if missing:
         return Unavailable(name, f"no {' nor '.join(missing)}: {remedy}")

@@ -13,11 +13,11 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.errors import EngineError, TemporaryError
+from dynamo_mpi.errors import BootstrapError, DiscoveryError, EngineError, TemporaryError, UsageError
 from dynamo_mpi.serving.handler import RequestHandler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.supervision.phases import Phases
@@ -88,8 +88,11 @@ async def serve(
     handler = RequestHandler(engine, InvalidArgument, EngineShutdown)
 
     with phases.enter("register"):
-        runtime = DistributedRuntime(loop, registration.discovery_backend, registration.request_plane)
-        endpoint = runtime.endpoint(registration.endpoint)
+        try:
+            runtime = DistributedRuntime(loop, registration.discovery_backend, registration.request_plane)
+            endpoint = runtime.endpoint(registration.endpoint)
+        except Exception as error:  # the runtime has no finer type for any of its troubles
+            raise _runtime_error(error) from error
         serving = asyncio.ensure_future(
             endpoint.serve_endpoint(
                 handler.generate,
@@ -98,7 +101,10 @@ async def serve(
                 health_check_payload=health_payload(registration.health_token_id),
             )
         )
-        await _register_model(registration, engine, endpoint)
+        try:
+            await _register_model(registration, engine, endpoint)
+        except Exception as error:
+            raise _runtime_error(error) from error
     on_ready()
     with phases.enter("serve"):
         await _first_of(serving, failed, stop.first)
@@ -125,6 +131,16 @@ async def serve(
         drained.cancel()
         runtime.shutdown()
         await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run ``coroutine`` to its end, on uvloop where it is installed, as all of Dynamo's own workers do."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(coroutine)
+    else:
+        uvloop.run(coroutine)
 
 
 async def _register_model(registration: Registration, engine: Engine, endpoint: Any) -> None:
@@ -158,6 +174,17 @@ async def _deregister(endpoint: Any) -> None:
             await asyncio.wait_for(withdraw(), _SHUTDOWN_SECONDS)
         except Exception:  # noqa: S112 - whatever the runtime raises here, its lease goes with the process
             continue
+
+
+def _runtime_error(error: Exception) -> BootstrapError:
+    text = " ".join(str(error).split())
+    if "environment variable" in text:
+        return UsageError(f"the Dynamo runtime can't read its environment: {text}", fix="correct that DYN_* variable")
+    return DiscoveryError(
+        f"the Dynamo runtime could not register the worker: {text}",
+        needed="etcd (and NATS, where it is used) that answer and accept the credentials",
+        fix="look at etcd; ETCD_ENDPOINTS and ETCD_AUTH_* say how the runtime finds it",
+    )
 
 
 async def _first_of(*futures: asyncio.Future[Any]) -> None:

@@ -21,7 +21,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BASELINE = "from mpi4py import MPI\nMPI.COMM_WORLD.Barrier()\n"
-CONFIG = '{"architectures": ["LlamaForCausalLM"], "num_attention_heads": 16, "num_key_value_heads": 16, "bos_token_id": 1}'
+CONFIG = (
+    '{"architectures": ["LlamaForCausalLM"], "num_attention_heads": 16, "num_key_value_heads": 16, "bos_token_id": 1}'
+)
 
 
 def main() -> int:

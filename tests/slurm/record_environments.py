@@ -16,9 +16,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.mpi_flavours import MpiFlavour, all_flavours
+
+from .cluster.cluster import Cluster
 
 PROBE = Path(__file__).with_name("programs") / "dump_environment.py"
 RECORD = Path(__file__).with_name("recorded_environments.json")
@@ -99,46 +103,93 @@ LAUNCHES = (
     ),
 )
 
-CleanRun = Callable[[Sequence[str], Mapping[str, str]], "subprocess.CompletedProcess[str]"]
-"""Runs argv with exactly this environment."""
+RANDOM_KEYS = (
+    (r"\b[0-9a-f]{16}-[0-9a-f]{16}\b", "0123456789abcdef-0123456789abcdef"),  # Open MPI's transport key: random
+)
 
 
 def replace_machine(text: str, replacements: Mapping[str, str]) -> str:
-    """Replace whole words and path prefixes, the longest first."""
+    """Replace this machine's paths and names, as whole words, the longest first; and random keys."""
     for old in sorted(replacements, key=len, reverse=True):
-        text = re.sub(rf"(?<![\w.]){re.escape(old)}(?![\w.])", replacements[old], text)
+        text = re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", replacements[old], text)
+    for pattern, constant in RANDOM_KEYS:
+        text = re.sub(pattern, constant, text)
     return text
 
 
+def run_here(
+    argv: Sequence[str | Path], *, environment: Mapping[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run outside Slurm, with just this environment; the counterpart of ``Cluster.run``."""
+    return subprocess.run(
+        argv, env=environment, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def expand(launch: Launch, probe: list[str], mpiruns: Mapping[str, Path]) -> list[str]:
+    """Put the real programs into a launch's command; a word with a blank, or after --wrap, is for a shell."""
+    argv: list[str] = []
+    for word in launch.command:
+        if word == "PROBE" and argv[-1:] != ["--wrap"]:
+            argv += probe
+        else:
+            argv.append(str(mpiruns[word]) if word in mpiruns else word.replace("PROBE", shlex.join(probe)))
+    return argv
+
+
 def record_launch(
-    launch: Launch, run: CleanRun, mpiruns: Mapping[str, str], replacements: Mapping[str, str]
+    launch: Launch, cluster: Cluster, mpiruns: Mapping[str, Path], replacements: Mapping[str, str]
 ) -> dict[str, object]:
     """Start one launch and collect what its ranks wrote.
 
     Raises:
-        RuntimeError: other ranks reported than were asked for.
+        RuntimeError: it failed, or other ranks reported than were asked for.
     """
     with tempfile.TemporaryDirectory(prefix="record-") as folder:
-        probe = [sys.executable, str(PROBE), folder, launch.rank_variable]
-        argv: list[str] = []
-        for word in launch.command:
-            if word == "PROBE" and argv[-1:] != ["--wrap"]:
-                argv += probe
-            else:
-                argv.append(mpiruns.get(word, word.replace("PROBE", shlex.join(probe))))
-        environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": "/tmp"}
+        argv = expand(launch, [sys.executable, str(PROBE), folder, launch.rank_variable], mpiruns)
+        environment = {"PATH": os.defpath, "HOME": folder, "TMPDIR": str(cluster.settings.temporary)}
         if launch.mpirun:
             environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-        done = run(argv, environment)
+        run = cluster.run if launch.on_cluster else run_here
+        done = run(argv, environment=environment, timeout=LAUNCH_TIMEOUT)
         found = {int(path.stem): json.loads(path.read_text()) for path in Path(folder).glob("*.json")}
         if done.returncode or sorted(found) != list(range(launch.ranks)):
-            raise RuntimeError(f"{launch.name}: exit {done.returncode}, ranks {sorted(found)}\n{done.stdout}{done.stderr}")
-        here = {**replacements, folder: "/home/user", sys.executable: "/opt/venv/bin/python", str(PROBE): "probe.py"}
-        return {
-            "command": " ".join({"PROBE": "python probe.py"}.get(word, word.lower() if word in mpiruns else word)
-                                for word in launch.command),
-            "ranks": {
-                str(rank): {name: replace_machine(value, here) for name, value in found[rank].items()}
-                for rank in sorted(found)
-            },
+            raise RuntimeError(
+                f"{launch.name}: code {done.returncode}, ranks {sorted(found)}\n{done.stdout}{done.stderr}"
+            )
+    here = {**replacements, folder: "/home/user", sys.executable: "/opt/venv/bin/python", str(PROBE): "probe.py"}
+    plain_names = {word: Path(path.stem) for word, path in mpiruns.items()}  # mpirun, where Debian has mpirun.openmpi
+    return {
+        "command": shlex.join(expand(launch, ["python", "probe.py"], plain_names)),
+        "ranks": {
+            str(rank): {name: replace_machine(value, here) for name, value in variables.items()}
+            for rank, variables in sorted(found.items())
+        },
+    }
+
+
+def main() -> None:
+    cluster = Cluster.temporary(nodes=2)
+    try:
+        cluster.up(die_with_parent=True)
+        flavours = all_flavours(Path(tempfile.gettempdir()) / "mpich-wheel")
+        mpiruns = {}
+        for name, flavour in flavours.items():
+            if not isinstance(flavour, MpiFlavour):
+                sys.exit(flavour.reason)
+            mpiruns[name.upper().replace("-", "_")] = flavour.mpirun
+        replacements = {
+            str(cluster.settings.temporary): "/tmp",
+            str(cluster.settings.state): "/run/slurm",
+            str(mpiruns["MPICH_WHEEL"].parents[1]): "/opt/mpich",
+            sys.prefix: "/opt/venv",
+            socket.gethostname(): "workstation",
         }
+        record = {launch.name: record_launch(launch, cluster, mpiruns, replacements) for launch in LAUNCHES}
+    finally:
+        cluster.down()
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .cluster.settings import LOGIN
 Argument = str | Path
 DEFAULT_TIMEOUT = 60.0
 """Seconds for one command."""
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "RESIZING")
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,31 @@ class SlurmSession:
         cwd: Path | None = None,
         timeout: float = DEFAULT_TIMEOUT,
     ) -> subprocess.CompletedProcess[str]:
-        """``exec`` of sbatch on the login node; with ``--wait`` it lasts as long as the job."""
+        """``exec`` of sbatch on the login node. Rather than its ``--wait``, which looks every ten seconds: ``wait_for_job``."""
         return self.exec("sbatch", *arguments, env=env, cwd=cwd, timeout=timeout)
+
+    def wait_for_job(self, job_id: str, timeout: float = DEFAULT_TIMEOUT) -> dict[str, str]:
+        """Wait until a job has ended; return what scontrol says of it, such as JobState and ExitCode ("CODE:SIGNAL").
+
+        Args:
+            job_id: as ``sbatch --parsable`` prints it; blanks around it don't matter.
+            timeout: seconds.
+
+        Raises:
+            TimeoutError: it has not ended by then.
+            ValueError: there is no such job.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            shown = self.exec("scontrol", "--oneliner", "show", "job", job_id.strip())
+            if shown.returncode:
+                raise ValueError(f"job {job_id.strip()}: {shown.stderr.strip()}")
+            facts = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+            if facts["JobState"] not in UNFINISHED:
+                return facts
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job_id.strip()} is {facts['JobState']} after {timeout:g} s")
+            time.sleep(0.1)
 
     def kill_node(self, node: str) -> None:
         """Power a node off; Slurm is not told."""
@@ -104,6 +129,10 @@ class SlurmSession:
     def start_node(self, node: str) -> None:
         """Power a node on and wait until every node is idle."""
         self.cluster.start_node(node)
+
+    def switch_cable(self, node: str, *, on: bool) -> None:
+        """Cut a running node off from the network, or connect it again."""
+        self.cluster.switch_cable(node, on=on)
 
     def pids(self, host: str) -> list[int]:
         """Pids, on this machine, of a host's processes, to be signalled with os.kill."""

@@ -99,9 +99,10 @@ def test_gpus_are_given_to_steps(slurm: SlurmSession) -> None:
 
 def test_sbatch_runs_a_script_on_the_first_node(slurm: SlurmSession, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    script.write_text("#!/bin/bash\nhostname\nsrun hostname\n")
-    done = slurm.sbatch("--wait", "-N2", "--ntasks-per-node=1", f"--output={tmp_path}/out", script, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    script.write_text("#!/bin/bash\nhostname\nsrun hostname\nexit 9\n")
+    options = ("--parsable", "-N2", "--ntasks-per-node=1", f"--output={tmp_path}/out")
+    job = slurm.wait_for_job(slurm.sbatch(*options, script, cwd=tmp_path).stdout)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "9:0")
     lines = (tmp_path / "out").read_text().splitlines()
     assert lines[0] == "n1"
     assert sorted(lines[1:]) == ["n1", "n2"]
@@ -123,11 +124,28 @@ def test_hosts_reach_each_other_by_name(slurm: SlurmSession) -> None:
     assert done.stdout.strip() == slurm.addresses["n2"], done.stderr
 
 
+def test_a_cut_cable_cuts_a_node_off_and_can_be_mended(slurm: SlurmSession) -> None:
+    connect = ("import socket, sys; socket.create_connection((sys.argv[1], 6818), 1)", "n2")
+    try:
+        slurm.switch_cable("n2", on=False)
+        assert slurm.exec(sys.executable, "-c", *connect).returncode != 0
+        assert slurm.exec("hostname", host="n2").stdout == "n2\n"
+    finally:
+        slurm.switch_cable("n2", on=True)
+    assert slurm.exec(sys.executable, "-c", *connect, timeout=10).returncode == 0
+
+
 # -- container options ------------------------------------------------------------------------------------------------
 
 
-def in_container(slurm: SlurmSession, mounts: str, *command: str, workdir: str = "/") -> subprocess.CompletedProcess[str]:
-    image = ("--container-image=nvcr.io#nvidia/some:image", f"--container-mounts={mounts}", f"--container-workdir={workdir}")
+def in_container(
+    slurm: SlurmSession, mounts: str, *command: str, workdir: str = "/"
+) -> subprocess.CompletedProcess[str]:
+    image = (
+        "--container-image=nvcr.io#nvidia/some:image",
+        f"--container-mounts={mounts}",
+        f"--container-workdir={workdir}",
+    )
     return slurm.srun("-N1", "-n1", *image, *command)
 
 
@@ -135,7 +153,9 @@ def test_container_mounts_are_seen_by_the_step_only(slurm: SlurmSession, tmp_pat
     source, target = tmp_path / "source", tmp_path / "target" / "deep"
     source.mkdir()
     (source / "weights").write_text("seen")
-    done = in_container(slurm, f"{source}:{target}", "bash", "-c", "pwd; cat weights; echo :$PYXIS_STANDIN_IMAGE", workdir=str(target))
+    done = in_container(
+        slurm, f"{source}:{target}", "bash", "-c", "pwd; cat weights; echo :$PYXIS_STANDIN_IMAGE", workdir=str(target)
+    )
     assert done.stdout.split() == [str(target), "seen:nvcr.io#nvidia/some:image"], done.stderr
     assert list(target.iterdir()) == []
     assert "weights" not in slurm.exec("ls", target, host="n1").stdout
@@ -165,7 +185,9 @@ def test_a_command_that_takes_too_long_is_ended_with_its_step(slurm: SlurmSessio
 
 
 def test_a_signal_reaches_the_command(slurm: SlurmSession) -> None:
-    with slurm.popen("bash", "-c", "trap 'echo got it; exit 7' USR1; echo ready; while :; do sleep 0.05; done") as process:
+    with slurm.popen(
+        "bash", "-c", "trap 'echo got it; exit 7' USR1; echo ready; while :; do sleep 0.05; done"
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGUSR1)
@@ -199,7 +221,9 @@ def test_down_leaves_nothing_behind(make_slurm: MakeSlurm, busy: bool) -> None:
     assert own_namespaces.isdisjoint(before_namespaces)
     step = slurm.popen("srun", "-N2", "sleep", "3603") if busy else None
     if step:
-        wait_until(lambda: len([words for words in processes_naming("3603").values() if words[0].endswith("sleep")]) == 2)
+        wait_until(
+            lambda: len([words for words in processes_naming("3603").values() if words[0].endswith("sleep")]) == 2
+        )
     slurm.cluster.down()
     if step:
         step.communicate(timeout=10)
@@ -260,7 +284,7 @@ def test_two_clusters_do_not_meet(slurm: SlurmSession, make_slurm: MakeSlurm) ->
     assert slurm.srun("hostname").returncode == 0
 
 
-def test_the_cluster_by_hand() -> None:
+def test_the_cluster_by_hand(slurm: SlurmSession) -> None:
     with_state = [sys.executable, "-m", Cluster.__module__.rpartition(".")[0], "--state", "/tmp/dynmpi-by-hand"]
 
     def verb(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -287,7 +311,9 @@ def test_the_cluster_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"nodes": 0}, {"nodes": 100}, {"cpus_per_node": 0}, {"gpus_per_node": -1}], ids=lambda values: next(iter(values))
+    "values",
+    [{"nodes": 0}, {"nodes": 100}, {"cpus_per_node": 0}, {"gpus_per_node": -1}],
+    ids=lambda values: next(iter(values)),
 )
 def test_settings_that_cannot_work_are_refused(values: Mapping[str, int]) -> None:
     with pytest.raises(ClusterError):

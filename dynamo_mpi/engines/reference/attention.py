@@ -16,13 +16,13 @@ _WORTH_BATCHING = 64
 
 
 class KeyValueCache:
-    """Keys and values of every slot: ``[layers, slots, kv heads, positions, head_dim]``, float32.
+    """Keys and values of every slot: ``[slots, layers, kv heads, positions, head_dim]``, float32.
 
-    Its pages are the kernel's zero page until a sequence writes to them.
+    A slot's memory is in one piece, and is taken from the system when its first sequence writes to it.
     """
 
     def __init__(self, layers: int, slots: int, kv_heads: int, positions: int, head_dim: int) -> None:
-        size = (layers, slots, kv_heads, positions, head_dim)
+        size = (slots, layers, kv_heads, positions, head_dim)
         self.keys: Float32Array = np.zeros(size, np.float32)
         self.values: Float32Array = np.zeros(size, np.float32)  # zeros_like would touch every page
 
@@ -88,7 +88,7 @@ class StepAttention:
             keys: ``[tokens, kv heads, head_dim]``, rotated.
             values: ``[tokens, kv heads, head_dim]``.
         """
-        cached_keys, cached_values = self._cache.keys[layer], self._cache.values[layer]
+        cached_keys, cached_values = self._cache.keys[:, layer], self._cache.values[:, layer]
         cached_keys[self._slots, :, self.positions] = keys
         cached_values[self._slots, :, self.positions] = values
         attended = np.empty(queries.shape, np.float32)

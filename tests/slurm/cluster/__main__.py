@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cluster by hand: ``python3 -m tests.slurm.cluster VERB``, as root on Debian, from the repository's root.
 
-    up                    install what is missing, build the cluster, show its nodes
-    exec COMMAND...       run a command on the login node: srun, sbatch, squeue, a shell
-    node NAME COMMAND...  run a command on a compute node
-    kill-node NAME        power a node off; start-node NAME powers it on again
-    status                what runs
-    pids NAME             the processes of a host, by their pids on this machine
-    down                  stop everything and remove the state folder
+up                    install what is missing, build the cluster, show its nodes
+exec COMMAND...       run a command on the login node: srun, sbatch, squeue, a shell
+node NAME COMMAND...  run a command on a compute node
+kill-node NAME        power a node off; start-node NAME powers it on again
+status                what runs
+pids NAME             the processes of a host, by their pids on this machine
+down                  stop everything and remove the state folder
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     node = verbs.add_parser("node", help="run a command on a compute node")
     node.add_argument("name")
     node.add_argument("command", nargs=argparse.REMAINDER)
-    for verb, text in (("kill-node", "power a node off"), ("start-node", "power it on"), ("pids", "a host's processes")):
+    for verb, text in (
+        ("kill-node", "power a node off"),
+        ("start-node", "power it on"),
+        ("pids", "a host's processes"),
+    ):
         verbs.add_parser(verb, help=text).add_argument("name")
     verbs.add_parser("status", help="what runs")
     verbs.add_parser("down", help="stop everything")
@@ -58,9 +62,7 @@ def foreground(process: InsideProcess) -> int:
 def execute(arguments: argparse.Namespace) -> int:
     state: Path = arguments.state.absolute()
     if arguments.verb == "up":
-        cluster = Cluster(
-            ClusterSettings(state, arguments.nodes, arguments.cpus_per_node, arguments.gpus_per_node)
-        )
+        cluster = Cluster(ClusterSettings(state, arguments.nodes, arguments.cpus_per_node, arguments.gpus_per_node))
         cluster.up()
         return show_status(cluster)
     cluster = Cluster.existing(state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -240,15 +241,9 @@ class Cluster:
         with self.popen(argv, host=host, environment=environment, cwd=cwd) as process:
             try:
                 stdout, stderr = process.communicate(timeout=timeout)
-            except subprocess.TimeoutExpired as expired:
-                process.terminate()
-                try:
-                    stdout, stderr = process.communicate(timeout=5)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    stdout, stderr = process.communicate()
-                expired.stdout, expired.stderr = stdout, stderr
-                raise
+            except subprocess.TimeoutExpired:
+                stdout, stderr = end(process)
+                raise subprocess.TimeoutExpired(list(argv), timeout, stdout, stderr) from None
             except BaseException:
                 process.kill()
                 raise
@@ -336,6 +331,17 @@ class Cluster:
             raise ClusterError(f"{node} does not start: {done.stderr}")
         if wait:
             self.wait_until_idle()
+
+
+def end(process: InsideProcess, patience: float = 5.0) -> tuple[str, str]:
+    """End a process by SIGTERM, or by SIGKILL after ``patience`` seconds; return the rest of its stdout and stderr."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process.send_signal(number)
+        try:
+            return process.communicate(timeout=patience)
+        except subprocess.TimeoutExpired:
+            continue
+    return "", "(its pipes are still held by what it started)"
 
 
 def remove_leftovers() -> None:

@@ -24,6 +24,7 @@ NULL_DEVICE = os.makedev(1, 3)
 # - SlurmdSpoolDir and TmpFS carry %n, as all nodes share one file system; with one TmpFS the nodes' PMIx servers collide
 #   ("task 2 launch failed: Unspecified error").
 # - TaskPlugin and ProctrackType do without cgroups, which a container often lacks; the nodes' PID namespaces do their work.
+# - MessageTimeout: a node without power is only given up once a message to it has been; Slurm's own default is 10.
 # - ReturnToService=2: a node that was switched off is idle again as soon as its slurmd registers.
 SLURM_CONF = """\
 ClusterName=namespaces
@@ -56,6 +57,7 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout={node_timeout}
+MessageTimeout={node_timeout}
 SlurmctldTimeout=15
 InactiveLimit=0
 MinJobAge=3600
@@ -126,7 +128,17 @@ def build_pyxis_standin(settings: ClusterSettings) -> None:
     Raises:
         ClusterError: the compiler refused it.
     """
-    command = ["gcc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-o", settings.pyxis_plugin, PYXIS_SOURCE]
+    command = [
+        "gcc",
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-Wall",
+        "-Wextra",
+        "-o",
+        str(settings.pyxis_plugin),
+        str(PYXIS_SOURCE),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ClusterError(f"cannot build {PYXIS_SOURCE.name}: {done.stderr}")

@@ -50,7 +50,7 @@ class ProcessIdentity:
     @classmethod
     def of(cls, pid: int) -> ProcessIdentity | None:
         stat = read_stat(pid)
-        return stat and cls(pid, stat.start_ticks)
+        return cls(pid, stat.start_ticks) if stat else None
 
     @classmethod
     def load(cls, path: Path) -> ProcessIdentity | None:
@@ -87,7 +87,9 @@ def all_pids() -> Iterator[int]:
 def children_of(pid: int) -> list[int]:
     """Living children, the oldest first."""
     stats = ((child, read_stat(child)) for child in all_pids())
-    return [child for _, child in sorted((stat.start_ticks, child) for child, stat in stats if stat and stat.parent == pid)]
+    return [
+        child for _, child in sorted((stat.start_ticks, child) for child, stat in stats if stat and stat.parent == pid)
+    ]
 
 
 def command_line(pid: int) -> list[str]:

@@ -5,6 +5,7 @@
  * srun, salloc and sbatch accept Pyxis's options. In a task that asks for an image or a name, --container-mounts become
  * bind mounts in a mount namespace of the task, and --container-workdir a chdir. The image is not unpacked: the root file
  * system stays the host's, and the options are shown in PYXIS_STANDIN_{IMAGE,NAME,MOUNTS}.
+ * A mount point that is missing is made, on the host, as there is no image to make it in.
  * As Pyxis does, it refuses mounts and a folder that make no sense, and the task does not start.
  */
 #define _GNU_SOURCE

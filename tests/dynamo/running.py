@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real etcd and a real worker under mpirun, for tests that need to hurt them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dynamo_mpi.local.ports import free_port, is_free
+from dynamo_mpi.local.processes import Child, session_members
+from dynamo_mpi.local.programs import find_etcd
+from dynamo_mpi.local.services import Etcd, Frontend
+from tests.conftest import find_mpirun, mpi_environment
+
+T = TypeVar("T")
+
+
+def eventually(read: Callable[[], T | None], what: str, seconds: float = 60) -> T:
+    """Wait until ``read`` returns something true, and return it."""
+    end = time.monotonic() + seconds
+    while True:
+        value = read()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds} s: {what}; last seen: {value!r}")
+        time.sleep(0.02)
+
+
+class EtcdServer:
+    """A real etcd on loopback that can be stopped, frozen and started again on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.service = Etcd(find_etcd(), free_port(), folder / "etcd")
+        self.child: Child | None = None
+
+    @property
+    def url(self) -> str:
+        return self.service.url
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        self.child = Child.start("etcd", self.service.command(), environment=os.environ, log=self.folder / "etcd.log")
+        eventually(self.service.answers, "etcd answers")
+
+    def stop(self) -> None:
+        """Kill it."""
+        if self.child is not None:
+            self.child.kill()
+            self.child = None
+
+    def keys(self, prefix: str = "v1/") -> list[str]:
+        """Return the keys under ``prefix``."""
+        import pyetcd
+
+        with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
+            return sorted(meta.key.decode() for _, meta in client.get_prefix(prefix))
+
+    def revision(self) -> int:
+        """Return the store's revision: it grows with every write."""
+        import pyetcd
+
+        with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
+            return int(client.get_response("x").header.revision)
+
+
+class RunningWorker:
+    """``mpirun -n N python -m dynamo_mpi.worker`` with its output in a file."""
+
+    def __init__(
+        self, folder: Path, etcd: EtcdServer, model: Path, ranks: int, *flags: str, **environment: str
+    ) -> None:
+        self.ready_file = folder / "ready.json"
+        self.log = folder / "worker.log"
+        words = [
+            "--model",
+            str(model),
+            "--tensor-parallel-size",
+            str(ranks),
+            "--ready-file",
+            str(self.ready_file),
+            *flags,
+        ]
+        command = [find_mpirun(), "-n", str(ranks), sys.executable, "-m", "dynamo_mpi.worker", *words]
+        variables = mpi_environment({"ETCD_ENDPOINTS": etcd.url, "DYN_LOG": "error", **environment})
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def text(self) -> str:
+        """Return what the ranks have printed."""
+        return self.log.read_text(errors="replace")
+
+    def ready(self, seconds: float = 90) -> dict[str, Any]:
+        """Wait for the ready file and return what is in it."""
+
+        def read() -> dict[str, Any] | None:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the worker ended with {self.process.returncode}:\n{self.text()}")
+            with contextlib.suppress(FileNotFoundError):
+                content: dict[str, Any] = json.loads(self.ready_file.read_text())
+                return content
+            return None
+
+        return eventually(read, f"ready\n{self.text()}", seconds)
+
+    def rank_zero(self) -> int:
+        """Return rank 0's pid."""
+        return int(self.ready()["pid"])
+
+    def ranks(self) -> list[int]:
+        """Return the pids of all ranks, rank 0 first."""
+        leader = self.rank_zero()
+        others = []
+        for pid in session_members(self.process.pid):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"dynamo_mpi.worker" in words and words[0].endswith(b"python") and pid != leader:
+                others.append(pid)
+        return [leader, *sorted(pid for pid in others if pid != self.process.pid)]
+
+    def wait(self, seconds: float = 60) -> int:
+        """Wait for mpirun to end and return its exit code."""
+        return self.process.wait(seconds)
+
+    def stop(self) -> None:
+        """End it and everything it started."""
+        for pid in session_members(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def system_port() -> int:
+    """Return a free port that ``DYN_SYSTEM_PORT`` can hold: the runtime reads it as a signed 16-bit number."""
+    for port in range(20000 + os.getpid() % 1000, 32000):
+        if is_free(port):
+            return port
+    raise AssertionError("no free port below 32768")
+
+
+@contextmanager
+def running_frontend(folder: Path, etcd: EtcdServer, request_plane: str = "tcp") -> Iterator[Frontend]:
+    """Run the real frontend on loopback."""
+    frontend = Frontend(free_port(), {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": request_plane})
+    environment = os.environ | dict(frontend.discovery) | {"DYN_LOG": "error"}
+    child = Child.start("frontend", frontend.command(), environment=environment, log=folder / "frontend.log")
+    try:
+        eventually(frontend.answers, "the frontend answers")
+        yield frontend
+    finally:
+        child.kill()
+
+
+def http_get(url: str) -> tuple[int, str]:
+    """Return status and body; status 0 when nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+    except OSError as error:
+        return 0, str(error)

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker of three ranks against a real etcd: what is registered serves, and what ends says why."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, running_frontend, system_port
+
+pytestmark = pytest.mark.dynamo
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    """An etcd of this test's own."""
+    server = EtcdServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[type[RunningWorker]]:
+    """Start workers; what is left of them is killed."""
+    workers: list[RunningWorker] = []
+
+    def begin(ranks: int, *flags: str, model: Path = model_dir, **environment: str) -> RunningWorker:
+        workers.append(RunningWorker(tmp_path, etcd, model, ranks, *flags, **environment))
+        return workers[-1]
+
+    yield begin  # type: ignore[misc]  # the fixture's users call it as they would the class
+    for worker in workers:
+        worker.stop()
+
+
+class Stream:
+    """One streamed completion, read event by event."""
+
+    def __init__(self, port: int, model: str, max_tokens: int) -> None:
+        body = {"model": model, "prompt": "The capital of France is", "max_tokens": max_tokens, "ignore_eos": True}
+        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        headers = {"Content-Type": "application/json"}
+        self._connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), headers)
+        self._reply = self._connection.getresponse()
+        assert self._reply.status == 200, self._reply.read()
+
+    def events(self) -> Iterator[str]:
+        """Yield the data of each event."""
+        for line in self._reply:
+            if line.startswith(b"data: "):
+                yield line.decode().removeprefix("data: ").strip()
+        self._connection.close()
+
+
+def test_sigterm_drains_deregisters_and_ends_with_zero(etcd, start, tmp_path, model_dir):
+    worker = start(3)
+    worker.ready()
+    with running_frontend(tmp_path, etcd) as frontend:
+        eventually(lambda: model_dir.name in frontend.models(), "the model is listed")
+        events = Stream(frontend.port, model_dir.name, 60).events()
+        next(events)
+        os.kill(worker.rank_zero(), signal.SIGTERM)
+        eventually(lambda: not etcd.keys(), "the keys are gone", 10)
+        rest = list(events)
+        assert rest[-1] == "[DONE]", "the request in flight was finished"
+        assert json.loads(rest[-2])["choices"][0]["finish_reason"] == "length"
+        assert worker.wait() == 0, worker.text()
+    assert not worker.ready_file.exists()
+    assert "drain: deregistered, 1 requests in flight" in worker.text()
+
+
+def test_signal_to_all_ranks_at_once_still_drains(etcd, start):
+    worker = start(3)
+    worker.ready()
+    for pid in worker.ranks():
+        os.kill(pid, signal.SIGTERM)
+    assert worker.wait() == 0, worker.text()
+    assert etcd.keys() == []
+
+
+def test_health_follows_the_engine(start):
+    port = system_port()
+    worker = start(1, DYN_SYSTEM_PORT=str(port), DYN_SYSTEM_HOST="127.0.0.1")
+    worker.ready()
+    status, body = eventually(
+        lambda: (answer := http_get(f"http://127.0.0.1:{port}/health"))[0] == 200 and answer, "/health is 200", 20
+    )
+    assert "ready" in body
+    assert http_get(f"http://127.0.0.1:{port}/live")[0] == 200
+
+
+def test_nothing_is_registered_when_a_rank_cannot_load(etcd, start, tmp_path, model_dir):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in model_dir.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = broken / "model.gguf"
+    weights.write_bytes(weights.read_bytes()[:-30_000_000])
+    before = etcd.revision()
+    worker = start(3, model=broken)
+    code = worker.wait()
+    assert code in (66, 70), worker.text()
+    assert "error in load: ranks" in worker.text()
+    assert "Traceback" not in worker.text()
+    assert etcd.revision() == before, "not even for a moment"
+
+
+def test_lost_lease_is_no_clean_end(etcd, start):
+    worker = start(1, ETCD_LEASE_TTL="3")
+    worker.ready()
+    etcd.stop()
+    assert worker.wait(120) == 75, worker.text()
+    assert "ended by itself" in worker.text()
+
+
+def test_killed_follower_ends_the_world(start):
+    worker = start(3)
+    worker.ready()
+    os.kill(worker.ranks()[2], signal.SIGKILL)
+    assert worker.wait() != 0
+
+
+def test_nothing_is_registered_before_the_proof(etcd, start):
+    before = etcd.revision()
+    worker = start(3, "--prove-timeout", "0")
+    assert worker.wait() == 124, worker.text()
+    assert "the first completion took more than 0 s" in worker.text()
+    assert etcd.revision() == before, "not even for a moment"

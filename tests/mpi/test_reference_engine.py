@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference engine over real MPI ranks makes the tokens that transformers makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.mpi
+
+PROGRAMS = Path(__file__).with_name("programs")
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").read_text(encoding="utf-8"))["prompts"]
+
+Generate = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def generate(mpirun, model_dir, tmp_path_factory) -> Generate:
+    """Run rounds of requests on a number of ranks; returns what the program printed."""
+
+    def run(ranks: int, rounds: list[list[dict[str, Any]]], **settings: Any) -> dict[str, Any]:
+        task = tmp_path_factory.mktemp("task") / "rounds.json"
+        task.write_text(json.dumps({"rounds": rounds, "idle_seconds": 0, **settings}))
+        done = mpirun(ranks, PROGRAMS / "reference_generate.py", str(model_dir), str(task))
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def greedy(golden: dict[str, Any], max_tokens: int = 64) -> dict[str, Any]:
+    return {"prompt": golden["prompt_token_ids"], "max_tokens": max_tokens}
+
+
+def tokens_of(results: list[dict[str, Any]]) -> list[list[int]]:
+    return [result["tokens"] for result in results]
+
+
+@pytest.fixture(scope="session")
+def three_ranks(generate) -> dict[str, Any]:
+    """One world of three: each prompt alone, all of them at once, seeded sampling alone and in company, then idle."""
+    sampled = {**greedy(GOLDEN[0], 24), "temperature": 0.9, "seed": 7}
+    other_seed = {**sampled, "seed": 8}
+    alone = [[greedy(golden)] for golden in GOLDEN]
+    together = [[greedy(golden) for golden in GOLDEN]]
+    return generate(3, [*alone, *together, [sampled], [greedy(GOLDEN[1], 24), sampled, other_seed]], idle_seconds=2.5)
+
+
+def test_one_rank_makes_the_golden_tokens(generate) -> None:
+    output = generate(1, [[greedy(golden)] for golden in GOLDEN] + [[greedy(golden) for golden in GOLDEN]])
+
+    expected = [golden["token_ids"] for golden in GOLDEN]
+    assert [tokens_of(results)[0] for results in output["rounds"][:-1]] == expected
+    assert tokens_of(output["rounds"][-1]) == expected
+
+
+def test_three_ranks_make_the_golden_tokens(three_ranks) -> None:
+    alone = three_ranks["rounds"][: len(GOLDEN)]
+
+    assert [tokens_of(results)[0] for results in alone] == [golden["token_ids"] for golden in GOLDEN]
+    assert {results[0]["finish_reason"] for results in alone} == {"length"}
+
+
+def test_a_batch_on_three_ranks_makes_the_same_tokens(three_ranks) -> None:
+    assert tokens_of(three_ranks["rounds"][len(GOLDEN)]) == [golden["token_ids"] for golden in GOLDEN]
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_company(three_ranks) -> None:
+    [alone], [_, in_company, other_seed] = three_ranks["rounds"][-2:]
+
+    assert in_company["tokens"] == alone["tokens"]
+    assert other_seed["tokens"] != alone["tokens"]
+    assert alone["tokens"] != GOLDEN[0]["token_ids"][:24]
+
+
+def test_idle_ranks_leave_the_cores_alone(three_ranks) -> None:
+    leader, *followers = three_ranks["idle_cpu_shares"]
+
+    assert max(followers) < 0.05
+    assert leader < 0.05
+
+
+def test_nine_ranks_share_the_three_key_value_heads(generate) -> None:
+    output = generate(9, [[greedy(golden, 12) for golden in GOLDEN[:3]]])
+
+    assert tokens_of(output["rounds"][0]) == [golden["token_ids"][:12] for golden in GOLDEN[:3]]
+
+
+def test_a_step_longer_than_a_message_reaches_all_ranks(generate) -> None:
+    long_prompt = (GOLDEN[0]["prompt_token_ids"] * 10)[:300]
+
+    output = generate(3, [[{"prompt": long_prompt, "max_tokens": 2}], [{"prompt": long_prompt, "max_tokens": 2}]])
+
+    first, second = output["rounds"]
+    assert len(first[0]["tokens"]) == 2
+    assert first[0]["tokens"] == second[0]["tokens"]
+
+
+def test_two_ranks_are_refused(mpirun, model_dir, tmp_path) -> None:
+    task = tmp_path / "rounds.json"
+    task.write_text('{"rounds": [], "idle_seconds": 0}')
+
+    done = mpirun(2, PROGRAMS / "reference_generate.py", str(model_dir), str(task))
+
+    assert done.returncode == 78
+    assert "needed: tensor_parallel_size one of 1, 3, 9" in done.stderr
+
+
+def test_an_error_on_another_rank_comes_out_of_follow(mpirun, model_dir) -> None:
+    done = mpirun(3, PROGRAMS / "reference_follower_failure.py", str(model_dir), timeout=60)
+
+    assert done.returncode == 70
+    assert "follow raised: rank 1 lost its weights" in done.stderr

