@@ -168,6 +168,8 @@ def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
         engine=settings.engine,
         model_dir=str(settings.model),
         tp_size=config.tp_size,
+        pp_size=config.pp_size,
+        cp_size=config.cp_size,
         max_batch_size=config.max_batch_size,
         max_num_tokens=config.max_num_tokens,
         max_seq_len=config.max_seq_len,

@@ -77,6 +77,19 @@ def _switch(text: str) -> bool:
     return known[text.strip().lower()]
 
 
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError("something that isn't empty")
+    return text
+
+
+def _path(text: str) -> Path:
+    # the settings file can hold what no command line can: NULs and code points that are no characters
+    if not text or "\0" in text or any("\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in text):
+        raise ValueError("a path")
+    return Path(text)
+
+
 def _name(text: str) -> str:
     if not text or any(c in text for c in "./ \t\n"):
         raise ValueError("a name without dots, slashes and blanks")
@@ -97,13 +110,13 @@ OPTIONS: tuple[Option, ...] = (
         "role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", str, "what this worker does", ("agg",)
     ),
     Option("engine", ("--engine",), ("DYN_MPI_ENGINE",), "reference", str, "what runs the model", ("reference",)),
-    Option("model", ("--model", "--model-path"), ("MODEL_PATH",), None, Path, "model folder, with its config.json"),
+    Option("model", ("--model", "--model-path"), ("MODEL_PATH",), None, _path, "model folder, with its config.json"),
     Option(
         "served_model_name",
         ("--served-model-name",),
         ("SERVED_MODEL_NAME",),
         None,
-        str,
+        _text,
         "name that clients ask for; the folder's name by default",
     ),
     Option(
@@ -111,7 +124,7 @@ OPTIONS: tuple[Option, ...] = (
         ("--engine-config", "--extra-engine-args"),
         ("ENGINE_CONFIG",),
         None,
-        Path,
+        _path,
         "engine config: TensorRT-LLM's YAML",
     ),
     Option(
@@ -121,6 +134,14 @@ OPTIONS: tuple[Option, ...] = (
         None,
         _size,
         "over the engine config's tensor_parallel_size",
+    ),
+    Option(
+        "pipeline_parallel_size",
+        ("--pipeline-parallel-size", "--pp-size"),
+        (),
+        None,
+        _size,
+        "over the engine config's pipeline_parallel_size",
     ),
     Option("max_batch_size", ("--max-batch-size",), (), None, _size, "over the engine config's max_batch_size"),
     Option("max_num_tokens", ("--max-num-tokens",), (), None, _size, "over the engine config's max_num_tokens"),
@@ -167,7 +188,7 @@ OPTIONS: tuple[Option, ...] = (
         ("--ready-file",),
         ("DYN_MPI_READY_FILE",),
         None,
-        Path,
+        _path,
         "write this file, as JSON, once it is serving",
     ),
     Option(
@@ -207,6 +228,7 @@ class Settings:
     served_model_name: str
     engine_config: Path | None
     tensor_parallel_size: int | None
+    pipeline_parallel_size: int | None
     max_batch_size: int | None
     max_num_tokens: int | None
     max_seq_len: int | None
@@ -225,7 +247,7 @@ class Settings:
     @property
     def size_flags(self) -> dict[str, int]:
         """Sizes that were set over the engine config, by their YAML key."""
-        names = ("tensor_parallel_size", "max_batch_size", "max_num_tokens", "max_seq_len")
+        names = ("tensor_parallel_size", "pipeline_parallel_size", "max_batch_size", "max_num_tokens", "max_seq_len")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -310,7 +332,8 @@ def _settings_file(path: str | None) -> dict[str, Any]:
 
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # ValueError: bad UTF-8, and what int() and date() say of impossible numbers and dates
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"the settings file {path} can't be used: {' '.join(str(error).split())}") from None
     if loaded is None:
         return {}

@@ -16,8 +16,8 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launchers.launch import Launch, detect
+from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.launchers.launch import Launch, Launcher, detect
 from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch, refuse_world_size
 from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.supervision.phases import Phases
@@ -27,7 +27,8 @@ from dynamo_mpi.world import World, bind_library, form_world
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# How long the other ranks leave rank 0 to say why: a launcher kills the rest when the first process fails, and no MPI orders them yet.
+# How long ranks that refuse alone stay, so that all have started and rank 0 has said why: a launcher ends the rest when the first
+# process fails, and no MPI orders them yet.
 _HUSH_SECONDS = 2.0
 
 
@@ -65,10 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.rank == 0:
             from dynamo_mpi.leader import lead
 
-            return lead(world, launch, words, phases, voice)
+            # until it serves: the others ignore SIGTERM, and under MPICH would not even notice that rank 0 has died of it
+            signal.signal(signal.SIGTERM, lambda number, _: world.abort(of_signal(number)))
+            return _leave(world, lead(world, launch, words, phases, voice))
         from dynamo_mpi.follower import follow
 
-        return follow(world, launch, words, phases)
+        return _leave(world, follow(world, launch, words, phases))
     except BootstrapError as error:
         _abandon(world, voice, phases, str(error), error.exit_code)
     except Exception:
@@ -90,12 +93,22 @@ def _help(words: Sequence[str], launch: Launch) -> int:
 
 
 def _refuse_alone(error: BootstrapError, launch: Launch, voice: Voice) -> int:
-    """Leave before, or without, a world: rank 0 speaks, the others give it time to."""
+    """Leave before, or without, a world: rank 0 speaks, and all give it, and each other, the time to know their exit code."""
     if launch.rank == 0:
         voice.say(f"error: {error}")
-    else:
+    if launch.size > 1 and launch.launcher is not Launcher.SLURM_SHELL:
+        # srun --kill-on-bad-exit sends it when the first rank leaves, and srun's own code is the highest of all ranks'
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(_HUSH_SECONDS)
     return error.exit_code
+
+
+def _leave(world: World, code: int) -> int:
+    """Wait for each other before the first rank leaves: on ``srun --kill-on-bad-exit`` the rest get SIGTERM then, and srun would exit
+    with that signal's code instead of ours."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    world.barrier()
+    return code
 
 
 def _abandon(world: World, voice: Voice, phases: Phases, text: str, code: ExitCode) -> None:

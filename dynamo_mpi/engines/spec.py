@@ -20,6 +20,8 @@ class EngineSpec(NamedTuple):
         engine: its name, as ``--engine`` has it.
         model_dir: the model folder.
         tp_size: tensor-parallel size.
+        pp_size: pipeline-parallel size.
+        cp_size: context-parallel size.
         max_batch_size: requests in one step.
         max_num_tokens: tokens in one step.
         max_seq_len: prompt and output tokens of one request.
@@ -29,6 +31,8 @@ class EngineSpec(NamedTuple):
     engine: str
     model_dir: str
     tp_size: int
+    pp_size: int
+    cp_size: int
     max_batch_size: int | None = None
     max_num_tokens: int | None = None
     max_seq_len: int | None = None
@@ -41,8 +45,15 @@ class EngineSpec(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes) -> EngineSpec:
         """Decode what `pack` made."""
-        engine, model_dir, tp_size, *sizes = unpack(data)
-        return cls(engine, model_dir, int(tp_size), *(int(size) if size else None for size in sizes))
+        engine, model_dir, tp_size, pp_size, cp_size, *sizes = unpack(data)
+        return cls(
+            engine,
+            model_dir,
+            int(tp_size),
+            int(pp_size),
+            int(cp_size),
+            *(int(size) if size else None for size in sizes),
+        )
 
 
 def build_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> Engine:

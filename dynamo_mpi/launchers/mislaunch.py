@@ -5,6 +5,7 @@ Left alone, most of them don't fail: every process becomes rank 0 of its own wor
 the right plugin do so with exit code 0), and the first symptom is N workers that each try to load the whole model.
 
 All rules here look at facts that every rank of a launch shares, so that all ranks refuse alike and none is left waiting in ``MPI_Init``.
+Which ranks a node holds is no such fact: that they stand in blocks is left to the roster, which sees every rank.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def identify_library(text: str) -> MpiLibrary:
     if first.startswith("Open MPI"):
         return MpiLibrary("openmpi", first)
     if any(name in first for name in ("MPICH", "Intel(R) MPI", "MVAPICH", "CRAY")):
-        return MpiLibrary("mpich", " ".join(first.split()), pmix="pmix" in stripped.lower())
+        configured = stripped.lower().replace("--without-pmix", "")
+        return MpiLibrary("mpich", " ".join(first.split()), pmix="pmix" in configured)
     return MpiLibrary("unknown", first)
 
 
@@ -46,23 +48,30 @@ def refuse_mislaunch(launch: Launch, library: MpiLibrary) -> None:
     Raises:
         MislaunchError: saying what was found, and the command that does what was meant.
     """
-    _refuse_singletons(launch)
+    _refuse_singletons(launch, library)
     _refuse_wrong_library(launch, library)
     _refuse_placement(launch)
 
 
-def _refuse_singletons(launch: Launch) -> None:
+def _refuse_singletons(launch: Launch, library: MpiLibrary) -> None:
     if launch.launcher is Launcher.SLURM_BARE and launch.size > 1:
         raise MislaunchError(
             f"srun started {launch.size} tasks without an MPI plugin: each would be rank 0 of a world of 1",
             needed=f"one MPI world of {launch.size} ranks",
             fix="srun --mpi=pmix ...   (see `srun --mpi=list`; with MPICH: --mpi=pmi2)",
         )
+    if launch.launcher is Launcher.SLURM_BARE and library.version.startswith("Open MPI v4."):
+        # 5.x, and MPICH, form a world of one there
+        raise MislaunchError(
+            f"srun started one task without an MPI plugin, where {library.version} can't even start alone",
+            needed="srun with the plugin of mpi4py's MPI library",
+            fix="srun --mpi=pmix ...   (see `srun --mpi=list`)",
+        )
     if launch.launcher is Launcher.SLURM_SHELL and launch.size > 1:
         raise MislaunchError(
             f"started once, without srun, inside Slurm job {launch.job_id} of {launch.size} tasks",
             needed=f"one MPI world of {launch.size} ranks",
-            fix=f"srun --mpi=pmix -n {launch.size} python -m dynamo_mpi.worker ...",
+            fix=f"srun --mpi=pmix -n {launch.size} python -m dynamo_mpi.worker ...   (with MPICH: --mpi=pmi2)",
         )
 
 
@@ -85,7 +94,8 @@ def _refuse_wrong_library(launch: Launch, library: MpiLibrary) -> None:
         f"the ranks were started by {launch.launcher.value}, but mpi4py uses {library.version}: "
         f"each of the {launch.size} ranks would be alone",
         needed=f"an mpi4py over {name}, or the launcher that goes with its library",
-        fix=f"{command}, or choose the library: MPI4PY_MPIABI={family} (and MPI4PY_LIBMPI=/path/to/libmpi.so)",
+        # not MPI4PY_MPIABI: with it, mpi4py doesn't open the library that MPI4PY_LIBMPI names
+        fix=f"{command}, or choose the library: MPI4PY_LIBMPI=/path/to/{name.replace(' ', '-').lower()}/libmpi.so",
     )
 
 
@@ -98,13 +108,6 @@ def _refuse_placement(launch: Launch) -> None:
             f"the {launch.size} ranks are spread unequally over {len(per_node)} nodes: {', '.join(map(str, per_node))}",
             needed="the same number of ranks on every node: the engine takes node = rank // ranks per node (A11)",
             fix=f"srun --nodes={len(per_node)} --ntasks-per-node={-(-launch.size // len(per_node))} ...",
-        )
-    mine = launch.node_ranks
-    if mine and mine != tuple(range(mine[0], mine[0] + len(mine))):
-        raise MislaunchError(
-            f"the ranks are not placed in blocks: one node holds ranks {', '.join(map(str, mine))}",
-            needed="consecutive ranks on each node: the engine takes node = rank // ranks per node (A11)",
-            fix="srun --distribution=block ...",
         )
 
 

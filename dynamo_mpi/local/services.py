@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import site
 import socket
 import sys
 from collections.abc import Mapping
@@ -89,10 +90,14 @@ class Nats:
 
 @dataclass(frozen=True)
 class Frontend:
-    """Dynamo's OpenAI-compatible HTTP server."""
+    """Dynamo's OpenAI-compatible HTTP server.
+
+    It copies every model's tokenizer to ``~/.cache/dynamo``; ``home`` is where that goes, None the user's own.
+    """
 
     port: int
     discovery: Mapping[str, str]
+    home: Path | None = None
     name: str = "frontend"
 
     @property
@@ -103,7 +108,10 @@ class Frontend:
         return (sys.executable, "-m", "dynamo.frontend", "--http-host", LOOPBACK, "--http-port", str(self.port))
 
     def environment(self) -> dict[str, str]:
-        return dict(self.discovery)
+        if self.home is None:
+            return dict(self.discovery)
+        # Packages installed with pip's --user are found by way of HOME as well.
+        return {**self.discovery, "HOME": str(self.home), "PYTHONUSERBASE": site.getuserbase()}
 
     def answers(self) -> bool:
         return get_json(self.port, "/live")[0] == 200
@@ -138,7 +146,11 @@ class Ranks:
         return (*self.mpirun, "-n", str(self.tp_size), *tethered(worker, rank_logs=self.rank_logs))
 
     def environment(self) -> dict[str, str]:
-        return {**self.discovery, "PYTHONUNBUFFERED": "1", **mpi_environment(self.scratch, root=os.geteuid() == 0)}
+        own = {
+            "PYTHONUNBUFFERED": "1",
+            "DYN_SELF_HOST_METADATA": "0",  # the frontend reads the model's files by their path
+        }
+        return {**self.discovery, **own, **mpi_environment(self.scratch, root=os.geteuid() == 0)}
 
     def ready(self) -> dict[str, Any] | None:
         """Return the ready file's contents, None while there is none. It appears whole, by a rename."""

@@ -158,7 +158,7 @@ class LocalStack:
         etcd, nats = self._settle(starting_etcd), self._settle(starting_nats)
         discovery = discovery_environment(etcd, nats, self._settings.request_plane)
 
-        starting_frontend = self._begin(lambda port: Frontend(port, discovery), http_port)
+        starting_frontend = self._begin(lambda port: Frontend(port, discovery, self._scratch), http_port)
         ranks = Ranks(
             mpirun=mpirun,
             tp_size=self._settings.tp_size,

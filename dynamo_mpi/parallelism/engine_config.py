@@ -68,7 +68,8 @@ def parse_engine_config(text: str, path: str, flags: Mapping[str, int] | None = 
 
     try:
         loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # PyYAML lets through what int() and date() say of impossible numbers and dates
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}", needed="TensorRT-LLM's YAML") from None
     if loaded is None:
         loaded = {}

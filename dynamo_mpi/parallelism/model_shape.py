@@ -53,7 +53,7 @@ def parse_model_shape(text: str, path: str) -> ModelShape:
     """
     try:
         config = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}", needed="the model's own config.json") from None
     if not isinstance(config, dict):
         raise DataError(f"{path} holds a {type(config).__name__}, not an object", needed="the model's own config.json")

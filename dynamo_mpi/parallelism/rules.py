@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT-LLM's layout rules, as far as the bootstrap applies them: world size and heads.
+"""TensorRT-LLM's layout rules, as far as the bootstrap applies them: world size, heads and layers.
 
 Each rule carries its id and where the engine has it. The engine meets them minutes into a load, as a bare ``AssertionError`` on every rank.
 """
@@ -32,6 +32,7 @@ def check_layout(shape: ModelShape, config: EngineConfig, world_size: int) -> li
         check_world_size,
         check_attention_heads,
         check_kv_heads,
+        check_layers,
     )
     return [finding for rule in rules if (finding := rule(shape, config, world_size)) is not None]
 
@@ -83,6 +84,20 @@ def check_kv_heads(shape: ModelShape, config: EngineConfig, world_size: int) -> 
         found=f"{shape.name}: num_key_value_heads {kv_heads}, tp_size {tp_size}",
         needed=needed,
         fix=_legal_advice(shape, config),
+    )
+
+
+def check_layers(shape: ModelShape, config: EngineConfig, world_size: int) -> Finding | None:
+    """F3: there are at least as many layers as pipeline stages (``modeling_utils.DecoderModel.__pp_init__``)."""
+    if shape.layers is None or shape.layers >= config.pp_size:
+        return None
+    return Finding(
+        "F3",
+        Severity.ERROR,
+        f"{shape.layers} layers are not enough for pp_size = {config.pp_size}",
+        found=f"{shape.name}: num_hidden_layers {shape.layers}, pp_size {config.pp_size}",
+        needed="num_hidden_layers >= pp_size",
+        fix=f"set pipeline_parallel_size to {shape.layers} or less",
     )
 
 

@@ -124,16 +124,18 @@ def _compare(file: WatchedFile) -> str:
         return f"{file.path} can't be read: {error.strerror}"
     if mine == file.content:
         return ""
-    here, there = mine.splitlines(), file.content.splitlines()
+    here, there = mine.splitlines(keepends=True), file.content.splitlines(keepends=True)
     for number, (a, b) in enumerate(zip(here, there, strict=False), 1):
         if a != b:
-            return f"{file.path} differs, first at line {number}: `{_short(a)}`, on rank 0 `{_short(b)}`"
+            return f"{file.path} differs, first at line {number}: {_excerpt(a, b)}, on rank 0 {_excerpt(b, a)}"
     return f"{file.path} differs: {len(here)} lines, on rank 0 {len(there)}"
 
 
-def _short(line: str) -> str:
-    line = line.strip()
-    return line if len(line) <= 60 else line[:57] + "..."
+def _excerpt(line: str, other: str) -> str:
+    """Return ``line`` around the place where it parts from ``other``, with blanks and line ends to be seen."""
+    start = max(0, len(os.path.commonprefix((line, other))) - 30)
+    end = start + 60
+    return ("..." if start else "") + repr(line[start:end]) + ("..." if end < len(line) else "")
 
 
 def weight_files(names: Sequence[str]) -> tuple[str, ...]:

@@ -52,6 +52,8 @@ class RequestHandler:
 
     async def wait_quiet(self, timeout: float) -> bool:
         """Wait until no request is in flight; tell whether that came about within ``timeout`` seconds."""
+        if self._quiet.is_set():
+            return True  # also with no time to wait
         try:
             await asyncio.wait_for(self._quiet.wait(), timeout)
         except asyncio.TimeoutError:
@@ -80,7 +82,8 @@ class RequestHandler:
         self._in_flight += 1
         self._quiet.clear()
         stopped = asyncio.ensure_future(context.async_killed_or_stopped())
-        stopped.add_done_callback(lambda _: self._engine.cancel(request_id))
+        # not when we cancel it ourselves below: a second try with the same id may be under way by then
+        stopped.add_done_callback(lambda ended: None if ended.cancelled() else self._engine.cancel(request_id))
         made, finished = 0, False
         try:
             while not finished:
@@ -101,8 +104,10 @@ class RequestHandler:
 
 async def _push(stream: AsyncGenerator[dict[str, Any], None], sender: Any) -> AsyncGenerator[dict[str, Any], None]:
     """Drain ``stream`` into ``sender``. Errors are left to the runtime, which tells a bad request from a broken engine by their type."""
-    async for response in stream:
-        sender.send(response)
+    # closed here, and not when it is collected: a sender that raises must not leave the request running
+    async with contextlib.aclosing(stream):
+        async for response in stream:
+            sender.send(response)
     sender.close()
     nothing: tuple[dict[str, Any], ...] = ()
     for response in nothing:

@@ -31,6 +31,12 @@ class EchoEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turned = threading.Event()
 
+    def load(self) -> None:
+        """There is nothing to load."""
+
+    def follow(self) -> None:
+        """There is nobody to follow."""
+
     def start(self) -> None:
         """Start the thread."""
         threading.Thread(target=self._run, daemon=True).start()

@@ -24,7 +24,7 @@ async def main() -> None:
         answer.served_model_name = name
         return answer
 
-    engine.start = named  # type: ignore[method-assign]  # its own start() has no other place for the name
+    engine.start = named
     await Worker(engine, config).run()
 
 

@@ -110,7 +110,7 @@ async def run(arguments: argparse.Namespace) -> None:
         etcd = Etcd(find_etcd(), free_port(), scratch / "etcd")
         frontend = Frontend(free_port(), {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": "tcp"})
         environment = os.environ | dict(frontend.discovery) | {"DYN_LOG": "error", "DYN_SYSTEM_PORT": "0"}
-        environment["PYTHONPATH"] = str(HERE.parent.parent)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(HERE.parent.parent))))
         export_model(find_default_gguf(), scratch / "model")
         start(list(etcd.command()), dict(os.environ))
         await answers(etcd)

@@ -36,9 +36,9 @@ CHATS: list[list[dict[str, str]]] = [
         {"role": "user", "content": "Who are you?"},
     ],
     [
-        {"role": "user", "content": "My name is Ada and I live in London."},
-        {"role": "assistant", "content": "Nice to meet you, Ada!"},
-        {"role": "user", "content": "Where do I live?"},
+        {"role": "user", "content": "Hello!"},
+        {"role": "assistant", "content": "Hello! How can I help you today?"},
+        {"role": "user", "content": "Which is the largest planet of the solar system?"},
     ],
     [{"role": "user", "content": "Übersetze ins Englische: „Der Zug fährt um 7:45 Uhr ab.“ 🚆"}],
     [{"role": "user", "content": "List five fruits,\n\tone per line,   in alphabetical order."}],

@@ -7,7 +7,7 @@ import http.client
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, running_frontend, system_port
 
 pytestmark = pytest.mark.dynamo
+Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
 
 
 @pytest.fixture
-def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[type[RunningWorker]]:
+def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
     """Start workers; what is left of them is killed."""
     workers: list[RunningWorker] = []
 
@@ -35,7 +36,7 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[type[Ru
         workers.append(RunningWorker(tmp_path, etcd, model, ranks, *flags, **environment))
         return workers[-1]
 
-    yield begin  # type: ignore[misc]  # the fixture's users call it as they would the class
+    yield begin
     for worker in workers:
         worker.stop()
 
@@ -59,7 +60,9 @@ class Stream:
         self._connection.close()
 
 
-def test_sigterm_drains_deregisters_and_ends_with_zero(etcd, start, tmp_path, model_dir):
+def test_sigterm_drains_deregisters_and_ends_with_zero(
+    etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path
+) -> None:
     worker = start(3)
     worker.ready()
     with running_frontend(tmp_path, etcd) as frontend:
@@ -76,7 +79,7 @@ def test_sigterm_drains_deregisters_and_ends_with_zero(etcd, start, tmp_path, mo
     assert "drain: deregistered, 1 requests in flight" in worker.text()
 
 
-def test_signal_to_all_ranks_at_once_still_drains(etcd, start):
+def test_signal_to_all_ranks_at_once_still_drains(etcd: EtcdServer, start: Start) -> None:
     worker = start(3)
     worker.ready()
     for pid in worker.ranks():
@@ -85,18 +88,19 @@ def test_signal_to_all_ranks_at_once_still_drains(etcd, start):
     assert etcd.keys() == []
 
 
-def test_health_follows_the_engine(start):
+def test_health_follows_the_engine(start: Start) -> None:
     port = system_port()
     worker = start(1, DYN_SYSTEM_PORT=str(port), DYN_SYSTEM_HOST="127.0.0.1")
     worker.ready()
-    status, body = eventually(
-        lambda: (answer := http_get(f"http://127.0.0.1:{port}/health"))[0] == 200 and answer, "/health is 200", 20
-    )
-    assert "ready" in body
+    health = f"http://127.0.0.1:{port}/health"
+    eventually(lambda: http_get(health)[0] == 200, "/health is 200", 20)
+    assert "ready" in http_get(health)[1]
     assert http_get(f"http://127.0.0.1:{port}/live")[0] == 200
 
 
-def test_nothing_is_registered_when_a_rank_cannot_load(etcd, start, tmp_path, model_dir):
+def test_nothing_is_registered_when_a_rank_cannot_load(
+    etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path
+) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in model_dir.iterdir():
@@ -112,7 +116,7 @@ def test_nothing_is_registered_when_a_rank_cannot_load(etcd, start, tmp_path, mo
     assert etcd.revision() == before, "not even for a moment"
 
 
-def test_lost_lease_is_no_clean_end(etcd, start):
+def test_lost_lease_is_no_clean_end(etcd: EtcdServer, start: Start) -> None:
     worker = start(1, ETCD_LEASE_TTL="3")
     worker.ready()
     etcd.stop()
@@ -120,14 +124,14 @@ def test_lost_lease_is_no_clean_end(etcd, start):
     assert "ended by itself" in worker.text()
 
 
-def test_killed_follower_ends_the_world(start):
+def test_killed_follower_ends_the_world(start: Start) -> None:
     worker = start(3)
     worker.ready()
     os.kill(worker.ranks()[2], signal.SIGKILL)
     assert worker.wait() != 0
 
 
-def test_nothing_is_registered_before_the_proof(etcd, start):
+def test_nothing_is_registered_before_the_proof(etcd: EtcdServer, start: Start) -> None:
     before = etcd.revision()
     worker = start(3, "--prove-timeout", "0")
     assert worker.wait() == 124, worker.text()

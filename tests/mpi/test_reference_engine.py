@@ -15,6 +15,9 @@ pytestmark = pytest.mark.mpi
 PROGRAMS = Path(__file__).with_name("programs")
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").read_text(encoding="utf-8"))["prompts"]
 
+UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
+"""Open MPI binds one or two ranks to a core each, which leaves the others to nobody."""
+
 Generate = Callable[..., dict[str, Any]]
 
 
@@ -25,7 +28,7 @@ def generate(mpirun, model_dir, tmp_path_factory) -> Generate:
     def run(ranks: int, rounds: list[list[dict[str, Any]]], **settings: Any) -> dict[str, Any]:
         task = tmp_path_factory.mktemp("task") / "rounds.json"
         task.write_text(json.dumps({"rounds": rounds, "idle_seconds": 0, **settings}))
-        done = mpirun(ranks, PROGRAMS / "reference_generate.py", str(model_dir), str(task))
+        done = mpirun(ranks, PROGRAMS / "reference_generate.py", str(model_dir), str(task), env=UNBOUND)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -100,6 +103,10 @@ def test_a_step_longer_than_a_message_reaches_all_ranks(generate) -> None:
     assert first[0]["tokens"] == second[0]["tokens"]
 
 
+def test_closing_an_engine_that_never_started_releases_the_other_ranks(generate) -> None:
+    assert generate(3, [])["rounds"] == []
+
+
 def test_two_ranks_are_refused(mpirun, model_dir, tmp_path) -> None:
     task = tmp_path / "rounds.json"
     task.write_text('{"rounds": [], "idle_seconds": 0}')
@@ -115,3 +122,13 @@ def test_an_error_on_another_rank_comes_out_of_follow(mpirun, model_dir) -> None
 
     assert done.returncode == 70
     assert "follow raised: rank 1 lost its weights" in done.stderr
+
+
+@pytest.mark.parametrize(("ranks", "pp_size"), [(2, 2), (3, 3), (6, 2)])
+def test_stages_make_the_golden_tokens(generate, ranks: int, pp_size: int) -> None:
+    """Alone and in company; 30 layers over 3 stages, and 2 stages of 3 ranks each as on two nodes."""
+    chosen = GOLDEN[:3]
+    output = generate(ranks, [[greedy(chosen[0], 16)], [greedy(golden, 16) for golden in chosen]], pp_size=pp_size)
+
+    assert tokens_of(output["rounds"][0])[0] == chosen[0]["token_ids"][:16]
+    assert tokens_of(output["rounds"][1]) == [golden["token_ids"][:16] for golden in chosen]

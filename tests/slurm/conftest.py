@@ -4,7 +4,6 @@ DYN_MPI_REQUIRE_SLURM=1, as in CI, that is an error."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,9 +12,7 @@ from typing import Protocol
 import pytest
 
 from .cluster.cluster import Cluster, remove_leftovers, why_unavailable
-from .session import SlurmSession
-
-REQUIRE = "DYN_MPI_REQUIRE_SLURM"
+from .session import SlurmSession, skip_or_fail
 
 
 class MakeSlurm(Protocol):
@@ -36,9 +33,7 @@ def mpich_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFa
 def make_slurm(mpich_cache: Path) -> Iterator[MakeSlurm]:
     """Clusters for tests that break theirs; all are taken down at the end of the session, also if it is killed."""
     if reason := why_unavailable():
-        if os.environ.get(REQUIRE) == "1":
-            pytest.fail(f"{REQUIRE}=1, but {reason}", pytrace=False)
-        pytest.skip(f"no Slurm cluster: {reason}")
+        skip_or_fail(f"no Slurm cluster: {reason}")
     remove_leftovers()
     with ExitStack() as clusters:
 

@@ -3,19 +3,23 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from tests.mpi_flavours import MpiFlavour, Unavailable, debian_openmpi, mpich_wheel
 
-from .cluster.cluster import Cluster, InsideProcess
+from .cluster.cluster import Cluster
+from .cluster.commands import InsideProcess
 from .cluster.settings import LOGIN
 
+REQUIRE = "DYN_MPI_REQUIRE_SLURM"
 Argument = str | Path
 DEFAULT_TIMEOUT = 60.0
 """Seconds for one command."""
@@ -28,7 +32,8 @@ class SlurmSession:
 
     Every command starts from this process's environment without any launcher's variables, with this Python's folder first on
     PATH; ``env`` adds to it. The nodes see this machine's files, so ``sys.executable`` and ``tmp_path`` hold there too.
-    Their network is their own: servers that ranks should reach run inside, on ``login`` or a node (``popen``).
+    Which nodes a job gets is Slurm's choice, and an earlier job may still be completing on the first: name them (--nodelist).
+    The nodes' network is their own: servers that ranks should reach run inside, on ``login`` or a node (``popen``).
 
     Attributes:
         cluster: for what is not offered here.
@@ -50,13 +55,19 @@ class SlurmSession:
 
     @property
     def debian_openmpi_env(self) -> Mapping[str, str]:
-        """Makes mpi4py use Debian's Open MPI, for ``srun --mpi=pmix``. Skips the test where there is none."""
-        return _environment_or_skip(debian_openmpi())
+        """Makes mpi4py use Debian's Open MPI, for ``srun --mpi=pmix``."""
+        return self.require(debian_openmpi()).library_environment
 
     @property
     def mpich_env(self) -> Mapping[str, str]:
-        """Makes mpi4py use PyPI's MPICH, for ``srun --mpi=pmi2``. Skips the test where it can't be installed."""
-        return _environment_or_skip(mpich_wheel(self.mpich_cache))
+        """Makes mpi4py use PyPI's MPICH, for ``srun --mpi=pmi2``."""
+        return self.require(mpich_wheel(self.mpich_cache)).library_environment
+
+    def require(self, flavour: MpiFlavour | Unavailable) -> MpiFlavour:
+        """The flavour, or else the test is skipped; with DYN_MPI_REQUIRE_SLURM=1 it fails."""
+        if isinstance(flavour, Unavailable):
+            skip_or_fail(f"no {flavour.name}: {flavour.reason}")
+        return flavour
 
     def exec(
         self,
@@ -142,7 +153,8 @@ class SlurmSession:
         return {**self.cluster.default_environment(), **(extra or {})}
 
 
-def _environment_or_skip(flavour: MpiFlavour | Unavailable) -> Mapping[str, str]:
-    if isinstance(flavour, Unavailable):
-        pytest.skip(flavour.reason)
-    return flavour.environment
+def skip_or_fail(reason: str) -> NoReturn:
+    """Skip the test, or let it fail where DYN_MPI_REQUIRE_SLURM=1 says that everything has to be there, as in CI."""
+    if os.environ.get(REQUIRE) == "1":
+        pytest.fail(f"{REQUIRE}=1, but {reason}", pytrace=False)
+    pytest.skip(reason)

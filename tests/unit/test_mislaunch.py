@@ -36,8 +36,8 @@ NO_PLUGIN: Words = ("4 tasks without an MPI plugin", r"do: +srun --mpi=pmix", "-
 NO_SRUN: Words = ("without srun", r"job \d+", r"do: +srun --mpi=pmix -n 4 python -m dynamo_mpi.worker")
 NEEDS_PMIX: Words = ("pmi2", "uses Open MPI v", r"do: +srun --mpi=pmix")
 NEEDS_PMI2: Words = ("--mpi=pmix", r"uses MPICH Version: 5\.0\.2", r"do: +srun --mpi=pmi2")
-NEEDS_MPIEXEC: Words = ("mpirun", r"uses MPICH Version: 5\.0\.2", r"do: +mpirun", "MPI4PY_")
-NEEDS_MPIRUN: Words = ("mpiexec", "uses Open MPI v", r"do: +mpiexec", "MPI4PY_")
+NEEDS_MPIEXEC: Words = ("by Open MPI.s mpirun", r"uses MPICH Version: 5\.0\.2", r"do: +mpiexec", "MPI4PY_LIBMPI")
+NEEDS_MPIRUN: Words = ("by MPICH.s mpiexec", "uses Open MPI v", r"do: +mpirun", "MPI4PY_LIBMPI")
 UNEQUAL: Words = ("unequally over 2 nodes", r"--ntasks-per-node=2", "A11")
 
 # columns as in LIBRARIES
@@ -91,6 +91,7 @@ def test_every_rank_of_a_launch_is_told_alike(name: str, library: str) -> None:
     words = TABLE[name][list(LIBRARIES).index(library)]
     texts = [refusal(detect(environment), identify_library(LIBRARIES[library])) for environment in ranks_of(name)]
     assert len(set(texts)) == 1
+    assert "MPI4PY_MPIABI" not in texts[0]  # it makes mpi4py ignore MPI4PY_LIBMPI
     if not words:
         assert texts[0] == ""
     for word in words:

@@ -17,17 +17,17 @@ class ReferenceConfig:
 
     Args:
         model_dir: holds config.json, the tokenizer's files and exactly one ``*.gguf``.
-        tp_size: ranks that share the model: all of the engine's world.
+        tp_size: ranks that share a stage.
         max_batch_size: sequences that run at once; one KV-cache slot each.
         max_num_tokens: tokens of one step over all sequences; longer prompts enter in chunks.
         max_seq_len: prompt and output tokens of one request; default the model's context, 2048 at the most.
         kv_block_size: tokens of a KV-cache block, as reported.
-        pp_size: has to be 1.
+        pp_size: stages of layers; times ``tp_size`` it is the engine's world.
         cp_size: has to be 1.
 
     Raises:
         DataError: a value that no engine can have.
-        LayoutError: pipeline or context parallelism.
+        LayoutError: context parallelism.
     """
 
     model_dir: Path
@@ -40,7 +40,7 @@ class ReferenceConfig:
     cp_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "max_batch_size", "max_num_tokens", "max_seq_len", "kv_block_size"):
+        for name in ("tp_size", "pp_size", "max_batch_size", "max_num_tokens", "max_seq_len", "kv_block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise DataError(f"{name} is {value}", needed=f"{name} of at least 1", fix="correct the engine config")
@@ -50,13 +50,12 @@ class ReferenceConfig:
                 needed="room for one token of every running sequence in each step",
                 fix=f"set max_num_tokens to {self.max_batch_size} or more in the engine config",
             )
-        for key, size in (("pipeline_parallel_size", self.pp_size), ("context_parallel_size", self.cp_size)):
-            if size != 1:
-                raise LayoutError(
-                    f"{key} is {size}",
-                    needed=f"{key}: 1, as the reference engine knows tensor parallelism only",
-                    fix="use tensor_parallel_size for all ranks, or the trtllm engine",
-                )
+        if self.cp_size != 1:
+            raise LayoutError(
+                f"context_parallel_size is {self.cp_size}",
+                needed="context_parallel_size: 1, as the reference engine knows tensor and pipeline parallelism only",
+                fix="use tensor_parallel_size and pipeline_parallel_size for all ranks",
+            )
 
     def context_length(self, model_context: int) -> int:
         """Return the tokens one request may have.

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from dynamo_mpi.engines.protocol import EngineLimits, FinishReason, GenerationRe
 from dynamo_mpi.engines.reference.collectives import Collectives, MpiCollectives, SingleRank
 from dynamo_mpi.engines.reference.config import ReferenceConfig, find_model_gguf
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.pipeline import MpiPipeline, Pipeline, SingleStage
 from dynamo_mpi.engines.reference.request_checks import check_request
 from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
 from dynamo_mpi.engines.reference.scheduler import Scheduler, Step, TokenChoice
@@ -67,18 +68,18 @@ class ReferenceEngine:
         config: what the engine is to be; the same on every rank.
 
     Raises:
-        LayoutError: the number of ranks is not ``config.tp_size``.
+        LayoutError: the number of ranks is not ``config.tp_size * config.pp_size``.
     """
 
     def __init__(self, comm: MPI.Intracomm | None, config: ReferenceConfig) -> None:
         self._comm = comm
         self._config = config
         self._rank, size = (0, 1) if comm is None else (comm.Get_rank(), comm.Get_size())
-        if size != config.tp_size:
+        if size != config.tp_size * config.pp_size:
             raise LayoutError(
-                f"the engine has {size} ranks, and tensor_parallel_size is {config.tp_size}",
-                needed="as many ranks as tensor_parallel_size",
-                fix=f"start {config.tp_size} ranks, or set tensor_parallel_size to {size} in the engine config",
+                f"the engine has {size} ranks; tensor_parallel_size is {config.tp_size}, pipeline_parallel_size {config.pp_size}",
+                needed="as many ranks as the product of the two",
+                fix=f"start {config.tp_size * config.pp_size} ranks, or change the sizes in the engine config",
             )
         self._loaded: _Loaded | None = None
 
@@ -100,18 +101,22 @@ class ReferenceEngine:
 
         Raises:
             ModelError: the model can't be read, or is not one this engine computes.
-            LayoutError: the model can't be split into ``tp_size``.
+            LayoutError: the model can't be split like this.
             DataError: ``max_seq_len`` is beyond the model's context.
             EngineError: the memory is too small.
         """
-        # First of all: a rank that failed below would leave the others waiting in the duplication.
+        # First of all: a rank that failed below would leave the others waiting in these two.
         comm = None if self._comm is None or self._comm.Get_size() == 1 else self._comm.Dup()
         config = self._config
+        stage = _stage_of(comm, config, self._rank)
         try:
-            weights = load_weights(find_model_gguf(config.model_dir), self._rank, config.tp_size)
+            weights = load_weights(find_model_gguf(config.model_dir), self._rank, config.tp_size, config.pp_size)
             context = config.context_length(weights.shape.max_position_embeddings)
-            collectives: Collectives = SingleRank() if comm is None else MpiCollectives(comm)
-            transformer = Transformer(weights, collectives, config.tp_size, config.max_batch_size, context)
+            pipeline: Pipeline = (
+                SingleStage() if comm is None or stage is comm else MpiPipeline(comm, config.tp_size, weights.stage)
+            )
+            collectives: Collectives = SingleRank() if stage is None or config.tp_size == 1 else MpiCollectives(stage)
+            transformer = Transformer(weights, collectives, pipeline, config.tp_size, config.max_batch_size, context)
         except MemoryError as error:
             raise EngineError(
                 f"the memory is too small for the model and a KV cache of {config.max_batch_size} sequences",
@@ -296,6 +301,13 @@ class ReferenceEngine:
                 callback(error)
             except Exception:  # the next callback has to hear of it as well
                 _log.exception("a failure callback failed")
+
+
+def _stage_of(comm: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> MPI.Intracomm | None:
+    """Return the communicator of this rank's stage, ``comm`` itself where there is only one. Collective."""
+    if comm is None or config.pp_size == 1:
+        return comm
+    return cast("MPI.Intracomm", comm.Split(rank // config.tp_size, rank))
 
 
 def _require_threads() -> None:

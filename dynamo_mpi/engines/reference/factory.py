@@ -40,4 +40,5 @@ def build_reference_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: in
         "kv_block_size": spec.tokens_per_block,
     }
     sizes = {name: value for name, value in given.items() if value is not None}
-    return ReferenceEngine(comm, ReferenceConfig(model_dir=Path(spec.model_dir), tp_size=spec.tp_size, **sizes))
+    layout = {"tp_size": spec.tp_size, "pp_size": spec.pp_size, "cp_size": spec.cp_size}
+    return ReferenceEngine(comm, ReferenceConfig(Path(spec.model_dir), **layout, **sizes))

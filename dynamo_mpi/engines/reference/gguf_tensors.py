@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from dynamo_mpi.engines.reference.gguf_file import GgufFile
@@ -27,8 +29,6 @@ class GgufTensors:
     """
 
     def __init__(self, file: GgufFile) -> None:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
         self._file = file
         self._contents = np.frombuffer(file.contents, np.uint8)
         self._types: dict[str, GGMLQuantizationType] = {}
@@ -83,8 +83,6 @@ class GgufTensors:
 
     def _decode(self, name: str, rows: range, columns: range) -> Float32Array:
         """Return float32 ``[len(rows), len(columns)]``: columns are widened to whole blocks, then trimmed."""
-        from gguf.quants import dequantize
-
         entry = self._file.tensors[name]
         block, block_bytes = self._blocks[name]
         row_bytes = entry.shape[-1] // block * block_bytes

@@ -39,7 +39,8 @@ def choose_token(
         logits[inside] = -np.inf
     if sampling.temperature == 0:
         return int(logits.argmax())
-    weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
+    with np.errstate(over="ignore"):  # -infinity, for a temperature next to 0, is right
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
     candidates = _kept(weights / weights.sum(), sampling.top_k, sampling.top_p)
     cumulative = np.cumsum(weights[candidates])
     drawn = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")

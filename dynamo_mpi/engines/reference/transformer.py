@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from dynamo_mpi.engines.reference.attention import KeyValueCache, StepAttention
 from dynamo_mpi.engines.reference.collectives import Collectives
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.pipeline import Pipeline
 from dynamo_mpi.engines.reference.shape import part_of
 from dynamo_mpi.engines.reference.step_plan import StepPlan
 from dynamo_mpi.engines.reference.weights import LayerWeights, Weights
@@ -22,20 +23,30 @@ class Transformer:
 
     Args:
         weights: this rank's share.
-        collectives: the other ranks.
-        tp_size: how many ranks share the model.
+        collectives: the other ranks of this stage.
+        pipeline: the other stages.
+        tp_size: how many ranks share a stage.
         slots: sequences the KV cache holds.
         positions: tokens per sequence.
     """
 
-    def __init__(self, weights: Weights, collectives: Collectives, tp_size: int, slots: int, positions: int) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        collectives: Collectives,
+        pipeline: Pipeline,
+        tp_size: int,
+        slots: int,
+        positions: int,
+    ) -> None:
         shape, share = weights.shape, weights.share
         self._weights = weights
         self._collectives = collectives
+        self._pipeline = pipeline
         self._vocabulary_widths = tuple(len(part_of(shape.vocab_size, tp_size, rank)) for rank in range(tp_size))
         self._heads = len(share.query_heads)
         self._kv_heads = len(share.kv_heads)
-        self.cache = KeyValueCache(shape.num_hidden_layers, slots, self._kv_heads, positions, shape.head_dim)
+        self.cache = KeyValueCache(len(weights.layers), slots, self._kv_heads, positions, shape.head_dim)
         self._rotations = _rotations(positions, shape.head_dim, shape.rope_theta)
 
     def forward(self, plan: StepPlan) -> Float32Array | None:
@@ -47,7 +58,10 @@ class Transformer:
         weights, epsilon = self._weights, np.float32(self._weights.shape.rms_norm_eps)
         attention = StepAttention(plan, self.cache)
         rotation = self._rotations[attention.positions][:, None]
-        hidden = self._embed(plan)
+        if weights.embedding is not None:
+            hidden = self._embed(plan, weights.embedding)
+        else:
+            hidden = self._pipeline.receive_hidden(plan.token_count, weights.shape.hidden_size)
         # exp(-x) of a strongly negative gate is infinite, and gate / infinity the right zero.
         with np.errstate(over="ignore"):
             for index, layer in enumerate(weights.layers):
@@ -55,20 +69,30 @@ class Transformer:
                 hidden += self._attention(index, layer, normed, attention, rotation)
                 normed = _rms_norm(hidden, layer.feed_forward_norm, epsilon)
                 hidden += self._feed_forward(layer, normed)
+        if not weights.stage.is_last:
+            self._pipeline.send_hidden(hidden)
+        return self._logits(plan, hidden)
+
+    def _logits(self, plan: StepPlan, hidden: Float32Array) -> Float32Array | None:
+        weights = self._weights
         last_rows = np.cumsum([len(part.token_ids) for part in plan.parts]) - 1
         wanted = last_rows[[part.wants_logits for part in plan.parts]]
         if not len(wanted):
-            return np.empty((0, weights.shape.vocab_size), np.float32) if weights.share.vocabulary.start == 0 else None
-        local = _project(_rms_norm(hidden[wanted], weights.final_norm, epsilon), weights.head)
-        return self._collectives.gather_columns(local, self._vocabulary_widths)
+            leads = weights.stage.is_first and weights.share.vocabulary.start == 0
+            return np.empty((0, weights.shape.vocab_size), np.float32) if leads else None
+        logits = None
+        if weights.final_norm is not None and weights.head is not None:
+            normed = _rms_norm(hidden[wanted], weights.final_norm, np.float32(weights.shape.rms_norm_eps))
+            logits = self._collectives.gather_columns(_project(normed, weights.head), self._vocabulary_widths)
+        return self._pipeline.return_logits(logits, len(wanted), weights.shape.vocab_size)
 
-    def _embed(self, plan: StepPlan) -> Float32Array:
+    def _embed(self, plan: StepPlan, embedding: Float32Array) -> Float32Array:
         """Return ``[tokens, hidden]``: each rank fills the rows of its tokens, the sum adds zeros to them."""
         vocabulary = self._weights.share.vocabulary
         token_ids = np.array([token for part in plan.parts for token in part.token_ids], np.intp)
         here = (token_ids >= vocabulary.start) & (token_ids < vocabulary.stop)
         rows = np.zeros((len(token_ids), self._weights.shape.hidden_size), np.float32)
-        rows[here] = self._weights.embedding[:, token_ids[here] - vocabulary.start].T
+        rows[here] = embedding[:, token_ids[here] - vocabulary.start].T
         return self._collectives.sum_over_ranks(rows)
 
     def _attention(

@@ -15,6 +15,7 @@ import numpy as np
 
 from dynamo_mpi.engines.reference.gguf_file import GgufFile
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array, GgufTensors
+from dynamo_mpi.engines.reference.pipeline import Stage, stage_of
 from dynamo_mpi.engines.reference.shape import LlamaShape, Share, llama_shape, share_of
 
 _KNOWN_TENSOR = re.compile(
@@ -50,47 +51,58 @@ class Weights:
     Args:
         shape: of the whole model.
         share: of this rank.
-        layers: from the first to the last.
-        embedding: ``[hidden, vocabulary]``.
-        final_norm: ``[hidden]``.
-        head: ``[hidden, vocabulary]``; the embedding itself where the model ties them.
+        stage: which of the pipeline's stages this is.
+        layers: of this stage, from the first to the last.
+        embedding: ``[hidden, vocabulary]``; None but on the first stage.
+        final_norm: ``[hidden]``; None but on the last stage.
+        head: ``[hidden, vocabulary]``, the embedding itself where the model ties them; None but on the last stage.
     """
 
     shape: LlamaShape
     share: Share
+    stage: Stage
     layers: tuple[LayerWeights, ...]
-    embedding: Float32Array
-    final_norm: Float32Array
-    head: Float32Array
+    embedding: Float32Array | None
+    final_norm: Float32Array | None
+    head: Float32Array | None
 
 
-def load_weights(path: Path, rank: int, tp_size: int) -> Weights:
-    """Read and decode what ``rank`` of ``tp_size`` holds of the model in a GGUF file.
+def load_weights(path: Path, rank: int, tp_size: int, pp_size: int = 1) -> Weights:
+    """Read and decode what ``rank`` of ``tp_size * pp_size`` holds of the model in a GGUF file.
 
     Raises:
         ModelError: the file can't be read or holds a model this engine doesn't compute.
-        LayoutError: the model can't be split into ``tp_size``.
+        LayoutError: the model can't be split into ``tp_size`` shares of ``pp_size`` stages.
     """
     file = GgufFile(path)
     shape = llama_shape(file)
-    share = share_of(shape, rank, tp_size)
+    share = share_of(shape, rank % tp_size, tp_size)
+    stage = stage_of(shape.num_hidden_layers, rank, tp_size, pp_size)
     for name in file.tensors:
         # A tensor left aside (a bias, an expert, rope factors) would not fail: it would make wrong tokens.
         if not _KNOWN_TENSOR.fullmatch(name):
             raise file.malformed(f"it holds tensor {name}, which the reference engine does not know")
     tensors = GgufTensors(file)
     hidden = shape.hidden_size
-    layers = tuple(_load_layer(tensors, f"blk.{index}.", shape, share) for index in range(shape.num_hidden_layers))
-    embedding = _vocabulary_matrix(tensors, "token_embd.weight", shape, share)
     tied = "output.weight" not in file.tensors
+    embedding = None
+    if stage.is_first or (stage.is_last and tied):
+        embedding = _vocabulary_matrix(tensors, "token_embd.weight", shape, share)
     return Weights(
         shape=shape,
         share=share,
-        layers=layers,
-        embedding=embedding,
-        final_norm=tensors.vector("output_norm.weight", hidden),
-        head=embedding if tied else _vocabulary_matrix(tensors, "output.weight", shape, share),
+        stage=stage,
+        layers=tuple(_load_layer(tensors, f"blk.{index}.", shape, share) for index in stage.layers),
+        embedding=embedding if stage.is_first else None,
+        final_norm=tensors.vector("output_norm.weight", hidden) if stage.is_last else None,
+        head=_head(tensors, embedding, shape, share, tied=tied) if stage.is_last else None,
     )
+
+
+def _head(
+    tensors: GgufTensors, embedding: Float32Array | None, shape: LlamaShape, share: Share, *, tied: bool
+) -> Float32Array | None:
+    return embedding if tied else _vocabulary_matrix(tensors, "output.weight", shape, share)
 
 
 def _load_layer(tensors: GgufTensors, prefix: str, shape: LlamaShape, share: Share) -> LayerWeights:

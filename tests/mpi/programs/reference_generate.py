@@ -2,8 +2,9 @@
 """Run rounds of requests through the reference engine on all ranks; rank 0 prints what came out as JSON.
 
 Usage: reference_generate.py MODEL_DIR ROUNDS.json, where the latter holds
-``{"max_batch_size", "idle_seconds", "rounds": [[{"prompt", "max_tokens", "seed", "temperature"}]]}``.
-The requests of a round are submitted together, the next round when all of them have ended.
+``{"max_batch_size", "pp_size", "idle_seconds", "rounds": [[{"prompt", "max_tokens", "seed", "temperature"}]]}``.
+The requests of a round are submitted together, the next round when all of them have ended. Without rounds the engine is
+closed without having been started.
 """
 
 from __future__ import annotations
@@ -78,7 +79,13 @@ def run_round(engine: ReferenceEngine, wanted: list[dict[str, Any]], number: int
 def main() -> int:
     task = json.loads(Path(sys.argv[2]).read_text())
     comm = MPI.COMM_WORLD
-    config = ReferenceConfig(Path(sys.argv[1]), comm.Get_size(), max_batch_size=task.get("max_batch_size", 8))
+    pp_size = task.get("pp_size", 1)
+    config = ReferenceConfig(
+        Path(sys.argv[1]),
+        comm.Get_size() // pp_size,
+        pp_size=pp_size,
+        max_batch_size=task.get("max_batch_size", 8),
+    )
     began = time.perf_counter()
     try:
         engine = ReferenceEngine(comm, config)
@@ -91,7 +98,8 @@ def main() -> int:
     output: dict[str, Any] = {"load_seconds": loaded}
     window = (0.0, 0.0)
     if comm.Get_rank() == 0:
-        engine.start()
+        if task["rounds"]:
+            engine.start()
         output["rounds"] = [run_round(engine, wanted, number) for number, wanted in enumerate(task["rounds"])]
         idle_from = time.time()
         time.sleep(task["idle_seconds"])  # the idle window itself is what is measured

@@ -7,7 +7,8 @@ every process, network and mount of the cluster at once, and two clusters share 
 
 By hand: ``python3 -m tests.slurm.cluster --help``. From tests: the fixture ``slurm``. Modules, from the outside in:
 
-- ``cluster``: up, down, running commands in it, switching nodes off and on;
+- ``cluster``: up, down, entering a host, switching nodes off and on;
+- ``commands``: commands in it, their signals and time limits;
 - ``packages``: Debian packages, installed on demand;
 - ``config``: slurm.conf and its companions, as pure text;
 - ``inside``: what runs as PID 1 of the login node and of each compute node;

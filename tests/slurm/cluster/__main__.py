@@ -16,7 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .cluster import Cluster, InsideProcess
+from .cluster import Cluster
+from .commands import InsideProcess
 from .errors import ClusterError
 from .processes import command_line
 from .settings import LOGIN, ClusterSettings

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from . import config, packages
+from .commands import InsideProcess, default_environment, run_to_end
 from .entry import inside_command, inside_environment
 from .errors import ClusterError
 from .inside import READY
@@ -31,8 +31,6 @@ STATE_PREFIX = "dynmpi-"
 START_TIMEOUT = 60.0
 """Seconds for the daemons to start and every node to be idle; one or two are usual."""
 NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
-OTHER_LAUNCHERS = ("SLURM", "SALLOC_", "SBATCH_", "SRUN_", "PMI", "OMPI_", "PRTE_", "HYD", "MPI_LOCAL")
-"""Prefixes of variables that a job or an mpirun around the tests would smuggle in."""
 
 
 def why_unavailable() -> str | None:
@@ -49,16 +47,6 @@ def why_unavailable() -> str | None:
         text=True,
     )
     return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
-
-
-class InsideProcess(subprocess.Popen[str]):
-    """A process inside the cluster, as its starter outside sees it: signals reach it, not the ``nsenter`` before it."""
-
-    def send_signal(self, sig: int) -> None:
-        """Send a signal to the command itself; ``terminate`` and ``kill`` come here too."""
-        if self.poll() is None:
-            for pid in children_of(self.pid) or [self.pid]:
-                os.kill(pid, sig)
 
 
 class Cluster:
@@ -235,25 +223,13 @@ class Cluster:
 
         Raises:
             ClusterError: that host is not running.
-            subprocess.TimeoutExpired: it did not end within ``timeout`` seconds. It was sent SIGTERM, on which srun ends its
-                step too, and SIGKILL if that did not help.
+            subprocess.TimeoutExpired: it did not end within ``timeout`` seconds, and was ended.
         """
-        with self.popen(argv, host=host, environment=environment, cwd=cwd) as process:
-            try:
-                stdout, stderr = process.communicate(timeout=timeout)
-            except subprocess.TimeoutExpired:
-                stdout, stderr = end(process)
-                raise subprocess.TimeoutExpired(list(argv), timeout, stdout, stderr) from None
-            except BaseException:
-                process.kill()
-                raise
-        return subprocess.CompletedProcess(list(argv), process.returncode, stdout, stderr)
+        return run_to_end(self.popen(argv, host=host, environment=environment, cwd=cwd), timeout)
 
     def default_environment(self) -> dict[str, str]:
-        """The caller's environment, without any launcher's, with this Python's folder first on PATH."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(OTHER_LAUNCHERS)}
-        path = [str(Path(sys.executable).parent), *os.environ.get("PATH", os.defpath).split(os.pathsep), "/usr/sbin"]
-        return {**kept, "PATH": os.pathsep.join(dict.fromkeys(path)), "TMPDIR": str(self.settings.temporary)}
+        """As ``commands.default_environment``."""
+        return default_environment(self.settings.temporary)
 
     # -- hosts --------------------------------------------------------------------------------------------------------
 
@@ -331,17 +307,6 @@ class Cluster:
             raise ClusterError(f"{node} does not start: {done.stderr}")
         if wait:
             self.wait_until_idle()
-
-
-def end(process: InsideProcess, patience: float = 5.0) -> tuple[str, str]:
-    """End a process by SIGTERM, or by SIGKILL after ``patience`` seconds; return the rest of its stdout and stderr."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        process.send_signal(number)
-        try:
-            return process.communicate(timeout=patience)
-        except subprocess.TimeoutExpired:
-            continue
-    return "", "(its pipes are still held by what it started)"
 
 
 def remove_leftovers() -> None:

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+# The contributor's interface. Everything runs in .venv, which `scripts/test.sh` makes.
+
+BIN := .venv/bin
+SHELL_FILES := $(shell git ls-files '*.sh' .ci/run)
+
+.PHONY: help check format test test-slurm bench wheel
+
+help:
+	@echo "make check       lint, format, strict types, shell scripts"
+	@echo "make format      rewrite files in the project's format"
+	@echo "make test        all tests but those on a real Slurm"
+	@echo "make test-slurm  those on a real Slurm (root on Debian: installs packages)"
+	@echo "make bench       benchmarks; each prints its ratios"
+	@echo "make wheel       build the wheel into dist/"
+
+check:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests/slurm tests/bench tests/unit tests/mpi tests/dynamo tests/conftest.py tests/mpi_flavours.py
+	$(BIN)/shellcheck --external-sources $(SHELL_FILES)
+	$(BIN)/shfmt --diff --indent 4 --case-indent $(SHELL_FILES)
+
+format:
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/shfmt --write --indent 4 --case-indent $(SHELL_FILES)
+
+test:
+	scripts/test.sh
+
+test-slurm:
+	scripts/test.sh --slurm tests/slurm
+
+bench:
+	$(BIN)/python tests/bench/launch_to_verdict.py
+	$(BIN)/python tests/bench/serving_rate.py
+
+wheel:
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

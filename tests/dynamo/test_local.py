@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo-mpi local`` with all its real parts: what it answers, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.local import stack as stacks
+from dynamo_mpi.local.folder import private_folder
+from dynamo_mpi.local.interrupts import Interrupts
+from dynamo_mpi.local.ports import free_port
+from tests.dynamo.local_command import LocalCommand
+from tests.dynamo.running import eventually
+
+pytestmark = pytest.mark.dynamo
+
+QUESTION = "What is the capital of France?"
+ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+# Moments of a start, each by the line that precedes it.
+MOMENTS = {"first service": "etcd on", "ranks": "frontend on", "serving": "serving until"}
+
+
+def test_ask_answers_on_stdout_and_leaves_nothing(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--ask", QUESTION) as command:
+        assert command.wait() == 0, command.err
+        command.assert_nothing_left()
+        assert "Paris" in command.out
+        times = re.search(r"verdict .* s, load .* s, ready .* s, first token .* s, .* tokens/s", command.err)
+        assert times, command.err
+        assert "\r" not in command.err
+
+
+def test_without_ask_one_completion_is_the_proof(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--tp", "1", "--max-batch-size", "2", "--output", "json") as command:
+        report = command.report()
+        assert command.wait() == 0, command.err
+        command.assert_nothing_left()
+    assert report["ok"] is True
+    assert report["answer"]["completion_tokens"] >= 1
+    assert report["worker"]["ranks"] == report["tp_size"] == 1
+    assert all(report["seconds"][name] > 0 for name in ("verdict", "load", "ready", "first_token", "answer"))
+
+
+def test_nats_plane_answers_too(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--request-plane", "nats", "--ask", QUESTION) as command:
+        assert command.wait() == 0, command.err
+        command.assert_nothing_left()
+        assert "Paris" in command.out
+
+
+def test_an_impossible_layout_is_refused_in_the_workers_words(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--tp", "2") as command:
+        assert command.wait() == ExitCode.ILLEGAL_LAYOUT, command.err
+        command.assert_nothing_left()
+        assert command.out == ""
+        assert "error B1: 9 attention heads can't be divided over tp_size = 2" in command.err.splitlines()
+        assert "prterun" not in command.err, "the launcher's own words are not ours to show"
+
+
+def test_verbose_shows_each_rank(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--tp", "2", "--verbose") as command:
+        assert command.wait() == ExitCode.ILLEGAL_LAYOUT
+        assert re.search(r"^\[rank-0\] error B1:", command.err, re.MULTILINE)
+        assert command.err.count("error B1:") == 1, "not once more at the end"
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
+def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals, moment: str) -> None:
+    with LocalCommand(tmp_path, "--keep") as command:
+        command.until_said(MOMENTS[moment])
+        command.process.send_signal(number)
+        assert command.wait(30) == of_signal(number), command.err
+        command.assert_nothing_left()
+        assert "Traceback" not in command.err
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_even_sigkill_leaves_no_process(tmp_path: Path, moment: str) -> None:
+    with LocalCommand(tmp_path, "--keep") as command:
+        command.until_said(MOMENTS[moment])
+        assert len(command.survivors()) > 1
+        command.process.kill()
+        command.wait()
+        eventually(lambda: not command.survivors(), "all processes are gone", 5)
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--keep") as command:
+        command.until_said("etcd on")
+        command.process.kill()
+        command.wait()
+        eventually(lambda: not command.survivors(), "all processes are gone", 5)
+        assert list(command.folder.iterdir()) != []
+        with private_folder(command.folder) as folder:
+            assert list(command.folder.iterdir()) == [folder]
+
+
+def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--keep", "--output", "json") as command:
+        report = command.report()
+        with open_stream(report["url"], report["model"], max_tokens=2000) as stream:
+            stream.readline()
+            command.process.send_signal(signal.SIGINT)
+            command.until_said("again: at once")
+            stream.readline()  # the request in flight goes on
+            assert command.process.poll() is None
+            second = time.monotonic()
+            command.process.send_signal(signal.SIGINT)
+            assert command.wait(30) == of_signal(signal.SIGINT)
+        assert time.monotonic() - second < 10
+        command.assert_nothing_left()
+
+
+@pytest.mark.parametrize(("part", "code"), [("etcd", 69), ("nats", 69), ("frontend", 69)])
+def test_a_part_that_dies_is_named(tmp_path: Path, part: str, code: int) -> None:
+    with LocalCommand(tmp_path, "--keep", "--output", "json") as command:
+        victim = command.report()["processes"][part][0]
+        command.until_said("serving until")
+        os.kill(victim, signal.SIGKILL)
+        assert command.wait(60) == code, command.err
+        command.assert_nothing_left()
+        assert f"{part} ended with exit code 137" in command.err
+
+
+def test_a_killed_rank_ends_the_run_with_its_code(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--keep", "--output", "json") as command:
+        report = command.report()
+        command.until_said("serving until")
+        leader = report["worker"]["pid"]
+        os.kill(leader, signal.SIGKILL)
+        assert command.wait(60) not in (0, ExitCode.UNAVAILABLE), command.err
+        command.assert_nothing_left()
+        assert "worker ended with exit code" in command.err
+
+
+def test_time_up_is_124(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--timeout", "1.5", "--output", "json") as command:
+        assert command.wait(60) == ExitCode.DEADLINE, command.err
+        command.assert_nothing_left()
+        report = json.loads(command.out)
+        assert (report["ok"], report["exit_code"]) == (False, 124)
+        assert "is not ready after 1.5 s" in command.err
+
+
+def test_a_model_that_is_none_is_66(tmp_path: Path) -> None:
+    file = tmp_path / "no.gguf"
+    file.write_bytes(b"not a model")
+    with LocalCommand(tmp_path, "--model", str(file)) as command:
+        assert command.wait(60) == ExitCode.NO_MODEL, command.err
+        command.assert_nothing_left()
+
+
+def test_a_model_folder_is_taken_as_it_is(tmp_path: Path, model_dir: Path) -> None:
+    with LocalCommand(tmp_path, "--model", str(model_dir), "--tp", "1", "--output", "json") as command:
+        assert command.report()["model"] == model_dir.name
+        assert command.wait() == 0, command.err
+
+
+@pytest.fixture
+def interrupts() -> Iterator[Interrupts]:
+    """Signals, taken note of."""
+    with Interrupts() as noted:
+        yield noted
+
+
+def test_a_port_taken_meanwhile_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: Interrupts
+) -> None:
+    """Etcd's and the frontend's first ports are NATS's: whoever comes second has to find another."""
+    contested = free_port()
+    ports = iter([contested] * 3)
+    monkeypatch.setattr(stacks, "free_port", lambda: next(ports, None) or free_port())
+    said: list[str] = []
+    stack = stacks.LocalStack(stacks.StackSettings(tp_size=1), tmp_path, interrupts, said.append)
+    try:
+        ready = stack.start()
+        assert stack.ask(ready, QUESTION, max_tokens=16, on_text=said.append).completion_tokens > 0
+    finally:
+        stack.stop()
+    assert sum(str(contested) in line for line in said) == 1
+    assert next(ports, None) is None
+
+
+def open_stream(url: str, model: str, *, max_tokens: int):  # type: ignore[no-untyped-def]  # urllib's is unnamed
+    body = {"model": model, "prompt": "Once upon a time", "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    request = urllib.request.Request(  # noqa: S310 - the run's own loopback address
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    return urllib.request.urlopen(request, timeout=60)  # noqa: S310

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine config: TensorRT-LLM's YAML."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi.errors import DataError
+from dynamo_mpi.parallelism.engine_config import EngineConfig, parse_engine_config
+
+
+def parse(text: str, **flags: int) -> EngineConfig:
+    return parse_engine_config(text, "/e.yaml", flags)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "---\n", "null"])
+def test_an_empty_config_leaves_all_to_the_engine(text: str) -> None:
+    assert parse(text) == EngineConfig()
+    assert parse(text).world_size == 1
+
+
+def test_every_key_is_read() -> None:
+    config = parse(
+        """
+        backend: pytorch
+        tensor_parallel_size: 4
+        pipeline_parallel_size: 2
+        context_parallel_size: 3
+        enable_attention_dp: true
+        max_batch_size: 16
+        max_num_tokens: 1024
+        max_seq_len: 4096
+        kv_cache_config:
+          tokens_per_block: 64
+          free_gpu_memory_fraction: 0.8
+        """
+    )
+    assert config == EngineConfig(4, 2, 3, True, 16, 1024, 4096, 64)
+    assert config.world_size == 24
+
+
+def test_flags_lie_over_the_file() -> None:
+    config = parse("tensor_parallel_size: 4\nmax_batch_size: 16", tensor_parallel_size=8, max_seq_len=99)
+    assert (config.tp_size, config.max_batch_size, config.max_seq_len) == (8, 16, 99)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "2.0", "two", "true", "[2]", "'2'", "{}"])
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "context_parallel_size", "max_batch_size", "max_seq_len"])
+def test_a_size_is_a_positive_whole_number(key: str, value: str) -> None:
+    with pytest.raises(DataError, match=f"/e.yaml: {key} is "):
+        parse(f"{key}: {value}")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("enable_attention_dp: 1", "enable_attention_dp is 1"),
+        ("enable_attention_dp: 'yes'", "enable_attention_dp is 'yes'"),
+        ("kv_cache_config: 3", "kv_cache_config is 3"),
+        ("kv_cache_config: [a]", "kv_cache_config is"),
+        ("kv_cache_config: {tokens_per_block: 0}", "kv_cache_config.tokens_per_block is 0"),
+        ("- a\n- b", "holds a list"),
+        ("just words", "holds a str"),
+        ("7", "holds a int"),
+    ],
+)
+def test_impossible_values_are_named(text: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: [1",
+        "a: 1\n  b: 2",
+        "\ta: 1",
+        "a: \0",
+        "a: 1\n---\nb: 2",
+        "a: *nowhere",
+        "a: !!python/object:os.system x",
+        "{[1]: 2}",
+        # PyYAML lets these through as errors that aren't its own
+        "a: 2024-13-45",
+        "a: 0b_",
+        "[" * 3000,
+    ],
+    ids=lambda text: text[:20],
+)
+def test_what_is_no_yaml_is_refused(text: str) -> None:
+    with pytest.raises(DataError, match=r"/e\.yaml is not YAML") as caught:
+        parse(text)
+    assert "\n" not in caught.value.found
+
+
+@given(st.text(alphabet="ab:-[]{}#&*!|>'\"%@`,?0x_ \n\t=.<~", max_size=30))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        parse(text)
+    except DataError as error:
+        assert "/e.yaml" in error.found

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors and exit codes, which batch scripts rely on."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+
+import pytest
+
+from dynamo_mpi import errors
+from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.exit_codes import ExitCode, of_signal
+
+KINDS = [
+    kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, BootstrapError) and kind is not BootstrapError
+]
+
+
+def test_the_codes_are_the_documented_ones() -> None:
+    assert {code.name: code.value for code in ExitCode} == {
+        "OK": 0,
+        "USAGE": 64,
+        "DATA": 65,
+        "NO_MODEL": 66,
+        "UNAVAILABLE": 69,
+        "ENGINE": 70,
+        "TEMPORARY": 75,
+        "NOT_AUTHORISED": 77,
+        "ILLEGAL_LAYOUT": 78,
+        "DEADLINE": 124,
+    }
+
+
+def test_a_codes_byte_survives_a_broadcast() -> None:
+    assert all(bytes([code])[0] == code for code in ExitCode)
+
+
+def test_every_code_but_ok_has_an_error() -> None:
+    assert {kind.exit_code for kind in KINDS} == set(ExitCode) - {ExitCode.OK}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_an_error_survives_pickling(kind: type[BootstrapError]) -> None:
+    error = kind("found", needed="needed", fix="fix")
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    assert type(again) is kind
+    assert (again.found, again.needed, again.fix, again.exit_code) == ("found", "needed", "fix", kind.exit_code)
+
+
+def test_an_error_says_what_was_found_what_is_needed_and_what_to_do() -> None:
+    assert str(BootstrapError("f", needed="n", fix="x")).split() == ["f", "needed:", "n", "do:", "x"]
+    assert str(BootstrapError("f")) == "f"
+    assert "needed" not in str(BootstrapError("f", fix="x"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signals_code_is_the_shells(number: signal.Signals) -> None:
+    done = subprocess.run(["sh", "-c", f"sh -c 'kill -{int(number)} $$'; exit $?"], env=dict(os.environ))
+    assert of_signal(number) == done.returncode

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lists of strings as bytes, and the messages between ranks that are made of them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi.engines.spec import EngineSpec, build_engine
+from dynamo_mpi.fields import pack, unpack
+from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile
+
+# whatever an argv or a file name can hold: Python makes lone surrogates of bytes that are no UTF-8
+TEXT = st.one_of(st.text(), st.binary().map(os.fsdecode))
+TEXTS = st.lists(TEXT).map(tuple)
+
+
+@given(TEXTS)
+def test_what_is_packed_comes_back(values: tuple[str, ...]) -> None:
+    assert unpack(pack(values)) == list(values)
+
+
+@given(TEXTS, TEXTS)
+def test_packed_lists_can_be_joined(first: tuple[str, ...], second: tuple[str, ...]) -> None:
+    assert pack(first) + pack(second) == pack(first + second)
+
+
+@given(st.lists(TEXT, min_size=1), st.data())
+def test_a_truncated_message_is_noticed_or_ends_between_two_values(values: list[str], data: st.DataObject) -> None:
+    packed = pack(values)
+    cut = data.draw(st.integers(0, len(packed) - 1))
+    ends = [len(pack(values[:n])) for n in range(len(values))]
+    if cut in ends:
+        assert unpack(packed[:cut]) == values[: len(unpack(packed[:cut]))]
+    else:
+        with pytest.raises(ValueError, match="truncated"):
+            unpack(packed[:cut])
+
+
+@given(st.binary(max_size=64))
+def test_foreign_bytes_are_read_or_refused(data: bytes) -> None:
+    try:
+        values = unpack(data)
+    except ValueError:
+        return
+    assert pack(values) == data
+
+
+@given(
+    st.builds(
+        Inquiry, argv=TEXTS, model_dir=TEXT, weights=TEXTS, files=st.lists(st.builds(WatchedFile, TEXT, TEXT, TEXT)).map(tuple)
+    )
+)
+def test_an_inquiry_arrives_as_it_was(inquiry: Inquiry) -> None:
+    assert Inquiry.unpack(inquiry.pack()) == inquiry
+
+
+@given(st.builds(Card, TEXT, TEXT, TEXT, TEXTS))
+def test_a_card_arrives_as_it_was(card: Card) -> None:
+    assert Card.unpack(card.pack()) == card
+
+
+COUNT = st.integers(1, 1024)
+SIZE = st.none() | st.integers(1, 2**40)
+
+
+@given(st.builds(EngineSpec, TEXT, TEXT, COUNT, COUNT, COUNT, SIZE, SIZE, SIZE, SIZE))
+def test_an_engine_spec_arrives_as_it_was(spec: EngineSpec) -> None:
+    assert EngineSpec.unpack(spec.pack()) == spec
+
+
+def test_an_unknown_engine_is_named() -> None:
+    with pytest.raises(ValueError, match="'abacus'"):
+        build_engine(EngineSpec("abacus", "/m", 1, 1, 1), None, 1)  # type: ignore[arg-type]  # refused before it is looked at

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank's answer to rank 0: whatever isn't as rank 0 has it becomes a problem, never an exception."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi import __version__
+from dynamo_mpi.launchers.launch import Launch, Launcher
+from dynamo_mpi.preflight.inquiry import Inquiry, WatchedFile, fill_card, host_name, weight_files
+
+LAUNCH = Launch(Launcher.OPEN_MPI, rank=1, size=2, local_rank=0, local_size=2)
+ARGV = ("--model", "/m")
+
+
+def problems_of(
+    tmp_path: Path,
+    *,
+    files: tuple[WatchedFile, ...] = (),
+    weights: tuple[str, ...] = (),
+    argv: tuple[str, ...] = ARGV,
+    launch: Launch = LAUNCH,
+) -> tuple[str, ...]:
+    return fill_card(Inquiry(ARGV, str(tmp_path), weights, files), launch, argv).problems
+
+
+def watch(path: Path, content: str) -> WatchedFile:
+    return WatchedFile("engine config", str(path), content)
+
+
+def test_a_rank_that_sees_the_same_has_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    config = tmp_path / "engine.yaml"
+    config.write_bytes(b"a: 1\r\nb: \xc3\xa9\r\n")
+    (tmp_path / "model.safetensors").touch()
+    inquiry = Inquiry(ARGV, str(tmp_path), ("model.safetensors",), (watch(config, "a: 1\r\nb: é\r\n"),))
+    card = fill_card(inquiry, LAUNCH, ARGV)
+    assert card == (host_name(), "2,3", __version__, ())
+    assert "." not in card.host
+
+
+def test_another_command_line_is_shown_beside_rank_0s(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, argv=("--model", "/other"))
+    assert problem.startswith("command line: ")
+    assert "--model /other" in problem
+    assert "--model /m" in problem
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "line"),
+    [
+        ("a: 1\nb: 2\n", "a: 1\nb: 3\n", "2"),
+        # what can't be seen is what people look for longest
+        ("a: 1\n", "a: 1 \n", "1"),
+        ("a:\n  b: 1\n", "a:\nb: 1\n", "2"),
+        ("\ta: 1\n", " a: 1\n", "1"),
+        ("x" * 500 + "1", "x" * 500 + "2", "1"),
+        ("a: 1\n", "a: 1\r\n", "1"),
+        ("a: 1\n", "a: 1", "1"),
+    ],
+)
+def test_files_that_differ_are_told_by_the_first_line_and_what_is_different_in_it(
+    tmp_path: Path, mine: str, theirs: str, line: str
+) -> None:
+    config = tmp_path / "engine.yaml"
+    config.write_bytes(mine.encode())
+    (problem,) = problems_of(tmp_path, files=(watch(config, theirs),))
+    assert problem.startswith(f"engine config: {config} differs")
+    assert f"line {line}" in problem
+    here, _, there = problem.partition(", on rank 0 ")
+    quoted = here[here.index("line ") :].partition(": ")[2]
+    assert quoted
+    assert quoted != there, "the two sides look the same"
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("", "a: 1\n"), ("a: 1\n", ""), ("a: 1\n", "a: 1\nb: 2\n")])
+def test_a_file_that_ends_early_is_noticed(tmp_path: Path, mine: str, theirs: str) -> None:
+    config = tmp_path / "engine.yaml"
+    config.write_text(mine)
+    (problem,) = problems_of(tmp_path, files=(watch(config, theirs),))
+    assert "differs" in problem
+    assert "lines, on rank 0 " in problem
+
+
+@given(st.text(alphabet="ab: \n\r\t\x85", max_size=12), st.text(alphabet="ab: \n\r\t\x85", max_size=12))
+def test_any_difference_is_a_problem(tmp_path_factory: pytest.TempPathFactory, mine: str, theirs: str) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    config = folder / "any.yaml"
+    config.write_bytes(mine.encode())
+    assert bool(problems_of(folder, files=(watch(config, theirs),))) == (mine != theirs)
+
+
+def test_binary_rubbish_in_a_file_is_a_difference(tmp_path: Path) -> None:
+    config = tmp_path / "engine.yaml"
+    config.write_bytes(b"\xff\xfe\0")
+    (problem,) = problems_of(tmp_path, files=(watch(config, "a: 1"),))
+    assert "differs" in problem
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "folder"])
+def test_a_file_that_cannot_be_read_is_a_problem(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (problem,) = problems_of(tmp_path, files=(WatchedFile("engine config", f"{tmp_path}/{name}", ""),))
+    assert problem.startswith("engine config: ")
+    assert "can't be read" in problem
+
+
+def test_missing_weights_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    weights = ("a.safetensors", "b.safetensors", "c.safetensors")
+    (problem,) = problems_of(tmp_path, weights=weights)
+    assert problem.startswith("model: ")
+    assert "2 of 3" in problem
+    assert "b.safetensors" in problem
+
+
+def test_a_missing_model_folder_is_a_problem(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path / "absent", weights=("a.safetensors",))
+    assert "can't be read: No such file" in problem
+
+
+def test_a_dangling_weight_file_is_found_once_per_node(tmp_path: Path) -> None:
+    """A Hugging Face cache is full of links, which a container may not mount the targets of."""
+    (tmp_path / "a.safetensors").symlink_to(tmp_path / "nowhere")
+    (problem,) = problems_of(tmp_path, weights=("a.safetensors",))
+    assert "a.safetensors can't be read" in problem
+    assert problems_of(tmp_path, weights=("a.safetensors",), launch=LAUNCH._replace(local_rank=1)) == ()
+    assert problems_of(tmp_path, weights=("a.safetensors",), launch=LAUNCH._replace(local_rank=None))
+
+
+def test_every_problem_is_told(tmp_path: Path) -> None:
+    problems = problems_of(
+        tmp_path, argv=("x",), files=(watch(tmp_path / "absent", ""),), weights=("a.safetensors",)
+    )
+    assert [problem.partition(":")[0] for problem in problems] == ["command line", "engine config", "model"]
+
+
+def test_weight_files_are_known_by_their_endings() -> None:
+    names = ["b.safetensors", "config.json", "a.gguf", "model.safetensors.index.json", "c.bin", "tokenizer.json"]
+    assert weight_files(names) == ("a.gguf", "b.safetensors", "c.bin")

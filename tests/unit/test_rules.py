@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layout rules, on models whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi.parallelism.engine_config import EngineConfig
+from dynamo_mpi.parallelism.finding import Finding, Severity, errors, render
+from dynamo_mpi.parallelism.model_shape import ModelShape, parse_model_shape
+from dynamo_mpi.parallelism.rules import check_layout, legal_tp_sizes
+from tests.unit.models import DEEPSEEK, LLAMA_4, PHI_4, SMOLLM2
+
+LEGAL = {
+    "llama4": (LLAMA_4, (1, 2, 4, 8, 40)),
+    "phi4": (PHI_4, (1, 2, 5, 10, 20, 40)),
+    "smollm2": (SMOLLM2, (1, 3, 9)),
+    "deepseek": (DEEPSEEK, (1, 2, 4, 8, 16, 32, 64, 128)),
+}
+
+
+def shape_of(config: dict[str, Any]) -> ModelShape:
+    return parse_model_shape(json.dumps(config), "config.json")
+
+
+def shape_with(heads: int | None, kv_heads: int | None) -> ModelShape:
+    return ModelShape("M", heads, kv_heads, None, None, None, None, None, False, None)
+
+
+def findings_of(config: dict[str, Any], layout: EngineConfig) -> list[Finding]:
+    return check_layout(shape_of(config), layout, layout.world_size)
+
+
+@pytest.mark.parametrize("model", list(LEGAL))
+def test_legal_sizes_of_known_models(model: str) -> None:
+    config, legal = LEGAL[model]
+    assert legal_tp_sizes(shape_of(config)) == legal
+
+
+@pytest.mark.parametrize("model", list(LEGAL))
+def test_every_size_is_accepted_or_refused_as_the_list_says(model: str) -> None:
+    config, legal = LEGAL[model]
+    for tp_size in range(1, 130):
+        findings = findings_of(config, EngineConfig(tp_size))
+        assert (findings == []) == (tp_size in legal), (model, tp_size)
+        for finding in findings:
+            assert finding.severity is Severity.ERROR
+            assert f"one of {', '.join(map(str, legal))}" in finding.fix
+
+
+@pytest.mark.parametrize(
+    ("model", "tp_size", "rules"),
+    [
+        (SMOLLM2, 2, ["B1", "B3"]),
+        (PHI_4, 4, ["B3"]),
+        (PHI_4, 8, ["B3"]),
+        (PHI_4, 16, ["B1", "B3"]),
+        (LLAMA_4, 5, ["B3"]),
+        (LLAMA_4, 16, ["B1"]),
+        (LLAMA_4, 80, ["B1"]),
+        (DEEPSEEK, 3, ["B2"]),
+        (DEEPSEEK, 256, ["B2"]),
+    ],
+)
+def test_the_rule_that_is_broken_is_named(model: dict[str, Any], tp_size: int, rules: list[str]) -> None:
+    assert [finding.rule for finding in findings_of(model, EngineConfig(tp_size))] == rules
+
+
+@pytest.mark.parametrize("model", [SMOLLM2, PHI_4, LLAMA_4, DEEPSEEK])
+def test_attention_data_parallelism_lifts_the_head_rules(model: dict[str, Any]) -> None:
+    for tp_size in (2, 3, 5, 7, 16):
+        assert findings_of(model, EngineConfig(tp_size, enable_attention_dp=True)) == []
+
+
+def test_attention_data_parallelism_still_divides_heads_over_context_ranks() -> None:
+    (finding,) = findings_of(SMOLLM2, EngineConfig(4, cp_size=2, enable_attention_dp=True))
+    assert finding.rule == "B1"
+    assert "cp_size = 2" in finding.message
+    assert "context_parallel_size" in finding.fix
+    assert findings_of(SMOLLM2, EngineConfig(4, cp_size=3, enable_attention_dp=True)) == []
+
+
+def test_context_parallelism_narrows_the_legal_sizes() -> None:
+    assert legal_tp_sizes(shape_of(LLAMA_4), cp_size=2) == (1, 2, 4)
+    assert legal_tp_sizes(shape_of(LLAMA_4), cp_size=3) == ()
+    (finding,) = findings_of(LLAMA_4, EngineConfig(8, cp_size=2))
+    assert (finding.rule, "tp_size x cp_size = 16" in finding.message) == ("B1", True)
+    assert "one of 1, 2, 4" in finding.fix
+
+
+@pytest.mark.parametrize("pp_size", [1, 2, 7])
+def test_pipeline_stages_leave_heads_alone(pp_size: int) -> None:
+    assert findings_of(LLAMA_4, EngineConfig(8, pp_size=pp_size)) == []
+
+
+@pytest.mark.parametrize(("pp_size", "rules"), [(1, []), (30, []), (31, ["F3"])])
+def test_every_pipeline_stage_needs_a_layer(pp_size: int, rules: list[str]) -> None:
+    findings = findings_of(SMOLLM2, EngineConfig(3, pp_size=pp_size))
+    assert [finding.rule for finding in findings] == rules
+    assert all("30 or less" in finding.fix for finding in findings)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), st.integers(1, 250))
+def test_the_world_is_exactly_the_product(tp_size: int, pp_size: int, cp_size: int, world_size: int) -> None:
+    config = EngineConfig(tp_size, pp_size, cp_size)
+    findings = check_layout(shape_with(None, None), config, world_size)
+    if world_size == tp_size * pp_size * cp_size:
+        assert findings == []
+    else:
+        (finding,) = findings
+        assert finding.rule == "A1"
+        assert f"{world_size} were started" in finding.message
+        assert f"start {config.world_size} ranks" in finding.fix
+
+
+def test_a_wrong_world_comes_before_a_wrong_split() -> None:
+    rules = [finding.rule for finding in check_layout(shape_of(SMOLLM2), EngineConfig(2), 3)]
+    assert rules == ["A1", "B1", "B3"]
+
+
+@given(st.integers(1, 160), st.integers(1, 160) | st.none(), st.integers(1, 4))
+def test_legal_sizes_against_the_definition(heads: int, kv_heads: int | None, cp_size: int) -> None:
+    shape = shape_with(heads, kv_heads)
+    expected = tuple(
+        tp
+        for tp in range(1, 400)
+        if heads % (tp * cp_size) == 0 and (kv_heads is None or kv_heads % tp == 0 or tp % kv_heads == 0)
+    )
+    legal = legal_tp_sizes(shape, cp_size)
+    assert legal == expected
+    for tp_size in range(1, 20):
+        config = EngineConfig(tp_size, cp_size=cp_size)
+        assert (check_layout(shape, config, config.world_size) == []) == (tp_size in expected)
+
+
+def test_a_model_that_does_not_say_its_heads_is_not_judged_by_them() -> None:
+    assert legal_tp_sizes(shape_with(None, None)) is None
+    assert check_layout(shape_with(None, None), EngineConfig(7), 7) == []
+
+
+def test_findings_are_rendered_errors_first_and_complete() -> None:
+    info = Finding("X1", Severity.INFO, "by the way")
+    error = Finding("X2", Severity.ERROR, "wrong", found="a", needed="b", fix="c")
+    text = render([info, error])
+    assert [line for line in text.splitlines() if not line.startswith(" ")] == ["error X2: wrong", "info X1: by the way"]
+    assert [line.split() for line in text.splitlines()[1:4]] == [["found:", "a"], ["needed:", "b"], ["do:", "c"]]
+    assert errors([info, error]) == [error]
+    assert json.loads(json.dumps(error.as_json())) == {
+        "rule": "X2",
+        "severity": "error",
+        "message": "wrong",
+        "found": "a",
+        "needed": "b",
+        "fix": "c",
+    }

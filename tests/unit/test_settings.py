@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: flags over environment over file over defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi.errors import BootstrapError, DataError, UsageError
+from dynamo_mpi.settings import OPTIONS, Option, Settings, build_parser, load_settings
+
+MODEL = ("--model", "/m/Name")
+# a value that each option takes, other than its default
+SAMPLES = {
+    "role": "agg",
+    "engine": "reference",
+    "model": "/other/model",
+    "served_model_name": "a/model",
+    "engine_config": "/e.yaml",
+    "tensor_parallel_size": "3",
+    "max_batch_size": "4",
+    "max_num_tokens": "5",
+    "max_seq_len": "6",
+    "namespace": "ns",
+    "component": "comp",
+    "endpoint": "dyn://a.b.c",
+    "request_plane": "nats",
+    "discovery_backend": "etcd",
+    "preflight_only": "true",
+    "ready_file": "/r.json",
+    "probe_timeout": "1.5",
+    "prove_timeout": "2.5",
+    "drain_timeout": "0",
+}
+
+
+def load(*argv: str, file: Path | None = None, **environ: str) -> Settings:
+    if file is not None:
+        environ["DYN_MPI_SETTINGS"] = str(file)
+    return load_settings(argv, environ)
+
+
+def shown(settings: Settings, name: str) -> str:
+    value = getattr(settings, name)
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings_file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_option_is_a_setting_and_has_a_sample() -> None:
+    names = [option.name for option in OPTIONS]
+    fields = [field.name for field in dataclasses.fields(Settings)]
+    assert names == fields[:-1] == list(SAMPLES)
+
+
+def test_defaults() -> None:
+    settings = load(*MODEL)
+    assert settings.model == Path("/m/Name")
+    assert settings.served_model_name == "Name"
+    assert settings.endpoint == "dyn://dynamo.backend.generate"
+    assert (settings.request_plane, settings.discovery_backend, settings.preflight_only) == ("tcp", "etcd", False)
+    assert settings.size_flags == {}
+    assert settings.origins["model"] == "flag --model"
+    assert {origin for name, origin in settings.origins.items() if name != "model"} == {"default"}
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
+def test_flags_win_over_environment_over_file(option: Option, tmp_path: Path) -> None:
+    sample = SAMPLES[option.name]
+    model = () if option.name == "model" else MODEL
+    for key in (option.name, option.name.replace("_", "-")):
+        settings = load(*model, file=settings_file(tmp_path, f"{key}: {sample}\n"))
+        assert (shown(settings, option.name), settings.origins[option.name]) == (sample, "settings file")
+    broken = settings_file(tmp_path, f"{option.name}: ' /'\n")
+    for variable in option.variables:
+        settings = load(*model, file=broken, **{variable: sample})
+        assert (shown(settings, option.name), settings.origins[option.name]) == (sample, f"environment {variable}")
+    for flag in option.flags:
+        words = (flag,) if option.switch else (flag, sample)
+        settings = load(*model, *words, file=broken, **dict.fromkeys(option.variables, " /"))
+        assert (shown(settings, option.name), settings.origins[option.name]) == (sample, f"flag {option.flags[0]}")
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.variables], ids=lambda option: option.name)
+def test_an_empty_variable_is_not_set(option: Option) -> None:
+    settings = load(*MODEL, **dict.fromkeys(option.variables, ""))
+    assert settings == load(*MODEL)
+    assert settings.origins == load(*MODEL).origins
+
+
+def test_the_file_may_be_named_by_flag_or_variable(tmp_path: Path) -> None:
+    path = settings_file(tmp_path, "namespace: from_file\nmodel: /m\nengine_config: null\n")
+    for settings in (load("--settings", str(path)), load(file=path)):
+        assert (settings.namespace, settings.engine_config) == ("from_file", None)
+    assert load("--settings", str(path), file=tmp_path / "never looked at").namespace == "from_file"
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("on", True), ("no", False), ("'yes'", True), ("0", False)])
+def test_switches_in_a_file(tmp_path: Path, text: str, value: bool) -> None:
+    assert load(*MODEL, file=settings_file(tmp_path, f"preflight_only: {text}")).preflight_only is value
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("TRUE", True), ("yes", True), ("0", False), ("off", False)])
+def test_switches_in_the_environment(text: str, value: bool) -> None:
+    assert load(*MODEL, DYN_MPI_PREFLIGHT_ONLY=text).preflight_only is value
+
+
+@pytest.mark.parametrize(
+    ("alias", "flag"),
+    [
+        ("--disaggregation-mode", "--role"),
+        ("--model-path", "--model"),
+        ("--extra-engine-args", "--engine-config"),
+        ("--tp-size", "--tensor-parallel-size"),
+    ],
+)
+def test_dynamos_own_flags_are_understood(alias: str, flag: str) -> None:
+    name = next(option.name for option in OPTIONS if flag in option.flags)
+    model = () if name == "model" else MODEL
+    assert load(*model, alias, SAMPLES[name]) == load(*model, flag, SAMPLES[name])
+
+
+def test_sizes_given_as_flags_go_by_their_yaml_keys() -> None:
+    settings = load(*MODEL, "--tp-size", "3", "--max-seq-len", "64")
+    assert settings.size_flags == {"tensor_parallel_size": 3, "max_seq_len": 64}
+
+
+@pytest.mark.parametrize(
+    ("words", "endpoint"),
+    [
+        (("--namespace", "a"), "dyn://a.backend.generate"),
+        (("--component", "b"), "dyn://dynamo.b.generate"),
+        (("--endpoint", "dyn://x.y.z", "--namespace", "a"), "dyn://x.y.z"),
+        (("--endpoint", "x.y.z"), "dyn://x.y.z"),
+    ],
+)
+def test_the_endpoint_has_three_parts(words: tuple[str, ...], endpoint: str) -> None:
+    assert load(*MODEL, *words).endpoint == endpoint
+
+
+@pytest.mark.parametrize("model", ["/m/Name/", "/m/Name/.", "/m/x/../Name"])
+def test_the_served_name_is_the_folders(model: str) -> None:
+    assert load("--model", model).served_model_name == "Name"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "needed"),
+    [
+        *(("--tensor-parallel-size", value, "positive whole number") for value in ("0", "-1", "2.0", "two", "", "1e3", "²")),
+        *(("--probe-timeout", value, "number of seconds") for value in ("-1", "inf", "nan", "soon", "")),
+        *(("--namespace", value, "name without dots") for value in ("a.b", "a/b", "a b", "", "a\n")),
+        *(
+            ("--endpoint", value, "dyn://namespace.component.endpoint|name without dots")
+            for value in ("", "a", "a.b", "a.b.c.d", "a..c", "http://a.b.c", "dyn://a.b.c/d")
+        ),
+        ("--role", "prefill", "one of agg"),
+        ("--engine", "abacus", "one of reference"),
+        ("--request-plane", "http", "one of tcp, nats"),
+        # what an unset variable of a batch script leaves behind
+        ("--model", "", "a path"),
+        ("--engine-config", "", "a path"),
+        ("--ready-file", "", "a path"),
+        ("--served-model-name", "", "empty"),
+    ],
+)
+def test_impossible_values_are_named_with_flag_and_need(flag: str, value: str, needed: str) -> None:
+    with pytest.raises(UsageError, match=needed) as caught:
+        load(*MODEL, f"{flag}={value}")
+    assert flag in caught.value.found
+    assert repr(value) in caught.value.found
+
+
+def test_an_impossible_value_in_the_environment_is_named_with_its_variable() -> None:
+    with pytest.raises(UsageError, match="environment DYN_MPI_PROBE_TIMEOUT is 'soon'"):
+        load(*MODEL, DYN_MPI_PROBE_TIMEOUT="soon")
+    with pytest.raises(UsageError, match="environment DYN_MPI_PREFLIGHT_ONLY is 'perhaps'"):
+        load(*MODEL, DYN_MPI_PREFLIGHT_ONLY="perhaps")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--modell", "/m"),
+        ("--mod", "/m"),
+        ("stray",),
+        ("--model",),
+        ("--preflight-only=yes",),
+        ("--kv-block-size", "3"),
+    ],
+    ids=" ".join,
+)
+def test_unknown_words_are_usage_errors_that_point_to_the_help(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match=words[0].partition("=")[0]) as caught:
+        load(*MODEL, *words)
+    assert "--help" in caught.value.fix
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_model_is_needed() -> None:
+    with pytest.raises(UsageError, match="--model DIR"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- a", "not a mapping"),
+        ("words", "not a mapping"),
+        ("modell: /m", "unknown settings: modell"),
+        ("1: x", "unknown settings: 1"),
+        ("a: [1", "can't be used"),
+        ("a: 2024-13-45", "can't be used"),
+        ("model: '\0'", "can't be used"),
+    ],
+)
+def test_a_bad_settings_file_is_named(tmp_path: Path, text: str, words: str) -> None:
+    path = settings_file(tmp_path, text)
+    with pytest.raises(DataError, match=words) as caught:
+        load(*MODEL, file=path)
+    assert str(path) in caught.value.found
+
+
+def test_a_settings_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"namespace: \xe9")
+    for path in (tmp_path / "absent.yaml", tmp_path, latin):
+        with pytest.raises(DataError, match="can't be used") as caught:
+            load(*MODEL, file=path)
+        assert str(path) in caught.value.found
+
+
+@pytest.mark.parametrize("text", [r'model: "a\0b"', r'model: "\ud800"', "model: ''", "tensor_parallel_size: 2.5", "role: [agg]"])
+def test_a_bad_value_in_a_settings_file_is_a_usage_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match="settings file is "):
+        load(file=settings_file(tmp_path, text))
+
+
+@given(
+    st.lists(st.sampled_from([flag for option in OPTIONS for flag in option.flags]) | st.text(max_size=4), max_size=6),
+    st.dictionaries(
+        st.sampled_from([variable for option in OPTIONS for variable in option.variables]), st.text(max_size=4), max_size=4
+    ),
+)
+def test_any_command_line_is_understood_or_refused(words: list[str], environ: dict[str, str]) -> None:
+    if {"-h", "--help", "--version"} & set(words):
+        return
+    try:
+        settings = load_settings(words, environ)
+    except BootstrapError as error:
+        assert error.found
+    else:
+        assert settings.model is not None
+
+
+def test_the_help_names_every_flag_and_variable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse_args(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for option in OPTIONS:
+        for word in (*option.flags, *option.variables[:1]):
+            assert word in text
