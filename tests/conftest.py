@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import signal
@@ -11,8 +12,11 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.mpi_flavours import MpiFlavour
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,6 +74,16 @@ def run_command(
     return subprocess.CompletedProcess(list(command), process.returncode, out, err)
 
 
+def answer_with(mpi: MpiFlavour, folder: Path) -> dict[str, Any]:
+    """Let ``dynamo-mpi local`` answer a question under ``mpi``, and return its result."""
+    question = ["--ask", "What is the capital of France?", "--output", "json", "--mpirun", str(mpi.mpirun)]
+    command = [sys.executable, "-m", "dynamo_mpi.cli.main", "local", *question]
+    done = run_command(command, env=mpi_environment(mpi.environment), timeout=180, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
 class Mpirun:
     """Starts programs under a real mpirun."""
 
@@ -107,3 +121,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "SmolLM2-135M-Instruct"
     export_model(find_default_gguf(), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def mpich_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of PyPI's MPICH: kept between runs, unless pytest's cache is switched off."""
+    if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
+        return pytestconfig.cache.mkdir("mpich-wheel")
+    return tmp_path_factory.mktemp("mpich-wheel")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -45,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return of_signal(2)
+        return of_signal(signal.SIGINT)
+    except BrokenPipeError:
+        # The reader has gone (| head). Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return of_signal(signal.SIGPIPE)
 
 
 def _run(words: list[str]) -> int:

@@ -50,6 +50,6 @@ def prove(engine: Engine, prompt_token_id: int, timeout: float) -> float:
         made += len(chunk.token_ids)
         if chunk.finish_reason is not None:
             break
-    if chunk.finish_reason == "error" or made == 0:
+    if chunk.finish_reason in ("error", "cancelled") or made == 0:
         raise EngineError(f"the first completion failed: {chunk.error or chunk.finish_reason}, {made} tokens")
     return time.monotonic() - start

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -81,19 +82,32 @@ def ask(
         "stream_options": {"include_usage": True},
     }
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=timeout_seconds)
-    try:
-        connection.connect()
+    with contextlib.closing(connection):
+        with _network():
+            connection.connect()
         with interruptible(connection.sock):
             started = time.monotonic()
-            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            if response.status != 200:
-                _refuse(response.status, response.read().decode(errors="replace"))
-            return _collect(read_events(response), started, on_text)
+            with _network():
+                headers = {"Content-Type": "application/json"}
+                connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+                response = connection.getresponse()
+                if response.status != 200:
+                    _refuse(response.status, response.read().decode(errors="replace"))
+            return _collect(read_events(_lines(response)), started, on_text)
+
+
+@contextlib.contextmanager
+def _network() -> Iterator[None]:
+    """Turn a failing connection into an error of ours. Not around ``on_text``: its stdout may be a broken pipe, too."""
+    try:
+        yield
     except (OSError, http.client.HTTPException) as error:
         raise EngineError(f"the frontend broke off: {error or type(error).__name__}") from error
-    finally:
-        connection.close()
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    with _network():
+        yield from response
 
 
 def read_events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from dynamo_mpi.errors import UsageError
+from dynamo_mpi.errors import EngineError, UsageError
 from dynamo_mpi.local import programs
 from dynamo_mpi.local.ask import Answer, NotServedYet, ask
 from dynamo_mpi.local.failures import PartEnded, PartLate
@@ -199,7 +199,7 @@ class LocalStack:
                 )
             except NotServedYet as error:
                 self._wait_a_little("frontend", f"it serves no completion: {error}")
-            except Exception:
+            except EngineError:
                 self._interrupts.check()  # a signal closes the connection: say that, not what it looked like
                 self._check_parts()
                 raise
@@ -272,7 +272,7 @@ class LocalStack:
                 self._say(f"waiting for the worker, {time.monotonic() - began:.0f} s")
                 period = min(2 * period, LONGEST_NEWS_SECONDS)
                 news = time.monotonic() + period
-        self._mark("worker", f"worker of {ranks.tp_size} ranks, registered")
+        self._mark("worker", f"worker registered, tp {ranks.tp_size}")
         return worker
 
     def _await_listing(self, frontend: Frontend, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.parallelism import heads
 from dynamo_mpi.parallelism.finding import Finding, Severity
 
 if TYPE_CHECKING:
@@ -56,16 +57,16 @@ def check_world_size(shape: ModelShape, config: EngineConfig, world_size: int) -
 def check_attention_heads(shape: ModelShape, config: EngineConfig, world_size: int) -> Finding | None:
     """B1, B2: query heads divide over tp x cp, or over cp alone with attention DP (``attention.py: Attention.__init__``,
     ``mla.py: MLA.__init__``)."""
-    heads = shape.attention_heads
+    count = shape.attention_heads
     split = config.cp_size * (1 if config.enable_attention_dp else config.tp_size)
-    if heads is None or heads % split == 0:
+    if count is None or count % split == 0:
         return None
     over = "cp_size" if config.enable_attention_dp else "tp_size" if config.cp_size == 1 else "tp_size x cp_size"
     return Finding(
         "B2" if shape.latent_attention else "B1",
         Severity.ERROR,
-        f"{heads} attention heads can't be divided over {over} = {split}",
-        found=f"{shape.name}: num_attention_heads {heads}, {over} {split}, remainder {heads % split}",
+        f"{count} attention heads can't be divided over {over} = {split}",
+        found=f"{shape.name}: num_attention_heads {count}, {over} {split}, remainder {count % split}",
         needed=f"num_attention_heads % ({over}) == 0",
         fix=_legal_advice(shape, config),
     )
@@ -74,7 +75,7 @@ def check_attention_heads(shape: ModelShape, config: EngineConfig, world_size: i
 def check_kv_heads(shape: ModelShape, config: EngineConfig, world_size: int) -> Finding | None:
     """B3: KV heads divide over tp, or are replicated a whole number of times (``modeling_utils.py: duplicate_kv_weight``)."""
     kv_heads, tp_size = shape.kv_heads, config.tp_size
-    if kv_heads is None or config.enable_attention_dp or _kv_heads_fit(kv_heads, tp_size):
+    if kv_heads is None or config.enable_attention_dp or heads.kv_heads_fit(kv_heads, tp_size):
         return None
     needed = "num_key_value_heads % tp_size == 0" if kv_heads >= tp_size else "tp_size % num_key_value_heads == 0"
     return Finding(
@@ -102,22 +103,10 @@ def check_layers(shape: ModelShape, config: EngineConfig, world_size: int) -> Fi
 
 
 def legal_tp_sizes(shape: ModelShape, cp_size: int = 1) -> tuple[int, ...] | None:
-    """B11: the tensor-parallel sizes at which both heads and KV heads work out, ascending, without attention DP.
-
-    None when the config doesn't say how many heads there are. Llama-4 (40 heads, 8 KV heads): 1, 2, 4, 8, 40.
-    """
-    heads = shape.attention_heads
-    if heads is None:
+    """B11 for a model (see `heads.legal_tp_sizes`); None when its config doesn't say how many heads there are."""
+    if shape.attention_heads is None:
         return None
-    return tuple(
-        tp
-        for tp in range(1, heads + 1)
-        if heads % (tp * cp_size) == 0 and (shape.kv_heads is None or _kv_heads_fit(shape.kv_heads, tp))
-    )
-
-
-def _kv_heads_fit(kv_heads: int, tp_size: int) -> bool:
-    return kv_heads % tp_size == 0 if kv_heads >= tp_size else tp_size % kv_heads == 0
+    return heads.legal_tp_sizes(shape.attention_heads, shape.kv_heads, cp_size)
 
 
 def _legal_advice(shape: ModelShape, config: EngineConfig) -> str:

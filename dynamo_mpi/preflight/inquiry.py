@@ -133,7 +133,8 @@ def _compare(file: WatchedFile) -> str:
 
 def _excerpt(line: str, other: str) -> str:
     """Return ``line`` around the place where it parts from ``other``, with blanks and line ends to be seen."""
-    start = max(0, len(os.path.commonprefix((line, other))) - 30)
+    alike = next((at for at, (a, b) in enumerate(zip(line, other, strict=False)) if a != b), min(len(line), len(other)))
+    start = max(0, alike - 30)
     end = start + 60
     return ("..." if start else "") + repr(line[start:end]) + ("..." if end < len(line) else "")
 

@@ -108,9 +108,11 @@ async def run(arguments: argparse.Namespace) -> None:
             cleanup.callback(process.terminate)
 
         etcd = Etcd(find_etcd(), free_port(), scratch / "etcd")
-        frontend = Frontend(free_port(), {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": "tcp"})
-        environment = os.environ | dict(frontend.discovery) | {"DYN_LOG": "error", "DYN_SYSTEM_PORT": "0"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(HERE.parent.parent))))
+        frontend = Frontend(free_port(), {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": "tcp"}, scratch)
+        environment = os.environ | frontend.environment() | {"DYN_LOG": "error", "DYN_SYSTEM_PORT": "0"}
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, (os.environ.get("PYTHONPATH"), str(HERE.parent.parent)))
+        )
         export_model(find_default_gguf(), scratch / "model")
         start(list(etcd.command()), dict(os.environ))
         await answers(etcd)

@@ -30,10 +30,10 @@ class LocalCommand:
     Args:
         folder: empty folder; in it are the run's TMPDIR and HOME.
         words: flags after ``dynamo-mpi local``.
-        environment: variables on top of this process's own.
+        stdout: file descriptor to write to, instead of what ``out`` reads.
     """
 
-    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
+    def __init__(self, folder: Path, *words: str, stdout: int | None = None) -> None:
         self.folder = folder / "tmp"
         self.home = folder / "home"
         for made in (self.folder, self.home):
@@ -42,12 +42,12 @@ class LocalCommand:
         self._out, self._err = folder / "out", folder / "err"
         name, _, value = self._mark.decode().partition("=")
         own = {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder), "HOME": str(self.home), name: value}
-        variables = os.environ | own | environment
+        variables = os.environ | own
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dynamo_mpi.cli.main", "local", *words],
                 stdin=subprocess.DEVNULL,
-                stdout=out,
+                stdout=out if stdout is None else stdout,
                 stderr=err,
                 env=variables,
                 start_new_session=True,

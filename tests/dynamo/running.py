@@ -153,8 +153,9 @@ def system_port() -> int:
 @contextmanager
 def running_frontend(folder: Path, etcd: EtcdServer, request_plane: str = "tcp") -> Iterator[Frontend]:
     """Run the real frontend on loopback."""
-    frontend = Frontend(free_port(), {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": request_plane})
-    environment = os.environ | dict(frontend.discovery) | {"DYN_LOG": "error"}
+    # a home of its own: it copies tokenizers to ~/.cache
+    frontend = Frontend(free_port(), {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": request_plane}, folder)
+    environment = os.environ | frontend.environment() | {"DYN_LOG": "error"}
     child = Child.start("frontend", frontend.command(), environment=environment, log=folder / "frontend.log")
     try:
         eventually(frontend.answers, "the frontend answers")

@@ -67,6 +67,18 @@ def test_an_impossible_layout_is_refused_in_the_workers_words(tmp_path: Path) ->
         assert "prterun" not in command.err, "the launcher's own words are not ours to show"
 
 
+def test_a_reader_that_goes_away_is_no_failure_of_the_stack(tmp_path: Path) -> None:
+    """Its stdout is a pipe whose reader has gone, as with ``| head``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with LocalCommand(tmp_path, "--tp", "1", "--ask", QUESTION, stdout=writer) as command:
+        os.close(writer)
+        assert command.wait() == of_signal(signal.SIGPIPE), command.err
+        command.assert_nothing_left()
+        assert "Traceback" not in command.err
+        assert "broke" not in command.err.lower()
+
+
 def test_verbose_shows_each_rank(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--tp", "2", "--verbose") as command:
         assert command.wait() == ExitCode.ILLEGAL_LAYOUT

@@ -22,14 +22,6 @@ class MakeSlurm(Protocol):
 
 
 @pytest.fixture(scope="session")
-def mpich_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of PyPI's MPICH: kept between runs, unless pytest's cache is switched off."""
-    if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
-        return pytestconfig.cache.mkdir("mpich-wheel")
-    return tmp_path_factory.mktemp("mpich-wheel")
-
-
-@pytest.fixture(scope="session")
 def make_slurm(mpich_cache: Path) -> Iterator[MakeSlurm]:
     """Clusters for tests that break theirs; all are taken down at the end of the session, also if it is killed."""
     if reason := why_unavailable():

@@ -51,7 +51,11 @@ def test_foreign_bytes_are_read_or_refused(data: bytes) -> None:
 
 @given(
     st.builds(
-        Inquiry, argv=TEXTS, model_dir=TEXT, weights=TEXTS, files=st.lists(st.builds(WatchedFile, TEXT, TEXT, TEXT)).map(tuple)
+        Inquiry,
+        argv=TEXTS,
+        model_dir=TEXT,
+        weights=TEXTS,
+        files=st.lists(st.builds(WatchedFile, TEXT, TEXT, TEXT)).map(tuple),
     )
 )
 def test_an_inquiry_arrives_as_it_was(inquiry: Inquiry) -> None:

@@ -109,7 +109,12 @@ def endless(started: threading.Event) -> Script:
 
 
 def test_the_signature_has_the_name_that_the_runtime_looks_for() -> None:
-    assert list(inspect.signature(RequestHandler.generate).parameters) == ["self", "request", "context", "response_sender"]
+    assert list(inspect.signature(RequestHandler.generate).parameters) == [
+        "self",
+        "request",
+        "context",
+        "response_sender",
+    ]
 
 
 def test_pull() -> None:
@@ -409,5 +414,3 @@ def test_an_engine_outlives_the_loop() -> None:
 
     run(body())
     mailboxes[0].put(TokenChunk((1,)))
-
-

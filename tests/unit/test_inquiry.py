@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi import __version__
 from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.preflight.inquiry import Inquiry, WatchedFile, fill_card, host_name, weight_files
+from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile, fill_card, host_name, weight_files
 
 LAUNCH = Launch(Launcher.OPEN_MPI, rank=1, size=2, local_rank=0, local_size=2)
 ARGV = ("--model", "/m")
@@ -39,8 +39,8 @@ def test_a_rank_that_sees_the_same_has_no_problem(tmp_path: Path, monkeypatch: p
     (tmp_path / "model.safetensors").touch()
     inquiry = Inquiry(ARGV, str(tmp_path), ("model.safetensors",), (watch(config, "a: 1\r\nb: é\r\n"),))
     card = fill_card(inquiry, LAUNCH, ARGV)
-    assert card == (host_name(), "2,3", __version__, ())
-    assert "." not in card.host
+    assert card == Card(host_name(), "2,3", __version__, ())
+    assert "." not in host_name()
 
 
 def test_another_command_line_is_shown_beside_rank_0s(tmp_path: Path) -> None:
@@ -133,9 +133,7 @@ def test_a_dangling_weight_file_is_found_once_per_node(tmp_path: Path) -> None:
 
 
 def test_every_problem_is_told(tmp_path: Path) -> None:
-    problems = problems_of(
-        tmp_path, argv=("x",), files=(watch(tmp_path / "absent", ""),), weights=("a.safetensors",)
-    )
+    problems = problems_of(tmp_path, argv=("x",), files=(watch(tmp_path / "absent", ""),), weights=("a.safetensors",))
     assert [problem.partition(":")[0] for problem in problems] == ["command line", "engine config", "model"]
 
 

@@ -53,9 +53,7 @@ def test_every_recorded_launch_has_an_expectation() -> None:
     assert EXPECTED.keys() == RECORDED.keys()
 
 
-@pytest.mark.parametrize(
-    ("name", "rank"), [(name, rank) for name in EXPECTED for rank in range(len(ranks_of(name)))]
-)
+@pytest.mark.parametrize(("name", "rank"), [(name, rank) for name in EXPECTED for rank in range(len(ranks_of(name)))])
 def test_a_real_rank_knows_its_place(name: str, rank: int) -> None:
     environment, expected = ranks_of(name)[rank], EXPECTED[name]
     launch = detect(environment)

@@ -126,7 +126,10 @@ def test_ranks_refuse_alike_when_only_some_nodes_hold_a_gap() -> None:
         (MPICH, MpiLibrary("mpich", "MPICH Version: 5.0.2")),
         (MPICH_PMIX, MpiLibrary("mpich", "MPICH Version: 5.0.2", pmix=True)),
         (MPICH.replace("--with-pm=hydra", "--without-pmix"), MpiLibrary("mpich", "MPICH Version: 5.0.2")),
-        ("Intel(R) MPI Library 2021.13 for Linux* OS\n", MpiLibrary("mpich", "Intel(R) MPI Library 2021.13 for Linux* OS")),
+        (
+            "Intel(R) MPI Library 2021.13 for Linux* OS\n",
+            MpiLibrary("mpich", "Intel(R) MPI Library 2021.13 for Linux* OS"),
+        ),
         ("MVAPICH2 Version      :\t2.3.7\n", MpiLibrary("mpich", "MVAPICH2 Version : 2.3.7")),
         ("Some MPI 1.0\n", MpiLibrary("unknown", "Some MPI 1.0")),
         ("", MpiLibrary("unknown", "")),

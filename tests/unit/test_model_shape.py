@@ -30,7 +30,12 @@ def parse(config: object) -> ModelShape:
 )
 def test_known_models(config: dict[str, Any], name: str, heads: int, kv_heads: int | None, latent: bool) -> None:
     shape = parse(config)
-    assert (shape.name, shape.attention_heads, shape.kv_heads, shape.latent_attention) == (name, heads, kv_heads, latent)
+    assert (shape.name, shape.attention_heads, shape.kv_heads, shape.latent_attention) == (
+        name,
+        heads,
+        kv_heads,
+        latent,
+    )
 
 
 def test_all_of_a_flat_config_is_read() -> None:
@@ -97,8 +102,10 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 200) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=2)
-    | st.dictionaries(st.sampled_from([*SMOLLM2, "text_config", "kv_lora_rank"]), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from([*SMOLLM2, "text_config", "kv_lora_rank"]), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 

@@ -18,7 +18,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-
 from dynamo_mpi.control_plane.probe import etcd_endpoints, nats_server, probe_control_plane
 from dynamo_mpi.errors import BootstrapError, DiscoveryError, UsageError
 from tests.servers import closed_port, drip, listening, reply, running_etcd, running_nats, say
@@ -40,15 +39,18 @@ def nats() -> Iterator[str]:
         yield url
 
 
-def ask(*endpoints: str, plane: str = "tcp", timeout: float = TIMEOUT, **environ: str) -> list[str]:
-    return probe_control_plane({"ETCD_ENDPOINTS": ",".join(endpoints), **environ}, plane, timeout)
+def ask(
+    *endpoints: str, plane: str = "tcp", timeout: float = TIMEOUT, nats: str = "", authority: str = ""
+) -> list[str]:
+    environ = {"ETCD_ENDPOINTS": ",".join(endpoints), "NATS_SERVER": nats, "ETCD_AUTH_CA": authority}
+    return probe_control_plane(environ, plane, timeout)
 
 
-def trouble(*endpoints: str, plane: str = "tcp", **environ: str) -> str:
+def trouble(*endpoints: str, nats: str = "") -> str:
     """Return what a probe that must fail says; it has to end in time."""
     start = time.monotonic()
     with pytest.raises(DiscoveryError) as caught:
-        ask(*endpoints, plane=plane, **environ)
+        ask(*endpoints, nats=nats)
     assert time.monotonic() - start < BOUND
     assert caught.value.exit_code == 69
     return str(caught.value)
@@ -80,19 +82,21 @@ def test_the_runtimes_own_endpoints_are_probed(environ: dict[str, str], expected
         ("nats://h:1", "nats", "nats://h:1"),
     ],
 )
-def test_nats_is_probed_where_the_runtime_connects_to_it(given_server: str | None, plane: str, expected: str | None) -> None:
+def test_nats_is_probed_where_the_runtime_connects_to_it(
+    given_server: str | None, plane: str, expected: str | None
+) -> None:
     assert nats_server({} if given_server is None else {"NATS_SERVER": given_server}, plane) == expected
 
 
 def test_real_servers_answer_at_once(etcd: str, nats: str) -> None:
     start = time.monotonic()
-    assert ask(etcd, timeout=30, plane="nats", NATS_SERVER=nats) == [etcd]
+    assert ask(etcd, timeout=30, plane="nats", nats=nats) == [etcd]
     assert time.monotonic() - start < 5
 
 
 def test_a_scheme_may_be_left_out(etcd: str, nats: str) -> None:
     bare = etcd.removeprefix("http://")
-    assert ask(bare, NATS_SERVER=nats.removeprefix("nats://")) == [bare]
+    assert ask(bare, nats=nats.removeprefix("nats://")) == [bare]
 
 
 def test_dead_endpoints_come_last(etcd: str) -> None:
@@ -121,7 +125,9 @@ def test_one_that_accepts_and_never_answers() -> None:
         assert "no answer in time" in trouble(local(port))
 
 
-@pytest.mark.parametrize("text", [b"x", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n" + b" " * 99])
+@pytest.mark.parametrize(
+    "text", [b"x", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 90000\r\n\r\n" + b" " * 99]
+)
 def test_one_that_answers_drop_by_drop_does_not_hold_the_probe(text: bytes) -> None:
     with listening(drip(text, TIMEOUT / 4)) as port:
         trouble(local(port))
@@ -150,7 +156,7 @@ def test_something_else_listens_in_etcds_place(text: bytes) -> None:
 
 def test_etcd_given_natss_port_and_the_reverse(etcd: str, nats: str) -> None:
     assert "something else than etcd" in trouble(nats.replace("nats:", "http:"))
-    assert "NATS does not answer" in trouble(etcd, NATS_SERVER=etcd.replace("http:", "nats:"))
+    assert "NATS does not answer" in trouble(etcd, nats=etcd.replace("http:", "nats:"))
 
 
 def test_one_that_hangs_up() -> None:
@@ -217,7 +223,7 @@ def test_an_unknown_host_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nats_absent(etcd: str) -> None:
     with closed_port() as port:
-        text = trouble(etcd, NATS_SERVER=local(port, "nats"))
+        text = trouble(etcd, nats=local(port, "nats"))
     assert "NATS does not answer" in text
     assert "connection refused" in text
     assert "leave NATS_SERVER unset" in text
@@ -234,7 +240,7 @@ def test_nats_absent(etcd: str) -> None:
 )
 def test_something_else_in_natss_place(etcd: str, behave: Callable[[socket.socket], None], words: str) -> None:
     with listening(behave) as port:
-        assert words in trouble(etcd, NATS_SERVER=local(port, "nats"))
+        assert words in trouble(etcd, nats=local(port, "nats"))
 
 
 def test_a_dead_nats_is_nobodys_business_on_the_tcp_plane(etcd: str) -> None:
@@ -249,9 +255,14 @@ def test_credentials_in_an_address_are_never_shown(etcd: str, secret: str) -> No
     with closed_port() as dead:
         texts = [
             trouble(f"http://root:{secret}@127.0.0.1:{dead}"),
-            trouble(etcd, NATS_SERVER=f"nats://me:{secret}@127.0.0.1:{dead}"),
+            trouble(etcd, nats=f"nats://me:{secret}@127.0.0.1:{dead}"),
         ]
-    for address in (f"http://me:{secret}@h:port", f"ftp://me:{secret}@h", f"http://me:{secret}@", f"http://me:{secret}@[::1"):
+    for address in (
+        f"http://me:{secret}@h:port",
+        f"ftp://me:{secret}@h",
+        f"http://me:{secret}@",
+        f"http://me:{secret}@[::1",
+    ):
         with pytest.raises(UsageError) as caught:
             ask(address)
         texts.append(str(caught.value))
@@ -261,7 +272,18 @@ def test_credentials_in_an_address_are_never_shown(etcd: str, secret: str) -> No
 
 
 @pytest.mark.parametrize(
-    "address", ["http://", "http://:2379", "http://h:99999", "http://h:x", "ftp://h", "nats://h:1", "http://[::1", "http://a..b:1", ","]
+    "address",
+    [
+        "http://",
+        "http://:2379",
+        "http://h:99999",
+        "http://h:x",
+        "ftp://h",
+        "nats://h:1",
+        "http://[::1",
+        "http://a..b:1",
+        ",",
+    ],
 )
 def test_an_address_that_cannot_be_read_is_a_usage_error(address: str) -> None:
     with pytest.raises(UsageError, match="ETCD_ENDPOINTS") as caught:
@@ -272,7 +294,7 @@ def test_an_address_that_cannot_be_read_is_a_usage_error(address: str) -> None:
 @pytest.mark.parametrize("address", ["http://h:1", "nats://:1", "nats://[", "nats://h:x"])
 def test_a_nats_address_that_cannot_be_read_is_a_usage_error(etcd: str, address: str) -> None:
     with pytest.raises(UsageError, match="NATS_SERVER"):
-        ask(etcd, NATS_SERVER=address)
+        ask(etcd, nats=address)
 
 
 @given(st.text(alphabet="http:/[]@.%1a,#? \\é\ud800", max_size=14))
@@ -281,7 +303,7 @@ def test_any_address_is_read_or_refused(address: str) -> None:
         # what is looked at is the reading; nothing may leave this machine
         patch.setattr(socket, "create_connection", _refuse)
         with pytest.raises(BootstrapError):
-            ask(f"{address}.invalid", NATS_SERVER=f"{address}.invalid")
+            ask(f"{address}.invalid", nats=f"{address}.invalid")
 
 
 def _refuse(address: tuple[str, int], timeout: float) -> socket.socket:
@@ -315,7 +337,7 @@ def test_etcd_over_tls_with_its_own_authority(certificate: Path) -> None:
 
     with listening(shake_hands) as port:
         url = local(port, "https")
-        assert ask(url, timeout=10, ETCD_AUTH_CA=certificate.with_name("crt.pem").read_text()) == [url]
+        assert ask(url, timeout=10, authority=certificate.with_name("crt.pem").read_text()) == [url]
         assert "certificate" in trouble(url)
 
 
@@ -327,7 +349,5 @@ def test_a_silent_listener_in_tlss_place() -> None:
 @pytest.mark.parametrize("authority", ["garbage", "gärbage", "/etc/ssl/ca.pem"])
 def test_an_authority_that_is_none_is_a_usage_error(authority: str) -> None:
     with listening() as port, pytest.raises(UsageError, match="ETCD_AUTH_CA") as caught:
-        ask(local(port, "https"), ETCD_AUTH_CA=authority)
+        ask(local(port, "https"), authority=authority)
     assert authority not in str(caught.value)
-
-

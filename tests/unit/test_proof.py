@@ -105,5 +105,3 @@ def test_a_trickle_does_not_extend_the_deadline() -> None:
                 prove(engine, 1, 0.2)
         finally:
             stop.set()
-
-

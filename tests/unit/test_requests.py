@@ -37,7 +37,7 @@ def test_stop_conditions() -> None:
         stop_conditions={"max_tokens": 7, "min_tokens": 2, "stop_token_ids": [1], "stop_token_ids_hidden": [2]},
         eos_token_ids=[3],
     )
-    assert (request.max_tokens, request.min_tokens, request.stop_token_ids) == (7, 2, {1, 2, 3})
+    assert (request.max_tokens, request.min_tokens, request.stop_token_ids) == (7, 2, frozenset({1, 2, 3}))
 
 
 def test_ignore_eos_leaves_only_what_the_client_itself_stops_at() -> None:

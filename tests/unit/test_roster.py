@@ -47,7 +47,9 @@ def test_the_engine_needs_equally_many_consecutive_ranks_per_node(placement: str
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=9))
-def test_placement_is_refused_exactly_where_rank_divided_by_ranks_per_node_is_not_the_node(placement: list[str]) -> None:
+def test_placement_is_refused_exactly_where_rank_divided_by_ranks_per_node_is_not_the_node(
+    placement: list[str],
+) -> None:
     nodes = list(dict.fromkeys(placement))
     per_node, odd = divmod(len(placement), len(nodes))
     fits = not odd and all(nodes.index(host) == rank // per_node for rank, host in enumerate(placement))

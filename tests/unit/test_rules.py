@@ -147,7 +147,10 @@ def test_findings_are_rendered_errors_first_and_complete() -> None:
     info = Finding("X1", Severity.INFO, "by the way")
     error = Finding("X2", Severity.ERROR, "wrong", found="a", needed="b", fix="c")
     text = render([info, error])
-    assert [line for line in text.splitlines() if not line.startswith(" ")] == ["error X2: wrong", "info X1: by the way"]
+    assert [line for line in text.splitlines() if not line.startswith(" ")] == [
+        "error X2: wrong",
+        "info X1: by the way",
+    ]
     assert [line.split() for line in text.splitlines()[1:4]] == [["found:", "a"], ["needed:", "b"], ["do:", "c"]]
     assert errors([info, error]) == [error]
     assert json.loads(json.dumps(error.as_json())) == {

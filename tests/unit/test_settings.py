@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ SAMPLES = {
     "served_model_name": "a/model",
     "engine_config": "/e.yaml",
     "tensor_parallel_size": "3",
+    "pipeline_parallel_size": "7",
     "max_batch_size": "4",
     "max_num_tokens": "5",
     "max_seq_len": "6",
@@ -38,10 +40,9 @@ SAMPLES = {
 }
 
 
-def load(*argv: str, file: Path | None = None, **environ: str) -> Settings:
-    if file is not None:
-        environ["DYN_MPI_SETTINGS"] = str(file)
-    return load_settings(argv, environ)
+def load(*argv: str, file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
+    named = {} if file is None else {"DYN_MPI_SETTINGS": str(file)}
+    return load_settings(argv, {**(environ or {}), **named})
 
 
 def shown(settings: Settings, name: str) -> str:
@@ -81,17 +82,17 @@ def test_flags_win_over_environment_over_file(option: Option, tmp_path: Path) ->
         assert (shown(settings, option.name), settings.origins[option.name]) == (sample, "settings file")
     broken = settings_file(tmp_path, f"{option.name}: ' /'\n")
     for variable in option.variables:
-        settings = load(*model, file=broken, **{variable: sample})
+        settings = load(*model, file=broken, environ={variable: sample})
         assert (shown(settings, option.name), settings.origins[option.name]) == (sample, f"environment {variable}")
     for flag in option.flags:
         words = (flag,) if option.switch else (flag, sample)
-        settings = load(*model, *words, file=broken, **dict.fromkeys(option.variables, " /"))
+        settings = load(*model, *words, file=broken, environ=dict.fromkeys(option.variables, " /"))
         assert (shown(settings, option.name), settings.origins[option.name]) == (sample, f"flag {option.flags[0]}")
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.variables], ids=lambda option: option.name)
 def test_an_empty_variable_is_not_set(option: Option) -> None:
-    settings = load(*MODEL, **dict.fromkeys(option.variables, ""))
+    settings = load(*MODEL, environ=dict.fromkeys(option.variables, ""))
     assert settings == load(*MODEL)
     assert settings.origins == load(*MODEL).origins
 
@@ -103,14 +104,16 @@ def test_the_file_may_be_named_by_flag_or_variable(tmp_path: Path) -> None:
     assert load("--settings", str(path), file=tmp_path / "never looked at").namespace == "from_file"
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("on", True), ("no", False), ("'yes'", True), ("0", False)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("on", True), ("no", False), ("'yes'", True), ("0", False)]
+)
 def test_switches_in_a_file(tmp_path: Path, text: str, value: bool) -> None:
     assert load(*MODEL, file=settings_file(tmp_path, f"preflight_only: {text}")).preflight_only is value
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("TRUE", True), ("yes", True), ("0", False), ("off", False)])
 def test_switches_in_the_environment(text: str, value: bool) -> None:
-    assert load(*MODEL, DYN_MPI_PREFLIGHT_ONLY=text).preflight_only is value
+    assert load(*MODEL, environ={"DYN_MPI_PREFLIGHT_ONLY": text}).preflight_only is value
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,7 @@ def test_switches_in_the_environment(text: str, value: bool) -> None:
         ("--model-path", "--model"),
         ("--extra-engine-args", "--engine-config"),
         ("--tp-size", "--tensor-parallel-size"),
+        ("--pp-size", "--pipeline-parallel-size"),
     ],
 )
 def test_dynamos_own_flags_are_understood(alias: str, flag: str) -> None:
@@ -154,7 +158,10 @@ def test_the_served_name_is_the_folders(model: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "value", "needed"),
     [
-        *(("--tensor-parallel-size", value, "positive whole number") for value in ("0", "-1", "2.0", "two", "", "1e3", "²")),
+        *(
+            ("--tensor-parallel-size", value, "positive whole number")
+            for value in ("0", "-1", "2.0", "two", "", "1e3", "²")
+        ),
         *(("--probe-timeout", value, "number of seconds") for value in ("-1", "inf", "nan", "soon", "")),
         *(("--namespace", value, "name without dots") for value in ("a.b", "a/b", "a b", "", "a\n")),
         *(
@@ -180,9 +187,9 @@ def test_impossible_values_are_named_with_flag_and_need(flag: str, value: str, n
 
 def test_an_impossible_value_in_the_environment_is_named_with_its_variable() -> None:
     with pytest.raises(UsageError, match="environment DYN_MPI_PROBE_TIMEOUT is 'soon'"):
-        load(*MODEL, DYN_MPI_PROBE_TIMEOUT="soon")
+        load(*MODEL, environ={"DYN_MPI_PROBE_TIMEOUT": "soon"})
     with pytest.raises(UsageError, match="environment DYN_MPI_PREFLIGHT_ONLY is 'perhaps'"):
-        load(*MODEL, DYN_MPI_PREFLIGHT_ONLY="perhaps")
+        load(*MODEL, environ={"DYN_MPI_PREFLIGHT_ONLY": "perhaps"})
 
 
 @pytest.mark.parametrize(
@@ -239,7 +246,9 @@ def test_a_settings_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         assert str(path) in caught.value.found
 
 
-@pytest.mark.parametrize("text", [r'model: "a\0b"', r'model: "\ud800"', "model: ''", "tensor_parallel_size: 2.5", "role: [agg]"])
+@pytest.mark.parametrize(
+    "text", [r'model: "a\0b"', r'model: "\ud800"', "model: ''", "tensor_parallel_size: 2.5", "role: [agg]"]
+)
 def test_a_bad_value_in_a_settings_file_is_a_usage_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match="settings file is "):
         load(file=settings_file(tmp_path, text))
@@ -248,7 +257,9 @@ def test_a_bad_value_in_a_settings_file_is_a_usage_error(tmp_path: Path, text: s
 @given(
     st.lists(st.sampled_from([flag for option in OPTIONS for flag in option.flags]) | st.text(max_size=4), max_size=6),
     st.dictionaries(
-        st.sampled_from([variable for option in OPTIONS for variable in option.variables]), st.text(max_size=4), max_size=4
+        st.sampled_from([variable for option in OPTIONS for variable in option.variables]),
+        st.text(max_size=4),
+        max_size=4,
     ),
 )
 def test_any_command_line_is_understood_or_refused(words: list[str], environ: dict[str, str]) -> None:

@@ -39,6 +39,9 @@ def build_reference_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: in
         "max_seq_len": spec.max_seq_len,
         "kv_block_size": spec.tokens_per_block,
     }
+    if spec.max_batch_size is not None and spec.max_num_tokens is None:
+        # a step holds a token of every running request; who raised only the one meant both
+        given["max_num_tokens"] = max(spec.max_batch_size, ReferenceConfig.max_num_tokens)
     sizes = {name: value for name, value in given.items() if value is not None}
     layout = {"tp_size": spec.tp_size, "pp_size": spec.pp_size, "cp_size": spec.cp_size}
     return ReferenceEngine(comm, ReferenceConfig(Path(spec.model_dir), **layout, **sizes))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pipeline parallelism: each stage holds some layers, and hands its rows on to the next.
 
-Ranks are numbered as TensorRT-LLM numbers them: tensor parallelism fastest, pipeline slowest (fact sheet of its ``MpiTopology``), so that
+Ranks are numbered as TensorRT-LLM numbers them: tensor parallelism fastest, pipeline slowest (its ``MpiTopology``), so that
 with blocks of ranks per node the tensor-parallel sums stay inside a node and only one row per token crosses between nodes.
 """
 

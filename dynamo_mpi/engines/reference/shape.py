@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dynamo_mpi.engines.reference.gguf_file import GgufFile
 from dynamo_mpi.errors import LayoutError, ModelError
+from dynamo_mpi.parallelism.heads import legal_tp_sizes
 
 
 @dataclass(frozen=True)
@@ -84,19 +85,6 @@ def llama_shape(file: GgufFile) -> LlamaShape:
             f"{heads} attention heads of size {head_dim} and {shape.num_key_value_heads} key/value heads don't fit"
         )
     return shape
-
-
-def legal_tp_sizes(heads: int, kv_heads: int) -> tuple[int, ...]:
-    """Return every tensor-parallel size that gives each rank equally many whole heads.
-
-    TensorRT-LLM's rule: the size divides the attention heads, and either divides the key/value heads or is a
-    multiple of them (each is then held by several ranks).
-    """
-    return tuple(
-        size
-        for size in range(1, heads + 1)
-        if heads % size == 0 and (kv_heads % size == 0 if kv_heads >= size else size % kv_heads == 0)
-    )
 
 
 def share_of(shape: LlamaShape, rank: int, tp_size: int) -> Share:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole worker on a real Slurm: over several nodes, through the real frontend, and to its end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.dynamo.running import eventually
+
+from .cluster.settings import LOGIN
+from .session import SlurmSession
+from .stack import OUR_MODULES, PROGRAMS, SlurmWorker, Stack, answer_of, running_stack
+
+pytestmark = pytest.mark.slurm
+Start = Callable[..., SlurmWorker]
+
+
+class Layout(NamedTuple):
+    """Where the ranks go, and how they share the model."""
+
+    nodes: int
+    ranks_per_node: int
+    engine_config: str
+
+    def options(self, slurm: SlurmSession) -> tuple[str, ...]:
+        """Return srun's options; the nodes are named, as an earlier job may still be completing on the first ones."""
+        names = ",".join(slurm.nodes[: self.nodes])
+        return (f"--nodes={self.nodes}", f"--nodelist={names}", f"--ntasks-per-node={self.ranks_per_node}")
+
+
+THREE_BY_ONE = Layout(3, 1, "tensor_parallel_size: 3\n")
+TWO_BY_THREE = Layout(2, 3, "tensor_parallel_size: 3\npipeline_parallel_size: 2\n")
+
+
+def library(slurm: SlurmSession, plugin: str) -> dict[str, str]:
+    """Return the environment with the MPI library that goes with ``srun --mpi=PLUGIN``."""
+    if plugin == "pmi2":
+        return {**slurm.mpich_env}
+    # the nodes share this machine's cores and don't know: without it, waiting ranks keep the working ones from theirs (9 times slower)
+    return {**slurm.debian_openmpi_env, "OMPI_MCA_mpi_yield_when_idle": "1"}
+
+
+@pytest.fixture(scope="module")
+def stack(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """etcd and the frontend, for all workers of this module."""
+    with running_stack(slurm, tmp_path_factory.mktemp("stack")) as running:
+        yield running
+
+
+@pytest.fixture
+def start(stack: Stack, tmp_path: Path, model_dir: Path) -> Iterator[Start]:
+    """Start a worker; whatever is left of it is ended."""
+    workers: list[SlurmWorker] = []
+
+    def begin(layout: Layout, plugin: str, *options: str, **environment: str) -> SlurmWorker:
+        config = tmp_path / "engine.yaml"
+        config.write_text(layout.engine_config)
+        flags = ("--model", str(model_dir), "--engine-config", str(config))
+        variables = {**stack.environment, **library(stack.slurm, plugin), **environment}
+        srun = (f"--mpi={plugin}", *layout.options(stack.slurm), *options)
+        workers.append(SlurmWorker(stack.slurm, tmp_path, srun, flags, variables))
+        return workers[-1]
+
+    yield begin
+    for worker in workers:
+        worker.stop()
+
+
+@pytest.mark.parametrize("plugin", ["pmix", "pmi2"])
+def test_answers_over_several_nodes_and_drains_on_sigterm(
+    plugin: str, start: Start, stack: Stack, model_dir: Path
+) -> None:
+    layout = TWO_BY_THREE if plugin == "pmix" else THREE_BY_ONE
+    worker = start(layout, plugin, "--label")
+    ready = worker.ready()
+    assert (ready["ranks"], ready["host"]) == (layout.nodes * layout.ranks_per_node, "n1")
+    assert {node: len(pids) for node, pids in worker.ranks().items()} == dict.fromkeys(
+        stack.slurm.nodes[: layout.nodes], layout.ranks_per_node
+    )
+    assert stack.keys()
+
+    with stack.ask(model_dir.name, "What is the capital of France?", 12) as asking:
+        assert "The capital of France is Paris" in answer_of(asking)["text"]
+
+    step = f"{worker.job}.0"
+    with stack.ask(model_dir.name, "Tell me a long story about a fox.", 60) as asking:
+        assert asking.stdout is not None
+        asking.stdout.readline()
+        assert stack.slurm.exec("scancel", "--signal=TERM", step).returncode == 0
+        eventually(lambda: stack.keys() == [], "the keys are gone", 10)
+        answer = answer_of(asking)
+        assert (answer["finish_reason"], answer["completion_tokens"]) == ("length", 60)
+    assert worker.wait() == 0, worker.text()
+    assert "drain: deregistered, 1 requests in flight" in worker.text()
+    assert not worker.ready_file.exists()
+    assert worker.ranks() == {}
+
+    spoken = [line for line in worker.text().splitlines() if "dynamo_mpi" in line]
+    assert spoken
+    for line in spoken:
+        # srun's label, then ours, once
+        assert re.fullmatch(r"0: dynamo_mpi: rank 0 on n1: (?!.*\brank 0\b).*", line), line
+
+
+def test_scancel_leaves_nothing(start: Start, stack: Stack) -> None:
+    worker = start(THREE_BY_ONE, "pmix")
+    worker.ready()
+    job = worker.job
+    assert stack.slurm.exec("scancel", job).returncode == 0
+    code = worker.wait()
+    print(code, worker.text())
+    eventually(lambda: worker.ranks() == {}, "no rank is left")
+    eventually(lambda: stack.keys() == [], "the keys are gone", 15)
+    assert stack.slurm.wait_for_job(job)["JobState"] == "CANCELLED"
+    assert code == 0
+
+
+@pytest.mark.parametrize("plugin", ["pmix", "pmi2"])
+def test_signal_to_rank_0_alone_ends_all_also_before_it_serves(plugin: str, start: Start, slurm: SlurmSession) -> None:
+    """Under MPICH nobody else tells the others: they'd wait for the verdict for ever."""
+    address = slurm.addresses[LOGIN]
+    with slurm.popen("python", PROGRAMS / "silent_server.py", address) as server:
+        assert server.stdout is not None
+        etcd = f"http://{address}:{server.stdout.readline().strip()}"
+        worker = start(THREE_BY_ONE, plugin, ETCD_ENDPOINTS=etcd, DYN_MPI_PROBE_TIMEOUT="300")
+        worker.says("preflight: ok")
+        (leader,) = worker.ranks()["n1"]
+        os.kill(leader, signal.SIGTERM)
+        code = worker.wait()
+        print(code, worker.text())
+        assert code in (137, 143), worker.text()
+        eventually(lambda: worker.ranks() == {}, "no rank is left")
+        server.end()
