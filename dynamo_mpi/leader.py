@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from functools import partial
@@ -120,7 +121,8 @@ class Leader:
             code = error.exit_code
         finally:
             if settings.ready_file is not None:
-                settings.ready_file.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    settings.ready_file.unlink()
         with self._phases.enter("exit"):
             engine.close()
             self._world.broadcast(STOP + bytes([code]))

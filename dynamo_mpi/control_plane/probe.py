@@ -105,7 +105,9 @@ def _ask_together(questions: Sequence[Callable[[], str | None]], deadline: float
         except OSError as error:
             answers[index] = _reason(error)
 
-    threads = [threading.Thread(target=ask, args=(index,), daemon=True) for index in range(len(questions))]
+    threads = [
+        threading.Thread(target=ask, args=(index,), name="probe", daemon=True) for index in range(len(questions))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -41,7 +41,7 @@ class Launch(NamedTuple):
         local_rank: this process's place among those of its node, from 0.
         local_size: ranks on this node.
         ranks_per_node: ranks on each node, in the nodes' order; Slurm only.
-        node_ranks: the ranks on this node, ascending; Slurm only.
+        in_blocks: whether each node holds consecutive ranks, where the launcher tells *every* rank so; ``srun --mpi=pmix`` does.
         job_id: Slurm's job, where there is one.
         step_id: Slurm's step, where there is one.
     """
@@ -52,7 +52,7 @@ class Launch(NamedTuple):
     local_rank: int | None = None
     local_size: int | None = None
     ranks_per_node: tuple[int, ...] | None = None
-    node_ranks: tuple[int, ...] | None = None
+    in_blocks: bool | None = None
     job_id: str | None = None
     step_id: str | None = None
 
@@ -108,7 +108,7 @@ def _slurm_step(environ: Mapping[str, str], job: str | None, step: str) -> Launc
         local_rank=_number(environ, "SLURM_LOCALID"),
         local_size=local_size,
         ranks_per_node=ranks_per_node,
-        node_ranks=_numbers(environ.get("SLURM_GTIDS")),
+        in_blocks=mapping_is_in_blocks(environ.get("SLURM_PMIX_MAPPING_SERV", "")),
         job_id=job,
         step_id=step,
     )
@@ -125,11 +125,20 @@ def expand_tasks_per_node(text: str) -> tuple[int, ...] | None:
     return tuple(out)
 
 
+def mapping_is_in_blocks(text: str) -> bool | None:
+    """Read PMI's process mapping: ``"(vector,(0,2,2))"`` are 2 nodes from node 0 on, with 2 ranks each, one node after the other.
+
+    Returns:
+        Whether every node's ranks are consecutive, that is, no node comes twice; None if ``text`` isn't such a mapping.
+    """
+    body = text.strip().removeprefix("(vector,").removesuffix(")")
+    blocks = [part.strip("()").split(",") for part in body.split("),(")]
+    if body == text.strip() or any(len(block) != 3 or not all(n.isdecimal() for n in block) for block in blocks):
+        return None
+    seen = [node for first, count, _ in blocks for node in range(int(first), int(first) + int(count))]
+    return len(seen) == len(set(seen))
+
+
 def _number(environ: Mapping[str, str], name: str) -> int | None:
     text = environ.get(name, "")
     return int(text) if text.isdecimal() else None
-
-
-def _numbers(text: str | None) -> tuple[int, ...] | None:
-    parts = (text or "").split(",")
-    return tuple(int(part) for part in parts) if all(part.isdecimal() for part in parts) else None

@@ -51,6 +51,7 @@ def refuse_mislaunch(launch: Launch, library: MpiLibrary) -> None:
     _refuse_singletons(launch, library)
     _refuse_wrong_library(launch, library)
     _refuse_placement(launch)
+    _refuse_scatter(launch)
 
 
 def _refuse_singletons(launch: Launch, library: MpiLibrary) -> None:
@@ -85,14 +86,14 @@ def _refuse_wrong_library(launch: Launch, library: MpiLibrary) -> None:
         family, command = pairs[launch.launcher]
         if library.family in ("unknown", family):
             return
-    elif launch.launcher is Launcher.SLURM_PMIX and library.family == "mpich" and not library.pmix:
+    elif launch.launcher in (Launcher.SLURM_PMIX, Launcher.PMIX) and library.family == "mpich" and not library.pmix:
         family, command = "openmpi", "srun --mpi=pmi2 ..."
     else:
         return
     name = {"openmpi": "Open MPI", "mpich": "MPICH"}[family]
     raise MislaunchError(
         f"the ranks were started by {launch.launcher.value}, but mpi4py uses {library.version}: "
-        f"each of the {launch.size} ranks would be alone",
+        "each rank would be alone",
         needed=f"an mpi4py over {name}, or the launcher that goes with its library",
         # not MPI4PY_MPIABI: with it, mpi4py doesn't open the library that MPI4PY_LIBMPI names
         fix=f"{command}, or choose the library: MPI4PY_LIBMPI=/path/to/{name.replace(' ', '-').lower()}/libmpi.so",
@@ -108,6 +109,15 @@ def _refuse_placement(launch: Launch) -> None:
             f"the {launch.size} ranks are spread unequally over {len(per_node)} nodes: {', '.join(map(str, per_node))}",
             needed="the same number of ranks on every node: the engine takes node = rank // ranks per node (A11)",
             fix=f"srun --nodes={len(per_node)} --ntasks-per-node={-(-launch.size // len(per_node))} ...",
+        )
+
+
+def _refuse_scatter(launch: Launch) -> None:
+    if launch.in_blocks is False:
+        raise MislaunchError(
+            f"the {launch.size} ranks are not placed in blocks: ranks that follow each other are on different nodes",
+            needed="consecutive ranks on each node: the engine takes node = rank // ranks per node (A11)",
+            fix="srun --distribution=block ...",
         )
 
 

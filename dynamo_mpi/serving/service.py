@@ -110,27 +110,26 @@ async def serve(
         await _first_of(serving, failed, stop.first)
     with phases.enter("drain"):
         await _deregister(endpoint)
-        if failed.done():
-            runtime.shutdown()
-            await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
-            cause = failed.result()
-            raise EngineError(f"the engine failed while serving: {cause or type(cause).__name__}") from cause
-        if serving.done():
+        if serving.done() and not failed.done():
             cause = serving.exception()
             raise TemporaryError(
                 f"the Dynamo runtime ended by itself: {cause}" if cause else "the Dynamo runtime ended by itself",
                 needed="an etcd that keeps this worker's lease",
                 fix="start the worker again; if it comes back, look at etcd and the network between",
             )
-        say(f"drain: deregistered, {handler.in_flight} requests in flight")
-        await asyncio.sleep(_FAREWELL_SECONDS)
-        drained = asyncio.ensure_future(handler.wait_quiet(registration.drain_timeout))
-        await _first_of(drained, stop.second, failed)
+        if not failed.done():
+            say(f"drain: deregistered, {handler.in_flight} requests in flight")
+            await asyncio.sleep(_FAREWELL_SECONDS)
+            drained = asyncio.ensure_future(handler.wait_quiet(registration.drain_timeout))
+            await _first_of(drained, stop.second, failed)
+            drained.cancel()
         if handler.in_flight:
             say(f"drain: {handler.in_flight} requests are cut off")
-        drained.cancel()
         runtime.shutdown()
         await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
+        if failed.done():
+            cause = failed.result()
+            raise EngineError(f"the engine failed while serving: {cause or type(cause).__name__}") from cause
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.launchers.launch import Launch, Launcher, detect, expand_tasks_per_node
+from dynamo_mpi.launchers.launch import Launch, Launcher, detect, expand_tasks_per_node, mapping_is_in_blocks
 from tests.unit.recordings import RECORDED, ranks_of
 
 BLOCK = ((0, 1), (2, 3))
@@ -68,8 +68,17 @@ def test_a_real_rank_knows_its_place(name: str, rank: int) -> None:
     mine = next(node for node in expected.nodes if rank in node)
     assert launch.local_rank == mine.index(rank)
     assert launch.local_size == len(mine)
-    assert launch.node_ranks == (mine if expected.slurm_step else None)
+    mapped = "SLURM_PMIX_MAPPING_SERV" in environment
+    assert launch.in_blocks == (
+        all(node == tuple(range(node[0], node[-1] + 1)) for node in expected.nodes) if mapped else None
+    )
     assert launch.ranks_per_node == (tuple(map(len, expected.nodes)) if expected.slurm_step else None)
+
+
+def test_a_steps_own_numbers_count_before_its_jobs() -> None:
+    environment = ranks_of("srun_pmix_debian_openmpi")[2] | {"SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)"}
+    launch = detect(environment)
+    assert (launch.size, launch.local_size, launch.ranks_per_node) == (4, 2, (2, 2))
 
 
 def test_nothing_at_all_is_a_world_of_one() -> None:
@@ -103,3 +112,21 @@ def test_what_is_no_list_of_tasks_is_none(text: str) -> None:
         assert expand_tasks_per_node(text) is not None
     elif not re.search(r"[0-9]{4,}\)", text):  # leave out nodes by the million
         assert expand_tasks_per_node(text) is None
+
+
+@pytest.mark.parametrize(
+    ("mapping", "in_blocks"),
+    [
+        ("(vector,(0,2,2))", True),
+        ("(vector,(0,1,3),(1,1,1))", True),
+        ("(vector,(0,2,1),(0,2,1))", False),
+        ("(vector,(0,1,1),(1,1,2),(0,1,1))", False),
+        ("(vector,(0,512,8))", True),
+        ("", None),
+        ("(vector,)", None),
+        ("(vector,(0,2))", None),
+        ("(vector,(0,x,2))", None),
+    ],
+)
+def test_the_process_mapping_is_read(mapping: str, in_blocks: bool | None) -> None:
+    assert mapping_is_in_blocks(mapping) is in_blocks

@@ -39,6 +39,7 @@ NEEDS_PMI2: Words = ("--mpi=pmix", r"uses MPICH Version: 5\.0\.2", r"do: +srun -
 NEEDS_MPIEXEC: Words = ("by Open MPI.s mpirun", r"uses MPICH Version: 5\.0\.2", r"do: +mpiexec", "MPI4PY_LIBMPI")
 NEEDS_MPIRUN: Words = ("by MPICH.s mpiexec", "uses Open MPI v", r"do: +mpirun", "MPI4PY_LIBMPI")
 UNEQUAL: Words = ("unequally over 2 nodes", r"--ntasks-per-node=2", "A11")
+SCATTERED: Words = ("not placed in blocks", r"do: +srun --distribution=block", "A11")
 
 # columns as in LIBRARIES
 TABLE: dict[str, tuple[Words, Words, Words, Words]] = {
@@ -49,11 +50,10 @@ TABLE: dict[str, tuple[Words, Words, Words, Words]] = {
             "srun_pmix_gpus_per_node",
             "sbatch_srun_pmix",
             "salloc_srun_pmix",
-            # forms a world, which then finds it out from all its ranks (A11)
-            "srun_pmix_cyclic",
         ),
         (OK, OK, NEEDS_PMI2, OK),
     ),
+    "srun_pmix_cyclic": (SCATTERED, SCATTERED, NEEDS_PMI2, SCATTERED),
     "srun_pmix_unequal": (UNEQUAL, UNEQUAL, NEEDS_PMI2, UNEQUAL),
     "srun_pmix_gpus_per_task": (UNEQUAL, UNEQUAL, NEEDS_PMI2, UNEQUAL),
     "srun_pmi2_mpich": (NEEDS_PMIX, NEEDS_PMIX, OK, OK),

@@ -131,6 +131,11 @@ def test_one_that_accepts_and_never_answers() -> None:
 def test_one_that_answers_drop_by_drop_does_not_hold_the_probe(text: bytes) -> None:
     with listening(drip(text, TIMEOUT / 4)) as port:
         trouble(local(port))
+        # nor does it keep a thread of ours for as long as it likes
+        for thread in threading.enumerate():
+            if thread.name == "probe":
+                thread.join(BOUND)
+                assert not thread.is_alive()
 
 
 HTML = b"HTTP/1.1 404 Not Found\r\nContent-Type: text/html\r\nContent-Length: 9\r\n\r\n<h1>No!</"

@@ -196,7 +196,7 @@ def test_an_impossible_value_in_the_environment_is_named_with_its_variable() -> 
     "words",
     [
         ("--modell", "/m"),
-        ("--mod", "/m"),
+        ("--names", "ns"),
         ("stray",),
         ("--model",),
         ("--preflight-only=yes",),
