@@ -2,7 +2,7 @@
 # The contributor's interface. Everything runs in .venv, which `scripts/test.sh` makes.
 
 BIN := .venv/bin
-SHELL_FILES := $(shell git ls-files '*.sh' .ci/run)
+SHELL_FILES := $(shell git ls-files "*.sh" .ci)
 
 .PHONY: help check format test test-slurm bench wheel
 
