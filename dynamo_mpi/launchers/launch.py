@@ -11,6 +11,7 @@ that ``mpi4py.MPI`` doesn't import anyway, but for ``typing``.
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -118,10 +119,10 @@ def expand_tasks_per_node(text: str) -> tuple[int, ...] | None:
     """Expand Slurm's compressed list of tasks per node: ``"4(x2),3"`` is ``(4, 4, 3)``. None if it isn't one."""
     out: list[int] = []
     for part in text.split(","):
-        count, _, times = part.partition("(x")
-        if not count.isdecimal() or (times and not times.removesuffix(")").isdecimal()):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
             return None
-        out += [int(count)] * (int(times.removesuffix(")")) if times else 1)
+        out += [int(match[1])] * int(match[2] or 1)
     return tuple(out)
 
 

@@ -32,6 +32,7 @@ _UNSUPPORTED_OUTPUT: dict[str, tuple[object, ...]] = {
     "logprobs": (None,),
     "prompt_logprobs": (None,),
 }
+_UNSUPPORTED_INPUT = ("multi_modal_data", "prompt_embeds")
 
 
 def to_generation_request(request_id: str, request: Mapping[str, Any]) -> GenerationRequest:
@@ -47,6 +48,9 @@ def to_generation_request(request_id: str, request: Mapping[str, Any]) -> Genera
         for key, neutral in unsupported.items():
             if options.get(key) not in neutral:
                 raise RequestError(f"{key}={options[key]!r} is not supported by this engine; leave it out")
+    for key in _UNSUPPORTED_INPUT:
+        if request.get(key):
+            raise RequestError(f"{key} is not supported by this engine; send text alone")
     ends = list(stop.get("stop_token_ids") or [])
     if not stop.get("ignore_eos"):
         ends += [*(stop.get("stop_token_ids_hidden") or []), *(request.get("eos_token_ids") or [])]

@@ -13,7 +13,14 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.errors import BootstrapError, DiscoveryError, EngineError, TemporaryError, UsageError
+from dynamo_mpi.errors import (
+    AuthorisationError,
+    BootstrapError,
+    DiscoveryError,
+    EngineError,
+    TemporaryError,
+    UsageError,
+)
 from dynamo_mpi.serving.handler import RequestHandler
 
 if TYPE_CHECKING:
@@ -104,6 +111,11 @@ async def serve(
         try:
             await _register_model(registration, engine, endpoint)
         except Exception as error:
+            runtime.shutdown()
+            await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
+            # fetched, or asyncio complains of it in the middle of our own report
+            if serving.done() and not serving.cancelled():
+                serving.exception()
             raise _runtime_error(error) from error
     on_ready()
     with phases.enter("serve"):
@@ -179,6 +191,21 @@ def _runtime_error(error: Exception) -> BootstrapError:
     text = " ".join(str(error).split())
     if "environment variable" in text:
         return UsageError(f"the Dynamo runtime can't read its environment: {text}", fix="correct that DYN_* variable")
+    if any(
+        word in text.lower()
+        for word in (
+            "user name is empty",
+            "authentication failed",
+            "permission denied",
+            "invalid auth",
+            "authorization violation",
+        )
+    ):
+        return AuthorisationError(
+            f"the Dynamo runtime was refused: {text}",
+            needed="credentials that etcd (and NATS, where it is used) accept",
+            fix="correct ETCD_AUTH_* or NATS_AUTH_*",
+        )
     return DiscoveryError(
         f"the Dynamo runtime could not register the worker: {text}",
         needed="etcd (and NATS, where it is used) that answer and accept the credentials",
