@@ -16,9 +16,9 @@ def encode(text: str) -> str:
 def main() -> int:
     # "0" follows "/", so this is everything that begins with "v1/"
     body = {"key": encode("v1/"), "range_end": encode("v10"), "keys_only": True}
-    request = urllib.request.Request(f"{sys.argv[1]}/v3/kv/range", json.dumps(body).encode())
+    url = f"{sys.argv[1]}/v3/kv/range"
     try:
-        with urllib.request.urlopen(request, timeout=2) as reply:  # noqa: S310 - the tests' own etcd
+        with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=2) as reply:  # noqa: S310 - the tests' own etcd
             found = json.load(reply).get("kvs", [])
     except OSError as error:
         print(error, file=sys.stderr)
