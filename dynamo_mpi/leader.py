@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -120,6 +121,9 @@ class Leader:
             self._voice.say(f"error in {self._phases.current}: {error}")
             code = error.exit_code
         finally:
+            # the event loop has given signals back; from here on a further one must not take rank 0 away from the others
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
             if settings.ready_file is not None:
                 with contextlib.suppress(OSError):
                     settings.ready_file.unlink()

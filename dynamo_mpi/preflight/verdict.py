@@ -115,7 +115,7 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
     layout = f"tp {config.tp_size}" + "".join(
         f" x {name} {size}" for name, size in (("pp", config.pp_size), ("cp", config.cp_size)) if size > 1
     )
-    report = f"preflight: ok: {plan.shape.name}, {layout}, {len(cards)} ranks on {where}"
+    report = f"preflight: ok: {plan.shape.name}, {layout}, {len(cards)} rank{'' if len(cards) == 1 else 's'} on {where}"
     if findings:
         report += "\n" + render(findings)
     return Verdict(ExitCode.OK, report, tuple(findings))

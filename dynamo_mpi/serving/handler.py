@@ -41,14 +41,14 @@ class RequestHandler:
         self._engine = engine
         self._invalid_argument = invalid_argument
         self._engine_shutdown = engine_shutdown
-        self._in_flight = 0
+        self._request_ids: set[str] = set()
         self._quiet = asyncio.Event()
         self._quiet.set()
 
     @property
     def in_flight(self) -> int:
         """Requests that have begun and not ended."""
-        return self._in_flight
+        return len(self._request_ids)
 
     async def wait_quiet(self, timeout: float) -> bool:
         """Wait until no request is in flight; tell whether that came about within ``timeout`` seconds."""
@@ -59,6 +59,11 @@ class RequestHandler:
         except asyncio.TimeoutError:
             return False
         return True
+
+    def cancel_all(self) -> None:
+        """End every request in flight soon; its client is told that it was cancelled."""
+        for request_id in self._request_ids:
+            self._engine.cancel(request_id)
 
     def generate(self, request: Any, context: Any, response_sender: Any = None) -> AsyncGenerator[dict[str, Any], None]:
         """Serve one request; the runtime calls this.
@@ -79,7 +84,7 @@ class RequestHandler:
             raise self._invalid_argument(str(error)) from None
         except EngineError as error:
             raise self._engine_shutdown(error.found) from None
-        self._in_flight += 1
+        self._request_ids.add(request_id)
         self._quiet.clear()
         stopped = asyncio.ensure_future(context.async_killed_or_stopped())
         # not when we cancel it ourselves below: a second try with the same id may be under way by then
@@ -97,8 +102,8 @@ class RequestHandler:
             if not finished:
                 self._engine.cancel(request_id)
             stopped.cancel()
-            self._in_flight -= 1
-            if not self._in_flight:
+            self._request_ids.discard(request_id)
+            if not self._request_ids:
                 self._quiet.set()
 
 

@@ -137,6 +137,8 @@ async def serve(
             drained.cancel()
         if handler.in_flight:
             say(f"drain: {handler.in_flight} requests are cut off")
+            handler.cancel_all()
+            await handler.wait_quiet(_FAREWELL_SECONDS * 5)
         runtime.shutdown()
         await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
         if failed.done():

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -137,3 +138,21 @@ def test_nothing_is_registered_before_the_proof(etcd: EtcdServer, start: Start) 
     assert worker.wait() == 124, worker.text()
     assert "the first completion took more than 0 s" in worker.text()
     assert etcd.revision() == before, "not even for a moment"
+
+
+def test_what_does_not_end_in_time_is_cut_off_and_told(
+    etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path
+) -> None:
+    worker = start(3, "--drain-timeout", "0.1")
+    worker.ready()
+    with running_frontend(tmp_path, etcd) as frontend:
+        eventually(lambda: model_dir.name in frontend.models(), "the model is listed")
+        events = Stream(frontend.port, model_dir.name, 1500).events()
+        next(events)
+        os.kill(worker.rank_zero(), signal.SIGTERM)
+        began = time.monotonic()
+        assert worker.wait() == 0, worker.text()
+        assert time.monotonic() - began < 6
+        assert list(events), "the client hears of the end"
+    assert "1 requests are cut off" in worker.text()
+    assert "Traceback" not in worker.text()

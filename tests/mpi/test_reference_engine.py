@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Mpirun
+
 pytestmark = pytest.mark.mpi
 
 PROGRAMS = Path(__file__).with_name("programs")
@@ -22,7 +24,7 @@ Generate = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def generate(mpirun, model_dir, tmp_path_factory) -> Generate:
+def generate(mpirun: Mpirun, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Generate:
     """Run rounds of requests on a number of ranks; returns what the program printed."""
 
     def run(ranks: int, rounds: list[list[dict[str, Any]]], **settings: Any) -> dict[str, Any]:
@@ -30,7 +32,8 @@ def generate(mpirun, model_dir, tmp_path_factory) -> Generate:
         task.write_text(json.dumps({"rounds": rounds, "idle_seconds": 0, **settings}))
         done = mpirun(ranks, PROGRAMS / "reference_generate.py", str(model_dir), str(task), env=UNBOUND)
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        printed: dict[str, Any] = json.loads(done.stdout)
+        return printed
 
     return run
 
@@ -44,7 +47,7 @@ def tokens_of(results: list[dict[str, Any]]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def three_ranks(generate) -> dict[str, Any]:
+def three_ranks(generate: Generate) -> dict[str, Any]:
     """One world of three: each prompt alone, all of them at once, seeded sampling alone and in company, then idle."""
     sampled = {**greedy(GOLDEN[0], 24), "temperature": 0.9, "seed": 7}
     other_seed = {**sampled, "seed": 8}
@@ -53,7 +56,7 @@ def three_ranks(generate) -> dict[str, Any]:
     return generate(3, [*alone, *together, [sampled], [greedy(GOLDEN[1], 24), sampled, other_seed]], idle_seconds=2.5)
 
 
-def test_one_rank_makes_the_golden_tokens(generate) -> None:
+def test_one_rank_makes_the_golden_tokens(generate: Generate) -> None:
     """All at once, more than there are slots; and some alone, which takes other paths through the arithmetic."""
     together, *alone = generate(
         1, [[greedy(golden) for golden in GOLDEN], *([greedy(golden)] for golden in GOLDEN[:4])]
@@ -63,18 +66,18 @@ def test_one_rank_makes_the_golden_tokens(generate) -> None:
     assert [tokens_of(results)[0] for results in alone] == [golden["token_ids"] for golden in GOLDEN[:4]]
 
 
-def test_three_ranks_make_the_golden_tokens(three_ranks) -> None:
+def test_three_ranks_make_the_golden_tokens(three_ranks: dict[str, Any]) -> None:
     alone = three_ranks["rounds"][: len(GOLDEN)]
 
     assert [tokens_of(results)[0] for results in alone] == [golden["token_ids"] for golden in GOLDEN]
     assert {results[0]["finish_reason"] for results in alone} == {"length"}
 
 
-def test_a_batch_on_three_ranks_makes_the_same_tokens(three_ranks) -> None:
+def test_a_batch_on_three_ranks_makes_the_same_tokens(three_ranks: dict[str, Any]) -> None:
     assert tokens_of(three_ranks["rounds"][len(GOLDEN)]) == [golden["token_ids"] for golden in GOLDEN]
 
 
-def test_a_seed_gives_the_same_tokens_alone_and_in_company(three_ranks) -> None:
+def test_a_seed_gives_the_same_tokens_alone_and_in_company(three_ranks: dict[str, Any]) -> None:
     [alone], [_, in_company, other_seed] = three_ranks["rounds"][-2:]
 
     assert in_company["tokens"] == alone["tokens"]
@@ -82,20 +85,20 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_company(three_ranks) -> None:
     assert alone["tokens"] != GOLDEN[0]["token_ids"][:24]
 
 
-def test_idle_ranks_leave_the_cores_alone(three_ranks) -> None:
+def test_idle_ranks_leave_the_cores_alone(three_ranks: dict[str, Any]) -> None:
     leader, *followers = three_ranks["idle_cpu_shares"]
 
     assert max(followers) < 0.05
     assert leader < 0.05
 
 
-def test_nine_ranks_share_the_three_key_value_heads(generate) -> None:
+def test_nine_ranks_share_the_three_key_value_heads(generate: Generate) -> None:
     output = generate(9, [[greedy(golden, 12) for golden in GOLDEN[:3]]])
 
     assert tokens_of(output["rounds"][0]) == [golden["token_ids"][:12] for golden in GOLDEN[:3]]
 
 
-def test_a_step_longer_than_a_message_reaches_all_ranks(generate) -> None:
+def test_a_step_longer_than_a_message_reaches_all_ranks(generate: Generate) -> None:
     long_prompt = (GOLDEN[0]["prompt_token_ids"] * 10)[:300]
 
     output = generate(3, [[{"prompt": long_prompt, "max_tokens": 2}], [{"prompt": long_prompt, "max_tokens": 2}]])
@@ -105,11 +108,11 @@ def test_a_step_longer_than_a_message_reaches_all_ranks(generate) -> None:
     assert first[0]["tokens"] == second[0]["tokens"]
 
 
-def test_closing_an_engine_that_never_started_releases_the_other_ranks(generate) -> None:
+def test_closing_an_engine_that_never_started_releases_the_other_ranks(generate: Generate) -> None:
     assert generate(3, [])["rounds"] == []
 
 
-def test_two_ranks_are_refused(mpirun, model_dir, tmp_path) -> None:
+def test_two_ranks_are_refused(mpirun: Mpirun, model_dir: Path, tmp_path: Path) -> None:
     task = tmp_path / "rounds.json"
     task.write_text('{"rounds": [], "idle_seconds": 0}')
 
@@ -119,7 +122,7 @@ def test_two_ranks_are_refused(mpirun, model_dir, tmp_path) -> None:
     assert "needed: tensor_parallel_size one of 1, 3, 9" in done.stderr
 
 
-def test_an_error_on_another_rank_comes_out_of_follow(mpirun, model_dir) -> None:
+def test_an_error_on_another_rank_comes_out_of_follow(mpirun: Mpirun, model_dir: Path) -> None:
     done = mpirun(3, PROGRAMS / "reference_follower_failure.py", str(model_dir), timeout=60)
 
     assert done.returncode == 70
@@ -127,7 +130,7 @@ def test_an_error_on_another_rank_comes_out_of_follow(mpirun, model_dir) -> None
 
 
 @pytest.mark.parametrize(("ranks", "pp_size"), [(2, 2), (3, 3), (6, 2)])
-def test_stages_make_the_golden_tokens(generate, ranks: int, pp_size: int) -> None:
+def test_stages_make_the_golden_tokens(generate: Generate, ranks: int, pp_size: int) -> None:
     """Alone and in company; 30 layers over 3 stages, and 2 stages of 3 ranks each as on two nodes."""
     chosen = GOLDEN[:3]
     output = generate(ranks, [[greedy(chosen[0], 16)], [greedy(golden, 16) for golden in chosen]], pp_size=pp_size)

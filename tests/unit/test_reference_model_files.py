@@ -14,7 +14,6 @@ import jinja2.sandbox
 import pytest
 from tokenizers import Tokenizer
 
-from dynamo_mpi.engines.reference import model_files
 from dynamo_mpi.engines.reference.config import find_model_gguf
 from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf, main
 from dynamo_mpi.errors import ModelError
@@ -101,7 +100,7 @@ def test_the_default_model_is_found_without_importing_its_package() -> None:
 def test_an_absent_default_model_names_the_cure(
     monkeypatch: pytest.MonkeyPatch, spec: importlib.machinery.ModuleSpec | None
 ) -> None:
-    monkeypatch.setattr(model_files.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
 
     with pytest.raises(ModelError) as refusal:
         find_default_gguf()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -152,7 +153,7 @@ def histories(draw: st.DrawFn) -> tuple[int, int, list[tuple[str, int, int | Non
 
 @settings(max_examples=300, deadline=None)
 @given(history=histories(), tokens=st.randoms(use_true_random=False))
-def test_budgets_hold_every_request_ends_once_and_no_slot_leaks(history, tokens) -> None:
+def test_budgets_hold_every_request_ends_once_and_no_slot_leaks(history: Any, tokens: Any) -> None:
     slots, budget, events = history
     scheduler = Scheduler(slots, budget, CONTEXT)
     requests: dict[str, GenerationRequest] = {}

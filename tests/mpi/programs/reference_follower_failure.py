@@ -10,6 +10,8 @@ from mpi4py import MPI
 
 from dynamo_mpi.engines.protocol import GenerationRequest
 from dynamo_mpi.engines.reference.engine import ReferenceConfig, ReferenceEngine
+from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.step_plan import StepPlan
 
 
 def main() -> None:
@@ -24,12 +26,12 @@ def main() -> None:
         transformer = engine._require_loaded().transformer
         forward, steps = transformer.forward, iter(range(100))
 
-        def failing(plan):
+        def failing(plan: StepPlan) -> Float32Array | None:
             if next(steps) == 1:
                 raise FloatingPointError("rank 1 lost its weights")
             return forward(plan)
 
-        transformer.forward = failing
+        transformer.forward = failing  # type: ignore[method-assign]  # a step that breaks on this rank alone
     try:
         engine.follow()
     except FloatingPointError as error:

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def run_round(engine: ReferenceEngine, wanted: list[dict[str, Any]], number: int
         sampling = Sampling(temperature=request.get("temperature", 0.0), seed=request.get("seed"))
         engine.submit(
             GenerationRequest(f"{number}-{index}", tuple(request["prompt"]), request["max_tokens"], sampling=sampling),
-            lambda chunk, result=result: receive(result, chunk),
+            partial(receive, result),
         )
     for _ in wanted:
         done.acquire()
