@@ -45,29 +45,47 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases) ->
         signal.signal(number, signal.SIG_IGN)
     with phases.enter("load"):
         spec, comm = EngineSpec.unpack(message[1:]), world.duplicate()
-        engine, report = load_part(spec, comm, launch.local_size or world.size)
+        engine, report = build_part(spec, comm, launch.local_size or world.size)
         world.gather(report)
         message = world.broadcast()
         if engine is None or message[:1] == STOP:
+            return message[1]
+        world.gather(load_part(engine))
+        message = world.broadcast()
+        if message[:1] == STOP:
             return message[1]
     with phases.enter("serve"):
         engine.follow()
     return world.broadcast()[1]
 
 
-def load_part(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> tuple[Engine | None, bytes]:
-    """Build and load this rank's part of the engine, on rank 0 as on any other.
+def build_part(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> tuple[Engine | None, bytes]:
+    """Build this rank's part of the engine, on rank 0 as on any other.
+
+    Building and loading are agreed on apart: loading may be collective, and a rank that could not even build (a package is missing
+    on its node) would leave the others waiting there.
 
     Returns:
         The engine and an empty report, or None and the exit code with the error, packed for rank 0.
     """
     try:
-        engine = build_engine(spec, comm, local_size)
-        engine.load()
-    except BootstrapError as error:
-        return None, pack([str(int(error.exit_code)), str(error)])
-    except Exception:
-        import traceback
+        return build_engine(spec, comm, local_size), b""
+    except Exception as error:
+        return None, _report(error)
 
-        return None, pack([str(int(ExitCode.ENGINE)), traceback.format_exc().rstrip()])
-    return engine, b""
+
+def load_part(engine: Engine) -> bytes:
+    """Load this rank's part, and return what to tell rank 0: nothing, or the exit code with the error."""
+    try:
+        engine.load()
+    except Exception as error:
+        return _report(error)
+    return b""
+
+
+def _report(error: Exception) -> bytes:
+    if isinstance(error, BootstrapError):
+        return pack([str(int(error.exit_code)), str(error)])
+    import traceback
+
+    return pack([str(int(ExitCode.ENGINE)), "".join(traceback.format_exception(error)).rstrip()])

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import unpack
-from dynamo_mpi.follower import GO, STOP, load_part
+from dynamo_mpi.follower import GO, STOP, build_part, load_part
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.preflight.verdict import judge, read_plan
@@ -25,6 +26,7 @@ from dynamo_mpi.settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.launchers.launch import Launch
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
+
+_CLOSE_SECONDS = 10.0
 
 
 class Leader:
@@ -61,6 +65,7 @@ class Leader:
         with self._phases.enter("preflight"):
             try:
                 settings = load_settings(argv, os.environ)
+                _forget(settings.ready_file)
                 plan = read_plan(settings, argv)
             except BootstrapError as error:
                 return self._stop(f"error: {error}", error.exit_code)
@@ -77,18 +82,27 @@ class Leader:
             spec = engine_spec(settings, plan)
             self._world.broadcast(GO + spec.pack())
         with self._phases.enter("load"):
-            engine, report = load_part(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
-            reports = self._world.gather(report)
-            if engine is None or any(reports):
-                text, code = describe_failures(reports, cards)
-                return self._stop(text, code)
-            self._world.broadcast(GO)
+            engine, report = build_part(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
+            code = self._agree(report, cards)
+            if engine is None or code is not ExitCode.OK:
+                return code
+            code = self._agree(load_part(engine), cards)
+            if code is not ExitCode.OK:
+                return code
         return self._lead_engine(engine, settings, plan)
 
     def _ask(self, plan: Plan, argv: Sequence[str]) -> list[Card]:
         self._world.broadcast(GO + plan.inquiry.pack())
         answers = self._world.gather(fill_card(plan.inquiry, self._launch, argv).pack())
         return [Card.unpack(answer) for answer in answers]
+
+    def _agree(self, report: bytes, cards: Sequence[Card]) -> ExitCode:
+        """Gather what went wrong anywhere, and tell all ranks to go on or to leave."""
+        reports = self._world.gather(report)
+        if any(reports):
+            return self._stop(*describe_failures(reports, cards))
+        self._world.broadcast(GO)
+        return ExitCode.OK
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
         """Say why, then tell the others to leave: in this order, since the first to leave may take rank 0 along."""
@@ -107,6 +121,8 @@ class Leader:
             health_token_id=token_id,
             drain_timeout=settings.drain_timeout,
         )
+        failures: list[BaseException] = []
+        engine.on_failure(failures.append)
         engine.start()
         code = ExitCode.OK
         try:
@@ -124,11 +140,13 @@ class Leader:
             # the event loop has given signals back; from here on a further one must not take rank 0 away from the others
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-            if settings.ready_file is not None:
-                with contextlib.suppress(OSError):
-                    settings.ready_file.unlink()
+            _forget(settings.ready_file)
         with self._phases.enter("exit"):
-            engine.close()
+            close(engine, _CLOSE_SECONDS)
+            if failures:
+                raise EngineError(
+                    f"the engine failed: {failures[0]}", fix="look at the ranks' logs, and start the worker again"
+                )
             self._world.broadcast(STOP + bytes([code]))
         self._voice.say(
             f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
@@ -165,6 +183,30 @@ class Leader:
 def lead(world: World, launch: Launch, argv: Sequence[str], phases: Phases, voice: Voice) -> int:
     """Live rank 0's life, and return the exit code. See `Leader`."""
     return Leader(world, launch, phases, voice).run(argv)
+
+
+def close(engine: Engine, seconds: float) -> None:
+    """Close the engine, which waits for the step that is running.
+
+    Raises:
+        DeadlineError: it did not close within ``seconds``: a rank hangs in a step.
+    """
+    closing = threading.Thread(target=engine.close, name="close", daemon=True)
+    closing.start()
+    closing.join(seconds)
+    if closing.is_alive():
+        raise DeadlineError(
+            f"the engine did not stop within {seconds:g} s",
+            needed="ranks that still take part in its steps",
+            fix="look for a rank that hangs; the world is ended now",
+        )
+
+
+def _forget(ready_file: Path | None) -> None:
+    """Remove the ready file: also one that a run before this one, which was killed, has left."""
+    if ready_file is not None:
+        with contextlib.suppress(OSError):
+            ready_file.unlink()
 
 
 def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:

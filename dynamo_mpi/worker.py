@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # How long ranks that refuse alone stay, so that all have started and rank 0 has said why: a launcher ends the rest when the first
 # process fails, and no MPI orders them yet.
 _HUSH_SECONDS = 2.0
+_PARTING_SECONDS = 20.0  # longer than rank 0 gives the engine to close
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.rank == 0:
             from dynamo_mpi.leader import lead
 
-            # until it serves: the others ignore SIGTERM, and under MPICH would not even notice that rank 0 has died of it
-            signal.signal(signal.SIGTERM, lambda number, _: world.abort(of_signal(number)))
+            # until it serves: the others ignore both, and under MPICH would not even notice that rank 0 has died of it
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda number, _: world.abort(of_signal(number)))
             return _leave(world, lead(world, launch, words, phases, voice))
         from dynamo_mpi.follower import follow
 
@@ -107,7 +109,8 @@ def _leave(world: World, code: int) -> int:
     """Wait for each other before the first rank leaves: on ``srun --kill-on-bad-exit`` the rest get SIGTERM then, and srun would exit
     with that signal's code instead of ours."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    world.barrier()
+    if not world.barrier(_PARTING_SECONDS):
+        world.abort(code)
     return code
 
 

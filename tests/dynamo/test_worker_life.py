@@ -7,12 +7,14 @@ import http.client
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, running_frontend, system_port
 
 pytestmark = pytest.mark.dynamo
@@ -156,3 +158,34 @@ def test_what_does_not_end_in_time_is_cut_off_and_told(
         assert list(events), "the client hears of the end"
     assert "1 requests are cut off" in worker.text()
     assert "Traceback" not in worker.text()
+
+
+def test_a_rank_that_lacks_a_package_does_not_hang_the_others(start: Start, tmp_path: Path) -> None:
+    shim = tmp_path / "shim"
+    shim.mkdir()
+    (shim / "gguf.py").write_text(
+        "import os\nif os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n    raise ImportError('no gguf here')\n"
+        "import sys\nsys.path.remove(os.path.dirname(__file__))\ndel sys.modules['gguf']\nimport gguf\n"
+    )
+    worker = start(3, PYTHONPATH=f"{shim}{os.pathsep}{ROOT}")
+    assert worker.wait() == 70, worker.text()
+    assert "error in load: rank 1 on" in worker.text()
+    assert "no gguf here" in worker.text()
+
+
+def test_a_follower_that_hangs_does_not_hold_the_end_up(etcd: EtcdServer, start: Start) -> None:
+    worker = start(3)
+    worker.ready()
+    os.kill(worker.ranks()[1], signal.SIGSTOP)
+    os.kill(worker.rank_zero(), signal.SIGTERM)
+    assert worker.wait(60) == 124, worker.text()
+    assert "did not stop within" in worker.text()
+    assert etcd.keys() == []
+
+
+def test_a_port_that_is_taken_is_no_reason_to_start_again(start: Start) -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:  # noqa: S104 - the runtime binds all addresses, too
+        worker = start(1, DYN_TCP_RPC_PORT=str(taken.getsockname()[1]))
+        assert worker.wait() == 64, worker.text()
+    assert "can't bind its port" in worker.text()
+    assert "ready:" not in worker.text()

@@ -181,7 +181,7 @@ def test_help_is_shown_once(mpirun: Mpirun, flag: str) -> None:
 def test_a_preflight_alone_stops_after_its_verdict(mpirun: Mpirun, model: Path, ranks: int) -> None:
     """Without etcd: a batch script checks its layout before it starts anything."""
     done = mpirun.worker(ranks, "--model", str(model), "--tp-size", str(ranks), "--preflight-only")
-    assert_refused(done, 0, "preflight: ok", "LlamaForCausalLM", f"tp {ranks}", f"{ranks} ranks")
+    assert_refused(done, 0, "preflight: ok", "LlamaForCausalLM", f"tp {ranks}", f"{ranks} rank")
 
 
 def alone(environment: dict[str, str]) -> Done:
