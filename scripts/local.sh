@@ -18,7 +18,7 @@ usage: scripts/local.sh [FLAGS OF dynamo-mpi local]
   scripts/local.sh --help            this, and all flags once it is installed
 
 Environment:
-  PYTHON    interpreter to make .venv with (default: the newest python3 on PATH that fits)
+  PYTHON    interpreter to make .venv with (default: python3, else the newest that fits)
 EOF
 }
 

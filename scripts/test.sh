@@ -18,7 +18,7 @@ usage: scripts/test.sh [--slurm] [ARGUMENTS OF pytest]
   scripts/test.sh tests/unit -x    what pytest takes
 
 Environment:
-  PYTHON    interpreter to make .venv with (default: the newest python3 on PATH that fits)
+  PYTHON    interpreter to make .venv with (default: python3, else the newest that fits)
 EOF
 }
 
