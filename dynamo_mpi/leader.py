@@ -20,6 +20,7 @@ from dynamo_mpi.fields import unpack
 from dynamo_mpi.follower import GO, STOP, build_part, load_part
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.roster import describe_ranks
+from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
 from dynamo_mpi.serving.service import Registration, point_runtime_at, run, serve
 from dynamo_mpi.settings import load_settings
@@ -77,6 +78,7 @@ class Leader:
             self._voice.say(verdict.report)
             try:
                 point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
+                require_servable(settings.model, plan.inquiry.files[0].content)
             except BootstrapError as error:
                 return self._stop(f"error: {error}", error.exit_code)
             spec = engine_spec(settings, plan)

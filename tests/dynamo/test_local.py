@@ -209,4 +209,4 @@ def open_stream(url: str, model: str, *, max_tokens: int):  # type: ignore[no-un
     request = urllib.request.Request(  # noqa: S310 - the run's own loopback address
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    return urllib.request.urlopen(request, timeout=60)  # noqa: S310
+    return urllib.request.urlopen(request, timeout=60)  # noqa: S310 - the run's own loopback address

@@ -189,3 +189,23 @@ def test_a_port_that_is_taken_is_no_reason_to_start_again(start: Start) -> None:
         assert worker.wait() == 64, worker.text()
     assert "can't bind its port" in worker.text()
     assert "ready:" not in worker.text()
+
+
+@pytest.mark.parametrize(
+    ("broken", "code", "word"), [("tokenizer.json", 66, "tokenizer"), ("config.json", 65, "architectures")]
+)
+def test_a_model_that_the_frontend_cannot_serve_is_not_registered(
+    etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path, broken: str, code: int, word: str
+) -> None:
+    folder = tmp_path / "incomplete"
+    folder.mkdir()
+    for file in model_dir.iterdir():
+        if file.name != broken:
+            (folder / file.name).symlink_to(file)
+    if broken == "config.json":
+        (folder / broken).write_text("{}")
+    before = etcd.revision()
+    worker = start(1, model=folder)
+    assert worker.wait() == code, worker.text()
+    assert word in worker.text()
+    assert etcd.revision() == before
