@@ -223,7 +223,7 @@ def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
         max_batch_size=config.max_batch_size,
         max_num_tokens=config.max_num_tokens,
         max_seq_len=config.max_seq_len,
-        tokens_per_block=config.tokens_per_block,
+        tokens_per_block=config.kv_cache.tokens_per_block,
     )
 
 

@@ -13,147 +13,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi import __version__
+from dynamo_mpi.engine_options import ENGINE_OPTIONS, GPUS_PER_NODE, engine_flags
 from dynamo_mpi.errors import DataError, UsageError
+from dynamo_mpi.options import (
+    Option,
+    add_options,
+    resolve,
+    to_endpoint,
+    to_name,
+    to_path,
+    to_seconds,
+    to_switch,
+    to_text,
+)
+from dynamo_mpi.parallelism.documents import parse_yaml, read_text
+from dynamo_mpi.parallelism.engine_layers import split_dynamic_flags
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-
-@dataclass(frozen=True)
-class Option:
-    """One setting.
-
-    Args:
-        name: field of `Settings`.
-        flags: command-line spellings, ours first.
-        variables: environment variables, strongest first.
-        default: value when nobody says anything.
-        convert: from text; raises ValueError with what is needed.
-        help: one line.
-        choices: the values that exist, where they can be listed.
-        switch: a flag without a value.
-    """
-
-    name: str
-    flags: tuple[str, ...]
-    variables: tuple[str, ...]
-    default: Any
-    convert: Callable[[str], Any]
-    help: str
-    choices: tuple[str, ...] = ()
-    switch: bool = False
-
-
-def _size(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError("a positive whole number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise ValueError("a number of seconds")
-    return value
-
-
-def _switch(text: str) -> bool:
-    known = {
-        "1": True,
-        "true": True,
-        "yes": True,
-        "on": True,
-        "0": False,
-        "false": False,
-        "no": False,
-        "off": False,
-        "": False,
-    }
-    if text.strip().lower() not in known:
-        raise ValueError("true or false")
-    return known[text.strip().lower()]
-
-
-def _text(text: str) -> str:
-    if not text:
-        raise ValueError("something that isn't empty")
-    return text
-
-
-def _path(text: str) -> Path:
-    # the settings file can hold what no command line can: NULs and code points that are no characters
-    if not text or "\0" in text or any("\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in text):
-        raise ValueError("a path")
-    return Path(text)
-
-
-def _name(text: str) -> str:
-    if not text or any(c in text for c in "./ \t\n"):
-        raise ValueError("a name without dots, slashes and blanks")
-    return text
-
-
-def _endpoint(text: str) -> str:
-    parts = text.removeprefix("dyn://").split(".")
-    if len(parts) != 3:
-        raise ValueError("dyn://namespace.component.endpoint")
-    for part in parts:
-        _name(part)
-    return "dyn://" + ".".join(parts)
-
+    from collections.abc import Mapping, Sequence
 
 OPTIONS: tuple[Option, ...] = (
     Option(
         "role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", str, "what this worker does", ("agg",)
     ),
     Option("engine", ("--engine",), ("DYN_MPI_ENGINE",), "reference", str, "what runs the model", ("reference",)),
-    Option("model", ("--model", "--model-path"), ("MODEL_PATH",), None, _path, "model folder, with its config.json"),
+    Option(
+        "model",
+        ("--model", "--model-path"),
+        ("MODEL_PATH", "DYN_TRTLLM_MODEL"),
+        None,
+        to_path,
+        "model folder, with its config.json",
+    ),
     Option(
         "served_model_name",
         ("--served-model-name",),
-        ("SERVED_MODEL_NAME",),
+        ("SERVED_MODEL_NAME", "DYN_TRTLLM_SERVED_MODEL_NAME"),
         None,
-        _text,
+        to_text,
         "name that clients ask for; the folder's name by default",
     ),
-    Option(
-        "engine_config",
-        ("--engine-config", "--extra-engine-args"),
-        ("ENGINE_CONFIG",),
-        None,
-        _path,
-        "engine config: TensorRT-LLM's YAML",
-    ),
-    Option(
-        "tensor_parallel_size",
-        ("--tensor-parallel-size", "--tp-size"),
-        (),
-        None,
-        _size,
-        "over the engine config's tensor_parallel_size",
-    ),
-    Option(
-        "pipeline_parallel_size",
-        ("--pipeline-parallel-size", "--pp-size"),
-        (),
-        None,
-        _size,
-        "over the engine config's pipeline_parallel_size",
-    ),
-    Option("max_batch_size", ("--max-batch-size",), (), None, _size, "over the engine config's max_batch_size"),
-    Option("max_num_tokens", ("--max-num-tokens",), (), None, _size, "over the engine config's max_num_tokens"),
-    Option("max_seq_len", ("--max-seq-len",), (), None, _size, "over the engine config's max_seq_len"),
-    Option("namespace", ("--namespace",), ("DYN_NAMESPACE",), "dynamo", _name, "Dynamo namespace"),
-    Option("component", ("--component",), ("DYN_COMPONENT",), "backend", _name, "Dynamo component"),
+    *ENGINE_OPTIONS,
+    GPUS_PER_NODE,
+    Option("namespace", ("--namespace",), ("DYN_NAMESPACE",), "dynamo", to_name, "Dynamo namespace"),
+    Option("component", ("--component",), ("DYN_COMPONENT",), "backend", to_name, "Dynamo component"),
     Option(
         "endpoint",
         ("--endpoint",),
         ("DYN_ENDPOINT",),
         None,
-        _endpoint,
+        to_endpoint,
         "dyn://namespace.component.endpoint, instead of the two above",
     ),
     Option(
@@ -179,7 +88,7 @@ OPTIONS: tuple[Option, ...] = (
         ("--preflight-only",),
         ("DYN_MPI_PREFLIGHT_ONLY",),
         False,
-        _switch,
+        to_switch,
         "stop after the verdict",
         switch=True,
     ),
@@ -188,7 +97,7 @@ OPTIONS: tuple[Option, ...] = (
         ("--ready-file",),
         ("DYN_MPI_READY_FILE",),
         None,
-        _path,
+        to_path,
         "write this file, as JSON, once it is serving",
     ),
     Option(
@@ -196,7 +105,7 @@ OPTIONS: tuple[Option, ...] = (
         ("--probe-timeout",),
         ("DYN_MPI_PROBE_TIMEOUT",),
         3.0,
-        _seconds,
+        to_seconds,
         "seconds that etcd and NATS have to answer",
     ),
     Option(
@@ -204,7 +113,7 @@ OPTIONS: tuple[Option, ...] = (
         ("--prove-timeout",),
         ("DYN_MPI_PROVE_TIMEOUT",),
         300.0,
-        _seconds,
+        to_seconds,
         "seconds for the first completion",
     ),
     Option(
@@ -212,7 +121,7 @@ OPTIONS: tuple[Option, ...] = (
         ("--drain-timeout",),
         ("DYN_MPI_DRAIN_TIMEOUT",),
         30.0,
-        _seconds,
+        to_seconds,
         "seconds that requests in flight have to end after SIGTERM",
     ),
 )
@@ -227,11 +136,18 @@ class Settings:
     model: Path
     served_model_name: str
     engine_config: Path | None
+    override_engine_args: str | None
     tensor_parallel_size: int | None
     pipeline_parallel_size: int | None
+    expert_parallel_size: int | None
+    enable_attention_dp: bool | None
     max_batch_size: int | None
     max_num_tokens: int | None
     max_seq_len: int | None
+    max_beam_width: int | None
+    free_gpu_memory_fraction: float | None
+    trtllm_version: str | None
+    gpus_per_node: int | None
     namespace: str
     component: str
     endpoint: str
@@ -242,13 +158,13 @@ class Settings:
     probe_timeout: float
     prove_timeout: float
     drain_timeout: float
+    dynamic_flags: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
-    def size_flags(self) -> dict[str, int]:
-        """Sizes that were set over the engine config, by their YAML key."""
-        names = ("tensor_parallel_size", "pipeline_parallel_size", "max_batch_size", "max_num_tokens", "max_seq_len")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+    def engine_flags(self) -> dict[str, Any]:
+        """Engine keys that flags or variables give, by dotted path; the engine config is laid over them."""
+        return engine_flags(vars(self))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -265,15 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dynamo_mpi {__version__}")
     parser.add_argument("--settings", metavar="YAML", help="file with settings, by their long names")
-    for option in OPTIONS:
-        notes = [f"one of {', '.join(option.choices)}"] if option.choices else []
-        notes += [f"env var: {option.variables[0]}"] if option.variables else []
-        notes += [f"default: {option.default}"] if option.default is not None else []
-        text = f"{option.help} ({' | '.join(notes)})" if notes else option.help
-        if option.switch:
-            parser.add_argument(*option.flags, dest=option.name, action="store_const", const="true", help=text)
-        else:
-            parser.add_argument(*option.flags, dest=option.name, metavar=option.name.upper(), help=text)
+    add_options(parser, OPTIONS)
     return parser
 
 
@@ -284,61 +192,28 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         UsageError: an unknown flag, an impossible value, or no model.
         DataError: the settings file can't be used.
     """
-    given = vars(build_parser().parse_args(list(argv)))
+    words, dynamic = split_dynamic_flags(argv)
+    given = vars(build_parser().parse_args(words))
     file = _settings_file(given.pop("settings", None) or environ.get("DYN_MPI_SETTINGS"))
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for option in OPTIONS:
-        text, origin = _pick(option, given, environ, file)
-        origins[option.name] = origin
-        values[option.name] = option.default if text is None else _convert(option, text, origin)
+    values, origins = resolve(OPTIONS, given, environ, file)
     if values["model"] is None:
         raise UsageError("no model was given", needed="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
     if values["served_model_name"] is None:
         values["served_model_name"] = values["model"].resolve().name
     if values["endpoint"] is None:
         values["endpoint"] = f"dyn://{values['namespace']}.{values['component']}.generate"
-    return Settings(**values, origins=origins)
-
-
-def _pick(
-    option: Option, given: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
-) -> tuple[str | None, str]:
-    if given.get(option.name) is not None:
-        return given[option.name], f"flag {option.flags[0]}"
-    for variable in option.variables:
-        # an empty variable is how a batch script says "not set"
-        if environ.get(variable):
-            return environ[variable], f"environment {variable}"
-    if file.get(option.name) is not None:
-        value = file[option.name]
-        return str(value).lower() if isinstance(value, bool) else str(value), "settings file"
-    return None, "default"
-
-
-def _convert(option: Option, text: str, origin: str) -> Any:
-    if option.choices and text not in option.choices:
-        raise UsageError(f"{origin} is {text!r}", needed=f"one of {', '.join(option.choices)}")
-    try:
-        return option.convert(text)
-    except ValueError as error:
-        raise UsageError(f"{origin} is {text!r}", needed=str(error)) from None
+    return Settings(**values, dynamic_flags=tuple(dynamic), origins=origins)
 
 
 def _settings_file(path: str | None) -> dict[str, Any]:
     if not path:
         return {}
-    import yaml
-
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    # ValueError: bad UTF-8, and what int() and date() say of impossible numbers and dates
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"the settings file {path} can't be used: {' '.join(str(error).split())}") from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise DataError(f"the settings file {path} is not a mapping", needed="`name: value` lines")
+        loaded = parse_yaml(read_text(Path(path)), f"the settings file {path}", "`name: value` lines")
+    except OSError as error:
+        raise DataError(
+            f"the settings file {path} can't be read: {error.strerror}", fix="check its path and rights"
+        ) from None
     known = {option.name for option in OPTIONS}
     named = {str(key).replace("-", "_"): value for key, value in loaded.items()}
     if unknown := sorted(set(named) - known):

@@ -17,9 +17,12 @@ from typing import NoReturn
 from dynamo_mpi import __version__
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.parallelism.engine_layers import split_dynamic_flags
 
 PROGRAM = "dynamo-mpi"
 VERBS = {
+    "check": "will TensorRT-LLM take this model in this layout? without a GPU, before anything is loaded",
+    "plan": "all legal layouts of a model on some GPUs, best first",
     "local": "run the whole stack on this machine: etcd, NATS, the Dynamo frontend and one worker",
 }
 
@@ -63,7 +66,10 @@ def _run(words: list[str]) -> int:
     module = importlib.import_module(f"dynamo_mpi.cli.{chosen.verb}")
     verb_parser = Parser(prog=f"{PROGRAM} {chosen.verb}", description=module.__doc__)
     module.add_arguments(verb_parser)
-    code: int = module.run(verb_parser.parse_args(words[1:]))
+    rest, dynamic = words[1:], list[str]()
+    if getattr(module, "TAKES_DYNAMIC_FLAGS", False):
+        rest, dynamic = split_dynamic_flags(rest)
+    code: int = module.run(verb_parser.parse_args(rest, argparse.Namespace(dynamic_flags=tuple(dynamic))))
     return code
 
 

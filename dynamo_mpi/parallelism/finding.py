@@ -51,6 +51,21 @@ class Finding:
         }
 
 
+def error(rule: str, message: str, *, found: str = "", needed: str = "", fix: str = "") -> Finding:
+    """Return a finding that stops a world."""
+    return Finding(rule, Severity.ERROR, message, found, needed, fix)
+
+
+def warning(rule: str, message: str, *, found: str = "", needed: str = "", fix: str = "") -> Finding:
+    """Return a finding that a user should look at."""
+    return Finding(rule, Severity.WARNING, message, found, needed, fix)
+
+
+def info(rule: str, message: str, *, found: str = "", needed: str = "", fix: str = "") -> Finding:
+    """Return a finding that is good to know."""
+    return Finding(rule, Severity.INFO, message, found, needed, fix)
+
+
 def errors(findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings that stop a world."""
     return [finding for finding in findings if finding.severity is Severity.ERROR]
@@ -64,5 +79,7 @@ def render(findings: Sequence[Finding]) -> str:
         lines.append(f"{finding.severity.value} {finding.rule}: {finding.message}")
         for name, value in (("found", finding.found), ("needed", finding.needed), ("do", finding.fix)):
             if value:
-                lines.append(f"  {name + ':':<8}{value}")
+                first, *rest = value.split("\n")
+                lines.append(f"  {name + ':':<8}{first}")
+                lines += [" " * 10 + line for line in rest]
     return "\n".join(lines)

@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import DataError, ModelError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.parallelism.engine_config import EngineConfig, parse_engine_config
-from dynamo_mpi.parallelism.finding import Finding, errors, render
-from dynamo_mpi.parallelism.model_shape import ModelShape, parse_model_shape
-from dynamo_mpi.parallelism.rules import check_layout
+from dynamo_mpi.parallelism.alternatives import short_name
+from dynamo_mpi.parallelism.check import check_worker
+from dynamo_mpi.parallelism.documents import read_text
+from dynamo_mpi.parallelism.engine_config import EngineConfig
+from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
+from dynamo_mpi.parallelism.finding import Finding, Severity, errors, render
+from dynamo_mpi.parallelism.layout import Cluster
+from dynamo_mpi.parallelism.model_config import parse_model_shape
+from dynamo_mpi.parallelism.model_shape import ModelShape
+from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion, installed_trtllm_version, parse_trtllm_version
 from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile, weight_files
 from dynamo_mpi.preflight.roster import check_roster, hosts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from dynamo_mpi.settings import Settings
 
@@ -26,11 +33,14 @@ if TYPE_CHECKING:
 _EXIT_CODES = {
     "A1": ExitCode.USAGE,
     "A11": ExitCode.USAGE,
+    "H": ExitCode.DATA,
     "P1": ExitCode.USAGE,
     "P2": ExitCode.DATA,
     "P3": ExitCode.NO_MODEL,
     "P4": ExitCode.USAGE,
 }
+# what they say rests on ranks that are placed well
+_PLACEMENT_RULES = ("A10", "A14")
 
 
 @dataclass(frozen=True)
@@ -39,13 +49,22 @@ class Plan:
 
     Args:
         shape: the model's shape.
-        config: the engine config, flags laid over it.
+        merged: the engine config, every layer laid over the others.
+        role: the worker's.
+        version: TensorRT-LLM's; None for the newest that we know.
         inquiry: what every rank is asked.
     """
 
     shape: ModelShape
-    config: EngineConfig
+    merged: MergedConfig
+    role: str
+    version: TrtllmVersion | None
     inquiry: Inquiry
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine gets."""
+        return self.merged.config
 
 
 @dataclass(frozen=True)
@@ -69,10 +88,11 @@ def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
     Raises:
         ModelError: the model folder or its config.json can't be read.
         DataError: one of the files isn't what it should be.
+        UsageError: the version of TensorRT-LLM isn't one, or both kinds of overrides were given.
     """
     folder = settings.model
     try:
-        weights = weight_files(os.listdir(folder))
+        names = os.listdir(folder)
     except OSError as error:
         raise ModelError(
             f"the model folder {folder} can't be read: {error.strerror}",
@@ -80,42 +100,66 @@ def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
             fix="check --model / MODEL_PATH, and that the container mounts it",
         ) from None
     files = [_watch("model config", folder / "config.json", ModelError)]
+    quant_text = None
+    if "hf_quant_config.json" in names:
+        files.append(_watch("model config", folder / "hf_quant_config.json", ModelError))
+        quant_text = files[-1].content
+    yaml_text = None
     if settings.engine_config is not None:
         files.append(_watch("engine config", settings.engine_config, DataError))
-    engine_text = files[1].content if len(files) > 1 else ""
+        yaml_text = files[-1].content
+    merged = merge(
+        EngineLayers(
+            settings.engine_flags,
+            yaml_text,
+            str(settings.engine_config),
+            settings.override_engine_args or "",
+            settings.dynamic_flags,
+        )
+    )
+    balancer = merged.config.moe.balancer_path
+    if balancer is not None:
+        files.append(_watch("engine config", Path(balancer), DataError))
+        merged = with_balancer(merged, files[-1].content)
     return Plan(
-        shape=parse_model_shape(files[0].content, files[0].path),
-        config=parse_engine_config(engine_text, str(settings.engine_config), settings.size_flags),
-        inquiry=Inquiry(tuple(argv), str(folder), weights, tuple(files)),
+        shape=parse_model_shape(files[0].content, files[0].path, quant_text),
+        merged=merged,
+        role=settings.role,
+        version=parse_trtllm_version(settings.trtllm_version)
+        if settings.trtllm_version
+        else installed_trtllm_version(),
+        inquiry=Inquiry(tuple(argv), str(folder), weight_files(names), tuple(files)),
     )
 
 
 def _watch(label: str, path: Path, error_type: type[ModelError] | type[DataError]) -> WatchedFile:
     try:
-        return WatchedFile(label, str(path), path.read_bytes().decode("utf-8"))
+        return WatchedFile(label, str(path), read_text(path))
     except OSError as error:
         raise error_type(
             f"the {label} {path} can't be read: {error.strerror}", fix="check the path and its rights"
         ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"the {label} {path} is not text: {error.reason} at byte {error.start}") from None
 
 
 def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
     """Apply all rules to what the world answered. Pure."""
-    findings = [*check_roster(cards), *check_layout(plan.shape, plan.config, len(cards))]
-    stopping = errors(findings)
-    if stopping:
-        count = "1 error" if len(stopping) == 1 else f"{len(stopping)} errors"
-        report = f"preflight: {count}, nothing was loaded\n{render(findings)}"
-        return Verdict(_EXIT_CODES.get(stopping[0].rule, ExitCode.ILLEGAL_LAYOUT), report, tuple(findings))
+    roster = check_roster(cards)
     nodes = hosts(cards)
+    scattered = any(finding.rule == "A11" for finding in roster)
+    cluster = Cluster(1, len(cards)) if scattered else Cluster(len(nodes), len(cards) // len(nodes))
+    subject = Subject(plan.shape, plan.config, cluster, plan.role, plan.version)
+    checked = check_worker(subject, plan.merged.findings)
+    ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]
+    findings = [*roster, *ours]
+    told = render([finding for finding in findings if finding.severity is not Severity.INFO])
+    if stopping := errors(findings):
+        count = "1 error" if len(stopping) == 1 else f"{len(stopping)} errors"
+        report = f"preflight: {count}, nothing was loaded\n{told}"
+        if checked.nearest:
+            works = ", ".join(f"{short_name(other)} on {other.cluster}" for other in checked.nearest)
+            report += f"\nwould work: {works}"
+        return Verdict(_EXIT_CODES.get(stopping[0].rule, ExitCode.ILLEGAL_LAYOUT), report, tuple(findings))
     where = nodes[0] if len(nodes) == 1 else f"{len(nodes)} nodes ({nodes[0]} … {nodes[-1]})"
-    config = plan.config
-    layout = f"tp {config.tp_size}" + "".join(
-        f" x {name} {size}" for name, size in (("pp", config.pp_size), ("cp", config.cp_size)) if size > 1
-    )
-    report = f"preflight: ok: {plan.shape.name}, {layout}, {len(cards)} rank{'' if len(cards) == 1 else 's'} on {where}"
-    if findings:
-        report += "\n" + render(findings)
-    return Verdict(ExitCode.OK, report, tuple(findings))
+    ranks = f"{len(cards)} rank{'' if len(cards) == 1 else 's'}"
+    report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}"
+    return Verdict(ExitCode.OK, report + (f"\n{told}" if told else ""), tuple(findings))

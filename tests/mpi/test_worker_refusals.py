@@ -63,12 +63,12 @@ def assert_refused(done: Done, code: int, *words: str) -> None:
 
 def test_an_illegal_layout(mpirun: Mpirun, model: Path) -> None:
     done = mpirun.worker(2, "--model", str(model), "--tp-size", "2")
-    assert_refused(done, 78, "B1", "B3", "1, 3, 9", "nothing was loaded")
+    assert_refused(done, 78, "B1", "B3", "one of 1, 3 ", "nothing was loaded")
 
 
 def test_a_world_of_another_size(mpirun: Mpirun, model: Path) -> None:
     done = mpirun.worker(2, "--model", str(model), "--tp-size", "3")
-    assert_refused(done, 64, "A1", "needs 3 ranks", "2 were started")
+    assert_refused(done, 64, "A1", "needs 3 ranks", "there are 2")
 
 
 def test_a_missing_model(mpirun: Mpirun, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_help_is_shown_once(mpirun: Mpirun, flag: str) -> None:
     assert len(done.stdout.splitlines()) == 1 or flag != "--version"
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 9])
+@pytest.mark.parametrize("ranks", [1, 3])
 def test_a_preflight_alone_stops_after_its_verdict(mpirun: Mpirun, model: Path, ranks: int) -> None:
     """Without etcd: a batch script checks its layout before it starts anything."""
     done = mpirun.worker(ranks, "--model", str(model), "--tp-size", str(ranks), "--preflight-only")
@@ -228,12 +228,12 @@ def test_followers_import_next_to_nothing_before_the_verdict(mpirun: Mpirun, mod
     )
     assert done.returncode == 0, done.stderr
     imported = {rank: set((tmp_path / str(rank)).read_text().split()) for rank in range(3)}
-    assert {"yaml", "dynamo_mpi.leader", "dynamo_mpi.settings"} <= imported[0]
+    assert {"dynamo_mpi.leader", "dynamo_mpi.parallelism.check"} <= imported[0]
     for rank in (1, 2):
         foreign = {name for name in imported[rank] if not name.startswith("dynamo_mpi")}
         assert foreign - ALLOWED_BEFORE_THE_VERDICT == set()
         ours = {name for name in imported[rank] if name.startswith("dynamo_mpi")}
         assert "dynamo_mpi.follower" in ours
-        assert not ours & {"dynamo_mpi.leader", "dynamo_mpi.settings", "dynamo_mpi.parallelism.rules"}
+        assert not ours & {"dynamo_mpi.leader", "dynamo_mpi.settings", "dynamo_mpi.parallelism.check"}
         # each is a file to open on every rank of a world of hundreds
         assert len(ours) <= 20, sorted(ours)

@@ -103,8 +103,8 @@ CYCLIC_MPICH = (
     "n1: 0, 2; n2: 1, 3",
     r"do: +srun --distribution=block",
 )
-SIZE = ("error A1: the layout needs 3 ranks, but 2 were started", "tensor 3 x pipeline 1 x context 1 = 3", "--ntasks=3")
-HEADS = ("error B1: 9 attention heads can't be divided over tp_size = [24]", "error B1.*\n.*\n.*\n.* one of 1, 3, 9 ")
+SIZE = ("error A1: the layout needs 3 ranks, but there are 2", "tensor 3 x pipeline 1 x context 1 = 3", "--ntasks=3")
+HEADS = ("error B1: 9 attention heads can't be divided over tp_size = [24]", "error B1.*\n.*\n.*\n.* one of 1, 3 ")
 USAGE, LAYOUT = ExitCode.USAGE, ExitCode.ILLEGAL_LAYOUT
 REFUSALS = {
     "no_plugin_debian": Refusal("debian", TWO_NODES, (), USAGE, NO_PLUGIN),
@@ -150,7 +150,7 @@ def test_a_layout_of_the_engine_config_that_needs_more_ranks(slurm: SlurmSession
     config = tmp_path / "engine.yaml"
     config.write_text("tensor_parallel_size: 3\npipeline_parallel_size: 2\ncontext_parallel_size: 1\n")
     command = ("--mpi=pmix", *THREE_NODES, *WORKER, "--model", model, "--engine-config", config, PREFLIGHT)
-    words = ("error A1: the layout needs 6 ranks, but 3 were started", "tensor 3 x pipeline 2 x context 1 = 6")
+    words = ("error A1: the layout needs 6 ranks, but there are 3", "tensor 3 x pipeline 2 x context 1 = 6")
     assert_refused(slurm.srun(*command, env=library(slurm, "debian")), USAGE, words)
 
 

@@ -8,17 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.errors import DataError
-from dynamo_mpi.parallelism.engine_config import EngineConfig, parse_engine_config
+from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache
+from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
 
 
-def parse(text: str, **flags: int) -> EngineConfig:
-    return parse_engine_config(text, "/e.yaml", flags)
+def parse(text: str | None, **flags: int) -> EngineConfig:
+    return merge(EngineLayers(flags, text, "/e.yaml")).config
+
+
+@pytest.mark.parametrize("text", [None, "{}"])
+def test_no_keys_leave_all_to_the_engine(text: str | None) -> None:
+    assert parse(text) == EngineConfig()
+    assert parse(text).world_size == 1
 
 
 @pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "---\n", "null"])
-def test_an_empty_config_leaves_all_to_the_engine(text: str) -> None:
-    assert parse(text) == EngineConfig()
-    assert parse(text).world_size == 1
+def test_an_empty_file_is_refused_as_by_the_engine(text: str) -> None:
+    with pytest.raises(DataError, match=r"/e\.yaml is empty"):
+        parse(text)
 
 
 def test_every_key_is_read() -> None:
@@ -37,13 +44,14 @@ def test_every_key_is_read() -> None:
           free_gpu_memory_fraction: 0.8
         """
     )
-    assert config == EngineConfig(4, 2, 3, True, 16, 1024, 4096, 64)
+    cache = KvCache(tokens_per_block=64, free_gpu_memory_fraction=0.8)
+    assert config == EngineConfig(4, 2, 3, True, 16, 1024, 4096, kv_cache=cache)
     assert config.world_size == 24
 
 
-def test_flags_lie_over_the_file() -> None:
+def test_the_file_lies_over_the_flags_as_in_dynamo() -> None:
     config = parse("tensor_parallel_size: 4\nmax_batch_size: 16", tensor_parallel_size=8, max_seq_len=99)
-    assert (config.tp_size, config.max_batch_size, config.max_seq_len) == (8, 16, 99)
+    assert (config.tp_size, config.max_batch_size, config.max_seq_len) == (4, 16, 99)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "2.0", "two", "true", "[2]", "'2'", "{}"])

@@ -36,7 +36,7 @@ def test_the_lowest_rank_decides_the_code_and_every_reason_is_told() -> None:
     assert "rank 2 on n2: no weights" in text
 
 
-@pytest.mark.parametrize("flags", [[], ["--tp-size", "9", "--max-seq-len", "128"]])
+@pytest.mark.parametrize("flags", [[], ["--tp-size", "9", "--max-seq-len", "128"]], ids=["alone", "over flags"])
 def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None:
     (tmp_path / "config.json").write_text("{}")
     engine = tmp_path / "engine.yaml"
@@ -48,6 +48,6 @@ def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None
     settings = load_settings(argv, {})
     spec = engine_spec(settings, read_plan(settings, argv))
     assert (spec.engine, spec.model_dir) == ("reference", str(tmp_path))
-    assert (spec.tp_size, spec.max_seq_len) == ((9, 128) if flags else (3, 256))
+    assert (spec.tp_size, spec.max_seq_len) == (3, 256)
     assert (spec.pp_size, spec.cp_size) == (2, 5)
     assert (spec.max_batch_size, spec.max_num_tokens, spec.tokens_per_block) == (4, 64, 16)

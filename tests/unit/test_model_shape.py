@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.errors import DataError
-from dynamo_mpi.parallelism.model_shape import ModelShape, parse_model_shape
+from dynamo_mpi.parallelism.model_config import parse_model_shape
+from dynamo_mpi.parallelism.model_shape import Layer, ModelShape
 from tests.unit.models import DEEPSEEK, LLAMA_4, PHI_4, SMOLLM2
 
 
@@ -30,7 +31,7 @@ def parse(config: object) -> ModelShape:
 )
 def test_known_models(config: dict[str, Any], name: str, heads: int, kv_heads: int | None, latent: bool) -> None:
     shape = parse(config)
-    assert (shape.name, shape.attention_heads, shape.kv_heads, shape.latent_attention) == (
+    assert (shape.name, shape.attention_heads, shape.kv_heads, shape.latent is not None) == (
         name,
         heads,
         kv_heads,
@@ -43,12 +44,14 @@ def test_all_of_a_flat_config_is_read() -> None:
         name="LlamaForCausalLM",
         attention_heads=9,
         kv_heads=3,
-        layers=30,
+        head_dim=64,
+        num_layers=30,
+        layers=(Layer(),) * 30,
+        model_type="llama",
         hidden_size=576,
         intermediate_size=1536,
         vocab_size=49152,
         context_length=8192,
-        latent_attention=False,
         bos_token_id=1,
     )
 
@@ -56,7 +59,7 @@ def test_all_of_a_flat_config_is_read() -> None:
 @pytest.mark.parametrize("key", ["text_config", "llm_config", "language_config"])
 def test_the_language_model_inside_a_multimodal_one_counts(key: str) -> None:
     shape = parse({"architectures": ["Outer"], "num_attention_heads": 16, key: SMOLLM2})
-    assert (shape.name, shape.attention_heads, shape.layers, shape.bos_token_id) == ("Outer", 9, 30, 1)
+    assert (shape.name, shape.attention_heads, shape.num_layers, shape.bos_token_id) == ("Outer", 9, 30, 1)
 
 
 def test_the_outer_bos_token_wins() -> None:
@@ -68,7 +71,8 @@ def test_without_kv_heads_every_head_has_its_own() -> None:
 
 
 def test_an_empty_config_says_nothing() -> None:
-    assert parse({}) == ModelShape("unknown", None, None, None, None, None, None, None, False, None)
+    missing = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
+    assert parse({}) == ModelShape("unknown", unknown=missing)
 
 
 @pytest.mark.parametrize(("config", "name"), [({"model_type": "llama"}, "llama"), ({"architectures": []}, "unknown")])

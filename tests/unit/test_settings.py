@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.errors import BootstrapError, DataError, UsageError
-from dynamo_mpi.settings import OPTIONS, Option, Settings, build_parser, load_settings
+from dynamo_mpi.options import Option
+from dynamo_mpi.settings import OPTIONS, Settings, build_parser, load_settings
 
 MODEL = ("--model", "/m/Name")
 # a value that each option takes, other than its default
@@ -22,11 +23,18 @@ SAMPLES = {
     "model": "/other/model",
     "served_model_name": "a/model",
     "engine_config": "/e.yaml",
+    "override_engine_args": '{"max_batch_size": 1}',
     "tensor_parallel_size": "3",
     "pipeline_parallel_size": "7",
+    "expert_parallel_size": "2",
+    "enable_attention_dp": "true",
     "max_batch_size": "4",
     "max_num_tokens": "5",
     "max_seq_len": "6",
+    "max_beam_width": "8",
+    "free_gpu_memory_fraction": "0.5",
+    "trtllm_version": "1.2.1",
+    "gpus_per_node": "9",
     "namespace": "ns",
     "component": "comp",
     "endpoint": "dyn://a.b.c",
@@ -59,7 +67,7 @@ def settings_file(tmp_path: Path, text: str) -> Path:
 def test_every_option_is_a_setting_and_has_a_sample() -> None:
     names = [option.name for option in OPTIONS]
     fields = [field.name for field in dataclasses.fields(Settings)]
-    assert names == fields[:-1] == list(SAMPLES)
+    assert names == fields[:-2] == list(SAMPLES)
 
 
 def test_defaults() -> None:
@@ -68,7 +76,7 @@ def test_defaults() -> None:
     assert settings.served_model_name == "Name"
     assert settings.endpoint == "dyn://dynamo.backend.generate"
     assert (settings.request_plane, settings.discovery_backend, settings.preflight_only) == ("tcp", "etcd", False)
-    assert settings.size_flags == {}
+    assert settings.engine_flags == {}
     assert settings.origins["model"] == "flag --model"
     assert {origin for name, origin in settings.origins.items() if name != "model"} == {"default"}
 
@@ -133,8 +141,27 @@ def test_dynamos_own_flags_are_understood(alias: str, flag: str) -> None:
 
 
 def test_sizes_given_as_flags_go_by_their_yaml_keys() -> None:
-    settings = load(*MODEL, "--tp-size", "3", "--max-seq-len", "64")
-    assert settings.size_flags == {"tensor_parallel_size": 3, "max_seq_len": 64}
+    settings = load(
+        *MODEL, "--tp-size", "3", "--ep-size", "2", "--free-gpu-memory-fraction", "0.5", "--max-seq-len", "64"
+    )
+    assert settings.engine_flags == {
+        "tensor_parallel_size": 3,
+        "moe_expert_parallel_size": 2,
+        "kv_cache_config.free_gpu_memory_fraction": 0.5,
+        "max_seq_len": 64,
+    }
+
+
+def test_dynamic_flags_are_kept_in_order_beside_the_others() -> None:
+    settings = load(*MODEL, "--trtllm.a.b", "1", "--tp-size", "3", "--trtllm.c", "x")
+    assert settings.dynamic_flags == ("--trtllm.a.b", "1", "--trtllm.c", "x")
+    assert settings.tensor_parallel_size == 3
+
+
+def test_a_switch_with_two_forms_can_be_taken_back() -> None:
+    environ = {"DYN_TRTLLM_ENABLE_ATTENTION_DP": "true"}
+    assert load(*MODEL, environ=environ).enable_attention_dp is True
+    assert load(*MODEL, "--no-enable-attention-dp", environ=environ).enable_attention_dp is False
 
 
 @pytest.mark.parametrize(
@@ -225,9 +252,11 @@ def test_a_model_is_needed() -> None:
         ("words", "not a mapping"),
         ("modell: /m", "unknown settings: modell"),
         ("1: x", "unknown settings: 1"),
-        ("a: [1", "can't be used"),
-        ("a: 2024-13-45", "can't be used"),
-        ("model: '\0'", "can't be used"),
+        ("a: [1", "is not YAML"),
+        ("a: 2024-13-45", "is not YAML"),
+        ("model: '\0'", "is not YAML"),
+        (r'model: "\ud800"', "is not YAML"),
+        ("model: /m\nmodel: /n", "line 2: the key 'model' stands there for the second time"),
     ],
 )
 def test_a_bad_settings_file_is_named(tmp_path: Path, text: str, words: str) -> None:
@@ -241,14 +270,12 @@ def test_a_settings_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"namespace: \xe9")
     for path in (tmp_path / "absent.yaml", tmp_path, latin):
-        with pytest.raises(DataError, match="can't be used") as caught:
+        with pytest.raises(DataError, match=r"can't be read|is not text") as caught:
             load(*MODEL, file=path)
         assert str(path) in caught.value.found
 
 
-@pytest.mark.parametrize(
-    "text", [r'model: "a\0b"', r'model: "\ud800"', "model: ''", "tensor_parallel_size: 2.5", "role: [agg]"]
-)
+@pytest.mark.parametrize("text", [r'model: "a\0b"', "model: ''", "tensor_parallel_size: 2.5", "role: [agg]"])
 def test_a_bad_value_in_a_settings_file_is_a_usage_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match="settings file is "):
         load(file=settings_file(tmp_path, text))

@@ -11,6 +11,7 @@ import pytest
 
 from dynamo_mpi.errors import DataError, ModelError
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.parallelism.finding import errors
 from dynamo_mpi.preflight.inquiry import Card
 from dynamo_mpi.preflight.verdict import Plan, judge, read_plan
 from dynamo_mpi.settings import load_settings
@@ -35,7 +36,7 @@ def test_a_plan_holds_what_rank_0_has_read(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     plan = make_plan(tmp_path, SMOLLM2, "tensor_parallel_size: 3\nmax_batch_size: 2\n", "--max-batch-size", "5")
     assert plan.shape.attention_heads == 9
-    assert (plan.config.tp_size, plan.config.max_batch_size) == (3, 5)
+    assert (plan.config.tp_size, plan.config.max_batch_size) == (3, 2)
     assert plan.inquiry.model_dir == str(tmp_path)
     assert plan.inquiry.weights == ("a.safetensors", "b.safetensors")
     assert [file.label for file in plan.inquiry.files] == ["model config", "engine config"]
@@ -87,9 +88,10 @@ def test_all_is_well_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_layout_over_nodes_is_described(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path, LLAMA_4, "tensor_parallel_size: 2\npipeline_parallel_size: 3\ncontext_parallel_size: 2")
+    engine = "tensor_parallel_size: 2\npipeline_parallel_size: 6"
+    plan = make_plan(tmp_path, LLAMA_4, engine)
     report = judge(plan, cards(*["n1"] * 4, *["n2"] * 4, *["n3"] * 4)).report
-    for word in ("tp 2", "pp 3", "cp 2", "12 ranks", "3 nodes", "n1", "n3"):
+    for word in ("tp 2", "pp 6", "12 ranks", "3 nodes", "n1", "n3"):
         assert word in report
 
 
@@ -108,7 +110,9 @@ P1, P2, P3 = "command line: is `a`", "engine config: /e differs", "model: /m lac
         ("tensor_parallel_size: 3", cards(*"aaa", problems={1: (P3,)}), ExitCode.NO_MODEL, ["P3"]),
         ("tensor_parallel_size: 3", cards(*"aaa", problems={1: (P2, P3)}), ExitCode.DATA, ["P2", "P3"]),
         ("tensor_parallel_size: 3", [*cards(*"aa"), Card("a", "", "2.0", ())], ExitCode.USAGE, ["P4"]),
-        ("tensor_parallel_size: 9", cards(*"aaabbbccc"), ExitCode.OK, []),
+        ("tensor_parallel_size: 9", cards(*"aaaaaaaaa"), ExitCode.ILLEGAL_LAYOUT, ["E1"]),
+        ("tensor_paralel_size: 3", cards("a"), ExitCode.DATA, ["H"]),
+        ("tensor_parallel_size: 3\npipeline_parallel_size: 3", cards(*"aaabbbccc"), ExitCode.OK, []),
     ],
 )
 def test_the_first_error_decides_the_exit_code_and_all_are_reported(
@@ -116,7 +120,7 @@ def test_the_first_error_decides_the_exit_code_and_all_are_reported(
 ) -> None:
     verdict = judge(make_plan(tmp_path, SMOLLM2, engine), answers)
     assert verdict.exit_code is code
-    assert [finding.rule for finding in verdict.findings] == rules
+    assert [finding.rule for finding in errors(verdict.findings)] == rules
     if rules:
         assert ("1 error," if len(rules) == 1 else f"{len(rules)} errors,") in verdict.report
         assert "nothing was loaded" in verdict.report

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All legal layouts of a model on N GPUs, best first: with the reasons, the YAML to write and the srun line to type.
+
+Better is what fits, keeps tensor parallelism inside a node, has no copies of the KV cache and fewer pipeline stages, and leaves more memory,
+in this order. --engine-config gives what is no size: KV cache type, max_seq_len and so on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.cli.style import paint
+from dynamo_mpi.cli.worker_inputs import ROLES, add_worker_options, read_engine, read_model, read_values, read_version
+from dynamo_mpi.errors import LayoutError, UsageError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.options import Option, to_size
+from dynamo_mpi.parallelism.alternatives import cluster_for
+from dynamo_mpi.parallelism.plan_text import describe_plans, plans_as_json
+from dynamo_mpi.parallelism.planner import plan, workable_sizes
+from dynamo_mpi.parallelism.subject import Subject
+
+if TYPE_CHECKING:
+    import argparse
+
+TAKES_DYNAMIC_FLAGS = True
+_DEFAULT_GPUS_PER_NODE = 8
+ROLE = Option("role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", str, "of the worker", ROLES)
+GPUS = Option("gpus", ("--gpus",), (), None, to_size, "GPUs of the worker, all nodes together")
+LIMIT = Option("limit", ("--limit",), (), 10, to_size, "layouts to show as text; JSON has them all")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    parser.set_defaults(options=add_worker_options(parser, ROLE, GPUS, LIMIT))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code."""
+    values = read_values(arguments, arguments.options)
+    if values["gpus"] is None:
+        raise UsageError("the number of GPUs was not given", needed="GPUs of the worker", fix="--gpus N")
+    per_node = values["gpus_per_node"] or _DEFAULT_GPUS_PER_NODE
+    cluster = cluster_for(values["gpus"], per_node, values["gpu"])
+    if cluster is None:
+        raise UsageError(
+            f"{values['gpus']} GPUs are no whole number of nodes with {per_node} each",
+            needed="equally many GPUs on each node",
+            fix=f"--gpus {values['gpus'] // per_node * per_node}, or another --gpus-per-node",
+        )
+    files = read_model(values)
+    merged = read_engine(values, values["engine_config"], arguments.dynamic_flags)
+    subject = Subject(
+        files.shape(), merged.config, cluster, values["role"], read_version(values), values["min_requests"]
+    )
+    found = plan(subject)
+    if not found:
+        sizes = ", ".join(map(str, workable_sizes(subject)))
+        raise LayoutError(
+            f"no layout of {files.name} uses {cluster} to the full",
+            needed="a number of GPUs that heads, experts and layers can be divided over",
+            fix=f"give the worker {sizes} GPUs" if sizes else "check that config.json is the model's own",
+        )
+    if arguments.output == "json":
+        print(json.dumps(plans_as_json(files.name, values["model"], subject, found)))
+    else:
+        print(paint(describe_plans(files.name, values["model"], subject, found, values["limit"]), sys.stdout))
+    return ExitCode.OK if found[0].fits is not False else ExitCode.ILLEGAL_LAYOUT

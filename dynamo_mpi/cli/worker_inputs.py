@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `check` and `plan` read before they judge: a model, an engine config, some GPUs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.engine_options import ENGINE_OPTIONS, engine_flags
+from dynamo_mpi.errors import DataError, UsageError
+from dynamo_mpi.options import Option, add_options, resolve, to_size, to_text
+from dynamo_mpi.parallelism.documents import read_text
+from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
+from dynamo_mpi.parallelism.gpus import GPUS, find_gpu
+from dynamo_mpi.parallelism.model_files import ModelFiles, find_model
+
+if TYPE_CHECKING:
+    import argparse
+
+    from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion
+
+ROLES = ("agg", "prefill", "decode")
+MODEL = Option(
+    "model",
+    ("--model", "--model-path"),
+    ("MODEL_PATH", "DYN_TRTLLM_MODEL"),
+    None,
+    to_text,
+    "model folder, its config.json, or a hub id that is in the cache",
+)
+GPU = Option("gpu", ("--gpu",), ("DYN_MPI_GPU",), None, to_text, f"kind of GPU: {', '.join(sorted(GPUS))}")
+GPUS_PER_NODE = Option(
+    "gpus_per_node",
+    ("--gpus-per-node",),
+    ("NUM_GPUS_PER_NODE", "DYN_TRTLLM_GPUS_PER_NODE"),
+    None,
+    to_size,
+    "GPUs of a node",
+)
+MIN_REQUESTS = Option(
+    "min_requests",
+    ("--min-requests",),
+    ("DYN_MPI_MIN_REQUESTS",),
+    1,
+    to_size,
+    "warn when fewer requests of full length fit into the KV cache",
+)
+
+
+def add_worker_options(parser: argparse.ArgumentParser, *more: Option) -> tuple[Option, ...]:
+    """Declare the options that describe a worker, and return them."""
+    options = (MODEL, *more, *ENGINE_OPTIONS, GPUS_PER_NODE, GPU, MIN_REQUESTS)
+    add_options(parser, options)
+    parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
+    return options
+
+
+def read_values(arguments: argparse.Namespace, options: tuple[Option, ...]) -> dict[str, Any]:
+    """Find the value of each option, flags over environment.
+
+    Raises:
+        UsageError: no model, or a value that an option doesn't take.
+    """
+    values, _ = resolve(options, vars(arguments), os.environ, {})
+    if values["model"] is None:
+        raise UsageError("no model was given", needed="a model", fix="--model DIR, or MODEL_PATH=DIR")
+    if values["gpu"] is not None:
+        values["gpu"] = find_gpu(values["gpu"]).name
+    return values
+
+
+def read_model(values: dict[str, Any]) -> ModelFiles:
+    """Find the model's files.
+
+    Raises:
+        ModelError: there is no such model.
+        DataError: its config is no text, or too large.
+    """
+    return find_model(values["model"], os.environ)
+
+
+def read_version(values: dict[str, Any]) -> TrtllmVersion | None:
+    """Return the version of TensorRT-LLM that was named, else the installed one.
+
+    Raises:
+        UsageError: what was named is none.
+    """
+    from dynamo_mpi.parallelism.trtllm_version import installed_trtllm_version, parse_trtllm_version
+
+    named = values["trtllm_version"]
+    return parse_trtllm_version(named) if named else installed_trtllm_version()
+
+
+def read_engine(values: dict[str, Any], path: Path | None, dynamic: tuple[str, ...]) -> MergedConfig:
+    """Put an engine config together: flags, the file, overrides, and the load balancer's file.
+
+    Raises:
+        DataError: one of the files can't be used.
+        UsageError: both kinds of overrides were given.
+    """
+    # the cluster's GPUs, not a flag that was given for the engine
+    flags = engine_flags({name: value for name, value in values.items() if name != "gpus_per_node"})
+    text = None if path is None else _read(path, "engine config")
+    merged = merge(
+        EngineLayers(
+            flags, text, str(path) if path else "the engine's flags", values["override_engine_args"] or "", dynamic
+        )
+    )
+    balancer = merged.config.moe.balancer_path
+    if balancer is not None:
+        merged = with_balancer(merged, _read(Path(balancer), "load balancer config"))
+    return merged
+
+
+def _read(path: Path, label: str) -> str:
+    try:
+        return read_text(path)
+    except OSError as error:
+        raise DataError(
+            f"the {label} {path} can't be read: {error.strerror}",
+            needed="a YAML file",
+            fix="check the path and its rights",
+        ) from None

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One setting, and how its value is found: a flag over an environment variable over a file over the default, with its origin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.errors import UsageError
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+    from collections.abc import Callable, Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting.
+
+    Args:
+        name: field of `Settings`.
+        flags: command-line spellings, ours first.
+        variables: environment variables, strongest first.
+        default: value when nobody says anything.
+        convert: from text; raises ValueError with what is needed.
+        help: one line.
+        choices: the values that exist, where they can be listed.
+        switch: a flag without a value.
+        negatable: a switch that also has a ``--no-…`` form, as Dynamo's have.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    variables: tuple[str, ...]
+    default: Any
+    convert: Callable[[str], Any]
+    help: str
+    choices: tuple[str, ...] = ()
+    switch: bool = False
+    negatable: bool = False
+
+
+def to_size(text: str) -> int:
+    """Read a positive whole number."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError("a positive whole number")
+    return int(text)
+
+
+def to_seconds(text: str) -> float:
+    """Read a number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ValueError("a number of seconds")
+    return value
+
+
+def to_switch(text: str) -> bool:
+    """Read true or false, in the ways people write them."""
+    known = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+        "": False,
+    }
+    if text.strip().lower() not in known:
+        raise ValueError("true or false")
+    return known[text.strip().lower()]
+
+
+def to_text(text: str) -> str:
+    """Read a text that isn't empty."""
+    if not text:
+        raise ValueError("something that isn't empty")
+    return text
+
+
+def to_path(text: str) -> Path:
+    """Read a path."""
+    # the settings file can hold what no command line can: NULs and code points that are no characters
+    if not text or "\0" in text or any("\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in text):
+        raise ValueError("a path")
+    return Path(text)
+
+
+def to_name(text: str) -> str:
+    """Read a name in Dynamo's sense."""
+    if not text or any(c in text for c in "./ \t\n"):
+        raise ValueError("a name without dots, slashes and blanks")
+    return text
+
+
+def to_endpoint(text: str) -> str:
+    """Read an endpoint."""
+    parts = text.removeprefix("dyn://").split(".")
+    if len(parts) != 3:
+        raise ValueError("dyn://namespace.component.endpoint")
+    for part in parts:
+        to_name(part)
+    return "dyn://" + ".".join(parts)
+
+
+def to_fraction(text: str) -> float:
+    """Read a number; whether it is a fraction that the engine takes is a rule's to say (H5)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise ValueError("a number")
+    return value
+
+
+def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
+    """Declare options as flags, with their variables and defaults in the help."""
+    for option in options:
+        notes = [f"one of {', '.join(option.choices)}"] if option.choices else []
+        notes += [f"env var: {option.variables[0]}"] if option.variables else []
+        notes += [f"default: {option.default}"] if option.default is not None else []
+        text = f"{option.help} ({' | '.join(notes)})" if notes else option.help
+        if option.switch:
+            parser.add_argument(*option.flags, dest=option.name, action="store_const", const="true", help=text)
+        else:
+            parser.add_argument(*option.flags, dest=option.name, metavar=option.name.upper(), help=text)
+        if option.negatable:
+            flag = "--no-" + option.flags[0].removeprefix("--")
+            parser.add_argument(flag, dest=option.name, action="store_const", const="false", help="the opposite")
+
+
+def resolve(
+    options: Sequence[Option], given: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Find every option's value.
+
+    Args:
+        options: the options.
+        given: parsed flags, by the option's name.
+        environ: environment variables.
+        file: a settings file's values, by the option's name.
+
+    Returns:
+        Values and origins, by the option's name.
+
+    Raises:
+        UsageError: a value is none that the option takes.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for option in options:
+        text, origin = _pick(option, given, environ, file)
+        origins[option.name] = origin
+        values[option.name] = option.default if text is None else _convert(option, text, origin)
+    return values, origins
+
+
+def _pick(
+    option: Option, given: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
+) -> tuple[str | None, str]:
+    if given.get(option.name) is not None:
+        return given[option.name], f"flag {option.flags[0]}"
+    for variable in option.variables:
+        # an empty variable is how a batch script says "not set"
+        if environ.get(variable):
+            return environ[variable], f"environment {variable}"
+    if file.get(option.name) is not None:
+        value = file[option.name]
+        if isinstance(value, dict):  # what a flag takes as JSON may be written as YAML here
+            import json
+
+            return json.dumps(value, default=str), "settings file"
+        return str(value).lower() if isinstance(value, bool) else str(value), "settings file"
+    return None, "default"
+
+
+def _convert(option: Option, text: str, origin: str) -> Any:
+    if option.choices and text not in option.choices:
+        raise UsageError(f"{origin} is {text!r}", needed=f"one of {', '.join(option.choices)}")
+    try:
+        return option.convert(text)
+    except ValueError as error:
+        raise UsageError(f"{origin} is {text!r}", needed=str(error)) from None

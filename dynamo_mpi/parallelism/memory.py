@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fits on the GPUs of a worker, reckoned from configs before anything is loaded (section J).
+
+Weights and the KV cache are sums that the engine makes too. Activations, workspaces and what lies outside torch are rules of thumb: good to
+some GiB per GPU, so a layout that is only just said to fit may still fail, and the other way round.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.parallelism.gpus import find_gpu
+from dynamo_mpi.parallelism.model_shape import Mixer
+from dynamo_mpi.parallelism.weights import dtype_bytes, dtype_known, kinds_of, mtp_layer, stage_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dynamo_mpi.parallelism.model_shape import Layer, ModelShape
+    from dynamo_mpi.parallelism.subject import Subject
+    from dynamo_mpi.parallelism.weights import StageWeights
+
+# TensorRT-LLM's own defaults (H4)
+_MAX_NUM_TOKENS = 8192
+_MAX_BATCH_SIZE = 2048
+_TOKENS_PER_BLOCK = 32
+_FRACTION = 0.9
+
+_GIB = 2**30
+_NCCL = int(0.35 * _GIB)
+_OTHER = int(3.5 * _GIB)
+_GRAPH = int(0.2 * _GIB)
+_ALL_GRAPHS = _GIB  # they share a pool, so many are hardly more than the largest
+_STATE_BYTES = 4  # an element of a state space's state: float32 in the checkpoints that say it
+
+# factors of the activations' rule of thumb, by tensor-parallel size (aiconfigurator 0.12)
+_ACTIVATIONS = {
+    "experts": {1: 22.0, 2: 13.0, 4: 10.0, 8: 10.0},
+    "llama": {1: 11.0, 2: 6.5, 4: 5.0, 8: 5.0},
+    "other": {1: 10.0, 2: 6.0, 4: 5.0, 8: 5.0},
+}
+_KV_FORMATS = {"fp8": 1.0, "int8": 1.0, "bfloat16": 2.0, "bf16": 2.0, "float16": 2.0, "fp16": 2.0, "float32": 4.0}
+_NVFP4 = "nvfp4"
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Memory of each rank of one pipeline stage, in bytes.
+
+    Args:
+        stage: its number.
+        layers: transformer layers that it holds.
+        first_rank: lowest rank of the stage.
+        ranks: how many there are.
+        weights_bytes: weights.
+        activation_bytes: activations of the largest step.
+        workspace_bytes: what experts need to exchange tokens.
+        outside_bytes: NCCL, CUDA graphs and whatever else lies outside torch.
+        kv_bytes_per_token: keys and values of one token that the rank holds, in the layers that look back without limit.
+        windows: tokens that the other attention layers look back, each with the bytes of one token there.
+        state_bytes_per_request: states of a hybrid's layers, whatever the request's length.
+        left_bytes: what is left for the KV cache, before the fraction; negative where too much is used; None without a kind of GPU.
+        tokens: tokens that the stage can hold, if all requests are of full length; None without a kind of GPU, or where it holds none.
+    """
+
+    stage: int
+    layers: int
+    first_rank: int
+    ranks: int
+    weights_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+    outside_bytes: int
+    kv_bytes_per_token: int
+    windows: tuple[tuple[int, int], ...] = ()
+    state_bytes_per_request: int = 0
+    left_bytes: int | None = None
+    tokens: int | None = None
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the KV cache."""
+        return self.weights_bytes + self.activation_bytes + self.workspace_bytes + self.outside_bytes
+
+    def request_bytes(self, length: int) -> int:
+        """Bytes of one request of ``length`` tokens."""
+        windowed = sum(min(length, window) * size for window, size in self.windows)
+        return length * self.kv_bytes_per_token + windowed + self.state_bytes_per_request
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of one worker.
+
+    Args:
+        stages: its pipeline stages.
+        gpu: the kind of GPU; None where it isn't known.
+        gpu_bytes: memory of one.
+        length: tokens of a request of full length; None where neither config says.
+        fraction: share of what is left that the KV cache takes.
+        tokens_per_block: tokens of a block of it.
+        dp_size: groups of ranks with requests of their own; more than one with attention DP.
+        tokens: tokens that the cache of one such group holds: those of its fullest stage.
+        full_length_requests: requests of full length among them.
+        fullest_stage: the stage that decides.
+        assumptions: what the configs don't say, and what was taken for it.
+    """
+
+    stages: tuple[StageMemory, ...]
+    gpu: str | None
+    gpu_bytes: int | None
+    length: int | None
+    fraction: float
+    tokens_per_block: int
+    dp_size: int
+    tokens: int | None
+    full_length_requests: int | None
+    fullest_stage: int
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage that decides."""
+        return self.stages[self.fullest_stage]
+
+    @property
+    def fullest_rank(self) -> int:
+        """The first of the ranks that decide."""
+        return self.fullest.first_rank
+
+    @property
+    def weights_total_bytes(self) -> int:
+        """Weights over all ranks, every copy counted."""
+        return sum(stage.weights_bytes * stage.ranks for stage in self.stages)
+
+    @property
+    def weights_fit(self) -> bool:
+        """Is there room for the weights alone? True where the kind of GPU isn't known."""
+        return self.gpu_bytes is None or all(stage.weights_bytes <= self.gpu_bytes for stage in self.stages)
+
+    @property
+    def cache_fits(self) -> bool:
+        """Is there room for a block of KV cache as well? True where the kind of GPU isn't known."""
+        short = self.tokens is not None and self.tokens < self.tokens_per_block
+        return not short and all(stage.left_bytes is None or stage.left_bytes > 0 for stage in self.stages)
+
+    @property
+    def fits(self) -> bool | None:
+        """Do weights, activations and a block of KV cache fit? None where the kind of GPU isn't known."""
+        return None if self.gpu_bytes is None else self.weights_fit and self.cache_fits
+
+    @property
+    def world_tokens(self) -> int | None:
+        """Tokens that all groups of ranks hold together."""
+        return None if self.tokens is None else self.tokens * self.dp_size
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain data. With attention DP ``tokens`` are one rank's, and ``tokens_of_all_ranks`` those of all groups."""
+        requests = None if self.full_length_requests is None else self.full_length_requests * self.dp_size
+        return {
+            "gpu": self.gpu,
+            "gpu_bytes": self.gpu_bytes,
+            "fullest_rank": self.fullest_rank,
+            "fullest_stage": self.fullest_stage,
+            "tokens": self.tokens,
+            "tokens_of_all_ranks": self.world_tokens,
+            "full_length": self.length,
+            "full_length_requests": self.full_length_requests,
+            "full_length_requests_of_all_ranks": requests,
+            "dp_size": self.dp_size,
+            "kv_cache_fraction": self.fraction,
+            "weights_total_bytes": self.weights_total_bytes,
+            "stages": [
+                {**asdict(stage), "windows": [{"tokens": t, "bytes_per_token": b} for t, b in stage.windows]}
+                for stage in self.stages
+            ],
+            "assumptions": list(self.assumptions),
+        }
+
+
+def estimate(subject: Subject, *, fraction: float | None = None) -> MemoryEstimate | None:
+    """Estimate a worker's memory.
+
+    Args:
+        subject: the worker.
+        fraction: share of what is left for the KV cache; None for the engine config's, or the engine's own 0.9.
+
+    Returns:
+        The estimate; None where the model's config doesn't say enough (`weights.missing_sizes`), or the layout's sizes don't multiply out.
+
+    Raises:
+        UsageError: there is no such kind of GPU.
+    """
+    weights = stage_weights(subject) if subject.layout.multiplies_out else None
+    if weights is None:
+        return None
+    config, layout = subject.config, subject.layout
+    gpu = None if subject.cluster.gpu is None else find_gpu(subject.cluster.gpu)
+    if fraction is None:
+        fraction = config.kv_cache.free_gpu_memory_fraction
+    fraction = _FRACTION if fraction is None else min(1.0, max(0.0, fraction))
+    length = config.max_seq_len or subject.shape.context_length
+    block = config.kv_cache.tokens_per_block or _TOKENS_PER_BLOCK
+    room = None if gpu is None else gpu.memory
+    stages = tuple(_stage(subject, held, room, fraction, length, block) for held in weights)
+    counted = [stage.tokens for stage in stages if stage.tokens is not None]
+    tokens = min(counted, default=None)
+    # without a kind of GPU, the stage with most in it
+    fullest = min(stages, key=_room) if gpu is not None else max(stages, key=lambda stage: stage.fixed_bytes)
+    return MemoryEstimate(
+        stages=stages,
+        gpu=None if gpu is None else gpu.name,
+        gpu_bytes=room,
+        length=length,
+        fraction=fraction,
+        tokens_per_block=block,
+        dp_size=layout.dp_size,
+        tokens=tokens,
+        full_length_requests=None if tokens is None or not length else tokens // length,
+        fullest_stage=fullest.stage,
+        assumptions=tuple(_assumptions(subject)),
+    )
+
+
+def _room(stage: StageMemory) -> tuple[bool, float, int]:
+    """Order stages by how little room they have; one without attention has no tokens to count."""
+    left = stage.left_bytes or 0
+    return left > 0, float("inf") if stage.tokens is None else stage.tokens, left
+
+
+def _stage(
+    subject: Subject, held: StageWeights, room: int | None, fraction: float, length: int | None, block: int
+) -> StageMemory:
+    layout = subject.layout
+    ranks = layout.tp_size * layout.cp_size
+    unlimited, windows = _kv_bytes(subject, held)
+    state = _state_bytes(subject, held)
+    stage = StageMemory(
+        stage=held.stage,
+        layers=held.layers,
+        first_rank=held.stage * ranks,
+        ranks=ranks,
+        weights_bytes=held.bytes,
+        activation_bytes=_activation_bytes(subject),
+        workspace_bytes=_workspace_bytes(subject) if held.elements.experts else 0,
+        outside_bytes=_outside_bytes(subject),
+        kv_bytes_per_token=unlimited,
+        windows=windows,
+        state_bytes_per_request=state,
+    )
+    if room is None:
+        return stage
+    left = room - stage.fixed_bytes
+    tokens = _tokens(stage, max(0, int(left * fraction)), length)
+    if tokens is not None:
+        tokens = tokens // block * block
+        limit = subject.config.kv_cache.max_tokens
+        tokens = tokens if limit is None else min(tokens, limit)
+        # HELIX: each rank of a context-parallel group holds other tokens of a request
+        tokens *= layout.cp_size if layout.is_helix else 1
+    return StageMemory(**{**stage.__dict__, "left_bytes": left, "tokens": tokens})
+
+
+def _tokens(stage: StageMemory, space: int, length: int | None) -> int | None:
+    if length is None:
+        size = stage.kv_bytes_per_token + sum(size for _, size in stage.windows)
+        return space // size if size else None
+    size = stage.request_bytes(length)
+    return space * length // size if size else None
+
+
+def kv_element_bytes(subject: Subject) -> float:
+    """Bytes of one element of the KV cache: the engine config's, else what the checkpoint was calibrated for, else the model's."""
+    name = _kv_format(subject)
+    if name == _NVFP4:
+        return 0.5 + 1 / 16
+    return _KV_FORMATS.get(name, float(dtype_bytes(subject.shape)))
+
+
+def _kv_format(subject: Subject) -> str:
+    said, quantisation = subject.config.kv_cache.dtype, subject.shape.quantisation
+    if said == "auto" and quantisation is not None and quantisation.kv_algo:
+        said = quantisation.kv_algo
+    return said.lower()
+
+
+def _kv_bytes(subject: Subject, held: StageWeights) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Bytes of a token in the stage's layers without a window, and in those of each window."""
+    shape = subject.shape
+    size = _layer_kv_bytes(shape, subject.layout.attention_tp_size, kv_element_bytes(subject))
+    counts = Counter(_windows(subject, held))
+    extra = mtp_layer(subject)
+    if extra is not None and held.stage == subject.layout.pp_size - 1:
+        counts[None] += extra[1]
+    windows = sorted((window, count * size) for window, count in counts.items() if window is not None)
+    return counts[None] * size, tuple(windows)
+
+
+def _windows(subject: Subject, held: StageWeights) -> Iterable[int | None]:
+    """The window of each attention layer of a stage; None for no limit."""
+    kinds, order = kinds_of(subject.shape.layers or ())
+    start = sum(subject.layout.stage_sizes(len(order), subject.config.pp_partition)[: held.stage])
+    indexes = range(start, start + held.layers)
+    said, length = subject.config.kv_cache.max_attention_window, subject.config.max_seq_len
+    for index in indexes:
+        layer = kinds[order[index]]
+        if layer.mixer is not Mixer.ATTENTION:
+            continue
+        window = layer.window if not said else max(1, said[index % len(said)])
+        yield None if window is not None and said and length is not None and window >= length else window
+
+
+def _layer_kv_bytes(shape: ModelShape, ranks: int, element: float) -> int:
+    if shape.latent is None:
+        size = 2 * -(-(shape.kv_heads or 0) // ranks) * (shape.head_dim or 0)
+        return _packed(size, element)
+    size = _packed(shape.latent.kv_lora_rank + (shape.latent.qk_rope_head_dim or 0), element)
+    # DSA: the indexer's keys in FP8, with a scale for each 128
+    return size + (shape.index_head_dim + 4 * -(-shape.index_head_dim // 128) if shape.index_head_dim else 0)
+
+
+def _packed(elements: int, element: float) -> int:
+    if element < 1:  # NVFP4: two to a byte, a scale for 16; each rounded up by itself
+        return -(-elements // 2) + -(-elements // 16)
+    return ceil(elements * element)
+
+
+def _state_bytes(subject: Subject, held: StageWeights) -> int:
+    """What a hybrid keeps of each request in its layers without attention: the state, and the last taps of the convolution."""
+    shape, ranks = subject.shape, subject.layout.attention_tp_size
+    state = shape.state_space
+    if state is None:
+        return 0
+    kinds, order = kinds_of(shape.layers or ())
+    start = sum(subject.layout.stage_sizes(len(order), subject.config.pp_partition)[: held.stage])
+    counts = Counter(order[start : start + held.layers])
+    layers = sum(count for kind, count in counts.items() if _keeps_state(kinds[kind]))
+    heads = -(-state.heads // ranks)
+    convolution = -(-(state.conv_dim or 0) // ranks) * max(0, (state.kernel or 1) - 1)
+    size = heads * (state.head_dim or 0) * (state.state_size or 0) * _STATE_BYTES
+    return layers * (size + convolution * dtype_bytes(shape))
+
+
+def _keeps_state(layer: Layer) -> bool:
+    return layer.mixer in (Mixer.MAMBA2, Mixer.GATED_DELTA)
+
+
+def _activation_bytes(subject: Subject) -> int:
+    shape, config = subject.shape, subject.config
+    ranks = max(size for size in (1, 2, 4, 8) if size <= subject.layout.attention_tp_size)
+    dim = shape.head_dim or 0
+    if shape.latent is not None:
+        dim = shape.latent.v_head_dim or 0
+    width = (shape.attention_heads or 0) * dim or shape.hidden_size or 0
+    family = "other"
+    if shape.experts is not None or shape.latent is not None:
+        family = "experts"
+    elif shape.name.lower().startswith("llama"):
+        family = "llama"
+    return int(2 * (config.max_num_tokens or _MAX_NUM_TOKENS) * width * _ACTIVATIONS[family][ranks])
+
+
+def _workspace_bytes(subject: Subject) -> int:
+    """C4: of the experts. It grows with attention DP, unless the engine config limits it."""
+    experts, config, layout = subject.shape.experts, subject.config, subject.layout
+    if experts is None or not experts.per_token:
+        return 0
+    tokens = config.moe.max_num_tokens or (config.max_num_tokens or _MAX_NUM_TOKENS) * layout.dp_size
+    width = subject.shape.hidden_size or 0
+    return 4 * tokens * width * experts.count * experts.per_token // max(1, layout.moe_ep_size) // 128
+
+
+def _outside_bytes(subject: Subject) -> int:
+    config = subject.config
+    graphs = 0
+    if config.cuda_graphs:
+        count = len(config.cuda_graph_batch_sizes or ())
+        largest = config.cuda_graph_max_batch_size or config.max_batch_size or _MAX_BATCH_SIZE
+        graphs = min(_ALL_GRAPHS, _GRAPH * (count or largest))
+    return _OTHER + graphs + (_NCCL if subject.layout.world_size > 1 else 0)
+
+
+def _assumptions(subject: Subject) -> Iterable[str]:
+    shape = subject.shape
+    if not dtype_known(shape):
+        yield "the model's config names no dtype that we know: 2 bytes for each element that isn't quantised"
+    name = _kv_format(subject)
+    if name not in ("auto", _NVFP4) and name not in _KV_FORMATS:
+        yield f"the KV cache's dtype {name} isn't known: {dtype_bytes(shape)} bytes per element"
+    if shape.quantisation is not None and not shape.quantisation.certain:
+        yield "the checkpoint selects what is quantised by means that can't be read here: all of it, but what it excludes"
+    if shape.experts is not None and not shape.experts.per_token:
+        yield "the model's config doesn't say how many experts a token goes to: no workspace counted"
+    if shape.context_length is None and subject.config.max_seq_len is None:
+        yield "neither config says how long a request may be: windows not counted"
+    if shape.state_space is not None:
+        yield "states of a hybrid's layers are taken as float32"

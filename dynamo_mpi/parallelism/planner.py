@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner: every legal layout of a model on some GPUs, best first, with the reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import log2
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.parallelism.alternatives import cluster_for
+from dynamo_mpi.parallelism.engine_config import EngineConfig
+from dynamo_mpi.parallelism.finding import errors
+from dynamo_mpi.parallelism.layout import HELIX, Layout
+from dynamo_mpi.parallelism.legal import divisors
+from dynamo_mpi.parallelism.memory import MemoryEstimate, estimate
+from dynamo_mpi.parallelism.rules.registry import layout_findings
+from dynamo_mpi.parallelism.subject import Subject
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.parallelism.finding import Finding
+
+_MAX_CP = 16
+_MOST_TRIED = 128
+_BAD = ("A14", "D6")  # warnings that count against a layout
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One legal layout.
+
+    Args:
+        subject: the worker.
+        findings: what rules warn of.
+        memory: what it needs and leaves; None where the config doesn't say enough.
+        fits: does it fit on the GPU? None where the kind of GPU, or the model, isn't known well enough.
+        kv_copies: ranks that hold the same KV.
+        reasons: why it stands where it stands.
+    """
+
+    subject: Subject
+    findings: tuple[Finding, ...]
+    memory: MemoryEstimate | None
+    fits: bool | None
+    kv_copies: int
+    reasons: tuple[str, ...]
+
+    @property
+    def layout(self) -> Layout:
+        """How the world is divided."""
+        return self.subject.layout
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        """Smaller is better: fits, TP inside a node, warnings, copies of the KV cache, pipeline stages, memory left."""
+        tokens = self.memory.world_tokens if self.memory is not None else None
+        return (
+            {True: 0, None: 1, False: 2}[self.fits],
+            _crosses(self.subject),
+            sum(finding.rule in _BAD for finding in self.findings),
+            self.kv_copies,
+            self.layout.pp_size,
+            -(tokens or 0),
+            self.layout.moe_tp_size,
+            self.layout.cp_size,
+        )
+
+
+def plan(subject: Subject) -> list[Plan]:
+    """Find all legal layouts of a worker on its GPUs, best first.
+
+    Args:
+        subject: model, GPUs, role and version; of its config everything but the sizes is kept.
+    """
+    found = [made for candidate in _candidates(subject) if (made := _judge(candidate)) is not None]
+    return sorted(found, key=lambda made: made.order)
+
+
+def nearest(subject: Subject, count: int = 3) -> list[Plan]:
+    """Find the legal layouts on the same GPUs that differ least from one that isn't, nearest first; those that don't fit come last."""
+    wanted = subject.layout
+
+    def distance(made: Plan) -> tuple[float, ...]:
+        layout = made.layout
+        pairs = (
+            (layout.tp_size, wanted.tp_size),
+            (layout.pp_size, wanted.pp_size),
+            (layout.cp_size, wanted.cp_size),
+            (layout.moe_ep_size, wanted.moe_ep_size),
+        )
+        apart = sum(abs(log2(max(a, 1) / max(b, 1))) for a, b in pairs)
+        return (
+            made.fits is False,
+            apart + 0.5 * (layout.enable_attention_dp != wanted.enable_attention_dp),
+            *made.order,
+        )
+
+    return sorted(plan(subject), key=distance)[:count]
+
+
+def workable_sizes(subject: Subject, count: int = 3) -> list[int]:
+    """Return the largest numbers of GPUs, not above the subject's, that some layout uses to the full, ascending."""
+    found: list[int] = []
+    per_node = subject.cluster.gpus_per_node
+    for world_size in range(min(subject.cluster.world_size, _MOST_TRIED) - 1, 0, -1):
+        cluster = cluster_for(world_size, per_node, subject.cluster.gpu)
+        if cluster is None:
+            continue
+        smaller = replace(subject, cluster=cluster)
+        if any(not errors(layout_findings(candidate)) for candidate in _candidates(smaller)):
+            found.append(world_size)
+        if len(found) == count:
+            break
+    return sorted(found)
+
+
+def _candidates(subject: Subject) -> Iterator[Subject]:
+    world = subject.cluster.world_size
+    experts = subject.shape.experts
+    helix = subject.role == "decode" and subject.shape.state_space is None
+    for cp_size in divisors(world):
+        if cp_size > (_MAX_CP if helix else 1):
+            break
+        for pp_size in divisors(world // cp_size):
+            if pp_size > (subject.shape.num_layers or 1):
+                break
+            tp_size = world // cp_size // pp_size
+            for attention_dp in (False, True) if tp_size > 1 and cp_size == 1 else (False,):
+                for ep_size in divisors(tp_size * cp_size) if experts is not None else (None,):
+                    yield replace(
+                        subject,
+                        config=_resize(
+                            subject.config,
+                            subject.cluster.gpus_per_node,
+                            tp_size,
+                            pp_size,
+                            cp_size,
+                            attention_dp,
+                            ep_size,
+                        ),
+                    )
+
+
+def _resize(
+    config: EngineConfig,
+    gpus_per_node: int,
+    tp_size: int,
+    pp_size: int,
+    cp_size: int,
+    attention_dp: bool,
+    ep_size: int | None,
+) -> EngineConfig:
+    return replace(
+        config,
+        tp_size=tp_size,
+        pp_size=pp_size,
+        cp_size=cp_size,
+        cp_type=HELIX if cp_size > 1 else None,
+        cp_tokens_per_block=None,
+        enable_attention_dp=attention_dp,
+        enable_lm_head_tp_in_adp=False,
+        moe_tp_size=None,
+        moe_ep_size=ep_size,
+        moe_cluster_size=None,
+        pp_partition=None,
+        gpus_per_node=gpus_per_node,
+    )
+
+
+def _judge(candidate: Subject) -> Plan | None:
+    findings = layout_findings(candidate)
+    if errors(findings):
+        return None
+    memory = estimate(candidate)
+    fits = memory.fits if memory is not None else None
+    copies = _kv_copies(candidate)
+    return Plan(candidate, tuple(findings), memory, fits, copies, tuple(_reasons(candidate, memory, fits, copies)))
+
+
+def _kv_copies(subject: Subject) -> int:
+    """B4: ranks that hold the same keys and values. A latent (MLA) is whole on every tp rank."""
+    kv_heads, tp_size = subject.shape.kv_heads, subject.layout.attention_tp_size
+    if subject.shape.latent is not None:
+        return tp_size
+    return 1 if kv_heads is None or kv_heads >= tp_size else tp_size // kv_heads
+
+
+def _crosses(subject: Subject) -> int:
+    """Does attention's or a dense MLP's all-reduce leave the node? Under attention DP with whole experts only their all-to-all does."""
+    layout = subject.layout
+    wide = layout.enable_attention_dp and layout.moe_tp_size == 1 and subject.shape.experts is not None
+    return int(layout.leaves_nvlink(subject.cluster) and not wide)
+
+
+def _reasons(subject: Subject, memory: MemoryEstimate | None, fits: bool | None, copies: int) -> Iterator[str]:
+    layout, cluster = subject.layout, subject.cluster
+    if fits is False:
+        yield "does not fit"
+    elif memory is not None and memory.world_tokens is not None:
+        yield f"room for {memory.world_tokens:,} tokens"
+    if _crosses(subject):
+        yield "tensor parallelism over nodes"
+    elif cluster.nodes > 1:
+        group = layout.tp_size * layout.cp_size
+        inside = "inside a node" if group <= cluster.gpus_per_node else "over NVLink"
+        yield "only experts over nodes" if layout.leaves_nvlink(cluster) else f"tensor parallelism {inside}"
+    yield f"{copies} copies of the KV cache" if copies > 1 else "no copies of the KV cache"
+    if layout.pp_size > 1:
+        yield f"{layout.pp_size} pipeline stages"

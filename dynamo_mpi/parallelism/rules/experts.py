@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Section D, C4 and C6: do experts share out over the ranks, and do the kernels that were chosen exist for them?
+(TensorRT-LLM, ``fused_moe/interface.py``, ``moe_resolution.py``, ``llm_args.py``)"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.parallelism.finding import error, info, warning
+from dynamo_mpi.parallelism.legal import divisors
+from dynamo_mpi.parallelism.model_shape import Feed
+from dynamo_mpi.parallelism.quantisation import FP8_BLOCK_SCALES, NVFP4
+from dynamo_mpi.parallelism.rules.architecture import experts_quantised, format_runs, gpu_of
+from dynamo_mpi.parallelism.rules.limits import DEFAULT_MAX_NUM_TOKENS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.parallelism.finding import Finding
+    from dynamo_mpi.parallelism.subject import Subject
+
+_BACKENDS = (
+    *("AUTO", "CUTLASS", "CUTEDSL", "TRTLLM", "DEEPGEMM", "DENSEGEMM", "VANILLA", "TRITON"),
+    *("MARLIN", "MEGAMOE_DEEPGEMM", "MEGAMOE_CUTEDSL"),
+)
+_SINCE = {"AUTO": (1, 2), "DENSEGEMM": (1, 3), "MARLIN": (1, 3), "MEGAMOE_DEEPGEMM": (1, 3), "MEGAMOE_CUTEDSL": (1, 3)}
+_B200 = frozenset({100, 103})
+_BLACKWELL = frozenset({100, 103, 120, 121})
+_HOPPER = frozenset({90})
+_MXFP4 = {"CUTLASS": _HOPPER | _B200, "TRTLLM": _B200, "TRITON": _HOPPER, "MEGAMOE_DEEPGEMM": _B200}
+# MOE_DEVELOPER_GUIDE.md: architectures on which a backend serves a format
+_KERNELS: dict[str, dict[str, frozenset[int]]] = {
+    "": {"CUTLASS": frozenset({80, 86, 87, 89, 90}) | _BLACKWELL, "TRTLLM": _B200, "TRITON": _HOPPER},
+    "FP8": {"CUTLASS": frozenset({89, 90}) | _BLACKWELL, "TRITON": _HOPPER},
+    FP8_BLOCK_SCALES: {"CUTLASS": frozenset({90, 120}), "TRTLLM": _B200, "DEEPGEMM": _B200},
+    NVFP4: {
+        "CUTLASS": _BLACKWELL,
+        "TRTLLM": _B200,
+        "CUTEDSL": _BLACKWELL,
+        "DENSEGEMM": _B200,
+        "MEGAMOE_CUTEDSL": _B200,
+        "MARLIN": frozenset(range(89, 100)),
+    },
+    "MXFP4": _MXFP4,
+    "W4A16_MXFP4": _MXFP4,
+    "W4A8_MXFP4_FP8": {"CUTLASS": _B200, "TRTLLM": _B200, "TRITON": _HOPPER},
+    "W4A8_MXFP4_MXFP8": {"CUTLASS": _B200, "TRTLLM": _B200, "MEGAMOE_DEEPGEMM": _B200},
+    "W4A8_AWQ": {"CUTLASS": frozenset({89, 90})},
+}
+_MEGAMOE_HIDDEN = 512
+# the blocks that a rank's share of an expert has to consist of; other formats: the checkpoint's groups
+_ERRS_AT = {FP8_BLOCK_SCALES: 128, NVFP4: 16}
+_WARNS_AT = {"MXFP4": 128, "W4A16_MXFP4": 128, "W4A8_MXFP4_FP8": 128, "W4A8_MXFP4_MXFP8": 128}
+_GROUPED = ("W4A16_AWQ", "W4A8_AWQ", "W4A16_GPTQ")
+# Sixteen ranks at the engine's default. Permuted activations take up to tokens x experts per token x hidden size x 2 bytes:
+# 15 GB for DeepSeek-R1 at this size, more than a KV cache can spare beside its weights.
+_MANY_TOKENS = 131_072
+_DEEP_EP_RANKS = (2, 4, 8)
+_DEEP_EP_NODES = (2, 4, 8, 16)
+
+
+def check_expert_division(subject: Subject) -> Iterator[Finding]:
+    """D1: experts divide over ep, unless a load balancer fills slots instead (``MoE._init_load_balancer``)."""
+    experts, layout = subject.shape.experts, subject.layout
+    ep_size = layout.moe_ep_size
+    if experts is None or ep_size == 1 or subject.config.moe.balanced or experts.count % ep_size == 0:
+        return
+    uneven = (subject.config.moe.backend or "").upper() == "CUTEDSL" and not subject.older_than(1, 3)
+    old = ": this version rounds down in silence, and its weights don't fit" if subject.older_than(1, 3) else ""
+    slots = -(-experts.count // ep_size) * ep_size
+    yield (warning if uneven else error)(
+        "D1",
+        f"{experts.count} experts can't be divided over ep_size = {ep_size}{old}",
+        found=f"{subject.shape.name}: {experts.count} experts, ep_size {ep_size}, remainder {experts.count % ep_size}",
+        needed="experts % ep_size == 0"
+        + (": CUTEDSL alone shares them out unevenly" if uneven else ", or a load balancer"),
+        fix=f"{_ep_advice(subject)}; or attention DP with moe_config: {{load_balancer: {{num_slots: {slots}}}}}",
+    )
+
+
+def check_slots(subject: Subject) -> Iterator[Finding]:
+    """D2, D3, D4: a load balancer's slots divide over ep and hold every expert (``MoeLoadBalancerConfig.setup``)."""
+    experts, moe, ep_size = subject.shape.experts, subject.config.moe, subject.layout.moe_ep_size
+    if experts is None or not moe.balanced:
+        return
+    key, slots = "moe_config.load_balancer.num_slots", moe.num_slots
+    legal = -(-experts.count // ep_size) * ep_size
+    if slots is None:
+        if moe.balancer_path is not None:
+            yield info(
+                "D4",
+                f"the load balancer's file was not looked into: {moe.balancer_path}",
+                found=f"moe_config.load_balancer {moe.balancer_path}",
+            )
+        else:
+            yield error(
+                "D2",
+                "the expert load balancer has no num_slots",
+                found=f"{key} not set",
+                needed="a multiple of ep_size",
+                fix=f"set {key}: {legal}",
+            )
+        return
+    found = f"{key} {slots}, {experts.count} experts, ep_size {ep_size}"
+    if slots % ep_size:
+        yield error(
+            "D2",
+            f"{slots} expert slots can't be divided over ep_size = {ep_size}",
+            found=f"{found}, remainder {slots % ep_size}",
+            needed="num_slots % ep_size == 0",
+            fix=f"set {key} to a multiple of {ep_size} of at least {experts.count}: {legal}",
+        )
+    if slots < experts.count:
+        yield error(
+            "D3",
+            f"{slots} slots can't hold {experts.count} experts",
+            found=found,
+            needed="num_slots >= experts",
+            fix=f"set {key}: {legal}, or more for copies of busy experts",
+        )
+
+
+def check_assignments(subject: Subject) -> Iterator[Finding]:
+    """D3: each layer's initial assignment fills every slot and leaves no expert out (``get_layer_initial_global_assignments``)."""
+    experts, moe, layers = subject.shape.experts, subject.config.moe, subject.shape.layers
+    if experts is None or not moe.assignments:
+        return
+    broken: list[str] = []
+    for layer, assigned in moe.assignments:
+        if moe.num_slots is not None and len(assigned) != moe.num_slots:
+            broken.append(f"layer {layer} has {len(assigned)} entries for {moe.num_slots} slots")
+        elif unplaced := experts.count - len({expert for expert in assigned if expert < experts.count}):
+            broken.append(f"layer {layer} places {experts.count - unplaced} of {experts.count} experts")
+        elif max(assigned, default=0) >= experts.count:
+            broken.append(f"layer {layer} names expert {max(assigned)} of {experts.count}")
+    named = {layer for layer, _ in moe.assignments}
+    broken += [
+        f"layer {i} has none" for i, layer in enumerate(layers or ()) if layer.feed is Feed.EXPERTS and i not in named
+    ]
+    if broken:
+        yield error(
+            "D3",
+            f"initial_global_assignments don't fit the model in {len(broken)} layer{'' if len(broken) == 1 else 's'}",
+            found="; ".join(broken[:3]) + ("; …" if len(broken) > 3 else ""),
+            needed="num_slots entries for each layer with experts, every expert among them",
+            fix="correct moe_config.load_balancer.initial_global_assignments, or leave it out",
+        )
+
+
+def check_balancer(subject: Subject) -> Iterator[Finding]:
+    """C6, D13, D14: what a load balancer needs, and what it can't be combined with (``interface.py: _init_load_balancer``)."""
+    config, layout = subject.config, subject.layout
+    if subject.shape.experts is None or not config.moe.balanced:
+        return
+    if not layout.enable_attention_dp or layout.moe_ep_size == 1:
+        yield error(
+            "C6",
+            "the expert load balancer works under attention DP and with expert parallelism alone",
+            found=f"enable_attention_dp {str(layout.enable_attention_dp).lower()}, ep_size {layout.moe_ep_size}",
+            needed="enable_attention_dp true and ep_size > 1",
+            fix=f"set enable_attention_dp: true and moe_expert_parallel_size: {layout.moe_world_size}, or leave moe_config.load_balancer out",
+        )
+    if config.keys.get("dwdp_config") is not None:
+        yield error(
+            "D13",
+            "DWDP and the expert load balancer exclude each other",
+            found="dwdp_config and moe_config.load_balancer set",
+            needed="one of them",
+            fix="leave moe_config.load_balancer or dwdp_config out",
+        )
+    if (config.load_format or "").upper() == "GMS":
+        yield error(
+            "D14",
+            "weights loaded through GMS can't be balanced",
+            found="load_format GMS, moe_config.load_balancer set",
+            needed="one of them",
+            fix="leave load_format or moe_config.load_balancer out",
+        )
+
+
+def check_expert_width(subject: Subject) -> Iterator[Finding]:
+    """D5: the width of an expert divides over moe_tp; the engine rounds down and checks nothing (``intermediate_size_per_partition``).
+    D6: a rank's share is whole scaling blocks; MXFP4 is padded."""
+    experts, moe_tp, shape = subject.shape.experts, subject.layout.moe_tp_size, subject.shape
+    if experts is None or experts.intermediate_size is None:
+        return
+    width = experts.intermediate_size
+    found = f"{shape.name}: experts of {width}, moe_tp_size {moe_tp}"
+    if moe_tp > 1 and width % moe_tp:
+        yield error(
+            "D5",
+            f"experts of {width} can't be divided over moe_tp_size = {moe_tp}",
+            found=f"{found}, remainder {width % moe_tp}",
+            needed="moe_intermediate_size % moe_tp_size == 0",
+            fix=_ep_advice(subject),
+        )
+        return
+    algo, block = _block(subject)
+    if algo == NVFP4 and shape.hidden_size is not None and shape.hidden_size % block:
+        yield error(
+            "D6",
+            f"a hidden size of {shape.hidden_size} isn't whole NVFP4 blocks of {block}",
+            found=f"{shape.name}: hidden_size {shape.hidden_size}, remainder {shape.hidden_size % block}",
+            needed=f"hidden_size % {block} == 0",
+            fix="check that config.json is the checkpoint's own, or use another checkpoint",
+        )
+    if moe_tp <= 1 or (width // moe_tp) % block == 0:
+        return
+    share = width // moe_tp
+    sure = algo in _ERRS_AT and shape.quantisation is not None and shape.quantisation.certain
+    padded = ": they are padded, which costs memory and time" if algo in _WARNS_AT else ""
+    yield (error if sure else warning)(
+        "D6",
+        f"each rank would hold {share} of an expert's {width}, which isn't whole blocks of {block} ({algo}){padded}",
+        found=f"{found}; {share} / {block} = {share / block:g}",
+        needed=f"(moe_intermediate_size / moe_tp_size) % {block} == 0",
+        fix=_ep_advice(subject),
+    )
+
+
+def check_backend_name(subject: Subject) -> Iterator[Finding]:
+    """D8: the MoE backend's name (``MoeConfig``). WIDEEP, which is gone, is told of with other old keys (H)."""
+    backend = subject.config.moe.backend
+    if backend is None or backend == "WIDEEP":
+        return
+    if backend not in _BACKENDS:
+        meant = backend.upper() if backend.upper() in _BACKENDS else "AUTO"
+        yield error(
+            "D8",
+            f"there is no MoE backend {backend!r}",
+            found=f"moe_config.backend {backend}",
+            needed=f"one of {', '.join(_BACKENDS)}",
+            fix=f"set moe_config: {{backend: {meant}}}",
+        )
+    elif backend in _SINCE and subject.older_than(*_SINCE[backend]):
+        yield warning(
+            "D8",
+            f"this version may not have the MoE backend {backend} yet",
+            found=f"moe_config.backend {backend}, TensorRT-LLM {subject.version}",
+            needed=f"TensorRT-LLM {'.'.join(map(str, _SINCE[backend]))}",
+            fix="set moe_config: {backend: CUTLASS}, or TRTLLM on SM 100",
+        )
+
+
+def check_backend(subject: Subject) -> Iterator[Finding]:
+    """D9, G, G3: the chosen kernels serve the experts' format on this GPU, or the engine falls back to CUTLASS, or that has none either
+    (``create_moe.get_moe_cls``, ``moe_resolution.resolve_moe_impl``)."""
+    gpu, experts, layout = gpu_of(subject), subject.shape.experts, subject.layout
+    algo = _algo(subject)
+    if gpu is None or experts is None or algo not in _KERNELS:
+        return
+    serving = [name for name, architectures in _KERNELS[algo].items() if gpu.sm in architectures]
+    serving = [name for name in serving if not subject.older_than(*_SINCE.get(name, (0,)))]
+    said = subject.config.moe.backend
+    # AUTO came with 1.2; until then CUTLASS was the default
+    backend = (said or ("CUTLASS" if subject.older_than(1, 2) else "AUTO")).upper()
+    what = f"{algo or 'unquantised'} experts"
+    found = f"moe_config.backend {said or backend + ' (the default)'}; {what}; {gpu.name}, SM {gpu.sm}"
+    if not serving:
+        # where the format itself doesn't run, section G has said so
+        if format_runs(algo, gpu.sm):
+            yield (error if gpu.sm < 120 else warning)(
+                "G",
+                f"no MoE backend is known to run {what} on {gpu.name}",
+                found=found,
+                needed=f"SM {', '.join(map(str, sorted(set().union(*_KERNELS[algo].values()))))}",
+                fix="use other GPUs, or a checkpoint in another format",
+            )
+        return
+    needed = f"one of {', '.join(serving)}"
+    fix = f"set moe_config: {{backend: {serving[0]}}}"
+    if backend == "CUTEDSL" and gpu.sm >= 120 and (layout.moe_ep_size > 1 or layout.enable_attention_dp):
+        yield warning(
+            "D9",
+            f"CUTEDSL has neither expert parallelism nor attention DP on SM {gpu.sm}",
+            found=found,
+            needed=needed,
+            fix=fix,
+        )
+    elif backend == "MEGAMOE_DEEPGEMM" and backend in serving and (subject.shape.hidden_size or 0) % _MEGAMOE_HIDDEN:
+        yield warning(
+            "D9",
+            f"MEGAMOE_DEEPGEMM needs a hidden size of whole {_MEGAMOE_HIDDEN}s, not {subject.shape.hidden_size}: the engine falls back",
+            found=found,
+            needed=f"hidden_size % {_MEGAMOE_HIDDEN} == 0",
+            fix=fix,
+        )
+    elif backend in serving or backend in ("AUTO", "VANILLA", "WIDEEP") or backend not in _BACKENDS:
+        return
+    elif backend == "TRTLLM" and gpu.sm >= 120:
+        falls_back = "CUTLASS" in serving and not subject.older_than(1, 3)
+        yield (warning if falls_back else error)(
+            "G3", f"the MoE backend TRTLLM doesn't exist for SM {gpu.sm}", found=found, needed=needed, fix=fix
+        )
+    elif "CUTLASS" in serving:
+        yield warning(
+            "D9",
+            f"the MoE backend {backend} can't run {what} on {gpu.name}: the engine falls back to CUTLASS",
+            found=found,
+            needed=needed,
+            fix=fix,
+        )
+    else:
+        because = ": fp8 blockscale gemm only support Hopper" if algo == FP8_BLOCK_SCALES else ""
+        and_fallback = "" if backend == "CUTLASS" else ", and neither can CUTLASS, which the engine would fall back to"
+        yield error(
+            "G",
+            f"the MoE backend {backend} can't run {what} on {gpu.name}{and_fallback}{because}",
+            found=found,
+            needed=needed,
+            fix=fix,
+        )
+
+
+def check_all_to_all(subject: Subject) -> Iterator[Finding]:
+    """D11: DeepEP exists for few numbers of ranks; elsewhere, and without NVLink between nodes, every rank gathers all tokens
+    (``communication/deep_ep.py``)."""
+    layout, node = subject.layout, subject.cluster.gpus_per_node
+    ep_size = layout.moe_ep_size
+    if subject.shape.experts is None or not layout.enable_attention_dp or ep_size == 1:
+        return
+    if (
+        ep_size in _DEEP_EP_RANKS
+        if ep_size <= node
+        else node == 8 and ep_size % 8 == 0 and ep_size // 8 in _DEEP_EP_NODES
+    ):
+        return
+    yield info(
+        "D11",
+        f"DeepEP can't exchange tokens between {ep_size} ranks with {node} on a node: the engine takes another way",
+        found=f"ep_size {ep_size}, {subject.cluster}",
+        needed="2, 4 or 8 ranks of one node, or 2, 4, 8 or 16 nodes with 8 ranks each",
+        fix="nothing to do where NVLink joins all ranks (MNNVL)",
+    )
+
+
+def check_workspace(subject: Subject) -> Iterator[Finding]:
+    """C4: under attention DP max_num_tokens is for each rank, and an expert's workspace is made for the tokens of all ranks at once."""
+    config, layout = subject.config, subject.layout
+    if subject.shape.experts is None or layout.dp_size == 1 or config.moe.max_num_tokens is not None:
+        return
+    tokens = config.max_num_tokens or DEFAULT_MAX_NUM_TOKENS
+    if tokens * layout.dp_size > _MANY_TOKENS:
+        yield warning(
+            "C4",
+            f"each rank makes room for the {tokens * layout.dp_size} tokens of all ranks beside its experts, and may run out of memory",
+            found=f"max_num_tokens {tokens}{'' if config.max_num_tokens else ' (the default)'} x {layout.dp_size} ranks under attention DP",
+            needed=f"max_num_tokens x tp_size of at most {_MANY_TOKENS}, or moe_config.max_num_tokens",
+            fix=f"set moe_config: {{max_num_tokens: {_MANY_TOKENS // 4}}}, or max_num_tokens: {max(_MANY_TOKENS // layout.dp_size, 1)}",
+        )
+
+
+def _algo(subject: Subject) -> str:
+    """Return the experts' format; empty where they aren't quantised."""
+    quantisation = subject.shape.quantisation
+    return quantisation.algo if quantisation is not None and experts_quantised(subject.shape) else ""
+
+
+def _block(subject: Subject) -> tuple[str, int]:
+    algo, quantisation = _algo(subject), subject.shape.quantisation
+    group = quantisation.block if quantisation is not None and algo in _GROUPED else 1
+    return algo, _ERRS_AT.get(algo) or _WARNS_AT.get(algo) or group
+
+
+def _ep_advice(subject: Subject) -> str:
+    """Name the sizes of expert parallelism that pass D1, D5 and D6 on the ranks that there are, the largest first."""
+    experts, world = subject.shape.experts, subject.layout.moe_world_size
+    if experts is None:
+        return ""
+    block, width = _block(subject)[1], experts.intermediate_size or 0
+    legal = [
+        ep
+        for ep in reversed(divisors(world))
+        if experts.count % ep == 0 and (ep == world or width % (world // ep * block) == 0)
+    ]
+    if not legal:
+        return f"choose a tensor_parallel_size that shares a divisor with the {experts.count} experts"
+    others = f", or to {', '.join(map(str, legal[1:]))}" if legal[1:] else ""
+    return f"set moe_expert_parallel_size: {legal[0]}{others}, and leave moe_tensor_parallel_size out"
+
+
+RULES = (
+    check_expert_division,
+    check_slots,
+    check_assignments,
+    check_balancer,
+    check_expert_width,
+    check_backend_name,
+    check_backend,
+    check_all_to_all,
+    check_workspace,
+)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules about number formats and kinds of GPU: each of them both ways, on public models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
+from dynamo_mpi.parallelism.finding import Finding
+from dynamo_mpi.parallelism.gpus import GPUS, Gpu
+from dynamo_mpi.parallelism.layout import Cluster
+from dynamo_mpi.parallelism.model_config import parse_model_shape
+from dynamo_mpi.parallelism.rules import architecture
+from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from tests.unit.model_zoo import QUANT_FILES, ZOO
+
+LLAMA = ZOO["Llama-3.1-8B"]
+
+
+def modelopt(algo: str, kv_algo: str | None = None) -> dict[str, Any]:
+    scheme = {} if kv_algo is None else {"kv_cache_scheme": kv_algo}
+    return {"quantization_config": {"quant_algo": algo, "quant_method": "modelopt", **scheme}}
+
+
+def subject_of(
+    model: str | dict[str, Any], gpu: str | None, engine: dict[str, Any] | None = None, version: str | None = None
+) -> Subject:
+    config = merge(EngineLayers(yaml_text=json.dumps({"tensor_parallel_size": 8} | (engine or {})))).config
+    quant_file = json.dumps(QUANT_FILES[model]) if isinstance(model, str) and model in QUANT_FILES else None
+    shape = parse_model_shape(json.dumps(ZOO[model] if isinstance(model, str) else model), "config.json", quant_file)
+    return Subject(
+        shape, config, Cluster(1, 8, gpu), version=None if version is None else parse_trtllm_version(version)
+    )
+
+
+def findings_of(subject: Subject) -> list[Finding]:
+    return [finding for rule in architecture.RULES for finding in rule(subject)]
+
+
+def told(subject: Subject) -> list[str]:
+    return [f"{finding.severity.value} {finding.rule}" for finding in findings_of(subject)]
+
+
+def kv(dtype: str, **others: Any) -> dict[str, Any]:
+    return {"kv_cache_config": {"dtype": dtype, **others}}
+
+
+@pytest.mark.parametrize(
+    ("model", "runs", "doubtful", "fails"),
+    [
+        ("Llama-3.1-8B", "a100 l40s h100 b200 gb10", "", ""),
+        (LLAMA | modelopt("FP8"), "l40s h100 b200 gb300 rtx-pro-6000 gb10", "", "a100"),
+        ("Qwen3-32B-FP8", "l4 h100 b200 b300 rtx-pro-6000", "gb10", "a100 a100-40"),
+        (LLAMA | {"quantization_config": {"quant_method": "fbgemm_fp8"}}, "h100 h200", "b200 l40s", "a100"),
+        (LLAMA | modelopt("NVFP4"), "b200 gb300 rtx-pro-6000 gb10", "", "h100 l40s a100"),
+        (ZOO["Mixtral-8x7B"] | modelopt("NVFP4"), "b200 gb10", "h100 l40s", "a100"),
+        ("gpt-oss-120b", "h100 b200 rtx-pro-6000", "", "a100 l40s"),
+        (LLAMA | modelopt("W4A8_AWQ"), "l40s h100", "b200 rtx-pro-6000", "a100"),
+        (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "a100 l40s h100 b200", "gb10", ""),
+    ],
+)
+def test_weights(model: str | dict[str, Any], runs: str, doubtful: str, fails: str) -> None:
+    for gpus, expected in ((runs, []), (doubtful, ["warning G"]), (fails, ["error G"])):
+        for gpu in gpus.split():
+            assert told(subject_of(model, gpu)) == expected, gpu
+
+
+@pytest.mark.parametrize("model", ["Qwen3-32B-FP8", "gpt-oss-120b", LLAMA | modelopt("NVFP4")])
+def test_nothing_is_said_where_the_gpu_isnt_known(model: str | dict[str, Any]) -> None:
+    assert told(subject_of(model, None)) == []
+    assert told(subject_of(model, "abacus")) == []
+
+
+def test_formats_that_nobody_knows_are_not_judged() -> None:
+    (finding,) = findings_of(subject_of(LLAMA | modelopt("W3A5_NEW"), "h100"))
+    assert finding.severity.value == "info"
+    assert "W3A5_NEW" in finding.message
+
+
+@pytest.mark.parametrize(("version", "expected"), [("1.0.0", ["error G"]), ("1.1.0", []), (None, [])])
+def test_block_scales_came_to_sm_120_later(version: str | None, expected: list[str]) -> None:
+    assert told(subject_of("Qwen3-32B-FP8", "rtx-pro-6000", version=version)) == expected
+
+
+def test_experts_in_nvfp4_run_on_hopper_from_1_3_alone() -> None:
+    model = ZOO["Mixtral-8x7B"] | modelopt("NVFP4")
+    assert told(subject_of(model, "h100", version="1.2.1")) == ["error G"]
+    (finding,) = findings_of(subject_of(model, "h100", version="1.3.0rc22"))
+    assert "MARLIN" in finding.fix
+
+
+def test_bfloat16_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GPUS, "t4", Gpu("t4", 75, 2**34))
+    assert told(subject_of("Llama-3.1-8B", "t4")) == ["error G"]
+    assert told(subject_of(LLAMA | {"torch_dtype": "float16"}, "t4")) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "gpu", "expected"),
+    [
+        ("Llama-3.1-8B", kv("fp8"), "h100", []),
+        ("Llama-3.1-8B", kv("FP8"), "l40s", []),
+        ("Llama-3.1-8B", kv("fp8"), "a100", ["error G"]),
+        ("Llama-3.1-8B", kv("fp8"), None, []),
+        ("Llama-3.1-8B", kv("auto"), "a100", []),
+        ("Nemotron-3-Super-120B-A12B-FP8", kv("auto"), "h100", []),
+        (LLAMA | modelopt("W4A16_AWQ", "FP8"), kv("auto"), "a100", ["error G"]),
+        (LLAMA | modelopt("W4A16_AWQ", "FP8"), kv("bfloat16"), "a100", []),
+        (LLAMA | modelopt("NVFP4", "NVFP4"), kv("auto"), "b200", []),
+        (LLAMA | modelopt("NVFP4", "NVFP4"), kv("nvfp4"), "gb10", ["warning G"]),
+        (LLAMA | modelopt("FP8", "NVFP4"), kv("nvfp4"), "h100", ["error G"]),
+        ("Llama-3.1-8B", kv("nvfp4"), None, ["warning G"]),
+        ("DeepSeek-V3.2", kv("fp8_ds_mla"), "h200", []),
+        ("DeepSeek-V3.2", kv("fp8_ds_mla"), "b200", ["error G"]),
+        ("DeepSeek-V3.2", kv("fp8_ds_mla"), None, []),
+        ("DeepSeek-R1", kv("fp8_ds_mla"), "h200", ["error G"]),
+        # G1
+        ("Llama-3.1-8B", kv("bfloat16"), None, []),
+        ("Llama-3.1-8B", kv("half"), None, []),
+        ("Llama-3.1-8B", kv("int4"), None, ["error G1"]),
+        ("Llama-3.1-8B", kv("bf16"), "h100", ["error G1"]),
+        # G2
+        ("Llama-3.1-8B", {"use_cute_dsl_bf16_gemm": True}, "h100", ["error G2"]),
+        ("Llama-3.1-8B", {"use_cute_dsl_bf16_gemm": True}, "b200", []),
+        ("Llama-3.1-8B", {"use_cute_dsl_bf16_gemm": False}, "h100", []),
+        ("Llama-3.1-8B", {"use_cute_dsl_bf16_gemm": True}, None, []),
+        # G4
+        ("Kimi-K2", {}, "h100", []),
+        ("GLM-5", {}, "a100", ["warning G4"]),
+        ("GLM-5", kv("auto", enable_block_reuse=False), "a100", []),
+        ("GLM-5", kv("auto", enable_block_reuse=False) | {"enable_chunked_prefill": True}, "a100", ["warning G4"]),
+        ("Llama-3.1-8B", {}, "a100", []),
+        # G5
+        ("GLM-5", {"sparse_attention_config": {"indexer_k_dtype": "fp4"}}, "b200", []),
+        ("GLM-5", {"sparse_attention_config": {"indexer_k_dtype": "fp4"}}, "h100", ["error G5"]),
+        ("GLM-5", {"sparse_attention_config": {"indexer_k_dtype": "fp4", "index_head_dim": 64}}, None, ["error G5"]),
+        ("GLM-5", {"sparse_attention_config": {"indexer_k_dtype": "fp8"}}, "h100", []),
+    ],
+)
+def test_cache_and_kernels(
+    model: str | dict[str, Any], engine: dict[str, Any], gpu: str | None, expected: list[str]
+) -> None:
+    assert told(subject_of(model, gpu, engine)) == expected
+
+
+def test_what_is_said() -> None:
+    (finding,) = findings_of(subject_of("Qwen3-32B-FP8", "a100"))
+    assert finding.message == "a100 can't run FP8_BLOCK_SCALES weights"
+    assert "SM 80" in finding.found
+    assert finding.needed == "SM 89, 90, 100, 103, 120"
+    (finding,) = findings_of(subject_of("Llama-3.1-8B", "a100", kv("fp8")))
+    assert finding.fix == "set kv_cache_config: {dtype: bfloat16}"
