@@ -9,11 +9,12 @@ shared file system, hundreds of ranks opening hundreds of files are what a start
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
@@ -123,5 +124,20 @@ def _abandon(world: World, voice: Voice, phases: Phases, text: str, code: ExitCo
     os._exit(code)
 
 
+def _end(code: int) -> NoReturn:
+    """Leave with ``code``, without Python's own ending where Dynamo's runtime was started: a thread of it that asks for the interpreter while
+    that goes down is unwound through Rust, which aborts the process (134 instead of our code)."""
+    if "dynamo._core" in sys.modules:
+        from mpi4py import MPI
+
+        if MPI.Is_initialized() and not MPI.Is_finalized():
+            MPI.Finalize()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # whoever read it has gone
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import paint
-from dynamo_mpi.cli.worker_inputs import ROLES, add_worker_options, read_engine, read_model, read_values, read_version
+from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.options import Option, to_path, to_size
 from dynamo_mpi.parallelism.check import Report, check_pair, check_worker
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TAKES_DYNAMIC_FLAGS = True
-ROLE = Option("role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", str, "of the worker", ROLES)
 NODES = Option("nodes", ("--nodes",), (), 1, to_size, "nodes of the worker")
 PAIR = tuple(
     option
@@ -68,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         merged = read_engine(values, path, dynamic)
         gpus = _gpus_per_node(values["gpus_per_node"], merged.config.gpus_per_node, merged.config.world_size, nodes)
         cluster = Cluster(nodes, gpus, values["gpu"])
-        subject = Subject(shape, merged.config, cluster, role, version, values["min_requests"])
+        subject = Subject(shape, merged.config, cluster, role, version, values["engine"], values["min_requests"])
         return check_worker(subject, merged.findings)
 
     result: Any

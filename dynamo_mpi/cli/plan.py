@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import paint
-from dynamo_mpi.cli.worker_inputs import ROLES, add_worker_options, read_engine, read_model, read_values, read_version
+from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
 from dynamo_mpi.errors import LayoutError, UsageError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.options import Option, to_size
@@ -20,13 +20,13 @@ from dynamo_mpi.parallelism.alternatives import cluster_for
 from dynamo_mpi.parallelism.plan_text import describe_plans, plans_as_json
 from dynamo_mpi.parallelism.planner import plan, workable_sizes
 from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.parallelism.wording import listed
 
 if TYPE_CHECKING:
     import argparse
 
 TAKES_DYNAMIC_FLAGS = True
 _DEFAULT_GPUS_PER_NODE = 8
-ROLE = Option("role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", str, "of the worker", ROLES)
 GPUS = Option("gpus", ("--gpus",), (), None, to_size, "GPUs of the worker, all nodes together")
 LIMIT = Option("limit", ("--limit",), (), 10, to_size, "layouts to show as text; JSON has them all")
 
@@ -52,11 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
     files = read_model(values)
     merged = read_engine(values, values["engine_config"], arguments.dynamic_flags)
     subject = Subject(
-        files.shape(), merged.config, cluster, values["role"], read_version(values), values["min_requests"]
+        files.shape(),
+        merged.config,
+        cluster,
+        values["role"],
+        read_version(values),
+        values["engine"],
+        values["min_requests"],
     )
     found = plan(subject)
     if not found:
-        sizes = ", ".join(map(str, workable_sizes(subject)))
+        sizes = listed(workable_sizes(subject))
         raise LayoutError(
             f"no layout of {files.name} uses {cluster} to the full",
             needed="a number of GPUs that heads, experts and layers can be divided over",

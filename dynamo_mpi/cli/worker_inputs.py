@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion
 
 ROLES = ("agg", "prefill", "decode")
+ROLE = Option("role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", str, "of the worker", ROLES)
+ENGINE = Option(
+    "engine", ("--engine",), ("DYN_MPI_ENGINE",), "trtllm", str, "what runs the model", ("trtllm", "reference")
+)
 MODEL = Option(
     "model",
     ("--model", "--model-path"),
@@ -50,7 +54,7 @@ MIN_REQUESTS = Option(
 
 def add_worker_options(parser: argparse.ArgumentParser, *more: Option) -> tuple[Option, ...]:
     """Declare the options that describe a worker, and return them."""
-    options = (MODEL, *more, *ENGINE_OPTIONS, GPUS_PER_NODE, GPU, MIN_REQUESTS)
+    options = (MODEL, ENGINE, *more, *ENGINE_OPTIONS, GPUS_PER_NODE, GPU, MIN_REQUESTS)
     add_options(parser, options)
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
     return options

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism.layout import HELIX, Cluster
 from dynamo_mpi.parallelism.legal import divisors
+from dynamo_mpi.parallelism.wording import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,9 +65,7 @@ def for_expert_parallelism(subject: Subject) -> str:
     ranks = layout.moe_world_size
     experts = subject.shape.experts
     sizes = [ep for ep in divisors(ranks) if experts is None or experts.count % ep == 0]
-    advice = (
-        f"set moe_expert_parallel_size to one of {', '.join(map(str, sizes))}, and leave moe_tensor_parallel_size out"
-    )
+    advice = f"set moe_expert_parallel_size to one of {listed(sizes)}, and leave moe_tensor_parallel_size out"
     wider = meant_by_more_experts_than_ranks(subject)
     if not wider:
         return advice

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.parallelism.alternatives import meant_by_more_experts_than_ranks, short_name
-from dynamo_mpi.parallelism.contract import check_contracts, contract_of
 from dynamo_mpi.parallelism.finding import Finding, errors
 from dynamo_mpi.parallelism.legal import divisors, legal_ep_sizes, legal_tp_sizes
 from dynamo_mpi.parallelism.memory import MemoryEstimate, estimate
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.subject import Subject
 
 # rules about the text of the engine config: whoever breaks only these wrote bad data, not an illegal layout
-_TEXT_RULES = ("H",)
+TEXT_RULES = ("H",)
 _MAX_GROUPED = 4096
 
 
@@ -51,7 +50,7 @@ class Report:
         found = errors(self.findings)
         if not found:
             return ExitCode.OK
-        return ExitCode.DATA if all(finding.rule in _TEXT_RULES for finding in found) else ExitCode.ILLEGAL_LAYOUT
+        return ExitCode.DATA if all(finding.rule in TEXT_RULES for finding in found) else ExitCode.ILLEGAL_LAYOUT
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data: the stable form that scripts read."""
@@ -60,11 +59,7 @@ class Report:
             "ok": self.ok,
             "model": subject.shape.name,
             "role": subject.role,
-            "layout": {
-                **subject.layout.as_json(),
-                "nodes": subject.cluster.nodes,
-                "gpus_per_node": subject.cluster.gpus_per_node,
-            },
+            "layout": _layout_as_json(subject),
             "ranks": self._ranks(),
             "groups": self._groups(),
             "findings": [finding.as_json() for finding in self.findings],
@@ -72,15 +67,7 @@ class Report:
             "legal": legal_sizes(subject),
             "memory": self.memory.as_json() if self.memory is not None else {},
             "nearest": [
-                {
-                    "name": short_name(other),
-                    "role": other.role,
-                    "layout": {
-                        **other.layout.as_json(),
-                        "nodes": other.cluster.nodes,
-                        "gpus_per_node": other.cluster.gpus_per_node,
-                    },
-                }
+                {"name": short_name(other), "role": other.role, "layout": _layout_as_json(other)}
                 for other in self.nearest
             ],
         }
@@ -100,6 +87,11 @@ class Report:
         if not self._placed():
             return {}
         return {kind: self.subject.layout.groups(kind) for kind in ("tp", "pp", "cp", "moe_tp", "moe_ep")}
+
+
+def _layout_as_json(subject: Subject) -> dict[str, object]:
+    cluster = subject.cluster
+    return {**subject.layout.as_json(), "nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node}
 
 
 @dataclass(frozen=True)
@@ -142,7 +134,7 @@ def check_worker(subject: Subject, more: Sequence[Finding] = (), *, suggest: boo
         suggest: look for layouts that would work where there is an error.
     """
     findings = (*more, *all_findings(subject))
-    layout_is_wrong = any(finding.rule not in _TEXT_RULES for finding in errors(findings))
+    layout_is_wrong = any(finding.rule not in TEXT_RULES for finding in errors(findings))
     return Report(
         subject,
         findings,
@@ -153,6 +145,9 @@ def check_worker(subject: Subject, more: Sequence[Finding] = (), *, suggest: boo
 
 def check_pair(prefill: Report, decode: Report) -> PairReport:
     """Judge what two workers are to each other."""
+    # not at the top: most checks are of one worker
+    from dynamo_mpi.parallelism.contract import check_contracts, contract_of
+
     return PairReport(
         prefill, decode, tuple(check_contracts(contract_of(prefill.subject), contract_of(decode.subject)))
     )

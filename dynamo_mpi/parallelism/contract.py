@@ -10,16 +10,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.parallelism import defaults
 from dynamo_mpi.parallelism.finding import error, warning
-from dynamo_mpi.parallelism.rules.limits import DEFAULT_TOKENS_PER_BLOCK
+from dynamo_mpi.parallelism.kv_cache import resolve_kv_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.parallelism.subject import Subject
-
-_SAME_DTYPE = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -101,17 +100,6 @@ def contract_of(subject: Subject) -> Contract:
     )
 
 
-def resolve_kv_dtype(subject: Subject) -> str | None:
-    """Return the type of the KV cache: ``auto`` is the one that the checkpoint was calibrated for, else the model's own."""
-    said = subject.config.kv_cache.dtype
-    if said != "auto":
-        return _SAME_DTYPE.get(said, said)
-    quantisation = subject.shape.quantisation
-    if quantisation is not None and quantisation.kv_algo is not None:
-        return quantisation.kv_algo.lower()
-    return _SAME_DTYPE.get(subject.shape.dtype or "", subject.shape.dtype)
-
-
 def _tokens_per_block(subject: Subject) -> int:
     """H8: FlashMLA and VANILLA have a size of their own."""
     backend = (subject.config.attn_backend or "").upper()
@@ -119,7 +107,7 @@ def _tokens_per_block(subject: Subject) -> int:
         return 64
     if backend == "VANILLA" and subject.config.max_num_tokens is not None:
         return subject.config.max_num_tokens
-    return subject.config.kv_cache.tokens_per_block or DEFAULT_TOKENS_PER_BLOCK
+    return subject.config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
 
 
 # field, rule, name for the user, advice
@@ -139,7 +127,8 @@ _SHARED = (
 
 
 def check_contracts(prefill: Contract, decode: Contract) -> list[Finding]:
-    """Compare both sides (I1-I13, F11). Layouts and limits may differ (I2)."""
+    """I1-I8, F11: what prefill and decode have to share: KV type, blocks, heads, layers, transceiver; layouts and limits may differ
+    (``CacheFormatter::inquireSupport``, ``PeerRegistrar``)."""
     return [*_shared(prefill, decode), *_context(prefill, decode), *_advice(prefill, decode)]
 
 
@@ -168,6 +157,10 @@ def _context(prefill: Contract, decode: Contract) -> Iterator[Finding]:
         )
 
 
+def _is_1_2(version: str | None) -> bool:
+    return (version or "").removeprefix("v").split(".")[:2] == ["1", "2"]
+
+
 def _advice(prefill: Contract, decode: Contract) -> Iterator[Finding]:
     versions = {prefill.trtllm_version, decode.trtllm_version}
     if None not in versions and len(versions) > 1:
@@ -178,7 +171,7 @@ def _advice(prefill: Contract, decode: Contract) -> Iterator[Finding]:
             needed="one release",
             fix="use one container image",
         )
-    if prefill.pp_size > 1 and decode.tp_size > 1 and any((version or "").startswith("1.2") for version in versions):
+    if prefill.pp_size > 1 and decode.tp_size > 1 and any(map(_is_1_2, versions)):
         yield warning(
             "F11",
             "TensorRT-LLM 1.2 can hang when prefill has pipeline stages and decode has tensor parallelism",

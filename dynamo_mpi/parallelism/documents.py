@@ -21,6 +21,8 @@ MAX_SIZE = 2**31 - 1
 """The engine keeps its sizes in 32 bits."""
 _MAX_NODES = 100_000
 _MAX_DEPTH = 100
+_MAX_DIGITS = 1000
+_YAML_INT = "tag:yaml.org,2002:int"
 
 
 def read_text(path: Path) -> str:
@@ -56,9 +58,10 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) < len(pairs):
-            keys = [key for key, _ in pairs]
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
             raise DataError(
-                f"{path} has the key {_short(next(key for key in keys if keys.count(key) > 1))} twice in one object",
+                f"{path} has the key {_short(twice)} twice in one object",
                 needed="each key once",
                 fix="remove the one that isn't meant",
             )
@@ -83,8 +86,9 @@ def parse_yaml(text: str, path: str, needed: str) -> dict[str, Any]:
     # not at the top: ranks other than 0 import this module's neighbours, never a YAML reader
     import yaml
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    loader = None
     try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
         node = loader.get_single_node()
         if node is not None:
             _check_node(node, path)
@@ -92,8 +96,12 @@ def parse_yaml(text: str, path: str, needed: str) -> dict[str, Any]:
     # PyYAML lets through what int() and date() say of impossible numbers and dates
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}", needed=needed) from None
+    # and what becomes of "!!bool 7"
+    except (LookupError, AttributeError):
+        raise DataError(f"{path} is not YAML: a value isn't what its tag (!!name) says", needed=needed) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if loaded is None:
         raise DataError(f"{path} is empty", needed=needed, fix="write the config, or leave the flag out")
     if not isinstance(loaded, dict):
@@ -135,6 +143,12 @@ def _check_node(root: Any, path: str) -> None:
         elif isinstance(node, yaml.SequenceNode):
             for item in node.value:
                 walk(item, depth + 1)
+        elif node.tag == _YAML_INT and len(node.value) > _MAX_DIGITS:
+            # Python writes no such number down again: `str` and `repr` refuse
+            raise DataError(
+                f"{path}, line {node.start_mark.line + 1}: a number of {len(node.value)} characters",
+                needed=f"at most {_MAX_DIGITS}",
+            )
         above.discard(id(node))
 
     walk(root, 0)
@@ -180,11 +194,15 @@ class Reader:
         value = self.values.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not minimum <= value <= maximum:
+        try:
+            number = float("nan") if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+        except OverflowError:
+            number = float("nan")
+        if not minimum <= number <= maximum:
             raise self.bad(
                 key, f"a number of at least {minimum:g}" + ("" if maximum == float("inf") else f", at most {maximum:g}")
             )
-        return float(value)
+        return number
 
     def switch(self, key: str) -> bool | None:
         """Return true, false, or None where it isn't said."""

@@ -11,6 +11,9 @@ from dynamo_mpi.parallelism.documents import Reader
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# of any world; rules go through the stages of one, and look for the divisors of its size
+_MAX_RANKS = 65_536
+
 
 @dataclass(frozen=True)
 class KvCache:
@@ -168,9 +171,9 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
     balance = top.section("attention_dp_config")
     cp_type = cp_config.text("cp_type")
     return EngineConfig(
-        tp_size=top.size("tensor_parallel_size") or 1,
-        pp_size=top.size("pipeline_parallel_size") or 1,
-        cp_size=top.size("context_parallel_size") or 1,
+        tp_size=top.size("tensor_parallel_size", maximum=_MAX_RANKS) or 1,
+        pp_size=top.size("pipeline_parallel_size", maximum=_MAX_RANKS) or 1,
+        cp_size=top.size("context_parallel_size", maximum=_MAX_RANKS) or 1,
         enable_attention_dp=top.switch("enable_attention_dp") or False,
         max_batch_size=top.size("max_batch_size"),
         max_num_tokens=top.size("max_num_tokens"),
@@ -182,7 +185,7 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
         cp_tokens_per_block=cp_config.size("tokens_per_block"),
         enable_lm_head_tp_in_adp=top.switch("enable_lm_head_tp_in_adp") or False,
         pp_partition=top.sizes("pp_partition", minimum=0),
-        gpus_per_node=top.size("gpus_per_node"),
+        gpus_per_node=top.size("gpus_per_node", maximum=_MAX_RANKS),
         max_beam_width=top.size("max_beam_width"),
         enable_chunked_prefill=top.switch("enable_chunked_prefill") or False,
         disable_overlap_scheduler=top.switch("disable_overlap_scheduler") or False,
@@ -205,7 +208,7 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
 
 def _moe_size(top: Reader, key: str) -> int | None:
     """A3: -1 means the same as nothing."""
-    return None if top.values.get(key) == -1 else top.size(key)
+    return None if top.values.get(key) == -1 else top.size(key, maximum=_MAX_RANKS)
 
 
 def _kv_cache(section: Reader) -> KvCache:

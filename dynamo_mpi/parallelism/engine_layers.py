@@ -82,7 +82,7 @@ def merge(layers: EngineLayers) -> MergedConfig:
         for path, value in layers.flags.items():
             found = _get(loaded, path.split("."))
             if found is not None and found != value:
-                findings.append(_flag_without_effect(path, value, found, layers.yaml_path))
+                findings.append(flag_without_effect(path, value, found, layers.yaml_path))
         _lay_yaml(keys, loaded)
     override = _override(layers)
     if override:
@@ -181,7 +181,9 @@ def _deep_update(target: dict[str, Any], source: Mapping[str, Any]) -> None:
 def _set(keys: dict[str, Any], path: Sequence[str], value: Any) -> bool:
     inner: Any = keys
     for name in path[:-1]:
-        inner = inner.setdefault(name, {})
+        if inner.get(name) is None:  # null makes way, as in Dynamo
+            inner[name] = {}
+        inner = inner[name]
         if not isinstance(inner, dict):
             return False
     inner[path[-1]] = value
@@ -195,7 +197,8 @@ def _get(keys: Mapping[str, Any], path: Sequence[str]) -> Any:
     return value
 
 
-def _flag_without_effect(path: str, value: Any, found: Any, yaml_path: str) -> Finding:
+def flag_without_effect(path: str, value: Any, found: Any, yaml_path: str) -> Finding:
+    """H14: a flag that the engine config contradicts has no effect: Dynamo lays the YAML over its flags (``llm_worker.py``)."""
     flag = FLAG_KEYS.get(path, path)
     return Finding(
         "H14",

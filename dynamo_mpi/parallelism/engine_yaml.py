@@ -6,8 +6,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.parallelism import defaults
 from dynamo_mpi.parallelism.alternatives import short_name
-from dynamo_mpi.parallelism.rules.limits import DEFAULT_TOKENS_PER_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ def _lines(subject: Subject, model: str) -> Iterator[str]:
     yield f"tensor_parallel_size: {layout.tp_size}"
     yield f"pipeline_parallel_size: {layout.pp_size}"
     if layout.cp_size > 1:
-        block = subject.config.kv_cache.tokens_per_block or DEFAULT_TOKENS_PER_BLOCK
+        block = subject.config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
         yield f"context_parallel_size: {layout.cp_size}"
         yield f"cp_config: {{cp_type: {layout.cp_type}, tokens_per_block: {block}}}"
         yield f"kv_cache_config: {{tokens_per_block: {block}}}"

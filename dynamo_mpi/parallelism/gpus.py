@@ -9,6 +9,14 @@ from dynamo_mpi.errors import UsageError
 
 _MIB = 2**20
 
+# compute capabilities, times ten
+AMPERE = frozenset({80, 86, 87})
+ADA = frozenset({89})
+HOPPER = frozenset({90})
+DATACENTRE_BLACKWELL = frozenset({100, 103})
+CONSUMER_BLACKWELL = frozenset({120, 121})
+BLACKWELL = DATACENTRE_BLACKWELL | CONSUMER_BLACKWELL
+
 
 @dataclass(frozen=True)
 class Gpu:

@@ -10,6 +10,11 @@ def kv_heads_fit(kv_heads: int, tp_size: int) -> bool:
     return kv_heads % tp_size == 0 if kv_heads >= tp_size else tp_size % kv_heads == 0
 
 
+def kv_copies(kv_heads: int, tp_size: int) -> int:
+    """B4: the ranks that hold the same KV head."""
+    return 1 if kv_heads >= tp_size else tp_size // kv_heads
+
+
 def legal_tp_sizes(heads: int, kv_heads: int | None, cp_size: int = 1) -> tuple[int, ...]:
     """B11: the tensor-parallel sizes at which both heads and KV heads work out, ascending, without attention DP.
 

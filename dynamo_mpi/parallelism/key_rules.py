@@ -8,14 +8,14 @@ key is called by now.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism import engine_keys
 from dynamo_mpi.parallelism.engine_keys import keys_of
 from dynamo_mpi.parallelism.finding import Finding, Severity
-from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from dynamo_mpi.parallelism.key_lookup import KeyLookup, release
+from dynamo_mpi.parallelism.yaml_line import LONGEST, quoted, shortened, whole, yaml_line
 
 if TYPE_CHECKING:
     from dynamo_mpi.parallelism.engine_keys import Key, RemovedValue, Renamed
@@ -24,14 +24,10 @@ if TYPE_CHECKING:
 RULE = "H"
 _UNKNOWN_SHOWN = 20
 _SHOWN = 60
-_WRITTEN = 2000
-_CUT = "..."
-_PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-")
-_NOT_TEXT = frozenset({"true", "false", "yes", "no", "on", "off", "null", "y", "n"})
 
 
 def check_keys(config: Mapping[str, object], version: TrtllmVersion | None) -> list[Finding]:
-    """Find the keys that the engine refuses or ignores, and say what to write instead.
+    """H: keys are the engine's: unknown, misspelt, renamed and removed ones are found, with what to write instead (``BaseLlmArgs``).
 
     Args:
         config: the engine YAML, parsed.
@@ -55,6 +51,7 @@ class _Check:
         self._moved: dict[str, dict[str, object]] = {}
         backend = config.get("backend")
         self._other_backend = isinstance(backend, str) and backend.lower() in engine_keys.OTHER_BACKENDS
+        self._known = KeyLookup(version, other_backend=self._other_backend)
 
     def walk(self, section: str, mapping: Mapping[object, object] | Mapping[str, object], shown: str) -> None:
         """Check the keys of one section; ``shown`` is what their paths are shown to begin with."""
@@ -64,14 +61,19 @@ class _Check:
             if not isinstance(key, str):
                 self._add_unknown(
                     f"a key of {shown.rstrip('.') or 'the engine config'} is not text",
-                    f"{_short(_flow(key))}: {_short(_flow(value))}",
+                    f"{_shown(key)}: {_shown(value)}",
                     "key names of TensorRT-LLM",
                     "remove the line, or put the key in quotes if it is one",
                 )
                 continue
             path = f"{section}.{key}" if section else key
             refused = self._check_key(section, key, value, shown + _name(key))
-            if not refused and path in engine_keys.SECTIONS and isinstance(value, Mapping) and not self._is_free(path):
+            if (
+                not refused
+                and path in engine_keys.SECTIONS
+                and isinstance(value, Mapping)
+                and not self._known.is_free(path)
+            ):
                 self.walk(path, value, f"{shown}{key}.")
 
     def done(self) -> list[Finding]:
@@ -91,11 +93,11 @@ class _Check:
     def _check_key(self, section: str, key: str, value: object, shown: str) -> bool:
         """Say whether the engine refuses the key."""
         path = f"{section}.{key}" if section else key
-        found = f"{shown}: {_short(_flow(value))}"
+        found = f"{shown}: {_shown(value)}"
         removed = engine_keys.removed_values().get(path)
         if removed is not None and isinstance(value, str) and value in removed.values:
             return self._add_removed_value(removed, value, found)
-        row = self._row(path)
+        row = self._known.row(path)
         if row is not None:
             return self._add_renamed(row, value, shown, found)
         known = keys_of(section).get(key)
@@ -104,14 +106,6 @@ class _Check:
                 self._explain_unknown(section, key, value, shown, found)
             return True
         return self._add_out_of_time(known, shown, found)
-
-    def _row(self, path: str) -> Renamed | None:
-        rows = engine_keys.renamed_by_path().get(path, ())
-        if self._other_backend and "." not in path:
-            rows = tuple(row for row in rows if row.refused == "0")
-        if self._version is not None:
-            rows = tuple(row for row in rows if _version(row.since) <= self._version)
-        return rows[-1] if rows else None
 
     def _add_removed_value(self, row: RemovedValue, value: str, found: str) -> bool:
         severity = self._severity(row.refused)
@@ -144,7 +138,7 @@ class _Check:
             needed, fix = f"`{row.new}`", self._write(row.new, _carried(row, value))
         if row.hint:
             fix += f"; {row.hint}"
-        if row.new and not self._takes(row.new):
+        if row.new and not self._known.takes(row.new):
             fix = self._when(row.refused, fix)
         self._findings.append(Finding(RULE, severity, message, found, needed, fix))
         if shown == "pytorch_backend_config" and isinstance(value, Mapping):
@@ -176,7 +170,7 @@ class _Check:
             return
         where = f"under {section}" if section else "at the top level"
         message = f"`{shown}` is not a key of TensorRT-LLM's YAML"
-        path = self._similar(section, key)
+        path = self._known.similar(section, key)
         if path is None:
             fix, needed = "remove the line", f"a key that TensorRT-LLM takes {where}"
         else:
@@ -188,47 +182,6 @@ class _Check:
             needed, fix = f"`{path}`", self._write(path, value)
         self._add_unknown(message, found, needed, fix)
 
-    def _similar(self, section: str, key: str) -> str | None:
-        """Return the path of the key that was probably meant."""
-        prefix = f"{section}." if section else ""
-        names = [name for name in keys_of(section) if self._takes(prefix + name)]
-        plain = _plain(key)
-        for name in names:
-            if _plain(name) == plain:
-                return prefix + name
-        for row in engine_keys.RENAMED:
-            if row.new and not row.inverted and not row.values and _plain(row.old) == _plain(prefix + key):
-                return row.new
-        elsewhere = self._elsewhere(key.replace("-", "_"))
-        if elsewhere is not None:
-            return elsewhere
-        # not at the top: only a wrong file needs it
-        from difflib import get_close_matches
-
-        close = get_close_matches(key[:_SHOWN], names, n=1, cutoff=0.75)
-        return prefix + close[0] if close else None
-
-    def _elsewhere(self, key: str) -> str | None:
-        head, _, leaf = key.rpartition(".")
-        if head in engine_keys.SECTIONS and leaf in keys_of(head):
-            return key
-        paths = [f"{section}.{key}" if section else key for section in engine_keys.SECTIONS if key in keys_of(section)]
-        return next((path for path in paths if self._takes(path)), None)
-
-    def _takes(self, path: str) -> bool:
-        """Say whether the engine takes the key at this path."""
-        section, _, name = path.rpartition(".")
-        key = keys_of(section).get(name)
-        if key is None or (section and not self._takes(section)):
-            return False
-        version = self._version
-        if version is None:
-            return True
-        row = self._row(path)
-        if row is not None and row.refused and _version(row.refused) <= version:
-            return False
-        return (key.since is None or version.minor >= key.since) and (key.until is None or version.minor < key.until)
-
     def _is_set(self, path: str) -> bool:
         there: object = self._config
         for part in path.split("."):
@@ -236,10 +189,6 @@ class _Check:
                 return False
             there = there[part]
         return True
-
-    def _is_free(self, path: str) -> bool:
-        until = engine_keys.FREE_BEFORE.get(path)
-        return until is not None and (self._version is None or self._version.minor < until)
 
     def _add_unknown(self, message: str, found: str, needed: str, fix: str) -> None:
         self._unknown += 1
@@ -251,22 +200,22 @@ class _Check:
         self._findings.append(Finding(RULE, severity, message, found, needed, fix))
 
     def _unknown_severity(self) -> Severity:
-        newer = self._version is not None and self._version > _version(engine_keys.NEWEST)
+        newer = self._version is not None and self._version > release(engine_keys.NEWEST)
         return Severity.WARNING if newer else Severity.ERROR
 
     def _severity(self, refused: str) -> Severity:
         """An error where this version refuses it; or, where the version isn't known, all of them do."""
-        version = self._version or _version(engine_keys.OLDEST)
-        return Severity.ERROR if _version(refused) <= version else Severity.WARNING
+        version = self._version or release(engine_keys.OLDEST)
+        return Severity.ERROR if release(refused) <= version else Severity.WARNING
 
     def _refused(self, refused: str) -> str:
         version = self._version
-        later = version is not None and version < _version(refused)
+        later = version is not None and version < release(refused)
         return f"refused from TensorRT-LLM {refused} on" + (f", and this is {version}" if later else "")
 
     def _when(self, refused: str, fix: str) -> str:
         """Put off what this version doesn't take yet."""
-        if self._version is None or not refused or _version(refused) <= self._version:
+        if self._version is None or not refused or release(refused) <= self._version:
             return fix
         return f"from {refused} on: {fix}"
 
@@ -274,12 +223,12 @@ class _Check:
         for key, value in mapping.items():
             if not isinstance(key, str):
                 continue
-            row = self._row(key)
+            row = self._known.row(key)
             known = row is not None or key in keys_of("")
-            path = row.new if row is not None else None if known else self._elsewhere(key)
+            path = row.new if row is not None else None if known else self._known.elsewhere(key)
             if path is not None and "." in path:
                 target, _, leaf = path.rpartition(".")
-                self._moved.setdefault(target, {})[leaf] = _written(value if row is None else _carried(row, value))
+                self._moved.setdefault(target, {})[leaf] = whole(value if row is None else _carried(row, value))
 
     def _hoist(self, value: object) -> str:
         """Write the contents of a section as lines of the top level."""
@@ -288,11 +237,11 @@ class _Check:
         self._collect_moves(value)
         lines: dict[str, None] = {}
         for key, inner in islice(value.items(), _UNKNOWN_SHOWN):
-            row = self._row(key) if isinstance(key, str) else None
+            row = self._known.row(key) if isinstance(key, str) else None
             if row is not None and row.new:
                 lines[self._write(row.new, _carried(row, inner))] = None
             elif row is None and key in keys_of(""):
-                lines[f"{key}: {_flow(_written(inner), 2 * _WRITTEN)}"] = None
+                lines[f"{key}: {yaml_line(whole(inner), 2 * LONGEST)}"] = None
         return "\n".join(lines) or "remove the line"
 
     def _write(self, path: str, value: object) -> str:
@@ -303,18 +252,14 @@ class _Check:
         while len(parts) > 1 and isinstance(inner := there.get(parts[0]), Mapping) and inner:
             there = inner
             above.append(parts.pop(0))
-        written = _written(value)
+        written = whole(value)
         if written == {}:
             written = self._moved.get(path, {})
         while len(parts) > 1:
             leaf = parts.pop()
             written = {**self._moved.get(".".join(above + parts), {}), leaf: written}
         where = f" (under {'.'.join(above)})" if above else ""
-        return f"{parts[0]}: {_flow(written, 10 * _WRITTEN)}{where}"
-
-
-class _AsIs(str):
-    """Text that is written without quotes."""
+        return f"{parts[0]}: {yaml_line(written, 10 * LONGEST)}{where}"
 
 
 def _carried(row: Renamed, value: object) -> object:
@@ -327,11 +272,6 @@ def _carried(row: Renamed, value: object) -> object:
     return value
 
 
-@cache
-def _version(text: str) -> TrtllmVersion:
-    return parse_trtllm_version(text if "." in text else text + ".0")
-
-
 def _since(since: str) -> str:
     # a first candidate stands for the release, since which of them it was isn't known
     return since.partition(".0rc1")[0] if since.endswith(".0rc1") else since
@@ -341,68 +281,9 @@ def _dotted(minor: tuple[int, int]) -> str:
     return f"{minor[0]}.{minor[1]}"
 
 
-def _plain(key: str) -> str:
-    return key[: 2 * _SHOWN].lower().replace("-", "").replace("_", "").replace(" ", "")
+def _shown(value: object) -> str:
+    return shortened(yaml_line(value, 2 * _SHOWN), _SHOWN)
 
 
 def _name(key: str) -> str:
-    return _short(key if key.isprintable() and key else _quoted(key))
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - len(_CUT)] + _CUT
-
-
-def _written(value: object) -> object:
-    """Return the value, or what stands for one that is too long to be written."""
-    left = [_WRITTEN]
-    _put(value, left)
-    return value if left[0] > 0 else _AsIs("<the value that is there>")
-
-
-def _flow(value: object, limit: int = 2 * _SHOWN) -> str:
-    """Write a value as YAML, on one line, as far as it is going to be shown."""
-    return _put(value, [limit])
-
-
-def _put(value: object, left: list[int], depth: int = 8) -> str:
-    """Write a value; ``left`` counts down the characters that may still follow, since anchors make small files large."""
-    if left[0] <= 0 or depth == 0:
-        left[0] = 0
-        return _CUT
-    left[0] -= 2
-    if isinstance(value, Mapping | list | tuple):
-        opening, closing = "{}" if isinstance(value, Mapping) else "[]"
-        parts: list[str] = []
-        for item in value:
-            part = _put(item, left, depth - 1)
-            parts.append(f"{part}: {_put(value[item], left, depth - 1)}" if isinstance(value, Mapping) else part)
-            if left[0] <= 0:
-                break
-        return opening + ", ".join(parts) + closing
-    text = _scalar(value)
-    left[0] -= len(text)
-    return text
-
-
-def _scalar(value: object) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        return {"inf": ".inf", "-inf": "-.inf", "nan": ".nan"}.get(str(value), str(value))
-    if isinstance(value, int):
-        return str(value) if value.bit_length() < 1024 else "<a very large number>"
-    if isinstance(value, _AsIs):
-        return str(value)
-    if isinstance(value, str):
-        start = value[: 2 * _WRITTEN]
-        plain = (start[:1].isalpha() or start[:1] in ("/", "_")) and set(start) <= _PLAIN
-        return start if plain and start.lower() not in _NOT_TEXT else _quoted(start)
-    return _quoted(str(value)[: 2 * _WRITTEN])
-
-
-def _quoted(text: str) -> str:
-    # not at the top: hardly ever needed
-    import json
-
-    return json.dumps(text)
+    return shortened(key if key.isprintable() and key else quoted(key), _SHOWN)

@@ -60,10 +60,13 @@ def read_layers(
         feeds = _feeds(body, num_layers) if experts else [Feed.DENSE] * num_layers
         kinds = list(zip(mixers, feeds, strict=True))
     windows = _windows(body, num_layers)
-    return tuple(
-        Layer(mixer, feed, window if mixer is Mixer.ATTENTION else None, *_quantised(index, feed, quantisation))
-        for index, ((mixer, feed), window) in enumerate(zip(kinds, windows, strict=True))
-    )
+    windowed_kv_heads = body.size("swa_num_key_value_heads")
+    layers = []
+    for index, ((mixer, feed), window) in enumerate(zip(kinds, windows, strict=True)):
+        window = window if mixer is Mixer.ATTENTION else None
+        kv_heads = None if window is None else windowed_kv_heads
+        layers.append(Layer(mixer, feed, window, *_quantised(index, feed, quantisation), kv_heads))
+    return tuple(layers)
 
 
 def _types(body: Reader, num_layers: int) -> list[str] | None:
@@ -133,8 +136,8 @@ def _windows(body: Reader, num_layers: int) -> list[int | None]:
     types = _types(body, num_layers)
     chunk = body.size("attention_chunk_size")
     window = None if body.values.get("use_sliding_window") is False else body.size("sliding_window", minimum=0) or None
-    if types is not None and ({"sliding_attention", "chunked_attention"} & set(types)):
-        sizes = {"sliding_attention": window, "chunked_attention": chunk or window}
+    if types is not None:
+        sizes = {"sliding_attention": window, "chunked_attention": chunk or window, "attention": window}
         return [sizes.get(kind) for kind in types]
     if body.has("hybrid_layer_pattern"):  # MiMo: 1 for a windowed layer
         pattern = body.sizes("hybrid_layer_pattern", minimum=0) or ()

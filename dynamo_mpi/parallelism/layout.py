@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism.gpus import GPUS
+from dynamo_mpi.parallelism.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,7 +46,7 @@ class Cluster:
         return max(self.gpus_per_node, reach)
 
     def __str__(self) -> str:
-        gpus = f"{self.gpus_per_node} GPU{'' if self.gpus_per_node == 1 else 's'}"
+        gpus = counted(self.gpus_per_node, "GPU")
         return gpus if self.nodes == 1 else f"{self.nodes} nodes x {gpus}"
 
 
@@ -183,7 +184,11 @@ class Layout:
         return list(found.values())
 
     def _outside_moe(self, place: Place) -> tuple[int, ...]:
-        return () if self.moe_world_size > self.tp_size else (place.cp_rank,)
+        """What else sets groups of experts apart: their cluster, and the context rank where experts aren't divided over those."""
+        whole = self.moe_world_size > self.tp_size
+        index = place.rank % (self.tp_size * self.cp_size) if whole else place.tp_rank
+        cluster = index // self.moe_ep_size % self.moe_cluster_size
+        return (cluster,) if whole else (cluster, place.cp_rank)
 
     def stage_sizes(self, layers: int, partition: Sequence[int] | None = None) -> list[int]:
         """F1: layers of each stage; the first ``layers % pp_size`` stages hold one more."""

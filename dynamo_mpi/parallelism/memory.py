@@ -7,43 +7,21 @@ some GiB per GPU, so a layout that is only just said to fit may still fail, and 
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.parallelism import defaults
 from dynamo_mpi.parallelism.gpus import find_gpu
-from dynamo_mpi.parallelism.model_shape import Mixer
-from dynamo_mpi.parallelism.weights import dtype_bytes, dtype_known, kinds_of, mtp_layer, stage_weights
+from dynamo_mpi.parallelism.kv_cache import kv_bytes, kv_dtype_known, resolve_kv_dtype, state_bytes
+from dynamo_mpi.parallelism.layer_weights import dtype_bytes, dtype_known
+from dynamo_mpi.parallelism.overheads import activation_bytes, outside_bytes, workspace_bytes
+from dynamo_mpi.parallelism.weights import stage_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
-    from dynamo_mpi.parallelism.model_shape import Layer, ModelShape
     from dynamo_mpi.parallelism.subject import Subject
     from dynamo_mpi.parallelism.weights import StageWeights
-
-# TensorRT-LLM's own defaults (H4)
-_MAX_NUM_TOKENS = 8192
-_MAX_BATCH_SIZE = 2048
-_TOKENS_PER_BLOCK = 32
-_FRACTION = 0.9
-
-_GIB = 2**30
-_NCCL = int(0.35 * _GIB)
-_OTHER = int(3.5 * _GIB)
-_GRAPH = int(0.2 * _GIB)
-_ALL_GRAPHS = _GIB  # they share a pool, so many are hardly more than the largest
-_STATE_BYTES = 4  # an element of a state space's state: float32 in the checkpoints that say it
-
-# factors of the activations' rule of thumb, by tensor-parallel size (aiconfigurator 0.12)
-_ACTIVATIONS = {
-    "experts": {1: 22.0, 2: 13.0, 4: 10.0, 8: 10.0},
-    "llama": {1: 11.0, 2: 6.5, 4: 5.0, 8: 5.0},
-    "other": {1: 10.0, 2: 6.0, 4: 5.0, 8: 5.0},
-}
-_KV_FORMATS = {"fp8": 1.0, "int8": 1.0, "bfloat16": 2.0, "bf16": 2.0, "float16": 2.0, "fp16": 2.0, "float32": 4.0}
-_NVFP4 = "nvfp4"
 
 
 @dataclass(frozen=True)
@@ -201,11 +179,11 @@ def estimate(subject: Subject, *, fraction: float | None = None) -> MemoryEstima
     gpu = None if subject.cluster.gpu is None else find_gpu(subject.cluster.gpu)
     if fraction is None:
         fraction = config.kv_cache.free_gpu_memory_fraction
-    fraction = _FRACTION if fraction is None else min(1.0, max(0.0, fraction))
+    fraction = defaults.FREE_GPU_MEMORY_FRACTION if fraction is None else min(1.0, max(0.0, fraction))
     length = config.max_seq_len or subject.shape.context_length
-    block = config.kv_cache.tokens_per_block or _TOKENS_PER_BLOCK
+    block = config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
     room = None if gpu is None else gpu.memory
-    stages = tuple(_stage(subject, held, room, fraction, length, block) for held in weights)
+    stages = tuple(_stages(subject, weights, room, fraction, length, block))
     counted = [stage.tokens for stage in stages if stage.tokens is not None]
     tokens = min(counted, default=None)
     # without a kind of GPU, the stage with most in it
@@ -231,37 +209,38 @@ def _room(stage: StageMemory) -> tuple[bool, float, int]:
     return left > 0, float("inf") if stage.tokens is None else stage.tokens, left
 
 
-def _stage(
-    subject: Subject, held: StageWeights, room: int | None, fraction: float, length: int | None, block: int
-) -> StageMemory:
-    layout = subject.layout
+def _stages(
+    subject: Subject, weights: Iterable[StageWeights], room: int | None, fraction: float, length: int | None, block: int
+) -> Iterator[StageMemory]:
+    layout, limit = subject.layout, subject.config.kv_cache.max_tokens
     ranks = layout.tp_size * layout.cp_size
-    unlimited, windows = _kv_bytes(subject, held)
-    state = _state_bytes(subject, held)
-    stage = StageMemory(
-        stage=held.stage,
-        layers=held.layers,
-        first_rank=held.stage * ranks,
-        ranks=ranks,
-        weights_bytes=held.bytes,
-        activation_bytes=_activation_bytes(subject),
-        workspace_bytes=_workspace_bytes(subject) if held.elements.experts else 0,
-        outside_bytes=_outside_bytes(subject),
-        kv_bytes_per_token=unlimited,
-        windows=windows,
-        state_bytes_per_request=state,
-    )
-    if room is None:
-        return stage
-    left = room - stage.fixed_bytes
-    tokens = _tokens(stage, max(0, int(left * fraction)), length)
-    if tokens is not None:
-        tokens = tokens // block * block
-        limit = subject.config.kv_cache.max_tokens
-        tokens = tokens if limit is None else min(tokens, limit)
-        # HELIX: each rank of a context-parallel group holds other tokens of a request
-        tokens *= layout.cp_size if layout.is_helix else 1
-    return StageMemory(**{**stage.__dict__, "left_bytes": left, "tokens": tokens})
+    activations, workspace, outside = activation_bytes(subject), workspace_bytes(subject), outside_bytes(subject)
+    for held in weights:
+        unlimited, windows = kv_bytes(subject, held)
+        stage = StageMemory(
+            stage=held.stage,
+            layers=held.layers,
+            first_rank=held.stage * ranks,
+            ranks=ranks,
+            weights_bytes=held.bytes,
+            activation_bytes=activations,
+            workspace_bytes=workspace if held.elements.experts else 0,
+            outside_bytes=outside,
+            kv_bytes_per_token=unlimited,
+            windows=windows,
+            state_bytes_per_request=state_bytes(subject, held),
+        )
+        if room is None:
+            yield stage
+            continue
+        left = room - stage.fixed_bytes
+        tokens = _tokens(stage, max(0, int(left * fraction)), length)
+        if tokens is not None:
+            tokens = tokens // block * block
+            tokens = tokens if limit is None else min(tokens, limit)
+            # HELIX: each rank of a context-parallel group holds other tokens of a request
+            tokens *= layout.cp_size if layout.is_helix else 1
+        yield StageMemory(**{**stage.__dict__, "left_bytes": left, "tokens": tokens})
 
 
 def _tokens(stage: StageMemory, space: int, length: int | None) -> int | None:
@@ -272,124 +251,12 @@ def _tokens(stage: StageMemory, space: int, length: int | None) -> int | None:
     return space * length // size if size else None
 
 
-def kv_element_bytes(subject: Subject) -> float:
-    """Bytes of one element of the KV cache: the engine config's, else what the checkpoint was calibrated for, else the model's."""
-    name = _kv_format(subject)
-    if name == _NVFP4:
-        return 0.5 + 1 / 16
-    return _KV_FORMATS.get(name, float(dtype_bytes(subject.shape)))
-
-
-def _kv_format(subject: Subject) -> str:
-    said, quantisation = subject.config.kv_cache.dtype, subject.shape.quantisation
-    if said == "auto" and quantisation is not None and quantisation.kv_algo:
-        said = quantisation.kv_algo
-    return said.lower()
-
-
-def _kv_bytes(subject: Subject, held: StageWeights) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Bytes of a token in the stage's layers without a window, and in those of each window."""
-    shape = subject.shape
-    size = _layer_kv_bytes(shape, subject.layout.attention_tp_size, kv_element_bytes(subject))
-    counts = Counter(_windows(subject, held))
-    extra = mtp_layer(subject)
-    if extra is not None and held.stage == subject.layout.pp_size - 1:
-        counts[None] += extra[1]
-    windows = sorted((window, count * size) for window, count in counts.items() if window is not None)
-    return counts[None] * size, tuple(windows)
-
-
-def _windows(subject: Subject, held: StageWeights) -> Iterable[int | None]:
-    """The window of each attention layer of a stage; None for no limit."""
-    kinds, order = kinds_of(subject.shape.layers or ())
-    start = sum(subject.layout.stage_sizes(len(order), subject.config.pp_partition)[: held.stage])
-    indexes = range(start, start + held.layers)
-    said, length = subject.config.kv_cache.max_attention_window, subject.config.max_seq_len
-    for index in indexes:
-        layer = kinds[order[index]]
-        if layer.mixer is not Mixer.ATTENTION:
-            continue
-        window = layer.window if not said else max(1, said[index % len(said)])
-        yield None if window is not None and said and length is not None and window >= length else window
-
-
-def _layer_kv_bytes(shape: ModelShape, ranks: int, element: float) -> int:
-    if shape.latent is None:
-        size = 2 * -(-(shape.kv_heads or 0) // ranks) * (shape.head_dim or 0)
-        return _packed(size, element)
-    size = _packed(shape.latent.kv_lora_rank + (shape.latent.qk_rope_head_dim or 0), element)
-    # DSA: the indexer's keys in FP8, with a scale for each 128
-    return size + (shape.index_head_dim + 4 * -(-shape.index_head_dim // 128) if shape.index_head_dim else 0)
-
-
-def _packed(elements: int, element: float) -> int:
-    if element < 1:  # NVFP4: two to a byte, a scale for 16; each rounded up by itself
-        return -(-elements // 2) + -(-elements // 16)
-    return ceil(elements * element)
-
-
-def _state_bytes(subject: Subject, held: StageWeights) -> int:
-    """What a hybrid keeps of each request in its layers without attention: the state, and the last taps of the convolution."""
-    shape, ranks = subject.shape, subject.layout.attention_tp_size
-    state = shape.state_space
-    if state is None:
-        return 0
-    kinds, order = kinds_of(shape.layers or ())
-    start = sum(subject.layout.stage_sizes(len(order), subject.config.pp_partition)[: held.stage])
-    counts = Counter(order[start : start + held.layers])
-    layers = sum(count for kind, count in counts.items() if _keeps_state(kinds[kind]))
-    heads = -(-state.heads // ranks)
-    convolution = -(-(state.conv_dim or 0) // ranks) * max(0, (state.kernel or 1) - 1)
-    size = heads * (state.head_dim or 0) * (state.state_size or 0) * _STATE_BYTES
-    return layers * (size + convolution * dtype_bytes(shape))
-
-
-def _keeps_state(layer: Layer) -> bool:
-    return layer.mixer in (Mixer.MAMBA2, Mixer.GATED_DELTA)
-
-
-def _activation_bytes(subject: Subject) -> int:
-    shape, config = subject.shape, subject.config
-    ranks = max(size for size in (1, 2, 4, 8) if size <= subject.layout.attention_tp_size)
-    dim = shape.head_dim or 0
-    if shape.latent is not None:
-        dim = shape.latent.v_head_dim or 0
-    width = (shape.attention_heads or 0) * dim or shape.hidden_size or 0
-    family = "other"
-    if shape.experts is not None or shape.latent is not None:
-        family = "experts"
-    elif shape.name.lower().startswith("llama"):
-        family = "llama"
-    return int(2 * (config.max_num_tokens or _MAX_NUM_TOKENS) * width * _ACTIVATIONS[family][ranks])
-
-
-def _workspace_bytes(subject: Subject) -> int:
-    """C4: of the experts. It grows with attention DP, unless the engine config limits it."""
-    experts, config, layout = subject.shape.experts, subject.config, subject.layout
-    if experts is None or not experts.per_token:
-        return 0
-    tokens = config.moe.max_num_tokens or (config.max_num_tokens or _MAX_NUM_TOKENS) * layout.dp_size
-    width = subject.shape.hidden_size or 0
-    return 4 * tokens * width * experts.count * experts.per_token // max(1, layout.moe_ep_size) // 128
-
-
-def _outside_bytes(subject: Subject) -> int:
-    config = subject.config
-    graphs = 0
-    if config.cuda_graphs:
-        count = len(config.cuda_graph_batch_sizes or ())
-        largest = config.cuda_graph_max_batch_size or config.max_batch_size or _MAX_BATCH_SIZE
-        graphs = min(_ALL_GRAPHS, _GRAPH * (count or largest))
-    return _OTHER + graphs + (_NCCL if subject.layout.world_size > 1 else 0)
-
-
 def _assumptions(subject: Subject) -> Iterable[str]:
     shape = subject.shape
     if not dtype_known(shape):
         yield "the model's config names no dtype that we know: 2 bytes for each element that isn't quantised"
-    name = _kv_format(subject)
-    if name not in ("auto", _NVFP4) and name not in _KV_FORMATS:
-        yield f"the KV cache's dtype {name} isn't known: {dtype_bytes(shape)} bytes per element"
+    if not kv_dtype_known(subject):
+        yield f"the KV cache's dtype {resolve_kv_dtype(subject)} isn't known: {dtype_bytes(shape)} bytes per element"
     if shape.quantisation is not None and not shape.quantisation.certain:
         yield "the checkpoint selects what is quantised by means that can't be read here: all of it, but what it excludes"
     if shape.experts is not None and not shape.experts.per_token:

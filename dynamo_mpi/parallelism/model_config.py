@@ -63,6 +63,7 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
         attention_heads=heads,
         kv_heads=None if latent else _kv_heads(body, heads),
         head_dim=_head_dim(body, heads, hidden_size),
+        value_head_dim=None if latent else body.size("v_head_dim"),
         num_layers=num_layers,
         hidden_size=hidden_size,
         intermediate_size=_dense_size(body, experts, layers),
@@ -77,7 +78,7 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
         index_heads=body.size("index_n_heads") if body.has("index_topk") else None,
         output_gate=body.values.get("attn_output_gate") is True or _model_type(body) == "qwen3_next",
         gated_mlp=_gated(body),
-        tied_embeddings=_first_switch((body, config), "tie_word_embeddings"),
+        tied_embeddings=_tied(body, config),
         nextn_layers=body.size("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", minimum=0) or 0,
         encoder_decoder=config.values.get("is_encoder_decoder") is True,
         dtype=_dtype(body) or _dtype(config),
@@ -206,8 +207,12 @@ def _gated(body: Reader) -> bool:
     return not kind.startswith(_UNGATED) or kind.startswith(_GATED_IN_SPITE_OF_NAME)
 
 
-def _first_switch(readers: tuple[Reader, ...], key: str) -> bool | None:
-    return next((value for reader in readers if (value := reader.switch(key)) is not None), None)
+def _tied(body: Reader, config: Reader) -> bool | None:
+    for reader in (body, config):
+        if (said := reader.switch("tie_word_embeddings")) is not None:
+            return said
+    # transformers' Gemma classes tie by default, and their configs may not say it
+    return True if _model_type(body).startswith("gemma") else None
 
 
 def _dtype(reader: Reader) -> str | None:

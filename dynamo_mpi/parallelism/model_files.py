@@ -59,10 +59,19 @@ def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
         DataError: the config is too large or no text.
     """
     path = Path(model)
-    if path.is_dir():
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise ModelError(
+            f"the model {model[:200]}{'...' if len(model) > 200 else ''} can't be read: {error.strerror}",
+            needed="a model folder, its config.json, or a hub id that is in the cache",
+            fix="check --model / MODEL_PATH, its rights, and that the container mounts it",
+        ) from None
+    if is_folder:
         return _read(path.resolve().name, path / "config.json")
-    if path.exists():
-        return _read(path.stem if path.name != "config.json" else path.resolve().parent.name, path)
+    if exists:
+        # in the hub's cache the file is a link to a blob
+        return _read(path.stem if path.name != "config.json" else path.parent.resolve().name, path)
     if not _HUB_ID.fullmatch(model):
         raise ModelError(
             f"there is no model at {model}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Layer:
         mixer_quantised: the checkpoint's quantisation covers the mixer's projections.
         feed_quantised: it covers the MLP or the routed experts.
         shared_quantised: it covers the shared experts.
+        kv_heads: of its attention, over all ranks; None for the model's own number.
     """
 
     mixer: Mixer = Mixer.ATTENTION
@@ -50,6 +52,7 @@ class Layer:
     mixer_quantised: bool = False
     feed_quantised: bool = False
     shared_quantised: bool = False
+    kv_heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class ModelShape:
         attention_heads: query heads, over all ranks.
         kv_heads: key/value heads, over all ranks; None with latent attention.
         head_dim: elements of a head.
+        value_head_dim: elements of a value head; None where it is as long as the others.
         num_layers: transformer layers.
         hidden_size: width of the residual stream.
         intermediate_size: width of the dense MLP.
@@ -131,7 +135,7 @@ class ModelShape:
         index_heads: of the same.
         output_gate: the query projection also makes a gate of the same width (Qwen3-Next).
         gated_mlp: the MLP has gate, up and down projections; else up and down.
-        tied_embeddings: embedding and LM head share their weights.
+        tied_embeddings: embedding and LM head share their weights, as the config or the model's class has it.
         nextn_layers: layers for multi-token prediction in the checkpoint.
         encoder_decoder: T5, BART, Whisper.
         dtype: of weights that aren't quantised, as torch names it.
@@ -145,6 +149,7 @@ class ModelShape:
     attention_heads: int | None = None
     kv_heads: int | None = None
     head_dim: int | None = None
+    value_head_dim: int | None = None
     num_layers: int | None = None
     hidden_size: int | None = None
     intermediate_size: int | None = None
@@ -173,6 +178,18 @@ class ModelShape:
         """E9: is this one of the families whose dense and shared MLPs are split by a common divisor?"""
         names = (self.name.lower(), self.model_type.replace("_", "").lower())
         return any(name.startswith(_GCD_FAMILIES) for name in names)
+
+    @property
+    def value_size(self) -> int | None:
+        """Elements of a value head, latent attention's too."""
+        return self.latent.v_head_dim if self.latent is not None else self.value_head_dim or self.head_dim
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+        """The different layers, and for each layer in order which of them it is: hashing a hundred layers takes longer than counting."""
+        numbers: dict[Layer, int] = {}
+        order = tuple(numbers.setdefault(layer, len(numbers)) for layer in self.layers or ())
+        return tuple(numbers), order
 
     def has(self, feed: Feed) -> bool:
         """Has any layer this kind of feed-forward part? Without a list of layers: what the sizes suggest."""

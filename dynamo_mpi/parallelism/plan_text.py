@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.parallelism.alternatives import short_name
 from dynamo_mpi.parallelism.engine_yaml import engine_yaml, srun_line
 from dynamo_mpi.parallelism.tables import columns
+from dynamo_mpi.parallelism.wording import gib
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.planner import Plan
     from dynamo_mpi.parallelism.subject import Subject
 
-_GIB = 2**30
 _ENGINE_CONFIG = "engine.yaml"
 
 
@@ -30,7 +30,7 @@ def describe_plans(model: str, path: str, subject: Subject, plans: Sequence[Plan
         limit: rows of the table.
     """
     shown = plans[:limit]
-    head = ["", "layout", "fits", "weights", "KV copies", "tokens", "because"]
+    head = ["", "layout", "fits", "weights", "KV copies", "room for tokens", "because"]
     rows = [[str(number), *_row(made)] for number, made in enumerate(shown, 1)]
     more = f"\n({len(plans) - len(shown)} more: --limit {len(plans)})" if len(plans) > len(shown) else ""
     best = plans[0].subject
@@ -45,7 +45,7 @@ def describe_plans(model: str, path: str, subject: Subject, plans: Sequence[Plan
 
 def _row(made: Plan) -> list[str]:
     memory = made.memory
-    weights = f"{memory.fullest.weights_bytes / _GIB:.1f} GiB" if memory is not None else "?"
+    weights = gib(memory.fullest.weights_bytes) if memory is not None else "?"
     tokens = f"{memory.world_tokens:,}" if memory is not None and memory.world_tokens is not None and made.fits else "?"
     fits = {True: "yes", False: "no", None: "?"}[made.fits]
     return [short_name(made.subject), fits, weights, str(made.kv_copies), tokens, ", ".join(made.reasons)]

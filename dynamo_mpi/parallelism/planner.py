@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import log2
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.parallelism import heads
 from dynamo_mpi.parallelism.alternatives import cluster_for
 from dynamo_mpi.parallelism.engine_config import EngineConfig
 from dynamo_mpi.parallelism.finding import errors
@@ -78,25 +79,27 @@ def plan(subject: Subject) -> list[Plan]:
 
 
 def nearest(subject: Subject, count: int = 3) -> list[Plan]:
-    """Find the legal layouts on the same GPUs that differ least from one that isn't, nearest first; those that don't fit come last."""
-    wanted = subject.layout
+    """Find the legal layouts on the same GPUs that differ least from one that isn't, nearest first; those that don't fit come last.
+
+    Layouts that differ in their experts alone count as one, unless the config speaks of experts.
+    """
+    wanted, config = subject.layout, subject.config
+    experts_said = (config.moe_ep_size, config.moe_tp_size) != (None, None)
 
     def distance(made: Plan) -> tuple[float, ...]:
         layout = made.layout
-        pairs = (
-            (layout.tp_size, wanted.tp_size),
-            (layout.pp_size, wanted.pp_size),
-            (layout.cp_size, wanted.cp_size),
-            (layout.moe_ep_size, wanted.moe_ep_size),
-        )
-        apart = sum(abs(log2(max(a, 1) / max(b, 1))) for a, b in pairs)
-        return (
-            made.fits is False,
-            apart + 0.5 * (layout.enable_attention_dp != wanted.enable_attention_dp),
-            *made.order,
-        )
+        pairs = [(layout.tp_size, wanted.tp_size), (layout.pp_size, wanted.pp_size), (layout.cp_size, wanted.cp_size)]
+        pairs += [(layout.moe_ep_size, wanted.moe_ep_size)] if experts_said else []
+        apart = sum(abs(log2(a / b)) for a, b in pairs)
+        dp_apart = 0.5 * (layout.enable_attention_dp != wanted.enable_attention_dp)
+        return (made.fits is False, apart + dp_apart, *made.order)
 
-    return sorted(plan(subject), key=distance)[:count]
+    found: dict[tuple[object, ...], Plan] = {}
+    for made in sorted(plan(subject), key=distance):
+        layout = made.layout
+        kind = (layout.tp_size, layout.pp_size, layout.cp_size, layout.enable_attention_dp)
+        found.setdefault((*kind, layout.moe_ep_size) if experts_said else kind, made)
+    return list(found.values())[:count]
 
 
 def workable_sizes(subject: Subject, count: int = 3) -> list[int]:
@@ -175,7 +178,7 @@ def _judge(candidate: Subject) -> Plan | None:
     memory = estimate(candidate)
     fits = memory.fits if memory is not None else None
     copies = _kv_copies(candidate)
-    return Plan(candidate, tuple(findings), memory, fits, copies, tuple(_reasons(candidate, memory, fits, copies)))
+    return Plan(candidate, tuple(findings), memory, fits, copies, tuple(_reasons(candidate, fits, copies)))
 
 
 def _kv_copies(subject: Subject) -> int:
@@ -183,7 +186,7 @@ def _kv_copies(subject: Subject) -> int:
     kv_heads, tp_size = subject.shape.kv_heads, subject.layout.attention_tp_size
     if subject.shape.latent is not None:
         return tp_size
-    return 1 if kv_heads is None or kv_heads >= tp_size else tp_size // kv_heads
+    return 1 if kv_heads is None else heads.kv_copies(kv_heads, tp_size)
 
 
 def _crosses(subject: Subject) -> int:
@@ -193,12 +196,10 @@ def _crosses(subject: Subject) -> int:
     return int(layout.leaves_nvlink(subject.cluster) and not wide)
 
 
-def _reasons(subject: Subject, memory: MemoryEstimate | None, fits: bool | None, copies: int) -> Iterator[str]:
+def _reasons(subject: Subject, fits: bool | None, copies: int) -> Iterator[str]:
     layout, cluster = subject.layout, subject.cluster
     if fits is False:
         yield "does not fit"
-    elif memory is not None and memory.world_tokens is not None:
-        yield f"room for {memory.world_tokens:,} tokens"
     if _crosses(subject):
         yield "tensor parallelism over nodes"
     elif cluster.nodes > 1:

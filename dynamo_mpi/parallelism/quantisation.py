@@ -22,25 +22,31 @@ W4A16_AWQ = "W4A16_AWQ"
 W4A8_AWQ = "W4A8_AWQ"
 W4A16_GPTQ = "W4A16_GPTQ"
 MIXED_PRECISION = "MIXED_PRECISION"
+# formats whose groups the checkpoint chooses, and those of microscaling
+GROUPED = (W4A16_AWQ, W4A8_AWQ, W4A16_GPTQ)
+MICROSCALED = (MXFP4, "W4A16_MXFP4", "W4A8_MXFP4_FP8", "W4A8_MXFP4_MXFP8")
+FP8_BLOCK = 128
+NVFP4_BLOCK = 16
 
 _FORMATS: dict[str, tuple[float, int]] = {
     # bytes of an element with its share of the scales (section J of TensorRT-LLM's rules), elements of a scaling block
     FP8: (1.0, 1),
     FP8_ROWWISE: (1.0, 1),
     "FP8_PER_CHANNEL_PER_TOKEN": (1.0, 1),
-    FP8_BLOCK_SCALES: (1.0 + 4 / 16384, 128),
-    NVFP4: (0.5 + 1 / 16, 16),
-    MXFP4: (0.5 + 1 / 32, 32),
-    "W4A8_MXFP4_FP8": (0.5 + 1 / 32, 32),
-    "W4A8_MXFP4_MXFP8": (0.5 + 1 / 32, 32),
-    "W4A16_MXFP4": (0.5 + 1 / 32, 32),
-    W4A16_AWQ: (0.5 + 2 / 128, 128),
-    W4A8_AWQ: (0.5 + 2 / 128, 128),
-    W4A16_GPTQ: (0.5 + 2 / 128, 128),
+    FP8_BLOCK_SCALES: (1.0 + 4 / FP8_BLOCK**2, FP8_BLOCK),
+    NVFP4: (0.5 + 1 / NVFP4_BLOCK, NVFP4_BLOCK),
+    **dict.fromkeys(MICROSCALED, (0.5 + 1 / 32, 32)),
+    **dict.fromkeys(GROUPED, (0.5 + 2 / 128, 128)),
     "W8A16": (1.0, 1),
     "W8A8_SQ_PER_CHANNEL": (1.0, 1),
     "INT8": (1.0, 1),
 }
+
+
+# parts of a model whose layers have numbers of their own
+_OTHER_PARTS = ("vision", "visual", "image", "audio", "speech", "mtp")
+# what stands before `layers.<n>` in a regular expression, its dots escaped or not
+_ABOVE_LAYERS = r"\^?(?:(?:language_model|model)\\?\.)*"
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Quantisation:
         Raises:
             KeyError: the format isn't `known`.
         """
-        if self.group_size is not None and self.algo in (W4A16_AWQ, W4A8_AWQ, W4A16_GPTQ):
+        if self.group_size is not None and self.algo in GROUPED:
             return 0.5 + 2 / self.group_size
         return _FORMATS[self.algo][0]
 
@@ -106,11 +112,13 @@ class Quantisation:
         for pattern in self.excluded:
             if pattern.startswith("re:"):
                 try:
-                    globs.append(re.compile(r"(?:.*\.)?" + pattern[3:].removeprefix("^").removeprefix(r"model\.")))
-                except re.error:
+                    globs.append(re.compile(r"(?:.*\.)?" + re.sub(_ABOVE_LAYERS, "", pattern[3:], count=1)))
+                except (re.error, OverflowError, RecursionError):
                     continue
                 continue
             start = pattern.find("layers.")
+            if any(part in pattern[: max(start, 0)] for part in _OTHER_PARTS):
+                continue
             tail = pattern[start:] if start >= 0 else pattern
             if "*" in tail or "?" in tail:
                 escaped = re.escape(tail).replace(r"\*", ".*").replace(r"\?", ".")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism.alternatives import short_name
 from dynamo_mpi.parallelism.finding import Severity, errors, render
+from dynamo_mpi.parallelism.wording import counted, gib
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.check import PairReport, Report
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.parallelism.memory import MemoryEstimate
-
-_GIB = 2**30
 
 
 def describe_report(model: str, report: Report) -> str:
@@ -41,11 +40,7 @@ def summary(findings: Sequence[Finding]) -> str:
     counts = [
         sum(finding.severity is severity for finding in findings) for severity in (Severity.ERROR, Severity.WARNING)
     ]
-    told = [
-        f"{count} {name}{'' if count == 1 else 's'}"
-        for count, name in zip(counts, ("error", "warning"), strict=True)
-        if count
-    ]
+    told = [counted(count, name) for count, name in zip(counts, ("error", "warning"), strict=True) if count]
     return ", ".join(told if errors(findings) else ["ok", *told])
 
 
@@ -70,7 +65,7 @@ def _lines(model: str, report: Report) -> Iterator[str]:
 def memory_line(memory: MemoryEstimate) -> str:
     """Write one line about a rank's memory: the fullest rank's."""
     stage = memory.fullest
-    parts = [f"weights {stage.weights_bytes / _GIB:.1f} GiB"]
+    parts = [f"weights {gib(stage.weights_bytes)}"]
     if stage.kv_bytes_per_token:
         parts.append(f"KV {stage.kv_bytes_per_token / 1024:.1f} KiB per token")
     if memory.tokens is not None and memory.fits:

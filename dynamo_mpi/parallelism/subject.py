@@ -27,6 +27,7 @@ class Subject:
         cluster: the GPUs it gets.
         role: ``agg``, ``prefill`` or ``decode``.
         version: TensorRT-LLM's; None for the newest that we know.
+        engine: ``trtllm`` or ``reference``.
         min_requests: requests of full length that should fit into the KV cache.
         layout: how the world is divided; worked out of the config.
     """
@@ -36,6 +37,7 @@ class Subject:
     cluster: Cluster
     role: str = "agg"
     version: TrtllmVersion | None = None
+    engine: str = "trtllm"
     min_requests: int = 1
     layout: Layout = field(init=False)
 

@@ -112,3 +112,6 @@ def _versions(cards: Sequence[Card]) -> list[Finding]:
             fix="install one version everywhere, or mount one checkout",
         )
     ]
+
+
+RULES = (_placement, _problems, _versions)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.errors import DataError, ModelError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.parallelism.alternatives import short_name
-from dynamo_mpi.parallelism.check import check_worker
+from dynamo_mpi.parallelism.check import TEXT_RULES, check_worker
 from dynamo_mpi.parallelism.documents import read_text
 from dynamo_mpi.parallelism.engine_config import EngineConfig
 from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.settings import Settings
 
-# by rule; the first error decides, and every other rule is about the layout
+# By rule; every other one is about the layout. The first error decides, wrong keys last: they are seldom all that is wrong.
 _EXIT_CODES = {
     "A1": ExitCode.USAGE,
     "A11": ExitCode.USAGE,
@@ -51,6 +51,7 @@ class Plan:
         shape: the model's shape.
         merged: the engine config, every layer laid over the others.
         role: the worker's.
+        engine: what runs the model.
         version: TensorRT-LLM's; None for the newest that we know.
         inquiry: what every rank is asked.
     """
@@ -58,6 +59,7 @@ class Plan:
     shape: ModelShape
     merged: MergedConfig
     role: str
+    engine: str
     version: TrtllmVersion | None
     inquiry: Inquiry
 
@@ -125,6 +127,7 @@ def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
         shape=parse_model_shape(files[0].content, files[0].path, quant_text),
         merged=merged,
         role=settings.role,
+        engine=settings.engine,
         version=parse_trtllm_version(settings.trtllm_version)
         if settings.trtllm_version
         else installed_trtllm_version(),
@@ -147,7 +150,7 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
     nodes = hosts(cards)
     scattered = any(finding.rule == "A11" for finding in roster)
     cluster = Cluster(1, len(cards)) if scattered else Cluster(len(nodes), len(cards) // len(nodes))
-    subject = Subject(plan.shape, plan.config, cluster, plan.role, plan.version)
+    subject = Subject(plan.shape, plan.config, cluster, plan.role, plan.version, plan.engine)
     checked = check_worker(subject, plan.merged.findings)
     ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]
     findings = [*roster, *ours]
@@ -158,7 +161,8 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
         if checked.nearest:
             works = ", ".join(f"{short_name(other)} on {other.cluster}" for other in checked.nearest)
             report += f"\nwould work: {works}"
-        return Verdict(_EXIT_CODES.get(stopping[0].rule, ExitCode.ILLEGAL_LAYOUT), report, tuple(findings))
+        decisive = next((finding for finding in stopping if finding.rule not in TEXT_RULES), stopping[0])
+        return Verdict(_EXIT_CODES.get(decisive.rule, ExitCode.ILLEGAL_LAYOUT), report, tuple(findings))
     where = nodes[0] if len(nodes) == 1 else f"{len(nodes)} nodes ({nodes[0]} … {nodes[-1]})"
     ranks = f"{len(cards)} rank{'' if len(cards) == 1 else 's'}"
     report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}"

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache, Moe, Speculative
 from dynamo_mpi.parallelism.gpus import GPUS
+from dynamo_mpi.parallelism.kv_cache import kv_element_bytes
 from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.memory import MemoryEstimate, estimate, kv_element_bytes
+from dynamo_mpi.parallelism.memory import MemoryEstimate, estimate
 from dynamo_mpi.parallelism.model_shape import ModelShape
 from dynamo_mpi.parallelism.quantisation import Quantisation
 from dynamo_mpi.parallelism.subject import Subject

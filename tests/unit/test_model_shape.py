@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dynamo_mpi.errors import DataError
 from dynamo_mpi.parallelism.model_config import parse_model_shape
 from dynamo_mpi.parallelism.model_shape import Layer, ModelShape
+from tests.unit.model_zoo import ZOO
 from tests.unit.models import DEEPSEEK, LLAMA_4, PHI_4, SMOLLM2
 
 
@@ -68,6 +69,36 @@ def test_the_outer_bos_token_wins() -> None:
 
 def test_without_kv_heads_every_head_has_its_own() -> None:
     assert parse({"num_attention_heads": 12}).kv_heads == 12
+
+
+def test_value_heads_and_windowed_kv_heads_are_read() -> None:
+    shape = parse(ZOO["MiMo-V2-Flash"])
+    assert (shape.head_dim, shape.value_head_dim, shape.value_size) == (192, 128, 128)
+    assert {(layer.window, layer.kv_heads) for layer in shape.layers or ()} == {(None, None), (128, 8)}
+    plain, latent = parse(SMOLLM2), parse(ZOO["DeepSeek-R1"])
+    assert (plain.value_head_dim, plain.value_size) == (None, 64)
+    assert (latent.value_head_dim, latent.value_size) == (None, 128)
+
+
+@pytest.mark.parametrize(
+    ("config", "tied"),
+    [
+        ({"model_type": "gemma3_text"}, True),
+        ({"model_type": "gemma2", "tie_word_embeddings": False}, False),
+        ({"model_type": "gemma3", "tie_word_embeddings": False, "text_config": {"model_type": "gemma3_text"}}, False),
+        ({"model_type": "llama"}, None),
+        ({"model_type": "llama", "tie_word_embeddings": True}, True),
+    ],
+)
+def test_gemma_ties_its_embeddings_unless_it_says_otherwise(config: dict[str, Any], tied: bool | None) -> None:
+    assert parse(config).tied_embeddings is tied
+
+
+def test_layers_of_a_kind_are_counted_once() -> None:
+    kinds, order = parse(ZOO["MiMo-V2-Flash"]).kinds
+    assert len(kinds) == 3  # dense, experts without a window, experts with one
+    assert order[:6] == (0, 1, 1, 1, 1, 2)
+    assert parse({}).kinds == ((), ())
 
 
 def test_an_empty_config_says_nothing() -> None:

@@ -64,7 +64,7 @@ def test_every_size_is_accepted_or_refused_as_the_list_says(model: str) -> None:
 def test_advice_leaves_out_what_another_rule_would_refuse() -> None:
     """SmolLM2's 9 heads allow 9 ranks, its MLP of 1536 doesn't."""
     (finding, _) = findings_of(SMOLLM2, EngineConfig(2))
-    assert finding.fix.startswith("set tensor_parallel_size to one of 1, 3 (B11; heads allow 1, 3, 9,")
+    assert finding.fix.startswith("set tensor_parallel_size to one of 1, 3 (B11: heads alone allow 1, 3, 9)")
     assert [finding.rule for finding in findings_of(SMOLLM2, EngineConfig(9))] == ["E1"]
 
 

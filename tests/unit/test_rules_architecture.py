@@ -104,11 +104,11 @@ def test_bfloat16_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("Llama-3.1-8B", kv("fp8"), "h100", []),
         ("Llama-3.1-8B", kv("FP8"), "l40s", []),
-        ("Llama-3.1-8B", kv("fp8"), "a100", ["error G"]),
+        ("Llama-3.1-8B", kv("fp8"), "a100", ["warning G"]),
         ("Llama-3.1-8B", kv("fp8"), None, []),
         ("Llama-3.1-8B", kv("auto"), "a100", []),
         ("Nemotron-3-Super-120B-A12B-FP8", kv("auto"), "h100", []),
-        (LLAMA | modelopt("W4A16_AWQ", "FP8"), kv("auto"), "a100", ["error G"]),
+        (LLAMA | modelopt("W4A16_AWQ", "FP8"), kv("auto"), "a100", ["warning G"]),
         (LLAMA | modelopt("W4A16_AWQ", "FP8"), kv("bfloat16"), "a100", []),
         (LLAMA | modelopt("NVFP4", "NVFP4"), kv("auto"), "b200", []),
         (LLAMA | modelopt("NVFP4", "NVFP4"), kv("nvfp4"), "gb10", ["warning G"]),
@@ -153,4 +153,6 @@ def test_what_is_said() -> None:
     assert "SM 80" in finding.found
     assert finding.needed == "SM 89, 90, 100, 103, 120"
     (finding,) = findings_of(subject_of("Llama-3.1-8B", "a100", kv("fp8")))
-    assert finding.fix == "set kv_cache_config: {dtype: bfloat16}"
+    assert "support matrix has" in finding.message
+    assert "may refuse" in finding.message
+    assert finding.fix == "set kv_cache_config: {dtype: bfloat16}, or try it"

@@ -26,7 +26,7 @@ from dynamo_mpi.parallelism.model_shape import (
     StateSpace,
 )
 from dynamo_mpi.parallelism.quantisation import Quantisation
-from dynamo_mpi.parallelism.rules import architecture, attention_dp, dense, experts
+from dynamo_mpi.parallelism.rules import architecture, attention_dp, backends, dense, experts
 from dynamo_mpi.parallelism.subject import Subject
 from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import ZOO
@@ -120,11 +120,6 @@ def balanced(num_slots: int | None, ep: int = 8, **others: Any) -> dict[str, Any
         ("DeepSeek-R1", balanced(288) | {"load_format": "GMS"}, ["error D14"]),
         ("DeepSeek-R1", balanced(288) | {"dwdp_config": {"dwdp_size": 2}}, ["error D13"]),
         ("DeepSeek-R1", wide(load_format="GMS"), []),
-        # D8
-        ("DeepSeek-R1", ranks(8, 8, moe_config={"backend": "TRTLLM"}), []),
-        ("DeepSeek-R1", ranks(8, 8, moe_config={"backend": "trtllm"}), ["error D8"]),
-        ("Llama-3.1-8B", ranks(1, moe_config={"backend": "FLASHINFER"}), ["error D8"]),
-        ("DeepSeek-R1", ranks(8, 8, moe_config={"backend": "WIDEEP"}), []),
         # D11
         ("DeepSeek-R1", wide(16), []),
         ("DeepSeek-R1", wide(32), []),
@@ -152,45 +147,6 @@ def balanced(num_slots: int | None, ep: int = 8, **others: Any) -> dict[str, Any
 def test_layouts(model: str | dict[str, Any], engine: dict[str, Any], expected: list[str]) -> None:
     # C2 tells of every large model under attention DP
     assert [line for line in told(subject_of(model, engine)) if line != "info C2"] == expected
-
-
-@pytest.mark.parametrize(
-    ("model", "backend", "gpu", "version", "expected"),
-    [
-        ("DeepSeek-R1", "CUTLASS", "h200", None, []),
-        ("DeepSeek-R1", "CUTLASS", None, None, []),
-        ("DeepSeek-R1", "CUTLASS", "b200", None, ["error G"]),
-        ("DeepSeek-R1", "CUTEDSL", "b200", None, ["error G"]),
-        ("DeepSeek-R1", "TRTLLM", "b200", None, []),
-        ("DeepSeek-R1", "DEEPGEMM", "gb300", None, []),
-        ("DeepSeek-R1", "DEEPGEMM", "h100", None, ["warning D9"]),
-        ("DeepSeek-R1", None, "b200", None, []),
-        ("DeepSeek-R1", None, "b200", "1.1.0", ["error G"]),
-        ("DeepSeek-R1", "AUTO", "b200", "1.2.1", []),
-        ("DeepSeek-R1", "AUTO", "b200", "1.0.0", ["warning D8"]),
-        ("DeepSeek-R1", None, "l40s", None, ["error G"]),
-        ("DeepSeek-R1", "VANILLA", "b200", None, []),
-        ("DeepSeek-R1", "TRTLLM", "rtx-pro-6000", None, ["warning G3"]),
-        ("DeepSeek-R1", "TRTLLM", "rtx-pro-6000", "1.2.0", ["error G3"]),
-        ("DeepSeek-R1", "CUTLASS", "gb10", None, []),
-        ("Mixtral-8x7B", "TRTLLM", "h100", None, ["warning D9"]),
-        ("Mixtral-8x7B", "TRITON", "h100", None, []),
-        ("Mixtral-8x7B", "TRITON", "a100", None, ["warning D9"]),
-        ("gpt-oss-120b", "TRITON", "h100", None, []),
-        ("gpt-oss-120b", "TRITON", "b200", None, ["warning D9"]),
-        ("gpt-oss-120b", "MEGAMOE_DEEPGEMM", "b200", None, ["warning D9"]),
-        ("gpt-oss-120b", None, "rtx-pro-6000", None, ["warning G"]),
-        ("NVFP4", "MARLIN", "h100", None, []),
-        ("NVFP4", "CUTLASS", "h100", None, ["error G"]),
-        # section G says that NVFP4 doesn't run there
-        ("NVFP4", "CUTLASS", "h100", "1.2.0", []),
-        ("NVFP4", "CUTEDSL", "gb10", None, ["warning D9"]),
-        ("NVFP4", "CUTEDSL", "b200", None, []),
-    ],
-)
-def test_backends(model: str, backend: str | None, gpu: str | None, version: str | None, expected: list[str]) -> None:
-    engine = ranks(2, 2) if backend is None else ranks(2, 2, moe_config={"backend": backend})
-    assert told(subject_of(R1_NVFP4 if model == "NVFP4" else model, engine, gpu, version)) == expected
 
 
 def test_experts_that_the_checkpoint_left_as_they_were_need_no_blocks() -> None:
@@ -336,7 +292,7 @@ CONFIG = st.builds(
 )
 def test_no_rule_raises(shape: ModelShape, config: EngineConfig, cluster: Cluster, version: str | None) -> None:
     subject = Subject(shape, config, cluster, version=None if version is None else parse_trtllm_version(version))
-    for module in (experts, dense, attention_dp, architecture):
+    for module in (experts, backends, dense, attention_dp, architecture):
         for rule in module.RULES:
             for finding in rule(subject):
                 assert finding.message

@@ -228,6 +228,13 @@ def test_the_ends_of_a_pipeline_hold_embedding_and_head() -> None:
     assert [stage.elements.head for stage in stages] == [0, 0, rows]
 
 
+def test_values_shorter_than_keys_and_more_kv_heads_under_a_window_are_counted() -> None:
+    (stage,) = stage_weights(subject(shape_of("MiMo-V2-Flash"))) or ()
+    heads, wide, narrow = 64, 192, 128
+    windowed, others = 39 * 4096 * 8 * (wide + narrow), 9 * 4096 * 4 * (wide + narrow)
+    assert stage.elements.mixer == 48 * 4096 * heads * (wide + narrow) + windowed + others
+
+
 def test_tied_embeddings_are_one_matrix_only_without_a_pipeline() -> None:
     tied = replace(DENSE, tied_embeddings=True)
     (one,) = stage_weights(subject(tied)) or ()

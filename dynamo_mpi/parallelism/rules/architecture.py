@@ -9,8 +9,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism.finding import error, info, warning
-from dynamo_mpi.parallelism.gpus import GPUS
+from dynamo_mpi.parallelism.gpus import (
+    ADA,
+    AMPERE,
+    BLACKWELL,
+    CONSUMER_BLACKWELL,
+    DATACENTRE_BLACKWELL,
+    GPUS,
+    HOPPER,
+)
+from dynamo_mpi.parallelism.kv_cache import resolve_kv_dtype
 from dynamo_mpi.parallelism.model_shape import Feed
+from dynamo_mpi.parallelism.wording import listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -21,12 +31,9 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.subject import Subject
 
 _NONE: frozenset[int] = frozenset()
-_DATACENTRE_BLACKWELL = frozenset({100, 103})
-_CONSUMER_BLACKWELL = frozenset({120, 121})
-_BLACKWELL = _DATACENTRE_BLACKWELL | _CONSUMER_BLACKWELL
-_HOPPER_UP = frozenset({90}) | _BLACKWELL
-_ADA_UP = frozenset({89}) | _HOPPER_UP
-_AMPERE_UP = frozenset({80, 86, 87}) | _ADA_UP
+_HOPPER_UP = HOPPER | BLACKWELL
+_ADA_UP = ADA | _HOPPER_UP
+_AMPERE_UP = AMPERE | _ADA_UP
 
 # architectures that run a format; those where code exists, but no matrix names them
 _FORMATS: dict[str, tuple[frozenset[int], frozenset[int]]] = {
@@ -34,14 +41,14 @@ _FORMATS: dict[str, tuple[frozenset[int], frozenset[int]]] = {
     "FP8_PER_CHANNEL_PER_TOKEN": (frozenset({90}), _ADA_UP - {90}),
     "FP8_ROWWISE": (frozenset({90}), _ADA_UP - {90}),
     "FP8_BLOCK_SCALES": (_ADA_UP - {121}, frozenset({121})),
-    "NVFP4": (_BLACKWELL, _NONE),
+    "NVFP4": (BLACKWELL, _NONE),
     "MXFP4": (_HOPPER_UP, _NONE),
     "W4A16_MXFP4": (_HOPPER_UP, _NONE),
     "W4A8_MXFP4_FP8": (_HOPPER_UP, _NONE),
-    "W4A8_MXFP4_MXFP8": (_BLACKWELL, _NONE),
-    "W4A8_AWQ": (frozenset({89, 90}), _BLACKWELL),
-    "W4A16_AWQ": (_AMPERE_UP - _CONSUMER_BLACKWELL, _CONSUMER_BLACKWELL),
-    "W4A16_GPTQ": (_AMPERE_UP - _CONSUMER_BLACKWELL, _CONSUMER_BLACKWELL),
+    "W4A8_MXFP4_MXFP8": (BLACKWELL, _NONE),
+    "W4A8_AWQ": (frozenset({89, 90}), BLACKWELL),
+    "W4A16_AWQ": (_AMPERE_UP - CONSUMER_BLACKWELL, CONSUMER_BLACKWELL),
+    "W4A16_GPTQ": (_AMPERE_UP - CONSUMER_BLACKWELL, CONSUMER_BLACKWELL),
 }
 _KV_FP8 = _ADA_UP
 _SPARSE_MLA_KV = frozenset({90, 120, 121})
@@ -73,6 +80,11 @@ def format_runs(algo: str, sm: int) -> bool | None:
 def experts_quantised(shape: ModelShape) -> bool:
     """E11: does the checkpoint's quantisation cover routed experts?"""
     return any(layer.feed is Feed.EXPERTS and layer.feed_quantised for layer in shape.layers or ())
+
+
+def experts_format(shape: ModelShape) -> str:
+    """Return the format of routed experts; empty where they aren't quantised."""
+    return shape.quantisation.algo if shape.quantisation is not None and experts_quantised(shape) else ""
 
 
 def check_format(subject: Subject) -> Iterator[Finding]:
@@ -141,11 +153,13 @@ def check_kv_dtype_name(subject: Subject) -> Iterator[Finding]:
 
 
 def check_kv_format(subject: Subject) -> Iterator[Finding]:
-    """G: the KV cache's format (``FP8 FMHA can only be enabled on sm_89, sm_90, …``), and what it needs of the model."""
-    gpu, shape, dtype = gpu_of(subject), subject.shape, subject.config.kv_cache.dtype
+    """G: the KV cache's format, and what it needs of the model. On Ampere NVIDIA's matrix has FP8, and the code speaks against it
+    (``FP8 FMHA can only be enabled on sm_89, sm_90, …``)."""
+    gpu, shape, dtype = gpu_of(subject), subject.shape, resolve_kv_dtype(subject) or ""
     calibrated = ((shape.quantisation.kv_algo if shape.quantisation else None) or "").lower()
-    found = f"kv_cache_config.dtype {dtype}" + (f", the checkpoint's {calibrated}" if calibrated else "")
-    dtype = calibrated if dtype == "auto" else dtype
+    found = f"kv_cache_config.dtype {subject.config.kv_cache.dtype}" + (
+        f", the checkpoint's {calibrated}" if calibrated else ""
+    )
     if dtype == "fp8_ds_mla" and shape.index_head_dim is None:
         yield error(
             "G",
@@ -163,10 +177,19 @@ def check_kv_format(subject: Subject) -> Iterator[Finding]:
             needed="a checkpoint that ModelOpt calibrated for it: kv_cache_quant_algo NVFP4",
             fix="set kv_cache_config: {dtype: fp8}, or calibrate the checkpoint",
         )
-    needed = {"fp8": _KV_FP8, "fp8_ds_mla": _SPARSE_MLA_KV, "nvfp4": _BLACKWELL}.get(dtype)
+    needed = {"fp8": _KV_FP8, "fp8_ds_mla": _SPARSE_MLA_KV, "nvfp4": BLACKWELL}.get(dtype)
     if gpu is None or needed is None:
         return
-    if gpu.sm not in needed:
+    if dtype == "fp8" and gpu.sm in AMPERE:
+        yield warning(
+            "G",
+            f"NVIDIA's support matrix has an fp8 KV cache for {gpu.name}, but TensorRT-LLM's kernels may refuse it: "
+            "'FP8 FMHA can only be enabled on' SM 89 and newer",
+            found=f"{found}; {gpu.name}, SM {gpu.sm}",
+            needed=f"SM {_names(needed)} to be sure",
+            fix="set kv_cache_config: {dtype: bfloat16}, or try it",
+        )
+    elif gpu.sm not in needed:
         yield error(
             "G",
             f"{gpu.name} can't hold a KV cache in {dtype}",
@@ -174,12 +197,12 @@ def check_kv_format(subject: Subject) -> Iterator[Finding]:
             needed=f"SM {_names(needed)}",
             fix=f"set kv_cache_config: {{dtype: {'fp8' if dtype != 'fp8' and gpu.sm in _KV_FP8 else 'bfloat16'}}}",
         )
-    elif dtype == "nvfp4" and gpu.sm in _CONSUMER_BLACKWELL:
+    elif dtype == "nvfp4" and gpu.sm in CONSUMER_BLACKWELL:
         yield warning(
             "G",
             f"TensorRT-LLM's support matrix doesn't name an nvfp4 KV cache for SM {gpu.sm}",
             found=f"{found}; {gpu.name}",
-            needed=f"SM {_names(_DATACENTRE_BLACKWELL)}",
+            needed=f"SM {_names(DATACENTRE_BLACKWELL)}",
             fix="set kv_cache_config: {dtype: fp8}",
         )
 
@@ -247,7 +270,7 @@ def _index_head_dim(sparse: Mapping[str, object], shape: ModelShape) -> int | No
 
 
 def _names(architectures: frozenset[int]) -> str:
-    return ", ".join(map(str, sorted(architectures)))
+    return listed(sorted(architectures))
 
 
 RULES = (

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism import heads
 from dynamo_mpi.parallelism.finding import error, warning
-from dynamo_mpi.parallelism.legal import legal_tp_sizes, workable_tp_sizes
+from dynamo_mpi.parallelism.rules import advice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.parallelism.subject import Subject
@@ -32,7 +32,7 @@ def check_attention_heads(subject: Subject) -> Iterator[Finding]:
         f"{count} attention heads can't be divided over {over} = {split}",
         found=f"{shape.name}: num_attention_heads {count}, {over} {split}, remainder {count % split}",
         needed=f"num_attention_heads % ({over}) == 0",
-        fix=tp_advice(subject),
+        fix=advice.for_heads(subject),
     )
 
 
@@ -50,10 +50,9 @@ def check_kv_heads(subject: Subject) -> Iterator[Finding]:
             f"{kv_heads} KV heads can neither be divided over nor replicated to tp_size = {tp_size}",
             found=f"{shape.name}: num_key_value_heads {kv_heads}, tp_size {tp_size}",
             needed=rule,
-            fix=tp_advice(subject),
+            fix=advice.for_heads(subject),
         )
-    elif kv_heads < tp_size:
-        copies = tp_size // kv_heads
+    elif (copies := heads.kv_copies(kv_heads, tp_size)) > 1:
         yield warning(
             "B4",
             f"each of the {kv_heads} KV heads is held by {copies} ranks: the KV cache holds every token {copies} times",
@@ -72,7 +71,7 @@ def check_cross_attention(subject: Subject) -> Iterator[Finding]:
             f"{shape.kv_heads} encoder KV heads can't be divided over tp_size = {tp_size}",
             found=f"{shape.name}: num_key_value_heads {shape.kv_heads}, tp_size {tp_size}",
             needed="num_key_value_heads % tp_size == 0: cross-attention copies no KV heads",
-            fix=tp_advice(subject),
+            fix=advice.for_heads(subject),
         )
 
 
@@ -88,7 +87,7 @@ def check_output_groups(subject: Subject) -> Iterator[Finding]:
             f"{groups} output groups can't be divided over tp_size = {tp_size}",
             found=f"{shape.name}: o_groups {groups}, tp_size {tp_size}",
             needed="o_groups % tp_size == 0",
-            fix=tp_advice(subject),
+            fix=advice.for_heads(subject),
         )
     if shape.attention_heads is not None and shape.attention_heads % groups:
         yield error(
@@ -132,26 +131,9 @@ def check_state_heads(subject: Subject) -> Iterator[Finding]:
                 f"{count} {name} can't be divided over tp_size = {tp_size}{remark}",
                 found=f"{subject.shape.name}: {state.heads} state heads in {state.groups} groups, tp_size {tp_size}",
                 needed=f"state heads, groups and convolution channels that are multiples of {tp_size}",
-                fix=tp_advice(subject),
+                fix=advice.for_heads(subject),
             )
             return
-
-
-def tp_advice(subject: Subject) -> str:
-    """B11: name the sizes that would work, by all rules about heads at once."""
-    shape, layout = subject.shape, subject.layout
-    if layout.enable_attention_dp:
-        return "set context_parallel_size to a divisor of the attention heads"
-    legal, workable = legal_tp_sizes(shape, layout.cp_size), workable_tp_sizes(shape, layout.cp_size)
-    if not legal or not workable:
-        return f"no tensor_parallel_size works with context_parallel_size {layout.cp_size}: choose a smaller one"
-    why = "B11" if legal == workable else f"B11; heads allow {_list(legal)}, but not the MLPs all of these (E1)"
-    advice = f"set tensor_parallel_size to one of {_list(workable)} ({why})"
-    return advice + (", or enable_attention_dp: true" if layout.cp_size == 1 and shape.experts is not None else "")
-
-
-def _list(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes))
 
 
 RULES = (

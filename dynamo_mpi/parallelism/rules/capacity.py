@@ -12,6 +12,7 @@ from dynamo_mpi.parallelism.legal import divisors, legal_tp_sizes
 from dynamo_mpi.parallelism.memory import estimate
 from dynamo_mpi.parallelism.subject import Subject
 from dynamo_mpi.parallelism.weights import missing_sizes
+from dynamo_mpi.parallelism.wording import gib
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.memory import MemoryEstimate
 
 _MAX_WORLD = 256  # larger worlds aren't proposed
-_GIB = 2**30
 
 
 def check_capacity(subject: Subject) -> Iterator[Finding]:
@@ -49,9 +49,9 @@ def _weights_too_large(subject: Subject, found: MemoryEstimate) -> Finding:
     room = found.gpu_bytes or 0
     return error(
         "J",
-        f"the weights don't fit: {_gib(stage.weights_bytes)} on a GPU of {_gib(room)}",
-        found=f"{_ranks(found, stage.stage)}: {_gib(stage.weights_bytes - room)} too much; {subject.layout} on {subject.cluster}",
-        needed=f"weights of less than {_gib(room)} per rank, and room for activations and KV cache",
+        f"the weights don't fit: {gib(stage.weights_bytes)} on a GPU of {gib(room)}",
+        found=f"{_ranks(found, stage.stage)}: {gib(stage.weights_bytes - room)} too much; {subject.layout} on {subject.cluster}",
+        needed=f"weights of less than {gib(room)} per rank, and room for activations and KV cache",
         fix=_advice(subject),
     )
 
@@ -60,9 +60,9 @@ def _no_cache(subject: Subject, found: MemoryEstimate) -> Finding:
     stage = found.fullest
     return error(
         "J",
-        f"nothing is left for the KV cache: about {_gib(stage.fixed_bytes)} of {_gib(found.gpu_bytes or 0)} is used without it",
-        found=f"{_ranks(found, stage.stage)}: weights {_gib(stage.weights_bytes)}, activations {_gib(stage.activation_bytes)}, "
-        f"workspace of experts {_gib(stage.workspace_bytes)}, outside torch {_gib(stage.outside_bytes)}",
+        f"nothing is left for the KV cache: about {gib(stage.fixed_bytes)} of {gib(found.gpu_bytes or 0)} is used without it",
+        found=f"{_ranks(found, stage.stage)}: weights {gib(stage.weights_bytes)}, activations {gib(stage.activation_bytes)}, "
+        f"workspace of experts {gib(stage.workspace_bytes)}, outside torch {gib(stage.outside_bytes)}",
         needed=f"room for a block of {found.tokens_per_block} tokens",
         fix=f"{_advice(subject)}, or lower max_num_tokens",
     )
@@ -72,7 +72,7 @@ def _capacity(subject: Subject, found: MemoryEstimate, min_requests: int) -> Fin
     stage = found.fullest
     each = " in each rank's own cache" if found.dp_size > 1 else ""
     detail = (
-        f"{_ranks(found, stage.stage)}: weights {_gib(stage.weights_bytes)} of {_gib(found.gpu_bytes or 0)}, "
+        f"{_ranks(found, stage.stage)}: weights {gib(stage.weights_bytes)} of {gib(found.gpu_bytes or 0)}, "
         f"{stage.kv_bytes_per_token} bytes of KV per token"
     )
     if found.tokens is None:
@@ -171,10 +171,6 @@ def _ranks(found: MemoryEstimate, number: int) -> str:
     last = stage.first_rank + stage.ranks - 1
     ranks = f"rank {last}" if stage.ranks == 1 else f"ranks {stage.first_rank} to {last}"
     return ranks if len(found.stages) == 1 else f"stage {number} ({ranks})"
-
-
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB"
 
 
 RULES = (check_capacity,)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism import heads
 from dynamo_mpi.parallelism.finding import error, info, warning
-from dynamo_mpi.parallelism.legal import legal_tp_sizes
 from dynamo_mpi.parallelism.model_shape import Feed, Mixer
-from dynamo_mpi.parallelism.quantisation import FP8_BLOCK_SCALES, NVFP4, W4A8_AWQ, W4A16_AWQ, W4A16_GPTQ
+from dynamo_mpi.parallelism.quantisation import FP8_BLOCK, FP8_BLOCK_SCALES, GROUPED, MICROSCALED, NVFP4, NVFP4_BLOCK
+from dynamo_mpi.parallelism.rules import advice
+from dynamo_mpi.parallelism.wording import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,11 +25,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.subject import Subject
 
     Say = Callable[..., Finding]
-
-_FP8_BLOCK = 128
-_NVFP4_BLOCK = 16
-_GROUPED = (W4A16_AWQ, W4A8_AWQ, W4A16_GPTQ)
-_MXFP4 = ("MXFP4", "W4A16_MXFP4", "W4A8_MXFP4_FP8", "W4A8_MXFP4_MXFP8")
 
 
 @dataclass(frozen=True)
@@ -70,15 +66,15 @@ def check_scale_blocks(subject: Subject) -> Iterator[Finding]:
     if quantisation is None or quantisation.algo != FP8_BLOCK_SCALES or tp_size == 1:
         return
     for mlp in _split_mlps(subject):
-        if mlp.say is not None and mlp.width % tp_size == 0 and (mlp.width // tp_size) % _FP8_BLOCK:
+        if mlp.say is not None and mlp.width % tp_size == 0 and (mlp.width // tp_size) % FP8_BLOCK:
             share = mlp.width // tp_size
             yield mlp.say(
                 "E4",
-                f"each rank would hold {share} of {mlp.name} of {mlp.width}, which isn't whole FP8 scaling blocks of {_FP8_BLOCK}",
+                f"each rank would hold {share} of {mlp.name} of {mlp.width}, which isn't whole FP8 scaling blocks of {FP8_BLOCK}",
                 found=f"{subject.shape.name}: {mlp.key} {mlp.width}, {_over(subject)} {tp_size}; "
-                f"{share} / {_FP8_BLOCK} = {share / _FP8_BLOCK:g}",
-                needed=f"({mlp.key} / {_over(subject)}) % {_FP8_BLOCK} == 0",
-                fix=_advice(subject, mlp.width, _FP8_BLOCK),
+                f"{share} / {FP8_BLOCK} = {share / FP8_BLOCK:g}",
+                needed=f"({mlp.key} / {_over(subject)}) % {FP8_BLOCK} == 0",
+                fix=_advice(subject, mlp.width, FP8_BLOCK),
             )
 
 
@@ -96,18 +92,18 @@ def check_attention_blocks(subject: Subject) -> Iterator[Finding]:
     shares = [("query", "num_attention_heads", count, count // split)]
     if shape.kv_heads is not None and tp_size > 1:
         shares.append(("KV", "num_key_value_heads", shape.kv_heads, -(-shape.kv_heads // tp_size)))
-    broken = [part for part in shares if part[3] * shape.head_dim % _FP8_BLOCK]
+    broken = [part for part in shares if part[3] * shape.head_dim % FP8_BLOCK]
     if not broken:
         return
     size = shape.head_dim
-    held = " and ".join(f"{share} {kind} head{'' if share == 1 else 's'}" for kind, _, _, share in broken)
+    held = " and ".join(counted(share, f"{kind} head") for kind, _, _, share in broken)
     yield say(
         "E4",
-        f"each rank would hold {held} of {size}, which isn't whole FP8 scaling blocks of {_FP8_BLOCK}"
+        f"each rank would hold {held} of {size}, which isn't whole FP8 scaling blocks of {FP8_BLOCK}"
         + ("" if quantisation.certain else ", if attention is quantised"),
         found=f"{shape.name}: head_dim {size}, {', '.join(f'{key} {number}' for _, key, number, _ in broken)}, {_over(subject)} {split}",
-        needed=f"(heads of a rank x head_dim) % {_FP8_BLOCK} == 0, for query and for KV heads",
-        fix=_tp_advice(subject, lambda tp: _heads_align(shape, tp, layout.cp_size)),
+        needed=f"(heads of a rank x head_dim) % {FP8_BLOCK} == 0, for query and for KV heads",
+        fix=advice.for_shares(subject, lambda tp: _heads_align(shape, tp, layout.cp_size)),
     )
 
 
@@ -115,13 +111,13 @@ def check_reduced_blocks(subject: Subject) -> Iterator[Finding]:
     """E5, E6: what a rank reduces over is whole blocks or groups: NVFP4 16, MXFP4 32, AWQ and GPTQ as the checkpoint says
     (``NVFP4LinearMethod``: ``in_features <x> must be divisible by scaling_vector_size 16``)."""
     shape, layout, quantisation = subject.shape, subject.layout, subject.shape.quantisation
-    if quantisation is None or quantisation.algo not in (NVFP4, *_MXFP4, *_GROUPED):
+    if quantisation is None or quantisation.algo not in (NVFP4, *MICROSCALED, *GROUPED):
         return
     algo = quantisation.algo
-    rule, block = ("E5", _NVFP4_BLOCK) if algo == NVFP4 else ("E6", quantisation.block)
-    guessed = algo in _GROUPED and quantisation.group_size is None
+    rule, block = ("E5", NVFP4_BLOCK) if algo == NVFP4 else ("E6", quantisation.block)
+    guessed = algo in GROUPED and quantisation.group_size is None
     shares = [(mlp.say, mlp.name, mlp.key, mlp.width, layout.dense_tp_size) for mlp in _split_mlps(subject)]
-    size = shape.latent.v_head_dim if shape.latent is not None else shape.head_dim
+    size = shape.value_size
     if shape.attention_heads is not None and size is not None and shape.attention_heads % layout.head_split == 0:
         width = shape.attention_heads * size
         shares.append(
@@ -147,7 +143,7 @@ def check_common_divisor(subject: Subject) -> Iterator[Finding]:
         return
     block = 1
     if quantisation is not None and quantisation.algo in (FP8_BLOCK_SCALES, NVFP4):
-        block = _FP8_BLOCK if quantisation.algo == FP8_BLOCK_SCALES else _NVFP4_BLOCK
+        block = FP8_BLOCK if quantisation.algo == FP8_BLOCK_SCALES else NVFP4_BLOCK
     widths: list[tuple[str, str, int, Say | None]] = []
     if shape.intermediate_size is not None and shape.has(Feed.DENSE):
         widths.append(("the dense MLP", "intermediate_size", shape.intermediate_size, _covered(shape, _is_dense)))
@@ -216,26 +212,13 @@ def _over(subject: Subject) -> str:
 def _heads_align(shape: ModelShape, tp_size: int, cp_size: int) -> bool:
     """E4 for heads, at a size that divides them."""
     count, kv_heads, size = shape.attention_heads or 0, shape.kv_heads or tp_size, shape.head_dim or 0
-    aligned = all(share * size % _FP8_BLOCK == 0 for share in (count // (tp_size * cp_size), -(-kv_heads // tp_size)))
+    aligned = all(share * size % FP8_BLOCK == 0 for share in (count // (tp_size * cp_size), -(-kv_heads // tp_size)))
     return aligned or tp_size * cp_size == 1
 
 
 def _advice(subject: Subject, width: int, block: int) -> str:
     ranks = subject.layout.cp_size if subject.layout.is_helix else 1
-    return _tp_advice(subject, lambda tp: tp * ranks == 1 or width % (tp * ranks * block) == 0)
-
-
-def _tp_advice(subject: Subject, fits: Callable[[int], bool]) -> str:
-    """Name the sizes that pass this rule and those about heads (B11)."""
-    legal = [tp for tp in legal_tp_sizes(subject.shape, subject.layout.cp_size) or () if fits(tp)]
-    advice = (
-        f"set tensor_parallel_size to one of {', '.join(map(str, legal))}"
-        if legal
-        else "use a smaller tensor_parallel_size"
-    )
-    return advice + (
-        ", or enable_attention_dp: true" if subject.layout.cp_size == 1 and subject.shape.experts is not None else ""
-    )
+    return advice.for_shares(subject, lambda tp: tp * ranks == 1 or width % (tp * ranks * block) == 0)
 
 
 RULES = (

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section D, C4 and C6: do experts share out over the ranks, and do the kernels that were chosen exist for them?
-(TensorRT-LLM, ``fused_moe/interface.py``, ``moe_resolution.py``, ``llm_args.py``)"""
+"""Section D, C4 and C6: do experts share out over the ranks? (TensorRT-LLM, ``fused_moe/interface.py``, ``llm_args.py``)"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.parallelism import defaults
 from dynamo_mpi.parallelism.finding import error, info, warning
 from dynamo_mpi.parallelism.legal import divisors
 from dynamo_mpi.parallelism.model_shape import Feed
-from dynamo_mpi.parallelism.quantisation import FP8_BLOCK_SCALES, NVFP4
-from dynamo_mpi.parallelism.rules.architecture import experts_quantised, format_runs, gpu_of
-from dynamo_mpi.parallelism.rules.limits import DEFAULT_MAX_NUM_TOKENS
+from dynamo_mpi.parallelism.quantisation import FP8_BLOCK, FP8_BLOCK_SCALES, GROUPED, MICROSCALED, NVFP4, NVFP4_BLOCK
+from dynamo_mpi.parallelism.rules.architecture import experts_format
+from dynamo_mpi.parallelism.wording import counted, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,39 +19,9 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.parallelism.subject import Subject
 
-_BACKENDS = (
-    *("AUTO", "CUTLASS", "CUTEDSL", "TRTLLM", "DEEPGEMM", "DENSEGEMM", "VANILLA", "TRITON"),
-    *("MARLIN", "MEGAMOE_DEEPGEMM", "MEGAMOE_CUTEDSL"),
-)
-_SINCE = {"AUTO": (1, 2), "DENSEGEMM": (1, 3), "MARLIN": (1, 3), "MEGAMOE_DEEPGEMM": (1, 3), "MEGAMOE_CUTEDSL": (1, 3)}
-_B200 = frozenset({100, 103})
-_BLACKWELL = frozenset({100, 103, 120, 121})
-_HOPPER = frozenset({90})
-_MXFP4 = {"CUTLASS": _HOPPER | _B200, "TRTLLM": _B200, "TRITON": _HOPPER, "MEGAMOE_DEEPGEMM": _B200}
-# MOE_DEVELOPER_GUIDE.md: architectures on which a backend serves a format
-_KERNELS: dict[str, dict[str, frozenset[int]]] = {
-    "": {"CUTLASS": frozenset({80, 86, 87, 89, 90}) | _BLACKWELL, "TRTLLM": _B200, "TRITON": _HOPPER},
-    "FP8": {"CUTLASS": frozenset({89, 90}) | _BLACKWELL, "TRITON": _HOPPER},
-    FP8_BLOCK_SCALES: {"CUTLASS": frozenset({90, 120}), "TRTLLM": _B200, "DEEPGEMM": _B200},
-    NVFP4: {
-        "CUTLASS": _BLACKWELL,
-        "TRTLLM": _B200,
-        "CUTEDSL": _BLACKWELL,
-        "DENSEGEMM": _B200,
-        "MEGAMOE_CUTEDSL": _B200,
-        "MARLIN": frozenset(range(89, 100)),
-    },
-    "MXFP4": _MXFP4,
-    "W4A16_MXFP4": _MXFP4,
-    "W4A8_MXFP4_FP8": {"CUTLASS": _B200, "TRTLLM": _B200, "TRITON": _HOPPER},
-    "W4A8_MXFP4_MXFP8": {"CUTLASS": _B200, "TRTLLM": _B200, "MEGAMOE_DEEPGEMM": _B200},
-    "W4A8_AWQ": {"CUTLASS": frozenset({89, 90})},
-}
-_MEGAMOE_HIDDEN = 512
 # the blocks that a rank's share of an expert has to consist of; other formats: the checkpoint's groups
-_ERRS_AT = {FP8_BLOCK_SCALES: 128, NVFP4: 16}
-_WARNS_AT = {"MXFP4": 128, "W4A16_MXFP4": 128, "W4A8_MXFP4_FP8": 128, "W4A8_MXFP4_MXFP8": 128}
-_GROUPED = ("W4A16_AWQ", "W4A8_AWQ", "W4A16_GPTQ")
+_ERRS_AT = {FP8_BLOCK_SCALES: FP8_BLOCK, NVFP4: NVFP4_BLOCK}
+_WARNS_AT = dict.fromkeys(MICROSCALED, 128)
 # Sixteen ranks at the engine's default. Permuted activations take up to tokens x experts per token x hidden size x 2 bytes:
 # 15 GB for DeepSeek-R1 at this size, more than a KV cache can spare beside its weights.
 _MANY_TOKENS = 131_072
@@ -140,7 +110,7 @@ def check_assignments(subject: Subject) -> Iterator[Finding]:
     if broken:
         yield error(
             "D3",
-            f"initial_global_assignments don't fit the model in {len(broken)} layer{'' if len(broken) == 1 else 's'}",
+            f"initial_global_assignments don't fit the model in {counted(len(broken), 'layer')}",
             found="; ".join(broken[:3]) + ("; …" if len(broken) > 3 else ""),
             needed="num_slots entries for each layer with experts, every expert among them",
             fix="correct moe_config.load_balancer.initial_global_assignments, or leave it out",
@@ -218,100 +188,6 @@ def check_expert_width(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_backend_name(subject: Subject) -> Iterator[Finding]:
-    """D8: the MoE backend's name (``MoeConfig``). WIDEEP, which is gone, is told of with other old keys (H)."""
-    backend = subject.config.moe.backend
-    if backend is None or backend == "WIDEEP":
-        return
-    if backend not in _BACKENDS:
-        meant = backend.upper() if backend.upper() in _BACKENDS else "AUTO"
-        yield error(
-            "D8",
-            f"there is no MoE backend {backend!r}",
-            found=f"moe_config.backend {backend}",
-            needed=f"one of {', '.join(_BACKENDS)}",
-            fix=f"set moe_config: {{backend: {meant}}}",
-        )
-    elif backend in _SINCE and subject.older_than(*_SINCE[backend]):
-        yield warning(
-            "D8",
-            f"this version may not have the MoE backend {backend} yet",
-            found=f"moe_config.backend {backend}, TensorRT-LLM {subject.version}",
-            needed=f"TensorRT-LLM {'.'.join(map(str, _SINCE[backend]))}",
-            fix="set moe_config: {backend: CUTLASS}, or TRTLLM on SM 100",
-        )
-
-
-def check_backend(subject: Subject) -> Iterator[Finding]:
-    """D9, G, G3: the chosen kernels serve the experts' format on this GPU, or the engine falls back to CUTLASS, or that has none either
-    (``create_moe.get_moe_cls``, ``moe_resolution.resolve_moe_impl``)."""
-    gpu, experts, layout = gpu_of(subject), subject.shape.experts, subject.layout
-    algo = _algo(subject)
-    if gpu is None or experts is None or algo not in _KERNELS:
-        return
-    serving = [name for name, architectures in _KERNELS[algo].items() if gpu.sm in architectures]
-    serving = [name for name in serving if not subject.older_than(*_SINCE.get(name, (0,)))]
-    said = subject.config.moe.backend
-    # AUTO came with 1.2; until then CUTLASS was the default
-    backend = (said or ("CUTLASS" if subject.older_than(1, 2) else "AUTO")).upper()
-    what = f"{algo or 'unquantised'} experts"
-    found = f"moe_config.backend {said or backend + ' (the default)'}; {what}; {gpu.name}, SM {gpu.sm}"
-    if not serving:
-        # where the format itself doesn't run, section G has said so
-        if format_runs(algo, gpu.sm):
-            yield (error if gpu.sm < 120 else warning)(
-                "G",
-                f"no MoE backend is known to run {what} on {gpu.name}",
-                found=found,
-                needed=f"SM {', '.join(map(str, sorted(set().union(*_KERNELS[algo].values()))))}",
-                fix="use other GPUs, or a checkpoint in another format",
-            )
-        return
-    needed = f"one of {', '.join(serving)}"
-    fix = f"set moe_config: {{backend: {serving[0]}}}"
-    if backend == "CUTEDSL" and gpu.sm >= 120 and (layout.moe_ep_size > 1 or layout.enable_attention_dp):
-        yield warning(
-            "D9",
-            f"CUTEDSL has neither expert parallelism nor attention DP on SM {gpu.sm}",
-            found=found,
-            needed=needed,
-            fix=fix,
-        )
-    elif backend == "MEGAMOE_DEEPGEMM" and backend in serving and (subject.shape.hidden_size or 0) % _MEGAMOE_HIDDEN:
-        yield warning(
-            "D9",
-            f"MEGAMOE_DEEPGEMM needs a hidden size of whole {_MEGAMOE_HIDDEN}s, not {subject.shape.hidden_size}: the engine falls back",
-            found=found,
-            needed=f"hidden_size % {_MEGAMOE_HIDDEN} == 0",
-            fix=fix,
-        )
-    elif backend in serving or backend in ("AUTO", "VANILLA", "WIDEEP") or backend not in _BACKENDS:
-        return
-    elif backend == "TRTLLM" and gpu.sm >= 120:
-        falls_back = "CUTLASS" in serving and not subject.older_than(1, 3)
-        yield (warning if falls_back else error)(
-            "G3", f"the MoE backend TRTLLM doesn't exist for SM {gpu.sm}", found=found, needed=needed, fix=fix
-        )
-    elif "CUTLASS" in serving:
-        yield warning(
-            "D9",
-            f"the MoE backend {backend} can't run {what} on {gpu.name}: the engine falls back to CUTLASS",
-            found=found,
-            needed=needed,
-            fix=fix,
-        )
-    else:
-        because = ": fp8 blockscale gemm only support Hopper" if algo == FP8_BLOCK_SCALES else ""
-        and_fallback = "" if backend == "CUTLASS" else ", and neither can CUTLASS, which the engine would fall back to"
-        yield error(
-            "G",
-            f"the MoE backend {backend} can't run {what} on {gpu.name}{and_fallback}{because}",
-            found=found,
-            needed=needed,
-            fix=fix,
-        )
-
-
 def check_all_to_all(subject: Subject) -> Iterator[Finding]:
     """D11: DeepEP exists for few numbers of ranks; elsewhere, and without NVLink between nodes, every rank gathers all tokens
     (``communication/deep_ep.py``)."""
@@ -339,7 +215,7 @@ def check_workspace(subject: Subject) -> Iterator[Finding]:
     config, layout = subject.config, subject.layout
     if subject.shape.experts is None or layout.dp_size == 1 or config.moe.max_num_tokens is not None:
         return
-    tokens = config.max_num_tokens or DEFAULT_MAX_NUM_TOKENS
+    tokens = config.max_num_tokens or defaults.MAX_NUM_TOKENS
     if tokens * layout.dp_size > _MANY_TOKENS:
         yield warning(
             "C4",
@@ -350,15 +226,9 @@ def check_workspace(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _algo(subject: Subject) -> str:
-    """Return the experts' format; empty where they aren't quantised."""
-    quantisation = subject.shape.quantisation
-    return quantisation.algo if quantisation is not None and experts_quantised(subject.shape) else ""
-
-
 def _block(subject: Subject) -> tuple[str, int]:
-    algo, quantisation = _algo(subject), subject.shape.quantisation
-    group = quantisation.block if quantisation is not None and algo in _GROUPED else 1
+    algo, quantisation = experts_format(subject.shape), subject.shape.quantisation
+    group = quantisation.block if quantisation is not None and algo in GROUPED else 1
     return algo, _ERRS_AT.get(algo) or _WARNS_AT.get(algo) or group
 
 
@@ -375,7 +245,7 @@ def _ep_advice(subject: Subject) -> str:
     ]
     if not legal:
         return f"choose a tensor_parallel_size that shares a divisor with the {experts.count} experts"
-    others = f", or to {', '.join(map(str, legal[1:]))}" if legal[1:] else ""
+    others = f", or to {listed(legal[1:])}" if legal[1:] else ""
     return f"set moe_expert_parallel_size: {legal[0]}{others}, and leave moe_tensor_parallel_size out"
 
 
@@ -385,8 +255,6 @@ RULES = (
     check_assignments,
     check_balancer,
     check_expert_width,
-    check_backend_name,
-    check_backend,
     check_all_to_all,
     check_workspace,
 )

@@ -10,12 +10,14 @@ from dynamo_mpi.parallelism.rules import (
     architecture,
     attention,
     attention_dp,
+    backends,
     capacity,
     dense,
     experts,
     limits,
     mapping,
     pipeline,
+    reference_engine,
     roles,
 )
 
@@ -32,8 +34,10 @@ LAYOUT_RULES: tuple[Rule, ...] = (
     *experts.RULES,
     *dense.RULES,
     *pipeline.RULES,
+    *reference_engine.RULES,
 )
-CONFIG_RULES: tuple[Rule, ...] = (*architecture.RULES, *limits.RULES, *roles.RULES)
+CONFIG_RULES: tuple[Rule, ...] = (*backends.RULES, *architecture.RULES, *limits.RULES, *roles.RULES)
+CAPACITY_RULES: tuple[Rule, ...] = capacity.RULES
 
 
 def layout_findings(subject: Subject) -> list[Finding]:
@@ -49,7 +53,7 @@ def all_findings(subject: Subject) -> list[Finding]:
     """
     return [
         *check_keys(subject.config.keys, subject.version),
-        *_apply((*LAYOUT_RULES, *CONFIG_RULES, *capacity.RULES), subject),
+        *_apply((*LAYOUT_RULES, *CONFIG_RULES, *CAPACITY_RULES), subject),
     ]
 
 

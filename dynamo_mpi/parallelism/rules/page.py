@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes ``docs/rules.md`` from the rules themselves: ``python -m dynamo_mpi.parallelism.rules.page``."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.parallelism import contract, engine_layers, key_rules
+from dynamo_mpi.parallelism.rules import registry
+from dynamo_mpi.preflight import roster
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_HEAD = """# Rules
+
+Every rule that `dynamo-mpi check`, `dynamo-mpi plan` and the preflight in the ranks apply, by the id that stands in its findings.
+This page is written by `python -m dynamo_mpi.parallelism.rules.page`; a test fails when it is stale.
+
+File names in parentheses are TensorRT-LLM's: where the engine has the rule, as read in its public sources from 1.0 to the 1.3
+release candidates. Nothing here was run against the engine itself.
+
+| rule | what it says |
+|---|---|
+"""
+_IDS = re.compile(r"([A-Z]\d*(?:, [A-Z]\d*|-[A-Z]\d+)*): ")
+
+
+def render() -> str:
+    """Return the page."""
+    return _HEAD + "".join(f"| {ids} | {text} |\n" for ids, text in _rows())
+
+
+def _rows() -> Iterator[tuple[str, str]]:
+    for rule in (*registry.LAYOUT_RULES, *registry.CONFIG_RULES, *registry.CAPACITY_RULES):
+        yield _row(rule)
+    for other in (key_rules.check_keys, engine_layers.flag_without_effect, contract.check_contracts, *roster.RULES):
+        yield _row(other)
+
+
+def _row(rule: Callable[..., object]) -> tuple[str, str]:
+    text = inspect.getdoc(rule) or ""
+    first = " ".join(text.split("\n\n")[0].split())
+    found = _IDS.match(first)
+    if found is None:
+        raise ValueError(f"{rule.__name__} doesn't begin with its rule's id: {first[:60]}")
+    said = first[found.end() :].replace("``", "`").replace("|", "\\|")
+    return found[1], said[:1].upper() + said[1:]
+
+
+if __name__ == "__main__":
+    print(render(), end="")

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each side of a pair says of itself, and how two of them are compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi.parallelism.contract import Contract, check_contracts, contract_of
+from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
+from dynamo_mpi.parallelism.finding import Severity
+from dynamo_mpi.parallelism.layout import Cluster
+from dynamo_mpi.parallelism.model_config import parse_model_shape
+from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from tests.unit.model_zoo import QUANT_FILES, ZOO
+
+LLAMA = "Llama-3.1-8B"
+
+
+def contract(
+    model: str | dict[str, Any], engine: str = "{}", role: str = "prefill", version: str | None = None
+) -> Contract:
+    config = merge(EngineLayers(yaml_text=engine)).config
+    quant_file = json.dumps(QUANT_FILES[model]) if isinstance(model, str) and model in QUANT_FILES else None
+    shape = parse_model_shape(json.dumps(ZOO[model] if isinstance(model, str) else model), "config.json", quant_file)
+    release = None if version is None else parse_trtllm_version(version)
+    return contract_of(Subject(shape, config, Cluster(1, config.world_size), role, release))
+
+
+def told(prefill: Contract, decode: Contract) -> list[str]:
+    return [f"{finding.severity.value} {finding.rule}" for finding in check_contracts(prefill, decode)]
+
+
+def test_all_of_a_model_with_heads_is_said() -> None:
+    engine = """
+        {tensor_parallel_size: 4, pipeline_parallel_size: 2, enable_attention_dp: true, max_seq_len: 4096,
+         cache_transceiver_config: {backend: ucx, max_tokens_in_buffer: 8192}, kv_cache_config: {tokens_per_block: 64}}
+    """
+    assert contract(LLAMA, engine, "decode", "1.3.0rc20") == Contract(
+        role="decode",
+        model="LlamaForCausalLM",
+        num_layers=32,
+        kv_heads=8,
+        head_dim=128,
+        latent_attention=False,
+        index_head_dim=None,
+        state_heads=None,
+        kv_dtype="bfloat16",
+        tokens_per_block=64,
+        backend="UCX",
+        runtime="AUTO",
+        tp_size=4,
+        pp_size=2,
+        cp_size=1,
+        enable_attention_dp=True,
+        max_seq_len=4096,
+        max_tokens_in_buffer=8192,
+        trtllm_version="1.3.0rc20",
+    )
+
+
+def test_a_latent_is_as_large_as_it_is_cached() -> None:
+    found = contract("DeepSeek-V3.2")
+    assert (found.kv_heads, found.head_dim, found.latent_attention, found.index_head_dim) == (None, 576, True, 128)
+    assert contract("DeepSeek-R1").index_head_dim is None
+
+
+def test_a_hybrid_s_state_is_said() -> None:
+    found = contract("Qwen3-Next-80B-A3B")
+    assert (found.kv_heads, found.head_dim, found.state_heads) == (2, 256, 32)
+
+
+def test_what_is_not_set_is_the_engine_s_default() -> None:
+    found = contract(LLAMA)
+    assert (found.tokens_per_block, found.backend, found.runtime) == (32, None, "AUTO")
+    # the model's own
+    assert found.max_seq_len == 131072
+    assert (found.max_tokens_in_buffer, found.trtllm_version) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "expected"),
+    [
+        (LLAMA, "auto", "bfloat16"),
+        (LLAMA, "fp8", "fp8"),
+        (LLAMA, "FP8", "fp8"),
+        (LLAMA, "half", "float16"),
+        (LLAMA, "bfloat16", "bfloat16"),
+        (LLAMA, "float", "float32"),
+        (ZOO[LLAMA] | {"torch_dtype": "float16"}, "auto", "float16"),
+        # a calibrated checkpoint, and one whose weights alone are quantised
+        ("Nemotron-3-Super-120B-A12B-FP8", "auto", "fp8"),
+        ("Nemotron-3-Super-120B-A12B-FP8", "bfloat16", "bfloat16"),
+        ("Qwen3-32B-FP8", "auto", "bfloat16"),
+        ({"num_attention_heads": 8}, "auto", None),
+    ],
+)
+def test_the_cache_s_type_is_resolved(model: str | dict[str, Any], dtype: str, expected: str | None) -> None:
+    assert contract(model, f"kv_cache_config: {{dtype: {dtype}}}").kv_dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "tokens"),
+    [
+        ("attn_backend: TRTLLM", 32),
+        ("attn_backend: FLASHMLA", 64),
+        ("{attn_backend: FlashMLA, kv_cache_config: {tokens_per_block: 32}}", 64),
+        ("{attn_backend: VANILLA, max_num_tokens: 2048}", 2048),
+        ("{attn_backend: VANILLA, kv_cache_config: {tokens_per_block: 16}}", 16),
+        ("kv_cache_config: {tokens_per_block: 128}", 128),
+    ],
+)
+def test_attention_backends_have_blocks_of_their_own(engine: str, tokens: int) -> None:
+    assert contract(LLAMA, engine).tokens_per_block == tokens
+
+
+BASE = contract(LLAMA, "{max_seq_len: 4096, cache_transceiver_config: {backend: UCX}}", version="1.3.0rc20")
+
+
+def side(field: str, value: Any) -> Contract:
+    return replace(BASE, **{field: value})
+
+
+OTHER: dict[str, tuple[Any, str]] = {
+    "model": ("OtherForCausalLM", "I1"),
+    "num_layers": (33, "I1"),
+    "kv_heads": (4, "I1"),
+    "head_dim": (64, "I1"),
+    "latent_attention": (True, "I1"),
+    "kv_dtype": ("fp8", "I1"),
+    "tokens_per_block": (64, "I1"),
+    "backend": ("NIXL", "I6"),
+    "runtime": ("PYTHON", "I7"),
+}
+# each side may have its own (I2)
+FREE: dict[str, Any] = {
+    "role": "decode",
+    "tp_size": 8,
+    "pp_size": 4,
+    "cp_size": 2,
+    "enable_attention_dp": True,
+    "max_tokens_in_buffer": 4096,
+}
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_what_has_to_be_the_same(field: str) -> None:
+    value, rule = OTHER[field]
+    other = side(field, value)
+    for prefill, decode in ((BASE, other), (other, BASE)):
+        (finding,) = check_contracts(prefill, decode)
+        assert (finding.rule, finding.severity) == (rule, Severity.ERROR)
+        assert finding.found == f"prefill {getattr(prefill, field)}, decode {getattr(decode, field)}"
+        assert finding.needed and finding.fix
+
+
+@pytest.mark.parametrize("field", FREE)
+def test_what_may_differ(field: str) -> None:
+    assert told(BASE, side(field, FREE[field])) == []
+    assert told(side(field, FREE[field]), BASE) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "rule", "values"), [("index_head_dim", "I3", (128, 64)), ("state_heads", "I5", (16, 32))]
+)
+def test_other_caches_have_to_be_the_same_too(field: str, rule: str, values: tuple[int, int]) -> None:
+    sides = [side(field, value) for value in values]
+    assert told(*sides) == [f"error {rule}"]
+    assert told(sides[0], sides[0]) == []
+
+
+@pytest.mark.parametrize("field", [name for name in OTHER if name not in ("model", "latent_attention", "runtime")])
+def test_what_one_side_does_not_know_is_not_compared(field: str) -> None:
+    if field == "tokens_per_block":
+        return
+    assert told(BASE, side(field, None)) == []
+
+
+def test_every_field_is_compared_free_or_looked_at() -> None:
+    others = {"index_head_dim", "state_heads", "max_seq_len", "trtllm_version"}
+    assert {field.name for field in fields(Contract)} == {*OTHER, *FREE, *others}
+
+
+def test_context_parallelism_on_both_sides() -> None:
+    both = replace(BASE, cp_size=2)
+    assert told(both, both) == ["error I4"]
+    assert told(both, BASE) == []
+
+
+def test_releases_that_differ() -> None:
+    assert told(BASE, replace(BASE, trtllm_version="1.3.0rc21")) == ["warning I1"]
+    assert told(BASE, replace(BASE, trtllm_version=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "pp_size", "tp_size", "expected"),
+    [
+        ("1.2.1", 2, 2, ["warning F11"]),
+        ("1.2.0rc2", 2, 2, ["warning F11"]),
+        ("1.2.1", 1, 2, []),
+        ("1.2.1", 2, 1, []),
+        ("1.1.0", 2, 2, []),
+        ("1.3.0rc1", 2, 2, []),
+        ("1.20.0", 2, 2, []),
+        (None, 2, 2, []),
+    ],
+)
+def test_stages_before_slices_hang_in_one_release(
+    version: str | None, pp_size: int, tp_size: int, expected: list[str]
+) -> None:
+    decode = replace(BASE, trtllm_version=version, tp_size=tp_size)
+    assert told(replace(decode, pp_size=pp_size), decode) == expected
+
+
+def test_lengths() -> None:
+    assert told(replace(BASE, max_seq_len=8192), BASE) == ["warning I8"]
+    assert told(BASE, replace(BASE, max_seq_len=8192)) == []
+    small = replace(BASE, max_tokens_in_buffer=1024)
+    assert told(small, BASE) == ["warning I8"]
+    assert told(BASE, replace(small, role="decode")) == ["warning I8"]
+    assert told(small, replace(small, role="decode")) == ["warning I8", "warning I8"]
+    assert told(replace(small, max_seq_len=None), BASE) == []
+
+
+CONTRACTS = st.builds(
+    Contract,
+    role=st.sampled_from(["prefill", "decode"]),
+    model=st.sampled_from(["A", "B"]),
+    num_layers=st.none() | st.integers(1, 2),
+    kv_heads=st.none() | st.integers(1, 2),
+    head_dim=st.none() | st.integers(1, 2),
+    latent_attention=st.booleans(),
+    index_head_dim=st.none() | st.integers(1, 2),
+    state_heads=st.none() | st.integers(1, 2),
+    kv_dtype=st.none() | st.sampled_from(["fp8", "auto"]),
+    tokens_per_block=st.integers(1, 2),
+    backend=st.none() | st.sampled_from(["UCX", "NIXL"]),
+    runtime=st.sampled_from(["AUTO", "CPP"]),
+    tp_size=st.integers(1, 2),
+    pp_size=st.integers(1, 2),
+    cp_size=st.integers(1, 2),
+    enable_attention_dp=st.booleans(),
+    max_seq_len=st.none() | st.integers(1, 3),
+    max_tokens_in_buffer=st.none() | st.integers(1, 3),
+    trtllm_version=st.none() | st.sampled_from(["1.2.1", "1.3.0"]),
+)
+
+
+@given(CONTRACTS, CONTRACTS)
+def test_errors_do_not_depend_on_who_is_who(one: Contract, other: Contract) -> None:
+    errors = [
+        sorted((finding.rule, finding.message) for finding in found if finding.severity is Severity.ERROR)
+        for found in (check_contracts(one, other), check_contracts(other, one))
+    ]
+    assert errors[0] == errors[1]
+
+
+@given(CONTRACTS)
+def test_a_contract_is_plain_data_and_fits_itself(one: Contract) -> None:
+    assert Contract(**json.loads(json.dumps(one.as_json()))) == one
+    wrong = [finding for finding in check_contracts(one, one) if finding.severity is Severity.ERROR]
+    assert [finding.rule for finding in wrong] == (["I4"] if one.cp_size > 1 else [])
