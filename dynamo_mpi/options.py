@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import UsageError
+from dynamo_mpi.parallelism.engine_config import MAX_RANKS
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -46,6 +47,13 @@ def to_size(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError("a positive whole number")
     return int(text)
+
+
+def to_count(text: str) -> int:
+    """Read a number of ranks, nodes or GPUs: as many as there can be in any world."""
+    if (value := to_size(text)) > MAX_RANKS:
+        raise ValueError(f"a positive whole number, at most {MAX_RANKS}")
+    return value
 
 
 def to_seconds(text: str) -> float:

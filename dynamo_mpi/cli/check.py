@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.cli.style import paint
 from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
 from dynamo_mpi.errors import UsageError
-from dynamo_mpi.options import Option, to_path, to_size
+from dynamo_mpi.options import Option, to_count, to_path
 from dynamo_mpi.parallelism.check import Report, check_pair, check_worker
 from dynamo_mpi.parallelism.layout import Cluster
 from dynamo_mpi.parallelism.report_text import describe_pair, describe_report
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 TAKES_DYNAMIC_FLAGS = True
-NODES = Option("nodes", ("--nodes",), (), 1, to_size, "nodes of the worker")
+NODES = Option("nodes", ("--nodes",), (), 1, to_count, "nodes of the worker")
 PAIR = tuple(
     option
     for role in ("prefill", "decode")
@@ -43,7 +43,7 @@ PAIR = tuple(
             (f"--{role}-nodes",),
             (f"NUM_{role.upper()}_NODES",),
             1,
-            to_size,
+            to_count,
             f"nodes of a {role} worker",
         ),
     )

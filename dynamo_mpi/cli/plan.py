@@ -15,7 +15,7 @@ from dynamo_mpi.cli.style import paint
 from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
 from dynamo_mpi.errors import LayoutError, UsageError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.options import Option, to_size
+from dynamo_mpi.options import Option, to_count
 from dynamo_mpi.parallelism.alternatives import cluster_for
 from dynamo_mpi.parallelism.plan_text import describe_plans, plans_as_json
 from dynamo_mpi.parallelism.planner import plan, workable_sizes
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 TAKES_DYNAMIC_FLAGS = True
 _DEFAULT_GPUS_PER_NODE = 8
-GPUS = Option("gpus", ("--gpus",), (), None, to_size, "GPUs of the worker, all nodes together")
-LIMIT = Option("limit", ("--limit",), (), 10, to_size, "layouts to show as text; JSON has them all")
+GPUS = Option("gpus", ("--gpus",), (), None, to_count, "GPUs of the worker, all nodes together")
+LIMIT = Option("limit", ("--limit",), (), 10, to_count, "layouts to show as text; JSON has them all")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

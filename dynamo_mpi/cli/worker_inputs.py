@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.engine_options import ENGINE_OPTIONS, engine_flags
 from dynamo_mpi.errors import DataError, UsageError
-from dynamo_mpi.options import Option, add_options, resolve, to_size, to_text
+from dynamo_mpi.options import Option, add_options, resolve, to_count, to_size, to_text
 from dynamo_mpi.parallelism.documents import read_text
 from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.parallelism.gpus import GPUS, find_gpu
@@ -39,7 +39,7 @@ GPUS_PER_NODE = Option(
     ("--gpus-per-node",),
     ("NUM_GPUS_PER_NODE", "DYN_TRTLLM_GPUS_PER_NODE"),
     None,
-    to_size,
+    to_count,
     "GPUs of a node",
 )
 MIN_REQUESTS = Option(

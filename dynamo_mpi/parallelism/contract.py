@@ -32,8 +32,8 @@ class Contract:
         kv_heads: over all ranks; None with latent attention.
         head_dim: elements of a head, or of the latent with its rotary part.
         latent_attention: MLA?
-        index_head_dim: of the sparse-attention indexer's cache.
-        state_heads: of a hybrid.
+        index_head_dim: of the sparse-attention indexer's cache; 0 without one.
+        state_heads: of a hybrid; 0 for none.
         kv_dtype: of keys and values, ``auto`` resolved.
         tokens_per_block: of the KV cache, after what the attention backend makes of it.
         backend: that carries the KV.
@@ -53,8 +53,8 @@ class Contract:
     kv_heads: int | None
     head_dim: int | None
     latent_attention: bool
-    index_head_dim: int | None
-    state_heads: int | None
+    index_head_dim: int
+    state_heads: int
     kv_dtype: str | None
     tokens_per_block: int
     backend: str | None
@@ -84,8 +84,8 @@ def contract_of(subject: Subject) -> Contract:
         kv_heads=shape.kv_heads,
         head_dim=shape.head_dim if latent is None else latent.kv_lora_rank + (latent.qk_rope_head_dim or 0),
         latent_attention=latent is not None,
-        index_head_dim=shape.index_head_dim,
-        state_heads=shape.state_space.heads if shape.state_space is not None else None,
+        index_head_dim=shape.index_head_dim or 0,
+        state_heads=shape.state_space.heads if shape.state_space is not None else 0,
         kv_dtype=resolve_kv_dtype(subject),
         tokens_per_block=_tokens_per_block(subject),
         backend=transceiver.backend.upper() if transceiver is not None and transceiver.backend else None,

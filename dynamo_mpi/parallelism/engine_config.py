@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # of any world; rules go through the stages of one, and look for the divisors of its size
-_MAX_RANKS = 65_536
+MAX_RANKS = 65_536
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class EngineConfig:
         cuda_graphs: are there any?
         load_format: how weights are read.
         orchestrator: ``orchestrator_type``.
-        lora_cuda_graph: LoRA with CUDA-graph specialisation.
+        lora_cuda_graph: ``lora_config.cuda_graph_specialize_lora``.
         adp_timeout_iters: ``attention_dp_config.timeout_iters``.
         adp_wait_iters: ``attention_dp_config.batching_wait_iters``.
         keys: the whole config as a mapping, for rules about keys.
@@ -171,9 +171,9 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
     balance = top.section("attention_dp_config")
     cp_type = cp_config.text("cp_type")
     return EngineConfig(
-        tp_size=top.size("tensor_parallel_size", maximum=_MAX_RANKS) or 1,
-        pp_size=top.size("pipeline_parallel_size", maximum=_MAX_RANKS) or 1,
-        cp_size=top.size("context_parallel_size", maximum=_MAX_RANKS) or 1,
+        tp_size=top.size("tensor_parallel_size", maximum=MAX_RANKS) or 1,
+        pp_size=top.size("pipeline_parallel_size", maximum=MAX_RANKS) or 1,
+        cp_size=top.size("context_parallel_size", maximum=MAX_RANKS) or 1,
         enable_attention_dp=top.switch("enable_attention_dp") or False,
         max_batch_size=top.size("max_batch_size"),
         max_num_tokens=top.size("max_num_tokens"),
@@ -185,7 +185,7 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
         cp_tokens_per_block=cp_config.size("tokens_per_block"),
         enable_lm_head_tp_in_adp=top.switch("enable_lm_head_tp_in_adp") or False,
         pp_partition=top.sizes("pp_partition", minimum=0),
-        gpus_per_node=top.size("gpus_per_node", maximum=_MAX_RANKS),
+        gpus_per_node=top.size("gpus_per_node", maximum=MAX_RANKS),
         max_beam_width=top.size("max_beam_width"),
         enable_chunked_prefill=top.switch("enable_chunked_prefill") or False,
         disable_overlap_scheduler=top.switch("disable_overlap_scheduler") or False,
@@ -199,7 +199,7 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
         cuda_graphs=not ("cuda_graph_config" in keys and keys["cuda_graph_config"] is None),
         load_format=top.text("load_format"),
         orchestrator=top.text("orchestrator_type"),
-        lora_cuda_graph=_lora_cuda_graph(top),
+        lora_cuda_graph=top.section("lora_config").switch("cuda_graph_specialize_lora") or False,
         adp_timeout_iters=balance.size("timeout_iters", minimum=-(2**31)),
         adp_wait_iters=balance.size("batching_wait_iters", minimum=-(2**31)),
         keys=keys,
@@ -208,7 +208,7 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
 
 def _moe_size(top: Reader, key: str) -> int | None:
     """A3: -1 means the same as nothing."""
-    return None if top.values.get(key) == -1 else top.size(key, maximum=_MAX_RANKS)
+    return None if top.values.get(key) == -1 else top.size(key, maximum=MAX_RANKS)
 
 
 def _kv_cache(section: Reader) -> KvCache:
@@ -273,11 +273,3 @@ def _speculative(top: Reader) -> Speculative | None:
         section.size("num_nextn_predict_layers", minimum=0),
         section.text("speculative_model") or section.text("speculative_model_dir"),
     )
-
-
-def _lora_cuda_graph(top: Reader) -> bool:
-    """C5: LoRA adapters are specialised per CUDA graph unless that is switched off."""
-    if not top.has("lora_config"):
-        return False
-    graphs = top.section("cuda_graph_config").switch("enable_lora") if top.has("cuda_graph_config") else None
-    return bool(graphs)

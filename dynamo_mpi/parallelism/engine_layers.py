@@ -80,8 +80,8 @@ def merge(layers: EngineLayers) -> MergedConfig:
     if layers.yaml_text is not None:
         loaded = parse_yaml(layers.yaml_text, layers.yaml_path, "TensorRT-LLM's YAML")
         for path, value in layers.flags.items():
-            found = _get(loaded, path.split("."))
-            if found is not None and found != value:
+            found = _get(loaded, path.split("."), missing=value)
+            if found != value:
                 findings.append(flag_without_effect(path, value, found, layers.yaml_path))
         _lay_yaml(keys, loaded)
     override = _override(layers)
@@ -190,10 +190,12 @@ def _set(keys: dict[str, Any], path: Sequence[str], value: Any) -> bool:
     return True
 
 
-def _get(keys: Mapping[str, Any], path: Sequence[str]) -> Any:
+def _get(keys: Mapping[str, Any], path: Sequence[str], missing: Any) -> Any:
     value: Any = keys
     for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, dict) or name not in value:
+            return missing
+        value = value[name]
     return value
 
 

@@ -69,7 +69,7 @@ class Plan:
 
 
 def plan(subject: Subject) -> list[Plan]:
-    """Find all legal layouts of a worker on its GPUs, best first.
+    """Find all legal layouts of a worker on its GPUs, best first; HELIX for decode workers only, and not with attention DP.
 
     Args:
         subject: model, GPUs, role and version; of its config everything but the sizes is kept.
@@ -103,10 +103,10 @@ def nearest(subject: Subject, count: int = 3) -> list[Plan]:
 
 
 def workable_sizes(subject: Subject, count: int = 3) -> list[int]:
-    """Return the largest numbers of GPUs, not above the subject's, that some layout uses to the full, ascending."""
+    """Return the largest numbers of GPUs, below the subject's, that some layout uses to the full, ascending."""
     found: list[int] = []
     per_node = subject.cluster.gpus_per_node
-    for world_size in range(min(subject.cluster.world_size, _MOST_TRIED) - 1, 0, -1):
+    for world_size in range(min(subject.cluster.world_size - 1, _MOST_TRIED), 0, -1):
         cluster = cluster_for(world_size, per_node, subject.cluster.gpu)
         if cluster is None:
             continue

@@ -222,6 +222,8 @@ def test_a_hub_id_is_found_in_the_cache(check: Check, monkeypatch: pytest.Monkey
         (),
         ("--model", "m", "--nodes", "0"),
         ("--model", "m", "--nodes", "two"),
+        ("--model", "m", "--nodes", "65537"),
+        ("--model", "m", "--gpus-per-node", "2147483647"),
         ("--model", "m", "--gpu", "h1000"),
         ("--model", "m", "--role", "router"),
         ("--model", "m", "--output", "xml"),

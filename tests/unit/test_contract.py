@@ -49,8 +49,8 @@ def test_all_of_a_model_with_heads_is_said() -> None:
         kv_heads=8,
         head_dim=128,
         latent_attention=False,
-        index_head_dim=None,
-        state_heads=None,
+        index_head_dim=0,
+        state_heads=0,
         kv_dtype="bfloat16",
         tokens_per_block=64,
         backend="UCX",
@@ -68,7 +68,7 @@ def test_all_of_a_model_with_heads_is_said() -> None:
 def test_a_latent_is_as_large_as_it_is_cached() -> None:
     found = contract("DeepSeek-V3.2")
     assert (found.kv_heads, found.head_dim, found.latent_attention, found.index_head_dim) == (None, 576, True, 128)
-    assert contract("DeepSeek-R1").index_head_dim is None
+    assert contract("DeepSeek-R1").index_head_dim == 0
 
 
 def test_a_hybrid_s_state_is_said() -> None:
@@ -236,8 +236,8 @@ CONTRACTS = st.builds(
     kv_heads=st.none() | st.integers(1, 2),
     head_dim=st.none() | st.integers(1, 2),
     latent_attention=st.booleans(),
-    index_head_dim=st.none() | st.integers(1, 2),
-    state_heads=st.none() | st.integers(1, 2),
+    index_head_dim=st.integers(0, 2),
+    state_heads=st.integers(0, 2),
     kv_dtype=st.none() | st.sampled_from(["fp8", "auto"]),
     tokens_per_block=st.integers(1, 2),
     backend=st.none() | st.sampled_from(["UCX", "NIXL"]),

@@ -461,7 +461,7 @@ PAIRS = [
     Pair(TP2 + UCX, TP2 + UCX, "I1", decode_model=LLAMA_70B),
     Pair(TP2 + UCX, TP2 + UCX, "I1", model="Qwen3-8B", decode_model=LLAMA),
     Pair(TP2 + UCX, TP2 + UCX, "I1", model=R1, decode_model=MLA),
-    Pair(TP2 + UCX, TP2 + UCX, "I1", "I8", model=NEXT, decode_model="Qwen3-8B"),
+    Pair(TP2 + UCX, TP2 + UCX, "I1 I5", "I8", model=NEXT, decode_model="Qwen3-8B"),
     Pair(TP2 + UCX, TP2 + UCX, model=R1, decode_model="DeepSeek-V3"),
     # the way that it travels
     Pair(TP2 + UCX, TP2 + "cache_transceiver_config: {backend: NIXL}", "I6"),

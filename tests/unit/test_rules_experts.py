@@ -132,10 +132,10 @@ def balanced(num_slots: int | None, ep: int = 8, **others: Any) -> dict[str, Any
         ("DeepSeek-R1", wide(32, max_num_tokens=8192, moe_config={"max_num_tokens": 32768}), []),
         ("DeepSeek-R1", ranks(32, 32, max_num_tokens=8192), []),
         # C5
-        ("Llama-3.1-8B", ranks(2, lora_config={}, cuda_graph_config={"enable_lora": True}), []),
+        ("Llama-3.1-8B", ranks(2, lora_config={"cuda_graph_specialize_lora": True}), []),
         (
             "Llama-3.1-8B",
-            ranks(2, enable_attention_dp=True, lora_config={}, cuda_graph_config={"enable_lora": True}),
+            ranks(2, enable_attention_dp=True, lora_config={"cuda_graph_specialize_lora": True}),
             ["error C5"],
         ),
         # C7

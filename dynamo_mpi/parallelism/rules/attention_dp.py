@@ -23,9 +23,9 @@ def check_lora_graphs(subject: Subject) -> Iterator[Finding]:
         yield error(
             "C5",
             "CUDA graphs specialised for LoRA can't be combined with attention DP",
-            found="enable_attention_dp true, lora_config set, cuda_graph_config.enable_lora true",
+            found="enable_attention_dp true, lora_config.cuda_graph_specialize_lora true",
             needed="one of the two",
-            fix="set cuda_graph_config: {enable_lora: false}, or enable_attention_dp: false",
+            fix="set lora_config.cuda_graph_specialize_lora: false, or enable_attention_dp: false",
         )
 
 
