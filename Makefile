@@ -34,6 +34,7 @@ test-slurm:
 	scripts/test.sh --slurm tests/slurm
 
 bench:
+	$(BIN)/python tests/bench/check_start.py
 	$(BIN)/python tests/bench/launch_to_verdict.py
 	$(BIN)/python tests/bench/serving_rate.py
 

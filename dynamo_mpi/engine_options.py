@@ -5,10 +5,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.errors import UsageError
 from dynamo_mpi.options import Option, to_fraction, to_path, to_size, to_switch, to_text
+from dynamo_mpi.parallelism.gpus import GPUS, find_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+def to_gpu(text: str) -> str:
+    """Read the name of a kind of GPU."""
+    try:
+        return find_gpu(text).name
+    except UsageError as error:
+        raise ValueError(error.needed) from None
 
 
 def _size(name: str, *more: str) -> Option:
@@ -69,6 +79,15 @@ ENGINE_OPTIONS: tuple[Option, ...] = (
         to_text,
         "TensorRT-LLM's version, for rules that depend on it; the installed one by default",
     ),
+)
+GPU = Option("gpu", ("--gpu",), ("DYN_MPI_GPU",), None, to_gpu, f"kind of GPU: {', '.join(sorted(GPUS))}")
+MIN_REQUESTS = Option(
+    "min_requests",
+    ("--min-requests",),
+    ("DYN_MPI_MIN_REQUESTS",),
+    1,
+    to_size,
+    "warn when fewer requests of full length fit into the KV cache",
 )
 _KEYS = {
     "expert_parallel_size": "moe_expert_parallel_size",

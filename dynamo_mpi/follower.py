@@ -26,8 +26,15 @@ if TYPE_CHECKING:
 STOP, GO = b"S", b"G"
 
 
-def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases) -> int:
+def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mpi_library: str) -> int:
     """Live a follower's life.
+
+    Args:
+        world: all ranks.
+        launch: how this rank was started.
+        argv: the command line, without the program.
+        phases: where durations go.
+        mpi_library: what the MPI library calls itself.
 
     Returns:
         The exit code that rank 0 has told.
@@ -36,7 +43,7 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases) ->
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
-        world.gather(fill_card(Inquiry.unpack(message[1:]), launch, argv).pack())
+        world.gather(fill_card(Inquiry.unpack(message[1:]), launch, argv, mpi_library).pack())
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]

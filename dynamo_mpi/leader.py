@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.control_plane.probe import probe_control_plane
 from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.engines.spec import EngineSpec
-from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
+from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError, UsageError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import unpack
 from dynamo_mpi.follower import GO, STOP, build_part, load_part
 from dynamo_mpi.preflight.inquiry import Card, fill_card
+from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
@@ -48,13 +49,15 @@ class Leader:
         launch: how this rank was started.
         phases: where durations go.
         voice: how rank 0 speaks.
+        mpi_library: what the MPI library calls itself.
     """
 
-    def __init__(self, world: World, launch: Launch, phases: Phases, voice: Voice) -> None:
+    def __init__(self, world: World, launch: Launch, phases: Phases, voice: Voice, mpi_library: str) -> None:
         self._world = world
         self._launch = launch
         self._phases = phases
         self._voice = voice
+        self._mpi_library = mpi_library
         self._verdict_seconds = 0.0
 
     def run(self, argv: Sequence[str]) -> int:
@@ -67,6 +70,8 @@ class Leader:
             try:
                 settings = load_settings(argv, os.environ)
                 _forget(settings.ready_file)
+                require_startable(settings)
+                settings = at_its_folder(settings, os.environ)
                 plan = read_plan(settings, argv)
             except BootstrapError as error:
                 return self._stop(f"error: {error}", error.exit_code)
@@ -95,7 +100,7 @@ class Leader:
 
     def _ask(self, plan: Plan, argv: Sequence[str]) -> list[Card]:
         self._world.broadcast(GO + plan.inquiry.pack())
-        answers = self._world.gather(fill_card(plan.inquiry, self._launch, argv).pack())
+        answers = self._world.gather(fill_card(plan.inquiry, self._launch, argv, self._mpi_library).pack())
         return [Card.unpack(answer) for answer in answers]
 
     def _agree(self, report: bytes, cards: Sequence[Card]) -> ExitCode:
@@ -182,9 +187,22 @@ class Leader:
             self._voice.say(f"warning: the ready file {settings.ready_file} can't be written: {error.strerror}")
 
 
-def lead(world: World, launch: Launch, argv: Sequence[str], phases: Phases, voice: Voice) -> int:
+def lead(world: World, launch: Launch, argv: Sequence[str], phases: Phases, voice: Voice, mpi_library: str) -> int:
     """Live rank 0's life, and return the exit code. See `Leader`."""
-    return Leader(world, launch, phases, voice).run(argv)
+    return Leader(world, launch, phases, voice, mpi_library).run(argv)
+
+
+def require_startable(settings: Settings) -> None:
+    """Refuse an engine that this version can't start, unless its layout alone is to be checked.
+
+    Raises:
+        UsageError: it would have to be started.
+    """
+    if settings.engine != "reference" and not settings.preflight_only:
+        raise UsageError(
+            "this version of dynamo_mpi checks TensorRT-LLM workers, it doesn't start them yet",
+            fix="--preflight-only, or start dynamo.trtllm with trtllm-llmapi-launch",
+        )
 
 
 def close(engine: Engine, seconds: float) -> None:

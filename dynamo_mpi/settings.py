@@ -8,12 +8,12 @@ it tells the others what they need to know.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi import __version__
-from dynamo_mpi.engine_options import ENGINE_OPTIONS, GPUS_PER_NODE, engine_flags
+from dynamo_mpi.engine_options import ENGINE_OPTIONS, GPU, GPUS_PER_NODE, MIN_REQUESTS, engine_flags
 from dynamo_mpi.errors import DataError, UsageError
 from dynamo_mpi.options import (
     Option,
@@ -32,18 +32,34 @@ from dynamo_mpi.parallelism.engine_layers import split_dynamic_flags
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+ROLE = Option(
+    "role",
+    ("--role", "--disaggregation-mode"),
+    ("DYN_MPI_ROLE",),
+    "agg",
+    str,
+    "what this worker does; prefill and decode are TensorRT-LLM's, and take PREFILL_ENGINE_CONFIG or DECODE_ENGINE_CONFIG "
+    "where neither --engine-config nor ENGINE_CONFIG is given",
+    ("agg", "prefill", "decode"),
+)
 OPTIONS: tuple[Option, ...] = (
+    ROLE,
     Option(
-        "role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", str, "what this worker does", ("agg",)
+        "engine",
+        ("--engine",),
+        ("DYN_MPI_ENGINE",),
+        "reference",
+        str,
+        "what runs the model; trtllm is for --preflight-only in this version",
+        ("reference", "trtllm"),
     ),
-    Option("engine", ("--engine",), ("DYN_MPI_ENGINE",), "reference", str, "what runs the model", ("reference",)),
     Option(
         "model",
         ("--model", "--model-path"),
         ("MODEL_PATH", "DYN_TRTLLM_MODEL"),
         None,
         to_path,
-        "model folder, with its config.json",
+        "model folder, its config.json, or a hub id that is in the cache",
     ),
     Option(
         "served_model_name",
@@ -51,10 +67,12 @@ OPTIONS: tuple[Option, ...] = (
         ("SERVED_MODEL_NAME", "DYN_TRTLLM_SERVED_MODEL_NAME"),
         None,
         to_text,
-        "name that clients ask for; the folder's name by default",
+        "name that clients ask for; the folder's name or the hub id by default",
     ),
     *ENGINE_OPTIONS,
     GPUS_PER_NODE,
+    GPU,
+    MIN_REQUESTS,
     Option("namespace", ("--namespace",), ("DYN_NAMESPACE",), "dynamo", to_name, "Dynamo namespace"),
     Option("component", ("--component",), ("DYN_COMPONENT",), "backend", to_name, "Dynamo component"),
     Option(
@@ -90,6 +108,15 @@ OPTIONS: tuple[Option, ...] = (
         False,
         to_switch,
         "stop after the verdict",
+        switch=True,
+    ),
+    Option(
+        "allow_no_gpu",
+        ("--allow-no-gpu",),
+        ("DYN_MPI_ALLOW_NO_GPU",),
+        False,
+        to_switch,
+        "don't look at the GPUs: check a TensorRT-LLM worker where there are none",
         switch=True,
     ),
     Option(
@@ -148,12 +175,15 @@ class Settings:
     free_gpu_memory_fraction: float | None
     trtllm_version: str | None
     gpus_per_node: int | None
+    gpu: str | None
+    min_requests: int
     namespace: str
     component: str
     endpoint: str
     request_plane: str
     discovery_backend: str
     preflight_only: bool
+    allow_no_gpu: bool
     ready_file: Path | None
     probe_timeout: float
     prove_timeout: float
@@ -189,15 +219,22 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Read settings from a command line, an environment and the settings file that either names.
 
     Raises:
-        UsageError: an unknown flag, an impossible value, or no model.
+        UsageError: an unknown flag, an impossible value, no model, or a role that the engine doesn't have.
         DataError: the settings file can't be used.
     """
     words, dynamic = split_dynamic_flags(argv)
     given = vars(build_parser().parse_args(words))
     file = _settings_file(given.pop("settings", None) or environ.get("DYN_MPI_SETTINGS"))
-    values, origins = resolve(OPTIONS, given, environ, file)
+    role = resolve([ROLE], given, environ, file)[0]["role"]
+    values, origins = resolve([_for_role(option, role) for option in OPTIONS], given, environ, file)
     if values["model"] is None:
         raise UsageError("no model was given", needed="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
+    if role != "agg" and values["engine"] == "reference":
+        raise UsageError(
+            f"{origins['role']} is {role!r}: the reference engine doesn't split prefill from decode",
+            needed="--role agg, or --engine trtllm",
+            fix=f"--engine trtllm --preflight-only checks a {role} worker",
+        )
     if values["served_model_name"] is None:
         values["served_model_name"] = values["model"].resolve().name
     if values["endpoint"] is None:
@@ -205,11 +242,20 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     return Settings(**values, dynamic_flags=tuple(dynamic), origins=origins)
 
 
+def _for_role(option: Option, role: str) -> Option:
+    """Let the engine config of a prefill or decode worker come from the variable of its role as well, as the weakest of them."""
+    if option.name != "engine_config" or role == "agg":
+        return option
+    return replace(option, variables=(*option.variables, f"{role.upper()}_ENGINE_CONFIG"))
+
+
 def _settings_file(path: str | None) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        loaded = parse_yaml(read_text(Path(path)), f"the settings file {path}", "`name: value` lines")
+        loaded = parse_yaml(
+            read_text(Path(path)), f"the settings file {path}", "`name: value` lines", may_be_empty=True
+        )
     except OSError as error:
         raise DataError(
             f"the settings file {path} can't be read: {error.strerror}", fix="check its path and rights"

@@ -71,10 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             # until it serves: the others ignore both, and under MPICH would not even notice that rank 0 has died of it
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda number, _: world.abort(of_signal(number)))
-            return _leave(world, lead(world, launch, words, phases, voice))
+            return _leave(world, lead(world, launch, words, phases, voice, library.version))
         from dynamo_mpi.follower import follow
 
-        return _leave(world, follow(world, launch, words, phases))
+        return _leave(world, follow(world, launch, words, phases, library.version))
     except BootstrapError as error:
         _abandon(world, voice, phases, str(error), error.exit_code)
     except Exception:

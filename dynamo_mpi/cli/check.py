@@ -8,10 +8,9 @@ disaggregated pair are checked, and what they are to each other. Exit code 0 whe
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.cli.style import paint
+from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.options import Option, to_count, to_path
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
+    from dynamo_mpi.parallelism.engine_config import EngineConfig
+
 TAKES_DYNAMIC_FLAGS = True
 NODES = Option("nodes", ("--nodes",), (), 1, to_count, "nodes of the worker")
 PAIR = tuple(
@@ -33,7 +34,7 @@ PAIR = tuple(
         Option(
             f"{role}_engine_config",
             (f"--{role}-engine-config",),
-            (),
+            (f"{role.upper()}_ENGINE_CONFIG",),
             None,
             to_path,
             f"engine config of the {role} worker of a pair",
@@ -65,43 +66,46 @@ def run(arguments: argparse.Namespace) -> int:
 
     def judge(role: str, path: Path | None, nodes: int) -> Report:
         merged = read_engine(values, path, dynamic)
-        gpus = _gpus_per_node(values["gpus_per_node"], merged.config.gpus_per_node, merged.config.world_size, nodes)
-        cluster = Cluster(nodes, gpus, values["gpu"])
+        cluster = _cluster(values, merged.config, nodes)
         subject = Subject(shape, merged.config, cluster, role, version, values["engine"], values["min_requests"])
         return check_worker(subject, merged.findings)
 
     result: Any
     pair = [values["prefill_engine_config"], values["decode_engine_config"]]
-    if any(pair):
-        if not all(pair) or (values["engine_config"] is not None and arguments.engine_config is not None):
-            raise UsageError(
-                "the engine configs of a pair aren't complete, or one too many was given",
-                needed="--prefill-engine-config and --decode-engine-config, without --engine-config",
-            )
+    single = arguments.role is not None or arguments.engine_config is not None
+    if any((arguments.prefill_engine_config, arguments.decode_engine_config)) and (single or not all(pair)):
+        raise UsageError(
+            "the engine configs of a pair aren't complete, or flags of a single worker were given with them",
+            needed="--prefill-engine-config and --decode-engine-config, without --engine-config and --role",
+        )
+    if all(pair) and not single and values["engine_config"] is None:
         result = check_pair(
             judge("prefill", pair[0], values["prefill_nodes"]), judge("decode", pair[1], values["decode_nodes"])
         )
         text = describe_pair(files.name, result)
     else:
-        result = judge(values["role"], values["engine_config"], values["nodes"])
+        role, config, nodes = values["role"], values["engine_config"], values["nodes"]
+        if config is None and role != "agg":
+            config = values[f"{role}_engine_config"]
+            nodes = values[f"{role}_nodes"] if arguments.nodes is None else nodes
+        result = judge(role, config, nodes)
         text = describe_report(files.name, result)
     if arguments.output == "json":
-        print(json.dumps(result.as_json()))
+        write_out(json.dumps(result.as_json()))
     else:
-        print(paint(text, sys.stdout))
+        write_out(text)
     return int(result.exit_code)
 
 
-def _gpus_per_node(given: int | None, config: int | None, world_size: int, nodes: int) -> int:
+def _cluster(values: dict[str, Any], config: EngineConfig, nodes: int) -> Cluster:
     """Take what was said of a node's GPUs; without a word, what the layout needs."""
-    if given is not None:
-        return given
-    if config is not None:
-        return config
-    if world_size % nodes:
-        raise UsageError(
-            f"{world_size} ranks can't be spread evenly over {nodes} nodes",
-            needed="the number of GPUs of a node",
-            fix="--gpus-per-node G",
-        )
-    return world_size // nodes
+    gpus, world_size = values["gpus_per_node"] or config.gpus_per_node, config.world_size
+    if gpus is None:
+        if world_size % nodes:
+            raise UsageError(
+                f"{world_size} ranks can't be spread evenly over {nodes} nodes",
+                needed="the number of GPUs of a node",
+                fix="--gpus-per-node G",
+            )
+        gpus = world_size // nodes
+    return Cluster(nodes, gpus, values["gpu"])

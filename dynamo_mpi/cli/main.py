@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from dynamo_mpi import __version__
+from dynamo_mpi.cli.style import silence_stdout
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.parallelism.engine_layers import split_dynamic_flags
 
 PROGRAM = "dynamo-mpi"
 VERBS = {
@@ -52,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return of_signal(signal.SIGINT)
     except BrokenPipeError:
-        # The reader has gone (| head). Python would complain once more when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()  # the reader has gone (| head)
         return of_signal(signal.SIGPIPE)
 
 
@@ -68,6 +66,8 @@ def _run(words: list[str]) -> int:
     module.add_arguments(verb_parser)
     rest, dynamic = words[1:], list[str]()
     if getattr(module, "TAKES_DYNAMIC_FLAGS", False):
+        from dynamo_mpi.parallelism.engine_layers import split_dynamic_flags
+
         rest, dynamic = split_dynamic_flags(rest)
     code: int = module.run(verb_parser.parse_args(rest, argparse.Namespace(dynamic_flags=tuple(dynamic))))
     return code

@@ -8,17 +8,19 @@ in this order. --engine-config gives what is no size: KV cache type, max_seq_len
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.cli.style import paint
+from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
 from dynamo_mpi.errors import LayoutError, UsageError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.options import Option, to_count
-from dynamo_mpi.parallelism.alternatives import cluster_for
+from dynamo_mpi.parallelism.check import exit_code_of
+from dynamo_mpi.parallelism.engine_yaml import for_role
+from dynamo_mpi.parallelism.layout import cluster_for
 from dynamo_mpi.parallelism.plan_text import describe_plans, plans_as_json
 from dynamo_mpi.parallelism.planner import plan, workable_sizes
+from dynamo_mpi.parallelism.rules.registry import config_findings
 from dynamo_mpi.parallelism.subject import Subject
 from dynamo_mpi.parallelism.wording import listed
 
@@ -53,13 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     merged = read_engine(values, values["engine_config"], arguments.dynamic_flags)
     subject = Subject(
         files.shape(),
-        merged.config,
+        for_role(merged.config, values["role"]),
         cluster,
         values["role"],
         read_version(values),
         values["engine"],
         values["min_requests"],
     )
+    # what no layout can mend is told beside the plans
+    general = (*merged.findings, *config_findings(subject))
     found = plan(subject)
     if not found:
         sizes = listed(workable_sizes(subject))
@@ -69,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
             fix=f"give the worker {sizes} GPUs" if sizes else "check that config.json is the model's own",
         )
     if arguments.output == "json":
-        print(json.dumps(plans_as_json(files.name, values["model"], subject, found)))
+        write_out(json.dumps(plans_as_json(files.name, values["model"], subject, found, general)))
     else:
-        print(paint(describe_plans(files.name, values["model"], subject, found, values["limit"]), sys.stdout))
-    return ExitCode.OK if found[0].fits is not False else ExitCode.ILLEGAL_LAYOUT
+        write_out(describe_plans(files.name, values["model"], subject, found, general, values["limit"]))
+    code = exit_code_of(general)
+    nothing_fits = all(made.memory is not None and not made.memory.weights_fit for made in found)
+    return ExitCode.ILLEGAL_LAYOUT if code is ExitCode.OK and nothing_fits else code

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import TextIO
+
+from dynamo_mpi.errors import UsageError
 
 _COLOURS = {"error": "31;1", "warning": "33;1", "info": "36", "ok": "32;1"}
 _SEVERITY = re.compile(r"^(error|warning|info|ok)\b", re.MULTILINE)
@@ -25,3 +28,29 @@ def paint(text: str, stream: TextIO) -> str:
     if not wants_colour(stream):
         return text
     return _SEVERITY.sub(lambda match: f"\x1b[{_COLOURS[match[0]]}m{match[0]}\x1b[0m", text)
+
+
+def write_out(text: str) -> None:
+    """Write a verb's data to stdout.
+
+    Raises:
+        BrokenPipeError: the reader has gone.
+        UsageError: stdout is closed, or what it leads to takes no more.
+    """
+    if sys.stdout is None:
+        raise UsageError("stdout is closed", needed="somewhere to write the answer to")
+    try:
+        try:
+            print(paint(text, sys.stdout), flush=True)
+        except UnicodeEncodeError as error:
+            print(text.encode(error.encoding, "replace").decode(error.encoding), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence_stdout()
+        raise UsageError(f"stdout can't be written: {error.strerror}", needed="room for the answer") from None
+
+
+def silence_stdout() -> None:
+    """Lead stdout nowhere: Python would complain once more when it flushes it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

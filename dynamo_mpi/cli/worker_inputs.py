@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.engine_options import ENGINE_OPTIONS, engine_flags
+from dynamo_mpi.engine_options import ENGINE_OPTIONS, GPU, MIN_REQUESTS, engine_flags
 from dynamo_mpi.errors import DataError, UsageError
-from dynamo_mpi.options import Option, add_options, resolve, to_count, to_size, to_text
+from dynamo_mpi.options import Option, add_options, resolve, to_count, to_text
 from dynamo_mpi.parallelism.documents import read_text
 from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
-from dynamo_mpi.parallelism.gpus import GPUS, find_gpu
 from dynamo_mpi.parallelism.model_files import ModelFiles, find_model
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ MODEL = Option(
     to_text,
     "model folder, its config.json, or a hub id that is in the cache",
 )
-GPU = Option("gpu", ("--gpu",), ("DYN_MPI_GPU",), None, to_text, f"kind of GPU: {', '.join(sorted(GPUS))}")
 GPUS_PER_NODE = Option(
     "gpus_per_node",
     ("--gpus-per-node",),
@@ -41,14 +40,6 @@ GPUS_PER_NODE = Option(
     None,
     to_count,
     "GPUs of a node",
-)
-MIN_REQUESTS = Option(
-    "min_requests",
-    ("--min-requests",),
-    ("DYN_MPI_MIN_REQUESTS",),
-    1,
-    to_size,
-    "warn when fewer requests of full length fit into the KV cache",
 )
 
 
@@ -69,8 +60,6 @@ def read_values(arguments: argparse.Namespace, options: tuple[Option, ...]) -> d
     values, _ = resolve(options, vars(arguments), os.environ, {})
     if values["model"] is None:
         raise UsageError("no model was given", needed="a model", fix="--model DIR, or MODEL_PATH=DIR")
-    if values["gpu"] is not None:
-        values["gpu"] = find_gpu(values["gpu"]).name
     return values
 
 
@@ -113,7 +102,8 @@ def read_engine(values: dict[str, Any], path: Path | None, dynamic: tuple[str, .
     )
     balancer = merged.config.moe.balancer_path
     if balancer is not None:
-        merged = with_balancer(merged, _read(Path(balancer), "load balancer config"))
+        with contextlib.suppress(OSError, ValueError):  # D4 tells; ValueError: a NUL in the path
+            merged = with_balancer(merged, read_text(Path(balancer)))
     return merged
 
 

@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user may have meant: layouts near one that can't be."""
+"""What would work instead of a layout that can't be: what its user may have meant, and what is near it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.parallelism.layout import HELIX, Cluster
-from dynamo_mpi.parallelism.legal import divisors
-from dynamo_mpi.parallelism.wording import listed
+from dynamo_mpi.parallelism.finding import errors
+from dynamo_mpi.parallelism.layout import HELIX
+from dynamo_mpi.parallelism.memory import estimate
+from dynamo_mpi.parallelism.rules.registry import all_findings, layout_findings
+from dynamo_mpi.parallelism.wording import short_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.parallelism.engine_config import EngineConfig
     from dynamo_mpi.parallelism.subject import Subject
+
+_MANY = 1000
+_MOST_NODES = 16
 
 
 def meant_by_more_experts_than_ranks(subject: Subject) -> list[Subject]:
@@ -24,7 +30,8 @@ def meant_by_more_experts_than_ranks(subject: Subject) -> list[Subject]:
     on a decode worker, as context ranks.
     """
     layout, cluster = subject.layout, subject.cluster
-    if layout.moe_ep_size <= layout.moe_world_size or layout.moe_ep_size % layout.tp_size:
+    no_experts = subject.shape.experts is None
+    if no_experts or layout.moe_ep_size <= layout.moe_world_size or layout.moe_ep_size % layout.tp_size:
         return []
     found = []
     for config, role in _wider(subject.config, layout.tp_size, layout.moe_ep_size, subject.role):
@@ -36,7 +43,7 @@ def meant_by_more_experts_than_ranks(subject: Subject) -> list[Subject]:
         other = replace(
             subject, config=config, role=role, cluster=replace(cluster, nodes=world // per_node, gpus_per_node=per_node)
         )
-        if is_legal(other):
+        if not errors(layout_findings(other)):
             found.append(other)
     return found
 
@@ -51,27 +58,6 @@ def _wider(config: EngineConfig, tp_size: int, ep_size: int, role: str) -> Itera
     yield replace(free, tp_size=ep_size), role
 
 
-def is_legal(subject: Subject) -> bool:
-    """Does no rule about the layout refuse it? Rules about keys, roles and memory aren't asked."""
-    from dynamo_mpi.parallelism.finding import errors
-    from dynamo_mpi.parallelism.rules.registry import layout_findings
-
-    return not errors(layout_findings(subject))
-
-
-def for_expert_parallelism(subject: Subject) -> str:
-    """Say what to do about expert sizes that don't multiply out (A2)."""
-    layout = subject.layout
-    ranks = layout.moe_world_size
-    experts = subject.shape.experts
-    sizes = [ep for ep in divisors(ranks) if experts is None or experts.count % ep == 0]
-    advice = f"set moe_expert_parallel_size to one of {listed(sizes)}, and leave moe_tensor_parallel_size out"
-    wider = meant_by_more_experts_than_ranks(subject)
-    if not wider:
-        return advice
-    return f"on {other_shapes(wider)}; on these {ranks} ranks {advice}"
-
-
 def other_shapes(subjects: list[Subject]) -> str:
     """Name layouts with the ranks and the role they need: ``16 ranks: TP16/EP16 with attention DP, or TP8/EP8/PP2``."""
     by_world: dict[int, list[str]] = {}
@@ -80,23 +66,31 @@ def other_shapes(subjects: list[Subject]) -> str:
     return "; on ".join(f"{world} ranks: {', or '.join(names)}" for world, names in by_world.items())
 
 
-def short_name(subject: Subject) -> str:
-    """Write a layout as its users do: ``TP8/EP8/PP2``, ``TP8 x CP2 helix/EP16 on a decode worker``."""
-    layout = subject.layout
-    text = f"TP{layout.tp_size}"
-    if layout.cp_size > 1:
-        text += f" x CP{layout.cp_size} {(layout.cp_type or '').lower()}".rstrip()
-    if layout.moe_ep_size > 1:
-        text += f"/EP{layout.moe_ep_size}"
-    if layout.pp_size > 1:
-        text += f"/PP{layout.pp_size}"
-    if layout.enable_attention_dp:
-        text += " with attention DP"
-    return text + (" on a decode worker" if layout.is_helix else "")
+def suggestions(subject: Subject, count: int = 3) -> list[Subject]:
+    """Return layouts that pass every rule: those that give what was meant, then the nearest on the same GPUs, or, where none fits on
+    them, the best on more of them.
+
+    Rules about keys and roles aren't asked: what they find is mended in the config, whatever the layout.
+    """
+    # not at the top: the planner is needed for errors alone
+    from dynamo_mpi.parallelism.planner import nearest, plan
+
+    found = [other for other in meant_by_more_experts_than_ranks(subject) if _fits(other) and _passes(other)]
+    near = (made.subject for made in nearest(subject, _MANY) if made.fits is not False)
+    seen = {(other.layout, other.role) for other in found}
+    found += islice((other for other in near if (other.layout, other.role) not in seen and _passes(other)), count)
+    nodes = subject.cluster.nodes
+    while not found and nodes * 2 <= _MOST_NODES:
+        nodes *= 2
+        plans = plan(replace(subject, cluster=replace(subject.cluster, nodes=nodes)))
+        found = list(islice((made.subject for made in plans if made.fits is not False and _passes(made.subject)), 1))
+    return found
 
 
-def cluster_for(world_size: int, gpus_per_node: int, gpu: str | None = None) -> Cluster | None:
-    """Return nodes for so many ranks: whole nodes, or a part of one; None where they would be unequal."""
-    if world_size <= gpus_per_node:
-        return Cluster(1, world_size, gpu)
-    return Cluster(world_size // gpus_per_node, gpus_per_node, gpu) if world_size % gpus_per_node == 0 else None
+def _fits(subject: Subject) -> bool:
+    memory = estimate(subject)
+    return memory is None or memory.fits is not False
+
+
+def _passes(subject: Subject) -> bool:
+    return all(finding.rule.startswith(("H", "I")) for finding in errors(all_findings(subject)))

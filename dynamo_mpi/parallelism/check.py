@@ -3,24 +3,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.parallelism.alternatives import meant_by_more_experts_than_ranks, short_name
+from dynamo_mpi.parallelism.alternatives import other_shapes, suggestions
 from dynamo_mpi.parallelism.finding import Finding, errors
-from dynamo_mpi.parallelism.legal import divisors, legal_ep_sizes, legal_tp_sizes
+from dynamo_mpi.parallelism.legal_sizes import legal_sizes
 from dynamo_mpi.parallelism.memory import MemoryEstimate, estimate
 from dynamo_mpi.parallelism.rules.registry import all_findings
+from dynamo_mpi.parallelism.weights import missing_sizes
+from dynamo_mpi.parallelism.wording import short_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dynamo_mpi.parallelism.subject import Subject
 
 # rules about the text of the engine config: whoever breaks only these wrote bad data, not an illegal layout
 TEXT_RULES = ("H",)
-_MAX_GROUPED = 4096
+_MAX_GROUPED = 1024
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class Report:
     @property
     def exit_code(self) -> ExitCode:
         """What a check ends with."""
-        found = errors(self.findings)
-        if not found:
-            return ExitCode.OK
-        return ExitCode.DATA if all(finding.rule in TEXT_RULES for finding in found) else ExitCode.ILLEGAL_LAYOUT
+        return exit_code_of(self.findings)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What the model's config would have to say for every rule and estimate, and doesn't."""
+        return tuple(dict.fromkeys((*self.subject.shape.unknown, *missing_sizes(self.subject.shape))))
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data: the stable form that scripts read."""
@@ -59,15 +64,16 @@ class Report:
             "ok": self.ok,
             "model": subject.shape.name,
             "role": subject.role,
-            "layout": _layout_as_json(subject),
+            "trtllm_version": None if subject.version is None else str(subject.version),
+            "layout": subject.layout_as_json(),
             "ranks": self._ranks(),
             "groups": self._groups(),
             "findings": [finding.as_json() for finding in self.findings],
-            "unknown": list(subject.shape.unknown),
+            "unknown": list(self.unknown),
             "legal": legal_sizes(subject),
             "memory": self.memory.as_json() if self.memory is not None else {},
             "nearest": [
-                {"name": short_name(other), "role": other.role, "layout": _layout_as_json(other)}
+                {"name": short_name(other), "role": other.role, "layout": other.layout_as_json()}
                 for other in self.nearest
             ],
         }
@@ -75,7 +81,9 @@ class Report:
     def _placed(self) -> bool:
         """Are there ranks to speak of? Not where sizes don't multiply out, or are absurd."""
         layout, cluster = self.subject.layout, self.subject.cluster
-        return layout.world_size == cluster.world_size <= _MAX_GROUPED and layout.multiplies_out
+        part = cluster.nodes == 1 and layout.world_size <= cluster.world_size
+        enough = part or layout.world_size == cluster.world_size
+        return enough and layout.world_size <= _MAX_GROUPED and layout.multiplies_out
 
     def _ranks(self) -> list[dict[str, int]]:
         if not self._placed():
@@ -87,11 +95,6 @@ class Report:
         if not self._placed():
             return {}
         return {kind: self.subject.layout.groups(kind) for kind in ("tp", "pp", "cp", "moe_tp", "moe_ep")}
-
-
-def _layout_as_json(subject: Subject) -> dict[str, object]:
-    cluster = subject.cluster
-    return {**subject.layout.as_json(), "nodes": cluster.nodes, "gpus_per_node": cluster.gpus_per_node}
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,20 @@ class PairReport:
         }
 
 
+def exit_code_of(findings: Sequence[Finding], special: Mapping[str, ExitCode] = MappingProxyType({})) -> ExitCode:
+    """Return the code that findings lead to: the first error decides, wrong keys last, since they are seldom all that is wrong.
+
+    Args:
+        findings: in the order in which they are told.
+        special: codes of rules that are about something else than the layout, by rule.
+    """
+    found = errors(findings)
+    if not found:
+        return ExitCode.OK
+    first = next((finding for finding in found if finding.rule not in TEXT_RULES), None)
+    return ExitCode.DATA if first is None else special.get(first.rule, ExitCode.ILLEGAL_LAYOUT)
+
+
 def check_worker(subject: Subject, more: Sequence[Finding] = (), *, suggest: bool = True) -> Report:
     """Judge one worker.
 
@@ -133,14 +150,24 @@ def check_worker(subject: Subject, more: Sequence[Finding] = (), *, suggest: boo
         more: findings made before, e.g. while its config was put together.
         suggest: look for layouts that would work where there is an error.
     """
-    findings = (*more, *all_findings(subject))
-    layout_is_wrong = any(finding.rule not in TEXT_RULES for finding in errors(findings))
-    return Report(
-        subject,
-        findings,
-        estimate(subject),
-        tuple(suggestions(subject)) if suggest and layout_is_wrong else (),
-    )
+    findings = [*more, *all_findings(subject)]
+    better = suggestions(subject) if suggest and any(map(_is_about_layout, errors(findings))) else []
+    findings = [_with_what_was_meant(finding, subject, better) for finding in findings]
+    return Report(subject, tuple(findings), estimate(subject), tuple(better))
+
+
+def _is_about_layout(finding: Finding) -> bool:
+    """Could another layout mend it? Not wrong keys, limits, roles, nor a format that the GPU doesn't have."""
+    return not finding.rule.startswith(("H", "I", "G"))
+
+
+def _with_what_was_meant(finding: Finding, subject: Subject, better: Sequence[Subject]) -> Finding:
+    """A2: name the shapes that give a tp and an ep at once, on as many ranks as they need."""
+    wider = [other for other in better if other.layout.world_size > subject.layout.world_size]
+    if finding.rule != "A2" or not wider:
+        return finding
+    shapes, ranks = other_shapes(wider), subject.layout.moe_world_size
+    return replace(finding, fix=f"on {shapes}; on these {ranks} ranks {finding.fix}")
 
 
 def check_pair(prefill: Report, decode: Report) -> PairReport:
@@ -151,28 +178,3 @@ def check_pair(prefill: Report, decode: Report) -> PairReport:
     return PairReport(
         prefill, decode, tuple(check_contracts(contract_of(prefill.subject), contract_of(decode.subject)))
     )
-
-
-def suggestions(subject: Subject, count: int = 3) -> list[Subject]:
-    """Return layouts that would work: those that give what was meant, then the nearest on the same GPUs."""
-    # not at the top: the planner is needed for errors alone
-    from dynamo_mpi.parallelism.planner import nearest
-
-    meant = meant_by_more_experts_than_ranks(subject)
-    return [*meant, *(made.subject for made in nearest(subject, count))]
-
-
-def legal_sizes(subject: Subject) -> dict[str, list[int]]:
-    """Return what each size may be for this model and these GPUs, other sizes left alone."""
-    shape = subject.shape
-    legal: dict[str, list[int]] = {}
-    tp_sizes = legal_tp_sizes(shape, subject.layout.cp_size)
-    if tp_sizes is not None:
-        legal["tp"] = list(tp_sizes)
-    if shape.experts is not None:
-        legal["ep"] = list(legal_ep_sizes(shape))
-    if shape.num_layers is not None:
-        legal["pp"] = [size for size in divisors(subject.cluster.world_size) if size <= shape.num_layers]
-    if shape.attention_heads is not None:
-        legal["cp"] = [size for size in divisors(shape.attention_heads) if size <= 16]
-    return legal

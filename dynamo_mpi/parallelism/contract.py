@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.parallelism import defaults
 from dynamo_mpi.parallelism.finding import error, warning
-from dynamo_mpi.parallelism.kv_cache import resolve_kv_dtype
+from dynamo_mpi.parallelism.kv_cache import resolve_kv_dtype, tokens_per_block
+from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +34,7 @@ class Contract:
         latent_attention: MLA?
         index_head_dim: of the sparse-attention indexer's cache; 0 without one.
         state_heads: of a hybrid; 0 for none.
+        state_dtype: of its states; None for the engine's own.
         kv_dtype: of keys and values, ``auto`` resolved.
         tokens_per_block: of the KV cache, after what the attention backend makes of it.
         backend: that carries the KV.
@@ -42,7 +43,7 @@ class Contract:
         pp_size: pipeline stages.
         cp_size: context-parallel size.
         enable_attention_dp: attention is data-parallel.
-        max_seq_len: longest request.
+        max_seq_len: longest request; None where the config leaves it to the model.
         max_tokens_in_buffer: of the transceiver.
         trtllm_version: of TensorRT-LLM.
     """
@@ -55,6 +56,7 @@ class Contract:
     latent_attention: bool
     index_head_dim: int
     state_heads: int
+    state_dtype: str | None
     kv_dtype: str | None
     tokens_per_block: int
     backend: str | None
@@ -86,28 +88,19 @@ def contract_of(subject: Subject) -> Contract:
         latent_attention=latent is not None,
         index_head_dim=shape.index_head_dim or 0,
         state_heads=shape.state_space.heads if shape.state_space is not None else 0,
+        state_dtype=config.kv_cache.state_dtype if shape.state_space is not None else None,
         kv_dtype=resolve_kv_dtype(subject),
-        tokens_per_block=_tokens_per_block(subject),
+        tokens_per_block=tokens_per_block(subject),
         backend=transceiver.backend.upper() if transceiver is not None and transceiver.backend else None,
         runtime=((transceiver.runtime if transceiver is not None else None) or "auto").upper(),
         tp_size=layout.tp_size,
         pp_size=layout.pp_size,
         cp_size=layout.cp_size,
         enable_attention_dp=layout.enable_attention_dp,
-        max_seq_len=config.max_seq_len or shape.context_length,
+        max_seq_len=config.max_seq_len,
         max_tokens_in_buffer=transceiver.max_tokens_in_buffer if transceiver is not None else None,
         trtllm_version=None if subject.version is None else str(subject.version),
     )
-
-
-def _tokens_per_block(subject: Subject) -> int:
-    """H8: FlashMLA and VANILLA have a size of their own."""
-    backend = (subject.config.attn_backend or "").upper()
-    if backend == "FLASHMLA":
-        return 64
-    if backend == "VANILLA" and subject.config.max_num_tokens is not None:
-        return subject.config.max_num_tokens
-    return subject.config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
 
 
 # field, rule, name for the user, advice
@@ -119,6 +112,7 @@ _SHARED = (
     ("latent_attention", "I1", "kind of attention", "serve the same checkpoint on both sides"),
     ("index_head_dim", "I3", "the indexer's cache", "serve the same checkpoint on both sides"),
     ("state_heads", "I5", "state heads", "serve the same checkpoint on both sides"),
+    ("state_dtype", "I5", "type of states", "set the same kv_cache_config.mamba_ssm_cache_dtype on both sides"),
     ("kv_dtype", "I1", "KV cache dtype", "set the same kv_cache_config.dtype on both sides"),
     ("tokens_per_block", "I1", "tokens per KV block", "set the same kv_cache_config.tokens_per_block on both sides"),
     ("backend", "I6", "cache transceiver backend", "set the same cache_transceiver_config.backend on both sides"),
@@ -137,6 +131,15 @@ def _shared(prefill: Contract, decode: Contract) -> Iterator[Finding]:
         ours, theirs = getattr(prefill, field), getattr(decode, field)
         if ours == theirs or ours is None or theirs is None:
             continue
+        if _may_be_the_same(field, {ours, theirs}):
+            yield warning(
+                rule,
+                f"whether prefill and decode have the same {name} is left to their engines",
+                found=f"prefill {ours}, decode {theirs}",
+                needed=f"the same {name}, by name",
+                fix=fix,
+            )
+            continue
         yield error(
             rule,
             f"prefill and decode differ in {name}: the KV of one is no KV for the other",
@@ -144,6 +147,11 @@ def _shared(prefill: Contract, decode: Contract) -> Iterator[Finding]:
             needed=f"the same {name}",
             fix=fix,
         )
+
+
+def _may_be_the_same(field: str, values: set[object]) -> bool:
+    """Each engine makes something of AUTO, and NIXL of DEFAULT where no variable says otherwise (I6, I7)."""
+    return (field == "backend" and values == {"DEFAULT", "NIXL"}) or (field == "runtime" and "AUTO" in values)
 
 
 def _context(prefill: Contract, decode: Contract) -> Iterator[Finding]:
@@ -158,7 +166,7 @@ def _context(prefill: Contract, decode: Contract) -> Iterator[Finding]:
 
 
 def _is_1_2(version: str | None) -> bool:
-    return (version or "").removeprefix("v").split(".")[:2] == ["1", "2"]
+    return version is not None and parse_trtllm_version(version).minor == (1, 2)
 
 
 def _advice(prefill: Contract, decode: Contract) -> Iterator[Finding]:

@@ -7,6 +7,9 @@ of the kind holds. Every complaint is a `DataError` with the path in it.
 
 from __future__ import annotations
 
+import os
+import select
+import stat
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import DataError
@@ -19,6 +22,8 @@ MAX_BYTES = 8 * 2**20
 """No real config is larger; GLM-5's with its 716 exclusions has 36 kB."""
 MAX_SIZE = 2**31 - 1
 """The engine keeps its sizes in 32 bits."""
+_LARGEST = 1e300
+_PIPE_SECONDS = 5.0
 _MAX_NODES = 100_000
 _MAX_DEPTH = 100
 _MAX_DIGITS = 1000
@@ -30,9 +35,12 @@ def read_text(path: Path) -> str:
 
     Raises:
         OSError: it can't be read.
-        DataError: it is too large, or no text.
+        DataError: it is too large, no text, or a pipe that nobody writes to.
     """
-    with path.open("rb") as stream:
+    # without waiting: opening a pipe blocks until somebody opens its other end
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
+            _await_writer(stream.fileno(), path)
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise DataError(f"{path} is larger than {MAX_BYTES // 2**20} MiB", needed="a config, not weights or a log")
@@ -40,6 +48,14 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text: {error.reason} at byte {error.start}") from None
+
+
+def _await_writer(pipe: int, path: Path) -> None:
+    if not select.select([pipe], [], [], _PIPE_SECONDS)[0]:
+        raise DataError(
+            f"nothing was written to the pipe {path} within {_PIPE_SECONDS:g} s", needed="a file with the config"
+        )
+    os.set_blocking(pipe, True)
 
 
 def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
@@ -54,12 +70,12 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
         DataError: it isn't JSON, isn't an object, or has a key twice.
     """
     import json
+    from collections import Counter
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise DataError(
                 f"{path} has the key {_short(twice)} twice in one object",
                 needed="each key once",
@@ -76,8 +92,14 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
     return loaded
 
 
-def parse_yaml(text: str, path: str, needed: str) -> dict[str, Any]:
+def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False) -> dict[str, Any]:
     """Read a YAML mapping.
+
+    Args:
+        text: its text.
+        path: where it was found, for messages.
+        needed: what should stand there, for messages.
+        may_be_empty: nothing is an empty mapping; else it is refused, as TensorRT-LLM refuses it.
 
     Raises:
         DataError: it isn't one YAML document, isn't a mapping, has a key twice or a node inside itself, or is too large once its aliases
@@ -102,6 +124,8 @@ def parse_yaml(text: str, path: str, needed: str) -> dict[str, Any]:
     finally:
         if loader is not None:
             loader.dispose()
+    if loaded is None and may_be_empty:
+        return {}
     if loaded is None:
         raise DataError(f"{path} is empty", needed=needed, fix="write the config, or leave the flag out")
     if not isinstance(loaded, dict):
@@ -189,20 +213,14 @@ class Reader:
             return value
         return None
 
-    def number(self, key: str, minimum: float = 0.0, maximum: float = float("inf")) -> float | None:
-        """Return a number."""
+    def number(self, key: str) -> float | None:
+        """Return a number; what range it has to be in is a rule's to say."""
         value = self.values.get(key)
         if value is None:
             return None
-        try:
-            number = float("nan") if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
-        except OverflowError:
-            number = float("nan")
-        if not minimum <= number <= maximum:
-            raise self.bad(
-                key, f"a number of at least {minimum:g}" + ("" if maximum == float("inf") else f", at most {maximum:g}")
-            )
-        return number
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+            raise self.bad(key, "a number")
+        return float(value)
 
     def switch(self, key: str) -> bool | None:
         """Return true, false, or None where it isn't said."""

@@ -26,6 +26,7 @@ class KvCache:
         max_tokens: cap of the cache.
         enable_block_reuse: blocks with the same content are shared.
         max_attention_window: tokens per layer, repeated over the layers.
+        state_dtype: of a hybrid's states, ``mamba_ssm_cache_dtype``.
     """
 
     dtype: str = "auto"
@@ -34,6 +35,7 @@ class KvCache:
     max_tokens: int | None = None
     enable_block_reuse: bool = True
     max_attention_window: tuple[int, ...] | None = None
+    state_dtype: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Moe:
         balancer_path: file with the balancer's settings.
         num_slots: expert slots over all ranks; None without a balancer, or where it doesn't say.
         balanced: is there a balancer?
+        balancer_read: are its settings known? Not where its file isn't there.
         assignments: experts of each slot, by layer.
     """
 
@@ -54,6 +57,7 @@ class Moe:
     balancer_path: str | None = None
     num_slots: int | None = None
     balanced: bool = False
+    balancer_read: bool = True
     assignments: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
@@ -216,10 +220,11 @@ def _kv_cache(section: Reader) -> KvCache:
     return KvCache(
         dtype=(section.text("dtype") or "auto").lower(),
         tokens_per_block=section.size("tokens_per_block"),
-        free_gpu_memory_fraction=section.number("free_gpu_memory_fraction", minimum=-float("inf")),
+        free_gpu_memory_fraction=section.number("free_gpu_memory_fraction"),
         max_tokens=section.size("max_tokens"),
         enable_block_reuse=True if reuse is None else reuse,
         max_attention_window=section.sizes("max_attention_window", minimum=-(2**31)),
+        state_dtype=section.text("mamba_ssm_cache_dtype"),
     )
 
 
@@ -227,7 +232,7 @@ def _moe(section: Reader) -> Moe:
     found: dict[str, Any] = {"backend": section.text("backend"), "max_num_tokens": section.size("max_num_tokens")}
     balancer = section.values.get("load_balancer")
     if isinstance(balancer, str):
-        found |= {"balancer_path": balancer, "balanced": True}
+        found |= {"balancer_path": balancer, "balanced": True, "balancer_read": False}
     elif balancer is not None:
         found |= read_balancer(section.section("load_balancer"))
     return Moe(**found)
@@ -242,6 +247,7 @@ def read_balancer(section: Reader) -> dict[str, Any]:
     assignments = section.section("initial_global_assignments")
     return {
         "balanced": True,
+        "balancer_read": True,
         "num_slots": section.size("num_slots"),
         "assignments": tuple(
             (int(layer), assignments.sizes(layer, minimum=0) or ())

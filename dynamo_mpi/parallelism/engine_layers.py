@@ -126,7 +126,8 @@ def split_dynamic_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             at += 1
             continue
         if at + 1 == len(words) or words[at + 1].startswith("--"):
-            raise UsageError(f"{word} has no value", needed=f"{word} VALUE")
+            key, _, value = word.partition("=")
+            raise UsageError(f"{word} has no value", needed=f"{key} {value or 'VALUE'}, with a blank between them")
         dynamic += words[at : at + 2]
         at += 2
     return others, dynamic

@@ -4,45 +4,77 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.parallelism import defaults
-from dynamo_mpi.parallelism.alternatives import short_name
+from dynamo_mpi.parallelism.engine_config import Transceiver
+from dynamo_mpi.parallelism.kv_cache import tokens_per_block
+from dynamo_mpi.parallelism.wording import short_name
+from dynamo_mpi.parallelism.yaml_line import yaml_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from dynamo_mpi.parallelism.engine_config import EngineConfig
     from dynamo_mpi.parallelism.subject import Subject
 
 
+_LONGEST = 2**20
+# keys that a layout decides; a plan writes them itself
+_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "context_parallel_size",
+    "cp_config",
+    "moe_tensor_parallel_size",
+    "moe_expert_parallel_size",
+    "moe_cluster_parallel_size",
+    "enable_attention_dp",
+    "enable_lm_head_tp_in_adp",
+    "pp_partition",
+    "gpus_per_node",
+)
+
+
+def for_role(config: EngineConfig, role: str) -> EngineConfig:
+    """Fill in what a role can't do without (I6, I9); whoever set a transceiver or the scheduler meant it."""
+    missing: dict[str, Any] = {}
+    if role == "prefill" and config.keys.get("disable_overlap_scheduler") is None:
+        missing["disable_overlap_scheduler"] = True
+        config = replace(config, disable_overlap_scheduler=True)
+    if role != "agg" and config.transceiver is None:
+        missing["cache_transceiver_config"] = {"backend": "UCX"}
+        config = replace(config, transceiver=Transceiver("UCX"))
+    return replace(config, keys={**missing, **config.keys, **missing})
+
+
 def engine_yaml(subject: Subject, model: str) -> str:
-    """Write the engine config of a layout: its sizes, and what its role can't do without.
+    """Write the engine config of a layout: its sizes, what its role can't do without, and every other key of the config it was made from.
 
     Args:
         subject: the worker.
         model: its name, for the comment.
     """
-    return "\n".join(_lines(subject, model)) + "\n"
+    head = f"# {' '.join(model.split())}: {short_name(subject)}, {subject.cluster}, role {subject.role}\n"
+    return head + "".join(f"{key}: {yaml_line(value, _LONGEST)}\n" for key, value in _keys(subject).items())
 
 
-def _lines(subject: Subject, model: str) -> Iterator[str]:
-    layout, cluster, role = subject.layout, subject.cluster, subject.role
-    yield f"# {model}: {short_name(subject)}, {cluster}, role {role}"
-    yield f"tensor_parallel_size: {layout.tp_size}"
-    yield f"pipeline_parallel_size: {layout.pp_size}"
-    if layout.cp_size > 1:
-        block = subject.config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
-        yield f"context_parallel_size: {layout.cp_size}"
-        yield f"cp_config: {{cp_type: {layout.cp_type}, tokens_per_block: {block}}}"
-        yield f"kv_cache_config: {{tokens_per_block: {block}}}"
+def _keys(subject: Subject) -> dict[str, object]:
+    layout = subject.layout
+    keys: dict[str, object] = {
+        "tensor_parallel_size": layout.tp_size,
+        "pipeline_parallel_size": layout.pp_size,
+    }
     if subject.shape.experts is not None:
-        yield f"moe_expert_parallel_size: {layout.moe_ep_size}"
-    yield f"enable_attention_dp: {str(layout.enable_attention_dp).lower()}"
-    yield f"gpus_per_node: {cluster.gpus_per_node}"
-    if role == "prefill":
-        yield "disable_overlap_scheduler: true"
-    if role != "agg":
-        yield "cache_transceiver_config: {backend: UCX}"
+        keys["moe_expert_parallel_size"] = layout.moe_ep_size
+    keys |= {"enable_attention_dp": layout.enable_attention_dp, "gpus_per_node": subject.cluster.gpus_per_node}
+    rest = {key: value for key, value in for_role(subject.config, subject.role).keys.items() if key not in _SIZES}
+    keys |= rest
+    if layout.cp_size > 1:
+        block = tokens_per_block(subject)
+        cache = rest.get("kv_cache_config")
+        keys["context_parallel_size"] = layout.cp_size
+        keys["cp_config"] = {"cp_type": layout.cp_type, "tokens_per_block": block}
+        keys["kv_cache_config"] = {**(cache if isinstance(cache, dict) else {}), "tokens_per_block": block}
+    return keys
 
 
 def srun_line(subject: Subject, model: str, engine_config: str) -> str:
@@ -66,6 +98,8 @@ def srun_line(subject: Subject, model: str, engine_config: str) -> str:
         "python",
         "-m",
         "dynamo_mpi.worker",
+        "--engine",
+        subject.engine,
         "--role",
         subject.role,
         "--model",

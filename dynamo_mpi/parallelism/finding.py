@@ -72,11 +72,14 @@ def errors(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """Write findings for a person, errors first."""
+    """Write findings for a person, errors first; what is only good to know takes one line."""
     lines: list[str] = []
     order = [Severity.ERROR, Severity.WARNING, Severity.INFO]
     for finding in sorted(findings, key=lambda f: order.index(f.severity)):
         lines.append(f"{finding.severity.value} {finding.rule}: {finding.message}")
+        if finding.severity is Severity.INFO:
+            lines[-1] += f" ({finding.fix})" if finding.fix else ""
+            continue
         for name, value in (("found", finding.found), ("needed", finding.needed), ("do", finding.fix)):
             if value:
                 first, *rest = value.split("\n")

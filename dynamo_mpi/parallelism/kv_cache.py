@@ -7,6 +7,7 @@ from collections import Counter
 from math import ceil
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.parallelism import defaults
 from dynamo_mpi.parallelism.layer_weights import dtype_bytes
 from dynamo_mpi.parallelism.model_shape import Mixer
 from dynamo_mpi.parallelism.weights import mtp_layer
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
 _SAME_DTYPE = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 _BYTES = {"fp8": 1.0, "int8": 1.0, "bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nvfp4": 0.5 + 1 / 16}
 _STATE_BYTES = 4  # an element of a state space's state: float32 in the checkpoints that say it
+
+
+def tokens_per_block(subject: Subject) -> int:
+    """H8: return the tokens of a block, after what the attention backend makes of it: FlashMLA and VANILLA have sizes of their own."""
+    backend = (subject.config.attn_backend or "").upper()
+    if backend == "FLASHMLA":
+        return 64
+    if backend == "VANILLA" and subject.config.max_num_tokens is not None:
+        return subject.config.max_num_tokens
+    return subject.config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
 
 
 def resolve_kv_dtype(subject: Subject) -> str | None:

@@ -7,11 +7,10 @@ Counted are the large matrices; norms and biases are left out, which is less tha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.parallelism.legal import common_split, dense_block
 from dynamo_mpi.parallelism.model_shape import Feed, Mixer
-from dynamo_mpi.parallelism.quantisation import FP8_BLOCK, FP8_BLOCK_SCALES
 
 if TYPE_CHECKING:
     from dynamo_mpi.parallelism.model_shape import Layer, ModelShape
@@ -158,9 +157,8 @@ def _mlp_split(shape: ModelShape, width: int, quantised: bool, split: Split) -> 
         return 1
     if not shape.splits_dense_by_gcd:
         return split.dense
-    blocks = quantised and shape.quantisation is not None and shape.quantisation.algo == FP8_BLOCK_SCALES
-    common = gcd(width // FP8_BLOCK if blocks else width, split.dense) or 1
-    return gcd(common, split.node) if common > split.node else common
+    block = dense_block(shape.quantisation) if quantised else 1
+    return common_split(width, block, split.dense, split.node)
 
 
 def end_elements(shape: ModelShape, split: Split, *, first: bool, last: bool) -> Elements:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism.gpus import GPUS
@@ -50,6 +50,13 @@ class Cluster:
         return gpus if self.nodes == 1 else f"{self.nodes} nodes x {gpus}"
 
 
+def cluster_for(world_size: int, gpus_per_node: int, gpu: str | None = None) -> Cluster | None:
+    """Return nodes for so many ranks: whole nodes, or a part of one; None where they would be unequal."""
+    if world_size <= gpus_per_node:
+        return Cluster(1, world_size, gpu)
+    return Cluster(world_size // gpus_per_node, gpus_per_node, gpu) if world_size % gpus_per_node == 0 else None
+
+
 @dataclass(frozen=True)
 class Place:
     """What one rank does.
@@ -88,6 +95,7 @@ class Layout:
         moe_ep_size: shares of the experts.
         moe_cluster_size: clusters of the smart router.
         enable_attention_dp: attention is data-parallel over the tp ranks.
+        experts_over_cp: HELIX divides experts over its context ranks too; before 1.2 no kind did (A2).
         cp_fastest: neighbouring ranks differ in their context rank first, as in TensorRT-LLM's main; else in their tp rank (A12).
     """
 
@@ -99,6 +107,7 @@ class Layout:
     moe_ep_size: int = 1
     moe_cluster_size: int = 1
     enable_attention_dp: bool = False
+    experts_over_cp: bool = True
     cp_fastest: bool = True
 
     @property
@@ -134,7 +143,8 @@ class Layout:
     @property
     def moe_world_size(self) -> int:
         """A2: ranks that experts are divided over: tp for ULYSSES, the default, tp x cp for every other kind."""
-        return self.tp_size * (1 if self.cp_type in (None, ULYSSES) else self.cp_size)
+        over_cp = self.experts_over_cp and self.cp_type not in (None, ULYSSES)
+        return self.tp_size * (self.cp_size if over_cp else 1)
 
     @property
     def dense_tp_size(self) -> int:
@@ -236,24 +246,19 @@ def layout_of(config: EngineConfig, version: TrtllmVersion | None = None) -> Lay
         config: the engine config.
         version: TensorRT-LLM's; None for the newest that we know. It decides the order of ranks (A12).
     """
-    cp_type = (config.cp_type or ULYSSES) if config.cp_size > 1 or config.cp_type else None
-    moe_world = config.tp_size * (1 if cp_type in (None, ULYSSES) else config.cp_size)
-    cluster = config.moe_cluster_size or 1
-    moe_tp, moe_ep = config.moe_tp_size, config.moe_ep_size
-    if moe_tp is None and moe_ep is None:
-        moe_tp, moe_ep = moe_world // cluster, 1
-    elif moe_tp is None:
-        moe_tp = moe_world // ((moe_ep or 1) * cluster)
-    elif moe_ep is None:
-        moe_ep = moe_world // (moe_tp * cluster)
-    return Layout(
+    bare = Layout(
         tp_size=config.tp_size,
         pp_size=config.pp_size,
         cp_size=config.cp_size,
-        cp_type=cp_type if config.cp_size > 1 else None,
-        moe_tp_size=moe_tp,
-        moe_ep_size=moe_ep or 1,
-        moe_cluster_size=cluster,
+        cp_type=(config.cp_type or ULYSSES) if config.cp_size > 1 else None,
+        moe_cluster_size=config.moe_cluster_size or 1,
         enable_attention_dp=config.enable_attention_dp,
+        experts_over_cp=version is None or version.release >= (1, 2),
         cp_fastest=version is None or version.release >= (1, 3),
     )
+    ranks, moe_tp, moe_ep = bare.moe_world_size // bare.moe_cluster_size, config.moe_tp_size, config.moe_ep_size
+    if moe_tp is None:
+        moe_tp = ranks // (moe_ep or 1)
+    if moe_ep is None:
+        moe_ep = max(1, ranks // max(1, moe_tp))  # of sizes that can't be, A2 tells
+    return replace(bare, moe_tp_size=moe_tp, moe_ep_size=moe_ep)

@@ -3,18 +3,46 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism import heads
+from dynamo_mpi.parallelism.quantisation import FP8_BLOCK, FP8_BLOCK_SCALES, NVFP4, NVFP4_BLOCK
 
 if TYPE_CHECKING:
     from dynamo_mpi.parallelism.model_shape import ModelShape
+    from dynamo_mpi.parallelism.quantisation import Quantisation
+
+
+MOST_CONTEXT_RANKS = 16
+"""Larger context-parallel sizes aren't proposed."""
 
 
 def divisors(number: int) -> list[int]:
     """Return the divisors of ``number``, ascending."""
     low = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
     return sorted({*low, *(number // n for n in low)})
+
+
+def common_split(width: int, block: int, ranks: int, gpus_per_node: int) -> int:
+    """E9: return over how many ranks DeepSeek-V3 and its relatives divide an MLP: what its scaling blocks and the ranks have in common,
+    within a node (``modeling_deepseekv3.py: _compute_mlp_tp_size``).
+
+    Args:
+        width: of the MLP.
+        block: elements that share a scale (`dense_block`).
+        ranks: that it could be divided over.
+        gpus_per_node: GPUs of a node.
+    """
+    split = gcd(width // block, ranks) or 1
+    return gcd(split, gpus_per_node) if split > gpus_per_node else split
+
+
+def dense_block(quantisation: Quantisation | None) -> int:
+    """E9: return the block that those families count an MLP in: 128 for FP8 block scales, 16 for NVFP4, else 1."""
+    return {FP8_BLOCK_SCALES: FP8_BLOCK, NVFP4: NVFP4_BLOCK}.get(
+        quantisation.algo if quantisation is not None else "", 1
+    )
 
 
 def legal_tp_sizes(shape: ModelShape, cp_size: int = 1) -> tuple[int, ...] | None:

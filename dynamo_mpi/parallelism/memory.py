@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.parallelism import defaults
 from dynamo_mpi.parallelism.gpus import find_gpu
-from dynamo_mpi.parallelism.kv_cache import kv_bytes, kv_dtype_known, resolve_kv_dtype, state_bytes
+from dynamo_mpi.parallelism.kv_cache import kv_bytes, kv_dtype_known, resolve_kv_dtype, state_bytes, tokens_per_block
 from dynamo_mpi.parallelism.layer_weights import dtype_bytes, dtype_known
 from dynamo_mpi.parallelism.overheads import activation_bytes, outside_bytes, workspace_bytes
 from dynamo_mpi.parallelism.weights import stage_weights
@@ -167,12 +167,13 @@ def estimate(subject: Subject, *, fraction: float | None = None) -> MemoryEstima
         fraction: share of what is left for the KV cache; None for the engine config's, or the engine's own 0.9.
 
     Returns:
-        The estimate; None where the model's config doesn't say enough (`weights.missing_sizes`), or the layout's sizes don't multiply out.
+        The estimate; None where the model's config doesn't say enough (`weights.missing_sizes`), or the layout can't be (A2, F3).
 
     Raises:
         UsageError: there is no such kind of GPU.
     """
-    weights = stage_weights(subject) if subject.layout.multiplies_out else None
+    possible = subject.layout.multiplies_out and subject.layout.pp_size <= (subject.shape.num_layers or 0)
+    weights = stage_weights(subject) if possible else None
     if weights is None:
         return None
     config, layout = subject.config, subject.layout
@@ -181,7 +182,7 @@ def estimate(subject: Subject, *, fraction: float | None = None) -> MemoryEstima
         fraction = config.kv_cache.free_gpu_memory_fraction
     fraction = defaults.FREE_GPU_MEMORY_FRACTION if fraction is None else min(1.0, max(0.0, fraction))
     length = config.max_seq_len or subject.shape.context_length
-    block = config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
+    block = tokens_per_block(subject)
     room = None if gpu is None else gpu.memory
     stages = tuple(_stages(subject, weights, room, fraction, length, block))
     counted = [stage.tokens for stage in stages if stage.tokens is not None]

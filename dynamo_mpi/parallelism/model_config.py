@@ -103,7 +103,10 @@ def _body(config: Reader) -> Reader:
 def _name(config: Reader) -> str:
     architectures = config.values.get("architectures")
     if isinstance(architectures, list) and architectures:
-        return str(architectures[0])
+        architectures = architectures[0]
+    if isinstance(architectures, str) and architectures:
+        # a lone surrogate, which JSON can spell, is nothing that can be printed
+        return architectures.encode("utf-8", "replace").decode()
     return str(config.values.get("model_type", "unknown"))
 
 

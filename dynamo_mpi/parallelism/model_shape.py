@@ -197,6 +197,7 @@ class ModelShape:
             return any(layer.feed is feed for layer in self.layers)
         return (self.experts is not None) == (feed is Feed.EXPERTS)
 
-    def quantised(self, part: str) -> bool:
-        """Does the checkpoint's quantisation cover ``part`` (``mixer``, ``feed`` or ``shared``) of any layer?"""
-        return any(getattr(layer, f"{part}_quantised") for layer in self.layers or ())
+    @property
+    def suits_attention_dp(self) -> bool:
+        """C1: is this a model that attention DP was made for: with experts, or with latent attention?"""
+        return self.experts is not None or self.latent is not None

@@ -8,11 +8,10 @@ from math import log2
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism import heads
-from dynamo_mpi.parallelism.alternatives import cluster_for
 from dynamo_mpi.parallelism.engine_config import EngineConfig
 from dynamo_mpi.parallelism.finding import errors
-from dynamo_mpi.parallelism.layout import HELIX, Layout
-from dynamo_mpi.parallelism.legal import divisors
+from dynamo_mpi.parallelism.layout import HELIX, Layout, cluster_for
+from dynamo_mpi.parallelism.legal import MOST_CONTEXT_RANKS, divisors
 from dynamo_mpi.parallelism.memory import MemoryEstimate, estimate
 from dynamo_mpi.parallelism.rules.registry import layout_findings
 from dynamo_mpi.parallelism.subject import Subject
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.parallelism.finding import Finding
 
-_MAX_CP = 16
 _MOST_TRIED = 128
 _BAD = ("A14", "D6")  # warnings that count against a layout
 
@@ -120,16 +118,16 @@ def workable_sizes(subject: Subject, count: int = 3) -> list[int]:
 
 def _candidates(subject: Subject) -> Iterator[Subject]:
     world = subject.cluster.world_size
-    experts = subject.shape.experts
+    experts, suits = subject.shape.experts, subject.shape.suits_attention_dp
     helix = subject.role == "decode" and subject.shape.state_space is None
     for cp_size in divisors(world):
-        if cp_size > (_MAX_CP if helix else 1):
+        if cp_size > (MOST_CONTEXT_RANKS if helix else 1):
             break
         for pp_size in divisors(world // cp_size):
             if pp_size > (subject.shape.num_layers or 1):
                 break
             tp_size = world // cp_size // pp_size
-            for attention_dp in (False, True) if tp_size > 1 and cp_size == 1 else (False,):
+            for attention_dp in (False, True) if tp_size > 1 and cp_size == 1 and suits else (False,):
                 for ep_size in divisors(tp_size * cp_size) if experts is not None else (None,):
                     yield replace(
                         subject,

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.parallelism.alternatives import short_name
 from dynamo_mpi.parallelism.finding import Severity, errors, render
-from dynamo_mpi.parallelism.wording import counted, gib
+from dynamo_mpi.parallelism.wording import counted, gib, short_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -49,10 +48,14 @@ def _lines(model: str, report: Report) -> Iterator[str]:
     shape = subject.shape
     kind = "" if shape.name == model else f" ({shape.name})"
     yield f"{model}{kind}, role {subject.role}: {subject.layout} on {subject.cluster}"
-    if shape.unknown:
-        yield f"not in config.json, so not checked: {', '.join(shape.unknown)}"
-    if report.findings:
-        yield render(report.findings)
+    if report.unknown:
+        yield f"not in config.json, so not checked: {', '.join(report.unknown)}"
+    # what J has to say when all is well stands in the line about memory
+    told = [
+        found for found in report.findings if (found.rule, found.severity) != ("J", Severity.INFO) or not report.memory
+    ]
+    if told:
+        yield render(told)
     if report.memory is not None:
         yield memory_line(report.memory)
     if report.nearest:
@@ -70,6 +73,8 @@ def memory_line(memory: MemoryEstimate) -> str:
         parts.append(f"KV {stage.kv_bytes_per_token / 1024:.1f} KiB per token")
     if memory.tokens is not None and memory.fits:
         room = f"room for about {memory.tokens:,} tokens"
+        if memory.full_length_requests is not None:
+            room += f" ({memory.full_length_requests} requests of {memory.length})"
         parts.append(room + (f" on each of {memory.dp_size} ranks" if memory.dp_size > 1 else ""))
     where = f" on {memory.gpu}" if memory.gpu else ""
     return f"memory of a rank{where}, the fullest being rank {memory.fullest_rank}: {', '.join(parts)}"

@@ -28,6 +28,7 @@ class Subject:
         role: ``agg``, ``prefill`` or ``decode``.
         version: TensorRT-LLM's; None for the newest that we know.
         engine: ``trtllm`` or ``reference``.
+        launched: the ranks are running, so that a file which isn't there is missing; else it may be on another machine.
         min_requests: requests of full length that should fit into the KV cache.
         layout: how the world is divided; worked out of the config.
     """
@@ -39,10 +40,15 @@ class Subject:
     version: TrtllmVersion | None = None
     engine: str = "trtllm"
     min_requests: int = 1
+    launched: bool = False
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", layout_of(self.config, self.version))
+
+    def layout_as_json(self) -> dict[str, object]:
+        """Return the layout with its nodes as plain data."""
+        return {**self.layout.as_json(), "nodes": self.cluster.nodes, "gpus_per_node": self.cluster.gpus_per_node}
 
     def older_than(self, *release: int) -> bool:
         """Is TensorRT-LLM known to be older than ``release``? Not where the version isn't known."""

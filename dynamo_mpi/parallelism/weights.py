@@ -47,7 +47,7 @@ def split_of(subject: Subject) -> Split:
         attention=layout.attention_tp_size,
         output=layout.head_split if layout.is_helix else layout.attention_tp_size,
         dense=layout.dense_tp_size,
-        node=subject.cluster.gpus_per_node,
+        node=subject.config.gpus_per_node or subject.cluster.gpus_per_node,
         vocabulary=1 if layout.enable_attention_dp else layout.dense_tp_size,
         experts=layout.moe_ep_size,
         expert_slices=max(1, layout.moe_tp_size),

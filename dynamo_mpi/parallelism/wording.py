@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from dynamo_mpi.parallelism.subject import Subject
+
 _GIB = 2**30
 
 
@@ -24,3 +26,18 @@ def counted(number: int, noun: str) -> str:
 def gib(size: int) -> str:
     """Write a number of bytes as ``79.3 GiB``."""
     return f"{size / _GIB:.1f} GiB"
+
+
+def short_name(subject: Subject) -> str:
+    """Write a layout as its users do: ``TP8/EP8/PP2``, ``TP8 x CP2 helix/EP16 on a decode worker``."""
+    layout = subject.layout
+    text = f"TP{layout.tp_size}"
+    if layout.cp_size > 1:
+        text += f" x CP{layout.cp_size} {(layout.cp_type or '').lower()}".rstrip()
+    if layout.moe_ep_size > 1:
+        text += f"/EP{layout.moe_ep_size}"
+    if layout.pp_size > 1:
+        text += f"/PP{layout.pp_size}"
+    if layout.enable_attention_dp:
+        text += " with attention DP"
+    return text + (" on a decode worker" if layout.is_helix else "")

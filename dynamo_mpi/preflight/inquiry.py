@@ -2,7 +2,7 @@
 """What rank 0 asks of every rank, and what each answers: one broadcast, one gather.
 
 Rank 0 sends the *contents* it has read, so that a rank compares bytes instead of hashing them, and can say where they part. This module
-runs on every rank before the verdict and imports nothing beyond what MPI brought along.
+runs on every rank before the verdict and imports nothing beyond what MPI brought along, unless it is asked for facts of host and GPUs.
 """
 
 from __future__ import annotations
@@ -41,17 +41,26 @@ class Inquiry(NamedTuple):
         model_dir: the model folder.
         weights: names of the weight files that rank 0 sees in it, sorted.
         files: files to compare.
+        hosts: whether to tell of the host, which TensorRT-LLM has needs of.
+        gpus: whether to tell of the node's GPUs.
+        version: rank 0's dynamo_mpi. Another version's inquiry isn't read any further: its rest may mean something else.
     """
 
     argv: tuple[str, ...]
     model_dir: str
     weights: tuple[str, ...]
     files: tuple[WatchedFile, ...]
+    hosts: bool = False
+    gpus: bool = False
+    version: str = __version__
 
     def pack(self) -> bytes:
         """Encode for the broadcast."""
         return pack(
             [
+                self.version,
+                "hosts" if self.hosts else "",
+                "gpus" if self.gpus else "",
                 str(len(self.argv)),
                 *self.argv,
                 self.model_dir,
@@ -64,13 +73,15 @@ class Inquiry(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes) -> Inquiry:
         """Decode what `pack` made."""
-        values = unpack(data)
-        end = 1 + int(values[0])
-        argv, rest = values[1:end], values[end:]
+        version, *values = unpack(data)
+        if version != __version__:
+            return cls((), "", (), (), version=version)
+        hosts, gpus, count, *values = values
+        argv, rest = values[: int(count)], values[int(count) :]
         model_dir, end = rest[0], 2 + int(rest[1])
         weights, rest = rest[2:end], rest[end:]
         files = tuple(WatchedFile(*rest[i : i + 3]) for i in range(0, len(rest), 3))
-        return cls(tuple(argv), model_dir, tuple(weights), files)
+        return cls(tuple(argv), model_dir, tuple(weights), files, bool(hosts), bool(gpus))
 
 
 class Card(NamedTuple):
@@ -81,33 +92,73 @@ class Card(NamedTuple):
         visible_gpus: ``CUDA_VISIBLE_DEVICES``, empty where it isn't set.
         version: dynamo_mpi's.
         problems: ``label: what is wrong`` for everything that isn't as rank 0 has it.
+        host_facts: `HostFacts`, packed; empty where it wasn't asked for.
+        gpu_facts: `NodeGpus`, packed; empty where it wasn't asked for.
     """
 
     host: str
     visible_gpus: str
     version: str
     problems: tuple[str, ...]
+    host_facts: tuple[str, ...] = ()
+    gpu_facts: tuple[str, ...] = ()
 
     def pack(self) -> bytes:
         """Encode for the gather."""
-        return pack([self.host, self.visible_gpus, self.version, *self.problems])
+        counts = (str(len(self.problems)), str(len(self.host_facts)))
+        return pack(
+            [self.host, self.visible_gpus, self.version, *counts, *self.problems, *self.host_facts, *self.gpu_facts]
+        )
 
     @classmethod
     def unpack(cls, data: bytes) -> Card:
-        """Decode what `pack` made."""
-        host, gpus, version, *problems = unpack(data)
-        return cls(host, gpus, version, tuple(problems))
+        """Decode what `pack` made; of a card of another version, what all versions have."""
+        host, gpus, version, *values = unpack(data)
+        if version != __version__:
+            return cls(host, gpus, version, ())
+        problems, facts, *values = values
+        first, second = int(problems), int(problems) + int(facts)
+        return cls(host, gpus, version, tuple(values[:first]), tuple(values[first:second]), tuple(values[second:]))
 
 
-def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str]) -> Card:
-    """Answer ``inquiry`` for this rank. Never raises: whatever can't be read becomes a problem."""
+def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str], mpi_library: str = "") -> Card:
+    """Answer ``inquiry`` for this rank. Never raises: whatever can't be read becomes a problem.
+
+    Args:
+        inquiry: rank 0's question.
+        launch: how this rank was started.
+        argv: its command line, without the program.
+        mpi_library: what its MPI library calls itself.
+    """
+    if inquiry.version != __version__:
+        return Card(host_name(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), __version__, ())
+    first_of_node = launch.local_rank in (0, None)
     problems: list[str] = []
     if tuple(argv) != inquiry.argv:
         problems.append(f"command line: is `{' '.join(argv)}`, on rank 0 `{' '.join(inquiry.argv)}`")
     problems += [f"{file.label}: {found}" for file in inquiry.files if (found := _compare(file))]
-    if inquiry.weights and (found := _weights(inquiry, each_file=launch.local_rank in (0, None))):
+    if inquiry.weights and (found := _weights(inquiry, each_file=first_of_node)):
         problems.append(f"model: {found}")
-    return Card(host_name(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), __version__, tuple(problems))
+    return Card(
+        host_name(),
+        os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        __version__,
+        tuple(problems),
+        _host_facts(mpi_library, first_of_node) if inquiry.hosts else (),
+        _gpu_facts() if inquiry.gpus else (),
+    )
+
+
+def _host_facts(mpi_library: str, first_of_node: bool) -> tuple[str, ...]:
+    from dynamo_mpi.preflight.host_facts import collect
+
+    return collect(mpi_library, os.environ, speaks_for_node=first_of_node).pack()
+
+
+def _gpu_facts() -> tuple[str, ...]:
+    from dynamo_mpi.preflight.gpu_facts import read_gpus
+
+    return read_gpus(os.environ).pack()
 
 
 def host_name() -> str:

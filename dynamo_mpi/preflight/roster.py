@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dynamo_mpi.parallelism.finding import Finding, Severity
 
@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.preflight.inquiry import Card
+
+
+class Placed(Protocol):
+    """A rank that is somewhere."""
+
+    @property
+    def host(self) -> str:
+        """Its node's name."""
 
 
 def check_roster(cards: Sequence[Card]) -> list[Finding]:
@@ -24,11 +32,16 @@ def hosts(cards: Sequence[Card]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(card.host for card in cards))
 
 
-def describe_ranks(ranks: Sequence[int], cards: Sequence[Card]) -> str:
-    """Name ranks with their hosts: ``rank 3 on n1``, ``ranks 0-3 on n1 and 4-7 on n2``."""
+def describe_ranks(ranks: Sequence[int], world: Sequence[Placed]) -> str:
+    """Name ranks with their hosts: ``rank 3 on n1``, ``ranks 0-3 on n1 and 4-7 on n2``.
+
+    Args:
+        ranks: those to name.
+        world: all ranks, in their order.
+    """
     by_host: dict[str, list[int]] = {}
     for rank in ranks:
-        by_host.setdefault(cards[rank].host, []).append(rank)
+        by_host.setdefault(world[rank].host, []).append(rank)
     parts = [f"{_spans(group)} on {host}" for host, group in by_host.items()]
     return ("rank " if len(ranks) == 1 else "ranks ") + " and ".join(parts)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import DataError, ModelError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.parallelism.alternatives import short_name
-from dynamo_mpi.parallelism.check import TEXT_RULES, check_worker
+from dynamo_mpi.parallelism.check import check_worker, exit_code_of
 from dynamo_mpi.parallelism.documents import read_text
 from dynamo_mpi.parallelism.engine_config import EngineConfig
 from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
@@ -21,19 +21,22 @@ from dynamo_mpi.parallelism.model_config import parse_model_shape
 from dynamo_mpi.parallelism.model_shape import ModelShape
 from dynamo_mpi.parallelism.subject import Subject
 from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion, installed_trtllm_version, parse_trtllm_version
+from dynamo_mpi.parallelism.wording import short_name
 from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile, weight_files
 from dynamo_mpi.preflight.roster import check_roster, hosts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dynamo_mpi.parallelism.memory import MemoryEstimate
+    from dynamo_mpi.preflight.host_row import HostRow
     from dynamo_mpi.settings import Settings
 
-# By rule; every other one is about the layout. The first error decides, wrong keys last: they are seldom all that is wrong.
+# what isn't about the layout itself, by rule; of hosts and GPUs another launch has to be made
 _EXIT_CODES = {
     "A1": ExitCode.USAGE,
     "A11": ExitCode.USAGE,
-    "H": ExitCode.DATA,
+    **dict.fromkeys(("D10", "G6", "K1", "K9", "V1", "V2", "V8"), ExitCode.USAGE),
     "P1": ExitCode.USAGE,
     "P2": ExitCode.DATA,
     "P3": ExitCode.NO_MODEL,
@@ -53,6 +56,8 @@ class Plan:
         role: the worker's.
         engine: what runs the model.
         version: TensorRT-LLM's; None for the newest that we know.
+        gpu: kind of GPU; None where it wasn't said.
+        min_requests: requests of full length that should fit into the KV cache.
         inquiry: what every rank is asked.
     """
 
@@ -61,6 +66,8 @@ class Plan:
     role: str
     engine: str
     version: TrtllmVersion | None
+    gpu: str | None
+    min_requests: int
     inquiry: Inquiry
 
     @property
@@ -121,8 +128,10 @@ def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
     )
     balancer = merged.config.moe.balancer_path
     if balancer is not None:
-        files.append(_watch("engine config", Path(balancer), DataError))
-        merged = with_balancer(merged, files[-1].content)
+        # rank 0's alone: the leader builds the engine's arguments. D4 tells where it can't be read; ValueError: a NUL in the path
+        with contextlib.suppress(OSError, ValueError):
+            merged = with_balancer(merged, read_text(Path(balancer)))
+    for_trtllm = settings.engine == "trtllm"
     return Plan(
         shape=parse_model_shape(files[0].content, files[0].path, quant_text),
         merged=merged,
@@ -131,7 +140,16 @@ def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
         version=parse_trtllm_version(settings.trtllm_version)
         if settings.trtllm_version
         else installed_trtllm_version(),
-        inquiry=Inquiry(tuple(argv), str(folder), weight_files(names), tuple(files)),
+        gpu=settings.gpu,
+        min_requests=settings.min_requests,
+        inquiry=Inquiry(
+            tuple(argv),
+            str(folder),
+            weight_files(names),
+            tuple(files),
+            hosts=for_trtllm,
+            gpus=for_trtllm and not settings.allow_no_gpu,
+        ),
     )
 
 
@@ -149,11 +167,16 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
     roster = check_roster(cards)
     nodes = hosts(cards)
     scattered = any(finding.rule == "A11" for finding in roster)
-    cluster = Cluster(1, len(cards)) if scattered else Cluster(len(nodes), len(cards) // len(nodes))
-    subject = Subject(plan.shape, plan.config, cluster, plan.role, plan.version, plan.engine)
+    # what ranks of another version told can't be read
+    rows = _rows(cards) if plan.inquiry.hosts and not any(finding.rule == "P4" for finding in roster) else []
+    gpu = plan.gpu or _kind(rows)
+    cluster = Cluster(1, len(cards), gpu) if scattered else Cluster(len(nodes), len(cards) // len(nodes), gpu)
+    subject = Subject(
+        plan.shape, plan.config, cluster, plan.role, plan.version, plan.engine, plan.min_requests, launched=True
+    )
     checked = check_worker(subject, plan.merged.findings)
     ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]
-    findings = [*roster, *ours]
+    findings = [*roster, *ours, *_host_findings(plan, rows, checked.memory)]
     told = render([finding for finding in findings if finding.severity is not Severity.INFO])
     if stopping := errors(findings):
         count = "1 error" if len(stopping) == 1 else f"{len(stopping)} errors"
@@ -161,9 +184,34 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
         if checked.nearest:
             works = ", ".join(f"{short_name(other)} on {other.cluster}" for other in checked.nearest)
             report += f"\nwould work: {works}"
-        decisive = next((finding for finding in stopping if finding.rule not in TEXT_RULES), stopping[0])
-        return Verdict(_EXIT_CODES.get(decisive.rule, ExitCode.ILLEGAL_LAYOUT), report, tuple(findings))
+        return Verdict(exit_code_of(findings, _EXIT_CODES), report, tuple(findings))
     where = nodes[0] if len(nodes) == 1 else f"{len(nodes)} nodes ({nodes[0]} … {nodes[-1]})"
     ranks = f"{len(cards)} rank{'' if len(cards) == 1 else 's'}"
-    report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}"
+    report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}" + (f", {gpu}" if gpu else "")
     return Verdict(ExitCode.OK, report + (f"\n{told}" if told else ""), tuple(findings))
+
+
+# The reference engine asks nothing of hosts and GPUs, and its start doesn't wait for these modules.
+
+
+def _rows(cards: Sequence[Card]) -> list[HostRow]:
+    from dynamo_mpi.preflight.host_row import rows_of
+
+    return rows_of(cards)
+
+
+def _kind(rows: Sequence[HostRow]) -> str | None:
+    if not rows:
+        return None
+    from dynamo_mpi.preflight.gpu_kind import kind_in
+
+    return kind_in(rows)
+
+
+def _host_findings(plan: Plan, rows: Sequence[HostRow], memory: MemoryEstimate | None) -> list[Finding]:
+    if not rows:
+        return []
+    from dynamo_mpi.preflight.host_row import Needs
+    from dynamo_mpi.preflight.host_rules import check_hosts, weights_by_rank
+
+    return check_hosts(rows, Needs(weights_by_rank(memory), allow_no_gpu=not plan.inquiry.gpus))

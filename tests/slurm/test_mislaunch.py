@@ -236,7 +236,7 @@ def test_an_engine_config_that_differs_on_one_node(slurm: SlurmSession, model: P
             "n1",
             ("error P3: the model config is not the same everywhere: rank 1 on n2\n", "can't be read: No such file"),
         ),
-        ("n2", ("error: the model folder /dev/shm/test-mislaunch can't be read: No such file",)),
+        ("n2", ("error: there is no model at /dev/shm/test-mislaunch\n",)),
     ],
     ids=["missing_on_n2", "missing_on_rank_0s_node"],
 )

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The config.json of public models as their makers published them on Hugging Face, cut down to sizes, kinds of layers and quantisation.
+"""The config.json of public models as their makers published them on Hugging Face.
 
-`ZOO` holds them by a short name, `QUANT_FILES` ModelOpt's ``hf_quant_config.json`` where a checkpoint has one beside it. Above each model
+Some stand in ``tests/data/model_configs`` as they are, the others here, cut down to sizes, kinds of layers and quantisation. `ZOO` holds
+them by a short name, `QUANT_FILES` ModelOpt's ``hf_quant_config.json`` where a checkpoint has one beside it. Above each model
 stands its repository.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+_CONFIGS = Path(__file__).resolve().parents[1] / "data" / "model_configs"
 
 
 def _norms_and_routers(layers: int) -> list[str]:
@@ -16,137 +21,32 @@ def _norms_and_routers(layers: int) -> list[str]:
     return ["lm_head", *(f"model.layers.{layer}.{name}" for layer in range(layers) for name in names)]
 
 
+# whole, in tests/data/model_configs
+_PUBLISHED = {
+    "Llama-3.1-8B": "Meta-Llama-3.1-8B",  # meta-llama/Meta-Llama-3.1-8B
+    "Llama-3.1-70B": "Meta-Llama-3.1-70B",  # meta-llama/Meta-Llama-3.1-70B
+    "Llama-3.1-405B": "Meta-Llama-3.1-405B",  # meta-llama/Meta-Llama-3.1-405B
+    "Llama-4-Scout-17B-16E": "Llama-4-Scout-17B-16E-Instruct",  # meta-llama/Llama-4-Scout-17B-16E-Instruct
+    "Llama-4-Maverick-17B-128E": "Llama-4-Maverick-17B-128E-Instruct",  # meta-llama/Llama-4-Maverick-17B-128E-Instruct
+    "DeepSeek-R1": "DeepSeek-R1",  # deepseek-ai/DeepSeek-R1
+    "Qwen3-32B": "Qwen3-32B",  # Qwen/Qwen3-32B
+    "Qwen3-32B-FP8": "Qwen3-32B-FP8",  # Qwen/Qwen3-32B-FP8
+    "Qwen3-30B-A3B": "Qwen3-30B-A3B",  # Qwen/Qwen3-30B-A3B
+    "Qwen3-235B-A22B": "Qwen3-235B-A22B",  # Qwen/Qwen3-235B-A22B
+    "Qwen3-235B-A22B-FP8": "Qwen3-235B-A22B-FP8",  # Qwen/Qwen3-235B-A22B-FP8
+    "gpt-oss-120b": "gpt-oss-120b",  # openai/gpt-oss-120b
+    "Mixtral-8x7B": "Mixtral-8x7B-v0.1",  # mistralai/Mixtral-8x7B-v0.1
+    "Kimi-K2": "Kimi-K2-Instruct",  # moonshotai/Kimi-K2-Instruct
+}
+
+
+def _published(file: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((_CONFIGS / f"{file}.json").read_text(encoding="utf-8"))
+    return config
+
+
 ZOO: dict[str, dict[str, Any]] = {
-    # meta-llama/Meta-Llama-3.1-8B
-    "Llama-3.1-8B": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 128000,
-        "hidden_act": "silu",
-    },
-    # meta-llama/Meta-Llama-3.1-70B
-    "Llama-3.1-70B": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "hidden_size": 8192,
-        "num_hidden_layers": 80,
-        "intermediate_size": 28672,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 128000,
-        "hidden_act": "silu",
-    },
-    # meta-llama/Meta-Llama-3.1-405B
-    "Llama-3.1-405B": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_attention_heads": 128,
-        "num_key_value_heads": 8,
-        "hidden_size": 16384,
-        "num_hidden_layers": 126,
-        "intermediate_size": 53248,
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 128000,
-        "hidden_act": "silu",
-    },
-    # meta-llama/Llama-4-Scout-17B-16E-Instruct
-    "Llama-4-Scout-17B-16E": {
-        "architectures": ["Llama4ForConditionalGeneration"],
-        "model_type": "llama4",
-        "torch_dtype": "bfloat16",
-        "text_config": {
-            "model_type": "llama4_text",
-            "num_attention_heads": 40,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "hidden_size": 5120,
-            "num_hidden_layers": 48,
-            "intermediate_size": 8192,
-            "intermediate_size_mlp": 16384,
-            "vocab_size": 202048,
-            "max_position_embeddings": 10485760,
-            "torch_dtype": "bfloat16",
-            "num_local_experts": 16,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 1,
-            "attention_chunk_size": 8192,
-            "hidden_act": "silu",
-        },
-    },
-    # meta-llama/Llama-4-Maverick-17B-128E-Instruct
-    "Llama-4-Maverick-17B-128E": {
-        "architectures": ["Llama4ForConditionalGeneration"],
-        "model_type": "llama4",
-        "torch_dtype": "bfloat16",
-        "text_config": {
-            "model_type": "llama4_text",
-            "num_attention_heads": 40,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "hidden_size": 5120,
-            "num_hidden_layers": 48,
-            "intermediate_size": 8192,
-            "intermediate_size_mlp": 16384,
-            "vocab_size": 202048,
-            "max_position_embeddings": 1048576,
-            "torch_dtype": "bfloat16",
-            "num_local_experts": 128,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 8192,
-            "hidden_act": "silu",
-        },
-    },
-    # deepseek-ai/DeepSeek-R1
-    "DeepSeek-R1": {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "num_attention_heads": 128,
-        "num_key_value_heads": 128,
-        "v_head_dim": 128,
-        "hidden_size": 7168,
-        "num_hidden_layers": 61,
-        "intermediate_size": 18432,
-        "vocab_size": 129280,
-        "max_position_embeddings": 163840,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 0,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "n_routed_experts": 256,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 2048,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 3,
-        "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 1,
-        "hidden_act": "silu",
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        },
-    },
+    **{name: _published(file) for name, file in _PUBLISHED.items()},
     # deepseek-ai/DeepSeek-V3
     "DeepSeek-V3": {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -445,77 +345,6 @@ ZOO: dict[str, dict[str, Any]] = {
         "max_window_layers": 36,
         "hidden_act": "silu",
     },
-    # Qwen/Qwen3-32B
-    "Qwen3-32B": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "hidden_size": 5120,
-        "num_hidden_layers": 64,
-        "intermediate_size": 25600,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 151643,
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "max_window_layers": 64,
-        "hidden_act": "silu",
-    },
-    # Qwen/Qwen3-32B-FP8
-    "Qwen3-32B-FP8": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "hidden_size": 5120,
-        "num_hidden_layers": 64,
-        "intermediate_size": 25600,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 151643,
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "max_window_layers": 64,
-        "hidden_act": "silu",
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        },
-    },
-    # Qwen/Qwen3-30B-A3B
-    "Qwen3-30B-A3B": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "hidden_size": 2048,
-        "num_hidden_layers": 48,
-        "intermediate_size": 6144,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 151643,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "max_window_layers": 48,
-        "hidden_act": "silu",
-    },
     # Qwen/Qwen3-30B-A3B-FP8
     "Qwen3-30B-A3B-FP8": {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -543,63 +372,6 @@ ZOO: dict[str, dict[str, Any]] = {
         "quantization_config": {
             "activation_scheme": "dynamic",
             "modules_to_not_convert": _norms_and_routers(48),
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        },
-    },
-    # Qwen/Qwen3-235B-A22B
-    "Qwen3-235B-A22B": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_attention_heads": 64,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "hidden_size": 4096,
-        "num_hidden_layers": 94,
-        "intermediate_size": 12288,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 151643,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 1536,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "max_window_layers": 94,
-        "hidden_act": "silu",
-    },
-    # Qwen/Qwen3-235B-A22B-FP8
-    "Qwen3-235B-A22B-FP8": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_attention_heads": 64,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "hidden_size": 4096,
-        "num_hidden_layers": 94,
-        "intermediate_size": 12288,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 151643,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 1536,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "sliding_window": None,
-        "use_sliding_window": False,
-        "max_window_layers": 94,
-        "hidden_act": "silu",
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "modules_to_not_convert": _norms_and_routers(94),
             "fmt": "e4m3",
             "quant_method": "fp8",
             "weight_block_size": [128, 128],
@@ -718,55 +490,6 @@ ZOO: dict[str, dict[str, Any]] = {
             "quant_method": "mxfp4",
         },
     },
-    # openai/gpt-oss-120b
-    "gpt-oss-120b": {
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": "gpt_oss",
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "hidden_size": 2880,
-        "num_hidden_layers": 36,
-        "intermediate_size": 2880,
-        "vocab_size": 201088,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "num_local_experts": 128,
-        "num_experts_per_tok": 4,
-        "experts_per_token": 4,
-        "sliding_window": 128,
-        "layer_types": ["sliding_attention", "full_attention"] * 18,
-        "attention_bias": True,
-        "hidden_act": "silu",
-        "quantization_config": {
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-            "quant_method": "mxfp4",
-        },
-    },
-    # mistralai/Mixtral-8x7B-v0.1
-    "Mixtral-8x7B": {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "intermediate_size": 14336,
-        "vocab_size": 32000,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "sliding_window": None,
-        "hidden_act": "silu",
-    },
     # mistralai/Mixtral-8x22B-v0.1
     "Mixtral-8x22B": {
         "architectures": ["MixtralForCausalLM"],
@@ -785,40 +508,6 @@ ZOO: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "sliding_window": None,
         "hidden_act": "silu",
-    },
-    # moonshotai/Kimi-K2-Instruct
-    "Kimi-K2": {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "kimi_k2",
-        "num_attention_heads": 64,
-        "num_key_value_heads": 64,
-        "v_head_dim": 128,
-        "hidden_size": 7168,
-        "num_hidden_layers": 61,
-        "intermediate_size": 18432,
-        "vocab_size": 163840,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 163584,
-        "kv_lora_rank": 512,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "n_routed_experts": 384,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 2048,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "moe_layer_freq": 1,
-        "num_nextn_predict_layers": 0,
-        "hidden_act": "silu",
-        "quantization_config": {
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "quant_method": "fp8",
-            "weight_block_size": [128, 128],
-        },
     },
     # moonshotai/Kimi-K2.5
     "Kimi-K2.5": {

@@ -8,18 +8,15 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.parallelism.alternatives import (
-    cluster_for,
-    for_expert_parallelism,
-    is_legal,
-    meant_by_more_experts_than_ranks,
-    other_shapes,
-    short_name,
-)
-from dynamo_mpi.parallelism.engine_config import EngineConfig
-from dynamo_mpi.parallelism.layout import Cluster
+from dynamo_mpi.parallelism.alternatives import meant_by_more_experts_than_ranks, other_shapes, suggestions
+from dynamo_mpi.parallelism.check import check_worker
+from dynamo_mpi.parallelism.engine_config import EngineConfig, Transceiver
+from dynamo_mpi.parallelism.finding import errors
+from dynamo_mpi.parallelism.layout import Cluster, cluster_for
 from dynamo_mpi.parallelism.model_config import parse_model_shape
+from dynamo_mpi.parallelism.rules.registry import layout_findings
 from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.parallelism.wording import short_name
 from tests.unit.model_zoo import ZOO
 
 MAVERICK = "Llama-4-Maverick-17B-128E"
@@ -88,7 +85,7 @@ def test_what_was_meant_is_legal_and_has_its_gpus(model: str, nodes: int, gpus: 
         for tp in (1, 2, 3, 4, 8):
             subject = worker(model, nodes, gpus, tp_size=tp, moe_ep_size=ep, gpus_per_node=gpus)
             for other in meant_by_more_experts_than_ranks(subject):
-                assert is_legal(other)
+                assert errors(layout_findings(other)) == []
                 assert other.layout.world_size == other.cluster.world_size == ep
                 assert other.cluster.gpus_per_node == min(gpus, ep) == other.config.gpus_per_node
                 assert other.role == ("decode" if other.layout.is_helix else "agg")
@@ -106,15 +103,116 @@ def test_the_role_stays_where_it_can() -> None:
     assert {other.role for other in found if other.layout.is_helix} == {"decode"}
 
 
+def advice(subject: Subject) -> str:
+    return next(finding.fix for finding in check_worker(subject).findings if finding.rule == "A2")
+
+
 def test_advice_on_expert_parallelism() -> None:
-    advice = for_expert_parallelism(worker(R1, 1, 8, tp_size=8, moe_ep_size=16))
-    assert advice.startswith("on 16 ranks: TP16/EP16 with attention DP, or TP8/EP8/PP2, or TP8 x CP2 helix/EP16")
-    assert advice.endswith(
+    fix = advice(worker(R1, 1, 8, tp_size=8, moe_ep_size=16))
+    assert fix.startswith("on 16 ranks: TP16/EP16 with attention DP, or TP8/EP8/PP2, or TP8 x CP2 helix/EP16")
+    assert fix.endswith(
         "on these 8 ranks set moe_expert_parallel_size to one of 1, 2, 4, 8, and leave moe_tensor_parallel_size out"
     )
     # sizes that experts can't be divided by aren't named
-    advice = for_expert_parallelism(worker("Mixtral-8x7B", 2, 8, tp_size=16, moe_ep_size=5))
-    assert advice == "set moe_expert_parallel_size to one of 1, 2, 4, 8, and leave moe_tensor_parallel_size out"
+    fix = advice(worker("Mixtral-8x7B", 2, 8, tp_size=16, moe_ep_size=5))
+    assert fix == "set moe_expert_parallel_size to one of 1, 2, 4, 8, and leave moe_tensor_parallel_size out"
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes", "gpu", "config"),
+    [
+        (MAVERICK, 2, "h200", {"tp_size": 16}),
+        (MAVERICK, 1, "h100", {"tp_size": 8}),
+        (R1, 1, "h200", {"tp_size": 8, "moe_ep_size": 16}),
+        (R1, 1, "h100", {"tp_size": 4, "moe_ep_size": 4}),
+        ("Phi-4", 1, None, {"tp_size": 8}),
+        ("Qwen3-32B-FP8", 2, "h100", {"tp_size": 16}),
+        ("Llama-3.1-405B", 1, "h100", {"tp_size": 8}),
+    ],
+)
+def test_what_is_offered_passes_every_rule(model: str, nodes: int, gpu: str | None, config: dict[str, Any]) -> None:
+    report = check_worker(worker(model, nodes, 8, gpu=gpu, **config))
+    assert not report.ok
+    assert report.nearest
+    for other in report.nearest:
+        well(report.subject, other)
+
+
+def well(asked: Subject, other: Subject) -> None:
+    """What is offered passes; a decode worker offered to another role alone still has to be given a transceiver."""
+    told = check_worker(other)
+    broken = {finding.rule for finding in errors(told.findings)}
+    assert broken <= (set() if other.role == asked.role else {"I6"}), (short_name(other), broken)
+    assert told.ok or other.role != asked.role
+    assert told.memory is None or (told.memory.weights_fit and told.memory.fits is not False)
+    assert other.layout.world_size == other.cluster.world_size
+    assert (other.cluster.gpu, other.shape) == (asked.cluster.gpu, asked.shape)
+
+
+WRONG: tuple[dict[str, Any], ...] = (
+    {"tp_size": 3},
+    {"tp_size": 16},
+    {"tp_size": 8, "moe_ep_size": 16},
+    {"tp_size": 8, "pp_size": 100},
+    {"tp_size": 2, "moe_tp_size": 4},
+    {"tp_size": 4, "cp_size": 2, "cp_type": "RING"},
+)
+
+
+@pytest.mark.parametrize("model", list(ZOO))
+def test_everything_that_is_offered_works(model: str) -> None:
+    offered = 0
+    for gpu, role, nodes in ((None, "agg", 1), ("h100", "agg", 1), ("b200", "decode", 2), ("l40s", "prefill", 1)):
+        for config in WRONG:
+            transceiver = None if role == "agg" else Transceiver("UCX")
+            asked = worker(model, nodes, 8, role, gpu, transceiver=transceiver, **config)
+            report = check_worker(asked)
+            layouts = [(other.layout, other.role, other.cluster) for other in report.nearest]
+            assert len(set(layouts)) == len(layouts)
+            about_layout = [f for f in errors(report.findings) if not f.rule.startswith(("H", "I", "G"))]
+            assert about_layout or not report.nearest
+            for other in report.nearest:
+                well(asked, other)
+            offered += len(layouts)
+    assert offered
+
+
+def test_where_no_layout_fits_more_gpus_are_offered() -> None:
+    (other,) = suggestions(worker(MAVERICK, 1, 8, gpu="h100", tp_size=8))
+    assert (other.cluster.nodes, other.cluster.gpu) == (2, "h100")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "nodes", "expected"),
+    # 756 GiB of weights
+    [("h200", 1, 1), ("h100", 1, 2), ("l40s", 1, 4), ("l40s", 2, 4), ("l40s", 3, 3), ("l40s", 9, 9)],
+)
+def test_as_few_more_as_there_have_to_be(gpu: str, nodes: int, expected: int) -> None:
+    found = suggestions(worker("Llama-3.1-405B", nodes, 8, gpu=gpu, tp_size=8 * nodes))
+    assert {other.cluster.nodes for other in found} == {expected}
+
+
+@pytest.mark.parametrize(("nodes", "expected"), [(4, {16}), (3, {12}), (5, set()), (9, set())])
+def test_sixteen_nodes_are_the_most_that_is_offered(nodes: int, expected: set[int]) -> None:
+    # 11 or more of these nodes would do; 4 times 5 are too many, and so are twice 9
+    found = suggestions(worker("Llama-3.1-405B", nodes, 1, gpu="h100", tp_size=nodes))
+    assert {other.cluster.nodes for other in found} == expected
+
+
+def test_a_cache_without_room_alone_brings_no_offer() -> None:
+    report = check_worker(worker(R1, 1, 8, gpu="h100", tp_size=8, moe_ep_size=8))
+    assert report.ok
+    assert report.nearest == ()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "role", "config", "rule"),
+    [("a100", "agg", {"tp_size": 8, "moe_ep_size": 8}, "G"), (None, "prefill", {"tp_size": 8}, "I6")],
+)
+def test_what_no_layout_mends_brings_no_offer(gpu: str | None, role: str, config: dict[str, Any], rule: str) -> None:
+    report = check_worker(worker(R1, 1, 8, role, gpu, **config))
+    assert rule in [finding.rule for finding in errors(report.findings)]
+    assert report.nearest == ()
 
 
 def test_layouts_are_listed_by_the_ranks_they_need() -> None:

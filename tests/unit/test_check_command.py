@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ from tests.unit.model_zoo import ZOO
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in os.environ:
-        if name.startswith(("DYN_", "HF_", "NUM_")) or name in ("MODEL_PATH", "ENGINE_CONFIG"):
+        if name.startswith(("DYN_", "HF_", "NUM_")) or name == "MODEL_PATH" or name.endswith("ENGINE_CONFIG"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("NO_COLOR", "1")
@@ -74,13 +76,187 @@ def test_a_legal_layout_is_0_and_says_all_that_design_promises(check: Check) -> 
     assert (code, report["ok"]) == (0, True)
     layout = report["layout"]
     assert [layout[name] for name in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size", "nodes")] == [8, 1, 1, 8, 1]
-    assert report["legal"]["tp"] == [1, 2, 4, 8, 40]
+    # ep 8 as it is said needs 8 ranks; heads alone allow more (B11)
+    assert report["legal"] == {"tp": [8], "tp_by_heads": [1, 2, 4, 8, 40], "pp": [1, 2, 4, 8], "ep": [1, 2, 4, 8]}
     assert [rank["moe_ep_rank"] for rank in report["ranks"]] == list(range(8))
     assert report["groups"]["tp"] == [list(range(8))]
-    for finding in report["findings"]:
-        assert set(finding) == {"rule", "severity", "message", "found", "needed", "fix"}
     assert report["memory"]["stages"][0]["kv_bytes_per_token"] > 0
     assert report["nearest"] == []
+
+
+LAYOUT_KEYS = {
+    "tp_size",
+    "pp_size",
+    "cp_size",
+    "cp_type",
+    "moe_tp_size",
+    "moe_ep_size",
+    "moe_cluster_size",
+    "enable_attention_dp",
+    "dp_size",
+    "world_size",
+    "nodes",
+    "gpus_per_node",
+}
+FINDING_KEYS = {"rule", "severity", "message", "found", "needed", "fix"}
+RANK_KEYS = {"rank", "node", "gpu", "tp_rank", "pp_rank", "cp_rank", "moe_tp_rank", "moe_ep_rank"}
+MEMORY_KEYS = {
+    "gpu",
+    "gpu_bytes",
+    "fullest_rank",
+    "fullest_stage",
+    "tokens",
+    "tokens_of_all_ranks",
+    "full_length",
+    "full_length_requests",
+    "full_length_requests_of_all_ranks",
+    "dp_size",
+    "kv_cache_fraction",
+    "weights_total_bytes",
+    "stages",
+    "assumptions",
+}
+STAGE_KEYS = {
+    "stage",
+    "layers",
+    "first_rank",
+    "ranks",
+    "weights_bytes",
+    "activation_bytes",
+    "workspace_bytes",
+    "outside_bytes",
+    "kv_bytes_per_token",
+    "windows",
+    "state_bytes_per_request",
+    "left_bytes",
+    "tokens",
+}
+REPORT_KEYS = {
+    "ok",
+    "model",
+    "role",
+    "trtllm_version",
+    "layout",
+    "ranks",
+    "groups",
+    "findings",
+    "unknown",
+    "legal",
+    "memory",
+    "nearest",
+}
+
+
+def all_keys(rows: list[dict[str, Any]]) -> set[str]:
+    """Return the keys that every row has, and no row more."""
+    (found,) = {frozenset(row) for row in rows}
+    return set(found)
+
+
+def has_the_promised_keys(report: dict[str, Any]) -> None:
+    assert set(report) == REPORT_KEYS
+    assert set(report["layout"]) == LAYOUT_KEYS
+    assert not report["findings"] or all_keys(report["findings"]) == FINDING_KEYS
+    assert set(report["legal"]) <= {"tp", "tp_by_heads", "pp", "ep", "cp"}
+    if report["ranks"]:
+        assert all_keys(report["ranks"]) == RANK_KEYS
+        assert set(report["groups"]) == {"tp", "pp", "cp", "moe_tp", "moe_ep"}
+    if report["memory"]:
+        assert set(report["memory"]) == MEMORY_KEYS
+        assert all_keys(report["memory"]["stages"]) == STAGE_KEYS
+        for stage in report["memory"]["stages"]:
+            assert not stage["windows"] or all_keys(stage["windows"]) == {"tokens", "bytes_per_token"}
+    for other in report["nearest"]:
+        assert set(other) == {"name", "role", "layout"}
+        assert set(other["layout"]) == LAYOUT_KEYS
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "code"),
+    [
+        ("Llama-4-Maverick-17B-128E", ("--tp-size", "8", "--gpu", "h200"), 0),
+        ("Llama-3.1-70B", ("--tp-size", "4", "--pp-size", "2"), 0),
+        ("DeepSeek-R1", ("--tp-size", "8", "--ep-size", "16", "--gpu", "h100"), 78),
+        ("Phi-4", ("--tp-size", "8"), 78),
+        ("Llama-3.1-405B", ("--tp-size", "8", "--gpu", "h100", "--trtllm-version", "1.2.1"), 78),
+        ("gpt-oss-120b", ("--tp-size", "2", "--ep-size", "2", "--gpu", "b200"), 0),
+        ("Qwen3-Next-80B-A3B", ("--tp-size", "2", "--role", "decode"), 78),
+    ],
+)
+def test_the_keys_of_the_json_are_fixed(check: Check, model: str, words: tuple[str, ...], code: int) -> None:
+    found, report = check.json("--model", check.model(model), *words)
+    assert found == code
+    has_the_promised_keys(report)
+    assert report["trtllm_version"] == ("1.2.1" if "1.2.1" in words else None)
+    assert bool(report["ranks"]) == ("A2" not in rules(report))
+    assert bool(report["memory"]) == ("A2" not in rules(report))
+
+
+def test_the_keys_of_a_pair_s_json_are_fixed(check: Check) -> None:
+    _, report = pair(check, PREFILL + "kv_cache_config: {dtype: fp8}\n", DECODE)
+    assert set(report) == {"ok", "prefill", "decode", "pair"}
+    has_the_promised_keys(report["prefill"])
+    has_the_promised_keys(report["decode"])
+    assert set(report["pair"]) == {"ok", "findings"}
+    assert all_keys(report["pair"]["findings"]) == FINDING_KEYS
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "legal"),
+    [
+        (
+            "Llama-4-Maverick-17B-128E",
+            ("--tp-size", "8"),
+            {"tp": [1, 2, 4, 8], "tp_by_heads": [1, 2, 4, 8, 40], "pp": [1, 2, 4, 8], "ep": [1, 2, 4, 8]},
+        ),
+        # on as many ranks as needed: 9 is more than there are, and its MLP forbids it
+        ("SmolLM2-135M", ("--tp-size", "3"), {"tp": [1, 3], "tp_by_heads": [1, 3, 9], "pp": [1, 3]}),
+        # FP8's scaling blocks
+        (
+            "Qwen3-32B-FP8",
+            ("--tp-size", "8", "--pp-size", "2"),
+            {"tp": [1, 2, 4, 8], "tp_by_heads": [1, 2, 4, 8, 16, 32, 64], "pp": [1, 2, 4, 8, 16]},
+        ),
+        (
+            "Llama-3.1-8B",
+            ("--tp-size", "2", "--role", "decode"),
+            {
+                "tp": [1, 2, 4, 8, 16, 32],
+                "tp_by_heads": [1, 2, 4, 8, 16, 32],
+                "pp": [1, 2],
+                "cp": [1, 2, 4, 8, 16],
+            },
+        ),
+        (
+            "DeepSeek-R1",
+            ("--tp-size", "8", "--ep-size", "16"),
+            {"tp_by_heads": [1, 2, 4, 8, 16, 32, 64, 128], "pp": []},
+        ),
+    ],
+)
+def test_the_legal_sizes(check: Check, model: str, words: tuple[str, ...], legal: dict[str, list[int]]) -> None:
+    _, report = check.json("--model", check.model(model), *words)
+    assert {name: report["legal"][name] for name in legal} == legal
+    assert set(report["legal"]) - set(legal) <= {"tp", "ep"}
+    assert ("ep" in report["legal"]) == (model in ("Llama-4-Maverick-17B-128E", "DeepSeek-R1"))
+
+
+@pytest.mark.parametrize("model", ["Llama-4-Maverick-17B-128E", "DeepSeek-R1", "Phi-4", "Qwen3-Next-80B-A3B"])
+def test_a_legal_size_is_one_that_check_takes(check: Check, model: str) -> None:
+    path = check.model(model)
+    flags = {"tp": "--tp-size", "pp": "--pp-size", "ep": "--ep-size"}
+    _, report = check.json("--model", path, "--tp-size", "4")
+    tried = 0
+    for name, flag in flags.items():
+        for size in (1, 2, 3, 4, 5, 8, 16):
+            if name not in report["legal"] or (name != "tp" and 4 % size):
+                continue
+            words = ["--tp-size", str(size)] if name == "tp" else ["--tp-size", "4", flag, str(size)]
+            code, found = check.json("--model", path, *words)
+            layout_rules = [rule for rule in rules(found) if rule not in ("H", "J")]
+            assert (size in report["legal"][name]) == (layout_rules == []), (name, size, code)
+            tried += 1
+    assert tried > 6
 
 
 @pytest.mark.parametrize(
@@ -92,7 +268,7 @@ def test_a_legal_layout_is_0_and_says_all_that_design_promises(check: Check) -> 
         ("DeepSeek-R1", "{tensor_parallel_size: 8, moe_expert_parallel_size: 16}", 1, "A2"),
         ("DeepSeek-R1", "{tensor_parallel_size: 16, moe_expert_parallel_size: 6}", 2, "A2"),
         ("Llama-3.1-8B", "tensor_parallel_size: 8", 2, "A1"),
-        ("Llama-3.1-8B", "{tensor_parallel_size: 8, pipeline_parallel_size: 33}", 33, "F3"),
+        ("Llama-3.1-8B", "{tensor_parallel_size: 4, pipeline_parallel_size: 64}", 32, "F3"),
     ],
 )
 def test_an_illegal_layout_is_78_with_its_rule_and_what_would_work(
@@ -311,8 +487,60 @@ def test_one_bad_worker_spoils_the_pair(check: Check) -> None:
 
 def test_half_a_pair_is_64(check: Check) -> None:
     engine = check.yaml(PREFILL)
-    code, _, err = check.run("--model", check.model("Phi-4"), "--prefill-engine-config", engine)
-    assert (code, "--decode-engine-config" in err) == (64, True)
+    model = check.model("Phi-4")
+    both = ("--prefill-engine-config", engine, "--decode-engine-config", engine)
+    for words in (both[:2], both[2:], (*both, "--role", "prefill"), (*both, "--engine-config", engine)):
+        code, _, err = check.run("--model", model, *words)
+        assert (code, "--decode-engine-config" in err) == (64, True), words
+
+
+def test_a_pair_may_stand_in_the_environment(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_PATH", check.model("Llama-4-Maverick-17B-128E"))
+    monkeypatch.setenv("NUM_GPUS_PER_NODE", "8")
+    monkeypatch.setenv("PREFILL_ENGINE_CONFIG", check.yaml(PREFILL, "p.yaml"))
+    # one alone is no pair
+    code, report = check.json()
+    assert (code, report["role"], report["layout"]["tp_size"]) == (0, "agg", 1)
+    monkeypatch.setenv("DECODE_ENGINE_CONFIG", check.yaml(DECODE, "d.yaml"))
+    monkeypatch.setenv("NUM_DECODE_NODES", "2")
+    code, report = check.json()
+    assert (code, set(report)) == (0, {"ok", "prefill", "decode", "pair"})
+    assert (report["decode"]["layout"]["nodes"], report["decode"]["layout"]["tp_size"]) == (2, 16)
+    for role, tp_size, nodes in (("prefill", 8, 1), ("decode", 16, 2)):
+        code, report = check.json("--role", role)
+        layout = report["layout"]
+        assert (code, report["role"], layout["tp_size"], layout["nodes"]) == (0, role, tp_size, nodes)
+    code, report = check.json("--role", "decode", "--nodes", "4")
+    assert (code, rules(report), report["layout"]["nodes"]) == (78, ["A1"], 4)
+    # a worker's own config goes before
+    engine = check.yaml("tensor_parallel_size: 4")
+    code, report = check.json("--engine-config", engine)
+    assert (code, report["role"], report["layout"]["tp_size"]) == (0, "agg", 4)
+    code, report = check.json("--role", "decode", "--engine-config", engine)
+    assert (code, rules(report), report["layout"]["tp_size"]) == (78, ["I6"], 4)
+    monkeypatch.setenv("ENGINE_CONFIG", engine)
+    code, report = check.json()
+    assert (code, report["role"], report["layout"]["tp_size"]) == (0, "agg", 4)
+
+
+@pytest.mark.parametrize("said", ["yaml", "environment", "flag"])
+def test_a_small_worker_on_a_big_node_is_fine(check: Check, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    engine = check.yaml("tensor_parallel_size: 2\n" + ("gpus_per_node: 8\n" if said == "yaml" else ""))
+    if said == "environment":
+        monkeypatch.setenv("NUM_GPUS_PER_NODE", "8")
+    words = ["--model", check.model("Llama-3.1-8B"), "--engine-config", engine]
+    words += ["--gpus-per-node", "8"] if said == "flag" else []
+    code, report = check.json(*words)
+    assert (code, rules(report), rules(report, "warning")) == (0, [], [])
+    assert "A1" in rules(report, "info")
+    assert (report["layout"]["world_size"], report["layout"]["gpus_per_node"], len(report["ranks"])) == (2, 8, 2)
+    assert report["groups"]["tp"] == [[0, 1]]
+    # on two nodes all of their GPUs have to be taken
+    code, report = check.json(*words, "--nodes", "2")
+    assert (code, rules(report)) == (78, ["A1"])
+    # and more than a node has there are nowhere
+    code, report = check.json(*words, "--override-engine-args", '{"tensor_parallel_size": 16}')
+    assert (code, "A1" in rules(report)) == (78, True)
 
 
 def test_memory_is_judged_where_the_gpu_is_known(check: Check) -> None:
@@ -321,6 +549,11 @@ def test_memory_is_judged_where_the_gpu_is_known(check: Check) -> None:
     assert (code, report["memory"]["gpu"]) == (0, None)
     code, report = check.json(*words, "--gpu", "h100")
     assert (code, rules(report)) == (78, ["J"])
+    # weights that leave nothing to the KV cache are an estimate's word: no error
+    code, report = check.json(
+        *("--model", check.model("DeepSeek-R1"), "--tp-size", "8", "--gpu", "h100", "--gpus-per-node", "8")
+    )
+    assert (code, rules(report), "J" in rules(report, "warning")) == (0, [], True)
     code, report = check.json(*words, "--gpu", "B200")
     assert (code, "J" in rules(report, "info")) == (0, True)
     assert report["memory"]["tokens"] > 0
@@ -337,6 +570,94 @@ def test_any_bytes_for_an_engine_config_end_in_a_code_of_the_table(
     (folder / "engine.yaml").write_bytes(content)
     code = main(["check", "--model", str(folder), "--engine-config", str(folder / "engine.yaml"), "--output", "json"])
     assert code in (0, 64, 65, 78)
+
+
+def program(*words: str) -> list[str]:
+    return [sys.executable, "-m", "dynamo_mpi", *words]
+
+
+@pytest.mark.parametrize("output", ["text", "json"])
+def test_a_full_disk_is_64_with_a_message(check: Check, output: str) -> None:
+    words = program("check", "--model", check.model("Phi-4"), "--output", output)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 64
+    assert done.stderr.startswith("dynamo-mpi: stdout can't be written: No space left on device\n")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", [("check",), ("plan", "--gpus", "1")])
+def test_a_closed_stdout_is_64_with_a_message(check: Check, verb: tuple[str, ...]) -> None:
+    words = shlex.join(program(*verb, "--model", check.model("Phi-4")))
+    done = subprocess.run(["/bin/sh", "-c", f"{words} >&-"], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 64
+    assert done.stderr.startswith("dynamo-mpi: stdout is closed\n")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+def test_a_reader_that_has_gone_is_a_signal_s_code(check: Check) -> None:
+    words = program("check", "--model", check.model("Phi-4"))
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_the_package_is_a_program(check: Check) -> None:
+    done = subprocess.run(
+        program("check", "--model", check.model("Phi-4"), "--tp-size", "8"),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (78, "")
+    assert "error B3: " in done.stdout
+
+
+def test_what_is_only_good_to_know_takes_one_line(check: Check) -> None:
+    code, text, _ = check.run("--model", check.model("Llama-3.1-8B"), "--tp-size", "2", "--gpus-per-node", "8")
+    assert code == 0
+    lines = text.splitlines()
+    assert sum(line.startswith("info ") for line in lines) >= 2
+    assert not any(line.startswith("  ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "name"),
+    [
+        ("LlamaForCausalLM", "LlamaForCausalLM"),
+        (["LlamaForCausalLM"], "LlamaForCausalLM"),
+        ([], "llama"),
+        ("", "llama"),
+        (None, "llama"),
+        ([7], "llama"),
+        ({"a": 1}, "llama"),
+    ],
+)
+def test_architectures_may_be_one_word(check: Check, architectures: Any, name: str) -> None:
+    path = check.folder / "config.json"
+    path.write_text(json.dumps(ZOO["Llama-3.1-8B"] | {"architectures": architectures}))
+    code, report = check.json("--model", str(path))
+    assert (code, report["model"]) == (0, name)
+
+
+def test_a_name_that_cannot_be_printed_is_printed(check: Check) -> None:
+    path = check.folder / "config.json"
+    path.write_text(json.dumps(ZOO["Llama-3.1-8B"] | {"architectures": "Llama\ud800"}))
+    assert check.run("--model", str(path))[0] == 0
+    assert check.json("--model", str(path))[1]["model"] == "Llama?"
+
+
+def test_what_the_memory_estimate_misses_is_unknown_too(check: Check) -> None:
+    path = check.folder / "config.json"
+    path.write_text(json.dumps({key: ZOO["Llama-3.1-8B"][key] for key in ZOO["Llama-3.1-8B"] if "intermed" not in key}))
+    code, report = check.json("--model", str(path))
+    assert (code, report["unknown"], report["memory"]) == (0, ["intermediate_size"], {})
+    assert "not in config.json, so not checked: intermediate_size" in check.run("--model", str(path))[1]
 
 
 def test_nothing_heavy_is_imported(check: Check) -> None:

@@ -51,6 +51,7 @@ def test_all_of_a_model_with_heads_is_said() -> None:
         latent_attention=False,
         index_head_dim=0,
         state_heads=0,
+        state_dtype=None,
         kv_dtype="bfloat16",
         tokens_per_block=64,
         backend="UCX",
@@ -73,15 +74,18 @@ def test_a_latent_is_as_large_as_it_is_cached() -> None:
 
 def test_a_hybrid_s_state_is_said() -> None:
     found = contract("Qwen3-Next-80B-A3B")
-    assert (found.kv_heads, found.head_dim, found.state_heads) == (2, 256, 32)
+    assert (found.kv_heads, found.head_dim, found.state_heads, found.state_dtype) == (2, 256, 32, None)
+    said = "kv_cache_config: {mamba_ssm_cache_dtype: bfloat16}"
+    assert contract("Qwen3-Next-80B-A3B", said).state_dtype == "bfloat16"
+    # what a model without a state is told of it is nothing
+    assert contract(LLAMA, said).state_dtype is None
 
 
 def test_what_is_not_set_is_the_engine_s_default() -> None:
     found = contract(LLAMA)
     assert (found.tokens_per_block, found.backend, found.runtime) == (32, None, "AUTO")
-    # the model's own
-    assert found.max_seq_len == 131072
-    assert (found.max_tokens_in_buffer, found.trtllm_version) == (None, None)
+    # the model's own is a matter of each engine's memory
+    assert (found.max_seq_len, found.max_tokens_in_buffer, found.trtllm_version) == (None, None, None)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,11 @@ def test_attention_backends_have_blocks_of_their_own(engine: str, tokens: int) -
     assert contract(LLAMA, engine).tokens_per_block == tokens
 
 
-BASE = contract(LLAMA, "{max_seq_len: 4096, cache_transceiver_config: {backend: UCX}}", version="1.3.0rc20")
+BASE = contract(
+    LLAMA,
+    "{max_seq_len: 4096, cache_transceiver_config: {backend: UCX, transceiver_runtime: CPP}}",
+    version="1.3.0rc20",
+)
 
 
 def side(field: str, value: Any) -> Contract:
@@ -167,12 +175,42 @@ def test_what_may_differ(field: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "rule", "values"), [("index_head_dim", "I3", (128, 64)), ("state_heads", "I5", (16, 32))]
+    ("field", "rule", "values"),
+    [
+        ("index_head_dim", "I3", (128, 64)),
+        ("index_head_dim", "I3", (128, 0)),
+        ("state_heads", "I5", (16, 32)),
+        ("state_heads", "I5", (0, 32)),
+        ("state_dtype", "I5", ("float32", "bfloat16")),
+    ],
 )
-def test_other_caches_have_to_be_the_same_too(field: str, rule: str, values: tuple[int, int]) -> None:
+def test_other_caches_have_to_be_the_same_too(field: str, rule: str, values: tuple[object, object]) -> None:
     sides = [side(field, value) for value in values]
-    assert told(*sides) == [f"error {rule}"]
+    assert told(*sides) == told(*reversed(sides)) == [f"error {rule}"]
     assert told(sides[0], sides[0]) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "expected"),
+    [
+        ("backend", ("DEFAULT", "NIXL"), ["warning I6"]),
+        ("backend", ("DEFAULT", "DEFAULT"), []),
+        ("backend", ("DEFAULT", "UCX"), ["error I6"]),
+        ("backend", ("DEFAULT", "MPI"), ["error I6"]),
+        ("backend", ("NIXL", "UCX"), ["error I6"]),
+        ("runtime", ("AUTO", "CPP"), ["warning I7"]),
+        ("runtime", ("AUTO", "PYTHON"), ["warning I7"]),
+        ("runtime", ("AUTO", "AUTO"), []),
+        ("runtime", ("CPP", "PYTHON"), ["error I7"]),
+        # the engine's own type of states isn't known here
+        ("state_dtype", (None, "bfloat16"), []),
+    ],
+)
+def test_what_an_engine_chooses_itself_only_warns(field: str, values: tuple[Any, Any], expected: list[str]) -> None:
+    for one, other in (values, values[::-1]):
+        found = check_contracts(side(field, one), side(field, other))
+        assert [f"{finding.severity.value} {finding.rule}" for finding in found] == expected
+        assert all(finding.found == f"prefill {one}, decode {other}" and finding.fix for finding in found)
 
 
 @pytest.mark.parametrize("field", [name for name in OTHER if name not in ("model", "latent_attention", "runtime")])
@@ -183,7 +221,7 @@ def test_what_one_side_does_not_know_is_not_compared(field: str) -> None:
 
 
 def test_every_field_is_compared_free_or_looked_at() -> None:
-    others = {"index_head_dim", "state_heads", "max_seq_len", "trtllm_version"}
+    others = {"index_head_dim", "state_heads", "state_dtype", "max_seq_len", "trtllm_version"}
     assert {field.name for field in fields(Contract)} == {*OTHER, *FREE, *others}
 
 
@@ -226,6 +264,8 @@ def test_lengths() -> None:
     assert told(BASE, replace(small, role="decode")) == ["warning I8"]
     assert told(small, replace(small, role="decode")) == ["warning I8", "warning I8"]
     assert told(replace(small, max_seq_len=None), BASE) == []
+    # no longer than the other's own, whatever that is
+    assert told(BASE, replace(BASE, max_seq_len=None)) == told(replace(BASE, max_seq_len=None), BASE) == []
 
 
 CONTRACTS = st.builds(
@@ -238,10 +278,11 @@ CONTRACTS = st.builds(
     latent_attention=st.booleans(),
     index_head_dim=st.integers(0, 2),
     state_heads=st.integers(0, 2),
+    state_dtype=st.none() | st.sampled_from(["float32", "bfloat16"]),
     kv_dtype=st.none() | st.sampled_from(["fp8", "auto"]),
     tokens_per_block=st.integers(1, 2),
-    backend=st.none() | st.sampled_from(["UCX", "NIXL"]),
-    runtime=st.sampled_from(["AUTO", "CPP"]),
+    backend=st.none() | st.sampled_from(["UCX", "NIXL", "DEFAULT"]),
+    runtime=st.sampled_from(["AUTO", "CPP", "PYTHON"]),
     tp_size=st.integers(1, 2),
     pp_size=st.integers(1, 2),
     cp_size=st.integers(1, 2),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_mpi import __version__
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
 from dynamo_mpi.fields import pack, unpack
 from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile
@@ -56,13 +57,16 @@ def test_foreign_bytes_are_read_or_refused(data: bytes) -> None:
         model_dir=TEXT,
         weights=TEXTS,
         files=st.lists(st.builds(WatchedFile, TEXT, TEXT, TEXT)).map(tuple),
+        hosts=st.booleans(),
+        gpus=st.booleans(),
+        version=st.just(__version__),
     )
 )
 def test_an_inquiry_arrives_as_it_was(inquiry: Inquiry) -> None:
     assert Inquiry.unpack(inquiry.pack()) == inquiry
 
 
-@given(st.builds(Card, TEXT, TEXT, TEXT, TEXTS))
+@given(st.builds(Card, TEXT, TEXT, st.just(__version__), TEXTS, TEXTS, TEXTS))
 def test_a_card_arrives_as_it_was(card: Card) -> None:
     assert Card.unpack(card.pack()) == card
 

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi import __version__
+from dynamo_mpi.fields import pack
 from dynamo_mpi.launchers.launch import Launch, Launcher
+from dynamo_mpi.preflight.gpu_facts import NodeGpus
+from dynamo_mpi.preflight.host_facts import HostFacts
 from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile, fill_card, host_name, weight_files
 
 LAUNCH = Launch(Launcher.OPEN_MPI, rank=1, size=2, local_rank=0, local_size=2)
@@ -140,3 +143,49 @@ def test_every_problem_is_told(tmp_path: Path) -> None:
 def test_weight_files_are_known_by_their_endings() -> None:
     names = ["b.safetensors", "config.json", "a.gguf", "model.safetensors.index.json", "c.bin", "tokenizer.json"]
     assert weight_files(names) == ("a.gguf", "b.safetensors", "c.bin")
+
+
+TEXTS = st.lists(st.text(max_size=4), max_size=4).map(tuple)
+
+
+@given(TEXTS, st.text(max_size=4), TEXTS, TEXTS, st.booleans(), st.booleans())
+def test_an_inquiry_arrives_as_it_was_sent(
+    argv: tuple[str, ...], folder: str, weights: tuple[str, ...], paths: tuple[str, ...], hosts: bool, gpus: bool
+) -> None:
+    files = tuple(WatchedFile("engine config", path, path * 2) for path in paths)
+    inquiry = Inquiry(argv, folder, weights, files, hosts, gpus)
+    assert Inquiry.unpack(inquiry.pack()) == inquiry
+
+
+@given(st.text(max_size=4), st.text(max_size=4), TEXTS, TEXTS, TEXTS)
+def test_a_card_arrives_as_it_was_sent(
+    host: str, visible: str, problems: tuple[str, ...], facts: tuple[str, ...], gpus: tuple[str, ...]
+) -> None:
+    card = Card(host, visible, __version__, problems, facts, gpus)
+    assert Card.unpack(card.pack()) == card
+
+
+def test_nothing_is_told_of_host_and_gpus_unless_it_is_asked_for(tmp_path: Path) -> None:
+    inquiry = Inquiry(ARGV, str(tmp_path), (), ())
+    card = fill_card(inquiry, LAUNCH, ARGV, "Open MPI v5.0.8")
+    assert (card.host_facts, card.gpu_facts) == ((), ())
+    card = fill_card(inquiry._replace(hosts=True), LAUNCH, ARGV, "Open MPI v5.0.8")
+    assert HostFacts.unpack(card.host_facts).mpi_library == "Open MPI v5.0.8"
+    assert card.gpu_facts == ()
+    card = fill_card(inquiry._replace(hosts=True, gpus=True), LAUNCH, ARGV)
+    assert isinstance(NodeGpus.unpack(card.gpu_facts), NodeGpus)
+
+
+@pytest.mark.parametrize(("local_rank", "speaks"), [(0, True), (None, True), (1, False)])
+def test_one_rank_of_each_node_speaks_for_it(tmp_path: Path, local_rank: int | None, speaks: bool) -> None:
+    inquiry = Inquiry(ARGV, str(tmp_path), (), (), hosts=True)
+    card = fill_card(inquiry, LAUNCH._replace(local_rank=local_rank), ARGV)
+    assert HostFacts.unpack(card.host_facts).speaks_for_node is speaks
+
+
+def test_ranks_of_another_version_answer_with_no_more_than_theirs() -> None:
+    """P4 is what has to be heard of them; the rest may mean something else there."""
+    inquiry = Inquiry.unpack(pack(["99.0", "what", "later", "versions", "ask"]))
+    card = fill_card(inquiry, LAUNCH, ARGV)
+    assert (card.host, card.version, card.problems) == (host_name(), __version__, ())
+    assert Card.unpack(pack(["n1", "0,1", "99.0", "what", "they", "tell"])) == Card("n1", "0,1", "99.0", ())

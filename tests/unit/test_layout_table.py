@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo_mpi.parallelism.check import Report, check_pair, check_worker
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.parallelism.check import Report, check_pair, check_worker, exit_code_of
 from dynamo_mpi.parallelism.contract import check_contracts, contract_of
 from dynamo_mpi.parallelism.engine_config import EngineConfig
 from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
@@ -44,6 +46,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "encoder-decoder": ZOO["Llama-3.1-8B"]
     | {"architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "is_encoder_decoder": True},
     "wide heads": ZOO["Llama-3.1-8B"] | {"head_dim": 260},
+    "narrow heads": ZOO["Llama-3.1-8B"] | {"head_dim": 24},
 }
 
 
@@ -116,6 +119,7 @@ ADP = "enable_attention_dp: true\n"
 EP8 = "moe_expert_parallel_size: 8\n"
 EP16 = "moe_expert_parallel_size: 16\n"
 EP32 = "moe_expert_parallel_size: 32\n"
+FLASHMLA = "attn_backend: FLASHMLA\n"
 HELIX = "context_parallel_size: 2\ncp_config: {cp_type: HELIX}\n"
 
 
@@ -125,6 +129,10 @@ def balancer(text: str) -> str:
 
 def cp(kind: str) -> str:
     return f"context_parallel_size: 2\ncp_config: {{cp_type: {kind}}}\n"
+
+
+def helix_blocks(tokens: int) -> str:
+    return f"context_parallel_size: 2\ncp_config: {{cp_type: HELIX, tokens_per_block: {tokens}}}\n"
 
 
 def kv(text: str) -> str:
@@ -146,6 +154,7 @@ CASES = [
     Case(R1, "tensor_parallel_size: 3", 1, 3, "B2 D5"),
     Case("Qwen3-235B-A22B", TP8, 1, 8, "", "B4"),
     Case("wide heads", TP8, 1, 8, "", "B8"),
+    Case("narrow heads", TP8, 1, 8, "", "B8"),
     Case("encoder-decoder", TP16, 2, 8, "B6", "B4"),
     Case("encoder-decoder", TP4 + "pipeline_parallel_size: 2", 1, 8, "F5"),
     # DeepSeek-V4's output groups, and its cache
@@ -163,10 +172,14 @@ CASES = [
     # the world, and its division over experts
     Case(LLAMA, TP8, 2, 8, "A1"),
     Case(LLAMA, TP16, 1, 8, "A1", "B4"),
+    Case(LLAMA, TP4, 1, 8),
+    Case(LLAMA, TP4, 2, 8, "A1"),
     Case(R1, TP8 + EP16, 1, 8, "A2"),
     Case(MAVERICK, TP8 + EP16, 1, 8, "A2"),
     Case(R1, TP16 + "moe_expert_parallel_size: 6", 2, 8, "A2 D1"),
-    Case(LLAMA, TP4 + "moe_expert_parallel_size: 3", 1, 4, "A2"),
+    Case(LLAMA, TP4 + "moe_expert_parallel_size: 3", 1, 4, "A2", "A3"),
+    Case(LLAMA, TP4 + "moe_expert_parallel_size: 4", 1, 4, "", "A3"),
+    Case(LLAMA, TP4 + "moe_tensor_parallel_size: 4", 1, 4, "", "A3"),
     Case(R1, TP16 + EP8, 2, 8, "", "A14"),
     Case(R1, TP8 + "moe_tensor_parallel_size: 2\nmoe_expert_parallel_size: 4", 1, 8),
     Case(R1, TP8 + "moe_tensor_parallel_size: -1\nmoe_expert_parallel_size: -1", 1, 8),
@@ -194,7 +207,7 @@ CASES = [
     Case(R1, TP8 + ADP + EP8 + balancer("{num_slots: 252}"), 1, 8, "D2 D3"),
     Case(R1, TP8 + EP8 + balancer("{num_slots: 288}"), 1, 8, "C6"),
     Case(R1, TP8 + ADP + balancer("{num_slots: 288}"), 1, 8, "C6"),
-    Case(R1, TP8 + ADP + EP8 + balancer("/nowhere/slots.yaml"), 1, 8),
+    Case(R1, TP8 + ADP + EP8 + balancer("/nowhere/slots.yaml"), 1, 8, "", "D4"),
     Case(R1, TP8 + ADP + EP8 + "load_format: GMS\n" + balancer("{num_slots: 288}"), 1, 8, "D14"),
     Case(R1, TP8 + ADP + EP8 + "dwdp_config: {dwdp_size: 2}\n" + balancer("{num_slots: 288}"), 1, 8, "D13"),
     Case("Qwen3-30B-A3B", TP4 + ADP + EP8, 1, 4, "A2"),
@@ -207,6 +220,15 @@ CASES = [
     Case(LLAMA, TP2 + cp("star"), 1, 4, "B5"),
     Case(LLAMA, TP2 + cp("RING"), 1, 4, "B5"),
     Case(R1, TP4 + cp("ULYSSES") + "moe_expert_parallel_size: 4", 1, 8, "A5 B5"),
+    Case(R1, TP4 + HELIX + EP8 + UCX, 1, 8, "A2 A5", role="decode", version="1.1.0"),
+    Case(R1, TP4 + HELIX + "moe_expert_parallel_size: 4\n" + UCX, 1, 8, "A5", role="decode", version="1.1.0"),
+    Case(R1, TP4 + HELIX + UCX, 1, 8, role="decode", version="1.1.0"),
+    Case(R1, TP4 + HELIX + EP8 + UCX, 1, 8, role="decode", version="1.2.1"),
+    # FlashMLA has blocks of its own, whatever the config says
+    Case(R1, TP8 + FLASHMLA + helix_blocks(64) + UCX, 2, 8, role="decode"),
+    Case(R1, TP8 + FLASHMLA + helix_blocks(32) + UCX, 2, 8, "F9", role="decode"),
+    Case(R1, TP8 + FLASHMLA + helix_blocks(32) + UCX + kv("tokens_per_block: 32"), 2, 8, "F9", "H8", role="decode"),
+    Case(R1, TP8 + helix_blocks(32) + UCX, 2, 8, role="decode"),
     Case(LLAMA, TP2 + HELIX, 1, 4, "F9"),
     Case(LLAMA, TP2 + HELIX + UCX, 1, 4, "F9", role="prefill"),
     Case(LLAMA, TP2 + HELIX + UCX, 1, 4, role="decode"),
@@ -251,6 +273,8 @@ CASES = [
     Case(R1, TP16 + EP16, 2, 8, "", "A14"),
     Case("odd MLP, gcd family", TP8 + EP8, 1, 8, "E9"),
     # attention DP
+    Case(LLAMA, TP8 + ADP, 1, 8, "", "C1"),
+    Case(LLAMA, TP8 + ADP + "lora_config: {cuda_graph_specialize_lora: true}", 1, 8, "C5", "C1"),
     Case(R1, TP8 + ADP + "attention_dp_config: {enable_balance: true, timeout_iters: -1}", 1, 8, "C7", version="1.2.1"),
     Case(R1, TP8 + ADP + "attention_dp_config: {enable_balance: true, timeout_iters: 10}", 1, 8, version="1.2.1"),
     # kinds of GPU
@@ -282,7 +306,13 @@ CASES = [
     ),
     # memory
     Case("Llama-3.1-405B", TP8, 1, 8, "J", gpu="h100"),
-    Case(R1, TP8 + EP8, 1, 8, "J", gpu="h100"),
+    Case(R1, TP8 + EP8, 1, 8, "", "J", gpu="h100"),
+    Case(R1, TP4 + "moe_expert_parallel_size: 4", 1, 4, "J", gpu="h100"),
+    Case(LLAMA, kv("max_tokens: 16"), 1, 1, "", "J", gpu="h100"),
+    Case(LLAMA, kv("free_gpu_memory_fraction: 0"), 1, 1, "", "J", gpu="h100"),
+    # what can't be isn't estimated
+    Case(R1, TP4 + EP8, 1, 4, "A2", gpu="h100"),
+    Case("Qwen3-0.6B", "pipeline_parallel_size: 32", 4, 8, "F3", gpu="h100"),
     Case(LLAMA_70B, TP2, 1, 2, "", "J", gpu="h100"),
     Case(LLAMA, "max_batch_size: 8", 1, 1, gpu="h100"),
     # known bugs of releases
@@ -329,7 +359,8 @@ CASES = [
     Case(LLAMA, "kv_cache_dtype: fp8", 1, 1, "H"),
     Case(LLAMA, "use_cuda_graph: true", 1, 1, "H", version="1.0.0"),
     Case(LLAMA, "tensor_paralel_size: 1", 1, 1, "H"),
-    Case(LLAMA, "tp_size: 8", 1, 8, "A1 H"),
+    Case(LLAMA, "tp_size: 8", 1, 8, "H"),
+    Case(LLAMA, "tp_size: 16", 2, 8, "A1 H"),
     Case(LLAMA, "enable_sleep: true", 1, 1, "", "H", version="1.2.1"),
     Case(LLAMA, "enable_sleep: true", 1, 1, "H", version="1.3.0rc20"),
     Case(LLAMA, "sampler_type: TorchSampler", 1, 1, "H", version="1.0.0"),
@@ -360,7 +391,17 @@ CASES = [
         "I7",
         role="decode",
     ),
-    Case(NEXT, TP8 + EP8 + "cache_transceiver_config: {backend: NIXL}", 1, 8, "I5", role="decode"),
+    Case(NEXT, TP8 + EP8 + "cache_transceiver_config: {backend: NIXL}", 1, 8, "", "I5", role="decode"),
+    Case(NEXT, TP8 + EP8 + "cache_transceiver_config: {backend: NIXL}", 1, 8, "", "I5", role="decode", version="1.2.1"),
+    Case(NEXT, TP8 + EP8 + "cache_transceiver_config: {backend: NIXL}", 1, 8, "I5", role="decode", version="1.1.0"),
+    Case(
+        NEXT,
+        TP8 + EP8 + "cache_transceiver_config: {backend: NIXL, transceiver_runtime: CPP}",
+        1,
+        8,
+        "I5",
+        role="decode",
+    ),
     Case(NEXT, TP8 + EP8 + NIXL, 1, 8, role="decode"),
     Case(LLAMA, TP2 + UCX, 1, 2, "I9", role="prefill", version="1.2.1"),
     Case(LLAMA, TP2 + UCX, 1, 2, "", "I9", role="prefill", version="1.3.0rc20"),
@@ -391,6 +432,49 @@ def test_what_is_wrong_and_nothing_else(case: Case) -> None:
     assert set(case.warnings.split()) <= rules(found, Severity.WARNING)
     for finding in errors(found):
         assert finding.found and finding.needed and finding.fix, finding
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [
+        (Case(LLAMA, TP4, 1, 8), "A1"),
+        (Case(LLAMA_70B, TP8 + "pipeline_parallel_size: 2", 2, 8), "A10"),
+        (Case(LLAMA, "attn_backend: FLASHINFER", 1, 1), "H8"),
+        (Case(LLAMA, "attn_backend: FLASHINFER\n" + kv("tokens_per_block: 64"), 1, 1), "H8"),
+        (Case(R1, TP8 + ADP, 1, 8), "C2"),
+        (Case(LLAMA, "max_num_tokens: 8192", 1, 1, gpu="h100"), "J"),
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, Case) else str(value),
+)
+def test_what_is_good_to_know(case: Case, rule: str) -> None:
+    assert rule in rules(all_findings(subject_of(case)), Severity.INFO)
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"),
+    [
+        (Case(LLAMA, TP8, 1, 8), "A1"),
+        (Case(LLAMA_70B, TP8 + "pipeline_parallel_size: 2\ngpus_per_node: 8", 2, 8), "A10"),
+        (Case(LLAMA_70B, TP8, 1, 8), "A10"),
+        (Case(LLAMA, "attn_backend: FLASHINFER\n" + kv("enable_block_reuse: false"), 1, 1), "H8"),
+        (Case(LLAMA, "attn_backend: TRTLLM", 1, 1), "H8"),
+        (Case(R1, TP8 + EP8, 1, 8), "A3"),
+        (Case(LLAMA, TP8 + "moe_expert_parallel_size: 1", 1, 8), "A3"),
+        (Case(LLAMA, ADP, 1, 1), "C1"),
+        (Case(R1, TP8 + ADP, 1, 8), "C1"),
+        (Case("Gemma-3-27B", TP8, 1, 8), "B8"),
+    ],
+    ids=lambda value: name_of(value) if isinstance(value, Case) else str(value),
+)
+def test_what_is_not_said(case: Case, rule: str) -> None:
+    assert rule not in {finding.rule for finding in all_findings(subject_of(case))}
+
+
+def test_the_reference_engine_has_no_nodes_to_reckon() -> None:
+    case = Case(LLAMA_70B, TP16 + "gpus_per_node: 4", 2, 8)
+    for engine, told in (("trtllm", {"A10", "A14"}), ("reference", set())):
+        found = layout_findings(replace(subject_of(case), engine=engine))
+        assert {finding.rule for finding in found} & {"A10", "A14"} == told
 
 
 def test_the_cases_differ() -> None:
@@ -431,6 +515,26 @@ def test_what_is_offered_instead_works(case: Case) -> None:
         assert other.layout.world_size == other.cluster.world_size
 
 
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_both_who_ask_get_the_same_exit_code(case: Case) -> None:
+    """`check` and the preflight, which has codes of its own for some rules."""
+    subject = subject_of(case)
+    report = check_worker(subject, suggest=False)
+    found = all_findings(subject)
+    assert report.exit_code == exit_code_of(found) == exit_code_of(found, {"A0": ExitCode.ENGINE})
+    broken = [finding.rule for finding in errors(found) if finding.rule != "H"]
+    if not errors(found):
+        assert report.exit_code == ExitCode.OK
+    elif not broken:
+        assert report.exit_code == ExitCode.DATA
+    else:
+        assert report.exit_code == ExitCode.ILLEGAL_LAYOUT
+        assert exit_code_of(found, {broken[0]: ExitCode.USAGE}) == ExitCode.USAGE
+        others = dict.fromkeys({*broken[1:], "H"} - {broken[0]}, ExitCode.USAGE)
+        assert exit_code_of(found, others) == ExitCode.ILLEGAL_LAYOUT
+    assert report.ok == (report.exit_code == ExitCode.OK)
+
+
 class Pair(NamedTuple):
     """Two workers of one model, and the rules that they break between them."""
 
@@ -445,6 +549,7 @@ class Pair(NamedTuple):
 
 PP2 = "pipeline_parallel_size: 2\n"
 MLA = "DeepSeek-V3.2"
+STATE_BF16 = kv("mamba_ssm_cache_dtype: bfloat16")
 PAIRS = [
     # what has to be the same (I1)
     Pair(TP2 + UCX, TP2 + UCX),
@@ -460,15 +565,22 @@ PAIRS = [
     Pair(TP2 + UCX + "attn_backend: VANILLA\nmax_num_tokens: 4096", TP2 + UCX, "I1"),
     Pair(TP2 + UCX, TP2 + UCX, "I1", decode_model=LLAMA_70B),
     Pair(TP2 + UCX, TP2 + UCX, "I1", model="Qwen3-8B", decode_model=LLAMA),
-    Pair(TP2 + UCX, TP2 + UCX, "I1", model=R1, decode_model=MLA),
-    Pair(TP2 + UCX, TP2 + UCX, "I1 I5", "I8", model=NEXT, decode_model="Qwen3-8B"),
+    Pair(TP2 + UCX, TP2 + UCX, "I1 I3", model=R1, decode_model=MLA),
+    Pair(TP2 + UCX, TP2 + UCX, "I1 I5", model=NEXT, decode_model="Qwen3-8B"),
+    Pair(TP2 + UCX + STATE_BF16, TP2 + UCX + kv("mamba_ssm_cache_dtype: float32"), "I5", model=NEXT),
+    Pair(TP2 + UCX + STATE_BF16, TP2 + UCX + STATE_BF16, model=NEXT),
+    Pair(TP2 + UCX + STATE_BF16, TP2 + UCX, model=NEXT),
+    Pair(TP2 + UCX + STATE_BF16, TP2 + UCX + kv("mamba_ssm_cache_dtype: float32")),
     Pair(TP2 + UCX, TP2 + UCX, model=R1, decode_model="DeepSeek-V3"),
     # the way that it travels
     Pair(TP2 + UCX, TP2 + "cache_transceiver_config: {backend: NIXL}", "I6"),
     Pair(TP2 + "cache_transceiver_config: {backend: ucx}", TP2 + UCX),
     Pair(TP2 + NIXL, TP2 + "cache_transceiver_config: {backend: NIXL, transceiver_runtime: CPP}", "I7"),
     Pair(TP2 + NIXL, TP2 + "cache_transceiver_config: {backend: NIXL, transceiver_runtime: python}"),
-    Pair(TP2 + UCX, TP2 + NIXL, "I6 I7"),
+    Pair(TP2 + UCX, TP2 + NIXL, "I6", "I7"),
+    Pair(TP2 + NIXL, TP2 + "cache_transceiver_config: {backend: NIXL}", "", "I7"),
+    Pair(TP2 + "cache_transceiver_config: {backend: DEFAULT}", TP2 + NIXL, "", "I6 I7"),
+    Pair(TP2 + "cache_transceiver_config: {backend: DEFAULT}", TP2 + UCX, "I6"),
     # layouts and limits may differ (I2)
     Pair(TP2 + UCX, TP8 + UCX),
     Pair(TP8 + UCX, TP2 + PP2 + UCX, model=LLAMA_70B),
@@ -486,6 +598,8 @@ PAIRS = [
     Pair(TP2 + UCX, TP2 + UCX, versions=("1.2.1", None)),
     Pair(TP2 + UCX + "max_seq_len: 65536", TP2 + UCX + "max_seq_len: 32768", "", "I8"),
     Pair(TP2 + UCX + "max_seq_len: 32768", TP2 + UCX + "max_seq_len: 65536"),
+    Pair(TP2 + UCX + "max_seq_len: 32768", TP2 + UCX),
+    Pair(TP2 + UCX, TP2 + UCX + "max_seq_len: 32768"),
     Pair(
         "max_seq_len: 8192\ncache_transceiver_config: {backend: UCX, max_tokens_in_buffer: 4096}",
         "max_seq_len: 8192\n" + UCX,
@@ -517,4 +631,9 @@ def test_what_is_wrong_between_two_workers(pair: Pair) -> None:
     assert rules(found, Severity.ERROR) == set(pair.errors.split())
     assert rules(found, Severity.WARNING) == set(pair.warnings.split())
     reports = (check_worker(prefill, suggest=False), check_worker(decode, suggest=False))
-    assert list(check_pair(*reports).findings) == found
+    between = check_pair(*reports)
+    assert list(between.findings) == found
+    codes = {report.exit_code for report in reports}
+    expected = ExitCode.ILLEGAL_LAYOUT if errors(found) or ExitCode.ILLEGAL_LAYOUT in codes else max(codes)
+    assert between.exit_code == expected
+    assert between.ok == (expected == ExitCode.OK)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.errors import UsageError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import pack
-from dynamo_mpi.leader import describe_failures, engine_spec
+from dynamo_mpi.leader import describe_failures, engine_spec, require_startable
 from dynamo_mpi.preflight.inquiry import Card
 from dynamo_mpi.preflight.verdict import read_plan
 from dynamo_mpi.settings import load_settings
@@ -51,3 +52,11 @@ def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None
     assert (spec.tp_size, spec.max_seq_len) == (3, 256)
     assert (spec.pp_size, spec.cp_size) == (2, 5)
     assert (spec.max_batch_size, spec.max_num_tokens, spec.tokens_per_block) == (4, 64, 16)
+
+
+def test_tensorrt_llm_can_be_checked_and_not_yet_started() -> None:
+    with pytest.raises(UsageError, match="doesn't start them yet") as caught:
+        require_startable(load_settings(["--model", "/m", "--engine", "trtllm"], {}))
+    assert "--preflight-only" in caught.value.fix
+    require_startable(load_settings(["--model", "/m", "--engine", "trtllm", "--preflight-only"], {}))
+    require_startable(load_settings(["--model", "/m"], {}))

@@ -4,22 +4,27 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.settings import load_settings
 from tests.unit.model_zoo import ZOO
+from tests.unit.test_check_command import FINDING_KEYS, MEMORY_KEYS, STAGE_KEYS, all_keys
+from tests.unit.test_check_command import LAYOUT_KEYS as ALL_LAYOUT_KEYS
 
 
 @pytest.fixture(autouse=True)
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    for name in ("MODEL_PATH", "ENGINE_CONFIG", "NUM_GPUS_PER_NODE", "DYN_MPI_GPU"):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith(("DYN_", "NUM_")) or name == "MODEL_PATH" or name.endswith("ENGINE_CONFIG"):
+            monkeypatch.delenv(name)
 
 
 def run(capsys: pytest.CaptureFixture[str], folder: Path, model: str, *words: str) -> tuple[int, str, str]:
@@ -50,14 +55,201 @@ def test_every_yaml_is_accepted_by_check(tmp_path: Path, capsys: pytest.CaptureF
     assert bool(helix) == (role == "decode")
 
 
-def test_the_srun_line_is_one_that_the_worker_understands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, tmp_path, "Llama-3.1-70B", "--gpus", "16", "--output", "json")
+SIZES = """
+tensor_parallel_size: 3
+pipeline_parallel_size: 5
+moe_expert_parallel_size: 7
+gpus_per_node: 11
+pp_partition: [1, 2]
+enable_attention_dp: true
+"""
+OTHER_KEYS = """
+max_batch_size: 64
+max_num_tokens: 4096
+max_seq_len: 16384
+enable_chunked_prefill: true
+cuda_graph_config: null
+scheduler_config: {capacity_scheduler_policy: GUARANTEED_NO_EVICT}
+kv_cache_config: {free_gpu_memory_fraction: 0.8, enable_block_reuse: false, dtype: fp8}
+moe_config: {backend: AUTO, max_num_tokens: 16384}
+cache_transceiver_config: {backend: NIXL, transceiver_runtime: PYTHON, max_tokens_in_buffer: 16384}
+attn_backend: TRTLLM
+"""
+LAYOUT_KEYS = {
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "context_parallel_size",
+    "cp_config",
+    "moe_expert_parallel_size",
+    "enable_attention_dp",
+    "gpus_per_node",
+    "pp_partition",
+}
+
+
+@pytest.mark.parametrize("role", ["agg", "prefill", "decode"])
+@pytest.mark.parametrize(
+    ("model", "gpus", "gpu", "config"),
+    [
+        ("DeepSeek-R1", 16, "h200", OTHER_KEYS),
+        ("DeepSeek-R1", 8, "h200", SIZES + OTHER_KEYS),
+        ("DeepSeek-R1", 8, "h200", "attn_backend: FLASHMLA\n"),
+        ("Llama-3.1-8B", 4, "h100", SIZES + OTHER_KEYS),
+        ("Qwen3-32B-FP8", 16, "h100", "kv_cache_config: {tokens_per_block: 64}\ncache_transceiver_config: null\n"),
+        ("gpt-oss-120b", 8, "b200", "disable_overlap_scheduler: true\n"),
+        ("Qwen3-Next-80B-A3B", 4, "h200", "kv_cache_config: {mamba_ssm_cache_dtype: float32}\n"),
+    ],
+)
+def test_a_yaml_keeps_what_it_was_made_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, gpus: int, gpu: str, config: str, role: str
+) -> None:
+    asked = tmp_path / "asked.yaml"
+    asked.write_text(config)
+    common = ["--gpus-per-node", "8", "--gpu", gpu, "--role", role, "--output", "json"]
+    code, out, err = run(capsys, tmp_path, model, "--gpus", str(gpus), "--engine-config", str(asked), *common)
+    plans = json.loads(out)
+    assert (code, err) == (0, "")
+    assert not [finding for finding in plans["findings"] if finding["severity"] == "error"]
+    kept = {key: value for key, value in yaml.safe_load(config).items() if key not in LAYOUT_KEYS}
+    engine = tmp_path / "engine.yaml"
+    for made in plans["layouts"]:
+        engine.write_text(made["yaml"])
+        written = yaml.safe_load(made["yaml"])
+        added = set(written) - set(kept) - LAYOUT_KEYS
+        assert added <= {"cache_transceiver_config", "disable_overlap_scheduler", "kv_cache_config"}
+        for key, value in kept.items():
+            if key == "cache_transceiver_config" and value is None and role != "agg":
+                value = {"backend": "UCX"}
+            if key == "kv_cache_config" and made["layout"]["cp_size"] > 1:
+                value = value | {"tokens_per_block": written["cp_config"]["tokens_per_block"]}
+            assert written[key] == value, key
+        nodes = ["--nodes", str(made["layout"]["nodes"])]
+        words = ["--gpus-per-node", str(made["layout"]["gpus_per_node"]), *common[2:]]
+        found = main(["check", "--model", str(tmp_path), "--engine-config", str(engine), *nodes, *words])
+        report = json.loads(capsys.readouterr().out)
+        assert (report["layout"], report["memory"]) == (made["layout"], made["memory"]), made["name"]
+        told = [finding["rule"] for finding in report["findings"] if finding["severity"] == "error"]
+        too_large = any(stage["weights_bytes"] > made["memory"]["gpu_bytes"] for stage in made["memory"]["stages"])
+        assert (found, told) == ((78, ["J"]) if too_large else (0, [])), made["name"]
+        assert not too_large or made["fits"] is False
+
+
+PLAN_KEYS = {
+    "model",
+    "architecture",
+    "role",
+    "gpus",
+    "nodes",
+    "gpus_per_node",
+    "gpu",
+    "trtllm_version",
+    "findings",
+    "layouts",
+}
+ROW_KEYS = {"name", "layout", "fits", "kv_copies", "reasons", "findings", "memory", "yaml", "srun"}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("DeepSeek-R1", ("--gpus", "16", "--gpu", "h200", "--role", "decode", "--trtllm-version", "1.2.1")),
+        ("DeepSeek-R1", ("--gpus", "8", "--gpu", "h100", "--trtllm.max_batch_size", "9999")),
+        ("Llama-3.1-70B", ("--gpus", "16")),
+        ("Gemma-3-27B", ("--gpus", "4", "--gpu", "h100")),
+    ],
+)
+def test_the_keys_of_the_json_are_fixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, words: tuple[str, ...]
+) -> None:
+    _, out, _ = run(capsys, tmp_path, model, *words, "--output", "json")
+    plans = json.loads(out)
+    assert set(plans) == PLAN_KEYS
+    assert plans["trtllm_version"] == ("1.2.1" if "1.2.1" in words else None)
+    assert all_keys(plans["layouts"]) == ROW_KEYS
+    assert all_keys([made["layout"] for made in plans["layouts"]]) == ALL_LAYOUT_KEYS
+    findings = [*plans["findings"], *(finding for made in plans["layouts"] for finding in made["findings"])]
+    assert not findings or all_keys(findings) == FINDING_KEYS
+    assert ("--trtllm.max_batch_size" in words) == ("H2" in [finding["rule"] for finding in plans["findings"]])
+    memories = [made["memory"] for made in plans["layouts"]]
+    assert all_keys(memories) == MEMORY_KEYS
+    assert all_keys([stage for memory in memories for stage in memory["stages"]]) == STAGE_KEYS
+    cluster = {(made["layout"]["nodes"], made["layout"]["gpus_per_node"]) for made in plans["layouts"]}
+    assert cluster == {(plans["nodes"], plans["gpus_per_node"])}
+
+
+@pytest.mark.parametrize(
+    ("config", "rule", "expected"),
+    [
+        ("tensor_paralel_size: 8\n", "H", 65),
+        ("kv_cache_config: {dtype: fp7}\n", "G1", 78),
+        ("kv_cache_config: {free_gpu_memory_fraction: 1.5}\n", "H5", 78),
+        ("tensor_paralel_size: 8\nkv_cache_config: {dtype: fp7}\n", "G1", 78),
+        ("cache_transceiver_config: {backend: PIGEON}\n", "I6", 78),
+    ],
+)
+def test_what_no_layout_mends_is_told_above_the_table_and_decides_the_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, rule: str, expected: int
+) -> None:
+    engine = tmp_path / "asked.yaml"
+    engine.write_text(config)
+    words = ("--gpus", "8", "--gpu", "h200", "--role", "decode", "--engine-config", str(engine))
+    code, out, _ = run(capsys, tmp_path, "Llama-3.1-8B", *words)
+    assert code == expected
+    assert -1 < out.index(f"error {rule}: ") < out.index("legal layouts")
+    code, out, _ = run(capsys, tmp_path, "Llama-3.1-8B", *words, "--output", "json")
+    plans = json.loads(out)
+    errors = [finding["rule"] for finding in plans["findings"] if finding["severity"] == "error"]
+    assert (code, rule in errors, bool(plans["layouts"])) == (expected, True, True)
+
+
+def test_where_nothing_fits_it_is_said_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, tmp_path, "Llama-3.1-405B", "--gpus", "8", "--gpu", "h100")
+    assert code == 78
+    assert "by estimate none fits" in out
+    assert "it fits on 2 nodes x 8 GPUs: " in out
+    assert "srun" not in out and "engine.yaml" not in out
+    # weights fit, and by estimate the cache doesn't: told, and no error
+    code, out, _ = run(capsys, tmp_path, "DeepSeek-R1", "--gpus", "8", "--gpu", "h100")
+    assert (code, "none fits" in out, "srun" in out) == (0, True, False)
+    # too much for the most nodes that are looked at
+    words = ("--gpus", "1", "--gpus-per-node", "1", "--gpu", "l40s")
+    code, out, _ = run(capsys, tmp_path, "Llama-3.1-405B", *words)
+    assert code == 78
+    assert "take GPUs with more memory" in out
+
+
+@pytest.mark.parametrize("role", ["agg", "prefill", "decode"])
+def test_what_a_plan_adds_itself_is_no_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str], role: str) -> None:
+    words = ("--gpus", "8", "--role", role, "--trtllm-version", "1.2.1", "--output", "json")
+    code, out, _ = run(capsys, tmp_path, "Llama-3.1-8B", *words)
+    rules = {finding["rule"] for finding in json.loads(out)["findings"]}
+    assert (code, rules & {"I6", "I9"}) == (0, set())
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "nodes", "per_node", "engine"),
+    [("Llama-3.1-70B", 16, 2, 8, "trtllm"), ("SmolLM2-135M", 3, 1, 3, "reference")],
+)
+def test_the_srun_line_is_one_that_the_worker_understands(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    gpus: int,
+    nodes: int,
+    per_node: int,
+    engine: str,
+) -> None:
+    flags = () if engine == "trtllm" else ("--engine", engine)
+    code, out, _ = run(capsys, tmp_path, model, "--gpus", str(gpus), *flags, "--output", "json")
     assert code == 0
     words = shlex.split(layouts(out)[0]["srun"])
     assert words[:2] == ["srun", "--mpi=pmix"]
-    assert {"--nodes=2", "--ntasks-per-node=8", "--distribution=block", "--kill-on-bad-exit=1"} <= set(words)
+    expected = {f"--nodes={nodes}", f"--ntasks-per-node={per_node}", "--distribution=block", "--kill-on-bad-exit=1"}
+    assert expected <= set(words)
     after = words[words.index("dynamo_mpi.worker") + 1 :]
-    assert load_settings(after, {}).model == tmp_path / "config.json"
+    assert after[:4] == ["--engine", engine, "--role", "agg"]
+    settings = load_settings(after, {})
+    assert (settings.model, settings.engine) == (tmp_path / "config.json", engine)
 
 
 def test_tensor_parallelism_stays_inside_a_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.alternatives import short_name
 from dynamo_mpi.parallelism.check import check_worker
 from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache
 from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
@@ -25,6 +24,7 @@ from dynamo_mpi.parallelism.model_shape import ModelShape
 from dynamo_mpi.parallelism.planner import Plan, nearest, plan, workable_sizes
 from dynamo_mpi.parallelism.rules.registry import layout_findings
 from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.parallelism.wording import short_name
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 MAVERICK = "Llama-4-Maverick-17B-128E"
@@ -57,8 +57,8 @@ def test_llama_70b_on_two_nodes_is_a_stage_on_each() -> None:
     # 16 ranks share 8 KV heads, over the nodes
     assert [short_name(made.subject) for made in found if made.fits][-1] == "TP16"
     assert {short_name(made.subject): made.kv_copies for made in found}["TP16"] == 2
-    # under attention DP each rank holds a dense model's MLPs whole
-    assert (names(found)[-1], found[-1].fits) == ("TP16 with attention DP", False)
+    # a dense model isn't for attention DP (C1)
+    assert not any(made.layout.enable_attention_dp for made in found)
 
 
 def test_maverick_on_sixteen_gpus_has_no_plain_tp_16() -> None:
@@ -95,17 +95,32 @@ def test_where_the_gpu_is_not_known_nothing_is_said_of_fitting() -> None:
 
 
 def test_smollm2_on_other_numbers_than_three() -> None:
-    assert names(plan(worker("SmolLM2-135M", 1, 3))) == ["TP3", "TP3 with attention DP", "TP1/PP3"]
-    assert not any(
-        made.layout.tp_size == 2 and not made.layout.enable_attention_dp for made in plan(worker("SmolLM2-135M", 1, 4))
-    )
+    assert names(plan(worker("SmolLM2-135M", 1, 3))) == ["TP3", "TP1/PP3"]
+    assert names(plan(worker("SmolLM2-135M", 1, 4))) == ["TP1/PP4"]
 
 
 def test_more_gpus_than_layers_and_heads_have_no_layout() -> None:
     few = replace(shape_of("SmolLM2-135M"), num_layers=2)
-    # heads may not be shared out, and attention DP may; context ranks stand in for neither
-    found = plan(Subject(few, EngineConfig(), Cluster(1, 7)))
+    # heads can't be shared out, and neither attention DP nor context ranks stand in for that
+    assert plan(Subject(few, EngineConfig(), Cluster(1, 7))) == []
+    # with experts or a latent attention DP does
+    moe = replace(shape_of("Mixtral-8x7B"), num_layers=2)
+    found = plan(Subject(moe, EngineConfig(), Cluster(1, 7)))
     assert names(found) == ["TP7 with attention DP"]
+
+
+@pytest.mark.parametrize("model", list(ZOO))
+def test_attention_dp_is_planned_for_experts_and_latents_alone(model: str) -> None:
+    shape = shape_of(model)
+    suits = shape.experts is not None or shape.latent is not None
+    assert shape.suits_attention_dp == suits
+    assert any(made.layout.enable_attention_dp for made in plan(worker(model, 1, 8))) == suits
+
+
+def test_a_latent_alone_suits_attention_dp() -> None:
+    dense = replace(shape_of(R1), experts=None, layers=None)
+    assert dense.suits_attention_dp
+    assert "TP8 with attention DP" in names(plan(Subject(dense, EngineConfig(), Cluster(1, 8))))
 
 
 # what holds for every plan
@@ -180,10 +195,12 @@ def test_the_order_is_the_promised_one(model: str, nodes: int, gpus: int, gpu: s
 
 
 def every_config(subject: Subject) -> Iterator[EngineConfig]:
-    """Try each number for each size. Context ranks are for decode workers without a state, up to 16, and not under attention DP."""
+    """Try each number for each size. Context ranks are for decode workers without a state, up to 16, and not under
+    attention DP, which is for models with experts or a latent."""
     world = subject.cluster.world_size
     helix = subject.role == "decode" and subject.shape.state_space is None
     experts = subject.shape.experts is not None
+    suits = experts or subject.shape.latent is not None
     sizes = range(1, world + 1)
     for cp in sizes if helix else (1,):
         for pp in sizes:
@@ -192,7 +209,7 @@ def every_config(subject: Subject) -> Iterator[EngineConfig]:
                     continue
                 for ep in sizes if experts else (1,):
                     for moe_tp in sizes if experts else (tp * cp,):
-                        for attention_dp in (False, True) if tp > 1 and cp == 1 else (False,):
+                        for attention_dp in (False, True) if tp > 1 and cp == 1 and suits else (False,):
                             yield EngineConfig(
                                 tp,
                                 pp,
@@ -265,10 +282,10 @@ def test_what_was_asked_besides_sizes_is_kept() -> None:
     [
         (MAVERICK, 2, 8, {"tp_size": 16}, "TP16/EP16 with attention DP"),
         (MAVERICK, 2, 8, {"tp_size": 16, "moe_ep_size": 16}, "TP16/EP16 with attention DP"),
-        ("Phi-4", 1, 8, {"tp_size": 8}, "TP8 with attention DP"),
+        ("Phi-4", 1, 8, {"tp_size": 8}, "TP2/PP4"),
         (R1, 1, 8, {"tp_size": 8, "moe_ep_size": 16}, "TP8/EP8"),
         (LLAMA_70B, 2, 8, {"tp_size": 8}, "TP8/PP2"),
-        ("Qwen3-32B-FP8", 2, 8, {"tp_size": 16}, "TP16 with attention DP"),
+        ("Qwen3-32B-FP8", 2, 8, {"tp_size": 16}, "TP8/PP2"),
     ],
 )
 def test_the_nearest_layout(model: str, nodes: int, gpus: int, config: dict[str, Any], first: str) -> None:

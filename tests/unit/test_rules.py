@@ -18,6 +18,7 @@ from dynamo_mpi.parallelism.model_config import parse_model_shape
 from dynamo_mpi.parallelism.model_shape import ModelShape
 from dynamo_mpi.parallelism.rules.registry import all_findings, layout_findings
 from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.parallelism.wording import counted
 from tests.unit.models import DEEPSEEK, LLAMA_4, PHI_4, SMOLLM2
 
 LEGAL = {
@@ -36,9 +37,11 @@ def shape_with(heads: int | None, kv_heads: int | None) -> ModelShape:
     return ModelShape("M", heads, kv_heads)
 
 
-def judge(shape: ModelShape, config: EngineConfig, world_size: int | None = None, role: str = "agg") -> list[Finding]:
+def judge(
+    shape: ModelShape, config: EngineConfig, world_size: int | None = None, role: str = "agg", launched: bool = False
+) -> list[Finding]:
     cluster = Cluster(1, world_size or config.world_size)
-    return errors(layout_findings(Subject(shape, config, cluster, role)))
+    return errors(layout_findings(Subject(shape, config, cluster, role, launched=launched)))
 
 
 def findings_of(config: dict[str, Any], layout: EngineConfig, role: str = "agg") -> list[Finding]:
@@ -125,18 +128,33 @@ def test_every_pipeline_stage_needs_a_layer(pp_size: int, rules: list[str]) -> N
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 250))
 def test_the_world_is_exactly_the_product(tp_size: int, pp_size: int, world_size: int) -> None:
     config = EngineConfig(tp_size, pp_size)
-    findings = judge(shape_with(None, None), config, world_size)
+    findings = judge(shape_with(None, None), config, world_size, launched=True)
     if world_size == tp_size * pp_size:
         assert findings == []
     else:
         (finding,) = findings
         assert finding.rule == "A1"
         assert f"there are {world_size}" in finding.message
-        assert f"start {config.world_size} ranks" in finding.fix
+        assert f"start {counted(config.world_size, 'rank')}" in finding.fix
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.integers(1, 50))
+def test_before_a_launch_a_layout_may_take_a_part_of_one_node(
+    tp_size: int, pp_size: int, nodes: int, gpus: int
+) -> None:
+    config = EngineConfig(tp_size, pp_size)
+    found = layout_findings(Subject(shape_with(None, None), config, Cluster(nodes, gpus)))
+    told = [(finding.rule, finding.severity) for finding in found if finding.rule == "A1"]
+    if config.world_size == nodes * gpus:
+        assert told == []
+    elif nodes == 1 and config.world_size < gpus:
+        assert told == [("A1", Severity.INFO)]
+    else:
+        assert told == [("A1", Severity.ERROR)]
 
 
 def test_a_wrong_world_comes_before_a_wrong_split() -> None:
-    rules = [finding.rule for finding in judge(shape_of(SMOLLM2), EngineConfig(2), 3)]
+    rules = [finding.rule for finding in judge(shape_of(SMOLLM2), EngineConfig(2), 3, launched=True)]
     assert rules == ["A1", "B1", "B3"]
 
 
@@ -196,6 +214,9 @@ def test_findings_are_rendered_errors_first_and_complete() -> None:
         "error X2: wrong",
         "info X1: by the way",
     ]
+    # what is only good to know takes one line, with what to do
+    told = Finding("X1", Severity.INFO, "by the way", found="a", needed="b", fix="do c")
+    assert render([told]) == "info X1: by the way (do c)"
     lines = [line.split() for line in text.splitlines()[1:5]]
     assert lines == [["found:", "a"], ["needed:", "b"], ["do:", "c"], ["d"]]
     assert errors([info, error]) == [error]

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.parallelism.engine_config import EngineConfig
-from dynamo_mpi.parallelism.finding import Finding, Severity
+from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache
+from dynamo_mpi.parallelism.finding import Finding, Severity, errors
 from dynamo_mpi.parallelism.layout import Cluster
+from dynamo_mpi.parallelism.memory import estimate
 from dynamo_mpi.parallelism.model_shape import ModelShape
 from dynamo_mpi.parallelism.rules.capacity import RULES, check_capacity
+from dynamo_mpi.parallelism.rules.registry import layout_findings
 from dynamo_mpi.parallelism.subject import Subject
 from tests.unit.test_weights import shape_of
 
@@ -46,25 +48,36 @@ def test_what_a_config_does_not_say_is_named() -> None:
     assert "hidden_size, intermediate_size" in finding.found
 
 
-def test_weights_that_are_too_large_stop_it_with_the_smallest_size_that_would_do() -> None:
+def test_weights_that_are_too_large_stop_it() -> None:
     finding = only("Llama-3.1-405B", tp_size=8)
     assert finding.severity is Severity.ERROR
     assert "94.5 GiB on a GPU of 79.6 GiB" in finding.message
     assert "ranks 0 to 7: 14.8 GiB too much" in finding.found
-    assert "tensor_parallel_size: 16, on 2 nodes x 8 GPUs" in finding.fix
-    assert "FP8" in finding.fix
+    # which layouts would do is for the suggestions to say
+    assert finding.fix == "take a checkpoint in FP8 or NVFP4, divide it over more GPUs, or take GPUs with more memory"
 
 
-def test_a_larger_size_is_one_that_the_heads_allow() -> None:
-    # 40 heads and 8 KV heads: after 1 and 2 comes 4, after 8 comes 40
-    finding = only("Llama-4-Maverick-17B-128E", gpu="h100", tp_size=8)
+def test_a_quantised_checkpoint_is_not_told_to_be_one() -> None:
+    finding = only("DeepSeek-R1", gpus=4, tp_size=4, moe_ep_size=4)
     assert finding.severity is Severity.ERROR
-    assert "tensor_parallel_size: 40" in finding.fix
+    assert finding.fix == "divide it over more GPUs, or take GPUs with more memory"
 
 
-def test_expert_parallelism_stays_what_it_is() -> None:
-    finding = only("DeepSeek-R1", tp_size=8, moe_ep_size=8)
-    assert "tensor_parallel_size: 16 and moe_expert_parallel_size: 16" in finding.fix
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"tp_size": 8, "moe_ep_size": 16},
+        {"tp_size": 8, "moe_tp_size": 3, "moe_ep_size": 2},
+        {"tp_size": 1, "pp_size": 62},
+        {"tp_size": 1, "moe_cluster_size": 2},
+    ],
+)
+def test_a_layout_that_cannot_be_is_not_estimated(sizes: dict[str, Any]) -> None:
+    config = EngineConfig(**sizes)
+    worker = Subject(shape_of("DeepSeek-R1"), config, Cluster(1, config.world_size, "h100"))
+    assert estimate(worker) is None
+    assert check("DeepSeek-R1", gpus=config.world_size, **sizes) == []
+    assert {"A2", "F3"} & {finding.rule for finding in errors(layout_findings(worker))}
 
 
 def test_a_stage_is_named_where_there_are_several() -> None:
@@ -72,18 +85,44 @@ def test_a_stage_is_named_where_there_are_several() -> None:
     assert "stage 1 (ranks 4 to 7)" in finding.found
 
 
-def test_weights_that_leave_nothing_stop_it_too() -> None:
+def test_weights_that_leave_nothing_only_warn() -> None:
     finding = only("DeepSeek-R1", tp_size=8)
-    assert finding.severity is Severity.ERROR
-    assert finding.message.startswith("nothing is left for the KV cache")
+    assert finding.severity is Severity.WARNING
+    assert finding.message.startswith("by estimate nothing is left for the KV cache: about")
     assert "weights 79.3 GiB" in finding.found
-    assert "max_num_tokens" in finding.fix
+    assert finding.needed == "room for a block of 32 tokens"
+    assert finding.fix == "divide it over more GPUs, or take GPUs with more memory, or lower max_num_tokens"
 
 
-def test_a_model_whose_heads_allow_no_more_ranks_gets_pipeline_stages() -> None:
-    stuck = replace(shape_of("Llama-3.1-70B"), attention_heads=1, kv_heads=1)
-    finding = only(stuck, gpus=1)
-    assert "pipeline_parallel_size: 2, on 2 nodes x 1 GPU" in finding.fix
+def test_steps_that_are_larger_than_the_weights_are_the_first_to_shrink() -> None:
+    finding = only("Llama-3.1-8B", gpus=1, max_num_tokens=4_000_000)
+    assert finding.severity is Severity.WARNING
+    assert finding.message.startswith("by estimate nothing is left for the KV cache")
+    assert finding.fix == "lower max_num_tokens"
+    assert only("Llama-3.1-8B", gpus=1, max_num_tokens=8192).severity is Severity.INFO
+
+
+@pytest.mark.parametrize(
+    ("cache", "found"),
+    [
+        (KvCache(free_gpu_memory_fraction=0.0), "free_gpu_memory_fraction 0;"),
+        (KvCache(free_gpu_memory_fraction=1e-6), "free_gpu_memory_fraction 1e-06;"),
+        (KvCache(max_tokens=31), "free_gpu_memory_fraction 0.9, max_tokens 31;"),
+        (KvCache(max_tokens=127, tokens_per_block=128), "free_gpu_memory_fraction 0.9, max_tokens 127;"),
+    ],
+)
+def test_a_cache_that_the_config_leaves_no_block_to(cache: KvCache, found: str) -> None:
+    finding = only("Llama-3.1-8B", gpus=1, kv_cache=cache)
+    assert finding.severity is Severity.WARNING
+    assert finding.message.startswith("kv_cache_config leaves no block to the KV cache, though ")
+    assert finding.found.startswith(found)
+    assert finding.needed == f"room for a block of {cache.tokens_per_block or 32} tokens"
+    assert finding.fix == "raise kv_cache_config.free_gpu_memory_fraction and leave max_tokens out"
+
+
+def test_a_block_is_enough_to_be_a_cache() -> None:
+    finding = only("Llama-3.1-8B", gpus=1, max_seq_len=32, kv_cache=KvCache(max_tokens=32))
+    assert (finding.severity, "room for about 32 tokens" in finding.message) == (Severity.INFO, True)
 
 
 def test_a_request_that_does_not_fit_is_a_warning_with_the_length_that_does() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache, Moe
-from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
+from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.parallelism.finding import Finding, Severity
 from dynamo_mpi.parallelism.gpus import GPUS
 from dynamo_mpi.parallelism.layout import Cluster
@@ -112,7 +113,7 @@ def balanced(num_slots: int | None, ep: int = 8, **others: Any) -> dict[str, Any
         ("DeepSeek-R1", balanced(290), ["error D2"]),
         ("DeepSeek-R1", balanced(None), ["error D2"]),
         ("DeepSeek-R1", balanced(128), ["error D3"]),
-        ("DeepSeek-R1", wide(moe_config={"load_balancer": "eplb.yaml"}), ["info D4"]),
+        ("DeepSeek-R1", wide(moe_config={"load_balancer": "eplb.yaml"}), ["warning D4"]),
         ("Mixtral-8x7B", balanced(16, 16), []),
         ("DeepSeek-R1", ranks(8, 8, moe_config={"load_balancer": {"num_slots": 288}}), ["error C6"]),
         ("Llama-3.1-8B", ranks(8, moe_config={"load_balancer": {"num_slots": 288}}), []),
@@ -136,7 +137,18 @@ def balanced(num_slots: int | None, ep: int = 8, **others: Any) -> dict[str, Any
         (
             "Llama-3.1-8B",
             ranks(2, enable_attention_dp=True, lora_config={"cuda_graph_specialize_lora": True}),
-            ["error C5"],
+            ["warning C1", "error C5"],
+        ),
+        ("DeepSeek-R1", wide(lora_config={"cuda_graph_specialize_lora": True}), ["error C5"]),
+        ("DeepSeek-R1", wide(lora_config={"cuda_graph_specialize_lora": False}), []),
+        # C1
+        ("Llama-3.1-8B", ranks(2, enable_attention_dp=True), ["warning C1"]),
+        ("Llama-3.1-8B", ranks(1, enable_attention_dp=True), []),
+        ("Mixtral-8x7B", ranks(2, enable_attention_dp=True), []),
+        (
+            {key: value for key, value in ZOO["DeepSeek-R1"].items() if key != "n_routed_experts"},
+            ranks(2, enable_attention_dp=True),
+            [],
         ),
         # C7
         ("DeepSeek-R1", wide(attention_dp_config={"enable_balance": True, "timeout_iters": -1}), ["error C7"]),
@@ -147,6 +159,39 @@ def balanced(num_slots: int | None, ep: int = 8, **others: Any) -> dict[str, Any
 def test_layouts(model: str | dict[str, Any], engine: dict[str, Any], expected: list[str]) -> None:
     # C2 tells of every large model under attention DP
     assert [line for line in told(subject_of(model, engine)) if line != "info C2"] == expected
+
+
+ON_FILE = wide(moe_config={"load_balancer": "eplb.yaml"})
+
+
+@pytest.mark.parametrize(("launched", "severity"), [(False, Severity.WARNING), (True, Severity.ERROR)])
+def test_a_balancer_s_file_that_was_not_read_is_missing_where_the_ranks_run(launched: bool, severity: Severity) -> None:
+    subject = replace(subject_of("DeepSeek-R1", ON_FILE), launched=launched)
+    assert (subject.config.moe.balanced, subject.config.moe.balancer_read) == (True, False)
+    finding = only(subject, "D4")
+    assert (finding.severity, "eplb.yaml" in finding.message) == (severity, True)
+    # nothing is known of its slots
+    assert [line for line in told(subject) if line != "info C2"] == [f"{severity.value} D4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("num_slots: 288", []),
+        ("num_slots: 290", ["error D2"]),
+        ("num_slots: 128", ["error D3"]),
+        ("layer_updates_per_iter: 2", ["error D2"]),
+    ],
+)
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_balancer_s_file_that_was_read_is_judged(text: str, expected: list[str], launched: bool) -> None:
+    subject = subject_of("DeepSeek-R1", ON_FILE)
+    merged = with_balancer(MergedConfig(subject.config), text)
+    assert merged.config.moe.balancer_read
+    subject = replace(subject, config=merged.config, launched=launched)
+    assert [line for line in told(subject) if line != "info C2"] == expected
+    if expected == ["error D2"] and "layer" in text:
+        assert "eplb.yaml" in only(subject, "D2").found
 
 
 def test_experts_that_the_checkpoint_left_as_they_were_need_no_blocks() -> None:
@@ -265,6 +310,7 @@ CONFIG = st.builds(
         SIZE,
         st.none() | st.just("path"),
         SIZE,
+        st.booleans(),
         st.booleans(),
         st.lists(st.tuples(st.integers(0, 3), st.lists(st.integers(0, 300)).map(tuple)), max_size=3).map(tuple),
     ),

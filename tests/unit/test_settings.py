@@ -19,7 +19,7 @@ MODEL = ("--model", "/m/Name")
 # a value that each option takes, other than its default
 SAMPLES = {
     "role": "agg",
-    "engine": "reference",
+    "engine": "trtllm",
     "model": "/other/model",
     "served_model_name": "a/model",
     "engine_config": "/e.yaml",
@@ -35,12 +35,15 @@ SAMPLES = {
     "free_gpu_memory_fraction": "0.5",
     "trtllm_version": "1.2.1",
     "gpus_per_node": "9",
+    "gpu": "h200",
+    "min_requests": "2",
     "namespace": "ns",
     "component": "comp",
     "endpoint": "dyn://a.b.c",
     "request_plane": "nats",
     "discovery_backend": "etcd",
     "preflight_only": "true",
+    "allow_no_gpu": "true",
     "ready_file": "/r.json",
     "probe_timeout": "1.5",
     "prove_timeout": "2.5",
@@ -195,8 +198,9 @@ def test_the_served_name_is_the_folders(model: str) -> None:
             ("--endpoint", value, "dyn://namespace.component.endpoint|name without dots")
             for value in ("", "a", "a.b", "a.b.c.d", "a..c", "http://a.b.c", "dyn://a.b.c/d")
         ),
-        ("--role", "prefill", "one of agg"),
-        ("--engine", "abacus", "one of reference"),
+        ("--role", "both", "one of agg, prefill, decode"),
+        ("--role", "prefill", "--role agg, or --engine trtllm"),
+        ("--engine", "abacus", "one of reference, trtllm"),
         ("--request-plane", "http", "one of tcp, nats"),
         # what an unset variable of a batch script leaves behind
         ("--model", "", "a path"),
@@ -210,6 +214,45 @@ def test_impossible_values_are_named_with_flag_and_need(flag: str, value: str, n
         load(*MODEL, f"{flag}={value}")
     assert flag in caught.value.found
     assert repr(value) in caught.value.found
+
+
+ROLE_CONFIGS = {"PREFILL_ENGINE_CONFIG": "/p.yaml", "DECODE_ENGINE_CONFIG": "/d.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("role", "words", "environ", "config"),
+    [
+        ("agg", (), {}, None),
+        ("prefill", (), {}, "/p.yaml"),
+        ("decode", (), {}, "/d.yaml"),
+        ("prefill", ("--engine-config", "/f.yaml"), {}, "/f.yaml"),
+        ("prefill", (), {"ENGINE_CONFIG": "/e.yaml"}, "/e.yaml"),
+        ("decode", (), {"DYN_TRTLLM_EXTRA_ENGINE_ARGS": "/e.yaml"}, "/e.yaml"),
+        ("decode", (), {"DECODE_ENGINE_CONFIG": ""}, None),
+    ],
+)
+def test_a_roles_own_variable_gives_its_engine_config_where_nothing_else_does(
+    role: str, words: tuple[str, ...], environ: dict[str, str], config: str | None
+) -> None:
+    settings = load(*MODEL, "--engine", "trtllm", "--role", role, *words, environ={**ROLE_CONFIGS, **environ})
+    assert settings.engine_config == (None if config is None else Path(config))
+
+
+def test_a_roles_variable_wins_over_the_settings_file(tmp_path: Path) -> None:
+    file = settings_file(tmp_path, "engine_config: /s.yaml\nengine: trtllm\nrole: decode\n")
+    settings = load(*MODEL, file=file, environ=ROLE_CONFIGS)
+    assert settings.engine_config == Path("/d.yaml")
+    assert settings.origins["engine_config"] == "environment DECODE_ENGINE_CONFIG"
+    assert load(*MODEL, file=file).engine_config == Path("/s.yaml")
+
+
+def test_the_role_that_the_reference_engine_lacks_is_named_with_its_origin() -> None:
+    with pytest.raises(UsageError, match=r"environment DYN_MPI_ROLE is 'decode'.*reference engine"):
+        load(*MODEL, environ={"DYN_MPI_ROLE": "decode"})
+
+
+def test_a_clusters_gpus_are_no_flag_of_the_engine() -> None:
+    assert load(*MODEL, environ={"NUM_GPUS_PER_NODE": "8"}).gpus_per_node is None
 
 
 def test_an_impossible_value_in_the_environment_is_named_with_its_variable() -> None:

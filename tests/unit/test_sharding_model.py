@@ -57,7 +57,7 @@ def whole_blocks(items: int, ranks: int) -> bool:
 
 
 def told(shape: ModelShape, config: EngineConfig, ranks: int | None = None) -> set[str]:
-    subject = Subject(shape, config, Cluster(1, ranks or config.world_size), "decode")
+    subject = Subject(shape, config, Cluster(1, ranks or config.world_size), "decode", launched=True)
     return {finding.rule for finding in errors(layout_findings(subject))}
 
 
@@ -233,10 +233,12 @@ def test_stage_sizes(layers: int, pp: int, partition: tuple[int, ...] | None, si
 def layouts(draw: st.DrawFn) -> Layout:
     moe_tp, moe_ep = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     pp = draw(st.integers(1, 4))
-    version = draw(st.sampled_from([None, "1.0.0", "1.2.1", "1.3.0rc20"]))
-    cp = draw(st.sampled_from([1, 1, *(n for n in (2, 4) if moe_tp * moe_ep % n == 0)]))
+    version = draw(st.sampled_from([None, "1.0.0", "1.1.0", "1.2.1", "1.3.0rc20"]))
+    # before 1.2 experts are divided over the tensor ranks alone, and every context rank has them all
+    over_cp = version not in ("1.0.0", "1.1.0")
+    cp = draw(st.sampled_from([1, 1, *(n for n in (2, 4) if not over_cp or moe_tp * moe_ep % n == 0)]))
     config = EngineConfig(
-        moe_tp * moe_ep // cp,
+        moe_tp * moe_ep // (cp if over_cp else 1),
         pp,
         cp,
         cp_type="HELIX" if cp > 1 else None,
@@ -289,7 +291,10 @@ def test_experts_stay_in_their_stage(layout: Layout) -> None:
 def test_places_are_told_apart_and_lie_block_by_block(layout: Layout, per_node: int) -> None:
     places = [layout.place(rank, per_node) for rank in range(layout.world_size)]
     assert len({(place.tp_rank, place.pp_rank, place.cp_rank) for place in places}) == layout.world_size
-    assert len({(place.pp_rank, place.moe_tp_rank, place.moe_ep_rank) for place in places}) == layout.world_size
+    copies = layout.cp_size if layout.moe_world_size == layout.tp_size else 1
+    experts = Counter((place.pp_rank, place.moe_tp_rank, place.moe_ep_rank) for place in places)
+    assert set(experts.values()) == {copies}
+    assert len(experts) * copies == layout.world_size
     nodes = [place.node for place in places]
     assert nodes == sorted(nodes)
     for place in places:
@@ -321,6 +326,31 @@ def test_the_order_of_ranks_is_the_version_s(
     assert [place.tp_rank for place in places] == tp_ranks * 2
     assert [place.cp_rank for place in places] == cp_ranks * 2
     assert layout.groups("tp")[0] == tp_group
+
+
+@pytest.mark.parametrize(
+    ("version", "ranks", "experts"),
+    [("1.1.0", 2, [0, 1, 0, 1]), ("1.2.1", 4, [0, 1, 2, 3]), ("1.3.0", 4, [0, 1, 2, 3]), (None, 4, [0, 1, 2, 3])],
+)
+def test_since_1_2_helix_shares_experts_out_over_its_context_ranks(
+    version: str | None, ranks: int, experts: list[int]
+) -> None:
+    config = EngineConfig(2, cp_size=2, cp_type="HELIX", moe_ep_size=ranks)
+    layout = layout_of(config, None if version is None else parse_trtllm_version(version))
+    assert (layout.moe_world_size, layout.multiplies_out, layout.dense_tp_size) == (ranks, True, 4)
+    assert [layout.place(rank, 4).moe_ep_rank for rank in range(4)] == experts
+    # the engine's default kind does in no version
+    ulysses = layout_of(EngineConfig(2, cp_size=2), None if version is None else parse_trtllm_version(version))
+    assert ulysses.moe_world_size == 2
+
+
+@given(st.integers(1, 8), *[st.none() | st.integers(1, 9)] * 3)
+def test_sizes_that_cannot_be_are_still_sizes(
+    tp: int, moe_tp: int | None, moe_ep: int | None, moe_cluster: int | None
+) -> None:
+    layout = layout_of(EngineConfig(tp, moe_tp_size=moe_tp, moe_ep_size=moe_ep, moe_cluster_size=moe_cluster))
+    assert layout.moe_ep_size >= 1
+    assert layout.moe_tp_size >= (1 if layout.multiplies_out else 0)
 
 
 def test_smart_router_clusters_are_between_slices_and_shares() -> None:

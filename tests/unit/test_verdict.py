@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi import __version__
 from dynamo_mpi.errors import DataError, ModelError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.parallelism.finding import errors
+from dynamo_mpi.preflight.gpu_facts import NodeGpus
+from dynamo_mpi.preflight.host_facts import HostFacts
+from dynamo_mpi.preflight.host_row import HostRow
 from dynamo_mpi.preflight.inquiry import Card
-from dynamo_mpi.preflight.verdict import Plan, judge, read_plan
+from dynamo_mpi.preflight.verdict import Plan, Verdict, judge, read_plan
 from dynamo_mpi.settings import load_settings
 from tests.unit.models import LLAMA_4, SMOLLM2
+from tests.unit.test_host_rules import B200, GIB, facts, gpu, node, rows
 
 
 def make_plan(folder: Path, config: dict[str, Any] = SMOLLM2, engine: str | None = None, *flags: str) -> Plan:
@@ -126,3 +131,140 @@ def test_the_first_error_decides_the_exit_code_and_all_are_reported(
         assert "nothing was loaded" in verdict.report
     for rule in rules:
         assert f"error {rule}: " in verdict.report
+
+
+# -- with TensorRT-LLM, hosts and GPUs are looked at too
+
+WHOLE_LLAMA: dict[str, Any] = {
+    **SMOLLM2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "head_dim": 128,
+    "torch_dtype": "bfloat16",
+}
+TP8, TP4 = "tensor_parallel_size: 8", "tensor_parallel_size: 4"
+
+
+def cards_of(some: list[HostRow], *, version: str = __version__) -> list[Card]:
+    """Return the rows as the ranks would have sent them."""
+    sent = [Card(row.host, "", __version__, (), row.facts.pack(), row.gpus.pack()) for row in some]
+    return [Card.unpack(card.pack())._replace(version=version) for card in sent]
+
+
+def judged(folder: Path, some: list[HostRow], engine: str = TP4, *flags: str, **config: Any) -> Verdict:
+    plan = make_plan(
+        folder, {**WHOLE_LLAMA, **config}, engine, "--engine", "trtllm", "--trtllm-version", "1.2.1", *flags
+    )
+    return judge(plan, cards_of(some))
+
+
+def told(verdict: Verdict) -> list[str]:
+    return [f"{one.severity.value} {one.rule}" for one in verdict.findings if one.severity.value != "info"]
+
+
+def test_ranks_are_asked_for_facts_by_engine(tmp_path: Path) -> None:
+    for flags, asked in (
+        ((), (False, False)),
+        (("--allow-no-gpu",), (False, False)),
+        (("--engine", "trtllm"), (True, True)),
+        (("--engine", "trtllm", "--allow-no-gpu"), (True, False)),
+    ):
+        inquiry = make_plan(tmp_path, SMOLLM2, None, *flags).inquiry
+        assert (inquiry.hosts, inquiry.gpus) == asked
+
+
+def test_a_healthy_world_of_two_nodes(tmp_path: Path) -> None:
+    """Its kind of GPU is found out, so that what fits is reckoned."""
+    verdict = judged(tmp_path, rows("aaaabbbb"), TP8)
+    assert (verdict.exit_code, told(verdict)) == (ExitCode.OK, ["warning A14"])
+    assert "8 ranks on 2 nodes (a … b), h100" in verdict.report
+    assert any(one.rule == "J" and "room for about" in one.message for one in verdict.findings)
+
+
+def test_a_kind_of_gpu_that_was_said_is_believed(tmp_path: Path) -> None:
+    assert "1 rank on a, b200" in judged(tmp_path, rows("a"), "{}", "--gpu", "b200").report
+
+
+def test_weights_too_large_for_the_gpus_that_are_there_are_an_illegal_layout(tmp_path: Path) -> None:
+    verdict = judged(tmp_path, rows("a"), "{}", num_hidden_layers=300)
+    assert verdict.exit_code is ExitCode.ILLEGAL_LAYOUT
+    assert "error J: the weights don't fit" in verdict.report
+
+
+def unlike(version: str) -> HostFacts:
+    return facts(versions=(("tensorrt_llm", version),))
+
+
+@pytest.mark.parametrize(
+    ("some", "rules", "words"),
+    [
+        (rows("aaaa", [node("a", 4, [rank]) for rank in range(4)]), ["error K9"], "ranks 0-3 on a"),
+        (rows("aaaa", [node("a", 4)] * 3 + [node("a", 4, [0, 1, 2])]), ["error K9"], "--gpus-per-node=4"),
+        (rows("aabb", [node("a", 2)] * 2 + [node("b", 2, kind=B200)] * 2), ["error G6"], "NVIDIA B200, SM100"),
+        (rows("aabb", [node("a", 2)] * 2 + [node("b", 3)] * 2), ["error G6"], "3 GPUs on b"),
+        (rows("aaaa", [NodeGpus(problem="the driver isn't loaded")] * 4), ["error V1"], "no rank sees a GPU"),
+        (rows("aaaa", told=[facts(mpi_library="MPICH Version: 4.2")] * 4), ["error K1"], "isn't Open MPI"),
+        (rows("aaaa", told=[facts(versions=())] * 4), ["error D10"], "isn't installed"),
+        (rows("aaaa", told=[unlike("1.2.0"), *[unlike("1.2.1")] * 3]), ["error D10"], "1.2.0"),
+        (rows("aaaa", [node("a", gpus=tuple(gpu("a", i, mig=True) for i in range(4)))] * 4), ["error V8"], "MIG"),
+        (rows("aaaa", [node("a", gpus=tuple(gpu("a", i, used=78) for i in range(4)))] * 4), ["error V2"], "2.0 GiB of"),
+    ],
+)
+def test_hosts_and_gpus_that_will_not_do_are_a_mislaunch(
+    tmp_path: Path, some: list[HostRow], rules: list[str], words: str
+) -> None:
+    verdict = judged(tmp_path, some)
+    assert [rule for rule in told(verdict) if rule.startswith("error")] == rules
+    assert words in verdict.report
+    assert verdict.exit_code is ExitCode.USAGE
+
+
+def test_a_layout_that_can_not_be_comes_before_hosts(tmp_path: Path) -> None:
+    verdict = judged(tmp_path, rows("aaa", [NodeGpus()] * 3), "tensor_parallel_size: 3")
+    found = [one.rule for one in errors(verdict.findings)]
+    assert (found[0], found[-1]) == ("B1", "V1")
+    assert verdict.exit_code is ExitCode.ILLEGAL_LAYOUT
+
+
+def test_a_busy_gpu_is_told_and_no_reason_to_stop(tmp_path: Path) -> None:
+    busy = node("a", gpus=(gpu("a", 0, used=20, holders=((42, 20 * GIB),)), *(gpu("a", i) for i in range(1, 4))))
+    verdict = judged(tmp_path, rows("aaaa", [busy] * 4))
+    assert (verdict.exit_code, told(verdict)) == (ExitCode.OK, ["warning V2"])
+    assert "rank 0 on a, GPU 0: 60.0 GiB of 80.0 GiB free; pid 42 holds 20.0 GiB" in verdict.report
+
+
+def test_without_gpus_by_permission_the_other_rules_go_on(tmp_path: Path) -> None:
+    blind = [row._replace(gpus=NodeGpus()) for row in rows("aaaa")]
+    assert told(judged(tmp_path, blind)) == ["error V1"]
+    allowed = judged(tmp_path, blind, TP4, "--allow-no-gpu")
+    assert (allowed.exit_code, told(allowed)) == (ExitCode.OK, [])
+    strange = [row._replace(facts=facts(mpi_library="MPICH Version: 4.2")) for row in blind]
+    assert told(judged(tmp_path, strange, TP4, "--allow-no-gpu")) == ["error K1"]
+
+
+def test_what_ranks_of_another_version_tell_is_not_read(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, WHOLE_LLAMA, "tensor_parallel_size: 2", "--engine", "trtllm")
+    own, *_ = cards_of(rows("aa"))
+    verdict = judge(plan, [own, Card("a", "", "99.0", ())])
+    assert [one.rule for one in errors(verdict.findings)] == ["P4"]
+
+
+def test_hosts_are_judged_for_tensorrt_llm_alone(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, WHOLE_LLAMA, TP4)
+    assert judge(plan, cards_of(rows("aaaa", [NodeGpus()] * 4))).exit_code is ExitCode.OK
+
+
+@pytest.mark.parametrize("path", ["absent.yaml", ".", r'"a\0b"'])
+def test_a_load_balancer_that_can_not_be_read_is_a_finding(tmp_path: Path, path: str) -> None:
+    named = path if "0" in path else str(tmp_path / path)
+    verdict = judge(make_plan(tmp_path, WHOLE_LLAMA, f"moe_config: {{load_balancer: {named}}}"), cards("a"))
+    assert "D4" in [one.rule for one in errors(verdict.findings)]
+    assert verdict.exit_code is ExitCode.ILLEGAL_LAYOUT
+
+
+def test_a_load_balancer_that_is_none_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "balancer.yaml").write_text("- a")
+    with pytest.raises(DataError, match=r"balancer\.yaml"):
+        make_plan(tmp_path, WHOLE_LLAMA, f"moe_config: {{load_balancer: {tmp_path}/balancer.yaml}}")

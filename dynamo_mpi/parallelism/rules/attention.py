@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.parallelism.subject import Subject
 
-# multiples of 8 up to 256 are what classic attention kernels exist for (TensorRT-LLM issues 679, 855)
-_MAX_HEAD_DIM = 256
+# multiples of 8 from 32 to 256 are what classic attention kernels exist for (TensorRT-LLM issues 679, 855)
+_MIN_HEAD_DIM, _MAX_HEAD_DIM = 32, 256
 
 
 def check_attention_heads(subject: Subject) -> Iterator[Finding]:
@@ -103,13 +103,18 @@ def check_head_dim(subject: Subject) -> Iterator[Finding]:
     """B8: not every head size has a kernel (TensorRT-LLM issues 679, 855)."""
     shape = subject.shape
     size = shape.head_dim
-    if size is None or shape.latent is not None or (size % 8 == 0 and size <= _MAX_HEAD_DIM) or shape.output_groups:
+    if (
+        size is None
+        or shape.latent is not None
+        or (size % 8 == 0 and _MIN_HEAD_DIM <= size <= _MAX_HEAD_DIM)
+        or shape.output_groups
+    ):
         return
     yield warning(
         "B8",
         f"heads of {size} elements may have no attention kernel",
         found=f"{shape.name}: head_dim {size}",
-        needed=f"a multiple of 8, at most {_MAX_HEAD_DIM}",
+        needed=f"a multiple of 8 from {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}",
         fix="try it on one GPU first, or set attn_backend",
     )
 

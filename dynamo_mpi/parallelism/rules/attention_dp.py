@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.parallelism.finding import error, info
+from dynamo_mpi.parallelism.finding import error, info, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +63,22 @@ def check_embeddings(subject: Subject) -> Iterator[Finding]:
     )
 
 
+def check_dense(subject: Subject) -> Iterator[Finding]:
+    """C1: attention DP is made for experts and latent attention; dense models gain little, and not every dense MLP is written for it
+    (``modeling_llama.py`` divides it and leaves its all-reduce out)."""
+    shape, layout = subject.shape, subject.layout
+    if layout.enable_attention_dp and layout.tp_size > 1 and not shape.suits_attention_dp and shape.layers is not None:
+        yield warning(
+            "C1",
+            "attention DP is set for a dense model: its MLPs may not be written for it, and then its answers are wrong",
+            found=f"enable_attention_dp true, {shape.name} without experts",
+            needed="a model with experts or latent attention",
+            fix="set enable_attention_dp: false, or compare its answers with those of a run without it",
+        )
+
+
 RULES = (
+    check_dense,
     check_lora_graphs,
     check_balance,
     check_embeddings,

@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism.finding import error, info, warning
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.legal import divisors, legal_tp_sizes
 from dynamo_mpi.parallelism.memory import estimate
 from dynamo_mpi.parallelism.subject import Subject
 from dynamo_mpi.parallelism.weights import missing_sizes
 from dynamo_mpi.parallelism.wording import gib
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.parallelism.memory import MemoryEstimate
@@ -26,14 +23,16 @@ _MAX_WORLD = 256  # larger worlds aren't proposed
 def check_capacity(subject: Subject) -> Iterator[Finding]:
     """J: weights, activations and some KV cache fit on every rank, for as many requests of full length as the subject wants.
     Nothing where the kind of GPU isn't known."""
-    if subject.cluster.gpu is None or not subject.layout.multiplies_out:
+    if subject.cluster.gpu is None:
         return
-    found = estimate(subject)
+    found, missing = estimate(subject), missing_sizes(subject.shape)
+    if found is None and not missing:
+        return  # A2 and F3 say what is wrong with it
     if found is None:
         yield info(
             "J",
             "whether it fits can't be estimated",
-            found=f"{subject.shape.name}: config.json doesn't say {', '.join(missing_sizes(subject.shape))}",
+            found=f"{subject.shape.name}: config.json doesn't say {', '.join(missing)}",
             fix="start with a small max_num_tokens, and read the engine's own report of its KV cache",
         )
     elif not found.weights_fit:
@@ -57,14 +56,30 @@ def _weights_too_large(subject: Subject, found: MemoryEstimate) -> Finding:
 
 
 def _no_cache(subject: Subject, found: MemoryEstimate) -> Finding:
-    stage = found.fullest
-    return error(
+    stage, room = found.fullest, found.gpu_bytes or 0
+    used = (
+        f"{_ranks(found, stage.stage)}: weights {gib(stage.weights_bytes)}, activations {gib(stage.activation_bytes)}, "
+        f"workspace of experts {gib(stage.workspace_bytes)}, outside torch {gib(stage.outside_bytes)}"
+    )
+    needed = f"room for a block of {found.tokens_per_block} tokens"
+    limit = subject.config.kv_cache.max_tokens
+    if (stage.left_bytes or 0) > 0:
+        keys = f"free_gpu_memory_fraction {found.fraction:g}" + ("" if limit is None else f", max_tokens {limit}")
+        return warning(
+            "J",
+            f"kv_cache_config leaves no block to the KV cache, though {gib(stage.left_bytes or 0)} are free",
+            found=f"{keys}; {used}",
+            needed=needed,
+            fix="raise kv_cache_config.free_gpu_memory_fraction and leave max_tokens out",
+        )
+    steps = stage.activation_bytes + stage.workspace_bytes
+    first = "lower max_num_tokens" if steps > stage.weights_bytes else f"{_advice(subject)}, or lower max_num_tokens"
+    return warning(
         "J",
-        f"nothing is left for the KV cache: about {gib(stage.fixed_bytes)} of {gib(found.gpu_bytes or 0)} is used without it",
-        found=f"{_ranks(found, stage.stage)}: weights {gib(stage.weights_bytes)}, activations {gib(stage.activation_bytes)}, "
-        f"workspace of experts {gib(stage.workspace_bytes)}, outside torch {gib(stage.outside_bytes)}",
-        needed=f"room for a block of {found.tokens_per_block} tokens",
-        fix=f"{_advice(subject)}, or lower max_num_tokens",
+        f"by estimate nothing is left for the KV cache: about {gib(stage.fixed_bytes)} of {gib(room)} is used without it",
+        found=used,
+        needed=needed,
+        fix=first,
     )
 
 
@@ -111,59 +126,8 @@ def _cache_advice(subject: Subject) -> str:
 
 
 def _advice(subject: Subject) -> str:
-    """Name the smallest larger layout that fits."""
-    ways = []
-    fitting = _first_fitting(_larger_tp(subject)) or _first_fitting(_larger_pp(subject))
-    if fitting is not None:
-        config = fitting.config
-        size = (
-            f"tensor_parallel_size: {config.tp_size}"
-            if config.tp_size != subject.config.tp_size
-            else f"pipeline_parallel_size: {config.pp_size}"
-        )
-        expert = f" and moe_expert_parallel_size: {config.moe_ep_size}" if (config.moe_ep_size or 1) > 1 else ""
-        ways.append(f"set {size}{expert}, on {fitting.cluster}")
-    if subject.shape.quantisation is None:
-        ways.append("take a checkpoint in FP8 or NVFP4")
-    return ", or ".join(ways) or "use GPUs with more memory"
-
-
-def _first_fitting(candidates: Iterable[Subject]) -> Subject | None:
-    for candidate in candidates:
-        found = estimate(candidate)
-        if found is not None and found.weights_fit and found.cache_fits:
-            return candidate
-    return None
-
-
-def _larger_tp(subject: Subject) -> Iterator[Subject]:
-    config, shape = subject.config, subject.shape
-    if config.enable_attention_dp:
-        sizes: Iterable[int] = divisors(shape.experts.count) if shape.experts is not None else ()
-    else:
-        sizes = legal_tp_sizes(shape, config.cp_size) or ()
-    for size in sizes:
-        if size > config.tp_size and size * config.pp_size * config.cp_size <= _MAX_WORLD:
-            # experts that were divided by expert parallelism alone stay so
-            whole = subject.layout.moe_ep_size > 1 or config.enable_attention_dp
-            ep_size = size if whole and shape.experts is not None and shape.experts.count % size == 0 else None
-            yield _with(subject, tp_size=size, moe_tp_size=None, moe_ep_size=ep_size)
-
-
-def _larger_pp(subject: Subject) -> Iterator[Subject]:
-    config, layers = subject.config, subject.shape.num_layers or 0
-    for size in range(config.pp_size + 1, layers + 1):
-        if size * config.tp_size * config.cp_size > _MAX_WORLD:
-            return
-        yield _with(subject, pp_size=size, pp_partition=None)
-
-
-def _with(subject: Subject, **changes: int | None) -> Subject:
-    config = replace(subject.config, **changes)  # type: ignore[arg-type]
-    per_node = subject.cluster.gpus_per_node
-    nodes = -(-config.world_size // per_node)
-    cluster = Cluster(nodes, config.world_size if nodes == 1 else per_node, subject.cluster.gpu)
-    return replace(subject, config=config, cluster=cluster)
+    smaller = "" if subject.shape.quantisation is not None else "take a checkpoint in FP8 or NVFP4, "
+    return f"{smaller}divide it over more GPUs, or take GPUs with more memory"
 
 
 def _ranks(found: MemoryEstimate, number: int) -> str:

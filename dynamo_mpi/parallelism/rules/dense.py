@@ -7,11 +7,11 @@ Under attention DP dense MLPs and shared experts are held whole by each rank (``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism import heads
 from dynamo_mpi.parallelism.finding import error, info, warning
+from dynamo_mpi.parallelism.legal import common_split, dense_block
 from dynamo_mpi.parallelism.model_shape import Feed, Mixer
 from dynamo_mpi.parallelism.quantisation import FP8_BLOCK, FP8_BLOCK_SCALES, GROUPED, MICROSCALED, NVFP4, NVFP4_BLOCK
 from dynamo_mpi.parallelism.rules import advice
@@ -138,12 +138,9 @@ def check_reduced_blocks(subject: Subject) -> Iterator[Finding]:
 def check_common_divisor(subject: Subject) -> Iterator[Finding]:
     """E9: DeepSeek-V3 and its relatives split the dense MLP by a common divisor of its scaling blocks, tp and the GPUs of a node
     (``modeling_deepseekv3.py: _compute_mlp_tp_size``)."""
-    shape, layout, quantisation = subject.shape, subject.layout, subject.shape.quantisation
+    shape, layout, block = subject.shape, subject.layout, dense_block(subject.shape.quantisation)
     if not shape.splits_dense_by_gcd:
         return
-    block = 1
-    if quantisation is not None and quantisation.algo in (FP8_BLOCK_SCALES, NVFP4):
-        block = FP8_BLOCK if quantisation.algo == FP8_BLOCK_SCALES else NVFP4_BLOCK
     widths: list[tuple[str, str, int, Say | None]] = []
     if shape.intermediate_size is not None and shape.has(Feed.DENSE):
         widths.append(("the dense MLP", "intermediate_size", shape.intermediate_size, _covered(shape, _is_dense)))
@@ -161,8 +158,7 @@ def check_common_divisor(subject: Subject) -> Iterator[Finding]:
             )
         elif name == "the dense MLP" and width % block == 0 and not layout.enable_attention_dp:
             tp_size, node = layout.dense_tp_size, subject.config.gpus_per_node or subject.cluster.gpus_per_node
-            split = gcd(width // block, tp_size)
-            split = gcd(split, node) if split > node else split
+            split = common_split(width, block, tp_size, node)
             if split < tp_size:
                 yield info(
                     "E9",

@@ -48,28 +48,38 @@ def check_expert_division(subject: Subject) -> Iterator[Finding]:
     )
 
 
+def check_balancer_file(subject: Subject) -> Iterator[Finding]:
+    """D4: the load balancer's file is there where the engine's arguments are built (``validate_load_balancer``)."""
+    moe = subject.config.moe
+    if moe.balanced and not moe.balancer_read:
+        say = error if subject.launched else warning
+        yield say(
+            "D4",
+            f"the load balancer's file {moe.balancer_path} can't be read here",
+            found=f"moe_config.load_balancer {moe.balancer_path}",
+            needed="the file on the leader's node, and where this is checked",
+            fix="mount it, or write its settings into moe_config.load_balancer",
+        )
+
+
 def check_slots(subject: Subject) -> Iterator[Finding]:
-    """D2, D3, D4: a load balancer's slots divide over ep and hold every expert (``MoeLoadBalancerConfig.setup``)."""
+    """D2, D3: a load balancer's slots divide over ep and hold every expert (``MoeLoadBalancerConfig.setup``)."""
     experts, moe, ep_size = subject.shape.experts, subject.config.moe, subject.layout.moe_ep_size
     if experts is None or not moe.balanced:
         return
     key, slots = "moe_config.load_balancer.num_slots", moe.num_slots
     legal = -(-experts.count // ep_size) * ep_size
+    if not moe.balancer_read:
+        return
     if slots is None:
-        if moe.balancer_path is not None:
-            yield info(
-                "D4",
-                f"the load balancer's file was not looked into: {moe.balancer_path}",
-                found=f"moe_config.load_balancer {moe.balancer_path}",
-            )
-        else:
-            yield error(
-                "D2",
-                "the expert load balancer has no num_slots",
-                found=f"{key} not set",
-                needed="a multiple of ep_size",
-                fix=f"set {key}: {legal}",
-            )
+        where = f" in {moe.balancer_path}" if moe.balancer_path is not None else ""
+        yield error(
+            "D2",
+            "the expert load balancer has no num_slots",
+            found=f"{key} not set{where}",
+            needed="a multiple of ep_size",
+            fix=f"set num_slots: {legal}{where or ' in moe_config.load_balancer'}",
+        )
         return
     found = f"{key} {slots}, {experts.count} experts, ep_size {ep_size}"
     if slots % ep_size:
@@ -251,6 +261,7 @@ def _ep_advice(subject: Subject) -> str:
 
 RULES = (
     check_expert_division,
+    check_balancer_file,
     check_slots,
     check_assignments,
     check_balancer,

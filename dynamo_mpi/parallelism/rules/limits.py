@@ -135,7 +135,7 @@ def check_attention_backend(subject: Subject) -> Iterator[Finding]:
             found=f"attn_backend {backend}, role {subject.role}",
             fix="use attn_backend: TRTLLM",
         )
-    if backend == "FLASHINFER" and "enable_block_reuse" in (subject.config.keys.get("kv_cache_config") or {}):
+    if backend == "FLASHINFER" and subject.config.kv_cache.enable_block_reuse:
         yield info("H8", "the FLASHINFER attention backend switches block reuse off", found=f"attn_backend {backend}")
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.parallelism import alternatives
-from dynamo_mpi.parallelism.finding import error, warning
+from dynamo_mpi.parallelism.finding import error, info, warning
 from dynamo_mpi.parallelism.layout import CP_TYPES, HELIX
+from dynamo_mpi.parallelism.legal import divisors
+from dynamo_mpi.parallelism.wording import counted, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,19 +22,26 @@ def check_world_size(subject: Subject) -> Iterator[Finding]:
     layout, started = subject.layout, subject.cluster.world_size
     if layout.world_size == started:
         return
+    if not subject.launched and subject.cluster.nodes == 1 and layout.world_size < started:
+        yield info(
+            "A1",
+            f"the layout takes {layout.world_size} of the node's {started} GPUs",
+            fix=f"start {counted(layout.world_size, 'rank')}",
+        )
+        return
     product = f"tensor {layout.tp_size} x pipeline {layout.pp_size} x context {layout.cp_size}"
     yield error(
         "A1",
-        f"the layout needs {layout.world_size} ranks, but there are {started}",
+        f"the layout needs {counted(layout.world_size, 'rank')}, but there are {started}",
         found=f"world size {started}; {product} = {layout.world_size}",
         needed="world_size = tensor_parallel_size x pipeline_parallel_size x context_parallel_size",
-        fix=f"start {layout.world_size} ranks (srun --ntasks={layout.world_size}, mpirun -n {layout.world_size}), "
+        fix=f"start {counted(layout.world_size, 'rank')} (srun --ntasks={layout.world_size}, mpirun -n {layout.world_size}), "
         f"or set sizes whose product is {started}",
     )
 
 
 def check_moe_product(subject: Subject) -> Iterator[Finding]:
-    """A2, A3: ``moe_tp * moe_ep * moe_cluster`` is tp, or tp x cp with HELIX; checked for dense models too (``MappingBase.__init__``)."""
+    """A2: ``moe_tp * moe_ep * moe_cluster`` is tp, or tp x cp with HELIX; checked for dense models too (``MappingBase.__init__``)."""
     layout = subject.layout
     if layout.multiplies_out:
         return
@@ -61,19 +69,37 @@ def check_moe_product(subject: Subject) -> Iterator[Finding]:
         message,
         found=f"{over} {layout.moe_world_size}, {', '.join(given)}: {product} != {layout.moe_world_size}{because}",
         needed=f"moe_tp_size x moe_ep_size x moe_cluster_size = {over} = {layout.moe_world_size}",
-        fix=alternatives.for_expert_parallelism(subject),
+        fix=f"set moe_expert_parallel_size to one of {listed(_expert_sizes(subject))}, and leave moe_tensor_parallel_size out",
     )
 
 
+def check_dense_experts(subject: Subject) -> Iterator[Finding]:
+    """A3: expert sizes say nothing of a model without experts."""
+    config, shape = subject.config, subject.shape
+    if shape.experts is None and shape.layers is not None and max(config.moe_ep_size or 1, config.moe_tp_size or 1) > 1:
+        yield warning(
+            "A3",
+            f"{shape.name} has no experts to divide",
+            found=f"moe_expert_parallel_size {config.moe_ep_size}, moe_tensor_parallel_size {config.moe_tp_size}",
+            needed="neither, for a dense model",
+            fix="leave moe_expert_parallel_size and moe_tensor_parallel_size out",
+        )
+
+
+def _expert_sizes(subject: Subject) -> list[int]:
+    experts = subject.shape.experts
+    return [ep for ep in divisors(subject.layout.moe_world_size) if experts is None or experts.count % ep == 0]
+
+
 def check_context_experts(subject: Subject) -> Iterator[Finding]:
-    """A5: expert parallelism under context parallelism is for HELIX alone (``MappingBase.__init__``)."""
+    """A5: expert parallelism under context parallelism is for HELIX alone, since 1.2 (``MappingBase.__init__``)."""
     layout = subject.layout
-    if layout.cp_size > 1 and not layout.is_helix and layout.moe_ep_size > 1:
+    if layout.cp_size > 1 and layout.moe_ep_size > 1 and not (layout.is_helix and layout.experts_over_cp):
         yield error(
             "A5",
             f"context parallelism of type {layout.cp_type} can't be combined with expert parallelism",
             found=f"cp_size {layout.cp_size}, cp_type {layout.cp_type}, ep_size {layout.moe_ep_size}",
-            needed=f"ep_size 1, or cp_type {HELIX}",
+            needed=f"ep_size 1, or cp_type {HELIX} of TensorRT-LLM 1.2 or newer",
             fix=f"set cp_config: {{cp_type: {HELIX}}} on a decode worker, or moe_expert_parallel_size: 1",
         )
 
@@ -136,8 +162,18 @@ def check_context_type(subject: Subject) -> Iterator[Finding]:
 
 
 def check_gpus_per_node(subject: Subject) -> Iterator[Finding]:
-    """A10, A11, K9: the engine reckons nodes as ``rank // gpus_per_node``, so the config has to say what is true."""
+    """A10, A11, H16, K9: the engine reckons nodes as ``rank // gpus_per_node``, so the config has to say what is true."""
     said, cluster = subject.config.gpus_per_node, subject.cluster
+    if subject.engine == "reference":
+        return
+    if said is None and cluster.nodes > 1:
+        yield info(
+            "A10",
+            "gpus_per_node isn't set: the engine takes what the leader's node shows for all nodes",
+            found=f"{cluster}, no gpus_per_node",
+            needed="gpus_per_node in the engine config",
+            fix=f"set gpus_per_node: {cluster.gpus_per_node}",
+        )
     if said is None or said == cluster.gpus_per_node or (cluster.nodes == 1 and said >= cluster.world_size):
         return
     yield error(
@@ -152,7 +188,7 @@ def check_gpus_per_node(subject: Subject) -> Iterator[Finding]:
 def check_placement(subject: Subject) -> Iterator[Finding]:
     """A14: a tensor-parallel group that leaves its node is legal, and slow without NVLink between the nodes."""
     layout, cluster = subject.layout, subject.cluster
-    if layout.world_size != cluster.world_size or not layout.leaves_nvlink(cluster):
+    if layout.world_size != cluster.world_size or not layout.leaves_nvlink(cluster) or subject.engine == "reference":
         return
     if layout.enable_attention_dp and layout.moe_tp_size == 1 and subject.shape.experts is not None:
         return  # nothing but the experts' all-to-all crosses, which is what wide expert parallelism is for
@@ -169,6 +205,7 @@ def check_placement(subject: Subject) -> Iterator[Finding]:
 RULES = (
     check_world_size,
     check_moe_product,
+    check_dense_experts,
     check_context_experts,
     check_clusters,
     check_lm_head,

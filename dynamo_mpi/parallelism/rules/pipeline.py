@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism.finding import error, info, warning
+from dynamo_mpi.parallelism.kv_cache import tokens_per_block
 from dynamo_mpi.parallelism.quantisation import NVFP4
 
 if TYPE_CHECKING:
@@ -106,12 +107,12 @@ def check_helix(subject: Subject) -> Iterator[Finding]:
             needed="role decode, with a prefill worker whose cp_size is 1",
             fix="set context_parallel_size: 1, or run it with --role decode beside a prefill worker",
         )
-    cache = config.kv_cache.tokens_per_block or 32
+    cache = tokens_per_block(subject)
     if config.cp_tokens_per_block is not None and config.cp_tokens_per_block != cache:
         yield error(
             "F9",
             "context parallelism and KV cache have blocks of different sizes",
-            found=f"cp_config.tokens_per_block {config.cp_tokens_per_block}, kv_cache_config.tokens_per_block {cache}",
+            found=f"cp_config.tokens_per_block {config.cp_tokens_per_block}, the KV cache {cache}",
             needed="the same number of tokens",
             fix=f"set cp_config.tokens_per_block: {cache}",
         )

@@ -45,6 +45,11 @@ def layout_findings(subject: Subject) -> list[Finding]:
     return _apply(LAYOUT_RULES, subject)
 
 
+def config_findings(subject: Subject) -> list[Finding]:
+    """Apply the rules that no layout can mend: keys, formats, limits, roles."""
+    return [*check_keys(subject.config.keys, subject.version), *_apply(CONFIG_RULES, subject)]
+
+
 def all_findings(subject: Subject) -> list[Finding]:
     """Apply every rule to one worker.
 

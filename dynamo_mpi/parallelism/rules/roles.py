@@ -80,8 +80,10 @@ def check_hybrid_transceiver(subject: Subject) -> Iterator[Finding]:
     transceiver = subject.config.transceiver
     if subject.role == "agg" or subject.shape.state_space is None or transceiver is None:
         return
-    if (transceiver.backend or "").upper() == "NIXL" and (transceiver.runtime or "").upper() != "PYTHON":
-        yield error(
+    runtime = (transceiver.runtime or "auto").upper()
+    if (transceiver.backend or "").upper() == "NIXL" and runtime != "PYTHON":
+        say = warning if runtime == "AUTO" and not subject.older_than(1, 2) else error
+        yield say(
             "I5",
             f"{subject.shape.name} keeps a state besides its KV cache, which the C++ transceiver can't hand over by NIXL",
             found=f"backend {transceiver.backend}, transceiver_runtime {transceiver.runtime or 'auto'}",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ``docs/rules.md`` from the rules themselves: ``python -m dynamo_mpi.parallelism.rules.page``."""
+"""Writes ``docs/rules.md`` from the rules themselves: ``python -m dynamo_mpi.preflight.rules_page``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism import contract, engine_layers, key_rules
 from dynamo_mpi.parallelism.rules import registry
-from dynamo_mpi.preflight import roster
+from dynamo_mpi.preflight import gpu_rules, host_rules, roster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _HEAD = """# Rules
 
 Every rule that `dynamo-mpi check`, `dynamo-mpi plan` and the preflight in the ranks apply, by the id that stands in its findings.
-This page is written by `python -m dynamo_mpi.parallelism.rules.page`; a test fails when it is stale.
+This page is written by `python -m dynamo_mpi.preflight.rules_page`; a test fails when it is stale.
 
 File names in parentheses are TensorRT-LLM's: where the engine has the rule, as read in its public sources from 1.0 to the 1.3
 release candidates. Nothing here was run against the engine itself.
@@ -36,7 +36,14 @@ def render() -> str:
 def _rows() -> Iterator[tuple[str, str]]:
     for rule in (*registry.LAYOUT_RULES, *registry.CONFIG_RULES, *registry.CAPACITY_RULES):
         yield _row(rule)
-    for other in (key_rules.check_keys, engine_layers.flag_without_effect, contract.check_contracts, *roster.RULES):
+    for other in (
+        key_rules.check_keys,
+        engine_layers.flag_without_effect,
+        contract.check_contracts,
+        *roster.RULES,
+        *gpu_rules.RULES,
+        *host_rules.RULES,
+    ):
         yield _row(other)
 
 

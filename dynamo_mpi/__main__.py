@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m dynamo_mpi`` is ``dynamo-mpi``."""
+
+import sys
+
+from dynamo_mpi.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())
