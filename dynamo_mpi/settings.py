@@ -26,8 +26,9 @@ from dynamo_mpi.options import (
     to_switch,
     to_text,
 )
-from dynamo_mpi.parallelism.documents import parse_yaml, read_text
+from dynamo_mpi.parallelism.documents import parse_yaml
 from dynamo_mpi.parallelism.engine_layers import split_dynamic_flags
+from dynamo_mpi.text_files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

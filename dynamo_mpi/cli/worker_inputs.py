@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.engine_options import ENGINE_OPTIONS, GPU, MIN_REQUESTS, engine_flags
 from dynamo_mpi.errors import DataError, UsageError
+from dynamo_mpi.model_files import ModelFiles, find_model
 from dynamo_mpi.options import Option, add_options, resolve, to_count, to_text
-from dynamo_mpi.parallelism.documents import read_text
 from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
-from dynamo_mpi.parallelism.model_files import ModelFiles, find_model
+from dynamo_mpi.text_files import read_text
 
 if TYPE_CHECKING:
     import argparse

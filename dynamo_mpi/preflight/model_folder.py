@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import ModelError
-from dynamo_mpi.parallelism.model_files import find_model
+from dynamo_mpi.model_files import find_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

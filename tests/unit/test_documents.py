@@ -16,9 +16,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynamo_mpi import text_files
 from dynamo_mpi.errors import DataError
-from dynamo_mpi.parallelism import documents
-from dynamo_mpi.parallelism.documents import MAX_BYTES, MAX_SIZE, Reader, parse_json, parse_yaml, read_text
+from dynamo_mpi.parallelism.documents import MAX_SIZE, Reader, parse_json, parse_yaml
+from dynamo_mpi.text_files import MAX_BYTES, read_text
 
 PATH = "/some/where.cfg"
 NEEDED = "something better"
@@ -327,8 +328,8 @@ def test_a_pipe_that_is_written_to_is_read_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_pipe_that_nobody_writes_to_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert documents._PIPE_SECONDS == 5
-    monkeypatch.setattr(documents, "_PIPE_SECONDS", 0.05)
+    assert text_files._PIPE_SECONDS == 5
+    monkeypatch.setattr(text_files, "_PIPE_SECONDS", 0.05)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(DataError, match=f"nothing was written to the pipe {pipe} within 0.05 s"):

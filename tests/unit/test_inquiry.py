@@ -145,26 +145,6 @@ def test_weight_files_are_known_by_their_endings() -> None:
     assert weight_files(names) == ("a.gguf", "b.safetensors", "c.bin")
 
 
-TEXTS = st.lists(st.text(max_size=4), max_size=4).map(tuple)
-
-
-@given(TEXTS, st.text(max_size=4), TEXTS, TEXTS, st.booleans(), st.booleans())
-def test_an_inquiry_arrives_as_it_was_sent(
-    argv: tuple[str, ...], folder: str, weights: tuple[str, ...], paths: tuple[str, ...], hosts: bool, gpus: bool
-) -> None:
-    files = tuple(WatchedFile("engine config", path, path * 2) for path in paths)
-    inquiry = Inquiry(argv, folder, weights, files, hosts, gpus)
-    assert Inquiry.unpack(inquiry.pack()) == inquiry
-
-
-@given(st.text(max_size=4), st.text(max_size=4), TEXTS, TEXTS, TEXTS)
-def test_a_card_arrives_as_it_was_sent(
-    host: str, visible: str, problems: tuple[str, ...], facts: tuple[str, ...], gpus: tuple[str, ...]
-) -> None:
-    card = Card(host, visible, __version__, problems, facts, gpus)
-    assert Card.unpack(card.pack()) == card
-
-
 def test_nothing_is_told_of_host_and_gpus_unless_it_is_asked_for(tmp_path: Path) -> None:
     inquiry = Inquiry(ARGV, str(tmp_path), (), ())
     card = fill_card(inquiry, LAUNCH, ARGV, "Open MPI v5.0.8")

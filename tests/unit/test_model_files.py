@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.errors import DataError, ModelError
-from dynamo_mpi.parallelism.model_files import ModelFiles, find_model, hub_cache
+from dynamo_mpi.model_files import ModelFiles, find_model, hub_cache
 
 CONFIG = '{"architectures": ["M"], "num_attention_heads": 4}'
 HUB_ID = "maker/Some-Model_1.5"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import ModelError
-from dynamo_mpi.parallelism.documents import read_text
 from dynamo_mpi.parallelism.model_config import parse_model_shape
+from dynamo_mpi.text_files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
