@@ -73,12 +73,13 @@ def run(arguments: argparse.Namespace) -> int:
     result: Any
     pair = [values["prefill_engine_config"], values["decode_engine_config"]]
     single = arguments.role is not None or arguments.engine_config is not None
-    if any((arguments.prefill_engine_config, arguments.decode_engine_config)) and (single or not all(pair)):
+    asked = any((arguments.prefill_engine_config, arguments.decode_engine_config))
+    if asked and (single or not all(pair)):
         raise UsageError(
             "the engine configs of a pair aren't complete, or flags of a single worker were given with them",
             needed="--prefill-engine-config and --decode-engine-config, without --engine-config and --role",
         )
-    if all(pair) and not single and values["engine_config"] is None:
+    if asked or (all(pair) and not single and values["engine_config"] is None):
         result = check_pair(
             judge("prefill", pair[0], values["prefill_nodes"]), judge("decode", pair[1], values["decode_nodes"])
         )

@@ -479,6 +479,12 @@ def test_a_pair_is_checked_one_by_one_and_against_each_other(check: Check) -> No
     assert (finding["rule"], finding["found"]) == ("I1", "prefill fp8, decode bfloat16")
 
 
+def test_a_pair_that_was_asked_for_wins_over_a_variable(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_CONFIG", check.yaml("tensor_parallel_size: 16"))
+    code, report = pair(check, PREFILL, DECODE)
+    assert (code, sorted(report)) == (0, ["decode", "ok", "pair", "prefill"])
+
+
 def test_one_bad_worker_spoils_the_pair(check: Check) -> None:
     code, report = pair(check, PREFILL.replace("8", "16", 1), DECODE)
     assert (code, report["ok"], report["pair"]["ok"]) == (78, False, True)
