@@ -11,6 +11,7 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import pack
 from dynamo_mpi.preflight.inquiry import Inquiry, fill_card
+from dynamo_mpi.supervision.watch import Watched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,8 +51,28 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
     # Launchers signal every rank, and rank 0 leads the draining: a follower that left now would take the requests in flight with it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    spec = EngineSpec.unpack(message[1:])
+    watched = Watched(world.duplicate())
+    watched.start()
+    try:
+        if spec.engine == "trtllm":
+            return _follow_trtllm(world, watched, phases)
+        return _follow_engine(world, launch, spec, watched, phases)
+    finally:
+        watched.close()
+
+
+def _follow_trtllm(world: World, watched: Watched, phases: Phases) -> int:
+    from dynamo_mpi.engines.trtllm.follow import follow_trtllm
+
+    with phases.enter("serve"):
+        follow_trtllm(world, watched)
+    return world.broadcast()[1]
+
+
+def _follow_engine(world: World, launch: Launch, spec: EngineSpec, watched: Watched, phases: Phases) -> int:
     with phases.enter("load"):
-        spec, comm = EngineSpec.unpack(message[1:]), world.duplicate()
+        comm = world.duplicate()
         engine, report = build_part(spec, comm, launch.local_size or world.size)
         world.gather(report)
         message = world.broadcast()
@@ -61,6 +82,7 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
+    watched.close()
     with phases.enter("serve"):
         engine.follow()
     return world.broadcast()[1]

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.probe import probe_control_plane
@@ -20,11 +21,12 @@ from dynamo_mpi.fields import unpack
 from dynamo_mpi.follower import GO, STOP, build_part, load_part
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
-from dynamo_mpi.preflight.roster import describe_ranks
+from dynamo_mpi.preflight.roster import describe_ranks, hosts
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
 from dynamo_mpi.serving.service import Registration, point_runtime_at, run, serve
 from dynamo_mpi.settings import load_settings
+from dynamo_mpi.supervision.guard import Guard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,15 +90,23 @@ class Leader:
                 return self._stop(f"error: {error}", error.exit_code)
             spec = engine_spec(settings, plan)
             self._world.broadcast(GO + spec.pack())
-        with self._phases.enter("load"):
-            engine, report = build_part(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
-            code = self._agree(report, cards)
-            if engine is None or code is not ExitCode.OK:
-                return code
-            code = self._agree(load_part(engine), cards)
-            if code is not ExitCode.OK:
-                return code
+        guard = Guard(self._world, cards, self._phases, self._voice)
+        if settings.engine == "trtllm":
+            return self._lead_trtllm(settings, plan, cards, guard)
+        with self._phases.enter("load"), guard.deadline(settings.load_timeout, "not loaded", "--load-timeout"):
+            code, engine = self._load(spec, cards)
+        guard.close()
+        if engine is None:
+            return code
         return self._lead_engine(engine, settings, plan)
+
+    def _load(self, spec: EngineSpec, cards: Sequence[Card]) -> tuple[ExitCode, Engine | None]:
+        engine, report = build_part(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
+        code = self._agree(report, cards)
+        if engine is None or code is not ExitCode.OK:
+            return code, None
+        code = self._agree(load_part(engine), cards)
+        return code, engine if code is ExitCode.OK else None
 
     def _ask(self, plan: Plan, argv: Sequence[str]) -> list[Card]:
         self._world.broadcast(GO + plan.inquiry.pack())
@@ -160,9 +170,26 @@ class Leader:
         )
         return code
 
+    def _lead_trtllm(self, settings: Settings, plan: Plan, cards: Sequence[Card], guard: Guard) -> int:
+        from dynamo_mpi.engines.trtllm.lead import TrtllmLeader
+
+        gpus_per_node = plan.config.gpus_per_node or len(cards) // len(hosts(cards))
+        leader = TrtllmLeader(
+            self._world, settings, gpus_per_node, plan.shape.bos_token_id or 0, guard, self._phases, self._voice
+        )
+        try:
+            leader.run(partial(self._announce, settings))
+        finally:
+            _forget(settings.ready_file)
+        guard.close()
+        self._world.broadcast(STOP + bytes([ExitCode.OK]))
+        self._voice.say(f"exit: done after {self._phases.age:.1f} s")
+        return ExitCode.OK
+
     def _announce(self, settings: Settings) -> None:
         seconds = self._phases.durations
-        spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "prove", "register"))
+        # TensorRT-LLM's worker registers before it can be proven
+        spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "prove", "register") if name in seconds)
         self._voice.say(
             f"ready: {settings.served_model_name} at {settings.endpoint} after {self._phases.age:.1f} s "
             f"(verdict {self._verdict_seconds:.1f} s, {spans})"
@@ -193,15 +220,18 @@ def lead(world: World, launch: Launch, argv: Sequence[str], phases: Phases, voic
 
 
 def require_startable(settings: Settings) -> None:
-    """Refuse an engine that this version can't start, unless its layout alone is to be checked.
+    """Refuse an engine that can't be started here, unless its layout alone is to be checked.
 
     Raises:
-        UsageError: it would have to be started.
+        UsageError: what starts it isn't installed.
     """
-    if settings.engine != "reference" and not settings.preflight_only:
+    if settings.engine != "trtllm" or settings.preflight_only:
+        return
+    if find_spec("dynamo") is None or find_spec("dynamo.trtllm") is None:
         raise UsageError(
-            "this version of dynamo_mpi checks TensorRT-LLM workers, it doesn't start them yet",
-            fix="--preflight-only, or start dynamo.trtllm with trtllm-llmapi-launch",
+            "Dynamo's TensorRT-LLM worker isn't installed: there is no dynamo.trtllm",
+            needed="ai-dynamo beside TensorRT-LLM, as in NVIDIA's tensorrtllm-runtime container",
+            fix="start the ranks in that container, or pip install ai-dynamo",
         )
 
 

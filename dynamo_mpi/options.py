@@ -190,9 +190,10 @@ def _pick(
 
 
 def _convert(option: Option, text: str, origin: str) -> Any:
-    if option.choices and text not in option.choices:
-        raise UsageError(f"{origin} is {text!r}", needed=f"one of {', '.join(option.choices)}")
     try:
-        return option.convert(text)
+        value = option.convert(text)
     except ValueError as error:
         raise UsageError(f"{origin} is {text!r}", needed=str(error)) from None
+    if option.choices and value not in option.choices:
+        raise UsageError(f"{origin} is {text!r}", needed=f"one of {', '.join(option.choices)}")
+    return value

@@ -33,15 +33,21 @@ from dynamo_mpi.text_files import read_text
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+
+def to_role(text: str) -> str:
+    """Read a role, by Dynamo's other names for an aggregated worker too."""
+    return {"pd": "agg", "prefill_and_decode": "agg", "aggregated": "agg"}.get(text, text)
+
+
 ROLE = Option(
     "role",
     ("--role", "--disaggregation-mode"),
-    ("DYN_MPI_ROLE",),
+    ("DYN_MPI_ROLE", "DYN_TRTLLM_DISAGGREGATION_MODE"),
     "agg",
-    str,
-    "what this worker does; prefill and decode are TensorRT-LLM's, and take PREFILL_ENGINE_CONFIG or DECODE_ENGINE_CONFIG "
-    "where neither --engine-config nor ENGINE_CONFIG is given",
-    ("agg", "prefill", "decode"),
+    to_role,
+    "what this worker does; all but agg are TensorRT-LLM's, and prefill and decode take PREFILL_ENGINE_CONFIG or "
+    "DECODE_ENGINE_CONFIG where neither --engine-config nor ENGINE_CONFIG is given",
+    ("agg", "prefill", "decode", "encode"),
 )
 OPTIONS: tuple[Option, ...] = (
     ROLE,
@@ -51,7 +57,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_ENGINE",),
         "reference",
         str,
-        "what runs the model; trtllm is for --preflight-only in this version",
+        "what runs the model; what TensorRT-LLM's worker has more in flags is handed on to it",
         ("reference", "trtllm"),
     ),
     Option(
@@ -75,7 +81,14 @@ OPTIONS: tuple[Option, ...] = (
     GPU,
     MIN_REQUESTS,
     Option("namespace", ("--namespace",), ("DYN_NAMESPACE",), "dynamo", to_name, "Dynamo namespace"),
-    Option("component", ("--component",), ("DYN_COMPONENT",), "backend", to_name, "Dynamo component"),
+    Option(
+        "component",
+        ("--component",),
+        ("DYN_COMPONENT",),
+        None,
+        to_name,
+        "Dynamo component; by role prefill, encode, or else backend",
+    ),
     Option(
         "endpoint",
         ("--endpoint",),
@@ -137,6 +150,14 @@ OPTIONS: tuple[Option, ...] = (
         "seconds that etcd and NATS have to answer",
     ),
     Option(
+        "load_timeout",
+        ("--load-timeout",),
+        ("DYN_MPI_LOAD_TIMEOUT",),
+        3600.0,
+        to_seconds,
+        "seconds until the engine has loaded (trtllm: is registered)",
+    ),
+    Option(
         "prove_timeout",
         ("--prove-timeout",),
         ("DYN_MPI_PROVE_TIMEOUT",),
@@ -157,7 +178,10 @@ OPTIONS: tuple[Option, ...] = (
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of one worker; see `OPTIONS` for what each means."""
+    """All settings of one worker; see `OPTIONS` for what each means.
+
+    ``dynamic_flags`` are ``--trtllm.KEY VALUE`` words, ``passed_on`` those that only ``dynamo.trtllm`` knows.
+    """
 
     role: str
     engine: str
@@ -187,9 +211,11 @@ class Settings:
     allow_no_gpu: bool
     ready_file: Path | None
     probe_timeout: float
+    load_timeout: float
     prove_timeout: float
     drain_timeout: float
     dynamic_flags: tuple[str, ...] = ()
+    passed_on: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -224,23 +250,30 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         DataError: the settings file can't be used.
     """
     words, dynamic = split_dynamic_flags(argv)
-    given = vars(build_parser().parse_args(words))
+    parsed, passed_on = build_parser().parse_known_args(words)
+    given = vars(parsed)
     file = _settings_file(given.pop("settings", None) or environ.get("DYN_MPI_SETTINGS"))
     role = resolve([ROLE], given, environ, file)[0]["role"]
     values, origins = resolve([_for_role(option, role) for option in OPTIONS], given, environ, file)
+    if passed_on and values["engine"] != "trtllm":
+        raise UsageError(
+            f"Unrecognized arguments: {' '.join(passed_on)}",
+            fix="python -m dynamo_mpi.worker --help; flags of dynamo.trtllm alone need --engine trtllm",
+        )
     if values["model"] is None:
         raise UsageError("no model was given", needed="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
     if role != "agg" and values["engine"] == "reference":
         raise UsageError(
             f"{origins['role']} is {role!r}: the reference engine doesn't split prefill from decode",
             needed="--role agg, or --engine trtllm",
-            fix=f"--engine trtllm --preflight-only checks a {role} worker",
         )
     if values["served_model_name"] is None:
         values["served_model_name"] = values["model"].resolve().name
+    if values["component"] is None:
+        values["component"] = role if role in ("prefill", "encode") else "backend"
     if values["endpoint"] is None:
         values["endpoint"] = f"dyn://{values['namespace']}.{values['component']}.generate"
-    return Settings(**values, dynamic_flags=tuple(dynamic), origins=origins)
+    return Settings(**values, dynamic_flags=tuple(dynamic), passed_on=tuple(passed_on), origins=origins)
 
 
 def _for_role(option: Option, role: str) -> Option:

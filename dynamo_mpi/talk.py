@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -26,3 +27,15 @@ class Voice:
             os.write(2, data)
         except OSError:
             return  # whoever read our words has gone; that is no reason to fail
+
+
+def tell_launch(kind: str, rank: int, size: int) -> None:
+    """Write the line that users of ``trtllm-llmapi-launch`` look for.
+
+    Args:
+        kind: ``"leader"`` or ``"worker"``.
+        rank: this rank.
+        size: ranks of the world.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"rank{rank} run mgmn {kind} node with mpi_world_size: {size} ...\n".encode())

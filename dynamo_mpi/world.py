@@ -7,6 +7,7 @@ unpickled. Waiting ranks sleep between polls; a blocking MPI call would burn a c
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,8 @@ def bind_library() -> str:
     try:
         import mpi4py
 
+        # TensorRT-LLM sets it when it is imported; that is after MPI_Init here
+        os.environ.setdefault("OMPI_MCA_coll_ucc_enable", "0")
         # we initialise MPI ourselves, once the launch is known to make sense
         mpi4py.rc.initialize = False
         mpi4py.rc.finalize = True

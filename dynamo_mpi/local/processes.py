@@ -7,31 +7,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.local.logs import last_lines
-
-_TETHER = Path(__file__).with_name("tether.py")
-
-
-def tethered(command: Sequence[str], *, parent: int | None = None, rank_logs: Path | None = None) -> tuple[str, ...]:
-    """Return the command line that runs ``command`` so that it is killed when its parent ends.
-
-    Args:
-        command: what to run.
-        parent: the parent's process id where it is known beforehand; closes a race at the start.
-        rank_logs: folder for one log per MPI rank.
-    """
-    words = [sys.executable, "-I", "-S", str(_TETHER)]
-    if parent is not None:
-        words += ["--parent", str(parent)]
-    if rank_logs is not None:
-        words += ["--rank-logs", str(rank_logs)]
-    return (*words, "--", *command)
+from dynamo_mpi.supervision.tethered import tethered
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynamo_mpi.local.ports import LOOPBACK
-from dynamo_mpi.local.processes import tethered
+from dynamo_mpi.supervision.tethered import tethered
 
 RequestPlane = Literal["tcp", "nats"]
 NAMESPACE = "local"

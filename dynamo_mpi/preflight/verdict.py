@@ -171,8 +171,10 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
     rows = _rows(cards) if plan.inquiry.hosts and not any(finding.rule == "P4" for finding in roster) else []
     gpu = plan.gpu or _kind(rows)
     cluster = Cluster(1, len(cards), gpu) if scattered else Cluster(len(nodes), len(cards) // len(nodes), gpu)
+    # an encode worker hands no KV over: what holds for one that does all itself holds for it
+    role = "agg" if plan.role == "encode" else plan.role
     subject = Subject(
-        plan.shape, plan.config, cluster, plan.role, plan.version, plan.engine, plan.min_requests, launched=True
+        plan.shape, plan.config, cluster, role, plan.version, plan.engine, plan.min_requests, launched=True
     )
     checked = check_worker(subject, plan.merged.findings)
     ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]

@@ -60,11 +60,6 @@ def node_with(folder: Path, used: Sequence[int]) -> dict[str, str]:
     return {"PYNVML_STANDIN": str(path)}
 
 
-def test_it_is_checked_and_not_started_yet(mpirun: Mpirun, model: Path) -> None:
-    done = mpirun.worker(2, "--model", str(model), "--engine", "trtllm")
-    assert_refused(done, 64, "doesn't start them yet", "--preflight-only", "trtllm-llmapi-launch")
-
-
 def test_a_role_that_the_reference_engine_lacks(mpirun: Mpirun, model: Path) -> None:
     done = mpirun.worker(2, "--model", str(model), "--role", "prefill")
     assert_refused(done, 64, "flag --role is 'prefill'", "--engine trtllm")

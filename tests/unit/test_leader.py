@@ -54,9 +54,11 @@ def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None
     assert (spec.max_batch_size, spec.max_num_tokens, spec.tokens_per_block) == (4, 64, 16)
 
 
-def test_tensorrt_llm_can_be_checked_and_not_yet_started() -> None:
-    with pytest.raises(UsageError, match="doesn't start them yet") as caught:
-        require_startable(load_settings(["--model", "/m", "--engine", "trtllm"], {}))
-    assert "--preflight-only" in caught.value.fix
-    require_startable(load_settings(["--model", "/m", "--engine", "trtllm", "--preflight-only"], {}))
+def test_tensorrt_llm_needs_dynamos_worker_for_it_only_where_it_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dynamo_mpi.leader.find_spec", lambda name: None)
+    words = ["--model", "/m", "--engine", "trtllm"]
+    require_startable(load_settings([*words, "--preflight-only"], {}))
     require_startable(load_settings(["--model", "/m"], {}))
+    with pytest.raises(UsageError, match=r"there is no dynamo\.trtllm") as caught:
+        require_startable(load_settings(words, {}))
+    assert "container" in caught.value.fix

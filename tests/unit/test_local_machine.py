@@ -17,7 +17,8 @@ from dynamo_mpi.local import folder as folders
 from dynamo_mpi.local.interrupts import Interrupted, Interrupts
 from dynamo_mpi.local.logs import Follower, last_lines
 from dynamo_mpi.local.ports import free_port, holds_port, is_free, listening_inodes
-from dynamo_mpi.local.processes import Child, session_members, tethered
+from dynamo_mpi.local.processes import Child, session_members
+from dynamo_mpi.supervision.tethered import tethered
 
 PROC_NET_TCP = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode

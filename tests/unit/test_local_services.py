@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.local.model import served_name
-from dynamo_mpi.local.processes import tethered
 from dynamo_mpi.local.services import (
     Etcd,
     Frontend,
@@ -23,6 +22,7 @@ from dynamo_mpi.local.services import (
     discovery_environment,
     mpi_environment,
 )
+from dynamo_mpi.supervision.tethered import tethered
 
 ETCD = Etcd(Path("/bin/etcd"), 2379, Path("/run/etcd"))
 NATS = Nats(Path("/bin/nats-server"), 4222, Path("/run/nats"))

@@ -46,6 +46,7 @@ SAMPLES = {
     "allow_no_gpu": "true",
     "ready_file": "/r.json",
     "probe_timeout": "1.5",
+    "load_timeout": "3.5",
     "prove_timeout": "2.5",
     "drain_timeout": "0",
 }
@@ -70,7 +71,7 @@ def settings_file(tmp_path: Path, text: str) -> Path:
 def test_every_option_is_a_setting_and_has_a_sample() -> None:
     names = [option.name for option in OPTIONS]
     fields = [field.name for field in dataclasses.fields(Settings)]
-    assert names == fields[:-2] == list(SAMPLES)
+    assert names == fields[:-3] == list(SAMPLES)
 
 
 def test_defaults() -> None:
@@ -198,7 +199,7 @@ def test_the_served_name_is_the_folders(model: str) -> None:
             ("--endpoint", value, "dyn://namespace.component.endpoint|name without dots")
             for value in ("", "a", "a.b", "a.b.c.d", "a..c", "http://a.b.c", "dyn://a.b.c/d")
         ),
-        ("--role", "both", "one of agg, prefill, decode"),
+        ("--role", "both", "one of agg, prefill, decode, encode"),
         ("--role", "prefill", "--role agg, or --engine trtllm"),
         ("--engine", "abacus", "one of reference, trtllm"),
         ("--request-plane", "http", "one of tcp, nats"),
@@ -351,3 +352,29 @@ def test_the_help_names_every_flag_and_variable(capsys: pytest.CaptureFixture[st
     for option in OPTIONS:
         for word in (*option.flags, *option.variables[:1]):
             assert word in text
+
+
+@pytest.mark.parametrize("name", ["agg", "pd", "prefill_and_decode", "aggregated"])
+def test_dynamos_names_for_an_aggregated_worker(name: str) -> None:
+    assert load(*MODEL, "--disaggregation-mode", name).role == "agg"
+
+
+@pytest.mark.parametrize(
+    ("role", "component"), [("agg", "backend"), ("prefill", "prefill"), ("decode", "backend"), ("encode", "encode")]
+)
+def test_the_component_is_the_one_that_dynamo_expects_of_the_role(role: str, component: str) -> None:
+    assert load(*MODEL, "--engine", "trtllm", "--role", role).endpoint == f"dyn://dynamo.{component}.generate"
+    assert load(*MODEL, "--engine", "trtllm", "--role", role, "--component", "c").endpoint == "dyn://dynamo.c.generate"
+
+
+def test_flags_of_dynamo_trtllm_are_handed_on_in_their_order() -> None:
+    words = ("--publish-kv-events", "--kv-block-size", "64", "--engine", "trtllm", "--modality", "multimodal")
+    settings = load(*words, *MODEL, "--trtllm.a.b", "1")
+    assert settings.passed_on == ("--publish-kv-events", "--kv-block-size", "64", "--modality", "multimodal")
+    assert settings.dynamic_flags == ("--trtllm.a.b", "1")
+
+
+def test_the_reference_engine_has_no_further_flags() -> None:
+    with pytest.raises(UsageError, match="--publish-kv-events") as caught:
+        load(*MODEL, "--publish-kv-events")
+    assert "--engine trtllm" in caught.value.fix

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that rank 0 starts beside MPI: it dies with rank 0, and its last words are kept."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+from typing import IO, TYPE_CHECKING, cast
+
+from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.supervision.tethered import tethered
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+_LINES_KEPT = 20
+_LONGEST_LINE = 2000
+_PIPE_BYTES = 1 << 20
+_USAGE_CODE = 2  # argparse's
+
+
+class Child:
+    """A running child. Its stdout and stderr go on to rank 0's stderr, line by line.
+
+    Args:
+        command: what to run.
+        environment: all of its environment.
+        on_end: called from a thread with the exit code as `subprocess.Popen.returncode` gives it.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        on_end: Callable[[int], None],
+    ) -> None:
+        self._lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
+        self._on_end = on_end
+        # The tether reacts to the end of the starting thread, so this has to be the main one. A session of its own keeps the
+        # terminal's Ctrl-C away: rank 0 tells it when to end.
+        self._process = subprocess.Popen(
+            tethered(command, parent=os.getpid()),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            start_new_session=True,
+        )
+        self._output = cast("IO[bytes]", self._process.stdout)
+        with contextlib.suppress(OSError):  # a larger pipe only makes waiting for us rarer
+            fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._pump = threading.Thread(target=self._forward, name="child output", daemon=True)
+        self._pump.start()
+        threading.Thread(target=self._wait, name="child end", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def last_lines(self) -> list[str]:
+        """Return the last lines that it has written."""
+        return list(self._lines)
+
+    def terminate(self) -> None:
+        """Ask it to end in its own orderly way."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it, and whatever it has started in its session."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it has ended, but no longer than ``seconds``; tell whether it has."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    def _forward(self) -> None:
+        for line in self._output:
+            with contextlib.suppress(OSError):  # whoever read our words has gone
+                os.write(2, line)
+            text = line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip()
+            if text:
+                self._lines.append(text)
+
+    def _wait(self) -> None:
+        code = self._process.wait()
+        # what it wrote last explains its end; a descendant may hold the pipe open for longer
+        self._pump.join(1.0)
+        self._on_end(code)
+
+
+def describe_end(code: int) -> str:
+    """Say how a process ended.
+
+    Args:
+        code: as `subprocess.Popen.returncode` gives it: negative for a signal.
+    """
+    if code >= 0:
+        return f"ended with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "unknown"
+    return f"was ended by signal {-code} ({name})"
+
+
+def exit_code_for(code: int) -> int:
+    """Translate how ``dynamo.trtllm`` ended, unasked, into this worker's exit code.
+
+    0 is a lost lease (``dynamo.trtllm`` returns in that case as if all were well), 2 is what ``argparse`` leaves with.
+    """
+    if code < 0:
+        return of_signal(-code)
+    return int({0: ExitCode.TEMPORARY, _USAGE_CODE: ExitCode.USAGE}.get(code, ExitCode.ENGINE))

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a rank other than 0 with TensorRT-LLM, from the verdict on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
+from dynamo_mpi.engines.trtllm.session import serve_tasks
+from dynamo_mpi.engines.trtllm.task import install
+from dynamo_mpi.errors import EngineError
+from dynamo_mpi.talk import tell_launch
+
+if TYPE_CHECKING:
+    from dynamo_mpi.supervision.watch import Watched
+    from dynamo_mpi.world import World
+
+
+def follow_trtllm(world: World, watched: Watched) -> None:
+    """Join TensorRT-LLM's world and run what rank 0 asks for, until it closes the session."""
+    comm, tasks = world.duplicate(), world.duplicate()
+    install(tasks, watched.fail)
+    prepare_rank(world.rank)
+    tell_launch("worker", world.rank, world.size)
+    try:
+        serve_tasks(comm)
+    except ImportError as error:
+        watched.fail(
+            EngineError(f"TensorRT-LLM can't be imported: {error}", fix="start all ranks in the same container")
+        )
+    except BaseException as error:
+        watched.fail(error)

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank 0's life with TensorRT-LLM, from the verdict on: session, child, proof, and a bounded end whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import secrets
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.engines.trtllm.child import Child, describe_end, exit_code_for
+from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment
+from dynamo_mpi.engines.trtllm.proof import Proof
+from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
+from dynamo_mpi.engines.trtllm.session import Session, SocketFolder
+from dynamo_mpi.engines.trtllm.task import install
+from dynamo_mpi.errors import BootstrapError, DeadlineError, DiscoveryError, EngineError
+from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.supervision.signal_thread import SignalThread
+from dynamo_mpi.talk import tell_launch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dynamo_mpi.settings import Settings
+    from dynamo_mpi.supervision.guard import Guard
+    from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.world import World
+
+_KEY_BYTES = 32
+# dynamo.trtllm waits this long between deregistering and draining, and a prefill worker for its KV transfers
+_GRACE_SECONDS = 5.0
+_PREFILL_DRAIN_SECONDS = 30.0
+_SHUTDOWN_SECONDS = 30.0
+_RELEASE_SECONDS = 60.0
+_DEREGISTER_SECONDS = 0.5
+_FIRST_CAUSE_SECONDS = 0.5
+_LINES_TOLD = 12
+
+
+class _Ended(NamedTuple):
+    code: int
+
+
+class _Signalled(NamedTuple):
+    number: int
+
+
+class _Registered(NamedTuple):
+    pass
+
+
+class _Proven(NamedTuple):
+    pass
+
+
+_Event = _Ended | _Signalled | _Registered | _Proven
+
+
+class EndedError(BootstrapError):
+    """``dynamo.trtllm`` ended and nobody had asked it to."""
+
+    def __init__(self, code: int, lines: list[str]) -> None:
+        found = f"dynamo.trtllm {describe_end(code)}"
+        fix = "look at its last lines"
+        if code == 0:
+            found += " although nobody asked it to: it does so when its lease in etcd is lost"
+            fix = "start the worker again; if it comes back, look at etcd and the network between"
+        if lines:
+            found += "; its last lines:\n" + "\n".join(f"    {line}" for line in lines[-_LINES_TOLD:])
+        super().__init__(found, fix=fix)
+
+
+class TrtllmLeader:
+    """Leads one TensorRT-LLM worker.
+
+    Args:
+        world: all ranks.
+        settings: the worker's.
+        gpus_per_node: GPUs, and ranks, of each node.
+        token_id: a token to begin the proof with.
+        guard: ends the world.
+        phases: where durations go.
+        voice: how rank 0 speaks.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        settings: Settings,
+        gpus_per_node: int,
+        token_id: int,
+        guard: Guard,
+        phases: Phases,
+        voice: Voice,
+    ) -> None:
+        self._world, self._settings, self._guard = world, settings, guard
+        self._gpus_per_node, self._token_id = gpus_per_node, token_id
+        self._phases, self._voice = phases, voice
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._serving = self._stopping = False
+        self._child: Child | None = None
+        self._proof: Proof | None = None
+        self._folder: SocketFolder | None = None
+
+    def run(self, on_ready: Callable[[], None]) -> ExitCode:
+        """Live it, until SIGTERM or SIGINT. What goes wrong ends the world from here.
+
+        Args:
+            on_ready: called once it is registered and proven.
+        """
+        self._guard.before_the_end(self._clean_up)
+        signals = SignalThread(self._signalled)
+        try:
+            with self._phases.enter("load"), self._deadline(self._settings.load_timeout):
+                child, session = self._start()
+                self._wait_for(_Registered)
+            with (
+                self._phases.enter("prove"),
+                self._guard.deadline(self._settings.prove_timeout, "no first completion", "--prove-timeout"),
+            ):
+                self._prove()
+            self._forget_folder()
+            self._serving = True
+            on_ready()
+            with self._phases.enter("serve"):
+                self._wait_for(_Signalled)
+            with self._phases.enter("drain"):
+                self._drain(child, session)
+            with self._phases.enter("exit"):
+                close_session(session, _RELEASE_SECONDS)
+        except _HurriedError as error:
+            self._guard.end(error, of_signal(error.number))
+        except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
+            self._guard.end(error)
+        signals.close()
+        return ExitCode.OK
+
+    def _deadline(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        return self._guard.deadline(seconds, "dynamo.trtllm was not registered", "--load-timeout")
+
+    def _start(self) -> tuple[Child, Session]:
+        """Start the child first: it takes as long as the ranks to import the engine, and waits for the session."""
+        comm, tasks = self._world.duplicate(), self._world.duplicate()
+        install(tasks, self._guard.end)
+        tell_launch("leader", self._world.rank, self._world.size)
+        prepare_rank(self._world.rank)
+        self._folder = SocketFolder()
+        key = secrets.token_bytes(_KEY_BYTES)
+        child = self._start_child(SessionAddress(self._folder.address, key.hex(), self._world.size))
+        session = Session(comm, self._folder.address, key)
+        session.start(self._left, self._guard.end)
+        return child, session
+
+    def _start_child(self, address: SessionAddress) -> Child:
+        settings = self._settings
+        environment = child_environment(os.environ, address, settings.drain_timeout)
+        child = Child(child_command(settings, self._gpus_per_node), environment, self._ended)
+        self._child = child
+        self._proof = Proof(settings, child.pid, self._token_id, environment, self._heard)
+        return child
+
+    def _prove(self) -> None:
+        if self._settings.role == "encode":
+            self._voice.say("registered; an encode worker answers no completion, so none was asked for")
+            return
+        self._wait_for(_Proven)
+
+    def _wait_for(self, *kinds: type[_Event], seconds: float | None = None) -> _Event | None:
+        """Wait for an event of these kinds; None if none came in time. Others that come before are of no meaning here."""
+        while True:
+            try:
+                event = self._events.get(timeout=seconds)
+            except queue.Empty:
+                return None
+            if isinstance(event, kinds):
+                return event
+
+    def _drain(self, child: Child, session: Session) -> None:
+        """Have the child deregister, end its requests and its engine.
+
+        Raises:
+            EngineError: it ended with an error.
+            DeadlineError: it did not end, or was hurried by a second signal.
+        """
+        seconds = self._settings.drain_timeout + _GRACE_SECONDS + _SHUTDOWN_SECONDS
+        if self._settings.role == "prefill":
+            seconds += _PREFILL_DRAIN_SECONDS
+        self._stopping = True
+        session.expect_end()
+        child.terminate()
+        self._voice.say(f"drain: dynamo.trtllm deregisters and ends its requests, {seconds:.0f} s at the most")
+        event = self._wait_for(_Ended, _Signalled, seconds=seconds)
+        if isinstance(event, _Ended):
+            if event.code != 0:
+                raise EndedError(event.code, child.last_lines)
+            return
+        if isinstance(event, _Signalled):
+            raise _HurriedError(event.number)
+        raise DeadlineError(
+            f"dynamo.trtllm did not end within {seconds:.0f} s after SIGTERM", fix="--drain-timeout gives it longer"
+        )
+
+    # called from threads
+
+    def _signalled(self, number: int) -> None:
+        if self._serving:
+            self._events.put(_Signalled(number))
+        else:
+            self._guard.end(_HurriedError(number), of_signal(number))
+
+    def _ended(self, code: int) -> None:
+        if self._stopping:
+            self._events.put(_Ended(code))
+            return
+        # a rank that failed may have taken the child along; its own words are the first cause
+        if self._guard.failed.wait(_FIRST_CAUSE_SECONDS) or self._child is None:
+            return
+        self._guard.end(EndedError(code, self._child.last_lines), exit_code_for(code))
+
+    def _left(self, ranks: Sequence[int]) -> None:
+        self._guard.end(
+            EngineError(
+                f"{self._guard.name(ranks)} left TensorRT-LLM's worker while the others are in it",
+                needed="all ranks in it until dynamo.trtllm ends",
+                fix="what that rank has written last says why: TensorRT-LLM logs such an error there and goes on",
+            )
+        )
+
+    def _heard(self, news: dict[str, Any]) -> None:
+        if "registered" in news:
+            self._events.put(_Registered())
+        elif "proven" in news:
+            self._events.put(_Proven())
+        elif not self._serving and not self._guard.failed.wait(_FIRST_CAUSE_SECONDS):
+            text = news.get("error", news)
+            self._guard.end(
+                EngineError(f"the first completion failed: {text}", fix="look at the lines of dynamo.trtllm above")
+                if self._phases.current == "prove"
+                else DiscoveryError(f"rank 0 can't see whether the worker is registered: {text}", fix="look at etcd")
+            )
+
+    def _clean_up(self) -> None:
+        """Leave nothing behind: a child that is registered gets the time to say goodbye, which takes milliseconds."""
+        if self._proof is not None:
+            self._proof.kill()
+        if self._child is not None:
+            if self._phases.current not in ("load", "drain"):
+                self._child.terminate()
+                self._child.wait(_DEREGISTER_SECONDS)
+            self._child.kill()
+        self._forget_folder()
+
+    def _forget_folder(self) -> None:
+        if self._folder is not None:
+            self._folder.remove()
+
+
+class _HurriedError(BootstrapError):
+    """A signal that leaves no time for an orderly end."""
+
+    def __init__(self, number: int) -> None:
+        import signal
+
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}, which the launcher sends when a rank has died, and an operator to stop"
+        )
+        self.number = number
+
+
+def close_session(session: Session, seconds: float) -> None:
+    """Close the session, which waits for the ranks to end their engine.
+
+    Raises:
+        DeadlineError: it did not close within ``seconds``.
+    """
+    closing = threading.Thread(target=session.close, name="close", daemon=True)
+    closing.start()
+    closing.join(seconds)
+    if closing.is_alive():
+        raise DeadlineError(
+            f"the ranks did not leave TensorRT-LLM within {seconds:g} s after dynamo.trtllm had ended",
+            needed="ranks that end their engine",
+            fix="look at the ranks' logs; the worker is already out of discovery",
+        )

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank's own environment needs before TensorRT-LLM is imported in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def prepare_rank(rank: int) -> None:
+    """Set what TensorRT-LLM's own launcher sets for a rank, where the user has not.
+
+    FlashInfer compiles into its workspace, and ranks that share one get in each other's way; the cubins that it downloads
+    stay shared.
+    """
+    # it would make the ranks of this world ignore each other
+    os.environ.pop("TLLM_DISABLE_MPI", None)
+    if "FLASHINFER_WORKSPACE_BASE" in os.environ or os.environ.get("TRTLLM_FLASHINFER_WORKSPACE_PER_PROCESS") == "0":
+        return
+    try:
+        cache = Path.home() / ".cache"
+    except RuntimeError:  # nobody's home is known; FlashInfer will say what it thinks of that
+        return
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(cache / "tensorrt_llm" / "flashinfer" / f"rank-{rank}")
+    os.environ.setdefault("FLASHINFER_CUBIN_DIR", str(cache / "flashinfer" / "cubins"))

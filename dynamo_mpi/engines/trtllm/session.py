@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TensorRT-LLM's session over this world.
+
+``dynamo.trtllm`` sends tasks over TensorRT-LLM's proxy channel; rank 0 runs each of them on all ranks and sends the results back. It is what
+TensorRT-LLM's own ``mgmn_leader_node`` and ``mgmn_worker_node`` do, with its classes for the channel and the executor, but a task that
+fails on any rank is told at once: there, rank 0 never hears of it (K12). docs/trtllm-session.md lists what of
+TensorRT-LLM this relies on.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import inspect
+import os
+import shutil
+import tempfile
+import threading
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.engines.trtllm.task import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from mpi4py import MPI
+
+# the name of a unix socket holds 107 bytes, and the last part takes these
+_LONGEST_FOLDER = 107 - len("/session")
+_POLL_SECONDS = 0.2
+# ranks that end together do so within it
+_LEAVE_SECONDS = 2.0
+
+
+class SocketFolder:
+    """A folder that nobody else can enter, for the session's socket."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="dynamo_mpi-")
+        if len(os.fsencode(self.path)) > _LONGEST_FOLDER:
+            os.rmdir(self.path)
+            self.path = tempfile.mkdtemp(prefix="dynamo_mpi-", dir="/tmp")
+
+    @property
+    def address(self) -> str:
+        """ZeroMQ address of the socket."""
+        return f"ipc://{self.path}/session"
+
+    def remove(self) -> None:
+        """Remove it. Those who are connected stay connected."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class Session:
+    """Rank 0's side. Building it is collective: the others call `serve_tasks` with the same communicator.
+
+    Args:
+        comm: all ranks, for this session alone.
+        address: where the child connects.
+        key: HMAC key, 32 bytes.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, address: str, key: bytes) -> None:
+        from tensorrt_llm.llmapi.mpi_session import RemoteMpiCommSessionServer
+
+        # a communicator that isn't COMM_WORLD itself has an executor that ends with the session, in every version
+        arguments = {"comm": comm, "addr": address, "is_comm": True, "n_workers": comm.Get_size(), "hmac_key": key}
+        self._server: Any = RemoteMpiCommSessionServer(**_known(RemoteMpiCommSessionServer.__init__, arguments))
+        self._size = comm.Get_size()
+        self._ending, self._closing = threading.Event(), threading.Event()
+        self._running: list[concurrent.futures.Future[Any]] = []
+        self._thread: threading.Thread | None = None
+
+    def start(self, on_left: Callable[[Sequence[int]], None], on_failure: Callable[[BaseException], None]) -> None:
+        """Run tasks from now on, in a thread.
+
+        Args:
+            on_left: called from that thread with the ranks that ended a task which the others go on with.
+            on_failure: called from that thread if it can't go on.
+        """
+
+        def run() -> None:
+            try:
+                self._serve(on_left)
+            except BaseException as error:
+                # whatever it is: the child would wait for ever
+                on_failure(error)
+
+        self._thread = threading.Thread(target=run, name="session", daemon=True)
+        self._thread.start()
+
+    def expect_end(self) -> None:
+        """Let ranks leave their task from now on, one after the other."""
+        self._ending.set()
+
+    def close(self) -> None:
+        """Wait until the running tasks have ended on all ranks, and release these from `serve_tasks`."""
+        self._ending.set()
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+        concurrent.futures.wait(self._running)
+        self._server.session.shutdown()
+
+    def _serve(self, on_left: Callable[[Sequence[int]], None]) -> None:
+        # ZeroMQ's sockets belong to one thread: only this one reads and writes
+        queue = self._server.queue
+        while not self._closing.is_set():
+            if self._running:
+                self._look_for_leavers(on_left)
+            if not queue.poll(_POLL_SECONDS):
+                continue
+            message = queue.get()
+            if message is None:
+                # TensorRT-LLM's launcher says so when its command has ended; here, rank 0 sees that itself
+                continue
+            # each rank holds one task at a time: the next waits until all have ended this one
+            self._finish()
+            task = Task(message.task, keeps_result=message.sync)
+            self._running = list(self._server.session.submit(task, *message.args, **message.kwargs))
+            if len(self._running) != self._size:
+                raise RuntimeError(f"the session ran a task on {len(self._running)} of {self._size} ranks")
+            if message.sync and self._finish():
+                queue.put([future.result() for future in self._running])
+                self._running = []
+
+    def _finish(self) -> bool:
+        """Wait for the running tasks; False if the session is closed before."""
+        while not self._closing.is_set():
+            if not concurrent.futures.wait(self._running, timeout=_POLL_SECONDS).not_done:
+                return True
+        return False
+
+    def _look_for_leavers(self, on_left: Callable[[Sequence[int]], None]) -> None:
+        """A rank whose engine can't be built logs that and returns, as if it were done (K12); the others wait for it for ever."""
+        ended = [future for future in self._running if future.done()]
+        if not ended or self._ending.is_set():
+            return
+        late = concurrent.futures.wait(self._running, timeout=_LEAVE_SECONDS).not_done
+        if late and not self._ending.is_set():
+            on_left(sorted(future.result() for future in ended))
+
+
+def _known(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments that ``function`` takes: versions before 1.2 have no HMAC key here."""
+    return {name: value for name, value in arguments.items() if name in inspect.signature(function).parameters}
+
+
+def serve_tasks(comm: MPI.Intracomm) -> None:
+    """Run the session's tasks on a rank other than 0, until rank 0 closes it. Building the executor is collective.
+
+    Raises:
+        ImportError: TensorRT-LLM, or something that it needs, is missing here.
+    """
+    # Importing it is a collective of its own (K1), so all ranks have to do it at the same time as rank 0.
+    import tensorrt_llm  # noqa: F401 - it registers itself
+    from mpi4py.futures import MPICommExecutor
+
+    with MPICommExecutor(comm):
+        pass

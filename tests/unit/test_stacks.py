@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where threads are, and how many ranks' answers become one report."""
+
+from __future__ import annotations
+
+import threading
+
+from dynamo_mpi.supervision.stacks import describe_stacks, own_stacks
+
+
+def test_the_innermost_frames_of_every_thread_that_matters() -> None:
+    release, started = threading.Event(), threading.Event()
+
+    def stuck_in_a_collective() -> None:
+        started.set()
+        release.wait()
+
+    for name in ("engine", "watch"):
+        threading.Thread(target=stuck_in_a_collective, name=name, daemon=True).start()
+        started.wait()
+    text = own_stacks()
+    release.set()
+    assert text.startswith("thread MainThread:")
+    assert "thread engine:" in text
+    assert "in stuck_in_a_collective: release.wait()" in text
+    assert "thread watch" not in text
+
+
+def test_ranks_at_the_same_place_are_told_together_and_the_odd_ones_first() -> None:
+    stacks = dict.fromkeys(range(8), "in barrier")
+    stacks[5] = "in open"
+    del stacks[6]
+    text = describe_stacks(stacks, [6], lambda ranks: "ranks " + ",".join(map(str, ranks)))
+    assert text.splitlines() == [
+        "ranks 6: no answer; Python is blocked there in native code, or the process is stopped or gone",
+        "ranks 5:",
+        "  in open",
+        "ranks 0,1,2,3,4,7:",
+        "  in barrier",
+    ]

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the prover finds the worker among others, and what it asks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.engines.trtllm.listening import listens_on
+from dynamo_mpi.engines.trtllm.prover import find_instance, proof_request
+
+
+def instance(number: int, address: str, kind: str = "tcp") -> Any:
+    return SimpleNamespace(instance_id=number, transport=SimpleNamespace(kind=kind, address=address))
+
+
+class Client:
+    """Shows one list of instances after the other, and the last one from then on."""
+
+    def __init__(self, *lists: list[Any]) -> None:
+        self.lists = list(lists)
+
+    def instances(self) -> list[Any]:
+        return self.lists.pop(0) if len(self.lists) > 1 else self.lists[0]
+
+
+def test_a_listener_is_found_by_its_process() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_server(("::1", 0), family=socket.AF_INET6) as six,
+    ):
+        ports = [listener.getsockname()[1] for listener in (server, six)]
+        assert all(listens_on(os.getpid(), port) for port in ports)
+        other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+        assert not listens_on(other.pid, ports[0])
+        other.communicate(b"")
+        assert not listens_on(other.pid, ports[0])
+    assert not any(listens_on(os.getpid(), port) for port in ports)
+
+
+def test_our_instance_is_found_among_others() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = instance(5, f"127.0.0.1:{server.getsockname()[1]}/abc/generate")
+        client = Client([], [instance(4, "10.0.0.1:1/a/generate")], [instance(4, "10.0.0.1:1/a/generate"), ours])
+        assert asyncio.run(find_instance(client, os.getpid())) == 5
+
+
+def test_over_nats_it_is_the_one_that_came() -> None:
+    old, new = instance(1, "a.b.generate-1", "nats_tcp"), instance(2, "a.b.generate-2", "nats_tcp")
+    assert asyncio.run(find_instance(Client([old], [old, new]), os.getpid())) == 2
+
+
+@pytest.mark.parametrize("role", ["agg", "prefill", "decode"])
+def test_a_role_that_needs_a_peer_is_asked_for_both_steps(role: str) -> None:
+    request = proof_request(role, 7)
+    assert request["token_ids"] == [7]
+    assert request["stop_conditions"]["max_tokens"] == 2
+    assert ("disaggregated_params" in request) is (role != "agg")
