@@ -22,10 +22,10 @@ _CARRIERS = (
     "/mpi4py/futures/",
     "/concurrent/futures/",
     "/threading.py",
-    "/dynamo_mpi/engines/trtllm/",
     "<frozen runpy>",
+    "/dynamo_mpi/engines/trtllm/",
+    *(f"/dynamo_mpi/{name}.py" for name in ("worker", "leader", "follower", "world")),
 )
-_CARRIERS += tuple(f"/dynamo_mpi/{name}.py" for name in ("worker", "leader", "follower", "world"))
 
 
 def own_stacks() -> str:
