@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _FRAMES = 12
 _THREADS = 4
-_SAME_FRAMES = 3
+_SAME_FRAMES = 2
 # those of ours that only wait, on every rank, whatever happens
 IDLE_THREADS = frozenset({"watch", "child output", "child end", "proof", "session", "signals"})
 # what carries a task to a thread says nothing of where the task is

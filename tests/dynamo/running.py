@@ -67,6 +67,14 @@ class EtcdServer:
         with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
             return sorted(meta.key.decode() for _, meta in client.get_prefix(prefix))
 
+    def revoke_leases(self) -> None:
+        """Take all leases away, as if nobody had renewed them."""
+        import pyetcd
+
+        with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
+            for lease in {meta.lease_id for _, meta in client.get_prefix("v1/")}:
+                client.revoke_lease(lease)
+
     def revision(self) -> int:
         """Return the store's revision: it grows with every write."""
         import pyetcd

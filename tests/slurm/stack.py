@@ -148,9 +148,13 @@ class SlurmWorker:
 
     def ranks(self) -> dict[str, list[int]]:
         """Return the ranks' pids on this machine by node, for the nodes that have any."""
+        return self.processes(WORKER)
+
+    def processes(self, begin: Sequence[str]) -> dict[str, list[int]]:
+        """Return the pids on this machine of the processes whose command line begins so, by node."""
         found = {}
         for node in self._slurm.nodes:
-            pids = [pid for pid in self._slurm.pids(node) if command_line(pid)[: len(WORKER)] == list(WORKER)]
+            pids = [pid for pid in self._slurm.pids(node) if command_line(pid)[: len(begin)] == list(begin)]
             if pids:
                 found[node] = pids
         return found

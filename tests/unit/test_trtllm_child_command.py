@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
-import pytest
-
-from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment
+from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, grace_seconds
 from dynamo_mpi.settings import load_settings
+from tests.conftest import ROOT, run_command
 
 MODEL = ("--engine", "trtllm", "--model", "/models/a")
 SESSION = SessionAddress("ipc:///tmp/x/session", "ab" * 32, 16)
@@ -35,6 +35,10 @@ SLURM = {
 
 def command(*words: str, **environ: str) -> list[str]:
     return list(child_command(load_settings([*MODEL, *words], environ), gpus_per_node=8))
+
+
+def environment_for(environ: dict[str, str], *words: str) -> dict[str, str]:
+    return child_environment(environ, SESSION, load_settings([*MODEL, *words], {}))
 
 
 def after(flag: str, words: list[str]) -> str:
@@ -66,27 +70,37 @@ def test_every_engine_option_has_dynamos_flag() -> None:
     assert "--trtllm-version" not in words
 
 
-def test_dynamos_own_parser_reads_back_what_was_meant(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`dynamo.trtllm`'s flags, of the version that is installed. Its parser imports nothing of TensorRT-LLM."""
-    args = pytest.importorskip("dynamo.trtllm.args")
-    for name in ("ETCD_ENDPOINTS", "NATS_SERVER"):
-        monkeypatch.delenv(name, raising=False)
+def test_dynamos_own_parser_reads_back_what_was_meant() -> None:
+    """Of the version that is installed; it imports TensorRT-LLM, for which there is a stand-in."""
     words = command(
         *("--role", "prefill", "--no-enable-attention-dp", "--tp-size", "16", "--kv-block-size", "64"),
         *("--publish-kv-events", "--trtllm.kv_cache_config.dtype", "fp8", "--namespace", "ns"),
     )
-    config = args.parse_args(words[3:])
-    assert (config.model, config.served_model_name) == ("/models/a", "a")
-    assert (config.namespace, config.component, config.endpoint) == ("ns", "prefill", "generate")
-    assert config.disaggregation_mode.value == "prefill"
-    assert (config.tensor_parallel_size, config.gpus_per_node, config.kv_block_size) == (16, 8, 64)
-    assert config.enable_attention_dp is False
-    assert json.loads(config.override_engine_args) == {"kv_cache_config": {"dtype": "fp8"}}
+    config = parsed_by_dynamo(words[3:])
+    assert (config["model"], config["served_model_name"]) == ("/models/a", "a")
+    assert (config["namespace"], config["component"], config["endpoint"]) == ("ns", "prefill", "generate")
+    assert config["disaggregation_mode"] == "DisaggregationMode.PREFILL"
+    assert (config["tensor_parallel_size"], config["gpus_per_node"], config["kv_block_size"]) == ("16", "8", "64")
+    assert config["enable_attention_dp"] == "False"
+    assert json.loads(config["override_engine_args"]) == {"kv_cache_config": {"dtype": "fp8"}}
+
+
+def parsed_by_dynamo(words: list[str]) -> dict[str, str]:
+    """Return what `dynamo.trtllm` understands, each value as text."""
+    program = (
+        "import json, sys; from dynamo.trtllm.args import parse_args; "
+        "print(json.dumps({name: str(value) for name, value in vars(parse_args(sys.argv[1:])).items()}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests/standins"), "TRT_LLM_NO_LIB_INIT": "1"}
+    done = run_command([sys.executable, "-c", program, *words], env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    config: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return config
 
 
 def test_the_child_knows_nothing_of_the_launch_and_everything_else() -> None:
     kept = {"UCX_TLS": "rc", "NCCL_DEBUG": "INFO", "DYN_LOG": "info", "MPI4PY_LIBMPI": "/l", "PATH": "/bin"}
-    environment = child_environment({**SLURM, **kept}, SESSION, 30)
+    environment = environment_for({**SLURM, **kept})
     assert kept.items() <= environment.items()
     assert not [name for name in environment if name in SLURM]
     assert environment["DYN_MPI_JOB_ID"] == "12"
@@ -95,7 +109,7 @@ def test_the_child_knows_nothing_of_the_launch_and_everything_else() -> None:
 
 def test_the_way_to_the_session() -> None:
     left = {"TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR": "tcp://other", "tllm_mpi_size": "1"}
-    environment = child_environment(left, SESSION, 30)
+    environment = environment_for(left)
     assert environment["TLLM_SPAWN_PROXY_PROCESS"] == "1"
     assert environment["TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR"] == SESSION.address
     assert environment["TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY"] == SESSION.key
@@ -108,6 +122,11 @@ def test_the_key_is_in_no_text() -> None:
 
 
 def test_requests_in_flight_get_an_end_where_the_user_gave_none() -> None:
-    name = "DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"
-    assert child_environment({}, SESSION, 12.4)[name] == "12"
-    assert child_environment({name: "99"}, SESSION, 12.4)[name] == "99"
+    drain, grace = "DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
+    usual = environment_for({})
+    assert (usual[drain], grace in usual, grace_seconds(usual)) == ("30", False, 5)
+    said = environment_for({}, "--drain-timeout", "12")
+    assert (said[drain], said[grace], grace_seconds(said)) == ("12", "12", 12)
+    stronger = environment_for({drain: "99", grace: "0"}, "--drain-timeout", "12")
+    assert (stronger[drain], grace_seconds(stronger)) == ("99", 0)
+    assert grace_seconds({grace: "soon"}) == 5

@@ -31,6 +31,7 @@ class Child:
         command: what to run.
         environment: all of its environment.
         on_end: called from a thread with the exit code as `subprocess.Popen.returncode` gives it.
+        secret: left out of what it writes: at its more talkative levels, Dynamo writes down its environment.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class Child:
         command: Sequence[str],
         environment: Mapping[str, str],
         on_end: Callable[[int], None],
+        secret: str,
     ) -> None:
+        self._secret = secret.encode()
         self._lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
         self._on_end = on_end
         # The tether reacts to the end of the starting thread, so this has to be the main one. A session of its own keeps the
@@ -90,7 +93,8 @@ class Child:
             self._process.send_signal(number)
 
     def _forward(self) -> None:
-        for line in self._output:
+        for raw in self._output:
+            line = raw.replace(self._secret, b"<secret>")
             with contextlib.suppress(OSError):  # whoever read our words has gone
                 os.write(2, line)
             text = line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip()

@@ -45,7 +45,10 @@ _HANDED_ON = {
     "SLURM_CLUSTER_NAME": "DYN_MPI_CLUSTER_NAME",
 }
 _OURS_ALONE = ("trtllm_version",)
+# Dynamo deregisters, waits for the grace period, then cuts off what dynamo.trtllm still answers, and waits for that
+_GRACE_VARIABLE = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
 _DRAIN_VARIABLE = "DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"
+_USUAL_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -94,13 +97,13 @@ def child_command(settings: Settings, gpus_per_node: int) -> tuple[str, ...]:
     return (sys.executable, "-m", "dynamo.trtllm", *words, *settings.passed_on, *settings.dynamic_flags)
 
 
-def child_environment(environ: Mapping[str, str], session: SessionAddress, drain_timeout: float) -> dict[str, str]:
+def child_environment(environ: Mapping[str, str], session: SessionAddress, settings: Settings) -> dict[str, str]:
     """Return the child's environment: this rank's without the launch, with the way to the session.
 
     Args:
         environ: this rank's.
         session: where the session is; a worker of one rank has one, too: without it the engine would spawn its rank.
-        drain_timeout: seconds that requests in flight have after SIGTERM, where the user has not told Dynamo itself.
+        settings: the worker's; what the variables say of the drain is stronger.
     """
     kept = {
         name: value for name, value in environ.items() if not name.startswith((*LAUNCH_PREFIXES, *_SESSION_PREFIXES))
@@ -108,11 +111,22 @@ def child_environment(environ: Mapping[str, str], session: SessionAddress, drain
     for name, ours in _HANDED_ON.items():
         if name in environ:
             kept.setdefault(ours, environ[name])
-    # without it Dynamo waits for requests in flight for ever
-    kept.setdefault(_DRAIN_VARIABLE, f"{drain_timeout:.0f}")
+    # without it Dynamo waits for ever
+    kept.setdefault(_DRAIN_VARIABLE, f"{settings.drain_timeout:.0f}")
+    if settings.origins["drain_timeout"] != "default":
+        # not by default: it waits for all of it, also when there is nothing to wait for
+        kept.setdefault(_GRACE_VARIABLE, f"{settings.drain_timeout:g}")
     return kept | {
         "TLLM_SPAWN_PROXY_PROCESS": "1",
         "TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR": session.address,
         "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY": session.key,
         "tllm_mpi_size": str(session.size),
     }
+
+
+def grace_seconds(environment: Mapping[str, str]) -> float:
+    """Return how long a child with this environment goes on answering after SIGTERM; Dynamo ignores what is no number."""
+    try:
+        return max(0.0, float(environment.get(_GRACE_VARIABLE) or _USUAL_GRACE_SECONDS))
+    except ValueError:
+        return _USUAL_GRACE_SECONDS

@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.engines.trtllm.child import Child, describe_end, exit_code_for
-from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment
+from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, grace_seconds
 from dynamo_mpi.engines.trtllm.proof import Proof
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.session import Session, SocketFolder
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.world import World
 
 _KEY_BYTES = 32
-# dynamo.trtllm waits this long between deregistering and draining, and a prefill worker for its KV transfers
-_GRACE_SECONDS = 5.0
+# a prefill worker waits this long for its KV transfers
 _PREFILL_DRAIN_SECONDS = 30.0
 _SHUTDOWN_SECONDS = 30.0
 _RELEASE_SECONDS = 60.0
@@ -102,6 +101,7 @@ class TrtllmLeader:
         self._phases, self._voice = phases, voice
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._serving = self._stopping = False
+        self._grace = 0.0
         self._child: Child | None = None
         self._proof: Proof | None = None
         self._folder: SocketFolder | None = None
@@ -157,8 +157,9 @@ class TrtllmLeader:
 
     def _start_child(self, address: SessionAddress) -> Child:
         settings = self._settings
-        environment = child_environment(os.environ, address, settings.drain_timeout)
-        child = Child(child_command(settings, self._gpus_per_node), environment, self._ended)
+        environment = child_environment(os.environ, address, settings)
+        child = Child(child_command(settings, self._gpus_per_node), environment, self._ended, address.key)
+        self._grace = grace_seconds(environment)
         self._child = child
         self._proof = Proof(settings, child.pid, self._token_id, environment, self._heard)
         return child
@@ -186,7 +187,7 @@ class TrtllmLeader:
             EngineError: it ended with an error.
             DeadlineError: it did not end, or was hurried by a second signal.
         """
-        seconds = self._settings.drain_timeout + _GRACE_SECONDS + _SHUTDOWN_SECONDS
+        seconds = self._grace + self._settings.drain_timeout + _SHUTDOWN_SECONDS
         if self._settings.role == "prefill":
             seconds += _PREFILL_DRAIN_SECONDS
         self._stopping = True

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TensorRT-LLM workers end to end: the unmodified ``dynamo.trtllm`` over a stand-in for the engine, whose ranks run a real model.
+
+Another Dynamo can be laid over the installed one by PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.local.processes import session_members
+from tests.conftest import ROOT
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
+from tests.dynamo.test_standin_trtllm import ask
+
+pytestmark = pytest.mark.dynamo
+RANKS = 3
+FLAGS = ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2")
+# what a user may meet in the five seconds after a fault, on two shared cores with seven processes
+PROMPT_SECONDS = 5.0
+Start = Callable[..., RunningWorker]
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
+    """An etcd of this test's own."""
+    server = EtcdServer(tmp_path)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    """The worker's temporary folder. Short: a unix socket's name holds 107 bytes."""
+    folder = Path(tempfile.mkdtemp(prefix="t-"))
+    (tmp_path / "temporary").symlink_to(folder)
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) -> Iterator[Start]:
+    """Start TensorRT-LLM workers; what is left of them is killed, and of what they must not leave nothing is there."""
+    workers: list[RunningWorker] = []
+    paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
+    usual = {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(temporary),
+    }
+
+    def begin(*flags: str, ranks: int = RANKS, **environment: str) -> RunningWorker:
+        workers.append(RunningWorker(tmp_path, etcd, model_dir, ranks, *FLAGS, *flags, **{**usual, **environment}))
+        return workers[-1]
+
+    yield begin
+    for worker in workers:
+        worker.stop()
+    assert leftovers(temporary) == []
+    shutil.rmtree(temporary)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Return what of ours is in the temporary folder; the launcher and the engine have things of their own there."""
+    return sorted(path.name for path in folder.glob("dynamo_mpi*"))
+
+
+def child_of(worker: RunningWorker) -> int:
+    """Return the process of ``dynamo.trtllm``."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(worker.rank_zero()), "-f", "dynamo.trtllm --model"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(found.stdout)
+
+
+def reports(worker: RunningWorker) -> list[str]:
+    """Return the failure reports, which begin with our name."""
+    return re.findall(r"dynamo_mpi: rank \d+[^\n]*: error[^\n]*", worker.text())
+
+
+def ended(pid: int) -> bool:
+    """Tell whether a process is gone, or nobody has fetched its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_answers_drains_and_ends_with_zero(
+    start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path, temporary: Path
+) -> None:
+    worker = start(UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug")
+    ready = worker.ready()
+    assert (ready["ranks"], ready["endpoint"]) == (RANKS, "dyn://dynamo.backend.generate")
+    assert set(ready["phases"]) >= {"load", "prove"}
+    child = child_of(worker)
+    secrets = assert_the_child_knows_what_it_should(child)
+    # read while it serves: the session's socket is needed no longer
+    assert leftovers(temporary) == []
+
+    with running_frontend(tmp_path, etcd) as frontend:
+        eventually(lambda: model_dir.name in frontend.models(), "the model is listed")
+        choice = ask(frontend.port, model_dir.name, "What is the capital of France?")
+        assert choice["message"]["content"] == "The capital of France is Paris."
+        os.kill(worker.rank_zero(), signal.SIGTERM)
+        eventually(lambda: not etcd.keys(), "the keys are gone", 10)
+        assert worker.wait() == 0, worker.text()
+    assert ended(child)
+    assert reports(worker) == []
+    assert not worker.ready_file.exists()
+    text = worker.text()
+    assert f"rank2 run mgmn worker node with mpi_world_size: {RANKS} ..." in text
+    assert f"rank0 run mgmn leader node with mpi_world_size: {RANKS} ..." in text
+    assert f"gpus_per_node {RANKS}" in text
+    assert not [secret for secret in secrets if secret in text]
+
+
+def assert_the_child_knows_what_it_should(child: int) -> list[str]:
+    """Look at its environment, and at what everybody can see of every process; return its secrets."""
+    raw = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace")
+    environment = dict(entry.partition("=")[::2] for entry in raw.split("\0") if entry)
+    launch = ("OMPI_", "PMIX_", "PMI_", "SLURM_", "PRTE_", "MPI_")
+    assert not [name for name in environment if name.startswith(launch)]
+    assert {"UCX_TLS": "tcp", "NCCL_DEBUG": "WARN", "DYN_MPI_JOB_ID": "4711"}.items() <= environment.items()
+    secret = environment["TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY"]
+    assert re.fullmatch("[0-9a-f]{64}", secret)
+    assert environment["tllm_mpi_size"] == str(RANKS)
+    # its environment is its own user's to read; everybody can read command lines
+    assert Path(f"/proc/{child}/environ").stat().st_mode & 0o077 == 0
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            assert secret.encode() not in path.read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return [secret]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_role_of_a_pair_is_proven_without_its_peer(role: str, start: Start, etcd: EtcdServer) -> None:
+    worker = start("--role", role, "--trtllm.cache_transceiver_config.backend", "DEFAULT")
+    assert worker.ready()["endpoint"] == f"dyn://dynamo.{'prefill' if role == 'prefill' else 'backend'}.generate"
+    os.kill(worker.rank_zero(), signal.SIGTERM)
+    assert worker.wait() == 0, worker.text()
+
+
+def test_a_world_of_one_rank(start: Start) -> None:
+    worker = start(ranks=1)
+    worker.ready()
+    os.kill(worker.rank_zero(), signal.SIGTERM)
+    assert worker.wait() == 0, worker.text()
+
+
+@pytest.mark.parametrize("version", ["1.3.0rc22", "1.4.0rc1"])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_raises_while_loading_ends_all_with_its_traceback(rank: int, version: str, start: Start) -> None:
+    worker = start(STANDIN_TRTLLM_FAULT=f"raise:{rank}", STANDIN_TRTLLM_VERSION=version)
+    assert worker.wait() == 70, worker.text()
+    assert worker.text().count(f"RuntimeError: stand-in fault: rank {rank} can't load") >= 1
+    (report,) = reports(worker)
+    assert "error in load: " + ("Traceback" if rank == 0 else f"rank {rank} on ") in report
+    assert session_members(worker.process.pid) == []
+
+
+def test_a_rank_that_leaves_as_if_it_were_done_ends_all(start: Start) -> None:
+    worker = start(STANDIN_TRTLLM_FAULT="leave:1")
+    assert worker.wait() == 70, worker.text()
+    (report,) = reports(worker)
+    assert "error in load: rank 1 on " in report
+    assert "left TensorRT-LLM's worker" in report
+
+
+def test_a_load_that_is_late_ends_with_where_every_rank_stands(start: Start) -> None:
+    worker = start("--load-timeout", "9", STANDIN_TRTLLM_FAULT="hang:1")
+    begin = time.monotonic()
+    assert worker.wait() == 124, worker.text()
+    assert time.monotonic() - begin < 9 + PROMPT_SECONDS
+    (report,) = reports(worker)
+    assert "was not registered after 9 s" in report
+    stacks = worker.text().partition("where the ranks are:\n")[2]
+    assert "suffer_while_loading" in stacks
+    assert stacks.index("rank 1 on ") < stacks.index("ranks 0, 2 on ") < stacks.index("in load: ")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGKILL, 137, r"dynamo\.trtllm was ended by signal 9 \(SIGKILL\)"),
+        (signal.SIGTERM, 75, r"dynamo\.trtllm ended with code 0 although nobody asked it to"),
+    ],
+)
+def test_a_child_that_ends_unasked_ends_all(
+    number: signal.Signals, code: int, said: str, start: Start, etcd: EtcdServer
+) -> None:
+    """Dynamo's runtime returns with 0, as after SIGTERM, when its lease is lost."""
+    worker = start()
+    worker.ready()
+    child = child_of(worker)
+    os.kill(child, number)
+    eventually(lambda: ended(child), "the child has ended", 20)
+    begin = time.monotonic()
+    assert worker.wait() == code, worker.text()
+    assert time.monotonic() - begin < PROMPT_SECONDS
+    (report,) = reports(worker)
+    assert re.search(said, report)
+    assert session_members(worker.process.pid) == []
+
+
+def test_a_lost_lease_is_no_success(start: Start, etcd: EtcdServer) -> None:
+    worker = start()
+    worker.ready()
+    etcd.revoke_leases()
+    assert worker.wait() == 75, worker.text()
+    (report,) = reports(worker)
+    assert "lease in etcd is lost" in report
+
+
+def test_bad_flags_of_dynamo_are_its_own_to_refuse(start: Start) -> None:
+    worker = start("--no-such-flag")
+    assert worker.wait() in (64, 70), worker.text()
+    (report,) = reports(worker)
+    assert "dynamo.trtllm ended with code" in report
+    assert "--no-such-flag" in worker.text()
+
+
+def test_sigterm_while_loading_does_not_wait_for_the_load(start: Start, tmp_path: Path) -> None:
+    worker = start(STANDIN_TRTLLM_FAULT="slow:60")
+    eventually(lambda: "run mgmn leader node" in worker.text(), "it loads")
+    (leader,) = [
+        pid
+        for pid in session_members(worker.process.pid)
+        if b"dynamo_mpi.worker" in (words := Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+        and b"PMIX_RANK=0" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        and words[0].endswith(b"python")
+    ]
+    begin = time.monotonic()
+    os.kill(leader, signal.SIGTERM)
+    assert worker.wait() == 143, worker.text()
+    assert time.monotonic() - begin < PROMPT_SECONDS
+    assert session_members(worker.process.pid) == []
+
+
+def test_a_second_signal_cuts_the_drain_short(start: Start, etcd: EtcdServer) -> None:
+    worker = start(DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS="60")
+    worker.ready()
+    os.kill(worker.rank_zero(), signal.SIGTERM)
+    eventually(lambda: "drain: " in worker.text(), "it drains")
+    begin = time.monotonic()
+    os.kill(worker.rank_zero(), signal.SIGTERM)
+    assert worker.wait() == 143, worker.text()
+    assert time.monotonic() - begin < PROMPT_SECONDS

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stand-in for TensorRT-LLM, for tests: the unmodified ``dynamo.trtllm`` and our bootstrap run over it, without a GPU.
+
+It has the names that these two use and no others, behaves towards MPI, its launcher and its proxy like the real one (fact
+sheet K1 to K19), and computes with the reference engine on all ranks. What it doesn't know it refuses: constructor
+arguments and attributes as Python and pydantic do, features with NotImplementedError. Put ``tests/standins`` on PYTHONPATH.
+
+Environment, beside TensorRT-LLM's own ``TRT_LLM_NO_LIB_INIT`` and ``TLLM_SPAWN_PROXY_PROCESS*``:
+
+``STANDIN_TRTLLM_VERSION``
+    What ``__version__`` says, default 1.3.0rc22 (package metadata always says that). From 1.4.0rc0 on a worker's error
+    reaches the proxy (``RemoteWorkerDeath``), a session of another size is refused, and the pool over COMM_WORLD outlives
+    its session. Before, the proxy waits for ever.
+``STANDIN_TRTLLM_FAULT``
+    One of ``raise:RANK`` (RuntimeError while that rank loads), ``leave:RANK`` (that rank, not 0, writes down an error and returns, as
+    the real worker does when its engine can't be built), ``hang:RANK`` (it never comes back from loading),
+    ``die:RANK`` (``os._exit(3)`` while it loads), ``slow:SECONDS`` (every rank takes that long to load),
+    ``lose-lease:SECONDS`` (that long after loading, the process that holds the LLM ends in order without having been asked,
+    with code 0), ``unhealthy:SECONDS`` (that long after loading, the LLM is found dead).
+"""
+
+from __future__ import annotations
+
+from ._environment import VERSION
+from ._utils import set_mpi_comm
+from .llmapi.llm import LLM, MultimodalEncoder
+
+__all__ = ["LLM", "MultimodalEncoder", "__version__", "set_mpi_comm"]
+__version__ = VERSION
