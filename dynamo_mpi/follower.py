@@ -11,7 +11,6 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import pack
 from dynamo_mpi.preflight.inquiry import Inquiry, fill_card
-from dynamo_mpi.supervision.watch import Watched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.supervision.watch import Watched
     from dynamo_mpi.world import World
 
 # what rank 0 broadcasts begins with one byte that says how to read the rest
@@ -51,6 +51,9 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
     # Launchers signal every rank, and rank 0 leads the draining: a follower that left now would take the requests in flight with it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    # before the verdict, every file that a rank opens counts
+    from dynamo_mpi.supervision.watch import Watched
+
     spec = EngineSpec.unpack(message[1:])
     watched = Watched(world.duplicate())
     watched.start()

@@ -26,7 +26,6 @@ from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
 from dynamo_mpi.serving.service import Registration, point_runtime_at, run, serve
 from dynamo_mpi.settings import load_settings
-from dynamo_mpi.supervision.guard import Guard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.preflight.verdict import Plan
     from dynamo_mpi.settings import Settings
+    from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
@@ -90,6 +90,8 @@ class Leader:
                 return self._stop(f"error: {error}", error.exit_code)
             spec = engine_spec(settings, plan)
             self._world.broadcast(GO + spec.pack())
+        from dynamo_mpi.supervision.guard import Guard
+
         guard = Guard(self._world, cards, self._phases, self._voice)
         if settings.engine == "trtllm":
             return self._lead_trtllm(settings, plan, cards, guard)

@@ -148,9 +148,7 @@ def check_shared(rows: Sequence[HostRow]) -> Iterator[Finding]:
         yield error(
             "K9",
             f"{ranks} ranks would share {counted(gpus, 'GPU')}: {where(all_short, rows)}",
-            found=lines(
-                [f"{some[0].host}: {len(some)} ranks see {counted(len(some[0].gpus.visible), 'GPU')}" for some in short]
-            ),
+            found=lines([_few(some) for some in short]),
             needed="a GPU for each rank",
             fix=f"srun --gpus-per-node={ranks}, or --ntasks-per-node={gpus} with a layout for as many ranks",
         )
@@ -167,6 +165,16 @@ def check_shared(rows: Sequence[HostRow]) -> Iterator[Finding]:
             needed="a GPU for each rank",
             fix="give each container GPUs of its own, or start one container for each node",
         )
+
+
+def _few(some: Sequence[HostRow]) -> str:
+    """Say what the ranks of one node see, and what hides the rest of its GPUs."""
+    first = some[0]
+    text = f"{first.host}: {len(some)} ranks see {counted(len(first.gpus.visible), 'GPU')}"
+    said = first.facts.variable("CUDA_VISIBLE_DEVICES")
+    if said is None or len(first.gpus.gpus) <= len(first.gpus.visible):
+        return text
+    return f"{text} of {len(first.gpus.gpus)} (CUDA_VISIBLE_DEVICES={said})"
 
 
 def agree(some: Sequence[HostRow]) -> bool:

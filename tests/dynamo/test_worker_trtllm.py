@@ -92,6 +92,15 @@ def reports(worker: RunningWorker) -> list[str]:
     return re.findall(r"dynamo_mpi: rank \d+[^\n]*: error[^\n]*", worker.text())
 
 
+def ends_promptly(worker: RunningWorker, fault: str) -> int:
+    """Wait until the fault is there, and return the exit code, which has to follow soon."""
+    eventually(lambda: fault in worker.text(), fault)
+    begin = time.monotonic()
+    code = worker.wait()
+    assert time.monotonic() - begin < PROMPT_SECONDS
+    return code
+
+
 def ended(pid: int) -> bool:
     """Tell whether a process is gone, or nobody has fetched its exit code yet."""
     try:
@@ -168,7 +177,7 @@ def test_a_world_of_one_rank(start: Start) -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_raises_while_loading_ends_all_with_its_traceback(rank: int, version: str, start: Start) -> None:
     worker = start(STANDIN_TRTLLM_FAULT=f"raise:{rank}", STANDIN_TRTLLM_VERSION=version)
-    assert worker.wait() == 70, worker.text()
+    assert ends_promptly(worker, "stand-in fault: now") == 70, worker.text()
     assert worker.text().count(f"RuntimeError: stand-in fault: rank {rank} can't load") >= 1
     (report,) = reports(worker)
     assert "error in load: " + ("Traceback" if rank == 0 else f"rank {rank} on ") in report
@@ -177,7 +186,7 @@ def test_a_rank_that_raises_while_loading_ends_all_with_its_traceback(rank: int,
 
 def test_a_rank_that_leaves_as_if_it_were_done_ends_all(start: Start) -> None:
     worker = start(STANDIN_TRTLLM_FAULT="leave:1")
-    assert worker.wait() == 70, worker.text()
+    assert ends_promptly(worker, "[E] Failed to initialize executor on rank 1") == 70, worker.text()
     (report,) = reports(worker)
     assert "error in load: rank 1 on " in report
     assert "left TensorRT-LLM's worker" in report

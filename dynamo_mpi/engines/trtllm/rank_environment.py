@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 
 def prepare_rank(rank: int) -> None:
@@ -23,3 +25,11 @@ def prepare_rank(rank: int) -> None:
         return
     os.environ["FLASHINFER_WORKSPACE_BASE"] = str(cache / "tensorrt_llm" / "flashinfer" / f"rank-{rank}")
     os.environ.setdefault("FLASHINFER_CUBIN_DIR", str(cache / "flashinfer" / "cubins"))
+
+
+def take_own_gpu(rank: int) -> None:
+    """Make this rank's GPU (K9) the current one, where TensorRT-LLM has brought torch: loading a task from bytes may touch a GPU, and would
+    otherwise touch the node's first."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())

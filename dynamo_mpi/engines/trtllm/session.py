@@ -10,6 +10,7 @@ TensorRT-LLM this relies on.
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import inspect
 import os
 import shutil
@@ -17,6 +18,7 @@ import tempfile
 import threading
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.engines.trtllm.rank_environment import take_own_gpu
 from dynamo_mpi.engines.trtllm.task import Task
 
 if TYPE_CHECKING:
@@ -152,8 +154,9 @@ def serve_tasks(comm: MPI.Intracomm) -> None:
         ImportError: TensorRT-LLM, or something that it needs, is missing here.
     """
     # Importing it is a collective of its own (K1), so all ranks have to do it at the same time as rank 0.
-    import tensorrt_llm  # noqa: F401 - it registers itself
+    importlib.import_module("tensorrt_llm.llmapi.mpi_session")
     from mpi4py.futures import MPICommExecutor
 
+    take_own_gpu(comm.Get_rank())
     with MPICommExecutor(comm):
         pass

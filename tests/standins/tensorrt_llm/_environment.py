@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import time
 
@@ -35,6 +36,9 @@ def fault(kind: str) -> float | None:
 def suffer_while_loading(rank: int) -> None:
     """Do what the fault says for this rank."""
     time.sleep(fault("slow") or 0.0)
+    if rank in (fault("raise"), fault("die"), fault("hang")):
+        # for who measures what happens from here on
+        print(f"stand-in fault: now, rank {rank}", file=sys.stderr, flush=True)
     if fault("raise") == rank:
         raise RuntimeError(f"stand-in fault: rank {rank} can't load")
     if fault("die") == rank:
