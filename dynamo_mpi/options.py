@@ -107,6 +107,11 @@ def to_name(text: str) -> str:
     return text
 
 
+def to_role(text: str) -> str:
+    """Read a role, by Dynamo's other names for an aggregated worker too."""
+    return {"pd": "agg", "prefill_and_decode": "agg", "aggregated": "agg"}.get(text, text)
+
+
 def to_endpoint(text: str) -> str:
     """Read an endpoint."""
     parts = text.removeprefix("dyn://").split(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +23,7 @@ from dynamo_mpi.options import (
     to_endpoint,
     to_name,
     to_path,
+    to_role,
     to_seconds,
     to_switch,
     to_text,
@@ -32,11 +34,6 @@ from dynamo_mpi.text_files import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-
-def to_role(text: str) -> str:
-    """Read a role, by Dynamo's other names for an aggregated worker too."""
-    return {"pd": "agg", "prefill_and_decode": "agg", "aggregated": "agg"}.get(text, text)
 
 
 ROLE = Option(
@@ -55,10 +52,11 @@ OPTIONS: tuple[Option, ...] = (
         "engine",
         ("--engine",),
         ("DYN_MPI_ENGINE",),
-        "reference",
+        "auto",
         str,
-        "what runs the model; what TensorRT-LLM's worker has more in flags is handed on to it",
-        ("reference", "trtllm"),
+        "what runs the model: auto is trtllm for every role but agg, and where TensorRT-LLM is installed; all further flags of "
+        "dynamo.trtllm are handed on to it",
+        ("auto", "reference", "trtllm"),
     ),
     Option(
         "model",
@@ -255,6 +253,9 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     file = _settings_file(given.pop("settings", None) or environ.get("DYN_MPI_SETTINGS"))
     role = resolve([ROLE], given, environ, file)[0]["role"]
     values, origins = resolve([_for_role(option, role) for option in OPTIONS], given, environ, file)
+    if values["engine"] == "auto":
+        # found, not imported: importing it is a collective (K1)
+        values["engine"] = "trtllm" if role != "agg" or find_spec("tensorrt_llm") is not None else "reference"
     if passed_on and values["engine"] != "trtllm":
         raise UsageError(
             f"Unrecognized arguments: {' '.join(passed_on)}",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.engine_options import ENGINE_OPTIONS, GPU, MIN_REQUESTS, engine_flags
 from dynamo_mpi.errors import DataError, UsageError
 from dynamo_mpi.model_files import ModelFiles, find_model
-from dynamo_mpi.options import Option, add_options, resolve, to_count, to_text
+from dynamo_mpi.options import Option, add_options, resolve, to_count, to_role, to_text
 from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.text_files import read_text
 
@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion
 
 ROLES = ("agg", "prefill", "decode")
-ROLE = Option("role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", str, "of the worker", ROLES)
+ROLE = Option("role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", to_role, "of the worker", ROLES)
+
+
+def to_engine(text: str) -> str:
+    """Read an engine; a worker's ``auto`` is TensorRT-LLM, where nothing is launched."""
+    return "trtllm" if text == "auto" else text
+
+
 ENGINE = Option(
-    "engine", ("--engine",), ("DYN_MPI_ENGINE",), "trtllm", str, "what runs the model", ("trtllm", "reference")
+    "engine", ("--engine",), ("DYN_MPI_ENGINE",), "trtllm", to_engine, "what runs the model", ("trtllm", "reference")
 )
 MODEL = Option(
     "model",

@@ -18,6 +18,7 @@ from tests.mpi.test_worker_refusals import Done, assert_refused, make_model
 pytestmark = pytest.mark.mpi
 
 GIB = 2**30
+TRANSCEIVER = ("--trtllm.cache_transceiver_config.backend", "UCX")
 TRTLLM = ("--engine", "trtllm", "--preflight-only")
 # what this host would be told of otherwise
 QUIET = {"OMP_NUM_THREADS": "1", "PRTE_MCA_hwloc_default_binding_policy": "none"}
@@ -61,8 +62,13 @@ def node_with(folder: Path, used: Sequence[int]) -> dict[str, str]:
 
 
 def test_a_role_that_the_reference_engine_lacks(mpirun: Mpirun, model: Path) -> None:
-    done = mpirun.worker(2, "--model", str(model), "--role", "prefill")
+    done = mpirun.worker(2, "--model", str(model), "--role", "prefill", "--engine", "reference")
     assert_refused(done, 64, "flag --role is 'prefill'", "--engine trtllm")
+
+
+def test_a_role_of_a_pair_is_tensorrt_llms_also_where_that_is_missing(mpirun: Mpirun, model: Path) -> None:
+    done = mpirun.worker(2, "--model", str(model), "--pp-size", "2", "--role", "prefill", *TRANSCEIVER, env=QUIET)
+    assert_refused(done, 64, "error V1: no rank sees a GPU", "error D10: TensorRT-LLM isn't installed")
 
 
 def test_a_host_without_gpus_and_without_the_engine_is_told_both_at_once(mpirun: Mpirun, model: Path) -> None:

@@ -200,8 +200,7 @@ def test_the_served_name_is_the_folders(model: str) -> None:
             for value in ("", "a", "a.b", "a.b.c.d", "a..c", "http://a.b.c", "dyn://a.b.c/d")
         ),
         ("--role", "both", "one of agg, prefill, decode, encode"),
-        ("--role", "prefill", "--role agg, or --engine trtllm"),
-        ("--engine", "abacus", "one of reference, trtllm"),
+        ("--engine", "abacus", "one of auto, reference, trtllm"),
         ("--request-plane", "http", "one of tcp, nats"),
         # what an unset variable of a batch script leaves behind
         ("--model", "", "a path"),
@@ -249,7 +248,7 @@ def test_a_roles_variable_wins_over_the_settings_file(tmp_path: Path) -> None:
 
 def test_the_role_that_the_reference_engine_lacks_is_named_with_its_origin() -> None:
     with pytest.raises(UsageError, match=r"environment DYN_MPI_ROLE is 'decode'.*reference engine"):
-        load(*MODEL, environ={"DYN_MPI_ROLE": "decode"})
+        load(*MODEL, "--engine", "reference", environ={"DYN_MPI_ROLE": "decode"})
 
 
 def test_a_clusters_gpus_are_no_flag_of_the_engine() -> None:
@@ -376,5 +375,22 @@ def test_flags_of_dynamo_trtllm_are_handed_on_in_their_order() -> None:
 
 def test_the_reference_engine_has_no_further_flags() -> None:
     with pytest.raises(UsageError, match="--publish-kv-events") as caught:
-        load(*MODEL, "--publish-kv-events")
+        load(*MODEL, "--engine", "reference", "--publish-kv-events")
     assert "--engine trtllm" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("words", "installed", "engine"),
+    [
+        ((), False, "reference"),
+        ((), True, "trtllm"),
+        (("--engine", "reference"), True, "reference"),
+        (("--role", "prefill"), False, "trtllm"),
+        (("--role", "agg"), False, "reference"),
+    ],
+)
+def test_the_engine_is_the_one_that_is_there(
+    words: tuple[str, ...], installed: bool, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo_mpi.settings.find_spec", lambda name: installed or None)
+    assert load(*MODEL, *words).engine == engine
