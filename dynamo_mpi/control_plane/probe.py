@@ -35,8 +35,11 @@ class _Address(NamedTuple):
 
 
 def etcd_endpoints(environ: Mapping[str, str]) -> list[str]:
-    """Return the etcd endpoints that the Dynamo runtime will use, ``ETCD_ENDPOINTS`` or its default."""
-    text = environ.get("ETCD_ENDPOINTS") or DEFAULT_ETCD
+    """Return the etcd endpoints that the Dynamo runtime is to use: ``ETCD_ENDPOINTS``, or etcd's port on the head node that Dynamo's Slurm
+    example names, or the runtime's default."""
+    head = environ.get("HEAD_NODE_IP") or environ.get("HEAD_NODE")
+    at_head = "" if not head else f"http://[{head}]:2379" if ":" in head else f"http://{head}:2379"
+    text = environ.get("ETCD_ENDPOINTS") or at_head or DEFAULT_ETCD
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

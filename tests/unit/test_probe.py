@@ -356,3 +356,18 @@ def test_an_authority_that_is_none_is_a_usage_error(authority: str) -> None:
     with listening() as port, pytest.raises(UsageError, match="ETCD_AUTH_CA") as caught:
         ask(local(port, "https"), authority=authority)
     assert authority not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "endpoints"),
+    [
+        ({}, ["http://localhost:2379"]),
+        ({"HEAD_NODE": "n1"}, ["http://n1:2379"]),
+        ({"HEAD_NODE": "n1", "HEAD_NODE_IP": "10.0.0.1"}, ["http://10.0.0.1:2379"]),
+        ({"HEAD_NODE_IP": "fd00::1"}, ["http://[fd00::1]:2379"]),
+        ({"HEAD_NODE": "n1", "ETCD_ENDPOINTS": "http://a:1,http://b:2"}, ["http://a:1", "http://b:2"]),
+        ({"HEAD_NODE": "", "ETCD_ENDPOINTS": ""}, ["http://localhost:2379"]),
+    ],
+)
+def test_where_etcd_is(environ: dict[str, str], endpoints: list[str]) -> None:
+    assert etcd_endpoints(environ) == endpoints
