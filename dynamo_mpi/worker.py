@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # process fails, and no MPI orders them yet.
 _HUSH_SECONDS = 2.0
 _PARTING_SECONDS = 20.0  # longer than rank 0 gives the engine to close
+_NO_USUAL_END = frozenset({"dynamo._core", "tensorrt_llm"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,9 +126,12 @@ def _abandon(world: World, voice: Voice, phases: Phases, text: str, code: ExitCo
 
 
 def _end(code: int) -> NoReturn:
-    """Leave with ``code``, without Python's own ending where Dynamo's runtime was started: a thread of it that asks for the interpreter while
-    that goes down is unwound through Rust, which aborts the process (134 instead of our code)."""
-    if "dynamo._core" in sys.modules:
+    """Leave with ``code``, without Python's own ending where Dynamo's runtime or TensorRT-LLM was started.
+
+    A thread of the runtime that asks for the interpreter while that goes down is unwound through Rust, which aborts the process (134 instead
+    of our code); TensorRT-LLM has been seen to hang there (its pull request 17970).
+    """
+    if _NO_USUAL_END & sys.modules.keys():
         from mpi4py import MPI
 
         if MPI.Is_initialized() and not MPI.Is_finalized():

@@ -112,7 +112,9 @@ def ended(pid: int) -> bool:
 def test_answers_drains_and_ends_with_zero(
     start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path, temporary: Path
 ) -> None:
-    worker = start(UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug")
+    # flags that only dynamo.trtllm knows
+    passed_on = ("--publish-kv-events", "--kv-block-size", "16")
+    worker = start(*passed_on, UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug")
     ready = worker.ready()
     assert (ready["ranks"], ready["endpoint"]) == (RANKS, "dyn://dynamo.backend.generate")
     assert set(ready["phases"]) >= {"load", "prove"}
@@ -120,6 +122,8 @@ def test_answers_drains_and_ends_with_zero(
     secrets = assert_the_child_knows_what_it_should(child)
     # read while it serves: the session's socket is needed no longer
     assert leftovers(temporary) == []
+
+    assert [key for key in etcd.keys() if key.startswith("v1/event_channels/")], etcd.keys()
 
     with running_frontend(tmp_path, etcd) as frontend:
         eventually(lambda: model_dir.name in frontend.models(), "the model is listed")

@@ -102,6 +102,7 @@ class Session:
             self._thread.join()
         concurrent.futures.wait(self._running)
         self._server.session.shutdown()
+        self._server.queue.close()
 
     def _serve(self, on_left: Callable[[Sequence[int]], None]) -> None:
         # ZeroMQ's sockets belong to one thread: only this one reads and writes
