@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A world under rank 0's guard. Arguments: what happens, and to which rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import NamedTuple
+
+from dynamo_mpi.supervision.guard import Guard
+from dynamo_mpi.supervision.phases import Phases
+from dynamo_mpi.supervision.watch import Watched
+from dynamo_mpi.talk import Voice
+from dynamo_mpi.world import World, bind_library, form_world
+
+
+class Placed(NamedTuple):
+    """A rank of a host that everybody shares here."""
+
+    host: str
+    local_rank: int | None = None
+
+
+def wait_for_what_never_comes() -> None:
+    threading.Event().wait()
+
+
+def meet(world: World) -> None:
+    pass_the_barrier(world)
+
+
+def pass_the_barrier(world: World) -> None:
+    world.barrier(60)
+
+
+def suffer(what: str) -> None:
+    """Do to this rank what the test asks for."""
+    if what == "hang":
+        wait_for_what_never_comes()
+    elif what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif what == "raise":
+        raise ValueError("this rank has had enough")
+
+
+def clean_up() -> None:
+    os.write(2, b"cleaned up\n")
+
+
+def lead(world: World, what: str, victim: int) -> None:
+    guard = Guard(world, [Placed("here")] * world.size, Phases(), Voice(0, "here"))
+    guard.before_the_end(clean_up)
+    try:
+        with guard.deadline(1.0, "the barrier was not passed", "--patience"):
+            if victim == 0:
+                suffer(what)
+            meet(world)
+    except ValueError as error:
+        guard.end(error)
+    guard.close()
+
+
+def follow(world: World, what: str, victim: int) -> None:
+    watched = Watched(world.duplicate())
+    watched.start()
+    try:
+        if victim == world.rank:
+            suffer(what)
+        meet(world)
+    except ValueError as error:
+        watched.fail(error)
+    watched.close()
+
+
+def main() -> None:
+    bind_library()
+    world = form_world()
+    what, victim = sys.argv[1], int(sys.argv[2])
+    (lead if world.rank == 0 else follow)(world, what, victim)
+
+
+if __name__ == "__main__":
+    main()
