@@ -176,6 +176,7 @@ class Leader:
         from dynamo_mpi.engines.trtllm.lead import TrtllmLeader
 
         gpus_per_node = plan.config.gpus_per_node or len(cards) // len(hosts(cards))
+        guard.before_the_end(partial(_forget, settings.ready_file))
         leader = TrtllmLeader(
             self._world, settings, gpus_per_node, plan.shape.bos_token_id or 0, guard, self._phases, self._voice
         )

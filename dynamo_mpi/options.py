@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
+MAX_SECONDS = 1e8
+
+
 @dataclass(frozen=True)
 class Option:
     """One setting.
@@ -57,13 +60,13 @@ def to_count(text: str) -> int:
 
 
 def to_seconds(text: str) -> float:
-    """Read a number of seconds."""
+    """Read a number of seconds, three years at the most."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise ValueError("a number of seconds")
+    if not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f"a number of seconds from 0 to {MAX_SECONDS:.0f}")
     return value
 
 

@@ -261,6 +261,12 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             f"Unrecognized arguments: {' '.join(passed_on)}",
             fix="python -m dynamo_mpi.worker --help; flags of dynamo.trtllm alone need --engine trtllm",
         )
+    if passed_on and not passed_on[0].startswith("--"):
+        raise UsageError(
+            f"{passed_on[0]!r} belongs to no flag",
+            needed="flags, each with its value",
+            fix="look at the quotes around values",
+        )
     if values["model"] is None:
         raise UsageError("no model was given", needed="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
     if role != "agg" and values["engine"] == "reference":

@@ -23,7 +23,8 @@ class Voice:
         """Write ``text``. One call to the system, so that lines of different ranks don't mix."""
         data = (self._prefix + text + "\n").encode("utf-8", "replace")
         try:
-            sys.stderr.flush()
+            if sys.stderr is not None:  # closed by whoever started us
+                sys.stderr.flush()
             os.write(2, data)
         except OSError:
             return  # whoever read our words has gone; that is no reason to fail

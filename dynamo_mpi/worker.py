@@ -112,7 +112,8 @@ def _leave(world: World, code: int) -> int:
     with that signal's code instead of ours."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if not world.barrier(_PARTING_SECONDS):
-        world.abort(code)
+        # some rank hangs: that is no success
+        world.abort(code or ExitCode.DEADLINE)
     return code
 
 
@@ -121,7 +122,8 @@ def _abandon(world: World, voice: Voice, phases: Phases, text: str, code: ExitCo
     voice.say(f"error in {phases.current}: {text.rstrip()}")
     if world.size > 1:
         world.abort(code)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stderr.flush()
     os._exit(code)
 
 
@@ -137,7 +139,7 @@ def _end(code: int) -> NoReturn:
         if MPI.Is_initialized() and not MPI.Is_finalized():
             MPI.Finalize()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # whoever read it has gone
+            with contextlib.suppress(OSError, AttributeError):  # whoever read it has gone, or it was never open
                 stream.flush()
         os._exit(code)
     sys.exit(code)

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion
 
 ROLES = ("agg", "prefill", "decode")
-ROLE = Option("role", ("--role", "--disaggregation-mode"), ("DYN_MPI_ROLE",), "agg", to_role, "of the worker", ROLES)
+ROLE = Option(
+    "role",
+    ("--role", "--disaggregation-mode"),
+    ("DYN_MPI_ROLE", "DYN_TRTLLM_DISAGGREGATION_MODE"),
+    "agg",
+    to_role,
+    "of the worker",
+    ROLES,
+)
 
 
 def to_engine(text: str) -> str:

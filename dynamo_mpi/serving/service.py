@@ -270,3 +270,6 @@ def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[BaseExc
 def point_runtime_at(etcd: list[str]) -> None:
     """Tell the Dynamo runtime, which reads its environment, which etcd endpoints to try, living ones first."""
     os.environ["ETCD_ENDPOINTS"] = ",".join(etcd)
+    if not os.environ.get("NATS_SERVER"):
+        # empty is how a batch script says "none"; the runtime takes it for an address
+        os.environ.pop("NATS_SERVER", None)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
+import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
+
+
+_BACKSTOP_SECONDS = 15.0
 
 
 class Guard:
@@ -70,19 +75,26 @@ class Guard:
         timer = threading.Timer(seconds, self._late, (seconds, what, flag))
         timer.daemon, timer.name = True, "watch"
         timer.start()
+        # no thread of Python's runs while native code holds the interpreter, as an import that starts MPI may
+        faulthandler.dump_traceback_later(seconds + _BACKSTOP_SECONDS, exit=True)
         try:
             yield
         finally:
             timer.cancel()
+            # one that has begun ends the world
+            timer.join()
+            faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:
         """Stop watching, here and on the other ranks."""
         self._watch.close()
 
     def _late(self, seconds: float, what: str, flag: str) -> None:
-        stacks = self._watch.stacks()
-        silent = [rank for rank in range(self._world.size) if rank not in stacks]
-        places = describe_stacks(stacks, silent, self.name)
+        places = "unknown"
+        with contextlib.suppress(Exception):  # whatever hinders it, the deadline has passed
+            stacks = self._watch.stacks()
+            silent = [rank for rank in range(self._world.size) if rank not in stacks]
+            places = describe_stacks(stacks, silent, self.name)
         error = DeadlineError(
             f"{what} after {seconds:g} s",
             needed="all ranks to come through",
@@ -97,6 +109,10 @@ class Guard:
         self.failed.set()
         # never released: who comes second waits here for the end
         self._ending.acquire()
+        # a reader of our words that hangs, or an MPI that can't end its ranks, is no reason to stay
+        backstop = threading.Timer(_BACKSTOP_SECONDS, os._exit, (failure.exit_code,))
+        backstop.daemon = True
+        backstop.start()
         where = "" if failure.rank == 0 else f"{self.name([failure.rank])}: "
         self._voice.say(f"error in {self._phases.current}: {where}{failure.text}")
         for cleanup in self._cleanups:

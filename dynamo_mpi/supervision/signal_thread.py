@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP = b"\0"  # no signal's number
 
 
 class SignalThread:
@@ -37,12 +38,16 @@ class SignalThread:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(self._before)
-        os.close(self._writer)
+        # its end would not be seen while a process that was forked here holds it too
+        os.write(self._writer, _STOP)
         self._thread.join()
+        os.close(self._writer)
         os.close(self._reader)
 
     def _run(self) -> None:
         while data := os.read(self._reader, 64):
             for number in data:
+                if number == _STOP[0]:
+                    return
                 if number in _SIGNALS:
                     self._on_signal(number)

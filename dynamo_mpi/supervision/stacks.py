@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import linecache
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -48,9 +47,8 @@ def own_stacks() -> str:
 def _lines(frame: FrameType | None) -> list[str]:
     lines: list[str] = []
     while frame is not None:
-        name, number = frame.f_code.co_filename, frame.f_lineno
-        source = linecache.getline(name, number).strip()
-        lines.append(f"{name}:{number} in {frame.f_code.co_name}" + (f": {source}" if source else ""))
+        # without the line itself: the file may be on what everybody waits for
+        lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
         frame = frame.f_back
     return lines
 

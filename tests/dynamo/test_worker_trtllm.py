@@ -6,6 +6,7 @@ Another Dynamo can be laid over the installed one by PYTHONPATH.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from dynamo_mpi.local.processes import session_members
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
 from tests.dynamo.test_standin_trtllm import ask
+from tests.servers import running_nats
 
 pytestmark = pytest.mark.dynamo
 RANKS = 3
@@ -61,7 +63,9 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) ->
     }
 
     def begin(*flags: str, ranks: int = RANKS, **environment: str) -> RunningWorker:
-        workers.append(RunningWorker(tmp_path, etcd, model_dir, ranks, *FLAGS, *flags, **{**usual, **environment}))
+        folder = tmp_path / f"worker-{len(workers)}"
+        folder.mkdir()
+        workers.append(RunningWorker(folder, etcd, model_dir, ranks, *FLAGS, *flags, **{**usual, **environment}))
         return workers[-1]
 
     yield begin
@@ -90,6 +94,13 @@ def child_of(worker: RunningWorker) -> int:
 def reports(worker: RunningWorker) -> list[str]:
     """Return the failure reports, which begin with our name."""
     return re.findall(r"dynamo_mpi: rank \d+[^\n]*: error[^\n]*", worker.text())
+
+
+def gone_after(pid: int, number: signal.Signals) -> bool:
+    """Signal a process, and tell whether it was there no longer."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+    return ended(pid)
 
 
 def ends_promptly(worker: RunningWorker, fault: str) -> int:
@@ -147,7 +158,7 @@ def assert_the_child_knows_what_it_should(child: int) -> list[str]:
     raw = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace")
     environment = dict(entry.partition("=")[::2] for entry in raw.split("\0") if entry)
     launch = ("OMPI_", "PMIX_", "PMI_", "SLURM_", "PRTE_", "MPI_")
-    assert not [name for name in environment if name.startswith(launch)]
+    assert not [name for name in environment if name.startswith(launch) and not name.endswith("_PREFIX")]
     assert {"UCX_TLS": "tcp", "NCCL_DEBUG": "WARN", "DYN_MPI_JOB_ID": "4711"}.items() <= environment.items()
     secret = environment["TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY"]
     assert re.fullmatch("[0-9a-f]{64}", secret)
@@ -205,7 +216,7 @@ def test_a_load_that_is_late_ends_with_where_every_rank_stands(start: Start) -> 
     assert "was not registered after 9 s" in report
     stacks = worker.text().partition("where the ranks are:\n")[2]
     assert "suffer_while_loading" in stacks
-    assert stacks.index("rank 1 on ") < stacks.index("ranks 0, 2 on ") < stacks.index("in load: ")
+    assert stacks.index("rank 1 on ") < stacks.index("ranks 0, 2 on ") < stacks.index("in load\n")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +241,29 @@ def test_a_child_that_ends_unasked_ends_all(
     (report,) = reports(worker)
     assert re.search(said, report)
     assert session_members(worker.process.pid) == []
+    assert not worker.ready_file.exists()
+
+
+def test_the_child_dies_with_rank_zero(start: Start) -> None:
+    worker = start()
+    worker.ready()
+    child = child_of(worker)
+    os.kill(worker.rank_zero(), signal.SIGKILL)
+    assert worker.wait() != 0
+    eventually(lambda: ended(child), "the child has ended", PROMPT_SECONDS)
+
+
+def test_over_nats_a_worker_is_told_from_one_that_was_there(start: Start, etcd: EtcdServer) -> None:
+    with running_nats() as nats:
+        plane = {"NATS_SERVER": nats, "DYN_REQUEST_PLANE": "nats"}
+        first = start(ranks=1, **plane)
+        first.ready()
+        second = start(ranks=1, STANDIN_TRTLLM_FAULT="slow:4", **plane)
+        assert second.ready()["phases"]["load"] > 4
+        assert len(etcd.keys("v1/instances/dynamo/backend/generate/")) == 2
+        for worker in (first, second):
+            os.kill(worker.rank_zero(), signal.SIGTERM)
+            assert worker.wait() == 0, worker.text()
 
 
 def test_a_lost_lease_is_no_success(start: Start, etcd: EtcdServer) -> None:
@@ -270,8 +304,10 @@ def test_a_second_signal_cuts_the_drain_short(start: Start, etcd: EtcdServer) ->
     worker = start(DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS="60")
     worker.ready()
     os.kill(worker.rank_zero(), signal.SIGTERM)
+    leader = worker.rank_zero()
     eventually(lambda: "drain: " in worker.text(), "it drains")
     begin = time.monotonic()
-    os.kill(worker.rank_zero(), signal.SIGTERM)
+    # what comes within a second is the same signal, forwarded by the launcher
+    eventually(lambda: gone_after(leader, signal.SIGTERM), "it has ended")
     assert worker.wait() == 143, worker.text()
     assert time.monotonic() - begin < PROMPT_SECONDS

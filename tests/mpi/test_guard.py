@@ -36,7 +36,7 @@ def test_a_deadline_tells_where_every_rank_stands(mpirun: Mpirun) -> None:
     assert "--patience gives it longer" in done.stderr
     _, _, stacks = done.stderr.partition("where the ranks are:\n")
     hung, others = stacks.index("rank 1 on here:\n"), stacks.index("ranks 0, 2 on here:\n")
-    assert hung < stacks.index("in wait_for_what_never_comes: threading.Event().wait()") < others
+    assert hung < stacks.index("in wait_for_what_never_comes") < others
 
 
 def test_a_rank_that_can_not_answer_is_told_first(mpirun: Mpirun) -> None:

@@ -193,7 +193,7 @@ def test_the_served_name_is_the_folders(model: str) -> None:
             ("--tensor-parallel-size", value, "positive whole number")
             for value in ("0", "-1", "2.0", "two", "", "1e3", "²")
         ),
-        *(("--probe-timeout", value, "number of seconds") for value in ("-1", "inf", "nan", "soon", "")),
+        *(("--probe-timeout", value, "number of seconds") for value in ("-1", "inf", "nan", "1e10", "soon", "")),
         *(("--namespace", value, "name without dots") for value in ("a.b", "a/b", "a b", "", "a\n")),
         *(
             ("--endpoint", value, "dyn://namespace.component.endpoint|name without dots")
@@ -394,3 +394,8 @@ def test_the_engine_is_the_one_that_is_there(
 ) -> None:
     monkeypatch.setattr("dynamo_mpi.settings.find_spec", lambda name: installed or None)
     assert load(*MODEL, *words).engine == engine
+
+
+def test_a_word_without_a_flag_is_refused_before_anything_is_started() -> None:
+    with pytest.raises(UsageError, match="'foo' belongs to no flag"):
+        load(*MODEL, "foo", "--engine", "trtllm")

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, grace_seconds
+from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
 from dynamo_mpi.settings import load_settings
 from tests.conftest import ROOT, run_command
 
@@ -100,6 +100,8 @@ def parsed_by_dynamo(words: list[str]) -> dict[str, str]:
 
 def test_the_child_knows_nothing_of_the_launch_and_everything_else() -> None:
     kept = {"UCX_TLS": "rc", "NCCL_DEBUG": "INFO", "DYN_LOG": "info", "MPI4PY_LIBMPI": "/l", "PATH": "/bin"}
+    # where HPC-X's Open MPI is, which is not where it was built for
+    kept |= {"OPAL_PREFIX": "/opt/hpcx/ompi", "PMIX_INSTALL_PREFIX": "/opt/hpcx/pmix"}
     environment = environment_for({**SLURM, **kept})
     assert kept.items() <= environment.items()
     assert not [name for name in environment if name in SLURM]
@@ -124,9 +126,9 @@ def test_the_key_is_in_no_text() -> None:
 def test_requests_in_flight_get_an_end_where_the_user_gave_none() -> None:
     drain, grace = "DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
     usual = environment_for({})
-    assert (usual[drain], grace in usual, grace_seconds(usual)) == ("30", False, 5)
+    assert (usual[drain], grace in usual, drain_seconds(usual)) == ("30", False, 35)
     said = environment_for({}, "--drain-timeout", "12")
-    assert (said[drain], said[grace], grace_seconds(said)) == ("12", "12", 12)
+    assert (said[drain], said[grace], drain_seconds(said)) == ("12", "12", 24)
     stronger = environment_for({drain: "99", grace: "0"}, "--drain-timeout", "12")
-    assert (stronger[drain], grace_seconds(stronger)) == ("99", 0)
-    assert grace_seconds({grace: "soon"}) == 5
+    assert (stronger[drain], drain_seconds(stronger)) == ("99", 99)
+    assert drain_seconds({grace: "soon"}) == 5

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.engines.trtllm.listening import listens_on
+from dynamo_mpi.engines.trtllm.listening import is_here, listens_on
 from dynamo_mpi.engines.trtllm.prover import find_instance, proof_request
 
 
@@ -45,16 +45,24 @@ def test_a_listener_is_found_by_its_process() -> None:
     assert not any(listens_on(os.getpid(), port) for port in ports)
 
 
+def test_an_address_of_this_host_is_told_from_others() -> None:
+    assert all(is_here(host) for host in ("127.0.0.1", "localhost", "::1"))
+    assert not any(is_here(host) for host in ("192.0.2.77", "no.such.host.invalid", ""))
+
+
 def test_our_instance_is_found_among_others() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         ours = instance(5, f"127.0.0.1:{server.getsockname()[1]}/abc/generate")
-        client = Client([], [instance(4, "10.0.0.1:1/a/generate")], [instance(4, "10.0.0.1:1/a/generate"), ours])
+        # on another host, with the same port
+        other = instance(4, f"192.0.2.77:{server.getsockname()[1]}/a/generate")
+        client = Client([], [other], [other, ours])
         assert asyncio.run(find_instance(client, os.getpid())) == 5
 
 
 def test_over_nats_it_is_the_one_that_came() -> None:
     old, new = instance(1, "a.b.generate-1", "nats_tcp"), instance(2, "a.b.generate-2", "nats_tcp")
-    assert asyncio.run(find_instance(Client([old], [old, new]), os.getpid())) == 2
+    # a client's first list is empty, whoever is there
+    assert asyncio.run(find_instance(Client([], *[[old]] * 12, [old, new]), os.getpid())) == 2
 
 
 @pytest.mark.parametrize("role", ["agg", "prefill", "decode"])

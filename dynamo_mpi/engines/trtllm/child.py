@@ -30,7 +30,7 @@ class Child:
     Args:
         command: what to run.
         environment: all of its environment.
-        on_end: called from a thread with the exit code as `subprocess.Popen.returncode` gives it.
+        on_end: called from a thread with the exit code, as `subprocess.Popen.returncode` gives it, and the last lines that it wrote.
         secret: left out of what it writes: at its more talkative levels, Dynamo writes down its environment.
     """
 
@@ -38,7 +38,7 @@ class Child:
         self,
         command: Sequence[str],
         environment: Mapping[str, str],
-        on_end: Callable[[int], None],
+        on_end: Callable[[int, list[str]], None],
         secret: str,
     ) -> None:
         self._secret = secret.encode()
@@ -64,11 +64,6 @@ class Child:
     @property
     def pid(self) -> int:
         return self._process.pid
-
-    @property
-    def last_lines(self) -> list[str]:
-        """Return the last lines that it has written."""
-        return list(self._lines)
 
     def terminate(self) -> None:
         """Ask it to end in its own orderly way."""
@@ -102,10 +97,14 @@ class Child:
                 self._lines.append(text)
 
     def _wait(self) -> None:
+        # while it is a zombie its number is nobody else's: what it has left behind in its session can be ended
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()
-        # what it wrote last explains its end; a descendant may hold the pipe open for longer
+        # what it wrote last explains its end
         self._pump.join(1.0)
-        self._on_end(code)
+        self._on_end(code, list(self._lines))
 
 
 def describe_end(code: int) -> str:

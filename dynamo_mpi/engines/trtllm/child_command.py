@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.engine_options import ENGINE_OPTIONS
+from dynamo_mpi.options import MAX_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
     from dynamo_mpi.settings import Settings
 
 # What a launcher tells a rank. In a process that is none, an MPI library would take it for its own and hang or abort in MPI_Init.
-# TensorRT-LLM's launcher removes UCX_ too, and with it the tuning of KV transfer; MPI4PY_* says where the library is.
+# TensorRT-LLM's launcher removes UCX_ too, and with it the tuning of KV transfer. MPI4PY_* and names like OPAL_PREFIX say where the library
+# is.
 LAUNCH_PREFIXES = (
     "OMPI_",
     "PMIX_",
     "PMI_",
     "PRTE_",
-    "OPAL_",
     "ORTE_",
     "SLURM_",
     "SLURMD_",
@@ -105,9 +106,7 @@ def child_environment(environ: Mapping[str, str], session: SessionAddress, setti
         session: where the session is; a worker of one rank has one, too: without it the engine would spawn its rank.
         settings: the worker's; what the variables say of the drain is stronger.
     """
-    kept = {
-        name: value for name, value in environ.items() if not name.startswith((*LAUNCH_PREFIXES, *_SESSION_PREFIXES))
-    }
+    kept = {name: value for name, value in environ.items() if not _is_of_the_launch(name)}
     for name, ours in _HANDED_ON.items():
         if name in environ:
             kept.setdefault(ours, environ[name])
@@ -124,9 +123,18 @@ def child_environment(environ: Mapping[str, str], session: SessionAddress, setti
     }
 
 
-def grace_seconds(environment: Mapping[str, str]) -> float:
-    """Return how long a child with this environment goes on answering after SIGTERM; Dynamo ignores what is no number."""
+def _is_of_the_launch(name: str) -> bool:
+    return name.startswith(_SESSION_PREFIXES) or (name.startswith(LAUNCH_PREFIXES) and not name.endswith("_PREFIX"))
+
+
+def drain_seconds(environment: Mapping[str, str]) -> float:
+    """Return how long a child with this environment may take after SIGTERM until it begins to end its engine."""
+    return _seconds(environment, _GRACE_VARIABLE, _USUAL_GRACE_SECONDS) + _seconds(environment, _DRAIN_VARIABLE, 0.0)
+
+
+def _seconds(environment: Mapping[str, str], name: str, usual: float) -> float:
+    """Read a number of seconds as Dynamo does, which ignores what is none."""
     try:
-        return max(0.0, float(environment.get(_GRACE_VARIABLE) or _USUAL_GRACE_SECONDS))
+        return min(max(0.0, float(environment.get(name) or usual)), MAX_SECONDS)
     except ValueError:
-        return _USUAL_GRACE_SECONDS
+        return usual

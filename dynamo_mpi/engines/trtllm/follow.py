@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.session import serve_tasks
 from dynamo_mpi.engines.trtllm.task import install
-from dynamo_mpi.errors import EngineError
 from dynamo_mpi.talk import tell_launch
 
 if TYPE_CHECKING:
@@ -24,9 +23,5 @@ def follow_trtllm(world: World, watched: Watched) -> None:
     tell_launch("worker", world.rank, world.size)
     try:
         serve_tasks(comm)
-    except ImportError as error:
-        watched.fail(
-            EngineError(f"TensorRT-LLM can't be imported: {error}", fix="start all ranks in the same container")
-        )
     except BaseException as error:
         watched.fail(error)

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import queue
 import secrets
-import threading
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.engines.trtllm.child import Child, describe_end, exit_code_for
-from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, grace_seconds
+from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
+from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
+from dynamo_mpi.engines.trtllm.endings import EndedError, HurriedError, close_session
 from dynamo_mpi.engines.trtllm.proof import Proof
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.session import Session, SocketFolder
 from dynamo_mpi.engines.trtllm.task import install
-from dynamo_mpi.errors import BootstrapError, DeadlineError, DiscoveryError, EngineError
+from dynamo_mpi.errors import BootstrapError, DiscoveryError, EngineError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.supervision.signal_thread import SignalThread
 from dynamo_mpi.talk import tell_launch
@@ -37,11 +39,15 @@ _SHUTDOWN_SECONDS = 30.0
 _RELEASE_SECONDS = 60.0
 _DEREGISTER_SECONDS = 0.5
 _FIRST_CAUSE_SECONDS = 0.5
-_LINES_TOLD = 12
+# launchers that forward a signal to srun and to every rank deliver it twice
+_SAME_SIGNAL_SECONDS = 1.0
+_CHILD_FIRST_SECONDS = 20.0
+_CHILD_FIRST_LOADING_SECONDS = 1.0
 
 
 class _Ended(NamedTuple):
     code: int
+    lines: list[str]
 
 
 class _Signalled(NamedTuple):
@@ -57,20 +63,6 @@ class _Proven(NamedTuple):
 
 
 _Event = _Ended | _Signalled | _Registered | _Proven
-
-
-class EndedError(BootstrapError):
-    """``dynamo.trtllm`` ended and nobody had asked it to."""
-
-    def __init__(self, code: int, lines: list[str]) -> None:
-        found = f"dynamo.trtllm {describe_end(code)}"
-        fix = "look at its last lines"
-        if code == 0:
-            found += " although nobody asked it to: it does so when its lease in etcd is lost"
-            fix = "start the worker again; if it comes back, look at etcd and the network between"
-        if lines:
-            found += "; its last lines:\n" + "\n".join(f"    {line}" for line in lines[-_LINES_TOLD:])
-        super().__init__(found, fix=fix)
 
 
 class TrtllmLeader:
@@ -101,7 +93,9 @@ class TrtllmLeader:
         self._phases, self._voice = phases, voice
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._serving = self._stopping = False
-        self._grace = 0.0
+        self._drain_seconds = 0.0
+        self._last_signal = -math.inf
+        self._registered = False
         self._child: Child | None = None
         self._proof: Proof | None = None
         self._folder: SocketFolder | None = None
@@ -132,8 +126,10 @@ class TrtllmLeader:
                 self._drain(child, session)
             with self._phases.enter("exit"):
                 close_session(session, _RELEASE_SECONDS)
-        except _HurriedError as error:
+        except HurriedError as error:
             self._guard.end(error, of_signal(error.number))
+        except EndedError as error:
+            self._guard.end(error, exit_code_for(error.code))
         except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
             self._guard.end(error)
         signals.close()
@@ -159,7 +155,7 @@ class TrtllmLeader:
         settings = self._settings
         environment = child_environment(os.environ, address, settings)
         child = Child(child_command(settings, self._gpus_per_node), environment, self._ended, address.key)
-        self._grace = grace_seconds(environment)
+        self._drain_seconds = drain_seconds(environment)
         self._child = child
         self._proof = Proof(settings, child.pid, self._token_id, environment, self._heard)
         return child
@@ -170,13 +166,10 @@ class TrtllmLeader:
             return
         self._wait_for(_Proven)
 
-    def _wait_for(self, *kinds: type[_Event], seconds: float | None = None) -> _Event | None:
-        """Wait for an event of these kinds; None if none came in time. Others that come before are of no meaning here."""
+    def _wait_for(self, *kinds: type[_Event]) -> _Event:
+        """Wait for an event of these kinds. Others that come before are of no meaning here."""
         while True:
-            try:
-                event = self._events.get(timeout=seconds)
-            except queue.Empty:
-                return None
+            event = self._events.get()
             if isinstance(event, kinds):
                 return event
 
@@ -184,65 +177,74 @@ class TrtllmLeader:
         """Have the child deregister, end its requests and its engine.
 
         Raises:
-            EngineError: it ended with an error.
-            DeadlineError: it did not end, or was hurried by a second signal.
+            EndedError: it ended with an error.
+            HurriedError: a second signal came.
         """
-        seconds = self._grace + self._settings.drain_timeout + _SHUTDOWN_SECONDS
+        seconds = self._drain_seconds + _SHUTDOWN_SECONDS
         if self._settings.role == "prefill":
             seconds += _PREFILL_DRAIN_SECONDS
         self._stopping = True
         session.expect_end()
         child.terminate()
         self._voice.say(f"drain: dynamo.trtllm deregisters and ends its requests, {seconds:.0f} s at the most")
-        event = self._wait_for(_Ended, _Signalled, seconds=seconds)
-        if isinstance(event, _Ended):
-            if event.code != 0:
-                raise EndedError(event.code, child.last_lines)
-            return
+        with self._guard.deadline(seconds, "dynamo.trtllm did not end after SIGTERM", "--drain-timeout"):
+            event = self._wait_for(_Ended, _Signalled)
         if isinstance(event, _Signalled):
-            raise _HurriedError(event.number)
-        raise DeadlineError(
-            f"dynamo.trtllm did not end within {seconds:.0f} s after SIGTERM", fix="--drain-timeout gives it longer"
-        )
+            raise HurriedError(event.number)
+        if isinstance(event, _Ended) and event.code != 0:
+            raise EndedError(event.code, event.lines)
 
     # called from threads
 
     def _signalled(self, number: int) -> None:
-        if self._serving:
+        if not self._serving or self._phases.current == "exit":
+            self._guard.end(HurriedError(number), of_signal(number))
+        now = time.monotonic()
+        if now - self._last_signal > _SAME_SIGNAL_SECONDS:
+            self._last_signal = now
             self._events.put(_Signalled(number))
-        else:
-            self._guard.end(_HurriedError(number), of_signal(number))
 
-    def _ended(self, code: int) -> None:
+    def _ended(self, code: int, lines: list[str]) -> None:
         if self._stopping:
-            self._events.put(_Ended(code))
-            return
+            self._events.put(_Ended(code, lines))
         # a rank that failed may have taken the child along; its own words are the first cause
-        if self._guard.failed.wait(_FIRST_CAUSE_SECONDS) or self._child is None:
-            return
-        self._guard.end(EndedError(code, self._child.last_lines), exit_code_for(code))
+        elif not self._guard.failed.wait(_FIRST_CAUSE_SECONDS):
+            self._guard.end(EndedError(code, lines), exit_code_for(code))
 
     def _left(self, ranks: Sequence[int]) -> None:
+        """End the world because ranks have left their task, unless the child is what ends: it closes its engine before it ends itself."""
+        if self._child is not None and self._child.wait(
+            _CHILD_FIRST_SECONDS if self._serving else _CHILD_FIRST_LOADING_SECONDS
+        ):
+            return
         self._guard.end(
             EngineError(
-                f"{self._guard.name(ranks)} left TensorRT-LLM's worker while the others are in it",
+                f"{self._guard.name(ranks)} left TensorRT-LLM's worker while dynamo.trtllm goes on",
                 needed="all ranks in it until dynamo.trtllm ends",
-                fix="what that rank has written last says why: TensorRT-LLM logs such an error there and goes on",
+                fix="what that rank has written last says why: TensorRT-LLM logs such an error there and returns",
             )
         )
 
     def _heard(self, news: dict[str, Any]) -> None:
         if "registered" in news:
+            self._registered = True
             self._events.put(_Registered())
         elif "proven" in news:
             self._events.put(_Proven())
         elif not self._serving and not self._guard.failed.wait(_FIRST_CAUSE_SECONDS):
-            text = news.get("error", news)
-            self._guard.end(
-                EngineError(f"the first completion failed: {text}", fix="look at the lines of dynamo.trtllm above")
-                if self._phases.current == "prove"
-                else DiscoveryError(f"rank 0 can't see whether the worker is registered: {text}", fix="look at etcd")
-            )
+            self._guard.end(self._proof_error(news))
+
+    def _proof_error(self, news: dict[str, Any]) -> BootstrapError:
+        if died := news.get("died"):
+            return EngineError(died, fix="start the worker again; if memory ran out on this node, dmesg says so")
+        text = news.get("error", news)
+        if self._registered:
+            return EngineError(f"the first completion failed: {text}", fix="look at the lines of dynamo.trtllm above")
+        return DiscoveryError(
+            f"rank 0 can't see whether the worker is registered: {text}",
+            needed="etcd, and NATS where it is used, that answer",
+            fix="look at both; ETCD_ENDPOINTS and NATS_SERVER say where they are",
+        )
 
     def _clean_up(self) -> None:
         """Leave nothing behind: a child that is registered gets the time to say goodbye, which takes milliseconds."""
@@ -258,32 +260,3 @@ class TrtllmLeader:
     def _forget_folder(self) -> None:
         if self._folder is not None:
             self._folder.remove()
-
-
-class _HurriedError(BootstrapError):
-    """A signal that leaves no time for an orderly end."""
-
-    def __init__(self, number: int) -> None:
-        import signal
-
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}, which the launcher sends when a rank has died, and an operator to stop"
-        )
-        self.number = number
-
-
-def close_session(session: Session, seconds: float) -> None:
-    """Close the session, which waits for the ranks to end their engine.
-
-    Raises:
-        DeadlineError: it did not close within ``seconds``.
-    """
-    closing = threading.Thread(target=session.close, name="close", daemon=True)
-    closing.start()
-    closing.join(seconds)
-    if closing.is_alive():
-        raise DeadlineError(
-            f"the ranks did not leave TensorRT-LLM within {seconds:g} s after dynamo.trtllm had ended",
-            needed="ranks that end their engine",
-            fix="look at the ranks' logs; the worker is already out of discovery",
-        )

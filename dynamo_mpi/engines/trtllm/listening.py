@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 
 _LISTENING = "0A"
 
@@ -23,6 +24,19 @@ def listens_on(pid: int, port: int) -> bool:
                         return True
     except OSError:
         return False
+    return False
+
+
+def is_here(host: str) -> bool:
+    """Tell whether ``host``, a name or an address, is an address of this host: only then can a socket be bound to it."""
+    try:
+        found = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in found:
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            return True
     return False
 
 

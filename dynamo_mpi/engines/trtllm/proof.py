@@ -11,6 +11,7 @@ import sys
 import threading
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from dynamo_mpi.engines.trtllm.child import describe_end
 from dynamo_mpi.supervision.tethered import tethered
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Proof:
         pid: process of ``dynamo.trtllm``.
         token_id: a token to begin with.
         environment: the child's; it finds etcd as that does.
-        on_news: called from a thread with each object that it writes, and with ``{"error": …}`` if it ends without a result.
+        on_news: called from a thread with each object that it writes, and with ``{"died": …}`` if it ends without a result.
     """
 
     def __init__(
@@ -66,10 +67,12 @@ class Proof:
         last: dict[str, Any] = {}
         for line in cast("IO[bytes]", self._process.stdout):
             try:
-                last = json.loads(line)
+                news = json.loads(line)
             except ValueError:  # something that the runtime prints
                 continue
-            self._on_news(last)
+            if isinstance(news, dict):
+                last = news
+                self._on_news(news)
         code = self._process.wait()
-        if code != 0 and "error" not in last:
-            self._on_news({"error": f"the process that looks for the worker ended with code {code}"})
+        if code != 0 and not {"error", "proven"} & last.keys():
+            self._on_news({"died": f"the process that proves the worker {describe_end(code)}"})

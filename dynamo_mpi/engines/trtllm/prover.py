@@ -16,12 +16,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.engines.trtllm.listening import listens_on
+from dynamo_mpi.engines.trtllm.listening import is_here, listens_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _POLL_SECONDS = 0.1
+# far less than dynamo.trtllm needs to import what it needs
+_SETTLE_SECONDS = 1.0
 _TOKENS = 2  # the first comes from the prompt, the second from the cache that the first one filled
 # keeps the request out of the cache of others: the engine's own dummy requests share a prompt of one token
 _CACHE_SALT = "dynamo_mpi-proof"
@@ -48,17 +50,19 @@ def proof_request(role: str, token_id: int) -> dict[str, Any]:
 
 async def find_instance(client: Any, pid: int) -> int:
     """Wait for the instance that process ``pid`` serves, and return its id: others may serve the same endpoint."""
-    before: set[int] | None = None
+    before: set[int] = set()
+    # a client knows nothing at first, and hears of those that are there a moment later
+    settled = time.monotonic() + _SETTLE_SECONDS
     while True:
         instances = list(client.instances())
-        if before is None:
-            before = {instance.instance_id for instance in instances}
+        if time.monotonic() < settled:
+            before |= {instance.instance_id for instance in instances}
         for instance in instances:
             transport = instance.transport
             if transport.kind == "tcp":
                 # HOST:PORT/INSTANCE/ENDPOINT
-                port = transport.address.partition("/")[0].rpartition(":")[2]
-                if port.isdecimal() and listens_on(pid, int(port)):
+                host, _, port = transport.address.partition("/")[0].rpartition(":")
+                if port.isdecimal() and is_here(host.strip("[]")) and listens_on(pid, int(port)):
                     return int(instance.instance_id)
             elif instance.instance_id not in before:
                 # a NATS subject doesn't say which process listens

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.engines.trtllm.rank_environment import take_own_gpu
 from dynamo_mpi.engines.trtllm.task import Task
+from dynamo_mpi.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,7 +54,8 @@ class SocketFolder:
 
 
 class Session:
-    """Rank 0's side. Building it is collective: the others call `serve_tasks` with the same communicator.
+    """Rank 0's side. Building it is collective: the others call `serve_tasks` with the same communicator. The socket is bound by the
+    thread that builds it, and from `start` on belongs to the session's own.
 
     Args:
         comm: all ranks, for this session alone.
@@ -62,11 +64,16 @@ class Session:
     """
 
     def __init__(self, comm: MPI.Intracomm, address: str, key: bytes) -> None:
-        from tensorrt_llm.llmapi.mpi_session import RemoteMpiCommSessionServer
-
+        RemoteMpiCommSessionServer = import_session().RemoteMpiCommSessionServer
         # a communicator that isn't COMM_WORLD itself has an executor that ends with the session, in every version
         arguments = {"comm": comm, "addr": address, "is_comm": True, "n_workers": comm.Get_size(), "hmac_key": key}
-        self._server: Any = RemoteMpiCommSessionServer(**_known(RemoteMpiCommSessionServer.__init__, arguments))
+        if "hmac_key" not in inspect.signature(RemoteMpiCommSessionServer).parameters:
+            raise EngineError(
+                "this TensorRT-LLM's session takes no key, and would run whatever any process of this node sends",
+                needed="TensorRT-LLM 1.2 or newer",
+                fix="use a newer container",
+            )
+        self._server: Any = RemoteMpiCommSessionServer(**arguments)
         self._size = comm.Get_size()
         self._ending, self._closing = threading.Event(), threading.Event()
         self._running: list[concurrent.futures.Future[Any]] = []
@@ -102,11 +109,16 @@ class Session:
             self._thread.join()
         concurrent.futures.wait(self._running)
         self._server.session.shutdown()
-        self._server.queue.close()
 
     def _serve(self, on_left: Callable[[Sequence[int]], None]) -> None:
         # ZeroMQ's sockets belong to one thread: only this one reads and writes
         queue = self._server.queue
+        try:
+            self._run_tasks(queue, on_left)
+        finally:
+            queue.close()
+
+    def _run_tasks(self, queue: Any, on_left: Callable[[Sequence[int]], None]) -> None:
         while not self._closing.is_set():
             if self._running:
                 self._look_for_leavers(on_left)
@@ -129,33 +141,61 @@ class Session:
     def _finish(self) -> bool:
         """Wait for the running tasks; False if the session is closed before."""
         while not self._closing.is_set():
-            if not concurrent.futures.wait(self._running, timeout=_POLL_SECONDS).not_done:
+            late = concurrent.futures.wait(self._running, timeout=_POLL_SECONDS).not_done
+            self._refuse_unloaded()
+            if not late:
                 return True
         return False
 
+    def _refuse_unloaded(self) -> None:
+        """A task that fails tells so itself; an exception here is of one that could not even be made from its bytes.
+
+        Raises:
+            EngineError: there is one.
+        """
+        for future in self._running:
+            if future.done() and (error := future.exception()) is not None:
+                raise EngineError(
+                    f"a rank other than 0 could not load a task of dynamo.trtllm: {type(error).__name__}: {error}",
+                    needed="the same Python packages, and the same code of the model, on all nodes",
+                    fix="start all ranks in the same container, with the same HF_HOME or a model folder that holds its code",
+                )
+
     def _look_for_leavers(self, on_left: Callable[[Sequence[int]], None]) -> None:
         """A rank whose engine can't be built logs that and returns, as if it were done (K12); the others wait for it for ever."""
+        self._refuse_unloaded()
         ended = [future for future in self._running if future.done()]
         if not ended or self._ending.is_set():
             return
-        late = concurrent.futures.wait(self._running, timeout=_LEAVE_SECONDS).not_done
-        if late and not self._ending.is_set():
+        concurrent.futures.wait(self._running, timeout=_LEAVE_SECONDS)
+        if not self._ending.is_set():
             on_left(sorted(future.result() for future in ended))
+            self._running = [future for future in self._running if not future.done()]
 
 
-def _known(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that ``function`` takes: versions before 1.2 have no HMAC key here."""
-    return {name: value for name, value in arguments.items() if name in inspect.signature(function).parameters}
+def import_session() -> Any:
+    """Import TensorRT-LLM's session. A collective of its own (K1), which all ranks have to do at the same time.
+
+    Raises:
+        EngineError: TensorRT-LLM, or something that it needs, is missing here.
+    """
+    try:
+        return importlib.import_module("tensorrt_llm.llmapi.mpi_session")
+    except ImportError as error:
+        raise EngineError(
+            f"TensorRT-LLM can't be imported: {error}",
+            needed="TensorRT-LLM, and what it needs, in every rank",
+            fix="start all ranks in the same container",
+        ) from error
 
 
 def serve_tasks(comm: MPI.Intracomm) -> None:
     """Run the session's tasks on a rank other than 0, until rank 0 closes it. Building the executor is collective.
 
     Raises:
-        ImportError: TensorRT-LLM, or something that it needs, is missing here.
+        EngineError: TensorRT-LLM, or something that it needs, is missing here.
     """
-    # Importing it is a collective of its own (K1), so all ranks have to do it at the same time as rank 0.
-    importlib.import_module("tensorrt_llm.llmapi.mpi_session")
+    import_session()
     from mpi4py.futures import MPICommExecutor
 
     take_own_gpu(comm.Get_rank())
