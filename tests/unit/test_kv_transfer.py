@@ -187,8 +187,10 @@ def test_a_peer_that_stalls_meets_the_deadline(stall: Callable[[socket.socket], 
         assert time.monotonic() - began < 1.5
 
 
-def _lie(change: Callable[[Shard], Shard], payload: bytes, secret: bytes = OFFER.secret) -> Callable[..., None]:
-    honest = VALUES[:, 1:3, 1:3].tobytes()
+def _lie(
+    change: Callable[[Shard], Shard], payload: bytes, secret: bytes = OFFER.secret, honest: bytes = b""
+) -> Callable[..., None]:
+    honest = honest or VALUES[:, 1:3, 1:3].tobytes()
 
     def answer(connection: socket.socket) -> None:
         frames = FrameSocket(connection, Deadline.after(5))
@@ -212,6 +214,8 @@ def _lie(change: Callable[[Shard], Shard], payload: bytes, secret: bytes = OFFER
         (_lie(lambda shard: shard, bytes(1000)), "closed the connection"),
         (_lie(lambda shard: shard, bytes(VALUES[:, 1:3, 1:3].nbytes)), "checksum"),
         (_lie(lambda shard: shard, b"", b"?" * 32), "doesn't know the secret"),
+        (_lie(lambda shard: shard, b"", honest=np.full(2 * 2 * 2 * 6 * 8, np.nan, "<f4").tobytes()), "no KV cache has"),
+        (_lie(lambda shard: shard, b"", honest=np.full(2 * 2 * 2 * 6 * 8, 1e30, "<f4").tobytes()), "no KV cache has"),
         (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "doesn't speak this protocol"),
         (lambda connection: connection.sendall(encode(Refused("no"))), "doesn't begin"),
         (lambda connection: connection.close(), "closed the connection"),

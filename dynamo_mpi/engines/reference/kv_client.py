@@ -31,6 +31,9 @@ from dynamo_mpi.engines.reference.kv_wire import (
     sign,
 )
 
+_MOST_PLAUSIBLE = 1e6
+"""Larger keys could overflow, and NaN spreads: attention over a range of slots multiplies by zero what is masked, of all requests."""
+
 
 class FetchError(Exception):
     """The KV didn't come; the text says from which rank, and why."""
@@ -55,10 +58,13 @@ def fetch(offer: Offer, piece: Piece, deadline: Deadline) -> Float32Array:
         if (answer.layers, answer.heads, answer.tokens, answer.head_dim, answer.dtype, answer.size) != expected:
             raise WireError("the peer offers something else than was asked for")
         values = np.empty(shape, "<f4")
-        payload = memoryview(values).cast("B")
+        payload = memoryview(values.data).cast("B")
         peer.receive_payload(payload)
         if zlib.crc32(payload) != answer.checksum:
             raise WireError("what came is damaged: its checksum is wrong")
+        # also false where one is NaN
+        if not np.abs(values).max() <= _MOST_PLAUSIBLE:
+            raise WireError("what came holds numbers that no KV cache has")
         return values.astype(np.float32, copy=False)
 
 

@@ -150,7 +150,7 @@ def _shard_of(kept: Kept, request: Fetch, nonce: bytes) -> tuple[Message, memory
         request.layers.start - first_layer : request.layers.stop - first_layer,
         request.heads.start - first_head : request.heads.stop - first_head,
     ]
-    payload = memoryview(np.ascontiguousarray(wanted, "<f4")).cast("B")
+    payload = memoryview(np.ascontiguousarray(wanted, "<f4").data).cast("B")
     tokens, head_dim = wanted.shape[3:]
     checksum = zlib.crc32(payload)
     shard = Shard(request.layers, request.heads, tokens, head_dim, FLOAT32, len(payload), checksum)

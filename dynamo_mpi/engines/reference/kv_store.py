@@ -52,7 +52,7 @@ class KvStore:
     """
 
     def __init__(self, most_tokens: int, keep_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most_tokens = most_tokens
+        self.most_tokens = most_tokens
         self._keep_seconds = keep_seconds
         self._clock = clock
         self._lock = threading.Lock()
@@ -73,10 +73,10 @@ class KvStore:
         with self._lock:
             self._expire()
             tokens = sum(other.tokens for other in self._kept.values())
-            if tokens + kept.tokens > self._most_tokens:
+            if tokens + kept.tokens > self.most_tokens:
                 raise StoreFullError(
                     f"the KV of {len(self._kept)} prompts, {tokens} tokens, waits for decode workers; "
-                    f"there is room for {self._most_tokens} tokens"
+                    f"there is room for {self.most_tokens} tokens"
                 )
             self._kept[transfer_id] = kept
 

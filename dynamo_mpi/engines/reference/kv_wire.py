@@ -159,8 +159,8 @@ def _parse(kind: int, body: bytes) -> Message:
         return Fetch(transfer_id, _range(edges[:2]), _range(edges[2:]), mac)
     if kind == _KINDS[Shard]:
         unsigned, mac = _split(body)
-        first_layer, end_layer, first_head, end_head, *numbers = _SHARD.unpack(unsigned)
-        return Shard(_range([first_layer, end_layer]), _range([first_head, end_head]), *numbers, mac)
+        *edges, tokens, head_dim, dtype, size, checksum = _SHARD.unpack(unsigned)
+        return Shard(_range(edges[:2]), _range(edges[2:]), tokens, head_dim, dtype, size, checksum, mac)
     if kind == _KINDS[Release]:
         unsigned, mac = _split(body)
         if len(unsigned) != TRANSFER_ID_BYTES:
