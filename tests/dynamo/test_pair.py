@@ -54,7 +54,7 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
 def ask(frontend: Frontend, model: str, seconds: float = 60, **settings: Any) -> tuple[int, str]:
     """Ask without a stream; return the status and the answer, or what came instead."""
     body = {"model": model, "messages": [{"role": "user", "content": QUESTION}], "temperature": 0, "max_tokens": 32}
-    request = urllib.request.Request(  # noqa: S310 - as below
+    request = urllib.request.Request(
         f"http://127.0.0.1:{frontend.port}/v1/chat/completions",
         json.dumps(body | settings).encode(),
         {"Content-Type": "application/json"},

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Sampling
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
-from dynamo_mpi.errors import EngineError
+from dynamo_mpi.errors import EngineError, UsageError
 from tests.unit.test_reference_engine import GOLDEN, PROMPT, Receiver, build
 
 SIZES = {"max_batch_size": 3, "max_num_tokens": 16, "max_seq_len": 160}
@@ -195,6 +196,25 @@ def test_only_a_prefill_engine_makes_offers(prefill: ReferenceEngine, decode: Re
         prefill.submit(GenerationRequest("p", PROMPT, 2, offer_kv=True), Receiver())
 
 
+def test_a_prefill_engine_that_ends_waits_for_what_it_has_offered(model_dir: Path, decode: ReferenceEngine) -> None:
+    ending = build(model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1")
+    ending.start()
+    offer = offer_of(ending)
+    closing = threading.Thread(target=ending.close)
+    closing.start()
+    time.sleep(0.2)
+    assert closing.is_alive()
+
+    assert go_on(decode, offer, max_tokens=4).done().tokens == GOLDEN[0]["token_ids"][:4]
+    closing.join(2)
+    assert not closing.is_alive()
+
+
+def test_an_address_that_this_host_lacks_is_refused(model_dir: Path) -> None:
+    with pytest.raises(UsageError, match=r"no IPv4 address by ib77; it has .*lo 127\.0\.0\.1"):
+        build(model_dir, serves_kv=True, kv_network="ib77")
+
+
 def test_a_prefill_engine_that_is_gone_is_an_error(model_dir: Path, decode: ReferenceEngine) -> None:
     gone = build(model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1")
     gone.start()
@@ -204,5 +224,5 @@ def test_a_prefill_engine_that_is_gone_is_an_error(model_dir: Path, decode: Refe
 
     receiver = go_on(decode, offer).done()
 
-    assert "refused" in str(receiver.chunks[-1].error)
+    assert "refused" in str(receiver.chunks[-1].error).lower()
     assert time.monotonic() - began < 1

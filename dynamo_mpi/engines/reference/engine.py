@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from dynamo_mpi.engines.protocol import EngineLimits, FinishReason, GenerationRe
 from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
-from dynamo_mpi.engines.reference.kv_offer import Offer, OfferError, check_offer, parse_offer
+from dynamo_mpi.engines.reference.kv_offer import Offer
 from dynamo_mpi.engines.reference.loading import Loaded, load_parts
 from dynamo_mpi.engines.reference.request_checks import check_request
 from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
@@ -124,7 +124,7 @@ class ReferenceEngine:
         loaded = self._require_loaded()
         check_request(request, vocab_size=loaded.vocab_size, context_length=loaded.limits.context_length)
         generator = generator_of(request.sampling.seed)
-        offer = _offer_of(request, loaded)
+        offer = None if loaded.lead is None else loaded.lead.accept(request, loaded.vocab_size)
         if offer is not None and request.sampling.temperature != 0:
             generator.random()  # the draw that gave the first token: prefill has made it
         entry = _InFlight(sink, generator, offer)
@@ -208,6 +208,7 @@ class ReferenceEngine:
                 elif loaded.scheduler.has_work:
                     self._pause(loaded.lead.pause_seconds())
             self._end_all("cancelled", None)
+            loaded.handoff.linger()
             if loaded.channel is not None:
                 loaded.channel.send_stop()
         except BaseException as error:  # nobody above this thread: it has to tell the clients and the owner
@@ -265,7 +266,7 @@ class ReferenceEngine:
         }
         for request_id, chunk in loaded.scheduler.apply(tokens):
             if chunk.finish_reason is not None and request_id in offering:
-                chunk = _with_offer(lead, *offering[request_id], chunk)
+                chunk = lead.with_offer(*offering[request_id], chunk)
             if not self._deliver(request_id, chunk):
                 loaded.scheduler.cancel(request_id)
 
@@ -306,34 +307,6 @@ class ReferenceEngine:
                 callback(error)
             except Exception:  # the next callback has to hear of it as well
                 _log.exception("a failure callback failed")
-
-
-def _offer_of(request: GenerationRequest, loaded: Loaded) -> Offer | None:
-    """Return the KV offer that a request brings, checked.
-
-    Raises:
-        EngineError: it is none that this engine can take up, or this engine is asked for one and can't make any.
-    """
-    lead = loaded.lead
-    if lead is None or (request.offer_kv and not lead.offers):
-        raise EngineError("this engine serves no KV", needed="a prefill worker", fix="start it with --role prefill")
-    if request.kv_offer is None:
-        return None
-    try:
-        offer = parse_offer(request.kv_offer)
-        check_offer(offer, lead.layout, request.prompt_token_ids, loaded.vocab_size)
-    except OfferError as error:
-        raise EngineError(str(error)) from None
-    return offer
-
-
-def _with_offer(lead: LeadHandoff, request: GenerationRequest, slot: int, chunk: TokenChunk) -> TokenChunk:
-    """Return a request's last chunk with the offer of its prompt's KV, or the error that kept it from being made."""
-    try:
-        offer = lead.offer(request, slot, chunk.token_ids[-1])
-    except EngineError as error:
-        return TokenChunk((), "error", error.found)
-    return replace(chunk, kv_offer=offer.to_json())
 
 
 def _require_threads() -> None:

@@ -15,7 +15,7 @@ LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
 _NAME_BYTES = 15
 # of a block that is never routed: connecting a datagram socket sends nothing, and chooses the way that others would be reached by
-_ELSEWHERE = ("192.0.2.1", 9)
+_ELSEWHERE = ("198.51.100.1", 9)
 
 
 def kv_address(choice: str | None) -> str:

@@ -13,11 +13,19 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dynamo_mpi.engines.protocol import GenerationRequest
+from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.kv_client import release
-from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder, Offer, digest_of
+from dynamo_mpi.engines.reference.kv_offer import (
+    CacheLayout,
+    Holder,
+    Offer,
+    OfferError,
+    check_offer,
+    digest_of,
+    parse_offer,
+)
 from dynamo_mpi.engines.reference.kv_orders import Abandon, Drop, Keep, Order, Poll, Pull
 from dynamo_mpi.engines.reference.kv_rank import RankHandoff
 from dynamo_mpi.engines.reference.kv_socket import Deadline
@@ -77,19 +85,39 @@ class LeadHandoff:
     ) -> None:
         self._order = order
         self._ranks = ranks
-        self.layout = layout
+        self._layout = layout
         self._holders = holders
         self._sizes = sizes
         self._pull_seconds = pull_seconds
         self._numbers = itertools.count()
         self._pulling: dict[int, _Pulling] = {}
 
-    @property
-    def offers(self) -> bool:
-        """Whether this engine's KV can be fetched."""
-        return bool(self._holders)
+    def accept(self, request: GenerationRequest, vocab_size: int) -> Offer | None:
+        """Return the offer that a request brings, checked; None if it brings none. Thread-safe.
 
-    def offer(self, request: GenerationRequest, slot: int, first_token: int) -> Offer:
+        Raises:
+            EngineError: this engine can't go on from it, or is asked for one and can't make any.
+        """
+        if request.offer_kv and not self._holders:
+            raise EngineError("this engine serves no KV", needed="a prefill worker", fix="start it with --role prefill")
+        if request.kv_offer is None:
+            return None
+        try:
+            offer = parse_offer(request.kv_offer)
+            check_offer(offer, self._layout, request.prompt_token_ids, vocab_size)
+        except OfferError as error:
+            raise EngineError(str(error)) from None
+        return offer
+
+    def with_offer(self, request: GenerationRequest, slot: int, chunk: TokenChunk) -> TokenChunk:
+        """Return a request's last chunk with the offer of its prompt's KV, or the error for which there is none."""
+        try:
+            offer = self._offer(request, slot, chunk.token_ids[-1])
+        except EngineError as error:
+            return TokenChunk((), "error", error.found)
+        return replace(chunk, kv_offer=offer.to_json())
+
+    def _offer(self, request: GenerationRequest, slot: int, first_token: int) -> Offer:
         """Keep the KV of a request's prompt on all ranks, and return where it is.
 
         Raises:
@@ -107,7 +135,7 @@ class LeadHandoff:
         tp_size, pp_size = self._sizes
         digest = digest_of(prompt)
         return Offer(
-            transfer_id, secret, self.layout, tp_size, pp_size, len(prompt), digest, first_token, self._holders
+            transfer_id, secret, self._layout, tp_size, pp_size, len(prompt), digest, first_token, self._holders
         )
 
     def begin(self, request_id: str, slot: int, offer: Offer) -> None:

@@ -7,6 +7,7 @@ Prefill: keep a copy of a slot. Decode: fetch in the background, and put what ca
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ from dynamo_mpi.engines.reference.kv_pull import DONE, FAILED, PENDING, Backgrou
 from dynamo_mpi.engines.reference.kv_server import KvServer
 from dynamo_mpi.engines.reference.kv_shards import Holding
 from dynamo_mpi.engines.reference.kv_store import KvStore, StoreFullError
+
+_LINGER_SECONDS = 3.0
+_LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,12 @@ class RankHandoff:
         """Forget a pull."""
         _, pull = self._pulls.pop(order.number)
         pull.abandon()
+
+    def linger(self) -> None:
+        """Wait a little for decode workers to fetch what they have been offered. Rank 0, before the others are released."""
+        end = time.monotonic() + _LINGER_SECONDS
+        while self._store is not None and len(self._store) and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
         """Stop serving."""

@@ -37,6 +37,7 @@ from dynamo_mpi.engines.reference.kv_wire import (
 _log = logging.getLogger(__name__)
 _MOST_CONNECTIONS = 64
 _LOOK_SECONDS = 0.5
+_STRANGER_SECONDS = 5.0
 _BACKLOG = 128
 
 
@@ -46,7 +47,7 @@ class KvServer:
     Args:
         store: what is handed out.
         host: address to listen on; the system chooses the port.
-        connection_seconds: how long one connection may last.
+        connection_seconds: how long one connection may last from a request of somebody who knows a secret on; strangers get less.
 
     Raises:
         OSError: the address can't be listened on.
@@ -92,13 +93,18 @@ class KvServer:
             if not self._room.acquire(blocking=False):
                 connection.close()
                 continue
-            threading.Thread(target=self._serve, args=(connection,), name="kv-connection", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(connection,), name="kv-connection", daemon=True).start()
+            except RuntimeError as error:  # no more threads on this host
+                _log.warning("the KV server can't serve a connection: %s", error)
+                connection.close()
+                self._room.release()
 
     def _serve(self, connection: socket.socket) -> None:
         try:
             with connection:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                peer = FrameSocket(connection, Deadline.after(self._connection_seconds))
+                peer = FrameSocket(connection, Deadline.after(min(_STRANGER_SECONDS, self._connection_seconds)))
                 try:
                     self._converse(peer)
                 except WireError as error:
@@ -121,6 +127,8 @@ class KvServer:
             except ConnectionError:
                 return
             answer, payload = self._answer(request, nonce)
+            if not isinstance(answer, Refused):
+                peer.deadline = Deadline.after(self._connection_seconds)
             peer.send(answer)
             if payload is not None:
                 peer.send_payload(payload)

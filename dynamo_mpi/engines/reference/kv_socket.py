@@ -37,12 +37,12 @@ class FrameSocket:
 
     Args:
         connection: connected; the caller closes it.
-        deadline: for everything that is still to come.
+        deadline: for everything that is still to come; it may be moved.
     """
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self._socket = connection
-        self._deadline = deadline
+        self.deadline = deadline
 
     def send(self, message: Message) -> None:
         """Send one frame."""
@@ -65,13 +65,13 @@ class FrameSocket:
     def send_payload(self, payload: memoryview) -> None:
         """Send bytes."""
         while payload:
-            self._socket.settimeout(self._deadline.left())
+            self._socket.settimeout(self.deadline.left())
             payload = payload[self._socket.send(payload) :]
 
     def receive_payload(self, target: memoryview) -> None:
         """Fill ``target``."""
         while target:
-            self._socket.settimeout(self._deadline.left())
+            self._socket.settimeout(self.deadline.left())
             count = self._socket.recv_into(target)
             if not count:
                 raise ConnectionError("the peer closed the connection")

@@ -90,7 +90,7 @@ class Refused:
 
 
 Message = Hello | Fetch | Shard | Release | Released | Refused
-Signed = TypeVar("Signed", Fetch, Shard, Release)
+Signed = TypeVar("Signed", bound=Fetch | Shard | Release)
 _KINDS: dict[type[Message], int] = {Hello: 1, Fetch: 2, Shard: 3, Release: 4, Released: 5, Refused: 6}
 
 
