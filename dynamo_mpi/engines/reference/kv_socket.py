@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import socket
 import time
+import zlib
 from dataclasses import dataclass
 
 from dynamo_mpi.engines.reference.kv_wire import HEADER_BYTES, Message, WireError, body_size, decode, encode
+
+_MOST_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,17 @@ class FrameSocket:
             self._socket.settimeout(self.deadline.left())
             payload = payload[self._socket.send(payload) :]
 
-    def receive_payload(self, target: memoryview) -> None:
-        """Fill ``target``."""
+    def receive_payload(self, target: memoryview) -> int:
+        """Fill ``target``; return its CRC-32, made of each part while the next is on its way."""
+        checksum = 0
         while target:
             self._socket.settimeout(self.deadline.left())
-            count = self._socket.recv_into(target)
+            count = self._socket.recv_into(target[:_MOST_AT_ONCE])
             if not count:
                 raise ConnectionError("the peer closed the connection")
+            checksum = zlib.crc32(target[:count], checksum)
             target = target[count:]
+        return checksum
 
 
 __all__ = ["Deadline", "FrameSocket", "WireError"]

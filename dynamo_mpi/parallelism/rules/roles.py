@@ -95,7 +95,7 @@ def check_hybrid_transceiver(subject: Subject) -> Iterator[Finding]:
 
 def check_overlap(subject: Subject) -> Iterator[Finding]:
     """I9: prefill workers run without the overlap scheduler (``base_worker._enqueue_request``; allowed since PR 10755, 1.3)."""
-    if subject.role != "prefill" or subject.config.disable_overlap_scheduler:
+    if subject.role != "prefill" or subject.engine == "reference" or subject.config.disable_overlap_scheduler:
         return
     say = error if subject.older_than(1, 3) else warning
     yield say(
