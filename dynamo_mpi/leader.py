@@ -139,6 +139,7 @@ class Leader:
             discovery_backend=settings.discovery_backend,
             health_token_id=token_id,
             drain_timeout=settings.drain_timeout,
+            role=settings.role,
         )
         failures: list[BaseException] = []
         engine.on_failure(failures.append)
@@ -275,6 +276,10 @@ def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
         max_num_tokens=config.max_num_tokens,
         max_seq_len=config.max_seq_len,
         tokens_per_block=config.kv_cache.tokens_per_block,
+        role=settings.role,
+        kv_network=settings.kv_network or "",
+        kv_keep_seconds=settings.kv_keep_seconds,
+        kv_pull_seconds=settings.kv_pull_timeout,
     )
 
 

@@ -42,7 +42,7 @@ ROLE = Option(
     ("DYN_MPI_ROLE", "DYN_TRTLLM_DISAGGREGATION_MODE"),
     "agg",
     to_role,
-    "what this worker does; all but agg are TensorRT-LLM's, and prefill and decode take PREFILL_ENGINE_CONFIG or "
+    "what this worker does; encode is TensorRT-LLM's alone, and prefill and decode take PREFILL_ENGINE_CONFIG or "
     "DECODE_ENGINE_CONFIG where neither --engine-config nor ENGINE_CONFIG is given",
     ("agg", "prefill", "decode", "encode"),
 )
@@ -171,6 +171,31 @@ OPTIONS: tuple[Option, ...] = (
         to_seconds,
         "seconds that requests in flight have to end after SIGTERM",
     ),
+    Option(
+        "kv_network",
+        ("--kv-network",),
+        ("DYN_MPI_KV_NETWORK",),
+        None,
+        to_text,
+        "interface (ib0), network (10.1.0.0/16) or address at which the ranks of a reference prefill worker serve KV; the address of "
+        "the host's own name by default",
+    ),
+    Option(
+        "kv_keep_seconds",
+        ("--kv-keep-seconds",),
+        ("DYN_MPI_KV_KEEP_SECONDS",),
+        60.0,
+        to_seconds,
+        "seconds that a reference prefill worker keeps the KV of a request that nobody fetches",
+    ),
+    Option(
+        "kv_pull_timeout",
+        ("--kv-pull-timeout",),
+        ("DYN_MPI_KV_PULL_TIMEOUT",),
+        10.0,
+        to_seconds,
+        "seconds that a reference decode worker has to fetch the KV of one request",
+    ),
 )
 
 
@@ -212,6 +237,9 @@ class Settings:
     load_timeout: float
     prove_timeout: float
     drain_timeout: float
+    kv_network: str | None
+    kv_keep_seconds: float
+    kv_pull_timeout: float
     dynamic_flags: tuple[str, ...] = ()
     passed_on: tuple[str, ...] = ()
     origins: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -269,10 +297,10 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         )
     if values["model"] is None:
         raise UsageError("no model was given", needed="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
-    if role != "agg" and values["engine"] == "reference":
+    if role == "encode" and values["engine"] == "reference":
         raise UsageError(
-            f"{origins['role']} is {role!r}: the reference engine doesn't split prefill from decode",
-            needed="--role agg, or --engine trtllm",
+            f"{origins['role']} is {role!r}: the reference engine doesn't encode images",
+            needed="--role agg, prefill or decode, or --engine trtllm",
         )
     if values["served_model_name"] is None:
         values["served_model_name"] = values["model"].resolve().name

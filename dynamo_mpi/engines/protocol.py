@@ -8,9 +8,9 @@ has closed the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -43,6 +43,8 @@ class GenerationRequest:
         min_tokens: stop tokens are not taken before this many.
         stop_token_ids: a token of this set ends the request; it is part of the output.
         sampling: how tokens are chosen.
+        offer_kv: prefill: keep the prompt's KV for a decode worker; the last chunk says where it is.
+        kv_offer: decode: where the prompt's KV is, as a prefill worker's last chunk said; its first token comes first.
     """
 
     request_id: str
@@ -51,6 +53,8 @@ class GenerationRequest:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     sampling: Sampling = field(default_factory=Sampling)
+    offer_kv: bool = False
+    kv_offer: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +65,13 @@ class TokenChunk:
         token_ids: new tokens, none in a chunk that only ends the request.
         finish_reason: set on the last chunk.
         error: what went wrong, when ``finish_reason`` is ``"error"``.
+        kv_offer: on the last chunk of a request with ``offer_kv``: JSON values, for a decode worker.
     """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str | None = None
+    kv_offer: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

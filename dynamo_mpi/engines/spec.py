@@ -26,6 +26,10 @@ class EngineSpec(NamedTuple):
         max_num_tokens: tokens in one step.
         max_seq_len: prompt and output tokens of one request.
         tokens_per_block: tokens of a KV-cache block.
+        role: ``"agg"``, ``"prefill"`` or ``"decode"``.
+        kv_network: where prefill ranks serve KV, as ``--kv-network`` has it; empty for the host's own address.
+        kv_keep_seconds: how long a prefill rank keeps KV that nobody fetches.
+        kv_pull_seconds: how long fetching the KV of one request may take.
     """
 
     engine: str
@@ -37,6 +41,10 @@ class EngineSpec(NamedTuple):
     max_num_tokens: int | None = None
     max_seq_len: int | None = None
     tokens_per_block: int | None = None
+    role: str = "agg"
+    kv_network: str = ""
+    kv_keep_seconds: float = 60.0
+    kv_pull_seconds: float = 10.0
 
     def pack(self) -> bytes:
         """Encode for the broadcast."""
@@ -45,14 +53,25 @@ class EngineSpec(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes) -> EngineSpec:
         """Decode what `pack` made."""
-        engine, model_dir, tp_size, pp_size, cp_size, *sizes = unpack(data)
+        engine, model_dir, *numbers, role, kv_network, keep_seconds, pull_seconds = unpack(data)
+        tp_size, pp_size, cp_size = map(int, numbers[:3])
+        max_batch_size, max_num_tokens, max_seq_len, tokens_per_block = (
+            int(size) if size else None for size in numbers[3:]
+        )
         return cls(
             engine,
             model_dir,
-            int(tp_size),
-            int(pp_size),
-            int(cp_size),
-            *(int(size) if size else None for size in sizes),
+            tp_size,
+            pp_size,
+            cp_size,
+            max_batch_size,
+            max_num_tokens,
+            max_seq_len,
+            tokens_per_block,
+            role,
+            kv_network,
+            float(keep_seconds),
+            float(pull_seconds),
         )
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.engines.protocol import RequestError, TokenChunk
 from dynamo_mpi.errors import EngineError
-from dynamo_mpi.serving.requests import to_generation_request, to_response
+from dynamo_mpi.serving.requests import for_role, to_generation_request, to_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -30,6 +31,7 @@ class RequestHandler:
         engine: a started engine.
         invalid_argument: the exception that the runtime reports to a client as the client's own fault.
         engine_shutdown: the one that tells the frontend to try another worker.
+        role: ``"agg"``, ``"prefill"`` or ``"decode"``.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class RequestHandler:
         engine: Engine,
         invalid_argument: Callable[[str], Exception],
         engine_shutdown: Callable[[str], Exception],
+        role: str = "agg",
     ) -> None:
         self._engine = engine
         self._invalid_argument = invalid_argument
         self._engine_shutdown = engine_shutdown
+        self._role = role
         self._request_ids: set[str] = set()
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -78,7 +82,7 @@ class RequestHandler:
         chunks = _Mailbox(asyncio.get_running_loop())
         request_id = context.id()
         try:
-            generation = to_generation_request(request_id, request)
+            generation = for_role(to_generation_request(request_id, request), request, self._role)
             self._engine.submit(generation, chunks.put)
         except RequestError as error:
             raise self._invalid_argument(str(error)) from None
@@ -150,4 +154,4 @@ class _Mailbox:
         if len(chunks) == 1:
             return chunks[0]
         tokens = tuple(token for chunk in chunks for token in chunk.token_ids)
-        return TokenChunk(tokens, chunks[-1].finish_reason, chunks[-1].error)
+        return replace(chunks[-1], token_ids=tokens)

@@ -7,9 +7,11 @@ neither has been lied to.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Sampling
+from dynamo_mpi.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,6 +66,30 @@ def to_generation_request(request_id: str, request: Mapping[str, Any]) -> Genera
     )
 
 
+def for_role(generation: GenerationRequest, request: Mapping[str, Any], role: str) -> GenerationRequest:
+    """Make of a request what this worker's part of it is: prefill makes one token and offers the prompt's KV, decode goes on from there.
+
+    The runtime's own health checks, which have no partner, are served whole.
+
+    Args:
+        generation: the request as a worker that does all would serve it.
+        request: Dynamo's form of it.
+        role: ``"agg"``, ``"prefill"`` or ``"decode"``.
+
+    Raises:
+        EngineError: a decode worker was asked without any prefill worker's result.
+    """
+    if role == "agg" or request.get("_HEALTH_CHECK"):
+        return generation
+    if role == "prefill":
+        return replace(generation, max_tokens=1, min_tokens=min(generation.min_tokens, 1), offer_kv=True)
+    result = request.get("prefill_result")
+    offer = result.get("disaggregated_params") if isinstance(result, dict) else None
+    if not isinstance(offer, dict):
+        raise EngineError("this decode worker was sent a request that no prefill worker has seen")
+    return replace(generation, kv_offer=offer)
+
+
 def _sampling(options: Mapping[str, Any]) -> Sampling:
     """Greedy unless the request says otherwise, as TensorRT-LLM's ``SamplingParams`` have it."""
     temperature = options.get("temperature")
@@ -87,6 +113,8 @@ def to_response(chunk: TokenChunk, prompt_tokens: int, completion_tokens: int) -
         completion_tokens: tokens made so far, this chunk's included.
     """
     response: dict[str, Any] = {"token_ids": list(chunk.token_ids), "index": 0}
+    if chunk.kv_offer is not None:
+        response["disaggregated_params"] = dict(chunk.kv_offer)
     if chunk.finish_reason is not None:
         response["finish_reason"] = chunk.finish_reason
         response["completion_usage"] = {

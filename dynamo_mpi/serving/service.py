@@ -47,6 +47,7 @@ class Registration:
         discovery_backend: ``"etcd"``.
         health_token_id: a token for the runtime's own health checks.
         drain_timeout: seconds for requests in flight after a signal.
+        role: ``"agg"``, ``"prefill"`` or ``"decode"``.
     """
 
     model_dir: str
@@ -56,6 +57,7 @@ class Registration:
     discovery_backend: str
     health_token_id: int
     drain_timeout: float
+    role: str = "agg"
 
 
 def health_payload(token_id: int) -> dict[str, Any]:
@@ -93,7 +95,7 @@ async def serve(
     stop = _StopSignals(loop)
     failed: asyncio.Future[BaseException] = loop.create_future()
     engine.on_failure(lambda error: _from_thread(loop, failed, error))
-    handler = RequestHandler(engine, InvalidArgument, EngineShutdown)
+    handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role)
 
     with phases.enter("register"):
         try:
@@ -175,6 +177,11 @@ def run(coroutine: Coroutine[Any, Any, None]) -> None:
 async def _register_model(registration: Registration, engine: Engine, endpoint: Any) -> None:
     from dynamo.llm import ModelInput, ModelRuntimeConfig, ModelType, WorkerType, register_model
 
+    model_type, worker_type, needs = {
+        "agg": (ModelType.Chat | ModelType.Completions, WorkerType.Aggregated, []),
+        "prefill": (ModelType.Prefill, WorkerType.Prefill, [[WorkerType.Decode]]),
+        "decode": (ModelType.Chat | ModelType.Completions, WorkerType.Decode, [[WorkerType.Prefill]]),
+    }[registration.role]
     limits = engine.limits
     config = ModelRuntimeConfig()
     config.context_length = limits.context_length
@@ -183,14 +190,14 @@ async def _register_model(registration: Registration, engine: Engine, endpoint: 
     config.max_num_batched_tokens = limits.max_num_tokens
     await register_model(
         ModelInput.Tokens,
-        ModelType.Chat | ModelType.Completions,
+        model_type,
         endpoint,
         registration.model_dir,
         registration.served_model_name,
         kv_cache_block_size=limits.kv_block_size,
         runtime_config=config,
-        worker_type=WorkerType.Aggregated,
-        needs=[],
+        worker_type=worker_type,
+        needs=needs,
     )
 
 

@@ -87,10 +87,17 @@ class RunningWorker:
     """``mpirun -n N python -m dynamo_mpi.worker`` with its output in a file."""
 
     def __init__(
-        self, folder: Path, etcd: EtcdServer, model: Path, ranks: int, *flags: str, **environment: str
+        self,
+        folder: Path,
+        etcd: EtcdServer,
+        model: Path,
+        ranks: int,
+        *flags: str,
+        name: str = "worker",
+        **environment: str,
     ) -> None:
-        self.ready_file = folder / "ready.json"
-        self.log = folder / "worker.log"
+        self.ready_file = folder / ("ready.json" if name == "worker" else f"{name}.json")
+        self.log = folder / f"{name}.log"
         words = [
             "--model",
             str(model),

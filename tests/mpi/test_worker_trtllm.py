@@ -62,8 +62,8 @@ def node_with(folder: Path, used: Sequence[int]) -> dict[str, str]:
 
 
 def test_a_role_that_the_reference_engine_lacks(mpirun: Mpirun, model: Path) -> None:
-    done = mpirun.worker(2, "--model", str(model), "--role", "prefill", "--engine", "reference")
-    assert_refused(done, 64, "flag --role is 'prefill'", "--engine trtllm")
+    done = mpirun.worker(2, "--model", str(model), "--role", "encode", "--engine", "reference")
+    assert_refused(done, 64, "flag --role is 'encode'", "--engine trtllm")
 
 
 def test_a_role_of_a_pair_is_tensorrt_llms_also_where_that_is_missing(mpirun: Mpirun, model: Path) -> None:

@@ -75,7 +75,10 @@ COUNT = st.integers(1, 1024)
 SIZE = st.none() | st.integers(1, 2**40)
 
 
-@given(st.builds(EngineSpec, TEXT, TEXT, COUNT, COUNT, COUNT, SIZE, SIZE, SIZE, SIZE))
+SECONDS = st.floats(0, 1e6)
+
+
+@given(st.builds(EngineSpec, TEXT, TEXT, COUNT, COUNT, COUNT, SIZE, SIZE, SIZE, SIZE, TEXT, TEXT, SECONDS, SECONDS))
 def test_an_engine_spec_arrives_as_it_was(spec: EngineSpec) -> None:
     assert EngineSpec.unpack(spec.pack()) == spec
 

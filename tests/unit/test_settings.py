@@ -49,6 +49,9 @@ SAMPLES = {
     "load_timeout": "3.5",
     "prove_timeout": "2.5",
     "drain_timeout": "0",
+    "kv_network": "ib0",
+    "kv_keep_seconds": "4.5",
+    "kv_pull_timeout": "5.5",
 }
 
 
@@ -247,8 +250,16 @@ def test_a_roles_variable_wins_over_the_settings_file(tmp_path: Path) -> None:
 
 
 def test_the_role_that_the_reference_engine_lacks_is_named_with_its_origin() -> None:
-    with pytest.raises(UsageError, match=r"environment DYN_MPI_ROLE is 'decode'.*reference engine"):
-        load(*MODEL, "--engine", "reference", environ={"DYN_MPI_ROLE": "decode"})
+    with pytest.raises(UsageError, match=r"environment DYN_MPI_ROLE is 'encode'.*reference engine"):
+        load(*MODEL, "--engine", "reference", environ={"DYN_MPI_ROLE": "encode"})
+
+
+@pytest.mark.parametrize(("role", "component"), [("prefill", "prefill"), ("decode", "backend")])
+def test_the_reference_engine_splits_prefill_from_decode(role: str, component: str) -> None:
+    settings = load(*MODEL, "--engine", "reference", "--role", role, "--kv-network", "ib0", "--kv-pull-timeout", "2")
+
+    assert (settings.role, settings.engine, settings.component) == (role, "reference", component)
+    assert (settings.kv_network, settings.kv_keep_seconds, settings.kv_pull_timeout) == ("ib0", 60, 2)
 
 
 def test_a_clusters_gpus_are_no_flag_of_the_engine() -> None:

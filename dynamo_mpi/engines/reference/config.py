@@ -24,6 +24,10 @@ class ReferenceConfig:
         kv_block_size: tokens of a KV-cache block, as reported.
         pp_size: stages of layers; times ``tp_size`` it is the engine's world.
         cp_size: has to be 1.
+        serves_kv: whether decode workers may fetch KV from this engine: it is a prefill worker's.
+        kv_network: interface, network or address to serve it at; None takes the host's own address.
+        kv_keep_seconds: how long KV waits to be fetched.
+        kv_pull_seconds: how long fetching the KV of one request may take.
 
     Raises:
         DataError: a value that no engine can have.
@@ -38,6 +42,10 @@ class ReferenceConfig:
     kv_block_size: int = 32
     pp_size: int = 1
     cp_size: int = 1
+    serves_kv: bool = False
+    kv_network: str | None = None
+    kv_keep_seconds: float = 60.0
+    kv_pull_seconds: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "max_batch_size", "max_num_tokens", "max_seq_len", "kv_block_size"):

@@ -12,21 +12,20 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dynamo_mpi.engines.protocol import EngineLimits, FinishReason, GenerationRequest, RequestError, Sink, TokenChunk
-from dynamo_mpi.engines.reference.collectives import Collectives, MpiCollectives, SingleRank
-from dynamo_mpi.engines.reference.config import ReferenceConfig, find_model_gguf
+from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
-from dynamo_mpi.engines.reference.pipeline import MpiPipeline, Pipeline, SingleStage
+from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
+from dynamo_mpi.engines.reference.kv_offer import Offer
+from dynamo_mpi.engines.reference.loading import Loaded, load_parts
 from dynamo_mpi.engines.reference.request_checks import check_request
 from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
 from dynamo_mpi.engines.reference.scheduler import Scheduler, Step, TokenChoice
-from dynamo_mpi.engines.reference.step_channel import StepChannel
-from dynamo_mpi.engines.reference.transformer import Transformer
-from dynamo_mpi.engines.reference.weights import load_weights
+from dynamo_mpi.engines.reference.step_plan import StepPlan
 from dynamo_mpi.errors import EngineError, LayoutError
 
 if TYPE_CHECKING:
@@ -38,20 +37,10 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """What ``load`` made. ``channel`` is None in a world of one rank."""
-
-    transformer: Transformer
-    scheduler: Scheduler
-    channel: StepChannel | None
-    limits: EngineLimits
-    vocab_size: int
-
-
-@dataclass(frozen=True)
 class _InFlight:
     sink: Sink
     generator: np.random.Generator
+    offer: Offer | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +70,7 @@ class ReferenceEngine:
                 needed="as many ranks as the product of the two",
                 fix=f"start {config.tp_size * config.pp_size} ranks, or change the sizes in the engine config",
             )
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
 
         self._wake = threading.Condition()
         self._commands: deque[GenerationRequest | _Cancellation] = deque()
@@ -103,39 +92,10 @@ class ReferenceEngine:
             ModelError: the model can't be read, or is not one this engine computes.
             LayoutError: the model can't be split like this.
             DataError: ``max_seq_len`` is beyond the model's context.
-            EngineError: the memory is too small.
+            UsageError: this host has no address for KV as it was asked for.
+            EngineError: the memory is too small, or KV can't be served.
         """
-        # First of all: a rank that failed below would leave the others waiting in these two.
-        comm = None if self._comm is None or self._comm.Get_size() == 1 else self._comm.Dup()
-        config = self._config
-        stage = _stage_of(comm, config, self._rank)
-        try:
-            weights = load_weights(find_model_gguf(config.model_dir), self._rank, config.tp_size, config.pp_size)
-            context = config.context_length(weights.shape.max_position_embeddings)
-            pipeline: Pipeline = (
-                SingleStage() if comm is None or stage is comm else MpiPipeline(comm, config.tp_size, weights.stage)
-            )
-            collectives: Collectives = SingleRank() if stage is None or config.tp_size == 1 else MpiCollectives(stage)
-            transformer = Transformer(weights, collectives, pipeline, config.tp_size, config.max_batch_size, context)
-        except MemoryError as error:
-            raise EngineError(
-                f"the memory is too small for the model and a KV cache of {config.max_batch_size} sequences",
-                needed="room for this rank's weights and KV cache",
-                fix="lower max_batch_size or max_seq_len in the engine config, or use more ranks",
-            ) from error
-        self._loaded = _Loaded(
-            transformer=transformer,
-            scheduler=Scheduler(config.max_batch_size, config.max_num_tokens, context),
-            channel=None if comm is None else StepChannel(comm),
-            limits=EngineLimits(
-                context_length=context,
-                max_batch_size=config.max_batch_size,
-                max_num_tokens=config.max_num_tokens,
-                kv_block_size=config.kv_block_size,
-                total_kv_blocks=config.max_batch_size * -(-context // config.kv_block_size),
-            ),
-            vocab_size=weights.shape.vocab_size,
-        )
+        self._loaded = load_parts(self._comm, self._config, self._rank)
 
     def start(self) -> None:
         """Rank 0: begin to run requests.
@@ -159,11 +119,15 @@ class ReferenceEngine:
 
         Raises:
             RequestError: the request can't be served as it is.
-            EngineError: the engine is not running.
+            EngineError: the engine is not running, or can't go on from what another worker offers.
         """
         loaded = self._require_loaded()
         check_request(request, vocab_size=loaded.vocab_size, context_length=loaded.limits.context_length)
-        entry = _InFlight(sink, generator_of(request.sampling.seed))
+        generator = generator_of(request.sampling.seed)
+        offer = None if loaded.lead is None else loaded.lead.accept(request, loaded.vocab_size)
+        if offer is not None and request.sampling.temperature != 0:
+            generator.random()  # the draw that gave the first token: prefill has made it
+        entry = _InFlight(sink, generator, offer)
         with self._wake:
             if self._failure is not None:
                 raise EngineError(f"the engine has failed: {self._failure}", fix="start the worker again")
@@ -207,6 +171,8 @@ class ReferenceEngine:
                 self._loaded.channel.send_stop()
         elif thread is not threading.current_thread():
             thread.join()
+        if self._loaded is not None and self._rank == 0:
+            self._loaded.handoff.close()
 
     def follow(self) -> None:
         """Other ranks: compute what rank 0 plans until it closes the engine. What goes wrong in a step is raised.
@@ -216,29 +182,39 @@ class ReferenceEngine:
         loaded = self._require_loaded()
         if loaded.channel is None or self._rank == 0:
             raise EngineError("rank 0 cannot follow: it leads")
-        while (plan := loaded.channel.receive()) is not None:
-            loaded.transformer.forward(plan)
+        while (order := loaded.channel.receive()) is not None:
+            if isinstance(order, StepPlan):
+                loaded.transformer.forward(order)
+            else:
+                loaded.handoff.obey(order)
+        loaded.handoff.close()
 
-    def _require_loaded(self) -> _Loaded:
+    def _require_loaded(self) -> Loaded:
         if self._loaded is None:
             raise EngineError("the engine is not loaded yet")
         return self._loaded
 
     # What follows runs in rank 0's engine thread.
 
-    def _run(self, loaded: _Loaded) -> None:
+    def _run(self, loaded: Loaded) -> None:
         try:
-            while self._take_commands(loaded.scheduler):
+            if loaded.lead is None:
+                raise EngineError("rank 0 has no part that leads")
+            while self._take_commands(loaded.scheduler, loaded.lead):
+                self._fetch_prompts(loaded.scheduler, loaded.lead)
                 step = loaded.scheduler.next_step()
                 if step is not None:
-                    self._run_step(loaded, step)
+                    self._run_step(loaded, loaded.lead, step)
+                elif loaded.scheduler.has_work:
+                    self._pause(loaded.lead.pause_seconds())
             self._end_all("cancelled", None)
+            loaded.handoff.linger()
             if loaded.channel is not None:
                 loaded.channel.send_stop()
         except BaseException as error:  # nobody above this thread: it has to tell the clients and the owner
             self._fail(error)
 
-    def _take_commands(self, scheduler: Scheduler) -> bool:
+    def _take_commands(self, scheduler: Scheduler, lead: LeadHandoff) -> bool:
         """Wait for work and hand new requests and cancellations to the scheduler. Returns False to close."""
         with self._wake:
             while not (self._commands or self._closing or scheduler.has_work):
@@ -250,17 +226,47 @@ class ReferenceEngine:
             if isinstance(command, GenerationRequest):
                 scheduler.add(command)
             elif scheduler.cancel(command.request_id):
+                lead.cancel(command.request_id)
                 self._deliver(command.request_id, TokenChunk((), "cancelled"))
         return True
 
-    def _run_step(self, loaded: _Loaded, step: Step) -> None:
+    def _pause(self, seconds: float) -> None:
+        with self._wake:
+            if not (self._commands or self._closing):
+                self._wake.wait(seconds)
+
+    def _fetch_prompts(self, scheduler: Scheduler, lead: LeadHandoff) -> None:
+        """Begin to fetch the KV of requests that have got a slot, and let those go on whose KV has come."""
+        for request, slot in scheduler.to_fetch():
+            offer = self._in_flight[request.request_id].offer
+            if offer is not None:
+                lead.begin(request.request_id, slot, offer)
+        for prefilled in lead.poll():
+            request_id = prefilled.request_id
+            if prefilled.error:
+                scheduler.cancel(request_id)
+                self._deliver(request_id, TokenChunk((), "error", prefilled.error))
+                continue
+            _log.info("request %s: its prompt's KV came in %.1f ms", request_id, prefilled.seconds * 1000)
+            if not self._deliver(request_id, scheduler.continue_after(request_id, prefilled.first_token)):
+                scheduler.cancel(request_id)
+
+    def _run_step(self, loaded: Loaded, lead: LeadHandoff, step: Step) -> None:
         if loaded.channel is not None:
             loaded.channel.send_step(step.plan)
         logits = loaded.transformer.forward(step.plan)
         if logits is None:
             raise EngineError("rank 0 got no logits")
         tokens = [self._choose(choice, row) for choice, row in zip(step.choices, logits, strict=True)]
+        # the slots of requests that end here are free from here on, and hold their KV until the next step
+        offering = {
+            choice.request.request_id: (choice.request, part.slot)
+            for choice, part in zip(step.choices, step.plan.parts_with_logits, strict=True)
+            if choice.request.offer_kv
+        }
         for request_id, chunk in loaded.scheduler.apply(tokens):
+            if chunk.finish_reason is not None and request_id in offering:
+                chunk = lead.with_offer(*offering[request_id], chunk)
             if not self._deliver(request_id, chunk):
                 loaded.scheduler.cancel(request_id)
 
@@ -301,13 +307,6 @@ class ReferenceEngine:
                 callback(error)
             except Exception:  # the next callback has to hear of it as well
                 _log.exception("a failure callback failed")
-
-
-def _stage_of(comm: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> MPI.Intracomm | None:
-    """Return the communicator of this rank's stage, ``comm`` itself where there is only one. Collective."""
-    if comm is None or config.pp_size == 1:
-        return comm
-    return cast("MPI.Intracomm", comm.Split(rank // config.tp_size, rank))
 
 
 def _require_threads() -> None:

@@ -44,4 +44,13 @@ def build_reference_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: in
         given["max_num_tokens"] = max(spec.max_batch_size, ReferenceConfig.max_num_tokens)
     sizes = {name: value for name, value in given.items() if value is not None}
     layout = {"tp_size": spec.tp_size, "pp_size": spec.pp_size, "cp_size": spec.cp_size}
-    return ReferenceEngine(comm, ReferenceConfig(Path(spec.model_dir), **layout, **sizes))
+    config = ReferenceConfig(
+        Path(spec.model_dir),
+        **layout,
+        **sizes,
+        serves_kv=spec.role == "prefill",
+        kv_network=spec.kv_network or None,
+        kv_keep_seconds=spec.kv_keep_seconds,
+        kv_pull_seconds=spec.kv_pull_seconds,
+    )
+    return ReferenceEngine(comm, config)

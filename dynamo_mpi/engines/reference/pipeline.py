@@ -106,23 +106,23 @@ class MpiPipeline:
 
     def receive_hidden(self, tokens: int, hidden_size: int) -> Float32Array:
         hidden = np.empty((tokens, hidden_size), np.float32)
-        _wait(self._communicator.Irecv(hidden, self._rank - self._tp_size, _HIDDEN_TAG))
+        wait_politely(self._communicator.Irecv(hidden, self._rank - self._tp_size, _HIDDEN_TAG))
         return hidden
 
     def send_hidden(self, hidden: Float32Array) -> None:
-        _wait(self._communicator.Isend(np.ascontiguousarray(hidden), self._rank + self._tp_size, _HIDDEN_TAG))
+        wait_politely(self._communicator.Isend(np.ascontiguousarray(hidden), self._rank + self._tp_size, _HIDDEN_TAG))
 
     def return_logits(self, logits: Float32Array | None, rows: int, vocab_size: int) -> Float32Array | None:
         if self._rank == 0:
             received = np.empty((rows, vocab_size), np.float32)
-            _wait(self._communicator.Irecv(received, (self._stage.count - 1) * self._tp_size, _LOGITS_TAG))
+            wait_politely(self._communicator.Irecv(received, (self._stage.count - 1) * self._tp_size, _LOGITS_TAG))
             return received
         if logits is not None:
-            _wait(self._communicator.Isend(np.ascontiguousarray(logits), 0, _LOGITS_TAG))
+            wait_politely(self._communicator.Isend(np.ascontiguousarray(logits), 0, _LOGITS_TAG))
         return None
 
 
-def _wait(request: MPI.Request) -> None:
+def wait_politely(request: MPI.Request) -> None:
     """Wait without burning the core that the stage waited for may need."""
     began = time.monotonic()
     while not request.Test():

@@ -18,6 +18,8 @@ def check_request(request: GenerationRequest, *, vocab_size: int, context_length
     for token_id in request.prompt_token_ids:
         if not 0 <= token_id < vocab_size:
             raise RequestError(f"the prompt holds token id {token_id}; this model's ids are 0 to {vocab_size - 1}")
+    if request.offer_kv and request.max_tokens != 1:
+        raise RequestError(f"max_tokens is {request.max_tokens}: a prompt's KV is handed over after its first token")
     sampling = request.sampling
     if not math.isfinite(sampling.temperature) or sampling.temperature < 0:
         raise RequestError(f"temperature is {sampling.temperature}: it must be a number of at least 0")

@@ -3,7 +3,7 @@
 
 A request waits until a slot of the KV cache is free, then belongs to it until it ends. Every step takes one token of
 each sequence that is generating and fills what is left of ``max_num_tokens`` with prompts, the oldest first, in chunks
-where they don't fit.
+where they don't fit. A request whose prompt another worker has computed takes part once its KV has come into its slot.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class _RunningSequence:
     request: GenerationRequest
     slot: int
     token_limit: int
+    awaits_kv: bool = False
     computed: int = 0
     generated: list[int] = field(default_factory=list)
 
@@ -77,6 +78,7 @@ class Scheduler:
         self._waiting: deque[GenerationRequest] = deque()
         self._running: dict[str, _RunningSequence] = {}
         self._in_step: list[tuple[_RunningSequence, SequencePart]] = []
+        self._to_fetch: list[_RunningSequence] = []
 
     @property
     def has_work(self) -> bool:
@@ -103,15 +105,33 @@ class Scheduler:
         self._waiting = deque(remaining)
         return found
 
-    def next_step(self) -> Step | None:
-        """Return the next step, None without work. ``apply`` must follow before anything else."""
+    def to_fetch(self) -> list[tuple[GenerationRequest, int]]:
+        """Return the requests that have got a slot since the last call and whose KV has to be fetched into it."""
         self._admit()
-        if not self._running:
+        sequences, self._to_fetch = self._to_fetch, []
+        return [(sequence.request, sequence.slot) for sequence in sequences]
+
+    def continue_after(self, request_id: str, first_token: int) -> TokenChunk:
+        """Let a request take part whose prompt's KV has come into its slot; ``first_token`` is the one after the prompt."""
+        sequence = self._running[request_id]
+        sequence.awaits_kv = False
+        sequence.computed = len(sequence.request.prompt_token_ids)
+        sequence.generated.append(first_token)
+        reason = sequence.finish_reason()
+        if reason is not None:
+            self._release(sequence)
+        return TokenChunk((first_token,), reason)
+
+    def next_step(self) -> Step | None:
+        """Return the next step, None without anything to compute. ``apply`` must follow before anything else."""
+        self._admit()
+        ready = [sequence for sequence in self._running.values() if not sequence.awaits_kv]
+        if not ready:
             return None
         budget = self._max_num_tokens
         parts: list[tuple[_RunningSequence, SequencePart]] = []
         # Generating sequences first: their next token must not wait behind a long prompt. The sort keeps arrival order.
-        by_phase = sorted(self._running.values(), key=lambda sequence: not sequence.prompt_done)
+        by_phase = sorted(ready, key=lambda sequence: not sequence.prompt_done)
         for sequence in by_phase:
             if budget == 0:
                 break
@@ -145,10 +165,15 @@ class Scheduler:
             room = self._context_length - len(request.prompt_token_ids)
             limit = room if request.max_tokens is None else min(request.max_tokens, room)
             # The lowest slot keeps the used ones together, which attention over a range of slots profits from.
-            self._running[request.request_id] = _RunningSequence(request, heapq.heappop(self._free_slots), limit)
+            slot, awaits_kv = heapq.heappop(self._free_slots), request.kv_offer is not None
+            sequence = _RunningSequence(request, slot, limit, awaits_kv)
+            self._running[request.request_id] = sequence
+            if awaits_kv:
+                self._to_fetch.append(sequence)
 
     def _release(self, sequence: _RunningSequence) -> None:
         del self._running[sequence.request.request_id]
+        self._to_fetch = [other for other in self._to_fetch if other is not sequence]
         heapq.heappush(self._free_slots, sequence.slot)
 
 

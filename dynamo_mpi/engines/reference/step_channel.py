@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How rank 0 tells the other ranks what to compute, and how they wait for it without burning a core.
+"""How rank 0 tells the other ranks what to do, and how they wait for it without burning a core.
 
 MPI's own waits spin: a rank in a blocking broadcast takes a whole core, which on CPUs the other ranks need. Followers
 start a non-blocking broadcast instead and look at it now and then: at once while steps follow each other, and after
@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dynamo_mpi.engines.reference.kv_orders import Order, decode_order, encode_order
 from dynamo_mpi.engines.reference.step_plan import Int64Array, StepPlan, decode, encode
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_STEP, _STOP = 1, 2
+_STEP, _STOP, _ORDER = 1, 2, 3
 _HEADER_WORDS = 2
 _INLINE_WORDS = 254
 """Words that travel with the header: enough for a step of 50 sequences, and within MPI's eager limits."""
@@ -52,12 +53,16 @@ class StepChannel:
         """Rank 0: have all ranks run ``plan``."""
         self._send(_STEP, encode(plan))
 
+    def send_order(self, order: Order) -> None:
+        """Rank 0: have all ranks carry out ``order``."""
+        self._send(_ORDER, encode_order(order))
+
     def send_stop(self) -> None:
         """Rank 0: release all ranks."""
         self._send(_STOP, np.empty(0, np.int64))
 
-    def receive(self) -> StepPlan | None:
-        """Other ranks: wait for the next plan; None when rank 0 has stopped."""
+    def receive(self) -> StepPlan | Order | None:
+        """Other ranks: wait for the next plan or order; None when rank 0 has stopped."""
         request = self._communicator.Ibcast(self._message, root=0)
         began = time.monotonic()
         while not request.Test():
@@ -69,7 +74,7 @@ class StepChannel:
         if size > _INLINE_WORDS:
             words = np.empty(size, np.int64)
             self._communicator.Bcast(words, root=0)
-        return decode(words)
+        return decode_order(words) if kind == _ORDER else decode(words)
 
     def _send(self, kind: int, words: Int64Array) -> None:
         self._message[:_HEADER_WORDS] = kind, words.size

@@ -37,6 +37,11 @@ class StepPlan:
     parts: tuple[SequencePart, ...]
 
     @property
+    def parts_with_logits(self) -> tuple[SequencePart, ...]:
+        """Those after which a token is chosen, in the order of the logits' rows."""
+        return tuple(part for part in self.parts if part.wants_logits)
+
+    @property
     def token_count(self) -> int:
         return sum(len(part.token_ids) for part in self.parts)
 

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The address at which a rank's KV server listens: one of this host's, which decode ranks on other hosts can reach."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import socket
+import struct
+from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
+
+from dynamo_mpi.errors import UsageError
+
+LOOPBACK = "127.0.0.1"
+_SIOCGIFADDR = 0x8915
+_NAME_BYTES = 15
+# of a block that is never routed: connecting a datagram socket sends nothing, and chooses the way that others would be reached by
+_ELSEWHERE = ("198.51.100.1", 9)
+
+
+def kv_address(choice: str | None) -> str:
+    """Return an IPv4 address of this host.
+
+    Args:
+        choice: an interface (``ib0``), a network of which this host has an address (``10.1.0.0/16``), or an address. None: the one that
+            this host's name stands for, or, where that is loopback, the one by which others are reached.
+
+    Raises:
+        UsageError: this host has none like that.
+    """
+    if choice is None:
+        return _own_address()
+    found = interface_addresses()
+    if choice in found:
+        return found[choice]
+    try:
+        network = IPv4Network(choice, strict=False)
+    except (AddressValueError, NetmaskValueError, ValueError):
+        network = None
+    if network is not None:
+        for address in found.values():
+            if IPv4Address(address) in network:
+                return address
+    raise UsageError(
+        f"this host has no IPv4 address by {choice}; it has "
+        + (", ".join(f"{name} {address}" for name, address in found.items()) or "none"),
+        needed="an interface, a network or an address that every rank's host has",
+        fix="correct --kv-network / DYN_MPI_KV_NETWORK",
+    )
+
+
+def interface_addresses() -> dict[str, str]:
+    """Return this host's interfaces with their first IPv4 address (netdevice(7))."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:_NAME_BYTES])
+            with contextlib.suppress(OSError):  # it has none
+                found[name] = socket.inet_ntoa(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24])
+    return found
+
+
+def _own_address() -> str:
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        if not IPv4Address(address).is_loopback:
+            return address
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(_ELSEWHERE)
+        except OSError:
+            return LOOPBACK
+        return str(probe.getsockname()[0])

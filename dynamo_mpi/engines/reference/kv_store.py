@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one prefill rank keeps for decode workers to fetch: copies, so that a slot of the KV cache is free at once.
+
+A copy goes when decode releases it, or when nobody has done so in time. What a server thread is sending just then stays whole: it holds
+the copy itself, which nobody writes to.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.kv_shards import Holding
+
+
+class StoreFullError(Exception):
+    """As much as the store may hold waits to be fetched."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """KV of one prompt on one rank.
+
+    Args:
+        secret: whoever fetches has to know it.
+        holding: which layers and heads of the model these are.
+        values: ``[2, layers, heads, tokens, head_dim]``, keys first.
+        expires: by the store's clock.
+    """
+
+    secret: bytes
+    holding: Holding
+    values: Float32Array
+    expires: float
+
+    @property
+    def tokens(self) -> int:
+        count: int = self.values.shape[3]
+        return count
+
+
+class KvStore:
+    """Transfers by their id. Thread-safe.
+
+    Args:
+        most_tokens: kept at a time.
+        keep_seconds: how long one waits to be fetched.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, most_tokens: int, keep_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.most_tokens = most_tokens
+        self._keep_seconds = keep_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kept: dict[bytes, Kept] = {}
+
+    def __len__(self) -> int:
+        with self._lock:
+            self._expire()
+            return len(self._kept)
+
+    def keep(self, transfer_id: bytes, secret: bytes, holding: Holding, values: Float32Array) -> None:
+        """Keep ``values``, which nobody may write to from here on.
+
+        Raises:
+            StoreFullError: there is no room.
+        """
+        kept = Kept(secret, holding, values, self._clock() + self._keep_seconds)
+        with self._lock:
+            self._expire()
+            tokens = sum(other.tokens for other in self._kept.values())
+            if tokens + kept.tokens > self.most_tokens:
+                raise StoreFullError(
+                    f"the KV of {len(self._kept)} prompts, {tokens} tokens, waits for decode workers; "
+                    f"there is room for {self.most_tokens} tokens"
+                )
+            self._kept[transfer_id] = kept
+
+    def find(self, transfer_id: bytes) -> Kept | None:
+        """Return what is kept under ``transfer_id``, None if nothing is or its time is over."""
+        with self._lock:
+            self._expire()
+            return self._kept.get(transfer_id)
+
+    def release(self, transfer_id: bytes) -> None:
+        """Forget it; unknown ids are ignored."""
+        with self._lock:
+            self._kept.pop(transfer_id, None)
+
+    def expire(self) -> None:
+        """Forget what nobody has fetched in time."""
+        with self._lock:
+            self._expire()
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for transfer_id in [name for name, kept in self._kept.items() if kept.expires <= now]:
+            del self._kept[transfer_id]

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decode rank and a prefill rank say to each other over TCP, as bytes. Pure.
+
+    prefill: Hello(nonce)
+    decode:  Fetch(transfer, layers, heads)   prefill: Shard(shape, size, checksum) and the keys and values, or Refused
+    decode:  Release(transfer)                prefill: Released, or Refused
+
+A frame is a header of fixed size and a body of at most `MOST_BODY` bytes, made of integers of fixed width: nothing that is
+received is ever run or unpickled. Both sides know the transfer's secret and prove it by an HMAC over the nonce and the frame. The
+HMAC of a ``Shard`` covers the payload's CRC-32, which finds damage; against somebody who alters bytes on their way, encrypt the network.
+"""
+
+from __future__ import annotations
+
+import hmac
+import struct
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+MAGIC = b"DMK1"
+MOST_BODY = 512
+NONCE_BYTES = 16
+TRANSFER_ID_BYTES = 16
+SECRET_BYTES = 32
+FLOAT32 = 1
+"""The one number format there is yet: little-endian float32."""
+
+_HEADER = struct.Struct("!4sB3xI")
+HEADER_BYTES = _HEADER.size
+_MAC_BYTES = 32
+_NO_MAC = bytes(_MAC_BYTES)
+_FETCH = struct.Struct(f"!{TRANSFER_ID_BYTES}s4I")
+_SHARD = struct.Struct("!4I2IBQI")
+_MOST_REASON = 300
+
+
+class WireError(ValueError):
+    """What came is no frame of this protocol, or not the one that was due."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Opens a connection; ``nonce`` makes this connection's HMACs worthless on any other."""
+
+    nonce: bytes
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Asks for layers x KV heads of one transfer, both in the model's numbers."""
+
+    transfer_id: bytes
+    layers: range
+    heads: range
+    mac: bytes = _NO_MAC
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Announces the payload ``[keys and values, layers, heads, tokens, head_dim]``, ``size`` bytes with CRC-32 ``checksum``."""
+
+    layers: range
+    heads: range
+    tokens: int
+    head_dim: int
+    dtype: int
+    size: int
+    checksum: int
+    mac: bytes = _NO_MAC
+
+
+@dataclass(frozen=True)
+class Release:
+    """Nobody will fetch this transfer any more."""
+
+    transfer_id: bytes
+    mac: bytes = _NO_MAC
+
+
+@dataclass(frozen=True)
+class Released:
+    """It is forgotten."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why there is no answer; nothing follows on this connection."""
+
+    reason: str
+
+
+Message = Hello | Fetch | Shard | Release | Released | Refused
+Signed = TypeVar("Signed", bound=Fetch | Shard | Release)
+_KINDS: dict[type[Message], int] = {Hello: 1, Fetch: 2, Shard: 3, Release: 4, Released: 5, Refused: 6}
+
+
+def sign(message: Signed, secret: bytes, nonce: bytes) -> Signed:
+    """Return ``message`` with the proof that its sender knows ``secret``."""
+    return replace(message, mac=_mac(message, secret, nonce))
+
+
+def is_signed(message: Fetch | Shard | Release, secret: bytes, nonce: bytes) -> bool:
+    """Tell, in constant time, whether ``sign`` made ``message`` with this secret on this connection."""
+    return hmac.compare_digest(message.mac, _mac(message, secret, nonce))
+
+
+def encode(message: Message) -> bytes:
+    """Return the frame."""
+    body = _body(message)
+    return _HEADER.pack(MAGIC, _KINDS[type(message)], len(body)) + body
+
+
+def body_size(header: bytes) -> int:
+    """Return how many bytes follow a header.
+
+    Raises:
+        WireError: it is none, or announces too many.
+    """
+    return _read_header(header)[1]
+
+
+def decode(frame: bytes) -> Message:
+    """Return the message of one whole frame.
+
+    Raises:
+        WireError: ``frame`` is none, is cut off, or has bytes left over.
+    """
+    kind, size = _read_header(frame[:HEADER_BYTES])
+    body = frame[HEADER_BYTES:]
+    if len(body) != size:
+        raise WireError(f"a frame of {size} bytes has {len(body)}")
+    try:
+        return _parse(kind, body)
+    except struct.error as error:
+        raise WireError(f"a frame of kind {kind} can't have {size} bytes: {error}") from None
+
+
+def _read_header(header: bytes) -> tuple[int, int]:
+    if len(header) != HEADER_BYTES:
+        raise WireError(f"a header has {HEADER_BYTES} bytes, not {len(header)}")
+    magic, kind, size = _HEADER.unpack(header)
+    if magic != MAGIC or header != _HEADER.pack(magic, kind, size):
+        raise WireError("the peer doesn't speak this protocol, or another version of it")
+    if kind not in _KINDS.values():
+        raise WireError(f"there is no frame of kind {kind}")
+    if size > MOST_BODY:
+        raise WireError(f"a frame says it has {size} bytes, more than {MOST_BODY}")
+    return kind, size
+
+
+def _parse(kind: int, body: bytes) -> Message:
+    if kind == _KINDS[Hello]:
+        if len(body) != NONCE_BYTES:
+            raise WireError(f"a nonce has {NONCE_BYTES} bytes, not {len(body)}")
+        return Hello(body)
+    if kind == _KINDS[Fetch]:
+        unsigned, mac = _split(body)
+        transfer_id, *edges = _FETCH.unpack(unsigned)
+        return Fetch(transfer_id, _range(edges[:2]), _range(edges[2:]), mac)
+    if kind == _KINDS[Shard]:
+        unsigned, mac = _split(body)
+        *edges, tokens, head_dim, dtype, size, checksum = _SHARD.unpack(unsigned)
+        return Shard(_range(edges[:2]), _range(edges[2:]), tokens, head_dim, dtype, size, checksum, mac)
+    if kind == _KINDS[Release]:
+        unsigned, mac = _split(body)
+        if len(unsigned) != TRANSFER_ID_BYTES:
+            raise WireError(f"a transfer id has {TRANSFER_ID_BYTES} bytes, not {len(unsigned)}")
+        return Release(unsigned, mac)
+    if kind == _KINDS[Released]:
+        if body:
+            raise WireError("a frame without contents has some")
+        return Released()
+    # of a peer that may lie: no control characters into our logs
+    return Refused("".join(c if c.isprintable() else "?" for c in body.decode(errors="replace")))
+
+
+def _body(message: Message) -> bytes:
+    if isinstance(message, Hello):
+        return message.nonce
+    if isinstance(message, Released):
+        return b""
+    if isinstance(message, Refused):
+        return message.reason.encode(errors="replace")[:_MOST_REASON]
+    return _unsigned(message) + message.mac
+
+
+def _unsigned(message: Fetch | Shard | Release) -> bytes:
+    if isinstance(message, Release):
+        return message.transfer_id
+    edges = (message.layers.start, message.layers.stop, message.heads.start, message.heads.stop)
+    if isinstance(message, Fetch):
+        return _FETCH.pack(message.transfer_id, *edges)
+    numbers = (message.tokens, message.head_dim, message.dtype, message.size, message.checksum)
+    return _SHARD.pack(*edges, *numbers)
+
+
+def _mac(message: Fetch | Shard | Release, secret: bytes, nonce: bytes) -> bytes:
+    return hmac.digest(secret, nonce + bytes([_KINDS[type(message)]]) + _unsigned(message), "sha256")
+
+
+def _split(body: bytes) -> tuple[bytes, bytes]:
+    if len(body) < _MAC_BYTES:
+        raise WireError(f"a signed frame has only {len(body)} bytes")
+    return body[:-_MAC_BYTES], body[-_MAC_BYTES:]
+
+
+def _range(edges: list[int]) -> range:
+    start, stop = edges
+    if start >= stop:
+        raise WireError(f"{start} to {stop} is nothing")
+    return range(start, stop)

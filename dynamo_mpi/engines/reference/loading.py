@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds all parts of one rank's engine: communicators, weights, KV cache, and what hands KV over. Collective."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from dynamo_mpi.engines.protocol import EngineLimits
+from dynamo_mpi.engines.reference.agreement import Agreement, AloneAgreement, MpiAgreement
+from dynamo_mpi.engines.reference.collectives import Collectives, MpiCollectives, SingleRank
+from dynamo_mpi.engines.reference.config import ReferenceConfig, find_model_gguf
+from dynamo_mpi.engines.reference.kv_address import kv_address
+from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
+from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder
+from dynamo_mpi.engines.reference.kv_orders import Order
+from dynamo_mpi.engines.reference.kv_rank import RankHandoff
+from dynamo_mpi.engines.reference.kv_server import KvServer
+from dynamo_mpi.engines.reference.kv_shards import Holding
+from dynamo_mpi.engines.reference.kv_store import KvStore
+from dynamo_mpi.engines.reference.pipeline import MpiPipeline, Pipeline, SingleStage, stage_of
+from dynamo_mpi.engines.reference.scheduler import Scheduler
+from dynamo_mpi.engines.reference.shape import LlamaShape, share_of
+from dynamo_mpi.engines.reference.step_channel import StepChannel
+from dynamo_mpi.engines.reference.transformer import Transformer
+from dynamo_mpi.engines.reference.weights import load_weights
+from dynamo_mpi.errors import EngineError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_FINGERPRINT_BYTES = 1 << 20
+_FINGERPRINT_DIGITS = 32
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One rank's engine. ``channel`` is None in a world of one rank, ``lead`` on all ranks but 0."""
+
+    transformer: Transformer
+    scheduler: Scheduler
+    channel: StepChannel | None
+    limits: EngineLimits
+    vocab_size: int
+    handoff: RankHandoff
+    lead: LeadHandoff | None
+
+
+def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> Loaded:
+    """Read this rank's share of the weights and lay out its KV cache. Collective.
+
+    Raises:
+        ModelError: the model can't be read, or is not one this engine computes.
+        LayoutError: the model can't be split like this.
+        DataError: ``max_seq_len`` is beyond the model's context.
+        UsageError: this host has no address for KV as it was asked for.
+        EngineError: the memory is too small, or KV can't be served.
+    """
+    # First of all: a rank that failed below would leave the others waiting in these.
+    comm = None if communicator is None or communicator.Get_size() == 1 else communicator.Dup()
+    stage = _stage_of(comm, config, rank)
+    agreement: Agreement = AloneAgreement() if comm is None else MpiAgreement(comm)
+    serving = _Serving(config, agreement) if config.serves_kv else None
+    path = find_model_gguf(config.model_dir)
+    try:
+        weights = load_weights(path, rank, config.tp_size, config.pp_size)
+        context = config.context_length(weights.shape.max_position_embeddings)
+        pipeline: Pipeline = (
+            SingleStage() if comm is None or stage is comm else MpiPipeline(comm, config.tp_size, weights.stage)
+        )
+        collectives: Collectives = SingleRank() if stage is None or config.tp_size == 1 else MpiCollectives(stage)
+        transformer = Transformer(weights, collectives, pipeline, config.tp_size, config.max_batch_size, context)
+    except MemoryError as error:
+        raise EngineError(
+            f"the memory is too small for the model and a KV cache of {config.max_batch_size} sequences",
+            needed="room for this rank's weights and KV cache",
+            fix="lower max_batch_size or max_seq_len in the engine config, or use more ranks",
+        ) from error
+    channel = None if comm is None else StepChannel(comm)
+    if serving is not None:
+        # as much again as the KV cache itself
+        serving.store.most_tokens = config.max_batch_size * context
+    handoff = RankHandoff(
+        rank,
+        Holding(weights.stage.layers, weights.share.kv_heads),
+        transformer.cache,
+        agreement,
+        config.kv_pull_seconds,
+        None if serving is None else serving.store,
+        None if serving is None else serving.server,
+    )
+    return Loaded(
+        transformer=transformer,
+        scheduler=Scheduler(config.max_batch_size, config.max_num_tokens, context),
+        channel=channel,
+        limits=EngineLimits(
+            context_length=context,
+            max_batch_size=config.max_batch_size,
+            max_num_tokens=config.max_num_tokens,
+            kv_block_size=config.kv_block_size,
+            total_kv_blocks=config.max_batch_size * -(-context // config.kv_block_size),
+        ),
+        vocab_size=weights.shape.vocab_size,
+        handoff=handoff,
+        lead=_lead(config, path, weights.shape, channel, handoff, serving) if rank == 0 else None,
+    )
+
+
+class _Serving:
+    """A prefill rank's store and server. Collective: all ranks hear of all addresses before one that can't serve raises.
+
+    Raises:
+        UsageError: this host has no such address.
+        EngineError: it can't be listened on.
+    """
+
+    def __init__(self, config: ReferenceConfig, agreement: Agreement) -> None:
+        self.store = KvStore(0, config.kv_keep_seconds)
+        place = ""
+        try:
+            self.server = KvServer(self.store, kv_address(config.kv_network))
+            host, port = self.server.address
+            place = f"{host}:{port}"
+        except OSError as error:
+            raise EngineError(
+                f"KV can't be served: {error}",
+                needed="an address of this host that can be listened on",
+                fix="set --kv-network / DYN_MPI_KV_NETWORK to an interface or network of every rank's host",
+            ) from None
+        finally:
+            self.places = agreement.texts(place)
+
+
+def _lead(
+    config: ReferenceConfig,
+    path: Path,
+    shape: LlamaShape,
+    channel: StepChannel | None,
+    handoff: RankHandoff,
+    serving: _Serving | None,
+) -> LeadHandoff:
+    holders = []
+    for rank, place in enumerate([] if serving is None else serving.places):
+        host, _, port = place.rpartition(":")
+        layers = stage_of(shape.num_hidden_layers, rank, config.tp_size, config.pp_size).layers
+        heads = share_of(shape, rank % config.tp_size, config.tp_size).kv_heads
+        # a rank without a port has failed: this engine will never start
+        holders.append(Holder(host, int(port or 0), Holding(layers, heads)))
+    layout = CacheLayout(
+        model=model_fingerprint(path),
+        layers=shape.num_hidden_layers,
+        kv_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        block_size=config.kv_block_size,
+    )
+
+    def order(order: Order) -> None:
+        if channel is not None:
+            channel.send_order(order)
+
+    return LeadHandoff(order, handoff, layout, tuple(holders), (config.tp_size, config.pp_size), config.kv_pull_seconds)
+
+
+def model_fingerprint(path: Path) -> str:
+    """Return what tells one model file from another: a hash of its size, its beginning and its end.
+
+    The beginning holds all metadata and the shapes; reading all of a large file would cost every start.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_FINGERPRINT_BYTES))
+        file.seek(max(0, size - _FINGERPRINT_BYTES), os.SEEK_SET)
+        digest.update(file.read(_FINGERPRINT_BYTES))
+    return digest.hexdigest()[:_FINGERPRINT_DIGITS]
+
+
+def _stage_of(comm: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> MPI.Intracomm | None:
+    """Return the communicator of this rank's stage, ``comm`` itself where there is only one. Collective."""
+    if comm is None or config.pp_size == 1:
+        return comm
+    return cast("MPI.Intracomm", comm.Split(rank // config.tp_size, rank))

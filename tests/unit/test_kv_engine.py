@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two engines of one rank each, one after the other on a prompt: the tokens are those of one engine alone."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Sampling
+from dynamo_mpi.engines.reference.engine import ReferenceEngine
+from dynamo_mpi.errors import EngineError, UsageError
+from tests.unit.test_reference_engine import GOLDEN, PROMPT, Receiver, build
+
+SIZES = {"max_batch_size": 3, "max_num_tokens": 16, "max_seq_len": 160}
+
+
+@pytest.fixture(scope="module")
+def prefill(model_dir: Path) -> Iterator[ReferenceEngine]:
+    engine = build(model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1", kv_keep_seconds=3.0)
+    engine.start()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def decode(model_dir: Path) -> Iterator[ReferenceEngine]:
+    engine = build(model_dir, **SIZES, kv_pull_seconds=1.0)
+    engine.start()
+    yield engine
+    engine.close()
+
+
+def offer_of(prefill: ReferenceEngine, prompt: tuple[int, ...] = PROMPT, **settings: Any) -> dict[str, Any]:
+    receiver = Receiver()
+    prefill.submit(GenerationRequest("p", prompt, 1, offer_kv=True, **settings), receiver)
+    chunk = receiver.done().chunks[-1]
+    assert chunk.kv_offer is not None, chunk
+    return dict(chunk.kv_offer)
+
+
+def go_on(decode: ReferenceEngine, offer: dict[str, Any], name: str = "d", **settings: Any) -> Receiver:
+    receiver = Receiver()
+    decode.submit(GenerationRequest(name, settings.pop("prompt", PROMPT), kv_offer=offer, **settings), receiver)
+    return receiver
+
+
+def kept(prefill: ReferenceEngine) -> int:
+    assert prefill._loaded is not None
+    store = prefill._loaded.handoff._store
+    assert store is not None
+    return len(store)
+
+
+def wipe(decode: ReferenceEngine) -> None:
+    """So that what an earlier request left in a slot can't pass for what was handed over."""
+    assert decode._loaded is not None
+    decode._loaded.transformer.cache.keys[:] = 1000
+    decode._loaded.transformer.cache.values[:] = 1000
+
+
+@pytest.fixture(autouse=True)
+def empty(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+    end = time.monotonic() + 6
+    while kept(prefill) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert kept(prefill) == 0
+    wipe(decode)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_tokens_are_those_of_one_engine(prefill: ReferenceEngine, decode: ReferenceEngine, number: int) -> None:
+    prompt = tuple(GOLDEN[number]["prompt_token_ids"])
+
+    receiver = go_on(decode, offer_of(prefill, prompt), prompt=prompt, max_tokens=24).done()
+
+    assert receiver.tokens == GOLDEN[number]["token_ids"][:24]
+    assert receiver.ends == ["length"]
+
+
+def test_many_at_once_more_than_there_are_slots(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+    offers = [offer_of(prefill) for _ in range(5)]
+
+    receivers = [go_on(decode, offer, f"d{number}", max_tokens=8) for number, offer in enumerate(offers)]
+
+    assert [receiver.done().tokens for receiver in receivers] == [GOLDEN[0]["token_ids"][:8]] * 5
+
+
+def test_what_was_fetched_is_released(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+    offer = offer_of(prefill)
+    assert kept(prefill) == 1
+
+    go_on(decode, offer, max_tokens=2).done()
+
+    end = time.monotonic() + 2
+    while kept(prefill) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert kept(prefill) == 0
+    again = go_on(decode, offer, max_tokens=2).done()
+    assert again.ends == ["error"]
+    assert "no such transfer" in str(again.chunks[-1].error)
+
+
+def test_what_nobody_fetches_expires(prefill: ReferenceEngine) -> None:
+    offer_of(prefill)
+    time.sleep(3.1)
+    assert kept(prefill) == 0
+
+
+def test_a_seed_gives_the_tokens_of_one_engine(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+    sampling = Sampling(temperature=0.9, seed=7)
+    alone = Receiver()
+    decode.submit(GenerationRequest("alone", PROMPT, 16, sampling=sampling), alone)
+
+    receiver = go_on(decode, offer_of(prefill, sampling=sampling), max_tokens=16, sampling=sampling).done()
+
+    assert receiver.tokens == alone.done().tokens
+
+
+def test_the_first_token_may_be_the_last(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+    first = GOLDEN[0]["token_ids"][0]
+
+    assert go_on(decode, offer_of(prefill), max_tokens=1).done().ends == ["length"]
+    stopped = go_on(decode, offer_of(prefill), stop_token_ids=frozenset({first})).done()
+    assert (stopped.tokens, stopped.ends) == ([first], ["stop"])
+
+
+def test_a_peer_that_says_nothing_ends_this_request_alone(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+    offer = offer_of(prefill)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        slow = {**offer, "ranks": [{**offer["ranks"][0], "port": silent.getsockname()[1]}]}
+        beside = Receiver()
+        began = time.monotonic()
+        hopeless = go_on(decode, slow, "hopeless")
+        decode.submit(GenerationRequest("beside", PROMPT, 12), beside)
+        assert beside.done().tokens == GOLDEN[0]["token_ids"][:12]
+        assert hopeless.chunks == [] or time.monotonic() - began > 0.9
+        assert hopeless.done().ends == ["error"]
+        assert time.monotonic() - began < 5
+    assert "timed out" in str(hopeless.chunks[-1].error)
+    assert go_on(decode, offer, max_tokens=4).done().tokens == GOLDEN[0]["token_ids"][:4]
+
+
+def test_a_request_that_waits_for_its_kv_can_be_cancelled(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+    offer = offer_of(prefill)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        slow = {**offer, "ranks": [{**offer["ranks"][0], "port": silent.getsockname()[1]}]}
+        began = time.monotonic()
+        hopeless = go_on(decode, slow, "hopeless")
+        time.sleep(0.1)
+        decode.cancel("hopeless")
+        assert hopeless.done().ends == ["cancelled"]
+        assert time.monotonic() - began < 0.9
+    assert go_on(decode, offer, max_tokens=4).done().tokens == GOLDEN[0]["token_ids"][:4]
+
+
+@pytest.mark.parametrize(
+    "change", [{"model": "other"}, {"kv_heads": 9}, {"prompt_digest": "x"}, {"kind": "nixl"}, {"ranks": []}]
+)
+def test_an_offer_that_does_not_fit_is_refused_at_once(
+    prefill: ReferenceEngine, decode: ReferenceEngine, change: dict[str, Any]
+) -> None:
+    with pytest.raises(EngineError):
+        go_on(decode, offer_of(prefill) | change)
+
+
+def test_heads_that_nobody_holds_are_an_error(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+    offer = offer_of(prefill)
+
+    receiver = go_on(decode, {**offer, "ranks": [{**offer["ranks"][0], "kv_heads": [0, 2]}]}).done()
+
+    assert "no rank holds KV head 2" in str(receiver.chunks[-1].error)
+
+
+def test_a_full_store_is_an_error_of_the_request(prefill: ReferenceEngine) -> None:
+    long = PROMPT * 20
+    prompt = long[:150]
+    for _ in range(3):
+        offer_of(prefill, prompt)
+    receiver = Receiver()
+    prefill.submit(GenerationRequest("p", prompt, 1, offer_kv=True), receiver)
+
+    assert receiver.done().ends == ["error"]
+    assert "waits for decode workers" in str(receiver.chunks[-1].error)
+
+
+def test_only_a_prefill_engine_makes_offers(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+    with pytest.raises(EngineError, match="serves no KV"):
+        decode.submit(GenerationRequest("p", PROMPT, 1, offer_kv=True), Receiver())
+    with pytest.raises(RequestError, match="after its first token"):
+        prefill.submit(GenerationRequest("p", PROMPT, 2, offer_kv=True), Receiver())
+
+
+def test_a_prefill_engine_that_ends_waits_for_what_it_has_offered(model_dir: Path, decode: ReferenceEngine) -> None:
+    ending = build(model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1")
+    ending.start()
+    offer = offer_of(ending)
+    closing = threading.Thread(target=ending.close)
+    closing.start()
+    time.sleep(0.2)
+    assert closing.is_alive()
+
+    assert go_on(decode, offer, max_tokens=4).done().tokens == GOLDEN[0]["token_ids"][:4]
+    closing.join(2)
+    assert not closing.is_alive()
+
+
+def test_an_address_that_this_host_lacks_is_refused(model_dir: Path) -> None:
+    with pytest.raises(UsageError, match=r"no IPv4 address by ib77; it has .*lo 127\.0\.0\.1"):
+        build(model_dir, serves_kv=True, kv_network="ib77")
+
+
+def test_a_prefill_engine_that_is_gone_is_an_error(model_dir: Path, decode: ReferenceEngine) -> None:
+    gone = build(model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1")
+    gone.start()
+    offer = offer_of(gone)
+    gone.close()
+    began = time.monotonic()
+
+    receiver = go_on(decode, offer).done()
+
+    assert "refused" in str(receiver.chunks[-1].error).lower()
+    assert time.monotonic() - began < 1

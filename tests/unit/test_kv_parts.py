@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small parts of the KV hand-off: orders on the wire, this host's addresses, what a role makes of a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
+from dynamo_mpi.engines.reference.agreement import AloneAgreement
+from dynamo_mpi.engines.reference.kv_address import interface_addresses, kv_address
+from dynamo_mpi.engines.reference.kv_orders import (
+    Abandon,
+    Drop,
+    Keep,
+    Order,
+    Poll,
+    Pull,
+    decode_order,
+    encode_order,
+)
+from dynamo_mpi.errors import EngineError, UsageError
+from dynamo_mpi.serving.requests import for_role, to_generation_request, to_response
+from dynamo_mpi.serving.service import health_payload
+
+NUMBERS = st.integers(0, 2**40)
+IDS = st.binary(min_size=16, max_size=16)
+ORDERS: st.SearchStrategy[Order] = st.one_of(
+    st.builds(Keep, NUMBERS, NUMBERS, IDS, st.binary(min_size=32, max_size=32)),
+    st.builds(Drop, IDS),
+    st.builds(Pull, NUMBERS, NUMBERS, st.binary(max_size=200)),
+    st.builds(Poll, st.lists(NUMBERS, max_size=9).map(tuple)),
+    st.builds(Abandon, NUMBERS),
+)
+REQUEST = GenerationRequest("r", (1, 2), max_tokens=9, min_tokens=3)
+RAW: dict[str, Any] = {"token_ids": [1, 2], "stop_conditions": {"max_tokens": 9, "min_tokens": 3}}
+
+
+@given(ORDERS)
+def test_an_order_survives_the_wire(order: Order) -> None:
+    assert decode_order(encode_order(order)) == order
+
+
+@pytest.mark.parametrize("words", [[9], [1, 0, 0, 7], [2], [3, 0, 0, 50, 1]])
+def test_other_words_are_no_order(words: list[int]) -> None:
+    with pytest.raises(ValueError, match="order"):
+        decode_order(np.array(words, np.int64))
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    assert AloneAgreement().lowest([2, 0, 1]) == [2, 0, 1]
+    assert AloneAgreement().texts("why") == ["why"]
+
+
+def test_an_address_by_interface_network_or_itself() -> None:
+    assert interface_addresses()["lo"] == "127.0.0.1"
+    assert {kv_address(choice) for choice in ("lo", "127.0.0.0/8", "127.0.0.1")} == {"127.0.0.1"}
+    assert kv_address(None).count(".") == 3
+
+
+@pytest.mark.parametrize("choice", ["ib77", "203.0.113.0/24", "203.0.113.7", "::1", "fast lane"])
+def test_an_address_that_this_host_lacks(choice: str) -> None:
+    with pytest.raises(UsageError, match="no IPv4 address"):
+        kv_address(choice)
+
+
+def test_prefill_makes_one_token_and_offers_its_kv() -> None:
+    generation = for_role(to_generation_request("r", RAW), RAW, "prefill")
+
+    assert (generation.max_tokens, generation.min_tokens, generation.offer_kv) == (1, 1, True)
+
+
+def test_decode_goes_on_from_what_prefill_has_offered() -> None:
+    raw = {**RAW, "prefill_result": {"disaggregated_params": {"kind": "x"}, "prompt_tokens_details": None}}
+
+    generation = for_role(to_generation_request("r", raw), raw, "decode")
+
+    assert (generation.max_tokens, generation.min_tokens, generation.kv_offer) == (9, 3, {"kind": "x"})
+
+
+@pytest.mark.parametrize("result", [None, [], {}, {"disaggregated_params": None}, {"disaggregated_params": "x"}])
+def test_decode_serves_nothing_that_prefill_has_not_seen(result: object) -> None:
+    with pytest.raises(EngineError, match="no prefill worker has seen"):
+        for_role(REQUEST, {**RAW, "prefill_result": result}, "decode")
+
+
+@pytest.mark.parametrize("role", ["agg", "prefill", "decode"])
+def test_health_checks_are_served_whole_by_every_role(role: str) -> None:
+    payload = health_payload(7)
+    generation = to_generation_request("h", payload)
+
+    assert for_role(generation, payload, role) == generation
+
+
+def test_an_offer_reaches_dynamo_as_disaggregated_params() -> None:
+    response = to_response(TokenChunk((5,), "length", kv_offer={"kind": "x"}), 2, 1)
+
+    assert response["disaggregated_params"] == {"kind": "x"}
+    assert "disaggregated_params" not in to_response(TokenChunk((5,), "length"), 2, 1)
