@@ -40,7 +40,7 @@ REFUSALS = {
     "logprobs": "NotImplementedError: the stand-in has no logprobs",
     "two answers": "NotImplementedError: the stand-in has no n",
     "a penalty": "NotImplementedError: the stand-in has no presence_penalty",
-    "prefill": "NotImplementedError: the stand-in has no disaggregated roles",
+    "prefill": "NotImplementedError: the stand-in is loaded for role agg",
     "request type": "ValueError: Unknown request type: other",
     "too long": "RequestError: The prompt length (5000) should not exceed",
     "served": "2 length",

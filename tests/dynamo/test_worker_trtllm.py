@@ -181,6 +181,21 @@ def test_a_role_of_a_pair_is_proven_without_its_peer(role: str, start: Start, et
     assert worker.wait() == 0, worker.text()
 
 
+def test_a_pair_answers_as_one_worker_does(start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path) -> None:
+    transceiver = ("--trtllm.cache_transceiver_config.backend", "DEFAULT")
+    prefill = start("--role", "prefill", *transceiver, STANDIN_TRTLLM_ROLE="prefill")
+    prefill.ready()
+    decode = start("--role", "decode", *transceiver, ranks=1, STANDIN_TRTLLM_ROLE="decode")
+    decode.ready()
+    with running_frontend(tmp_path, etcd) as frontend:
+        eventually(lambda: model_dir.name in frontend.models(), "the model is listed")
+        choice = ask(frontend.port, model_dir.name, "What is the capital of France?")
+        assert choice["message"]["content"] == "The capital of France is Paris."
+    for worker in (prefill, decode):
+        os.kill(worker.rank_zero(), signal.SIGTERM)
+        assert worker.wait() == 0, worker.text()
+
+
 def test_a_world_of_one_rank(start: Start) -> None:
     worker = start(ranks=1)
     worker.ready()

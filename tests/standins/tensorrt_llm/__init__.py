@@ -11,6 +11,9 @@ Environment, beside TensorRT-LLM's own ``TRT_LLM_NO_LIB_INIT`` and ``TLLM_SPAWN_
     What ``__version__`` says, default 1.3.0rc22 (package metadata always says that). From 1.4.0rc0 on a worker's error
     reaches the proxy (``RemoteWorkerDeath``), a session of another size is refused, and the pool over COMM_WORLD outlives
     its session. Before, the proxy waits for ever.
+``STANDIN_TRTLLM_ROLE``
+    ``agg`` by default. The real engine hands KV over and fetches it alike; the reference engine is loaded for one of the two: ``prefill`` or
+    ``decode``.
 ``STANDIN_TRTLLM_FAULT``
     One of ``raise:RANK`` (RuntimeError while that rank loads), ``leave:RANK`` (that rank, not 0, writes down an error and returns, as
     the real worker does when its engine can't be built), ``hang:RANK`` (it never comes back from loading),

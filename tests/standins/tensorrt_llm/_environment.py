@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+ROLE = os.environ.get("STANDIN_TRTLLM_ROLE", "agg")
 VERSION = os.environ.get("STANDIN_TRTLLM_VERSION", "1.3.0rc22")
 _FAULTS = {"raise": int, "leave": int, "hang": int, "die": int, "slow": float, "lose-lease": float, "unhealthy": float}
 

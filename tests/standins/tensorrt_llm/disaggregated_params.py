@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a request is shared between prefill and decode. Only requests that one worker serves alone run here."""
+"""How a request is shared between prefill and decode: what the reference engine calls an offer of KV travels as the opaque state."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tensorrt_llm._environment import ROLE
+
+if TYPE_CHECKING:
+    from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 
 _REQUEST_TYPES = ("context_only", "generation_only", "context_and_generation")
 
@@ -28,7 +34,26 @@ class DisaggregatedParams:
             raise ValueError(f"Unknown request type: {self.request_type}. Must be one of {', '.join(_REQUEST_TYPES)}")
 
 
-def refuse_roles(params: DisaggregatedParams | None) -> None:
-    """Return if one worker serves the request alone."""
-    if params is not None and params.request_type not in (None, "context_and_generation"):
-        raise NotImplementedError(f"the stand-in has no disaggregated roles: request_type is {params.request_type}")
+def for_role(request: GenerationRequest, params: DisaggregatedParams | None) -> GenerationRequest:
+    """Return this worker's part of a request.
+
+    Raises:
+        NotImplementedError: the reference engine was not loaded for that part.
+    """
+    if params is None or params.request_type in (None, "context_and_generation"):
+        return request
+    if (params.request_type, ROLE) == ("context_only", "prefill"):
+        return replace(request, max_tokens=1, offer_kv=True)
+    if (params.request_type, ROLE) == ("generation_only", "decode") and params.opaque_state is not None:
+        return replace(request, kv_offer=json.loads(params.opaque_state))
+    raise NotImplementedError(f"the stand-in is loaded for role {ROLE}: request_type is {params.request_type}")
+
+
+def offered(
+    chunk: TokenChunk, request_id: int, token_ids: list[int], asked: DisaggregatedParams | None
+) -> DisaggregatedParams | None:
+    """Return what decode has to know of a prompt that this worker has prefilled; None where it has not been asked to."""
+    if chunk.kv_offer is None or asked is None:
+        return None
+    state = json.dumps(dict(chunk.kv_offer)).encode()
+    return replace(asked, ctx_request_id=request_id, first_gen_tokens=list(token_ids), opaque_state=state)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
+from tensorrt_llm.disaggregated_params import DisaggregatedParams, offered
 
 from .utils import RequestError
 
@@ -45,7 +46,12 @@ class GenerationResult:
     """
 
     def __init__(
-        self, request: GenerationRequest, streaming: bool, keep_stop: bool, cancel: Callable[[str], None]
+        self,
+        request: GenerationRequest,
+        streaming: bool,
+        keep_stop: bool,
+        cancel: Callable[[str], None],
+        asked: DisaggregatedParams | None = None,
     ) -> None:
         self.request_id = int(request.request_id)
         self.prompt: str | None = None
@@ -55,6 +61,7 @@ class GenerationResult:
         self.error: str | None = None
         self.context_logits: Any = None
         self.disaggregated_params: Any = None
+        self._asked = asked
         self.cached_tokens = 0
         self.metrics_dict: dict[str, Any] = {}
         self._stops = request.stop_token_ids
@@ -90,6 +97,7 @@ class GenerationResult:
             if not self._keep_stop:
                 new.pop()
         output.token_ids = output.token_ids + new
+        output.disaggregated_params = offered(chunk, self.request_id, output.token_ids, self._asked)
         output.finish_reason = chunk.finish_reason
         self.finished = chunk.finish_reason is not None
         if chunk.finish_reason == "error":

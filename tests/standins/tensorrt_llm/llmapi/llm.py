@@ -14,8 +14,8 @@ from typing import Any
 
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.spec import EngineSpec
-from tensorrt_llm._environment import VERSION, fault, reports_worker_death
-from tensorrt_llm.disaggregated_params import DisaggregatedParams, refuse_roles
+from tensorrt_llm._environment import ROLE, VERSION, fault, reports_worker_death
+from tensorrt_llm.disaggregated_params import DisaggregatedParams, for_role
 from tensorrt_llm.executor.proxy import GenerationExecutor, GenerationExecutorProxy, GenerationExecutorWorker
 from tensorrt_llm.executor.result import GenerationResult
 from tensorrt_llm.executor.utils import RequestError, create_mpi_comm_session
@@ -99,10 +99,11 @@ class BaseLLM:
             raise NotImplementedError(f"the stand-in has no attention DP rank {scheduling_params.attention_dp_rank}")
         if not 0 <= priority <= 1:
             raise ValueError(f"priority must be between 0 and 1, got {priority}")
-        refuse_roles(disaggregated_params)
         sampling = sampling_params or SamplingParams()
-        request = self._fit(sampling.to_request(next(self._request_ids), inputs, self._end_ids))
-        result = GenerationResult(request, streaming, sampling.include_stop_str_in_output, self._executor.cancel)
+        whole = self._fit(sampling.to_request(next(self._request_ids), inputs, self._end_ids))
+        request = for_role(whole, disaggregated_params)
+        keep_stop = sampling.include_stop_str_in_output
+        result = GenerationResult(request, streaming, keep_stop, self._executor.cancel, disaggregated_params)
 
         def receive(chunk: TokenChunk) -> None:
             self._steps += 1
@@ -192,6 +193,7 @@ def _engine_spec(args: BaseLlmArgs) -> EngineSpec:
         max_num_tokens=args.max_num_tokens,
         max_seq_len=args.max_seq_len,
         tokens_per_block=args.kv_cache_config.tokens_per_block,
+        role=ROLE,
     )
 
 
