@@ -27,15 +27,6 @@ Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    """An etcd of this test's own."""
-    server = EtcdServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
     """Start workers by role; what is left of them is killed."""
     workers: list[RunningWorker] = []

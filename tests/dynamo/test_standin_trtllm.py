@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +50,6 @@ def standin_environment(**variables: str) -> dict[str, str]:
     """Return an environment in which ``import tensorrt_llm`` finds the stand-in."""
     paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
     return mpi_environment({"PYTHONPATH": os.pathsep.join(filter(None, paths)), **variables})
-
-
-@pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    """An etcd of this test's own."""
-    server = EtcdServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
 
 
 class LaunchedLlm:

@@ -22,15 +22,6 @@ Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    """An etcd of this test's own."""
-    server = EtcdServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
     """Start workers; what is left of them is killed."""
     workers: list[RunningWorker] = []

@@ -34,15 +34,6 @@ Start = Callable[..., RunningWorker]
 
 
 @pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    """An etcd of this test's own."""
-    server = EtcdServer(tmp_path)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
 def temporary(tmp_path: Path) -> Path:
     """The worker's temporary folder. Short: a unix socket's name holds 107 bytes."""
     folder = Path(tempfile.mkdtemp(prefix="t-"))
