@@ -23,6 +23,8 @@ VERBS = {
     "check": "will TensorRT-LLM take this model in this layout? without a GPU, before anything is loaded",
     "plan": "all legal layouts of a model on some GPUs, best first",
     "local": "run the whole stack on this machine: etcd, NATS, the Dynamo frontend and one worker",
+    "down": "end a deployment that launch started",
+    "launch": "launch a deployment over several nodes: Slurm job steps, or mpirun with a hostfile",
 }
 
 
@@ -64,12 +66,16 @@ def _run(words: list[str]) -> int:
     module = importlib.import_module(f"dynamo_mpi.cli.{chosen.verb}")
     verb_parser = Parser(prog=f"{PROGRAM} {chosen.verb}", description=module.__doc__)
     module.add_arguments(verb_parser)
-    rest, dynamic = words[1:], list[str]()
+    rest, dynamic, further = words[1:], list[str](), list[str]()
+    if getattr(module, "TAKES_FURTHER_WORDS", False) and "--" in rest:
+        at = rest.index("--")
+        rest, further = rest[:at], rest[at + 1 :]
     if getattr(module, "TAKES_DYNAMIC_FLAGS", False):
         from dynamo_mpi.parallelism.engine_layers import split_dynamic_flags
 
         rest, dynamic = split_dynamic_flags(rest)
-    code: int = module.run(verb_parser.parse_args(rest, argparse.Namespace(dynamic_flags=tuple(dynamic))))
+    defaults = argparse.Namespace(dynamic_flags=tuple(dynamic), further_words=tuple(further))
+    code: int = module.run(verb_parser.parse_args(rest, defaults))
     return code
 
 

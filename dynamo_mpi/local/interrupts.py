@@ -12,7 +12,7 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -26,13 +26,19 @@ class Interrupted(Exception):
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
         self.exit_code = of_signal(number)
 
 
 class Interrupts:
-    """Takes note of signals while it is entered. For the main thread only."""
+    """Takes note of signals while it is entered. For the main thread only.
 
-    def __init__(self) -> None:
+    Args:
+        signals: those that mean an end.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
+        self._signals = signals
         self.first: int | None = None
         self.count = 0
         self._saved: dict[int, Any] = {}
@@ -41,7 +47,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        for number in SIGNALS:
+        for number in self._signals:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs, stay as they are
                 self._saved[number] = signal.signal(number, self._note)
         return self

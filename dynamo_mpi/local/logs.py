@@ -23,10 +23,20 @@ def last_lines(log: Path, count: int) -> list[str]:
 
 
 class Follower:
-    """Copies what is appended to the logs of a folder to a stream, each line with its log's name before it."""
+    """Copies what is appended to the logs of a folder to a stream, each line with its log's name before it.
 
-    def __init__(self, folder: Path, pattern: str, stream: TextIO, *, period_seconds: float = 0.1) -> None:
-        self._folder, self._pattern, self._stream = folder, pattern, stream
+    Args:
+        folder: of the logs.
+        pattern: their names.
+        stream: where lines go.
+        only: lines without this text are left out.
+        period_seconds: between two looks.
+    """
+
+    def __init__(
+        self, folder: Path, pattern: str, stream: TextIO, *, only: str = "", period_seconds: float = 0.1
+    ) -> None:
+        self._folder, self._pattern, self._stream, self._only = folder, pattern, stream, only
         self._period = period_seconds
         self._offsets: dict[Path, int] = {}
         self._end = threading.Event()
@@ -55,5 +65,6 @@ class Follower:
             end = len(new) if whole else new.rfind(b"\n") + 1
             self._offsets[log] = self._offsets.get(log, 0) + end
             for line in new[:end].decode(errors="replace").splitlines():
-                self._stream.write(f"[{log.stem}] {line}\n")
+                if self._only in line:
+                    self._stream.write(f"[{log.stem}] {line}\n")
         self._stream.flush()

@@ -28,11 +28,27 @@ class Child:
     log: Path
 
     @classmethod
-    def start(cls, name: str, command: Sequence[str], *, environment: Mapping[str, str], log: Path) -> Child:
-        """Start a part. Call it from the main thread: the tether reacts to the end of the starting *thread*."""
+    def start(
+        cls,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log: Path,
+        end_with: signal.Signals = signal.SIGKILL,
+    ) -> Child:
+        """Start a part. Call it from the main thread: the tether reacts to the end of the starting *thread*.
+
+        Args:
+            name: of the part.
+            command: its command line.
+            environment: the whole of it.
+            log: where its output goes.
+            end_with: what it gets when we end without having ended it: a launcher needs one that lets it end its ranks.
+        """
         with log.open("ab") as output:
             process = subprocess.Popen(
-                tethered(command, parent=os.getpid()),
+                tethered(command, parent=os.getpid(), end_with=end_with),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

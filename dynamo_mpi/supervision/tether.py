@@ -21,15 +21,16 @@ PR_SET_PDEATHSIG = 1
 RANK_VARIABLES = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
-def die_with_parent(expected_parent: int | None) -> None:
-    """Have the kernel kill this process when its parent ends.
+def die_with_parent(expected_parent: int | None, number: int = signal.SIGKILL) -> None:
+    """Have the kernel end this process when its parent ends.
 
     Args:
         expected_parent: leave at once if this is not the parent (any more). None for a rank, whose parent is some
             process of the launcher; of that we only know that it isn't init.
+        number: the signal it gets then.
     """
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+    if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     # The parent may have ended before prctl took effect; no signal comes then.
     parent = os.getppid()
@@ -51,10 +52,11 @@ def write_to_rank_log(folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int)
+    parser.add_argument("--signal", type=int, default=signal.SIGKILL)
     parser.add_argument("--rank-logs")
     parser.add_argument("command", nargs="+")
     arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
+    die_with_parent(arguments.parent, arguments.signal)
     if arguments.rank_logs:
         write_to_rank_log(arguments.rank_logs)
     try:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,17 +14,26 @@ if TYPE_CHECKING:
 _TETHER = Path(__file__).with_name("tether.py")
 
 
-def tethered(command: Sequence[str], *, parent: int | None = None, rank_logs: Path | None = None) -> tuple[str, ...]:
-    """Return the command line that runs ``command`` so that it is killed when its parent ends.
+def tethered(
+    command: Sequence[str],
+    *,
+    parent: int | None = None,
+    rank_logs: Path | None = None,
+    end_with: signal.Signals = signal.SIGKILL,
+) -> tuple[str, ...]:
+    """Return the command line that runs ``command`` so that it is ended when its parent ends.
 
     Args:
         command: what to run.
         parent: the parent's process id where it is known beforehand; closes a race at the start.
         rank_logs: folder for one log per MPI rank.
+        end_with: the signal that ends it then.
     """
     words = [sys.executable, "-I", "-S", str(_TETHER)]
     if parent is not None:
         words += ["--parent", str(parent)]
+    if end_with is not signal.SIGKILL:
+        words += ["--signal", str(int(end_with))]
     if rank_logs is not None:
         words += ["--rank-logs", str(rank_logs)]
     return (*words, "--", *command)

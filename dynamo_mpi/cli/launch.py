@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch a whole deployment: etcd, NATS and Dynamo's frontend on the head node, and prefill and decode (or aggregated) workers.
+
+Inside a Slurm allocation each part is a job step of its own, on nodes of its own; with --hostfile it is mpirun's. Words after ``--`` go to
+every worker. It runs until Ctrl-C, SIGTERM, SIGUSR1 (a batch script's warning before its time limit) or `dynamo-mpi down`, and ends
+exactly the steps that it started. The exit code is that of the step that failed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.launch.conductor import Conductor, StepFailed
+from dynamo_mpi.launch.container import Container, mount
+from dynamo_mpi.launch.deployment import assign, nodes_wanted
+from dynamo_mpi.launch.mpirun import Mpirun
+from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
+from dynamo_mpi.launch.run_dir import RunDir
+from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
+from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
+from dynamo_mpi.launch.srun import Srun, token_of
+from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings
+from dynamo_mpi.local.interrupts import SIGNALS, Interrupted, Interrupts
+from dynamo_mpi.local.logs import Follower
+from dynamo_mpi.options import add_options
+
+if TYPE_CHECKING:
+    import argparse
+
+    from dynamo_mpi.launch.conductor import Renderer
+    from dynamo_mpi.launch.deployment import Worker
+    from dynamo_mpi.launch.steps import Endings
+
+TAKES_FURTHER_WORDS = True
+# ours, in every rank's words; a load of a large model prints thousands of others
+_OURS = "dynamo_mpi: rank "
+# what the user says to the programs, and where an image doesn't say it, to Python and the linker
+_FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "MODALITY", "NCCL_", "TLLM_", "TRTLLM_", "UCX_")
+_BARE_METAL = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    add_options(parser, OPTIONS)
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none")
+    parser.add_argument("--verbose", action="store_true", help="show all that the steps print, not only our own lines")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code."""
+    settings = read_settings(vars(arguments), arguments.further_words, os.environ)
+    nodes = _nodes(settings, arguments.dry_run)
+    workers = assign(settings, nodes)
+    path = Path(os.path.abspath(settings.run_dir or _default_run_dir(nodes)))
+    source = find_source(settings.image, settings.python)
+    renderer, endings = _launcher(settings, nodes, source, path)
+    if arguments.dry_run:
+        _show(settings, renderer, workers, nodes, path)
+        return 0
+    run_dir = RunDir(path)
+    follower = Follower(run_dir.logs, "*.log", sys.stderr, only="" if arguments.verbose else _OURS)
+    try:
+        with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts:
+            follower.start()
+            try:
+                return Conductor(settings, workers, renderer, endings, run_dir, interrupts, _say).run()
+            finally:
+                follower.close()
+    except Interrupted as end:
+        return end.exit_code
+    except StepFailed as error:
+        if error.log:
+            _say(error.log)
+        _say(f"dynamo-mpi launch: {error}\n  log:    {run_dir.logs}")
+        return error.status
+    finally:
+        run_dir.close()
+
+
+def _nodes(settings: LaunchSettings, dry_run: bool) -> Nodes:
+    if dry_run and settings.launcher == "slurm" and not os.environ.get("SLURM_JOB_ID"):
+        return stand_in(nodes_wanted(settings))
+    if settings.hostfile is not None and settings.launcher == "mpirun":
+        return of_hostfile(settings.hostfile, os.uname().nodename)
+    return allocated(os.environ, nodes_wanted(settings), settings.gpus_per_node)
+
+
+def _default_run_dir(nodes: Nodes) -> Path:
+    return Path(f"dynamo_mpi-{nodes.job_id}" if nodes.job_id else "dynamo_mpi-run")
+
+
+def _launcher(settings: LaunchSettings, nodes: Nodes, source: Source, path: Path) -> tuple[Renderer, Endings]:
+    forwarded = tuple(sorted(name for name in os.environ if name.startswith(_FORWARDED)))
+    if settings.launcher == "mpirun":
+        bare = tuple(name for name in _BARE_METAL if name in os.environ)
+        return Mpirun(settings, source, str(path), (*forwarded, *bare)), MpirunEndings()
+    container, inside = None, str(path)
+    if settings.image is not None:
+        own = [mount(str(path), RUN_DIR_INSIDE)]
+        if source.checkout is not None:
+            own.append(mount(str(source.checkout), CHECKOUT_INSIDE, "ro"))
+        container = Container(settings.image, tuple(filter(None, [settings.mounts, *own])))
+        inside = RUN_DIR_INSIDE
+    return Srun(settings, nodes, container, source, inside, token_of(path), forwarded), SlurmEndings(nodes.job_id)
+
+
+def _show(settings: LaunchSettings, renderer: Renderer, workers: tuple[Worker, ...], nodes: Nodes, path: Path) -> None:
+    if nodes.job_id == STAND_IN_JOB:
+        print(f"# not in an allocation: {nodes.head} … and {STAND_IN_JOB} stand for its nodes and its id\n")
+    commands = [] if settings.skip_check else [("the layouts, before anything starts", renderer.check())]
+    commands.append((f"until {path}/services.json is there", renderer.services()))
+    commands += [("with what services.json gives, all at once", renderer.worker(worker)) for worker in workers]
+    print("\n\n".join(f"# {command.name}: {note}\n{command.shown()}" for note, command in commands))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

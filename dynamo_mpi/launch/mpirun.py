@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a deployment as plain commands and mpirun's command lines (Open MPI 4 and 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
+from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dynamo_mpi.launch.deployment import Worker
+    from dynamo_mpi.launch.settings import LaunchSettings
+    from dynamo_mpi.launch.source import Source
+
+
+@dataclass(frozen=True)
+class Mpirun:
+    """Renders the parts of one deployment; the services run on this host, without a launcher.
+
+    Args:
+        settings: what was asked for.
+        source: where our code is.
+        run_dir: the deployment's folder.
+        forwarded: names of variables that the ranks need as we have them.
+    """
+
+    settings: LaunchSettings
+    source: Source
+    run_dir: str
+    forwarded: tuple[str, ...]
+
+    def check(self) -> Command:
+        """The layouts, before anything starts."""
+        return self._command("check", check_words(self.settings, self.source))
+
+    def services(self) -> Command:
+        """etcd, NATS and the frontend."""
+        return self._command("services", services_words(self.source, self.run_dir))
+
+    def worker(self, worker: Worker, services: Iterable[str] = SERVICE_VARIABLES) -> Command:
+        """One worker, with a rank for each GPU; ``services`` as for `Srun`."""
+        hosts = ",".join(f"{host}:{worker.ranks_per_node}" for host in worker.nodes)
+        environment = self._environment()
+        # names alone: mpirun takes the values from its own environment, and nobody reads them from its command line
+        names = sorted({*services, *environment, *self.forwarded})
+        lines = (
+            self.settings.mpirun,
+            ("--host", hosts),
+            ("--map-by", f"ppr:{worker.ranks_per_node}:node"),
+            ("-n", str(worker.ranks)),
+            *(("-x", name) for name in names),
+            worker_words(self.settings, self.source, worker, self.run_dir),
+        )
+        return Command(worker.name, worker.name, lines, environment)
+
+    def _command(self, name: str, words: tuple[str, ...]) -> Command:
+        return Command(name, name, (words,), self._environment())
+
+    def _environment(self) -> dict[str, str]:
+        return {**worker_environment(self.settings), "PYTHON": self.source.python}

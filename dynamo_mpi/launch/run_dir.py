@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of one deployment, which all its nodes see.
+
+lock               held as long as the launcher lives
+deployment.json    what runs where; gone once it has ended
+services.json      the services' addresses and credentials (0600); gone once they have ended
+ready/NAME.json    a worker that serves
+logs/NAME.log      a step's output; kept
+stop               whoever makes this file ends the deployment
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class RunDir:
+    """A deployment's folder, made and held.
+
+    Args:
+        path: where; made if there is none.
+
+    Raises:
+        UsageError: it can't be used, isn't ours alone, or another deployment holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.logs, self._ready = path / "logs", path / "ready"
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._require_private()
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._take_lock()
+            self.logs.mkdir(mode=0o700, exist_ok=True)
+            self._ready.mkdir(mode=0o700, exist_ok=True)
+            for stale in (*self._ready.iterdir(), self._services, self._stop, self._deployment):
+                stale.unlink(missing_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"the run folder {path} can't be used: {error.strerror}",
+                needed="a folder that all nodes see and that we may write",
+                fix="--run-dir FOLDER, or DYN_MPI_RUN_DIR",
+            ) from None
+
+    @property
+    def _services(self) -> Path:
+        return self.path / "services.json"
+
+    @property
+    def _deployment(self) -> Path:
+        return self.path / "deployment.json"
+
+    @property
+    def _stop(self) -> Path:
+        return self.path / "stop"
+
+    def log(self, name: str) -> Path:
+        """Return where a step's output goes."""
+        return self.logs / f"{name}.log"
+
+    def ready_file(self, name: str) -> Path:
+        """Return what a worker writes once it serves."""
+        return self._ready / f"{name}.json"
+
+    def services(self) -> dict[str, Any] | None:
+        """Return what the services wrote when all of them answered, or None."""
+        return _read(self._services)
+
+    def is_ready(self, name: str) -> bool:
+        """Tell whether a worker serves."""
+        # by listing: a network file system may remember for a while that a file wasn't there
+        return f"{name}.json" in os.listdir(self._ready)
+
+    def is_to_stop(self) -> bool:
+        """Tell whether somebody asked for the end."""
+        return "stop" in os.listdir(self.path)
+
+    def describe(self, content: dict[str, Any]) -> None:
+        """Say what runs where, for the operator's commands."""
+        partial = self.path / "deployment.json.partial"
+        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        partial.chmod(0o600)
+        partial.replace(self._deployment)
+
+    def close(self) -> None:
+        """Say that nothing runs any more; logs stay."""
+        for path in (*self._ready.iterdir(), self._services, self._stop, self._deployment):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def _require_private(self) -> None:
+        status = self.path.stat()
+        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+            raise UsageError(
+                f"others can write to the run folder {self.path}",
+                needed="a folder of your own: the services' keys go there",
+                fix=f"chmod 700 {self.path}, or another --run-dir",
+            )
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise UsageError(
+                f"another deployment runs in {self.path}",
+                needed="one folder for each",
+                fix="another --run-dir, or end that one: dynamo-mpi down --run-dir …",
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:  # a file system without locks: two launchers are the user's to avoid
+                raise
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

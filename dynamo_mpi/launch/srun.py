@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a deployment as srun's command lines, and the environment that they start from."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
+from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from dynamo_mpi.launch.container import Container
+    from dynamo_mpi.launch.deployment import Worker
+    from dynamo_mpi.launch.nodes import Nodes
+    from dynamo_mpi.launch.settings import LaunchSettings
+    from dynamo_mpi.launch.source import Source
+
+# srun takes options from its environment, where salloc and sbatch have left theirs. Those that we give as flags don't count any more;
+# these would change where ranks go, or what they see.
+_SRUN_INPUT = (
+    "SLURM_CPU_BIND",
+    "SLURM_EXACT",
+    "SLURM_EXCLUSIVE",
+    "SLURM_GPU_BIND",
+    "SLURM_GPUS",
+    "SLURM_GPUS_PER_TASK",
+    "SLURM_HOSTFILE",
+    "SLURM_NPROCS",
+    "SLURM_NTASKS",
+    "SLURM_NTASKS_PER_CORE",
+    "SLURM_NTASKS_PER_GPU",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_NTASKS_PER_SOCKET",
+    "SLURM_OVERLAP",
+    "SLURM_STEP_GRES",
+    "SLURM_TRES_PER_TASK",
+    "SLURM_WHOLE",
+)
+# srun waits for the rest of a step when its first rank leaves; ours all leave together
+_WAIT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Srun:
+    """Renders the steps of one deployment.
+
+    Args:
+        settings: what was asked for.
+        nodes: the allocation.
+        container: the image of all steps, if any.
+        source: where our code is.
+        run_dir: the deployment's folder as the steps see it.
+        token: tells our steps from others of the job.
+        forwarded: names of variables that the image must not replace by its own.
+    """
+
+    settings: LaunchSettings
+    nodes: Nodes
+    container: Container | None
+    source: Source
+    run_dir: str
+    token: str
+    forwarded: tuple[str, ...] = ()
+
+    def check(self) -> Command:
+        """The layouts, before anything starts: on the head node, where paths mean what they mean to the ranks."""
+        return self._on_head("check", check_words(self.settings, self.source), worker_environment(self.settings))
+
+    def services(self) -> Command:
+        """etcd, NATS and the frontend."""
+        return self._on_head("services", services_words(self.source, self.run_dir), {})
+
+    def worker(self, worker: Worker, services: Iterable[str] = SERVICE_VARIABLES) -> Command:
+        """One worker, with a rank for each GPU.
+
+        Args:
+            worker: which.
+            services: names of the variables that say where the services are, and what opens them.
+        """
+        environment = worker_environment(self.settings)
+        options = (
+            f"--mpi={self.settings.mpi}",
+            f"--nodes={len(worker.nodes)}",
+            f"--nodelist={','.join(worker.nodes)}",
+            f"--ntasks={worker.ranks}",
+            f"--ntasks-per-node={worker.ranks_per_node}",
+            "--distribution=block",
+            "--kill-on-bad-exit=1",
+            f"--wait={_WAIT_SECONDS}",
+        )
+        words = worker_words(self.settings, self.source, worker, self.run_dir)
+        return self._step(worker.name, options, self.settings.srun_args, words, environment, services)
+
+    def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
+        # --overlap: a worker of the head node needs its CPUs
+        options = ("--overlap", "--mpi=none", "--nodes=1", f"--nodelist={self.nodes.head}", "--ntasks=1")
+        return self._step(name, options, (), words, environment, ())
+
+    def _step(
+        self,
+        name: str,
+        options: tuple[str, ...],
+        more: tuple[str, ...],
+        words: tuple[str, ...],
+        environment: Mapping[str, str],
+        services: Iterable[str],
+    ) -> Command:
+        given = {**environment, "PYTHON": self.source.python}
+        step = f"dynmpi-{self.token}-{name}"
+        common = (f"--jobid={self.nodes.job_id}", f"--job-name={step}", "--label", "--export=ALL")
+        variables = dict.fromkeys((*services, *given, *self.forwarded))
+        image = self.container.options(variables) if self.container is not None else ()
+        lines = tuple((option,) for option in ("srun", *common, *options, *image, *more))
+        return Command(name, step, (*lines, words), given)
+
+
+def token_of(run_dir: Path) -> str:
+    """Return what tells the steps of a deployment from others of the same job: the same for the same folder."""
+    return f"{zlib.crc32(str(run_dir).encode('utf-8', 'surrogateescape')):08x}"
+
+
+def without_srun_input(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment in which srun does what its command line says."""
+    return {name: value for name, value in environ.items() if name not in _SRUN_INPUT}

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that run, and how they are ended, under Slurm and under mpirun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from dynamo_mpi.local.processes import Child
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from dynamo_mpi.launch.command import Command
+
+_SLURM_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command that was started.
+
+    Args:
+        command: what runs.
+        child: srun's, mpirun's or the services' process here.
+        ready_file: what a worker writes when it serves; None for the services.
+    """
+
+    command: Command
+    child: Child
+    ready_file: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.command.name
+
+
+class Endings(Protocol):
+    """How steps are ended."""
+
+    def ask(self, steps: Iterable[Step]) -> None:
+        """Ask steps to finish what is in flight and end."""
+
+    def cancel(self, steps: Iterable[Step]) -> None:
+        """End steps now."""
+
+
+def start(command: Command, environment: Mapping[str, str], log: Path, ready_file: Path | None = None) -> Step:
+    """Start a step. From the main thread; it is ended when this process ends, however that comes."""
+    child = Child.start(
+        command.name,
+        command.words,
+        environment={**environment, **command.environment},
+        log=log,
+        # SIGKILL would take srun alone, and leave its ranks running
+        end_with=signal.SIGTERM,
+    )
+    return Step(command, child, ready_file)
+
+
+class SlurmEndings:
+    """Ends steps by their ids: srun itself hands on no signal that its ranks could drain on.
+
+    Args:
+        job_id: the job that they belong to.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        self._job_id = job_id
+
+    def ask(self, steps: Iterable[Step]) -> None:
+        self._scancel(steps, "--signal=TERM")
+
+    def cancel(self, steps: Iterable[Step]) -> None:
+        self._scancel(steps)
+
+    def _scancel(self, steps: Iterable[Step], *options: str) -> None:
+        names = {step.command.step for step in steps}
+        self.cancel_ids([step for step, name in self.running().items() if name in names], *options)
+
+    def cancel_ids(self, ids: Sequence[str], *options: str) -> None:
+        """Cancel steps by their ids, or with ``--signal=…`` signal them."""
+        if ids:
+            _ask_slurm("scancel", *options, *ids)
+
+    def running(self) -> dict[str, str]:
+        """Return the names of the job's steps by their ids, ``JOB.STEP``; none where Slurm doesn't answer."""
+        text = _ask_slurm("squeue", "--steps", f"--jobs={self._job_id}", "--noheader", "--format=%i|%j")
+        return {step: name for step, _, name in (line.partition("|") for line in text.splitlines())}
+
+
+class MpirunEndings:
+    """Ends parts that run under mpirun, or directly on this host."""
+
+    def ask(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            if step.ready_file is None:
+                step.child.send(signal.SIGTERM)
+            elif (leader := _rank_zero_here(step.ready_file)) is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(leader, signal.SIGTERM)
+            else:
+                # mpirun kills its ranks at once: it hands no signal on that they could drain on
+                step.child.send(signal.SIGTERM)
+
+    def cancel(self, steps: Iterable[Step]) -> None:
+        for step in steps:
+            step.child.send(signal.SIGTERM)
+
+
+def _ask_slurm(*words: str) -> str:
+    """Run one of Slurm's commands; what it prints, or nothing. Ending goes on whatever it says."""
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _rank_zero_here(ready_file: Path) -> int | None:
+    """Return rank 0's pid where it runs on this host."""
+    try:
+        content = json.loads(ready_file.read_text(encoding="utf-8"))
+        pid, host = int(content["pid"]), content["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pid if host == os.uname().nodename else None

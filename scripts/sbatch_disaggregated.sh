@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+#SBATCH --job-name=dynamo_mpi
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# two minutes before the time limit the deployment is told to finish what is in flight
+#SBATCH --signal=B:USR1@120
+#
+# srun_disaggregated.sh as a batch job. Run it to submit itself, with nodes, GPUs, PARTITION and ACCOUNT from the environment; or
+# `sbatch --nodes=8 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue.
+
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: sbatch_disaggregated.sh [--dry-run] [OPTIONS OF sbatch] [-- FLAGS OF srun_disaggregated.sh]
+
+  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/sbatch_disaggregated.sh --time=04:00:00
+
+Environment: that of srun_disaggregated.sh (--help), and
+  PARTITION, ACCOUNT      of the job (Slurm's defaults)
+END
+}
+
+# Slurm runs a copy of this file from its spool folder: there the checkout is where it was submitted from, unless we said where.
+root=${DYN_MPI_CHECKOUT:-${SLURM_SUBMIT_DIR:-.}}
+
+submit() {
+    local options=() arguments=() dry="" nodes command
+    root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+    while (($#)); do
+        case $1 in
+            --)
+                shift
+                arguments=("$@")
+                break
+                ;;
+            --dry-run) dry=1 ;;
+            *) options+=("$1") ;;
+        esac
+        shift
+    done
+    nodes=$((${NUM_PREFILL_NODES:-4} * ${NUM_PREFILL_WORKERS:-1} + ${NUM_DECODE_NODES:-4} * ${NUM_DECODE_WORKERS:-1}))
+    command=(
+        sbatch --nodes="$nodes" --gpus-per-node="${NUM_GPUS_PER_NODE:-4}"
+        ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"}
+        "${options[@]}" "$root/scripts/sbatch_disaggregated.sh" "${arguments[@]}"
+    )
+    if [[ -n $dry ]]; then
+        printf 'DYN_MPI_CHECKOUT=%q' "$root"
+        printf ' %q' "${command[@]}"
+        printf '\n'
+        exit 0
+    fi
+    export DYN_MPI_CHECKOUT=$root
+    exec "${command[@]}"
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    usage
+    exit 0
+fi
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    submit "$@"
+fi
+if [[ ! -x $root/scripts/srun_disaggregated.sh ]]; then
+    printf '%s\n' "no scripts/srun_disaggregated.sh in $root" "  do:     submit from the checkout, or export DYN_MPI_CHECKOUT=…" >&2
+    exit 64
+fi
+
+"$root/scripts/srun_disaggregated.sh" "$@" &
+launcher=$!
+for name in USR1 TERM INT; do
+    # shellcheck disable=SC2064 # both are known now
+    trap "kill -s $name $launcher 2>/dev/null || true" "$name"
+done
+code=0
+wait "$launcher" || code=$?
+# a trapped signal ends `wait`, not the launcher
+while kill -0 "$launcher" 2>/dev/null; do
+    code=0
+    wait "$launcher" || code=$?
+done
+if ((code == 75)); then
+    echo "temporary failure (75): back into the queue" >&2
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

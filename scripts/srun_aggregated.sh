@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# An aggregated deployment inside a Slurm allocation: etcd, NATS and the frontend on the head node, one worker over several nodes.
+# Run it in the shell of `salloc`, or in a batch script. It stays until Ctrl-C, and ends what it started.
+
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: srun_aggregated.sh [--dry-run] [FLAGS OF dynamo-mpi launch] [-- FLAGS OF EVERY WORKER]
+
+  salloc --nodes=4 --exclusive --gpus-per-node=4
+  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_aggregated.sh --dry-run    what would run
+  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_aggregated.sh
+
+Environment (defaults in parentheses):
+  IMAGE                   container image for Pyxis; without one everything runs on bare metal
+  MOUNTS                  HOST:CONTAINER[,…] (this checkout:/mnt)
+  MODEL_PATH              model folder or hub id, as the ranks see it
+  SERVED_MODEL_NAME       name that clients ask for (the model's)
+  NUM_GPUS_PER_NODE       (4)
+  NUM_NODES               of one worker (4)
+  NUM_WORKERS             (1)
+  ENGINE_CONFIG           (engine_configs/deepseek_r1/agg_wide_ep16.yaml)
+  SRUN_ARGS               further words for srun of each worker
+  DYN_MPI_RUN_DIR         logs, and the services' keys (./dynamo_mpi-JOB)
+  DYN_MPI_MAX_RESTARTS    of a worker that failed, while the others live (0)
+  PYTHON                  interpreter here, 3.10 or newer (python3)
+  DYN_MPI_PYTHON          interpreter of the steps (the image's python3; without an image, the one here)
+
+dynamo-mpi launch --help has the rest.
+END
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    usage
+    exit 0
+fi
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+export IMAGE=${IMAGE:-}
+if [[ -n $IMAGE ]]; then
+    # Adapt it to your cluster: paths in MODEL_PATH and in the engine config are the container's.
+    export MOUNTS=${MOUNTS:-$root:/mnt}
+    configs=/mnt/engine_configs
+else
+    configs=$root/engine_configs
+fi
+
+export NUM_GPUS_PER_NODE=${NUM_GPUS_PER_NODE:-4}
+export NUM_NODES=${NUM_NODES:-4}
+export NUM_WORKERS=${NUM_WORKERS:-1}
+export ENGINE_CONFIG=${ENGINE_CONFIG:-$configs/deepseek_r1/agg_wide_ep16.yaml}
+
+# One srun for each of: dynamo-mpi check, start_frontend_services.sh, and start_worker.sh of each worker.
+exec "$root/scripts/dynamo-mpi.sh" launch --role agg "$@"

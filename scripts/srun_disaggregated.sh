@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# A disaggregated deployment inside a Slurm allocation: etcd, NATS and the frontend on the head node, prefill and decode workers over
+# nodes of their own. Run it in the shell of `salloc`, or in a batch script. It stays until Ctrl-C, and ends what it started.
+
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+usage: srun_disaggregated.sh [--dry-run] [FLAGS OF dynamo-mpi launch] [-- FLAGS OF EVERY WORKER]
+
+  salloc --nodes=8 --exclusive --gpus-per-node=4
+  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_disaggregated.sh --dry-run    what would run
+  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_disaggregated.sh
+
+Environment (defaults in parentheses):
+  IMAGE                   container image for Pyxis; without one everything runs on bare metal
+  MOUNTS                  HOST:CONTAINER[,…] (this checkout:/mnt)
+  MODEL_PATH              model folder or hub id, as the ranks see it
+  SERVED_MODEL_NAME       name that clients ask for (the model's)
+  NUM_GPUS_PER_NODE       (4)
+  NUM_PREFILL_NODES       of one prefill worker (4)
+  NUM_PREFILL_WORKERS     (1)
+  PREFILL_ENGINE_CONFIG   (engine_configs/deepseek_r1/prefill_wide_ep16.yaml)
+  NUM_DECODE_NODES        of one decode worker (4)
+  NUM_DECODE_WORKERS      (1)
+  DECODE_ENGINE_CONFIG    (engine_configs/deepseek_r1/decode_wide_ep16.yaml)
+  SRUN_ARGS               further words for srun of each worker
+  DYN_MPI_RUN_DIR         logs, and the services' keys (./dynamo_mpi-JOB)
+  DYN_MPI_MAX_RESTARTS    of a worker that failed, while the others live (0)
+  PYTHON                  interpreter here, 3.10 or newer (python3)
+  DYN_MPI_PYTHON          interpreter of the steps (the image's python3; without an image, the one here)
+
+dynamo-mpi launch --help has the rest.
+END
+}
+
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    usage
+    exit 0
+fi
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+
+export IMAGE=${IMAGE:-}
+if [[ -n $IMAGE ]]; then
+    # Adapt it to your cluster: paths in MODEL_PATH and in the engine configs are the container's.
+    export MOUNTS=${MOUNTS:-$root:/mnt}
+    configs=/mnt/engine_configs
+else
+    configs=$root/engine_configs
+fi
+
+export NUM_GPUS_PER_NODE=${NUM_GPUS_PER_NODE:-4}
+
+export NUM_PREFILL_NODES=${NUM_PREFILL_NODES:-4}
+export NUM_PREFILL_WORKERS=${NUM_PREFILL_WORKERS:-1}
+export PREFILL_ENGINE_CONFIG=${PREFILL_ENGINE_CONFIG:-$configs/deepseek_r1/prefill_wide_ep16.yaml}
+
+export NUM_DECODE_NODES=${NUM_DECODE_NODES:-4}
+export NUM_DECODE_WORKERS=${NUM_DECODE_WORKERS:-1}
+export DECODE_ENGINE_CONFIG=${DECODE_ENGINE_CONFIG:-$configs/deepseek_r1/decode_wide_ep16.yaml}
+
+# One srun for each of: dynamo-mpi check, start_frontend_services.sh, and start_worker.sh of each worker.
+exec "$root/scripts/dynamo-mpi.sh" launch --role disagg "$@"

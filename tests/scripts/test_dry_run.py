@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--dry-run` prints the exact commands: golden files, and a shell that reads them back."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from .dry_runs import CASES, GOLDEN, LLAMA, ROOT, STANDINS, Case, dry_run
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_prints_what_the_golden_file_has(case: Case) -> None:
+    # `python -m tests.scripts.dry_runs` writes them anew
+    assert dry_run(case) == (GOLDEN / f"{case.name}.txt").read_text()
+
+
+def test_there_is_no_golden_file_without_a_case() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == {case.name for case in CASES}
+
+
+def test_what_is_printed_can_be_typed() -> None:
+    """A shell that runs the printed text hands the same words to srun as we would."""
+    case = Case(
+        "strange",
+        "srun_disaggregated.sh",
+        ("--", "--trtllm.x", "$(touch a) 'b'"),
+        {**LLAMA, "SERVED_MODEL_NAME": 'it"s $(touch c) `d` \\', "IMAGE": "a b#c&d"},
+    )
+    script = 'srun() { printf \'<%s>\' "$SERVED_MODEL_NAME" "$@"; echo; }\n' + dry_run(case)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    workers = [line for line in done.stdout.splitlines() if "start_worker" in line]
+    assert len(workers) == 2
+    for line in workers:
+        assert line.startswith('<it"s $(touch c) `d` \\>')
+        assert "<--container-image=a b#c&d>" in line
+        assert line.endswith("<--trtllm.x><$(touch a) 'b'>")
+
+
+def test_a_launcher_needs_nothing_but_python() -> None:
+    """The host of a cluster has Slurm and a Python, and not what is in the container."""
+    words = [sys.executable, "-S", "-m", "dynamo_mpi", "launch", "--dry-run", "--skip-check"]
+    environment = {**LLAMA, "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("srun") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "needle"),
+    [
+        ((), {"NUM_PREFILL_NODES": "3"}, "takes 7 nodes, and job 1234 has 4 (n1, n2, n3, n4)"),
+        ((), {"NUM_DECODE_NODES": "none"}, "environment NUM_DECODE_NODES is 'none'"),
+        ((), {"MODEL_PATH": ""}, "no model was given"),
+        ((), {"SLURM_JOB_ID": ""}, "salloc --nodes=8 --exclusive --gpus-per-node=4 --partition=big"),
+        (("--prefill-nodes", "2"), {"SLURM_JOB_NODELIST": "x[1-4]"}, "Slurm doesn't say which nodes job 1234 has"),
+        (("--hostfile", "/nowhere"), {}, "the hostfile /nowhere can't be read"),
+        (("--launcher", "mpirun"), {}, "mpirun needs to know the hosts"),
+        (("--hostfile", "x"), {"IMAGE": "y"}, "a container image was given for mpirun"),
+        ((), {"SRUN_ARGS": "'open"}, "words as a shell reads them"),
+        (("--run-dir", "/a,b", "--prefill-nodes=2", "--decode-nodes=2"), {"IMAGE": "y"}, "Pyxis reads commas"),
+        (("--nonsense",), {}, "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(
+    words: tuple[str, ...], environment: dict[str, str], needle: str
+) -> None:
+    variables = {"PATH": f"{STANDINS}:{os.environ['PATH']}", "PYTHON": sys.executable, "MODEL_PATH": "/m"}
+    variables |= {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "n[1-4]", "PARTITION": "big", **environment}
+    script = str(ROOT / "scripts" / "srun_disaggregated.sh")
+    done = subprocess.run([script, *words], env=variables, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (65 if "/nowhere" in words else 64, "")
+    assert needle in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("s[rbt]*.sh")))
+def test_help_names_the_variables(script: str) -> None:
+    """Every variable that a script reads is in its --help."""
+    path = ROOT / "scripts" / script
+    done = subprocess.run(
+        [str(path), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": os.environ["PATH"], "PYTHON": sys.executable},
+    )
+    read = set(re.findall(r"^export ([A-Z_]+)=", path.read_text(), re.MULTILINE)) - {"PYTHONPATH"}
+    assert shlex.split(done.stdout, comments=False, posix=False)
+    assert read <= set(re.findall(r"[A-Z_]+", done.stdout)), done.stdout
