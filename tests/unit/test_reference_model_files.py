@@ -41,6 +41,19 @@ def test_a_chat_gives_the_ids_of_transformers(model_dir: Path, golden: dict[str,
     assert tokenizer.decode(golden["token_ids"], skip_special_tokens=False) == golden["generated_text"]
 
 
+def test_content_in_parts_is_its_text(model_dir: Path) -> None:
+    template = read(model_dir, "tokenizer_config.json")["chat_template"]
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    render = environment.from_string(template).render
+    parts = [{"type": "text", "text": "Say "}, {"type": "image_url", "image_url": {"url": "x"}}]
+    parts += [{"type": "text", "text": "hello."}]
+
+    def messages(content: object) -> list[dict[str, object]]:
+        return [{"role": "system", "content": "Be kind."}, {"role": "user", "content": content}]
+
+    assert render(messages=messages(parts)) == render(messages=messages("Say hello."))
+
+
 def test_digits_are_single_tokens(model_dir: Path) -> None:
     tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
 

@@ -13,6 +13,23 @@ from dynamo_mpi.errors import ModelError
 _CONTROL, _USER_DEFINED = 3, 4
 _DIGIT_SPLITTING = frozenset({"smollm"})
 """Pre-tokenizers that split off single digits before GPT-2's byte-level pattern. Without it, numbers get other tokens."""
+# Templates of text models add `content` to strings: content in parts, such as a text and an image, is an error of the template, which
+# Dynamo's frontend tells as its own (500). With the texts alone in its place, the request gets to the worker, and that says what it can't do.
+_CONTENT_PARTS = """\
+{%- set plain = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is iterable and message['content'] is not string and message['content'] is not mapping -%}
+{%- set joined = namespace(text='') -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{%- set joined.text = joined.text + part['text'] -%}
+{%- endfor -%}
+{%- set plain.messages = plain.messages + [dict(message, content=joined.text)] -%}
+{%- else -%}
+{%- set plain.messages = plain.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = plain.messages -%}
+"""
 
 JsonObject = dict[str, Any]  # Any: the values of JSON documents of other people's formats
 
@@ -118,7 +135,7 @@ def _tokenizer_config(file: GgufFile, special: dict[str, int]) -> JsonObject:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": file.integer("llama.context_length"),
-        "chat_template": file.text("tokenizer.chat_template"),
+        "chat_template": _CONTENT_PARTS + file.text("tokenizer.chat_template"),
         **{f"{name}_token": tokens[token_id] for name, token_id in special.items()},
     }
 
