@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.local.logs import last_lines
-from dynamo_mpi.local.processes import Child
+from dynamo_mpi.services.logs import last_lines
+from dynamo_mpi.services.processes import Child
 
 LOG_LINES = 20
 

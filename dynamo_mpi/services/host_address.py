@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The address at which a rank's KV server listens: one of this host's, which decode ranks on other hosts can reach."""
+"""The address at which something here listens: one of this host's, which other hosts can reach."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _NAME_BYTES = 15
 _ELSEWHERE = ("198.51.100.1", 9)
 
 
-def kv_address(choice: str | None) -> str:
+def host_address(choice: str | None, setting: str) -> str:
     """Return an IPv4 address of this host.
 
     Args:
         choice: an interface (``ib0``), a network of which this host has an address (``10.1.0.0/16``), or an address. None: the one that
             this host's name stands for, or, where that is loopback, the one by which others are reached.
+        setting: what the choice is made by, for the error.
 
     Raises:
         UsageError: this host has none like that.
@@ -44,8 +45,8 @@ def kv_address(choice: str | None) -> str:
     raise UsageError(
         f"this host has no IPv4 address by {choice}; it has "
         + (", ".join(f"{name} {address}" for name, address in found.items()) or "none"),
-        needed="an interface, a network or an address that every rank's host has",
-        fix="correct --kv-network / DYN_MPI_KV_NETWORK",
+        needed="an interface, a network or an address of this host",
+        fix=f"correct {setting}",
     )
 
 
