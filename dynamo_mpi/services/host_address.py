@@ -10,8 +10,8 @@ import struct
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
 
 from dynamo_mpi.errors import UsageError
+from dynamo_mpi.services.ports import ANY_ADDRESS, LOOPBACK, is_free
 
-LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
 _NAME_BYTES = 15
 # of a block that is never routed: connecting a datagram socket sends nothing, and chooses the way that others would be reached by
@@ -48,6 +48,31 @@ def host_address(choice: str | None, setting: str) -> str:
         needed="an interface, a network or an address of this host",
         fix=f"correct {setting}",
     )
+
+
+def service_address(choice: str | None, setting: str) -> str:
+    """Return an address of this host, as `host_address` does, also by a name of this host or as an IPv6 address.
+
+    Raises:
+        UsageError: this host has none like that.
+    """
+    if choice is None or choice == socket.gethostname():
+        return _own_address()
+    try:
+        return host_address(choice, setting)
+    except UsageError:
+        for address in _resolved(choice):
+            if address not in ANY_ADDRESS and is_free(0, address):  # port 0: it is an address of ours
+                return address
+        raise
+
+
+def _resolved(name: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # no name, or none that a name can be
+        return []
+    return [str(place[0]) for _, _, _, _, place in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
 
 
 def interface_addresses() -> dict[str, str]:
