@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
-from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.head_node.environment import frontend_environment, server_environment
 from dynamo_mpi.head_node.ports import Ports
@@ -158,6 +158,11 @@ class HeadNode:
         if not self._settings.credentials:
             self._say("without credentials: whoever reaches etcd and NATS can use them")
             return None, None, {}
+        if ":" in address:
+            raise UsageError(
+                f"etcd is to listen at {address} with certificates, and Dynamo's runtime takes no IPv6 address in an https:// endpoint",
+                fix="an IPv4 --address, or --credentials none",
+            )
         names = (address, LOOPBACK, "localhost", socket.gethostname())
         try:
             certificates = make_certificates(self._private / "certificates", names)

@@ -44,7 +44,7 @@ class Frontend:
         return f"http://{in_url(self._reached_at)}:{self.port}"
 
     def command(self) -> tuple[str, ...]:
-        own = (sys.executable, "-m", "dynamo.frontend", "--http-host", self.host, "--http-port", str(self.port))
+        own = (sys.executable, "-m", "dynamo.frontend", "--http-host", in_url(self.host), "--http-port", str(self.port))
         return (*own, *self.arguments)
 
     def environment(self) -> dict[str, str]:
