@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dynamo_mpi.local.ports import free_port
-from dynamo_mpi.local.programs import find_etcd, find_nats_server
-from dynamo_mpi.local.services import Etcd, Nats
+from dynamo_mpi.services.etcd import Etcd
+from dynamo_mpi.services.nats import Nats
+from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.services.programs import find_etcd, find_nats_server
 
 START_SECONDS = 20.0
 """A server is up in a fraction of one; a busy machine may take longer."""

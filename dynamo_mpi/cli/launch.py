@@ -24,9 +24,9 @@ from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
 from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
 from dynamo_mpi.launch.srun import Srun, token_of
 from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings
-from dynamo_mpi.local.interrupts import SIGNALS, Interrupted, Interrupts
-from dynamo_mpi.local.logs import Follower
 from dynamo_mpi.options import add_options
+from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
+from dynamo_mpi.services.logs import Follower
 
 if TYPE_CHECKING:
     import argparse

@@ -16,12 +16,12 @@ from typing import Any
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.local.ask import Answer
-from dynamo_mpi.local.failures import PartError
-from dynamo_mpi.local.folder import private_folder
-from dynamo_mpi.local.interrupts import Interrupted, Interrupts
-from dynamo_mpi.local.logs import Follower
-from dynamo_mpi.local.ports import LOOPBACK
 from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
+from dynamo_mpi.services.failures import PartError
+from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.services.interrupts import Interrupted, Interrupts
+from dynamo_mpi.services.logs import Follower
+from dynamo_mpi.services.ports import LOOPBACK
 
 PROOF_QUESTION, PROOF_TOKENS = "Say hello.", 8
 ENGINE_OPTIONS = ("max_batch_size", "max_num_tokens", "max_seq_len")

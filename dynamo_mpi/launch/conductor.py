@@ -15,7 +15,7 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.srun import without_srun_input
 from dynamo_mpi.launch.steps import Step, start
-from dynamo_mpi.local.interrupts import Interrupted
+from dynamo_mpi.services.interrupts import Interrupted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.launch.run_dir import RunDir
     from dynamo_mpi.launch.settings import LaunchSettings
     from dynamo_mpi.launch.steps import Endings
-    from dynamo_mpi.local.interrupts import Interrupts
+    from dynamo_mpi.services.interrupts import Interrupts
 
 POLL_SECONDS = 0.5
 FIRST_NEWS_SECONDS, LONGEST_NEWS_SECONDS = 15.0, 300.0

@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from dynamo_mpi.local.processes import Child
+from dynamo_mpi.services.processes import Child
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

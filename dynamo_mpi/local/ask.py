@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamo_mpi.errors import EngineError
-from dynamo_mpi.local.ports import LOOPBACK
+from dynamo_mpi.services.ports import LOOPBACK
 
 
 class NotServedYet(Exception):

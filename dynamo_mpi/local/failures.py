@@ -5,26 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.local.logs import last_lines
-from dynamo_mpi.local.processes import Child
-
-LOG_LINES = 20
-
-
-class PartError(BootstrapError):
-    """A part of the stack failed.
-
-    Args:
-        part: its name.
-        status: what to exit with; any code, for a worker's own is passed on.
-        log: the part's own words, to be printed as they are.
-    """
-
-    def __init__(self, found: str, *, part: str, status: int, log: str, fix: str = "") -> None:
-        super().__init__(found, fix=fix)
-        self.part, self.status, self.log = part, status, log
+from dynamo_mpi.services.failures import LOG_LINES, PartError
+from dynamo_mpi.services.logs import last_lines
+from dynamo_mpi.services.processes import Child
 
 
 class PartEnded(PartError):

@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from dynamo_mpi.errors import EngineError, UsageError
-from dynamo_mpi.local import programs
 from dynamo_mpi.local.ask import Answer, NotServedYet, ask
 from dynamo_mpi.local.failures import PartEnded, PartLate
-from dynamo_mpi.local.interrupts import Interrupts
 from dynamo_mpi.local.model import prepare_model
-from dynamo_mpi.local.ports import LOOPBACK, free_port, holds_port, is_free
-from dynamo_mpi.local.processes import Child
 from dynamo_mpi.local.services import (
-    Etcd,
-    Frontend,
-    Nats,
     Ranks,
     RequestPlane,
     base_environment,
     discovery_environment,
 )
+from dynamo_mpi.services import programs
+from dynamo_mpi.services.etcd import Etcd
+from dynamo_mpi.services.frontend import Frontend
+from dynamo_mpi.services.interrupts import Interrupts
+from dynamo_mpi.services.nats import Nats
+from dynamo_mpi.services.ports import LOOPBACK, free_port, holds_port, is_free
+from dynamo_mpi.services.processes import Child
 
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 5

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dynamo_mpi.local.ports import free_port, is_free
-from dynamo_mpi.local.processes import Child, session_members
-from dynamo_mpi.local.programs import find_etcd
-from dynamo_mpi.local.services import Etcd, Frontend
+from dynamo_mpi.services.etcd import Etcd
+from dynamo_mpi.services.frontend import Frontend
+from dynamo_mpi.services.ports import free_port, is_free
+from dynamo_mpi.services.processes import Child, session_members
+from dynamo_mpi.services.programs import find_etcd
 from tests.conftest import find_mpirun, mpi_environment
 
 T = TypeVar("T")

@@ -16,9 +16,9 @@ import pytest
 
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.local import stack as stacks
-from dynamo_mpi.local.folder import private_folder
-from dynamo_mpi.local.interrupts import Interrupts
-from dynamo_mpi.local.ports import free_port
+from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.services.interrupts import Interrupts
+from dynamo_mpi.services.ports import free_port
 from tests.dynamo.local_command import LocalCommand
 from tests.dynamo.running import eventually
 

@@ -8,12 +8,13 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamo_mpi.local.programs import find_etcd
-from dynamo_mpi.local.services import Etcd, Frontend
+from dynamo_mpi.services.etcd import Etcd
+from dynamo_mpi.services.frontend import Frontend
+from dynamo_mpi.services.programs import find_etcd
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 
@@ -27,17 +28,6 @@ WORKER = (sys.executable, "-m", "dynamo_mpi.worker")
 OUR_MODULES = {"PYTHONPATH": str(ROOT)}
 # the login node's network is its own: no port of it is taken
 ETCD_PORT, FRONTEND_PORT = 2379, 8000
-
-
-@dataclass(frozen=True)
-class ReachableEtcd(Etcd):
-    """An etcd that other hosts reach."""
-
-    host: str = field(kw_only=True)
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +62,7 @@ def running_stack(slurm: SlurmSession, folder: Path) -> Iterator[Stack]:
         slurm: the cluster.
         folder: for their logs and etcd's data.
     """
-    etcd = ReachableEtcd(find_etcd(), ETCD_PORT, folder / "etcd", host=slurm.addresses[LOGIN])
+    etcd = Etcd(find_etcd(), ETCD_PORT, folder / "etcd", host=slurm.addresses[LOGIN])
     frontend = Frontend(FRONTEND_PORT, {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": "tcp"})
     stack = Stack(slurm, etcd, frontend)
     with ExitStack() as services:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.agreement import AloneAgreement
-from dynamo_mpi.engines.reference.kv_address import interface_addresses, kv_address
 from dynamo_mpi.engines.reference.kv_orders import (
     Abandon,
     Drop,
@@ -24,6 +23,7 @@ from dynamo_mpi.engines.reference.kv_orders import (
     encode_order,
 )
 from dynamo_mpi.errors import EngineError, UsageError
+from dynamo_mpi.services.host_address import host_address, interface_addresses
 from dynamo_mpi.serving.requests import for_role, to_generation_request, to_response
 from dynamo_mpi.serving.service import health_payload
 
@@ -58,14 +58,14 @@ def test_one_rank_agrees_with_itself() -> None:
 
 def test_an_address_by_interface_network_or_itself() -> None:
     assert interface_addresses()["lo"] == "127.0.0.1"
-    assert {kv_address(choice) for choice in ("lo", "127.0.0.0/8", "127.0.0.1")} == {"127.0.0.1"}
-    assert kv_address(None).count(".") == 3
+    assert {host_address(choice, "--network") for choice in ("lo", "127.0.0.0/8", "127.0.0.1")} == {"127.0.0.1"}
+    assert host_address(None, "--network").count(".") == 3
 
 
 @pytest.mark.parametrize("choice", ["ib77", "203.0.113.0/24", "203.0.113.7", "::1", "fast lane"])
 def test_an_address_that_this_host_lacks(choice: str) -> None:
     with pytest.raises(UsageError, match="no IPv4 address"):
-        kv_address(choice)
+        host_address(choice, "--network")
 
 
 def test_prefill_makes_one_token_and_offers_its_kv() -> None:

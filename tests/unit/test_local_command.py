@@ -15,7 +15,7 @@ from dynamo_mpi.cli.local import curl_line
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.local import programs
+from dynamo_mpi.services import programs
 
 
 @pytest.mark.parametrize(

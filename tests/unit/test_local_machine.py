@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.local import folder as folders
-from dynamo_mpi.local.interrupts import Interrupted, Interrupts
-from dynamo_mpi.local.logs import Follower, last_lines
-from dynamo_mpi.local.ports import free_port, holds_port, is_free, listening_inodes
-from dynamo_mpi.local.processes import Child, session_members
+from dynamo_mpi.services import folder as folders
+from dynamo_mpi.services.interrupts import Interrupted, Interrupts
+from dynamo_mpi.services.logs import Follower, last_lines
+from dynamo_mpi.services.ports import free_port, holds_port, is_free, listeners
+from dynamo_mpi.services.processes import Child, session_members
 from dynamo_mpi.supervision.tethered import tethered
 
 PROC_NET_TCP = """\
@@ -29,9 +29,9 @@ PROC_NET_TCP = """\
 
 
 def test_only_listening_sockets_of_the_port_count() -> None:
-    assert listening_inodes(PROC_NET_TCP, 8080) == {"111"}
-    assert listening_inodes(PROC_NET_TCP, 8081) == {"333"}
-    assert listening_inodes(PROC_NET_TCP, 80) == frozenset()
+    assert listeners(PROC_NET_TCP, 8080) == [("111", 0)]
+    assert listeners(PROC_NET_TCP, 8081) == [("333", 0)]
+    assert listeners(PROC_NET_TCP, 80) == []
 
 
 def test_a_port_belongs_to_the_process_that_listens() -> None:

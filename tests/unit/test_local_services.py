@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.local.model import served_name
 from dynamo_mpi.local.services import (
-    Etcd,
-    Frontend,
-    Nats,
     Ranks,
     base_environment,
     discovery_environment,
     mpi_environment,
 )
+from dynamo_mpi.services.etcd import Etcd
+from dynamo_mpi.services.frontend import Frontend
+from dynamo_mpi.services.nats import Nats
 from dynamo_mpi.supervision.tethered import tethered
 
 ETCD = Etcd(Path("/bin/etcd"), 2379, Path("/run/etcd"))

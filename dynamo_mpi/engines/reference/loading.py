@@ -13,7 +13,6 @@ from dynamo_mpi.engines.protocol import EngineLimits
 from dynamo_mpi.engines.reference.agreement import Agreement, AloneAgreement, MpiAgreement
 from dynamo_mpi.engines.reference.collectives import Collectives, MpiCollectives, SingleRank
 from dynamo_mpi.engines.reference.config import ReferenceConfig, find_model_gguf
-from dynamo_mpi.engines.reference.kv_address import kv_address
 from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
 from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder
 from dynamo_mpi.engines.reference.kv_orders import Order
@@ -28,6 +27,7 @@ from dynamo_mpi.engines.reference.step_channel import StepChannel
 from dynamo_mpi.engines.reference.transformer import Transformer
 from dynamo_mpi.engines.reference.weights import load_weights
 from dynamo_mpi.errors import EngineError
+from dynamo_mpi.services.host_address import host_address
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -121,7 +121,7 @@ class _Serving:
         self.store = KvStore(0, config.kv_keep_seconds)
         place = ""
         try:
-            self.server = KvServer(self.store, kv_address(config.kv_network))
+            self.server = KvServer(self.store, host_address(config.kv_network, "--kv-network / DYN_MPI_KV_NETWORK"))
             host, port = self.server.address
             place = f"{host}:{port}"
         except OSError as error:

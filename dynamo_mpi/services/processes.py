@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynamo_mpi.exit_codes import of_signal
-from dynamo_mpi.local.logs import last_lines
+from dynamo_mpi.services.logs import last_lines
 from dynamo_mpi.supervision.tethered import tethered
 
 

@@ -20,11 +20,16 @@ LOCK = "lock"
 
 
 @contextlib.contextmanager
-def private_folder(parent: Path | None = None) -> Iterator[Path]:
-    """Make a folder only this user can enter, and remove it at the end with all that is in it."""
+def private_folder(parent: Path | None = None, *, prefix: str = PREFIX) -> Iterator[Path]:
+    """Make a folder only this user can enter, and remove it at the end with all that is in it.
+
+    Args:
+        parent: where; None takes the one for temporary files.
+        prefix: of its name, and of those that are swept.
+    """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
-    sweep(parent)
-    folder, lock = _create(parent)
+    sweep(parent, prefix)
+    folder, lock = _create(parent, prefix)
     try:
         yield folder
     finally:
@@ -32,9 +37,9 @@ def private_folder(parent: Path | None = None) -> Iterator[Path]:
         os.close(lock)
 
 
-def sweep(parent: Path) -> None:
+def sweep(parent: Path, prefix: str = PREFIX) -> None:
     """Remove this user's folders whose run is gone."""
-    for folder in parent.glob(PREFIX + "*"):
+    for folder in parent.glob(prefix + "*"):
         try:
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
                 continue
@@ -44,18 +49,21 @@ def sweep(parent: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
-        except BlockingIOError:
-            pass  # its run is alive
+        except OSError:
+            pass  # its run is alive, or nobody can tell: not every file system has locks
         finally:
             os.close(lock)
 
 
-def _create(parent: Path) -> tuple[Path, int]:
+def _create(parent: Path, prefix: str) -> tuple[Path, int]:
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return folder, lock
         except BlockingIOError:  # another run's sweep came between: that folder is lost
             os.close(lock)
+            continue
+        except OSError:
+            pass  # no locks here, so no sweep will take it either
+        return folder, lock

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The address at which a rank's KV server listens: one of this host's, which decode ranks on other hosts can reach."""
+"""The address at which something here listens: one of this host's, which other hosts can reach."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import struct
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, NetmaskValueError
 
 from dynamo_mpi.errors import UsageError
+from dynamo_mpi.services.ports import ANY_ADDRESS, LOOPBACK, is_free
 
-LOOPBACK = "127.0.0.1"
 _SIOCGIFADDR = 0x8915
 _NAME_BYTES = 15
 # of a block that is never routed: connecting a datagram socket sends nothing, and chooses the way that others would be reached by
 _ELSEWHERE = ("198.51.100.1", 9)
 
 
-def kv_address(choice: str | None) -> str:
+def host_address(choice: str | None, setting: str) -> str:
     """Return an IPv4 address of this host.
 
     Args:
         choice: an interface (``ib0``), a network of which this host has an address (``10.1.0.0/16``), or an address. None: the one that
             this host's name stands for, or, where that is loopback, the one by which others are reached.
+        setting: what the choice is made by, for the error.
 
     Raises:
         UsageError: this host has none like that.
@@ -44,9 +45,34 @@ def kv_address(choice: str | None) -> str:
     raise UsageError(
         f"this host has no IPv4 address by {choice}; it has "
         + (", ".join(f"{name} {address}" for name, address in found.items()) or "none"),
-        needed="an interface, a network or an address that every rank's host has",
-        fix="correct --kv-network / DYN_MPI_KV_NETWORK",
+        needed="an interface, a network or an address of this host",
+        fix=f"correct {setting}",
     )
+
+
+def service_address(choice: str | None, setting: str) -> str:
+    """Return an address of this host, as `host_address` does, also by a name of this host or as an IPv6 address.
+
+    Raises:
+        UsageError: this host has none like that.
+    """
+    if choice is None or choice == socket.gethostname():
+        return _own_address()
+    try:
+        return host_address(choice, setting)
+    except UsageError:
+        for address in _resolved(choice):
+            if address not in ANY_ADDRESS and is_free(0, address):  # port 0: it is an address of ours
+                return address
+        raise
+
+
+def _resolved(name: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # no name, or none that a name can be
+        return []
+    return [str(place[0]) for _, _, _, _, place in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
 
 
 def interface_addresses() -> dict[str, str]:

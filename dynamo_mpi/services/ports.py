@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TCP ports: find a free one, and tell whether a process really holds it.
+
+A port found by binding to 0 may be taken by somebody else before the service binds it, and that somebody may even
+answer the service's probe. So a service counts as ready only when *its* process owns the listening socket.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+LOOPBACK = "127.0.0.1"
+ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - what a user may choose
+_LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
+
+
+def in_url(host: str) -> str:
+    """Return an address as a URL has it: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_free(port: int, host: str = LOOPBACK) -> bool:
+    """Tell whether a server could listen on a TCP port of an address of this host now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is no hindrance
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except OSError:
+            return False
+        return True
+
+
+class Listener(NamedTuple):
+    """A listening socket, as the kernel lists it."""
+
+    inode: str
+    user: int
+
+
+def listeners(table: str, port: int) -> list[Listener]:
+    """Return the sockets that listen on a port, from the text of ``/proc/net/tcp`` or ``tcp6``.
+
+    Columns (proc(5)): sl, local_address as HEX:HEX, rem_address, st, three more, uid, timeout, inode.
+    """
+    found = []
+    for line in table.splitlines()[1:]:
+        columns = line.split()
+        if len(columns) > 9 and columns[3] == _LISTEN and int(columns[1].rpartition(":")[2], 16) == port:
+            found.append(Listener(columns[9], int(columns[7])))
+    return found
+
+
+def holds_port(pid: int, port: int) -> bool:
+    """Tell whether process ``pid`` itself listens on TCP ``port``, be it IPv4 or IPv6."""
+    return _owns(pid, {f"socket:[{listener.inode}]" for listener in _listeners_seen_by(str(pid), port)})
+
+
+def holder(port: int) -> str | None:
+    """Return who listens on a TCP port of this host, in words; None if that can't be told.
+
+    Only the user of another user's socket can be told, unless we are root.
+    """
+    found = _listeners_seen_by("self", port)
+    if not found:
+        return None
+    wanted = {f"socket:[{listener.inode}]" for listener in found}
+    for process in Path("/proc").glob("[0-9]*"):
+        if _owns(int(process.name), wanted):
+            try:
+                return f"process {process.name} ({(process / 'comm').read_text().strip()})"
+            except OSError:
+                break  # ended meanwhile
+    try:
+        return f"a process of user {pwd.getpwuid(found[0].user).pw_name}"
+    except KeyError:
+        return f"a process of user {found[0].user}"
+
+
+def _listeners_seen_by(process: str, port: int) -> list[Listener]:
+    """A process's network namespace may be another than ours, so its own tables are read."""
+    found = []
+    for table in ("tcp", "tcp6"):
+        try:
+            found += listeners((Path("/proc") / process / "net" / table).read_text(), port)
+        except OSError:
+            continue  # the process has ended, or the kernel knows no IPv6
+    return found
+
+
+def _owns(pid: int, sockets: set[str]) -> bool:
+    try:
+        descriptors = list((Path("/proc") / str(pid) / "fd").iterdir()) if sockets else []
+    except OSError:
+        return False
+    for descriptor in descriptors:
+        try:
+            if os.readlink(descriptor) in sockets:
+                return True
+        except OSError:
+            continue  # closed meanwhile
+    return False
