@@ -7,6 +7,7 @@ through. A probe with a deadline costs milliseconds when all is well.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
@@ -16,7 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from dynamo_mpi.errors import DiscoveryError, UsageError
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,14 @@ class _Address(NamedTuple):
     scheme: str
     host: str
     port: int
+
+
+class _Trouble(NamedTuple):
+    text: str
+    refused: bool = False
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def etcd_endpoints(environ: Mapping[str, str]) -> list[str]:
@@ -66,14 +76,16 @@ def probe_control_plane(environ: Mapping[str, str], request_plane: str, timeout:
 
     Raises:
         DiscoveryError: no etcd endpoint answers, or NATS doesn't.
-        UsageError: an address, or the certificate in ``ETCD_AUTH_CA``, can't be read.
+        AuthorisationError: etcd does not take this client's certificate, or wants one.
+        UsageError: an address, or a certificate in ``ETCD_AUTH_*``, can't be read.
     """
     endpoints = etcd_endpoints(environ)
     server = nats_server(environ, request_plane)
     addresses = [_address(url, 2379, ("http", "https"), "ETCD_ENDPOINTS") for url in endpoints]
     if not endpoints:
         raise UsageError("ETCD_ENDPOINTS names no endpoint", needed="http://HOST:PORT, or several with commas between")
-    tls = _tls_context(environ) if any(address.scheme == "https" for address in addresses) else None
+    auth = EtcdAuth.of(environ)
+    tls = auth.tls() if any(address.scheme == "https" for address in addresses) else None
     deadline = time.monotonic() + timeout
     questions = [partial(_probe_etcd, address, tls, deadline) for address in addresses]
     if server:
@@ -83,6 +95,8 @@ def probe_control_plane(environ: Mapping[str, str], request_plane: str, timeout:
     alive = [url for url, trouble in zip(endpoints, troubles, strict=True) if trouble is None]
     if not alive:
         listed = "; ".join(f"{_shown(url)}: {trouble}" for url, trouble in zip(endpoints, troubles, strict=True))
+        if any(trouble is not None and trouble.refused for trouble in troubles):
+            raise _refusal(listed, auth)
         raise DiscoveryError(
             f"etcd does not answer ({listed})",
             needed=f"an etcd that answers within {timeout:g} s",
@@ -98,15 +112,30 @@ def probe_control_plane(environ: Mapping[str, str], request_plane: str, timeout:
     return alive + [url for url in endpoints if url not in alive]
 
 
-def _ask_together(questions: Sequence[Callable[[], str | None]], deadline: float) -> list[str | None]:
+def _refusal(listed: str, auth: EtcdAuth) -> AuthorisationError:
+    if auth.certificate:
+        return AuthorisationError(
+            f"etcd refuses this worker's certificate ({listed})",
+            needed="a certificate of the authority that etcd trusts (its --trusted-ca-file), for clients, and not expired",
+            fix="correct ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY; openssl x509 -noout -text shows what it is",
+        )
+    return AuthorisationError(
+        f"etcd refuses a worker without a certificate ({listed})",
+        needed="a client certificate",
+        fix="set ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY to PEM texts",
+    )
+
+
+def _ask_together(questions: Sequence[Callable[[], str | None]], deadline: float) -> list[_Trouble | None]:
     """Ask all at once. A thread that doesn't end in time is left behind: a name look-up knows no timeout."""
-    answers: list[str | None] = [_LATE] * len(questions)
+    answers: list[_Trouble | None] = [_Trouble(_LATE)] * len(questions)
 
     def ask(index: int) -> None:
         try:
-            answers[index] = questions[index]()
+            text = questions[index]()
+            answers[index] = _Trouble(text) if text else None
         except OSError as error:
-            answers[index] = _reason(error)
+            answers[index] = _Trouble(_reason(error), refused=_is_refusal(error))
 
     threads = [
         threading.Thread(target=ask, args=(index,), name="probe", daemon=True) for index in range(len(questions))
@@ -123,12 +152,10 @@ def _probe_etcd(address: _Address, tls: ssl.SSLContext | None, deadline: float) 
     with socket.create_connection((address.host, address.port), timeout=_left(deadline)) as sock:
         sock.settimeout(_left(deadline))
         if address.scheme == "https" and tls is not None:
-            with tls.wrap_socket(sock, server_hostname=address.host):
-                return None
-        # HTTP/1.0: the reply ends with the connection, and never comes in chunks
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        sock.sendall(f"GET /health HTTP/1.0\r\nHost: {host}:{address.port}\r\n\r\n".encode())
-        reply = _receive(sock, deadline)
+            with tls.wrap_socket(sock, server_hostname=address.host) as secured:
+                reply = _get_health(secured, address, deadline)
+        else:
+            reply = _get_health(sock, address, deadline)
     if not reply:
         return "it hung up without an answer"
     try:
@@ -139,6 +166,16 @@ def _probe_etcd(address: _Address, tls: ssl.SSLContext | None, deadline: float) 
         return "something else than etcd listens there"
     healthy = str(body["health"]).lower() == "true"
     return None if healthy else f"etcd says it is not healthy: {body.get('reason') or body}"
+
+
+def _get_health(sock: socket.socket, address: _Address, deadline: float) -> bytes:
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    # HTTP/1.0: the reply ends with the connection, and never comes in chunks
+    question = f"GET /health HTTP/1.0\r\nHost: {host}:{address.port}\r\n\r\n".encode()
+    # one that refuses our certificate has hung up by now, and what it said of that is still to be read
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        sock.sendall(question)
+    return _receive(sock, deadline)
 
 
 def _probe_nats(address: _Address, deadline: float) -> str | None:
@@ -158,16 +195,6 @@ def _receive(sock: socket.socket, deadline: float, enough: int = _MOST_BYTES) ->
             break
         data += part
     return data
-
-
-def _tls_context(environ: Mapping[str, str]) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if authority := environ.get("ETCD_AUTH_CA"):
-        try:
-            context.load_verify_locations(cadata=authority)
-        except (OSError, ValueError, TypeError):
-            raise UsageError("ETCD_AUTH_CA holds no certificate", needed="the PEM text itself, not a path") from None
-    return context
 
 
 def _address(url: str, default_port: int, schemes: Sequence[str], variable: str) -> _Address:
@@ -194,6 +221,12 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
+
+
+def _is_refusal(error: OSError) -> bool:
+    """Did the other side find fault with our certificate? Since TLS 1.3 it says so only in the place of its first answer."""
+    reason = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
+    return "_ALERT_" in reason and any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED"))
 
 
 def _reason(error: OSError) -> str:

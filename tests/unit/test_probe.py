@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import socket
-import ssl
 import subprocess
 import threading
 import time
@@ -19,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.control_plane.probe import etcd_endpoints, nats_server, probe_control_plane
-from dynamo_mpi.errors import BootstrapError, DiscoveryError, UsageError
-from tests.servers import closed_port, drip, listening, reply, running_etcd, running_nats, say
+from dynamo_mpi.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
+from tests.certificates import Authority
+from tests.servers import closed_port, drip, listening, reply, running_etcd, running_nats, running_secured_etcd, say
 
 TIMEOUT = 0.4
 BOUND = 4.0
@@ -317,33 +316,53 @@ def _refuse(address: tuple[str, int], timeout: float) -> socket.socket:
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 and its key, in one file."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl to make a certificate with")
-    folder = tmp_path_factory.mktemp("tls")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority.make(tmp_path_factory.mktemp("tls") / "ours")
+
+
+@pytest.fixture(scope="module")
+def secured(authority: Authority) -> Iterator[str]:
+    with running_secured_etcd(authority) as url:
+        yield url
+
+
+def test_etcd_over_tls_is_shown_our_certificate(secured: str, authority: Authority) -> None:
+    environ = authority.environment(authority.sign("worker", "clientAuth"))
+    assert probe_control_plane(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10) == [secured]
+    assert "certificate" in trouble(secured)
+
+
+def test_a_worker_that_etcd_does_not_know_is_not_authorised(secured: str, authority: Authority, tmp_path: Path) -> None:
+    strange = Authority.make(tmp_path / "theirs")
+    theirs = strange.environment(strange.sign("stranger", "clientAuth"))
+    wrong = theirs | authority.environment(None)
+    for environ, word in ((authority.environment(None), "without a certificate"), (wrong, "this worker's certificate")):
+        with pytest.raises(AuthorisationError, match=word) as caught:
+            probe_control_plane(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
+        assert caught.value.exit_code == 77
+        assert "ETCD_AUTH_CLIENT_CERT" in caught.value.fix
+
+
+def test_half_of_a_pair_of_credentials_is_a_usage_error(authority: Authority, secured: str) -> None:
+    complete = authority.environment(authority.sign("half", "clientAuth"))
+    for missing in ("ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY"):
+        environ = {name: text for name, text in complete.items() if name != missing}
+        with pytest.raises(UsageError, match=f"{missing} isn't"):
+            probe_control_plane(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
+
+
+def test_credentials_that_are_none_are_a_usage_error(authority: Authority, secured: str, tmp_path: Path) -> None:
+    good = authority.environment(authority.sign("good", "clientAuth"))
+    locked = tmp_path / "locked.key"
+    key = authority.pair.certificate.with_name("good.key")
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
-         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "crt.pem"],
-        cwd=folder, check=True, capture_output=True,
+        ["openssl", "ec", "-aes128", "-passout", "pass:hunter2", "-in", str(key), "-out", str(locked)],
+        check=True, capture_output=True,
     )  # fmt: skip
-    both = folder / "both.pem"
-    both.write_text((folder / "key.pem").read_text() + (folder / "crt.pem").read_text())
-    return both
-
-
-def test_etcd_over_tls_with_its_own_authority(certificate: Path) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-
-    def shake_hands(connection: socket.socket) -> None:
-        with context.wrap_socket(connection.dup(), server_side=True) as secured:
-            secured.recv(1)
-
-    with listening(shake_hands) as port:
-        url = local(port, "https")
-        assert ask(url, timeout=10, authority=certificate.with_name("crt.pem").read_text()) == [url]
-        assert "certificate" in trouble(url)
+    for text in ("/etc/worker.key", "g\u00e4rbage", locked.read_text()):
+        with pytest.raises(UsageError, match="ETCD_AUTH_CLIENT_KEY") as caught:
+            probe_control_plane(good | {"ETCD_ENDPOINTS": secured, "ETCD_AUTH_CLIENT_KEY": text}, "tcp", 10)
+        assert text not in str(caught.value)
 
 
 def test_a_silent_listener_in_tlss_place() -> None:
