@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole deployments by the scripts, on a real Slurm of four nodes: services, prefill and decode workers as steps of one job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.dynamo.running import eventually
+
+from .deployment import Deployment
+from .session import SlurmSession
+
+pytestmark = pytest.mark.slurm
+Launch = Callable[..., Deployment]
+# of Dynamo's example, for a text model
+QUESTION = {
+    "model": "smollm2",
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "stream": False,
+    "max_tokens": 16,
+}
+# the example itself
+IMAGE_QUESTION = {
+    "model": "smollm2",
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Describe the image"},
+                {"type": "image_url", "image_url": {"url": "http://images.invalid/inpaint.png"}},
+            ],
+        }
+    ],
+    "stream": False,
+    "max_tokens": 160,
+}
+
+
+def settings(slurm: SlurmSession, model_dir: Path, nodes: int, ranks_per_node: int, config: str) -> dict[str, str]:
+    """Return what the user of the scripts has set, in a container as far as Pyxis's stand-in goes."""
+    return {
+        **slurm.debian_openmpi_env,
+        # the nodes share this machine's cores and don't know
+        "OMPI_MCA_mpi_yield_when_idle": "1",
+        "OMP_NUM_THREADS": "1",
+        "DYN_LOG": "error",
+        "IMAGE": "dynamo trtllm.sqsh",
+        "MOUNTS": f"{ROOT}:/mnt,{model_dir}:/models/smollm2",
+        "MODEL_PATH": "/models/smollm2",
+        "SERVED_MODEL_NAME": "smollm2",
+        "NUM_GPUS_PER_NODE": str(ranks_per_node),
+        "NUM_PREFILL_NODES": str(nodes),
+        "NUM_DECODE_NODES": str(nodes),
+        "PREFILL_ENGINE_CONFIG": config,
+        "DECODE_ENGINE_CONFIG": config,
+        "DYN_MPI_ENGINE": "reference",
+        "PYTHON": sys.executable,
+        "DYN_MPI_PYTHON": sys.executable,
+    }
+
+
+@pytest.fixture
+def launch(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Launch]:
+    """Launch a deployment, of six ranks over two nodes for each role by default, and end whatever is left of it."""
+    started: list[Deployment] = []
+
+    def begin(
+        *words: str,
+        nodes: int = 2,
+        ranks_per_node: int = 3,
+        config: str = "/mnt/engine_configs/smollm2/tp3_pp2.yaml",
+        **environment: str,
+    ) -> Deployment:
+        variables = settings(slurm, model_dir, nodes, ranks_per_node, config)
+        started.append(Deployment(slurm, tmp_path, words, {**variables, **environment}))
+        return started[-1]
+
+    yield begin
+    for deployment in started:
+        deployment.stop()
+
+
+def answer(deployment: Deployment) -> str:
+    """Ask the example's question; return the answer."""
+    status, body = deployment.post(QUESTION)
+    assert status == 200, (status, body, deployment.text())
+    return str(json.loads(body)["choices"][0]["message"]["content"])
+
+
+def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm: SlurmSession) -> None:
+    deployment = launch()
+    deployment.says("ready: smollm2. Try:")
+    assert deployment.steps() == {"services": "n1", "prefill-0": "n[1-2]", "decode-0": "n[3-4]"}
+    assert answer(deployment) == "The capital of France is Paris."
+    status, body = deployment.post(IMAGE_QUESTION)
+    assert status == 400
+    assert "send text alone" in body
+    secrets = json.loads((deployment.run_dir / "services.json").read_text())["environment"]
+    assert {"ETCD_AUTH_CLIENT_KEY", "NATS_AUTH_PASSWORD"} <= secrets.keys()
+    for host in ("login", *slurm.nodes):
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in slurm.pids(host)]
+        assert not any(secrets["NATS_AUTH_PASSWORD"].encode() in line or b"PRIVATE KEY" in line for line in lines)
+
+    os.kill(deployment.launcher(), signal.SIGINT)
+    assert deployment.wait() == 130, deployment.text()
+    assert "drain: deregistered" in deployment.text()
+    assert "cancelling" not in deployment.text()
+    assert deployment.left() == []
+    assert sorted(path.name for path in deployment.run_dir.iterdir()) == ["lock", "logs", "ready", "services"]
+    assert not list((deployment.run_dir / "ready").iterdir())
+
+
+def test_a_worker_is_started_again_while_the_others_live(launch: Launch) -> None:
+    deployment = launch(
+        *("--prefill-workers", "2", "--decode-workers", "2", "--max-restarts", "1", "--skip-check"),
+        nodes=1,
+        ranks_per_node=1,
+        config="/mnt/engine_configs/smollm2/tp1.yaml",
+    )
+    deployment.says("ready: smollm2. Try:")
+    assert deployment.steps() == {
+        "services": "n1",
+        "prefill-0": "n1",
+        "prefill-1": "n2",
+        "decode-0": "n3",
+        "decode-1": "n4",
+    }
+    assert answer(deployment) == "The capital of France is Paris."
+
+    (rank,) = deployment.pids_of("n3", "dynamo_mpi.worker")
+    os.kill(rank, signal.SIGKILL)
+    deployment.says("decode-0: ended with exit code 137; start 2 of at most 2")
+    eventually(lambda: deployment.text().count("decode-0: ready") == 2, "it is ready again", 60)
+    assert answer(deployment) == "The capital of France is Paris."
+
+    (rank,) = deployment.pids_of("n3", "dynamo_mpi.worker")
+    os.kill(rank, signal.SIGKILL)
+    assert deployment.wait() == 137, deployment.text()
+    assert "dynamo-mpi launch: decode-0 ended with exit code 137" in deployment.text()
+    assert deployment.left() == []
+
+
+def test_a_role_that_is_missing_is_told_with_503(launch: Launch) -> None:
+    deployment = launch(nodes=1, ranks_per_node=1, config="/mnt/engine_configs/smollm2/tp1.yaml")
+    deployment.says("ready: smollm2. Try:")
+    (step,) = [s for s, n in _step_ids(deployment).items() if n.endswith("prefill-0")]
+    deployment.slurm.exec("scancel", "--signal=TERM", step)
+    deployment.says("prefill-0: ended with 0")
+    status, body = deployment.post(QUESTION)
+    assert status == 503, body
+    assert json.loads(body)["message"], body
+    os.kill(deployment.launcher(), signal.SIGTERM)
+    assert deployment.wait() == 143, deployment.text()
+    assert deployment.left() == []
+
+
+def _step_ids(deployment: Deployment) -> Mapping[str, str]:
+    text = deployment.slurm.exec("squeue", "--steps", "--noheader", f"--jobs={deployment.job}", "--format=%i|%j").stdout
+    return dict(line.split("|") for line in text.splitlines())
+
+
+def test_a_pair_that_does_not_fit_is_refused_before_anything_starts(launch: Launch, tmp_path: Path) -> None:
+    config = tmp_path / "decode.yaml"
+    config.write_text("tensor_parallel_size: 3\npipeline_parallel_size: 2\nkv_cache_config: {tokens_per_block: 64}\n")
+    deployment = launch(DECODE_ENGINE_CONFIG=str(config))
+    assert deployment.wait() == 78, deployment.text()
+    assert "error I1" in deployment.text()
+    assert "nothing was launched" in deployment.text()
+    assert not (deployment.run_dir / "logs" / "services.log").exists()
+
+
+def test_down_ends_what_a_killed_launcher_has_left(launch: Launch, slurm: SlurmSession) -> None:
+    deployment = launch(nodes=1, ranks_per_node=1, config="/mnt/engine_configs/smollm2/tp1.yaml")
+    deployment.says("ready: smollm2. Try:")
+    os.kill(deployment.launcher(), signal.SIGKILL)
+    # its sruns end with it, and end their ranks
+    eventually(lambda: deployment.left() == [], "nothing runs", 30)
+    down = [str(ROOT / "scripts" / "stop.sh"), str(deployment.run_dir)]
+    done = slurm.exec(*down, env={"PYTHON": sys.executable})
+    assert (done.returncode, "ended: " in done.stderr) == (0, True), done.stderr
+    assert not (deployment.run_dir / "services.json").exists()
+    again = slurm.exec(*down, env={"PYTHON": sys.executable})
+    assert (again.returncode, "nothing runs in" in again.stderr) == (0, True), again.stderr
+
+
+def test_as_a_batch_job_that_ends_before_its_time_is_up(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> None:
+    variables = settings(slurm, model_dir, 1, 1, "/mnt/engine_configs/smollm2/tp1.yaml")
+    variables |= {"DYN_MPI_RUN_DIR": str(tmp_path / "run"), "MOUNTS": f"{ROOT}:/mnt,{model_dir}:/models/smollm2"}
+    log = tmp_path / "batch.log"
+    words = (f"--output={log}", "--error=" + str(log), "--parsable", "--time=5")
+    submitted = slurm.exec(ROOT / "scripts" / "sbatch_disaggregated.sh", *words, env=variables, cwd=tmp_path)
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.strip()
+    eventually(lambda: log.exists() and "ready: smollm2. Try:" in log.read_text(), "it is ready", 90)
+    # as Slurm does it when the time limit is near (--signal=B:USR1@120)
+    slurm.exec("scancel", "--batch", "--signal=USR1", job)
+    facts: dict[str, Any] = slurm.wait_for_job(job)
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
+    assert "the time is nearly up (SIGUSR1): ending" in log.read_text()
+    assert "drain: deregistered" in log.read_text()
