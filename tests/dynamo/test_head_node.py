@@ -27,7 +27,7 @@ from dynamo_mpi.head_node.ports import candidates
 from dynamo_mpi.head_node.settings import Port
 from dynamo_mpi.services.ports import free_port
 from dynamo_mpi.services.processes import Child
-from tests.conftest import ROOT, mpi_environment
+from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.head_node_command import HeadNodeCommand
 from tests.dynamo.running import eventually, http_get
 
@@ -266,3 +266,30 @@ def test_the_script_is_the_same_command(tmp_path: Path) -> None:
     finally:
         process.terminate()
         assert process.wait(60) == 0
+
+
+def test_a_world_of_ranks_serves_through_it(tmp_path: Path, model_dir: Path) -> None:
+    """The reference engine in three ranks: probe, world record, registration and requests with the job's credentials."""
+    ready_file = tmp_path / "ready.json"
+    flags = ("--model", str(model_dir), "--tensor-parallel-size", "3", "--ready-file", str(ready_file))
+    command = [find_mpirun(), "-n", "3", sys.executable, "-m", "dynamo_mpi.worker", "--engine", "reference", *flags]
+    with HeadNodeCommand(tmp_path) as head:
+        services = head.services()
+        environment = mpi_environment({**services["environment"], "DYN_LOG": "error"})
+        worker = Child.start("worker", command, environment=environment, log=tmp_path / "worker.log")
+        try:
+
+            def ready() -> bool:
+                assert worker.exit_code() is None, (tmp_path / "worker.log").read_text()
+                return ready_file.exists()
+
+            eventually(ready, "the worker's ready file", 90)
+            answer = eventually(lambda: ask(services["url"], model_dir.name), "an answer", 60)
+            assert answer["usage"]["completion_tokens"] == 4
+            os.kill(json.loads(ready_file.read_text())["pid"], signal.SIGTERM)
+            assert eventually(lambda: worker.exit_code() is not None, "the worker ends", 60)
+            assert worker.exit_code() == 0, (tmp_path / "worker.log").read_text()
+        finally:
+            worker.kill()
+        assert head.end() == 0
+        head.assert_nothing_left()
