@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ def _check(path: Path) -> None:
         raise UsageError(
             f"others can write in the job's folder {path} (mode {status.st_mode & 0o7777:04o})",
             needed="a folder that only you can write: it holds the job's credentials",
-            fix=f"chmod 700 {path}",
+            fix=shlex.join(["chmod", "700", str(path)]),
         )
 
 
