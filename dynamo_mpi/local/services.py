@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the stack: each one's command line, environment and readiness probe.
+"""The services of the stack: each one's command line, environment and readiness probe.
 
 Nothing is started here. A probe asks the service itself, once, and answers within a second.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import site
 import socket
 import sys
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynamo_mpi.local.ports import LOOPBACK
-from dynamo_mpi.supervision.tethered import tethered
 
 RequestPlane = Literal["tcp", "nats"]
 NAMESPACE = "local"
@@ -120,67 +118,6 @@ class Frontend:
         """Return the names of the models it serves now."""
         status, body = get_json(self.port, "/v1/models")
         return [str(entry.get("id")) for entry in body.get("data") or []] if status == 200 else []
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """One world of the worker under mpirun. Ready when rank 0 has written its ready file."""
-
-    mpirun: tuple[str, ...]
-    tp_size: int
-    model: Path
-    served_model_name: str
-    engine_config: Path
-    ready_file: Path
-    rank_logs: Path
-    scratch: Path
-    discovery: Mapping[str, str]
-    name: str = "worker"
-
-    def command(self) -> tuple[str, ...]:
-        worker = (
-            *(sys.executable, "-m", "dynamo_mpi.worker", "--role", "agg", "--engine", "reference"),
-            *("--model", str(self.model), "--served-model-name", self.served_model_name),
-            *("--engine-config", str(self.engine_config), "--ready-file", str(self.ready_file)),
-        )
-        return (*self.mpirun, "-n", str(self.tp_size), *tethered(worker, rank_logs=self.rank_logs))
-
-    def environment(self) -> dict[str, str]:
-        own = {
-            "PYTHONUNBUFFERED": "1",
-            "DYN_SELF_HOST_METADATA": "0",  # the frontend reads the model's files by their path
-        }
-        return {**self.discovery, **own, **mpi_environment(self.scratch, root=os.geteuid() == 0)}
-
-    def ready(self) -> dict[str, Any] | None:
-        """Return the ready file's contents, None while there is none. It appears whole, by a rename."""
-        try:
-            contents = json.loads(self.ready_file.read_text())
-        except FileNotFoundError:
-            return None
-        return contents if isinstance(contents, dict) else None
-
-
-def mpi_environment(scratch: Path, *, root: bool) -> dict[str, str]:
-    """Return what lets Open MPI 4 and 5 run more ranks than cores; other MPIs ignore it.
-
-    Variables, not flags, because each launcher has flags of its own.
-
-    Args:
-        scratch: folder for shared-memory files, which a killed rank can't remove from /dev/shm.
-        root: Open MPI refuses root unless told twice.
-    """
-    variables = {
-        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-        "PRTE_MCA_hwloc_default_binding_policy": "none",
-        "OMPI_MCA_rmaps_base_oversubscribe": "1",
-        "OMPI_MCA_hwloc_base_binding_policy": "none",
-        "OMPI_MCA_btl_sm_backing_directory": str(scratch),
-        "OMPI_MCA_btl_vader_backing_directory": str(scratch),
-    }
-    if root:
-        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return variables
 
 
 def discovery_environment(etcd: Etcd, nats: Nats, request_plane: RequestPlane) -> dict[str, str]:
