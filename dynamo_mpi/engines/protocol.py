@@ -103,6 +103,10 @@ class Engine(Protocol):
     def limits(self) -> EngineLimits:
         """Known after ``load``."""
 
+    @property
+    def unfetched(self) -> int:
+        """Rank 0: prompts whose KV waits for decode workers, who need this one until they have it. Thread-safe."""
+
     def load(self) -> None:
         """Load this rank's part. Collective.
 

@@ -18,7 +18,7 @@ class PartEnded(PartError):
     def of(cls, child: Child, rank_logs: Path | None = None) -> PartEnded:
         code = child.exit_code()
         found = f"{child.name} ended with exit code {code}"
-        if child.name != "worker" or rank_logs is None:
+        if rank_logs is None:
             return cls(found, part=child.name, status=ExitCode.UNAVAILABLE, log="\n".join(child.last_lines(LOG_LINES)))
         # A world that leaves by itself with code 0 has lost its lease, or stopped without being asked.
         return cls(found, part=child.name, status=code or ExitCode.ENGINE, log=worker_log(child, rank_logs))
@@ -28,8 +28,8 @@ class PartLate(PartError):
     """A part was not ready when the time was up."""
 
     @classmethod
-    def of(cls, child: Child, state: str, seconds: float, rank_logs: Path) -> PartLate:
-        log = worker_log(child, rank_logs) if child.name == "worker" else "\n".join(child.last_lines(LOG_LINES))
+    def of(cls, child: Child, state: str, seconds: float, rank_logs: Path | None = None) -> PartLate:
+        log = "\n".join(child.last_lines(LOG_LINES)) if rank_logs is None else worker_log(child, rank_logs)
         found = f"{child.name} is not ready after {seconds:g} s: {state}"
         return cls(found, part=child.name, status=ExitCode.DEADLINE, log=log, fix="a longer --timeout, or --verbose")
 

@@ -23,7 +23,7 @@ def last_lines(log: Path, count: int) -> list[str]:
 
 
 class Follower:
-    """Copies what is appended to the logs of a folder to a stream, each line with its log's name before it.
+    """Copies what is appended to the logs of a folder to a stream, each line with its log's place in the folder before it.
 
     Args:
         folder: of the logs.
@@ -64,7 +64,8 @@ class Follower:
                 new = file.read()
             end = len(new) if whole else new.rfind(b"\n") + 1
             self._offsets[log] = self._offsets.get(log, 0) + end
+            place = log.relative_to(self._folder).with_suffix("")
             for line in new[:end].decode(errors="replace").splitlines():
                 if self._only in line:
-                    self._stream.write(f"[{log.stem}] {line}\n")
+                    self._stream.write(f"[{place}] {line}\n")
         self._stream.flush()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.phases import Phases
 
 # time for frontends to see that the instance has gone, before its last requests are counted
+_LOOK_SECONDS = 0.02
 _FAREWELL_SECONDS = 0.2
 _SHUTDOWN_SECONDS = 5.0
 _REGISTER_SECONDS = 60.0
@@ -138,7 +140,7 @@ async def serve(
             how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
             say(f"drain: {how}, {handler.in_flight} requests in flight")
             await asyncio.sleep(_FAREWELL_SECONDS)
-            drained = asyncio.ensure_future(handler.wait_quiet(registration.drain_timeout))
+            drained = asyncio.ensure_future(_drained(handler, engine, registration.drain_timeout))
             await _first_of(drained, stop.second, failed)
             drained.cancel()
         if handler.in_flight:
@@ -149,6 +151,14 @@ async def serve(
         if failed.done():
             cause = failed.result()
             raise EngineError(f"the engine failed while serving: {cause or type(cause).__name__}") from cause
+
+
+async def _drained(handler: RequestHandler, engine: Engine, seconds: float) -> None:
+    """Wait, no longer than ``seconds``, until no request is in flight and no decode worker needs this one's KV."""
+    deadline = time.monotonic() + seconds
+    if await handler.wait_quiet(seconds):
+        while engine.unfetched and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
 
 
 async def _end(runtime: Any, serving: asyncio.Future[Any]) -> None:

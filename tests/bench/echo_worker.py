@@ -31,6 +31,8 @@ class EchoEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turned = threading.Event()
 
+    unfetched = 0
+
     def load(self) -> None:
         """There is nothing to load."""
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.local import stack as stacks
+from dynamo_mpi.local import parts
+from dynamo_mpi.local.stack import LocalStack, StackSettings
+from dynamo_mpi.local.worlds import World
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port
@@ -192,9 +194,9 @@ def test_a_port_taken_meanwhile_is_no_failure(
     """Etcd's and the frontend's first ports are NATS's: whoever comes second has to find another."""
     contested = free_port()
     ports = iter([contested] * 3)
-    monkeypatch.setattr(stacks, "free_port", lambda: next(ports, None) or free_port())
+    monkeypatch.setattr(parts, "free_port", lambda: next(ports, None) or free_port())
     said: list[str] = []
-    stack = stacks.LocalStack(stacks.StackSettings(tp_size=1), tmp_path, interrupts, said.append)
+    stack = LocalStack(StackSettings((World("agg", 1),)), tmp_path, interrupts, said.append)
     try:
         ready = stack.start()
         assert stack.ask(ready, QUESTION, max_tokens=16, on_text=said.append).completion_tokens > 0

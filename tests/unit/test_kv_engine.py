@@ -50,13 +50,6 @@ def go_on(decode: ReferenceEngine, offer: dict[str, Any], name: str = "d", **set
     return receiver
 
 
-def kept(prefill: ReferenceEngine) -> int:
-    assert prefill._loaded is not None
-    store = prefill._loaded.handoff._store
-    assert store is not None
-    return len(store)
-
-
 def wipe(decode: ReferenceEngine) -> None:
     """So that what an earlier request left in a slot can't pass for what was handed over."""
     assert decode._loaded is not None
@@ -67,9 +60,9 @@ def wipe(decode: ReferenceEngine) -> None:
 @pytest.fixture(autouse=True)
 def empty(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
     end = time.monotonic() + 6
-    while kept(prefill) and time.monotonic() < end:
+    while prefill.unfetched and time.monotonic() < end:
         time.sleep(0.02)
-    assert kept(prefill) == 0
+    assert prefill.unfetched == 0
     wipe(decode)
 
 
@@ -93,14 +86,14 @@ def test_many_at_once_more_than_there_are_slots(prefill: ReferenceEngine, decode
 
 def test_what_was_fetched_is_released(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
     offer = offer_of(prefill)
-    assert kept(prefill) == 1
+    assert prefill.unfetched == 1
 
     go_on(decode, offer, max_tokens=2).done()
 
     end = time.monotonic() + 2
-    while kept(prefill) and time.monotonic() < end:
+    while prefill.unfetched and time.monotonic() < end:
         time.sleep(0.01)
-    assert kept(prefill) == 0
+    assert prefill.unfetched == 0
     again = go_on(decode, offer, max_tokens=2).done()
     assert again.ends == ["error"]
     assert "no such transfer" in str(again.chunks[-1].error)
@@ -109,7 +102,7 @@ def test_what_was_fetched_is_released(prefill: ReferenceEngine, decode: Referenc
 def test_what_nobody_fetches_expires(prefill: ReferenceEngine) -> None:
     offer_of(prefill)
     time.sleep(3.1)
-    assert kept(prefill) == 0
+    assert prefill.unfetched == 0
 
 
 def test_a_seed_gives_the_tokens_of_one_engine(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:

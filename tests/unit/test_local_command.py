@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.cli.local import curl_line
+from dynamo_mpi.cli.local_output import curl_line
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.exit_codes import ExitCode
@@ -26,6 +26,8 @@ from dynamo_mpi.services import programs
         ["local", "--tp", "0"],
         ["local", "--tp", "x"],
         ["local", "--role", "x"],
+        ["local", "--prefill-tp", "3"],
+        ["local", "--role", "disagg", "--decode-tp", "0"],
         ["local", "--no-such-flag"],
         ["local", "--mpirun", "no-such-mpirun -x"],
         ["local", "--mpirun", ""],

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.local.model import served_name
-from dynamo_mpi.local.services import (
-    Ranks,
-    base_environment,
-    discovery_environment,
-    mpi_environment,
-)
+from dynamo_mpi.local.ranks import Ranks, mpi_environment
+from dynamo_mpi.local.services import base_environment, discovery_environment
+from dynamo_mpi.local.worlds import World, WorldRole
 from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.nats import Nats
@@ -32,10 +30,10 @@ def values_after(command: tuple[str, ...], flag: str) -> list[str]:
     return [value for name, value in itertools.pairwise(command) if name == flag]
 
 
-def make_ranks(mpirun: tuple[str, ...] = ("mpirun",), tp_size: int = 3) -> Ranks:
+def make_ranks(mpirun: tuple[str, ...] = ("mpirun",), world: World = World("agg", 3)) -> Ranks:  # noqa: B008 - it is frozen
     return Ranks(
         mpirun=mpirun,
-        tp_size=tp_size,
+        world=world,
         model=Path("/run/model"),
         served_model_name="a model",
         engine_config=Path("/run/engine.yaml"),
@@ -71,13 +69,31 @@ def test_nats_is_named_on_its_own_plane_only(plane: str, servers: str | None) ->
 
 
 def test_the_launcher_starts_every_rank_tethered() -> None:
-    command = make_ranks(("srun", "--mpi=pmix"), tp_size=9).command()
+    command = make_ranks(("srun", "--mpi=pmix"), World("agg", 9)).command()
     assert command[:4] == ("srun", "--mpi=pmix", "-n", "9")
     worker = command[command.index("--") + 1 :]
     assert worker[:3] == (sys.executable, "-m", "dynamo_mpi.worker")
     assert values_after(worker, "--served-model-name") == ["a model"]
     assert values_after(command[: command.index("--")], "--rank-logs") == ["/run/ranks"]
     assert "--parent" not in command  # a rank's parent is the launcher, whose id nobody knows yet
+
+
+@pytest.mark.parametrize(("role", "networks"), [("agg", []), ("prefill", ["127.0.0.1"]), ("decode", ["127.0.0.1"])])
+def test_kv_is_served_on_loopback_only(role: WorldRole, networks: list[str]) -> None:
+    command = make_ranks(world=World(role, 1)).command()
+    assert values_after(command, "--role") == [role]
+    assert values_after(command, "--kv-network") == networks
+
+
+@pytest.mark.parametrize(
+    ("contents", "pid"),
+    [(None, None), ('{"pid": 7}', 7), ("{}", None), ('{"pid": "7"}', None), ("[7]", None), ("{", None)],
+)
+def test_rank_zero_is_who_the_ready_file_says(tmp_path: Path, contents: str | None, pid: int | None) -> None:
+    ranks = replace(make_ranks(), ready_file=tmp_path / "ready.json")
+    if contents is not None:
+        ranks.ready_file.write_text(contents)
+    assert ranks.rank_zero() == pid
 
 
 def test_a_tethered_command_keeps_its_words() -> None:

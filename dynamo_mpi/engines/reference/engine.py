@@ -85,6 +85,11 @@ class ReferenceEngine:
         """What the engine can hold. Raises EngineError before ``load``."""
         return self._require_loaded().limits
 
+    @property
+    def unfetched(self) -> int:
+        """Rank 0: prompts whose KV waits for decode workers."""
+        return 0 if self._loaded is None else self._loaded.handoff.unfetched
+
     def load(self) -> None:
         """Read this rank's share of the weights and lay out its KV cache. Collective.
 

@@ -70,6 +70,11 @@ class RankHandoff:
         self._server = server
         self._pulls: dict[int, tuple[int, BackgroundPull]] = {}
 
+    @property
+    def unfetched(self) -> int:
+        """Prompts that this rank keeps for decode workers. Thread-safe."""
+        return 0 if self._store is None else len(self._store)
+
     def obey(self, order: Order) -> None:
         """Ranks other than 0: carry out what rank 0 has ordered."""
         if isinstance(order, Keep):
@@ -136,7 +141,7 @@ class RankHandoff:
     def linger(self) -> None:
         """Wait a little for decode workers to fetch what they have been offered. Rank 0, before the others are released."""
         end = time.monotonic() + _LINGER_SECONDS
-        while self._store is not None and len(self._store) and time.monotonic() < end:
+        while self.unfetched and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:

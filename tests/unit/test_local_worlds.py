@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which worlds ``dynamo-mpi local`` starts, by its flags."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamo_mpi.errors import UsageError
+from dynamo_mpi.local.worlds import World, worlds_of
+
+ALL = [
+    ((None, None, None), (3, 1)),
+    ((1, None, None), (1, 1)),
+    ((3, None, 1), (3, 1)),
+    ((3, 1, None), (1, 3)),
+    ((None, 1, 9), (1, 9)),
+    ((None, None, 3), (3, 3)),
+]
+
+
+@pytest.mark.parametrize(("given", "size"), [(None, 3), (1, 1), (9, 9)])
+def test_aggregated_is_one_world(given: int | None, size: int) -> None:
+    assert worlds_of("agg", given, None, None) == (World("agg", size),)
+
+
+@pytest.mark.parametrize(("given", "sizes"), ALL)
+def test_apart_each_world_has_its_own_size_or_the_common_one(
+    given: tuple[int | None, int | None, int | None], sizes: tuple[int, int]
+) -> None:
+    assert worlds_of("disagg", *given) == (World("prefill", sizes[0]), World("decode", sizes[1]))
+
+
+@pytest.mark.parametrize(("given", "flag"), [((3, 1, None), "--prefill-tp 1"), ((None, None, 3), "--decode-tp 3")])
+def test_a_size_without_its_world_is_refused(given: tuple[int | None, int | None, int | None], flag: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        worlds_of("agg", *given)
+    assert flag in caught.value.found
+    assert "--role disagg" in caught.value.fix
+
+
+def test_every_part_has_a_name_of_its_own() -> None:
+    names = [world.name for world in (*worlds_of("disagg", None, None, None), *worlds_of("agg", None, None, None))]
+    assert names == ["prefill", "decode", "worker"]
