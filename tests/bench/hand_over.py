@@ -29,7 +29,7 @@ from dynamo_mpi.local.ranks import mpi_environment
 from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
 from dynamo_mpi.local.worlds import World
 from dynamo_mpi.services.folder import private_folder
-from dynamo_mpi.services.interrupts import Interrupts
+from dynamo_mpi.services.interrupts import Interrupted, Interrupts
 from dynamo_mpi.services.programs import find_mpirun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,8 +109,11 @@ def main() -> int:
         export_model(find_default_gguf(), Path(scratch, "model"))
         for prefill_tp, decode_tp in SPLITS:
             hand_over(prefill_tp, decode_tp, arguments.lengths, arguments.rounds, Path(scratch))
-    for tp, decode_tp in PAIRS:
-        first_token(tp, decode_tp, arguments.rounds)
+    try:
+        for tp, decode_tp in PAIRS:
+            first_token(tp, decode_tp, arguments.rounds)
+    except Interrupted as end:
+        return end.exit_code
     print(f"after: {machine()}")
     return 0
 
