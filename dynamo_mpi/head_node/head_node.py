@@ -179,7 +179,9 @@ class HeadNode:
     def _begin(
         self, make: Callable[[int], ServiceT], port: Port, host: str, base: Mapping[str, str]
     ) -> _Start[ServiceT]:
-        ports = Ports(port, host, self._settings.job_id)
+        settings = self._settings
+        wanted = {settings.etcd_port.number, settings.nats_port.number, settings.http_port.number}
+        ports = Ports(port, host, settings.job_id, wanted - {port.number})
         start = _Start(make, ports, base, make(ports.next()))
         self._spawn(start)
         return start

@@ -10,7 +10,7 @@ from dynamo_mpi.head_node.settings import MAX_PORT
 from dynamo_mpi.services.ports import holder, is_free
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from dynamo_mpi.head_node.settings import Port
 
@@ -38,11 +38,12 @@ class Ports:
         port: the wanted one.
         host: the address.
         job_id: Slurm's.
+        others: what the job's other services want, and this one leaves to them.
     """
 
-    def __init__(self, port: Port, host: str, job_id: str | None) -> None:
+    def __init__(self, port: Port, host: str, job_id: str | None, others: Collection[int] = ()) -> None:
         self._port, self._host = port, host
-        self._all = candidates(port, job_id)
+        self._all = [number for number in candidates(port, job_id) if number not in others]
         self._left: Iterator[int] = iter(self._all)
 
     def next(self) -> int:

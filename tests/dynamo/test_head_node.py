@@ -16,6 +16,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,9 +24,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.head_node.head_node import HeadNode
 from dynamo_mpi.head_node.ports import candidates
-from dynamo_mpi.head_node.settings import Port
-from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.head_node.run_folder import held_run_folder
+from dynamo_mpi.head_node.settings import Port, load_settings
+from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.services.interrupts import Interrupts
+from dynamo_mpi.services.ports import free_port, is_free
 from dynamo_mpi.services.processes import Child
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.head_node_command import HeadNodeCommand
@@ -203,6 +208,30 @@ def test_a_signal_during_the_start(tmp_path: Path, said: str) -> None:
         # it may have become ready in the same moment
         assert code == (ExitCode.OK if "ready: " in head.err else of_signal(signal.SIGTERM))
         head.assert_nothing_left()
+
+
+@pytest.mark.parametrize("part", ["etcd", "nats", "http"])
+def test_a_port_that_is_lost_between_look_and_bind(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another's server stands where the look saw nothing: the part ends, and is started on the next port."""
+    run_dir = tmp_path / "run"
+    settings = load_settings(["--run-dir", str(run_dir), "--address", "lo"], {"SLURM_JOB_ID": "9"})
+    with socket.create_server(("127.0.0.1", 0)) as server, Interrupts() as interrupts:
+        lost = Port(server.getsockname()[1], False, f"--{part}-port")
+        change: dict[str, Any] = {f"{part}_port": lost}
+        settings = replace(settings, **change)
+        monkeypatch.setattr(
+            "dynamo_mpi.head_node.ports.is_free", lambda port, host: port == lost.number or is_free(port, host)
+        )
+        said: list[str] = []
+        with held_run_folder(run_dir, "9", said.append) as run, private_folder(tmp_path) as private:
+            head_node = HeadNode(settings, run, private, interrupts, said.append)
+            try:
+                head_node.start()
+                services = json.loads(run.services.read_text())
+            finally:
+                head_node.stop()
+    url = {"etcd": services["environment"]["ETCD_ENDPOINTS"], "nats": services["environment"]["NATS_SERVER"]}
+    assert urlsplit(url.get(part, services["url"])).port in candidates(lost, "9")[1:]
 
 
 def test_a_named_port_that_is_taken_is_refused(tmp_path: Path) -> None:

@@ -133,6 +133,13 @@ def test_a_taken_default_gives_way_and_a_taken_named_port_tells_its_holder() -> 
     assert "another --etcd-port" in caught.value.fix
 
 
+def test_a_default_does_not_move_to_where_another_of_the_job_goes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+        _, first, second, *_ = candidates(Port(number, False, ""), "5")
+        assert Ports(Port(number, False, ""), "127.0.0.1", "5", {first}).next() >= second
+
+
 def test_when_all_ports_are_taken_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynamo_mpi.head_node.ports.is_free", lambda port, host: False)
     with pytest.raises(DiscoveryError, match="so are the 10 others"):
