@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 # proxies are for the web; a lost connection is built anew by us
-_CHANNEL_OPTIONS = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+_CHANNEL_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.max_receive_message_length", 64 << 20),
+)
 _TOKEN_ERRORS = ("invalid auth token", "revision of auth store is old")
 
 
@@ -47,7 +51,7 @@ class Lease(NamedTuple):
     seconds: int
 
 
-class LeaseLostError(BootstrapError):
+class LeaseLostError(DiscoveryError):
     """The lease is no longer there, and neither is what was under it."""
 
 
@@ -66,7 +70,7 @@ class Etcd:
         self._channel: Any = None
         self._token: str | None = None
 
-    def list(self, prefix: str) -> list[Entry]:
+    def entries(self, prefix: str) -> list[Entry]:
         """Return what stands under ``prefix``."""
         from pyetcd import etcdrpc
 

@@ -70,6 +70,8 @@ class Presence:
         except BootstrapError as error:
             if settings.role in _PAIRED and not settings.no_peer_check:
                 raise
+            self.withdraw()
+            self._keeper = None
             self._voice.say(f"warning: no world record: {error}")
             return
         self._judge(record, earlier, seconds, refuse=not settings.no_peer_check)

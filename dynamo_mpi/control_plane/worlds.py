@@ -22,7 +22,7 @@ def read_worlds(etcd: Etcd, namespace: str = "") -> tuple[list[Posted], dict[str
         AuthorisationError: it refuses us.
     """
     worlds, unread = [], {}
-    for entry in etcd.list(worlds_of(namespace)):
+    for entry in etcd.entries(worlds_of(namespace)):
         try:
             worlds.append(Posted(entry.key, entry.create_revision, WorldRecord.unpack(entry.value)))
         except ValueError as error:

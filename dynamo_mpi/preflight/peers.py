@@ -61,7 +61,10 @@ def refusal(own: WorldRecord, earlier: Sequence[Posted], seconds: int) -> str:
         findings = check_peer(own, peer.record)
         if stopping := errors(findings):
             count = "1 error" if len(stopping) == 1 else f"{len(stopping)} errors"
-            parts.append(f"{count} between this {own.role} worker and the {describe(peer.record)}\n{render(findings)}")
+            parts.append(
+                f"this {own.role} worker does not fit the {describe(peer.record)}: {count}, nothing was loaded\n"
+                f"{render(findings)}"
+            )
     if not parts:
         return ""
     hint = (

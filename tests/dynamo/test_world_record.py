@@ -21,6 +21,7 @@ from dynamo_mpi.control_plane.worlds import read_worlds
 from tests.certificates import Authority
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
+from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import running_secured_etcd
 
 pytestmark = pytest.mark.dynamo
@@ -139,7 +140,7 @@ def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
     assert "error I1: prefill and decode differ in tokens per KV block" in text
     values = {first: 32, second: 64}
     assert f"found:  prefill {values['prefill']}, decode {values['decode']}\n" in text
-    assert f"between this {second} worker and the {first} worker on {os.uname().nodename}" in text
+    assert f"this {second} worker does not fit the {first} worker on {os.uname().nodename}" in text
     assert f"(pid {earlier.rank_zero()})" in text
     assert "Traceback" not in text
     changes = etcd.written(WORLDS, before)
@@ -277,9 +278,33 @@ def test_over_tls_in_both_directions_dynamo_and_the_record_are_there(engine: str
         client = Etcd([url], EtcdAuth.of(variables), 5)
         ((key, _, record),) = read_worlds(client)[0]
         assert (record.role, record.engine) == ("agg", engine)
-        assert len(client.list("v1/instances/dynamo/backend/generate/")) == 1
-        assert client.list("v1/mdc/dynamo/backend/generate/")
+        assert len(client.entries("v1/instances/dynamo/backend/generate/")) == 1
+        assert client.entries("v1/mdc/dynamo/backend/generate/")
         terminate(worker)
-        assert client.list("dynamo_mpi/") == client.list("v1/") == [], key
+        assert client.entries("dynamo_mpi/") == client.entries("v1/") == [], key
         client.close()
         assert "BEGIN" not in worker.text() + stranger.text()
+
+
+def test_a_password_is_enough_and_rights_that_lack_are_named(etcd: EtcdServer, start: Start) -> None:
+    add_users(etcd.url, ["v1/"])
+    who = {"ETCD_AUTH_USERNAME": "worker", "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]}
+    refused = start("prefill", **who)
+    assert refused.wait() == 77, refused.text()
+    assert "grant-permission ROLE --prefix=true readwrite dynamo_mpi/" in refused.text()
+    worker = start("prefill", "--no-peer-check", **who)
+    worker.ready()
+    assert "warning: no world record: etcd refuses us" in worker.text()
+    terminate(worker)
+    assert PASSWORDS["worker"] not in refused.text() + worker.text()
+
+
+def test_with_a_password_the_record_is_there(etcd: EtcdServer, start: Start) -> None:
+    add_users(etcd.url, ["v1/", "dynamo_mpi/"])
+    worker = start("prefill", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["worker"])
+    worker.ready()
+    client = Etcd([etcd.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
+    assert [posted.record.role for posted in read_worlds(client)[0]] == ["prefill"]
+    terminate(worker)
+    assert client.entries("dynamo_mpi/") == []
+    client.close()

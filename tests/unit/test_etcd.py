@@ -15,6 +15,7 @@ from dynamo_mpi.control_plane.etcd import Etcd, LeaseLostError
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 from tests.certificates import Authority
+from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd, running_secured_etcd
 
 
@@ -23,7 +24,6 @@ def user(name: str, password: str) -> EtcdAuth:
 
 
 NOBODY = EtcdAuth()
-PASSWORDS = {"root": "hunter2", "worker": "s3cret", "guest": "s3cret"}
 WORKER = user("worker", PASSWORDS["worker"])
 
 
@@ -35,19 +35,9 @@ def etcd() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[str]:
-    """An etcd with users: ``worker`` may write what Dynamo does, and ours; ``guest`` nothing."""
-    with running_etcd() as url, grpc.insecure_channel(url.removeprefix("http://")) as channel:
-        auth = etcdrpc.AuthStub(channel)
-        auth.RoleAdd(etcdrpc.AuthRoleAddRequest(name="worlds"))
-        permission = etcdrpc.Permission(
-            permType=etcdrpc.Permission.READWRITE, key=b"dynamo_mpi/", range_end=b"dynamo_mpi0"
-        )
-        auth.RoleGrantPermission(etcdrpc.AuthRoleGrantPermissionRequest(name="worlds", perm=permission))
-        for name, word in PASSWORDS.items():
-            auth.UserAdd(etcdrpc.AuthUserAddRequest(name=name, password=word))
-        auth.UserGrantRole(etcdrpc.AuthUserGrantRoleRequest(user="root", role="root"))
-        auth.UserGrantRole(etcdrpc.AuthUserGrantRoleRequest(user="worker", role="worlds"))
-        auth.AuthEnable(etcdrpc.AuthEnableRequest())
+    """An etcd with users."""
+    with running_etcd() as url:
+        add_users(url, ["dynamo_mpi/"])
         yield url
 
 
@@ -62,12 +52,12 @@ def use(etcd: Etcd) -> None:
     etcd.put("dynamo_mpi/a", b"1", lease.id)
     etcd.put("dynamo_mpi/b", b"2", lease.id)
     etcd.put("dynamo_mpi/a", b"3", lease.id)
-    first, second = etcd.list("dynamo_mpi/")
+    first, second = etcd.entries("dynamo_mpi/")
     assert (first.key, first.value, first.lease) == ("dynamo_mpi/a", b"3", lease.id)
     assert first.create_revision < second.create_revision
     etcd.keep_alive(lease.id)
     etcd.revoke(lease.id, 5)
-    assert etcd.list("dynamo_mpi/") == []
+    assert etcd.entries("dynamo_mpi/") == []
     with pytest.raises(LeaseLostError):
         etcd.keep_alive(lease.id)
     with pytest.raises(LeaseLostError):
@@ -95,7 +85,7 @@ def test_a_password_without_tls(locked: str) -> None:
 
 def test_a_token_that_etcd_has_forgotten_is_asked_for_anew(locked: str) -> None:
     connection = connect(locked, auth=WORKER)
-    connection.list("dynamo_mpi/")
+    connection.entries("dynamo_mpi/")
     root = grpc.insecure_channel(locked.removeprefix("http://"))
     stub = etcdrpc.AuthStub(root)
     token = stub.Authenticate(etcdrpc.AuthenticateRequest(name="root", password=PASSWORDS["root"])).token
@@ -117,7 +107,7 @@ def test_a_token_that_etcd_has_forgotten_is_asked_for_anew(locked: str) -> None:
 )
 def test_who_may_not_is_told_so(locked: str, auth: EtcdAuth, word: str) -> None:
     with pytest.raises(AuthorisationError) as caught:
-        connect(locked, auth=auth).list("dynamo_mpi/")
+        connect(locked, auth=auth).entries("dynamo_mpi/")
     assert caught.value.exit_code == 77
     assert word in caught.value.fix
     assert auth.password == "" or auth.password not in str(caught.value)
@@ -138,7 +128,7 @@ def test_certificates_in_both_directions(tmp_path: Path) -> None:
             EtcdAuth(certificate=worker.certificate, key=worker.key),
         ):
             with pytest.raises(DiscoveryError):
-                connect(url, auth=auth, timeout=2).list("dynamo_mpi/")
+                connect(url, auth=auth, timeout=2).entries("dynamo_mpi/")
 
 
 def test_the_next_endpoint_is_taken_where_one_is_dead(etcd: str) -> None:
@@ -151,7 +141,7 @@ def test_nobody_answers_in_time(listens: bool) -> None:
     with listening() as silent, closed_port() as dead:
         begin = time.monotonic()
         with pytest.raises(DiscoveryError, match="etcd does not answer") as caught:
-            connect(f"http://127.0.0.1:{silent if listens else dead}", timeout=0.5).list("dynamo_mpi/")
+            connect(f"http://127.0.0.1:{silent if listens else dead}", timeout=0.5).entries("dynamo_mpi/")
         assert time.monotonic() - begin < 3
     assert caught.value.exit_code == 69
 
@@ -159,12 +149,12 @@ def test_nobody_answers_in_time(listens: bool) -> None:
 def test_it_is_found_again_as_soon_as_it_is_back() -> None:
     with running_etcd() as url:
         connection = connect(url, timeout=2)
-        assert connection.list("dynamo_mpi/") == []
+        assert connection.entries("dynamo_mpi/") == []
     with pytest.raises(DiscoveryError):
-        connection.list("dynamo_mpi/")
+        connection.entries("dynamo_mpi/")
     port = int(url.rpartition(":")[2])
     with running_etcd(port):
-        assert connection.list("dynamo_mpi/") == []
+        assert connection.entries("dynamo_mpi/") == []
 
 
 def test_a_proxy_of_the_web_is_not_asked(etcd: str, monkeypatch: pytest.MonkeyPatch) -> None:

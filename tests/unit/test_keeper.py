@@ -153,7 +153,7 @@ def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> N
 def test_a_lease_that_was_lost_is_made_anew(etcd: str, kept: Kept) -> None:
     kept.starts(etcd, world())
     other = Etcd([etcd], EtcdAuth(), 5)
-    (entry,) = other.list("dynamo_mpi/")
+    (entry,) = other.entries("dynamo_mpi/")
     other.revoke(entry.lease, 5)
     eventually(lambda: len(worlds(etcd)) == 1)
     assert worlds(etcd)[0].key != entry.key
