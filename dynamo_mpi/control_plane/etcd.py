@@ -153,9 +153,10 @@ class Etcd:
         renewed = False
         tries = len(self._endpoints)
         while True:
+            channel = self._connected()
             try:
-                channel = self._connected(end)
-                return method(channel)(request, timeout=max(0.0, end - time.monotonic()), metadata=self._metadata())
+                metadata = self._metadata(channel, end)
+                return method(channel)(request, timeout=max(0.0, end - time.monotonic()), metadata=metadata)
             except grpc.RpcError as error:
                 if not renewed and _has_word(error, _TOKEN_ERRORS):
                     # etcd forgets tokens after a time, and with every change of its users
@@ -168,16 +169,19 @@ class Etcd:
                         continue
                 raise _our_error(error, self._auth) from None
 
-    def _metadata(self) -> tuple[tuple[str, str], ...]:
-        return (("token", self._token),) if self._token else ()
-
-    def _connected(self, end: float) -> Any:
+    def _connected(self) -> Any:
         with self._lock:
             if self._channel is None:
                 self._channel = _open(self._endpoints[0], self._auth)
-            if self._auth.username and self._token is None:
-                self._token = _authenticate(self._channel, self._auth, end)
             return self._channel
+
+    def _metadata(self, channel: Any, end: float) -> tuple[tuple[str, str], ...]:
+        if not self._auth.username:
+            return ()
+        with self._lock:
+            if self._token is None:
+                self._token = _authenticate(channel, self._auth, end)
+            return (("token", self._token),) if self._token else ()
 
     def _turn_to_the_next(self, failed: Any) -> None:
         with self._lock:

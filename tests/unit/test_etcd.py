@@ -136,12 +136,18 @@ def test_the_next_endpoint_is_taken_where_one_is_dead(etcd: str) -> None:
         use(connect(f"http://127.0.0.1:{dead}", f"http://[::1]:{dead}", etcd))
 
 
+def test_a_password_is_shown_to_the_next_one_too(locked: str) -> None:
+    with closed_port() as dead:
+        use(connect(f"http://127.0.0.1:{dead}", locked, auth=WORKER))
+
+
+@pytest.mark.parametrize("auth", [NOBODY, WORKER], ids=["nobody", "a user"])
 @pytest.mark.parametrize("listens", [True, False])
-def test_nobody_answers_in_time(listens: bool) -> None:
+def test_nobody_answers_in_time(listens: bool, auth: EtcdAuth) -> None:
     with listening() as silent, closed_port() as dead:
         begin = time.monotonic()
         with pytest.raises(DiscoveryError, match="etcd does not answer") as caught:
-            connect(f"http://127.0.0.1:{silent if listens else dead}", timeout=0.5).entries("dynamo_mpi/")
+            connect(f"http://127.0.0.1:{silent if listens else dead}", auth=auth, timeout=0.5).entries("dynamo_mpi/")
         assert time.monotonic() - begin < 3
     assert caught.value.exit_code == 69
 
