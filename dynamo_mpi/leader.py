@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import threading
@@ -16,7 +14,7 @@ from dynamo_mpi.control_plane.probe import probe_control_plane
 from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError, UsageError
-from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.fields import unpack
 from dynamo_mpi.follower import GO, STOP, build_part, load_part
 from dynamo_mpi.preflight.inquiry import Card, fill_card
@@ -24,16 +22,17 @@ from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.roster import describe_ranks, hosts
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
+from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import Registration, point_runtime_at, run, serve
 from dynamo_mpi.settings import load_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
+    from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.launchers.launch import Launch
-    from dynamo_mpi.preflight.verdict import Plan
+    from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
@@ -61,6 +60,7 @@ class Leader:
         self._voice = voice
         self._mpi_library = mpi_library
         self._verdict_seconds = 0.0
+        self._presence: Presence | None = None
 
     def run(self, argv: Sequence[str]) -> int:
         """Live it.
@@ -68,10 +68,16 @@ class Leader:
         Returns:
             The exit code, which every other rank has been told.
         """
+        try:
+            return self._live(argv)
+        finally:
+            self._disappear()
+
+    def _live(self, argv: Sequence[str]) -> int:
         with self._phases.enter("preflight"):
             try:
                 settings = load_settings(argv, os.environ)
-                _forget(settings.ready_file)
+                forget(settings.ready_file)
                 require_startable(settings)
                 settings = at_its_folder(settings, os.environ)
                 plan = read_plan(settings, argv)
@@ -86,6 +92,7 @@ class Leader:
             try:
                 point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
                 require_servable(settings.model, plan.inquiry.files[0].content)
+                self._appear(settings, verdict, cards)
             except BootstrapError as error:
                 return self._stop(f"error: {error}", error.exit_code)
             spec = engine_spec(settings, plan)
@@ -93,6 +100,7 @@ class Leader:
         from dynamo_mpi.supervision.guard import Guard
 
         guard = Guard(self._world, cards, self._phases, self._voice)
+        guard.before_the_end(self._disappear)
         if settings.engine == "trtllm":
             return self._lead_trtllm(settings, plan, cards, guard)
         with self._phases.enter("load"), guard.deadline(settings.load_timeout, "not loaded", "--load-timeout"):
@@ -109,6 +117,25 @@ class Leader:
             return code, None
         code = self._agree(load_part(engine), cards)
         return code, engine if code is ExitCode.OK else None
+
+    def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> None:
+        """Publish the world record, and compare it with the peers that came first."""
+        # after the verdict: a layout that can't be is refused without it
+        from dynamo_mpi.control_plane.presence import Presence, record_of
+
+        self._presence = Presence(self._voice)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hurry)
+        self._presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
+        self._phases.listen(self._presence.tell)
+
+    def _disappear(self) -> None:
+        if self._presence is not None:
+            self._presence.withdraw()
+
+    def _hurry(self, number: int, _: object) -> None:
+        self._disappear()
+        self._world.abort(of_signal(number))
 
     def _ask(self, plan: Plan, argv: Sequence[str]) -> list[Card]:
         self._world.broadcast(GO + plan.inquiry.pack())
@@ -160,7 +187,7 @@ class Leader:
             # the event loop has given signals back; from here on a further one must not take rank 0 away from the others
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-            _forget(settings.ready_file)
+            forget(settings.ready_file)
         with self._phases.enter("exit"):
             close(engine, _CLOSE_SECONDS)
             if failures:
@@ -177,45 +204,21 @@ class Leader:
         from dynamo_mpi.engines.trtllm.lead import TrtllmLeader
 
         gpus_per_node = plan.config.gpus_per_node or len(cards) // len(hosts(cards))
-        guard.before_the_end(partial(_forget, settings.ready_file))
+        guard.before_the_end(partial(forget, settings.ready_file))
         leader = TrtllmLeader(
             self._world, settings, gpus_per_node, plan.shape.bos_token_id or 0, guard, self._phases, self._voice
         )
         try:
             leader.run(partial(self._announce, settings))
         finally:
-            _forget(settings.ready_file)
+            forget(settings.ready_file)
         guard.close()
         self._world.broadcast(STOP + bytes([ExitCode.OK]))
         self._voice.say(f"exit: done after {self._phases.age:.1f} s")
         return ExitCode.OK
 
     def _announce(self, settings: Settings) -> None:
-        seconds = self._phases.durations
-        # TensorRT-LLM's worker registers before it can be proven
-        spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "prove", "register") if name in seconds)
-        self._voice.say(
-            f"ready: {settings.served_model_name} at {settings.endpoint} after {self._phases.age:.1f} s "
-            f"(verdict {self._verdict_seconds:.1f} s, {spans})"
-        )
-        if settings.ready_file is None:
-            return
-        content = {
-            "pid": os.getpid(),
-            "host": os.uname().nodename,
-            "ranks": self._world.size,
-            "model": settings.served_model_name,
-            "endpoint": settings.endpoint,
-            "phases": seconds,
-            "verdict_seconds": self._verdict_seconds,
-            "ready_seconds": self._phases.age,
-        }
-        partial = settings.ready_file.with_name(settings.ready_file.name + ".partial")
-        try:
-            partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            partial.replace(settings.ready_file)
-        except OSError as error:
-            self._voice.say(f"warning: the ready file {settings.ready_file} can't be written: {error.strerror}")
+        announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)
 
 
 def lead(world: World, launch: Launch, argv: Sequence[str], phases: Phases, voice: Voice, mpi_library: str) -> int:
@@ -254,13 +257,6 @@ def close(engine: Engine, seconds: float) -> None:
             needed="ranks that still take part in its steps",
             fix="look for a rank that hangs; the world is ended now",
         )
-
-
-def _forget(ready_file: Path | None) -> None:
-    """Remove the ready file: also one that a run before this one, which was killed, has left."""
-    if ready_file is not None:
-        with contextlib.suppress(OSError):
-            ready_file.unlink()
 
 
 def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:

@@ -132,6 +132,15 @@ OPTIONS: tuple[Option, ...] = (
         switch=True,
     ),
     Option(
+        "no_peer_check",
+        ("--no-peer-check",),
+        ("DYN_MPI_NO_PEER_CHECK",),
+        False,
+        to_switch,
+        "start a prefill or decode worker although the other role's workers do not fit, or can't be asked",
+        switch=True,
+    ),
+    Option(
         "ready_file",
         ("--ready-file",),
         ("DYN_MPI_READY_FILE",),
@@ -232,6 +241,7 @@ class Settings:
     discovery_backend: str
     preflight_only: bool
     allow_no_gpu: bool
+    no_peer_check: bool
     ready_file: Path | None
     probe_timeout: float
     load_timeout: float

@@ -47,9 +47,9 @@ def running(make: Callable[[Path], Etcd | Nats]) -> Iterator[str]:
             process.wait()
 
 
-def running_etcd() -> contextlib.AbstractContextManager[str]:
-    """Run etcd; the value is its ``http://HOST:PORT``."""
-    return running(lambda folder: Etcd(find_etcd(), free_port(), folder))
+def running_etcd(port: int | None = None) -> contextlib.AbstractContextManager[str]:
+    """Run etcd on ``port``, or a free one; the value is its ``http://HOST:PORT``."""
+    return running(lambda folder: Etcd(find_etcd(), port or free_port(), folder))
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,12 @@ def running_nats() -> contextlib.AbstractContextManager[str]:
 
 
 @contextlib.contextmanager
-def listening(behave: Callable[[socket.socket], None] = lambda connection: None) -> Iterator[int]:
+def listening(behave: Callable[[socket.socket], None] = lambda connection: None, port: int = 0) -> Iterator[int]:
     """Accept connections on a loopback port until the block ends; the port is the value.
 
     Args:
         behave: what to do with each connection; by default nothing at all. Connections stay open until the block ends.
+        port: a certain one, instead of any that is free.
     """
     connections: list[socket.socket] = []
 
@@ -107,7 +108,7 @@ def listening(behave: Callable[[socket.socket], None] = lambda connection: None)
             connections.append(connection)
             threading.Thread(target=_quietly, args=(behave, connection), daemon=True).start()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with socket.create_server(("127.0.0.1", port)) as listener:
         thread = threading.Thread(target=serve)
         thread.start()
         try:

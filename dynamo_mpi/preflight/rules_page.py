@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism import contract, engine_layers, key_rules
 from dynamo_mpi.parallelism.rules import registry
-from dynamo_mpi.preflight import gpu_rules, host_rules, roster
+from dynamo_mpi.preflight import gpu_rules, host_rules, peers, roster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,6 +41,7 @@ def _rows() -> Iterator[tuple[str, str]]:
         engine_layers.flag_without_effect,
         contract.check_contracts,
         *roster.RULES,
+        *peers.RULES,
         *gpu_rules.RULES,
         *host_rules.RULES,
     ):

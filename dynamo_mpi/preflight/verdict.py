@@ -84,11 +84,13 @@ class Verdict:
         exit_code: OK to go on, else what every rank leaves with.
         report: for the user; one line when all is well.
         findings: what it rests on.
+        subject: the worker that was judged.
     """
 
     exit_code: ExitCode
     report: str
     findings: tuple[Finding, ...]
+    subject: Subject
 
 
 def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
@@ -186,11 +188,11 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
         if checked.nearest:
             works = ", ".join(f"{short_name(other)} on {other.cluster}" for other in checked.nearest)
             report += f"\nwould work: {works}"
-        return Verdict(exit_code_of(findings, _EXIT_CODES), report, tuple(findings))
+        return Verdict(exit_code_of(findings, _EXIT_CODES), report, tuple(findings), subject)
     where = nodes[0] if len(nodes) == 1 else f"{len(nodes)} nodes ({nodes[0]} … {nodes[-1]})"
     ranks = f"{len(cards)} rank{'' if len(cards) == 1 else 's'}"
     report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}" + (f", {gpu}" if gpu else "")
-    return Verdict(ExitCode.OK, report + (f"\n{told}" if told else ""), tuple(findings))
+    return Verdict(ExitCode.OK, report + (f"\n{told}" if told else ""), tuple(findings), subject)
 
 
 # The reference engine asks nothing of hosts and GPUs, and its start doesn't wait for these modules.

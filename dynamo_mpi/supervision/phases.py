@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 PHASES = ("environment", "world", "preflight", "load", "prove", "register", "serve", "drain", "exit")
 
@@ -20,6 +20,11 @@ class Phases:
         self._born = time.monotonic()
         self.current = PHASES[0]
         self.durations: dict[str, float] = {}
+        self._listeners: list[Callable[[str], None]] = []
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Call this with the name of each phase that begins. It has to be quick."""
+        self._listeners.append(listener)
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:
@@ -27,6 +32,8 @@ class Phases:
         if name not in PHASES:
             raise ValueError(f"no phase is called {name!r}; there are {', '.join(PHASES)}")
         self.current = name
+        for listener in self._listeners:
+            listener(name)
         start = time.monotonic()
         try:
             yield

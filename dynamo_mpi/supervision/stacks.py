@@ -15,12 +15,13 @@ _FRAMES = 12
 _THREADS = 4
 _SAME_FRAMES = 2
 # those of ours that only wait, on every rank, whatever happens
-IDLE_THREADS = frozenset({"watch", "child output", "child end", "proof", "session", "signals"})
+IDLE_THREADS = frozenset({"watch", "child output", "child end", "proof", "session", "signals", "record"})
 # what carries a task to a thread says nothing of where the task is
 _CARRIERS = (
     "/mpi4py/futures/",
     "/concurrent/futures/",
     "/threading.py",
+    "/grpc/",
     "<frozen runpy>",
     "/dynamo_mpi/engines/trtllm/",
     *(f"/dynamo_mpi/{name}.py" for name in ("worker", "leader", "follower", "world")),

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dynamo_mpi.control_plane.record import WorldRecord, worlds_of
 from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.ports import free_port, is_free
@@ -67,6 +68,38 @@ class EtcdServer:
 
         with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
             return sorted(meta.key.decode() for _, meta in client.get_prefix(prefix))
+
+    def worlds(self) -> list[WorldRecord]:
+        """Return the world records that are there now."""
+        import pyetcd
+
+        with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
+            return [WorldRecord.unpack(value) for value, _ in client.get_prefix(worlds_of(""))]
+
+    def put(self, key: str, value: bytes) -> None:
+        """Write a value, as somebody else might."""
+        import pyetcd
+
+        with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
+            client.put(key, value)
+
+    def written(self, prefix: str, since: int = 0) -> list[tuple[str, bytes | None]]:
+        """Return every change under ``prefix`` after a revision, in its order: the key, and the value or None for a deletion."""
+        import pyetcd
+
+        changes: list[tuple[str, bytes | None]] = []
+        with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
+            events, cancel = client.watch("\0", range_end="\0", start_revision=since + 1)
+            # as soon as this one comes, everything before it has come
+            client.put("tests/end-of-history", b"")
+            for event in events:
+                key = event.key.decode()
+                if key == "tests/end-of-history":
+                    break
+                if key.startswith(prefix):
+                    changes.append((key, event.value if isinstance(event, pyetcd.events.PutEvent) else None))
+            cancel()
+        return changes
 
     def revoke_leases(self) -> None:
         """Take all leases away, as if nobody had renewed them."""

@@ -44,6 +44,7 @@ SAMPLES = {
     "discovery_backend": "etcd",
     "preflight_only": "true",
     "allow_no_gpu": "true",
+    "no_peer_check": "true",
     "ready_file": "/r.json",
     "probe_timeout": "1.5",
     "load_timeout": "3.5",

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps a world's record in etcd for as long as rank 0 lives, and watches its peers' records meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.control_plane.etcd import LeaseLostError
+from dynamo_mpi.control_plane.record import record_key
+from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.errors import BootstrapError, DiscoveryError
+from dynamo_mpi.preflight.peers import news, peers_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dynamo_mpi.control_plane.etcd import Etcd, Lease
+    from dynamo_mpi.control_plane.record import Posted, WorldRecord
+
+_FAREWELL_SECONDS = 1.0
+
+
+class Keeper:
+    """Keeps one record.
+
+    A thread of its own renews the lease three times in its life, and writes the record anew when the phase changes, or when etcd was
+    away for so long, or came back so empty, that it has forgotten us. Whatever etcd does, the worker goes on: that is for
+    the lease of Dynamo's runtime to decide.
+
+    Args:
+        etcd: where; closed at the end.
+        record: what to keep.
+        seconds: that the record outlives a rank 0 which was killed.
+        say: for a line to the user.
+    """
+
+    def __init__(self, etcd: Etcd, record: WorldRecord, seconds: int, say: Callable[[str], None]) -> None:
+        self._etcd, self._record, self._seconds, self._say = etcd, record, seconds, say
+        self._lease: Lease | None = None
+        self._stale = self._away = False
+        self._peers: Sequence[Posted] = ()
+        self._odd: set[str] = set()
+        # a signal's handler may put into it, whatever the main thread was doing
+        self._phases: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def publish(self) -> list[Posted]:
+        """Write the record, then read the others.
+
+        Returns:
+            The peers that came before us: of two that do this at the same moment, exactly one sees the other here.
+
+        Raises:
+            DiscoveryError: etcd does not answer, or forgets at once what it is told.
+            AuthorisationError: it refuses us.
+        """
+        own = self._write()
+        worlds = self._read()
+        came = next((world.came for world in worlds if world.key == own), None)
+        if came is None:
+            raise DiscoveryError(
+                "etcd has lost this world's record as soon as it was written",
+                needed="an etcd that keeps a lease for as long as it says",
+                fix="look at etcd's log, and at ETCD_LEASE_TTL",
+            )
+        self._peers = peers_of(self._record, worlds)
+        return [peer for peer in self._peers if peer.came < came]
+
+    def start(self) -> None:
+        """Begin to keep what was published."""
+        self._thread = threading.Thread(target=self._run, name="record", daemon=True)
+        self._thread.start()
+
+    def tell(self, phase: str) -> None:
+        """Have the record say so soon. Never waits."""
+        self._phases.put(phase)
+
+    def withdraw(self) -> None:
+        """Take the record away: at once, or with its lease where etcd doesn't answer within a second. From any thread, or a signal's
+        handler; more than once does no harm."""
+        self._phases.put(None)
+        thread = self._thread
+        if thread is None:
+            # also here in a thread: a handler may have interrupted whoever holds the connection's lock
+            thread = self._thread = threading.Thread(target=self._retract, name="record", daemon=True)
+            thread.start()
+        if thread is not threading.current_thread():
+            thread.join(_FAREWELL_SECONDS)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                phase = self._phases.get(timeout=self._pause())
+            except queue.Empty:
+                phase = self._record.phase
+            if phase is None:
+                break
+            if phase != self._record.phase:
+                self._record = replace(self._record, phase=phase)
+                self._stale = True
+            self._renew()
+        self._retract()
+
+    def _pause(self) -> float:
+        return (self._lease.seconds if self._lease is not None else self._seconds) / 3
+
+    def _renew(self) -> None:
+        try:
+            self._keep()
+            self._look()
+        except BootstrapError as error:
+            if not self._away:
+                self._away = True
+                self._say(f"warning: the world record in etcd can't be kept for now, the worker goes on: {error.found}")
+            return
+        if self._away:
+            self._away = False
+            self._say("the world record is in etcd again")
+
+    def _keep(self) -> None:
+        try:
+            if self._lease is None:
+                self._write()
+                return
+            self._etcd.keep_alive(self._lease.id)
+            if self._stale:
+                self._etcd.put(record_key(self._record, self._lease.id), self._record.pack(), self._lease.id)
+                self._stale = False
+        except LeaseLostError:
+            self._lease = None
+            self._write()
+
+    def _write(self) -> str:
+        """Write the record under a lease of its own, and return its key."""
+        self._lease = self._etcd.grant(self._seconds)
+        key = record_key(self._record, self._lease.id)
+        self._etcd.put(key, self._record.pack(), self._lease.id)
+        self._stale = False
+        return key
+
+    def _read(self) -> list[Posted]:
+        worlds, unread = read_worlds(self._etcd, self._record.namespace)
+        for key in unread.keys() - self._odd:
+            self._odd.add(key)
+            self._say(f"warning: the record {key!a} in etcd can't be read, and is left out: {unread[key]}")
+        return worlds
+
+    def _look(self) -> None:
+        if self._record.contract is None:
+            return
+        peers = peers_of(self._record, self._read())
+        for line in news(self._record, self._peers, peers):
+            self._say(line)
+        self._peers = peers
+
+    def _retract(self) -> None:
+        with contextlib.suppress(BootstrapError):  # it goes with its lease, then
+            if self._lease is not None:
+                self._etcd.revoke(self._lease.id, _FAREWELL_SECONDS)
+        self._etcd.close()

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A world makes itself known, and makes sure that it fits those that were there before."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi import __version__
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.keeper import Keeper
+from dynamo_mpi.control_plane.probe import etcd_endpoints
+from dynamo_mpi.control_plane.record import RecordedLayout, WorldRecord
+from dynamo_mpi.errors import BootstrapError, LayoutError
+from dynamo_mpi.parallelism.contract import contract_of
+from dynamo_mpi.preflight.inquiry import host_name
+from dynamo_mpi.preflight.peers import advice, refusal
+from dynamo_mpi.preflight.roster import hosts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dynamo_mpi.control_plane.record import Posted
+    from dynamo_mpi.parallelism.subject import Subject
+    from dynamo_mpi.preflight.inquiry import Card
+    from dynamo_mpi.settings import Settings
+    from dynamo_mpi.talk import Voice
+
+_LEASE_SECONDS = 30
+_PAIRED = ("prefill", "decode")
+
+
+class Presence:
+    """This world's record in etcd, while there is one.
+
+    Args:
+        voice: how rank 0 speaks.
+    """
+
+    def __init__(self, voice: Voice) -> None:
+        self._voice = voice
+        self._keeper: Keeper | None = None
+
+    def appear(self, settings: Settings, record: WorldRecord, environ: Mapping[str, str]) -> None:
+        """Publish ``record``, and compare it with the peers that came first.
+
+        Where nothing has to be compared, or ``--no-peer-check`` was given, a record that can't be written is only a warning.
+
+        Args:
+            settings: the worker's.
+            record: what to say of it.
+            environ: where etcd and our credentials stand.
+
+        Raises:
+            LayoutError: a peer that came first doesn't fit.
+            DiscoveryError: etcd does not answer.
+            AuthorisationError: it refuses us.
+            UsageError: what is set for it can't be used.
+        """
+        if trouble := _missing_client():
+            self._voice.say(f"warning: no world record, and no look at peers: {trouble}")
+            return
+        try:
+            seconds = lease_seconds(environ)
+            etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), settings.probe_timeout)
+            self._keeper = Keeper(etcd, record, seconds, self._voice.say)
+            earlier = self._keeper.publish()
+        except BootstrapError as error:
+            if settings.role in _PAIRED and not settings.no_peer_check:
+                raise
+            self.withdraw()
+            self._keeper = None
+            self._voice.say(f"warning: no world record: {error}")
+            return
+        self._judge(record, earlier, seconds, refuse=not settings.no_peer_check)
+        self._keeper.start()
+
+    def tell(self, phase: str) -> None:
+        """Have the record say which phase it is."""
+        if self._keeper is not None:
+            self._keeper.tell(phase)
+
+    def withdraw(self) -> None:
+        """Take the record away, in a second at the most. Does not raise, and may be called from a signal's handler."""
+        if self._keeper is not None:
+            self._keeper.withdraw()
+
+    def _judge(self, record: WorldRecord, earlier: Sequence[Posted], seconds: int, *, refuse: bool) -> None:
+        text = refusal(record, earlier, seconds)
+        if text and refuse:
+            raise LayoutError(text)
+        for line in advice(record, earlier):
+            self._voice.say(f"preflight: {line}")
+
+
+def _missing_client() -> str:
+    try:
+        import pyetcd  # noqa: F401 - whether it can be imported is the question
+    except Exception as error:  # a protobuf that doesn't suit it raises errors of its own
+        return f"etcd-sdk-python can't be used ({' '.join(str(error).split())}); pip install 'etcd-sdk-python' 'protobuf>=5'"
+    return ""
+
+
+def lease_seconds(environ: Mapping[str, str]) -> int:
+    """Return how long a record outlives its world: as long as Dynamo's own keys."""
+    text = environ.get("ETCD_LEASE_TTL", "")
+    return int(text) if text.isdecimal() and 0 < int(text) < 2**31 else _LEASE_SECONDS
+
+
+def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], age: float) -> WorldRecord:
+    """Say what this world is, as it stands in its preflight.
+
+    Args:
+        settings: the worker's.
+        subject: what its preflight judged.
+        cards: the ranks', in rank order.
+        age: seconds since this process began.
+    """
+    namespace, component, _ = settings.endpoint.removeprefix("dyn://").split(".")
+    layout, nodes = subject.layout, hosts(cards)
+    return WorldRecord(
+        role=settings.role,
+        engine=settings.engine,
+        namespace=namespace,
+        component=component,
+        endpoint=settings.endpoint,
+        model=settings.served_model_name,
+        phase="preflight",
+        layout=RecordedLayout(
+            layout.tp_size,
+            layout.pp_size,
+            layout.cp_size,
+            layout.moe_ep_size,
+            layout.enable_attention_dp,
+            len(cards),
+            len(cards) // len(nodes),
+        ),
+        hosts=nodes,
+        contract=contract_of(subject) if settings.role in _PAIRED else None,
+        dynamo_mpi=__version__,
+        trtllm=None if subject.version is None else str(subject.version),
+        job=os.environ.get("SLURM_JOB_ID") or None,
+        step=os.environ.get("SLURM_STEP_ID") or None,
+        started=time.time() - age,
+        pid=os.getpid(),
+        host=host_name(),
+    )

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world record: what a worker says of itself in etcd, for its partner and for its operator. Pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from dynamo_mpi.control_plane.plain_data import read_fields
+from dynamo_mpi.parallelism.contract import Contract
+
+SCHEMA = 1
+"""Grows when something is taken away or changes its meaning; what is only added is no new schema."""
+_ROOT = "dynamo_mpi/v1/worlds/"
+
+
+@dataclass(frozen=True)
+class RecordedLayout:
+    """How a world is divided.
+
+    Args:
+        tp_size: tensor-parallel size.
+        pp_size: pipeline stages.
+        cp_size: context-parallel size.
+        ep_size: expert-parallel size.
+        attention_dp: attention is data-parallel.
+        ranks: of the world.
+        gpus_per_node: GPUs, and ranks, of each node.
+    """
+
+    tp_size: int
+    pp_size: int
+    cp_size: int
+    ep_size: int
+    attention_dp: bool
+    ranks: int
+    gpus_per_node: int
+
+
+@dataclass(frozen=True)
+class WorldRecord:
+    """One world.
+
+    Args:
+        role: ``agg``, ``prefill``, ``decode`` or ``encode``.
+        engine: ``trtllm`` or ``reference``.
+        namespace: Dynamo's.
+        component: Dynamo's.
+        endpoint: ``dyn://namespace.component.endpoint``.
+        model: the name that clients ask for.
+        phase: what it does now, as `supervision.phases` names it.
+        layout: how it is divided.
+        hosts: its nodes, in the order of their first rank.
+        contract: what its partner has to share; None where it has no partner.
+        dynamo_mpi: version.
+        trtllm: version; None where it isn't installed.
+        job: Slurm's job id; None outside Slurm.
+        step: Slurm's step id.
+        started: seconds since 1970.
+        pid: rank 0's process.
+        host: rank 0's node.
+    """
+
+    role: str
+    engine: str
+    namespace: str
+    component: str
+    endpoint: str
+    model: str
+    phase: str
+    layout: RecordedLayout
+    hosts: tuple[str, ...]
+    contract: Contract | None
+    dynamo_mpi: str
+    trtllm: str | None
+    job: str | None
+    step: str | None
+    started: float
+    pid: int
+    host: str
+
+    def pack(self) -> bytes:
+        """Encode as JSON."""
+        return json.dumps({"schema": SCHEMA, **asdict(self)}, separators=(",", ":")).encode()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> WorldRecord:
+        """Decode what `pack` made, here or in another version.
+
+        Raises:
+            ValueError: it isn't a record, or one of a schema that isn't known here.
+        """
+        try:
+            content: Any = json.loads(data)
+        except (ValueError, RecursionError):
+            raise ValueError("no JSON") from None
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        schema = content.get("schema")
+        if type(schema) is not int or schema != SCHEMA:
+            raise ValueError(f"of schema {schema!r:.40}, not {SCHEMA}")
+        contract = content.get("contract")
+        return read_fields(
+            cls,
+            content,
+            layout=read_fields(RecordedLayout, content.get("layout")),
+            contract=None if contract is None else read_fields(Contract, contract),
+        )
+
+    @property
+    def place(self) -> str:
+        """Name the worker as its operator knows it: ``decode worker on n1, n2 (job 12.0)``."""
+        job = f"job {self.job}{'' if self.step is None else f'.{self.step}'}" if self.job else f"pid {self.pid}"
+        shown = self.hosts if len(self.hosts) <= 4 else (*self.hosts[:2], "…", self.hosts[-1])
+        return f"{self.role} worker on {', '.join(shown)} ({job})"
+
+
+class Posted(NamedTuple):
+    """A record as it stands in etcd.
+
+    Args:
+        key: where.
+        came: etcd's revision when it was made: of two worlds, the first has the smaller one.
+        record: what it says.
+    """
+
+    key: str
+    came: int
+    record: WorldRecord
+
+
+def record_key(record: WorldRecord, lease: int) -> str:
+    """Return where the record stands: with the lease's id as Dynamo writes instances, so that no two worlds share a key."""
+    return f"{worlds_of(record.namespace)}{record.component}/{lease:x}"
+
+
+def worlds_of(namespace: str) -> str:
+    """Return where the records of a namespace stand; every namespace's without one."""
+    return f"{_ROOT}{namespace}/" if namespace else _ROOT

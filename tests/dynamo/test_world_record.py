@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world record of real workers: there from the preflight on, gone with the worker, and in the way of a partner that doesn't fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.worlds import read_worlds
+from tests.certificates import Authority
+from tests.conftest import ROOT
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually
+from tests.etcd_users import PASSWORDS, add_users
+from tests.servers import running_secured_etcd
+
+pytestmark = pytest.mark.dynamo
+WORLDS = "dynamo_mpi/v1/worlds/"
+BLOCKS = ("--override-engine-args", '{"kv_cache_config": {"tokens_per_block": 64}}')
+REFERENCE = (*("--engine", "reference", "--kv-network", "127.0.0.1"), *("--pipeline-parallel-size", "2"))
+TRTLLM = ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2")
+TRANSCEIVER = ("--trtllm.cache_transceiver_config.backend", "DEFAULT")
+BLOCKS_TRTLLM = ("--trtllm.kv_cache_config.tokens_per_block", "64")
+UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
+# from launch to the end, on two busy cores; a load alone takes longer with three
+REFUSAL_SECONDS = 8.0
+Start = Callable[..., RunningWorker]
+
+
+@pytest.fixture
+def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
+    """Start workers of two ranks; what is left of them is killed."""
+    workers: list[RunningWorker] = []
+    # short: a unix socket's name holds 107 bytes
+    temporary = tempfile.mkdtemp(prefix="t-")
+    paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
+    usual = {
+        **UNBOUND,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": temporary,
+    }
+
+    def begin(role: str, *flags: str, engine: str = "reference", model: Path = model_dir, **more: str) -> RunningWorker:
+        ranks = 2 if engine == "reference" else 3
+        own = (*REFERENCE, "--tensor-parallel-size", "1") if engine == "reference" else TRTLLM
+        if engine == "trtllm" and role != "agg":
+            own = (*own, *TRANSCEIVER)
+        name = f"{len(workers)}-{role}"
+        words = ("--role", role, *own, *flags)
+        server = more.pop("ETCD_ENDPOINTS", etcd.url)
+        variables = {**usual, "ETCD_ENDPOINTS": server, **more}
+        workers.append(RunningWorker(tmp_path, etcd, model, ranks, *words, name=name, **variables))
+        return workers[-1]
+
+    yield begin
+    for worker in workers:
+        worker.stop()
+    shutil.rmtree(temporary)
+
+
+def terminate(worker: RunningWorker) -> None:
+    os.kill(worker.rank_zero(), signal.SIGTERM)
+    assert worker.wait() == 0, worker.text()
+
+
+def phases(etcd: EtcdServer) -> list[str | None]:
+    """Return what a world's only record has said, in its order; None for its end."""
+    changes = etcd.written(WORLDS)
+    assert len({key for key, _ in changes}) == 1, "it stays where it is"
+    return [None if value is None else WorldRecord.unpack(value).phase for _, value in changes]
+
+
+@pytest.mark.parametrize("engine", ["reference", "trtllm"])
+def test_it_is_there_from_the_preflight_to_the_end(
+    engine: str, etcd: EtcdServer, start: Start, model_dir: Path
+) -> None:
+    worker = start("prefill", engine=engine, SLURM_JOB_ID="4711", SLURM_STEP_ID="2")
+    pid = worker.rank_zero()
+    eventually(lambda: etcd.worlds()[0].phase == "serve", "it serves")
+    (record,) = etcd.worlds()
+    assert (record.role, record.engine, record.model) == ("prefill", engine, model_dir.name)
+    assert record.endpoint == "dyn://dynamo.prefill.generate"
+    assert (record.pid, record.job, record.step) == (pid, "4711", "2")
+    assert record.layout.ranks == record.layout.tp_size * record.layout.pp_size
+    assert record.contract is not None
+    assert record.contract.num_layers == 30
+    assert 0 < time.time() - record.started < 120
+    terminate(worker)
+    assert etcd.worlds() == [], "its lease would have lasted for half a minute"
+    said = phases(etcd)
+    assert said[:2] == ["preflight", "load"]
+    assert said[-1] is None
+    assert [phase for phase in said if phase in ("load", "prove", "serve", "drain")] == [
+        "load",
+        "prove",
+        "serve",
+        "drain",
+    ]
+    assert etcd.keys() == []
+
+
+def test_an_aggregated_worker_has_one_and_no_peers(etcd: EtcdServer, start: Start) -> None:
+    decode = start("decode")
+    decode.ready()
+    worker = start("agg", *BLOCKS)
+    worker.ready()
+    (record,) = [record for record in etcd.worlds() if record.role == "agg"]
+    assert record.contract is None
+    for each in (worker, decode):
+        terminate(each)
+    assert "peer" not in worker.text() + decode.text()
+    assert etcd.worlds() == []
+
+
+@pytest.mark.parametrize("engine", ["reference", "trtllm"])
+@pytest.mark.parametrize(("first", "second"), [("prefill", "decode"), ("decode", "prefill")])
+def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
+    engine: str, first: str, second: str, etcd: EtcdServer, start: Start
+) -> None:
+    earlier = start(first, engine=engine)
+    earlier.ready()
+    before = etcd.revision()
+    begin = time.monotonic()
+    other = start(second, *(BLOCKS if engine == "reference" else BLOCKS_TRTLLM), engine=engine)
+    assert other.wait() == 78, other.text()
+    assert time.monotonic() - begin < REFUSAL_SECONDS
+    text = other.text()
+    assert "error I1: prefill and decode differ in tokens per KV block" in text
+    values = {first: 32, second: 64}
+    assert f"found:  prefill {values['prefill']}, decode {values['decode']}\n" in text
+    assert f"this {second} worker does not fit the {first} worker on {os.uname().nodename}" in text
+    assert f"(pid {earlier.rank_zero()})" in text
+    assert "Traceback" not in text
+    changes = etcd.written(WORLDS, before)
+    own = [(key, value) for key, value in changes if f"/{'prefill' if second == 'prefill' else 'backend'}/" in key]
+    (phase, end) = [value if value is None else WorldRecord.unpack(value).phase for _, value in own]
+    assert (phase, end) == ("preflight", None), "it never came to load, and took its record away"
+    assert etcd.written("v1/", before) == [], "Dynamo never heard of it"
+    assert [record.role for record in etcd.worlds()] == [first]
+    terminate(earlier)
+
+
+def test_two_engines_make_no_pair(etcd: EtcdServer, start: Start) -> None:
+    earlier = start("prefill")
+    earlier.ready()
+    other = start("decode", engine="trtllm")
+    assert other.wait() == 78, other.text()
+    assert "error P5:" in other.text()
+    assert "found:  prefill reference, decode trtllm" in other.text()
+    terminate(earlier)
+
+
+def test_of_two_that_start_together_one_serves(etcd: EtcdServer, start: Start) -> None:
+    pair = [start("prefill"), start("decode", *BLOCKS)]
+
+    def over() -> list[RunningWorker]:
+        return [worker for worker in pair if worker.process.poll() is not None]
+
+    (refused,) = eventually(over, "one is refused")
+    assert refused.wait() == 78, refused.text()
+    (winner,) = [worker for worker in pair if worker is not refused]
+    winner.ready()
+    terminate(winner)
+    assert etcd.worlds() == []
+
+
+def test_a_peer_that_fits_is_named_and_its_comings_and_goings_are_told(etcd: EtcdServer, start: Start) -> None:
+    prefill = start("prefill", ETCD_LEASE_TTL="3")
+    prefill.ready()
+    decode = start("decode", ETCD_LEASE_TTL="3")
+    decode.ready()
+    assert "preflight: fits the prefill worker on " in decode.text()
+    eventually(lambda: "peer: a decode worker on " in prefill.text(), "it has come")
+    assert f"(pid {decode.rank_zero()}) has come\n" in prefill.text()
+    os.kill(decode.rank_zero(), signal.SIGKILL)
+    eventually(lambda: "has gone" in prefill.text(), "it has gone", 20)
+    terminate(prefill)
+
+
+def test_the_check_can_be_left_out_and_is_not_silent_then(etcd: EtcdServer, start: Start) -> None:
+    prefill = start("prefill", ETCD_LEASE_TTL="3")
+    prefill.ready()
+    decode = start("decode", *BLOCKS, "--no-peer-check")
+    decode.ready()
+    assert "preflight: does not fit the prefill worker" in decode.text()
+    eventually(lambda: "has come, and does not fit: I1" in prefill.text(), "the first one is told")
+    for worker in (decode, prefill):
+        terminate(worker)
+
+
+def test_a_preflight_alone_writes_nothing(etcd: EtcdServer, start: Start) -> None:
+    before = etcd.revision()
+    worker = start("prefill", "--preflight-only")
+    assert worker.wait() == 0, worker.text()
+    assert etcd.revision() == before
+
+
+def test_a_load_that_fails_takes_it_away(etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    weights = broken / "model.gguf"
+    weights.write_bytes(weights.read_bytes()[:-30_000_000])
+    worker = start("agg", model=broken)
+    assert worker.wait() in (66, 70), worker.text()
+    assert phases(etcd) == ["preflight", "load", None]
+
+
+def test_a_proof_that_fails_takes_it_away(etcd: EtcdServer, start: Start) -> None:
+    worker = start("agg", "--prove-timeout", "0")
+    assert worker.wait() == 124, worker.text()
+    assert phases(etcd)[-1] is None
+
+
+@pytest.mark.parametrize(("fault", "code"), [("raise:0", 70), ("raise:2", 70), ("leave:1", 70)])
+def test_a_rank_of_tensorrt_llm_that_fails_takes_it_away(fault: str, code: int, etcd: EtcdServer, start: Start) -> None:
+    worker = start("agg", engine="trtllm", STANDIN_TRTLLM_FAULT=fault)
+    assert worker.wait() == code, worker.text()
+    assert phases(etcd)[-1] is None
+
+
+@pytest.mark.parametrize(("engine", "fault"), [("reference", ""), ("trtllm", "slow:60")])
+def test_a_signal_while_it_loads_takes_it_away(engine: str, fault: str, etcd: EtcdServer, start: Start) -> None:
+    worker = start("agg", engine=engine, STANDIN_TRTLLM_FAULT=fault)
+    (record,) = eventually(etcd.worlds, "the record is there")
+    os.kill(record.pid, signal.SIGTERM)
+    assert worker.wait() == 143, worker.text()
+    assert phases(etcd)[-1] is None
+    assert not worker.ready_file.exists()
+
+
+def test_an_etcd_that_is_back_empty_has_it_again(etcd: EtcdServer, start: Start) -> None:
+    worker = start("agg", ETCD_LEASE_TTL="9")
+    worker.ready()
+    etcd.stop()
+    eventually(lambda: "can't be kept for now" in worker.text(), "it is told", 20)
+    shutil.rmtree(etcd.service.data)
+    etcd.start()
+    (record,) = eventually(etcd.worlds, "the record is there again", 20)
+    assert (record.phase, record.pid) == ("serve", worker.rank_zero())
+    assert worker.text().count("can't be kept for now") == 1
+    assert "the world record is in etcd again" in worker.text()
+
+
+def test_what_somebody_else_has_written_is_left_out(etcd: EtcdServer, start: Start) -> None:
+    etcd.put(f"{WORLDS}dynamo/backend/zz", b"{not json")
+    etcd.put(f"{WORLDS}dynamo/backend/yy", json.dumps({"schema": 99}).encode())
+    worker = start("prefill")
+    worker.ready()
+    assert "backend/zz' in etcd can't be read, and is left out: no JSON" in worker.text()
+    assert "backend/yy' in etcd can't be read, and is left out: of schema 99" in worker.text()
+    assert "Traceback" not in worker.text()
+    terminate(worker)
+
+
+@pytest.mark.parametrize("engine", ["reference", "trtllm"])
+def test_over_tls_in_both_directions_dynamo_and_the_record_are_there(engine: str, start: Start, tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "tls")
+    variables = authority.environment(authority.sign("worker", "clientAuth"))
+    with running_secured_etcd(authority) as url:
+        stranger = start("agg", engine=engine, ETCD_ENDPOINTS=url, **authority.environment(None))
+        assert stranger.wait() == 77, stranger.text()
+        assert "etcd refuses a worker without a certificate" in stranger.text()
+
+        worker = start("agg", engine=engine, ETCD_ENDPOINTS=url, **variables)
+        worker.ready()
+        client = Etcd([url], EtcdAuth.of(variables), 5)
+        ((key, _, record),) = read_worlds(client)[0]
+        assert (record.role, record.engine) == ("agg", engine)
+        assert len(client.entries("v1/instances/dynamo/backend/generate/")) == 1
+        assert client.entries("v1/mdc/dynamo/backend/generate/")
+        terminate(worker)
+        assert client.entries("dynamo_mpi/") == client.entries("v1/") == [], key
+        client.close()
+        assert "BEGIN" not in worker.text() + stranger.text()
+
+
+def test_a_password_is_enough_and_rights_that_lack_are_named(etcd: EtcdServer, start: Start) -> None:
+    add_users(etcd.url, ["v1/"])
+    who = {"ETCD_AUTH_USERNAME": "worker", "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]}
+    refused = start("prefill", **who)
+    assert refused.wait() == 77, refused.text()
+    assert "grant-permission ROLE --prefix=true readwrite dynamo_mpi/" in refused.text()
+    worker = start("prefill", "--no-peer-check", **who)
+    worker.ready()
+    assert "warning: no world record: etcd refuses us" in worker.text()
+    terminate(worker)
+    assert PASSWORDS["worker"] not in refused.text() + worker.text()
+
+
+def test_with_a_password_the_record_is_there(etcd: EtcdServer, start: Start) -> None:
+    add_users(etcd.url, ["v1/", "dynamo_mpi/"])
+    worker = start("prefill", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["worker"])
+    worker.ready()
+    client = Etcd([etcd.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
+    assert [posted.record.role for posted in read_worlds(client)[0]] == ["prefill"]
+    terminate(worker)
+    assert client.entries("dynamo_mpi/") == []
+    client.close()

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our connection to etcd: against real ones, with every way to show who we are, and against what stands in their place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc  # type: ignore[import-untyped]  # it ships no types
+import pytest
+from pyetcd import etcdrpc
+
+from dynamo_mpi.control_plane.etcd import Etcd, LeaseLostError
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError
+from tests.certificates import Authority
+from tests.etcd_users import PASSWORDS, add_users
+from tests.servers import closed_port, listening, running_etcd, running_secured_etcd
+
+
+def user(name: str, password: str) -> EtcdAuth:
+    return EtcdAuth("", "", "", name, password)
+
+
+NOBODY = EtcdAuth()
+WORKER = user("worker", PASSWORDS["worker"])
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[str]:
+    with running_etcd() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[str]:
+    """An etcd with users."""
+    with running_etcd() as url:
+        add_users(url, ["dynamo_mpi/"])
+        yield url
+
+
+def connect(*urls: str, auth: EtcdAuth = NOBODY, timeout: float = 5) -> Etcd:
+    return Etcd(urls, auth, timeout)
+
+
+def use(etcd: Etcd) -> None:
+    """Do everything that there is to do, and look at it."""
+    lease = etcd.grant(60)
+    assert lease.seconds == 60
+    etcd.put("dynamo_mpi/a", b"1", lease.id)
+    etcd.put("dynamo_mpi/b", b"2", lease.id)
+    etcd.put("dynamo_mpi/a", b"3", lease.id)
+    first, second = etcd.entries("dynamo_mpi/")
+    assert (first.key, first.value, first.lease) == ("dynamo_mpi/a", b"3", lease.id)
+    assert first.create_revision < second.create_revision
+    etcd.keep_alive(lease.id)
+    etcd.revoke(lease.id, 5)
+    assert etcd.entries("dynamo_mpi/") == []
+    with pytest.raises(LeaseLostError):
+        etcd.keep_alive(lease.id)
+    with pytest.raises(LeaseLostError):
+        etcd.put("dynamo_mpi/a", b"1", lease.id)
+    etcd.close()
+
+
+def test_without_credentials(etcd: str) -> None:
+    use(connect(etcd))
+
+
+def test_a_scheme_may_be_left_out(etcd: str) -> None:
+    use(connect(etcd.removeprefix("http://")))
+
+
+def test_one_that_is_closed_connects_anew(etcd: str) -> None:
+    connection = connect(etcd)
+    use(connection)
+    use(connection)
+
+
+def test_a_password_without_tls(locked: str) -> None:
+    use(connect(locked, auth=WORKER))
+
+
+def test_a_token_that_etcd_has_forgotten_is_asked_for_anew(locked: str) -> None:
+    connection = connect(locked, auth=WORKER)
+    connection.entries("dynamo_mpi/")
+    root = grpc.insecure_channel(locked.removeprefix("http://"))
+    stub = etcdrpc.AuthStub(root)
+    token = stub.Authenticate(etcdrpc.AuthenticateRequest(name="root", password=PASSWORDS["root"])).token
+    # every change of users makes all tokens old
+    stub.UserAdd(etcdrpc.AuthUserAddRequest(name="one-more", password=token), metadata=(("token", token),))
+    root.close()
+    use(connection)
+
+
+@pytest.mark.parametrize(
+    ("auth", "word"),
+    [
+        (NOBODY, "ETCD_AUTH_"),
+        (user("worker", "wrong"), "ETCD_AUTH_PASSWORD"),
+        (user("nobody", "wrong"), "ETCD_AUTH_USERNAME"),
+        (user("guest", "s3cret"), "grant-permission"),
+    ],
+    ids=["none", "wrong password", "no such user", "no rights"],
+)
+def test_who_may_not_is_told_so(locked: str, auth: EtcdAuth, word: str) -> None:
+    with pytest.raises(AuthorisationError) as caught:
+        connect(locked, auth=auth).entries("dynamo_mpi/")
+    assert caught.value.exit_code == 77
+    assert word in caught.value.fix
+    assert auth.password == "" or auth.password not in str(caught.value)
+
+
+def test_a_password_that_etcd_does_not_ask_for_does_no_harm(etcd: str) -> None:
+    use(connect(etcd, auth=WORKER))
+
+
+def test_certificates_in_both_directions(tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "ours")
+    worker = EtcdAuth.of(authority.environment(authority.sign("worker", "clientAuth")))
+    with running_secured_etcd(authority) as url:
+        use(connect(url, auth=worker))
+        use(connect(url.replace("127.0.0.1", "localhost"), auth=worker))
+        for auth in (
+            EtcdAuth.of(authority.environment(None)),
+            EtcdAuth(certificate=worker.certificate, key=worker.key),
+        ):
+            with pytest.raises(DiscoveryError):
+                connect(url, auth=auth, timeout=2).entries("dynamo_mpi/")
+
+
+def test_the_next_endpoint_is_taken_where_one_is_dead(etcd: str) -> None:
+    with closed_port() as dead:
+        use(connect(f"http://127.0.0.1:{dead}", f"http://[::1]:{dead}", etcd))
+
+
+def test_a_password_is_shown_to_the_next_one_too(locked: str) -> None:
+    with closed_port() as dead:
+        use(connect(f"http://127.0.0.1:{dead}", locked, auth=WORKER))
+
+
+@pytest.mark.parametrize("auth", [NOBODY, WORKER], ids=["nobody", "a user"])
+@pytest.mark.parametrize("listens", [True, False])
+def test_nobody_answers_in_time(listens: bool, auth: EtcdAuth) -> None:
+    with listening() as silent, closed_port() as dead:
+        begin = time.monotonic()
+        with pytest.raises(DiscoveryError, match="etcd does not answer") as caught:
+            connect(f"http://127.0.0.1:{silent if listens else dead}", auth=auth, timeout=0.5).entries("dynamo_mpi/")
+        assert time.monotonic() - begin < 3
+    assert caught.value.exit_code == 69
+
+
+def test_it_is_found_again_as_soon_as_it_is_back() -> None:
+    with running_etcd() as url:
+        connection = connect(url, timeout=2)
+        assert connection.entries("dynamo_mpi/") == []
+    with pytest.raises(DiscoveryError):
+        connection.entries("dynamo_mpi/")
+    port = int(url.rpartition(":")[2])
+    with running_etcd(port):
+        assert connection.entries("dynamo_mpi/") == []
+
+
+def test_a_proxy_of_the_web_is_not_asked(etcd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closed_port() as dead:
+        for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{dead}")
+        monkeypatch.setenv("no_proxy", "")
+        use(connect(etcd))

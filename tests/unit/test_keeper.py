@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keeper of the world record against real etcds that go, come back empty, and hang."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.keeper import Keeper
+from dynamo_mpi.control_plane.record import Posted, WorldRecord
+from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.errors import DiscoveryError
+from tests.servers import closed_port, listening, running_etcd
+from tests.unit.worlds import world
+
+SECONDS = 2
+"""The shortest lease that etcd grants here."""
+Keep = Callable[..., Keeper]
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[str]:
+    with running_etcd() as url:
+        yield url
+
+
+class Kept:
+    """Makes keepers, and has what they said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.keepers: list[Keeper] = []
+
+    def __call__(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
+        keeper = Keeper(Etcd([url], EtcdAuth(), 2), record, seconds, self.said.append)
+        self.keepers.append(keeper)
+        return keeper
+
+    def starts(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
+        keeper = self(url, record, seconds)
+        keeper.publish()
+        keeper.start()
+        return keeper
+
+
+@pytest.fixture
+def kept(etcd: str) -> Iterator[Kept]:
+    kept = Kept()
+    yield kept
+    for keeper in kept.keepers:
+        keeper.withdraw()
+    assert worlds(etcd) == []
+
+
+def worlds(url: str) -> list[Posted]:
+    etcd = Etcd([url], EtcdAuth(), 5)
+    try:
+        return read_worlds(etcd)[0]
+    finally:
+        etcd.close()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept) -> None:
+    keeper = kept.starts(etcd, world())
+    (first,) = worlds(etcd)
+    assert first.record == world()
+    keeper.tell("load")
+    eventually(lambda: worlds(etcd)[0].record.phase == "load")
+    begin = time.monotonic()
+    eventually(lambda: time.monotonic() - begin > 2 * SECONDS)
+    (last,) = worlds(etcd)
+    assert (last.key, last.came) == (first.key, first.came)
+    keeper.withdraw()
+    assert worlds(etcd) == []
+    keeper.withdraw()
+    assert kept.said == []
+
+
+def test_without_being_started_it_is_withdrawn_too(etcd: str, kept: Kept) -> None:
+    keeper = kept(etcd, world(), 60)
+    keeper.publish()
+    assert len(worlds(etcd)) == 1
+    keeper.withdraw()
+    assert worlds(etcd) == []
+
+
+def test_what_was_never_published_is_withdrawn_at_once(etcd: str, kept: Kept) -> None:
+    begin = time.monotonic()
+    kept(etcd, world()).withdraw()
+    assert time.monotonic() - begin < 1
+
+
+def test_whoever_comes_second_sees_the_first(etcd: str, kept: Kept) -> None:
+    assert kept(etcd, world()).publish() == []
+    (first,) = kept(etcd, world("decode")).publish()
+    assert first.record == world()
+    assert kept(etcd, world("decode", model="other")).publish() == []
+    assert kept(etcd, world("agg")).publish() == []
+
+
+@pytest.mark.parametrize("turn", range(10))
+def test_of_two_that_come_at_the_same_moment_exactly_one_sees_the_other(etcd: str, kept: Kept, turn: int) -> None:
+    together = threading.Barrier(2)
+    keepers = [kept(etcd, world("prefill")), kept(etcd, world("decode"))]
+
+    def publish(keeper: Keeper) -> list[Posted]:
+        together.wait()
+        return keeper.publish()
+
+    with ThreadPoolExecutor(2) as threads:
+        seen = list(threads.map(publish, keepers))
+    assert sorted(map(len, seen)) == [0, 1]
+
+
+def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
+    kept.starts(etcd, world())
+    peer = kept(etcd, world("decode", {"kv_dtype": "bfloat16"}, job="7"))
+    peer.publish()
+    eventually(lambda: len(kept.said) == 1)
+    assert "decode worker on decode1, decode2 (job 7.0) has come, and does not fit: I1" in kept.said[0]
+    peer.withdraw()
+    eventually(lambda: len(kept.said) == 2)
+    assert "has gone" in kept.said[1]
+
+
+def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> None:
+    other = Etcd([etcd], EtcdAuth(), 5)
+    lease = other.grant(60)
+    other.put("dynamo_mpi/v1/worlds/dynamo/decode/garbled\n", b"\xff{", lease.id)
+    other.put("dynamo_mpi/v1/worlds/other/decode/garbled", b"", lease.id)
+    keeper = kept.starts(etcd, world())
+    keeper.tell("load")
+    eventually(lambda: worlds(etcd)[0].record.phase == "load")
+    (line,) = kept.said
+    assert "garbled\\n' in etcd can't be read, and is left out: no JSON" in line
+    other.revoke(lease.id, 5)
+    other.close()
+
+
+def test_a_lease_that_was_lost_is_made_anew(etcd: str, kept: Kept) -> None:
+    kept.starts(etcd, world())
+    other = Etcd([etcd], EtcdAuth(), 5)
+    (entry,) = other.entries("dynamo_mpi/")
+    other.revoke(entry.lease, 5)
+    eventually(lambda: len(worlds(etcd)) == 1)
+    assert worlds(etcd)[0].key != entry.key
+    other.close()
+
+
+def test_an_etcd_that_was_away_and_is_back_empty_has_the_record_again(kept: Kept) -> None:
+    with running_etcd() as url:
+        keeper = kept.starts(url, world())
+    eventually(lambda: len(kept.said) == 1)
+    keeper.tell("serve")
+    assert "can't be kept for now, the worker goes on" in kept.said[0]
+    with running_etcd(int(url.rpartition(":")[2])):
+        eventually(lambda: len(worlds(url)) == 1)
+        assert worlds(url)[0].record.phase == "serve"
+        eventually(lambda: len(kept.said) == 2)
+        assert kept.said[1] == "the world record is in etcd again"
+        keeper.withdraw()
+        assert worlds(url) == []
+
+
+def test_an_etcd_that_is_dead_does_not_hold_the_end_up(kept: Kept) -> None:
+    with running_etcd() as url:
+        keeper = kept.starts(url, world())
+    begin = time.monotonic()
+    keeper.withdraw()
+    assert time.monotonic() - begin < 1.5
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_an_etcd_that_hangs_does_not_hold_the_end_up(kept: Kept, started: bool) -> None:
+    with running_etcd() as url:
+        keeper = kept(url, world())
+        keeper.publish()
+    with listening(port=int(url.rpartition(":")[2])):
+        if started:
+            keeper.start()
+            keeper.tell("load")
+        begin = time.monotonic()
+        keeper.withdraw()
+        assert 0.5 < time.monotonic() - begin < 1.5
+
+
+def test_nothing_is_published_where_nobody_answers(kept: Kept) -> None:
+    with closed_port() as port, pytest.raises(DiscoveryError):
+        kept(f"http://127.0.0.1:{port}", world()).publish()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world record as JSON: what was written is read, by other versions too, and everything else is refused in words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi.control_plane.record import WorldRecord, record_key, worlds_of
+from tests.unit.worlds import world
+
+
+@pytest.mark.parametrize("role", ["agg", "prefill", "decode", "encode"])
+def test_what_was_packed_is_unpacked(role: str) -> None:
+    record = world(role, hosts=("n1", "nöde-2"), job=None, step=None, trtllm=None)
+    assert WorldRecord.unpack(record.pack()) == record
+
+
+def test_every_world_has_a_key_of_its_own_under_its_namespace() -> None:
+    key = record_key(world(), 0x694D9F8A12B34C0E)
+    assert key == "dynamo_mpi/v1/worlds/dynamo/prefill/694d9f8a12b34c0e"
+    assert key.startswith(worlds_of("dynamo"))
+    assert key.startswith(worlds_of(""))
+    assert not key.startswith(worlds_of("dyn"))
+
+
+def changed(**changes: Any) -> bytes:
+    """Return a packed record with other values; ... takes a name away."""
+    content = json.loads(world().pack())
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        place = content
+        for parent in parents:
+            place = place[parent]
+        if value is ...:
+            del place[name]
+        else:
+            place[name] = value
+    return json.dumps(content).encode()
+
+
+def test_what_a_newer_version_adds_is_left_out() -> None:
+    data = changed(future={"x": 1}, contract__future="x", layout__future=[1])
+    assert WorldRecord.unpack(data) == world()
+
+
+def test_what_may_be_unknown_may_be_missing() -> None:
+    record = WorldRecord.unpack(changed(job=..., contract__kv_dtype=...))
+    assert record.job is None
+    assert record.contract is not None
+    assert record.contract.kv_dtype is None
+    assert WorldRecord.unpack(changed(contract=...)).contract is None
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"", "no JSON"),
+        (b"\xff\xfe", "no JSON"),
+        (b"[" * 100000, "no JSON"),
+        (b"[]", "no JSON object"),
+        (b"null", "no JSON object"),
+        (b"{}", "schema None"),
+        (changed(schema=2), "schema 2"),
+        (changed(schema=True), "schema True"),
+        (changed(schema="1"), "schema '1'"),
+        (changed(role=...), "role"),
+        (changed(role=1), "role is int"),
+        (changed(pid="1"), "pid is str"),
+        (changed(pid=True), "pid is bool"),
+        (changed(pid=1.5), "pid is float"),
+        (changed(started="now"), "started is str"),
+        (changed(hosts="n1"), "hosts is str"),
+        (changed(hosts=["n1", 2]), "hosts is int"),
+        (changed(layout=None), "RecordedLayout is NoneType"),
+        (changed(layout=[]), "RecordedLayout is list"),
+        (changed(layout__tp_size=...), "tp_size"),
+        (changed(layout__attention_dp=0), "attention_dp is int"),
+        (changed(contract=[]), "Contract is list"),
+        (changed(contract__num_layers="32"), "num_layers is str"),
+        (changed(phase="serve\ndynamo_mpi: all is well"), "phase is no text"),
+        (changed(hosts=["\x1b[2J"]), "hosts is no text"),
+        (changed(model="M" * 5000), "model is no text"),
+    ],
+)
+def test_what_is_no_record_is_refused_in_words(data: bytes, word: str) -> None:
+    with pytest.raises(ValueError, match=r"^[ -~]*$") as caught:
+        WorldRecord.unpack(data)
+    assert word in str(caught.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(sorted(json.loads(world().pack())))
+
+
+@given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_value_is_read_or_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        WorldRecord.unpack(data)
+
+
+@given(NAMES, JSON)
+def test_any_value_of_one_name_is_read_or_refused(name: str, value: Any) -> None:
+    try:
+        record = WorldRecord.unpack(changed(**{name: value}))
+    except ValueError:
+        return
+    # NaN is not equal to itself
+    assert repr(WorldRecord.unpack(record.pack())) == repr(record)
