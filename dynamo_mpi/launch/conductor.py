@@ -168,7 +168,7 @@ class Conductor:
         command = self._renderer.worker(worker, self._service_variables)
         step = start(command, self._environment, self._run_dir.log(worker.name), ready_file)
         self._running[worker.name] = step
-        self._say(f"{worker.name}: {worker.ranks} ranks on {','.join(worker.nodes)}")
+        self._say(f"{worker.name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
 
     def _start(self, command: Command) -> Step:
         step = start(command, self._environment, self._run_dir.log(command.name))

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dynamo-mpi launch` by mpirun and a hostfile: a real pair and real services on this machine, under two of its names."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, find_mpirun, mpi_environment
+from tests.dynamo.marked_command import MarkedCommand
+from tests.dynamo.running import eventually
+
+pytestmark = pytest.mark.dynamo
+# one rank of each role on each "host"
+CONFIG = "tensor_parallel_size: 1\nmax_seq_len: 512\nmax_batch_size: 4\n"
+
+
+class LaunchCommand(MarkedCommand):
+    """`dynamo-mpi launch` of a prefill and a decode worker of one rank each."""
+
+    def __init__(self, folder: Path, model_dir: Path, *words: str, **environment: str) -> None:
+        self.run_dir = folder / "run"
+        (folder / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+        (folder / "engine.yaml").write_text(CONFIG)
+        command = [
+            *(sys.executable, "-m", "dynamo_mpi", "launch", "--hostfile", str(folder / "hosts")),
+            *("--run-dir", str(self.run_dir), "--mpirun", find_mpirun(), "--gpus-per-node", "1"),
+            *("--model", str(model_dir), "--served-model-name", "smollm2", "--engine", "reference"),
+            *("--prefill-engine-config", str(folder / "engine.yaml")),
+            *("--decode-engine-config", str(folder / "engine.yaml"), *words),
+        ]
+        variables = {"DYN_MPI_ADDRESS": "127.0.0.1", "DYN_LOG": "error", "no_proxy": "*"}
+        super().__init__(folder, command, {**mpi_environment(), **variables, **environment})
+
+    def ask(self) -> tuple[int, Any]:
+        """Ask for the capital of France; return the status and the answer."""
+        url = json.loads((self.run_dir / "services.json").read_text())["url"]
+        question = {"role": "user", "content": "What is the capital of France?"}
+        body = {"model": "smollm2", "messages": [question], "max_tokens": 16}
+        request = urllib.request.Request(  # noqa: S310 - our own loopback address
+            f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=30) as reply:  # noqa: S310 - the same
+                return reply.status, json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def rank(self, name: str) -> int:
+        """Return the process of a worker's only rank."""
+        return int(json.loads((self.run_dir / "ready" / f"{name}.json").read_text())["pid"])
+
+    def assert_nothing_left(self) -> None:
+        """No process, no key, no word of readiness."""
+        assert self.process.poll() is not None
+        eventually(lambda: not self.survivors(), "no process is left", 10)
+        assert sorted(path.name for path in self.run_dir.iterdir()) == ["lock", "logs", "ready", "services"]
+        assert not list((self.run_dir / "ready").iterdir())
+
+
+def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir: Path) -> None:
+    with LaunchCommand(tmp_path, model_dir, "--max-restarts", "1") as launch:
+        launch.until_said("ready: smollm2. Try:")
+        status, reply = launch.ask()
+        assert (status, reply["choices"][0]["message"]["content"]) == (200, "The capital of France is Paris.")
+
+        os.kill(launch.rank("prefill-0"), signal.SIGKILL)
+        launch.until_said("prefill-0: ended with exit code 137; start 2 of at most 2")
+        launch.until_said("prefill-0: ready", times=2)
+        eventually(lambda: launch.ask()[0] == 200, "it answers again", 30)
+
+        down = [str(ROOT / "scripts" / "stop.sh"), str(launch.run_dir)]
+        environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable}
+        done = subprocess.run(down, env=environment, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, launch.wait(10)) == (0, 0), done.stderr + launch.err
+        assert "drain: deregistered" in launch.err
+        launch.assert_nothing_left()
+
+
+def test_a_worker_that_fails_ends_all_with_its_exit_code(tmp_path: Path, model_dir: Path) -> None:
+    with LaunchCommand(tmp_path, model_dir, "--skip-check", "--", "--max-batch-size", "none") as launch:
+        assert launch.wait() == 64, launch.err
+        assert "ended with exit code 64" in launch.err
+        assert "flag --max-batch-size is 'none'" in launch.err
+        launch.assert_nothing_left()
+
+
+def test_a_second_signal_ends_all_at_once(tmp_path: Path, model_dir: Path) -> None:
+    with LaunchCommand(tmp_path, model_dir, "--stop-timeout", "60") as launch:
+        launch.until_said("prefill-0: 1 rank on localhost")
+        launch.process.send_signal(signal.SIGTERM)
+        launch.until_said("ending")
+        launch.process.send_signal(signal.SIGTERM)
+        assert launch.wait(30) == 143, launch.err
+        launch.assert_nothing_left()
