@@ -14,15 +14,23 @@ import pytest
 
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Sampling
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
+from dynamo_mpi.engines.reference.kv_store import KvStore
 from dynamo_mpi.errors import EngineError, UsageError
+from tests.unit.kv_hosts import TRANSPORTS
 from tests.unit.test_reference_engine import GOLDEN, PROMPT, Receiver, build
 
 SIZES = {"max_batch_size": 3, "max_num_tokens": 16, "max_seq_len": 160}
 
 
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def prefill(model_dir: Path) -> Iterator[ReferenceEngine]:
-    engine = build(model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1", kv_keep_seconds=3.0)
+def prefill(model_dir: Path, transport: str) -> Iterator[ReferenceEngine]:
+    at = {"kv_transport": transport, "kv_network": "127.0.0.1"}
+    engine = build(model_dir, **SIZES, **at, serves_kv=True, kv_keep_seconds=3.0)
     engine.start()
     yield engine
     engine.close()
@@ -50,11 +58,15 @@ def go_on(decode: ReferenceEngine, offer: dict[str, Any], name: str = "d", **set
     return receiver
 
 
-def kept(prefill: ReferenceEngine) -> int:
+def store_of(prefill: ReferenceEngine) -> KvStore:
     assert prefill._loaded is not None
     store = prefill._loaded.handoff._store
     assert store is not None
-    return len(store)
+    return store
+
+
+def kept(prefill: ReferenceEngine) -> int:
+    return len(store_of(prefill))
 
 
 def wipe(decode: ReferenceEngine) -> None:
@@ -160,7 +172,8 @@ def test_a_request_that_waits_for_its_kv_can_be_cancelled(prefill: ReferenceEngi
 
 
 @pytest.mark.parametrize(
-    "change", [{"model": "other"}, {"kv_heads": 9}, {"prompt_digest": "x"}, {"kind": "nixl"}, {"ranks": []}]
+    "change",
+    [{"model": "other"}, {"kv_heads": 9}, {"prompt_digest": "x"}, {"kind": "nixl"}, {"transport": "x"}, {"ranks": []}],
 )
 def test_an_offer_that_does_not_fit_is_refused_at_once(
     prefill: ReferenceEngine, decode: ReferenceEngine, change: dict[str, Any]
@@ -177,13 +190,12 @@ def test_heads_that_nobody_holds_are_an_error(prefill: ReferenceEngine, decode: 
     assert "no rank holds KV head 2" in str(receiver.chunks[-1].error)
 
 
-def test_a_full_store_is_an_error_of_the_request(prefill: ReferenceEngine) -> None:
-    long = PROMPT * 20
-    prompt = long[:150]
-    for _ in range(3):
-        offer_of(prefill, prompt)
+def test_a_full_store_is_an_error_of_the_request(prefill: ReferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = store_of(prefill)
+    monkeypatch.setattr(store, "most_tokens", 2 * len(PROMPT) - 1)
+    offer_of(prefill)
     receiver = Receiver()
-    prefill.submit(GenerationRequest("p", prompt, 1, offer_kv=True), receiver)
+    prefill.submit(GenerationRequest("p", PROMPT, 1, offer_kv=True), receiver)
 
     assert receiver.done().ends == ["error"]
     assert "waits for decode workers" in str(receiver.chunks[-1].error)
@@ -211,7 +223,7 @@ def test_a_prefill_engine_that_ends_waits_for_what_it_has_offered(model_dir: Pat
 
 
 def test_an_address_that_this_host_lacks_is_refused(model_dir: Path) -> None:
-    with pytest.raises(UsageError, match=r"no IPv4 address by ib77; it has .*lo 127\.0\.0\.1"):
+    with pytest.raises(UsageError, match=r"no address by ib77; it has .*lo 127\.0\.0\.1"):
         build(model_dir, serves_kv=True, kv_network="ib77")
 
 
