@@ -27,6 +27,7 @@ from tests.unit.kv_hosts import needs_ipv6
 
 HOLDING = Holding(range(10, 14), range(2, 5))
 VALUES = np.random.default_rng(1).standard_normal((2, 4, 3, 6, 8), np.float32)
+HALVES = list(VALUES)
 OFFER = Offer(
     transfer_id=b"i" * 16,
     secret=b"s" * 32,
@@ -62,7 +63,7 @@ def clock() -> Clock:
 @pytest.fixture
 def store(clock: Clock) -> KvStore:
     store = KvStore(most_tokens=20, keep_seconds=60, clock=clock)
-    store.keep(OFFER.transfer_id, OFFER.secret, HOLDING, VALUES)
+    store.keep(OFFER.transfer_id, OFFER.secret, HOLDING, HALVES)
     return store
 
 
@@ -153,13 +154,13 @@ def test_more_than_the_rank_holds_is_refused(server: KvServer) -> None:
 
 
 def test_a_full_store_keeps_what_it_has(store: KvStore, clock: Clock) -> None:
-    store.keep(b"j" * 16, b"t" * 32, HOLDING, VALUES)
-    store.keep(b"k" * 16, b"t" * 32, HOLDING, VALUES)
+    store.keep(b"j" * 16, b"t" * 32, HOLDING, HALVES)
+    store.keep(b"k" * 16, b"t" * 32, HOLDING, HALVES)
     with pytest.raises(StoreFullError, match="KV of 3 prompts, 18 tokens"):
-        store.keep(b"l" * 16, b"t" * 32, HOLDING, VALUES)
+        store.keep(b"l" * 16, b"t" * 32, HOLDING, HALVES)
     assert len(store) == 3
     clock.now += 61
-    store.keep(b"l" * 16, b"t" * 32, HOLDING, VALUES)
+    store.keep(b"l" * 16, b"t" * 32, HOLDING, HALVES)
     assert len(store) == 1
 
 

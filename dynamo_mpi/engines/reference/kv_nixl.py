@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.kv_address import interface_addresses, kv_address
 from dynamo_mpi.engines.reference.kv_wire import MOST_AGENT, Located
 from dynamo_mpi.errors import UsageError
 
@@ -71,10 +72,13 @@ class NixlAgent:
     """One rank's agent; nothing happens before `open`. Thread-safe.
 
     Args:
+        network: interface, network or address of this host: UCX listens on no other Ethernet; None leaves it to ``UCX_NET_DEVICES``, or
+            to UCX, which takes all.
         peers: with how many others connections are kept while nothing is read from them.
     """
 
-    def __init__(self, peers: int = _MOST_PEERS) -> None:
+    def __init__(self, network: str | None = None, peers: int = _MOST_PEERS) -> None:
+        self._network = network
         self._most_peers = peers
         self._lock = threading.Lock()
         self._agent: Any = None
@@ -91,7 +95,7 @@ class NixlAgent:
         """
         with self._lock:
             if self._agent is None:
-                self._agent = _new_agent()
+                self._agent = _new_agent(self._network)
 
     def share(self, memory: Float32Array) -> None:
         """Let peers read ``memory`` until `close`; those that know this agent's ``description`` can.
@@ -245,16 +249,19 @@ def _runs(address: int, half_stride: int, layer_stride: int, target: Float32Arra
     return [(int(start), size, 0) for start in starts.ravel()]
 
 
-def _new_agent() -> Any:
+def _new_agent(network: str | None) -> Any:
     nixl = _import_nixl()
     try:
+        variables = _ucx_variables(network)
         config = nixl.nixl_agent_config(
             enable_prog_thread=False, backends=[], sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
         )
         # nobody else's may have this name
         agent = nixl.nixl_agent(secrets.token_hex(8), config)
-        with _ucx_environment():
+        with _environment(variables):
             agent.create_backend("UCX")
+    except UsageError:
+        raise
     except Exception as error:  # NIXL has a class of its own for each
         raise _unusable(f"{type(error).__name__}: {error}") from None
     return agent
@@ -281,18 +288,29 @@ def _unusable(why: str) -> UsageError:
     return UsageError(f"NIXL can't be used on this host: {why}", needed="a NIXL with its UCX backend", fix=_CURE)
 
 
-@contextlib.contextmanager
-def _ucx_environment() -> Iterator[None]:
-    """Keep UCX's InfiniBand modules out where there is no InfiniBand.
+def _ucx_variables(network: str | None) -> dict[str, str]:
+    """Return what UCX is to be told, unless its user has told it something else.
 
-    NIXL's wheel brings libraries for it that collide with the system's, and end the process by SIGSEGV when it exits.
+    NIXL's wheel brings libraries for InfiniBand that collide with the system's, and end the process by SIGSEGV when it exits: they stay
+    out where there is no InfiniBand. Interfaces are excluded, not chosen: a choice would exclude devices that aren't interfaces.
     """
-    absent = not (_INFINIBAND.is_dir() and any(_INFINIBAND.iterdir()))
-    ours = absent and "UCX_MODULES" not in os.environ
-    if ours:
-        os.environ["UCX_MODULES"] = "^ib"
+    variables = {}
+    if not (_INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())):
+        variables["UCX_MODULES"] = "^ib"
+    if network is not None:
+        address = kv_address(network)
+        others = [name for name, found in interface_addresses().items() if address not in map(str, found)]
+        if others:
+            variables["UCX_NET_DEVICES"] = "^" + ",".join(others)
+    return {name: value for name, value in variables.items() if name not in os.environ}
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set variables for a while: MPI's own UCX reads the same ones."""
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if ours:
-            del os.environ["UCX_MODULES"]
+        for name in variables:
+            del os.environ[name]

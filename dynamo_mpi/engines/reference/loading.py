@@ -65,8 +65,10 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
     comm = None if communicator is None or communicator.Get_size() == 1 else communicator.Dup()
     stage = _stage_of(comm, config, rank)
     agreement: Agreement = AloneAgreement() if comm is None else MpiAgreement(comm)
-    nixl = NixlAgent()
+    nixl = NixlAgent(config.kv_network)
     serving = _Serving(config, agreement, nixl) if config.serves_kv else None
+    if config.kv_transport == NIXL:
+        nixl.open()  # before the weights; without this, a decode worker opens it for the first offer that needs it
     path = find_model_gguf(config.model_dir)
     try:
         weights = load_weights(path, rank, config.tp_size, config.pp_size)
