@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from dynamo_mpi.engines.reference.kv_nixl import nixl_installed
+from dynamo_mpi.engines.reference.nixl_library import nixl_installed
 
 
 def _has_ipv6() -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dynamo_mpi.engines.reference import kv_nixl
+from dynamo_mpi.engines.reference import nixl_library
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_arena import Arena
 from dynamo_mpi.engines.reference.kv_client import FetchError, fetch
@@ -299,8 +299,8 @@ def test_an_offer_by_another_transport_than_the_server_has_is_an_error() -> None
 
 
 def test_a_host_without_nixl_is_told_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_nixl, "_PACKAGES", ("nixl_of_no_host",))
-    assert not kv_nixl.nixl_installed()
+    monkeypatch.setattr(nixl_library, "_PACKAGES", ("nixl_of_no_host",))
+    assert not nixl_library.nixl_installed()
     with pytest.raises(UsageError, match="NIXL is not installed here") as error:
         NixlAgent().open()
     assert "pip install" in str(error.value.fix)
@@ -313,7 +313,7 @@ def test_a_nixl_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch, tmp_
     (package / "__init__.py").touch()
     (package / "_api.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(kv_nixl, "_PACKAGES", ("nixl_broken",))
+    monkeypatch.setattr(nixl_library, "_PACKAGES", ("nixl_broken",))
     assert importlib.util.find_spec("nixl_broken") is not None
     with pytest.raises(UsageError, match=r"can't be used on this host: libcuda\.so\.1"):
         NixlAgent().open()

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.kv_client import release
-from dynamo_mpi.engines.reference.kv_nixl import missing_nixl, nixl_installed
 from dynamo_mpi.engines.reference.kv_offer import (
     NIXL,
     CacheLayout,
@@ -32,6 +31,7 @@ from dynamo_mpi.engines.reference.kv_orders import Abandon, Drop, Keep, Order, P
 from dynamo_mpi.engines.reference.kv_rank import RankHandoff
 from dynamo_mpi.engines.reference.kv_socket import Deadline
 from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES
+from dynamo_mpi.engines.reference.nixl_library import missing_nixl, nixl_installed
 from dynamo_mpi.errors import EngineError
 
 _log = logging.getLogger(__name__)
