@@ -181,13 +181,23 @@ OPTIONS: tuple[Option, ...] = (
         "seconds that requests in flight have to end after SIGTERM",
     ),
     Option(
+        "kv_transport",
+        ("--kv-transport",),
+        ("DYN_MPI_KV_TRANSPORT",),
+        "tcp",
+        str,
+        "how KV leaves a reference prefill worker: over our TCP connections, or by NIXL, which is then needed on decode workers too; "
+        "these go by the prefill worker's choice",
+        ("tcp", "nixl"),
+    ),
+    Option(
         "kv_network",
         ("--kv-network",),
         ("DYN_MPI_KV_NETWORK",),
         None,
         to_text,
-        "interface (ib0), network (10.1.0.0/16) or address at which the ranks of a reference prefill worker serve KV; the address of "
-        "the host's own name by default",
+        "interface (ib0), network (10.1.0.0/16, fd00::/64) or address at which the ranks of a reference prefill worker serve KV; the "
+        "address of the host's own name by default",
     ),
     Option(
         "kv_keep_seconds",
@@ -247,6 +257,7 @@ class Settings:
     load_timeout: float
     prove_timeout: float
     drain_timeout: float
+    kv_transport: str
     kv_network: str | None
     kv_keep_seconds: float
     kv_pull_timeout: float

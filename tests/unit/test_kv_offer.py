@@ -48,6 +48,8 @@ def rank(**changes: Any) -> list[dict[str, Any]]:
 
 def test_an_offer_survives_json() -> None:
     assert parse_offer(document()) == OFFER
+    by_ipv6 = replace(OFFER, transport="nixl", holders=(replace(OFFER.holders[0], host="fd00::2"), *OFFER.holders[1:]))
+    assert parse_offer(json.loads(json.dumps(by_ipv6.to_json()))) == by_ipv6
     check_offer(OFFER, LAYOUT, PROMPT, vocab_size=100)
 
 
@@ -56,6 +58,8 @@ def test_an_offer_survives_json() -> None:
     [
         {"kind": "nixl"},
         {"version": 2},
+        {"transport": "rdma"},
+        {"transport": None},
         {"transfer_id": "00"},
         {"secret": "zz" * 32},
         {"secret": None},
@@ -72,6 +76,9 @@ def test_an_offer_survives_json() -> None:
         {"ranks": rank(port=70000)},
         {"ranks": rank(port=0)},
         {"ranks": rank(host="evil.example")},
+        {"ranks": rank(host="fe80::1")},
+        {"ranks": rank(host="fe80::1%eth0")},
+        {"ranks": rank(kv_heads=[True, 2])},
         {"ranks": rank(layers=[3, 3])},
         {"ranks": rank(layers=[-1, 3])},
         {"ranks": rank(kv_heads=[0, 1, 2])},

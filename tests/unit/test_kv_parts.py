@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,11 @@ from dynamo_mpi.engines.reference.kv_orders import (
     encode_order,
 )
 from dynamo_mpi.errors import EngineError, UsageError
+from dynamo_mpi.services import host_address as host_address_module
 from dynamo_mpi.services.host_address import host_address, interface_addresses
 from dynamo_mpi.serving.requests import for_role, to_generation_request, to_response
 from dynamo_mpi.serving.service import health_payload
+from tests.unit.kv_hosts import needs_ipv6
 
 NUMBERS = st.integers(0, 2**40)
 IDS = st.binary(min_size=16, max_size=16)
@@ -57,14 +61,52 @@ def test_one_rank_agrees_with_itself() -> None:
 
 
 def test_an_address_by_interface_network_or_itself() -> None:
-    assert interface_addresses()["lo"] == "127.0.0.1"
+    assert interface_addresses()["lo"][0] == IPv4Address("127.0.0.1")
     assert {host_address(choice, "--network") for choice in ("lo", "127.0.0.0/8", "127.0.0.1")} == {"127.0.0.1"}
     assert host_address(None, "--network").count(".") == 3
 
 
-@pytest.mark.parametrize("choice", ["ib77", "203.0.113.0/24", "203.0.113.7", "::1", "fast lane"])
+@needs_ipv6
+@pytest.mark.parametrize("choice", ["::1", "::1/128", "0:0:0:0:0:0:0:1"])
+def test_an_ipv6_address(choice: str) -> None:
+    assert host_address(choice, "--network") == "::1"
+
+
+@pytest.mark.parametrize(
+    "choice", ["ib77", "203.0.113.0/24", "203.0.113.7", "2001:db8::7", "2001:db8::/32", "::7", "fast lane", "%", "/"]
+)
 def test_an_address_that_this_host_lacks(choice: str) -> None:
-    with pytest.raises(UsageError, match="no IPv4 address"):
+    with pytest.raises(UsageError, match=r"no address by .*; it has .*lo 127\.0\.0\.1"):
+        host_address(choice, "--network")
+
+
+# of a kernel: loopback, a usable one, one that is still being tried, a link-local one alone on its interface
+IPV6 = """\
+00000000000000000000000000000001 01 80 10 80       lo
+fd000000000000000000000000000002 04 40 00 82     ib0
+fd000000000000000000000000000003 04 40 00 40     ib0
+fe8000000000000000fc00fffe000001 05 40 20 80     ib1
+"""
+
+
+@pytest.fixture
+def ipv6_interfaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = tmp_path / "if_inet6"
+    table.write_text(IPV6, encoding="ascii")
+    monkeypatch.setattr(host_address_module, "_IPV6_ADDRESSES", table)
+
+
+@pytest.mark.usefixtures("ipv6_interfaces")
+def test_an_interface_with_ipv6_alone() -> None:
+    assert {host_address(choice, "--network") for choice in ("ib0", "fd00::/64", "fd00::2")} == {"fd00::2"}
+    with pytest.raises(UsageError, match="no address by fd00::3"):
+        host_address("fd00::3", "--network")
+
+
+@pytest.mark.usefixtures("ipv6_interfaces")
+@pytest.mark.parametrize("choice", ["ib1", "fe80::/10", "fe80::fc:ff:fe00:1", "fe80::fc:ff:fe00:1%ib1"])
+def test_a_link_local_address_is_refused(choice: str) -> None:
+    with pytest.raises(UsageError, match=r"only fe80::fc:ff:fe00:1, a link-local address"):
         host_address(choice, "--network")
 
 

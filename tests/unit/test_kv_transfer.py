@@ -14,16 +14,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_client import FetchError, fetch, release
+from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
 from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder, Offer, digest_of
 from dynamo_mpi.engines.reference.kv_server import KvServer
 from dynamo_mpi.engines.reference.kv_shards import Holding, Piece
 from dynamo_mpi.engines.reference.kv_socket import Deadline, FrameSocket
 from dynamo_mpi.engines.reference.kv_store import KvStore, StoreFullError
 from dynamo_mpi.engines.reference.kv_wire import Fetch, Hello, Refused, Shard, encode, sign
+from tests.unit.kv_hosts import needs_ipv6
 
 HOLDING = Holding(range(10, 14), range(2, 5))
 VALUES = np.random.default_rng(1).standard_normal((2, 4, 3, 6, 8), np.float32)
+HALVES = list(VALUES)
 OFFER = Offer(
     transfer_id=b"i" * 16,
     secret=b"s" * 32,
@@ -36,6 +40,7 @@ OFFER = Offer(
     holders=(Holder("127.0.0.1", 1, HOLDING),),
 )
 PIECE = Piece(0, range(11, 13), range(3, 5))
+UNUSED = NixlAgent()
 
 
 class Clock:
@@ -58,7 +63,7 @@ def clock() -> Clock:
 @pytest.fixture
 def store(clock: Clock) -> KvStore:
     store = KvStore(most_tokens=20, keep_seconds=60, clock=clock)
-    store.keep(OFFER.transfer_id, OFFER.secret, HOLDING, VALUES)
+    store.keep(OFFER.transfer_id, OFFER.secret, HOLDING, HALVES)
     return store
 
 
@@ -85,18 +90,37 @@ def peer(answer: Callable[[socket.socket], None]) -> Iterator[int]:
         thread.join()
 
 
+def get(offer: Offer, piece: Piece = PIECE) -> Float32Array:
+    return fetch(offer, piece, Deadline.after(5), UNUSED)
+
+
+def server_port(offer: Offer) -> int:
+    return offer.holders[0].port
+
+
 def refused(offer: Offer, piece: Piece = PIECE, seconds: float = 5.0) -> str:
     with pytest.raises(FetchError) as error:
-        fetch(offer, piece, Deadline.after(seconds))
+        fetch(offer, piece, Deadline.after(seconds), UNUSED)
     return str(error.value)
 
 
 def test_a_piece_arrives_as_it_was_kept(server: KvServer) -> None:
     offer = at(server.address[1])
 
-    assert np.array_equal(fetch(offer, PIECE, Deadline.after(5)), VALUES[:, 1:3, 1:3])
-    whole = fetch(offer, Piece(0, HOLDING.layers, HOLDING.heads), Deadline.after(5))
-    assert np.array_equal(whole, VALUES)
+    assert np.array_equal(get(offer), VALUES[:, 1:3, 1:3])
+    assert np.array_equal(get(offer, Piece(0, HOLDING.layers, HOLDING.heads)), VALUES)
+
+
+@needs_ipv6
+def test_a_piece_arrives_over_ipv6(store: KvStore) -> None:
+    server = KvServer(store, "::1")
+    try:
+        offer = replace(OFFER, holders=(Holder("::1", server.address[1], HOLDING),))
+        assert np.array_equal(get(offer), VALUES[:, 1:3, 1:3])
+        assert release(offer, Deadline.after(5)) == []
+    finally:
+        server.close()
+    assert f"prefill rank 0 at [::1]:{server_port(offer)}" in refused(offer)
 
 
 def test_a_released_transfer_is_forgotten(server: KvServer, store: KvStore) -> None:
@@ -110,7 +134,7 @@ def test_a_released_transfer_is_forgotten(server: KvServer, store: KvStore) -> N
 
 def test_what_nobody_fetches_expires(server: KvServer, store: KvStore, clock: Clock) -> None:
     clock.now += 59
-    fetch(at(server.address[1]), PIECE, Deadline.after(5))
+    get(at(server.address[1]))
     clock.now += 2
 
     assert "expired" in refused(at(server.address[1]))
@@ -130,19 +154,19 @@ def test_more_than_the_rank_holds_is_refused(server: KvServer) -> None:
 
 
 def test_a_full_store_keeps_what_it_has(store: KvStore, clock: Clock) -> None:
-    store.keep(b"j" * 16, b"t" * 32, HOLDING, VALUES)
-    store.keep(b"k" * 16, b"t" * 32, HOLDING, VALUES)
+    store.keep(b"j" * 16, b"t" * 32, HOLDING, HALVES)
+    store.keep(b"k" * 16, b"t" * 32, HOLDING, HALVES)
     with pytest.raises(StoreFullError, match="KV of 3 prompts, 18 tokens"):
-        store.keep(b"l" * 16, b"t" * 32, HOLDING, VALUES)
+        store.keep(b"l" * 16, b"t" * 32, HOLDING, HALVES)
     assert len(store) == 3
     clock.now += 61
-    store.keep(b"l" * 16, b"t" * 32, HOLDING, VALUES)
+    store.keep(b"l" * 16, b"t" * 32, HOLDING, HALVES)
     assert len(store) == 1
 
 
 def test_a_client_that_stalls_loses_its_connection_and_holds_up_nobody(server: KvServer) -> None:
     with socket.create_connection(server.address, timeout=5) as idle:
-        fetch(at(server.address[1]), PIECE, Deadline.after(5))
+        get(at(server.address[1]))
         began = time.monotonic()
         while idle.recv(1000):
             pass
@@ -156,7 +180,7 @@ def test_nonsense_is_answered_and_the_server_goes_on(server: KvServer, nonsense:
         assert isinstance(frames.receive(), Hello)
         client.sendall(nonsense)
         assert isinstance(frames.receive(), Refused)
-    fetch(at(server.address[1]), PIECE, Deadline.after(5))
+    get(at(server.address[1]))
 
 
 def test_nobody_listening_is_told_at_once() -> None:

@@ -50,6 +50,7 @@ SAMPLES = {
     "load_timeout": "3.5",
     "prove_timeout": "2.5",
     "drain_timeout": "0",
+    "kv_transport": "nixl",
     "kv_network": "ib0",
     "kv_keep_seconds": "4.5",
     "kv_pull_timeout": "5.5",

@@ -14,13 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from dynamo_mpi.engines.protocol import EngineLimits, FinishReason, GenerationRequest, RequestError, Sink, TokenChunk
+from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.in_flight import InFlight, Served
 from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
-from dynamo_mpi.engines.reference.kv_offer import Offer
 from dynamo_mpi.engines.reference.loading import Loaded, load_parts
 from dynamo_mpi.engines.reference.request_checks import check_request
 from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
@@ -34,13 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["ReferenceConfig", "ReferenceEngine"]
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _InFlight:
-    sink: Sink
-    generator: np.random.Generator
-    offer: Offer | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ class ReferenceEngine:
 
         self._wake = threading.Condition()
         self._commands: deque[GenerationRequest | _Cancellation] = deque()
-        self._in_flight: dict[str, _InFlight] = {}
+        self._in_flight = InFlight()
         self._thread: threading.Thread | None = None
         self._closing = False
         self._failure: BaseException | None = None
@@ -97,7 +88,7 @@ class ReferenceEngine:
             ModelError: the model can't be read, or is not one this engine computes.
             LayoutError: the model can't be split like this.
             DataError: ``max_seq_len`` is beyond the model's context.
-            UsageError: this host has no address for KV as it was asked for.
+            UsageError: this host has no address for KV as it was asked for, or no NIXL.
             EngineError: the memory is too small, or KV can't be served.
         """
         self._loaded = load_parts(self._comm, self._config, self._rank)
@@ -132,15 +123,13 @@ class ReferenceEngine:
         offer = None if loaded.lead is None else loaded.lead.accept(request, loaded.vocab_size)
         if offer is not None and request.sampling.temperature != 0:
             generator.random()  # the draw that gave the first token: prefill has made it
-        entry = _InFlight(sink, generator, offer)
+        entry = Served(sink, generator, offer)
         with self._wake:
             if self._failure is not None:
                 raise EngineError(f"the engine has failed: {self._failure}", fix="start the worker again")
             if self._thread is None or self._closing:
                 raise EngineError("the engine is not running")
-            if request.request_id in self._in_flight:
-                raise RequestError(f"request id {request.request_id} is in flight already")
-            self._in_flight[request.request_id] = entry
+            self._in_flight.add(request.request_id, entry)
             self._commands.append(request)
             self._wake.notify()
 
@@ -212,7 +201,7 @@ class ReferenceEngine:
                     self._run_step(loaded, loaded.lead, step)
                 elif loaded.scheduler.has_work:
                     self._pause(loaded.lead.pause_seconds())
-            self._end_all("cancelled", None)
+            self._in_flight.end_all("cancelled", None)
             loaded.handoff.linger()
             if loaded.channel is not None:
                 loaded.channel.send_stop()
@@ -232,7 +221,7 @@ class ReferenceEngine:
                 scheduler.add(command)
             elif scheduler.cancel(command.request_id):
                 lead.cancel(command.request_id)
-                self._deliver(command.request_id, TokenChunk((), "cancelled"))
+                self._in_flight.deliver(command.request_id, TokenChunk((), "cancelled"))
         return True
 
     def _pause(self, seconds: float) -> None:
@@ -250,10 +239,11 @@ class ReferenceEngine:
             request_id = prefilled.request_id
             if prefilled.error:
                 scheduler.cancel(request_id)
-                self._deliver(request_id, TokenChunk((), "error", prefilled.error))
+                self._in_flight.deliver(request_id, TokenChunk((), "error", prefilled.error))
                 continue
             _log.info("request %s: its prompt's KV came in %.1f ms", request_id, prefilled.seconds * 1000)
-            if not self._deliver(request_id, scheduler.continue_after(request_id, prefilled.first_token)):
+            chunk = scheduler.continue_after(request_id, prefilled.first_token)
+            if not self._in_flight.deliver(request_id, chunk):
                 scheduler.cancel(request_id)
 
     def _run_step(self, loaded: Loaded, lead: LeadHandoff, step: Step) -> None:
@@ -272,41 +262,19 @@ class ReferenceEngine:
         for request_id, chunk in loaded.scheduler.apply(tokens):
             if chunk.finish_reason is not None and request_id in offering:
                 chunk = lead.with_offer(*offering[request_id], chunk)
-            if not self._deliver(request_id, chunk):
+            if not self._in_flight.deliver(request_id, chunk):
                 loaded.scheduler.cancel(request_id)
 
     def _choose(self, choice: TokenChoice, logits: Float32Array) -> int:
         generator = self._in_flight[choice.request.request_id].generator
         return choose_token(logits, choice.request.sampling, generator, choice.banned)
 
-    def _deliver(self, request_id: str, chunk: TokenChunk) -> bool:
-        """Hand a chunk to its sink. Returns whether the request goes on to be served."""
-        with self._wake:
-            entry = self._in_flight[request_id]
-            if chunk.finish_reason is not None:
-                del self._in_flight[request_id]
-        try:
-            entry.sink(chunk)
-        except Exception:  # a sink is its caller's code; its error must not end the other requests
-            _log.exception("the receiver of request %s failed; the request is dropped", request_id)
-            with self._wake:
-                if self._in_flight.get(request_id) is entry:
-                    del self._in_flight[request_id]
-            return False
-        return True
-
-    def _end_all(self, reason: FinishReason, error: str | None) -> None:
-        with self._wake:
-            request_ids = list(self._in_flight)
-        for request_id in request_ids:
-            self._deliver(request_id, TokenChunk((), reason, error))
-
     def _fail(self, error: BaseException) -> None:
         _log.error("the reference engine failed", exc_info=error)
         with self._wake:
             self._failure = error
             callbacks, self._failure_callbacks = self._failure_callbacks, []
-        self._end_all("error", f"the engine failed: {error}")
+        self._in_flight.end_all("error", f"the engine failed: {error}")
         for callback in callbacks:
             try:
                 callback(error)

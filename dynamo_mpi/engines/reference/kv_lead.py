@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.kv_client import release
 from dynamo_mpi.engines.reference.kv_offer import (
+    NIXL,
     CacheLayout,
     Holder,
     Offer,
@@ -30,6 +31,7 @@ from dynamo_mpi.engines.reference.kv_orders import Abandon, Drop, Keep, Order, P
 from dynamo_mpi.engines.reference.kv_rank import RankHandoff
 from dynamo_mpi.engines.reference.kv_socket import Deadline
 from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES
+from dynamo_mpi.engines.reference.nixl_library import missing_nixl, nixl_installed
 from dynamo_mpi.errors import EngineError
 
 _log = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class LeadHandoff:
         ranks: rank 0's own part in it.
         layout: of this engine's KV.
         holders: where this engine's ranks serve theirs; empty but for prefill workers.
+        transport: by which they do.
         sizes: this engine's tensor- and pipeline-parallel size.
         pull_seconds: how long a pull may take.
     """
@@ -80,6 +83,7 @@ class LeadHandoff:
         ranks: RankHandoff,
         layout: CacheLayout,
         holders: tuple[Holder, ...],
+        transport: str,
         sizes: tuple[int, int],
         pull_seconds: float,
     ) -> None:
@@ -87,6 +91,7 @@ class LeadHandoff:
         self._ranks = ranks
         self._layout = layout
         self._holders = holders
+        self._transport = transport
         self._sizes = sizes
         self._pull_seconds = pull_seconds
         self._numbers = itertools.count()
@@ -107,6 +112,11 @@ class LeadHandoff:
             check_offer(offer, self._layout, request.prompt_token_ids, vocab_size)
         except OfferError as error:
             raise EngineError(str(error)) from None
+        if offer.transport == NIXL and not nixl_installed():
+            missing = missing_nixl()
+            raise EngineError(
+                f"the prefill worker hands KV over by NIXL: {missing.found}", needed=missing.needed, fix=missing.fix
+            )
         return offer
 
     def with_offer(self, request: GenerationRequest, slot: int, chunk: TokenChunk) -> TokenChunk:
@@ -128,22 +138,26 @@ class LeadHandoff:
         keep = Keep(slot, len(prompt), transfer_id, secret)
         self._order(keep)
         if failures := self._ranks.keep(keep):
-            drop = Drop(transfer_id)
-            self._order(drop)
-            self._ranks.drop(drop)
+            self._have_all(Drop(transfer_id))
             raise EngineError(f"the prompt's KV could not be kept for decode: {_first(failures)}")
         tp_size, pp_size = self._sizes
-        digest = digest_of(prompt)
         return Offer(
-            transfer_id, secret, self._layout, tp_size, pp_size, len(prompt), digest, first_token, self._holders
+            transfer_id=transfer_id,
+            secret=secret,
+            layout=self._layout,
+            tp_size=tp_size,
+            pp_size=pp_size,
+            prompt_tokens=len(prompt),
+            prompt_digest=digest_of(prompt),
+            first_token=first_token,
+            holders=self._holders,
+            transport=self._transport,
         )
 
     def begin(self, request_id: str, slot: int, offer: Offer) -> None:
         """Have all ranks begin to fetch."""
         number = next(self._numbers)
-        pull = Pull(number, slot, json.dumps(offer.to_json()).encode())
-        self._order(pull)
-        self._ranks.begin(pull)
+        self._have_all(Pull(number, slot, json.dumps(offer.to_json()).encode()))
         self._pulling[number] = _Pulling(request_id, offer, time.monotonic())
 
     def poll(self) -> list[Prefilled]:
@@ -166,15 +180,17 @@ class LeadHandoff:
     def cancel(self, request_id: str) -> None:
         """Have all ranks forget a request's fetching, if there is any."""
         for number in [number for number, pulling in self._pulling.items() if pulling.request_id == request_id]:
-            abandon = Abandon(number)
-            self._order(abandon)
-            self._ranks.abandon(abandon)
+            self._have_all(Abandon(number))
             self._say_farewell(self._pulling.pop(number).offer)
 
     def pause_seconds(self) -> float:
         """Return how long to sleep before the next poll: short at first, in proportion to the wait so far later."""
         waited = time.monotonic() - max((pulling.began for pulling in self._pulling.values()), default=0.0)
         return min(max(_FIRST_PAUSE_SECONDS, waited * _PAUSE_SHARE), _LONGEST_PAUSE_SECONDS)
+
+    def _have_all(self, order: Drop | Pull | Abandon) -> None:
+        self._order(order)
+        self._ranks.obey(order)
 
     def _say_farewell(self, offer: Offer) -> None:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import Any
 
 from dynamo_mpi.engines.reference.kv_shards import Holding
@@ -18,6 +18,9 @@ from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES
 KIND = "dynamo_mpi-reference-kv"
 VERSION = 1
 DTYPE = "float32"
+TCP, NIXL = "tcp", "nixl"
+"""How keys and values travel. All else, what NIXL's agents need to know of each other included, goes over our own TCP connections."""
+
 _MOST_RANKS = 4096
 _MOST = 2**31
 
@@ -70,6 +73,7 @@ class Offer:
         prompt_digest: see `digest_of`.
         first_token: that prefill has chosen after the prompt.
         holders: by prefill rank.
+        transport: TCP or NIXL, as the prefill worker has chosen.
     """
 
     transfer_id: bytes
@@ -81,12 +85,14 @@ class Offer:
     prompt_digest: str
     first_token: int
     holders: tuple[Holder, ...]
+    transport: str = TCP
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return {
             "kind": KIND,
             "version": VERSION,
+            "transport": self.transport,
             "transfer_id": self.transfer_id.hex(),
             "secret": self.secret.hex(),
             **vars(self.layout),
@@ -122,6 +128,11 @@ def parse_offer(document: object) -> Offer:
         raise OfferError("the KV of this request comes from another kind of prefill worker")
     if document.get("version") != VERSION:
         raise OfferError(f"the KV offer has version {document.get('version')!r}, this decode worker reads {VERSION}")
+    transport = document.get("transport")
+    if transport not in (TCP, NIXL):
+        raise OfferError(
+            f"the KV of this request travels by {str(transport)[:40]!r}, this decode worker knows {TCP} and {NIXL}"
+        )
     ranks = document.get("ranks")
     if not isinstance(ranks, list) or not 1 <= len(ranks) <= _MOST_RANKS:
         raise OfferError("the KV offer names no ranks")
@@ -142,6 +153,7 @@ def parse_offer(document: object) -> Offer:
         prompt_digest=_text(document, "prompt_digest"),
         first_token=_number(document, "first_token", 0),
         holders=tuple(_holder(rank) for rank in ranks),
+        transport=transport,
     )
 
 
@@ -171,24 +183,24 @@ def _holder(rank: object) -> Holder:
         raise OfferError(f"the KV offer has port {port}")
     host = _text(rank, "host")
     try:
-        ip_address(host)  # no names: looking one up has no deadline
+        address = ip_address(host)  # no names: looking one up has no deadline
     except ValueError:
         raise OfferError(f"the KV offer has a rank at {host!r}, which is no IP address") from None
+    if isinstance(address, IPv6Address) and address.is_link_local:
+        raise OfferError(
+            f"the KV offer has a rank at {host}, a link-local address, which means nothing on another host"
+        )
     return Holder(host, port, Holding(_range(rank, "layers"), _range(rank, "kv_heads")))
 
 
 def _range(fields: Mapping[str, Any], name: str) -> range:
     edges = fields.get(name)
-    if not isinstance(edges, list) or len(edges) != 2 or not all(_is_number(edge) for edge in edges):
+    if not isinstance(edges, list) or len(edges) != 2:
         raise OfferError(f"the KV offer's {name} is no range")
-    start, stop = edges
-    if not 0 <= start < stop < _MOST:
+    start, stop = (_number({name: edge}, name, 0) for edge in edges)
+    if start >= stop:
         raise OfferError(f"the KV offer's {name} goes from {start} to {stop}")
     return range(start, stop)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(fields: Mapping[str, Any], name: str, least: int) -> int:

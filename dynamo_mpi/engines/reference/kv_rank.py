@@ -10,10 +10,9 @@ import json
 import time
 from dataclasses import dataclass
 
-import numpy as np
-
 from dynamo_mpi.engines.reference.agreement import Agreement
 from dynamo_mpi.engines.reference.attention import KeyValueCache
+from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
 from dynamo_mpi.engines.reference.kv_offer import parse_offer
 from dynamo_mpi.engines.reference.kv_orders import Abandon, Drop, Keep, Order, Poll, Pull
 from dynamo_mpi.engines.reference.kv_pull import DONE, FAILED, PENDING, BackgroundPull
@@ -49,6 +48,7 @@ class RankHandoff:
         pull_seconds: how long a pull may take.
         store: of a prefill worker.
         server: of a prefill worker, serving ``store``.
+        nixl: to read with, or be read from.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class RankHandoff:
         pull_seconds: float,
         store: KvStore | None = None,
         server: KvServer | None = None,
+        nixl: NixlAgent | None = None,
     ) -> None:
         self._rank = rank
         self._holding = holding
@@ -68,6 +69,7 @@ class RankHandoff:
         self._pull_seconds = pull_seconds
         self._store = store
         self._server = server
+        self._nixl = nixl or NixlAgent()
         self._pulls: dict[int, tuple[int, BackgroundPull]] = {}
 
     @property
@@ -76,7 +78,7 @@ class RankHandoff:
         return 0 if self._store is None else len(self._store)
 
     def obey(self, order: Order) -> None:
-        """Ranks other than 0: carry out what rank 0 has ordered."""
+        """Carry out what rank 0 has ordered."""
         if isinstance(order, Keep):
             self.keep(order)
         elif isinstance(order, Drop):
@@ -99,7 +101,7 @@ class RankHandoff:
             if self._store is None:
                 raise StoreFullError("this isn't a prefill worker")
             parts = [cached[order.slot, :, :, : order.tokens] for cached in (self._cache.keys, self._cache.values)]
-            self._store.keep(order.transfer_id, order.secret, self._holding, np.stack(parts))
+            self._store.keep(order.transfer_id, order.secret, self._holding, parts)
         except (StoreFullError, MemoryError) as error:
             failure = str(error) or type(error).__name__
         if self._agreement.lowest([0 if failure else 1])[0]:
@@ -114,7 +116,7 @@ class RankHandoff:
     def begin(self, order: Pull) -> None:
         """Begin to fetch this rank's part."""
         offer = parse_offer(json.loads(order.offer))
-        pull = BackgroundPull(offer, self._holding, self._rank, self._pull_seconds)
+        pull = BackgroundPull(offer, self._holding, self._rank, self._pull_seconds, self._nixl)
         self._pulls[order.number] = (order.slot, pull)
 
     def poll(self, order: Poll) -> list[Settled]:
@@ -145,6 +147,7 @@ class RankHandoff:
             time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
-        """Stop serving."""
+        """Stop serving and reading."""
         if self._server is not None:
             self._server.close()
+        self._nixl.close()

@@ -8,6 +8,7 @@ long. A peer that stalls, lies or says nonsense costs itself its connection.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import secrets
 import socket
@@ -16,7 +17,9 @@ import zlib
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.kv_shards import Holding
+from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.kv_nixl import POLL_SECONDS, NixlAgent
+from dynamo_mpi.engines.reference.kv_shards import Holding, covers
 from dynamo_mpi.engines.reference.kv_socket import Deadline, FrameSocket
 from dynamo_mpi.engines.reference.kv_store import Kept, KvStore
 from dynamo_mpi.engines.reference.kv_wire import (
@@ -24,7 +27,8 @@ from dynamo_mpi.engines.reference.kv_wire import (
     NONCE_BYTES,
     Fetch,
     Hello,
-    Message,
+    Located,
+    Read,
     Refused,
     Release,
     Released,
@@ -47,16 +51,21 @@ class KvServer:
     Args:
         store: what is handed out.
         host: address to listen on; the system chooses the port.
+        nixl: lets peers read by NIXL what they ask for; None sends it to them over the connection.
         connection_seconds: how long one connection may last from a request of somebody who knows a secret on; strangers get less.
 
     Raises:
         OSError: the address can't be listened on.
     """
 
-    def __init__(self, store: KvStore, host: str, connection_seconds: float = 30.0) -> None:
+    def __init__(
+        self, store: KvStore, host: str, nixl: NixlAgent | None = None, connection_seconds: float = 30.0
+    ) -> None:
         self._store = store
+        self._nixl = nixl
         self._connection_seconds = connection_seconds
-        self._listener = socket.create_server((host, 0), backlog=_BACKLOG)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
         self._listener.settimeout(_LOOK_SECONDS)
         self._closing = threading.Event()
         self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
@@ -126,50 +135,65 @@ class KvServer:
                 request = peer.receive()
             except ConnectionError:
                 return
-            answer, payload = self._answer(request, nonce)
-            if not isinstance(answer, Refused):
-                peer.deadline = Deadline.after(self._connection_seconds)
-            peer.send(answer)
-            if payload is not None:
-                peer.send_payload(payload)
-            if isinstance(answer, Refused):
-                return
-
-    def _answer(self, request: Message, nonce: bytes) -> tuple[Message, memoryview | None]:
-        if not isinstance(request, (Fetch, Release)):
-            return Refused("this server answers fetch and release"), None
-        kept = self._store.find(request.transfer_id)
-        # the same words for both, so that nobody can find out which transfers there are
-        if kept is None or not is_signed(request, kept.secret, nonce):
-            return Refused("no such transfer: never offered, expired, released, or not yours"), None
-        if isinstance(request, Release):
-            self._store.release(request.transfer_id)
-            return Released(), None
-        return _shard_of(kept, request, nonce)
+            if not isinstance(request, (Fetch, Release)):
+                raise WireError("this server answers fetch and release")
+            kept = self._store.find(request.transfer_id)
+            # the same words for both, so that nobody can find out which transfers there are
+            if kept is None or not is_signed(request, kept.secret, nonce):
+                raise WireError("no such transfer: never offered, expired, released, or not yours")
+            peer.deadline = Deadline.after(self._connection_seconds)
+            if isinstance(request, Release):
+                self._store.release(request.transfer_id)
+                peer.send(Released())
+            elif self._nixl is None:
+                _send(peer, kept, request, nonce)
+            else:
+                _let_read(peer, kept, request, nonce, self._nixl)
 
 
-def _shard_of(kept: Kept, request: Fetch, nonce: bytes) -> tuple[Message, memoryview | None]:
+def _send(peer: FrameSocket, kept: Kept, request: Fetch, nonce: bytes) -> None:
+    payload = memoryview(np.ascontiguousarray(_wanted(kept, request), "<f4").data).cast("B")
+    peer.send(sign(_shard(kept, request, zlib.crc32(payload)), kept.secret, nonce))
+    peer.send_payload(payload)
+
+
+def _let_read(peer: FrameSocket, kept: Kept, request: Fetch, nonce: bytes, nixl: NixlAgent) -> None:
+    """Say where it lies, and vouch for it once the peer has read it: ``kept`` holds it in its place until then."""
+    wanted = _wanted(kept, request)
+    half_stride, layer_stride = wanted.strides[:2]
+    peer.send(sign(Located(wanted.ctypes.data, half_stride, layer_stride, nixl.description), kept.secret, nonce))
+    checksum = 0
+    for run in itertools.chain(*wanted):
+        checksum = zlib.crc32(memoryview(run.data).cast("B"), checksum)
+        nixl.progress()
+    while not peer.readable(POLL_SECONDS):
+        nixl.progress()
+    done = peer.receive()
+    if not isinstance(done, Read) or done.transfer_id != request.transfer_id or not is_signed(done, kept.secret, nonce):
+        raise WireError("this server waits to be told that what it located has been read")
+    peer.send(sign(_shard(kept, request, checksum), kept.secret, nonce))
+
+
+def _wanted(kept: Kept, request: Fetch) -> Float32Array:
     mine = kept.holding
-    if not (_inside(request.layers, mine.layers) and _inside(request.heads, mine.heads)):
-        return Refused(f"this rank holds {describe(mine)}"), None
+    if not (covers(mine.layers, request.layers) and covers(mine.heads, request.heads)):
+        raise WireError(f"this rank holds {describe(mine)}")
     first_layer, first_head = mine.layers.start, mine.heads.start
-    wanted = kept.values[
+    wanted: Float32Array = kept.values[
         :,
         request.layers.start - first_layer : request.layers.stop - first_layer,
         request.heads.start - first_head : request.heads.stop - first_head,
     ]
-    payload = memoryview(np.ascontiguousarray(wanted, "<f4").data).cast("B")
-    tokens, head_dim = wanted.shape[3:]
-    checksum = zlib.crc32(payload)
-    shard = Shard(request.layers, request.heads, tokens, head_dim, FLOAT32, len(payload), checksum)
-    return sign(shard, kept.secret, nonce), payload
+    return wanted
+
+
+def _shard(kept: Kept, request: Fetch, checksum: int) -> Shard:
+    tokens, head_dim = kept.values.shape[3:]
+    size = 2 * len(request.layers) * len(request.heads) * tokens * head_dim * 4
+    return Shard(request.layers, request.heads, tokens, head_dim, FLOAT32, size, checksum)
 
 
 def describe(holding: Holding) -> str:
     """Say in words what a rank holds."""
     layers, heads = holding.layers, holding.heads
     return f"layers {layers.start} to {layers.stop - 1}, KV heads {heads.start} to {heads.stop - 1}"
-
-
-def _inside(inner: range, outer: range) -> bool:
-    return outer.start <= inner.start and inner.stop <= outer.stop

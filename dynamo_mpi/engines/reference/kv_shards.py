@@ -52,7 +52,7 @@ def pieces_of(need: Holding, holders: Sequence[Holding], preference: int = 0) ->
     pieces: list[Piece] = []
     for start, stop in itertools.pairwise(ordered):
         layers = range(start, stop)
-        able = [index for index, holder in enumerate(holders) if _covers(holder.layers, layers)]
+        able = [index for index, holder in enumerate(holders) if covers(holder.layers, layers)]
         pieces += _cover_heads(layers, need.heads, holders, able, preference)
     return tuple(pieces)
 
@@ -71,5 +71,6 @@ def _cover_heads(
         at = reach
 
 
-def _covers(outer: range, inner: range) -> bool:
+def covers(outer: range, inner: range) -> bool:
+    """Tell whether all of ``inner`` is in ``outer``."""
     return outer.start <= inner.start and inner.stop <= outer.stop

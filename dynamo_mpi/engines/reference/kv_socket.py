@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import time
 import zlib
 from dataclasses import dataclass
 
-from dynamo_mpi.engines.reference.kv_wire import HEADER_BYTES, Message, WireError, body_size, decode, encode
+from dynamo_mpi.engines.reference.kv_wire import HEADER_BYTES, Message, body_size, decode, encode
 
 _MOST_AT_ONCE = 1 << 20
 
@@ -47,6 +48,19 @@ class FrameSocket:
         self._socket = connection
         self.deadline = deadline
 
+    def readable(self, seconds: float) -> bool:
+        """Wait for the peer to say something, or to go; return whether it has.
+
+        Args:
+            seconds: to wait at most.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        return bool(poller.poll(min(seconds, self.deadline.left()) * 1000))
+
     def send(self, message: Message) -> None:
         """Send one frame."""
         self.send_payload(memoryview(encode(message)))
@@ -82,6 +96,3 @@ class FrameSocket:
             checksum = zlib.crc32(target[:count], checksum)
             target = target[count:]
         return checksum
-
-
-__all__ = ["Deadline", "FrameSocket", "WireError"]

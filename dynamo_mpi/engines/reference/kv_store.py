@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.kv_arena import Arena, ArenaFullError
 from dynamo_mpi.engines.reference.kv_shards import Holding
 
 
@@ -51,6 +54,9 @@ class KvStore:
         clock: monotonic seconds.
     """
 
+    arena: Arena | None = None
+    """Where copies are made; anywhere, if there is none."""
+
     def __init__(self, most_tokens: int, keep_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.most_tokens = most_tokens
         self._keep_seconds = keep_seconds
@@ -63,22 +69,37 @@ class KvStore:
             self._expire()
             return len(self._kept)
 
-    def keep(self, transfer_id: bytes, secret: bytes, holding: Holding, values: Float32Array) -> None:
-        """Keep ``values``, which nobody may write to from here on.
+    def keep(self, transfer_id: bytes, secret: bytes, holding: Holding, halves: Sequence[Float32Array]) -> None:
+        """Keep a copy. One thread does.
+
+        Args:
+            transfer_id: to find it by.
+            secret: to be known by whoever fetches it.
+            holding: which layers and heads of the model these are.
+            halves: keys and values, each ``[layers, heads, tokens, head_dim]``.
 
         Raises:
             StoreFullError: there is no room.
         """
-        kept = Kept(secret, holding, values, self._clock() + self._keep_seconds)
+        tokens = halves[0].shape[2]
         with self._lock:
             self._expire()
-            tokens = sum(other.tokens for other in self._kept.values())
-            if tokens + kept.tokens > self.most_tokens:
+            waiting = sum(other.tokens for other in self._kept.values())
+            if waiting + tokens > self.most_tokens:
                 raise StoreFullError(
-                    f"the KV of {len(self._kept)} prompts, {tokens} tokens, waits for decode workers; "
+                    f"the KV of {len(self._kept)} prompts, {waiting} tokens, waits for decode workers; "
                     f"there is room for {self.most_tokens} tokens"
                 )
-            self._kept[transfer_id] = kept
+        shape = (len(halves), *halves[0].shape)
+        try:
+            values = np.empty(shape, np.float32) if self.arena is None else self.arena.take(shape)
+        except ArenaFullError as error:
+            raise StoreFullError(
+                f"KV that waits for decode workers, or is being read, leaves no room: {error}"
+            ) from None
+        np.stack(halves, out=values)
+        with self._lock:
+            self._kept[transfer_id] = Kept(secret, holding, values, self._clock() + self._keep_seconds)
 
     def find(self, transfer_id: bytes) -> Kept | None:
         """Return what is kept under ``transfer_id``, None if nothing is or its time is over."""
