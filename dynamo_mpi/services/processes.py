@@ -26,6 +26,7 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    log_start: int = 0
 
     @classmethod
     def start(
@@ -47,6 +48,7 @@ class Child:
             end_with: what it gets when we end without having ended it: a launcher needs one that lets it end its ranks.
         """
         with log.open("ab") as output:
+            log_start = output.tell()
             process = subprocess.Popen(
                 tethered(command, parent=os.getpid(), end_with=end_with),
                 stdin=subprocess.DEVNULL,
@@ -55,7 +57,7 @@ class Child:
                 env=dict(environment),
                 start_new_session=True,
             )
-        return cls(name, process, log)
+        return cls(name, process, log, log_start)
 
     @property
     def pid(self) -> int:
@@ -75,8 +77,8 @@ class Child:
         return session_members(self.pid)
 
     def last_lines(self, count: int) -> list[str]:
-        """Return the last lines of its log."""
-        return last_lines(self.log, count)
+        """Return the last lines of its log; not those of whoever wrote there before it."""
+        return last_lines(self.log, count, self.log_start)
 
     def kill(self) -> None:
         """End it and all of its session, now."""
