@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.services.logs import last_lines
 from dynamo_mpi.supervision.tethered import tethered
+
+# a process ends in no time, unless it hangs in the kernel
+KILL_SECONDS, _LOOK_SECONDS = 5.0, 0.005
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,15 @@ class Child:
         return last_lines(self.log, count, self.log_start)
 
     def kill(self) -> None:
-        """End it and all of its session, now."""
+        """End it and all of its session, now, and wait until they have gone."""
         self.process.kill()
-        for pid in self.members():
-            if pid != self.pid:
+        end = time.monotonic() + KILL_SECONDS
+        # more than once: one may just be starting another
+        while (left := [pid for pid in self.members() if pid != self.pid]) and time.monotonic() < end:
+            for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            time.sleep(_LOOK_SECONDS)
         self.process.wait()
 
 
