@@ -10,13 +10,13 @@ import contextlib
 import fcntl
 import json
 import os
-import shlex
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import UsageError
+from dynamo_mpi.services.own_folder import require_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -74,7 +74,7 @@ def held_run_folder(path: Path, job_id: str | None, say: Callable[[str], None]) 
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check(path)
+        require_own(path)
         (path / LOGS).mkdir(mode=0o700, exist_ok=True)
         (path / LOGS).chmod(0o700)
         lock = _lock(path, say)
@@ -93,22 +93,6 @@ def held_run_folder(path: Path, job_id: str | None, say: Callable[[str], None]) 
         folder.retract()
         (path / LOCK).unlink(missing_ok=True)
         os.close(lock)
-
-
-def _check(path: Path) -> None:
-    status = path.stat()
-    if status.st_uid != os.geteuid():
-        raise UsageError(
-            f"the job's folder {path} belongs to user {status.st_uid}",
-            needed=f"a folder of user {os.geteuid()}: it holds the job's credentials",
-            fix="another --run-dir",
-        )
-    if status.st_mode & 0o022:
-        raise UsageError(
-            f"others can write in the job's folder {path} (mode {status.st_mode & 0o7777:04o})",
-            needed="a folder that only you can write: it holds the job's credentials",
-            fix=shlex.join(["chmod", "700", str(path)]),
-        )
 
 
 def _lock(path: Path, say: Callable[[str], None]) -> int:

@@ -16,10 +16,10 @@ import errno
 import fcntl
 import json
 import os
-import stat
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import UsageError
+from dynamo_mpi.services.own_folder import require_own
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,7 +42,7 @@ class RunDir:
         self.logs, self._ready = path / "logs", path / "ready"
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._require_private()
+            require_own(path)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             self._take_lock()
             self.logs.mkdir(mode=0o700, exist_ok=True)
@@ -102,15 +102,6 @@ class RunDir:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         os.close(self._lock)
-
-    def _require_private(self) -> None:
-        status = self.path.stat()
-        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-            raise UsageError(
-                f"others can write to the run folder {self.path}",
-                needed="a folder of your own: the services' keys go there",
-                fix=f"chmod 700 {self.path}, or another --run-dir",
-            )
 
     def _take_lock(self) -> None:
         try:
