@@ -307,13 +307,22 @@ def test_a_host_without_nixl_is_told_the_cure(monkeypatch: pytest.MonkeyPatch) -
     assert "--kv-transport tcp" in str(error.value.fix)
 
 
-def test_a_nixl_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    package = tmp_path / "nixl_broken"
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("raise ImportError('libcuda.so.1: cannot open shared object file')", r"libcuda\.so\.1"),
+        ("import torch_of_no_host", "nixl_broken.* needs torch_of_no_host, which is not installed"),
+    ],
+)
+def test_a_nixl_that_does_not_load_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, why: str
+) -> None:
+    package = tmp_path / f"nixl_broken_{tmp_path.name}"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "_api.py").write_text("raise ImportError('libcuda.so.1: cannot open shared object file')")
+    (package / "_api.py").write_text(line)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(nixl_library, "_PACKAGES", ("nixl_broken",))
-    assert importlib.util.find_spec("nixl_broken") is not None
-    with pytest.raises(UsageError, match=r"can't be used on this host: libcuda\.so\.1"):
+    monkeypatch.setattr(nixl_library, "_PACKAGES", (package.name,))
+    assert importlib.util.find_spec(package.name) is not None
+    with pytest.raises(UsageError, match=f"can't be used on this host: {why}"):
         NixlAgent().open()

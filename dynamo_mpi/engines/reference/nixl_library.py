@@ -61,8 +61,10 @@ def _import_nixl() -> Any:
     for name in _PACKAGES:
         try:
             nixl = importlib.import_module(f"{name}._api")
-        except ModuleNotFoundError:
-            continue
+        except ModuleNotFoundError as error:
+            if error.name in (name, f"{name}._api"):
+                continue
+            raise unusable(f"{name} needs {error.name}, which is not installed") from None
         except (ImportError, OSError) as error:  # a library that it needs
             raise unusable(str(error)) from None
         logger = logging.getLogger("nixl")
