@@ -7,13 +7,14 @@ at the usual one.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
 import socket
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn
 
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode
@@ -26,8 +27,9 @@ from dynamo_mpi.services.failures import LOG_LINES, PartError
 from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.host_address import service_address
 from dynamo_mpi.services.nats import Nats, authorization
-from dynamo_mpi.services.ports import ANY_ADDRESS, LOOPBACK, holds_port
+from dynamo_mpi.services.ports import ANY_ADDRESS, LOOPBACK
 from dynamo_mpi.services.processes import Child
+from dynamo_mpi.services.service import ServiceT, is_up, lost_its_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,23 +45,6 @@ NATS_USER = "dynamo"
 POLL_SECONDS, WATCH_SECONDS, SIGNAL_SECONDS = 0.05, 0.2, 0.5
 # together less than the 30 s that Slurm leaves between SIGTERM and SIGKILL (KillWait)
 STOP_SECONDS = {"frontend": 10.0, "nats": 5.0, "etcd": 5.0}
-
-
-class Service(Protocol):
-    """A part with one port."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def port(self) -> int: ...
-    @property
-    def url(self) -> str: ...
-    def command(self) -> tuple[str, ...]: ...
-    def environment(self) -> dict[str, str]: ...
-    def answers(self) -> bool: ...
-
-
-ServiceT = TypeVar("ServiceT", bound=Service)
 
 
 @dataclass
@@ -141,7 +126,8 @@ class HeadNode:
 
     def stop(self) -> None:
         """End everything, etcd last. A further signal, or time, turns asking into killing. Idempotent."""
-        self._run.retract()
+        with contextlib.suppress(OSError):  # a file system that fails us is no reason to leave them running
+            self._run.retract()
         signals_before = self._interrupts.count
         for name, seconds in STOP_SECONDS.items():
             if name in self._children:
@@ -191,11 +177,11 @@ class HeadNode:
         while True:
             service, child = start.service, self._children[start.service.name]
             if child.exit_code() is not None:
-                if not _lost_its_port(child):
+                if not lost_its_port(child):
                     self._ended(child)
                 start.service = start.make(start.ports.next())
                 self._spawn(start)
-            elif holds_port(child.pid, service.port) and service.answers():
+            elif is_up(service, child):
                 self._say(f"{self._seconds():5.1f} s  {service.name} at {service.url}")
                 return service
             self._wait(service.name)
@@ -209,7 +195,7 @@ class HeadNode:
 
     def _wait(self, waiting_for: str) -> None:
         for name, child in self._children.items():
-            if name != waiting_for and child.exit_code() is not None and not _lost_its_port(child):
+            if name != waiting_for and child.exit_code() is not None and not lost_its_port(child):
                 self._ended(child)
         if self._seconds() > self._settings.start_timeout:
             raise late(self._children[waiting_for], self._settings.start_timeout)
@@ -264,10 +250,6 @@ def late(child: Child, seconds: float) -> PartError:
     """Return the error for a part that was not ready in time."""
     found = f"{child.name} does not answer after {seconds:g} s"
     return _part_error(child, found, ExitCode.DEADLINE, f"read {child.log}, or a longer --start-timeout")
-
-
-def _lost_its_port(child: Child) -> bool:
-    return any("already in use" in line for line in child.last_lines(LOG_LINES))
 
 
 def _part_error(child: Child, found: str, status: int, fix: str) -> PartError:

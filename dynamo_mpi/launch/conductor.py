@@ -16,6 +16,7 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.srun import without_srun_input
 from dynamo_mpi.launch.steps import Step, start
 from dynamo_mpi.services.interrupts import Interrupted
+from dynamo_mpi.services.news import News
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.services.interrupts import Interrupts
 
 POLL_SECONDS = 0.5
-FIRST_NEWS_SECONDS, LONGEST_NEWS_SECONDS = 15.0, 300.0
+NEWS_SECONDS = (15.0, 300.0)
 LISTED_SECONDS = 30.0
-SERVICES_STOP_SECONDS = 20.0
+# longer than the head node gives its parts, one after the other
+SERVICES_STOP_SECONDS = 25.0
 CANCEL_SECONDS = 15.0
 # what a further start doesn't mend
 MISTAKES = frozenset(
@@ -142,7 +144,7 @@ class Conductor:
     def _start_services(self) -> None:
         self._services = step = self._start(self._renderer.services())
         deadline = time.monotonic() + self._settings.start_timeout
-        news = _News()
+        news = News(*NEWS_SECONDS)
         while (content := self._run_dir.services()) is None:
             self._require_services()
             if time.monotonic() > deadline:
@@ -178,7 +180,7 @@ class Conductor:
     def _watch(self) -> None:
         """Return when the last worker has ended by itself."""
         self._describe()
-        told, news = False, _News()
+        told, news = False, News(*NEWS_SECONDS)
         while True:
             self._require_services()
             for worker in self._workers:
@@ -315,24 +317,6 @@ class Conductor:
 
     def _say(self, text: str) -> None:
         self._tell(f"{time.monotonic() - self._began:6.1f} s  {text}")
-
-
-class _News:
-    """When to say that we still wait: now and then, more and more rarely."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._period = FIRST_NEWS_SECONDS
-        self._next = self._began + self._period
-
-    def due(self) -> float:
-        """Return the seconds since the start when it is time for a word, else 0."""
-        now = time.monotonic()
-        if now < self._next:
-            return 0.0
-        self._period = min(2 * self._period, LONGEST_NEWS_SECONDS)
-        self._next = now + self._period
-        return now - self._began
 
 
 def _tail(step: Step, lines: int = 40) -> str:

@@ -10,34 +10,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Generic
 
 from dynamo_mpi.local.failures import PartEnded, PartLate
 from dynamo_mpi.local.ranks import Ranks
 from dynamo_mpi.local.services import base_environment
 from dynamo_mpi.services.interrupts import Interrupts
-from dynamo_mpi.services.ports import LOOPBACK, free_port, holds_port
+from dynamo_mpi.services.ports import LOOPBACK, free_port
 from dynamo_mpi.services.processes import Child
+from dynamo_mpi.services.service import Service, ServiceT, is_up, lost_its_port
 
 POLL_SECONDS = 0.05
 PORT_ATTEMPTS = 5
 DRAIN_SECONDS = 40.0  # longer than a worker gives its requests
 STOP_SECONDS = 5.0
-
-
-class Service(Protocol):
-    """A part with one port."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def port(self) -> int: ...
-    def command(self) -> tuple[str, ...]: ...
-    def environment(self) -> dict[str, str]: ...
-    def answers(self) -> bool: ...
-
-
-ServiceT = TypeVar("ServiceT", bound=Service)
 
 
 @dataclass
@@ -108,13 +94,12 @@ class Parts:
         while True:
             service, child = start.service, self._children[start.service.name]
             if child.exit_code() is not None:
-                taken = any("already in use" in line for line in child.last_lines(20))
-                if not taken or start.fixed_port or start.attempts == PORT_ATTEMPTS:
+                if not lost_its_port(child) or start.fixed_port or start.attempts == PORT_ATTEMPTS:
                     raise PartEnded.of(child)
                 start.service = start.make(free_port())
                 start.attempts += 1
                 self._spawn(start.service)
-            elif holds_port(child.pid, service.port) and service.answers():
+            elif is_up(service, child):
                 self.mark(service.name, f"{service.name} on {LOOPBACK}:{service.port}")
                 return service
             self._wait(service.name, "it does not answer")

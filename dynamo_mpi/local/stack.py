@@ -7,7 +7,6 @@ means three things at once: every rank 0 wrote its ready file, the frontend list
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +24,10 @@ from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.nats import Nats
+from dynamo_mpi.services.news import News
 from dynamo_mpi.services.ports import LOOPBACK, is_free
 
-FIRST_NEWS_SECONDS, LONGEST_NEWS_SECONDS = 5.0, 30.0
+NEWS_SECONDS = (5.0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -202,17 +202,13 @@ class LocalStack:
         return path
 
     def _await_workers(self) -> dict[str, dict[str, Any]]:
-        began = time.monotonic()
-        period = FIRST_NEWS_SECONDS
-        news = began + period
+        news = News(*NEWS_SECONDS)
         found: dict[str, dict[str, Any]] = {}
         while missing := self._look_for_ready(found):
             self._parts.wait_a_little(missing[0].name, "it has not registered")
-            if time.monotonic() >= news:
+            if seconds := news.due():
                 names = " and ".join(ranks.name for ranks in missing)
-                self._say(f"waiting for {names} to register, {time.monotonic() - began:.0f} s")
-                period = min(2 * period, LONGEST_NEWS_SECONDS)
-                news = time.monotonic() + period
+                self._say(f"waiting for {names} to register, {seconds:.0f} s")
         return {ranks.world.role: found[ranks.name] for ranks in self._ranks}
 
     def _look_for_ready(self, found: dict[str, dict[str, Any]]) -> Sequence[Ranks]:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.supervision.phases import Phases
 
-# time for frontends to see that the instance has gone, before its last requests are counted
 _LOOK_SECONDS = 0.02
+# time for frontends to see that the instance has gone, before its last requests are counted
 _FAREWELL_SECONDS = 0.2
 _SHUTDOWN_SECONDS = 5.0
 _REGISTER_SECONDS = 60.0
