@@ -81,7 +81,8 @@ def launch(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Lau
         **environment: str,
     ) -> Deployment:
         variables = settings(slurm, model_dir, nodes, ranks_per_node, config)
-        started.append(Deployment(slurm, tmp_path, words, {**variables, **environment}))
+        command = (str(ROOT / "scripts" / "srun_disaggregated.sh"), *words)
+        started.append(Deployment(slurm, tmp_path, command, {**variables, **environment}))
         return started[-1]
 
     yield begin
