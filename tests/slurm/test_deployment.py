@@ -158,7 +158,7 @@ def test_a_role_that_is_missing_is_told_with_503(launch: Launch) -> None:
     deployment.says("prefill-0: ended with 0")
     status, body = deployment.post(QUESTION)
     assert status == 503, body
-    assert json.loads(body)["message"], body
+    assert "not ready to serve requests yet" in json.loads(body)["message"]
     os.kill(deployment.launcher(), signal.SIGTERM)
     assert deployment.wait() == 143, deployment.text()
     assert deployment.left() == []
