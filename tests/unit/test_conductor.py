@@ -185,7 +185,8 @@ def test_a_step_that_does_not_end_is_killed(run: Run, monkeypatch: pytest.Monkey
     assert (code, "cancelling decode-0" in said) == (3, True)
 
 
-def test_a_second_signal_does_not_wait(run: Run) -> None:
+def test_a_second_signal_does_not_wait(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conductors, "CANCEL_SECONDS", 0.2)
     slow = f"{SERVE.split(';')[0]}; trap 'sleep 30' TERM; while :; do sleep 0.1; done"
 
     def twice() -> None:
