@@ -31,6 +31,5 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # before what the image has there, not instead of it
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 [[ -z ${DISAGGREGATION_MODE:-} ]] || export DYN_MPI_ROLE=${DYN_MPI_ROLE:-$DISAGGREGATION_MODE}
-[[ -z ${MODALITY:-} ]] || export DYN_TRTLLM_MODALITY=${DYN_TRTLLM_MODALITY:-$MODALITY}
 
 exec "${PYTHON:-python3}" -m dynamo_mpi.worker "$@"
