@@ -58,12 +58,10 @@ class ImageServer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 asked.append(self.path)
-                body = io.BytesIO()
-                picture(self.path.strip("/").partition(".")[0]).save(body, "PNG")
                 self.send_response(200)
                 self.send_header("Content-Type", "image/png")
                 self.end_headers()
-                self.wfile.write(body.getvalue())
+                self.wfile.write(png(self.path.strip("/").partition(".")[0]))
 
             def log_message(self, *_: object) -> None:
                 """Say nothing."""
@@ -79,6 +77,13 @@ class ImageServer:
 def picture(colour: str) -> Image.Image:
     """Return an image."""
     return Image.new("RGB", (3, 2), colour)
+
+
+def png(colour: str) -> bytes:
+    """Return the same as a file."""
+    content = io.BytesIO()
+    picture(colour).save(content, "PNG")
+    return content.getvalue()
 
 
 def described(colour: str) -> str:

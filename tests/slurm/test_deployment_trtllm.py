@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.dynamo.running import eventually
+from tests.dynamo.test_images_trtllm import described, png
 
 from .cluster.processes import command_line
 from .deployment import Deployment
@@ -16,7 +21,6 @@ from .session import SlurmSession
 from .test_deployment import IMAGE_QUESTION, answer, settings
 
 pytestmark = pytest.mark.slurm
-Launch = Callable[..., Deployment]
 CONFIG = """\
 tensor_parallel_size: 3
 pipeline_parallel_size: 2
@@ -27,33 +31,36 @@ disable_overlap_scheduler: true
 """
 
 
+def data_url(colour: str) -> str:
+    """Return an image as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png(colour)).decode()}"
+
+
+def with_image(url: str) -> dict[str, Any]:
+    """Return the example's request for another image."""
+    content = [{"type": "text", "text": "Describe the image"}, {"type": "image_url", "image_url": {"url": url}}]
+    return {**IMAGE_QUESTION, "messages": [{"role": "user", "content": content}]}
+
+
 @pytest.fixture
-def launch(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Launch]:
-    """Launch a prefill and a decode worker of six ranks on two nodes each, and end whatever is left of them."""
-    started: list[Deployment] = []
-
-    def begin(*words: str, **environment: str) -> Deployment:
-        config = tmp_path / "engine.yaml"
-        config.write_text(CONFIG)
-        variables = {
-            **settings(slurm, model_dir, 2, 3, "/configs/engine.yaml"),
-            "PYTHONPATH": "/mnt/tests/standins",
-            "DYN_MPI_ENGINE": "auto",
-            "MODALITY": "multimodal",
-            "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
-            **environment,
-        }
-        variables["MOUNTS"] += f",{tmp_path}:/configs"
-        started.append(Deployment(slurm, tmp_path, (*words, "--", "--allow-no-gpu"), variables))
-        return started[-1]
-
-    yield begin
-    for deployment in started:
-        deployment.stop()
+def deployment(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Deployment]:
+    """A prefill and a decode worker of six ranks on two nodes each, as the script starts them; whatever is left of them is ended."""
+    (tmp_path / "engine.yaml").write_text(CONFIG)
+    variables = {
+        **settings(slurm, model_dir, 2, 3, "/configs/engine.yaml"),
+        "PYTHONPATH": "/mnt/tests/standins",
+        "DYN_MPI_ENGINE": "auto",
+        "MODALITY": "multimodal",
+        "DYN_LOG": "warn",
+        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
+    }
+    variables["MOUNTS"] += f",{tmp_path}:/configs"
+    started = Deployment(slurm, tmp_path, ("--", "--allow-no-gpu"), variables)
+    yield started
+    started.stop()
 
 
-def test_a_pair_answers_and_ends_with_the_launcher(launch: Launch, slurm: SlurmSession) -> None:
-    deployment = launch()
+def test_a_pair_answers_and_ends_with_the_launcher(deployment: Deployment) -> None:
     deployment.says("ready: smollm2. Try:")
     assert deployment.steps() == {"services": "n1", "prefill-0": "n[1-2]", "decode-0": "n[3-4]"}
     for name, node in (("prefill", "n1"), ("decode", "n3")):
@@ -68,6 +75,13 @@ def test_a_pair_answers_and_ends_with_the_launcher(launch: Launch, slurm: SlurmS
     # the image's address has come to dynamo.trtllm, which wants leave to ask for it
     status, body = deployment.post(IMAGE_QUESTION)
     assert (status, "set DYN_MM_ALLOW_INTERNAL=1" in body) == (400, True), body
+    # an image that needs no leave comes to the prefill worker's engine, which sees none; decode is not asked
+    status, body = deployment.post(with_image(data_url("red")))
+    assert status == 500, body
+    logs = deployment.run_dir / "logs"
+    eventually(lambda: described("red") in (logs / "prefill-0.log").read_text(), "the refusal is in the log", 10)
+    assert answer(deployment) == "The capital of France is Paris."
+    assert described("red") not in (logs / "decode-0.log").read_text()
 
     os.kill(deployment.launcher(), signal.SIGINT)
     assert deployment.wait() == 130, deployment.text()
