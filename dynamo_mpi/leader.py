@@ -151,10 +151,14 @@ class Leader:
         return ExitCode.OK
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
-        """Say why, then tell the others to leave: in this order, since the first to leave may take rank 0 along."""
         self._voice.say(text)
-        self._world.broadcast(STOP + bytes([code]))
+        self._dismiss(code)
         return code
+
+    def _dismiss(self, code: ExitCode) -> None:
+        """Tell the others to leave. Before it comes all that rank 0 has to do, since the first to leave may take it along."""
+        self._disappear()
+        self._world.broadcast(STOP + bytes([code]))
 
     def _lead_engine(self, engine: Engine, settings: Settings, plan: Plan) -> int:
         token_id = plan.shape.bos_token_id or 0
@@ -194,7 +198,7 @@ class Leader:
                 raise EngineError(
                     f"the engine failed: {failures[0]}", fix="look at the ranks' logs, and start the worker again"
                 )
-            self._world.broadcast(STOP + bytes([code]))
+            self._dismiss(code)
         self._voice.say(
             f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
         )
@@ -213,7 +217,7 @@ class Leader:
         finally:
             forget(settings.ready_file)
         guard.close()
-        self._world.broadcast(STOP + bytes([ExitCode.OK]))
+        self._dismiss(ExitCode.OK)
         self._voice.say(f"exit: done after {self._phases.age:.1f} s")
         return ExitCode.OK
 

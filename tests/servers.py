@@ -10,15 +10,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from dynamo_mpi.services.asking import get_json
+from dynamo_mpi.services.certificates import Certificates
 from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.nats import Nats
 from dynamo_mpi.services.ports import free_port
 from dynamo_mpi.services.programs import find_etcd, find_nats_server
-from tests.certificates import Authority
 
 START_SECONDS = 20.0
 """A server is up in a fraction of one; a busy machine may take longer."""
@@ -52,36 +50,9 @@ def running_etcd(port: int | None = None) -> contextlib.AbstractContextManager[s
     return running(lambda folder: Etcd(find_etcd(), port or free_port(), folder))
 
 
-@dataclass(frozen=True)
-class SecuredEtcd(Etcd):
-    """An etcd that takes clients with a certificate of ``authority`` only; its health is for everybody on another port."""
-
-    authority: Authority | None = None
-    health_port: int = 0
-
-    @property
-    def url(self) -> str:
-        return f"https://127.0.0.1:{self.port}"
-
-    def command(self) -> tuple[str, ...]:
-        assert self.authority is not None
-        own = self.authority.sign("etcd", "serverAuth")
-        return (
-            *super().command(),
-            *("--cert-file", str(own.certificate), "--key-file", str(own.key), "--client-cert-auth"),
-            *("--trusted-ca-file", str(self.authority.pair.certificate)),
-            *("--listen-metrics-urls", f"http://127.0.0.1:{self.health_port}"),
-        )
-
-    def answers(self) -> bool:
-        return get_json(self.health_port, "/health")[0] == 200
-
-
-def running_secured_etcd(authority: Authority) -> contextlib.AbstractContextManager[str]:
+def running_secured_etcd(certificates: Certificates) -> contextlib.AbstractContextManager[str]:
     """Run an etcd with TLS in both directions; the value is its ``https://HOST:PORT``."""
-    return running(
-        lambda folder: SecuredEtcd(find_etcd(), free_port(), folder, authority=authority, health_port=free_port())
-    )
+    return running(lambda folder: Etcd(find_etcd(), free_port(), folder, certificates=certificates))
 
 
 def running_nats() -> contextlib.AbstractContextManager[str]:

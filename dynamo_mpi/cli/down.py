@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import DeadlineError, UsageError
-from dynamo_mpi.launch.srun import token_of
 from dynamo_mpi.launch.steps import SlurmEndings
 from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_path, to_seconds
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
 POLL_SECONDS = 0.5
 RUN_DIR = Option(
@@ -63,9 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
     (run_dir / "stop").touch(mode=0o600)
     end = time.monotonic() + values["timeout"]
     while "deployment.json" in os.listdir(run_dir):
-        if _launcher_is_dead(run_dir):
-            _clean(run_dir, str(content.get("job_id", "")), end)
-        elif time.monotonic() > end:
+        with _lock_of_the_dead(run_dir) as held:
+            if held:
+                _clean(run_dir, content, end)
+                break
+        if time.monotonic() > end:
             raise DeadlineError(
                 f"the deployment in {run_dir} has not ended after {values['timeout']:g} s",
                 fix=f"look at its log, or scancel {content.get('job_id') or 'its job'}",
@@ -96,26 +98,39 @@ def _read(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _launcher_is_dead(run_dir: Path) -> bool:
-    """Tell whether nobody holds the folder's lock any more."""
-    with contextlib.suppress(OSError), open(run_dir / "lock", "rb+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
+@contextlib.contextmanager
+def _lock_of_the_dead(run_dir: Path) -> Iterator[bool]:
+    """Hold the folder's lock if its launcher doesn't any more: nobody launches there while we clean up."""
+    with contextlib.ExitStack() as stack:
+        held = False
+        with contextlib.suppress(OSError):
+            lock = stack.enter_context(open(run_dir / "lock", "rb+"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        yield held
 
 
-def _clean(run_dir: Path, job_id: str, end: float) -> None:
+def _clean(run_dir: Path, content: dict[str, Any], end: float) -> None:
     """Cancel what a launcher that was killed has left, and say that nothing runs any more."""
-    if job_id:
-        endings, ours = SlurmEndings(job_id), f"dynmpi-{token_of(run_dir)}-"
-        while left := [step for step, name in endings.running().items() if name.startswith(ours)]:
-            _say(f"cancelling {', '.join(left)}, which a launcher that was killed has left")
-            endings.cancel_ids(left)
-            if time.monotonic() > end:
-                raise DeadlineError(f"steps {', '.join(left)} have not ended", fix=f"scancel {job_id}")
-            time.sleep(POLL_SECONDS)
+    if job_id := str(content.get("job_id", "")):
+        _cancel(SlurmEndings(job_id), set(content.get("steps", ())), job_id, end)
     for name in ("services.json", "stop", "deployment.json"):
         (run_dir / name).unlink(missing_ok=True)
+
+
+def _cancel(endings: SlurmEndings, names: set[str], job_id: str, end: float) -> None:
+    while True:
+        running = endings.running()
+        left = [step for step, name in (running or {}).items() if name in names]
+        if running is not None and not left:
+            return
+        if left:
+            _say(f"cancelling {', '.join(left)}, which a launcher that was killed has left")
+            endings.cancel_ids(left)
+        if time.monotonic() > end:
+            found = f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't say what job {job_id} runs"
+            raise DeadlineError(found, fix=f"scancel {job_id}")
+        time.sleep(POLL_SECONDS)
 
 
 def _say(text: str) -> None:

@@ -8,12 +8,14 @@ exactly the steps that it started. The exit code is that of the step that failed
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.conductor import Conductor, StepFailed
 from dynamo_mpi.launch.container import Container, mount
 from dynamo_mpi.launch.deployment import assign, nodes_wanted
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.launch.steps import Endings
 
 TAKES_FURTHER_WORDS = True
+# the logs are on a file system that others use too
+_FOLLOW_SECONDS = 0.5
 # ours, in every rank's words; a load of a large model prints thousands of others
 _OURS = "dynamo_mpi: rank "
 # what the user says to the programs, and where an image doesn't say it, to Python and the linker
@@ -62,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         _show(settings, renderer, workers, nodes, path)
         return 0
     run_dir = RunDir(path)
-    follower = Follower(run_dir.logs, "*.log", sys.stderr, only="" if arguments.verbose else _OURS)
+    only = "" if arguments.verbose else _OURS
+    follower = Follower(run_dir.logs, "*.log", sys.stderr, only=only, period_seconds=_FOLLOW_SECONDS)
     try:
         with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts:
             follower.start()
@@ -77,6 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
             _say(error.log)
         _say(f"dynamo-mpi launch: {error}\n  log:    {run_dir.logs}")
         return error.status
+    except OSError as error:
+        _say(f"dynamo-mpi launch: a file or folder fails us: {error}")
+        return ExitCode.ENGINE
     finally:
         run_dir.close()
 
@@ -118,4 +126,5 @@ def _show(settings: LaunchSettings, renderer: Renderer, workers: tuple[Worker, .
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # whoever read our words has gone: no reason not to end in order
+        print(text, file=sys.stderr, flush=True)

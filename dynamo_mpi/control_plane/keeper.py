@@ -128,17 +128,19 @@ class Keeper:
                 return
             self._etcd.keep_alive(self._lease.id)
             if self._stale:
-                self._etcd.put(record_key(self._record, self._lease.id), self._record.pack(), self._lease.id)
-                self._stale = False
+                self._put(self._lease)
         except LeaseLostError:
             self._lease = None
             self._write()
 
     def _write(self) -> str:
         """Write the record under a lease of its own, and return its key."""
-        self._lease = self._etcd.grant(self._seconds)
-        key = record_key(self._record, self._lease.id)
-        self._etcd.put(key, self._record.pack(), self._lease.id)
+        self._lease, self._stale = self._etcd.grant(self._seconds), True
+        return self._put(self._lease)
+
+    def _put(self, lease: Lease) -> str:
+        key = record_key(self._record, lease.id)
+        self._etcd.put(key, self._record.pack(), lease.id)
         self._stale = False
         return key
 

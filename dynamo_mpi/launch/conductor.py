@@ -229,6 +229,7 @@ class Conductor:
         if code is None:
             return
         del self._running[worker.name]
+        step.child.kill()  # what a launcher that was killed has left on this host
         restarts = self._restarts.get(worker.name, 0)
         if code == ExitCode.OK:
             self._say(f"{worker.name}: ended with 0; whoever drained it starts it again, or ends the deployment")
@@ -293,13 +294,19 @@ class Conductor:
                     }
                     for w in self._workers
                 ],
+                "steps": [command.step for command in self._commands()],
             }
         )
 
+    def _commands(self) -> list[Command]:
+        """Return everything that this deployment may run."""
+        workers = [self._renderer.worker(worker) for worker in self._workers]
+        return [self._renderer.check(), self._renderer.services(), *workers]
+
     def _stop(self) -> None:
-        """End everything: first who takes requests, then who works for them, the services last."""
+        """End everything: prefill, whose KV decode still fetches while it drains, then decode, the services last."""
         signals_before = self._interrupts.count
-        for role in ("decode", "agg", "prefill"):
+        for role in ("prefill", "decode", "agg"):
             names = [worker.name for worker in self._workers if worker.role == role]
             self._end(
                 [self._running[name] for name in names if name in self._running],

@@ -78,16 +78,15 @@ class RunDir:
 
     def services(self) -> dict[str, Any] | None:
         """Return what the services wrote when all of them answered, or None."""
-        return _read(self._services)
+        return _read(self._services) if self._services.name in _names(self.path) else None
 
     def is_ready(self, name: str) -> bool:
         """Tell whether a worker serves."""
-        # by listing: a network file system may remember for a while that a file wasn't there
-        return f"{name}.json" in os.listdir(self._ready)
+        return f"{name}.json" in _names(self._ready)
 
     def is_to_stop(self) -> bool:
         """Tell whether somebody asked for the end."""
-        return "stop" in os.listdir(self.path)
+        return self._stop.name in _names(self.path)
 
     def describe(self, content: dict[str, Any]) -> None:
         """Say what runs where, for the operator's commands."""
@@ -98,7 +97,8 @@ class RunDir:
 
     def close(self) -> None:
         """Say that nothing runs any more; logs stay."""
-        for path in (*self._ready.iterdir(), self._services, self._stop, self._deployment):
+        ready = [self._ready / name for name in _names(self._ready)]
+        for path in (*ready, self._services, self._stop, self._deployment):
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
         os.close(self._lock)
@@ -125,6 +125,17 @@ class RunDir:
         except OSError as error:
             if error.errno not in _NO_LOCKS:  # a file system without locks: two launchers are the user's to avoid
                 raise
+
+
+def _names(folder: Path) -> list[str]:
+    """List a folder; nothing where its file system fails us for a moment, which is no reason to end a deployment.
+
+    To look for a file by its own name isn't enough: a network file system may remember for a while that it wasn't there.
+    """
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _read(path: Path) -> dict[str, Any] | None:

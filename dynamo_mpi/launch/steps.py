@@ -81,17 +81,24 @@ class SlurmEndings:
         self._scancel(steps)
 
     def _scancel(self, steps: Iterable[Step], *options: str) -> None:
-        names = {step.command.step for step in steps}
-        self.cancel_ids([step for step, name in self.running().items() if name in names], *options)
+        ids = {name: number for number, name in (self.running() or {}).items()}
+        listed = {step.command.step: step for step in steps}
+        self.cancel_ids([ids[name] for name in listed if name in ids], *options)
+        for name, step in listed.items():
+            if name not in ids:
+                # not made yet, or Slurm doesn't answer: its srun alone can end it, though not in order
+                step.child.send(signal.SIGTERM)
 
     def cancel_ids(self, ids: Sequence[str], *options: str) -> None:
         """Cancel steps by their ids, or with ``--signal=…`` signal them."""
         if ids:
             _ask_slurm("scancel", *options, *ids)
 
-    def running(self) -> dict[str, str]:
-        """Return the names of the job's steps by their ids, ``JOB.STEP``; none where Slurm doesn't answer."""
+    def running(self) -> dict[str, str] | None:
+        """Return the names of the job's steps by their ids, ``JOB.STEP``; None where Slurm doesn't answer."""
         text = _ask_slurm("squeue", "--steps", f"--jobs={self._job_id}", "--noheader", "--format=%i|%j")
+        if text is None:
+            return None
         return {step: name for step, _, name in (line.partition("|") for line in text.splitlines())}
 
 
@@ -114,15 +121,17 @@ class MpirunEndings:
             step.child.send(signal.SIGTERM)
 
 
-def _ask_slurm(*words: str) -> str:
-    """Run one of Slurm's commands; what it prints, or nothing. Ending goes on whatever it says."""
+def _ask_slurm(*words: str) -> str | None:
+    """Run one of Slurm's commands; what it prints, or None where it fails. Ending goes on whatever it says."""
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        return None
+    if done.returncode and "Invalid job id" in done.stderr:
+        return ""  # of a job that has long ended
+    return done.stdout if done.returncode == 0 else None
 
 
 def _rank_zero_here(ready_file: Path) -> int | None:

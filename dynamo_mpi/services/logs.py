@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import TextIO
@@ -10,12 +11,18 @@ from typing import TextIO
 TAIL_BYTES = 64 * 1024
 
 
-def last_lines(log: Path, count: int) -> list[str]:
-    """Return up to ``count`` last lines that aren't blank; none if there is no such file."""
+def last_lines(log: Path, count: int, since: int = 0) -> list[str]:
+    """Return up to ``count`` last lines that aren't blank; none if there is no such file.
+
+    Args:
+        log: the file.
+        count: lines at most.
+        since: position in the file before which nothing counts.
+    """
     try:
         with log.open("rb") as file:
             file.seek(0, 2)
-            file.seek(max(0, file.tell() - TAIL_BYTES))
+            file.seek(max(since, file.tell() - TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
@@ -23,7 +30,8 @@ def last_lines(log: Path, count: int) -> list[str]:
 
 
 class Follower:
-    """Copies what is appended to the logs of a folder to a stream, each line with its log's place in the folder before it.
+    """Copies what is appended from now on to the logs of a folder to a stream, each line with its log's place in the folder before it.
+    It ends when nobody reads the stream any more.
 
     Args:
         folder: of the logs.
@@ -38,7 +46,7 @@ class Follower:
     ) -> None:
         self._folder, self._pattern, self._stream, self._only = folder, pattern, stream, only
         self._period = period_seconds
-        self._offsets: dict[Path, int] = {}
+        self._offsets = {log: log.stat().st_size for log in folder.glob(pattern)}
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="log-follower", daemon=True)
 
@@ -52,16 +60,20 @@ class Follower:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._end.wait(self._period):
-            self._copy(whole=False)
-        self._copy(whole=True)
+        with contextlib.suppress(OSError):  # whoever read the stream has gone
+            while not self._end.wait(self._period):
+                self._copy(whole=False)
+            self._copy(whole=True)
 
     def _copy(self, *, whole: bool) -> None:
         """Copy complete lines; with ``whole`` also a last line without its end."""
         for log in sorted(self._folder.glob(self._pattern)):
-            with log.open("rb") as file:
-                file.seek(self._offsets.get(log, 0))
-                new = file.read()
+            try:
+                with log.open("rb") as file:
+                    file.seek(self._offsets.get(log, 0))
+                    new = file.read()
+            except OSError:
+                continue  # gone meanwhile, or its file system fails for a moment
             end = len(new) if whole else new.rfind(b"\n") + 1
             self._offsets[log] = self._offsets.get(log, 0) + end
             place = log.relative_to(self._folder).with_suffix("")

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from pathlib import Path
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.services.logs import last_lines
 from dynamo_mpi.supervision.tethered import tethered
+
+# a process ends in no time, unless it hangs in the kernel
+KILL_SECONDS, _LOOK_SECONDS = 5.0, 0.005
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    log_start: int = 0
 
     @classmethod
     def start(
@@ -47,6 +52,7 @@ class Child:
             end_with: what it gets when we end without having ended it: a launcher needs one that lets it end its ranks.
         """
         with log.open("ab") as output:
+            log_start = output.tell()
             process = subprocess.Popen(
                 tethered(command, parent=os.getpid(), end_with=end_with),
                 stdin=subprocess.DEVNULL,
@@ -55,7 +61,7 @@ class Child:
                 env=dict(environment),
                 start_new_session=True,
             )
-        return cls(name, process, log)
+        return cls(name, process, log, log_start)
 
     @property
     def pid(self) -> int:
@@ -75,16 +81,19 @@ class Child:
         return session_members(self.pid)
 
     def last_lines(self, count: int) -> list[str]:
-        """Return the last lines of its log."""
-        return last_lines(self.log, count)
+        """Return the last lines of its log; not those of whoever wrote there before it."""
+        return last_lines(self.log, count, self.log_start)
 
     def kill(self) -> None:
-        """End it and all of its session, now."""
+        """End it and all of its session, now, and wait until they have gone."""
         self.process.kill()
-        for pid in self.members():
-            if pid != self.pid:
+        end = time.monotonic() + KILL_SECONDS
+        # more than once: one may just be starting another
+        while (left := [pid for pid in self.members() if pid != self.pid]) and time.monotonic() < end:
+            for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            time.sleep(_LOOK_SECONDS)
         self.process.wait()
 
 

@@ -32,10 +32,17 @@ class MarkedCommand:
         words: the command line.
         environment: laid over this process's.
         stdout: file descriptor to write to, instead of what ``out`` reads.
+        stderr: the same, instead of what ``err`` reads.
     """
 
     def __init__(
-        self, folder: Path, words: Sequence[str], environment: Mapping[str, str], *, stdout: int | None = None
+        self,
+        folder: Path,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        stdout: int | None = None,
+        stderr: int | None = None,
     ) -> None:
         self.temporary, self.home = folder / "tmp", folder / "home"
         for made in (self.temporary, self.home):
@@ -49,7 +56,7 @@ class MarkedCommand:
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=out if stdout is None else stdout,
-                stderr=err,
+                stderr=err if stderr is None else stderr,
                 env=os.environ | own | dict(environment),
                 start_new_session=True,
             )

@@ -27,7 +27,7 @@ CONFIG = "tensor_parallel_size: 1\nmax_seq_len: 512\nmax_batch_size: 4\n"
 class LaunchCommand(MarkedCommand):
     """`dynamo-mpi launch` of a prefill and a decode worker of one rank each."""
 
-    def __init__(self, folder: Path, model_dir: Path, *words: str, **environment: str) -> None:
+    def __init__(self, folder: Path, model_dir: Path, *words: str, stderr: int | None = None) -> None:
         self.run_dir = folder / "run"
         (folder / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
         (folder / "engine.yaml").write_text(CONFIG)
@@ -39,7 +39,7 @@ class LaunchCommand(MarkedCommand):
             *("--decode-engine-config", str(folder / "engine.yaml"), *words),
         ]
         variables = {"DYN_MPI_ADDRESS": "127.0.0.1", "DYN_LOG": "error", "no_proxy": "*"}
-        super().__init__(folder, command, {**mpi_environment(), **variables, **environment})
+        super().__init__(folder, command, {**mpi_environment(), **variables}, stderr=stderr)
 
     def ask(self) -> tuple[int, Any]:
         """Ask for the capital of France; return the status and the answer."""
@@ -101,4 +101,21 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path, model_dir: Path) -> No
         launch.until_said("ending")
         launch.process.send_signal(signal.SIGTERM)
         assert launch.wait(30) == 143, launch.err
+        launch.assert_nothing_left()
+
+
+def test_it_ends_in_order_when_whoever_read_its_words_has_gone(tmp_path: Path, model_dir: Path) -> None:
+    # as `launch 2>&1 | tee log` does at Ctrl-C, which ends tee as well
+    read, write = os.pipe()
+    with (
+        LaunchCommand(tmp_path, model_dir, "--skip-check", stderr=write) as launch,
+        open(read, encoding="utf-8") as words,
+    ):
+        os.close(write)
+        while "ready: smollm2. Try:" not in (line := words.readline()):
+            assert line, "it has ended"
+        words.close()
+        assert launch.end(signal.SIGINT) == 130
+        for worker in ("prefill-0", "decode-0"):
+            assert "drain: deregistered" in (launch.run_dir / "logs" / f"{worker}.log").read_text()
         launch.assert_nothing_left()

@@ -18,7 +18,7 @@ from dynamo_mpi.control_plane.etcd import Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.record import WorldRecord
 from dynamo_mpi.control_plane.worlds import read_worlds
-from tests.certificates import Authority
+from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 from tests.etcd_users import PASSWORDS, add_users
@@ -266,10 +266,10 @@ def test_what_somebody_else_has_written_is_left_out(etcd: EtcdServer, start: Sta
 
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 def test_over_tls_in_both_directions_dynamo_and_the_record_are_there(engine: str, start: Start, tmp_path: Path) -> None:
-    authority = Authority.make(tmp_path / "tls")
-    variables = authority.environment(authority.sign("worker", "clientAuth"))
-    with running_secured_etcd(authority) as url:
-        stranger = start("agg", engine=engine, ETCD_ENDPOINTS=url, **authority.environment(None))
+    files = certificates(tmp_path / "tls")
+    variables = files.client_environment()
+    with running_secured_etcd(files) as url:
+        stranger = start("agg", engine=engine, ETCD_ENDPOINTS=url, **without_certificate(files))
         assert stranger.wait() == 77, stranger.text()
         assert "etcd refuses a worker without a certificate" in stranger.text()
 

@@ -14,7 +14,7 @@ from pyetcd import etcdrpc
 from dynamo_mpi.control_plane.etcd import Etcd, LeaseLostError
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError
-from tests.certificates import Authority
+from tests.certificates import certificates, without_certificate
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd, running_secured_etcd
 
@@ -118,13 +118,13 @@ def test_a_password_that_etcd_does_not_ask_for_does_no_harm(etcd: str) -> None:
 
 
 def test_certificates_in_both_directions(tmp_path: Path) -> None:
-    authority = Authority.make(tmp_path / "ours")
-    worker = EtcdAuth.of(authority.environment(authority.sign("worker", "clientAuth")))
-    with running_secured_etcd(authority) as url:
+    files = certificates(tmp_path / "ours")
+    worker = EtcdAuth.of(files.client_environment())
+    with running_secured_etcd(files) as url:
         use(connect(url, auth=worker))
         use(connect(url.replace("127.0.0.1", "localhost"), auth=worker))
         for auth in (
-            EtcdAuth.of(authority.environment(None)),
+            EtcdAuth.of(without_certificate(files)),
             EtcdAuth(certificate=worker.certificate, key=worker.key),
         ):
             with pytest.raises(DiscoveryError):

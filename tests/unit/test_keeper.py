@@ -160,6 +160,33 @@ def test_a_lease_that_was_lost_is_made_anew(etcd: str, kept: Kept) -> None:
     other.close()
 
 
+class EtcdThatLosesAWrite(Etcd):
+    """The real one, whose next write gets lost on its way when it is told so."""
+
+    losing = False
+
+    def put(self, key: str, value: bytes, lease: int) -> None:
+        if self.losing:
+            self.losing = False
+            raise DiscoveryError("etcd does not answer: lost")
+        super().put(key, value, lease)
+
+
+def test_a_record_whose_new_lease_came_and_whose_write_did_not_is_written_in_the_end(etcd: str, kept: Kept) -> None:
+    connection = EtcdThatLosesAWrite([etcd], EtcdAuth(), 2)
+    keeper = Keeper(connection, world(), SECONDS, kept.said.append)
+    kept.keepers.append(keeper)
+    keeper.publish()
+    other = Etcd([etcd], EtcdAuth(), 5)
+    other.revoke(other.entries("dynamo_mpi/")[0].lease, 5)
+    other.close()
+    connection.losing = True
+    keeper.start()
+    eventually(lambda: len(kept.said) == 2)
+    assert kept.said[1] == "the world record is in etcd again"
+    assert len(worlds(etcd)) == 1
+
+
 def test_an_etcd_that_was_away_and_is_back_empty_has_the_record_again(kept: Kept) -> None:
     with running_etcd() as url:
         keeper = kept.starts(url, world())

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,40 @@ def test_follower_copies_every_line_once(tmp_path: Path) -> None:
     follower.close()
     follower.close()
     assert stream.getvalue().splitlines() == [f"[rank-0] {number}" for number in [*range(100), "cut off"]]
+
+
+def test_follower_leaves_out_what_an_earlier_run_has_written(tmp_path: Path) -> None:
+    log, stream = tmp_path / "a.log", io.StringIO()
+    log.write_text("earlier\n")
+    follower = Follower(tmp_path, "*.log", stream)
+    with log.open("a") as file:
+        file.write("now\n")
+    follower.start()
+    follower.close()
+    assert stream.getvalue() == "[a] now\n"
+
+
+def test_follower_ends_when_its_reader_has_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        follower = Follower(tmp_path, "*.log", stream, period_seconds=0.001)
+        (tmp_path / "a.log").write_text("one\n")
+        follower.start()
+        follower.close()
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
+    assert failed == []
+
+
+def test_the_last_words_of_a_child_are_its_own(tmp_path: Path) -> None:
+    for word in ("first", "second"):
+        child = Child.start("x", ["/bin/echo", word], environment={}, log=tmp_path / "x.log")
+        assert child.process.wait() == 0
+        assert child.last_lines(10) == [word]
+    assert last_lines(tmp_path / "x.log", 10) == ["first", "second"]
 
 
 def test_a_child_leads_a_session_and_is_killed_with_all_of_it(tmp_path: Path) -> None:

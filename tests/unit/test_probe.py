@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.control_plane.probe import etcd_endpoints, nats_server, probe_control_plane
 from dynamo_mpi.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
-from tests.certificates import Authority
+from dynamo_mpi.services.certificates import Certificates
+from tests.certificates import certificates, without_certificate
 from tests.servers import closed_port, drip, listening, reply, running_etcd, running_nats, running_secured_etcd, say
 
 TIMEOUT = 0.4
@@ -316,47 +317,45 @@ def _refuse(address: tuple[str, int], timeout: float) -> socket.socket:
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority.make(tmp_path_factory.mktemp("tls") / "ours")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return certificates(tmp_path_factory.mktemp("tls") / "ours")
 
 
 @pytest.fixture(scope="module")
-def secured(authority: Authority) -> Iterator[str]:
-    with running_secured_etcd(authority) as url:
+def secured(files: Certificates) -> Iterator[str]:
+    with running_secured_etcd(files) as url:
         yield url
 
 
-def test_etcd_over_tls_is_shown_our_certificate(secured: str, authority: Authority) -> None:
-    environ = authority.environment(authority.sign("worker", "clientAuth"))
+def test_etcd_over_tls_is_shown_our_certificate(secured: str, files: Certificates) -> None:
+    environ = files.client_environment()
     assert probe_control_plane(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10) == [secured]
     assert "certificate" in trouble(secured)
 
 
-def test_a_worker_that_etcd_does_not_know_is_not_authorised(secured: str, authority: Authority, tmp_path: Path) -> None:
-    strange = Authority.make(tmp_path / "theirs")
-    theirs = strange.environment(strange.sign("stranger", "clientAuth"))
-    wrong = theirs | authority.environment(None)
-    for environ, word in ((authority.environment(None), "without a certificate"), (wrong, "this worker's certificate")):
+def test_a_worker_that_etcd_does_not_know_is_not_authorised(secured: str, files: Certificates, tmp_path: Path) -> None:
+    nobody = without_certificate(files)
+    wrong = certificates(tmp_path / "theirs").client_environment() | nobody
+    for environ, word in ((nobody, "without a certificate"), (wrong, "this worker's certificate")):
         with pytest.raises(AuthorisationError, match=word) as caught:
             probe_control_plane(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
         assert caught.value.exit_code == 77
         assert "ETCD_AUTH_CLIENT_CERT" in caught.value.fix
 
 
-def test_half_of_a_pair_of_credentials_is_a_usage_error(authority: Authority, secured: str) -> None:
-    complete = authority.environment(authority.sign("half", "clientAuth"))
+def test_half_of_a_pair_of_credentials_is_a_usage_error(files: Certificates, secured: str) -> None:
+    complete = files.client_environment()
     for missing in ("ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY"):
         environ = {name: text for name, text in complete.items() if name != missing}
         with pytest.raises(UsageError, match=f"{missing} isn't"):
             probe_control_plane(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
 
 
-def test_credentials_that_are_none_are_a_usage_error(authority: Authority, secured: str, tmp_path: Path) -> None:
-    good = authority.environment(authority.sign("good", "clientAuth"))
+def test_credentials_that_are_none_are_a_usage_error(files: Certificates, secured: str, tmp_path: Path) -> None:
+    good = files.client_environment()
     locked = tmp_path / "locked.key"
-    key = authority.pair.certificate.with_name("good.key")
     subprocess.run(
-        ["openssl", "ec", "-aes128", "-passout", "pass:hunter2", "-in", str(key), "-out", str(locked)],
+        ["openssl", "ec", "-aes128", "-passout", "pass:hunter2", "-in", str(files.client_key), "-out", str(locked)],
         check=True, capture_output=True,
     )  # fmt: skip
     for text in ("/etc/worker.key", "g\u00e4rbage", locked.read_text()):

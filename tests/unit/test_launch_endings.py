@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a deployment's steps are ended under Slurm, whatever state Slurm is in: real processes, and stand-ins for its two commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.cli.main import main
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launch.command import Command
+from dynamo_mpi.launch.run_dir import RunDir
+from dynamo_mpi.launch.steps import SlurmEndings, Step, start
+
+# steps are lines of a file; scancel writes down what it is asked, and a step that is cancelled is gone
+SQUEUE = """\
+#!/bin/sh
+[ "$*" = "--steps --jobs=7 --noheader --format=%i|%j" ] || exit 2
+[ ! -e {folder}/down ] || {{ echo "slurm_load_jobs error: $(cat {folder}/down)" >&2; exit 1; }}
+cat {folder}/steps
+"""
+SCANCEL = """\
+#!/bin/sh
+echo "$*" >> {folder}/asked
+[ "$1" = --signal=TERM ] || : > {folder}/steps
+"""
+
+
+class Slurm:
+    """The stand-ins, and what they were asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name, text in (("squeue", SQUEUE), ("scancel", SCANCEL)):
+            (folder / name).write_text(text.format(folder=folder))
+            (folder / name).chmod(0o755)
+        self.lists()
+
+    def lists(self, *lines: str) -> None:
+        (self.folder / "steps").write_text("".join(f"{line}\n" for line in lines))
+
+    def fails(self, why: str) -> None:
+        (self.folder / "down").write_text(why)
+
+    @property
+    def asked(self) -> list[str]:
+        asked = self.folder / "asked"
+        return asked.read_text().splitlines() if asked.exists() else []
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return Slurm(folder)
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Iterator[Step]:
+    begun = start(Command("decode-0", "dynmpi-x-decode-0", (("sleep", "600"),)), os.environ, tmp_path / "log")
+    yield begun
+    begun.child.kill()
+
+
+def test_a_step_is_signalled_by_its_id_and_its_srun_left_alone(slurm: Slurm, step: Step) -> None:
+    slurm.lists("7.3|dynmpi-x-decode-0", "7.4|dynmpi-y-decode-0")
+    SlurmEndings("7").ask([step])
+    assert slurm.asked == ["--signal=TERM 7.3"]
+    SlurmEndings("7").cancel([step])
+    assert slurm.asked[1:] == ["7.3"]
+    assert step.child.exit_code() is None
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_step_that_slurm_does_not_name_is_ended_by_its_srun(slurm: Slurm, step: Step, answers: bool) -> None:
+    if not answers:
+        slurm.fails("Unable to contact slurm controller (connect failure)")
+    SlurmEndings("7").ask([step])
+    assert step.child.process.wait(10) == -signal.SIGTERM
+    assert slurm.asked == []
+
+
+def left_by_a_killed_launcher(tmp_path: Path, slurm: Slurm) -> Path:
+    """Return a link to the folder: its user may come to it by another path."""
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.describe({"job_id": "7", "steps": ["dynmpi-x-services", "dynmpi-x-decode-0"]})
+    os.close(run_dir._lock)
+    slurm.lists("7.3|dynmpi-x-decode-0", "7.4|dynmpi-y-decode-0")
+    link = tmp_path / "link"
+    link.symlink_to(run_dir.path)
+    return link
+
+
+def test_down_cancels_the_steps_of_a_killed_launcher_and_no_others(
+    tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = left_by_a_killed_launcher(tmp_path, slurm)
+    assert main(["down", str(folder)]) == 0
+    assert slurm.asked == ["7.3"]
+    assert "cancelling 7.3" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == ["lock", "logs", "ready"]
+
+
+def test_down_does_not_say_that_it_has_ended_what_slurm_does_not_tell(
+    tmp_path: Path, slurm: Slurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = left_by_a_killed_launcher(tmp_path, slurm)
+    slurm.fails("Unable to contact slurm controller (connect failure)")
+    assert main(["down", str(folder), "--timeout", "0.1"]) == ExitCode.DEADLINE
+    assert "Slurm doesn't say what job 7 runs" in capsys.readouterr().err
+    assert json.loads((folder / "deployment.json").read_text())["job_id"] == "7"
+
+
+def test_down_of_a_job_that_has_long_ended(tmp_path: Path, slurm: Slurm) -> None:
+    folder = left_by_a_killed_launcher(tmp_path, slurm)
+    slurm.fails("Invalid job id specified")
+    assert main(["down", str(folder)]) == 0
+    assert slurm.asked == []
