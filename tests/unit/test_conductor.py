@@ -121,11 +121,11 @@ READY = "ready, as its workers say"
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 0)]
 )
-def test_a_signal_ends_decode_then_prefill_then_the_services(run: Run, number: signal.Signals, code: int) -> None:
+def test_a_signal_ends_prefill_then_decode_then_the_services(run: Run, number: signal.Signals, code: int) -> None:
     ended, said = run(READY, raise_signal(number))
     assert ended == code
     order = [line.split("ending ")[1] for line in said.splitlines() if "ending " in line]
-    assert order == ["decode-0", "prefill-0", "services"]
+    assert order == ["prefill-0", "decode-0", "services"]
     assert "cancelling" not in said
 
 
