@@ -23,6 +23,8 @@ Environment (defaults in parentheses):
   NUM_NODES               of one worker (4)
   NUM_WORKERS             (1)
   ENGINE_CONFIG           (engine_configs/deepseek_r1/agg_wide_ep16.yaml)
+  MODALITY                for dynamo.trtllm: text, multimodal (text)
+  DYN_MM_ALLOW_INTERNAL   1: dynamo.trtllm may fetch images from http:// and from private addresses
   SRUN_ARGS               further words for srun of each worker
   DYN_MPI_RUN_DIR         logs, and the services' keys (./dynamo_mpi-JOB)
   DYN_MPI_MAX_RESTARTS    of a worker that failed, while the others live (0)

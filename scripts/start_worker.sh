@@ -14,7 +14,8 @@ Environment:
   SERVED_MODEL_NAME       name that clients ask for (default: the folder's)
   ENGINE_CONFIG           TensorRT-LLM's YAML; PREFILL_ENGINE_CONFIG and DECODE_ENGINE_CONFIG by role
   DISAGGREGATION_MODE     prefill, decode, or prefill_and_decode (default)
-  MODALITY                for dynamo.trtllm: text, multimodal
+  MODALITY                for dynamo.trtllm: text, multimodal (text)
+  DYN_MM_ALLOW_INTERNAL   1: dynamo.trtllm may fetch images from http:// and from private addresses
   ETCD_ENDPOINTS, NATS_SERVER, HEAD_NODE_IP   where the services are
   PYTHON                  interpreter (default: python3)
 
@@ -31,6 +32,5 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 # before what the image has there, not instead of it
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 [[ -z ${DISAGGREGATION_MODE:-} ]] || export DYN_MPI_ROLE=${DYN_MPI_ROLE:-$DISAGGREGATION_MODE}
-[[ -z ${MODALITY:-} ]] || export DYN_TRTLLM_MODALITY=${DYN_TRTLLM_MODALITY:-$MODALITY}
 
 exec "${PYTHON:-python3}" -m dynamo_mpi.worker "$@"

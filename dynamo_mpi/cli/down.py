@@ -33,7 +33,7 @@ RUN_DIR = Option(
     "the deployment's folder; by default that of this job, or the only ./dynamo_mpi-* in which one runs",
 )
 TIMEOUT = Option(
-    "timeout", ("--timeout",), (), 180.0, to_seconds, f"seconds until everything has ended, up to {MAX_SECONDS:g}"
+    "timeout", ("--timeout",), (), 300.0, to_seconds, f"seconds until everything has ended, up to {MAX_SECONDS:g}"
 )
 
 

@@ -147,7 +147,7 @@ class Etcd:
             AuthorisationError: etcd refuses who we are.
             LeaseLostError: the call names a lease that isn't there.
         """
-        import grpc  # type: ignore[import-untyped]  # it ships no types
+        import grpc
 
         end = time.monotonic() + (self._timeout if timeout is None else timeout)
         renewed = False

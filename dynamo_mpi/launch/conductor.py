@@ -34,6 +34,9 @@ LISTED_SECONDS = 30.0
 # longer than the head node gives its parts, one after the other
 SERVICES_STOP_SECONDS = 25.0
 CANCEL_SECONDS = 15.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+# longer than a network file system hides a new file
+UNSEEN_SECONDS = 90.0
 # what a further start doesn't mend
 MISTAKES = frozenset(
     {ExitCode.USAGE, ExitCode.DATA, ExitCode.NO_MODEL, ExitCode.NOT_AUTHORISED, ExitCode.ILLEGAL_LAYOUT}
@@ -96,6 +99,7 @@ class Conductor:
         self._services: Step | None = None
         self._running: dict[str, Step] = {}
         self._restarts: dict[str, int] = {}
+        self._pauses: dict[str, float] = {}
         self._ready: set[str] = set()
         self._url = ""
         self._service_variables: tuple[str, ...] = ()
@@ -130,7 +134,10 @@ class Conductor:
 
     def _check(self) -> None:
         step = self._start(self._renderer.check())
+        news = News(*NEWS_SECONDS)
         while (code := step.child.exit_code()) is None:
+            if seconds := news.due():
+                self._say(f"waiting for the check, {seconds:.0f} s; an image's import may take minutes")
             self._pause()
         self._running.pop(step.name)
         if code:
@@ -143,7 +150,7 @@ class Conductor:
 
     def _start_services(self) -> None:
         self._services = step = self._start(self._renderer.services())
-        deadline = time.monotonic() + self._settings.start_timeout
+        deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
         news = News(*NEWS_SECONDS)
         while (content := self._run_dir.services()) is None:
             self._require_services()
@@ -156,6 +163,15 @@ class Conductor:
                 )
             if seconds := news.due():
                 self._say(f"waiting for the services, {seconds:.0f} s")
+            if any("ready: " in line and "services.json" in line for line in step.child.last_lines(20)):
+                seen = seen or time.monotonic()
+                if time.monotonic() > seen + UNSEEN_SECONDS:
+                    raise StepFailed(
+                        f"the services are ready, but {self._run_dir.path}/services.json can't be seen from here",
+                        status=ExitCode.USAGE,
+                        log=_tail(step),
+                        fix="--run-dir on a file system that the nodes and this host share",
+                    )
             self._pause()
         variables = {str(name): str(value) for name, value in content.get("environment", {}).items()}
         self._environment |= variables
@@ -185,10 +201,10 @@ class Conductor:
             self._require_services()
             for worker in self._workers:
                 self._look_at(worker)
-            if not any(worker.name in self._running for worker in self._workers):
+            if not self._pauses and not any(worker.name in self._running for worker in self._workers):
                 self._say("all workers have ended")
                 return
-            waiting = [name for name in self._running if name != "services" and name not in self._ready]
+            waiting = [worker.name for worker in self._workers if self._is_awaited(worker.name)]
             if not waiting and not told:
                 told = True
                 self._announce()
@@ -204,6 +220,9 @@ class Conductor:
     def _look_at(self, worker: Worker) -> None:
         step = self._running.get(worker.name)
         if step is None:
+            if time.monotonic() > self._pauses.get(worker.name, float("inf")):
+                del self._pauses[worker.name]
+                self._start_worker(worker)
             return
         if worker.name not in self._ready and self._run_dir.is_ready(worker.name):
             self._ready.add(worker.name)
@@ -220,11 +239,15 @@ class Conductor:
             raise StepFailed(f"{worker.name} ended with exit code {code}", status=code, log=_tail(step))
         else:
             self._restarts[worker.name] = restarts + 1
+            pause = min(FIRST_PAUSE_SECONDS * 2**restarts, LONGEST_PAUSE_SECONDS)
+            self._pauses[worker.name] = time.monotonic() + pause
             self._say(
                 f"{worker.name}: ended with exit code {code}; start {restarts + 2} of at most "
-                f"{self._settings.max_restarts + 1}"
+                f"{self._settings.max_restarts + 1} in {pause:g} s"
             )
-            self._start_worker(worker)
+
+    def _is_awaited(self, name: str) -> bool:
+        return name in self._pauses or (name in self._running and name not in self._ready)
 
     def _require_services(self) -> None:
         step = self._services

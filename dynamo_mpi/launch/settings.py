@@ -151,9 +151,9 @@ OPTIONS: tuple[Option, ...] = (
         "stop_timeout",
         ("--stop-timeout",),
         ("DYN_MPI_STOP_TIMEOUT",),
-        60.0,
+        100.0,
         to_seconds,
-        "seconds that a worker has to finish what is in flight; then its step is cancelled",
+        "seconds that a worker has to finish what is in flight, and to report itself if it can't; then its step is cancelled",
     ),
     Option(
         "skip_check",

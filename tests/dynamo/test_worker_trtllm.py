@@ -174,9 +174,9 @@ def test_a_role_of_a_pair_is_proven_without_its_peer(role: str, start: Start, et
 
 def test_a_pair_answers_as_one_worker_does(start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path) -> None:
     transceiver = ("--trtllm.cache_transceiver_config.backend", "DEFAULT")
-    prefill = start("--role", "prefill", *transceiver, STANDIN_TRTLLM_ROLE="prefill")
+    prefill = start("--role", "prefill", *transceiver)
     prefill.ready()
-    decode = start("--role", "decode", *transceiver, ranks=1, STANDIN_TRTLLM_ROLE="decode")
+    decode = start("--role", "decode", *transceiver, ranks=1)
     decode.ready()
     with running_frontend(tmp_path, etcd) as frontend:
         eventually(lambda: model_dir.name in frontend.models(), "the model is listed")

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 
 from .cluster.processes import command_line
@@ -26,7 +25,7 @@ class Deployment:
     Args:
         slurm: the cluster.
         folder: for the run folder and the output.
-        words: of the script.
+        command: what runs in the allocation.
         environment: that the user has set.
         nodes: of the allocation.
     """
@@ -35,16 +34,15 @@ class Deployment:
         self,
         slurm: SlurmSession,
         folder: Path,
-        words: Sequence[str],
+        command: Sequence[str],
         environment: Mapping[str, str],
         nodes: int = 4,
     ) -> None:
         self.slurm, self.run_dir, self.log = slurm, folder / "run folder", folder / "launch.log"
         self.name = f"deployment-{folder.name}"
-        script = str(ROOT / "scripts" / "srun_disaggregated.sh")
         salloc = ("salloc", f"--job-name={self.name}", f"--nodes={nodes}", "--exclusive", "--gpus-per-node=4")
         # as users who say it do: srun would take it for each of our steps
-        command = (*salloc, "--ntasks-per-node=4", script, *words)
+        command = (*salloc, "--ntasks-per-node=4", *command)
         variables = {**environment, "DYN_MPI_RUN_DIR": str(self.run_dir)}
         with self.log.open("wb") as log:
             self.process = slurm.cluster.popen(

@@ -81,7 +81,8 @@ def launch(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Lau
         **environment: str,
     ) -> Deployment:
         variables = settings(slurm, model_dir, nodes, ranks_per_node, config)
-        started.append(Deployment(slurm, tmp_path, words, {**variables, **environment}))
+        command = (str(ROOT / "scripts" / "srun_disaggregated.sh"), *words)
+        started.append(Deployment(slurm, tmp_path, command, {**variables, **environment}))
         return started[-1]
 
     yield begin
@@ -157,7 +158,7 @@ def test_a_role_that_is_missing_is_told_with_503(launch: Launch) -> None:
     deployment.says("prefill-0: ended with 0")
     status, body = deployment.post(QUESTION)
     assert status == 503, body
-    assert json.loads(body)["message"], body
+    assert "not ready to serve requests yet" in json.loads(body)["message"]
     os.kill(deployment.launcher(), signal.SIGTERM)
     assert deployment.wait() == 143, deployment.text()
     assert deployment.left() == []
@@ -201,7 +202,7 @@ def test_as_a_batch_job_that_ends_before_its_time_is_up(slurm: SlurmSession, tmp
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.strip()
     eventually(lambda: log.exists() and "ready: smollm2. Try:" in log.read_text(), "it is ready", 90)
-    # as Slurm does it when the time limit is near (--signal=B:USR1@120)
+    # as Slurm does it when the time limit is near (--signal=B:USR1@240)
     slurm.exec("scancel", "--batch", "--signal=USR1", job)
     facts: dict[str, Any] = slurm.wait_for_job(job)
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()

@@ -78,7 +78,9 @@ SIZE = st.none() | st.integers(1, 2**40)
 SECONDS = st.floats(0, 1e6)
 
 
-@given(st.builds(EngineSpec, TEXT, TEXT, COUNT, COUNT, COUNT, SIZE, SIZE, SIZE, SIZE, TEXT, TEXT, SECONDS, SECONDS))
+@given(
+    st.builds(EngineSpec, TEXT, TEXT, COUNT, COUNT, COUNT, SIZE, SIZE, SIZE, SIZE, TEXT, TEXT, TEXT, SECONDS, SECONDS)
+)
 def test_an_engine_spec_arrives_as_it_was(spec: EngineSpec) -> None:
     assert EngineSpec.unpack(spec.pack()) == spec
 

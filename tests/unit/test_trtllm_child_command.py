@@ -109,6 +109,14 @@ def test_the_child_knows_nothing_of_the_launch_and_everything_else() -> None:
     assert environment["DYN_MPI_STEP_ID"] == "3"
 
 
+def test_the_examples_modality_is_dynamos() -> None:
+    ours, dynamos = {"MODALITY": "multimodal"}, "DYN_TRTLLM_MODALITY"
+    assert environment_for(ours)[dynamos] == "multimodal"
+    assert environment_for({**ours, dynamos: ""})[dynamos] == "multimodal"
+    assert environment_for({**ours, dynamos: "text"})[dynamos] == "text"
+    assert dynamos not in environment_for({"MODALITY": ""})
+
+
 def test_the_way_to_the_session() -> None:
     left = {"TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR": "tcp://other", "tllm_mpi_size": "1"}
     environment = environment_for(left)

@@ -45,6 +45,8 @@ _HANDED_ON = {
     "SLURM_JOB_NAME": "DYN_MPI_JOB_NAME",
     "SLURM_CLUSTER_NAME": "DYN_MPI_CLUSTER_NAME",
 }
+# as Dynamo's Slurm example has it
+_MODALITY = ("MODALITY", "DYN_TRTLLM_MODALITY")
 _OURS_ALONE = ("trtllm_version",)
 # Dynamo deregisters, waits for the grace period, then cuts off what dynamo.trtllm still answers, and waits for that
 _GRACE_VARIABLE = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
@@ -110,6 +112,9 @@ def child_environment(environ: Mapping[str, str], session: SessionAddress, setti
     for name, ours in _HANDED_ON.items():
         if name in environ:
             kept.setdefault(ours, environ[name])
+    example, variable = _MODALITY
+    if environ.get(example):
+        kept[variable] = environ.get(variable) or environ[example]
     # without it Dynamo waits for ever
     kept.setdefault(_DRAIN_VARIABLE, f"{settings.drain_timeout:.0f}")
     if settings.origins["drain_timeout"] != "default":

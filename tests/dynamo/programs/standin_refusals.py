@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from PIL import Image
+
 
 def outcome(ask: Callable[[], object]) -> str:
     """Return the exception's type and text."""
@@ -27,20 +29,26 @@ async def request_outcomes(llm: Any) -> dict[str, str]:
     api = importlib.import_module("tensorrt_llm.llmapi.llm")
     params = importlib.import_module("tensorrt_llm.llmapi").DisaggregatedParams
 
-    def ask(disaggregated_params: Any = None, inputs: Any = (1, 2), **sampling: Any) -> str:
+    def ask(disaggregated_params: Any = None, inputs: Any = None, **sampling: Any) -> str:
         arguments = {"sampling_params": api.SamplingParams(**sampling), "disaggregated_params": disaggregated_params}
-        return outcome(lambda: llm.generate_async(list(inputs), **arguments))
+        return outcome(lambda: llm.generate_async(inputs or [1, 2], **arguments))
 
-    served = llm.generate_async([1, 2], api.SamplingParams(max_tokens=2, ignore_eos=True))
+    def prompt(**more: Any) -> dict[str, Any]:
+        return {"prompt_token_ids": [1, 2], "mm_processor_kwargs": {}, **more}
+
+    served = llm.generate_async(prompt(), api.SamplingParams(max_tokens=2, ignore_eos=True))
     async for result in served:
         last = result.outputs[0]
     return {
         "logprobs": ask(logprobs=1),
         "two answers": ask(n=2),
         "a penalty": ask(presence_penalty=0.5),
+        "an image": ask(inputs=prompt(multi_modal_data={"image": [Image.new("RGB", (3, 2))]})),
+        "a video": ask(inputs=prompt(multi_modal_data={"video": []})),
+        "a prompt in words": ask(inputs=prompt(prompt="Hello!")),
         "prefill": ask(params(request_type="context_only")),
         "request type": outcome(lambda: params(request_type="other")),
-        "too long": ask(inputs=range(5000)),
+        "too long": ask(inputs=list(range(5000))),
         "served": f"{len(last.token_ids)} {last.finish_reason}",
     }
 

@@ -5,15 +5,15 @@ It has the names that these two use and no others, behaves towards MPI, its laun
 sheet K1 to K19), and computes with the reference engine on all ranks. What it doesn't know it refuses: constructor
 arguments and attributes as Python and pydantic do, features with NotImplementedError. Put ``tests/standins`` on PYTHONPATH.
 
+The real engine hands KV over and fetches it alike; the reference engine is loaded for one of the two. Which, the command line of
+``dynamo.trtllm`` says (``--disaggregation-mode``).
+
 Environment, beside TensorRT-LLM's own ``TRT_LLM_NO_LIB_INIT`` and ``TLLM_SPAWN_PROXY_PROCESS*``:
 
 ``STANDIN_TRTLLM_VERSION``
     What ``__version__`` says, default 1.3.0rc22 (package metadata always says that). From 1.4.0rc0 on a worker's error
     reaches the proxy (``RemoteWorkerDeath``), a session of another size is refused, and the pool over COMM_WORLD outlives
     its session. Before, the proxy waits for ever.
-``STANDIN_TRTLLM_ROLE``
-    ``agg`` by default. The real engine hands KV over and fetches it alike; the reference engine is loaded for one of the two: ``prefill`` or
-    ``decode``.
 ``STANDIN_TRTLLM_FAULT``
     One of ``raise:RANK`` (RuntimeError while that rank loads), ``leave:RANK`` (that rank, not 0, writes down an error and returns, as
     the real worker does when its engine can't be built), ``hang:RANK`` (it never comes back from loading),

@@ -9,7 +9,15 @@ import sys
 import threading
 import time
 
-ROLE = os.environ.get("STANDIN_TRTLLM_ROLE", "agg")
+
+def _role() -> str:
+    """Return the role that dynamo.trtllm was started for, in the words of the reference engine."""
+    flag = "--disaggregation-mode"
+    asked = sys.argv[sys.argv.index(flag) + 1] if flag in sys.argv[:-1] else ""
+    return asked if asked in ("prefill", "decode") else "agg"
+
+
+ROLE = _role()
 VERSION = os.environ.get("STANDIN_TRTLLM_VERSION", "1.3.0rc22")
 _FAULTS = {"raise": int, "leave": int, "hang": int, "die": int, "slow": float, "lose-lease": float, "unhealthy": float}
 

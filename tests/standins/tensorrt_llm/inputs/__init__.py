@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Multimodal inputs: there are none."""
+"""Prompts, and multimodal inputs, of which images are taken to be refused."""

@@ -19,6 +19,7 @@ from tensorrt_llm.disaggregated_params import DisaggregatedParams, for_role
 from tensorrt_llm.executor.proxy import GenerationExecutor, GenerationExecutorProxy, GenerationExecutorWorker
 from tensorrt_llm.executor.result import GenerationResult
 from tensorrt_llm.executor.utils import RequestError, create_mpi_comm_session
+from tensorrt_llm.inputs.data import prompt_of
 from tensorrt_llm.sampling_params import SamplingParams
 from tensorrt_llm.scheduling_params import SchedulingParams
 
@@ -69,7 +70,7 @@ class BaseLLM:
 
     def generate_async(
         self,
-        inputs: list[int],
+        inputs: list[int] | dict[str, Any],
         sampling_params: SamplingParams | None = None,
         *,
         lora_request: None = None,
@@ -84,15 +85,14 @@ class BaseLLM:
 
         Raises:
             NotImplementedError: the stand-in lacks what is asked for.
-            RequestError: the prompt is too long.
+            RequestError: the prompt is too long, or has images.
             ValueError: no engine would take it.
             RuntimeError: after ``shutdown``.
         """
         del trace_headers, cache_salt
         if self._stopped:
             raise RuntimeError("LLM is shutting down")
-        if not isinstance(inputs, list):
-            raise NotImplementedError(f"the stand-in takes lists of token ids, not {type(inputs).__name__}")
+        prompt = prompt_of(inputs)
         if lora_request is not None:
             raise NotImplementedError("the stand-in has no LoRA")
         if scheduling_params is not None and scheduling_params.attention_dp_rank:
@@ -100,7 +100,7 @@ class BaseLLM:
         if not 0 <= priority <= 1:
             raise ValueError(f"priority must be between 0 and 1, got {priority}")
         sampling = sampling_params or SamplingParams()
-        whole = self._fit(sampling.to_request(next(self._request_ids), inputs, self._end_ids))
+        whole = self._fit(sampling.to_request(next(self._request_ids), prompt, self._end_ids))
         request = for_role(whole, disaggregated_params)
         keep_stop = sampling.include_stop_str_in_output
         result = GenerationResult(request, streaming, keep_stop, self._executor.cancel, disaggregated_params)

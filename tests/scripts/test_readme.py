@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's walk-through of the four-node deployment, typed as it stands, up to where it needs GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from tests.readme import commands_after
+
+from .dry_runs import JOB, ROOT, STANDINS
+
+
+def test_the_llama_deployment_is_what_it_says() -> None:
+    salloc, *commands = commands_after("Etcd, NATS and Dynamo's frontend on the head node")
+    assert salloc == "salloc --nodes=4 --exclusive --gpus-per-node=4"
+    *setting, dry_run, real = commands
+    assert real == "scripts/srun_disaggregated.sh"
+    environment = {**JOB, "PATH": f"{STANDINS}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    script = "\n".join(["set -eu", *setting, dry_run])
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    steps = {part.split(":")[0].removeprefix("# "): part for part in done.stdout.split("\n\n")}
+    assert list(steps) == ["check", "services", "prefill-0", "decode-0"]
+    assert "--nodelist=n1,n2 " in steps["prefill-0"]
+    assert "--nodelist=n3,n4 " in steps["decode-0"]
+    for role in ("prefill", "decode"):
+        config = f"/mnt/engine_configs/llama4/maverick_{role}_tp8_2x4.yaml"
+        assert f"/dynamo_mpi/scripts/start_worker.sh --role {role} --engine-config {config}" in steps[f"{role}-0"]
+        assert (ROOT / config.removeprefix("/mnt/")).is_file()
+        assert ",MODALITY" in steps[f"{role}-0"]

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole deployment of TensorRT-LLM workers by the script, on a real Slurm: the unmodified ``dynamo.trtllm`` over the stand-in engine."""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.dynamo.running import eventually
+from tests.dynamo.test_images_trtllm import described, png
+
+from .cluster.processes import command_line
+from .deployment import Deployment
+from .session import SlurmSession
+from .test_deployment import IMAGE_QUESTION, answer, settings
+
+pytestmark = pytest.mark.slurm
+CONFIG = """\
+tensor_parallel_size: 3
+pipeline_parallel_size: 2
+max_seq_len: 512
+max_batch_size: 2
+cache_transceiver_config: {backend: UCX}
+disable_overlap_scheduler: true
+"""
+
+
+def data_url(colour: str) -> str:
+    """Return an image as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png(colour)).decode()}"
+
+
+def with_image(url: str) -> dict[str, Any]:
+    """Return the example's request for another image."""
+    content = [{"type": "text", "text": "Describe the image"}, {"type": "image_url", "image_url": {"url": url}}]
+    return {**IMAGE_QUESTION, "messages": [{"role": "user", "content": content}]}
+
+
+@pytest.fixture
+def deployment(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator[Deployment]:
+    """A prefill and a decode worker of six ranks on two nodes each, as the script starts them; whatever is left of them is ended."""
+    (tmp_path / "engine.yaml").write_text(CONFIG)
+    variables = {
+        **settings(slurm, model_dir, 2, 3, "/configs/engine.yaml"),
+        "PYTHONPATH": "/mnt/tests/standins",
+        "DYN_MPI_ENGINE": "auto",
+        "MODALITY": "multimodal",
+        "DYN_LOG": "warn",
+        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
+    }
+    variables["MOUNTS"] += f",{tmp_path}:/configs"
+    started = Deployment(slurm, tmp_path, ("--", "--allow-no-gpu"), variables)
+    yield started
+    started.stop()
+
+
+def test_a_pair_answers_and_ends_with_the_launcher(deployment: Deployment) -> None:
+    deployment.says("ready: smollm2. Try:")
+    assert deployment.steps() == {"services": "n1", "prefill-0": "n[1-2]", "decode-0": "n[3-4]"}
+    for name, node in (("prefill", "n1"), ("decode", "n3")):
+        (child,) = deployment.pids_of(node, "dynamo.trtllm")
+        words = command_line(child)
+        assert words[words.index("--disaggregation-mode") + 1] == name
+        variables = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        assert {"CUDA_VISIBLE_DEVICES=0,1,2,3", "DYN_TRTLLM_MODALITY=multimodal"} <= set(variables)
+        log = (deployment.run_dir / "logs" / f"{name}-0.log").read_text()
+        assert "standin tensorrt_llm 1.3.0rc22: tp 3 x pp 2 x cp 1 = 6 ranks, gpus_per_node 3" in log
+    assert answer(deployment) == "The capital of France is Paris."
+    # the image's address has come to dynamo.trtllm, which wants leave to ask for it
+    status, body = deployment.post(IMAGE_QUESTION)
+    assert (status, "set DYN_MM_ALLOW_INTERNAL=1" in body) == (400, True), body
+    # an image that needs no leave comes to the prefill worker's engine, which sees none; decode is not asked
+    status, body = deployment.post(with_image(data_url("red")))
+    assert status == 500, body
+    logs = deployment.run_dir / "logs"
+    eventually(lambda: described("red") in (logs / "prefill-0.log").read_text(), "the refusal is in the log", 10)
+    assert answer(deployment) == "The capital of France is Paris."
+    assert described("red") not in (logs / "decode-0.log").read_text()
+
+    os.kill(deployment.launcher(), signal.SIGINT)
+    assert deployment.wait() == 130, deployment.text()
+    assert deployment.text().count("drain: dynamo.trtllm deregisters") == 2, deployment.text()
+    assert "cancelling" not in deployment.text()
+    assert deployment.left() == []
+    assert sorted(path.name for path in deployment.run_dir.iterdir()) == ["lock", "logs", "ready", "services"]
+    assert not list((deployment.run_dir / "ready").iterdir())

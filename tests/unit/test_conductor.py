@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A deployment's life with shell commands for steps: real processes, real files, no cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.launch import conductor as conductors
+from dynamo_mpi.launch.command import Command
+from dynamo_mpi.launch.conductor import Conductor, StepFailed
+from dynamo_mpi.launch.deployment import Worker
+from dynamo_mpi.launch.run_dir import RunDir
+from dynamo_mpi.launch.settings import LaunchSettings, read_settings
+from dynamo_mpi.launch.steps import MpirunEndings
+from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
+
+PREFILL, DECODE = (Worker(f"{role}-0", role, "e.yaml", ("n",), 1) for role in ("prefill", "decode"))
+WAIT = "sleep 60 & trap 'kill $!; exit 0' TERM; wait"
+SERVE = f"echo '{{}}' > \"$READY\"; {WAIT}"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What each step is, as a shell's script."""
+
+    folder: Path
+    check: str = "true"
+    services: str = f'echo \'{{"environment": {{"SECRET": "s"}}, "url": "", "host": "h"}}\' > services.json; {WAIT}'
+    prefill: str = SERVE
+    decode: str = SERVE
+
+    def command(self, name: str, script: str) -> Command:
+        ready = self.folder / "ready" / f"{name}.json"
+        words = ("sh", "-c", f"cd {self.folder}; READY={ready}; {script}")
+        return Command(name, name, (words,))
+
+    def worker(self, worker: Worker, services: Iterable[str] = ()) -> Command:
+        return self.command(worker.name, self.prefill if worker.role == "prefill" else self.decode)
+
+
+class Rendered:
+    """The steps, as a renderer gives them."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.worker = steps.worker
+
+    def check(self) -> Command:
+        return self._steps.command("check", self._steps.check)
+
+    def services(self) -> Command:
+        return self._steps.command("services", self._steps.services)
+
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def settings() -> LaunchSettings:
+    given = {"model": "m", "prefill_engine_config": "e", "decode_engine_config": "e"}
+    return read_settings({**given, "launcher": "slurm", "stop_timeout": "1"}, (), {})
+
+
+@pytest.fixture
+def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a deployment of these steps; what it says is looked at by ``when``, which may end it."""
+    monkeypatch.setattr(conductors, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(conductors, "FIRST_PAUSE_SECONDS", 0.05)
+    folder = tmp_path / "run"
+
+    def begin(
+        when: str = "", do: Callable[[], None] = lambda: None, max_restarts: int = 0, **scripts: str
+    ) -> tuple[int, str]:
+        said: list[str] = []
+
+        def say(text: str) -> None:
+            said.append(text)
+            if when and when in text:
+                # not from within: what it does may be looked at before this line returns
+                threading.Thread(target=do).start()
+
+        run_dir = RunDir(folder)
+        try:
+            with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts:
+                conductor = Conductor(
+                    replace(settings, max_restarts=max_restarts),
+                    (PREFILL, DECODE),
+                    Rendered(Steps(folder, **scripts)),
+                    MpirunEndings(),
+                    run_dir,
+                    interrupts,
+                    say,
+                )
+                try:
+                    return conductor.run(), "\n".join(said)
+                except StepFailed as error:
+                    return error.status, "\n".join([*said, str(error), error.log])
+                except Interrupted as end:
+                    return end.exit_code, "\n".join(said)
+        finally:
+            run_dir.close()
+
+    return begin
+
+
+def raise_signal(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+READY = "ready, as its workers say"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 0)]
+)
+def test_a_signal_ends_prefill_then_decode_then_the_services(run: Run, number: signal.Signals, code: int) -> None:
+    ended, said = run(READY, raise_signal(number))
+    assert ended == code
+    order = [line.split("ending ")[1] for line in said.splitlines() if "ending " in line]
+    assert order == ["prefill-0", "decode-0", "services"]
+    assert "cancelling" not in said
+
+
+def test_whoever_makes_the_stop_file_ends_it(run: Run, tmp_path: Path) -> None:
+    assert run(READY, (tmp_path / "run" / "stop").touch)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "logs", "ready"]
+
+
+def test_a_check_that_refuses_is_the_end(run: Run, tmp_path: Path) -> None:
+    code, said = run(check="echo error B1; exit 78")
+    assert (code, "error B1" in said, "nothing was launched" in said) == (78, True, True)
+    assert not (tmp_path / "run" / "logs" / "services.log").exists()
+
+
+def test_services_that_end_are_told_with_their_words(run: Run) -> None:
+    code, said = run(services="echo no etcd here; exit 69")
+    assert (code, "no etcd here" in said) == (69, True)
+    assert run(services="exit 0")[0] == 69
+
+
+def test_services_that_are_ready_where_we_cannot_see_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conductors, "UNSEEN_SECONDS", 0.2)
+    code, said = run(services=f"echo 'head node: 0.5 s  ready: /elsewhere/services.json'; {WAIT}")
+    assert (code, "on a file system that the nodes and this host share" in said) == (64, True)
+
+
+@pytest.mark.parametrize("code", [70, 75, 137])
+def test_a_worker_that_failed_is_started_again_so_often(run: Run, tmp_path: Path, code: int) -> None:
+    count = tmp_path / "count"
+    ended, said = run(max_restarts=2, decode=f"echo x >> {count}; {SERVE.split(';')[0]}; exit {code}")
+    assert (ended, count.read_text().count("x")) == (code, 3)
+    assert f"decode-0: ended with exit code {code}; start 3 of at most 3" in said
+    assert "prefill-0: ended" not in said
+
+
+@pytest.mark.parametrize("code", [64, 65, 66, 77, 78])
+def test_a_mistake_is_not_tried_again(run: Run, code: int) -> None:
+    ended, said = run(max_restarts=2, prefill=f"exit {code}")
+    assert (ended, "start 2" in said) == (code, False)
+
+
+def test_a_worker_that_was_drained_leaves_the_others(run: Run) -> None:
+    code, said = run("decode-0: ended with 0", raise_signal(signal.SIGTERM), decode="exit 0")
+    assert (code, "ending prefill-0" in said) == (143, True)
+
+
+def test_when_all_workers_have_ended_it_is_done(run: Run) -> None:
+    code, said = run(prefill="exit 0", decode="exit 0")
+    assert (code, "all workers have ended" in said) == (0, True)
+
+
+def test_a_step_that_does_not_end_is_killed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conductors, "CANCEL_SECONDS", 0.2)
+    monkeypatch.setattr(conductors, "SERVICES_STOP_SECONDS", 0.2)
+    deaf = f"{SERVE.split(';')[0]}; trap '' TERM INT; while :; do sleep 0.1; done"
+    code, said = run("", decode=deaf, prefill="sleep 0.3; exit 3")
+    assert (code, "cancelling decode-0" in said) == (3, True)
+
+
+def test_a_second_signal_does_not_wait(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conductors, "CANCEL_SECONDS", 0.2)
+    slow = f"{SERVE.split(';')[0]}; trap 'sleep 30' TERM; while :; do sleep 0.1; done"
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
+    code, said = run(READY, twice, decode=slow)
+    assert (code, "cancelling decode-0" in said) == (143, True)
+
+
+def test_workers_get_what_the_services_say(run: Run, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    run(READY, raise_signal(signal.SIGTERM), decode=f"echo $SECRET > {seen}; {SERVE}")
+    assert seen.read_text() == "s\n"
+
+
+def test_what_runs_is_described(run: Run, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.json"
+
+    def look() -> None:
+        copy.write_text((tmp_path / "run" / "deployment.json").read_text())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    run(READY, look)
+    content = json.loads(copy.read_text())
+    assert (content["schema"], content["pid"], content["model"]) == (1, os.getpid(), "m")
+    assert [worker["name"] for worker in content["workers"]] == ["prefill-0", "decode-0"]
+
+
+def test_a_folder_belongs_to_one_deployment(tmp_path: Path) -> None:
+    first = RunDir(tmp_path / "run")
+    with pytest.raises(Exception, match="another deployment runs in"):
+        RunDir(tmp_path / "run")
+    first.close()
+    RunDir(tmp_path / "run").close()
+    (tmp_path / "run").chmod(0o777)
+    with pytest.raises(Exception, match="others can write"):
+        RunDir(tmp_path / "run")
