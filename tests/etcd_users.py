@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import grpc  # type: ignore[import-untyped]  # it ships no types
+import grpc
 from pyetcd import etcdrpc
 
 PASSWORDS = {"root": "hunter2", "worker": "s3cret", "guest": "s3cret"}

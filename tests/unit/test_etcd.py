@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc  # type: ignore[import-untyped]  # it ships no types
+import grpc
 import pytest
 from pyetcd import etcdrpc
 
