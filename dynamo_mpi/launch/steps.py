@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from dynamo_mpi.services.processes import Child
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from dynamo_mpi.launch.command import Command
@@ -44,10 +44,10 @@ class Step:
 class Endings(Protocol):
     """How steps are ended."""
 
-    def ask(self, steps: Iterable[Step]) -> None:
+    def ask(self, steps: Sequence[Step]) -> None:
         """Ask steps to finish what is in flight and end."""
 
-    def cancel(self, steps: Iterable[Step]) -> None:
+    def cancel(self, steps: Sequence[Step]) -> None:
         """End steps now."""
 
 
@@ -74,13 +74,13 @@ class SlurmEndings:
     def __init__(self, job_id: str) -> None:
         self._job_id = job_id
 
-    def ask(self, steps: Iterable[Step]) -> None:
+    def ask(self, steps: Sequence[Step]) -> None:
         self._scancel(steps, "--signal=TERM")
 
-    def cancel(self, steps: Iterable[Step]) -> None:
+    def cancel(self, steps: Sequence[Step]) -> None:
         self._scancel(steps)
 
-    def _scancel(self, steps: Iterable[Step], *options: str) -> None:
+    def _scancel(self, steps: Sequence[Step], *options: str) -> None:
         ids = {name: number for number, name in (self.running() or {}).items()}
         listed = {step.command.step: step for step in steps}
         self.cancel_ids([ids[name] for name in listed if name in ids], *options)
@@ -105,7 +105,7 @@ class SlurmEndings:
 class MpirunEndings:
     """Ends parts that run under mpirun, or directly on this host."""
 
-    def ask(self, steps: Iterable[Step]) -> None:
+    def ask(self, steps: Sequence[Step]) -> None:
         for step in steps:
             if step.ready_file is None:
                 step.child.send(signal.SIGTERM)
@@ -116,7 +116,7 @@ class MpirunEndings:
                 # mpirun kills its ranks at once: it hands no signal on that they could drain on
                 step.child.send(signal.SIGTERM)
 
-    def cancel(self, steps: Iterable[Step]) -> None:
+    def cancel(self, steps: Sequence[Step]) -> None:
         for step in steps:
             step.child.send(signal.SIGTERM)
 
