@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.conductor import Conductor, StepFailed
+from dynamo_mpi.launch.conductor import Conductor
 from dynamo_mpi.launch.container import Container, mount
 from dynamo_mpi.launch.deployment import assign, nodes_wanted
+from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.mpirun import Mpirun
 from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
 from dynamo_mpi.launch.run_dir import RunDir
@@ -33,9 +34,9 @@ from dynamo_mpi.services.logs import Follower
 if TYPE_CHECKING:
     import argparse
 
-    from dynamo_mpi.launch.conductor import Renderer
     from dynamo_mpi.launch.deployment import Worker
     from dynamo_mpi.launch.steps import Endings
+    from dynamo_mpi.launch.workers import Renderer
 
 TAKES_FURTHER_WORDS = True
 # the logs are on a file system that others use too

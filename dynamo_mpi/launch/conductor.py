@@ -8,24 +8,26 @@ import json
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.srun import without_srun_input
-from dynamo_mpi.launch.steps import Step, start
+from dynamo_mpi.launch.steps import start
+from dynamo_mpi.launch.workers import Workers
 from dynamo_mpi.services.interrupts import Interrupted
 from dynamo_mpi.services.news import News
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from dynamo_mpi.launch.command import Command
     from dynamo_mpi.launch.deployment import Worker
     from dynamo_mpi.launch.run_dir import RunDir
     from dynamo_mpi.launch.settings import LaunchSettings
-    from dynamo_mpi.launch.steps import Endings
+    from dynamo_mpi.launch.steps import Endings, Step
+    from dynamo_mpi.launch.workers import Renderer
     from dynamo_mpi.services.interrupts import Interrupts
 
 POLL_SECONDS = 0.5
@@ -34,39 +36,12 @@ LISTED_SECONDS = 30.0
 # longer than the head node gives its parts, one after the other
 SERVICES_STOP_SECONDS = 25.0
 CANCEL_SECONDS = 15.0
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 # longer than a network file system hides a new file
 UNSEEN_SECONDS = 90.0
-# what a further start doesn't mend
-MISTAKES = frozenset(
-    {ExitCode.USAGE, ExitCode.DATA, ExitCode.NO_MODEL, ExitCode.NOT_AUTHORISED, ExitCode.ILLEGAL_LAYOUT}
-)
-
-
-class StepFailed(BootstrapError):
-    """A step ended, and the deployment with it.
-
-    Args:
-        found: which, and how.
-        status: its exit code, or ours where it gave none.
-        log: the end of its own words.
-    """
-
-    def __init__(self, found: str, *, status: int, log: str, fix: str = "") -> None:
-        super().__init__(found, fix=fix)
-        self.status, self.log = status, log
 
 
 class _AskedToStop(Exception):
     """`dynamo-mpi down` wants an end."""
-
-
-class Renderer(Protocol):
-    """Says how each step is started."""
-
-    def check(self) -> Command: ...
-    def services(self) -> Command: ...
-    def worker(self, worker: Worker, services: Iterable[str] = ...) -> Command: ...
 
 
 class Conductor:
@@ -97,12 +72,9 @@ class Conductor:
         self._began = time.monotonic()
         self._environment = without_srun_input(os.environ)
         self._services: Step | None = None
-        self._running: dict[str, Step] = {}
-        self._restarts: dict[str, int] = {}
-        self._pauses: dict[str, float] = {}
-        self._ready: set[str] = set()
+        self._others: dict[str, Step] = {}
+        self._worker_steps = Workers(workers, settings.max_restarts, renderer, endings, run_dir, self._say)
         self._url = ""
-        self._service_variables: tuple[str, ...] = ()
 
     def run(self) -> int:
         """Live it.
@@ -118,9 +90,8 @@ class Conductor:
             self._describe()
             if not self._settings.skip_check:
                 self._check()
-            self._start_services()
-            for worker in self._workers:
-                self._start_worker(worker)
+            services = self._start_services()
+            self._worker_steps.start(self._environment | services, tuple(services))
             self._watch()
         except _AskedToStop as end:
             self._say(str(end))
@@ -139,16 +110,17 @@ class Conductor:
             if seconds := news.due():
                 self._say(f"waiting for the check, {seconds:.0f} s; an image's import may take minutes")
             self._pause()
-        self._running.pop(step.name)
+        self._others.pop(step.name)
         if code:
             raise StepFailed(
                 f"the check refused the deployment with exit code {code}; nothing was launched",
                 status=code,
-                log=_tail(step, 200),
+                log=step.last_words(200),
             )
         self._say("check: passed")
 
-    def _start_services(self) -> None:
+    def _start_services(self) -> dict[str, str]:
+        """Return the variables that say where the services are, and what opens them."""
         self._services = step = self._start(self._renderer.services())
         deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
         news = News(*NEWS_SECONDS)
@@ -158,7 +130,7 @@ class Conductor:
                 raise StepFailed(
                     f"the services don't answer after {self._settings.start_timeout:g} s",
                     status=ExitCode.DEADLINE,
-                    log=_tail(step),
+                    log=step.last_words(),
                     fix="a longer --start-timeout where the image's import takes long",
                 )
             if seconds := news.due():
@@ -169,28 +141,17 @@ class Conductor:
                     raise StepFailed(
                         f"the services are ready, but {self._run_dir.path}/services.json can't be seen from here",
                         status=ExitCode.USAGE,
-                        log=_tail(step),
+                        log=step.last_words(),
                         fix="--run-dir on a file system that the nodes and this host share",
                     )
             self._pause()
-        variables = {str(name): str(value) for name, value in content.get("environment", {}).items()}
-        self._environment |= variables
-        self._service_variables = tuple(variables)
         self._url = str(content.get("url", ""))
         self._say(f"services on {content.get('host')}: etcd, NATS, frontend at {self._url}")
-
-    def _start_worker(self, worker: Worker) -> None:
-        ready_file = self._run_dir.ready_file(worker.name)
-        ready_file.unlink(missing_ok=True)
-        self._ready.discard(worker.name)
-        command = self._renderer.worker(worker, self._service_variables)
-        step = start(command, self._environment, self._run_dir.log(worker.name), ready_file)
-        self._running[worker.name] = step
-        self._say(f"{worker.name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
+        return {str(name): str(value) for name, value in content.get("environment", {}).items()}
 
     def _start(self, command: Command) -> Step:
         step = start(command, self._environment, self._run_dir.log(command.name))
-        self._running[command.name] = step
+        self._others[command.name] = step
         return step
 
     def _watch(self) -> None:
@@ -199,12 +160,11 @@ class Conductor:
         told, news = False, News(*NEWS_SECONDS)
         while True:
             self._require_services()
-            for worker in self._workers:
-                self._look_at(worker)
-            if not self._pauses and not any(worker.name in self._running for worker in self._workers):
+            self._worker_steps.look()
+            if self._worker_steps.ended:
                 self._say("all workers have ended")
                 return
-            waiting = [worker.name for worker in self._workers if self._is_awaited(worker.name)]
+            waiting = self._worker_steps.awaited
             if not waiting and not told:
                 told = True
                 self._announce()
@@ -217,46 +177,12 @@ class Conductor:
             raise _AskedToStop("asked to stop")
         self._interrupts.pause(POLL_SECONDS)
 
-    def _look_at(self, worker: Worker) -> None:
-        step = self._running.get(worker.name)
-        if step is None:
-            if time.monotonic() > self._pauses.get(worker.name, float("inf")):
-                del self._pauses[worker.name]
-                self._start_worker(worker)
-            return
-        if worker.name not in self._ready and self._run_dir.is_ready(worker.name):
-            self._ready.add(worker.name)
-            self._say(f"{worker.name}: ready")
-        code = step.child.exit_code()
-        if code is None:
-            return
-        del self._running[worker.name]
-        step.child.kill()  # what a launcher that was killed has left on this host
-        if code != ExitCode.OK:
-            self._endings.cancel([step])  # where srun alone was killed, its ranks still run
-        restarts = self._restarts.get(worker.name, 0)
-        if code == ExitCode.OK:
-            self._say(f"{worker.name}: ended with 0; whoever drained it starts it again, or ends the deployment")
-        elif code in MISTAKES or restarts >= self._settings.max_restarts:
-            raise StepFailed(f"{worker.name} ended with exit code {code}", status=code, log=_tail(step))
-        else:
-            self._restarts[worker.name] = restarts + 1
-            pause = min(FIRST_PAUSE_SECONDS * 2**restarts, LONGEST_PAUSE_SECONDS)
-            self._pauses[worker.name] = time.monotonic() + pause
-            self._say(
-                f"{worker.name}: ended with exit code {code}; start {restarts + 2} of at most "
-                f"{self._settings.max_restarts + 1} in {pause:g} s"
-            )
-
-    def _is_awaited(self, name: str) -> bool:
-        return name in self._pauses or (name in self._running and name not in self._ready)
-
     def _require_services(self) -> None:
         step = self._services
         code = step.child.exit_code() if step is not None else None
         if step is not None and code is not None:
             raise StepFailed(
-                f"the services ended with exit code {code}", status=code or ExitCode.UNAVAILABLE, log=_tail(step)
+                f"the services ended with exit code {code}", status=code or ExitCode.UNAVAILABLE, log=step.last_words()
             )
 
     def _announce(self) -> None:
@@ -313,13 +239,8 @@ class Conductor:
         if self._services is not None and self._services.child.exit_code():
             self._endings.ask([self._services])  # where srun alone was killed, its step still runs
         for role in ("prefill", "decode", "agg"):
-            names = [worker.name for worker in self._workers if worker.role == role]
-            self._end(
-                [self._running[name] for name in names if name in self._running],
-                self._settings.stop_timeout,
-                signals_before,
-            )
-        rest = list(self._running.values())
+            self._end(self._worker_steps.of(role), self._settings.stop_timeout, signals_before)
+        rest = list(self._others.values())
         if self._interrupts.count != signals_before:
             # once more below: then they end at once, and their keys don't stay on the node as after a cancelling
             self._endings.ask(rest)
@@ -339,7 +260,6 @@ class Conductor:
             self._await_end(living, CANCEL_SECONDS, None)
         for step in steps:
             step.child.kill()
-            self._running.pop(step.name, None)
 
     def _await_end(self, steps: list[Step], seconds: float, signals_before: int | None) -> None:
         end = time.monotonic() + seconds
@@ -350,10 +270,6 @@ class Conductor:
 
     def _say(self, text: str) -> None:
         self._tell(f"{time.monotonic() - self._began:6.1f} s  {text}")
-
-
-def _tail(step: Step, lines: int = 40) -> str:
-    return "\n".join(step.child.last_lines(lines))
 
 
 def _models(url: str) -> list[str] | None:

@@ -40,6 +40,10 @@ class Step:
     def name(self) -> str:
         return self.command.name
 
+    def last_words(self, lines: int = 40) -> str:
+        """Return the last lines of its output."""
+        return "\n".join(self.child.last_lines(lines))
+
 
 class Endings(Protocol):
     """How steps are ended."""

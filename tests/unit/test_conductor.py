@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.launch import conductor as conductors
+from dynamo_mpi.launch import workers as workers_module
 from dynamo_mpi.launch.command import Command
-from dynamo_mpi.launch.conductor import Conductor, StepFailed
+from dynamo_mpi.launch.conductor import Conductor
 from dynamo_mpi.launch.deployment import Worker
+from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.run_dir import RunDir
 from dynamo_mpi.launch.settings import LaunchSettings, read_settings
 from dynamo_mpi.launch.steps import MpirunEndings
@@ -73,7 +75,7 @@ def settings() -> LaunchSettings:
 def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a deployment of these steps; what it says is looked at by ``when``, which may end it."""
     monkeypatch.setattr(conductors, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(conductors, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(workers_module, "FIRST_PAUSE_SECONDS", 0.05)
     folder = tmp_path / "run"
 
     def begin(

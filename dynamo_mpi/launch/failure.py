@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a step that ended ends its deployment."""
+
+from __future__ import annotations
+
+from dynamo_mpi.errors import BootstrapError
+
+
+class StepFailed(BootstrapError):
+    """A step ended, and the deployment with it.
+
+    Args:
+        found: which, and how.
+        status: its exit code, or ours where it gave none.
+        log: the end of its own words.
+    """
+
+    def __init__(self, found: str, *, status: int, log: str, fix: str = "") -> None:
+        super().__init__(found, fix=fix)
+        self.status, self.log = status, log

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The workers of a deployment: started side by side, looked at, started again while the others live."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launch.failure import StepFailed
+from dynamo_mpi.launch.steps import start
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from dynamo_mpi.launch.command import Command
+    from dynamo_mpi.launch.deployment import Worker
+    from dynamo_mpi.launch.run_dir import RunDir
+    from dynamo_mpi.launch.steps import Endings, Step
+
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
+# what a further start doesn't mend
+MISTAKES = frozenset(
+    {ExitCode.USAGE, ExitCode.DATA, ExitCode.NO_MODEL, ExitCode.NOT_AUTHORISED, ExitCode.ILLEGAL_LAYOUT}
+)
+
+
+class Renderer(Protocol):
+    """Says how each step is started."""
+
+    def check(self) -> Command: ...
+    def services(self) -> Command: ...
+    def worker(self, worker: Worker, services: Iterable[str] = ...) -> Command: ...
+
+
+class Workers:
+    """All workers of one deployment.
+
+    Args:
+        workers: what runs where.
+        max_restarts: how often each is started again.
+        renderer: how they are started.
+        endings: how what is left of one is ended.
+        run_dir: the deployment's folder.
+        say: takes one line.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        max_restarts: int,
+        renderer: Renderer,
+        endings: Endings,
+        run_dir: RunDir,
+        say: Callable[[str], None],
+    ) -> None:
+        self._workers, self._max_restarts, self._renderer = workers, max_restarts, renderer
+        self._endings, self._run_dir, self._say = endings, run_dir, say
+        self._environment: Mapping[str, str] = {}
+        self._services: tuple[str, ...] = ()
+        self._running: dict[str, Step] = {}
+        self._restarts: dict[str, int] = {}
+        self._pauses: dict[str, float] = {}
+        self._ready: set[str] = set()
+
+    def start(self, environment: Mapping[str, str], services: tuple[str, ...]) -> None:
+        """Start all of them.
+
+        Args:
+            environment: theirs.
+            services: names of the variables in it that the services gave.
+        """
+        self._environment, self._services = environment, services
+        for worker in self._workers:
+            self._start(worker)
+
+    @property
+    def awaited(self) -> list[str]:
+        """Names of those that are to serve and don't yet."""
+        return [worker.name for worker in self._workers if self._is_awaited(worker.name)]
+
+    @property
+    def ended(self) -> bool:
+        """Whether none runs or will be started again."""
+        return not self._pauses and not self._running
+
+    def of(self, role: str) -> list[Step]:
+        """Return the steps of a role that run."""
+        names = [worker.name for worker in self._workers if worker.role == role]
+        return [self._running[name] for name in names if name in self._running]
+
+    def look(self) -> None:
+        """Tell who has become ready, and start again who has failed.
+
+        Raises:
+            StepFailed: one failed that can't be started again.
+        """
+        for worker in self._workers:
+            self._look_at(worker)
+
+    def _start(self, worker: Worker) -> None:
+        ready_file = self._run_dir.ready_file(worker.name)
+        ready_file.unlink(missing_ok=True)
+        self._ready.discard(worker.name)
+        command = self._renderer.worker(worker, self._services)
+        self._running[worker.name] = start(command, self._environment, self._run_dir.log(worker.name), ready_file)
+        self._say(f"{worker.name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
+
+    def _look_at(self, worker: Worker) -> None:
+        step = self._running.get(worker.name)
+        if step is None:
+            if time.monotonic() > self._pauses.get(worker.name, float("inf")):
+                del self._pauses[worker.name]
+                self._start(worker)
+            return
+        if worker.name not in self._ready and self._run_dir.is_ready(worker.name):
+            self._ready.add(worker.name)
+            self._say(f"{worker.name}: ready")
+        code = step.child.exit_code()
+        if code is not None:
+            del self._running[worker.name]
+            self._ended(worker, step, code)
+
+    def _ended(self, worker: Worker, step: Step, code: int) -> None:
+        step.child.kill()  # what a launcher that was killed has left on this host
+        if code == ExitCode.OK:
+            self._say(f"{worker.name}: ended with 0, as somebody wanted; it isn't started again")
+            return
+        self._endings.cancel([step])  # where srun alone was killed, its ranks still run
+        restarts = self._restarts.get(worker.name, 0)
+        if code in MISTAKES or restarts >= self._max_restarts:
+            raise StepFailed(f"{worker.name} ended with exit code {code}", status=code, log=step.last_words())
+        self._restarts[worker.name] = restarts + 1
+        pause = min(FIRST_PAUSE_SECONDS * 2**restarts, LONGEST_PAUSE_SECONDS)
+        self._pauses[worker.name] = time.monotonic() + pause
+        self._say(
+            f"{worker.name}: ended with exit code {code}; start {restarts + 2} of at most {self._max_restarts + 1} "
+            f"in {pause:g} s"
+        )
+
+    def _is_awaited(self, name: str) -> bool:
+        return name in self._pauses or (name in self._running and name not in self._ready)
