@@ -66,4 +66,6 @@ def _create(parent: Path, prefix: str) -> tuple[Path, int]:
             continue
         except OSError:
             pass  # no locks here, so no sweep will take it either
-        return folder, lock
+        if (folder / LOCK).exists():
+            return folder, lock
+        os.close(lock)  # a whole sweep came between

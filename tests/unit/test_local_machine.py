@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import signal
@@ -106,6 +107,23 @@ def test_last_lines_of_a_log(tmp_path: Path) -> None:
     assert last_lines(log, 3) == []
     log.write_bytes(b"1\n\n2\n\xff\n4")
     assert last_lines(log, 3) == ["2", "\N{REPLACEMENT CHARACTER}", "4"]
+
+
+def test_a_folder_that_a_sweep_took_before_it_was_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, taken = fcntl.flock, list[Path]()
+
+    def sweep_first(descriptor: int, operation: int) -> None:
+        if not taken:
+            taken.extend(tmp_path.iterdir())
+            folders.sweep(tmp_path)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", sweep_first)
+    with folders.private_folder(tmp_path) as folder:
+        assert not taken[0].exists()
+        assert folder.is_dir()
 
 
 def test_follower_copies_every_line_once(tmp_path: Path) -> None:
