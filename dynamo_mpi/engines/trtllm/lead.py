@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
-from dynamo_mpi.engines.trtllm.endings import EndedError, HurriedError, close_session
+from dynamo_mpi.engines.trtllm.endings import EndedError, close_session
 from dynamo_mpi.engines.trtllm.proof import Proof
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.session import Session, SocketFolder
 from dynamo_mpi.engines.trtllm.task import install
 from dynamo_mpi.errors import BootstrapError, DiscoveryError, EngineError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.supervision.failure import HurriedError
 from dynamo_mpi.supervision.signal_thread import SignalThread
 from dynamo_mpi.talk import tell_launch
 
