@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.control_plane.departure import Departure
 from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
@@ -110,12 +112,16 @@ class EngineLeader:
         )
         failures: list[BaseException] = []
         engine.on_failure(failures.append)
+        departure = Departure(settings.endpoint, os.environ)
+        self._guard.at_once(departure.leave)
+        # what is in flight is told of the failure meanwhile
+        engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())
         engine.start()
         code = ExitCode.OK
         try:
             with self._phases.enter("prove"):
                 prove(engine, token_id, settings.prove_timeout)
-            run(serve(registration, engine, self._phases, on_ready, self._voice.say))
+            run(serve(registration, engine, self._phases, departure.prepare, on_ready, self._voice.say))
         except (EngineError, DeadlineError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise

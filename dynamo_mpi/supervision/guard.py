@@ -83,7 +83,7 @@ class Guard:
         self, world: World, ranks: Sequence[Placed], phases: Phases, voice: Voice, terms: Terms | None = None
     ) -> None:
         self._world, self._ranks, self._phases, self._voice = world, ranks, phases, voice
-        self._at_once: list[Callable[[], None]] = []
+        self._at_once: list[Callable[[], object]] = []
         self._cleanups: list[Callable[[], None]] = []
         # a signal's handler may put into it, whatever its thread was doing
         self._news: queue.SimpleQueue[Failure | None] = queue.SimpleQueue()
@@ -118,7 +118,7 @@ class Guard:
         """Name ranks with their hosts."""
         return describe_ranks(ranks, self._ranks)
 
-    def at_once(self, act: Callable[[], None]) -> None:
+    def at_once(self, act: Callable[[], object]) -> None:
         """Call this as soon as a failure is known, in a thread of its own that gets a second."""
         self._at_once.append(act)
 
@@ -255,7 +255,7 @@ class Guard:
         return first
 
 
-def _suppressed(act: Callable[[], None]) -> None:
+def _suppressed(act: Callable[[], object]) -> None:
     # whatever it raises, the world has to end
     with contextlib.suppress(Exception):
         act()
