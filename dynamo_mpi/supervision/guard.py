@@ -217,7 +217,8 @@ class Guard:
         for thread in leaving:
             thread.start()
         first = self._publish(self._settle(failure), phase)
-        self._tell(Frame(Kind.ENDING, bytes([first.exit_code])))
+        if self._lookout is not None:
+            self._lookout.announce_end(first.exit_code)
         for thread in leaving:
             thread.join(max(0.0, late - time.monotonic()))
         for cleanup in self._cleanups:

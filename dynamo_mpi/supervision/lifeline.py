@@ -172,6 +172,7 @@ class Lifeline:
             elif frame.kind in (Kind.LEAVING, Kind.ENDING):
                 self._over = True
                 if frame.kind is Kind.ENDING:
+                    self._line.send(Frame(Kind.LEAVING))
                     # rank 0 ends the world; where its launcher doesn't, we go by ourselves
                     self._exit_after(_RESCUE_SECONDS, frame.body[0] if frame.body else int(ExitCode.ENGINE))
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _STACKS_SECONDS = 2.0
 _FAREWELL_SECONDS = 1.0
 _STALL_SECONDS = 0.5
+_HEED_SECONDS = 0.5
 
 
 class _Rank:
@@ -91,6 +92,13 @@ class Lookout:
         """Send ``frame`` to all ranks. Thread-safe, never waits."""
         self._orders.put(frame)
         self._bell.ring()
+
+    def announce_end(self, code: int) -> None:
+        """Tell the ranks that rank 0 ends the world, and wait a moment for them to know: a rank that only saw it go would report a death."""
+        self.tell(Frame(Kind.ENDING, bytes([code])))
+        end = time.monotonic() + _HEED_SECONDS
+        while time.monotonic() < end and not all(rank.done for rank in list(self._ranks.values())):
+            time.sleep(_HEED_SECONDS / 50)
 
     def close(self) -> None:
         """Tell the ranks that rank 0 leaves in order, and end. Idempotent."""
