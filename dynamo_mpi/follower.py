@@ -7,10 +7,9 @@ import signal
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import pack
-from dynamo_mpi.preflight.inquiry import Inquiry, fill_card
+from dynamo_mpi.preflight.inquiry import Inquiry, fill_card, host_name
+from dynamo_mpi.talk import Voice
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.supervision.watch import Watched
     from dynamo_mpi.world import World
 
 # what rank 0 broadcasts begins with one byte that says how to read the rest
@@ -52,72 +51,85 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     # before the verdict, every file that a rank opens counts
-    from dynamo_mpi.supervision.watch import Watched
+    from dynamo_mpi.supervision.lifeline import Lifeline
+    from dynamo_mpi.supervision.meeting import Meeting
 
-    spec = EngineSpec.unpack(message[1:])
-    watched = Watched(world.duplicate())
-    watched.start()
+    meeting, packed = Meeting.unpack(message[1:])
+    lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()))
     try:
-        if spec.engine == "trtllm":
-            return _follow_trtllm(world, watched, phases)
-        return _follow_engine(world, launch, spec, watched, phases)
-    finally:
-        watched.close()
+        code = _follow(world, launch, EngineSpec.unpack(packed), lifeline, phases)
+    except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
+        lifeline.fail(error)
+    lifeline.close()
+    return code
 
 
-def _follow_trtllm(world: World, watched: Watched, phases: Phases) -> int:
+def _follow(world: World, launch: Launch, spec: EngineSpec, lifeline: Lifeline, phases: Phases) -> int:
+    if spec.engine == "trtllm":
+        return _follow_trtllm(world, lifeline, phases)
+    return _follow_engine(world, launch, spec, lifeline, phases)
+
+
+def _follow_trtllm(world: World, lifeline: Lifeline, phases: Phases) -> int:
     from dynamo_mpi.engines.trtllm.follow import follow_trtllm
 
     with phases.enter("serve"):
-        follow_trtllm(world, watched)
+        follow_trtllm(world, lifeline)
     return world.broadcast()[1]
 
 
-def _follow_engine(world: World, launch: Launch, spec: EngineSpec, watched: Watched, phases: Phases) -> int:
+def _follow_engine(world: World, launch: Launch, spec: EngineSpec, lifeline: Lifeline, phases: Phases) -> int:
     with phases.enter("load"):
         comm = world.duplicate()
-        engine, report = build_part(spec, comm, launch.local_size or world.size)
-        world.gather(report)
-        message = world.broadcast()
-        if engine is None or message[:1] == STOP:
+        engine, error = build_part(spec, comm, launch.local_size or world.size)
+        if message := _agree(world, lifeline, error):
             return message[1]
-        world.gather(load_part(engine))
-        message = world.broadcast()
-        if message[:1] == STOP:
+        if engine is not None and (message := _agree(world, lifeline, load_part(engine))):
             return message[1]
-    watched.close()
     with phases.enter("serve"):
-        engine.follow()
+        if engine is not None:
+            engine.follow()
     return world.broadcast()[1]
 
 
-def build_part(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> tuple[Engine | None, bytes]:
+def _agree(world: World, lifeline: Lifeline, error: Exception | None) -> bytes:
+    """Tell rank 0 how it went, and hear whether to stop: then what it has said, else nothing."""
+    world.gather(report_of(error))
+    if error is not None:
+        lifeline.record(error)
+    message = world.broadcast()
+    return message if message[:1] == STOP else b""
+
+
+def build_part(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> tuple[Engine | None, Exception | None]:
     """Build this rank's part of the engine, on rank 0 as on any other.
 
     Building and loading are agreed on apart: loading may be collective, and a rank that could not even build (a package is missing
     on its node) would leave the others waiting there.
 
     Returns:
-        The engine and an empty report, or None and the exit code with the error, packed for rank 0.
+        The engine, or else why there is none.
     """
     try:
-        return build_engine(spec, comm, local_size), b""
+        return build_engine(spec, comm, local_size), None
     except Exception as error:
-        return None, _report(error)
+        return None, error
 
 
-def load_part(engine: Engine) -> bytes:
-    """Load this rank's part, and return what to tell rank 0: nothing, or the exit code with the error."""
+def load_part(engine: Engine) -> Exception | None:
+    """Load this rank's part, and return why it could not be loaded."""
     try:
         engine.load()
     except Exception as error:
-        return _report(error)
-    return b""
+        return error
+    return None
 
 
-def _report(error: Exception) -> bytes:
-    if isinstance(error, BootstrapError):
-        return pack([str(int(error.exit_code)), str(error)])
-    import traceback
+def report_of(error: Exception | None) -> bytes:
+    """Return what to tell rank 0: nothing, or the exit code with the error."""
+    if error is None:
+        return b""
+    from dynamo_mpi.supervision.failure import describe_error
 
-    return pack([str(int(ExitCode.ENGINE)), "".join(traceback.format_exception(error)).rstrip()])
+    text, code = describe_error(error)
+    return pack([str(code), text])

@@ -5,32 +5,29 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.probe import probe_control_plane
-from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.engines.spec import EngineSpec
-from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError, UsageError
+from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.fields import unpack
-from dynamo_mpi.follower import GO, STOP, build_part, load_part
+from dynamo_mpi.follower import GO, STOP
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
-from dynamo_mpi.preflight.roster import describe_ranks, hosts
+from dynamo_mpi.preflight.roster import hosts
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
 from dynamo_mpi.serving.ready import announce, forget
-from dynamo_mpi.serving.service import Registration, point_runtime_at, run, serve
+from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
+from dynamo_mpi.supervision.failure import HurriedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.control_plane.presence import Presence
-    from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
@@ -38,8 +35,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
-
-_CLOSE_SECONDS = 10.0
 
 
 class Leader:
@@ -61,6 +56,7 @@ class Leader:
         self._mpi_library = mpi_library
         self._verdict_seconds = 0.0
         self._presence: Presence | None = None
+        self._guard: Guard | None = None
 
     def run(self, argv: Sequence[str]) -> int:
         """Live it.
@@ -70,6 +66,10 @@ class Leader:
         """
         try:
             return self._live(argv)
+        except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
+            if self._guard is None:
+                raise
+            self._guard.end(error)
         finally:
             self._disappear()
 
@@ -93,30 +93,33 @@ class Leader:
                 point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
                 require_servable(settings.model, plan.inquiry.files[0].content)
                 self._appear(settings, verdict, cards)
+                guard = self._guard_with(settings, cards)
             except BootstrapError as error:
                 return self._stop(f"error: {error}", error.exit_code)
             spec = engine_spec(settings, plan)
-            self._world.broadcast(GO + spec.pack())
-        from dynamo_mpi.supervision.guard import Guard
-
-        guard = Guard(self._world, cards, self._phases, self._voice)
-        guard.before_the_end(self._disappear)
+            self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
         if settings.engine == "trtllm":
-            return self._lead_trtllm(settings, plan, cards, guard)
-        with self._phases.enter("load"), guard.deadline(settings.load_timeout, "not loaded", "--load-timeout"):
-            code, engine = self._load(spec, cards)
-        guard.close()
-        if engine is None:
-            return code
-        return self._lead_engine(engine, settings, plan)
+            code = self._lead_trtllm(settings, plan, cards, guard)
+        else:
+            from dynamo_mpi.engine_leader import EngineLeader
 
-    def _load(self, spec: EngineSpec, cards: Sequence[Card]) -> tuple[ExitCode, Engine | None]:
-        engine, report = build_part(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
-        code = self._agree(report, cards)
-        if engine is None or code is not ExitCode.OK:
-            return code, None
-        code = self._agree(load_part(engine), cards)
-        return code, engine if code is ExitCode.OK else None
+            leader = EngineLeader(self._world, self._launch, settings, guard, self._phases, self._voice, self._dismiss)
+            code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
+        guard.close()
+        return code
+
+    def _guard_with(self, settings: Settings, cards: Sequence[Card]) -> Guard:
+        """Begin to watch over the ranks, which have to be told where."""
+        from dynamo_mpi.supervision.failure_files import forget_failures
+        from dynamo_mpi.supervision.guard import Guard, Terms
+
+        label = settings.endpoint.removeprefix("dyn://").split(".")[1]
+        forget_failures(settings.failure_dir, label)
+        terms = Terms(settings.liveness_network, settings.heartbeat_timeout, str(settings.failure_dir or ""), label)
+        self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms)
+        guard.at_once(self._disappear)
+        guard.before_the_end(partial(forget, settings.ready_file))
+        return guard
 
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> None:
         """Publish the world record, and compare it with the peers that came first."""
@@ -134,6 +137,8 @@ class Leader:
             self._presence.withdraw()
 
     def _hurry(self, number: int, _: object) -> None:
+        if self._guard is not None:
+            self._guard.end(HurriedError(number), of_signal(number))
         self._disappear()
         self._world.abort(of_signal(number))
 
@@ -141,14 +146,6 @@ class Leader:
         self._world.broadcast(GO + plan.inquiry.pack())
         answers = self._world.gather(fill_card(plan.inquiry, self._launch, argv, self._mpi_library).pack())
         return [Card.unpack(answer) for answer in answers]
-
-    def _agree(self, report: bytes, cards: Sequence[Card]) -> ExitCode:
-        """Gather what went wrong anywhere, and tell all ranks to go on or to leave."""
-        reports = self._world.gather(report)
-        if any(reports):
-            return self._stop(*describe_failures(reports, cards))
-        self._world.broadcast(GO)
-        return ExitCode.OK
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
         self._voice.say(text)
@@ -160,55 +157,10 @@ class Leader:
         self._disappear()
         self._world.broadcast(STOP + bytes([code]))
 
-    def _lead_engine(self, engine: Engine, settings: Settings, plan: Plan) -> int:
-        token_id = plan.shape.bos_token_id or 0
-        registration = Registration(
-            model_dir=str(settings.model),
-            served_model_name=settings.served_model_name,
-            endpoint=settings.endpoint,
-            request_plane=settings.request_plane,
-            discovery_backend=settings.discovery_backend,
-            health_token_id=token_id,
-            drain_timeout=settings.drain_timeout,
-            role=settings.role,
-        )
-        failures: list[BaseException] = []
-        engine.on_failure(failures.append)
-        engine.start()
-        code = ExitCode.OK
-        try:
-            with self._phases.enter("prove"):
-                prove(engine, token_id, settings.prove_timeout)
-            announce = partial(self._announce, settings)
-            run(serve(registration, engine, self._phases, announce, self._voice.say))
-        except (EngineError, DeadlineError):
-            # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
-            raise
-        except BootstrapError as error:
-            self._voice.say(f"error in {self._phases.current}: {error}")
-            code = error.exit_code
-        finally:
-            # the event loop has given signals back; from here on a further one must not take rank 0 away from the others
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
-            forget(settings.ready_file)
-        with self._phases.enter("exit"):
-            close(engine, _CLOSE_SECONDS)
-            if failures:
-                raise EngineError(
-                    f"the engine failed: {failures[0]}", fix="look at the ranks' logs, and start the worker again"
-                )
-            self._dismiss(code)
-        self._voice.say(
-            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
-        )
-        return code
-
     def _lead_trtllm(self, settings: Settings, plan: Plan, cards: Sequence[Card], guard: Guard) -> int:
         from dynamo_mpi.engines.trtllm.lead import TrtllmLeader
 
         gpus_per_node = plan.config.gpus_per_node or len(cards) // len(hosts(cards))
-        guard.before_the_end(partial(forget, settings.ready_file))
         leader = TrtllmLeader(
             self._world, settings, gpus_per_node, plan.shape.bos_token_id or 0, guard, self._phases, self._voice
         )
@@ -216,7 +168,6 @@ class Leader:
             leader.run(partial(self._announce, settings))
         finally:
             forget(settings.ready_file)
-        guard.close()
         self._dismiss(ExitCode.OK)
         self._voice.say(f"exit: done after {self._phases.age:.1f} s")
         return ExitCode.OK
@@ -246,23 +197,6 @@ def require_startable(settings: Settings) -> None:
         )
 
 
-def close(engine: Engine, seconds: float) -> None:
-    """Close the engine, which waits for the step that is running.
-
-    Raises:
-        DeadlineError: it did not close within ``seconds``: a rank hangs in a step.
-    """
-    closing = threading.Thread(target=engine.close, name="close", daemon=True)
-    closing.start()
-    closing.join(seconds)
-    if closing.is_alive():
-        raise DeadlineError(
-            f"the engine did not stop within {seconds:g} s",
-            needed="ranks that still take part in its steps",
-            fix="look for a rank that hangs; the world is ended now",
-        )
-
-
 def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
     """Say which engine every rank has to build."""
     config = plan.config
@@ -282,19 +216,3 @@ def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
         kv_keep_seconds=settings.kv_keep_seconds,
         kv_pull_seconds=settings.kv_pull_timeout,
     )
-
-
-def describe_failures(reports: Sequence[bytes], cards: Sequence[Card]) -> tuple[str, ExitCode]:
-    """Write down which ranks could not load, and why, each reason once.
-
-    Returns:
-        The text, and the exit code of the lowest rank that failed.
-    """
-    groups: dict[tuple[str, str], list[int]] = {}
-    for rank, report in enumerate(reports):
-        if report:
-            code, text = unpack(report)
-            groups.setdefault((code, text), []).append(rank)
-    parts = [f"{describe_ranks(ranks, cards)}: {text}" for (_, text), ranks in groups.items()]
-    first = next(iter(groups))
-    return "error in load: " + "\n".join(parts), ExitCode(int(first[0]))

@@ -181,6 +181,32 @@ OPTIONS: tuple[Option, ...] = (
         "seconds that requests in flight have to end after SIGTERM",
     ),
     Option(
+        "liveness_network",
+        ("--liveness-network",),
+        ("DYN_MPI_LIVENESS_NETWORK",),
+        None,
+        to_text,
+        "interface (ib0), network (10.1.0.0/16, fd00::/64) or address at which rank 0 hears of the other ranks' life; the address of the "
+        "host's own name by default",
+    ),
+    Option(
+        "heartbeat_timeout",
+        ("--heartbeat-timeout",),
+        ("DYN_MPI_HEARTBEAT_TIMEOUT",),
+        None,
+        to_seconds,
+        "seconds without a sign of life after which a rank is taken for stopped or stuck, 0 for never; by default 300 until it has loaded, "
+        "since an import may hold Python's lock for minutes, and 60 from then on",
+    ),
+    Option(
+        "failure_dir",
+        ("--failure-dir",),
+        ("DYN_MPI_FAILURE_DIR",),
+        None,
+        to_path,
+        "folder for a JSON file from each rank that fails, COMPONENT-rank-N.json; rank 0's holds the whole report",
+    ),
+    Option(
         "kv_transport",
         ("--kv-transport",),
         ("DYN_MPI_KV_TRANSPORT",),
@@ -257,6 +283,9 @@ class Settings:
     load_timeout: float
     prove_timeout: float
     drain_timeout: float
+    liveness_network: str | None
+    heartbeat_timeout: float | None
+    failure_dir: Path | None
     kv_transport: str
     kv_network: str | None
     kv_keep_seconds: float

@@ -17,6 +17,7 @@ class Voice:
     """
 
     def __init__(self, rank: int, host: str) -> None:
+        self.host = host
         self._prefix = f"dynamo_mpi: rank {rank} on {host}: "
 
     def say(self, text: str) -> None:

@@ -33,7 +33,13 @@ def worker_words(settings: LaunchSettings, source: Source, worker: Worker, run_d
     return (
         *source.entry("start_worker.sh"),
         *("--role", worker.role, "--engine-config", worker.engine_config, *engine),
-        *("--ready-file", ready_file(run_dir, worker), *settings.worker_args),
+        *(
+            "--ready-file",
+            ready_file(run_dir, worker),
+            "--failure-dir",
+            f"{run_dir}/failures/{worker.name}",
+            *settings.worker_args,
+        ),
     )
 
 

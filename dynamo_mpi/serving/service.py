@@ -73,7 +73,12 @@ def health_payload(token_id: int) -> dict[str, Any]:
 
 
 async def serve(
-    registration: Registration, engine: Engine, phases: Phases, on_ready: Callable[[], None], say: Callable[[str], None]
+    registration: Registration,
+    engine: Engine,
+    phases: Phases,
+    on_registered: Callable[[int], object],
+    on_ready: Callable[[], None],
+    say: Callable[[str], None],
 ) -> None:
     """Register ``engine`` with Dynamo, and serve until SIGTERM or SIGINT; then drain.
 
@@ -83,6 +88,7 @@ async def serve(
         registration: how it appears.
         engine: started and proven.
         phases: gets ``register``, ``serve`` and ``drain``.
+        on_registered: called from a thread with the instance's id, as soon as it is in discovery.
         on_ready: called once requests are answered.
         say: for a line of progress.
 
@@ -121,6 +127,7 @@ async def serve(
             await _end(runtime, serving)
             raise _runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
     if registering.done() and not stop.first.done() and not failed.done():
+        await asyncio.to_thread(on_registered, endpoint.connection_id())
         on_ready()
     with phases.enter("serve"):
         await _first_of(serving, failed, stop.first)

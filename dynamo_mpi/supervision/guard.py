@@ -6,14 +6,30 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import queue
+import secrets
+import socket
 import threading
+import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.errors import DeadlineError
 from dynamo_mpi.preflight.roster import describe_ranks
-from dynamo_mpi.supervision.stacks import describe_stacks
-from dynamo_mpi.supervision.watch import Failure, Watch, describe_error
+from dynamo_mpi.services.host_address import host_address
+from dynamo_mpi.supervision.failure import (
+    Cause,
+    Failure,
+    HurriedError,
+    describe_consequences,
+    describe_error,
+    first_cause,
+)
+from dynamo_mpi.supervision.failure_files import content_of, write_failure
+from dynamo_mpi.supervision.liveness_wire import TOKEN_BYTES, Frame, Kind
+from dynamo_mpi.supervision.lookout import Lookout
+from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.supervision.stacks import describe_stacks, own_stacks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,43 +41,115 @@ if TYPE_CHECKING:
 
 
 _BACKSTOP_SECONDS = 15.0
+# Open MPI's mpirun ends the others 0.25 s after it has seen a rank die: the report has to be out by then
+_SETTLE_SECONDS = 0.3
+_SETTLE_AFTER_DEATH_SECONDS = 0.1
+_LEAVE_SECONDS = 1.0
+_HURRYING = (Cause.DEATH, Cause.LOST, Cause.SIGNAL)
+
+
+class Terms(NamedTuple):
+    """How a world is guarded; the fields are settings of the same names.
+
+    Args:
+        network: where rank 0 listens.
+        heartbeat_timeout: see `Meeting`.
+        failure_dir: see `Meeting`.
+        label: see `Meeting`.
+    """
+
+    network: str | None = None
+    heartbeat_timeout: float | None = None
+    failure_dir: str = ""
+    label: str = "worker"
 
 
 class Guard:
-    """Watches over all ranks while they load, and ends them together.
+    """Watches over all ranks from the verdict on, and ends them together.
 
     Args:
-        world: all ranks. Building the guard is collective: the others build a `Watched`.
+        world: all ranks.
         ranks: where each rank is.
         phases: name the phase in which it happened.
         voice: writes the report.
+        terms: how.
+
+    Raises:
+        UsageError: this host has no address by ``terms.network``.
+        OSError: it can't be listened on.
     """
 
-    def __init__(self, world: World, ranks: Sequence[Placed], phases: Phases, voice: Voice) -> None:
+    def __init__(
+        self, world: World, ranks: Sequence[Placed], phases: Phases, voice: Voice, terms: Terms | None = None
+    ) -> None:
         self._world, self._ranks, self._phases, self._voice = world, ranks, phases, voice
-        self._ending = threading.Lock()
+        self._at_once: list[Callable[[], object]] = []
         self._cleanups: list[Callable[[], None]] = []
+        # a signal's handler may put into it, whatever its thread was doing
+        self._news: queue.SimpleQueue[Failure | None] = queue.SimpleQueue()
         self.failed = threading.Event()
-        self._watch = Watch(world.duplicate(), self._rank_failed)
-        self._watch.start()
+        self._lookout: Lookout | None = None
+        self.meeting = self._meet(terms or Terms())
+        threading.Thread(target=self._wait, name="watch", daemon=True).start()
+
+    def _meet(self, terms: Terms) -> Meeting:
+        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label)
+        if self._world.size == 1:
+            return Meeting(self._voice.host, "", 0, "", *rest)
+        address = host_address(terms.network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        # all ranks come at the same moment
+        listener = socket.create_server((address, 0), family=family, backlog=max(128, self._world.size))
+        token = secrets.token_hex(TOKEN_BYTES)
+        meeting = Meeting(self._voice.host, address, listener.getsockname()[1], token, *rest)
+        self._lookout = Lookout(
+            self._world.size,
+            meeting,
+            listener,
+            lambda: self._phases.current,
+            lambda rank: self._ranks[rank].host,
+            self._news.put,
+        )
+        self._phases.listen(lambda name: self._tell(Frame(Kind.PHASE, name.encode())))
+        self._lookout.start()
+        return meeting
 
     def name(self, ranks: Sequence[int]) -> str:
         """Name ranks with their hosts."""
         return describe_ranks(ranks, self._ranks)
 
+    def at_once(self, act: Callable[[], object]) -> None:
+        """Call this as soon as a failure is known, in a thread of its own that gets a second."""
+        self._at_once.append(act)
+
     def before_the_end(self, cleanup: Callable[[], None]) -> None:
         """Call this before the world is ended, after the report. It has to be quick."""
         self._cleanups.append(cleanup)
 
-    def end(self, error: BaseException, code: int | None = None) -> None:
-        """End all ranks because of ``error``; only the first one counts. Does not return.
+    def end(self, error: BaseException, code: int | None = None) -> NoReturn:
+        """End all ranks because of ``error``; of several, the first cause counts. Does not return.
 
         Args:
             error: what to report, of rank 0.
             code: what to leave with, where it isn't the error's own.
         """
         text, own_code = describe_error(error)
-        self._end(Failure(0, own_code if code is None else code, text))
+        cause = Cause.SIGNAL if isinstance(error, HurriedError) else Cause.TOLD
+        self._note_own(text, own_code if code is None else code, cause)
+        while True:  # for the end
+            time.sleep(_BACKSTOP_SECONDS)
+
+    def report(self, error: BaseException) -> None:
+        """Report ``error``, of which the world ends in order."""
+        text, code = describe_error(error)
+        self._publish([Failure(0, code, text, Cause.TOLD, self._phases.current, time.monotonic())])
+
+    def record(self, failures: Sequence[Failure], text: str) -> None:
+        """Write ``failures``, of which the world ends in order, to rank 0's failure file; ``text`` is what has been said of them."""
+        first, *rest = failures
+        later = [content_of(failure, self._ranks[failure.rank].host) for failure in rest]
+        report = {"report": text, "consequences": later}
+        write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
 
     @contextmanager
     def deadline(self, seconds: float, what: str, flag: str) -> Iterator[None]:
@@ -86,13 +174,19 @@ class Guard:
             faulthandler.cancel_dump_traceback_later()
 
     def close(self) -> None:
-        """Stop watching, here and on the other ranks."""
-        self._watch.close()
+        """Stop watching: from here on, all ranks leave in order. Idempotent."""
+        self._news.put(None)
+        if self._lookout is not None:
+            self._lookout.close()
+
+    def _tell(self, frame: Frame) -> None:
+        if self._lookout is not None:
+            self._lookout.tell(frame)
 
     def _late(self, seconds: float, what: str, flag: str) -> None:
         places = "unknown"
         with contextlib.suppress(Exception):  # whatever hinders it, the deadline has passed
-            stacks = self._watch.stacks()
+            stacks = {0: own_stacks()} if self._lookout is None else self._lookout.stacks()
             silent = [rank for rank in range(self._world.size) if rank not in stacks]
             places = describe_stacks(stacks, silent, self.name)
         error = DeadlineError(
@@ -100,23 +194,69 @@ class Guard:
             needed="all ranks to come through",
             fix=f"look at the ranks that stand apart from the others; {flag} gives it longer",
         )
-        self._end(Failure(0, int(error.exit_code), f"{error}\nwhere the ranks are:\n{places}"))
+        self._note_own(f"{error}\nwhere the ranks are:\n{places}", int(error.exit_code), Cause.TOLD)
+        threading.Event().wait()  # whoever waits for this thread waits for the end
 
-    def _rank_failed(self, failure: Failure) -> None:
-        self._end(failure)
+    def _note_own(self, text: str, code: int, cause: Cause) -> None:
+        self._news.put(Failure(0, code, text, cause, self._phases.current, time.monotonic()))
+
+    def _wait(self) -> None:
+        failure = self._news.get()
+        if failure is not None:
+            self._end(failure)
 
     def _end(self, failure: Failure) -> None:
+        phase = self._phases.current
         self.failed.set()
-        # never released: who comes second waits here for the end
-        self._ending.acquire()
         # a reader of our words that hangs, or an MPI that can't end its ranks, is no reason to stay
         backstop = threading.Timer(_BACKSTOP_SECONDS, os._exit, (failure.exit_code,))
         backstop.daemon = True
         backstop.start()
-        where = "" if failure.rank == 0 else f"{self.name([failure.rank])}: "
-        self._voice.say(f"error in {self._phases.current}: {where}{failure.text}")
+        late = time.monotonic() + _LEAVE_SECONDS
+        leaving = [threading.Thread(target=_suppressed, args=(act,), daemon=True) for act in self._at_once]
+        for thread in leaving:
+            thread.start()
+        first = self._publish(self._settle(failure), phase)
+        if self._lookout is not None:
+            self._lookout.announce_end(first.exit_code)
+        for thread in leaving:
+            thread.join(max(0.0, late - time.monotonic()))
         for cleanup in self._cleanups:
-            # whatever it raises, the world has to end
-            with contextlib.suppress(Exception):
-                cleanup()
-        self._world.abort(failure.exit_code)
+            _suppressed(cleanup)
+        self._world.abort(first.exit_code)
+
+    def _settle(self, seen: Failure) -> list[Failure]:
+        """Wait for what may have come before the failure that was seen first, and for what follows at once."""
+        failures = [seen]
+        now = time.monotonic()
+        end = now + _SETTLE_SECONDS
+        news: Failure | None = seen
+        while True:
+            if news is not None and news.cause in _HURRYING:
+                end = min(end, now + _SETTLE_AFTER_DEATH_SECONDS)
+            try:
+                news = self._news.get(timeout=max(0.0, end - now))
+            except queue.Empty:
+                return failures
+            if news is not None:
+                failures.append(news)
+            now = time.monotonic()
+
+    def _publish(self, failures: Sequence[Failure], phase: str = "") -> Failure:
+        """Write the report, for people and for programs, and return the failure that it is about."""
+        first = first_cause(failures)
+        where = "" if first.rank == 0 else f"{self.name([first.rank])}{': ' if first.cause is Cause.TOLD else ' '}"
+        parts = [
+            f"error in {phase or first.phase}: {where}{first.text}",
+            describe_consequences(first, failures, self.name),
+        ]
+        text = "\n".join(filter(None, parts))
+        self._voice.say(text)
+        self.record([first, *(failure for failure in failures if failure is not first)], text)
+        return first
+
+
+def _suppressed(act: Callable[[], object]) -> None:
+    # whatever it raises, the world has to end
+    with contextlib.suppress(Exception):
+        act()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,43 @@ def test_a_rank_that_can_not_answer_is_told_first(mpirun: Mpirun) -> None:
     assert done.returncode == 124, done.stderr
     _, _, stacks = done.stderr.partition("where the ranks are:\n")
     assert stacks.startswith("rank 1 on here: no answer"), done.stderr
+
+
+def test_a_death_is_told_before_the_launcher_ends_rank_0(mpirun: Mpirun, tmp_path: Path) -> None:
+    done = mpirun(3, PROGRAM, "kill", "1", env={"PATIENCE": "30", "FAILURES": str(tmp_path)})
+    assert done.returncode == 137, done.stderr
+    assert done.stderr.count("error in environment: rank 1 on here died: ") == 1
+    (file,) = tmp_path.glob("*.json")
+    assert file.name == "worker-rank-0.json"
+    assert file.stat().st_mode & 0o077 == 0
+    report = json.loads(file.read_text())
+    assert (report["rank"], report["host"], report["cause"], report["exit_code"]) == (1, "here", "death", 70)
+    assert report["report"] in done.stderr
+
+
+def test_the_others_see_that_rank_0_has_died(mpirun: Mpirun, tmp_path: Path) -> None:
+    done = mpirun(3, PROGRAM, "kill", "0", env={"PATIENCE": "30", "FAILURES": str(tmp_path)})
+    assert done.returncode == 137, done.stderr
+    assert done.stderr.count("dynamo_mpi: rank 1 on here: error in ") == 1
+    assert "rank 0 on " in done.stderr
+    assert "rank 2 on here" not in done.stderr
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_silence_is_told(mpirun: Mpirun, victim: int) -> None:
+    done = mpirun(3, PROGRAM, "stop", str(victim), env={"PATIENCE": "30", "HEARTBEAT": "2"})
+    assert done.returncode != 0
+    assert done.stderr.count(f"rank {victim} on {'here' if victim else ''}") >= 1
+    assert "is stopped or stuck: not a sign of life for 2 s" in done.stderr
+    assert "--heartbeat-timeout gives it longer" in done.stderr
+
+
+def test_each_rank_that_fails_writes_a_file(mpirun: Mpirun, tmp_path: Path) -> None:
+    done = mpirun(3, PROGRAM, "raise", "2", env={"FAILURES": str(tmp_path / "made")})
+    assert done.returncode == 70, done.stderr
+    own = json.loads((tmp_path / "made" / "worker-rank-2.json").read_text())
+    whole = json.loads((tmp_path / "made" / "worker-rank-0.json").read_text())
+    assert own["error"] == "ValueError: this rank has had enough"
+    assert own["traceback"] == whole["traceback"]
+    assert own["traceback"].startswith("Traceback")
+    assert (own["rank"], own["sequence"], whole["consequences"]) == (2, 1, [])

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.engine_leader import describe_failures, failures_of
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import pack
-from dynamo_mpi.leader import describe_failures, engine_spec, require_startable
+from dynamo_mpi.leader import engine_spec, require_startable
 from dynamo_mpi.preflight.inquiry import Card
 from dynamo_mpi.preflight.verdict import read_plan
 from dynamo_mpi.settings import load_settings
@@ -23,7 +24,7 @@ def report(code: ExitCode, text: str) -> bytes:
 
 
 def test_a_reason_that_ranks_share_is_told_once() -> None:
-    text, code = describe_failures([b"", *[report(ExitCode.NO_MODEL, "no weights")] * 3], CARDS)
+    text, code = describe_failures(failures_of([b"", *[report(ExitCode.NO_MODEL, "no weights")] * 3]), CARDS)
     assert code is ExitCode.NO_MODEL
     assert text.count("no weights") == 1
     assert "ranks 1 on n1 and 2-3 on n2" in text
@@ -31,7 +32,7 @@ def test_a_reason_that_ranks_share_is_told_once() -> None:
 
 def test_the_lowest_rank_decides_the_code_and_every_reason_is_told() -> None:
     reports = [b"", report(ExitCode.ENGINE, "out of memory"), report(ExitCode.NO_MODEL, "no weights"), b""]
-    text, code = describe_failures(reports, CARDS)
+    text, code = describe_failures(failures_of(reports), CARDS)
     assert code is ExitCode.ENGINE
     assert "rank 1 on n1: out of memory" in text
     assert "rank 2 on n2: no weights" in text

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import queue
-import signal
 import threading
 from typing import TYPE_CHECKING
 
@@ -37,15 +36,6 @@ class EndedError(BootstrapError):
             found += "; its last lines:\n" + "\n".join(f"    {line}" for line in lines[-_LINES_TOLD:])
         super().__init__(found, fix=fix)
         self.code = code
-
-
-class HurriedError(BootstrapError):
-    """A signal that leaves no time for an orderly end."""
-
-    def __init__(self, number: int) -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name}, which the launcher sends when a rank has died, and an operator to stop")
-        self.number = number
 
 
 def close_session(session: Session, seconds: float) -> None:

@@ -11,17 +11,17 @@ from dynamo_mpi.engines.trtllm.task import install
 from dynamo_mpi.talk import tell_launch
 
 if TYPE_CHECKING:
-    from dynamo_mpi.supervision.watch import Watched
+    from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.world import World
 
 
-def follow_trtllm(world: World, watched: Watched) -> None:
+def follow_trtllm(world: World, lifeline: Lifeline) -> None:
     """Join TensorRT-LLM's world and run what rank 0 asks for, until it closes the session."""
     comm, tasks = world.duplicate(), world.duplicate()
-    install(tasks, watched.fail)
+    install(tasks, lifeline.fail)
     prepare_rank(world.rank)
     tell_launch("worker", world.rank, world.size)
     try:
         serve_tasks(comm)
     except BaseException as error:
-        watched.fail(error)
+        lifeline.fail(error)

@@ -11,15 +11,17 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.control_plane.departure import Departure
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
-from dynamo_mpi.engines.trtllm.endings import EndedError, HurriedError, close_session
+from dynamo_mpi.engines.trtllm.endings import EndedError, close_session
 from dynamo_mpi.engines.trtllm.proof import Proof
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.session import Session, SocketFolder
 from dynamo_mpi.engines.trtllm.task import install
 from dynamo_mpi.errors import BootstrapError, DiscoveryError, EngineError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.supervision.failure import HurriedError
 from dynamo_mpi.supervision.signal_thread import SignalThread
 from dynamo_mpi.talk import tell_launch
 
@@ -95,7 +97,8 @@ class TrtllmLeader:
         self._serving = self._stopping = False
         self._drain_seconds = 0.0
         self._last_signal = -math.inf
-        self._registered = False
+        self._registered = self._departed = False
+        self._departure = Departure(settings.endpoint, os.environ)
         self._child: Child | None = None
         self._proof: Proof | None = None
         self._folder: SocketFolder | None = None
@@ -106,6 +109,7 @@ class TrtllmLeader:
         Args:
             on_ready: called once it is registered and proven.
         """
+        self._guard.at_once(self._depart)
         self._guard.before_the_end(self._clean_up)
         signals = SignalThread(self._signalled)
         try:
@@ -227,6 +231,7 @@ class TrtllmLeader:
 
     def _heard(self, news: dict[str, Any]) -> None:
         if "registered" in news:
+            self._departure.prepare(int(news["registered"]))
             self._registered = True
             self._events.put(_Registered())
         elif "proven" in news:
@@ -246,12 +251,15 @@ class TrtllmLeader:
             fix="look at both; ETCD_ENDPOINTS and NATS_SERVER say where they are",
         )
 
+    def _depart(self) -> None:
+        self._departed = self._departure.leave()
+
     def _clean_up(self) -> None:
-        """Leave nothing behind: a child that is registered gets the time to say goodbye, which takes milliseconds."""
+        """Leave nothing behind: a child that is still registered gets the time to say goodbye, which takes milliseconds."""
         if self._proof is not None:
             self._proof.kill()
         if self._child is not None:
-            if self._phases.current not in ("load", "drain"):
+            if not self._departed and self._phases.current not in ("load", "drain"):
                 self._child.terminate()
                 self._child.wait(_DEREGISTER_SECONDS)
             self._child.kill()

@@ -9,9 +9,10 @@ import sys
 import threading
 from typing import NamedTuple
 
-from dynamo_mpi.supervision.guard import Guard
+from dynamo_mpi.supervision.guard import Guard, Terms
+from dynamo_mpi.supervision.lifeline import Lifeline
+from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.supervision.watch import Watched
 from dynamo_mpi.talk import Voice
 from dynamo_mpi.world import World, bind_library, form_world
 
@@ -41,6 +42,8 @@ def suffer(what: str) -> None:
         wait_for_what_never_comes()
     elif what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
     elif what == "raise":
         raise ValueError("this rank has had enough")
 
@@ -50,10 +53,13 @@ def clean_up() -> None:
 
 
 def lead(world: World, what: str, victim: int) -> None:
-    guard = Guard(world, [Placed("here")] * world.size, Phases(), Voice(0, "here"))
+    terms = Terms("127.0.0.1", float(os.environ.get("HEARTBEAT", "60")), os.environ.get("FAILURES", ""))
+    guard = Guard(world, [Placed("here")] * world.size, Phases(), Voice(0, "here"), terms)
+    world.broadcast(guard.meeting.pack(b""))
     guard.before_the_end(clean_up)
+    world.barrier(10)
     try:
-        with guard.deadline(1.0, "the barrier was not passed", "--patience"):
+        with guard.deadline(float(os.environ.get("PATIENCE", "1")), "the barrier was not passed", "--patience"):
             if victim == 0:
                 suffer(what)
             meet(world)
@@ -63,15 +69,16 @@ def lead(world: World, what: str, victim: int) -> None:
 
 
 def follow(world: World, what: str, victim: int) -> None:
-    watched = Watched(world.duplicate())
-    watched.start()
+    meeting, _ = Meeting.unpack(world.broadcast())
+    lifeline = Lifeline(meeting, world, Phases(), Voice(world.rank, "here"))
+    world.barrier(10)
     try:
         if victim == world.rank:
             suffer(what)
         meet(world)
     except ValueError as error:
-        watched.fail(error)
-    watched.close()
+        lifeline.fail(error)
+    lifeline.close()
 
 
 def main() -> None:

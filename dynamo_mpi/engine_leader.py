@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank 0's life with an engine of ours, from the verdict on: load on all ranks, prove, serve, and a bounded end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.control_plane.departure import Departure
+from dynamo_mpi.engines.proof import prove
+from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.fields import unpack
+from dynamo_mpi.follower import GO, build_part, load_part, report_of
+from dynamo_mpi.preflight.roster import describe_ranks
+from dynamo_mpi.serving.ready import forget
+from dynamo_mpi.serving.service import Registration, run, serve
+from dynamo_mpi.supervision.failure import Cause, Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dynamo_mpi.engines.protocol import Engine
+    from dynamo_mpi.engines.spec import EngineSpec
+    from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.preflight.inquiry import Card
+    from dynamo_mpi.settings import Settings
+    from dynamo_mpi.supervision.guard import Guard
+    from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.world import World
+
+_CLOSE_SECONDS = 10.0
+
+
+class EngineLeader:
+    """Leads one worker.
+
+    Args:
+        world: all ranks.
+        launch: how this rank was started.
+        settings: the worker's.
+        guard: ends the world.
+        phases: where durations go.
+        voice: how rank 0 speaks.
+        dismiss: tells the others to leave, with this code, once all else is said and done.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        launch: Launch,
+        settings: Settings,
+        guard: Guard,
+        phases: Phases,
+        voice: Voice,
+        dismiss: Callable[[ExitCode], None],
+    ) -> None:
+        self._world, self._launch, self._settings = world, launch, settings
+        self._guard, self._phases, self._voice, self._dismiss = guard, phases, voice, dismiss
+
+    def run(self, spec: EngineSpec, cards: Sequence[Card], token_id: int, on_ready: Callable[[], None]) -> int:
+        """Live it, until SIGTERM or SIGINT.
+
+        Args:
+            spec: what to build; the other ranks have it as well.
+            cards: the ranks', in rank order.
+            token_id: a token to begin the proof with.
+            on_ready: called once requests are answered.
+
+        Returns:
+            The exit code, which every other rank has been told.
+
+        Raises:
+            EngineError: the engine failed; the other ranks are somewhere inside it.
+            DeadlineError: the same, of one that is late.
+        """
+        late = self._guard.deadline(self._settings.load_timeout, "not loaded", "--load-timeout")
+        with self._phases.enter("load"), late:
+            code, engine = self._load(spec, cards)
+        if engine is None:
+            return code
+        return self._lead(engine, token_id, on_ready)
+
+    def _load(self, spec: EngineSpec, cards: Sequence[Card]) -> tuple[ExitCode, Engine | None]:
+        engine, error = build_part(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
+        code = self._agree(error, cards)
+        if engine is None or code is not ExitCode.OK:
+            return code, None
+        code = self._agree(load_part(engine), cards)
+        return code, engine if code is ExitCode.OK else None
+
+    def _agree(self, error: Exception | None, cards: Sequence[Card]) -> ExitCode:
+        """Gather what went wrong anywhere, and tell all ranks to go on or to leave."""
+        failures = failures_of(self._world.gather(report_of(error)))
+        if not failures:
+            self._world.broadcast(GO)
+            return ExitCode.OK
+        text, code = describe_failures(failures, cards)
+        self._voice.say(text)
+        self._guard.record(failures, text)
+        self._dismiss(code)
+        return code
+
+    def _lead(self, engine: Engine, token_id: int, on_ready: Callable[[], None]) -> int:
+        settings = self._settings
+        registration = Registration(
+            model_dir=str(settings.model),
+            served_model_name=settings.served_model_name,
+            endpoint=settings.endpoint,
+            request_plane=settings.request_plane,
+            discovery_backend=settings.discovery_backend,
+            health_token_id=token_id,
+            drain_timeout=settings.drain_timeout,
+            role=settings.role,
+        )
+        failures: list[BaseException] = []
+        engine.on_failure(failures.append)
+        departure = Departure(settings.endpoint, os.environ)
+        self._guard.at_once(departure.leave)
+        # what is in flight is told of the failure meanwhile
+        engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())
+        engine.start()
+        code = ExitCode.OK
+        try:
+            with self._phases.enter("prove"):
+                prove(engine, token_id, settings.prove_timeout)
+            run(serve(registration, engine, self._phases, departure.prepare, on_ready, self._voice.say))
+        except (EngineError, DeadlineError):
+            # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
+            raise
+        except BootstrapError as error:
+            self._guard.report(error)
+            code = error.exit_code
+        finally:
+            # the event loop has given signals back; from here on a further one must not take rank 0 away from the others
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
+            forget(settings.ready_file)
+        with self._phases.enter("exit"):
+            close(engine, _CLOSE_SECONDS)
+            if failures:
+                raise EngineError(
+                    f"the engine failed: {failures[0]}", fix="look at the ranks' logs, and start the worker again"
+                )
+            self._dismiss(code)
+        self._voice.say(
+            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
+        )
+        return code
+
+
+def close(engine: Engine, seconds: float) -> None:
+    """Close the engine, which waits for the step that is running.
+
+    Raises:
+        DeadlineError: it did not close within ``seconds``: a rank hangs in a step.
+    """
+    closing = threading.Thread(target=engine.close, name="close", daemon=True)
+    closing.start()
+    closing.join(seconds)
+    if closing.is_alive():
+        raise DeadlineError(
+            f"the engine did not stop within {seconds:g} s",
+            needed="ranks that still take part in its steps",
+            fix="look for a rank that hangs; the world is ended now",
+        )
+
+
+def failures_of(reports: Sequence[bytes]) -> list[Failure]:
+    """Read what ranks have answered of their loading."""
+    failures = []
+    for rank, report in enumerate(reports):
+        if report:
+            code, text = unpack(report)
+            failures.append(Failure(rank, int(code), text, Cause.TOLD, "load", time.monotonic()))
+    return failures
+
+
+def describe_failures(failures: Sequence[Failure], cards: Sequence[Card]) -> tuple[str, ExitCode]:
+    """Write down which ranks could not load, and why, each reason once.
+
+    Returns:
+        The text, and the exit code of the lowest rank that failed.
+    """
+    groups: dict[tuple[int, str], list[int]] = {}
+    for failure in failures:
+        groups.setdefault((failure.exit_code, failure.text), []).append(failure.rank)
+    parts = [f"{describe_ranks(ranks, cards)}: {text}" for (_, text), ranks in groups.items()]
+    return "error in load: " + "\n".join(parts), ExitCode(failures[0].exit_code)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Failures as JSON files, one for each rank that failed, for who looks after many workers. Rank 0's holds the whole report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dynamo_mpi.supervision.failure import Failure
+    from dynamo_mpi.supervision.meeting import Meeting
+
+
+def write_failure(
+    meeting: Meeting,
+    failure: Failure,
+    host: str,
+    *,
+    by: int | None = None,
+    report: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a file, where there is a folder for it. That it can't be written is no reason for anything.
+
+    Args:
+        meeting: names the folder.
+        failure: what to write.
+        host: where it happened.
+        by: the rank that writes, where it isn't the one that failed.
+        report: more, of rank 0.
+    """
+    if not meeting.failure_dir:
+        return
+    content = {**content_of(failure, host), **(report or {})}
+    path = _path(meeting, failure.rank if by is None else by)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # readable by its owner alone, and there at once with all that is in it
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+                file.write("\n")
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
+
+
+def content_of(failure: Failure, host: str) -> dict[str, Any]:
+    """Return a failure as JSON has it; ``traceback`` is null where the error says all."""
+    is_traceback = failure.text.startswith("Traceback")
+    return {
+        "rank": failure.rank,
+        "host": host,
+        "phase": failure.phase,
+        "cause": failure.cause.name.lower(),
+        "exit_code": failure.exit_code,
+        "error": failure.text.rstrip().rpartition("\n")[2] if is_traceback else failure.text,
+        "traceback": failure.text if is_traceback else None,
+        "time": time.time() - (time.monotonic() - failure.at),
+        "sequence": failure.sequence,
+    }
+
+
+def forget_failures(folder: Path | None, label: str) -> None:
+    """Remove what an earlier start of this worker has left there."""
+    if folder is not None:
+        for path in folder.glob(f"{label}-rank-*.json"):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _path(meeting: Meeting, rank: int) -> Path:
+    return Path(meeting.failure_dir) / f"{meeting.label}-rank-{rank}.json"

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The side of every rank but 0: a connection to rank 0 that says that this rank lives, and why it can't go on.
+
+It needs nothing of MPI and nothing of the engine, so it also works while both are stuck.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import secrets
+import selectors
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.supervision.failure import Cause, Failure, describe_error
+from dynamo_mpi.supervision.failure_files import write_failure
+from dynamo_mpi.supervision.liveness_line import Bell, ClosedError, Line
+from dynamo_mpi.supervision.liveness_wire import (
+    MOST_BODY,
+    NONCE_BYTES,
+    Frame,
+    Join,
+    Kind,
+    Told,
+    WireError,
+    clip,
+    is_proof,
+    prove_rank,
+    prove_rank_zero,
+)
+from dynamo_mpi.supervision.stacks import own_stacks
+from dynamo_mpi.supervision.troubles import death, loss, no_way, silence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dynamo_mpi.errors import BootstrapError
+    from dynamo_mpi.supervision.meeting import Meeting
+    from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.world import World
+
+_CONNECT_SECONDS = 10.0
+_AGAIN_SECONDS = 0.2
+_RESCUE_SECONDS = 10.0
+_STALL_SECONDS = 0.5
+_FAREWELL_SECONDS = 1.0
+# after rank 0's death: the launcher may end us first, and knows the better exit code
+_DOUBT_SECONDS = 0.1
+_SPEAKER_SECONDS = 0.5
+_OTHERS_SECONDS = 2.0
+
+
+class Lifeline:
+    """Connects to rank 0, and watches it from then on.
+
+    Args:
+        meeting: where rank 0 is.
+        world: all ranks.
+        phases: what this rank is doing.
+        voice: says what rank 0 can't.
+
+    Raises:
+        UsageError: rank 0 can't be reached.
+    """
+
+    def __init__(self, meeting: Meeting, world: World, phases: Phases, voice: Voice) -> None:
+        self._meeting, self._world, self._phases, self._voice = meeting, world, phases, voice
+        self.world_phase = "load"
+        self._line, self._early = connect(meeting, world.rank)
+        self._bell = Bell()
+        self._outbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self._sequence = itertools.count(1)
+        self._listeners: list[Callable[[str], None]] = []
+        # what comes of it is rank 0's affair: it ends the world, or leaves in order
+        self._over = self._closing = False
+        phases.listen(lambda name: self._tell(Frame(Kind.PHASE, name.encode())))
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        """Call this with each phase that the world, so rank 0, begins. From the lifeline's thread."""
+        self._listeners.append(listener)
+
+    def close(self) -> None:
+        """Tell rank 0 that this rank leaves in order, and end the connection. Idempotent."""
+        self._closing = True
+        self._tell(Frame(Kind.LEAVING))
+        self._thread.join(2 * _FAREWELL_SECONDS)
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """Tell rank 0 why this rank can't go on, and wait for the end of the world. Does not return."""
+        failure = self._failure(error)
+        told = Told(failure.exit_code, failure.phase, failure.sequence, failure.text)
+        self._tell(Frame(Kind.FAILED, told.pack()))
+        write_failure(self._meeting, failure, self._voice.host)
+        # rank 0 writes the report, and ends us with all the others
+        time.sleep(_RESCUE_SECONDS)
+        self._voice.say(f"error in {failure.phase}: rank 0 does not answer; {failure.text}")
+        self._end(failure.exit_code)
+        os._exit(failure.exit_code)
+
+    def record(self, error: BaseException) -> None:
+        """Write this rank's failure file; rank 0 has been told in another way."""
+        write_failure(self._meeting, self._failure(error), self._voice.host)
+
+    def _failure(self, error: BaseException) -> Failure:
+        text, code = describe_error(error)
+        return Failure(
+            self._world.rank, code, text, Cause.TOLD, self._phases.current, time.monotonic(), next(self._sequence)
+        )
+
+    # what follows runs in the lifeline's thread
+
+    def _tell(self, frame: Frame) -> None:
+        self._outbox.put(frame)
+        self._bell.ring()
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        except ClosedError as end:
+            if not (self._over or self._closing):
+                self._lose((loss if end.lost else death)(self._meeting.host))
+        except Exception as error:  # this rank can't be watched any longer, so nobody would see its end
+            self._lose_with(*describe_error(error))
+        finally:
+            self._line.close()
+            self._bell.close()
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._line, selectors.EVENT_READ, self._hear)
+            selector.register(self._bell, selectors.EVENT_READ, self._bell.hush)
+            next_beat = self._heard = time.monotonic()
+            end = 0.0
+            self._take(self._early)
+            while True:
+                for key, _ in selector.select(max(0.0, next_beat - time.monotonic())):
+                    key.data()
+                while not self._outbox.empty():
+                    self._line.send(self._outbox.get())
+                self._line.flush()
+                now = time.monotonic()
+                if self._closing:
+                    end = end or now + _FAREWELL_SECONDS
+                    if now > end or not self._line.unsent:
+                        return
+                if now >= next_beat:
+                    self._forgive(now - next_beat)
+                    self._line.send(Frame(Kind.BEAT))
+                    self._look_for_silence(now)
+                    next_beat = now + self._meeting.period / 2
+
+    def _hear(self) -> None:
+        self._take(self._line.read())
+
+    def _take(self, frames: Sequence[Frame]) -> None:
+        for frame in frames:
+            self._heard = time.monotonic()
+            if frame.kind is Kind.ASK:
+                self._line.send(Frame(Kind.STACKS, clip(own_stacks()).encode("utf-8", "replace")))
+            elif frame.kind is Kind.PHASE:
+                self.world_phase = frame.body.decode("utf-8", "replace")
+                for listener in self._listeners:
+                    listener(self.world_phase)
+            elif frame.kind in (Kind.LEAVING, Kind.ENDING):
+                self._over = True
+                if frame.kind is Kind.ENDING:
+                    self._line.send(Frame(Kind.LEAVING))
+                    # rank 0 ends the world; where its launcher doesn't, we go by ourselves
+                    self._exit_after(_RESCUE_SECONDS, frame.body[0] if frame.body else int(ExitCode.ENGINE))
+
+    def _forgive(self, late: float) -> None:
+        if late > _STALL_SECONDS:
+            self._heard += late
+
+    def _look_for_silence(self, now: float) -> None:
+        patience = self._meeting.patience(self.world_phase)
+        if patience is not None and now - self._heard > patience and not (self._over or self._closing):
+            self._lose(silence(now - self._heard, self._meeting.host))
+
+    def _lose(self, error: BootstrapError) -> None:
+        self._lose_with(f"rank 0 on {self._meeting.host} {error}", int(error.exit_code))
+
+    def _lose_with(self, text: str, code: int) -> None:
+        """Leave because rank 0 can't be relied on: the first of the others says so, and ends the world; the rest follow."""
+        self._over = True
+        if self._world.rank != 1:
+            time.sleep(_OTHERS_SECONDS)
+            os._exit(code)
+        # where rank 0 has ended the world and that news was lost with the connection, we are gone by then
+        time.sleep(_DOUBT_SECONDS)
+        self._voice.say(f"error in {self.world_phase}: {text}")
+        write_failure(
+            self._meeting,
+            Failure(0, code, text, Cause.DEATH, self.world_phase, time.monotonic()),
+            self._voice.host,
+            by=1,
+        )
+        time.sleep(_SPEAKER_SECONDS)
+        self._end(code)
+
+    def _end(self, code: int) -> None:
+        self._exit_after(_OTHERS_SECONDS, code)
+        self._world.abort(code)
+
+    def _exit_after(self, seconds: float, code: int) -> None:
+        # an MPI that can't end its ranks is no reason to stay
+        timer = threading.Timer(seconds, os._exit, (code,))
+        timer.daemon, timer.name = True, "watch"
+        timer.start()
+
+
+def connect(meeting: Meeting, rank: int) -> tuple[Line, list[Frame]]:
+    """Connect, and make sure that both are who they say. Return also what rank 0 has said since."""
+    end = time.monotonic() + _CONNECT_SECONDS
+    while True:
+        try:
+            return _join(meeting, rank, end)
+        except (OSError, ClosedError, WireError) as error:
+            # a refusal may pass: strangers may have taken all places, or the system dropped one connection of hundreds
+            if time.monotonic() + _AGAIN_SECONDS > end:
+                raise no_way(meeting, str(error)) from None
+            time.sleep(_AGAIN_SECONDS)
+
+
+def _join(meeting: Meeting, rank: int, end: float) -> tuple[Line, list[Frame]]:
+    token, nonce = bytes.fromhex(meeting.token), secrets.token_bytes(NONCE_BYTES)
+    line = Line(socket.create_connection((meeting.address, meeting.port), max(0.1, end - time.monotonic())))
+    try:
+        hello, *_ = _await(line, Kind.HELLO, end)
+        line.send(Frame(Kind.JOIN, Join(rank, nonce, prove_rank(token, hello.body, rank, nonce)).pack()))
+        line.trust(MOST_BODY)
+        welcome, *early = _await(line, Kind.WELCOME, end)
+        if not is_proof(welcome.body, prove_rank_zero(token, nonce, rank)):
+            raise WireError("whoever listens there is not rank 0 of this world")
+    except BaseException:
+        line.close()
+        raise
+    return line, early
+
+
+def _await(line: Line, kind: Kind, end: float) -> list[Frame]:
+    """Wait for a frame of this kind, and return it with those that came along."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(line, selectors.EVENT_READ)
+        while selector.select(max(0.0, end - time.monotonic())):
+            if frames := line.read():
+                if frames[0].kind is not kind:
+                    raise WireError(f"{kind.name} was due, {frames[0].kind.name} came")
+                return frames
+    raise TimeoutError("no answer in time")

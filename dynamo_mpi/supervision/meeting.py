@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where and how the other ranks reach rank 0 from the verdict on: it travels with the verdict itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dynamo_mpi.fields import pack, unpack
+
+SERVING_SECONDS = 60.0
+"""How long a rank may be silent by default. Longer than anything that holds Python's lock while it serves."""
+LOADING_SECONDS = 300.0
+"""The same while it loads: importing a library of gigabytes from a cold shared file system holds Python's lock all the time."""
+_LOADING = ("preflight", "load")
+_MOST_PERIOD_SECONDS = 5.0
+_LENGTH_BYTES = 4
+
+
+class Meeting(NamedTuple):
+    """What every rank has to know of rank 0.
+
+    Args:
+        host: rank 0's node.
+        address: where rank 0 listens; empty in a world of one rank.
+        port: the same.
+        token: hexadecimal; whoever knows it is a rank of this world.
+        heartbeat_timeout: seconds of silence that are too long; 0 for none, None for the defaults.
+        failure_dir: folder for failure files; empty for none.
+        label: begins their names.
+    """
+
+    host: str
+    address: str = ""
+    port: int = 0
+    token: str = ""
+    heartbeat_timeout: float | None = None
+    failure_dir: str = ""
+    label: str = "worker"
+
+    def patience(self, phase: str) -> float | None:
+        """Return how many seconds of silence are too long in a phase; None where no silence is."""
+        if self.heartbeat_timeout is not None:
+            return self.heartbeat_timeout or None
+        return LOADING_SECONDS if phase in _LOADING else SERVING_SECONDS
+
+    @property
+    def period(self) -> float:
+        """Seconds between two heartbeats: a few may be late."""
+        return min(_MOST_PERIOD_SECONDS, (self.heartbeat_timeout or SERVING_SECONDS) / 4)
+
+    def pack(self, rest: bytes) -> bytes:
+        """Encode it together with what else rank 0 has to say."""
+        data = pack(["" if value is None else str(value) for value in self])
+        return len(data).to_bytes(_LENGTH_BYTES, "little") + data + rest
+
+    @classmethod
+    def unpack(cls, data: bytes) -> tuple[Meeting, bytes]:
+        """Decode what `pack` made."""
+        end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+        host, address, port, token, timeout, folder, label = unpack(data[_LENGTH_BYTES:end])
+        seconds = float(timeout) if timeout else None
+        return cls(host, address, int(port), token, seconds, folder, label), data[end:]

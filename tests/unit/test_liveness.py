@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Liveness over real sockets: who is let in, what is seen of whom, and how soon."""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamo_mpi.errors import UsageError
+from dynamo_mpi.supervision import lifeline as lifeline_module
+from dynamo_mpi.supervision import reception
+from dynamo_mpi.supervision.failure import Cause, Failure, describe_consequences, first_cause
+from dynamo_mpi.supervision.lifeline import connect
+from dynamo_mpi.supervision.liveness_line import Line
+from dynamo_mpi.supervision.liveness_wire import (
+    MOST_BODY,
+    NONCE_BYTES,
+    TOKEN_BYTES,
+    Frame,
+    Inbox,
+    Join,
+    Kind,
+    Told,
+    WireError,
+    clip,
+    prove_rank,
+)
+from dynamo_mpi.supervision.lookout import Lookout
+from dynamo_mpi.supervision.meeting import LOADING_SECONDS, SERVING_SECONDS, Meeting
+
+PROMPT = 5.0
+SIZE = 4
+
+
+class Watchtower:
+    """A lookout, and what it has seen."""
+
+    def __init__(self, timeout: float | None = None) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        self.meeting = Meeting("n0", "127.0.0.1", port, secrets.token_hex(TOKEN_BYTES), timeout)
+        self.seen: queue.SimpleQueue[Failure] = queue.SimpleQueue()
+        self.lookout = Lookout(SIZE, self.meeting, listener, lambda: "serve", lambda rank: f"n{rank}", self.seen.put)
+        self.lookout.start()
+        self._lines: list[Line] = []
+
+    def join(self, rank: int) -> Line:
+        line, _ = connect(self.meeting, rank)
+        self._lines.append(line)  # one that nobody holds is closed
+        return line
+
+    def next(self) -> Failure:
+        return self.seen.get(timeout=PROMPT)
+
+    def stranger(self) -> socket.socket:
+        return socket.create_connection((self.meeting.address, self.meeting.port), timeout=PROMPT)
+
+
+@pytest.fixture
+def tower() -> Iterator[Watchtower]:
+    made = Watchtower()
+    yield made
+    made.lookout.close()
+
+
+def is_shut(connection: socket.socket) -> bool:
+    """Read to the end of a connection; raises TimeoutError where there is none."""
+    try:
+        while connection.recv(4096):
+            pass
+    except ConnectionResetError:
+        return True
+    return True
+
+
+def test_a_closed_connection_is_a_death_within_a_tenth_of_a_second(tower: Watchtower) -> None:
+    line = tower.join(2)
+    line.send(Frame(Kind.PHASE, b"serve"))
+    time.sleep(0.05)
+    begin = time.monotonic()
+    line.close()
+    failure = tower.next()
+    assert failure.at - begin < 0.1
+    assert (failure.rank, failure.cause, failure.phase) == (2, Cause.DEATH, "serve")
+    assert "dmesg on n2" in failure.text
+
+
+def test_who_leaves_in_order_is_not_dead(tower: Watchtower) -> None:
+    leaver, dying = tower.join(1), tower.join(2)
+    leaver.send(Frame(Kind.LEAVING))
+    leaver.close()
+    dying.close()
+    assert tower.next().rank == 2
+    assert tower.seen.empty()
+
+
+def test_a_failure_is_told_once_with_all_that_is_known(tower: Watchtower) -> None:
+    line = tower.join(3)
+    line.send(Frame(Kind.FAILED, Told(66, "load", 1, "no weights").pack()))
+    line.close()
+    failure = tower.next()
+    assert (failure.rank, failure.exit_code, failure.text) == (3, 66, "no weights")
+    assert (failure.cause, failure.phase, failure.sequence) == (Cause.TOLD, "load", 1)
+    tower.join(1).close()
+    assert tower.next().rank == 1, "its own end is no news"
+
+
+def test_silence_is_seen_and_heartbeats_are_heard() -> None:
+    tower = Watchtower(timeout=0.6)
+    lines = {rank: tower.join(rank) for rank in (1, 2, 3)}
+    silent_since = time.monotonic()
+    end = threading.Event()
+
+    def beat() -> None:
+        while not end.wait(0.1):
+            for rank in (1, 3):
+                lines[rank].send(Frame(Kind.BEAT))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    failure = tower.next()
+    end.set()
+    thread.join()
+    assert (failure.rank, failure.cause, failure.exit_code) == (2, Cause.SILENCE, 124)
+    assert 0.5 < failure.at - silent_since < 2
+    tower.lookout.close()
+
+
+def test_a_rank_that_never_comes_is_told_with_the_address() -> None:
+    tower = Watchtower(timeout=0.4)
+    failure = tower.next()
+    assert (failure.rank, failure.exit_code) == (1, 64)
+    assert "--liveness-network" in failure.text
+    tower.lookout.close()
+
+
+def test_stacks_come_from_those_who_answer(tower: Watchtower) -> None:
+    line = tower.join(1)
+    tower.join(2)
+
+    def answer() -> None:
+        while not any(frame.kind is Kind.ASK for frame in line.read()):
+            time.sleep(0.01)
+        line.send(Frame(Kind.STACKS, b"in barrier"))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    stacks = tower.lookout.stacks()
+    thread.join()
+    assert stacks.keys() == {0, 1}
+    assert stacks[1] == "in barrier"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"\0" * 64,
+        Frame(Kind.BEAT).pack(),
+        Frame(Kind.JOIN, b"").pack(),
+        Frame(Kind.JOIN, Join(1, bytes(NONCE_BYTES), bytes(32)).pack()).pack(),
+        Frame(Kind.JOIN, bytes(65)).pack(),
+        Frame(Kind.FAILED, Told(70, "load", 1, "ha").pack()).pack(),
+    ],
+)
+def test_strangers_are_shown_the_door(tower: Watchtower, said: bytes) -> None:
+    with tower.stranger() as stranger:
+        stranger.sendall(said)
+        assert is_shut(stranger)
+    tower.join(1)
+    assert tower.seen.empty()
+
+
+def test_a_proof_is_worth_nothing_on_another_connection(tower: Watchtower) -> None:
+    token = bytes.fromhex(tower.meeting.token)
+    with tower.stranger() as first, tower.stranger() as second:
+        hellos = [next(Inbox().feed(connection.recv(4096))).body for connection in (first, second)]
+        nonce = bytes(NONCE_BYTES)
+        second.sendall(Frame(Kind.JOIN, Join(1, nonce, prove_rank(token, hellos[0], 1, nonce)).pack()).pack())
+        assert is_shut(second)
+
+
+def test_a_rank_comes_once(tower: Watchtower) -> None:
+    tower.join(1)
+    token, nonce = bytes.fromhex(tower.meeting.token), bytes(NONCE_BYTES)
+    for rank in (1, 0, SIZE):
+        with tower.stranger() as again:
+            hello = next(Inbox().feed(again.recv(4096))).body
+            again.sendall(Frame(Kind.JOIN, Join(rank, nonce, prove_rank(token, hello, rank, nonce)).pack()).pack())
+            assert is_shut(again)
+    assert tower.seen.empty()
+
+
+def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reception, "_PATIENCE_SECONDS", 0.2)
+    tower = Watchtower(timeout=2)
+    with tower.stranger() as stranger:
+        stranger.recv(4096)
+        assert is_shut(stranger)
+    tower.lookout.close()
+
+
+def test_strangers_are_few_and_ranks_come_in_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reception, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(reception, "_SPARE", 4)
+    tower = Watchtower(timeout=4)
+    crowd = [tower.stranger() for _ in range(SIZE + 4)]
+    for stranger in crowd:
+        stranger.recv(4096)
+    with tower.stranger() as one_more:
+        assert is_shut(one_more)
+    tower.join(1)
+    for stranger in crowd:
+        stranger.close()
+    tower.lookout.close()
+
+
+def test_a_listener_that_does_not_know_the_token_is_not_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lifeline_module, "_CONNECT_SECONDS", 0.5)
+    tower = Watchtower()
+    with pytest.raises(UsageError, match="can't be reached at 127") as caught:
+        connect(tower.meeting._replace(token=secrets.token_hex(TOKEN_BYTES)), 1)
+    assert "--liveness-network" in caught.value.fix
+    tower.lookout.close()
+
+
+def test_rank_0_says_that_it_leaves() -> None:
+    tower = Watchtower()
+    line = tower.join(1)
+    tower.lookout.close()
+    kinds = []
+    while Kind.LEAVING not in kinds:
+        kinds += [frame.kind for frame in line.read()]
+    assert tower.seen.empty()
+
+
+def test_loading_may_be_silent_for_longer_unless_the_user_says_otherwise() -> None:
+    meeting = Meeting("n0")
+    assert (meeting.patience("load"), meeting.patience("serve")) == (LOADING_SECONDS, SERVING_SECONDS)
+    assert meeting._replace(heartbeat_timeout=2.0).patience("load") == 2.0
+    assert meeting._replace(heartbeat_timeout=0.0).patience("serve") is None
+    told, rest = Meeting.unpack(meeting._replace(heartbeat_timeout=0.0, failure_dir="/f").pack(b"rest"))
+    assert (told.heartbeat_timeout, told.failure_dir, rest) == (0.0, "/f", b"rest")
+    assert Meeting.unpack(meeting.pack(b""))[0] == meeting
+
+
+@given(
+    frames=st.lists(st.builds(Frame, st.sampled_from(Kind), st.binary(max_size=64)), max_size=6),
+    cuts=st.lists(st.integers(0, 600), max_size=6),
+)
+def test_frames_come_out_as_they_went_in_however_the_bytes_are_cut(frames: list[Frame], cuts: list[int]) -> None:
+    data = b"".join(frame.pack() for frame in frames)
+    inbox, at = Inbox(), 0
+    got: list[Frame] = []
+    for end in [*sorted(min(cut, len(data)) for cut in cuts), len(data)]:
+        got += inbox.feed(data[at:end])
+        at = end
+    assert got == frames
+
+
+@given(st.binary(max_size=200))
+def test_nonsense_is_refused_or_waited_for(data: bytes) -> None:
+    inbox = Inbox()
+    try:
+        for frame in inbox.feed(data):
+            Told.unpack(frame.body)
+    except WireError:
+        return
+
+
+def test_a_long_traceback_keeps_its_end_and_fits() -> None:
+    told = Told(70, "load", 1, "é" * MOST_BODY + "the end").pack()
+    assert len(told) <= MOST_BODY
+    assert Told.unpack(told).text.endswith("the end")
+    assert clip("short") == "short"
+
+
+def failure(rank: int, text: str, cause: Cause, at: float) -> Failure:
+    return Failure(rank, 70, text, cause, "serve", at)
+
+
+def test_what_a_death_brings_with_it_is_no_first_cause() -> None:
+    death = failure(3, "died", Cause.DEATH, 1.0)
+    signal = failure(0, "stopped by SIGTERM", Cause.SIGNAL, 0.9)
+    echo = failure(
+        1, "Traceback (most recent call last):\nConnectionResetError: Connection reset by peer", Cause.TOLD, 0.95
+    )
+    own = failure(1, "Traceback (most recent call last):\nMemoryError: no", Cause.TOLD, 0.95)
+    assert first_cause([signal, death]) is death
+    assert first_cause([echo, death]) is death
+    assert first_cause([own, death]) is own
+    assert first_cause([echo]) is echo
+    assert first_cause([signal]) is signal
+
+
+def test_consequences_take_a_line_for_each_kind() -> None:
+    first = failure(3, "died", Cause.DEATH, 1.0)
+    rest = [failure(rank, "died: gone\n  needed: x", Cause.DEATH, 1.25) for rank in (1, 2)]
+    rest.append(failure(4, "Traceback (most recent call last):\nMemoryError: no", Cause.TOLD, 1.5))
+    text = describe_consequences(first, [first, *rest], lambda ranks: f"ranks {list(ranks)}")
+    assert text.splitlines() == [
+        "  what followed from it:",
+        "    ranks [1, 2], 0.25 s later: died: gone",
+        "    ranks [4], 0.50 s later: MemoryError: no",
+    ]
+    assert describe_consequences(first, [first], str) == ""
