@@ -96,7 +96,7 @@ def main() -> None:
     engine = EchoEngine()
     engine.start()
     registration = Registration(model_dir, name, endpoint, "tcp", "etcd", 1, 5.0)
-    run(serve(registration, engine, Phases(), lambda: None, lambda _: None))
+    run(serve(registration, engine, Phases(), lambda _: None, lambda: None, lambda _: None))
 
 
 if __name__ == "__main__":
