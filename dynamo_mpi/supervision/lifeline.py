@@ -95,6 +95,7 @@ class Lifeline:
 
     def fail(self, error: BaseException) -> NoReturn:
         """Tell rank 0 why this rank can't go on, and wait for the end of the world. Does not return."""
+        self._over = True  # what comes of it is not for us to report
         failure = self._failure(error)
         told = Told(failure.exit_code, failure.phase, failure.sequence, failure.text)
         self._tell(Frame(Kind.FAILED, told.pack()))
