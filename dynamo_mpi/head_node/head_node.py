@@ -128,7 +128,8 @@ class HeadNode:
         """End everything, etcd last. A further signal, or time, turns asking into killing. Idempotent."""
         with contextlib.suppress(OSError):  # a file system that fails us is no reason to leave them running
             self._run.retract()
-        signals_before = self._interrupts.count
+        # at most one: a second may have come since the first was noticed
+        signals_before = min(self._interrupts.count, 1)
         for name, seconds in STOP_SECONDS.items():
             if name in self._children:
                 self._end(self._children[name], seconds, signals_before)

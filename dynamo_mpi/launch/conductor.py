@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 NEWS_SECONDS = (15.0, 300.0)
 LISTED_SECONDS = 30.0
+# a frontend that is busy may not answer at once; one that this host has no way to never will
+REACHED_SECONDS = 10.0
 # longer than the head node gives its parts, one after the other
 SERVICES_STOP_SECONDS = 25.0
 CANCEL_SECONDS = 15.0
@@ -188,9 +190,9 @@ class Conductor:
     def _announce(self) -> None:
         """Say that it serves, once the frontend lists the model; it hears of workers a moment later than we."""
         name = self._settings.served_model_name
-        end = time.monotonic() + LISTED_SECONDS
+        began = time.monotonic()
         models = _models(self._url)
-        while models is not None and not models and time.monotonic() < end:
+        while not models and time.monotonic() < began + (REACHED_SECONDS if models is None else LISTED_SECONDS):
             self._require_services()
             self._pause()
             models = _models(self._url)
@@ -235,7 +237,8 @@ class Conductor:
 
     def _stop(self) -> None:
         """End everything: prefill, whose KV decode still fetches while it drains, then decode, the services last."""
-        signals_before = self._interrupts.count
+        # at most one: a second may have come since the first was noticed
+        signals_before = min(self._interrupts.count, 1)
         if self._services is not None and self._services.child.exit_code():
             self._endings.ask([self._services])  # where srun alone was killed, its step still runs
         for role in ("prefill", "decode", "agg"):
@@ -275,7 +278,7 @@ class Conductor:
 def _models(url: str) -> list[str] | None:
     """Return the models that a frontend lists; None where it doesn't answer."""
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=2)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
     try:
         connection.request("GET", "/v1/models")
         content = json.loads(connection.getresponse().read())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,9 @@ class Deployment:
 
     def says(self, words: str, seconds: float = READY_SECONDS) -> None:
         """Wait until ``words`` are in the output."""
-        eventually(lambda: words in self.text() or self.process.poll() is not None, f"{words!r} is said", seconds)
+        end = time.monotonic() + seconds
+        while words not in self.text() and self.process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
         assert words in self.text(), self.text()
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.dynamo.test_images_trtllm import described, png
 
@@ -55,7 +56,8 @@ def deployment(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> Iterator
         "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
     }
     variables["MOUNTS"] += f",{tmp_path}:/configs"
-    started = Deployment(slurm, tmp_path, ("--", "--allow-no-gpu"), variables)
+    script = str(ROOT / "scripts" / "srun_disaggregated.sh")
+    started = Deployment(slurm, tmp_path, (script, "--", "--allow-no-gpu"), variables)
     yield started
     started.stop()
 

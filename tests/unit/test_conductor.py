@@ -75,6 +75,7 @@ def settings() -> LaunchSettings:
 def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a deployment of these steps; what it says is looked at by ``when``, which may end it."""
     monkeypatch.setattr(conductors, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(conductors, "REACHED_SECONDS", 0.0)
     monkeypatch.setattr(workers_module, "FIRST_PAUSE_SECONDS", 0.05)
     folder = tmp_path / "run"
 
