@@ -5,7 +5,7 @@ lock               held as long as the launcher lives
 deployment.json    what runs where; gone once it has ended
 services.json      the services' addresses and credentials (0600); gone once they have ended
 ready/NAME.json    a worker that serves
-logs/NAME.log      a step's output; kept
+logs/NAME.log      a step's output; kept, as NAME.log.old when a further deployment starts in the folder
 stop               whoever makes this file ends the deployment
 """
 
@@ -47,6 +47,8 @@ class RunDir:
             self._take_lock()
             self.logs.mkdir(mode=0o700, exist_ok=True)
             self._ready.mkdir(mode=0o700, exist_ok=True)
+            for log in self.logs.glob("*.log"):
+                log.replace(log.with_suffix(".log.old"))
             for stale in (*self._ready.iterdir(), self._services, self._stop, self._deployment):
                 stale.unlink(missing_ok=True)
         except OSError as error:
@@ -98,8 +100,8 @@ class RunDir:
 
     def close(self) -> None:
         """Say that nothing runs any more; logs stay."""
-        for path in (*self._ready.iterdir(), self._services, self._stop, self._deployment):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            for path in (*self._ready.iterdir(), self._services, self._stop, self._deployment):
                 path.unlink(missing_ok=True)
         os.close(self._lock)
 
