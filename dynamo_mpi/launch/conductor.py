@@ -210,6 +210,8 @@ class Conductor:
         if code is None:
             return
         del self._running[worker.name]
+        if code != ExitCode.OK:
+            self._endings.cancel([step])  # where srun alone was killed, its ranks still run
         restarts = self._restarts.get(worker.name, 0)
         if code == ExitCode.OK:
             self._say(f"{worker.name}: ended with 0; whoever drained it starts it again, or ends the deployment")
@@ -276,6 +278,8 @@ class Conductor:
     def _stop(self) -> None:
         """End everything: first who takes requests, then who works for them, the services last."""
         signals_before = self._interrupts.count
+        if self._services is not None and self._services.child.exit_code():
+            self._endings.ask([self._services])  # where srun alone was killed, its step still runs
         for role in ("decode", "agg", "prefill"):
             names = [worker.name for worker in self._workers if worker.role == role]
             self._end(
@@ -283,7 +287,13 @@ class Conductor:
                 self._settings.stop_timeout,
                 signals_before,
             )
-        self._end(list(self._running.values()), SERVICES_STOP_SECONDS, signals_before)
+        rest = list(self._running.values())
+        if self._interrupts.count != signals_before:
+            # once more below: then they end at once, and their keys don't stay on the node as after a cancelling
+            self._endings.ask(rest)
+        self._end(rest, SERVICES_STOP_SECONDS, self._interrupts.count)
+        if self._services is not None and self._services.child.exit_code():
+            self._endings.cancel([self._services])
 
     def _end(self, steps: list[Step], seconds: float, signals_before: int) -> None:
         living = [step for step in steps if step.child.exit_code() is None]

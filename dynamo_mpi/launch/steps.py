@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from dynamo_mpi.services.processes import Child
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from dynamo_mpi.launch.command import Command
@@ -44,10 +44,10 @@ class Step:
 class Endings(Protocol):
     """How steps are ended."""
 
-    def ask(self, steps: Iterable[Step]) -> None:
+    def ask(self, steps: Sequence[Step]) -> None:
         """Ask steps to finish what is in flight and end."""
 
-    def cancel(self, steps: Iterable[Step]) -> None:
+    def cancel(self, steps: Sequence[Step]) -> None:
         """End steps now."""
 
 
@@ -74,15 +74,22 @@ class SlurmEndings:
     def __init__(self, job_id: str) -> None:
         self._job_id = job_id
 
-    def ask(self, steps: Iterable[Step]) -> None:
+    def ask(self, steps: Sequence[Step]) -> None:
         self._scancel(steps, "--signal=TERM")
 
-    def cancel(self, steps: Iterable[Step]) -> None:
+    def cancel(self, steps: Sequence[Step]) -> None:
         self._scancel(steps)
 
-    def _scancel(self, steps: Iterable[Step], *options: str) -> None:
+    def _scancel(self, steps: Sequence[Step], *options: str) -> None:
+        listed = self._listed()
+        if listed is None:
+            return
         names = {step.command.step for step in steps}
-        self.cancel_ids([step for step, name in self.running().items() if name in names], *options)
+        self.cancel_ids([step for step, name in listed.items() if name in names], *options)
+        for step in steps:
+            if step.command.step not in listed.values():
+                # srun still waits for nodes that are busy: it has no ranks yet, and ends
+                step.child.send(signal.SIGTERM)
 
     def cancel_ids(self, ids: Sequence[str], *options: str) -> None:
         """Cancel steps by their ids, or with ``--signal=…`` signal them."""
@@ -91,14 +98,19 @@ class SlurmEndings:
 
     def running(self) -> dict[str, str]:
         """Return the names of the job's steps by their ids, ``JOB.STEP``; none where Slurm doesn't answer."""
+        return self._listed() or {}
+
+    def _listed(self) -> dict[str, str] | None:
         text = _ask_slurm("squeue", "--steps", f"--jobs={self._job_id}", "--noheader", "--format=%i|%j")
+        if text is None:
+            return None
         return {step: name for step, _, name in (line.partition("|") for line in text.splitlines())}
 
 
 class MpirunEndings:
     """Ends parts that run under mpirun, or directly on this host."""
 
-    def ask(self, steps: Iterable[Step]) -> None:
+    def ask(self, steps: Sequence[Step]) -> None:
         for step in steps:
             if step.ready_file is None:
                 step.child.send(signal.SIGTERM)
@@ -109,20 +121,20 @@ class MpirunEndings:
                 # mpirun kills its ranks at once: it hands no signal on that they could drain on
                 step.child.send(signal.SIGTERM)
 
-    def cancel(self, steps: Iterable[Step]) -> None:
+    def cancel(self, steps: Sequence[Step]) -> None:
         for step in steps:
             step.child.send(signal.SIGTERM)
 
 
-def _ask_slurm(*words: str) -> str:
-    """Run one of Slurm's commands; what it prints, or nothing. Ending goes on whatever it says."""
+def _ask_slurm(*words: str) -> str | None:
+    """Run one of Slurm's commands; what it prints, or None where it fails. Ending goes on whatever it says."""
     try:
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def _rank_zero_here(ready_file: Path) -> int | None:
