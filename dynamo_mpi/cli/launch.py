@@ -8,12 +8,14 @@ exactly the steps that it started. The exit code is that of the step that failed
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.conductor import Conductor, StepFailed
 from dynamo_mpi.launch.container import Container, mount
 from dynamo_mpi.launch.deployment import assign, nodes_wanted
@@ -77,6 +79,9 @@ def run(arguments: argparse.Namespace) -> int:
             _say(error.log)
         _say(f"dynamo-mpi launch: {error}\n  log:    {run_dir.logs}")
         return error.status
+    except OSError as error:
+        _say(f"dynamo-mpi launch: a file or folder fails us: {error}")
+        return ExitCode.ENGINE
     finally:
         run_dir.close()
 
@@ -118,4 +123,6 @@ def _show(settings: LaunchSettings, renderer: Renderer, workers: tuple[Worker, .
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # whoever read our words may have gone (| tee, at Ctrl-C): the end is in order all the same
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import TextIO
@@ -65,7 +66,7 @@ class Follower:
             end = len(new) if whole else new.rfind(b"\n") + 1
             self._offsets[log] = self._offsets.get(log, 0) + end
             place = log.relative_to(self._folder).with_suffix("")
-            for line in new[:end].decode(errors="replace").splitlines():
-                if self._only in line:
-                    self._stream.write(f"[{place}] {line}\n")
-        self._stream.flush()
+            lines = new[:end].decode(errors="replace").splitlines()
+            with contextlib.suppress(OSError):  # whoever reads the stream has gone
+                self._stream.writelines(f"[{place}] {line}\n" for line in lines if self._only in line)
+                self._stream.flush()
