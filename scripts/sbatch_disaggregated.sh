@@ -28,7 +28,7 @@ END
 root=${DYN_MPI_CHECKOUT:-${SLURM_SUBMIT_DIR:-.}}
 
 submit() {
-    local options=() arguments=() dry="" nodes command
+    local options=() arguments=() dry="" name nodes command
     root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
     while (($#)); do
         case $1 in
@@ -41,6 +41,12 @@ submit() {
             *) options+=("$1") ;;
         esac
         shift
+    done
+    for name in NUM_PREFILL_NODES NUM_PREFILL_WORKERS NUM_DECODE_NODES NUM_DECODE_WORKERS NUM_GPUS_PER_NODE; do
+        if [[ ! ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then
+            printf '%s\n' "environment $name is '${!name}'" "  needed: a positive whole number" >&2
+            exit 64
+        fi
     done
     nodes=$((${NUM_PREFILL_NODES:-4} * ${NUM_PREFILL_WORKERS:-1} + ${NUM_DECODE_NODES:-4} * ${NUM_DECODE_WORKERS:-1}))
     command=(

@@ -81,8 +81,12 @@ def _find() -> Path:
     found = sorted(path.parent for path in Path().glob("dynamo_mpi-*/deployment.json"))
     if len(found) == 1:
         return found[0]
+    if not found:
+        raise UsageError(
+            f"no deployment runs in a ./dynamo_mpi-* of {Path.cwd()}", needed="its folder", fix="--run-dir DIR"
+        )
     raise UsageError(
-        f"{len(found)} deployments run in folders of {Path.cwd()}" + "".join(f", {path.name}" for path in found),
+        f"{len(found)} deployments run in folders of {Path.cwd()}: {', '.join(path.name for path in found)}",
         needed="one of them",
         fix="--run-dir DIR",
     )
