@@ -183,9 +183,10 @@ class Conductor:
         step = self._services
         code = step.child.exit_code() if step is not None else None
         if step is not None and code is not None:
-            raise StepFailed(
-                f"the services ended with exit code {code}", status=code or ExitCode.UNAVAILABLE, log=step.last_words()
+            found = f"the services ended with exit code {code}" + (
+                "" if code else ": somebody else has ended their step"
             )
+            raise StepFailed(found, status=code or ExitCode.UNAVAILABLE, log=step.last_words())
 
     def _announce(self) -> None:
         """Say that it serves, once the frontend lists the model; it hears of workers a moment later than we."""

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a launcher meets at its start and at its end: interpreters and numbers that are none, folders that fail it, steps that wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dynamo_mpi.launch.command import Command
+from dynamo_mpi.launch.run_dir import RunDir
+from dynamo_mpi.launch.steps import SlurmEndings, Step, start
+from tests.dynamo.running import eventually
+
+from .dry_runs import ROOT, STANDINS
+
+SCRIPTS = ROOT / "scripts"
+
+
+def run(script: str, *words: str, **environment: str) -> tuple[int, str]:
+    variables = {"PATH": f"{STANDINS}:{os.environ['PATH']}", "PYTHON": sys.executable, **environment}
+    done = subprocess.run([SCRIPTS / script, *words], env=variables, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+def test_an_interpreter_that_is_not_there_is_told() -> None:
+    code, said = run("stop.sh", PYTHON="/nope/python3")
+    assert (code, "PYTHON=/path/to/python3" in said) == (64, True), said
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "08", "1.5", "-1"])
+def test_a_number_of_nodes_that_is_none_is_not_submitted(value: str) -> None:
+    code, said = run("sbatch_disaggregated.sh", "--dry-run", NUM_DECODE_NODES=value)
+    assert (code, f"NUM_DECODE_NODES is '{value}'" in said) == (64, True), said
+
+
+def test_a_folder_that_fails_the_launcher_is_an_error_and_no_traceback(tmp_path: Path) -> None:
+    # as a full disk would, it keeps the launcher from saying what runs
+    (tmp_path / "deployment.json.partial").mkdir()
+    tmp_path.chmod(0o700)
+    job = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "n[1-4]", "NUM_PREFILL_NODES": "2", "NUM_DECODE_NODES": "2"}
+    code, said = run("srun_disaggregated.sh", MODEL_PATH="/m", DYN_MPI_RUN_DIR=str(tmp_path), **job)
+    assert (code, "a file or folder fails us" in said, "Traceback" in said) == (70, True, False), said
+
+
+def test_the_logs_of_the_deployment_before_are_laid_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    first = RunDir(folder)
+    first.log("decode-0").write_text("ready\n")
+    first.close()
+    second = RunDir(folder)
+    assert sorted(path.name for path in second.logs.iterdir()) == ["decode-0.log.old"]
+    second.close()
+
+
+@pytest.fixture
+def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Step]:
+    """A step whose srun lives, and which Slurm doesn't list."""
+    monkeypatch.setenv("PATH", f"{STANDINS}:{os.environ['PATH']}")
+    step = start(Command("decode-0", "dynmpi-x-decode-0", (("sleep", "60"),)), os.environ, tmp_path / "log")
+    yield step
+    step.child.kill()
+
+
+def test_a_step_that_waits_for_busy_nodes_is_ended_by_its_srun(waiting: Step) -> None:
+    SlurmEndings("1234").ask([waiting])
+    eventually(lambda: waiting.child.exit_code() is not None, "srun has ended", 10)
+    assert waiting.child.exit_code() == 128 + signal.SIGTERM
+
+
+def test_where_slurm_does_not_answer_the_srun_is_asked(waiting: Step) -> None:
+    SlurmEndings("4321").ask([waiting])  # the stand-in fails: it knows another job alone
+    eventually(lambda: waiting.child.exit_code() is not None, "srun has ended", 10)
