@@ -5,8 +5,8 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# four minutes before the time limit the deployment is told to finish what is in flight
-#SBATCH --signal=B:USR1@240
+# five minutes before the time limit the deployment is told to finish what is in flight
+#SBATCH --signal=B:USR1@300
 #
 # srun_disaggregated.sh as a batch job. Run it to submit itself, with nodes, GPUs, PARTITION and ACCOUNT from the environment; or
 # `sbatch --nodes=8 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue.
