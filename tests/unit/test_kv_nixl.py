@@ -171,7 +171,7 @@ def test_a_peer_that_stops_meets_the_deadline_and_its_late_answer_harms_nobody(
             on_reading(once, agent, lambda _: peer.send(signal.SIGSTOP))
             began = time.monotonic()
             assert "timed out" in refused(peer, agent, seconds=1.5)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 4
         (late,) = agent._late
         assert np.array_equal(get(other, agent), kept_values(300))
         assert agent._late == [late]

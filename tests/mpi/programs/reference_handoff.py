@@ -76,7 +76,7 @@ def main() -> int:
         serves_kv=prefills,
         kv_transport=task["transport"],
         kv_network="127.0.0.1",
-        kv_pull_seconds=30.0,
+        kv_pull_seconds=5.0,
     )
     engine = ReferenceEngine(comm, config)
     engine.load()
