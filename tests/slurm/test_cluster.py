@@ -83,9 +83,7 @@ def test_mpirun_outside_slurm_forms_one_world(slurm: SlurmSession, flavour_name:
     }
     flavour = slurm.require(look_ups[flavour_name]())
     command = flavour.command(3, sys.executable, REPORT_WORLD)
-    done = subprocess.run(
-        command, env={**os.environ, **flavour.environment}, capture_output=True, text=True, timeout=60
-    )
+    done = run_command(command, env={**os.environ, **flavour.environment}, timeout=60)
     assert done.returncode == 0, done.stderr
     assert [fact[:2] for fact in json.loads(done.stdout)] == [[0, 3], [1, 3], [2, 3]]
 
