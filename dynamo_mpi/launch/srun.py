@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
@@ -94,7 +94,10 @@ class Srun:
             f"--wait={_WAIT_SECONDS}",
         )
         words = worker_words(self.settings, self.source, worker, self.run_dir)
-        return self._step(worker.name, options, self.settings.srun_args, words, environment, services)
+        command = self._step(worker.name, options, self.settings.srun_args, words, environment, services)
+        # Slurm's PMIx plugin (22.05, and still in 2026) takes a rank's place among the step's nodes for one among the job's when a rank
+        # asks for another's address: on a step that doesn't begin on the job's first node that goes astray, and MPI's start hangs
+        return replace(command, environment={**command.environment, "SLURM_JOB_NODELIST": ",".join(worker.nodes)})
 
     def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
         # --overlap: a worker of the head node needs its CPUs
