@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.departure import Departure
 from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
@@ -23,6 +21,7 @@ from dynamo_mpi.supervision.failure import Cause, Failure
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dynamo_mpi.control_plane.departure import Departure
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.launchers.launch import Launch
@@ -47,6 +46,7 @@ class EngineLeader:
         phases: where durations go.
         voice: how rank 0 speaks.
         dismiss: tells the others to leave, with this code, once all else is said and done.
+        departure: the way out of discovery.
     """
 
     def __init__(
@@ -58,9 +58,11 @@ class EngineLeader:
         phases: Phases,
         voice: Voice,
         dismiss: Callable[[ExitCode], None],
+        departure: Departure,
     ) -> None:
         self._world, self._launch, self._settings = world, launch, settings
         self._guard, self._phases, self._voice, self._dismiss = guard, phases, voice, dismiss
+        self._departure = departure
 
     def run(self, spec: EngineSpec, cards: Sequence[Card], token_id: int, on_ready: Callable[[], None]) -> int:
         """Live it, until SIGTERM or SIGINT.
@@ -119,7 +121,7 @@ class EngineLeader:
         )
         failures: list[BaseException] = []
         engine.on_failure(failures.append)
-        departure = Departure(settings.endpoint, os.environ)
+        departure = self._departure
         self._guard.at_once(departure.leave)
         # what is in flight is told of the failure meanwhile
         engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())

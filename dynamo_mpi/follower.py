@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.supervision.tie import Tie
     from dynamo_mpi.world import World
 
 # what rank 0 broadcasts begins with one byte that says how to read the rest
 STOP, GO = b"S", b"G"
 
 
-def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mpi_library: str) -> int:
+def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mpi_library: str, tie: Tie) -> int:
     """Live a follower's life.
 
     Args:
@@ -35,6 +36,7 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
         argv: the command line, without the program.
         phases: where durations go.
         mpi_library: what the MPI library calls itself.
+        tie: to this node's companion.
 
     Returns:
         The exit code that rank 0 has told.
@@ -55,7 +57,9 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
     from dynamo_mpi.supervision.meeting import Meeting
 
     meeting, packed = Meeting.unpack(message[1:])
-    lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()))
+    lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()), tie)
+    if meeting.heir != world.rank:
+        tie.release()
     try:
         code = _follow(world, launch, EngineSpec.unpack(packed), lifeline, phases)
     except Exception as error:  # of any kind: the other ranks are somewhere inside the engine

@@ -9,6 +9,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.control_plane.departure import Departure
 from dynamo_mpi.control_plane.probe import probe_control_plane
 from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.errors import BootstrapError, UsageError
@@ -22,6 +23,7 @@ from dynamo_mpi.preflight.verdict import judge, read_plan
 from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
+from dynamo_mpi.supervision.estate import Estate
 from dynamo_mpi.supervision.failure import HurriedError
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.supervision.tie import Tie
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
 
@@ -46,9 +49,10 @@ class Leader:
         phases: where durations go.
         voice: how rank 0 speaks.
         mpi_library: what the MPI library calls itself.
+        tie: to this node's companion.
     """
 
-    def __init__(self, world: World, launch: Launch, phases: Phases, voice: Voice, mpi_library: str) -> None:
+    def __init__(self, world: World, launch: Launch, phases: Phases, voice: Voice, mpi_library: str, tie: Tie) -> None:
         self._world = world
         self._launch = launch
         self._phases = phases
@@ -57,6 +61,7 @@ class Leader:
         self._verdict_seconds = 0.0
         self._presence: Presence | None = None
         self._guard: Guard | None = None
+        self._estate = Estate(tie)
 
     def run(self, argv: Sequence[str]) -> int:
         """Live it.
@@ -103,7 +108,10 @@ class Leader:
         else:
             from dynamo_mpi.engine_leader import EngineLeader
 
-            leader = EngineLeader(self._world, self._launch, settings, guard, self._phases, self._voice, self._dismiss)
+            departure = self._departure(settings)
+            leader = EngineLeader(
+                self._world, self._launch, settings, guard, self._phases, self._voice, self._dismiss, departure
+            )
             code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
         return code
@@ -117,6 +125,8 @@ class Leader:
         forget_failures(settings.failure_dir, label)
         terms = Terms(settings.liveness_network, settings.heartbeat_timeout, str(settings.failure_dir or ""), label)
         self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms)
+        self._estate.share(guard.leave_to_heir)
+        guard.at_once(self._estate.explain)
         guard.at_once(self._disappear)
         guard.before_the_end(partial(forget, settings.ready_file))
         return guard
@@ -126,11 +136,14 @@ class Leader:
         # after the verdict: a layout that can't be is refused without it
         from dynamo_mpi.control_plane.presence import Presence, record_of
 
-        self._presence = Presence(self._voice)
+        self._presence = Presence(self._voice, partial(self._estate.own, "record"))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._hurry)
         self._presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
         self._phases.listen(self._presence.tell)
+
+    def _departure(self, settings: Settings) -> Departure:
+        return Departure(settings.endpoint, os.environ, partial(self._estate.own, "instance"))
 
     def _disappear(self) -> None:
         if self._presence is not None:
@@ -139,6 +152,7 @@ class Leader:
     def _hurry(self, number: int, _: object) -> None:
         if self._guard is not None:
             self._guard.end(HurriedError(number), of_signal(number))
+        self._estate.explain()
         self._disappear()
         self._world.abort(of_signal(number))
 
@@ -162,7 +176,14 @@ class Leader:
 
         gpus_per_node = plan.config.gpus_per_node or len(cards) // len(hosts(cards))
         leader = TrtllmLeader(
-            self._world, settings, gpus_per_node, plan.shape.bos_token_id or 0, guard, self._phases, self._voice
+            self._world,
+            settings,
+            gpus_per_node,
+            plan.shape.bos_token_id or 0,
+            guard,
+            self._phases,
+            self._voice,
+            self._departure(settings),
         )
         try:
             leader.run(partial(self._announce, settings))
@@ -176,9 +197,11 @@ class Leader:
         announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)
 
 
-def lead(world: World, launch: Launch, argv: Sequence[str], phases: Phases, voice: Voice, mpi_library: str) -> int:
+def lead(
+    world: World, launch: Launch, argv: Sequence[str], phases: Phases, voice: Voice, mpi_library: str, tie: Tie
+) -> int:
     """Live rank 0's life, and return the exit code. See `Leader`."""
-    return Leader(world, launch, phases, voice, mpi_library).run(argv)
+    return Leader(world, launch, phases, voice, mpi_library, tie).run(argv)
 
 
 def require_startable(settings: Settings) -> None:

@@ -22,8 +22,9 @@ from dynamo_mpi.launchers.launch import Launch, Launcher, detect
 from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch, refuse_world_size
 from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.supervision.phases import Phases
+from dynamo_mpi.supervision.tie import Tie, bring_companion
 from dynamo_mpi.talk import Voice
-from dynamo_mpi.world import World, bind_library, form_world
+from dynamo_mpi.world import World, bind_library, end_mpi, form_world
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,29 +59,36 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse_mislaunch(launch, library)
     except BootstrapError as error:
         return _refuse_alone(error, launch, voice)
+    bring_companion(launch, voice.host, words, os.environ)
+    tie = Tie(launch, os.environ)
     try:
         with phases.enter("world"):
             world = form_world()
             refuse_world_size(launch, library, world.size)
     except BootstrapError as error:
+        tie.release()
         return _refuse_alone(error, launch, voice)
-    voice = Voice(world.rank, host_name())
+    tie.end_with(world.abort)
+    phases.listen(lambda name: tie.tell(f"phase {name}"))
+    voice = Voice(world.rank, voice.host)
     try:
         if world.rank == 0:
             from dynamo_mpi.leader import lead
 
             # until it serves: the others ignore both, and under MPICH would not even notice that rank 0 has died of it
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda number, _: world.abort(of_signal(number)))
-            return _leave(world, lead(world, launch, words, phases, voice, library.version))
+                signal.signal(number, lambda number, _: _abort_by_signal(world, tie, number))
+            return _leave(world, tie, lead(world, launch, words, phases, voice, library.version, tie))
         from dynamo_mpi.follower import follow
 
-        return _leave(world, follow(world, launch, words, phases, library.version))
+        return _leave(world, tie, follow(world, launch, words, phases, library.version, tie))
     except BootstrapError as error:
+        tie.release()
         _abandon(world, voice, phases, str(error), error.exit_code)
     except Exception:
         import traceback
 
+        tie.release()
         _abandon(world, voice, phases, traceback.format_exc(), ExitCode.ENGINE)
     return ExitCode.ENGINE
 
@@ -107,14 +115,20 @@ def _refuse_alone(error: BootstrapError, launch: Launch, voice: Voice) -> int:
     return error.exit_code
 
 
-def _leave(world: World, code: int) -> int:
+def _leave(world: World, tie: Tie, code: int) -> int:
     """Wait for each other before the first rank leaves: on ``srun --kill-on-bad-exit`` the rest get SIGTERM then, and srun would exit
     with that signal's code instead of ours."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    tie.release()
     if not world.barrier(_PARTING_SECONDS):
         # some rank hangs: that is no success
         world.abort(code or ExitCode.DEADLINE)
     return code
+
+
+def _abort_by_signal(world: World, tie: Tie, number: int) -> None:
+    tie.tell("told")
+    world.abort(of_signal(number))
 
 
 def _abandon(world: World, voice: Voice, phases: Phases, text: str, code: ExitCode) -> None:
@@ -134,10 +148,7 @@ def _end(code: int) -> NoReturn:
     of our code); TensorRT-LLM has been seen to hang there (its pull request 17970).
     """
     if _NO_USUAL_END & sys.modules.keys():
-        from mpi4py import MPI
-
-        if MPI.Is_initialized() and not MPI.Is_finalized():
-            MPI.Finalize()
+        end_mpi()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, AttributeError):  # whoever read it has gone, or it was never open
                 stream.flush()

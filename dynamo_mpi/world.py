@@ -7,6 +7,7 @@ unpickled. Waiting ranks sleep between polls; a blocking MPI call would burn a c
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 from typing import TYPE_CHECKING
@@ -102,7 +103,7 @@ def form_world() -> World:
     from mpi4py import MPI
 
     if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        _start_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise MislaunchError(
             "the MPI library grants less than MPI_THREAD_MULTIPLE",
@@ -110,6 +111,38 @@ def form_world() -> World:
             fix="use an Open MPI or MPICH built with --enable-mpi-threads / --enable-threads=multiple",
         )
     return World(MPI.COMM_WORLD.Dup())
+
+
+def _start_mpi() -> None:
+    """Start MPI without holding Python's lock, as mpi4py does: MPI's start waits for every rank, and this one has to be able to leave."""
+    import ctypes
+
+    from mpi4py import MPI
+
+    try:
+        # the extension module is linked against the launcher's library, whichever that is
+        start = ctypes.CDLL(MPI.__file__).MPI_Init_thread
+    except (OSError, AttributeError):
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        return
+    if start(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int())) != MPI.SUCCESS:
+        raise MislaunchError(
+            "MPI could not be started",
+            needed="a launcher that goes with the MPI library",
+            fix="what the library says above; dynamo-mpi's README lists the combinations that were tested",
+        )
+    # what mpi4py does when it starts MPI itself
+    for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        communicator.Set_errhandler(MPI.ERRORS_RETURN)
+    atexit.register(end_mpi)
+
+
+def end_mpi() -> None:
+    """End MPI where it was started. Waits for the other ranks; idempotent."""
+    from mpi4py import MPI
+
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.Finalize()
 
 
 def _byte_type() -> MPI.Datatype:

@@ -70,15 +70,18 @@ def run_command(
     It gets a folder for temporary files of its own: where a killed mpirun of Open MPI 5 has left its ``ompi.PID``, a later one that happens
     to get this process id ends with 213, "The PMIx server's listener thread failed to start".
     """
-    with tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True) as scratch, subprocess.Popen(
-        command,
-        env={**env, "TMPDIR": scratch},
-        cwd=cwd,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    ) as process:
+    with (
+        tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True) as scratch,
+        subprocess.Popen(
+            command,
+            env={**env, "TMPDIR": scratch},
+            cwd=cwd,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:

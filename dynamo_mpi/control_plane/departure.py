@@ -16,7 +16,7 @@ from dynamo_mpi.control_plane.probe import etcd_endpoints
 from dynamo_mpi.errors import BootstrapError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _SECONDS = 1.0
 
@@ -27,11 +27,14 @@ class Departure:
     Args:
         endpoint: ``dyn://namespace.component.endpoint``.
         environ: where etcd and our credentials stand.
+        on_lease: called with the lease's id, once it is known.
     """
 
-    def __init__(self, endpoint: str, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, endpoint: str, environ: Mapping[str, str], on_lease: Callable[[int], object] = lambda _: None
+    ) -> None:
         self._prefix = "v1/instances/" + endpoint.removeprefix("dyn://").replace(".", "/")
-        self._environ = environ
+        self._environ, self._on_lease = environ, on_lease
         self._etcd: Etcd | None = None
         self._lease = 0
 
@@ -47,6 +50,8 @@ class Departure:
             # an instance without a lease of its own is nothing that we know
             self._lease = next((entry.lease for entry in entries if entry.lease == instance), 0)
             self._etcd = etcd
+            if self._lease:
+                self._on_lease(self._lease)
 
     def leave(self) -> bool:
         """Revoke the lease, in a second at the most, and tell whether the worker is out of discovery. Does not raise."""

@@ -36,10 +36,19 @@ class Keeper:
         record: what to keep.
         seconds: that the record outlives a rank 0 which was killed.
         say: for a line to the user.
+        on_lease: called with the id of each lease that the record gets.
     """
 
-    def __init__(self, etcd: Etcd, record: WorldRecord, seconds: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        etcd: Etcd,
+        record: WorldRecord,
+        seconds: int,
+        say: Callable[[str], None],
+        on_lease: Callable[[int], object] = lambda _: None,
+    ) -> None:
         self._etcd, self._record, self._seconds, self._say = etcd, record, seconds, say
+        self._on_lease = on_lease
         self._lease: Lease | None = None
         self._stale = self._away = False
         self._peers: Sequence[Posted] = ()
@@ -136,6 +145,7 @@ class Keeper:
     def _write(self) -> str:
         """Write the record under a lease of its own, and return its key."""
         self._lease, self._stale = self._etcd.grant(self._seconds), True
+        self._on_lease(self._lease.id)
         return self._put(self._lease)
 
     def _put(self, lease: Lease) -> str:

@@ -20,7 +20,7 @@ from dynamo_mpi.preflight.peers import advice, refusal
 from dynamo_mpi.preflight.roster import hosts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_mpi.control_plane.record import Posted
     from dynamo_mpi.parallelism.subject import Subject
@@ -37,10 +37,11 @@ class Presence:
 
     Args:
         voice: how rank 0 speaks.
+        on_lease: called with the id of each lease that the record gets.
     """
 
-    def __init__(self, voice: Voice) -> None:
-        self._voice = voice
+    def __init__(self, voice: Voice, on_lease: Callable[[int], object]) -> None:
+        self._voice, self._on_lease = voice, on_lease
         self._keeper: Keeper | None = None
 
     def appear(self, settings: Settings, record: WorldRecord, environ: Mapping[str, str]) -> None:
@@ -65,7 +66,7 @@ class Presence:
         try:
             seconds = lease_seconds(environ)
             etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), settings.probe_timeout)
-            self._keeper = Keeper(etcd, record, seconds, self._voice.say)
+            self._keeper = Keeper(etcd, record, seconds, self._voice.say, self._on_lease)
             earlier = self._keeper.publish()
         except BootstrapError as error:
             if settings.role in _PAIRED and not settings.no_peer_check:

@@ -93,7 +93,8 @@ class Guard:
         threading.Thread(target=self._wait, name="watch", daemon=True).start()
 
     def _meet(self, terms: Terms) -> Meeting:
-        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label)
+        heir = next((rank for rank, place in enumerate(self._ranks) if place.host != self._ranks[0].host), 0)
+        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, heir)
         if self._world.size == 1:
             return Meeting(self._voice.host, "", 0, "", *rest)
         address = host_address(terms.network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
@@ -121,6 +122,11 @@ class Guard:
     def at_once(self, act: Callable[[], object]) -> None:
         """Call this as soon as a failure is known, in a thread of its own that gets a second."""
         self._at_once.append(act)
+
+    def leave_to_heir(self, will: str) -> None:
+        """Tell the heir on another node, if there is one, what to take away when rank 0's node is lost."""
+        if self.meeting.heir and self._lookout is not None:
+            self._lookout.keep_telling(Frame(Kind.WILL, will.encode()))
 
     def before_the_end(self, cleanup: Callable[[], None]) -> None:
         """Call this before the world is ended, after the report. It has to be quick."""

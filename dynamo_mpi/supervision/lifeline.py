@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.supervision.tie import Tie
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
 
@@ -64,13 +65,15 @@ class Lifeline:
         world: all ranks.
         phases: what this rank is doing.
         voice: says what rank 0 can't.
+        tie: to this node's companion, for the rank that is the heir.
 
     Raises:
         UsageError: rank 0 can't be reached.
     """
 
-    def __init__(self, meeting: Meeting, world: World, phases: Phases, voice: Voice) -> None:
+    def __init__(self, meeting: Meeting, world: World, phases: Phases, voice: Voice, tie: Tie | None = None) -> None:
         self._meeting, self._world, self._phases, self._voice = meeting, world, phases, voice
+        self._tie = tie if meeting.heir == world.rank else None
         self.world_phase = "load"
         self._line, self._early = connect(meeting, world.rank)
         self._bell = Bell()
@@ -170,6 +173,8 @@ class Lifeline:
                 self.world_phase = frame.body.decode("utf-8", "replace")
                 for listener in self._listeners:
                     listener(self.world_phase)
+            elif frame.kind is Kind.WILL and self._tie is not None:
+                self._tie.tell(f"heir {frame.body.decode('utf-8', 'replace')}")
             elif frame.kind in (Kind.LEAVING, Kind.ENDING):
                 self._over = True
                 if frame.kind is Kind.ENDING:
@@ -192,6 +197,8 @@ class Lifeline:
     def _lose_with(self, text: str, code: int) -> None:
         """Leave because rank 0 can't be relied on: the first of the others says so, and ends the world; the rest follow."""
         self._over = True
+        if self._tie is not None:
+            self._tie.tell("mourn")
         if self._world.rank != 1:
             time.sleep(_OTHERS_SECONDS)
             os._exit(code)

@@ -54,6 +54,7 @@ class Kind(IntEnum):
     LEAVING = 8
     PHASE = 9
     ENDING = 10
+    WILL = 11
 
 
 class Frame(NamedTuple):

@@ -27,6 +27,7 @@ class Meeting(NamedTuple):
         heartbeat_timeout: seconds of silence that are too long; 0 for none, None for the defaults.
         failure_dir: folder for failure files; empty for none.
         label: begins their names.
+        heir: the rank whose companion takes the worker out of discovery when rank 0's node is lost; 0 for none.
     """
 
     host: str
@@ -36,6 +37,7 @@ class Meeting(NamedTuple):
     heartbeat_timeout: float | None = None
     failure_dir: str = ""
     label: str = "worker"
+    heir: int = 0
 
     def patience(self, phase: str) -> float | None:
         """Return how many seconds of silence are too long in a phase; None where no silence is."""
@@ -57,6 +59,6 @@ class Meeting(NamedTuple):
     def unpack(cls, data: bytes) -> tuple[Meeting, bytes]:
         """Decode what `pack` made."""
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-        host, address, port, token, timeout, folder, label = unpack(data[_LENGTH_BYTES:end])
+        host, address, port, token, timeout, folder, label, heir = unpack(data[_LENGTH_BYTES:end])
         seconds = float(timeout) if timeout else None
-        return cls(host, address, int(port), token, seconds, folder, label), data[end:]
+        return cls(host, address, int(port), token, seconds, folder, label, int(heir)), data[end:]

