@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.world import World
@@ -26,7 +27,14 @@ if TYPE_CHECKING:
 STOP, GO = b"S", b"G"
 
 
-def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mpi_library: str) -> int:
+def follow(
+    world: World,
+    launch: Launch,
+    argv: Sequence[str],
+    phases: Phases,
+    mpi_library: str,
+    fault: ArmedFault | None = None,
+) -> int:
     """Live a follower's life.
 
     Args:
@@ -35,6 +43,7 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
         argv: the command line, without the program.
         phases: where durations go.
         mpi_library: what the MPI library calls itself.
+        fault: one on demand.
 
     Returns:
         The exit code that rank 0 has told.
@@ -56,6 +65,8 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
 
     meeting, packed = Meeting.unpack(message[1:])
     lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()))
+    if fault is not None:
+        fault.follow(lifeline)
     try:
         code = _follow(world, launch, EngineSpec.unpack(packed), lifeline, phases)
     except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
