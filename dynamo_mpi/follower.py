@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.supervision.tie import Tie
@@ -27,7 +28,15 @@ if TYPE_CHECKING:
 STOP, GO = b"S", b"G"
 
 
-def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mpi_library: str, tie: Tie) -> int:
+def follow(
+    world: World,
+    launch: Launch,
+    argv: Sequence[str],
+    phases: Phases,
+    mpi_library: str,
+    tie: Tie,
+    fault: ArmedFault | None = None,
+) -> int:
     """Live a follower's life.
 
     Args:
@@ -37,6 +46,7 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
         phases: where durations go.
         mpi_library: what the MPI library calls itself.
         tie: to this node's companion.
+        fault: one on demand.
 
     Returns:
         The exit code that rank 0 has told.
@@ -60,6 +70,8 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
     lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()), tie)
     if meeting.heir != world.rank:
         tie.release()
+    if fault is not None:
+        fault.follow(lifeline)
     try:
         code = _follow(world, launch, EngineSpec.unpack(packed), lifeline, phases)
     except Exception as error:  # of any kind: the other ranks are somewhere inside the engine

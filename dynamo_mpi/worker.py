@@ -29,6 +29,8 @@ from dynamo_mpi.world import World, bind_library, end_mpi, form_world
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dynamo_mpi.supervision.faults import ArmedFault
+
 # How long ranks that refuse alone stay, so that all have started and rank 0 has said why: a launcher ends the rest when the first
 # process fails, and no MPI orders them yet.
 _HUSH_SECONDS = 2.0
@@ -53,7 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help", "--version"} & set(words):
         return _help(words, launch)
     voice = Voice(launch.rank, host_name())
+    fault: ArmedFault | None = None
     try:
+        if os.environ.get("DYN_MPI_FAULT"):
+            from dynamo_mpi.supervision.faults import arm
+
+            fault = arm(os.environ, launch, phases, voice)
         with phases.enter("environment"):
             library = identify_library(bind_library())
             refuse_mislaunch(launch, library)
@@ -81,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _leave(world, tie, lead(world, launch, words, phases, voice, library.version, tie))
         from dynamo_mpi.follower import follow
 
-        return _leave(world, tie, follow(world, launch, words, phases, library.version, tie))
+        return _leave(world, tie, follow(world, launch, words, phases, library.version, tie, fault))
     except BootstrapError as error:
         tie.release()
         _abandon(world, voice, phases, str(error), error.exit_code)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank that does nothing but go through its phases: ``faulty_rank.py RANK SIZE WAIT``, with DYN_MPI_FAULT in the environment.
+
+It stays in "serve" by WAIT: sleep, queue, asyncio or uvloop, or until an exception comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import sys
+import threading
+import time
+
+from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.launchers.launch import Launch, Launcher
+from dynamo_mpi.supervision.faults import arm
+from dynamo_mpi.supervision.phases import Phases
+from dynamo_mpi.talk import Voice
+
+
+def wait(how: str) -> None:
+    if how == "sleep":
+        time.sleep(20)
+    elif how == "queue":
+        queue.SimpleQueue[None]().get()
+
+
+async def wait_in_a_loop(phases: Phases) -> None:
+    with phases.enter("serve"):
+        say("serve")
+        await asyncio.wait([asyncio.ensure_future(asyncio.sleep(20))])
+
+
+def say(word: str) -> None:
+    """Print a line as a whole, whichever thread prints another."""
+    os.write(1, f"{word}\n".encode())
+
+
+def tick() -> None:
+    """Say that threads run here."""
+    while True:
+        say("tick")
+        time.sleep(0.02)
+
+
+def main() -> int:
+    rank, size, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    phases = Phases()
+    try:
+        arm(os.environ, Launch(Launcher.OPEN_MPI, rank, size), phases, Voice(rank, "here"))
+    except BootstrapError as error:
+        print(error)
+        return int(error.exit_code)
+    threading.Thread(target=tick, daemon=True).start()
+    for name in ("environment", "world", "preflight", "load"):
+        with phases.enter(name):
+            say(name)
+    if how == "asyncio":
+        asyncio.run(wait_in_a_loop(phases))
+    elif how == "uvloop":
+        import uvloop
+
+        uvloop.run(wait_in_a_loop(phases))
+    else:
+        with phases.enter("serve"):
+            say("serve")
+            wait(how)
+    with phases.enter("drain"):
+        say("drain")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
