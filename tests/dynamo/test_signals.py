@@ -146,7 +146,7 @@ def test_while_it_loads_in_native_code_and_in_a_collective(
     """The rank that is in native code gets the signal, or one that waits for it in a collective."""
     if to == "all" and where == "native":
         pytest.skip("the same as in a collective: some ranks are here, some there")
-    # rank 1 sleeps in C; the others wait for it in MPI_Barrier
+    # rank 1 hangs in C; the others wait for it in MPI_Barrier
     sleeper = {"0": 0, "n": 2, "all": 1}[to] if where == "native" else 1
     worker = start(PYTHONPATH=f"{SHIMS}{os.pathsep}{ROOT}", SHIM_SLEEPER=str(sleeper))
     eventually(lambda: worker.text().count(" is in load, ") == 3 or worker.process.poll() is not None, "all load", 60)
@@ -172,6 +172,5 @@ def test_a_rank_that_is_stuck_in_native_code_does_not_hold_up_the_end(start: Sta
     text = worker.text()
     assert "error in exit: not all ranks have come to their end after 20 s" in text
     _, _, stacks = text.partition("where the ranks are:\n")
-    assert stacks.lstrip().startswith("rank 2 on "), stacks
-    assert "sitecustomize.py" in stacks.partition("\n")[2].partition("\n")[0], "who hangs is told first, with where"
+    assert "hang_in_c" in stacks.partition("rank 2 on ")[2].partition("rank")[0], stacks
     assert_nothing_is_left(worker, etcd)

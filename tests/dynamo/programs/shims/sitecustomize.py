@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Holds a rank up, for tests of signals: first on PYTHONPATH, so that it is imported before the worker.
 
-SHIM_SLEEPER=N: while it loads, rank N sleeps in C, and the others wait for it in MPI_Barrier.
-SHIM_LEAVER=N: rank N sleeps in C when its engine has closed.
+SHIM_SLEEPER=N: while it loads, rank N hangs in C, and the others wait for it in MPI_Barrier.
+SHIM_LEAVER=N: rank N hangs in C when its engine has closed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from typing import Any
 RANK = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID")
 
 
-def sleep_in_c() -> None:
-    ctypes.CDLL(None).sleep(600)
+def hang_in_c() -> None:
+    """Wait for a lock that this thread holds itself: a signal's handler would end a mere sleep."""
+    library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(lock)
+    library.pthread_mutex_lock(lock)
 
 
 def load_never(self: Any) -> None:
@@ -28,14 +31,14 @@ def load_never(self: Any) -> None:
     where = "in C" if os.environ["SHIM_SLEEPER"] == RANK else "in a collective"
     os.write(2, f"rank {RANK} is in load, {where}\n".encode())
     if where == "in C":
-        sleep_in_c()
+        hang_in_c()
     MPI.COMM_WORLD.Barrier()
 
 
 def hang_after(follow: Any) -> Any:
     def follow_and_hang(self: Any) -> None:
         follow(self)
-        sleep_in_c()
+        hang_in_c()
 
     return follow_and_hang
 
