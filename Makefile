@@ -39,6 +39,7 @@ bench:
 	$(BIN)/python tests/bench/launch_to_verdict.py
 	$(BIN)/python tests/bench/serving_rate.py
 	$(BIN)/python tests/bench/hand_over.py
+	$(BIN)/python tests/bench/liveness.py
 
 wheel:
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.supervision.stop_signals import StopSignals
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
 
@@ -47,6 +47,7 @@ class EngineLeader:
         voice: how rank 0 speaks.
         dismiss: tells the others to leave, with this code, once all else is said and done.
         departure: the way out of discovery.
+        signals: end the world until it serves, and once it has drained.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class EngineLeader:
         voice: Voice,
         dismiss: Callable[[ExitCode], None],
         departure: Departure,
+        signals: StopSignals,
     ) -> None:
         self._world, self._launch, self._settings = world, launch, settings
         self._guard, self._phases, self._voice, self._dismiss = guard, phases, voice, dismiss
-        self._departure = departure
+        self._departure, self._signals = departure, signals
 
     def run(self, spec: EngineSpec, cards: Sequence[Card], token_id: int, on_ready: Callable[[], None]) -> int:
         """Live it, until SIGTERM or SIGINT.
@@ -130,7 +132,18 @@ class EngineLeader:
         try:
             with self._phases.enter("prove"):
                 prove(engine, token_id, settings.prove_timeout)
-            run(serve(registration, engine, self._phases, departure.prepare, on_ready, self._voice.say))
+            with self._signals.in_event_loop():
+                run(
+                    serve(
+                        registration,
+                        engine,
+                        self._phases,
+                        departure.prepare,
+                        on_ready,
+                        self._voice.say,
+                        self._signals.expect,
+                    )
+                )
         except (EngineError, DeadlineError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise
@@ -138,9 +151,6 @@ class EngineLeader:
             self._guard.report(error)
             code = error.exit_code
         finally:
-            # the event loop has given signals back; from here on a further one must not take rank 0 away from the others
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
             forget(settings.ready_file)
         with self._phases.enter("exit"):
             close(engine, _CLOSE_SECONDS)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 
 # what rank 0 broadcasts begins with one byte that says how to read the rest
 STOP, GO = b"S", b"G"
+PARTING_SECONDS = 20.0
+"""How long rank 0 waits for all ranks to come to their end; longer than it gives the engine to close."""
 
 
 def follow(
@@ -59,23 +60,28 @@ def follow(
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
-    # Launchers signal every rank, and rank 0 leads the draining: a follower that left now would take the requests in flight with it.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     # before the verdict, every file that a rank opens counts
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
+    from dynamo_mpi.supervision.signal_thread import SignalThread
 
+    # rank 0 leads the draining: a follower that left now would take the requests in flight with it
+    signals = SignalThread()
     meeting, packed = Meeting.unpack(message[1:])
     lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()), tie)
     if meeting.heir != world.rank:
         tie.release()
     if fault is not None:
         fault.follow(lifeline)
+    signals.begin(lifeline.pass_on)
     try:
         code = _follow(world, launch, EngineSpec.unpack(packed), lifeline, phases)
     except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
         lifeline.fail(error)
+    with phases.enter("exit"):
+        # rank 0 looks after those that don't come
+        world.barrier(2 * PARTING_SECONDS)
+    signals.close()
     lifeline.close()
     return code
 

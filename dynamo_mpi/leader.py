@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from dynamo_mpi.control_plane.probe import probe_control_plane
 from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.follower import GO, STOP
+from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.roster import hosts
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.supervision.stop_signals import StopSignals
     from dynamo_mpi.supervision.tie import Tie
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
@@ -62,6 +62,7 @@ class Leader:
         self._presence: Presence | None = None
         self._guard: Guard | None = None
         self._estate = Estate(tie)
+        self._signals: StopSignals | None = None
 
     def run(self, argv: Sequence[str]) -> int:
         """Live it.
@@ -97,7 +98,7 @@ class Leader:
             try:
                 point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
                 require_servable(settings.model, plan.inquiry.files[0].content)
-                self._appear(settings, verdict, cards)
+                signals = self._appear(settings, verdict, cards)
                 guard = self._guard_with(settings, cards)
             except BootstrapError as error:
                 return self._stop(f"error: {error}", error.exit_code)
@@ -108,9 +109,16 @@ class Leader:
         else:
             from dynamo_mpi.engine_leader import EngineLeader
 
-            departure = self._departure(settings)
             leader = EngineLeader(
-                self._world, self._launch, settings, guard, self._phases, self._voice, self._dismiss, departure
+                self._world,
+                self._launch,
+                settings,
+                guard,
+                self._phases,
+                self._voice,
+                self._dismiss,
+                self._departure(settings),
+                signals,
             )
             code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
@@ -131,16 +139,18 @@ class Leader:
         guard.before_the_end(partial(forget, settings.ready_file))
         return guard
 
-    def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> None:
+    def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
         from dynamo_mpi.control_plane.presence import Presence, record_of
+        from dynamo_mpi.supervision.stop_signals import StopSignals
 
         self._presence = Presence(self._voice, partial(self._estate.own, "record"))
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hurry)
+        # from here on the main thread may sit in the engine
+        self._signals = signals = StopSignals(self._hurry)
         self._presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
         self._phases.listen(self._presence.tell)
+        return signals
 
     def _departure(self, settings: Settings) -> Departure:
         return Departure(settings.endpoint, os.environ, partial(self._estate.own, "instance"))
@@ -149,7 +159,7 @@ class Leader:
         if self._presence is not None:
             self._presence.withdraw()
 
-    def _hurry(self, number: int, _: object) -> None:
+    def _hurry(self, number: int) -> None:
         if self._guard is not None:
             self._guard.end(HurriedError(number), of_signal(number))
         self._estate.explain()
@@ -168,8 +178,17 @@ class Leader:
 
     def _dismiss(self, code: ExitCode) -> None:
         """Tell the others to leave. Before it comes all that rank 0 has to do, since the first to leave may take it along."""
+        if self._signals is not None:
+            self._signals.close()
         self._disappear()
-        self._world.broadcast(STOP + bytes([code]))
+        message = STOP + bytes([code])
+        if self._guard is None:
+            self._world.broadcast(message)
+            return
+        # a rank that doesn't come can be named only as long as all are watched
+        with self._guard.deadline(PARTING_SECONDS, "not all ranks have come to their end", code=int(code) or None):
+            self._world.broadcast(message)
+            self._world.barrier(2 * PARTING_SECONDS)
 
     def _lead_trtllm(self, settings: Settings, plan: Plan, cards: Sequence[Card], guard: Guard) -> int:
         from dynamo_mpi.engines.trtllm.lead import TrtllmLeader

@@ -17,7 +17,7 @@ class Voice:
     """
 
     def __init__(self, rank: int, host: str) -> None:
-        self.host = host
+        self.rank, self.host = rank, host
         self._prefix = f"dynamo_mpi: rank {rank} on {host}: "
 
     def say(self, text: str) -> None:

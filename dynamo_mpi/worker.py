@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse_alone(error, launch, voice)
     bring_companion(launch, voice.host, words, os.environ)
     tie = Tie(launch, os.environ)
+    phases.listen(lambda name: tie.tell(f"phase {name}"), first=True)
     try:
         with phases.enter("world"):
             world = form_world()
@@ -75,8 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BootstrapError as error:
         tie.release()
         return _refuse_alone(error, launch, voice)
+    except Exception as error:
+        return _abandon(error, None, tie, voice, phases, words)
     tie.end_with(world.abort)
-    phases.listen(lambda name: tie.tell(f"phase {name}"))
     voice = Voice(world.rank, voice.host)
     try:
         if world.rank == 0:
@@ -89,15 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dynamo_mpi.follower import follow
 
         return _leave(world, tie, follow(world, launch, words, phases, library.version, tie, fault))
-    except BootstrapError as error:
-        tie.release()
-        _abandon(world, voice, phases, str(error), error.exit_code)
-    except Exception:
-        import traceback
-
-        tie.release()
-        _abandon(world, voice, phases, traceback.format_exc(), ExitCode.ENGINE)
-    return ExitCode.ENGINE
+    except Exception as error:
+        return _abandon(error, world, tie, voice, phases, words)
 
 
 def _help(words: Sequence[str], launch: Launch) -> int:
@@ -138,10 +133,21 @@ def _abort_by_signal(world: World, tie: Tie, number: int) -> None:
     world.abort(of_signal(number))
 
 
-def _abandon(world: World, voice: Voice, phases: Phases, text: str, code: ExitCode) -> None:
-    """End the whole world because this rank can't go on; the others may be anywhere, also inside a collective."""
+def _abandon(
+    error: Exception, world: World | None, tie: Tie, voice: Voice, phases: Phases, argv: Sequence[str]
+) -> NoReturn:
+    """End all ranks because this one can't go on; the others may be anywhere, also inside a collective."""
+    from dynamo_mpi.supervision.companion import Limits
+    from dynamo_mpi.supervision.failure import Failure, describe_error
+    from dynamo_mpi.supervision.failure_files import write_failure
+    from dynamo_mpi.supervision.meeting import Meeting
+
+    text, code = describe_error(error)
     voice.say(f"error in {phases.current}: {text.rstrip()}")
-    if world.size > 1:
+    meeting = Meeting(voice.host, failure_dir=Limits.of(argv, os.environ).failure_dir)
+    write_failure(meeting, Failure(voice.rank, code, text, phase=phases.current, at=time.monotonic()), voice.host)
+    tie.tell(f"failed {code}")
+    if world is not None and world.size > 1:
         world.abort(code)
     with contextlib.suppress(OSError, AttributeError):
         sys.stderr.flush()

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_mpi.errors import (
     AuthorisationError,
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.supervision.phases import Phases
 
+_T = TypeVar("_T")
 _LOOK_SECONDS = 0.02
 # time for frontends to see that the instance has gone, before its last requests are counted
 _FAREWELL_SECONDS = 0.2
@@ -79,10 +79,9 @@ async def serve(
     on_registered: Callable[[int], object],
     on_ready: Callable[[], None],
     say: Callable[[str], None],
+    expect_stop: Callable[[Callable[[int], object]], object],
 ) -> None:
     """Register ``engine`` with Dynamo, and serve until SIGTERM or SIGINT; then drain.
-
-    A second signal ends the draining.
 
     Args:
         registration: how it appears.
@@ -91,19 +90,21 @@ async def serve(
         on_registered: called from a thread with the instance's id, as soon as it is in discovery.
         on_ready: called once requests are answered.
         say: for a line of progress.
+        expect_stop: called with what to call, from any thread, with the signal that asks for the drain.
 
     Raises:
-        EngineError: the engine failed while serving.
+        EngineError: the engine failed.
         TemporaryError: the runtime ended by itself: its lease was lost.
     """
     from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
     from dynamo.runtime import DistributedRuntime
 
     loop = asyncio.get_running_loop()
-    stop = _StopSignals(loop)
+    stop: asyncio.Future[int] = loop.create_future()
     failed: asyncio.Future[BaseException] = loop.create_future()
     engine.on_failure(lambda error: _from_thread(loop, failed, error))
     handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role)
+    expect_stop(lambda number: _from_thread(loop, stop, number))
 
     with phases.enter("register"):
         try:
@@ -120,22 +121,25 @@ async def serve(
             )
         )
         registering = asyncio.ensure_future(_register_model(registration, engine, endpoint))
-        await _first_of(registering, serving, failed, stop.first, timeout=_REGISTER_SECONDS)
+        await _first_of(registering, serving, failed, stop, timeout=_REGISTER_SECONDS)
         trouble = _trouble(registering, serving)
-        if trouble is not None or not (registering.done() or failed.done() or stop.first.done()):
+        if trouble is not None or not (registering.done() or failed.done() or stop.done()):
             registering.cancel()
             await _end(runtime, serving)
             raise _runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
-    if registering.done() and not stop.first.done() and not failed.done():
+    if registering.done() and not stop.done() and not failed.done():
         await asyncio.to_thread(on_registered, endpoint.connection_id())
         on_ready()
     with phases.enter("serve"):
-        await _first_of(serving, failed, stop.first)
-    with phases.enter("drain"):
+        await _first_of(serving, failed, stop)
         registering.cancel()
-        lost = serving.done() and not failed.done() and not stop.first.done()
-        gone = await _deregister(endpoint)
-        if lost:
+        if failed.done():
+            await _deregister(endpoint)
+            await _cut_off(handler, say)
+            await _end(runtime, serving)
+            raise _engine_error("while serving", failed.result())
+        if serving.done() and not stop.done():
+            await _deregister(endpoint)
             if (trouble := _trouble(serving)) is not None:
                 raise _runtime_error(trouble) from trouble
             raise TemporaryError(
@@ -143,21 +147,31 @@ async def serve(
                 needed="an etcd that keeps this worker's lease",
                 fix="start the worker again; if it comes back, look at etcd and the network between",
             )
-        if not failed.done():
-            how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
-            say(f"drain: {how}, {handler.in_flight} requests in flight")
-            await asyncio.sleep(_FAREWELL_SECONDS)
-            drained = asyncio.ensure_future(_drained(handler, engine, registration.drain_timeout))
-            await _first_of(drained, stop.second, failed)
-            drained.cancel()
-        if handler.in_flight:
-            say(f"drain: {handler.in_flight} requests are cut off")
-            handler.cancel_all()
-            await handler.wait_quiet(_FAREWELL_SECONDS * 5)
+    with phases.enter("drain"):
+        gone = await _deregister(endpoint)
+        how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
+        say(f"drain: {how}, {handler.in_flight} requests in flight")
+        await asyncio.sleep(_FAREWELL_SECONDS)
+        drained = asyncio.ensure_future(_drained(handler, engine, registration.drain_timeout))
+        await _first_of(drained, failed)
+        drained.cancel()
+        await _cut_off(handler, say)
         await _end(runtime, serving)
         if failed.done():
-            cause = failed.result()
-            raise EngineError(f"the engine failed while serving: {cause or type(cause).__name__}") from cause
+            raise _engine_error("while draining", failed.result())
+
+
+async def _cut_off(handler: RequestHandler, say: Callable[[str], None]) -> None:
+    if handler.in_flight:
+        say(f"{handler.in_flight} requests are cut off")
+        handler.cancel_all()
+        await handler.wait_quiet(_FAREWELL_SECONDS * 5)
+
+
+def _engine_error(when: str, cause: BaseException) -> EngineError:
+    error = EngineError(f"the engine failed {when}: {cause or type(cause).__name__}")
+    error.__cause__ = cause
+    return error
 
 
 async def _drained(handler: RequestHandler, engine: Engine, seconds: float) -> None:
@@ -267,26 +281,10 @@ async def _first_of(*futures: asyncio.Future[Any], timeout: float | None = None)
     await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
 
-class _StopSignals:
-    """SIGTERM and SIGINT as two futures: the first one, and the one after it."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.first: asyncio.Future[int] = loop.create_future()
-        self.second: asyncio.Future[int] = loop.create_future()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._arrived, number)
-
-    def _arrived(self, number: int) -> None:
-        for future in (self.first, self.second):
-            if not future.done():
-                future.set_result(number)
-                return
-
-
-def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[BaseException], error: BaseException) -> None:
+def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[_T], result: _T) -> None:
     def deliver() -> None:
         if not future.done():
-            future.set_result(error)
+            future.set_result(result)
 
     loop.call_soon_threadsafe(deliver)
 

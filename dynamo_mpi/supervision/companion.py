@@ -85,6 +85,8 @@ class Companion:
         self._decide_at = self._stop_at = float("inf")
         self._heir = Heir()
         self._over = False
+        self._told_to_stop = float("inf")
+        signal.signal(signal.SIGTERM, self._note_stop)
 
     def run(self) -> None:
         """Watch until all ranks of this node have left, or are ended."""
@@ -97,6 +99,11 @@ class Companion:
                 self._decide()
             self._look(now)
         self._heir.close()
+
+    def _note_stop(self, number: int, frame: object) -> None:
+        """Slurm ends a step whole, the companion with it, which stays to the end of its ranks."""
+        del number, frame
+        self._told_to_stop = min(self._told_to_stop, time.monotonic())
 
     def _is_over(self) -> bool:
         now = time.monotonic()
@@ -150,6 +157,9 @@ class Companion:
             local.left = self._over = True
         elif word == "told":
             local.told = True
+        elif word == "failed" and rest.isdecimal():
+            local.told = True
+            self._order_end(int(rest))
         elif word == "heir":
             local.leaves_to_us = True
             self._heir.inherit(rest)
@@ -169,13 +179,16 @@ class Companion:
         if local.told:
             self._over = True
             return
+        local.heard = time.monotonic()
         self._gone.append(local)
         self._decide_at = min(self._decide_at, time.monotonic() + _SETTLE_SECONDS)
 
     def _decide(self) -> None:
         """Say what has gone, unless it was the launcher or an operator who ended them all."""
         first = self._gone[0]
-        if len(self._gone) > 1 and not self._ranks:
+        is_first_cause = first.heard < self._told_to_stop < float("inf")
+        was_ended = self._told_to_stop <= first.heard or (len(self._gone) > 1 and not self._ranks)
+        if was_ended and not is_first_cause:
             self._over = True
             return
         if first.leaves_to_us and self._launch.size > 1:
@@ -236,7 +249,7 @@ class Companion:
         self._order_end(int(error.exit_code))
 
     def _end(self, local: Local, error: BootstrapError, cause: Cause) -> None:
-        self._say(f"{prefix(local.rank, self._host)}error in {local.phase}: it {error}")
+        self._say(f"{prefix(local.rank, self._host)}error in {local.phase}: {error}")
         self._write(local, str(error), int(error.exit_code), cause)
         self._order_end(int(error.exit_code))
 

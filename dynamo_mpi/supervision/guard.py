@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import math
 import os
 import queue
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -29,12 +31,17 @@ from dynamo_mpi.supervision.failure_files import content_of, write_failure
 from dynamo_mpi.supervision.liveness_wire import TOKEN_BYTES, Frame, Kind
 from dynamo_mpi.supervision.lookout import Lookout
 from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.supervision.open_files import allow_open_files
+from dynamo_mpi.supervision.reception import SPARE
+from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervision.stacks import describe_stacks, own_stacks
+from dynamo_mpi.supervision.troubles import no_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from dynamo_mpi.preflight.roster import Placed
+    from dynamo_mpi.supervision.liveness_wire import Signalled
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
@@ -45,6 +52,7 @@ _BACKSTOP_SECONDS = 15.0
 _SETTLE_SECONDS = 0.3
 _SETTLE_AFTER_DEATH_SECONDS = 0.1
 _LEAVE_SECONDS = 1.0
+_ENDING = ("drain", "exit")
 _HURRYING = (Cause.DEATH, Cause.LOST, Cause.SIGNAL)
 
 
@@ -75,8 +83,7 @@ class Guard:
         terms: how.
 
     Raises:
-        UsageError: this host has no address by ``terms.network``.
-        OSError: it can't be listened on.
+        UsageError: this host has no address by ``terms.network``, it can't be listened on, or fewer files may be open than there are ranks.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class Guard:
         # a signal's handler may put into it, whatever its thread was doing
         self._news: queue.SimpleQueue[Failure | None] = queue.SimpleQueue()
         self.failed = threading.Event()
+        self._passed_on = -math.inf
         self._lookout: Lookout | None = None
         self.meeting = self._meet(terms or Terms())
         threading.Thread(target=self._wait, name="watch", daemon=True).start()
@@ -99,8 +107,12 @@ class Guard:
             return Meeting(self._voice.host, "", 0, "", *rest)
         address = host_address(terms.network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        # all ranks come at the same moment
-        listener = socket.create_server((address, 0), family=family, backlog=max(128, self._world.size))
+        allow_open_files(self._world.size + SPARE)
+        try:
+            # all ranks come at the same moment
+            listener = socket.create_server((address, 0), family=family, backlog=max(128, self._world.size))
+        except OSError as error:
+            raise no_place(address, error) from None
         token = secrets.token_hex(TOKEN_BYTES)
         meeting = Meeting(self._voice.host, address, listener.getsockname()[1], token, *rest)
         self._lookout = Lookout(
@@ -110,6 +122,7 @@ class Guard:
             lambda: self._phases.current,
             lambda rank: self._ranks[rank].host,
             self._news.put,
+            self._pass_on,
         )
         self._phases.listen(lambda name: self._tell(Frame(Kind.PHASE, name.encode())))
         self._lookout.start()
@@ -140,6 +153,8 @@ class Guard:
             code: what to leave with, where it isn't the error's own.
         """
         text, own_code = describe_error(error)
+        if isinstance(error, DeadlineError):
+            text += self._whereabouts()
         cause = Cause.SIGNAL if isinstance(error, HurriedError) else Cause.TOLD
         self._note_own(text, own_code if code is None else code, cause)
         while True:  # for the end
@@ -158,15 +173,16 @@ class Guard:
         write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
 
     @contextmanager
-    def deadline(self, seconds: float, what: str, flag: str) -> Iterator[None]:
+    def deadline(self, seconds: float, what: str, flag: str = "", code: int | None = None) -> Iterator[None]:
         """End the world, with a word of where each rank stands, when the body takes longer.
 
         Args:
             seconds: for the body.
             what: what is late.
-            flag: gives it longer.
+            flag: gives it longer; empty where nothing does.
+            code: what to leave with, where it isn't the one of deadlines.
         """
-        timer = threading.Timer(seconds, self._late, (seconds, what, flag))
+        timer = threading.Timer(seconds, self._late, (seconds, what, flag, code))
         timer.daemon, timer.name = True, "watch"
         timer.start()
         # no thread of Python's runs while native code holds the interpreter, as an import that starts MPI may
@@ -189,19 +205,36 @@ class Guard:
         if self._lookout is not None:
             self._lookout.tell(frame)
 
-    def _late(self, seconds: float, what: str, flag: str) -> None:
+    def _late(self, seconds: float, what: str, flag: str, code: int | None) -> None:
+        longer = f"; {flag} gives it longer" if flag else ""
+        error = DeadlineError(
+            f"{what} after {seconds:g} s",
+            needed="all ranks to come through",
+            fix=f"look at the ranks that stand apart from the others{longer}",
+        )
+        self.end(error, code)  # whoever waits for this thread waits for the end
+
+    def _whereabouts(self) -> str:
         places = "unknown"
         with contextlib.suppress(Exception):  # whatever hinders it, the deadline has passed
             stacks = {0: own_stacks()} if self._lookout is None else self._lookout.stacks()
             silent = [rank for rank in range(self._world.size) if rank not in stacks]
             places = describe_stacks(stacks, silent, self.name)
-        error = DeadlineError(
-            f"{what} after {seconds:g} s",
-            needed="all ranks to come through",
-            fix=f"look at the ranks that stand apart from the others; {flag} gives it longer",
-        )
-        self._note_own(f"{error}\nwhere the ranks are:\n{places}", int(error.exit_code), Cause.TOLD)
-        threading.Event().wait()  # whoever waits for this thread waits for the end
+        return f"\nwhere the ranks are:\n{places}"
+
+    def _pass_on(self, rank: int, signalled: Signalled) -> None:
+        """Have rank 0 do about a signal to another rank what it does about one to itself."""
+        now = time.monotonic()
+        if (self._phases.current in _ENDING and not signalled.again) or now - self._passed_on <= SAME_SIGNAL_SECONDS:
+            return
+        self._passed_on = now
+        # apart from the watch, which whoever reads our words must not hold up
+        threading.Thread(target=self._raise, args=(rank, signalled.number), name="watch", daemon=True).start()
+
+    def _raise(self, rank: int, number: int) -> None:
+        # before the words, as they may be late
+        os.kill(os.getpid(), number)
+        self._voice.say(f"{self.name([rank])} got {signal.Signals(number).name}, which goes for all ranks")
 
     def _note_own(self, text: str, code: int, cause: Cause) -> None:
         self._news.put(Failure(0, code, text, cause, self._phases.current, time.monotonic()))

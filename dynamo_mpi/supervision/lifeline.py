@@ -7,6 +7,7 @@ It needs nothing of MPI and nothing of the engine, so it also works while both a
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import queue
 import secrets
@@ -26,6 +27,7 @@ from dynamo_mpi.supervision.liveness_wire import (
     Frame,
     Join,
     Kind,
+    Signalled,
     Told,
     WireError,
     clip,
@@ -33,6 +35,7 @@ from dynamo_mpi.supervision.liveness_wire import (
     prove_rank,
     prove_rank_zero,
 )
+from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervision.stacks import own_stacks
 from dynamo_mpi.supervision.troubles import death, loss, no_way, silence
 
@@ -55,6 +58,9 @@ _FAREWELL_SECONDS = 1.0
 _DOUBT_SECONDS = 0.1
 _SPEAKER_SECONDS = 0.5
 _OTHERS_SECONDS = 2.0
+# mostly a signal comes to all ranks, and rank 0 knows what to do about it
+_HOLD_SECONDS = 0.3
+_ENDING = ("drain", "exit")
 
 
 class Lifeline:
@@ -82,6 +88,7 @@ class Lifeline:
         self._listeners: list[Callable[[str], None]] = []
         # what comes of it is rank 0's affair: it ends the world, or leaves in order
         self._over = self._closing = False
+        self._signalled = -math.inf
         phases.listen(lambda name: self._tell(Frame(Kind.PHASE, name.encode())))
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -108,6 +115,17 @@ class Lifeline:
         self._voice.say(f"error in {failure.phase}: rank 0 does not answer; {failure.text}")
         self._end(failure.exit_code)
         os._exit(failure.exit_code)
+
+    def pass_on(self, number: int) -> None:
+        """Tell rank 0 of a signal that came to this rank, unless the world is ending already. From the thread that the signals come to."""
+        before, self._signalled = self._signalled, time.monotonic()
+        if self._signalled - before <= SAME_SIGNAL_SECONDS:
+            return
+        again = before > -math.inf
+        if not again:
+            time.sleep(_HOLD_SECONDS)
+        if not (self._over or self._closing) and (again or self.world_phase not in _ENDING):
+            self._tell(Frame(Kind.SIGNAL, Signalled(number, again).pack()))
 
     def record(self, error: BaseException) -> None:
         """Write this rank's failure file; rank 0 has been told in another way."""
@@ -189,7 +207,8 @@ class Lifeline:
     def _look_for_silence(self, now: float) -> None:
         patience = self._meeting.patience(self.world_phase)
         if patience is not None and now - self._heard > patience and not (self._over or self._closing):
-            self._lose(silence(now - self._heard, self._meeting.host))
+            lost = self._line.unacknowledged
+            self._lose(loss(self._meeting.host) if lost else silence(now - self._heard, self._meeting.host))
 
     def _lose(self, error: BootstrapError) -> None:
         self._lose_with(f"rank 0 on {self._meeting.host} {error}", int(error.exit_code))

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import socket
+import sys
+import termios
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.supervision.liveness_wire import Inbox
@@ -58,6 +61,15 @@ class Line:
     def unsent(self) -> bool:
         """Whether something waits for `flush`."""
         return bool(self._unsent)
+
+    @property
+    def unacknowledged(self) -> bool:
+        """Whether the other host has yet to confirm something that was sent: its kernel does that, whatever the process does."""
+        try:
+            waiting = fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4))
+        except OSError:  # it has ended
+            return False
+        return int.from_bytes(waiting, sys.byteorder) > 0
 
     def trust(self, most_body: int) -> None:
         """Take frames with bodies of up to ``most_body`` bytes from now on."""

@@ -5,7 +5,7 @@
     rank:   Join(rank, nonce, proof)
     rank 0: Welcome(proof)
     rank 0: Beat, Ask, Phase(name), Ending, Leaving
-    rank:   Beat, Stacks(text), Failed(exit code, phase, sequence, text), Leaving
+    rank:   Beat, Stacks(text), Failed(exit code, phase, sequence, text), Signal(number, again), Leaving
 
 A frame is a header of fixed size and a body of at most `MOST_BODY` bytes; before the proof, of `MOST_STRANGERS_BODY`. Nothing that is
 received is run or unpickled. Both sides know the token, which came with the verdict, and prove it by an HMAC over the other's nonce; it never
@@ -15,6 +15,7 @@ travels here. Against somebody who alters bytes on their way, encrypt the networ
 from __future__ import annotations
 
 import hmac
+import signal
 import struct
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,6 +56,7 @@ class Kind(IntEnum):
     PHASE = 9
     ENDING = 10
     WILL = 11
+    SIGNAL = 12
 
 
 class Frame(NamedTuple):
@@ -139,6 +141,33 @@ def prove_rank_zero(token: bytes, nonce: bytes, rank: int) -> bytes:
 def is_proof(given: bytes, right: bytes) -> bool:
     """Tell whether a proof is the right one, in a time that doesn't depend on it."""
     return hmac.compare_digest(given, right)
+
+
+class Signalled(NamedTuple):
+    """A signal that came to a rank other than 0.
+
+    Args:
+        number: SIGTERM's or SIGINT's.
+        again: it is not that rank's first.
+    """
+
+    number: int
+    again: bool
+
+    def pack(self) -> bytes:
+        """Encode the frame's body."""
+        return bytes(self)
+
+    @classmethod
+    def unpack(cls, body: bytes) -> Signalled:
+        """Decode what `pack` made.
+
+        Raises:
+            WireError: it isn't that.
+        """
+        if len(body) != 2 or body[0] not in (signal.SIGTERM, signal.SIGINT) or body[1] > 1:
+            raise WireError("no signal that ends a worker")
+        return cls(body[0], bool(body[1]))
 
 
 class Told(NamedTuple):

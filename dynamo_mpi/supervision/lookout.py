@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.supervision.failure import Cause, Failure, describe_error
 from dynamo_mpi.supervision.liveness_line import Bell, ClosedError, Line
-from dynamo_mpi.supervision.liveness_wire import MOST_BODY, Frame, Kind, Told, WireError
+from dynamo_mpi.supervision.liveness_wire import MOST_BODY, Frame, Kind, Signalled, Told, WireError
 from dynamo_mpi.supervision.reception import Reception
 from dynamo_mpi.supervision.stacks import own_stacks
 from dynamo_mpi.supervision.troubles import absence, death, loss, silence
@@ -51,6 +51,7 @@ class Lookout:
         phase: what the world is doing.
         host: names a rank's host.
         on_failure: called from the lookout's thread with each failure. It has to be quick.
+        on_signal: the same, with a rank and a signal that came to it.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class Lookout:
         phase: Callable[[], str],
         host: Callable[[int], str],
         on_failure: Callable[[Failure], None],
+        on_signal: Callable[[int, Signalled], None],
     ) -> None:
         self._size, self._meeting = size, meeting
-        self._phase, self._host, self._on_failure = phase, host, on_failure
+        self._phase, self._host, self._on_failure, self._on_signal = phase, host, on_failure, on_signal
         self._selector = selectors.DefaultSelector()
         self._bell = Bell()
         self._selector.register(self._bell, selectors.EVENT_READ, self._bell.hush)
@@ -215,6 +217,8 @@ class Lookout:
             rank.phase = frame.body.decode("utf-8", "replace")
         elif frame.kind is Kind.LEAVING:
             rank.done = True
+        elif frame.kind is Kind.SIGNAL:
+            self._on_signal(rank.number, Signalled.unpack(frame.body))
         elif frame.kind is Kind.FAILED:
             told = Told.unpack(frame.body)
             rank.done = True
@@ -236,7 +240,11 @@ class Lookout:
         for rank in self._ranks.values():
             if not rank.done and now - rank.heard > patience:
                 rank.done = True
-                self._fail(rank.number, rank.phase, silence(now - rank.heard, self._host(rank.number)), Cause.SILENCE)
+                if rank.line.unacknowledged:
+                    self._fail(rank.number, rank.phase, loss(self._host(rank.number)), Cause.LOST)
+                else:
+                    error = silence(now - rank.heard, self._host(rank.number))
+                    self._fail(rank.number, rank.phase, error, Cause.SILENCE)
         if self._missing and now - self._begun > patience:
             missing, self._missing = min(self._missing), set()
             self._fail(missing, "", absence(now - self._begun, self._meeting), Cause.SILENCE)

@@ -22,9 +22,9 @@ class Phases:
         self.durations: dict[str, float] = {}
         self._listeners: list[Callable[[str], None]] = []
 
-    def listen(self, listener: Callable[[str], None]) -> None:
-        """Call this with the name of each phase that begins. It has to be quick."""
-        self._listeners.append(listener)
+    def listen(self, listener: Callable[[str], None], *, first: bool = False) -> None:
+        """Call this with the name of each phase that begins, before the others where it is ``first``. It has to be quick."""
+        self._listeners.insert(0 if first else len(self._listeners), listener)
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PATIENCE_SECONDS = 5.0
-_SPARE = 64
+SPARE = 64
+"""Strangers that may be there beside the ranks."""
 _MOST_AT_ONCE = 64
 
 
@@ -43,7 +44,7 @@ class Reception:
         selector: the lookout's.
         listener: where ranks come.
         token: what they have to know.
-        size: ranks of the world; as many may come at once.
+        size: ranks of the world; as many may be on their way at once as have not come yet, and a few strangers.
         admit: called with the number and the line of each rank that has proven itself; returns whether that one was due.
     """
 
@@ -56,7 +57,7 @@ class Reception:
         admit: Callable[[int, Line], bool],
     ) -> None:
         self._selector, self._listener, self._token = selector, listener, token
-        self._room, self._admit = size + _SPARE, admit
+        self._room, self._admit = size + SPARE, admit
         self._strangers: dict[int, _Stranger] = {}
         listener.setblocking(False)
         self._open = False
@@ -122,6 +123,7 @@ class Reception:
         if not is_proof(join.proof, right) or not self._admit(join.rank, line):
             line.close()
             return
+        self._room -= 1
         line.send(Frame(Kind.WELCOME, prove_rank_zero(self._token, join.nonce, join.rank)))
 
     def _drop(self, stranger: _Stranger) -> Line:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SIGNAL_SECONDS = 1.0
+"""Launchers that forward a signal to srun and to every rank deliver it twice."""
 _STOP = b"\0"  # no signal's number
 
 
@@ -19,28 +21,37 @@ class SignalThread:
     """Calls ``on_signal`` with the number of each SIGTERM and SIGINT, from a thread. Build and close it in the main thread.
 
     Args:
-        on_signal: has to be quick, or not to return.
+        on_signal: has to be quick, or not to return. None keeps the signals until `begin` says what to call.
     """
 
-    def __init__(self, on_signal: Callable[[int], None]) -> None:
+    def __init__(self, on_signal: Callable[[int], None] | None = None) -> None:
         self._on_signal = on_signal
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in _SIGNALS:
+        for number in SIGNALS:
             # a handler of Python's has to be there for the number to be written
             signal.signal(number, lambda *_: None)
+            # what the engine waits for in native code is no business of a signal's
+            signal.siginterrupt(number, False)
         self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
+        if on_signal is not None:
+            self._thread.start()
+
+    def begin(self, on_signal: Callable[[int], None]) -> None:
+        """Call ``on_signal`` from now on, also with signals that have come before."""
+        self._on_signal = on_signal
         self._thread.start()
 
     def close(self) -> None:
         """Ignore both from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(self._before)
         # its end would not be seen while a process that was forked here holds it too
-        os.write(self._writer, _STOP)
-        self._thread.join()
+        if self._thread.ident is not None:
+            os.write(self._writer, _STOP)
+            self._thread.join()
         os.close(self._writer)
         os.close(self._reader)
 
@@ -49,5 +60,5 @@ class SignalThread:
             for number in data:
                 if number == _STOP[0]:
                     return
-                if number in _SIGNALS:
+                if number in SIGNALS and self._on_signal is not None:
                     self._on_signal(number)

@@ -26,14 +26,15 @@ if TYPE_CHECKING:
     from dynamo_mpi.launchers.launch import Launch
 
 _CONNECT_SECONDS = 30.0
-_AGAIN_SECONDS = 0.05
+_WAIT_SECONDS = 1.0
+_AGAIN_SECONDS = 0.01
 _READ_BYTES = 4096
 _RESCUE_SECONDS = 3.0
 _CREDENTIALS_BYTES = 12
 
 
 class Tie:
-    """Holds the connection; a thread of its own makes it, and answers the companion. Nothing here raises or waits.
+    """Holds the connection, which a thread of its own answers. Nothing here raises, and only the making of it waits, for a second at the most.
 
     Args:
         launch: how this rank was started.
@@ -49,7 +50,11 @@ class Tie:
         self._unsent = f"rank {launch.rank} {os.getpid()}\n".encode()
         self._released = False
         if self._address:
-            _thread.start_new_thread(self._run, ())
+            # MPI's start would wait for the first rank of this node as well; known to its companion, this rank may die there
+            end = time.monotonic() + _WAIT_SECONDS
+            while (connection := self._try()) is None and time.monotonic() < end:
+                time.sleep(_AGAIN_SECONDS)
+            _thread.start_new_thread(self._run, (connection,))
 
     def end_with(self, abort: Callable[[int], object]) -> None:
         """Have ``abort`` end all ranks when the companion asks for it; until then this rank alone leaves, and the launcher ends the rest."""
@@ -89,15 +94,21 @@ class Tie:
         except OSError:
             return
 
-    def _run(self) -> None:
-        connection = self._connect()
-        if connection is None:
-            return
+    def _take(self, connection: _socket.socket) -> None:
         with self._lock:
             self._connection = connection
             self._flush()
             if self._released:
                 self._shut(connection)
+
+    def _run(self, connection: _socket.socket | None) -> None:
+        end = time.monotonic() + _CONNECT_SECONDS
+        while connection is None:
+            # the first rank of this node isn't there yet
+            time.sleep(_AGAIN_SECONDS)
+            if self._released or time.monotonic() > end:
+                return
+            connection = self._try()
         heard = b""
         try:
             while data := connection.recv(_READ_BYTES):
@@ -111,23 +122,20 @@ class Tie:
                 self._connection = None
             connection.close()
 
-    def _connect(self) -> _socket.socket | None:
-        """Return a connection to a companion of our own user, None where there is none."""
-        end = time.monotonic() + _CONNECT_SECONDS
-        while not self._released and time.monotonic() < end:
-            connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-            try:
-                connection.connect(self._address)
-                credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS_BYTES)
-                if int.from_bytes(credentials[4:8], sys.byteorder) == os.getuid():
-                    connection.settimeout(None)
-                    return connection
-            except OSError:
-                # the first rank of this node isn't there yet
-                pass
+    def _try(self) -> _socket.socket | None:
+        """Return a connection to a companion of our own user, None while there is none."""
+        connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        try:
+            connection.connect(self._address)
+            credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS_BYTES)
+        except OSError:
             connection.close()
-            time.sleep(_AGAIN_SECONDS)
-        return None
+            return None
+        if int.from_bytes(credentials[4:8], sys.byteorder) != os.getuid():
+            connection.close()
+            return None
+        self._take(connection)
+        return connection
 
     def _obey(self, words: list[str]) -> None:
         if words == ["beat"]:

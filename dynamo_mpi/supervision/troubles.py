@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError, TemporaryError, UsageError
@@ -45,6 +46,21 @@ def absence(seconds: float, meeting: Meeting) -> BootstrapError:
         f"has not connected to rank 0 within {seconds:.0f} s",
         needed=f"a way to {meeting.host}, port {meeting.port} of {meeting.address}, from every node",
         fix="set --liveness-network to a network of all nodes, and let its TCP ports through",
+    )
+
+
+def no_place(address: str, error: OSError) -> BootstrapError:
+    """Say that rank 0 can't listen."""
+    cures = {
+        errno.EADDRNOTAVAIL: "set --liveness-network to an interface or network of this host, or correct what this host's name stands for",
+        errno.EADDRINUSE: "free some of this host's ports: all of net.ipv4.ip_local_port_range are taken",
+        errno.EMFILE: "raise the limit of open files (ulimit -n) of rank 0's process",
+        errno.ENFILE: "raise fs.file-max on this host, or end what has so many files open",
+    }
+    return UsageError(
+        f"rank 0 can't listen at {address} for the other ranks: {error.strerror or error}",
+        needed="an address of this host, and a free port of it",
+        fix=cures.get(error.errno or 0, "set --liveness-network to an address of this host that takes TCP connections"),
     )
 
 

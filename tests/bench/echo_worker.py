@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 from collections.abc import Callable
 
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
+from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.serving.service import Registration, run, serve
 from dynamo_mpi.supervision.phases import Phases
+from dynamo_mpi.supervision.stop_signals import StopSignals
 
 
 class EchoEngine:
@@ -96,7 +99,9 @@ def main() -> None:
     engine = EchoEngine()
     engine.start()
     registration = Registration(model_dir, name, endpoint, "tcp", "etcd", 1, 5.0)
-    run(serve(registration, engine, Phases(), lambda _: None, lambda: None, lambda _: None))
+    signals = StopSignals(lambda number: os._exit(of_signal(number)))
+    with signals.in_event_loop():
+        run(serve(registration, engine, Phases(), lambda _: None, lambda: None, lambda _: None, signals.expect))
 
 
 if __name__ == "__main__":

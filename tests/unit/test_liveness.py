@@ -28,6 +28,7 @@ from dynamo_mpi.supervision.liveness_wire import (
     Inbox,
     Join,
     Kind,
+    Signalled,
     Told,
     WireError,
     clip,
@@ -48,7 +49,16 @@ class Watchtower:
         port = listener.getsockname()[1]
         self.meeting = Meeting("n0", "127.0.0.1", port, secrets.token_hex(TOKEN_BYTES), timeout)
         self.seen: queue.SimpleQueue[Failure] = queue.SimpleQueue()
-        self.lookout = Lookout(SIZE, self.meeting, listener, lambda: "serve", lambda rank: f"n{rank}", self.seen.put)
+        self.signals: queue.SimpleQueue[tuple[int, Signalled]] = queue.SimpleQueue()
+        self.lookout = Lookout(
+            SIZE,
+            self.meeting,
+            listener,
+            lambda: "serve",
+            lambda rank: f"n{rank}",
+            self.seen.put,
+            lambda *news: self.signals.put(news),
+        )
         self.lookout.start()
         self._lines: list[Line] = []
 
@@ -210,7 +220,7 @@ def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strangers_are_few_and_ranks_come_in_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reception, "_PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(reception, "_SPARE", 4)
+    monkeypatch.setattr(reception, "SPARE", 4)
     tower = Watchtower(timeout=4)
     crowd = [tower.stranger() for _ in range(SIZE + 4)]
     for stranger in crowd:

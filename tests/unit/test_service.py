@@ -6,43 +6,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import threading
 
 import pytest
 
 from dynamo_mpi.engines.protocol import GenerationRequest, Sampling
 from dynamo_mpi.serving.requests import to_generation_request
-from dynamo_mpi.serving.service import _first_of, _from_thread, _StopSignals, health_payload, point_runtime_at
+from dynamo_mpi.serving.service import _first_of, _from_thread, health_payload, point_runtime_at
 
 
 def test_the_health_check_is_a_request_that_the_worker_serves() -> None:
     payload = json.loads(json.dumps(health_payload(7)))
     assert to_generation_request("h", payload) == GenerationRequest("h", (7,), 1, 0, frozenset(), Sampling())
-
-
-def test_two_signals_are_told_apart_and_more_are_ignored() -> None:
-    async def body() -> None:
-        loop = asyncio.get_running_loop()
-        stop = _StopSignals(loop)
-        try:
-            assert not stop.first.done()
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert await asyncio.wait_for(stop.first, 10) == signal.SIGTERM
-            assert not stop.second.done()
-            os.kill(os.getpid(), signal.SIGINT)
-            assert await asyncio.wait_for(stop.second, 10) == signal.SIGINT
-            os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.sleep(0.01)
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
-
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        asyncio.run(body())
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_the_first_failure_of_the_engines_thread_arrives() -> None:

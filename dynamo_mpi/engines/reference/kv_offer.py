@@ -126,7 +126,7 @@ def parse_offer(document: object) -> Offer:
     """
     if not isinstance(document, Mapping) or document.get("kind") != KIND:
         raise OfferError("the KV of this request comes from another kind of prefill worker")
-    if document.get("version") != VERSION:
+    if type(document.get("version")) is not int or document["version"] != VERSION:
         raise OfferError(f"the KV offer has version {document.get('version')!r}, this decode worker reads {VERSION}")
     transport = document.get("transport")
     if transport not in (TCP, NIXL):

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGTERM and SIGINT at rank 0: the first asks for an orderly end where there can be one, any other ends the world now."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SIGNALS, SignalThread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import FrameType
+
+
+class StopSignals:
+    """Takes both from its making to `close`, whatever the main thread is doing. Build and close it in the main thread.
+
+    Args:
+        hurry: called, from a thread, with a signal that leaves no time for an orderly end.
+    """
+
+    def __init__(self, hurry: Callable[[int], object]) -> None:
+        self._hurry = hurry
+        self._begin: Callable[[int], object] | None = None
+        self._in_loop = False
+        self._last = -math.inf
+        # a handler may come in between at any line of the thread that it interrupts
+        self._lock = threading.RLock()
+        self._thread = SignalThread(self._from_thread)
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+            signal.siginterrupt(number, False)
+
+    @contextmanager
+    def in_event_loop(self) -> Iterator[None]:
+        """Let the main thread run an event loop, from which there may be an orderly end: see `expect`."""
+        # uvloop takes the descriptor that wakes our thread, and runs Python's handlers instead
+        self._in_loop = True
+        try:
+            yield
+        finally:
+            self._in_loop = False
+            self._begin = None
+
+    def expect(self, begin: Callable[[int], object]) -> None:
+        """Call ``begin`` with the next signal, as long as the event loop runs. It has to be quick, and is called from any thread."""
+        self._begin = begin
+
+    def close(self) -> None:
+        """Ignore both from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
+        self._thread.close()
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._in_loop:
+            self._arrived(number)
+
+    def _from_thread(self, number: int) -> None:
+        if not self._in_loop:
+            self._arrived(number)
+
+    def _arrived(self, number: int) -> None:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last <= SAME_SIGNAL_SECONDS:
+                return
+            self._last = now
+            begin, self._begin = self._begin, None
+        (begin or self._hurry)(number)

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it costs rank 0 to watch over hundreds of ranks, and how soon it knows of a death.
+
+    python tests/bench/liveness.py [--ranks 512] [--seconds 20] [--deaths 50]
+
+The other ranks are connections of one more process, which speaks the real protocol at the real pace; rank 0 is a process with the real
+lookout. The baselines, in the same run and with the same ranks, are what one writes first: a thread for each connection, which reads it with
+a time limit, and one thread that asks all connections in turn, every 50 ms. Printed are the time until all ranks are let in, messages and CPU
+while nothing happens, and the time from a connection's end to the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import queue
+import secrets
+import selectors
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dynamo_mpi.supervision.lifeline import connect
+from dynamo_mpi.supervision.liveness_line import ClosedError, Line
+from dynamo_mpi.supervision.liveness_wire import NONCE_BYTES, TOKEN_BYTES, Frame, Inbox, Join, Kind, prove_rank_zero
+from dynamo_mpi.supervision.lookout import Lookout
+from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.supervision.open_files import allow_open_files
+from dynamo_mpi.supervision.reception import SPARE
+
+Watch = Callable[[socket.socket, Meeting, int, "queue.SimpleQueue[float]"], object]
+_CONNECTORS = 32
+_PATIENCE_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+
+
+class Figures(NamedTuple):
+    """What one run has shown."""
+
+    admitted: float
+    cpu: float
+    messages: float
+    deaths: list[float]
+
+
+def main() -> int:
+    """Run the comparison and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=20.0, help="for which CPU and messages are counted")
+    parser.add_argument("--deaths", type=int, default=50)
+    arguments = parser.parse_args()
+    found = {
+        name: run(watch, arguments.ranks, arguments.seconds, arguments.deaths)
+        for name, watch in (("ours", watch_by_lookout), ("threads", watch_by_threads), ("polling", watch_by_polling))
+    }
+    ours = found["ours"]
+    print(f"{arguments.ranks} ranks, {ours.messages:.0f} messages a second, as by default")
+    for name, theirs in found.items():
+        print(f"{name}:")
+        print(f"  all let in after {theirs.admitted:.2f} s{ratio(ours.admitted, theirs.admitted)}")
+        print(f"  rank 0's CPU, of one core: {theirs.cpu:.2%}{ratio(ours.cpu, theirs.cpu)}")
+        for word, of in (("median", statistics.median), ("longest", max)):
+            mine, other = of(ours.deaths), of(theirs.deaths)
+            print(
+                f"  a death is known after {other * 1000:.2f} ms, the {word} of {len(theirs.deaths)}{ratio(mine, other)}"
+            )
+    return 0
+
+
+def ratio(ours: float, theirs: float) -> str:
+    """Say how ours compares to a baseline; nothing to itself."""
+    return "" if ours == theirs else f"; ours / this: {ours / theirs:.2f}"
+
+
+def run(watch: Watch, ranks: int, seconds: float, deaths: int) -> Figures:
+    """Watch over the ranks of another process in one of these ways."""
+    allow_open_files(2 * (ranks + SPARE))
+    listener = socket.create_server(("127.0.0.1", 0), backlog=max(128, ranks))
+    meeting = Meeting("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    others = context.Process(target=be_ranks, args=(meeting, ranks, theirs), daemon=True)
+    others.start()
+    ours.recv()  # it runs
+    ends: queue.SimpleQueue[float] = queue.SimpleQueue()
+    watcher = watch(listener, meeting, ranks, ends)
+    begin = time.monotonic()
+    ours.send("come")
+    ours.recv()
+    admitted = time.monotonic() - begin
+    cpu, sent = time.process_time(), ours_count(ours)
+    time.sleep(seconds)
+    cpu, sent = time.process_time() - cpu, ours_count(ours) - sent
+    known = []
+    for _ in range(deaths):
+        ours.send("die")
+        # both clocks are the machine's
+        known.append(-ours.recv() + ends.get(timeout=_PATIENCE_SECONDS))
+    ours.send("end")
+    others.join()
+    if isinstance(watcher, Lookout):
+        watcher.close()
+    return Figures(admitted, cpu / seconds, sent / seconds, known)
+
+
+def ours_count(ours: Connection) -> int:
+    """Ask how many messages the ranks have sent."""
+    ours.send("count")
+    count: int = ours.recv()
+    return count
+
+
+def watch_by_lookout(listener: socket.socket, meeting: Meeting, ranks: int, ends: queue.SimpleQueue[float]) -> Lookout:
+    """Watch as rank 0 does."""
+    lookout = Lookout(
+        ranks + 1, meeting, listener, lambda: "serve", str, lambda failure: ends.put(failure.at), lambda *_: None
+    )
+    lookout.start()
+    return lookout
+
+
+def watch_by_polling(listener: socket.socket, meeting: Meeting, ranks: int, ends: queue.SimpleQueue[float]) -> None:
+    """Watch by asking every connection in turn, as one would ask MPI."""
+    token = bytes.fromhex(meeting.token)
+    listener.setblocking(False)
+
+    def poll() -> None:
+        lines: dict[int, Line] = {}
+        beat = time.monotonic()
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    line = Line(listener.accept()[0])
+                    lines[line.fileno()] = line
+                    line.send(Frame(Kind.HELLO, secrets.token_bytes(NONCE_BYTES)))
+                    line.trust(1 << 16)
+            for number, line in list(lines.items()):
+                try:
+                    frames = line.read()
+                except ClosedError:
+                    ends.put(time.monotonic())
+                    del lines[number]
+                    continue
+                for frame in frames:
+                    if frame.kind is Kind.JOIN:
+                        join = Join.unpack(frame.body)
+                        line.send(Frame(Kind.WELCOME, prove_rank_zero(token, join.nonce, join.rank)))
+            if time.monotonic() - beat > meeting.period:
+                beat = time.monotonic()
+                for line in lines.values():
+                    line.send(Frame(Kind.BEAT))
+            time.sleep(_POLL_SECONDS)
+
+    threading.Thread(target=poll, daemon=True).start()
+
+
+def watch_by_threads(listener: socket.socket, meeting: Meeting, ranks: int, ends: queue.SimpleQueue[float]) -> None:
+    """Watch by a thread for each connection."""
+
+    def serve(connection: socket.socket) -> None:
+        token, nonce = bytes.fromhex(meeting.token), secrets.token_bytes(NONCE_BYTES)
+        connection.sendall(Frame(Kind.HELLO, nonce).pack())
+        inbox = Inbox()
+        inbox.most_body = 1 << 16
+        connection.settimeout(meeting.period)
+        heard = beat = time.monotonic()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                data = connection.recv(1 << 16)
+                if not data:
+                    ends.put(time.monotonic())
+                    return
+                heard = time.monotonic()
+                for frame in inbox.feed(data):
+                    if frame.kind is Kind.JOIN:
+                        join = Join.unpack(frame.body)
+                        connection.sendall(Frame(Kind.WELCOME, prove_rank_zero(token, join.nonce, join.rank)).pack())
+            now = time.monotonic()
+            if now - heard > (meeting.patience("serve") or now):
+                ends.put(now)
+                return
+            if now - beat > meeting.period:
+                connection.sendall(Frame(Kind.BEAT).pack())
+                beat = now
+
+    def accept() -> None:
+        for _ in range(ranks):
+            connection, _ = listener.accept()
+            threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+
+
+def be_ranks(meeting: Meeting, ranks: int, orders: Connection) -> None:
+    """Be all ranks but 0: connect as they do, send heartbeats at their pace, and die when told to."""
+    allow_open_files(ranks)
+    orders.send("here")
+    orders.recv()
+    lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for rank in range(1, ranks + 1):
+        todo.put(rank)
+
+    def come() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                lines.put(connect(meeting, todo.get_nowait())[0])
+
+    connectors = [threading.Thread(target=come) for _ in range(_CONNECTORS)]
+    for thread in connectors:
+        thread.start()
+    for thread in connectors:
+        thread.join()
+    orders.send("all there")
+    live(meeting, [lines.get() for _ in range(ranks)], orders)
+
+
+def live(meeting: Meeting, lines: list[Line], orders: Connection) -> None:
+    """Send each line's heartbeats, spread over their period, and obey."""
+    selector = selectors.DefaultSelector()
+    selector.register(orders, selectors.EVENT_READ)
+    for line in lines:
+        selector.register(line, selectors.EVENT_READ, line)
+    pace = meeting.period / 2  # as `Lifeline` does
+    sent, turn, begin = 0, 0, time.monotonic()
+    while True:
+        due = begin + turn * pace / len(lines)
+        for key, _ in selector.select(max(0.0, due - time.monotonic())):
+            if key.data is not None:
+                key.data.read()
+                continue
+            order = orders.recv()
+            if order == "count":
+                orders.send(sent)
+            elif order == "die":
+                line = lines.pop()
+                selector.unregister(line)
+                now = time.monotonic()
+                line.close()
+                orders.send(now)
+            else:
+                return
+        if time.monotonic() >= due:
+            lines[turn % len(lines)].send(Frame(Kind.BEAT))
+            sent, turn = sent + 1, turn + 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

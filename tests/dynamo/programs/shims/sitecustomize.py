@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holds a rank up, for tests of signals: first on PYTHONPATH, so that it is imported before the worker.
+
+SHIM_SLEEPER=N: while it loads, rank N hangs in C, and the others wait for it in MPI_Barrier.
+SHIM_LEAVER=N: rank N hangs in C when its engine has closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+RANK = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID")
+
+
+def hang_in_c() -> None:
+    """Wait for a lock that this thread holds itself: a signal's handler would end a mere sleep."""
+    library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(lock)
+    library.pthread_mutex_lock(lock)
+
+
+def load_never(self: Any) -> None:
+    from mpi4py import MPI
+
+    where = "in C" if os.environ["SHIM_SLEEPER"] == RANK else "in a collective"
+    os.write(2, f"rank {RANK} is in load, {where}\n".encode())
+    if where == "in C":
+        hang_in_c()
+    MPI.COMM_WORLD.Barrier()
+
+
+def hang_after(follow: Any) -> Any:
+    def follow_and_hang(self: Any) -> None:
+        follow(self)
+        hang_in_c()
+
+    return follow_and_hang
+
+
+def change(module: ModuleType) -> None:
+    if "SHIM_SLEEPER" in os.environ:
+        module.ReferenceEngine.load = load_never
+    if os.environ.get("SHIM_LEAVER") == RANK:
+        module.ReferenceEngine.follow = hang_after(module.ReferenceEngine.follow)
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Changes the engine's module once it is imported."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != "dynamo_mpi.engines.reference.engine":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            change(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if RANK is not None:
+    sys.meta_path.insert(0, Finder())

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGTERM and SIGINT at any rank, in any phase, whatever its main thread is doing: an orderly end, or one now, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dynamo_mpi.exit_codes import of_signal
+from dynamo_mpi.services.processes import session_members
+from tests.conftest import ROOT
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
+from tests.dynamo.test_worker_life import Stream
+
+pytestmark = pytest.mark.dynamo
+Start = Callable[..., RunningWorker]
+TERM, INT = signal.SIGTERM, signal.SIGINT
+SHIMS = Path(__file__).parent / "programs" / "shims"
+# the product's own limits: a signal that ends all now takes two seconds at the most, one that drains an idle worker five
+NOW_SECONDS, DRAIN_SECONDS = 6.0, 15.0
+
+
+class Case(NamedTuple):
+    """Which signals go to whom, and what comes of them.
+
+    Args:
+        to: ``"0"`` rank 0, ``"n"`` one other rank, ``"all"`` every rank.
+        numbers: sent one after the other, the second one once it drains.
+        code: of all ranks.
+        says: words of the output.
+    """
+
+    to: str
+    numbers: tuple[signal.Signals, ...]
+    code: int
+    says: str
+
+
+@pytest.fixture
+def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
+    """Start workers of three ranks; what is left of them is killed."""
+    workers: list[RunningWorker] = []
+
+    def begin(*flags: str, **environment: str) -> RunningWorker:
+        workers.append(RunningWorker(tmp_path, etcd, model_dir, 3, *flags, **environment))
+        return workers[-1]
+
+    yield begin
+    for worker in workers:
+        worker.stop()
+
+
+def victims(pids: dict[int, int], to: str) -> list[int]:
+    """Return the pids that a case is about."""
+    return {"0": [pids[0]], "n": [pids[2]], "all": list(pids.values())}[to]
+
+
+def by_rank(worker: RunningWorker) -> dict[int, int]:
+    """Return the ranks' pids by rank; they exist from their start on."""
+    found = {}
+    for pid in session_members(worker.process.pid):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"dynamo_mpi.worker" in words and words[0].endswith(b"python"):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            (rank,) = (value.partition(b"=")[2] for value in variables if value.startswith(b"OMPI_COMM_WORLD_RANK="))
+            found[int(rank)] = pid
+    return found
+
+
+def assert_nothing_is_left(worker: RunningWorker, etcd: EtcdServer) -> None:
+    assert session_members(worker.process.pid) == []
+    assert etcd.keys() == []
+    assert not worker.ready_file.exists()
+
+
+SERVING = [
+    Case("0", (TERM,), 0, "drain: deregistered, 0 requests"),
+    Case("n", (TERM,), 0, "got SIGTERM, which goes for all ranks"),
+    Case("n", (INT,), 0, "got SIGINT, which goes for all ranks"),
+    Case("all", (INT,), 0, "drain: deregistered, 0 requests"),
+]
+
+
+@pytest.mark.parametrize("case", SERVING, ids=lambda case: f"{case.to}-{case.numbers[0].name}")
+def test_while_it_serves(case: Case, start: Start, etcd: EtcdServer) -> None:
+    worker = start()
+    worker.ready()
+    begin = time.monotonic()
+    for pid in victims(by_rank(worker), case.to):
+        os.kill(pid, case.numbers[0])
+    assert worker.wait() == case.code, worker.text()
+    assert time.monotonic() - begin < DRAIN_SECONDS
+    assert worker.text().count(case.says) == 1, worker.text()
+    assert "exit: done" in worker.text()
+    assert ("which goes for all ranks" in worker.text()) is (case.to == "n"), (
+        "whom rank 0 knows of itself, nobody tells"
+    )
+    assert_nothing_is_left(worker, etcd)
+
+
+DRAINING = [
+    Case("0", (TERM, TERM), of_signal(TERM), "stopped by SIGTERM"),
+    Case("0", (TERM, INT), of_signal(INT), "stopped by SIGINT"),
+    Case("n", (TERM, TERM), of_signal(TERM), "stopped by SIGTERM"),
+    Case("all", (INT, INT), of_signal(INT), "stopped by SIGINT"),
+]
+
+
+@pytest.mark.parametrize("case", DRAINING, ids=lambda case: f"{case.to}-{'-'.join(one.name for one in case.numbers)}")
+def test_a_second_one_while_it_drains_ends_it_now(
+    case: Case, start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path
+) -> None:
+    worker = start("--drain-timeout", "600")
+    worker.ready()
+    with running_frontend(tmp_path, etcd) as frontend:
+        eventually(lambda: model_dir.name in frontend.models(), "the model is listed")
+        events = Stream(frontend.port, model_dir.name, 2000).events()
+        next(events)
+        pids = victims(by_rank(worker), case.to)
+        for pid in pids:
+            os.kill(pid, case.numbers[0])
+        eventually(lambda: "1 requests in flight" in worker.text(), worker.text())
+        time.sleep(1.2)  # within a second it would be the same signal, delivered twice
+        assert worker.process.poll() is None, worker.text()
+        begin = time.monotonic()
+        for pid in pids:
+            os.kill(pid, case.numbers[1])
+        assert worker.wait() == case.code, worker.text()
+    assert time.monotonic() - begin < NOW_SECONDS
+    assert f"error in drain: {case.says}" in worker.text()
+    assert "Traceback" not in worker.text()
+    assert_nothing_is_left(worker, etcd)
+
+
+@pytest.mark.parametrize("where", ["native", "collective"])
+@pytest.mark.parametrize(("to", "number"), [("0", TERM), ("n", TERM), ("n", INT), ("all", TERM)])
+def test_while_it_loads_in_native_code_and_in_a_collective(
+    to: str, number: signal.Signals, where: str, start: Start, etcd: EtcdServer
+) -> None:
+    """The rank that is in native code gets the signal, or one that waits for it in a collective."""
+    if to == "all" and where == "native":
+        pytest.skip("the same as in a collective: some ranks are here, some there")
+    # rank 1 hangs in C; the others wait for it in MPI_Barrier
+    sleeper = {"0": 0, "n": 2, "all": 1}[to] if where == "native" else 1
+    worker = start(PYTHONPATH=f"{SHIMS}{os.pathsep}{ROOT}", SHIM_SLEEPER=str(sleeper))
+    eventually(lambda: worker.text().count(" is in load, ") == 3 or worker.process.poll() is not None, "all load", 60)
+    pids = by_rank(worker)
+    begin = time.monotonic()
+    for pid in victims(pids, to):
+        os.kill(pid, number)
+    assert worker.wait() == of_signal(number), worker.text()
+    assert time.monotonic() - begin < NOW_SECONDS
+    assert f"error in load: stopped by {number.name}" in worker.text()
+    assert ("which goes for all ranks" in worker.text()) is (to == "n")
+    assert_nothing_is_left(worker, etcd)
+
+
+def test_a_rank_that_is_stuck_in_native_code_does_not_hold_up_the_end(start: Start, etcd: EtcdServer) -> None:
+    """Rank 2 hangs on its way out: the engine has closed, and all others are at their end."""
+    worker = start(PYTHONPATH=f"{SHIMS}{os.pathsep}{ROOT}", SHIM_LEAVER="2")
+    worker.ready()
+    begin = time.monotonic()
+    os.kill(worker.rank_zero(), TERM)
+    assert worker.wait(60) == 124, worker.text()
+    assert 15 < time.monotonic() - begin < 40
+    text = worker.text()
+    assert "error in exit: not all ranks have come to their end after 20 s" in text
+    _, _, stacks = text.partition("where the ranks are:\n")
+    assert "hang_in_c" in stacks.partition("rank 2 on ")[2].partition("rank")[0], stacks
+    assert_nothing_is_left(worker, etcd)

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker over three hosts of which one is cut off or powered off while it serves: both sides end, and rank 0's says which host it was."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.dynamo.running import eventually
+
+from .conftest import MakeSlurm
+from .session import SlurmSession
+from .stack import SlurmWorker, Stack, running_stack
+from .test_worker import THREE_BY_ONE, library
+
+pytestmark = pytest.mark.slurm
+HEARTBEAT = 2.0
+# beyond the product's limits: the report comes within the heartbeat timeout, a rank that is cut off leaves some seconds later
+REPORT_SECONDS, LEAVE_SECONDS = HEARTBEAT + 4, HEARTBEAT + 8
+
+
+@pytest.fixture(scope="module")
+def stack(make_slurm: MakeSlurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A cluster of this module's own, with etcd and the frontend on its login node."""
+    with running_stack(make_slurm(nodes=3), tmp_path_factory.mktemp("stack")) as running:
+        yield running
+
+
+@pytest.fixture
+def slurm(stack: Stack) -> Iterator[SlurmSession]:
+    """That cluster; cables are on again afterwards, and all nodes idle."""
+    yield stack.slurm
+    cluster = stack.slurm.cluster
+    for node in stack.slurm.nodes:
+        if cluster.find_init_pid(node) is None:
+            cluster.start_node(node, wait=False)
+        cluster.switch_cable(node, on=True)
+    cluster.wait_until_idle(90)
+
+
+@pytest.fixture
+def worker(slurm: SlurmSession, stack: Stack, tmp_path: Path, model_dir: Path) -> Iterator[SlurmWorker]:
+    """A worker that serves, a rank on each of three nodes; whatever is left of it is ended."""
+    config = tmp_path / "engine.yaml"
+    config.write_text(THREE_BY_ONE.engine_config)
+    flags = ("--model", str(model_dir), "--engine-config", str(config), "--heartbeat-timeout", str(HEARTBEAT))
+    started = SlurmWorker(
+        slurm,
+        tmp_path,
+        ("--mpi=pmix", *THREE_BY_ONE.options(slurm)),
+        (*flags, "--failure-dir", str(tmp_path / "failures")),
+        {**stack.environment, **library(slurm, "pmix")},
+    )
+    started.ready()
+    yield started
+    started.stop()
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_cut_between_nodes_ends_both_sides(rank: int, worker: SlurmWorker, slurm: SlurmSession, stack: Stack) -> None:
+    node = slurm.nodes[rank]
+    begin = time.monotonic()
+    slurm.switch_cable(node, on=False)
+    worker.says(f"error in serve: rank {rank} on {node} is lost: its host doesn't answer any more", REPORT_SECONDS)
+    eventually(lambda: stack.keys() == [], "the keys are gone", 3)
+    # nothing reaches the ranks that are cut off, so these see for themselves
+    eventually(lambda: node not in worker.ranks(), "no rank is left there", LEAVE_SECONDS)
+    left = time.monotonic() - begin
+    eventually(lambda: worker.ranks() == {}, "no rank is left anywhere", 5)
+    code = worker.wait()
+    print(f"left {left:.1f} s, srun {time.monotonic() - begin:.1f} s, code {code}\n{worker.text()}")
+    assert code == 75, worker.text()
+    assert worker.text().count(": error in ") == 1, worker.text()
+    report = json.loads((worker.ready_file.parent / "failures" / "backend-rank-0.json").read_text())
+    assert (report["rank"], report["host"], report["cause"], report["exit_code"]) == (rank, node, "lost", 75)
+
+
+def test_rank_0_cut_off_ends_both_sides(worker: SlurmWorker, slurm: SlurmSession) -> None:
+    slurm.switch_cable(slurm.nodes[0], on=False)
+    worker.says("rank 0 on n1 is lost: its host doesn't answer any more", REPORT_SECONDS)
+    eventually(lambda: worker.ranks() == {}, "no rank is left on either side", LEAVE_SECONDS)
+    code = worker.wait()
+    print(f"code {code}\n{worker.text()}")
+    assert code == 75, worker.text()
+
+
+def test_a_node_that_is_powered_off_is_lost(worker: SlurmWorker, slurm: SlurmSession, stack: Stack) -> None:
+    node = slurm.nodes[2]
+    begin = time.monotonic()
+    slurm.kill_node(node)
+    worker.says(f"error in serve: rank 2 on {node} is lost: its host doesn't answer any more", REPORT_SECONDS)
+    eventually(lambda: stack.keys() == [], "the keys are gone", 3)
+    code = worker.wait()
+    print(f"srun {time.monotonic() - begin:.1f} s, code {code}\n{worker.text()}")
+    assert code == 75, worker.text()
