@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SPIN_SECONDS = 0.001
 _LONGEST_SLEEP_SECONDS = 0.005
+_ABORT_SECONDS = 5.0
 
 
 class World:
@@ -66,6 +67,10 @@ class World:
 
     def abort(self, code: int) -> None:
         """End all ranks now, with exit code ``code`` where the launcher hands it on. Does not return."""
+        from dynamo_mpi.supervision.backstop import exit_after
+
+        # an MPI that can't end its ranks is no reason to stay
+        exit_after(_ABORT_SECONDS, code)
         self.comm.Abort(code)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from dynamo_mpi.errors import DeadlineError
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.services.host_address import host_address
+from dynamo_mpi.supervision.backstop import exit_after
 from dynamo_mpi.supervision.failure import (
     Cause,
     Failure,
@@ -247,10 +248,8 @@ class Guard:
     def _end(self, failure: Failure) -> None:
         phase = self._phases.current
         self.failed.set()
-        # a reader of our words that hangs, or an MPI that can't end its ranks, is no reason to stay
-        backstop = threading.Timer(_BACKSTOP_SECONDS, os._exit, (failure.exit_code,))
-        backstop.daemon = True
-        backstop.start()
+        # a reader of our words that hangs is no reason to stay
+        exit_after(_BACKSTOP_SECONDS, failure.exit_code)
         late = time.monotonic() + _LEAVE_SECONDS
         leaving = [threading.Thread(target=_suppressed, args=(act,), daemon=True) for act in self._at_once]
         for thread in leaving:

@@ -18,6 +18,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.supervision.backstop import exit_after
 from dynamo_mpi.supervision.failure import Cause, Failure, describe_error
 from dynamo_mpi.supervision.failure_files import write_failure
 from dynamo_mpi.supervision.liveness_line import Bell, ClosedError, Line
@@ -198,7 +199,7 @@ class Lifeline:
                 if frame.kind is Kind.ENDING:
                     self._line.send(Frame(Kind.LEAVING))
                     # rank 0 ends the world; where its launcher doesn't, we go by ourselves
-                    self._exit_after(_RESCUE_SECONDS, frame.body[0] if frame.body else int(ExitCode.ENGINE))
+                    exit_after(_RESCUE_SECONDS, frame.body[0] if frame.body else int(ExitCode.ENGINE))
 
     def _forgive(self, late: float) -> None:
         if late > _STALL_SECONDS:
@@ -234,14 +235,8 @@ class Lifeline:
         self._end(code)
 
     def _end(self, code: int) -> None:
-        self._exit_after(_OTHERS_SECONDS, code)
+        exit_after(_OTHERS_SECONDS, code)
         self._world.abort(code)
-
-    def _exit_after(self, seconds: float, code: int) -> None:
-        # an MPI that can't end its ranks is no reason to stay
-        timer = threading.Timer(seconds, os._exit, (code,))
-        timer.daemon, timer.name = True, "watch"
-        timer.start()
 
 
 def connect(meeting: Meeting, rank: int) -> tuple[Line, list[Frame]]:

@@ -23,28 +23,24 @@ HEARTBEAT = 2.0
 REPORT_SECONDS, LEAVE_SECONDS = HEARTBEAT + 4, HEARTBEAT + 8
 
 
-@pytest.fixture(scope="module")
-def stack(make_slurm: MakeSlurm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A cluster of this module's own, with etcd and the frontend on its login node."""
-    with running_stack(make_slurm(nodes=3), tmp_path_factory.mktemp("stack")) as running:
+@pytest.fixture
+def stack(make_slurm: MakeSlurm, tmp_path: Path) -> Iterator[Stack]:
+    """A cluster of the test's own, as Slurm takes a minute to trust a node again, with etcd and the frontend on its login node."""
+    slurm = make_slurm(nodes=3)
+    with running_stack(slurm, tmp_path) as running:
         yield running
+    slurm.cluster.down()
 
 
 @pytest.fixture
-def slurm(stack: Stack) -> Iterator[SlurmSession]:
-    """That cluster; cables are on again afterwards, and all nodes idle."""
-    yield stack.slurm
-    cluster = stack.slurm.cluster
-    for node in stack.slurm.nodes:
-        if cluster.find_init_pid(node) is None:
-            cluster.start_node(node, wait=False)
-        cluster.switch_cable(node, on=True)
-    cluster.wait_until_idle(90)
+def slurm(stack: Stack) -> SlurmSession:
+    """That cluster."""
+    return stack.slurm
 
 
 @pytest.fixture
-def worker(slurm: SlurmSession, stack: Stack, tmp_path: Path, model_dir: Path) -> Iterator[SlurmWorker]:
-    """A worker that serves, a rank on each of three nodes; whatever is left of it is ended."""
+def worker(slurm: SlurmSession, stack: Stack, tmp_path: Path, model_dir: Path) -> SlurmWorker:
+    """A worker that serves, a rank on each of three nodes."""
     config = tmp_path / "engine.yaml"
     config.write_text(THREE_BY_ONE.engine_config)
     flags = ("--model", str(model_dir), "--engine-config", str(config), "--heartbeat-timeout", str(HEARTBEAT))
@@ -56,8 +52,7 @@ def worker(slurm: SlurmSession, stack: Stack, tmp_path: Path, model_dir: Path) -
         {**stack.environment, **library(slurm, "pmix")},
     )
     started.ready()
-    yield started
-    started.stop()
+    return started
 
 
 @pytest.mark.parametrize("rank", [1, 2])
