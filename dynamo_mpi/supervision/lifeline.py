@@ -58,6 +58,9 @@ _FAREWELL_SECONDS = 1.0
 # after rank 0's death: the launcher may end us first, and knows the better exit code
 _DOUBT_SECONDS = 0.1
 _SPEAKER_SECONDS = 0.5
+# longer than rank 0 may take from its word to the end of the world. A launcher that has begun to end the ranks by itself does no more for
+# MPI_Abort: `srun --kill-on-bad-exit` has sent a SIGTERM that ranks ignore, and would kill them after its KillWait, half a minute by default
+_ENDING_SECONDS = 1.5
 _OTHERS_SECONDS = 2.0
 # mostly a signal comes to all ranks, and rank 0 knows what to do about it
 _HOLD_SECONDS = 0.3
@@ -199,7 +202,7 @@ class Lifeline:
                 if frame.kind is Kind.ENDING:
                     self._line.send(Frame(Kind.LEAVING))
                     # rank 0 ends the world; where its launcher doesn't, we go by ourselves
-                    exit_after(_RESCUE_SECONDS, frame.body[0] if frame.body else int(ExitCode.ENGINE))
+                    exit_after(_ENDING_SECONDS, frame.body[0] if frame.body else int(ExitCode.ENGINE))
 
     def _forgive(self, late: float) -> None:
         if late > _STALL_SECONDS:

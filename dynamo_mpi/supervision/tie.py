@@ -34,7 +34,7 @@ _CREDENTIALS_BYTES = 12
 
 
 class Tie:
-    """Holds the connection, which a thread of its own answers. Nothing here raises, and only the making of it waits, for a second at the most.
+    """Holds the connection, which a thread of its own answers. Nothing here raises; only the making of it waits, for a second at the most.
 
     Args:
         launch: how this rank was started.

@@ -172,12 +172,17 @@ class RunningWorker:
     def ranks(self) -> list[int]:
         """Return the pids of all ranks, rank 0 first."""
         leader = self.rank_zero()
-        others = []
+        return [leader, *(pid for pid in self.members() if pid != leader)]
+
+    def members(self) -> list[int]:
+        """Return the pids of the ranks that are there now, in no order of theirs."""
+        found = []
         for pid in session_members(self.process.pid):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if b"dynamo_mpi.worker" in words and words[0].endswith(b"python") and pid != leader:
-                others.append(pid)
-        return [leader, *sorted(pid for pid in others if pid != self.process.pid)]
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if b"dynamo_mpi.worker" in words and words[0].endswith(b"python"):
+                    found.append(pid)
+        return sorted(pid for pid in found if pid != self.process.pid)
 
     def wait(self, seconds: float = 60) -> int:
         """Wait for mpirun to end and return its exit code."""

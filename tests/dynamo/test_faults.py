@@ -1,78 +1,136 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults in a serving worker of three ranks: the world ends at once, says why, and is out of discovery before its lease would end."""
+"""Faults in a worker of three ranks under Open MPI 5's mpirun: the world ends at once, says why, and leaves nothing behind."""
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import signal
-import time
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.processes import session_members
-from tests.dynamo.running import EtcdServer, RunningWorker, eventually
+from dynamo_mpi.services.frontend import Frontend
+from tests.dynamo.running import EtcdServer, RunningWorker, running_frontend
+from tests.fault_cases import (
+    FAULTS,
+    PROGRAMS,
+    STREAMS,
+    TOKENS,
+    Case,
+    Keys,
+    Outcome,
+    Streams,
+    end_process,
+    processes_with,
+    read_reports,
+    run_case,
+    shared_memory_of,
+    why_no_memory_limit,
+)
 
 pytestmark = pytest.mark.dynamo
-Start = Callable[..., RunningWorker]
-HEARTBEAT = 2.0
-PROMPT_SECONDS = 3.0
+RANKS = 3
+Run = Callable[[Case], Outcome]
+# what mpirun makes of the ranks' ends: the code of the first that has died, or what rank 0 has given to MPI_Abort
+CODES = {
+    "kill": (137,),
+    "oom": (137,),
+    "stop": (124,),
+    "hang": (124,),
+    "exception": (70,),
+    "exit0": (1,),
+    "exit3": (3,),
+}
+
+
+class Bench:
+    """etcd and the frontend on loopback, for all cases."""
+
+    def __init__(self, etcd: EtcdServer, frontend: Frontend, model: Path) -> None:
+        self.etcd, self.frontend, self.model = etcd, frontend, model
+
+    def run(self, case: Case, folder: Path) -> Outcome:
+        """Start a worker, let the case happen to it, and see what is left."""
+        # its temporary folder's name also marks all that it starts; short, as a unix socket's name holds 107 bytes
+        temporary, trigger, failures = Path(tempfile.mkdtemp(prefix="t-")), folder / "now", folder / "failures"
+        programs = [program("watch_keys.py", self.etcd.url, case.namespace)]
+        variables = {**case.environment(trigger), "TMPDIR": str(temporary)}
+        worker = RunningWorker(folder, self.etcd, self.model, RANKS, *case.flags(failures), **variables)
+        memory: set[str] = set()
+
+        def open_streams() -> Streams:
+            words = (str(self.frontend.port), case.namespace, str(STREAMS), str(TOKENS))
+            programs.append(program("hold_streams.py", *words))
+            return Streams(programs[-1])
+
+        def look() -> None:
+            memory.update(shared_memory_of(worker.members()))
+
+        def find_rank(rank: int) -> int:
+            mark = f"OMPI_COMM_WORLD_RANK={rank}\0".encode()
+            (pid,) = [pid for pid in worker.members() if mark in Path(f"/proc/{pid}/environ").read_bytes()]
+            return pid
+
+        try:
+            outcome = run_case(
+                case,
+                worker,
+                trigger,
+                Keys(programs[0]),
+                open_streams,
+                lambda: os.kill(worker.rank_zero(), signal.SIGTERM),
+                find_rank,
+                worker.stop,
+                look,
+            )
+            outcome.reports = read_reports(failures)
+            outcome.left = [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
+            outcome.left += [name for name in memory if os.path.exists(name)]
+            outcome.left += [path.name for path in temporary.iterdir()]
+            return outcome
+        finally:
+            worker.stop()
+            for process in programs:
+                end_process(process)
+            shutil.rmtree(temporary)
+
+
+def program(name: str, *words: str) -> subprocess.Popen[str]:
+    """Start one of the programs that look on."""
+    command = [sys.executable, str(PROGRAMS / name), *words]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Bench]:
+    """etcd and the frontend, for all cases of this module."""
+    folder = tmp_path_factory.mktemp("services")
+    etcd = EtcdServer(folder)
+    etcd.start()
+    try:
+        with running_frontend(folder, etcd) as frontend:
+            yield Bench(etcd, frontend, model_dir)
+    finally:
+        etcd.stop()
 
 
 @pytest.fixture
-def serving(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[RunningWorker]:
-    """A worker of three ranks that serves; what is left of it is killed."""
-    flags = ("--heartbeat-timeout", str(HEARTBEAT), "--failure-dir", str(tmp_path / "failures"))
-    worker = RunningWorker(tmp_path, etcd, model_dir, 3, *flags)
-    worker.ready()
-    yield worker
-    worker.stop()
+def run(bench: Bench, tmp_path: Path) -> Run:
+    """Run a case."""
+    return lambda case: bench.run(case, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("number", "codes", "said", "seconds"),
-    [
-        (signal.SIGKILL, (137, 70), "rank 1 on {host} died: ", PROMPT_SECONDS),
-        (signal.SIGSTOP, (124,), "rank 1 on {host} is stopped or stuck: ", HEARTBEAT + PROMPT_SECONDS),
-    ],
-    ids=["kill", "stop"],
+    "case",
+    [Case(fault, phase, rank) for phase in ("serve", "load", "drain") for fault in FAULTS for rank in (1, 0)],
+    ids=str,
 )
-def test_a_rank_that_goes_ends_all_and_leaves_discovery(
-    serving: RunningWorker,
-    etcd: EtcdServer,
-    tmp_path: Path,
-    number: signal.Signals,
-    codes: tuple[int, ...],
-    said: str,
-    seconds: float,
-) -> None:
-    assert etcd.keys("v1/instances/")
-    begin = time.monotonic()
-    os.kill(serving.ranks()[1], number)
-    eventually(lambda: not etcd.keys(), "the keys are gone", seconds)
-    code = serving.wait()
-    assert time.monotonic() - begin < seconds
-    assert code in codes, serving.text()
-    text = serving.text()
-    host = os.uname().nodename
-    # which of the two others is rank 1, only the launcher knows
-    expected = [said.format(host=host), said.format(host=host).replace("rank 1", "rank 2")]
-    assert sum(text.count("error in serve: " + words) for words in expected) == 1, text
-    assert text.count(": error in ") == 1, text
-    report = json.loads((tmp_path / "failures" / "backend-rank-0.json").read_text())
-    assert report["report"] in text
-    assert session_members(serving.process.pid) == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
-def test_the_others_end_when_rank_0_goes(serving: RunningWorker, number: signal.Signals) -> None:
-    begin = time.monotonic()
-    os.kill(serving.rank_zero(), number)
-    assert serving.wait() not in (0, None), serving.text()
-    assert time.monotonic() - begin < PROMPT_SECONDS + (HEARTBEAT if number is signal.SIGSTOP else 0)
-    assert session_members(serving.process.pid) == []
-    if number is signal.SIGSTOP:
-        assert "rank 0 on " in serving.text()
-        assert "is stopped or stuck: " in serving.text()
+def test_a_fault_ends_all_at_once(case: Case, run: Run) -> None:
+    if case.fault == "oom" and (reason := why_no_memory_limit()):
+        pytest.skip(reason)
+    run(case).check(os.uname().nodename, CODES[case.fault])

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A fault in a running worker, and all that has to follow from it, whatever launched the worker.
+
+A case is a fault, a phase and a rank. `run_case` starts nothing and asserts nothing: it waits for the phase, lets the fault happen, and measures.
+`Outcome.check` asserts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+from tests.dynamo.running import eventually
+
+PROGRAMS = Path(__file__).parent / "dynamo" / "programs"
+HEARTBEAT = 3.0
+"""Seconds for ``--heartbeat-timeout``: longer than what holds Python's lock while two shared cores load three ranks."""
+PROMPT_SECONDS = 3.0
+"""From the fault to the launcher's end, without the heartbeat's time."""
+KEYS_SECONDS = 1.5
+"""From when a fault can be known to the last key's end: a second, and what a look takes on a busy machine."""
+STREAMS, TOKENS = 8, 1500
+PHASES = ("world", "preflight", "load", "serve", "drain")
+FAULTS = ("kill", "stop", "hang", "exception", "exit0", "exit3", "oom")
+SILENT = ("stop", "hang")
+_HUNG_SECONDS = 12.0
+
+
+class Case(NamedTuple):
+    """What happens.
+
+    Args:
+        fault: one of `FAULTS`.
+        phase: one of `PHASES`.
+        rank: where.
+    """
+
+    fault: str
+    phase: str
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.phase}-{self.fault}-rank{self.rank}"
+
+    @property
+    def namespace(self) -> str:
+        """A namespace of its own, also for the model's name: what one case leaves in etcd is nothing to the next."""
+        return str(self).replace("-", "_")
+
+    @property
+    def streaming(self) -> bool:
+        """Whether it needs requests that are in flight."""
+        return self.phase in ("serve", "drain")
+
+    def flags(self, failures: Path) -> tuple[str, ...]:
+        """Return the worker's flags; its failure files go to ``failures``."""
+        names = ("--namespace", self.namespace, "--served-model-name", self.namespace)
+        return (*names, "--heartbeat-timeout", str(HEARTBEAT), "--failure-dir", str(failures))
+
+    def environment(self, trigger: Path) -> dict[str, str]:
+        """Return what arms it; memory runs out by the test's doing, once the rank says that it is slow."""
+        when = {"serve": f"serve@{trigger}", "drain": "drain+0.2"}.get(self.phase, self.phase)
+        action = self.fault
+        if self.fault == "oom":
+            action = "slow=0" if self.streaming else "slow=1.5"
+        return {"DYN_MPI_FAULT": f"rank{self.rank}:{when}:{action}", "DYN_MPI_ALLOW_FAULTS": "1"}
+
+
+class Worker(Protocol):
+    """A worker under a launcher: ``RunningWorker``, ``SlurmWorker``."""
+
+    log: Path
+
+    @property
+    def process(self) -> Any:
+        """The launcher."""
+
+    def text(self) -> str:
+        """Return what launcher and ranks have printed."""
+
+    def ready(self, seconds: float = 90) -> dict[str, Any]:
+        """Wait until it serves."""
+
+
+class Streams:
+    """Requests in flight, held by ``hold_streams.py``.
+
+    Args:
+        process: that program, its stdout a pipe.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def wait_open(self) -> None:
+        """Wait until all have begun."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        assert line == "open", (line, self.process.stderr.read() if self.process.stderr else "")
+
+    def ends(self, seconds: float) -> list[dict[str, Any]]:
+        """Wait for all ends, and return them."""
+        try:
+            out, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"streams are open after {seconds} s: {error.output!r}") from None
+        return [json.loads(line) for line in out.splitlines()]
+
+
+class Keys:
+    """The worker's keys in etcd over time, from ``watch_keys.py``.
+
+    Args:
+        process: that program, its stdout a pipe.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._changes: list[tuple[float, int]] = []
+        assert process.stdout is not None
+        threading.Thread(target=self._read, args=(process.stdout,), daemon=True).start()
+        eventually(lambda: self._changes, "etcd's keys are counted", 20)
+
+    def _read(self, lines: IO[str]) -> None:
+        for line in lines:
+            when, number = line.split()
+            self._changes.append((float(when), int(number)))
+
+    @property
+    def count(self) -> int:
+        """How many there are now."""
+        return self._changes[-1][1]
+
+    def gone_since(self) -> float:
+        """Return the wall-clock time since which there are none; infinity where there are some."""
+        when, number = self._changes[-1]
+        return when if number == 0 else float("inf")
+
+
+@dataclass
+class Outcome:
+    """What was seen.
+
+    Attributes:
+        case: what happened.
+        code: the launcher's exit code; None where it did not end.
+        seconds: from the fault to the launcher's end.
+        keys_seconds: from the fault to the last key's end, 0 where there were none any more.
+        text: what was printed.
+        streams: how each stream has ended.
+        reports: the failure files by name.
+        left: what is left behind, in words.
+    """
+
+    case: Case
+    code: int | None
+    seconds: float
+    keys_seconds: float
+    text: str
+    streams: list[dict[str, Any]] = field(default_factory=list)
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.case}: {self.seconds:.2f} s, exit code {self.code}, keys {self.keys_seconds:.2f} s"
+
+    def check(self, host: str, codes: Sequence[int]) -> None:
+        """Assert that everything is as it has to be.
+
+        Args:
+            host: of the rank.
+            codes: the launcher's, each of them as good.
+        """
+        patience = HEARTBEAT if self.case.fault in SILENT else 0.0
+        print(self)  # for pytest -rA
+        assert self.code is not None, f"it still ran {self.seconds:.1f} s after the fault\n{self.text}"
+        assert self.seconds <= patience + PROMPT_SECONDS, f"{self.seconds:.2f} s\n{self.text}"
+        assert self.code in codes, f"exit code {self.code}\n{self.text}"
+        self._check_report(host)
+        assert self.keys_seconds <= patience + KEYS_SECONDS, f"keys for {self.keys_seconds:.2f} s\n{self.text}"
+        assert self.left == [], self.text
+        if self.case.streaming:
+            assert len(self.streams) == STREAMS, self.streams
+            for stream in self.streams:
+                assert stream["end"] != "done", stream
+
+    def _check_report(self, host: str) -> None:
+        case, name = self.case, f"rank {self.case.rank} on {host}"
+        blocks = re.findall(r"dynamo_mpi: (rank \d+ on \S+): error in (\w+): ([^\n]*)", self.text)
+        assert len(blocks) == 1, f"{blocks}\n{self.text}"
+        ((speaker, phase, line),) = blocks
+        assert phase == case.phase or (case.phase, phase, case.fault in SILENT) == ("drain", "exit", True), blocks
+        assert name in (speaker, line[: len(name)]), blocks
+        assert {
+            "exception": "Traceback",
+            **dict.fromkeys(SILENT, "is stopped or stuck"),
+        }.get(case.fault, "died") in line, blocks
+        if case.fault == "exception":
+            assert self.text.count("FaultError: a fault on demand") >= 1, self.text
+        # who speaks writes it all down
+        by = re.sub(r"rank (\d+) on .*", r"rank-\1.json", speaker)
+        (report,) = [content for file, content in self.reports.items() if file.endswith(by)]
+        assert (report["rank"], report["host"]) == (case.rank, host), report
+        assert line in report.get("report", report["error"]), report
+
+
+def run_case(
+    case: Case,
+    worker: Worker,
+    trigger: Path,
+    keys: Keys,
+    open_streams: Callable[[], Streams],
+    begin_drain: Callable[[], object],
+    find_rank: Callable[[int], int],
+    stop: Callable[[], object],
+    look: Callable[[], object] = lambda: None,
+) -> Outcome:
+    """Let the fault happen, and look on until the launcher has ended, or has not.
+
+    Args:
+        case: what happens; the worker was started with its environment.
+        worker: starts, or serves.
+        trigger: the case's.
+        keys: counts its keys.
+        open_streams: begins requests.
+        begin_drain: tells the worker to end in order.
+        find_rank: returns a rank's pid on this machine.
+        stop: ends what has not ended.
+        look: called while all ranks are still there.
+    """
+    streams = None
+    if case.streaming:
+        worker.ready()
+        assert keys.count > 0
+        streams = open_streams()
+        streams.wait_open()
+        look()
+    with contextlib.ExitStack() as limits:
+        if case.phase == "drain":
+            begin_drain()
+        trigger.touch()
+        eventually(lambda: "fault: " in worker.text() or worker.process.poll() is not None, "the fault happens", 90)
+        fault = time.time()
+        look()
+        assert "fault: " in worker.text(), worker.text()
+        if case.fault == "oom":
+            fault = limits.enter_context(run_out_of_memory(find_rank(case.rank)))
+        code = _wait(worker, fault + _HUNG_SECONDS)
+        seconds = time.time() - fault
+        if code is None:
+            stop()
+    gone = keys.gone_since()
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: keys.count == 0, "the keys are gone", KEYS_SECONDS)
+        gone = keys.gone_since()
+    outcome = Outcome(case, code, seconds, max(0.0, gone - fault), worker.text())
+    if streams is not None and code is not None:
+        outcome.streams = streams.ends(PROMPT_SECONDS + HEARTBEAT)
+    return outcome
+
+
+def _wait(worker: Worker, end: float) -> int | None:
+    while (code := worker.process.poll()) is None and time.time() < end:
+        time.sleep(0.01)
+    return None if code is None else int(code)
+
+
+def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the failure files of a folder by name."""
+    return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def processes_with(text: str) -> list[int]:
+    """Return the pids of this machine whose environment has ``text``, of every session and namespace, without zombies."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if text.encode() in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
+def shared_memory_of(pids: Sequence[int]) -> set[str]:
+    """Return the files in /dev/shm that these processes have mapped."""
+    names: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            names.update(re.findall(r"(/dev/shm/\S+)(?! \(deleted\))$", Path(f"/proc/{pid}/maps").read_text(), re.M))
+    return names
+
+
+V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+_FEW_BYTES = 1 << 20
+
+
+def why_no_memory_limit() -> str:
+    """Return why this machine can't give a process a memory limit; empty where it can."""
+    try:
+        group = _make_group()
+    except OSError as error:
+        return f"no memory cgroup can be made here: {error}"
+    group.rmdir()
+    return ""
+
+
+def _make_group() -> Path:
+    v1 = (V1 / "memory.limit_in_bytes").exists()
+    if not v1 and "memory" not in (V2 / "cgroup.subtree_control").read_text().split():
+        raise FileNotFoundError("the memory controller isn't enabled")
+    group = (V1 if v1 else V2) / f"dynmpi-{os.getpid()}-{time.monotonic_ns()}"
+    group.mkdir()
+    return group
+
+
+@contextlib.contextmanager
+def run_out_of_memory(pid: int) -> Iterator[float]:
+    """Give a process less memory than it needs, and wait for the kernel to kill it; yields the time when that was seen."""
+    group = _make_group()
+    try:
+        limit = "memory.limit_in_bytes" if (group / "memory.limit_in_bytes").exists() else "memory.max"
+        (group / limit).write_text(str(_FEW_BYTES))
+        (group / "cgroup.procs").write_text(str(pid))
+        eventually(lambda: has_ended(pid), "memory has run out", 30)
+        yield time.time()
+    finally:
+        eventually(lambda: _removed(group), "the cgroup is empty", 20)
+
+
+def _removed(group: Path) -> bool:
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return not group.exists()
+
+
+def has_ended(pid: int) -> bool:
+    """Tell whether a process has ended, also where nobody has fetched its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def end_process(process: subprocess.Popen[Any]) -> None:
+    """Kill a helper program and close its pipes."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
