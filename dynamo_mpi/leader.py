@@ -131,7 +131,13 @@ class Leader:
 
         label = settings.endpoint.removeprefix("dyn://").split(".")[1]
         forget_failures(settings.failure_dir, label)
-        terms = Terms(settings.liveness_network, settings.heartbeat_timeout, str(settings.failure_dir or ""), label)
+        terms = Terms(
+            settings.liveness_network,
+            settings.heartbeat_timeout,
+            str(settings.failure_dir or ""),
+            label,
+            self._estate.has_heir(label),
+        )
         self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms)
         self._estate.share(guard.leave_to_heir)
         guard.at_once(self._estate.explain)

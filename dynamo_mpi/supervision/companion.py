@@ -36,7 +36,7 @@ _TICK_SECONDS = 0.25
 _SETTLE_SECONDS = 0.12
 _STACKS_SECONDS = 1.0
 _END_SECONDS = 4.0
-_STUCK_SECONDS = 2.0
+_STUCK_SECONDS = 1.5
 _READ_BYTES = 1 << 16
 _MOST_LINE = 1 << 18
 _CREDENTIALS = struct.Struct("3i")
@@ -82,9 +82,10 @@ class Companion:
         self._began = time.monotonic()
         self._ranks: list[Local] = []
         self._gone: list[Local] = []
-        self._decide_at = self._stop_at = float("inf")
+        self._decide_at = self._kill_at = self._stop_at = float("inf")
         self._heir = Heir()
         self._over = False
+        self._label = "worker"
         self._told_to_stop = float("inf")
         signal.signal(signal.SIGTERM, self._note_stop)
 
@@ -157,6 +158,8 @@ class Companion:
             local.left = self._over = True
         elif word == "told":
             local.told = True
+        elif word == "label":
+            self._label = rest
         elif word == "failed" and rest.isdecimal():
             local.told = True
             self._order_end(int(rest))
@@ -191,13 +194,13 @@ class Companion:
         if was_ended and not is_first_cause:
             self._over = True
             return
-        if first.leaves_to_us and self._launch.size > 1:
-            # rank 1 says so, and ends the rest
-            self._over = True
-            return
         self._end(first, death(self._host), Cause.DEATH)
 
     def _look(self, now: float) -> None:
+        if now > self._kill_at:
+            self._kill_at = float("inf")
+            for local in self._ranks:
+                _kill(local)
         if self._stop_at < float("inf") or not self._ranks:
             return
         if now - self._began > self._limits.world_seconds and not self._over and not self._heir.inherits:
@@ -219,15 +222,9 @@ class Companion:
         error = silence(now - local.heard, self._host)
         if local.leaves_to_us:
             self._heir.act()
-        if local.leaves_to_us and self._launch.size > 1:
-            # rank 1 has missed its heartbeats as well: it says so, and ends the rest; only what is stuck for good is left to us
-            local.left = True
-            time.sleep(_STUCK_SECONDS)
-        else:
-            self._end(local, error, Cause.SILENCE)
-            local.send("end 124")
-            time.sleep(_STACKS_SECONDS / 4)
-        _kill(local)
+        self._end(local, error, Cause.SILENCE)
+        # the launcher ends it with the others, and knows the better exit code
+        self._kill_at = time.monotonic() + _STUCK_SECONDS
 
     def _late(self) -> None:
         for local in self._ranks:
@@ -260,7 +257,7 @@ class Companion:
             local.send(f"end {code}")
 
     def _write(self, local: Local, text: str, code: int, cause: Cause) -> None:
-        meeting = Meeting(self._host, failure_dir=self._limits.failure_dir)
+        meeting = Meeting(self._host, failure_dir=self._limits.failure_dir, label=self._label)
         failure = Failure(local.rank, code, text, cause, local.phase, time.monotonic())
         write_failure(meeting, failure, self._host)
 

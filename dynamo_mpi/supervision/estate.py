@@ -26,6 +26,11 @@ class Estate:
         self._leases: dict[str, int] = {}
         self._tell_heir: Callable[[str], object] | None = None
 
+    def has_heir(self, label: str) -> bool:
+        """Tell whether there is a companion, and have it name its failure files by ``label``, as rank 0 does."""
+        self._tie.tell(f"label {label}")
+        return self._tie.holds
+
     def own(self, name: str, lease: int) -> None:
         """Take note of a lease.
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.errors import DeadlineError
+from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.services.host_address import host_address
 from dynamo_mpi.supervision.backstop import exit_after
@@ -65,12 +66,14 @@ class Terms(NamedTuple):
         heartbeat_timeout: see `Meeting`.
         failure_dir: see `Meeting`.
         label: see `Meeting`.
+        has_companion: see `Meeting`.
     """
 
     network: str | None = None
     heartbeat_timeout: float | None = None
     failure_dir: str = ""
     label: str = "worker"
+    has_companion: bool = False
 
 
 class Guard:
@@ -103,7 +106,7 @@ class Guard:
 
     def _meet(self, terms: Terms) -> Meeting:
         heir = next((rank for rank, place in enumerate(self._ranks) if place.host != self._ranks[0].host), 0)
-        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, heir)
+        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, heir, terms.has_companion)
         if self._world.size == 1:
             return Meeting(self._voice.host, "", 0, "", *rest)
         address = host_address(terms.network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
@@ -254,7 +257,11 @@ class Guard:
         leaving = [threading.Thread(target=_suppressed, args=(act,), daemon=True) for act in self._at_once]
         for thread in leaving:
             thread.start()
-        first = self._publish(self._settle(failure), phase)
+        failures = self._settle(failure)
+        if self._was_given_up(failures):
+            # it has been said, and the launcher is ending the ranks: this one was only woken for that
+            os._exit(int(ExitCode.DEADLINE))
+        first = self._publish(failures, phase)
         if self._lookout is not None:
             self._lookout.announce_end(first.exit_code)
         for thread in leaving:
@@ -262,6 +269,10 @@ class Guard:
         for cleanup in self._cleanups:
             _suppressed(cleanup)
         self._world.abort(first.exit_code)
+
+    def _was_given_up(self, failures: Sequence[Failure]) -> bool:
+        woken = self._lookout is not None and self._lookout.has_overslept
+        return woken and all(failure.cause in _HURRYING for failure in failures)
 
     def _settle(self, seen: Failure) -> list[Failure]:
         """Wait for what may have come before the failure that was seen first, and for what follows at once."""

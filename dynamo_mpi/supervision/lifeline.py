@@ -152,7 +152,8 @@ class Lifeline:
             self._watch()
         except ClosedError as end:
             if not (self._over or self._closing):
-                self._lose((loss if end.lost else death)(self._meeting.host))
+                error = (loss if end.lost else death)(self._meeting.host)
+                self._lose(error, is_told=self._meeting.has_companion and not end.lost)
         except Exception as error:  # this rank can't be watched any longer, so nobody would see its end
             self._lose_with(*describe_error(error))
         finally:
@@ -212,13 +213,14 @@ class Lifeline:
         patience = self._meeting.patience(self.world_phase)
         if patience is not None and now - self._heard > patience and not (self._over or self._closing):
             lost = self._line.unacknowledged
-            self._lose(loss(self._meeting.host) if lost else silence(now - self._heard, self._meeting.host))
+            error = loss(self._meeting.host) if lost else silence(now - self._heard, self._meeting.host)
+            self._lose(error, is_told=self._meeting.has_companion and not lost)
 
-    def _lose(self, error: BootstrapError) -> None:
-        self._lose_with(f"rank 0 on {self._meeting.host} {error}", int(error.exit_code))
+    def _lose(self, error: BootstrapError, *, is_told: bool) -> None:
+        self._lose_with(f"rank 0 on {self._meeting.host} {error}", int(error.exit_code), is_told=is_told)
 
-    def _lose_with(self, text: str, code: int) -> None:
-        """Leave because rank 0 can't be relied on: the first of the others says so, and ends the world; the rest follow."""
+    def _lose_with(self, text: str, code: int, *, is_told: bool = False) -> None:
+        """Leave because rank 0 can't be relied on: its companion says so, or the first of the others, which ends the world; the rest follow."""
         self._over = True
         if self._tie is not None:
             self._tie.tell("mourn")
@@ -227,13 +229,10 @@ class Lifeline:
             os._exit(code)
         # where rank 0 has ended the world and that news was lost with the connection, we are gone by then
         time.sleep(_DOUBT_SECONDS)
-        self._voice.say(f"error in {self.world_phase}: {text}")
-        write_failure(
-            self._meeting,
-            Failure(0, code, text, Cause.DEATH, self.world_phase, time.monotonic()),
-            self._voice.host,
-            by=1,
-        )
+        if not is_told:
+            self._voice.say(f"error in {self.world_phase}: {text}")
+            failure = Failure(0, code, text, Cause.DEATH, self.world_phase, time.monotonic())
+            write_failure(self._meeting, failure, self._voice.host, by=1)
         time.sleep(_SPEAKER_SECONDS)
         self._end(code)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import selectors
 import threading
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _STACKS_SECONDS = 2.0
 _FAREWELL_SECONDS = 1.0
 _STALL_SECONDS = 0.5
+_MOMENT_SECONDS = 2.0
 _HEED_SECONDS = 0.5
 
 
@@ -77,6 +79,7 @@ class Lookout:
         self._answers: dict[int, str] = {}
         self._answered = threading.Condition()
         self._leaving = False
+        self._overslept = -math.inf
         self._standing: Frame | None = None
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -102,6 +105,11 @@ class Lookout:
         """Send ``frame`` to all ranks, also to those that come later, instead of what was given before. Thread-safe, never waits."""
         self._standing = frame
         self._bell.ring()
+
+    @property
+    def has_overslept(self) -> bool:
+        """Whether this process was stopped or stuck for so long, until a moment ago, that the ranks may have ended the world without it."""
+        return time.monotonic() - self._overslept < _MOMENT_SECONDS
 
     def announce_end(self, code: int) -> None:
         """Tell the ranks that rank 0 ends the world, and wait a moment for them to know: a rank that only saw it go would report a death."""
@@ -155,6 +163,9 @@ class Lookout:
 
     def _forgive(self, late: float) -> None:
         """Where it was this thread that slept, or did not get Python's lock, that is not held against the ranks."""
+        patience = self._meeting.patience(self._phase())
+        if patience is not None and late > patience / 2:
+            self._overslept = time.monotonic()
         if late > _STALL_SECONDS:
             self._begun += late
             for rank in self._ranks.values():

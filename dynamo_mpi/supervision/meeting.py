@@ -28,6 +28,7 @@ class Meeting(NamedTuple):
         failure_dir: folder for failure files; empty for none.
         label: begins their names.
         heir: the rank whose companion takes the worker out of discovery when rank 0's node is lost; 0 for none.
+        has_companion: a process beside rank 0 tells of its end.
     """
 
     host: str
@@ -38,6 +39,7 @@ class Meeting(NamedTuple):
     failure_dir: str = ""
     label: str = "worker"
     heir: int = 0
+    has_companion: bool = False
 
     def patience(self, phase: str) -> float | None:
         """Return how many seconds of silence are too long in a phase; None where no silence is."""
@@ -59,6 +61,7 @@ class Meeting(NamedTuple):
     def unpack(cls, data: bytes) -> tuple[Meeting, bytes]:
         """Decode what `pack` made."""
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-        host, address, port, token, timeout, folder, label, heir = unpack(data[_LENGTH_BYTES:end])
+        host, address, port, token, timeout, folder, label, heir, companion = unpack(data[_LENGTH_BYTES:end])
         seconds = float(timeout) if timeout else None
-        return cls(host, address, int(port), token, seconds, folder, label, int(heir)), data[end:]
+        meeting = cls(host, address, int(port), token, seconds, folder, label, int(heir), companion == str(True))
+        return meeting, data[end:]

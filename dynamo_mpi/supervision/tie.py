@@ -56,6 +56,11 @@ class Tie:
                 time.sleep(_AGAIN_SECONDS)
             _thread.start_new_thread(self._run, (connection,))
 
+    @property
+    def holds(self) -> bool:
+        """Whether there is a companion at the other end."""
+        return self._connection is not None
+
     def end_with(self, abort: Callable[[int], object]) -> None:
         """Have ``abort`` end all ranks when the companion asks for it; until then this rank alone leaves, and the launcher ends the rest."""
         self._abort = abort
