@@ -122,9 +122,16 @@ def test_an_address_that_is_not_this_hosts_is_no_traceback(mpirun: Mpirun, tmp_p
     assert "Traceback" not in done.stderr
 
 
-def test_no_files_left_is_no_traceback(mpirun: Mpirun) -> None:
-    done = mpirun(2, PROGRAM, "crowd", "9")
+@pytest.mark.parametrize(
+    ("what", "found", "cure"),
+    [
+        ("crowd", "Too many open files", "raise the limit of open files (ulimit -n)"),
+        ("ports", "Address already in use", "free some of this host's ports"),
+    ],
+)
+def test_nothing_to_listen_with_is_no_traceback(mpirun: Mpirun, what: str, found: str, cure: str) -> None:
+    done = mpirun(2, PROGRAM, what, "9", before=in_namespaces("true"))
     assert done.returncode == 64, done.stderr
-    assert "refused: rank 0 can't listen at 127.0.0.1 for the other ranks: Too many open files" in done.stderr
-    assert "raise the limit of open files (ulimit -n)" in done.stderr
+    assert f"refused: rank 0 can't listen at 127.0.0.1 for the other ranks: {found}" in done.stderr
+    assert cure in done.stderr
     assert "Traceback" not in done.stderr

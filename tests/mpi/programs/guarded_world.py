@@ -7,8 +7,10 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 from dynamo_mpi.errors import BootstrapError
@@ -18,6 +20,8 @@ from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.talk import Voice
 from dynamo_mpi.world import World, bind_library, form_world
+
+KEPT: list[socket.socket] = []
 
 
 class Placed(NamedTuple):
@@ -60,6 +64,13 @@ def use_up_files() -> None:
             os.open(os.devnull, os.O_RDONLY)
 
 
+def use_up_ports() -> None:
+    """Leave this network namespace no port that the kernel may choose."""
+    first, last = 40000, 40003
+    Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"{first} {last}")
+    KEPT.extend(socket.create_server(("127.0.0.1", port)) for port in range(first, last + 1))
+
+
 def clean_up() -> None:
     os.write(2, b"cleaned up\n")
 
@@ -67,6 +78,8 @@ def clean_up() -> None:
 def lead(world: World, what: str, victim: int) -> None:
     if what == "crowd":
         use_up_files()
+    elif what == "ports":
+        use_up_ports()
     network = os.environ.get("NETWORK", "127.0.0.1") or None
     terms = Terms(network, float(os.environ.get("HEARTBEAT", "60")), os.environ.get("FAILURES", ""))
     try:
