@@ -110,10 +110,11 @@ class Mpirun:
         *arguments: str,
         env: Mapping[str, str] | None = None,
         timeout: float = 120,
+        before: Sequence[str] = (),
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``program``, a Python file or the words after ``python``, in ``ranks`` ranks."""
+        """Run ``program``, a Python file or the words after ``python``, in ``ranks`` ranks; ``before`` are words before mpirun."""
         words = [str(program)] if isinstance(program, (str, Path)) else list(program)
-        command = [find_mpirun(), "-n", str(ranks), sys.executable, *words, *arguments]
+        command = [*before, find_mpirun(), "-n", str(ranks), sys.executable, *words, *arguments]
         return run_command(command, env=mpi_environment(env), timeout=timeout)
 
     def worker(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -171,6 +172,7 @@ def test_a_follower_that_hangs_does_not_hold_the_end_up(etcd: EtcdServer, start:
     os.kill(worker.rank_zero(), signal.SIGTERM)
     assert worker.wait(60) == 124, worker.text()
     assert "did not stop within" in worker.text()
+    assert re.search(r"where the ranks are:\nrank [12] on \S+: no answer", worker.text()), worker.text()
     assert etcd.keys() == []
 
 

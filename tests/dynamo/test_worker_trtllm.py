@@ -144,6 +144,17 @@ def test_answers_drains_and_ends_with_zero(
     assert not [secret for secret in secrets if secret in text]
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_another_rank_is_one_to_all(start: Start, etcd: EtcdServer, number: signal.Signals) -> None:
+    worker = start()
+    worker.ready()
+    os.kill(worker.ranks()[1], number)
+    assert worker.wait() == 0, worker.text()
+    assert worker.text().count(f"got {number.name}, which goes for all ranks") == 1
+    assert reports(worker) == []
+    assert etcd.keys() == []
+
+
 def assert_the_child_knows_what_it_should(child: int) -> list[str]:
     """Look at its environment, and at what everybody can see of every process; return its secrets."""
     raw = Path(f"/proc/{child}/environ").read_bytes().decode(errors="replace")

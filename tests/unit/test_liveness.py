@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import queue
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -142,6 +143,21 @@ def test_silence_is_seen_and_heartbeats_are_heard() -> None:
     assert (failure.rank, failure.cause, failure.exit_code) == (2, Cause.SILENCE, 124)
     assert 0.5 < failure.at - silent_since < 2
     tower.lookout.close()
+
+
+def test_a_signal_of_a_rank_is_passed_on_and_only_such_a_one(tower: Watchtower) -> None:
+    line = tower.join(2)
+    line.send(Frame(Kind.SIGNAL, Signalled(signal.SIGTERM, again=False).pack()))
+    assert tower.signals.get(timeout=PROMPT) == (2, Signalled(signal.SIGTERM, again=False))
+    line.send(Frame(Kind.SIGNAL, bytes([signal.SIGKILL, 0])))
+    failure = tower.next()
+    assert (failure.rank, failure.cause) == (2, Cause.DEATH), "what no rank of ours would say"
+
+
+@pytest.mark.parametrize("body", [b"", b"\x0f", b"\x0f\x02", b"\x09\x00", b"\x0f\x00\x00"])
+def test_other_signals_are_none(body: bytes) -> None:
+    with pytest.raises(WireError):
+        Signalled.unpack(body)
 
 
 def test_a_rank_that_never_comes_is_told_with_the_address() -> None:
