@@ -126,25 +126,25 @@ class Keys:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self._changes: list[tuple[float, int]] = []
+        self._changes: list[tuple[float, list[str]]] = []
         assert process.stdout is not None
         threading.Thread(target=self._read, args=(process.stdout,), daemon=True).start()
-        eventually(lambda: self._changes, "etcd's keys are counted", 20)
+        eventually(lambda: self._changes, "etcd's keys are known", 20)
 
     def _read(self, lines: IO[str]) -> None:
         for line in lines:
-            when, number = line.split()
-            self._changes.append((float(when), int(number)))
+            when, keys = json.loads(line)
+            self._changes.append((when, keys))
 
     @property
-    def count(self) -> int:
-        """How many there are now."""
+    def now(self) -> list[str]:
+        """Those that are there now."""
         return self._changes[-1][1]
 
     def gone_since(self) -> float:
         """Return the wall-clock time since which there are none; infinity where there are some."""
-        when, number = self._changes[-1]
-        return when if number == 0 else float("inf")
+        when, keys = self._changes[-1]
+        return float("inf") if keys else when
 
 
 @dataclass
@@ -187,7 +187,9 @@ class Outcome:
         assert self.seconds <= patience + PROMPT_SECONDS, f"{self.seconds:.2f} s\n{self.text}"
         assert self.code in codes, f"exit code {self.code}\n{self.text}"
         self._check_report(host)
-        assert self.keys_seconds <= patience + KEYS_SECONDS, f"keys for {self.keys_seconds:.2f} s\n{self.text}"
+        assert self.keys_seconds <= patience + KEYS_SECONDS, (
+            f"keys for {self.keys_seconds:.2f} s: {self.left}\n{self.text}"
+        )
         assert self.left == [], self.text
         if self.case.streaming:
             assert len(self.streams) == STREAMS, self.streams
@@ -231,7 +233,7 @@ def run_case(
         case: what happens; the worker was started with its environment.
         worker: starts, or serves.
         trigger: the case's.
-        keys: counts its keys.
+        keys: its own.
         open_streams: begins requests.
         begin_drain: tells the worker to end in order.
         find_rank: returns a rank's pid on this machine.
@@ -241,7 +243,7 @@ def run_case(
     streams = None
     if case.streaming:
         worker.ready()
-        assert keys.count > 0
+        assert keys.now
         streams = open_streams()
         streams.wait_open()
         look()
@@ -259,11 +261,9 @@ def run_case(
         seconds = time.time() - fault
         if code is None:
             stop()
-    gone = keys.gone_since()
     with contextlib.suppress(AssertionError):
-        eventually(lambda: keys.count == 0, "the keys are gone", KEYS_SECONDS)
-        gone = keys.gone_since()
-    outcome = Outcome(case, code, seconds, max(0.0, gone - fault), worker.text())
+        eventually(lambda: not keys.now, "the keys are gone", KEYS_SECONDS)
+    outcome = Outcome(case, code, seconds, max(0.0, keys.gone_since() - fault), worker.text(), left=list(keys.now))
     if streams is not None and code is not None:
         outcome.streams = streams.ends(PROMPT_SECONDS + HEARTBEAT)
     return outcome

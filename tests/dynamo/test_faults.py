@@ -89,7 +89,7 @@ class Bench:
                 look,
             )
             outcome.reports = read_reports(failures)
-            outcome.left = [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
+            outcome.left += [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
             outcome.left += [name for name in memory if os.path.exists(name)]
             outcome.left += [path.name for path in temporary.iterdir()]
             return outcome
@@ -125,7 +125,11 @@ def run(bench: Bench, tmp_path: Path) -> Run:
     return lambda case: bench.run(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", [Case(fault, phase, rank) for phase in ("serve", "load", "drain") for fault in FAULTS for rank in (1, 0)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(fault, phase, rank) for phase in ("serve", "load", "drain") for fault in FAULTS for rank in (1, 0)],
+    ids=str,
+)
 def test_a_fault_ends_all_at_once(case: Case, run: Run) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)

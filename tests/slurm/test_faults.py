@@ -95,7 +95,7 @@ class SlurmBench:
                 worker.stop,
             )
             outcome.reports = read_reports(failures)
-            outcome.left = [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
+            outcome.left += [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
             outcome.left += [f"{node}: {name}" for node in NODES for name in self.shared_memory(node)]
             outcome.left += [path.name for path in temporary.iterdir()]
             return outcome
@@ -127,7 +127,11 @@ def run(bench: SlurmBench, tmp_path: Path) -> Run:
     return lambda case: bench.run(case, tmp_path)
 
 
-@pytest.mark.parametrize("case", [Case(fault, phase, rank) for phase in ("serve", "load", "drain") for fault in FAULTS for rank in (4, 0)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [Case(fault, phase, rank) for phase in ("serve", "load", "drain") for fault in FAULTS for rank in (4, 0)],
+    ids=str,
+)
 def test_a_fault_ends_the_step_at_once(case: Case, run: Run) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)
