@@ -56,15 +56,16 @@ def follow(
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
-    # Launchers signal every rank, and rank 0 leads the draining: a follower that left now would take the requests in flight with it.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
     # before the verdict, every file that a rank opens counts
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
 
     meeting, packed = Meeting.unpack(message[1:])
     lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()))
+    # Launchers signal every rank, and rank 0 leads the draining: a follower that left now would take the requests in flight with it.
+    # One that has not found rank 0 yet would wait for it in vain, if that has gone, and the launcher with it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     if fault is not None:
         fault.follow(lifeline)
     try:

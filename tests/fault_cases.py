@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A fault in a running worker, and all that has to follow from it, whatever launched the worker.
 
-A case is a fault, a phase and a rank. `run_case` starts nothing and asserts nothing: it waits for the phase, lets the fault happen, and measures.
-`Outcome.check` asserts.
+A case is a fault, a phase and a rank. `run_case` waits for the phase, lets the fault happen, and measures; `Outcome.check` asserts.
 """
 
 from __future__ import annotations
@@ -15,12 +14,17 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import pytest
 
 from tests.dynamo.running import eventually
+
+if TYPE_CHECKING:
+    from _pytest.mark.structures import ParameterSet
 
 PROGRAMS = Path(__file__).parent / "dynamo" / "programs"
 HEARTBEAT = 3.0
@@ -33,7 +37,10 @@ STREAMS, TOKENS = 8, 1500
 PHASES = ("world", "preflight", "load", "serve", "drain")
 FAULTS = ("kill", "stop", "hang", "exception", "exit0", "exit3", "oom")
 SILENT = ("stop", "hang")
-_HUNG_SECONDS = 12.0
+_HUNG_SECONDS = 10.0
+# what is being built; strict, so that whoever builds it takes these away
+UNWATCHED = "before the verdict nobody watches over the ranks"
+ORPHANED = "nobody but rank 0 takes rank 0's worker out of discovery"
 
 
 class Case(NamedTuple):
@@ -74,6 +81,26 @@ class Case(NamedTuple):
         if self.fault == "oom":
             action = "slow=0" if self.streaming else "slow=1.5"
         return {"DYN_MPI_FAULT": f"rank{self.rank}:{when}:{action}", "DYN_MPI_ALLOW_FAULTS": "1"}
+
+
+def parameters(chosen: Sequence[Case], rank: int, failing: Mapping[str, Sequence[Case]]) -> list[ParameterSet]:
+    """Return the cases as pytest's parameters: those chosen first, and with ``--all-faults`` all others.
+
+    Args:
+        chosen: what every run of the tests has.
+        rank: stands for all ranks but 0.
+        failing: cases that can't pass yet, by the reason.
+    """
+    every = [Case(fault, phase, victim) for phase in PHASES for fault in FAULTS for victim in (rank, 0)]
+    rest = [case for case in every if case not in chosen]
+    reasons = {case: reason for reason, cases in failing.items() for case in cases}
+    found = []
+    for case in (*chosen, *rest):
+        marks = [pytest.mark.all_faults] if case in rest else []
+        if case in reasons:
+            marks.append(pytest.mark.xfail(reason=reasons[case], strict=True))
+        found.append(pytest.param(case, id=str(case), marks=marks))
+    return found
 
 
 class Worker(Protocol):
@@ -209,6 +236,8 @@ class Outcome:
         }.get(case.fault, "died") in line, blocks
         if case.fault == "exception":
             assert self.text.count("FaultError: a fault on demand") >= 1, self.text
+        if case.phase in ("world", "preflight") and not self.reports:
+            return  # where the files go is known with the verdict
         # who speaks writes it all down
         by = re.sub(r"rank (\d+) on .*", r"rank-\1.json", speaker)
         (report,) = [content for file, content in self.reports.items() if file.endswith(by)]
