@@ -124,6 +124,27 @@ def test_a_failure_is_told_once_with_all_that_is_known(tower: Watchtower) -> Non
     assert tower.next().rank == 1, "its own end is no news"
 
 
+def test_who_comes_when_the_end_has_begun_hears_of_it_too(tower: Watchtower) -> None:
+    first = tower.join(1)
+    ending = threading.Thread(target=tower.lookout.announce_end, args=(70,))
+    ending.start()
+    assert Frame(Kind.ENDING, bytes([70])) in heard(first)
+    late, early = connect(tower.meeting, 2)
+    assert Frame(Kind.ENDING, bytes([70])) in (early or heard(late))
+    late.close()
+    ending.join()
+
+
+def heard(line: Line) -> list[Frame]:
+    """Return the frames that come next, but for heartbeats."""
+    end = time.monotonic() + PROMPT
+    while time.monotonic() < end:
+        if frames := [frame for frame in line.read() if frame.kind is not Kind.BEAT]:
+            return frames
+        time.sleep(0.01)
+    raise AssertionError("nothing came")
+
+
 def test_silence_is_seen_and_heartbeats_are_heard() -> None:
     tower = Watchtower(timeout=0.6)
     lines = {rank: tower.join(rank) for rank in (1, 2, 3)}
