@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.departure import Departure
+from dynamo_mpi.control_plane.registration import RegistrationWatch
 from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
@@ -124,11 +125,12 @@ class EngineLeader:
         # what is in flight is told of the failure meanwhile
         engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())
         engine.start()
+        watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._voice.say)
         code = ExitCode.OK
         try:
             with self._phases.enter("prove"):
                 prove(engine, token_id, settings.prove_timeout)
-            run(serve(registration, engine, self._phases, departure.prepare, on_ready, self._voice.say))
+            run(serve(registration, engine, self._phases, watch, departure.prepare, on_ready, self._voice.say))
         except (EngineError, DeadlineError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise
@@ -137,7 +139,7 @@ class EngineLeader:
             code = error.exit_code
         finally:
             # the event loop has given signals back; from here on a further one must not take rank 0 away from the others
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_IGN)
             forget(settings.ready_file)
         with self._phases.enter("exit"):

@@ -48,7 +48,7 @@ def follow(world: World, launch: Launch, argv: Sequence[str], phases: Phases, mp
         if message[:1] == STOP:
             return message[1]
     # Launchers signal every rank, and rank 0 leads the draining: a follower that left now would take the requests in flight with it.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # before the verdict, every file that a rank opens counts
     from dynamo_mpi.supervision.lifeline import Lifeline

@@ -127,7 +127,7 @@ class Leader:
         from dynamo_mpi.control_plane.presence import Presence, record_of
 
         self._presence = Presence(self._voice)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._hurry)
         self._presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
         self._phases.listen(self._presence.tell)
@@ -165,12 +165,14 @@ class Leader:
             self._world, settings, gpus_per_node, plan.shape.bos_token_id or 0, guard, self._phases, self._voice
         )
         try:
-            leader.run(partial(self._announce, settings))
+            code = leader.run(partial(self._announce, settings))
         finally:
             forget(settings.ready_file)
-        self._dismiss(ExitCode.OK)
-        self._voice.say(f"exit: done after {self._phases.age:.1f} s")
-        return ExitCode.OK
+        self._dismiss(code)
+        self._voice.say(
+            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
+        )
+        return code
 
     def _announce(self, settings: Settings) -> None:
         announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)

@@ -2,7 +2,8 @@
 """The worker's time in Dynamo: register, serve, drain.
 
 A ``serve_endpoint`` that returns by itself means that the runtime has lost its lease and shut down, without an error: here it
-becomes one, since a worker that nobody can find must not look like one that has finished.
+becomes one, since a worker that nobody can find must not look like one that has finished. What the runtime doesn't notice, the watch
+over the registration does.
 """
 
 from __future__ import annotations
@@ -12,29 +13,31 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dynamo_mpi.errors import (
-    AuthorisationError,
-    BootstrapError,
-    DiscoveryError,
-    EngineError,
-    TemporaryError,
-    UsageError,
-)
+from dynamo_mpi.control_plane.registration import lease_error
+from dynamo_mpi.errors import EngineError
+from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.serving.handler import RequestHandler
+from dynamo_mpi.serving.runtime_error import runtime_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from dynamo_mpi.control_plane.registration import RegistrationWatch
     from dynamo_mpi.engines.protocol import Engine
+    from dynamo_mpi.errors import TemporaryError
     from dynamo_mpi.supervision.phases import Phases
 
+_E = TypeVar("_E", bound=BaseException)
 _LOOK_SECONDS = 0.02
 # time for frontends to see that the instance has gone, before its last requests are counted
 _FAREWELL_SECONDS = 0.2
 _SHUTDOWN_SECONDS = 5.0
 _REGISTER_SECONDS = 60.0
+# what an end takes beside its drain: the deregistration, the engine's last step, the ranks' parting
+_END_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -76,32 +79,35 @@ async def serve(
     registration: Registration,
     engine: Engine,
     phases: Phases,
+    watch: RegistrationWatch,
     on_registered: Callable[[int], object],
     on_ready: Callable[[], None],
     say: Callable[[str], None],
 ) -> None:
-    """Register ``engine`` with Dynamo, and serve until SIGTERM or SIGINT; then drain.
+    """Register ``engine`` with Dynamo, and serve until SIGTERM, SIGINT, SIGUSR1 or a little before the end of the job's time; then drain.
 
-    A second signal ends the draining.
+    A further SIGTERM or SIGINT ends the draining.
 
     Args:
         registration: how it appears.
         engine: started and proven.
         phases: gets ``register``, ``serve`` and ``drain``.
+        watch: over the registration.
         on_registered: called from a thread with the instance's id, as soon as it is in discovery.
         on_ready: called once requests are answered.
         say: for a line of progress.
 
     Raises:
         EngineError: the engine failed while serving.
-        TemporaryError: the runtime ended by itself: its lease was lost.
+        TemporaryError: the worker's lease was lost.
     """
     from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
     from dynamo.runtime import DistributedRuntime
 
     loop = asyncio.get_running_loop()
-    stop = _StopSignals(loop)
+    stop = _StopSignals(loop, say)
     failed: asyncio.Future[BaseException] = loop.create_future()
+    lost: asyncio.Future[TemporaryError] = loop.create_future()
     engine.on_failure(lambda error: _from_thread(loop, failed, error))
     handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role)
 
@@ -110,7 +116,7 @@ async def serve(
             runtime = DistributedRuntime(loop, registration.discovery_backend, registration.request_plane)
             endpoint = runtime.endpoint(registration.endpoint)
         except Exception as error:  # the runtime has no finer type for any of its troubles
-            raise _runtime_error(error) from error
+            raise runtime_error(error) from error
         serving = asyncio.ensure_future(
             endpoint.serve_endpoint(
                 handler.generate,
@@ -125,26 +131,32 @@ async def serve(
         if trouble is not None or not (registering.done() or failed.done() or stop.first.done()):
             registering.cancel()
             await _end(runtime, serving)
-            raise _runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
+            raise runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
     if registering.done() and not stop.first.done() and not failed.done():
         await asyncio.to_thread(on_registered, endpoint.connection_id())
+        watch.begin(endpoint.connection_id(), partial(_from_thread, loop, lost))
         on_ready()
+    needed = registration.drain_timeout + _END_SECONDS
+    forget_time = end_in_time(os.environ, needed, lambda why: loop.call_soon_threadsafe(stop.warn, why), say)
     with phases.enter("serve"):
-        await _first_of(serving, failed, stop.first)
+        await _first_of(serving, failed, stop.first, lost)
+        forget_time()
     with phases.enter("drain"):
         registering.cancel()
-        lost = serving.done() and not failed.done() and not stop.first.done()
-        gone = await _deregister(endpoint)
-        if lost:
+        loss = lost.result() if lost.done() and not stop.first.done() else None
+        by_itself = serving.done() and not (failed.done() or stop.first.done() or loss)
+        # before we deregister ourselves: it would take that for somebody else's doing
+        await asyncio.to_thread(watch.stop)
+        # without a lease there is nothing to take out
+        gone = loss is not None or await _deregister(endpoint)
+        if by_itself:
             if (trouble := _trouble(serving)) is not None:
-                raise _runtime_error(trouble) from trouble
-            raise TemporaryError(
-                "the Dynamo runtime ended by itself",
-                needed="an etcd that keeps this worker's lease",
-                fix="start the worker again; if it comes back, look at etcd and the network between",
-            )
+                raise runtime_error(trouble) from trouble
+            raise lease_error(await asyncio.to_thread(watch.lost_lease) or "the Dynamo runtime has ended by itself")
         if not failed.done():
             how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
+            if loss is not None:
+                how = "this worker's lease is lost"
             say(f"drain: {how}, {handler.in_flight} requests in flight")
             await asyncio.sleep(_FAREWELL_SECONDS)
             drained = asyncio.ensure_future(_drained(handler, engine, registration.drain_timeout))
@@ -158,6 +170,8 @@ async def serve(
         if failed.done():
             cause = failed.result()
             raise EngineError(f"the engine failed while serving: {cause or type(cause).__name__}") from cause
+        if loss is not None:
+            raise loss
 
 
 async def _drained(handler: RequestHandler, engine: Engine, seconds: float) -> None:
@@ -231,50 +245,27 @@ async def _deregister(endpoint: Any) -> bool:
     return gone
 
 
-def _runtime_error(error: BaseException) -> BootstrapError:
-    text = " ".join(str(error).split())
-    if "environment variable" in text:
-        return UsageError(f"the Dynamo runtime can't read its environment: {text}", fix="correct that DYN_* variable")
-    if "address already in use" in text.lower():
-        return UsageError(
-            f"the Dynamo runtime can't bind its port: {text}",
-            needed="a free port on this node",
-            fix="free it, or choose another (DYN_TCP_RPC_PORT, DYN_SYSTEM_PORT)",
-        )
-    if any(
-        word in text.lower()
-        for word in (
-            "user name is empty",
-            "authentication failed",
-            "permission denied",
-            "invalid auth",
-            "authorization violation",
-        )
-    ):
-        return AuthorisationError(
-            f"the Dynamo runtime was refused: {text}",
-            needed="credentials that etcd (and NATS, where it is used) accept",
-            fix="correct ETCD_AUTH_* or NATS_AUTH_*",
-        )
-    return DiscoveryError(
-        f"the Dynamo runtime could not register the worker: {text}",
-        needed="etcd (and NATS, where it is used) that answer and accept the credentials",
-        fix="look at etcd; ETCD_ENDPOINTS and ETCD_AUTH_* say how the runtime finds it",
-    )
-
-
 async def _first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:
     await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
 
 class _StopSignals:
-    """SIGTERM and SIGINT as two futures: the first one, and the one after it."""
+    """The reasons to stop as two futures: the first one, and a signal of SIGTERM and SIGINT after it. A warning that time is nearly up
+    (SIGUSR1, by Slurm's ``--signal``) is a first one only."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, say: Callable[[str], None]) -> None:
+        self._say = say
         self.first: asyncio.Future[int] = loop.create_future()
         self.second: asyncio.Future[int] = loop.create_future()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._arrived, number)
+        loop.add_signal_handler(signal.SIGUSR1, self.warn, TIME_IS_UP)
+
+    def warn(self, why: str) -> None:
+        """Begin to stop, unless that has begun."""
+        if not self.first.done():
+            self._say(why)
+            self.first.set_result(signal.SIGUSR1)
 
     def _arrived(self, number: int) -> None:
         for future in (self.first, self.second):
@@ -283,7 +274,7 @@ class _StopSignals:
                 return
 
 
-def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[BaseException], error: BaseException) -> None:
+def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[_E], error: _E) -> None:
     def deliver() -> None:
         if not future.done():
             future.set_result(error)

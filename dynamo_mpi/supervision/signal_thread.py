@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _STOP = b"\0"  # no signal's number
 
 
 class SignalThread:
-    """Calls ``on_signal`` with the number of each SIGTERM and SIGINT, from a thread. Build and close it in the main thread.
+    """Calls ``on_signal`` with the number of each SIGTERM, SIGINT and SIGUSR1, from a thread. Build and close it in the main thread.
 
     Args:
         on_signal: has to be quick, or not to return.
@@ -34,7 +34,7 @@ class SignalThread:
         self._thread.start()
 
     def close(self) -> None:
-        """Ignore both from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
+        """Ignore them from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(self._before)

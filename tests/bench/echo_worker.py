@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 from collections.abc import Callable
 
+from dynamo_mpi.control_plane.registration import RegistrationWatch
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.serving.service import Registration, run, serve
 from dynamo_mpi.supervision.phases import Phases
@@ -96,7 +98,8 @@ def main() -> None:
     engine = EchoEngine()
     engine.start()
     registration = Registration(model_dir, name, endpoint, "tcp", "etcd", 1, 5.0)
-    run(serve(registration, engine, Phases(), lambda _: None, lambda: None, lambda _: None))
+    watch = RegistrationWatch(endpoint, os.environ, 3.0, print)
+    run(serve(registration, engine, Phases(), watch, lambda _: None, lambda: None, lambda _: None))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import threading
 import pytest
 
 from dynamo_mpi.engines.protocol import GenerationRequest, Sampling
+from dynamo_mpi.launchers.time_limit import TIME_IS_UP
 from dynamo_mpi.serving.requests import to_generation_request
 from dynamo_mpi.serving.service import _first_of, _from_thread, _StopSignals, health_payload, point_runtime_at
 
@@ -24,18 +25,43 @@ def test_the_health_check_is_a_request_that_the_worker_serves() -> None:
 def test_two_signals_are_told_apart_and_more_are_ignored() -> None:
     async def body() -> None:
         loop = asyncio.get_running_loop()
-        stop = _StopSignals(loop)
+        said: list[str] = []
+        stop = _StopSignals(loop, said.append)
         try:
             assert not stop.first.done()
             os.kill(os.getpid(), signal.SIGTERM)
             assert await asyncio.wait_for(stop.first, 10) == signal.SIGTERM
-            assert not stop.second.done()
+            # a warning hurries nobody
+            os.kill(os.getpid(), signal.SIGUSR1)
+            stop.warn("the job's time ends")
+            await asyncio.sleep(0.01)
+            assert (stop.second.done(), said) == (False, [])
             os.kill(os.getpid(), signal.SIGINT)
             assert await asyncio.wait_for(stop.second, 10) == signal.SIGINT
             os.kill(os.getpid(), signal.SIGTERM)
             await asyncio.sleep(0.01)
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                loop.remove_signal_handler(number)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        asyncio.run(body())
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_warning_is_a_reason_to_stop() -> None:
+    async def body() -> None:
+        loop = asyncio.get_running_loop()
+        said: list[str] = []
+        stop = _StopSignals(loop, said.append)
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert await asyncio.wait_for(stop.first, 10) == signal.SIGUSR1
+            assert said == [TIME_IS_UP]
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 loop.remove_signal_handler(number)
 
     before = signal.getsignal(signal.SIGINT)
