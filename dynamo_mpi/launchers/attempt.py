@@ -16,7 +16,12 @@ _MOST = 10**6
 
 def attempt_of(environ: Mapping[str, str]) -> int:
     """Return the number of this start: the starter's count, and one more for each time that Slurm has begun the job anew."""
-    return max(1, _count(environ, VARIABLE)) + _count(environ, _REQUEUED)
+    return starts_before(environ) + 1 + _count(environ, _REQUEUED)
+
+
+def starts_before(environ: Mapping[str, str]) -> int:
+    """Return how often whoever started us had done so before, as it says."""
+    return max(1, _count(environ, VARIABLE)) - 1
 
 
 def _count(environ: Mapping[str, str], name: str) -> int:
