@@ -2,8 +2,9 @@
 """Launch a whole deployment: etcd, NATS and Dynamo's frontend on the head node, and prefill and decode (or aggregated) workers.
 
 Inside a Slurm allocation each part is a job step of its own, on nodes of its own; with --hostfile it is mpirun's. Words after ``--`` go to
-every worker. It runs until Ctrl-C, SIGTERM, SIGUSR1 (a batch script's warning before its time limit) or `dynamo-mpi down`, and ends
-exactly the steps that it started. The exit code is that of the step that failed.
+every worker. It runs until Ctrl-C, SIGTERM, SIGUSR1 (a batch script's warning before its time limit), a few minutes before the
+job's time ends where Slurm says when (SLURM_JOB_END_TIME), or `dynamo-mpi down`, and ends exactly the steps that it started. The exit code
+is that of the step that failed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,14 @@ _FOLLOW_SECONDS = 0.5
 _OURS = "dynamo_mpi: rank "
 # what the user says to the programs, and where an image doesn't say it, to Python and the linker
 _FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "MODALITY", "NCCL_", "TLLM_", "TRTLLM_", "UCX_")
-_BARE_METAL = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH")
+_BARE_METAL = (
+    "CUDA_VISIBLE_DEVICES",
+    "LD_LIBRARY_PATH",
+    "PATH",
+    "PYTHONPATH",
+    "SLURM_JOB_END_TIME",
+    "SLURM_RESTART_COUNT",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from dynamo_mpi.control_plane.keeper import Keeper
 from dynamo_mpi.control_plane.probe import etcd_endpoints
 from dynamo_mpi.control_plane.record import RecordedLayout, WorldRecord
 from dynamo_mpi.errors import BootstrapError, LayoutError
+from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.parallelism.contract import contract_of
 from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.preflight.peers import advice, refusal
@@ -147,4 +148,5 @@ def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], age: 
         started=time.time() - age,
         pid=os.getpid(),
         host=host_name(),
+        attempt=attempt_of(os.environ),
     )

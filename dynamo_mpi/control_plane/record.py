@@ -60,6 +60,7 @@ class WorldRecord:
         started: seconds since 1970.
         pid: rank 0's process.
         host: rank 0's node.
+        attempt: which start of this worker it is, from 1 on.
     """
 
     role: str
@@ -79,6 +80,7 @@ class WorldRecord:
     started: float
     pid: int
     host: str
+    attempt: int = 1
 
     def pack(self) -> bytes:
         """Encode as JSON."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
 from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
+from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -46,7 +47,7 @@ class Mpirun:
         hosts = ",".join(f"{host}:{worker.ranks_per_node}" for host in worker.nodes)
         environment = self._environment()
         # names alone: mpirun takes the values from its own environment, and nobody reads them from its command line
-        names = sorted({*services, *environment, *self.forwarded})
+        names = sorted({*services, *environment, *self.forwarded, ATTEMPT})
         lines = (
             self.settings.mpirun,
             ("--host", hosts),

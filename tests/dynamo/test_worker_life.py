@@ -111,14 +111,6 @@ def test_nothing_is_registered_when_a_rank_cannot_load(
     assert etcd.written("v1/", before) == [], "not even for a moment"
 
 
-def test_lost_lease_is_no_clean_end(etcd: EtcdServer, start: Start) -> None:
-    worker = start(1, ETCD_LEASE_TTL="3")
-    worker.ready()
-    etcd.stop()
-    assert worker.wait(120) == 75, worker.text()
-    assert "ended by itself" in worker.text()
-
-
 def test_killed_follower_ends_the_world(start: Start) -> None:
     worker = start(3)
     worker.ready()

@@ -54,6 +54,8 @@ def test_what_may_be_unknown_may_be_missing() -> None:
     assert record.contract is not None
     assert record.contract.kv_dtype is None
     assert WorldRecord.unpack(changed(contract=...)).contract is None
+    assert WorldRecord.unpack(changed(attempt=...)).attempt == 1
+    assert WorldRecord.unpack(changed(attempt=3)).attempt == 3
 
 
 @pytest.mark.parametrize(
