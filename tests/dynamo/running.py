@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -201,7 +202,10 @@ class RunningWorker:
             *flags,
         ]
         command = [find_mpirun(), "-n", str(ranks), sys.executable, "-m", "dynamo_mpi.worker", *words]
-        variables = mpi_environment({"ETCD_ENDPOINTS": etcd.url, "DYN_LOG": "error", **environment})
+        # gone with this object; short, for the unix sockets in it
+        self._scratch = tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True)
+        extra = {"ETCD_ENDPOINTS": etcd.url, "DYN_LOG": "error", "TMPDIR": self._scratch.name, **environment}
+        variables = mpi_environment(extra)
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
