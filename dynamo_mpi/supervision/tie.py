@@ -195,6 +195,7 @@ def bring_companion(launch: Launch, host: str, argv: Sequence[str], environ: Map
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        # in this process, not in a new interpreter: it has to be there before the first rank dies
         from dynamo_mpi.supervision.companion import accompany
 
         accompany(listener.detach(), launch, host, argv, environ)
