@@ -21,7 +21,7 @@ from dynamo_mpi.launch.conductor import Conductor
 from dynamo_mpi.launch.container import Container, mount
 from dynamo_mpi.launch.deployment import assign, nodes_wanted
 from dynamo_mpi.launch.failure import StepFailed
-from dynamo_mpi.launch.mpirun import Mpirun
+from dynamo_mpi.launch.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
 from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
 from dynamo_mpi.launch.run_dir import RunDir
 from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
@@ -29,11 +29,13 @@ from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, fi
 from dynamo_mpi.launch.srun import Srun, token_of
 from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings
 from dynamo_mpi.options import add_options
+from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.services.logs import Follower
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator, Mapping
 
     from dynamo_mpi.launch.deployment import Worker
     from dynamo_mpi.launch.steps import Endings
@@ -78,10 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     only = "" if arguments.verbose else _OURS
     follower = Follower(run_dir.logs, "*.log", sys.stderr, only=only, period_seconds=_FOLLOW_SECONDS)
     try:
-        with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts:
+        with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts, _environment(settings) as environ:
             follower.start()
             try:
-                return Conductor(settings, workers, renderer, endings, run_dir, interrupts, _say).run()
+                return Conductor(settings, workers, renderer, endings, run_dir, interrupts, _say, environ).run()
             finally:
                 follower.close()
     except Interrupted as end:
@@ -96,6 +98,16 @@ def run(arguments: argparse.Namespace) -> int:
         return ExitCode.ENGINE
     finally:
         run_dir.close()
+
+
+@contextlib.contextmanager
+def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
+    """What the steps start from, with what has to be there as long as they run."""
+    if settings.launcher != "mpirun":
+        yield os.environ
+        return
+    with private_folder(prefix=FOLDER_PREFIX) as folder:
+        yield {**folder_environment(folder), **os.environ}
 
 
 def _nodes(settings: LaunchSettings, dry_run: bool) -> Nodes:

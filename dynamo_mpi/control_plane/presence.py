@@ -61,7 +61,7 @@ class Presence:
             AuthorisationError: it refuses us.
             UsageError: what is set for it can't be used.
         """
-        if trouble := _missing_client():
+        if trouble := missing_client():
             self._voice.say(f"warning: no world record, and no look at peers: {trouble}")
             return
         try:
@@ -97,7 +97,8 @@ class Presence:
             self._voice.say(f"preflight: {line}")
 
 
-def _missing_client() -> str:
+def missing_client() -> str:
+    """Say why etcd's client can't be used here; nothing where it can."""
     try:
         import pyetcd  # noqa: F401 - whether it can be imported is the question
     except Exception as error:  # a protobuf that doesn't suit it raises errors of its own

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.etcd import Etcd, LeaseLostError
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.presence import lease_seconds
+from dynamo_mpi.control_plane.presence import lease_seconds, missing_client
 from dynamo_mpi.control_plane.probe import etcd_endpoints
 from dynamo_mpi.errors import BootstrapError, DiscoveryError, TemporaryError
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _FORGOTTEN = "etcd has lost this worker's lease: it answers, and doesn't know it any more"
 _FAREWELL_SECONDS = 1.0
+_FAILURES = 3
 
 
 class RegistrationWatch:
@@ -53,7 +54,7 @@ class RegistrationWatch:
         # until etcd has said it: who freezes at once is noticed too
         self._instance, self._seconds, self._is_granted = 0, lease_seconds(environ), False
         self._known: dict[str, Entry] = {}
-        self._seen = 0.0
+        self._seen, self._failures = 0.0, 0
         self._refused = False
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -80,11 +81,12 @@ class RegistrationWatch:
 
         A runtime that ends in order gives its lease back, so that it is gone says something only of one that nobody has ended.
         """
+        if not self._instance or missing_client():
+            return ""  # it never had one, or nobody can ask
         try:
             return _FORGOTTEN if self._connected().granted(self._instance) is None else ""
-        except (BootstrapError, ImportError) as error:
-            found = error.found if isinstance(error, BootstrapError) else str(error)
-            return f"etcd was away for longer than this worker's lease lives: {found}"
+        except BootstrapError as error:
+            return f"etcd was away for longer than this worker's lease lives: {error.found}"
 
     def _connected(self) -> Etcd:
         if self._etcd is None:
@@ -93,11 +95,10 @@ class RegistrationWatch:
 
     def _run(self, on_lost: Callable[[TemporaryError], object]) -> None:
         error: TemporaryError | None = None
+        if missing_client():  # the world record has told so
+            return
         while error is None and not self._stopped.is_set():
-            try:
-                error = self._look()
-            except ImportError:  # the world record has told so
-                return
+            error = self._look()
             if error is None:
                 self._stopped.wait(self._seconds / 3)
         if error is not None and not self._stopped.is_set():
@@ -114,7 +115,7 @@ class RegistrationWatch:
         except BootstrapError as error:
             self._refuse(error)
             lives = True
-        self._seen = time.monotonic()
+        self._seen, self._failures = time.monotonic(), 0
         return None if lives else lease_error(_FORGOTTEN)
 
     def _restore(self) -> bool:
@@ -149,8 +150,10 @@ class RegistrationWatch:
 
     def _unanswered(self, error: BootstrapError) -> TemporaryError | None:
         away = time.monotonic() - self._seen
-        # the runtime sees an etcd that has gone when its lease has run out; what it doesn't see is one that hangs
-        if away < self._seconds * 4 / 3:
+        self._failures += 1
+        # The runtime sees an etcd that has gone when its lease has run out; what it doesn't see is one that hangs. A question that was late
+        # because this process stood still tells nothing of etcd.
+        if away < self._seconds * 4 / 3 or self._failures < _FAILURES:
             return None
         return lease_error(
             f"etcd has not answered for {away:.0f} s, longer than this worker's lease lives ({self._seconds} s): {error.found}"

@@ -20,7 +20,7 @@ from dynamo_mpi.services.interrupts import Interrupted
 from dynamo_mpi.services.news import News
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_mpi.launch.command import Command
     from dynamo_mpi.launch.deployment import Worker
@@ -59,6 +59,7 @@ class Conductor:
         run_dir: the deployment's folder.
         interrupts: looked at wherever we wait.
         say: takes one line.
+        environ: what the steps start from.
     """
 
     def __init__(
@@ -70,11 +71,12 @@ class Conductor:
         run_dir: RunDir,
         interrupts: Interrupts,
         say: Callable[[str], None],
+        environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._settings, self._workers, self._renderer, self._endings = settings, workers, renderer, endings
         self._run_dir, self._interrupts, self._tell = run_dir, interrupts, say
         self._began = time.monotonic()
-        self._environment = without_srun_input(os.environ)
+        self._environment = without_srun_input(environ)
         self._services: Step | None = None
         self._others: dict[str, Step] = {}
         self._worker_steps = Workers(workers, settings.max_restarts, renderer, endings, run_dir, self._say)

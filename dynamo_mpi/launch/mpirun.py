@@ -12,10 +12,22 @@ from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from dynamo_mpi.launch.deployment import Worker
     from dynamo_mpi.launch.settings import LaunchSettings
     from dynamo_mpi.launch.source import Source
+
+
+FOLDER_PREFIX = "dynamo-mpi-launch-"
+
+
+def folder_environment(folder: Path) -> dict[str, str]:
+    """Return the variables that give mpirun (Open MPI 4 and 5) a folder of its own for its session files on this host.
+
+    In the usual one it does not start where an mpirun that was killed, and whose process id it has by chance, has left its files (213).
+    """
+    return {f"{name}_local_tmpdir_base": str(folder) for name in ("PRTE_MCA_prte", "OMPI_MCA_orte")}
 
 
 @dataclass(frozen=True)

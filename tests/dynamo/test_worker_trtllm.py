@@ -68,7 +68,7 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) ->
 
 def leftovers(folder: Path) -> list[str]:
     """Return what of ours is in the temporary folder; the launcher and the engine have things of their own there."""
-    return sorted(path.name for path in folder.glob("dynamo_mpi*"))
+    return sorted(path.name for path in folder.glob("dynamo[-_]mpi*"))
 
 
 def child_of(worker: RunningWorker) -> int:

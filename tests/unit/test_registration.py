@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import queue
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +18,7 @@ from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.registration import RegistrationWatch
 from dynamo_mpi.errors import TemporaryError
 from dynamo_mpi.exit_codes import ExitCode
+from tests.dynamo.running import EtcdServer
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd
 
@@ -157,6 +162,51 @@ def test_an_etcd_that_does_not_answer_is_waited_for_as_long_as_the_lease_lives(w
         assert time.monotonic() - begin >= SECONDS
         assert "longer than this worker's lease lives (3 s)" in error.found
         assert "etcd was away for longer" in watch.lost_lease()
+
+
+# begins, says so, and says what it is told
+WATCHING = f"""
+import sys, time
+from functools import partial
+from dynamo_mpi.control_plane.registration import RegistrationWatch
+say, environ = partial(print, flush=True), {{"ETCD_ENDPOINTS": sys.argv[1], "ETCD_LEASE_TTL": "{SECONDS}"}}
+RegistrationWatch({ENDPOINT!r}, environ, 1, say).begin(int(sys.argv[2]), say)
+say("watches")
+time.sleep(600)
+"""
+
+
+def test_a_process_that_stood_still_does_not_take_it_for_etcds_silence(tmp_path: Path) -> None:
+    server = EtcdServer(tmp_path)
+    server.start()
+    try:
+        worker = Registered(server.url, 3 * SECONDS)
+
+        def later(seconds: float) -> bool:
+            worker.etcd.keep_alive(worker.lease.id)
+            return time.monotonic() > begin + seconds
+
+        with subprocess.Popen(
+            [sys.executable, "-c", WATCHING, server.url, str(worker.lease.id)], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            try:
+                with server.frozen():
+                    assert process.stdout.readline() == "watches\n"
+                    # its first question is on its way
+                    time.sleep(0.5)
+                    process.send_signal(signal.SIGSTOP)
+                begin = time.monotonic()
+                eventually(lambda: later(2 * SECONDS))
+                process.send_signal(signal.SIGCONT)
+                begin = time.monotonic()
+                eventually(lambda: later(2 * SECONDS))
+                worker.delete(*worker.keys)
+                assert process.stdout.readline().startswith("somebody had deleted this worker's keys")
+            finally:
+                process.kill()
+    finally:
+        server.stop()
 
 
 def test_an_etcd_that_refuses_to_say_is_warned_of_once(watched: Watched) -> None:

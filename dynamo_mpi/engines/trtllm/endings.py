@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.engines.trtllm.child import describe_end
@@ -12,7 +13,7 @@ from dynamo_mpi.errors import BootstrapError, DeadlineError, DiscoveryError, Eng
 from dynamo_mpi.exit_codes import ExitCode
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dynamo_mpi.engines.trtllm.session import Session
 
@@ -66,6 +67,18 @@ def proof_error(news: Mapping[str, Any], *, registered: bool) -> BootstrapError:
         needed="etcd, and NATS where it is used, that answer",
         fix="look at both; ETCD_ENDPOINTS and NATS_SERVER say where they are",
     )
+
+
+@contextmanager
+def within(seconds: float, late: Callable[[], object]) -> Iterator[None]:
+    """Call ``late``, from a thread, when the body takes longer."""
+    timer = threading.Timer(seconds, late)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def close_session(session: Session, seconds: float) -> None:

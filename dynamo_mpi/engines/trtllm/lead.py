@@ -9,14 +9,14 @@ import os
 import queue
 import secrets
 import signal
-import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.control_plane.registration import RegistrationWatch
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
-from dynamo_mpi.engines.trtllm.endings import EndedError, close_session, proof_error
+from dynamo_mpi.engines.trtllm.endings import EndedError, close_session, proof_error, within
 from dynamo_mpi.engines.trtllm.events import Ended, Event, Lost, Proven, Registered, Signalled
 from dynamo_mpi.engines.trtllm.proof import Proof
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
@@ -30,7 +30,7 @@ from dynamo_mpi.supervision.signal_thread import SignalThread
 from dynamo_mpi.talk import tell_launch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from dynamo_mpi.control_plane.departure import Departure
     from dynamo_mpi.settings import Settings
@@ -208,23 +208,13 @@ class TrtllmLeader:
         what = "deregisters and ends its requests" if loss is None else "ends its requests, its lease is lost"
         self._voice.say(f"drain: dynamo.trtllm {what}, {seconds:.0f} s at the most")
         late = self._guard.deadline(seconds, "dynamo.trtllm did not end after SIGTERM", "--drain-timeout")
-        with late if loss is None else self._within(seconds, loss):
+        # an etcd that hangs may be what the child waits for
+        with late if loss is None else within(seconds, partial(self._guard.end, loss)):
             event = self._wait_for(Ended, Signalled)
         if isinstance(event, Signalled):
             raise HurriedError(event.number)
         if isinstance(event, Ended) and event.code != 0 and loss is None:
             raise EndedError(event.code, event.lines)
-
-    @contextlib.contextmanager
-    def _within(self, seconds: float, loss: BootstrapError) -> Iterator[None]:
-        """End the world with ``loss`` when the body takes longer: an etcd that hangs may be what the child waits for."""
-        timer = threading.Timer(seconds, self._guard.end, (loss,))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     # called from threads
 
@@ -254,7 +244,8 @@ class TrtllmLeader:
             if self._serving and code == 0:
                 self._events.put(Ended(code, lines))
             else:
-                self._guard.end(EndedError(code, lines), exit_code_for(code))
+                loss = self._watch.lost_lease() if code == 0 else ""
+                self._guard.end(EndedError(code, lines, loss), exit_code_for(code))
 
     def _lost(self, error: TemporaryError) -> None:
         if self._child is not None and self._child.wait(_FIRST_CAUSE_SECONDS):
