@@ -45,7 +45,8 @@ class Tie:
         self._rank = launch.rank
         self._address = address_of(launch, environ)
         self._abort: Callable[[int], object] | None = None
-        self._lock = _thread.allocate_lock()
+        # a signal's handler may tell something while the thread that it interrupts does
+        self._lock = _thread.RLock()
         self._connection: _socket.socket | None = None
         self._unsent = f"rank {launch.rank} {os.getpid()}\n".encode()
         self._released = False
