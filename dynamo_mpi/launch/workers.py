@@ -6,8 +6,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
+from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
+from dynamo_mpi.launch.registrations import take_out
 from dynamo_mpi.launch.steps import start
 
 if TYPE_CHECKING:
@@ -103,6 +106,9 @@ class Workers:
         ready_file.unlink(missing_ok=True)
         self._ready.discard(worker.name)
         command = self._renderer.worker(worker, self._services)
+        if worker.name in self._restarts:
+            # where srun alone was killed, its ranks may have written something before they were cancelled
+            self._take_out(worker.name, command)
         self._running[worker.name] = start(command, self._environment, self._run_dir.log(worker.name), ready_file)
         self._say(f"{worker.name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
 
@@ -126,6 +132,7 @@ class Workers:
         if code == ExitCode.OK:
             self._say(f"{worker.name}: ended with 0, as somebody wanted; it isn't started again")
             return
+        self._take_out(worker.name, step.command)
         self._endings.cancel([step])  # where srun alone was killed, its ranks still run
         restarts = self._restarts.get(worker.name, 0)
         if code in MISTAKES or restarts >= self._max_restarts:
@@ -137,6 +144,21 @@ class Workers:
             f"{worker.name}: ended with exit code {code}; start {restarts + 2} of at most {self._max_restarts + 1} "
             f"in {pause:g} s"
         )
+
+    def _take_out(self, name: str, command: Command) -> None:
+        """Take out of discovery what nobody is left for in the step."""
+        launch = command.environment.get(LAUNCH_VARIABLE)
+        if launch is None:
+            return
+        try:
+            if take_out(launch, self._environment):
+                self._say(f"{name}: was still registered; it is taken out of discovery")
+        except BootstrapError as error:
+            if name in self._ready:
+                self._say(
+                    f"warning: {name} may stay registered until its lease ends, and requests sent to it fail till then: "
+                    f"etcd can't be asked from this host ({error.found})"
+                )
 
     def _is_awaited(self, name: str) -> bool:
         return name in self._pauses or (name in self._running and name not in self._ready)
