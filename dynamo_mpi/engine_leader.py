@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.control_plane.registration import RegistrationWatch
 from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
@@ -128,6 +130,7 @@ class EngineLeader:
         # what is in flight is told of the failure meanwhile
         engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())
         engine.start()
+        watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._voice.say)
         code = ExitCode.OK
         try:
             with self._phases.enter("prove"):
@@ -138,6 +141,7 @@ class EngineLeader:
                         registration,
                         engine,
                         self._phases,
+                        watch,
                         departure.prepare,
                         on_ready,
                         self._voice.say,

@@ -65,10 +65,11 @@ def follow(
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.signal_thread import SignalThread
 
-    # rank 0 leads the draining: a follower that left now would take the requests in flight with it
-    signals = SignalThread()
     meeting, packed = Meeting.unpack(message[1:])
     lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()), tie)
+    # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
+    # would wait for it in vain, if that has gone, and the launcher with it
+    signals = SignalThread()
     if meeting.heir != world.rank:
         tie.release()
     if fault is not None:

@@ -216,12 +216,14 @@ class Leader:
             self._departure(settings),
         )
         try:
-            leader.run(partial(self._announce, settings))
+            code = leader.run(partial(self._announce, settings))
         finally:
             forget(settings.ready_file)
-        self._dismiss(ExitCode.OK)
-        self._voice.say(f"exit: done after {self._phases.age:.1f} s")
-        return ExitCode.OK
+        self._dismiss(code)
+        self._voice.say(
+            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
+        )
+        return code
 
     def _announce(self, settings: Settings) -> None:
         announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)

@@ -199,6 +199,14 @@ OPTIONS: tuple[Option, ...] = (
         "since an import may hold Python's lock for minutes, and 60 from then on",
     ),
     Option(
+        "world_timeout",
+        ("--world-timeout",),
+        ("DYN_MPI_WORLD_TIMEOUT",),
+        600.0,
+        to_seconds,
+        "seconds from a node's first rank to the verdict; after them each node says which of its ranks are missing and where the others are",
+    ),
+    Option(
         "failure_dir",
         ("--failure-dir",),
         ("DYN_MPI_FAILURE_DIR",),
@@ -285,6 +293,7 @@ class Settings:
     drain_timeout: float
     liveness_network: str | None
     heartbeat_timeout: float | None
+    world_timeout: float
     failure_dir: Path | None
     kv_transport: str
     kv_network: str | None

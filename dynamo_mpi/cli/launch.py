@@ -2,8 +2,9 @@
 """Launch a whole deployment: etcd, NATS and Dynamo's frontend on the head node, and prefill and decode (or aggregated) workers.
 
 Inside a Slurm allocation each part is a job step of its own, on nodes of its own; with --hostfile it is mpirun's. Words after ``--`` go to
-every worker. It runs until Ctrl-C, SIGTERM, SIGUSR1 (a batch script's warning before its time limit) or `dynamo-mpi down`, and ends
-exactly the steps that it started. The exit code is that of the step that failed.
+every worker. It runs until Ctrl-C, SIGTERM, SIGUSR1 (a batch script's warning before its time limit), a few minutes before the
+job's time ends where Slurm says when (SLURM_JOB_END_TIME), or `dynamo-mpi down`, and ends exactly the steps that it started. The exit code
+is that of the step that failed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dynamo_mpi.launch.conductor import Conductor
 from dynamo_mpi.launch.container import Container, mount
 from dynamo_mpi.launch.deployment import assign, nodes_wanted
 from dynamo_mpi.launch.failure import StepFailed
-from dynamo_mpi.launch.mpirun import Mpirun
+from dynamo_mpi.launch.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
 from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
 from dynamo_mpi.launch.run_dir import RunDir
 from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
@@ -28,11 +29,13 @@ from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, fi
 from dynamo_mpi.launch.srun import Srun, token_of
 from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings
 from dynamo_mpi.options import add_options
+from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.services.logs import Follower
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator, Mapping
 
     from dynamo_mpi.launch.deployment import Worker
     from dynamo_mpi.launch.steps import Endings
@@ -45,7 +48,14 @@ _FOLLOW_SECONDS = 0.5
 _OURS = "dynamo_mpi: rank "
 # what the user says to the programs, and where an image doesn't say it, to Python and the linker
 _FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "MODALITY", "NCCL_", "TLLM_", "TRTLLM_", "UCX_")
-_BARE_METAL = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH")
+_BARE_METAL = (
+    "CUDA_VISIBLE_DEVICES",
+    "LD_LIBRARY_PATH",
+    "PATH",
+    "PYTHONPATH",
+    "SLURM_JOB_END_TIME",
+    "SLURM_RESTART_COUNT",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     only = "" if arguments.verbose else _OURS
     follower = Follower(run_dir.logs, "*.log", sys.stderr, only=only, period_seconds=_FOLLOW_SECONDS)
     try:
-        with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts:
+        with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts, _environment(settings) as environ:
             follower.start()
             try:
-                return Conductor(settings, workers, renderer, endings, run_dir, interrupts, _say).run()
+                return Conductor(settings, workers, renderer, endings, run_dir, interrupts, _say, environ).run()
             finally:
                 follower.close()
     except Interrupted as end:
@@ -88,6 +98,16 @@ def run(arguments: argparse.Namespace) -> int:
         return ExitCode.ENGINE
     finally:
         run_dir.close()
+
+
+@contextlib.contextmanager
+def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
+    """What the steps start from, with what has to be there as long as they run."""
+    if settings.launcher != "mpirun":
+        yield os.environ
+        return
+    with private_folder(prefix=FOLDER_PREFIX) as folder:
+        yield {**folder_environment(folder), **os.environ}
 
 
 def _nodes(settings: LaunchSettings, dry_run: bool) -> Nodes:

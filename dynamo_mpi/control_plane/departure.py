@@ -8,6 +8,7 @@ Whoever may write these keys may revoke it; the runtime then finds its lease gon
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.etcd import Etcd
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _SECONDS = 1.0
+_LOOK_SECONDS = 0.02
 
 
 class Departure:
@@ -36,29 +38,43 @@ class Departure:
         self._prefix = "v1/instances/" + endpoint.removeprefix("dyn://").replace(".", "/")
         self._environ, self._on_lease = environ, on_lease
         self._etcd: Etcd | None = None
-        self._lease = 0
+        self._instance = self._lease = 0
 
     def prepare(self, instance: int) -> None:
-        """Connect, and find the lease of an instance that is registered, so that `leave` takes no longer than it has to. Does not raise.
+        """Connect, and find the lease of an instance that registers, so that `leave` takes no longer than it has to. Does not raise.
+
+        Waits, a second at the most, until the instance is there: Dynamo's runtime writes the model first, and the two in no order of ours.
 
         Args:
             instance: its id, as Dynamo's runtime has it.
         """
+        end = time.monotonic() + _SECONDS
         with contextlib.suppress(BootstrapError, ImportError):  # the keys go with the lease's time, then
-            etcd = Etcd(etcd_endpoints(self._environ), EtcdAuth.of(self._environ), _SECONDS)
-            entries = etcd.entries(f"{self._prefix}/{instance:x}")
-            # an instance without a lease of its own is nothing that we know
-            self._lease = next((entry.lease for entry in entries if entry.lease == instance), 0)
-            self._etcd = etcd
-            if self._lease:
-                self._on_lease(self._lease)
+            self._etcd = Etcd(etcd_endpoints(self._environ), EtcdAuth.of(self._environ), _SECONDS)
+            self._instance = instance
+            while not self._find() and time.monotonic() < end:
+                time.sleep(_LOOK_SECONDS)
 
     def leave(self) -> bool:
-        """Revoke the lease, in a second at the most, and tell whether the worker is out of discovery. Does not raise."""
-        if self._etcd is None or not self._lease:
+        """Revoke the lease, in two seconds at the most, and tell whether the worker is out of discovery. Does not raise."""
+        if self._etcd is None:
             return False
         try:
+            self._find()
+            if not self._lease:
+                return False
             self._etcd.revoke(self._lease, _SECONDS)
         except BootstrapError:
             return False
         return True
+
+    def _find(self) -> bool:
+        """Look for the instance and its lease, and tell whether it is there."""
+        if self._etcd is None or self._lease:
+            return True
+        entries = self._etcd.entries(f"{self._prefix}/{self._instance:x}")
+        # an instance without a lease of its own is nothing that we know
+        self._lease = next((entry.lease for entry in entries if entry.lease == self._instance), 0)
+        if self._lease:
+            self._on_lease(self._lease)
+        return bool(entries)

@@ -122,6 +122,14 @@ class Etcd:
         if reply is None or reply.TTL <= 0:
             raise _lease_lost()
 
+    def granted(self, lease: int) -> int | None:
+        """Return the seconds that a lease lives without being kept alive; None if there is no such lease."""
+        from pyetcd import etcdrpc
+
+        request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
+        reply = self._call(lambda channel: etcdrpc.LeaseStub(channel).LeaseTimeToLive, request)
+        return int(reply.grantedTTL) if reply.TTL >= 0 else None
+
     def revoke(self, lease: int, timeout: float) -> None:
         """End the lease and all that is under it.
 

@@ -14,6 +14,7 @@ from dynamo_mpi.control_plane.keeper import Keeper
 from dynamo_mpi.control_plane.probe import etcd_endpoints
 from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, RecordedLayout, WorldRecord
 from dynamo_mpi.errors import BootstrapError, LayoutError
+from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.parallelism.contract import contract_of
 from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.preflight.peers import advice, refusal
@@ -60,7 +61,7 @@ class Presence:
             AuthorisationError: it refuses us.
             UsageError: what is set for it can't be used.
         """
-        if trouble := _missing_client():
+        if trouble := missing_client():
             self._voice.say(f"warning: no world record, and no look at peers: {trouble}")
             return
         try:
@@ -101,7 +102,8 @@ class Presence:
             self._voice.say(f"preflight: {line}")
 
 
-def _missing_client() -> str:
+def missing_client() -> str:
+    """Say why etcd's client can't be used here; nothing where it can."""
     try:
         import pyetcd  # noqa: F401 - whether it can be imported is the question
     except Exception as error:  # a protobuf that doesn't suit it raises errors of its own
@@ -153,4 +155,5 @@ def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], age: 
         pid=os.getpid(),
         host=host_name(),
         launch=os.environ.get(LAUNCH_VARIABLE) or None,
+        attempt=attempt_of(os.environ),
     )

@@ -64,6 +64,7 @@ class WorldRecord:
         host: rank 0's node.
         instance: Dynamo's id of it, which is its lease's, hexadecimal as in etcd; None until it is registered.
         launch: what `dynamo-mpi launch` calls it; None where nobody did.
+        attempt: which start of this worker it is, from 1 on.
     """
 
     role: str
@@ -85,6 +86,7 @@ class WorldRecord:
     host: str
     instance: str | None = None
     launch: str | None = None
+    attempt: int = 1
 
     def pack(self) -> bytes:
         """Encode as JSON."""

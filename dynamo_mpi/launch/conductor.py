@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
 import time
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
+from dynamo_mpi.launch.models import listed_models
 from dynamo_mpi.launch.srun import without_srun_input
 from dynamo_mpi.launch.steps import start
 from dynamo_mpi.launch.workers import Workers
+from dynamo_mpi.launchers.time_limit import TimeLimit
 from dynamo_mpi.services.interrupts import Interrupted
 from dynamo_mpi.services.news import News
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_mpi.launch.command import Command
     from dynamo_mpi.launch.deployment import Worker
@@ -38,12 +38,14 @@ REACHED_SECONDS = 10.0
 # longer than the head node gives its parts, one after the other
 SERVICES_STOP_SECONDS = 25.0
 CANCEL_SECONDS = 15.0
+# what an end takes beside the workers' drains
+END_SECONDS = 100.0
 # longer than a network file system hides a new file
 UNSEEN_SECONDS = 90.0
 
 
 class _AskedToStop(Exception):
-    """`dynamo-mpi down` wants an end."""
+    """`dynamo-mpi down`, or the end of the job's time, wants an end."""
 
 
 class Conductor:
@@ -57,6 +59,7 @@ class Conductor:
         run_dir: the deployment's folder.
         interrupts: looked at wherever we wait.
         say: takes one line.
+        environ: what the steps start from.
     """
 
     def __init__(
@@ -68,21 +71,23 @@ class Conductor:
         run_dir: RunDir,
         interrupts: Interrupts,
         say: Callable[[str], None],
+        environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._settings, self._workers, self._renderer, self._endings = settings, workers, renderer, endings
         self._run_dir, self._interrupts, self._tell = run_dir, interrupts, say
         self._began = time.monotonic()
-        self._environment = without_srun_input(os.environ)
+        self._environment = without_srun_input(environ)
         self._services: Step | None = None
         self._others: dict[str, Step] = {}
         self._worker_steps = Workers(workers, settings.max_restarts, renderer, endings, run_dir, self._say)
         self._url = ""
+        self._limit = TimeLimit.of(os.environ)
 
     def run(self) -> int:
         """Live it.
 
         Returns:
-            The exit code: 0 when it was asked to end, or all workers have.
+            The exit code: 0 when it was asked to end, the job's time is nearly up, or all workers have ended.
 
         Raises:
             StepFailed: a step ended that shouldn't have.
@@ -90,6 +95,7 @@ class Conductor:
         """
         try:
             self._describe()
+            self._require_time()
             if not self._settings.skip_check:
                 self._check()
             services = self._start_services()
@@ -174,9 +180,23 @@ class Conductor:
                 self._say(f"waiting for {', '.join(waiting)}, {seconds:.0f} s; logs in {self._run_dir.logs}")
             self._pause()
 
+    @property
+    def _end_seconds(self) -> float:
+        """How long an orderly end may take: the roles end one after the other."""
+        return len(self._settings.worker_roles) * self._settings.stop_timeout + END_SECONDS
+
+    def _require_time(self) -> None:
+        """Give the time limit up, with a warning, where it is too late for an orderly end from the start."""
+        now = time.time()
+        if self._limit is not None and self._limit.pause(self._end_seconds, now) is None:
+            self._say(self._limit.too_late(self._end_seconds, now))
+            self._limit = None
+
     def _pause(self) -> None:
         if self._run_dir.is_to_stop():
             raise _AskedToStop("asked to stop")
+        if self._limit is not None and self._limit.pause(self._end_seconds, now := time.time()) is None:
+            raise _AskedToStop(self._limit.due(now))
         self._interrupts.pause(POLL_SECONDS)
 
     def _require_services(self) -> None:
@@ -192,11 +212,11 @@ class Conductor:
         """Say that it serves, once the frontend lists the model; it hears of workers a moment later than we."""
         name = self._settings.served_model_name
         began = time.monotonic()
-        models = _models(self._url)
+        models = listed_models(self._url)
         while not models and time.monotonic() < began + (REACHED_SECONDS if models is None else LISTED_SECONDS):
             self._require_services()
             self._pause()
-            models = _models(self._url)
+            models = listed_models(self._url)
         if models is None:
             self._say(f"ready, as its workers say; the frontend {self._url} can't be reached from this host")
         elif not models:
@@ -274,17 +294,3 @@ class Conductor:
 
     def _say(self, text: str) -> None:
         self._tell(f"{time.monotonic() - self._began:6.1f} s  {text}")
-
-
-def _models(url: str) -> list[str] | None:
-    """Return the models that a frontend lists; None where it doesn't answer."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
-    try:
-        connection.request("GET", "/v1/models")
-        content = json.loads(connection.getresponse().read())
-        return [str(model["id"]) for model in content["data"]]
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
-        return None
-    finally:
-        connection.close()

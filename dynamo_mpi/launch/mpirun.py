@@ -11,13 +11,26 @@ from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
 from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
 from dynamo_mpi.launch.srun import token_of
+from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
     from dynamo_mpi.launch.deployment import Worker
     from dynamo_mpi.launch.settings import LaunchSettings
     from dynamo_mpi.launch.source import Source
+
+
+FOLDER_PREFIX = "dynamo-mpi-launch-"
+
+
+def folder_environment(folder: Path) -> dict[str, str]:
+    """Return the variables that give mpirun (Open MPI 4 and 5) a folder of its own for its session files on this host.
+
+    In the usual one it does not start where an mpirun that was killed, and whose process id it has by chance, has left its files (213).
+    """
+    return {f"{name}_local_tmpdir_base": str(folder) for name in ("PRTE_MCA_prte", "OMPI_MCA_orte")}
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class Mpirun:
         launch = f"dynmpi-{token_of(Path(self.run_dir))}-{worker.name}"
         environment = {**self._environment(), LAUNCH_VARIABLE: launch}
         # names alone: mpirun takes the values from its own environment, and nobody reads them from its command line
-        names = sorted({*services, *environment, *self.forwarded})
+        names = sorted({*services, *environment, *self.forwarded, ATTEMPT})
         lines = (
             self.settings.mpirun,
             ("--host", hosts),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
 from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
+from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -95,7 +96,8 @@ class Srun:
             f"--wait={_WAIT_SECONDS}",
         )
         words = worker_words(self.settings, self.source, worker, self.run_dir)
-        command = self._step(worker.name, options, self.settings.srun_args, words, environment, services)
+        names = (*services, ATTEMPT)
+        command = self._step(worker.name, options, self.settings.srun_args, words, environment, names)
         # Slurm's PMIx plugin (22.05, and still in 2026) takes a rank's place among the step's nodes for one among the job's when a rank
         # asks for another's address: on a step that doesn't begin on the job's first node that goes astray, and MPI's start hangs
         return replace(command, environment={**command.environment, "SLURM_JOB_NODELIST": ",".join(worker.nodes)})
@@ -112,12 +114,12 @@ class Srun:
         more: tuple[str, ...],
         words: tuple[str, ...],
         environment: Mapping[str, str],
-        services: Iterable[str],
+        names: Iterable[str],
     ) -> Command:
         given = {**environment, "PYTHON": self.source.python}
         step = self._step_name(name)
         common = (f"--jobid={self.nodes.job_id}", f"--job-name={step}", "--label", "--export=ALL")
-        variables = dict.fromkeys((*services, *given, *self.forwarded))
+        variables = dict.fromkeys((*names, *given, *self.forwarded))
         image = self.container.options(variables) if self.container is not None else ()
         lines = tuple((option,) for option in ("srun", *common, *options, *image, *more))
         return Command(name, step, (*lines, words), given)

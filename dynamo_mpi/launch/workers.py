@@ -12,6 +12,8 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.registrations import take_out
 from dynamo_mpi.launch.steps import start
+from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
+from dynamo_mpi.launchers.attempt import starts_before
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -109,7 +111,9 @@ class Workers:
         if worker.name in self._restarts:
             # where srun alone was killed, its ranks may have written something before they were cancelled
             self._take_out(worker.name, command)
-        self._running[worker.name] = start(command, self._environment, self._run_dir.log(worker.name), ready_file)
+        attempt = starts_before(self._environment) + self._restarts.get(worker.name, 0) + 1
+        environment = {**self._environment, ATTEMPT: str(attempt)}
+        self._running[worker.name] = start(command, environment, self._run_dir.log(worker.name), ready_file)
         self._say(f"{worker.name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
 
     def _look_at(self, worker: Worker) -> None:

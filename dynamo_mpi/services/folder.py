@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The private folder of one run: logs, etcd's data, the exported model, the launcher's session files.
+"""The private folder of one run: logs, etcd's data, the exported model, the launcher's session files, a socket.
 
 Its lock file is held as long as the run lives. A run that was killed with SIGKILL can't remove its folder; the next
 run does, because nobody holds that lock any more.

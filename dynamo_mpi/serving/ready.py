@@ -8,6 +8,8 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.launchers.attempt import attempt_of
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -39,6 +41,7 @@ def announce(settings: Settings, phases: Phases, voice: Voice, *, ranks: int, ve
         "pid": os.getpid(),
         "host": os.uname().nodename,
         "ranks": ranks,
+        "attempt": attempt_of(os.environ),
         "model": settings.served_model_name,
         "endpoint": settings.endpoint,
         "phases": seconds,

@@ -2,39 +2,44 @@
 """The worker's time in Dynamo: register, serve, drain.
 
 A ``serve_endpoint`` that returns by itself means that the runtime has lost its lease and shut down, without an error: here it
-becomes one, since a worker that nobody can find must not look like one that has finished.
+becomes one, since a worker that nobody can find must not look like one that has finished. What the runtime doesn't notice, the watch
+over the registration does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dynamo_mpi.errors import (
-    AuthorisationError,
-    BootstrapError,
-    DiscoveryError,
-    EngineError,
-    TemporaryError,
-    UsageError,
-)
+from dynamo_mpi.control_plane.registration import lease_error
+from dynamo_mpi.errors import EngineError
+from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.serving.handler import RequestHandler
+from dynamo_mpi.serving.runtime_error import runtime_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from dynamo_mpi.control_plane.registration import RegistrationWatch
     from dynamo_mpi.engines.protocol import Engine
+    from dynamo_mpi.errors import TemporaryError
     from dynamo_mpi.supervision.phases import Phases
 
 _T = TypeVar("_T")
+# what an end takes beside its drain: the deregistration, the engine's last step, the ranks' parting
+_END_SECONDS = 30.0
 _LOOK_SECONDS = 0.02
 # time for frontends to see that the instance has gone, before its last requests are counted
 _FAREWELL_SECONDS = 0.2
 _SHUTDOWN_SECONDS = 5.0
 _REGISTER_SECONDS = 60.0
+# what an end takes beside its drain: the deregistration, the engine's last step, the ranks' parting
+_END_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -76,17 +81,19 @@ async def serve(
     registration: Registration,
     engine: Engine,
     phases: Phases,
+    watch: RegistrationWatch,
     on_registered: Callable[[int], object],
     on_ready: Callable[[], None],
     say: Callable[[str], None],
     expect_stop: Callable[[Callable[[int], object]], object],
 ) -> None:
-    """Register ``engine`` with Dynamo, and serve until SIGTERM or SIGINT; then drain.
+    """Register ``engine`` with Dynamo, and serve until SIGTERM, SIGINT, SIGUSR1 or a little before the end of the job's time; then drain.
 
     Args:
         registration: how it appears.
         engine: started and proven.
         phases: gets ``register``, ``serve`` and ``drain``.
+        watch: over the registration.
         on_registered: called from a thread with the instance's id, as soon as it is in discovery.
         on_ready: called once requests are answered.
         say: for a line of progress.
@@ -94,7 +101,7 @@ async def serve(
 
     Raises:
         EngineError: the engine failed.
-        TemporaryError: the runtime ended by itself: its lease was lost.
+        TemporaryError: the worker's lease was lost.
     """
     from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
     from dynamo.runtime import DistributedRuntime
@@ -102,16 +109,23 @@ async def serve(
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[int] = loop.create_future()
     failed: asyncio.Future[BaseException] = loop.create_future()
+    lost: asyncio.Future[TemporaryError] = loop.create_future()
     engine.on_failure(lambda error: _from_thread(loop, failed, error))
     handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role)
-    expect_stop(lambda number: _from_thread(loop, stop, number))
+
+    def ask_to_stop(number: int, why: str = "") -> None:
+        if number == signal.SIGUSR1 and not stop.done():
+            say(why or TIME_IS_UP)
+        _from_thread(loop, stop, number)
+
+    expect_stop(ask_to_stop)
 
     with phases.enter("register"):
         try:
             runtime = DistributedRuntime(loop, registration.discovery_backend, registration.request_plane)
             endpoint = runtime.endpoint(registration.endpoint)
         except Exception as error:  # the runtime has no finer type for any of its troubles
-            raise _runtime_error(error) from error
+            raise runtime_error(error) from error
         serving = asyncio.ensure_future(
             endpoint.serve_endpoint(
                 handler.generate,
@@ -126,30 +140,36 @@ async def serve(
         if trouble is not None or not (registering.done() or failed.done() or stop.done()):
             registering.cancel()
             await _end(runtime, serving)
-            raise _runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
+            raise runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
     if registering.done() and not stop.done() and not failed.done():
         await asyncio.to_thread(on_registered, endpoint.connection_id())
+        watch.begin(endpoint.connection_id(), partial(_from_thread, loop, lost))
         on_ready()
+    needed = registration.drain_timeout + _END_SECONDS
+    forget_time = end_in_time(os.environ, needed, partial(ask_to_stop, signal.SIGUSR1), say)
     with phases.enter("serve"):
-        await _first_of(serving, failed, stop)
+        await _first_of(serving, failed, stop, lost)
+        forget_time()
         registering.cancel()
+        # before we deregister ourselves: it would take that for somebody else's doing
+        await asyncio.to_thread(watch.stop)
         if failed.done():
             await _deregister(endpoint)
             await _cut_off(handler, say)
             await _end(runtime, serving)
             raise _engine_error("while serving", failed.result())
-        if serving.done() and not stop.done():
+        if serving.done() and not (stop.done() or lost.done()):
             await _deregister(endpoint)
             if (trouble := _trouble(serving)) is not None:
-                raise _runtime_error(trouble) from trouble
-            raise TemporaryError(
-                "the Dynamo runtime ended by itself",
-                needed="an etcd that keeps this worker's lease",
-                fix="start the worker again; if it comes back, look at etcd and the network between",
-            )
+                raise runtime_error(trouble) from trouble
+            raise lease_error(await asyncio.to_thread(watch.lost_lease) or "the Dynamo runtime has ended by itself")
     with phases.enter("drain"):
-        gone = await _deregister(endpoint)
+        loss = lost.result() if lost.done() and not stop.done() else None
+        # without a lease there is nothing to take out
+        gone = loss is not None or await _deregister(endpoint)
         how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
+        if loss is not None:
+            how = "this worker's lease is lost"
         say(f"drain: {how}, {handler.in_flight} requests in flight")
         await asyncio.sleep(_FAREWELL_SECONDS)
         drained = asyncio.ensure_future(_drained(handler, engine, registration.drain_timeout))
@@ -159,6 +179,8 @@ async def serve(
         await _end(runtime, serving)
         if failed.done():
             raise _engine_error("while draining", failed.result())
+        if loss is not None:
+            raise loss
 
 
 async def _cut_off(handler: RequestHandler, say: Callable[[str], None]) -> None:
@@ -243,38 +265,6 @@ async def _deregister(endpoint: Any) -> bool:
         except Exception:  # whatever the runtime raises here, its lease goes with the process
             gone = False
     return gone
-
-
-def _runtime_error(error: BaseException) -> BootstrapError:
-    text = " ".join(str(error).split())
-    if "environment variable" in text:
-        return UsageError(f"the Dynamo runtime can't read its environment: {text}", fix="correct that DYN_* variable")
-    if "address already in use" in text.lower():
-        return UsageError(
-            f"the Dynamo runtime can't bind its port: {text}",
-            needed="a free port on this node",
-            fix="free it, or choose another (DYN_TCP_RPC_PORT, DYN_SYSTEM_PORT)",
-        )
-    if any(
-        word in text.lower()
-        for word in (
-            "user name is empty",
-            "authentication failed",
-            "permission denied",
-            "invalid auth",
-            "authorization violation",
-        )
-    ):
-        return AuthorisationError(
-            f"the Dynamo runtime was refused: {text}",
-            needed="credentials that etcd (and NATS, where it is used) accept",
-            fix="correct ETCD_AUTH_* or NATS_AUTH_*",
-        )
-    return DiscoveryError(
-        f"the Dynamo runtime could not register the worker: {text}",
-        needed="etcd (and NATS, where it is used) that answer and accept the credentials",
-        fix="look at etcd; ETCD_ENDPOINTS and ETCD_AUTH_* say how the runtime finds it",
-    )
 
 
 async def _first_of(*futures: asyncio.Future[Any], timeout: float | None = None) -> None:

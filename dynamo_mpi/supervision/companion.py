@@ -22,6 +22,7 @@ from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.failure_files import write_failure
 from dynamo_mpi.supervision.heir import Heir
 from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.supervision.title import set_title
 from dynamo_mpi.supervision.troubles import death, silence
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ class Companion:
 
 
 def accompany(listener: int, launch: Launch, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Be the companion, until the ranks of this node have no need of one.
+    """Be the companion, in a process forked for it, until the ranks of this node have no need of one.
 
     Args:
         listener: the listening socket's descriptor.
@@ -282,7 +283,9 @@ def accompany(listener: int, launch: Launch, host: str, argv: Sequence[str], env
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    Companion(socket.socket(fileno=listener), launch, host, Limits.of(argv, environ)).run()
+    companion = Companion(socket.socket(fileno=listener), launch, host, Limits.of(argv, environ))
+    set_title(f"dynamo_mpi: companion of the ranks on {host}")
+    companion.run()
 
 
 def _kill(local: Local) -> None:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.launchers.attempt import attempt_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -66,6 +68,7 @@ def content_of(failure: Failure, host: str) -> dict[str, Any]:
         "traceback": failure.text if is_traceback else None,
         "time": time.time() - (time.monotonic() - failure.at),
         "sequence": failure.sequence,
+        "attempt": attempt_of(os.environ),
     }
 
 

@@ -109,27 +109,28 @@ class Guard:
         rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, heir, terms.has_companion)
         if self._world.size == 1:
             return Meeting(self._voice.host, "", 0, "", *rest)
-        address = host_address(terms.network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
         allow_open_files(self._world.size + SPARE)
+        address = terms.network or "the address of its name"
         try:
+            address = host_address(terms.network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
             # all ranks come at the same moment
             listener = socket.create_server((address, 0), family=family, backlog=max(128, self._world.size))
+            port = listener.getsockname()[1]
+            meeting = Meeting(self._voice.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest)
+            self._lookout = lookout = Lookout(
+                self._world.size,
+                meeting,
+                listener,
+                lambda: self._phases.current,
+                lambda rank: self._ranks[rank].host,
+                self._news.put,
+                self._pass_on,
+            )
         except OSError as error:
             raise no_place(address, error) from None
-        token = secrets.token_hex(TOKEN_BYTES)
-        meeting = Meeting(self._voice.host, address, listener.getsockname()[1], token, *rest)
-        self._lookout = Lookout(
-            self._world.size,
-            meeting,
-            listener,
-            lambda: self._phases.current,
-            lambda rank: self._ranks[rank].host,
-            self._news.put,
-            self._pass_on,
-        )
         self._phases.listen(lambda name: self._tell(Frame(Kind.PHASE, name.encode())))
-        self._lookout.start()
+        lookout.start()
         return meeting
 
     def name(self, ranks: Sequence[int]) -> str:

@@ -220,7 +220,7 @@ class Lifeline:
         self._lose_with(f"rank 0 on {self._meeting.host} {error}", int(error.exit_code), is_told=is_told)
 
     def _lose_with(self, text: str, code: int, *, is_told: bool = False) -> None:
-        """Leave because rank 0 can't be relied on: its companion says so, or the first of the others, which ends the world; the rest follow."""
+        """Leave because rank 0 can't be relied on: its companion says so, or the first of the others, which ends the world."""
         self._over = True
         if self._tie is not None:
             self._tie.tell("mourn")

@@ -81,6 +81,7 @@ class Lookout:
         self._leaving = False
         self._overslept = -math.inf
         self._standing: Frame | None = None
+        self._ending: Frame | None = None
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
@@ -115,7 +116,7 @@ class Lookout:
         """Tell the ranks that rank 0 ends the world, and wait a moment for them to know: a rank that only saw it go would report a death."""
         self.tell(Frame(Kind.ENDING, bytes([code])))
         end = time.monotonic() + _HEED_SECONDS
-        while time.monotonic() < end and not all(rank.done for rank in list(self._ranks.values())):
+        while time.monotonic() < end and (self._missing or not all(rank.done for rank in list(self._ranks.values()))):
             time.sleep(_HEED_SECONDS / 50)
 
     def close(self) -> None:
@@ -175,6 +176,8 @@ class Lookout:
         while not self._orders.empty():
             frame = self._orders.get()
             self._leaving |= frame.kind is Kind.LEAVING
+            if frame.kind is Kind.ENDING:
+                self._ending = frame
             self._send_all(frame)
         standing = self._standing
         for rank in self._ranks.values():
@@ -201,6 +204,9 @@ class Lookout:
         line.trust(MOST_BODY)
         rank = self._ranks[number] = _Rank(number, line)
         self._selector.register(line, selectors.EVENT_READ, lambda: self._serve(rank))
+        if self._ending is not None:
+            # it came too late to hear of it; to be sent behind its welcome
+            self._orders.put(self._ending)
         return True
 
     def _serve(self, rank: _Rank) -> None:
@@ -261,4 +267,6 @@ class Lookout:
             self._fail(missing, "", absence(now - self._begun, self._meeting), Cause.SILENCE)
 
     def _fail(self, number: int, phase: str, error: BootstrapError, cause: Cause) -> None:
+        # one that has not told its phase yet has just come
+        phase = phase or self._phase()
         self._on_failure(Failure(number, int(error.exit_code), str(error), cause, phase, time.monotonic()))

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 1.0
 """Launchers that forward a signal to srun and to every rank deliver it twice."""
 _STOP = b"\0"  # no signal's number
 
 
 class SignalThread:
-    """Calls ``on_signal`` with the number of each SIGTERM and SIGINT, from a thread. Build and close it in the main thread.
+    """Calls ``on_signal`` with the number of each SIGTERM, SIGINT and SIGUSR1, from a thread. Build and close it in the main thread.
 
     Args:
         on_signal: has to be quick, or not to return. None keeps the signals until `begin` says what to call.
@@ -44,7 +44,7 @@ class SignalThread:
         self._thread.start()
 
     def close(self) -> None:
-        """Ignore both from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
+        """Ignore them from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(self._before)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and SIGINT at rank 0: the first asks for an orderly end where there can be one, any other ends the world now."""
+"""Signals at rank 0: the first asks for an orderly end where there can be one, any other ends the world now.
+
+SIGUSR1 is the warning that a batch job's time is nearly up (``--signal``): it hurries nobody whose end has begun.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class StopSignals:
-    """Takes both from its making to `close`, whatever the main thread is doing. Build and close it in the main thread.
+    """Takes them from its making to `close`, whatever the main thread is doing. Build and close it in the main thread.
 
     Args:
         hurry: called, from a thread, with a signal that leaves no time for an orderly end.
@@ -27,7 +30,7 @@ class StopSignals:
     def __init__(self, hurry: Callable[[int], object]) -> None:
         self._hurry = hurry
         self._begin: Callable[[int], object] | None = None
-        self._in_loop = False
+        self._in_loop = self._asked = False
         self._last = -math.inf
         # a handler may come in between at any line of the thread that it interrupts
         self._lock = threading.RLock()
@@ -52,7 +55,7 @@ class StopSignals:
         self._begin = begin
 
     def close(self) -> None:
-        """Ignore both from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
+        """Ignore them from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
         self._thread.close()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
@@ -70,4 +73,7 @@ class StopSignals:
                 return
             self._last = now
             begin, self._begin = self._begin, None
+            if begin is None and self._asked and number == signal.SIGUSR1:
+                return
+            self._asked = True
         (begin or self._hurry)(number)

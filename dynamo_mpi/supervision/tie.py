@@ -45,7 +45,8 @@ class Tie:
         self._rank = launch.rank
         self._address = address_of(launch, environ)
         self._abort: Callable[[int], object] | None = None
-        self._lock = _thread.allocate_lock()
+        # a signal's handler may tell something while the thread that it interrupts does
+        self._lock = _thread.RLock()
         self._connection: _socket.socket | None = None
         self._unsent = f"rank {launch.rank} {os.getpid()}\n".encode()
         self._released = False
@@ -195,6 +196,7 @@ def bring_companion(launch: Launch, host: str, argv: Sequence[str], environ: Map
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
+        # in this process, not in a new interpreter: it has to be there before the first rank dies
         from dynamo_mpi.supervision.companion import accompany
 
         accompany(listener.detach(), launch, host, argv, environ)

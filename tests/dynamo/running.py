@@ -6,9 +6,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,9 +21,10 @@ from typing import Any, TypeVar
 from dynamo_mpi.control_plane.record import WorldRecord, worlds_of
 from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.frontend import Frontend
+from dynamo_mpi.services.nats import Nats
 from dynamo_mpi.services.ports import free_port, is_free
 from dynamo_mpi.services.processes import Child, session_members
-from dynamo_mpi.services.programs import find_etcd
+from dynamo_mpi.services.programs import find_etcd, find_nats_server
 from tests.conftest import find_mpirun, mpi_environment
 
 T = TypeVar("T")
@@ -37,6 +40,31 @@ def eventually(read: Callable[[], T | None], what: str, seconds: float = 60) -> 
         if time.monotonic() > end:
             raise AssertionError(f"not within {seconds} s: {what}; last seen: {value!r}")
         time.sleep(0.02)
+
+
+class NatsServer:
+    """A real NATS on loopback that can be stopped, and started again on the same port with nothing in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.service = Nats(find_nats_server(), free_port(), folder / "nats")
+        self.child: Child | None = None
+
+    @property
+    def url(self) -> str:
+        return self.service.url
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        shutil.rmtree(self.folder / "nats", ignore_errors=True)
+        self.child = Child.start("nats", self.service.command(), environment=os.environ, log=self.folder / "nats.log")
+        eventually(self.service.answers, "NATS answers")
+
+    def stop(self) -> None:
+        """Kill it."""
+        if self.child is not None:
+            self.child.kill()
+            self.child = None
 
 
 class EtcdServer:
@@ -61,6 +89,38 @@ class EtcdServer:
         if self.child is not None:
             self.child.kill()
             self.child = None
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let it answer nobody until the block ends."""
+        assert self.child is not None
+        os.kill(self.child.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.child.pid, signal.SIGCONT)
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Have it away until the block ends, and back with what it had."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    def forget(self) -> None:
+        """Start it again with nothing in it."""
+        self.stop()
+        shutil.rmtree(self.folder / "etcd")
+        self.start()
+
+    def delete(self, prefix: str) -> None:
+        """Delete keys, as somebody else might."""
+        import pyetcd
+
+        with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
+            client.delete_prefix(prefix)
 
     def keys(self, prefix: str = "v1/") -> list[str]:
         """Return the keys under ``prefix``."""
@@ -142,7 +202,10 @@ class RunningWorker:
             *flags,
         ]
         command = [find_mpirun(), "-n", str(ranks), sys.executable, "-m", "dynamo_mpi.worker", *words]
-        variables = mpi_environment({"ETCD_ENDPOINTS": etcd.url, "DYN_LOG": "error", **environment})
+        # gone with this object; short, for the unix sockets in it
+        self._scratch = tempfile.TemporaryDirectory(prefix="mpi-", ignore_cleanup_errors=True)
+        extra = {"ETCD_ENDPOINTS": etcd.url, "DYN_LOG": "error", "TMPDIR": self._scratch.name, **environment}
+        variables = mpi_environment(extra)
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -205,10 +268,13 @@ def system_port() -> int:
 
 
 @contextmanager
-def running_frontend(folder: Path, etcd: EtcdServer, request_plane: str = "tcp") -> Iterator[Frontend]:
+def running_frontend(
+    folder: Path, etcd: EtcdServer, request_plane: str = "tcp", **variables: str
+) -> Iterator[Frontend]:
     """Run the real frontend on loopback."""
+    discovery = {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": request_plane, **variables}
     # a home of its own: it copies tokenizers to ~/.cache
-    frontend = Frontend(free_port(), {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": request_plane}, folder)
+    frontend = Frontend(free_port(), discovery, folder)
     environment = os.environ | frontend.environment() | {"DYN_LOG": "error"}
     child = Child.start("frontend", frontend.command(), environment=environment, log=folder / "frontend.log")
     try:

@@ -57,7 +57,12 @@ class LaunchCommand(MarkedCommand):
 
     def rank(self, name: str) -> int:
         """Return the process of a worker's only rank."""
-        return int(json.loads((self.run_dir / "ready" / f"{name}.json").read_text())["pid"])
+        return int(self.ready(name)["pid"])
+
+    def ready(self, name: str) -> dict[str, Any]:
+        """Return what a worker that serves has written."""
+        content: dict[str, Any] = json.loads((self.run_dir / "ready" / f"{name}.json").read_text())
+        return content
 
     def assert_nothing_left(self) -> None:
         """No process, no key, no word of readiness."""
@@ -76,6 +81,8 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         os.kill(launch.rank("prefill-0"), signal.SIGKILL)
         launch.until_said("prefill-0: ended with exit code 137; start 2 of at most 2")
         launch.until_said("prefill-0: ready", times=2)
+        ready = {name: launch.ready(name)["attempt"] for name in ("prefill-0", "decode-0")}
+        assert ready == {"prefill-0": 2, "decode-0": 1}
         eventually(lambda: launch.ask()[0] == 200, "it answers again", 30)
 
         down = [str(ROOT / "scripts" / "stop.sh"), str(launch.run_dir)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,8 @@ import pytest
 
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.services.processes import session_members
-from tests.conftest import ROOT
+from tests.conftest import ROOT, find_mpirun, mpi_environment
+from tests.dynamo.marked_command import MarkedCommand
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
 from tests.dynamo.test_worker_life import Stream
 
@@ -174,3 +177,53 @@ def test_a_rank_that_is_stuck_in_native_code_does_not_hold_up_the_end(start: Sta
     _, _, stacks = text.partition("where the ranks are:\n")
     assert "hang_in_c" in stacks.partition("rank 2 on ")[2].partition("rank")[0], stacks
     assert_nothing_is_left(worker, etcd)
+
+
+@pytest.mark.parametrize(
+    "numbers", [(TERM,), (INT,), (TERM, TERM), (INT, INT)], ids=["TERM", "INT", "TERM-TERM", "INT-INT"]
+)
+def test_a_signal_to_mpirun_leaves_nothing(numbers: tuple[signal.Signals, ...], start: Start, etcd: EtcdServer) -> None:
+    """Open MPI's mpirun doesn't hand it on: it ends the ranks itself, by SIGTERM and a quarter of a second later by SIGKILL."""
+    worker = start(ETCD_LEASE_TTL="3")
+    worker.ready()
+    begin = time.monotonic()
+    for number in numbers:
+        worker.process.send_signal(number)
+        time.sleep(0.2)  # so that they are two
+    assert worker.wait() == 1, worker.text()
+    assert time.monotonic() - begin < NOW_SECONDS
+    eventually(lambda: session_members(worker.process.pid) == [], "no process is left", 5)
+    eventually(lambda: etcd.keys() == [], "the keys are gone", 12)
+
+
+CONTAINER = ("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
+GRACE_SECONDS = 10.0  # of docker stop
+
+
+@pytest.mark.parametrize(("what", "code"), [("worker", 0), ("mpirun", 1), ("local", of_signal(TERM))])
+def test_a_container_stops_within_its_grace(
+    what: str, code: int, etcd: EtcdServer, tmp_path: Path, model_dir: Path
+) -> None:
+    """SIGTERM to PID 1, which is what is started: a lone rank, mpirun with its ranks, or all of a deployment."""
+    if os.geteuid() or subprocess.run([*CONTAINER, "true"], capture_output=True).returncode:
+        pytest.skip("no PID namespaces here: needs root")
+    ranks = {"worker": 1, "mpirun": 3}.get(what, 0)
+    rank = ("-m", "dynamo_mpi.worker", "--model", str(model_dir), "--tensor-parallel-size", str(ranks))
+    words = {
+        "worker": (sys.executable, *rank),
+        "mpirun": (find_mpirun(), "-n", str(ranks), sys.executable, *rank),
+        "local": (sys.executable, "-m", "dynamo_mpi.cli.main", "local", "--keep"),
+    }[what]
+    environment = mpi_environment({"ETCD_ENDPOINTS": etcd.url, "ETCD_LEASE_TTL": "3", "DYN_LOG": "error"})
+    with MarkedCommand(tmp_path, (*CONTAINER, *words), {} if what == "local" else environment) as container:
+        container.until_said("serving until" if what == "local" else "ready: ")
+        pid = container.process.pid
+        (init,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        begin = time.monotonic()
+        os.kill(int(init), TERM)
+        assert container.wait() == code, container.err
+        assert time.monotonic() - begin < GRACE_SECONDS
+        assert container.survivors() == []
+        eventually(lambda: etcd.keys() == [], "the keys are gone", 12)
+        if what == "worker":
+            assert "drain: deregistered" in container.err

@@ -68,7 +68,7 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path, temporary: Path) ->
 
 def leftovers(folder: Path) -> list[str]:
     """Return what of ours is in the temporary folder; the launcher and the engine have things of their own there."""
-    return sorted(path.name for path in folder.glob("dynamo_mpi*"))
+    return sorted(path.name for path in folder.glob("dynamo[-_]mpi*"))
 
 
 def child_of(worker: RunningWorker) -> int:
@@ -142,6 +142,17 @@ def test_answers_drains_and_ends_with_zero(
     assert f"rank0 run mgmn leader node with mpi_world_size: {RANKS} ..." in text
     assert f"gpus_per_node {RANKS}" in text
     assert not [secret for secret in secrets if secret in text]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_another_rank_is_one_to_all(start: Start, etcd: EtcdServer, number: signal.Signals) -> None:
+    worker = start()
+    worker.ready()
+    os.kill(worker.ranks()[1], number)
+    assert worker.wait() == 0, worker.text()
+    assert worker.text().count(f"got {number.name}, which goes for all ranks") == 1
+    assert reports(worker) == []
+    assert etcd.keys() == []
 
 
 def assert_the_child_knows_what_it_should(child: int) -> list[str]:
@@ -278,7 +289,7 @@ def test_a_lost_lease_is_no_success(start: Start, etcd: EtcdServer) -> None:
     etcd.revoke_leases()
     assert worker.wait() == 75, worker.text()
     (report,) = reports(worker)
-    assert "lease in etcd is lost" in report
+    assert "lost this worker's lease" in report or "lease was lost" in report
 
 
 def test_bad_flags_of_dynamo_are_its_own_to_refuse(start: Start) -> None:

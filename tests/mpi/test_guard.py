@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,51 @@ def test_each_rank_that_fails_writes_a_file(mpirun: Mpirun, tmp_path: Path) -> N
     assert own["traceback"] == whole["traceback"]
     assert own["traceback"].startswith("Traceback")
     assert (own["rank"], own["sequence"], whole["consequences"]) == (2, 1, [])
+
+
+def in_namespaces(prepare: str) -> tuple[str, ...]:
+    """Return what to put before a command that runs in network, mount and host-name namespaces of its own, prepared by a shell."""
+    unshare = ("unshare", "--net", "--mount", "--uts")
+    if os.geteuid() or subprocess.run([*unshare, "ip", "link"], capture_output=True).returncode:
+        pytest.skip("no network namespaces here: needs root and iproute2")
+    return (*unshare, "sh", "-ec", f'ip link set lo up; {prepare}; exec "$@"', "sh")
+
+
+@pytest.mark.parametrize("network", ["::1", "fd00:9:8::/64"])
+@pytest.mark.parametrize("what", ["nothing", "kill"])
+def test_liveness_over_ipv6(mpirun: Mpirun, network: str, what: str) -> None:
+    before = in_namespaces("ip address add fd00:9:8::1/64 dev lo nodad")
+    done = mpirun(3, PROGRAM, what, "2", env={"PATIENCE": "30", "NETWORK": network}, before=before)
+    if what == "nothing":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert "error in environment: rank 2 on here died: " in done.stderr
+
+
+def test_an_address_that_is_not_this_hosts_is_no_traceback(mpirun: Mpirun, tmp_path: Path) -> None:
+    """As with a wrong line in /etc/hosts."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n192.0.2.7 elsewhere\n")
+    before = in_namespaces(f"hostname elsewhere; mount --bind {hosts} /etc/hosts")
+    done = mpirun(2, PROGRAM, "nothing", "9", env={"NETWORK": ""}, before=before)
+    assert done.returncode == 64, done.stderr
+    assert (
+        "refused: rank 0 can't listen at 192.0.2.7 for the other ranks: Cannot assign requested address" in done.stderr
+    )
+    assert "set --liveness-network to an interface or network of this host" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("what", "found", "cure"),
+    [
+        ("crowd", "Too many open files", "raise the limit of open files (ulimit -n)"),
+        ("ports", "Address already in use", "free some of this host's ports"),
+    ],
+)
+def test_nothing_to_listen_with_is_no_traceback(mpirun: Mpirun, what: str, found: str, cure: str) -> None:
+    done = mpirun(2, PROGRAM, what, "9", before=in_namespaces("true"))
+    assert done.returncode == 64, done.stderr
+    assert f"refused: rank 0 can't listen at 127.0.0.1 for the other ranks: {found}" in done.stderr
+    assert cure in done.stderr
+    assert "Traceback" not in done.stderr

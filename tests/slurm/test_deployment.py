@@ -161,14 +161,13 @@ def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Laun
     deployment = launch("--max-restarts", "1", "--skip-check", nodes=1, ranks_per_node=1, config=config)
     deployment.says("ready: smollm2. Try:")
     assert answer(deployment) == "The capital of France is Paris."
-    ranks = deployment.pids_of("n2", "dynamo_mpi.worker")
-    assert ranks
     (step,) = [s for s, n in _step_ids(deployment).items() if n.endswith("decode-0")]
     watch = slurm.popen(sys.executable, PROGRAMS / "watch_instances.py", deployment.run_dir, env=OUR_MODULES, host="n1")
     try:
         before = instances(watch)
         decode = {key for key in before.keys if "/backend/" in key}
         assert decode
+        assert deployment.pids_of("n2", "dynamo_mpi.worker")
         # SIGKILL to everything in it: nobody is left there who could revoke anything
         slurm.exec("scancel", step)
         eventually(lambda: not deployment.pids_of("n2", "dynamo_mpi.worker"), "the ranks are dead", 30)
@@ -184,6 +183,8 @@ def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Laun
     deployment.says("decode-0: ended with exit code 137; start 2 of at most 2")
     assert "decode-0: was still registered; it is taken out of discovery" in deployment.text()
     eventually(lambda: deployment.text().count("decode-0: ready") == 2, "it is ready again", 60)
+    # the frontend hears of it a moment later
+    eventually(lambda: deployment.post(QUESTION)[0] != 503, "the frontend has heard of it", 10)
     assert answer(deployment) == "The capital of France is Paris."
 
 

@@ -1,138 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults in a worker of four ranks over two nodes under ``srun --mpi=pmix``: the step ends at once, says why, and leaves nothing behind."""
+"""Faults in a worker of six ranks over two nodes under ``srun --mpi=pmix``: the step ends at once, says why, and leaves nothing behind."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fault_cases import (
-    FAULTS,
-    PROGRAMS,
-    STREAMS,
-    TOKENS,
-    Case,
-    Keys,
-    Outcome,
-    Streams,
-    end_process,
-    processes_with,
-    read_reports,
-    run_case,
-    why_no_memory_limit,
-)
+from tests.fault_cases import ORPHANED, UNWATCHED, Case, parameters, why_no_memory_limit
 
-from .cluster.commands import InsideProcess
+from .fault_runner import CODES, SrunFaults, srun_faults
 from .session import SlurmSession
-from .stack import OUR_MODULES, SlurmWorker, Stack, running_stack
 
 pytestmark = pytest.mark.slurm
-Run = Callable[[Case], Outcome]
-NODES = ("n1", "n2")
-RANKS_PER_NODE = 3
-CONFIG = "tensor_parallel_size: 3\npipeline_parallel_size: 2\n"
-CODES = {
-    "kill": (137, 143, 70),
-    "oom": (137, 143, 70),
-    "stop": (124,),
-    "hang": (124,),
-    "exception": (70,),
-    "exit0": (137, 143, 70),
-    "exit3": (137, 143, 70),
-}
-
-
-class SlurmBench:
-    """etcd and the frontend on the login node, for all cases."""
-
-    def __init__(self, stack: Stack, model: Path) -> None:
-        self.stack, self.model = stack, model
-
-    def run(self, case: Case, folder: Path) -> Outcome:
-        """Start a worker, let the case happen to it, and see what is left."""
-        slurm = self.stack.slurm
-        # its temporary folder's name also marks all that it starts
-        temporary, trigger, failures = Path(tempfile.mkdtemp(prefix="t-")), folder / "now", folder / "failures"
-        config = folder / "engine.yaml"
-        config.write_text(CONFIG)
-        flags = ("--model", str(self.model), "--engine-config", str(config), *case.flags(failures))
-        # the nodes share this machine's cores and don't know
-        library = {**slurm.debian_openmpi_env, "OMPI_MCA_mpi_yield_when_idle": "1"}
-        variables = {**self.stack.environment, **library, **case.environment(trigger), "TMPDIR": str(temporary)}
-        placed = (f"--nodes={len(NODES)}", f"--nodelist={','.join(NODES)}", f"--ntasks-per-node={RANKS_PER_NODE}")
-        srun = ("--mpi=pmix", *placed, "--distribution=block", "--kill-on-bad-exit=1")
-        programs = [self.program("watch_keys.py", self.stack.etcd.url, case.namespace)]
-        worker = SlurmWorker(slurm, folder, srun, flags, variables)
-
-        def open_streams() -> Streams:
-            words = (str(self.stack.frontend.port), case.namespace, str(STREAMS), str(TOKENS))
-            programs.append(self.program("hold_streams.py", *words))
-            return Streams(programs[-1])
-
-        def find_rank(rank: int) -> int:
-            mark = f"SLURM_PROCID={rank}\0".encode()
-            pids = [pid for found in worker.ranks().values() for pid in found]
-            (pid,) = [pid for pid in pids if mark in Path(f"/proc/{pid}/environ").read_bytes()]
-            return pid
-
-        try:
-            keys = Keys(programs[0])
-            outcome = run_case(
-                case,
-                worker,
-                trigger,
-                keys,
-                open_streams,
-                lambda: os.kill(find_rank(0), signal.SIGTERM),
-                find_rank,
-                worker.stop,
-            )
-            outcome.reports = read_reports(failures)
-            outcome.left = [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
-            outcome.left += [f"{node}: {name}" for node in NODES for name in self.shared_memory(node)]
-            outcome.left += [path.name for path in temporary.iterdir()]
-            return outcome
-        finally:
-            worker.stop()
-            for process in programs:
-                end_process(process)
-            shutil.rmtree(temporary)
-
-    def program(self, name: str, *words: str) -> InsideProcess:
-        """Start one of the programs that look on, on the login node."""
-        return self.stack.slurm.popen(sys.executable, PROGRAMS / name, *words, env=OUR_MODULES)
-
-    def shared_memory(self, node: str) -> list[str]:
-        """Return what is in a node's /dev/shm."""
-        return os.listdir(f"/proc/{self.stack.slurm.cluster.init_pid(node)}/root/dev/shm")
+CHOSEN = (
+    Case("kill", "serve", 4),
+    Case("hang", "serve", 4),
+    Case("exit0", "serve", 4),
+    Case("stop", "serve", 0),
+    Case("exception", "drain", 0),
+    Case("kill", "drain", 4),
+    Case("kill", "load", 4),
+    Case("oom", "load", 4),
+    Case("exit3", "load", 0),
+    Case("exit0", "world", 4),
+    Case("exception", "preflight", 4),
+)
+FAILING = {UNWATCHED: (), ORPHANED: ()}
 
 
 @pytest.fixture(scope="module")
-def bench(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[SlurmBench]:
+def runner(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[SrunFaults]:
     """etcd and the frontend, for all cases of this module."""
-    with running_stack(slurm, tmp_path_factory.mktemp("stack")) as stack:
-        yield SlurmBench(stack, model_dir)
+    with srun_faults(slurm, tmp_path_factory.mktemp("stack"), model_dir) as running:
+        yield running
 
 
-@pytest.fixture
-def run(bench: SlurmBench, tmp_path: Path) -> Run:
-    """Run a case."""
-    return lambda case: bench.run(case, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [Case(fault, phase, rank) for phase in ("serve", "load", "drain") for fault in FAULTS for rank in (4, 0)],
-    ids=str,
-)
-def test_a_fault_ends_the_step_at_once(case: Case, run: Run) -> None:
+@pytest.mark.parametrize("case", parameters(CHOSEN, 4, FAILING))
+def test_a_fault_ends_the_step_at_once(case: Case, runner: SrunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)
-    run(case).check("n1" if case.rank < RANKS_PER_NODE else "n2", CODES[case.fault])
+    runner.run(case, tmp_path).check(runner.host(case.rank), CODES[case.fault])

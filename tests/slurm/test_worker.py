@@ -139,3 +139,28 @@ def test_signal_to_rank_0_alone_ends_all_also_before_it_serves(plugin: str, star
         assert worker.wait() == of_signal(signal.SIGTERM), worker.text()
         eventually(lambda: worker.ranks() == {}, "no rank is left")
         server.end()
+
+
+def test_where_a_step_was_killed_the_next_serves_until_slurms_warning(start: Start, stack: Stack) -> None:
+    killed = start(TWO_BY_THREE, "pmix", ETCD_LEASE_TTL="60")
+    old = killed.ready()
+    for pid in [pid for pids in killed.ranks().values() for pid in pids]:
+        os.kill(pid, signal.SIGKILL)
+    assert killed.wait() != 0, killed.text()
+    eventually(lambda: not killed.job and killed.ranks() == {}, "its nodes are free", 60)
+    assert killed.ready_file.exists()
+
+    worker = start(TWO_BY_THREE, "pmix")
+    worker.says("ready: ")
+    ready = worker.ready()
+    assert (ready["attempt"], ready["pid"] != old["pid"]) == (1, True)
+    # as `--signal=USR1@120` has it done: for the processes of all ranks
+    assert stack.slurm.exec("scancel", "--signal=USR1", f"{worker.job}.0").returncode == 0
+    assert worker.wait() == 0, worker.text()
+    assert "the launcher says that its time is nearly up (SIGUSR1): ending in order" in worker.text()
+    assert "drain: deregistered" in worker.text()
+    assert worker.ranks() == {}
+    for node in stack.slurm.nodes[:2]:
+        assert stack.slurm.exec("find", "/dev/shm", "-type", "f", host=node).stdout == "", (
+            "the killed step's shared memory"
+        )

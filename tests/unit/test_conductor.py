@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,10 +164,36 @@ def test_services_that_are_ready_where_we_cannot_see_it(run: Run, monkeypatch: p
 @pytest.mark.parametrize("code", [70, 75, 137])
 def test_a_worker_that_failed_is_started_again_so_often(run: Run, tmp_path: Path, code: int) -> None:
     count = tmp_path / "count"
-    ended, said = run(max_restarts=2, decode=f"echo x >> {count}; {SERVE.split(';')[0]}; exit {code}")
-    assert (ended, count.read_text().count("x")) == (code, 3)
+    ended, said = run(max_restarts=2, decode=f'echo "$DYN_MPI_ATTEMPT" >> {count}; {SERVE.split(";")[0]}; exit {code}')
+    assert (ended, count.read_text().split()) == (code, ["1", "2", "3"])
     assert f"decode-0: ended with exit code {code}; start 3 of at most 3" in said
     assert "prefill-0: ended" not in said
+
+
+def test_a_start_of_the_launcher_that_is_not_its_first_counts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYN_MPI_ATTEMPT", "4")
+    run(prefill=f'echo "$DYN_MPI_ATTEMPT" > {tmp_path}/count', decode="exit 0")
+    assert (tmp_path / "count").read_text() == "4\n"
+
+
+def test_before_the_jobs_time_ends_all_is_ended_in_order(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # two roles that may take a second each
+    end = int(time.time()) + conductors.END_SECONDS + 2 + 4
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(end)))
+    code, said = run()
+    assert time.time() < end - conductors.END_SECONDS
+    assert code == 0
+    assert said.index(READY) < said.index("ending in order") < said.index("ending prefill-0")
+
+
+def test_where_the_time_is_too_short_from_the_start_it_is_only_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 5))
+    code, said = run(READY, raise_signal(signal.SIGUSR1))
+    assert (code, "ending in order" in said) == (0, False)
+    assert "warning: the job's time ends at " in said
+    assert "an orderly end may take 102 s" in said
 
 
 @pytest.mark.parametrize("code", [64, 65, 66, 77, 78])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import queue
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -123,6 +124,27 @@ def test_a_failure_is_told_once_with_all_that_is_known(tower: Watchtower) -> Non
     assert tower.next().rank == 1, "its own end is no news"
 
 
+def test_who_comes_when_the_end_has_begun_hears_of_it_too(tower: Watchtower) -> None:
+    first = tower.join(1)
+    ending = threading.Thread(target=tower.lookout.announce_end, args=(70,))
+    ending.start()
+    assert Frame(Kind.ENDING, bytes([70])) in heard(first)
+    late, early = connect(tower.meeting, 2)
+    assert Frame(Kind.ENDING, bytes([70])) in (early or heard(late))
+    late.close()
+    ending.join()
+
+
+def heard(line: Line) -> list[Frame]:
+    """Return the frames that come next, but for heartbeats."""
+    end = time.monotonic() + PROMPT
+    while time.monotonic() < end:
+        if frames := [frame for frame in line.read() if frame.kind is not Kind.BEAT]:
+            return frames
+        time.sleep(0.01)
+    raise AssertionError("nothing came")
+
+
 def test_silence_is_seen_and_heartbeats_are_heard() -> None:
     tower = Watchtower(timeout=0.6)
     lines = {rank: tower.join(rank) for rank in (1, 2, 3)}
@@ -142,6 +164,21 @@ def test_silence_is_seen_and_heartbeats_are_heard() -> None:
     assert (failure.rank, failure.cause, failure.exit_code) == (2, Cause.SILENCE, 124)
     assert 0.5 < failure.at - silent_since < 2
     tower.lookout.close()
+
+
+def test_a_signal_of_a_rank_is_passed_on_and_only_such_a_one(tower: Watchtower) -> None:
+    line = tower.join(2)
+    line.send(Frame(Kind.SIGNAL, Signalled(signal.SIGTERM, again=False).pack()))
+    assert tower.signals.get(timeout=PROMPT) == (2, Signalled(signal.SIGTERM, again=False))
+    line.send(Frame(Kind.SIGNAL, bytes([signal.SIGKILL, 0])))
+    failure = tower.next()
+    assert (failure.rank, failure.cause) == (2, Cause.DEATH), "what no rank of ours would say"
+
+
+@pytest.mark.parametrize("body", [b"", b"\x0f", b"\x0f\x02", b"\x09\x00", b"\x0f\x00\x00"])
+def test_other_signals_are_none(body: bytes) -> None:
+    with pytest.raises(WireError):
+        Signalled.unpack(body)
 
 
 def test_a_rank_that_never_comes_is_told_with_the_address() -> None:

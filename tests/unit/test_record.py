@@ -56,6 +56,8 @@ def test_what_may_be_unknown_may_be_missing() -> None:
     assert WorldRecord.unpack(changed(contract=...)).contract is None
     older = WorldRecord.unpack(changed(instance=..., launch=...))
     assert (older.instance, older.launch) == (None, None)
+    assert WorldRecord.unpack(changed(attempt=...)).attempt == 1
+    assert WorldRecord.unpack(changed(attempt=3)).attempt == 3
 
 
 @pytest.mark.parametrize(

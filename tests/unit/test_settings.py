@@ -52,6 +52,7 @@ SAMPLES = {
     "drain_timeout": "0",
     "liveness_network": "10.1.0.0/16",
     "heartbeat_timeout": "7.5",
+    "world_timeout": "90.5",
     "failure_dir": "/failures",
     "kv_transport": "nixl",
     "kv_network": "ib0",

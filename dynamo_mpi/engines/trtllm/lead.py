@@ -8,18 +8,23 @@ import math
 import os
 import queue
 import secrets
+import signal
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.control_plane.registration import RegistrationWatch
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
-from dynamo_mpi.engines.trtllm.endings import EndedError, close_session
+from dynamo_mpi.engines.trtllm.endings import EndedError, close_session, proof_error, within
+from dynamo_mpi.engines.trtllm.events import Ended, Event, Lost, Proven, Registered, Signalled
 from dynamo_mpi.engines.trtllm.proof import Proof
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.session import Session, SocketFolder
 from dynamo_mpi.engines.trtllm.task import install
-from dynamo_mpi.errors import BootstrapError, DiscoveryError, EngineError
+from dynamo_mpi.errors import BootstrapError, EngineError, TemporaryError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.supervision.failure import HurriedError
 from dynamo_mpi.supervision.signal_thread import SignalThread
 from dynamo_mpi.talk import tell_launch
@@ -45,26 +50,6 @@ _FIRST_CAUSE_SECONDS = 0.5
 _SAME_SIGNAL_SECONDS = 1.0
 _CHILD_FIRST_SECONDS = 20.0
 _CHILD_FIRST_LOADING_SECONDS = 1.0
-
-
-class _Ended(NamedTuple):
-    code: int
-    lines: list[str]
-
-
-class _Signalled(NamedTuple):
-    number: int
-
-
-class _Registered(NamedTuple):
-    pass
-
-
-class _Proven(NamedTuple):
-    pass
-
-
-_Event = _Ended | _Signalled | _Registered | _Proven
 
 
 class TrtllmLeader:
@@ -95,29 +80,35 @@ class TrtllmLeader:
         self._world, self._settings, self._guard = world, settings, guard
         self._gpus_per_node, self._token_id = gpus_per_node, token_id
         self._phases, self._voice = phases, voice
-        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
-        self._serving = self._stopping = False
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._serving = self._asked = self._stopping = False
         self._drain_seconds = 0.0
         self._last_signal = -math.inf
         self._registered = self._departed = False
         self._departure = departure
+        self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, voice.say, pauses=True)
         self._child: Child | None = None
         self._proof: Proof | None = None
         self._folder: SocketFolder | None = None
 
     def run(self, on_ready: Callable[[], None]) -> ExitCode:
-        """Live it, until SIGTERM or SIGINT. What goes wrong ends the world from here.
+        """Live it, until SIGTERM, SIGINT, SIGUSR1, a little before the end of the job's time, or the loss of its lease. What else goes wrong
+        ends the world from here.
 
         Args:
             on_ready: called once it is registered and proven.
+
+        Returns:
+            The exit code: of a lost lease 75, which has been reported.
         """
+        loss: BootstrapError | None = None
         self._guard.at_once(self._depart)
         self._guard.before_the_end(self._clean_up)
         signals = SignalThread(self._signalled)
         try:
             with self._phases.enter("load"), self._deadline(self._settings.load_timeout):
                 child, session = self._start()
-                self._wait_for(_Registered)
+                self._wait_for(Registered)
             with (
                 self._phases.enter("prove"),
                 self._guard.deadline(self._settings.prove_timeout, "no first completion", "--prove-timeout"),
@@ -126,20 +117,27 @@ class TrtllmLeader:
             self._forget_folder()
             self._serving = True
             on_ready()
+            forget_time = end_in_time(
+                os.environ, self._most_drain_seconds + _RELEASE_SECONDS, self._time_is_up, self._voice.say
+            )
             with self._phases.enter("serve"):
-                self._wait_for(_Signalled)
+                event = self._wait_for(Signalled, Lost, Ended)
+                forget_time()
             with self._phases.enter("drain"):
-                self._drain(child, session)
+                loss = self._loss(event)
+                self._drain(child, session, loss)
             with self._phases.enter("exit"):
                 close_session(session, _RELEASE_SECONDS)
+                if loss is not None:
+                    self._guard.report(loss)
         except HurriedError as error:
-            self._guard.end(error, of_signal(error.number))
+            self._guard.end(loss or error, exit_code_for(0 if loss else -error.number))
         except EndedError as error:
-            self._guard.end(error, exit_code_for(error.code))
+            self._guard.end(loss or error, exit_code_for(0 if loss else error.code))
         except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
-            self._guard.end(error)
+            self._guard.end(loss or error)
         signals.close()
-        return ExitCode.OK
+        return ExitCode.OK if loss is None else ExitCode.TEMPORARY
 
     def _deadline(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         return self._guard.deadline(seconds, "dynamo.trtllm was not registered", "--load-timeout")
@@ -170,52 +168,92 @@ class TrtllmLeader:
         if self._settings.role == "encode":
             self._voice.say("registered; an encode worker answers no completion, so none was asked for")
             return
-        self._wait_for(_Proven)
+        self._wait_for(Proven)
 
-    def _wait_for(self, *kinds: type[_Event]) -> _Event:
+    def _wait_for(self, *kinds: type[Event]) -> Event:
         """Wait for an event of these kinds. Others that come before are of no meaning here."""
         while True:
             event = self._events.get()
             if isinstance(event, kinds):
                 return event
 
-    def _drain(self, child: Child, session: Session) -> None:
+    @property
+    def _most_drain_seconds(self) -> float:
+        """How long the child may take to end."""
+        seconds = self._drain_seconds + _SHUTDOWN_SECONDS
+        return seconds + _PREFILL_DRAIN_SECONDS if self._settings.role == "prefill" else seconds
+
+    def _loss(self, event: Event) -> BootstrapError | None:
+        """Return what has gone wrong where an event other than a signal ends the serving: the lease is lost, or the child has ended as if it
+        were."""
+        if isinstance(event, Ended):
+            return EndedError(event.code, event.lines, self._watch.lost_lease())
+        return event.error if isinstance(event, Lost) else None
+
+    def _drain(self, child: Child, session: Session, loss: BootstrapError | None) -> None:
         """Have the child deregister, end its requests and its engine.
 
         Raises:
             EndedError: it ended with an error.
             HurriedError: a second signal came.
         """
-        seconds = self._drain_seconds + _SHUTDOWN_SECONDS
-        if self._settings.role == "prefill":
-            seconds += _PREFILL_DRAIN_SECONDS
-        self._stopping = True
+        seconds = self._most_drain_seconds
+        self._asked = self._stopping = True
+        # before the child deregisters itself: it would take that for somebody else's doing
+        self._watch.stop()
         session.expect_end()
+        if isinstance(loss, EndedError):
+            return
         child.terminate()
-        self._voice.say(f"drain: dynamo.trtllm deregisters and ends its requests, {seconds:.0f} s at the most")
-        with self._guard.deadline(seconds, "dynamo.trtllm did not end after SIGTERM", "--drain-timeout"):
-            event = self._wait_for(_Ended, _Signalled)
-        if isinstance(event, _Signalled):
+        what = "deregisters and ends its requests" if loss is None else "ends its requests, its lease is lost"
+        self._voice.say(f"drain: dynamo.trtllm {what}, {seconds:.0f} s at the most")
+        late = self._guard.deadline(seconds, "dynamo.trtllm did not end after SIGTERM", "--drain-timeout")
+        # an etcd that hangs may be what the child waits for
+        with late if loss is None else within(seconds, partial(self._guard.end, loss)):
+            event = self._wait_for(Ended, Signalled)
+        if isinstance(event, Signalled):
             raise HurriedError(event.number)
-        if isinstance(event, _Ended) and event.code != 0:
+        if isinstance(event, Ended) and event.code != 0 and loss is None:
             raise EndedError(event.code, event.lines)
 
     # called from threads
 
+    def _time_is_up(self, why: str) -> None:
+        # a warning hurries nobody
+        if not self._asked:
+            self._asked = True
+            self._voice.say(why)
+            self._events.put(Signalled(signal.SIGUSR1))
+
     def _signalled(self, number: int) -> None:
+        if number == signal.SIGUSR1 and self._serving:
+            self._time_is_up(TIME_IS_UP)
+            return
         if not self._serving or self._phases.current == "exit":
             self._guard.end(HurriedError(number), of_signal(number))
         now = time.monotonic()
         if now - self._last_signal > _SAME_SIGNAL_SECONDS:
-            self._last_signal = now
-            self._events.put(_Signalled(number))
+            self._last_signal, self._asked = now, True
+            self._events.put(Signalled(number))
 
     def _ended(self, code: int, lines: list[str]) -> None:
         if self._stopping:
-            self._events.put(_Ended(code, lines))
+            self._events.put(Ended(code, lines))
         # a rank that failed may have taken the child along; its own words are the first cause
         elif not self._guard.failed.wait(_FIRST_CAUSE_SECONDS):
-            self._guard.end(EndedError(code, lines), exit_code_for(code))
+            if self._serving and code == 0:
+                self._events.put(Ended(code, lines))
+            else:
+                loss = self._watch.lost_lease() if code == 0 else ""
+                self._guard.end(EndedError(code, lines, loss), exit_code_for(code))
+
+    def _lost(self, error: TemporaryError) -> None:
+        if self._child is not None and self._child.wait(_FIRST_CAUSE_SECONDS):
+            return  # its own end tells more
+        if self._serving:
+            self._events.put(Lost(error))
+        else:
+            self._guard.end(error)
 
     def _left(self, ranks: Sequence[int]) -> None:
         """End the world because ranks have left their task, unless the child is what ends: it closes its engine before it ends itself."""
@@ -234,24 +272,13 @@ class TrtllmLeader:
     def _heard(self, news: dict[str, Any]) -> None:
         if "registered" in news:
             self._departure.prepare(int(news["registered"]))
+            self._watch.begin(int(news["registered"]), self._lost)
             self._registered = True
-            self._events.put(_Registered())
+            self._events.put(Registered())
         elif "proven" in news:
-            self._events.put(_Proven())
+            self._events.put(Proven())
         elif not self._serving and not self._guard.failed.wait(_FIRST_CAUSE_SECONDS):
-            self._guard.end(self._proof_error(news))
-
-    def _proof_error(self, news: dict[str, Any]) -> BootstrapError:
-        if died := news.get("died"):
-            return EngineError(died, fix="start the worker again; if memory ran out on this node, dmesg says so")
-        text = news.get("error", news)
-        if self._registered:
-            return EngineError(f"the first completion failed: {text}", fix="look at the lines of dynamo.trtllm above")
-        return DiscoveryError(
-            f"rank 0 can't see whether the worker is registered: {text}",
-            needed="etcd, and NATS where it is used, that answer",
-            fix="look at both; ETCD_ENDPOINTS and NATS_SERVER say where they are",
-        )
+            self._guard.end(proof_error(news, registered=self._registered))
 
     def _depart(self) -> None:
         self._departed = self._departure.leave()

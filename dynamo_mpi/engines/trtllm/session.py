@@ -10,23 +10,26 @@ TensorRT-LLM this relies on.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib
 import inspect
 import os
-import shutil
-import tempfile
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.engines.trtllm.rank_environment import take_own_gpu
 from dynamo_mpi.engines.trtllm.task import Task
 from dynamo_mpi.errors import EngineError
+from dynamo_mpi.services.folder import private_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mpi4py import MPI
 
+# of no run folder, which a user may have beside it
+_PREFIX = "dynamo-mpi-session-"
 # the name of a unix socket holds 107 bytes, and the last part takes these
 _LONGEST_FOLDER = 107 - len("/session")
 _POLL_SECONDS = 0.2
@@ -35,13 +38,14 @@ _LEAVE_SECONDS = 2.0
 
 
 class SocketFolder:
-    """A folder that nobody else can enter, for the session's socket."""
+    """A folder that nobody else can enter, for the session's socket. What ranks that were killed have left is removed by the next."""
 
     def __init__(self) -> None:
-        self.path = tempfile.mkdtemp(prefix="dynamo_mpi-")
+        self._held = contextlib.ExitStack()
+        self.path = self._make(None)
         if len(os.fsencode(self.path)) > _LONGEST_FOLDER:
-            os.rmdir(self.path)
-            self.path = tempfile.mkdtemp(prefix="dynamo_mpi-", dir="/tmp")
+            self.remove()
+            self.path = self._make(Path("/tmp"))  # noqa: S108 - a folder of our own is made in it
 
     @property
     def address(self) -> str:
@@ -50,7 +54,10 @@ class SocketFolder:
 
     def remove(self) -> None:
         """Remove it. Those who are connected stay connected."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._held.close()
+
+    def _make(self, parent: Path | None) -> str:
+        return str(self._held.enter_context(private_folder(parent, prefix=_PREFIX)))
 
 
 class Session:

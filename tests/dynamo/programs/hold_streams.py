@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hold streamed completions open: ``hold_streams.py PORT MODEL COUNT MAX_TOKENS``, of a frontend on this host's loopback.
 
-Waits until the model is listed, and prints "open" once every stream has brought its first piece. Then one line of JSON for each as it ends: when,
-and how ("done", or else an error). Standard library only, so that it starts at once.
+Waits until the model is listed, and prints "open" once every stream has brought its first piece. Then one line of JSON for each as it ends:
+when, and how ("done", or else an error). Standard library only, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Streams:
         pieces, event = 0, ""
         for raw in reply:
             line = raw.decode(errors="replace").strip()
-            if line.startswith("event: error") or line.startswith('data: {"error"') or '"error":' in line:
-                event = event or line
+            if line.startswith("event: error") or '"error":' in line:
+                event = line
             elif line == "data: [DONE]":
                 return event or "done"
             elif line.startswith("data: "):

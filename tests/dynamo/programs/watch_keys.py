@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print how many keys a namespace has in an etcd, whenever that changes: ``watch_keys.py URL NAMESPACE``; a line is the time and the number.
+"""Print the keys of a namespace in an etcd, whenever they change: ``watch_keys.py URL NAMESPACE``; a line of JSON is the time and the keys.
 
-Counts what Dynamo has of workers, and our own records. Standard library only.
+Those are what Dynamo has of workers, and our own records. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def encode(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def count(connection: http.client.HTTPConnection, namespace: str) -> int:
-    """Ask for the keys, and count those of the namespace."""
+def find(connection: http.client.HTTPConnection, namespace: str) -> list[str]:
+    """Ask for the keys, and return those of the namespace."""
     keys: list[str] = []
     for prefix in PREFIXES:
         # the byte after "/" is "0", so this is everything that begins with the prefix
@@ -30,17 +30,17 @@ def count(connection: http.client.HTTPConnection, namespace: str) -> int:
         connection.request("POST", "/v3/kv/range", json.dumps(body), {"Content-Type": "application/json"})
         entries = json.load(connection.getresponse()).get("kvs", [])
         keys += [base64.b64decode(entry["key"]).decode() for entry in entries]
-    return sum(f"/{namespace}/" in key for key in keys)
+    return [key for key in keys if f"/{namespace}/" in key]
 
 
 def main() -> None:
     parts = urlsplit(sys.argv[1])
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
-    last = None
+    last: list[str] | None = None
     while True:
-        now = count(connection, sys.argv[2])
+        now = find(connection, sys.argv[2])
         if now != last:
-            print(f"{time.time():.3f} {now}", flush=True)
+            print(json.dumps([time.time(), now]), flush=True)
             last = now
         time.sleep(0.02)
 

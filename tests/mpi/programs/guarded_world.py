@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
+import socket
 import sys
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
+from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.supervision.guard import Guard, Terms
 from dynamo_mpi.supervision.lifeline import Lifeline
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.talk import Voice
 from dynamo_mpi.world import World, bind_library, form_world
+
+KEPT: list[socket.socket] = []
 
 
 class Placed(NamedTuple):
@@ -48,13 +55,38 @@ def suffer(what: str) -> None:
         raise ValueError("this rank has had enough")
 
 
+def use_up_files() -> None:
+    """Leave as many files as rank 0 may need, and none of them free."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+    with contextlib.suppress(OSError):
+        while True:
+            os.open(os.devnull, os.O_RDONLY)
+
+
+def use_up_ports() -> None:
+    """Leave this network namespace no port that the kernel may choose."""
+    first, last = 40000, 40003
+    Path("/proc/sys/net/ipv4/ip_local_port_range").write_text(f"{first} {last}")
+    KEPT.extend(socket.create_server(("127.0.0.1", port)) for port in range(first, last + 1))
+
+
 def clean_up() -> None:
     os.write(2, b"cleaned up\n")
 
 
 def lead(world: World, what: str, victim: int) -> None:
-    terms = Terms("127.0.0.1", float(os.environ.get("HEARTBEAT", "60")), os.environ.get("FAILURES", ""))
-    guard = Guard(world, [Placed("here")] * world.size, Phases(), Voice(0, "here"), terms)
+    if what == "crowd":
+        use_up_files()
+    elif what == "ports":
+        use_up_ports()
+    network = os.environ.get("NETWORK", "127.0.0.1") or None
+    terms = Terms(network, float(os.environ.get("HEARTBEAT", "60")), os.environ.get("FAILURES", ""))
+    try:
+        guard = Guard(world, [Placed("here")] * world.size, Phases(), Voice(0, "here"), terms)
+    except BootstrapError as error:
+        os.write(2, f"refused: {error}\n".encode())
+        world.abort(error.exit_code)
     world.broadcast(guard.meeting.pack(b""))
     guard.before_the_end(clean_up)
     world.barrier(10)

@@ -3,6 +3,7 @@
 
 SHIM_SLEEPER=N: while it loads, rank N hangs in C, and the others wait for it in MPI_Barrier.
 SHIM_LEAVER=N: rank N hangs in C when its engine has closed.
+SHIM_BREAKER=N: rank 0's engine breaks when it has run N steps.
 """
 
 from __future__ import annotations
@@ -43,9 +44,22 @@ def hang_after(follow: Any) -> Any:
     return follow_and_hang
 
 
+def break_after(run_step: Any, steps: int) -> Any:
+    left = iter(range(steps))
+
+    def run_or_break(*arguments: Any) -> None:
+        if next(left, None) is None:
+            raise MemoryError("no memory for this step")
+        run_step(*arguments)
+
+    return run_or_break
+
+
 def change(module: ModuleType) -> None:
     if "SHIM_SLEEPER" in os.environ:
         module.ReferenceEngine.load = load_never
+    if (steps := os.environ.get("SHIM_BREAKER")) and RANK == "0":
+        module.ReferenceEngine._run_step = break_after(module.ReferenceEngine._run_step, int(steps))
     if os.environ.get("SHIM_LEAVER") == RANK:
         module.ReferenceEngine.follow = hang_after(module.ReferenceEngine.follow)
 

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank 0's main thread waits for while a TensorRT-LLM worker lives. Threads put it in a queue."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from dynamo_mpi.errors import TemporaryError
+
+
+class Ended(NamedTuple):
+    """The child has ended: its code as `subprocess.Popen.returncode` gives it, and the last lines that it wrote."""
+
+    code: int
+    lines: list[str]
+
+
+class Signalled(NamedTuple):
+    """Somebody wants an end: a signal, or, as SIGUSR1, the end of the job's time."""
+
+    number: int
+
+
+class Lost(NamedTuple):
+    """The worker's lease is lost."""
+
+    error: TemporaryError
+
+
+class Registered(NamedTuple):
+    """It is in discovery."""
+
+
+class Proven(NamedTuple):
+    """It has answered a completion."""
+
+
+Event = Ended | Signalled | Lost | Registered | Proven

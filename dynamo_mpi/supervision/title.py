@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``ps`` shows of a process that was forked to do something else than its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+# of /proc/PID/stat, counted from the third (proc(5)): where the command line begins and ends
+_BEGIN, _END = 45, 46
+
+
+def set_title(title: str) -> None:
+    """Show ``title``, as far as it fits where the command line was. Does not raise."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            # the name before it may hold anything
+            fields = file.read().rpartition(")")[2].split()
+        begin, room = int(fields[_BEGIN]), int(fields[_END]) - int(fields[_BEGIN])
+        if begin and room > 0:
+            ctypes.memmove(begin, title.encode()[: room - 1].ljust(room, b"\0"), room)

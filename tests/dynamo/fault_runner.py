@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs fault cases under Open MPI 5's mpirun, on this host."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dynamo_mpi.services.frontend import Frontend
+from tests.dynamo.running import EtcdServer, RunningWorker, running_frontend
+from tests.fault_cases import (
+    PROGRAMS,
+    STREAMS,
+    TOKENS,
+    Case,
+    Keys,
+    Outcome,
+    Streams,
+    end_process,
+    processes_with,
+    read_reports,
+    run_case,
+    shared_memory_of,
+)
+
+RANKS = 3
+# what mpirun makes of the ranks' ends: the code of the first that has died, or what rank 0 has given to MPI_Abort
+CODES = {
+    "kill": (137,),
+    "oom": (137,),
+    "stop": (124,),
+    "hang": (124,),
+    "exception": (70,),
+    "exit0": (1,),
+    "exit3": (3,),
+}
+
+
+class MpirunFaults:
+    """etcd and the frontend on loopback, for all cases."""
+
+    def __init__(self, etcd: EtcdServer, frontend: Frontend, model: Path) -> None:
+        self.etcd, self.frontend, self.model = etcd, frontend, model
+
+    def run(self, case: Case, folder: Path) -> Outcome:
+        """Start a worker, let the case happen to it, and see what is left."""
+        # its temporary folder's name also marks all that it starts; short, as a unix socket's name holds 107 bytes
+        temporary, trigger, failures = Path(tempfile.mkdtemp(prefix="t-")), folder / "now", folder / "failures"
+        programs = [program("watch_keys.py", self.etcd.url, case.namespace)]
+        variables = {**case.environment(trigger), "TMPDIR": str(temporary)}
+        worker = RunningWorker(folder, self.etcd, self.model, RANKS, *case.flags(failures), **variables)
+        memory: set[str] = set()
+
+        def open_streams() -> Streams:
+            words = (str(self.frontend.port), case.namespace, str(STREAMS), str(TOKENS))
+            programs.append(program("hold_streams.py", *words))
+            return Streams(programs[-1])
+
+        def look() -> None:
+            memory.update(shared_memory_of(worker.members()))
+
+        def find_rank(rank: int) -> int:
+            mark = f"OMPI_COMM_WORLD_RANK={rank}\0".encode()
+            (pid,) = [pid for pid in worker.members() if mark in Path(f"/proc/{pid}/environ").read_bytes()]
+            return pid
+
+        try:
+            outcome = run_case(
+                case,
+                worker,
+                trigger,
+                Keys(programs[0]),
+                open_streams,
+                lambda: os.kill(worker.rank_zero(), signal.SIGTERM),
+                find_rank,
+                worker.stop,
+                look,
+            )
+            outcome.reports = read_reports(failures)
+            outcome.left += [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
+            outcome.left += [name for name in memory if os.path.exists(name)]
+            outcome.left += [path.name for path in temporary.iterdir()]
+            return outcome
+        finally:
+            worker.stop()
+            for process in programs:
+                end_process(process)
+            shutil.rmtree(temporary)
+
+
+def program(name: str, *words: str) -> subprocess.Popen[str]:
+    """Start one of the programs that look on."""
+    command = [sys.executable, str(PROGRAMS / name), *words]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@contextmanager
+def mpirun_faults(folder: Path, model: Path) -> Iterator[MpirunFaults]:
+    """Run etcd and the frontend, with their files in ``folder``."""
+    etcd = EtcdServer(folder)
+    etcd.start()
+    try:
+        with running_frontend(folder, etcd) as frontend:
+            yield MpirunFaults(etcd, frontend, model)
+    finally:
+        etcd.stop()

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs fault cases under ``srun --mpi=pmix`` over two nodes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.fault_cases import (
+    PROGRAMS,
+    STREAMS,
+    TOKENS,
+    Case,
+    Keys,
+    Outcome,
+    Streams,
+    end_process,
+    processes_with,
+    read_reports,
+    run_case,
+)
+
+from .cluster.commands import InsideProcess
+from .session import SlurmSession
+from .stack import OUR_MODULES, SlurmWorker, Stack, running_stack
+
+NODES = ("n1", "n2")
+RANKS_PER_NODE = 3
+CONFIG = "tensor_parallel_size: 3\npipeline_parallel_size: 2\n"
+CODES = {
+    "kill": (137, 143, 70),
+    "oom": (137, 143, 70),
+    "stop": (124,),
+    "hang": (124,),
+    "exception": (70,),
+    "exit0": (137, 143, 70),
+    "exit3": (137, 143, 70),
+}
+
+
+class SrunFaults:
+    """etcd and the frontend on the login node, for all cases."""
+
+    def __init__(self, stack: Stack, model: Path) -> None:
+        self.stack, self.model = stack, model
+
+    def run(self, case: Case, folder: Path) -> Outcome:
+        """Start a worker, let the case happen to it, and see what is left."""
+        slurm = self.stack.slurm
+        # its temporary folder's name also marks all that it starts
+        temporary, trigger, failures = Path(tempfile.mkdtemp(prefix="t-")), folder / "now", folder / "failures"
+        config = folder / "engine.yaml"
+        config.write_text(CONFIG)
+        flags = ("--model", str(self.model), "--engine-config", str(config), *case.flags(failures))
+        # the nodes share this machine's cores and don't know
+        library = {**slurm.debian_openmpi_env, "OMPI_MCA_mpi_yield_when_idle": "1"}
+        variables = {**self.stack.environment, **library, **case.environment(trigger), "TMPDIR": str(temporary)}
+        placed = (f"--nodes={len(NODES)}", f"--nodelist={','.join(NODES)}", f"--ntasks-per-node={RANKS_PER_NODE}")
+        srun = ("--mpi=pmix", *placed, "--distribution=block", "--kill-on-bad-exit=1")
+        programs = [self.program("watch_keys.py", self.stack.etcd.url, case.namespace)]
+        worker = SlurmWorker(slurm, folder, srun, flags, variables)
+
+        def open_streams() -> Streams:
+            words = (str(self.stack.frontend.port), case.namespace, str(STREAMS), str(TOKENS))
+            programs.append(self.program("hold_streams.py", *words))
+            return Streams(programs[-1])
+
+        def find_rank(rank: int) -> int:
+            mark = f"SLURM_PROCID={rank}\0".encode()
+            pids = [pid for found in worker.ranks().values() for pid in found]
+            (pid,) = [pid for pid in pids if mark in Path(f"/proc/{pid}/environ").read_bytes()]
+            return pid
+
+        try:
+            keys = Keys(programs[0])
+            outcome = run_case(
+                case,
+                worker,
+                trigger,
+                keys,
+                open_streams,
+                lambda: os.kill(find_rank(0), signal.SIGTERM),
+                find_rank,
+                worker.stop,
+            )
+            outcome.reports = read_reports(failures)
+            outcome.left += [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
+            outcome.left += [f"{node}: {name}" for node in NODES for name in self.shared_memory(node)]
+            outcome.left += [path.name for path in temporary.iterdir()]
+            return outcome
+        finally:
+            worker.stop()
+            for process in programs:
+                end_process(process)
+            shutil.rmtree(temporary)
+
+    def host(self, rank: int) -> str:
+        """Return a rank's node."""
+        return NODES[rank // RANKS_PER_NODE]
+
+    def program(self, name: str, *words: str) -> InsideProcess:
+        """Start one of the programs that look on, on the login node."""
+        return self.stack.slurm.popen(sys.executable, PROGRAMS / name, *words, env=OUR_MODULES)
+
+    def shared_memory(self, node: str) -> list[str]:
+        """Return what is in a node's /dev/shm."""
+        return os.listdir(f"/proc/{self.stack.slurm.cluster.init_pid(node)}/root/dev/shm")
+
+
+@contextmanager
+def srun_faults(slurm: SlurmSession, folder: Path, model: Path) -> Iterator[SrunFaults]:
+    """Run etcd and the frontend on the login node, with their files in ``folder``."""
+    with running_stack(slurm, folder) as stack:
+        yield SrunFaults(stack, model)
