@@ -94,6 +94,12 @@ class Workers:
         names = [worker.name for worker in self._workers if worker.role == role]
         return [self._running[name] for name in names if name in self._running]
 
+    def take_out(self, role: str) -> None:
+        """Take those of a role out of discovery that had to be cancelled: others may still have to drain."""
+        for step in self.of(role):
+            if step.child.exit_code() not in (None, ExitCode.OK):
+                self._take_out(step.name, step.command)
+
     def look(self) -> None:
         """Tell who has become ready, and start again who has failed.
 

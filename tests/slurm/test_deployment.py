@@ -176,7 +176,6 @@ def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Laun
         while now.keys & decode:
             now = instances(watch)
         assert now.keys == before.keys - decode, "nobody else is touched"
-        print(f"MEASURED {now.time - ended:.3f}")
         assert now.time - ended < OUT_SECONDS
     finally:
         watch.end()

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -206,21 +207,39 @@ def with_etcd(url: str) -> str:
     return Steps.services.replace('"SECRET"', f'"ETCD_ENDPOINTS": "{url}", "SECRET"')
 
 
-def test_what_a_killed_worker_has_left_in_etcd_is_taken_out(run: Run) -> None:
-    with running_etcd() as url:
-        etcd = Etcd([url], EtcdAuth(), 5)
+@contextlib.contextmanager
+def etcd_with_both() -> Iterator[tuple[str, Etcd]]:
+    """Run an etcd in which two workers are registered; the value is its URL, and a connection."""
+    with running_etcd() as url, contextlib.closing(Etcd([url], EtcdAuth(), 5)) as etcd:
         for name in ("prefill-0", "decode-0"):
             instance, own = etcd.grant(60).id, etcd.grant(60).id
             record = world(name.partition("-")[0], launch=name, instance=f"{instance:x}")
             etcd.put(f"v1/instances/{name}", b"", instance)
             etcd.put(record_key(record, own), record.pack(), own)
+        yield url, etcd
+
+
+def test_what_a_killed_worker_has_left_in_etcd_is_taken_out(run: Run) -> None:
+    with etcd_with_both() as (url, etcd):
         code, said = run(services=with_etcd(url), decode=f"{SERVE.split(';')[0]}; exit 137")
         assert [entry.key for entry in etcd.entries("v1/")] == ["v1/instances/prefill-0"]
         assert len(etcd.entries("dynamo_mpi/")) == 1
-        etcd.close()
     assert code == 137
     assert said.count("decode-0: was still registered; it is taken out of discovery") == 1
     assert "warning" not in said
+
+
+def test_one_that_had_to_be_cancelled_is_taken_out_while_the_others_drain(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conductors, "CANCEL_SECONDS", 0.2)
+    deaf = f"{SERVE.split(';')[0]}; trap '' TERM INT; while :; do sleep 0.1; done"
+    with etcd_with_both() as (url, etcd):
+        code, said = run(READY, raise_signal(signal.SIGTERM), services=with_etcd(url), prefill=deaf)
+        assert [entry.key for entry in etcd.entries("v1/")] == ["v1/instances/decode-0"]
+    assert code == 143
+    order = ("cancelling prefill-0", "prefill-0: was still registered", "ending decode-0")
+    assert sorted(order, key=said.index) == list(order)
 
 
 @pytest.mark.parametrize(("decode", "told"), [(f"{SERVE.split(';')[0]}; sleep 0.5; exit 137", 1), ("exit 137", 0)])
