@@ -159,7 +159,12 @@ class Leader:
         return signals
 
     def _departure(self, settings: Settings) -> Departure:
-        return Departure(settings.endpoint, os.environ, partial(self._estate.own, "instance"))
+        return Departure(settings.endpoint, os.environ, self._own_instance)
+
+    def _own_instance(self, lease: int) -> None:
+        self._estate.own("instance", lease)
+        if self._presence is not None:
+            self._presence.tell_instance(lease)
 
     def _disappear(self) -> None:
         if self._presence is not None:

@@ -7,6 +7,7 @@ import contextlib
 import queue
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.etcd import LeaseLostError
@@ -54,7 +55,7 @@ class Keeper:
         self._peers: Sequence[Posted] = ()
         self._odd: set[str] = set()
         # a signal's handler may put into it, whatever the main thread was doing
-        self._phases: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._changes: queue.SimpleQueue[Callable[[WorldRecord], WorldRecord] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def publish(self) -> list[Posted]:
@@ -86,12 +87,16 @@ class Keeper:
 
     def tell(self, phase: str) -> None:
         """Have the record say so soon. Never waits."""
-        self._phases.put(phase)
+        self._changes.put(partial(_changed, phase=phase))
+
+    def tell_instance(self, instance: str) -> None:
+        """Have the record name Dynamo's instance soon. Never waits."""
+        self._changes.put(partial(_changed, instance=instance))
 
     def withdraw(self) -> None:
         """Take the record away: at once, or with its lease where etcd doesn't answer within a second. From any thread, or a signal's
         handler; more than once does no harm."""
-        self._phases.put(None)
+        self._changes.put(None)
         thread = self._thread
         if thread is None:
             # also here in a thread: a handler may have interrupted whoever holds the connection's lock
@@ -103,14 +108,14 @@ class Keeper:
     def _run(self) -> None:
         while True:
             try:
-                phase = self._phases.get(timeout=self._pause())
+                change = self._changes.get(timeout=self._pause())
             except queue.Empty:
-                phase = self._record.phase
-            if phase is None:
+                change = _changed
+            if change is None:
                 break
-            if phase != self._record.phase:
-                self._record = replace(self._record, phase=phase)
-                self._stale = True
+            record = change(self._record)
+            if record != self._record:
+                self._record, self._stale = record, True
             self._renew()
         self._retract()
 
@@ -174,3 +179,7 @@ class Keeper:
             if self._lease is not None:
                 self._etcd.revoke(self._lease.id, _FAREWELL_SECONDS)
         self._etcd.close()
+
+
+def _changed(record: WorldRecord, phase: str | None = None, instance: str | None = None) -> WorldRecord:
+    return replace(record, phase=phase or record.phase, instance=instance or record.instance)

@@ -12,7 +12,7 @@ from dynamo_mpi.control_plane.etcd import Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.keeper import Keeper
 from dynamo_mpi.control_plane.probe import etcd_endpoints
-from dynamo_mpi.control_plane.record import RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, RecordedLayout, WorldRecord
 from dynamo_mpi.errors import BootstrapError, LayoutError
 from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.parallelism.contract import contract_of
@@ -84,6 +84,11 @@ class Presence:
         if self._keeper is not None:
             self._keeper.tell(phase)
 
+    def tell_instance(self, instance: int) -> None:
+        """Have the record name Dynamo's instance, which has been registered by now."""
+        if self._keeper is not None:
+            self._keeper.tell_instance(f"{instance:x}")
+
     def withdraw(self) -> None:
         """Take the record away, in a second at the most. Does not raise, and may be called from a signal's handler."""
         if self._keeper is not None:
@@ -149,5 +154,6 @@ def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], age: 
         started=time.time() - age,
         pid=os.getpid(),
         host=host_name(),
+        launch=os.environ.get(LAUNCH_VARIABLE) or None,
         attempt=attempt_of(os.environ),
     )

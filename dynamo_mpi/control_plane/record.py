@@ -12,6 +12,8 @@ from dynamo_mpi.parallelism.contract import Contract
 
 SCHEMA = 1
 """Grows when something is taken away or changes its meaning; what is only added is no new schema."""
+LAUNCH_VARIABLE = "DYN_MPI_LAUNCH"
+"""What `dynamo-mpi launch` calls the worker, for its ranks."""
 _ROOT = "dynamo_mpi/v1/worlds/"
 
 
@@ -60,6 +62,8 @@ class WorldRecord:
         started: seconds since 1970.
         pid: rank 0's process.
         host: rank 0's node.
+        instance: Dynamo's id of it, which is its lease's, hexadecimal as in etcd; None until it is registered.
+        launch: what `dynamo-mpi launch` calls it; None where nobody did.
         attempt: which start of this worker it is, from 1 on.
     """
 
@@ -80,6 +84,8 @@ class WorldRecord:
     started: float
     pid: int
     host: str
+    instance: str | None = None
+    launch: str | None = None
     attempt: int = 1
 
     def pack(self) -> bytes:

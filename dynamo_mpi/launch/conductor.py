@@ -264,6 +264,8 @@ class Conductor:
             self._endings.ask([self._services])  # where srun alone was killed, its step still runs
         for role in ("prefill", "decode", "agg"):
             self._end(self._worker_steps.of(role), self._settings.stop_timeout, signals_before)
+            if self._interrupts.count == signals_before:
+                self._worker_steps.take_out(role)
         rest = list(self._others.values())
         if self._interrupts.count != signals_before:
             # once more below: then they end at once, and their keys don't stay on the node as after a cancelling

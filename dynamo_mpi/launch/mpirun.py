@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
 from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
+from dynamo_mpi.launch.srun import token_of
 from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 
 if TYPE_CHECKING:
@@ -57,7 +60,8 @@ class Mpirun:
     def worker(self, worker: Worker, services: Iterable[str] = SERVICE_VARIABLES) -> Command:
         """One worker, with a rank for each GPU; ``services`` as for `Srun`."""
         hosts = ",".join(f"{host}:{worker.ranks_per_node}" for host in worker.nodes)
-        environment = self._environment()
+        launch = f"dynmpi-{token_of(Path(self.run_dir))}-{worker.name}"
+        environment = {**self._environment(), LAUNCH_VARIABLE: launch}
         # names alone: mpirun takes the values from its own environment, and nobody reads them from its command line
         names = sorted({*services, *environment, *self.forwarded, ATTEMPT})
         lines = (

@@ -7,6 +7,7 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
 from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
 from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
@@ -83,7 +84,7 @@ class Srun:
             worker: which.
             services: names of the variables that say where the services are, and what opens them.
         """
-        environment = worker_environment(self.settings)
+        environment = {**worker_environment(self.settings), LAUNCH_VARIABLE: self._step_name(worker.name)}
         options = (
             f"--mpi={self.settings.mpi}",
             f"--nodes={len(worker.nodes)}",
@@ -116,12 +117,15 @@ class Srun:
         names: Iterable[str],
     ) -> Command:
         given = {**environment, "PYTHON": self.source.python}
-        step = f"dynmpi-{self.token}-{name}"
+        step = self._step_name(name)
         common = (f"--jobid={self.nodes.job_id}", f"--job-name={step}", "--label", "--export=ALL")
         variables = dict.fromkeys((*names, *given, *self.forwarded))
         image = self.container.options(variables) if self.container is not None else ()
         lines = tuple((option,) for option in ("srun", *common, *options, *image, *more))
         return Command(name, step, (*lines, words), given)
+
+    def _step_name(self, name: str) -> str:
+        return f"dynmpi-{self.token}-{name}"
 
 
 def token_of(run_dir: Path) -> str:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
+from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
+from dynamo_mpi.launch.registrations import take_out
 from dynamo_mpi.launch.steps import start
 from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 from dynamo_mpi.launchers.attempt import starts_before
@@ -91,6 +94,12 @@ class Workers:
         names = [worker.name for worker in self._workers if worker.role == role]
         return [self._running[name] for name in names if name in self._running]
 
+    def take_out(self, role: str) -> None:
+        """Take those of a role out of discovery that had to be cancelled: others may still have to drain."""
+        for step in self.of(role):
+            if step.child.exit_code() not in (None, ExitCode.OK):
+                self._take_out(step.name, step.command)
+
     def look(self) -> None:
         """Tell who has become ready, and start again who has failed.
 
@@ -105,6 +114,9 @@ class Workers:
         ready_file.unlink(missing_ok=True)
         self._ready.discard(worker.name)
         command = self._renderer.worker(worker, self._services)
+        if worker.name in self._restarts:
+            # where srun alone was killed, its ranks may have written something before they were cancelled
+            self._take_out(worker.name, command)
         attempt = starts_before(self._environment) + self._restarts.get(worker.name, 0) + 1
         environment = {**self._environment, ATTEMPT: str(attempt)}
         self._running[worker.name] = start(command, environment, self._run_dir.log(worker.name), ready_file)
@@ -130,6 +142,7 @@ class Workers:
         if code == ExitCode.OK:
             self._say(f"{worker.name}: ended with 0, as somebody wanted; it isn't started again")
             return
+        self._take_out(worker.name, step.command)
         self._endings.cancel([step])  # where srun alone was killed, its ranks still run
         restarts = self._restarts.get(worker.name, 0)
         if code in MISTAKES or restarts >= self._max_restarts:
@@ -141,6 +154,21 @@ class Workers:
             f"{worker.name}: ended with exit code {code}; start {restarts + 2} of at most {self._max_restarts + 1} "
             f"in {pause:g} s"
         )
+
+    def _take_out(self, name: str, command: Command) -> None:
+        """Take out of discovery what nobody is left for in the step."""
+        launch = command.environment.get(LAUNCH_VARIABLE)
+        if launch is None:
+            return
+        try:
+            if take_out(launch, self._environment):
+                self._say(f"{name}: was still registered; it is taken out of discovery")
+        except BootstrapError as error:
+            if name in self._ready:
+                self._say(
+                    f"warning: {name} may stay registered until its lease ends, and requests sent to it fail till then: "
+                    f"etcd can't be asked from this host ({error.found})"
+                )
 
     def _is_awaited(self, name: str) -> bool:
         return name in self._pauses or (name in self._running and name not in self._ready)

@@ -10,6 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -79,20 +80,25 @@ def phases(etcd: EtcdServer) -> list[str | None]:
     """Return what a world's only record has said, in its order; None for its end."""
     changes = etcd.written(WORLDS)
     assert len({key for key, _ in changes}) == 1, "it stays where it is"
-    return [None if value is None else WorldRecord.unpack(value).phase for _, value in changes]
+    said = [None if value is None else WorldRecord.unpack(value).phase for _, value in changes]
+    # the record also changes within a phase: when Dynamo's instance is known
+    return [phase for phase, _ in groupby(said)]
 
 
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 def test_it_is_there_from_the_preflight_to_the_end(
     engine: str, etcd: EtcdServer, start: Start, model_dir: Path
 ) -> None:
-    worker = start("prefill", engine=engine, SLURM_JOB_ID="4711", SLURM_STEP_ID="2")
+    worker = start("prefill", engine=engine, SLURM_JOB_ID="4711", SLURM_STEP_ID="2", DYN_MPI_LAUNCH="x-0")
     pid = worker.rank_zero()
     eventually(lambda: etcd.worlds()[0].phase == "serve", "it serves")
     (record,) = etcd.worlds()
     assert (record.role, record.engine, record.model) == ("prefill", engine, model_dir.name)
     assert record.endpoint == "dyn://dynamo.prefill.generate"
     assert (record.pid, record.job, record.step) == (pid, "4711", "2")
+    assert record.launch == "x-0"
+    (instance,) = {key.rpartition("/")[2] for key in etcd.keys("v1/instances/")}
+    assert record.instance == instance
     assert record.layout.ranks == record.layout.tp_size * record.layout.pp_size
     assert record.contract is not None
     assert record.contract.num_layers == 30

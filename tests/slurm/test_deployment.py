@@ -7,20 +7,25 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 
+from .cluster.commands import InsideProcess
 from .deployment import Deployment
 from .session import SlurmSession
+from .stack import OUR_MODULES, PROGRAMS
 
 pytestmark = pytest.mark.slurm
 Launch = Callable[..., Deployment]
+# after the last process of its step; until the lease ends it would be half a minute
+OUT_SECONDS = 2.0
 # of Dynamo's example, for a text model
 QUESTION = {
     "model": "smollm2",
@@ -156,6 +161,51 @@ def test_a_worker_is_started_again_while_the_others_live(launch: Launch) -> None
     assert deployment.wait() == 137, deployment.text()
     assert "dynamo-mpi launch: decode-0 ended with exit code 137" in deployment.text()
     assert deployment.left() == []
+
+
+def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Launch, slurm: SlurmSession) -> None:
+    config = "/mnt/engine_configs/smollm2/tp1.yaml"
+    deployment = launch("--max-restarts", "1", "--skip-check", nodes=1, ranks_per_node=1, config=config)
+    deployment.says("ready: smollm2. Try:")
+    assert answer(deployment) == "The capital of France is Paris."
+    (step,) = [s for s, n in _step_ids(deployment).items() if n.endswith("decode-0")]
+    watch = slurm.popen(sys.executable, PROGRAMS / "watch_instances.py", deployment.run_dir, env=OUR_MODULES, host="n1")
+    try:
+        before = instances(watch)
+        decode = {key for key in before.keys if "/backend/" in key}
+        assert decode
+        assert deployment.pids_of("n2", "dynamo_mpi.worker")
+        # SIGKILL to everything in it: nobody is left there who could revoke anything
+        slurm.exec("scancel", step)
+        eventually(lambda: not deployment.pids_of("n2", "dynamo_mpi.worker"), "the ranks are dead", 30)
+        ended = time.time()
+        now = before
+        while now.keys & decode:
+            now = instances(watch)
+        assert now.keys == before.keys - decode, "nobody else is touched"
+        assert now.time - ended < OUT_SECONDS
+    finally:
+        watch.end()
+    deployment.says("decode-0: ended with exit code 137; start 2 of at most 2")
+    assert "decode-0: was still registered; it is taken out of discovery" in deployment.text()
+    eventually(lambda: deployment.text().count("decode-0: ready") == 2, "it is ready again", 60)
+    # the frontend hears of it a moment later
+    eventually(lambda: deployment.post(QUESTION)[0] != 503, "the frontend has heard of it", 10)
+    assert answer(deployment) == "The capital of France is Paris."
+
+
+class Instances(NamedTuple):
+    """What `watch_instances.py` has seen, and when."""
+
+    time: float
+    keys: set[str]
+
+
+def instances(watch: InsideProcess) -> Instances:
+    """Return the next change; with the first call, what is there."""
+    assert watch.stdout is not None
+    at, *keys = watch.stdout.readline().split()
+    return Instances(float(at), set(keys))
 
 
 def test_a_role_that_is_missing_is_told_with_503(launch: Launch) -> None:

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, record_key
 from dynamo_mpi.launch import conductor as conductors
 from dynamo_mpi.launch import workers as workers_module
 from dynamo_mpi.launch.command import Command
@@ -24,6 +28,8 @@ from dynamo_mpi.launch.run_dir import RunDir
 from dynamo_mpi.launch.settings import LaunchSettings, read_settings
 from dynamo_mpi.launch.steps import MpirunEndings
 from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
+from tests.servers import closed_port, running_etcd
+from tests.unit.worlds import world
 
 PREFILL, DECODE = (Worker(f"{role}-0", role, "e.yaml", ("n",), 1) for role in ("prefill", "decode"))
 WAIT = "sleep 60 & trap 'kill $!; exit 0' TERM; wait"
@@ -43,7 +49,7 @@ class Steps:
     def command(self, name: str, script: str) -> Command:
         ready = self.folder / "ready" / f"{name}.json"
         words = ("sh", "-c", f"cd {self.folder}; READY={ready}; {script}")
-        return Command(name, name, (words,))
+        return Command(name, name, (words,), {LAUNCH_VARIABLE: name})
 
     def worker(self, worker: Worker, services: Iterable[str] = ()) -> Command:
         return self.command(worker.name, self.prefill if worker.role == "prefill" else self.decode)
@@ -195,6 +201,54 @@ def test_where_the_time_is_too_short_from_the_start_it_is_only_told(run: Run, mo
 def test_a_mistake_is_not_tried_again(run: Run, code: int) -> None:
     ended, said = run(max_restarts=2, prefill=f"exit {code}")
     assert (ended, "start 2" in said) == (code, False)
+
+
+def with_etcd(url: str) -> str:
+    return Steps.services.replace('"SECRET"', f'"ETCD_ENDPOINTS": "{url}", "SECRET"')
+
+
+@contextlib.contextmanager
+def etcd_with_both() -> Iterator[tuple[str, Etcd]]:
+    """Run an etcd in which two workers are registered; the value is its URL, and a connection."""
+    with running_etcd() as url, contextlib.closing(Etcd([url], EtcdAuth(), 5)) as etcd:
+        for name in ("prefill-0", "decode-0"):
+            instance, own = etcd.grant(60).id, etcd.grant(60).id
+            record = world(name.partition("-")[0], launch=name, instance=f"{instance:x}")
+            etcd.put(f"v1/instances/{name}", b"", instance)
+            etcd.put(record_key(record, own), record.pack(), own)
+        yield url, etcd
+
+
+def test_what_a_killed_worker_has_left_in_etcd_is_taken_out(run: Run) -> None:
+    with etcd_with_both() as (url, etcd):
+        code, said = run(services=with_etcd(url), decode=f"{SERVE.split(';')[0]}; exit 137")
+        assert [entry.key for entry in etcd.entries("v1/")] == ["v1/instances/prefill-0"]
+        assert len(etcd.entries("dynamo_mpi/")) == 1
+    assert code == 137
+    assert said.count("decode-0: was still registered; it is taken out of discovery") == 1
+    assert "warning" not in said
+
+
+def test_one_that_had_to_be_cancelled_is_taken_out_while_the_others_drain(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conductors, "CANCEL_SECONDS", 0.2)
+    deaf = f"{SERVE.split(';')[0]}; trap '' TERM INT; while :; do sleep 0.1; done"
+    with etcd_with_both() as (url, etcd):
+        code, said = run(READY, raise_signal(signal.SIGTERM), services=with_etcd(url), prefill=deaf)
+        assert [entry.key for entry in etcd.entries("v1/")] == ["v1/instances/decode-0"]
+    assert code == 143
+    order = ("cancelling prefill-0", "prefill-0: was still registered", "ending decode-0")
+    assert sorted(order, key=said.index) == list(order)
+
+
+@pytest.mark.parametrize(("decode", "told"), [(f"{SERVE.split(';')[0]}; sleep 0.5; exit 137", 1), ("exit 137", 0)])
+def test_where_etcd_cannot_be_asked_that_is_told_of_a_worker_that_served(run: Run, decode: str, told: int) -> None:
+    with closed_port() as port:
+        code, said = run(services=with_etcd(f"http://127.0.0.1:{port}"), max_restarts=1, decode=decode)
+    assert code == 137
+    assert said.count("warning: decode-0 may stay registered until its lease ends") == 2 * told
+    assert said.count(f"(http://127.0.0.1:{port}: connection refused)") == 2 * told
 
 
 def test_a_worker_that_was_drained_leaves_the_others(run: Run) -> None:

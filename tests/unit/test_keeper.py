@@ -89,6 +89,15 @@ def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept
     assert kept.said == []
 
 
+def test_it_names_the_instance_once_that_is_known(etcd: str, kept: Kept) -> None:
+    keeper = kept.starts(etcd, world(launch="x"), 60)
+    assert worlds(etcd)[0].record.instance is None
+    keeper.tell_instance("694d9f8a")
+    keeper.tell("serve")
+    eventually(lambda: worlds(etcd)[0].record.phase == "serve")
+    assert worlds(etcd)[0].record == world(launch="x", instance="694d9f8a", phase="serve")
+
+
 def test_without_being_started_it_is_withdrawn_too(etcd: str, kept: Kept) -> None:
     keeper = kept(etcd, world(), 60)
     keeper.publish()

@@ -16,7 +16,7 @@ from tests.unit.worlds import world
 
 @pytest.mark.parametrize("role", ["agg", "prefill", "decode", "encode"])
 def test_what_was_packed_is_unpacked(role: str) -> None:
-    record = world(role, hosts=("n1", "nöde-2"), job=None, step=None, trtllm=None)
+    record = world(role, hosts=("n1", "nöde-2"), job=None, step=None, trtllm=None, instance="1a", launch="x-0")
     assert WorldRecord.unpack(record.pack()) == record
 
 
@@ -54,6 +54,8 @@ def test_what_may_be_unknown_may_be_missing() -> None:
     assert record.contract is not None
     assert record.contract.kv_dtype is None
     assert WorldRecord.unpack(changed(contract=...)).contract is None
+    older = WorldRecord.unpack(changed(instance=..., launch=...))
+    assert (older.instance, older.launch) == (None, None)
     assert WorldRecord.unpack(changed(attempt=...)).attempt == 1
     assert WorldRecord.unpack(changed(attempt=3)).attempt == 3
 
@@ -77,6 +79,8 @@ def test_what_may_be_unknown_may_be_missing() -> None:
         (changed(pid=1.5), "pid is float"),
         (changed(started="now"), "started is str"),
         (changed(hosts="n1"), "hosts is str"),
+        (changed(instance=1), "instance is int"),
+        (changed(launch="a\nb"), "launch is no text to be shown"),
         (changed(hosts=["n1", 2]), "hosts is int"),
         (changed(layout=None), "RecordedLayout is NoneType"),
         (changed(layout=[]), "RecordedLayout is list"),

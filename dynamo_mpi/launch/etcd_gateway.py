@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""etcd through its JSON gateway, which the standard library is enough for: the launcher's host has no client of etcd."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from dynamo_mpi.errors import DiscoveryError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+
+_PORT = 2379
+# gRPC's codes, which the gateway hands on
+_NOT_FOUND = 5
+
+
+class Value(NamedTuple):
+    """What stands under one key, and the lease that it ends with; 0 for none."""
+
+    data: bytes
+    lease: int
+
+
+class EtcdGateway:
+    """A connection to one of etcd's endpoints, made with the first call. Use it in a ``with`` block.
+
+    Args:
+        endpoint: its URL; ``http://`` may be left out.
+        auth: who we are.
+        end: when all is to be over, as `time.monotonic` counts.
+
+    Raises:
+        UsageError: a text in ``auth`` is no PEM.
+        DiscoveryError: the endpoint can't be read.
+    """
+
+    def __init__(self, endpoint: str, auth: EtcdAuth, end: float) -> None:
+        self._shown, self._auth, self._end = endpoint.rpartition("@")[2], auth, end
+        self._headers: dict[str, str] = {}
+        try:
+            parts = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
+            host, port = parts.hostname or "", parts.port or _PORT
+        except ValueError:
+            raise self._error("can't be read") from None
+        self._connection = (
+            http.client.HTTPSConnection(host, port, context=auth.tls())
+            if parts.scheme == "https"
+            else http.client.HTTPConnection(host, port)
+        )
+
+    def __enter__(self) -> EtcdGateway:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connection.close()
+
+    def log_in(self) -> None:
+        """Show etcd our user's password, if we have one.
+
+        Raises:
+            DiscoveryError: no answer in time, or a refusal.
+        """
+        if self._auth.username:
+            question = {"name": self._auth.username, "password": self._auth.password}
+            status, reply = self._ask("/v3/auth/authenticate", question)
+            if status == http.HTTPStatus.OK:
+                self._headers = {"Authorization": str(reply.get("token", ""))}
+            elif "authentication is not enabled" not in str(reply.get("message")):
+                raise self._refusal(reply)
+
+    def values(self, prefix: str) -> list[Value]:
+        """Return what stands under ``prefix``.
+
+        Raises:
+            DiscoveryError: no answer in time, or a refusal.
+        """
+        start = prefix.encode()
+        stop = start[:-1] + bytes([start[-1] + 1])
+        status, reply = self._ask("/v3/kv/range", {"key": _text(start), "range_end": _text(stop)})
+        if status != http.HTTPStatus.OK:
+            raise self._refusal(reply)
+        try:
+            # what is empty or 0 is left out
+            return [
+                Value(base64.b64decode(entry.get("value", "")), int(entry.get("lease", 0)))
+                for entry in reply.get("kvs", [])
+            ]
+        except (ValueError, TypeError, AttributeError):
+            raise self._error("something else than etcd answers there") from None
+
+    def revoke(self, lease: int) -> bool:
+        """End a lease and all that is under it, and tell whether it was still there.
+
+        Raises:
+            DiscoveryError: no answer in time, or a refusal.
+        """
+        # as JSON has it: numbers as large would be rounded on their way
+        status, reply = self._ask("/v3/lease/revoke", {"ID": str(lease)})
+        if status != http.HTTPStatus.OK and reply.get("code") != _NOT_FOUND:
+            raise self._refusal(reply)
+        return status == http.HTTPStatus.OK
+
+    def _ask(self, path: str, question: dict[str, str]) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status and the answer."""
+        try:
+            self._connection.timeout = self._left()
+            if self._connection.sock is not None:
+                self._connection.sock.settimeout(self._left())
+            self._connection.request("POST", path, json.dumps(question), self._headers)
+            reply = self._connection.getresponse()
+            content = json.loads(reply.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise self._error(_reason(error)) from None
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise self._error("something else than etcd answers there")
+        return reply.status, content
+
+    def _left(self) -> float:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return left
+
+    def _refusal(self, reply: dict[str, Any]) -> DiscoveryError:
+        return self._error(f"etcd refuses: {reply.get('message') or reply.get('error')!a}")
+
+    def _error(self, found: str) -> DiscoveryError:
+        return gateway_error(f"{self._shown}: {found}")
+
+
+def gateway_error(found: str) -> DiscoveryError:
+    """Return the error of an etcd that doesn't do what it was asked for."""
+    return DiscoveryError(
+        found,
+        needed="an etcd that answers this host",
+        fix="look at etcd; ETCD_ENDPOINTS and ETCD_AUTH_* say where it is and who we are",
+    )
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Print Dynamo's instances in a deployment's etcd whenever they change: ``watch_instances.py RUN_DIR``; a line is the time and their keys."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.probe import etcd_endpoints
+
+
+def main() -> None:
+    environ = json.loads((Path(sys.argv[1]) / "services.json").read_text())["environment"]
+    etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), 5)
+    last = None
+    while True:
+        now = sorted(entry.key for entry in etcd.entries("v1/instances/"))
+        if now != last:
+            print(f"{time.time():.3f}", *now, flush=True)
+            last = now
+        time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    main()
