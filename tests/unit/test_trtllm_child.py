@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import sys
+from typing import Any
 
 from dynamo_mpi.engines.trtllm.child import Child
 
@@ -14,7 +15,7 @@ SECONDS = 10.0
 
 
 def test_a_child_that_is_stopped_goes_on_and_is_killed_is_told_step_by_step() -> None:
-    news: queue.SimpleQueue[object] = queue.SimpleQueue()
+    news: queue.SimpleQueue[Any] = queue.SimpleQueue()
     command = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
     child = Child(command, os.environ, lambda code, lines: news.put((code, lines)), news.put, "secret")
     for _ in range(2):
@@ -25,6 +26,6 @@ def test_a_child_that_is_stopped_goes_on_and_is_killed_is_told_step_by_step() ->
     os.kill(child.pid, signal.SIGSTOP)
     assert news.get(timeout=SECONDS) is True
     child.kill()
-    code, _ = news.get(timeout=SECONDS)  # type: ignore[misc] # a tuple is what comes last
+    code, _ = news.get(timeout=SECONDS)
     assert code == -signal.SIGKILL
     assert child.wait(SECONDS)
