@@ -125,6 +125,10 @@ def _leave(world: World, tie: Tie, code: int) -> int:
     if not world.barrier(_PARTING_SECONDS):
         # some rank hangs: that is no success
         world.abort(code or ExitCode.DEADLINE)
+    from dynamo_mpi.supervision.backstop import exit_after
+
+    # MPI_Finalize waits for all ranks, too, and for as long as it takes
+    exit_after(_PARTING_SECONDS, code or ExitCode.DEADLINE)
     return code
 
 

@@ -27,7 +27,19 @@ from tests.conftest import find_mpirun, mpi_environment
 from tests.dynamo.fault_runner import CODES as MPIRUN_CODES
 from tests.dynamo.fault_runner import RANKS, MpirunFaults, mpirun_faults, program
 from tests.dynamo.running import EtcdServer, eventually
-from tests.fault_cases import FAULTS, HEARTBEAT, PHASES, Case, Keys, Outcome, end_process, why_no_memory_limit
+from tests.fault_cases import (
+    CHILD,
+    CHILD_CASES,
+    CHILD_CODES,
+    FAULTS,
+    HEARTBEAT,
+    PHASES,
+    Case,
+    Keys,
+    Outcome,
+    end_process,
+    why_no_memory_limit,
+)
 from tests.slurm.cluster.cluster import Cluster, why_unavailable
 from tests.slurm.fault_runner import CODES as SRUN_CODES
 from tests.slurm.fault_runner import RANKS_PER_NODE, SrunFaults, srun_faults
@@ -46,7 +58,13 @@ def main() -> int:
     parser.add_argument("--launchers", nargs="+", default=["mpirun", "srun"], choices=["mpirun", "srun"])
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=FAULTS)
-    parser.add_argument("--ranks", nargs="+", default=["n", "0"], choices=["n", "0"], help="any rank but 0, or rank 0")
+    parser.add_argument(
+        "--ranks",
+        nargs="+",
+        default=["n", "0", "child"],
+        choices=["n", "0", "child"],
+        help="any rank but 0, rank 0, or rank 0's child dynamo.trtllm (over the stand-in for TensorRT-LLM)",
+    )
     parser.add_argument("--no-plain", action="store_true", help="our supervision alone")
     arguments = parser.parse_args()
     with ExitStack() as stack:
@@ -93,9 +111,13 @@ def supervised(
     for phase in arguments.phases:
         for fault in arguments.faults:
             for rank in arguments.ranks:
+                if rank == "child" and Case(fault, phase, CHILD, "trtllm") not in CHILD_CASES:
+                    continue
                 cells = [phase, fault, rank]
                 for name, (runner, other) in runners.items():
                     case = Case(fault, phase, 0 if rank == "0" else other)
+                    if rank == "child":
+                        case = Case(fault, phase, CHILD, "trtllm")
                     cells += measure(runner, case, folder / f"{name}-{case}")
                 print("| " + " | ".join(cells) + " |", flush=True)
 
@@ -110,12 +132,12 @@ def measure(runner: MpirunFaults | SrunFaults, case: Case, folder: Path) -> list
     except AssertionError as error:
         note(f"{case}: {error}")
         return ["not measured", NONE, NONE, NONE]
-    codes = (MPIRUN_CODES if isinstance(runner, MpirunFaults) else SRUN_CODES)[case.fault]
-    host = os.uname().nodename if isinstance(runner, MpirunFaults) else runner.host(case.rank)
+    codes = CHILD_CODES if case.rank == CHILD else MPIRUN_CODES if isinstance(runner, MpirunFaults) else SRUN_CODES
+    host = os.uname().nodename if isinstance(runner, MpirunFaults) else runner.host(max(0, case.rank))
     verdict = "yes"
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            outcome.check(host, codes)
+            outcome.check(host, codes[case.fault])
     except (AssertionError, ValueError) as error:
         verdict = "no"
         note(f"{case}: {str(error).splitlines()[0]}")

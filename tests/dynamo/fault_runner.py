@@ -16,6 +16,7 @@ from pathlib import Path
 from dynamo_mpi.services.frontend import Frontend
 from tests.dynamo.running import EtcdServer, RunningWorker, running_frontend
 from tests.fault_cases import (
+    CHILD,
     PROGRAMS,
     STREAMS,
     TOKENS,
@@ -24,6 +25,7 @@ from tests.fault_cases import (
     Outcome,
     Streams,
     end_process,
+    find_child,
     processes_with,
     read_reports,
     run_case,
@@ -67,6 +69,8 @@ class MpirunFaults:
             memory.update(shared_memory_of(worker.members()))
 
         def find_rank(rank: int) -> int:
+            if rank == CHILD:
+                return find_child(processes_with(f"TMPDIR={temporary}\0"))
             mark = f"OMPI_COMM_WORLD_RANK={rank}\0".encode()
             (pid,) = [pid for pid in worker.members() if mark in Path(f"/proc/{pid}/environ").read_bytes()]
             return pid
@@ -86,7 +90,9 @@ class MpirunFaults:
             outcome.reports = read_reports(failures)
             outcome.left += [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
             outcome.left += [name for name in memory if os.path.exists(name)]
-            outcome.left += [path.name for path in temporary.iterdir()]
+            # an engine that is killed leaves things of its own
+            ours = "*" if case.engine == "reference" else "dynamo_mpi*"
+            outcome.left += [path.name for path in temporary.glob(ours)]
             return outcome
         finally:
             worker.stop()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.dynamo.fault_runner import CODES, MpirunFaults, mpirun_faults
-from tests.fault_cases import ORPHANED, UNWATCHED, Case, parameters, why_no_memory_limit
+from tests.fault_cases import CHILD, CHILD_CODES, Case, parameters, trtllm_parameters, why_no_memory_limit
 
 pytestmark = pytest.mark.dynamo
 CHOSEN = (
@@ -25,7 +25,6 @@ CHOSEN = (
     Case("kill", "world", 1),
     Case("stop", "preflight", 1),
 )
-FAILING = {UNWATCHED: (), ORPHANED: ()}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +34,23 @@ def runner(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
         yield running
 
 
-@pytest.mark.parametrize("case", parameters(CHOSEN, 1, FAILING))
+@pytest.mark.parametrize("case", parameters(CHOSEN, 1))
 def test_a_fault_ends_all_at_once(case: Case, runner: MpirunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)
     runner.run(case, tmp_path).check(os.uname().nodename, CODES[case.fault])
+
+
+TRTLLM_CHOSEN = (
+    Case("stop", "serve", CHILD, "trtllm"),
+    Case("kill", "drain", CHILD, "trtllm"),
+    Case("exit0", "load", 1, "trtllm"),
+)
+
+
+@pytest.mark.parametrize("case", trtllm_parameters(TRTLLM_CHOSEN, 1))
+def test_a_fault_of_a_tensorrt_llm_worker_ends_all_at_once(case: Case, runner: MpirunFaults, tmp_path: Path) -> None:
+    if case.fault == "oom" and (reason := why_no_memory_limit()):
+        pytest.skip(reason)
+    codes = CHILD_CODES if case.rank == CHILD else CODES
+    runner.run(case, tmp_path).check(os.uname().nodename, codes[case.fault])

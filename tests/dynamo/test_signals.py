@@ -179,6 +179,19 @@ def test_a_rank_that_is_stuck_in_native_code_does_not_hold_up_the_end(start: Sta
     assert_nothing_is_left(worker, etcd)
 
 
+def test_a_rank_that_hangs_after_its_end_does_not_keep_the_others_in_mpi_finalize(
+    start: Start, etcd: EtcdServer
+) -> None:
+    worker = start(PYTHONPATH=f"{SHIMS}{os.pathsep}{ROOT}", SHIM_FINALIZER="2")
+    worker.ready()
+    begin = time.monotonic()
+    os.kill(worker.rank_zero(), TERM)
+    eventually(lambda: "exit: done" in worker.text(), "drained")
+    assert worker.wait(60) == 124, worker.text()
+    assert 15 < time.monotonic() - begin < 40
+    assert_nothing_is_left(worker, etcd)
+
+
 @pytest.mark.parametrize(
     "numbers", [(TERM,), (INT,), (TERM, TERM), (INT, INT)], ids=["TERM", "INT", "TERM-TERM", "INT-INT"]
 )

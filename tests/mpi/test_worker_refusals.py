@@ -240,3 +240,35 @@ def test_followers_import_next_to_nothing_before_the_verdict(mpirun: Mpirun, mod
         assert not ours & {"dynamo_mpi.leader", "dynamo_mpi.settings", "dynamo_mpi.parallelism.check"}
         # each is a file to open on every rank of a world of hundreds
         assert len(ours) <= 20, sorted(ours)
+
+
+@pytest.mark.parametrize(
+    ("fault", "allowed", "word"),
+    [
+        ("rank1:load:kill", "", "DYN_MPI_ALLOW_FAULTS=1"),
+        ("rank1:lunch:kill", "1", "rankN:PHASE:ACTION"),
+        ("rank2:load:kill", "1", "there is no rank 2"),
+    ],
+    ids=["not allowed", "no fault", "no such rank"],
+)
+def test_a_fault_on_demand_that_can_not_be(mpirun: Mpirun, fault: str, allowed: str, word: str) -> None:
+    done = mpirun.worker(2, env={"DYN_MPI_FAULT": fault, "DYN_MPI_ALLOW_FAULTS": allowed})
+    assert_refused(done, 64, word)
+
+
+def test_a_fault_on_demand_is_announced_and_happens_in_its_rank_alone(mpirun: Mpirun, model: Path) -> None:
+    fault = {"DYN_MPI_FAULT": "rank1:preflight:exception", "DYN_MPI_ALLOW_FAULTS": "1"}
+    done = mpirun.worker(2, "--model", str(model), "--tp-size", "1", "--pp-size", "2", "--preflight-only", env=fault)
+    assert done.returncode == 70, done.stderr
+    warning, happens, report = reports(done)
+    assert "rank 0 on " in warning
+    assert warning.endswith("warning: a fault is armed (DYN_MPI_FAULT): rank 1 raises an exception in preflight")
+    assert "rank 1 on " in happens
+    assert happens.endswith("fault: exception in preflight")
+    assert "error in preflight: Traceback" in report
+    assert done.stderr.count("FaultError: a fault on demand, in preflight") == 1
+
+
+def test_a_fault_that_is_empty_is_none(mpirun: Mpirun, model: Path) -> None:
+    done = mpirun.worker(1, "--model", str(model), "--tp-size", "1", "--preflight-only", env={"DYN_MPI_FAULT": ""})
+    assert done.returncode == 0, done.stderr

@@ -147,6 +147,13 @@ def test_a_worker_is_started_again_while_the_others_live(launch: Launch) -> None
     os.kill(rank, signal.SIGKILL)
     deployment.says("decode-0: ended with exit code 137; start 2 of at most 2")
     eventually(lambda: deployment.text().count("decode-0: ready") == 2, "it is ready again", 60)
+    ready = {path.stem: json.loads(path.read_text()) for path in (deployment.run_dir / "ready").iterdir()}
+    assert {name: content["attempt"] for name, content in ready.items()} == {
+        "prefill-0": 1,
+        "prefill-1": 1,
+        "decode-0": 2,
+        "decode-1": 1,
+    }
     assert answer(deployment) == "The capital of France is Paris."
 
     (rank,) = deployment.pids_of("n3", "dynamo_mpi.worker")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_cases import ORPHANED, UNWATCHED, Case, parameters, why_no_memory_limit
+from tests.fault_cases import CHILD, CHILD_CODES, Case, parameters, trtllm_parameters, why_no_memory_limit
 
 from .fault_runner import CODES, SrunFaults, srun_faults
 from .session import SlurmSession
@@ -27,7 +27,6 @@ CHOSEN = (
     Case("exit0", "world", 4),
     Case("exception", "preflight", 4),
 )
-FAILING = {UNWATCHED: (), ORPHANED: ()}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,23 @@ def runner(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory, model_
         yield running
 
 
-@pytest.mark.parametrize("case", parameters(CHOSEN, 4, FAILING))
+@pytest.mark.parametrize("case", parameters(CHOSEN, 4))
 def test_a_fault_ends_the_step_at_once(case: Case, runner: SrunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)
     runner.run(case, tmp_path).check(runner.host(case.rank), CODES[case.fault])
+
+
+TRTLLM_CHOSEN = (
+    Case("kill", "serve", CHILD, "trtllm"),
+    Case("kill", "load", 4, "trtllm"),
+    Case("exception", "serve", 4, "trtllm"),
+)
+
+
+@pytest.mark.parametrize("case", trtllm_parameters(TRTLLM_CHOSEN, 4))
+def test_a_fault_of_a_tensorrt_llm_worker_ends_the_step_at_once(case: Case, runner: SrunFaults, tmp_path: Path) -> None:
+    if case.fault == "oom" and (reason := why_no_memory_limit()):
+        pytest.skip(reason)
+    codes = CHILD_CODES if case.rank == CHILD else CODES
+    runner.run(case, tmp_path).check(runner.host(max(0, case.rank)), codes[case.fault])

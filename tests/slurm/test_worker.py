@@ -150,10 +150,11 @@ def test_where_a_step_was_killed_the_next_serves_until_slurms_warning(start: Sta
     eventually(lambda: not killed.job and killed.ranks() == {}, "its nodes are free", 60)
     assert killed.ready_file.exists()
 
-    worker = start(TWO_BY_THREE, "pmix")
+    # as Slurm says it in a job that it has requeued
+    worker = start(TWO_BY_THREE, "pmix", SLURM_RESTART_COUNT="1")
     worker.says("ready: ")
     ready = worker.ready()
-    assert (ready["attempt"], ready["pid"] != old["pid"]) == (1, True)
+    assert (ready["attempt"], ready["pid"] != old["pid"]) == (2, True)
     # as `--signal=USR1@120` has it done: for the processes of all ranks
     assert stack.slurm.exec("scancel", "--signal=USR1", f"{worker.job}.0").returncode == 0
     assert worker.wait() == 0, worker.text()

@@ -31,6 +31,7 @@ class Child:
         command: what to run.
         environment: all of its environment.
         on_end: called from a thread with the exit code, as `subprocess.Popen.returncode` gives it, and the last lines that it wrote.
+        on_stop: called from the same thread when it is stopped (True) or goes on (False). It has to be quick.
         secret: left out of what it writes: at its more talkative levels, Dynamo writes down its environment.
     """
 
@@ -39,11 +40,12 @@ class Child:
         command: Sequence[str],
         environment: Mapping[str, str],
         on_end: Callable[[int, list[str]], None],
+        on_stop: Callable[[bool], None],
         secret: str,
     ) -> None:
         self._secret = secret.encode()
         self._lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
-        self._on_end = on_end
+        self._on_end, self._on_stop = on_end, on_stop
         # The tether reacts to the end of the starting thread, so this has to be the main one. A session of its own keeps the
         # terminal's Ctrl-C away: rank 0 tells it when to end.
         self._process = subprocess.Popen(
@@ -97,8 +99,13 @@ class Child:
                 self._lines.append(text)
 
     def _wait(self) -> None:
+        stops = os.WSTOPPED | os.WCONTINUED
         # while it is a zombie its number is nobody else's: what it has left behind in its session can be ended
-        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        while (seen := os.waitid(os.P_PID, self._process.pid, os.WEXITED | stops | os.WNOWAIT)) is not None:
+            if seen.si_code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
+                break
+            os.waitid(os.P_PID, self._process.pid, stops | os.WNOHANG)
+            self._on_stop(seen.si_code == os.CLD_STOPPED)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         code = self._process.wait()

@@ -21,6 +21,15 @@ _LINES_TOLD = 12
 _LOST_WORDS = "Unable to maintain lease"
 
 
+def stopped(seconds: float, pid: int) -> BootstrapError:
+    """Say that ``dynamo.trtllm`` has been stopped, as by SIGSTOP, for too long."""
+    return DeadlineError(
+        f"dynamo.trtllm has been stopped for {seconds:g} s",
+        needed="a process that runs: nobody is answered meanwhile, and its lease in etcd ends",
+        fix=f"find out who has stopped process {pid}, a debugger perhaps; --heartbeat-timeout gives it longer",
+    )
+
+
 class EndedError(BootstrapError):
     """``dynamo.trtllm`` ended and nobody had asked it to, or otherwise than it was asked to.
 

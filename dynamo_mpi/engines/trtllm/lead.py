@@ -9,6 +9,7 @@ import os
 import queue
 import secrets
 import signal
+import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.control_plane.registration import RegistrationWatch
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
-from dynamo_mpi.engines.trtllm.endings import EndedError, close_session, proof_error, within
+from dynamo_mpi.engines.trtllm.endings import EndedError, close_session, proof_error, stopped, within
 from dynamo_mpi.engines.trtllm.events import Ended, Event, Lost, Proven, Registered, Signalled
 from dynamo_mpi.engines.trtllm.proof import Proof
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
@@ -88,6 +89,7 @@ class TrtllmLeader:
         self._departure = departure
         self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, voice.say, pauses=True)
         self._child: Child | None = None
+        self._stop_timer: threading.Timer | None = None
         self._proof: Proof | None = None
         self._folder: SocketFolder | None = None
 
@@ -158,7 +160,9 @@ class TrtllmLeader:
     def _start_child(self, address: SessionAddress) -> Child:
         settings = self._settings
         environment = child_environment(os.environ, address, settings)
-        child = Child(child_command(settings, self._gpus_per_node), environment, self._ended, address.key)
+        child = Child(
+            child_command(settings, self._gpus_per_node), environment, self._ended, self._stopped, address.key
+        )
         self._drain_seconds = drain_seconds(environment)
         self._child = child
         self._proof = Proof(settings, child.pid, self._token_id, environment, self._heard)
@@ -254,6 +258,16 @@ class TrtllmLeader:
             self._events.put(Lost(error))
         else:
             self._guard.end(error)
+
+    def _stopped(self, is_stopped: bool) -> None:
+        if self._stop_timer is not None:
+            self._stop_timer.cancel()
+        seconds = self._guard.meeting.patience(self._phases.current)
+        if is_stopped and seconds is not None and self._child is not None:
+            error = stopped(seconds, self._child.pid)
+            self._stop_timer = threading.Timer(seconds, self._guard.end, (error,))
+            self._stop_timer.daemon, self._stop_timer.name = True, "watch"
+            self._stop_timer.start()
 
     def _left(self, ranks: Sequence[int]) -> None:
         """End the world because ranks have left their task, unless the child is what ends: it closes its engine before it ends itself."""

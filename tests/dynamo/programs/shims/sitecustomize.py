@@ -3,11 +3,13 @@
 
 SHIM_SLEEPER=N: while it loads, rank N hangs in C, and the others wait for it in MPI_Barrier.
 SHIM_LEAVER=N: rank N hangs in C when its engine has closed.
+SHIM_FINALIZER=N: rank N hangs in C when its interpreter ends, so that the others wait for it in MPI_Finalize.
 SHIM_BREAKER=N: rank 0's engine breaks when it has run N steps.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import importlib.abc
 import importlib.machinery
@@ -84,4 +86,6 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 if RANK is not None:
+    if os.environ.get("SHIM_FINALIZER") == RANK:
+        atexit.register(hang_in_c)
     sys.meta_path.insert(0, Finder())
