@@ -24,7 +24,7 @@ from .stack import OUR_MODULES, PROGRAMS
 
 pytestmark = pytest.mark.slurm
 Launch = Callable[..., Deployment]
-# after the last process of its step; until the lease ends it would be half a minute
+# after the last process of its step; its lease would last for many seconds
 OUT_SECONDS = 2.0
 # of Dynamo's example, for a text model
 QUESTION = {
