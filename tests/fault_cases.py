@@ -40,7 +40,7 @@ FAULTS = ("kill", "stop", "hang", "exception", "exit0", "exit3", "oom")
 SILENT = ("stop", "hang")
 CHILD = -1
 """Stands for the rank where it is rank 0's child, ``dynamo.trtllm``, that meets the fault. Then the test does it by a signal."""
-CHILD_FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "exit0": signal.SIGTERM, "oom": None}
+CHILD_FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "exit0": signal.SIGTERM, "oom": signal.SIGKILL}
 _HUNG_SECONDS = HEARTBEAT + PROMPT_SECONDS + 1
 # what is being built; strict, so that whoever builds it takes these away
 UNWATCHED = "before the verdict nobody watches over the ranks"
@@ -85,6 +85,11 @@ class Case(NamedTuple):
     def streaming(self) -> bool:
         """Whether it needs requests that are in flight."""
         return self.phase in ("serve", "drain")
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether it is the test that does it, to a process."""
+        return self.fault == "oom" or self.rank == CHILD
 
     def flags(self, failures: Path) -> tuple[str, ...]:
         """Return the worker's flags; its failure files go to ``failures``."""
@@ -352,13 +357,12 @@ def run_case(
         fault = time.time()
         look()
         assert words in worker.text(), worker.text()
-        number = CHILD_FAULTS[case.fault] if case.rank == CHILD else None
+        pid = eventually(lambda: find_rank(case.rank), "the process is there", 20) if case.from_outside else 0
+        fault = time.time() if pid else fault
         if case.fault == "oom":
-            fault = limits.enter_context(run_out_of_memory(find_rank(case.rank)))
-        elif number is not None:
-            child = eventually(lambda: find_rank(CHILD), "the child is there", 20)
-            fault = time.time()
-            os.kill(child, number)
+            fault = limits.enter_context(run_out_of_memory(pid))
+        elif pid:
+            os.kill(pid, CHILD_FAULTS[case.fault])
         code = _wait(worker, fault + _HUNG_SECONDS)
         seconds = time.time() - fault
         if code is None:
@@ -438,6 +442,8 @@ def _make_group() -> Path:
 @contextlib.contextmanager
 def run_out_of_memory(pid: int) -> Iterator[float]:
     """Give a process less memory than it needs, and wait for the kernel to kill it; yields the time when that was seen."""
+    if pid <= 0:
+        raise ValueError("cgroups take 0 for whoever writes it")
     group = _make_group()
     try:
         limit = "memory.limit_in_bytes" if (group / "memory.limit_in_bytes").exists() else "memory.max"
