@@ -118,9 +118,11 @@ class EtcdGateway:
                 self._connection.sock.settimeout(self._left())
             self._connection.request("POST", path, json.dumps(question), self._headers)
             reply = self._connection.getresponse()
-            content = json.loads(reply.read())
-        except (OSError, http.client.HTTPException) as error:
+            text = reply.read()
+        except (OSError, http.client.HTTPException, ValueError) as error:  # a ValueError: the host's name is none
             raise self._error(_reason(error)) from None
+        try:
+            content = json.loads(text)
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):

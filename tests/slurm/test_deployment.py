@@ -255,7 +255,8 @@ def test_as_a_batch_job_that_ends_before_its_time_is_up(slurm: SlurmSession, tmp
     variables = settings(slurm, model_dir, 1, 1, "/mnt/engine_configs/smollm2/tp1.yaml")
     variables |= {"DYN_MPI_RUN_DIR": str(tmp_path / "run"), "MOUNTS": f"{ROOT}:/mnt,{model_dir}:/models/smollm2"}
     log = tmp_path / "batch.log"
-    words = (f"--output={log}", "--error=" + str(log), "--parsable", "--time=5")
+    # longer than the script's warning before the end, or Slurm gives that itself as soon as it looks
+    words = (f"--output={log}", "--error=" + str(log), "--parsable", "--time=10")
     submitted = slurm.exec(ROOT / "scripts" / "sbatch_disaggregated.sh", *words, env=variables, cwd=tmp_path)
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.strip()

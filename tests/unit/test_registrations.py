@@ -213,9 +213,17 @@ def test_where_no_etcd_answers_it_ends_in_time_and_says_why(name: str) -> None:
     assert "secret" not in caught.value.found
 
 
-@pytest.mark.parametrize("url", ["http://[::1", "http://h:99999", "http://", "http://" + "a" * 70])
-def test_an_address_that_is_none(url: str) -> None:
-    with pytest.raises(DiscoveryError):
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://[::1", "can't be read"),
+        ("http://h:99999", "can't be read"),
+        ("http://" + "a" * 70, "label"),
+        (" , ", "names no endpoint"),
+    ],
+)
+def test_an_address_that_is_none(url: str, words: str) -> None:
+    with pytest.raises(DiscoveryError, match=words):
         take_out(LAUNCH, {"ETCD_ENDPOINTS": url})
 
 
