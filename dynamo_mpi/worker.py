@@ -150,9 +150,11 @@ def _abandon(
     from dynamo_mpi.supervision.meeting import Meeting
 
     text, code = describe_error(error)
-    voice.say(f"error in {phases.current}: {text.rstrip()}")
+    report = f"error in {phases.current}: {text.rstrip()}"
+    voice.say(report)
     meeting = Meeting(voice.host, failure_dir=Limits.of(argv, os.environ).failure_dir)
-    write_failure(meeting, Failure(voice.rank, code, text, phase=phases.current, at=time.monotonic()), voice.host)
+    failure = Failure(voice.rank, code, text, phase=phases.current, at=time.monotonic())
+    write_failure(meeting, failure, voice.host, report={"report": report, "consequences": []})
     tie.tell(f"failed {code}")
     if world is not None and world.size > 1:
         world.abort(code)
