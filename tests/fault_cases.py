@@ -40,8 +40,6 @@ CHILD = -1
 CHILD_FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "exit0": signal.SIGTERM, "oom": signal.SIGKILL}
 _HUNG_SECONDS = HEARTBEAT + PROMPT_SECONDS + 1
 # what is being built; strict, so that whoever builds it takes these away
-UNWATCHED = "before the verdict nobody watches over the ranks"
-ORPHANED = "nobody but rank 0 takes rank 0's worker out of discovery"
 
 
 TRTLLM_ENVIRONMENT = {
@@ -116,19 +114,6 @@ def trtllm_parameters(chosen: Sequence[Case], rank: int) -> list[ParameterSet]:
     return [*(pytest.param(case, id=str(case)) for case in chosen), *later]
 
 
-def known_failures(case: Case) -> list[pytest.MarkDecorator]:
-    """Return the mark of a case that can't pass yet."""
-    if case.phase in ("world", "preflight"):
-        if (case.fault, case.phase) == ("exception", "preflight"):  # where MPI runs, a rank that raises ends all
-            return []
-        return [pytest.mark.xfail(reason=UNWATCHED, strict=True)]
-    if case.rank != 0 or case.fault == "exception":
-        return []
-    # Before all have found rank 0, nobody can miss it. And mpirun's SIGCONT wakes a stopped rank 0, which then has its own word to say.
-    sure = case.phase != "load" and case.fault != "stop"
-    return [pytest.mark.xfail(reason=ORPHANED, strict=True, raises=LeftBehind if sure else AssertionError)]
-
-
 def parameters(chosen: Sequence[Case], rank: int) -> list[ParameterSet]:
     """Return the cases as pytest's parameters: those chosen first, and with ``--all-faults`` all others.
 
@@ -141,7 +126,7 @@ def parameters(chosen: Sequence[Case], rank: int) -> list[ParameterSet]:
     found = []
     for case in (*chosen, *rest):
         marks = [pytest.mark.all_faults] if case in rest else []
-        found.append(pytest.param(case, id=str(case), marks=[*marks, *known_failures(case)]))
+        found.append(pytest.param(case, id=str(case), marks=marks))
     return found
 
 
