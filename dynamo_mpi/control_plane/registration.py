@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _FORGOTTEN = "etcd has lost this worker's lease: it answers, and doesn't know it any more"
 _FAREWELL_SECONDS = 1.0
+# dynamo.trtllm that is told to stop deregisters, and ends its requests
+_LEASES_TO_END = 2
 _FAILURES = 3
 
 
@@ -36,7 +38,8 @@ class RegistrationWatch:
         timeout: seconds of each question.
         say: for a line to the user.
         pauses: the worker takes itself out of discovery at times, as ``dynamo.trtllm`` does while its memory is released: then an
-            instance that is missing isn't written again.
+            instance that is missing while its model is there isn't written again, and both only when they have been missing for longer
+            than it may take to end by itself.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class RegistrationWatch:
         self._instance, self._seconds, self._is_granted = 0, lease_seconds(environ), False
         self._known: dict[str, Entry] = {}
         self._seen, self._failures = 0.0, 0
+        self._missing_since = 0.0
         self._refused = False
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -136,17 +140,27 @@ class RegistrationWatch:
         }
         missing = self._known.keys() - found.keys()
         self._known |= found
+        if not missing:
+            self._missing_since = 0.0
         if self._is_granted and not missing:
             return True
         seconds = etcd.granted(self._instance)
         if seconds is None:
             return False
         self._seconds, self._is_granted = seconds, True
-        if missing and not (self._pauses and instance in missing) and not self._stopped.is_set():
+        if missing and not self._takes_itself_out(instance in missing, model in missing) and not self._stopped.is_set():
             for key in sorted(missing):
                 etcd.put(key, self._known[key].value, self._instance)
             self._say("somebody had deleted this worker's keys in etcd; they are written again")
         return True
+
+    def _takes_itself_out(self, without_instance: bool, without_model: bool) -> bool:
+        if not (self._pauses and without_instance):
+            return False
+        if not without_model:
+            return True
+        self._missing_since = self._missing_since or time.monotonic()
+        return time.monotonic() - self._missing_since < _LEASES_TO_END * self._seconds
 
     def _unanswered(self, error: BootstrapError) -> TemporaryError | None:
         away = time.monotonic() - self._seen
