@@ -254,7 +254,9 @@ def test_an_etcd_that_is_back_empty_has_it_again(etcd: EtcdServer, start: Start)
     shutil.rmtree(etcd.service.data)
     etcd.start()
     (record,) = eventually(etcd.worlds, "the record is there again", 20)
-    assert (record.phase, record.pid) == ("serve", worker.rank_zero())
+    # Dynamo's lease is lost with it: that is noticed at about the same moment, and the worker drains
+    assert record.phase in ("serve", "drain")
+    assert record.pid == worker.rank_zero()
     assert worker.text().count("can't be kept for now") == 1
     assert "the world record is in etcd again" in worker.text()
 
