@@ -69,8 +69,11 @@ def follow(
     lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()), tie)
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
+    tie.leave_signals()
     signals = SignalThread()
-    if meeting.heir != world.rank:
+    if meeting.heir == world.rank:
+        tie.tell("judged")
+    else:
         tie.release()
     if fault is not None:
         fault.follow(lifeline)

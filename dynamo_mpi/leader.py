@@ -153,6 +153,7 @@ class Leader:
 
         self._presence = Presence(self._voice, partial(self._estate.own, "record"))
         # from here on the main thread may sit in the engine
+        self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)
         self._presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
         self._phases.listen(self._presence.tell)

@@ -17,16 +17,17 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launchers.launch import Launch, Launcher, detect
 from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch, refuse_world_size
 from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.supervision.tie import Tie, bring_companion
+from dynamo_mpi.supervision.tie import Tie
 from dynamo_mpi.talk import Voice
 from dynamo_mpi.world import World, bind_library, end_mpi, form_world
 
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Sequence
 
     from dynamo_mpi.supervision.faults import ArmedFault
@@ -66,16 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse_mislaunch(launch, library)
     except BootstrapError as error:
         return _refuse_alone(error, launch, voice)
-    bring_companion(launch, voice.host, words, os.environ)
-    tie = Tie(launch, os.environ)
+    tie = Tie(launch, os.environ, _bring_companion(launch, voice.host, words))
+    tie.hear_signals()
     phases.listen(lambda name: tie.tell(f"phase {name}"), first=True)
     try:
         with phases.enter("world"):
             world = form_world()
             refuse_world_size(launch, library, world.size)
     except BootstrapError as error:
-        tie.release()
-        return _refuse_alone(error, launch, voice)
+        code = _refuse_alone(error, launch, voice)
+        tie.tell(f"failed {code}")
+        return code
     except Exception as error:
         return _abandon(error, None, tie, voice, phases, words)
     tie.end_with(world.abort)
@@ -84,15 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.rank == 0:
             from dynamo_mpi.leader import lead
 
-            # until it serves: the others ignore both, and under MPICH would not even notice that rank 0 has died of it
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda number, _: _abort_by_signal(world, tie, number))
             return _leave(world, tie, lead(world, launch, words, phases, voice, library.version, tie))
         from dynamo_mpi.follower import follow
 
         return _leave(world, tie, follow(world, launch, words, phases, library.version, tie, fault))
     except Exception as error:
         return _abandon(error, world, tie, voice, phases, words)
+
+
+def _bring_companion(launch: Launch, host: str, words: Sequence[str]) -> socket | None:
+    """Fork this node's companion, where that is for this rank to do, and return a connection to it."""
+    if launch.local_rank not in (0, None):
+        return None
+    from dynamo_mpi.supervision.companion_start import bring_companion
+
+    return bring_companion(launch, host, words, os.environ)
 
 
 def _help(words: Sequence[str], launch: Launch) -> int:
@@ -132,24 +140,21 @@ def _leave(world: World, tie: Tie, code: int) -> int:
     return code
 
 
-def _abort_by_signal(world: World, tie: Tie, number: int) -> None:
-    tie.tell("told")
-    world.abort(of_signal(number))
-
-
 def _abandon(
     error: Exception, world: World | None, tie: Tie, voice: Voice, phases: Phases, argv: Sequence[str]
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be anywhere, also inside a collective."""
-    from dynamo_mpi.supervision.companion import Limits
+    from dynamo_mpi.supervision.companion_limits import Limits
     from dynamo_mpi.supervision.failure import Failure, describe_error
     from dynamo_mpi.supervision.failure_files import write_failure
     from dynamo_mpi.supervision.meeting import Meeting
 
     text, code = describe_error(error)
-    voice.say(f"error in {phases.current}: {text.rstrip()}")
+    report = f"error in {phases.current}: {text.rstrip()}"
+    voice.say(report)
     meeting = Meeting(voice.host, failure_dir=Limits.of(argv, os.environ).failure_dir)
-    write_failure(meeting, Failure(voice.rank, code, text, phase=phases.current, at=time.monotonic()), voice.host)
+    failure = Failure(voice.rank, code, text, phase=phases.current, at=time.monotonic())
+    write_failure(meeting, failure, voice.host, report={"report": report, "consequences": []})
     tie.tell(f"failed {code}")
     if world is not None and world.size > 1:
         world.abort(code)

@@ -7,27 +7,24 @@ A case is a fault, a phase and a rank. `run_case` waits for the phase, lets the 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
+from tests.fault_traces import Keys, Streams, run_out_of_memory
 
 if TYPE_CHECKING:
     from _pytest.mark.structures import ParameterSet
 
-PROGRAMS = Path(__file__).parent / "dynamo" / "programs"
 HEARTBEAT = 3.0
 """Seconds for ``--heartbeat-timeout``: longer than what holds Python's lock while two shared cores load three ranks."""
 PROMPT_SECONDS = 3.0
@@ -40,11 +37,9 @@ FAULTS = ("kill", "stop", "hang", "exception", "exit0", "exit3", "oom")
 SILENT = ("stop", "hang")
 CHILD = -1
 """Stands for the rank where it is rank 0's child, ``dynamo.trtllm``, that meets the fault. Then the test does it by a signal."""
-CHILD_FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "exit0": signal.SIGTERM, "oom": None}
+CHILD_FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "exit0": signal.SIGTERM, "oom": signal.SIGKILL}
 _HUNG_SECONDS = HEARTBEAT + PROMPT_SECONDS + 1
 # what is being built; strict, so that whoever builds it takes these away
-UNWATCHED = "before the verdict nobody watches over the ranks"
-ORPHANED = "nobody but rank 0 takes rank 0's worker out of discovery"
 
 
 TRTLLM_ENVIRONMENT = {
@@ -86,6 +81,11 @@ class Case(NamedTuple):
         """Whether it needs requests that are in flight."""
         return self.phase in ("serve", "drain")
 
+    @property
+    def from_outside(self) -> bool:
+        """Whether it is the test that does it, to a process."""
+        return self.fault == "oom" or self.rank == CHILD
+
     def flags(self, failures: Path) -> tuple[str, ...]:
         """Return the worker's flags; its failure files go to ``failures``."""
         names = ["--namespace", self.namespace, "--served-model-name", self.namespace]
@@ -114,19 +114,6 @@ def trtllm_parameters(chosen: Sequence[Case], rank: int) -> list[ParameterSet]:
     return [*(pytest.param(case, id=str(case)) for case in chosen), *later]
 
 
-def known_failures(case: Case) -> list[pytest.MarkDecorator]:
-    """Return the mark of a case that can't pass yet."""
-    if case.phase in ("world", "preflight"):
-        if (case.fault, case.phase) == ("exception", "preflight"):  # where MPI runs, a rank that raises ends all
-            return []
-        return [pytest.mark.xfail(reason=UNWATCHED, strict=True)]
-    if case.rank != 0 or case.fault == "exception":
-        return []
-    # Before all have found rank 0, nobody can miss it. And mpirun's SIGCONT wakes a stopped rank 0, which then has its own word to say.
-    sure = case.phase != "load" and case.fault != "stop"
-    return [pytest.mark.xfail(reason=ORPHANED, strict=True, raises=LeftBehind if sure else AssertionError)]
-
-
 def parameters(chosen: Sequence[Case], rank: int) -> list[ParameterSet]:
     """Return the cases as pytest's parameters: those chosen first, and with ``--all-faults`` all others.
 
@@ -139,7 +126,7 @@ def parameters(chosen: Sequence[Case], rank: int) -> list[ParameterSet]:
     found = []
     for case in (*chosen, *rest):
         marks = [pytest.mark.all_faults] if case in rest else []
-        found.append(pytest.param(case, id=str(case), marks=[*marks, *known_failures(case)]))
+        found.append(pytest.param(case, id=str(case), marks=marks))
     return found
 
 
@@ -148,8 +135,8 @@ CHILD_CASES = tuple(
     Case(fault, phase, CHILD, "trtllm")
     for phase in CHILD_PHASES
     for fault in CHILD_FAULTS
-    # a child that is told to end while it drains just does so
-    if (fault, phase) != ("exit0", "drain")
+    # told to end, it does so in order while it drains, and dies of the signal while it loads
+    if fault != "exit0" or phase == "serve"
 )
 CHILD_CODES = {"kill": (137,), "oom": (137,), "stop": (124,), "exit0": (75,)}
 """The exit codes under every launcher where it is the child that meets the fault."""
@@ -169,61 +156,6 @@ class Worker(Protocol):
 
     def ready(self, seconds: float = 90) -> dict[str, Any]:
         """Wait until it serves."""
-
-
-class Streams:
-    """Requests in flight, held by ``hold_streams.py``.
-
-    Args:
-        process: that program, its stdout a pipe.
-    """
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-
-    def wait_open(self) -> None:
-        """Wait until all have begun."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        assert line == "open", (line, self.process.stderr.read() if self.process.stderr else "")
-
-    def ends(self, seconds: float) -> list[dict[str, Any]]:
-        """Wait for all ends, and return them."""
-        try:
-            out, _ = self.process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"streams are open after {seconds} s: {error.output!r}") from None
-        return [json.loads(line) for line in out.splitlines()]
-
-
-class Keys:
-    """The worker's keys in etcd over time, from ``watch_keys.py``.
-
-    Args:
-        process: that program, its stdout a pipe.
-    """
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self._changes: list[tuple[float, list[str]]] = []
-        assert process.stdout is not None
-        threading.Thread(target=self._read, args=(process.stdout,), daemon=True).start()
-        eventually(lambda: self._changes, "etcd's keys are known", 20)
-
-    def _read(self, lines: IO[str]) -> None:
-        for line in lines:
-            when, keys = json.loads(line)
-            self._changes.append((when, keys))
-
-    @property
-    def now(self) -> list[str]:
-        """Those that are there now."""
-        return self._changes[-1][1]
-
-    def gone_since(self) -> float:
-        """Return the wall-clock time since which there are none; infinity where there are some."""
-        when, keys = self._changes[-1]
-        return float("inf") if keys else when
 
 
 class LeftBehind(AssertionError):
@@ -352,13 +284,12 @@ def run_case(
         fault = time.time()
         look()
         assert words in worker.text(), worker.text()
-        number = CHILD_FAULTS[case.fault] if case.rank == CHILD else None
+        pid = eventually(lambda: find_rank(case.rank), "the process is there", 20) if case.from_outside else 0
+        fault = time.time() if pid else fault
         if case.fault == "oom":
-            fault = limits.enter_context(run_out_of_memory(find_rank(case.rank)))
-        elif number is not None:
-            child = eventually(lambda: find_rank(CHILD), "the child is there", 20)
-            fault = time.time()
-            os.kill(child, number)
+            fault = limits.enter_context(run_out_of_memory(pid))
+        elif pid:
+            os.kill(pid, CHILD_FAULTS[case.fault])
         code = _wait(worker, fault + _HUNG_SECONDS)
         seconds = time.time() - fault
         if code is None:
@@ -376,95 +307,3 @@ def _wait(worker: Worker, end: float) -> int | None:
     while (code := worker.process.poll()) is None and time.time() < end:
         time.sleep(0.01)
     return None if code is None else int(code)
-
-
-def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the failure files of a folder by name."""
-    return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
-
-
-def processes_with(text: str) -> list[int]:
-    """Return the pids of this machine whose environment has ``text``, of every session and namespace, without zombies."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if text.encode() in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
-                found.append(int(folder.name))
-    return found
-
-
-def find_child(pids: Sequence[int]) -> int:
-    """Return the one that runs ``dynamo.trtllm``, 0 for none."""
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if words[1:3] == [b"-m", b"dynamo.trtllm"]:
-                return pid
-    return 0
-
-
-def shared_memory_of(pids: Sequence[int]) -> set[str]:
-    """Return the files in /dev/shm that these processes have mapped."""
-    names: set[str] = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            names.update(re.findall(r"(/dev/shm/\S+)(?! \(deleted\))$", Path(f"/proc/{pid}/maps").read_text(), re.M))
-    return names
-
-
-V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-_FEW_BYTES = 1 << 20
-
-
-def why_no_memory_limit() -> str:
-    """Return why this machine can't give a process a memory limit; empty where it can."""
-    try:
-        group = _make_group()
-    except OSError as error:
-        return f"no memory cgroup can be made here: {error}"
-    group.rmdir()
-    return ""
-
-
-def _make_group() -> Path:
-    v1 = (V1 / "memory.limit_in_bytes").exists()
-    if not v1 and "memory" not in (V2 / "cgroup.subtree_control").read_text().split():
-        raise FileNotFoundError("the memory controller isn't enabled")
-    group = (V1 if v1 else V2) / f"dynmpi-{os.getpid()}-{time.monotonic_ns()}"
-    group.mkdir()
-    return group
-
-
-@contextlib.contextmanager
-def run_out_of_memory(pid: int) -> Iterator[float]:
-    """Give a process less memory than it needs, and wait for the kernel to kill it; yields the time when that was seen."""
-    group = _make_group()
-    try:
-        limit = "memory.limit_in_bytes" if (group / "memory.limit_in_bytes").exists() else "memory.max"
-        (group / limit).write_text(str(_FEW_BYTES))
-        (group / "cgroup.procs").write_text(str(pid))
-        eventually(lambda: has_ended(pid), "memory has run out", 30)
-        yield time.time()
-    finally:
-        eventually(lambda: _removed(group), "the cgroup is empty", 20)
-
-
-def _removed(group: Path) -> bool:
-    with contextlib.suppress(OSError):
-        group.rmdir()
-    return not group.exists()
-
-
-def has_ended(pid: int) -> bool:
-    """Tell whether a process has ended, also where nobody has fetched its exit code yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except FileNotFoundError:
-        return True
-
-
-def end_process(process: subprocess.Popen[Any]) -> None:
-    """Kill a helper program and close its pipes."""
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGKILL)
-    process.communicate()

@@ -27,7 +27,8 @@ from dynamo_mpi.launch.run_dir import RunDir
 from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
 from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
 from dynamo_mpi.launch.srun import Srun, token_of
-from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings
+from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings, end_of_job
+from dynamo_mpi.launchers.time_limit import VARIABLE as END
 from dynamo_mpi.options import add_options
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
@@ -103,8 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
     """What the steps start from, with what has to be there as long as they run."""
-    if settings.launcher != "mpirun":
-        yield os.environ
+    if settings.launcher == "slurm":
+        # Slurm says it by itself from its version 23 on; what is said as nothing is no limit
+        end = {} if END in os.environ else {END: end_of_job(os.environ.get("SLURM_JOB_ID", ""))}
+        yield {**os.environ, **end}
         return
     with private_folder(prefix=FOLDER_PREFIX) as folder:
         yield {**folder_environment(folder), **os.environ}

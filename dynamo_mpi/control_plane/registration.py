@@ -36,7 +36,7 @@ class RegistrationWatch:
         timeout: seconds of each question.
         say: for a line to the user.
         pauses: the worker takes itself out of discovery at times, as ``dynamo.trtllm`` does while its memory is released: then an
-            instance that is missing while its model is there isn't written again.
+            instance that is missing isn't written again.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class RegistrationWatch:
         if seconds is None:
             return False
         self._seconds, self._is_granted = seconds, True
-        if missing and not (self._pauses and missing == {instance}) and not self._stopped.is_set():
+        if missing and not (self._pauses and instance in missing) and not self._stopped.is_set():
             for key in sorted(missing):
                 etcd.put(key, self._known[key].value, self._instance)
             self._say("somebody had deleted this worker's keys in etcd; they are written again")

@@ -81,7 +81,7 @@ class Conductor:
         self._others: dict[str, Step] = {}
         self._worker_steps = Workers(workers, settings.max_restarts, renderer, endings, run_dir, self._say)
         self._url = ""
-        self._limit = TimeLimit.of(os.environ)
+        self._limit = TimeLimit.of(environ)
 
     def run(self) -> int:
         """Live it.

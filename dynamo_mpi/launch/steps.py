@@ -106,6 +106,13 @@ class SlurmEndings:
         return {step: name for step, _, name in (line.partition("|") for line in text.splitlines())}
 
 
+def end_of_job(job_id: str) -> str:
+    """Ask Slurm when the job's time ends: seconds since 1970, or nothing where it doesn't say."""
+    environ = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
+    text = _ask_slurm("squeue", f"--jobs={job_id}", "--noheader", "--format=%e", environ=environ) or ""
+    return text.strip() if text.strip().isdecimal() else ""
+
+
 class MpirunEndings:
     """Ends parts that run under mpirun, or directly on this host."""
 
@@ -125,11 +132,17 @@ class MpirunEndings:
             step.child.send(signal.SIGTERM)
 
 
-def _ask_slurm(*words: str) -> str | None:
+def _ask_slurm(*words: str, environ: Mapping[str, str] | None = None) -> str | None:
     """Run one of Slurm's commands; what it prints, or None where it fails. Ending goes on whatever it says."""
     try:
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False, stdin=subprocess.DEVNULL
+            words,
+            capture_output=True,
+            text=True,
+            timeout=_SLURM_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env=environ,
         )
     except (OSError, subprocess.SubprocessError):
         return None

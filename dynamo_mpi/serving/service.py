@@ -38,8 +38,6 @@ _LOOK_SECONDS = 0.02
 _FAREWELL_SECONDS = 0.2
 _SHUTDOWN_SECONDS = 5.0
 _REGISTER_SECONDS = 60.0
-# what an end takes beside its drain: the deregistration, the engine's last step, the ranks' parting
-_END_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -113,10 +111,17 @@ async def serve(
     engine.on_failure(lambda error: _from_thread(loop, failed, error))
     handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role)
 
-    def ask_to_stop(number: int, why: str = "") -> None:
+    reasons: list[str] = []
+
+    def ask_to_stop(number: int) -> None:
         if number == signal.SIGUSR1 and not stop.done():
-            say(why or TIME_IS_UP)
+            say(next(iter(reasons), TIME_IS_UP))
         _from_thread(loop, stop, number)
+
+    def end_for(reason: str) -> None:
+        reasons.append(reason)
+        # by a signal, so that the next one is the second
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     expect_stop(ask_to_stop)
 
@@ -146,7 +151,7 @@ async def serve(
         watch.begin(endpoint.connection_id(), partial(_from_thread, loop, lost))
         on_ready()
     needed = registration.drain_timeout + _END_SECONDS
-    forget_time = end_in_time(os.environ, needed, partial(ask_to_stop, signal.SIGUSR1), say)
+    forget_time = end_in_time(os.environ, needed, end_for, say)
     with phases.enter("serve"):
         await _first_of(serving, failed, stop, lost)
         forget_time()

@@ -4,44 +4,81 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import socket
+import struct
 import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.supervision.stacks import describe_stacks
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Sequence
 
     from dynamo_mpi.launchers.launch import Launch
+
+_READ_BYTES = 1 << 16
+_MOST_LINE = 1 << 18
+_CREDENTIALS = struct.Struct("3i")
 
 
 class Local:
     """A rank of this node that is connected.
 
     Args:
-        connection: to it.
-        pid: its process, as the kernel says.
+        connection: to it; its other end's process is what the kernel says.
     """
 
-    def __init__(self, connection: socket.socket, pid: int) -> None:
-        self.connection, self.pid = connection, pid
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        self.connection = connection
+        self._pid: int = _CREDENTIALS.unpack(credentials)[0]
         self.rank = -1
         self.phase = "world"
         self.heard = self.asked = time.monotonic()
-        self.unread = b""
+        self._unread = b""
         self.stacks = ""
-        # told us that it needs us no longer
+        # the verdict has come
+        self.judged = False
+        # needs us no longer
         self.left = False
         # says itself why it ends
         self.told = False
         # rank 0, or the rank through which rank 0 reaches a companion on another node
         self.leaves_to_us = False
 
+    @property
+    def is_watched_elsewhere(self) -> bool:
+        """Whether rank 0 watches over it."""
+        return self.judged and self.rank != 0
+
+    def read(self) -> list[str] | None:
+        """Return the lines that have come; None when there will be no more."""
+        try:
+            data = self.connection.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not data or len(self._unread) > _MOST_LINE:
+            return None
+        self.heard = time.monotonic()
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        return [line.decode("utf-8", "replace") for line in lines]
+
     def send(self, line: str) -> None:
         """Tell it something; that it doesn't take it is seen by its silence."""
         with contextlib.suppress(OSError):
             self.connection.send(line.encode() + b"\n")
+
+    def kill(self) -> None:
+        """End a process that is stopped or stuck: it can't do that itself."""
+        # 0: it lives where we can't see it
+        if self._pid > 0:
+            with contextlib.suppress(OSError):
+                os.kill(self._pid, signal.SIGKILL)
 
 
 def prefix(rank: int | None, host: str) -> str:

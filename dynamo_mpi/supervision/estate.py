@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.supervision.heir import will_of
@@ -24,11 +25,13 @@ class Estate:
     def __init__(self, tie: Tie) -> None:
         self._tie = tie
         self._leases: dict[str, int] = {}
+        self._lock = threading.Lock()
         self._tell_heir: Callable[[str], object] | None = None
 
     def has_heir(self, label: str) -> bool:
-        """Tell whether there is a companion, and have it name its failure files by ``label``, as rank 0 does."""
+        """Tell whether there is a companion, and have it know of the verdict, and name its failure files by ``label`` as rank 0 does."""
         self._tie.tell(f"label {label}")
+        self._tie.tell("judged")
         return self._tie.holds
 
     def own(self, name: str, lease: int) -> None:
@@ -38,11 +41,13 @@ class Estate:
             name: what it is for; there is one for each.
             lease: its id.
         """
-        self._leases = {**self._leases, name: lease}
-        will = self._will()
-        self._tie.tell(f"heir {will}")
-        if self._tell_heir is not None:
-            self._tell_heir(will)
+        # the record's lease comes from one thread, the instance's from another
+        with self._lock:
+            self._leases[name] = lease
+            will = self._will()
+            self._tie.tell(f"heir {will}")
+            if self._tell_heir is not None:
+                self._tell_heir(will)
 
     def share(self, tell_heir: Callable[[str], object]) -> None:
         """Tell what there is, and what comes, to the heir on another node as well.
@@ -53,6 +58,10 @@ class Estate:
         self._tell_heir = tell_heir
         if self._leases:
             tell_heir(self._will())
+
+    def leave_signals(self) -> None:
+        """From here on rank 0 knows better what to do about a signal. From the main thread, before the handlers that come next."""
+        self._tie.leave_signals()
 
     def explain(self) -> None:
         """Have the companion know that rank 0 says itself why it ends."""

@@ -261,6 +261,8 @@ class Guard:
         failures = self._settle(failure)
         if self._was_given_up(failures):
             # it has been said, and the launcher is ending the ranks: this one was only woken for that
+            for cleanup in self._cleanups:
+                _suppressed(cleanup)
             os._exit(int(ExitCode.DEADLINE))
         first = self._publish(failures, phase)
         if self._lookout is not None:
@@ -273,7 +275,7 @@ class Guard:
 
     def _was_given_up(self, failures: Sequence[Failure]) -> bool:
         woken = self._lookout is not None and self._lookout.has_overslept
-        return woken and all(failure.cause in _HURRYING for failure in failures)
+        return woken and self.meeting.has_companion and all(failure.cause in _HURRYING for failure in failures)
 
     def _settle(self, seen: Failure) -> list[Failure]:
         """Wait for what may have come before the failure that was seen first, and for what follows at once."""

@@ -6,6 +6,7 @@ Dynamo's runtime lives in rank 0 or in its child; its lease, and our record's, w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -25,15 +26,11 @@ class Heir:
 
     def __init__(self) -> None:
         self._leases: list[int] = []
+        self._environ: dict[str, str] = {}
         self._etcd: Etcd | None = None
 
-    @property
-    def inherits(self) -> bool:
-        """Whether there is anything to take away."""
-        return bool(self._leases)
-
     def inherit(self, will: str) -> None:
-        """Take note of what is there to take away.
+        """Take note of what is there to take away, and connect: when it is needed, it has to be quick.
 
         Args:
             will: what `will_of` has made.
@@ -41,11 +38,10 @@ class Heir:
         try:
             content: Any = json.loads(will)
             self._leases = [int(lease) for lease in content["leases"]]
-            environ = {str(name): str(value) for name, value in content["environ"].items()}
-            if self._etcd is None:
-                self._etcd = _connect({**os.environ, **environ})
-        except (ValueError, KeyError, TypeError, AttributeError, ImportError, BootstrapError):
+            self._environ = {str(name): str(value) for name, value in content["environ"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             return
+        self._connected()
 
     def renounce(self) -> None:
         """Forget it: rank 0 has left in order."""
@@ -54,18 +50,24 @@ class Heir:
     def act(self) -> None:
         """Revoke the leases, in a second each at the most. More than once does no harm."""
         leases, self._leases = self._leases, []
+        etcd = self._connected() if leases else None
         for lease in leases:
-            try:
-                if self._etcd is not None:
-                    self._etcd.revoke(lease, _SECONDS)
-            except BootstrapError:
-                # it is gone already, or goes with its time
-                continue
+            # it is gone already, or goes with its time
+            with contextlib.suppress(BootstrapError):
+                if etcd is not None:
+                    etcd.revoke(lease, _SECONDS)
 
     def close(self) -> None:
         """Close the connection."""
         if self._etcd is not None:
             self._etcd.close()
+
+    def _connected(self) -> Etcd | None:
+        if self._etcd is None:
+            # whatever a client of etcd that isn't installed, or doesn't suit its protobuf, raises
+            with contextlib.suppress(Exception):
+                self._etcd = _connect({**os.environ, **self._environ})
+        return self._etcd
 
 
 def will_of(leases: Mapping[str, int], environ: Mapping[str, str]) -> str:
@@ -79,7 +81,7 @@ def will_of(leases: Mapping[str, int], environ: Mapping[str, str]) -> str:
 
 
 def _connect(environ: Mapping[str, str]) -> Etcd:
-    """Connect now: when it is needed, it has to be quick.
+    """Connect.
 
     Raises:
         BootstrapError: what is set for etcd can't be used, or it does not answer.

@@ -153,7 +153,7 @@ class Lifeline:
         except ClosedError as end:
             if not (self._over or self._closing):
                 error = (loss if end.lost else death)(self._meeting.host)
-                self._lose(error, is_told=self._meeting.has_companion and not end.lost)
+                self._lose(error, lost=end.lost)
         except Exception as error:  # this rank can't be watched any longer, so nobody would see its end
             self._lose_with(*describe_error(error))
         finally:
@@ -214,25 +214,32 @@ class Lifeline:
         if patience is not None and now - self._heard > patience and not (self._over or self._closing):
             lost = self._line.unacknowledged
             error = loss(self._meeting.host) if lost else silence(now - self._heard, self._meeting.host)
-            self._lose(error, is_told=self._meeting.has_companion and not lost)
+            self._lose(error, lost=lost)
 
-    def _lose(self, error: BootstrapError, *, is_told: bool) -> None:
-        self._lose_with(f"rank 0 on {self._meeting.host} {error}", int(error.exit_code), is_told=is_told)
+    def _lose(self, error: BootstrapError, *, lost: bool) -> None:
+        text = f"rank 0 on {self._meeting.host} {error}"
+        # a host that is lost may have taken rank 1 along
+        speaker = (self._meeting.heir if lost else 0) or 1
+        self._lose_with(text, int(error.exit_code), speaker=speaker, is_told=self._meeting.has_companion and not lost)
 
-    def _lose_with(self, text: str, code: int, *, is_told: bool = False) -> None:
-        """Leave because rank 0 can't be relied on: its companion says so, or the first of the others, which ends the world."""
+    def _lose_with(self, text: str, code: int, *, speaker: int = 1, is_told: bool = False) -> None:
+        """Leave because rank 0 can't be relied on: its companion says why, or the first of the others, which ends the world."""
         self._over = True
         if self._tie is not None:
             self._tie.tell("mourn")
-        if self._world.rank != 1:
+        if self._world.rank != speaker:
             time.sleep(_OTHERS_SECONDS)
             os._exit(code)
         # where rank 0 has ended the world and that news was lost with the connection, we are gone by then
         time.sleep(_DOUBT_SECONDS)
-        if not is_told:
+        if is_told:
+            self._voice.say(
+                f"rank 0 on {self._meeting.host} has gone, so all ranks end; its companion says why, unless that has gone with it"
+            )
+        else:
             self._voice.say(f"error in {self.world_phase}: {text}")
-            failure = Failure(0, code, text, Cause.DEATH, self.world_phase, time.monotonic())
-            write_failure(self._meeting, failure, self._voice.host, by=1)
+        failure = Failure(0, code, text, Cause.DEATH, self.world_phase, time.monotonic())
+        write_failure(self._meeting, failure, self._voice.host, by=self._world.rank)
         time.sleep(_SPEAKER_SECONDS)
         self._end(code)
 

@@ -4,7 +4,7 @@
     rank 0: Hello(nonce)
     rank:   Join(rank, nonce, proof)
     rank 0: Welcome(proof)
-    rank 0: Beat, Ask, Phase(name), Ending, Leaving
+    rank 0: Beat, Ask, Phase(name), Will(text), Ending, Leaving
     rank:   Beat, Stacks(text), Failed(exit code, phase, sequence, text), Signal(number, again), Leaving
 
 A frame is a header of fixed size and a body of at most `MOST_BODY` bytes; before the proof, of `MOST_STRANGERS_BODY`. Nothing that is
@@ -147,7 +147,7 @@ class Signalled(NamedTuple):
     """A signal that came to a rank other than 0.
 
     Args:
-        number: SIGTERM's or SIGINT's.
+        number: SIGTERM's, SIGINT's or SIGUSR1's.
         again: it is not that rank's first.
     """
 
@@ -165,7 +165,7 @@ class Signalled(NamedTuple):
         Raises:
             WireError: it isn't that.
         """
-        if len(body) != 2 or body[0] not in (signal.SIGTERM, signal.SIGINT) or body[1] > 1:
+        if len(body) != 2 or body[0] not in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) or body[1] > 1:
             raise WireError("no signal that ends a worker")
         return cls(body[0], bool(body[1]))
 

@@ -165,7 +165,7 @@ class Lookout:
     def _forgive(self, late: float) -> None:
         """Where it was this thread that slept, or did not get Python's lock, that is not held against the ranks."""
         patience = self._meeting.patience(self._phase())
-        if patience is not None and late > patience / 2:
+        if patience is not None and late > patience - 2 * self._meeting.period:
             self._overslept = time.monotonic()
         if late > _STALL_SECONDS:
             self._begun += late

@@ -7,15 +7,18 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.supervision.frames import lines_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from types import FrameType
 
 _FRAMES = 12
 _THREADS = 4
 _SAME_FRAMES = 2
 # those of ours that only wait, on every rank, whatever happens
-IDLE_THREADS = frozenset({"watch", "child output", "child end", "proof", "session", "signals", "record"})
+IDLE_THREADS = frozenset(
+    {"watch", "child output", "child end", "proof", "session", "signals", "record", "registration", "time limit"}
+)
 # what carries a task to a thread says nothing of where the task is
 _CARRIERS = (
     "/mpi4py/futures/",
@@ -34,7 +37,7 @@ def own_stacks() -> str:
     main = threading.main_thread()
     threads = sorted(threading.enumerate(), key=lambda thread: thread is not main)
     stacks = {
-        thread.name: _lines(frames[thread.ident])
+        thread.name: lines_of(frames[thread.ident])
         for thread in threads
         if thread.ident in frames and thread.name not in IDLE_THREADS
     }
@@ -43,15 +46,6 @@ def own_stacks() -> str:
     if len(shown) == 1:
         return "\n".join(shown[0][1][:_FRAMES])
     return "\n".join(f"thread {name}:\n  " + "\n  ".join(lines[:_FRAMES]) for name, lines in shown)
-
-
-def _lines(frame: FrameType | None) -> list[str]:
-    lines: list[str] = []
-    while frame is not None:
-        # without the line itself: the file may be on what everybody waits for
-        lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
-        frame = frame.f_back
-    return lines
 
 
 def _carries(line: str) -> bool:

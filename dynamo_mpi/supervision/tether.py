@@ -59,6 +59,8 @@ def main() -> None:
     die_with_parent(arguments.parent, arguments.signal)
     if arguments.rank_logs:
         write_to_rank_log(arguments.rank_logs)
+    # Slurm's warning that time is nearly up goes to all processes of a step: what a tethered one has to do about it, who started it says
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         os.execvp(arguments.command[0], arguments.command)  # noqa: S606 - no shell is the point
     except OSError as error:

@@ -18,19 +18,20 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.supervision.companion_address import address_of
+from dynamo_mpi.exit_codes import of_signal
+from dynamo_mpi.supervision.companion_address import address_of, peer_is_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from dynamo_mpi.launchers.launch import Launch
 
-_CONNECT_SECONDS = 30.0
 _WAIT_SECONDS = 1.0
 _AGAIN_SECONDS = 0.01
+_LATER_SECONDS = 0.25
 _READ_BYTES = 4096
-_RESCUE_SECONDS = 3.0
-_CREDENTIALS_BYTES = 12
+_FRAMES = 12
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Tie:
@@ -39,31 +40,57 @@ class Tie:
     Args:
         launch: how this rank was started.
         environ: names the world.
+        connection: to the companion, on the rank that has brought it.
     """
 
-    def __init__(self, launch: Launch, environ: Mapping[str, str]) -> None:
-        self._rank = launch.rank
+    def __init__(self, launch: Launch, environ: Mapping[str, str], connection: _socket.socket | None) -> None:
         self._address = address_of(launch, environ)
         self._abort: Callable[[int], object] | None = None
+        self._main = _thread.get_ident()
         # a signal's handler may tell something while the thread that it interrupts does
         self._lock = _thread.RLock()
         self._connection: _socket.socket | None = None
-        self._unsent = f"rank {launch.rank} {os.getpid()}\n".encode()
+        self._unsent = f"rank {launch.rank}\n".encode()
         self._released = False
-        if self._address:
-            # MPI's start would wait for the first rank of this node as well; known to its companion, this rank may die there
-            end = time.monotonic() + _WAIT_SECONDS
-            while (connection := self._try()) is None and time.monotonic() < end:
-                time.sleep(_AGAIN_SECONDS)
-            _thread.start_new_thread(self._run, (connection,))
+        self._ear: tuple[int, int] | None = None
+        if connection is None and not self._address:
+            return
+        # MPI's start would wait for the first rank of this node as well; known to its companion, this rank may die there
+        end = time.monotonic() + _WAIT_SECONDS
+        while connection is None and (connection := self._try()) is None and time.monotonic() < end:
+            time.sleep(_AGAIN_SECONDS)
+        if connection is not None:
+            self._take(connection)
+        _start(self._run, connection)
 
     @property
     def holds(self) -> bool:
         """Whether there is a companion at the other end."""
         return self._connection is not None
 
+    def hear_signals(self) -> None:
+        """Have SIGTERM, SIGINT and SIGUSR1 end this rank, and say so before, whatever the main thread is doing. From the main thread."""
+        self._ear = reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        for number in _SIGNALS:
+            # a handler of Python's has to be there for the number to be written
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        if not _start(self._heed, reader):
+            self.leave_signals()
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+
+    def leave_signals(self) -> None:
+        """Leave the signals to others, whose handlers come next. From the main thread; idempotent."""
+        if self._ear is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._ear[1])
+            self._ear = None
+
     def end_with(self, abort: Callable[[int], object]) -> None:
-        """Have ``abort`` end all ranks when the companion asks for it; until then this rank alone leaves, and the launcher ends the rest."""
+        """Have ``abort`` end all ranks when the companion or a signal asks for it; until then this rank alone leaves, and the launcher ends
+        the rest."""
         self._abort = abort
 
     def tell(self, line: str) -> None:
@@ -81,7 +108,7 @@ class Tie:
             self._unsent += b"leave\n"
             self._flush()
             if self._connection is not None:
-                self._shut(self._connection)
+                _shut(self._connection)
 
     def _flush(self) -> None:
         if self._connection is None:
@@ -92,29 +119,35 @@ class Tie:
         except OSError:  # it takes nothing more, or has gone; what it has to know it learns from our end
             self._unsent = b""
 
-    @staticmethod
-    def _shut(connection: _socket.socket) -> None:
-        """End it; the thread sees that, and closes it."""
-        try:
-            connection.shutdown(_socket.SHUT_RDWR)
-        except OSError:
-            return
-
     def _take(self, connection: _socket.socket) -> None:
         with self._lock:
             self._connection = connection
             self._flush()
             if self._released:
-                self._shut(connection)
+                _shut(connection)
+
+    def _try(self) -> _socket.socket | None:
+        """Return a connection to a companion of our own user, None while there is none."""
+        connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        try:
+            connection.connect(self._address)
+            if peer_is_ours(connection):
+                return connection
+        except OSError:
+            pass
+        connection.close()
+        return None
+
+    # what follows runs in threads
 
     def _run(self, connection: _socket.socket | None) -> None:
-        end = time.monotonic() + _CONNECT_SECONDS
         while connection is None:
             # the first rank of this node isn't there yet
-            time.sleep(_AGAIN_SECONDS)
-            if self._released or time.monotonic() > end:
+            time.sleep(_LATER_SECONDS)
+            if self._released:
                 return
-            connection = self._try()
+            if (connection := self._try()) is not None:
+                self._take(connection)
         heard = b""
         try:
             while data := connection.recv(_READ_BYTES):
@@ -128,78 +161,41 @@ class Tie:
                 self._connection = None
             connection.close()
 
-    def _try(self) -> _socket.socket | None:
-        """Return a connection to a companion of our own user, None while there is none."""
-        connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-        try:
-            connection.connect(self._address)
-            credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS_BYTES)
-        except OSError:
-            connection.close()
-            return None
-        if int.from_bytes(credentials[4:8], sys.byteorder) != os.getuid():
-            connection.close()
-            return None
-        self._take(connection)
-        return connection
-
     def _obey(self, words: list[str]) -> None:
         if words == ["beat"]:
             self.tell("beat")
         elif words == ["stacks"]:
-            from dynamo_mpi.supervision.stacks import own_stacks
+            from dynamo_mpi.supervision.frames import lines_of
 
-            text = own_stacks().replace("\n", "\v")
-            self.tell(f"stacks {text}")
+            lines = lines_of(sys._current_frames().get(self._main))[:_FRAMES]
+            self.tell("stacks " + "\v".join(lines))
         elif words[:1] == ["end"] and len(words) == 2 and words[1].isdecimal():
             self._end(int(words[1]))
 
+    def _heed(self, reader: int) -> None:
+        data = os.read(reader, 1)
+        os.close(reader)
+        if data:
+            self.tell("told")
+            self._end(of_signal(data[0]))
+
     def _end(self, code: int) -> None:
-        abort = self._abort
-        if abort is not None:
-            # an MPI that can't end its ranks is no reason to stay
-            _thread.start_new_thread(_leave_later, (code,))
-            abort(code)
+        if self._abort is not None:
+            self._abort(code)
         os._exit(code)
 
 
-def _leave_later(code: int) -> None:
-    time.sleep(_RESCUE_SECONDS)
-    os._exit(code)
-
-
-def bring_companion(launch: Launch, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Fork the companion of this node, if that is for this rank to do. Only before MPI and any thread is started. Does not raise.
-
-    Args:
-        launch: how this rank was started.
-        host: this node.
-        argv: the worker's command line, without the program.
-        environ: names the world, and holds the companion's limits.
-    """
-    address = address_of(launch, environ)
-    if not address or launch.local_rank not in (0, None) or (launch.local_rank is None and launch.rank):
-        return
+def _start(run: Callable[..., object], argument: object) -> bool:
     try:
-        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-        listener.bind(address)
-        # all ranks of a node come at the same moment
-        listener.listen(max(128, launch.local_size or 0))
-        pid = os.fork()
-    except OSError:  # another world of the same name, or no room for a process: then nobody watches before the verdict
-        return
-    if pid:
-        listener.close()
-        return
-    code = 1
-    try:
-        os.setsid()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        # in this process, not in a new interpreter: it has to be there before the first rank dies
-        from dynamo_mpi.supervision.companion import accompany
+        _thread.start_new_thread(run, (argument,))
+    except RuntimeError:  # no more threads for this user; then this rank is not watched
+        return False
+    return True
 
-        accompany(listener.detach(), launch, host, argv, environ)
-        code = 0
-    finally:
-        os._exit(code)
+
+def _shut(connection: _socket.socket) -> None:
+    """End it; the thread sees that, and closes it."""
+    try:
+        connection.shutdown(_socket.SHUT_RDWR)
+    except OSError:
+        return

@@ -27,19 +27,8 @@ from tests.conftest import find_mpirun, mpi_environment
 from tests.dynamo.fault_runner import CODES as MPIRUN_CODES
 from tests.dynamo.fault_runner import RANKS, MpirunFaults, mpirun_faults, program
 from tests.dynamo.running import EtcdServer, eventually
-from tests.fault_cases import (
-    CHILD,
-    CHILD_CASES,
-    CHILD_CODES,
-    FAULTS,
-    HEARTBEAT,
-    PHASES,
-    Case,
-    Keys,
-    Outcome,
-    end_process,
-    why_no_memory_limit,
-)
+from tests.fault_cases import CHILD, CHILD_CASES, CHILD_CODES, FAULTS, HEARTBEAT, PHASES, Case, Outcome
+from tests.fault_traces import Keys, end_process, why_no_memory_limit
 from tests.slurm.cluster.cluster import Cluster, why_unavailable
 from tests.slurm.fault_runner import CODES as SRUN_CODES
 from tests.slurm.fault_runner import RANKS_PER_NODE, SrunFaults, srun_faults

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.dynamo.fault_runner import CODES, MpirunFaults, mpirun_faults
-from tests.fault_cases import CHILD, CHILD_CODES, Case, parameters, trtllm_parameters, why_no_memory_limit
+from tests.fault_cases import CHILD, CHILD_CODES, Case, parameters, trtllm_parameters
+from tests.fault_traces import why_no_memory_limit
 
 pytestmark = pytest.mark.dynamo
 CHOSEN = (

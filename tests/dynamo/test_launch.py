@@ -27,7 +27,9 @@ CONFIG = "tensor_parallel_size: 1\nmax_seq_len: 512\nmax_batch_size: 4\n"
 class LaunchCommand(MarkedCommand):
     """`dynamo-mpi launch` of a prefill and a decode worker of one rank each."""
 
-    def __init__(self, folder: Path, model_dir: Path, *words: str, stderr: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, model_dir: Path, *words: str, stderr: int | None = None, **environment: str
+    ) -> None:
         self.run_dir = folder / "run"
         (folder / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
         (folder / "engine.yaml").write_text(CONFIG)
@@ -38,7 +40,7 @@ class LaunchCommand(MarkedCommand):
             *("--prefill-engine-config", str(folder / "engine.yaml")),
             *("--decode-engine-config", str(folder / "engine.yaml"), *words),
         ]
-        variables = {"DYN_MPI_ADDRESS": "127.0.0.1", "DYN_LOG": "error", "no_proxy": "*"}
+        variables = {"DYN_MPI_ADDRESS": "127.0.0.1", "DYN_LOG": "error", "no_proxy": "*", **environment}
         super().__init__(folder, command, {**mpi_environment(), **variables}, stderr=stderr)
 
     def ask(self) -> tuple[int, Any]:
@@ -99,6 +101,15 @@ def test_a_worker_that_fails_ends_all_with_its_exit_code(tmp_path: Path, model_d
         assert "ended with exit code 64" in launch.err
         assert "flag --max-batch-size is 'none'" in launch.err
         launch.assert_nothing_left()
+
+
+def test_a_fault_on_demand_reaches_the_ranks(tmp_path: Path, model_dir: Path) -> None:
+    fault = "rank0:load:exit3"
+    with LaunchCommand(tmp_path, model_dir, DYN_MPI_FAULT=fault, DYN_MPI_ALLOW_FAULTS="1") as launch:
+        assert launch.wait() == 3, launch.err
+        assert "fault: exit 3 in load" in launch.err
+        assert "ended with exit code 3" in launch.err
+        eventually(lambda: not launch.survivors(), "no process is left", 10)
 
 
 def test_a_second_signal_ends_all_at_once(tmp_path: Path, model_dir: Path) -> None:

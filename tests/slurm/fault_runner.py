@@ -12,21 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.fault_cases import (
-    CHILD,
-    PROGRAMS,
-    STREAMS,
-    TOKENS,
-    Case,
-    Keys,
-    Outcome,
-    Streams,
-    end_process,
-    find_child,
-    processes_with,
-    read_reports,
-    run_case,
-)
+from tests.fault_cases import CHILD, STREAMS, TOKENS, Case, Outcome, run_case
+from tests.fault_traces import PROGRAMS, Keys, Streams, end_process, find_child, processes_with, read_reports
 
 from .cluster.commands import InsideProcess
 from .session import SlurmSession

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_cases import CHILD, CHILD_CODES, Case, parameters, trtllm_parameters, why_no_memory_limit
+from tests.fault_cases import CHILD, CHILD_CODES, Case, parameters, trtllm_parameters
+from tests.fault_traces import why_no_memory_limit
 
 from .fault_runner import CODES, SrunFaults, srun_faults
 from .session import SlurmSession

@@ -15,11 +15,12 @@ from dynamo_mpi.cli.main import main
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.command import Command
 from dynamo_mpi.launch.run_dir import RunDir
-from dynamo_mpi.launch.steps import SlurmEndings, Step, start
+from dynamo_mpi.launch.steps import SlurmEndings, Step, end_of_job, start
 
 # steps are lines of a file; scancel writes down what it is asked, and a step that is cancelled is gone
 SQUEUE = """\
 #!/bin/sh
+[ "$*" != "--jobs=7 --noheader --format=%e" ] || {{ date -d @1800000000 +"${{SLURM_TIME_FORMAT:-%FT%T}}"; exit; }}
 [ "$*" = "--steps --jobs=7 --noheader --format=%i|%j" ] || exit 2
 [ ! -e {folder}/down ] || {{ echo "slurm_load_jobs error: $(cat {folder}/down)" >&2; exit 1; }}
 cat {folder}/steps
@@ -84,6 +85,12 @@ def test_a_step_that_slurm_does_not_name_is_ended_by_its_srun(slurm: Slurm, step
     SlurmEndings("7").ask([step])
     assert step.child.process.wait(10) == -signal.SIGTERM
     assert slurm.asked == []
+
+
+def test_slurm_is_asked_when_the_jobs_time_ends(slurm: Slurm) -> None:
+    assert end_of_job("7") == "1800000000"
+    slurm.fails("Invalid job id specified")
+    assert end_of_job("8") == ""
 
 
 def left_by_a_killed_launcher(tmp_path: Path, slurm: Slurm) -> Path:

@@ -27,7 +27,7 @@ from dynamo_mpi.errors import BootstrapError, EngineError, TemporaryError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.supervision.failure import HurriedError
-from dynamo_mpi.supervision.signal_thread import SignalThread
+from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SignalThread
 from dynamo_mpi.talk import tell_launch
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ _SHUTDOWN_SECONDS = 30.0
 _RELEASE_SECONDS = 60.0
 _DEREGISTER_SECONDS = 0.5
 _FIRST_CAUSE_SECONDS = 0.5
-# launchers that forward a signal to srun and to every rank deliver it twice
-_SAME_SIGNAL_SECONDS = 1.0
 _CHILD_FIRST_SECONDS = 20.0
 _CHILD_FIRST_LOADING_SECONDS = 1.0
 
@@ -236,7 +234,7 @@ class TrtllmLeader:
         if not self._serving or self._phases.current == "exit":
             self._guard.end(HurriedError(number), of_signal(number))
         now = time.monotonic()
-        if now - self._last_signal > _SAME_SIGNAL_SECONDS:
+        if now - self._last_signal > SAME_SIGNAL_SECONDS:
             self._last_signal, self._asked = now, True
             self._events.put(Signalled(number))
 

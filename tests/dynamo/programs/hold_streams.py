@@ -15,6 +15,7 @@ import time
 
 LISTED_SECONDS = 30.0
 QUIET_SECONDS = 60.0
+ROUTED_SECONDS = 10.0
 
 
 class Streams:
@@ -50,11 +51,17 @@ class Streams:
             "ignore_eos": True,
             "stream": True,
         }
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=QUIET_SECONDS)
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        reply = connection.getresponse()
-        if reply.status != 200:
-            return f"status {reply.status}: {reply.read().decode(errors='replace')}"
+        end = time.monotonic() + ROUTED_SECONDS
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=QUIET_SECONDS)
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            if reply.status == 200:
+                break
+            # a model is listed a moment before it is routed to
+            if reply.status not in (404, 503) or time.monotonic() > end:
+                return f"status {reply.status}: {reply.read().decode(errors='replace')}"
+            time.sleep(0.05)
         pieces, event = 0, ""
         for raw in reply:
             line = raw.decode(errors="replace").strip()

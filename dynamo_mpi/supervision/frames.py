@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a thread is, as lines. Imported by every rank before the verdict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+
+def lines_of(frame: FrameType | None) -> list[str]:
+    """Return a thread's Python frames, the innermost first."""
+    lines: list[str] = []
+    while frame is not None:
+        # without the line itself: the file may be on what everybody waits for
+        lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
+        frame = frame.f_back
+    return lines

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is seen of a worker from outside, and what a fault may have left: keys, streams, processes, shared memory; and a lack of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from tests.dynamo.running import eventually
+
+PROGRAMS = Path(__file__).parent / "dynamo" / "programs"
+V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+_FEW_BYTES = 1 << 20
+
+
+class Streams:
+    """Requests in flight, held by ``hold_streams.py``.
+
+    Args:
+        process: that program, its stdout a pipe.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def wait_open(self) -> None:
+        """Wait until all have begun."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().strip()
+        assert line == "open", (line, self.process.stderr.read() if self.process.stderr else "")
+
+    def ends(self, seconds: float) -> list[dict[str, Any]]:
+        """Wait for all ends, and return them."""
+        try:
+            out, _ = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"streams are open after {seconds} s: {error.output!r}") from None
+        return [json.loads(line) for line in out.splitlines()]
+
+
+class Keys:
+    """The worker's keys in etcd over time, from ``watch_keys.py``.
+
+    Args:
+        process: that program, its stdout a pipe.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._changes: list[tuple[float, list[str]]] = []
+        assert process.stdout is not None
+        threading.Thread(target=self._read, args=(process.stdout,), daemon=True).start()
+        eventually(lambda: self._changes, "etcd's keys are known", 20)
+
+    def _read(self, lines: IO[str]) -> None:
+        for line in lines:
+            when, keys = json.loads(line)
+            self._changes.append((when, keys))
+
+    @property
+    def now(self) -> list[str]:
+        """Those that are there now."""
+        return self._changes[-1][1]
+
+    def gone_since(self) -> float:
+        """Return the wall-clock time since which there are none; infinity where there are some."""
+        when, keys = self._changes[-1]
+        return float("inf") if keys else when
+
+
+def read_reports(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the failure files of a folder by name."""
+    return {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def processes_with(text: str) -> list[int]:
+    """Return the pids of this machine whose environment has ``text``, of every session and namespace, without zombies."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if text.encode() in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+    return found
+
+
+def find_child(pids: Sequence[int]) -> int:
+    """Return the one that runs ``dynamo.trtllm``, 0 for none."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if words[1:3] == [b"-m", b"dynamo.trtllm"]:
+                return pid
+    return 0
+
+
+def shared_memory_of(pids: Sequence[int]) -> set[str]:
+    """Return the files in /dev/shm that these processes have mapped."""
+    names: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            names.update(re.findall(r"(/dev/shm/\S+)$", Path(f"/proc/{pid}/maps").read_text(), re.M))
+    return names
+
+
+def why_no_memory_limit() -> str:
+    """Return why this machine can't give a process a memory limit; empty where it can."""
+    try:
+        group = make_group()
+    except OSError as error:
+        return f"no memory cgroup can be made here: {error}"
+    group.rmdir()
+    return ""
+
+
+def make_group() -> Path:
+    """Make a memory cgroup.
+
+    Raises:
+        OSError: this machine has none, or lets nobody make one.
+    """
+    v1 = (V1 / "memory.limit_in_bytes").exists()
+    if not v1 and "memory" not in (V2 / "cgroup.subtree_control").read_text().split():
+        raise FileNotFoundError("the memory controller isn't enabled")
+    group = (V1 if v1 else V2) / f"dynmpi-{os.getpid()}-{time.monotonic_ns()}"
+    group.mkdir()
+    return group
+
+
+@contextlib.contextmanager
+def run_out_of_memory(pid: int) -> Iterator[float]:
+    """Give a process less memory than it needs, and wait for the kernel to kill it; yields the time when that was seen."""
+    if pid <= 0:
+        raise ValueError("cgroups take 0 for whoever writes it")
+    group = make_group()
+    try:
+        limit = "memory.limit_in_bytes" if (group / "memory.limit_in_bytes").exists() else "memory.max"
+        (group / limit).write_text(str(_FEW_BYTES))
+        (group / "cgroup.procs").write_text(str(pid))
+        eventually(lambda: has_ended(pid), "memory has run out", 30)
+        yield time.time()
+    finally:
+        eventually(lambda: _removed(group), "the cgroup is empty", 20)
+
+
+def _removed(group: Path) -> bool:
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return not group.exists()
+
+
+def has_ended(pid: int) -> bool:
+    """Tell whether a process has ended, also where nobody has fetched its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def end_process(process: subprocess.Popen[Any]) -> None:
+    """Kill a helper program and close its pipes."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
