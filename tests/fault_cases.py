@@ -20,7 +20,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
-from tests.fault_traces import Keys, Streams, run_out_of_memory
+from tests.fault_traces import Keys, Streams, has_ended, run_out_of_memory
 
 if TYPE_CHECKING:
     from _pytest.mark.structures import ParameterSet
@@ -47,7 +47,6 @@ TRTLLM_ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join(
         filter(None, (os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)))
     ),
-    "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "5",
     "OMP_NUM_THREADS": "1",
 }
 
@@ -95,9 +94,13 @@ class Case(NamedTuple):
 
     def environment(self, trigger: Path) -> dict[str, str]:
         """Return what the ranks need, and what arms the fault; memory runs out by the test's doing, once the rank says that it is slow."""
-        variables = TRTLLM_ENVIRONMENT if self.engine == "trtllm" else {}
+        variables: dict[str, str] = {}
+        if self.engine == "trtllm":
+            # a drain waits all of this time, and nothing else has to
+            grace = "5" if self.phase == "drain" else "0.2"
+            variables = {**TRTLLM_ENVIRONMENT, "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": grace}
         if self.rank == CHILD:
-            return dict(variables)
+            return variables
         when = {"serve": f"serve@{trigger}", "drain": "drain+0.2"}.get(self.phase, self.phase)
         action = self.fault
         if self.fault == "oom":
@@ -290,6 +293,9 @@ def run_case(
             fault = limits.enter_context(run_out_of_memory(pid))
         elif pid:
             os.kill(pid, CHILD_FAULTS[case.fault])
+            if case.fault == "exit0":  # which is what comes of the signal, in order and in its time
+                eventually(lambda: has_ended(pid), "the child has ended", 20)
+                fault = time.time()
         code = _wait(worker, fault + _HUNG_SECONDS)
         seconds = time.time() - fault
         if code is None:
