@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import BootstrapError
@@ -48,14 +49,15 @@ class Heir:
         self._leases = []
 
     def act(self) -> None:
-        """Revoke the leases, in a second each at the most. More than once does no harm."""
+        """Revoke the leases, in a second at the most once there is a connection. More than once does no harm."""
         leases, self._leases = self._leases, []
         etcd = self._connected() if leases else None
+        end = time.monotonic() + _SECONDS
         for lease in leases:
             # it is gone already, or goes with its time
             with contextlib.suppress(BootstrapError):
-                if etcd is not None:
-                    etcd.revoke(lease, _SECONDS)
+                if etcd is not None and (left := end - time.monotonic()) > 0:
+                    etcd.revoke(lease, left)
 
     def close(self) -> None:
         """Close the connection."""
