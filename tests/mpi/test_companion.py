@@ -91,6 +91,11 @@ def processes(session: int) -> list[int]:
     return found
 
 
+def command_lines(session: int) -> list[bytes]:
+    """Return theirs."""
+    return [Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") for pid in processes(session)]
+
+
 def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -135,8 +140,8 @@ def test_an_end_by_signal_is_no_failure_and_leaves_no_companion(model: Path, fai
     with subprocess.Popen(worker(model), env=environment, stderr=subprocess.PIPE, text=True) as process:
         # rank 0, the companion that it has forked, and the others
         eventually(lambda: len(processes(process.pid)) == RANKS + 1, 20)
-        titles = [Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") for pid in processes(process.pid)]
-        assert f"dynamo_mpi: companion of the ranks on {HOST}".encode() in titles
+        title = f"dynamo_mpi: companion of the ranks on {HOST}".encode()
+        eventually(lambda: title in command_lines(process.pid))
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=20)
     assert process.returncode != 0
