@@ -36,6 +36,7 @@ _TICK_SECONDS = 0.25
 _STALL_SECONDS = 0.5
 # mpirun ends the others 0.25 s after it has seen a rank die, Slurm after 0.3: what has gone until then was no consequence
 _SETTLE_SECONDS = 0.12
+_SAME_SECONDS = 0.05
 _STACKS_SECONDS = 1.0
 _END_SECONDS = 4.0
 _STUCK_SECONDS = 1.0
@@ -62,7 +63,7 @@ class Companion:
         self._gone: list[Local] = []
         self._heir = Heir()
         self._began = time.monotonic()
-        self._decide_at = self._kill_at = self._stop_at = math.inf
+        self._decide_at = self._kill_at = self._stop_at = self._told_at = math.inf
         self._admit(first)
         if listener is not None:
             listener.setblocking(False)
@@ -134,6 +135,7 @@ class Companion:
             local.left = True
         elif word == "told":
             local.told = True
+            self._told_at = min(self._told_at, time.monotonic())
         elif word == "failed" and rest.isdecimal():
             local.told = True
             self._order_end(int(rest))
@@ -153,13 +155,16 @@ class Companion:
         if local.left or local.told or local.is_watched_elsewhere or self._stop_at < math.inf:
             return
         # anew with each that follows at once: a launcher that ends them all takes its time on a busy node
+        local.heard = time.monotonic()
         self._gone.append(local)
         self._decide_at = time.monotonic() + _SETTLE_SECONDS
 
     def _decide(self) -> None:
-        """Say what has gone, unless they all have at once: then it was the launcher who ended them."""
-        if len(self._gone) == 1 or self._ranks:
-            self._end(self._gone[0], death(self._host), Cause.DEATH)
+        """Say what has gone, unless they all have at once, or another one has got a signal just then: the launcher ends them all."""
+        first = self._gone[0]
+        is_ended = self._told_at < first.heard + _SAME_SECONDS
+        if not is_ended and (len(self._gone) == 1 or self._ranks):
+            self._end(first, death(self._host), Cause.DEATH)
 
     def _look(self, now: float) -> None:
         if now > self._kill_at:

@@ -147,4 +147,4 @@ def test_an_end_by_signal_is_no_failure_and_leaves_no_companion(model: Path, fai
     assert process.returncode != 0
     assert ": error in " not in said
     eventually(lambda: not processes(process.pid))
-    assert not failures.exists()
+    assert not failures.exists(), (said, [path.read_text() for path in failures.iterdir()])

@@ -113,6 +113,7 @@ def test_a_host_has_its_own_shared_memory_and_processes(slurm: SlurmSession) -> 
     for elsewhere in ("n2", "login"):
         assert "only-on-n1" not in slurm.exec("ls", "/dev/shm", host=elsewhere).stdout
     assert not Path("/dev/shm/only-on-n1").exists()
+    assert slurm.exec("rm", "/dev/shm/only-on-n1", host="n1").returncode == 0
     assert set(slurm.pids("n1")).isdisjoint(slurm.pids("n2"))
     assert any(command_line(pid)[0] == "slurmd" for pid in slurm.pids("n1"))
 

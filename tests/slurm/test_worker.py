@@ -141,7 +141,14 @@ def test_signal_to_rank_0_alone_ends_all_also_before_it_serves(plugin: str, star
         server.end()
 
 
+def shared_memory(stack: Stack) -> dict[str, set[str]]:
+    """Return the files in the shared memory of the first two nodes."""
+    find = ("find", "/dev/shm", "-type", "f")
+    return {node: set(stack.slurm.exec(*find, host=node).stdout.split()) for node in stack.slurm.nodes[:2]}
+
+
 def test_where_a_step_was_killed_the_next_serves_until_slurms_warning(start: Start, stack: Stack) -> None:
+    before = shared_memory(stack)
     killed = start(TWO_BY_THREE, "pmix", ETCD_LEASE_TTL="60")
     old = killed.ready()
     for pid in [pid for pids in killed.ranks().values() for pid in pids]:
@@ -161,7 +168,4 @@ def test_where_a_step_was_killed_the_next_serves_until_slurms_warning(start: Sta
     assert "the launcher says that its time is nearly up (SIGUSR1): ending in order" in worker.text()
     assert "drain: deregistered" in worker.text()
     assert worker.ranks() == {}
-    for node in stack.slurm.nodes[:2]:
-        assert stack.slurm.exec("find", "/dev/shm", "-type", "f", host=node).stdout == "", (
-            "the killed step's shared memory"
-        )
+    assert shared_memory(stack) == before, "the killed step's shared memory"

@@ -21,7 +21,8 @@ say = lambda *words: os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 signals = StopSignals(lambda number: (say("hurry", number), os._exit(128 + number)))
 if sys.argv[1] == "native":
     say("there")
-    ctypes.CDLL(None).sleep(60)
+    while True:  # a signal ends it early
+        ctypes.CDLL(None).sleep(60)
 async def main():
     loop = asyncio.get_running_loop()
     stop = loop.create_future()
