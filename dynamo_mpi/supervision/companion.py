@@ -36,7 +36,8 @@ _TICK_SECONDS = 0.25
 _STALL_SECONDS = 0.5
 # mpirun ends the others 0.25 s after it has seen a rank die, Slurm after 0.3: what has gone until then was no consequence
 _SETTLE_SECONDS = 0.12
-_SAME_SECONDS = 0.05
+# what came in one round; a launcher that ends the others because one has gone takes longer
+_SAME_SECONDS = 0.003
 _STACKS_SECONDS = 1.0
 _END_SECONDS = 4.0
 _STUCK_SECONDS = 1.0
@@ -149,13 +150,13 @@ class Companion:
         self._selector.unregister(local.connection)
         local.connection.close()
         self._ranks.remove(local)
+        local.heard = time.monotonic()
         if local.leaves_to_us:
             # a rank of ours that doesn't leave in order takes the whole worker along
             self._heir.renounce() if local.left else self._heir.act()
         if local.left or local.told or local.is_watched_elsewhere or self._stop_at < math.inf:
             return
         # anew with each that follows at once: a launcher that ends them all takes its time on a busy node
-        local.heard = time.monotonic()
         self._gone.append(local)
         self._decide_at = time.monotonic() + _SETTLE_SECONDS
 
