@@ -96,7 +96,9 @@ class EngineLeader:
         code = self._agree(error, cards)
         if engine is None or code is not ExitCode.OK:
             return code, None
-        code = self._agree(load_part(engine), cards)
+        error = load_part(engine)
+        self._phases.own_part_done()
+        code = self._agree(error, cards)
         return code, engine if code is ExitCode.OK else None
 
     def _agree(self, error: Exception | None, cards: Sequence[Card]) -> ExitCode:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # what rank 0 broadcasts begins with one byte that says how to read the rest
 STOP, GO = b"S", b"G"
+# of a life with TensorRT-LLM, what all ranks do together
+_SHARED = ("prove", "serve", "drain")
 PARTING_SECONDS = 20.0
 """How long rank 0 waits for all ranks to come to their end; longer than it gives the engine to close."""
 
@@ -99,9 +102,16 @@ def _follow(world: World, launch: Launch, spec: EngineSpec, lifeline: Lifeline, 
 def _follow_trtllm(world: World, lifeline: Lifeline, phases: Phases) -> int:
     from dynamo_mpi.engines.trtllm.follow import follow_trtllm
 
-    with phases.enter("serve"):
+    # what TensorRT-LLM does on this rank is not ours to see, so it goes by what rank 0 says
+    lifeline.listen(partial(_keep_step, phases))
+    with phases.enter("load"):
         follow_trtllm(world, lifeline)
     return world.broadcast()[1]
+
+
+def _keep_step(phases: Phases, name: str) -> None:
+    if name in _SHARED and name != phases.current:
+        phases.begin(name)
 
 
 def _follow_engine(world: World, launch: Launch, spec: EngineSpec, lifeline: Lifeline, phases: Phases) -> int:
@@ -110,8 +120,11 @@ def _follow_engine(world: World, launch: Launch, spec: EngineSpec, lifeline: Lif
         engine, error = build_part(spec, comm, launch.local_size or world.size)
         if message := _agree(world, lifeline, error):
             return message[1]
-        if engine is not None and (message := _agree(world, lifeline, load_part(engine))):
-            return message[1]
+        if engine is not None:
+            error = load_part(engine)
+            phases.own_part_done()
+            if message := _agree(world, lifeline, error):
+                return message[1]
     with phases.enter("serve"):
         if engine is not None:
             engine.follow()

@@ -35,6 +35,7 @@ from dynamo_mpi.supervision.lookout import Lookout
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.open_files import allow_open_files
 from dynamo_mpi.supervision.reception import SPARE
+from dynamo_mpi.supervision.roll import Roll
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervision.stacks import describe_stacks, own_stacks
 from dynamo_mpi.supervision.troubles import no_place
@@ -86,6 +87,9 @@ class Guard:
         voice: writes the report.
         terms: how.
 
+    Attributes:
+        roll: what is known of every rank's phases.
+
     Raises:
         UsageError: this host has no address by ``terms.network``, it can't be listened on, or fewer files may be open than there are ranks.
     """
@@ -94,6 +98,7 @@ class Guard:
         self, world: World, ranks: Sequence[Placed], phases: Phases, voice: Voice, terms: Terms | None = None
     ) -> None:
         self._world, self._ranks, self._phases, self._voice = world, ranks, phases, voice
+        self.roll = Roll([place.host for place in ranks], phases)
         self._at_once: list[Callable[[], object]] = []
         self._cleanups: list[Callable[[], None]] = []
         # a signal's handler may put into it, whatever its thread was doing
@@ -126,6 +131,7 @@ class Guard:
                 lambda rank: self._ranks[rank].host,
                 self._news.put,
                 self._pass_on,
+                self.roll.note,
             )
         except OSError as error:
             raise no_place(address, error) from None

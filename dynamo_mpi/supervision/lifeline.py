@@ -36,6 +36,7 @@ from dynamo_mpi.supervision.liveness_wire import (
     prove_rank,
     prove_rank_zero,
 )
+from dynamo_mpi.supervision.roll import pack_spans
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervision.stacks import own_stacks
 from dynamo_mpi.supervision.troubles import death, loss, no_way, silence
@@ -94,6 +95,8 @@ class Lifeline:
         self._over = self._closing = False
         self._signalled = -math.inf
         phases.listen(lambda name: self._tell(Frame(Kind.PHASE, name.encode())))
+        phases.watch(self._tell_spans)
+        self._tell_spans()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -140,6 +143,9 @@ class Lifeline:
         return Failure(
             self._world.rank, code, text, Cause.TOLD, self._phases.current, time.monotonic(), next(self._sequence)
         )
+
+    def _tell_spans(self) -> None:
+        self._tell(Frame(Kind.SPANS, pack_spans(self._phases)))
 
     # what follows runs in the lifeline's thread
 

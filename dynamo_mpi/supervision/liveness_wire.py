@@ -5,7 +5,8 @@
     rank:   Join(rank, nonce, proof)
     rank 0: Welcome(proof)
     rank 0: Beat, Ask, Phase(name), Will(text), Ending, Leaving
-    rank:   Beat, Stacks(text), Failed(exit code, phase, sequence, text), Signal(number, again), Leaving
+    rank:   Beat, Phase(name), Spans(what `roll.pack_spans` makes), Stacks(text), Failed(exit code, phase, sequence, text),
+            Signal(number, again), Leaving
 
 A frame is a header of fixed size and a body of at most `MOST_BODY` bytes; before the proof, of `MOST_STRANGERS_BODY`. Nothing that is
 received is run or unpickled. Both sides know the token, which came with the verdict, and prove it by an HMAC over the other's nonce; it never
@@ -57,6 +58,7 @@ class Kind(IntEnum):
     ENDING = 10
     WILL = 11
     SIGNAL = 12
+    SPANS = 13
 
 
 class Frame(NamedTuple):

@@ -54,6 +54,7 @@ class Lookout:
         host: names a rank's host.
         on_failure: called from the lookout's thread with each failure. It has to be quick.
         on_signal: the same, with a rank and a signal that came to it.
+        on_spans: the same, with a rank and what it tells of its phases.
     """
 
     def __init__(
@@ -65,9 +66,11 @@ class Lookout:
         host: Callable[[int], str],
         on_failure: Callable[[Failure], None],
         on_signal: Callable[[int, Signalled], None],
+        on_spans: Callable[[int, bytes], None] = lambda *_: None,
     ) -> None:
         self._size, self._meeting = size, meeting
         self._phase, self._host, self._on_failure, self._on_signal = phase, host, on_failure, on_signal
+        self._on_spans = on_spans
         self._selector = selectors.DefaultSelector()
         self._bell = Bell()
         self._selector.register(self._bell, selectors.EVENT_READ, self._bell.hush)
@@ -232,6 +235,8 @@ class Lookout:
                 self._answered.notify_all()
         elif frame.kind is Kind.PHASE:
             rank.phase = frame.body.decode("utf-8", "replace")
+        elif frame.kind is Kind.SPANS:
+            self._on_spans(rank.number, frame.body)
         elif frame.kind is Kind.LEAVING:
             rank.done = True
         elif frame.kind is Kind.SIGNAL:

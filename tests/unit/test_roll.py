@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank 0 knows of every rank's phases."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from dynamo_mpi.fields import pack
+from dynamo_mpi.supervision.liveness_wire import WireError
+from dynamo_mpi.supervision.phases import Phases, Span
+from dynamo_mpi.supervision.roll import BEFORE, Progress, RankSpans, Roll, pack_spans, progress_of
+
+
+def rank(number: int, *spans: Span, began: float = 100.0) -> RankSpans:
+    return RankSpans(number, f"n{number // 2}", began, spans)
+
+
+def test_progress_names_the_one_that_has_been_at_it_for_longest() -> None:
+    ranks = [
+        rank(0, Span("load", 1.0, own=3.0)),
+        rank(1, Span("load", 1.0)),
+        rank(2, Span("load", 0.5)),
+        rank(3, Span("preflight", 0.1, lasted=0.4)),
+    ]
+    assert progress_of("load", ranks, 110.0) == Progress("load", 1, 4, 2, "n1", 9.5)
+
+
+def test_of_ranks_that_are_all_through_the_slowest_is_named() -> None:
+    ranks = [rank(0, Span("load", 1.0, own=3.0)), rank(1, Span("load", 1.0, own=5.0, lasted=6.0))]
+    assert progress_of("load", ranks, 110.0) == Progress("load", 2, 2, 1, "n0", 5.0)
+
+
+def test_a_rank_that_is_in_a_later_phase_is_through() -> None:
+    ranks = [rank(0, Span("prove", 5.0)), rank(1, Span("load", 1.0, lasted=2.0), Span("serve", 3.0))]
+    assert progress_of("prove", ranks, 106.0) == Progress("prove", 1, 2, 0, "n0", 1.0)
+
+
+def test_ranks_that_have_told_nothing_are_not_through() -> None:
+    assert progress_of("load", [rank(0), rank(1)], 110.0) == Progress("load", 0, 2, None, None, 0.0)
+
+
+def test_a_phase_that_runs_longer_never_makes_fewer_ranks_done() -> None:
+    ranks = [rank(0, Span("load", 1.0)), rank(1, Span("load", 1.0, own=0.5))]
+    counts = [progress_of("load", ranks, 100.0 + age).done for age in range(10)]
+    assert counts == [1] * 10
+
+
+def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    roll = Roll(["n0", "n1"], Phases())
+    phases = Phases()
+    with phases.enter("world"):
+        phases.own_part_done()
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 1000)
+    early = pack_spans(phases)
+    late = pack_spans(phases)
+    monkeypatch.undo()
+    began = time.time() - phases.age
+    roll.note(1, late)
+    roll.note(1, early)
+    own, other = roll.ranks()
+    assert (own.rank, own.host, other.rank, other.host) == (0, "n0", 1, "n1")
+    assert abs(other.began - began) < 0.5
+    assert [span.phase for span in other.spans] == [BEFORE, "world"]
+    start, world = other.spans
+    assert start.began < 0
+    assert start.lasted == -start.began
+    assert world.own is not None
+    assert world.lasted is not None
+    assert 0 <= world.own <= world.lasted
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\1",
+        pack(["1.0"]),
+        pack(["1.0", "x"]),
+        pack(["1.0", "0.5", "load", "1.0", ""]),
+        pack(["1.0", "0.5", "lunch", "1.0", "", ""]),
+        pack(["1.0", "0.5", "load", "soon", "", ""]),
+        pack(["1.0", "0.5", *["load", "1.0", "", ""] * 65]),
+    ],
+)
+def test_what_is_no_roll_call_is_refused(body: bytes) -> None:
+    roll = Roll(["n0", "n1"], Phases())
+    with pytest.raises(WireError, match="no spans"):
+        roll.note(1, body)
+    assert roll.ranks()[1].spans == ()
+
+
+def test_phases_keep_their_spans_and_tell_of_every_change() -> None:
+    phases = Phases()
+    seen: list[list[Span]] = []
+    phases.watch(lambda: seen.append(list(phases.spans)))
+    with phases.enter("world"):
+        pass
+    with phases.enter("load"):
+        phases.own_part_done()
+        phases.own_part_done()
+        phases.begin("serve")
+    names = [span.phase for span in phases.spans]
+    assert names == ["world", "load", "serve"]
+    world, load, serve = phases.spans
+    assert world.own is None
+    assert world.lasted is not None
+    assert load.own is not None
+    assert load.lasted is not None
+    assert load.own <= load.lasted
+    # what has begun inside of another phase's body goes on after it
+    assert serve.lasted is None
+    assert phases.current == "serve"
+    assert len(seen) == 6
