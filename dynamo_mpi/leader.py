@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.control_plane.presence import Presence
+    from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.observe.timeline_writer import TimelineWriter
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
@@ -61,6 +63,8 @@ class Leader:
         self._verdict_seconds = 0.0
         self._presence: Presence | None = None
         self._guard: Guard | None = None
+        self._record: WorldRecord | None = None
+        self._timeline: TimelineWriter | None = None
         self._estate = Estate(tie)
         self._signals: StopSignals | None = None
 
@@ -84,6 +88,10 @@ class Leader:
             try:
                 settings = load_settings(argv, os.environ)
                 forget(settings.ready_file)
+                if settings.timeline is not None:
+                    from dynamo_mpi.observe.timeline_files import forget_timeline
+
+                    forget_timeline(settings.timeline)
                 require_startable(settings)
                 settings = at_its_folder(settings, os.environ)
                 plan = read_plan(settings, argv)
@@ -122,6 +130,9 @@ class Leader:
             )
             code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
+        if self._timeline is not None:
+            # the other ranks wait for this one
+            self._timeline.finish()
         return code
 
     def _guard_with(self, settings: Settings, cards: Sequence[Card]) -> Guard:
@@ -143,6 +154,11 @@ class Leader:
         guard.at_once(self._estate.explain)
         guard.at_once(self._disappear)
         guard.before_the_end(partial(forget, settings.ready_file))
+        if settings.timeline is not None and self._record is not None:
+            from dynamo_mpi.observe.timeline_writer import TimelineWriter
+
+            self._timeline = TimelineWriter(settings.timeline, self._record, guard, self._voice)
+            guard.before_the_end(self._timeline.finish)
         return guard
 
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
@@ -155,7 +171,8 @@ class Leader:
         # from here on the main thread may sit in the engine
         self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)
-        self._presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
+        self._record = record_of(settings, verdict.subject, cards, self._phases.age)
+        self._presence.appear(settings, self._record, os.environ)
         self._phases.listen(self._presence.tell)
         return signals
 
@@ -228,6 +245,8 @@ class Leader:
 
     def _announce(self, settings: Settings) -> None:
         announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)
+        if self._timeline is not None:
+            self._timeline.ready()
 
 
 def lead(

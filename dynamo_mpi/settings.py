@@ -215,6 +215,15 @@ OPTIONS: tuple[Option, ...] = (
         "folder for a JSON file from each rank that fails, COMPONENT-rank-N.json; rank 0's holds the whole report",
     ),
     Option(
+        "timeline",
+        ("--timeline",),
+        ("DYN_MPI_TIMELINE",),
+        None,
+        to_path,
+        "write a picture of the start, every rank's phases, as a page (HTML) here and as a trace for Perfetto beside it (.trace.json), "
+        "once it is ready and again at its end",
+    ),
+    Option(
         "kv_transport",
         ("--kv-transport",),
         ("DYN_MPI_KV_TRANSPORT",),
@@ -295,6 +304,7 @@ class Settings:
     heartbeat_timeout: float | None
     world_timeout: float
     failure_dir: Path | None
+    timeline: Path | None
     kv_transport: str
     kv_network: str | None
     kv_keep_seconds: float

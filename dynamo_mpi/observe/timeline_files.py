@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -36,6 +37,13 @@ def write_timeline(path: Path, starts: Sequence[Start]) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_whole(path, page(starts))
     write_whole(trace_path(path), json.dumps(trace(starts), separators=(",", ":")) + "\n")
+
+
+def forget_timeline(path: Path) -> None:
+    """Remove what an earlier start has left: it would be taken for this one's."""
+    for stale in (path, trace_path(path)):
+        with contextlib.suppress(OSError):
+            stale.unlink()
 
 
 def write_whole(path: Path, content: str) -> None:

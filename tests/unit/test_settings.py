@@ -54,6 +54,7 @@ SAMPLES = {
     "heartbeat_timeout": "7.5",
     "world_timeout": "90.5",
     "failure_dir": "/failures",
+    "timeline": "/t.html",
     "kv_transport": "nixl",
     "kv_network": "ib0",
     "kv_keep_seconds": "4.5",
