@@ -24,6 +24,7 @@ VERBS = {
     "plan": "all legal layouts of a model on some GPUs, best first",
     "local": "run the whole stack on this machine: etcd, NATS, the Dynamo frontend and one worker",
     "down": "end a deployment that launch started",
+    "timeline": "how a start went: every rank's phases, who was waited for, where it failed",
     "launch": "launch a deployment over several nodes: Slurm job steps, or mpirun with a hostfile",
 }
 

@@ -67,7 +67,9 @@ class PhaseFacts(NamedTuple):
     @property
     def is_uneven(self) -> bool:
         """Whether the slowest was late enough to be spoken of."""
-        return self.ranks > 1 and not self.goes_on and self.behind > max(_ALIKE_SECONDS, _ALIKE_SHARE * self.took)
+        # serving begins when a rank's part of the start is over, and nobody waits for anyone
+        waited_for = self.ranks > 1 and self.phase != "serve" and not self.goes_on
+        return waited_for and self.behind > max(_ALIKE_SECONDS, _ALIKE_SHARE * self.took)
 
 
 def facts_of(rows: Sequence[Row]) -> tuple[PhaseFacts, ...]:

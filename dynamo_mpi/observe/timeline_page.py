@@ -103,7 +103,7 @@ def _table(start: Start, facts: Sequence[PhaseFacts]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{html.escape(fact.phase)}</th>'
         + "".join(f"<td>{seconds(value)}</td>" for value in (fact.took, fact.least, fact.middle, fact.most))
-        + f"<td>{html.escape(_who(fact))}</td></tr>"
+        + f"<td>{html.escape(_who(fact) if start.layout else '-')}</td></tr>"
         for fact in facts
     )
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("phase", "took", "min", "median", "max", "slowest"))
@@ -117,5 +117,5 @@ def _who(fact: PhaseFacts) -> str:
     if fact.ranks == 1:
         return f"rank {fact.slowest} on {fact.host} alone"
     if not fact.is_uneven:
-        return "they go on" if fact.goes_on else "about equal"
+        return "-" if fact.goes_on or fact.phase == "serve" else "about equal"
     return f"rank {fact.slowest} on {fact.host}{' came to it last' if fact.came_last else ''}, +{seconds(fact.behind)}"

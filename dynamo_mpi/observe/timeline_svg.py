@@ -57,7 +57,7 @@ def draw(start: Start, rows: Sequence[Row], scale: Scale, ready: float | None, n
         f'style="--h:{_n(sheet.bar)}px">',
         *_bands(rows, sheet),
         *_axis(scale, sheet),
-        *(_row(row, top, scale, sheet.bar, slowest) for row, top in zip(rows, sheet.tops, strict=True)),
+        *(_row(row, top, scale, sheet.bar, ready, slowest) for row, top in zip(rows, sheet.tops, strict=True)),
         *_calm(scale, sheet),
         *_moment(scale, sheet, ready),
         *_labels(start, rows, sheet, slowest),
@@ -142,7 +142,7 @@ def _axis(scale: Scale, sheet: _Sheet) -> Iterator[str]:
             yield f'<text class="t" x="{_n(x)}" y="{_TOP - 14:g}" text-anchor="middle">{label}</text>'
 
 
-def _row(row: Row, top: float, scale: Scale, height: float, slowest: dict[str, PhaseFacts]) -> str:
+def _row(row: Row, top: float, scale: Scale, height: float, ready: float | None, slowest: dict[str, PhaseFacts]) -> str:
     parts = [f'<g class="r" transform="translate(0 {_n(top)})">']
     texts: list[str] = []
     for bar in row.bars:
@@ -157,7 +157,7 @@ def _row(row: Row, top: float, scale: Scale, height: float, slowest: dict[str, P
         )
         if waits and own > left:
             parts.append(f'<rect class="o p{kind}" x="{_n(left)}" width="{_n(own - left)}"/>')
-        room = _room(bar, scale)
+        room = _room(bar, scale, ready)
         if height >= 14 and (text := _label(bar, room, fact if is_slowest else None)):
             texts.append(f'<text class="i" x="{_n(left + 6)}" y="{_n(height / 2 + 3.5)}">{text}</text>')
     return "".join([*parts, *texts, "</g>"])
@@ -169,9 +169,11 @@ def _title(row: Row, bar: Bar) -> str:
     return html.escape(f"{row.rank} {row.host}: {bar.phase} {seconds(bar.end - bar.begin)}{own}{goes_on}")
 
 
-def _room(bar: Bar, scale: Scale) -> float:
-    """Return how wide what is written on a bar may be: on its own part, before the gap in the axis."""
+def _room(bar: Bar, scale: Scale, ready: float | None) -> float:
+    """Return how wide what is written on a bar may be: on its own part, before the gap in the axis and the line of being ready."""
     end = scale.x(bar.own_end)
+    if ready is not None and bar.begin < ready < bar.own_end:
+        end = scale.x(ready)
     if scale.calm is not None and bar.begin < scale.calm[1] and bar.own_end > scale.calm[0]:
         end = min(end, scale.x(sum(scale.calm) / 2) - 4)
     return end - scale.x(bar.begin) - 12
@@ -221,6 +223,8 @@ def _labels(start: Start, rows: Sequence[Row], sheet: _Sheet, slowest: dict[str,
             text = fitting(rows[first].host, _NODE_CHARACTERS * _CHARACTER)
             middle = top + min(shift, (sheet.tops[last] - top) / 2 + shift)
             yield f'<text class="h" x="4" y="{_n(middle)}">{html.escape(text)}</text>'
+    if start.layout is None:
+        return
     failed = start.failure.rank if start.failure else None
     slow = {fact.slowest for fact in slowest.values() if fact.is_uneven}
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.observe.timeline_bars import place
 from dynamo_mpi.observe.timeline_facts import describe_failure, facts_of, headline, identity, seconds, sentences
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from dynamo_mpi.observe.timeline import Start
-    from dynamo_mpi.observe.timeline_bars import Row
+    from dynamo_mpi.observe.timeline_bars import Placed, Row
     from dynamo_mpi.observe.timeline_facts import PhaseFacts
 
 LETTERS = {
@@ -40,35 +40,65 @@ def text(starts: Sequence[Start], width: int) -> str:
         starts: at least one.
         width: of the terminal, in characters.
     """
-    worlds, _ = place(starts)
-    return "\n\n".join("\n".join(_lines(world.start, world.rows, width)) for world in worlds)
+    worlds, together = place(starts)
+    tables = [_Table.of(world) for world in worlds]
+    left = max(table.host_width + table.rank_width for table in tables) + 2
+    noted = max(len(note) for table in tables for note in table.notes.values())
+    room = max(_LEAST_WIDTH, width - left - noted - 1)
+    shared = scale_for([world.rows for world in worlds], 0.0, float(room)) if together else None
+    return "\n\n".join(
+        "\n".join(
+            [*_words(table), "", *_drawing(table, shared or scale_for([table.rows], 0.0, float(room)), left, room)]
+        )
+        for table in tables
+    )
 
 
-def _lines(start: Start, rows: Sequence[Row], width: int) -> Iterator[str]:
-    facts = facts_of(rows)
-    yield f"{start.model or start.name}: {headline(start)}" if start.layout else start.name
+class _Table(NamedTuple):
+    """One worker, with what its lines need."""
+
+    start: Start
+    rows: tuple[Row, ...]
+    facts: tuple[PhaseFacts, ...]
+    notes: dict[int, str]
+    host_width: int
+    rank_width: int
+
+    @classmethod
+    def of(cls, world: Placed) -> _Table:
+        facts = facts_of(world.rows)
+        notes = {row.rank: _note(world.start, row, facts) for row in world.rows}
+        host_width = min(_MOST_HOST, max((columns(row.host) for row in world.rows), default=0))
+        rank_width = len(str(max((row.rank for row in world.rows), default=0))) if world.start.layout else 0
+        return cls(world.start, world.rows, facts, notes or {0: ""}, host_width, rank_width)
+
+
+def _words(table: _Table) -> Iterator[str]:
+    start = table.start
     if start.layout:
+        yield f"{start.model}: {headline(start)}"
         yield f"{start.name}: {identity(start)}"
+    else:
+        yield start.name
     if failure := describe_failure(start):
-        yield f"failed: {failure}"
-    yield from sentences(start, facts, rows)
-    yield ""
-    host_width = min(_MOST_HOST, max((columns(row.host) for row in rows), default=0))
-    rank_width = len(str(max((row.rank for row in rows), default=0)))
-    left = host_width + rank_width + 2
-    notes = {row.rank: _note(start, row, facts) for row in rows}
-    room = max(_LEAST_WIDTH, width - left - max(map(len, notes.values()), default=0) - 1)
-    scale = scale_for([rows], 0.0, float(room))
+        yield f"{start.outcome}: {failure}"
+    yield from sentences(start, table.facts, table.rows)
+
+
+def _drawing(table: _Table, scale: Scale, left: int, room: int) -> Iterator[str]:
     yield " " * left + _axis(scale, room)
     before = ""
-    for row in rows:
+    host_width = left - 2 - table.rank_width
+    for row in table.rows:
         host = _cut(row.host, host_width) if row.host != before else ""
         before = row.host
+        rank = f"{row.rank:{table.rank_width}}" if table.rank_width else ""
         padding = " " * (host_width - columns(host))
-        yield f"{host}{padding} {row.rank:{rank_width}} {_bar(row, scale, room)} {notes[row.rank]}".rstrip()
-    known = [f"{LETTERS.get(fact.phase, _OTHER)} {fact.phase}" for fact in facts]
-    calm = f", | {seconds(scale.calm[1] - scale.calm[0])} of serving" if scale.calm else ""
-    yield " " * left + ", ".join([*known, f"{_WAITS} waits for others"]) + calm
+        yield f"{host}{padding} {rank} {_bar(row, scale, room)} {table.notes[row.rank]}".rstrip()
+    known = [f"{LETTERS.get(fact.phase, _OTHER)} {fact.phase}" for fact in table.facts]
+    waits = [f"{_WAITS} waits for others"] if table.start.layout else []
+    calm = [f"| {seconds(scale.calm[1] - scale.calm[0])} of serving"] if scale.calm else []
+    yield " " * left + ", ".join([*known, *waits, *calm])
 
 
 def _cut(host: str, width: int) -> str:
