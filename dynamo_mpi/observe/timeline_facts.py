@@ -141,7 +141,9 @@ def describe_failure(start: Start) -> str:
 
 def sentences(start: Start, facts: Sequence[PhaseFacts], rows: Sequence[Row]) -> list[str]:
     """Say where the time went, and who was waited for."""
-    starting = [fact for fact in facts if fact.phase not in PHASES or fact.phase in _STARTING]
+    if start.layout is None:
+        return [", ".join(f"{fact.phase} {seconds(fact.took)}" for fact in facts)]
+    starting = [fact for fact in facts if fact.phase in _STARTING]
     whole = max((fact.end for fact in starting), default=0.0) - min((fact.begin for fact in starting), default=0.0)
     longest = sorted((fact for fact in starting if fact.took > 0), key=lambda fact: -fact.took)
     named = [fact for at, fact in enumerate(longest) if at == 0 or fact.took >= _NAMED_SHARE * whole][:_MOST_NAMED]

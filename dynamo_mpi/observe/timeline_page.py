@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.observe.timeline import pack_starts
 from dynamo_mpi.observe.timeline_bars import Placed, place
-from dynamo_mpi.observe.timeline_facts import describe_failure, facts_of, headline, identity, seconds, sentences
+from dynamo_mpi.observe.timeline_facts import ORDER, describe_failure, facts_of, headline, identity, seconds, sentences
 from dynamo_mpi.observe.timeline_scale import scale_for
 from dynamo_mpi.observe.timeline_style import patterns, style_sheet
 from dynamo_mpi.observe.timeline_svg import LEFT, RIGHT, WIDTH, draw, style_of
@@ -82,12 +82,19 @@ def _section(world: Placed, shared: Scale | None, single: bool) -> Iterator[str]
     ready = None if start.ready is None else max(0.0, start.ready - world.origin)
     name = f"{start.name}: {headline(start)}. {'. '.join(said)}"
     yield f'<div class="picture">{draw(start, rows, shared or _scale([world]), ready, name)}</div>'
-    yield _table(start, facts)
+    if start.layout:
+        yield _table(start, facts)
     yield "</section>"
 
 
 def _legend(facts: Sequence[PhaseFacts], *, bad: bool) -> str:
-    items = [f'<li><i class="c{style_of(fact.phase)}"></i>{html.escape(fact.phase)}</li>' for fact in facts]
+    items = [
+        f'<li><i class="c{style_of(fact.phase)}"></i>{html.escape(fact.phase)}</li>'
+        for fact in facts
+        if fact.phase in ORDER
+    ]
+    if others := [fact.phase for fact in facts if fact.phase not in ORDER]:
+        items.append(f'<li><i class="cx"></i>{html.escape(", ".join(others))}</li>')
     if any(fact.ranks > 1 for fact in facts):
         waiting = style_of("load")
         items.append(f'<li><svg><rect class="w{waiting}" width="100%" height="100%"/></svg>waits for others</li>')
@@ -103,7 +110,7 @@ def _table(start: Start, facts: Sequence[PhaseFacts]) -> str:
     rows = "".join(
         f'<tr><th scope="row">{html.escape(fact.phase)}</th>'
         + "".join(f"<td>{seconds(value)}</td>" for value in (fact.took, fact.least, fact.middle, fact.most))
-        + f"<td>{html.escape(_who(fact) if start.layout else '-')}</td></tr>"
+        + f"<td>{html.escape(_who(fact))}</td></tr>"
         for fact in facts
     )
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("phase", "took", "min", "median", "max", "slowest"))

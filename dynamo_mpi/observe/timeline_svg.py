@@ -22,7 +22,7 @@ _TOP, _LINE = 34.0, 15.0
 _MOST_HEIGHT, _HIGHEST, _LOWEST = 1536.0, 24.0, 3.0
 _FONT = 11.0
 _CHARACTER = 0.62 * _FONT
-_NODE_CHARACTERS = 18
+_NODE_CHARACTERS, _RANK_CHARACTERS = 14, 9
 _MARK = 4.5
 _LEAST_MARKED = 2.0
 _LEAST_WAIT = 0.4
@@ -95,6 +95,11 @@ def fitting(text: str, width: float) -> str:
 def columns(text: str) -> int:
     """Return how wide a text is, in characters of a font in which all are alike."""
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def part_of(row: Row) -> str:
+    """Name what a row shows that is no rank: a service, or nothing where it is several steps of one."""
+    return row.bars[0].phase if len(row.bars) == 1 else ""
 
 
 def _lay_out(rows: Sequence[Row]) -> _Sheet:
@@ -224,6 +229,9 @@ def _labels(start: Start, rows: Sequence[Row], sheet: _Sheet, slowest: dict[str,
             middle = top + min(shift, (sheet.tops[last] - top) / 2 + shift)
             yield f'<text class="h" x="4" y="{_n(middle)}">{html.escape(text)}</text>'
     if start.layout is None:
+        for row, top in zip(rows, sheet.tops, strict=True):
+            text = html.escape(fitting(part_of(row), _RANK_CHARACTERS * _CHARACTER))
+            yield f'<text class="k" x="{LEFT - 8:g}" y="{_n(top + shift)}" text-anchor="end">{text}</text>'
         return
     failed = start.failure.rank if start.failure else None
     slow = {fact.slowest for fact in slowest.values() if fact.is_uneven}

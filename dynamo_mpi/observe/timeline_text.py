@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.observe.timeline_bars import place
 from dynamo_mpi.observe.timeline_facts import describe_failure, facts_of, headline, identity, seconds, sentences
 from dynamo_mpi.observe.timeline_scale import Scale, scale_for
-from dynamo_mpi.observe.timeline_svg import columns
+from dynamo_mpi.observe.timeline_svg import columns, part_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -61,6 +61,7 @@ class _Table(NamedTuple):
     rows: tuple[Row, ...]
     facts: tuple[PhaseFacts, ...]
     notes: dict[int, str]
+    names: dict[int, str]
     host_width: int
     rank_width: int
 
@@ -69,8 +70,9 @@ class _Table(NamedTuple):
         facts = facts_of(world.rows)
         notes = {row.rank: _note(world.start, row, facts) for row in world.rows}
         host_width = min(_MOST_HOST, max((columns(row.host) for row in world.rows), default=0))
-        rank_width = len(str(max((row.rank for row in world.rows), default=0))) if world.start.layout else 0
-        return cls(world.start, world.rows, facts, notes or {0: ""}, host_width, rank_width)
+        names = {row.rank: str(row.rank) if world.start.layout else part_of(row) for row in world.rows}
+        rank_width = max(map(len, names.values()), default=0)
+        return cls(world.start, world.rows, facts, notes or {0: ""}, names, host_width, rank_width)
 
 
 def _words(table: _Table) -> Iterator[str]:
@@ -92,7 +94,7 @@ def _drawing(table: _Table, scale: Scale, left: int, room: int) -> Iterator[str]
     for row in table.rows:
         host = _cut(row.host, host_width) if row.host != before else ""
         before = row.host
-        rank = f"{row.rank:{table.rank_width}}" if table.rank_width else ""
+        rank = f"{table.names[row.rank]:>{table.rank_width}}"
         padding = " " * (host_width - columns(host))
         yield f"{host}{padding} {rank} {_bar(row, scale, room)} {table.notes[row.rank]}".rstrip()
     known = [f"{LETTERS.get(fact.phase, _OTHER)} {fact.phase}" for fact in table.facts]
