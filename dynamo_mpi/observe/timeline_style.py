@@ -49,12 +49,12 @@ LIGHT = Scheme(
         "#332288",  # environment
         "#a8328f",  # world
         "#7a6200",  # preflight
-        "#0067ac",  # load
+        "#0a6ebd",  # load
         "#b84a00",  # prove
         "#4b2a7b",  # register
-        "#00785a",  # serve
+        "#005c44",  # serve
         "#8c5a12",  # drain
-        "#3f4650",  # exit
+        "#6b7280",  # exit
         "#5b6b8c",
     ),
 )
@@ -67,16 +67,16 @@ DARK = Scheme(
     on_bar="#10141a",
     bad="#ff8a8a",
     phases=(
-        "#98a2ae",
+        "#c6ccd4",
         "#8f8cf0",
         "#f09ad8",
         "#d9b83a",
-        "#56b4f0",
+        "#46a3e6",
         "#ff9a56",
         "#b08cf5",
-        "#3ecf9f",
+        "#66e6b0",
         "#d8ab6a",
-        "#c3cbd4",
+        "#9aa5b2",
         "#93a6cc",
     ),
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from dynamo_mpi.control_plane.record import RecordedLayout
 from dynamo_mpi.observe.timeline import ENDED, FAILED, READY, Mishap, Start
@@ -92,3 +93,25 @@ def start_of(
 def mishap(rank: int, host: str, error: str = "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB") -> Mishap:
     """Return why a rank failed."""
     return Mishap(rank, host, "load", error, 70)
+
+
+def skewed() -> Start:
+    """Return a start with phases that have negative lengths or lie over each other, and with a rank that has told nothing."""
+    start = start_of(4, 2)
+    first, second, *others = start.ranks
+    spans = second.spans
+    odd = (
+        *spans[:2],
+        spans[2]._replace(began=-50.0),
+        spans[3]._replace(lasted=-3.0),
+        spans[4]._replace(own=1e6),
+        *spans[5:],
+    )
+    ranks = (first, second._replace(spans=odd), *others, RankSpans(4, "n9", 0.0, ()))
+    return replace(start, ranks=ranks)
+
+
+def services() -> Start:
+    """Return what the services of a deployment told."""
+    parts = [RankSpans(at, "n0", BEGAN, (Span(name, 0.0, None, 1.0 + at),)) for at, name in enumerate(("etcd", "nats"))]
+    return Start("services", "launch", "", "", "", ENDED, BEGAN + 10, None, tuple(parts))
