@@ -14,6 +14,7 @@ from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.observe.timeline import Start
 from dynamo_mpi.observe.timeline_files import read_starts, trace_path
 from dynamo_mpi.supervision.roll import BEFORE
+from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 
 pytestmark = pytest.mark.dynamo
@@ -105,3 +106,23 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path, etcd: EtcdSe
     finally:
         worker.stop()
     assert "Traceback" not in worker.text()
+
+
+def test_tensorrt_llms_ranks_are_drawn_too(start: Callable[..., RunningWorker], tmp_path: Path) -> None:
+    paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
+    usual = {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
+        "OMP_NUM_THREADS": "1",
+    }
+    flags = ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2")
+    worker = start(*flags, **usual)
+    leader = worker.rank_zero()
+    os.kill(leader, signal.SIGTERM)
+    assert worker.wait() == 0, worker.text()
+    found = drawn(tmp_path)
+    assert found is not None
+    assert (found.outcome, found.engine) == ("ended", "trtllm")
+    # the others go by what rank 0 says
+    for rank in found.ranks:
+        assert {"load", "prove", "serve", "drain"} <= {span.phase for span in rank.spans}
