@@ -34,6 +34,7 @@ class Mishap:
         phase: what that rank was doing; empty where it isn't known.
         error: the first line of it.
         exit_code: what the ranks left with.
+        told: whether that rank said it itself; else it is what was seen of it, to be read behind its name.
     """
 
     rank: int | None
@@ -41,6 +42,7 @@ class Mishap:
     phase: str
     error: str
     exit_code: int
+    told: bool = True
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def describe_failure(start: Start) -> str:
     failure = start.failure
     if failure is None:
         return ""
-    where = "" if failure.rank is None else f"rank {failure.rank} on {failure.host}: "
+    where = "" if failure.rank is None else f"rank {failure.rank} on {failure.host}{':' if failure.told else ''} "
     return f"{where}{failure.error}"
 
 
@@ -175,7 +175,11 @@ def _sentence(fact: PhaseFacts) -> str:
     if fact.ranks == 1:
         return text
     if not fact.is_uneven:
-        return f"{text}, with all ranks about equally fast"
+        return (
+            f"{text}; the ranks came to it at about the same time"
+            if fact.came_last
+            else f"{text}; the ranks were about equally fast"
+        )
     who, late = f"rank {fact.slowest} on {fact.host}", seconds(fact.behind)
     if fact.came_last:
         return f"{text}; {who} came to it last, {late} after the median"

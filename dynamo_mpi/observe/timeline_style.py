@@ -54,7 +54,7 @@ LIGHT = Scheme(
         "#4b2a7b",  # register
         "#005c44",  # serve
         "#8c5a12",  # drain
-        "#6b7280",  # exit
+        "#1f2328",  # exit
         "#5b6b8c",
     ),
 )

@@ -91,7 +91,8 @@ class TimelineWriter:
         first = self._guard.failures[0]
         host = printable(self._guard.roll.ranks()[first.rank].host)
         rank = None if first.cause is Cause.SIGNAL else first.rank
-        return Mishap(rank, host, first.phase, printable(_redact(in_short(first))), first.exit_code)
+        error = printable(_redact(in_short(first)))
+        return Mishap(rank, host, first.phase, error, first.exit_code, first.cause is Cause.TOLD)
 
 
 def _redact(text: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.observe.timeline import Start
+from dynamo_mpi.observe.timeline_facts import describe_failure
 from dynamo_mpi.observe.timeline_files import read_starts, trace_path
 from dynamo_mpi.supervision.roll import BEFORE
 from tests.conftest import ROOT
@@ -76,7 +77,7 @@ def test_a_rank_that_dies_while_loading_is_marked(start: Callable[..., RunningWo
     assert (found.outcome, found.ready) == ("failed", None)
     assert found.failure is not None
     assert (found.failure.rank, found.failure.phase, found.failure.exit_code) == (2, "load", ExitCode.ENGINE)
-    assert "died: its process ended without a word" in found.failure.error
+    assert describe_failure(found) == f"rank 2 on {found.ranks[2].host} died: its process ended without a word"
     assert found.ranks[2].spans[-1].phase == "load"
 
 
