@@ -89,7 +89,7 @@ class Leader:
                 settings = load_settings(argv, os.environ)
                 forget(settings.ready_file)
                 if settings.timeline is not None:
-                    from dynamo_mpi.observe.timeline_files import forget_timeline
+                    from dynamo_mpi.observe.timeline_paths import forget_timeline
 
                     forget_timeline(settings.timeline)
                 require_startable(settings)

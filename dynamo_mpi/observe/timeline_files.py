@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.errors import DataError, UsageError
 from dynamo_mpi.observe.timeline import unpack_starts
 from dynamo_mpi.observe.timeline_page import DATA_BEGINS, DATA_ENDS, page
+from dynamo_mpi.observe.timeline_paths import trace_path
 from dynamo_mpi.observe.timeline_trace import trace
 
 if TYPE_CHECKING:
@@ -23,27 +24,17 @@ if TYPE_CHECKING:
 _MOST_BYTES = 64 * 2**20
 
 
-def trace_path(path: Path) -> Path:
-    """Return where the trace of a page stands."""
-    return path.with_suffix(".trace.json")
-
-
 def write_timeline(path: Path, starts: Sequence[Start]) -> None:
     """Write the page, and the trace beside it.
 
     Raises:
         OSError: they can't be written.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # a file in a folder's place is better said by what comes next
+    with contextlib.suppress(FileExistsError):
+        path.parent.mkdir(mode=0o700, parents=True)
     write_whole(path, page(starts))
     write_whole(trace_path(path), json.dumps(trace(starts), separators=(",", ":")) + "\n")
-
-
-def forget_timeline(path: Path) -> None:
-    """Remove what an earlier start has left: it would be taken for this one's."""
-    for stale in (path, trace_path(path)):
-        with contextlib.suppress(OSError):
-            stale.unlink()
 
 
 def write_whole(path: Path, content: str) -> None:

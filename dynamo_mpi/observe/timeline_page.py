@@ -39,6 +39,7 @@ def page(starts: Sequence[Start]) -> str:
     workers = [start for start in starts if start.layout is not None]
     title = f"Start of {model}"
     single = len(starts) == 1
+    has_bad = any(start.failure is not None and start.failure.rank is not None for start in starts)
     data = json.dumps(pack_starts(starts), separators=(",", ":")).replace("<", "\\u003c")
     parts = [
         "<!DOCTYPE html>",
@@ -53,7 +54,10 @@ def page(starts: Sequence[Start]) -> str:
             if single or together
             else ('<p class="quiet">The starts lie far apart, so each has a time axis of its own.</p>',)
         ),
-        _legend(facts_of([row for world in worlds for row in world.rows]), bad=any(start.failure for start in starts)),
+        _legend(
+            facts_of([row for world in worlds for row in world.rows]),
+            bad=has_bad,
+        ),
         *(part for world in worlds for part in _section(world, shared, single)),
         patterns(),
         f"{DATA_BEGINS}{data}{DATA_ENDS}",

@@ -8,7 +8,6 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.observe.timeline import ENDED, FAILED, READY, STOPPED, Mishap, Start, printable
-from dynamo_mpi.observe.timeline_files import write_timeline
 from dynamo_mpi.supervision.failure import Cause, in_short
 
 if TYPE_CHECKING:
@@ -57,6 +56,9 @@ class TimelineWriter:
             if outcome == READY and self._over:
                 return
             self._over = outcome != READY
+            # nobody waits for it here, as all ranks would for rank 0 before they load
+            from dynamo_mpi.observe.timeline_files import write_timeline
+
             start = self._start(outcome)
             try:
                 write_timeline(self._path, [start])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.observe.timeline import Start
 from dynamo_mpi.observe.timeline_facts import describe_failure
-from dynamo_mpi.observe.timeline_files import read_starts, trace_path
+from dynamo_mpi.observe.timeline_files import read_starts
+from dynamo_mpi.observe.timeline_paths import trace_path
 from dynamo_mpi.supervision.roll import BEFORE
-from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 
 pytestmark = pytest.mark.dynamo
@@ -96,34 +97,18 @@ def test_a_start_that_is_stopped_is_drawn_as_far_as_it_came(
     assert "SIGTERM" in found.failure.error
 
 
-def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
-    (tmp_path / "file").touch()
-    worker = RunningWorker(tmp_path, etcd, model_dir, 1, "--timeline", str(tmp_path / "file/start.html"))
+def test_a_load_that_fails_in_order_is_drawn(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    os.truncate(model / "model.gguf", 2**24)
+    worker = RunningWorker(tmp_path, etcd, model, 1, "--timeline", str(tmp_path / "pages/start.html"))
     try:
-        leader = worker.rank_zero()
-        eventually(lambda: "warning: the timeline" in worker.text(), "the warning")
-        os.kill(leader, signal.SIGTERM)
-        assert worker.wait() == 0
+        assert worker.wait() == ExitCode.NO_MODEL, worker.text()
     finally:
         worker.stop()
-    assert "Traceback" not in worker.text()
-
-
-def test_tensorrt_llms_ranks_are_drawn_too(start: Callable[..., RunningWorker], tmp_path: Path) -> None:
-    paths = [os.environ.get("PYTHONPATH"), str(ROOT / "tests/standins"), str(ROOT)]
-    usual = {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.2",
-        "OMP_NUM_THREADS": "1",
-    }
-    flags = ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2")
-    worker = start(*flags, **usual)
-    leader = worker.rank_zero()
-    os.kill(leader, signal.SIGTERM)
-    assert worker.wait() == 0, worker.text()
     found = drawn(tmp_path)
     assert found is not None
-    assert (found.outcome, found.engine) == ("ended", "trtllm")
-    # the others go by what rank 0 says
-    for rank in found.ranks:
-        assert {"load", "prove", "serve", "drain"} <= {span.phase for span in rank.spans}
+    assert (found.outcome, found.ready) == ("failed", None)
+    assert found.failure is not None
+    assert (found.failure.rank, found.failure.phase, found.failure.exit_code) == (0, "load", ExitCode.NO_MODEL)
+    assert "is not a usable GGUF file" in found.failure.error

@@ -19,8 +19,9 @@ from dynamo_mpi.errors import DataError, UsageError
 from dynamo_mpi.observe.timeline import FAILED, STOPPED, Start, pack_starts, printable, unpack_starts
 from dynamo_mpi.observe.timeline_bars import place, rows_of
 from dynamo_mpi.observe.timeline_facts import facts_of, headline, identity, seconds, sentences
-from dynamo_mpi.observe.timeline_files import read_starts, trace_path, write_timeline
+from dynamo_mpi.observe.timeline_files import read_starts, write_timeline
 from dynamo_mpi.observe.timeline_page import page
+from dynamo_mpi.observe.timeline_paths import trace_path
 from dynamo_mpi.observe.timeline_scale import Scale, scale_for
 from dynamo_mpi.observe.timeline_text import text
 from dynamo_mpi.observe.timeline_trace import trace
