@@ -17,7 +17,6 @@ from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.doctor.context import Context
 from dynamo_mpi.doctor.examination import examine
 from dynamo_mpi.doctor.registry import SECTIONS, chosen
-from dynamo_mpi.doctor.services import client_environment
 from dynamo_mpi.options import Option, add_options, resolve, to_path, to_seconds, to_switch, to_text
 
 if TYPE_CHECKING:
@@ -73,8 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: a flag's value is none that it takes.
     """
     values, _ = resolve((ONLY, RUN_DIR, TIMEOUT, WRITE), vars(arguments), os.environ, {})
-    sections, run_dir = chosen(values["only"]), values["run_dir"]
-    environ = dict(os.environ) if run_dir is None else client_environment(run_dir, os.environ)
-    report = examine(sections, Context.of(environ, values["timeout"], run_dir, values["write"]), socket.gethostname())
+    context = Context.of(os.environ, values["timeout"], values["run_dir"], values["write"])
+    report = examine(chosen(values["only"]), context, socket.gethostname())
     write_out(json.dumps(report.as_json()) if arguments.output == "json" else report.as_text())
     return int(report.exit_code)

@@ -20,6 +20,8 @@ QUESTION_SECONDS = 5.0
 # of the whole time, so that a question can still say that it got no answer
 _SHARE = 0.9
 _ALONE = Launch(Launcher.ALONE)
+# Slurm's own steps: of batch scripts, of interactive shells
+_SPECIAL_STEPS = 0xFFFFFFF0
 _RANKS = frozenset(Launcher) - {Launcher.ALONE, Launcher.SLURM_SHELL}
 
 
@@ -28,7 +30,7 @@ class Context:
     """Where and how to look.
 
     Args:
-        environ: the environment; with a run folder, what its services' clients need is laid over it.
+        environ: the environment of this process.
         started: when it all began, as `time.monotonic` counts.
         seconds: all of it together.
         run_dir: a deployment's folder.
@@ -48,7 +50,10 @@ class Context:
         cls, environ: Mapping[str, str], seconds: float, run_dir: Path | None = None, write: bool = False
     ) -> Context:
         """Return the context of this process from now on."""
-        return cls(environ, time.monotonic(), seconds, run_dir, write, detect(environ))
+        launch = detect(environ)
+        if launch.launcher is Launcher.SLURM_BARE and _is_shell(environ):
+            launch = launch._replace(launcher=Launcher.SLURM_SHELL)
+        return cls(environ, time.monotonic(), seconds, run_dir, write, launch)
 
     @property
     def in_rank(self) -> bool:
@@ -63,6 +68,12 @@ class Context:
     def left(self, most: float = QUESTION_SECONDS) -> float:
         """Return the seconds that asking somebody may take from now on; never none at all."""
         return max(0.01, min(most, self.end - time.monotonic()))
+
+
+def _is_shell(environ: Mapping[str, str]) -> bool:
+    """Is this task of srun one that somebody types in (``srun --pty bash``, or ``salloc`` where Slurm starts its shell on a node)?"""
+    step = environ.get("SLURM_STEP_ID", "")
+    return "SLURM_PTY_PORT" in environ or (step.isdecimal() and int(step) >= _SPECIAL_STEPS)
 
 
 class Question(NamedTuple):

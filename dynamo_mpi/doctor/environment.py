@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from dynamo_mpi.control_plane.probe import etcd_endpoints
 from dynamo_mpi.doctor.check import ok, skipped, warning
 from dynamo_mpi.doctor.context import Context, Question, Section
+from dynamo_mpi.doctor.services import clients_of
 from dynamo_mpi.parallelism.wording import listed
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def describe_mca(environ: Mapping[str, str]) -> Check:
 def check_proxies(context: Context) -> Iterator[Check]:
     """Would a proxy catch what goes to etcd, NATS or the frontend?"""
     hosts = [
-        urlsplit(url if "://" in url else f"http://{url}").hostname or "" for url in etcd_endpoints(context.environ)
+        urlsplit(url if "://" in url else f"http://{url}").hostname or "" for url in etcd_endpoints(clients_of(context))
     ]
     yield judge_proxies(context.environ, [*_LOOPBACK, *filter(None, hosts)])
 

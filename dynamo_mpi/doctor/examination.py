@@ -49,21 +49,28 @@ def examine(sections: Sequence[Section], context: Context, host: str) -> Report:
 class _Asked:
     def __init__(self, question: Question, context: Context) -> None:
         self._question, self._context = question, context
-        self._answer: tuple[Check, ...] | None = None
+        self._answers: list[Check] = []
+        self._ended = False
         self.thread = threading.Thread(target=self._run, name=f"doctor {question.id}", daemon=True)
 
     def _run(self) -> None:
         try:
-            self._answer = tuple(self._question.ask(self._context))
+            for check in self._question.ask(self._context):
+                self._answers.append(check)
         except BootstrapError as problem:
-            self._answer = (of_error(self._question.id, problem),)
+            self._answers.append(of_error(self._question.id, problem))
         except Exception as problem:
-            self._answer = (failure_of(self._question.id, problem),)
+            self._answers.append(failure_of(self._question.id, problem))
+        self._ended = True
 
     def checks(self) -> tuple[Check, ...]:
-        if self._answer is not None:
-            return self._answer
-        return (no_answer(self._question.id, self._context.seconds),)
+        """Return what has been found up to now; what was found before the rest failed or hung counts."""
+        ended, found = self._ended, list(self._answers)
+        if not ended:
+            found.append(no_answer(self._question.id, self._context.seconds))
+        if found and any(check.id == found[-1].id for check in found[:-1]):
+            found[-1] = found[-1]._replace(id=f"{found[-1].id}-rest")
+        return tuple(found)
 
 
 def failure_of(id: str, problem: Exception) -> Check:

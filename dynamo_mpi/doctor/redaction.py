@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-_IN_URL = re.compile(r"(?<=://)[^/@\s]*@")
+_IN_URL = re.compile(r"(?<=://)[^/\s]*@")
 
 
 def redact(text: str) -> str:

@@ -54,6 +54,11 @@ class EtcdAnswers(NamedTuple):
     worlds: int
 
 
+def clients_of(context: Context) -> Mapping[str, str]:
+    """Return the environment of those services' clients that are asked: the run folder's, or our own. Credentials may be in it."""
+    return context.environ if context.run_dir is None else client_environment(context.run_dir, context.environ)
+
+
 def client_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
     """Return ``environ`` with what the services of a deployment say that their clients need; unchanged where they say nothing."""
     try:
@@ -84,11 +89,11 @@ def check_run_dir(context: Context) -> Iterator[Check]:
 
 def check_etcd(context: Context) -> Iterator[Check]:
     """Ask etcd. Where nobody named one, none may run yet."""
-    environ, named = context.environ, is_named(context.environ)
+    environ = clients_of(context)
     try:
         troubles = probe_etcd(environ, context.left())
     except DiscoveryError as problem:
-        yield of_error("etcd", problem) if named or context.in_rank else judge_unnamed(problem)
+        yield of_error("etcd", problem) if is_named(environ) or context.in_rank else judge_unnamed(problem)
         return
     yield judge_endpoints(troubles)
     endpoint = next(url for url, trouble in troubles.items() if not trouble)
@@ -170,7 +175,7 @@ def check_write(context: Context, endpoint: str) -> Iterator[Check]:
     if not context.write:
         yield skipped("etcd-write", "not tried", "--write writes a key under each prefix, and takes it away")
         return
-    with EtcdGateway(endpoint, EtcdAuth.of(context.environ), time.monotonic() + context.left()) as gateway:
+    with EtcdGateway(endpoint, EtcdAuth.of(clients_of(context)), time.monotonic() + context.left()) as gateway:
         gateway.log_in()
         lease = gateway.grant(_LEASE_SECONDS)
         try:
@@ -195,7 +200,7 @@ def judge_refusal(problem: GatewayRefusal, auth: EtcdAuth) -> Check:
 
 def check_nats(context: Context) -> Iterator[Check]:
     """Ask NATS, where it is used."""
-    environ = context.environ
+    environ = clients_of(context)
     server = nats_server(environ, environ.get("DYN_REQUEST_PLANE", "tcp"))
     if server is None:
         yield skipped("nats", "not used: NATS_SERVER isn't set, and requests go by tcp")

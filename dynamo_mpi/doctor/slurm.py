@@ -6,11 +6,12 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.doctor.check import ok, skipped, warning
+from dynamo_mpi.doctor.check import Status, error, ok, skipped, warning
 from dynamo_mpi.doctor.commands import find, run
 from dynamo_mpi.doctor.context import Context, Question, Section
 from dynamo_mpi.doctor.slurm_output import (
     first_node,
+    pmix_refusal,
     read_controllers,
     read_mpi_list,
     read_time_left,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # the first with --overlap, which launch gives to the services' step
 OLDEST = (20, 11)
 _SHORT_SECONDS = 600
+_TRY_PMIX = ("srun", "--mpi=pmix", "--test-only", "-n1", "true")
 
 
 def check_version(context: Context) -> Iterator[Check]:
@@ -79,7 +81,11 @@ def check_mpi_plugins(context: Context) -> Iterator[Check]:
     if output is None:
         yield _no_program("mpi-plugins", context.environ)
     else:
-        yield judge_mpi_plugins(output, context.environ.get("SLURM_MPI_TYPE", ""))
+        plugins = judge_mpi_plugins(output, context.environ.get("SLURM_MPI_TYPE", ""))
+        yield plugins
+        # a plugin is listed also where the library that it needs isn't there; nothing is submitted by --test-only
+        if plugins.status is Status.OK and (tried := _ask(context, *_TRY_PMIX)) is not None:
+            yield judge_pmix(tried)
 
 
 def judge_mpi_plugins(output: Output, chosen: str = "") -> Check:
@@ -100,6 +106,17 @@ def judge_mpi_plugins(output: Output, chosen: str = "") -> Check:
             "unset SLURM_MPI_TYPE",
         )
     return ok("mpi-plugins", f"pmix there: {found}")
+
+
+def judge_pmix(output: Output) -> Check:
+    """Judge an srun that was to load its PMIx plugin and to submit nothing. That a job couldn't be had is no news of PMIx."""
+    if refusal := pmix_refusal(output.text):
+        needed = "a PMIx library where Slurm's plugin looks for it: no step with --mpi=pmix starts"
+        fix = "have libpmix installed, or its symlink libpmix.so (Debian: libpmix-dev), on every node"
+        return error("pmix", f"srun lists pmix, and can't load it: {refusal}", needed, fix)
+    if output.trouble:
+        return skipped("pmix", f"whether srun can load it isn't known: {output.trouble}")
+    return ok("pmix", "srun can load it")
 
 
 def check_pyxis(context: Context) -> Iterator[Check]:
@@ -234,6 +251,8 @@ def _no_program(id: str, environ: Mapping[str, str]) -> Check:
 
 def _silent(id: str, command: str, output: Output) -> Check:
     """Return the check of a command that gave no answer."""
+    if "configuration source" in output.text:
+        return skipped(id, "Slurm's commands are here, and no cluster that they are configured for")
     found = f"{command}: {output.trouble or 'an answer that can not be read: ' + ' '.join(output.text.split())[:200]}"
     return warning(
         id,

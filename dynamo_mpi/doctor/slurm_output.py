@@ -48,6 +48,13 @@ def read_mpi_list(text: str) -> MpiPlugins | None:
     return MpiPlugins(tuple(types), versions) if begun else None
 
 
+def pmix_refusal(text: str) -> str:
+    """Return what srun says of a PMIx plugin that it can't load; empty where it says nothing of it."""
+    return next(
+        (line.strip() for line in text.splitlines() if "can not load PMIx" in line or "Invalid MPI type" in line), ""
+    )
+
+
 def read_version(text: str) -> tuple[int, int] | None:
     """Read ``srun --version``: ``slurm 23.11.4``, on Debian ``slurm-wlm 22.05.8``."""
     match = _VERSION.search(text) if text.startswith("slurm") else None
