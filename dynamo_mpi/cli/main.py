@@ -22,6 +22,7 @@ PROGRAM = "dynamo-mpi"
 VERBS = {
     "check": "will TensorRT-LLM take this model in this layout? without a GPU, before anything is loaded",
     "plan": "all legal layouts of a model on some GPUs, best first",
+    "doctor": "what on this machine stands between you and a worker? Slurm, MPI, GPUs, network, etcd, NATS …",
     "local": "run the whole stack on this machine: etcd, NATS, the Dynamo frontend and one worker",
     "down": "end a deployment that launch started",
     "launch": "launch a deployment over several nodes: Slurm job steps, or mpirun with a hostfile",

@@ -7,10 +7,12 @@ import base64
 import http.client
 import json
 import time
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from dynamo_mpi.errors import DiscoveryError
+from dynamo_mpi.exit_codes import ExitCode
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 _PORT = 2379
 # gRPC's codes, which the gateway hands on
-_NOT_FOUND = 5
+_NOT_FOUND, _PERMISSION_DENIED, _UNAUTHENTICATED = 5, 7, 16
+# what etcd says under the code of any wrong argument
+_NOT_KNOWN = ("user name is empty", "authentication failed", "invalid auth token")
 
 
 class Value(NamedTuple):
@@ -27,6 +31,24 @@ class Value(NamedTuple):
 
     data: bytes
     lease: int
+
+
+class Server(NamedTuple):
+    """What an endpoint tells everybody.
+
+    Args:
+        version: etcd's.
+        clock: seconds since 1970 as it counts them, whole ones; None where it doesn't say.
+    """
+
+    version: str
+    clock: float | None
+
+
+class GatewayRefusal(DiscoveryError):
+    """etcd answers, and doesn't let this user do what it asked for."""
+
+    exit_code = ExitCode.NOT_AUTHORISED
 
 
 class EtcdGateway:
@@ -45,6 +67,7 @@ class EtcdGateway:
     def __init__(self, endpoint: str, auth: EtcdAuth, end: float) -> None:
         self._shown, self._auth, self._end = endpoint.rpartition("@")[2], auth, end
         self._headers: dict[str, str] = {}
+        self._clock: float | None = None
         try:
             parts = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
             host, port = parts.hostname or "", parts.port or _PORT
@@ -78,6 +101,40 @@ class EtcdGateway:
             elif "authentication is not enabled" not in str(reply.get("message")):
                 raise self._refusal(reply)
 
+    def server(self) -> Server:
+        """Return what the endpoint is.
+
+        Raises:
+            DiscoveryError: no answer in time.
+        """
+        _, reply = self._ask("/version", None)
+        return Server(str(reply.get("etcdserver", "")), self._clock)
+
+    def put(self, key: str, value: str, lease: int) -> None:
+        """Write a key under a lease.
+
+        Raises:
+            DiscoveryError: no answer in time, or a refusal.
+        """
+        question = {"key": _text(key.encode()), "value": _text(value.encode()), "lease": str(lease)}
+        status, reply = self._ask("/v3/kv/put", question)
+        if status != http.HTTPStatus.OK:
+            raise self._refusal(reply)
+
+    def grant(self, seconds: int) -> int:
+        """Return a new lease that lives for ``seconds``.
+
+        Raises:
+            DiscoveryError: no answer in time, or a refusal.
+        """
+        status, reply = self._ask("/v3/lease/grant", {"TTL": str(seconds)})
+        if status != http.HTTPStatus.OK:
+            raise self._refusal(reply)
+        try:
+            return int(reply["ID"])
+        except (KeyError, ValueError, TypeError):
+            raise self._error("something else than etcd answers there") from None
+
     def values(self, prefix: str) -> list[Value]:
         """Return what stands under ``prefix``.
 
@@ -110,15 +167,19 @@ class EtcdGateway:
             raise self._refusal(reply)
         return status == http.HTTPStatus.OK
 
-    def _ask(self, path: str, question: dict[str, str]) -> tuple[int, dict[str, Any]]:
-        """Return the HTTP status and the answer."""
+    def _ask(self, path: str, question: dict[str, str] | None) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status and the answer; without a question, of a page."""
         try:
             self._connection.timeout = self._left()
             if self._connection.sock is not None:
                 self._connection.sock.settimeout(self._left())
-            self._connection.request("POST", path, json.dumps(question), self._headers)
+            if question is None:
+                self._connection.request("GET", path, headers=self._headers)
+            else:
+                self._connection.request("POST", path, json.dumps(question), self._headers)
             reply = self._connection.getresponse()
             text = reply.read()
+            self._clock = _seconds_of(reply.getheader("Date", ""))
         except (OSError, http.client.HTTPException, ValueError) as error:  # a ValueError: the host's name is none
             raise self._error(_reason(error)) from None
         try:
@@ -136,7 +197,12 @@ class EtcdGateway:
         return left
 
     def _refusal(self, reply: dict[str, Any]) -> DiscoveryError:
-        return self._error(f"etcd refuses: {reply.get('message') or reply.get('error')!a}")
+        said = str(reply.get("message") or reply.get("error"))
+        error = self._error(f"etcd refuses: {said!a}")
+        unknown = reply.get("code") in (_PERMISSION_DENIED, _UNAUTHENTICATED) or any(
+            words in said for words in _NOT_KNOWN
+        )
+        return GatewayRefusal(error.found, needed=error.needed, fix=error.fix) if unknown else error
 
     def _error(self, found: str) -> DiscoveryError:
         return gateway_error(f"{self._shown}: {found}")
@@ -153,6 +219,14 @@ def gateway_error(found: str) -> DiscoveryError:
 
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def _seconds_of(date: str) -> float | None:
+    """Read HTTP's date."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, TypeError):
+        return None
 
 
 def _reason(error: Exception) -> str:
