@@ -94,9 +94,8 @@ def _tell_programs(words: Sequence[str], error: BootstrapError) -> None:
     if chosen.output == "json":
         import json
 
-        said = {"exit_code": int(error.exit_code), "found": error.found, "needed": error.needed, "fix": error.fix}
         with contextlib.suppress(UsageError, BrokenPipeError):  # stdout may be what the error is about
-            write_out(json.dumps({"ok": False, "error": said}))
+            write_out(json.dumps({"ok": False, "error": error.plain()}))
 
 
 def _parser() -> argparse.ArgumentParser:

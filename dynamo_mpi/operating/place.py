@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import dataclass
@@ -55,11 +56,6 @@ class Deployment:
     host: str
     pid: int
 
-    @property
-    def is_orphaned(self) -> bool:
-        """Was its launcher killed? From another host than its own that can't be seen, and counts as no."""
-        return self.host == os.uname().nodename and self.pid > 0 and not os.path.exists(f"/proc/{self.pid}")
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -98,6 +94,15 @@ class Place:
     def has_services(self) -> bool:
         """Does a run folder say which services there are?"""
         return self.run_dir is not None and self.environ is not None
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Was the launcher killed? From another host than its own that can't be seen, and counts as no."""
+        launcher = self.deployment
+        if self.run_dir is None or launcher is None or launcher.host != os.uname().nodename:
+            return False
+        # the process first: whoever tries the lock of one that lives could be in the way of one that begins
+        return not os.path.exists(f"/proc/{launcher.pid}") and _is_free(self.run_dir / "lock")
 
 
 def find_run_dir(environ: Mapping[str, str]) -> Path | None:
@@ -170,6 +175,16 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_free(lock: Path) -> bool:
+    """Does nobody hold it? Its holder may be in a container, and its process be called otherwise here."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _deployment(content: dict[str, Any]) -> Deployment | None:

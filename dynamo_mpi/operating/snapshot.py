@@ -84,9 +84,8 @@ class Snapshot:
         """Is nothing missing, down or failed? A worker that still loads is well."""
         place = self.place
         ended_well = place.ended is None or place.deployment is not None or place.ended.exit_code == ExitCode.OK
-        launched = place.deployment is None or not place.deployment.is_orphaned
         services = all(service.is_up for service in self.services)
-        return ended_well and launched and services and not self.missing and not self.open_failures
+        return ended_well and not place.is_orphaned and services and not self.missing and not self.open_failures
 
     def name_of(self, worker: Worker | Failure) -> str:
         """Return what the deployment calls it, or its role."""
@@ -94,13 +93,16 @@ class Snapshot:
         return next((own.name for own in expected if own.launch == worker.launch), worker.role)
 
 
-def read_snapshot(place: Place, namespace: str | None = None, model: str | None = None) -> Snapshot:
+def read_snapshot(
+    place: Place, namespace: str | None = None, model: str | None = None, seconds: float = ETCD_SECONDS
+) -> Snapshot:
     """Read it; of a deployment that has ended, only that.
 
     Args:
         place: where.
         namespace: leave out workers of others.
         model: leave out workers of others.
+        seconds: that etcd has.
 
     Raises:
         DiscoveryError: etcd doesn't answer.
@@ -119,7 +121,7 @@ def read_snapshot(place: Place, namespace: str | None = None, model: str | None 
         return gateway.values(WORLDS + within), gateway.values(FAILURES + within)
 
     try:
-        worlds, failures = ask_etcd(environ, ETCD_SECONDS, question)
+        worlds, failures = ask_etcd(environ, seconds, question)
     except DiscoveryError as error:
         raise _unanswered(place, error) from None
     warnings: list[str] = []

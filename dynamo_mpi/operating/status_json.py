@@ -15,7 +15,7 @@ services      name, url, up, note; empty without a run folder
 launcher      {host, pid, job, gone}, or null: of the deployment that runs
 ended         {exit_code, report, time}, or null: of the last deployment in the folder
 warnings      texts
-error         {exit_code, found, needed, fix}: instead of all but schema and ok, where nothing could be read
+error         {exit_code, found, needed, fix}: beside ok alone, where nothing could be read
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
             "host": deployment.host,
             "pid": deployment.pid,
             "job": deployment.job or None,
-            "gone": deployment.is_orphaned,
+            "gone": place.is_orphaned,
         },
         "ended": None if ended is None else asdict(ended),
         "warnings": list(snapshot.warnings),
@@ -65,9 +65,7 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
 
 def error_as_json(error: BootstrapError) -> dict[str, Any]:
     """Return why there is no snapshot."""
-    code = int(error.exit_code)
-    said = {"exit_code": code, "found": error.found, "needed": error.needed, "fix": error.fix}
-    return {"schema": SCHEMA, "ok": False, "error": said}
+    return {"ok": False, "error": error.plain()}
 
 
 def _worker(snapshot: Snapshot, worker: Worker) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _events(snapshot: Snapshot) -> list[str]:
             f"{s.name} {'up' if s.is_up else 'DOWN'} at {s.url}{s.note and f' ({s.note})'}" for s in snapshot.services
         )
         lines.append(f"services: {', '.join(states)}")
-    if place.deployment is not None and place.deployment.is_orphaned:
+    if place.is_orphaned:
         lines.append(f"warning: its launcher was killed; dynamo-mpi down --run-dir {place.run_dir} clears up")
     if place.ended is not None and place.deployment is None:
         ago = spell_seconds(now - place.ended.time)
