@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
@@ -75,10 +77,14 @@ def _read(values: dict[str, Any]) -> Snapshot:
 
 def _shown(snapshot: Snapshot, output: str) -> str:
     if output == "text":
-        return describe(snapshot)
+        return describe(snapshot, shutil.get_terminal_size().columns) if _is_terminal() else describe(snapshot)
     from dynamo_mpi.operating.status_json import as_json
 
     return json.dumps(as_json(snapshot))
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def _shown_error(error: BootstrapError, output: str) -> str:

@@ -19,11 +19,16 @@ _MOST_WARNINGS = 8
 _LONGEST_CELL, _LONGEST_LINE = 48, 240
 
 
-def describe(snapshot: Snapshot) -> str:
-    """Return it as text; without ends of lines at its end."""
+def describe(snapshot: Snapshot, width: int = _LONGEST_LINE) -> str:
+    """Return it as text.
+
+    Args:
+        snapshot: what to show.
+        width: characters on a line that the table may take: its widest columns are cut until it does.
+    """
     rows = [_row(snapshot, worker) for worker in snapshot.workers]
     rows += [_missing_row(worker) for worker in snapshot.missing]
-    lines = _table([_HEADS, *rows]) if rows else ["no worker is there"]
+    lines = _table([_HEADS, *rows], width) if rows else ["no worker is there"]
     lines += _events(snapshot)
     return "\n".join(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines)
 
@@ -48,10 +53,19 @@ def _missing_row(worker: Expected) -> tuple[str, ...]:
     return ("-", worker.name, "-", spell_nodes(worker.nodes), "not there", "-", "-", "-", "-", "")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    cut = [[cell if len(cell) <= _LONGEST_CELL else f"{cell[: _LONGEST_CELL - 1]}…" for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cut, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cut]
+def _table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    widths = [min(_LONGEST_CELL, max(map(len, column))) for column in zip(*rows, strict=True)]
+    heads = [len(head) for head in _HEADS]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        longest = max(range(len(widths)), key=lambda index: widths[index] - heads[index])
+        if widths[longest] <= heads[longest]:
+            break
+        widths[longest] -= 1
+    return ["  ".join(_cell(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _cell(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else f"{text[: width - 1]}…"
 
 
 def _events(snapshot: Snapshot) -> list[str]:
