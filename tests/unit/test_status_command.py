@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,15 @@ from dynamo_mpi.launch.run_dir import RunDir
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
 from tests.servers import closed_port, running_nats, running_secured_etcd
-from tests.unit.board import Board, running_board
+from tests.unit.board import Board
 
 PROGRESS = {"done": 3, "ranks": 6, "slowest_rank": 5, "slowest_host": "n3", "seconds": 40.0}
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def shared_board() -> Iterator[Board]:
-    with running_board() as board:
-        yield board
-
-
 @pytest.fixture
-def board(shared_board: Board, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Board:
-    """An etcd with nothing in it, which the environment names."""
-    shared_board.wipe()
-    for name in os.environ:
-        if name.startswith(("ETCD_", "NATS_", "SLURM_", "HEAD_NODE", "DYN_MPI_")):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("ETCD_ENDPOINTS", shared_board.url)
-    monkeypatch.chdir(tmp_path)
-    return shared_board
+def board(clean_board: Board) -> Board:
+    return clean_board
 
 
 @pytest.fixture
