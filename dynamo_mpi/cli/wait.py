@@ -55,7 +55,7 @@ FRONTEND = Option(
     "frontend",
     ("--frontend",),
     ("DYN_MPI_FRONTEND",),
-    "",
+    None,
     to_url,
     "URL of the frontend that has to answer; by default what the run folder says",
 )
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         values["namespace"],
         values["model"],
         values["role"],
-        values["frontend"],
+        values["frontend"] or "",
         values["timeout"],
     )
     outcome = Wait(request, os.environ, _say).run()

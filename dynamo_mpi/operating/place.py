@@ -81,7 +81,7 @@ class Place:
         environ: where etcd and our credentials stand; None where the folder's services aren't up.
         frontend: its URL; empty where it isn't known.
         deployment: of `launch`, while it runs.
-        ended: of `launch`, when it has ended.
+        ended: of `launch`, when it has ended and nothing runs there since.
     """
 
     run_dir: Path | None
@@ -148,13 +148,11 @@ def locate(run_dir: Path | None, environ: Mapping[str, str]) -> Place:
     if isinstance(variables, dict):
         own = {name: value for name, value in environ.items() if not name.startswith(_OURS)}
         found_environ = own | {str(name): str(value) for name, value in variables.items()}
-    return Place(
-        run_dir,
-        found_environ,
-        str(services.get("url") or ""),
-        _deployment(read_object(run_dir / "deployment.json")),
-        _ended(read_object(run_dir / "ended.json")),
-    )
+    deployment = _deployment(read_object(run_dir / "deployment.json"))
+    # services that somebody has started there later are another deployment's
+    is_over = deployment is None and found_environ is None
+    ended = _ended(read_object(run_dir / "ended.json")) if is_over else None
+    return Place(run_dir, found_environ, str(services.get("url") or ""), deployment, ended)
 
 
 def read_object(path: Path) -> dict[str, Any]:

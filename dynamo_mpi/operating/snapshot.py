@@ -83,7 +83,7 @@ class Snapshot:
     def is_well(self) -> bool:
         """Is nothing missing, down or failed? A worker that still loads is well."""
         place = self.place
-        ended_well = place.ended is None or place.deployment is not None or place.ended.exit_code == ExitCode.OK
+        ended_well = place.ended is None or place.ended.exit_code == ExitCode.OK
         services = all(service.is_up for service in self.services)
         return ended_well and not place.is_orphaned and services and not self.missing and not self.open_failures
 
@@ -110,7 +110,7 @@ def read_snapshot(
         UsageError: what is set for it can't be used.
     """
     environ = place.environ
-    if environ is None and place.deployment is None and place.ended is not None:
+    if place.ended is not None:
         return Snapshot(time.time(), place)
     if environ is None:
         raise _without_services(place)

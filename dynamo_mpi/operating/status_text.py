@@ -83,7 +83,7 @@ def _events(snapshot: Snapshot) -> list[str]:
         lines.append(f"services: {', '.join(states)}")
     if place.is_orphaned:
         lines.append(f"warning: its launcher was killed; dynamo-mpi down --run-dir {place.run_dir} clears up")
-    if place.ended is not None and place.deployment is None:
+    if place.ended is not None:
         ago = spell_seconds(now - place.ended.time)
         report = " ".join(place.ended.report.split())
         lines.append(f"the last deployment ended {ago} ago with exit code {place.ended.exit_code}: {report}")

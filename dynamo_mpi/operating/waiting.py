@@ -159,7 +159,7 @@ class Wait:
 
     def _require_not_ended(self, place: Place) -> None:
         ended, deployment = place.ended, place.deployment
-        if ended is not None and deployment is None:
+        if ended is not None:
             is_ours = ended.time >= self._began_at
             if is_ours or time.monotonic() > self._began + STALE_SECONDS:
                 ago = spell_seconds(time.time() - ended.time)

@@ -263,6 +263,17 @@ def test_an_earlier_end_in_the_same_folder_counts_where_nothing_starts(
     assert time.monotonic() - began >= 0.5
 
 
+def test_services_that_were_started_later_in_the_folder_of_a_deployment_that_ended(
+    board: Board, run: Run, tmp_path: Path
+) -> None:
+    run_dir = describe(tmp_path / "run")
+    run_dir.tell_end(70, "failed")
+    run_dir.close()
+    serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
+    board.worker("agg", phase="serve")
+    assert run("--run-dir", str(run_dir.path))[0] == 0
+
+
 def test_with_restarts_a_failure_is_told_and_waited_for(board: Board, run: Run, tmp_path: Path) -> None:
     run_dir = describe(tmp_path / "run", max_restarts=1)
     serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
