@@ -9,14 +9,14 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
 from dynamo_mpi.control_plane.probe import nats_server, probe_etcd, probe_nats, shown
 from dynamo_mpi.control_plane.record import worlds_of
 from dynamo_mpi.doctor.check import error, of_error, ok, skipped, warning
 from dynamo_mpi.doctor.context import Context, Question, Section
 from dynamo_mpi.doctor.nats_hello import greet
-from dynamo_mpi.errors import DiscoveryError
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.etcd_gateway import EtcdGateway, GatewayRefusal
 from dynamo_mpi.parallelism.wording import counted, listed
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def check_etcd(context: Context) -> Iterator[Check]:
     try:
         yield from judge_answers(ask(endpoint, environ, time.monotonic() + context.left()))
         yield from check_write(context, endpoint)
-    except GatewayRefusal as problem:
+    except AuthorisationError as problem:
         yield judge_refusal(problem, EtcdAuth.of(environ))
     except DiscoveryError as problem:
         needed = "an answer of its JSON gateway, by which launch and doctor ask"
@@ -186,7 +186,7 @@ def check_write(context: Context, endpoint: str) -> Iterator[Check]:
     yield ok("etcd-write", f"{listed(PREFIXES)} can be written")
 
 
-def judge_refusal(problem: GatewayRefusal, auth: EtcdAuth) -> Check:
+def judge_refusal(problem: AuthorisationError, auth: EtcdAuth) -> Check:
     """Judge an etcd that answers and refuses."""
     who = f"user {auth.username!r}" if auth.username else "a client without a user"
     return error(

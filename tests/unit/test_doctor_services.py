@@ -12,6 +12,7 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
 from dynamo_mpi.doctor.check import Check, Status
 from dynamo_mpi.doctor.context import Context
 from dynamo_mpi.doctor.nats_hello import Hello, credentials, greet, read_info
@@ -25,7 +26,6 @@ from dynamo_mpi.doctor.services import (
     judge_hello,
 )
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
-from dynamo_mpi.launch.etcd_gateway import EtcdGateway
 from dynamo_mpi.services.certificates import Certificates
 from dynamo_mpi.services.nats import Nats, authorization
 from dynamo_mpi.services.ports import free_port

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""etcd through its JSON gateway, which the standard library is enough for: the launcher's host has no client of etcd."""
+"""etcd through its JSON gateway, which the standard library is enough for: a login node has no client of etcd."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from dynamo_mpi.errors import DiscoveryError
-from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.control_plane.etcd_auth import is_refusal
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -21,16 +21,24 @@ if TYPE_CHECKING:
 
 _PORT = 2379
 # gRPC's codes, which the gateway hands on
-_NOT_FOUND, _PERMISSION_DENIED, _UNAUTHENTICATED = 5, 7, 16
-# what etcd says under the code of any wrong argument
-_NOT_KNOWN = ("user name is empty", "authentication failed", "invalid auth token")
+_NOT_FOUND = 5
+_REFUSALS = (7, 16)
+# what etcd calls an invalid argument
+_REFUSING = ("authentication failed", "user name is empty", "permission denied", "invalid auth token")
 
 
 class Value(NamedTuple):
-    """What stands under one key, and the lease that it ends with; 0 for none."""
+    """What stands under one key.
+
+    Args:
+        data: it.
+        lease: that it ends with; 0 for none.
+        key: where it stands.
+    """
 
     data: bytes
     lease: int
+    key: str
 
 
 class Server(NamedTuple):
@@ -43,12 +51,6 @@ class Server(NamedTuple):
 
     version: str
     clock: float | None
-
-
-class GatewayRefusal(DiscoveryError):
-    """etcd answers, and doesn't let this user do what it asked for."""
-
-    exit_code = ExitCode.NOT_AUTHORISED
 
 
 class EtcdGateway:
@@ -91,7 +93,8 @@ class EtcdGateway:
         """Show etcd our user's password, if we have one.
 
         Raises:
-            DiscoveryError: no answer in time, or a refusal.
+            DiscoveryError: no answer in time.
+            AuthorisationError: a refusal.
         """
         if self._auth.username:
             question = {"name": self._auth.username, "password": self._auth.password}
@@ -139,7 +142,8 @@ class EtcdGateway:
         """Return what stands under ``prefix``.
 
         Raises:
-            DiscoveryError: no answer in time, or a refusal.
+            DiscoveryError: no answer in time.
+            AuthorisationError: a refusal.
         """
         start = prefix.encode()
         stop = start[:-1] + bytes([start[-1] + 1])
@@ -149,7 +153,11 @@ class EtcdGateway:
         try:
             # what is empty or 0 is left out
             return [
-                Value(base64.b64decode(entry.get("value", "")), int(entry.get("lease", 0)))
+                Value(
+                    base64.b64decode(entry.get("value", "")),
+                    int(entry.get("lease", 0)),
+                    base64.b64decode(entry.get("key", "")).decode(errors="backslashreplace"),
+                )
                 for entry in reply.get("kvs", [])
             ]
         except (ValueError, TypeError, AttributeError):
@@ -159,7 +167,8 @@ class EtcdGateway:
         """End a lease and all that is under it, and tell whether it was still there.
 
         Raises:
-            DiscoveryError: no answer in time, or a refusal.
+            DiscoveryError: no answer in time.
+            AuthorisationError: a refusal.
         """
         # as JSON has it: numbers as large would be rounded on their way
         status, reply = self._ask("/v3/lease/revoke", {"ID": str(lease)})
@@ -181,6 +190,8 @@ class EtcdGateway:
             text = reply.read()
             self._clock = _seconds_of(reply.getheader("Date", ""))
         except (OSError, http.client.HTTPException, ValueError) as error:  # a ValueError: the host's name is none
+            if is_refusal(error):
+                raise refused(f"{self._shown}: {_reason(error)}") from None
             raise self._error(_reason(error)) from None
         try:
             content = json.loads(text)
@@ -196,13 +207,11 @@ class EtcdGateway:
             raise TimeoutError
         return left
 
-    def _refusal(self, reply: dict[str, Any]) -> DiscoveryError:
-        said = str(reply.get("message") or reply.get("error"))
-        error = self._error(f"etcd refuses: {said!a}")
-        unknown = reply.get("code") in (_PERMISSION_DENIED, _UNAUTHENTICATED) or any(
-            words in said for words in _NOT_KNOWN
-        )
-        return GatewayRefusal(error.found, needed=error.needed, fix=error.fix) if unknown else error
+    def _refusal(self, reply: dict[str, Any]) -> DiscoveryError | AuthorisationError:
+        message = str(reply.get("message") or reply.get("error"))
+        found = f"{self._shown}: etcd refuses: {message!a}"
+        is_ours = reply.get("code") in _REFUSALS or any(words in message for words in _REFUSING)
+        return refused(found) if is_ours else gateway_error(found)
 
     def _error(self, found: str) -> DiscoveryError:
         return gateway_error(f"{self._shown}: {found}")
@@ -214,6 +223,15 @@ def gateway_error(found: str) -> DiscoveryError:
         found,
         needed="an etcd that answers this host",
         fix="look at etcd; ETCD_ENDPOINTS and ETCD_AUTH_* say where it is and who we are",
+    )
+
+
+def refused(found: str) -> AuthorisationError:
+    """Return the error of an etcd that doesn't let us in."""
+    return AuthorisationError(
+        found,
+        needed="credentials that etcd takes",
+        fix="--run-dir DIR of the deployment, whose services.json has them; or correct ETCD_AUTH_*",
     )
 
 
