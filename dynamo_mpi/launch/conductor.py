@@ -9,6 +9,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.milestones import Milestones
@@ -241,15 +242,18 @@ class Conductor:
                 "job_id": os.environ.get("SLURM_JOB_ID", ""),
                 "url": self._url,
                 "model": self._settings.served_model_name or self._settings.model,
+                "max_restarts": self._settings.max_restarts,
                 "workers": [
                     {
                         "name": w.name,
                         "role": w.role,
                         "nodes": w.nodes,
                         "ranks": w.ranks,
-                        "step": self._renderer.worker(w).step,
+                        "step": command.step,
+                        "launch": command.environment.get(LAUNCH_VARIABLE),
                     }
                     for w in self._workers
+                    for command in [self._renderer.worker(w)]
                 ],
                 "steps": [command.step for command in self._commands()],
             }

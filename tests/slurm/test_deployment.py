@@ -124,11 +124,11 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
     assert "cancelling" not in deployment.text()
     assert deployment.left() == []
     assert sorted(path.name for path in deployment.run_dir.iterdir()) == [
+        "ended.json",
         "lock",
         "logs",
         "ready",
         "services",
-        "timeline",
     ]
     assert not list((deployment.run_dir / "ready").iterdir())
     (prefill,) = read_starts(deployment.run_dir / "timeline" / "prefill-0.html")

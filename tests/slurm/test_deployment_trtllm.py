@@ -91,10 +91,10 @@ def test_a_pair_answers_and_ends_with_the_launcher(deployment: Deployment) -> No
     assert "cancelling" not in deployment.text()
     assert deployment.left() == []
     assert sorted(path.name for path in deployment.run_dir.iterdir()) == [
+        "ended.json",
         "lock",
         "logs",
         "ready",
         "services",
-        "timeline",
     ]
     assert not list((deployment.run_dir / "ready").iterdir())
