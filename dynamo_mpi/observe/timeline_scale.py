@@ -15,6 +15,8 @@ _TICKS = 9
 _CALM_WIDTH = 0.09
 _CALM_FACTOR = 0.25
 _CALM_MARGIN = 0.04
+# where there is nothing but serving, it is drawn
+_LEAST_DRAWN = 0.001
 _LONG_STEPS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 36000, 86400)
 
 
@@ -81,7 +83,7 @@ def scale_for(worlds: Sequence[Sequence[Row]], left: float, width: float) -> Sca
     first = max([*begun, *(bar.end for bar in bars if _is_start(bar.phase))])
     last = min(min(bar.end for bar in world) for world in serving)
     drawn = end - (last - first)
-    if last - first <= _CALM_FACTOR * drawn:
+    if last - first <= _CALM_FACTOR * drawn or drawn < _LEAST_DRAWN:
         return Scale(left, width, end)
     margin = _CALM_MARGIN * drawn
     return Scale(left, width, end, (first + min(margin, (last - first) / 4), last))

@@ -129,6 +129,7 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
         "logs",
         "ready",
         "services",
+        "timeline",
     ]
     assert not list((deployment.run_dir / "ready").iterdir())
     (prefill,) = read_starts(deployment.run_dir / "timeline" / "prefill-0.html")

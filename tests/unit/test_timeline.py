@@ -187,6 +187,8 @@ def test_hours_of_serving_leave_the_start_its_room() -> None:
     places = [scale.x(scale.end * share / 500) for share in range(501)]
     assert places == sorted(places)
     assert not [moment for moment, _ in scale.ticks() if first < moment < last]
+    alone = RankSpans(0, "n0", BEGAN, (Span("serve", 0.0, None, 9.0),))
+    assert scale_for([rows_of(replace(start, ranks=(alone,), written=BEGAN + 9), BEGAN)], 0.0, 1.0).calm is None
     fresh = start_of(16)
     assert scale_for([rows_of(fresh, fresh.origin)], 0.0, 1000.0).calm is None
 
