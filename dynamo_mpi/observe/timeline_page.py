@@ -37,27 +37,23 @@ def page(starts: Sequence[Start]) -> str:
     shared = _scale(worlds) if together else None
     model = next((start.model for start in starts if start.model), "a deployment")
     workers = [start for start in starts if start.layout is not None]
-    title = f"Start of {model}"
     single = len(starts) == 1
+    outcome = headline(workers[0]) if len(workers) == 1 else counted(len(workers), "worker")
+    title = html.escape(f"Start of {model}: {outcome}")
     has_bad = any(start.failure is not None and start.failure.rank is not None for start in starts)
+    facts = facts_of([row for world in worlds for row in world.rows])
+    apart = '<p class="quiet">The starts lie far apart, so each has a time axis of its own.</p>'
     data = json.dumps(pack_starts(starts), separators=(",", ":")).replace("<", "\\u003c")
     parts = [
         "<!DOCTYPE html>",
         '<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>{html.escape(f'{title}: {headline(starts[0])}' if single else title)}</title>",
+        f"<title>{title}</title>",
         f"<style>{style_sheet()}</style></head><body>",
-        f"<h1>{html.escape(title)}: {html.escape(headline(starts[0]) if single else counted(len(workers), 'worker'))}</h1>",
-        *(
-            ()
-            if single or together
-            else ('<p class="quiet">The starts lie far apart, so each has a time axis of its own.</p>',)
-        ),
-        _legend(
-            facts_of([row for world in worlds for row in world.rows]),
-            bad=has_bad,
-        ),
+        f"<h1>{title}</h1>",
+        *(() if single or together else (apart,)),
+        _legend(facts, bad=has_bad),
         *(part for world in worlds for part in _section(world, shared, single)),
         patterns(),
         f"{DATA_BEGINS}{data}{DATA_ENDS}",

@@ -28,6 +28,7 @@ from dynamo_mpi.observe.timeline_trace import trace
 from dynamo_mpi.supervision.phases import PHASES, Span
 from dynamo_mpi.supervision.roll import BEFORE, RankSpans
 from tests.unit.timelines import BEGAN, HOSTILE, mishap, services, skewed, start_of
+from tests.unit.trace_format import check_trace
 
 MOST_BYTES = 1_000_000
 TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "section", "p", "ul", "li", "i", "div", "script"}
@@ -255,46 +256,6 @@ def test_a_page_of_every_phase_of_512_ranks_is_small() -> None:
     assert written.count('<rect class="b ') == 512 * 10
     assert written.count('<rect class="o ') == 512 * 9
     assert len(written.encode()) < MOST_BYTES
-
-
-def check_trace(found: dict[str, Any]) -> None:
-    """Check what Chrome's trace event format asks for."""
-    events = found["traceEvents"]
-    named: dict[str, set[Any]] = {"process_name": set(), "thread_name": set()}
-    used: set[tuple[int, int]] = set()
-    before = 0
-    for event in events:
-        assert isinstance(event["name"], str)
-        assert all(type(event[name]) is int and event[name] >= 0 for name in ("pid", "tid", "ts"))
-        assert isinstance(event["args"], dict)
-        if event["ph"] == "M":
-            assert event["name"] in ("process_name", "process_sort_index", "thread_name", "thread_sort_index")
-            where = event["pid"] if event["name"].startswith("process") else (event["pid"], event["tid"])
-            if event["name"] in named:
-                assert event["args"]["name"]
-                assert where not in named[event["name"]]
-                named[event["name"]].add(where)
-            continue
-        assert event["ts"] >= before
-        before = event["ts"]
-        used.add((event["pid"], event["tid"]))
-        if event["ph"] == "X":
-            assert type(event["dur"]) is int
-            assert event["dur"] >= 0
-        else:
-            assert (event["ph"], event["s"] in ("g", "p", "t")) == ("i", True)
-    assert used <= named["thread_name"]
-    assert {process for process, _ in used} <= named["process_name"]
-    # what lies within another ends within it
-    open_until: dict[tuple[int, int], list[int]] = {}
-    for event in events:
-        if event["ph"] == "X":
-            stack = open_until.setdefault((event["pid"], event["tid"]), [])
-            while stack and stack[-1] <= event["ts"]:
-                stack.pop()
-            assert not stack or event["ts"] + event["dur"] <= stack[-1]
-            stack.append(event["ts"] + event["dur"])
-    json.dumps(found, allow_nan=False)
 
 
 def test_a_trace_has_a_process_for_each_node_and_a_thread_for_each_rank() -> None:
