@@ -57,11 +57,23 @@ def answer_probes(
         voice.say(f"warning: no probe of this node is answered: {error}")
         return None
     limits = Limits.of(argv, environ)
-    ours, its = socket.socketpair()
     where = address._replace(port=listener.getsockname()[1])
-    pid = os.fork()
+    # one that comes meanwhile comes to this rank alone
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_IT)
+    try:
+        ours, its = socket.socketpair()
+        pid = os.fork()
+    except OSError as error:  # too many processes or files of this user: probes are no reason not to serve
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        listener.close()
+        voice.say(f"warning: no probe of this node is answered: {error.strerror}")
+        return None
     if pid == 0:
+        for number in _NOT_FOR_IT:
+            signal.signal(number, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _be_the_server(where, listener, its, launch, voice, limits, environ)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     listener.close()
     its.close()
     return Reporter(ours, where, pid, limits.heartbeat_timeout)
@@ -101,8 +113,6 @@ def _be_the_server(
     parent = os.getppid()
     try:
         os.setsid()
-        for number in _NOT_FOR_IT:
-            signal.signal(number, signal.SIG_IGN)
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1):
             os.dup2(null, descriptor)
