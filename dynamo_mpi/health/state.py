@@ -14,6 +14,7 @@ from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import PHASES
 
 SERVING = "serve"
+_ENDS = "the world ends"
 # what a phase lasts until
 _WAITS_FOR = {
     "environment": "this rank to start MPI",
@@ -112,7 +113,8 @@ def note(state: State, line: str, now: float, wall: float) -> State:
     if word == "runtime" and text.isdecimal():
         return state._replace(runtime=int(text))
     if word == "ending":
-        return state._replace(ending=state.ending or unfold(text) or "the world ends")
+        known = state.ending if state.ending != _ENDS else ""
+        return state._replace(ending=known or unfold(text) or _ENDS)
     if word == "progress":
         return state._replace(progress=unfold(text))
     if word == "metrics":

@@ -190,11 +190,14 @@ def metrics(port: int) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
 
 def test_a_rank_that_dies_takes_the_answers_along(start: Start, tmp_path: Path, supervisor: socket.socket) -> None:
     port, file = system_port(), tmp_path / "world.prom"
-    worker = start(3, "--metrics-file", str(file), DYN_SYSTEM_PORT=str(port), NOTIFY_SOCKET=place_of(supervisor))
+    flags = ("--metrics-file", str(file), "--failure-dir", str(tmp_path / "failures"))
+    worker = start(3, *flags, DYN_SYSTEM_PORT=str(port), NOTIFY_SOCKET=place_of(supervisor))
     worker.ready()
     (server,) = answering(worker)
     os.kill(worker.ranks()[2], signal.SIGKILL)
     assert worker.wait() != 0
+    report = json.loads((tmp_path / "failures/backend-rank-0.json").read_text())
+    assert f"-{report['trace_id']}-" in TRACE
     eventually(lambda: has_ended(server) and is_free(port), "nothing is left", 5)
     last = numbers(file.read_text())
     where = {"dynamo_namespace": "dynamo", "dynamo_component": "backend"}
@@ -207,11 +210,13 @@ def test_a_rank_that_dies_takes_the_answers_along(start: Start, tmp_path: Path, 
 def test_a_held_interpreter_is_alive_until_it_is_known_to_be_stuck(start: Start) -> None:
     port = system_port()
     fault = {"DYN_MPI_FAULT": "rank0:load:hang", "DYN_MPI_ALLOW_FAULTS": "1"}
-    worker = start(3, "--heartbeat-timeout", "4", DYN_SYSTEM_PORT=str(port), **fault)
+    worker = start(3, "--heartbeat-timeout", "4", DYN_SYSTEM_PORT=str(port), TRACEPARENT="nonsense", **fault)
     eventually(lambda: "fault: hang in load" in worker.text(), "rank 0 holds its interpreter")
     assert probe(port, "/live")[0] == 200
     status, body = probe(port, "/health")
     assert (status, body["phase"], body["waits_for"][:30]) == (503, "load", "all ranks to load the model")
+    assert "trace" not in body
+    assert "warning: TRACEPARENT is 'nonsense', which names no trace" in worker.text()
     (server,) = answering(worker)
     body = eventually_answers(503, port, "/live")
     assert "it is stopped or stuck" in body["error"]

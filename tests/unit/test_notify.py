@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.services.etcd import Etcd
+from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.services.processes import Child
+from dynamo_mpi.services.programs import find_etcd
 from dynamo_mpi.supervision.notify import Notifier
+from tests.dynamo.running import eventually
 
 SECONDS = {"load": 60.0}
 
@@ -58,6 +63,20 @@ def test_a_supervisor_that_has_gone_or_reads_nothing_is_no_trouble(tmp_path: Pat
         for _ in range(5000):
             Notifier(f"{tmp_path}/deaf", {}).tell_phase("load")
         assert time.monotonic() - begin < 5
+
+
+def test_the_etcd_that_we_start_does_not_speak_for_us(supervisor: tuple[socket.socket, str], tmp_path: Path) -> None:
+    listening, place = supervisor
+    etcd = Etcd(find_etcd(), free_port(), tmp_path / "etcd")
+    environment = {**os.environ, "NOTIFY_SOCKET": place, **etcd.environment()}
+    child = Child.start("etcd", etcd.command(), environment=environment, log=tmp_path / "etcd.log")
+    try:
+        eventually(etcd.answers, "etcd answers")
+    finally:
+        child.kill()
+    listening.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        listening.recv(4096)
 
 
 @pytest.mark.parametrize("place", ["", "relative", "@", "vsock:2:1234"])

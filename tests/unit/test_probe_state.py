@@ -57,9 +57,9 @@ def test_a_phase_has_a_beginning_and_progress_of_its_own() -> None:
 
 
 def test_the_first_reason_for_the_end_stays() -> None:
-    state = after("phase serve", "ending", f"ending {fold('rank 2 died')}")
-    assert live(state, 60.0).body["error"] == "the world ends"
-    state = after("phase serve", f"ending {fold('rank 2 died: 1')}", "ending")
+    assert live(after("phase serve", "ending"), 60.0).body["error"] == "the world ends"
+    # what ends it is known a little later than that it ends
+    state = after("phase serve", "ending", f"ending {fold('rank 2 died: 1')}", "ending", "ending so are others")
     assert (live(state, 60.0).status, health(state, 60.0).body["error"]) == (503, "rank 2 died: 1")
 
 
