@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.health.state import fold
+from dynamo_mpi.observe.shown import shown
 from dynamo_mpi.supervision.meeting import Meeting
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Reporter:
 
     def tell_end(self, why: str = "") -> None:
         """Tell that the world ends because of a failure."""
-        self.tell("ending", fold(why))
+        self.tell("ending", fold(shown(why)))
 
     def tell_facts(self, facts: Mapping[str, str]) -> None:
         """Tell what the worker is."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 from typing import TYPE_CHECKING
 
@@ -70,16 +69,18 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: it can't be written.
     """
-    # the collector takes no file whose name doesn't end as its own do
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # the collector takes no file whose name doesn't end as its own do; always the same, so that one of a writer that was killed is
+    # written over
+    partial = path.with_name(f".{path.name}.partial")
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
             os.fchmod(file.fileno(), _MODE)
-        os.replace(temporary, path)
+            file.write(text)
+        os.replace(partial, path)
     except OSError:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            os.unlink(partial)
         raise
 
 

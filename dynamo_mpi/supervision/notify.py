@@ -10,13 +10,14 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.observe.shown import shown
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
 VARIABLE = "NOTIFY_SOCKET"
 # beyond our own deadline, which tells more than a supervisor's
 _MARGIN_SECONDS = 30.0
-_LONGEST = 200
 
 
 class Notifier:
@@ -56,8 +57,7 @@ class Notifier:
 
     def tell_failure(self, text: str) -> None:
         """Tell why it ends."""
-        first = next(iter(text.strip().splitlines()), "failed")
-        self._send(f"STATUS=failed: {first[:_LONGEST]}", "STOPPING=1")
+        self._send(f"STATUS=failed: {shown(text)}", "STOPPING=1")
 
     def _send(self, *lines: str) -> None:
         with (

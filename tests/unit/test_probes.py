@@ -146,7 +146,8 @@ def test_a_follower_that_fails_says_so_until_the_world_ends(node: Node) -> None:
     tower = Watchtower()
     node.do(f"join {tower.meeting.pack(b'').hex()}")
     node.do("fail no weights")
-    assert "RuntimeError: no weights" in node.says("/live", 503)["error"]
+    # where in our code it came from is for the log
+    assert node.says("/live", 503)["error"] == "RuntimeError: no weights"
     assert node.says("/health", 503)["error"]
     tower.lookout.announce_end(66)
     tower.lookout.close()
@@ -196,6 +197,17 @@ def test_it_ends_with_its_rank_and_only_then(node: Node) -> None:
     # and holds none of its streams open
     assert node.process.stdout is not None
     assert node.process.stdout.read() == ""
+
+
+def test_a_rank_goes_on_without_its_answers(node: Node) -> None:
+    node.says("/live", 200)
+    os.kill(node.server, signal.SIGKILL)
+    assert node.has_ended()
+    for phase in ("world", "preflight", "load"):
+        node.do(f"begin {phase}")
+    assert node.process.stdin is not None
+    node.process.stdin.close()
+    assert node.process.wait(PROMPT) == 0
 
 
 @pytest.mark.parametrize(
@@ -321,6 +333,11 @@ def test_metrics_are_ours_and_the_runtimes(node: Node, runtime: socket.socket) -
 def test_it_is_on_where_dynamos_variable_says_so(text: str, port: int | None) -> None:
     address = ProbeAddress.of({"DYN_SYSTEM_PORT": text})
     assert (None if address is None else address.port) == port
+
+
+def test_paths_are_dynamos_too() -> None:
+    named = {"DYN_SYSTEM_PORT": "1", "DYN_SYSTEM_HEALTH_PATH": "/healthz", "DYN_SYSTEM_LIVE_PATH": "/livez"}
+    assert ProbeAddress.of(named) == ProbeAddress("0.0.0.0", 1, "/healthz", "/livez")  # noqa: S104 - Dynamo's default
 
 
 @pytest.mark.parametrize("text", ["http", "65536", "1.5", "0x10"])
