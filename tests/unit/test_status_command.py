@@ -389,8 +389,8 @@ def test_watch_redraws_a_terminal_and_leaves_it_as_it_was(board: Board, number: 
     watching.until("serve")
     assert watching.end(number) == (code, "")
     text = watching.text
-    assert text.startswith("\x1b[?1049h\x1b[?25l\x1b[Hdynamo-mpi status, every 0.1 s")
-    inside, _, after = text.partition("\x1b[?25h\x1b[?1049l")
+    assert text.startswith("\x1b[?1049h\x1b[?7l\x1b[?25l\x1b[Hdynamo-mpi status, every 0.1 s")
+    inside, _, after = text.partition("\x1b[?25h\x1b[?7h\x1b[?1049l")
     assert inside.count("\x1b[H") >= 2
     assert "serve" in after, "the last state stays"
     assert "\x1b]0;" not in text

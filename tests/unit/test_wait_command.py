@@ -19,7 +19,7 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.run_dir import RunDir
 from dynamo_mpi.operating import waiting
 from tests.certificates import certificates, without_certificate
-from tests.servers import closed_port, listening, reply, running_secured_etcd
+from tests.servers import closed_port, drip, listening, reply, running_secured_etcd
 from tests.unit.board import Board
 from tests.unit.test_status_command import describe, serve
 
@@ -308,3 +308,13 @@ def test_what_is_no_setting(board: Board, run: Run, words: tuple[str, str]) -> N
     content: dict[str, Any] = json.loads(out)
     assert (code, content["error"]["exit_code"]) == (ExitCode.USAGE, 64)
     assert words[0] in err
+
+
+def test_an_answer_that_never_ends_does_not_outlast_the_timeout(board: Board, run: Run) -> None:
+    board.worker("agg", phase="serve")
+    began = time.monotonic()
+    with listening(drip(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", 0.005)) as port:
+        code, _, err = run("--frontend", f"http://127.0.0.1:{port}", "--timeout", "0.2")
+    # it is asked for a second at least
+    assert (code, time.monotonic() - began < 3) == (124, True), err
+    assert "no answer in 1 s" in err
