@@ -43,7 +43,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def begin(*words: str, then: Callable[[], object] | None = None) -> tuple[int, str, str]:
         # not before the wait has begun, and looked once
-        timer = threading.Timer(0.3, then) if then is not None else None
+        timer = threading.Timer(0.12, then) if then is not None else None
         if timer is not None:
             timer.start()
         code = main(["wait", *words])
@@ -173,11 +173,11 @@ def test_a_failure_that_another_worker_makes_good(board: Board, run: Run) -> Non
     board.worker("decode", "b", phase="load")
     board.worker("prefill", phase="serve")
     code, _, err = run(
-        "--timeout", "0.8", then=lambda: (board.failure("decode"), board.failure("agg", "x", model="N", namespace="o"))
+        "--timeout", "0.4", then=lambda: (board.failure("decode"), board.failure("agg", "x", model="N", namespace="o"))
     )
     assert code == 137, "nobody is left for the other namespace's"
     assert "agg: exit code 137" in err
-    code, _, err = run("--namespace", "dynamo", "--timeout", "0.8", then=lambda: board.failure("decode", "g"))
+    code, _, err = run("--namespace", "dynamo", "--timeout", "0.4", then=lambda: board.failure("decode", "g"))
     assert code == 124
     assert run("--role", "prefill", then=lambda: board.failure("agg", "h"))[0] == 0
 
@@ -248,19 +248,19 @@ def test_an_end_of_the_deployment_is_the_end_of_the_wait(
 def test_an_earlier_end_in_the_same_folder_counts_where_nothing_starts(
     board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "STALE_SECONDS", 0.6)
+    monkeypatch.setattr(waiting, "STALE_SECONDS", 0.3)
     folder = tmp_path / "run"
     earlier = describe(folder)
     earlier.tell_end(70, "failed")
     earlier.close()
     made: list[RunDir] = []
-    code, _, err = run("--run-dir", str(folder), "--timeout", "1", then=lambda: made.append(describe(folder)))
+    code, _, err = run("--run-dir", str(folder), "--timeout", "0.6", then=lambda: made.append(describe(folder)))
     assert (code, "services: not up yet" in err) == (124, True)
     made[0].tell_end(75, "failed")
     made[0].close()
     began = time.monotonic()
     assert run("--run-dir", str(folder))[0] == 75
-    assert time.monotonic() - began >= 0.5
+    assert time.monotonic() - began >= 0.3
 
 
 def test_services_that_were_started_later_in_the_folder_of_a_deployment_that_ended(
@@ -278,7 +278,7 @@ def test_with_restarts_a_failure_is_told_and_waited_for(board: Board, run: Run, 
     run_dir = describe(tmp_path / "run", max_restarts=1)
     serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
     board.worker("prefill", phase="serve", launch="d-prefill-0")
-    words = ("--run-dir", str(run_dir.path), "--timeout", "0.8")
+    words = ("--run-dir", str(run_dir.path), "--timeout", "0.4")
     code, _, err = run(*words, then=lambda: board.failure("decode", launch="d-decode-0"))
     assert code == 124, err
     assert "failed: decode-0: exit code 137 in load" in err
