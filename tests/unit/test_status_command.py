@@ -101,6 +101,13 @@ def test_a_failure_that_nobody_followed_is_not_well(board: Board, run: Run) -> N
     )
 
 
+def test_a_failure_of_nobody_knows_which_rank(board: Board, run: Run) -> None:
+    board.failure("agg", rank=-1, host="", phase="", error="")
+    found = as_json(run)
+    assert (found["failures"][0]["rank"], found["warnings"]) == (None, [])
+    assert "  agg: exit code 137, 0 s ago: no words" in run()[1]
+
+
 @pytest.mark.parametrize(
     ("failed", "newer", "followed"),
     [
