@@ -44,14 +44,12 @@ class Deployment:
 
     Args:
         workers: all of them.
-        max_restarts: how often each is started again.
         job: Slurm's; empty outside it.
         host: where the launcher is.
         pid: its process.
     """
 
     workers: tuple[Expected, ...]
-    max_restarts: int
     job: str
     host: str
     pid: int
@@ -191,7 +189,6 @@ def _deployment(content: dict[str, Any]) -> Deployment | None:
     workers = content.get("workers")
     return Deployment(
         tuple(_expected(worker) for worker in workers or () if isinstance(worker, dict)),
-        _int(content.get("max_restarts")),
         str(content.get("job_id") or ""),
         str(content.get("host") or ""),
         _int(content.get("pid")),

@@ -251,7 +251,7 @@ def describe(folder: Path, **changes: Any) -> RunDir:
         {"name": f"{role}-0", "role": role, "nodes": ["n1"], "ranks": 2, "step": f"{role}-0", "launch": f"d-{role}-0"}
         for role in ("prefill", "decode")
     ]
-    content = {"schema": 1, "pid": os.getpid(), "host": os.uname().nodename, "job_id": "", "max_restarts": 0}
+    content = {"schema": 1, "pid": os.getpid(), "host": os.uname().nodename, "job_id": ""}
     run_dir.describe({**content, "workers": workers, **changes})
     return run_dir
 
