@@ -57,7 +57,7 @@ def lacks_of(snapshot: Snapshot, roles: Sequence[str] = ()) -> list[Lack]:
         expected = [worker for worker in deployment.workers if not roles or worker.role in roles]
         there = {own.launch: [w for w in snapshot.workers if w.launch == own.launch] for own in expected}
         lacks = [_lack(own.name, there[own.launch], snapshot.time) for own in expected]
-        if expected or not roles:
+        if expected:
             return [lack for lack in lacks if lack is not None]
     models = models_of(snapshot)
     if not models:

@@ -318,7 +318,10 @@ def test_a_launcher_that_was_killed(board: Board, run: Run, tmp_path: Path) -> N
     assert as_json(run, "--run-dir", str(run_dir.path))["ok"] is False
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"workers": [7], "pid": "x", "job_id": {}}', '{"workers": "abc"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"workers": [7], "pid": "x", "job_id": {}}', '{"workers": 7}', '{"workers": [{"nodes": 7}]}'],
+)
 def test_files_of_a_run_folder_that_make_no_sense(board: Board, run: Run, tmp_path: Path, text: str) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

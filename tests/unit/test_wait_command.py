@@ -230,6 +230,15 @@ def test_all_workers_of_a_deployment_have_to_serve(board: Board, run: Run, tmp_p
     run_dir.close()
 
 
+def test_a_deployment_that_does_not_say_who_should_be_there_is_not_ready_for_that(
+    board: Board, run: Run, tmp_path: Path
+) -> None:
+    run_dir = describe(tmp_path / "run", workers=None)
+    serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
+    assert run("--run-dir", str(run_dir.path), "--timeout", "0.1")[0] == 124
+    run_dir.close()
+
+
 @pytest.mark.parametrize(("code", "expected"), [(78, 78), (137, 137), (0, ExitCode.TEMPORARY)])
 def test_an_end_of_the_deployment_is_the_end_of_the_wait(
     board: Board, run: Run, tmp_path: Path, code: int, expected: int
