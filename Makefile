@@ -36,6 +36,7 @@ test-slurm:
 
 bench:
 	$(BIN)/python tests/bench/check_start.py
+	$(BIN)/python tests/bench/status_start.py
 	$(BIN)/python tests/bench/launch_to_verdict.py
 	$(BIN)/python tests/bench/serving_rate.py
 	$(BIN)/python tests/bench/hand_over.py

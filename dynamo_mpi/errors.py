@@ -34,6 +34,10 @@ class BootstrapError(Exception):
             lines.append(f"  do:     {self.fix}")
         return "\n".join(lines)
 
+    def plain(self) -> dict[str, int | str]:
+        """Return it as plain data, for programs."""
+        return {"exit_code": int(self.exit_code), "found": self.found, "needed": self.needed, "fix": self.fix}
+
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.found, self.needed, self.fix)
 

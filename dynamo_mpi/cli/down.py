@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """End a deployment that `dynamo-mpi launch` started, from any host that sees its run folder: requests in flight are finished first.
 
-Where its launcher was killed, the steps that it left are cancelled. Exit code 0 when nothing of it runs any more.
+Where its launcher was killed, the steps that it left are cancelled. Workers that were started without `launch` are found by their records
+in etcd: with --namespace or --model those of it alone, with a --run-dir that has services of its own all of theirs. Each is asked by SIGTERM,
+prefill first: its process on this host, or its step of Slurm's. Exit code 0 when nothing of it runs any more, 124 when it still does after
+--timeout.
 """
 
 from __future__ import annotations
@@ -10,37 +13,49 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.errors import DeadlineError, UsageError
 from dynamo_mpi.launch.steps import SlurmEndings
-from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_path, to_seconds
+from dynamo_mpi.operating.ending import Target, end_workers, way_to
+from dynamo_mpi.operating.options import MODEL, NAMESPACE, RUN_DIR
+from dynamo_mpi.operating.place import find_run_dir, locate
+from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_seconds
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
 POLL_SECONDS = 0.5
-RUN_DIR = Option(
-    "run_dir",
-    ("--run-dir",),
-    ("DYN_MPI_RUN_DIR",),
-    None,
-    to_path,
-    "the deployment's folder; by default that of this job, or the only ./dynamo_mpi-* in which one runs",
-)
+_SAY_WHICH = "--run-dir DIR; or --namespace NAME, --model NAME"
 TIMEOUT = Option(
     "timeout", ("--timeout",), (), 300.0, to_seconds, f"seconds until everything has ended, up to {MAX_SECONDS:g}"
 )
 
 
+def to_job(text: str) -> str:
+    """Read a job of Slurm's, or a step."""
+    if not re.fullmatch(r"\d+(_\d+)?(\+\d+)?(\.\d+)?", text):
+        raise ValueError("JOB or JOB.STEP, in numbers")
+    return text
+
+
+JOB = Option(
+    "job", ("--job",), (), None, to_job, "only workers of this job of Slurm's, or of this step: JOB or JOB.STEP"
+)
+OPTIONS = (RUN_DIR, NAMESPACE, MODEL, JOB, TIMEOUT)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
     parser.add_argument("folder", nargs="?", metavar="RUN_DIR", help="the same as --run-dir")
-    add_options(parser, (RUN_DIR, TIMEOUT))
+    add_options(parser, OPTIONS)
+    parser.add_argument("--dry-run", action="store_true", help="say what would be ended, and how")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,17 +66,48 @@ def run(arguments: argparse.Namespace) -> int:
         DeadlineError: it had not ended when the time was up.
     """
     given = {**vars(arguments), "run_dir": arguments.run_dir or arguments.folder}
-    values, _ = resolve((RUN_DIR, TIMEOUT), given, os.environ, {})
-    run_dir = Path(os.path.abspath(values["run_dir"] or _find()))
+    values, _ = resolve(OPTIONS, given, os.environ, {})
+    if values["namespace"] or values["model"]:
+        return _end_workers(values, dry_run=arguments.dry_run)
+    named = values["run_dir"]
+    if named is None and values["job"]:
+        raise UsageError(
+            "--job alone doesn't say whose workers are meant", needed="their etcd or their name", fix=_SAY_WHICH
+        )
+    run_dir = Path(os.path.abspath(named or _find()))
     if not run_dir.is_dir():
         raise UsageError(f"there is no folder {run_dir}", needed="the run folder of a deployment", fix="--run-dir DIR")
     description = run_dir / "deployment.json"
+    if values["job"] or (named and not description.exists() and (run_dir / "services.json").exists()):
+        return _end_workers(values, dry_run=arguments.dry_run)
     if not description.exists():
         _say(f"nothing runs in {run_dir}")
         return 0
     content = _read(description)
+    if arguments.dry_run:
+        names = [str(worker.get("name")) for worker in content.get("workers", ()) if isinstance(worker, dict)]
+        write_out(f"the deployment in {run_dir}: {', '.join(names)}, and its services")
+        return 0
+    _end_deployment(run_dir, content, values["timeout"])
+    _say(f"ended: {run_dir}")
+    return 0
+
+
+def _end_workers(values: dict[str, Any], *, dry_run: bool) -> int:
+    target = Target(locate(values["run_dir"], os.environ), values["namespace"], values["model"], values["job"])
+    if not dry_run:
+        end_workers(target, values["timeout"], _say)
+        _say("ended")
+    elif ways := [way_to(worker) for worker in target.workers()]:
+        write_out("\n".join(map(str, ways)))
+    else:
+        _say("no such worker is there")
+    return 0
+
+
+def _end_deployment(run_dir: Path, content: dict[str, Any], seconds: float) -> None:
     (run_dir / "stop").touch(mode=0o600)
-    end = time.monotonic() + values["timeout"]
+    end = time.monotonic() + seconds
     while "deployment.json" in os.listdir(run_dir):
         with _lock_of_the_dead(run_dir) as held:
             if held:
@@ -69,29 +115,20 @@ def run(arguments: argparse.Namespace) -> int:
                 break
         if time.monotonic() > end:
             raise DeadlineError(
-                f"the deployment in {run_dir} has not ended after {values['timeout']:g} s",
+                f"the deployment in {run_dir} has not ended after {seconds:g} s",
                 fix=f"look at its log, or scancel {content.get('job_id') or 'its job'}",
             )
         time.sleep(POLL_SECONDS)
-    _say(f"ended: {run_dir}")
-    return 0
 
 
 def _find() -> Path:
-    if job := os.environ.get("SLURM_JOB_ID"):
-        return Path(f"dynamo_mpi-{job}")
-    found = sorted(path.parent for path in Path().glob("dynamo_mpi-*/deployment.json"))
-    if len(found) == 1:
-        return found[0]
-    if not found:
+    if (found := find_run_dir(os.environ)) is None:
         raise UsageError(
-            f"no deployment runs in a ./dynamo_mpi-* of {Path.cwd()}", needed="its folder", fix="--run-dir DIR"
+            f"no deployment runs in a ./dynamo_mpi-* of {Path.cwd()}",
+            needed="its folder, or whose workers are meant",
+            fix=_SAY_WHICH,
         )
-    raise UsageError(
-        f"{len(found)} deployments run in folders of {Path.cwd()}: {', '.join(path.name for path in found)}",
-        needed="one of them",
-        fix="--run-dir DIR",
-    )
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:

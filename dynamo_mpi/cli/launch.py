@@ -78,27 +78,44 @@ def run(arguments: argparse.Namespace) -> int:
         _show(settings, renderer, workers, nodes, path)
         return 0
     run_dir = RunDir(path)
-    only = "" if arguments.verbose else _OURS
+    try:
+        code, report = _conduct(settings, workers, renderer, endings, run_dir, verbose=arguments.verbose)
+        run_dir.tell_end(code, report)
+        return code
+    finally:
+        run_dir.close()
+
+
+def _conduct(
+    settings: LaunchSettings,
+    workers: tuple[Worker, ...],
+    renderer: Renderer,
+    endings: Endings,
+    run_dir: RunDir,
+    *,
+    verbose: bool,
+) -> tuple[int, str]:
+    """Run the deployment, and return its exit code and why it ended."""
+    only = "" if verbose else _OURS
     follower = Follower(run_dir.logs, "*.log", sys.stderr, only=only, period_seconds=_FOLLOW_SECONDS)
     try:
         with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts, _environment(settings) as environ:
             follower.start()
             try:
-                return Conductor(settings, workers, renderer, endings, run_dir, interrupts, _say, environ).run()
+                code = Conductor(settings, workers, renderer, endings, run_dir, interrupts, _say, environ).run()
             finally:
                 follower.close()
     except Interrupted as end:
-        return end.exit_code
+        return end.exit_code, str(end)
     except StepFailed as error:
         if error.log:
             _say(error.log)
         _say(f"dynamo-mpi launch: {error}\n  log:    {run_dir.logs}")
-        return error.status
+        return error.status, str(error)
     except OSError as error:
         _say(f"dynamo-mpi launch: a file or folder fails us: {error}")
-        return ExitCode.ENGINE
-    finally:
-        run_dir.close()
+        return ExitCode.ENGINE, f"a file or folder fails us: {error}"
+    return code, "ended in order"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ A verb's module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Dat
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import signal
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dynamo_mpi import __version__
-from dynamo_mpi.cli.style import silence_stdout
+from dynamo_mpi.cli.style import silence_stdout, write_out
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 
@@ -22,9 +23,12 @@ PROGRAM = "dynamo-mpi"
 VERBS = {
     "check": "will TensorRT-LLM take this model in this layout? without a GPU, before anything is loaded",
     "plan": "all legal layouts of a model on some GPUs, best first",
+    "doctor": "what on this machine stands between you and a worker? Slurm, MPI, GPUs, network, etcd, NATS …",
     "local": "run the whole stack on this machine: etcd, NATS, the Dynamo frontend and one worker",
-    "down": "end a deployment that launch started",
     "launch": "launch a deployment over several nodes: Slurm job steps, or mpirun with a hostfile",
+    "status": "what runs, how far it is, and what has failed; --watch",
+    "wait": "wait until a deployment is ready and has answered, or has failed",
+    "down": "end a deployment, or certain workers: in order",
 }
 
 
@@ -49,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except BootstrapError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
+        _tell_programs(words, error)
         return error.exit_code
     except KeyboardInterrupt:
         return of_signal(signal.SIGINT)
@@ -77,6 +82,21 @@ def _run(words: list[str]) -> int:
     defaults = argparse.Namespace(dynamic_flags=tuple(dynamic), further_words=tuple(further))
     code: int = module.run(verb_parser.parse_args(rest, defaults))
     return code
+
+
+def _tell_programs(words: Sequence[str], error: BootstrapError) -> None:
+    """Say the same on stdout where JSON was asked for."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--output")
+    try:
+        chosen, _ = parser.parse_known_args(words)
+    except argparse.ArgumentError:
+        return  # --output, and nothing behind it
+    if chosen.output == "json":
+        import json
+
+        with contextlib.suppress(UsageError, BrokenPipeError):  # stdout may be what the error is about
+            write_out(json.dumps({"ok": False, "error": error.plain()}))
 
 
 def _parser() -> argparse.ArgumentParser:

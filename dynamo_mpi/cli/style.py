@@ -10,8 +10,8 @@ from typing import TextIO
 
 from dynamo_mpi.errors import UsageError
 
-_COLOURS = {"error": "31;1", "warning": "33;1", "info": "36", "ok": "32;1"}
-_SEVERITY = re.compile(r"^(error|warning|info|ok)\b", re.MULTILINE)
+_COLOURS = {"error": "31;1", "warning": "33;1", "info": "36", "ok": "32;1", "skipped": "2"}
+_SEVERITY = re.compile(r"^(error|warning|info|ok|skipped)\b", re.MULTILINE)
 
 
 def wants_colour(stream: TextIO) -> bool:

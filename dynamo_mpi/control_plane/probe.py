@@ -79,37 +79,100 @@ def probe_control_plane(environ: Mapping[str, str], request_plane: str, timeout:
         AuthorisationError: etcd does not take this client's certificate, or wants one.
         UsageError: an address, or a certificate in ``ETCD_AUTH_*``, can't be read.
     """
-    endpoints = etcd_endpoints(environ)
     server = nats_server(environ, request_plane)
-    addresses = [_address(url, 2379, ("http", "https"), "ETCD_ENDPOINTS") for url in endpoints]
-    if not endpoints:
-        raise UsageError("ETCD_ENDPOINTS names no endpoint", needed="http://HOST:PORT, or several with commas between")
-    auth = EtcdAuth.of(environ)
-    tls = auth.tls() if any(address.scheme == "https" for address in addresses) else None
     deadline = time.monotonic() + timeout
-    questions = [partial(_probe_etcd, address, tls, deadline) for address in addresses]
+    etcd = _Etcd.of(environ)
+    questions = etcd.questions(deadline)
     if server:
-        questions.append(partial(_probe_nats, _address(server, 4222, ("nats", "tls"), "NATS_SERVER"), deadline))
+        questions.append(_nats_question(server, deadline))
     troubles = _ask_together(questions, deadline)
     nats_trouble = troubles.pop() if server else None
-    alive = [url for url, trouble in zip(endpoints, troubles, strict=True) if trouble is None]
-    if not alive:
-        listed = "; ".join(f"{_shown(url)}: {trouble}" for url, trouble in zip(endpoints, troubles, strict=True))
+    alive = etcd.alive(troubles, timeout)
+    if server and nats_trouble:
+        raise _nats_error(server, nats_trouble, timeout)
+    return alive + [url for url in etcd.endpoints if url not in alive]
+
+
+def probe_nats(server: str, timeout: float) -> None:
+    """Make sure that NATS answers.
+
+    Raises:
+        DiscoveryError: it doesn't.
+        UsageError: its address can't be read.
+    """
+    deadline = time.monotonic() + timeout
+    if trouble := _ask_together([_nats_question(server, deadline)], deadline)[0]:
+        raise _nats_error(server, trouble, timeout)
+
+
+def _nats_question(server: str, deadline: float) -> Callable[[], str | None]:
+    return partial(_probe_nats, _address(server, 4222, ("nats", "tls"), "NATS_SERVER"), deadline)
+
+
+def _nats_error(server: str, trouble: _Trouble, timeout: float) -> DiscoveryError:
+    return DiscoveryError(
+        f"NATS does not answer ({shown(server)}: {trouble})",
+        needed=f"a NATS server that answers within {timeout:g} s",
+        fix="start nats-server on the head node and set NATS_SERVER=nats://HOST:4222, "
+        "or leave NATS_SERVER unset and use the tcp request plane",
+    )
+
+
+def probe_etcd(environ: Mapping[str, str], timeout: float) -> dict[str, str]:
+    """Ask etcd alone, and tell how each endpoint is.
+
+    Returns:
+        By endpoint what is wrong with it; empty where it answers.
+
+    Raises:
+        DiscoveryError: no endpoint answers.
+        AuthorisationError: etcd does not take this client's certificate, or wants one.
+        UsageError: an address, or a certificate in ``ETCD_AUTH_*``, can't be read.
+    """
+    deadline = time.monotonic() + timeout
+    etcd = _Etcd.of(environ)
+    troubles = _ask_together(etcd.questions(deadline), deadline)
+    etcd.alive(troubles, timeout)
+    return {url: "" if trouble is None else trouble.text for url, trouble in zip(etcd.endpoints, troubles, strict=True)}
+
+
+class _Etcd(NamedTuple):
+    """etcd's endpoints, and who we are to it."""
+
+    endpoints: list[str]
+    addresses: list[_Address]
+    auth: EtcdAuth
+    tls: ssl.SSLContext | None
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> _Etcd:
+        endpoints = etcd_endpoints(environ)
+        addresses = [_address(url, 2379, ("http", "https"), "ETCD_ENDPOINTS") for url in endpoints]
+        if not endpoints:
+            raise UsageError(
+                "ETCD_ENDPOINTS names no endpoint", needed="http://HOST:PORT, or several with commas between"
+            )
+        auth = EtcdAuth.of(environ)
+        return cls(
+            endpoints, addresses, auth, auth.tls() if any(address.scheme == "https" for address in addresses) else None
+        )
+
+    def questions(self, deadline: float) -> list[Callable[[], str | None]]:
+        return [partial(_probe_etcd, address, self.tls, deadline) for address in self.addresses]
+
+    def alive(self, troubles: Sequence[_Trouble | None], timeout: float) -> list[str]:
+        """Return the endpoints that answer; raises where none does."""
+        alive = [url for url, trouble in zip(self.endpoints, troubles, strict=True) if trouble is None]
+        if alive:
+            return alive
+        listed = "; ".join(f"{shown(url)}: {trouble}" for url, trouble in zip(self.endpoints, troubles, strict=True))
         if any(trouble is not None and trouble.refused for trouble in troubles):
-            raise _refusal(listed, auth)
+            raise _refusal(listed, self.auth)
         raise DiscoveryError(
             f"etcd does not answer ({listed})",
             needed=f"an etcd that answers within {timeout:g} s",
             fix="start etcd on the head node, or set ETCD_ENDPOINTS=http://HOST:2379",
         )
-    if server and nats_trouble:
-        raise DiscoveryError(
-            f"NATS does not answer ({_shown(server)}: {nats_trouble})",
-            needed=f"a NATS server that answers within {timeout:g} s",
-            fix="start nats-server on the head node and set NATS_SERVER=nats://HOST:4222, "
-            "or leave NATS_SERVER unset and use the tcp request plane",
-        )
-    return alive + [url for url in endpoints if url not in alive]
 
 
 def _refusal(listed: str, auth: EtcdAuth) -> AuthorisationError:
@@ -207,11 +270,11 @@ def _address(url: str, default_port: int, schemes: Sequence[str], variable: str)
     except ValueError:
         readable = False
     if not readable:
-        raise UsageError(f"{variable}: {_shown(url)} can't be read", needed=f"{schemes[0]}://HOST:PORT")
+        raise UsageError(f"{variable}: {shown(url)} can't be read", needed=f"{schemes[0]}://HOST:PORT")
     return _Address(parts.scheme, host, port)
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """Return the address without credentials that may stand in it."""
     return url.rpartition("@")[2] if "@" in url else url
 

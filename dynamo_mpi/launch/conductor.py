@@ -9,6 +9,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.models import listed_models
@@ -243,9 +244,11 @@ class Conductor:
                         "role": w.role,
                         "nodes": w.nodes,
                         "ranks": w.ranks,
-                        "step": self._renderer.worker(w).step,
+                        "step": command.step,
+                        "launch": command.environment.get(LAUNCH_VARIABLE),
                     }
                     for w in self._workers
+                    for command in [self._renderer.worker(w)]
                 ],
                 "steps": [command.step for command in self._commands()],
             }

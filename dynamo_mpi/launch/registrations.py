@@ -6,18 +6,15 @@ As long as one of its companions lives, a worker does that itself; see `supervis
 
 from __future__ import annotations
 
-import threading
-import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.probe import etcd_endpoints
+from dynamo_mpi.control_plane.ask_etcd import ask_etcd
 from dynamo_mpi.control_plane.record import WorldRecord, worlds_of
-from dynamo_mpi.errors import BootstrapError, DiscoveryError
-from dynamo_mpi.launch.etcd_gateway import EtcdGateway, gateway_error
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
 
 SECONDS = 2.0
 
@@ -33,45 +30,14 @@ def take_out(launch: str, environ: Mapping[str, str]) -> bool:
         Whether it was still registered.
 
     Raises:
-        DiscoveryError: no endpoint has answered in time, or they refuse us.
+        DiscoveryError: no endpoint has answered in time.
+        AuthorisationError: they refuse us.
         UsageError: what is set for etcd can't be used.
     """
-    end = time.monotonic() + SECONDS
-    outcome: list[bool | BootstrapError] = []
-
-    def ask() -> None:
-        try:
-            outcome.append(_take_out(launch, environ, end))
-        except BootstrapError as error:
-            outcome.append(error)
-
-    # a look-up of a name knows no timeout, and an answer that comes byte by byte none as a whole
-    thread = threading.Thread(target=ask, name="registrations", daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    result = outcome[0] if outcome else gateway_error("etcd: no answer in time")
-    if isinstance(result, BootstrapError):
-        raise result
-    return result
-
-
-def _take_out(launch: str, environ: Mapping[str, str], end: float) -> bool:
-    auth, endpoints = EtcdAuth.of(environ), etcd_endpoints(environ)
-    troubles = []
-    for index, endpoint in enumerate(endpoints):
-        now = time.monotonic()
-        # one that is lost leaves time for the others
-        share = (end - now) / (len(endpoints) - index)
-        try:
-            with EtcdGateway(endpoint, auth, now + share) as gateway:
-                return _clear(launch, gateway)
-        except DiscoveryError as error:
-            troubles.append(error.found)
-    raise gateway_error("; ".join(troubles) or "ETCD_ENDPOINTS names no endpoint")
+    return ask_etcd(environ, SECONDS, lambda gateway: _clear(launch, gateway))
 
 
 def _clear(launch: str, gateway: EtcdGateway) -> bool:
-    gateway.log_in()
     registered = False
     for value in gateway.values(worlds_of("")):
         try:

@@ -3,6 +3,7 @@
 
 lock               held as long as the launcher lives
 deployment.json    what runs where; gone once it has ended
+ended.json         how the last deployment here ended; gone when the next one starts
 services.json      the services' addresses and credentials (0600); gone once they have ended
 ready/NAME.json    a worker that serves
 logs/NAME.log      a step's output; kept, as NAME.log.old when a further deployment starts in the folder
@@ -16,6 +17,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import UsageError
@@ -24,6 +26,9 @@ from dynamo_mpi.services.own_folder import require_own
 if TYPE_CHECKING:
     from pathlib import Path
 
+ENDED_SCHEMA = 1
+# of what stands in ended.json: the whole of it is in the logs
+_LONGEST_REPORT = 8192
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -49,7 +54,7 @@ class RunDir:
             self._ready.mkdir(mode=0o700, exist_ok=True)
             for log in self.logs.glob("*.log"):
                 log.replace(log.with_suffix(".log.old"))
-            for stale in (*self._ready.iterdir(), self._services, self._stop, self._deployment):
+            for stale in (*self._ready.iterdir(), self._services, self._stop, self._deployment, self._ended):
                 stale.unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(
@@ -65,6 +70,10 @@ class RunDir:
     @property
     def _deployment(self) -> Path:
         return self.path / "deployment.json"
+
+    @property
+    def _ended(self) -> Path:
+        return self.path / "ended.json"
 
     @property
     def _stop(self) -> Path:
@@ -92,10 +101,18 @@ class RunDir:
 
     def describe(self, content: dict[str, Any]) -> None:
         """Say what runs where, for the operator's commands."""
-        partial = self.path / "deployment.json.partial"
-        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        partial.chmod(0o600)
-        partial.replace(self._deployment)
+        _write(self._deployment, content)
+
+    def tell_end(self, exit_code: int, report: str) -> None:
+        """Say how the deployment has ended, for whoever waits for it. Does not raise.
+
+        Args:
+            exit_code: the launcher's.
+            report: why, in its words.
+        """
+        content = {"schema": ENDED_SCHEMA, "exit_code": exit_code, "report": report[:_LONGEST_REPORT]}
+        with contextlib.suppress(OSError):
+            _write(self._ended, {**content, "time": time.time()})
 
     def close(self) -> None:
         """Say that nothing runs any more; logs stay."""
@@ -129,6 +146,14 @@ def _names(folder: Path) -> list[str]:
         return os.listdir(folder)
     except OSError:
         return []
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON that only its owner reads; it is there at once, with all that is in it."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.chmod(0o600)
+    partial.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

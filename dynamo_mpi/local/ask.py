@@ -57,8 +57,9 @@ def ask(
     timeout_seconds: float,
     interruptible: Callable[[socket.socket], AbstractContextManager[None]],
     on_text: Callable[[str], None] = lambda text: None,
+    host: str = LOOPBACK,
 ) -> Answer:
-    """POST one chat completion to the frontend on loopback.
+    """POST one chat completion to the frontend.
 
     Args:
         port: the frontend's.
@@ -68,6 +69,7 @@ def ask(
         timeout_seconds: the longest silence.
         interruptible: guards the connected socket while we wait; see ``Interrupts.closing``.
         on_text: called with each piece of the answer as it comes.
+        host: where the frontend is.
 
     Raises:
         NotServedYet: 404 or 503.
@@ -81,7 +83,7 @@ def ask(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=timeout_seconds)
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_seconds)
     with contextlib.closing(connection):
         with _network():
             connection.connect()

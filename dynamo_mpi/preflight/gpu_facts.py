@@ -120,7 +120,7 @@ def read_gpus(environ: Mapping[str, str]) -> NodeGpus:
     try:
         nvml: Any = import_module("pynvml")
     except ImportError:
-        devices = _device_files()
+        devices = device_files()
         seen = f"; /dev has {devices} NVIDIA GPUs" if devices else "; /dev has no NVIDIA GPU"
         return NodeGpus(problem=f"nvidia-ml-py isn't installed (pip install nvidia-ml-py){seen}")
     try:
@@ -129,13 +129,13 @@ def read_gpus(environ: Mapping[str, str]) -> NodeGpus:
         return NodeGpus(problem=_describe(error))
     try:
         gpus, problem = _read_all(nvml)
-        driver = _text(_optional(nvml, "nvmlSystemGetDriverVersion") or "")
-        cuda = int(_optional(nvml, "nvmlSystemGetCudaDriverVersion") or 0)
+        driver = _text(optional(nvml, "nvmlSystemGetDriverVersion") or "")
+        cuda = int(optional(nvml, "nvmlSystemGetCudaDriverVersion") or 0)
         return NodeGpus(gpus, visible_gpus(gpus, environ), driver, cuda, problem)
     except Exception as error:
         return NodeGpus(problem=_describe(error))
     finally:
-        _optional(nvml, "nvmlShutdown")
+        optional(nvml, "nvmlShutdown")
 
 
 def visible_gpus(gpus: Sequence[GpuFacts], environ: Mapping[str, str]) -> tuple[str, ...]:
@@ -201,10 +201,10 @@ def _read_gpu(nvml: Any, index: int) -> GpuFacts:
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     # version 2 tells the driver's reserve, half a GiB and more, from what processes hold; old drivers don't have it
     version = getattr(nvml, "nvmlMemory_v2", None)
-    memory = _optional(nvml, "nvmlDeviceGetMemoryInfo", handle, version) if version is not None else None
-    memory = memory or _optional(nvml, "nvmlDeviceGetMemoryInfo", handle)
-    mig = _optional(nvml, "nvmlDeviceGetMigMode", handle) or (0, 0)
-    processes = _optional(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
+    memory = optional(nvml, "nvmlDeviceGetMemoryInfo", handle, version) if version is not None else None
+    memory = memory or optional(nvml, "nvmlDeviceGetMemoryInfo", handle)
+    mig = optional(nvml, "nvmlDeviceGetMigMode", handle) or (0, 0)
+    processes = optional(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
     return GpuFacts(
         index,
         _text(nvml.nvmlDeviceGetUUID(handle)),
@@ -218,7 +218,7 @@ def _read_gpu(nvml: Any, index: int) -> GpuFacts:
     )
 
 
-def _optional(nvml: Any, name: str, *args: Any) -> Any:
+def optional(nvml: Any, name: str, *args: Any) -> Any:
     """Call what some GPUs, drivers or versions of nvidia-ml-py don't know; None where it isn't known."""
     try:
         return getattr(nvml, name)(*args)
@@ -235,7 +235,7 @@ def _text(value: str | bytes) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _device_files(folder: str = "/dev") -> int:
+def device_files(folder: str = "/dev") -> int:
     """Count the GPUs that the driver made device files for."""
     try:
         return sum(name.startswith("nvidia") and name[6:].isdecimal() for name in os.listdir(folder))

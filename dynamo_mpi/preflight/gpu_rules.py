@@ -106,7 +106,7 @@ def check_drivers(rows: Sequence[HostRow]) -> Iterator[Finding]:
     drivers: dict[str, list[str]] = {}
     for row in rows:
         if row.gpus.driver:
-            drivers.setdefault(_driver(row.gpus), []).append(row.host)
+            drivers.setdefault(describe_driver(row.gpus), []).append(row.host)
     if len(drivers) > 1:
         yield warning(
             "V6",
@@ -117,7 +117,8 @@ def check_drivers(rows: Sequence[HostRow]) -> Iterator[Finding]:
         )
 
 
-def _driver(gpus: NodeGpus) -> str:
+def describe_driver(gpus: NodeGpus) -> str:
+    """Write a driver with the newest CUDA that it knows."""
     return f"{gpus.driver} (CUDA {gpus.cuda // 1000}.{gpus.cuda % 1000 // 10})" if gpus.cuda else gpus.driver
 
 
@@ -149,9 +150,9 @@ def check_busy(rows: Sequence[HostRow], needs: Needs) -> Iterator[Finding]:
         told = f"rank {row.rank} on {row.host}, GPU {gpu.number}: {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free"
         needed = needs.weights[row.rank] if row.rank < len(needs.weights) else 0
         if gpu.free_bytes < needed:
-            full.append(f"{told}, its weights take {gib(needed)}; {_holders(gpu)}")
-        elif gpu.used_bytes > min(_BUSY_BYTES, gpu.total_bytes * _BUSY_SHARE):
-            busy.setdefault(gpu.uuid, f"{told}; {_holders(gpu)}")
+            full.append(f"{told}, its weights take {gib(needed)}; {describe_holders(gpu)}")
+        elif is_busy(gpu):
+            busy.setdefault(gpu.uuid, f"{told}; {describe_holders(gpu)}")
     fix = "end the processes that hold it, or take other nodes; nvidia-smi on the node shows them"
     if full:
         message = f"the weights don't fit into what is free on the GPU of {counted(len(full), 'rank')}"
@@ -164,7 +165,13 @@ def check_busy(rows: Sequence[HostRow], needs: Needs) -> Iterator[Finding]:
         yield warning("V2", message, found=lines([*busy.values()]), needed=needed_text, fix=fix)
 
 
-def _holders(gpu: GpuFacts) -> str:
+def is_busy(gpu: GpuFacts) -> bool:
+    """Does somebody compute on it?"""
+    return gpu.used_bytes > min(_BUSY_BYTES, gpu.total_bytes * _BUSY_SHARE)
+
+
+def describe_holders(gpu: GpuFacts) -> str:
+    """Say who holds its memory, as far as that can be seen."""
     if not gpu.used_bytes:
         return "nobody holds memory"
     if not gpu.holders:

@@ -149,7 +149,7 @@ def collect(
     library = " ".join(mpi_library.replace("\0", "").strip().split("\n")[0].split(",")[0].split())
     if not speaks_for_node:
         return HostFacts(False, library, cpus, variables, shm_path=shm)
-    size, free = _room(shm)
+    size, free = room(shm)
     return HostFacts(True, library, cpus, variables, tuple(_versions()), shm, size, free, tuple(_leftovers(shm)))
 
 
@@ -172,15 +172,26 @@ def _variables(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
 
 
 def _versions() -> Iterable[tuple[str, str]]:
+    for package in PACKAGES:
+        # a checkout on PYTHONPATH has no metadata
+        if version := version_of(package, "tensorrt_llm" if package == "tensorrt_llm" else ""):
+            yield package, version
+
+
+def version_of(package: str, module: str = "") -> str | None:
+    """Return the version of a distribution without importing it, or None where it isn't installed.
+
+    Args:
+        package: the distribution.
+        module: what it brings; where that can be imported without metadata, the version is `UNKNOWN_VERSION`.
+    """
     from importlib import metadata
 
-    for package in PACKAGES:
-        try:
-            yield package, metadata.version(package) or UNKNOWN_VERSION
-        # KeyError: a distribution without a version
-        except (metadata.PackageNotFoundError, KeyError, OSError, ValueError):
-            if package == "tensorrt_llm" and _can_be_imported(package):
-                yield package, UNKNOWN_VERSION  # a checkout on PYTHONPATH has no metadata
+    try:
+        return metadata.version(package) or UNKNOWN_VERSION
+    # KeyError: a distribution without a version
+    except (metadata.PackageNotFoundError, KeyError, OSError, ValueError):
+        return UNKNOWN_VERSION if module and _can_be_imported(module) else None
 
 
 def _can_be_imported(package: str) -> bool:
@@ -193,7 +204,8 @@ def _can_be_imported(package: str) -> bool:
         return False
 
 
-def _room(path: str) -> tuple[int, int]:
+def room(path: str) -> tuple[int, int]:
+    """Return the size of a file system and what is free on it, in bytes; 0 where that can't be told."""
     try:
         stat = os.statvfs(path)
     except OSError:

@@ -71,7 +71,8 @@ class LaunchCommand(MarkedCommand):
         assert self.process.poll() is not None
         eventually(lambda: not self.survivors(), "no process is left", 10)
         # a report of a failure goes with the worker's next start
-        assert {path.name for path in self.run_dir.iterdir()} - {"failures"} == {"lock", "logs", "ready", "services"}
+        kept = {"ended.json", "lock", "logs", "ready", "services"}
+        assert {path.name for path in self.run_dir.iterdir()} - {"failures"} == kept
         assert not list((self.run_dir / "ready").iterdir())
 
 

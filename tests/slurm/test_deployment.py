@@ -122,7 +122,13 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
     assert "drain: deregistered" in deployment.text()
     assert "cancelling" not in deployment.text()
     assert deployment.left() == []
-    assert sorted(path.name for path in deployment.run_dir.iterdir()) == ["lock", "logs", "ready", "services"]
+    assert sorted(path.name for path in deployment.run_dir.iterdir()) == [
+        "ended.json",
+        "lock",
+        "logs",
+        "ready",
+        "services",
+    ]
     assert not list((deployment.run_dir / "ready").iterdir())
 
 

@@ -90,5 +90,11 @@ def test_a_pair_answers_and_ends_with_the_launcher(deployment: Deployment) -> No
     assert deployment.text().count("drain: dynamo.trtllm deregisters") == 2, deployment.text()
     assert "cancelling" not in deployment.text()
     assert deployment.left() == []
-    assert sorted(path.name for path in deployment.run_dir.iterdir()) == ["lock", "logs", "ready", "services"]
+    assert sorted(path.name for path in deployment.run_dir.iterdir()) == [
+        "ended.json",
+        "lock",
+        "logs",
+        "ready",
+        "services",
+    ]
     assert not list((deployment.run_dir / "ready").iterdir())

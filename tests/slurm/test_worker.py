@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -165,6 +166,25 @@ def test_scancel_leaves_nothing(plugin: str, start: Start, stack: Stack) -> None
     assert worker.ranks() == {}
     assert stack.keys() == []
     assert stack.slurm.wait_for_job(job)["JobState"] == "CANCELLED"
+
+
+def test_its_operator_sees_it_and_ends_it_from_the_login_node(start: Start, stack: Stack) -> None:
+    def ours(*words: str) -> subprocess.CompletedProcess[str]:
+        return stack.slurm.exec(sys.executable, "-m", "dynamo_mpi", *words, env=stack.environment, timeout=120)
+
+    worker = start(TWO_BY_THREE, "pmix")
+    done = ours("wait", "--frontend", stack.frontend.url, "--timeout", "60")
+    assert done.returncode == 0, done.stderr + worker.text()
+    (row,) = json.loads(ours("status", "--output", "json").stdout)["workers"]
+    assert (row["layout"]["text"], row["hosts"], row["phase"]) == ("TP3/PP2", ["n1", "n2"], "serve")
+
+    step = f"{worker.job}.0"
+    assert f"scancel --signal=TERM {step}\n" in ours("down", "--namespace", "dynamo", "--dry-run").stdout
+    done = ours("down", "--namespace", "dynamo", "--job", step, "--timeout", "60")
+    assert done.returncode == 0, done.stderr
+    assert worker.wait() == 0, worker.text()
+    assert "drain: deregistered" in worker.text()
+    assert (worker.ranks(), stack.keys()) == ({}, [])
 
 
 @pytest.mark.parametrize("plugin", ["pmix", "pmi2"])

@@ -1,10 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the property tests run."""
+"""How the property tests run, and an etcd for the tests of operators' commands."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.unit.board import Board, running_board
 
 # by default an example that takes 200 ms fails its test, which on a busy machine any may
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
+
+
+@pytest.fixture(scope="session")
+def shared_board() -> Iterator[Board]:
+    """An etcd for many tests."""
+    with running_board() as board:
+        yield board
+
+
+@pytest.fixture
+def clean_board(shared_board: Board, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Board:
+    """It with nothing in it, and an environment that names it and no other, in a folder with nothing in it."""
+    shared_board.wipe()
+    for name in os.environ:
+        if name.startswith(("ETCD_", "NATS_", "SLURM_", "HEAD_NODE", "DYN_MPI_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("ETCD_ENDPOINTS", shared_board.url)
+    monkeypatch.chdir(tmp_path)
+    return shared_board

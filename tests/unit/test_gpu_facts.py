@@ -160,7 +160,7 @@ def test_why_nothing_can_be_read_is_told(
 @pytest.mark.parametrize("devices", [0, 2])
 def test_a_missing_package_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    monkeypatch.setattr(gpu_facts, "_device_files", lambda: devices)
+    monkeypatch.setattr(gpu_facts, "device_files", lambda: devices)
     problem = read_gpus({}).problem
     assert "pip install nvidia-ml-py" in problem
     assert ("no NVIDIA GPU" if not devices else "2 NVIDIA GPUs") in problem

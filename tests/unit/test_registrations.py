@@ -18,7 +18,7 @@ import pytest
 from dynamo_mpi.control_plane.etcd import Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.record import record_key
-from dynamo_mpi.errors import DiscoveryError, UsageError
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
 from dynamo_mpi.launch.registrations import SECONDS, take_out
 from dynamo_mpi.services import etcd as services
 from dynamo_mpi.services.ports import free_port
@@ -144,8 +144,9 @@ def test_certificates_in_both_directions(tmp_path: Path, leave: Leave) -> None:
         use({"ETCD_ENDPOINTS": url.replace("127.0.0.1", "localhost"), **files.client_environment()}, leave)
         left = leave({**place, **files.client_environment()})
         for credentials in ({}, without_certificate(files)):
-            with pytest.raises(DiscoveryError, match=r"127\.0\.0\.1"):
+            with pytest.raises((DiscoveryError, AuthorisationError), match=r"127\.0\.0\.1") as caught:
                 take_out(LAUNCH, {**place, **credentials})
+            assert isinstance(caught.value, AuthorisationError if credentials else DiscoveryError)
         assert left.there() == [True, True]
     with pytest.raises(UsageError, match="ETCD_AUTH_CA holds no certificate"):
         take_out(LAUNCH, {**place, "ETCD_AUTH_CA": "/a/path"})
@@ -168,10 +169,10 @@ def test_a_user_of_etcds(leave: Leave) -> None:
         add_users(url, ["dynamo_mpi/", "v1/"])
         use(environ, leave)
         for changes in ({"ETCD_AUTH_PASSWORD": "wr0ng"}, {"ETCD_AUTH_USERNAME": "guest"}):
-            with pytest.raises(DiscoveryError, match="etcd refuses") as caught:
+            with pytest.raises(AuthorisationError, match="etcd refuses") as caught:
                 take_out(LAUNCH, {**environ, **changes})
             assert "wr0ng" not in str(caught.value)
-        with pytest.raises(DiscoveryError, match="etcd refuses"):
+        with pytest.raises(AuthorisationError, match="etcd refuses"):
             take_out(LAUNCH, {"ETCD_ENDPOINTS": url})
 
 

@@ -3,6 +3,7 @@
 
 ``PYNVML_STANDIN`` names the file: ``{"driver": "570.86.15", "cuda": 12080, "gpus": [{"uuid": "GPU-0", "name": "NVIDIA H100 80GB HBM3",
 "sm": [9, 0], "total": 1, "free": 1, "used": 0, "processes": [[42, 1]], "mig": 0}]}``.
+A GPU may have more: ``"links": [1, 0]``, a state for each NVLink, ``"uncorrected": 0`` memory errors, ``"remapped": [0, 0, 0, 0]`` rows.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ _node: dict[str, Any] = {}
 
 class NVMLError(Exception):
     """As nvidia-ml-py has it: a class for each kind."""
+
+
+class NVMLError_NotSupported(NVMLError):
+    """A GPU that doesn't have it."""
 
 
 class NVMLError_DriverNotLoaded(NVMLError):
@@ -84,3 +89,20 @@ def nvmlDeviceGetMigMode(handle: dict[str, Any]) -> tuple[int, int]:
 
 def nvmlDeviceGetComputeRunningProcesses(handle: dict[str, Any]) -> list[SimpleNamespace]:
     return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in handle["processes"]]
+
+
+def nvmlDeviceGetNvLinkState(handle: dict[str, Any], link: int) -> int:
+    states = handle.get("links", [])
+    if link >= len(states):
+        raise NVMLError_NotSupported("Not Supported")
+    return int(states[link])
+
+
+def nvmlDeviceGetTotalEccErrors(handle: dict[str, Any], kind: int, counter: int) -> int:
+    if (kind, counter) != (1, 0):
+        raise UnknownCallError("only uncorrected errors since the driver was loaded are known here")
+    return int(handle.get("uncorrected", 0))
+
+
+def nvmlDeviceGetRemappedRows(handle: dict[str, Any]) -> list[int]:
+    return list(handle.get("remapped", [0, 0, 0, 0]))

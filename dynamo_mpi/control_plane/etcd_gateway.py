@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""etcd through its JSON gateway, which the standard library is enough for: the launcher's host has no client of etcd."""
+"""etcd through its JSON gateway, which the standard library is enough for: a login node has no client of etcd."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import base64
 import http.client
 import json
 import time
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from dynamo_mpi.errors import DiscoveryError
+from dynamo_mpi.control_plane.etcd_auth import is_refusal
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,13 +22,35 @@ if TYPE_CHECKING:
 _PORT = 2379
 # gRPC's codes, which the gateway hands on
 _NOT_FOUND = 5
+_REFUSALS = (7, 16)
+# what etcd calls an invalid argument
+_REFUSING = ("authentication failed", "user name is empty", "permission denied", "invalid auth token")
 
 
 class Value(NamedTuple):
-    """What stands under one key, and the lease that it ends with; 0 for none."""
+    """What stands under one key.
+
+    Args:
+        data: it.
+        lease: that it ends with; 0 for none.
+        key: where it stands.
+    """
 
     data: bytes
     lease: int
+    key: str
+
+
+class Server(NamedTuple):
+    """What an endpoint tells everybody.
+
+    Args:
+        version: etcd's.
+        clock: seconds since 1970 as it counts them, whole ones; None where it doesn't say.
+    """
+
+    version: str
+    clock: float | None
 
 
 class EtcdGateway:
@@ -45,6 +69,7 @@ class EtcdGateway:
     def __init__(self, endpoint: str, auth: EtcdAuth, end: float) -> None:
         self._shown, self._auth, self._end = endpoint.rpartition("@")[2], auth, end
         self._headers: dict[str, str] = {}
+        self._clock: float | None = None
         try:
             parts = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
             host, port = parts.hostname or "", parts.port or _PORT
@@ -68,7 +93,8 @@ class EtcdGateway:
         """Show etcd our user's password, if we have one.
 
         Raises:
-            DiscoveryError: no answer in time, or a refusal.
+            DiscoveryError: no answer in time.
+            AuthorisationError: a refusal.
         """
         if self._auth.username:
             question = {"name": self._auth.username, "password": self._auth.password}
@@ -78,11 +104,46 @@ class EtcdGateway:
             elif "authentication is not enabled" not in str(reply.get("message")):
                 raise self._refusal(reply)
 
+    def server(self) -> Server:
+        """Return what the endpoint is.
+
+        Raises:
+            DiscoveryError: no answer in time.
+        """
+        _, reply = self._ask("/version", None)
+        return Server(str(reply.get("etcdserver", "")), self._clock)
+
+    def put(self, key: str, value: str, lease: int) -> None:
+        """Write a key under a lease.
+
+        Raises:
+            DiscoveryError: no answer in time, or a refusal.
+        """
+        question = {"key": _text(key.encode()), "value": _text(value.encode()), "lease": str(lease)}
+        status, reply = self._ask("/v3/kv/put", question)
+        if status != http.HTTPStatus.OK:
+            raise self._refusal(reply)
+
+    def grant(self, seconds: int) -> int:
+        """Return a new lease that lives for ``seconds``.
+
+        Raises:
+            DiscoveryError: no answer in time, or a refusal.
+        """
+        status, reply = self._ask("/v3/lease/grant", {"TTL": str(seconds)})
+        if status != http.HTTPStatus.OK:
+            raise self._refusal(reply)
+        try:
+            return int(reply["ID"])
+        except (KeyError, ValueError, TypeError):
+            raise self._error("something else than etcd answers there") from None
+
     def values(self, prefix: str) -> list[Value]:
         """Return what stands under ``prefix``.
 
         Raises:
-            DiscoveryError: no answer in time, or a refusal.
+            DiscoveryError: no answer in time.
+            AuthorisationError: a refusal.
         """
         start = prefix.encode()
         stop = start[:-1] + bytes([start[-1] + 1])
@@ -92,7 +153,11 @@ class EtcdGateway:
         try:
             # what is empty or 0 is left out
             return [
-                Value(base64.b64decode(entry.get("value", "")), int(entry.get("lease", 0)))
+                Value(
+                    base64.b64decode(entry.get("value", "")),
+                    int(entry.get("lease", 0)),
+                    base64.b64decode(entry.get("key", "")).decode(errors="backslashreplace"),
+                )
                 for entry in reply.get("kvs", [])
             ]
         except (ValueError, TypeError, AttributeError):
@@ -102,7 +167,8 @@ class EtcdGateway:
         """End a lease and all that is under it, and tell whether it was still there.
 
         Raises:
-            DiscoveryError: no answer in time, or a refusal.
+            DiscoveryError: no answer in time.
+            AuthorisationError: a refusal.
         """
         # as JSON has it: numbers as large would be rounded on their way
         status, reply = self._ask("/v3/lease/revoke", {"ID": str(lease)})
@@ -110,16 +176,22 @@ class EtcdGateway:
             raise self._refusal(reply)
         return status == http.HTTPStatus.OK
 
-    def _ask(self, path: str, question: dict[str, str]) -> tuple[int, dict[str, Any]]:
-        """Return the HTTP status and the answer."""
+    def _ask(self, path: str, question: dict[str, str] | None) -> tuple[int, dict[str, Any]]:
+        """Return the HTTP status and the answer; without a question, of a page."""
         try:
             self._connection.timeout = self._left()
             if self._connection.sock is not None:
                 self._connection.sock.settimeout(self._left())
-            self._connection.request("POST", path, json.dumps(question), self._headers)
+            if question is None:
+                self._connection.request("GET", path, headers=self._headers)
+            else:
+                self._connection.request("POST", path, json.dumps(question), self._headers)
             reply = self._connection.getresponse()
             text = reply.read()
+            self._clock = _seconds_of(reply.getheader("Date", ""))
         except (OSError, http.client.HTTPException, ValueError) as error:  # a ValueError: the host's name is none
+            if is_refusal(error):
+                raise refused(f"{self._shown}: {_reason(error)}") from None
             raise self._error(_reason(error)) from None
         try:
             content = json.loads(text)
@@ -135,8 +207,11 @@ class EtcdGateway:
             raise TimeoutError
         return left
 
-    def _refusal(self, reply: dict[str, Any]) -> DiscoveryError:
-        return self._error(f"etcd refuses: {reply.get('message') or reply.get('error')!a}")
+    def _refusal(self, reply: dict[str, Any]) -> DiscoveryError | AuthorisationError:
+        message = str(reply.get("message") or reply.get("error"))
+        found = f"{self._shown}: etcd refuses: {message!a}"
+        is_ours = reply.get("code") in _REFUSALS or any(words in message for words in _REFUSING)
+        return refused(found) if is_ours else gateway_error(found)
 
     def _error(self, found: str) -> DiscoveryError:
         return gateway_error(f"{self._shown}: {found}")
@@ -151,8 +226,25 @@ def gateway_error(found: str) -> DiscoveryError:
     )
 
 
+def refused(found: str) -> AuthorisationError:
+    """Return the error of an etcd that doesn't let us in."""
+    return AuthorisationError(
+        found,
+        needed="credentials that etcd takes",
+        fix="--run-dir DIR of the deployment, whose services.json has them; or correct ETCD_AUTH_*",
+    )
+
+
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
+
+
+def _seconds_of(date: str) -> float | None:
+    """Read HTTP's date."""
+    try:
+        return parsedate_to_datetime(date).timestamp()
+    except (ValueError, TypeError):
+        return None
 
 
 def _reason(error: Exception) -> str:

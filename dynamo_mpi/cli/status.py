@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs, and where it stands: a deployment's workers, their phases, progress and requests, the failures of the last hour, its services.
+
+Exit code 0 when it could be read, whatever it shows ("ok" of --output json tells whether all is well); 69 when etcd can't be asked, 77 when
+it refuses. --watch shows it until Ctrl-C, which is 0: again in place on a terminal, else appended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.cli.style import write_out
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.operating.options import MODEL, NAMESPACE, RUN_DIR, add_output
+from dynamo_mpi.operating.place import locate
+from dynamo_mpi.operating.snapshot import ETCD_SECONDS, read_snapshot
+from dynamo_mpi.operating.status_text import describe
+from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve
+
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
+
+    from dynamo_mpi.errors import BootstrapError
+    from dynamo_mpi.operating.snapshot import Snapshot
+
+SHORTEST_SECONDS = 0.1
+# Ctrl-C waits for it
+WATCH_ETCD_SECONDS = 2.0
+
+
+def to_period(text: str) -> float:
+    """Read the seconds between two showings."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not SHORTEST_SECONDS <= value <= MAX_SECONDS:
+        raise ValueError(f"a number of seconds from {SHORTEST_SECONDS:g} on")
+    return value
+
+
+WATCH = Option("watch", ("--watch",), (), None, to_period, "show it again and again")
+OPTIONS = (RUN_DIR, NAMESPACE, MODEL)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    add_options(parser, OPTIONS)
+    text = "show it until Ctrl-C, every 2 s or so often"
+    parser.add_argument("--watch", nargs="?", const="2", metavar="SECONDS", help=text)
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code.
+
+    Raises:
+        UsageError: it can't be told which deployment is meant.
+        DiscoveryError: etcd doesn't answer.
+        AuthorisationError: it refuses us.
+    """
+    values, _ = resolve((*OPTIONS, WATCH), vars(arguments), os.environ, {})
+    if values["watch"] is None:
+        write_out(_shown(_read(values, ETCD_SECONDS), arguments.output))
+        return ExitCode.OK
+    return _watch(values, arguments.output)
+
+
+def _read(values: dict[str, Any], seconds: float) -> Snapshot:
+    return read_snapshot(locate(values["run_dir"], os.environ), values["namespace"], values["model"], seconds)
+
+
+def _shown(snapshot: Snapshot, output: str) -> str:
+    if output == "text":
+        return describe(snapshot, shutil.get_terminal_size().columns) if _is_terminal() else describe(snapshot)
+    from dynamo_mpi.operating.status_json import as_json
+
+    return json.dumps(as_json(snapshot))
+
+
+def _is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def _shown_error(error: BootstrapError, output: str) -> str:
+    if output == "text":
+        return str(error)
+    from dynamo_mpi.operating.status_json import error_as_json
+
+    return json.dumps(error_as_json(error))
+
+
+def _watch(values: dict[str, Any], output: str) -> int:
+    from dynamo_mpi.cli.screen import watch
+    from dynamo_mpi.services.interrupts import Interrupted
+
+    def look() -> str:
+        try:
+            return _shown(_read(values, WATCH_ETCD_SECONDS), output)
+        except (DiscoveryError, AuthorisationError) as error:
+            return _shown_error(error, output)  # it may come back
+
+    try:
+        watch(look, values["watch"], redraw=output == "text", title="dynamo-mpi status")
+    except Interrupted as end:
+        return ExitCode.OK if end.number == signal.SIGINT else end.exit_code
+    return ExitCode.OK

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wait until a deployment is ready: every role that it needs serves, and a real completion has come back through the frontend.
+
+Of a deployment that launch started all workers have to serve; of others one of each role that the model needs. Exit code 0 when it is ready;
+124 when the time is up, with what is missing and where it stands (69 where etcd doesn't answer by then, 77 where it refuses); the failure's
+own code as soon as one means that it can't become ready. As long as launch runs it is its to start workers again; where it ends, its code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from dynamo_mpi.cli.style import write_out
+from dynamo_mpi.operating.options import MODEL, NAMESPACE, RUN_DIR, add_output
+from dynamo_mpi.operating.waiting import Request, Wait
+from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_role, to_seconds
+
+if TYPE_CHECKING:
+    import argparse
+
+    from dynamo_mpi.operating.waiting import Outcome
+
+ROLES = ("agg", "prefill", "decode")
+SCHEMA = 1
+
+
+def to_roles(text: str) -> tuple[str, ...]:
+    """Read roles, with commas between."""
+    roles = tuple(dict.fromkeys(to_role(part.strip()) for part in text.split(",") if part.strip()))
+    if not roles or any(role not in ROLES for role in roles):
+        raise ValueError(f"some of {', '.join(ROLES)}, with commas between")
+    return roles
+
+
+def to_url(text: str) -> str:
+    """Read the URL of a frontend."""
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        is_one = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise ValueError("http://HOST:PORT")
+    return text
+
+
+ROLE = Option(
+    "role", ("--role",), (), (), to_roles, "roles that have to serve, several with commas or as several flags"
+)
+FRONTEND = Option(
+    "frontend",
+    ("--frontend",),
+    ("DYN_MPI_FRONTEND",),
+    None,
+    to_url,
+    "URL of the frontend that has to answer; by default what the run folder says",
+)
+TIMEOUT = Option("timeout", ("--timeout",), (), 3600.0, to_seconds, f"seconds to wait, up to {MAX_SECONDS:g}")
+OPTIONS = (RUN_DIR, NAMESPACE, MODEL, FRONTEND, TIMEOUT)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    add_options(parser, OPTIONS)
+    parser.add_argument(*ROLE.flags, dest=ROLE.name, action="append", metavar="ROLE", help=ROLE.help)
+    add_output(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code.
+
+    Raises:
+        UsageError: it can't be told which deployment is meant.
+    """
+    given = {**vars(arguments), "role": ",".join(arguments.role) if arguments.role else None}
+    values, _ = resolve((*OPTIONS, ROLE), given, os.environ, {})
+    request = Request(
+        values["run_dir"],
+        values["namespace"],
+        values["model"],
+        values["role"],
+        values["frontend"] or "",
+        values["timeout"],
+    )
+    outcome = Wait(request, os.environ, _say).run()
+    if outcome.error is not None:
+        if log := getattr(outcome.error, "log", ""):
+            _say(log)
+        _say(str(outcome.error))
+    if arguments.output == "json":
+        write_out(json.dumps(_as_json(outcome)))
+    elif outcome.error is None:
+        write_out(_describe(outcome))
+    return outcome.exit_code
+
+
+def _describe(outcome: Outcome) -> str:
+    workers = outcome.snapshot.workers if outcome.snapshot is not None else ()
+    serving = [worker for worker in workers if worker.serves]
+    parts = [
+        f"{model}: {', '.join(w.role for w in serving if w.model == model)}"
+        for model in dict.fromkeys(worker.model for worker in serving)
+    ]
+    proof = "; a completion came back" if outcome.answers else ""
+    return f"ready after {outcome.seconds:.1f} s: {'; '.join(parts)}{proof}"
+
+
+def _as_json(outcome: Outcome) -> dict[str, Any]:
+    """Return the final state: what is missing, what has answered, and under ``status`` what `status` gives; null where etcd wasn't asked."""
+    from dynamo_mpi.operating.status_json import as_json
+
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "ok": outcome.error is None,
+        "exit_code": int(outcome.exit_code),
+        "seconds": outcome.seconds,
+        "missing": [{"name": lack.name, "position": lack.position} for lack in outcome.lacks],
+        "completions": {
+            model: {"tokens": answer.completion_tokens, "seconds": answer.total_seconds}
+            for model, answer in outcome.answers.items()
+        },
+        "status": None if outcome.snapshot is None else as_json(outcome.snapshot),
+    }
+    if outcome.error is not None:
+        content["error"] = {**outcome.error.plain(), "exit_code": int(outcome.exit_code)}
+    return content
+
+
+def _say(text: str) -> None:
+    print(f"dynamo-mpi wait: {text}", file=sys.stderr, flush=True)

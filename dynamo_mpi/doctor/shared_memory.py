@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files in /dev/shm that nobody uses any more: what killed ranks leave takes memory until the node starts again."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# one that is being made is held by nobody for a moment
+_YOUNG_SECONDS = 60.0
+
+
+class Segment(NamedTuple):
+    """A file of this user in shared memory.
+
+    Args:
+        path: where.
+        size: its bytes.
+        age: seconds since it was written last.
+    """
+
+    path: str
+    size: int
+    age: float
+
+
+def own_segments(folder: str) -> list[Segment]:
+    """Return this user's files there, a level of folders deep."""
+    now = time.time()
+    found = []
+    for path in _files(folder):
+        try:
+            stat = os.lstat(path)
+        except OSError:
+            continue  # gone since
+        if stat.st_uid == os.getuid():
+            found.append(Segment(path, stat.st_size, max(0.0, now - stat.st_mtime)))
+    return found
+
+
+def unused(segments: Iterable[Segment], in_use: set[str]) -> list[Segment]:
+    """Return those that no process has mapped or open, the largest first."""
+    left = [one for one in segments if one.path not in in_use and one.age > _YOUNG_SECONDS]
+    return sorted(left, key=lambda one: -one.size)
+
+
+def paths_in_use(folder: str) -> set[str]:
+    """Return the files there that processes which can be seen from here have mapped or open."""
+    start = folder.rstrip("/") + "/"
+    found: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            with (process / "maps").open(encoding="utf-8", errors="surrogateescape") as maps:
+                found.update(path for line in maps if (path := mapped_path(line)).startswith(start))
+            found.update(
+                path for one in os.listdir(process / "fd") if (path := _target(process / "fd" / one)).startswith(start)
+            )
+        except OSError:
+            continue  # another user's, or it has ended
+    return found
+
+
+def mapped_path(line: str) -> str:
+    """Return the file of a line of ``/proc/PID/maps``; empty where there is none."""
+    fields = line.rstrip("\n").split(maxsplit=5)
+    return fields[5] if len(fields) == 6 else ""
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
+
+
+def _files(folder: str) -> Iterable[str]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            try:
+                yield from sorted(one.path for one in os.scandir(entry.path) if one.is_file(follow_symlinks=False))
+            except OSError:
+                continue
+        else:
+            yield entry.path

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Slurm's commands print, read. Pure; versions differ in where it goes (stdout, stderr) and in what stands before it."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_PREFIX = re.compile(r"^srun: ")
+_VERSION = re.compile(r"\b(\d+)\.(\d+)(?:\.(\d+))?")
+_SPECIFIC = "specific pmix plugin versions available:"
+# D-HH:MM:SS and its shorter forms, as squeue has a time that is left
+_LEFT = re.compile(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+)")
+
+
+class MpiPlugins(NamedTuple):
+    """What ``srun --mpi=list`` offers.
+
+    Args:
+        types: what ``--mpi=`` takes.
+        pmix_versions: the PMIx plugins behind ``pmix``: ``pmix_v4``.
+    """
+
+    types: tuple[str, ...]
+    pmix_versions: tuple[str, ...] = ()
+
+    @property
+    def pmix(self) -> tuple[str, ...]:
+        """All that is PMIx."""
+        return tuple(name for name in self.types if name.startswith("pmix")) + self.pmix_versions
+
+
+def read_mpi_list(text: str) -> MpiPlugins | None:
+    """Read ``srun --mpi=list``; None where it isn't that.
+
+    Up to 21.08 each line begins with ``srun:`` and PMIx's versions stand among the types; since 22.05 they have a line of their own.
+    """
+    types: list[str] = []
+    versions: tuple[str, ...] = ()
+    begun = False
+    for line in (_PREFIX.sub("", line).strip() for line in text.splitlines()):
+        if re.fullmatch(r"MPI( plugin)? types are\.*", line):
+            begun = True
+        elif line.startswith(_SPECIFIC):
+            versions = tuple(name.strip() for name in line.removeprefix(_SPECIFIC).split(",") if name.strip())
+        elif begun and re.fullmatch(r"[a-z0-9_]+", line):
+            types.append(line)
+    return MpiPlugins(tuple(types), versions) if begun else None
+
+
+def pmix_refusal(text: str) -> str:
+    """Return what srun says of a PMIx plugin that it can't load; empty where it says nothing of it."""
+    return next(
+        (line.strip() for line in text.splitlines() if "can not load PMIx" in line or "Invalid MPI type" in line), ""
+    )
+
+
+def read_version(text: str) -> tuple[int, int] | None:
+    """Read ``srun --version``: ``slurm 23.11.4``, on Debian ``slurm-wlm 22.05.8``."""
+    match = _VERSION.search(text) if text.startswith("slurm") else None
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def takes_containers(help_text: str) -> bool:
+    """Tell from ``srun --help`` whether Pyxis is there: its plugin adds the option."""
+    return re.search(r"^\s*--container-image\b", help_text, re.MULTILINE) is not None
+
+
+def read_controllers(text: str) -> dict[str, bool]:
+    """Read ``scontrol ping``: ``Slurmctld(primary) at n1 is UP``; the controllers, and whether each is up."""
+    return {
+        match[1]: match[2] == "UP" for match in re.finditer(r"^Slurmctld\(\w+\) at (\S+) is (\w+)", text, re.MULTILINE)
+    }
+
+
+def read_time_left(text: str) -> int | None:
+    """Read the seconds of ``squeue --format=%L``; None for no limit, and for what isn't a time."""
+    match = _LEFT.fullmatch(text.strip())
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def first_node(nodelist: str) -> str:
+    """Return the first node of Slurm's compressed list: ``n[03-05,7],m1`` begins with ``n03``."""
+    match = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodelist.strip())
+    return "".join(part or "" for part in match.groups()) if match else ""

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another user on the node, and another client on the network, against a deployment with credentials: both get nowhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.record import worlds_of
+from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.services.certificates import make_certificates
+from tests.dynamo.head_node_command import HeadNodeCommand
+from tests.dynamo.running import RunningWorker, eventually
+from tests.dynamo.test_head_node import ask, nats_says
+
+pytestmark = [
+    pytest.mark.dynamo,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
+    pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="no Python that another user may run"),
+]
+
+NEIGHBOUR = Path(__file__).parent / "programs" / "neighbour.py"
+NOBODY = 65534
+RANKS = 3
+LISTEN = "0A"
+MARKER = "a secret that anybody may read"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What the neighbour finds."""
+
+    folder: Path
+    head: HeadNodeCommand
+    services: Mapping[str, Any]
+    worker: RunningWorker
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What workers are told, the secrets among it."""
+        return dict(self.services["environment"])
+
+    @property
+    def secrets(self) -> list[str]:
+        """What nobody else may see."""
+        lines = self.environment["ETCD_AUTH_CLIENT_KEY"].splitlines()
+        return [self.environment["NATS_AUTH_PASSWORD"], *lines[1:-1]]
+
+    def keys(self) -> dict[str, tuple[int, int]]:
+        """Return what stands in etcd: each key's revision and lease."""
+        with contextlib.closing(Etcd([self.environment["ETCD_ENDPOINTS"]], EtcdAuth.of(self.environment), 5)) as etcd:
+            entries = [*etcd.entries("v1/"), *etcd.entries(worlds_of(""))]
+        return {entry.key: (entry.create_revision, entry.lease) for entry in entries}
+
+    def answers(self) -> bool:
+        """Tell whether a completion comes back."""
+        answer = ask(str(self.services["url"]), "smollm2")
+        return answer is not None and answer["usage"]["completion_tokens"] > 0
+
+
+@pytest.fixture(scope="module")
+def deployment(model_dir: Path) -> Iterator[Deployment]:
+    """Services with credentials, and a worker of three ranks, in a folder that anybody may enter."""
+    mask = os.umask(0)
+    try:
+        with tempfile.TemporaryDirectory(prefix="neighbour-") as text:
+            folder = Path(text)
+            folder.chmod(0o777)
+            (folder / "open.txt").write_text(MARKER)
+            with HeadNodeCommand(folder, NATS_SERVER="") as head:
+                services = head.services()
+                shim: Any = _Endpoint(str(services["environment"]["ETCD_ENDPOINTS"]))
+                worker = RunningWorker(
+                    folder,
+                    shim,
+                    model_dir,
+                    RANKS,
+                    *("--served-model-name", "smollm2", "--failure-dir", str(folder / "failures")),
+                    **services["environment"],
+                )
+                try:
+                    worker.ready()
+                    found = Deployment(folder, head, services, worker)
+                    eventually(found.answers, "a completion", 30)
+                    yield found
+                finally:
+                    worker.stop()
+    finally:
+        os.umask(mask)
+
+
+@dataclass(frozen=True)
+class _Endpoint:
+    url: str
+
+
+@pytest.fixture(scope="module")
+def found(deployment: Deployment) -> dict[str, Any]:
+    """What the neighbour got, with the worker as it was before."""
+    keys = deployment.keys()
+    ranks = deployment.worker.ranks()
+    task = {
+        "secrets": [*deployment.secrets, MARKER],
+        "folders": [str(deployment.folder), "/dev/shm"],
+        "pids": [*ranks, deployment.head.process.pid],
+        "ports": sorted(listening(ranks)),
+    }
+    # where the neighbour may read it
+    program = deployment.folder / "neighbour.py"
+    shutil.copy(NEIGHBOUR, program)
+    done = subprocess.run(
+        ["/usr/bin/python3", str(program)],
+        input=json.dumps(task),
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        env={},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    assert deployment.worker.process.poll() is None, deployment.worker.text()
+    assert deployment.worker.ranks() == ranks
+    assert deployment.keys() == keys
+    assert deployment.answers()
+    return result
+
+
+def listening(pids: list[int]) -> set[tuple[str, int]]:
+    """Return the IPv4 addresses and ports that these processes listen at."""
+    sockets = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(descriptor))
+    places = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == LISTEN and f"socket:[{fields[9]}]" in sockets:
+            address, _, port = fields[1].partition(":")
+            places.add((socket.inet_ntoa(bytes.fromhex(address)[::-1]), int(port, 16)))
+    return places
+
+
+def test_another_user_reads_no_secret(deployment: Deployment, found: dict[str, Any]) -> None:
+    assert found["uid"] == NOBODY
+    # it finds what may be read, so it would find the rest
+    assert found["files"] == [str(deployment.folder / "open.txt")]
+    assert found["environments"] == []
+    assert found["command_lines"] == []
+
+
+def test_no_secret_is_told(deployment: Deployment) -> None:
+    said = deployment.worker.text() + deployment.head.err + deployment.head.out
+    assert [secret for secret in deployment.secrets if secret in said] == []
+
+
+def test_another_user_ends_nothing(found: dict[str, Any]) -> None:
+    assert found["signals"] == []
+    # rank 0's companion holds a socket without a name; the one that all ranks met at has gone with the verdict
+    assert set(found["companions"].values()) <= {"closed", "ConnectionResetError", "BrokenPipeError"}
+
+
+def test_nobody_without_the_token_becomes_a_rank(found: dict[str, Any]) -> None:
+    liveness = [answer for answer in found["ports"].values() if answer.startswith("liveness")]
+    assert liveness == ["liveness: closed after 0 bytes"]
+    # the requests' port is Dynamo's: who reaches it may ask, so it has to be one that only the cluster reaches
+    assert len(found["ports"]) > 1
+
+
+def test_etcd_takes_nobody_without_this_jobs_certificate(deployment: Deployment, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a stranger's certificate with")
+    ours = deployment.environment
+    stranger = make_certificates(tmp_path / "stranger", ("127.0.0.1",)).client_environment()
+    own_pair = {name: stranger[name] for name in ("ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")}
+    keys = deployment.keys()
+    instance, (_, lease) = next((key, place) for key, place in keys.items() if key.startswith("v1/instances/"))
+    for credentials in ({"ETCD_AUTH_CA": ours["ETCD_AUTH_CA"]}, {"ETCD_AUTH_CA": ours["ETCD_AUTH_CA"], **own_pair}):
+        for url in (ours["ETCD_ENDPOINTS"], ours["ETCD_ENDPOINTS"].replace("https", "http")):
+            with contextlib.closing(Etcd([url], EtcdAuth.of(credentials), 2)) as etcd:
+                with pytest.raises(BootstrapError):
+                    etcd.put(instance, b"{}", 0)
+                with pytest.raises(BootstrapError):
+                    etcd.revoke(lease, 2)
+                with pytest.raises(BootstrapError):
+                    etcd.entries("v1/")
+    assert deployment.keys() == keys
+
+
+def test_nats_takes_nobody_without_this_jobs_password(deployment: Deployment) -> None:
+    server, user = deployment.environment["NATS_SERVER"], deployment.environment["NATS_AUTH_USERNAME"]
+    assert urlsplit(server).hostname == urlsplit(deployment.environment["ETCD_ENDPOINTS"]).hostname
+    for name, password in ((None, None), (user, "guessed"), (user, "")):
+        assert "Authorization Violation" in nats_says(server, name, password)

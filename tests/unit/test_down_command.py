@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dynamo-mpi down` of workers that nobody launched for us: those that are meant, each by the right way, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.cli.main import main
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.operating import ending
+from tests.dynamo.running import eventually
+from tests.unit.board import Board
+from tests.unit.test_launch_endings import Slurm
+from tests.unit.test_status_command import describe, serve
+
+HERE = os.uname().nodename.partition(".")[0]
+# drains for a moment, and says so
+RANK = "import signal, sys; print('up', flush=True); signal.sigwait([signal.SIGTERM]); print('drained', flush=True)"
+BLOCKED = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]); " + RANK
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def board(clean_board: Board, monkeypatch: pytest.MonkeyPatch) -> Board:
+    monkeypatch.setattr(ending, "POLL_SECONDS", 0.02)
+    return clean_board
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slurm:
+    """Stand-ins for Slurm's commands, which write down what they are asked."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return Slurm(folder)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def begin(*words: str) -> tuple[int, str, str]:
+        code = main(["down", *words])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return begin
+
+
+class Rank:
+    """A process that looks like a worker's rank 0.
+
+    Args:
+        name: what its command line has in it.
+        user: whose it is; None: ours.
+    """
+
+    def __init__(self, name: str = "dynamo_mpi.worker", user: int | None = None) -> None:
+        # another user may not be able to start our Python
+        words = [sys.executable, "-c", BLOCKED, name] if user is None else ["/bin/sh", "-c", "echo up; read line", name]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, user=user)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "up\n"
+
+    def fields(self, **changes: Any) -> dict[str, Any]:
+        """Return what a record says of it."""
+        return {"host": HERE, "pid": self.process.pid, "started": time.time(), "job": None, "step": None, **changes}
+
+    @property
+    def runs(self) -> bool:
+        return self.process.poll() is None
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Rank]]:
+    ranks: list[Rank] = []
+
+    def begin(*words: Any, **more: Any) -> Rank:
+        ranks.append(Rank(*words, **more))
+        return ranks[-1]
+
+    yield begin
+    for rank in ranks:
+        rank.process.kill()
+        rank.process.communicate()
+
+
+def remove_after(board: Board, process: subprocess.Popen[str], key: str) -> None:
+    """Take the record away as soon as its process has ended, as it would itself."""
+
+    def follow() -> None:
+        process.wait()
+        board.remove(key)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",), ("--job", "12"), ("--timeout", "1")])
+def test_without_a_clear_target_nothing_is_done(board: Board, run: Run, slurm: Slurm, words: tuple[str, ...]) -> None:
+    board.worker("agg")
+    code, _, err = run(*words)
+    assert (code, slurm.asked) == (ExitCode.USAGE, [])
+    assert "--namespace NAME" in err
+
+
+def test_a_rank_here_is_signalled_and_no_other(board: Board, run: Run, start: Callable[..., Rank]) -> None:
+    ours, theirs = start(), start()
+    key = board.worker("agg", **ours.fields())
+    board.worker("agg", "b", model="N", **theirs.fields())
+    remove_after(board, ours.process, key)
+    code, out, _ = run("--model", "M", "--dry-run")
+    assert (code, out) == (0, f"M agg on agg1,agg2: kill -TERM {ours.process.pid}\n")
+    assert ours.runs
+    code, _, err = run("--model", "M")
+    assert code == 0, err
+    assert ours.process.wait(10) == 0, "in order"
+    assert theirs.runs
+
+
+def test_prefill_goes_before_decode(board: Board, run: Run, start: Callable[..., Rank]) -> None:
+    ranks = {role: start() for role in ("decode", "prefill")}
+    for role, rank in ranks.items():
+        remove_after(board, rank.process, board.worker(role, **rank.fields()))
+    code, _, err = run("--namespace", "dynamo")
+    assert code == 0
+    assert [line.split()[4] for line in err.splitlines() if ": ending " in line] == ["prefill", "decode"]
+
+
+def test_a_step_of_slurms_is_signalled_by_its_id(board: Board, run: Run, slurm: Slurm) -> None:
+    key = board.worker("agg", job="7", step="3", host="n1")
+    board.worker("agg", "b", job="8", step="3", host="n1")
+    board.worker("agg", "c", job="7", step="4", host="n1")
+    assert run("--namespace", "dynamo", "--job", "7", "--dry-run")[1].count("scancel --signal=TERM 7.") == 2
+
+    def follow() -> None:
+        eventually(lambda: slurm.asked, "scancel is asked", 10)
+        board.remove(key)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    code, _, err = run("--namespace", "dynamo", "--job", "7.3")
+    thread.join()
+    assert (code, slurm.asked) == (0, ["--signal=TERM 7.3"]), err
+
+
+@pytest.mark.parametrize(
+    ("job", "step"), [("7", None), ("7 8", "0"), ("--all", "0"), ("7", "batch"), ("-7", "1"), ("7", "1\n")]
+)
+def test_what_is_no_step_never_reaches_scancel(
+    board: Board, run: Run, slurm: Slurm, job: str, step: str | None
+) -> None:
+    board.worker("agg", job=job, step=step, host="n1")
+    code, _, err = run("--namespace", "dynamo", "--timeout", "1")
+    assert (code, slurm.asked) == (ExitCode.USAGE, [])
+    assert "its rank 0 is process 4711 on n1" in err
+
+
+def test_who_can_not_be_reached_does_not_keep_the_others(board: Board, run: Run, start: Callable[..., Rank]) -> None:
+    rank = start()
+    remove_after(board, rank.process, board.worker("agg", **rank.fields()))
+    board.worker("agg", "b", host="elsewhere", job=None)
+    code, _, err = run("--namespace", "dynamo")
+    assert (code, rank.process.wait(10)) == (ExitCode.USAGE, 0)
+    assert "process 4711 on elsewhere" in err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"started": time.time() - 3600},
+        {"started": time.time() + 3600},
+        {"started": None},
+        {"host": "elsewhere"},
+        {"pid": 1},
+        {"pid": 2**22 + 1},
+        {"pid": os.getpid()},
+    ],
+)
+def test_a_process_that_is_another_is_left_alone(
+    board: Board, run: Run, start: Callable[..., Rank], changes: dict[str, Any]
+) -> None:
+    rank = start()
+    board.worker("agg", **rank.fields(**changes))
+    assert run("--namespace", "dynamo", "--timeout", "1")[0] == ExitCode.USAGE
+    assert rank.runs
+
+
+def test_a_program_that_is_no_worker_is_left_alone(board: Board, run: Run, start: Callable[..., Rank]) -> None:
+    rank = start("my_dynamo_mpi.worker.py")
+    board.worker("agg", **rank.fields())
+    assert run("--namespace", "dynamo")[0] == ExitCode.USAGE
+    assert rank.runs
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start another user's process")
+def test_another_users_process_is_left_alone(board: Board, run: Run, start: Callable[..., Rank]) -> None:
+    rank = start(user=65534)
+    board.worker("agg", **rank.fields())
+    assert run("--namespace", "dynamo")[0] == ExitCode.USAGE
+    assert rank.runs
+
+
+def test_what_is_left_when_the_time_is_up(board: Board, run: Run, start: Callable[..., Rank]) -> None:
+    rank = start()
+    board.worker("agg", phase="drain", phase_since=time.time() - 7, **rank.fields())
+    code, _, err = run("--namespace", "dynamo", "--timeout", "0.3")
+    assert code == ExitCode.DEADLINE
+    assert "not ended in time: agg on agg1,agg2: drain, 7 s" in err
+
+
+def test_nobody_is_there(board: Board, run: Run) -> None:
+    board.worker("agg", namespace="other")
+    code, _, err = run("--namespace", "dynamo")
+    assert (code, "no such worker is there" in err) == (0, True)
+
+
+def test_all_workers_of_a_run_folder_with_services_of_its_own(
+    board: Board, run: Run, tmp_path: Path, start: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "dynamo_mpi-1"
+    folder.mkdir()
+    serve(folder, environment={"ETCD_ENDPOINTS": board.url})
+    monkeypatch.delenv("ETCD_ENDPOINTS")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    rank = start()
+    remove_after(board, rank.process, board.worker("agg", **rank.fields()))
+    code, _, err = run()
+    assert (code, "nothing runs in" in err) == (0, True), "not by accident"
+    assert rank.runs
+    assert run("--run-dir", str(folder))[0] == 0
+    assert rank.process.wait(10) == 0
+
+
+def test_a_dry_run_of_a_deployment_leaves_it_alone(board: Board, run: Run, tmp_path: Path) -> None:
+    run_dir = describe(tmp_path / "run")
+    code, out, _ = run(str(run_dir.path), "--dry-run")
+    assert (code, out) == (0, f"the deployment in {run_dir.path}: prefill-0, decode-0, and its services\n")
+    assert not run_dir.is_to_stop()
+    run_dir.close()
+
+
+def test_where_etcd_does_not_answer(board: Board, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCD_ENDPOINTS", "http://127.0.0.1:1")
+    assert run("--namespace", "dynamo")[0] == ExitCode.UNAVAILABLE
+
+
+def test_a_job_that_is_none(board: Board, run: Run) -> None:
+    for job in ("x", "7.", "7.batch", "-1", "7;8"):
+        code, _, err = run("--namespace", "dynamo", f"--job={job}")
+        assert (code, "JOB.STEP" in err) == (ExitCode.USAGE, True), json.dumps(job)

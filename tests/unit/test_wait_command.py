@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dynamo-mpi wait` for what is written into a real etcd; the frontend of `tests/dynamo` is real, the one here only says what is wanted."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.cli.main import main
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launch.run_dir import RunDir
+from dynamo_mpi.operating import waiting
+from tests.certificates import certificates, without_certificate
+from tests.servers import closed_port, drip, listening, reply, running_secured_etcd
+from tests.unit.board import Board
+from tests.unit.test_status_command import describe, serve
+
+Run = Callable[..., tuple[int, str, str]]
+EVENTS = b'data: {"choices": [{"delta": {"content": "Hello"}}], "usage": {"completion_tokens": 1}}\n\ndata: [DONE]\n\n'
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + EVENTS
+NOT_YET = b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}"
+
+
+@pytest.fixture
+def board(clean_board: Board, monkeypatch: pytest.MonkeyPatch) -> Board:
+    """An etcd with nothing in it; waits look often."""
+    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(waiting, "NEWS_SECONDS", (0.05, 10.0))
+    return clean_board
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Wait; ``then`` is done once it has said that it waits."""
+
+    def begin(*words: str, then: Callable[[], object] | None = None) -> tuple[int, str, str]:
+        # not before the wait has begun, and looked once
+        timer = threading.Timer(0.12, then) if then is not None else None
+        if timer is not None:
+            timer.start()
+        code = main(["wait", *words])
+        if timer is not None:
+            timer.join()
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return begin
+
+
+def test_ready_from_before_the_start(board: Board, run: Run) -> None:
+    def come() -> None:
+        board.worker("prefill", phase="serve")
+        board.worker("decode", phase="serve")
+
+    code, out, err = run(then=come)
+    assert code == 0
+    assert "waiting for workers: none is there; 0 s so far" in err
+    assert "no frontend is known" in err
+    assert "ready after 0." in out
+    assert "M: prefill, decode" in out
+
+
+@pytest.mark.parametrize(
+    ("there", "roles", "missing"),
+    [
+        ({"agg": "serve"}, "", []),
+        ({"agg": "serve", "encode": "load"}, "", []),
+        ({"prefill": "serve"}, "", ["decode: not there"]),
+        ({"decode": "serve"}, "", ["prefill: not there"]),
+        ({"prefill": "serve", "decode": "drain"}, "", ["decode: drain, 2 min"]),
+        ({"prefill": "serve", "decode": "load"}, "prefill", []),
+        ({"agg": "serve"}, "decode,prefill", ["decode: not there", "prefill: not there"]),
+        ({}, "decode", ["decode: not there"]),
+    ],
+)
+def test_the_roles_that_are_needed(
+    board: Board, run: Run, there: dict[str, str], roles: str, missing: list[str]
+) -> None:
+    for role, phase in there.items():
+        board.worker(role, role, phase=phase)
+    words = [word for role in roles.split(",") if role for word in ("--role", role)]
+    code, out, _ = run(*words, "--timeout", "0.1", "--output", "json")
+    content = json.loads(out)
+    assert [f"{lack['name']}: {lack['position']}" for lack in content["missing"]] == missing
+    assert (code, content["ok"], content["exit_code"]) == ((124, False, 124) if missing else (0, True, 0))
+
+
+def test_the_timeout_says_where_it_stands(board: Board, run: Run) -> None:
+    board.worker("prefill", phase="serve")
+    progress = {"done": 3, "ranks": 6, "slowest_rank": 5, "slowest_host": "n3", "seconds": 40.0}
+    board.worker("decode", "a", phase="preflight")
+    board.worker("decode", "b", phase="load", phase_since=time.time() - 40, progress=progress)
+    code, out, err = run("--timeout", "0.2")
+    assert (code, out) == (124, "")
+    assert "waiting for decode: load 3/6, slowest n3, 40 s; 0 s so far" in err
+    assert "not ready after 0.2 s: decode: load 3/6, slowest n3, 40 s\n" in err
+
+
+def test_several_models_and_one(board: Board, run: Run) -> None:
+    board.worker("agg", "a", phase="serve")
+    board.worker("agg", "b", model="N", phase="load")
+    code, _, err = run("--timeout", "0.1")
+    assert (code, "not ready after 0.1 s: N agg: load" in err) == (124, True)
+    assert run("--model", "M")[0] == 0
+
+
+def test_a_completion_has_to_come_back(board: Board, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    board.worker("agg", phase="serve")
+    asked: list[bytes] = []
+
+    def behave(connection: socket.socket) -> None:
+        asked.append(b"")
+        while b'"stream"' not in asked[-1]:
+            asked[-1] += connection.recv(65536)
+        connection.sendall(NOT_YET if len(asked) == 1 else ANSWER)
+        connection.shutdown(socket.SHUT_RDWR)
+
+    with listening(behave) as port:
+        monkeypatch.setenv("DYN_MPI_FRONTEND", f"http://127.0.0.1:{port}")
+        code, out, err = run("--output", "json")
+    assert code == 0, err
+    assert json.loads(out)["completions"]["M"]["tokens"] == 1
+    assert len(asked) == 2
+    assert all(b"POST /v1/chat/completions" in text and b'"model": "M"' in text for text in asked)
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (NOT_YET, "it serves no completion yet"),
+        (b"HTTP/1.1 500 Oh\r\nContent-Length: 10\r\n\r\n\x1b[2J broke", "the frontend answered 500: \\x1b[2J broke"),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\ndata: [1]\n\n", "something else than a frontend answers there"),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", "the answer broke off"),
+        (b"", "the frontend broke off"),
+    ],
+)
+def test_a_frontend_that_does_not_answer(board: Board, run: Run, answer: bytes, why: str) -> None:
+    board.worker("agg", phase="serve")
+    with listening(reply(answer)) as port:
+        code, _, err = run("--frontend", f"http://127.0.0.1:{port}", "--timeout", "0.3")
+    assert code == 124
+    assert f"a completion of M by http://127.0.0.1:{port}: " in err
+    assert why in err
+
+
+def test_a_failure_that_nobody_takes_up_is_its_end(board: Board, run: Run) -> None:
+    board.failure("decode", "old", time=time.time() - 600, exit_code=70)
+    board.worker("prefill", phase="serve")
+    dying = board.worker("decode", "f", phase="load")
+
+    def fail() -> None:
+        board.failure("decode", "f", exit_code=78, error="error I1: KV types differ")
+        board.remove(dying)
+
+    code, out, err = run("--output", "json", then=fail)
+    assert code == 78, err
+    assert json.loads(out)["error"]["exit_code"] == 78
+    assert (
+        "it can't become ready: decode: exit code 78 in load, rank 3 on n4, 0 s ago: error I1: KV types differ" in err
+    )
+    assert "rank 3 on n4: killed by SIGKILL\nmore" in err, "the report is told"
+
+
+def test_a_failure_that_another_worker_makes_good(board: Board, run: Run) -> None:
+    board.worker("decode", "b", phase="load")
+    board.worker("prefill", phase="serve")
+    code, _, err = run(
+        "--timeout", "0.4", then=lambda: (board.failure("decode"), board.failure("agg", "x", model="N", namespace="o"))
+    )
+    assert code == 137, "nobody is left for the other namespace's"
+    assert "agg: exit code 137" in err
+    code, _, err = run("--namespace", "dynamo", "--timeout", "0.4", then=lambda: board.failure("decode", "g"))
+    assert code == 124
+    assert run("--role", "prefill", then=lambda: board.failure("agg", "h"))[0] == 0
+
+
+def test_an_etcd_that_is_not_there_yet(board: Board, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closed_port() as port:
+        monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{port}")
+        code, out, err = run("--timeout", "0.3", "--output", "json")
+    assert (code, json.loads(out)["error"]["exit_code"]) == (ExitCode.UNAVAILABLE, 69)
+    assert "waiting for etcd: etcd does not answer" in err
+
+
+def test_an_etcd_that_refuses_is_77(board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = certificates(tmp_path / "tls")
+    with running_secured_etcd(files) as url:
+        monkeypatch.setenv("ETCD_ENDPOINTS", url)
+        for name, value in without_certificate(files).items():
+            monkeypatch.setenv(name, value)
+        assert run()[0] == ExitCode.NOT_AUTHORISED
+
+
+def test_a_deployment_from_before_its_folder_is_there(board: Board, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    made: list[RunDir] = []
+
+    def launch() -> None:
+        made.append(describe(folder))
+        serve(folder, environment={"ETCD_ENDPOINTS": board.url})
+        board.worker("prefill", phase="serve", launch="d-prefill-0")
+        board.worker("decode", "x", phase="serve", launch="somebody's")
+        board.worker("decode", phase="serve", launch="d-decode-0")
+
+    code, _, err = run("--run-dir", str(folder), then=launch)
+    assert code == 0, err
+    assert f"waiting for deployment: none runs in {folder}" in err
+    made[0].close()
+
+
+def test_all_workers_of_a_deployment_have_to_serve(board: Board, run: Run, tmp_path: Path) -> None:
+    run_dir = describe(tmp_path / "run")
+    words = ("--run-dir", str(run_dir.path))
+    code, _, err = run(*words, "--timeout", "0.2")
+    assert (code, "services: not up yet" in err) == (124, True)
+    serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
+    board.worker("prefill", phase="serve", launch="d-prefill-0")
+    board.worker("decode", phase="serve", launch="somebody's")
+    code, _, err = run(*words, "--timeout", "0.2")
+    assert (code, "decode-0: not there" in err) == (124, True)
+    assert run(*words, "--role", "prefill")[0] == 0
+    run_dir.close()
+
+
+def test_a_deployment_that_does_not_say_who_should_be_there_is_not_ready_for_that(
+    board: Board, run: Run, tmp_path: Path
+) -> None:
+    run_dir = describe(tmp_path / "run", workers=None)
+    serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
+    assert run("--run-dir", str(run_dir.path), "--timeout", "0.1")[0] == 124
+    run_dir.close()
+
+
+@pytest.mark.parametrize(("code", "expected"), [(78, 78), (137, 137), (0, ExitCode.TEMPORARY)])
+def test_an_end_of_the_deployment_is_the_end_of_the_wait(
+    board: Board, run: Run, tmp_path: Path, code: int, expected: int
+) -> None:
+    run_dir = describe(tmp_path / "run")
+
+    def end() -> None:
+        run_dir.tell_end(code, "decode-0 ended")
+        run_dir.close()
+
+    got, out, err = run("--run-dir", str(run_dir.path), "--output", "json", then=end)
+    assert (got, json.loads(out)["exit_code"]) == (expected, expected)
+    assert f"the deployment in {run_dir.path} has ended, 0 s ago: decode-0 ended" in err
+
+
+def test_an_earlier_end_in_the_same_folder_counts_where_nothing_starts(
+    board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "STALE_SECONDS", 0.3)
+    folder = tmp_path / "run"
+    earlier = describe(folder)
+    earlier.tell_end(70, "failed")
+    earlier.close()
+    made: list[RunDir] = []
+    code, _, err = run("--run-dir", str(folder), "--timeout", "0.6", then=lambda: made.append(describe(folder)))
+    assert (code, "services: not up yet" in err) == (124, True)
+    made[0].tell_end(75, "failed")
+    made[0].close()
+    began = time.monotonic()
+    assert run("--run-dir", str(folder))[0] == 75
+    assert time.monotonic() - began >= 0.3
+
+
+def test_services_that_were_started_later_in_the_folder_of_a_deployment_that_ended(
+    board: Board, run: Run, tmp_path: Path
+) -> None:
+    run_dir = describe(tmp_path / "run")
+    run_dir.tell_end(70, "failed")
+    run_dir.close()
+    serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
+    board.worker("agg", phase="serve")
+    assert run("--run-dir", str(run_dir.path))[0] == 0
+
+
+def test_while_launch_runs_a_failure_is_told_and_waited_for(board: Board, run: Run, tmp_path: Path) -> None:
+    run_dir = describe(tmp_path / "run")
+    serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
+    board.worker("prefill", phase="serve", launch="d-prefill-0")
+    words = ("--run-dir", str(run_dir.path), "--timeout", "0.4")
+    code, _, err = run(*words, then=lambda: board.failure("decode", launch="d-decode-0"))
+    assert code == 124, err
+    assert "failed: decode-0: exit code 137 in load" in err
+    run_dir.close()
+
+
+def test_a_launcher_that_was_killed_is_75(board: Board, run: Run, tmp_path: Path) -> None:
+    run_dir = describe(tmp_path / "run", pid=2**22 + 1)
+    code, _, err = run("--run-dir", str(run_dir.path), then=lambda: os.close(run_dir._lock))
+    assert (code, "was killed" in err) == (ExitCode.TEMPORARY, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--role", "router"),
+        ("--role", ","),
+        ("--timeout", "soon"),
+        ("--frontend", "https://h"),
+        ("--frontend", "http://h:x"),
+    ],
+)
+def test_what_is_no_setting(board: Board, run: Run, words: tuple[str, str]) -> None:
+    code, out, err = run(*words, "--output", "json")
+    content: dict[str, Any] = json.loads(out)
+    assert (code, content["error"]["exit_code"]) == (ExitCode.USAGE, 64)
+    assert words[0] in err
+
+
+def test_an_answer_that_never_ends_does_not_outlast_the_timeout(board: Board, run: Run) -> None:
+    board.worker("agg", phase="serve")
+    began = time.monotonic()
+    with listening(drip(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n", 0.005)) as port:
+        code, _, err = run("--frontend", f"http://127.0.0.1:{port}", "--timeout", "0.2")
+    # it is asked for a second at least
+    assert (code, time.monotonic() - began < 3) == (124, True), err
+    assert "no answer in 1 s" in err
