@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.control_plane.presence import Presence
+    from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.observe.display import Display
+    from dynamo_mpi.observe.timeline_writer import TimelineWriter
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
@@ -73,6 +75,8 @@ class Leader:
         self._verdict_seconds = 0.0
         self._presence: Presence | None = None
         self._guard: Guard | None = None
+        self._record: WorldRecord | None = None
+        self._timeline: TimelineWriter | None = None
         self._estate = Estate(tie)
         self._signals: StopSignals | None = None
 
@@ -99,6 +103,10 @@ class Leader:
                 settings = load_settings(argv, os.environ)
                 forget(settings.ready_file)
                 self._display.know(settings)
+                if settings.timeline is not None:
+                    from dynamo_mpi.observe.timeline_paths import forget_timeline
+
+                    forget_timeline(settings.timeline)
                 require_startable(settings)
                 settings = at_its_folder(settings, os.environ)
                 plan = read_plan(settings, argv)
@@ -139,6 +147,9 @@ class Leader:
             )
             code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
+        if self._timeline is not None:
+            # the other ranks wait for this one
+            self._timeline.finish()
         return code
 
     def _guard_with(self, settings: Settings, cards: Sequence[Card]) -> Guard:
@@ -161,6 +172,11 @@ class Leader:
         guard.at_once(self._estate.explain)
         guard.at_once(self._disappear)
         guard.before_the_end(partial(forget, settings.ready_file))
+        if settings.timeline is not None and self._record is not None:
+            from dynamo_mpi.observe.timeline_writer import TimelineWriter
+
+            self._timeline = TimelineWriter(settings.timeline, self._record, guard, self._voice)
+            guard.before_the_end(self._timeline.finish)
         return guard
 
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
@@ -173,7 +189,8 @@ class Leader:
         # from here on the main thread may sit in the engine
         self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)
-        self._presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
+        self._record = record_of(settings, verdict.subject, cards, self._phases.age)
+        self._presence.appear(settings, self._record, os.environ)
         self._phases.listen(self._presence.tell)
         return signals
 
@@ -256,6 +273,8 @@ class Leader:
             system=self._display.system_url,
         )
         self._display.ready()
+        if self._timeline is not None:
+            self._timeline.ready()
 
 
 def lead(

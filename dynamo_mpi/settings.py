@@ -233,6 +233,15 @@ OPTIONS: tuple[Option, ...] = (
         "tokenizer; any free one by default",
     ),
     Option(
+        "timeline",
+        ("--timeline",),
+        ("DYN_MPI_TIMELINE",),
+        None,
+        to_path,
+        "write a picture of the start, every rank's phases, as a page (HTML) here and as a trace for Perfetto beside it (.trace.json), "
+        "once it is ready and again at its end",
+    ),
+    Option(
         "kv_transport",
         ("--kv-transport",),
         ("DYN_MPI_KV_TRANSPORT",),
@@ -315,6 +324,7 @@ class Settings:
     failure_dir: Path | None
     metrics_file: Path | None
     runtime_system_port: int | None
+    timeline: Path | None
     kv_transport: str
     kv_network: str | None
     kv_keep_seconds: float

@@ -90,6 +90,7 @@ class Guard:
 
     Attributes:
         roll: what is known of every rank's phases.
+        failures: why the world ends, the first cause first; empty as long as nothing has failed.
 
     Raises:
         UsageError: this host has no address by ``terms.network``, it can't be listened on, or fewer files may be open than there are ranks.
@@ -100,6 +101,7 @@ class Guard:
     ) -> None:
         self._world, self._ranks, self._phases, self._voice = world, ranks, phases, voice
         self.roll = Roll([place.host for place in ranks], phases)
+        self.failures: tuple[Failure, ...] = ()
         self._at_once: list[Callable[[], object]] = []
         self._cleanups: list[Callable[[], None]] = []
         self._readers: list[Callable[[Sequence[Failure], str], None]] = []
@@ -184,6 +186,7 @@ class Guard:
 
     def record(self, failures: Sequence[Failure], text: str) -> None:
         """Write ``failures``, of which the world ends in order, to rank 0's failure file; ``text`` is what has been said of them."""
+        self.failures = tuple(failures)
         first, *rest = failures
         later = [content_of(failure, self._ranks[failure.rank].host) for failure in rest]
         report = {"report": text, "consequences": later}

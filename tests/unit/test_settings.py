@@ -56,6 +56,7 @@ SAMPLES = {
     "failure_dir": "/failures",
     "metrics_file": "/m.prom",
     "runtime_system_port": "21000",
+    "timeline": "/t.html",
     "kv_transport": "nixl",
     "kv_network": "ib0",
     "kv_keep_seconds": "4.5",
