@@ -39,6 +39,7 @@ class Joiner:
         self._daemon: asyncio.subprocess.Process | None = None
         self._channel: Channel | None = None
         self._task: asyncio.Task[int] | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._signal = 0
 
     async def run(self) -> int:
@@ -119,7 +120,13 @@ class Joiner:
             self._daemon = await asyncio.create_subprocess_exec(program, *words, start_new_session=True)
         except OSError as error:
             return {"failed": f"{self._host} can't start {program}: {error.strerror}"}
+        self._watcher = asyncio.ensure_future(self._watch(self._daemon))
         return {"started": True}
+
+    async def _watch(self, daemon: asyncio.subprocess.Process) -> None:
+        code = await daemon.wait()
+        if self._channel is not None:
+            self._channel.send({"ended": code})
 
     async def _end_daemon(self) -> None:
         if self._daemon is None:

@@ -14,7 +14,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.errors import DeadlineError, UsageError
-from dynamo_mpi.exit_codes import of_signal
+from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.launch.mpirun import folder_environment
 from dynamo_mpi.pods.agent import ANSWER_SECONDS, SOCKET_VARIABLE
 from dynamo_mpi.pods.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, welcome
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # the MPI Operator's, for a launch by ssh and a hostfile of its own
 _NOT_OURS = ("default_hostfile", "rsh_args", "ssh_args", "set_default_slots", "keep_fqdn_hostnames")
 _HURRY_SECONDS = 1.0
+_PARTING_SECONDS = 5.0
 
 
 class _Pod(NamedTuple):
@@ -54,6 +55,7 @@ class Leader:
         self._mpirun: asyncio.subprocess.Process | None = None
         self._asked: float | None = None
         self._signal = 0
+        self._ended: dict[int, bool] = {}
 
     async def run(self) -> int:
         """Run the group to its end; returns mpirun's exit code, or 128 + n where a signal came before.
@@ -125,7 +127,22 @@ class Leader:
         except OSError as error:
             raise UsageError(f"{words[0]} can't be started: {error.strerror}", fix="--mpirun PATH") from None
         code = await self._mpirun.wait()
+        if code == 0 and (lost := await self._lost()):
+            # mpirun of Open MPI 5 that loses a daemon ends the job with 0
+            self._say(f"mpirun ended with 0, but {lost} had gone")
+            return ExitCode.TEMPORARY
         return of_signal(-code) if code < 0 else code
+
+    async def _lost(self) -> str:
+        """Return which pods went without an end of their daemon, once all have said how that was."""
+        end = asyncio.get_running_loop().time() + _PARTING_SECONDS
+        while len(self._ended) < len(self._pods):
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), end - asyncio.get_running_loop().time())
+            except asyncio.TimeoutError:
+                break
+        return ", ".join(pod.host for place, pod in sorted(self._pods.items()) if not self._ended.get(place))
 
     def _stop(self, number: int, who: str) -> None:
         """End in order; a second signal to this pod, more than a moment later, now."""
@@ -153,18 +170,24 @@ class Leader:
             writer.close()
             return
         channel, index, host = joined
+        self._ended.pop(index, None)
         pod = self._pods[index] = _Pod(index, host, channel, asyncio.Queue())
         self._say(f"pod {index} joined: {host}")
         self._changed.set()
         while (message := await channel.receive()) is not None:
             if isinstance(number := message.get("stop"), int):
                 self._stop(number if number in (signal.SIGTERM, signal.SIGINT) else signal.SIGTERM, f"pod {index}")
+            elif "ended" in message:
+                self._ended[index] = True
+                self._changed.set()
             else:
                 pod.answers.put_nowait(message)
         pod.answers.put_nowait({"failed": f"pod {index} ({host}) has gone"})
         if self._mpirun is None:
             del self._pods[index]
             self._say(f"pod {index} has gone: {host}")
+        self._ended.setdefault(index, False)
+        self._changed.set()
         with contextlib.suppress(OSError):
             writer.close()
 

@@ -6,7 +6,7 @@
     leader: {"proof"}
     then, with a key of this connection and a number that counts up:
     leader: {"start": {"daemon", "arguments"}}, {"end": exit code}
-    pod:    {"started": true}, {"failed": text}, {"stop": signal}
+    pod:    {"started": true}, {"failed": text}, {"stop": signal}, {"ended": the daemon's exit code}
 
 The secret never travels. Nothing is encrypted: there is nothing secret in it.
 """
