@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dynamo_mpi.pods.settings import LeadSettings
+    from dynamo_mpi.pods.settings import JoinSettings, LeadSettings
 
 PREFIX = "dynamo-mpi-pods-"
 
@@ -32,7 +32,10 @@ def main(argv: Sequence[str]) -> int:
             with private_folder(prefix=PREFIX) as folder:
                 return asyncio.run(_lead(settings, folder))
         if argv[:1] == ["join"]:
-            return asyncio.run(_join(argv[1:]))
+            host = socket.gethostname()
+            joining = load_join(argv[1:], os.environ, host)
+            with private_folder(prefix=PREFIX) as folder:
+                return asyncio.run(_join(joining, host, folder))
         raise UsageError(
             f"{argv[0]!r} was asked for" if argv else "nothing was asked for",
             needed="lead or join",
@@ -47,9 +50,8 @@ async def _lead(settings: LeadSettings, folder: Path) -> int:
     return await Leader(settings, folder, _say).run()
 
 
-async def _join(words: Sequence[str]) -> int:
-    host = socket.gethostname()
-    return await Joiner(load_join(words, os.environ, host), host, _say).run()
+async def _join(settings: JoinSettings, host: str, folder: Path) -> int:
+    return await Joiner(settings, host, folder, _say).run()
 
 
 def _say(text: str) -> None:

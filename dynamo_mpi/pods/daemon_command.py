@@ -18,6 +18,7 @@ DAEMONS = ("orted", "prted")
 MOST_ARGUMENTS, MOST_LETTERS = 200, 8192
 _ALONE = frozenset({"--leave-session-attached", "--allow-run-as-root"})
 _PAIRS = frozenset({"-mca", "--mca", "-pmca", "--prtemca", "--pmixmca"})
+_FOR_MPIRUN = ("plm_rsh_agent", "plm_ssh_agent", "tmpdir_base")
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,127}")
 # they name code or programs that the daemon would load or run; the agent is mpirun's own affair, and no daemon starts others here
 _PROGRAMS = re.compile(r"path|agent|launcher|_exec")
@@ -54,15 +55,15 @@ def read_agent_words(words: Sequence[str]) -> DaemonCommand:
     # the variables that a shell would set before are the pod's own here
     last = max((at for at, part in enumerate(parts) if part == ";"), default=-1)
     program, *arguments = parts[last + 1 :] or [""]
-    return DaemonCommand(rest[0], program.rpartition("/")[2], without_programs(arguments))
+    return DaemonCommand(rest[0], program.rpartition("/")[2], _for_another_pod(arguments))
 
 
-def without_programs(arguments: Sequence[str]) -> tuple[str, ...]:
-    """Leave out the settings that name the launch agent, which is for mpirun alone."""
+def _for_another_pod(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Leave out the settings that are for mpirun's pod alone: the launch agent, and the folder for session files."""
     kept: list[str] = []
     at = 0
     while at < len(arguments):
-        if arguments[at] in _PAIRS and arguments[at + 1 : at + 2] and arguments[at + 1].endswith("sh_agent"):
+        if arguments[at] in _PAIRS and arguments[at + 1 : at + 2] and arguments[at + 1].endswith(_FOR_MPIRUN):
             at += 3
             continue
         kept.append(arguments[at])

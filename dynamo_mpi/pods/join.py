@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import DeadlineError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.launch.mpirun import folder_environment
 from dynamo_mpi.pods.daemon_command import refuse_other_than_daemon
 from dynamo_mpi.pods.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, introduce
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from dynamo_mpi.pods.settings import JoinSettings
 
@@ -31,11 +33,12 @@ class Joiner:
     Args:
         settings: where the leader is.
         host: this pod's name.
+        folder: private, for the daemon's session files.
         say: for the operator.
     """
 
-    def __init__(self, settings: JoinSettings, host: str, say: Callable[[str], None]) -> None:
-        self._settings, self._host, self._say = settings, host, say
+    def __init__(self, settings: JoinSettings, host: str, folder: Path, say: Callable[[str], None]) -> None:
+        self._settings, self._host, self._folder, self._say = settings, host, folder, say
         self._daemon: asyncio.subprocess.Process | None = None
         self._channel: Channel | None = None
         self._task: asyncio.Task[int] | None = None
@@ -117,7 +120,9 @@ class Joiner:
             return {"failed": f"{self._host} runs a daemon already"}
         try:
             # a session of its own: the ranks are in it, and end with it
-            self._daemon = await asyncio.create_subprocess_exec(program, *words, start_new_session=True)
+            self._daemon = await asyncio.create_subprocess_exec(
+                program, *words, env={**os.environ, **folder_environment(self._folder)}, start_new_session=True
+            )
         except OSError as error:
             return {"failed": f"{self._host} can't start {program}: {error.strerror}"}
         self._watcher = asyncio.ensure_future(self._watch(self._daemon))

@@ -127,15 +127,17 @@ class Leader:
         except OSError as error:
             raise UsageError(f"{words[0]} can't be started: {error.strerror}", fix="--mpirun PATH") from None
         code = await self._mpirun.wait()
-        if code == 0 and (lost := await self._lost()):
-            # mpirun of Open MPI 5 that loses a daemon ends the job with 0
-            self._say(f"mpirun ended with 0, but {lost} had gone")
+        # an mpirun that has lost a daemon ends with 0 (Open MPI 5) or 205 (4), which mean nothing to whoever starts pods again
+        if lost := await self._lost(_PARTING_SECONDS if code == 0 else 0.0):
+            self._say(f"mpirun ended with {code} after it lost {lost}")
             return ExitCode.TEMPORARY
         return of_signal(-code) if code < 0 else code
 
-    async def _lost(self) -> str:
-        """Return which pods went without an end of their daemon, once all have said how that was."""
-        end = asyncio.get_running_loop().time() + _PARTING_SECONDS
+    async def _lost(self, seconds: float) -> str:
+        """Return which pods went without an end of their daemon; those that haven't said how it was after some seconds count, too."""
+        if seconds == 0:
+            return ", ".join(pod.host for place, pod in sorted(self._pods.items()) if self._ended.get(place) is False)
+        end = asyncio.get_running_loop().time() + seconds
         while len(self._ended) < len(self._pods):
             self._changed.clear()
             try:

@@ -51,7 +51,7 @@ doesn't know, and takes a member that is missing for its default.
 
 | where | what | how long |
 |---|---|---|
-| etcd `dynamo_mpi/v1/worlds/NAMESPACE/COMPONENT/LEASE` | world record | its lease's life: gone with the worker, at the latest after `ETCD_LEASE_TTL` |
+| etcd `dynamo_mpi/v1/worlds/NAMESPACE/COMPONENT/LEASE` | world record | as its lease: at the latest `ETCD_LEASE_TTL` longer than the worker |
 | etcd `dynamo_mpi/v1/failures/NAMESPACE/COMPONENT/LEASE` | last failure | an hour |
 | NATS `dynamo_mpi.v1.NAMESPACE.COMPONENT.EVENT` | lifecycle event | not kept |
 | etcd `v1/…` | Dynamo's own registration | Dynamo's |
