@@ -99,7 +99,7 @@ def test_a_signal_to_any_pod_asks_all_ranks_for_an_orderly_end(tmp_path: Path) -
     with pods(tmp_path, sys.executable, "-c", wait) as found:
         leader = found[0]
         assert leader.stdout is not None
-        heard = []
+        heard: list[str] = []
         while sum("up" in line.split() for line in heard) < 6:
             heard.append(leader.stdout.readline())
             assert heard[-1], heard
@@ -110,10 +110,10 @@ def test_a_signal_to_any_pod_asks_all_ranks_for_an_orderly_end(tmp_path: Path) -
 
 
 def test_a_pod_that_goes_ends_all_with_75(tmp_path: Path) -> None:
-    with pods(tmp_path, "sh", "-c", "echo up; exec sleep 60") as found:
+    with pods(tmp_path, "sh", "-c", "echo up; while kill -0 $PPID 2>/dev/null; do sleep 0.2; done") as found:
         leader = found[0]
         assert leader.stdout is not None
-        heard = []
+        heard: list[str] = []
         while sum("up" in line.split() for line in heard) < 6:
             heard.append(leader.stdout.readline())
             assert heard[-1], heard
