@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -41,10 +40,12 @@ def templates(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"lead": inner["leaderTemplate"], "join": inner["workerTemplate"]}
 
 
-def all_templates() -> Iterator[Any]:
-    for name in KINDS:
-        for part, template in templates(documents(name)[0]).items():
-            yield pytest.param(name, part, template, id=f"{name}-{part}")
+def all_templates() -> list[Any]:
+    return [
+        pytest.param(name, part, template, id=f"{name}-{part}")
+        for name in KINDS
+        for part, template in templates(documents(name)[0]).items()
+    ]
 
 
 def validate_template(template: dict[str, Any]) -> None:
