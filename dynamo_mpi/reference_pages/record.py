@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
-from dynamo_mpi.control_plane.record import SCHEMA
+from dynamo_mpi.control_plane.record import SCHEMA, WorldRecord
 from dynamo_mpi.reference_pages.markdown import argument_notes, code, plain, table, written_by
 
 
@@ -43,6 +44,7 @@ _KINDS = (
         "Over NATS, where `NATS_SERVER` is set or the request plane is `nats`.",
     ),
 )
+_CONSTANT = re.compile(r"`([A-Z][A-Z_]+)`")
 _HEAD = f"""# Records
 
 {written_by("dynamo_mpi.reference_pages")}
@@ -76,13 +78,32 @@ def _section(kind: _Kind) -> str:
     if found is None:
         return ""
     notes = argument_notes(found)
+    # what several have alike is described once, in the record
+    common = argument_notes(WorldRecord)
+    meanings = {
+        name: common.get(name, "") if note == "" or note.startswith("as in `") else note
+        for name, note in ((field.name, notes.get(field.name, "")) for field in fields(found))
+    }
     rows = [
-        (code(field.name), code(str(field.type)), _default(field.default), notes.get(field.name, ""))
+        (
+            code(field.name),
+            code(str(field.type)),
+            _default(field.default),
+            _spelt_out(meanings[field.name], kind.module),
+        )
         for field in fields(found)
     ]
     intro = f"{kind.intro} " if kind.intro else ""
     said = plain((found.__doc__ or "").partition("Args:")[0])
     return f"\n## {kind.title}\n\n{intro}{said}\n\n{table(('member', 'type', 'default', 'meaning'), rows)}"
+
+
+def _spelt_out(note: str, module: str) -> str:
+    """Put a module's constants in place of their names."""
+    values = vars(importlib.import_module(module))
+    return _CONSTANT.sub(
+        lambda match: code(*values[match[1]]) if isinstance(values.get(match[1]), tuple) else match[0], note
+    )
 
 
 def _schema() -> str:
