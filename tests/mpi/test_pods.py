@@ -109,6 +109,28 @@ def test_a_signal_to_any_pod_asks_all_ranks_for_an_orderly_end(tmp_path: Path) -
     assert "pod 2 got SIGTERM: ending in order" in said
 
 
+def test_a_second_signal_to_the_leader_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
+    deaf = "import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+    with pods(tmp_path, sys.executable, "-c", deaf) as found:
+        leader = found[0]
+        assert leader.stdout is not None
+        heard: list[str] = []
+        while sum("up" in line.split() for line in heard) < 6:
+            heard.append(leader.stdout.readline())
+            assert heard[-1], heard
+        leader.send_signal(signal.SIGTERM)
+        while "ending in order" not in heard[-1]:
+            heard.append(leader.stdout.readline())
+            assert heard[-1], heard
+        leader.send_signal(signal.SIGTERM)  # too soon: a launcher's way to say it twice
+        with pytest.raises(subprocess.TimeoutExpired):
+            leader.wait(timeout=1.5)
+        leader.send_signal(signal.SIGTERM)
+        said = "".join(process.communicate(timeout=_SECONDS)[0] for process in found)
+        assert all(process.returncode not in (0, None) for process in found), said
+        assert len({process.returncode for process in found}) == 1, said
+
+
 def test_a_pod_that_goes_ends_all_with_75(tmp_path: Path) -> None:
     with pods(tmp_path, "sh", "-c", "echo up; while kill -0 $PPID 2>/dev/null; do sleep 0.2; done") as found:
         leader = found[0]
