@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
     from dynamo_mpi.engines.protocol import Engine
+    from dynamo_mpi.health.reporter import Reporter
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.lifeline import Lifeline
@@ -40,6 +41,7 @@ def follow(
     mpi_library: str,
     tie: Tie,
     fault: ArmedFault | None = None,
+    reporter: Reporter | None = None,
 ) -> int:
     """Live a follower's life.
 
@@ -51,6 +53,7 @@ def follow(
         mpi_library: what the MPI library calls itself.
         tie: to this node's companion.
         fault: one on demand.
+        reporter: to the process that answers this node's probes, on the rank that has begun it.
 
     Returns:
         The exit code that rank 0 has told.
@@ -78,11 +81,14 @@ def follow(
         tie.tell("judged")
     else:
         tie.release()
+    spec = EngineSpec.unpack(packed)
+    if reporter is not None:
+        reporter.follow(lifeline, {"engine": spec.engine, "role": spec.role, "component": meeting.label})
     if fault is not None:
         fault.follow(lifeline)
     signals.begin(lifeline.pass_on)
     try:
-        code = _follow(world, launch, EngineSpec.unpack(packed), lifeline, phases)
+        code = _follow(world, launch, spec, lifeline, phases)
     except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
         lifeline.fail(error)
     with phases.enter("exit"):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.observe.display import Display
     from dynamo_mpi.observe.timeline_writer import TimelineWriter
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
@@ -52,14 +53,25 @@ class Leader:
         voice: how rank 0 speaks.
         mpi_library: what the MPI library calls itself.
         tie: to this node's companion.
+        display: shows the world to those who watch it.
     """
 
-    def __init__(self, world: World, launch: Launch, phases: Phases, voice: Voice, mpi_library: str, tie: Tie) -> None:
+    def __init__(
+        self,
+        world: World,
+        launch: Launch,
+        phases: Phases,
+        voice: Voice,
+        mpi_library: str,
+        tie: Tie,
+        display: Display,
+    ) -> None:
         self._world = world
         self._launch = launch
         self._phases = phases
         self._voice = voice
         self._mpi_library = mpi_library
+        self._display = display
         self._verdict_seconds = 0.0
         self._presence: Presence | None = None
         self._guard: Guard | None = None
@@ -75,7 +87,9 @@ class Leader:
             The exit code, which every other rank has been told.
         """
         try:
-            return self._live(argv)
+            code = self._live(argv)
+            self._display.ended(code)
+            return code
         except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
             if self._guard is None:
                 raise
@@ -88,6 +102,7 @@ class Leader:
             try:
                 settings = load_settings(argv, os.environ)
                 forget(settings.ready_file)
+                self._display.know(settings)
                 if settings.timeline is not None:
                     from dynamo_mpi.observe.timeline_paths import forget_timeline
 
@@ -100,11 +115,13 @@ class Leader:
             cards = self._ask(plan, argv)
             verdict = judge(plan, cards)
             self._verdict_seconds = self._phases.age
+            self._display.judged(verdict)
             if verdict.exit_code is not ExitCode.OK or settings.preflight_only:
                 return self._stop(verdict.report, verdict.exit_code)
             self._voice.say(verdict.report)
             try:
                 point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
+                self._display.point_runtime(settings)
                 require_servable(settings.model, plan.inquiry.files[0].content)
                 signals = self._appear(settings, verdict, cards)
                 guard = self._guard_with(settings, cards)
@@ -151,6 +168,7 @@ class Leader:
         )
         self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms)
         self._estate.share(guard.leave_to_heir)
+        self._display.watch(guard)
         guard.at_once(self._estate.explain)
         guard.at_once(self._disappear)
         guard.before_the_end(partial(forget, settings.ready_file))
@@ -202,6 +220,8 @@ class Leader:
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
         self._voice.say(text)
+        if code is not ExitCode.OK:
+            self._display.refused(text)
         self._dismiss(code)
         return code
 
@@ -244,16 +264,31 @@ class Leader:
         return code
 
     def _announce(self, settings: Settings) -> None:
-        announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)
+        announce(
+            settings,
+            self._phases,
+            self._voice,
+            ranks=self._world.size,
+            verdict_seconds=self._verdict_seconds,
+            system=self._display.system_url,
+        )
+        self._display.ready()
         if self._timeline is not None:
             self._timeline.ready()
 
 
 def lead(
-    world: World, launch: Launch, argv: Sequence[str], phases: Phases, voice: Voice, mpi_library: str, tie: Tie
+    world: World,
+    launch: Launch,
+    argv: Sequence[str],
+    phases: Phases,
+    voice: Voice,
+    mpi_library: str,
+    tie: Tie,
+    display: Display,
 ) -> int:
     """Live rank 0's life, and return the exit code. See `Leader`."""
-    return Leader(world, launch, phases, voice, mpi_library, tie).run(argv)
+    return Leader(world, launch, phases, voice, mpi_library, tie, display).run(argv)
 
 
 def require_startable(settings: Settings) -> None:

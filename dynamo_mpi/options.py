@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 MAX_SECONDS = 1e8
+MAX_RUNTIME_PORT = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ def to_count(text: str) -> int:
     """Read a number of ranks, nodes or GPUs: as many as there can be in any world."""
     if (value := to_size(text)) > MAX_RANKS:
         raise ValueError(f"a positive whole number, at most {MAX_RANKS}")
+    return value
+
+
+def to_runtime_port(text: str) -> int:
+    """Read a port for the Dynamo runtime, which reads it as a signed 16-bit number."""
+    if (value := to_size(text)) > MAX_RUNTIME_PORT:
+        raise ValueError(f"a TCP port, at most {MAX_RUNTIME_PORT}")
     return value
 
 

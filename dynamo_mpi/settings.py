@@ -24,6 +24,7 @@ from dynamo_mpi.options import (
     to_name,
     to_path,
     to_role,
+    to_runtime_port,
     to_seconds,
     to_switch,
     to_text,
@@ -215,6 +216,23 @@ OPTIONS: tuple[Option, ...] = (
         "folder for a JSON file from each rank that fails, COMPONENT-rank-N.json; rank 0's holds the whole report",
     ),
     Option(
+        "metrics_file",
+        ("--metrics-file",),
+        ("DYN_MPI_METRICS_FILE",),
+        None,
+        to_path,
+        "keep the world's metrics in this file, NAME.prom, for node_exporter's textfile collector; it stays at the end and tells of it",
+    ),
+    Option(
+        "runtime_system_port",
+        ("--runtime-system-port",),
+        ("DYN_MPI_RUNTIME_SYSTEM_PORT",),
+        None,
+        to_runtime_port,
+        "where DYN_SYSTEM_PORT is set: port of the Dynamo runtime beside it on rank 0's node, from which frontends fetch the model's "
+        "tokenizer; any free one by default",
+    ),
+    Option(
         "timeline",
         ("--timeline",),
         ("DYN_MPI_TIMELINE",),
@@ -304,6 +322,8 @@ class Settings:
     heartbeat_timeout: float | None
     world_timeout: float
     failure_dir: Path | None
+    metrics_file: Path | None
+    runtime_system_port: int | None
     timeline: Path | None
     kv_transport: str
     kv_network: str | None

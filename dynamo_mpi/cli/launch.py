@@ -48,7 +48,7 @@ _FOLLOW_SECONDS = 0.5
 # ours, in every rank's words; a load of a large model prints thousands of others
 _OURS = "dynamo_mpi: rank "
 # what the user says to the programs, and where an image doesn't say it, to Python and the linker
-_FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "MODALITY", "NCCL_", "TLLM_", "TRTLLM_", "UCX_")
+_FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "MODALITY", "NCCL_", "TLLM_", "TRACEPARENT", "TRACESTATE", "TRTLLM_", "UCX_")
 _BARE_METAL = (
     "CUDA_VISIBLE_DEVICES",
     "LD_LIBRARY_PATH",

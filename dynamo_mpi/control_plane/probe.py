@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth, is_refusal
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _ask_together(questions: Sequence[Callable[[], str | None]], deadline: float
             text = questions[index]()
             answers[index] = _Trouble(text) if text else None
         except OSError as error:
-            answers[index] = _Trouble(_reason(error), refused=is_refusal(error))
+            answers[index] = _Trouble(_reason(error), refused=_is_refusal(error))
 
     threads = [
         threading.Thread(target=ask, args=(index,), name="probe", daemon=True) for index in range(len(questions))
@@ -284,6 +284,12 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
+
+
+def _is_refusal(error: OSError) -> bool:
+    """Did the other side find fault with our certificate? Since TLS 1.3 it says so only in the place of its first answer."""
+    reason = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
+    return "_ALERT_" in reason and any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED"))
 
 
 def _reason(error: OSError) -> str:

@@ -242,7 +242,6 @@ class Conductor:
                 "job_id": os.environ.get("SLURM_JOB_ID", ""),
                 "url": self._url,
                 "model": self._settings.served_model_name or self._settings.model,
-                "max_restarts": self._settings.max_restarts,
                 "workers": [
                     {
                         "name": w.name,

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a deployment tells of itself to those who look after it."""
+"""What a worker shows of itself to those who watch it."""

@@ -93,7 +93,7 @@ class TimelineWriter:
         first = self._guard.failures[0]
         host = printable(self._guard.roll.ranks()[first.rank].host)
         rank = None if first.cause is Cause.SIGNAL else first.rank
-        error = printable(_redact(in_short(first)))
+        error = printable(_redact(in_short(first.text)))
         return Mishap(rank, host, first.phase, error, first.exit_code, first.cause is Cause.TOLD)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.launchers.attempt import attempt_of
+from dynamo_mpi.observe.trace import trace_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,6 +70,7 @@ def content_of(failure: Failure, host: str) -> dict[str, Any]:
         "time": time.time() - (time.monotonic() - failure.at),
         "sequence": failure.sequence,
         "attempt": attempt_of(os.environ),
+        "trace_id": None if (trace := trace_of(os.environ)) is None else trace.trace_id,
     }
 
 

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.errors import DeadlineError
@@ -103,6 +104,7 @@ class Guard:
         self.failures: tuple[Failure, ...] = ()
         self._at_once: list[Callable[[], object]] = []
         self._cleanups: list[Callable[[], None]] = []
+        self._readers: list[Callable[[Sequence[Failure], str], None]] = []
         # a signal's handler may put into it, whatever its thread was doing
         self._news: queue.SimpleQueue[Failure | None] = queue.SimpleQueue()
         self.failed = threading.Event()
@@ -149,6 +151,10 @@ class Guard:
         """Call this as soon as a failure is known, in a thread of its own that gets a second."""
         self._at_once.append(act)
 
+    def on_failures(self, reader: Callable[[Sequence[Failure], str], None]) -> None:
+        """Call this with the failures that the world ends of, first cause first, and the report. It has to be quick."""
+        self._readers.append(reader)
+
     def leave_to_heir(self, will: str) -> None:
         """Tell the heir on another node, if there is one, what to take away when rank 0's node is lost."""
         if self.meeting.heir and self._lookout is not None:
@@ -185,6 +191,8 @@ class Guard:
         later = [content_of(failure, self._ranks[failure.rank].host) for failure in rest]
         report = {"report": text, "consequences": later}
         write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
+        for reader in self._readers:
+            _suppressed(partial(reader, failures, text))
 
     @contextmanager
     def deadline(self, seconds: float, what: str, flag: str = "", code: int | None = None) -> Iterator[None]:

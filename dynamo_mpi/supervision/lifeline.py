@@ -91,6 +91,7 @@ class Lifeline:
         self._outbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._sequence = itertools.count(1)
         self._listeners: list[Callable[[str], None]] = []
+        self._mourners: list[Callable[[str], None]] = []
         # what comes of it is rank 0's affair: it ends the world, or leaves in order
         self._over = self._closing = False
         self._signalled = -math.inf
@@ -104,6 +105,10 @@ class Lifeline:
         """Call this with each phase that the world, so rank 0, begins. From the lifeline's thread."""
         self._listeners.append(listener)
 
+    def on_end(self, mourner: Callable[[str], None]) -> None:
+        """Call this with the reason as soon as the world is known to end by a failure. From any thread; it has to be quick."""
+        self._mourners.append(mourner)
+
     def close(self) -> None:
         """Tell rank 0 that this rank leaves in order, and end the connection. Idempotent."""
         self._closing = True
@@ -114,6 +119,7 @@ class Lifeline:
         """Tell rank 0 why this rank can't go on, and wait for the end of the world. Does not return."""
         self._over = True  # what comes of it is not for us to report
         failure = self._failure(error)
+        self._mourn(failure.text)
         told = Told(failure.exit_code, failure.phase, failure.sequence, failure.text)
         self._tell(Frame(Kind.FAILED, told.pack()))
         write_failure(self._meeting, failure, self._voice.host)
@@ -143,6 +149,10 @@ class Lifeline:
         return Failure(
             self._world.rank, code, text, Cause.TOLD, self._phases.current, time.monotonic(), next(self._sequence)
         )
+
+    def _mourn(self, why: str) -> None:
+        for mourner in self._mourners:
+            mourner(why)
 
     def _tell_spans(self) -> None:
         self._tell(Frame(Kind.SPANS, pack_spans(self._phases)))
@@ -207,6 +217,7 @@ class Lifeline:
             elif frame.kind in (Kind.LEAVING, Kind.ENDING):
                 self._over = True
                 if frame.kind is Kind.ENDING:
+                    self._mourn(f"rank 0 on {self._meeting.host} ends the world")
                     self._line.send(Frame(Kind.LEAVING))
                     # rank 0 ends the world; where its launcher doesn't, we go by ourselves
                     exit_after(_ENDING_SECONDS, frame.body[0] if frame.body else int(ExitCode.ENGINE))
@@ -231,6 +242,7 @@ class Lifeline:
     def _lose_with(self, text: str, code: int, *, speaker: int = 1, is_told: bool = False) -> None:
         """Leave because rank 0 can't be relied on: its companion says why, or the first of the others, which ends the world."""
         self._over = True
+        self._mourn(text)
         if self._tie is not None:
             self._tie.tell("mourn")
         if self._world.rank != speaker:

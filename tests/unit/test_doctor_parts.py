@@ -255,8 +255,8 @@ def test_our_own_networks_are_looked_up() -> None:
         ("0", None, Status.OK),
         ("8081", None, Status.OK),
         ("8081", "process 1", Status.WARNING),
-        ("32767", None, Status.OK),
-        ("32768", None, Status.ERROR),
+        ("65535", None, Status.OK),
+        ("65536", None, Status.ERROR),
         ("http", None, Status.ERROR),
     ],
 )

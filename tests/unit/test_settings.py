@@ -54,6 +54,8 @@ SAMPLES = {
     "heartbeat_timeout": "7.5",
     "world_timeout": "90.5",
     "failure_dir": "/failures",
+    "metrics_file": "/m.prom",
+    "runtime_system_port": "21000",
     "timeline": "/t.html",
     "kv_transport": "nixl",
     "kv_network": "ib0",
