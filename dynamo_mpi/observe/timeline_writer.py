@@ -7,8 +7,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.observe.shown import shown
 from dynamo_mpi.observe.timeline import ENDED, FAILED, READY, STOPPED, Mishap, Start, printable
-from dynamo_mpi.supervision.failure import Cause, in_short
+from dynamo_mpi.supervision.failure import Cause
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,9 +94,5 @@ class TimelineWriter:
         first = self._guard.failures[0]
         host = printable(self._guard.roll.ranks()[first.rank].host)
         rank = None if first.cause is Cause.SIGNAL else first.rank
-        error = printable(_redact(in_short(first.text)))
+        error = printable(shown(first.text))
         return Mishap(rank, host, first.phase, error, first.exit_code, first.cause is Cause.TOLD)
-
-
-def _redact(text: str) -> str:
-    return text
