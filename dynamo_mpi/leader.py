@@ -98,7 +98,7 @@ class Leader:
             try:
                 point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
                 require_servable(settings.model, plan.inquiry.files[0].content)
-                signals = self._appear(settings, verdict, cards)
+                signals, presence = self._appear(settings, verdict, cards)
                 guard = self._guard_with(settings, cards)
             except BootstrapError as error:
                 return self._stop(f"error: {error}", error.exit_code)
@@ -119,6 +119,7 @@ class Leader:
                 self._dismiss,
                 self._departure(settings),
                 signals,
+                presence.tell_in_flight,
             )
             code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
@@ -145,19 +146,19 @@ class Leader:
         guard.before_the_end(partial(forget, settings.ready_file))
         return guard
 
-    def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
+    def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> tuple[StopSignals, Presence]:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
         from dynamo_mpi.control_plane.presence import Presence, record_of
         from dynamo_mpi.supervision.stop_signals import StopSignals
 
-        self._presence = Presence(self._voice, partial(self._estate.own, "record"))
+        self._presence = presence = Presence(self._voice, partial(self._estate.own, "record"))
         # from here on the main thread may sit in the engine
         self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)
-        self._presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
-        self._phases.listen(self._presence.tell)
-        return signals
+        presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
+        self._phases.listen(presence.tell)
+        return signals, presence
 
     def _departure(self, settings: Settings) -> Departure:
         return Departure(settings.endpoint, os.environ, self._own_instance)

@@ -93,6 +93,20 @@ class Etcd:
         request = etcdrpc.PutRequest(key=key.encode(), value=value, lease=lease)
         self._call(lambda channel: etcdrpc.KVStub(channel).Put, request)
 
+    def create(self, key: str, value: bytes, lease: int) -> bool:
+        """Write ``value`` as `put` does, unless something stands there; tell whether it was written.
+
+        Raises:
+            LeaseLostError: there is no such lease.
+        """
+        from pyetcd import etcdrpc
+
+        put = etcdrpc.PutRequest(key=key.encode(), value=value, lease=lease)
+        absent = etcdrpc.Compare(key=key.encode(), target=etcdrpc.Compare.CREATE, create_revision=0)
+        request = etcdrpc.TxnRequest(compare=[absent], success=[etcdrpc.RequestOp(request_put=put)])
+        reply = self._call(lambda channel: etcdrpc.KVStub(channel).Txn, request)
+        return bool(reply.succeeded)
+
     def grant(self, seconds: int) -> Lease:
         """Get a lease that lives at least ``seconds`` without being kept alive."""
         from pyetcd import etcdrpc

@@ -84,6 +84,7 @@ async def serve(
     on_ready: Callable[[], None],
     say: Callable[[str], None],
     expect_stop: Callable[[Callable[[int], object]], object],
+    on_in_flight: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Register ``engine`` with Dynamo, and serve until SIGTERM, SIGINT, SIGUSR1 or a little before the end of the job's time; then drain.
 
@@ -96,6 +97,7 @@ async def serve(
         on_ready: called once requests are answered.
         say: for a line of progress.
         expect_stop: called with what to call, from any thread, with the signal that asks for the drain.
+        on_in_flight: called with the number of requests in flight: at first, and when it changes.
 
     Raises:
         EngineError: the engine failed.
@@ -109,7 +111,8 @@ async def serve(
     failed: asyncio.Future[BaseException] = loop.create_future()
     lost: asyncio.Future[TemporaryError] = loop.create_future()
     engine.on_failure(lambda error: _from_thread(loop, failed, error))
-    handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role)
+    handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role, on_in_flight)
+    on_in_flight(handler.in_flight)
 
     reasons: list[str] = []
 

@@ -103,6 +103,11 @@ def test_it_is_there_from_the_preflight_to_the_end(
     assert record.contract is not None
     assert record.contract.num_layers == 30
     assert 0 < time.time() - record.started < 120
+    assert record.phase_since is not None
+    assert record.started < record.phase_since <= time.time()
+    eventually(
+        lambda: etcd.worlds()[0].in_flight == (0 if engine == "reference" else None), "no request is in flight", 5
+    )
     terminate(worker)
     assert etcd.worlds() == [], "its lease would have lasted for half a minute"
     said = phases(etcd)
