@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import os
+import time
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.departure import Departure
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.probe import probe_control_plane
+from dynamo_mpi.control_plane.runtime_limits import require_etcd
 from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
@@ -23,11 +27,12 @@ from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
 from dynamo_mpi.supervision.estate import Estate
-from dynamo_mpi.supervision.failure import HurriedError
+from dynamo_mpi.supervision.failure import Failure, HurriedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dynamo_mpi.control_plane.obituary import Obituary
     from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.preflight.verdict import Plan, Verdict
@@ -60,6 +65,7 @@ class Leader:
         self._mpi_library = mpi_library
         self._verdict_seconds = 0.0
         self._presence: Presence | None = None
+        self._obituary: Obituary | None = None
         self._guard: Guard | None = None
         self._estate = Estate(tie)
         self._signals: StopSignals | None = None
@@ -96,11 +102,15 @@ class Leader:
                 return self._stop(verdict.report, verdict.exit_code)
             self._voice.say(verdict.report)
             try:
-                point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
+                endpoints = probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout)
+                for line in require_etcd(endpoints, EtcdAuth.of(os.environ)):
+                    self._voice.say(line)
+                point_runtime_at(endpoints)
                 require_servable(settings.model, plan.inquiry.files[0].content)
                 signals, presence = self._appear(settings, verdict, cards)
                 guard = self._guard_with(settings, cards)
             except BootstrapError as error:
+                self._leave_word(error)
                 return self._stop(f"error: {error}", error.exit_code)
             spec = engine_spec(settings, plan)
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
@@ -143,12 +153,16 @@ class Leader:
         self._estate.share(guard.leave_to_heir)
         guard.at_once(self._estate.explain)
         guard.at_once(self._disappear)
+        if self._obituary is not None:
+            guard.on_failure(self._obituary.leave)
         guard.before_the_end(partial(forget, settings.ready_file))
         return guard
 
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> tuple[StopSignals, Presence]:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
+        from dynamo_mpi.control_plane.last_failure import Origin
+        from dynamo_mpi.control_plane.obituary import Obituary
         from dynamo_mpi.control_plane.presence import Presence, record_of
         from dynamo_mpi.supervision.stop_signals import StopSignals
 
@@ -156,9 +170,20 @@ class Leader:
         # from here on the main thread may sit in the engine
         self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)
-        presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
+        record = record_of(settings, verdict.subject, cards, self._phases.age)
+        origin = Origin.of(record)
+        self._estate.introduce(asdict(origin))
+        self._obituary = Obituary(origin, os.environ, lambda: self._estate.record)
+        presence.appear(settings, record, os.environ)
         self._phases.listen(presence.tell)
         return signals, presence
+
+    def _leave_word(self, error: BootstrapError) -> None:
+        """Say in etcd why a world that has appeared there goes no further."""
+        if self._obituary is not None and self._estate.record:
+            text = str(error)
+            failure = Failure(0, int(error.exit_code), text, phase=self._phases.current, at=time.monotonic())
+            self._obituary.leave_soon(failure, self._voice.host, f"error: {text}")
 
     def _departure(self, settings: Settings) -> Departure:
         return Departure(settings.endpoint, os.environ, self._own_instance)
@@ -229,6 +254,8 @@ class Leader:
 
     def _announce(self, settings: Settings) -> None:
         announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)
+        if self._obituary is not None:
+            self._obituary.forget_earlier()
 
 
 def lead(

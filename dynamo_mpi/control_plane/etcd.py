@@ -55,6 +55,10 @@ class LeaseLostError(DiscoveryError):
     """The lease is no longer there, and neither is what was under it."""
 
 
+class CredentialsError(AuthorisationError):
+    """etcd does not know such a user with such a password."""
+
+
 class Etcd:
     """A connection to etcd, made with the first call. Safe to use from several threads.
 
@@ -155,6 +159,11 @@ class Etcd:
 
         request = etcdrpc.LeaseRevokeRequest(ID=lease)
         self._call(lambda channel: etcdrpc.LeaseStub(channel).LeaseRevoke, request, timeout)
+
+    @property
+    def asks_nobody(self) -> bool:
+        """Whether we have a password, and etcd has said that it asks nobody for one."""
+        return bool(self._auth.username) and not self._token and self._token is not None
 
     def close(self) -> None:
         """Close the connection."""
@@ -264,7 +273,7 @@ def _our_error(error: Any, auth: EtcdAuth) -> BootstrapError:
     if "lease not found" in text:
         return _lease_lost()
     if _has_word(error, ("authentication failed", "invalid user ID")):
-        return AuthorisationError(
+        return CredentialsError(
             f"etcd refuses user {auth.username}: {text}",
             needed="a user of etcd's, and the password",
             fix="correct ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD",

@@ -75,7 +75,11 @@ class EtcdAuth:
 
 
 def _no_pem(found: str) -> UsageError:
-    return UsageError(found, needed="the PEM text itself, not a path")
+    return UsageError(
+        found,
+        needed="the PEM text itself, not a path: so Dynamo's runtime wants it",
+        fix='export ETCD_AUTH_CA="$(cat ca.crt)", and likewise the others',
+    )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from dataclasses import asdict, dataclass
@@ -11,15 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.control_plane.plain_data import read_fields
 from dynamo_mpi.control_plane.record import SCHEMA
-from dynamo_mpi.errors import BootstrapError
 
 if TYPE_CHECKING:
-    from dynamo_mpi.control_plane.etcd import Etcd
     from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.supervision.failure import Failure
 
-LIFE_SECONDS = 3600
-"""How long it can be read."""
 _ROOT = "dynamo_mpi/v1/failures/"
 _MOST_REPORT_BYTES = 8192
 _MOST_ERROR_CHARACTERS = 400
@@ -161,48 +156,16 @@ def last_failure(origin: Origin, failure: Failure, host: str, report: str) -> La
 
 def failure_key(origin: Origin, lease: int) -> str:
     """Return where it stands: under the same name as the worker's record did."""
-    return f"{_prefix(origin.namespace, origin.component)}{lease:x}"
+    return f"{failures_of(origin.namespace, origin.component)}{lease:x}"
 
 
-def failures_of(namespace: str = "") -> str:
-    """Return where the failures of a namespace stand; every namespace's without one."""
-    return f"{_ROOT}{namespace}/" if namespace else _ROOT
+def failures_of(namespace: str = "", component: str = "") -> str:
+    """Return where the failures of a namespace, or of one component of it, stand; all of them without one."""
+    return _ROOT + "".join(f"{name}/" for name in (namespace, component) if name)
 
 
-def leave_failure(etcd: Etcd, key: str, failure: LastFailure, *, replace: bool) -> None:
-    """Write it, for an hour.
-
-    Args:
-        etcd: where.
-        key: as `failure_key` has it.
-        failure: what to write.
-        replace: also over what stands there already, as rank 0 may, who knows best.
-
-    Raises:
-        BootstrapError: etcd does not answer, or refuses us.
-    """
-    lease = etcd.grant(LIFE_SECONDS)
-    if replace:
-        etcd.put(key, failure.pack(), lease.id)
-    elif not etcd.create(key, failure.pack(), lease.id):
-        etcd.revoke(lease.id, 1.0)
-
-
-def forget_failures_before(etcd: Etcd, origin: Origin) -> None:
-    """Take away what earlier starts of this worker have left. Does not raise: it goes with its time.
-
-    Args:
-        etcd: where.
-        origin: a worker that serves now.
-    """
-    with contextlib.suppress(BootstrapError):
-        for entry in etcd.entries(_prefix(origin.namespace, origin.component)):
-            with contextlib.suppress(ValueError):
-                if _is_successor(origin, LastFailure.unpack(entry.value)):
-                    etcd.revoke(entry.lease, 1.0)
-
-
-def _is_successor(origin: Origin, failure: LastFailure) -> bool:
+def is_successor(origin: Origin, failure: LastFailure) -> bool:
+    """Tell whether a worker takes the place of one that failed: a later start of it."""
     if (origin.component, origin.role) != (failure.component, failure.role):
         return False
     if origin.launch or failure.launch:
@@ -216,7 +179,3 @@ def _clipped(text: str) -> str:
         return data.decode()
     # its beginning has the first cause
     return data[: _MOST_REPORT_BYTES - len(_MARK.encode())].decode(errors="ignore") + _MARK
-
-
-def _prefix(namespace: str, component: str) -> str:
-    return f"{_ROOT}{namespace}/{component}/"

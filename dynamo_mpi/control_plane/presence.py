@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi import __version__
-from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd import CredentialsError, Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.keeper import Keeper
 from dynamo_mpi.control_plane.probe import etcd_endpoints
 from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, RecordedLayout, WorldRecord
-from dynamo_mpi.errors import BootstrapError, LayoutError
+from dynamo_mpi.errors import BootstrapError, LayoutError, UsageError
 from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.parallelism.contract import contract_of
 from dynamo_mpi.preflight.inquiry import host_name
@@ -79,6 +79,12 @@ class Presence:
             record = replace(record, **self._early)
             self._keeper = Keeper(etcd, record, seconds, self._voice.say, self._on_lease, self._on_peers)
             earlier = self._keeper.publish()
+            if etcd.asks_nobody:
+                raise _needless()
+        except (CredentialsError, UsageError):
+            # Dynamo's runtime would fare no better, and try for two minutes after the load
+            self.withdraw()
+            raise
         except BootstrapError as error:
             if settings.role in _PAIRED and not settings.no_peer_check:
                 raise
@@ -116,11 +122,6 @@ class Presence:
         """Have the record name the trace that the worker belongs to."""
         self._update(trace=traceparent)
 
-    @property
-    def is_published(self) -> bool:
-        """Whether etcd has answered, and there is a record in it."""
-        return self._keeper is not None
-
     def withdraw(self) -> None:
         """Take the record away, in a second at the most. Does not raise, and may be called from a signal's handler."""
         if self._keeper is not None:
@@ -138,6 +139,14 @@ class Presence:
             raise LayoutError(text)
         for line in advice(record, earlier):
             self._voice.say(f"preflight: {line}")
+
+
+def _needless() -> UsageError:
+    return UsageError(
+        "ETCD_AUTH_USERNAME is set, and this etcd asks nobody who they are: Dynamo's runtime can't connect to it with a password",
+        needed="no password, or an etcd with users",
+        fix="unset ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, or etcdctl auth enable",
+    )
 
 
 def missing_client() -> str:

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_mpi.control_plane.registration import lease_error
+from dynamo_mpi.control_plane.runtime_limits import forget_empty_credentials
 from dynamo_mpi.errors import EngineError
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.serving.handler import RequestHandler
@@ -290,6 +291,8 @@ def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[_T], re
 def point_runtime_at(etcd: list[str]) -> None:
     """Tell the Dynamo runtime, which reads its environment, which etcd endpoints to try, living ones first."""
     os.environ["ETCD_ENDPOINTS"] = ",".join(etcd)
-    if not os.environ.get("NATS_SERVER"):
-        # empty is how a batch script says "none"; the runtime takes it for an address
-        os.environ.pop("NATS_SERVER", None)
+    server = os.environ.pop("NATS_SERVER", "")
+    # empty is how a batch script says "none"; the runtime takes it for an address, and wants to see a scheme
+    if server:
+        os.environ["NATS_SERVER"] = server if "://" in server else f"nats://{server}"
+    forget_empty_credentials(os.environ)
