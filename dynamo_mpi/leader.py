@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -27,13 +25,13 @@ from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
 from dynamo_mpi.supervision.estate import Estate
-from dynamo_mpi.supervision.failure import Failure, HurriedError
+from dynamo_mpi.supervision.failure import HurriedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.control_plane.obituary import Obituary
     from dynamo_mpi.control_plane.presence import Presence
+    from dynamo_mpi.control_plane.publicity import Publicity
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
@@ -64,8 +62,7 @@ class Leader:
         self._voice = voice
         self._mpi_library = mpi_library
         self._verdict_seconds = 0.0
-        self._presence: Presence | None = None
-        self._obituary: Obituary | None = None
+        self._publicity: Publicity | None = None
         self._guard: Guard | None = None
         self._estate = Estate(tie)
         self._signals: StopSignals | None = None
@@ -110,7 +107,8 @@ class Leader:
                 signals, presence = self._appear(settings, verdict, cards)
                 guard = self._guard_with(settings, cards)
             except BootstrapError as error:
-                self._leave_word(error)
+                if self._publicity is not None:
+                    self._publicity.refuse(error)
                 return self._stop(f"error: {error}", error.exit_code)
             spec = engine_spec(settings, plan)
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
@@ -152,50 +150,37 @@ class Leader:
         self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms)
         self._estate.share(guard.leave_to_heir)
         guard.at_once(self._estate.explain)
-        guard.at_once(self._disappear)
-        if self._obituary is not None:
-            guard.on_failure(self._obituary.leave)
+        if self._publicity is not None:
+            self._publicity.begin_with(guard)
         guard.before_the_end(partial(forget, settings.ready_file))
         return guard
 
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> tuple[StopSignals, Presence]:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
-        from dynamo_mpi.control_plane.last_failure import Origin
-        from dynamo_mpi.control_plane.obituary import Obituary
-        from dynamo_mpi.control_plane.presence import Presence, record_of
+        from dynamo_mpi.control_plane.presence import record_of
+        from dynamo_mpi.control_plane.publicity import Publicity
         from dynamo_mpi.supervision.stop_signals import StopSignals
 
-        self._presence = presence = Presence(self._voice, partial(self._estate.own, "record"))
+        record = record_of(settings, verdict.subject, cards, self._phases.age)
+        self._publicity = publicity = Publicity(settings, record, self._phases, self._voice, self._estate)
         # from here on the main thread may sit in the engine
         self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)
-        record = record_of(settings, verdict.subject, cards, self._phases.age)
-        origin = Origin.of(record)
-        self._estate.introduce(asdict(origin))
-        self._obituary = Obituary(origin, os.environ, lambda: self._estate.record)
-        presence.appear(settings, record, os.environ)
-        self._phases.listen(presence.tell)
-        return signals, presence
-
-    def _leave_word(self, error: BootstrapError) -> None:
-        """Say in etcd why a world that has appeared there goes no further."""
-        if self._obituary is not None and self._estate.record:
-            text = str(error)
-            failure = Failure(0, int(error.exit_code), text, phase=self._phases.current, at=time.monotonic())
-            self._obituary.leave_soon(failure, self._voice.host, f"error: {text}")
+        publicity.appear()
+        return signals, publicity.presence
 
     def _departure(self, settings: Settings) -> Departure:
         return Departure(settings.endpoint, os.environ, self._own_instance)
 
     def _own_instance(self, lease: int) -> None:
         self._estate.own("instance", lease)
-        if self._presence is not None:
-            self._presence.tell_instance(lease)
+        if self._publicity is not None:
+            self._publicity.presence.tell_instance(lease)
 
     def _disappear(self) -> None:
-        if self._presence is not None:
-            self._presence.withdraw()
+        if self._publicity is not None:
+            self._publicity.presence.withdraw()
 
     def _hurry(self, number: int) -> None:
         if self._guard is not None:
@@ -218,7 +203,8 @@ class Leader:
         """Tell the others to leave. Before it comes all that rank 0 has to do, since the first to leave may take it along."""
         if self._signals is not None:
             self._signals.close()
-        self._disappear()
+        if self._publicity is not None:
+            self._publicity.end(code)
         message = STOP + bytes([code])
         if self._guard is None:
             self._world.broadcast(message)
@@ -254,8 +240,8 @@ class Leader:
 
     def _announce(self, settings: Settings) -> None:
         announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)
-        if self._obituary is not None:
-            self._obituary.forget_earlier()
+        if self._publicity is not None:
+            self._publicity.ready()
 
 
 def lead(

@@ -334,7 +334,7 @@ def test_what_dynamos_runtime_would_try_for_two_minutes_is_refused_before_the_lo
     assert "this etcd asks nobody who they are" in needless.text()
     assert etcd.worlds() == []
     add_users(etcd.url, ["v1/", "dynamo_mpi/"])
-    wrong = start("agg", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD="0ther")
+    wrong = start("agg", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["root"])
     assert wrong.wait() == 77, wrong.text()
     assert "etcd refuses user worker" in wrong.text()
-    assert "0ther" not in wrong.text()
+    assert PASSWORDS["root"] not in wrong.text()
