@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.control_plane.asking import MOST_BYTES, Trouble, is_refusal, left, reason_of
 from dynamo_mpi.control_plane.runtime_limits import require_nats
-from dynamo_mpi.errors import AuthorisationError
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 
 if TYPE_CHECKING:
     from dynamo_mpi.control_plane.asking import Address
@@ -62,6 +62,28 @@ def probe_nats(
         plain.settimeout(left(deadline))
         with tls.wrap_socket(plain, server_hostname=address.host) as secured:
             return _introduce(secured, info, auth, deadline)
+
+
+def nats_absence(server: str, text: str, seconds: float) -> DiscoveryError:
+    """Return the error of a worker that can't speak to NATS.
+
+    Args:
+        server: its address.
+        text: what is wrong.
+        seconds: that it had.
+    """
+    if "certificate verify failed" in text:
+        return DiscoveryError(
+            f"NATS shows a certificate that isn't to be trusted ({server}: {text})",
+            needed="one of an authority that this worker knows, for this address, and not expired",
+            fix="set NATS_TLS_CA_CERT_PATH to that authority's certificate, or renew NATS's own",
+        )
+    return DiscoveryError(
+        f"NATS does not answer ({server}: {text})",
+        needed=f"a NATS server that answers within {seconds:g} s",
+        fix="start nats-server on the head node and set NATS_SERVER=nats://HOST:4222, "
+        "or leave NATS_SERVER unset and use the tcp request plane",
+    )
 
 
 def nats_refusal(server: str, text: str, auth: NatsAuth) -> AuthorisationError:

@@ -29,7 +29,7 @@ from dynamo_mpi.control_plane.asking import (
 )
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.nats_probe import nats_refusal, probe_nats
+from dynamo_mpi.control_plane.nats_probe import nats_absence, nats_refusal, probe_nats
 from dynamo_mpi.control_plane.runtime_limits import require_nats, runtime_version
 from dynamo_mpi.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
 
@@ -105,12 +105,7 @@ def probe_control_plane(environ: Mapping[str, str], request_plane: str, timeout:
             raise nats_trouble.error
         if nats_trouble.refused:
             raise nats_refusal(shown(server), nats_trouble.text, NatsAuth.of(environ))
-        raise DiscoveryError(
-            f"NATS does not answer ({shown(server)}: {nats_trouble})",
-            needed=f"a NATS server that answers within {timeout:g} s",
-            fix="start nats-server on the head node and set NATS_SERVER=nats://HOST:4222, "
-            "or leave NATS_SERVER unset and use the tcp request plane",
-        )
+        raise nats_absence(shown(server), nats_trouble.text, timeout)
     return alive + [url for url in endpoints if url not in alive]
 
 

@@ -152,6 +152,27 @@ def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
     assert "has gone" in kept.said[1]
 
 
+def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
+    heard: list[tuple[list[str], list[str]]] = []
+    keeper = Keeper(
+        Etcd([etcd], EtcdAuth(), 2),
+        world(),
+        SECONDS,
+        kept.said.append,
+        on_peers=lambda peers, news: heard.append(([peer.record.role for peer in peers], list(news))),
+    )
+    kept.keepers.append(keeper)
+    keeper.publish()
+    keeper.start()
+    peer = kept(etcd, world("decode"))
+    peer.publish()
+    eventually(lambda: len(heard) == 1)
+    peer.withdraw()
+    eventually(lambda: len(heard) == 2)
+    assert [roles for roles, _ in heard] == [["decode"], []]
+    assert [line for _, news in heard for line in news] == kept.said
+
+
 def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> None:
     other = Etcd([etcd], EtcdAuth(), 5)
     lease = other.grant(60)

@@ -13,7 +13,7 @@ import pytest
 
 from dynamo_mpi.control_plane.asking import Trouble, read_address
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.nats_probe import nats_refusal, probe_nats
+from dynamo_mpi.control_plane.nats_probe import nats_absence, nats_refusal, probe_nats
 from dynamo_mpi.control_plane.probe import probe_control_plane
 from dynamo_mpi.errors import AuthorisationError, UsageError
 from dynamo_mpi.services.certificates import Certificates, make_certificates
@@ -181,8 +181,11 @@ def test_over_tls_its_certificate_is_checked(one_way: str, files: Certificates, 
     assert ask(one_way, {"NATS_TLS_INSECURE": "1"}) is None
     theirs = certificates(tmp_path / "theirs")
     for environ in ({}, tls(theirs, client=False)):
-        with pytest.raises(OSError, match="certificate verify failed"):
+        with pytest.raises(OSError, match="certificate verify failed") as caught:
             ask(one_way, environ)
+        error = nats_absence(one_way, str(caught.value), 5)
+        assert error.exit_code == 69
+        assert "NATS_TLS_CA_CERT_PATH" in error.fix
 
 
 def test_over_tls_in_both_directions_ours_is_too(both_ways: str, files: Certificates, tmp_path: Path) -> None:
