@@ -50,6 +50,7 @@ class EngineLeader:
         dismiss: tells the others to leave, with this code, once all else is said and done.
         departure: the way out of discovery.
         signals: end the world until it serves, and once it has drained.
+        on_in_flight: called with the number of requests in flight when it changes.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class EngineLeader:
         dismiss: Callable[[ExitCode], None],
         departure: Departure,
         signals: StopSignals,
+        on_in_flight: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._world, self._launch, self._settings = world, launch, settings
         self._guard, self._phases, self._voice, self._dismiss = guard, phases, voice, dismiss
-        self._departure, self._signals = departure, signals
+        self._departure, self._signals, self._on_in_flight = departure, signals, on_in_flight
 
     def run(self, spec: EngineSpec, cards: Sequence[Card], token_id: int, on_ready: Callable[[], None]) -> int:
         """Live it, until SIGTERM or SIGINT.
@@ -148,6 +150,7 @@ class EngineLeader:
                         on_ready,
                         self._voice.say,
                         self._signals.expect,
+                        self._on_in_flight,
                     )
                 )
         except (EngineError, DeadlineError):

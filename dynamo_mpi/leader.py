@@ -9,7 +9,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.departure import Departure
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.probe import probe_control_plane
+from dynamo_mpi.control_plane.runtime_limits import require_etcd
 from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.control_plane.presence import Presence
+    from dynamo_mpi.control_plane.publicity import Publicity
     from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.observe.display import Display
@@ -73,7 +76,7 @@ class Leader:
         self._mpi_library = mpi_library
         self._display = display
         self._verdict_seconds = 0.0
-        self._presence: Presence | None = None
+        self._publicity: Publicity | None = None
         self._guard: Guard | None = None
         self._record: WorldRecord | None = None
         self._timeline: TimelineWriter | None = None
@@ -120,12 +123,17 @@ class Leader:
                 return self._stop(verdict.report, verdict.exit_code)
             self._voice.say(verdict.report)
             try:
-                point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
+                endpoints = probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout)
+                for line in require_etcd(endpoints, EtcdAuth.of(os.environ)):
+                    self._voice.say(line)
+                point_runtime_at(endpoints)
                 self._display.point_runtime(settings)
                 require_servable(settings.model, plan.inquiry.files[0].content)
-                signals = self._appear(settings, verdict, cards)
+                signals, presence = self._appear(settings, verdict, cards)
                 guard = self._guard_with(settings, cards)
             except BootstrapError as error:
+                if self._publicity is not None:
+                    self._publicity.refuse(error)
                 return self._stop(f"error: {error}", error.exit_code)
             spec = engine_spec(settings, plan)
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
@@ -144,6 +152,7 @@ class Leader:
                 self._dismiss,
                 self._departure(settings),
                 signals,
+                presence.tell_in_flight,
             )
             code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
@@ -170,7 +179,8 @@ class Leader:
         self._estate.share(guard.leave_to_heir)
         self._display.watch(guard)
         guard.at_once(self._estate.explain)
-        guard.at_once(self._disappear)
+        if self._publicity is not None:
+            self._publicity.begin_with(guard)
         guard.before_the_end(partial(forget, settings.ready_file))
         if settings.timeline is not None and self._record is not None:
             from dynamo_mpi.observe.timeline_writer import TimelineWriter
@@ -179,32 +189,33 @@ class Leader:
             guard.before_the_end(self._timeline.finish)
         return guard
 
-    def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
+    def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> tuple[StopSignals, Presence]:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
-        from dynamo_mpi.control_plane.presence import Presence, record_of
+        from dynamo_mpi.control_plane.presence import record_of
+        from dynamo_mpi.control_plane.publicity import Publicity
         from dynamo_mpi.supervision.stop_signals import StopSignals
 
-        self._presence = Presence(self._voice, partial(self._estate.own, "record"))
+        record = record_of(settings, verdict.subject, cards, self._phases.age)
+        self._publicity = publicity = Publicity(settings, record, self._phases, self._voice, self._estate)
         # from here on the main thread may sit in the engine
         self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)
-        self._record = record_of(settings, verdict.subject, cards, self._phases.age)
-        self._presence.appear(settings, self._record, os.environ)
-        self._phases.listen(self._presence.tell)
-        return signals
+        self._record = record
+        publicity.appear()
+        return signals, publicity.presence
 
     def _departure(self, settings: Settings) -> Departure:
         return Departure(settings.endpoint, os.environ, self._own_instance)
 
     def _own_instance(self, lease: int) -> None:
         self._estate.own("instance", lease)
-        if self._presence is not None:
-            self._presence.tell_instance(lease)
+        if self._publicity is not None:
+            self._publicity.presence.tell_instance(lease)
 
     def _disappear(self) -> None:
-        if self._presence is not None:
-            self._presence.withdraw()
+        if self._publicity is not None:
+            self._publicity.presence.withdraw()
 
     def _hurry(self, number: int) -> None:
         if self._guard is not None:
@@ -229,7 +240,8 @@ class Leader:
         """Tell the others to leave. Before it comes all that rank 0 has to do, since the first to leave may take it along."""
         if self._signals is not None:
             self._signals.close()
-        self._disappear()
+        if self._publicity is not None:
+            self._publicity.end(code)
         message = STOP + bytes([code])
         if self._guard is None:
             self._world.broadcast(message)
@@ -275,6 +287,8 @@ class Leader:
         self._display.ready()
         if self._timeline is not None:
             self._timeline.ready()
+        if self._publicity is not None:
+            self._publicity.ready()
 
 
 def lead(

@@ -22,7 +22,7 @@ from dynamo_mpi.supervision.companion_limits import Limits
 from dynamo_mpi.supervision.companion_report import Local, describe_late, prefix
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.failure_files import write_failure
-from dynamo_mpi.supervision.heir import Heir
+from dynamo_mpi.supervision.heir import MOURN, Heir, mourned
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.title import set_title
 from dynamo_mpi.supervision.troubles import death, silence
@@ -143,8 +143,11 @@ class Companion:
         elif word == "heir":
             local.leaves_to_us = True
             self._heir.inherit(rest)
-        elif word == "mourn":
+        elif word == MOURN:
             self._heir.act()
+            if (told := mourned(rest)) is not None:
+                # what rank 0's own companion has to say counts more, where it comes first
+                self._heir.leave_word(*told, f"error in {told[0].phase}: {told[0].text}")
 
     def _forget(self, local: Local) -> None:
         self._selector.unregister(local.connection)
@@ -216,18 +219,22 @@ class Companion:
         self._order_end(int(error.exit_code))
 
     def _end(self, local: Local, error: BootstrapError, cause: Cause) -> None:
-        self._say(f"{prefix(local.rank, self._host)}error in {local.phase}: {error}")
-        self._write(local, str(error), int(error.exit_code), cause)
+        report = f"error in {local.phase}: {error}"
+        self._say(f"{prefix(local.rank, self._host)}{report}")
+        failure = self._write(local, str(error), int(error.exit_code), cause)
         self._order_end(int(error.exit_code))
+        if local.leaves_to_us:
+            self._heir.leave_word(failure, self._host, f"{prefix(local.rank, self._host)}{report}")
 
     def _order_end(self, code: int) -> None:
         self._stop_at = time.monotonic() + _END_SECONDS
         for local in self._ranks:
             local.send(f"end {code}")
 
-    def _write(self, local: Local, text: str, code: int, cause: Cause) -> None:
+    def _write(self, local: Local, text: str, code: int, cause: Cause) -> Failure:
         failure = Failure(local.rank, code, text, cause, local.phase, time.monotonic())
         write_failure(self._meeting, failure, self._host)
+        return failure
 
     @staticmethod
     def _say(text: str) -> None:

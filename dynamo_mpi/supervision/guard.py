@@ -40,6 +40,7 @@ from dynamo_mpi.supervision.roll import Roll
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervision.stacks import describe_stacks, own_stacks
 from dynamo_mpi.supervision.troubles import no_place
+from dynamo_mpi.supervision.word import Word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -103,6 +104,7 @@ class Guard:
         self.roll = Roll([place.host for place in ranks], phases)
         self.failures: tuple[Failure, ...] = ()
         self._at_once: list[Callable[[], object]] = []
+        self._word = Word()
         self._cleanups: list[Callable[[], None]] = []
         self._readers: list[Callable[[Sequence[Failure], str], None]] = []
         # a signal's handler may put into it, whatever its thread was doing
@@ -155,6 +157,11 @@ class Guard:
         """Call this with the failures that the world ends of, first cause first, and the report. It has to be quick."""
         self._readers.append(reader)
 
+    def send_word_to(self, tell: Callable[[Failure, str, str], object]) -> None:
+        """Call this when the world ends by a failure, in a thread of its own that gets a second: with the first cause, its host, and the
+        report."""
+        self._word.goes_to(tell)
+
     def leave_to_heir(self, will: str) -> None:
         """Tell the heir on another node, if there is one, what to take away when rank 0's node is lost."""
         if self.meeting.heir and self._lookout is not None:
@@ -183,16 +190,13 @@ class Guard:
         """Report ``error``, of which the world ends in order."""
         text, code = describe_error(error)
         self._publish([Failure(0, code, text, Cause.TOLD, self._phases.current, time.monotonic())])
+        self._word.wait(time.monotonic() + _LEAVE_SECONDS)
 
     def record(self, failures: Sequence[Failure], text: str) -> None:
-        """Write ``failures``, of which the world ends in order, to rank 0's failure file; ``text`` is what has been said of them."""
-        self.failures = tuple(failures)
-        first, *rest = failures
-        later = [content_of(failure, self._ranks[failure.rank].host) for failure in rest]
-        report = {"report": text, "consequences": later}
-        write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
-        for reader in self._readers:
-            _suppressed(partial(reader, failures, text))
+        """Write down ``failures``, of which the world ends in order, for programs; ``text`` is what has been said of them."""
+        self._word.spread(failures[0], self._ranks[failures[0].rank].host, text)
+        self._write(failures, text)
+        self._word.wait(time.monotonic() + _LEAVE_SECONDS)
 
     @contextmanager
     def deadline(self, seconds: float, what: str, flag: str = "", code: int | None = None) -> Iterator[None]:
@@ -286,6 +290,7 @@ class Guard:
             self._lookout.announce_end(first.exit_code)
         for thread in leaving:
             thread.join(max(0.0, late - time.monotonic()))
+        self._word.wait(late)
         for cleanup in self._cleanups:
             _suppressed(cleanup)
         self._world.abort(first.exit_code)
@@ -320,9 +325,21 @@ class Guard:
             describe_consequences(first, failures, self.name),
         ]
         text = "\n".join(filter(None, parts))
+        # whoever reads our words may hang
+        self._word.spread(first, self._ranks[first.rank].host, text)
         self._voice.say(text)
-        self.record([first, *(failure for failure in failures if failure is not first)], text)
+        self._write([first, *(failure for failure in failures if failure is not first)], text)
         return first
+
+    def _write(self, failures: Sequence[Failure], text: str) -> None:
+        """Write rank 0's failure file, and have the readers know."""
+        self.failures = tuple(failures)
+        first, *rest = failures
+        later = [content_of(failure, self._ranks[failure.rank].host) for failure in rest]
+        report = {"report": text, "consequences": later}
+        write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
+        for reader in self._readers:
+            _suppressed(partial(reader, failures, text))
 
 
 def _suppressed(act: Callable[[], object]) -> None:

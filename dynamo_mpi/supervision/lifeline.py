@@ -21,6 +21,7 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.supervision.backstop import exit_after
 from dynamo_mpi.supervision.failure import Cause, Failure, describe_error
 from dynamo_mpi.supervision.failure_files import write_failure
+from dynamo_mpi.supervision.heir import mourning
 from dynamo_mpi.supervision.liveness_line import Bell, ClosedError, Line
 from dynamo_mpi.supervision.liveness_wire import (
     MOST_BODY,
@@ -237,14 +238,17 @@ class Lifeline:
         text = f"rank 0 on {self._meeting.host} {error}"
         # a host that is lost may have taken rank 1 along
         speaker = (self._meeting.heir if lost else 0) or 1
-        self._lose_with(text, int(error.exit_code), speaker=speaker, is_told=self._meeting.has_companion and not lost)
+        is_told = self._meeting.has_companion and not lost
+        self._lose_with(text, int(error.exit_code), speaker=speaker, is_told=is_told, lost=lost)
 
-    def _lose_with(self, text: str, code: int, *, speaker: int = 1, is_told: bool = False) -> None:
+    def _lose_with(self, text: str, code: int, *, speaker: int = 1, is_told: bool = False, lost: bool = False) -> None:
         """Leave because rank 0 can't be relied on: its companion says why, or the first of the others, which ends the world."""
         self._over = True
         self._mourn(text)
+        cause = Cause.LOST if lost else Cause.DEATH
+        failure = Failure(0, code, text, cause, self.world_phase, time.monotonic())
         if self._tie is not None:
-            self._tie.tell("mourn")
+            self._tie.tell(mourning(failure, self._meeting.host))
         if self._world.rank != speaker:
             time.sleep(_OTHERS_SECONDS)
             os._exit(code)
@@ -256,7 +260,6 @@ class Lifeline:
             )
         else:
             self._voice.say(f"error in {self.world_phase}: {text}")
-        failure = Failure(0, code, text, Cause.DEATH, self.world_phase, time.monotonic())
         write_failure(self._meeting, failure, self._voice.host, by=self._world.rank)
         time.sleep(_SPEAKER_SECONDS)
         self._end(code)
