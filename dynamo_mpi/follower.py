@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
@@ -69,6 +70,7 @@ def follow(
     from dynamo_mpi.supervision.signal_thread import SignalThread
 
     meeting, packed = Meeting.unpack(message[1:])
+    speech.log_to(meeting.log_dir, meeting.label, world.rank)
     lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()), tie)
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it

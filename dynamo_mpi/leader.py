@@ -14,6 +14,8 @@ from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
+from dynamo_mpi.observe.levels import Level
+from dynamo_mpi.observe.speech import speech
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.roster import hosts
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.observe.ticker import Ticker
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
@@ -61,6 +64,7 @@ class Leader:
         self._verdict_seconds = 0.0
         self._presence: Presence | None = None
         self._guard: Guard | None = None
+        self._ticker: Ticker | None = None
         self._estate = Estate(tie)
         self._signals: StopSignals | None = None
 
@@ -77,12 +81,15 @@ class Leader:
                 raise
             self._guard.end(error)
         finally:
+            if self._ticker is not None:
+                self._ticker.close()
             self._disappear()
 
     def _live(self, argv: Sequence[str]) -> int:
         with self._phases.enter("preflight"):
             try:
                 settings = load_settings(argv, os.environ)
+                speech.log_to(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 forget(settings.ready_file)
                 require_startable(settings)
                 settings = at_its_folder(settings, os.environ)
@@ -129,7 +136,7 @@ class Leader:
         from dynamo_mpi.supervision.failure_files import forget_failures
         from dynamo_mpi.supervision.guard import Guard, Terms
 
-        label = settings.endpoint.removeprefix("dyn://").split(".")[1]
+        label = _label(settings)
         forget_failures(settings.failure_dir, label)
         terms = Terms(
             settings.liveness_network,
@@ -137,13 +144,29 @@ class Leader:
             str(settings.failure_dir or ""),
             label,
             self._estate.has_heir(label),
+            str(settings.log_dir or ""),
         )
         self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms)
         self._estate.share(guard.leave_to_heir)
         guard.at_once(self._estate.explain)
         guard.at_once(self._disappear)
         guard.before_the_end(partial(forget, settings.ready_file))
+        self._show_progress(guard, settings)
         return guard
+
+    def _show_progress(self, guard: Guard, settings: Settings) -> None:
+        from dynamo_mpi.observe.ticker import Ticker
+
+        self._ticker = Ticker(
+            guard.roll,
+            self._phases,
+            self._voice,
+            settings.progress,
+            settings.progress_interval,
+            parts_seen=settings.engine != "trtllm",
+        )
+        guard.at_once(self._ticker.close)
+        self._ticker.start()
 
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
         """Publish the world record, and compare it with the peers that came first."""
@@ -184,7 +207,7 @@ class Leader:
         return [Card.unpack(answer) for answer in answers]
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
-        self._voice.say(text)
+        self._voice.say(text, None if code is ExitCode.OK else Level.ERROR)
         self._dismiss(code)
         return code
 
@@ -228,6 +251,11 @@ class Leader:
 
     def _announce(self, settings: Settings) -> None:
         announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)
+
+
+def _label(settings: Settings) -> str:
+    """Return how files of this worker's ranks are called."""
+    return settings.endpoint.removeprefix("dyn://").split(".")[1]
 
 
 def lead(

@@ -17,9 +17,10 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import BootstrapError, DeadlineError
+from dynamo_mpi.observe.speech import speech
 from dynamo_mpi.supervision.companion_address import peer_is_ours
 from dynamo_mpi.supervision.companion_limits import Limits
-from dynamo_mpi.supervision.companion_report import Local, describe_late, prefix
+from dynamo_mpi.supervision.companion_report import Local, describe_late
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.failure_files import write_failure
 from dynamo_mpi.supervision.heir import Heir
@@ -211,12 +212,12 @@ class Companion:
             fix="look at the ranks and nodes that are missing or stand apart from the others; --world-timeout gives them longer",
         )
         text = f"{error}\n{describe_late(ranks, self._launch)}"
-        self._say(f"{prefix(None, self._host)}error in {ranks[0].phase}: {text}")
+        speech.speak(None, self._host, f"error in {ranks[0].phase}: {text}")
         self._write(ranks[0], text, int(error.exit_code), Cause.SILENCE)
         self._order_end(int(error.exit_code))
 
     def _end(self, local: Local, error: BootstrapError, cause: Cause) -> None:
-        self._say(f"{prefix(local.rank, self._host)}error in {local.phase}: {error}")
+        speech.speak(local.rank if local.rank >= 0 else None, self._host, f"error in {local.phase}: {error}")
         self._write(local, str(error), int(error.exit_code), cause)
         self._order_end(int(error.exit_code))
 
@@ -228,13 +229,6 @@ class Companion:
     def _write(self, local: Local, text: str, code: int, cause: Cause) -> None:
         failure = Failure(local.rank, code, text, cause, local.phase, time.monotonic())
         write_failure(self._meeting, failure, self._host)
-
-    @staticmethod
-    def _say(text: str) -> None:
-        try:
-            os.write(2, (text + "\n").encode("utf-8", "replace"))
-        except OSError:
-            return
 
 
 def accompany(
