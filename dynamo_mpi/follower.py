@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.launchers.launch import Launch
-    from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
@@ -65,6 +64,7 @@ def follow(
         if message[:1] == STOP:
             return message[1]
     # before the verdict, every file that a rank opens counts
+    from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.signal_thread import SignalThread

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.talk import Voice
 
 _DRAW_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
 # a load of a moment needs no table
 _DRAW_AFTER_SECONDS = 2.0
 
@@ -83,7 +84,8 @@ class Ticker:
             if phase in WATCHED:
                 self._follow(phase)
             else:
-                self._changed.wait()
+                # whoever hears of the phase before us may take his time
+                self._changed.wait(_LOOK_SECONDS)
 
     def _follow(self, phase: str) -> None:
         """Tick until the phase is over."""
