@@ -74,6 +74,7 @@ class Leader:
         Returns:
             The exit code, which every other rank has been told.
         """
+        self._phases.listen(lambda name: self._voice.say(f"phase {name}", Level.DEBUG))
         try:
             return self._live(argv)
         except Exception as error:  # of any kind: the other ranks are somewhere inside the engine

@@ -119,7 +119,7 @@ _LOOKS = re.compile(
 )
 
 _SECRET_VARIABLE = re.compile(
-    rf"(?:{_NAME}|_key|nkey|pwd){_SUFFIX}\Z",
+    rf"(?:{_NAME}|_key|nkey|jwt|pwd){_SUFFIX}\Z",
     re.IGNORECASE,
 )
 _USERINFO = re.compile(r"://(?P<user>[^\s/?#:@]{0,256}):(?P<password>[^\s@]{1,1024})@")

@@ -102,6 +102,7 @@ ENVIRON = {
     "NATS_SERVER": "nats://me:battery@n1:4222",
     "NATS_AUTH_USERNAME": "dynamo",
     "HF_TOKEN": "staple9",
+    "SLURM_JWT": "not-even-one",
     "X_TOKEN": "abc",
     "A_TOKEN": "x",
     "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY": "0011aabb",
@@ -207,5 +208,5 @@ def test_time_grows_with_the_text_alone(piece: str) -> None:
 
 
 def test_secret_values_are_found_by_their_names() -> None:
-    assert set(secret_values(ENVIRON)) >= {"correct horse", "battery", "staple9", "0011aabb"}
+    assert set(secret_values(ENVIRON)) >= {"not-even-one", "correct horse", "battery", "staple9", "0011aabb"}
     assert not {"dynamo", "worker", "8192", "none", "/run/etcd.key", "</s>"} & set(secret_values(ENVIRON))
