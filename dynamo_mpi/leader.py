@@ -134,6 +134,7 @@ class Leader:
 
     def _guard_with(self, settings: Settings, cards: Sequence[Card]) -> Guard:
         """Begin to watch over the ranks, which have to be told where."""
+        from dynamo_mpi.observe.ticker import ticker_of
         from dynamo_mpi.supervision.failure_files import forget_failures
         from dynamo_mpi.supervision.guard import Guard, Terms
 
@@ -152,22 +153,10 @@ class Leader:
         guard.at_once(self._estate.explain)
         guard.at_once(self._disappear)
         guard.before_the_end(partial(forget, settings.ready_file))
-        self._show_progress(guard, settings)
+        self._ticker = ticker = ticker_of(guard.roll, self._phases, self._voice, settings)
+        guard.at_once(ticker.close)
+        ticker.start()
         return guard
-
-    def _show_progress(self, guard: Guard, settings: Settings) -> None:
-        from dynamo_mpi.observe.ticker import Ticker
-
-        self._ticker = Ticker(
-            guard.roll,
-            self._phases,
-            self._voice,
-            settings.progress,
-            settings.progress_interval,
-            parts_seen=settings.engine != "trtllm",
-        )
-        guard.at_once(self._ticker.close)
-        self._ticker.start()
 
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
         """Publish the world record, and compare it with the peers that came first."""

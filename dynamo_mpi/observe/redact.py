@@ -41,58 +41,17 @@ _OPTION = re.compile(
     re.IGNORECASE,
 )
 # what such names hold where they hold no secret
-NO_SECRET = frozenset(
-    [
-        "none",
-        "null",
-        "nil",
-        "true",
-        "false",
-        "yes",
-        "no",
-        "auto",
-        "required",
-        "optional",
-        "missing",
-        "unset",
-        "empty",
-        "some",
-        "<unset>",
-        "<none>",
-    ]
+NO_SECRET = re.compile(
+    "none|null|nil|true|false|yes|no|auto|required|optional|missing|unset|empty|some|<unset>|<none>", re.IGNORECASE
 )
 # what follows a flag in prose
-_PROSE = frozenset(
-    [
-        "a",
-        "and",
-        "are",
-        "as",
-        "by",
-        "for",
-        "from",
-        "has",
-        "in",
-        "is",
-        "may",
-        "must",
-        "needs",
-        "of",
-        "on",
-        "or",
-        "that",
-        "the",
-        "to",
-        "was",
-        "with",
-    ]
-)
+_PROSE = re.compile("a|and|are|as|by|for|from|has|in|is|may|must|needs|of|on|or|that|the|to|was|with")
 _NUMBER = re.compile(r"[-+~]?[0-9][0-9.,_]*(?:e[-+]?[0-9]+)?(?:/?[a-z%]{1,4})?", re.IGNORECASE)
 _PATH = re.compile(r"[~.]{0,2}/[^\s:=]*")
 # a vocabulary's tokens and an engine's counts are no credentials
 _OF_TEXT = re.compile(
-    r"(?<![A-Za-z])(?:eos|bos|pad|unk|cls|sep|mask|image|video|audio|special|first|last|next|per|each|stop|new|draft|end|start|think"
-    r"|bad|max|min|num|output|input|prompt|a|one|unexpected)[ _.-]{1,2}\Z",
+    r"(?<![A-Za-z])(?:(?:eos|bos|pad|unk|cls|sep|mask|image|video|audio|special|stop|draft|end|start|think|bad|max|min|num|output|input"
+    r"|prompt|first|last|next|per)[_.-]{1,2}|(?:first|last|next|per|each|unexpected) )\Z",
     re.IGNORECASE,
 )
 _LEAST_TOKEN = 8
@@ -170,7 +129,7 @@ def secret_values(environ: Mapping[str, str]) -> Iterator[str]:
     for name, value in environ.items():
         yield from (found["password"] for found in _USERINFO.finditer(value))
         secret = _SECRET_VARIABLE.search(name)
-        if secret and value.lower() not in NO_SECRET and not _OF_TEXT.search(name[: secret.start()]):
+        if secret and not NO_SECRET.fullmatch(value) and not _OF_TEXT.search(name[: secret.start()]):
             may_be_path = not secret[0].lower().startswith(("pass", "secret"))
             if not (may_be_path and _PATH.fullmatch(value)):
                 yield value
@@ -226,7 +185,7 @@ def _without_value(found: re.Match[str], *, in_prose: bool = False) -> str:
 def _is_harmless(name: str, value: str, in_prose: bool, found: re.Match[str]) -> bool:
     """Tell whether what stands behind a secret's name is none."""
     plain = value.strip(" \t\\.,;:()[]{}").lower()
-    if not plain or plain in NO_SECRET or (in_prose and (plain in _PROSE or value.startswith("--"))):
+    if not plain or NO_SECRET.fullmatch(plain) or (in_prose and (_PROSE.fullmatch(plain) or value.startswith("--"))):
         return True
     is_bare_text = found["quoted"] is None and ":" in found["equals"]
     if name == "token":

@@ -105,6 +105,16 @@ class Speech:
             for line in early:
                 self._log(line, rank, os.uname().nodename)
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether it is known where the log is, or that there is none."""
+        return self._early is None
+
+    def forget(self) -> None:
+        """Forget what was said so far: in a process that was forked, another one has said it."""
+        with self._turn():
+            self._early = collections.deque(maxlen=_LINES_KEPT)
+
     def draw(self, lines: Sequence[str]) -> None:
         """Draw lines in place of those that were drawn before; none takes them away. Only for a terminal."""
         with self._turn():

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dynamo_mpi.observe.speech import Speech
+    from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.supervision.roll import Progress, Roll
     from dynamo_mpi.talk import Voice
@@ -127,6 +128,12 @@ class Ticker:
         self._mouth.draw(lines)
         if self._closed:
             self._mouth.draw(())
+
+
+def ticker_of(roll: Roll, phases: Phases, voice: Voice, settings: Settings) -> Ticker:
+    """Return a worker's ticker, not started."""
+    seen = settings.engine != "trtllm"
+    return Ticker(roll, phases, voice, settings.progress, settings.progress_interval, parts_seen=seen)
 
 
 def chosen(mode: str, *, is_terminal: bool, jsonl: bool) -> str:

@@ -212,14 +212,20 @@ class Companion:
             fix="look at the ranks and nodes that are missing or stand apart from the others; --world-timeout gives them longer",
         )
         text = f"{error}\n{describe_late(ranks, self._launch)}"
-        speech.speak(None, self._host, f"error in {ranks[0].phase}: {text}")
+        self._say(ranks[0], f"error in {ranks[0].phase}: {text}", for_node=True)
         self._write(ranks[0], text, int(error.exit_code), Cause.SILENCE)
         self._order_end(int(error.exit_code))
 
     def _end(self, local: Local, error: BootstrapError, cause: Cause) -> None:
-        speech.speak(local.rank if local.rank >= 0 else None, self._host, f"error in {local.phase}: {error}")
+        self._say(local, f"error in {local.phase}: {error}")
         self._write(local, str(error), int(error.exit_code), cause)
         self._order_end(int(error.exit_code))
+
+    def _say(self, local: Local, text: str, *, for_node: bool = False) -> None:
+        """Speak for a rank or for the node, and write it to that rank's log file: it can't do that itself."""
+        if local.rank >= 0:
+            speech.log_to(self._limits.log_dir, self._meeting.label, local.rank)
+        speech.speak(None if for_node or local.rank < 0 else local.rank, self._host, text)
 
     def _order_end(self, code: int) -> None:
         self._stop_at = time.monotonic() + _END_SECONDS
@@ -244,6 +250,7 @@ def accompany(
         argv: the worker's command line, without the program.
         environ: its variables.
     """
+    speech.forget()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -38,6 +38,8 @@ SECRET_TEXTS = [
     ("--password=sesame1", "sesame1"),
     ("TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY=00ff00ff", "00ff"),
     ("clientSecret: xyz", "xyz"),
+    ("got a token: abcdefgh", "abcdefgh"),
+    ("new_token=abc", "=abc"),
     ("https://x/y?access_token=abc123&z=1", "abc123"),
     ("nats://user:p4ss@10.0.0.1:4222", "p4ss"),
     ("nats://onlytoken@10.0.0.1:4222", "onlytoken"),
@@ -162,7 +164,7 @@ def test_a_known_value_never_comes_through(before: str, value: str, after: str) 
 _NAMED_VALUES = st.text(st.characters(categories=["Lu", "Ll", "Nd"], codec="ascii"), min_size=3)
 
 
-@given(_NAMED_VALUES.filter(lambda value: value.lower() not in NO_SECRET))
+@given(_NAMED_VALUES.filter(lambda value: not NO_SECRET.fullmatch(value)))
 def test_a_named_value_never_comes_through(value: str) -> None:
     for form in ("db_password={}", '"password": "{}"', "apiKey: {}", "--secret={}", "http://me:{}@host/"):
         assert redact(form.format(value)) == form.format(MASK) or form.startswith("http")
