@@ -67,12 +67,17 @@ def follow(
         if message[:1] == STOP:
             return message[1]
     # before the verdict, every file that a rank opens counts
+    from dynamo_mpi.observe.levels import Level
+    from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.signal_thread import SignalThread
 
     meeting, packed = Meeting.unpack(message[1:])
-    lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()), tie)
+    speech.log_to(meeting.log_dir, meeting.label, world.rank)
+    voice = Voice(world.rank, host_name())
+    phases.listen(lambda name: voice.say(f"phase {name}", Level.DEBUG))
+    lifeline = Lifeline(meeting, world, phases, voice, tie)
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
     tie.leave_signals()

@@ -16,6 +16,9 @@ from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
+from dynamo_mpi.observe.levels import Level
+from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.onlookers import Onlookers
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.roster import hosts
@@ -30,12 +33,8 @@ from dynamo_mpi.supervision.failure import HurriedError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.control_plane.presence import Presence
-    from dynamo_mpi.control_plane.publicity import Publicity
-    from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.observe.display import Display
-    from dynamo_mpi.observe.timeline_writer import TimelineWriter
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
@@ -74,13 +73,10 @@ class Leader:
         self._phases = phases
         self._voice = voice
         self._mpi_library = mpi_library
-        self._display = display
         self._verdict_seconds = 0.0
-        self._publicity: Publicity | None = None
         self._guard: Guard | None = None
-        self._record: WorldRecord | None = None
-        self._timeline: TimelineWriter | None = None
         self._estate = Estate(tie)
+        self._onlookers = Onlookers(phases, voice, display, self._estate)
         self._signals: StopSignals | None = None
 
     def run(self, argv: Sequence[str]) -> int:
@@ -89,27 +85,25 @@ class Leader:
         Returns:
             The exit code, which every other rank has been told.
         """
+        self._phases.listen(lambda name: self._voice.say(f"phase {name}", Level.DEBUG))
         try:
             code = self._live(argv)
-            self._display.ended(code)
+            self._onlookers.ended(code)
             return code
         except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
             if self._guard is None:
                 raise
             self._guard.end(error)
         finally:
-            self._disappear()
+            self._onlookers.close()
 
     def _live(self, argv: Sequence[str]) -> int:
         with self._phases.enter("preflight"):
             try:
                 settings = load_settings(argv, os.environ)
+                speech.log_to(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 forget(settings.ready_file)
-                self._display.know(settings)
-                if settings.timeline is not None:
-                    from dynamo_mpi.observe.timeline_paths import forget_timeline
-
-                    forget_timeline(settings.timeline)
+                self._onlookers.know(settings)
                 require_startable(settings)
                 settings = at_its_folder(settings, os.environ)
                 plan = read_plan(settings, argv)
@@ -118,7 +112,7 @@ class Leader:
             cards = self._ask(plan, argv)
             verdict = judge(plan, cards)
             self._verdict_seconds = self._phases.age
-            self._display.judged(verdict)
+            self._onlookers.judged(verdict)
             if verdict.exit_code is not ExitCode.OK or settings.preflight_only:
                 return self._stop(verdict.report, verdict.exit_code)
             self._voice.say(verdict.report)
@@ -127,13 +121,12 @@ class Leader:
                 for line in require_etcd(endpoints, EtcdAuth.of(os.environ)):
                     self._voice.say(line)
                 point_runtime_at(endpoints)
-                self._display.point_runtime(settings)
+                self._onlookers.point_runtime(settings)
                 require_servable(settings.model, plan.inquiry.files[0].content)
-                signals, presence = self._appear(settings, verdict, cards)
+                signals = self._appear(settings, verdict, cards)
                 guard = self._guard_with(settings, cards)
             except BootstrapError as error:
-                if self._publicity is not None:
-                    self._publicity.refuse(error)
+                self._onlookers.refuse(error)
                 return self._stop(f"error: {error}", error.exit_code)
             spec = engine_spec(settings, plan)
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
@@ -152,13 +145,11 @@ class Leader:
                 self._dismiss,
                 self._departure(settings),
                 signals,
-                presence.tell_in_flight,
+                self._onlookers.tell_in_flight,
             )
             code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
-        if self._timeline is not None:
-            # the other ranks wait for this one
-            self._timeline.finish()
+        self._onlookers.finish()
         return code
 
     def _guard_with(self, settings: Settings, cards: Sequence[Card]) -> Guard:
@@ -166,7 +157,7 @@ class Leader:
         from dynamo_mpi.supervision.failure_files import forget_failures
         from dynamo_mpi.supervision.guard import Guard, Terms
 
-        label = settings.endpoint.removeprefix("dyn://").split(".")[1]
+        label = _label(settings)
         forget_failures(settings.failure_dir, label)
         terms = Terms(
             settings.liveness_network,
@@ -174,54 +165,40 @@ class Leader:
             str(settings.failure_dir or ""),
             label,
             self._estate.has_heir(label),
+            str(settings.log_dir or ""),
         )
         self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms)
         self._estate.share(guard.leave_to_heir)
-        self._display.watch(guard)
         guard.at_once(self._estate.explain)
-        if self._publicity is not None:
-            self._publicity.begin_with(guard)
         guard.before_the_end(partial(forget, settings.ready_file))
-        if settings.timeline is not None and self._record is not None:
-            from dynamo_mpi.observe.timeline_writer import TimelineWriter
-
-            self._timeline = TimelineWriter(settings.timeline, self._record, guard, self._voice)
-            guard.before_the_end(self._timeline.finish)
+        self._onlookers.watch(settings, guard)
         return guard
 
-    def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> tuple[StopSignals, Presence]:
+    def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
         from dynamo_mpi.control_plane.presence import record_of
-        from dynamo_mpi.control_plane.publicity import Publicity
         from dynamo_mpi.supervision.stop_signals import StopSignals
 
-        record = record_of(settings, verdict.subject, cards, self._phases.age)
-        self._publicity = publicity = Publicity(settings, record, self._phases, self._voice, self._estate)
+        self._onlookers.introduce(settings, record_of(settings, verdict.subject, cards, self._phases.age))
         # from here on the main thread may sit in the engine
         self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)
-        self._record = record
-        publicity.appear()
-        return signals, publicity.presence
+        self._onlookers.appear()
+        return signals
 
     def _departure(self, settings: Settings) -> Departure:
         return Departure(settings.endpoint, os.environ, self._own_instance)
 
     def _own_instance(self, lease: int) -> None:
         self._estate.own("instance", lease)
-        if self._publicity is not None:
-            self._publicity.presence.tell_instance(lease)
-
-    def _disappear(self) -> None:
-        if self._publicity is not None:
-            self._publicity.presence.withdraw()
+        self._onlookers.tell_instance(lease)
 
     def _hurry(self, number: int) -> None:
         if self._guard is not None:
             self._guard.end(HurriedError(number), of_signal(number))
         self._estate.explain()
-        self._disappear()
+        self._onlookers.withdraw()
         self._world.abort(of_signal(number))
 
     def _ask(self, plan: Plan, argv: Sequence[str]) -> list[Card]:
@@ -230,9 +207,8 @@ class Leader:
         return [Card.unpack(answer) for answer in answers]
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
-        self._voice.say(text)
-        if code is not ExitCode.OK:
-            self._display.refused(text)
+        self._voice.say(text, None if code is ExitCode.OK else Level.ERROR)
+        self._onlookers.stopped(text, code)
         self._dismiss(code)
         return code
 
@@ -240,8 +216,7 @@ class Leader:
         """Tell the others to leave. Before it comes all that rank 0 has to do, since the first to leave may take it along."""
         if self._signals is not None:
             self._signals.close()
-        if self._publicity is not None:
-            self._publicity.end(code)
+        self._onlookers.dismissed(code)
         message = STOP + bytes([code])
         if self._guard is None:
             self._world.broadcast(message)
@@ -282,13 +257,14 @@ class Leader:
             self._voice,
             ranks=self._world.size,
             verdict_seconds=self._verdict_seconds,
-            system=self._display.system_url,
+            system=self._onlookers.system_url,
         )
-        self._display.ready()
-        if self._timeline is not None:
-            self._timeline.ready()
-        if self._publicity is not None:
-            self._publicity.ready()
+        self._onlookers.ready()
+
+
+def _label(settings: Settings) -> str:
+    """Return how files of this worker's ranks are called."""
+    return settings.endpoint.removeprefix("dyn://").split(".")[1]
 
 
 def lead(

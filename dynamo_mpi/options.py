@@ -33,6 +33,7 @@ class Option:
         choices: the values that exist, where they can be listed.
         switch: a flag without a value.
         negatable: a switch that also has a ``--no-…`` form, as Dynamo's have.
+        without: the value that a ``--no-…`` form of an option with values stands for; empty where there is no such form.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Option:
     choices: tuple[str, ...] = ()
     switch: bool = False
     negatable: bool = False
+    without: str = ""
 
 
 def to_size(text: str) -> int:
@@ -155,9 +157,11 @@ def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
             parser.add_argument(*option.flags, dest=option.name, action="store_const", const="true", help=text)
         else:
             parser.add_argument(*option.flags, dest=option.name, metavar=option.name.upper(), help=text)
-        if option.negatable:
+        without = "false" if option.negatable else option.without
+        if without:
             flag = "--no-" + option.flags[0].removeprefix("--")
-            parser.add_argument(flag, dest=option.name, action="store_const", const="false", help="the opposite")
+            note = "the opposite" if option.negatable else f"the same as {option.flags[0]} {without}"
+            parser.add_argument(flag, dest=option.name, action="store_const", const=without, help=note)
 
 
 def resolve(

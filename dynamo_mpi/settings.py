@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dynamo_mpi import __version__
 from dynamo_mpi.engine_options import ENGINE_OPTIONS, GPU, GPUS_PER_NODE, MIN_REQUESTS, engine_flags
 from dynamo_mpi.errors import DataError, UsageError
+from dynamo_mpi.observe.options import OBSERVE_OPTIONS
 from dynamo_mpi.options import (
     Option,
     add_options,
@@ -24,7 +25,6 @@ from dynamo_mpi.options import (
     to_name,
     to_path,
     to_role,
-    to_runtime_port,
     to_seconds,
     to_switch,
     to_text,
@@ -215,32 +215,7 @@ OPTIONS: tuple[Option, ...] = (
         to_path,
         "folder for a JSON file from each rank that fails, COMPONENT-rank-N.json; rank 0's holds the whole report",
     ),
-    Option(
-        "metrics_file",
-        ("--metrics-file",),
-        ("DYN_MPI_METRICS_FILE",),
-        None,
-        to_path,
-        "keep the world's metrics in this file, NAME.prom, for node_exporter's textfile collector; it stays at the end and tells of it",
-    ),
-    Option(
-        "runtime_system_port",
-        ("--runtime-system-port",),
-        ("DYN_MPI_RUNTIME_SYSTEM_PORT",),
-        None,
-        to_runtime_port,
-        "where DYN_SYSTEM_PORT is set: port of the Dynamo runtime beside it on rank 0's node, from which frontends fetch the model's "
-        "tokenizer; any free one by default",
-    ),
-    Option(
-        "timeline",
-        ("--timeline",),
-        ("DYN_MPI_TIMELINE",),
-        None,
-        to_path,
-        "write a picture of the start, every rank's phases, as a page (HTML) here and as a trace for Perfetto beside it (.trace.json), "
-        "once it is ready and again at its end",
-    ),
+    *OBSERVE_OPTIONS,
     Option(
         "kv_transport",
         ("--kv-transport",),
@@ -322,6 +297,9 @@ class Settings:
     heartbeat_timeout: float | None
     world_timeout: float
     failure_dir: Path | None
+    log_dir: Path | None
+    progress: str
+    progress_interval: float
     metrics_file: Path | None
     runtime_system_port: int | None
     timeline: Path | None

@@ -184,6 +184,7 @@ def _abandon(
     error: Exception, world: World | None, tie: Tie, voice: Voice, phases: Phases, argv: Sequence[str]
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be anywhere, also inside a collective."""
+    from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.companion_limits import Limits
     from dynamo_mpi.supervision.failure import Failure, describe_error
     from dynamo_mpi.supervision.failure_files import write_failure
@@ -191,8 +192,11 @@ def _abandon(
 
     text, code = describe_error(error)
     report = f"error in {phases.current}: {text.rstrip()}"
+    limits = Limits.of(argv, os.environ)
+    meeting = Meeting(voice.host, failure_dir=limits.failure_dir)
+    if not speech.is_placed:
+        speech.log_to(limits.log_dir, meeting.label, voice.rank)
     voice.say(report)
-    meeting = Meeting(voice.host, failure_dir=Limits.of(argv, os.environ).failure_dir)
     failure = Failure(voice.rank, code, text, phase=phases.current, at=time.monotonic())
     write_failure(meeting, failure, voice.host, report={"report": report, "consequences": []})
     tie.tell(f"failed {code}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.control_plane.plain_data import read_fields
 from dynamo_mpi.control_plane.record import SCHEMA
+from dynamo_mpi.observe.redact import own_redactor
 
 if TYPE_CHECKING:
     from dynamo_mpi.control_plane.record import WorldRecord
@@ -19,11 +20,6 @@ _ROOT = "dynamo_mpi/v1/failures/"
 _MOST_REPORT_BYTES = 8192
 _MOST_ERROR_CHARACTERS = 400
 _MARK = "…"
-
-
-def redact(text: str) -> str:
-    """Take out what must not be read by others."""
-    return text
 
 
 @dataclass(frozen=True)
@@ -137,6 +133,7 @@ def last_failure(origin: Origin, failure: Failure, host: str, report: str) -> La
         host: where that happened.
         report: what has been said of it.
     """
+    redact = own_redactor().redact
     text = redact(failure.text)
     lines = text.strip().splitlines() or [""]
     # a traceback's last line names the error

@@ -13,12 +13,14 @@ from dynamo_mpi.control_plane.events import events_of
 from dynamo_mpi.control_plane.last_failure import Origin
 from dynamo_mpi.control_plane.obituary import Obituary
 from dynamo_mpi.control_plane.presence import Presence
+from dynamo_mpi.control_plane.record import Progress
 from dynamo_mpi.supervision.failure import Failure
 
 if TYPE_CHECKING:
     from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.settings import Settings
+    from dynamo_mpi.supervision import roll
     from dynamo_mpi.supervision.estate import Estate
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
@@ -68,6 +70,13 @@ class Publicity:
             failure = Failure(0, int(error.exit_code), text, phase=self._phases.current, at=time.monotonic())
             for tell in (self._obituary.leave_soon, self._events.failed):
                 tell(failure, self._voice.host, f"error: {text}")
+
+    def tell_progress(self, progress: roll.Progress) -> None:
+        """Have the record say how far the ranks are. Never waits."""
+        told = Progress(
+            progress.done, progress.ranks, progress.slowest_rank, progress.slowest_host, round(progress.seconds, 1)
+        )
+        self.presence.tell_progress(told)
 
     def ready(self) -> None:
         """Tell that requests are answered: what earlier starts have died of is of the past now."""

@@ -44,6 +44,9 @@ class Display:
         voice: how rank 0 speaks.
         reporter: to the process that answers probes, if there is one.
         notifier: to a supervisor, if there is one.
+
+    Attributes:
+        in_flight: requests that are being answered; None where it isn't known.
     """
 
     def __init__(self, phases: Phases, voice: Voice, reporter: Reporter | None, notifier: Notifier | None) -> None:
@@ -56,6 +59,7 @@ class Display:
         self._failures: tuple[Failure, ...] = ()
         self._exit_code: int | None = None
         self._serves = False
+        self.in_flight: int | None = None
 
     @property
     def system_url(self) -> str | None:
@@ -158,7 +162,9 @@ class Display:
         if self._guard is None:
             return ()
         roll = self._guard.roll
-        numbers = WorldNumbers(roll.ranks(), roll.progress(), self._severities, self._failures, self._exit_code)
+        numbers = WorldNumbers(
+            roll.ranks(), roll.progress(), self._severities, self._failures, self._exit_code, self.in_flight
+        )
         return metrics_of_world(numbers)
 
     def _file_text(self) -> str:

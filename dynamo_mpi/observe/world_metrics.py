@@ -27,6 +27,7 @@ class WorldNumbers(NamedTuple):
         severities: of the preflight's findings.
         failures: of this world.
         exit_code: what it ends with; None as long as it doesn't end.
+        in_flight: requests that are being answered; None where it isn't known.
     """
 
     ranks: Sequence[RankSpans]
@@ -34,6 +35,7 @@ class WorldNumbers(NamedTuple):
     severities: Sequence[Severity] = ()
     failures: Sequence[Failure] = ()
     exit_code: int | None = None
+    in_flight: int | None = None
 
 
 def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
@@ -67,6 +69,12 @@ def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
             "counter",
             "Failures of ranks by how they became known.",
             tuple(Sample(failed[cause], {"cause": cause.name.lower()}) for cause in Cause),
+        ),
+        Metric(
+            "dynamo_mpi_requests_in_flight",
+            "gauge",
+            "Requests that are being answered; absent where that isn't known, as with dynamo.trtllm.",
+            () if numbers.in_flight is None else (Sample(numbers.in_flight),),
         ),
         Metric("dynamo_mpi_exit_code", "gauge", "What the world has ended with; absent until then.", ended),
     )

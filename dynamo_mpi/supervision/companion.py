@@ -17,9 +17,10 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import BootstrapError, DeadlineError
+from dynamo_mpi.observe.speech import speech
 from dynamo_mpi.supervision.companion_address import peer_is_ours
 from dynamo_mpi.supervision.companion_limits import Limits
-from dynamo_mpi.supervision.companion_report import Local, describe_late, prefix
+from dynamo_mpi.supervision.companion_report import Local, describe_late
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.failure_files import write_failure
 from dynamo_mpi.supervision.heir import MOURN, Heir, mourned
@@ -214,17 +215,23 @@ class Companion:
             fix="look at the ranks and nodes that are missing or stand apart from the others; --world-timeout gives them longer",
         )
         text = f"{error}\n{describe_late(ranks, self._launch)}"
-        self._say(f"{prefix(None, self._host)}error in {ranks[0].phase}: {text}")
+        self._say(ranks[0], f"error in {ranks[0].phase}: {text}", for_node=True)
         self._write(ranks[0], text, int(error.exit_code), Cause.SILENCE)
         self._order_end(int(error.exit_code))
 
     def _end(self, local: Local, error: BootstrapError, cause: Cause) -> None:
         report = f"error in {local.phase}: {error}"
-        self._say(f"{prefix(local.rank, self._host)}{report}")
+        self._say(local, report)
         failure = self._write(local, str(error), int(error.exit_code), cause)
         self._order_end(int(error.exit_code))
         if local.leaves_to_us:
-            self._heir.leave_word(failure, self._host, f"{prefix(local.rank, self._host)}{report}")
+            self._heir.leave_word(failure, self._host, report)
+
+    def _say(self, local: Local, text: str, *, for_node: bool = False) -> None:
+        """Speak for a rank or for the node, and write it to that rank's log file: it can't do that itself."""
+        if local.rank >= 0:
+            speech.log_to(self._limits.log_dir, self._meeting.label, local.rank)
+        speech.speak(None if for_node or local.rank < 0 else local.rank, self._host, text)
 
     def _order_end(self, code: int) -> None:
         self._stop_at = time.monotonic() + _END_SECONDS
@@ -235,13 +242,6 @@ class Companion:
         failure = Failure(local.rank, code, text, cause, local.phase, time.monotonic())
         write_failure(self._meeting, failure, self._host)
         return failure
-
-    @staticmethod
-    def _say(text: str) -> None:
-        try:
-            os.write(2, (text + "\n").encode("utf-8", "replace"))
-        except OSError:
-            return
 
 
 def accompany(
@@ -257,6 +257,7 @@ def accompany(
         argv: the worker's command line, without the program.
         environ: its variables.
     """
+    speech.forget()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

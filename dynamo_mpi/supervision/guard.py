@@ -70,6 +70,7 @@ class Terms(NamedTuple):
         failure_dir: see `Meeting`.
         label: see `Meeting`.
         has_companion: see `Meeting`.
+        log_dir: see `Meeting`.
     """
 
     network: str | None = None
@@ -77,6 +78,7 @@ class Terms(NamedTuple):
     failure_dir: str = ""
     label: str = "worker"
     has_companion: bool = False
+    log_dir: str = ""
 
 
 class Guard:
@@ -117,7 +119,7 @@ class Guard:
 
     def _meet(self, terms: Terms) -> Meeting:
         heir = next((rank for rank, place in enumerate(self._ranks) if place.host != self._ranks[0].host), 0)
-        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, heir, terms.has_companion)
+        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, heir, terms.has_companion, terms.log_dir)
         if self._world.size == 1:
             return Meeting(self._voice.host, "", 0, "", *rest)
         allow_open_files(self._world.size + SPARE)

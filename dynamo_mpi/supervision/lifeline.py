@@ -67,6 +67,7 @@ _OTHERS_SECONDS = 2.0
 # mostly a signal comes to all ranks, and rank 0 knows what to do about it
 _HOLD_SECONDS = 0.3
 _ENDING = ("drain", "exit")
+_LOADING = ("load", "prove")
 
 
 class Lifeline:
@@ -198,6 +199,9 @@ class Lifeline:
                 if now >= next_beat:
                     self._forgive(now - next_beat)
                     self._line.send(Frame(Kind.BEAT))
+                    if self.world_phase in _LOADING:
+                        # how much it has read is news all the time
+                        self._line.send(Frame(Kind.SPANS, pack_spans(self._phases)))
                     self._look_for_silence(now)
                     next_beat = now + self._meeting.period / 2
 

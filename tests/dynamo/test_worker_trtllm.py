@@ -118,9 +118,8 @@ def test_answers_drains_and_ends_with_zero(
     # flags that only dynamo.trtllm knows
     passed_on = ("--publish-kv-events", "--kv-block-size", "16")
     page = tmp_path / "start.html"
-    worker = start(
-        *passed_on, "--timeline", str(page), UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug"
-    )
+    flags = ("--timeline", str(page), "--progress-interval", "0.5", *passed_on)
+    worker = start(*flags, UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug")
     ready = worker.ready()
     assert (ready["ranks"], ready["endpoint"]) == (RANKS, "dyn://dynamo.backend.generate")
     assert set(ready["phases"]) >= {"load", "prove"}
@@ -145,6 +144,11 @@ def test_answers_drains_and_ends_with_zero(
     assert f"rank2 run mgmn worker node with mpi_world_size: {RANKS} ..." in text
     assert f"rank0 run mgmn leader node with mpi_world_size: {RANKS} ..." in text
     assert f"gpus_per_node {RANKS}" in text
+    # what the engine does on a rank isn't seen, so nobody is said to be through
+    assert re.search(
+        rf"rank 0 on \S+: load \d+ s, {RANKS} ranks have read [\d.]+ MB, the least \S+ \(rank \d\): [\d.]+ MB\n", text
+    )
+    assert re.search(r"dynamo_mpi: rank 2 on \S+: phase load\n", text)
     assert not [secret for secret in secrets if secret in text]
     (drawn,) = read_starts(page)
     assert (drawn.outcome, drawn.engine, len(drawn.ranks)) == ("ended", "trtllm", RANKS)

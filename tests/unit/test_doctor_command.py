@@ -189,7 +189,7 @@ def test_the_first_error_decides_the_code_and_the_text_has_cures() -> None:
         "          two",
         "  needed: three",
         "  do:     four",
-        "error   c: http://h",
+        "error   c: http://<redacted>@h",
         "  needed: five",
         "  do:     six",
     ]
