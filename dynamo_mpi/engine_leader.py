@@ -153,6 +153,7 @@ class EngineLeader:
                         self._on_in_flight,
                     )
                 )
+            departure.finish()
         except (EngineError, DeadlineError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise

@@ -187,6 +187,7 @@ def test_with_an_nkey_or_a_credentials_file(line: Make, said: list[str], tmp_pat
             sending.send(message(1))
             sending.flush(10)
             assert time.monotonic() - begin < 9, "NATS has confirmed it"
+            sending.close(10)
             assert said == []
 
 
