@@ -13,7 +13,7 @@ from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import unpack
-from dynamo_mpi.follower import GO, build_part, load_part, report_of
+from dynamo_mpi.follower import GO, build_part, late_for, load_part, report_of
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.serving.ready import forget
 from dynamo_mpi.serving.service import Registration, run, serve
@@ -105,7 +105,8 @@ class EngineLeader:
 
     def _agree(self, error: Exception | None, cards: Sequence[Card]) -> ExitCode:
         """Gather what went wrong anywhere, and tell all ranks to go on or to leave."""
-        failures = failures_of(self._world.gather(report_of(error)))
+        with late_for(error, self._guard.end):
+            failures = failures_of(self._world.gather(report_of(error)))
         if not failures:
             self._world.broadcast(GO)
             return ExitCode.OK

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from dynamo_mpi.preflight.inquiry import Inquiry, fill_card, host_name
 from dynamo_mpi.talk import Voice
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mpi4py import MPI
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 STOP, GO = b"S", b"G"
 # of a life with TensorRT-LLM, what all ranks do together
 _SHARED = ("prove", "serve", "drain")
+# ranks that go on reading their weights come to it after minutes, maybe: then there is no hurry, and nothing to agree on either
+_AGREE_SECONDS = 10.0
 PARTING_SECONDS = 20.0
 """How long rank 0 waits for all ranks to come to their end; longer than it gives the engine to close."""
 
@@ -144,11 +147,30 @@ def _follow_engine(world: World, launch: Launch, spec: EngineSpec, lifeline: Lif
 
 def _agree(world: World, lifeline: Lifeline, error: Exception | None) -> bytes:
     """Tell rank 0 how it went, and hear whether to stop: then what it has said, else nothing."""
-    world.gather(report_of(error))
-    if error is not None:
-        lifeline.record(error)
-    message = world.broadcast()
+    with late_for(error, lifeline.fail):
+        world.gather(report_of(error))
+        if error is not None:
+            lifeline.record(error)
+        message = world.broadcast()
     return message if message[:1] == STOP else b""
+
+
+@contextmanager
+def late_for(error: Exception | None, fail: Callable[[Exception], object]) -> Iterator[None]:
+    """End the world by ``fail`` where the others don't come to hear of ``error`` soon: they may wait for this rank in what it has left."""
+    if error is None:
+        yield
+        return
+    # before the verdict, every file that a rank opens counts
+    import threading
+
+    timer = threading.Timer(_AGREE_SECONDS, fail, (error,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def build_part(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> tuple[Engine | None, Exception | None]:

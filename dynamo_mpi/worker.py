@@ -101,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reporter is not None:
         reporter.tell("rank", str(world.rank))
     try:
+        # what it imports is a part of it
+        phases.begin("preflight")
         if world.rank == 0:
             from dynamo_mpi.leader import lead
             from dynamo_mpi.observe.display import Display

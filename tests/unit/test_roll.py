@@ -135,3 +135,16 @@ def test_phases_keep_their_spans_and_tell_of_every_change() -> None:
     assert serve.lasted is None
     assert phases.current == "serve"
     assert len(seen) == 6
+
+
+def test_a_phase_that_goes_on_is_not_begun_again() -> None:
+    phases = Phases()
+    heard: list[str] = []
+    phases.listen(heard.append)
+    phases.begin("preflight")
+    with phases.enter("preflight"):
+        assert len(phases.spans) == 1
+    (span,) = phases.spans
+    assert span.lasted is not None
+    assert phases.durations["preflight"] <= span.lasted
+    assert heard == ["preflight"]
