@@ -44,7 +44,7 @@ def check_gpus(rows: Sequence[HostRow], needs: Needs) -> list[Finding]:
         return findings
     for rule in (check_alike, check_counts, check_drivers, check_instances):
         findings += rule(rows)
-    return [*findings, *check_busy(rows, needs)]
+    return findings if needs.memory_later else [*findings, *check_busy(rows, needs)]
 
 
 def check_alike(rows: Sequence[HostRow]) -> Iterator[Finding]:
@@ -150,7 +150,7 @@ def check_busy(rows: Sequence[HostRow], needs: Needs) -> Iterator[Finding]:
         needed = needs.weights[row.rank] if row.rank < len(needs.weights) else 0
         if gpu.free_bytes < needed:
             full.append(f"{told}, its weights take {gib(needed)}; {_holders(gpu)}")
-        elif gpu.used_bytes > min(_BUSY_BYTES, gpu.total_bytes * _BUSY_SHARE):
+        elif is_busy(gpu):
             busy.setdefault(gpu.uuid, f"{told}; {_holders(gpu)}")
     fix = "end the processes that hold it, or take other nodes; nvidia-smi on the node shows them"
     if full:
@@ -162,6 +162,11 @@ def check_busy(rows: Sequence[HostRow], needs: Needs) -> Iterator[Finding]:
         message = f"{counted(len(busy), 'GPU')} {'is' if len(busy) == 1 else 'are'} in use by others"
         needed_text = "free GPUs: the fullest one decides how many tokens the KV cache holds on all ranks"
         yield warning("V2", message, found=lines([*busy.values()]), needed=needed_text, fix=fix)
+
+
+def is_busy(gpu: GpuFacts) -> bool:
+    """Does somebody compute on a GPU?"""
+    return gpu.used_bytes > min(_BUSY_BYTES, gpu.total_bytes * _BUSY_SHARE)
 
 
 def _holders(gpu: GpuFacts) -> str:
