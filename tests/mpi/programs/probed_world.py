@@ -88,7 +88,7 @@ def main() -> None:
     world = form_world()
     plan = ProbePlan.unpack(sys.argv[1])
     if world.rank == 0:
-        code = lead(world, plan, phases, (sys.argv[3:] or [None])[0], strict=sys.argv[2] == "strict")
+        code = lead(world, plan, phases, sys.argv[3] if len(sys.argv) > 3 else None, strict=sys.argv[2] == "strict")
     else:
         code = follow(world, plan, phases)
     # as a worker does: a launcher ends the rest when the first leaves with an error
