@@ -21,6 +21,7 @@ from dynamo_mpi.probe.steps import steps_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.probe.part import Case, Outcome
@@ -86,9 +87,9 @@ def _code_of(found: Sequence[Finding]) -> ExitCode:
     return ExitCode.USAGE if found[0].rule == "V2" else ExitCode.TEMPORARY
 
 
-def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str]) -> list[bytes]:
+def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str], spec: EngineSpec | None = None) -> list[bytes]:
     """Run this rank's part of all probes. Collective; rank 0 gets all answers, the others nothing."""
-    part = Part(world, plan, environ, time.monotonic())
+    part = Part(world, plan, environ, time.monotonic(), spec)
     values: list[str] = []
     for name in plan.names:
         answer = import_module(_MODULES[name]).measure(part)
@@ -96,7 +97,15 @@ def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str]) -> list
     return world.gather(pack(values))
 
 
-def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, str], *, strict: bool) -> Report:
+def lead_probes(
+    world: World,
+    case: Case,
+    guard: Guard,
+    environ: Mapping[str, str],
+    spec: EngineSpec | None = None,
+    *,
+    strict: bool,
+) -> Report:
     """Run them as rank 0, and judge.
 
     Args:
@@ -104,6 +113,7 @@ def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, st
         case: what to judge by, with the plan.
         guard: ends a world that hangs in a probe.
         environ: rank 0's environment.
+        spec: the engine that will be built.
         strict: warnings are errors.
     """
     began = time.monotonic()
@@ -111,7 +121,7 @@ def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, st
     seconds = allowed_seconds(plan)
     late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
     with late, _watched(guard, case, seconds):
-        answers = take_part(world, plan, environ)
+        answers = take_part(world, plan, environ, spec)
     outcomes: dict[str, Outcome] = {}
     for name, told in _by_probe(plan, answers).items():
         earlier = {before: outcome.figures for before, outcome in outcomes.items()}

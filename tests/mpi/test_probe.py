@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT, Mpirun
 from tests.dynamo.running import eventually
 from tests.fault_traces import processes_with
+from tests.servers import running_etcd
 
 pytestmark = pytest.mark.mpi
 PROGRAM = Path(__file__).parent / "programs" / "probed_world.py"
@@ -70,6 +71,17 @@ def test_a_rank_that_stops_is_named_at_the_deadline(mpirun: Mpirun, tmp_path: Pa
     assert "does not answer" in said
     assert "ranks 0, 3 on " in said.partition("; ")[2], "its neighbours wait for it"
     eventually(lambda: not processes_with(f"{mark}\0"), "no process is left", 5)
+
+
+def test_a_worker_that_is_not_to_go_on_leaves_in_order(mpirun: Mpirun, tmp_path: Path, model_dir: Path) -> None:
+    flags = ("--model", str(model_dir), "--tp-size", "3", "--probe", "fabric", "--failure-dir", str(tmp_path))
+    with running_etcd() as url:
+        done = mpirun.worker(3, *flags, env={**fault("rank1:probe:corrupt"), "ETCD_ENDPOINTS": url})
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("error in probe: 1 error, nothing was loaded\n") == 1
+    assert "error N1: data are wrong when they arrive: rank 1 on " in done.stderr
+    report = json.loads((tmp_path / "backend-rank-0.json").read_text())
+    assert (report["phase"], report["exit_code"]) == ("probe", 75)
 
 
 def test_a_rank_that_is_late_is_no_finding(mpirun: Mpirun) -> None:
