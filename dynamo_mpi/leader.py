@@ -21,9 +21,10 @@ from dynamo_mpi.observe.speech import speech
 from dynamo_mpi.onlookers import Onlookers
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
-from dynamo_mpi.preflight.roster import hosts
+from dynamo_mpi.preflight.roster import hosts, ranks_by_host
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
+from dynamo_mpi.probe.plan import ProbePlan, plan_probes
 from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
@@ -128,8 +129,12 @@ class Leader:
             except BootstrapError as error:
                 self._onlookers.refuse(error)
                 return self._stop(f"error: {error}", error.exit_code)
-            spec = engine_spec(settings, plan)
+            probes = plan_probes(settings, verdict.subject.layout, ranks_by_host(cards))
+            spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
+        if spec.probe and (refused := self._probe(settings, verdict, spec, cards, guard)):
+            guard.close()
+            return refused
         if settings.engine == "trtllm":
             code = self._lead_trtllm(settings, plan, cards, guard)
         else:
@@ -151,6 +156,26 @@ class Leader:
         guard.close()
         self._onlookers.finish()
         return code
+
+    def _probe(
+        self, settings: Settings, verdict: Verdict, spec: EngineSpec, cards: Sequence[Card], guard: Guard
+    ) -> ExitCode:
+        """Ask the hardware, with all ranks, and tell them whether to go on."""
+        from dynamo_mpi.probe.part import Case
+        from dynamo_mpi.probe.phase import lead_probes
+
+        with self._phases.enter("probe"):
+            case = Case(ProbePlan.unpack(spec.probe), cards, verdict.subject.cluster.gpu, verdict.weights)
+            report = lead_probes(self._world, case, guard, os.environ, spec, strict=settings.probe_strict)
+            self._phases.own_part_done()
+            if (error := report.error) is not None:
+                guard.report(error)
+                self._dismiss(error.exit_code)
+                return error.exit_code
+            self._voice.say(report.text)
+            self._onlookers.tell_probe(report.figures)
+            self._world.broadcast(GO)
+        return ExitCode.OK
 
     def _guard_with(self, settings: Settings, cards: Sequence[Card]) -> Guard:
         """Begin to watch over the ranks, which have to be told where."""

@@ -5,7 +5,7 @@ the picture of its start, and its user at the terminal."""
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.observe.trace import trace_of
@@ -108,6 +108,11 @@ class Onlookers:
         self._display.in_flight = requests
         if self._publicity is not None:
             self._publicity.presence.tell_in_flight(requests)
+
+    def tell_probe(self, figures: dict[str, Any]) -> None:
+        """Show what the probes have measured."""
+        if self._publicity is not None:
+            self._publicity.presence.tell_probe(figures)
 
     def tell_instance(self, instance: int) -> None:
         """Show Dynamo's instance, which has been registered by now."""

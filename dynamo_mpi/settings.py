@@ -24,6 +24,7 @@ from dynamo_mpi.options import (
     to_endpoint,
     to_name,
     to_path,
+    to_probes,
     to_role,
     to_seconds,
     to_switch,
@@ -158,6 +159,33 @@ OPTIONS: tuple[Option, ...] = (
         "seconds that etcd and NATS have to answer",
     ),
     Option(
+        "probe",
+        ("--probe",),
+        ("DYN_MPI_PROBE",),
+        "auto",
+        to_probes,
+        "what of the hardware is asked before anything is loaded: gpu, fabric, separated by commas, or none; auto is both where the engine "
+        "runs on GPUs, none otherwise",
+    ),
+    Option(
+        "probe_strict",
+        ("--probe-strict",),
+        ("DYN_MPI_PROBE_STRICT",),
+        False,
+        to_switch,
+        "what the probes find ends the worker (75), instead of being told",
+        switch=True,
+    ),
+    Option(
+        "probe_seconds",
+        ("--probe-seconds",),
+        ("DYN_MPI_PROBE_SECONDS",),
+        30.0,
+        to_seconds,
+        "seconds for ranks to reach each other and be measured; who hangs after them ends the worker (124). Half of them more for memory "
+        "of an earlier step to be given back, and for NCCL to be started",
+    ),
+    Option(
         "load_timeout",
         ("--load-timeout",),
         ("DYN_MPI_LOAD_TIMEOUT",),
@@ -290,6 +318,9 @@ class Settings:
     no_peer_check: bool
     ready_file: Path | None
     probe_timeout: float
+    probe: str
+    probe_strict: bool
+    probe_seconds: float
     load_timeout: float
     prove_timeout: float
     drain_timeout: float

@@ -122,6 +122,10 @@ class Presence:
         """Have the record name the trace that the worker belongs to."""
         self._update(trace=traceparent)
 
+    def tell_probe(self, figures: dict[str, Any]) -> None:
+        """Have the record say what the probes have measured."""
+        self._update(probe=figures)
+
     def withdraw(self) -> None:
         """Take the record away, in a second at the most. Does not raise, and may be called from a signal's handler."""
         if self._keeper is not None:

@@ -89,6 +89,7 @@ class WorldRecord:
         progress: of the phase; None where there is nothing to tell.
         system: URL of ``/health``, ``/live`` and ``/metrics``; None where they aren't served.
         trace: the W3C ``traceparent`` it runs under.
+        probe: what the probes have measured, by probe; None where none ran.
     """
 
     role: str
@@ -116,6 +117,7 @@ class WorldRecord:
     progress: Progress | None = None
     system: str | None = None
     trace: str | None = None
+    probe: dict[str, Any] | None = None
 
     def pack(self) -> bytes:
         """Encode as JSON."""
@@ -144,6 +146,7 @@ class WorldRecord:
             layout=read_fields(RecordedLayout, content.get("layout")),
             contract=None if contract is None else read_fields(Contract, contract),
             progress=None if progress is None else read_fields(Progress, progress),
+            probe=probe if isinstance(probe := content.get("probe"), dict) else None,
         )
 
     @property

@@ -52,7 +52,7 @@ def _value(field: Field[Any]) -> dict[str, Any]:
     if field.type == "tuple[str, ...]":
         return {"type": "array", "items": {"type": "string"}}
     if str(field.type).startswith("dict["):
-        return {"type": "object"}
+        return {"type": ["object", "null"] if str(field.type).endswith("| None") else "object"}
     first, *rest = str(field.type).split(" | ")
     found = _TYPES.get(first)
     if found is not None:

@@ -20,6 +20,7 @@ _WAITS_FOR = {
     "environment": "this rank to start MPI",
     "world": "all ranks of all nodes to start MPI",
     "preflight": "rank 0's verdict",
+    "probe": "the GPUs and the ways between the ranks to be asked",
     "load": "all ranks to load the model",
     "prove": "the first completion over all ranks",
     "register": "Dynamo's registration",

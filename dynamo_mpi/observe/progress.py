@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.roll import Progress
 
 MOST_SECONDS = 300.0
-WATCHED = ("load", "prove", "register")
+WATCHED = ("probe", "load", "prove", "register")
 """Phases of a world that may take long enough for somebody to ask."""
 
 

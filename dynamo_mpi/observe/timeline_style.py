@@ -49,6 +49,7 @@ LIGHT = Scheme(
         "#332288",  # environment
         "#a8328f",  # world
         "#7a6200",  # preflight
+        "#800040",  # probe
         "#0a6ebd",  # load
         "#b84a00",  # prove
         "#4b2a7b",  # register
@@ -71,6 +72,7 @@ DARK = Scheme(
         "#8f8cf0",
         "#f09ad8",
         "#d9b83a",
+        "#ff6080",
         "#46a3e6",
         "#ff9a56",
         "#b08cf5",

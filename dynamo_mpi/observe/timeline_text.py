@@ -22,6 +22,7 @@ LETTERS = {
     "environment": "e",
     "world": "w",
     "preflight": "p",
+    "probe": "b",
     "load": "L",
     "prove": "v",
     "register": "r",

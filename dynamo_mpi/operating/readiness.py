@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _PAIR = frozenset({"prefill", "decode"})
 # in the order in which a worker comes to them
-_ORDER = ("environment", "world", "preflight", "load", "prove", "register", "serve")
+_ORDER = ("environment", "world", "preflight", "probe", "load", "prove", "register", "serve")
 
 
 class Lack(NamedTuple):

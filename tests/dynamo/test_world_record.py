@@ -338,3 +338,17 @@ def test_what_dynamos_runtime_would_try_for_two_minutes_is_refused_before_the_lo
     assert wrong.wait() == 77, wrong.text()
     assert "etcd refuses user worker" in wrong.text()
     assert PASSWORDS["root"] not in wrong.text()
+
+
+@pytest.mark.parametrize("engine", ["reference", "trtllm"])
+def test_what_the_probes_have_measured_stands_in_it(engine: str, etcd: EtcdServer, start: Start) -> None:
+    worker = start("agg", "--probe", "fabric", engine=engine)
+    worker.ready()
+    (record,) = etcd.worlds()
+    assert record.probe is not None
+    assert list(record.probe) == ["fabric", "seconds"]
+    assert record.probe["fabric"]["over"] == "mpi"
+    assert min(record.probe["fabric"]["kinds"]["exchange near"]["gbps"]) > 0
+    assert "probe: " in worker.text()
+    terminate(worker)
+    assert phases(etcd)[:3] == ["preflight", "probe", "load"]

@@ -48,8 +48,9 @@ def start_of(
     own = [load * chance.uniform(0.9, 1.05) * (1.28 if rank == slow else 1.0) for rank in range(ranks)]
     births = [chance.uniform(0.0, 1.5) for _ in range(ranks)]
     joined, judged = max(births) + 4.0, max(births) + 6.0
-    loaded = judged + max(own)
-    stopped = None if failed is None else judged + load * 0.6
+    probed = judged + 3.0
+    loaded = probed + max(own)
+    stopped = None if failed is None else probed + load * 0.6
     told = []
     for rank, birth in enumerate(births):
         spans = [
@@ -57,13 +58,14 @@ def start_of(
             Span("environment", 0.0, None, 0.02),
             Span("world", 0.02, None, joined - birth - 0.02),
             Span("preflight", joined - birth, 0.7, judged - joined),
+            Span("probe", judged - birth, 2.4, probed - judged),
         ]
-        load_began = judged - birth
+        load_began = probed - birth
         if stopped is not None:
-            done = own[rank] if own[rank] < stopped - judged else None
-            spans.append(Span("load", load_began, stopped - judged if rank == failed else done, None))
+            done = own[rank] if own[rank] < stopped - probed else None
+            spans.append(Span("load", load_began, stopped - probed if rank == failed else done, None))
         else:
-            spans.append(Span("load", load_began, own[rank], loaded - judged))
+            spans.append(Span("load", load_began, own[rank], loaded - probed))
             spans.append(Span("prove", loaded - birth, 0.9, 3.0))
             spans.append(Span("register", loaded - birth + 3.0, None, 1.6))
             spans.append(Span("serve", loaded - birth + 4.6, None, serving))
