@@ -43,11 +43,13 @@ class Report(NamedTuple):
         findings: of all probes.
         figures: by probe; and ``seconds``, of the whole phase.
         lines: the figures in a few words.
+        code: what an error ends the world with, unless the probe hangs.
     """
 
     findings: tuple[Finding, ...]
     figures: dict[str, Any]
     lines: tuple[str, ...]
+    code: ExitCode = ExitCode.TEMPORARY
 
     @property
     def error(self) -> BootstrapError | None:
@@ -59,7 +61,7 @@ class Report(NamedTuple):
         if stuck is not None:
             return StuckError.of(stuck)
         count = "1 error" if len(found) == 1 else f"{len(found)} errors"
-        return ProbeError(f"{count}, nothing was loaded\n{render(found)}", _code_of(found))
+        return ProbeError(f"{count}, nothing was loaded\n{render(found)}", self.code)
 
     @property
     def text(self) -> str:
@@ -80,11 +82,6 @@ class ProbeError(TemporaryError):
     def __init__(self, found: str, code: ExitCode) -> None:
         super().__init__(found)
         self.exit_code = code
-
-
-def _code_of(found: Sequence[Finding]) -> ExitCode:
-    """The preflight's own code where one of its rules found it; else 75: another allocation is the cure."""
-    return ExitCode.USAGE if found[0].rule == "V2" else ExitCode.TEMPORARY
 
 
 def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str], spec: EngineSpec | None = None) -> list[bytes]:
@@ -127,11 +124,14 @@ def lead_probes(
         earlier = {before: outcome.figures for before, outcome in outcomes.items()}
         outcomes[name] = _judge(name, told, case._replace(earlier=earlier))
     findings = [finding for outcome in outcomes.values() for finding in outcome.findings]
+    # the preflight's own code for what it would have refused; else another allocation is the cure
+    refused = any(finding.rule == "V2" for finding in errors(findings))
     if strict:
         findings = [finding if finding.severity is not Severity.WARNING else _as_error(finding) for finding in findings]
     figures: dict[str, Any] = {name: dict(outcome.figures) for name, outcome in outcomes.items()}
     figures["seconds"] = round(time.monotonic() - began, 3)
-    return Report(tuple(findings), figures, tuple(outcome.line for outcome in outcomes.values() if outcome.line))
+    lines = tuple(outcome.line for outcome in outcomes.values() if outcome.line)
+    return Report(tuple(findings), figures, lines, ExitCode.USAGE if refused else ExitCode.TEMPORARY)
 
 
 def allowed_seconds(plan: ProbePlan) -> float:

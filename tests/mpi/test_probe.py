@@ -129,5 +129,25 @@ def test_the_gpus_of_all_ranks_are_judged_together(mpirun: Mpirun, tmp_path: Pat
     ]
 
 
+@pytest.mark.parametrize(("weights", "code"), [(0, 75), (70, 64)])
+def test_memory_that_is_not_given_back_has_the_code_of_who_has_to_act(
+    weights: int, code: int, mpirun: Mpirun, tmp_path: Path
+) -> None:
+    """Somebody else's process is gone on other nodes; weights that don't fit, with what is free on these, are the preflight's to refuse."""
+    node = tmp_path / "node.json"
+    held = {"free": 60 << 30, "used": 19 << 30, "processes": [[42, 19 << 30]]}
+    node.write_text(json.dumps({"driver": "580.1", "cuda": 13000, "gpus": gpus({}, held)}))
+    environment = {
+        "PYNVML_STANDIN": str(node),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'standins'}",
+        "WEIGHTS": f"{weights << 30}",
+    }
+    done = mpirun(2, PROGRAM, "gpu|1.0|nccl|node=0,1", "strict", env=environment)
+    assert done.returncode == code, done.stderr
+    assert "error V2: " in done.stderr
+    assert "pid 42 holds 19.0 GiB" in done.stderr
+    assert told(done)["figures"]["gpu"]["waited"] >= 0.4
+
+
 def host(done: Done) -> str:
     return done.stderr.partition("dynamo_mpi: rank 0 on ")[2].partition(":")[0]
