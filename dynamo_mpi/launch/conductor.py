@@ -158,8 +158,9 @@ class Conductor:
                         fix="--run-dir on a file system that the nodes and this host share",
                     )
             self._pause()
-        self._url = str(content.get("url", ""))
-        self._say(f"services on {content.get('host')}: etcd, NATS, frontend at {self._url}")
+        self._url = str(content.get("url") or "")
+        frontend = f"frontend at {self._url}" if self._url else "no frontend"
+        self._say(f"services on {content.get('host')}: etcd, NATS, {frontend}")
         return {str(name): str(value) for name, value in content.get("environment", {}).items()}
 
     def _start(self, command: Command) -> Step:
@@ -216,6 +217,9 @@ class Conductor:
     def _announce(self) -> None:
         """Say that it serves, once the frontend lists the model; it hears of workers a moment later than we."""
         name = self._settings.served_model_name
+        if not self._url:
+            self._say("ready, as its workers say; a frontend finds them with what services.json says")
+            return
         began = time.monotonic()
         models = listed_models(self._url)
         while not models and time.monotonic() < began + (REACHED_SECONDS if models is None else LISTED_SECONDS):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.launch.run_dir import RunDir
     from dynamo_mpi.launch.steps import Endings, Step
 
+# what rank 0 says last of an orderly life
+GOODBYE = "exit: done"
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 # what a further start doesn't mend
 MISTAKES = frozenset(
@@ -139,6 +141,10 @@ class Workers:
 
     def _ended(self, worker: Worker, step: Step, code: int) -> None:
         step.child.kill()  # what a launcher that was killed has left on this host
+        if code == ExitCode.OK and self._run_dir.is_ready(worker.name) and GOODBYE not in step.last_words(200):
+            # a worker that ends in order takes its ready file away; mpirun of Open MPI 5 has no other word for a host that it has lost
+            self._say(f"{worker.name}: its launcher ended with 0, and its ranks without a word: a host may be lost")
+            code = ExitCode.TEMPORARY
         if code == ExitCode.OK:
             self._say(f"{worker.name}: ended with 0, as somebody wanted; it isn't started again")
             return

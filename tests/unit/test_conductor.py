@@ -256,6 +256,18 @@ def test_a_worker_that_was_drained_leaves_the_others(run: Run) -> None:
     assert (code, "ending prefill-0" in said) == (143, True)
 
 
+def test_a_launcher_that_calls_a_lost_host_success_is_not_believed(run: Run) -> None:
+    ready = SERVE.split(";")[0]
+    code, said = run(decode=f"{ready}; sleep 0.3; exit 0")
+    assert (code, "decode-0: its launcher ended with 0" in said) == (75, True)
+    # a folder whose file system is late to show that the file has gone
+    goodbye = "echo 'dynamo_mpi: rank 0 on n: exit: done after 1.0 s'"
+    code, said = run(
+        "decode-0: ended with 0", raise_signal(signal.SIGTERM), decode=f"{ready}; sleep 0.3; {goodbye}; exit 0"
+    )
+    assert code == 143
+
+
 def test_when_all_workers_have_ended_it_is_done(run: Run) -> None:
     code, said = run(prefill="exit 0", decode="exit 0")
     assert (code, "all workers have ended" in said) == (0, True)
