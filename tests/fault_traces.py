@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import threading
@@ -101,15 +100,6 @@ def find_child(pids: Sequence[int]) -> int:
             if words[1:3] == [b"-m", b"dynamo.trtllm"]:
                 return pid
     return 0
-
-
-def shared_memory_of(pids: Sequence[int]) -> set[str]:
-    """Return the files in /dev/shm that these processes have mapped."""
-    names: set[str] = set()
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            names.update(re.findall(r"(/dev/shm/\S+)$", Path(f"/proc/{pid}/maps").read_text(), re.M))
-    return names
 
 
 def why_no_memory_limit() -> str:

@@ -18,7 +18,7 @@ from dynamo_mpi.control_plane.etcd import Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.last_failure import LastFailure, failures_of
 from dynamo_mpi.services.frontend import Frontend
-from tests.dynamo.running import EtcdServer, RunningWorker, running_frontend
+from tests.dynamo.running import EtcdServer, RunningWorker, running_frontend, shared_memory_of
 from tests.fault_cases import CHILD, STREAMS, TOKENS, Case, Outcome, run_case
 from tests.fault_traces import (
     PROGRAMS,
@@ -28,7 +28,6 @@ from tests.fault_traces import (
     find_child,
     processes_with,
     read_reports,
-    shared_memory_of,
 )
 
 RANKS = 3

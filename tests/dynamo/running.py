@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,15 @@ def eventually(read: Callable[[], T | None], what: str, seconds: float = 60) -> 
         if time.monotonic() > end:
             raise AssertionError(f"not within {seconds} s: {what}; last seen: {value!r}")
         time.sleep(0.02)
+
+
+def shared_memory_of(pids: Sequence[int]) -> set[str]:
+    """Return the files in /dev/shm that these processes have mapped."""
+    names: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            names.update(re.findall(r"(/dev/shm/\S+)$", Path(f"/proc/{pid}/maps").read_text(), re.M))
+    return names
 
 
 class NatsServer:
@@ -252,11 +262,16 @@ class RunningWorker:
         return self.process.wait(seconds)
 
     def stop(self) -> None:
-        """End it and everything it started."""
-        for pid in session_members(self.process.pid):
+        """End it and everything it started, and the memory that an mpirun which is killed leaves."""
+        members = session_members(self.process.pid)
+        shared = shared_memory_of(members)
+        for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        for path in shared:
+            if "_segment." in path:  # Open MPI's
+                Path(path).unlink(missing_ok=True)
 
 
 def system_port() -> int:
