@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,9 @@ def follow(
         fault.follow(lifeline)
     signals.begin(lifeline.pass_on)
     try:
-        code = _follow(world, launch, EngineSpec.unpack(packed), lifeline, phases)
+        spec = EngineSpec.unpack(packed)
+        stopped = _probe(world, spec, phases) if spec.probe else None
+        code = _follow(world, launch, spec, lifeline, phases) if stopped is None else stopped
     except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
         lifeline.fail(error)
     with phases.enter("exit"):
@@ -91,6 +94,18 @@ def follow(
     signals.close()
     lifeline.close()
     return code
+
+
+def _probe(world: World, spec: EngineSpec, phases: Phases) -> int | None:
+    """Take part in the probes; return the exit code where rank 0 has found the hardware not to be as it has to be."""
+    from dynamo_mpi.probe.phase import take_part
+    from dynamo_mpi.probe.plan import ProbePlan
+
+    with phases.enter("probe"):
+        take_part(world, ProbePlan.unpack(spec.probe), os.environ)
+        phases.own_part_done()
+        message = world.broadcast()
+    return message[1] if message[:1] == STOP else None
 
 
 def _follow(world: World, launch: Launch, spec: EngineSpec, lifeline: Lifeline, phases: Phases) -> int:

@@ -16,9 +16,10 @@ from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
-from dynamo_mpi.preflight.roster import hosts
+from dynamo_mpi.preflight.roster import hosts, ranks_by_host
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
+from dynamo_mpi.probe.plan import plan_probes
 from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.preflight.verdict import Plan, Verdict
+    from dynamo_mpi.probe.plan import ProbePlan
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
@@ -102,8 +104,12 @@ class Leader:
                 guard = self._guard_with(settings, cards)
             except BootstrapError as error:
                 return self._stop(f"error: {error}", error.exit_code)
-            spec = engine_spec(settings, plan)
+            probes = plan_probes(settings, verdict.subject.layout, ranks_by_host(cards))
+            spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
+        if probes is not None and (refused := self._probe(settings, verdict, probes, cards, guard)):
+            guard.close()
+            return refused
         if settings.engine == "trtllm":
             code = self._lead_trtllm(settings, plan, cards, guard)
         else:
@@ -123,6 +129,27 @@ class Leader:
             code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
         return code
+
+    def _probe(
+        self, settings: Settings, verdict: Verdict, plan: ProbePlan, cards: Sequence[Card], guard: Guard
+    ) -> ExitCode:
+        """Ask the hardware, with all ranks, and tell them whether to go on."""
+        from dynamo_mpi.probe.part import Case
+        from dynamo_mpi.probe.phase import lead_probes
+
+        with self._phases.enter("probe"):
+            case = Case(plan, cards, verdict.subject.cluster.gpu, verdict.weights)
+            report = lead_probes(self._world, case, guard, os.environ, strict=settings.probe_strict)
+            self._phases.own_part_done()
+            if (error := report.error) is not None:
+                guard.report(error)
+                self._dismiss(error.exit_code)
+                return error.exit_code
+            self._voice.say(report.text)
+            if self._presence is not None:
+                self._presence.tell_probe(report.figures)
+            self._world.broadcast(GO)
+        return ExitCode.OK
 
     def _guard_with(self, settings: Settings, cards: Sequence[Card]) -> Guard:
         """Begin to watch over the ranks, which have to be told where."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 MAX_SECONDS = 1e8
+PROBES = ("gpu", "fabric")
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,16 @@ def to_name(text: str) -> str:
 def to_role(text: str) -> str:
     """Read a role, by Dynamo's other names for an aggregated worker too."""
     return {"pd": "agg", "prefill_and_decode": "agg", "aggregated": "agg"}.get(text, text)
+
+
+def to_probes(text: str) -> str:
+    """Read which probes run: some of `PROBES` in their order, or ``auto`` or ``none`` alone."""
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    if names in (["auto"], ["none"]):
+        return names[0]
+    if not names or set(names) - set(PROBES):
+        raise ValueError(f"auto, none, or some of {', '.join(PROBES)}, separated by commas")
+    return ",".join(name for name in PROBES if name in names)
 
 
 def to_endpoint(text: str) -> str:

@@ -23,6 +23,7 @@ from dynamo_mpi.options import (
     to_endpoint,
     to_name,
     to_path,
+    to_probes,
     to_role,
     to_seconds,
     to_switch,
@@ -157,6 +158,33 @@ OPTIONS: tuple[Option, ...] = (
         "seconds that etcd and NATS have to answer",
     ),
     Option(
+        "probe",
+        ("--probe",),
+        ("DYN_MPI_PROBE",),
+        "auto",
+        to_probes,
+        "what of the hardware is asked before anything is loaded: gpu, fabric, separated by commas, or none; auto is both where the engine "
+        "runs on GPUs, none otherwise",
+    ),
+    Option(
+        "probe_strict",
+        ("--probe-strict",),
+        ("DYN_MPI_PROBE_STRICT",),
+        False,
+        to_switch,
+        "what the probes find ends the worker (75), instead of being told",
+        switch=True,
+    ),
+    Option(
+        "probe_seconds",
+        ("--probe-seconds",),
+        ("DYN_MPI_PROBE_SECONDS",),
+        30.0,
+        to_seconds,
+        "seconds for all probes together; one that hangs then ends the worker (124), and memory of an earlier step is waited for as "
+        "long as half of them",
+    ),
+    Option(
         "load_timeout",
         ("--load-timeout",),
         ("DYN_MPI_LOAD_TIMEOUT",),
@@ -288,6 +316,9 @@ class Settings:
     no_peer_check: bool
     ready_file: Path | None
     probe_timeout: float
+    probe: str
+    probe_strict: bool
+    probe_seconds: float
     load_timeout: float
     prove_timeout: float
     drain_timeout: float

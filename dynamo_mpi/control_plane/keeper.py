@@ -8,7 +8,7 @@ import queue
 import threading
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.control_plane.etcd import LeaseLostError
 from dynamo_mpi.control_plane.record import record_key
@@ -92,6 +92,10 @@ class Keeper:
     def tell_instance(self, instance: str) -> None:
         """Have the record name Dynamo's instance soon. Never waits."""
         self._changes.put(partial(_changed, instance=instance))
+
+    def tell_probe(self, figures: dict[str, Any]) -> None:
+        """Have the record say soon what the probes have measured. Never waits."""
+        self._changes.put(partial(replace, probe=figures))
 
     def withdraw(self) -> None:
         """Take the record away: at once, or with its lease where etcd doesn't answer within a second. From any thread, or a signal's

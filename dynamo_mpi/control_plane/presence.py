@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi import __version__
 from dynamo_mpi.control_plane.etcd import Etcd
@@ -88,6 +88,11 @@ class Presence:
         """Have the record name Dynamo's instance, which has been registered by now."""
         if self._keeper is not None:
             self._keeper.tell_instance(f"{instance:x}")
+
+    def tell_probe(self, figures: dict[str, Any]) -> None:
+        """Have the record say what the probes have measured."""
+        if self._keeper is not None:
+            self._keeper.tell_probe(figures)
 
     def withdraw(self) -> None:
         """Take the record away, in a second at the most. Does not raise, and may be called from a signal's handler."""

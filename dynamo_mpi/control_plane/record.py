@@ -65,6 +65,7 @@ class WorldRecord:
         instance: Dynamo's id of it, which is its lease's, hexadecimal as in etcd; None until it is registered.
         launch: what `dynamo-mpi launch` calls it; None where nobody did.
         attempt: which start of this worker it is, from 1 on.
+        probe: what the probes have measured, by probe; None where none ran.
     """
 
     role: str
@@ -87,6 +88,7 @@ class WorldRecord:
     instance: str | None = None
     launch: str | None = None
     attempt: int = 1
+    probe: dict[str, Any] | None = None
 
     def pack(self) -> bytes:
         """Encode as JSON."""
@@ -114,6 +116,7 @@ class WorldRecord:
             content,
             layout=read_fields(RecordedLayout, content.get("layout")),
             contract=None if contract is None else read_fields(Contract, contract),
+            probe=probe if isinstance(probe := content.get("probe"), dict) else None,
         )
 
     @property

@@ -31,6 +31,7 @@ class EngineSpec(NamedTuple):
         kv_network: where prefill ranks serve KV, as ``--kv-network`` has it; empty for the host's own address.
         kv_keep_seconds: how long a prefill rank keeps KV that nobody fetches.
         kv_pull_seconds: how long fetching the KV of one request may take.
+        probe: what is probed before the engine is built, as `ProbePlan.pack` writes it; empty for nothing.
     """
 
     engine: str
@@ -47,6 +48,7 @@ class EngineSpec(NamedTuple):
     kv_network: str = ""
     kv_keep_seconds: float = 60.0
     kv_pull_seconds: float = 10.0
+    probe: str = ""
 
     def pack(self) -> bytes:
         """Encode for the broadcast."""
@@ -55,7 +57,7 @@ class EngineSpec(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes) -> EngineSpec:
         """Decode what `pack` made."""
-        engine, model_dir, *numbers, role, kv_transport, kv_network, keep_seconds, pull_seconds = unpack(data)
+        engine, model_dir, *numbers, role, kv_transport, kv_network, keep_seconds, pull_seconds, probe = unpack(data)
         tp_size, pp_size, cp_size = map(int, numbers[:3])
         max_batch_size, max_num_tokens, max_seq_len, tokens_per_block = (
             int(size) if size else None for size in numbers[3:]
@@ -75,6 +77,7 @@ class EngineSpec(NamedTuple):
             kv_network,
             float(keep_seconds),
             float(pull_seconds),
+            probe,
         )
 
 

@@ -185,7 +185,7 @@ def _read_all(nvml: Any) -> tuple[tuple[GpuFacts, ...], str]:
     hidden = 0
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
-            gpus.append(_read_gpu(nvml, index))
+            gpus.append(read_gpu(nvml, index))
         except Exception as error:
             if type(error).__name__ == "NVMLError_NoPermission":
                 hidden += 1  # counted, but kept from this process by a cgroup: CUDA doesn't count it
@@ -196,7 +196,16 @@ def _read_all(nvml: Any) -> tuple[tuple[GpuFacts, ...], str]:
     return tuple(gpus), "; ".join(problems)
 
 
-def _read_gpu(nvml: Any, index: int) -> GpuFacts:
+def read_gpu(nvml: Any, index: int) -> GpuFacts:
+    """Read one GPU from NVML, which is open.
+
+    Args:
+        nvml: nvidia-ml-py.
+        index: NVML's number of it.
+
+    Raises:
+        Exception: NVML's own, of a class for each kind.
+    """
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     # version 2 tells the driver's reserve, half a GiB and more, from what processes hold; old drivers don't have it

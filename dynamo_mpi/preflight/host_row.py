@@ -41,10 +41,12 @@ class Needs(NamedTuple):
     Args:
         weights: bytes of each rank's weights, by rank; empty where they aren't known.
         allow_no_gpu: whether the rules about GPUs are left out.
+        memory_later: whether what is free is judged after the verdict, when the GPU probe has waited for it.
     """
 
     weights: tuple[int, ...] = ()
     allow_no_gpu: bool = False
+    memory_later: bool = False
 
 
 def rows_of(cards: Sequence[Card]) -> list[HostRow]:

@@ -32,6 +32,14 @@ def hosts(cards: Sequence[Card]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(card.host for card in cards))
 
 
+def ranks_by_host(ranks: Sequence[Placed]) -> dict[str, list[int]]:
+    """Return each host's ranks, hosts in the order of their first rank."""
+    found: dict[str, list[int]] = {}
+    for rank, place in enumerate(ranks):
+        found.setdefault(place.host, []).append(rank)
+    return found
+
+
 def describe_ranks(ranks: Sequence[int], world: Sequence[Placed]) -> str:
     """Name ranks with their hosts: ``rank 3 on n1``, ``ranks 0-3 on n1 and 4-7 on n2``.
 

@@ -23,6 +23,7 @@ from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion, installed_trtll
 from dynamo_mpi.parallelism.wording import short_name
 from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile, weight_files
 from dynamo_mpi.preflight.roster import check_roster, hosts
+from dynamo_mpi.probe.plan import memory_is_awaited
 from dynamo_mpi.text_files import read_text
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Plan:
         gpu: kind of GPU; None where it wasn't said.
         min_requests: requests of full length that should fit into the KV cache.
         inquiry: what every rank is asked.
+        memory_later: the GPU probe will judge what is free on the GPUs.
     """
 
     shape: ModelShape
@@ -69,6 +71,7 @@ class Plan:
     gpu: str | None
     min_requests: int
     inquiry: Inquiry
+    memory_later: bool = False
 
     @property
     def config(self) -> EngineConfig:
@@ -85,12 +88,14 @@ class Verdict:
         report: for the user; one line when all is well.
         findings: what it rests on.
         subject: the worker that was judged.
+        weights: bytes of each rank's weights; empty where they aren't known.
     """
 
     exit_code: ExitCode
     report: str
     findings: tuple[Finding, ...]
     subject: Subject
+    weights: tuple[int, ...] = ()
 
 
 def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
@@ -152,6 +157,7 @@ def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
             hosts=for_trtllm,
             gpus=for_trtllm and not settings.allow_no_gpu,
         ),
+        memory_later=for_trtllm and memory_is_awaited(settings),
     )
 
 
@@ -192,7 +198,8 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
     where = nodes[0] if len(nodes) == 1 else f"{len(nodes)} nodes ({nodes[0]} … {nodes[-1]})"
     ranks = f"{len(cards)} rank{'' if len(cards) == 1 else 's'}"
     report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}" + (f", {gpu}" if gpu else "")
-    return Verdict(ExitCode.OK, report + (f"\n{told}" if told else ""), tuple(findings), subject)
+    text = report + (f"\n{told}" if told else "")
+    return Verdict(ExitCode.OK, text, tuple(findings), subject, _weights(plan, checked.memory))
 
 
 # The reference engine asks nothing of hosts and GPUs, and its start doesn't wait for these modules.
@@ -216,6 +223,15 @@ def _host_findings(plan: Plan, rows: Sequence[HostRow], memory: MemoryEstimate |
     if not rows:
         return []
     from dynamo_mpi.preflight.host_row import Needs
-    from dynamo_mpi.preflight.host_rules import check_hosts, weights_by_rank
+    from dynamo_mpi.preflight.host_rules import check_hosts
 
-    return check_hosts(rows, Needs(weights_by_rank(memory), allow_no_gpu=not plan.inquiry.gpus))
+    needs = Needs(_weights(plan, memory), not plan.inquiry.gpus, plan.memory_later)
+    return check_hosts(rows, needs)
+
+
+def _weights(plan: Plan, memory: MemoryEstimate | None) -> tuple[int, ...]:
+    if not plan.inquiry.gpus:
+        return ()
+    from dynamo_mpi.preflight.host_rules import weights_by_rank
+
+    return weights_by_rank(memory)

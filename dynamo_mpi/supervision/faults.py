@@ -40,6 +40,7 @@ ACTIONS = {
     "exception": "raises an exception",
     "exit": "leaves at once with code {value:g}",
     "slow": "sleeps for {value:g} s",
+    "corrupt": "sends wrong data in the fabric probe",
 }
 # without a value
 _USUAL = {"slow": 5.0}
@@ -48,8 +49,8 @@ _FORM = re.compile(
 )
 _LOOK_SECONDS = 0.02
 _MUTEX_BYTES = 64
-# of the phases that a rank other than 0 goes through by itself, those before the verdict; from there on rank 0 leads
-_OWN = ("environment", "world", "preflight")
+# the phases that a rank other than 0 goes through by itself; from the load on rank 0 leads
+_OWN = ("environment", "world", "preflight", "probe")
 
 
 class FaultError(RuntimeError):
@@ -98,7 +99,7 @@ def parse_fault(text: str) -> Fault:
     raise UsageError(
         f"{VARIABLE}={text!r} is no fault",
         needed="rankN:PHASE:ACTION, with PHASE+SECONDS for later in that phase, or PHASE@/PATH for when that file exists; "
-        f"phases: {', '.join(PHASES)}; actions: kill, stop, hang, exception, exitCODE, slow, slow=SECONDS",
+        f"phases: {', '.join(PHASES)}; actions: kill, stop, hang, exception, exitCODE, slow, slow=SECONDS, corrupt",
         fix=f"for instance {VARIABLE}=rank1:load:kill; or unset it",
     )
 
@@ -165,7 +166,7 @@ class ArmedFault:
         self._happen()
 
     def _world_begins(self, phase: str) -> None:
-        if phase != "load":
+        if phase not in ("probe", "load"):
             self._reach(phase)
 
     def _reach(self, phase: str) -> None:
@@ -214,6 +215,10 @@ class ArmedFault:
             os._exit(int(value))
         elif action == "slow":
             time.sleep(value)
+        elif action == "corrupt":
+            from dynamo_mpi.probe.payload import spoil
+
+            spoil()
         else:
             raise FaultError(f"a fault on demand, in {self._fault.phase}")
 

@@ -143,6 +143,10 @@ class Guard:
         """Name ranks with their hosts."""
         return describe_ranks(ranks, self._ranks)
 
+    def stacks(self) -> dict[int, str]:
+        """Return where the ranks stand, of those that answer within two seconds."""
+        return {0: own_stacks()} if self._lookout is None else self._lookout.stacks()
+
     def at_once(self, act: Callable[[], object]) -> None:
         """Call this as soon as a failure is known, in a thread of its own that gets a second."""
         self._at_once.append(act)
@@ -228,7 +232,7 @@ class Guard:
     def _whereabouts(self) -> str:
         places = "unknown"
         with contextlib.suppress(Exception):  # whatever hinders it, the deadline has passed
-            stacks = {0: own_stacks()} if self._lookout is None else self._lookout.stacks()
+            stacks = self.stacks()
             silent = [rank for rank in range(self._world.size) if rank not in stacks]
             places = describe_stacks(stacks, silent, self.name)
         return f"\nwhere the ranks are:\n{places}"

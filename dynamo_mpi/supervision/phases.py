@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PHASES = ("environment", "world", "preflight", "load", "prove", "register", "serve", "drain", "exit")
+PHASES = ("environment", "world", "preflight", "probe", "load", "prove", "register", "serve", "drain", "exit")
 
 
 class Span(NamedTuple):

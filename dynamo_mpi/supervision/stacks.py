@@ -7,6 +7,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.supervision.doing import doing
 from dynamo_mpi.supervision.frames import lines_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,13 @@ _CARRIERS = (
 
 
 def own_stacks() -> str:
-    """Return the innermost Python frames of this process's threads, the main one first; of threads that only carry tasks, the tasks'."""
+    """Return what this process says it is doing, and the innermost Python frames of its threads, the main one first; of threads that only
+    carry tasks, the tasks'."""
+    said = doing()
+    return f"{said}\n{_frames()}" if said else _frames()
+
+
+def _frames() -> str:
     frames = sys._current_frames()
     main = threading.main_thread()
     threads = sorted(threading.enumerate(), key=lambda thread: thread is not main)

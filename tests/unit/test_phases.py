@@ -14,7 +14,18 @@ from dynamo_mpi.talk import Voice
 
 
 def test_phases_stand_in_the_order_of_a_life() -> None:
-    assert PHASES == ("environment", "world", "preflight", "load", "prove", "register", "serve", "drain", "exit")
+    assert PHASES == (
+        "environment",
+        "world",
+        "preflight",
+        "probe",
+        "load",
+        "prove",
+        "register",
+        "serve",
+        "drain",
+        "exit",
+    )
 
 
 def test_a_phase_is_current_until_the_next_begins_and_its_duration_is_kept() -> None:

@@ -154,9 +154,9 @@ def cards_of(some: list[HostRow], *, version: str = __version__) -> list[Card]:
 
 
 def judged(folder: Path, some: list[HostRow], engine: str = TP4, *flags: str, **config: Any) -> Verdict:
-    plan = make_plan(
-        folder, {**WHOLE_LLAMA, **config}, engine, "--engine", "trtllm", "--trtllm-version", "1.2.1", *flags
-    )
+    """Judge as a preflight that no probe follows."""
+    always = ("--engine", "trtllm", "--trtllm-version", "1.2.1", "--probe", "none")
+    plan = make_plan(folder, {**WHOLE_LLAMA, **config}, engine, *always, *flags)
     return judge(plan, cards_of(some))
 
 
@@ -173,6 +173,17 @@ def test_ranks_are_asked_for_facts_by_engine(tmp_path: Path) -> None:
     ):
         inquiry = make_plan(tmp_path, SMOLLM2, None, *flags).inquiry
         assert (inquiry.hosts, inquiry.gpus) == asked
+
+
+def test_what_is_free_is_left_to_a_probe_that_waits_for_it(tmp_path: Path) -> None:
+    full = node("a", gpus=tuple(gpu("a", i, used=79) for i in range(4)))
+    some = rows("aaaa", [full] * 4)
+    assert told(judged(tmp_path, some)) == ["error V2"]
+    probed = judged(tmp_path, some, TP4, "--probe", "gpu")
+    assert (probed.exit_code, told(probed)) == (ExitCode.OK, [])
+    assert len(probed.weights) == 4
+    assert probed.weights[0] > 0
+    assert told(judged(tmp_path, some, TP4, "--probe", "gpu", "--preflight-only")) == ["error V2"]
 
 
 def test_a_healthy_world_of_two_nodes(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The little of CUDA's driver API that the fabric probe needs: memory on one GPU, and a stream. Names are the driver's (``cuda.h``)."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint64, c_void_p
+from typing import Any
+
+
+class CudaError(RuntimeError):
+    """The driver refuses a call; in its words."""
+
+
+class Cuda:
+    """The driver of this machine.
+
+    Raises:
+        CudaError: there is none, or it can't be started.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._library: Any = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise CudaError(f"the CUDA driver can't be loaded: {error}") from None
+        self._call("cuInit", 0)
+
+    @property
+    def devices(self) -> int:
+        """GPUs that this process may use."""
+        count = c_int()
+        self._call("cuDeviceGetCount", byref(count))
+        return count.value
+
+    def use(self, number: int) -> None:
+        """Take a GPU for this thread, by its primary context, as NCCL does."""
+        device, context = c_int(), c_void_p()
+        self._call("cuDeviceGet", byref(device), number)
+        self._call("cuDevicePrimaryCtxRetain", byref(context), device)
+        self._call("cuCtxSetCurrent", context)
+
+    def allocate(self, size: int) -> c_uint64:
+        """Return ``size`` bytes of the GPU's memory."""
+        address = c_uint64()
+        self._call("cuMemAlloc_v2", byref(address), c_size_t(size))
+        return address
+
+    def write(self, address: c_uint64, data: bytes) -> None:
+        """Copy to the GPU."""
+        self._call("cuMemcpyHtoD_v2", address, c_char_p(data), c_size_t(len(data)))
+
+    def read(self, address: c_uint64, size: int) -> bytes:
+        """Copy from the GPU."""
+        data = ctypes.create_string_buffer(size)
+        self._call("cuMemcpyDtoH_v2", data, address, c_size_t(size))
+        return data.raw
+
+    def clear(self, address: c_uint64, size: int) -> None:
+        """Overwrite with what no message holds."""
+        self._call("cuMemsetD8_v2", address, ctypes.c_ubyte(0xFF), c_size_t(size))
+
+    def stream(self) -> c_void_p:
+        """Return a new stream."""
+        made = c_void_p()
+        self._call("cuStreamCreate", byref(made), 1)  # CU_STREAM_NON_BLOCKING
+        return made
+
+    def wait(self, stream: c_void_p) -> None:
+        """Wait until all that was put into a stream is done."""
+        self._call("cuStreamSynchronize", stream)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            said = c_char_p()
+            known = self._library.cuGetErrorString(code, byref(said)) == 0 and said.value
+            raise CudaError(f"{name}: {said.value.decode() if known and said.value else f'error {code}'}")

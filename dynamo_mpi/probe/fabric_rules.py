@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules over what the fabric probe has measured. Pure; rank 0 runs them.
+
+| rule | what has to hold | |
+|---|---|---|
+| N1 | what arrives is what was sent | error |
+| N2 | the probe comes to its end | error (124) |
+| N3 | no pair of ranks, and no node, is far slower than its like | warning |
+| N4 | no group is far slower than its like | warning |
+| N5 | GPUs of one node reach what their link allows | warning |
+| N6 | nodes with InfiniBand or RoCE use it | warning |
+| N7 | NCCL runs in every rank | warning |
+
+Like is compared with the upper quartile of its kind, not with the median: one slow node is in two of three pairs of a small world, where the
+median would be slow itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi.parallelism.finding import error, warning
+from dynamo_mpi.parallelism.wording import counted, listed
+from dynamo_mpi.preflight.host_row import lines
+from dynamo_mpi.preflight.roster import describe_ranks
+from dynamo_mpi.probe.hang import blame, read_note
+from dynamo_mpi.probe.steps import EXCHANGE, NEAR
+from dynamo_mpi.probe.timing import FAILED, LATE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from dynamo_mpi.parallelism.finding import Finding
+    from dynamo_mpi.preflight.roster import Placed
+    from dynamo_mpi.probe.steps import Step
+    from dynamo_mpi.probe.timing import FabricAnswer, Measured
+
+SLOW = {"nccl": 3.0, "mpi": 8.0}
+"""How many times slower than its like is far slower; on CPUs, which other processes use too, it has to be more."""
+# below this nobody's latency matters, and on a busy host they differ for reasons of their own
+_LATENCY_SECONDS = 1e-3
+_LATENCY_SLOW = 10.0
+_LEAST_LIKE = 3
+
+
+class FabricCase(NamedTuple):
+    """What the rules judge.
+
+    Args:
+        measured: what groups took.
+        answers: the ranks', in rank order.
+        ranks: where each is.
+        steps: what the probe does.
+        seconds: that it had.
+        over: what carried the messages, `nccl` or `mpi`.
+        least: bytes a second that two GPUs of a node should reach, and over what; None where it isn't known.
+    """
+
+    measured: Sequence[Measured]
+    answers: Sequence[FabricAnswer]
+    ranks: Sequence[Placed]
+    steps: Sequence[Step] = ()
+    seconds: float = 0.0
+    over: str = "nccl"
+    least: tuple[float, str] | None = None
+
+    def name(self, ranks: Sequence[int]) -> str:
+        """Name ranks with their hosts."""
+        return describe_ranks(ranks, self.ranks)
+
+    def host(self, rank: int) -> str:
+        """Return a rank's node."""
+        return self.ranks[rank].host
+
+
+def check_fabric(case: FabricCase) -> list[Finding]:
+    """Apply every rule but N2, which is told when it happens."""
+    return [finding for rule in RULES for finding in rule(case)]
+
+
+def check_data(case: FabricCase) -> Iterator[Finding]:
+    """N1: every byte that arrives is the one that was sent; of a sum, the right sum. Else answers are wrong, for as long as it serves."""
+    blamed: Counter[int] = Counter()
+    told: list[str] = []
+    groups: list[str] = []
+    for one in case.measured:
+        for receiver, sources in one.wrong:
+            if one.step.operation == EXCHANGE or sources != one.group:
+                blamed.update(sources)
+                told.append(f"{case.name([receiver])} got wrong data from {case.name(sources)}, {_what(one)}")
+        if one.wrong and not blamed:
+            groups.append(f"wrong results in an {_what(one)} over {case.name(one.group)}")
+    if not told and not groups:
+        return
+    who = case.name(sorted(rank for rank in blamed if blamed[rank] == max(blamed.values()))) if blamed else ""
+    yield error(
+        "N1",
+        f"data are wrong when they arrive{f': {who}' if who else ''}",
+        found=lines(list(dict.fromkeys(told or groups))),
+        needed="what was sent: every answer of the engine rests on it",
+        fix="leave the node out (sbatch --exclude=...), and have its memory, GPUs and cables checked (dcgmi diag -r 3)",
+    )
+
+
+def check_end(case: FabricCase) -> Iterator[Finding]:
+    """N2: the probe comes to its end within `--probe-seconds`; one that hangs is ended, and says between whom."""
+    late = {rank: read_note(answer.text) for rank, answer in enumerate(case.answers) if answer.state == LATE}
+    if late:
+        hosts = [one.host for one in case.ranks]
+        yield blame(late, [], case.steps, hosts, case.seconds, case.name)
+
+
+def check_pairs(case: FabricCase) -> Iterator[Finding]:
+    """N3: no pair of ranks is three times (over MPI eight times) slower than its like, and no node has all its pairs so; with fewer than
+    three pairs of a kind nothing is compared."""
+    factor = SLOW[case.over]
+    slow: list[Measured] = []
+    told: list[str] = []
+    for some in _alike(case, exchanges=True):
+        best = _upper_quartile([one.rate for one in some])
+        quick = _lower_quartile([one.seconds for one in some])
+        smallest = some[0].size == some[0].step.sizes[0]
+        for one in some:
+            if not smallest and one.rate * factor < best:
+                told.append(f"{_pair(case, one)}: {_rate(one.rate)}, its like {_rate(best)} ({_what(one)})")
+            elif smallest and one.seconds > max(_LATENCY_SECONDS, quick * _LATENCY_SLOW):
+                told.append(f"{_pair(case, one)}: {_time(one.seconds)}, its like {_time(quick)} ({_what(one)})")
+            else:
+                continue
+            slow.append(one)
+    if not slow:
+        return
+    nodes = _nodes_behind(case, slow)
+    pairs = sorted({one.group for one in slow})
+    if nodes:
+        one_node = len(nodes) == 1
+        message = f"{'node' if one_node else 'nodes'} {listed(nodes)} {'is' if one_node else 'are'} far slower to reach than others"
+    else:
+        message = f"the way between {_pair(case, slow[0])} is far slower than others"
+        message += f", and {counted(len(pairs) - 1, 'other pair')}" if len(pairs) > 1 else ""
+    hosts = nodes or sorted({case.host(rank) for rank in pairs[0]})
+    yield warning(
+        "N3",
+        message,
+        found=lines(told),
+        needed=f"pairs of one kind within a factor of {factor:g}: the slowest sets the pace of all",
+        fix=f"look at the links of {listed(hosts)} (ibstat, ethtool, nvidia-smi nvlink -s), or leave the node out (sbatch --exclude=...)",
+    )
+
+
+def check_groups(case: FabricCase) -> Iterator[Finding]:
+    """N4: no group of the layout is three times (over MPI eight times) slower than its like; with fewer than three groups nothing is compared."""
+    factor = SLOW[case.over]
+    told, slow = [], []
+    for some in _alike(case, exchanges=False):
+        best = _upper_quartile([one.rate for one in some])
+        for one in some:
+            if one.size == one.step.sizes[-1] and one.rate * factor < best:
+                told.append(f"{_what(one)} over {case.name(one.group)}: {_rate(one.rate)}, its like {_rate(best)}")
+                slow.append(one)
+    if slow:
+        yield warning(
+            "N4",
+            f"{counted(len(slow), 'group')} of ranks {'is' if len(slow) == 1 else 'are'} far slower than others",
+            found=lines(told),
+            needed=f"groups of one kind within a factor of {factor:g}",
+            fix="look at the links of their nodes; N3 names the pair or the node where it is one",
+        )
+
+
+def check_expectation(case: FabricCase) -> Iterator[Finding]:
+    """N5: two GPUs of one node reach a quarter of their NVLink, or an eighth of their PCI Express, where the kind of GPU is known."""
+    if case.least is None:
+        return
+    least, link = case.least
+    below = [
+        one
+        for one in case.measured
+        if one.step.operation == EXCHANGE
+        and one.step.kind == NEAR
+        and one.size == one.step.sizes[-1]
+        and one.rate < least
+    ]
+    if below:
+        yield warning(
+            "N5",
+            f"{counted(len(below), 'pair')} of GPUs {'is' if len(below) == 1 else 'are'} slower than {link} has to be",
+            found=lines([f"{_pair(case, one)}: {_rate(one.rate)}{_links(case, one)}" for one in below]),
+            needed=f"at least {_rate(least)} each way",
+            fix="nvidia-smi topo -m and nvidia-smi nvlink -s on the node; NCCL_P2P_DISABLE and NCCL_P2P_LEVEL have to be unset; in a "
+            "container or VM, see that peer access is allowed",
+        )
+
+
+def check_network(case: FabricCase) -> Iterator[Finding]:
+    """N6: where all nodes have InfiniBand or RoCE cards with a port that is up, NCCL uses them, and has not fallen back to TCP."""
+    sockets = [rank for rank, answer in enumerate(case.answers) if answer.network == "Socket" and answer.cards]
+    if sockets and len({one.host for one in case.ranks}) > 1:
+        yield warning(
+            "N6",
+            f"NCCL goes over TCP between nodes that have InfiniBand or RoCE: {case.name(sockets)}",
+            found='NCCL chose the network "Socket"; /sys/class/infiniband has a port that is ACTIVE',
+            needed="NCCL over verbs: TCP carries a tenth of it",
+            fix="unset NCCL_IB_DISABLE and NCCL_NET; give the container /dev/infiniband and libibverbs; NCCL_DEBUG=INFO says why",
+        )
+
+
+def check_run(case: FabricCase) -> Iterator[Finding]:
+    """N7: NCCL, and a GPU for it, are there in every rank; else nothing is measured."""
+    reasons: dict[str, list[int]] = {}
+    for rank, answer in enumerate(case.answers):
+        if answer.state == FAILED:
+            reasons.setdefault(answer.text, []).append(rank)
+    if reasons:
+        failed = sorted(rank for ranks in reasons.values() for rank in ranks)
+        yield warning(
+            "N7",
+            f"the fabric could not be probed: {case.name(failed)}",
+            found=lines([f"{case.name(ranks)}: {text}" for text, ranks in reasons.items()]),
+            needed="NCCL (libnccl.so.2) and a GPU in every rank, as the engine needs them",
+            fix="what NCCL says; NCCL_DEBUG=INFO says more; --probe none leaves it out",
+        )
+
+
+def _alike(case: FabricCase, *, exchanges: bool) -> Iterator[list[Measured]]:
+    """Yield what can be compared: one operation over one kind of group, of one size, at least three of them."""
+    kinds: dict[tuple[str, str, int, int], list[Measured]] = {}
+    for one in case.measured:
+        if (one.step.operation == EXCHANGE) is exchanges:
+            kinds.setdefault((one.step.operation, one.step.kind, one.size, len(one.group)), []).append(one)
+    yield from (some for some in kinds.values() if len(some) >= _LEAST_LIKE)
+
+
+def _upper_quartile(values: Sequence[float]) -> float:
+    return sorted(values)[-(-3 * len(values) // 4) - 1 if len(values) > _LEAST_LIKE else -1]
+
+
+def _lower_quartile(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 4]
+
+
+def _nodes_behind(case: FabricCase, slow: Sequence[Measured]) -> list[str]:
+    """Name nodes all of whose ways to other nodes are slow, where they explain every slow pair; two at least, or it is the pair."""
+    slow_pairs = {one.group for one in slow}
+    ways: dict[str, set[tuple[int, ...]]] = {}
+    for one in case.measured:
+        ends = {case.host(rank) for rank in one.group}
+        if one.step.operation == EXCHANGE and len(ends) > 1:
+            for host in ends:
+                ways.setdefault(host, set()).add(one.group)
+    behind = [
+        host
+        for host, groups in ways.items()
+        if len(groups) > 1 and groups <= slow_pairs and _many_ends(case, host, groups)
+    ]
+    explained = {pair for host in behind for pair in ways[host]}
+    return behind if behind and slow_pairs <= explained else []
+
+
+def _many_ends(case: FabricCase, host: str, groups: set[tuple[int, ...]]) -> bool:
+    """Does a node reach several others? With one, either may be it."""
+    return len({case.host(rank) for group in groups for rank in group} - {host}) > 1
+
+
+def _pair(case: FabricCase, one: Measured) -> str:
+    first, second = one.group
+    return f"{case.name([first])} and {case.name([second])}"
+
+
+def _what(one: Measured) -> str:
+    kind = "" if one.step.operation == EXCHANGE else f" in {one.step.kind}"
+    return f"{one.step.operation} of {_size(one.size)}{kind}"
+
+
+def _links(case: FabricCase, one: Measured) -> str:
+    links = sorted({link for rank in one.group for link in case.answers[rank].links})
+    return f" over {listed(links)}" if links else ""
+
+
+def _size(size: int) -> str:
+    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.1f} MB/s"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+
+
+RULES = (check_data, check_end, check_pairs, check_groups, check_expectation, check_network, check_run)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who keeps whom waiting in a fabric probe that does not end: out of what each rank says it waits for. Pure.
+
+Ranks that are stuck keep others from their next step, and those others again: the ranks at the earliest step are where it began.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.parallelism.finding import error
+from dynamo_mpi.parallelism.wording import listed
+from dynamo_mpi.probe.steps import EXCHANGE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from dynamo_mpi.parallelism.finding import Finding
+    from dynamo_mpi.probe.steps import Step
+
+_FORM = re.compile(r"probe step (-?\d+), (\d+) bytes: waits for ranks? ([\d, ]+)")
+_MOST_PAIRS = 6
+START = -1
+"""The step before the first: NCCL's ranks find each other."""
+
+
+class Note(NamedTuple):
+    """Where a rank stands.
+
+    Args:
+        step: number of the step that it is in.
+        size: bytes of the message.
+        waits: the ranks that it still waits for.
+    """
+
+    step: int
+    size: int
+    waits: tuple[int, ...]
+
+    def __str__(self) -> str:
+        ranks = "rank" if len(self.waits) == 1 else "ranks"
+        return f"probe step {self.step}, {self.size} bytes: waits for {ranks} {listed(self.waits)}"
+
+
+def read_note(text: str) -> Note | None:
+    """Find a note in what a rank answered; None where it is in no step."""
+    found = _FORM.search(text)
+    if found is None:
+        return None
+    return Note(int(found[1]), int(found[2]), tuple(map(int, found[3].split(","))))
+
+
+class StuckError(BootstrapError):
+    """A probe did not end in its time. No `DeadlineError`: it says itself where the ranks are."""
+
+    exit_code = ExitCode.DEADLINE
+
+    @classmethod
+    def of(cls, finding: Finding) -> StuckError:
+        """Make it of the finding that says so."""
+        return cls(f"{finding.rule}: {finding.message}", needed=finding.needed, fix=finding.fix)
+
+
+def blame(
+    notes: Mapping[int, Note | None],
+    silent: Sequence[int],
+    steps: Sequence[Step],
+    hosts: Sequence[str],
+    seconds: float,
+    name: Callable[[Sequence[int]], str],
+) -> Finding:
+    """Say between whom it hangs.
+
+    Args:
+        notes: where the ranks that answered stand.
+        silent: ranks that did not answer.
+        steps: what the probe does.
+        hosts: each rank's node.
+        seconds: that it had.
+        name: names ranks with their hosts.
+    """
+    needed = f"all ranks through the probe within {seconds:g} s"
+    stuck = {rank: note for rank, note in notes.items() if note is not None and note.step < len(steps)}
+    if silent:
+        waiting = sorted(rank for rank, note in stuck.items() if set(note.waits) & set(silent))
+        found = f"the probe hangs: {name(silent)} {'does' if len(silent) == 1 else 'do'} not answer"
+        found += f"; {name(waiting)} {'waits' if len(waiting) == 1 else 'wait'} for that" if waiting else ""
+        return error(
+            "N2",
+            found,
+            needed=needed,
+            fix=f"look at {listed(dict.fromkeys(hosts[rank] for rank in silent))}: the process is stopped or stuck, or its host is",
+        )
+    if not stuck:
+        return error(
+            "N2",
+            f"the probe did not end in {seconds:g} s, and no rank says what it waits for",
+            needed=needed,
+            fix="--probe-seconds gives it longer, --probe none leaves it out",
+        )
+    first = min(note.step for note in stuck.values())
+    if first == START:
+        ranks = sorted(rank for rank, note in stuck.items() if note.step == first)
+        return error(
+            "N2",
+            f"the probe hangs where NCCL's ranks find each other: {name(ranks)}",
+            needed=needed,
+            fix=_cure(list(dict.fromkeys(hosts))),
+        )
+    step = steps[first]
+    there = {rank: note for rank, note in stuck.items() if note.step == first}
+    size = min(note.size for note in there.values())
+    if step.operation != EXCHANGE:
+        ranks = sorted(set(there) | {rank for note in there.values() for rank in note.waits})
+        found = f"the probe hangs in an {step.operation} of {size} bytes over {name(ranks)}"
+        return error("N2", found, needed=needed, fix=_cure(sorted({hosts[rank] for rank in ranks})))
+    pairs = sorted({(min(rank, peer), max(rank, peer)) for rank, note in there.items() for peer in note.waits})
+    told = "; ".join(f"{name([one])} and {name([other])}" for one, other in pairs[:_MOST_PAIRS])
+    more = f"; and {len(pairs) - _MOST_PAIRS} other pairs" if len(pairs) > _MOST_PAIRS else ""
+    found = f"the probe hangs: a message of {size} bytes does not arrive between {told}{more}"
+    ends = [{hosts[one], hosts[other]} for one, other in pairs]
+    common = set.intersection(*ends) if len(pairs) > 1 else set()
+    suspects = common or set.union(*ends)
+    if len(common) == 1:
+        found += f"; what they have in common is {min(common)}"
+    return error("N2", found, needed=needed, fix=_cure(sorted(suspects)))
+
+
+def _cure(hosts: Sequence[str]) -> str:
+    return (
+        f"look at the network of {listed(hosts[:_MOST_PAIRS])} (cable, interface, firewall; NCCL_SOCKET_IFNAME, "
+        "OMPI_MCA_btl_tcp_if_include), or leave the node out (sbatch --exclude=...); --probe-seconds gives it longer"
+    )

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fabric probe over MPI, for worlds without GPUs. Pairs never block in MPI, and come first: a rank that waits says for whom.
+
+A message that is under way can't be taken back, so a probe that hangs has to end the world; rank 0 does (`dynamo_mpi.probe.phase`).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.probe.hang import Note
+from dynamo_mpi.probe.payload import expected, expected_sum, outgoing
+from dynamo_mpi.probe.steps import ALL_REDUCE, EXCHANGE
+from dynamo_mpi.probe.timing import OK, FabricAnswer, Timing
+from dynamo_mpi.supervision.doing import say_doing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi4py import MPI
+
+    from dynamo_mpi.probe.steps import Step
+    from dynamo_mpi.world import World
+
+# the best of several: another process may have had the core
+_REPEATS = 4
+# what large messages may take of the time together; a slow way has shown itself by then
+_ENOUGH_SECONDS = 0.5
+_TAG = 77
+_SPIN_SECONDS = 0.002
+_SLEEP_SECONDS = 0.001
+
+
+def measure_over_mpi(world: World, steps: Sequence[Step], began: float) -> FabricAnswer:
+    """Do this rank's part of all steps.
+
+    Args:
+        world: all ranks.
+        steps: the same on all of them.
+        began: when the probe began, by `time.monotonic`.
+    """
+    from mpi4py import MPI
+
+    begin = time.monotonic() - began
+    timings: list[Timing] = []
+    comms: dict[str, MPI.Comm] = {}
+    for step in steps:
+        group = step.group_of(world.rank)
+        if step.operation != EXCHANGE and step.kind not in comms:
+            comms[step.kind] = _split(world, step, group)
+        if group:
+            runner = _Runner(world, step, group, comms.get(step.kind))
+            timings += [runner.measure(size) for size in step.sizes]
+    for comm in comms.values():
+        comm.Free()
+    say_doing("")
+    version = MPI.Get_library_version().partition(",")[0].splitlines()[0].strip("\0 ")
+    return FabricAnswer(OK, library=version, begin=begin, timings=tuple(timings))
+
+
+def _split(world: World, step: Step, group: Sequence[int]) -> MPI.Comm:
+    """Make a communicator of each group. Blocks in MPI, which only can be stuck where all pairs came through and then one went."""
+    say_doing(str(Note(step.number, 0, tuple(rank for rank in range(world.size) if rank != world.rank))))
+    return world.comm.Split(min(group) if group else world.size, world.rank)
+
+
+class _Runner:
+    """One rank's part of one step."""
+
+    def __init__(self, world: World, step: Step, group: tuple[int, ...], comm: MPI.Comm | None) -> None:
+        self._world, self._step, self._group, self._comm = world, step, group, comm
+        self._rank = world.rank
+        self._peers = [rank for rank in group if rank != self._rank]
+
+    def measure(self, size: int) -> Timing:
+        say_doing(str(Note(self._step.number, size, tuple(self._peers))))
+        sent, wanted, wrong_of = self._messages(size)
+        got = bytearray(len(wanted))
+        self._once(sent, got, size)
+        wrong = () if got == wanted else wrong_of(bytes(got))
+        best = float("inf")
+        spent = 0.0
+        for _ in range(_REPEATS):
+            # how often is agreed: everybody has the slowest one's word for it
+            if not self._go_on(spent):
+                break
+            start = time.monotonic()
+            self._once(sent, got, size)
+            took = time.monotonic() - start
+            best, spent = min(best, took), spent + took
+        return Timing(self._step.number, size, best, wrong)
+
+    def _go_on(self, spent: float) -> bool:
+        """Agree with the group on whether to do it again, which also brings them to the same line."""
+        mine = 1 if spent < _ENOUGH_SECONDS else 0
+        if self._comm is None:
+            (peer,) = self._peers
+            theirs = bytearray(1)
+            self._wait(
+                [self._world.comm.Irecv(theirs, peer, _TAG + 1), self._world.comm.Isend(bytes([mine]), peer, _TAG + 1)]
+            )
+            return bool(mine and theirs[0])
+        from mpi4py import MPI
+
+        everybody = bytearray(1)
+        self._wait([self._comm.Iallreduce([bytes([mine]), MPI.UNSIGNED_CHAR], [everybody, MPI.UNSIGNED_CHAR], MPI.MIN)])
+        return bool(everybody[0])
+
+    def _messages(self, size: int) -> tuple[bytes, bytes, Any]:
+        rank, group = self._rank, self._group
+        if self._step.operation == EXCHANGE:
+            (peer,) = self._peers
+            return outgoing(rank, peer, size), expected(peer, rank, size), lambda _: (peer,)
+        if self._step.operation == ALL_REDUCE:
+            return outgoing(rank, group[0], size), expected_sum(group, group[0], size), lambda _: group
+        part = _part(size, group)
+        wanted = [expected(source, rank, part) for source in group]
+
+        def wrong_of(got: bytes) -> tuple[int, ...]:
+            return tuple(source for at, source in enumerate(group) if got[at * part : (at + 1) * part] != wanted[at])
+
+        return b"".join(outgoing(rank, target, part) for target in group), b"".join(wanted), wrong_of
+
+    def _once(self, sent: bytes, got: bytearray, size: int) -> None:
+        comm = self._world.comm
+        if self._step.operation == EXCHANGE:
+            (peer,) = self._peers
+            self._wait([comm.Irecv(got, peer, _TAG), comm.Isend(sent, peer, _TAG)])
+            return
+        from mpi4py import MPI
+
+        assert self._comm is not None  # noqa: S101 - collectives have one
+        if self._step.operation == ALL_REDUCE:
+            self._wait([self._comm.Iallreduce([sent, MPI.INT32_T], [got, MPI.INT32_T], MPI.SUM)])
+        else:
+            self._wait([self._comm.Ialltoall([sent, MPI.BYTE], [got, MPI.BYTE])])
+
+    def _wait(self, requests: list[MPI.Request]) -> None:
+        """Wait without burning a core for longer than a moment."""
+        from mpi4py import MPI
+
+        start = time.monotonic()
+        while not MPI.Request.Testall(requests):
+            if time.monotonic() - start > _SPIN_SECONDS:
+                time.sleep(_SLEEP_SECONDS)
+
+
+def _part(size: int, group: Sequence[int]) -> int:
+    """Return how many bytes of a message each member of an all-to-all gets: whole words."""
+    return max(4, size // len(group) // 4 * 4)

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rank's side of the fabric probe over NCCL: it starts the child that does it, tells it whom to join, and ends it when its time is up.
+
+The id that NCCL's ranks join by goes through pipes and MPI. A child that hangs is killed, so unlike MPI's, such a probe ends in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.fields import pack, unpack
+from dynamo_mpi.probe.hang import Note
+from dynamo_mpi.probe.payload import is_spoilt
+from dynamo_mpi.probe.timing import FAILED, LATE, OK, SKIPPED, FabricAnswer, Timing
+from dynamo_mpi.supervision.doing import say_doing
+from dynamo_mpi.supervision.tethered import tethered
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dynamo_mpi.probe.plan import ProbePlan
+    from dynamo_mpi.world import World
+
+_READ_BYTES = 65536
+_STDERR_BYTES = 2000
+_LEAVE_SECONDS = 2.0
+
+
+class EndedError(RuntimeError):
+    """The child can't go on; why."""
+
+
+class LateError(RuntimeError):
+    """The child has not answered in its time."""
+
+
+class ProbeChild:
+    """One rank's child. Start it from the main thread, at whose end it is killed.
+
+    Args:
+        rank: its rank.
+        size: ranks of the world.
+        plan: what to do.
+        environ: all of its environment: the rank's own, so that it sees what the engine will see.
+    """
+
+    def __init__(self, rank: int, size: int, plan: ProbePlan, environ: Mapping[str, str]) -> None:
+        words = [sys.executable, "-m", "dynamo_mpi.probe.nccl_child", str(rank), str(size), plan.pack()]
+        self._stderr = os.memfd_create("probe-stderr")
+        self._process = subprocess.Popen(
+            tethered([*words, "--spoil"] if is_spoilt() else words, parent=os.getpid()),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            env=dict(environ),
+            start_new_session=True,
+        )
+        self._input, self._output = self._process.stdin, self._process.stdout
+        self._text = b""
+
+    def tell(self, line: str) -> None:
+        """Tell it something."""
+        assert self._input is not None  # noqa: S101 - it is a pipe
+        with contextlib.suppress(OSError):  # it has gone, as the next answer says
+            self._input.write(line.encode() + b"\n")
+            self._input.flush()
+
+    def hear(self, end: float) -> tuple[str, str]:
+        """Return its next line: the first word and the rest.
+
+        Raises:
+            EndedError: it failed, or has gone.
+            LateError: nothing came until ``end``.
+        """
+        assert self._output is not None  # noqa: S101 - it is a pipe
+        while b"\n" not in self._text:
+            ready, _, _ = select.select([self._output], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                raise LateError
+            data = os.read(self._output.fileno(), _READ_BYTES)
+            if not data:
+                code = self._process.wait(_LEAVE_SECONDS)
+                raise EndedError(f"the process of the probe ended with {code}: {self._last_words()}")
+            self._text += data
+        line, _, self._text = self._text.partition(b"\n")
+        verb, _, rest = line.decode("utf-8", "replace").partition(" ")
+        if verb == "failed":
+            raise EndedError(rest)
+        return verb, rest
+
+    def close(self) -> None:
+        """End it, and wait until it is gone, and with it what it held of the GPU. Idempotent."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver; the tether ends it with us
+                self._process.wait(_LEAVE_SECONDS)
+        for stream in (self._input, self._output):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        if self._stderr >= 0:
+            os.close(self._stderr)
+            self._stderr = -1
+
+    def _last_words(self) -> str:
+        size = os.fstat(self._stderr).st_size
+        text = os.pread(self._stderr, _STDERR_BYTES, max(0, size - _STDERR_BYTES)).decode("utf-8", "replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+
+def measure_over_nccl(world: World, plan: ProbePlan, environ: Mapping[str, str], began: float) -> FabricAnswer:
+    """Do this rank's part. Collective: two collectives of the world's.
+
+    Args:
+        world: all ranks.
+        plan: what to do.
+        environ: this rank's environment.
+        began: when the probes began, by `time.monotonic`; the end follows from it.
+    """
+    end = began + plan.seconds
+    child = ProbeChild(world.rank, world.size, plan, environ)
+    try:
+        about: dict[str, Any] = {}
+        trouble, unique_id = "", ""
+        try:
+            about = json.loads(child.hear(end)[1])
+            if world.rank == 0:
+                child.tell("identify")
+                unique_id = child.hear(end)[1]
+        except (EndedError, LateError) as error:
+            trouble = str(error) or f"it did not start in {plan.seconds:g} s"
+        answers = world.gather(pack([trouble]))
+        # a rank that can't take part would be waited for by all others
+        able = all(not unpack(answer)[0] for answer in answers)
+        joined = world.broadcast(unique_id.encode() if able else b"").decode()
+        library = str(about.get("library", ""))
+        if not joined:
+            return FabricAnswer(FAILED if trouble else SKIPPED, trouble, library)
+        child.tell(f"join {joined}")
+        return listen(child, library, began, end)
+    finally:
+        say_doing("")
+        child.close()
+
+
+def listen(child: ProbeChild, library: str, began: float, end: float) -> FabricAnswer:
+    """Hear a child that has been told whom to join, to its end.
+
+    Args:
+        child: the child.
+        library: what it says it uses.
+        began: when the probe began, by `time.monotonic`.
+        end: when it has to have ended.
+    """
+    timings: list[Timing] = []
+    note, about, begin = "", {}, 0.0
+    state, text = OK, ""
+    try:
+        while True:
+            verb, rest = child.hear(end)
+            words = rest.split(" ")
+            if verb == "at":
+                note = str(Note(int(words[0]), int(words[1]), _ranks(words[2])))
+                begin = begin or (time.monotonic() - began if words[0] != "-1" else 0.0)
+                say_doing(note)
+            elif verb == "took":
+                timings.append(Timing(int(words[0]), int(words[1]), float(words[2]), _ranks(words[3])))
+            elif verb == "done":
+                about = json.loads(rest)
+                break
+    except EndedError as error:
+        state, text = FAILED, str(error)
+    except LateError:
+        state, text = LATE, note
+    links = tuple(about.get("links", ()))
+    return FabricAnswer(state, text, library, about.get("network", ""), links, has_cards(), begin, tuple(timings))
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+def has_cards(folder: str = "/sys/class/infiniband") -> bool:
+    """Whether this node has an InfiniBand or RoCE card with a port that is up (``ACTIVE``, 4 of ``enum ib_port_state``)."""
+    for path in glob.glob(os.path.join(folder, "*", "ports", "*", "state")):
+        with contextlib.suppress(OSError), open(path, encoding="ascii", errors="replace") as file:
+            if file.read().startswith("4:"):
+                return True
+    return False

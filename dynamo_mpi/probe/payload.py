@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ranks send each other in the fabric probe, so that whoever gets it can tell whose it is, and that all of it is in its place."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# a prime number of words, so that no part of a message looks like another part at a border of blocks
+_WORDS = 61
+_WORD_BYTES = 4
+_HIGHEST = 1 << 15
+_spoilt = False
+
+
+def spoil() -> None:
+    """Have this process send wrong data from now on: a fault on demand."""
+    global _spoilt
+    _spoilt = True
+
+
+def is_spoilt() -> bool:
+    """Whether this process is to send wrong data."""
+    return _spoilt
+
+
+def outgoing(source: int, target: int, size: int) -> bytes:
+    """Return what a rank sends.
+
+    Args:
+        source: the sender.
+        target: the receiver, or the number of what all of a group receive.
+        size: bytes; a multiple of four.
+    """
+    return _repeat(_pattern(source, target, 1 if _spoilt else 0), size)
+
+
+def expected(source: int, target: int, size: int) -> bytes:
+    """Return what has to arrive; arguments as of `outgoing`."""
+    return _repeat(_pattern(source, target), size)
+
+
+def expected_sum(sources: Sequence[int], target: int, size: int) -> bytes:
+    """Return the sum of what a group sends, word by word."""
+    parts = [_pattern(source, target) for source in sources]
+    return _repeat([sum(words) & 0x7FFFFFFF for words in zip(*parts, strict=True)], size)
+
+
+def _pattern(source: int, target: int, wrong: int = 0) -> list[int]:
+    return [(source * 7919 + target * 10459 + place * 31 + wrong) % _HIGHEST for place in range(_WORDS)]
+
+
+def _repeat(words: Sequence[int], size: int) -> bytes:
+    block = array("i", words).tobytes()
+    return (block * (size // len(block) + 1))[: size // _WORD_BYTES * _WORD_BYTES]

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The phase between the verdict and the load: each probe on every rank, one gather, and rank 0's word. Three collectives, five with NCCL."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.errors import TemporaryError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.fields import pack, unpack
+from dynamo_mpi.parallelism.finding import Severity, errors, render
+from dynamo_mpi.probe.hang import StuckError, blame, read_note
+from dynamo_mpi.probe.part import Part
+from dynamo_mpi.probe.steps import steps_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from dynamo_mpi.errors import BootstrapError
+    from dynamo_mpi.parallelism.finding import Finding
+    from dynamo_mpi.probe.part import Case, Outcome
+    from dynamo_mpi.probe.plan import ProbePlan
+    from dynamo_mpi.supervision.guard import Guard
+    from dynamo_mpi.world import World
+
+_MODULES = {"gpu": "dynamo_mpi.probe.gpu", "fabric": "dynamo_mpi.probe.fabric"}
+# a probe that ends by itself at its deadline gets this long to say so
+_GRACE_SECONDS = 3.0
+# after which even a rank 0 that is stuck in native code ends the world
+_LAST_SECONDS = 10.0
+
+
+class Report(NamedTuple):
+    """What the probes have found.
+
+    Args:
+        findings: of all probes.
+        figures: by probe; and ``seconds``, of the whole phase.
+        lines: the figures in a few words.
+    """
+
+    findings: tuple[Finding, ...]
+    figures: dict[str, Any]
+    lines: tuple[str, ...]
+
+    @property
+    def error(self) -> BootstrapError | None:
+        """What the world has to end with; None to go on."""
+        found = errors(self.findings)
+        if not found:
+            return None
+        stuck = next((finding for finding in found if finding.rule == "N2"), None)
+        if stuck is not None:
+            return StuckError.of(stuck)
+        count = "1 error" if len(found) == 1 else f"{len(found)} errors"
+        return ProbeError(f"{count}, nothing was loaded\n{render(found)}", _code_of(found))
+
+    @property
+    def text(self) -> str:
+        """What to tell of a world that goes on: one line when all is well."""
+        told = render([finding for finding in self.findings if finding.severity is Severity.WARNING])
+        line = f"probe: {self.figures['seconds']:.1f} s; {'; '.join(self.lines)}"
+        return f"{line}\n{told}" if told else line
+
+
+class ProbeError(TemporaryError):
+    """The hardware is not as it has to be; on other nodes the same command may well run.
+
+    Args:
+        found: the findings, as text.
+        code: what all ranks leave with.
+    """
+
+    def __init__(self, found: str, code: ExitCode) -> None:
+        super().__init__(found)
+        self.exit_code = code
+
+
+def _code_of(found: Sequence[Finding]) -> ExitCode:
+    """The preflight's own code where one of its rules found it; else 75: another allocation is the cure."""
+    return ExitCode.USAGE if found[0].rule == "V2" else ExitCode.TEMPORARY
+
+
+def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str]) -> list[bytes]:
+    """Run this rank's part of all probes. Collective; rank 0 gets all answers, the others nothing."""
+    part = Part(world, plan, environ, time.monotonic())
+    values: list[str] = []
+    for name in plan.names:
+        answer = import_module(_MODULES[name]).measure(part)
+        values += [str(len(answer)), *answer]
+    return world.gather(pack(values))
+
+
+def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, str], *, strict: bool) -> Report:
+    """Run them as rank 0, and judge.
+
+    Args:
+        world: all ranks.
+        case: what to judge by, with the plan.
+        guard: ends a world that hangs in a probe.
+        environ: rank 0's environment.
+        strict: warnings are errors.
+    """
+    began = time.monotonic()
+    plan = case.plan
+    seconds = plan.seconds + _GRACE_SECONDS
+    late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
+    with late, _watched(guard, case, plan.seconds if plan.over == "mpi" else seconds):
+        answers = take_part(world, plan, environ)
+    outcomes = {name: _judge(name, told, case) for name, told in _by_probe(plan, answers).items()}
+    findings = [finding for outcome in outcomes.values() for finding in outcome.findings]
+    if strict:
+        findings = [finding if finding.severity is not Severity.WARNING else _as_error(finding) for finding in findings]
+    figures: dict[str, Any] = {name: dict(outcome.figures) for name, outcome in outcomes.items()}
+    figures["seconds"] = round(time.monotonic() - began, 3)
+    return Report(tuple(findings), figures, tuple(outcome.line for outcome in outcomes.values() if outcome.line))
+
+
+def _judge(name: str, answers: Sequence[Sequence[str]], case: Case) -> Outcome:
+    outcome: Outcome = import_module(_MODULES[name]).judge(answers, case)
+    return outcome
+
+
+def _as_error(finding: Finding) -> Finding:
+    from dataclasses import replace
+
+    return replace(finding, severity=Severity.ERROR)
+
+
+def _by_probe(plan: ProbePlan, answers: Sequence[bytes]) -> dict[str, list[list[str]]]:
+    told: dict[str, list[list[str]]] = {name: [] for name in plan.names}
+    for answer in answers:
+        values = unpack(answer)
+        for name in plan.names:
+            end = 1 + int(values[0])
+            told[name].append(values[1:end])
+            values = values[end:]
+    return told
+
+
+@contextmanager
+def _watched(guard: Guard, case: Case, seconds: float) -> Iterator[None]:
+    """End the world when the probe hangs, with a word of who keeps whom waiting."""
+
+    def end() -> None:
+        stacks = guard.stacks()
+        silent = [rank for rank in range(len(case.ranks)) if rank not in stacks]
+        notes = {rank: read_note(text) for rank, text in stacks.items()}
+        hosts = [place.host for place in case.ranks]
+        guard.end(StuckError.of(blame(notes, silent, steps_of(case.plan), hosts, case.plan.seconds, guard.name)))
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon, timer.name = True, "watch"
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()  # one that has begun ends the world

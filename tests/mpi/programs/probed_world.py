@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A world that runs probes under rank 0's guard, and nothing else. Arguments: the plan; `strict` or `told`; the kind of GPU, if any.
+
+Rank 0 prints what was found as JSON. DYN_MPI_FAULT works as in a worker.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+from dynamo_mpi import __version__
+from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.launchers.launch import detect
+from dynamo_mpi.preflight.inquiry import Card, host_name
+from dynamo_mpi.probe.part import Case
+from dynamo_mpi.probe.phase import lead_probes, take_part
+from dynamo_mpi.probe.plan import ProbePlan
+from dynamo_mpi.supervision.faults import arm
+from dynamo_mpi.supervision.guard import Guard, Terms
+from dynamo_mpi.supervision.lifeline import Lifeline
+from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.supervision.phases import Phases
+from dynamo_mpi.talk import Voice
+from dynamo_mpi.world import World, bind_library, form_world
+
+
+def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, strict: bool) -> int:
+    cards = [Card.unpack(card) for card in world.gather(own_card().pack())]
+    guard = Guard(world, cards, phases, Voice(0, host_name()), Terms(os.environ.get("NETWORK", "127.0.0.1") or None))
+    world.broadcast(guard.meeting.pack(b""))
+    world.barrier(10)
+    began = time.monotonic()
+    with phases.enter("probe"):
+        report = lead_probes(world, Case(plan, cards, kind), guard, os.environ, strict=strict)
+    error = report.error
+    told = {
+        "findings": [finding.as_json() for finding in report.findings],
+        "figures": report.figures,
+        "text": report.text,
+        "seconds": time.monotonic() - began,
+    }
+    print(json.dumps(told), flush=True)
+    if error is not None:
+        guard.report(error)
+    world.broadcast(bytes([error.exit_code if error else 0]))
+    guard.close()
+    return int(error.exit_code) if error else 0
+
+
+def follow(world: World, plan: ProbePlan, phases: Phases) -> int:
+    world.gather(own_card().pack())
+    meeting, _ = Meeting.unpack(world.broadcast())
+    lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()))
+    world.barrier(10)
+    try:
+        with phases.enter("probe"):
+            take_part(world, plan, os.environ)
+    except (BootstrapError, ValueError) as error:
+        lifeline.fail(error)
+    code = world.broadcast()[0]
+    lifeline.close()
+    return code
+
+
+def own_card() -> Card:
+    return Card(host_name(), "", __version__, ())
+
+
+def main() -> None:
+    launch, phases = detect(os.environ), Phases()
+    if os.environ.get("DYN_MPI_FAULT"):
+        arm(os.environ, launch, phases, Voice(launch.rank, host_name()))
+    bind_library()
+    world = form_world()
+    plan = ProbePlan.unpack(sys.argv[1])
+    if world.rank == 0:
+        code = lead(world, plan, phases, (sys.argv[3:] or [None])[0], strict=sys.argv[2] == "strict")
+    else:
+        code = follow(world, plan, phases)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
