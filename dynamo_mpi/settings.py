@@ -181,8 +181,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROBE_SECONDS",),
         30.0,
         to_seconds,
-        "seconds for all probes together; one that hangs then ends the worker (124), and memory of an earlier step is waited for as "
-        "long as half of them",
+        "seconds for ranks to reach each other and be measured; who hangs after them ends the worker (124). Half of them more for memory "
+        "of an earlier step to be given back, and for NCCL to be started",
     ),
     Option(
         "load_timeout",

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.parallelism import contract, engine_layers, key_rules
 from dynamo_mpi.parallelism.rules import registry
 from dynamo_mpi.preflight import gpu_rules, host_rules, peers, roster
+from dynamo_mpi.probe import fabric_rules
+from dynamo_mpi.probe import gpu_rules as probe_gpu_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _HEAD = """# Rules
 
-Every rule that `dynamo-mpi check`, `dynamo-mpi plan` and the preflight in the ranks apply, by the id that stands in its findings.
+Every rule that `dynamo-mpi check`, `dynamo-mpi plan`, the preflight in the ranks and the probes behind it apply, by the id that stands in its findings.
 This page is written by `python -m dynamo_mpi.preflight.rules_page`; a test fails when it is stale.
 
 File names in parentheses are TensorRT-LLM's: where the engine has the rule, as read in its public sources from 1.0 to the 1.3
@@ -44,6 +46,8 @@ def _rows() -> Iterator[tuple[str, str]]:
         *peers.RULES,
         *gpu_rules.RULES,
         *host_rules.RULES,
+        *probe_gpu_rules.RULES,
+        *fabric_rules.RULES,
     ):
         yield _row(other)
 

@@ -50,11 +50,9 @@ class Cuda:
         """Copy to the GPU."""
         self._call("cuMemcpyHtoD_v2", address, c_char_p(data), c_size_t(len(data)))
 
-    def read(self, address: c_uint64, size: int) -> bytes:
-        """Copy from the GPU."""
-        data = ctypes.create_string_buffer(size)
-        self._call("cuMemcpyDtoH_v2", data, address, c_size_t(size))
-        return data.raw
+    def read(self, address: c_uint64, into: bytearray, size: int) -> None:
+        """Copy from the GPU, to the beginning of ``into``."""
+        self._call("cuMemcpyDtoH_v2", (ctypes.c_char * size).from_buffer(into), address, c_size_t(size))
 
     def clear(self, address: c_uint64, size: int) -> None:
         """Overwrite with what no message holds."""

@@ -37,22 +37,25 @@ def judge(answers: Sequence[Sequence[str]], case: Case) -> Outcome:
     return judge_fabric(told, case)
 
 
-def judge_fabric(
-    told: Sequence[FabricAnswer], case: Case, links: tuple[int | None, int | None] = (None, None)
-) -> Outcome:
+def judge_fabric(told: Sequence[FabricAnswer], case: Case) -> Outcome:
     """Apply the rules.
 
     Args:
         told: what ranks have measured, in rank order.
-        case: the world.
-        links: NVLinks that are up, and the generation of PCI Express, of each GPU; None where they aren't known.
+        case: the world; where the GPU probe came before, the links that it has seen say what to expect.
     """
     steps = steps_of(case.plan)
     measured = gather_up(steps, told)
+    gpus = case.earlier.get("gpu", {})
+    links = _least(gpus.get("nvlinks_up")), _least(gpus.get("pcie_generation"))
     least = least_rate(case.kind, *links) if case.plan.over == "nccl" else None
     findings = check_fabric(FabricCase(measured, told, case.ranks, steps, case.plan.seconds, case.plan.over, least))
     figures = figures_of(steps, measured, told, case.plan.over)
     return Outcome(tuple(findings), figures, _line(steps, measured, figures))
+
+
+def _least(extremes: list[int] | int | None) -> int | None:
+    return extremes[0] if isinstance(extremes, list) else extremes
 
 
 def figures_of(

@@ -106,14 +106,15 @@ def check_data(case: FabricCase) -> Iterator[Finding]:
 def check_end(case: FabricCase) -> Iterator[Finding]:
     """N2: the probe comes to its end within `--probe-seconds`; one that hangs is ended, and says between whom."""
     late = {rank: read_note(answer.text) for rank, answer in enumerate(case.answers) if answer.state == LATE}
-    if late:
+    # who waits for a rank whose process has gone is not where it began (N7)
+    if late and not any(answer.state == FAILED for answer in case.answers):
         hosts = [one.host for one in case.ranks]
         yield blame(late, [], case.steps, hosts, case.seconds, case.name)
 
 
 def check_pairs(case: FabricCase) -> Iterator[Finding]:
-    """N3: no pair of ranks is three times (over MPI eight times) slower than its like, and no node has all its pairs so; with fewer than
-    three pairs of a kind nothing is compared."""
+    """N3: no pair of ranks is three times (over MPI eight times) slower than its like, and no node has all its pairs so; with fewer
+    than three pairs of a kind nothing is compared."""
     factor = SLOW[case.over]
     slow: list[Measured] = []
     told: list[str] = []
@@ -150,7 +151,7 @@ def check_pairs(case: FabricCase) -> Iterator[Finding]:
 
 
 def check_groups(case: FabricCase) -> Iterator[Finding]:
-    """N4: no group of the layout is three times (over MPI eight times) slower than its like; with fewer than three groups nothing is compared."""
+    """N4: no group of the layout is three times (over MPI eight times) slower than its like; fewer than three groups aren't compared."""
     factor = SLOW[case.over]
     told, slow = [], []
     for some in _alike(case, exchanges=False):

@@ -12,19 +12,17 @@ from dynamo_mpi.preflight.host_row import HostRow, Needs
 from dynamo_mpi.probe.gpu_health import GpuHealth, health_of_rank
 from dynamo_mpi.probe.gpu_rules import HealthRow, check_health
 from dynamo_mpi.probe.part import Outcome
+from dynamo_mpi.probe.plan import WAIT_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.probe.part import Case, Part
 
-# of the time for all probes, what may be spent on waiting for memory
-_WAIT_SHARE = 0.5
-
 
 def measure(part: Part) -> list[str]:
     """Read this rank's GPU."""
-    end = part.began + part.plan.seconds * _WAIT_SHARE
+    end = part.began + part.plan.seconds * WAIT_SHARE
     return health_of_rank(part.world.rank, part.environ, is_busy, end).pack()
 
 

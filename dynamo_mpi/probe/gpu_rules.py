@@ -207,8 +207,8 @@ def check_readable(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             "V15",
             f"the health of GPUs isn't known: {_name(told, rows)}",
             found=lines([*told.values()]),
-            needed="NVML, and GPUs of one kind or CUDA_DEVICE_ORDER=PCI_BUS_ID, in every rank",
-            fix="pip install nvidia-ml-py where the ranks run; --probe fabric leaves the GPUs out",
+            needed="NVML and a GPU in every rank; where a node has several kinds, CUDA_DEVICE_ORDER=PCI_BUS_ID",
+            fix="pip install nvidia-ml-py where it is missing, give the rank a GPU (K9); --probe fabric leaves the GPUs out",
         )
 
 

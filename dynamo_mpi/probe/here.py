@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.preflight.gpu_facts import visible_gpus
 from dynamo_mpi.preflight.gpu_kind import kind_of
 from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.probe.fabric import judge_fabric
@@ -33,7 +34,7 @@ class Here(NamedTuple):
 
     Args:
         figures: by probe, as plain data; empty where there is no GPU.
-        findings: what isn't as it has to be. A GPU is named by its number in NVML's order, as nvidia-smi shows it.
+        findings: what isn't as it has to be. A GPU is named by its number among those that are looked at.
         lines: the figures in a few words.
     """
 
@@ -56,24 +57,33 @@ def probe_here(environ: Mapping[str, str] | None = None, seconds: float = 30.0) 
     told = health_of_node()
     if not told:
         return Here({}, (), ("gpu: no GPU here",))
+    environ = os.environ if environ is None else environ
     host = host_name()
+    usable = len(visible_gpus([one.facts for one in told if not one.problem], environ))
     findings = check_health([HealthRow(host, health) for health in told])
     figures: dict[str, Any] = {"gpu": figures_of(told)}
     lines = [f"gpu: {sum(not health.problem for health in told)} of {len(told)} GPUs read"]
-    if len(told) > 1:
-        fabric = _fabric(told, os.environ if environ is None else environ, host, seconds)
+    if usable > 1:
+        fabric = _fabric(told, usable, environ, host, seconds, figures)
         figures["fabric"] = dict(fabric.figures)
         findings += fabric.findings
         lines.append(fabric.line)
     return Here(figures, tuple(map(_of_gpus, findings)), tuple(lines))
 
 
-def _fabric(told: Sequence[GpuHealth], environ: Mapping[str, str], host: str, seconds: float) -> Outcome:
-    everybody = tuple(range(len(told)))
+def _fabric(
+    told: Sequence[GpuHealth],
+    usable: int,
+    environ: Mapping[str, str],
+    host: str,
+    seconds: float,
+    earlier: Mapping[str, Any],
+) -> Outcome:
+    everybody = tuple(range(usable))
     plan = ProbePlan(("fabric",), seconds, "nccl", ((NODE, (everybody,)), ("tp", (everybody,))))
     kinds = {kind_of(one.facts.name, one.facts.sm, one.facts.total_bytes) for one in told}
-    case = Case(plan, [_Place(host)] * len(told), kinds.pop() if len(kinds) == 1 else None)
-    return judge_fabric(_measure(plan, len(told), environ), case)
+    case = Case(plan, [_Place(host)] * usable, kinds.pop() if len(kinds) == 1 else None, earlier=earlier)
+    return judge_fabric(_measure(plan, usable, environ), case)
 
 
 def _measure(plan: ProbePlan, size: int, environ: Mapping[str, str]) -> list[FabricAnswer]:

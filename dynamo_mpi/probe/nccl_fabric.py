@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.fields import pack, unpack
 from dynamo_mpi.probe.hang import Note
 from dynamo_mpi.probe.payload import is_spoilt
+from dynamo_mpi.probe.plan import START_SHARE
 from dynamo_mpi.probe.timing import FAILED, LATE, OK, SKIPPED, FabricAnswer, Timing
 from dynamo_mpi.supervision.doing import say_doing
 from dynamo_mpi.supervision.tethered import tethered
@@ -126,9 +127,10 @@ def measure_over_nccl(world: World, plan: ProbePlan, environ: Mapping[str, str],
         world: all ranks.
         plan: what to do.
         environ: this rank's environment.
-        began: when the probes began, by `time.monotonic`; the end follows from it.
+        began: when the probes began on this rank, by `time.monotonic`.
     """
-    end = began + plan.seconds
+    # ranks come at different times: those that wait for memory keep the others waiting, at no one's cost
+    end = time.monotonic() + plan.seconds * START_SHARE
     child = ProbeChild(world.rank, world.size, plan, environ)
     try:
         about: dict[str, Any] = {}
@@ -139,7 +141,7 @@ def measure_over_nccl(world: World, plan: ProbePlan, environ: Mapping[str, str],
                 child.tell("identify")
                 unique_id = child.hear(end)[1]
         except (EndedError, LateError) as error:
-            trouble = str(error) or f"it did not start in {plan.seconds:g} s"
+            trouble = str(error) or f"it did not start in {plan.seconds * START_SHARE:g} s"
         answers = world.gather(pack([trouble]))
         # a rank that can't take part would be waited for by all others
         able = all(not unpack(answer)[0] for answer in answers)
@@ -148,7 +150,7 @@ def measure_over_nccl(world: World, plan: ProbePlan, environ: Mapping[str, str],
         if not joined:
             return FabricAnswer(FAILED if trouble else SKIPPED, trouble, library)
         child.tell(f"join {joined}")
-        return listen(child, library, began, end)
+        return listen(child, library, began, time.monotonic() + plan.seconds)
     finally:
         say_doing("")
         child.close()

@@ -44,12 +44,14 @@ class Case(NamedTuple):
         ranks: where each rank is.
         kind: of GPU, as `parallelism.gpus` names it; None where it isn't known.
         weights: bytes of each rank's weights; empty where they aren't known.
+        earlier: figures of the probes that came before, by probe.
     """
 
     plan: ProbePlan
     ranks: Sequence[Placed]
     kind: str | None = None
     weights: tuple[int, ...] = ()
+    earlier: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Outcome(NamedTuple):

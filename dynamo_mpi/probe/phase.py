@@ -15,6 +15,7 @@ from dynamo_mpi.fields import pack, unpack
 from dynamo_mpi.parallelism.finding import Severity, errors, render
 from dynamo_mpi.probe.hang import StuckError, blame, read_note
 from dynamo_mpi.probe.part import Part
+from dynamo_mpi.probe.plan import START_SHARE, WAIT_SHARE
 from dynamo_mpi.probe.steps import steps_of
 
 if TYPE_CHECKING:
@@ -107,17 +108,29 @@ def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, st
     """
     began = time.monotonic()
     plan = case.plan
-    seconds = plan.seconds + _GRACE_SECONDS
+    seconds = allowed_seconds(plan)
     late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
-    with late, _watched(guard, case, plan.seconds if plan.over == "mpi" else seconds):
+    with late, _watched(guard, case, seconds):
         answers = take_part(world, plan, environ)
-    outcomes = {name: _judge(name, told, case) for name, told in _by_probe(plan, answers).items()}
+    outcomes: dict[str, Outcome] = {}
+    for name, told in _by_probe(plan, answers).items():
+        earlier = {before: outcome.figures for before, outcome in outcomes.items()}
+        outcomes[name] = _judge(name, told, case._replace(earlier=earlier))
     findings = [finding for outcome in outcomes.values() for finding in outcome.findings]
     if strict:
         findings = [finding if finding.severity is not Severity.WARNING else _as_error(finding) for finding in findings]
     figures: dict[str, Any] = {name: dict(outcome.figures) for name, outcome in outcomes.items()}
     figures["seconds"] = round(time.monotonic() - began, 3)
     return Report(tuple(findings), figures, tuple(outcome.line for outcome in outcomes.values() if outcome.line))
+
+
+def allowed_seconds(plan: ProbePlan) -> float:
+    """Return how long all probes may take."""
+    seconds = plan.seconds
+    seconds += plan.seconds * WAIT_SHARE if "gpu" in plan.names else 0.0
+    if "fabric" in plan.names and plan.over == "nccl":
+        seconds += plan.seconds * START_SHARE + _GRACE_SECONDS
+    return seconds
 
 
 def _judge(name: str, answers: Sequence[Sequence[str]], case: Case) -> Outcome:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 Groups = tuple[tuple[int, ...], ...]
 
+WAIT_SHARE = START_SHARE = 0.5
+"""Beside the time for the probes, so much of it for memory to be given back, and so much for NCCL's processes to start."""
 NODE = "node"
 """The kind of groups that are a node's ranks."""
 _LAYOUT_KINDS = ("tp", "moe_ep", "pp")
@@ -23,7 +25,7 @@ class ProbePlan(NamedTuple):
 
     Args:
         names: the probes, in their order.
-        seconds: for all of them together.
+        seconds: for what ranks do together; see `WAIT_SHARE`.
         over: what carries the fabric probe's messages: ``nccl``, or ``mpi`` where the ranks have no GPUs.
         groups: ranks that talk to each other, by kind: `NODE`, ``tp``, ``moe_ep`` and ``pp``, as `Layout.groups` has them.
     """
