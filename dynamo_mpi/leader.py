@@ -134,12 +134,15 @@ class Leader:
         self, settings: Settings, verdict: Verdict, plan: ProbePlan, cards: Sequence[Card], guard: Guard
     ) -> ExitCode:
         """Ask the hardware, with all ranks, and tell them whether to go on."""
+        from dynamo_mpi.probe.kv_desk import desk_of
         from dynamo_mpi.probe.part import Case
         from dynamo_mpi.probe.phase import lead_probes
 
         with self._phases.enter("probe"):
             case = Case(plan, cards, verdict.subject.cluster.gpu, verdict.weights)
-            report = lead_probes(self._world, case, guard, os.environ, strict=settings.probe_strict)
+            desk = desk_of(settings, verdict.subject, plan, cards, self._presence, self._voice, os.environ)
+            ask = desk.ask if desk else None
+            report = lead_probes(self._world, case, guard, os.environ, strict=settings.probe_strict, ask_partners=ask)
             self._phases.own_part_done()
             if (error := report.error) is not None:
                 guard.report(error)
@@ -148,6 +151,8 @@ class Leader:
             self._voice.say(report.text)
             if self._presence is not None:
                 self._presence.tell_probe(report.figures)
+            if desk is not None:
+                desk.open()
             self._world.broadcast(GO)
         return ExitCode.OK
 

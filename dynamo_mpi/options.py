@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 MAX_SECONDS = 1e8
-PROBES = ("gpu", "fabric")
+PROBES = ("gpu", "fabric", "kv")
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,14 @@ OPTIONS: tuple[Option, ...] = (
         "of an earlier step to be given back, and for NCCL to be started",
     ),
     Option(
+        "probe_kv_seconds",
+        ("--probe-kv-seconds",),
+        ("DYN_MPI_PROBE_KV_SECONDS",),
+        300.0,
+        to_seconds,
+        "seconds for which a partner that starts later can ask a worker's ranks for the KV probe",
+    ),
+    Option(
         "load_timeout",
         ("--load-timeout",),
         ("DYN_MPI_LOAD_TIMEOUT",),
@@ -319,6 +327,7 @@ class Settings:
     probe: str
     probe_strict: bool
     probe_seconds: float
+    probe_kv_seconds: float
     load_timeout: float
     prove_timeout: float
     drain_timeout: float

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.control_plane.record import Posted, WorldRecord
 
 _FAREWELL_SECONDS = 1.0
+# a record stays small, however often a partner is started anew
+_MOST_PEERS = 8
 
 
 class Keeper:
@@ -54,6 +56,7 @@ class Keeper:
         self._stale = self._away = False
         self._peers: Sequence[Posted] = ()
         self._odd: set[str] = set()
+        self._settled: list[threading.Event] = []
         # a signal's handler may put into it, whatever the main thread was doing
         self._changes: queue.SimpleQueue[Callable[[WorldRecord], WorldRecord] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -97,6 +100,31 @@ class Keeper:
         """Have the record say soon what the probes have measured. Never waits."""
         self._changes.put(partial(replace, probe=figures))
 
+    def offer_kv(self, offer: dict[str, Any] | None, seconds: float) -> tuple[WorldRecord, Sequence[Posted]]:
+        """Have the record say where ranks can be asked for the KV probe, and then read the peers'.
+
+        Args:
+            offer: to publish; None to take it back, which never waits.
+            seconds: to wait for etcd.
+
+        Returns:
+            The record, and its peers, as they were read after it was written, if etcd has answered in time.
+        """
+        done = threading.Event()
+
+        def change(record: WorldRecord) -> WorldRecord:
+            self._settled.append(done)
+            return replace(record, probe_kv=offer)
+
+        self._changes.put(change)
+        if offer is not None:
+            done.wait(seconds)
+        return self._record, self._peers
+
+    def tell_kv(self, peer: dict[str, Any]) -> None:
+        """Have the record say soon what the KV probe of a peer that came later has measured. Never waits."""
+        self._changes.put(partial(_with_kv, peer=peer))
+
     def withdraw(self) -> None:
         """Take the record away: at once, or with its lease where etcd doesn't answer within a second. From any thread, or a signal's
         handler; more than once does no harm."""
@@ -121,6 +149,8 @@ class Keeper:
             if record != self._record:
                 self._record, self._stale = record, True
             self._renew()
+            while self._settled:
+                self._settled.pop().set()
         self._retract()
 
     def _pause(self) -> float:
@@ -187,3 +217,10 @@ class Keeper:
 
 def _changed(record: WorldRecord, phase: str | None = None, instance: str | None = None) -> WorldRecord:
     return replace(record, phase=phase or record.phase, instance=instance or record.instance)
+
+
+def _with_kv(record: WorldRecord, peer: dict[str, Any]) -> WorldRecord:
+    probe = dict(record.probe or {})
+    known = probe.get("kv", {}).get("peers", [])[1 - _MOST_PEERS :]
+    probe["kv"] = {"peers": [*known, peer]}
+    return replace(record, probe=probe)

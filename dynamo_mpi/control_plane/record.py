@@ -66,6 +66,7 @@ class WorldRecord:
         launch: what `dynamo-mpi launch` calls it; None where nobody did.
         attempt: which start of this worker it is, from 1 on.
         probe: what the probes have measured, by probe; None where none ran.
+        probe_kv: where a partner can have its ranks asked for the KV probe, with what lets it in; None where it can't, or not any more.
     """
 
     role: str
@@ -89,6 +90,7 @@ class WorldRecord:
     launch: str | None = None
     attempt: int = 1
     probe: dict[str, Any] | None = None
+    probe_kv: dict[str, Any] | None = None
 
     def pack(self) -> bytes:
         """Encode as JSON."""
@@ -117,6 +119,7 @@ class WorldRecord:
             layout=read_fields(RecordedLayout, content.get("layout")),
             contract=None if contract is None else read_fields(Contract, contract),
             probe=probe if isinstance(probe := content.get("probe"), dict) else None,
+            probe_kv=offer if isinstance(offer := content.get("probe_kv"), dict) else None,
         )
 
     @property

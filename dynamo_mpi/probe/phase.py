@@ -19,7 +19,7 @@ from dynamo_mpi.probe.plan import START_SHARE, WAIT_SHARE
 from dynamo_mpi.probe.steps import steps_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.parallelism.finding import Finding
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.world import World
 
-_MODULES = {"gpu": "dynamo_mpi.probe.gpu", "fabric": "dynamo_mpi.probe.fabric"}
+    AskPartners = Callable[[list[list[str]], float], list[list[str]]]
+
+_MODULES = {"gpu": "dynamo_mpi.probe.gpu", "fabric": "dynamo_mpi.probe.fabric", "kv": "dynamo_mpi.probe.kv"}
 # a probe that ends by itself at its deadline gets this long to say so
 _GRACE_SECONDS = 3.0
 # after which even a rank 0 that is stuck in native code ends the world
@@ -96,7 +98,15 @@ def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str]) -> list
     return world.gather(pack(values))
 
 
-def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, str], *, strict: bool) -> Report:
+def lead_probes(
+    world: World,
+    case: Case,
+    guard: Guard,
+    environ: Mapping[str, str],
+    *,
+    strict: bool,
+    ask_partners: AskPartners | None = None,
+) -> Report:
     """Run them as rank 0, and judge.
 
     Args:
@@ -105,6 +115,7 @@ def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, st
         guard: ends a world that hangs in a probe.
         environ: rank 0's environment.
         strict: warnings are errors.
+        ask_partners: of the KV probe, whose ranks can be asked by now.
     """
     began = time.monotonic()
     plan = case.plan
@@ -112,8 +123,11 @@ def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, st
     late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
     with late, _watched(guard, case, seconds):
         answers = take_part(world, plan, environ)
+    by_probe = _by_probe(plan, answers)
+    if "kv" in by_probe:
+        by_probe["kv"] = [] if ask_partners is None else _ask(ask_partners, by_probe["kv"], guard, plan.seconds)
     outcomes: dict[str, Outcome] = {}
-    for name, told in _by_probe(plan, answers).items():
+    for name, told in by_probe.items():
         earlier = {before: outcome.figures for before, outcome in outcomes.items()}
         outcomes[name] = _judge(name, told, case._replace(earlier=earlier))
     findings = [finding for outcome in outcomes.values() for finding in outcome.findings]
@@ -122,6 +136,12 @@ def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, st
     figures: dict[str, Any] = {name: dict(outcome.figures) for name, outcome in outcomes.items()}
     figures["seconds"] = round(time.monotonic() - began, 3)
     return Report(tuple(findings), figures, tuple(outcome.line for outcome in outcomes.values() if outcome.line))
+
+
+def _ask(ask: AskPartners, answers: list[list[str]], guard: Guard, seconds: float) -> list[list[str]]:
+    """Talk with other worlds, which end by themselves what takes too long."""
+    with guard.deadline(seconds + _LAST_SECONDS, "the KV probe has not come to its end", "--probe-seconds"):
+        return ask(answers, time.monotonic() + seconds)
 
 
 def allowed_seconds(plan: ProbePlan) -> float:
