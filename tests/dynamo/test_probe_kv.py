@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--probe kv` of two real workers: whoever comes second has the decode ranks pull, both know what came out, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.control_plane.record import WorldRecord
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually
+from tests.unit.kv_hosts import TRANSPORTS
+
+pytestmark = pytest.mark.dynamo
+UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
+RANKS = {"prefill": 3, "decode": 1}
+Start = Callable[..., RunningWorker]
+
+
+@pytest.fixture
+def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
+    """Start workers by role; what is left of them is killed."""
+    workers: list[RunningWorker] = []
+
+    def begin(role: str, *flags: str, **environment: str) -> RunningWorker:
+        words = ("--engine", "reference", "--role", role, "--kv-network", "127.0.0.1", "--probe", "kv", *flags)
+        variables = {"ETCD_LEASE_TTL": "3", "OMP_NUM_THREADS": "1", **UNBOUND, **environment}
+        workers.append(RunningWorker(tmp_path, etcd, model_dir, RANKS[role], *words, name=role, **variables))
+        return workers[-1]
+
+    yield begin
+    for worker in workers:
+        worker.stop()
+
+
+def record_of(etcd: EtcdServer, role: str) -> WorldRecord | None:
+    return next((record for record in etcd.worlds() if record.role == role), None)
+
+
+def offered(etcd: EtcdServer, role: str) -> list[Any] | None:
+    """Return where its ranks can be asked."""
+    record = record_of(etcd, role)
+    return None if record is None or record.probe_kv is None else record.probe_kv["stations"]
+
+
+def kv_of(etcd: EtcdServer, role: str) -> dict[str, Any] | None:
+    """Return what its record says of its one partner."""
+    record = record_of(etcd, role)
+    peers = (record.probe or {}).get("kv", {}).get("peers") if record is not None else None
+    return peers[0] if peers else None
+
+
+def stations() -> set[int]:
+    """Return the processes that can be asked, of all workers here."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if b"dynamo_mpi.probe.kv_station" in words and b"tether" not in words:
+                found.add(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_both_sides_know_what_the_second_has_found(
+    first: str, transport: str, etcd: EtcdServer, start: Start
+) -> None:
+    before = stations()
+    second = "decode" if first == "prefill" else "prefill"
+    workers = {first: start(first, "--kv-transport", transport)}
+    eventually(lambda: offered(etcd, first), "its ranks can be asked")
+    workers[second] = start(second, "--kv-transport", transport)
+    for role in (second, first):
+        figures = eventually(lambda role=role: kv_of(etcd, role), f"{role} knows")
+        assert (figures["pairs"], figures["through"], figures["over"]) == (3, 3, transport)
+        assert 0 < figures["gbps"][0] <= figures["gbps"][1]
+        assert second in figures["peer"] if role == first else first in figures["peer"]
+        assert figures["ways"]
+        line = rf"kv: 3 pairs over {transport}.*B/s slowest, decode rank 0 on \S+ <- prefill rank [012] on"
+        assert re.search(line, workers[role].text()), workers[role].text()
+    for worker in workers.values():
+        worker.ready()
+    for worker in workers.values():
+        os.kill(worker.rank_zero(), signal.SIGTERM)
+        assert worker.wait() == 0, worker.text()
+        assert "Traceback" not in worker.text()
+        assert "warning T" not in worker.text()
+    assert etcd.keys() == []
+    assert stations() <= before
