@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,14 @@ def stations() -> set[int]:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("first", ["prefill", "decode"])
-def test_both_sides_know_what_the_second_has_found(
-    first: str, transport: str, etcd: EtcdServer, start: Start
-) -> None:
+def test_both_sides_know_what_the_second_has_found(first: str, transport: str, etcd: EtcdServer, start: Start) -> None:
     before = stations()
     second = "decode" if first == "prefill" else "prefill"
     workers = {first: start(first, "--kv-transport", transport)}
     eventually(lambda: offered(etcd, first), "its ranks can be asked")
     workers[second] = start(second, "--kv-transport", transport)
     for role in (second, first):
-        figures = eventually(lambda role=role: kv_of(etcd, role), f"{role} knows")
+        figures = eventually(partial(kv_of, etcd, role), f"{role} knows")
         assert (figures["pairs"], figures["through"], figures["over"]) == (3, 3, transport)
         assert 0 < figures["gbps"][0] <= figures["gbps"][1]
         assert second in figures["peer"] if role == first else first in figures["peer"]
@@ -96,3 +95,44 @@ def test_both_sides_know_what_the_second_has_found(
         assert "warning T" not in worker.text()
     assert etcd.keys() == []
     assert stations() <= before
+
+
+def test_wrong_bytes_end_the_second_before_it_loads_and_the_first_says_so(etcd: EtcdServer, start: Start) -> None:
+    prefill = start("prefill", DYN_MPI_ALLOW_FAULTS="1", DYN_MPI_FAULT="rank1:probe:corrupt")
+    eventually(lambda: offered(etcd, "prefill"), "its ranks can be asked")
+    decode = start("decode")
+    assert decode.wait() == 75, decode.text()
+    wrong = r"error T1: KV is wrong when it arrives, of 1 pair of ranks\n +found: +decode rank 0 on \S+ <- prefill rank 1 on"
+    assert "1 error, nothing was loaded" in decode.text()
+    assert re.search(wrong, decode.text()), decode.text()
+    eventually(lambda: re.search(wrong, prefill.text()), "the first says so")
+    prefill.ready()
+
+
+def test_a_rank_that_does_not_answer_is_named_and_ends_only_who_is_strict(etcd: EtcdServer, start: Start) -> None:
+    before = stations()
+    prefill = start("prefill", "--probe-kv-seconds", "14")
+    ports = eventually(lambda: offered(etcd, "prefill"), "its ranks can be asked")
+    stopped = next(pid for pid in stations() - before if listens_on(pid, ports[2][2]))
+    os.kill(stopped, signal.SIGSTOP)
+    decode = start("decode", "--probe-strict", "--probe-seconds", "5")
+    assert decode.wait() == 75, decode.text()
+    assert "error T2: no KV comes through between 1 pair of ranks of 3: prefill rank 2 on" in decode.text()
+    assert re.search(r"found: +decode rank 0 on \S+ <- prefill rank 2 on \S+ \(127.0.0.1\): not done in", decode.text())
+    prefill.ready()
+    # it was told, and goes on
+    assert "warning T2" in prefill.text()
+    os.kill(stopped, signal.SIGCONT)
+    eventually(lambda: offered(etcd, "prefill") is None, "nobody can ask it any more", 60)
+    eventually(lambda: stations() <= before, "nothing is left of it")
+    os.kill(prefill.rank_zero(), signal.SIGTERM)
+    assert prefill.wait() == 0, prefill.text()
+
+
+def listens_on(pid: int, port: int) -> bool:
+    """Does a process listen on an IPv4 port (proc(5))?"""
+    ours = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]]
+    return any(
+        row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port and f"socket:[{row[9]}]" in ours for row in rows
+    )
