@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _HEAD = """# Rules
 
-Every rule that `dynamo-mpi check`, `dynamo-mpi plan`, the preflight in the ranks and the probes behind it apply, by the id that stands in its findings.
+Every rule that `dynamo-mpi check`, `dynamo-mpi plan`, the preflight in the ranks and its probes apply, by the id that stands in its findings.
 This page is written by `python -m dynamo_mpi.preflight.rules_page`; a test fails when it is stale.
 
 File names in parentheses are TensorRT-LLM's: where the engine has the rule, as read in its public sources from 1.0 to the 1.3

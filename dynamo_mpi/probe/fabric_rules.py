@@ -10,6 +10,7 @@
 | N5 | GPUs of one node reach what their link allows | warning |
 | N6 | nodes with InfiniBand or RoCE use it | warning |
 | N7 | NCCL runs in every rank | warning |
+| N8 | no link loses packets | warning |
 
 Like is compared with the upper quartile of its kind, not with the median: one slow node is in two of three pairs of a small world, where the
 median would be slow itself.
@@ -38,10 +39,15 @@ if TYPE_CHECKING:
 
 SLOW = {"nccl": 3.0, "mpi": 8.0}
 """How many times slower than its like is far slower; on CPUs, which other processes use too, it has to be more."""
-# below this nobody's latency matters, and on a busy host they differ for reasons of their own
-_LATENCY_SECONDS = 1e-3
+# below this nobody's latency matters; on busy CPUs a rank may have to wait for its turn
+_LATENCY_SECONDS = {"nccl": 1e-3, "mpi": 0.05}
 _LATENCY_SLOW = 10.0
+# above it a pair isn't slow, whatever its like do: on CPUs that others use, one local pair may be 14 times faster than another
+_FAST = {"nccl": float("inf"), "mpi": 1e8}
 _LEAST_LIKE = 3
+# what a healthy network loses when many send to one at once is far less; busy CPUs are late with what says that a packet has come
+_LOSS = {"nccl": 0.01, "mpi": 0.12}
+_LEAST_RESENT = 10
 
 
 class FabricCase(NamedTuple):
@@ -123,9 +129,9 @@ def check_pairs(case: FabricCase) -> Iterator[Finding]:
         quick = _lower_quartile([one.seconds for one in some])
         smallest = some[0].size == some[0].step.sizes[0]
         for one in some:
-            if not smallest and one.rate * factor < best:
+            if not smallest and one.rate < min(best / factor, _FAST[case.over]):
                 told.append(f"{_pair(case, one)}: {_rate(one.rate)}, its like {_rate(best)} ({_what(one)})")
-            elif smallest and one.seconds > max(_LATENCY_SECONDS, quick * _LATENCY_SLOW):
+            elif smallest and one.seconds > max(_LATENCY_SECONDS[case.over], quick * _LATENCY_SLOW):
                 told.append(f"{_pair(case, one)}: {_time(one.seconds)}, its like {_time(quick)} ({_what(one)})")
             else:
                 continue
@@ -157,7 +163,7 @@ def check_groups(case: FabricCase) -> Iterator[Finding]:
     for some in _alike(case, exchanges=False):
         best = _upper_quartile([one.rate for one in some])
         for one in some:
-            if one.size == one.step.sizes[-1] and one.rate * factor < best:
+            if one.size == one.step.sizes[-1] and one.rate < min(best / factor, _FAST[case.over]):
                 told.append(f"{_what(one)} over {case.name(one.group)}: {_rate(one.rate)}, its like {_rate(best)}")
                 slow.append(one)
     if slow:
@@ -221,6 +227,26 @@ def check_run(case: FabricCase) -> Iterator[Finding]:
             found=lines([f"{case.name(ranks)}: {text}" for text, ranks in reasons.items()]),
             needed="NCCL (libnccl.so.2) and a GPU in every rank, as the engine needs them",
             fix="what NCCL says; NCCL_DEBUG=INFO says more; --probe none leaves it out",
+        )
+
+
+def check_loss(case: FabricCase) -> Iterator[Finding]:
+    """N8: TCP sends less than one segment of a hundred (over MPI twelve) again: a link that loses packets is slow now and then, or hangs."""
+    shares: dict[tuple[int, ...], Measured] = {}
+    for one in case.measured:
+        if one.step.operation == EXCHANGE and one.resent >= _LEAST_RESENT and one.resent > _LOSS[case.over] * one.sent:
+            shares.setdefault(one.group, one)
+    if shares:
+        pairs = [*shares.values()]
+        more = f", and {counted(len(pairs) - 1, 'other pair')}" if len(pairs) > 1 else ""
+        yield warning(
+            "N8",
+            f"packets are lost between {_pair(case, pairs[0])}{more}",
+            found=lines(
+                [f"{_pair(case, one)}: {one.resent} TCP segments sent again, {one.sent} sent" for one in pairs]
+            ),
+            needed=f"less than {_LOSS[case.over]:.0%} of them",
+            fix="look at cables, ports and MTU of these nodes (ethtool -S, ip -s link), or leave them out (sbatch --exclude=...)",
         )
 
 
@@ -291,4 +317,4 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
 
 
-RULES = (check_data, check_end, check_pairs, check_groups, check_expectation, check_network, check_run)
+RULES = (check_data, check_end, check_pairs, check_groups, check_expectation, check_network, check_run, check_loss)

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.probe.steps import Step
 
 _FORM = re.compile(r"probe step (-?\d+), (\d+) bytes: waits for ranks? ([\d, ]+)")
+_SLOWEST = re.compile(r"slowest so far: rank (\d+), (\d+) bytes/s")
 _MOST_PAIRS = 6
+# how much slower than the fastest a pair has to be to be worth a word
+_SLOW = 8
 START = -1
 """The step before the first: NCCL's ranks find each other."""
 
@@ -34,15 +37,24 @@ class Note(NamedTuple):
         step: number of the step that it is in.
         size: bytes of the message.
         waits: the ranks that it still waits for.
+        slow_peer: the rank that it has exchanged messages with most slowly so far; None for none.
+        rate: how fast, in bytes a second.
     """
 
     step: int
     size: int
     waits: tuple[int, ...]
+    slow_peer: int | None = None
+    rate: float = 0.0
 
     def __str__(self) -> str:
         ranks = "rank" if len(self.waits) == 1 else "ranks"
-        return f"probe step {self.step}, {self.size} bytes: waits for {ranks} {listed(self.waits)}"
+        text = f"probe step {self.step}, {self.size} bytes: waits for {ranks} {listed(self.waits)}"
+        return (
+            text
+            if self.slow_peer is None
+            else f"{text}; slowest so far: rank {self.slow_peer}, {self.rate:.0f} bytes/s"
+        )
 
 
 def read_note(text: str) -> Note | None:
@@ -50,7 +62,9 @@ def read_note(text: str) -> Note | None:
     found = _FORM.search(text)
     if found is None:
         return None
-    return Note(int(found[1]), int(found[2]), tuple(map(int, found[3].split(","))))
+    note = Note(int(found[1]), int(found[2]), tuple(map(int, found[3].split(","))))
+    slow = _SLOWEST.search(text)
+    return note if slow is None else note._replace(slow_peer=int(slow[1]), rate=float(slow[2]))
 
 
 class StuckError(BootstrapError):
@@ -116,6 +130,7 @@ def blame(
     if step.operation != EXCHANGE:
         ranks = sorted(set(there) | {rank for note in there.values() for rank in note.waits})
         found = f"the probe hangs in an {step.operation} of {size} bytes over {name(ranks)}"
+        found += _slowest(notes, name)
         return error("N2", found, needed=needed, fix=_cure(sorted({hosts[rank] for rank in ranks})))
     pairs = sorted({(min(rank, peer), max(rank, peer)) for rank, note in there.items() for peer in note.waits})
     told = "; ".join(f"{name([one])} and {name([other])}" for one, other in pairs[:_MOST_PAIRS])
@@ -127,6 +142,15 @@ def blame(
     if len(common) == 1:
         found += f"; what they have in common is {min(common)}"
     return error("N2", found, needed=needed, fix=_cure(sorted(suspects)))
+
+
+def _slowest(notes: Mapping[int, Note | None], name: Callable[[Sequence[int]], str]) -> str:
+    """Name the slowest pairs so far, where they are slow: a collective that is late may just be waiting for them."""
+    rates = {(rank, note.slow_peer): note.rate for rank, note in notes.items() if note and note.slow_peer is not None}
+    most = max(rates.values(), default=0.0)
+    slow = sorted({(min(pair), max(pair)) for pair, rate in rates.items() if rate * _SLOW < most})
+    told = "; ".join(f"{name([one])} and {name([other])}" for one, other in slow[:_MOST_PAIRS])
+    return f"; before that, the slowest were {told}, by a factor of {most / min(rates.values()):.0f}" if told else ""
 
 
 def _cure(hosts: Sequence[str]) -> str:

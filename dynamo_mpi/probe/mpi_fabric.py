@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.probe.hang import Note
 from dynamo_mpi.probe.payload import expected, expected_sum, outgoing
 from dynamo_mpi.probe.steps import ALL_REDUCE, EXCHANGE
+from dynamo_mpi.probe.tcp_counters import segments
 from dynamo_mpi.probe.timing import OK, FabricAnswer, Timing
 from dynamo_mpi.supervision.doing import say_doing
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.world import World
 
 # the best of several: another process may have had the core
-_REPEATS = 4
+_REPEATS = 8
 # what large messages may take of the time together; a slow way has shown itself by then
 _ENOUGH_SECONDS = 0.5
 _TAG = 77
@@ -44,14 +45,18 @@ def measure_over_mpi(world: World, steps: Sequence[Step], began: float) -> Fabri
 
     begin = time.monotonic() - began
     timings: list[Timing] = []
+    slowest: tuple[int | None, float] = (None, 0.0)
     comms: dict[str, MPI.Comm] = {}
     for step in steps:
         group = step.group_of(world.rank)
         if step.operation != EXCHANGE and step.kind not in comms:
             comms[step.kind] = _split(world, step, group)
         if group:
-            runner = _Runner(world, step, group, comms.get(step.kind))
+            runner = _Runner(world, step, group, comms.get(step.kind), slowest)
             timings += [runner.measure(size) for size in step.sizes]
+            if step.operation == EXCHANGE:
+                rate = step.sizes[-1] / timings[-1].seconds
+                slowest = min(slowest, (next(peer for peer in group if peer != world.rank), rate), key=_rate)
     for comm in comms.values():
         comm.Free()
     say_doing("")
@@ -65,18 +70,30 @@ def _split(world: World, step: Step, group: Sequence[int]) -> MPI.Comm:
     return world.comm.Split(min(group) if group else world.size, world.rank)
 
 
+def _rate(pair: tuple[int | None, float]) -> float:
+    return float("inf") if pair[0] is None else pair[1]
+
+
 class _Runner:
     """One rank's part of one step."""
 
-    def __init__(self, world: World, step: Step, group: tuple[int, ...], comm: MPI.Comm | None) -> None:
-        self._world, self._step, self._group, self._comm = world, step, group, comm
+    def __init__(
+        self,
+        world: World,
+        step: Step,
+        group: tuple[int, ...],
+        comm: MPI.Comm | None,
+        slowest: tuple[int | None, float],
+    ) -> None:
+        self._world, self._step, self._group, self._comm, self._slowest = world, step, group, comm, slowest
         self._rank = world.rank
         self._peers = [rank for rank in group if rank != self._rank]
 
     def measure(self, size: int) -> Timing:
-        say_doing(str(Note(self._step.number, size, tuple(self._peers))))
+        say_doing(str(Note(self._step.number, size, tuple(self._peers), *self._slowest)))
         sent, wanted, wrong_of = self._messages(size)
         got = bytearray(len(wanted))
+        before = segments()
         self._once(sent, got, size)
         wrong = () if got == wanted else wrong_of(bytes(got))
         best = float("inf")
@@ -89,7 +106,7 @@ class _Runner:
             self._once(sent, got, size)
             took = time.monotonic() - start
             best, spent = min(best, took), spent + took
-        return Timing(self._step.number, size, best, wrong)
+        return Timing(self._step.number, size, best, wrong, *segments().since(before))
 
     def _go_on(self, spent: float) -> bool:
         """Agree with the group on whether to do it again, which also brings them to the same line."""

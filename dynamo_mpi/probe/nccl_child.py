@@ -8,7 +8,7 @@ It is told by lines on stdin, and answers by lines on stdout; words of the libra
     id HEX
     <- join HEX
     at STEP SIZE PEERS       before each size of each step
-    took STEP SIZE SECONDS WRONG
+    took STEP SIZE SECONDS SEGMENTS RESENT WRONG
     done {"network": …}
     failed TEXT              instead of any of these
 """
@@ -28,6 +28,7 @@ from dynamo_mpi.probe.nccl_library import Nccl, NcclError
 from dynamo_mpi.probe.payload import expected, expected_sum, outgoing, spoil
 from dynamo_mpi.probe.plan import ProbePlan
 from dynamo_mpi.probe.steps import ALL_REDUCE, EXCHANGE, Step, steps_of
+from dynamo_mpi.probe.tcp_counters import segments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,11 +117,13 @@ def _run(rank: int, size: int, plan: ProbePlan, log: int, say: object) -> None:
             comms[step.kind] = world if whole else nccl.split(world, min(group) if group else size, rank)
         for bytes_each in step.sizes if group else ():
             say("at", step.number, bytes_each, ",".join(str(other) for other in group if other != rank))
+            before = segments()
             seconds, wrong = _measure(gpu, step, group, rank, bytes_each, comms.get(step.kind, world))
-            say("took", step.number, bytes_each, repr(seconds), ",".join(map(str, wrong)))
-    said = _log_of(log)
-    network = [match.decode("ascii", "replace") for match in _NETWORK.findall(said)]
-    links = sorted({match.decode("ascii", "replace") for match in _LINK.findall(said)})
+            said = ",".join(map(str, wrong))
+            say("took", step.number, bytes_each, repr(seconds), *segments().since(before), said)
+    words = _log_of(log)
+    network = [match.decode("ascii", "replace") for match in _NETWORK.findall(words)]
+    links = sorted({match.decode("ascii", "replace") for match in _LINK.findall(words)})
     say("done", json.dumps({"network": network[-1] if network else "", "links": links}))
 
 

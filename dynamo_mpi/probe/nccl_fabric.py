@@ -177,7 +177,8 @@ def listen(child: ProbeChild, library: str, began: float, end: float) -> FabricA
                 begin = begin or (time.monotonic() - began if words[0] != "-1" else 0.0)
                 say_doing(note)
             elif verb == "took":
-                timings.append(Timing(int(words[0]), int(words[1]), float(words[2]), _ranks(words[3])))
+                step, size, seconds, sent, resent, wrong = words
+                timings.append(Timing(int(step), int(size), float(seconds), _ranks(wrong), int(sent), int(resent)))
             elif verb == "done":
                 about = json.loads(rest)
                 break

@@ -29,7 +29,7 @@ _SIZES: dict[str, dict[str, tuple[int, ...]]] = {
         ALL_REDUCE: (64 * KIB, 8 * MIB, 64 * MIB),
         ALL_TO_ALL: (64 * KIB, 64 * MIB),
     },
-    "mpi": {EXCHANGE: (4 * KIB, 2 * MIB), ALL_REDUCE: (4 * KIB, 2 * MIB), ALL_TO_ALL: (4 * KIB, 2 * MIB)},
+    "mpi": {EXCHANGE: (4 * KIB, MIB), ALL_REDUCE: (4 * KIB, MIB), ALL_TO_ALL: (4 * KIB, MIB)},
 }
 
 

@@ -23,12 +23,16 @@ class Timing(NamedTuple):
         size: bytes of the message.
         seconds: for one operation.
         wrong: ranks whose data were wrong when they came; of a collective, the whole group.
+        sent: TCP segments that the rank's host sent meanwhile.
+        resent: those that it had to send again.
     """
 
     step: int
     size: int
     seconds: float
     wrong: tuple[int, ...] = ()
+    sent: int = 0
+    resent: int = 0
 
 
 class FabricAnswer(NamedTuple):
@@ -66,7 +70,8 @@ class FabricAnswer(NamedTuple):
             repr(self.begin),
         ]
         return head + [
-            f"{one.step} {one.size} {one.seconds!r} {','.join(map(str, one.wrong))}".rstrip() for one in self.timings
+            f"{one.step} {one.size} {one.seconds!r} {one.sent} {one.resent} {','.join(map(str, one.wrong))}"
+            for one in self.timings
         ]
 
     @classmethod
@@ -75,10 +80,9 @@ class FabricAnswer(NamedTuple):
         state, text, library, network, links, cards, begin, *rest = values
         timings = []
         for one in rest:
-            step, size, seconds, *wrong = one.split(" ")
-            timings.append(
-                Timing(int(step), int(size), float(seconds), tuple(map(int, wrong[0].split(","))) if wrong else ())
-            )
+            step, size, seconds, sent, resent, wrong = one.split(" ")
+            ranks = tuple(map(int, wrong.split(","))) if wrong else ()
+            timings.append(Timing(int(step), int(size), float(seconds), ranks, int(sent), int(resent)))
         return cls(
             state,
             text,
@@ -100,6 +104,8 @@ class Measured(NamedTuple):
         size: bytes of each rank's message.
         seconds: for one operation.
         wrong: ranks whose data were wrong, by the rank that saw it.
+        sent: TCP segments that the members' hosts sent meanwhile, of the one that had to send most of them again.
+        resent: those that it had to send again.
     """
 
     step: Step
@@ -107,6 +113,8 @@ class Measured(NamedTuple):
     size: int
     seconds: float
     wrong: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    sent: int = 0
+    resent: int = 0
 
     @property
     def rate(self) -> float:
@@ -137,5 +145,6 @@ def gather_up(steps: Sequence[Step], answers: Sequence[FabricAnswer]) -> list[Me
                 if len(there) < len(group):
                     continue
                 wrong = tuple((rank, part.wrong) for rank, part in zip(group, there, strict=True) if part.wrong)
-                measured.append(Measured(step, group, size, max(part.seconds for part in there), wrong))
+                seconds, worst = max(part.seconds for part in there), max(there, key=lambda part: part.resent)
+                measured.append(Measured(step, group, size, seconds, wrong, worst.sent, worst.resent))
     return measured

@@ -314,3 +314,17 @@ def test_with_a_password_the_record_is_there(etcd: EtcdServer, start: Start) -> 
     terminate(worker)
     assert client.entries("dynamo_mpi/") == []
     client.close()
+
+
+@pytest.mark.parametrize("engine", ["reference", "trtllm"])
+def test_what_the_probes_have_measured_stands_in_it(engine: str, etcd: EtcdServer, start: Start) -> None:
+    worker = start("agg", "--probe", "fabric", engine=engine)
+    worker.ready()
+    (record,) = etcd.worlds()
+    assert record.probe is not None
+    assert list(record.probe) == ["fabric", "seconds"]
+    assert record.probe["fabric"]["over"] == "mpi"
+    assert min(record.probe["fabric"]["kinds"]["exchange near"]["gbps"]) > 0
+    assert "probe: " in worker.text()
+    terminate(worker)
+    assert phases(etcd)[:3] == ["preflight", "probe", "load"]

@@ -140,7 +140,7 @@ def look(tmp_path: Path, *changes: dict[str, object], **variables: str) -> dict[
 
 
 def test_gpus_that_are_well(tmp_path: Path) -> None:
-    found = look(tmp_path, {"links": [1] * 18}, {"links": [1] * 18})
+    found = look(tmp_path, {"nvlinks": [1] * 18}, {"nvlinks": [1] * 18})
     assert {check.status for check in found.values()} == {Status.OK}
     assert found["gpus"].found == "2 GPUs (NVIDIA H100 80GB HBM3, 80.0 GiB)"
     assert found["driver"].found == "570.86.15 (CUDA 12.8)"
@@ -151,7 +151,7 @@ def test_gpus_that_are_not(tmp_path: Path) -> None:
     busy = {"free": 9 * GIB, "used": 70 * GIB, "processes": [[42, 70 * GIB]]}
     found = look(
         tmp_path,
-        {**busy, "links": [1, 0]},
+        {**busy, "nvlinks": [1, 0]},
         {"mig": 1, "uncorrected": 3, "remapped": [0, 1, 1, 0]},
         {"name": "NVIDIA B200", "sm": [10, 0]},
         CUDA_VISIBLE_DEVICES="0,1,2",

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A world that runs probes under rank 0's guard, and nothing else. Arguments: the plan; `strict` or `told`; the kind of GPU, if any.
 
-Rank 0 prints what was found as JSON. DYN_MPI_FAULT works as in a worker.
+Rank 0 prints what was found as JSON. DYN_MPI_FAULT works as in a worker. Where HOLD names a file, rank 0 makes `HOLD.up` once the world
+stands, and begins with the probes once there is `HOLD.go`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
+from pathlib import Path
 
 from dynamo_mpi import __version__
 from dynamo_mpi.errors import BootstrapError
@@ -31,7 +34,8 @@ def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, str
     cards = [Card.unpack(card) for card in world.gather(own_card().pack())]
     guard = Guard(world, cards, phases, Voice(0, host_name()), Terms(os.environ.get("NETWORK", "127.0.0.1") or None))
     world.broadcast(guard.meeting.pack(b""))
-    world.barrier(10)
+    hold(os.environ.get("HOLD", ""))
+    world.barrier(30)
     began = time.monotonic()
     with phases.enter("probe"):
         report = lead_probes(world, Case(plan, cards, kind), guard, os.environ, strict=strict)
@@ -54,7 +58,7 @@ def follow(world: World, plan: ProbePlan, phases: Phases) -> int:
     world.gather(own_card().pack())
     meeting, _ = Meeting.unpack(world.broadcast())
     lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()))
-    world.barrier(10)
+    world.barrier(30)
     try:
         with phases.enter("probe"):
             take_part(world, plan, os.environ)
@@ -63,6 +67,13 @@ def follow(world: World, plan: ProbePlan, phases: Phases) -> int:
     code = world.broadcast()[0]
     lifeline.close()
     return code
+
+
+def hold(path: str) -> None:
+    if path:
+        Path(f"{path}.up").touch()
+        while not Path(f"{path}.go").exists():
+            time.sleep(0.02)
 
 
 def own_card() -> Card:
@@ -77,9 +88,12 @@ def main() -> None:
     world = form_world()
     plan = ProbePlan.unpack(sys.argv[1])
     if world.rank == 0:
-        code = lead(world, plan, phases, (sys.argv[3:] or [None])[0], strict=sys.argv[2] == "strict")
+        code = lead(world, plan, phases, sys.argv[3] if len(sys.argv) > 3 else None, strict=sys.argv[2] == "strict")
     else:
         code = follow(world, plan, phases)
+    # as a worker does: a launcher ends the rest when the first leaves with an error
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    world.barrier(10)
     sys.exit(code)
 
 

@@ -2,8 +2,9 @@
 """A stand-in for nvidia-ml-py: it serves the GPUs that a JSON file describes, and knows the calls that are made and no others.
 
 ``PYNVML_STANDIN`` names the file: ``{"driver": "570.86.15", "cuda": 12080, "gpus": [{"uuid": "GPU-0", "name": "NVIDIA H100 80GB HBM3",
-"sm": [9, 0], "total": 1, "free": 1, "used": 0, "processes": [[42, 1]], "mig": 0}]}``.
-A GPU may have more: ``"links": [1, 0]``, a state for each NVLink, ``"uncorrected": 0`` memory errors, ``"remapped": [0, 0, 0, 0]`` rows.
+"sm": [9, 0], "total": 1, "free": 1, "used": 0, "processes": [[42, 1]], "mig": 0}]}``. A GPU may also say how it is: ``recovery_action``,
+``ecc``, ``uncorrected``, ``remapped``, ``reasons``, ``nvlinks``, ``compute_mode``, ``clocks``, ``power_limit``, ``pcie``; else all is well.
+The file is read again by every call that asks for memory, so that memory may be given back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 nvmlMemory_v2 = 0x02000028
+NVML_FI_DEV_GET_GPU_RECOVERY_ACTION = 230
 _node: dict[str, Any] = {}
 
 
@@ -22,12 +24,12 @@ class NVMLError(Exception):
     """As nvidia-ml-py has it: a class for each kind."""
 
 
-class NVMLError_NotSupported(NVMLError):
-    """A GPU that doesn't have it."""
-
-
 class NVMLError_DriverNotLoaded(NVMLError):
     """There is no file."""
+
+
+class NVMLError_InvalidArgument(NVMLError):
+    """There is no such link."""
 
 
 class UnknownCallError(BaseException):
@@ -80,6 +82,8 @@ def nvmlDeviceGetName(handle: dict[str, Any]) -> str:
 
 
 def nvmlDeviceGetMemoryInfo(handle: dict[str, Any], version: int | None = None) -> SimpleNamespace:
+    _node.update(json.loads(Path(os.environ["PYNVML_STANDIN"]).read_text(encoding="utf-8")))
+    handle = next(gpu for gpu in _node["gpus"] if gpu["uuid"] == handle["uuid"])
     return SimpleNamespace(total=handle["total"], free=handle["free"], used=handle["used"])
 
 
@@ -91,18 +95,52 @@ def nvmlDeviceGetComputeRunningProcesses(handle: dict[str, Any]) -> list[SimpleN
     return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in handle["processes"]]
 
 
-def nvmlDeviceGetNvLinkState(handle: dict[str, Any], link: int) -> int:
-    states = handle.get("links", [])
-    if link >= len(states):
-        raise NVMLError_NotSupported("Not Supported")
-    return int(states[link])
+def nvmlDeviceGetFieldValues(handle: dict[str, Any], fields: list[int]) -> list[SimpleNamespace]:
+    assert fields == [NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]
+    return [SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=handle.get("recovery_action", 0)))]
+
+
+def nvmlDeviceGetEccMode(handle: dict[str, Any]) -> tuple[int, int]:
+    mode = handle.get("ecc", 1)
+    return mode, mode
 
 
 def nvmlDeviceGetTotalEccErrors(handle: dict[str, Any], kind: int, counter: int) -> int:
-    if (kind, counter) != (1, 0):
-        raise UnknownCallError("only uncorrected errors since the driver was loaded are known here")
+    assert (kind, counter) == (1, 0), "uncorrected ones, since the driver's start"
     return int(handle.get("uncorrected", 0))
 
 
-def nvmlDeviceGetRemappedRows(handle: dict[str, Any]) -> list[int]:
-    return list(handle.get("remapped", [0, 0, 0, 0]))
+def nvmlDeviceGetRemappedRows(handle: dict[str, Any]) -> tuple[int, int, int, int]:
+    corrected, uncorrected, pending, failed = handle.get("remapped", (0, 0, 0, 0))
+    return corrected, uncorrected, pending, failed
+
+
+def nvmlDeviceGetCurrentClocksEventReasons(handle: dict[str, Any]) -> int:
+    return int(handle.get("reasons", 1))
+
+
+def nvmlDeviceGetNvLinkState(handle: dict[str, Any], link: int) -> int:
+    states = handle.get("nvlinks", [1] * 18)
+    if link >= len(states):
+        raise NVMLError_InvalidArgument("Invalid Argument")
+    return int(states[link])
+
+
+def nvmlDeviceGetComputeMode(handle: dict[str, Any]) -> int:
+    return int(handle.get("compute_mode", 0))
+
+
+def nvmlDeviceGetMaxClockInfo(handle: dict[str, Any], kind: int) -> int:
+    return int(handle.get("clocks", {"1": 1980, "2": 2619})[str(kind)])
+
+
+def nvmlDeviceGetEnforcedPowerLimit(handle: dict[str, Any]) -> int:
+    return int(handle.get("power_limit", 700000))
+
+
+def nvmlDeviceGetMaxPcieLinkGeneration(handle: dict[str, Any]) -> int:
+    return int(handle.get("pcie", (5, 16))[0])
+
+
+def nvmlDeviceGetCurrPcieLinkWidth(handle: dict[str, Any]) -> int:
+    return int(handle.get("pcie", (5, 16))[1])

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The probes over real ranks: figures, wrong data, and a rank that keeps the others waiting."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, Mpirun
+from tests.dynamo.running import eventually
+from tests.fault_traces import processes_with
+
+pytestmark = pytest.mark.mpi
+PROGRAM = Path(__file__).parent / "programs" / "probed_world.py"
+# as two nodes would be, so that there are pairs of all kinds
+FOUR = "fabric|5.0|mpi|node=0,1;2,3|tp=0,1;2,3|pp=0,2;1,3"
+Done = subprocess.CompletedProcess[str]
+
+
+def fault(text: str) -> dict[str, str]:
+    return {"DYN_MPI_FAULT": text, "DYN_MPI_ALLOW_FAULTS": "1"}
+
+
+def told(done: Done) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return content
+
+
+def test_ranks_measure_what_lies_between_them(mpirun: Mpirun) -> None:
+    done = mpirun(4, PROGRAM, FOUR, "strict")
+    assert done.returncode == 0, done.stderr
+    fabric = told(done)["figures"]["fabric"]
+    assert fabric["over"] == "mpi"
+    assert fabric["library"].startswith("Open MPI")
+    assert list(fabric["kinds"]) == ["exchange near", "exchange far", "all-reduce tp", "all-to-all tp"]
+    for kind in fabric["kinds"].values():
+        slowest, middle = kind["gbps"]
+        assert 0 < slowest <= middle < 1000
+        assert 0 < kind["us"][0] <= kind["us"][1]
+    assert told(done)["text"].startswith("probe: ")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_sends_wrong_data_is_named_and_ends_the_world(mpirun: Mpirun, rank: int) -> None:
+    done = mpirun(3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "told", env=fault(f"rank{rank}:probe:corrupt"))
+    assert done.returncode == 75, done.stderr
+    assert f"error N1: data are wrong when they arrive: rank {rank} on " in done.stderr
+    assert done.stderr.count("error in probe") == 1
+
+
+def test_a_rank_in_no_pair_is_named_by_the_collectives(mpirun: Mpirun) -> None:
+    plan = "fabric|5.0|mpi|node=0,1|tp=0,1,2"
+    done = mpirun(3, PROGRAM, plan, "told", env=fault("rank2:probe:corrupt"))
+    assert done.returncode == 75, done.stderr
+    assert "error N1: data are wrong when they arrive: rank 2 on " in done.stderr
+
+
+def test_a_rank_that_stops_is_named_at_the_deadline(mpirun: Mpirun, tmp_path: Path) -> None:
+    mark = f"PROBE_MARK={tmp_path}"
+    done = mpirun(
+        4, PROGRAM, FOUR.replace("5.0", "1.0"), "told", env={**fault("rank2:probe:stop"), "PROBE_MARK": str(tmp_path)}
+    )
+    assert done.returncode == 124, done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if "error in probe" in line]
+    assert "N2: the probe hangs: rank 2 on " in said
+    assert "does not answer" in said
+    assert "ranks 0, 3 on " in said.partition("; ")[2], "its neighbours wait for it"
+    eventually(lambda: not processes_with(f"{mark}\0"), "no process is left", 5)
+
+
+def test_a_rank_that_is_late_is_no_finding(mpirun: Mpirun) -> None:
+    done = mpirun(3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "strict", env=fault("rank1:probe:slow=0.5"))
+    assert done.returncode == 0, done.stderr
+    assert told(done)["findings"] == []
+
+
+def test_nccl_that_is_not_there_is_told_and_no_reason_to_stop(mpirun: Mpirun) -> None:
+    done = mpirun(2, PROGRAM, "fabric|5.0|nccl|node=0,1|tp=0,1", "told")
+    assert done.returncode == 0, done.stderr
+    (finding,) = told(done)["findings"]
+    assert (finding["rule"], finding["severity"]) == ("N7", "warning")
+    assert "ranks 0-1 on " in finding["message"]
+    assert "the CUDA driver can't be loaded: libcuda.so.1" in finding["found"]
+
+
+def gpus(*changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Describe a node's GPUs for the stand-in of nvidia-ml-py."""
+    size = 81559 << 20
+    usual = {
+        "name": "NVIDIA H100 80GB HBM3",
+        "sm": [9, 0],
+        "total": size,
+        "free": size,
+        "used": 0,
+        "processes": [],
+        "mig": 0,
+    }
+    return [{**usual, "uuid": f"GPU-{number}", **change} for number, change in enumerate(changes)]
+
+
+def test_the_gpus_of_all_ranks_are_judged_together(mpirun: Mpirun, tmp_path: Path) -> None:
+    node = tmp_path / "node.json"
+    some = gpus({}, {"recovery_action": 1, "remapped": [0, 3, 1, 0]}, {"clocks": {"1": 1200, "2": 2619}})
+    node.write_text(json.dumps({"driver": "580.1", "cuda": 13000, "gpus": some}))
+    path = f"{ROOT}:{ROOT / 'tests' / 'standins'}"
+    environment = {"PYNVML_STANDIN": str(node), "PYTHONPATH": path}
+    done = mpirun(3, PROGRAM, "gpu|2.0|nccl|node=0,1,2", "strict", env=environment)
+    assert done.returncode == 75, done.stderr
+    assert [(one["rule"], one["message"].partition(": ")[2]) for one in told(done)["findings"]] == [
+        ("V9", f"rank 1 on {host(done)}"),
+        ("V10", f"rank 1 on {host(done)}"),
+        ("V14", f"rank 2 on {host(done)}"),
+    ]
+
+
+def host(done: Done) -> str:
+    return done.stderr.partition("dynamo_mpi: rank 0 on ")[2].partition(":")[0]
