@@ -19,6 +19,7 @@ WAIT_SHARE = START_SHARE = 0.5
 NODE = "node"
 """The kind of groups that are a node's ranks."""
 _LAYOUT_KINDS = ("tp", "moe_ep", "pp")
+_KV = "kv"
 
 
 class ProbePlan(NamedTuple):
@@ -43,17 +44,21 @@ class ProbePlan(NamedTuple):
         return dict(self.groups).get(kind, ())
 
     def pack(self) -> str:
-        """Write it as one text: ``gpu,fabric|30|nccl||node=0,1;2,3``."""
+        """Write it as one text: ``gpu,fabric|30|nccl|node=0,1;2,3``, and ``kv=…`` where KV is probed."""
         kinds = (f"{kind}={';'.join(','.join(map(str, group)) for group in groups)}" for kind, groups in self.groups)
-        return "|".join((",".join(self.names), repr(self.seconds), self.over, self.kv, *kinds))
+        more = (f"{_KV}={self.kv}",) if self.kv else ()
+        return "|".join((",".join(self.names), repr(self.seconds), self.over, *kinds, *more))
 
     @classmethod
     def unpack(cls, text: str) -> ProbePlan:
         """Read what `pack` wrote."""
-        names, seconds, over, kv, *kinds = text.split("|")
-        groups = []
+        names, seconds, over, *kinds = text.split("|")
+        groups, kv = [], ""
         for kind in kinds:
             name, _, members = kind.partition("=")
+            if name == _KV:
+                kv = members
+                continue
             groups.append((name, tuple(tuple(map(int, group.split(","))) for group in members.split(";"))))
         return cls(tuple(names.split(",")), float(seconds), over, tuple(groups), kv)
 
