@@ -26,7 +26,7 @@ class Pull(NamedTuple):
         cards: whether the decode rank's host has an InfiniBand or RoCE card whose port is up.
         wrong: whether other bytes came than were sent.
         warnings: UCX's own.
-        seconds: for `SMALL_BYTES`, the middle of several.
+        seconds: for `SMALL_BYTES`, the best of several.
         size: of the largest message that was taken in the time.
         rate: bytes a second of it, the best of several.
     """

@@ -35,23 +35,23 @@ class Ready(NamedTuple):
         trouble: why there is none; empty where there is one.
         address: that it listens on.
         port: of it.
-        able: whether NIXL is installed.
+        able: what is installed, of ``nixl`` and ``ucx``.
     """
 
     trouble: str
     address: str = ""
     port: int = 0
-    able: bool = False
+    able: tuple[str, ...] = ()
 
     def pack(self) -> list[str]:
         """Write it as a list of texts, for `dynamo_mpi.fields`."""
-        return [self.trouble, self.address, str(self.port), "1" if self.able else ""]
+        return [self.trouble, self.address, str(self.port), ",".join(self.able)]
 
     @classmethod
     def unpack(cls, values: list[str]) -> Ready:
         """Read what `pack` wrote."""
         trouble, address, port, able = values
-        return cls(trouble, address, int(port), bool(able))
+        return cls(trouble, address, int(port), tuple(filter(None, able.split(","))))
 
 
 class StationChild:
@@ -101,7 +101,7 @@ class StationChild:
             self.close()
             return Ready(rest)
         about = json.loads(rest)
-        return Ready("", str(about["address"]), int(about["port"]), bool(about["able"]))
+        return Ready("", str(about["address"]), int(about["port"]), tuple(about["able"]))
 
     def keep(self, on_told: Callable[[Any], None], on_end: Callable[[], None]) -> None:
         """Hand on what it is told, until it ends; in a thread.

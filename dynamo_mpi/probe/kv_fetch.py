@@ -6,14 +6,16 @@ from __future__ import annotations
 import base64
 import os
 import time
-from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.engines.reference.kv_nixl import NixlAgent, NixlError
 from dynamo_mpi.engines.reference.kv_socket import Deadline
+from dynamo_mpi.engines.reference.kv_wire import Located
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.probe.kv_answer import FAILED, LARGE_BYTES, LATE, MIDDLE_BYTES, OK, SMALL_BYTES, Pull
 from dynamo_mpi.probe.kv_pattern import pattern
 from dynamo_mpi.probe.kv_terms import TCP, plain
+from dynamo_mpi.probe.kv_ucx import UcxAgent, UcxError
 from dynamo_mpi.probe.kv_way import Counters, warnings_of, ways_of_reads
 from dynamo_mpi.probe.kv_wire import FETCH, Access, TalkError, talk_to
 from dynamo_mpi.probe.nccl_fabric import has_cards
@@ -22,7 +24,6 @@ from dynamo_mpi.services.host_address import interface_addresses
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
     from dynamo_mpi.probe.kv_wire import Talk
 
 # the best of several: another process may have had the core
@@ -50,33 +51,30 @@ class Source(NamedTuple):
     key: bytes
 
 
-def pull_from(source: Source, transport: str, seconds: float, nixl: Callable[[], NixlAgent]) -> Pull:
+def pull_from(source: Source, transport: str, seconds: float, agent_of: Callable[[str], NixlAgent | UcxAgent]) -> Pull:
     """Pull once; never raises for what a peer or a library does.
 
     Args:
         source: from whom.
-        transport: ``tcp``, or else by NIXL.
+        transport: ``tcp``, ``nixl`` or ``ucx``.
         seconds: for all of it.
-        nixl: returns this rank's agent.
+        agent_of: returns this rank's agent of NIXL or UCX.
     """
-    from dynamo_mpi.engines.reference.kv_nixl import NixlError
-
     deadline = Deadline.after(seconds)
     pull = Pull(OK, transport=transport, cards=has_cards())
-    fetcher: _OverTcp | _OverNixl | None = None
     try:
-        agent = None if transport == TCP else nixl()
+        agent = None if transport == TCP else agent_of(transport)
         with talk_to(source.address, source.port, Access(FETCH, source.run, source.key), deadline) as talk:
-            fetcher = _OverTcp(talk) if agent is None else _OverNixl(talk, agent)
+            fetcher = _OverTcp(talk) if agent is None else _ByReading(talk, agent, transport)
             pull = _take(pull, source, fetcher, deadline)
     except TimeoutError:
         pull = pull._replace(state=LATE, text=f"not done in {seconds:g} s")
-    except (OSError, TalkError, NixlError, UsageError, MemoryError, ValueError) as error:
+    except (OSError, TalkError, NixlError, UcxError, UsageError, MemoryError, ValueError) as error:
         pull = pull._replace(state=FAILED, text=plain(" ".join(str(error).split()) or type(error).__name__))
     return pull if transport == TCP else _with_words_of_ucx(pull)
 
 
-def _take(pull: Pull, source: Source, fetcher: _OverTcp | _OverNixl, deadline: Deadline) -> Pull:
+def _take(pull: Pull, source: Source, fetcher: _OverTcp | _ByReading, deadline: Deadline) -> Pull:
     began = time.monotonic()
     allowed = deadline.left() * _LARGE_SHARE
     for size, repeats in _REPEATS.items():
@@ -96,7 +94,7 @@ def _take(pull: Pull, source: Source, fetcher: _OverTcp | _OverNixl, deadline: D
                 break
         best = min(times)
         if size == SMALL_BYTES:
-            pull = pull._replace(seconds=median(times[1:]))
+            pull = pull._replace(seconds=min(times[1:]))
         else:
             pull = pull._replace(size=size, rate=size / best, ways=fetcher.ways(counters, size * len(times)))
     return pull
@@ -136,29 +134,28 @@ class _OverTcp:
         return (f"tcp/{counters.busiest(size) or name}".rstrip("/"),)
 
 
-class _OverNixl:
+class _ByReading:
     """Asks the station where they are, and reads them."""
 
-    def __init__(self, talk: Talk, agent: NixlAgent) -> None:
+    def __init__(self, talk: Talk, agent: NixlAgent | UcxAgent, transport: str) -> None:
         import numpy as np
 
-        from dynamo_mpi.engines.reference.kv_wire import Located
-
         self._talk, self._agent = talk, agent
-        talk.say(locate=True)
+        talk.say(locate=transport)
         told = talk.hear()
-        self._located = Located(int(told["address"]), 0, 0, base64.b64decode(told["agent"]))
+        self._address, self._description = int(told["address"]), base64.b64decode(told["agent"])
         self._target: Any = np.zeros(LARGE_BYTES // 4, np.float32)
 
     def fetch(self, size: int) -> tuple[bytes, float]:
-        from dataclasses import replace
-
-        # keys and values, as the engine reads them: two halves
-        half = size // 2
-        located = replace(self._located, half_stride=half, layer_stride=half)
-        target = self._target[: size // 4].reshape(2, 1, -1)
+        target = self._target[: size // 4]
         start = time.perf_counter()
-        self._agent.read(located, target, self._look)
+        if isinstance(self._agent, NixlAgent):
+            # keys and values, as the engine reads them: two halves
+            half = size // 2
+            located = Located(self._address, half, half, self._description)
+            self._agent.read(located, target.reshape(2, 1, -1), lambda _: self._look())
+        else:
+            self._agent.read(self._address, self._description, target, self._look)
         took = time.perf_counter() - start
         return target.tobytes(), took
 
@@ -166,7 +163,7 @@ class _OverNixl:
         name = counters.busiest(size)
         return (name,) if name else ()
 
-    def _look(self, _seconds: float) -> None:
+    def _look(self) -> None:
         """Go on at once: what is measured is the way, not a pause; the deadline ends it."""
         if self._talk.readable():
             self._talk.hear()

@@ -35,6 +35,8 @@ _PULL_SECONDS = 6.0
 _GRACE_SECONDS = 2.0
 _REPORT_SECONDS = 3.0
 _MOST_THREADS = 64
+_OTHER = {NIXL: UCX, UCX: NIXL}
+_PACKAGES = {NIXL: "NIXL's Python package", UCX: "UCX's library (libucp.so.0)"}
 _NOT_YET = ("environment", "world", "preflight", "probe")
 
 
@@ -85,7 +87,8 @@ def lead_kv(
         told = f"{describe_ranks(failed, ranks)} can't take part: {ready[failed[0]].trouble}"
         return [_packed(Between("partner", terms.role, transport, problem=told))]
     stations = tuple(Station(place.host, one.address, one.port) for place, one in zip(ranks, ready, strict=True))
-    offer = Offer(terms.token, transport, all(one.able for one in ready), stations)
+    able = tuple(name for name in (NIXL, UCX) if all(name in one.able for one in ready))
+    offer = Offer(terms.token, transport, able, stations)
     known = registry.offer_kv(offer.as_json())
     if known is None:
         return [_packed(Between("partner", terms.role, transport, problem="it has no world record in etcd"))]
@@ -144,13 +147,14 @@ def _choose(wanted: str, prefill: Offer, decode: Offer) -> tuple[str, str]:
     """Return what to probe over, and why that isn't what was wanted."""
     if wanted == TCP:
         return TCP, ""
-    if wanted not in (NIXL, UCX):
+    if wanted not in _OTHER:
         return TCP, f"there is no probe for {wanted}"
-    without = [side for side, offer in (("prefill", prefill), ("decode", decode)) if not offer.able]
-    if not without:
-        # NIXL reads by UCX: the same variables, the same devices
-        return NIXL, ""
-    return TCP, f"NIXL's Python package is missing on the {' and the '.join(without)} side"
+    for name in (wanted, _OTHER[wanted]):
+        without = [side for side, offer in (("prefill", prefill), ("decode", decode)) if name not in offer.able]
+        if not without:
+            # either goes by UCX: the same variables, the same devices
+            return name, "" if name == wanted else f"{_PACKAGES[wanted]} is missing on one side or both"
+    return TCP, f"{_PACKAGES[NIXL]} and {_PACKAGES[UCX]} are missing on one side or both"
 
 
 def _report(between: Between, offer: Offer) -> None:

@@ -132,7 +132,8 @@ def check_names(between: Between) -> Iterator[Finding]:
 def check_transport(between: Between) -> Iterator[Finding]:
     """T6: the probe goes over the transport that the engine config names, where it can; over another one its figures say little."""
     if between.reason:
-        yield info("T6", f"not probed over {between.wanted}, but over TCP: {between.reason}")
+        over = next((pull.transport for _, pull in between.pulls), TCP)
+        yield info("T6", f"not probed over {between.wanted}, but over {over}: {between.reason}")
 
 
 def check_partner(between: Between) -> Iterator[Finding]:

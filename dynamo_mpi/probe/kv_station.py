@@ -8,7 +8,7 @@ It reads one line of JSON with its terms, so that no secret stands in its argume
     told {...}                           what another world has found between it and this one
 
 Who knows the token may ask a prefill rank for a pattern (`FETCH`), have a decode rank pull (`ORDER`), and leave word. It has no GPU, and
-loads NIXL when it is first asked for it.
+loads NIXL or UCX when it is first asked for it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.probe.kv_answer import LARGE_BYTES
 from dynamo_mpi.probe.kv_fetch import Source, pull_from
 from dynamo_mpi.probe.kv_pattern import pattern
-from dynamo_mpi.probe.kv_terms import KvTerms
+from dynamo_mpi.probe.kv_terms import NIXL, UCX, KvTerms
+from dynamo_mpi.probe.kv_ucx import UcxAgent, UcxError, find_ucx
 from dynamo_mpi.probe.kv_wire import FETCH, Talk, TalkError, welcome
 from dynamo_mpi.services.host_address import host_address
 
@@ -62,7 +63,7 @@ class Station:
         # one pull at a time, or they would measure each other
         self._pulling = threading.Lock()
         self._memory_lock = threading.Lock()
-        self._agent: NixlAgent | None = None
+        self._agents: dict[str, NixlAgent | UcxAgent] = {}
         self._memory: Any = None
         self._made = b"", b""
         self._saying = threading.Lock()
@@ -73,7 +74,8 @@ class Station:
     def run(self) -> None:
         """Say that it is ready, and serve."""
         address, port = self._listener.getsockname()[:2]
-        self._say("ready", {"address": address, "port": port, "able": nixl_installed()})
+        able = [name for name, there in ((NIXL, nixl_installed()), (UCX, find_ucx(os.environ))) if there]
+        self._say("ready", {"address": address, "port": port, "able": able})
         end = time.monotonic() + self._terms.seconds
         while (left := end - time.monotonic()) > 0:
             self._listener.settimeout(left)
@@ -107,7 +109,7 @@ class Station:
             if self._terms.role != "prefill":
                 talk.say(refused="a decode rank has nothing to be pulled")
             elif "locate" in asked:
-                self._let_read(talk)
+                self._let_read(talk, str(asked["locate"]))
             else:
                 talk.send(self._pattern(talk)[: int(asked["send"])])
         elif "told" in asked:
@@ -124,21 +126,21 @@ class Station:
             int(asked["rank"]), str(asked["address"]), int(asked["port"]), talk.access.run, bytes.fromhex(asked["key"])
         )
         with self._pulling:
-            pull = pull_from(source, str(asked["transport"]), seconds, self._nixl)
+            pull = pull_from(source, str(asked["transport"]), seconds, self._agent_of)
         talk.say(pull=pull._asdict())
 
-    def _let_read(self, talk: Talk) -> None:
-        """Say where a pattern lies, and let NIXL go on until whoever reads it says something else, or goes."""
+    def _let_read(self, talk: Talk, transport: str) -> None:
+        """Say where a pattern lies, and let UCX go on until whoever reads it says something else, or goes."""
         import numpy as np
 
         with self._memory_lock:
             try:
-                agent = self._nixl()
+                agent = self._agent_of(transport)
                 if self._memory is None:
-                    memory = np.zeros(LARGE_BYTES // 4, np.float32)
-                    agent.share(memory)
-                    self._memory = memory
-            except BootstrapError as error:
+                    self._memory = np.zeros(LARGE_BYTES // 4, np.float32)
+                if not agent.description:
+                    agent.share(self._memory)
+            except (BootstrapError, UcxError) as error:
                 talk.say(refused=" ".join(str(error).split()))
                 return
             self._memory[:] = np.frombuffer(self._pattern(talk), np.float32)
@@ -147,12 +149,16 @@ class Station:
             while not talk.readable():
                 agent.progress()
 
-    def _nixl(self) -> NixlAgent:
-        if self._agent is None:
-            agent = NixlAgent(self._terms.network or None)
-            agent.open()
-            self._agent = agent
-        return self._agent
+    def _agent_of(self, transport: str) -> NixlAgent | UcxAgent:
+        """Return this rank's agent, which is loaded when it is first asked for."""
+        if transport not in self._agents:
+            if transport == NIXL:
+                agent = NixlAgent(self._terms.network or None)
+                agent.open()
+                self._agents[transport] = agent
+            else:
+                self._agents[transport] = UcxAgent()
+        return self._agents[transport]
 
     def _pattern(self, talk: Talk) -> memoryview:
         """Return what this run is sent, which is not made anew while somebody takes the time."""

@@ -67,18 +67,18 @@ class Offer(NamedTuple):
     Args:
         token: who knows it may ask.
         transport: that the engine's configuration names, in lower case.
-        able: whether NIXL is installed in all ranks.
+        able: what is installed in all ranks, of ``nixl`` and ``ucx``.
         stations: by rank.
     """
 
     token: str
     transport: str
-    able: bool
+    able: tuple[str, ...]
     stations: tuple[Station, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data for the world record."""
-        return {**self._asdict(), "stations": [list(one) for one in self.stations]}
+        return {**self._asdict(), "able": list(self.able), "stations": [list(one) for one in self.stations]}
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Offer:
@@ -88,11 +88,15 @@ class Offer(NamedTuple):
             ValueError: it is something else.
         """
         token, transport, able, stations = (content.get(name) for name in cls._fields)
-        if not (isinstance(token, str) and isinstance(transport, str) and isinstance(stations, list)):
+        if not (isinstance(token, str) and isinstance(transport, str)):
+            raise ValueError("its fields have other types")
+        if not (isinstance(able, list) and isinstance(stations, list)):
             raise ValueError("its fields have other types")
         if len(bytes.fromhex(token)) != TOKEN_BYTES or len(stations) > _MOST_STATIONS:
             raise ValueError("its fields have other sizes")
-        return cls(token, plain(transport), able is True, tuple(map(_station, stations)))
+        return cls(
+            token, plain(transport), tuple(name for name in (NIXL, UCX) if name in able), tuple(map(_station, stations))
+        )
 
 
 def _station(content: Any) -> Station:

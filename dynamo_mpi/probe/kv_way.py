@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which transport and device carried the bytes, out of what UCX writes about itself and what the kernel counts. Pure but for `Counters`.
 
-UCX 1.14 to 1.23 write, at ``UCX_LOG_LEVEL=info`` with ``UCX_PROTO_INFO=y``, a table for each operation towards each kind of peer, and else
-the lanes of an endpoint:
+UCX writes at ``UCX_LOG_LEVEL=info`` the lanes of an endpoint, and newer ones with ``UCX_PROTO_INFO=y`` a table for each operation towards
+each kind of peer (seen of 1.13 and 1.23):
 
     | fa504ba0f8d6c32f inter-node cfg#1                                  |
     | remote memory read by ucp_get*(multi) into host memory from host   |
     | 0..inf | zero-copy | rc_mlx5/mlx5_0:1                              |
     ... inter-node cfg#1 rma(rc_mlx5/mlx5_0:1) am(rc_mlx5/mlx5_0:1) ...
+    ... ep_cfg[0]: rma(rc_mlx5/mlx5_0:1) ka(ud_mlx5/mlx5_0:1)
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 SETTINGS: Mapping[str, str] = {"UCX_LOG_LEVEL": "info", "UCX_PROTO_INFO": "y", "UCX_LOG_FILE": "stderr"}
 """What makes UCX tell."""
 _READ = "remote memory read"
-_PEER = re.compile(r"\b(?:intra|inter)-node cfg#\d+")
+_PEER = re.compile(r"\b(?:intra|inter)-node cfg#\d+|\bep_cfg\[\d+\]: ")
 _LANES = re.compile(r"\brma(?:_am)?\(([^)]*)\)")
 _WAY = re.compile(r"([a-z]\w*)/([\w.:-]+)")
 _WARNING = re.compile(r"UCX\s+WARN\s+(.*(?:network device|transport) .* not available.*)")

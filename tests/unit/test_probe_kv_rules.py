@@ -100,6 +100,8 @@ def test_what_carries_the_kv(backend: str | None, environ: dict[str, str], wante
 def test_what_ucx_says_of_reads() -> None:
     assert ways_of_reads(TABLE) == ("rc_mlx5/mlx5_0:1", "tcp/eth0")
     assert ways_of_reads(LANES) == ("tcp/eth0",)
+    # of 1.13
+    assert ways_of_reads("ucp_worker.c:1763 UCX  INFO    ep_cfg[0]: rma_am(tcp/lo) ka(tcp/lo)") == ("tcp/lo",)
     assert ways_of_reads(TABLE.splitlines()[0]) == (), "with itself"
     assert warnings_of(WARNED) == (
         "network device 'mlx5_7:1' is not available, please use one or more of: 'eth0'(tcp), 'lo'(tcp)",
@@ -231,7 +233,7 @@ def test_what_was_not_probed_is_said_and_stops_nobody() -> None:
 def test_what_is_told_survives_its_way() -> None:
     told = between({(0, 0): pull(), (1, 1): pull(state=LATE, text="x", wrong=True)}, skipped=1, reason="r")
     assert Between.read(json.loads(json.dumps(told.as_json()))) == told
-    offer = Offer("ab" * 32, "nixl", True, (Station("n1", "10.0.0.1", 4711), Station("n2", "fd00::1", 1)))
+    offer = Offer("ab" * 32, "nixl", ("nixl",), (Station("n1", "10.0.0.1", 4711), Station("n2", "fd00::1", 1)))
     assert Offer.read(json.loads(json.dumps(offer.as_json()))) == offer
     terms = KvTerms("prefill", 12.5, "ab", "10.1.0.0/16")
     assert KvTerms.unpack(terms.pack()) == terms
@@ -279,7 +281,7 @@ def test_an_account_that_can_not_be_is_refused(change: dict[str, Any]) -> None:
     ],
 )
 def test_an_offer_that_can_not_be_is_refused(change: dict[str, Any]) -> None:
-    offer = Offer("ab" * 32, "nixl", True, (Station("n1", "10.0.0.1", 4711),))
+    offer = Offer("ab" * 32, "nixl", ("nixl",), (Station("n1", "10.0.0.1", 4711),))
     with pytest.raises(ValueError, match=r"types|sizes|hexadecimal|port|station"):
         Offer.read({**offer.as_json(), **change})
 

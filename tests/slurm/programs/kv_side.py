@@ -35,7 +35,7 @@ class Registry:
 
     def __init__(self, prefill: list[Station]) -> None:
         contract = {"num_layers": 4, "kv_heads": len(prefill)}
-        offer = Offer(TOKENS["prefill"], "tcp", False, tuple(prefill)).as_json()
+        offer = Offer(TOKENS["prefill"], "tcp", (), tuple(prefill)).as_json()
         self.peer = world("prefill", {**contract, "tp_size": len(prefill)}, phase="load", probe_kv=offer)
         self.own = world("decode", {**contract, "tp_size": 1})
 
