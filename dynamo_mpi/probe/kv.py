@@ -8,6 +8,7 @@ decode ranks pull, whichever side it is (`kv_lead`), and both sides judge what c
 from __future__ import annotations
 
 import json
+import threading
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ class Kept:
     """This rank's station, once it can be asked, and whom to tell of what it hears."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._waiting: list[Any] = []
         self._on_told: Callable[[Any], None] | None = None
         self._on_end: Callable[[], None] | None = None
@@ -37,23 +39,28 @@ class Kept:
 
     def told(self, content: Any) -> None:
         """Hand it on, or keep it until somebody listens."""
-        if self._on_told is None:
-            self._waiting.append(content)
-        else:
-            self._on_told(content)
+        with self._lock:
+            if self._on_told is None:
+                self._waiting.append(content)
+                return
+        self._on_told(content)
 
     def ended(self) -> None:
         """Say that it can't be asked any more."""
-        self._ended = True
-        if self._on_end is not None:
-            self._on_end()
+        with self._lock:
+            self._ended = True
+            on_end = self._on_end
+        if on_end is not None:
+            on_end()
 
     def listen(self, on_told: Callable[[Any], None], on_end: Callable[[], None]) -> None:
         """Begin to hear; at once what has come before."""
-        self._on_told, self._on_end = on_told, on_end
-        while self._waiting:
-            on_told(self._waiting.pop(0))
-        if self._ended:
+        with self._lock:
+            self._on_told, self._on_end = on_told, on_end
+            waiting, ended = self._waiting, self._ended
+        for content in waiting:
+            on_told(content)
+        if ended:
             on_end()
 
 
@@ -113,14 +120,18 @@ def line_of(between: Between) -> str:
     """Say it in one line."""
     well = [(pair, pull) for pair, pull in between.pulls if pull.state == OK and pull.rate]
     if not well:
-        return f"kv: nothing came through, {between.peer}" if between.pulls else f"kv: not probed: {between.problem}"
+        if between.pulls:
+            return f"kv: nothing came through between this worker and the {between.peer}"
+        return f"kv: not probed: {between.problem or 'no time left'}"
     pair, pull = min(well, key=lambda one: one[1].rate)
     times = median(one.seconds for _, one in well)
     count = f"{len(well)} of {len(between.pulls)} pairs" if len(well) < len(between.pulls) else _pairs(len(well))
     ways = " ".join(sorted({way for _, one in well for way in one.ways if way != between.wanted}))
     over = _over(between) + (f" ({ways})" if ways else "")
-    reason = f" instead of {between.wanted}: {between.reason}" if between.reason else ""
-    return f"kv: {count} over {over}{reason}: {show_rate(pull.rate)} slowest, {describe_pair(between, pair)}; {show_time(times)}"
+    over += f" instead of {between.wanted}: {between.reason}" if between.reason else ""
+    skipped = f"; {_pairs(between.skipped)} not probed for want of time" if between.skipped else ""
+    slowest = f"{show_rate(pull.rate)} slowest, {describe_pair(between, pair)}"
+    return f"kv: {count} over {over}: {slowest}; {show_time(times)}{skipped}"
 
 
 def _over(between: Between) -> str:

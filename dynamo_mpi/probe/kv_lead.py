@@ -35,6 +35,8 @@ _PULL_SECONDS = 6.0
 _GRACE_SECONDS = 2.0
 _REPORT_SECONDS = 3.0
 _MOST_THREADS = 64
+# of a message's 1 MiB
+_MOST_REPORTED = 2048
 _OTHER = {NIXL: UCX, UCX: NIXL}
 _PACKAGES = {NIXL: "NIXL's Python package", UCX: "UCX's library (libucp.so.0)"}
 _NOT_YET = ("environment", "world", "preflight", "probe")
@@ -129,7 +131,7 @@ def _probe(own: Side, peer: WorldRecord, end: float) -> Between | None:
         skipped,
         reason,
     )
-    _report(between._replace(peer=own.record.place, role=peer.role), theirs.offer)
+    _report(between._replace(peer=own.record.place, role=peer.role, pulls=pulls[:_MOST_REPORTED]), theirs.offer)
     return between
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.control_plane.record import WorldRecord
+from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
-from tests.unit.kv_hosts import TRANSPORTS
+from tests.unit.kv_hosts import TRANSPORTS, needs_ucx
 
 pytestmark = pytest.mark.dynamo
 UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
@@ -29,7 +30,8 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
     workers: list[RunningWorker] = []
 
     def begin(role: str, *flags: str, **environment: str) -> RunningWorker:
-        words = ("--engine", "reference", "--role", role, "--kv-network", "127.0.0.1", "--probe", "kv", *flags)
+        own = () if "--engine" in flags else ("--engine", "reference")
+        words = (*own, "--role", role, "--kv-network", "127.0.0.1", "--probe", "kv", *flags)
         variables = {"ETCD_LEASE_TTL": "3", "OMP_NUM_THREADS": "1", **UNBOUND, **environment}
         workers.append(RunningWorker(tmp_path, etcd, model_dir, RANKS[role], *words, name=role, **variables))
         return workers[-1]
@@ -112,22 +114,38 @@ def test_wrong_bytes_end_the_second_before_it_loads_and_the_first_says_so(etcd: 
 
 def test_a_rank_that_does_not_answer_is_named_and_ends_only_who_is_strict(etcd: EtcdServer, start: Start) -> None:
     before = stations()
-    prefill = start("prefill", "--probe-kv-seconds", "14")
+    prefill = start("prefill")
     ports = eventually(lambda: offered(etcd, "prefill"), "its ranks can be asked")
     stopped = next(pid for pid in stations() - before if listens_on(pid, ports[2][2]))
     os.kill(stopped, signal.SIGSTOP)
-    decode = start("decode", "--probe-strict", "--probe-seconds", "5")
+    decode = start("decode", "--probe-strict", "--probe-seconds", "4")
     assert decode.wait() == 75, decode.text()
     assert "error T2: no KV comes through between 1 pair of ranks of 3: prefill rank 2 on" in decode.text()
     assert re.search(r"found: +decode rank 0 on \S+ <- prefill rank 2 on \S+ \(127.0.0.1\): not done in", decode.text())
     prefill.ready()
     # it was told, and goes on
     assert "warning T2" in prefill.text()
+    # as if the time of rank 0's were over
+    os.kill(next(pid for pid in stations() - before if listens_on(pid, ports[0][2])), signal.SIGKILL)
+    eventually(lambda: offered(etcd, "prefill") is None, "nobody can ask it any more")
     os.kill(stopped, signal.SIGCONT)
-    eventually(lambda: offered(etcd, "prefill") is None, "nobody can ask it any more", 60)
-    eventually(lambda: stations() <= before, "nothing is left of it")
     os.kill(prefill.rank_zero(), signal.SIGTERM)
     assert prefill.wait() == 0, prefill.text()
+    assert stations() <= before
+
+
+@needs_ucx
+def test_trtllm_is_probed_over_what_its_engine_config_names(etcd: EtcdServer, start: Start) -> None:
+    trtllm = ("--engine", "trtllm", "--allow-no-gpu", "--max-seq-len", "512", "--max-batch-size", "2")
+    backend = ("--trtllm.cache_transceiver_config.backend", "UCX")
+    standins = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests/standins"), str(ROOT)]), "UCX_TLS": "tcp,self"}
+    prefill = start("prefill", *trtllm, *backend, **standins)
+    eventually(lambda: offered(etcd, "prefill"), "its ranks can be asked")
+    decode = start("decode", *trtllm, *backend, **standins)
+    eventually(lambda: kv_of(etcd, "prefill"), "both know")
+    line = r"kv: 3 pairs over ucx \(tcp/\w+\): .* slowest, decode rank 0 on \S+ <- prefill rank [012] on"
+    for worker in (prefill, decode):
+        assert re.search(line, worker.text()), worker.text()
 
 
 def listens_on(pid: int, port: int) -> bool:

@@ -24,12 +24,10 @@ from dynamo_mpi.probe.kv_child import Ready, StationChild
 from dynamo_mpi.probe.kv_lead import lead_kv
 from dynamo_mpi.probe.kv_rules import check_kv
 from dynamo_mpi.probe.kv_terms import KvTerms, Offer, Station
-from dynamo_mpi.probe.kv_ucx import find_ucx
 from dynamo_mpi.probe.kv_wire import FETCH, ORDER, TalkError, access_of, talk_to
-from tests.unit.kv_hosts import needs_nixl
+from tests.unit.kv_hosts import needs_nixl, needs_ucx
 from tests.unit.worlds import world
 
-needs_ucx = pytest.mark.skipif(not find_ucx(os.environ), reason="UCX's library is not installed")
 TOKENS = {"prefill": "ab" * 32, "decode": "cd" * 32}
 RUN = b"r" * 16
 
@@ -278,7 +276,7 @@ def test_ucx_itself_reads_the_right_bytes_and_says_over_what(side: Callable[...,
 
 
 @needs_ucx
-def test_ucx_stands_in_for_nixl_where_that_has_no_package(side: Callable[..., Side]) -> None:
+def test_ucx_stands_in_where_the_wanted_package_is_missing(side: Callable[..., Side]) -> None:
     prefill, decode = side("prefill", 1), side("decode", 1)
     decode.ready = [one._replace(able=("ucx",)) for one in decode.ready]
     (told,) = probe(decode, prefill.record(probe_kv=prefill.offer("nixl").as_json()))
