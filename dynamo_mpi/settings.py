@@ -163,8 +163,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROBE",),
         "auto",
         to_probes,
-        "what of the hardware is asked before anything is loaded: gpu, fabric, separated by commas, or none; auto is both where the engine "
-        "runs on GPUs, none otherwise",
+        "what of the hardware is asked before anything is loaded: gpu, fabric, kv, separated by commas, or none; auto is all of them where "
+        "the engine runs on GPUs, none otherwise",
     ),
     Option(
         "probe_strict",

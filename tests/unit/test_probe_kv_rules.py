@@ -3,20 +3,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dynamo_mpi.parallelism.contract import Contract
 from dynamo_mpi.parallelism.finding import Finding, Severity
+from dynamo_mpi.parallelism.layout import Layout
 from dynamo_mpi.probe.kv import judge_kv
 from dynamo_mpi.probe.kv_answer import FAILED, LARGE_BYTES, LATE, MIDDLE_BYTES, OK, Between, Pull
+from dynamo_mpi.probe.kv_child import StationChild
 from dynamo_mpi.probe.kv_pairs import Pair, pairs_of
 from dynamo_mpi.probe.kv_rules import check_kv
 from dynamo_mpi.probe.kv_terms import KvTerms, Offer, Station, transport_of
 from dynamo_mpi.probe.kv_way import warnings_of, ways_of_reads
+from dynamo_mpi.probe.nccl_fabric import ProbeChild
+from dynamo_mpi.probe.plan import NODE, ProbePlan, chosen_probes, plan_probes
+from dynamo_mpi.settings import load_settings
 from tests.unit.worlds import CONTRACT
 
 GB = 1e9
@@ -291,3 +299,41 @@ def test_a_peers_words_can_not_write_into_a_terminal() -> None:
     text = Between.read(told).pulls[0][1].text
     assert "\x1b" not in text
     assert len(text) <= 300
+
+
+def test_the_token_is_in_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "ab" * 32
+    plan = ProbePlan(("fabric", "kv"), 30, "nccl", ((NODE, ((0, 1),)),), KvTerms("prefill", 300, token).pack())
+    assert ProbePlan.unpack(plan.pack()) == plan
+    started: list[str] = []
+
+    def start(words: Sequence[str], **_: object) -> SimpleNamespace:
+        started.extend(words)
+        return SimpleNamespace(stdin=io.BytesIO(), stdout=io.BytesIO(), pid=0, returncode=0)
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    ProbeChild(0, 2, plan, {}).close()
+    StationChild(KvTerms("prefill", 300, token), 0, {})
+    assert "dynamo_mpi.probe.nccl_child" in started
+    assert "dynamo_mpi.probe.kv_station" in started
+    assert not [word for word in started if token in word]
+
+
+@pytest.mark.parametrize(
+    ("engine", "role", "asked", "wanted"),
+    [
+        ("reference", "prefill", "kv", ("kv",)),
+        ("reference", "agg", "kv", ()),
+        ("reference", "decode", "auto", ()),
+        ("trtllm", "decode", "auto", ("gpu", "fabric", "kv")),
+        ("trtllm", "agg", "auto", ("gpu", "fabric")),
+        ("trtllm", "prefill", "gpu", ("gpu",)),
+        ("trtllm", "prefill", "none", ()),
+    ],
+)
+def test_where_kv_is_probed(engine: str, role: str, asked: str, wanted: tuple[str, ...]) -> None:
+    words = ["--engine", engine, "--role", role, "--probe", asked, "--model", "/m"]
+    settings = load_settings(words, {})
+    assert chosen_probes(settings, 8) == wanted
+    plan = plan_probes(settings, Layout(8), {"n1": range(8)})
+    assert bool(plan and plan.kv) is ("kv" in wanted)
