@@ -69,7 +69,9 @@ def pull_from(source: Source, transport: str, seconds: float, agent_of: Callable
             pull = _take(pull, source, fetcher, deadline)
     except TimeoutError:
         pull = pull._replace(state=LATE, text=f"not done in {seconds:g} s")
-    except (OSError, TalkError, NixlError, UcxError, UsageError, MemoryError, ValueError) as error:
+    except (KeyError, TypeError, ValueError):
+        pull = pull._replace(state=FAILED, text="it says something else than it should")
+    except (OSError, TalkError, NixlError, UcxError, UsageError, MemoryError) as error:
         pull = pull._replace(state=FAILED, text=plain(" ".join(str(error).split()) or type(error).__name__))
     return pull if transport == TCP else _with_words_of_ucx(pull)
 
@@ -143,7 +145,7 @@ class _ByReading:
         self._talk, self._agent = talk, agent
         talk.say(locate=transport)
         told = talk.hear()
-        self._address, self._description = int(told["address"]), base64.b64decode(told["agent"])
+        self._address, self._description = int(told["address"]), base64.b64decode(told["agent"], validate=True)
         self._target: Any = np.zeros(LARGE_BYTES // 4, np.float32)
 
     def fetch(self, size: int) -> tuple[bytes, float]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _PULL_SECONDS = 6.0
 # that a station may take beyond its pull's deadline, to say so
 _GRACE_SECONDS = 2.0
+_OPEN_SECONDS = 4.0
 _REPORT_SECONDS = 3.0
 _MOST_THREADS = 64
 # of a message's 1 MiB
@@ -197,7 +198,8 @@ class _Conduct:
         station = self._decode.stations[pairs[0].decode]
         done: list[tuple[Pair, Pull]] = []
         try:
-            with talk_to(station.address, station.port, self._order, Deadline(self._end)) as talk:
+            opened = Deadline(min(self._end, time.monotonic() + _OPEN_SECONDS))
+            with talk_to(station.address, station.port, self._order, opened) as talk:
                 for pair in pairs:
                     lock = self._locks[pair.prefill]
                     if not lock.acquire(timeout=max(0.0, self._end - time.monotonic())):

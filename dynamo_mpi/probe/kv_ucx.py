@@ -165,6 +165,8 @@ class UcxAgent:
 
     def _join(self, description: bytes) -> _Peer:
         if description not in self._peers:
+            if len(description) < _HEAD.size:
+                raise UcxError("the peer's description of itself is none")
             (size,) = _HEAD.unpack_from(description)
             address, key = description[_HEAD.size : _HEAD.size + size], description[_HEAD.size + size :]
             buffer = ctypes.create_string_buffer(address, len(address))

@@ -24,7 +24,7 @@ from dynamo_mpi.probe.kv_child import Ready, StationChild
 from dynamo_mpi.probe.kv_lead import lead_kv
 from dynamo_mpi.probe.kv_rules import check_kv
 from dynamo_mpi.probe.kv_terms import KvTerms, Offer, Station
-from dynamo_mpi.probe.kv_wire import FETCH, ORDER, TalkError, access_of, talk_to
+from dynamo_mpi.probe.kv_wire import FETCH, ORDER, TalkError, access_of, talk_to, welcome
 from tests.unit.kv_hosts import needs_nixl, needs_ucx
 from tests.unit.worlds import world
 
@@ -205,6 +205,36 @@ def test_whoever_listens_there_instead_is_not_believed(words: bytes, reason: str
     prefill, decode = side("prefill", 1), side("decode", 1)
     decode.ready[0] = decode.ready[0]._replace(port=serve_once(answer))
     (told,) = probe(prefill, decode.record(), seconds=6)
+    ((_, pull),) = told.pulls
+    assert pull.state == FAILED
+    assert reason in pull.text
+
+
+@pytest.mark.parametrize(
+    ("transport", "answer", "reason"),
+    [
+        ("tcp", None, "it closed the connection"),
+        pytest.param("ucx", {"refused": "UCX: no"}, "it refuses: UCX: no", marks=needs_ucx),
+        pytest.param("ucx", {"address": "there"}, "something else than it should", marks=needs_ucx),
+        pytest.param("ucx", {"address": 1, "agent": "?"}, "something else than it should", marks=needs_ucx),
+        pytest.param("ucx", {"address": 1, "agent": "AAA="}, "description of itself is none", marks=needs_ucx),
+        # what UCX makes of that is UCX's: an error, or the end of the station
+        pytest.param("ucx", {"address": 1, "agent": "AAAABHh4eHhrZXk="}, "", marks=needs_ucx),
+    ],
+)
+def test_a_prefill_rank_that_knows_the_token_and_lies_is_found_out(
+    transport: str, answer: dict[str, Any] | None, reason: str, side: Callable[..., Side]
+) -> None:
+    def lie(connection: socket.socket) -> None:
+        talk = welcome(connection, TOKENS["prefill"], Deadline.after(5))
+        talk.hear()
+        if answer is not None:
+            talk.say(**answer)
+            talk.hear()
+
+    prefill, decode = side("prefill", 1), side("decode", 1)
+    prefill.ready[0] = prefill.ready[0]._replace(port=serve_once(lie))
+    (told,) = probe(decode, prefill.record(probe_kv=prefill.offer(transport).as_json()), seconds=8)
     ((_, pull),) = told.pulls
     assert pull.state == FAILED
     assert reason in pull.text
