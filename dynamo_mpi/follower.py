@@ -102,7 +102,7 @@ def _probe(world: World, spec: EngineSpec, phases: Phases) -> int | None:
     from dynamo_mpi.probe.plan import ProbePlan
 
     with phases.enter("probe"):
-        take_part(world, ProbePlan.unpack(spec.probe), os.environ)
+        take_part(world, ProbePlan.unpack(spec.probe), os.environ, spec)
         phases.own_part_done()
         message = world.broadcast()
     return message[1] if message[:1] == STOP else None

@@ -19,7 +19,7 @@ from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.roster import hosts, ranks_by_host
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
-from dynamo_mpi.probe.plan import plan_probes
+from dynamo_mpi.probe.plan import ProbePlan, plan_probes
 from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.preflight.verdict import Plan, Verdict
-    from dynamo_mpi.probe.plan import ProbePlan
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
@@ -107,7 +106,7 @@ class Leader:
             probes = plan_probes(settings, verdict.subject.layout, ranks_by_host(cards))
             spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
-        if probes is not None and (refused := self._probe(settings, verdict, probes, cards, guard)):
+        if spec.probe and (refused := self._probe(settings, verdict, spec, cards, guard)):
             guard.close()
             return refused
         if settings.engine == "trtllm":
@@ -131,7 +130,7 @@ class Leader:
         return code
 
     def _probe(
-        self, settings: Settings, verdict: Verdict, plan: ProbePlan, cards: Sequence[Card], guard: Guard
+        self, settings: Settings, verdict: Verdict, spec: EngineSpec, cards: Sequence[Card], guard: Guard
     ) -> ExitCode:
         """Ask the hardware, with all ranks, and tell them whether to go on."""
         from dynamo_mpi.probe.kv_desk import desk_of
@@ -139,10 +138,10 @@ class Leader:
         from dynamo_mpi.probe.phase import lead_probes
 
         with self._phases.enter("probe"):
-            case = Case(plan, cards, verdict.subject.cluster.gpu, verdict.weights)
-            desk = desk_of(settings, verdict.subject, plan, cards, self._presence, self._voice, os.environ)
-            ask = desk.ask if desk else None
-            report = lead_probes(self._world, case, guard, os.environ, strict=settings.probe_strict, ask_partners=ask)
+            case = Case(ProbePlan.unpack(spec.probe), cards, verdict.subject.cluster.gpu, verdict.weights)
+            desk = desk_of(settings, verdict.subject, case.plan, cards, self._presence, self._voice, os.environ)
+            ask, strict = desk.ask if desk else None, settings.probe_strict
+            report = lead_probes(self._world, case, guard, os.environ, spec, strict=strict, ask_partners=ask)
             self._phases.own_part_done()
             if (error := report.error) is not None:
                 guard.report(error)

@@ -2,7 +2,7 @@
 """What an exchange between two GPUs of one node should reach at the least, where the kind of GPU and its link are known.
 
 NVLink: a quarter of one direction of NVIDIA's figure for the GPU (product pages: A100 600 GB/s, H100, H200, H20 and GH200 900 GB/s, B200,
-GB200, B300 and GB300 1800 GB/s, both directions together). docs/probe.md has what two H100s reached. PCI Express: an eighth of what the
+GB200, B300 and GB300 1800 GB/s, both directions together). docs/probe.md has what two H200s reached. PCI Express: an eighth of what the
 generation carries over 16 lanes one way (PCI-SIG: 16, 32, 64 GB/s for generations 3, 4, 5), since messages may go over the host's memory.
 Whoever is below has a link that is down or was never there, and no matter of tuning.
 """

@@ -7,7 +7,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.probe.expectations import least_rate
-from dynamo_mpi.probe.fabric_rules import FabricCase, check_fabric
+from dynamo_mpi.probe.fabric_case import FabricCase
+from dynamo_mpi.probe.fabric_rules import check_fabric
 from dynamo_mpi.probe.part import Outcome
 from dynamo_mpi.probe.steps import steps_of
 from dynamo_mpi.probe.timing import FabricAnswer, gather_up

@@ -19,12 +19,12 @@ median would be slow itself.
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dynamo_mpi.parallelism.finding import error, warning
 from dynamo_mpi.parallelism.wording import counted, listed
 from dynamo_mpi.preflight.host_row import lines
-from dynamo_mpi.preflight.roster import describe_ranks
+from dynamo_mpi.probe.fabric_case import links_of, pair_of, rate_text, time_text, what
 from dynamo_mpi.probe.hang import blame, read_note
 from dynamo_mpi.probe.steps import EXCHANGE, NEAR
 from dynamo_mpi.probe.timing import FAILED, LATE
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from dynamo_mpi.parallelism.finding import Finding
-    from dynamo_mpi.preflight.roster import Placed
-    from dynamo_mpi.probe.steps import Step
-    from dynamo_mpi.probe.timing import FabricAnswer, Measured
+    from dynamo_mpi.probe.fabric_case import FabricCase
+    from dynamo_mpi.probe.timing import Measured
 
 SLOW = {"nccl": 3.0, "mpi": 8.0}
 """How many times slower than its like is far slower; on CPUs, which other processes use too, it has to be more."""
@@ -50,38 +49,8 @@ _LOSS = {"nccl": 0.01, "mpi": 0.12}
 _LEAST_RESENT = 10
 
 
-class FabricCase(NamedTuple):
-    """What the rules judge.
-
-    Args:
-        measured: what groups took.
-        answers: the ranks', in rank order.
-        ranks: where each is.
-        steps: what the probe does.
-        seconds: that it had.
-        over: what carried the messages, `nccl` or `mpi`.
-        least: bytes a second that two GPUs of a node should reach, and over what; None where it isn't known.
-    """
-
-    measured: Sequence[Measured]
-    answers: Sequence[FabricAnswer]
-    ranks: Sequence[Placed]
-    steps: Sequence[Step] = ()
-    seconds: float = 0.0
-    over: str = "nccl"
-    least: tuple[float, str] | None = None
-
-    def name(self, ranks: Sequence[int]) -> str:
-        """Name ranks with their hosts."""
-        return describe_ranks(ranks, self.ranks)
-
-    def host(self, rank: int) -> str:
-        """Return a rank's node."""
-        return self.ranks[rank].host
-
-
 def check_fabric(case: FabricCase) -> list[Finding]:
-    """Apply every rule but N2, which is told when it happens."""
+    """Apply every rule; over MPI, N2 is told when it happens."""
     return [finding for rule in RULES for finding in rule(case)]
 
 
@@ -94,9 +63,9 @@ def check_data(case: FabricCase) -> Iterator[Finding]:
         for receiver, sources in one.wrong:
             if one.step.operation == EXCHANGE or sources != one.group:
                 blamed.update(sources)
-                told.append(f"{case.name([receiver])} got wrong data from {case.name(sources)}, {_what(one)}")
+                told.append(f"{case.name([receiver])} got wrong data from {case.name(sources)}, {what(one)}")
         if one.wrong and not blamed:
-            groups.append(f"wrong results in an {_what(one)} over {case.name(one.group)}")
+            groups.append(f"wrong results in an {what(one)} over {case.name(one.group)}")
     if not told and not groups:
         return
     who = case.name(sorted(rank for rank in blamed if blamed[rank] == max(blamed.values()))) if blamed else ""
@@ -130,9 +99,11 @@ def check_pairs(case: FabricCase) -> Iterator[Finding]:
         smallest = some[0].size == some[0].step.sizes[0]
         for one in some:
             if not smallest and one.rate < min(best / factor, _FAST[case.over]):
-                told.append(f"{_pair(case, one)}: {_rate(one.rate)}, its like {_rate(best)} ({_what(one)})")
+                told.append(f"{pair_of(case, one)}: {rate_text(one.rate)}, its like {rate_text(best)} ({what(one)})")
             elif smallest and one.seconds > max(_LATENCY_SECONDS[case.over], quick * _LATENCY_SLOW):
-                told.append(f"{_pair(case, one)}: {_time(one.seconds)}, its like {_time(quick)} ({_what(one)})")
+                told.append(
+                    f"{pair_of(case, one)}: {time_text(one.seconds)}, its like {time_text(quick)} ({what(one)})"
+                )
             else:
                 continue
             slow.append(one)
@@ -144,7 +115,7 @@ def check_pairs(case: FabricCase) -> Iterator[Finding]:
         one_node = len(nodes) == 1
         message = f"{'node' if one_node else 'nodes'} {listed(nodes)} {'is' if one_node else 'are'} far slower to reach than others"
     else:
-        message = f"the way between {_pair(case, slow[0])} is far slower than others"
+        message = f"the way between {pair_of(case, slow[0])} is far slower than others"
         message += f", and {counted(len(pairs) - 1, 'other pair')}" if len(pairs) > 1 else ""
     hosts = nodes or sorted({case.host(rank) for rank in pairs[0]})
     yield warning(
@@ -164,7 +135,9 @@ def check_groups(case: FabricCase) -> Iterator[Finding]:
         best = _upper_quartile([one.rate for one in some])
         for one in some:
             if one.size == one.step.sizes[-1] and one.rate < min(best / factor, _FAST[case.over]):
-                told.append(f"{_what(one)} over {case.name(one.group)}: {_rate(one.rate)}, its like {_rate(best)}")
+                told.append(
+                    f"{what(one)} over {case.name(one.group)}: {rate_text(one.rate)}, its like {rate_text(best)}"
+                )
                 slow.append(one)
     if slow:
         yield warning(
@@ -193,8 +166,8 @@ def check_expectation(case: FabricCase) -> Iterator[Finding]:
         yield warning(
             "N5",
             f"{counted(len(below), 'pair')} of GPUs {'is' if len(below) == 1 else 'are'} slower than {link} has to be",
-            found=lines([f"{_pair(case, one)}: {_rate(one.rate)}{_links(case, one)}" for one in below]),
-            needed=f"at least {_rate(least)} each way",
+            found=lines([f"{pair_of(case, one)}: {rate_text(one.rate)}{links_of(case, one)}" for one in below]),
+            needed=f"at least {rate_text(least)} each way",
             fix="nvidia-smi topo -m and nvidia-smi nvlink -s on the node; NCCL_P2P_DISABLE and NCCL_P2P_LEVEL have to be unset; in a "
             "container or VM, see that peer access is allowed",
         )
@@ -241,9 +214,9 @@ def check_loss(case: FabricCase) -> Iterator[Finding]:
         more = f", and {counted(len(pairs) - 1, 'other pair')}" if len(pairs) > 1 else ""
         yield warning(
             "N8",
-            f"packets are lost between {_pair(case, pairs[0])}{more}",
+            f"packets are lost between {pair_of(case, pairs[0])}{more}",
             found=lines(
-                [f"{_pair(case, one)}: {one.resent} TCP segments sent again, {one.sent} sent" for one in pairs]
+                [f"{pair_of(case, one)}: {one.resent} TCP segments sent again, {one.sent} sent" for one in pairs]
             ),
             needed=f"less than {_LOSS[case.over]:.0%} of them",
             fix="look at cables, ports and MTU of these nodes (ethtool -S, ip -s link), or leave them out (sbatch --exclude=...)",
@@ -288,33 +261,6 @@ def _nodes_behind(case: FabricCase, slow: Sequence[Measured]) -> list[str]:
 def _many_ends(case: FabricCase, host: str, groups: set[tuple[int, ...]]) -> bool:
     """Does a node reach several others? With one, either may be it."""
     return len({case.host(rank) for group in groups for rank in group} - {host}) > 1
-
-
-def _pair(case: FabricCase, one: Measured) -> str:
-    first, second = one.group
-    return f"{case.name([first])} and {case.name([second])}"
-
-
-def _what(one: Measured) -> str:
-    kind = "" if one.step.operation == EXCHANGE else f" in {one.step.kind}"
-    return f"{one.step.operation} of {_size(one.size)}{kind}"
-
-
-def _links(case: FabricCase, one: Measured) -> str:
-    links = sorted({link for rank in one.group for link in case.answers[rank].links})
-    return f" over {listed(links)}" if links else ""
-
-
-def _size(size: int) -> str:
-    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
-
-
-def _rate(rate: float) -> str:
-    return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.1f} MB/s"
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
 
 
 RULES = (check_data, check_end, check_pairs, check_groups, check_expectation, check_network, check_run, check_loss)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the probes have in common: what each rank gives them, what rank 0 judges by, and what comes out.
 
-A probe is a module with two functions, and a line in `dynamo_mpi.probe.phase`:
+A probe is a module with two functions, a line in `dynamo_mpi.probe.phase`, its name in `dynamo_mpi.options.PROBES`, and its place in `auto`
+(`dynamo_mpi.probe.plan.chosen_probes`):
 
     measure(part: Part) -> list[str]                              on every rank, in its main thread; may use `part.world`, all ranks alike
     judge(answers: Sequence[Sequence[str]], case: Case) -> Outcome     on rank 0, over what `measure` returned, in rank order; pure
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.preflight.roster import Placed
     from dynamo_mpi.probe.plan import ProbePlan
@@ -28,12 +30,14 @@ class Part(NamedTuple):
         plan: what is probed.
         environ: this rank's environment.
         began: when this rank began, by `time.monotonic`.
+        spec: the engine that will be built; None where only the hardware is asked.
     """
 
     world: World
     plan: ProbePlan
     environ: Mapping[str, str]
     began: float
+    spec: EngineSpec | None = None
 
 
 class Case(NamedTuple):

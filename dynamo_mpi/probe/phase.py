@@ -21,6 +21,7 @@ from dynamo_mpi.probe.steps import steps_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.probe.part import Case, Outcome
@@ -44,11 +45,13 @@ class Report(NamedTuple):
         findings: of all probes.
         figures: by probe; and ``seconds``, of the whole phase.
         lines: the figures in a few words.
+        code: what an error ends the world with, unless the probe hangs.
     """
 
     findings: tuple[Finding, ...]
     figures: dict[str, Any]
     lines: tuple[str, ...]
+    code: ExitCode = ExitCode.TEMPORARY
 
     @property
     def error(self) -> BootstrapError | None:
@@ -60,7 +63,7 @@ class Report(NamedTuple):
         if stuck is not None:
             return StuckError.of(stuck)
         count = "1 error" if len(found) == 1 else f"{len(found)} errors"
-        return ProbeError(f"{count}, nothing was loaded\n{render(found)}", _code_of(found))
+        return ProbeError(f"{count}, nothing was loaded\n{render(found)}", self.code)
 
     @property
     def text(self) -> str:
@@ -83,14 +86,9 @@ class ProbeError(TemporaryError):
         self.exit_code = code
 
 
-def _code_of(found: Sequence[Finding]) -> ExitCode:
-    """The preflight's own code where one of its rules found it; else 75: another allocation is the cure."""
-    return ExitCode.USAGE if found[0].rule == "V2" else ExitCode.TEMPORARY
-
-
-def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str]) -> list[bytes]:
+def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str], spec: EngineSpec | None = None) -> list[bytes]:
     """Run this rank's part of all probes. Collective; rank 0 gets all answers, the others nothing."""
-    part = Part(world, plan, environ, time.monotonic())
+    part = Part(world, plan, environ, time.monotonic(), spec)
     values: list[str] = []
     for name in plan.names:
         answer = import_module(_MODULES[name]).measure(part)
@@ -103,6 +101,7 @@ def lead_probes(
     case: Case,
     guard: Guard,
     environ: Mapping[str, str],
+    spec: EngineSpec | None = None,
     *,
     strict: bool,
     ask_partners: AskPartners | None = None,
@@ -114,6 +113,7 @@ def lead_probes(
         case: what to judge by, with the plan.
         guard: ends a world that hangs in a probe.
         environ: rank 0's environment.
+        spec: the engine that will be built.
         strict: warnings are errors.
         ask_partners: of the KV probe, whose ranks can be asked by now.
     """
@@ -122,7 +122,7 @@ def lead_probes(
     seconds = allowed_seconds(plan)
     late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
     with late, _watched(guard, case, seconds):
-        answers = take_part(world, plan, environ)
+        answers = take_part(world, plan, environ, spec)
     by_probe = _by_probe(plan, answers)
     if "kv" in by_probe:
         by_probe["kv"] = [] if ask_partners is None else _ask(ask_partners, by_probe["kv"], guard, plan.seconds)
@@ -131,11 +131,14 @@ def lead_probes(
         earlier = {before: outcome.figures for before, outcome in outcomes.items()}
         outcomes[name] = _judge(name, told, case._replace(earlier=earlier))
     findings = [finding for outcome in outcomes.values() for finding in outcome.findings]
+    # the preflight's own code for what it would have refused; else another allocation is the cure
+    refused = any(finding.rule == "V2" for finding in errors(findings))
     if strict:
         findings = [finding if finding.severity is not Severity.WARNING else _as_error(finding) for finding in findings]
     figures: dict[str, Any] = {name: dict(outcome.figures) for name, outcome in outcomes.items()}
     figures["seconds"] = round(time.monotonic() - began, 3)
-    return Report(tuple(findings), figures, tuple(outcome.line for outcome in outcomes.values() if outcome.line))
+    lines = tuple(outcome.line for outcome in outcomes.values() if outcome.line)
+    return Report(tuple(findings), figures, lines, ExitCode.USAGE if refused else ExitCode.TEMPORARY)
 
 
 def _ask(ask: AskPartners, answers: list[list[str]], guard: Guard, seconds: float) -> list[list[str]]:

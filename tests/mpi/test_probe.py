@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT, Mpirun
 from tests.dynamo.running import eventually
 from tests.fault_traces import processes_with
+from tests.servers import running_etcd
 
 pytestmark = pytest.mark.mpi
 PROGRAM = Path(__file__).parent / "programs" / "probed_world.py"
@@ -72,6 +73,17 @@ def test_a_rank_that_stops_is_named_at_the_deadline(mpirun: Mpirun, tmp_path: Pa
     eventually(lambda: not processes_with(f"{mark}\0"), "no process is left", 5)
 
 
+def test_a_worker_that_is_not_to_go_on_leaves_in_order(mpirun: Mpirun, tmp_path: Path, model_dir: Path) -> None:
+    flags = ("--model", str(model_dir), "--tp-size", "3", "--probe", "fabric", "--failure-dir", str(tmp_path))
+    with running_etcd() as url:
+        done = mpirun.worker(3, *flags, env={**fault("rank1:probe:corrupt"), "ETCD_ENDPOINTS": url})
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.count("error in probe: 1 error, nothing was loaded\n") == 1
+    assert "error N1: data are wrong when they arrive: rank 1 on " in done.stderr
+    report = json.loads((tmp_path / "backend-rank-0.json").read_text())
+    assert (report["phase"], report["exit_code"]) == ("probe", 75)
+
+
 def test_a_rank_that_is_late_is_no_finding(mpirun: Mpirun) -> None:
     done = mpirun(3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "strict", env=fault("rank1:probe:slow=0.5"))
     assert done.returncode == 0, done.stderr
@@ -115,6 +127,26 @@ def test_the_gpus_of_all_ranks_are_judged_together(mpirun: Mpirun, tmp_path: Pat
         ("V10", f"rank 1 on {host(done)}"),
         ("V14", f"rank 2 on {host(done)}"),
     ]
+
+
+@pytest.mark.parametrize(("weights", "code"), [(0, 75), (70, 64)])
+def test_memory_that_is_not_given_back_has_the_code_of_who_has_to_act(
+    weights: int, code: int, mpirun: Mpirun, tmp_path: Path
+) -> None:
+    """Somebody else's process is gone on other nodes; weights that don't fit, with what is free on these, are the preflight's to refuse."""
+    node = tmp_path / "node.json"
+    held = {"free": 60 << 30, "used": 19 << 30, "processes": [[42, 19 << 30]]}
+    node.write_text(json.dumps({"driver": "580.1", "cuda": 13000, "gpus": gpus({}, held)}))
+    environment = {
+        "PYNVML_STANDIN": str(node),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'standins'}",
+        "WEIGHTS": f"{weights << 30}",
+    }
+    done = mpirun(2, PROGRAM, "gpu|1.0|nccl|node=0,1", "strict", env=environment)
+    assert done.returncode == code, done.stderr
+    assert "error V2: " in done.stderr
+    assert "pid 42 holds 19.0 GiB" in done.stderr
+    assert told(done)["figures"]["gpu"]["waited"] >= 0.4
 
 
 def host(done: Done) -> str:

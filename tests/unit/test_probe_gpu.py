@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.parallelism.finding import Severity
 from dynamo_mpi.preflight.gpu_facts import GpuFacts
 from dynamo_mpi.preflight.gpu_rules import is_busy
@@ -278,8 +279,8 @@ def test_a_report_is_one_line_when_all_is_well_and_an_error_has_its_code() -> No
     told = fine._replace(findings=(warning("V9", "it has to be recovered"),))
     assert told.error is None
     assert "warning V9: it has to be recovered" in told.text
-    for rule, code in (("V9", 75), ("N1", 75), ("V2", 64), ("N2", 124)):
-        found = fine._replace(findings=(error(rule, "so it is"),)).error
+    for rule, given, code in (("V9", 75, 75), ("N1", 75, 75), ("V2", 64, 64), ("N2", 75, 124)):
+        found = fine._replace(findings=(error(rule, "so it is"),), code=ExitCode(given)).error
         assert found is not None
         assert found.exit_code == code
         assert rule in str(found)

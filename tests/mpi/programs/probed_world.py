@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A world that runs probes under rank 0's guard, and nothing else. Arguments: the plan; `strict` or `told`; the kind of GPU, if any.
 
-Rank 0 prints what was found as JSON. DYN_MPI_FAULT works as in a worker. Where HOLD names a file, rank 0 makes `HOLD.up` once the world
-stands, and begins with the probes once there is `HOLD.go`.
+Rank 0 prints what was found as JSON. DYN_MPI_FAULT works as in a worker; WEIGHTS are the bytes that each rank would load. Where HOLD names a
+file, rank 0 makes `HOLD.up` once the world stands, and begins with the probes once there is `HOLD.go`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, str
     hold(os.environ.get("HOLD", ""))
     world.barrier(30)
     began = time.monotonic()
+    weights = (int(os.environ.get("WEIGHTS", "0")),) * world.size
     with phases.enter("probe"):
-        report = lead_probes(world, Case(plan, cards, kind), guard, os.environ, strict=strict)
+        report = lead_probes(world, Case(plan, cards, kind, weights), guard, os.environ, strict=strict)
     error = report.error
     told = {
         "findings": [finding.as_json() for finding in report.findings],
