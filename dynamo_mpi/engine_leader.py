@@ -13,7 +13,7 @@ from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import unpack
-from dynamo_mpi.follower import GO, build_part, load_part, report_of
+from dynamo_mpi.follower import GO, build_part, late_for, load_part, report_of
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.serving.ready import forget
 from dynamo_mpi.serving.service import Registration, run, serve
@@ -50,6 +50,7 @@ class EngineLeader:
         dismiss: tells the others to leave, with this code, once all else is said and done.
         departure: the way out of discovery.
         signals: end the world until it serves, and once it has drained.
+        on_in_flight: called with the number of requests in flight when it changes.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class EngineLeader:
         dismiss: Callable[[ExitCode], None],
         departure: Departure,
         signals: StopSignals,
+        on_in_flight: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._world, self._launch, self._settings = world, launch, settings
         self._guard, self._phases, self._voice, self._dismiss = guard, phases, voice, dismiss
-        self._departure, self._signals = departure, signals
+        self._departure, self._signals, self._on_in_flight = departure, signals, on_in_flight
 
     def run(self, spec: EngineSpec, cards: Sequence[Card], token_id: int, on_ready: Callable[[], None]) -> int:
         """Live it, until SIGTERM or SIGINT.
@@ -103,7 +105,8 @@ class EngineLeader:
 
     def _agree(self, error: Exception | None, cards: Sequence[Card]) -> ExitCode:
         """Gather what went wrong anywhere, and tell all ranks to go on or to leave."""
-        failures = failures_of(self._world.gather(report_of(error)))
+        with late_for(error, self._guard.end):
+            failures = failures_of(self._world.gather(report_of(error)))
         if not failures:
             self._world.broadcast(GO)
             return ExitCode.OK
@@ -148,8 +151,10 @@ class EngineLeader:
                         on_ready,
                         self._voice.say,
                         self._signals.expect,
+                        self._on_in_flight,
                     )
                 )
+            departure.finish()
         except (EngineError, DeadlineError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise

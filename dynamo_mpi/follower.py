@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,12 @@ from dynamo_mpi.preflight.inquiry import Inquiry, fill_card, host_name
 from dynamo_mpi.talk import Voice
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from mpi4py import MPI
 
     from dynamo_mpi.engines.protocol import Engine
+    from dynamo_mpi.health.reporter import Reporter
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.lifeline import Lifeline
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 STOP, GO = b"S", b"G"
 # of a life with TensorRT-LLM, what all ranks do together
 _SHARED = ("prove", "serve", "drain")
+# ranks that go on reading their weights come to it after minutes, maybe: then there is no hurry, and nothing to agree on either
+_AGREE_SECONDS = 10.0
 PARTING_SECONDS = 20.0
 """How long rank 0 waits for all ranks to come to their end; longer than it gives the engine to close."""
 
@@ -41,6 +45,7 @@ def follow(
     mpi_library: str,
     tie: Tie,
     fault: ArmedFault | None = None,
+    reporter: Reporter | None = None,
 ) -> int:
     """Live a follower's life.
 
@@ -52,6 +57,7 @@ def follow(
         mpi_library: what the MPI library calls itself.
         tie: to this node's companion.
         fault: one on demand.
+        reporter: to the process that answers this node's probes, on the rank that has begun it.
 
     Returns:
         The exit code that rank 0 has told.
@@ -65,12 +71,17 @@ def follow(
         if message[:1] == STOP:
             return message[1]
     # before the verdict, every file that a rank opens counts
+    from dynamo_mpi.observe.levels import Level
+    from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.signal_thread import SignalThread
 
     meeting, packed = Meeting.unpack(message[1:])
-    lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()), tie)
+    speech.log_to(meeting.log_dir, meeting.label, world.rank)
+    voice = Voice(world.rank, host_name())
+    phases.listen(lambda name: voice.say(f"phase {name}", Level.DEBUG))
+    lifeline = Lifeline(meeting, world, phases, voice, tie)
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
     tie.leave_signals()
@@ -79,6 +90,9 @@ def follow(
         tie.tell("judged")
     else:
         tie.release()
+    spec = EngineSpec.unpack(packed)
+    if reporter is not None:
+        reporter.follow(lifeline, {"engine": spec.engine, "role": spec.role, "component": meeting.label})
     if fault is not None:
         fault.follow(lifeline)
     signals.begin(lifeline.pass_on)
@@ -148,11 +162,30 @@ def _follow_engine(world: World, launch: Launch, spec: EngineSpec, lifeline: Lif
 
 def _agree(world: World, lifeline: Lifeline, error: Exception | None) -> bytes:
     """Tell rank 0 how it went, and hear whether to stop: then what it has said, else nothing."""
-    world.gather(report_of(error))
-    if error is not None:
-        lifeline.record(error)
-    message = world.broadcast()
+    with late_for(error, lifeline.fail):
+        world.gather(report_of(error))
+        if error is not None:
+            lifeline.record(error)
+        message = world.broadcast()
     return message if message[:1] == STOP else b""
+
+
+@contextmanager
+def late_for(error: Exception | None, fail: Callable[[Exception], object]) -> Iterator[None]:
+    """End the world by ``fail`` where the others don't come to hear of ``error`` soon: they may wait for this rank in what it has left."""
+    if error is None:
+        yield
+        return
+    # before the verdict, every file that a rank opens counts
+    import threading
+
+    timer = threading.Timer(_AGREE_SECONDS, fail, (error,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def build_part(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> tuple[Engine | None, Exception | None]:

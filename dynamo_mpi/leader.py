@@ -9,11 +9,16 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.departure import Departure
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.probe import probe_control_plane
+from dynamo_mpi.control_plane.runtime_limits import require_etcd
 from dynamo_mpi.engines.spec import EngineSpec
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
+from dynamo_mpi.observe.levels import Level
+from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.onlookers import Onlookers
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.roster import hosts, ranks_by_host
@@ -29,8 +34,8 @@ from dynamo_mpi.supervision.failure import HurriedError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.observe.display import Display
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
@@ -51,18 +56,28 @@ class Leader:
         voice: how rank 0 speaks.
         mpi_library: what the MPI library calls itself.
         tie: to this node's companion.
+        display: shows the world to those who watch it.
     """
 
-    def __init__(self, world: World, launch: Launch, phases: Phases, voice: Voice, mpi_library: str, tie: Tie) -> None:
+    def __init__(
+        self,
+        world: World,
+        launch: Launch,
+        phases: Phases,
+        voice: Voice,
+        mpi_library: str,
+        tie: Tie,
+        display: Display,
+    ) -> None:
         self._world = world
         self._launch = launch
         self._phases = phases
         self._voice = voice
         self._mpi_library = mpi_library
         self._verdict_seconds = 0.0
-        self._presence: Presence | None = None
         self._guard: Guard | None = None
         self._estate = Estate(tie)
+        self._onlookers = Onlookers(phases, voice, display, self._estate)
         self._signals: StopSignals | None = None
 
     def run(self, argv: Sequence[str]) -> int:
@@ -71,20 +86,25 @@ class Leader:
         Returns:
             The exit code, which every other rank has been told.
         """
+        self._phases.listen(lambda name: self._voice.say(f"phase {name}", Level.DEBUG))
         try:
-            return self._live(argv)
+            code = self._live(argv)
+            self._onlookers.ended(code)
+            return code
         except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
             if self._guard is None:
                 raise
             self._guard.end(error)
         finally:
-            self._disappear()
+            self._onlookers.close()
 
     def _live(self, argv: Sequence[str]) -> int:
         with self._phases.enter("preflight"):
             try:
                 settings = load_settings(argv, os.environ)
+                speech.log_to(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 forget(settings.ready_file)
+                self._onlookers.know(settings)
                 require_startable(settings)
                 settings = at_its_folder(settings, os.environ)
                 plan = read_plan(settings, argv)
@@ -93,15 +113,21 @@ class Leader:
             cards = self._ask(plan, argv)
             verdict = judge(plan, cards)
             self._verdict_seconds = self._phases.age
+            self._onlookers.judged(verdict)
             if verdict.exit_code is not ExitCode.OK or settings.preflight_only:
                 return self._stop(verdict.report, verdict.exit_code)
             self._voice.say(verdict.report)
             try:
-                point_runtime_at(probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout))
+                endpoints = probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout)
+                for line in require_etcd(endpoints, EtcdAuth.of(os.environ)):
+                    self._voice.say(line)
+                point_runtime_at(endpoints)
+                self._onlookers.point_runtime(settings)
                 require_servable(settings.model, plan.inquiry.files[0].content)
                 signals = self._appear(settings, verdict, cards)
                 guard = self._guard_with(settings, cards)
             except BootstrapError as error:
+                self._onlookers.refuse(error)
                 return self._stop(f"error: {error}", error.exit_code)
             probes = plan_probes(settings, verdict.subject.layout, ranks_by_host(cards))
             spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
@@ -124,9 +150,11 @@ class Leader:
                 self._dismiss,
                 self._departure(settings),
                 signals,
+                self._onlookers.tell_in_flight,
             )
             code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
+        self._onlookers.finish()
         return code
 
     def _probe(
@@ -139,7 +167,9 @@ class Leader:
 
         with self._phases.enter("probe"):
             case = Case(ProbePlan.unpack(spec.probe), cards, verdict.subject.cluster.gpu, verdict.weights)
-            desk = desk_of(settings, verdict.subject, case.plan, cards, self._presence, self._voice, os.environ)
+            desk = desk_of(
+                settings, verdict.subject, case.plan, cards, self._onlookers.presence, self._voice, os.environ
+            )
             ask, strict = desk.ask if desk else None, settings.probe_strict
             report = lead_probes(self._world, case, guard, os.environ, spec, strict=strict, ask_partners=ask)
             self._phases.own_part_done()
@@ -148,8 +178,7 @@ class Leader:
                 self._dismiss(error.exit_code)
                 return error.exit_code
             self._voice.say(report.text)
-            if self._presence is not None:
-                self._presence.tell_probe(report.figures)
+            self._onlookers.tell_probe(report.figures)
             if desk is not None:
                 desk.open()
             self._world.broadcast(GO)
@@ -160,7 +189,7 @@ class Leader:
         from dynamo_mpi.supervision.failure_files import forget_failures
         from dynamo_mpi.supervision.guard import Guard, Terms
 
-        label = settings.endpoint.removeprefix("dyn://").split(".")[1]
+        label = _label(settings)
         forget_failures(settings.failure_dir, label)
         terms = Terms(
             settings.liveness_network,
@@ -168,26 +197,26 @@ class Leader:
             str(settings.failure_dir or ""),
             label,
             self._estate.has_heir(label),
+            str(settings.log_dir or ""),
         )
         self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms)
         self._estate.share(guard.leave_to_heir)
         guard.at_once(self._estate.explain)
-        guard.at_once(self._disappear)
         guard.before_the_end(partial(forget, settings.ready_file))
+        self._onlookers.watch(settings, guard)
         return guard
 
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
-        from dynamo_mpi.control_plane.presence import Presence, record_of
+        from dynamo_mpi.control_plane.presence import record_of
         from dynamo_mpi.supervision.stop_signals import StopSignals
 
-        self._presence = Presence(self._voice, partial(self._estate.own, "record"))
+        self._onlookers.introduce(settings, record_of(settings, verdict.subject, cards, self._phases.age))
         # from here on the main thread may sit in the engine
         self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)
-        self._presence.appear(settings, record_of(settings, verdict.subject, cards, self._phases.age), os.environ)
-        self._phases.listen(self._presence.tell)
+        self._onlookers.appear()
         return signals
 
     def _departure(self, settings: Settings) -> Departure:
@@ -195,18 +224,13 @@ class Leader:
 
     def _own_instance(self, lease: int) -> None:
         self._estate.own("instance", lease)
-        if self._presence is not None:
-            self._presence.tell_instance(lease)
-
-    def _disappear(self) -> None:
-        if self._presence is not None:
-            self._presence.withdraw()
+        self._onlookers.tell_instance(lease)
 
     def _hurry(self, number: int) -> None:
         if self._guard is not None:
             self._guard.end(HurriedError(number), of_signal(number))
         self._estate.explain()
-        self._disappear()
+        self._onlookers.withdraw()
         self._world.abort(of_signal(number))
 
     def _ask(self, plan: Plan, argv: Sequence[str]) -> list[Card]:
@@ -215,7 +239,8 @@ class Leader:
         return [Card.unpack(answer) for answer in answers]
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
-        self._voice.say(text)
+        self._voice.say(text, None if code is ExitCode.OK else Level.ERROR)
+        self._onlookers.stopped(text, code)
         self._dismiss(code)
         return code
 
@@ -223,7 +248,7 @@ class Leader:
         """Tell the others to leave. Before it comes all that rank 0 has to do, since the first to leave may take it along."""
         if self._signals is not None:
             self._signals.close()
-        self._disappear()
+        self._onlookers.dismissed(code)
         message = STOP + bytes([code])
         if self._guard is None:
             self._world.broadcast(message)
@@ -258,14 +283,34 @@ class Leader:
         return code
 
     def _announce(self, settings: Settings) -> None:
-        announce(settings, self._phases, self._voice, ranks=self._world.size, verdict_seconds=self._verdict_seconds)
+        announce(
+            settings,
+            self._phases,
+            self._voice,
+            ranks=self._world.size,
+            verdict_seconds=self._verdict_seconds,
+            system=self._onlookers.system_url,
+        )
+        self._onlookers.ready()
+
+
+def _label(settings: Settings) -> str:
+    """Return how files of this worker's ranks are called."""
+    return settings.endpoint.removeprefix("dyn://").split(".")[1]
 
 
 def lead(
-    world: World, launch: Launch, argv: Sequence[str], phases: Phases, voice: Voice, mpi_library: str, tie: Tie
+    world: World,
+    launch: Launch,
+    argv: Sequence[str],
+    phases: Phases,
+    voice: Voice,
+    mpi_library: str,
+    tie: Tie,
+    display: Display,
 ) -> int:
     """Live rank 0's life, and return the exit code. See `Leader`."""
-    return Leader(world, launch, phases, voice, mpi_library, tie).run(argv)
+    return Leader(world, launch, phases, voice, mpi_library, tie, display).run(argv)
 
 
 def require_startable(settings: Settings) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 MAX_SECONDS = 1e8
+MAX_RUNTIME_PORT = 2**15 - 1
 PROBES = ("gpu", "fabric", "kv")
 
 
@@ -33,6 +34,7 @@ class Option:
         choices: the values that exist, where they can be listed.
         switch: a flag without a value.
         negatable: a switch that also has a ``--no-…`` form, as Dynamo's have.
+        without: the value that a ``--no-…`` form of an option with values stands for; empty where there is no such form.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Option:
     choices: tuple[str, ...] = ()
     switch: bool = False
     negatable: bool = False
+    without: str = ""
 
 
 def to_size(text: str) -> int:
@@ -57,6 +60,13 @@ def to_count(text: str) -> int:
     """Read a number of ranks, nodes or GPUs: as many as there can be in any world."""
     if (value := to_size(text)) > MAX_RANKS:
         raise ValueError(f"a positive whole number, at most {MAX_RANKS}")
+    return value
+
+
+def to_runtime_port(text: str) -> int:
+    """Read a port for the Dynamo runtime, which reads it as a signed 16-bit number."""
+    if (value := to_size(text)) > MAX_RUNTIME_PORT:
+        raise ValueError(f"a TCP port, at most {MAX_RUNTIME_PORT}")
     return value
 
 
@@ -158,9 +168,11 @@ def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
             parser.add_argument(*option.flags, dest=option.name, action="store_const", const="true", help=text)
         else:
             parser.add_argument(*option.flags, dest=option.name, metavar=option.name.upper(), help=text)
-        if option.negatable:
+        without = "false" if option.negatable else option.without
+        if without:
             flag = "--no-" + option.flags[0].removeprefix("--")
-            parser.add_argument(flag, dest=option.name, action="store_const", const="false", help="the opposite")
+            note = "the opposite" if option.negatable else f"the same as {option.flags[0]} {without}"
+            parser.add_argument(flag, dest=option.name, action="store_const", const=without, help=note)
 
 
 def resolve(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dynamo_mpi import __version__
 from dynamo_mpi.engine_options import ENGINE_OPTIONS, GPU, GPUS_PER_NODE, MIN_REQUESTS, engine_flags
 from dynamo_mpi.errors import DataError, UsageError
+from dynamo_mpi.observe.options import OBSERVE_OPTIONS
 from dynamo_mpi.options import (
     Option,
     add_options,
@@ -250,6 +251,7 @@ OPTIONS: tuple[Option, ...] = (
         to_path,
         "folder for a JSON file from each rank that fails, COMPONENT-rank-N.json; rank 0's holds the whole report",
     ),
+    *OBSERVE_OPTIONS,
     Option(
         "kv_transport",
         ("--kv-transport",),
@@ -335,6 +337,12 @@ class Settings:
     heartbeat_timeout: float | None
     world_timeout: float
     failure_dir: Path | None
+    log_dir: Path | None
+    progress: str
+    progress_interval: float
+    metrics_file: Path | None
+    runtime_system_port: int | None
+    timeline: Path | None
     kv_transport: str
     kv_network: str | None
     kv_keep_seconds: float

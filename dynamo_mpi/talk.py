@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dynamo_mpi.observe.levels import Level
+    from dynamo_mpi.observe.lines import Fact
 
 
 class Voice:
-    """Speaks for one rank.
+    """Speaks for one rank. Cheap until it has something to say: a rank that says nothing opens no file for it.
 
     Args:
         rank: this rank.
@@ -18,17 +24,23 @@ class Voice:
 
     def __init__(self, rank: int, host: str) -> None:
         self.rank, self.host = rank, host
-        self._prefix = f"dynamo_mpi: rank {rank} on {host}: "
 
-    def say(self, text: str) -> None:
-        """Write ``text``. One call to the system, so that lines of different ranks don't mix."""
-        data = (self._prefix + text + "\n").encode("utf-8", "replace")
+    def say(self, text: str, level: Level | None = None, facts: Mapping[str, Fact] | None = None) -> None:
+        """Say ``text``, less the secrets in it. From any thread; does not raise.
+
+        Args:
+            text: for people.
+            level: how much it matters; None where the text says so by how it begins: ``error``, ``warning``.
+            facts: the same for programs: fields of the line where it is JSON (``DYN_LOGGING_JSONL``).
+        """
         try:
-            if sys.stderr is not None:  # closed by whoever started us
-                sys.stderr.flush()
-            os.write(2, data)
-        except OSError:
-            return  # whoever read our words has gone; that is no reason to fail
+            from dynamo_mpi.observe.speech import speech
+        except Exception as error:  # the file system has gone, or a signal came in the middle of this very import
+            with contextlib.suppress(OSError):
+                why = f"what it has to say can't be cleared of secrets: {type(error).__name__}"
+                os.write(2, f"dynamo_mpi: rank {self.rank} on {self.host}: {why}\n".encode())
+            return
+        speech.speak(self.rank, self.host, text, level, facts)
 
 
 def tell_launch(kind: str, rank: int, size: int) -> None:
@@ -39,5 +51,10 @@ def tell_launch(kind: str, rank: int, size: int) -> None:
         rank: this rank.
         size: ranks of the world.
     """
-    with contextlib.suppress(OSError):
-        os.write(2, f"rank{rank} run mgmn {kind} node with mpi_world_size: {size} ...\n".encode())
+    from dynamo_mpi.observe.speech import speech
+
+    text = f"rank{rank} run mgmn {kind} node with mpi_world_size: {size} ..."
+    if speech.style.jsonl:
+        speech.speak(rank, os.uname().nodename, text)
+    else:
+        speech.relay(f"{text}\n".encode())

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from _socket import socket
     from collections.abc import Sequence
 
+    from dynamo_mpi.health.reporter import Reporter
     from dynamo_mpi.supervision.faults import ArmedFault
+    from dynamo_mpi.supervision.notify import Notifier
 
 # How long ranks that refuse alone stay, so that all have started and rank 0 has said why: a launcher ends the rest when the first
 # process fails, and no MPI orders them yet.
@@ -67,14 +69,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse_mislaunch(launch, library)
     except BootstrapError as error:
         return _refuse_alone(error, launch, voice)
-    tie = Tie(launch, os.environ, _bring_companion(launch, voice.host, words))
+    companion = _bring_companion(launch, voice.host, words)
+    # before any thread is started, and after the companion, which would hold what it inherits open
+    answers = _answer_probes(launch, voice, words)
+    tie = Tie(launch, os.environ, companion)
     tie.hear_signals()
     phases.listen(lambda name: tie.tell(f"phase {name}"), first=True)
+    reporter = None if isinstance(answers, BootstrapError) else answers
+    if reporter is not None:
+        phases.listen(reporter.tell_phase, first=True)
+        reporter.begin()
+    notifier = _notifier(launch, words)
+    if notifier is not None:
+        phases.listen(notifier.tell_phase, first=True)
     try:
         with phases.enter("world"):
+            if isinstance(answers, BootstrapError):
+                raise answers
             world = form_world()
             refuse_world_size(launch, library, world.size)
     except BootstrapError as error:
+        if notifier is not None:
+            notifier.tell_failure(str(error))
         code = _refuse_alone(error, launch, voice)
         tie.tell(f"failed {code}")
         return code
@@ -82,14 +98,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _abandon(error, None, tie, voice, phases, words)
     tie.end_with(world.abort)
     voice = Voice(world.rank, voice.host)
+    if reporter is not None:
+        reporter.tell("rank", str(world.rank))
     try:
+        # what it imports is a part of it
+        phases.begin("preflight")
         if world.rank == 0:
             from dynamo_mpi.leader import lead
+            from dynamo_mpi.observe.display import Display
 
-            return _leave(world, tie, lead(world, launch, words, phases, voice, library.version, tie))
+            display = Display(phases, voice, reporter, notifier)
+            return _leave(world, tie, lead(world, launch, words, phases, voice, library.version, tie, display))
         from dynamo_mpi.follower import follow
 
-        return _leave(world, tie, follow(world, launch, words, phases, library.version, tie, fault))
+        return _leave(world, tie, follow(world, launch, words, phases, library.version, tie, fault, reporter))
     except Exception as error:
         return _abandon(error, world, tie, voice, phases, words)
 
@@ -101,6 +123,26 @@ def _bring_companion(launch: Launch, host: str, words: Sequence[str]) -> socket 
     from dynamo_mpi.supervision.companion_start import bring_companion
 
     return bring_companion(launch, host, words, os.environ)
+
+
+def _answer_probes(launch: Launch, voice: Voice, words: Sequence[str]) -> Reporter | BootstrapError | None:
+    """Fork the process that answers this node's probes, where the user wants them answered and that is for this rank to do."""
+    if not os.environ.get("DYN_SYSTEM_PORT"):
+        return None
+    from dynamo_mpi.health.start import answer_probes
+
+    return answer_probes(launch, voice, words, os.environ)
+
+
+def _notifier(launch: Launch, words: Sequence[str]) -> Notifier | None:
+    """Return what tells a supervisor of the world, on rank 0 of one that wants to be told."""
+    if not os.environ.get("NOTIFY_SOCKET"):
+        return None
+    from dynamo_mpi.supervision.companion_limits import Limits
+    from dynamo_mpi.supervision.notify import Notifier
+
+    notifier = Notifier.take(os.environ, {"world": Limits.of(words, os.environ).world_seconds})
+    return notifier if launch.rank == 0 else None
 
 
 def _help(words: Sequence[str], launch: Launch) -> int:
@@ -144,6 +186,7 @@ def _abandon(
     error: Exception, world: World | None, tie: Tie, voice: Voice, phases: Phases, argv: Sequence[str]
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be anywhere, also inside a collective."""
+    from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.companion_limits import Limits
     from dynamo_mpi.supervision.failure import Failure, describe_error
     from dynamo_mpi.supervision.failure_files import write_failure
@@ -151,8 +194,11 @@ def _abandon(
 
     text, code = describe_error(error)
     report = f"error in {phases.current}: {text.rstrip()}"
+    limits = Limits.of(argv, os.environ)
+    meeting = Meeting(voice.host, failure_dir=limits.failure_dir)
+    if not speech.is_placed:
+        speech.log_to(limits.log_dir, meeting.label, voice.rank)
     voice.say(report)
-    meeting = Meeting(voice.host, failure_dir=Limits.of(argv, os.environ).failure_dir)
     failure = Failure(voice.rank, code, text, phase=phases.current, at=time.monotonic())
     write_failure(meeting, failure, voice.host, report={"report": report, "consequences": []})
     tie.tell(f"failed {code}")

@@ -55,9 +55,20 @@ def running_secured_etcd(certificates: Certificates) -> contextlib.AbstractConte
     return running(lambda folder: Etcd(find_etcd(), free_port(), folder, certificates=certificates))
 
 
-def running_nats() -> contextlib.AbstractContextManager[str]:
-    """Run NATS; the value is its ``nats://HOST:PORT``."""
-    return running(lambda folder: Nats(find_nats_server(), free_port(), folder))
+def running_nats(config: str = "", port: int | None = None) -> contextlib.AbstractContextManager[str]:
+    """Run NATS on ``port``, or a free one; the value is its ``nats://HOST:PORT``.
+
+    Args:
+        config: of the server, credentials say.
+        port: a certain one.
+    """
+
+    def make(folder: Path) -> Nats:
+        file = folder / "nats.conf"
+        file.write_text(config)
+        return Nats(find_nats_server(), port or free_port(), folder / "data", config=file if config else None)
+
+    return running(make)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.doctor.context import Context
@@ -21,6 +21,8 @@ from dynamo_mpi.options import Option, add_options, resolve, to_path, to_seconds
 
 if TYPE_CHECKING:
     import argparse
+
+    from dynamo_mpi.doctor.context import Section
 
 ONLY = Option(
     "only",
@@ -59,9 +61,21 @@ WRITE = Option(
 )
 
 
+PROBE = Option(
+    "probe",
+    ("--probe",),
+    (),
+    False,
+    to_switch,
+    "also put the GPUs of this machine, and the way between them, to the test, for up to half a minute more; not beside a worker",
+    switch=True,
+)
+OPTIONS = (ONLY, RUN_DIR, TIMEOUT, WRITE, PROBE)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
-    add_options(parser, (ONLY, RUN_DIR, TIMEOUT, WRITE))
+    add_options(parser, OPTIONS)
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
 
 
@@ -71,8 +85,18 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: a flag's value is none that it takes.
     """
-    values, _ = resolve((ONLY, RUN_DIR, TIMEOUT, WRITE), vars(arguments), os.environ, {})
+    values, _ = resolve(OPTIONS, vars(arguments), os.environ, {})
     context = Context.of(os.environ, values["timeout"], values["run_dir"], values["write"])
-    report = examine(chosen(values["only"]), context, socket.gethostname())
-    write_out(json.dumps(report.as_json()) if arguments.output == "json" else report.as_text())
+    further, figures = _probe() if values["probe"] else ((), {})
+    report = examine(chosen(values["only"], further), context, socket.gethostname())
+    write_out(json.dumps({**report.as_json(), **figures}) if arguments.output == "json" else report.as_text())
     return int(report.exit_code)
+
+
+def _probe() -> tuple[tuple[Section, ...], dict[str, Any]]:
+    """Run the probes, and return their section with what they have measured."""
+    from dynamo_mpi.doctor.probe import NAME, section_of
+    from dynamo_mpi.probe.here import probe_here
+
+    here = probe_here()
+    return (section_of(here),), {NAME: here.figures}

@@ -46,9 +46,9 @@ TAKES_FURTHER_WORDS = True
 # the logs are on a file system that others use too
 _FOLLOW_SECONDS = 0.5
 # ours, in every rank's words; a load of a large model prints thousands of others
-_OURS = "dynamo_mpi: rank "
+_OURS = ("dynamo_mpi: rank ", '"target":"dynamo_mpi"')
 # what the user says to the programs, and where an image doesn't say it, to Python and the linker
-_FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "MODALITY", "NCCL_", "TLLM_", "TRTLLM_", "UCX_")
+_FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "MODALITY", "NCCL_", "TLLM_", "TRACEPARENT", "TRACESTATE", "TRTLLM_", "UCX_")
 _BARE_METAL = (
     "CUDA_VISIBLE_DEVICES",
     "LD_LIBRARY_PATH",
@@ -96,7 +96,7 @@ def _conduct(
     verbose: bool,
 ) -> tuple[int, str]:
     """Run the deployment, and return its exit code and why it ended."""
-    only = "" if verbose else _OURS
+    only = () if verbose else _OURS
     follower = Follower(run_dir.logs, "*.log", sys.stderr, only=only, period_seconds=_FOLLOW_SECONDS)
     try:
         with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts, _environment(settings) as environ:

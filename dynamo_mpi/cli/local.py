@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, type=_positive, metavar="N", help=f"{option} of the engine's YAML")
     parser.add_argument("--mpirun", metavar="COMMAND", help="launcher; '-n N' is added (default: mpirun)")
     parser.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="to be ready (%(default)g)")
+    parser.add_argument(
+        "--timeline", type=Path, metavar="FILE", help="draw the start: a page, with a trace for Perfetto beside it"
+    )
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the ranks' logs as they come")
 
@@ -75,6 +78,7 @@ def _settings(arguments: argparse.Namespace) -> StackSettings:
         engine_options={name: value for name in ENGINE_OPTIONS if (value := getattr(arguments, name)) is not None},
         mpirun=arguments.mpirun,
         timeout_seconds=arguments.timeout,
+        timeline=arguments.timeline,
     )
 
 
@@ -101,6 +105,7 @@ def _run(arguments: argparse.Namespace, settings: StackSettings, printer: Printe
         finally:
             stack.stop(drain=drain)
             follower.close()
+            stack.draw()
 
 
 def _serve(

@@ -28,6 +28,7 @@ VERBS = {
     "launch": "launch a deployment over several nodes: Slurm job steps, or mpirun with a hostfile",
     "status": "what runs, how far it is, and what has failed; --watch",
     "wait": "wait until a deployment is ready and has answered, or has failed",
+    "timeline": "how a start went: every rank's phases, who was waited for, where it failed",
     "down": "end a deployment, or certain workers: in order",
 }
 

@@ -15,8 +15,8 @@ from dynamo_mpi.services.interrupts import Interrupts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# the other screen, without a cursor, and back
-_ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
+# the other screen, where long lines don't wrap and no cursor is seen; and back
+_ENTER, _LEAVE = "\x1b[?1049h\x1b[?7l\x1b[?25l", "\x1b[?25h\x1b[?7h\x1b[?1049l"
 _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 

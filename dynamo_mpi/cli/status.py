@@ -19,7 +19,7 @@ from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.operating.options import MODEL, NAMESPACE, RUN_DIR, add_output
 from dynamo_mpi.operating.place import locate
-from dynamo_mpi.operating.snapshot import read_snapshot
+from dynamo_mpi.operating.snapshot import ETCD_SECONDS, read_snapshot
 from dynamo_mpi.operating.status_text import describe
 from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.operating.snapshot import Snapshot
 
 SHORTEST_SECONDS = 0.1
+# Ctrl-C waits for it
+WATCH_ETCD_SECONDS = 2.0
 
 
 def to_period(text: str) -> float:
@@ -66,13 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     """
     values, _ = resolve((*OPTIONS, WATCH), vars(arguments), os.environ, {})
     if values["watch"] is None:
-        write_out(_shown(_read(values), arguments.output))
+        write_out(_shown(_read(values, ETCD_SECONDS), arguments.output))
         return ExitCode.OK
     return _watch(values, arguments.output)
 
 
-def _read(values: dict[str, Any]) -> Snapshot:
-    return read_snapshot(locate(values["run_dir"], os.environ), values["namespace"], values["model"])
+def _read(values: dict[str, Any], seconds: float) -> Snapshot:
+    return read_snapshot(locate(values["run_dir"], os.environ), values["namespace"], values["model"], seconds)
 
 
 def _shown(snapshot: Snapshot, output: str) -> str:
@@ -101,7 +103,7 @@ def _watch(values: dict[str, Any], output: str) -> int:
 
     def look() -> str:
         try:
-            return _shown(_read(values), output)
+            return _shown(_read(values, WATCH_ETCD_SECONDS), output)
         except (DiscoveryError, AuthorisationError) as error:
             return _shown_error(error, output)  # it may come back
 

@@ -3,7 +3,7 @@
 
 Of a deployment that launch started all workers have to serve; of others one of each role that the model needs. Exit code 0 when it is ready;
 124 when the time is up, with what is missing and where it stands (69 where etcd doesn't answer by then, 77 where it refuses); the failure's
-own code as soon as one means that it can't become ready. Where launch starts workers again, it is waited for.
+own code as soon as one means that it can't become ready. As long as launch runs it is its to start workers again; where it ends, its code.
 """
 
 from __future__ import annotations

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from typing import TYPE_CHECKING, TypeVar
 
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway, gateway_error, refused
 from dynamo_mpi.control_plane.probe import etcd_endpoints
-from dynamo_mpi.errors import AuthorisationError, BootstrapError, DiscoveryError
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.services.bounded import within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -32,22 +32,10 @@ def ask_etcd(environ: Mapping[str, str], seconds: float, question: Callable[[Etc
         UsageError: what is set for etcd can't be used.
     """
     end = time.monotonic() + seconds
-    answers: list[T] = []
-    troubles: list[BootstrapError] = []
-
-    def visit() -> None:
-        try:
-            answers.append(_visit(environ, end, question))
-        except BootstrapError as error:
-            troubles.append(error)
-
-    # a look-up of a name knows no timeout, and an answer that comes byte by byte none as a whole
-    thread = threading.Thread(target=visit, name="etcd", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if answers:
-        return answers[0]
-    raise troubles[0] if troubles else gateway_error("etcd: no answer in time")
+    try:
+        return within(seconds, lambda: _visit(environ, end, question), "etcd")
+    except TimeoutError:
+        raise gateway_error("etcd: no answer in time") from None
 
 
 def _visit(environ: Mapping[str, str], end: float, question: Callable[[EtcdGateway], T]) -> T:

@@ -68,6 +68,13 @@ class Departure:
             return False
         return True
 
+    def finish(self) -> None:
+        """After an orderly end, revoke what the runtime may have been unable to: it never renews a password's token, and can't deregister
+        once that has ended. Two seconds at the most; does not raise."""
+        with contextlib.suppress(BootstrapError):
+            if EtcdAuth.of(self._environ).username:
+                self.leave()
+
     def _find(self) -> bool:
         """Look for the instance and its lease, and tell whether it is there."""
         if self._etcd is None or self._lease:

@@ -55,6 +55,10 @@ class LeaseLostError(DiscoveryError):
     """The lease is no longer there, and neither is what was under it."""
 
 
+class CredentialsError(AuthorisationError):
+    """etcd does not know such a user with such a password."""
+
+
 class Etcd:
     """A connection to etcd, made with the first call. Safe to use from several threads.
 
@@ -92,6 +96,20 @@ class Etcd:
 
         request = etcdrpc.PutRequest(key=key.encode(), value=value, lease=lease)
         self._call(lambda channel: etcdrpc.KVStub(channel).Put, request)
+
+    def create(self, key: str, value: bytes, lease: int) -> bool:
+        """Write ``value`` as `put` does, unless something stands there; tell whether it was written.
+
+        Raises:
+            LeaseLostError: there is no such lease.
+        """
+        from pyetcd import etcdrpc
+
+        put = etcdrpc.PutRequest(key=key.encode(), value=value, lease=lease)
+        absent = etcdrpc.Compare(key=key.encode(), target=etcdrpc.Compare.CREATE, create_revision=0)
+        request = etcdrpc.TxnRequest(compare=[absent], success=[etcdrpc.RequestOp(request_put=put)])
+        reply = self._call(lambda channel: etcdrpc.KVStub(channel).Txn, request)
+        return bool(reply.succeeded)
 
     def grant(self, seconds: int) -> Lease:
         """Get a lease that lives at least ``seconds`` without being kept alive."""
@@ -141,6 +159,11 @@ class Etcd:
 
         request = etcdrpc.LeaseRevokeRequest(ID=lease)
         self._call(lambda channel: etcdrpc.LeaseStub(channel).LeaseRevoke, request, timeout)
+
+    @property
+    def asks_nobody(self) -> bool:
+        """Whether we have a password, and etcd has said that it asks nobody for one."""
+        return bool(self._auth.username) and not self._token and self._token is not None
 
     def close(self) -> None:
         """Close the connection."""
@@ -250,7 +273,7 @@ def _our_error(error: Any, auth: EtcdAuth) -> BootstrapError:
     if "lease not found" in text:
         return _lease_lost()
     if _has_word(error, ("authentication failed", "invalid user ID")):
-        return AuthorisationError(
+        return CredentialsError(
             f"etcd refuses user {auth.username}: {text}",
             needed="a user of etcd's, and the password",
             fix="correct ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD",

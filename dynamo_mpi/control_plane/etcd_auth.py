@@ -74,14 +74,12 @@ class EtcdAuth:
         return context
 
 
-def is_refusal(error: Exception) -> bool:
-    """Did the other side find fault with our certificate? Since TLS 1.3 it says so only in the place of its first answer."""
-    reason = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
-    return "_ALERT_" in reason and any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED"))
-
-
 def _no_pem(found: str) -> UsageError:
-    return UsageError(found, needed="the PEM text itself, not a path")
+    return UsageError(
+        found,
+        needed="the PEM text itself, not a path: so Dynamo's runtime wants it",
+        fix='export ETCD_AUTH_CA="$(cat ca.crt)", and likewise the others',
+    )
 
 
 @contextmanager

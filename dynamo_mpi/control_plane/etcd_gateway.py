@@ -11,7 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from dynamo_mpi.control_plane.etcd_auth import is_refusal
+from dynamo_mpi.control_plane.asking import is_refusal
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 
 if TYPE_CHECKING:

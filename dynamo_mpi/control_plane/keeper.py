@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,14 +26,16 @@ if TYPE_CHECKING:
 _FAREWELL_SECONDS = 1.0
 # a record stays small, however often a partner is started anew
 _MOST_PEERS = 8
+# requests come and go by the thousand
+_BETWEEN_UPDATES_SECONDS = 1.0
 
 
 class Keeper:
     """Keeps one record.
 
-    A thread of its own renews the lease three times in its life, and writes the record anew when the phase changes, or when etcd was
-    away for so long, or came back so empty, that it has forgotten us. Whatever etcd does, the worker goes on: that is for
-    the lease of Dynamo's runtime to decide.
+    A thread of its own renews the lease three times in its life, and writes the record anew: at once when the phase changes, once a second
+    at the most when something else does, and when etcd was away for so long, or came back so empty, that it has forgotten us. Whatever etcd
+    does, the worker goes on: that is for the lease of Dynamo's runtime to decide.
 
     Args:
         etcd: where; closed at the end.
@@ -40,6 +43,7 @@ class Keeper:
         seconds: that the record outlives a rank 0 which was killed.
         say: for a line to the user.
         on_lease: called with the id of each lease that the record gets.
+        on_peers: called, from the keeper's thread, with the peers and with what is told of them when they change.
     """
 
     def __init__(
@@ -49,9 +53,10 @@ class Keeper:
         seconds: int,
         say: Callable[[str], None],
         on_lease: Callable[[int], object] = lambda _: None,
+        on_peers: Callable[[Sequence[Posted], Sequence[str]], object] = lambda _, __: None,
     ) -> None:
         self._etcd, self._record, self._seconds, self._say = etcd, record, seconds, say
-        self._on_lease = on_lease
+        self._on_lease, self._on_peers = on_lease, on_peers
         self._lease: Lease | None = None
         self._stale = self._away = False
         self._peers: Sequence[Posted] = ()
@@ -59,6 +64,10 @@ class Keeper:
         self._settled: list[threading.Event] = []
         # a signal's handler may put into it, whatever the main thread was doing
         self._changes: queue.SimpleQueue[Callable[[WorldRecord], WorldRecord] | None] = queue.SimpleQueue()
+        # the latest of each; the queue holds one word of them, however many there were
+        self._updates: dict[str, Any] = {}
+        self._is_announced = False
+        self._written_at = 0.0
         self._thread: threading.Thread | None = None
 
     def publish(self) -> list[Posted]:
@@ -89,16 +98,26 @@ class Keeper:
         self._thread.start()
 
     def tell(self, phase: str) -> None:
-        """Have the record say so soon. Never waits."""
-        self._changes.put(partial(_changed, phase=phase))
+        """Have the record say so at once. Never waits."""
+        self._updates.pop("progress", None)
+        self._changes.put(partial(replace, phase=phase, phase_since=time.time(), progress=None))
 
     def tell_instance(self, instance: str) -> None:
-        """Have the record name Dynamo's instance soon. Never waits."""
-        self._changes.put(partial(_changed, instance=instance))
+        """Have the record name Dynamo's instance at once. Never waits."""
+        self._changes.put(partial(replace, instance=instance))
 
-    def tell_probe(self, figures: dict[str, Any]) -> None:
-        """Have the record say soon what the probes have measured. Never waits."""
-        self._changes.put(partial(replace, probe=figures))
+    def update(self, **fields: Any) -> None:
+        """Have the record say something else that changes often, within about a second: many changes until then cost one write. Never
+        waits, and may be called from a signal's handler.
+
+        Args:
+            fields: of `WorldRecord`.
+        """
+        self._updates.update(fields)
+        # looked at after the update is there, and taken back before it is fetched: none gets lost
+        if not self._is_announced:
+            self._is_announced = True
+            self._changes.put(_unchanged)
 
     def offer_kv(self, offer: dict[str, Any] | None, seconds: float) -> tuple[WorldRecord, Sequence[Posted]]:
         """Have the record say where ranks can be asked for the KV probe, and then read the peers'.
@@ -123,7 +142,14 @@ class Keeper:
 
     def tell_kv(self, peer: dict[str, Any]) -> None:
         """Have the record say soon what the KV probe of a peer that came later has measured. Never waits."""
-        self._changes.put(partial(_with_kv, peer=peer))
+
+        def change(record: WorldRecord) -> WorldRecord:
+            # what the probes have said before may still wait for its second
+            probe = dict(self._updates.pop("probe", record.probe) or {})
+            known = probe.get("kv", {}).get("peers", [])[1 - _MOST_PEERS :]
+            return replace(record, probe={**probe, "kv": {"peers": [*known, peer]}})
+
+        self._changes.put(change)
 
     def withdraw(self) -> None:
         """Take the record away: at once, or with its lease where etcd doesn't answer within a second. From any thread, or a signal's
@@ -138,28 +164,49 @@ class Keeper:
             thread.join(_FAREWELL_SECONDS)
 
     def _run(self) -> None:
+        renew_at = time.monotonic() + self._pause()
         while True:
-            try:
-                change = self._changes.get(timeout=self._pause())
-            except queue.Empty:
-                change = _changed
+            write_at = self._written_at + _BETWEEN_UPDATES_SECONDS
+            wake_at = min(renew_at, write_at) if self._stale and not self._away else renew_at
+            change: Callable[[WorldRecord], WorldRecord] | None = _unchanged
+            with contextlib.suppress(queue.Empty):
+                change = self._changes.get(timeout=max(0.0, wake_at - time.monotonic()))
             if change is None:
                 break
-            record = change(self._record)
-            if record != self._record:
-                self._record, self._stale = record, True
-            self._renew()
+            before, self._record = self._record, change(self._record)
+            is_urgent = self._record != before
+            self._fetch_updates()
+            self._stale |= self._record != before
+            now = time.monotonic()
+            if is_urgent or now >= renew_at:
+                self._renew()
+                renew_at = time.monotonic() + self._pause()
+            elif self._stale and not self._away and now >= write_at:
+                self._attempt(self._rewrite)
             while self._settled:
                 self._settled.pop().set()
         self._retract()
+
+    def _fetch_updates(self) -> None:
+        self._is_announced = False
+        fields = {}
+        while self._updates:
+            # another thread, or a handler, may have taken the last one
+            with contextlib.suppress(KeyError):
+                name, value = self._updates.popitem()
+                fields[name] = value
+        self._record = replace(self._record, **fields)
 
     def _pause(self) -> float:
         return (self._lease.seconds if self._lease is not None else self._seconds) / 3
 
     def _renew(self) -> None:
+        self._attempt(self._keep, self._look)
+
+    def _attempt(self, *acts: Callable[[], object]) -> None:
         try:
-            self._keep()
-            self._look()
+            for act in acts:
+                act()
         except BootstrapError as error:
             if not self._away:
                 self._away = True
@@ -181,6 +228,14 @@ class Keeper:
             self._lease = None
             self._write()
 
+    def _rewrite(self) -> None:
+        try:
+            if self._lease is not None:
+                self._put(self._lease)
+        except LeaseLostError:
+            self._lease = None
+            self._write()
+
     def _write(self) -> str:
         """Write the record under a lease of its own, and return its key."""
         self._lease, self._stale = self._etcd.grant(self._seconds), True
@@ -189,6 +244,7 @@ class Keeper:
 
     def _put(self, lease: Lease) -> str:
         key = record_key(self._record, lease.id)
+        self._written_at = time.monotonic()
         self._etcd.put(key, self._record.pack(), lease.id)
         self._stale = False
         return key
@@ -204,9 +260,12 @@ class Keeper:
         if self._record.contract is None:
             return
         peers = peers_of(self._record, self._read())
-        for line in news(self._record, self._peers, peers):
+        lines = news(self._record, self._peers, peers)
+        for line in lines:
             self._say(line)
         self._peers = peers
+        if lines:
+            self._on_peers(peers, lines)
 
     def _retract(self) -> None:
         with contextlib.suppress(BootstrapError):  # it goes with its lease, then
@@ -215,12 +274,5 @@ class Keeper:
         self._etcd.close()
 
 
-def _changed(record: WorldRecord, phase: str | None = None, instance: str | None = None) -> WorldRecord:
-    return replace(record, phase=phase or record.phase, instance=instance or record.instance)
-
-
-def _with_kv(record: WorldRecord, peer: dict[str, Any]) -> WorldRecord:
-    probe = dict(record.probe or {})
-    known = probe.get("kv", {}).get("peers", [])[1 - _MOST_PEERS :]
-    probe["kv"] = {"peers": [*known, peer]}
-    return replace(record, probe=probe)
+def _unchanged(record: WorldRecord) -> WorldRecord:
+    return record

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi import __version__
-from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd import CredentialsError, Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.keeper import Keeper
 from dynamo_mpi.control_plane.probe import etcd_endpoints
 from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, RecordedLayout, WorldRecord
-from dynamo_mpi.errors import BootstrapError, LayoutError
+from dynamo_mpi.errors import BootstrapError, LayoutError, UsageError
 from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.parallelism.contract import contract_of
 from dynamo_mpi.preflight.inquiry import host_name
@@ -23,7 +24,7 @@ from dynamo_mpi.preflight.roster import hosts
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.control_plane.record import Posted
+    from dynamo_mpi.control_plane.record import Posted, Progress
     from dynamo_mpi.parallelism.subject import Subject
     from dynamo_mpi.preflight.inquiry import Card
     from dynamo_mpi.settings import Settings
@@ -40,11 +41,19 @@ class Presence:
     Args:
         voice: how rank 0 speaks.
         on_lease: called with the id of each lease that the record gets.
+        on_peers: called with the peers, and with what is told of them, when they change.
     """
 
-    def __init__(self, voice: Voice, on_lease: Callable[[int], object]) -> None:
-        self._voice, self._on_lease = voice, on_lease
+    def __init__(
+        self,
+        voice: Voice,
+        on_lease: Callable[[int], object],
+        on_peers: Callable[[Sequence[Posted], Sequence[str]], object] = lambda _, __: None,
+    ) -> None:
+        self._voice, self._on_lease, self._on_peers = voice, on_lease, on_peers
         self._keeper: Keeper | None = None
+        # told before there is a record
+        self._early: dict[str, Any] = {}
 
     def appear(self, settings: Settings, record: WorldRecord, environ: Mapping[str, str]) -> None:
         """Publish ``record``, and compare it with the peers that came first.
@@ -68,8 +77,15 @@ class Presence:
         try:
             seconds = lease_seconds(environ)
             etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), settings.probe_timeout)
-            self._keeper = Keeper(etcd, record, seconds, self._voice.say, self._on_lease)
+            record = replace(record, **self._early)
+            self._keeper = Keeper(etcd, record, seconds, self._voice.say, self._on_lease, self._on_peers)
             earlier = self._keeper.publish()
+            if etcd.asks_nobody:
+                raise _needless()
+        except (CredentialsError, UsageError):
+            # Dynamo's runtime would fare no better, and try for two minutes after the load
+            self.withdraw()
+            raise
         except BootstrapError as error:
             if settings.role in _PAIRED and not settings.no_peer_check:
                 raise
@@ -90,10 +106,26 @@ class Presence:
         if self._keeper is not None:
             self._keeper.tell_instance(f"{instance:x}")
 
+    def tell_in_flight(self, requests: int) -> None:
+        """Have the record say how many requests are in flight, in a second or so. This and what follows never waits, and may be called from
+        a signal's handler."""
+        self._update(in_flight=requests)
+
+    def tell_progress(self, progress: Progress) -> None:
+        """Have the record say how far the ranks have come in the phase; the next phase begins without."""
+        self._update(progress=progress)
+
+    def tell_system(self, url: str | None) -> None:
+        """Have the record say where ``/health``, ``/live`` and ``/metrics`` are."""
+        self._update(system=url)
+
+    def tell_trace(self, traceparent: str | None) -> None:
+        """Have the record name the trace that the worker belongs to."""
+        self._update(trace=traceparent)
+
     def tell_probe(self, figures: dict[str, Any]) -> None:
         """Have the record say what the probes have measured."""
-        if self._keeper is not None:
-            self._keeper.tell_probe(figures)
+        self._update(probe=figures)
 
     def offer_kv(self, offer: dict[str, Any] | None) -> tuple[WorldRecord, list[WorldRecord]] | None:
         """Have the record say where ranks can be asked for the KV probe, or no more.
@@ -116,12 +148,26 @@ class Presence:
         if self._keeper is not None:
             self._keeper.withdraw()
 
+    def _update(self, **fields: Any) -> None:
+        if self._keeper is None:
+            self._early.update(fields)
+        else:
+            self._keeper.update(**fields)
+
     def _judge(self, record: WorldRecord, earlier: Sequence[Posted], seconds: int, *, refuse: bool) -> None:
         text = refusal(record, earlier, seconds)
         if text and refuse:
             raise LayoutError(text)
         for line in advice(record, earlier):
             self._voice.say(f"preflight: {line}")
+
+
+def _needless() -> UsageError:
+    return UsageError(
+        "ETCD_AUTH_USERNAME is set, and this etcd asks nobody who they are: Dynamo's runtime can't connect to it with a password",
+        needed="no password, or an etcd with users",
+        fix="unset ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, or etcdctl auth enable",
+    )
 
 
 def missing_client() -> str:
@@ -139,7 +185,9 @@ def lease_seconds(environ: Mapping[str, str]) -> int:
     return int(text) if text.isdecimal() and 0 < int(text) < 2**31 else _LEASE_SECONDS
 
 
-def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], age: float) -> WorldRecord:
+def record_of(
+    settings: Settings, subject: Subject, cards: Sequence[Card], age: float, phase_age: float = 0.0
+) -> WorldRecord:
     """Say what this world is, as it stands in its preflight.
 
     Args:
@@ -147,6 +195,7 @@ def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], age: 
         subject: what its preflight judged.
         cards: the ranks', in rank order.
         age: seconds since this process began.
+        phase_age: seconds since its preflight did.
     """
     namespace, component, _ = settings.endpoint.removeprefix("dyn://").split(".")
     layout, nodes = subject.layout, hosts(cards)
@@ -174,6 +223,7 @@ def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], age: 
         job=os.environ.get("SLURM_JOB_ID") or None,
         step=os.environ.get("SLURM_STEP_ID") or None,
         started=time.time() - age,
+        phase_since=time.time() - phase_age,
         pid=os.getpid(),
         host=host_name(),
         launch=os.environ.get(LAUNCH_VARIABLE) or None,

@@ -15,33 +15,29 @@ import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlsplit
 
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth, is_refusal
-from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
+from dynamo_mpi.control_plane.asking import (
+    LATE,
+    Address,
+    Trouble,
+    is_refusal,
+    left,
+    read_address,
+    reason_of,
+    receive,
+    shown,
+)
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.nats_auth import NatsAuth
+from dynamo_mpi.control_plane.nats_probe import nats_absence, nats_refusal, probe_nats
+from dynamo_mpi.control_plane.runtime_limits import require_nats, runtime_version
+from dynamo_mpi.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 DEFAULT_ETCD = "http://localhost:2379"
 DEFAULT_NATS = "nats://localhost:4222"
-
-_LATE = "no answer in time"
-_MOST_BYTES = 65536
-
-
-class _Address(NamedTuple):
-    scheme: str
-    host: str
-    port: int
-
-
-class _Trouble(NamedTuple):
-    text: str
-    refused: bool = False
-
-    def __str__(self) -> str:
-        return self.text
 
 
 def etcd_endpoints(environ: Mapping[str, str]) -> list[str]:
@@ -76,46 +72,34 @@ def probe_control_plane(environ: Mapping[str, str], request_plane: str, timeout:
 
     Raises:
         DiscoveryError: no etcd endpoint answers, or NATS doesn't.
-        AuthorisationError: etcd does not take this client's certificate, or wants one.
-        UsageError: an address, or a certificate in ``ETCD_AUTH_*``, can't be read.
+        AuthorisationError: etcd does not take this client's certificate, or wants one; or NATS does not take its credentials.
+        UsageError: an address, or what ``ETCD_AUTH_*``, ``NATS_AUTH_*`` or ``NATS_TLS_*`` say, can't be used.
     """
     server = nats_server(environ, request_plane)
     deadline = time.monotonic() + timeout
     etcd = _Etcd.of(environ)
     questions = etcd.questions(deadline)
     if server:
-        questions.append(_nats_question(server, deadline))
+        questions.append(_nats_question(server, environ, deadline))
     troubles = _ask_together(questions, deadline)
     nats_trouble = troubles.pop() if server else None
     alive = etcd.alive(troubles, timeout)
     if server and nats_trouble:
-        raise _nats_error(server, nats_trouble, timeout)
+        raise _nats_error(server, environ, nats_trouble, timeout)
     return alive + [url for url in etcd.endpoints if url not in alive]
 
 
-def probe_nats(server: str, timeout: float) -> None:
-    """Make sure that NATS answers.
+def require_nats_server(server: str, environ: Mapping[str, str], timeout: float) -> None:
+    """Make sure that NATS answers, and takes our credentials.
 
     Raises:
-        DiscoveryError: it doesn't.
-        UsageError: its address can't be read.
+        DiscoveryError: it doesn't answer.
+        AuthorisationError: it doesn't take them.
+        UsageError: its address, or what ``NATS_AUTH_*`` or ``NATS_TLS_*`` say, can't be used.
     """
     deadline = time.monotonic() + timeout
-    if trouble := _ask_together([_nats_question(server, deadline)], deadline)[0]:
-        raise _nats_error(server, trouble, timeout)
-
-
-def _nats_question(server: str, deadline: float) -> Callable[[], str | None]:
-    return partial(_probe_nats, _address(server, 4222, ("nats", "tls"), "NATS_SERVER"), deadline)
-
-
-def _nats_error(server: str, trouble: _Trouble, timeout: float) -> DiscoveryError:
-    return DiscoveryError(
-        f"NATS does not answer ({shown(server)}: {trouble})",
-        needed=f"a NATS server that answers within {timeout:g} s",
-        fix="start nats-server on the head node and set NATS_SERVER=nats://HOST:4222, "
-        "or leave NATS_SERVER unset and use the tcp request plane",
-    )
+    if trouble := _ask_together([_nats_question(server, environ, deadline)], deadline)[0]:
+        raise _nats_error(server, environ, trouble, timeout)
 
 
 def probe_etcd(environ: Mapping[str, str], timeout: float) -> dict[str, str]:
@@ -140,27 +124,26 @@ class _Etcd(NamedTuple):
     """etcd's endpoints, and who we are to it."""
 
     endpoints: list[str]
-    addresses: list[_Address]
+    addresses: list[Address]
     auth: EtcdAuth
     tls: ssl.SSLContext | None
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> _Etcd:
         endpoints = etcd_endpoints(environ)
-        addresses = [_address(url, 2379, ("http", "https"), "ETCD_ENDPOINTS") for url in endpoints]
+        addresses = [read_address(url, 2379, ("http", "https"), "ETCD_ENDPOINTS") for url in endpoints]
         if not endpoints:
             raise UsageError(
                 "ETCD_ENDPOINTS names no endpoint", needed="http://HOST:PORT, or several with commas between"
             )
         auth = EtcdAuth.of(environ)
-        return cls(
-            endpoints, addresses, auth, auth.tls() if any(address.scheme == "https" for address in addresses) else None
-        )
+        secured = any(address.scheme == "https" for address in addresses)
+        return cls(endpoints, addresses, auth, auth.tls() if secured else None)
 
-    def questions(self, deadline: float) -> list[Callable[[], str | None]]:
+    def questions(self, deadline: float) -> list[Callable[[], Trouble | str | None]]:
         return [partial(_probe_etcd, address, self.tls, deadline) for address in self.addresses]
 
-    def alive(self, troubles: Sequence[_Trouble | None], timeout: float) -> list[str]:
+    def alive(self, troubles: Sequence[Trouble | None], timeout: float) -> list[str]:
         """Return the endpoints that answer; raises where none does."""
         alive = [url for url, trouble in zip(self.endpoints, troubles, strict=True) if trouble is None]
         if alive:
@@ -173,6 +156,21 @@ class _Etcd(NamedTuple):
             needed=f"an etcd that answers within {timeout:g} s",
             fix="start etcd on the head node, or set ETCD_ENDPOINTS=http://HOST:2379",
         )
+
+
+def _nats_error(server: str, environ: Mapping[str, str], trouble: Trouble, timeout: float) -> BootstrapError:
+    if trouble.error is not None:
+        return trouble.error
+    if trouble.refused:
+        return nats_refusal(shown(server), trouble.text, NatsAuth.of(environ))
+    return nats_absence(shown(server), trouble.text, timeout)
+
+
+def _nats_question(server: str, environ: Mapping[str, str], deadline: float) -> Callable[[], Trouble | None]:
+    address, auth = read_address(server, 4222, ("nats", "tls"), "NATS_SERVER"), NatsAuth.of(environ)
+    installed = runtime_version()
+    require_nats(address.scheme == "tls", auth, installed)
+    return partial(probe_nats, address, auth, auth.tls(), deadline, installed)
 
 
 def _refusal(listed: str, auth: EtcdAuth) -> AuthorisationError:
@@ -189,16 +187,18 @@ def _refusal(listed: str, auth: EtcdAuth) -> AuthorisationError:
     )
 
 
-def _ask_together(questions: Sequence[Callable[[], str | None]], deadline: float) -> list[_Trouble | None]:
+def _ask_together(questions: Sequence[Callable[[], Trouble | str | None]], deadline: float) -> list[Trouble | None]:
     """Ask all at once. A thread that doesn't end in time is left behind: a name look-up knows no timeout."""
-    answers: list[_Trouble | None] = [_Trouble(_LATE)] * len(questions)
+    answers: list[Trouble | None] = [Trouble(LATE)] * len(questions)
 
     def ask(index: int) -> None:
         try:
-            text = questions[index]()
-            answers[index] = _Trouble(text) if text else None
+            answer = questions[index]()
+            answers[index] = Trouble(answer) if isinstance(answer, str) else answer
+        except BootstrapError as error:
+            answers[index] = Trouble(error.found, error=error)
         except OSError as error:
-            answers[index] = _Trouble(_reason(error), refused=is_refusal(error))
+            answers[index] = Trouble(reason_of(error), refused=is_refusal(error))
 
     threads = [
         threading.Thread(target=ask, args=(index,), name="probe", daemon=True) for index in range(len(questions))
@@ -210,10 +210,10 @@ def _ask_together(questions: Sequence[Callable[[], str | None]], deadline: float
     return list(answers)
 
 
-def _probe_etcd(address: _Address, tls: ssl.SSLContext | None, deadline: float) -> str | None:
+def _probe_etcd(address: Address, tls: ssl.SSLContext | None, deadline: float) -> str | None:
     """Return what is wrong with one etcd endpoint, or None."""
-    with socket.create_connection((address.host, address.port), timeout=_left(deadline)) as sock:
-        sock.settimeout(_left(deadline))
+    with socket.create_connection((address.host, address.port), timeout=left(deadline)) as sock:
+        sock.settimeout(left(deadline))
         if address.scheme == "https" and tls is not None:
             with tls.wrap_socket(sock, server_hostname=address.host) as secured:
                 reply = _get_health(secured, address, deadline)
@@ -231,62 +231,11 @@ def _probe_etcd(address: _Address, tls: ssl.SSLContext | None, deadline: float) 
     return None if healthy else f"etcd says it is not healthy: {body.get('reason') or body}"
 
 
-def _get_health(sock: socket.socket, address: _Address, deadline: float) -> bytes:
+def _get_health(sock: socket.socket, address: Address, deadline: float) -> bytes:
     host = f"[{address.host}]" if ":" in address.host else address.host
     # HTTP/1.0: the reply ends with the connection, and never comes in chunks
     question = f"GET /health HTTP/1.0\r\nHost: {host}:{address.port}\r\n\r\n".encode()
     # one that refuses our certificate has hung up by now, and what it said of that is still to be read
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         sock.sendall(question)
-    return _receive(sock, deadline)
-
-
-def _probe_nats(address: _Address, deadline: float) -> str | None:
-    """Return what is wrong with the NATS server, or None. It speaks first, with one line: ``INFO {...}``."""
-    with socket.create_connection((address.host, address.port), timeout=_left(deadline)) as sock:
-        line = _receive(sock, deadline, enough=len(b"INFO "))
-    return None if line.startswith(b"INFO ") else "something else than NATS listens there"
-
-
-def _receive(sock: socket.socket, deadline: float, enough: int = _MOST_BYTES) -> bytes:
-    """Read until the other side closes, or ``enough`` bytes have come. A socket's own timeout begins anew with every byte."""
-    data = b""
-    while len(data) < enough:
-        sock.settimeout(_left(deadline))
-        part = sock.recv(4096)
-        if not part:
-            break
-        data += part
-    return data
-
-
-def _address(url: str, default_port: int, schemes: Sequence[str], variable: str) -> _Address:
-    try:
-        parts = urlsplit(url if "://" in url else f"{schemes[0]}://{url}")
-        host, port = parts.hostname or "", parts.port or default_port
-        # as the name look-up will; it can't for labels that are empty or too long
-        host.encode("idna")
-        readable = parts.scheme in schemes and host != ""
-    except ValueError:
-        readable = False
-    if not readable:
-        raise UsageError(f"{variable}: {shown(url)} can't be read", needed=f"{schemes[0]}://HOST:PORT")
-    return _Address(parts.scheme, host, port)
-
-
-def shown(url: str) -> str:
-    """Return the address without credentials that may stand in it."""
-    return url.rpartition("@")[2] if "@" in url else url
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, TimeoutError):
-        return _LATE
-    return error.strerror.lower() if error.strerror else str(error) or type(error).__name__
+    return receive(sock, deadline)

@@ -41,6 +41,25 @@ class RecordedLayout:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far the ranks have come in the phase that the record names.
+
+    Args:
+        done: ranks that have done their part of it.
+        ranks: of the world.
+        slowest_rank: the one that is furthest behind; None where none is.
+        slowest_host: its node.
+        seconds: since the phase began.
+    """
+
+    done: int
+    ranks: int
+    slowest_rank: int | None
+    slowest_host: str | None
+    seconds: float
+
+
+@dataclass(frozen=True)
 class WorldRecord:
     """One world.
 
@@ -65,6 +84,11 @@ class WorldRecord:
         instance: Dynamo's id of it, which is its lease's, hexadecimal as in etcd; None until it is registered.
         launch: what `dynamo-mpi launch` calls it; None where nobody did.
         attempt: which start of this worker it is, from 1 on.
+        phase_since: when the phase began, in seconds since 1970; None from a writer that doesn't tell.
+        in_flight: requests that have begun and not ended; None where that isn't known, as with ``dynamo.trtllm``.
+        progress: of the phase; None where there is nothing to tell.
+        system: URL of ``/health``, ``/live`` and ``/metrics``; None where they aren't served.
+        trace: the W3C ``traceparent`` it runs under.
         probe: what the probes have measured, by probe; None where none ran.
         probe_kv: where a partner can have its ranks asked for the KV probe, with what lets it in; None where it can't, or not any more.
     """
@@ -89,6 +113,11 @@ class WorldRecord:
     instance: str | None = None
     launch: str | None = None
     attempt: int = 1
+    phase_since: float | None = None
+    in_flight: int | None = None
+    progress: Progress | None = None
+    system: str | None = None
+    trace: str | None = None
     probe: dict[str, Any] | None = None
     probe_kv: dict[str, Any] | None = None
 
@@ -112,12 +141,13 @@ class WorldRecord:
         schema = content.get("schema")
         if type(schema) is not int or schema != SCHEMA:
             raise ValueError(f"of schema {schema!r:.40}, not {SCHEMA}")
-        contract = content.get("contract")
+        contract, progress = content.get("contract"), content.get("progress")
         return read_fields(
             cls,
             content,
             layout=read_fields(RecordedLayout, content.get("layout")),
             contract=None if contract is None else read_fields(Contract, contract),
+            progress=None if progress is None else read_fields(Progress, progress),
             probe=probe if isinstance(probe := content.get("probe"), dict) else None,
             probe_kv=offer if isinstance(offer := content.get("probe_kv"), dict) else None,
         )

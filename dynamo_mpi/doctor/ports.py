@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.doctor.check import Check
 
 SYSTEM_PORT = "DYN_SYSTEM_PORT"
-# the runtime reads it as a signed 16-bit number
-MAX_SYSTEM_PORT = 32767
+MAX_SYSTEM_PORT = 65535
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _NAMES = ("etcd_port", "nats_port", "http_port")
 
@@ -77,10 +76,10 @@ def judge_system_port(text: str, taken_by: str | None) -> Check:
     if not (text.isascii() and text.isdecimal()):
         return error(id, f"{SYSTEM_PORT} is {text!r}", "a port, 0 for any, -1 for none", f"correct {SYSTEM_PORT}")
     if int(text) > MAX_SYSTEM_PORT:
-        needed = f"at most {MAX_SYSTEM_PORT}: the runtime reads it as a signed 16-bit number"
+        needed = f"a TCP port, at most {MAX_SYSTEM_PORT}"
         return error(id, f"{SYSTEM_PORT} is {text}", needed, f"a lower {SYSTEM_PORT}, or 0 for any")
     if taken_by is not None:
-        needed = "a free port on the node of each worker's rank 0"
+        needed = "a free port on each node: rank 0 refuses to start without it, other nodes answer no probes"
         return warning(
             id,
             f"{SYSTEM_PORT} {text} is taken by {taken_by}",

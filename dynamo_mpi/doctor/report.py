@@ -6,8 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.doctor.check import Check, Status
-from dynamo_mpi.doctor.redaction import redact
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.observe.redact import own_redactor
 from dynamo_mpi.parallelism.wording import counted
 
 if TYPE_CHECKING:
@@ -89,4 +89,5 @@ def _section_lines(section: SectionReport) -> Iterator[str]:
 
 
 def _redacted(check: Check) -> Check:
+    redact = own_redactor().redact
     return check._replace(found=redact(check.found), needed=redact(check.needed), fix=redact(check.fix))

@@ -8,13 +8,13 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.control_plane.asking import shown
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
-from dynamo_mpi.control_plane.probe import nats_server, probe_etcd, probe_nats, shown
+from dynamo_mpi.control_plane.probe import nats_server, probe_etcd, require_nats_server
 from dynamo_mpi.control_plane.record import worlds_of
 from dynamo_mpi.doctor.check import error, of_error, ok, skipped, warning
 from dynamo_mpi.doctor.context import Context, Question, Section
-from dynamo_mpi.doctor.nats_hello import greet
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.parallelism.wording import counted, listed
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dynamo_mpi.doctor.check import Check
-    from dynamo_mpi.doctor.nats_hello import Hello
 
 SERVICES = "services.json"
 # a lease is kept alive thrice in its life of 30 s; an answer as slow as this is a sign of a disk that is too busy
@@ -205,29 +204,9 @@ def check_nats(context: Context) -> Iterator[Check]:
     if server is None:
         yield skipped("nats", "not used: NATS_SERVER isn't set, and requests go by tcp")
         return
-    probe_nats(server, context.left())
-    try:
-        hello = greet(server, environ, context.left())
-    except OSError as problem:
-        needed = "an answer to a client's first words"
-        yield warning(
-            "nats", f"{shown(server)} answers, and then breaks off: {problem}", needed, "look at nats-server's log"
-        )
-    else:
-        yield judge_hello(shown(server), hello)
-
-
-def judge_hello(server: str, hello: Hello) -> Check:
-    """Judge what it said."""
-    found = f"{server}: nats-server {hello.version}"
-    if hello.refusal:
-        fix = "set NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, or NATS_AUTH_TOKEN; services.json in the run folder has the job's"
-        return error(
-            "nats", f"{found} refuses us: {hello.refusal}", "credentials that it takes", fix, ExitCode.NOT_AUTHORISED
-        )
-    if hello.untried:
-        return ok("nats", f"{found} answers; logging in was not tried: {hello.untried}")
-    return ok("nats", f"{found} lets us in, after {1000 * hello.seconds:.0f} ms")
+    start = time.monotonic()
+    require_nats_server(server, environ, context.left())
+    yield ok("nats", f"{shown(server)} lets us in, after {1000 * (time.monotonic() - start):.0f} ms")
 
 
 SECTION = Section(

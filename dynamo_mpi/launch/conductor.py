@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
+from dynamo_mpi.launch.milestones import Milestones
 from dynamo_mpi.launch.models import listed_models
 from dynamo_mpi.launch.srun import without_srun_input
 from dynamo_mpi.launch.steps import start
@@ -83,6 +84,7 @@ class Conductor:
         self._worker_steps = Workers(workers, settings.max_restarts, renderer, endings, run_dir, self._say)
         self._url = ""
         self._limit = TimeLimit.of(environ)
+        self._milestones = Milestones(run_dir.milestones, "launch")
 
     def run(self) -> int:
         """Live it.
@@ -98,8 +100,10 @@ class Conductor:
             self._describe()
             self._require_time()
             if not self._settings.skip_check:
-                self._check()
-            services = self._start_services()
+                with self._milestones.step("check"):
+                    self._check()
+            with self._milestones.step("services"):
+                services = self._start_services()
             self._worker_steps.start(self._environment | services, tuple(services))
             self._watch()
         except _AskedToStop as end:
@@ -238,7 +242,6 @@ class Conductor:
                 "job_id": os.environ.get("SLURM_JOB_ID", ""),
                 "url": self._url,
                 "model": self._settings.served_model_name or self._settings.model,
-                "max_restarts": self._settings.max_restarts,
                 "workers": [
                     {
                         "name": w.name,

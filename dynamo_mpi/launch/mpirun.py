@@ -29,8 +29,10 @@ def folder_environment(folder: Path) -> dict[str, str]:
     """Return the variables that give mpirun (Open MPI 4 and 5) a folder of its own for its session files on this host.
 
     In the usual one it does not start where an mpirun that was killed, and whose process id it has by chance, has left its files (213).
+
+    Open MPI 4 hands each rank a base of its own beside what it is given, and lets no rank start where that was the local one alone.
     """
-    return {f"{name}_local_tmpdir_base": str(folder) for name in ("PRTE_MCA_prte", "OMPI_MCA_orte")}
+    return {name: str(folder) for name in ("PRTE_MCA_prte_local_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")}
 
 
 @dataclass(frozen=True)

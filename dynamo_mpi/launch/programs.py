@@ -38,6 +38,8 @@ def worker_words(settings: LaunchSettings, source: Source, worker: Worker, run_d
             ready_file(run_dir, worker),
             "--failure-dir",
             f"{run_dir}/failures/{worker.name}",
+            "--timeline",
+            f"{run_dir}/timeline/{worker.name}.html",
             *settings.worker_args,
         ),
     )

@@ -6,6 +6,8 @@ deployment.json    what runs where; gone once it has ended
 ended.json         how the last deployment here ended; gone when the next one starts
 services.json      the services' addresses and credentials (0600); gone once they have ended
 ready/NAME.json    a worker that serves
+timeline/NAME.html a worker's start as a page, NAME.trace.json for Perfetto; launch.json has the launcher's own steps; kept until a further
+                   deployment starts in the folder
 logs/NAME.log      a step's output; kept, as NAME.log.old when a further deployment starts in the folder
 stop               whoever makes this file ends the deployment
 """
@@ -45,6 +47,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.logs, self._ready = path / "logs", path / "ready"
+        self._timelines = path / "timeline"
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             require_own(path)
@@ -52,9 +55,17 @@ class RunDir:
             self._take_lock()
             self.logs.mkdir(mode=0o700, exist_ok=True)
             self._ready.mkdir(mode=0o700, exist_ok=True)
+            self._timelines.mkdir(mode=0o700, exist_ok=True)
             for log in self.logs.glob("*.log"):
                 log.replace(log.with_suffix(".log.old"))
-            for stale in (*self._ready.iterdir(), self._services, self._stop, self._deployment, self._ended):
+            for stale in (
+                *self._ready.iterdir(),
+                *self._timelines.iterdir(),
+                self._services,
+                self._stop,
+                self._deployment,
+                self._ended,
+            ):
                 stale.unlink(missing_ok=True)
         except OSError as error:
             raise UsageError(
@@ -86,6 +97,11 @@ class RunDir:
     def ready_file(self, name: str) -> Path:
         """Return what a worker writes once it serves."""
         return self._ready / f"{name}.json"
+
+    @property
+    def milestones(self) -> Path:
+        """Where the launcher writes how long its own steps took."""
+        return self._timelines / "launch.json"
 
     def services(self) -> dict[str, Any] | None:
         """Return what the services wrote when all of them answered, or None."""

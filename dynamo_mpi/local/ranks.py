@@ -29,6 +29,7 @@ class Ranks:
     rank_logs: Path
     scratch: Path
     discovery: Mapping[str, str]
+    timeline: Path | None = None
 
     @property
     def name(self) -> str:
@@ -40,6 +41,7 @@ class Ranks:
             *(sys.executable, "-m", "dynamo_mpi.worker", "--role", role, "--engine", "reference"),
             *("--model", str(self.model), "--served-model-name", self.served_model_name),
             *("--engine-config", str(self.engine_config), "--ready-file", str(self.ready_file)),
+            *(() if self.timeline is None else ("--timeline", str(self.timeline))),
             *(() if role == "agg" else ("--kv-network", LOOPBACK)),
         )
         return (*self.mpirun, "-n", str(self.world.tp_size), *tethered(worker, rank_logs=self.rank_logs))

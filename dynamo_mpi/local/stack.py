@@ -7,6 +7,7 @@ means three things at once: every rank 0 wrote its ready file, the frontend list
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class StackSettings:
         engine_options: further keys of the engines' YAML.
         mpirun: the launcher's command line; None finds one.
         timeout_seconds: from the start to the first completion.
+        timeline: where to draw the start; None for nowhere.
     """
 
     worlds: tuple[World, ...] = (World("agg", AGG_TP_SIZE),)
@@ -51,6 +53,7 @@ class StackSettings:
     engine_options: Mapping[str, int] = field(default_factory=dict)
     mpirun: str | None = None
     timeout_seconds: float = 120.0
+    timeline: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,19 @@ class LocalStack:
         for name in ("frontend", "nats", "etcd"):
             self._parts.end([name], signals_before)
 
+    def draw(self) -> None:
+        """Draw the start, where that is wanted, once the workers have ended.
+
+        Raises:
+            UsageError: it can't be written.
+        """
+        if self._settings.timeline is not None:
+            from dynamo_mpi.local.timeline import draw_stack
+
+            pages = [ranks.timeline for ranks in self._ranks if ranks.timeline is not None]
+            now = time.time()
+            draw_stack(self._settings.timeline, pages, now - self._parts.age, now, self._parts.seconds)
+
     def _launch(
         self, world: World, mpirun: tuple[str, ...], model: Path, name: str, discovery: Mapping[str, str]
     ) -> None:
@@ -191,6 +207,7 @@ class LocalStack:
             rank_logs=self.rank_logs if alone else self.rank_logs / world.name,
             scratch=self._scratch,
             discovery=discovery,
+            timeline=self._folder / f"{world.name}.html" if self._settings.timeline else None,
         )
         ranks.rank_logs.mkdir(parents=True)
         self._ranks.append(ranks)

@@ -44,14 +44,12 @@ class Deployment:
 
     Args:
         workers: all of them.
-        max_restarts: how often each is started again.
         job: Slurm's; empty outside it.
         host: where the launcher is.
         pid: its process.
     """
 
     workers: tuple[Expected, ...]
-    max_restarts: int
     job: str
     host: str
     pid: int
@@ -190,8 +188,7 @@ def _deployment(content: dict[str, Any]) -> Deployment | None:
         return None
     workers = content.get("workers")
     return Deployment(
-        tuple(_expected(worker) for worker in workers or () if isinstance(worker, dict)),
-        _int(content.get("max_restarts")),
+        tuple(_expected(worker) for worker in _list(workers) if isinstance(worker, dict)),
         str(content.get("job_id") or ""),
         str(content.get("host") or ""),
         _int(content.get("pid")),
@@ -202,7 +199,7 @@ def _expected(content: dict[str, Any]) -> Expected:
     return Expected(
         str(content.get("name")),
         str(content.get("role")),
-        tuple(map(str, content.get("nodes") or ())),
+        tuple(map(str, _list(content.get("nodes")))),
         _int(content.get("ranks")),
         str(content.get("launch") or content.get("step")),
     )
@@ -213,6 +210,10 @@ def _ended(content: dict[str, Any]) -> Ended | None:
     if not content or not isinstance(at, (int, float)):
         return None
     return Ended(_int(content.get("exit_code")), str(content.get("report") or ""), float(at))
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _int(value: object) -> int:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _PAIR = frozenset({"prefill", "decode"})
 # in the order in which a worker comes to them
-_ORDER = ("environment", "world", "preflight", "load", "prove", "register", "serve")
+_ORDER = ("environment", "world", "preflight", "probe", "load", "prove", "register", "serve")
 
 
 class Lack(NamedTuple):
@@ -57,7 +57,7 @@ def lacks_of(snapshot: Snapshot, roles: Sequence[str] = ()) -> list[Lack]:
         expected = [worker for worker in deployment.workers if not roles or worker.role in roles]
         there = {own.launch: [w for w in snapshot.workers if w.launch == own.launch] for own in expected}
         lacks = [_lack(own.name, there[own.launch], snapshot.time) for own in expected]
-        if expected or not roles:
+        if expected:
             return [lack for lack in lacks if lack is not None]
     models = models_of(snapshot)
     if not models:
@@ -81,7 +81,7 @@ def hopeless(
 ) -> Failure | None:
     """Return the failure that nobody takes up: nothing of what is lacking can come from the workers that are still there.
 
-    Where `launch` starts workers again, it is its to say when it gives up.
+    None while `launch` runs: whether it starts a worker again, and with which code it ends if it doesn't, is its to say.
 
     Args:
         snapshot: what is there.
@@ -89,8 +89,7 @@ def hopeless(
         lacks: what isn't ready.
         roles: that were asked for.
     """
-    deployment = snapshot.place.deployment
-    if not lacks or (deployment is not None and deployment.max_restarts):
+    if not lacks or snapshot.place.deployment is not None:
         return None
     for failure in failures:
         if roles and failure.role not in roles:
@@ -98,8 +97,6 @@ def hopeless(
         ours = (failure.namespace, failure.model, failure.role)
         living = (w for w in snapshot.workers if (w.namespace, w.model, w.role) == ours)
         others = [w for w in living if not w.key.endswith(f"/{failure.lease}")]
-        if deployment is not None:
-            others = [w for w in others if w.launch == failure.launch]
         if not others:
             return failure
     return None

@@ -97,6 +97,10 @@ class Fields:
             self._is_odd(name, "count")
         return None
 
+    def rank(self, name: str) -> int | None:
+        """Return a rank, or None; -1 is how a writer says that it doesn't know."""
+        return None if self._content.get(name) == -1 else self.count(name)
+
     def switch(self, name: str) -> bool:
         """Return whether it is true."""
         return self._content.get(name) is True

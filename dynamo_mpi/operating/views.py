@@ -227,7 +227,7 @@ def read_failure(key: str, data: bytes) -> tuple[Failure, list[str]]:
         exit_code=code if 0 < code < 256 else 1,
         time=time,
         phase=fields.text("phase"),
-        rank=fields.count("rank"),
+        rank=fields.rank("rank"),
         host=fields.text("host"),
         cause=fields.text("cause"),
         error=error.strip().partition("\n")[0],
@@ -253,7 +253,7 @@ def _progress(fields: Fields | None) -> Progress | None:
     if done is None or ranks is None:
         return None
     host = fields.text("slowest_host")
-    return Progress(done, ranks, fields.count("slowest_rank"), host, fields.number("seconds"))
+    return Progress(done, ranks, fields.rank("slowest_rank"), host, fields.number("seconds"))
 
 
 def _layout(fields: Fields | None) -> Layout | None:

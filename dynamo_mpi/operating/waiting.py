@@ -25,6 +25,7 @@ from dynamo_mpi.operating.readiness import Lack, hopeless, is_whole, lacks_of, m
 from dynamo_mpi.operating.snapshot import ETCD_SECONDS, read_snapshot
 from dynamo_mpi.operating.untrusted import shown
 from dynamo_mpi.operating.wording import spell_failure, spell_seconds
+from dynamo_mpi.services.bounded import within
 from dynamo_mpi.services.news import News
 
 if TYPE_CHECKING:
@@ -230,7 +231,8 @@ def _complete(url: str, model: str, seconds: float) -> Answer:
     from dynamo_mpi.local.ask import NotServedYet, ask
 
     parts = urlsplit(url if "://" in url else f"http://{url}")
-    try:
+
+    def complete() -> Answer:
         return ask(
             parts.port or 80,
             model,
@@ -240,8 +242,13 @@ def _complete(url: str, model: str, seconds: float) -> Answer:
             interruptible=lambda connection: contextlib.nullcontext(),
             host=parts.hostname or "",
         )
+
+    try:
+        return within(seconds, complete, "completion")
     except NotServedYet as error:
         raise EngineError(f"it serves no completion yet: {error}") from None
+    except TimeoutError:
+        raise EngineError(f"no answer in {seconds:.0f} s") from None
     except (ValueError, TypeError, AttributeError, KeyError):
         raise EngineError("something else than a frontend answers there") from None
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 TAIL_BYTES = 64 * 1024
 
@@ -37,12 +40,12 @@ class Follower:
         folder: of the logs.
         pattern: their names.
         stream: where lines go.
-        only: lines without this text are left out.
+        only: lines with none of these texts are left out; without one, none is.
         period_seconds: between two looks.
     """
 
     def __init__(
-        self, folder: Path, pattern: str, stream: TextIO, *, only: str = "", period_seconds: float = 0.1
+        self, folder: Path, pattern: str, stream: TextIO, *, only: Sequence[str] = (), period_seconds: float = 0.1
     ) -> None:
         self._folder, self._pattern, self._stream, self._only = folder, pattern, stream, only
         self._period = period_seconds
@@ -79,5 +82,8 @@ class Follower:
             place = log.relative_to(self._folder).with_suffix("")
             lines = new[:end].decode(errors="replace").splitlines()
             with contextlib.suppress(OSError):  # whoever reads the stream has gone
-                self._stream.writelines(f"[{place}] {line}\n" for line in lines if self._only in line)
+                self._stream.writelines(f"[{place}] {line}\n" for line in lines if self._is_wanted(line))
                 self._stream.flush()
+
+    def _is_wanted(self, line: str) -> bool:
+        return not self._only or any(text in line for text in self._only)

@@ -32,6 +32,7 @@ class RequestHandler:
         invalid_argument: the exception that the runtime reports to a client as the client's own fault.
         engine_shutdown: the one that tells the frontend to try another worker.
         role: ``"agg"``, ``"prefill"`` or ``"decode"``.
+        on_change: called with the number of requests in flight when it changes; it has to be quick.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class RequestHandler:
         invalid_argument: Callable[[str], Exception],
         engine_shutdown: Callable[[str], Exception],
         role: str = "agg",
+        on_change: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._engine = engine
+        self._on_change = on_change
         self._invalid_argument = invalid_argument
         self._engine_shutdown = engine_shutdown
         self._role = role
@@ -90,6 +93,7 @@ class RequestHandler:
             raise self._engine_shutdown(error.found) from None
         self._request_ids.add(request_id)
         self._quiet.clear()
+        self._on_change(self.in_flight)
         stopped = asyncio.ensure_future(context.async_killed_or_stopped())
         # not when we cancel it ourselves below: a second try with the same id may be under way by then
         stopped.add_done_callback(lambda ended: None if ended.cancelled() else self._engine.cancel(request_id))
@@ -109,6 +113,7 @@ class RequestHandler:
             self._request_ids.discard(request_id)
             if not self._request_ids:
                 self._quiet.set()
+            self._on_change(self.in_flight)
 
 
 async def _push(stream: AsyncGenerator[dict[str, Any], None], sender: Any) -> AsyncGenerator[dict[str, Any], None]:

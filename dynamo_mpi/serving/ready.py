@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from dynamo_mpi.talk import Voice
 
 
-def announce(settings: Settings, phases: Phases, voice: Voice, *, ranks: int, verdict_seconds: float) -> None:
+def announce(
+    settings: Settings, phases: Phases, voice: Voice, *, ranks: int, verdict_seconds: float, system: str | None = None
+) -> None:
     """Tell that requests are answered now.
 
     Args:
@@ -27,6 +29,7 @@ def announce(settings: Settings, phases: Phases, voice: Voice, *, ranks: int, ve
         voice: how rank 0 speaks.
         ranks: of the world.
         verdict_seconds: from the start to the verdict.
+        system: URL of /health, /live and /metrics, where they are served.
     """
     seconds = phases.durations
     # TensorRT-LLM's worker registers before it can be proven
@@ -44,6 +47,7 @@ def announce(settings: Settings, phases: Phases, voice: Voice, *, ranks: int, ve
         "attempt": attempt_of(os.environ),
         "model": settings.served_model_name,
         "endpoint": settings.endpoint,
+        "system": system,
         "phases": seconds,
         "verdict_seconds": verdict_seconds,
         "ready_seconds": phases.age,

@@ -17,6 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_mpi.control_plane.registration import lease_error
+from dynamo_mpi.control_plane.runtime_limits import forget_empty_credentials
 from dynamo_mpi.errors import EngineError
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.serving.handler import RequestHandler
@@ -84,6 +85,7 @@ async def serve(
     on_ready: Callable[[], None],
     say: Callable[[str], None],
     expect_stop: Callable[[Callable[[int], object]], object],
+    on_in_flight: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Register ``engine`` with Dynamo, and serve until SIGTERM, SIGINT, SIGUSR1 or a little before the end of the job's time; then drain.
 
@@ -96,6 +98,7 @@ async def serve(
         on_ready: called once requests are answered.
         say: for a line of progress.
         expect_stop: called with what to call, from any thread, with the signal that asks for the drain.
+        on_in_flight: called with the number of requests in flight: at first, and when it changes.
 
     Raises:
         EngineError: the engine failed.
@@ -109,7 +112,8 @@ async def serve(
     failed: asyncio.Future[BaseException] = loop.create_future()
     lost: asyncio.Future[TemporaryError] = loop.create_future()
     engine.on_failure(lambda error: _from_thread(loop, failed, error))
-    handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role)
+    handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role, on_in_flight)
+    on_in_flight(handler.in_flight)
 
     reasons: list[str] = []
 
@@ -287,6 +291,8 @@ def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[_T], re
 def point_runtime_at(etcd: list[str]) -> None:
     """Tell the Dynamo runtime, which reads its environment, which etcd endpoints to try, living ones first."""
     os.environ["ETCD_ENDPOINTS"] = ",".join(etcd)
-    if not os.environ.get("NATS_SERVER"):
-        # empty is how a batch script says "none"; the runtime takes it for an address
-        os.environ.pop("NATS_SERVER", None)
+    server = os.environ.pop("NATS_SERVER", "")
+    # empty is how a batch script says "none"; the runtime takes it for an address, and wants to see a scheme
+    if server:
+        os.environ["NATS_SERVER"] = server if "://" in server else f"nats://{server}"
+    forget_empty_credentials(os.environ)

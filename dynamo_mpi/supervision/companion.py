@@ -17,12 +17,13 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import BootstrapError, DeadlineError
+from dynamo_mpi.observe.speech import speech
 from dynamo_mpi.supervision.companion_address import peer_is_ours
 from dynamo_mpi.supervision.companion_limits import Limits
-from dynamo_mpi.supervision.companion_report import Local, describe_late, prefix
+from dynamo_mpi.supervision.companion_report import Local, describe_late
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.failure_files import write_failure
-from dynamo_mpi.supervision.heir import Heir
+from dynamo_mpi.supervision.heir import MOURN, Heir, mourned
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.title import set_title
 from dynamo_mpi.supervision.troubles import death, silence
@@ -143,8 +144,11 @@ class Companion:
         elif word == "heir":
             local.leaves_to_us = True
             self._heir.inherit(rest)
-        elif word == "mourn":
+        elif word == MOURN:
             self._heir.act()
+            if (told := mourned(rest)) is not None:
+                # what rank 0's own companion has to say counts more, where it comes first
+                self._heir.leave_word(*told, f"error in {told[0].phase}: {told[0].text}")
 
     def _forget(self, local: Local) -> None:
         self._selector.unregister(local.connection)
@@ -211,30 +215,33 @@ class Companion:
             fix="look at the ranks and nodes that are missing or stand apart from the others; --world-timeout gives them longer",
         )
         text = f"{error}\n{describe_late(ranks, self._launch)}"
-        self._say(f"{prefix(None, self._host)}error in {ranks[0].phase}: {text}")
+        self._say(ranks[0], f"error in {ranks[0].phase}: {text}", for_node=True)
         self._write(ranks[0], text, int(error.exit_code), Cause.SILENCE)
         self._order_end(int(error.exit_code))
 
     def _end(self, local: Local, error: BootstrapError, cause: Cause) -> None:
-        self._say(f"{prefix(local.rank, self._host)}error in {local.phase}: {error}")
-        self._write(local, str(error), int(error.exit_code), cause)
+        report = f"error in {local.phase}: {error}"
+        self._say(local, report)
+        failure = self._write(local, str(error), int(error.exit_code), cause)
         self._order_end(int(error.exit_code))
+        if local.leaves_to_us:
+            self._heir.leave_word(failure, self._host, report)
+
+    def _say(self, local: Local, text: str, *, for_node: bool = False) -> None:
+        """Speak for a rank or for the node, and write it to that rank's log file: it can't do that itself."""
+        if local.rank >= 0:
+            speech.log_to(self._limits.log_dir, self._meeting.label, local.rank)
+        speech.speak(None if for_node or local.rank < 0 else local.rank, self._host, text)
 
     def _order_end(self, code: int) -> None:
         self._stop_at = time.monotonic() + _END_SECONDS
         for local in self._ranks:
             local.send(f"end {code}")
 
-    def _write(self, local: Local, text: str, code: int, cause: Cause) -> None:
+    def _write(self, local: Local, text: str, code: int, cause: Cause) -> Failure:
         failure = Failure(local.rank, code, text, cause, local.phase, time.monotonic())
         write_failure(self._meeting, failure, self._host)
-
-    @staticmethod
-    def _say(text: str) -> None:
-        try:
-            os.write(2, (text + "\n").encode("utf-8", "replace"))
-        except OSError:
-            return
+        return failure
 
 
 def accompany(
@@ -250,6 +257,7 @@ def accompany(
         argv: the worker's command line, without the program.
         environ: its variables.
     """
+    speech.forget()
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)

@@ -20,11 +20,13 @@ class Limits(NamedTuple):
         heartbeat_timeout: see `Meeting`.
         world_seconds: until the verdict.
         failure_dir: see `Meeting`.
+        log_dir: see `Meeting`.
     """
 
     heartbeat_timeout: float | None = None
     world_seconds: float = WORLD_SECONDS
     failure_dir: str = ""
+    log_dir: str = ""
 
     @classmethod
     def of(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Limits:
@@ -32,7 +34,8 @@ class Limits(NamedTuple):
         heartbeat = _seconds(_early(argv, environ, "--heartbeat-timeout", "DYN_MPI_HEARTBEAT_TIMEOUT"))
         world = _seconds(_early(argv, environ, "--world-timeout", "DYN_MPI_WORLD_TIMEOUT"))
         folder = _early(argv, environ, "--failure-dir", "DYN_MPI_FAILURE_DIR")
-        return cls(heartbeat, WORLD_SECONDS if world is None else world, folder)
+        logs = _early(argv, environ, "--log-dir", "DYN_MPI_LOG_DIR")
+        return cls(heartbeat, WORLD_SECONDS if world is None else world, folder, logs)
 
 
 def _early(argv: Sequence[str], environ: Mapping[str, str], flag: str, variable: str) -> str:

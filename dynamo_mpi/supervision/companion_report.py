@@ -81,11 +81,6 @@ class Local:
                 os.kill(self._pid, signal.SIGKILL)
 
 
-def prefix(rank: int | None, host: str) -> str:
-    """Return how a line of the companion begins; it speaks for a rank, or for its node."""
-    return f"dynamo_mpi: {'' if rank is None or rank < 0 else f'rank {rank} on '}{host}: "
-
-
 def describe_late(ranks: Sequence[Local], launch: Launch) -> str:
     """Say which ranks of this node are there and where they stand, and how many are missing.
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import _socket
+import contextlib
 import errno
 import os
 import signal
@@ -81,7 +82,7 @@ def _listen(address: str, launch: Launch) -> _socket.socket:
 
 
 def _say(host: str, text: str) -> None:
-    try:
-        os.write(2, f"dynamo_mpi: {host}: {text}\n".encode("utf-8", "replace"))
-    except OSError:
-        return
+    with contextlib.suppress(Exception):  # a file system that has gone, say
+        from dynamo_mpi.observe.speech import speech
+
+        speech.speak(None, host, text)

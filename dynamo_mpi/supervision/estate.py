@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.supervision.heir import will_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from dynamo_mpi.supervision.tie import Tie
 
@@ -25,6 +25,7 @@ class Estate:
     def __init__(self, tie: Tie) -> None:
         self._tie = tie
         self._leases: dict[str, int] = {}
+        self._worker: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._tell_heir: Callable[[str], object] | None = None
 
@@ -33,6 +34,15 @@ class Estate:
         self._tie.tell(f"label {label}")
         self._tie.tell("judged")
         return self._tie.holds
+
+    def introduce(self, worker: Mapping[str, Any]) -> None:
+        """Say whose it is, for what the heirs leave in etcd; no secret may be in it. Before anything is owned."""
+        self._worker = dict(worker)
+
+    @property
+    def record(self) -> int:
+        """The lease of the world record; 0 where there is none."""
+        return self._leases.get("record", 0)
 
     def own(self, name: str, lease: int) -> None:
         """Take note of a lease.
@@ -70,4 +80,5 @@ class Estate:
     def _will(self) -> str:
         endpoints = os.environ.get("ETCD_ENDPOINTS", "")
         # credentials are in each node's own environment
-        return will_of(self._leases, {"ETCD_ENDPOINTS": endpoints} if endpoints and "@" not in endpoints else {})
+        place = {"ETCD_ENDPOINTS": endpoints} if endpoints and "@" not in endpoints else {}
+        return will_of(self._leases, place, self._worker, self.record)

@@ -115,7 +115,7 @@ def describe_consequences(first: Failure, failures: Sequence[Failure], name: Cal
     groups: dict[str, list[Failure]] = {}
     for failure in failures:
         if failure is not first:
-            groups.setdefault(_in_short(failure), []).append(failure)
+            groups.setdefault(in_short(failure.text), []).append(failure)
     lines = []
     for text, group in groups.items():
         later = min(failure.at for failure in group) - first.at
@@ -126,8 +126,8 @@ def describe_consequences(first: Failure, failures: Sequence[Failure], name: Cal
     return "\n".join(["  what followed from it:", *lines]) if lines else ""
 
 
-def _in_short(failure: Failure) -> str:
-    """Return a traceback's last line, which names the error, or else the first."""
-    lines = failure.text.strip().splitlines() or [""]
+def in_short(text: str) -> str:
+    """Return a traceback's last line, which names the error, or else a text's first, as far as it isn't too long."""
+    lines = text.strip().splitlines() or [""]
     line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
     return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 1] + "…"

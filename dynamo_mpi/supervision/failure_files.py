@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.launchers.attempt import attempt_of
+from dynamo_mpi.observe.redact import own_redactor
+from dynamo_mpi.observe.trace import trace_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,7 +41,7 @@ def write_failure(
     """
     if not meeting.failure_dir:
         return
-    content = {**content_of(failure, host), **(report or {})}
+    content = _without_secrets({**content_of(failure, host), **(report or {})})
     path = _path(meeting, failure.rank if by is None else by)
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,6 +71,7 @@ def content_of(failure: Failure, host: str) -> dict[str, Any]:
         "time": time.time() - (time.monotonic() - failure.at),
         "sequence": failure.sequence,
         "attempt": attempt_of(os.environ),
+        "trace_id": None if (trace := trace_of(os.environ)) is None else trace.trace_id,
     }
 
 
@@ -78,6 +81,14 @@ def forget_failures(folder: Path | None, label: str) -> None:
         for path in folder.glob(f"{label}-rank-*.json"):
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str):
+        return own_redactor().redact(value)
+    if isinstance(value, dict):
+        return {name: _without_secrets(each) for name, each in value.items()}
+    return [_without_secrets(each) for each in value] if isinstance(value, list) else value
 
 
 def _path(meeting: Meeting, rank: int) -> Path:

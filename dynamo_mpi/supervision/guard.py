@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.errors import DeadlineError
@@ -39,6 +40,7 @@ from dynamo_mpi.supervision.roll import Roll
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervision.stacks import describe_stacks, own_stacks
 from dynamo_mpi.supervision.troubles import no_place
+from dynamo_mpi.supervision.word import Word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +70,7 @@ class Terms(NamedTuple):
         failure_dir: see `Meeting`.
         label: see `Meeting`.
         has_companion: see `Meeting`.
+        log_dir: see `Meeting`.
     """
 
     network: str | None = None
@@ -75,6 +78,7 @@ class Terms(NamedTuple):
     failure_dir: str = ""
     label: str = "worker"
     has_companion: bool = False
+    log_dir: str = ""
 
 
 class Guard:
@@ -89,6 +93,7 @@ class Guard:
 
     Attributes:
         roll: what is known of every rank's phases.
+        failures: why the world ends, the first cause first; empty as long as nothing has failed.
 
     Raises:
         UsageError: this host has no address by ``terms.network``, it can't be listened on, or fewer files may be open than there are ranks.
@@ -99,8 +104,11 @@ class Guard:
     ) -> None:
         self._world, self._ranks, self._phases, self._voice = world, ranks, phases, voice
         self.roll = Roll([place.host for place in ranks], phases)
+        self.failures: tuple[Failure, ...] = ()
         self._at_once: list[Callable[[], object]] = []
+        self._word = Word()
         self._cleanups: list[Callable[[], None]] = []
+        self._readers: list[Callable[[Sequence[Failure], str], None]] = []
         # a signal's handler may put into it, whatever its thread was doing
         self._news: queue.SimpleQueue[Failure | None] = queue.SimpleQueue()
         self.failed = threading.Event()
@@ -111,7 +119,7 @@ class Guard:
 
     def _meet(self, terms: Terms) -> Meeting:
         heir = next((rank for rank, place in enumerate(self._ranks) if place.host != self._ranks[0].host), 0)
-        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, heir, terms.has_companion)
+        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, heir, terms.has_companion, terms.log_dir)
         if self._world.size == 1:
             return Meeting(self._voice.host, "", 0, "", *rest)
         allow_open_files(self._world.size + SPARE)
@@ -151,6 +159,15 @@ class Guard:
         """Call this as soon as a failure is known, in a thread of its own that gets a second."""
         self._at_once.append(act)
 
+    def on_failures(self, reader: Callable[[Sequence[Failure], str], None]) -> None:
+        """Call this with the failures that the world ends of, first cause first, and the report. It has to be quick."""
+        self._readers.append(reader)
+
+    def send_word_to(self, tell: Callable[[Failure, str, str], object]) -> None:
+        """Call this when the world ends by a failure, in a thread of its own that gets a second: with the first cause, its host, and the
+        report."""
+        self._word.goes_to(tell)
+
     def leave_to_heir(self, will: str) -> None:
         """Tell the heir on another node, if there is one, what to take away when rank 0's node is lost."""
         if self.meeting.heir and self._lookout is not None:
@@ -179,13 +196,13 @@ class Guard:
         """Report ``error``, of which the world ends in order."""
         text, code = describe_error(error)
         self._publish([Failure(0, code, text, Cause.TOLD, self._phases.current, time.monotonic())])
+        self._word.wait(time.monotonic() + _LEAVE_SECONDS)
 
     def record(self, failures: Sequence[Failure], text: str) -> None:
-        """Write ``failures``, of which the world ends in order, to rank 0's failure file; ``text`` is what has been said of them."""
-        first, *rest = failures
-        later = [content_of(failure, self._ranks[failure.rank].host) for failure in rest]
-        report = {"report": text, "consequences": later}
-        write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
+        """Write down ``failures``, of which the world ends in order, for programs; ``text`` is what has been said of them."""
+        self._word.spread(failures[0], self._ranks[failures[0].rank].host, text)
+        self._write(failures, text)
+        self._word.wait(time.monotonic() + _LEAVE_SECONDS)
 
     @contextmanager
     def deadline(self, seconds: float, what: str, flag: str = "", code: int | None = None) -> Iterator[None]:
@@ -279,6 +296,7 @@ class Guard:
             self._lookout.announce_end(first.exit_code)
         for thread in leaving:
             thread.join(max(0.0, late - time.monotonic()))
+        self._word.wait(late)
         for cleanup in self._cleanups:
             _suppressed(cleanup)
         self._world.abort(first.exit_code)
@@ -313,9 +331,21 @@ class Guard:
             describe_consequences(first, failures, self.name),
         ]
         text = "\n".join(filter(None, parts))
+        # whoever reads our words may hang
+        self._word.spread(first, self._ranks[first.rank].host, text)
         self._voice.say(text)
-        self.record([first, *(failure for failure in failures if failure is not first)], text)
+        self._write([first, *(failure for failure in failures if failure is not first)], text)
         return first
+
+    def _write(self, failures: Sequence[Failure], text: str) -> None:
+        """Write rank 0's failure file, and have the readers know."""
+        self.failures = tuple(failures)
+        first, *rest = failures
+        later = [content_of(failure, self._ranks[failure.rank].host) for failure in rest]
+        report = {"report": text, "consequences": later}
+        write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
+        for reader in self._readers:
+            _suppressed(partial(reader, failures, text))
 
 
 def _suppressed(act: Callable[[], object]) -> None:

@@ -21,6 +21,7 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.supervision.backstop import exit_after
 from dynamo_mpi.supervision.failure import Cause, Failure, describe_error
 from dynamo_mpi.supervision.failure_files import write_failure
+from dynamo_mpi.supervision.heir import mourning
 from dynamo_mpi.supervision.liveness_line import Bell, ClosedError, Line
 from dynamo_mpi.supervision.liveness_wire import (
     MOST_BODY,
@@ -66,6 +67,7 @@ _OTHERS_SECONDS = 2.0
 # mostly a signal comes to all ranks, and rank 0 knows what to do about it
 _HOLD_SECONDS = 0.3
 _ENDING = ("drain", "exit")
+_LOADING = ("load", "prove")
 
 
 class Lifeline:
@@ -91,6 +93,7 @@ class Lifeline:
         self._outbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._sequence = itertools.count(1)
         self._listeners: list[Callable[[str], None]] = []
+        self._mourners: list[Callable[[str], None]] = []
         # what comes of it is rank 0's affair: it ends the world, or leaves in order
         self._over = self._closing = False
         self._signalled = -math.inf
@@ -104,6 +107,10 @@ class Lifeline:
         """Call this with each phase that the world, so rank 0, begins. From the lifeline's thread."""
         self._listeners.append(listener)
 
+    def on_end(self, mourner: Callable[[str], None]) -> None:
+        """Call this with the reason as soon as the world is known to end by a failure. From any thread; it has to be quick."""
+        self._mourners.append(mourner)
+
     def close(self) -> None:
         """Tell rank 0 that this rank leaves in order, and end the connection. Idempotent."""
         self._closing = True
@@ -114,6 +121,7 @@ class Lifeline:
         """Tell rank 0 why this rank can't go on, and wait for the end of the world. Does not return."""
         self._over = True  # what comes of it is not for us to report
         failure = self._failure(error)
+        self._mourn(failure.text)
         told = Told(failure.exit_code, failure.phase, failure.sequence, failure.text)
         self._tell(Frame(Kind.FAILED, told.pack()))
         write_failure(self._meeting, failure, self._voice.host)
@@ -143,6 +151,10 @@ class Lifeline:
         return Failure(
             self._world.rank, code, text, Cause.TOLD, self._phases.current, time.monotonic(), next(self._sequence)
         )
+
+    def _mourn(self, why: str) -> None:
+        for mourner in self._mourners:
+            mourner(why)
 
     def _tell_spans(self) -> None:
         self._tell(Frame(Kind.SPANS, pack_spans(self._phases)))
@@ -187,6 +199,9 @@ class Lifeline:
                 if now >= next_beat:
                     self._forgive(now - next_beat)
                     self._line.send(Frame(Kind.BEAT))
+                    if self.world_phase in _LOADING:
+                        # how much it has read is news all the time
+                        self._line.send(Frame(Kind.SPANS, pack_spans(self._phases)))
                     self._look_for_silence(now)
                     next_beat = now + self._meeting.period / 2
 
@@ -207,6 +222,7 @@ class Lifeline:
             elif frame.kind in (Kind.LEAVING, Kind.ENDING):
                 self._over = True
                 if frame.kind is Kind.ENDING:
+                    self._mourn(f"rank 0 on {self._meeting.host} ends the world")
                     self._line.send(Frame(Kind.LEAVING))
                     # rank 0 ends the world; where its launcher doesn't, we go by ourselves
                     exit_after(_ENDING_SECONDS, frame.body[0] if frame.body else int(ExitCode.ENGINE))
@@ -226,13 +242,17 @@ class Lifeline:
         text = f"rank 0 on {self._meeting.host} {error}"
         # a host that is lost may have taken rank 1 along
         speaker = (self._meeting.heir if lost else 0) or 1
-        self._lose_with(text, int(error.exit_code), speaker=speaker, is_told=self._meeting.has_companion and not lost)
+        is_told = self._meeting.has_companion and not lost
+        self._lose_with(text, int(error.exit_code), speaker=speaker, is_told=is_told, lost=lost)
 
-    def _lose_with(self, text: str, code: int, *, speaker: int = 1, is_told: bool = False) -> None:
+    def _lose_with(self, text: str, code: int, *, speaker: int = 1, is_told: bool = False, lost: bool = False) -> None:
         """Leave because rank 0 can't be relied on: its companion says why, or the first of the others, which ends the world."""
         self._over = True
+        self._mourn(text)
+        cause = Cause.LOST if lost else Cause.DEATH
+        failure = Failure(0, code, text, cause, self.world_phase, time.monotonic())
         if self._tie is not None:
-            self._tie.tell("mourn")
+            self._tie.tell(mourning(failure, self._meeting.host))
         if self._world.rank != speaker:
             time.sleep(_OTHERS_SECONDS)
             os._exit(code)
@@ -244,7 +264,6 @@ class Lifeline:
             )
         else:
             self._voice.say(f"error in {self.world_phase}: {text}")
-        failure = Failure(0, code, text, Cause.DEATH, self.world_phase, time.monotonic())
         write_failure(self._meeting, failure, self._voice.host, by=self._world.rank)
         time.sleep(_SPEAKER_SECONDS)
         self._end(code)

@@ -29,6 +29,7 @@ class Meeting(NamedTuple):
         label: begins their names.
         heir: the rank whose companion takes the worker out of discovery when rank 0's node is lost; 0 for none.
         has_companion: a process beside rank 0 tells of its end.
+        log_dir: folder for log files; empty for none.
     """
 
     host: str
@@ -40,6 +41,7 @@ class Meeting(NamedTuple):
     label: str = "worker"
     heir: int = 0
     has_companion: bool = False
+    log_dir: str = ""
 
     def patience(self, phase: str) -> float | None:
         """Return how many seconds of silence are too long in a phase; None where no silence is."""
@@ -61,7 +63,7 @@ class Meeting(NamedTuple):
     def unpack(cls, data: bytes) -> tuple[Meeting, bytes]:
         """Decode what `pack` made."""
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-        host, address, port, token, timeout, folder, label, heir, companion = unpack(data[_LENGTH_BYTES:end])
+        host, address, port, token, timeout, folder, label, heir, companion, logs = unpack(data[_LENGTH_BYTES:end])
         seconds = float(timeout) if timeout else None
-        meeting = cls(host, address, int(port), token, seconds, folder, label, int(heir), companion == str(True))
+        meeting = cls(host, address, int(port), token, seconds, folder, label, int(heir), companion == str(True), logs)
         return meeting, data[end:]

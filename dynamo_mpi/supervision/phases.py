@@ -60,13 +60,15 @@ class Phases:
             self._finish(name)
 
     def begin(self, name: str) -> None:
-        """Begin a phase, which ends when the next begins.
+        """Begin a phase, which ends when the next begins; one that is going on goes on.
 
         Raises:
             ValueError: there is no such phase.
         """
         if name not in PHASES:
             raise ValueError(f"no phase is called {name!r}; there are {', '.join(PHASES)}")
+        if self.spans and self.spans[-1].phase == name and self.spans[-1].lasted is None:
+            return
         self.current = name
         for listener in self._listeners:
             listener(name)

@@ -31,12 +31,14 @@ class RankSpans(NamedTuple):
         host: its node.
         began: when the rank's first phase began, in seconds since 1970.
         spans: its phases, in order; the first is `BEFORE` where the system tells when the process began, and begins before 0.
+        read: bytes that the process has read since it began, when last heard of; None where its system doesn't tell.
     """
 
     rank: int
     host: str
     began: float
     spans: tuple[Span, ...]
+    read: int | None = None
 
     @property
     def current(self) -> Span | None:
@@ -51,10 +53,12 @@ class Progress(NamedTuple):
         phase: its name.
         done: ranks that are through with their own part of it.
         ranks: of the world.
-        slowest_rank: of those that aren't through, the one that has been at it for longest; of all, where all are; None where
-            nobody has said.
+        slowest_rank: of those that aren't through, one that hasn't begun, else the one that has read the least, else the one that has been
+            at it for longest; of all, where all are through; None where nobody has said.
         slowest_host: its node.
         seconds: how long that one has been, or was, at it.
+        read: bytes that all ranks together have read; None where they don't all tell.
+        slowest_read: bytes that the slowest one has.
     """
 
     phase: str
@@ -63,6 +67,8 @@ class Progress(NamedTuple):
     slowest_rank: int | None
     slowest_host: str | None
     seconds: float
+    read: int | None = None
+    slowest_read: int | None = None
 
 
 class Roll:
@@ -76,7 +82,7 @@ class Roll:
     def __init__(self, hosts: Sequence[str], phases: Phases) -> None:
         self._hosts, self._phases = hosts, phases
         self._lock = threading.Lock()
-        self._told: dict[int, tuple[float, tuple[Span, ...]]] = {}
+        self._told: dict[int, tuple[float, tuple[Span, ...], int | None]] = {}
         # how much later it is here than on that rank, less the time that a message takes
         self._offsets: dict[int, float] = {}
         self._born_before = _age_before(phases)
@@ -88,19 +94,19 @@ class Roll:
             WireError: it isn't that.
         """
         now = time.time()
-        sent, began, spans = _unpack_spans(body)
+        sent, began, spans, read = _unpack_spans(body)
         with self._lock:
             # a message is never early, so of all the least late one tells the clocks' difference best
             self._offsets[rank] = min(now - sent, self._offsets.get(rank, now - sent))
-            self._told[rank] = (began, spans)
+            self._told[rank] = (began, spans, read)
 
     def ranks(self) -> list[RankSpans]:
         """Return what is known of every rank, in rank order."""
         with self._lock:
             told, offsets = dict(self._told), dict(self._offsets)
-        own = (time.time() - self._phases.age, _with_start(self._phases.spans, self._born_before))
+        own = (time.time() - self._phases.age, _with_start(self._phases.spans, self._born_before), bytes_read())
         return [RankSpans(0, self._hosts[0], *own)] + [
-            RankSpans(rank, host, told[rank][0] + offsets[rank], told[rank][1])
+            RankSpans(rank, host, told[rank][0] + offsets[rank], *told[rank][1:])
             if rank in told
             else RankSpans(rank, host, 0.0, ())
             for rank, host in enumerate(self._hosts)
@@ -120,29 +126,78 @@ def progress_of(phase: str, ranks: Sequence[RankSpans], now: float) -> Progress:
         ranks: all.
         now: seconds since 1970, by rank 0's clock.
     """
-    place = PHASES.index(phase)
-    done, at_it, through = 0, [], []
+    behind: list[RankSpans] = []
+    at_it: list[tuple[float, int, RankSpans]] = []
+    through: list[tuple[float, int, RankSpans]] = []
+    done = 0
     for rank in ranks:
-        seconds = None
-        for span in rank.spans:
-            if span.phase == phase:
-                seconds = span.own if span.own is not None else span.lasted
-                if seconds is None:
-                    at_it.append((now - rank.began - span.began, -rank.rank, rank))
-                else:
-                    through.append((seconds, -rank.rank, rank))
-        current = rank.current
-        done += seconds is not None or (current is not None and _place(current.phase) > place)
+        entry = _entry(phase, rank, now)
+        done += entry.is_through
+        if entry.seconds is not None:
+            (through if entry.is_through else at_it).append((entry.seconds, -rank.rank, rank))
+        elif not entry.is_through:
+            behind.append(rank)
     if not at_it and not through:
         return Progress(phase, done, len(ranks), None, None, 0.0)
-    seconds, _, slowest = max(at_it or through)
-    return Progress(phase, done, len(ranks), slowest.rank, slowest.host, max(0.0, seconds))
+    if behind:
+        # it can't have been expected there for longer than the first one is
+        slowest = behind[0]
+        seconds = max(now - rank.began - _begin(phase, rank) for _, _, rank in at_it + through)
+    elif at_it and all(rank.read is not None for _, _, rank in at_it):
+        seconds, _, slowest = min(at_it, key=lambda entry: (entry[2].read or 0, -entry[0], -entry[1]))
+    else:
+        seconds, _, slowest = max(at_it or through)
+    known = [rank.read for rank in ranks if rank.read is not None]
+    read = sum(known) if len(known) == len(ranks) else None
+    return Progress(
+        phase,
+        done,
+        len(ranks),
+        slowest.rank,
+        slowest.host,
+        max(0.0, seconds),
+        read,
+        None if read is None else slowest.read,
+    )
+
+
+class _Entry(NamedTuple):
+    """How far one rank is in a phase; ``seconds`` are None where it hasn't been in it."""
+
+    is_through: bool
+    seconds: float | None
+
+
+def _entry(phase: str, rank: RankSpans, now: float) -> _Entry:
+    current = rank.current
+    is_through, seconds = current is not None and _place(current.phase) > PHASES.index(phase), None
+    for span in rank.spans:
+        if span.phase == phase:
+            seconds = span.own if span.own is not None else span.lasted
+            is_through |= seconds is not None
+            if seconds is None:
+                seconds = now - rank.began - span.began
+    return _Entry(is_through, seconds)
+
+
+def _begin(phase: str, rank: RankSpans) -> float:
+    return min(span.began for span in rank.spans if span.phase == phase)
+
+
+def bytes_read() -> int | None:
+    """Return how many bytes this process has read, from files or from a disk by mapping them; None where the system doesn't tell."""
+    try:
+        with open("/proc/self/io", encoding="ascii") as file:
+            counts = dict(line.split(": ") for line in file)
+        return max(int(counts["rchar"]), int(counts["read_bytes"]))
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def pack_spans(phases: Phases) -> bytes:
-    """Encode this rank's spans, with what its clock says now."""
-    now = time.time()
-    values = [repr(now), repr(now - phases.age)]
+    """Encode this rank's spans, with what its clock says now, and how much it has read."""
+    now, read = time.time(), bytes_read()
+    values = [repr(now), repr(now - phases.age), "" if read is None else str(read)]
     for span in _with_start(phases.spans, _age_before(phases)):
         values += [
             span.phase,
@@ -152,9 +207,9 @@ def pack_spans(phases: Phases) -> bytes:
     return pack(values)
 
 
-def _unpack_spans(body: bytes) -> tuple[float, float, tuple[Span, ...]]:
+def _unpack_spans(body: bytes) -> tuple[float, float, tuple[Span, ...], int | None]:
     try:
-        sent, began, *rest = unpack(body)
+        sent, began, read, *rest = unpack(body)
         if len(rest) % _FIELDS or len(rest) > _FIELDS * _MOST_SPANS:
             raise ValueError
         spans = tuple(
@@ -164,7 +219,7 @@ def _unpack_spans(body: bytes) -> tuple[float, float, tuple[Span, ...]]:
         known = all(_place(span.phase) >= -1 for span in spans)
         if not known:
             raise ValueError
-        return float(sent), float(began), spans
+        return float(sent), float(began), spans, int(read) if read else None
     except ValueError:
         raise WireError("no spans") from None
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -13,6 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.last_failure import LastFailure, failures_of
 from dynamo_mpi.services.frontend import Frontend
 from tests.dynamo.running import EtcdServer, RunningWorker, running_frontend
 from tests.fault_cases import CHILD, STREAMS, TOKENS, Case, Outcome, run_case
@@ -95,6 +99,18 @@ class MpirunFaults:
             for process in programs:
                 end_process(process)
             shutil.rmtree(temporary)
+
+    def check_last_failure(self, case: Case) -> None:
+        """See that the worker has left in etcd what it died of, whoever was there to write it; before the verdict nothing."""
+        etcd = Etcd([self.etcd.url], EtcdAuth(), 5)
+        with contextlib.closing(etcd):
+            left = [LastFailure.unpack(entry.value) for entry in etcd.entries(failures_of(case.namespace))]
+        expected = [] if case.phase in ("world", "preflight") else [max(0, case.rank)]
+        assert [failure.rank for failure in left] == expected
+        for failure in left:
+            # the report has the world's phase, the rest is of the rank's own
+            assert f"error in {case.phase}: " in failure.report or case.phase == "drain"
+            assert failure.error
 
 
 def program(name: str, *words: str) -> subprocess.Popen[str]:

@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from dynamo_mpi.control_plane.departure import Departure
 from dynamo_mpi.control_plane.etcd import Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from tests.dynamo.running import EtcdServer
+from dynamo_mpi.services.etcd import Etcd as EtcdService
+from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.services.programs import find_etcd
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually
+from tests.etcd_users import PASSWORDS, add_users
 
 pytestmark = pytest.mark.dynamo
 PREFIX = "v1/instances/a/b/c"
@@ -48,3 +55,34 @@ def test_without_etcd_there_is_nothing_to_leave(etcd: EtcdServer) -> None:
     departure = Departure("dyn://a.b.c", {"ETCD_ENDPOINTS": etcd.url})
     departure.prepare(1)
     assert not departure.leave()
+
+
+class ForgetfulEtcd(EtcdService):
+    """An etcd whose tokens end soon, as all do after five minutes by default."""
+
+    def command(self) -> tuple[str, ...]:
+        return (*super().command(), "--auth-token-ttl", "2")
+
+
+def test_where_the_runtimes_token_has_ended_nothing_stays_behind_all_the_same(tmp_path: Path, model_dir: Path) -> None:
+    who = {"ETCD_AUTH_USERNAME": "worker", "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]}
+    server = EtcdServer(tmp_path)
+    server.service = ForgetfulEtcd(find_etcd(), free_port(), tmp_path / "etcd")
+    server.start()
+    worker: RunningWorker | None = None
+    try:
+        add_users(server.url, ["v1/", "dynamo_mpi/"])
+        worker = RunningWorker(tmp_path, server, model_dir, 1, "--engine", "reference", **who)
+        pid, begin = worker.rank_zero(), time.monotonic()
+        eventually(lambda: time.monotonic() - begin > 7, "the token has ended")
+        client = Etcd([server.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
+        assert len(client.entries("v1/instances/")) == 1
+        os.kill(pid, signal.SIGTERM)
+        assert worker.wait() == 0, worker.text()
+        assert "drain: not deregistered" in worker.text(), "else this test shows nothing"
+        assert client.entries("v1/") == client.entries("dynamo_mpi/") == []
+        client.close()
+    finally:
+        if worker is not None:
+            worker.stop()
+        server.stop()

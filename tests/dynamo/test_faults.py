@@ -42,6 +42,7 @@ def test_a_fault_ends_all_at_once(case: Case, runner: MpirunFaults, tmp_path: Pa
     # before the verdict the companion may be quicker than mpirun
     ours = (70,) if case.phase in ("world", "preflight") and case.fault not in SILENT else ()
     runner.run(case, tmp_path).check(os.uname().nodename, (*CODES[case.fault], *ours))
+    runner.check_last_failure(case)
 
 
 TRTLLM_CHOSEN = (
@@ -57,3 +58,4 @@ def test_a_fault_of_a_tensorrt_llm_worker_ends_all_at_once(case: Case, runner: M
         pytest.skip(reason)
     codes = CHILD_CODES if case.rank == CHILD else CODES
     runner.run(case, tmp_path).check(os.uname().nodename, codes[case.fault])
+    runner.check_last_failure(case)

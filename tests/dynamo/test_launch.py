@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi.observe.timeline_files import read_starts
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.marked_command import MarkedCommand
 from tests.dynamo.running import eventually
@@ -71,7 +72,7 @@ class LaunchCommand(MarkedCommand):
         assert self.process.poll() is not None
         eventually(lambda: not self.survivors(), "no process is left", 10)
         # a report of a failure goes with the worker's next start
-        kept = {"ended.json", "lock", "logs", "ready", "services"}
+        kept = {"ended.json", "lock", "logs", "ready", "services", "timeline"}
         assert {path.name for path in self.run_dir.iterdir()} - {"failures"} == kept
         assert not list((self.run_dir / "ready").iterdir())
 
@@ -95,6 +96,11 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         assert (done.returncode, launch.wait(10)) == (0, 0), done.stderr + launch.err
         assert "drain: deregistered" in launch.err
         launch.assert_nothing_left()
+        starts = {path.stem: read_starts(path)[0] for path in (launch.run_dir / "timeline").glob("*.html")}
+        drawn = {name: (start.role, start.attempt, start.outcome) for name, start in starts.items()}
+        assert drawn == {"prefill-0": ("prefill", 2, "ended"), "decode-0": ("decode", 1, "ended")}
+        (launcher,) = read_starts(launch.run_dir / "timeline" / "launch.json")
+        assert [span.phase for span in launcher.ranks[0].spans] == ["check", "services"]
 
 
 def test_a_worker_that_fails_ends_all_with_its_exit_code(tmp_path: Path, model_dir: Path) -> None:

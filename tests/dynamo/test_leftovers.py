@@ -78,7 +78,7 @@ def test_a_deployment_starts_beside_what_others_have_left(tmp_path: Path, model_
             assert launch.end(signal.SIGTERM) == 143, launch.err
             assert "drain: deregistered" in launch.err
             eventually(lambda: not launch.survivors(), "no process is left", 10)
-            kept = {"ended.json", "failures", "lock", "logs", "ready", "services"}
+            kept = {"ended.json", "failures", "lock", "logs", "ready", "services", "timeline"}
             assert {path.name for path in run_dir.iterdir()} == kept
             assert not list((run_dir / "ready").iterdir())
         assert (living / "session").exists()

@@ -18,6 +18,7 @@ from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.local import parts
 from dynamo_mpi.local.stack import LocalStack, StackSettings
 from dynamo_mpi.local.worlds import World
+from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port
@@ -43,7 +44,10 @@ def test_ask_answers_on_stdout_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_without_ask_one_completion_is_the_proof(tmp_path: Path) -> None:
-    with LocalCommand(tmp_path, "--tp", "1", "--max-batch-size", "2", "--output", "json") as command:
+    page = tmp_path / "start.html"
+    with LocalCommand(
+        tmp_path, "--tp", "1", "--max-batch-size", "2", "--output", "json", "--timeline", str(page)
+    ) as command:
         report = command.report()
         assert command.wait() == 0, command.err
         command.assert_nothing_left()
@@ -51,6 +55,9 @@ def test_without_ask_one_completion_is_the_proof(tmp_path: Path) -> None:
     assert report["answer"]["completion_tokens"] >= 1
     assert report["worker"]["ranks"] == report["tp_size"] == 1
     assert all(report["seconds"][name] > 0 for name in ("verdict", "load", "ready", "first_token", "answer"))
+    services, worker = read_starts(page)
+    assert [rank.spans[0].phase for rank in services.ranks] == ["etcd", "nats", "frontend"]
+    assert (worker.outcome, len(worker.ranks), services.origin < worker.origin) == ("ended", 1, True)
 
 
 def test_nats_plane_answers_too(tmp_path: Path) -> None:

@@ -112,3 +112,33 @@ def test_a_worker_that_fails_gives_the_wait_its_exit_code(tmp_path: Path, model_
         assert launch.wait() == 137, launch.err
         assert shown("--run-dir", run_dir)["ok"] is False
         eventually(lambda: not launch.survivors(), "no process is left", 10)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_that_nobody_launched_gives_the_wait_its_exit_code(
+    rank: int, tmp_path: Path, etcd: EtcdServer, model_dir: Path
+) -> None:
+    place = {"ETCD_ENDPOINTS": etcd.url}
+    waiting = begin("wait", "--output", "json", **place)
+    fault = {"DYN_MPI_FAULT": f"rank{rank}:load:kill", "DYN_MPI_ALLOW_FAULTS": "1"}
+    worker = RunningWorker(tmp_path, etcd, model_dir, 3, "--engine", "reference", **UNBOUND, **fault)
+    try:
+        code, out, err = ended(waiting)
+        # as all ranks leave with it
+        assert (code, json.loads(out)["ok"]) == (70, False), err + worker.text()
+        assert f"exit code 70 in load, rank {rank} on " in err
+        assert worker.wait() != 0
+        (failure,) = shown(**place)["failures"]
+        assert (failure["role"], failure["rank"], failure["followed"]) == ("agg", rank, False)
+
+        again = RunningWorker(tmp_path, etcd, model_dir, 3, "--engine", "reference", name="again", **UNBOUND)
+        try:
+            code, _, err = ended(begin("wait", **place))
+            assert code == 0, err + again.text()
+            found = shown(**place)
+            assert (found["ok"], found["failures"][0]["followed"]) == (True, True)
+            assert "[started again]" in ended(begin("status", **place))[1]
+        finally:
+            again.stop()
+    finally:
+        worker.stop()

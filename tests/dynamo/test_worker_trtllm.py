@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.services.processes import session_members
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
@@ -116,7 +117,9 @@ def test_answers_drains_and_ends_with_zero(
 ) -> None:
     # flags that only dynamo.trtllm knows
     passed_on = ("--publish-kv-events", "--kv-block-size", "16")
-    worker = start(*passed_on, UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug")
+    page = tmp_path / "start.html"
+    flags = ("--timeline", str(page), "--progress-interval", "0.5", *passed_on)
+    worker = start(*flags, UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug")
     ready = worker.ready()
     assert (ready["ranks"], ready["endpoint"]) == (RANKS, "dyn://dynamo.backend.generate")
     assert set(ready["phases"]) >= {"load", "prove"}
@@ -141,7 +144,17 @@ def test_answers_drains_and_ends_with_zero(
     assert f"rank2 run mgmn worker node with mpi_world_size: {RANKS} ..." in text
     assert f"rank0 run mgmn leader node with mpi_world_size: {RANKS} ..." in text
     assert f"gpus_per_node {RANKS}" in text
+    # what the engine does on a rank isn't seen, so nobody is said to be through
+    assert re.search(
+        rf"rank 0 on \S+: load \d+ s, {RANKS} ranks have read [\d.]+ MB, the least \S+ \(rank \d\): [\d.]+ MB\n", text
+    )
+    assert re.search(r"dynamo_mpi: rank 2 on \S+: phase load\n", text)
     assert not [secret for secret in secrets if secret in text]
+    (drawn,) = read_starts(page)
+    assert (drawn.outcome, drawn.engine, len(drawn.ranks)) == ("ended", "trtllm", RANKS)
+    # the other ranks go by what rank 0 says
+    for rank in drawn.ranks:
+        assert {"load", "prove", "serve", "drain"} <= {span.phase for span in rank.spans}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

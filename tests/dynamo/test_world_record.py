@@ -103,6 +103,11 @@ def test_it_is_there_from_the_preflight_to_the_end(
     assert record.contract is not None
     assert record.contract.num_layers == 30
     assert 0 < time.time() - record.started < 120
+    assert record.phase_since is not None
+    assert record.started < record.phase_since <= time.time()
+    eventually(
+        lambda: etcd.worlds()[0].in_flight == (0 if engine == "reference" else None), "no request is in flight", 5
+    )
     terminate(worker)
     assert etcd.worlds() == [], "its lease would have lasted for half a minute"
     said = phases(etcd)
@@ -137,6 +142,7 @@ def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
 ) -> None:
     earlier = start(first, engine=engine)
     earlier.ready()
+    dynamo = etcd.keys("v1/instances/")
     before = etcd.revision()
     begin = time.monotonic()
     other = start(second, *(BLOCKS if engine == "reference" else BLOCKS_TRTLLM), engine=engine)
@@ -153,7 +159,9 @@ def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
     own = [(key, value) for key, value in changes if f"/{'prefill' if second == 'prefill' else 'backend'}/" in key]
     (phase, end) = [value if value is None else WorldRecord.unpack(value).phase for _, value in own]
     assert (phase, end) == ("preflight", None), "it never came to load, and took its record away"
-    assert etcd.written("v1/", before) == [], "Dynamo never heard of it"
+    (left,) = etcd.keys("dynamo_mpi/v1/failures/")
+    assert own[0][0] == left.replace("/failures/", "/worlds/")
+    assert etcd.keys("v1/instances/") == dynamo, "Dynamo never heard of it"
     assert [record.role for record in etcd.worlds()] == [first]
     terminate(earlier)
 
@@ -301,6 +309,7 @@ def test_a_password_is_enough_and_rights_that_lack_are_named(etcd: EtcdServer, s
     worker = start("prefill", "--no-peer-check", **who)
     worker.ready()
     assert "warning: no world record: etcd refuses us" in worker.text()
+    assert "warning: Dynamo's runtime does not renew its token for etcd's user worker" in worker.text()
     terminate(worker)
     assert PASSWORDS["worker"] not in refused.text() + worker.text()
 
@@ -314,6 +323,21 @@ def test_with_a_password_the_record_is_there(etcd: EtcdServer, start: Start) -> 
     terminate(worker)
     assert client.entries("dynamo_mpi/") == []
     client.close()
+
+
+def test_what_dynamos_runtime_would_try_for_two_minutes_is_refused_before_the_load(
+    etcd: EtcdServer, start: Start
+) -> None:
+    """Also where nothing hangs on the record."""
+    needless = start("agg", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["worker"])
+    assert needless.wait() == 64, needless.text()
+    assert "this etcd asks nobody who they are" in needless.text()
+    assert etcd.worlds() == []
+    add_users(etcd.url, ["v1/", "dynamo_mpi/"])
+    wrong = start("agg", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["root"])
+    assert wrong.wait() == 77, wrong.text()
+    assert "etcd refuses user worker" in wrong.text()
+    assert PASSWORDS["root"] not in wrong.text()
 
 
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])

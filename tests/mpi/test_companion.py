@@ -67,6 +67,7 @@ def variables(folder: Path, fault: str, **more: str) -> dict[str, str]:
             "DYN_MPI_ALLOW_FAULTS": "1",
             "DYN_MPI_HEARTBEAT_TIMEOUT": str(HEARTBEAT),
             "DYN_MPI_FAILURE_DIR": str(folder),
+            "DYN_MPI_LOG_DIR": str(folder.with_name("logs")),
             **more,
         }
     )
@@ -119,6 +120,8 @@ def test_is_seen_told_once_and_ends_all(
     told = [line.lstrip("\0") for line in done.stderr.splitlines() if ": error in " in line]
     assert len(told) == 1, done.stderr
     assert told[0].startswith(f"dynamo_mpi: rank {rank} on {HOST}: error in {phase}: "), told
+    logged = (failures.with_name("logs") / f"worker-rank-{rank}.log").read_text()
+    assert logged.count(told[0].removesuffix("\n")) == 1, logged
     failure = failure_of(failures, rank)
     assert (failure["rank"], failure["host"], failure["phase"]) == (rank, HOST, phase)
     assert failure["exit_code"] == (124 if what in ("stop", "hang") else 70)

@@ -46,7 +46,13 @@ CASES = (
         "disaggregated_llama4_in_a_job",
         "srun_disaggregated.sh",
         ("--", "--modality", "multimodal"),
-        {**LLAMA, **JOB, "IMAGE": "/images/dynamo trtllm.sqsh", "MOUNTS": "/lustre:/lustre,/checkout:/mnt"},
+        {
+            **LLAMA,
+            **JOB,
+            "IMAGE": "/images/dynamo trtllm.sqsh",
+            "MOUNTS": "/lustre:/lustre,/checkout:/mnt",
+            "TRACEPARENT": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        },
     ),
     Case("disaggregated_defaults", "srun_disaggregated.sh", (), {"IMAGE": "nvcr.io#nvidia/dynamo", "MODEL_PATH": "/m"}),
     Case(

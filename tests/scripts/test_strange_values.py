@@ -74,7 +74,7 @@ def test_a_checkout_and_a_run_folder_may_be_called_anything(value: str, tmp_path
     run_dir = folder / f"run {value}"
     assert (run_dir.stat().st_mode & 0o777, sorted(path.name for path in run_dir.iterdir())) == (
         0o700,
-        ["ended.json", "lock", "logs", "ready"],
+        ["ended.json", "lock", "logs", "ready", "timeline"],
     )
     assert not list(tmp_path.rglob("pwned"))
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dynamo_mpi.observe.timeline_files import read_starts
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 
@@ -128,8 +129,12 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
         "logs",
         "ready",
         "services",
+        "timeline",
     ]
     assert not list((deployment.run_dir / "ready").iterdir())
+    (prefill,) = read_starts(deployment.run_dir / "timeline" / "prefill-0.html")
+    assert (prefill.outcome, list(dict.fromkeys(rank.host for rank in prefill.ranks))) == ("ended", ["n1", "n2"])
+    assert all("load" in [span.phase for span in rank.spans] for rank in prefill.ranks)
 
 
 def test_a_worker_is_started_again_while_the_others_live(launch: Launch) -> None:

@@ -96,5 +96,6 @@ def test_a_pair_answers_and_ends_with_the_launcher(deployment: Deployment) -> No
         "logs",
         "ready",
         "services",
+        "timeline",
     ]
     assert not list((deployment.run_dir / "ready").iterdir())

@@ -113,6 +113,47 @@ def test_answers_over_several_nodes_and_drains_on_sigterm(
         assert re.fullmatch(r"0: dynamo_mpi: rank 0 on n1: (?!.*\brank 0\b).*", line), line
 
 
+def probe(stack: Stack, node: str, port: int, path: str) -> tuple[int, str]:
+    """Ask a node from the login node, as a supervisor elsewhere would; status 0 where nobody answers."""
+    url = f"http://{stack.slurm.addresses[node]}:{port}{path}"
+    status, _, body = stack.slurm.exec(sys.executable, PROGRAMS / "ask_probe.py", url).stdout.partition(" ")
+    return int(status), body
+
+
+def eventually_answers(stack: Stack, node: str, port: int, path: str, status: int) -> str:
+    """Wait for an answer of this status, and return it."""
+
+    def read() -> tuple[int, str] | None:
+        answer = probe(stack, node, port, path)
+        return answer if answer[0] == status else None
+
+    return eventually(read, f"{path} of {node} is {status}", 30)[1]
+
+
+def test_each_nodes_probes_tell_of_the_whole_world(start: Start, stack: Stack) -> None:
+    first, second, third = stack.slurm.nodes[:3]
+    # the same port on every node, and on the last one it is taken
+    with stack.slurm.popen(sys.executable, PROGRAMS / "silent_server.py", "0.0.0.0", host=third) as other:  # noqa: S104 - as we do
+        assert other.stdout is not None
+        port = int(other.stdout.readline())
+        worker = start(THREE_BY_ONE, "pmix", DYN_SYSTEM_PORT=str(port))
+        eventually_answers(stack, second, port, "/live", 200)
+        assert probe(stack, second, port, "/health")[0] == 503
+        assert worker.ready()["system"] == f"http://{stack.slurm.addresses[first]}:{port}"
+        for number, node in enumerate((first, second)):
+            found = json.loads(eventually_answers(stack, node, port, "/health", 200))
+            assert (found["phase"], found["rank"], found["host"]) == ("serve", number, node)
+        assert "dynamo_mpi_ready 1\n" in probe(stack, second, port, "/metrics")[1]
+        taken = f"rank 2 on {third}: warning: no probe of this node is answered: DYN_SYSTEM_PORT={port}"
+        assert taken in worker.text()
+        # a death on the one node ends the answers of the others as well
+        os.kill(worker.ranks()[third][0], signal.SIGKILL)
+        assert worker.wait() != 0
+        for node in (first, second):
+            eventually_answers(stack, node, port, "/live", 0)
+        other.end()
+
+
 @pytest.mark.parametrize("plugin", ["pmix", "pmi2"])
 def test_scancel_leaves_nothing(plugin: str, start: Start, stack: Stack) -> None:
     worker = start(THREE_BY_ONE, plugin)

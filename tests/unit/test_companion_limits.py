@@ -15,6 +15,7 @@ from dynamo_mpi.supervision.companion_limits import WORLD_SECONDS, Limits
     [
         ([], {}, Limits(None, WORLD_SECONDS, "")),
         (["--world-timeout", "5", "--heartbeat-timeout=2.5", "--failure-dir", "/f"], {}, Limits(2.5, 5.0, "/f")),
+        (["--log-dir=/l"], {"DYN_MPI_LOG_DIR": "/m"}, Limits(log_dir="/l")),
         (["--world-timeout"], {"DYN_MPI_WORLD_TIMEOUT": "7"}, Limits(None, WORLD_SECONDS, "")),
         (["--model", "m"], {"DYN_MPI_WORLD_TIMEOUT": "7", "DYN_MPI_FAILURE_DIR": "/g"}, Limits(None, 7.0, "/g")),
         # these are refused by rank 0

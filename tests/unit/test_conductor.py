@@ -141,7 +141,7 @@ def test_a_signal_ends_prefill_then_decode_then_the_services(run: Run, number: s
 
 def test_whoever_makes_the_stop_file_ends_it(run: Run, tmp_path: Path) -> None:
     assert run(READY, (tmp_path / "run" / "stop").touch)[0] == 0
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "logs", "ready"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "logs", "ready", "timeline"]
 
 
 def test_a_check_that_refuses_is_the_end(run: Run, tmp_path: Path) -> None:

@@ -18,9 +18,12 @@ from dynamo_mpi.cli.main import main
 from dynamo_mpi.doctor.check import Check, Status, error, ok, skipped, warning
 from dynamo_mpi.doctor.context import Context, Question, Section
 from dynamo_mpi.doctor.examination import examine
+from dynamo_mpi.doctor.probe import checks_of
 from dynamo_mpi.doctor.registry import SECTIONS, chosen
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.parallelism.finding import Finding, Severity
+from dynamo_mpi.probe.here import Here
 from tests.conftest import ROOT, mpi_environment, run_command
 from tests.servers import closed_port, listening
 
@@ -189,18 +192,46 @@ def test_the_first_error_decides_the_code_and_the_text_has_cures() -> None:
         "          two",
         "  needed: three",
         "  do:     four",
-        "error   c: http://h",
+        "error   c: http://<redacted>@h",
         "  needed: five",
         "  do:     six",
     ]
     assert last.startswith("here: 1 ok, 1 warning, 2 errors, 1 skipped, in ")
-    assert report.as_json()["sections"][0]["checks"][2]["found"] == "http://h"
+    assert report.as_json()["sections"][0]["checks"][2]["found"] == "http://<redacted>@h"
 
 
 def test_further_sections_can_be_added() -> None:
     further = Section("probes", ())
     assert chosen(None, (further,)) == (*SECTIONS, further)
     assert chosen("probes,mpi", (further,)) == (SECTIONS[NAMES.index("mpi")], further)
+
+
+def test_the_probes_are_a_section_of_their_own() -> None:
+    finding = Finding(
+        "V10",
+        Severity.WARNING,
+        "GPU 1 is held back",
+        "hardware slowdown",
+        "a GPU at its full clock",
+        "see nvidia-smi -q",
+    )
+    here = Here({"gpu": {"read": 2}}, (finding,), ("gpu: 2 of 2 GPUs read", "fabric: 260 GB/s over NVLink"))
+    found = list(checks_of(here))
+    assert [(check.id, check.status) for check in found] == [
+        ("gpu", Status.OK),
+        ("fabric", Status.OK),
+        ("V10", Status.WARNING),
+    ]
+    assert found[1].found == "260 GB/s over NVLink"
+    assert [check.status for check in checks_of(Here({}, (), ("gpu: no GPU here",)))] == [Status.SKIPPED]
+
+
+def test_probes_where_there_is_no_gpu() -> None:
+    done = doctor("--probe", "--only", "probe", "--output", "json")
+    report = read(done)
+    assert (done.returncode, report["probe"]) == (0, {})
+    (section,) = report["sections"]
+    assert (section["name"], [check["status"] for check in section["checks"]]) == ("probe", ["skipped"])
 
 
 def test_interrupted_it_leaves_nothing_behind(tmp_path: Any) -> None:

@@ -338,6 +338,21 @@ def test_quiet_is_when_the_last_request_has_ended() -> None:
     run(body())
 
 
+def test_every_change_of_what_is_in_flight_is_told() -> None:
+    async def body() -> None:
+        with ScriptedEngine() as engine:
+            told: list[int] = []
+            handler = RequestHandler(engine, InvalidArgumentError, EngineShutdownError, on_change=told.append)
+            first, second = (handler.generate(prompt(), Context(name)) for name in ("a", "b"))
+            await anext(first)
+            await anext(second)
+            await first.aclose()
+            await second.aclose()
+            assert told == [1, 2, 1, 0]
+
+    run(body())
+
+
 def test_many_requests_at_once_get_their_own_tokens() -> None:
     async def body() -> None:
         with ScriptedEngine() as engine:

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import pyetcd
 import pytest
 
 from dynamo_mpi.control_plane.etcd import Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.keeper import Keeper
-from dynamo_mpi.control_plane.record import Posted, WorldRecord
+from dynamo_mpi.control_plane.record import Posted, Progress, WorldRecord
 from dynamo_mpi.control_plane.worlds import read_worlds
 from dynamo_mpi.errors import DiscoveryError
 from tests.servers import closed_port, listening, running_etcd
@@ -79,6 +82,9 @@ def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept
     assert first.record == world()
     keeper.tell("load")
     eventually(lambda: worlds(etcd)[0].record.phase == "load")
+    since = worlds(etcd)[0].record.phase_since
+    assert since is not None
+    assert 0 <= time.time() - since < 20
     begin = time.monotonic()
     eventually(lambda: time.monotonic() - begin > 2 * SECONDS)
     (last,) = worlds(etcd)
@@ -95,7 +101,8 @@ def test_it_names_the_instance_once_that_is_known(etcd: str, kept: Kept) -> None
     keeper.tell_instance("694d9f8a")
     keeper.tell("serve")
     eventually(lambda: worlds(etcd)[0].record.phase == "serve")
-    assert worlds(etcd)[0].record == world(launch="x", instance="694d9f8a", phase="serve")
+    record = worlds(etcd)[0].record
+    assert record == world(launch="x", instance="694d9f8a", phase="serve", phase_since=record.phase_since)
 
 
 def test_without_being_started_it_is_withdrawn_too(etcd: str, kept: Kept) -> None:
@@ -143,6 +150,27 @@ def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
     peer.withdraw()
     eventually(lambda: len(kept.said) == 2)
     assert "has gone" in kept.said[1]
+
+
+def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
+    heard: list[tuple[list[str], list[str]]] = []
+    keeper = Keeper(
+        Etcd([etcd], EtcdAuth(), 2),
+        world(),
+        SECONDS,
+        kept.said.append,
+        on_peers=lambda peers, news: heard.append(([peer.record.role for peer in peers], list(news))),
+    )
+    kept.keepers.append(keeper)
+    keeper.publish()
+    keeper.start()
+    peer = kept(etcd, world("decode"))
+    peer.publish()
+    eventually(lambda: len(heard) == 1)
+    peer.withdraw()
+    eventually(lambda: len(heard) == 2)
+    assert [roles for roles, _ in heard] == [["decode"], []]
+    assert [line for _, news in heard for line in news] == kept.said
 
 
 def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> None:
@@ -238,6 +266,71 @@ def test_nothing_is_published_where_nobody_answers(kept: Kept) -> None:
         kept(f"http://127.0.0.1:{port}", world()).publish()
 
 
+def test_an_update_is_there_within_about_a_second(etcd: str, kept: Kept) -> None:
+    keeper = kept.starts(etcd, world(), 60)
+    keeper.update(in_flight=3, system="http://h:1")
+    eventually(lambda: worlds(etcd)[0].record.in_flight == 3, 3)
+    assert worlds(etcd)[0].record == world(in_flight=3, system="http://h:1")
+
+
+def test_many_updates_cost_few_writes_and_the_last_one_counts(etcd: str, kept: Kept) -> None:
+    keeper = kept.starts(etcd, world(), 60)
+    before = versions(etcd)
+    begin = time.monotonic()
+    for count in range(20_000):
+        keeper.update(in_flight=count)
+    spent = time.monotonic() - begin
+    eventually(lambda: worlds(etcd)[0].record.in_flight == 19_999, 5)
+    assert versions(etcd) - before <= 2 + spent
+    assert spent < 2
+
+
+def test_a_phase_does_not_wait_for_what_came_before_it(etcd: str, kept: Kept) -> None:
+    keeper = kept.starts(etcd, world(), 60)
+    progress = Progress(1, 8, 7, "n2", 0.5)
+    keeper.tell("load")
+    keeper.update(progress=progress)
+    eventually(lambda: worlds(etcd)[0].record.progress == progress, 3)
+    begin = time.monotonic()
+    keeper.update(in_flight=1, progress=progress)
+    keeper.tell("prove")
+    eventually(lambda: worlds(etcd)[0].record.phase == "prove", 3)
+    assert time.monotonic() - begin < 0.6
+    record = worlds(etcd)[0].record
+    assert (record.in_flight, record.progress) == (1, None)
+    assert record.phase_since is not None
+    assert abs(time.time() - record.phase_since) < 60
+
+
+def test_an_update_may_come_from_a_signals_handler(etcd: str, kept: Kept) -> None:
+    keeper = kept.starts(etcd, world(), 60)
+    count = 0
+
+    def handle(_: int, __: object) -> None:
+        nonlocal count
+        count += 1
+        keeper.update(in_flight=count)
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        end = time.monotonic() + 1.2
+        while time.monotonic() < end:
+            keeper.update(trace=f"t{count}")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert count > 10
+    eventually(lambda: worlds(etcd)[0].record.in_flight == count, 5)
+
+
+def versions(url: str) -> int:
+    """Return how often the only record has been written."""
+    with contextlib.closing(pyetcd.client(host="127.0.0.1", port=int(url.rpartition(":")[2]))) as client:
+        ((_, meta),) = client.get_prefix("dynamo_mpi/v1/worlds/")
+        return int(meta.version)
+
+
 def test_where_ranks_can_be_asked_is_written_before_the_peers_are_read(etcd: str, kept: Kept) -> None:
     first = kept.starts(etcd, world("prefill"), 30)
     second = kept.starts(etcd, world("decode"), 30)
@@ -247,7 +340,7 @@ def test_where_ranks_can_be_asked_is_written_before_the_peers_are_read(etcd: str
     # whoever comes to it second sees the other
     _, peers = second.offer_kv({"token": "b"}, 10)
     assert [peer.record.probe_kv for peer in peers] == [{"token": "a"}]
-    first.tell_probe({"kv": {"peers": [0]}, "seconds": 1.5})
+    first.update(probe={"kv": {"peers": [0]}, "seconds": 1.5})
     for number in range(1, 10):
         first.tell_kv({"peer": number})
     first.offer_kv(None, 0)

@@ -111,7 +111,7 @@ def test_down_cancels_the_steps_of_a_killed_launcher_and_no_others(
     assert main(["down", str(folder)]) == 0
     assert slurm.asked == ["7.3"]
     assert "cancelling 7.3" in capsys.readouterr().err
-    assert sorted(path.name for path in folder.iterdir()) == ["lock", "logs", "ready"]
+    assert sorted(path.name for path in folder.iterdir()) == ["lock", "logs", "ready", "timeline"]
 
 
 def test_down_does_not_say_that_it_has_ended_what_slurm_does_not_tell(

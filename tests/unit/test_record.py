@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.control_plane.record import WorldRecord, record_key, worlds_of
+from dynamo_mpi.control_plane.record import Progress, WorldRecord, record_key, worlds_of
 from tests.unit.worlds import world
 
 
@@ -58,6 +58,22 @@ def test_what_may_be_unknown_may_be_missing() -> None:
     assert (older.instance, older.launch) == (None, None)
     assert WorldRecord.unpack(changed(attempt=...)).attempt == 1
     assert WorldRecord.unpack(changed(attempt=3)).attempt == 3
+    names = ("phase_since", "in_flight", "progress", "system", "trace")
+    assert WorldRecord.unpack(changed(**dict.fromkeys(names, ...))) == world()
+
+
+def test_how_far_it_has_come_is_read_again() -> None:
+    record = world(
+        phase_since=2.5,
+        in_flight=0,
+        progress=Progress(1, 8, 7, "n2", 3.25),
+        system="http://n1:9090",
+        trace="00-ab-cd-01",
+    )
+    assert WorldRecord.unpack(record.pack()) == record
+    assert WorldRecord.unpack(world(progress=Progress(8, 8, None, None, 1)).pack()).progress == Progress(
+        8, 8, None, None, 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,6 +98,11 @@ def test_what_may_be_unknown_may_be_missing() -> None:
         (changed(instance=1), "instance is int"),
         (changed(launch="a\nb"), "launch is no text to be shown"),
         (changed(hosts=["n1", 2]), "hosts is int"),
+        (changed(in_flight="3"), "in_flight is str"),
+        (changed(phase_since="now"), "phase_since is str"),
+        (changed(progress=[]), "Progress is list"),
+        (changed(progress={"done": 1}), "ranks"),
+        (changed(system="http://\x1b[2J"), "system is no text"),
         (changed(layout=None), "RecordedLayout is NoneType"),
         (changed(layout=[]), "RecordedLayout is list"),
         (changed(layout__tp_size=...), "tp_size"),

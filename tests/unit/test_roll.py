@@ -17,14 +17,31 @@ def rank(number: int, *spans: Span, began: float = 100.0) -> RankSpans:
     return RankSpans(number, f"n{number // 2}", began, spans)
 
 
-def test_progress_names_the_one_that_has_been_at_it_for_longest() -> None:
+def test_progress_names_one_that_has_not_begun() -> None:
     ranks = [
         rank(0, Span("load", 1.0, own=3.0)),
         rank(1, Span("load", 1.0)),
         rank(2, Span("load", 0.5)),
         rank(3, Span("preflight", 0.1, lasted=0.4)),
+        rank(4),
     ]
-    assert progress_of("load", ranks, 110.0) == Progress("load", 1, 4, 2, "n1", 9.5)
+    assert progress_of("load", ranks, 110.0) == Progress("load", 1, 5, 3, "n1", 9.5)
+
+
+def test_of_ranks_at_it_the_one_that_has_been_at_it_for_longest_is_named() -> None:
+    ranks = [rank(0, Span("load", 1.0, own=3.0)), rank(1, Span("load", 1.0)), rank(2, Span("load", 0.5))]
+    assert progress_of("load", ranks, 110.0) == Progress("load", 1, 3, 2, "n1", 9.5)
+
+
+def test_of_ranks_that_tell_what_they_have_read_the_one_that_has_read_least_is_named() -> None:
+    ranks = [
+        rank(0, Span("load", 1.0, own=3.0))._replace(read=1),
+        rank(1, Span("load", 1.0))._replace(read=5),
+        rank(2, Span("load", 0.5))._replace(read=70),
+    ]
+    assert progress_of("load", ranks, 110.0) == Progress("load", 1, 3, 1, "n0", 9.0, 76, 5)
+    silent = [*ranks[:2], ranks[2]._replace(read=None)]
+    assert progress_of("load", silent, 110.0) == Progress("load", 1, 3, 2, "n1", 9.5)
 
 
 def test_of_ranks_that_are_all_through_the_slowest_is_named() -> None:
@@ -66,6 +83,8 @@ def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.Monkey
     assert [span.phase for span in other.spans] == [BEFORE, "world"]
     start, world = other.spans
     assert start.began < 0
+    assert other.read is not None
+    assert other.read > 0
     assert start.lasted == -start.began
     assert world.own is not None
     assert world.lasted is not None
@@ -78,11 +97,13 @@ def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.Monkey
         b"",
         b"\1",
         pack(["1.0"]),
-        pack(["1.0", "x"]),
-        pack(["1.0", "0.5", "load", "1.0", ""]),
-        pack(["1.0", "0.5", "lunch", "1.0", "", ""]),
-        pack(["1.0", "0.5", "load", "soon", "", ""]),
-        pack(["1.0", "0.5", *["load", "1.0", "", ""] * 65]),
+        pack(["1.0", "0.5"]),
+        pack(["1.0", "x", "9"]),
+        pack(["1.0", "0.5", "much"]),
+        pack(["1.0", "0.5", "9", "load", "1.0", ""]),
+        pack(["1.0", "0.5", "9", "lunch", "1.0", "", ""]),
+        pack(["1.0", "0.5", "9", "load", "soon", "", ""]),
+        pack(["1.0", "0.5", "9", *["load", "1.0", "", ""] * 65]),
     ],
 )
 def test_what_is_no_roll_call_is_refused(body: bytes) -> None:
@@ -114,3 +135,16 @@ def test_phases_keep_their_spans_and_tell_of_every_change() -> None:
     assert serve.lasted is None
     assert phases.current == "serve"
     assert len(seen) == 6
+
+
+def test_a_phase_that_goes_on_is_not_begun_again() -> None:
+    phases = Phases()
+    heard: list[str] = []
+    phases.listen(heard.append)
+    phases.begin("preflight")
+    with phases.enter("preflight"):
+        assert len(phases.spans) == 1
+    (span,) = phases.spans
+    assert span.lasted is not None
+    assert phases.durations["preflight"] <= span.lasted
+    assert heard == ["preflight"]

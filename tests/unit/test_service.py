@@ -46,3 +46,29 @@ def test_the_runtime_is_pointed_at_the_living(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("ETCD_ENDPOINTS", "http://dead:1,http://alive:2")
     point_runtime_at(["http://alive:2", "http://dead:1"])
     assert os.environ["ETCD_ENDPOINTS"] == "http://alive:2,http://dead:1"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("", None), ("h:4222", "nats://h:4222"), ("nats://h", "nats://h"), ("tls://h", "tls://h")]
+)
+def test_the_runtime_is_given_no_address_that_it_can_not_read(
+    given: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ETCD_ENDPOINTS", "http://a:1")
+    monkeypatch.setenv("NATS_SERVER", given)
+    point_runtime_at(["http://a:1"])
+    assert os.environ.get("NATS_SERVER") == expected
+
+
+def test_the_runtime_is_given_no_empty_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCD_ENDPOINTS", "http://a:1")
+    for name, value in (
+        ("ETCD_AUTH_USERNAME", ""),
+        ("ETCD_AUTH_CA", "PEM"),
+        ("NATS_AUTH_TOKEN", ""),
+        ("NATS_AUTH_NKEY", "SU"),
+    ):
+        monkeypatch.setenv(name, value)
+    point_runtime_at(["http://a:1"])
+    assert {"ETCD_AUTH_CA", "NATS_AUTH_NKEY"} <= os.environ.keys()
+    assert not {"ETCD_AUTH_USERNAME", "NATS_AUTH_TOKEN"} & os.environ.keys()

@@ -101,6 +101,13 @@ def test_a_failure_that_nobody_followed_is_not_well(board: Board, run: Run) -> N
     )
 
 
+def test_a_failure_of_nobody_knows_which_rank(board: Board, run: Run) -> None:
+    board.failure("agg", rank=-1, host="", phase="", error="")
+    found = as_json(run)
+    assert (found["failures"][0]["rank"], found["warnings"]) == (None, [])
+    assert "  agg: exit code 137, 0 s ago: no words" in run()[1]
+
+
 @pytest.mark.parametrize(
     ("failed", "newer", "followed"),
     [
@@ -244,7 +251,7 @@ def describe(folder: Path, **changes: Any) -> RunDir:
         {"name": f"{role}-0", "role": role, "nodes": ["n1"], "ranks": 2, "step": f"{role}-0", "launch": f"d-{role}-0"}
         for role in ("prefill", "decode")
     ]
-    content = {"schema": 1, "pid": os.getpid(), "host": os.uname().nodename, "job_id": "", "max_restarts": 0}
+    content = {"schema": 1, "pid": os.getpid(), "host": os.uname().nodename, "job_id": ""}
     run_dir.describe({**content, "workers": workers, **changes})
     return run_dir
 
@@ -311,7 +318,10 @@ def test_a_launcher_that_was_killed(board: Board, run: Run, tmp_path: Path) -> N
     assert as_json(run, "--run-dir", str(run_dir.path))["ok"] is False
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"workers": [7], "pid": "x", "job_id": {}}', '{"workers": "abc"}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"workers": [7], "pid": "x", "job_id": {}}', '{"workers": 7}', '{"workers": [{"nodes": 7}]}'],
+)
 def test_files_of_a_run_folder_that_make_no_sense(board: Board, run: Run, tmp_path: Path, text: str) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
@@ -389,8 +399,8 @@ def test_watch_redraws_a_terminal_and_leaves_it_as_it_was(board: Board, number: 
     watching.until("serve")
     assert watching.end(number) == (code, "")
     text = watching.text
-    assert text.startswith("\x1b[?1049h\x1b[?25l\x1b[Hdynamo-mpi status, every 0.1 s")
-    inside, _, after = text.partition("\x1b[?25h\x1b[?1049l")
+    assert text.startswith("\x1b[?1049h\x1b[?7l\x1b[?25l\x1b[Hdynamo-mpi status, every 0.1 s")
+    inside, _, after = text.partition("\x1b[?25h\x1b[?7h\x1b[?1049l")
     assert inside.count("\x1b[H") >= 2
     assert "serve" in after, "the last state stays"
     assert "\x1b]0;" not in text

@@ -9,6 +9,8 @@ import signal
 import sys
 from typing import Any
 
+import pytest
+
 from dynamo_mpi.engines.trtllm.child import Child
 
 SECONDS = 10.0
@@ -29,3 +31,21 @@ def test_a_child_that_is_stopped_goes_on_and_is_killed_is_told_step_by_step() ->
     code, _ = news.get(timeout=SECONDS)
     assert code == -signal.SIGKILL
     assert child.wait(SECONDS)
+
+
+def test_what_is_kept_of_its_last_words_holds_no_secrets(capfd: pytest.CaptureFixture[str]) -> None:
+    news: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    words = [
+        "the key: 0123abcd",
+        "-----BEGIN PRIVATE KEY-----",
+        "MHcCAQEEIIGH7p1v3k2h",
+        "-----END PRIVATE KEY-----",
+        "api_key=x1",
+        "end",
+    ]
+    command = [sys.executable, "-c", f"print({chr(10).join(words)!r})"]
+    Child(command, os.environ, lambda code, lines: news.put((code, lines)), news.put, "0123abcd")
+    assert news.get(timeout=SECONDS) == (0, ["the key: <secret>", "<redacted>", "api_key=<redacted>", "end"])
+    # what it writes goes on as it is, less the key that we gave it
+    words[0] = "the key: <secret>"
+    assert capfd.readouterr().err.splitlines() == words

@@ -13,6 +13,8 @@ import threading
 from typing import IO, TYPE_CHECKING, cast
 
 from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.observe.redact import own_redactor
+from dynamo_mpi.observe.speech import speech
 from dynamo_mpi.supervision.tethered import tethered
 
 if TYPE_CHECKING:
@@ -92,8 +94,7 @@ class Child:
     def _forward(self) -> None:
         for raw in self._output:
             line = raw.replace(self._secret, b"<secret>")
-            with contextlib.suppress(OSError):  # whoever read our words has gone
-                os.write(2, line)
+            speech.relay(line)
             text = line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip()
             if text:
                 self._lines.append(text)
@@ -111,7 +112,8 @@ class Child:
         code = self._process.wait()
         # what it wrote last explains its end
         self._pump.join(1.0)
-        self._on_end(code, list(self._lines))
+        # they go into reports; together, because a secret may have several lines
+        self._on_end(code, own_redactor().redact("\n".join(self._lines)).splitlines())
 
 
 def describe_end(code: int) -> str:

@@ -126,6 +126,7 @@ class TrtllmLeader:
             with self._phases.enter("drain"):
                 loss = self._loss(event)
                 self._drain(child, session, loss)
+                self._departure.finish()
             with self._phases.enter("exit"):
                 close_session(session, _RELEASE_SECONDS)
                 if loss is not None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Print the keys of a namespace in an etcd, whenever they change: ``watch_keys.py URL NAMESPACE``; a line of JSON is the time and the keys.
 
-Those are what Dynamo has of workers, and our own records. Standard library only.
+Those are what Dynamo has of workers, and our own records, but not what a failure leaves on purpose. Standard library only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from urllib.parse import urlsplit
 
-PREFIXES = ("v1/", "dynamo_mpi/")
+PREFIXES = ("v1/", "dynamo_mpi/v1/worlds/")
 
 
 def encode(data: bytes) -> str:

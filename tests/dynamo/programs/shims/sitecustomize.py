@@ -5,6 +5,7 @@ SHIM_SLEEPER=N: while it loads, rank N hangs in C, and the others wait for it in
 SHIM_LEAVER=N: rank N hangs in C when its engine has closed.
 SHIM_FINALIZER=N: rank N hangs in C when its interpreter ends, so that the others wait for it in MPI_Finalize.
 SHIM_BREAKER=N: rank 0's engine breaks when it has run N steps.
+SHIM_TELLTALE=N: rank N can't build its engine, and says so with all of SHIM_SECRETS.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def load_never(self: Any) -> None:
     MPI.COMM_WORLD.Barrier()
 
 
+def tell_tales(*_: Any, **__: Any) -> None:
+    print("the engine's own words", file=sys.stderr, flush=True)
+    raise RuntimeError(f"no weights there: {os.environ['SHIM_SECRETS']}")
+
+
 def hang_after(follow: Any) -> Any:
     def follow_and_hang(self: Any) -> None:
         follow(self)
@@ -62,6 +68,8 @@ def change(module: ModuleType) -> None:
         module.ReferenceEngine.load = load_never
     if (steps := os.environ.get("SHIM_BREAKER")) and RANK == "0":
         module.ReferenceEngine._run_step = break_after(module.ReferenceEngine._run_step, int(steps))
+    if os.environ.get("SHIM_TELLTALE") == RANK:
+        module.ReferenceEngine.__init__ = tell_tales
     if os.environ.get("SHIM_LEAVER") == RANK:
         module.ReferenceEngine.follow = hang_after(module.ReferenceEngine.follow)
 

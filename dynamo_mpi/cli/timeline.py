@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Show how a start went: every rank's phases, who was waited for, where it failed. As text, as a page, or as a trace for Perfetto.
+
+Takes the files that workers have written with --timeline, or the folder of `dynamo-mpi launch`: then all workers of the deployment, and
+its services, on one time axis. Without either, that of this job, or of the only ./dynamo_mpi-* that has timelines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.cli.style import write_out
+from dynamo_mpi.errors import UsageError
+from dynamo_mpi.observe.timeline_files import read_starts, write_whole
+from dynamo_mpi.observe.timeline_page import page
+from dynamo_mpi.observe.timeline_text import text
+from dynamo_mpi.observe.timeline_trace import trace
+from dynamo_mpi.options import Option, add_options, resolve, to_path
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from dynamo_mpi.observe.timeline import Start
+
+FOLDER = "timeline"
+"""Of a run folder: where `dynamo-mpi launch` has its workers write."""
+RUN_DIR = Option(
+    "run_dir",
+    ("--run-dir",),
+    ("DYN_MPI_RUN_DIR",),
+    None,
+    to_path,
+    "the deployment's folder; by default that of this job, or the only ./dynamo_mpi-* that has timelines",
+)
+OUTPUTS = ("html", "trace", "text")
+_BY_SUFFIX = {".html": "html", ".htm": "html", ".json": "trace"}
+_ROLES = ("launch", "encode", "prefill", "decode", "agg")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's flags."""
+    parser.add_argument("files", nargs="*", metavar="FILE", type=Path, help="page or trace that a worker has written")
+    add_options(parser, (RUN_DIR,))
+    parser.add_argument("--output", choices=OUTPUTS, help="what to make; by default what OUT's name says, else text")
+    parser.add_argument("-o", dest="out", metavar="OUT", type=Path, help="where to; by default stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code.
+
+    Raises:
+        UsageError: there is nothing to show, or OUT can't be written.
+        DataError: a file is no timeline.
+    """
+    if arguments.files and arguments.run_dir:
+        raise UsageError("both files and --run-dir were given", needed="one of them")
+    files = arguments.files or _files_of(_run_dir(arguments))
+    starts = sorted((start for path in files for start in read_starts(path)), key=_place)
+    out: Path | None = arguments.out
+    kind = arguments.output or (_BY_SUFFIX.get(out.suffix, "text") if out else "text")
+    content = _render(starts, kind)
+    if out is None:
+        write_out(content.rstrip("\n"))
+        return 0
+    try:
+        write_whole(out, content)
+    except OSError as error:
+        raise UsageError(f"{out} can't be written: {error.strerror}", fix="check its folder and rights") from None
+    return 0
+
+
+def _render(starts: Sequence[Start], kind: str) -> str:
+    if kind == "html":
+        return page(starts)
+    if kind == "trace":
+        return json.dumps(trace(starts), separators=(",", ":")) + "\n"
+    return text(starts, shutil.get_terminal_size().columns) + "\n"
+
+
+def _place(start: Start) -> tuple[int, str, str, float]:
+    """Order the groups: the services, then prefill before decode, then by number."""
+    role = _ROLES.index(start.role) if start.role in _ROLES else len(_ROLES)
+    stem, _, number = start.name.rpartition("-")
+    return role, stem, f"{number:0>9}", start.origin
+
+
+def _run_dir(arguments: argparse.Namespace) -> Path:
+    values, _ = resolve((RUN_DIR,), vars(arguments), os.environ, {})
+    if values["run_dir"] is not None:
+        return Path(values["run_dir"])
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return Path(f"dynamo_mpi-{job}")
+    found = sorted({path.parent.parent for path in Path().glob(f"dynamo_mpi-*/{FOLDER}/*")})
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise UsageError(
+            f"no ./dynamo_mpi-* of {Path.cwd()} has timelines", needed="a file or a run folder", fix="--run-dir DIR"
+        )
+    raise UsageError(
+        f"{len(found)} folders of {Path.cwd()} have timelines: {', '.join(path.name for path in found)}",
+        needed="one of them",
+        fix="--run-dir DIR",
+    )
+
+
+def _files_of(run_dir: Path) -> list[Path]:
+    folder = run_dir / FOLDER
+    files = sorted(path for path in folder.glob("*") if path.suffix == ".html" or path.name == "launch.json")
+    if not files:
+        raise UsageError(
+            f"there is no timeline in {folder}",
+            needed="a deployment of which a worker has become ready, or has failed after its verdict",
+            fix="wait for it, or name the run folder: --run-dir DIR",
+        )
+    return [path for path in files if not path.name.startswith(".")]

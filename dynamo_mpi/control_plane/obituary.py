@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leaves in etcd what a worker died of, and takes that away once a later start of it serves."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.last_failure import LastFailure, failure_key, failures_of, is_successor, last_failure
+from dynamo_mpi.control_plane.probe import etcd_endpoints
+from dynamo_mpi.errors import BootstrapError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from dynamo_mpi.control_plane.last_failure import Origin
+    from dynamo_mpi.supervision.failure import Failure
+
+LIFE_SECONDS = 3600
+"""How long it can be read."""
+_SECONDS = 1.0
+
+
+class Obituary:
+    """Rank 0's word, for one worker. Nothing here raises: a worker that can't leave word ends all the same.
+
+    Args:
+        origin: the worker.
+        environ: where etcd and our credentials stand.
+        record: returns the lease of its world record; 0 where there is none.
+    """
+
+    def __init__(self, origin: Origin, environ: Mapping[str, str], record: Callable[[], int]) -> None:
+        self._origin, self._environ, self._record = origin, environ, record
+
+    def leave(self, failure: Failure, host: str, report: str) -> None:
+        """Write it, over what an heir may have written. Takes a second or two where etcd does not answer.
+
+        Args:
+            failure: the first cause.
+            host: where that happened.
+            report: what has been said of it.
+        """
+        with self._etcd() as etcd:
+            lease = etcd.grant(LIFE_SECONDS).id
+            # without a record it has a name of its own
+            key = failure_key(self._origin, self._record() or lease)
+            etcd.put(key, last_failure(self._origin, failure, host, report).pack(), lease)
+
+    def leave_soon(self, failure: Failure, host: str, report: str) -> None:
+        """The same, in a second at the most."""
+        thread = threading.Thread(target=self.leave, args=(failure, host, report), daemon=True)
+        thread.start()
+        thread.join(_SECONDS)
+
+    def forget_earlier(self) -> None:
+        """Take away, from a thread of its own, what earlier starts of this worker have died of: now it serves."""
+        threading.Thread(target=self._forget, name="obituary", daemon=True).start()
+
+    def _forget(self) -> None:
+        with self._etcd() as etcd:
+            for entry in etcd.entries(failures_of(self._origin.namespace, self._origin.component)):
+                with contextlib.suppress(ValueError):
+                    if is_successor(self._origin, LastFailure.unpack(entry.value)):
+                        etcd.revoke(entry.lease, _SECONDS)
+
+    @contextlib.contextmanager
+    def _etcd(self) -> Iterator[Etcd]:
+        """Lend a connection; whatever goes wrong with it ends the block, and no more."""
+        # etcd's client may not be installed
+        with contextlib.suppress(BootstrapError, ImportError):
+            etcd = Etcd(etcd_endpoints(self._environ), EtcdAuth.of(self._environ), _SECONDS)
+            with contextlib.closing(etcd):
+                yield etcd
+
+
+def leave_word(etcd: Etcd, origin: Origin, record: int, failure: LastFailure) -> None:
+    """Write a failure, as an heir does: unless rank 0, or another heir, has done so.
+
+    Args:
+        etcd: where.
+        origin: the worker.
+        record: the lease of its world record.
+        failure: what to write.
+
+    Raises:
+        BootstrapError: etcd does not answer, or refuses us.
+    """
+    lease = etcd.grant(LIFE_SECONDS).id
+    if not etcd.create(failure_key(origin, record), failure.pack(), lease):
+        etcd.revoke(lease, _SECONDS)

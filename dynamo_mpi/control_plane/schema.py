@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands in etcd and comes over NATS, as a JSON Schema (draft 2020-12), out of the dataclasses that write it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from dynamo_mpi.control_plane.last_failure import LastFailure
+from dynamo_mpi.control_plane.lifecycle import EVENTS, Event
+from dynamo_mpi.control_plane.record import SCHEMA, Progress, RecordedLayout, WorldRecord
+from dynamo_mpi.parallelism.contract import Contract
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+_OBJECTS = {kind.__name__: kind for kind in (RecordedLayout, Contract, Progress, LastFailure)}
+_ENTRIES = {"record": WorldRecord, "failure": LastFailure, "event": Event}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return one schema for all: ``#/$defs/record``, ``failure`` and ``event``. Names that it doesn't have are allowed: a newer writer's."""
+    definitions = {name: _entry(kind) for name, kind in _ENTRIES.items()}
+    parts = {name: _object(kind) for name, kind in _OBJECTS.items() if kind is not LastFailure}
+    definitions["event"]["properties"]["event"] = {"enum": list(EVENTS)}
+    return {
+        "$schema": _DIALECT,
+        "title": f"dynamo_mpi, schema {SCHEMA}: world records, last failures and lifecycle events",
+        "anyOf": [{"$ref": f"#/$defs/{name}"} for name in _ENTRIES],
+        "$defs": {**definitions, **parts},
+    }
+
+
+def _entry(kind: type[Any]) -> dict[str, Any]:
+    found = _object(kind)
+    return {
+        **found,
+        "required": ["schema", *found["required"]],
+        "properties": {"schema": {"const": SCHEMA}, **found["properties"]},
+    }
+
+
+def _object(kind: type[Any]) -> dict[str, Any]:
+    members = fields(kind)
+    return {
+        "type": "object",
+        "required": [field.name for field in members if field.default is MISSING],
+        "properties": {field.name: _value(field) for field in members},
+    }
+
+
+def _value(field: Field[Any]) -> dict[str, Any]:
+    if field.type == "tuple[str, ...]":
+        return {"type": "array", "items": {"type": "string"}}
+    if str(field.type).startswith("dict["):
+        return {"type": ["object", "null"] if str(field.type).endswith("| None") else "object"}
+    first, *rest = str(field.type).split(" | ")
+    found = _TYPES.get(first)
+    if found is not None:
+        return {"type": [found, "null"] if rest else found}
+    name = "failure" if first == LastFailure.__name__ else first
+    reference = {"$ref": f"#/$defs/{name}"}
+    return {"anyOf": [reference, {"type": "null"}]} if rest else reference

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the probes have found on this machine, as a section of doctor's report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.doctor.check import of_finding, ok, skipped
+from dynamo_mpi.doctor.context import Question, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.doctor.check import Check
+    from dynamo_mpi.probe.here import Here
+
+NAME = "probe"
+
+
+def section_of(here: Here) -> Section:
+    """Return the section; the probes have run by then, in the main thread, with which their processes live and die."""
+    return Section(NAME, (Question(NAME, lambda _: checks_of(here)),))
+
+
+def checks_of(here: Here) -> Iterator[Check]:
+    """Judge what they have found. Pure."""
+    for line in here.lines:
+        name, _, found = line.partition(": ")
+        yield ok(name, found) if here.figures else skipped(name, found)
+    for finding in here.findings:
+        yield of_finding(finding.rule, finding)

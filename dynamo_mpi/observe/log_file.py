@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A log file that doesn't grow for ever: when it is full it becomes ``.1``, and ``.1`` becomes ``.2``, the last."""
+
+from __future__ import annotations
+
+import os
+
+FILE_BYTES = 16 << 20
+FILES = 3
+
+
+class LogFile:
+    """Appends to a file, which only its owner can read, from the first line on.
+
+    Args:
+        path: the file. Its folder is made where it is missing, for its owner alone.
+        most: bytes of one file.
+        files: how many are kept, the current one included.
+    """
+
+    def __init__(self, path: str, most: int = FILE_BYTES, files: int = FILES) -> None:
+        self.path, self._most, self._files = path, most, files
+        self._descriptor = -1
+        self._bytes = 0
+
+    def write(self, data: bytes) -> None:
+        """Append whole lines.
+
+        Raises:
+            OSError: they can't be written.
+        """
+        if self._descriptor < 0:
+            self._open()
+        elif self._bytes and self._bytes + len(data) > self._most:
+            self._rotate()
+        while data:
+            written = os.write(self._descriptor, data)
+            self._bytes += written
+            data = data[written:]
+
+    def close(self) -> None:
+        """Close it; another line opens it again. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> None:
+        folder = os.path.dirname(self.path)
+        if folder:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        # a link that somebody else has laid there would have us write to another file
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(self.path, flags, 0o600)
+        self._bytes = os.fstat(self._descriptor).st_size
+
+    def _rotate(self) -> None:
+        self.close()
+        for number in range(self._files - 1, 0, -1):
+            older = self.path if number == 1 else f"{self.path}.{number - 1}"
+            try:
+                os.replace(older, f"{self.path}.{number}")
+            except FileNotFoundError:
+                continue
+        self._open()

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Takes secrets out of what is said, logged and reported, and leaves what an operator needs.
+
+Two sources: what looks like a secret in any text (`redact`), and the values that the environment itself holds under a secret's name
+(`Redactor.of`). Every pattern is bounded or can't start twice on the same characters, so the time grows with the text alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+MASK = "<redacted>"
+
+_LEAST_ANYWHERE = 6  # a shorter value may be part of any word
+_LEAST = 3
+
+_PEM = r"(?:[A-Z0-9 ]{0,40}PRIVATE KEY|NATS USER JWT|USER NKEY SEED)"
+_PEM_BLOCK = re.compile(rf"-{{5,6}}BEGIN {_PEM}-{{5,6}}.*?(?:-{{5,6}}END {_PEM}-{{5,6}}|\Z)", re.DOTALL)
+_PEM_END = re.compile(rf"-{{5,6}}END {_PEM}-{{5,6}}")
+_PEM_LINE = re.compile(r"[\w+/=-]{16,}")
+
+_KEY = r"(?:api|access|private|hmac|signing|encryption|auth|account|session|shared|master)[_-]?key"
+_NAME = rf"pass(?:word|wd|phrase)|secret(?:[_-]?(?:access[_-]?)?key)?|{_KEY}|token|credentials?"
+_SUFFIX = r"(?:[_-]?(?:base64|b64|hex|value|[0-9]{1,2}))?"
+_VALUE = (
+    r"(?:Some\()?"
+    r"(?:(?P<quote>\\{0,4}[\"'])(?P<quoted>(?:(?!(?P=quote))(?:\\.|[^\n]))*)|(?P<bare>[^\s\"'&]*[^\s\"'&,;)\]}\\]))"
+)
+_NAMED = re.compile(
+    rf"(?P<name>{_NAME}){_SUFFIX}(?P<equals>\\{{0,4}}[\"']?[ \t]{{0,4}}(?:=>|:=|==?|:)[ \t]{{0,4}}){_VALUE}",
+    re.IGNORECASE,
+)
+_OPTION = re.compile(
+    rf"--[a-z0-9_.-]{{0,40}}(?P<name>{_NAME})(?P<equals>\\{{0,4}}[\"'],[ \t]{{0,4}}|[ \t]{{1,4}}){_VALUE}",
+    re.IGNORECASE,
+)
+# what such names hold where they hold no secret
+NO_SECRET = re.compile(
+    "none|null|nil|true|false|yes|no|auto|required|optional|missing|unset|empty|some|<unset>|<none>", re.IGNORECASE
+)
+# what follows a flag in prose
+_PROSE = re.compile("a|and|are|as|by|for|from|has|in|is|may|must|needs|of|on|or|that|the|to|was|with")
+_NUMBER = re.compile(r"[-+~]?[0-9][0-9.,_]*(?:e[-+]?[0-9]+)?(?:/?[a-z%]{1,4})?", re.IGNORECASE)
+_PATH = re.compile(r"[~.]{0,2}/[^\s:=]*")
+# a vocabulary's tokens and an engine's counts are no credentials
+_OF_TEXT = re.compile(
+    r"(?<![A-Za-z])(?:(?:eos|bos|pad|unk|cls|sep|mask|image|video|audio|special|stop|draft|end|start|think|bad|max|min|num|output|input"
+    r"|prompt|first|last|next|per)[_.-]{1,2}|(?:first|last|next|per|each|unexpected) )\Z",
+    re.IGNORECASE,
+)
+_LEAST_TOKEN = 8
+
+_HEADER = re.compile(
+    r"(?P<kept>\b(?:proxy-)?authorization[\"']?[ \t]{0,4}[:=][ \t]{0,4}[\"']?(?:(?:bearer|basic|token|digest)[ \t]{1,4})?)"
+    r"(?P<value>[^\s\"']+)",
+    re.IGNORECASE,
+)
+_SCHEME = re.compile(
+    r"(?P<kept>\b(?:bearer|basic)[ \t]{1,4})(?![A-Z]?[a-z]+(?![\w+/=]))(?P<value>[\w.~+/=-]{6,})", re.IGNORECASE
+)
+# a port is no password
+_URL = re.compile(
+    r"(?<=://)(?:[^\s/?#\"'@:]{0,256}:(?!\d{1,5}[/?#])[^\s\"'@]{0,1024}|[^\s/?#\"'@]{1,1024})(?:@[^\s/?#\"'@]{0,256}){0,4}@"
+)
+
+_LOOKS = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"hf_[A-Za-z0-9]{16,}|nvapi-[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|S[ANOUCX][A-Z2-7]{56}(?![A-Za-z0-9]))"
+    r"|(?<![\w-])(?:"
+    r"eyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}|xox[abeprs]-[\w-]{10,}|AIza[\w-]{30,})"
+)
+
+_SECRET_VARIABLE = re.compile(
+    rf"(?:{_NAME}|_key|nkey|jwt|pwd){_SUFFIX}\Z",
+    re.IGNORECASE,
+)
+_USERINFO = re.compile(r"://(?P<user>[^\s/?#:@]{0,256}):(?P<password>[^\s@]{1,1024})@")
+
+
+def redact(text: str) -> str:
+    """Take out what looks like a secret: named values, headers, keys by their shape, private keys, credentials in URLs.
+
+    Pure and idempotent.
+    """
+    return _until_stable(text, None)
+
+
+class Redactor:
+    """Takes out what looks like a secret, and some values that are known to be.
+
+    Args:
+        values: the secrets; one of less than six characters is taken out only where it stands alone, of less than three never.
+    """
+
+    def __init__(self, values: Iterable[str] = ()) -> None:
+        spellings = {spelling for value in values for spelling in _spellings(value) if len(spelling) >= _LEAST}
+        # the longer first: one secret may begin with another
+        parts = [
+            re.escape(value) if len(value) >= _LEAST_ANYWHERE else rf"(?<!\w){re.escape(value)}(?!\w)"
+            for value in sorted(spellings, key=lambda value: (-len(value), value))
+        ]
+        self._values = re.compile("|".join(parts)) if parts else None
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Redactor:
+        """Return one that knows the secrets of an environment: values whose variable's name says so, and passwords in URLs."""
+        return cls(secret_values(environ))
+
+    def redact(self, text: str) -> str:
+        """Take them out of a text. Idempotent."""
+        return _until_stable(text, self._values)
+
+
+@functools.lru_cache(maxsize=1)
+def own_redactor() -> Redactor:
+    """Return the one that knows this process's environment, as it was at the first call."""
+    return Redactor.of(os.environ)
+
+
+def secret_values(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield the secrets of an environment."""
+    for name, value in environ.items():
+        yield from (found["password"] for found in _USERINFO.finditer(value))
+        secret = _SECRET_VARIABLE.search(name)
+        if secret and not NO_SECRET.fullmatch(value) and not _OF_TEXT.search(name[: secret.start()]):
+            may_be_path = not secret[0].lower().startswith(("pass", "secret"))
+            if not (may_be_path and _PATH.fullmatch(value)):
+                yield value
+
+
+def _spellings(value: str) -> Iterator[str]:
+    """Yield a secret as it stands in texts, in JSON and in URLs."""
+    value = value.strip()
+    yield value
+    yield value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    yield "".join(
+        c if c.isalnum() or c in "-._~" else "".join(f"%{b:02X}" for b in c.encode("utf-8", "replace")) for c in value
+    )
+    if "\n" in value:
+        yield from (line.strip() for line in value.splitlines() if len(line.strip()) >= _LEAST_ANYWHERE)
+
+
+def _until_stable(text: str, values: re.Pattern[str] | None) -> str:
+    # what is left after a round may look like a secret only then; each round leaves less that is not masked
+    while (after := _round(text, values)) != text:
+        text = after
+    return text
+
+
+def _round(text: str, values: re.Pattern[str] | None) -> str:
+    if values is not None:
+        # a secret may be a part of the mask
+        text = MASK.join(values.sub(MASK, piece) for piece in text.split(MASK))
+    if "----" in text:
+        text = _without_tails(_PEM_BLOCK.sub(MASK, text))
+    text = _LOOKS.sub(MASK, text)
+    if "://" in text:
+        text = _URL.sub(f"{MASK}@", text)
+    text = _HEADER.sub(_keep, text)
+    text = _SCHEME.sub(_keep, text)
+    text = _OPTION.sub(functools.partial(_without_value, in_prose=True), text)
+    return _NAMED.sub(_without_value, text)
+
+
+def _keep(found: re.Match[str]) -> str:
+    return found["kept"] + MASK
+
+
+def _without_value(found: re.Match[str], *, in_prose: bool = False) -> str:
+    group = "bare" if found["quoted"] is None else "quoted"
+    value = found[group]
+    if _is_harmless(found["name"].lower(), value, in_prose, found):
+        return found[0]
+    start = found.start(group) - found.start()
+    return found[0][:start] + MASK + found[0][start + len(value) :]
+
+
+def _is_harmless(name: str, value: str, in_prose: bool, found: re.Match[str]) -> bool:
+    """Tell whether what stands behind a secret's name is none."""
+    plain = value.strip(" \t\\.,;:()[]{}").lower()
+    if not plain or NO_SECRET.fullmatch(plain) or (in_prose and (_PROSE.fullmatch(plain) or value.startswith("--"))):
+        return True
+    is_bare_text = found["quoted"] is None and ":" in found["equals"]
+    if name == "token":
+        before = found.string[max(0, found.start("name") - 14) : found.start("name")]
+        short = is_bare_text and len(plain) < _LEAST_TOKEN
+        return short or _OF_TEXT.search(before) is not None or _NUMBER.fullmatch(plain) is not None
+    if name.startswith("credential"):
+        # "without credentials: whoever …" is a sentence
+        return is_bare_text or _PATH.fullmatch(value) is not None
+    return name.startswith("private") and _PATH.fullmatch(value) is not None
+
+
+def _without_tails(text: str) -> str:
+    """Take out private keys whose beginning isn't there: of a program's output often only the last lines are kept."""
+    if not _PEM_END.search(text):
+        return text
+    kept: list[str] = []
+    for line in text.splitlines(keepends=True):
+        end = _PEM_END.search(line)
+        if end is None:
+            kept.append(line)
+            continue
+        while kept and _PEM_LINE.fullmatch(kept[-1].strip().removesuffix("\\n")):
+            kept.pop()
+        kept.append(MASK + line[end.end() :])
+    return "".join(kept)

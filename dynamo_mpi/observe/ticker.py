@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank 0's ticker: says at growing intervals, or shows all the time, how far the ranks are, as long as they aren't serving."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.observe.progress import WATCHED, describe, facts, intervals
+from dynamo_mpi.observe.progress_table import Terminal, table
+from dynamo_mpi.observe.speech import speech
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dynamo_mpi.observe.speech import Speech
+    from dynamo_mpi.settings import Settings
+    from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.supervision.roll import Progress, Roll
+    from dynamo_mpi.talk import Voice
+
+_DRAW_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
+# a load of a moment needs no table
+_DRAW_AFTER_SECONDS = 2.0
+
+
+class Ticker:
+    """Ticks from `start` to `close`, in a thread of its own, while the world is in one of the phases that may take long.
+
+    Args:
+        roll: what is known of the ranks.
+        phases: rank 0's.
+        voice: how rank 0 speaks.
+        mode: ``plain`` lines, ``live`` for a table, ``off``; ``auto`` chooses one of the former.
+        first: seconds to the first line of a phase.
+        parts_seen: ranks tell when their own part of a phase is done.
+        mouth: what draws.
+    """
+
+    def __init__(
+        self,
+        roll: Roll,
+        phases: Phases,
+        voice: Voice,
+        mode: str,
+        first: float,
+        *,
+        parts_seen: bool,
+        mouth: Speech = speech,
+    ) -> None:
+        self._roll, self._phases, self._voice, self._mouth = roll, phases, voice, mouth
+        self._mode = chosen(mode, is_terminal=os.isatty(2), jsonl=mouth.style.jsonl)
+        self._first, self._parts_seen = first, parts_seen
+        self._listeners: list[Callable[[Progress], None]] = []
+        self._changed = threading.Event()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
+        phases.listen(lambda _: self._changed.set())
+
+    def on_progress(self, listener: Callable[[Progress], None]) -> None:
+        """Call this whenever a line is due, from the ticker's thread, whether or not one is shown. What it raises is ignored."""
+        self._listeners.append(listener)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End, and leave nothing drawn. Idempotent, and doesn't wait."""
+        self._closed = True
+        self._changed.set()
+        if self._mode == "live":
+            self._mouth.draw(())
+
+    def _run(self) -> None:
+        while not self._closed:
+            phase = self._phases.current
+            if phase in ("serve", "drain", "exit"):
+                return
+            self._changed.clear()
+            if phase in WATCHED:
+                self._follow(phase)
+            else:
+                # whoever hears of the phase before us may take his time
+                self._changed.wait(_LOOK_SECONDS)
+
+    def _follow(self, phase: str) -> None:
+        """Tick until the phase is over."""
+        began = time.monotonic()
+        gaps = intervals(self._first)
+        due = began + next(gaps)
+        while not self._closed and self._phases.current == phase:
+            now = time.monotonic()
+            if now >= due:
+                self._tell()
+                due = now + next(gaps)
+            wait = due - now
+            if self._mode == "live":
+                wait = min(wait, _DRAW_SECONDS)
+                if now - began >= _DRAW_AFTER_SECONDS:
+                    self._draw(phase)
+            if self._changed.wait(max(0.0, wait)):
+                self._changed.clear()
+        if self._mode == "live":
+            self._mouth.draw(())
+
+    def _tell(self) -> None:
+        progress = self._roll.progress()
+        for listener in self._listeners:
+            with contextlib.suppress(Exception):  # the load goes on whoever can't hear of it
+                listener(progress)
+        if self._mode == "plain":
+            self._voice.say(describe(progress, parts_seen=self._parts_seen), facts=facts(progress))
+
+    def _draw(self, phase: str) -> None:
+        try:
+            width, height = os.get_terminal_size(2)
+        except OSError:
+            return
+        # a terminal that doesn't know its size says 0
+        room = Terminal(width or 80, height or 24)
+        ranks = self._roll.ranks()
+        lines = table(phase, ranks, time.time(), room, parts_seen=self._parts_seen)
+        self._mouth.draw(lines)
+        if self._closed:
+            self._mouth.draw(())
+
+
+def ticker_of(roll: Roll, phases: Phases, voice: Voice, settings: Settings) -> Ticker:
+    """Return a worker's ticker, not started."""
+    seen = settings.engine != "trtllm"
+    return Ticker(roll, phases, voice, settings.progress, settings.progress_interval, parts_seen=seen)
+
+
+def chosen(mode: str, *, is_terminal: bool, jsonl: bool) -> str:
+    """Return what a mode comes to: a table needs a terminal, and lines of JSON suffer nothing between them. Pure."""
+    can_draw = is_terminal and not jsonl
+    if mode in ("auto", "live"):
+        return "live" if can_draw else "plain"
+    return mode

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trace that a worker is part of, as W3C Trace Context has it in ``TRACEPARENT`` and ``TRACESTATE``. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PARENT_VARIABLE, STATE_VARIABLE = "TRACEPARENT", "TRACESTATE"
+# version 00 has four fields; later ones may have more behind them, and are read as far as they are known
+_FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+
+class Trace(NamedTuple):
+    """Where in which trace this worker runs.
+
+    Args:
+        parent: the whole traceparent, as it came.
+        trace_id: 32 hexadecimal digits.
+        span_id: of whoever started us, 16 hexadecimal digits.
+        flags: 1 where the trace is sampled.
+        state: the tracestate, as it came; empty for none.
+    """
+
+    parent: str
+    trace_id: str
+    span_id: str
+    flags: int
+    state: str = ""
+
+
+def trace_of(environ: Mapping[str, str]) -> Trace | None:
+    """Return the trace that an environment names; None where it names none, or one that can't be: the specification has it ignored then, and
+    ``TRACESTATE`` with it."""
+    text = environ.get(PARENT_VARIABLE, "").strip()
+    match = _FORM.fullmatch(text)
+    if match is None:
+        return None
+    version, trace_id, span_id, flags, more = match.groups()
+    if version == "ff" or (version == "00" and more) or not int(trace_id, 16) or not int(span_id, 16):
+        return None
+    return Trace(text, trace_id, span_id, int(flags, 16), environ.get(STATE_VARIABLE, "").strip())
+
+
+def describe_trouble(environ: Mapping[str, str]) -> str:
+    """Say why a traceparent that is set can't be used; nothing where it can, or where none is set."""
+    text = environ.get(PARENT_VARIABLE, "")
+    if not text.strip() or trace_of(environ) is not None:
+        return ""
+    return (
+        f"{PARENT_VARIABLE} is {text[:80]!r}, which names no trace: this worker runs without one; needed: "
+        "00-TRACE_ID-PARENT_ID-FLAGS with 32, 16 and 2 hexadecimal digits in lower case, the ids not all zero"
+    )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environment variables that are no options: what we read, set or hand on, for ``docs/settings.md``."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Variable(NamedTuple):
+    """Some variables that belong together.
+
+    Args:
+        names: as they are spelt; ``*`` stands for the rest of a name.
+        who: sets and reads them.
+        meaning: in Markdown.
+    """
+
+    names: tuple[str, ...]
+    who: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable(("DYN_MPI_SETTINGS",), "user → worker", "the settings file, where `--settings` doesn't name it"),
+    Variable(
+        ("DYN_MPI_FAULT", "DYN_MPI_ALLOW_FAULTS"),
+        "user → worker",
+        "a fault on purpose in one rank, `rank3:load:kill`; refused unless the other is 1; see [faults.md](faults.md)",
+    ),
+    Variable(
+        ("DYN_MPI_LAUNCH",),
+        "launch → worker",
+        "the name by which `launch` knows a worker; it stands in the world record as `launch`",
+    ),
+    Variable(
+        ("DYN_MPI_ATTEMPT",),
+        "launch → worker",
+        "which start of the worker this is, from 1 on; world record, ready file and failure files have it as `attempt`. Starts of a "
+        "requeued job (`SLURM_RESTART_COUNT`) are added",
+    ),
+    Variable(("DYN_MPI_PODS_SOCKET",), "pods lead → its launch agent", "the leader's own unix socket"),
+    Variable(
+        ("DYN_MPI_CHECKOUT",),
+        "`sbatch_disaggregated.sh`",
+        "the checkout, since Slurm runs a copy of the script; by default where it was submitted from",
+    ),
+    Variable(
+        ("DYN_MPI_JOB_ID", "DYN_MPI_STEP_ID", "DYN_MPI_JOB_NAME", "DYN_MPI_CLUSTER_NAME"),
+        "worker → `dynamo.trtllm`",
+        "`SLURM_JOB_ID`, `SLURM_STEP_ID`, `SLURM_JOB_NAME`, `SLURM_CLUSTER_NAME`, which are taken out of the child's environment",
+    ),
+    Variable(
+        ("DYN_MPI_REQUIRE_SLURM", "DYN_MPI_MPICH_PREFIX"),
+        "tests",
+        "no skipping of the tests on Slurm; a folder for PyPI's mpich",
+    ),
+    Variable(
+        ("ETCD_ENDPOINTS",),
+        "user, launch → worker",
+        "etcd, `http://HOST:2379`, several with commas: those that answer are tried first; without it `HEAD_NODE_IP` or `HEAD_NODE` "
+        "(port 2379), else this host",
+    ),
+    Variable(
+        ("HEAD_NODE_IP", "HEAD_NODE"),
+        "user → worker, head node",
+        "the head node, for who has no `ETCD_ENDPOINTS`; where the services listen",
+    ),
+    Variable(
+        ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY"),
+        "user, launch → worker",
+        "PEM texts, not files, shown to an `https://` endpoint",
+    ),
+    Variable(
+        ("ETCD_AUTH_USERNAME", "ETCD_AUTH_PASSWORD"),
+        "user → worker",
+        "a user of etcd, who needs `readwrite` on the prefixes `v1/` and `dynamo_mpi/`",
+    ),
+    Variable(
+        ("ETCD_LEASE_TTL",),
+        "user → Dynamo's runtime, worker",
+        "seconds that a worker's keys outlive it, or etcd's absence: 30 by default",
+    ),
+    Variable(
+        ("NATS_SERVER",),
+        "user, launch → worker",
+        "`nats://HOST:4222`; has to answer where it is set, or with `--request-plane nats`",
+    ),
+    Variable(
+        ("NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD", "NATS_AUTH_*", "NATS_TLS_*"),
+        "user, launch → Dynamo's runtime, worker",
+        "credentials for NATS, as Dynamo has them",
+    ),
+    Variable(
+        ("DYN_SYSTEM_PORT",),
+        "user → worker",
+        "port of `/health`, `/live` and `/metrics`, at most 32767: Dynamo's runtime reads it as a signed 16-bit number",
+    ),
+    Variable(("DYN_TCP_RPC_PORT",), "user → Dynamo's runtime", "port of the tcp request plane"),
+    Variable(
+        ("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS",),
+        "worker → `dynamo.trtllm`",
+        "seconds that it goes on answering after SIGTERM, all of them; set by `--drain-timeout` where that is given",
+    ),
+    Variable(
+        ("DYN_MM_ALLOW_INTERNAL",),
+        "user → `dynamo.trtllm`",
+        "1: images may come from `http://` and from private addresses",
+    ),
+    Variable(("MODALITY",), "user → `dynamo.trtllm`", "`text` or `multimodal`"),
+    Variable(
+        ("DISAGGREGATION_MODE",),
+        "user → `start_worker.sh`",
+        "the role, as Dynamo's former script had it; `DYN_MPI_ROLE` is stronger",
+    ),
+    Variable(("DYN_LOG", "DYN_*"), "user → Dynamo's runtime", "every other `DYN_*` variable goes to Dynamo as it is"),
+    Variable(
+        ("SLURM_JOB_END_TIME",),
+        "Slurm, launch → worker",
+        "unix seconds at which the job's time ends: the worker drains before; set to nothing it is no limit",
+    ),
+    Variable(
+        ("SLURM_JOB_NODELIST",),
+        "Slurm, user → launch",
+        "the nodes that a deployment may use; set it to give two deployments in a job nodes of their own",
+    ),
+    Variable(
+        ("SLURM_*", "PMIX_*", "PMI_*", "OMPI_*", "PRTE_*", "MPI_*"),
+        "launcher → worker",
+        "tell a rank what launched it and where it stands; `dynamo.trtllm` doesn't get them",
+    ),
+    Variable(
+        ("LWS_LEADER_ADDRESS", "LWS_GROUP_SIZE", "LWS_WORKER_INDEX"),
+        "LeaderWorkerSet → pods",
+        "the group, as Kubernetes' LeaderWorkerSet says it",
+    ),
+    Variable(
+        ("UCX_*", "NCCL_*", "TLLM_*", "TRTLLM_*", "HF_*"),
+        "user → engine",
+        "handed on to all steps, and to `dynamo.trtllm`",
+    ),
+    Variable(
+        ("PYTHON",), "user → scripts", "the interpreter with which a script runs; `DYN_MPI_PYTHON` is that of the steps"
+    ),
+    Variable(("PARTITION", "ACCOUNT"), "user → `sbatch_disaggregated.sh`", "of the job"),
+    Variable(
+        ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE"),
+        "user → `dynamo-mpi`",
+        "no colours; colours also where stdout is no terminal",
+    ),
+)

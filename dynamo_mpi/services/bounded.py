@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A call that takes no longer than it may: a look-up of a name knows no timeout, and an answer that comes byte by byte none as a whole."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+def within(seconds: float, call: Callable[[], T], name: str) -> T:
+    """Return what ``call`` returns, and raise what it raises.
+
+    Args:
+        seconds: that it may take. A call that takes longer is left behind, in a thread that keeps no process alive.
+        call: what to do.
+        name: of the thread.
+
+    Raises:
+        TimeoutError: it has taken longer.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except Exception as error:  # raised again below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError
+    return results[0]

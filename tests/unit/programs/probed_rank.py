@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rank other than 0, as far as those see it who probe its node. It does what it reads from its stdin."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn, cast
+
+from dynamo_mpi.health.start import answer_probes
+from dynamo_mpi.launchers.launch import Launch, Launcher
+from dynamo_mpi.supervision.lifeline import Lifeline
+from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.supervision.phases import Phases
+from dynamo_mpi.talk import Voice
+
+if TYPE_CHECKING:
+    from dynamo_mpi.world import World
+
+RANK, SIZE = 2, 4
+
+
+class NoWorld:
+    """The little of a world that a lifeline needs."""
+
+    rank, size = RANK, SIZE
+
+    def abort(self, code: int) -> NoReturn:
+        os._exit(code)
+
+
+def main() -> None:
+    """Begin, tell the port, and obey."""
+    voice = Voice(RANK, "n2")
+    launch = Launch(Launcher.SLURM_PMIX, rank=RANK, size=SIZE, local_rank=0, local_size=2)
+    reporter = answer_probes(launch, voice, sys.argv[1:], os.environ)
+    assert reporter is not None, "no answers"
+    assert not isinstance(reporter, Exception), reporter
+    phases = Phases()
+    phases.listen(reporter.tell_phase)
+    reporter.begin()
+    print(reporter.address.port, reporter.pid, flush=True)
+    lifeline: Lifeline | None = None
+    for line in sys.stdin:
+        word, _, text = line.rstrip("\n").partition(" ")
+        if word == "begin":
+            phases.begin(text)
+        elif word == "join":
+            meeting, _ = Meeting.unpack(bytes.fromhex(text))
+            lifeline = Lifeline(meeting, cast("World", NoWorld()), phases, voice)
+            reporter.follow(lifeline, {"role": "decode"})
+        elif word == "fail" and lifeline is not None:
+            lifeline.fail(RuntimeError(text))
+        else:
+            reporter.tell(word, text)
+    if lifeline is not None:
+        lifeline.close()
+
+
+if __name__ == "__main__":
+    main()

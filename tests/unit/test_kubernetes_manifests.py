@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/kubernetes/*.yaml: what a cluster would take, as far as schemas say it, and what our own programs take."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from dynamo_mpi.pods.settings import load_join, load_lead
+from dynamo_mpi.settings import load_settings
+from tests.conftest import ROOT
+
+MANIFESTS = ROOT / "docs" / "kubernetes"
+SCHEMAS = ROOT / "tests" / "data" / "kubernetes"
+KINDS = {"mpijob": "mpijob-v2beta1.json", "leaderworkerset": "leaderworkerset-v1.json"}
+KUBERNETES = "1.33"
+# longer than what a pod may wait for the others, the load and the first completion may take by default
+LONGEST_START_SECONDS = 1800 + 3600 + 60
+
+
+def documents(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((MANIFESTS / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def templates(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the pod templates by ``lead`` and ``join``."""
+    spec = document["spec"]
+    if document["kind"] == "MPIJob":
+        return {
+            "lead": spec["mpiReplicaSpecs"]["Launcher"]["template"],
+            "join": spec["mpiReplicaSpecs"]["Worker"]["template"],
+        }
+    inner = spec["leaderWorkerTemplate"]
+    return {"lead": inner["leaderTemplate"], "join": inner["workerTemplate"]}
+
+
+def all_templates() -> list[Any]:
+    return [
+        pytest.param(name, part, template, id=f"{name}-{part}")
+        for name in KINDS
+        for part, template in templates(documents(name)[0]).items()
+    ]
+
+
+def validate_template(template: dict[str, Any]) -> None:
+    document = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+    kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_resource_is_as_its_schema_has_it(name: str) -> None:
+    schema = json.loads((SCHEMAS / KINDS[name]).read_text(encoding="utf-8"))
+    document, policy = documents(name)
+    jsonschema.validate(document, schema)
+    kubernetes_validate.validate(policy, KUBERNETES, strict=True)
+    wrong = copy.deepcopy(document)
+    wrong["spec"]["podFailurePolicy"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="podFailurePolicy"):
+        jsonschema.validate(wrong, schema)
+
+
+@pytest.mark.parametrize(("name", "part", "template"), all_templates())
+def test_the_pods_are_as_kubernetes_has_them(name: str, part: str, template: dict[str, Any]) -> None:
+    validate_template(template)
+    wrong = copy.deepcopy(template)
+    wrong["spec"]["containers"][0]["startupProbe"]["httpGet"]["host_port"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError, match="host_port"):
+        validate_template(wrong)
+
+
+@pytest.mark.parametrize(("name", "part", "template"), all_templates())
+def test_our_programs_take_what_the_pods_say(name: str, part: str, template: dict[str, Any], tmp_path: Any) -> None:
+    (container,) = template["spec"]["containers"]
+    environ = {variable["name"]: variable.get("value", "1") for variable in container["env"]}
+    assert any(mount["mountPath"] == "/run/secrets/dynamo-mpi-pods" for mount in container["volumeMounts"])
+    (tmp_path / "secret").write_text("0" * 32)
+    environ["DYN_MPI_PODS_SECRET_FILE"] = str(tmp_path / "secret")
+    if name == "leaderworkerset":  # it sets them in every container
+        environ |= {
+            "LWS_GROUP_SIZE": "2",
+            "LWS_WORKER_INDEX": "1",
+            "LWS_LEADER_ADDRESS": "dynamo-decode-0.dynamo-decode.ns",
+        }
+    assert container["command"][:4] == ["python3", "-m", "dynamo_mpi.pods", part]
+    words = container["command"][4:]
+    if part == "join":
+        joining = load_join(words, environ, "dynamo-decode-worker-0")
+        assert joining.leader.startswith("dynamo-decode")
+        assert joining.index == 1
+        return
+    leading = load_lead(words, environ)
+    assert (leading.pods, leading.ranks_per_pod) == (2, int(container["resources"]["limits"]["nvidia.com/gpu"]))
+    assert leading.port in [port["containerPort"] for port in container["ports"]]
+    assert leading.command[:3] == ("python3", "-m", "dynamo_mpi.worker")
+    worker = load_settings(leading.command[3:], environ)
+    assert template["spec"]["terminationGracePeriodSeconds"] > worker.drain_timeout + 60
+    probe = container["startupProbe"]
+    assert probe["periodSeconds"] * probe["failureThreshold"] > LONGEST_START_SECONDS
+    assert worker.load_timeout + leading.timeout < LONGEST_START_SECONDS
+
+
+@pytest.mark.parametrize(("name", "part", "template"), all_templates())
+def test_what_every_pod_has(name: str, part: str, template: dict[str, Any]) -> None:
+    spec = template["spec"]
+    (container,) = spec["containers"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    assert spec["automountServiceAccountToken"] is False
+    secret = [variable["name"] for variable in container["env"] if "AUTH" in variable["name"]]
+    assert len(secret) == 4
+    assert all("secretKeyRef" in variable["valueFrom"] for variable in container["env"] if variable["name"] in secret)
+    assert next(volume for volume in spec["volumes"] if volume["name"] == "shm")["emptyDir"]["medium"] == "Memory"
+    port = next(port for port in container["ports"] if port["name"] == "system")["containerPort"]
+    assert {"name": "DYN_SYSTEM_PORT", "value": str(port)} in container["env"]
+    paths = {
+        probe: container[probe]["httpGet"]["path"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")
+    }
+    assert paths == {"startupProbe": "/health", "readinessProbe": "/health", "livenessProbe": "/live"}
+    assert not any("ssh" in word for word in container["command"])

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker leaves in etcd when it fails: its text, and who writes it, reads it and takes it away in a real etcd."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.last_failure import (
+    LastFailure,
+    Origin,
+    failure_key,
+    failures_of,
+    is_successor,
+    last_failure,
+)
+from dynamo_mpi.control_plane.obituary import LIFE_SECONDS, Obituary, leave_word
+from dynamo_mpi.supervision.failure import Cause, Failure
+from dynamo_mpi.supervision.heir import MOURN, Heir, mourned, mourning, will_of
+from tests.servers import listening, running_etcd
+from tests.unit.worlds import world
+
+ORIGIN = Origin.of(world("decode", launch="x-0"))
+FAILURE = Failure(3, 70, "it broke\n  do:     repair it", Cause.DEATH, "serve", 0.0)
+
+
+def left(report: str = "error in serve: it broke", **changes: Any) -> LastFailure:
+    return last_failure(ORIGIN, FAILURE._replace(**changes), "n2", report)
+
+
+def test_it_says_whose_what_where_and_when() -> None:
+    content = json.loads(left(at=time.monotonic() - 5).pack())
+    assert 4 < time.time() - content.pop("time") < 30
+    assert content == {
+        "schema": 1,
+        "role": "decode",
+        "component": "backend",
+        "namespace": "dynamo",
+        "endpoint": "dyn://dynamo.backend.generate",
+        "model": "M",
+        "launch": "x-0",
+        "job": "12",
+        "step": "0",
+        "attempt": 1,
+        "rank": 3,
+        "host": "n2",
+        "phase": "serve",
+        "cause": "death",
+        "exit_code": 70,
+        "error": "it broke",
+        "report": "error in serve: it broke",
+    }
+
+
+def test_of_a_traceback_the_line_that_names_the_error_counts() -> None:
+    assert (
+        left(text='Traceback (most recent call last):\n  File "x"\nValueError: no\x1b[2J').error == "ValueError: no [2J"
+    )
+    assert left(text="").error == ""
+
+
+@pytest.mark.parametrize("report", ["", "é" * 10_000, "\ud800" * 9000, "a" * 8192])
+def test_a_report_is_clipped_to_what_may_stand_there(report: str) -> None:
+    failure = left(report)
+    assert len(failure.report.encode()) <= 8192
+    assert LastFailure.unpack(failure.pack()) == failure
+    if len(report.encode("utf-8", "replace")) > 8192:
+        assert failure.report.endswith("…")
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"{", "no JSON"),
+        (b"[]", "no JSON object"),
+        (b'{"schema": 2}', "schema 2"),
+        (b'{"schema": true}', "schema True"),
+        (b'{"schema": 1}', "report"),
+        (json.dumps({**json.loads(left().pack()), "report": "x" * 9000}).encode(), "8 KiB"),
+        (json.dumps({**json.loads(left().pack()), "host": "\x1b"}).encode(), "host is no text"),
+        (json.dumps({**json.loads(left().pack()), "rank": None}).encode(), "rank is NoneType"),
+    ],
+)
+def test_what_is_none_is_refused_in_words(data: bytes, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        LastFailure.unpack(data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"launch": "x-1"}, False),
+        ({"launch": None}, False),
+        ({"role": "agg"}, False),
+        ({"attempt": 2, "job": "13"}, True),
+    ],
+)
+def test_a_launch_is_succeeded_by_its_own_next_start(changes: dict[str, Any], expected: bool) -> None:
+    assert is_successor(replace(ORIGIN, **changes), left()) is expected
+
+
+@pytest.mark.parametrize(("job", "step", "expected"), [("12", "0", True), ("12", "1", False), (None, None, False)])
+def test_without_a_launch_the_job_step_decides(job: str | None, step: str | None, expected: bool) -> None:
+    failure = replace(left(), launch=None, job=job and "12", step=job and "0")
+    assert is_successor(replace(ORIGIN, launch=None, job=job, step=step), failure) is expected
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_etcd() as url:
+        yield url
+
+
+@pytest.fixture
+def etcd(url: str) -> Iterator[Etcd]:
+    etcd = Etcd([url], EtcdAuth(), 5)
+    yield etcd
+    for entry in etcd.entries(failures_of()):
+        etcd.revoke(entry.lease, 5)
+    etcd.close()
+
+
+def obituary(url: str, record: int = 0x1A, origin: Origin = ORIGIN) -> Obituary:
+    return Obituary(origin, {"ETCD_ENDPOINTS": url}, lambda: record)
+
+
+def test_rank_0_leaves_it_for_an_hour_under_its_records_name(url: str, etcd: Etcd) -> None:
+    obituary(url).leave(FAILURE, "n2", "report")
+    ((key, value, _, lease),) = etcd.entries(failures_of("dynamo"))
+    assert key == failure_key(ORIGIN, 0x1A) == "dynamo_mpi/v1/failures/dynamo/backend/1a"
+    assert LastFailure.unpack(value).report == "report"
+    assert etcd.granted(lease) == LIFE_SECONDS
+    obituary(url, record=0).leave(FAILURE, "n2", "report")
+    assert len(etcd.entries(failures_of("dynamo", "backend"))) == 2
+
+
+def test_a_later_start_that_serves_takes_it_away_and_nobody_elses(url: str, etcd: Etcd) -> None:
+    other = replace(ORIGIN, launch="y")
+    obituary(url).leave(FAILURE, "n2", "report")
+    obituary(url, 0x2B, other).leave(FAILURE, "n2", "report")
+    garbled = etcd.grant(60).id
+    etcd.put(f"{failures_of('dynamo', 'backend')}zz", b"{", garbled)
+    obituary(url, 0x3C).forget_earlier()
+    eventually(lambda: len(etcd.entries(failures_of())) == 2)
+    assert failure_key(other, 0x2B) in [entry.key for entry in etcd.entries(failures_of())]
+
+
+def test_an_heir_writes_only_what_nobody_has_written(url: str, etcd: Etcd) -> None:
+    leave_word(etcd, ORIGIN, 0x1A, left("the first"))
+    leave_word(etcd, ORIGIN, 0x1A, left("the second"))
+    (entry,) = etcd.entries(failures_of())
+    assert LastFailure.unpack(entry.value).report == "the first"
+    obituary(url).leave(FAILURE, "n2", "rank 0's own")
+    assert [LastFailure.unpack(entry.value).report for entry in etcd.entries(failures_of())] == ["rank 0's own"]
+
+
+def test_an_heir_leaves_word_once_and_none_of_an_orderly_end(url: str, etcd: Etcd) -> None:
+    will = will_of({"record": 0x1A}, {"ETCD_ENDPOINTS": url}, asdict(ORIGIN), 0x1A)
+    renouncing, heir = Heir(), Heir()
+    renouncing.inherit(will)
+    renouncing.renounce()
+    renouncing.leave_word(FAILURE, "n1", "report")
+    assert etcd.entries(failures_of()) == []
+    heir.inherit(will)
+    heir.act()
+    heir.leave_word(FAILURE, "n1", "report")
+    (entry,) = etcd.entries(failures_of())
+    assert LastFailure.unpack(entry.value).host == "n1"
+    etcd.revoke(entry.lease, 5)
+    heir.leave_word(FAILURE, "n1", "again")
+    assert etcd.entries(failures_of()) == []
+    for each in (renouncing, heir):
+        each.close()
+
+
+@pytest.mark.parametrize("will", [will_of({"record": 1}, {}), '{"leases": [1], "environ": {}}', "{", '{"leases": 1}'])
+def test_an_older_will_or_none_leaves_no_word(url: str, etcd: Etcd, will: str) -> None:
+    heir = Heir()
+    heir.inherit(will.replace('"environ": {}', f'"environ": {{"ETCD_ENDPOINTS": "{url}"}}'))
+    heir.leave_word(FAILURE, "n1", "report")
+    heir.close()
+    assert etcd.entries(failures_of()) == []
+
+
+def test_an_etcd_that_hangs_holds_nobody_up() -> None:
+    with listening() as port:
+        begin = time.monotonic()
+        obituary(f"http://127.0.0.1:{port}").leave_soon(FAILURE, "n2", "report")
+        assert time.monotonic() - begin < 1.5
+
+
+def test_what_a_rank_has_seen_of_rank_0_reaches_the_heir() -> None:
+    line = mourning(FAILURE._replace(rank=0, text="is lost\n  do: look"), "n1")
+    word, _, rest = line.partition(" ")
+    assert word == MOURN
+    assert "\n" not in line
+    told = mourned(rest)
+    assert told is not None
+    failure, host = told
+    assert (failure.text, failure.cause, failure.exit_code, host) == ("is lost\n  do: look", Cause.DEATH, 70, "n1")
+    assert mourned("") is None
+    assert mourned("[1]") is None
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker says of itself before, while and without being in a real etcd."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.presence import Presence
+from dynamo_mpi.control_plane.record import Progress, WorldRecord
+from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.errors import AuthorisationError, UsageError
+from dynamo_mpi.settings import Settings, load_settings
+from dynamo_mpi.talk import Voice
+from tests.etcd_users import PASSWORDS, add_users
+from tests.servers import closed_port, running_etcd
+from tests.unit.worlds import world
+
+
+@pytest.fixture(scope="module")
+def etcd() -> Iterator[str]:
+    with running_etcd() as url:
+        yield url
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return load_settings(["--model", str(tmp_path), "--probe-timeout", "1"], {})
+
+
+@pytest.fixture
+def presence() -> Iterator[Presence]:
+    presence = Presence(Voice(0, "n1"), lambda _: None)
+    yield presence
+    presence.withdraw()
+
+
+def told(url: str) -> WorldRecord:
+    etcd = Etcd([url], EtcdAuth(), 5)
+    try:
+        ((_, _, record),) = read_worlds(etcd)[0]
+        return record
+    finally:
+        etcd.close()
+
+
+def tell(presence: Presence) -> None:
+    presence.tell_in_flight(2)
+    presence.tell_progress(Progress(1, 8, 3, "n2", 0.5))
+    presence.tell_system("http://n1:9090")
+    presence.tell_trace("00-ab-cd-01")
+
+
+def said(record: WorldRecord) -> tuple[Any, ...]:
+    return record.in_flight, record.progress, record.system, record.trace
+
+
+ALL = (2, Progress(1, 8, 3, "n2", 0.5), "http://n1:9090", "00-ab-cd-01")
+
+
+def test_what_is_told_before_is_there_from_the_beginning(etcd: str, settings: Settings, presence: Presence) -> None:
+    tell(presence)
+    presence.appear(settings, world("agg"), {"ETCD_ENDPOINTS": etcd})
+    assert said(told(etcd)) == ALL
+
+
+def test_what_is_told_later_is_there_soon(etcd: str, settings: Settings, presence: Presence) -> None:
+    presence.appear(settings, world("agg"), {"ETCD_ENDPOINTS": etcd})
+    assert said(told(etcd)) == (None, None, None, None)
+    tell(presence)
+    end = time.monotonic() + 5
+    while said(told(etcd)) != ALL:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_without_etcd_it_may_be_told_all_the_same(settings: Settings, presence: Presence) -> None:
+    with closed_port() as port:
+        presence.appear(settings, world("agg"), {"ETCD_ENDPOINTS": f"http://127.0.0.1:{port}"})
+    tell(presence)
+    presence.tell("load")
+    presence.withdraw()
+
+
+def test_a_password_is_refused_where_nobody_asks_for_one_or_it_is_wrong(
+    settings: Settings, presence: Presence, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with running_etcd() as url:
+        who = {"ETCD_ENDPOINTS": url, "ETCD_AUTH_USERNAME": "worker", "ETCD_AUTH_PASSWORD": PASSWORDS["root"]}
+        with pytest.raises(UsageError, match="asks nobody who they are"):
+            presence.appear(settings, world("agg"), who)
+        client = Etcd([url], EtcdAuth(), 5)
+        assert client.entries("dynamo_mpi/") == []
+        client.close()
+        add_users(url, ["dynamo_mpi/"])
+        with pytest.raises(AuthorisationError, match="etcd refuses user worker"):
+            presence.appear(settings, world("agg"), who)
+        presence.appear(settings, world("agg"), {**who, "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]})
+        presence.withdraw()
+    assert capfd.readouterr().err == ""

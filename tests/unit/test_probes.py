@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that answers a node's probes: what it says, what it hands on, and that it ends with its rank."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.errors import UsageError
+from dynamo_mpi.health.address import ProbeAddress
+from dynamo_mpi.health.runtime_port import runtime_port, url_of
+from dynamo_mpi.health.start import answer_probes
+from dynamo_mpi.launchers.launch import Launch, Launcher
+from dynamo_mpi.services.ports import is_free
+from dynamo_mpi.supervision.liveness_line import Line
+from dynamo_mpi.supervision.liveness_wire import NONCE_BYTES, TOKEN_BYTES, Frame, Join, Kind, prove_rank_zero
+from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.talk import Voice
+from tests.conftest import ROOT
+from tests.unit.test_liveness import Watchtower, heard
+
+LOOPBACK = {"DYN_SYSTEM_PORT": "0", "DYN_SYSTEM_HOST": "127.0.0.1"}
+PROMPT = 10.0
+
+
+def is_gone(pid: int) -> bool:
+    """Tell whether a process has ended, also where nobody has fetched its exit code yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+class Node:
+    """A node whose first rank is probed."""
+
+    def __init__(self, *flags: str, **environment: str) -> None:
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), **LOOPBACK, **environment}
+        command = [sys.executable, "-m", "tests.unit.programs.probed_rank", *flags]
+        self.process = subprocess.Popen(
+            command, env=variables, cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdout is not None
+        self.port, self.server = map(int, self.process.stdout.readline().split())
+
+    def do(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def ask(self, path: str, method: str = "GET", body: bytes | None = None) -> tuple[int, bytes, Mapping[str, str]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PROMPT)
+        with contextlib.closing(connection):
+            connection.request(method, path, body)
+            reply = connection.getresponse()
+            return reply.status, reply.read(), dict(reply.getheaders())
+
+    def says(self, path: str, status: int, /, **content: Any) -> dict[str, Any]:
+        """Wait until it answers this."""
+        end = time.monotonic() + PROMPT
+        while True:
+            answered, body, _ = self.ask(path)
+            found: dict[str, Any] = json.loads(body)
+            if answered == status and content.items() <= found.items():
+                return found
+            assert time.monotonic() < end, (path, status, content, answered, found)
+            time.sleep(0.01)
+
+    def has_ended(self) -> bool:
+        """Wait until nothing is left of the answers."""
+        end = time.monotonic() + PROMPT
+        while time.monotonic() < end:
+            if is_free(self.port) and is_gone(self.server):
+                return True
+            time.sleep(0.01)
+        return False
+
+    def raw(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), PROMPT)
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    made = Node()
+    yield made
+    end(made)
+
+
+@pytest.fixture(scope="module")
+def lasting_node() -> Iterator[Node]:
+    """One for tests that leave it as it was."""
+    made = Node()
+    yield made
+    end(made)
+
+
+def end(node: Node) -> None:
+    assert node.process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        node.process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        node.process.wait(PROMPT)
+    node.process.kill()
+    assert node.process.stdout is not None
+    node.process.stdout.close()
+    assert node.has_ended()
+
+
+def test_a_follower_tells_the_worlds_truth(node: Node) -> None:
+    tower = Watchtower()
+    node.says("/live", 200, phase="environment")
+    node.do("begin world")
+    found = node.says("/health", 503, phase="world", rank=2, host="n2", status="notready")
+    assert (found["waits_for"], found["pid"]) == ("all ranks of all nodes to start MPI", node.process.pid)
+    node.do(f"join {tower.meeting.pack(b'').hex()}")
+    node.do("begin load")
+    node.says("/health", 503, phase="load", role="decode")
+    # this rank is through, the world isn't
+    node.do("begin serve")
+    node.says("/health", 503, phase="load", rank_phase="serve")
+    for phase, status in (("prove", 503), ("serve", 200), ("drain", 503)):
+        tower.lookout.tell(Frame(Kind.PHASE, phase.encode()))
+        node.says("/health", status, phase=phase)
+        assert node.says("/live", 200)["endpoints"] == {}
+    tower.lookout.announce_end(70)
+    assert node.says("/live", 503)["error"] == "rank 0 on n0 ends the world"
+    assert node.process.wait(PROMPT) == 70
+    tower.lookout.close()
+
+
+def test_a_follower_that_fails_says_so_until_the_world_ends(node: Node) -> None:
+    tower = Watchtower()
+    node.do(f"join {tower.meeting.pack(b'').hex()}")
+    node.do("fail no weights")
+    # where in our code it came from is for the log
+    assert node.says("/live", 503)["error"] == "RuntimeError: no weights"
+    assert node.says("/health", 503)["error"]
+    tower.lookout.announce_end(66)
+    tower.lookout.close()
+    node.process.wait(PROMPT)
+
+
+def test_a_follower_that_has_lost_rank_0_says_so(node: Node) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        meeting = Meeting("n0", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+        node.do(f"join {meeting.pack(b'').hex()}")
+        connection, _ = listener.accept()
+    with contextlib.closing(Line(connection)) as line:
+        line.send(Frame(Kind.HELLO, secrets.token_bytes(NONCE_BYTES)))
+        (join, *_) = heard(line)
+        proof = prove_rank_zero(bytes.fromhex(meeting.token), Join.unpack(join.body).nonce, 2)
+        for frame in (Frame(Kind.WELCOME, proof), Frame(Kind.PHASE, b"serve")):
+            line.send(frame)
+        node.says("/health", 200)
+    # it has gone without a word
+    assert node.says("/live", 503)["error"].startswith("rank 0 on n0 ")
+    assert node.process.wait(PROMPT) != 0
+
+
+def test_silence_is_too_long_only_when_it_is(node: Node) -> None:
+    quick = Node("--heartbeat-timeout", "1")
+    try:
+        for each in (quick, node):
+            each.says("/live", 200)
+            os.kill(each.process.pid, signal.SIGSTOP)
+        assert "it is stopped or stuck" in quick.says("/live", 503)["error"]
+        assert node.says("/live", 200)["rank_silent_seconds"] > 0.5
+        os.kill(quick.process.pid, signal.SIGCONT)
+        quick.says("/live", 200)
+    finally:
+        os.kill(node.process.pid, signal.SIGCONT)
+        end(quick)
+
+
+def test_it_ends_with_its_rank_and_only_then(node: Node) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(node.server, number)
+    node.says("/live", 200)
+    begin = time.monotonic()
+    os.kill(node.process.pid, signal.SIGKILL)
+    assert node.has_ended()
+    assert time.monotonic() - begin < 1.0
+    # and holds none of its streams open
+    assert node.process.stdout is not None
+    assert node.process.stdout.read() == ""
+
+
+def test_a_rank_goes_on_without_its_answers(node: Node) -> None:
+    node.says("/live", 200)
+    os.kill(node.server, signal.SIGKILL)
+    assert node.has_ended()
+    for phase in ("world", "preflight", "load"):
+        node.do(f"begin {phase}")
+    assert node.process.stdin is not None
+    node.process.stdin.close()
+    assert node.process.wait(PROMPT) == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"GET /live HTTP/1.0\r\n\r\n", 200),
+        (b"GET /live?full=1 HTTP/1.1\r\nHost: n2\r\n\r\n", 200),
+        (b"HEAD /live HTTP/1.1\r\nHost: n2\r\n\r\n", 200),
+        (b"POST /health HTTP/1.1\r\nHost: n2\r\nContent-Length: 0\r\n\r\n", 405),
+        (b"GET /nowhere HTTP/1.1\r\nHost: n2\r\n\r\n", 404),
+        (b"\x16\x03\x01\x02\x00\r\n\r\n", 400),
+        (b"GET /live\r\n\r\n", 400),
+        (b"GET /live HTTP/1.1\r\nnonsense\r\n\r\n", 400),
+        (b"GET /" + b"x" * 70000, 400),
+    ],
+)
+def test_requests_of_any_kind_get_an_answer(lasting_node: Node, said: bytes, status: int) -> None:
+    with lasting_node.raw() as connection:
+        connection.sendall(said)
+        connection.settimeout(PROMPT)
+        got = b""
+        with contextlib.suppress(ConnectionResetError):  # it has not read what was too long
+            while data := connection.recv(4096):
+                got += data
+    assert got.startswith(f"HTTP/1.1 {status} ".encode()), got
+    assert b"\r\nConnection: close\r\n" in got
+    if said.startswith(b"HEAD"):
+        assert got.endswith(b"\r\n\r\n")
+
+
+def test_clients_that_say_nothing_keep_nobody_out(node: Node) -> None:
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(node.raw()) for _ in range(40)]
+        node.says("/live", 200)
+        # but what too many hold is theirs
+        silent += [stack.enter_context(node.raw()) for _ in range(40)]
+        assert silent[-1].recv(1) == b""
+    node.says("/live", 200)
+
+
+@pytest.fixture
+def runtime() -> Iterator[socket.socket]:
+    """A port at which whoever asks gets a recorded answer of the Dynamo runtime's kind."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PROMPT)
+        yield listener
+
+
+def answer_once(listener: socket.socket, answer: bytes, heard: list[bytes], body: int = 0) -> threading.Thread:
+    """Have one request answered, and keep what was said."""
+
+    def run() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            said = b""
+            while b"\r\n\r\n" not in said or len(said.partition(b"\r\n\r\n")[2]) < body:
+                said += connection.recv(65536)
+            heard.append(said)
+            connection.sendall(answer)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def test_what_is_not_ours_to_answer_is_handed_on_as_it_is(node: Node, runtime: socket.socket) -> None:
+    node.do(f"runtime {runtime.getsockname()[1]}")
+    node.do("phase load")
+    node.says("/live", 200, phase="load")
+    body, said = os.urandom(300_000), list[bytes]()
+    answer = b"HTTP/1.1 207 Odd\r\nX-Odd: a, b\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+    thread = answer_once(runtime, answer, said, len(body))
+    head = (
+        b"POST /engine/start?x=1 HTTP/1.1\r\nHost: n2:1\r\nX-A: b:c\r\nConnection: keep-alive\r\nContent-Length: 300000"
+    )
+    with node.raw() as connection:
+        connection.sendall(head + b"\r\n\r\n" + body)
+        got = b""
+        while data := connection.recv(4096):
+            got += data
+    thread.join()
+    assert got == answer
+    # but for how long the connection lives: its next request might be one of ours to answer
+    assert said == [head.replace(b"Connection: keep-alive\r\n", b"") + b"\r\nConnection: close\r\n\r\n" + body]
+
+
+def test_health_needs_the_runtimes_own(node: Node, runtime: socket.socket) -> None:
+    node.do(f"runtime {runtime.getsockname()[1]}")
+    node.do("phase serve")
+    node.says("/live", 200, phase="serve")
+    for status, expected in ((503, 503), (200, 200)):
+        said: list[bytes] = []
+        content = json.dumps({"status": "x", "endpoints": {"generate": "so"}}).encode()
+        answer = b"HTTP/1.1 %d X\r\ncontent-length: %d\r\n\r\n%s" % (status, len(content), content)
+        thread = answer_once(runtime, answer, said)
+        answered, body, _ = node.ask("/health")
+        thread.join()
+        assert said[0].startswith(b"GET /health HTTP/1.1\r\n")
+        assert (answered, json.loads(body)["endpoints"]) == (expected, {"generate": "so"})
+    # it has gone, and then it only hangs
+    begin = time.monotonic()
+    assert "does not answer at its port" in node.says("/health", 503)["error"]
+    assert time.monotonic() - begin < 2.0
+    runtime.close()
+    assert "does not answer at its port" in node.says("/health", 503)["error"]
+    assert node.ask("/metadata")[0] == 502
+
+
+def test_metrics_are_ours_and_the_runtimes(node: Node, runtime: socket.socket) -> None:
+    node.do(f"runtime {runtime.getsockname()[1]}")
+    node.do("metrics dynamo_mpi_ranks 4\\n")
+    thread = answer_once(runtime, b"HTTP/1.1 200 OK\r\n\r\ndynamo_uptime_seconds 3\n", [])
+    status, body, fields = node.ask("/metrics")
+    thread.join()
+    assert (status, fields["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+    lines = body.decode().splitlines()
+    assert {"dynamo_mpi_ready 0", "dynamo_mpi_ranks 4", "dynamo_uptime_seconds 3"} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "port"), [("", None), ("-1", None), (" ", None), ("0", 0), ("9090", 9090), ("65535", 65535)]
+)
+def test_it_is_on_where_dynamos_variable_says_so(text: str, port: int | None) -> None:
+    address = ProbeAddress.of({"DYN_SYSTEM_PORT": text})
+    assert (None if address is None else address.port) == port
+
+
+def test_paths_are_dynamos_too() -> None:
+    named = {"DYN_SYSTEM_PORT": "1", "DYN_SYSTEM_HEALTH_PATH": "/healthz", "DYN_SYSTEM_LIVE_PATH": "/livez"}
+    assert ProbeAddress.of(named) == ProbeAddress("0.0.0.0", 1, "/healthz", "/livez")  # noqa: S104 - Dynamo's default
+
+
+@pytest.mark.parametrize("text", ["http", "65536", "1.5", "0x10"])
+def test_a_port_that_is_none(text: str) -> None:
+    with pytest.raises(UsageError, match=f"DYN_SYSTEM_PORT is '{text}'"):
+        ProbeAddress.of({"DYN_SYSTEM_PORT": text})
+
+
+def test_a_taken_port_is_an_error_on_rank_0_and_a_warning_elsewhere(capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = {**LOOPBACK, "DYN_SYSTEM_PORT": str(taken.getsockname()[1])}
+
+        def begin(rank: int, local_rank: int | None) -> object:
+            launch = Launch(Launcher.SLURM_PMIX, rank, 4, local_rank)
+            return answer_probes(launch, Voice(rank, "n1"), (), where)
+
+        for local_rank in (0, None):
+            error = begin(0, local_rank)
+            assert isinstance(error, UsageError)
+            assert f"process {os.getpid()} (" in str(error)
+        assert (begin(1, 1), begin(1, None)) == (None, None)
+        assert capfd.readouterr().err == ""
+        assert begin(2, 0) is None
+    assert capfd.readouterr().err.startswith("dynamo_mpi: rank 2 on n1: warning: no probe of this node is answered: ")
+
+
+def test_the_runtimes_port_is_one_that_it_can_read() -> None:
+    address = ProbeAddress("127.0.0.1", 9090)
+    assert 20000 <= runtime_port(address, None) <= 32767
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="--runtime-system-port"):
+        runtime_port(address, taken.getsockname()[1])
+    assert url_of(address) == "http://127.0.0.1:9090"
+    assert url_of(ProbeAddress("::", 9090)).startswith("http://")
+    assert url_of(ProbeAddress("fd00::1", 9090)) == "http://[fd00::1]:9090"

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Dynamo's runtime can't do is refused with its reason, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.nats_auth import NatsAuth
+from dynamo_mpi.control_plane.runtime_limits import require_etcd, require_nats, runtime_version
+from dynamo_mpi.errors import UsageError
+
+SECURED, PLAIN = "https://h:1", "http://h:1"
+NOBODY, PASSWORD = EtcdAuth(), EtcdAuth("", "", "", "worker", "s3cret")
+CERTIFICATES = EtcdAuth("CA", "CERT", "KEY")
+
+
+def test_the_installed_runtime_is_known() -> None:
+    installed = runtime_version()
+    assert installed is not None
+    assert installed >= (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "auth"),
+    [
+        ([PLAIN], NOBODY),
+        (["h:1"], NOBODY),
+        ([SECURED], CERTIFICATES),
+        ([PLAIN], EtcdAuth("CA")),
+        ([SECURED, SECURED], CERTIFICATES),
+    ],
+)
+def test_what_it_can_is_let_through(endpoints: list[str], auth: EtcdAuth) -> None:
+    assert require_etcd(endpoints, auth) == []
+
+
+def test_of_a_password_whose_token_ends_there_is_a_warning() -> None:
+    (line,) = require_etcd([PLAIN], PASSWORD)
+    assert "--auth-token-ttl" in line
+    assert "CN=worker" in line
+    assert "s3cret" not in line
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "auth", "word"),
+    [
+        ([SECURED], PASSWORD, "without TLS only"),
+        ([SECURED], EtcdAuth("CA", "CERT", "KEY", "worker", "s3cret"), "without TLS only"),
+        ([SECURED], EtcdAuth("CA"), "with all three only"),
+        ([SECURED], NOBODY, "with all three only"),
+        ([PLAIN], CERTIFICATES, "etcd without TLS"),
+        ([SECURED, PLAIN], CERTIFICATES, "etcd without TLS"),
+    ],
+)
+def test_what_it_can_not_is_refused(endpoints: list[str], auth: EtcdAuth, word: str) -> None:
+    with pytest.raises(UsageError, match=word) as caught:
+        require_etcd(endpoints, auth)
+    assert caught.value.fix
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("is_tls", "auth", "installed", "tls_required", "word"),
+    [
+        (False, NatsAuth(), (1, 4), False, ""),
+        (True, NatsAuth(), (1, 5), True, ""),
+        (True, NatsAuth(), None, True, ""),
+        (True, NatsAuth(), (1, 4), False, "1.4 can't"),
+        (False, NatsAuth(), (1, 4), True, "1.4 can't"),
+        (False, NatsAuth(), (1, 6), True, "takes nobody without TLS"),
+        (False, NatsAuth(insecure=True), (1, 6), False, "NATS_TLS_\\* is set"),
+    ],
+)
+def test_tls_to_nats(
+    is_tls: bool, auth: NatsAuth, installed: tuple[int, ...] | None, tls_required: bool, word: str
+) -> None:
+    if not word:
+        require_nats(is_tls, auth, installed, tls_required=tls_required)
+        return
+    with pytest.raises(UsageError, match=word):
+        require_nats(is_tls, auth, installed, tls_required=tls_required)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON Schema of what stands in etcd and comes over NATS, against what is really written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.control_plane.last_failure import LastFailure, Origin, last_failure
+from dynamo_mpi.control_plane.lifecycle import EVENTS, Event, event_of
+from dynamo_mpi.control_plane.record import Progress, WorldRecord
+from dynamo_mpi.control_plane.schema import json_schema
+from dynamo_mpi.supervision.failure import Cause, Failure
+from tests.unit.worlds import world
+
+FULL = world(
+    instance="1a", launch="x-0", phase_since=1.0, in_flight=3, progress=Progress(1, 8, 7, "n2", 1.5), system="http://h:1", trace="00-a-b-01"
+)  # fmt: skip
+FAILURE = last_failure(Origin.of(FULL), Failure(3, 70, "it broke", Cause.DEATH, "load", 1.0), "n2", "error in load")
+OWN: dict[str, dict[str, Any]] = {
+    "failed": {"failure": FAILURE},
+    "exit": {"exit_code": 70},
+    "peers": {"peers": ("a decode worker",), "news": ("peer: it has come",)},
+}
+WRITTEN = [
+    ("record", FULL.pack()),
+    *(("record", world(role, trtllm=None, job=None, step=None).pack()) for role in ("agg", "prefill", "decode")),
+    ("failure", FAILURE.pack()),
+    *(("event", event_of(name, FULL, "serve", 2.0, **OWN.get(name, {})).pack()) for name in EVENTS),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields_of"), [("record", WorldRecord), ("failure", LastFailure), ("event", Event)])
+def test_every_name_that_is_written_is_in_it(kind: str, fields_of: type[Any]) -> None:
+    part = json_schema()["$defs"][kind]
+    assert set(part["properties"]) == {"schema", *(field.name for field in fields(fields_of))}
+    for name, data in WRITTEN:
+        if name == kind:
+            assert set(json.loads(data)) <= set(part["properties"])
+            assert set(part["required"]) <= set(json.loads(data))
+
+
+def test_what_is_optional_may_be_missing() -> None:
+    required = set(json_schema()["$defs"]["record"]["required"])
+    assert {"schema", "role", "layout", "pid"} <= required
+    assert not {"phase_since", "in_flight", "progress", "system", "trace", "instance", "attempt"} & required
+
+
+def validator(kind: str) -> Any:
+    jsonschema = pytest.importorskip("jsonschema", reason="it is among the dev extra")
+    schema = json_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator({**schema, "anyOf": [{"$ref": f"#/$defs/{kind}"}]})
+
+
+@pytest.mark.parametrize(("kind", "data"), WRITTEN)
+def test_what_is_written_conforms_to_it(kind: str, data: bytes) -> None:
+    assert [error.message for error in validator(kind).iter_errors(json.loads(data))] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("record", {"schema": 2}),
+        ("record", {"in_flight": "3"}),
+        ("record", {"progress": {"done": 1}}),
+        ("record", {"layout": None}),
+        ("failure", {"exit_code": None}),
+        ("event", {"event": "other"}),
+    ],
+)
+def test_what_is_wrong_does_not(kind: str, changes: dict[str, Any]) -> None:
+    content = json.loads(next(data for name, data in WRITTEN if name == kind))
+    assert not validator(kind).is_valid({**content, **changes})

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank 0 writes of the start, and that nothing which hinders it keeps the worker."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from dynamo_mpi.control_plane.record import RecordedLayout, WorldRecord
+from dynamo_mpi.observe import timeline_files, timeline_writer
+from dynamo_mpi.observe.timeline_files import read_starts
+from dynamo_mpi.observe.timeline_paths import forget_timeline, trace_path
+from dynamo_mpi.observe.timeline_writer import TimelineWriter
+from dynamo_mpi.supervision.failure import Cause, Failure
+from dynamo_mpi.supervision.guard import Guard
+from dynamo_mpi.supervision.phases import Phases
+from dynamo_mpi.supervision.roll import Roll
+from dynamo_mpi.talk import Voice
+from tests.dynamo.running import eventually
+
+RECORD = WorldRecord(
+    role="agg",
+    engine="reference",
+    namespace="n",
+    component="backend",
+    endpoint="dyn://n.backend.generate",
+    model="a\u200bmodel",
+    phase="preflight",
+    layout=RecordedLayout(2, 1, 1, 1, False, 2, 1),
+    hosts=("n0", "n1"),
+    contract=None,
+    dynamo_mpi="0",
+    trtllm=None,
+    job="7",
+    step=None,
+    started=0.0,
+    pid=1,
+    host="n0",
+    attempt=3,
+)
+
+
+def writer_of(path: Path, *failures: Failure) -> TimelineWriter:
+    phases = Phases()
+    phases.begin("load")
+    guard = SimpleNamespace(failures=failures, roll=Roll(["n0", "n1"], phases))
+    return TimelineWriter(path, RECORD, cast(Guard, guard), Voice(0, "n0"))
+
+
+@pytest.mark.parametrize(
+    ("failures", "outcome", "told"),
+    [
+        ((), "ended", None),
+        ((Failure(1, 70, "Traceback (most recent call last):\n  x\nOSError: a\x00b\n", phase="load"),), "failed", 1),
+        ((Failure(0, 143, "stopped by SIGTERM\n  do: x", Cause.SIGNAL, "load"), Failure(1, 70, "y")), "stopped", None),
+    ],
+)
+def test_how_it_came_out_is_told(tmp_path: Path, failures: tuple[Failure, ...], outcome: str, told: int | None) -> None:
+    path = tmp_path / "start.html"
+    writer_of(path, *failures).finish()
+    (start,) = read_starts(path)
+    assert (start.outcome, start.attempt, start.job, start.model) == (outcome, 3, "7", "a\ufffdmodel")
+    if failures:
+        assert start.failure is not None
+        assert start.failure.rank == told
+        assert start.failure.error in ("OSError: a\ufffdb", "stopped by SIGTERM")
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    writer = writer_of(tmp_path / "file" / "start.html")
+    writer.ready()
+    writer.finish()
+    said = capfd.readouterr().err
+    assert f"warning: the timeline {tmp_path}/file/start.html can't be written: Not a directory" in said
+    assert "Traceback" not in said
+
+
+def test_a_file_system_that_hangs_keeps_neither_requests_nor_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, written = threading.Event(), list[str]()
+
+    def hang(path: Path, starts: list[Any]) -> None:
+        go_on.wait(60)
+        written.append(starts[0].outcome)
+
+    monkeypatch.setattr(timeline_files, "write_timeline", hang)
+    monkeypatch.setattr(timeline_writer, "_END_SECONDS", 0.05)
+    writer = writer_of(tmp_path / "start.html")
+    writer.ready()
+    writer.finish()
+    assert written == []
+    go_on.set()
+    eventually(lambda: len(written) == 2, "both are written")
+    # whichever came first: the last word is that of the end
+    assert written[-1] == "ended"
+
+
+def test_what_an_earlier_start_has_left_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "start.html"
+    writer_of(path).finish()
+    assert path.exists()
+    assert trace_path(path).exists()
+    forget_timeline(path)
+    forget_timeline(path)
+    assert list(tmp_path.iterdir()) == []
