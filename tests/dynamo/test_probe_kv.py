@@ -58,16 +58,16 @@ def kv_of(etcd: EtcdServer, role: str) -> dict[str, Any] | None:
     return peers[0] if peers else None
 
 
-def stations() -> set[int]:
-    """Return the processes that can be asked, of all workers here."""
+def stations(etcd: EtcdServer) -> set[int]:
+    """Return the processes that can be asked, of this test's workers."""
     found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                words = (entry / "cmdline").read_bytes()
+                words, environ = ((entry / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
             except OSError:
                 continue
-            if b"dynamo_mpi.probe.kv_station" in words and b"tether" not in words:
+            if b"dynamo_mpi.probe.kv_station" in words and f"ETCD_ENDPOINTS={etcd.url}".encode() in environ:
                 found.add(int(entry.name))
     return found
 
@@ -75,7 +75,6 @@ def stations() -> set[int]:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("first", ["prefill", "decode"])
 def test_both_sides_know_what_the_second_has_found(first: str, transport: str, etcd: EtcdServer, start: Start) -> None:
-    before = stations()
     second = "decode" if first == "prefill" else "prefill"
     workers = {first: start(first, "--kv-transport", transport)}
     eventually(lambda: offered(etcd, first), "its ranks can be asked")
@@ -97,7 +96,7 @@ def test_both_sides_know_what_the_second_has_found(first: str, transport: str, e
         # on a busy host one pair may well be slower
         assert set(re.findall("(?:warning|error) (T[0-9])", worker.text())) <= {"T3"}
     assert etcd.keys() == []
-    assert stations() <= before
+    assert not stations(etcd)
 
 
 def test_wrong_bytes_end_the_second_before_it_loads_and_the_first_says_so(etcd: EtcdServer, start: Start) -> None:
@@ -113,10 +112,9 @@ def test_wrong_bytes_end_the_second_before_it_loads_and_the_first_says_so(etcd: 
 
 
 def test_a_rank_that_does_not_answer_is_named_and_ends_only_who_is_strict(etcd: EtcdServer, start: Start) -> None:
-    before = stations()
     prefill = start("prefill")
     ports = eventually(lambda: offered(etcd, "prefill"), "its ranks can be asked")
-    stopped = next(pid for pid in stations() - before if listens_on(pid, ports[2][2]))
+    stopped = next(pid for pid in stations(etcd) if listens_on(pid, ports[2][2]))
     os.kill(stopped, signal.SIGSTOP)
     decode = start("decode", "--probe-strict", "--probe-seconds", "4")
     assert decode.wait() == 75, decode.text()
@@ -126,12 +124,12 @@ def test_a_rank_that_does_not_answer_is_named_and_ends_only_who_is_strict(etcd: 
     # it was told, and goes on
     assert "warning T2" in prefill.text()
     # as if the time of rank 0's were over
-    os.kill(next(pid for pid in stations() - before if listens_on(pid, ports[0][2])), signal.SIGKILL)
+    os.kill(next(pid for pid in stations(etcd) if listens_on(pid, ports[0][2])), signal.SIGKILL)
     eventually(lambda: offered(etcd, "prefill") is None, "nobody can ask it any more")
     os.kill(stopped, signal.SIGCONT)
     os.kill(prefill.rank_zero(), signal.SIGTERM)
     assert prefill.wait() == 0, prefill.text()
-    assert stations() <= before
+    assert not stations(etcd)
 
 
 @needs_ucx
