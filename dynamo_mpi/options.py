@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 1e8
 MAX_RUNTIME_PORT = 2**15 - 1
-PROBES = ("gpu", "fabric")
+PROBES = ("gpu", "fabric", "kv")
 
 
 @dataclass(frozen=True)

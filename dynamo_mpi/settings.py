@@ -164,8 +164,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROBE",),
         "auto",
         to_probes,
-        "what of the hardware is asked before anything is loaded: gpu, fabric, separated by commas, or none; auto is both where the engine "
-        "runs on GPUs, none otherwise",
+        "what of the hardware is asked before anything is loaded: gpu, fabric, kv, separated by commas, or none; auto is all of them where "
+        "the engine runs on GPUs, none otherwise",
     ),
     Option(
         "probe_strict",
@@ -184,6 +184,14 @@ OPTIONS: tuple[Option, ...] = (
         to_seconds,
         "seconds for ranks to reach each other and be measured; who hangs after them ends the worker (124). Half of them more for memory "
         "of an earlier step to be given back, and for NCCL to be started",
+    ),
+    Option(
+        "probe_kv_seconds",
+        ("--probe-kv-seconds",),
+        ("DYN_MPI_PROBE_KV_SECONDS",),
+        300.0,
+        to_seconds,
+        "seconds for which a partner that starts later can ask a worker's ranks for the KV probe",
     ),
     Option(
         "load_timeout",
@@ -321,6 +329,7 @@ class Settings:
     probe: str
     probe_strict: bool
     probe_seconds: float
+    probe_kv_seconds: float
     load_timeout: float
     prove_timeout: float
     drain_timeout: float

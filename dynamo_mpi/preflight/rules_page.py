@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.parallelism import contract, engine_layers, key_rules
 from dynamo_mpi.parallelism.rules import registry
 from dynamo_mpi.preflight import gpu_rules, host_rules, peers, roster
-from dynamo_mpi.probe import fabric_rules
+from dynamo_mpi.probe import fabric_rules, kv_rules
 from dynamo_mpi.probe import gpu_rules as probe_gpu_rules
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def _rows() -> Iterator[tuple[str, str]]:
         *host_rules.RULES,
         *probe_gpu_rules.RULES,
         *fabric_rules.RULES,
+        *kv_rules.RULES,
     ):
         yield _row(other)
 

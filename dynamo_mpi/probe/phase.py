@@ -19,7 +19,7 @@ from dynamo_mpi.probe.plan import START_SHARE, WAIT_SHARE
 from dynamo_mpi.probe.steps import steps_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.errors import BootstrapError
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.world import World
 
-_MODULES = {"gpu": "dynamo_mpi.probe.gpu", "fabric": "dynamo_mpi.probe.fabric"}
+    AskPartners = Callable[[list[list[str]], float], list[list[str]]]
+
+_MODULES = {"gpu": "dynamo_mpi.probe.gpu", "fabric": "dynamo_mpi.probe.fabric", "kv": "dynamo_mpi.probe.kv"}
 # a probe that ends by itself at its deadline gets this long to say so
 _GRACE_SECONDS = 3.0
 # after which even a rank 0 that is stuck in native code ends the world
@@ -102,6 +104,7 @@ def lead_probes(
     spec: EngineSpec | None = None,
     *,
     strict: bool,
+    ask_partners: AskPartners | None = None,
 ) -> Report:
     """Run them as rank 0, and judge.
 
@@ -112,6 +115,7 @@ def lead_probes(
         environ: rank 0's environment.
         spec: the engine that will be built.
         strict: warnings are errors.
+        ask_partners: of the KV probe, whose ranks can be asked by now.
     """
     began = time.monotonic()
     plan = case.plan
@@ -119,8 +123,11 @@ def lead_probes(
     late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
     with late, _watched(guard, case, seconds):
         answers = take_part(world, plan, environ, spec)
+    by_probe = _by_probe(plan, answers)
+    if "kv" in by_probe:
+        by_probe["kv"] = [] if ask_partners is None else _ask(ask_partners, by_probe["kv"], guard, plan.seconds)
     outcomes: dict[str, Outcome] = {}
-    for name, told in _by_probe(plan, answers).items():
+    for name, told in by_probe.items():
         earlier = {before: outcome.figures for before, outcome in outcomes.items()}
         outcomes[name] = _judge(name, told, case._replace(earlier=earlier))
     findings = [finding for outcome in outcomes.values() for finding in outcome.findings]
@@ -132,6 +139,12 @@ def lead_probes(
     figures["seconds"] = round(time.monotonic() - began, 3)
     lines = tuple(outcome.line for outcome in outcomes.values() if outcome.line)
     return Report(tuple(findings), figures, lines, ExitCode.USAGE if refused else ExitCode.TEMPORARY)
+
+
+def _ask(ask: AskPartners, answers: list[list[str]], guard: Guard, seconds: float) -> list[list[str]]:
+    """Talk with other worlds, which end by themselves what takes too long."""
+    with guard.deadline(seconds + _LAST_SECONDS, "the KV probe has not come to its end", "--probe-seconds"):
+        return ask(answers, time.monotonic() + seconds)
 
 
 def allowed_seconds(plan: ProbePlan) -> float:

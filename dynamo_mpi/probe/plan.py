@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from dynamo_mpi.parallelism.layout import Layout
+    from dynamo_mpi.probe.kv_terms import KvTerms
     from dynamo_mpi.settings import Settings
 
 Groups = tuple[tuple[int, ...], ...]
@@ -18,6 +19,7 @@ WAIT_SHARE = START_SHARE = 0.5
 NODE = "node"
 """The kind of groups that are a node's ranks."""
 _LAYOUT_KINDS = ("tp", "moe_ep", "pp")
+_KV = "kv"
 
 
 class ProbePlan(NamedTuple):
@@ -28,31 +30,37 @@ class ProbePlan(NamedTuple):
         seconds: for what ranks do together; see `WAIT_SHARE`.
         over: what carries the fabric probe's messages: ``nccl``, or ``mpi`` where the ranks have no GPUs.
         groups: ranks that talk to each other, by kind: `NODE`, ``tp``, ``moe_ep`` and ``pp``, as `Layout.groups` has them.
+        kv: what the KV probe needs, as `KvTerms.pack` writes it; empty without it.
     """
 
     names: tuple[str, ...]
     seconds: float
     over: str = "mpi"
     groups: tuple[tuple[str, Groups], ...] = ()
+    kv: str = ""
 
     def of_kind(self, kind: str) -> Groups:
         """Return the groups of a kind; none where the plan has no such kind."""
         return dict(self.groups).get(kind, ())
 
     def pack(self) -> str:
-        """Write it as one text: ``gpu,fabric|30|nccl|node=0,1;2,3``."""
+        """Write it as one text: ``gpu,fabric|30|nccl|node=0,1;2,3``, and ``kv=…`` where KV is probed."""
         kinds = (f"{kind}={';'.join(','.join(map(str, group)) for group in groups)}" for kind, groups in self.groups)
-        return "|".join((",".join(self.names), repr(self.seconds), self.over, *kinds))
+        more = (f"{_KV}={self.kv}",) if self.kv else ()
+        return "|".join((",".join(self.names), repr(self.seconds), self.over, *kinds, *more))
 
     @classmethod
     def unpack(cls, text: str) -> ProbePlan:
         """Read what `pack` wrote."""
         names, seconds, over, *kinds = text.split("|")
-        groups = []
+        groups, kv = [], ""
         for kind in kinds:
             name, _, members = kind.partition("=")
+            if name == _KV:
+                kv = members
+                continue
             groups.append((name, tuple(tuple(map(int, group.split(","))) for group in members.split(";"))))
-        return cls(tuple(names.split(",")), float(seconds), over, tuple(groups))
+        return cls(tuple(names.split(",")), float(seconds), over, tuple(groups), kv)
 
 
 def plan_probes(settings: Settings, layout: Layout, nodes: Mapping[str, Sequence[int]]) -> ProbePlan | None:
@@ -74,7 +82,8 @@ def plan_probes(settings: Settings, layout: Layout, nodes: Mapping[str, Sequence
     by_kind = [(NODE, _tuples(nodes.values()))]
     if layout.world_size == size:
         by_kind += [(kind, groups) for kind in _LAYOUT_KINDS if len((groups := _tuples(layout.groups(kind)))[0]) > 1]
-    return ProbePlan(names, settings.probe_seconds, over, tuple(by_kind))
+    kv = _kv_terms(settings).pack() if "kv" in names else ""
+    return ProbePlan(names, settings.probe_seconds, over, tuple(by_kind), kv)
 
 
 def chosen_probes(settings: Settings, size: int) -> tuple[str, ...]:
@@ -88,8 +97,17 @@ def chosen_probes(settings: Settings, size: int) -> tuple[str, ...]:
         return ()
     names = settings.probe.split(",")
     if settings.probe == "auto":
-        names = ["gpu", "fabric"] if has_gpus(settings) else []
-    return tuple(name for name in names if name != "fabric" or size > 1)
+        names = ["gpu", "fabric", "kv"] if has_gpus(settings) else []
+    idle = {"fabric": size == 1, "kv": settings.role not in ("prefill", "decode")}
+    return tuple(name for name in names if not idle.get(name))
+
+
+def _kv_terms(settings: Settings) -> KvTerms:
+    import secrets
+
+    from dynamo_mpi.probe.kv_terms import TOKEN_BYTES, KvTerms
+
+    return KvTerms(settings.role, settings.probe_kv_seconds, secrets.token_hex(TOKEN_BYTES), settings.kv_network or "")
 
 
 def has_gpus(settings: Settings) -> bool:

@@ -50,6 +50,7 @@ SAMPLES = {
     "probe": "fabric",
     "probe_strict": "true",
     "probe_seconds": "9.5",
+    "probe_kv_seconds": "77",
     "load_timeout": "3.5",
     "prove_timeout": "2.5",
     "drain_timeout": "0",

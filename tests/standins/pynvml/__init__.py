@@ -24,10 +24,6 @@ class NVMLError(Exception):
     """As nvidia-ml-py has it: a class for each kind."""
 
 
-class NVMLError_NotSupported(NVMLError):
-    """A GPU that doesn't have it."""
-
-
 class NVMLError_DriverNotLoaded(NVMLError):
     """There is no file."""
 
