@@ -25,7 +25,10 @@ def section_of(here: Here) -> Section:
 def checks_of(here: Here) -> Iterator[Check]:
     """Judge what they have found. Pure."""
     for line in here.lines:
-        name, _, found = line.partition(": ")
-        yield ok(name, found) if here.figures else skipped(name, found)
+        # gpu, and fabric over a library's name and version
+        name = line.partition(":")[0].partition(" ")[0]
+        yield (
+            ok(name, line.removeprefix(f"{name}: ")) if here.figures else skipped(name, line.removeprefix(f"{name}: "))
+        )
     for finding in here.findings:
         yield of_finding(finding.rule, finding)

@@ -215,14 +215,16 @@ def test_the_probes_are_a_section_of_their_own() -> None:
         "a GPU at its full clock",
         "see nvidia-smi -q",
     )
-    here = Here({"gpu": {"read": 2}}, (finding,), ("gpu: 2 of 2 GPUs read", "fabric: 260 GB/s over NVLink"))
+    here = Here(
+        {"gpu": {"read": 2}}, (finding,), ("gpu: 2 of 2 GPUs read", "fabric over NCCL 2.28.9: exchange near 256.0 GB/s")
+    )
     found = list(checks_of(here))
     assert [(check.id, check.status) for check in found] == [
         ("gpu", Status.OK),
         ("fabric", Status.OK),
         ("V10", Status.WARNING),
     ]
-    assert found[1].found == "260 GB/s over NVLink"
+    assert found[1].found == "fabric over NCCL 2.28.9: exchange near 256.0 GB/s"
     assert [check.status for check in checks_of(Here({}, (), ("gpu: no GPU here",)))] == [Status.SKIPPED]
 
 
