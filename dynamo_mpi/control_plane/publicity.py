@@ -73,9 +73,9 @@ class Publicity:
 
     def tell_progress(self, progress: roll.Progress) -> None:
         """Have the record say how far the ranks are. Never waits."""
-        told = Progress(
-            progress.done, progress.ranks, progress.slowest_rank, progress.slowest_host, round(progress.seconds, 1)
-        )
+        done = None if self._record.engine == "trtllm" else progress.done
+        slowest = progress.slowest_rank, progress.slowest_host
+        told = Progress(done, progress.ranks, *slowest, round(progress.seconds, 1), progress.read)
         self.presence.tell_progress(told)
 
     def ready(self) -> None:

@@ -45,18 +45,20 @@ class Progress:
     """How far the ranks have come in the phase that the record names.
 
     Args:
-        done: ranks that have done their part of it.
+        done: ranks that have done their part of it; None where they don't tell, as with ``dynamo.trtllm``.
         ranks: of the world.
         slowest_rank: the one that is furthest behind; None where none is.
         slowest_host: its node.
         seconds: since the phase began.
+        read: bytes that all ranks together have read since they began; None where that isn't known.
     """
 
-    done: int
+    done: int | None
     ranks: int
     slowest_rank: int | None
     slowest_host: str | None
     seconds: float
+    read: int | None = None
 
 
 @dataclass(frozen=True)

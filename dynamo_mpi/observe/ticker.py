@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _DRAW_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
+# for whoever asks how far it is
+_PUBLISH_SECONDS = 2.0
 # a load of a moment needs no table
 _DRAW_AFTER_SECONDS = 2.0
 
@@ -62,7 +64,8 @@ class Ticker:
         phases.listen(lambda _: self._changed.set())
 
     def on_progress(self, listener: Callable[[Progress], None]) -> None:
-        """Call this whenever a line is due, from the ticker's thread, whether or not one is shown. What it raises is ignored."""
+        """Call this every two seconds, and whenever a line is due, from the ticker's thread, whether or not one is shown. What it raises is
+        ignored."""
         self._listeners.append(listener)
 
     def start(self) -> None:
@@ -93,12 +96,16 @@ class Ticker:
         began = time.monotonic()
         gaps = intervals(self._first)
         due = began + next(gaps)
+        published = began
         while not self._closed and self._phases.current == phase:
             now = time.monotonic()
-            if now >= due:
-                self._tell()
-                due = now + next(gaps)
-            wait = due - now
+            if now >= min(due, published + _PUBLISH_SECONDS):
+                progress = self._publish()
+                published = now
+                if now >= due:
+                    self._tell(progress)
+                    due = now + next(gaps)
+            wait = min(due, published + _PUBLISH_SECONDS) - now
             if self._mode == "live":
                 wait = min(wait, _DRAW_SECONDS)
                 if now - began >= _DRAW_AFTER_SECONDS:
@@ -108,11 +115,14 @@ class Ticker:
         if self._mode == "live":
             self._mouth.draw(())
 
-    def _tell(self) -> None:
+    def _publish(self) -> Progress:
         progress = self._roll.progress()
         for listener in self._listeners:
             with contextlib.suppress(Exception):  # the load goes on whoever can't hear of it
                 listener(progress)
+        return progress
+
+    def _tell(self, progress: Progress) -> None:
         if self._mode == "plain":
             self._voice.say(describe(progress, parts_seen=self._parts_seen), facts=facts(progress))
 

@@ -8,7 +8,7 @@ time          seconds since 1970, as all times here
 run_dir       the deployment's folder, or null
 workers       one object each: key, name, namespace, component, endpoint, model, role, engine, layout {tp_size, pp_size, cp_size, ep_size,
               attention_dp, ranks, text}, hosts, phase, phase_since, started, in_flight, progress {done, ranks, slowest_rank, slowest_host,
-              seconds}, attempt, job, step, host, pid, launch, instance, system, trace, dynamo_mpi, trtllm. Null is what isn't known.
+              seconds, read}, attempt, job, step, host, pid, launch, instance, system, trace, dynamo_mpi, trtllm. Null is what isn't known.
 missing       workers that `launch` has started, and that have no record: name, role, nodes
 failures      of the last hour: the fields of the record in etcd, name, and followed: whether a newer start is there
 services      name, url, up, note; empty without a run folder

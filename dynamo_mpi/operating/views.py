@@ -18,18 +18,20 @@ class Progress:
     """How far a phase is.
 
     Args:
-        done: ranks that have done it.
+        done: ranks that have done it; None where they don't tell.
         ranks: all of them.
         slowest_rank: the one that is waited for.
         slowest_host: its node.
         seconds: that it has taken.
+        read: bytes that all ranks together have read; None where that isn't known.
     """
 
-    done: int
+    done: int | None
     ranks: int
     slowest_rank: int | None
     slowest_host: str | None
     seconds: float | None
+    read: int | None = None
 
 
 @dataclass(frozen=True)
@@ -250,10 +252,10 @@ def _progress(fields: Fields | None) -> Progress | None:
     if fields is None:
         return None
     done, ranks = fields.count("done"), fields.count("ranks")
-    if done is None or ranks is None:
+    if ranks is None:
         return None
     host = fields.text("slowest_host")
-    return Progress(done, ranks, fields.rank("slowest_rank"), host, fields.number("seconds"))
+    return Progress(done, ranks, fields.rank("slowest_rank"), host, fields.number("seconds"), fields.count("read"))
 
 
 def _layout(fields: Fields | None) -> Layout | None:

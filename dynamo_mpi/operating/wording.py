@@ -36,12 +36,16 @@ def spell_nodes(names: Sequence[str]) -> str:
 
 
 def spell_progress(progress: Progress | None) -> str:
-    """Return ``11/16, slowest n03``; nothing where it isn't known."""
+    """Return ``11/16, slowest n03``, or ``37.6 GB read, slowest n03`` where ranks don't tell when they are through; nothing where nothing is
+    known."""
     if progress is None:
         return ""
     slowest = progress.slowest_host or ("" if progress.slowest_rank is None else f"rank {progress.slowest_rank}")
-    late = f", slowest {slowest}" if slowest and progress.done < progress.ranks else ""
-    return f"{progress.done}/{progress.ranks}{late}"
+    is_over = progress.done is not None and progress.done >= progress.ranks
+    late = f", slowest {slowest}" if slowest and not is_over else ""
+    if progress.done is not None:
+        return f"{progress.done}/{progress.ranks}{late}"
+    return "" if progress.read is None else f"{progress.read / 1e9:.1f} GB read{late}"
 
 
 def spell_position(worker: Worker, now: float) -> str:

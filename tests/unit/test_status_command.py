@@ -74,10 +74,15 @@ def test_a_row_for_each_worker(board: Board, run: Run) -> None:
     )
     decode = found["workers"][1]
     assert (decode["progress"], decode["layout"]["text"], decode["hosts"]) == (
-        PROGRESS,
+        {**PROGRESS, "read": None},
         "TP8/EP8 ADP",
         ["decode1", "decode2"],
     )
+
+
+def test_how_far_ranks_are_that_do_not_tell(board: Board, run: Run) -> None:
+    board.worker("agg", phase="load", progress={**PROGRESS, "done": None, "read": 37_600_000_000})
+    assert run()[1].splitlines()[1].endswith("37.6 GB read, slowest n3")
 
 
 def test_a_record_of_an_older_version(board: Board, run: Run) -> None:
