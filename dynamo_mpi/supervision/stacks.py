@@ -18,7 +18,10 @@ _THREADS = 4
 _SAME_FRAMES = 2
 # those of ours that only wait, on every rank, whatever happens
 IDLE_THREADS = frozenset(
-    {"watch", "child output", "child end", "proof", "session", "signals", "record", "registration", "time limit"}
+    {
+        *("watch", "child output", "child end", "proof", "session", "signals", "record", "registration", "time limit"),
+        *("progress", "events", "obituary", "metrics", "probes", "timeline"),
+    }
 )
 # what carries a task to a thread says nothing of where the task is
 _CARRIERS = (

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,4 +32,5 @@ def test_ranks_start_with_it(look_up: Callable[[], MpiFlavour | Unavailable], tm
     command = flavour.command(2, sys.executable, "-c", _WHERE.replace("FOLDER", str(tmp_path)))
     done = run_command(command, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "True"]
+    # ranks' lines may come as one
+    assert re.findall("True|False", done.stdout) == ["True", "True"]
