@@ -303,6 +303,16 @@ def test_a_run_folder_says_where_and_who_should_be_there(
     assert run("--run-dir", str(folder))[0] == ExitCode.UNAVAILABLE
 
 
+def test_what_a_worker_died_of_breaks_no_terminal(board: Board, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_dir = describe(folder)
+    run_dir.close()
+    run_dir.tell_end(66, "no \x1b[2Jweights")
+    text = run("--run-dir", str(folder))[1]
+    assert "\x1b" not in text
+    assert text.endswith("with exit code 66: no \\x1b[2Jweights\n")
+
+
 def test_a_launcher_that_was_killed(board: Board, run: Run, tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
