@@ -243,7 +243,9 @@ def test_the_probes_take_no_time_from_the_checks(
 
     monkeypatch.setattr("dynamo_mpi.probe.here.probe_here", slow)
     assert main(["doctor", "--probe", "--only", "probe,host", "--timeout", "0.5", "--output", "json"]) == 0
-    found = [check["found"] for section in json.loads(capsys.readouterr().out)["sections"] for check in section["checks"]]
+    found = [
+        check["found"] for section in json.loads(capsys.readouterr().out)["sections"] for check in section["checks"]
+    ]
     assert not [text for text in found if "no answer" in text]
 
 
