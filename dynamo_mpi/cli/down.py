@@ -25,6 +25,7 @@ from dynamo_mpi.launch.steps import SlurmEndings
 from dynamo_mpi.operating.ending import Target, end_workers, way_to
 from dynamo_mpi.operating.options import MODEL, NAMESPACE, RUN_DIR
 from dynamo_mpi.operating.place import find_run_dir, locate
+from dynamo_mpi.operating.untrusted import shown
 from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_seconds
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     content = _read(description)
     if arguments.dry_run:
-        names = [str(worker.get("name")) for worker in content.get("workers", ()) if isinstance(worker, dict)]
+        names = [shown(str(worker.get("name"))) for worker in content.get("workers", ()) if isinstance(worker, dict)]
         write_out(f"the deployment in {run_dir}: {', '.join(names)}, and its services")
         return 0
     _end_deployment(run_dir, content, values["timeout"])
