@@ -153,7 +153,7 @@ def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
 def test_a_file_system_that_hangs_keeps_nobody(tmp_path: Path) -> None:
     # to open it waits for a reader
     os.mkfifo(tmp_path / ".w.prom.partial")
-    file = MetricsFile(tmp_path / "w.prom", lambda: "a 1\n", [].append)
+    file = MetricsFile(tmp_path / "w.prom", lambda: "a 1\n", list[str]().append)
     began = time.monotonic()
     file.end()
     assert time.monotonic() - began < 5
