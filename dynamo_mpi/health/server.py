@@ -209,7 +209,7 @@ def _at_end_of(pid: int, call: Callable[[], object]) -> Iterator[None]:
     """Call this when a process has ended. The end of its connection need not tell: what it has forked may hold that open."""
     try:
         descriptor = os.pidfd_open(pid)
-    except OSError:  # not every kernel can: its connection has to tell then
+    except (OSError, AttributeError):  # not every kernel can, nor every Python: its connection has to tell then
         yield
         return
     loop = asyncio.get_running_loop()

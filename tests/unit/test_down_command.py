@@ -126,6 +126,16 @@ def test_a_rank_here_is_signalled_and_no_other(board: Board, run: Run, start: Ca
     assert theirs.runs
 
 
+def test_a_python_for_older_kernels_signals_too(
+    board: Board, run: Run, start: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    rank = start()
+    remove_after(board, rank.process, board.worker("agg", **rank.fields()))
+    assert run("--model", "M", "--timeout", "10")[0] == 0
+    assert rank.process.wait(10) == 0, "in order"
+
+
 def test_prefill_goes_before_decode(board: Board, run: Run, start: Callable[..., Rank]) -> None:
     ranks = {role: start() for role in ("decode", "prefill")}
     for role, rank in ranks.items():
