@@ -114,6 +114,14 @@ def to_path(text: str) -> Path:
     return Path(text)
 
 
+def to_file(text: str) -> Path:
+    """Read a path of a file, which has a name."""
+    path = to_path(text)
+    if path.name in ("", ".."):
+        raise ValueError("a path of a file")
+    return path
+
+
 def to_name(text: str) -> str:
     """Read a name in Dynamo's sense."""
     if not text or any(c in text for c in "./ \t\n"):

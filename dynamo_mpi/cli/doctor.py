@@ -86,8 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: a flag's value is none that it takes.
     """
     values, _ = resolve(OPTIONS, vars(arguments), os.environ, {})
-    context = Context.of(os.environ, values["timeout"], values["run_dir"], values["write"])
+    # what the probes take is not the checks' time
     further, figures = _probe() if values["probe"] else ((), {})
+    context = Context.of(os.environ, values["timeout"], values["run_dir"], values["write"])
     report = examine(chosen(values["only"], further), context, socket.gethostname())
     write_out(json.dumps({**report.as_json(), **figures}) if arguments.output == "json" else report.as_text())
     return int(report.exit_code)

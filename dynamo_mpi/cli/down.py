@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.errors import DeadlineError, UsageError
+from dynamo_mpi.errors import AuthorisationError, DeadlineError, UsageError
 from dynamo_mpi.launch.steps import SlurmEndings
 from dynamo_mpi.operating.ending import Target, end_workers, way_to
 from dynamo_mpi.operating.options import MODEL, NAMESPACE, RUN_DIR
 from dynamo_mpi.operating.place import find_run_dir, locate
+from dynamo_mpi.operating.untrusted import shown
 from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_seconds
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         UsageError: it can't be told which deployment is meant.
+        AuthorisationError: its folder is another user's.
         DeadlineError: it had not ended when the time was up.
     """
     given = {**vars(arguments), "run_dir": arguments.run_dir or arguments.folder}
@@ -75,17 +77,26 @@ def run(arguments: argparse.Namespace) -> int:
             "--job alone doesn't say whose workers are meant", needed="their etcd or their name", fix=_SAY_WHICH
         )
     run_dir = Path(os.path.abspath(named or _find()))
+    try:
+        return _end(run_dir, values, is_named=named is not None, dry_run=arguments.dry_run)
+    except PermissionError:
+        raise AuthorisationError(
+            f"{run_dir} can't be used by this user", needed="a run folder of this user's", fix="ask whoever launched it"
+        ) from None
+
+
+def _end(run_dir: Path, values: dict[str, Any], *, is_named: bool, dry_run: bool) -> int:
     if not run_dir.is_dir():
         raise UsageError(f"there is no folder {run_dir}", needed="the run folder of a deployment", fix="--run-dir DIR")
     description = run_dir / "deployment.json"
-    if values["job"] or (named and not description.exists() and (run_dir / "services.json").exists()):
-        return _end_workers(values, dry_run=arguments.dry_run)
+    if values["job"] or (is_named and not description.exists() and (run_dir / "services.json").exists()):
+        return _end_workers(values, dry_run=dry_run)
     if not description.exists():
         _say(f"nothing runs in {run_dir}")
         return 0
     content = _read(description)
-    if arguments.dry_run:
-        names = [str(worker.get("name")) for worker in content.get("workers", ()) if isinstance(worker, dict)]
+    if dry_run:
+        names = [shown(str(worker.get("name"))) for worker in content.get("workers", ()) if isinstance(worker, dict)]
         write_out(f"the deployment in {run_dir}: {', '.join(names)}, and its services")
         return 0
     _end_deployment(run_dir, content, values["timeout"])

@@ -16,6 +16,7 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
 from dynamo_mpi.local.worlds import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, worlds_of
+from dynamo_mpi.options import to_file
 from dynamo_mpi.services.failures import PartError
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mpirun", metavar="COMMAND", help="launcher; '-n N' is added (default: mpirun)")
     parser.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="to be ready (%(default)g)")
     parser.add_argument(
-        "--timeline", type=Path, metavar="FILE", help="draw the start: a page, with a trace for Perfetto beside it"
+        "--timeline", type=_file, metavar="FILE", help="draw the start: a page, with a trace for Perfetto beside it"
     )
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
     parser.add_argument("--verbose", action="store_true", help="show the ranks' logs as they come")
@@ -132,6 +133,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
+
+
+def _file(text: str) -> Path:
+    try:
+        return to_file(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {error}") from None
 
 
 def _port(text: str) -> int:

@@ -111,7 +111,10 @@ def _run_dir(arguments: argparse.Namespace) -> Path:
 
 def _files_of(run_dir: Path) -> list[Path]:
     folder = run_dir / FOLDER
-    files = sorted(path for path in folder.glob("*") if path.suffix == ".html" or path.name == "launch.json")
+    try:
+        files = sorted(path for path in folder.glob("*") if path.suffix == ".html" or path.name == "launch.json")
+    except OSError as error:
+        raise UsageError(f"{folder} can't be read: {error.strerror}", fix="check its rights") from None
     if not files:
         raise UsageError(
             f"there is no timeline in {folder}",

@@ -75,7 +75,8 @@ def judge_leftovers(left: Sequence[Segment]) -> Check:
         + listed(paths[:_MOST_NAMES])
         + (f" and {more} more" if more > 0 else ""),
         "none: they take memory until somebody removes them, and some names can't be made twice (V4)",
-        f"if nothing of yours runs in another container on this node: rm {shlex.join(paths[:_MOST_REMOVED])}",
+        "if nothing of yours runs in another container on this node, and you have put none of it there to keep: "
+        f"rm {shlex.join(paths[:_MOST_REMOVED])}",
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from dynamo_mpi.observe.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable, Iterator
 
     from dynamo_mpi.health.address import ProbeAddress
 
@@ -28,6 +30,7 @@ _PATIENCE_SECONDS = 10.0
 # a probe gives up after a second by default
 _RUNTIME_SECONDS = 0.8
 _MOST_CONNECTIONS = 64
+_MOST_RELAYS = 64
 _MOST_HEAD = 32 << 10
 _MOST_METRICS = 16 << 20
 _PUMP_BYTES = 64 << 10
@@ -44,7 +47,9 @@ class ProbeServer:
 
     def __init__(self, address: ProbeAddress, state: State) -> None:
         self._address, self.state = address, state
-        self._open = 0
+        # in the order in which they came
+        self._open: dict[asyncio.StreamWriter, None] = {}
+        self._relays = 0
 
     async def run(self, listener: socket.socket, rank: socket.socket) -> None:
         """Serve until the rank has gone.
@@ -55,23 +60,32 @@ class ProbeServer:
         """
         reader, writer = await asyncio.open_connection(sock=rank, limit=_LINE_BYTES)
         server = await asyncio.start_server(self._serve, sock=listener, limit=_MOST_HEAD)
+        hearing = asyncio.ensure_future(self._hear(reader))
+        with _at_end_of(self.state.pid, hearing.cancel), contextlib.suppress(asyncio.CancelledError):
+            await hearing
+        server.close()
+        writer.close()
+
+    async def _hear(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(OSError, ValueError):
             while line := await reader.readline():
                 text = line.decode("utf-8", "replace").rstrip("\n")
                 self.state = note(self.state, text, time.monotonic(), time.time())
-        server.close()
-        writer.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
+        if len(self._open) >= _MOST_CONNECTIONS:
+            # a probe takes milliseconds: whoever has been here for longest is none, and must not keep one out
+            oldest = next(iter(self._open))
+            del self._open[oldest]
+            oldest.transport.abort()
+        self._open[writer] = None
         try:
-            # without a word to those who are too many: they would be as many again with one
-            if self._open <= _MOST_CONNECTIONS:
-                await self._answer(reader, writer)
+            await self._answer(reader, writer)
         except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
-            pass
+            # to close it would mean to wait until it has read everything
+            writer.transport.abort()
         finally:
-            self._open -= 1
+            self._open.pop(writer, None)
             writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -83,8 +97,16 @@ class ProbeServer:
             data = response(400, _TEXT, b"this is no HTTP/1.1 request\n")
         elif request.path in (self._address.health_path, self._address.live_path, "/metrics"):
             data = await self._own(request)
+        elif self.state.runtime and self._relays >= _MOST_RELAYS:
+            data = response(503, _TEXT, b"too many requests are being handed on to the Dynamo runtime\n")
         elif self.state.runtime:
-            await self._relay(request, reader, writer)
+            # it may take minutes, and is the runtime's then
+            self._open.pop(writer, None)
+            self._relays += 1
+            try:
+                await self._relay(request, reader, writer)
+            finally:
+                self._relays -= 1
             return
         else:
             paths = f"{self._address.live_path}, {self._address.health_path} and /metrics"
@@ -159,7 +181,7 @@ class ProbeServer:
             return
         try:
             ours.write(request.relayed())
-            sending = asyncio.ensure_future(_pump(reader, ours))
+            sending = asyncio.ensure_future(_pump_all(reader, ours))
             try:
                 await _pump(theirs, writer)
             finally:
@@ -174,3 +196,26 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     while data := await reader.read(_PUMP_BYTES):
         writer.write(data)
         await asyncio.wait_for(writer.drain(), _PATIENCE_SECONDS)
+
+
+async def _pump_all(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Hand on to the end, and that it is the end: a client that has left is for the runtime to leave, too."""
+    await _pump(reader, writer)
+    writer.write_eof()
+
+
+@contextlib.contextmanager
+def _at_end_of(pid: int, call: Callable[[], object]) -> Iterator[None]:
+    """Call this when a process has ended. The end of its connection need not tell: what it has forked may hold that open."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except (OSError, AttributeError):  # not every kernel can, nor every Python: its connection has to tell then
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_reader(descriptor, call)
+    try:
+        yield
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)

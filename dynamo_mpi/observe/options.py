@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.options import Option, to_path, to_runtime_port, to_seconds
+from dynamo_mpi.options import Option, to_file, to_path, to_runtime_port, to_seconds
 
 MODES = ("auto", "plain", "live", "off")
 OBSERVE_OPTIONS: tuple[Option, ...] = (
@@ -39,7 +39,7 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
         ("--metrics-file",),
         ("DYN_MPI_METRICS_FILE",),
         None,
-        to_path,
+        to_file,
         "keep the world's metrics in this file, NAME.prom, for node_exporter's textfile collector; it stays at the end and tells of it",
     ),
     Option(
@@ -56,7 +56,7 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
         ("--timeline",),
         ("DYN_MPI_TIMELINE",),
         None,
-        to_path,
+        to_file,
         "write a picture of the start, every rank's phases, as a page (HTML) here and as a trace for Perfetto beside it (.trace.json), "
         "once it is ready and again at its end",
     ),

@@ -37,7 +37,7 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 _OPTION = re.compile(
-    rf"--[a-z0-9_.-]{{0,40}}(?P<name>{_NAME})(?P<equals>\\{{0,4}}[\"'],[ \t]{{0,4}}|[ \t]{{1,4}}){_VALUE}",
+    rf"(?<!-)--[a-z0-9_.-]{{0,40}}(?P<name>{_NAME})(?P<equals>\\{{0,4}}[\"'],[ \t]{{0,4}}|[ \t]{{1,4}}){_VALUE}",
     re.IGNORECASE,
 )
 # what such names hold where they hold no secret
@@ -66,7 +66,7 @@ _SCHEME = re.compile(
 )
 # a port is no password
 _URL = re.compile(
-    r"(?<=://)(?:[^\s/?#\"'@:]{0,256}:(?!\d{1,5}[/?#])[^\s\"'@]{0,1024}|[^\s/?#\"'@]{1,1024})(?:@[^\s/?#\"'@]{0,256}){0,4}@"
+    r"(?<=://)(?:[^\s/?#\"'@:]{0,256}:(?!\d{1,5}[/?#])[^\s\"'@]{0,1024}|[^\s/?#\"'@]{1,1024})(?:@[^\s/?#\"'@]{0,256})*@"
 )
 
 _LOOKS = re.compile(
@@ -78,7 +78,7 @@ _LOOKS = re.compile(
 )
 
 _SECRET_VARIABLE = re.compile(
-    rf"(?:{_NAME}|_key|nkey|jwt|pwd){_SUFFIX}\Z",
+    rf"(?:{_NAME}|_key|nkey|jwt|(?<!\A)(?<!\Aold)pwd){_SUFFIX}\Z",
     re.IGNORECASE,
 )
 _USERINFO = re.compile(r"://(?P<user>[^\s/?#:@]{0,256}):(?P<password>[^\s@]{1,1024})@")
@@ -204,11 +204,11 @@ def _without_tails(text: str) -> str:
         return text
     kept: list[str] = []
     for line in text.splitlines(keepends=True):
-        end = _PEM_END.search(line)
-        if end is None:
+        *_, end = [0, *(found.end() for found in _PEM_END.finditer(line))]
+        if not end:
             kept.append(line)
             continue
         while kept and _PEM_LINE.fullmatch(kept[-1].strip().removesuffix("\\n")):
             kept.pop()
-        kept.append(MASK + line[end.end() :])
+        kept.append(MASK + line[end:])
     return "".join(kept)

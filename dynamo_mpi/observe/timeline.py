@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +181,7 @@ def _seconds(value: object) -> float | None:
     if value is None:
         return None
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or abs(value) > _MOST_SECONDS:  # type: ignore[arg-type,unused-ignore] # it is one
+    # an integer may be too large for a float, and what is not a number is not within bounds either
+    if not number or not -_MOST_SECONDS <= value <= _MOST_SECONDS:  # type: ignore[operator,unused-ignore] # it is one
         raise ValueError("a time is no number of seconds")
     return float(value)  # type: ignore[arg-type] # it is a number

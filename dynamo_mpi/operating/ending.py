@@ -175,6 +175,10 @@ def _await_end(target: Target, ways: Sequence[Way], end: float) -> None:
 def _signal(worker: Worker) -> None:
     """Signal the process that was looked at, and none that gets its number meanwhile."""
     with contextlib.suppress(OSError):  # it has gone
+        if not hasattr(os, "pidfd_open"):  # a Python that was built for older kernels, as conda's
+            if is_ours(worker):
+                os.kill(worker.pid, signal.SIGTERM)
+            return
         descriptor = os.pidfd_open(worker.pid)
         try:
             if is_ours(worker):

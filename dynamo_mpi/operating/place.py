@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import AuthorisationError, UsageError
+from dynamo_mpi.operating.untrusted import Fields, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -197,19 +198,20 @@ def _deployment(content: dict[str, Any]) -> Deployment | None:
 
 def _expected(content: dict[str, Any]) -> Expected:
     return Expected(
-        str(content.get("name")),
-        str(content.get("role")),
-        tuple(map(str, _list(content.get("nodes")))),
+        shown(str(content.get("name"))),
+        shown(str(content.get("role"))),
+        tuple(shown(str(node)) for node in _list(content.get("nodes"))),
         _int(content.get("ranks")),
         str(content.get("launch") or content.get("step")),
     )
 
 
 def _ended(content: dict[str, Any]) -> Ended | None:
-    at = content.get("time")
-    if not content or not isinstance(at, (int, float)):
+    at, code = Fields(content).number("time"), _int(content.get("exit_code"))
+    if at is None:
         return None
-    return Ended(_int(content.get("exit_code")), str(content.get("report") or ""), float(at))
+    # what a process can't end with would wrap around, to 0 even
+    return Ended(code if 0 <= code < 256 else 1, str(content.get("report") or ""), at)
 
 
 def _list(value: object) -> list[Any]:

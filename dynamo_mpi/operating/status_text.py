@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.operating.untrusted import shown
 from dynamo_mpi.operating.wording import spell_failure, spell_nodes, spell_progress, spell_seconds, spell_since
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def _events(snapshot: Snapshot) -> list[str]:
         lines.append(f"warning: its launcher was killed; dynamo-mpi down --run-dir {place.run_dir} clears up")
     if place.ended is not None:
         ago = spell_seconds(now - place.ended.time)
-        report = " ".join(place.ended.report.split())
+        report = shown(" ".join(place.ended.report.split()), _LONGEST_LINE)
         lines.append(f"the last deployment ended {ago} ago with exit code {place.ended.exit_code}: {report}")
     warnings = [f"warning: {text}" for text in snapshot.warnings]
     if len(warnings) > _MOST_WARNINGS:

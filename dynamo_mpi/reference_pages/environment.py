@@ -93,8 +93,32 @@ VARIABLES = (
     Variable(
         ("DYN_SYSTEM_PORT",),
         "user → worker",
-        "port of `/health`, `/live` and `/metrics`, at most 32767: Dynamo's runtime reads it as a signed 16-bit number",
+        "port of `/health`, `/live` and `/metrics` on each node, at most 65535; 0 for any, unset or negative for none. Dynamo's "
+        "runtime, which reads it as a signed 16-bit number, gets another: `--runtime-system-port`",
     ),
+    Variable(
+        ("DYN_SYSTEM_HOST", "DYN_SYSTEM_HEALTH_PATH", "DYN_SYSTEM_LIVE_PATH"),
+        "user → worker, Dynamo's runtime",
+        "where it listens, 0.0.0.0 by default, and other paths than `/health` and `/live`",
+    ),
+    Variable(
+        ("NOTIFY_SOCKET",),
+        "supervisor → worker",
+        "rank 0 says there, as systemd has it, which phase it is in, when it serves, and why it ends; `NotifyAccess=all`, since a launcher "
+        "is the unit's main process. What a rank starts doesn't get it",
+    ),
+    Variable(
+        ("TRACEPARENT", "TRACESTATE"),
+        "user → worker, launch, Dynamo's runtime",
+        "the W3C trace that a worker is part of; one that can't be read is told, and left out",
+    ),
+    Variable(
+        ("DYN_LOG",),
+        "user → worker, Dynamo's runtime",
+        "levels, `LEVEL` and `TARGET=LEVEL` with commas. Of us a level alone can only make more be said; `dynamo_mpi=warn` makes it less, "
+        "and errors are said in any case",
+    ),
+    Variable(("DYN_LOGGING_JSONL",), "user → worker, Dynamo's runtime", "1: a JSON object on each line"),
     Variable(("DYN_TCP_RPC_PORT",), "user → Dynamo's runtime", "port of the tcp request plane"),
     Variable(
         ("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS",),
@@ -112,7 +136,7 @@ VARIABLES = (
         "user → `start_worker.sh`",
         "the role, as Dynamo's former script had it; `DYN_MPI_ROLE` is stronger",
     ),
-    Variable(("DYN_LOG", "DYN_*"), "user → Dynamo's runtime", "every other `DYN_*` variable goes to Dynamo as it is"),
+    Variable(("DYN_*",), "user → Dynamo's runtime", "every other `DYN_*` variable goes to Dynamo as it is"),
     Variable(
         ("SLURM_JOB_END_TIME",),
         "Slurm, launch → worker",

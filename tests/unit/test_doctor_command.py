@@ -236,6 +236,21 @@ def test_probes_where_there_is_no_gpu() -> None:
     assert (section["name"], [check["status"] for check in section["checks"]]) == ("probe", ["skipped"])
 
 
+def test_the_probes_take_no_time_from_the_checks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow() -> Here:
+        time.sleep(0.6)
+        return Here({}, (), ("gpu: no GPU here",))
+
+    monkeypatch.setattr("dynamo_mpi.probe.here.probe_here", slow)
+    assert main(["doctor", "--probe", "--only", "probe,host", "--timeout", "0.5", "--output", "json"]) == 0
+    found = [
+        check["found"] for section in json.loads(capsys.readouterr().out)["sections"] for check in section["checks"]
+    ]
+    assert not [text for text in found if "no answer" in text]
+
+
 def test_interrupted_it_leaves_nothing_behind(tmp_path: Any) -> None:
     fake = tmp_path / "srun"
     fake.write_text(f"#!/bin/sh\necho $$ >>{tmp_path}/pids\nexec sleep 300\n")

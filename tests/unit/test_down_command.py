@@ -126,6 +126,16 @@ def test_a_rank_here_is_signalled_and_no_other(board: Board, run: Run, start: Ca
     assert theirs.runs
 
 
+def test_a_python_for_older_kernels_signals_too(
+    board: Board, run: Run, start: Callable[..., Rank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    rank = start()
+    remove_after(board, rank.process, board.worker("agg", **rank.fields()))
+    assert run("--model", "M", "--timeout", "10")[0] == 0
+    assert rank.process.wait(10) == 0, "in order"
+
+
 def test_prefill_goes_before_decode(board: Board, run: Run, start: Callable[..., Rank]) -> None:
     ranks = {role: start() for role in ("decode", "prefill")}
     for role, rank in ranks.items():
@@ -257,3 +267,21 @@ def test_a_job_that_is_none(board: Board, run: Run) -> None:
     for job in ("x", "7.", "7.batch", "-1", "7;8"):
         code, _, err = run("--namespace", "dynamo", f"--job={job}")
         assert (code, "JOB.STEP" in err) == (ExitCode.USAGE, True), json.dumps(job)
+
+
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+def test_another_users_folder_is_77(run: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
+    folder = tmp_path / "run"
+    describe(folder).close()
+    run(str(folder))  # nothing is imported any more
+    owner, folder_mode = os.geteuid(), folder.stat().st_mode
+    folder.chmod(0)
+    if owner == 0:
+        os.seteuid(65534)  # root may read everything
+    try:
+        code, _, err = run(str(folder), *words)
+    finally:
+        os.seteuid(owner)
+        folder.chmod(folder_mode)
+    assert code == ExitCode.NOT_AUTHORISED
+    assert "ask whoever launched it" in err

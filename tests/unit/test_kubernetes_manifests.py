@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from typing import Any
 
 import jsonschema
@@ -113,7 +114,8 @@ def test_what_every_pod_has(name: str, part: str, template: dict[str, Any]) -> N
     assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
     assert spec["automountServiceAccountToken"] is False
     secret = [variable["name"] for variable in container["env"] if "AUTH" in variable["name"]]
-    assert len(secret) == 4
+    assert secret == ["ETCD_AUTH_USERNAME", "ETCD_AUTH_PASSWORD", "NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD"]
+    assert [variable["name"] for variable in container["env"] if not re.fullmatch("[A-Z_]+", variable["name"])] == []
     assert all("secretKeyRef" in variable["valueFrom"] for variable in container["env"] if variable["name"] in secret)
     assert next(volume for volume in spec["volumes"] if volume["name"] == "shm")["emptyDir"]["medium"] == "Memory"
     port = next(port for port in container["ports"] if port["name"] == "system")["containerPort"]

@@ -148,3 +148,13 @@ def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in said] == ["warning", "warning"]
     assert "does not" in said[0]
     assert "can't be written: No such file or directory" in said[1]
+
+
+def test_a_file_system_that_hangs_keeps_nobody(tmp_path: Path) -> None:
+    # to open it waits for a reader
+    os.mkfifo(tmp_path / ".w.prom.partial")
+    file = MetricsFile(tmp_path / "w.prom", lambda: "a 1\n", list[str]().append)
+    began = time.monotonic()
+    file.end()
+    assert time.monotonic() - began < 5
+    os.close(os.open(tmp_path / ".w.prom.partial", os.O_RDONLY | os.O_NONBLOCK))

@@ -240,12 +240,44 @@ def test_requests_of_any_kind_get_an_answer(lasting_node: Node, said: bytes, sta
 
 def test_clients_that_say_nothing_keep_nobody_out(node: Node) -> None:
     with contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(node.raw()) for _ in range(40)]
+        silent = [stack.enter_context(node.raw()) for _ in range(150)]
         node.says("/live", 200)
-        # but what too many hold is theirs
-        silent += [stack.enter_context(node.raw()) for _ in range(40)]
-        assert silent[-1].recv(1) == b""
+        # of too many, those that came first have to go
+        assert silent[0].recv(1) == b""
     node.says("/live", 200)
+
+
+def test_requests_that_the_runtime_never_answers_keep_no_probe_out(node: Node, runtime: socket.socket) -> None:
+    node.do(f"runtime {runtime.getsockname()[1]}")
+    node.do("phase load")
+    node.says("/live", 200, phase="load")
+    with contextlib.ExitStack() as stack:
+        for _ in range(64):
+            asking = stack.enter_context(node.raw())
+            asking.sendall(b"GET /metadata HTTP/1.1\r\n\r\n")
+            stack.enter_context(runtime.accept()[0])
+        node.says("/live", 200)
+        assert node.ask("/metadata")[0] == 503
+    # who asked has left, and the runtime is told
+    with node.raw() as asking:
+        asking.sendall(b"GET /metadata HTTP/1.1\r\n\r\n")
+        connection, _ = runtime.accept()
+    with connection:
+        connection.settimeout(PROMPT)
+        while connection.recv(4096):
+            pass
+
+
+def test_it_ends_with_its_rank_though_what_that_has_forked_lives_on(node: Node) -> None:
+    node.do("fork")
+    assert node.process.stdout is not None
+    child = int(node.process.stdout.readline())
+    try:
+        os.kill(node.process.pid, signal.SIGKILL)
+        assert node.has_ended()
+        assert not is_gone(child)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 @pytest.fixture

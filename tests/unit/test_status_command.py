@@ -19,6 +19,7 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.run_dir import RunDir
+from dynamo_mpi.operating.place import locate
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
 from tests.servers import closed_port, running_nats, running_secured_etcd
@@ -306,6 +307,27 @@ def test_a_run_folder_says_where_and_who_should_be_there(
     RunDir(folder).close()
     assert "ended.json" not in os.listdir(folder)
     assert run("--run-dir", str(folder))[0] == ExitCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [({"time": 10**400}, None), ({"time": True}, None), ({"exit_code": 256}, 1), ({"exit_code": "x"}, 0)],
+)
+def test_an_end_that_makes_no_sense(tmp_path: Path, changes: dict[str, Any], known: int | None) -> None:
+    content = {"schema": 1, "exit_code": 66, "report": "", "time": 1.0, **changes}
+    (tmp_path / "ended.json").write_text(json.dumps(content))
+    ended = locate(tmp_path, {}).ended
+    assert (None if ended is None else ended.exit_code) == known
+
+
+def test_what_a_worker_died_of_breaks_no_terminal(board: Board, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run_dir = describe(folder)
+    run_dir.close()
+    run_dir.tell_end(66, "no \x1b[2Jweights")
+    text = run("--run-dir", str(folder))[1]
+    assert "\x1b" not in text
+    assert text.endswith("with exit code 66: no \\x1b[2Jweights\n")
 
 
 def test_a_launcher_that_was_killed(board: Board, run: Run, tmp_path: Path) -> None:

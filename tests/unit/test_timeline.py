@@ -83,6 +83,7 @@ def content(**changes: Any) -> str:
         content(ranks=[{"rank": 0, "host": "n\n", "began": 1.0, "spans": []}]),
         content(written="now"),
         content(written=float("inf")),
+        content(written=10**400),
         content(model="a\x1b[2Jb"),
         content(layout=3),
         content(failure={}),

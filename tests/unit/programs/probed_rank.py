@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn, cast
 
@@ -49,6 +50,11 @@ def main() -> None:
             meeting, _ = Meeting.unpack(bytes.fromhex(text))
             lifeline = Lifeline(meeting, cast("World", NoWorld()), phases, voice)
             reporter.follow(lifeline, {"role": "decode"})
+        elif word == "fork":
+            # it inherits all that is open here, as an engine's helpers may
+            if (child := os.fork()) == 0:
+                signal.pause()
+            print(child, flush=True)
         elif word == "fail" and lifeline is not None:
             lifeline.fail(RuntimeError(text))
         else:
