@@ -72,6 +72,8 @@ def main() -> None:
     os.dup2(2, 1)
     log = os.memfd_create("nccl-log")
     os.environ["NCCL_DEBUG"] = "INFO"
+    # the network and the links stand among what it tells by default
+    os.environ.pop("NCCL_DEBUG_SUBSYS", None)
     os.environ["NCCL_DEBUG_FILE"] = f"/proc/self/fd/{log}"
 
     def say(*words: object) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from ctypes import c_uint64
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.parallelism.finding import Severity
+from dynamo_mpi.probe.cuda_driver import Cuda
 from dynamo_mpi.probe.expectations import least_rate
 from dynamo_mpi.probe.fabric import judge_fabric
 from dynamo_mpi.probe.hang import START, Note, blame, read_note
@@ -386,6 +389,29 @@ def test_a_child_that_hangs_says_where() -> None:
     assert len(answer.timings) == 1
     failed = heard(*BEGUN, EndedError("ncclSend: unhandled system error"))
     assert (failed.state, failed.text) == (FAILED, "ncclSend: unhandled system error")
+
+
+class Driver:
+    """Notes what it is asked to do; all of it goes well."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*_: object) -> int:
+            self.calls.append(name)
+            return 0
+
+        return call
+
+
+def test_memory_is_as_it_was_made_before_a_stream_goes_on() -> None:
+    """The driver's memset and copies from pageable memory return before they are done, and a stream of one's own doesn't wait for them."""
+    cuda, driver = Cuda.__new__(Cuda), Driver()
+    cuda._library = driver
+    cuda.write(c_uint64(1), b"abcd")
+    cuda.clear(c_uint64(1), 4)
+    assert driver.calls == ["cuMemcpyHtoD_v2", "cuCtxSynchronize", "cuMemsetD8_v2", "cuCtxSynchronize"]
 
 
 # what the host tells
