@@ -3,22 +3,37 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import resource
+import time
 from collections.abc import Callable
 from ctypes import c_uint64
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.parallelism.finding import Severity
+from dynamo_mpi.probe import kv
 from dynamo_mpi.probe.cuda_driver import Cuda
 from dynamo_mpi.probe.expectations import least_rate
 from dynamo_mpi.probe.fabric import judge_fabric
 from dynamo_mpi.probe.hang import START, Note, blame, read_note
-from dynamo_mpi.probe.nccl_fabric import EndedError, LateError, has_cards, listen
-from dynamo_mpi.probe.part import Case
+from dynamo_mpi.probe.kv_terms import KvTerms
+from dynamo_mpi.probe.nccl_fabric import (
+    EndedError,
+    LateError,
+    ProbeChild,
+    has_cards,
+    has_words,
+    listen,
+    measure_over_nccl,
+)
+from dynamo_mpi.probe.part import Case, Part
 from dynamo_mpi.probe.payload import expected, expected_sum, outgoing
 from dynamo_mpi.probe.plan import NODE, ProbePlan
 from dynamo_mpi.probe.steps import ALL_REDUCE, ALL_TO_ALL, EXCHANGE, FAR, NEAR, STAGES, Step, steps_of
@@ -389,6 +404,61 @@ def test_a_child_that_hangs_says_where() -> None:
     assert len(answer.timings) == 1
     failed = heard(*BEGUN, EndedError("ncclSend: unhandled system error"))
     assert (failed.state, failed.text) == (FAILED, "ncclSend: unhandled system error")
+
+
+def test_a_rank_without_a_process_to_spare_says_so_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object, **__: object) -> NoReturn:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    class Alone:
+        rank, size = 0, 1
+
+        def gather(self, payload: bytes) -> list[bytes]:
+            return [payload]
+
+        def broadcast(self, payload: bytes) -> bytes:
+            return payload
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    plan = ProbePlan(("fabric", "kv"), 5.0, "nccl", kv=KvTerms("prefill", 300, "ab" * 32).pack())
+    answer = measure_over_nccl(Alone(), plan, {}, 0.0)  # type: ignore[arg-type] # what is needed of a world
+    assert (answer.state, answer.text) == (
+        FAILED,
+        "its process can't be started: [Errno 11] Resource temporarily unavailable",
+    )
+    (trouble, *_) = kv.measure(Part(Alone(), plan, {}, 0.0))  # type: ignore[arg-type] # what is needed of a world
+    assert "its process can't be started" in trouble
+
+
+def test_a_child_whose_end_takes_the_driver_long_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pipes are closed before what it holds of the GPU is given back."""
+    monkeypatch.setattr("dynamo_mpi.probe.nccl_fabric._LEAVE_SECONDS", 0.1)
+    lingering = ("sh", "-c", "exec >&- 2>&-; exec sleep 30")
+    monkeypatch.setattr("dynamo_mpi.probe.nccl_fabric.tethered", lambda *_, **__: lingering)
+    child = ProbeChild(0, 1, ProbePlan(("fabric",), 5.0, "nccl"), {"PATH": os.environ["PATH"]})
+    try:
+        with pytest.raises(EndedError, match="does not come to its end"):
+            child.hear(time.monotonic() + 10)
+    finally:
+        child.close()
+
+
+def test_words_are_waited_for_whatever_the_number_of_the_file() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("fewer files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    source, sink = os.pipe()
+    try:
+        high = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 1500)
+        assert not has_words(high, time.monotonic())
+        os.write(sink, b"x")
+        assert has_words(high, time.monotonic() + 5)
+        os.close(high)
+    finally:
+        os.close(source)
+        os.close(sink)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 class Driver:

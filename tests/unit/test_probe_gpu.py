@@ -269,6 +269,8 @@ def test_a_plan_has_the_groups_of_the_layout() -> None:
     )
     # half as long again for memory, and for NCCL to start
     assert allowed_seconds(plan) == 9 + 4.5 + 4.5 + 3
+    assert allowed_seconds(plan._replace(names=("gpu", "fabric", "kv"))) == 9 + 4.5 + 4.5 + 3 + 9
+    assert allowed_seconds(plan._replace(names=("kv",), seconds=30)) == 30 + 20
 
 
 def test_a_report_is_one_line_when_all_is_well_and_an_error_has_its_code() -> None:
