@@ -8,8 +8,8 @@ import fcntl
 import os
 import resource
 import time
-from collections.abc import Callable
-from ctypes import c_uint64
+from collections.abc import Callable, Iterator
+from ctypes import c_uint64, c_void_p
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -24,6 +24,7 @@ from dynamo_mpi.probe.expectations import least_rate
 from dynamo_mpi.probe.fabric import judge_fabric
 from dynamo_mpi.probe.hang import START, Note, blame, read_note
 from dynamo_mpi.probe.kv_terms import KvTerms
+from dynamo_mpi.probe.nccl_child import _agree
 from dynamo_mpi.probe.nccl_fabric import (
     EndedError,
     LateError,
@@ -480,6 +481,47 @@ class Driver:
             return 0
 
         return call
+
+
+class Mirror:
+    """A GPU, its library and its driver, with peers that say what they are told to."""
+
+    def __init__(self, told: int) -> None:
+        self.told, self.stream, self.sent, self.got = told, c_void_p(), c_uint64(0), c_uint64(64)
+        self.memory, self.host = bytearray(128), bytearray(64)
+        self.cuda = self.nccl = self
+
+    def write(self, address: c_uint64, data: bytes) -> None:
+        self.memory[address.value : address.value + len(data)] = data
+
+    def read(self, address: c_uint64, into: bytearray, size: int) -> None:
+        into[:size] = self.memory[address.value : address.value + size]
+
+    def wait(self, stream: c_void_p) -> None:
+        pass
+
+    def exchange(self, parts: Iterator[tuple[int, int, int, int]], comm: c_void_p, stream: c_void_p) -> None:
+        for peer, sent, got, size in parts:
+            assert size == 4
+            mine = self.memory[sent : sent + 4]
+            self.memory[got : got + 4] = mine if peer == 0 else self.told.to_bytes(4, "little")
+
+    def least(self, sent: c_uint64, got: c_uint64, comm: c_void_p, stream: c_void_p) -> None:
+        mine = int.from_bytes(self.memory[sent.value : sent.value + 4], "little")
+        self.memory[got.value : got.value + 4] = min(mine, self.told).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("operation", [EXCHANGE, ALL_REDUCE, ALL_TO_ALL])
+@pytest.mark.parametrize(
+    ("seconds", "peer", "times"),
+    [(1e-4, 90, 5), (0.2, 1e9, 2), (0.9, 200_000, 2), (0.6, 600_000, 0), (1e5, 1 << 30, 0)],
+)
+def test_a_slow_way_is_measured_less_often_so_that_it_is_no_hang(
+    operation: str, seconds: float, peer: float, times: int
+) -> None:
+    step, gpu = Step(0, operation, FAR, ((0, 1),), (8,)), Mirror(int(peer))
+    agreed = _agree(gpu, step, (0, 1), 0, 1 << 26, c_void_p(), seconds)  # type: ignore[arg-type] # what is needed of a GPU
+    assert agreed == times
 
 
 def test_memory_is_as_it_was_made_before_a_stream_goes_on() -> None:
