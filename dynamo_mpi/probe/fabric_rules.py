@@ -150,7 +150,8 @@ def check_groups(case: FabricCase) -> Iterator[Finding]:
 
 
 def check_expectation(case: FabricCase) -> Iterator[Finding]:
-    """N5: two GPUs of one node reach a quarter of their NVLink, or an eighth of their PCI Express, where the kind of GPU is known."""
+    """N5: two GPUs of one node reach a quarter of their NVLink, or an eighth of their PCI Express, where the kind of GPU is known. Not of
+    cards (``PCIe``, ``NVL``), of which bridges join some only."""
     if case.least is None:
         return
     least, link = case.least

@@ -334,6 +334,7 @@ def test_two_gpus_below_what_their_link_allows_are_told_where_it_is_known() -> N
     assert findings(some, fine, "h100", nvlinks_up=18, pcie_generation=5) == []
     (found,) = findings(some, slow, "h100", nvlinks_up=[17, 18], pcie_generation=5)
     assert found == ("N5", "1 pair of GPUs is slower than NVLink of h100 has to be")
+    assert findings(some, slow, "h100", nvlinks_up=12, pcie_generation=5, bridged=True) == []
     assert findings(some, slow, "l40s", nvlinks_up=0, pcie_generation=4) == []
     assert least_rate("l40s", 0, 4) == (4 * GB, "PCI Express 4")
     assert least_rate("h100", None, 5) is None

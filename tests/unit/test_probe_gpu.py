@@ -19,7 +19,7 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.parallelism.finding import Severity
 from dynamo_mpi.preflight.gpu_facts import GpuFacts
 from dynamo_mpi.preflight.gpu_rules import is_busy
-from dynamo_mpi.probe.gpu import judge
+from dynamo_mpi.probe.gpu import figures_of, judge
 from dynamo_mpi.probe.gpu_health import GpuHealth, health_of_node, health_of_rank, no_health
 from dynamo_mpi.probe.here import probe_here
 from dynamo_mpi.probe.part import Case
@@ -162,6 +162,21 @@ def test_memory_that_nobody_gives_back_is_told_with_who_holds_it(describe: Descr
     (full,) = judge(told, Case(plan, [Place("n1")] * 2, "h100", (10 * GIB, 70 * GIB))).findings
     assert (full.rule, full.severity) == ("V2", Severity.ERROR)
     assert outcome.figures["free_mib"] == [60 * 1024, 80 * 1024]
+
+
+@pytest.mark.parametrize(
+    ("name", "links", "bridged"),
+    [
+        ("NVIDIA H100 80GB HBM3", 18, False),
+        ("NVIDIA A100 80GB PCIe", 12, True),
+        ("NVIDIA H200 NVL", 18, True),
+        ("NVIDIA H100 PCIe", 0, False),
+    ],
+)
+def test_cards_that_bridges_join_are_told_from_a_switch(name: str, links: int, bridged: bool) -> None:
+    """Of those, some pairs have no NVLink between them."""
+    health = GpuHealth(GpuFacts(0, "GPU-0", name, 90), links_up=links, links=links)
+    assert figures_of([health, health]).get("bridged", False) is bridged
 
 
 def test_health_travels_as_texts(describe: Describe) -> None:
