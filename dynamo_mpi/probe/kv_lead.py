@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dynamo_mpi.engines.reference.kv_socket import Deadline
+from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.probe.kv_answer import FAILED, LATE, Between, Pull, read_pull
 from dynamo_mpi.probe.kv_child import Ready
@@ -119,7 +120,12 @@ def _probe(own: Side, peer: WorldRecord, end: float) -> Between | None:
         theirs = Side(peer, Offer.read(peer.probe_kv))
         prefill, decode = (own, theirs) if role == "prefill" else (theirs, own)
         pairs = _pairs(prefill, decode)
-    except ValueError as error:
+    except (
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        BootstrapError,
+    ) as error:  # whatever it says is no reason to end a worker
         return Between(peer.place, role, wanted, problem=f"what its record says can't be used: {plain(str(error))}")
     # the prefill side's, as with the reference engine; for TensorRT-LLM both name the same one (I6)
     wanted = prefill.offer.transport
@@ -147,11 +153,10 @@ def _probe(own: Side, peer: WorldRecord, end: float) -> Between | None:
 def _pairs(prefill: Side, decode: Side) -> tuple[Pair, ...]:
     if prefill.record.contract is None or decode.record.contract is None:
         raise ValueError("there is no contract")
-    pairs = pairs_of(prefill.record.contract, decode.record.contract)
-    sizes = len(decode.offer.stations), len(prefill.offer.stations)
-    if any(pair.decode >= sizes[0] or pair.prefill >= sizes[1] for pair in pairs):
-        raise ValueError("it has fewer ranks than its layout")
-    return pairs
+    for contract, offer in ((prefill.record.contract, prefill.offer), (decode.record.contract, decode.offer)):
+        if not 0 < contract.tp_size * contract.pp_size * contract.cp_size <= len(offer.stations):
+            raise ValueError("it has fewer ranks than its layout")
+    return pairs_of(prefill.record.contract, decode.record.contract)
 
 
 def _choose(wanted: str, prefill: Offer, decode: Offer) -> tuple[str, str]:

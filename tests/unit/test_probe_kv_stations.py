@@ -329,6 +329,11 @@ def test_partners_that_can_not_be_asked(side: Callable[..., Side]) -> None:
     few = Offer(TOKENS["prefill"], "tcp", (), (Station("p0", "127.0.0.1", 1),))
     (told,) = probe(decode, replace(peer, probe_kv=few.as_json()))
     assert "fewer ranks than its layout" in told.problem
+    one = Offer(TOKENS["prefill"], "tcp", (), (Station("p0", "127.0.0.1", 1),)).as_json()
+    for change in ({"trtllm_version": "mine"}, {"tp_size": 0}, {"tp_size": 1 << 40}, {"tp_size": -1, "pp_size": -1}):
+        odd = world("prefill", {"tp_size": 1, "num_layers": 4, "kv_heads": 3, **change}, phase="serve", probe_kv=one)
+        (told,) = probe(decode, odd)
+        assert "what its record says can't be used" in told.problem, change
 
 
 def test_what_it_can_not_go_over_is_said_and_something_else_taken(side: Callable[..., Side]) -> None:
