@@ -47,16 +47,18 @@ class Cuda:
         return address
 
     def write(self, address: c_uint64, data: bytes) -> None:
-        """Copy to the GPU."""
+        """Copy to the GPU, and wait until it is there: a stream of our own does not wait for it (CUDA, "API synchronization behavior")."""
         self._call("cuMemcpyHtoD_v2", address, c_char_p(data), c_size_t(len(data)))
+        self._call("cuCtxSynchronize")
 
     def read(self, address: c_uint64, into: bytearray, size: int) -> None:
         """Copy from the GPU, to the beginning of ``into``."""
         self._call("cuMemcpyDtoH_v2", (ctypes.c_char * size).from_buffer(into), address, c_size_t(size))
 
     def clear(self, address: c_uint64, size: int) -> None:
-        """Overwrite with what no message holds."""
+        """Overwrite with what no message holds, and wait until that is done: else it would overwrite the message that comes next."""
         self._call("cuMemsetD8_v2", address, ctypes.c_ubyte(0xFF), c_size_t(size))
+        self._call("cuCtxSynchronize")
 
     def stream(self) -> c_void_p:
         """Return a new stream."""

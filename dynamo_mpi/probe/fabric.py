@@ -48,7 +48,8 @@ def judge_fabric(told: Sequence[FabricAnswer], case: Case) -> Outcome:
     steps = steps_of(case.plan)
     measured = gather_up(steps, told)
     gpus = case.earlier.get("gpu", {})
-    links = _least(gpus.get("nvlinks_up")), _least(gpus.get("pcie_generation"))
+    nvlinks = None if gpus.get("bridged") else _least(gpus.get("nvlinks_up"))
+    links = nvlinks, _least(gpus.get("pcie_generation"))
     least = least_rate(case.kind, *links) if case.plan.over == "nccl" else None
     findings = check_fabric(FabricCase(measured, told, case.ranks, steps, case.plan.seconds, case.plan.over, least))
     figures = figures_of(steps, measured, told, case.plan.over)

@@ -150,7 +150,8 @@ def check_groups(case: FabricCase) -> Iterator[Finding]:
 
 
 def check_expectation(case: FabricCase) -> Iterator[Finding]:
-    """N5: two GPUs of one node reach a quarter of their NVLink, or an eighth of their PCI Express, where the kind of GPU is known."""
+    """N5: two GPUs of one node reach a quarter of their NVLink, or an eighth of their PCI Express, where the kind of GPU is known. Not of
+    cards (``PCIe``, ``NVL``), of which bridges join some only."""
     if case.least is None:
         return
     least, link = case.least
@@ -204,10 +205,12 @@ def check_run(case: FabricCase) -> Iterator[Finding]:
 
 
 def check_loss(case: FabricCase) -> Iterator[Finding]:
-    """N8: TCP sends less than one segment of a hundred (over MPI twelve) again: a link that loses packets is slow now and then, or hangs."""
+    """N8: between nodes that talk over TCP, less than one segment of a hundred (over MPI twelve) is sent again: a link that loses packets is
+    slow now and then, or hangs."""
     shares: dict[tuple[int, ...], Measured] = {}
     for one in case.measured:
-        if one.step.operation == EXCHANGE and one.resent >= _LEAST_RESENT and one.resent > _LOSS[case.over] * one.sent:
+        lossy = one.resent >= _LEAST_RESENT and one.resent > _LOSS[case.over] * one.sent
+        if one.step.operation == EXCHANGE and lossy and _over_tcp(case, one):
             shares.setdefault(one.group, one)
     if shares:
         pairs = [*shares.values()]
@@ -221,6 +224,12 @@ def check_loss(case: FabricCase) -> Iterator[Finding]:
             needed=f"less than {_LOSS[case.over]:.0%} of them",
             fix="look at cables, ports and MTU of these nodes (ethtool -S, ip -s link), or leave them out (sbatch --exclude=...)",
         )
+
+
+def _over_tcp(case: FabricCase, one: Measured) -> bool:
+    """May these messages have gone over TCP? What a host sends again may be anybody's: a storage's, or another job's."""
+    sockets = case.over == "mpi" or any(case.answers[rank].network == "Socket" for rank in one.group)
+    return sockets and len({case.host(rank) for rank in one.group}) > 1
 
 
 def _alike(case: FabricCase, *, exchanges: bool) -> Iterator[list[Measured]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.preflight.gpu_facts import NodeGpus
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.probe.part import Case, Part
+
+# cards: bridges join two or four of a node's by NVLink, and the others by PCI Express alone
+_BRIDGED = re.compile(r"\b(?:PCIe|NVL)\b", re.IGNORECASE)
 
 
 def measure(part: Part) -> list[str]:
@@ -60,7 +64,9 @@ def figures_of(told: Sequence[GpuHealth]) -> dict[str, Any]:
         return min(known) if min(known) == max(known) else [min(known), max(known)]
 
     read = [health for health in told if not health.problem]
+    bridged = any(health.links_up and _BRIDGED.search(health.facts.name) for health in read)
     return {
+        **({"bridged": True} if bridged else {}),
         "gpus": len(read),
         "driver": sorted({health.driver for health in read}),
         "free_mib": extremes([health.facts.free_bytes >> 20 for health in read]),

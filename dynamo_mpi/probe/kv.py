@@ -13,18 +13,17 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.probe.kv_answer import OK, Between
-from dynamo_mpi.probe.kv_child import StationChild
+from dynamo_mpi.probe.kv_child import Ready, StationChild
 from dynamo_mpi.probe.kv_rules import check_kv, describe_pair, show_rate, show_time
 from dynamo_mpi.probe.kv_terms import PARTNER, TCP, KvTerms
 from dynamo_mpi.probe.part import Outcome
 from dynamo_mpi.probe.payload import is_spoilt
+from dynamo_mpi.probe.plan import start_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dynamo_mpi.probe.part import Case, Part
-
-_START_SECONDS = 20.0
 
 
 class Kept:
@@ -69,8 +68,11 @@ kept = Kept()
 
 def measure(part: Part) -> list[str]:
     """Start this rank's station."""
-    child = StationChild(KvTerms.unpack(part.plan.kv), part.world.rank, part.environ, spoilt=is_spoilt())
-    ready = child.ready(min(_START_SECONDS, part.plan.seconds))
+    try:
+        child = StationChild(KvTerms.unpack(part.plan.kv), part.world.rank, part.environ, spoilt=is_spoilt())
+        ready = child.ready(start_seconds(part.plan.seconds))
+    except OSError as error:  # no more processes, say: that is no reason to end a worker
+        return Ready(f"its process can't be started: {error}").pack()
     if not ready.trouble:
         child.keep(kept.told, kept.ended)
     return ready.pack()

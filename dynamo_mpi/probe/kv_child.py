@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.probe.kv_way import SETTINGS
+from dynamo_mpi.probe.nccl_fabric import has_words
 from dynamo_mpi.supervision.tethered import tethered
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ class StationChild:
         """Wait until it can be asked, or can't."""
         end = time.monotonic() + seconds
         while b"\n" not in self._text:
-            ready, _, _ = select.select([self._output], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
+            if not has_words(self._output.fileno(), end):
                 self.close()
                 return Ready(f"its process did not start in {seconds:g} s")
             if not self._read():

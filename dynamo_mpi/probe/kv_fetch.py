@@ -150,6 +150,8 @@ class _ByReading:
 
     def fetch(self, size: int) -> tuple[bytes, float]:
         target = self._target[: size // 4]
+        # what came before begins alike
+        target.fill(0)
         start = time.perf_counter()
         if isinstance(self._agent, NixlAgent):
             # keys and values, as the engine reads them: two halves

@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dynamo_mpi.engines.reference.kv_socket import Deadline
+from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.probe.kv_answer import FAILED, LATE, Between, Pull, read_pull
 from dynamo_mpi.probe.kv_child import Ready
 from dynamo_mpi.probe.kv_pairs import Pair, pairs_of
-from dynamo_mpi.probe.kv_terms import NIXL, TCP, UCX, Offer, Station, plain
+from dynamo_mpi.probe.kv_terms import LOAD_SECONDS, NIXL, TCP, UCX, Offer, Station, plain
 from dynamo_mpi.probe.kv_wire import FETCH, ORDER, RUN_BYTES, TalkError, access_of, talk_to
 
 if TYPE_CHECKING:
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
     from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.preflight.roster import Placed
     from dynamo_mpi.probe.kv_terms import KvTerms
+    from dynamo_mpi.probe.kv_wire import Access
 
 _PULL_SECONDS = 6.0
+# in less, a pull that is well may not come to its end
+_LEAST_SECONDS = 1.0
 # that a station may take beyond its pull's deadline, to say so
 _GRACE_SECONDS = 2.0
 _OPEN_SECONDS = 4.0
@@ -116,12 +120,20 @@ def _probe(own: Side, peer: WorldRecord, end: float) -> Between | None:
         theirs = Side(peer, Offer.read(peer.probe_kv))
         prefill, decode = (own, theirs) if role == "prefill" else (theirs, own)
         pairs = _pairs(prefill, decode)
-    except ValueError as error:
+    except (
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        BootstrapError,
+    ) as error:  # whatever it says is no reason to end a worker
         return Between(peer.place, role, wanted, problem=f"what its record says can't be used: {plain(str(error))}")
     # the prefill side's, as with the reference engine; for TensorRT-LLM both name the same one (I6)
     wanted = prefill.offer.transport
     transport, reason = _choose(wanted, prefill.offer, decode.offer)
-    pulls, skipped = _Conduct(prefill, decode, transport, end).pull(pairs)
+    conduct = _Conduct(prefill, decode, transport, end)
+    if transport != TCP:
+        conduct.prepare(pairs)
+    pulls, skipped = conduct.pull(pairs)
     between = Between(
         peer.place,
         role,
@@ -132,18 +144,19 @@ def _probe(own: Side, peer: WorldRecord, end: float) -> Between | None:
         skipped,
         reason,
     )
-    _report(between._replace(peer=own.record.place, role=peer.role, pulls=pulls[:_MOST_REPORTED]), theirs.offer)
+    if pulls:
+        told = between._replace(peer=own.record.place, role=peer.role, pulls=pulls[:_MOST_REPORTED])
+        _report(told, theirs.offer, Deadline(min(time.monotonic(), end) + _REPORT_SECONDS))
     return between
 
 
 def _pairs(prefill: Side, decode: Side) -> tuple[Pair, ...]:
     if prefill.record.contract is None or decode.record.contract is None:
         raise ValueError("there is no contract")
-    pairs = pairs_of(prefill.record.contract, decode.record.contract)
-    sizes = len(decode.offer.stations), len(prefill.offer.stations)
-    if any(pair.decode >= sizes[0] or pair.prefill >= sizes[1] for pair in pairs):
-        raise ValueError("it has fewer ranks than its layout")
-    return pairs
+    for contract, offer in ((prefill.record.contract, prefill.offer), (decode.record.contract, decode.offer)):
+        if not 0 < contract.tp_size * contract.pp_size * contract.cp_size <= len(offer.stations):
+            raise ValueError("it has fewer ranks than its layout")
+    return pairs_of(prefill.record.contract, decode.record.contract)
 
 
 def _choose(wanted: str, prefill: Offer, decode: Offer) -> tuple[str, str]:
@@ -160,12 +173,12 @@ def _choose(wanted: str, prefill: Offer, decode: Offer) -> tuple[str, str]:
     return TCP, f"{_PACKAGES[NIXL]} and {_PACKAGES[UCX]} are missing on one side or both"
 
 
-def _report(between: Between, offer: Offer) -> None:
+def _report(between: Between, offer: Offer, deadline: Deadline) -> None:
     """Tell the partner's rank 0 what was found, if it still listens."""
     station = offer.stations[0]
     access = access_of(offer.token, ORDER, secrets.token_bytes(RUN_BYTES))
     try:
-        with talk_to(station.address, station.port, access, Deadline.after(_REPORT_SECONDS)) as talk:
+        with talk_to(station.address, station.port, access, deadline) as talk:
             talk.say(told=between.as_json())
             talk.hear()
     except (OSError, TalkError):
@@ -183,6 +196,27 @@ class _Conduct:
         self._key = access_of(self._prefill.token, FETCH, self._run).key.hex()
         self._locks = [threading.Lock() for _ in self._prefill.stations]
 
+    def prepare(self, pairs: Sequence[Pair]) -> None:
+        """Have all ranks load what it goes over, at the same time: a NIXL that imports torch takes longer than a pull may."""
+        served = access_of(self._prefill.token, ORDER, self._run)
+        asked = {self._prefill.stations[pair.prefill]: served for pair in pairs}
+        asked.update({self._decode.stations[pair.decode]: self._order for pair in pairs})
+        with ThreadPoolExecutor(min(_MOST_THREADS, len(asked)), "kv-probe") as pool:
+            list(pool.map(self._prepare, asked.items()))
+
+    def _prepare(self, one: tuple[Station, Access]) -> None:
+        station, access = one
+        # half of the time is for the pulls, whatever becomes of this
+        latest = (time.monotonic() + self._end) / 2
+        try:
+            opened = Deadline(min(latest, time.monotonic() + _OPEN_SECONDS))
+            with talk_to(station.address, station.port, access, opened) as talk:
+                talk.deadline = Deadline(min(latest, time.monotonic() + LOAD_SECONDS))
+                talk.say(prepare=self._transport)
+                talk.hear()
+        except (OSError, TalkError):
+            return  # what hinders it shows in the pulls
+
     def pull(self, pairs: Sequence[Pair]) -> tuple[tuple[tuple[Pair, Pull], ...], int]:
         """Return what came of each pair, and how many there was no time for."""
         by_decode: dict[int, list[Pair]] = {}
@@ -197,6 +231,8 @@ class _Conduct:
         """Have one decode rank pull from its prefill ranks, one after the other."""
         station = self._decode.stations[pairs[0].decode]
         done: list[tuple[Pair, Pull]] = []
+        if self._seconds < _LEAST_SECONDS:
+            return done  # other partners have taken it
         try:
             opened = Deadline(min(self._end, time.monotonic() + _OPEN_SECONDS))
             with talk_to(station.address, station.port, self._order, opened) as talk:
@@ -205,8 +241,8 @@ class _Conduct:
                     if not lock.acquire(timeout=max(0.0, self._end - time.monotonic())):
                         return done
                     try:
-                        seconds = min(_PULL_SECONDS, self._end - time.monotonic() - _GRACE_SECONDS)
-                        if seconds <= 0:
+                        seconds = self._seconds
+                        if seconds < _LEAST_SECONDS:
                             return done
                         talk.deadline = Deadline.after(seconds + _GRACE_SECONDS)
                         talk.say(**self._words(pair, seconds))
@@ -220,6 +256,11 @@ class _Conduct:
             gone = Pull(state, told, self._transport)
             done += [(pair, gone) for pair in pairs[len(done) :]]
         return done
+
+    @property
+    def _seconds(self) -> float:
+        """How long a pull that begins now may take."""
+        return min(_PULL_SECONDS, self._end - time.monotonic() - _GRACE_SECONDS)
 
     def _words(self, pair: Pair, seconds: float) -> dict[str, Any]:
         source = self._prefill.stations[pair.prefill]

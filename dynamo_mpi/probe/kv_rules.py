@@ -69,10 +69,12 @@ def check_way(between: Between) -> Iterator[Finding]:
 
 
 def check_rates(between: Between) -> Iterator[Finding]:
-    """T3: no pair is three times slower than its like, over TCP eight times; with fewer than three pairs of a kind nothing is compared."""
+    """T3: no pair is three times slower than its like, over TCP or within a node eight times: there it is the CPUs that copy, which others
+    use too. With fewer than three pairs of a kind nothing is compared."""
     slow, told = [], []
     for some in _alike(between):
-        factor = SLOW["mpi" if _is_tcp(some[0][1]) else "nccl"]
+        by_cpus = any(_is_tcp(pull) or not _between_nodes(between, pair) for pair, pull in some)
+        factor = SLOW["mpi" if by_cpus else "nccl"]
         best = _upper_quartile([pull.rate for _, pull in some])
         quick = sorted(pull.seconds for _, pull in some)[len(some) // 4]
         for pair, pull in some:
@@ -88,7 +90,8 @@ def check_rates(between: Between) -> Iterator[Finding]:
             "T3",
             f"KV is far slower between {counted(len(slow), 'pair')} of ranks than between others{_common(between, slow)}",
             found=lines(told),
-            needed="pairs of one kind within a factor of 3, over TCP of 8: a request waits for its slowest part",
+            needed=f"pairs of one kind within a factor of {SLOW['nccl']:g}, over TCP or within a node of {SLOW['mpi']:g}: a request waits "
+            "for its slowest part",
             fix="look at the links of these hosts (ibstat, ethtool), or leave the node out (sbatch --exclude=...)",
         )
 

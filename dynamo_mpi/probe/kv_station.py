@@ -30,7 +30,7 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.probe.kv_answer import LARGE_BYTES
 from dynamo_mpi.probe.kv_fetch import Source, pull_from
 from dynamo_mpi.probe.kv_pattern import pattern
-from dynamo_mpi.probe.kv_terms import NIXL, UCX, KvTerms
+from dynamo_mpi.probe.kv_terms import LOAD_SECONDS, NIXL, UCX, KvTerms
 from dynamo_mpi.probe.kv_ucx import UcxAgent, UcxError, find_ucx
 from dynamo_mpi.probe.kv_wire import FETCH, Talk, TalkError, welcome
 from dynamo_mpi.services.host_address import host_address
@@ -62,7 +62,7 @@ class Station:
         self._room = threading.BoundedSemaphore(_MOST_TALKS)
         # one pull at a time, or they would measure each other
         self._pulling = threading.Lock()
-        self._memory_lock = threading.Lock()
+        self._memory_lock, self._loading = threading.Lock(), threading.Lock()
         self._agents: dict[str, NixlAgent | UcxAgent] = {}
         self._memory: Any = None
         self._made = b"", b""
@@ -115,10 +115,22 @@ class Station:
         elif "told" in asked:
             self._say("told", asked["told"])
             talk.say(heard=True)
+        elif "prepare" in asked:
+            self._prepare(talk, str(asked["prepare"]))
         elif self._terms.role != "decode":
             talk.say(refused="a prefill rank doesn't pull")
         else:
             self._pull(talk, asked)
+
+    def _prepare(self, talk: Talk, transport: str) -> None:
+        """Load what it will go over, in time that is no pull's."""
+        talk.deadline = Deadline.after(LOAD_SECONDS)
+        try:
+            self._agent_of(transport)
+        except (BootstrapError, UcxError) as error:
+            talk.say(refused=" ".join(str(error).split()))
+            return
+        talk.say(prepared=True)
 
     def _pull(self, talk: Talk, asked: Mapping[str, Any]) -> None:
         seconds = min(float(asked["seconds"]), LONGEST_SECONDS)
@@ -151,14 +163,15 @@ class Station:
 
     def _agent_of(self, transport: str) -> NixlAgent | UcxAgent:
         """Return this rank's agent, which is loaded when it is first asked for."""
-        if transport not in self._agents:
-            if transport == NIXL:
-                agent = NixlAgent(self._terms.network or None)
-                agent.open()
-                self._agents[transport] = agent
-            else:
-                self._agents[transport] = UcxAgent()
-        return self._agents[transport]
+        with self._loading:
+            if transport not in self._agents:
+                if transport == NIXL:
+                    agent = NixlAgent(self._terms.network or None)
+                    agent.open()
+                    self._agents[transport] = agent
+                else:
+                    self._agents[transport] = UcxAgent()
+            return self._agents[transport]
 
     def _pattern(self, talk: Talk) -> memoryview:
         """Return what this run is sent, which is not made anew while somebody takes the time."""

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.contract import Contract
 
 TOKEN_BYTES = 32
+LOAD_SECONDS = 15.0
+"""How long a rank may take to load NIXL or UCX."""
 PARTNER = {"prefill": "decode", "decode": "prefill"}
 """The role that a role hands KV over to, or takes it from."""
 TCP, NIXL, UCX = "tcp", "nixl", "ucx"

@@ -31,7 +31,9 @@ _FOLDERS = (
 )
 _API = (1, 10)
 _FEATURE_RMA = 1 << 1
-_BY_FEATURES, _BY_NOTHING = 1, 0
+_BY_FEATURES, _BY_THREAD_MODE = 1, 1
+# any thread may call it, one at a time: each conversation has its own, and there is a lock
+_SERIALIZED = 1
 _BY_ADDRESS_AND_ERRORS = 1 << 0 | 1 << 1 | 1 << 2
 _BY_ADDRESS_AND_LENGTH = 1 << 0 | 1 << 1
 _ERRORS_OF_PEERS = 1
@@ -51,7 +53,7 @@ class _Params(Structure):
 
 
 class _WorkerParams(Structure):
-    _fields_ = (("mask", c_uint64), ("spare", c_char * _SPARE_BYTES))
+    _fields_ = (("mask", c_uint64), ("thread_mode", c_int), ("spare", c_char * _SPARE_BYTES))
 
 
 class _EndpointParams(Structure):
@@ -108,7 +110,8 @@ class UcxAgent:
         self._context, self._worker = c_void_p(), c_void_p()
         params = _Params(mask=_BY_FEATURES, features=_FEATURE_RMA)
         self._check("ucp_init_version", *_API, byref(params), None, byref(self._context))
-        self._check("ucp_worker_create", self._context, byref(_WorkerParams(mask=_BY_NOTHING)), byref(self._worker))
+        worker = _WorkerParams(mask=_BY_THREAD_MODE, thread_mode=_SERIALIZED)
+        self._check("ucp_worker_create", self._context, byref(worker), byref(self._worker))
 
     def share(self, memory: Any) -> None:
         """Let peers that know this agent's ``description`` read an array, as long as this process lives."""

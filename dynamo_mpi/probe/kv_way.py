@@ -28,7 +28,9 @@ _READ = "remote memory read"
 _PEER = re.compile(r"\b(?:intra|inter)-node cfg#\d+|\bep_cfg\[\d+\]: ")
 _LANES = re.compile(r"\brma(?:_am)?\(([^)]*)\)")
 _WAY = re.compile(r"([a-z]\w*)/([\w.:-]+)")
-_WARNING = re.compile(r"UCX\s+WARN\s+(.*(?:network device|transport) .* not available.*)")
+_WARNING = re.compile(r"UCX\s+WARN\s+(.*(?:network device|transport)s? (\S+) (?:is|are) not available.*)")
+# a station has no GPU, so that of these nothing can be said
+_OF_GPUS = re.compile(r"'(?:cuda|gdr_copy|rocm|ze)[\w:]*'")
 _INFINIBAND = "/sys/class/infiniband"
 _WORD_BYTES = 4  # port_rcv_data counts words (Linux, Documentation/ABI/stable/sysfs-class-infiniband)
 _MOST_WARNINGS = 4
@@ -58,7 +60,8 @@ def ways_of_reads(log: str) -> tuple[str, ...]:
 
 def warnings_of(log: str) -> tuple[str, ...]:
     """Return UCX's warnings about devices and transports that its variables name and that aren't there."""
-    found = (" ".join(match[1].split()) for match in map(_WARNING.search, log.splitlines()) if match)
+    matches = (match for match in map(_WARNING.search, log.splitlines()) if match)
+    found = (" ".join(match[1].split()) for match in matches if _OF_GPUS.sub("", match[2]).strip(","))
     return tuple(dict.fromkeys(found))[:_MOST_WARNINGS]
 
 

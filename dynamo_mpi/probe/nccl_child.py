@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 # operations in a row: small ones for what they take without the host's waiting, large ones for the mean
 _SMALL_BYTES = 1 << 20
 _SMALL_REPEATS, _LARGE_REPEATS = 20, 5
-_SLACK = 4096
+# what they may take together: a slow way has shown itself by then, and is no hang
+_ENOUGH_SECONDS = 0.5
+_MOST_MICROSECONDS = 1 << 30
+_SLACK, _WORD_BYTES = 4096, 4
 _NETWORK = re.compile(rb"NCCL INFO Using network (\S+)")
 _LINK = re.compile(rb"NCCL INFO Channel .* via ([A-Z0-9]+(?:/[A-Za-z]+)?)")
 
@@ -72,6 +75,8 @@ def main() -> None:
     os.dup2(2, 1)
     log = os.memfd_create("nccl-log")
     os.environ["NCCL_DEBUG"] = "INFO"
+    # the network and the links stand among what it tells by default
+    os.environ.pop("NCCL_DEBUG_SUBSYS", None)
     os.environ["NCCL_DEBUG_FILE"] = f"/proc/self/fd/{log}"
 
     def say(*words: object) -> None:
@@ -149,15 +154,41 @@ def _measure(
     gpu.cuda.read(gpu.got, gpu.host, total)
     got = memoryview(gpu.host)
     wrong = [source for source, (start, length, wanted) in sources.items() if got[start : start + length] != wanted]
-    repeats = _SMALL_REPEATS if size < _SMALL_BYTES else _LARGE_REPEATS
     # to look at the data took each rank its own time: now they are at the same line again
-    _once(gpu, step, group, rank, size, comm)
-    gpu.cuda.wait(gpu.stream)
+    seconds = _time(gpu, step, group, rank, size, comm, 1)
+    if repeats := _agree(gpu, step, group, rank, size, comm, seconds):
+        # and again
+        _time(gpu, step, group, rank, size, comm, 1)
+        seconds = _time(gpu, step, group, rank, size, comm, repeats)
+    return seconds, list(group) if wrong == [-1] else wrong
+
+
+def _time(gpu: Gpu, step: Step, group: tuple[int, ...], rank: int, size: int, comm: c_void_p, repeats: int) -> float:
     began = time.perf_counter()
     for _ in range(repeats):
         _once(gpu, step, group, rank, size, comm)
     gpu.cuda.wait(gpu.stream)
-    return (time.perf_counter() - began) / repeats, list(group) if wrong == [-1] else wrong
+    return (time.perf_counter() - began) / repeats
+
+
+def _agree(gpu: Gpu, step: Step, group: tuple[int, ...], rank: int, size: int, comm: c_void_p, seconds: float) -> int:
+    """Agree with the group on how often to do it: by whoever took the least, since the others have waited for it. 0: once was enough."""
+    mine = min(int(seconds * 1e6) + 1, _MOST_MICROSECONDS)
+    gpu.cuda.write(gpu.sent, mine.to_bytes(_WORD_BYTES, "little"))
+    if step.operation == ALL_REDUCE:
+        gpu.nccl.least(gpu.sent, gpu.got, comm, gpu.stream)
+        count = 1
+    else:
+        # the same ways as before: others would have to be brought to life
+        peers = [other for other in group if other != rank] if step.operation == EXCHANGE else range(len(group))
+        words = [(peer, gpu.sent.value, gpu.got.value + at * _WORD_BYTES, _WORD_BYTES) for at, peer in enumerate(peers)]
+        gpu.nccl.exchange(iter(words), comm, gpu.stream)
+        count = len(words)
+    gpu.cuda.wait(gpu.stream)
+    gpu.cuda.read(gpu.got, gpu.host, count * _WORD_BYTES)
+    told = [int.from_bytes(gpu.host[at * _WORD_BYTES : (at + 1) * _WORD_BYTES], "little") for at in range(count)]
+    most = _SMALL_REPEATS if size < _SMALL_BYTES else _LARGE_REPEATS
+    return min(most, int(_ENOUGH_SECONDS * 1e6 / min(mine, *told)))
 
 
 def _once(gpu: Gpu, step: Step, group: tuple[int, ...], rank: int, size: int, comm: c_void_p) -> None:

@@ -85,13 +85,11 @@ class ProbeChild:
         """
         assert self._output is not None  # noqa: S101 - it is a pipe
         while b"\n" not in self._text:
-            ready, _, _ = select.select([self._output], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
+            if not has_words(self._output.fileno(), end):
                 raise LateError
             data = os.read(self._output.fileno(), _READ_BYTES)
             if not data:
-                code = self._process.wait(_LEAVE_SECONDS)
-                raise EndedError(f"the process of the probe ended with {code}: {self._last_words()}")
+                raise EndedError(f"the process of the probe {self._end()}: {self._last_words()}")
             self._text += data
         line, _, self._text = self._text.partition(b"\n")
         verb, _, rest = line.decode("utf-8", "replace").partition(" ")
@@ -114,6 +112,12 @@ class ProbeChild:
             os.close(self._stderr)
             self._stderr = -1
 
+    def _end(self) -> str:
+        try:
+            return f"ended with {self._process.wait(_LEAVE_SECONDS)}"
+        except subprocess.TimeoutExpired:  # a driver that doesn't let go of it
+            return "does not come to its end"
+
     def _last_words(self) -> str:
         size = os.fstat(self._stderr).st_size
         text = os.pread(self._stderr, _STDERR_BYTES, max(0, size - _STDERR_BYTES)).decode("utf-8", "replace")
@@ -132,29 +136,33 @@ def measure_over_nccl(world: World, plan: ProbePlan, environ: Mapping[str, str],
     """
     # ranks come at different times: those that wait for memory keep the others waiting, at no one's cost
     end = time.monotonic() + plan.seconds * START_SHARE
-    child = ProbeChild(world.rank, world.size, plan, environ)
+    child: ProbeChild | None = None
     try:
         about: dict[str, Any] = {}
         trouble, unique_id = "", ""
         try:
+            child = ProbeChild(world.rank, world.size, plan, environ)
             about = json.loads(child.hear(end)[1])
             if world.rank == 0:
                 child.tell("identify")
                 unique_id = child.hear(end)[1]
         except (EndedError, LateError) as error:
             trouble = str(error) or f"it did not start in {plan.seconds * START_SHARE:g} s"
+        except (OSError, ValueError) as error:  # no more processes, say: that is no reason to end a worker
+            trouble = f"its process can't be started: {error}"
         answers = world.gather(pack([trouble]))
         # a rank that can't take part would be waited for by all others
         able = all(not unpack(answer)[0] for answer in answers)
         joined = world.broadcast(unique_id.encode() if able else b"").decode()
         library = str(about.get("library", ""))
-        if not joined:
+        if child is None or not joined:
             return FabricAnswer(FAILED if trouble else SKIPPED, trouble, library)
         child.tell(f"join {joined}")
         return listen(child, library, began, time.monotonic() + plan.seconds)
     finally:
         say_doing("")
-        child.close()
+        if child is not None:
+            child.close()
 
 
 def listen(child: ProbeChild, library: str, began: float, end: float) -> FabricAnswer:
@@ -193,6 +201,16 @@ def listen(child: ProbeChild, library: str, began: float, end: float) -> FabricA
 
 def _ranks(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(","))) if text else ()
+
+
+def has_words(file: int, end: float) -> bool:
+    """Wait until there is something to read, or its end; tell whether there is before ``end``, by `time.monotonic`.
+
+    Not by `select.select`, which can't be asked of a file whose number is 1024 or more: rank 0 has one for each rank.
+    """
+    poller = select.poll()
+    poller.register(file, select.POLLIN)
+    return bool(poller.poll(max(0.0, end - time.monotonic()) * 1000))
 
 
 def has_cards(folder: str = "/sys/class/infiniband") -> bool:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ID_BYTES = 128
-_INT8, _INT32, _SUM = 0, 2, 0
+_INT8, _INT32, _SUM, _MIN = 0, 2, 0, 3
 _NAME = "libnccl.so.2"
 
 
@@ -76,6 +76,10 @@ class Nccl:
     def all_reduce(self, sent: c_uint64, got: c_uint64, size: int, comm: c_void_p, stream: c_void_p) -> None:
         """Add up whole numbers of four bytes."""
         self._call("ncclAllReduce", sent, got, size // 4, _INT32, _SUM, comm, stream)
+
+    def least(self, sent: c_uint64, got: c_uint64, comm: c_void_p, stream: c_void_p) -> None:
+        """Find the least of the ranks' whole numbers of four bytes."""
+        self._call("ncclAllReduce", sent, got, 1, _INT32, _MIN, comm, stream)
 
     def exchange(self, parts: Iterator[tuple[int, int, int, int]], comm: c_void_p, stream: c_void_p) -> None:
         """Send to and receive from several ranks at once.

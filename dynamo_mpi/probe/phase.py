@@ -15,7 +15,7 @@ from dynamo_mpi.fields import pack, unpack
 from dynamo_mpi.parallelism.finding import Severity, errors, render
 from dynamo_mpi.probe.hang import StuckError, blame, read_note
 from dynamo_mpi.probe.part import Part
-from dynamo_mpi.probe.plan import START_SHARE, WAIT_SHARE
+from dynamo_mpi.probe.plan import START_SHARE, WAIT_SHARE, start_seconds
 from dynamo_mpi.probe.steps import steps_of
 
 if TYPE_CHECKING:
@@ -148,12 +148,12 @@ def _ask(ask: AskPartners, answers: list[list[str]], guard: Guard, seconds: floa
 
 
 def allowed_seconds(plan: ProbePlan) -> float:
-    """Return how long all probes may take."""
+    """Return how long all probes may take: as much as each of them allows itself, so that none that ends in its time ends the world."""
     seconds = plan.seconds
     seconds += plan.seconds * WAIT_SHARE if "gpu" in plan.names else 0.0
     if "fabric" in plan.names and plan.over == "nccl":
         seconds += plan.seconds * START_SHARE + _GRACE_SECONDS
-    return seconds
+    return seconds + start_seconds(plan.seconds) if "kv" in plan.names else seconds
 
 
 def _judge(name: str, answers: Sequence[Sequence[str]], case: Case) -> Outcome:

@@ -16,6 +16,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 WAIT_SHARE = START_SHARE = 0.5
 """Beside the time for the probes, so much of it for memory to be given back, and so much for NCCL's processes to start."""
+_STATION_SECONDS = 20.0
 NODE = "node"
 """The kind of groups that are a node's ranks."""
 _LAYOUT_KINDS = ("tp", "moe_ep", "pp")
@@ -108,6 +109,11 @@ def _kv_terms(settings: Settings) -> KvTerms:
     from dynamo_mpi.probe.kv_terms import TOKEN_BYTES, KvTerms
 
     return KvTerms(settings.role, settings.probe_kv_seconds, secrets.token_hex(TOKEN_BYTES), settings.kv_network or "")
+
+
+def start_seconds(seconds: float) -> float:
+    """Return how long a station of the KV probe may take to start, after all else; ``seconds`` as `ProbePlan` has them."""
+    return min(_STATION_SECONDS, seconds)
 
 
 def has_gpus(settings: Settings) -> bool:

@@ -3,19 +3,38 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from ctypes import c_uint64, c_void_p
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.parallelism.finding import Severity
+from dynamo_mpi.probe import kv
+from dynamo_mpi.probe.cuda_driver import Cuda
 from dynamo_mpi.probe.expectations import least_rate
 from dynamo_mpi.probe.fabric import judge_fabric
 from dynamo_mpi.probe.hang import START, Note, blame, read_note
-from dynamo_mpi.probe.nccl_fabric import EndedError, LateError, has_cards, listen
-from dynamo_mpi.probe.part import Case
+from dynamo_mpi.probe.kv_terms import KvTerms
+from dynamo_mpi.probe.nccl_child import _agree
+from dynamo_mpi.probe.nccl_fabric import (
+    EndedError,
+    LateError,
+    ProbeChild,
+    has_cards,
+    has_words,
+    listen,
+    measure_over_nccl,
+)
+from dynamo_mpi.probe.part import Case, Part
 from dynamo_mpi.probe.payload import expected, expected_sum, outgoing
 from dynamo_mpi.probe.plan import NODE, ProbePlan
 from dynamo_mpi.probe.steps import ALL_REDUCE, ALL_TO_ALL, EXCHANGE, FAR, NEAR, STAGES, Step, steps_of
@@ -315,6 +334,7 @@ def test_two_gpus_below_what_their_link_allows_are_told_where_it_is_known() -> N
     assert findings(some, fine, "h100", nvlinks_up=18, pcie_generation=5) == []
     (found,) = findings(some, slow, "h100", nvlinks_up=[17, 18], pcie_generation=5)
     assert found == ("N5", "1 pair of GPUs is slower than NVLink of h100 has to be")
+    assert findings(some, slow, "h100", nvlinks_up=12, pcie_generation=5, bridged=True) == []
     assert findings(some, slow, "l40s", nvlinks_up=0, pcie_generation=4) == []
     assert least_rate("l40s", 0, 4) == (4 * GB, "PCI Express 4")
     assert least_rate("h100", None, 5) is None
@@ -332,10 +352,17 @@ def test_sockets_beside_infiniband_are_told_between_nodes_alone() -> None:
 
 def test_lost_packets_name_the_pair() -> None:
     some = plan(4, 1)
-    answers = world(some, {})
+    answers = world(some, {}, network="Socket")
     lost = tuple(one._replace(sent=1000, resent=30) if one.step == 0 else one for one in answers[2].timings)
     answers[2] = answers[2]._replace(timings=lost)
     assert findings(some, answers) == [("N8", "packets are lost between rank 2 on n3 and rank 3 on n4")]
+    # what the host's TCP loses otherwise is none of NCCL's
+    over_verbs = [answer._replace(network="IB") for answer in answers]
+    assert findings(some, over_verbs) == []
+    one_node = plan(1, 4)
+    within = [answer._replace(timings=own.timings) for answer, own in zip(answers, world(one_node, {}), strict=True)]
+    within[2] = within[2]._replace(timings=tuple(one._replace(sent=1000, resent=30) for one in within[2].timings))
+    assert findings(one_node, within) == []
     few = tuple(one._replace(resent=9) for one in lost)
     answers[2] = answers[2]._replace(timings=few)
     assert findings(some, answers) == []
@@ -386,6 +413,125 @@ def test_a_child_that_hangs_says_where() -> None:
     assert len(answer.timings) == 1
     failed = heard(*BEGUN, EndedError("ncclSend: unhandled system error"))
     assert (failed.state, failed.text) == (FAILED, "ncclSend: unhandled system error")
+
+
+def test_a_rank_without_a_process_to_spare_says_so_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object, **__: object) -> NoReturn:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    class Alone:
+        rank, size = 0, 1
+
+        def gather(self, payload: bytes) -> list[bytes]:
+            return [payload]
+
+        def broadcast(self, payload: bytes) -> bytes:
+            return payload
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    plan = ProbePlan(("fabric", "kv"), 5.0, "nccl", kv=KvTerms("prefill", 300, "ab" * 32).pack())
+    answer = measure_over_nccl(Alone(), plan, {}, 0.0)  # type: ignore[arg-type] # what is needed of a world
+    assert (answer.state, answer.text) == (
+        FAILED,
+        "its process can't be started: [Errno 11] Resource temporarily unavailable",
+    )
+    (trouble, *_) = kv.measure(Part(Alone(), plan, {}, 0.0))  # type: ignore[arg-type] # what is needed of a world
+    assert "its process can't be started" in trouble
+
+
+def test_a_child_whose_end_takes_the_driver_long_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pipes are closed before what it holds of the GPU is given back."""
+    monkeypatch.setattr("dynamo_mpi.probe.nccl_fabric._LEAVE_SECONDS", 0.1)
+    lingering = ("sh", "-c", "exec >&- 2>&-; exec sleep 30")
+    monkeypatch.setattr("dynamo_mpi.probe.nccl_fabric.tethered", lambda *_, **__: lingering)
+    child = ProbeChild(0, 1, ProbePlan(("fabric",), 5.0, "nccl"), {"PATH": os.environ["PATH"]})
+    try:
+        with pytest.raises(EndedError, match="does not come to its end"):
+            child.hear(time.monotonic() + 10)
+    finally:
+        child.close()
+
+
+def test_words_are_waited_for_whatever_the_number_of_the_file() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("fewer files may be open here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    source, sink = os.pipe()
+    try:
+        high = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 1500)
+        assert not has_words(high, time.monotonic())
+        os.write(sink, b"x")
+        assert has_words(high, time.monotonic() + 5)
+        os.close(high)
+    finally:
+        os.close(source)
+        os.close(sink)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Driver:
+    """Notes what it is asked to do; all of it goes well."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*_: object) -> int:
+            self.calls.append(name)
+            return 0
+
+        return call
+
+
+class Mirror:
+    """A GPU, its library and its driver, with peers that say what they are told to."""
+
+    def __init__(self, told: int) -> None:
+        self.told, self.stream, self.sent, self.got = told, c_void_p(), c_uint64(0), c_uint64(64)
+        self.memory, self.host = bytearray(128), bytearray(64)
+        self.cuda = self.nccl = self
+
+    def write(self, address: c_uint64, data: bytes) -> None:
+        self.memory[address.value : address.value + len(data)] = data
+
+    def read(self, address: c_uint64, into: bytearray, size: int) -> None:
+        into[:size] = self.memory[address.value : address.value + size]
+
+    def wait(self, stream: c_void_p) -> None:
+        pass
+
+    def exchange(self, parts: Iterator[tuple[int, int, int, int]], comm: c_void_p, stream: c_void_p) -> None:
+        for peer, sent, got, size in parts:
+            assert size == 4
+            mine = self.memory[sent : sent + 4]
+            self.memory[got : got + 4] = mine if peer == 0 else self.told.to_bytes(4, "little")
+
+    def least(self, sent: c_uint64, got: c_uint64, comm: c_void_p, stream: c_void_p) -> None:
+        mine = int.from_bytes(self.memory[sent.value : sent.value + 4], "little")
+        self.memory[got.value : got.value + 4] = min(mine, self.told).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("operation", [EXCHANGE, ALL_REDUCE, ALL_TO_ALL])
+@pytest.mark.parametrize(
+    ("seconds", "peer", "times"),
+    [(1e-4, 90, 5), (0.2, 1e9, 2), (0.9, 200_000, 2), (0.6, 600_000, 0), (1e5, 1 << 30, 0)],
+)
+def test_a_slow_way_is_measured_less_often_so_that_it_is_no_hang(
+    operation: str, seconds: float, peer: float, times: int
+) -> None:
+    step, gpu = Step(0, operation, FAR, ((0, 1),), (8,)), Mirror(int(peer))
+    agreed = _agree(gpu, step, (0, 1), 0, 1 << 26, c_void_p(), seconds)  # type: ignore[arg-type] # what is needed of a GPU
+    assert agreed == times
+
+
+def test_memory_is_as_it_was_made_before_a_stream_goes_on() -> None:
+    """The driver's memset and copies from pageable memory return before they are done, and a stream of one's own doesn't wait for them."""
+    cuda, driver = Cuda.__new__(Cuda), Driver()
+    cuda._library = driver
+    cuda.write(c_uint64(1), b"abcd")
+    cuda.clear(c_uint64(1), 4)
+    assert driver.calls == ["cuMemcpyHtoD_v2", "cuCtxSynchronize", "cuMemsetD8_v2", "cuCtxSynchronize"]
 
 
 # what the host tells

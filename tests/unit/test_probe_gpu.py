@@ -19,7 +19,7 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.parallelism.finding import Severity
 from dynamo_mpi.preflight.gpu_facts import GpuFacts
 from dynamo_mpi.preflight.gpu_rules import is_busy
-from dynamo_mpi.probe.gpu import judge
+from dynamo_mpi.probe.gpu import figures_of, judge
 from dynamo_mpi.probe.gpu_health import GpuHealth, health_of_node, health_of_rank, no_health
 from dynamo_mpi.probe.here import probe_here
 from dynamo_mpi.probe.part import Case
@@ -164,6 +164,21 @@ def test_memory_that_nobody_gives_back_is_told_with_who_holds_it(describe: Descr
     assert outcome.figures["free_mib"] == [60 * 1024, 80 * 1024]
 
 
+@pytest.mark.parametrize(
+    ("name", "links", "bridged"),
+    [
+        ("NVIDIA H100 80GB HBM3", 18, False),
+        ("NVIDIA A100 80GB PCIe", 12, True),
+        ("NVIDIA H200 NVL", 18, True),
+        ("NVIDIA H100 PCIe", 0, False),
+    ],
+)
+def test_cards_that_bridges_join_are_told_from_a_switch(name: str, links: int, bridged: bool) -> None:
+    """Of those, some pairs have no NVLink between them."""
+    health = GpuHealth(GpuFacts(0, "GPU-0", name, 90), links_up=links, links=links)
+    assert figures_of([health, health]).get("bridged", False) is bridged
+
+
 def test_health_travels_as_texts(describe: Describe) -> None:
     describe({"processes": [[42, 7], [43, 0]]})
     health = health_of_rank(0, {}, is_busy, 0.0)
@@ -269,6 +284,8 @@ def test_a_plan_has_the_groups_of_the_layout() -> None:
     )
     # half as long again for memory, and for NCCL to start
     assert allowed_seconds(plan) == 9 + 4.5 + 4.5 + 3
+    assert allowed_seconds(plan._replace(names=("gpu", "fabric", "kv"))) == 9 + 4.5 + 4.5 + 3 + 9
+    assert allowed_seconds(plan._replace(names=("kv",), seconds=30)) == 30 + 20
 
 
 def test_a_report_is_one_line_when_all_is_well_and_an_error_has_its_code() -> None:

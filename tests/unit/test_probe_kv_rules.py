@@ -18,7 +18,9 @@ from dynamo_mpi.parallelism.layout import Layout
 from dynamo_mpi.probe.kv import judge_kv
 from dynamo_mpi.probe.kv_answer import FAILED, LARGE_BYTES, LATE, MIDDLE_BYTES, OK, Between, Pull
 from dynamo_mpi.probe.kv_child import StationChild
+from dynamo_mpi.probe.kv_fetch import _ByReading
 from dynamo_mpi.probe.kv_pairs import Pair, pairs_of
+from dynamo_mpi.probe.kv_pattern import pattern
 from dynamo_mpi.probe.kv_rules import check_kv
 from dynamo_mpi.probe.kv_terms import KvTerms, Offer, Station, transport_of
 from dynamo_mpi.probe.kv_way import warnings_of, ways_of_reads
@@ -116,6 +118,14 @@ def test_what_ucx_says_of_reads() -> None:
         "transport 'rc' is not available, please use one or more of: cma, tcp",
     )
     assert warnings_of(TABLE) == ()
+    # of 1.13; a station sees no GPU, whatever the engine will see
+    warned = (
+        "[1.0] [n1:2:0] ucp_context.c:1014 UCX  WARN  transport%s not available, please use one or more of: cma, tcp"
+    )
+    assert warnings_of(warned % "s 'rc','ud' are") != ()
+    assert warnings_of(warned % "s 'rc','cuda_copy' are") != ()
+    assert warnings_of(warned % "s 'cuda_copy','cuda_ipc','gdr_copy' are") == ()
+    assert warnings_of(warned % " 'cuda' is") == ()
 
 
 def between(pulls: dict[tuple[int, int], Pull], **changes: Any) -> Between:
@@ -192,6 +202,37 @@ def test_the_pair_that_is_slower_than_its_like(slow: Pull, others: Pull, is_slow
         assert told["T3"].severity is Severity.WARNING
         assert "decode rank 2 on d2 <- prefill rank 2 on p2" in told["T3"].found
         assert "rank 0" not in told["T3"].found
+
+
+def test_within_a_node_pairs_may_differ_by_more() -> None:
+    told = between({(0, 0): pull(), (1, 1): pull(), (2, 2): pull(rate=3 * GB), (3, 3): pull()})
+    assert "T3" in found(told)
+    one_node = told._replace(nodes=(("n",) * 4, ("n",) * 4))
+    assert "T3" not in found(one_node)
+    assert "T3" in found(one_node._replace(pulls=(*told.pulls[:3], (Pair(3, 3), pull(rate=2 * GB)))))
+
+
+def test_bytes_that_never_come_are_not_those_that_came_before() -> None:
+    np = pytest.importorskip("numpy")
+
+    class Talk:
+        def say(self, **_: object) -> None:
+            pass
+
+        def hear(self) -> dict[str, Any]:
+            return {"address": 1, "agent": ""}
+
+    class Agent:
+        reads = 0
+
+        def read(self, _address: int, _description: bytes, target: Any, _look: object) -> None:
+            self.reads += 1
+            if self.reads == 1:
+                target[:] = np.frombuffer(pattern(b"r", 0, 4 * target.size), np.float32)
+
+    fetcher = _ByReading(Talk(), Agent(), "ucx")  # type: ignore[arg-type] # what is needed of both
+    assert fetcher.fetch(4096)[0] == pattern(b"r", 0, 4096)
+    assert fetcher.fetch(8192)[0] == bytes(8192)
 
 
 def test_two_pairs_are_not_compared() -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -267,6 +268,56 @@ def test_no_time_is_no_hang_but_is_said(side: Callable[..., Side]) -> None:
     assert [finding.rule for finding in check_kv(told)] == ["T7"]
 
 
+def test_a_partner_for_which_others_left_no_time_is_not_blamed(side: Callable[..., Side]) -> None:
+    prefill, decode = side("prefill", 3), side("decode", 1)
+    for left in (0.0, 2.3):
+        (told,) = probe(decode, prefill.record(), seconds=left)
+        assert (told.pulls, told.skipped) == ((), 3)
+        assert [finding.rule for finding in check_kv(told)] == ["T7"]
+
+
+def test_partners_that_have_gone_keep_nobody_beyond_the_end(
+    side: Callable[..., Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on hosts that are down: who connects is never answered."""
+    monkeypatch.setattr(kv_lead, "_OPEN_SECONDS", 0.5)
+    prefill, decode = side("prefill", 1), side("decode", 1)
+    silent = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    records = []
+    for listener in silent:
+        decode.ready[0] = decode.ready[0]._replace(port=listener.getsockname()[1])
+        records.append(decode.record())
+    began = time.monotonic()
+    told = probe(prefill, *records, seconds=4)
+    assert time.monotonic() - began < 4 + kv_lead._REPORT_SECONDS + 1
+    assert told[0].pulls[0][1].state == LATE
+    assert told[2].skipped == 1, "no time is left for it"
+    for listener in silent:
+        listener.close()
+
+
+@needs_ucx
+def test_what_takes_long_to_load_is_loaded_before_a_pull(
+    side: Callable[..., Side], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As NIXL takes where it imports torch."""
+    monkeypatch.setattr(kv_lead, "_PULL_SECONDS", 1.5)
+    slow = """
+import time
+from dynamo_mpi.probe import kv_ucx
+begin = kv_ucx.UcxAgent.__init__
+def late(agent):
+    time.sleep(2)
+    begin(agent)
+kv_ucx.UcxAgent.__init__ = late
+"""
+    (tmp_path / "sitecustomize.py").write_text(slow)
+    environ = {"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))), "UCX_TLS": "tcp"}
+    prefill, decode = side("prefill", 2, **environ), side("decode", 1, **environ)
+    (told,) = probe(decode, prefill.record(probe_kv=prefill.offer("ucx").as_json()))
+    assert states(told) == {(0, 0): OK, (0, 1): OK}
+
+
 def test_partners_that_can_not_be_asked(side: Callable[..., Side]) -> None:
     decode = side("decode", 1)
     peer = world("prefill", phase="probe")
@@ -278,6 +329,11 @@ def test_partners_that_can_not_be_asked(side: Callable[..., Side]) -> None:
     few = Offer(TOKENS["prefill"], "tcp", (), (Station("p0", "127.0.0.1", 1),))
     (told,) = probe(decode, replace(peer, probe_kv=few.as_json()))
     assert "fewer ranks than its layout" in told.problem
+    one = Offer(TOKENS["prefill"], "tcp", (), (Station("p0", "127.0.0.1", 1),)).as_json()
+    for change in ({"trtllm_version": "mine"}, {"tp_size": 0}, {"tp_size": 1 << 40}, {"tp_size": -1, "pp_size": -1}):
+        odd = world("prefill", {"tp_size": 1, "num_layers": 4, "kv_heads": 3, **change}, phase="serve", probe_kv=one)
+        (told,) = probe(decode, odd)
+        assert "what its record says can't be used" in told.problem, change
 
 
 def test_what_it_can_not_go_over_is_said_and_something_else_taken(side: Callable[..., Side]) -> None:
