@@ -143,11 +143,23 @@ def _find() -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
+    try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-    return {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from None
+    if not isinstance(content, dict):
+        raise _unreadable(path, "no JSON object")
+    return content
+
+
+def _unreadable(path: Path, why: str) -> UsageError:
+    return UsageError(
+        f"{path} can't be read ({why}), so what runs there isn't known",
+        needed="what launch has written there",
+        fix="look at squeue --steps, and end the steps with scancel",
+    )
 
 
 @contextlib.contextmanager

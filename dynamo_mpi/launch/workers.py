@@ -32,6 +32,16 @@ MISTAKES = frozenset(
 )
 
 
+def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return a worker's own files where all of a deployment were given the same: they would write over each other's. Pure."""
+    files = {}
+    if folder := environ.get("DYN_MPI_LOG_DIR"):
+        files["DYN_MPI_LOG_DIR"] = f"{folder}/{name}"
+    if metrics := environ.get("DYN_MPI_METRICS_FILE"):
+        files["DYN_MPI_METRICS_FILE"] = f"{metrics.removesuffix('.prom')}-{name}.prom"
+    return files
+
+
 class Renderer(Protocol):
     """Says how each step is started."""
 
@@ -120,7 +130,7 @@ class Workers:
             # where srun alone was killed, its ranks may have written something before they were cancelled
             self._take_out(worker.name, command)
         attempt = starts_before(self._environment) + self._restarts.get(worker.name, 0) + 1
-        environment = {**self._environment, ATTEMPT: str(attempt)}
+        environment = {**self._environment, ATTEMPT: str(attempt), **own_files(worker.name, self._environment)}
         self._running[worker.name] = start(command, environment, self._run_dir.log(worker.name), ready_file)
         self._say(f"{worker.name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 NEWS_SECONDS = (5.0, 120.0)
 # what ended before we came may be about to be started again, in the same folder
+_AT_ONCE_SECONDS = 2.0
 STALE_SECONDS = 10.0
 # between the end of one and the start of the next, a folder may have the credentials of neither
 REFUSALS = 3
@@ -179,8 +180,9 @@ class Wait:
     def _new(self, snapshot: Snapshot) -> list[Failure]:
         """Return the failures that have come since we wait."""
         if self._known is None:
-            # clocks of hosts differ; what was there already, and says that it is older, is older
-            self._known = {(f.key, f.time) for f in snapshot.failures if f.time < self._began_at}
+            # clocks of hosts differ: what is there at once is older, whatever it says
+            at_once = time.time() - self._began_at < _AT_ONCE_SECONDS
+            self._known = {(f.key, f.time) for f in snapshot.failures if at_once or f.time < self._began_at}
         return [failure for failure in snapshot.failures if (failure.key, failure.time) not in self._known]
 
     def _ask(self, snapshot: Snapshot) -> list[Lack]:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_mpi.launch.workers import own_files
 from dynamo_mpi.launchers.launch import Launch, Launcher, detect, expand_tasks_per_node, mapping_is_in_blocks
 from tests.unit.recordings import RECORDED, ranks_of
 
@@ -130,3 +131,12 @@ def test_what_is_no_list_of_tasks_is_none(text: str) -> None:
 )
 def test_the_process_mapping_is_read(mapping: str, in_blocks: bool | None) -> None:
     assert mapping_is_in_blocks(mapping) is in_blocks
+
+
+def test_each_worker_has_files_of_its_own() -> None:
+    given = {"DYN_MPI_LOG_DIR": "/logs", "DYN_MPI_METRICS_FILE": "/m/worker.prom", "HOME": "/root"}
+    assert own_files("decode-1", given) == {
+        "DYN_MPI_LOG_DIR": "/logs/decode-1",
+        "DYN_MPI_METRICS_FILE": "/m/worker-decode-1.prom",
+    }
+    assert own_files("decode-1", {"DYN_MPI_LOG_DIR": ""}) == {}
