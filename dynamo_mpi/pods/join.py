@@ -14,7 +14,7 @@ from dynamo_mpi.errors import DeadlineError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.launch.mpirun import folder_environment
 from dynamo_mpi.pods.daemon_command import refuse_other_than_daemon
-from dynamo_mpi.pods.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, introduce
+from dynamo_mpi.pods.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, introduce, notice_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +90,7 @@ class Joiner:
                     asyncio.open_connection(self._settings.leader, self._settings.port, limit=MOST_LINE),
                     HANDSHAKE_SECONDS,
                 )
+                notice_loss(writer)
                 with contextlib.suppress(asyncio.TimeoutError):
                     channel = await asyncio.wait_for(
                         introduce(reader, writer, self._settings.secret, self._settings.index, self._host),
