@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # an age beyond a few of these (node_textfile_mtime_seconds) means that nobody writes it any more
 _PERIOD_SECONDS = 15.0
+_END_SECONDS = 1.0
 # the collector may be another user's, and nothing in it is secret
 _MODE = 0o644
 
@@ -42,7 +43,12 @@ class MetricsFile:
         self._news.set()
 
     def end(self) -> None:
-        """Write it for the last time, now."""
+        """Write it for the last time, now, in a second at the most: a file system that hangs must not keep the ranks."""
+        thread = threading.Thread(target=self._finish, name="metrics", daemon=True)
+        thread.start()
+        thread.join(_END_SECONDS)
+
+    def _finish(self) -> None:
         with self._lock:
             self._ended = True
             self._write()

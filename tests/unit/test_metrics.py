@@ -148,3 +148,13 @@ def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in said] == ["warning", "warning"]
     assert "does not" in said[0]
     assert "can't be written: No such file or directory" in said[1]
+
+
+def test_a_file_system_that_hangs_keeps_nobody(tmp_path: Path) -> None:
+    partial = tmp_path / ".w.prom.partial"
+    os.mkfifo(partial)  # opening it waits for a reader
+    file = MetricsFile(tmp_path / "w.prom", lambda: "x 1\n", lambda _: None)
+    begin = time.monotonic()
+    file.end()
+    assert time.monotonic() - begin < 5
+    os.close(os.open(partial, os.O_RDONLY | os.O_NONBLOCK))

@@ -123,7 +123,7 @@ def test_a_nats_that_hangs_up_each_time_is_not_asked_without_a_rest(line: Make) 
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(20)
         line(f"nats://127.0.0.1:{server.getsockname()[1]}")
-        visits = []
+        visits: list[float] = []
         while len(visits) < 3:
             visitor = server.accept()[0]
             with visitor:
