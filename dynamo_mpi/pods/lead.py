@@ -19,6 +19,7 @@ from dynamo_mpi.launch.mpirun import folder_environment
 from dynamo_mpi.pods.agent import ANSWER_SECONDS, SOCKET_VARIABLE
 from dynamo_mpi.pods.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, notice_loss, welcome
 from dynamo_mpi.services.host_address import service_address
+from dynamo_mpi.services.processes import kill_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -97,6 +98,9 @@ class Leader:
         finally:
             server.close()
             agents.close()
+            if self._mpirun is not None:
+                # of an mpirun that was killed, its ranks here
+                kill_session(self._mpirun.pid)
             for pod in self._pods.values():
                 pod.channel.send({"end": code})
             await asyncio.gather(*(pod.channel.close() for pod in self._pods.values()))

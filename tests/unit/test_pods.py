@@ -15,10 +15,12 @@ import pytest
 
 from dynamo_mpi.errors import AuthorisationError, BootstrapError, DeadlineError, UsageError
 from dynamo_mpi.pods.daemon_command import read_agent_words, refuse_other_than_daemon
+from dynamo_mpi.pods.join import Joiner
 from dynamo_mpi.pods.lead import Leader, mpirun_environment
-from dynamo_mpi.pods.settings import LeadSettings, load_join, load_lead
+from dynamo_mpi.pods.settings import JoinSettings, LeadSettings, load_join, load_lead
 from dynamo_mpi.pods.wire import Channel, introduce, notice_loss, welcome
 from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.services.processes import session_members
 
 SECRET = b"0123456789abcdef"
 # as mpirun of Open MPI 5.0.11 and 4.1.4 gave them, shortened
@@ -189,6 +191,31 @@ def test_a_signal_that_comes_while_mpirun_starts_is_not_lost(tmp_path: Path, mon
     endless = f"{sys.executable} -c 'import time; time.sleep(60)'"
     ended, told = asyncio.run(asyncio.wait_for(_end_of(lead_settings(endless, 2, 10), tmp_path), 20))
     assert (ended, told) == (143, {"end": 143})
+
+
+def test_ranks_of_a_daemon_that_was_killed_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # like Open MPI's: each in a process group of its own
+    daemon = tmp_path / "orted"
+    rank = "import os, time; os.setpgid(0, 0); print(os.getpid(), flush=True); time.sleep(60)"
+    daemon.write_text(
+        f"#!{sys.executable}\nimport os, subprocess\nsubprocess.Popen({[sys.executable, '-c', rank]!r}).wait()\n"
+    )
+    daemon.chmod(0o755)
+
+    async def end() -> None:
+        joiner = Joiner(JoinSettings("127.0.0.1", 1, SECRET, 1, 1.0), "lws-0-1", tmp_path, lambda _: None)
+        assert await joiner._start("orted", []) == {"started": True}
+        process = joiner._daemon
+        assert process is not None
+        while len(session_members(process.pid)) < 2:
+            await asyncio.sleep(0.02)
+        process.kill()
+        await joiner._end_daemon()
+        while session_members(process.pid):
+            await asyncio.sleep(0.02)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    asyncio.run(asyncio.wait_for(end(), 20))
 
 
 def test_a_folder_whose_path_is_too_long_for_a_socket_is_told(tmp_path: Path) -> None:
