@@ -8,6 +8,8 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.supervision.word import begun
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -44,9 +46,8 @@ class MetricsFile:
 
     def end(self) -> None:
         """Write it for the last time, now, in a second at the most: a file system that hangs must not keep the ranks."""
-        thread = threading.Thread(target=self._finish, name="metrics", daemon=True)
-        thread.start()
-        thread.join(_END_SECONDS)
+        if (thread := begun(self._finish)) is not None:
+            thread.join(_END_SECONDS)
 
     def _finish(self) -> None:
         with self._lock:

@@ -9,12 +9,10 @@ the case that rank 0's node is lost.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import selectors
 import socket
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -29,6 +27,7 @@ from dynamo_mpi.supervision.heir import MOURN, Heir, mourned
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.title import set_title
 from dynamo_mpi.supervision.troubles import death, silence
+from dynamo_mpi.supervision.word import begun, suppressed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -234,13 +233,13 @@ class Companion:
         """Say it and write it down, in two seconds at the most: a file system that hangs must not keep the ranks."""
 
         def report() -> None:
-            with contextlib.suppress(Exception):  # whatever it raises, the ranks have to end
-                self._say(local, text, for_node=for_node)
-                write_failure(self._meeting, failure, self._host)
+            self._say(local, text, for_node=for_node)
+            write_failure(self._meeting, failure, self._host)
 
-        thread = threading.Thread(target=report, name="report", daemon=True)
-        thread.start()
-        thread.join(_REPORT_SECONDS)
+        if (thread := begun(report)) is None:
+            suppressed(report)
+        else:
+            thread.join(_REPORT_SECONDS)
 
     def _say(self, local: Local, text: str, *, for_node: bool) -> None:
         """Speak for a rank or for the node, and write it to that rank's log file: it can't do that itself."""
