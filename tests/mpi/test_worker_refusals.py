@@ -160,11 +160,19 @@ def test_nats_absent_where_the_runtime_would_connect_to_it(mpirun: Mpirun, model
         done = mpirun.worker(
             3,
             *("--model", str(model), "--tp-size", "3"),
-            env={"ETCD_ENDPOINTS": etcd, "NATS_SERVER": f"nats://me:hunter2@127.0.0.1:{port}"},
+            env={"ETCD_ENDPOINTS": etcd, "NATS_SERVER": f"nats://127.0.0.1:{port}"},
         )
     assert done.returncode == 69
     assert len(reports(done)) == 2
     assert "NATS does not answer" in reports(done)[1]
+
+
+def test_credentials_in_the_address_of_nats_are_refused_and_not_told(mpirun: Mpirun, model: Path, etcd: str) -> None:
+    done = mpirun.worker(
+        1, "--model", str(model), env={"ETCD_ENDPOINTS": etcd, "NATS_SERVER": "nats://me:hunter2@127.0.0.1:4222"}
+    )
+    assert done.returncode == 64
+    assert "NATS_SERVER holds credentials" in done.stderr
     assert "hunter2" not in done.stderr + done.stdout
 
 
