@@ -97,7 +97,6 @@ def follow(
         fault.follow(lifeline)
     signals.begin(lifeline.pass_on)
     try:
-        spec = EngineSpec.unpack(packed)
         stopped = _probe(world, spec, phases) if spec.probe else None
         code = _follow(world, launch, spec, lifeline, phases) if stopped is None else stopped
     except Exception as error:  # of any kind: the other ranks are somewhere inside the engine

@@ -134,6 +134,7 @@ class Leader:
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
         if spec.probe and (refused := self._probe(settings, verdict, spec, cards, guard)):
             guard.close()
+            self._onlookers.finish()
             return refused
         if settings.engine == "trtllm":
             code = self._lead_trtllm(settings, plan, cards, guard)
@@ -212,7 +213,7 @@ class Leader:
         from dynamo_mpi.control_plane.presence import record_of
         from dynamo_mpi.supervision.stop_signals import StopSignals
 
-        self._onlookers.introduce(settings, record_of(settings, verdict.subject, cards, self._phases.age))
+        self._onlookers.introduce(settings, record_of(settings, verdict.subject, cards, self._phases))
         # from here on the main thread may sit in the engine
         self._estate.leave_signals()
         self._signals = signals = StopSignals(self._hurry)

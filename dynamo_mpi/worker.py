@@ -187,12 +187,15 @@ def _abandon(
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be anywhere, also inside a collective."""
     from dynamo_mpi.observe.speech import speech
+    from dynamo_mpi.supervision.backstop import exit_after
     from dynamo_mpi.supervision.companion_limits import Limits
     from dynamo_mpi.supervision.failure import Failure, describe_error
     from dynamo_mpi.supervision.failure_files import write_failure
     from dynamo_mpi.supervision.meeting import Meeting
 
     text, code = describe_error(error)
+    # a reader of our words, or a file system, that hangs is no reason to stay
+    exit_after(_PARTING_SECONDS, code)
     report = f"error in {phases.current}: {text.rstrip()}"
     limits = Limits.of(argv, os.environ)
     meeting = Meeting(voice.host, failure_dir=limits.failure_dir)

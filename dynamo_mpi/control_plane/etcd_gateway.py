@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 
 _PORT = 2379
+_MOST_BYTES, _PIECE_BYTES = 64 << 20, 1 << 16
 # gRPC's codes, which the gateway hands on
 _NOT_FOUND = 5
 _REFUSALS = (7, 16)
@@ -187,7 +188,7 @@ class EtcdGateway:
             else:
                 self._connection.request("POST", path, json.dumps(question), self._headers)
             reply = self._connection.getresponse()
-            text = reply.read()
+            text = self._read(reply)
             self._clock = _seconds_of(reply.getheader("Date", ""))
         except (OSError, http.client.HTTPException, ValueError) as error:  # a ValueError: the host's name is none
             if is_refusal(error):
@@ -200,6 +201,16 @@ class EtcdGateway:
         if not isinstance(content, dict):
             raise self._error("something else than etcd answers there")
         return reply.status, content
+
+    def _read(self, reply: http.client.HTTPResponse) -> bytes:
+        """Read an answer. A socket's own timeout begins anew with every piece, and one without an end would fill the memory."""
+        data = bytearray()
+        while part := reply.read(_PIECE_BYTES):
+            data += part
+            if len(data) > _MOST_BYTES:
+                raise ValueError(f"an answer of more than {_MOST_BYTES >> 20} MiB")
+            self._left()
+        return bytes(data)
 
     def _left(self) -> float:
         left = self._end - time.monotonic()

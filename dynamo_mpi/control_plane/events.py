@@ -66,8 +66,8 @@ class Events:
         """
         self._exit_code = failure.exit_code
         self._send("failed", failure=last_failure(Origin.of(self._record), failure, host, report))
-        if self._line is not None:
-            self._line.flush(_FLUSH_SECONDS)
+        if (line := self._line) is not None:
+            line.flush(_FLUSH_SECONDS)
 
     def exit(self, code: int | None = None) -> None:
         """Tell that the worker ends; waits half a second at the most for that to go out. Nothing goes out after it.
@@ -84,11 +84,12 @@ class Events:
             line.close(_FLUSH_SECONDS)
 
     def _send(self, name: str, **own: Any) -> None:
-        if self._line is not None:
+        # another thread may say the last word meanwhile
+        if (line := self._line) is not None:
             from dynamo_mpi.control_plane.nats_line import Message
 
             event = event_of(name, self._record, self._phase, time.time(), **own)
-            self._line.send(Message(event.subject, event.pack()))
+            line.send(Message(event.subject, event.pack()))
 
 
 def events_of(

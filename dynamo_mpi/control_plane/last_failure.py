@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.control_plane.plain_data import read_fields
 from dynamo_mpi.control_plane.record import SCHEMA
 from dynamo_mpi.observe.redact import own_redactor
+from dynamo_mpi.supervision.failure import headline
 
 if TYPE_CHECKING:
     from dynamo_mpi.control_plane.record import WorldRecord
@@ -134,10 +135,7 @@ def last_failure(origin: Origin, failure: Failure, host: str, report: str) -> La
         report: what has been said of it.
     """
     redact = own_redactor().redact
-    text = redact(failure.text)
-    lines = text.strip().splitlines() or [""]
-    # a traceback's last line names the error
-    line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
+    line = headline(redact(failure.text))
     return LastFailure(
         **asdict(origin),
         rank=failure.rank,

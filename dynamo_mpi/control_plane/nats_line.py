@@ -53,7 +53,7 @@ class NatsLine:
         self._waiters: deque[threading.Event] = deque()
         self._promised: list[threading.Event] = []
         self._trying = True
-        self._has_warned = False
+        self._has_warned = self._has_confirmed = False
         self._close_at = float("inf")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._bell: asyncio.Event | None = None
@@ -108,16 +108,18 @@ class NatsLine:
                 self._release()
                 if self._close_at < float("inf"):
                     return
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._closing(), rest)
-                rest = min(2 * rest, _MOST_REST_SECONDS)
-                continue
-            rest = _LEAST_REST_SECONDS
-            # nats-py has many errors, and the loop others
-            with contextlib.suppress(Exception):
-                await self._deliver(client)
-            with contextlib.suppress(Exception):
-                await asyncio.wait_for(client.close(), _CLOSE_SECONDS)
+            else:
+                self._has_confirmed = False
+                # nats-py has many errors, and the loop others
+                with contextlib.suppress(Exception):
+                    await self._deliver(client)
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(client.close(), _CLOSE_SECONDS)
+                # one that lets us in and hangs up each time isn't asked faster than one that is away
+                rest = _LEAST_REST_SECONDS if self._has_confirmed else rest
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._closing(), rest)
+            rest = min(2 * rest, _MOST_REST_SECONDS)
 
     def _is_over(self) -> bool:
         closing = self._close_at < float("inf")
@@ -196,9 +198,12 @@ class NatsLine:
                 self._sending.append(self._waiting.popleft())
             is_idle = not self._sending
             for message in self._sending:
-                await client.publish(message.subject, message.data)
+                # one that NATS never takes would keep all that come after it
+                if len(message.data) <= client.max_payload:
+                    await client.publish(message.subject, message.data)
             if not is_idle:
                 await client.flush(_ANSWER_SECONDS)
+                self._has_confirmed = True
                 self._sending.clear()
             self._keep_promises()
             if self._is_over():

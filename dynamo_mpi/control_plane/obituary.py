@@ -7,14 +7,13 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.etcd import Etcd
+from dynamo_mpi.control_plane.etcd import Etcd, LeaseLostError
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.last_failure import LastFailure, failure_key, failures_of, is_successor, last_failure
 from dynamo_mpi.control_plane.probe import etcd_endpoints
-from dynamo_mpi.errors import BootstrapError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from dynamo_mpi.control_plane.last_failure import Origin
     from dynamo_mpi.supervision.failure import Failure
@@ -44,11 +43,14 @@ class Obituary:
             host: where that happened.
             report: what has been said of it.
         """
-        with self._etcd() as etcd:
+
+        def write(etcd: Etcd) -> None:
             lease = etcd.grant(LIFE_SECONDS).id
             # without a record it has a name of its own
             key = failure_key(self._origin, self._record() or lease)
             etcd.put(key, last_failure(self._origin, failure, host, report).pack(), lease)
+
+        self._visit(write)
 
     def leave_soon(self, failure: Failure, host: str, report: str) -> None:
         """The same, in a second at the most."""
@@ -58,23 +60,22 @@ class Obituary:
 
     def forget_earlier(self) -> None:
         """Take away, from a thread of its own, what earlier starts of this worker have died of: now it serves."""
-        threading.Thread(target=self._forget, name="obituary", daemon=True).start()
+        threading.Thread(target=self._visit, args=(self._forget,), name="obituary", daemon=True).start()
 
-    def _forget(self) -> None:
-        with self._etcd() as etcd:
-            for entry in etcd.entries(failures_of(self._origin.namespace, self._origin.component)):
-                with contextlib.suppress(ValueError):
-                    if is_successor(self._origin, LastFailure.unpack(entry.value)):
-                        etcd.revoke(entry.lease, _SECONDS)
+    def _forget(self, etcd: Etcd) -> None:
+        for entry in etcd.entries(failures_of(self._origin.namespace, self._origin.component)):
+            # one that another start takes away just now is no reason to leave the next
+            with contextlib.suppress(ValueError, LeaseLostError):
+                if is_successor(self._origin, LastFailure.unpack(entry.value)):
+                    etcd.revoke(entry.lease, _SECONDS)
 
-    @contextlib.contextmanager
-    def _etcd(self) -> Iterator[Etcd]:
-        """Lend a connection; whatever goes wrong with it ends the block, and no more."""
-        # etcd's client may not be installed
-        with contextlib.suppress(BootstrapError, ImportError):
-            etcd = Etcd(etcd_endpoints(self._environ), EtcdAuth.of(self._environ), _SECONDS)
-            with contextlib.closing(etcd):
-                yield etcd
+    def _visit(self, act: Callable[[Etcd], None]) -> None:
+        # etcd's client may not be installed, and one that doesn't suit its protobuf raises errors of its own
+        with (
+            contextlib.suppress(Exception),
+            contextlib.closing(Etcd(etcd_endpoints(self._environ), EtcdAuth.of(self._environ), _SECONDS)) as etcd,
+        ):
+            act(etcd)
 
 
 def leave_word(etcd: Etcd, origin: Origin, record: int, failure: LastFailure) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.subject import Subject
     from dynamo_mpi.preflight.inquiry import Card
     from dynamo_mpi.settings import Settings
+    from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
 
 _LEASE_SECONDS = 30
@@ -185,20 +186,18 @@ def lease_seconds(environ: Mapping[str, str]) -> int:
     return int(text) if text.isdecimal() and 0 < int(text) < 2**31 else _LEASE_SECONDS
 
 
-def record_of(
-    settings: Settings, subject: Subject, cards: Sequence[Card], age: float, phase_age: float = 0.0
-) -> WorldRecord:
+def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], phases: Phases) -> WorldRecord:
     """Say what this world is, as it stands in its preflight.
 
     Args:
         settings: the worker's.
         subject: what its preflight judged.
         cards: the ranks', in rank order.
-        age: seconds since this process began.
-        phase_age: seconds since its preflight did.
+        phases: rank 0's, which is in its preflight.
     """
     namespace, component, _ = settings.endpoint.removeprefix("dyn://").split(".")
     layout, nodes = subject.layout, hosts(cards)
+    began = time.time() - phases.age
     return WorldRecord(
         role=settings.role,
         engine=settings.engine,
@@ -222,8 +221,8 @@ def record_of(
         trtllm=None if subject.version is None else str(subject.version),
         job=os.environ.get("SLURM_JOB_ID") or None,
         step=os.environ.get("SLURM_STEP_ID") or None,
-        started=time.time() - age,
-        phase_since=time.time() - phase_age,
+        started=began,
+        phase_since=began + phases.spans[-1].began,
         pid=os.getpid(),
         host=host_name(),
         launch=os.environ.get(LAUNCH_VARIABLE) or None,

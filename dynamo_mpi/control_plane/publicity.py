@@ -73,6 +73,8 @@ class Publicity:
 
     def tell_progress(self, progress: roll.Progress) -> None:
         """Have the record say how far the ranks are. Never waits."""
+        if progress.phase != self._phases.current:
+            return  # it would stand beside the next phase, for good where that is the last that has any
         done = None if self._record.engine == "trtllm" else progress.done
         slowest = progress.slowest_rank, progress.slowest_host
         told = Progress(done, progress.ranks, *slowest, round(progress.seconds, 1), progress.read)

@@ -60,7 +60,8 @@ class RunDir:
                 log.replace(log.with_suffix(".log.old"))
             for stale in (
                 *self._ready.iterdir(),
-                *self._timelines.iterdir(),
+                *self._timelines.glob("*.html"),
+                *self._timelines.glob("*.json"),
                 self._services,
                 self._stop,
                 self._deployment,

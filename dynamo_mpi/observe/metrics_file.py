@@ -8,13 +8,14 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.supervision.word import begun
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
 # an age beyond a few of these (node_textfile_mtime_seconds) means that nobody writes it any more
 _PERIOD_SECONDS = 15.0
-# a file system that hangs must not keep the ranks
 _END_SECONDS = 1.0
 # the collector may be another user's, and nothing in it is secret
 _MODE = 0o644
@@ -44,12 +45,11 @@ class MetricsFile:
         self._news.set()
 
     def end(self) -> None:
-        """Write it for the last time, now, within a second."""
-        thread = threading.Thread(target=self._write_last, name="metrics", daemon=True)
-        thread.start()
-        thread.join(_END_SECONDS)
+        """Write it for the last time, now, in a second at the most: a file system that hangs must not keep the ranks."""
+        if (thread := begun(self._finish)) is not None:
+            thread.join(_END_SECONDS)
 
-    def _write_last(self) -> None:
+    def _finish(self) -> None:
         with self._lock:
             self._ended = True
             self._write()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What mpirun wants its launch agent to run on a host: a shell's line around ``orted`` or ``prted``. Pure.
 
-Only the daemon's name and arguments travel to another pod, and it runs nothing else: no shell, no other program.
+Only the daemon's name and arguments travel to another pod, which starts nothing else: no shell, no other program. The daemon then runs
+what mpirun tells it, so whoever knows the group's secret can run commands in all of its pods.
 """
 
 from __future__ import annotations

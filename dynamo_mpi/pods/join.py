@@ -14,7 +14,8 @@ from dynamo_mpi.errors import DeadlineError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.launch.mpirun import folder_environment
 from dynamo_mpi.pods.daemon_command import refuse_other_than_daemon
-from dynamo_mpi.pods.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, introduce
+from dynamo_mpi.pods.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, introduce, notice_loss
+from dynamo_mpi.services.processes import kill_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +91,7 @@ class Joiner:
                     asyncio.open_connection(self._settings.leader, self._settings.port, limit=MOST_LINE),
                     HANDSHAKE_SECONDS,
                 )
+                notice_loss(writer)
                 with contextlib.suppress(asyncio.TimeoutError):
                     channel = await asyncio.wait_for(
                         introduce(reader, writer, self._settings.secret, self._settings.index, self._host),
@@ -119,7 +121,7 @@ class Joiner:
         if self._daemon is not None:
             return {"failed": f"{self._host} runs a daemon already"}
         try:
-            # a session of its own: the ranks are in it, and end with it
+            # a session of its own: the ranks are in it
             self._daemon = await asyncio.create_subprocess_exec(
                 program, *words, env={**os.environ, **folder_environment(self._folder)}, start_new_session=True
             )
@@ -138,8 +140,7 @@ class Joiner:
             return
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._daemon.wait(), _END_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._daemon.pid, signal.SIGKILL)
+        kill_session(self._daemon.pid)
         await self._daemon.wait()
 
     def _stop(self, number: int) -> None:

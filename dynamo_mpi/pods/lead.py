@@ -13,12 +13,13 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.errors import DeadlineError, UsageError
+from dynamo_mpi.errors import BootstrapError, DeadlineError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.launch.mpirun import folder_environment
 from dynamo_mpi.pods.agent import ANSWER_SECONDS, SOCKET_VARIABLE
-from dynamo_mpi.pods.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, welcome
+from dynamo_mpi.pods.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, notice_loss, welcome
 from dynamo_mpi.services.host_address import service_address
+from dynamo_mpi.services.processes import kill_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ class Leader:
 
         Raises:
             DeadlineError: not all pods have come in time.
-            UsageError: this pod has no such address.
+            UsageError: this pod has no such address, or mpirun can't be started.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -74,7 +75,15 @@ class Leader:
             raise UsageError(
                 f"{address} port {self._settings.port} can't be listened at: {error.strerror}", fix="--port N"
             ) from None
-        agents = await asyncio.start_unix_server(self._serve_agent, self._folder / "agent", limit=MOST_LINE)
+        try:
+            agents = await asyncio.start_unix_server(self._serve_agent, self._folder / "agent", limit=MOST_LINE)
+        except OSError as error:
+            server.close()
+            raise UsageError(
+                f"no socket can be made in {self._folder}: {error.strerror or error}",
+                needed="a folder for temporary files whose path is shorter than about 80 characters",
+                fix="TMPDIR=/tmp",
+            ) from None
         code = of_signal(signal.SIGTERM)
         try:
             self._say(f"waiting for {self._settings.pods - 1} pods at {address} port {self._settings.port}")
@@ -83,9 +92,15 @@ class Leader:
                 code = await self._launch()
             else:
                 code = of_signal(self._signal)
+        except BootstrapError as error:
+            code = error.exit_code
+            raise
         finally:
             server.close()
             agents.close()
+            if self._mpirun is not None:
+                # of an mpirun that was killed, its ranks here
+                kill_session(self._mpirun.pid)
             for pod in self._pods.values():
                 pod.channel.send({"end": code})
             await asyncio.gather(*(pod.channel.close() for pod in self._pods.values()))
@@ -126,7 +141,12 @@ class Leader:
             )
         except OSError as error:
             raise UsageError(f"{words[0]} can't be started: {error.strerror}", fix="--mpirun PATH") from None
+        if early := self._signal:
+            # it came before there was an mpirun to ask; no rank has begun
+            self._mpirun.terminate()
         code = await self._mpirun.wait()
+        if early:
+            return of_signal(early)
         # an mpirun that has lost a daemon ends with 0 (Open MPI 5) or 205 (4), which mean nothing to whoever starts pods again
         if lost := await self._lost(_PARTING_SECONDS if code == 0 else 0.0):
             self._say(f"mpirun ended with {code} after it lost {lost}")
@@ -164,6 +184,7 @@ class Leader:
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
         try:
+            notice_loss(writer)
             joined = await asyncio.wait_for(welcome(reader, writer, self._settings.secret), HANDSHAKE_SECONDS)
         except (OSError, asyncio.TimeoutError):
             joined = None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +29,11 @@ def _to_index(text: str) -> int:
     if not text.strip().isdecimal():
         raise ValueError("a whole number from 0 on")
     return int(text)
+
+
+def _to_command(text: str) -> str:
+    shlex.split(text)
+    return text
 
 
 _SECRET_FILE = Option(
@@ -62,7 +68,9 @@ LEAD_OPTIONS: tuple[Option, ...] = (
         to_text,
         "at which the leader listens, an interface or a network of it; the address of the pod's own name by default",
     ),
-    Option("mpirun", ("--mpirun",), ("DYN_MPI_MPIRUN",), "mpirun", to_text, "Open MPI's launcher, with further words"),
+    Option(
+        "mpirun", ("--mpirun",), ("DYN_MPI_MPIRUN",), "mpirun", _to_command, "Open MPI's launcher, with further words"
+    ),
     _SECRET_FILE,
     _PORT,
     _TIMEOUT,

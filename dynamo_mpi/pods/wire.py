@@ -17,6 +17,7 @@ import asyncio
 import hmac
 import json
 import secrets
+import socket
 from typing import Any
 
 from dynamo_mpi.errors import AuthorisationError
@@ -24,6 +25,8 @@ from dynamo_mpi.errors import AuthorisationError
 MOST_LINE = 1 << 18
 HANDSHAKE_SECONDS = 10.0
 _NONCE_BYTES = 16
+# a node that is lost says nothing: after about a minute its connection has ended
+_KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 60_000}
 
 
 class Channel:
@@ -54,7 +57,7 @@ class Channel:
         line = await _line(self._reader)
         proof, _, text = line.partition(" ")
         self._received += 1
-        if not text or not hmac.compare_digest(proof, self._proof(self._theirs, self._received, text)):
+        if not text or not _is_same(proof, self._proof(self._theirs, self._received, text)):
             return None
         return _object(text)
 
@@ -71,6 +74,15 @@ class Channel:
         return hmac.digest(self._key, f"{side} {number} {text}".encode(), "sha256").hex()
 
 
+def notice_loss(writer: asyncio.StreamWriter) -> None:
+    """Have a connection end when the other side's node is lost."""
+    connection: socket.socket = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEPALIVE.items():
+        if (option := getattr(socket, name, None)) is not None:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
 async def welcome(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
 ) -> tuple[Channel, int, str] | None:
@@ -85,7 +97,7 @@ async def welcome(
     index, host, theirs, proof = (join.get(name) for name in ("index", "host", "nonce", "proof"))
     if type(index) is not int or not all(isinstance(part, str) for part in (host, theirs, proof)):
         return None
-    if not hmac.compare_digest(str(proof).encode(), _prove(secret, "pod", nonce, theirs, index, host).encode()):
+    if not _is_same(str(proof), _prove(secret, "pod", nonce, theirs, index, host)):
         return None
     writer.write(json.dumps({"proof": _prove(secret, "lead", nonce, theirs, index, host)}).encode() + b"\n")
     return Channel(reader, writer, _key(secret, nonce, theirs), "lead", "pod"), index, str(host)
@@ -110,9 +122,7 @@ async def introduce(
     proof = _prove(secret, "pod", theirs, nonce, index, host)
     writer.write(json.dumps({"nonce": nonce, "index": index, "host": host, "proof": proof}).encode() + b"\n")
     answer = (_object(await _line(reader)) or {}).get("proof")
-    if not isinstance(answer, str) or not hmac.compare_digest(
-        answer.encode(), _prove(secret, "lead", theirs, nonce, index, host).encode()
-    ):
+    if not isinstance(answer, str) or not _is_same(answer, _prove(secret, "lead", theirs, nonce, index, host)):
         raise AuthorisationError(
             "the leader refused this pod, or couldn't prove that it is the leader",
             needed="the same secret in all pods of a group",
@@ -123,6 +133,11 @@ async def introduce(
 
 def _prove(secret: bytes, side: str, *parts: object) -> str:
     return hmac.digest(secret, json.dumps([side, *parts]).encode(), "sha256").hex()
+
+
+def _is_same(proof: str, due: str) -> bool:
+    # a stranger's may be no ASCII, and no UTF-8 either
+    return hmac.compare_digest(proof.encode("utf-8", "replace"), due.encode())
 
 
 def _key(secret: bytes, *nonces: object) -> bytes:

@@ -110,3 +110,10 @@ def session_members(session: int) -> list[int]:
         if int(owner) == session and state not in "ZX":
             members.append(int(stat.parent.name))
     return members
+
+
+def kill_session(session: int) -> None:
+    """Kill what is left of a session, also in process groups of its own, as Open MPI's ranks are."""
+    for pid in session_members(session):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

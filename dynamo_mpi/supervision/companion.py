@@ -27,6 +27,7 @@ from dynamo_mpi.supervision.heir import MOURN, Heir, mourned
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.title import set_title
 from dynamo_mpi.supervision.troubles import death, silence
+from dynamo_mpi.supervision.word import begun, suppressed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,10 +43,11 @@ _SAME_SECONDS = 0.003
 _STACKS_SECONDS = 1.0
 _END_SECONDS = 4.0
 _STUCK_SECONDS = 1.0
+_REPORT_SECONDS = 2.0
 
 
 class Companion:
-    """Watches; all of it runs in one thread.
+    """Watches; all of it runs in one thread, but for its reports.
 
     Args:
         listener: where the other ranks of this node connect; None for a rank that is alone.
@@ -215,19 +217,31 @@ class Companion:
             fix="look at the ranks and nodes that are missing or stand apart from the others; --world-timeout gives them longer",
         )
         text = f"{error}\n{describe_late(ranks, self._launch)}"
-        self._say(ranks[0], f"error in {ranks[0].phase}: {text}", for_node=True)
-        self._write(ranks[0], text, int(error.exit_code), Cause.SILENCE)
-        self._order_end(int(error.exit_code))
+        failure = self._failure(ranks[0], text, int(error.exit_code), Cause.SILENCE)
+        self._report(ranks[0], failure, f"error in {failure.phase}: {text}", for_node=True)
+        self._order_end(failure.exit_code)
 
     def _end(self, local: Local, error: BootstrapError, cause: Cause) -> None:
         report = f"error in {local.phase}: {error}"
-        self._say(local, report)
-        failure = self._write(local, str(error), int(error.exit_code), cause)
-        self._order_end(int(error.exit_code))
+        failure = self._failure(local, str(error), int(error.exit_code), cause)
+        self._report(local, failure, report)
+        self._order_end(failure.exit_code)
         if local.leaves_to_us:
             self._heir.leave_word(failure, self._host, report)
 
-    def _say(self, local: Local, text: str, *, for_node: bool = False) -> None:
+    def _report(self, local: Local, failure: Failure, text: str, *, for_node: bool = False) -> None:
+        """Say it and write it down, in two seconds at the most: a file system that hangs must not keep the ranks."""
+
+        def report() -> None:
+            self._say(local, text, for_node=for_node)
+            write_failure(self._meeting, failure, self._host)
+
+        if (thread := begun(report)) is None:
+            suppressed(report)
+        else:
+            thread.join(_REPORT_SECONDS)
+
+    def _say(self, local: Local, text: str, *, for_node: bool) -> None:
         """Speak for a rank or for the node, and write it to that rank's log file: it can't do that itself."""
         if local.rank >= 0:
             speech.log_to(self._limits.log_dir, self._meeting.label, local.rank)
@@ -238,10 +252,9 @@ class Companion:
         for local in self._ranks:
             local.send(f"end {code}")
 
-    def _write(self, local: Local, text: str, code: int, cause: Cause) -> Failure:
-        failure = Failure(local.rank, code, text, cause, local.phase, time.monotonic())
-        write_failure(self._meeting, failure, self._host)
-        return failure
+    @staticmethod
+    def _failure(local: Local, text: str, code: int, cause: Cause) -> Failure:
+        return Failure(local.rank, code, text, cause, local.phase, time.monotonic())
 
 
 def accompany(

@@ -126,8 +126,13 @@ def describe_consequences(first: Failure, failures: Sequence[Failure], name: Cal
     return "\n".join(["  what followed from it:", *lines]) if lines else ""
 
 
-def in_short(text: str) -> str:
-    """Return a traceback's last line, which names the error, or else a text's first, as far as it isn't too long."""
+def headline(text: str) -> str:
+    """Return a traceback's last line, which names the error, or else a text's first."""
     lines = text.strip().splitlines() or [""]
-    line = lines[-1] if lines[0].startswith("Traceback") else lines[0]
+    return lines[-1] if lines[0].startswith("Traceback") else lines[0]
+
+
+def in_short(text: str) -> str:
+    """Return `headline`, as far as it isn't too long."""
+    line = headline(text)
     return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 1] + "…"

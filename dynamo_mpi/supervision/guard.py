@@ -40,7 +40,7 @@ from dynamo_mpi.supervision.roll import Roll
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervision.stacks import describe_stacks, own_stacks
 from dynamo_mpi.supervision.troubles import no_place
-from dynamo_mpi.supervision.word import Word
+from dynamo_mpi.supervision.word import Word, begun, suppressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -282,14 +282,12 @@ class Guard:
         # a reader of our words that hangs is no reason to stay
         exit_after(_BACKSTOP_SECONDS, failure.exit_code)
         late = time.monotonic() + _LEAVE_SECONDS
-        leaving = [threading.Thread(target=_suppressed, args=(act,), daemon=True) for act in self._at_once]
-        for thread in leaving:
-            thread.start()
+        leaving = [thread for act in self._at_once if (thread := begun(act)) is not None]
         failures = self._settle(failure)
         if self._was_given_up(failures):
             # it has been said, and the launcher is ending the ranks: this one was only woken for that
             for cleanup in self._cleanups:
-                _suppressed(cleanup)
+                suppressed(cleanup)
             os._exit(int(ExitCode.DEADLINE))
         first = self._publish(failures, phase)
         if self._lookout is not None:
@@ -298,7 +296,7 @@ class Guard:
             thread.join(max(0.0, late - time.monotonic()))
         self._word.wait(late)
         for cleanup in self._cleanups:
-            _suppressed(cleanup)
+            suppressed(cleanup)
         self._world.abort(first.exit_code)
 
     def _was_given_up(self, failures: Sequence[Failure]) -> bool:
@@ -345,10 +343,4 @@ class Guard:
         report = {"report": text, "consequences": later}
         write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
         for reader in self._readers:
-            _suppressed(partial(reader, failures, text))
-
-
-def _suppressed(act: Callable[[], object]) -> None:
-    # whatever it raises, the world has to end
-    with contextlib.suppress(Exception):
-        act()
+            suppressed(partial(reader, failures, text))

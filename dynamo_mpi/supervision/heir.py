@@ -66,7 +66,8 @@ class Heir:
                     etcd.revoke(lease, left)
 
     def leave_word(self, failure: Failure, host: str, report: str) -> None:
-        """Leave in etcd why the worker ended, in a second at the most, unless rank 0 or another heir has done so. Once: the first counts.
+        """Leave in etcd why the worker ended, unless rank 0 or another heir has done so. Once: the first counts. Each of its two or three
+        calls takes a second at the most.
 
         Args:
             failure: the first cause.

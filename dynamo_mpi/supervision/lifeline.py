@@ -6,6 +6,7 @@ It needs nothing of MPI and nothing of the engine, so it also works while both a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -154,7 +155,8 @@ class Lifeline:
 
     def _mourn(self, why: str) -> None:
         for mourner in self._mourners:
-            mourner(why)
+            with contextlib.suppress(Exception):  # whatever it raises, the world has to end
+                mourner(why)
 
     def _tell_spans(self) -> None:
         self._tell(Frame(Kind.SPANS, pack_spans(self._phases)))

@@ -29,9 +29,8 @@ class Word:
     def spread(self, first: Failure, host: str, report: str) -> None:
         """Tell all of them. Does not wait, and does not raise."""
         for tell in self._tellers:
-            thread = threading.Thread(target=_suppressed, args=(partial(tell, first, host, report),), daemon=True)
-            self._telling.append(thread)
-            thread.start()
+            if (thread := begun(partial(tell, first, host, report))) is not None:
+                self._telling.append(thread)
 
     def wait(self, late: float) -> None:
         """Wait until all have been told, or for this moment of the monotonic clock."""
@@ -39,7 +38,17 @@ class Word:
             thread.join(max(0.0, late - time.monotonic()))
 
 
-def _suppressed(act: Callable[[], object]) -> None:
-    # whatever it raises, the world has to end
+def begun(act: Callable[[], object]) -> threading.Thread | None:
+    """Begin to do it in a thread of its own, and return that; None where this user may have no more threads."""
+    thread = threading.Thread(target=suppressed, args=(act,), daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
+
+
+def suppressed(act: Callable[[], object]) -> None:
+    """Do it; whatever it raises, the world has to end."""
     with contextlib.suppress(Exception):
         act()

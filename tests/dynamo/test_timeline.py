@@ -97,6 +97,15 @@ def test_a_start_that_is_stopped_is_drawn_as_far_as_it_came(
     assert "SIGTERM" in found.failure.error
 
 
+def test_a_start_that_its_probe_refuses_is_drawn(start: Callable[..., RunningWorker], tmp_path: Path) -> None:
+    worker = start("--probe", "fabric", "--probe-strict", DYN_MPI_FAULT="rank1:probe:corrupt", DYN_MPI_ALLOW_FAULTS="1")
+    assert worker.wait() == ExitCode.TEMPORARY, worker.text()
+    found = drawn(tmp_path)
+    assert found is not None
+    assert found.failure is not None
+    assert (found.outcome, found.ready, found.failure.phase) == ("failed", None, "probe")
+
+
 def test_a_load_that_fails_in_order_is_drawn(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -188,6 +189,21 @@ def test_an_older_will_or_none_leaves_no_word(url: str, etcd: Etcd, will: str) -
     heir.leave_word(FAILURE, "n1", "report")
     heir.close()
     assert etcd.entries(failures_of()) == []
+
+
+@pytest.mark.parametrize("environ", [{"ETCD_AUTH_USERNAME": "half a pair"}, {"ETCD_ENDPOINTS": "http://127.0.0.1:1"}])
+def test_whatever_is_wrong_with_etcd_nothing_raises(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsuitable(_: object) -> None:
+        raise TypeError("Descriptors cannot be created directly.")
+
+    monkeypatch.setattr(Etcd, "_connected", unsuitable)
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    ours = Obituary(ORIGIN, environ, lambda: 0)
+    ours.leave(FAILURE, "n2", "report")
+    ours.forget_earlier()
+    eventually(lambda: "obituary" not in [thread.name for thread in threading.enumerate()])
+    assert raised == []
 
 
 def test_an_etcd_that_hangs_holds_nobody_up() -> None:

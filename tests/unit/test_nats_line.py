@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -107,6 +108,33 @@ def test_a_nats_that_dies_and_comes_back_is_found_again(line: Make) -> None:
         ours.send(message(4))
         eventually(lambda: heard.messages[-1] == (SUBJECT, 4))
         assert [body for _, body in heard.messages] == [1, 2, 3, 4]
+
+
+def test_what_nats_never_takes_does_not_keep_the_rest(line: Make) -> None:
+    with running_nats("max_payload: 1000") as url, listening_to(url) as heard:
+        ours = line(url)
+        ours.send(Message(SUBJECT, b"1" * 2000))
+        ours.send(message(1))
+        eventually(lambda: heard.messages == [(SUBJECT, 1)])
+
+
+def test_a_nats_that_hangs_up_each_time_is_not_asked_without_a_rest(line: Make) -> None:
+    info = b'INFO {"server_id":"x","version":"2.10.0","max_payload":1048576,"proto":1}\r\n'
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(20)
+        line(f"nats://127.0.0.1:{server.getsockname()[1]}")
+        visits: list[float] = []
+        while len(visits) < 3:
+            visitor = server.accept()[0]
+            with visitor:
+                visits.append(time.monotonic())
+                visitor.settimeout(5)
+                visitor.sendall(info)
+                while b"PING" not in visitor.recv(4096):
+                    continue
+                visitor.sendall(b"PONG\r\n")
+        assert visits[1] - visits[0] > 0.4
+        assert visits[2] - visits[1] > 0.8
 
 
 @pytest.mark.parametrize("listens", [True, False], ids=["silent", "closed"])

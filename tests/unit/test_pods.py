@@ -4,15 +4,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.errors import AuthorisationError, UsageError
+from dynamo_mpi.errors import AuthorisationError, BootstrapError, DeadlineError, UsageError
 from dynamo_mpi.pods.daemon_command import read_agent_words, refuse_other_than_daemon
-from dynamo_mpi.pods.lead import mpirun_environment
-from dynamo_mpi.pods.settings import load_join, load_lead
-from dynamo_mpi.pods.wire import Channel, introduce, welcome
+from dynamo_mpi.pods.join import Joiner
+from dynamo_mpi.pods.lead import Leader, mpirun_environment
+from dynamo_mpi.pods.settings import JoinSettings, LeadSettings, load_join, load_lead
+from dynamo_mpi.pods.wire import Channel, introduce, notice_loss, welcome
+from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.services.processes import session_members
 
 SECRET = b"0123456789abcdef"
 # as mpirun of Open MPI 5.0.11 and 4.1.4 gave them, shortened
@@ -117,6 +125,106 @@ def test_who_does_not_is_refused_on_both_sides() -> None:
     assert who is None
 
 
+@pytest.mark.parametrize("proof", ["\ud800", "\u00e9", "x"])
+def test_a_stranger_that_sends_no_text_is_refused_without_a_traceback(proof: str) -> None:
+    async def stranger() -> object:
+        reader = asyncio.StreamReader()
+        said = {"index": 1, "host": "h", "nonce": "n", "proof": proof}
+        reader.feed_data(json.dumps(said).encode() + b"\n")
+        writer = type("Writer", (), {"write": lambda *_: None})()
+        return await welcome(reader, writer, SECRET)
+
+    assert asyncio.run(stranger()) is None
+
+
+def lead_settings(mpirun: str, pods: int, timeout: float) -> LeadSettings:
+    return LeadSettings(pods, 1, "127.0.0.1", mpirun, SECRET, free_port(), timeout, ("true",))
+
+
+async def _end_of(settings: LeadSettings, folder: Path, ready: Callable[[], object] = lambda: None) -> list[object]:
+    """Return how the leader ends, and what a pod that has joined is told; ``ready`` is called once that has."""
+    joined = asyncio.Event()
+    leading = asyncio.ensure_future(
+        Leader(settings, folder, lambda text: joined.set() if "joined: " in text else None).run()
+    )
+    channel = None
+    while channel is None:
+        try:
+            reader, writer = await asyncio.open_connection("127.0.0.1", settings.port)
+        except OSError:
+            await asyncio.sleep(0.01)
+            continue
+        notice_loss(writer)
+        channel = await introduce(reader, writer, SECRET, 1, "lws-0-1")
+    await joined.wait()
+    ready()
+    try:
+        ended: object = await leading
+    except BootstrapError as error:
+        ended = error
+    told = await channel.receive()
+    await channel.close()
+    return [ended, told]
+
+
+@pytest.mark.parametrize(
+    ("mpirun", "pods", "kind", "code"), [("/nowhere/mpirun", 2, UsageError, 64), ("mpirun", 3, DeadlineError, 124)]
+)
+def test_the_others_leave_with_the_code_of_what_keeps_the_leader_from_starting(
+    mpirun: str, pods: int, kind: type[BootstrapError], code: int, tmp_path: Path
+) -> None:
+    ended, told = asyncio.run(asyncio.wait_for(_end_of(lead_settings(mpirun, pods, 0.5), tmp_path), 20))
+    assert isinstance(ended, kind)
+    assert ended.exit_code == code
+    assert told == {"end": code}
+
+
+def test_a_signal_that_comes_while_mpirun_starts_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = asyncio.create_subprocess_exec
+
+    async def slowly(*words: str, **options: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.1)  # the loop takes note of it
+        return await start(*words, **options)  # type: ignore[arg-type] # handed on as they came
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slowly)
+    endless = f"{sys.executable} -c 'import time; time.sleep(60)'"
+    ended, told = asyncio.run(asyncio.wait_for(_end_of(lead_settings(endless, 2, 10), tmp_path), 20))
+    assert (ended, told) == (143, {"end": 143})
+
+
+def test_ranks_of_a_daemon_that_was_killed_do_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # like Open MPI's: each in a process group of its own
+    daemon = tmp_path / "orted"
+    rank = "import os, time; os.setpgid(0, 0); print(os.getpid(), flush=True); time.sleep(60)"
+    daemon.write_text(
+        f"#!{sys.executable}\nimport os, subprocess\nsubprocess.Popen({[sys.executable, '-c', rank]!r}).wait()\n"
+    )
+    daemon.chmod(0o755)
+
+    async def end() -> None:
+        joiner = Joiner(JoinSettings("127.0.0.1", 1, SECRET, 1, 1.0), "lws-0-1", tmp_path, lambda _: None)
+        assert await joiner._start("orted", []) == {"started": True}
+        process = joiner._daemon
+        assert process is not None
+        while len(session_members(process.pid)) < 2:
+            await asyncio.sleep(0.02)
+        process.kill()
+        await joiner._end_daemon()
+        while session_members(process.pid):
+            await asyncio.sleep(0.02)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    asyncio.run(asyncio.wait_for(end(), 20))
+
+
+def test_a_folder_whose_path_is_too_long_for_a_socket_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 110)
+    folder.mkdir()
+    with pytest.raises(UsageError, match="TMPDIR"):
+        asyncio.run(Leader(lead_settings("mpirun", 1, 1), folder, lambda _: None).run())
+
+
 def test_a_message_that_was_altered_or_comes_again_ends_the_connection() -> None:
     async def hear(*lines: bytes) -> list[object]:
         reader = asyncio.StreamReader()
@@ -137,6 +245,7 @@ def test_a_message_that_was_altered_or_comes_again_ends_the_connection() -> None
     assert asyncio.run(hear(sent[0])) == [{"stop": 2}]
     assert asyncio.run(hear(sent[0], sent[0])) == [{"stop": 2}, None]
     assert asyncio.run(hear(sent[0].replace(b"2}", b"9}"))) == [None]
+    assert asyncio.run(hear(b"\xff {}\n")) == [None]
 
 
 def test_mpirun_gets_our_agent_and_not_the_operators_settings(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -185,10 +186,18 @@ def test_the_next_endpoint_is_asked_where_one_is_dead(etcd: str, leave: Leave, l
     assert left.there() == [False, False]
 
 
+def endless(connection: socket.socket) -> None:
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        connection.sendall(bytes(1 << 20))
+
+
 OTHERS: dict[str, tuple[Callable[[], AbstractContextManager[int]], str]] = {
     "nobody listens": (closed_port, "connection refused"),
     "it is silent": (listening, "no answer in time"),
     "it drips": (lambda: listening(drip(b"HTTP/1.1 200 OK\r\nx: y\r\n", 0.05)), "no answer in time"),
+    "it never ends": (lambda: listening(endless), "an answer of more than 64 MiB"),
     "it hangs up": (lambda: listening(reply(b"")), "without response"),
     "another server": (
         lambda: listening(reply(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n<p/>")),

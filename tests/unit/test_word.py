@@ -6,6 +6,8 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
+
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.word import Word
 
@@ -29,6 +31,17 @@ def test_all_are_told_whatever_one_of_them_does() -> None:
     assert 0.1 < time.monotonic() - begin < 5
     released.set()
     assert told == [(FAILURE, "n1", "report")]
+
+
+def test_a_user_that_may_have_no_more_threads_is_told_nothing_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    word = Word()
+    word.goes_to(lambda *_: None)
+    word.spread(FAILURE, "n1", "report")
+    word.wait(time.monotonic() + 1)
 
 
 def test_without_anybody_to_tell_nothing_is_waited_for() -> None:

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker's record is told of its ranks' progress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.control_plane.publicity import Publicity
+from dynamo_mpi.launchers.launch import Launch, Launcher
+from dynamo_mpi.settings import load_settings
+from dynamo_mpi.supervision.estate import Estate
+from dynamo_mpi.supervision.phases import Phases
+from dynamo_mpi.supervision.roll import Progress
+from dynamo_mpi.supervision.tie import Tie
+from dynamo_mpi.talk import Voice
+from tests.unit.worlds import world
+
+
+def test_progress_of_a_phase_that_is_over_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NATS_SERVER", raising=False)
+    phases = Phases()
+    phases.begin("load")
+    settings = load_settings(["--model", str(tmp_path)], {})
+    estate = Estate(Tie(Launch(Launcher.ALONE), {}, None))
+    ours = Publicity(settings, world("agg"), phases, Voice(0, "n1"), estate)
+    told: list[Any] = []
+    monkeypatch.setattr(ours.presence, "tell_progress", told.append)
+    late = Progress("load", 1, 2, 1, "n2", 3.0)
+    ours.tell_progress(late)
+    phases.begin("serve")
+    ours.tell_progress(late)
+    assert [(one.done, one.slowest_host) for one in told] == [(1, "n2")]
