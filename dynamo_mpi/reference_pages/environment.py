@@ -93,7 +93,7 @@ VARIABLES = (
     Variable(
         ("DYN_SYSTEM_PORT",),
         "user → worker",
-        "port of `/health`, `/live` and `/metrics`, at most 32767: Dynamo's runtime reads it as a signed 16-bit number",
+        "port of `/health`, `/live` and `/metrics` on each node: 0 for any, negative or unset for none; Dynamo's runtime gets another",
     ),
     Variable(("DYN_TCP_RPC_PORT",), "user → Dynamo's runtime", "port of the tcp request plane"),
     Variable(
