@@ -163,9 +163,9 @@ def _agree(world: World, lifeline: Lifeline, error: Exception | None) -> bytes:
     """Tell rank 0 how it went, and hear whether to stop: then what it has said, else nothing."""
     with late_for(error, lifeline.fail):
         world.gather(report_of(error))
-        if error is not None:
-            lifeline.record(error)
-        message = world.broadcast()
+    if error is not None:
+        lifeline.record(error)
+    message = world.broadcast()
     return message if message[:1] == STOP else b""
 
 

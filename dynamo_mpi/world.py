@@ -99,14 +99,20 @@ def bind_library() -> str:
         ) from None
 
 
-def form_world() -> World:
+def form_world(*, alone: bool = False) -> World:
     """Start MPI and return the world. Collective; call it once per process.
+
+    Args:
+        alone: no launcher has started this rank.
 
     Raises:
         MislaunchError: the MPI library doesn't let several threads call it, which the engines need.
     """
     from mpi4py import MPI
 
+    if alone:
+        # no launcher takes away the shared memory that Open MPI makes for neighbours: 16 MiB of /dev/shm would stay for each start
+        os.environ.setdefault("OMPI_MCA_btl", "self")
     if not MPI.Is_initialized():
         _start_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:

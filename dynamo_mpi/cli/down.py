@@ -67,6 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
         AuthorisationError: its folder is another user's.
         DeadlineError: it had not ended when the time was up.
     """
+    if arguments.folder and arguments.run_dir and arguments.folder != arguments.run_dir:
+        raise UsageError(
+            f"two folders are named: {arguments.folder}, and --run-dir {arguments.run_dir}",
+            needed="one deployment to end",
+            fix="leave one out",
+        )
     given = {**vars(arguments), "run_dir": arguments.run_dir or arguments.folder}
     values, _ = resolve(OPTIONS, given, os.environ, {})
     if values["namespace"] or values["model"]:

@@ -53,8 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except BootstrapError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        _tell_programs(words, error)
+        from dynamo_mpi.observe.redact import own_redactor  # costs a start nothing
+
+        redact = own_redactor().redact
+        print(f"{PROGRAM}: {redact(str(error))}", file=sys.stderr)
+        _tell_programs(words, {k: redact(v) if isinstance(v, str) else v for k, v in error.plain().items()})
         return error.exit_code
     except KeyboardInterrupt:
         return of_signal(signal.SIGINT)
@@ -85,7 +88,7 @@ def _run(words: list[str]) -> int:
     return code
 
 
-def _tell_programs(words: Sequence[str], error: BootstrapError) -> None:
+def _tell_programs(words: Sequence[str], error: dict[str, int | str]) -> None:
     """Say the same on stdout where JSON was asked for."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--output")
@@ -97,7 +100,7 @@ def _tell_programs(words: Sequence[str], error: BootstrapError) -> None:
         import json
 
         with contextlib.suppress(UsageError, BrokenPipeError):  # stdout may be what the error is about
-            write_out(json.dumps({"ok": False, "error": error.plain()}))
+            write_out(json.dumps({"ok": False, "error": error}))
 
 
 def _parser() -> argparse.ArgumentParser:

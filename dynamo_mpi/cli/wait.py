@@ -37,7 +37,7 @@ def to_roles(text: str) -> tuple[str, ...]:
 
 
 def to_url(text: str) -> str:
-    """Read the URL of a frontend."""
+    """Read the URL of a frontend, without a user and password: a frontend asks for none, and the URL is shown."""
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
         is_one = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
@@ -45,7 +45,7 @@ def to_url(text: str) -> str:
         is_one = False
     if not is_one:
         raise ValueError("http://HOST:PORT")
-    return text
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 ROLE = Option(

@@ -259,6 +259,9 @@ def _seconds_of(date: str) -> float | None:
 
 
 def _reason(error: Exception) -> str:
+    # a hang-up is one too, and says so itself
+    if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
+        return "something else than etcd answers there"
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, OSError) and error.strerror:

@@ -85,7 +85,7 @@ def ask(
     }
     connection = http.client.HTTPConnection(host, port, timeout=timeout_seconds)
     with contextlib.closing(connection):
-        with _network():
+        with _network("does not answer"):
             connection.connect()
         with interruptible(connection.sock):
             started = time.monotonic()
@@ -99,12 +99,13 @@ def ask(
 
 
 @contextlib.contextmanager
-def _network() -> Iterator[None]:
+def _network(what: str = "broke off") -> Iterator[None]:
     """Turn a failing connection into an error of ours. Not around ``on_text``: its stdout may be a broken pipe, too."""
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
-        raise EngineError(f"the frontend broke off: {error or type(error).__name__}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+        raise EngineError(f"the frontend {what}: {reason}") from error
 
 
 def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:

@@ -20,6 +20,13 @@ from tests.unit.recordings import ranks_of
 
 pytestmark = pytest.mark.mpi
 
+# what it maps itself: other worlds come and go on this machine meanwhile
+_LEFT_BY_A_LONE_RANK = """
+from dynamo_mpi.world import bind_library, form_world
+bind_library()
+form_world(alone=True)
+print([line for line in open("/proc/self/maps") if "/dev/shm/" in line and "(deleted)" not in line])
+"""
 PROGRAMS = Path(__file__).with_name("programs")
 Done = subprocess.CompletedProcess[str]
 
@@ -207,6 +214,13 @@ def test_singletons_under_srun_are_refused_by_rank_0_alone() -> None:
 
 def test_a_batch_script_that_forgot_srun_is_told() -> None:
     assert_refused(alone(ranks_of("sbatch_shell")[0]), 64, "without srun", "srun --mpi=pmix -n 4")
+
+
+def test_a_rank_without_a_launcher_leaves_no_shared_memory() -> None:
+    """Nobody removes its segment but itself."""
+    command = [sys.executable, "-c", _LEFT_BY_A_LONE_RANK]
+    done = run_command(command, env=mpi_environment(), timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[]\n")
 
 
 def test_mpi_that_cannot_be_loaded_is_no_traceback() -> None:

@@ -263,6 +263,17 @@ def test_where_etcd_does_not_answer(board: Board, run: Run, monkeypatch: pytest.
     assert run("--namespace", "dynamo")[0] == ExitCode.UNAVAILABLE
 
 
+def test_two_folders_are_one_too_many(run: Run, tmp_path: Path) -> None:
+    first, second = describe(tmp_path / "a"), describe(tmp_path / "b")
+    code, _, err = run(str(first.path), "--run-dir", str(second.path))
+    assert (code, "two folders are named" in err) == (ExitCode.USAGE, True)
+    assert not first.is_to_stop()
+    assert not second.is_to_stop()
+    assert run(str(first.path), "--run-dir", str(first.path), "--dry-run")[0] == 0
+    first.close()
+    second.close()
+
+
 def test_a_job_that_is_none(board: Board, run: Run) -> None:
     for job in ("x", "7.", "7.batch", "-1", "7;8"):
         code, _, err = run("--namespace", "dynamo", f"--job={job}")

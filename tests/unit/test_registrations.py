@@ -207,7 +207,7 @@ OTHERS: dict[str, tuple[Callable[[], AbstractContextManager[int]], str]] = {
         lambda: listening(reply(b'HTTP/1.1 200 OK\r\nContent-Length: 11\r\n\r\n{"kvs":[1]}')),
         "something else than etcd answers there",
     ),
-    "no HTTP": (lambda: listening(reply(b"+OK ready\r\n")), "OK ready"),
+    "no HTTP": (lambda: listening(reply(b"+OK ready\r\n")), "something else than etcd answers there"),
 }
 
 

@@ -151,6 +151,19 @@ def test_a_frontend_that_does_not_answer(board: Board, run: Run, answer: bytes, 
     assert why in err
 
 
+def test_a_password_in_the_frontends_url_is_never_said(board: Board, run: Run) -> None:
+    board.worker("agg", phase="serve")
+    with closed_port() as port:
+        code, out, err = run(
+            "--frontend", f"http://u:hunter22@127.0.0.1:{port}", "--timeout", "0.3", "--output", "json"
+        )
+    assert code == 124
+    assert f"by http://127.0.0.1:{port}: the frontend does not answer: Connection refused" in err
+    assert "hunter22" not in out + err
+    code, out, err = run("--frontend", "ftp://u:hunter22@h", "--output", "json")
+    assert (code, "hunter22" in out + err) == (ExitCode.USAGE, False)
+
+
 def test_a_failure_that_nobody_takes_up_is_its_end(board: Board, run: Run) -> None:
     board.failure("decode", "old", time=time.time() - 600, exit_code=70)
     board.worker("prefill", phase="serve")
