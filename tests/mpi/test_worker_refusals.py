@@ -163,11 +163,12 @@ def test_etcd_that_never_answers_is_waited_for_as_long_as_was_said(mpirun: Mpiru
 
 
 def test_nats_absent_where_the_runtime_would_connect_to_it(mpirun: Mpirun, model: Path, etcd: str) -> None:
+    me = {"NATS_AUTH_USERNAME": "me", "NATS_AUTH_PASSWORD": "hunter2"}
     with closed_port() as port:
         done = mpirun.worker(
             3,
             *("--model", str(model), "--tp-size", "3"),
-            env={"ETCD_ENDPOINTS": etcd, "NATS_SERVER": f"nats://me:hunter2@127.0.0.1:{port}"},
+            env={"ETCD_ENDPOINTS": etcd, "NATS_SERVER": f"nats://127.0.0.1:{port}", **me},
         )
     assert done.returncode == 69
     assert len(reports(done)) == 2
