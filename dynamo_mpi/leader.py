@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import os
 from functools import partial
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.departure import Departure
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.probe import probe_control_plane
 from dynamo_mpi.control_plane.runtime_limits import require_etcd
-from dynamo_mpi.engines.spec import EngineSpec
-from dynamo_mpi.errors import BootstrapError, UsageError
+from dynamo_mpi.engines.choice import engine_spec, require_startable
+from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
 from dynamo_mpi.observe.levels import Level
@@ -34,6 +33,7 @@ from dynamo_mpi.supervision.failure import HurriedError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.observe.display import Display
     from dynamo_mpi.preflight.verdict import Plan, Verdict
@@ -312,40 +312,3 @@ def lead(
 ) -> int:
     """Live rank 0's life, and return the exit code. See `Leader`."""
     return Leader(world, launch, phases, voice, mpi_library, tie, display).run(argv)
-
-
-def require_startable(settings: Settings) -> None:
-    """Refuse an engine that can't be started here, unless its layout alone is to be checked.
-
-    Raises:
-        UsageError: what starts it isn't installed.
-    """
-    if settings.engine != "trtllm" or settings.preflight_only:
-        return
-    if find_spec("dynamo") is None or find_spec("dynamo.trtllm") is None:
-        raise UsageError(
-            "Dynamo's TensorRT-LLM worker isn't installed: there is no dynamo.trtllm",
-            needed="ai-dynamo beside TensorRT-LLM, as in NVIDIA's tensorrtllm-runtime container",
-            fix="start the ranks in that container, or pip install ai-dynamo",
-        )
-
-
-def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
-    """Say which engine every rank has to build."""
-    config = plan.config
-    return EngineSpec(
-        engine=settings.engine,
-        model_dir=str(settings.model),
-        tp_size=config.tp_size,
-        pp_size=config.pp_size,
-        cp_size=config.cp_size,
-        max_batch_size=config.max_batch_size,
-        max_num_tokens=config.max_num_tokens,
-        max_seq_len=config.max_seq_len,
-        tokens_per_block=config.kv_cache.tokens_per_block,
-        role=settings.role,
-        kv_transport=settings.kv_transport,
-        kv_network=settings.kv_network or "",
-        kv_keep_seconds=settings.kv_keep_seconds,
-        kv_pull_seconds=settings.kv_pull_timeout,
-    )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dynamo_mpi import settings as worker
+from dynamo_mpi import worker_options as worker
 from dynamo_mpi.head_node import settings as head_node
 from dynamo_mpi.launch import settings as launch
 from dynamo_mpi.pods import settings as pods

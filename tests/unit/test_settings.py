@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.errors import BootstrapError, DataError, UsageError
 from dynamo_mpi.options import Option
-from dynamo_mpi.settings import OPTIONS, Settings, build_parser, load_settings
+from dynamo_mpi.settings import Settings, build_parser, load_settings
+from dynamo_mpi.worker_options import OPTIONS
 
 MODEL = ("--model", "/m/Name")
 # a value that each option takes, other than its default
