@@ -23,7 +23,7 @@ from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.roster import hosts, ranks_by_host
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
-from dynamo_mpi.probe.plan import ProbePlan, plan_probes
+from dynamo_mpi.probe.plan import ProbePlan, left_out, plan_probes
 from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
@@ -129,6 +129,8 @@ class Leader:
             except BootstrapError as error:
                 self._onlookers.refuse(error)
                 return self._stop(f"error: {error}", error.exit_code)
+            for line in left_out(settings, self._world.size):
+                self._voice.say(line)
             probes = plan_probes(settings, verdict.subject.layout, ranks_by_host(cards))
             spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
@@ -191,7 +193,8 @@ class Leader:
         from dynamo_mpi.supervision.guard import Guard, Terms
 
         label = _label(settings)
-        forget_failures(settings.failure_dir, label)
+        if trouble := forget_failures(settings.failure_dir, label):
+            self._voice.say(f"warning: {trouble}")
         terms = Terms(
             settings.liveness_network,
             settings.heartbeat_timeout,

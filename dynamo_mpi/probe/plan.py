@@ -99,8 +99,24 @@ def chosen_probes(settings: Settings, size: int) -> tuple[str, ...]:
     names = settings.probe.split(",")
     if settings.probe == "auto":
         names = ["gpu", "fabric", "kv"] if has_gpus(settings) else []
-    idle = {"fabric": size == 1, "kv": settings.role not in ("prefill", "decode")}
-    return tuple(name for name in names if not idle.get(name))
+    return tuple(name for name in names if not _idle(settings, size).get(name))
+
+
+def left_out(settings: Settings, size: int) -> list[str]:
+    """Say which probes were asked for, and have nothing to ask. Pure; as for `chosen_probes`."""
+    if settings.probe in ("none", "auto"):
+        return []
+    idle = _idle(settings, size)
+    return [f"probe {name}: {idle[name]}" for name in settings.probe.split(",") if idle.get(name)]
+
+
+def _idle(settings: Settings, size: int) -> dict[str, str]:
+    """Return why probes have nothing to ask, by name; empty where they have."""
+    paired = settings.role in ("prefill", "decode")
+    return {
+        "fabric": "nothing to ask in a world of one rank" if size == 1 else "",
+        "kv": "" if paired else f"nothing to ask, as an {settings.role} worker has no partner",
+    }
 
 
 def _kv_terms(settings: Settings) -> KvTerms:

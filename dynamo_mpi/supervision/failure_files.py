@@ -75,12 +75,18 @@ def content_of(failure: Failure, host: str) -> dict[str, Any]:
     }
 
 
-def forget_failures(folder: Path | None, label: str) -> None:
-    """Remove what an earlier start of this worker has left there."""
-    if folder is not None:
-        for path in folder.glob(f"{label}-rank-*.json"):
-            with contextlib.suppress(OSError):
-                path.unlink()
+def forget_failures(folder: Path | None, label: str) -> str:
+    """Remove what an earlier start of this worker has left there, and say why nothing can be written there, if that is so."""
+    if folder is None:
+        return ""
+    # it is made when it is needed
+    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return f"no failure files: {there} is no folder that can be written; correct --failure-dir"
+    for path in folder.glob(f"{label}-rank-*.json"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return ""
 
 
 def _without_secrets(value: Any) -> Any:

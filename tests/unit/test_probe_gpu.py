@@ -24,7 +24,7 @@ from dynamo_mpi.probe.gpu_health import GpuHealth, health_of_node, health_of_ran
 from dynamo_mpi.probe.here import probe_here
 from dynamo_mpi.probe.part import Case
 from dynamo_mpi.probe.phase import Report, allowed_seconds
-from dynamo_mpi.probe.plan import ProbePlan, chosen_probes, memory_is_awaited, plan_probes
+from dynamo_mpi.probe.plan import ProbePlan, chosen_probes, left_out, memory_is_awaited, plan_probes
 from dynamo_mpi.settings import load_settings
 from tests.conftest import ROOT
 
@@ -301,3 +301,17 @@ def test_a_report_is_one_line_when_all_is_well_and_an_error_has_its_code() -> No
         assert found is not None
         assert found.exit_code == code
         assert rule in str(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "said"),
+    [
+        (["--probe", "kv"], 3, ["probe kv: nothing to ask, as an agg worker has no partner"]),
+        (["--probe", "fabric,gpu"], 1, ["probe fabric: nothing to ask in a world of one rank"]),
+        (["--probe", "fabric"], 2, []),
+        (["--probe", "auto"], 1, []),
+        (["--role", "prefill", "--probe", "kv"], 1, []),
+    ],
+)
+def test_what_was_asked_for_in_vain_is_said(words: list[str], size: int, said: list[str]) -> None:
+    assert left_out(load_settings(["--model", "/m", "--engine", "reference", *words], {}), size) == said
