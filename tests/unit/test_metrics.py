@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_mpi.health.state import State, metrics_of
+from dynamo_mpi.health.state import State, metrics_of, world_metrics
 from dynamo_mpi.observe.metrics import Metric, Sample, render
 from dynamo_mpi.observe.metrics_file import MetricsFile
 from dynamo_mpi.observe.world_metrics import WorldNumbers, describe_progress, metrics_of_world
@@ -21,6 +22,7 @@ from dynamo_mpi.parallelism.finding import Severity
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.phases import PHASES, Span
 from dynamo_mpi.supervision.roll import Progress, RankSpans
+from tests.conftest import ROOT
 
 # all that UTF-8 can write
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
@@ -158,3 +160,10 @@ def test_a_file_system_that_hangs_keeps_nobody(tmp_path: Path) -> None:
     file.end()
     assert time.monotonic() - began < 5
     os.close(os.open(tmp_path / ".w.prom.partial", os.O_RDONLY | os.O_NONBLOCK))
+
+
+def test_the_page_names_every_metric_and_no_other() -> None:
+    numbers = WorldNumbers((RankSpans(0, "n0", 0.0, ()),), Progress("serve", 1, 1, None, None, 0.0))
+    metrics = (*metrics_of_world(numbers), *world_metrics(STATE, ready=True))
+    page = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"`(dynamo_mpi_[a-z_]+)[`{]", page)) == {metric.name for metric in metrics}
