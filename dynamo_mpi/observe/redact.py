@@ -71,7 +71,8 @@ _URL = re.compile(
 
 _LOOKS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
-    r"hf_[A-Za-z0-9]{16,}|nvapi-[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"hf_[A-Za-z0-9]{16,}|npm_[A-Za-z0-9]{30,}|dckr_pat_[\w-]{20,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"
+    r"|nvapi-[\w-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])|gh[pousr]_[A-Za-z0-9]{20,}"
     r"|S[ANOUCX][A-Z2-7]{56}(?![A-Za-z0-9]))"
     r"|(?<![\w-])(?:"
     r"eyJ[\w-]{8,}\.[\w-]{4,}(?:\.[\w-]*)?|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{20,}|xox[abeprs]-[\w-]{10,}|AIza[\w-]{30,})"

@@ -18,6 +18,9 @@ PEM = "-----BEGIN EC PRIVATE KEY-----\nMHcCAQEEIIGH7p1v3k2h\nAAAAbase64moreAAAA=
 SECRET_TEXTS = [
     ("HF_TOKEN=hf_abcdefghijABCDEFGHIJ0123456789abcd", "hf_abc"),
     ("can't fetch with hf_abcdefghijABCDEFGHIJ0123456789abcd, gave up", "hf_abc"),
+    ("npm_" + "Ab1" * 12 + " refused", "Ab1Ab1"),
+    ("image pull with dckr_pat_" + "aB3_-" * 5, "aB3_-"),
+    ("charged by sk_live_" + "Ab1Cd2" * 4, "Ab1Cd2"),
     ("key nvapi-AbC_d-0123456789abcdef0123 refused", "nvapi-"),
     ("AKIAIOSFODNN7EXAMPLE", "AKIA"),
     ("AWS_SECRET_ACCESS_KEY=/alrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", "FEMI"),
