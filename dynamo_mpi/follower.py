@@ -115,7 +115,7 @@ def _probe(world: World, spec: EngineSpec, phases: Phases) -> int | None:
     from dynamo_mpi.probe.plan import ProbePlan
 
     with phases.enter("probe"):
-        take_part(world, ProbePlan.unpack(spec.probe), os.environ, spec)
+        take_part(world, ProbePlan.unpack(spec.probe), os.environ)
         phases.own_part_done()
         message = world.broadcast()
     return message[1] if message[:1] == STOP else None

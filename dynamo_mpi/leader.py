@@ -174,7 +174,7 @@ class Leader:
                 settings, verdict.subject, case.plan, cards, self._onlookers.presence, self._voice, os.environ
             )
             ask, strict = desk.ask if desk else None, settings.probe_strict
-            report = lead_probes(self._world, case, guard, os.environ, spec, strict=strict, ask_partners=ask)
+            report = lead_probes(self._world, case, guard, os.environ, strict=strict, ask_partners=ask)
             self._phases.own_part_done()
             if (error := report.error) is not None:
                 guard.report(error)

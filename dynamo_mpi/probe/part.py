@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.preflight.roster import Placed
     from dynamo_mpi.probe.plan import ProbePlan
@@ -30,14 +29,12 @@ class Part(NamedTuple):
         plan: what is probed.
         environ: this rank's environment.
         began: when this rank began, by `time.monotonic`.
-        spec: the engine that will be built; None where only the hardware is asked.
     """
 
     world: World
     plan: ProbePlan
     environ: Mapping[str, str]
     began: float
-    spec: EngineSpec | None = None
 
 
 class Case(NamedTuple):

@@ -21,7 +21,6 @@ from dynamo_mpi.probe.steps import steps_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.parallelism.finding import Finding
     from dynamo_mpi.probe.part import Case, Outcome
@@ -86,9 +85,9 @@ class ProbeError(TemporaryError):
         self.exit_code = code
 
 
-def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str], spec: EngineSpec | None = None) -> list[bytes]:
+def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str]) -> list[bytes]:
     """Run this rank's part of all probes. Collective; rank 0 gets all answers, the others nothing."""
-    part = Part(world, plan, environ, time.monotonic(), spec)
+    part = Part(world, plan, environ, time.monotonic())
     values: list[str] = []
     for name in plan.names:
         answer = import_module(_MODULES[name]).measure(part)
@@ -101,7 +100,6 @@ def lead_probes(
     case: Case,
     guard: Guard,
     environ: Mapping[str, str],
-    spec: EngineSpec | None = None,
     *,
     strict: bool,
     ask_partners: AskPartners | None = None,
@@ -113,7 +111,6 @@ def lead_probes(
         case: what to judge by, with the plan.
         guard: ends a world that hangs in a probe.
         environ: rank 0's environment.
-        spec: the engine that will be built.
         strict: warnings are errors.
         ask_partners: of the KV probe, whose ranks can be asked by now.
     """
@@ -122,7 +119,7 @@ def lead_probes(
     seconds = allowed_seconds(plan)
     late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
     with late, _watched(guard, case, seconds):
-        answers = take_part(world, plan, environ, spec)
+        answers = take_part(world, plan, environ)
     by_probe = _by_probe(plan, answers)
     if "kv" in by_probe:
         by_probe["kv"] = [] if ask_partners is None else _ask(ask_partners, by_probe["kv"], guard, plan.seconds)
