@@ -143,7 +143,13 @@ def test_trtllm_is_probed_over_what_its_engine_config_names(etcd: EtcdServer, st
     eventually(lambda: kv_of(etcd, "prefill"), "both know")
     line = r"kv: 3 pairs over ucx \(tcp/\w+\): .* slowest, decode rank 0 on \S+ <- prefill rank [012] on"
     for worker in (prefill, decode):
-        assert re.search(line, worker.text()), worker.text()
+        # the record may know before the line is said
+        eventually(partial(says, worker, line), f"{line} in\n{worker.text()}", 10)
+
+
+def says(worker: RunningWorker, line: str) -> bool:
+    """Has it said so?"""
+    return re.search(line, worker.text()) is not None
 
 
 def listens_on(pid: int, port: int) -> bool:
