@@ -44,7 +44,7 @@ def check_gpus(rows: Sequence[HostRow], needs: Needs) -> list[Finding]:
         return findings
     for rule in (check_alike, check_counts, check_drivers, check_instances):
         findings += rule(rows)
-    return [*findings, *check_busy(rows, needs)]
+    return findings if needs.memory_later else [*findings, *check_busy(rows, needs)]
 
 
 def check_alike(rows: Sequence[HostRow]) -> Iterator[Finding]:

@@ -18,7 +18,11 @@ from .session import SlurmSession, skip_or_fail
 # About one start in 240 of Debian's Open MPI 4.1.4 under its Slurm ends so on a busy machine: in MPI_Init_thread the TCP transport calls what
 # isn't there yet (core: mca_btl_tcp under opal_progress under ompi_mpi_init), as a rank of the other node is ahead. PMIx 4.2.2 releases
 # one rank from the fence that is to keep them together. No line of ours has run between.
-MPI_START_CRASH = ("Signal: Segmentation fault (11)", "Failing at address: (nil)")
+MPI_START_CRASHES = (
+    ("Signal: Segmentation fault (11)", "Failing at address: (nil)"),
+    # where the crashed rank's own words haven't come through: srun's, and those of its companion
+    (": Segmentation fault", "error in world: died: its process ended without a word"),
+)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -26,7 +30,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Run a test once more whose MPI crashed in its own start, and for nothing else; say so."""
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     reports = runtestprotocol(item, nextitem=nextitem, log=False)
-    if any(report.failed and all(words in report.longreprtext for words in MPI_START_CRASH) for report in reports):
+    if any(report.failed and _has_crashed_in_mpis_start(report.longreprtext) for report in reports):
         item.config.issue_config_time_warning(
             UserWarning(f"{item.name} ran once more: Open MPI crashed in MPI_Init_thread"), stacklevel=1
         )
@@ -36,6 +40,10 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def _has_crashed_in_mpis_start(text: str) -> bool:
+    return any(all(words in text for words in crash) for crash in MPI_START_CRASHES)
 
 
 class MakeSlurm(Protocol):

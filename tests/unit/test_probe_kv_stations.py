@@ -171,19 +171,32 @@ def test_a_decode_rank_that_stops_is_named_and_the_others_go_on(
     assert told.pulls[1][1].text == "decode rank 1 on d1 (127.0.0.1): no answer in time"
 
 
-def serve_once(answer: Callable[[socket.socket], None]) -> int:
-    """Listen, and do to each who comes what ``answer`` does; return the port."""
-    listener = socket.create_server(("127.0.0.1", 0))
+Serve = Callable[[Callable[[socket.socket], None]], int]
 
-    def run() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                with connection, contextlib.suppress(OSError):
-                    answer(connection)
 
-    threading.Thread(target=run, daemon=True).start()
-    return int(listener.getsockname()[1])
+@pytest.fixture
+def serve_once() -> Iterator[Serve]:
+    """Listen, do to each who comes what the function does, and return the port; until the test's end."""
+    with contextlib.ExitStack() as listeners:
+
+        def serve(answer: Callable[[socket.socket], None]) -> int:
+            listener = listeners.enter_context(socket.create_server(("127.0.0.1", 0)))
+
+            def run() -> None:
+                with contextlib.suppress(OSError):
+                    while True:
+                        connection, _ = listener.accept()
+                        with connection, contextlib.suppress(OSError):
+                            answer(connection)
+
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            listeners.callback(thread.join, 10)
+            # closing it alone would leave the thread in accept()
+            listeners.callback(listener.shutdown, socket.SHUT_RDWR)
+            return int(listener.getsockname()[1])
+
+        yield serve
 
 
 @pytest.mark.parametrize(
@@ -194,7 +207,9 @@ def serve_once(answer: Callable[[socket.socket], None]) -> int:
         (b"n" * 5, "closed the connection"),
     ],
 )
-def test_whoever_listens_there_instead_is_not_believed(words: bytes, reason: str, side: Callable[..., Side]) -> None:
+def test_whoever_listens_there_instead_is_not_believed(
+    words: bytes, reason: str, side: Callable[..., Side], serve_once: Serve
+) -> None:
     """A decode rank's port, which somebody else has by now."""
 
     def answer(connection: socket.socket) -> None:
@@ -224,7 +239,7 @@ def test_whoever_listens_there_instead_is_not_believed(words: bytes, reason: str
     ],
 )
 def test_a_prefill_rank_that_knows_the_token_and_lies_is_found_out(
-    transport: str, answer: dict[str, Any] | None, reason: str, side: Callable[..., Side]
+    transport: str, answer: dict[str, Any] | None, reason: str, side: Callable[..., Side], serve_once: Serve
 ) -> None:
     def lie(connection: socket.socket) -> None:
         talk = welcome(connection, TOKENS["prefill"], Deadline.after(5))

@@ -19,17 +19,20 @@ from dynamo_mpi.talk import Voice
 from tests.unit.worlds import world
 
 
-def test_progress_of_a_phase_that_is_over_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("engine", "done"), [("reference", 1), ("trtllm", None)])
+def test_progress_of_a_phase_that_is_over_is_not_told(
+    engine: str, done: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("NATS_SERVER", raising=False)
     phases = Phases()
     phases.begin("load")
     settings = load_settings(["--model", str(tmp_path)], {})
     estate = Estate(Tie(Launch(Launcher.ALONE), {}, None))
-    ours = Publicity(settings, world("agg"), phases, Voice(0, "n1"), estate)
+    ours = Publicity(settings, world("agg", engine=engine), phases, Voice(0, "n1"), estate)
     told: list[Any] = []
     monkeypatch.setattr(ours.presence, "tell_progress", told.append)
     late = Progress("load", 1, 2, 1, "n2", 3.0)
     ours.tell_progress(late)
     phases.begin("serve")
     ours.tell_progress(late)
-    assert [(one.done, one.slowest_host) for one in told] == [(1, "n2")]
+    assert [(one.done, one.slowest_host) for one in told] == [(done, "n2")]
