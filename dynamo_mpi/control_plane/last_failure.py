@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.plain_data import read_fields
+from dynamo_mpi.control_plane.plain_data import read_fields, read_object
 from dynamo_mpi.control_plane.record import SCHEMA
 from dynamo_mpi.observe.redact import own_redactor
 from dynamo_mpi.supervision.failure import headline
@@ -110,14 +110,7 @@ class LastFailure:
         Raises:
             ValueError: it isn't one, or of a schema that isn't known here.
         """
-        try:
-            content: Any = json.loads(data)
-        except (ValueError, RecursionError):
-            raise ValueError("no JSON") from None
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-        if type(content.get("schema")) is not int or content["schema"] != SCHEMA:
-            raise ValueError(f"of schema {content.get('schema')!r:.40}, not {SCHEMA}")
+        content = read_object(data, SCHEMA)
         report = content.get("report")
         # the one text of several lines; whoever shows it has to look at what it shows
         if not isinstance(report, str) or len(report.encode("utf-8", "replace")) > _MOST_REPORT_BYTES:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar
@@ -11,6 +12,28 @@ T = TypeVar("T")
 _KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 _LIST = "tuple[str, ...]"
 _MOST_CHARACTERS = 4096
+
+
+def read_object(data: bytes, known: int) -> dict[str, Any]:
+    """Read a JSON object that says its schema.
+
+    Args:
+        data: as it was written, here or in another version.
+        known: the schema that is read here.
+
+    Raises:
+        ValueError: it isn't one, or of another schema.
+    """
+    try:
+        content: Any = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    schema = content.get("schema")
+    if type(schema) is not int or schema != known:
+        raise ValueError(f"of schema {schema!r:.40}, not {known}")
+    return content
 
 
 def read_fields(kind: type[T], data: object, **given: Any) -> T:

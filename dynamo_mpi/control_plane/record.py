@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from dynamo_mpi.control_plane.plain_data import read_fields
+from dynamo_mpi.control_plane.plain_data import read_fields, read_object
 from dynamo_mpi.parallelism.contract import Contract
 
 SCHEMA = 1
@@ -134,15 +134,7 @@ class WorldRecord:
         Raises:
             ValueError: it isn't a record, or one of a schema that isn't known here.
         """
-        try:
-            content: Any = json.loads(data)
-        except (ValueError, RecursionError):
-            raise ValueError("no JSON") from None
-        if not isinstance(content, dict):
-            raise ValueError("no JSON object")
-        schema = content.get("schema")
-        if type(schema) is not int or schema != SCHEMA:
-            raise ValueError(f"of schema {schema!r:.40}, not {SCHEMA}")
+        content = read_object(data, SCHEMA)
         contract, progress = content.get("contract"), content.get("progress")
         return read_fields(
             cls,

@@ -82,7 +82,8 @@ def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False)
         loaded = None if node is None else loader.construct_document(node)
     # PyYAML lets through what int() and date() say of impossible numbers and dates
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path} is not YAML: {' '.join(str(error).split())}", needed=needed) from None
+        told = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
+        raise DataError(f"{path} is not YAML: {told}", needed=needed, fix="correct it there") from None
     # and what becomes of "!!bool 7"
     except (LookupError, AttributeError):
         raise DataError(f"{path} is not YAML: a value isn't what its tag (!!name) says", needed=needed) from None
