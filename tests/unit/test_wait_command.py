@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,17 +37,22 @@ def board(clean_board: Board, monkeypatch: pytest.MonkeyPatch) -> Board:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Wait; ``then`` is done once it has said that it waits."""
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Wait; ``then`` is done once it has looked, and said that it waits."""
 
     def begin(*words: str, then: Callable[[], object] | None = None) -> tuple[int, str, str]:
-        # not before the wait has begun, and looked once
-        timer = threading.Timer(0.12, then) if then is not None else None
-        if timer is not None:
-            timer.start()
-        code = main(["wait", *words])
-        if timer is not None:
-            timer.join()
+        steps = [] if then is None else [then]
+
+        def tell(self: waiting.Wait) -> None:
+            told(self)
+            while steps:
+                steps.pop()()
+
+        told = waiting.Wait._tell
+        with monkeypatch.context() as patched:
+            patched.setattr(waiting.Wait, "_tell", tell)
+            code = main(["wait", *words])
+        assert not steps, "it has not waited"
         said = capsys.readouterr()
         return code, said.out, said.err
 
@@ -192,7 +196,8 @@ def test_a_failure_that_another_worker_makes_good(board: Board, run: Run) -> Non
     assert "agg: exit code 137" in err
     code, _, err = run("--namespace", "dynamo", "--timeout", "0.4", then=lambda: board.failure("decode", "g"))
     assert code == 124
-    assert run("--role", "prefill", then=lambda: board.failure("agg", "h"))[0] == 0
+    board.failure("agg", "h")
+    assert run("--role", "prefill")[0] == 0
 
 
 def test_an_etcd_that_is_not_there_yet(board: Board, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
