@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.probe.steps import Step
 
 _FORM = re.compile(r"probe step (-?\d+), (\d+) bytes: waits for ranks? ([\d, ]+)")
+_UNHEARD = re.compile(r"not heard in wait (\d+): ([\d, ]+|nobody)")
 _SLOWEST = re.compile(r"slowest so far: rank (\d+), (\d+) bytes/s")
 _MOST_PAIRS = 6
 # how much slower than the fastest a pair has to be to be worth a word
@@ -39,6 +40,8 @@ class Note(NamedTuple):
         waits: the ranks that it still waits for.
         slow_peer: the rank that it has exchanged messages with most slowly so far; None for none.
         rate: how fast, in bytes a second.
+        wait: of a collective that is late, which of the step's waits it is.
+        unheard: the ranks whose call has not come meanwhile; None where it has not called.
     """
 
     step: int
@@ -46,10 +49,14 @@ class Note(NamedTuple):
     waits: tuple[int, ...]
     slow_peer: int | None = None
     rate: float = 0.0
+    wait: int = 0
+    unheard: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         ranks = "rank" if len(self.waits) == 1 else "ranks"
         text = f"probe step {self.step}, {self.size} bytes: waits for {ranks} {listed(self.waits)}"
+        if self.unheard is not None:
+            text += f"; not heard in wait {self.wait}: {listed(self.unheard) or 'nobody'}"
         return (
             text
             if self.slow_peer is None
@@ -62,9 +69,15 @@ def read_note(text: str) -> Note | None:
     found = _FORM.search(text)
     if found is None:
         return None
-    note = Note(int(found[1]), int(found[2]), tuple(map(int, found[3].split(","))))
-    slow = _SLOWEST.search(text)
+    note = Note(int(found[1]), int(found[2]), _numbers(found[3]))
+    unheard, slow = _UNHEARD.search(text), _SLOWEST.search(text)
+    if unheard is not None:
+        note = note._replace(wait=int(unheard[1]), unheard=() if unheard[2] == "nobody" else _numbers(unheard[2]))
     return note if slow is None else note._replace(slow_peer=int(slow[1]), rate=float(slow[2]))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 class StuckError(BootstrapError):
@@ -129,19 +142,46 @@ def blame(
     size = min(note.size for note in there.values())
     if step.operation != EXCHANGE:
         ranks = sorted(set(there) | {rank for note in there.values() for rank in note.waits})
-        found = f"the probe hangs in an {step.operation} of {size} bytes over {name(ranks)}"
-        found += _slowest(notes, name)
-        return error("N2", found, needed=needed, fix=_cure(sorted({hosts[rank] for rank in ranks})))
+        found = f"the probe hangs {f'in an {step.operation} of {size} bytes' if size else f'before an {step.operation}'} over {name(ranks)}"
+        cut = _unheard(there)
+        if not cut:
+            return error(
+                "N2", found + _slowest(notes, name), needed=needed, fix=_cure(sorted({hosts[rank] for rank in ranks}))
+            )
+        told, suspects = _pairs(cut, hosts, name)
+        return error("N2", f"{found}: nothing comes through between {told}", needed=needed, fix=_cure(suspects))
     pairs = sorted({(min(rank, peer), max(rank, peer)) for rank, note in there.items() for peer in note.waits})
+    told, suspects = _pairs(pairs, hosts, name)
+    found = f"the probe hangs: a message of {size} bytes does not arrive between {told}"
+    return error("N2", found, needed=needed, fix=_cure(suspects))
+
+
+def _pairs(
+    pairs: Sequence[tuple[int, int]], hosts: Sequence[str], name: Callable[[Sequence[int]], str]
+) -> tuple[str, list[str]]:
+    """Name pairs, what they have in common, and the nodes to look at."""
     told = "; ".join(f"{name([one])} and {name([other])}" for one, other in pairs[:_MOST_PAIRS])
-    more = f"; and {len(pairs) - _MOST_PAIRS} other pairs" if len(pairs) > _MOST_PAIRS else ""
-    found = f"the probe hangs: a message of {size} bytes does not arrive between {told}{more}"
+    told += f"; and {len(pairs) - _MOST_PAIRS} other pairs" if len(pairs) > _MOST_PAIRS else ""
     ends = [{hosts[one], hosts[other]} for one, other in pairs]
     common = set.intersection(*ends) if len(pairs) > 1 else set()
-    suspects = common or set.union(*ends)
     if len(common) == 1:
-        found += f"; what they have in common is {min(common)}"
-    return error("N2", found, needed=needed, fix=_cure(sorted(suspects)))
+        told += f"; what they have in common is {min(common)}"
+    return told, sorted(common or set.union(*ends))
+
+
+def _unheard(notes: Mapping[int, Note]) -> list[tuple[int, int]]:
+    """Return the pairs of a collective that do not hear each other's calls, out of what the ranks at the earliest wait say. Who has not
+    called can't be missed."""
+    called = {rank: note for rank, note in notes.items() if note.unheard is not None}
+    earliest = min((note.wait for note in called.values()), default=0)
+    return sorted(
+        {
+            (min(rank, peer), max(rank, peer))
+            for rank, note in called.items()
+            for peer in note.unheard or ()
+            if note.wait == earliest and peer in called
+        }
+    )
 
 
 def _slowest(notes: Mapping[int, Note | None], name: Callable[[Sequence[int]], str]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fabric probe over MPI, for worlds without GPUs. Pairs never block in MPI, and come first: a rank that waits says for whom.
+"""The fabric probe over MPI, for worlds without GPUs. Nothing but the making of groups blocks in MPI: a rank that waits says for whom.
 
 A message that is under way can't be taken back, so a probe that hangs has to end the world; rank 0 does (`dynamo_mpi.probe.phase`).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.probe.calls import Calls
 from dynamo_mpi.probe.hang import Note
 from dynamo_mpi.probe.payload import expected, expected_sum, outgoing
 from dynamo_mpi.probe.steps import ALL_REDUCE, EXCHANGE
@@ -29,6 +30,10 @@ _REPEATS = 8
 # what large messages may take of the time together; a slow way has shown itself by then
 _ENOUGH_SECONDS = 0.5
 _TAG = 77
+# each wait of a step has a tag for its calls: two sizes, ten operations each and as many agreements
+_CALL_TAG, _CALLS_A_STEP = 100, 100
+# a collective that takes so long has members that wait for others; who is not heard for as long again is missed
+_CALL_AFTER_SECONDS, _MISSED_AFTER_SECONDS = 0.5, 1.0
 _SPIN_SECONDS = 0.002
 _SLEEP_SECONDS = 0.001
 
@@ -50,12 +55,13 @@ def measure_over_mpi(world: World, steps: Sequence[Step], began: float) -> Fabri
     for step in steps:
         group = step.group_of(world.rank)
         if step.operation != EXCHANGE and step.kind not in comms:
-            comms[step.kind] = _split(world, step, group)
+            comms[step.kind] = _split(world, step, group, slowest)
         if group:
             runner = _Runner(world, step, group, comms.get(step.kind), slowest)
             timings += [runner.measure(size) for size in step.sizes]
             if step.operation == EXCHANGE:
-                rate = step.sizes[-1] / timings[-1].seconds
+                # not the best try: a link that loses packets now and then is fast in between
+                rate = step.sizes[-1] / runner.mean
                 slowest = min(slowest, (next(peer for peer in group if peer != world.rank), rate), key=_rate)
     for comm in comms.values():
         comm.Free()
@@ -64,9 +70,9 @@ def measure_over_mpi(world: World, steps: Sequence[Step], began: float) -> Fabri
     return FabricAnswer(OK, library=version, begin=begin, timings=tuple(timings))
 
 
-def _split(world: World, step: Step, group: Sequence[int]) -> MPI.Comm:
+def _split(world: World, step: Step, group: Sequence[int], slowest: tuple[int | None, float]) -> MPI.Comm:
     """Make a communicator of each group. Blocks in MPI, which only can be stuck where all pairs came through and then one went."""
-    say_doing(str(Note(step.number, 0, tuple(rank for rank in range(world.size) if rank != world.rank))))
+    say_doing(str(Note(step.number, 0, tuple(rank for rank in range(world.size) if rank != world.rank), *slowest)))
     return world.comm.Split(min(group) if group else world.size, world.rank)
 
 
@@ -88,25 +94,26 @@ class _Runner:
         self._world, self._step, self._group, self._comm, self._slowest = world, step, group, comm, slowest
         self._rank = world.rank
         self._peers = [rank for rank in group if rank != self._rank]
+        self._note = Note(step.number, 0, tuple(self._peers), *slowest)
+        self._waits = self._called = 0
+        self.mean = float("inf")
+        """Seconds for one operation, of all tries with the last size."""
 
     def measure(self, size: int) -> Timing:
-        say_doing(str(Note(self._step.number, size, tuple(self._peers), *self._slowest)))
+        self._note = self._note._replace(size=size)
+        say_doing(str(self._note))
         sent, wanted, wrong_of = self._messages(size)
         got = bytearray(len(wanted))
         before = segments()
-        self._once(sent, got, size)
+        tries = [self._once(sent, got, size)]
         wrong = () if got == wanted else wrong_of(bytes(got))
-        best = float("inf")
-        spent = 0.0
         for _ in range(_REPEATS):
             # how often is agreed: everybody has the slowest one's word for it
-            if not self._go_on(spent):
+            if not self._go_on(sum(tries[1:])):
                 break
-            start = time.monotonic()
-            self._once(sent, got, size)
-            took = time.monotonic() - start
-            best, spent = min(best, took), spent + took
-        return Timing(self._step.number, size, best, wrong, *segments().since(before))
+            tries.append(self._once(sent, got, size))
+        self.mean = sum(tries) / len(tries)
+        return Timing(self._step.number, size, min(tries[1:]), wrong, *segments().since(before))
 
     def _go_on(self, spent: float) -> bool:
         """Agree with the group on whether to do it again, which also brings them to the same line."""
@@ -139,12 +146,14 @@ class _Runner:
 
         return b"".join(outgoing(rank, target, part) for target in group), b"".join(wanted), wrong_of
 
-    def _once(self, sent: bytes, got: bytearray, size: int) -> None:
+    def _once(self, sent: bytes, got: bytearray, size: int) -> float:
+        """Do it, and return the seconds that it took."""
+        start = time.monotonic()
         comm = self._world.comm
         if self._step.operation == EXCHANGE:
             (peer,) = self._peers
             self._wait([comm.Irecv(got, peer, _TAG), comm.Isend(sent, peer, _TAG)])
-            return
+            return time.monotonic() - start
         from mpi4py import MPI
 
         assert self._comm is not None  # noqa: S101 - collectives have one
@@ -152,15 +161,35 @@ class _Runner:
             self._wait([self._comm.Iallreduce([sent, MPI.INT32_T], [got, MPI.INT32_T], MPI.SUM)])
         else:
             self._wait([self._comm.Ialltoall([sent, MPI.BYTE], [got, MPI.BYTE])])
+        return time.monotonic() - start
 
     def _wait(self, requests: list[MPI.Request]) -> None:
-        """Wait without burning a core for longer than a moment."""
+        """Wait without burning a core for longer than a moment; of a collective that is late, find out for whom."""
         from mpi4py import MPI
 
         start = time.monotonic()
+        calls: Calls | None = None
+        self._waits += 1
         while not MPI.Request.Testall(requests):
-            if time.monotonic() - start > _SPIN_SECONDS:
+            waited = time.monotonic() - start
+            if waited > _SPIN_SECONDS:
                 time.sleep(_SLEEP_SECONDS)
+            if self._comm is not None and waited > _CALL_AFTER_SECONDS:
+                if calls is None:
+                    calls = self._call()
+                unheard = calls.unheard()
+                if waited > _MISSED_AFTER_SECONDS:
+                    say_doing(str(self._note._replace(wait=self._waits, unheard=unheard)))
+        if calls is not None:
+            calls.end()
+            say_doing(str(self._note))
+
+    def _call(self) -> Calls:
+        tag = _CALL_TAG + self._step.number * _CALLS_A_STEP + self._waits
+        # others may be one wait behind: what they wait for may have come here
+        earlier = () if self._called == self._waits - 1 else (tag - 1,)
+        self._called = self._waits
+        return Calls(self._world.comm, self._peers, tag, earlier)
 
 
 def _part(size: int, group: Sequence[int]) -> int:

@@ -45,6 +45,12 @@ def test_ranks_measure_what_lies_between_them(mpirun: Mpirun) -> None:
     assert told(done)["text"].startswith("probe: ")
 
 
+def test_ranks_hear_whoever_calls_and_miss_who_does_not(mpirun: Mpirun) -> None:
+    done = mpirun(3, PROGRAM.with_name("late_calls.py"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[[(2,), ()], [(2,), ()], [(0, 1)]]"
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_sends_wrong_data_is_named_and_ends_the_world(mpirun: Mpirun, rank: int) -> None:
     done = mpirun(3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "told", env=fault(f"rank{rank}:probe:corrupt"))

@@ -107,7 +107,7 @@ def test_a_lossy_link_is_named(slurm: SlurmSession, tmp_path: Path) -> None:
     said = [line for line in probed.err.splitlines() if re.search("(error N[38]|N2): ", line)]
     assert said
     for line in said:
-        # a collective that was late names what was slow before it
+        # a collective that is late names who does not hear each other, else what was slow before it
         named = line.rpartition("slowest were" if "slowest were" in line else "between")[2]
         assert "rank 1 on n2 and rank 2 on n3" in named
         assert not re.search("n1|n4|other pair", named)

@@ -168,7 +168,14 @@ def named(ranks: object) -> str:
 
 
 def test_a_note_can_be_read_where_it_stands_in_a_stack() -> None:
-    for note in (Note(3, 4096, (1, 2)), Note(START, 0, (0,)), Note(4, 8, (1,), 7, 2500.0)):
+    notes = (
+        Note(3, 4096, (1, 2)),
+        Note(START, 0, (0,)),
+        Note(4, 8, (1,), 7, 2500.0),
+        Note(4, 8, (1, 2), None, 0.0, 3, ()),
+        Note(4, 8, (1, 2, 3), 2, 2500.0, 12, (2, 3)),
+    )
+    for note in notes:
         assert read_note(f"{note}\nfile.py:3 in wait") == note
     assert read_note("file.py:3 in wait") is None
 
@@ -207,6 +214,36 @@ def test_a_collective_that_is_late_names_the_pairs_that_were_slow() -> None:
     assert found.message == (
         "the probe hangs in an all-reduce of 8 bytes over R[0, 1, 2, 3]; before that, the slowest were R[1] and R[2], by a factor of 1000"
     )
+
+
+def test_a_collective_that_is_late_names_the_pairs_that_do_not_hear_each_other() -> None:
+    # 1 and 2 are cut off from each other; 4 has not waited for long enough to call; 3 is already in the next wait, and misses those behind
+    notes = {
+        0: Note(2, 8, (1, 2, 3, 4), 1, 1e9, 5, (4,)),
+        1: Note(2, 8, (0, 2, 3, 4), 0, 1e3, 5, (2, 4)),
+        2: Note(2, 8, (0, 1, 3, 4), None, 0.0, 5, (1, 4)),
+        3: Note(2, 8, (0, 1, 2, 4), None, 0.0, 6, (0, 1, 2, 4)),
+        4: Note(2, 8, (0, 1, 2, 3)),
+    }
+    found = blame(notes, [], STEPS, [*HOSTS, "n5"], 5, named)
+    assert found.message == (
+        "the probe hangs in an all-reduce of 8 bytes over R[0, 1, 2, 3, 4]: nothing comes through between R[1] and R[2]"
+    )
+    assert "look at the network of n2, n3 " in found.fix
+
+
+def test_a_collective_over_a_node_that_is_cut_off_names_the_node() -> None:
+    notes = {rank: Note(2, 8, (), None, 0.0, 5, (2,)) for rank in (0, 1, 3)}
+    notes = {rank: note._replace(waits=tuple({0, 1, 2, 3} - {rank})) for rank, note in notes.items()}
+    notes[2] = Note(2, 8, (0, 1, 3), None, 0.0, 5, (0, 1, 3))
+    found = blame(notes, [], STEPS, HOSTS, 5, named)
+    assert found.message.endswith("between R[0] and R[2]; R[1] and R[2]; R[2] and R[3]; what they have in common is n3")
+    assert "look at the network of n3 " in found.fix
+
+
+def test_what_comes_before_a_collective_is_told_as_such() -> None:
+    notes = {rank: Note(2, 0, tuple({0, 1, 2, 3} - {rank})) for rank in range(4)}
+    assert blame(notes, [], STEPS, HOSTS, 5, named).message == "the probe hangs before an all-reduce over R[0, 1, 2, 3]"
 
 
 def test_nccl_that_does_not_start_is_told_as_such() -> None:
