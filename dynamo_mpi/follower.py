@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.health.reporter import Reporter
     from dynamo_mpi.launchers.launch import Launch
+    from dynamo_mpi.supervision.agent_client import NodeAgentClient
     from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.supervision.tie import Tie
     from dynamo_mpi.world import World
 
 # what rank 0 broadcasts begins with one byte that says how to read the rest
@@ -43,7 +43,7 @@ def follow(
     argv: Sequence[str],
     phases: Phases,
     mpi_library: str,
-    tie: Tie,
+    client: NodeAgentClient,
     fault: ArmedFault | None = None,
     reporter: Reporter | None = None,
 ) -> int:
@@ -55,7 +55,7 @@ def follow(
         argv: the command line, without the program.
         phases: where durations go.
         mpi_library: what the MPI library calls itself.
-        tie: to this node's companion.
+        client: this rank's connection to its node agent.
         fault: one on demand.
         reporter: to the process that answers this node's probes, on the rank that has begun it.
 
@@ -81,21 +81,18 @@ def follow(
     speech.log_to(meeting.log_dir, meeting.label, world.rank)
     voice = Voice(world.rank, host_name())
     phases.listen(lambda name: voice.say(f"phase {name}", Level.DEBUG))
-    lifeline = Lifeline(meeting, world, phases, voice, tie)
+    client.send(f"preflight_done {meeting.as_json()}")
+    lifeline = Lifeline(meeting, world, phases, voice, client)
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
-    tie.leave_signals()
+    client.uninstall_signal_handlers()
     signals = SignalThread()
-    if meeting.heir == world.rank:
-        tie.tell("judged")
-    else:
-        tie.release()
     spec = EngineSpec.unpack(packed)
     if reporter is not None:
         reporter.follow(lifeline, {"engine": spec.engine, "role": spec.role, "component": meeting.label})
     if fault is not None:
         fault.follow(lifeline)
-    signals.begin(lifeline.pass_on)
+    signals.begin(partial(_pass_on, client, lifeline))
     try:
         stopped = _probe(world, spec, phases) if spec.probe else None
         code = _follow(world, launch, spec, lifeline, phases) if stopped is None else stopped
@@ -107,6 +104,11 @@ def follow(
     signals.close()
     lifeline.close()
     return code
+
+
+def _pass_on(client: NodeAgentClient, lifeline: Lifeline, number: int) -> None:
+    client.send(f"signalled {number}")
+    lifeline.pass_on(number)
 
 
 def _probe(world: World, spec: EngineSpec, phases: Phases) -> int | None:

@@ -27,8 +27,8 @@ from dynamo_mpi.probe.plan import ProbePlan, left_out, plan_probes
 from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
-from dynamo_mpi.supervision.estate import Estate
 from dynamo_mpi.supervision.failure import HurriedError
+from dynamo_mpi.supervision.owned_leases import OwnedLeases
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.observe.display import Display
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
+    from dynamo_mpi.supervision.agent_client import NodeAgentClient
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.supervision.stop_signals import StopSignals
-    from dynamo_mpi.supervision.tie import Tie
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
 
@@ -55,7 +55,7 @@ class Leader:
         phases: where durations go.
         voice: how rank 0 speaks.
         mpi_library: what the MPI library calls itself.
-        tie: to this node's companion.
+        client: this rank's connection to its node agent.
         display: shows the world to those who watch it.
     """
 
@@ -66,7 +66,7 @@ class Leader:
         phases: Phases,
         voice: Voice,
         mpi_library: str,
-        tie: Tie,
+        client: NodeAgentClient,
         display: Display,
     ) -> None:
         self._world = world
@@ -76,8 +76,9 @@ class Leader:
         self._mpi_library = mpi_library
         self._verdict_seconds = 0.0
         self._guard: Guard | None = None
-        self._estate = Estate(tie)
-        self._onlookers = Onlookers(phases, voice, display, self._estate)
+        self._client = client
+        self._leases = OwnedLeases(client)
+        self._onlookers = Onlookers(phases, voice, display, self._leases)
         self._signals: StopSignals | None = None
 
     def run(self, argv: Sequence[str]) -> int:
@@ -200,12 +201,10 @@ class Leader:
             settings.heartbeat_timeout,
             str(settings.failure_dir or ""),
             label,
-            self._estate.has_heir(label),
+            self._client.connected,
             str(settings.log_dir or ""),
         )
-        self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms)
-        self._estate.share(guard.leave_to_heir)
-        guard.at_once(self._estate.explain)
+        self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms, self._client)
         guard.before_the_end(partial(forget, settings.ready_file))
         self._onlookers.watch(settings, guard)
         return guard
@@ -218,8 +217,8 @@ class Leader:
 
         self._onlookers.introduce(settings, record_of(settings, verdict.subject, cards, self._phases))
         # from here on the main thread may sit in the engine
-        self._estate.leave_signals()
-        self._signals = signals = StopSignals(self._hurry)
+        self._client.uninstall_signal_handlers()
+        self._signals = signals = StopSignals(self._hurry, lambda number: self._client.send(f"signalled {number}"))
         self._onlookers.appear()
         return signals
 
@@ -227,13 +226,13 @@ class Leader:
         return Departure(settings.endpoint, os.environ, self._own_instance)
 
     def _own_instance(self, lease: int) -> None:
-        self._estate.own("instance", lease)
+        self._leases.add("instance", lease)
         self._onlookers.tell_instance(lease)
 
     def _hurry(self, number: int) -> None:
         if self._guard is not None:
             self._guard.end(HurriedError(number), of_signal(number))
-        self._estate.explain()
+        self._client.send("reported")
         self._onlookers.withdraw()
         self._world.abort(of_signal(number))
 
@@ -310,8 +309,8 @@ def lead(
     phases: Phases,
     voice: Voice,
     mpi_library: str,
-    tie: Tie,
+    client: NodeAgentClient,
     display: Display,
 ) -> int:
     """Live rank 0's life, and return the exit code. See `Leader`."""
-    return Leader(world, launch, phases, voice, mpi_library, tie, display).run(argv)
+    return Leader(world, launch, phases, voice, mpi_library, client, display).run(argv)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.observe.timeline_writer import TimelineWriter
     from dynamo_mpi.preflight.verdict import Verdict
     from dynamo_mpi.settings import Settings
-    from dynamo_mpi.supervision.estate import Estate
     from dynamo_mpi.supervision.guard import Guard
+    from dynamo_mpi.supervision.owned_leases import OwnedLeases
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
 
@@ -33,11 +33,11 @@ class Onlookers:
         phases: rank 0's, which are the world's.
         voice: how rank 0 speaks.
         display: for probes, metrics and supervisors.
-        estate: knows what the worker has in etcd.
+        leases: knows what the worker has in etcd.
     """
 
-    def __init__(self, phases: Phases, voice: Voice, display: Display, estate: Estate) -> None:
-        self._phases, self._voice, self._display, self._estate = phases, voice, display, estate
+    def __init__(self, phases: Phases, voice: Voice, display: Display, leases: OwnedLeases) -> None:
+        self._phases, self._voice, self._display, self._leases = phases, voice, display, leases
         self._publicity: Publicity | None = None
         self._timeline: TimelineWriter | None = None
         self._ticker: Ticker | None = None
@@ -82,7 +82,7 @@ class Onlookers:
         from dynamo_mpi.control_plane.publicity import Publicity
 
         self._record = record
-        self._publicity = Publicity(settings, record, self._phases, self._voice, self._estate)
+        self._publicity = Publicity(settings, record, self._phases, self._voice, self._leases)
         trace = trace_of(os.environ)
         self._publicity.presence.tell_trace(None if trace is None else trace.parent)
         self._publicity.presence.tell_system(self.system_url)

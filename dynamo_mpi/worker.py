@@ -21,16 +21,16 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launchers.launch import Launch, Launcher, detect
 from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch, refuse_world_size
 from dynamo_mpi.preflight.inquiry import host_name
+from dynamo_mpi.supervision.agent_client import NodeAgentClient
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.supervision.tie import Tie
 from dynamo_mpi.talk import Voice
 from dynamo_mpi.world import World, bind_library, end_mpi, form_world
 
 if TYPE_CHECKING:
-    from _socket import socket
     from collections.abc import Sequence
 
     from dynamo_mpi.health.reporter import Reporter
+    from dynamo_mpi.supervision.agent_client import Agent
     from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.notify import Notifier
 
@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             refuse_mislaunch(launch, library)
     except BootstrapError as error:
         return _refuse_alone(error, launch, voice)
-    companion = _bring_companion(launch, voice.host, words)
-    # before any thread is started, and after the companion, which would hold what it inherits open
+    agent = _spawn_node_agent(launch, voice.host, words)
+    # before any thread is started, and after the agent, which would hold what it inherits open
     answers = _answer_probes(launch, voice, words)
-    tie = Tie(launch, os.environ, companion)
-    tie.hear_signals()
-    phases.listen(lambda name: tie.tell(f"phase {name}"), first=True)
+    client = NodeAgentClient(launch, os.environ, agent, lambda: _respawn_node_agent(launch, voice.host, words))
+    client.install_signal_handlers()
+    phases.listen(lambda name: client.send(f"phase {name}"), first=True)
     reporter = None if isinstance(answers, BootstrapError) else answers
     if reporter is not None:
         phases.listen(reporter.tell_phase, first=True)
@@ -92,11 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if notifier is not None:
             notifier.tell_failure(str(error))
         code = _refuse_alone(error, launch, voice)
-        tie.tell(f"failed {code}")
+        client.send(f"failed {code}")
         return code
     except Exception as error:
-        return _abandon(error, None, tie, voice, phases, words)
-    tie.end_with(world.abort)
+        return _abandon(error, None, client, voice, phases, words)
+    client.set_abort(world.abort)
     voice = Voice(world.rank, voice.host)
     if reporter is not None:
         reporter.tell("rank", str(world.rank))
@@ -108,21 +108,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             from dynamo_mpi.observe.display import Display
 
             display = Display(phases, voice, reporter, notifier)
-            return _leave(world, tie, lead(world, launch, words, phases, voice, library.version, tie, display))
+            return _leave(world, client, lead(world, launch, words, phases, voice, library.version, client, display))
         from dynamo_mpi.follower import follow
 
-        return _leave(world, tie, follow(world, launch, words, phases, library.version, tie, fault, reporter))
+        return _leave(world, client, follow(world, launch, words, phases, library.version, client, fault, reporter))
     except Exception as error:
-        return _abandon(error, world, tie, voice, phases, words)
+        return _abandon(error, world, client, voice, phases, words)
 
 
-def _bring_companion(launch: Launch, host: str, words: Sequence[str]) -> socket | None:
-    """Fork this node's companion, where that is for this rank to do, and return a connection to it."""
+def _spawn_node_agent(launch: Launch, host: str, words: Sequence[str]) -> Agent | None:
+    """Fork the agent of this node, where that is for this rank to do."""
     if launch.local_rank not in (0, None):
         return None
-    from dynamo_mpi.supervision.companion_start import bring_companion
+    from dynamo_mpi.supervision.agent_start import spawn_node_agent
 
-    return bring_companion(launch, host, words, os.environ)
+    return spawn_node_agent(launch, host, words, os.environ)
+
+
+def _respawn_node_agent(launch: Launch, host: str, words: Sequence[str]) -> Agent | None:
+    """Start another agent in place of one that has ended."""
+    from dynamo_mpi.supervision.agent_start import respawn_node_agent
+
+    return respawn_node_agent(launch, host, words, os.environ)
 
 
 def _answer_probes(launch: Launch, voice: Voice, words: Sequence[str]) -> Reporter | BootstrapError | None:
@@ -138,7 +145,7 @@ def _notifier(launch: Launch, words: Sequence[str]) -> Notifier | None:
     """Return what tells a supervisor of the world, on rank 0 of one that wants to be told."""
     if not os.environ.get("NOTIFY_SOCKET"):
         return None
-    from dynamo_mpi.supervision.companion_limits import Limits
+    from dynamo_mpi.supervision.early_settings import Limits
     from dynamo_mpi.supervision.notify import Notifier
 
     notifier = Notifier.take(os.environ, {"world": Limits.of(words, os.environ).world_seconds})
@@ -167,11 +174,11 @@ def _refuse_alone(error: BootstrapError, launch: Launch, voice: Voice) -> int:
     return error.exit_code
 
 
-def _leave(world: World, tie: Tie, code: int) -> int:
+def _leave(world: World, client: NodeAgentClient, code: int) -> int:
     """Wait for each other before the first rank leaves: on ``srun --kill-on-bad-exit`` the rest get SIGTERM then, and srun would exit
     with that signal's code instead of ours."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    tie.release()
+    client.detach()
     if not world.barrier(_PARTING_SECONDS):
         # some rank hangs: that is no success
         world.abort(code or ExitCode.DEADLINE)
@@ -183,12 +190,12 @@ def _leave(world: World, tie: Tie, code: int) -> int:
 
 
 def _abandon(
-    error: Exception, world: World | None, tie: Tie, voice: Voice, phases: Phases, argv: Sequence[str]
+    error: Exception, world: World | None, client: NodeAgentClient, voice: Voice, phases: Phases, argv: Sequence[str]
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be anywhere, also inside a collective."""
     from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.backstop import exit_after
-    from dynamo_mpi.supervision.companion_limits import Limits
+    from dynamo_mpi.supervision.early_settings import Limits
     from dynamo_mpi.supervision.failure import Failure, describe_error
     from dynamo_mpi.supervision.failure_files import write_failure
     from dynamo_mpi.supervision.meeting import Meeting
@@ -204,7 +211,7 @@ def _abandon(
     voice.say(report)
     failure = Failure(voice.rank, code, text, phase=phases.current, at=time.monotonic())
     write_failure(meeting, failure, voice.host, report={"report": report, "consequences": []})
-    tie.tell(f"failed {code}")
+    client.send(f"failed {code}")
     if world is not None and world.size > 1:
         world.abort(code)
     with contextlib.suppress(OSError, AttributeError):

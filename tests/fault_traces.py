@@ -92,6 +92,13 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+def remaining(text: str) -> list[str]:
+    """Return the processes whose environment has ``text``, in words, that don't end within a second: node agents write to etcd until then."""
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: not processes_with(text), "all have ended", 1)
+    return [f"process {pid}" for pid in processes_with(text)]
+
+
 def find_child(pids: Sequence[int]) -> int:
     """Return the one that runs ``dynamo.trtllm``, 0 for none."""
     for pid in pids:

@@ -36,7 +36,7 @@ class Obituary:
         self._origin, self._environ, self._record = origin, environ, record
 
     def leave(self, failure: Failure, host: str, report: str) -> None:
-        """Write it, over what an heir may have written. Takes a second or two where etcd does not answer.
+        """Write it, over what a node agent may have written. Takes a second or two where etcd does not answer.
 
         Args:
             failure: the first cause.
@@ -78,8 +78,8 @@ class Obituary:
             act(etcd)
 
 
-def leave_word(etcd: Etcd, origin: Origin, record: int, failure: LastFailure) -> None:
-    """Write a failure, as an heir does: unless rank 0, or another heir, has done so.
+def leave_word(etcd: Etcd, origin: Origin, record: int, failure: LastFailure) -> bool:
+    """Write a failure, as a node agent does: unless rank 0, or another agent, has done so. Return whether it was written.
 
     Args:
         etcd: where.
@@ -91,5 +91,7 @@ def leave_word(etcd: Etcd, origin: Origin, record: int, failure: LastFailure) ->
         BootstrapError: etcd does not answer, or refuses us.
     """
     lease = etcd.grant(LIFE_SECONDS).id
-    if not etcd.create(failure_key(origin, record), failure.pack(), lease):
-        etcd.revoke(lease, _SECONDS)
+    if etcd.create(failure_key(origin, record), failure.pack(), lease):
+        return True
+    etcd.revoke(lease, _SECONDS)
+    return False

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision import roll
-    from dynamo_mpi.supervision.estate import Estate
     from dynamo_mpi.supervision.guard import Guard
+    from dynamo_mpi.supervision.owned_leases import OwnedLeases
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
 
@@ -35,20 +35,22 @@ class Publicity:
         record: what it is.
         phases: what it does.
         voice: how rank 0 speaks.
-        estate: knows the record's lease.
+        leases: knows the record's lease.
 
     Raises:
         UsageError: the credentials for NATS can't be used.
     """
 
-    def __init__(self, settings: Settings, record: WorldRecord, phases: Phases, voice: Voice, estate: Estate) -> None:
+    def __init__(
+        self, settings: Settings, record: WorldRecord, phases: Phases, voice: Voice, leases: OwnedLeases
+    ) -> None:
         self._settings, self._record, self._phases = settings, record, phases
-        self._voice, self._estate = voice, estate
+        self._voice, self._leases = voice, leases
         origin = Origin.of(record)
-        estate.introduce(asdict(origin))
-        self._obituary = Obituary(origin, os.environ, lambda: estate.record)
+        leases.set_worker(asdict(origin))
+        self._obituary = Obituary(origin, os.environ, lambda: leases.record)
         self._events = events_of(record, phases.current, os.environ, settings.request_plane, voice.say)
-        self.presence = Presence(voice, partial(estate.own, "record"), self._events.peers)
+        self.presence = Presence(voice, partial(leases.add, "record"), self._events.peers)
 
     def appear(self) -> None:
         """Publish the world record, and compare it with the peers that came first. See `Presence.appear`."""
@@ -65,7 +67,7 @@ class Publicity:
 
     def refuse(self, error: BootstrapError) -> None:
         """Tell why a world that has appeared goes no further; a second at the most for each of etcd and NATS."""
-        if self._estate.record:
+        if self._leases.record:
             text = str(error)
             failure = Failure(0, int(error.exit_code), text, phase=self._phases.current, at=time.monotonic())
             for tell in (self._obituary.leave_soon, self._events.failed):

@@ -16,7 +16,7 @@ from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.health.address import HOST_VARIABLE, PORT_VARIABLE, ProbeAddress
 from dynamo_mpi.health.reporter import Reporter
 from dynamo_mpi.launchers.attempt import attempt_of
-from dynamo_mpi.supervision.companion_limits import Limits
+from dynamo_mpi.supervision.early_settings import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -116,7 +116,7 @@ def _be_the_server(
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1):
             os.dup2(null, descriptor)
-        # what it holds of the rank's would look as if that lived on: its connection to the companion, above all
+        # what it holds of the rank's would look as if that lived on: its connection to the node agent, above all
         first, second = sorted((listener.fileno(), rank.fileno()))
         for low, high in ((3, first), (first + 1, second), (second + 1, _MOST_FILES)):
             os.closerange(low, high)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Takes a worker out of discovery that was killed whole: by Slurm, by the kernel for its memory, or with its nodes.
 
-As long as one of its companions lives, a worker does that itself; see `supervision.heir`. What it has in etcd stands in its world record.
+As long as one of its node agents lives, a worker does that itself, see `supervision.lease_revoker`. What it has in etcd stands in its record.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Line(NamedTuple):
     Args:
         time: seconds since 1970.
         level: how much it matters.
-        rank: who says it; None for a node's companion.
+        rank: who says it; None for a node's agent.
         host: the speaker's node.
         text: for people; may have several lines.
         facts: the same for programs, by name. Only JSON shows them.

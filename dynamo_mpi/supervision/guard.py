@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.errors import DeadlineError
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.observe.redact import own_redactor
 from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.services.host_address import host_address
+from dynamo_mpi.supervision.agent_failures import Report, Seen, pack_report
 from dynamo_mpi.supervision.backstop import exit_after
 from dynamo_mpi.supervision.failure import (
     Cause,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from dynamo_mpi.preflight.roster import Placed
+    from dynamo_mpi.supervision.agent_client import NodeAgentClient
     from dynamo_mpi.supervision.liveness_wire import Signalled
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
@@ -69,7 +72,7 @@ class Terms(NamedTuple):
         heartbeat_timeout: see `Meeting`.
         failure_dir: see `Meeting`.
         label: see `Meeting`.
-        has_companion: see `Meeting`.
+        has_agent: see `Meeting`.
         log_dir: see `Meeting`.
     """
 
@@ -77,7 +80,7 @@ class Terms(NamedTuple):
     heartbeat_timeout: float | None = None
     failure_dir: str = ""
     label: str = "worker"
-    has_companion: bool = False
+    has_agent: bool = False
     log_dir: str = ""
 
 
@@ -90,6 +93,7 @@ class Guard:
         phases: name the phase in which it happened.
         voice: writes the report.
         terms: how.
+        agent: rank 0's connection to its node agent, which writes the reports; None where there is none.
 
     Attributes:
         roll: what is known of every rank's phases.
@@ -100,9 +104,15 @@ class Guard:
     """
 
     def __init__(
-        self, world: World, ranks: Sequence[Placed], phases: Phases, voice: Voice, terms: Terms | None = None
+        self,
+        world: World,
+        ranks: Sequence[Placed],
+        phases: Phases,
+        voice: Voice,
+        terms: Terms | None = None,
+        agent: NodeAgentClient | None = None,
     ) -> None:
-        self._world, self._ranks, self._phases, self._voice = world, ranks, phases, voice
+        self._world, self._ranks, self._phases, self._voice, self._agent = world, ranks, phases, voice, agent
         self.roll = Roll([place.host for place in ranks], phases)
         self.failures: tuple[Failure, ...] = ()
         self._at_once: list[Callable[[], object]] = []
@@ -115,11 +125,12 @@ class Guard:
         self._passed_on = -math.inf
         self._lookout: Lookout | None = None
         self.meeting = self._meet(terms or Terms())
+        if agent is not None:
+            agent.send(f"preflight_done {self.meeting.as_json()}")
         threading.Thread(target=self._wait, name="watch", daemon=True).start()
 
     def _meet(self, terms: Terms) -> Meeting:
-        heir = next((rank for rank, place in enumerate(self._ranks) if place.host != self._ranks[0].host), 0)
-        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, heir, terms.has_companion, terms.log_dir)
+        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, terms.has_agent, terms.log_dir)
         if self._world.size == 1:
             return Meeting(self._voice.host, "", 0, "", *rest)
         allow_open_files(self._world.size + SPARE)
@@ -130,7 +141,8 @@ class Guard:
             # all ranks come at the same moment
             listener = socket.create_server((address, 0), family=family, backlog=max(128, self._world.size))
             port = listener.getsockname()[1]
-            meeting = Meeting(self._voice.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest)
+            agents = self._invite_agents(address, family)
+            meeting = Meeting(self._voice.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest, *agents)
             self._lookout = lookout = Lookout(
                 self._world.size,
                 meeting,
@@ -146,6 +158,16 @@ class Guard:
         self._phases.listen(lambda name: self._tell(Frame(Kind.PHASE, name.encode())))
         lookout.start()
         return meeting
+
+    def _invite_agents(self, address: str, family: int) -> tuple[int, str]:
+        """Have rank 0's node agent hear those of other nodes, and return at which port, and what they have to know; 0 for none."""
+        agent = self._agent
+        if agent is None or not agent.connected or all(place.host == self._ranks[0].host for place in self._ranks):
+            return 0, ""
+        # made here, so that it outlives an agent that has to be replaced
+        with socket.create_server((address, 0), family=family, backlog=max(128, self._world.size)) as listener:
+            agent.give_listener(listener.fileno())
+            return listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
 
     def name(self, ranks: Sequence[int]) -> str:
         """Name ranks with their hosts."""
@@ -168,10 +190,10 @@ class Guard:
         report."""
         self._word.goes_to(tell)
 
-    def leave_to_heir(self, will: str) -> None:
-        """Tell the heir on another node, if there is one, what to take away when rank 0's node is lost."""
-        if self.meeting.heir and self._lookout is not None:
-            self._lookout.keep_telling(Frame(Kind.WILL, will.encode()))
+    def note_signal(self, number: int) -> None:
+        """Take note that rank 0 was asked to end: an end that follows soon is no failure."""
+        if self._agent is not None:
+            self._agent.send(f"signalled {number}")
 
     def before_the_end(self, cleanup: Callable[[], None]) -> None:
         """Call this before the world is ended, after the report. It has to be quick."""
@@ -202,6 +224,8 @@ class Guard:
         """Write down ``failures``, of which the world ends in order, for programs; ``text`` is what has been said of them."""
         self._word.spread(failures[0], self._ranks[failures[0].rank].host, text)
         self._write(failures, text)
+        if self._agent is not None:
+            self._agent.send("reported")
         self._word.wait(time.monotonic() + _LEAVE_SECONDS)
 
     @contextmanager
@@ -301,7 +325,7 @@ class Guard:
 
     def _was_given_up(self, failures: Sequence[Failure]) -> bool:
         woken = self._lookout is not None and self._lookout.has_overslept
-        return woken and self.meeting.has_companion and all(failure.cause in _HURRYING for failure in failures)
+        return woken and self.meeting.has_agent and all(failure.cause in _HURRYING for failure in failures)
 
     def _settle(self, seen: Failure) -> list[Failure]:
         """Wait for what may have come before the failure that was seen first, and for what follows at once."""
@@ -331,16 +355,32 @@ class Guard:
         text = "\n".join(filter(None, parts))
         # whoever reads our words may hang
         self._word.spread(first, self._ranks[first.rank].host, text)
-        self._voice.say(text)
-        self._write([first, *(failure for failure in failures if failure is not first)], text)
+        ordered = [first, *(failure for failure in failures if failure is not first)]
+        if self._have_written(ordered, text):
+            self._inform(ordered, text)
+        else:
+            self._voice.say(text)
+            self._write(ordered, text)
         return first
+
+    def _have_written(self, failures: Sequence[Failure], text: str) -> bool:
+        """Have the node agent write the report, in one message that is there whole or not at all: MPI may end this process at any moment."""
+        if self._agent is None:
+            return False
+        redact = own_redactor().redact
+        first, *later = [Seen(one._replace(text=redact(one.text)), self._ranks[one.rank].host) for one in failures]
+        report = Report(first.failure, first.host, redact(text), tuple(later), 0, self._voice.host)
+        return self._agent.publish(f"report {pack_report(report)}")
 
     def _write(self, failures: Sequence[Failure], text: str) -> None:
         """Write rank 0's failure file, and have the readers know."""
-        self.failures = tuple(failures)
         first, *rest = failures
         later = [content_of(failure, self._ranks[failure.rank].host) for failure in rest]
         report = {"report": text, "consequences": later}
         write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
+        self._inform(failures, text)
+
+    def _inform(self, failures: Sequence[Failure], text: str) -> None:
+        self.failures = tuple(failures)
         for reader in self._readers:
             suppressed(partial(reader, failures, text))

@@ -19,10 +19,11 @@ import time
 from typing import TYPE_CHECKING, NoReturn
 
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.observe.redact import own_redactor
+from dynamo_mpi.supervision.agent_failures import Seen, pack_seen
 from dynamo_mpi.supervision.backstop import exit_after
 from dynamo_mpi.supervision.failure import Cause, Failure, describe_error
 from dynamo_mpi.supervision.failure_files import write_failure
-from dynamo_mpi.supervision.heir import mourning
 from dynamo_mpi.supervision.liveness_line import Bell, ClosedError, Line
 from dynamo_mpi.supervision.liveness_wire import (
     MOST_BODY,
@@ -47,9 +48,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dynamo_mpi.errors import BootstrapError
+    from dynamo_mpi.supervision.agent_client import NodeAgentClient
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.supervision.tie import Tie
     from dynamo_mpi.talk import Voice
     from dynamo_mpi.world import World
 
@@ -65,6 +66,8 @@ _SPEAKER_SECONDS = 0.5
 # MPI_Abort: `srun --kill-on-bad-exit` has sent a SIGTERM that ranks ignore, and would kill them after its KillWait, half a minute by default
 _ENDING_SECONDS = 1.5
 _OTHERS_SECONDS = 2.0
+# longer than the deputy leaves it to the hub, and writes
+_AGENT_SECONDS = 4.0
 # mostly a signal comes to all ranks, and rank 0 knows what to do about it
 _HOLD_SECONDS = 0.3
 _ENDING = ("drain", "exit")
@@ -79,15 +82,17 @@ class Lifeline:
         world: all ranks.
         phases: what this rank is doing.
         voice: says what rank 0 can't.
-        tie: to this node's companion, for the rank that is the heir.
+        agent: this rank's connection to its node agent.
 
     Raises:
         UsageError: rank 0 can't be reached.
     """
 
-    def __init__(self, meeting: Meeting, world: World, phases: Phases, voice: Voice, tie: Tie | None = None) -> None:
+    def __init__(
+        self, meeting: Meeting, world: World, phases: Phases, voice: Voice, agent: NodeAgentClient | None = None
+    ) -> None:
         self._meeting, self._world, self._phases, self._voice = meeting, world, phases, voice
-        self._tie = tie if meeting.heir == world.rank else None
+        self._agent = agent
         self.world_phase = "load"
         self._line, self._early = connect(meeting, world.rank)
         self._bell = Bell()
@@ -125,6 +130,9 @@ class Lifeline:
         self._mourn(failure.text)
         told = Told(failure.exit_code, failure.phase, failure.sequence, failure.text)
         self._tell(Frame(Kind.FAILED, told.pack()))
+        if self._agent is not None:
+            redacted = failure._replace(text=own_redactor().redact(failure.text))
+            self._agent.send(f"failure {pack_seen(Seen(redacted, self._voice.host))}")
         write_failure(self._meeting, failure, self._voice.host)
         # rank 0 writes the report, and ends us with all the others
         time.sleep(_RESCUE_SECONDS)
@@ -175,7 +183,7 @@ class Lifeline:
                 error = (loss if end.lost else death)(self._meeting.host)
                 self._lose(error, lost=end.lost)
         except Exception as error:  # this rank can't be watched any longer, so nobody would see its end
-            self._lose_with(*describe_error(error))
+            self._lose_with(*describe_error(error), Cause.TOLD, rank=self._world.rank)
         finally:
             self._line.close()
             self._bell.close()
@@ -219,8 +227,6 @@ class Lifeline:
                 self.world_phase = frame.body.decode("utf-8", "replace")
                 for listener in self._listeners:
                     listener(self.world_phase)
-            elif frame.kind is Kind.WILL and self._tie is not None:
-                self._tie.tell(f"heir {frame.body.decode('utf-8', 'replace')}")
             elif frame.kind in (Kind.LEAVING, Kind.ENDING):
                 self._over = True
                 if frame.kind is Kind.ENDING:
@@ -241,31 +247,27 @@ class Lifeline:
             self._lose(error, lost=lost)
 
     def _lose(self, error: BootstrapError, *, lost: bool) -> None:
-        text = f"rank 0 on {self._meeting.host} {error}"
-        # a host that is lost may have taken rank 1 along
-        speaker = (self._meeting.heir if lost else 0) or 1
-        is_told = self._meeting.has_companion and not lost
-        self._lose_with(text, int(error.exit_code), speaker=speaker, is_told=is_told, lost=lost)
+        self._lose_with(str(error), int(error.exit_code), Cause.LOST if lost else Cause.DEATH)
 
-    def _lose_with(self, text: str, code: int, *, speaker: int = 1, is_told: bool = False, lost: bool = False) -> None:
-        """Leave because rank 0 can't be relied on: its companion says why, or the first of the others, which ends the world."""
+    def _lose_with(self, text: str, code: int, cause: Cause, *, rank: int = 0) -> None:
+        """Leave because rank 0 can't be relied on: the node agents report why, or, where there are none, the first of the other ranks."""
         self._over = True
-        self._mourn(text)
-        cause = Cause.LOST if lost else Cause.DEATH
-        failure = Failure(0, code, text, cause, self.world_phase, time.monotonic())
-        if self._tie is not None:
-            self._tie.tell(mourning(failure, self._meeting.host))
-        if self._world.rank != speaker:
+        host = self._voice.host if rank else self._meeting.host
+        named = text if rank else f"rank 0 on {host} {text}"
+        self._mourn(named)
+        failure = Failure(rank, code, text, cause, self.world_phase, time.monotonic())
+        if self._agent is not None and self._agent.connected and self._meeting.has_agent:
+            self._agent.send(f"{'failure' if rank else 'rank0_lost'} {pack_seen(Seen(failure, host))}")
+            # the agent ends this rank once the cause is reported, with its exit code
+            time.sleep(_AGENT_SECONDS)
+            self._agent.send("reported")
+            self._end(code)
+        if self._world.rank != 1:
             time.sleep(_OTHERS_SECONDS)
             os._exit(code)
         # where rank 0 has ended the world and that news was lost with the connection, we are gone by then
         time.sleep(_DOUBT_SECONDS)
-        if is_told:
-            self._voice.say(
-                f"rank 0 on {self._meeting.host} has gone, so all ranks end; its companion says why, unless that has gone with it"
-            )
-        else:
-            self._voice.say(f"error in {self.world_phase}: {text}")
+        self._voice.say(f"error in {self.world_phase}: {named}")
         write_failure(self._meeting, failure, self._voice.host, by=self._world.rank)
         time.sleep(_SPEAKER_SECONDS)
         self._end(code)

@@ -58,6 +58,11 @@ class Line:
         return self._connection.fileno()
 
     @property
+    def own_address(self) -> str:
+        """This host's address on it."""
+        return str(self._connection.getsockname()[0])
+
+    @property
     def unsent(self) -> bool:
         """Whether something waits for `flush`."""
         return bool(self._unsent)

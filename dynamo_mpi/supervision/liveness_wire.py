@@ -4,9 +4,10 @@
     rank 0: Hello(nonce)
     rank:   Join(rank, nonce, proof)
     rank 0: Welcome(proof)
-    rank 0: Beat, Ask, Phase(name), Will(text), Ending, Leaving
+    rank 0: Beat, Ask, Phase(name), Ending, Leaving
     rank:   Beat, Phase(name), Spans(what `roll.pack_spans` makes), Stacks(text), Failed(exit code, phase, sequence, text),
             Signal(number, again), Leaving
+    agents: Agent(JSON), between the node agents, see `agent_network`
 
 A frame is a header of fixed size and a body of at most `MOST_BODY` bytes; before the proof, of `MOST_STRANGERS_BODY`. Nothing that is
 received is run or unpickled. Both sides know the token, which came with the verdict, and prove it by an HMAC over the other's nonce; it never
@@ -56,9 +57,9 @@ class Kind(IntEnum):
     LEAVING = 8
     PHASE = 9
     ENDING = 10
-    WILL = 11
     SIGNAL = 12
     SPANS = 13
+    AGENT = 14
 
 
 class Frame(NamedTuple):

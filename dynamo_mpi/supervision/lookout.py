@@ -37,8 +37,6 @@ class _Rank:
     def __init__(self, number: int, line: Line) -> None:
         self.number, self.line, self.heard = number, line, time.monotonic()
         self.phase = ""
-        # what it was told of what holds until further notice
-        self.standing: Frame | None = None
         # nothing that comes after is news: it has left in order, or its trouble has been told
         self.done = False
 
@@ -83,7 +81,6 @@ class Lookout:
         self._answered = threading.Condition()
         self._leaving = False
         self._overslept = -math.inf
-        self._standing: Frame | None = None
         self._ending: Frame | None = None
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -103,11 +100,6 @@ class Lookout:
     def tell(self, frame: Frame) -> None:
         """Send ``frame`` to all ranks. Thread-safe, never waits."""
         self._orders.put(frame)
-        self._bell.ring()
-
-    def keep_telling(self, frame: Frame) -> None:
-        """Send ``frame`` to all ranks, also to those that come later, instead of what was given before. Thread-safe, never waits."""
-        self._standing = frame
         self._bell.ring()
 
     @property
@@ -182,12 +174,6 @@ class Lookout:
             if frame.kind is Kind.ENDING:
                 self._ending = frame
             self._send_all(frame)
-        standing = self._standing
-        for rank in self._ranks.values():
-            if rank.standing is not standing and standing is not None:
-                rank.standing = standing
-                rank.line.send(standing)
-                self._follow(rank)
 
     def _send_all(self, frame: Frame) -> None:
         for rank in self._ranks.values():

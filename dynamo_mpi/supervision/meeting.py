@@ -27,9 +27,10 @@ class Meeting(NamedTuple):
         heartbeat_timeout: seconds of silence that are too long; 0 for none, None for the defaults.
         failure_dir: folder for failure files; empty for none.
         label: begins their names.
-        heir: the rank whose companion takes the worker out of discovery when rank 0's node is lost; 0 for none.
-        has_companion: a process beside rank 0 tells of its end.
+        has_agent: a process beside rank 0 reports its end.
         log_dir: folder for log files; empty for none.
+        agent_port: where rank 0's node agent hears those of other nodes; 0 for nowhere.
+        agent_token: hexadecimal; what the node agents of this world know.
     """
 
     host: str
@@ -39,9 +40,10 @@ class Meeting(NamedTuple):
     heartbeat_timeout: float | None = None
     failure_dir: str = ""
     label: str = "worker"
-    heir: int = 0
-    has_companion: bool = False
+    has_agent: bool = False
     log_dir: str = ""
+    agent_port: int = 0
+    agent_token: str = ""
 
     def patience(self, phase: str) -> float | None:
         """Return how many seconds of silence are too long in a phase; None where no silence is."""
@@ -59,11 +61,21 @@ class Meeting(NamedTuple):
         data = pack(["" if value is None else str(value) for value in self])
         return len(data).to_bytes(_LENGTH_BYTES, "little") + data + rest
 
+    def as_json(self) -> str:
+        """Encode it, in a line, for this rank's node agent."""
+        import json
+
+        return json.dumps({"meeting": self._asdict()})
+
     @classmethod
     def unpack(cls, data: bytes) -> tuple[Meeting, bytes]:
         """Decode what `pack` made."""
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-        host, address, port, token, timeout, folder, label, heir, companion, logs = unpack(data[_LENGTH_BYTES:end])
+        host, address, port, token, timeout, folder, label, agent, logs, agent_port, secret = unpack(
+            data[_LENGTH_BYTES:end]
+        )
         seconds = float(timeout) if timeout else None
-        meeting = cls(host, address, int(port), token, seconds, folder, label, int(heir), companion == str(True), logs)
+        meeting = cls(
+            host, address, int(port), token, seconds, folder, label, agent == str(True), logs, int(agent_port), secret
+        )
         return meeting, data[end:]

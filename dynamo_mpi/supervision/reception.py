@@ -46,6 +46,7 @@ class Reception:
         token: what they have to know.
         size: ranks of the world; as many may be on their way at once as have not come yet, and a few strangers.
         admit: called with the number and the line of each rank that has proven itself; returns whether that one was due.
+        greeted: called with its number once it has been answered.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class Reception:
         token: bytes,
         size: int,
         admit: Callable[[int, Line], bool],
+        greeted: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._selector, self._listener, self._token = selector, listener, token
-        self._room, self._admit = size + SPARE, admit
+        self._room, self._admit, self._greeted = size + SPARE, admit, greeted
         self._strangers: dict[int, _Stranger] = {}
         listener.setblocking(False)
         self._open = False
@@ -125,6 +127,7 @@ class Reception:
             return
         self._room -= 1
         line.send(Frame(Kind.WELCOME, prove_rank_zero(self._token, join.nonce, join.rank)))
+        self._greeted(join.rank)
 
     def _drop(self, stranger: _Stranger) -> Line:
         self._selector.unregister(stranger.line)

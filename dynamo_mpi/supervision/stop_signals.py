@@ -25,10 +25,11 @@ class StopSignals:
 
     Args:
         hurry: called, from a thread, with a signal that leaves no time for an orderly end.
+        note: called with each signal, before anything is done about it. It has to be quick.
     """
 
-    def __init__(self, hurry: Callable[[int], object]) -> None:
-        self._hurry = hurry
+    def __init__(self, hurry: Callable[[int], object], note: Callable[[int], object] = lambda _: None) -> None:
+        self._hurry, self._note = hurry, note
         self._begin: Callable[[int], object] | None = None
         self._in_loop = self._asked = False
         self._last = -math.inf
@@ -76,4 +77,5 @@ class StopSignals:
             if begin is None and self._asked and number == signal.SIGUSR1:
                 return
             self._asked = True
+        self._note(number)
         (begin or self._hurry)(number)

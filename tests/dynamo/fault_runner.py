@@ -28,6 +28,7 @@ from tests.fault_traces import (
     find_child,
     processes_with,
     read_reports,
+    remaining,
 )
 
 RANKS = 3
@@ -86,7 +87,7 @@ class MpirunFaults:
                 look,
             )
             outcome.reports = read_reports(failures)
-            outcome.left += [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
+            outcome.left += remaining(f"TMPDIR={temporary}\0")
             assert memory or not case.streaming, "Open MPI has no shared memory where it always has some"
             outcome.left += [name for name in memory if os.path.exists(name)]
             # an engine that is killed leaves things of its own

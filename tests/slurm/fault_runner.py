@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.fault_cases import CHILD, STREAMS, TOKENS, Case, Outcome, run_case
-from tests.fault_traces import PROGRAMS, Keys, Streams, end_process, find_child, processes_with, read_reports
+from tests.fault_traces import PROGRAMS, Keys, Streams, end_process, find_child, processes_with, read_reports, remaining
 
 from .cluster.commands import InsideProcess
 from .session import SlurmSession
@@ -81,7 +81,7 @@ class SrunFaults:
                 worker.stop,
             )
             outcome.reports = read_reports(failures)
-            outcome.left += [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]
+            outcome.left += remaining(f"TMPDIR={temporary}\0")
             outcome.left += [f"{node}: {name}" for node in NODES for name in self.shared_memory(node)]
             # an engine that is killed leaves things of its own
             ours = "*" if case.engine == "reference" else "dynamo_mpi*"

@@ -24,7 +24,7 @@ from dynamo_mpi.control_plane.last_failure import (
 )
 from dynamo_mpi.control_plane.obituary import LIFE_SECONDS, Obituary, leave_word
 from dynamo_mpi.supervision.failure import Cause, Failure
-from dynamo_mpi.supervision.heir import MOURN, Heir, mourned, mourning, will_of
+from dynamo_mpi.supervision.lease_revoker import LeaseRevoker, encode_leases
 from tests.servers import listening, running_etcd
 from tests.unit.worlds import world
 
@@ -164,30 +164,32 @@ def test_an_heir_writes_only_what_nobody_has_written(url: str, etcd: Etcd) -> No
 
 
 def test_an_heir_leaves_word_once_and_none_of_an_orderly_end(url: str, etcd: Etcd) -> None:
-    will = will_of({"record": 0x1A}, {"ETCD_ENDPOINTS": url}, asdict(ORIGIN), 0x1A)
-    renouncing, heir = Heir(), Heir()
-    renouncing.inherit(will)
-    renouncing.renounce()
-    renouncing.leave_word(FAILURE, "n1", "report")
+    will = encode_leases({"record": 0x1A}, {"ETCD_ENDPOINTS": url}, asdict(ORIGIN), 0x1A)
+    renouncing, revoker = LeaseRevoker(), LeaseRevoker()
+    renouncing.set_leases(will)
+    renouncing.clear()
+    renouncing.record_failure(FAILURE, "n1", "report")
     assert etcd.entries(failures_of()) == []
-    heir.inherit(will)
-    heir.act()
-    heir.leave_word(FAILURE, "n1", "report")
+    revoker.set_leases(will)
+    revoker.revoke()
+    revoker.record_failure(FAILURE, "n1", "report")
     (entry,) = etcd.entries(failures_of())
     assert LastFailure.unpack(entry.value).host == "n1"
     etcd.revoke(entry.lease, 5)
-    heir.leave_word(FAILURE, "n1", "again")
+    revoker.record_failure(FAILURE, "n1", "again")
     assert etcd.entries(failures_of()) == []
-    for each in (renouncing, heir):
+    for each in (renouncing, revoker):
         each.close()
 
 
-@pytest.mark.parametrize("will", [will_of({"record": 1}, {}), '{"leases": [1], "environ": {}}', "{", '{"leases": 1}'])
+@pytest.mark.parametrize(
+    "will", [encode_leases({"record": 1}, {}), '{"leases": [1], "environ": {}}', "{", '{"leases": 1}']
+)
 def test_an_older_will_or_none_leaves_no_word(url: str, etcd: Etcd, will: str) -> None:
-    heir = Heir()
-    heir.inherit(will.replace('"environ": {}', f'"environ": {{"ETCD_ENDPOINTS": "{url}"}}'))
-    heir.leave_word(FAILURE, "n1", "report")
-    heir.close()
+    revoker = LeaseRevoker()
+    revoker.set_leases(will.replace('"environ": {}', f'"environ": {{"ETCD_ENDPOINTS": "{url}"}}'))
+    revoker.record_failure(FAILURE, "n1", "report")
+    revoker.close()
     assert etcd.entries(failures_of()) == []
 
 
@@ -211,19 +213,6 @@ def test_an_etcd_that_hangs_holds_nobody_up() -> None:
         begin = time.monotonic()
         obituary(f"http://127.0.0.1:{port}").leave_soon(FAILURE, "n2", "report")
         assert time.monotonic() - begin < 1.5
-
-
-def test_what_a_rank_has_seen_of_rank_0_reaches_the_heir() -> None:
-    line = mourning(FAILURE._replace(rank=0, text="is lost\n  do: look"), "n1")
-    word, _, rest = line.partition(" ")
-    assert word == MOURN
-    assert "\n" not in line
-    told = mourned(rest)
-    assert told is not None
-    failure, host = told
-    assert (failure.text, failure.cause, failure.exit_code, host) == ("is lost\n  do: look", Cause.DEATH, 70, "n1")
-    assert mourned("") is None
-    assert mourned("[1]") is None
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:

@@ -11,10 +11,10 @@ import pytest
 from dynamo_mpi.control_plane.publicity import Publicity
 from dynamo_mpi.launchers.launch import Launch, Launcher
 from dynamo_mpi.settings import load_settings
-from dynamo_mpi.supervision.estate import Estate
+from dynamo_mpi.supervision.agent_client import NodeAgentClient
+from dynamo_mpi.supervision.owned_leases import OwnedLeases
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.supervision.roll import Progress
-from dynamo_mpi.supervision.tie import Tie
 from dynamo_mpi.talk import Voice
 from tests.unit.worlds import world
 
@@ -27,7 +27,7 @@ def test_progress_of_a_phase_that_is_over_is_not_told(
     phases = Phases()
     phases.begin("load")
     settings = load_settings(["--model", str(tmp_path)], {})
-    estate = Estate(Tie(Launch(Launcher.ALONE), {}, None))
+    estate = OwnedLeases(NodeAgentClient(Launch(Launcher.ALONE), {}, None))
     ours = Publicity(settings, world("agg", engine=engine), phases, Voice(0, "n1"), estate)
     told: list[Any] = []
     monkeypatch.setattr(ours.presence, "tell_progress", told.append)

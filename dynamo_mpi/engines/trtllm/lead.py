@@ -229,6 +229,7 @@ class TrtllmLeader:
             self._events.put(Signalled(signal.SIGUSR1))
 
     def _signalled(self, number: int) -> None:
+        self._guard.note_signal(number)
         if number == signal.SIGUSR1 and self._serving:
             self._time_is_up(TIME_IS_UP)
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a companion ends its ranks where what it has to say can't be written down."""
+"""How a node agent ends its ranks where what it has to say can't be written down."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import threading
 import pytest
 
 from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.supervision import companion
-from dynamo_mpi.supervision.companion import Companion
-from dynamo_mpi.supervision.companion_limits import Limits
+from dynamo_mpi.supervision import agent_writer
+from dynamo_mpi.supervision.early_settings import Limits
+from dynamo_mpi.supervision.node_agent import NodeAgent
 
 
 def test_a_file_system_that_hangs_does_not_keep_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(companion, "write_failure", lambda *_: release.wait(30))
+    monkeypatch.setattr(agent_writer, "write_failure", lambda *_, **__: release.wait(30))
     ours, its = socket.socketpair()
     launch = Launch(Launcher.OPEN_MPI, size=2, local_rank=0)
-    watching = threading.Thread(target=Companion(None, its, launch, "n1", Limits(world_seconds=0.1)).run, daemon=True)
+    watching = threading.Thread(target=NodeAgent(None, its, launch, "n1", Limits(world_seconds=0.1)).run, daemon=True)
     try:
         watching.start()
         ours.settimeout(10)

@@ -79,7 +79,7 @@ def failure_of(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def processes(session: int) -> list[int]:
-    """Return a launcher's ranks and their companions."""
+    """Return a launcher's ranks and their node agents."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -107,7 +107,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("phase", ["world", "preflight"])
 @pytest.mark.parametrize("what", ["kill", "exit0", "exit3", "exception", "stop", "hang"])
-def test_is_seen_told_once_and_ends_all(
+def test_is_seen_reported_once_and_ends_all(
     what: str, phase: str, rank: int, model: Path, failures: Path, usual_seconds: float
 ) -> None:
     begin = time.monotonic()
@@ -138,12 +138,12 @@ def test_a_rank_that_does_not_come_is_missed(model: Path, failures: Path) -> Non
     assert "in _start_mpi" in said
 
 
-def test_an_end_by_signal_is_no_failure_and_leaves_no_companion(model: Path, failures: Path) -> None:
+def test_an_end_by_signal_is_no_failure_and_leaves_no_agent(model: Path, failures: Path) -> None:
     environment = variables(failures, "rank1:environment:slow=30")
     with subprocess.Popen(worker(model), env=environment, stderr=subprocess.PIPE, text=True) as process:
-        # rank 0, the companion that it has forked, and the others
+        # rank 0, the node agent that it has forked, and the others
         eventually(lambda: len(processes(process.pid)) == RANKS + 1, 20)
-        title = f"dynamo_mpi: companion of the ranks on {HOST}".encode()
+        title = f"dynamo_mpi: node agent on {HOST}".encode()
         eventually(lambda: title in command_lines(process.pid))
         process.send_signal(signal.SIGTERM)
         _, said = process.communicate(timeout=20)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a companion knows of a rank of its node, and how it tells of ranks that are late."""
+"""What a node agent knows of a rank of its node, and how it describes ranks that are late."""
 
 from __future__ import annotations
 
@@ -20,48 +20,56 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 1 << 16
 _MOST_LINE = 1 << 18
+_MOST_DESCRIPTORS = 4
 _CREDENTIALS = struct.Struct("3i")
 
 
-class Local:
+class LocalRank:
     """A rank of this node that is connected.
 
     Args:
-        connection: to it; its other end's process is what the kernel says.
+        connection: to it; the kernel says which process is at its other end.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.connection = connection
-        self._pid: int = _CREDENTIALS.unpack(credentials)[0]
+        self.pid: int = _CREDENTIALS.unpack(credentials)[0]
+        # readable once the process has ended, whoever else holds its connection; None where the system has no such thing
+        self.pidfd = _open_pidfd(self.pid)
         self.rank = -1
         self.phase = "world"
         self.heard = self.asked = time.monotonic()
         self._unread = b""
         self.stacks = ""
-        # the verdict has come
-        self.judged = False
-        # needs us no longer
-        self.left = False
-        # says itself why it ends
-        self.told = False
-        # rank 0, or the rank through which rank 0 reaches a companion on another node
-        self.leaves_to_us = False
+        # descriptors that it has handed over
+        self.descriptors: list[int] = []
+        # by what its descendants are known, see `descendants`
+        self.mark = ""
+        self.inode = 0
+        self.preflight_done = False
+        # it leaves in order
+        self.detached = False
+        # it says itself why it ends
+        self.reported = False
+        # when it got a signal to end, in seconds of the monotonic clock
+        self.signalled_at = -1e9
 
     @property
     def is_watched_elsewhere(self) -> bool:
-        """Whether rank 0 watches over it."""
-        return self.judged and self.rank != 0
+        """Whether rank 0 watches for its silence."""
+        return self.preflight_done and self.rank != 0
 
     def read(self) -> list[str] | None:
         """Return the lines that have come; None when there will be no more."""
         try:
-            data = self.connection.recv(_READ_BYTES)
+            data, descriptors, _, _ = socket.recv_fds(self.connection, _READ_BYTES, _MOST_DESCRIPTORS)
         except BlockingIOError:
             return []
         except OSError:
             return None
+        self.descriptors += descriptors
         if not data or len(self._unread) > _MOST_LINE:
             return None
         self.heard = time.monotonic()
@@ -69,24 +77,43 @@ class Local:
         return [line.decode("utf-8", "replace") for line in lines]
 
     def send(self, line: str) -> None:
-        """Tell it something; that it doesn't take it is seen by its silence."""
+        """Send it a line; one that it doesn't take shows by its silence."""
         with contextlib.suppress(OSError):
             self.connection.send(line.encode() + b"\n")
 
     def kill(self) -> None:
         """End a process that is stopped or stuck: it can't do that itself."""
         # 0: it lives where we can't see it
-        if self._pid > 0:
+        if self.pid > 0:
             with contextlib.suppress(OSError):
-                os.kill(self._pid, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Close what belongs to it here."""
+        self.connection.close()
+        if self.pidfd is not None:
+            os.close(self.pidfd)
+            self.pidfd = None
+        for descriptor in self.descriptors:
+            os.close(descriptor)
 
 
-def describe_late(ranks: Sequence[Local], launch: Launch) -> str:
+def _open_pidfd(pid: int) -> int | None:
+    # a Python that was built for old kernels, as conda's, lacks it
+    if pid <= 0 or not hasattr(os, "pidfd_open"):
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except OSError:
+        return None
+
+
+def describe_missing_ranks(ranks: Sequence[LocalRank], launch: Launch) -> str:
     """Say which ranks of this node are there and where they stand, and how many are missing.
 
     Args:
         ranks: those that are connected.
-        launch: tells how many ranks this node should have.
+        launch: says how many ranks this node should have.
     """
     present = sorted(ranks, key=lambda local: local.rank)
     lines = [f"  here: {_ranks([local.rank for local in present])}"]
