@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 _SPIN_SECONDS = 0.001
 _LONGEST_SLEEP_SECONDS = 0.005
-_ABORT_SECONDS = 5.0
+# what asks the launcher to end all ranks is sent at once; Open MPI 4.1, already ending them, would keep this one for three seconds
+_ABORT_SECONDS = 0.5
 
 
 class World:

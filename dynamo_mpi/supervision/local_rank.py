@@ -48,6 +48,8 @@ class LocalRank:
         # by what its descendants are known, see `descendants`
         self.mark = ""
         self.inode = 0
+        # MPI's shared memory that it has mapped
+        self.segments: frozenset[str] = frozenset()
         self.preflight_done = False
         # it leaves in order
         self.detached = False

@@ -20,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import BootstrapError, DeadlineError
+from dynamo_mpi.launchers.launch import Launcher
 from dynamo_mpi.supervision.agent_failures import (
     Seen,
     describe_seen,
@@ -36,6 +37,7 @@ from dynamo_mpi.supervision.early_settings import Limits
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.local_rank import LocalRank, describe_missing_ranks
 from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.supervision.shared_memory import remove_segments, segments_of
 from dynamo_mpi.supervision.title import set_title
 from dynamo_mpi.supervision.troubles import death, silence
 
@@ -97,6 +99,7 @@ class NodeAgent:
         self._seen: list[Seen] = []
         self._reported = self._closing = self._rank_0_gone = False
         self._end_code = 0
+        self._segments: frozenset[str] = frozenset()
         self._admit(first)
         if listener is not None:
             listener.setblocking(False)
@@ -117,6 +120,9 @@ class NodeAgent:
                 self._compensate_stall(now - due)
                 self._look(now)
                 due = time.monotonic() + _TICK_SECONDS
+        # a launcher that is well does so itself, and while a rank lives they are in use
+        if not self._ranks:
+            remove_segments(self._segments)
         self._writer.finish()
         if self._network is not None:
             self._network.flush(_FLUSH_SECONDS)
@@ -188,6 +194,8 @@ class NodeAgent:
             local.mark, local.inode = mark, int(inode) if inode.isdecimal() else 0
         elif word == "phase":
             local.phase = rest
+            if local.preflight_done:
+                local.segments |= segments_of(local.pid)
             if local.rank == 0:
                 self._world_phase = rest
                 self._broadcast({"phase": rest})
@@ -199,6 +207,7 @@ class NodeAgent:
             self._hub_listener = socket.socket(fileno=local.descriptors.pop())
         elif word == "preflight_done":
             local.preflight_done = True
+            local.segments |= segments_of(local.pid)
             self._join_world(local, rest)
         elif word == "detach":
             local.detached = True
@@ -223,6 +232,8 @@ class NodeAgent:
             # its end follows from that
             local.reported = True
             self._failed(seen)
+        elif word == "report" and self._reported:
+            local.send("published")
         elif word == "report" and (report := read_report(rest)) is not None:
             self._reported, self._end_code = True, report.failure.exit_code
             self._decide_at = math.inf
@@ -240,6 +251,8 @@ class NodeAgent:
         local.heard = now = time.monotonic()
         if local.mark:
             self._writer.later(partial(end_descendants, local.mark, local.inode))
+        if not local.detached:
+            self._segments |= local.segments
         if local.rank == 0:
             self._forget_rank_0(local)
         was_told_to = now - local.signalled_at < _SIGNALLED_SECONDS
@@ -309,7 +322,12 @@ class NodeAgent:
             return
         if self._deputy is not None and self._network is not None:
             self._network.send(self._deputy[0], {"failure": pack_seen(seen)})
-        self._decide_at = min(self._decide_at, now + (_SETTLE_SECONDS if self._rank_0_gone else _RANK_0_SECONDS))
+        if self._launch.launcher is Launcher.HYDRA and seen.failure.cause is Cause.DEATH:
+            # mpiexec kills all others at once, and the way to its output with them
+            patience = 0.0
+        else:
+            patience = _SETTLE_SECONDS if self._rank_0_gone else _RANK_0_SECONDS
+        self._decide_at = min(self._decide_at, now + patience)
 
     @property
     def _hub_patience(self) -> float:
