@@ -86,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with phases.enter("world"):
             if isinstance(answers, BootstrapError):
                 raise answers
-            world = form_world(alone=launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SLURM_BARE))
+            alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SLURM_BARE)
+            world = form_world(alone=alone, alone_on_node=launch.local_size == 1)
             refuse_world_size(launch, library, world.size)
     except BootstrapError as error:
         if notifier is not None:

@@ -100,11 +100,12 @@ def bind_library() -> str:
         ) from None
 
 
-def form_world(*, alone: bool = False) -> World:
+def form_world(*, alone: bool = False, alone_on_node: bool = False) -> World:
     """Start MPI and return the world. Collective; call it once per process.
 
     Args:
         alone: no launcher has started this rank.
+        alone_on_node: it is the only rank of its node.
 
     Raises:
         MislaunchError: the MPI library doesn't let several threads call it, which the engines need.
@@ -114,6 +115,9 @@ def form_world(*, alone: bool = False) -> World:
     if alone:
         # no launcher takes away the shared memory that Open MPI makes for neighbours: 16 MiB of /dev/shm would stay for each start
         os.environ.setdefault("OMPI_MCA_btl", "self")
+    elif alone_on_node:
+        # the same of Open MPI 5 where the launcher kills the rank
+        os.environ.setdefault("OMPI_MCA_btl", "^sm")
     if not MPI.Is_initialized():
         _start_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:

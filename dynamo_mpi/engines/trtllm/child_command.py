@@ -125,6 +125,8 @@ def child_environment(environ: Mapping[str, str], session: SessionAddress, setti
         "TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR": session.address,
         "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY": session.key,
         "tllm_mpi_size": str(session.size),
+        # MPI's start in the child, a world of one, would leave 16 MiB in /dev/shm whenever the child is killed
+        "OMPI_MCA_btl": "self",
     }
 
 

@@ -28,6 +28,7 @@ from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.supervision.failure import HurriedError
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SignalThread
+from dynamo_mpi.supervision.word import begun
 from dynamo_mpi.talk import tell_launch
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ _SHUTDOWN_SECONDS = 30.0
 _RELEASE_SECONDS = 60.0
 _DEREGISTER_SECONDS = 0.5
 _FIRST_CAUSE_SECONDS = 0.5
+_KILLED_SECONDS = 0.1
 _CHILD_FIRST_SECONDS = 20.0
 _CHILD_FIRST_LOADING_SECONDS = 1.0
 
@@ -243,8 +245,12 @@ class TrtllmLeader:
     def _ended(self, code: int, lines: list[str]) -> None:
         if self._stopping:
             self._events.put(Ended(code, lines))
-        # a rank that failed may have taken the child along; its own words are the first cause
-        elif not self._guard.failed.wait(_FIRST_CAUSE_SECONDS):
+            return
+        if code:
+            # whatever the cause, no request must come here any more
+            begun(self._depart)
+        # a rank that failed may have taken the child along, though not by a signal; its own words are the first cause
+        if not self._guard.failed.wait(_FIRST_CAUSE_SECONDS if code >= 0 else _KILLED_SECONDS):
             if self._serving and code == 0:
                 self._events.put(Ended(code, lines))
             else:
