@@ -75,7 +75,7 @@ def follow(
     from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
-    from dynamo_mpi.supervision.signal_thread import SignalThread
+    from dynamo_mpi.supervision.signal_thread import SignalThread, signals_of
 
     meeting, packed = Meeting.unpack(message[1:])
     speech.log_to(meeting.log_dir, meeting.label, world.rank)
@@ -85,7 +85,7 @@ def follow(
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
     tie.leave_signals()
-    signals = SignalThread()
+    signals = SignalThread(signals=signals_of(launch.launcher))
     if meeting.heir == world.rank:
         tie.tell("judged")
     else:
