@@ -36,6 +36,8 @@ _STATUS = re.compile(r"The first process to do so was: Process name: \[\S+?,(\d+
 _IMPROPERLY = re.compile(r"has exited due to process rank (\d+) with PID \d+ on node (\S+) exiting improperly")
 _DAEMON = re.compile(r"has lost communication with a remote daemon\..*? Remote daemon: \S+ on node (\S+)")
 _UNSPAWNED = re.compile(r"A daemon failed to report back after being spawned\..*? Remote host: (\S+)")
+# the whole of what Open MPI 4 says at times
+_PRIMARY = re.compile(r"Primary job terminated normally, but \d+ process(?:es)? returned a non-zero exit code")
 _PEER = re.compile(r"MPI communication peer process has unexpectedly disconnected\..*? Peer host: (\S+)")
 _BAD = re.compile(r"= PID (\d+) RUNNING AT (\S+) = EXIT CODE: (\d+)(?:.*?EXIT STRING: .*?\(signal (\d+)\))?")
 # what ranks say whose peer has gone, and what an exit code that follows is of
@@ -111,7 +113,7 @@ def first_death(text: str) -> Death | None:
         return death._replace(is_sure=False) if death.code is not None and _COMPLAINT.search(words) else death
     if peer := _PEER.search(words):
         return Death(host=peer[1], how="closed its connections, of which its peers ended")
-    return None
+    return Death(how="ended with a code other than 0, of which mpirun says no more") if _PRIMARY.search(words) else None
 
 
 def _place(found: tuple[int, Death]) -> int:
@@ -156,9 +158,9 @@ def _of_mpirun(words: str) -> Iterator[tuple[int, Death]]:
 
 
 def _of_mpich(pid: int, host: str, code: int, number: int) -> Death:
-    """MPICH names no rank; its exit code is a status as wait(2) has it, or with many ranks what all of them are or-ed to."""
+    """MPICH names no rank, its exit code may be another rank's, and a rank that it has killed itself may be the one that it tells of."""
     number = number or (code if 0 < code < 64 and _name(code) else 0)
-    return Death(host=host, signal=number, code=None if number else code, pid=pid)
+    return Death(host=host, signal=number, code=None if number else code, pid=pid, is_sure=number != signal.SIGKILL)
 
 
 def _task(ranks: tuple[int, ...], host: str, how: str) -> Death:
