@@ -91,10 +91,10 @@ class Death(NamedTuple):
         if self.how:
             return self.how
         if self.signal:
-            return f"was killed by signal {self.signal}{_name(self.signal)}"
+            return f"was killed by {spell_signal(self.signal)}"
         if self.code is not None:
-            if self.code > 128 and (name := _name(self.code - 128)):
-                return f"left with exit code {self.code}, as after signal {self.code - 128}{name}"
+            if self.code > 128 and _is_named(self.code - 128):
+                return f"left with exit code {self.code}, as after {spell_signal(self.code - 128)}"
             return f"left with exit code {self.code}"
         return "died"
 
@@ -159,7 +159,7 @@ def _of_mpirun(words: str) -> Iterator[tuple[int, Death]]:
 
 def _of_mpich(pid: int, host: str, code: int, number: int) -> Death:
     """MPICH names no rank, its exit code may be another rank's, and a rank that it has killed itself may be the one that it tells of."""
-    number = number or (code if 0 < code < 64 and _name(code) else 0)
+    number = number or (code if 0 < code < 64 and _is_named(code) else 0)
     return Death(host=host, signal=number, code=None if number else code, pid=pid, is_sure=number != signal.SIGKILL)
 
 
@@ -185,6 +185,10 @@ def _joined(text: str) -> str:
     return " ".join(text.split())
 
 
-def _name(number: int) -> str:
-    """Return a signal's name in brackets; nothing where there is no such signal."""
-    return f" ({signal.Signals(number).name})" if number in signal.valid_signals() and number < signal.SIGRTMIN else ""
+def spell_signal(number: int) -> str:
+    """Return a signal's number and name."""
+    return f"signal {number}" + (f" ({signal.Signals(number).name})" if _is_named(number) else "")
+
+
+def _is_named(number: int) -> bool:
+    return number in signal.valid_signals() and number < signal.SIGRTMIN

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -17,7 +18,7 @@ from dynamo_mpi.control_plane.obituary import LIFE_SECONDS
 from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, WorldRecord, worlds_of
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.first_death import Death, first_death
+from dynamo_mpi.launch.first_death import Death, first_death, spell_signal
 from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.failure_files import write_failure
@@ -93,12 +94,14 @@ class Trace(NamedTuple):
         record: its record's lease; 0 for none.
         phase: that the record names.
         is_reported: somebody has left word of a failure.
+        answered: etcd did, and lets us in.
     """
 
     origin: Origin | None = None
     record: int = 0
     phase: str = ""
     is_reported: bool = False
+    answered: bool = True
 
 
 class Report(NamedTuple):
@@ -133,7 +136,7 @@ def trace_in_etcd(beginning: Beginning, environ: Mapping[str, str]) -> Trace:
     try:
         return ask_etcd(environ, _ETCD_SECONDS, lambda gateway: _trace(beginning.origin, gateway))
     except BootstrapError:
-        return Trace()
+        return Trace(answered=False)
 
 
 def report_death(
@@ -174,11 +177,12 @@ def report_death(
     host = death.host if death is not None else ""
     origin = trace.origin or beginning.origin
     content = last_failure(origin, failure, host, str(report))
-    try:
-        if not ask_etcd(environ, _ETCD_SECONDS, lambda gateway: _leave(content, origin, trace.record, gateway)):
+    # where etcd can't be asked, it is said, and written down, all the same
+    with contextlib.suppress(BootstrapError):
+        if trace.answered and not ask_etcd(
+            environ, _ETCD_SECONDS, lambda gateway: _leave(content, origin, trace.record, gateway)
+        ):
             return None
-    except BootstrapError:
-        pass  # it is said, and written down, all the same
     if beginning.failures is not None:
         meeting = Meeting(os.uname().nodename, failure_dir=str(beginning.failures), label=origin.component)
         more = {"report": str(report), "consequences": [], "attempt": origin.attempt}
@@ -187,6 +191,13 @@ def report_death(
 
 
 def _report(name: str, code: int, death: Death | None, step: Step) -> Report:
+    number = -step.child.process.returncode
+    if death is None and number > 0:
+        who = f"its launcher was killed by {spell_signal(number)}"
+        found = f"{name} ended with exit code {code}: {who}, and its ranks left no report"
+        return Report(
+            found, "a launcher that lives as long as its ranks", "find out who killed it: the kernel, or an operator"
+        )
     if death is None:
         found = f"{name} ended with exit code {code}, its ranks left no report, and its launcher doesn't say what became of them"
         return Report(found, "ranks that serve until they are asked to end", f"read the end of {step.child.log}")
@@ -208,7 +219,7 @@ def _trace(origin: Origin, gateway: EtcdGateway) -> Trace:
             record = WorldRecord.unpack(value.data)
         except ValueError:
             continue
-        if record.launch == origin.launch:
+        if (record.launch, record.attempt) == (origin.launch, origin.attempt):
             trace = Trace(Origin.of(record), value.lease, record.phase)
     return trace._replace(is_reported=_is_left(origin, gateway))
 

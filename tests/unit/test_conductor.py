@@ -340,6 +340,19 @@ def test_a_launcher_that_says_nothing_is_told_as_that(run: Run) -> None:
     assert (code, "its launcher doesn't say what became of them" in said) == (14, True)
 
 
+def test_a_launcher_that_was_killed_is_told_as_that(run: Run) -> None:
+    code, said = run(decode="kill -9 $$")
+    told = (
+        "decode-0 ended with exit code 137: its launcher was killed by signal 9 (SIGKILL), and its ranks left no report"
+    )
+    assert (code, said.count(told)) == (137, 1)
+
+
+def test_a_mistake_speaks_for_itself(run: Run, tmp_path: Path) -> None:
+    code, said = run(decode="echo 'srun: error: n: task 0: Exited with exit code 64'; exit 64")
+    assert (code, "no rank was left" in said, (tmp_path / "run" / "failures").exists()) == (64, False, False)
+
+
 def test_a_host_that_is_lost_while_a_worker_loads_is_no_orderly_end(run: Run) -> None:
     lost = (
         "echo 'ORTE has lost communication with a remote daemon. HNP daemon : x Remote daemon: [[910,0],2] on node n'"
