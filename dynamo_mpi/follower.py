@@ -75,7 +75,7 @@ def follow(
     from dynamo_mpi.observe.speech import speech
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
-    from dynamo_mpi.supervision.signal_thread import SignalThread
+    from dynamo_mpi.supervision.signal_thread import SignalThread, signals_of
 
     meeting, packed = Meeting.unpack(message[1:])
     speech.log_to(meeting.log_dir, meeting.label, world.rank)
@@ -86,7 +86,7 @@ def follow(
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
     client.uninstall_signal_handlers()
-    signals = SignalThread()
+    signals = SignalThread(signals=signals_of(launch.launcher))
     spec = EngineSpec.unpack(packed)
     if reporter is not None:
         reporter.follow(lifeline, {"engine": spec.engine, "role": spec.role, "component": meeting.label})

@@ -213,14 +213,18 @@ class Leader:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
         from dynamo_mpi.control_plane.presence import record_of
+        from dynamo_mpi.supervision.signal_thread import signals_of
         from dynamo_mpi.supervision.stop_signals import StopSignals
 
         self._onlookers.introduce(settings, record_of(settings, verdict.subject, cards, self._phases))
         # from here on the main thread may sit in the engine
         self._client.uninstall_signal_handlers()
-        self._signals = signals = StopSignals(self._hurry, lambda number: self._client.send(f"signalled {number}"))
+        self._signals = signals = StopSignals(self._hurry, signals_of(self._launch.launcher), self._note_signal)
         self._onlookers.appear()
         return signals
+
+    def _note_signal(self, number: int) -> None:
+        self._client.send(f"signalled {number}")
 
     def _departure(self, settings: Settings) -> Departure:
         return Departure(settings.endpoint, os.environ, self._own_instance)
@@ -263,6 +267,7 @@ class Leader:
 
     def _lead_trtllm(self, settings: Settings, plan: Plan, cards: Sequence[Card], guard: Guard) -> int:
         from dynamo_mpi.engines.trtllm.lead import TrtllmLeader
+        from dynamo_mpi.supervision.signal_thread import signals_of
 
         gpus_per_node = plan.config.gpus_per_node or len(cards) // len(hosts(cards))
         leader = TrtllmLeader(
@@ -274,6 +279,7 @@ class Leader:
             self._phases,
             self._voice,
             self._departure(settings),
+            signals_of(self._launch.launcher),
         )
         try:
             code = leader.run(partial(self._announce, settings))

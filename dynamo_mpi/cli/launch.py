@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.conductor import Conductor
 from dynamo_mpi.launch.container import Container, mount
@@ -23,7 +24,7 @@ from dynamo_mpi.launch.deployment import assign, nodes_wanted
 from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
 from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
-from dynamo_mpi.launch.run_dir import RunDir
+from dynamo_mpi.launch.run_dir import RunDir, tell_refusal
 from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
 from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
 from dynamo_mpi.launch.srun import Srun, token_of
@@ -68,6 +69,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
+    try:
+        return _run(arguments)
+    except BootstrapError as error:
+        if not arguments.dry_run and (path := _refused_at(arguments)) is not None:
+            tell_refusal(path, error.exit_code, f"the launch was refused: {error}")
+        raise
+
+
+def _refused_at(arguments: argparse.Namespace) -> Path | None:
+    """Return the folder in which somebody may wait for what was refused: one that was named, or that is this job's."""
+    named, job = arguments.run_dir or os.environ.get("DYN_MPI_RUN_DIR"), os.environ.get("SLURM_JOB_ID", "")
+    if not named and not job:
+        return None
+    return Path(os.path.abspath(named or f"dynamo_mpi-{job}"))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     settings = read_settings(vars(arguments), arguments.further_words, os.environ)
     nodes = _nodes(settings, arguments.dry_run)
     workers = assign(settings, nodes)

@@ -125,6 +125,20 @@ class EtcdGateway:
         if status != http.HTTPStatus.OK:
             raise self._refusal(reply)
 
+    def create(self, key: str, value: bytes, lease: int) -> bool:
+        """Write a key under a lease unless it is there already, and tell whether it was written.
+
+        Raises:
+            DiscoveryError: no answer in time, or a refusal.
+        """
+        name = _text(key.encode())
+        put = {"request_put": {"key": name, "value": _text(value), "lease": str(lease)}}
+        compare = {"key": name, "target": "CREATE", "result": "EQUAL", "create_revision": "0"}
+        status, reply = self._ask("/v3/kv/txn", {"compare": [compare], "success": [put]})
+        if status != http.HTTPStatus.OK:
+            raise self._refusal(reply)
+        return reply.get("succeeded") is True
+
     def grant(self, seconds: int) -> int:
         """Return a new lease that lives for ``seconds``.
 
@@ -177,7 +191,7 @@ class EtcdGateway:
             raise self._refusal(reply)
         return status == http.HTTPStatus.OK
 
-    def _ask(self, path: str, question: dict[str, str] | None) -> tuple[int, dict[str, Any]]:
+    def _ask(self, path: str, question: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status and the answer; without a question, of a page."""
         try:
             self._connection.timeout = self._left()

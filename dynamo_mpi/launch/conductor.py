@@ -303,6 +303,8 @@ class Conductor:
         while any(step.child.exit_code() is None for step in steps) and time.monotonic() < end:
             if signals_before is not None and self._interrupts.count != signals_before:
                 return
+            for step in steps:
+                step.child.resume()
             self._interrupts.sleep(POLL_SECONDS)
 
     def _say(self, text: str) -> None:

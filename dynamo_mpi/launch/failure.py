@@ -13,8 +13,10 @@ class StepFailed(BootstrapError):
         found: which, and how.
         status: its exit code, or ours where it gave none.
         log: the end of its own words.
+        needed: what has to be true instead.
+        fix: what to do about it.
     """
 
-    def __init__(self, found: str, *, status: int, log: str, fix: str = "") -> None:
-        super().__init__(found, fix=fix)
+    def __init__(self, found: str, *, status: int, log: str, needed: str = "", fix: str = "") -> None:
+        super().__init__(found, needed=needed, fix=fix)
         self.status, self.log = status, log

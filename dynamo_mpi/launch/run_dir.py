@@ -8,6 +8,7 @@ services.json      the services' addresses and credentials (0600); gone once the
 ready/NAME.json    a worker that serves
 timeline/NAME.html a worker's start as a page, NAME.trace.json for Perfetto; launch.json has the launcher's own steps; kept until a further
                    deployment starts in the folder
+failures/NAME/     a worker's failure files; made by whoever writes the first
 logs/NAME.log      a step's output; kept, as NAME.log.old when a further deployment starts in the folder
 stop               whoever makes this file ends the deployment
 """
@@ -22,7 +23,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.errors import UsageError
+from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.services.own_folder import require_own
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class RunDir:
         """Return what a worker writes once it serves."""
         return self._ready / f"{name}.json"
 
+    def failures(self, name: str) -> Path:
+        """Return the folder of a worker's failure files."""
+        return self.path / "failures" / name
+
     @property
     def milestones(self) -> Path:
         """Where the launcher writes how long its own steps took."""
@@ -127,9 +132,7 @@ class RunDir:
             exit_code: the launcher's.
             report: why, in its words.
         """
-        content = {"schema": ENDED_SCHEMA, "exit_code": exit_code, "report": report[:_LONGEST_REPORT]}
-        with contextlib.suppress(OSError):
-            _write(self._ended, {**content, "time": time.time()})
+        _tell_end(self._ended, exit_code, report)
 
     def close(self) -> None:
         """Say that nothing runs any more; logs stay."""
@@ -152,6 +155,29 @@ class RunDir:
         except OSError as error:
             if error.errno not in _NO_LOCKS:  # a file system without locks: two launchers are the user's to avoid
                 raise
+
+
+def tell_refusal(path: Path, exit_code: int, report: str) -> None:
+    """Say in a folder that a launch into it was refused, for whoever waits for it; unless a deployment runs there. Does not raise.
+
+    Args:
+        path: the folder; made if there is none.
+        exit_code: the launcher's.
+        report: why, in its words.
+    """
+    with contextlib.suppress(OSError, BootstrapError), contextlib.ExitStack() as stack:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        require_own(path)
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _tell_end(path / "ended.json", exit_code, report)
+
+
+def _tell_end(path: Path, exit_code: int, report: str) -> None:
+    content = {"schema": ENDED_SCHEMA, "exit_code": exit_code, "report": report[:_LONGEST_REPORT]}
+    with contextlib.suppress(OSError):
+        _write(path, {**content, "time": time.time()})
 
 
 def _names(folder: Path) -> list[str]:

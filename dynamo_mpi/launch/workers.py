@@ -10,7 +10,9 @@ from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
+from dynamo_mpi.launch.first_death import first_death
 from dynamo_mpi.launch.registrations import take_out
+from dynamo_mpi.launch.reports import MISTAKES, Beginning, Trace, is_reported, report_death, trace_in_etcd
 from dynamo_mpi.launch.steps import start
 from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 from dynamo_mpi.launchers.attempt import starts_before
@@ -26,10 +28,6 @@ if TYPE_CHECKING:
 # what rank 0 says last of an orderly life
 GOODBYE = "exit: done"
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
-# what a further start doesn't mend
-MISTAKES = frozenset(
-    {ExitCode.USAGE, ExitCode.DATA, ExitCode.NO_MODEL, ExitCode.NOT_AUTHORISED, ExitCode.ILLEGAL_LAYOUT}
-)
 
 
 def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -76,6 +74,7 @@ class Workers:
         self._environment: Mapping[str, str] = {}
         self._services: tuple[str, ...] = ()
         self._running: dict[str, Step] = {}
+        self._begun: dict[str, Beginning] = {}
         self._restarts: dict[str, int] = {}
         self._pauses: dict[str, float] = {}
         self._ready: set[str] = set()
@@ -131,6 +130,8 @@ class Workers:
             self._take_out(worker.name, command)
         attempt = starts_before(self._environment) + self._restarts.get(worker.name, 0) + 1
         environment = {**self._environment, ATTEMPT: str(attempt), **own_files(worker.name, self._environment)}
+        failures = self._run_dir.failures(worker.name)
+        self._begun[worker.name] = Beginning.of(worker, command, {**environment, **command.environment}, failures)
         self._running[worker.name] = start(command, environment, self._run_dir.log(worker.name), ready_file)
         self._say(f"{worker.name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
 
@@ -151,18 +152,25 @@ class Workers:
 
     def _ended(self, worker: Worker, step: Step, code: int) -> None:
         step.child.kill()  # what a launcher that was killed has left on this host
-        if code == ExitCode.OK and self._run_dir.is_ready(worker.name) and GOODBYE not in step.last_words(200):
-            # a worker that ends in order takes its ready file away; mpirun of Open MPI 5 has no other word for a host that it has lost
+        if code == ExitCode.OK and self._is_disorderly(worker, step):
             self._say(f"{worker.name}: its launcher ended with 0, and its ranks without a word: a host may be lost")
             code = ExitCode.TEMPORARY
         if code == ExitCode.OK:
             self._say(f"{worker.name}: ended with 0, as somebody wanted; it isn't started again")
             return
+        begun, report = self._begun[worker.name], None
+        is_told = is_reported(code, step.child.words()) or begun.has_files
+        trace = Trace() if is_told else trace_in_etcd(begun, self._environment)
         self._take_out(worker.name, step.command)
         self._endings.cancel([step])  # where srun alone was killed, its ranks still run
+        if not is_told:
+            report = report_death(begun, step, code, trace, self._environment)
         restarts = self._restarts.get(worker.name, 0)
         if code in MISTAKES or restarts >= self._max_restarts:
-            raise StepFailed(f"{worker.name} ended with exit code {code}", status=code, log=step.last_words())
+            found, needed, fix = report or (f"{worker.name} ended with exit code {code}", "", "")
+            raise StepFailed(found, status=code, log=step.last_words(), needed=needed, fix=fix)
+        if report is not None:
+            self._say(str(report))
         self._restarts[worker.name] = restarts + 1
         pause = min(FIRST_PAUSE_SECONDS * 2**restarts, LONGEST_PAUSE_SECONDS)
         self._pauses[worker.name] = time.monotonic() + pause
@@ -170,6 +178,13 @@ class Workers:
             f"{worker.name}: ended with exit code {code}; start {restarts + 2} of at most {self._max_restarts + 1} "
             f"in {pause:g} s"
         )
+
+    def _is_disorderly(self, worker: Worker, step: Step) -> bool:
+        """Tell whether a launcher's 0 is none: Open MPI 5's mpirun has no other code for a host that it has lost. A worker that ends in order
+        takes its ready file away, and rank 0 says so."""
+        if GOODBYE in step.last_words(200):
+            return False
+        return self._run_dir.is_ready(worker.name) or first_death(step.child.words()) is not None
 
     def _take_out(self, name: str, command: Command) -> None:
         """Take out of discovery what nobody is left for in the step."""

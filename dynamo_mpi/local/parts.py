@@ -168,4 +168,5 @@ class Parts:
 
     def _await_end(self, child: Child, deadline: float, signals_before: int) -> None:
         while child.exit_code() is None and time.monotonic() < deadline and self._interrupts.count == signals_before:
+            child.resume()
             self._interrupts.sleep(POLL_SECONDS)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TAIL_BYTES = 64 * 1024
+MOST_TAIL_BYTES = 4 << 20
 
 
 def last_lines(log: Path, count: int, since: int = 0) -> list[str]:
@@ -22,14 +23,24 @@ def last_lines(log: Path, count: int, since: int = 0) -> list[str]:
         count: lines at most.
         since: position in the file before which nothing counts.
     """
+    return [line for line in last_text(log, since, TAIL_BYTES).splitlines() if line.strip()][-count:]
+
+
+def last_text(log: Path, since: int = 0, most_bytes: int = MOST_TAIL_BYTES) -> str:
+    """Return the end of a log; nothing if there is no such file.
+
+    Args:
+        log: the file.
+        since: position in the file before which nothing counts.
+        most_bytes: of it.
+    """
     try:
         with log.open("rb") as file:
             file.seek(0, 2)
-            file.seek(max(since, file.tell() - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
+            file.seek(max(since, file.tell() - most_bytes))
+            return file.read().decode(errors="replace")
     except FileNotFoundError:
-        return []
-    return [line for line in text.splitlines() if line.strip()][-count:]
+        return ""
 
 
 class Follower:

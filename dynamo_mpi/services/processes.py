@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynamo_mpi.exit_codes import of_signal
-from dynamo_mpi.services.logs import last_lines
+from dynamo_mpi.services.logs import last_lines, last_text
 from dynamo_mpi.supervision.tethered import tethered
 
 # a process ends in no time, unless it hangs in the kernel
@@ -73,8 +73,9 @@ class Child:
         return code if code is None or code >= 0 else of_signal(-code)
 
     def send(self, number: signal.Signals) -> None:
-        """Signal the process itself, not its descendants."""
+        """Signal the process itself, not its descendants. One that is stopped goes on, to take it."""
         self.process.send_signal(number)
+        self.resume()
 
     def members(self) -> list[int]:
         """Return the living processes of its session."""
@@ -83,6 +84,15 @@ class Child:
     def last_lines(self, count: int) -> list[str]:
         """Return the last lines of its log; not those of whoever wrote there before it."""
         return last_lines(self.log, count, self.log_start)
+
+    def words(self) -> str:
+        """Return what it has written to its log, of a long one the end; not what others wrote there before it."""
+        return last_text(self.log, self.log_start)
+
+    def resume(self) -> None:
+        """Have it go on if it is stopped: it would take no signal but SIGKILL, and not see the end of its own children."""
+        if self.process.poll() is None and _is_stopped(self.pid):
+            self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it and all of its session, now, and wait until they have gone."""
@@ -95,6 +105,14 @@ class Child:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(_LOOK_SECONDS)
         self.process.wait()
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[:1] == ["T"]
 
 
 def session_members(session: int) -> list[int]:

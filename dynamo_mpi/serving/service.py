@@ -118,14 +118,18 @@ async def serve(
     reasons: list[str] = []
 
     def ask_to_stop(number: int) -> None:
-        if number == signal.SIGUSR1 and not stop.done():
-            say(next(iter(reasons), TIME_IS_UP))
+        if number == signal.SIGUSR1 and not stop.done() and not reasons:
+            say(TIME_IS_UP)
         _from_thread(loop, stop, number)
 
     def end_for(reason: str) -> None:
+        if not stop.done():
+            say(reason)
         reasons.append(reason)
         # by a signal, so that the next one is the second
         os.kill(os.getpid(), signal.SIGUSR1)
+        # which not every launch takes
+        _from_thread(loop, stop, signal.SIGUSR1)
 
     expect_stop(ask_to_stop)
 

@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.exit_codes import of_signal
+from dynamo_mpi.launchers.launch import Launcher
 from dynamo_mpi.supervision.agent_socket import agent_socket_name, peer_is_ours
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class NodeAgentClient:
         replace: Callable[[], Agent | None] | None = None,
     ) -> None:
         self._address = agent_socket_name(launch, environ)
+        # MPICH's mpiexec may send it where a rank has died: no reason to end
+        self._ignored = (signal.SIGUSR1,) if launch.launcher is Launcher.HYDRA else ()
         self._abort: Callable[[int], object] | None = None
         self._main = _thread.get_ident()
         # a signal's handler may send something while the thread that it interrupts does
@@ -110,7 +113,7 @@ class NodeAgentClient:
         os.set_blocking(writer, False)
         for number in _SIGNALS:
             # a handler of Python's has to be there for the number to be written
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, signal.SIG_IGN if number in self._ignored else _wake)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         if not _start(self._wait_for_signal, reader):
             self.uninstall_signal_handlers()
@@ -301,6 +304,10 @@ class NodeAgentClient:
         if self._abort is not None:
             self._abort(code)
         os._exit(code)
+
+
+def _wake(*_: object) -> None:
+    """Have the number of a signal be written."""
 
 
 def is_stopped(pid: int) -> bool:

@@ -8,8 +8,10 @@ import signal
 import threading
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.launchers.launch import Launcher
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 1.0
@@ -17,21 +19,30 @@ SAME_SIGNAL_SECONDS = 1.0
 _STOP = b"\0"  # no signal's number
 
 
+def signals_of(launcher: Launcher) -> Sequence[signal.Signals]:
+    """Return those that ask a rank for an end. MPICH's mpiexec sends SIGUSR1 to the ranks that are left when one has died (with
+    ``-disable-auto-cleanup``): that is no word of the job's time, and the death is seen without it."""
+    return SIGNALS[:2] if launcher is Launcher.HYDRA else SIGNALS
+
+
 class SignalThread:
     """Calls ``on_signal`` with the number of each SIGTERM, SIGINT and SIGUSR1, from a thread. Build and close it in the main thread.
 
     Args:
         on_signal: has to be quick, or not to return. None keeps the signals until `begin` says what to call.
+        signals: those that are taken; what else is in `SIGNALS` is ignored.
     """
 
-    def __init__(self, on_signal: Callable[[int], None] | None = None) -> None:
-        self._on_signal = on_signal
+    def __init__(
+        self, on_signal: Callable[[int], None] | None = None, signals: Sequence[signal.Signals] = SIGNALS
+    ) -> None:
+        self._on_signal, self._signals = on_signal, signals
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in SIGNALS:
             # a handler of Python's has to be there for the number to be written
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, (lambda *_: None) if number in signals else signal.SIG_IGN)
             # what the engine waits for in native code is no business of a signal's
             signal.siginterrupt(number, False)
         self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
@@ -60,5 +71,5 @@ class SignalThread:
             for number in data:
                 if number == _STOP[0]:
                     return
-                if number in SIGNALS and self._on_signal is not None:
+                if number in self._signals and self._on_signal is not None:
                     self._on_signal(number)

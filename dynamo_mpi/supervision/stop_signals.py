@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SIGNALS, SignalThread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
 
@@ -25,18 +25,24 @@ class StopSignals:
 
     Args:
         hurry: called, from a thread, with a signal that leaves no time for an orderly end.
+        signals: those that are taken, as `signal_thread.signals_of` has them.
         note: called with each signal, before anything is done about it. It has to be quick.
     """
 
-    def __init__(self, hurry: Callable[[int], object], note: Callable[[int], object] = lambda _: None) -> None:
+    def __init__(
+        self,
+        hurry: Callable[[int], object],
+        signals: Sequence[signal.Signals] = SIGNALS,
+        note: Callable[[int], object] = lambda _: None,
+    ) -> None:
         self._hurry, self._note = hurry, note
         self._begin: Callable[[int], object] | None = None
         self._in_loop = self._asked = False
         self._last = -math.inf
         # a handler may come in between at any line of the thread that it interrupts
         self._lock = threading.RLock()
-        self._thread = SignalThread(self._from_thread)
-        for number in SIGNALS:
+        self._thread = SignalThread(self._from_thread, signals)
+        for number in signals:
             signal.signal(number, self._handle)
             signal.siginterrupt(number, False)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -22,6 +23,8 @@ from tests.dynamo.running import eventually
 
 pytestmark = pytest.mark.dynamo
 # one rank of each role on each "host"
+# a worker, which has its time to say that it is leaving, after the other, and the services
+STOPPED_SECONDS = 20.0
 CONFIG = "tensor_parallel_size: 1\nmax_seq_len: 512\nmax_batch_size: 4\n"
 
 
@@ -101,6 +104,47 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         assert drawn == {"prefill-0": ("prefill", 2, "ended"), "decode-0": ("decode", 1, "ended")}
         (launcher,) = read_starts(launch.run_dir / "timeline" / "launch.json")
         assert [span.phase for span in launcher.ranks[0].spans] == ["check", "services"]
+
+
+def test_a_worker_of_which_nobody_is_left_is_reported_by_launch(tmp_path: Path, model_dir: Path) -> None:
+    with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
+        launch.until_said("ready: smollm2. Try:")
+        # the rank, its companion and what else they have started
+        members = [pid for pid in launch.survivors() if is_of_prefill(pid)]
+        assert launch.rank("prefill-0") in members
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in members:
+                os.kill(pid, number)
+        assert launch.wait() == 137, launch.err
+        told = "prefill-0 ended with exit code 137: rank 0 on "
+        assert launch.err.count(told) == 1, launch.err
+        assert "was killed by signal 9 (SIGKILL), and no rank was left to report it\n  needed: " in launch.err
+        assert told in json.loads((launch.run_dir / "ended.json").read_text())["report"]
+        (written,) = (launch.run_dir / "failures" / "prefill-0").iterdir()
+        assert json.loads(written.read_text())["cause"] == "death"
+        launch.assert_nothing_left()
+
+
+def is_of_prefill(pid: int) -> bool:
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    is_rank = any(variable.startswith(b"PMIX_RANK=") for variable in variables)
+    return is_rank and any(variable.endswith(b"-prefill-0") for variable in variables)
+
+
+def test_a_stopped_mpirun_holds_nothing_up(tmp_path: Path, model_dir: Path) -> None:
+    with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
+        launch.until_said("ready: smollm2. Try:")
+        for pid, words in launch.command_lines().items():
+            if words[0].endswith((b"mpirun", b"prterun")):
+                os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        assert launch.end() == 143, launch.err
+        assert time.monotonic() - began < STOPPED_SECONDS
+        assert "cancelling" not in launch.err
+        launch.assert_nothing_left()
 
 
 def test_a_worker_that_fails_ends_all_with_its_exit_code(tmp_path: Path, model_dir: Path) -> None:

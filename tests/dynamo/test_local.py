@@ -29,6 +29,8 @@ pytestmark = pytest.mark.dynamo
 
 QUESTION = "What is the capital of France?"
 ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+# as any other end, and not the 40 s of a drain more
+STOPPED_SECONDS = 10.0
 # Moments of a start, each by the line that precedes it.
 MOMENTS = {"first service": "etcd on", "ranks": "frontend on", "serving": "serving until"}
 
@@ -140,6 +142,20 @@ def test_a_second_signal_ends_the_drain(tmp_path: Path) -> None:
             command.process.send_signal(signal.SIGINT)
             assert command.wait(30) == of_signal(signal.SIGINT)
         assert time.monotonic() - second < 10
+        command.assert_nothing_left()
+
+
+def test_a_stopped_mpirun_holds_nothing_up(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--keep") as command:
+        command.until_said("serving until")
+        lines = command.command_lines()
+        (mpirun,) = [
+            pid for pid, words in lines.items() if b"-n" in words and words[0].endswith((b"mpirun", b"prterun"))
+        ]
+        os.kill(mpirun, signal.SIGSTOP)
+        began = time.monotonic()
+        assert command.end(signal.SIGINT) == of_signal(signal.SIGINT)
+        assert time.monotonic() - began < STOPPED_SECONDS
         command.assert_nothing_left()
 
 

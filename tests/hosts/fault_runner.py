@@ -100,6 +100,10 @@ class HostsWorker:
         """Return the pids, on this machine, of what has come to a host with this worker."""
         return [pid for pid in self._hosts.pids(host) if pid not in self._before[host]]
 
+    def has_left(self, host: str) -> bool:
+        """Return whether all that has come to a host with this worker has ended."""
+        return all(map(has_ended, self.processes(host)))
+
     def find_rank(self, host: str, mark: str) -> int:
         """Return the pid of the rank on a host whose environment has ``mark``; 0 for none."""
         for pid in self.processes(host):
@@ -201,7 +205,7 @@ class HostsFaults:
             for host in hosts.names:
                 # node agents write to etcd until then
                 with contextlib.suppress(AssertionError):
-                    eventually(lambda host=host: all(map(has_ended, worker.processes(host))), "all have ended", 1)
+                    eventually(functools.partial(worker.has_left, host), "all have ended", 1)
                 outcome.left += [
                     f"{host}: process {command_line(pid)[:6]}" for pid in worker.processes(host) if not has_ended(pid)
                 ]

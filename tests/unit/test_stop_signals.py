@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ PROGRAM = """
 import asyncio, ctypes, os, sys, time
 from dynamo_mpi.supervision.stop_signals import StopSignals
 say = lambda *words: os.write(1, (" ".join(map(str, words)) + "\\n").encode())
-signals = StopSignals(lambda number: (say("hurry", number), os._exit(128 + number)))
+from dynamo_mpi.launchers.launch import detect
+from dynamo_mpi.supervision.signal_thread import signals_of
+signals = StopSignals(lambda number: (say("hurry", number), os._exit(128 + number)), signals_of(detect(os.environ).launcher))
 if sys.argv[1] == "native":
     say("there")
     while True:  # a signal ends it early
@@ -44,9 +47,10 @@ sys.stdin.read()
 
 
 @contextmanager
-def running(*words: str) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", PROGRAM, *words]
-    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
+def running(*words: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    command, pipe = [sys.executable, "-c", PROGRAM, *words], subprocess.PIPE
+    variables = {**os.environ, **environment}
+    with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, cwd=ROOT, env=variables) as process:
         try:
             assert line(process) == "there"
             yield process
@@ -80,6 +84,19 @@ def test_the_first_drains_and_the_next_hurries(loop: str) -> None:
         process.send_signal(signal.SIGINT)
         assert line(process) == "hurry 2"
         assert process.wait(10) == 130
+
+
+@LOOPS
+def test_under_mpichs_mpiexec_sigusr1_is_no_word_of_the_time(loop: str) -> None:
+    pytest.importorskip(loop)
+    # which sends it to the others when a rank has died; it gives each rank a number
+    with running(loop, "0", PMI_RANK="0", PMI_SIZE="2", MPI_LOCALNRANKS="2") as process:
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+        assert line(process) == "drain 15"
+    with running(loop, "0") as process:
+        process.send_signal(signal.SIGUSR1)
+        assert line(process) == "drain 10"
 
 
 @LOOPS

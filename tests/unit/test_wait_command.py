@@ -272,6 +272,38 @@ def test_an_end_of_the_deployment_is_the_end_of_the_wait(
     assert f"the deployment in {run_dir.path} has ended, 0 s ago: decode-0 ended" in err
 
 
+def test_a_launch_that_is_refused_is_the_end_of_the_wait(
+    board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    (tmp_path / "hosts").write_text("localhost\n")
+    words = ["--hostfile", str(tmp_path / "hosts"), "--model", "m", "--prefill-engine-config", "p"]
+
+    def launch(*more: str) -> int:
+        return main(["launch", *words, "--run-dir", str(folder), *more])
+
+    assert launch("--decode-engine-config", "d", "--dry-run") == 64
+    assert not folder.exists()
+    code, _, err = run("--run-dir", str(folder), then=lambda: launch("--decode-engine-config", "d"))
+    assert (code, "the launch was refused: " in err, "that takes 2 nodes" in err) == (64, True, True)
+    assert sorted(path.name for path in folder.iterdir()) == ["ended.json", "lock"]
+    # what isn't said at all, and a folder that is named by a variable
+    monkeypatch.setenv("DYN_MPI_RUN_DIR", str(tmp_path / "other"))
+    assert main(["launch", *words]) == 64
+    monkeypatch.setattr(waiting, "STALE_SECONDS", 0.1)
+    code, _, err = run("--run-dir", str(tmp_path / "other"))
+    assert (code, "no engine config for the decode worker" in err) == (64, True)
+
+
+def test_a_launch_that_is_refused_says_nothing_of_one_that_runs_there(board: Board, run: Run, tmp_path: Path) -> None:
+    run_dir = describe(tmp_path / "run")
+    (tmp_path / "hosts").write_text("localhost\n")
+    words = ("--hostfile", str(tmp_path / "hosts"), "--model", "m", "--prefill-engine-config", "p")
+    assert main(["launch", *words, "--decode-engine-config", "d", "--run-dir", str(run_dir.path)]) == 64
+    assert not (run_dir.path / "ended.json").exists()
+    run_dir.close()
+
+
 def test_an_earlier_end_in_the_same_folder_counts_where_nothing_starts(
     board: Board, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,7 @@ from dynamo_mpi.errors import BootstrapError, EngineError, TemporaryError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.supervision.failure import HurriedError
-from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SignalThread
+from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SIGNALS, SignalThread
 from dynamo_mpi.supervision.word import begun
 from dynamo_mpi.talk import tell_launch
 
@@ -65,6 +65,7 @@ class TrtllmLeader:
         phases: where durations go.
         voice: how rank 0 speaks.
         departure: the way out of discovery.
+        signals: those that ask for an end, as `signal_thread.signals_of` has them.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TrtllmLeader:
         phases: Phases,
         voice: Voice,
         departure: Departure,
+        signals: Sequence[signal.Signals] = SIGNALS,
     ) -> None:
         self._world, self._settings, self._guard = world, settings, guard
         self._gpus_per_node, self._token_id = gpus_per_node, token_id
@@ -86,7 +88,7 @@ class TrtllmLeader:
         self._drain_seconds = 0.0
         self._last_signal = -math.inf
         self._registered = self._departed = False
-        self._departure = departure
+        self._departure, self._signals = departure, signals
         self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, voice.say, pauses=True)
         self._child: Child | None = None
         self._stop_timer: threading.Timer | None = None
@@ -106,7 +108,7 @@ class TrtllmLeader:
         loss: BootstrapError | None = None
         self._guard.at_once(self._depart)
         self._guard.before_the_end(self._clean_up)
-        signals = SignalThread(self._signalled)
+        signals = SignalThread(self._signalled, self._signals)
         try:
             with self._phases.enter("load"), self._deadline(self._settings.load_timeout):
                 child, session = self._start()
