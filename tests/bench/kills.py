@@ -140,7 +140,8 @@ def measure(target: Target, rank: str, kills: int, folder: Path, logs: Path | No
             continue
         outcomes.append(outcome)
         host = target.hosts[1] if rank == "n" else target.hosts[0]
-        if (len(outcome.blocks), is_right(outcome, host), len(outcome.reports)) != (1, True, 1) or outcome.left:
+        as_it_has_to_be = (len(outcome.blocks), is_right(outcome, host), bool(outcome.reports)) == (1, True, True)
+        if outcome.left or not as_it_has_to_be:
             keep(logs, own.name, f"{outcome}\nleft: {outcome.left}\nfiles: {sorted(outcome.reports)}\n{outcome.text}")
     for words, times in wrong.items():
         note(f"{target.name}, {rank}: not measured {times} times: {words}")
@@ -159,7 +160,7 @@ def cells_of(outcomes: Sequence[Outcome], host: str) -> list[str]:
         f"{sum(bool(outcome.blocks) for outcome in outcomes)} of {count}",
         f"{sum(is_right(outcome, host) for outcome in outcomes)} of {count}",
         f"{sum(len(outcome.blocks) == 1 for outcome in outcomes)} of {count}",
-        f"{sum(len(outcome.reports) == 1 for outcome in outcomes)} of {count}",
+        f"{sum(bool(outcome.reports) for outcome in outcomes)} of {count}",
         *spread([math.inf if outcome.code is None else outcome.seconds for outcome in outcomes], "hang"),
         *spread([outcome.keys_seconds for outcome in outcomes], "with the lease"),
         ", ".join(f"{code} ({times})" for code, times in codes.most_common()),
