@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
+from tests.namespaces.anchor import remove_leftovers
 from tests.namespaces.processes import ProcessIdentity
 
 from .conftest import FindLauncher, MakeHosts
@@ -39,7 +40,7 @@ from tests.hosts.hosts import Hosts
 hosts = Hosts(2)
 hosts.start()
 hosts.popen("h2", ["sleep", "1000"])
-print(json.dumps([hosts.init_pid("h1"), *hosts.pids("h2"), hosts.init_pid("h2")]), flush=True)
+print(json.dumps([str(hosts.settings.state), hosts.init_pid("h1"), *hosts.pids("h2"), hosts.init_pid("h2")]), flush=True)
 time.sleep(1000)
 """
 
@@ -96,8 +97,11 @@ def test_each_launcher_starts_ranks_on_both_hosts(name: str, hosts: Hosts, find:
 def test_all_goes_with_the_process_that_made_them(hosts: Hosts) -> None:
     with subprocess.Popen([sys.executable, "-c", KEPT], cwd=ROOT, text=True, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
-        started = [ProcessIdentity.of(pid) for pid in json.loads(owner.stdout.readline())]
+        state, *pids = json.loads(owner.stdout.readline())
+        started = [ProcessIdentity.of(pid) for pid in pids]
         assert len(started) >= 3
         assert all(process and process.is_alive() for process in started)
         owner.send_signal(signal.SIGKILL)
     eventually(lambda: not any(process and process.is_alive() for process in started), "they are gone", 10)
+    remove_leftovers()
+    assert not Path(state).exists()
