@@ -57,9 +57,9 @@ _END_SECONDS = 4.0
 _STUCK_SECONDS = 1.0
 # a rank that lives reports by itself, with what it knows beyond what is seen here
 _RANK_0_SECONDS = 2.0
-# the deputy leaves it to the hub for so long; without a connection to it, only until its successor may have come
+# the deputy leaves it to the hub for so long; a hub that is gone together with rank 0 gets no successor
 _HUB_SECONDS = 1.5
-_HUB_GONE_SECONDS = 0.3
+_HUB_GONE_SECONDS = 0.05
 # an agent whose ranks have died waits until the cause is reported
 _LINGER_SECONDS = 3.0
 # a launcher that was told to end the ranks kills those that don't end after some seconds

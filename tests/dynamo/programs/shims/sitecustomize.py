@@ -6,6 +6,8 @@ SHIM_LEAVER=N: rank N hangs in C when its engine has closed.
 SHIM_FINALIZER=N: rank N hangs in C when its interpreter ends, so that the others wait for it in MPI_Finalize.
 SHIM_BREAKER=N: rank 0's engine breaks when it has run N steps.
 SHIM_TELLTALE=N: rank N can't build its engine, and says so with all of SHIM_SECRETS.
+SHIM_STARTER=N: when it has loaded, rank N starts processes in sessions of their own that outlive it, one anew and one only forked, and
+writes their pids into the file SHIM_STARTED.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ import ctypes
 import importlib.abc
 import importlib.machinery
 import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -63,7 +68,32 @@ def break_after(run_step: Any, steps: int) -> Any:
     return run_or_break
 
 
+def start_after(load: Any) -> Any:
+    def load_and_start(self: Any) -> None:
+        load(self)
+        # a shell between, so that nobody's child is left: it holds what the rank has as stdout and stderr
+        shell = "sleep 600 & echo $!; exec 1>&-"
+        anew = subprocess.run(["setsid", "sh", "-c", shell], stdout=subprocess.PIPE, text=True, check=True).stdout
+        reader, writer = os.pipe()
+        if not os.fork():
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            os.write(writer, f"{os.getpid()}".encode())
+            os.close(writer)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                signal.pause()
+        os.close(writer)
+        forked = os.read(reader, 32).decode()
+        Path(os.environ["SHIM_STARTED"]).write_text(f"{anew.split()[0]} {forked}")
+
+    return load_and_start
+
+
 def change(module: ModuleType) -> None:
+    if os.environ.get("SHIM_STARTER") == RANK:
+        module.ReferenceEngine.load = start_after(module.ReferenceEngine.load)
     if "SHIM_SLEEPER" in os.environ:
         module.ReferenceEngine.load = load_never
     if (steps := os.environ.get("SHIM_BREAKER")) and RANK == "0":
