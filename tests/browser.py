@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster.errors import ClusterError
+from tests.namespaces.errors import ClusterError
 from tests.slurm.cluster.packages import install, why_not_installable
 
 # of those that print a page as their scripts have left it (--dump-dom)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.dynamo.running import eventually
+from tests.namespaces.processes import command_line
 
-from .cluster.processes import command_line
 from .session import SlurmSession
 from .stack import PROGRAMS
 

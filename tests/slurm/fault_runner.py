@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tests.fault_cases import CHILD, STREAMS, TOKENS, Case, Outcome, run_case
 from tests.fault_traces import PROGRAMS, Keys, Streams, end_process, find_child, processes_with, read_reports
+from tests.namespaces.commands import InsideProcess
 
-from .cluster.commands import InsideProcess
 from .session import SlurmSession
 from .stack import OUR_MODULES, SlurmWorker, Stack, running_stack
 

@@ -14,9 +14,9 @@ from typing import NoReturn
 import pytest
 
 from tests.mpi_flavours import MpiFlavour, Unavailable, debian_openmpi, mpich_wheel
+from tests.namespaces.commands import InsideProcess
 
 from .cluster.cluster import Cluster
-from .cluster.commands import InsideProcess
 from .cluster.settings import LOGIN
 
 REQUIRE = "DYN_MPI_REQUIRE_SLURM"

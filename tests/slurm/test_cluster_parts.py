@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.namespaces.errors import ClusterError
+from tests.namespaces.processes import ProcessIdentity
+
 from .cluster.config import render_gres_conf, render_hosts, render_slurm_conf
-from .cluster.errors import ClusterError
-from .cluster.processes import ProcessIdentity
 from .cluster.settings import ClusterSettings
 from .record_environments import replace_machine
 

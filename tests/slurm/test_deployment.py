@@ -17,8 +17,8 @@ import pytest
 from dynamo_mpi.observe.timeline_files import read_starts
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
+from tests.namespaces.commands import InsideProcess
 
-from .cluster.commands import InsideProcess
 from .deployment import Deployment
 from .session import SlurmSession
 from .stack import OUR_MODULES, PROGRAMS

@@ -15,8 +15,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.dynamo.test_images_trtllm import described, png
+from tests.namespaces.processes import command_line
 
-from .cluster.processes import command_line
 from .deployment import Deployment
 from .session import SlurmSession
 from .test_deployment import IMAGE_QUESTION, answer, settings

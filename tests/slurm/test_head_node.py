@@ -16,9 +16,9 @@ import pytest
 from dynamo_mpi.head_node.ports import offset
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
+from tests.namespaces.commands import InsideProcess
+from tests.namespaces.processes import command_line
 
-from .cluster.commands import InsideProcess
-from .cluster.processes import command_line
 from .session import SlurmSession
 
 pytestmark = pytest.mark.slurm

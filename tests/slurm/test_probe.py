@@ -16,8 +16,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
+from tests.namespaces.processes import command_line
 
-from .cluster.processes import command_line
 from .session import SlurmSession
 from .shaping import lossy_link, slow_node
 from .test_worker import library

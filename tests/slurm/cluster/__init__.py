@@ -8,10 +8,10 @@ every process, network and mount of the cluster at once, and two clusters share 
 By hand: ``python3 -m tests.slurm.cluster --help``. From tests: the fixture ``slurm``. Modules, from the outside in:
 
 - ``cluster``: up, down, entering a host, switching nodes off and on;
-- ``commands``: commands in it, their signals and time limits;
 - ``packages``: Debian packages, installed on demand;
 - ``config``: slurm.conf and its companions, as pure text;
 - ``inside``: what runs as PID 1 of the login node and of each compute node;
-- ``processes``: pids that cannot be mistaken for another process;
 - ``pyxis_standin.c``: accepts the options of NVIDIA's Pyxis and does the bind mounts.
+
+What hosts in namespaces have in common with those without Slurm (``tests.hosts``) lies in ``tests.namespaces``.
 """

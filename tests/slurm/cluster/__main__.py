@@ -16,10 +16,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from tests.namespaces.commands import InsideProcess
+from tests.namespaces.errors import ClusterError
+from tests.namespaces.processes import command_line
+
 from .cluster import Cluster
-from .commands import InsideProcess
-from .errors import ClusterError
-from .processes import command_line
 from .settings import LOGIN, ClusterSettings
 
 DEFAULT_STATE = Path("/tmp/dynmpi-cluster")

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build a cluster, run commands in it, switch nodes off and on, and leave nothing behind.
 
-The *anchor* is the one process of the cluster that the machine's own PID namespace knows by pid: ``unshare``, whose child is
-PID 1 of the login node. Everything else of the cluster is a descendant of that PID 1 in its PID namespace.
+The anchor's PID 1 is that of the login node. Everything else of the cluster is a descendant of it in its PID namespace.
 """
 
 from __future__ import annotations
 
 import os
-import select
 import shutil
 import subprocess
 import sys
@@ -18,19 +16,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from tests.namespaces.anchor import Anchor, enter_command, why_no_namespaces
+from tests.namespaces.commands import InsideProcess, default_environment, run_to_end
+from tests.namespaces.errors import ClusterError
+from tests.namespaces.processes import ProcessIdentity, namespace_of, processes_in_namespace
+
 from . import config, packages
-from .commands import InsideProcess, default_environment, run_to_end
 from .entry import inside_command, inside_environment
-from .errors import ClusterError
-from .inside import READY
-from .processes import ProcessIdentity, children_of, command_line, namespace_of, processes_in_namespace
 from .settings import LOGIN, ClusterSettings, cable
 
 STATE_PREFIX = "dynmpi-"
 """Of the folders under /tmp that ``Cluster.temporary`` makes."""
 START_TIMEOUT = 60.0
 """Seconds for the daemons to start and every node to be idle; one or two are usual."""
-NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 
 
 def why_unavailable() -> str | None:
@@ -41,12 +39,7 @@ def why_unavailable() -> str | None:
         return "needs root, to install packages and make namespaces"
     if reason := packages.why_not_installable():
         return reason
-    probe = subprocess.run(
-        ["unshare", *NAMESPACES, "--fork", "--mount-proc", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"],
-        capture_output=True,
-        text=True,
-    )
-    return f"no namespaces here: {probe.stderr.strip()}" if probe.returncode else None
+    return why_no_namespaces()
 
 
 class Cluster:
@@ -54,7 +47,7 @@ class Cluster:
 
     def __init__(self, settings: ClusterSettings) -> None:
         self.settings = settings
-        self._anchor_process: subprocess.Popen[str] | None = None
+        self._anchor = Anchor(settings.anchor)
 
     @classmethod
     def temporary(cls, **values: int) -> Cluster:
@@ -94,7 +87,13 @@ class Cluster:
         self.settings.save()
         try:
             config.write_configuration(self.settings)
-            self._start_anchor(die_with_parent)
+            self._anchor.start(
+                inside_command("login", state),
+                inside_environment(state),
+                self.settings.logs / "login.out",
+                die_with_parent=die_with_parent,
+                timeout=START_TIMEOUT,
+            )
             self.wait_until_idle()
         except ClusterError as error:
             logs = self.log_tails()
@@ -103,31 +102,6 @@ class Cluster:
         except BaseException:
             self.down()
             raise
-
-    def _start_anchor(self, die_with_parent: bool) -> None:
-        tie = ("setpriv", "--pdeathsig", "KILL") if die_with_parent else ()
-        namespaces = ("unshare", *NAMESPACES, "--fork", "--kill-child=KILL", "--mount-proc")
-        with (self.settings.logs / "login.out").open("ab") as log:
-            self._anchor_process = subprocess.Popen(
-                [*tie, *namespaces, *inside_command("login", self.settings.state)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=inside_environment(self.settings.state),
-                text=True,
-                start_new_session=True,
-            )
-        # setpriv becomes unshare in place, so pid and start time hold from the beginning
-        identity = ProcessIdentity.of(self._anchor_process.pid)
-        if identity:
-            identity.save(self.settings.anchor)
-        stdout = self._anchor_process.stdout
-        assert stdout is not None  # as PIPE was asked for
-        with stdout:
-            in_time, _, _ = select.select([stdout], [], [], START_TIMEOUT)
-            answer = stdout.readline().strip() if in_time else f"silent for {START_TIMEOUT:g} s"
-        if answer != READY:
-            raise ClusterError(f"the login node did not start ({answer or 'it ended'})")
 
     def wait_until_idle(self, timeout: float = START_TIMEOUT) -> None:
         """Wait until slurmctld calls every node idle (seconds).
@@ -146,22 +120,11 @@ class Cluster:
         return set(self.run(["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]).stdout.split())
 
     def is_up(self) -> bool:
-        anchor = ProcessIdentity.load(self.settings.anchor)
-        return bool(anchor and anchor.is_alive())
+        return self._anchor.is_alive()
 
     def down(self) -> None:
         """End every process of the cluster and remove its folder. Does nothing to a cluster that is down already."""
-        anchor = ProcessIdentity.load(self.settings.anchor)
-        if anchor and anchor.is_alive():
-            init = [ProcessIdentity.of(child) for child in children_of(anchor.pid)]
-            # PID 1 first: the kernel ends it only after everything else in its PID namespace, so this waits for them all
-            for process in [*init, anchor]:
-                if process:
-                    process.kill()
-        if self._anchor_process:
-            self._anchor_process.kill()  # also when it never came to be recorded
-            self._anchor_process.wait()
-            self._anchor_process = None
+        self._anchor.end()
         shutil.rmtree(self.settings.state, ignore_errors=True)
 
     def log_tails(self, lines: int = 5) -> str:
@@ -197,12 +160,10 @@ class Cluster:
         Raises:
             ClusterError: that host is not running.
         """
-        enter = ["nsenter", f"--target={self.init_pid(host)}", *NAMESPACES, "--"]
-        # env --chdir, and not nsenter's own, as that keeps the folder of the outer mount namespace
-        prepare = ["setpriv", "--pdeathsig", "TERM", "env", f"--chdir={cwd or self.settings.state}", "--"]
+        enter = enter_command(self.init_pid(host), cwd or self.settings.state)
         chosen = self.default_environment() if environment is None else environment
         return InsideProcess(
-            [*enter, *prepare, *map(str, argv)],
+            [*enter, *map(str, argv)],
             env={**chosen, "SLURM_CONF": str(self.settings.slurm_conf)},
             stdin=stdin,
             stdout=stdout,
@@ -241,15 +202,9 @@ class Cluster:
         """
         if host not in self.settings.addresses:
             raise ClusterError(f"no host {host}: there are {', '.join(self.settings.addresses)}")
-        anchor = ProcessIdentity.load(self.settings.anchor)
-        init = children_of(anchor.pid)[:1] if anchor and anchor.is_alive() else []
-        if host != LOGIN:
-            # between the login node's PID 1 and the compute node's stands an unshare that ends with the node's argv
-            argv = inside_command("node", self.settings.state, host)
-            holders = [child for parent in init for child in children_of(parent)]
-            holders = [holder for holder in holders if command_line(holder)[-len(argv) :] == argv]
-            init = [child for holder in holders for child in children_of(holder)[:1]]
-        return init[0] if init else None
+        if host == LOGIN:
+            return self._anchor.init()
+        return self._anchor.nested_init(inside_command("node", self.settings.state, host))
 
     def init_pid(self, host: str) -> int:
         """As ``find_init_pid``.

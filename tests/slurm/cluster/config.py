@@ -11,7 +11,8 @@ import stat
 import subprocess
 from pathlib import Path
 
-from .errors import ClusterError
+from tests.namespaces.errors import ClusterError
+
 from .settings import LOGIN, SLURMCTLD_PORT, SLURMD_PORT, ClusterSettings
 
 LIBRARIES = Path("/usr/lib") / f"{platform.machine()}-linux-gnu"

@@ -9,7 +9,6 @@ PID 1 ends.
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -18,26 +17,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from tests.namespaces.anchor import READY
+from tests.namespaces.errors import ClusterError
+from tests.namespaces.network import (
+    add_bridge,
+    add_cable,
+    become_host,
+    command,
+    host_command,
+    keep_names_apart,
+    reap_until_end_of,
+)
+
 from .config import PMIX_LIBRARY
 from .entry import inside_command, inside_environment
-from .errors import ClusterError
 from .settings import LOGIN, SLURMCTLD_PORT, ClusterSettings, cable
 
-READY = "ready"
 DAEMON_TIMEOUT = 20.0
 """Seconds that a daemon may take to listen."""
 BRIDGE = "br0"
-
-
-def command(*argv: str | Path) -> None:
-    """Run a tool that is expected to succeed.
-
-    Raises:
-        ClusterError: it failed; its own words.
-    """
-    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if done.returncode:
-        raise ClusterError(f"{' '.join(map(str, argv))}: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def daemon(settings: ClusterSettings, name: str, argv: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -76,42 +74,23 @@ def listens(address: tuple[str, int]) -> bool:
     return True
 
 
-def become_host(settings: ClusterSettings, name: str) -> None:
-    """Take on the host's name, its /etc/hosts and a /dev/shm of its own, which Open MPI needs to tell hosts apart."""
-    socket.sethostname(name)
-    command("mount", "--bind", settings.hosts, "/etc/hosts")
-    command("mount", "-t", "tmpfs", "tmpfs", "/dev/shm")
-    command("ip", "link", "set", "lo", "up")
-
-
 def build_network(settings: ClusterSettings) -> None:
-    """A bridge in the login node, and per compute node a named network namespace with a cable to it.
-
-    The names lie in the login node's own /run/netns, so they end with it and collide with nobody's.
-    """
-    Path("/run/netns").mkdir(parents=True, exist_ok=True)
-    command("mount", "-t", "tmpfs", "tmpfs", "/run/netns")
-    command("ip", "link", "add", BRIDGE, "type", "bridge")
-    command("ip", "address", "add", f"{settings.addresses[LOGIN]}/24", "dev", BRIDGE)
-    command("ip", "link", "set", BRIDGE, "up")
+    """A bridge in the login node, and per compute node a named network namespace with a cable to it."""
+    keep_names_apart()
+    add_bridge(BRIDGE, f"{settings.addresses[LOGIN]}/24")
     for name in settings.node_names:
         command("ip", "netns", "add", name)
-        command("ip", "link", "add", cable(name), "type", "veth", "peer", "name", "eth0", "netns", name)
-        command("ip", "link", "set", cable(name), "master", BRIDGE, "up")
-        command("ip", "-n", name, "address", "add", f"{settings.addresses[name]}/24", "dev", "eth0")
-        command("ip", "-n", name, "link", "set", "eth0", "up")
+        add_cable(BRIDGE, cable(name), name, "eth0", f"{settings.addresses[name]}/24")
 
 
 def power_on(settings: ClusterSettings, name: str) -> None:
     """Start a compute node; it becomes a child of the login node's PID 1 when the caller ends."""
-    namespaces = ("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
-    node = inside_command("node", settings.state, name)
-    daemon(settings, f"node.{name}", ["ip", "netns", "exec", name, *namespaces, *node])
+    daemon(settings, f"node.{name}", host_command(name, inside_command("node", settings.state, name)))
 
 
 def login(settings: ClusterSettings) -> NoReturn:
     """PID 1 of the login node."""
-    become_host(settings, LOGIN)
+    become_host(LOGIN, settings.hosts)
     command("mount", "--bind", settings.pmix_library, PMIX_LIBRARY)
     build_network(settings)
     munge_folder = settings.munge_socket.parent
@@ -140,19 +119,11 @@ def login(settings: ClusterSettings) -> NoReturn:
 
 def node(settings: ClusterSettings, name: str) -> NoReturn:
     """PID 1 of a compute node."""
-    become_host(settings, name)
+    become_host(name, settings.hosts)
     for folder in ("spool", "tmp"):
         (settings.state / f"{folder}.{name}").mkdir(exist_ok=True)
     slurmd = daemon(settings, f"slurmd.{name}", ["slurmd", "-D", "-N", name, "-f", str(settings.slurm_conf)])
     reap_until_end_of({slurmd.pid: "slurmd"})
-
-
-def reap_until_end_of(essential: dict[int, str]) -> NoReturn:
-    """Do PID 1's duty, until one of the processes that the host is there for has ended."""
-    while True:
-        pid, status = os.wait()
-        if pid in essential:
-            sys.exit(f"{essential[pid]} ended with code {os.waitstatus_to_exitcode(status)}")
 
 
 def main(verb: str, state: str, *names: str) -> None:

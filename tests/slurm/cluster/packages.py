@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import ClusterError
+from tests.namespaces.errors import ClusterError
 
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "libpmix2")
 BUILD_PACKAGES = ("gcc", "libc6-dev", "libslurm-dev")

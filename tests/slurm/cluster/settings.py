@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .errors import ClusterError
+from tests.namespaces.errors import ClusterError
 
 NETWORK = "10.213.77"
 """First three numbers of every address. Exists only inside the cluster's own network namespaces."""
