@@ -69,11 +69,10 @@ def _published(choice: Choice | None, own: HostNetworks, etcd: Sequence[str]) ->
     here = {str(address.ip) for _, address in usable(own)}
     for family, address in _resolved(etcd):
         source = source_address(family, address)
-        # to an address of its own, a host goes from that one
-        if source in here and address != source:
-            if choice is not None and choice.network and ip_address(address) in ip_network(choice.network):
-                break
-            return source
+        # loopback tells nothing of where frontends are
+        if source in here:
+            near = choice is not None and choice.network and ip_address(address) in ip_network(choice.network)
+            return choice.address if choice is not None and near else source
     return host_address(None, "") if choice is None else choice.address
 
 
