@@ -12,7 +12,7 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.preflight.networks import HostNetworks, choose, distinct, usable
 from dynamo_mpi.services.host_address import host_address, known_address, source_address
 from dynamo_mpi.services.interfaces import host_networks
-from dynamo_mpi.services.ports import LOOPBACK, in_url
+from dynamo_mpi.services.ports import LOOPBACK, LOOPBACK_INTERFACE, in_url
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
@@ -55,7 +55,7 @@ def let_runtime_be_reached(choice: Choice | None, etcd: Sequence[str], environ: 
     """
     own = host_networks()
     if next(usable(own), None) is None:
-        wanted = {_RPC_HOST: LOOPBACK, _STREAM_HOST: "lo"}
+        wanted = {_RPC_HOST: LOOPBACK, _STREAM_HOST: LOOPBACK_INTERFACE}
     elif choice is not None or not set(_EVERYWHERE) & set(own.routes):
         wanted = {_RPC_HOST: in_url(_published(choice, own, etcd))}
     else:
