@@ -198,7 +198,7 @@ def choose(hosts: Sequence[HostNetworks], preferred: str, setting: str | None = 
     if found := shared_networks(hosts, preferred):
         first = found[0]
         among = f"of {len(found)} that all hosts share" if len(found) > 1 else "which all hosts share"
-        line = f"network: {first.network} ({_link(first.interface, first.speed)})"
+        line = f"network: {first.network} ({described_link(first.interface, first.speed)})"
         line += f"{' ' if len(found) > 1 else ', '}{among}; --liveness-network chooses another"
         return Choice(first.address, first.network, line)
     for interface, own in sorted(usable(hosts[0]), key=lambda each: str(each[1].ip) != preferred):
@@ -324,5 +324,6 @@ def _described(interface: Interface) -> str:
     return f"{interface.name} {' '.join(interface.addresses)}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _link(name: str, speed: int) -> str:
+def described_link(name: str, speed: int) -> str:
+    """Name a link with its speed in Mb/s, where that is known: ``ib0, 200 Gb/s``."""
     return f"{name}, {speed / 1000:g} Gb/s" if speed else name
