@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_net
 
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.preflight.networks import best_address
-from dynamo_mpi.services.interfaces import host_networks
+from dynamo_mpi.services.interfaces import host_networks, read_interfaces
 from dynamo_mpi.services.ports import ANY_ADDRESS, LOOPBACK, is_free
 
 Address = IPv4Address | IPv6Address
@@ -77,9 +77,13 @@ def _resolved(name: str) -> list[str]:
 
 
 def interface_addresses() -> dict[str, list[Address]]:
-    """Return this host's interfaces with their addresses, IPv4 first."""
+    """Return this host's interfaces with their addresses, IPv4 first.
+
+    Raises:
+        OSError: they can't be asked for.
+    """
     found: dict[str, list[Address]] = {}
-    for interface in host_networks().interfaces:
+    for interface in read_interfaces():
         addresses = (ip_interface(address).ip for address in interface.addresses)
         found[interface.name] = sorted(addresses, key=lambda address: address.version)
     return found

@@ -42,8 +42,20 @@ def host_networks(host: str = "", sys: str = "/sys", proc: str = "/proc") -> Hos
     """
     interfaces: tuple[Interface, ...] = ()
     with contextlib.suppress(OSError, struct.error, ValueError):
-        interfaces = tuple(_interfaces(sys))
+        interfaces = read_interfaces(sys)
     return HostNetworks(host, _namespace(proc), interfaces, tuple(_routes(proc))[:_MOST_ROUTES])
+
+
+def read_interfaces(sys: str = "/sys") -> tuple[Interface, ...]:
+    """Return this host's interfaces that have an address, in the kernel's order.
+
+    Args:
+        sys: where the kernel tells of links.
+
+    Raises:
+        OSError: they can't be asked for: too many files are open, say.
+    """
+    return tuple(_interfaces(sys))
 
 
 def _interfaces(sys: str) -> Iterator[Interface]:

@@ -24,7 +24,7 @@ from dynamo_mpi.engines.reference.kv_orders import (
     encode_order,
 )
 from dynamo_mpi.errors import EngineError, UsageError
-from dynamo_mpi.preflight.networks import HostNetworks, Interface
+from dynamo_mpi.preflight.networks import Interface
 from dynamo_mpi.services import host_address as host_address_module
 from dynamo_mpi.services.host_address import host_address, interface_addresses
 from dynamo_mpi.serving.requests import for_role, to_generation_request, to_response
@@ -90,7 +90,7 @@ IPV6 = (
 
 @pytest.fixture
 def ipv6_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_address_module, "host_networks", lambda: HostNetworks("", "", IPV6))
+    monkeypatch.setattr(host_address_module, "read_interfaces", lambda: IPV6)
 
 
 @pytest.mark.usefixtures("ipv6_interfaces")
