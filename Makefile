@@ -10,8 +10,8 @@ help:
 	@echo "make check       lint, format, strict types, shell scripts"
 	@echo "make docs        write the pages of docs/ that come from the code"
 	@echo "make format      rewrite files in the project's format"
-	@echo "make test        all tests but those on a real Slurm"
-	@echo "make test-slurm  those on a real Slurm (root on Debian: installs packages)"
+	@echo "make test        all tests but those on a real Slurm or several hosts"
+	@echo "make test-slurm  those on a real Slurm and on several hosts (root on Debian: installs packages)"
 	@echo "make bench       benchmarks; each prints its ratios"
 	@echo "make wheel       build the wheel into dist/"
 
@@ -19,7 +19,7 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests/slurm tests/scripts tests/bench tests/unit tests/mpi tests/dynamo tests/conftest.py tests/fault_cases.py tests/fault_traces.py tests/mpi_flavours.py tests/servers.py tests/browser.py
+	$(BIN)/mypy tests/slurm tests/scripts tests/bench tests/unit tests/mpi tests/dynamo tests/conftest.py tests/fault_cases.py tests/fault_traces.py tests/mpi_flavours.py tests/servers.py tests/browser.py tests/hosts tests/namespaces
 	cd tests/standins && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --explicit-package-bases tensorrt_llm torch
 	$(BIN)/shellcheck --external-sources $(SHELL_FILES)
 	$(BIN)/shfmt --diff --indent 4 --case-indent $(SHELL_FILES)
@@ -36,7 +36,7 @@ test:
 	scripts/test.sh
 
 test-slurm:
-	scripts/test.sh --slurm tests/slurm
+	scripts/test.sh --slurm tests/slurm tests/hosts
 
 bench:
 	$(BIN)/python tests/bench/check_start.py
@@ -46,6 +46,7 @@ bench:
 	$(BIN)/python tests/bench/hand_over.py
 	$(BIN)/python tests/bench/liveness.py
 	$(BIN)/python -m tests.bench.faults
+	$(BIN)/python -m tests.bench.kills
 
 wheel:
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

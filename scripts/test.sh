@@ -13,8 +13,8 @@ usage() {
     cat <<'EOF'
 usage: scripts/test.sh [--slurm] [ARGUMENTS OF pytest]
 
-  scripts/test.sh                  all tests but those on a real Slurm
-  scripts/test.sh --slurm          those too: root on Debian, installs Slurm's packages
+  scripts/test.sh                  all tests but those on a real Slurm or on several hosts
+  scripts/test.sh --slurm          those too: root on Debian, installs packages
   scripts/test.sh tests/unit -x    what pytest takes
 
 Environment:
@@ -22,7 +22,7 @@ Environment:
 EOF
 }
 
-selection=(-m "not slurm")
+selection=(-m "not slurm and not hosts")
 case ${1:-} in
     -h | --help)
         usage

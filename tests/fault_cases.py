@@ -59,16 +59,21 @@ class Case(NamedTuple):
         phase: one of `PHASES`.
         rank: where, or `CHILD`.
         engine: "reference" or "trtllm".
+        signalled: whether the test sends the signal, "kill" or "stop", to the rank, which otherwise does it to itself.
+        number: tells apart several that are alike, and run one after the other.
     """
 
     fault: str
     phase: str
     rank: int
     engine: str = "reference"
+    signalled: bool = False
+    number: int = 0
 
     def __str__(self) -> str:
         where = "child" if self.rank == CHILD else f"rank{self.rank}"
-        return f"{self.phase}-{self.fault}-{where}{'-trtllm' if self.engine == 'trtllm' else ''}"
+        engine = "-trtllm" if self.engine == "trtllm" else ""
+        return f"{self.phase}-{self.fault}-{where}{engine}{f'-{self.number}' if self.number else ''}"
 
     @property
     def namespace(self) -> str:
@@ -83,7 +88,7 @@ class Case(NamedTuple):
     @property
     def from_outside(self) -> bool:
         """Whether it is the test that does it, to a process."""
-        return self.fault == "oom" or self.rank == CHILD
+        return self.fault == "oom" or self.rank == CHILD or self.signalled
 
     def flags(self, failures: Path) -> tuple[str, ...]:
         """Return the worker's flags; its failure files go to ``failures``."""
@@ -99,7 +104,7 @@ class Case(NamedTuple):
             # a drain waits all of this time, and nothing else has to
             grace = "5" if self.phase == "drain" else "0.2"
             variables = {**TRTLLM_ENVIRONMENT, "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": grace}
-        if self.rank == CHILD:
+        if self.rank == CHILD or self.signalled:
             return variables
         when = {"serve": f"serve@{trigger}", "drain": "drain+0.2"}.get(self.phase, self.phase)
         action = self.fault
@@ -146,7 +151,7 @@ CHILD_CODES = {"kill": (137,), "oom": (137,), "stop": (124,), "exit0": (75,)}
 
 
 class Worker(Protocol):
-    """A worker under a launcher: ``RunningWorker``, ``SlurmWorker``."""
+    """A worker under a launcher: ``RunningWorker``, ``SlurmWorker``, ``HostsWorker``."""
 
     log: Path
 
@@ -197,12 +202,13 @@ class Outcome:
             f"streams {self.streams_seconds:.2f} s {sorted({stream['end'][:100] for stream in self.streams})}"
         )
 
-    def check(self, host: str, codes: Sequence[int]) -> None:
+    def check(self, host: str, codes: Sequence[int], launcher_seconds: float = 0.0) -> None:
         """Assert that everything is as it has to be.
 
         Args:
             host: of the rank.
             codes: the launcher's, each of them as good.
+            launcher_seconds: that the launcher takes for itself, to end others than our ranks, too.
 
         Raises:
             LeftBehind: all is well, but that something is left; the last to be looked at.
@@ -210,7 +216,7 @@ class Outcome:
         patience = HEARTBEAT if self.case.fault in SILENT else 0.0
         print(self)  # for pytest -rA
         assert self.code is not None, f"it still ran {self.seconds:.1f} s after the fault\n{self.text}"
-        assert self.seconds <= patience + PROMPT_SECONDS, f"{self.seconds:.2f} s\n{self.text}"
+        assert self.seconds <= patience + PROMPT_SECONDS + launcher_seconds, f"{self.seconds:.2f} s\n{self.text}"
         assert self.code in codes, f"exit code {self.code}\n{self.text}"
         self._check_report(host)
         if self.case.streaming:
@@ -222,9 +228,14 @@ class Outcome:
             raise LeftBehind(f"{self.left} is left, keys for {self.keys_seconds:.2f} s\n{self.text}")
         assert self.keys_seconds <= patience + KEYS_SECONDS, f"keys for {self.keys_seconds:.2f} s\n{self.text}"
 
+    @property
+    def blocks(self) -> list[tuple[str, str, str]]:
+        """The reports that were printed: who speaks, the phase, and the first line."""
+        return re.findall(r"dynamo_mpi: (rank \d+ on \S+): error in (\w+): ([^\n]*)", self.text)
+
     def _check_report(self, host: str) -> None:
         case, name = self.case, f"rank {max(0, self.case.rank)} on {host}"
-        blocks = re.findall(r"dynamo_mpi: (rank \d+ on \S+): error in (\w+): ([^\n]*)", self.text)
+        blocks = self.blocks
         assert len(blocks) == 1, f"{blocks}\n{self.text}"
         ((speaker, phase, line),) = blocks
         assert phase == case.phase or (case.phase, phase, case.fault in SILENT) == ("drain", "exit", True), blocks
@@ -282,7 +293,9 @@ def run_case(
         if case.phase == "drain":
             begin_drain()
         trigger.touch()
-        words = {"load": "run mgmn leader", "drain": "drain: "}.get(case.phase, "") if case.rank == CHILD else "fault: "
+        words = "fault: "
+        if case.rank == CHILD or case.signalled:
+            words = {"load": "run mgmn leader", "drain": "drain: "}.get(case.phase, "")
         eventually(lambda: words in worker.text() or worker.process.poll() is not None, "it has come so far", 90)
         fault = time.time()
         look()

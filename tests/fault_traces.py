@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,6 +100,33 @@ def find_child(pids: Sequence[int]) -> int:
             if words[1:3] == [b"-m", b"dynamo.trtllm"]:
                 return pid
     return 0
+
+
+AGENT_TITLES = ("dynamo_mpi: node agent on {}", "dynamo_mpi: companion of the ranks on {}")
+"""What ``ps`` shows of a node's agent."""
+
+
+def find_agent(pids: Sequence[int], host: str) -> int:
+    """Return the one that is the agent of a host, 0 for none."""
+    titles = tuple(title.format(host).encode() for title in AGENT_TITLES)
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") in titles:
+                return pid
+    return 0
+
+
+def replace_agent(pids: Callable[[], Sequence[int]], host: str, seconds: float = 10.0) -> None:
+    """Kill a host's agent, and wait for another one.
+
+    Args:
+        pids: returns those of the host.
+        host: its name.
+        seconds: how long another one may take.
+    """
+    agent = eventually(lambda: find_agent(pids(), host), f"an agent on {host}", seconds)
+    os.kill(agent, signal.SIGKILL)
+    eventually(lambda: find_agent(pids(), host) not in (0, agent), f"another agent on {host}", seconds)
 
 
 def why_no_memory_limit() -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tests.conftest import ROOT
-from tests.namespaces.anchor import Anchor, enter_command, why_no_namespaces
+from tests.namespaces.anchor import STATE_PREFIX, STATES, Anchor, enter_command, why_no_namespaces
 from tests.namespaces.commands import InsideProcess, default_environment, run_to_end
 from tests.namespaces.errors import ClusterError
 from tests.namespaces.processes import namespace_of, processes_in_namespace
@@ -59,7 +59,7 @@ class Hosts:
         needed = [*visible, ROOT, Path(sys.prefix).resolve(), Path(sys.base_prefix), Path(sys.executable).parent]
         under = tuple(dict.fromkeys(path for path in needed if path.is_relative_to(TMP)))
         # short, for the socket in it
-        state = Path(tempfile.mkdtemp(prefix="dynmpi-hosts-", dir=TMP))
+        state = Path(tempfile.mkdtemp(prefix=f"{STATE_PREFIX}hosts-", dir=STATES))
         self.settings = HostsSettings(state, count, under, resolvable, second_rate)
         self._anchor = Anchor(self.settings.anchor)
 

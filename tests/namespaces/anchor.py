@@ -8,6 +8,7 @@ All hosts are descendants of that PID 1, so that one SIGKILL to it ends every pr
 from __future__ import annotations
 
 import select
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from .processes import ProcessIdentity, children_of, command_line
 
 READY = "ready"
 """What PID 1 says on stdout once everything runs."""
+STATES, STATE_PREFIX = Path("/tmp"), "dynmpi-"
+"""Where folders for hosts in namespaces are made, and how their names begin; ``anchor.json`` in each records its anchor."""
 NAMESPACES = ("--mount", "--uts", "--ipc", "--net", "--pid")
 
 
@@ -40,6 +43,14 @@ def enter_command(init: int, cwd: Path) -> list[str]:
     # env --chdir, and not nsenter's own, as that keeps the folder of the outer mount namespace
     prepare = ("setpriv", "--pdeathsig", "TERM", "env", f"--chdir={cwd}", "--")
     return ["nsenter", f"--target={init}", *NAMESPACES, "--", *prepare]
+
+
+def remove_leftovers() -> None:
+    """Remove the folders of hosts that died together with the process that owned them."""
+    for state in STATES.glob(f"{STATE_PREFIX}*"):
+        anchor = ProcessIdentity.load(state / "anchor.json")
+        if anchor and not anchor.is_alive():
+            shutil.rmtree(state, ignore_errors=True)
 
 
 class Anchor:

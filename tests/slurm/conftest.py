@@ -12,7 +12,9 @@ from typing import Protocol
 import pytest
 from _pytest.runner import runtestprotocol
 
-from .cluster.cluster import Cluster, remove_leftovers, why_unavailable
+from tests.namespaces.anchor import remove_leftovers
+
+from .cluster.cluster import Cluster, why_unavailable
 from .session import SlurmSession, skip_or_fail
 
 # About one start in 240 of Debian's Open MPI 4.1.4 under its Slurm ends so on a busy machine: in MPI_Init_thread the TCP transport calls what

@@ -3,17 +3,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.fault_cases import CHILD, STREAMS, TOKENS, Case, Outcome, run_case
-from tests.fault_traces import PROGRAMS, Keys, Streams, end_process, find_child, processes_with, read_reports
+from tests.fault_traces import (
+    PROGRAMS,
+    Keys,
+    Streams,
+    end_process,
+    find_child,
+    processes_with,
+    read_reports,
+    replace_agent,
+)
 from tests.namespaces.commands import InsideProcess
 
 from .session import SlurmSession
@@ -39,8 +49,14 @@ class SrunFaults:
     def __init__(self, stack: Stack, model: Path) -> None:
         self.stack, self.model = stack, model
 
-    def run(self, case: Case, folder: Path) -> Outcome:
-        """Start a worker, let the case happen to it, and see what is left."""
+    def run(self, case: Case, folder: Path, agents: Sequence[str] = ()) -> Outcome:
+        """Start a worker, let the case happen to it, and see what is left.
+
+        Args:
+            case: what happens.
+            folder: for files.
+            agents: nodes whose agent is killed and has to be replaced before, once streams are open.
+        """
         slurm = self.stack.slurm
         # its temporary folder's name also marks all that it starts
         temporary, trigger, failures = Path(tempfile.mkdtemp(prefix="t-")), folder / "now", folder / "failures"
@@ -68,6 +84,12 @@ class SrunFaults:
             (pid,) = [pid for pid in pids if mark in Path(f"/proc/{pid}/environ").read_bytes()]
             return pid
 
+        replaced = iter([agents])
+
+        def replace_agents() -> None:
+            for node in next(replaced, ()):
+                replace_agent(functools.partial(slurm.pids, node), node)
+
         try:
             keys = Keys(programs[0])
             outcome = run_case(
@@ -79,6 +101,7 @@ class SrunFaults:
                 lambda: os.kill(find_rank(0), signal.SIGTERM),
                 find_rank,
                 worker.stop,
+                replace_agents,
             )
             outcome.reports = read_reports(failures)
             outcome.left += [f"process {pid}" for pid in processes_with(f"TMPDIR={temporary}\0")]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from tests.namespaces.anchor import Anchor, enter_command, why_no_namespaces
+from tests.namespaces.anchor import STATE_PREFIX, STATES, Anchor, enter_command, why_no_namespaces
 from tests.namespaces.commands import InsideProcess, default_environment, run_to_end
 from tests.namespaces.errors import ClusterError
 from tests.namespaces.processes import ProcessIdentity, namespace_of, processes_in_namespace
@@ -25,8 +25,6 @@ from . import config, packages
 from .entry import inside_command, inside_environment
 from .settings import LOGIN, ClusterSettings, cable
 
-STATE_PREFIX = "dynmpi-"
-"""Of the folders under /tmp that ``Cluster.temporary`` makes."""
 START_TIMEOUT = 60.0
 """Seconds for the daemons to start and every node to be idle; one or two are usual."""
 
@@ -53,7 +51,7 @@ class Cluster:
     def temporary(cls, **values: int) -> Cluster:
         """A cluster with a new state folder of its own; ``values`` as in ClusterSettings."""
         # not tempfile.gettempdir(): pytest or a job may have made that one long, and sockets lie in here
-        return cls(ClusterSettings(Path(tempfile.mkdtemp(prefix=STATE_PREFIX, dir="/tmp")), **values))
+        return cls(ClusterSettings(Path(tempfile.mkdtemp(prefix=STATE_PREFIX, dir=STATES)), **values))
 
     @classmethod
     def existing(cls, state: Path) -> Cluster:
@@ -262,11 +260,3 @@ class Cluster:
             raise ClusterError(f"{node} does not start: {done.stderr}")
         if wait:
             self.wait_until_idle()
-
-
-def remove_leftovers() -> None:
-    """Remove folders of ``Cluster.temporary`` whose cluster died together with the process that owned it."""
-    for state in Path("/tmp").glob(f"{STATE_PREFIX}*"):
-        anchor = ProcessIdentity.load(state / "anchor.json")
-        if anchor and not anchor.is_alive():
-            shutil.rmtree(state, ignore_errors=True)

