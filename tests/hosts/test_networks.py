@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from dynamo_mpi.services.programs import find_etcd
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.running import eventually
 from tests.namespaces.commands import InsideProcess
-from tests.slurm.session import skip_or_fail
 
-from .hosts import Hosts, why_unavailable
+from .conftest import MakeHosts
+from .hosts import Hosts
 
 FIRST, SECOND = "h1", "h2"
 # the hosts' networks are their own: no port of them is taken
@@ -118,27 +118,26 @@ class Closed:
         return self.hosts.run(FIRST, [sys.executable, "-S", "-c", program, url]).returncode == 0
 
 
-def closed_hosts(base: Path, model: Path, second_rate: str = "") -> Iterator[Closed]:
-    if reason := why_unavailable():
-        skip_or_fail(f"no hosts: {reason}")
-    folder = base / f"closed{second_rate}"
-    folder.mkdir()
-    with Hosts(2, [base], resolvable=False, second_rate=second_rate) as hosts, ExitStack() as services:
-        closed = Closed(hosts, folder, model)
+@contextmanager
+def closed_hosts(make_hosts: MakeHosts, folder: Path, model: Path, second_rate: str = "") -> Iterator[Closed]:
+    """Build two hosts whose names stand for nothing, with the services on the first."""
+    with ExitStack() as services:
+        closed = Closed(make_hosts(2, resolvable=False, second_rate=second_rate), folder, model)
         closed.serve(services)
         yield closed
 
 
 @pytest.fixture(scope="module")
-def closed(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Closed]:
+def closed(make_hosts: MakeHosts, tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Closed]:
     """Two hosts with one network between them."""
-    yield from closed_hosts(tmp_path_factory.getbasetemp().resolve(), model_dir)
+    with closed_hosts(make_hosts, tmp_path_factory.mktemp("closed"), model_dir) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def closed_twice(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Closed]:
+def closed_twice(make_hosts: MakeHosts, tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterator[Closed]:
     """Two hosts with two networks between them, and what looks like a third, Docker's: each host has it for itself."""
-    for found in closed_hosts(tmp_path_factory.getbasetemp().resolve(), model_dir, "1gbit"):
+    with closed_hosts(make_hosts, tmp_path_factory.mktemp("closed-twice"), model_dir, "1gbit") as found:
         for host in found.hosts.names:
             for words in (
                 "ip link add net9 type veth peer name net9-end",
