@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from dynamo_mpi.observe.speech import speech
 from dynamo_mpi.onlookers import Onlookers
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
+from dynamo_mpi.preflight.reach import let_runtime_be_reached, meeting_place
 from dynamo_mpi.preflight.roster import hosts, ranks_by_host
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.observe.display import Display
+    from dynamo_mpi.preflight.networks import Choice
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.agent_client import NodeAgentClient
@@ -115,18 +118,28 @@ class Leader:
             verdict = judge(plan, cards)
             self._verdict_seconds = self._phases.age
             self._onlookers.judged(verdict)
+            place: Choice | None = None
+            if verdict.exit_code is ExitCode.OK:
+                try:
+                    place = meeting_place(cards, settings.liveness_network)
+                except BootstrapError as error:
+                    return self._stop(f"error: {error}", error.exit_code)
             if verdict.exit_code is not ExitCode.OK or settings.preflight_only:
                 return self._stop(verdict.report, verdict.exit_code)
             self._voice.say(verdict.report)
+            if place is not None:
+                self._voice.say(place.line)
+                settings = replace(settings, kv_network=settings.kv_network or place.network or None)
             try:
                 endpoints = probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout)
                 for line in require_etcd(endpoints, EtcdAuth.of(os.environ)):
                     self._voice.say(line)
                 point_runtime_at(endpoints)
+                let_runtime_be_reached(place, endpoints, os.environ)
                 self._onlookers.point_runtime(settings)
                 require_servable(settings.model, plan.inquiry.files[0].content)
                 signals = self._appear(settings, verdict, cards)
-                guard = self._guard_with(settings, cards)
+                guard = self._guard_with(settings, cards, place.address if place else "")
             except BootstrapError as error:
                 self._onlookers.refuse(error)
                 return self._stop(f"error: {error}", error.exit_code)
@@ -188,8 +201,8 @@ class Leader:
             self._world.broadcast(GO)
         return ExitCode.OK
 
-    def _guard_with(self, settings: Settings, cards: Sequence[Card]) -> Guard:
-        """Begin to watch over the ranks, which have to be told where."""
+    def _guard_with(self, settings: Settings, cards: Sequence[Card], address: str) -> Guard:
+        """Begin to watch over the ranks, which have to be told where: at ``address``, or at the host's own."""
         from dynamo_mpi.supervision.failure_files import forget_failures
         from dynamo_mpi.supervision.guard import Guard, Terms
 
@@ -203,6 +216,7 @@ class Leader:
             label,
             self._client.connected,
             str(settings.log_dir or ""),
+            address,
         )
         self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms, self._client)
         guard.before_the_end(partial(forget, settings.ready_file))

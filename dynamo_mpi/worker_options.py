@@ -202,8 +202,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_LIVENESS_NETWORK",),
         None,
         to_text,
-        "interface (ib0), network (10.1.0.0/16, fd00::/64) or address at which rank 0 hears of the other ranks' life; the address of the "
-        "host's own name by default",
+        "interface (ib0), network (10.1.0.0/16, fd00::/64) or address at which rank 0 hears of the other ranks' life; by default the fastest "
+        "network that all hosts share, and on one host the address of its own name",
     ),
     Option(
         "heartbeat_timeout",
@@ -247,8 +247,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_KV_NETWORK",),
         None,
         to_text,
-        "interface (ib0), network (10.1.0.0/16, fd00::/64) or address at which the ranks of a reference prefill worker serve KV; the "
-        "address of the host's own name by default",
+        "interface (ib0), network (10.1.0.0/16, fd00::/64) or address at which the ranks of a reference prefill worker serve KV; by "
+        "default as for --liveness-network",
     ),
     Option(
         "kv_keep_seconds",

@@ -19,13 +19,16 @@ from dynamo_mpi.doctor.fabric_facts import (
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.parallelism.wording import listed
 from dynamo_mpi.preflight.host_row import lines
+from dynamo_mpi.preflight.networks import best_address, described_link, usable
 from dynamo_mpi.services.host_address import host_address, interface_addresses
+from dynamo_mpi.services.interfaces import host_networks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from dynamo_mpi.doctor.check import Check
     from dynamo_mpi.doctor.fabric_facts import RdmaPort
+    from dynamo_mpi.preflight.networks import HostNetworks
 
 _DEVICE_FILES = "/dev/infiniband"
 _NCCL_INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
@@ -79,12 +82,32 @@ def check_interfaces(context: Context) -> Iterator[Check]:
     found = interface_addresses()
     yield ok("interfaces", "; ".join(f"{name} {listed(addresses)}" for name, addresses in found.items()) or "none")
     yield judge_address(host_address(None, "--liveness-network"))
+    yield from judge_networks(host_networks(), context.environ, rdma=bool(read_rdma_ports()))
+
+
+def judge_networks(own: HostNetworks, environ: Mapping[str, str], *, rdma: bool) -> Iterator[Check]:
+    """Say which of several interfaces a worker of several hosts takes, and how NCCL and UCX come to take the same.
+
+    Args:
+        own: this host's networks.
+        environ: the settings that may say it already.
+        rdma: whether there are RDMA devices, which UCX prefers by itself.
+    """
+    links = {interface.name: interface for interface, _ in usable(own)}
+    if len(links) < 2:
+        return
+    address = best_address(own)
+    best = next(link for link, found in usable(own) if str(found.ip) == address)
+    wanted = {"NCCL_SOCKET_IFNAME": f"={best.name}"} | ({} if rdma else {"UCX_NET_DEVICES": best.name})
+    unsaid = [f"{name}={value}" for name, value in wanted.items() if not environ.get(name)]
+    found = f"of {listed(links)} a worker takes {described_link(best.name, best.speed)}, where all its hosts share that network"
+    yield ok("network", found + (f"; the same for NCCL and UCX: {' '.join(unsaid)}" if unsaid else ""))
 
 
 def judge_address(address: str) -> Check:
     """Judge the address that this host's own name stands for."""
     if not ip_address(address).is_loopback:
-        return ok("address", f"{address}, where rank 0 listens for the other ranks by default")
+        return ok("address", f"{address}, where rank 0 listens by default for ranks of this host")
     return warning(
         "address",
         f"this host has no address but {address}",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dynamo_mpi.services.ports import LOOPBACK
+from dynamo_mpi.services.ports import LOOPBACK, LOOPBACK_INTERFACE
 
 if TYPE_CHECKING:
     from dynamo_mpi.services.etcd import Etcd
@@ -22,11 +22,17 @@ _KEPT = ("DYN_LOG", "DYN_MPI_", "OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_")
 
 
 def discovery_environment(etcd: Etcd, nats: Nats, request_plane: RequestPlane) -> dict[str, str]:
-    """Return how frontend and worker find each other.
+    """Return how frontend and worker find each other: on loopback, which a machine without a network has, too.
 
     ``NATS_SERVER`` is set for the nats plane only: Dynamo's runtime connects wherever it is set, needed or not.
     """
-    variables = {"ETCD_ENDPOINTS": etcd.url, "DYN_NAMESPACE": NAMESPACE, "DYN_REQUEST_PLANE": request_plane}
+    variables = {
+        "ETCD_ENDPOINTS": etcd.url,
+        "DYN_NAMESPACE": NAMESPACE,
+        "DYN_REQUEST_PLANE": request_plane,
+        "DYN_TCP_RPC_HOST": LOOPBACK,
+        "DYN_TCP_RESPONSE_STREAM_HOST": LOOPBACK_INTERFACE,
+    }
     return variables | ({"NATS_SERVER": nats.url} if request_plane == "nats" else {})
 
 

@@ -8,6 +8,7 @@ runs on every rank before the verdict and imports nothing beyond what MPI brough
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi import __version__
@@ -94,6 +95,7 @@ class Card(NamedTuple):
         problems: ``label: what is wrong`` for everything that isn't as rank 0 has it.
         host_facts: `HostFacts`, packed; empty where it wasn't asked for.
         gpu_facts: `NodeGpus`, packed; empty where it wasn't asked for.
+        networks: `HostNetworks`, packed; of the first rank of each node, where there may be several nodes, else empty.
     """
 
     host: str
@@ -102,13 +104,13 @@ class Card(NamedTuple):
     problems: tuple[str, ...]
     host_facts: tuple[str, ...] = ()
     gpu_facts: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
 
     def pack(self) -> bytes:
         """Encode for the gather."""
-        counts = (str(len(self.problems)), str(len(self.host_facts)))
-        return pack(
-            [self.host, self.visible_gpus, self.version, *counts, *self.problems, *self.host_facts, *self.gpu_facts]
-        )
+        parts = (self.problems, self.host_facts, self.gpu_facts, self.networks)
+        counts = (str(len(part)) for part in parts[:-1])
+        return pack([self.host, self.visible_gpus, self.version, *counts, *(value for part in parts for value in part)])
 
     @classmethod
     def unpack(cls, data: bytes) -> Card:
@@ -116,9 +118,9 @@ class Card(NamedTuple):
         host, gpus, version, *values = unpack(data)
         if version != __version__:
             return cls(host, gpus, version, ())
-        problems, facts, *values = values
-        first, second = int(problems), int(problems) + int(facts)
-        return cls(host, gpus, version, tuple(values[:first]), tuple(values[first:second]), tuple(values[second:]))
+        counts, rest = map(int, values[:3]), iter(values[3:])
+        problems, host_facts, gpu_facts = (tuple(islice(rest, count)) for count in counts)
+        return cls(host, gpus, version, problems, host_facts, gpu_facts, tuple(rest))
 
 
 def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str], mpi_library: str = "") -> Card:
@@ -146,6 +148,8 @@ def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str], mpi_library
         tuple(problems),
         _host_facts(mpi_library, first_of_node) if inquiry.hosts else (),
         _gpu_facts() if inquiry.gpus else (),
+        # where all ranks are on one node, nobody asks
+        _networks() if first_of_node and launch.size != 1 and launch.local_size != launch.size else (),
     )
 
 
@@ -153,6 +157,12 @@ def _host_facts(mpi_library: str, first_of_node: bool) -> tuple[str, ...]:
     from dynamo_mpi.preflight.host_facts import collect
 
     return collect(mpi_library, os.environ, speaks_for_node=first_of_node).pack()
+
+
+def _networks() -> tuple[str, ...]:
+    from dynamo_mpi.services.interfaces import host_networks
+
+    return host_networks().pack()
 
 
 def _gpu_facts() -> tuple[str, ...]:

@@ -121,6 +121,18 @@ VARIABLES = (
     Variable(("DYN_LOGGING_JSONL",), "user → worker, Dynamo's runtime", "1: a JSON object on each line"),
     Variable(("DYN_TCP_RPC_PORT",), "user → Dynamo's runtime", "port of the tcp request plane"),
     Variable(
+        ("DYN_TCP_RPC_HOST",),
+        "user, worker → Dynamo's runtime, `dynamo.trtllm`",
+        "address at which frontends reach rank 0 on the tcp request plane. Rank 0 sets it, where it isn't set, for a worker of several hosts "
+        "and on a host without a default route: the address by which it reaches etcd, or else the one at which the other ranks reach it",
+    ),
+    Variable(
+        ("DYN_TCP_RESPONSE_STREAM_HOST",),
+        "user, worker → Dynamo's runtime",
+        "name of the interface at which a client of the tcp request plane takes answers; rank 0 sets `lo`, where it isn't set, on a host "
+        "without any other",
+    ),
+    Variable(
         ("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS",),
         "worker → `dynamo.trtllm`",
         "seconds that it goes on answering after SIGTERM, all of them; set by `--drain-timeout` where that is given",

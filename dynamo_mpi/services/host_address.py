@@ -4,21 +4,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import socket
-import struct
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from pathlib import Path
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_network
 
 from dynamo_mpi.errors import UsageError
+from dynamo_mpi.preflight.networks import best_address
+from dynamo_mpi.services.interfaces import host_networks, read_interfaces
 from dynamo_mpi.services.ports import ANY_ADDRESS, LOOPBACK, is_free
 
 Address = IPv4Address | IPv6Address
-_SIOCGIFADDR = 0x8915
-_NAME_BYTES = 15
-_IPV6_ADDRESSES = Path("/proc/net/if_inet6")
-_UNUSABLE_FLAGS = 0x08 | 0x40  # of if_addr.h: somebody else has it, or nobody knows yet
 # of blocks that are never routed: connecting a datagram socket sends nothing, and chooses the way that others would be reached by
 _ELSEWHERE = ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1"))
 _DISCARD_PORT = 9
@@ -29,7 +24,8 @@ def host_address(choice: str | None, setting: str) -> str:
 
     Args:
         choice: an interface (``ib0``), a network of which this host has an address (``10.1.0.0/16``, ``fd00::/64``), or an address. None:
-            the one that this host's name stands for, or, where that is loopback, the one by which others are reached.
+            the one that this host's name stands for, or, where that is loopback, the one by which others are reached, or else one of its
+            fastest interface; loopback where it has no other.
         setting: what the choice is made by, for the error.
 
     Raises:
@@ -81,27 +77,16 @@ def _resolved(name: str) -> list[str]:
 
 
 def interface_addresses() -> dict[str, list[Address]]:
-    """Return this host's interfaces with their first IPv4 address (netdevice(7)) and their IPv6 addresses."""
+    """Return this host's interfaces with their addresses, IPv4 first.
+
+    Raises:
+        OSError: they can't be asked for.
+    """
     found: dict[str, list[Address]] = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:_NAME_BYTES])
-            with contextlib.suppress(OSError):  # it has none
-                found[name] = [IPv4Address(fcntl.ioctl(probe, _SIOCGIFADDR, request)[20:24])]
-    with contextlib.suppress(OSError):  # a kernel without IPv6
-        for name, address in _parse_ipv6(_IPV6_ADDRESSES.read_text(encoding="ascii")):
-            found.setdefault(name, []).append(address)
+    for interface in read_interfaces():
+        addresses = (ip_interface(address).ip for address in interface.addresses)
+        found[interface.name] = sorted(addresses, key=lambda address: address.version)
     return found
-
-
-def _parse_ipv6(table: str) -> list[tuple[str, IPv6Address]]:
-    """Read the kernel's table: address, interface number, prefix, scope, flags and interface name, in hexadecimal."""
-    rows = [line.split() for line in table.splitlines()]
-    return [
-        (row[5], IPv6Address(int(row[0], 16)))
-        for row in rows
-        if len(row) == 6 and not int(row[4], 16) & _UNUSABLE_FLAGS
-    ]
 
 
 def _fitting(choice: str, found: dict[str, list[Address]]) -> Sequence[Address]:
@@ -118,8 +103,10 @@ def _is_link_local(address: Address) -> bool:
     return isinstance(address, IPv6Address) and address.is_link_local
 
 
-def _own_address() -> str:
-    with contextlib.suppress(OSError):
+def known_address() -> str:
+    """Return the address that this host's name stands for, or, where that is loopback, the one by which others are reached; empty where
+    there is neither."""
+    with contextlib.suppress(OSError, UnicodeError):
         known = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
         addresses = [
             ip_address(str(place[0])) for *_, place in sorted(known, key=lambda info: info[0] != socket.AF_INET)
@@ -128,7 +115,21 @@ def _own_address() -> str:
             if not (address.is_loopback or _is_link_local(address)):
                 return str(address)
     for family, elsewhere in _ELSEWHERE:
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        if found := source_address(family, elsewhere):
+            return found
+    return ""
+
+
+def source_address(family: int, elsewhere: str) -> str:
+    """Return the address of this host from which another is reached, which is not asked; empty where there is no way to it."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((elsewhere, _DISCARD_PORT))
             return str(probe.getsockname()[0])
-    return LOOPBACK
+    except OSError:
+        return ""
+
+
+def _own_address() -> str:
+    # a host of a closed network may have neither a name that others know nor a way to elsewhere
+    return known_address() or best_address(host_networks()) or LOOPBACK

@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 from typing import NamedTuple
 
-LOOPBACK = "127.0.0.1"
+LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - what a user may choose
 _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 

@@ -74,6 +74,7 @@ class Terms(NamedTuple):
         label: see `Meeting`.
         has_agent: see `Meeting`.
         log_dir: see `Meeting`.
+        address: of this host, at which rank 0 listens; empty for the one that ``network`` stands for.
     """
 
     network: str | None = None
@@ -82,6 +83,7 @@ class Terms(NamedTuple):
     label: str = "worker"
     has_agent: bool = False
     log_dir: str = ""
+    address: str = ""
 
 
 class Guard:
@@ -136,7 +138,7 @@ class Guard:
         allow_open_files(self._world.size + SPARE)
         address = terms.network or "the address of its name"
         try:
-            address = host_address(terms.network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
+            address = terms.address or host_address(terms.network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             # all ranks come at the same moment
             listener = socket.create_server((address, 0), family=family, backlog=max(128, self._world.size))

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port
+from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand
 from tests.dynamo.running import eventually
 
@@ -67,6 +70,17 @@ def test_nats_plane_answers_too(tmp_path: Path) -> None:
         assert command.wait() == 0, command.err
         command.assert_nothing_left()
         assert "Paris" in command.out
+
+
+@pytest.mark.parametrize("role", ["agg", "disagg"])
+def test_a_machine_with_loopback_alone_will_do(role: str) -> None:
+    words = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+    if os.geteuid() or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("no network namespace here: needs root and iproute2")
+    command = [*words, sys.executable, "-m", "dynamo_mpi.cli.main", "local", "--role", role, "--output", "json"]
+    done = run_command(command, env=os.environ, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["answer"]
 
 
 def test_an_impossible_layout_is_refused_in_the_workers_words(tmp_path: Path) -> None:

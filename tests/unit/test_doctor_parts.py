@@ -27,6 +27,7 @@ from dynamo_mpi.doctor.shared_memory import Segment, mapped_path, own_segments, 
 from dynamo_mpi.launchers.launch import Launch, Launcher
 from dynamo_mpi.launchers.mislaunch import MpiLibrary
 from dynamo_mpi.preflight.gpu_facts import NodeGpus
+from dynamo_mpi.preflight.networks import HostNetworks, Interface
 from tests.conftest import ROOT
 
 GIB = 2**30
@@ -232,6 +233,20 @@ def test_a_named_device_that_is_not_here_is_an_error_in_a_rank_alone() -> None:
         assert found["UCX_NET_DEVICES"].status is Status.OK
     assert fabric.judge_address("127.0.0.1").status is Status.WARNING
     assert fabric.judge_address("fd00::2").status is Status.OK
+
+
+def test_of_several_interfaces_the_one_that_a_worker_takes_is_advised_for_nccl_and_ucx() -> None:
+    links = (Interface("eth0", ("10.1.0.1/24",), 1000), Interface("ib0", ("10.9.0.1/16",), 200_000))
+    own = HostNetworks("n1", "", links)
+    (check,) = fabric.judge_networks(own, {}, rdma=False)
+    assert check.status is Status.OK
+    assert check.found == (
+        "of eth0, ib0 a worker takes ib0, 200 Gb/s, where all its hosts share that network; "
+        "the same for NCCL and UCX: NCCL_SOCKET_IFNAME==ib0 UCX_NET_DEVICES=ib0"
+    )
+    (check,) = fabric.judge_networks(own, {"NCCL_SOCKET_IFNAME": "ib"}, rdma=True)
+    assert "NCCL" not in check.found
+    assert not list(fabric.judge_networks(own._replace(interfaces=links[:1]), {}, rdma=False))
 
 
 def test_our_own_networks_are_looked_up() -> None:

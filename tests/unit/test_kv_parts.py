@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from ipaddress import IPv4Address
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from dynamo_mpi.engines.reference.kv_orders import (
     encode_order,
 )
 from dynamo_mpi.errors import EngineError, UsageError
+from dynamo_mpi.preflight.networks import Interface
 from dynamo_mpi.services import host_address as host_address_module
 from dynamo_mpi.services.host_address import host_address, interface_addresses
 from dynamo_mpi.serving.requests import for_role, to_generation_request, to_response
@@ -80,20 +80,17 @@ def test_an_address_that_this_host_lacks(choice: str) -> None:
         host_address(choice, "--network")
 
 
-# of a kernel: loopback, a usable one, one that is still being tried, a link-local one alone on its interface
-IPV6 = """\
-00000000000000000000000000000001 01 80 10 80       lo
-fd000000000000000000000000000002 04 40 00 82     ib0
-fd000000000000000000000000000003 04 40 00 40     ib0
-fe8000000000000000fc00fffe000001 05 40 20 80     ib1
-"""
+# one with a usable IPv6 address, and one with a link-local one alone
+IPV6 = (
+    Interface("lo", ("127.0.0.1/8", "::1/128"), kind="loopback"),
+    Interface("ib0", ("fd00::2/64",)),
+    Interface("ib1", ("fe80::fc:ff:fe00:1/64",)),
+)
 
 
 @pytest.fixture
-def ipv6_interfaces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    table = tmp_path / "if_inet6"
-    table.write_text(IPV6, encoding="ascii")
-    monkeypatch.setattr(host_address_module, "_IPV6_ADDRESSES", table)
+def ipv6_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_address_module, "read_interfaces", lambda: IPV6)
 
 
 @pytest.mark.usefixtures("ipv6_interfaces")
