@@ -107,6 +107,13 @@ class NodeAgentClient:
         """Whether there is an agent at the other end."""
         return self._connection is not None
 
+    def await_connection(self, seconds: float) -> bool:
+        """Wait for the next agent where the one before has just ended, and return whether there is one."""
+        end = time.monotonic() + seconds
+        while not self.connected and time.monotonic() < end:
+            time.sleep(_AGAIN_SECONDS)
+        return self.connected
+
     def install_signal_handlers(self) -> None:
         """Have SIGTERM, SIGINT and SIGUSR1 end this rank, and say so before, whatever the main thread is doing. From the main thread."""
         self._wakeup = reader, writer = os.pipe()
@@ -218,7 +225,9 @@ class NodeAgentClient:
     # what follows runs in threads
 
     def _run(self, connection: _socket.socket | None) -> None:
-        while connection is not None or (connection := self._reconnect()) is not None:
+        # at first the first rank of this node isn't there yet
+        pause = _LATER_SECONDS
+        while connection is not None or (connection := self._reconnect(pause)) is not None:
             self._listen(connection)
             with self._lock:
                 self._connection = None
@@ -226,17 +235,18 @@ class NodeAgentClient:
             connection.close()
             if self._detached:
                 return
-            connection = None
+            connection, pause = None, _AGAIN_SECONDS
             if self._agent is not None and (connection := self._start_another()) is None:
                 return
 
-    def _reconnect(self) -> _socket.socket | None:
-        """Wait until the first rank of this node, or its next agent, is there; None where this rank needs it no longer."""
+    def _reconnect(self, pause: float) -> _socket.socket | None:
+        """Wait until the agent, or the next one, is there, asking at growing intervals; None where this rank needs it no longer."""
         while self._address and not self._detached:
-            time.sleep(_LATER_SECONDS)
+            time.sleep(pause)
             if (connection := self._try()) is not None:
                 self._take(connection)
                 return connection
+            pause = min(1.1 * pause, _LATER_SECONDS)
         return None
 
     def _listen(self, connection: _socket.socket) -> None:

@@ -256,7 +256,7 @@ class Lifeline:
         named = text if rank else f"rank 0 on {host} {text}"
         self._mourn(named)
         failure = Failure(rank, code, text, cause, self.world_phase, time.monotonic())
-        if self._agent is not None and self._agent.connected and self._meeting.has_agent:
+        if self._agent is not None and self._meeting.has_agent and self._agent.await_connection(_DOUBT_SECONDS):
             self._agent.send(f"{'failure' if rank else 'rank0_lost'} {pack_seen(Seen(failure, host))}")
             # the agent ends this rank once the cause is reported, with its exit code
             time.sleep(_AGENT_SECONDS)

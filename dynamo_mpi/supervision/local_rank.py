@@ -55,8 +55,6 @@ class LocalRank:
         self.detached = False
         # it says itself why it ends
         self.reported = False
-        # when it got a signal to end, in seconds of the monotonic clock
-        self.signalled_at = -1e9
 
     @property
     def is_watched_elsewhere(self) -> bool:

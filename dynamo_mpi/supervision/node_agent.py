@@ -100,6 +100,7 @@ class NodeAgent:
         self._reported = self._closing = self._rank_0_gone = False
         self._end_code = 0
         self._segments: frozenset[str] = frozenset()
+        self._signalled_at: dict[int, float] = {}
         self._admit(first)
         if listener is not None:
             listener.setblocking(False)
@@ -194,7 +195,7 @@ class NodeAgent:
             local.mark, local.inode = mark, int(inode) if inode.isdecimal() else 0
         elif word == "phase":
             local.phase = rest
-            if local.preflight_done:
+            if rest != "world":
                 local.segments |= segments_of(local.pid)
             if local.rank == 0:
                 self._world_phase = rest
@@ -215,7 +216,8 @@ class NodeAgent:
             local.reported = True
             self._reported_at = min(self._reported_at, time.monotonic())
         elif word == "signalled":
-            local.signalled_at = time.monotonic()
+            self._signalled_at[local.rank] = time.monotonic()
+            self._broadcast({"signalled": local.rank})
         elif word == "failed" and rest.isdecimal():
             local.reported = True
             self._end_ranks(int(rest))
@@ -255,7 +257,7 @@ class NodeAgent:
             self._segments |= local.segments
         if local.rank == 0:
             self._forget_rank_0(local)
-        was_told_to = now - local.signalled_at < _SIGNALLED_SECONDS
+        was_told_to = self._was_told_to_end(local.rank, now)
         if local.detached or local.reported or self._stop_at < math.inf or was_told_to:
             if local.rank == 0 and was_told_to and not self._seen:
                 self._close_world()
@@ -269,6 +271,12 @@ class NodeAgent:
         # anew with each that follows at once: a launcher that ends them all takes its time on a busy node
         self._gone.append(local)
         self._decide_at = now + _SETTLE_SECONDS
+
+    def _was_told_to_end(self, rank: int, now: float) -> bool:
+        """Return whether a launcher that was told to end the ranks has ended this one: it has sent a signal to all of them before."""
+        recent = [other for other, at in self._signalled_at.items() if now - at < _SIGNALLED_SECONDS]
+        # rank 0 alone is asked to drain
+        return rank in recent and (rank != 0 or self._launch.size == 1 or len(recent) > 1)
 
     def _forget_rank_0(self, local: LocalRank) -> None:
         if local.detached:
@@ -363,6 +371,8 @@ class NodeAgent:
         if isinstance(text := message.get("failure"), str) and (seen := read_seen(text)) is not None:
             self._failed(seen)
         self._closing |= bool(message.get("closing"))
+        if isinstance(rank := message.get("signalled"), int):
+            self._signalled_at[rank] = time.monotonic()
         if message.get("reported"):
             self._reported, self._decide_at = True, math.inf
         if isinstance(code := message.get("end"), int):
@@ -484,7 +494,7 @@ class NodeAgent:
         self._end_with(local, silence(now - local.heard, self._host), Cause.SILENCE)
         self._broadcast({"end": self._end_code})
         # the others miss it a little later, and end it with themselves; the launcher knows the better exit code
-        others = self._launch.size != 1
+        others = self._launch.size != 1 and local.preflight_done
         self._kill_at = now + _STUCK_SECONDS + (1.5 * self._meeting.period if others else 0.0)
         self._stop_at = max(self._stop_at, self._kill_at + 2 * _TICK_SECONDS)
 

