@@ -39,7 +39,7 @@ _PUBLISH_SECONDS = 2.0
 _MOST_AGENTS = 5
 _MARK_BYTES = 8
 # what a rank has said of itself, in the order in which a new agent has to hear it
-_STANDING = ("rank", "phase", "component", "preflight_done", "leases")
+_STANDING = ("rank", "phase", "agents", "preflight_done", "leases")
 
 
 class Agent(NamedTuple):
@@ -86,6 +86,8 @@ class NodeAgentClient:
         self._agent, self._replace, self._agents = agent, replace, 1
         # of the socket at which rank 0's agent hears those of other nodes; kept open for the agent's successor
         self._listener = -1
+        # what all node agents of this world know, on rank 0
+        self.agent_token = ""
         self._published = _thread.allocate_lock()
         self._published.acquire()
         self._mark = os.urandom(_MARK_BYTES).hex()
@@ -156,8 +158,11 @@ class NodeAgentClient:
         return self._published.acquire(True, _PUBLISH_SECONDS)
 
     def give_listener(self, descriptor: int) -> None:
-        """Hand the socket over at which the agents of other nodes are heard; it stays open here for a successor of the agent."""
+        """Hand the socket over at which the agents of other nodes are heard, in place of one that was given before; it stays open here for a
+        successor of the agent."""
         with self._lock:
+            if self._listener >= 0:
+                os.close(self._listener)
             self._listener = os.dup(descriptor)
             if self._connection is not None:
                 self._send_listener(self._connection)

@@ -39,7 +39,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
 def test_a_fault_ends_all_at_once(case: Case, runner: MpirunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)
-    # before the verdict the companion may be quicker than mpirun
+    # before the verdict the node agent may be quicker than mpirun
     ours = (70,) if case.phase in ("world", "preflight") and case.fault not in SILENT else ()
     runner.run(case, tmp_path).check(os.uname().nodename, (*CODES[case.fault], *ours))
     runner.check_last_failure(case)
