@@ -22,7 +22,6 @@ from dynamo_mpi.launchers.launch import Launch, Launcher, detect
 from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch, refuse_world_size
 from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.supervision.agent_client import NodeAgentClient
-from dynamo_mpi.supervision.agent_invitation import introduce_agents
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.talk import Voice
 from dynamo_mpi.world import World, bind_library, end_mpi, form_world
@@ -90,7 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SLURM_BARE)
             world = form_world(alone=alone, alone_on_node=launch.local_size == 1)
             refuse_world_size(launch, library, world.size)
-            introduce_agents(world, launch, client, voice.host)
+            if launch.local_size is not None and launch.local_size < world.size:
+                from dynamo_mpi.supervision.agent_invitation import introduce_agents
+
+                introduce_agents(world, launch.local_rank, client, voice.host)
     except BootstrapError as error:
         if notifier is not None:
             notifier.tell_failure(str(error))

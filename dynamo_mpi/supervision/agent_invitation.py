@@ -7,7 +7,6 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.supervision.agent_client import NodeAgentClient
     from dynamo_mpi.world import World
 
@@ -16,20 +15,18 @@ _TOKEN_BYTES = 32
 _BARRIER_SECONDS = 5.0
 
 
-def introduce_agents(world: World, launch: Launch, client: NodeAgentClient, host: str) -> None:
-    """Have the agents of all nodes connect to rank 0's. Collective, where a world has several nodes.
+def introduce_agents(world: World, local_rank: int | None, client: NodeAgentClient, host: str) -> None:
+    """Have the agents of all nodes connect to rank 0's. Collective.
 
     Args:
         world: all ranks.
-        launch: how this rank was started.
+        local_rank: this rank's place among those of its node.
         client: its connection to its node agent.
         host: this node.
     """
-    if launch.local_size is None or launch.local_size >= world.size:
-        return
     text = world.broadcast(_invite(client, host).encode() if world.rank == 0 else b"").decode()
     # one for each node, rank 0's too
-    if text and launch.local_rank == 0:
+    if text and local_rank == 0:
         client.send(f"agents {text}")
     # from here on no rank can end whose agent hasn't heard of the others
     world.barrier(_BARRIER_SECONDS)

@@ -156,6 +156,7 @@ class NodeAgent:
         word, _, rest = line.partition(" ")
         if word == "rank" and rest.isdecimal():
             local.rank = int(rest)
+            local.send(f"agent {os.getpid()}")
         elif word == "mark":
             mark, _, inode = rest.partition(" ")
             local.mark, local.inode = mark, int(inode) if inode.isdecimal() else 0
