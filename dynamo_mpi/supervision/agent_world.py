@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.launchers.launch import Launcher
 from dynamo_mpi.supervision.agent_failures import Report, Seen, describe_seen, pack_seen, read_seen, sorted_seen
 from dynamo_mpi.supervision.agent_network import HUB, AgentNetwork
-from dynamo_mpi.supervision.failure import Cause
+from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.supervision.troubles import loss
 
 if TYPE_CHECKING:
     import selectors
@@ -38,6 +39,7 @@ _RANK_0_SECONDS = 2.0
 # the deputy leaves it to the hub for so long; a hub that is gone together with rank 0 gets no successor
 _HUB_SECONDS = 1.5
 _HUB_GONE_SECONDS = 0.05
+_SUCCESSOR_SECONDS = 1.0
 # an agent whose ranks have died waits until the cause is reported
 _LINGER_SECONDS = 3.0
 _NOT_JOINED_SECONDS = 1.0
@@ -96,6 +98,7 @@ class WorldWatch:
         self._unanswered: set[int] = set()
         self._askers: list[int] = []
         self._written: Written | None = None
+        self._hub_lost_at = 0.0
 
     @property
     def is_joined(self) -> bool:
@@ -217,8 +220,6 @@ class WorldWatch:
         if self._is_hub:
             return
         self.failed(seen)
-        if self._is_deputy and not (self.reported or self.closing):
-            self.decide_at = min(self.decide_at, time.monotonic() + self._hub_patience)
 
     def failed(self, seen: Seen) -> None:
         """A rank has failed, of this node or of another."""
@@ -234,8 +235,8 @@ class WorldWatch:
             # also to the deputy
             if seen.host == self._host:
                 self._network.broadcast({"failure": pack_seen(seen)})
-            if self._is_deputy and self._rank_0_gone:
-                self.decide_at = min(self.decide_at, now + self._hub_patience)
+            if self._is_deputy:
+                self._decide_for_hub()
             return
         if self._deputy is not None:
             self._send(self._deputy[0], {"failure": pack_seen(seen)})
@@ -255,6 +256,13 @@ class WorldWatch:
         if self.reported:
             self.end_all(self._end_code)
         elif self._seen:
+            if self._is_deputy and not self._rank_0_gone:
+                if self._network is not None and HUB in self._network.agents:
+                    return
+                # what has become of rank 0's node is not known here, but that its agent was the first to go
+                error = loss(self.meeting.host)
+                lost = Failure(0, int(error.exit_code), str(error), Cause.LOST, self.phase, self._hub_lost_at)
+                self._seen.append(Seen(lost, self.meeting.host))
             # before the verdict each rank has a phase of its own
             report = describe_seen(sorted_seen(self._seen), self.phase if self.meeting.token else "")
             self.report(report)
@@ -291,10 +299,13 @@ class WorldWatch:
             self._unanswered = set(agents)
             self._broadcast({"ask": True})
 
-    @property
-    def _hub_patience(self) -> float:
+    def _decide_for_hub(self) -> None:
+        """Decide in the hub's place, if that doesn't: where it has gone, and rank 0 with it, or its successor doesn't come."""
         is_there = self._network is not None and HUB in self._network.agents
-        return _HUB_SECONDS if is_there else _HUB_GONE_SECONDS
+        if is_there and not self._rank_0_gone:
+            return
+        patience = _HUB_SECONDS if is_there else _HUB_GONE_SECONDS if self._rank_0_gone else _SUCCESSOR_SECONDS
+        self.decide_at = min(self.decide_at, time.monotonic() + patience)
 
     # -- the other agents ----------------------------------------------------------------------------------------------
 
@@ -400,5 +411,6 @@ class WorldWatch:
         elif number == HUB:
             # its successor will be there
             self._connect_to_hub()
-            if self._is_deputy and self._rank_0_gone and not self.reported:
-                self.decide_at = min(self.decide_at, time.monotonic() + _HUB_GONE_SECONDS)
+            self._hub_lost_at = time.monotonic()
+            if self._is_deputy and self._seen and not self.reported:
+                self._decide_for_hub()

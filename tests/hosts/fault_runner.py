@@ -23,7 +23,17 @@ from dynamo_mpi.services.programs import find_etcd
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.fault_cases import CHILD, STREAMS, TOKENS, Case, Outcome, run_case
-from tests.fault_traces import PROGRAMS, Keys, Streams, end_process, find_child, has_ended, read_reports, replace_agent
+from tests.fault_traces import (
+    PROGRAMS,
+    Keys,
+    Streams,
+    end_process,
+    find_agent,
+    find_child,
+    has_ended,
+    read_reports,
+    replace_agent,
+)
 from tests.namespaces.commands import InsideProcess
 from tests.namespaces.processes import command_line
 
@@ -146,6 +156,7 @@ class HostsFaults:
         *,
         ranks_per_host: int = 1,
         agents: Sequence[str] = (),
+        with_agent: bool = False,
     ) -> Outcome:
         """Start a worker, let the case happen to it, and see what is left.
 
@@ -155,6 +166,7 @@ class HostsFaults:
             folder: for files, one that the hosts see.
             ranks_per_host: how many each.
             agents: hosts whose node agent is killed and has to be replaced before, once streams are open.
+            with_agent: the rank's host loses its node agent in the same moment.
         """
         hosts = self.hosts
         # what one run leaves in etcd is nothing to the next
@@ -182,8 +194,11 @@ class HostsFaults:
         def find_rank(rank: int) -> int:
             if rank == CHILD:
                 return find_child([pid for host in hosts.names for pid in worker.processes(host)])
-            mark = f"{launcher.rank_variable}={rank}"
-            return worker.find_rank(self.host(rank, ranks_per_host), mark)
+            host = self.host(rank, ranks_per_host)
+            found = worker.find_rank(host, f"{launcher.rank_variable}={rank}")
+            if with_agent and found and (agent := find_agent(worker.processes(host), host)):
+                os.kill(agent, signal.SIGKILL)
+            return found
 
         replaced = iter([agents])
 

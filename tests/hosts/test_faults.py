@@ -98,3 +98,13 @@ def test_a_node_agent_that_is_killed_is_replaced_and_serves_its_purpose(
     case = Case("kill", "serve", 0, signalled=True)
     outcome = runner.run(find(name), case, tmp_path, agents=[FIRST])
     outcome.check(FIRST, CODES[name]["kill"], LAUNCHER_SECONDS[name])
+
+
+# MPICH's mpiexec takes the way to its output away at once, and what its ranks have in /dev/shm only their own agent could remove
+@pytest.mark.parametrize("name", [NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.all_faults)])
+def test_where_rank_0_is_killed_together_with_its_agent_that_of_another_host_reports(
+    name: str, runner: HostsFaults, find: FindLauncher, tmp_path: Path
+) -> None:
+    case = Case("kill", "serve", 0, signalled=True)
+    outcome = runner.run(find(name), case, tmp_path, with_agent=True)
+    outcome.check(FIRST, CODES[name]["kill"], LAUNCHER_SECONDS[name])
