@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which agent reports what: the hub, once all have told what they know; the deputy, where the hub has gone. Real connections on loopback."""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, cast
+
+import pytest
+
+from dynamo_mpi.launchers.launch import Launch, Launcher
+from dynamo_mpi.supervision.agent_failures import Report, Seen
+from dynamo_mpi.supervision.agent_world import WorldWatch
+from dynamo_mpi.supervision.agent_writer import ReportWriter, Written
+from dynamo_mpi.supervision.failure import Cause, Failure
+from dynamo_mpi.supervision.meeting import Meeting
+
+TOKEN = "ab" * 32
+
+
+class Notes:
+    """Takes what a writer would write."""
+
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+        self.leases = ""
+        self.revoked = 0
+
+    def set_leases(self, encoded: str) -> None:
+        self.leases = encoded
+
+    def clear_leases(self) -> None:
+        self.leases = ""
+
+    def revoke(self) -> None:
+        self.revoked += 1
+
+    def publish(
+        self,
+        report: Report,
+        meeting: Meeting,
+        by: int | None,
+        then: Callable[[], object],
+        done: Callable[[], object],
+        **_: Any,
+    ) -> Written:
+        self.reports.append(report)
+        written = Written()
+        written.set()
+        then()
+        done()
+        return written
+
+
+class Agent:
+    """An agent's part in the watch, in a loop that is turned by hand."""
+
+    def __init__(self, rank: int, port: int, launcher: Launcher = Launcher.OPEN_MPI) -> None:
+        self.rank, self.host, self.notes = rank, f"n{rank}", Notes()
+        self.selector = selectors.DefaultSelector()
+        self.ended: list[int] = []
+        self.rank_0_lives = rank == 0
+        self.watch = WorldWatch(
+            self.selector,
+            Launch(launcher, rank, 3, 0, 1),
+            self.host,
+            cast(ReportWriter, self.notes),
+            Meeting(self.host),
+            self.ended.append,
+            lambda: self.rank_0_lives,
+        )
+        self.meeting = Meeting("n0", "127.0.0.1", 1, TOKEN, has_agent=True, agent_port=port, agent_token=TOKEN)
+
+    def join(self) -> None:
+        self.watch.join(self.rank, self.meeting.as_json())
+
+    def turn(self) -> None:
+        for key, _ in self.selector.select(0.005):
+            key.data()
+        self.watch.answer()
+        if time.monotonic() >= self.watch.decide_at:
+            self.watch.decide()
+        self.watch.tick()
+
+    def dies(self, at: float = 0.0) -> None:
+        """Its own rank dies, or has died."""
+        if self.rank == 0:
+            self.rank_0_lives = False
+            self.watch.rank_0_left(in_order=False)
+        if not self.watch.was_told_to_end(self.rank):
+            self.watch.failed(Seen(death(self.rank, at), self.host))
+
+
+def death(rank: int, at: float = 0.0) -> Failure:
+    return Failure(rank, 70, "died", Cause.DEATH, "serve", time.monotonic() + at)
+
+
+def turn_until(agents: list[Agent], condition: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        for agent in agents:
+            agent.turn()
+
+
+@pytest.fixture
+def world() -> Iterator[list[Agent]]:
+    """A hub, its deputy and another agent, that all know of each other; their leases are the hub's."""
+    with ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as listener:
+        agents = [Agent(rank, listener.getsockname()[1]) for rank in range(3)]
+        hub, deputy, other = agents
+        hub.watch.take_listener(listener.dup())
+        for agent in agents:
+            stack.callback(agent.watch.close)
+            agent.join()
+            if agent is not other:
+                turn_until(agents, lambda: agent is hub or deputy.notes.leases == "")  # noqa: B023
+        hub.watch.set_leases(json.dumps({"leases": [1]}))
+        turn_until(agents, lambda: deputy.notes.leases or other.notes.leases)
+        if other.notes.leases:  # it came first
+            agents[1], agents[2] = agents[2], agents[1]
+        hub.watch.set_phase("serve")
+        turn_until(agents, lambda: all(agent.watch.phase == "serve" for agent in agents))
+        yield agents
+
+
+def reports(agents: list[Agent]) -> list[Report]:
+    return [report for agent in agents for report in agent.notes.reports]
+
+
+def test_the_hub_reports_the_death_that_came_first_and_ends_all(world: list[Agent]) -> None:
+    hub, _, other = world
+    # MPI has ended rank 0 because of it, and the hub sees that sooner
+    hub.dies()
+    other.dies(-0.01)
+    turn_until(world, lambda: all(agent.ended for agent in world))
+    (report,) = reports(world)
+    assert (report.failure.rank, report.host) == (other.rank, other.host)
+    assert [seen.failure.rank for seen in report.later] == [0]
+    assert all(agent.watch.reported for agent in world)
+    assert all(agent.ended[0] == 70 for agent in world)
+    assert hub.notes.revoked
+
+
+def test_a_rank_0_that_lives_reports_by_itself(world: list[Agent]) -> None:
+    hub, deputy, other = world
+    other.dies()
+    turn_until(world, lambda: hub.notes.revoked)
+    report = Report(death(other.rank), other.host, "error in serve: …", (), 0, "n0")
+    taken: list[bool] = []
+    hub.watch.publish(report, lambda: taken.append(True))
+    turn_until(world, lambda: deputy.watch.reported and other.watch.reported)
+    assert reports(world) == [report]
+    hub.watch.publish(report, lambda: taken.append(True))
+    assert (reports(world), len(taken)) == ([report], 2), "what is reported already is not reported again"
+
+
+def test_the_deputy_reports_where_rank_0_and_the_hub_have_gone(world: list[Agent]) -> None:
+    hub, deputy, other = world
+    hub.watch.close()
+    deputy.watch.lost_rank_0(Seen(death(0), "n0"))
+    turn_until([deputy, other], lambda: deputy.ended and other.ended)
+    (report,) = reports(world)
+    assert (report.failure.rank, report.host) == (0, "n0")
+    assert deputy.notes.reports == [report]
+
+
+def test_the_deputy_takes_a_hub_that_does_not_come_back_for_the_cause(world: list[Agent]) -> None:
+    hub, deputy, other = world
+    hub.watch.close()
+    turn_until([deputy, other], lambda: deputy.watch._hub_lost_at)
+    other.dies()
+    turn_until([deputy, other], lambda: deputy.ended)
+    (report,) = reports(world)
+    assert (report.failure.rank, report.failure.cause, report.host) == (0, Cause.LOST, "n0")
+    assert [seen.failure.rank for seen in report.later] == [other.rank]
+
+
+def test_what_a_launcher_ends_after_a_signal_to_all_is_no_failure(world: list[Agent]) -> None:
+    hub, _, other = world
+    for agent in world:
+        agent.watch.note_signal(agent.rank)
+    turn_until(world, lambda: len(hub.watch._signalled_at) == 3)
+    for agent in world:
+        agent.dies()
+    hub.watch.close_world()
+    turn_until(world, lambda: other.watch.closing)
+    assert reports(world) == []
+
+
+def test_a_death_in_a_drain_is_one(world: list[Agent]) -> None:
+    hub, _, other = world
+    hub.watch.note_signal(0)
+    other.dies()
+    turn_until(world, lambda: hub.notes.revoked)
+    hub.dies()
+    turn_until(world, lambda: reports(world))
+    assert reports(world)[0].failure.rank == other.rank
+
+
+def test_under_mpich_the_hub_does_not_wait_for_rank_0() -> None:
+    hub = Agent(0, 0, Launcher.HYDRA)
+    hub.join()
+    hub.watch.failed(Seen(death(1), "n1"))
+    turn_until([hub], lambda: hub.notes.reports, 1.0)
+    hub.watch.close()
