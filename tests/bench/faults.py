@@ -275,7 +275,9 @@ def judge(target: Target, outcome: Outcome) -> tuple[str, str]:
         outcome.check_report(host)
         reports = "1"
     except (AssertionError, ValueError) as error:
-        count = len(outcome.blocks)
+        count, place = len(outcome.blocks), (max(0, outcome.case.rank), host)
+        if not count and place in [(content["rank"], content["host"]) for content in outcome.reports.values()]:
+            return "**file only**", str(error)
         return (f"**{count}**" if count != 1 else "**1, not right**"), str(error)
     try:
         with contextlib.redirect_stdout(sys.stderr):
