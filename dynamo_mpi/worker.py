@@ -89,6 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SLURM_BARE)
             world = form_world(alone=alone, alone_on_node=launch.local_size == 1)
             refuse_world_size(launch, library, world.size)
+            if launch.local_size is not None and launch.local_size < world.size:
+                from dynamo_mpi.supervision.agent_invitation import introduce_agents
+
+                introduce_agents(world, launch.local_rank, client, voice.host)
     except BootstrapError as error:
         if notifier is not None:
             notifier.tell_failure(str(error))

@@ -35,6 +35,8 @@ STREAMS, TOKENS = 8, 1500
 PHASES = ("world", "preflight", "load", "serve", "drain")
 FAULTS = ("kill", "stop", "hang", "exception", "exit0", "exit3", "oom")
 SILENT = ("stop", "hang")
+DROPPED = "PMIX_ERR_UNREACH"
+"""What mpirun of Open MPI 5.0.11 says where it doesn't print what ranks write once one of them has left with an error, on another host."""
 CHILD = -1
 """Stands for the rank where it is rank 0's child, ``dynamo.trtllm``, that meets the fault. Then the test does it by a signal."""
 CHILD_FAULTS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "exit0": signal.SIGTERM, "oom": signal.SIGKILL}
@@ -237,6 +239,10 @@ class Outcome:
         """Assert that there is exactly one report, about the right rank and host."""
         case, name = self.case, f"rank {max(0, self.case.rank)} on {host}"
         blocks = self.blocks
+        if not blocks and DROPPED in self.text:
+            (report,) = self.reports.values()
+            assert (report["rank"], report["host"]) == (max(0, case.rank), host), report
+            return
         assert len(blocks) == 1, f"{blocks}\n{self.text}"
         ((speaker, phase, line),) = blocks
         assert phase == case.phase or (case.phase, phase, case.fault in SILENT) == ("drain", "exit", True), blocks

@@ -109,16 +109,16 @@ def find_child(pids: Sequence[int]) -> int:
     return 0
 
 
-AGENT_TITLES = ("dynamo_mpi: node agent on {}", "dynamo_mpi: companion of the ranks on {}")
+AGENT_TITLE = "dynamo_mpi: node agent on {}"
 """What ``ps`` shows of a node's agent."""
 
 
 def find_agent(pids: Sequence[int], host: str) -> int:
     """Return the one that is the agent of a host, 0 for none."""
-    titles = tuple(title.format(host).encode() for title in AGENT_TITLES)
+    title = AGENT_TITLE.format(host).encode()
     for pid in pids:
         with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") in titles:
+            if Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0") == title:
                 return pid
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import signal
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
     from dynamo_mpi.launch.deployment import Worker
     from dynamo_mpi.launch.steps import Step
 
-# a companion may still be writing what its ranks can't say any more
+# a node agent may still be writing what its ranks can't say any more
 GRACE_SECONDS = 2.0
 _LOOK_SECONDS = 0.05
 _ETCD_SECONDS = 2.0
-# the ranks', and their companions', in text and as JSON
+# the ranks', and their node agents', in text and as JSON
 _REPORT = re.compile(
     r'dynamo_mpi: (?:rank \d+ on )?\S+: (?:error\b|preflight: \d+ errors?\b|exit: code \d)|"level":"ERROR","target":"dynamo_mpi"'
 )
@@ -84,6 +85,17 @@ class Beginning(NamedTuple):
     def has_files(self) -> bool:
         """Has a rank written a failure file since?"""
         return self.failures is not None and bool(_files(self.failures) - self.earlier)
+
+    def written(self) -> str:
+        """Return what the ranks have written of the first cause, for where it isn't in their output: Open MPI 5's mpirun may drop that once
+        a rank has left with an error. Empty where there is nothing."""
+        reports = []
+        for name, _, _ in _files(self.failures) - self.earlier if self.failures is not None else ():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                content = json.loads((Path(self.failures or "") / name).read_text(encoding="utf-8"))
+                text = f"rank {content['rank']} on {content['host']}: {content['report']}"
+                reports.append((float(content["time"]), text))
+        return min(reports, default=(0.0, ""))[1]
 
 
 class Trace(NamedTuple):
@@ -152,7 +164,7 @@ def report_death(
         environ: where etcd and our credentials stand.
 
     Returns:
-        What has happened; None where the ranks, or their companions, have said it.
+        What has happened; None where the ranks, or their node agents, have reported it.
     """
     end = time.monotonic() + GRACE_SECONDS
     while not (is_heard := trace.is_reported or beginning.has_files) and time.monotonic() < end:

@@ -159,7 +159,10 @@ class Workers:
             self._say(f"{worker.name}: ended with 0, as somebody wanted; it isn't started again")
             return
         begun, report = self._begun[worker.name], None
-        is_told = is_reported(code, step.child.words()) or begun.has_files
+        is_printed = is_reported(code, step.child.words())
+        is_told = is_printed or begun.has_files
+        if not is_printed and (written := begun.written()):
+            self._say(f"{worker.name}: {written}")
         trace = Trace() if is_told else trace_in_etcd(begun, self._environment)
         self._take_out(worker.name, step.command)
         self._endings.cancel([step])  # where srun alone was killed, its ranks still run

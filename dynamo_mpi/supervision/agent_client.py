@@ -39,7 +39,7 @@ _PUBLISH_SECONDS = 2.0
 _MOST_AGENTS = 5
 _MARK_BYTES = 8
 # what a rank has said of itself, in the order in which a new agent has to hear it
-_STANDING = ("rank", "phase", "component", "preflight_done", "leases")
+_STANDING = ("rank", "phase", "agents", "preflight_done", "leases")
 
 
 class Agent(NamedTuple):
@@ -86,9 +86,13 @@ class NodeAgentClient:
         self._agent, self._replace, self._agents = agent, replace, 1
         # of the socket at which rank 0's agent hears those of other nodes; kept open for the agent's successor
         self._listener = -1
+        # what all node agents of this world know, on rank 0
+        self.agent_token = ""
         self._published = _thread.allocate_lock()
         self._published.acquire()
         self._mark = os.urandom(_MARK_BYTES).hex()
+        # its process as it has said itself: the kernel names the one that has begun to listen, which is the first rank
+        self._agent_pid = 0
         if agent is None and not self._address:
             return
         # what this rank starts is known by it: see `descendants.MARK_VARIABLE`
@@ -113,6 +117,11 @@ class NodeAgentClient:
         while not self.connected and time.monotonic() < end:
             time.sleep(_AGAIN_SECONDS)
         return self.connected
+
+    def resume_agent(self) -> None:
+        """Have an agent go on that was stopped: it is needed now."""
+        if self._agent_pid and is_stopped(self._agent_pid):
+            _signal(self._agent_pid, signal.SIGCONT)
 
     def install_signal_handlers(self) -> None:
         """Have SIGTERM, SIGINT and SIGUSR1 end this rank, and say so before, whatever the main thread is doing. From the main thread."""
@@ -156,8 +165,11 @@ class NodeAgentClient:
         return self._published.acquire(True, _PUBLISH_SECONDS)
 
     def give_listener(self, descriptor: int) -> None:
-        """Hand the socket over at which the agents of other nodes are heard; it stays open here for a successor of the agent."""
+        """Hand the socket over at which the agents of other nodes are heard, in place of one that was given before; it stays open here for a
+        successor of the agent."""
         with self._lock:
+            if self._listener >= 0:
+                os.close(self._listener)
             self._listener = os.dup(descriptor)
             if self._connection is not None:
                 self._send_listener(self._connection)
@@ -174,7 +186,7 @@ class NodeAgentClient:
                 _shut(self._connection)
         if self._agent is not None and is_stopped(self._agent.pid):
             # it would stay for ever, and with it a launcher that waits for what it holds open
-            _kill(self._agent.pid)
+            _signal(self._agent.pid, signal.SIGKILL)
 
     def _flush(self) -> None:
         if self._connection is None:
@@ -260,7 +272,7 @@ class NodeAgentClient:
                 # twice in a row: a debugger, or the system, may stop it for a moment
                 before, stopped = stopped, self._agent is not None and is_stopped(self._agent.pid)
                 if before and stopped and self._agent is not None:
-                    _kill(self._agent.pid)
+                    _signal(self._agent.pid, signal.SIGKILL)
                 continue
             except OSError:
                 return
@@ -292,6 +304,8 @@ class NodeAgentClient:
     def _handle_command(self, words: list[str]) -> None:
         if words == ["ping"]:
             self.send("ping")
+        elif words[:1] == ["agent"] and len(words) == 2 and words[1].isdecimal():
+            self._agent_pid = int(words[1])
         elif words == ["published"]:
             if self._published.locked():
                 self._published.release()
@@ -329,9 +343,9 @@ def is_stopped(pid: int) -> bool:
         return False
 
 
-def _kill(pid: int) -> None:
+def _signal(pid: int, number: int) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except OSError:
         return
 

@@ -21,14 +21,13 @@ from dynamo_mpi.supervision.lifeline import connect
 from dynamo_mpi.supervision.liveness_line import Bell, ClosedError, Line
 from dynamo_mpi.supervision.liveness_wire import MOST_BODY, Frame, Kind, WireError
 from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.supervision.reception import Reception
+from dynamo_mpi.supervision.reception import SPARE, Reception
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 HUB = 0
 _AGAIN_SECONDS = 0.5
-_MOST_AGENTS = 1 << 16
 
 
 class AgentNetwork:
@@ -65,11 +64,12 @@ class AgentNetwork:
         return list(self._lines)
 
     def listen(self, listener: socket.socket) -> None:
-        """Let other agents in at a listening socket."""
-        if self._reception is None:
-            self._reception = Reception(
-                self._selector, listener, bytes.fromhex(self._token), _MOST_AGENTS, self._admit, self._greet
-            )
+        """Let other agents in at a listening socket, in place of one before."""
+        if self._reception is not None:
+            self._reception.close()
+        self._reception = Reception(
+            self._selector, listener, bytes.fromhex(self._token), SPARE, self._admit, self._greet
+        )
 
     def connect(self, to: int, host: str, address: str, port: int) -> None:
         """Connect to an agent, in a thread, again and again until it answers or this is closed.
@@ -125,7 +125,7 @@ class AgentNetwork:
         self._lines = {}
 
     def _connect(self, to: int, meeting: Meeting) -> None:
-        while not self._closed:
+        while not self._closed and to not in self._lines:
             with contextlib.suppress(BootstrapError, OSError):
                 line, early = connect(meeting, self._node)
                 self._joined.put((to, line, early))
@@ -137,6 +137,9 @@ class AgentNetwork:
         self._bell.hush()
         while not self._joined.empty():
             number, line, early = self._joined.get()
+            if number in self._lines:  # by another address
+                line.close()
+                continue
             line.trust(MOST_BODY)
             self._add(number, line)
             self._on_message(number, {"joined": True})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a companion goes by: the few of a worker's settings that count before rank 0 has read them. Pure."""
+"""What a node agent goes by before the verdict: the few of a worker's settings that count before rank 0 has read them. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORLD_SECONDS = 600.0
 
 
 class Limits(NamedTuple):
-    """What the companion goes by.
+    """What the node agent goes by.
 
     Args:
         heartbeat_timeout: see `Meeting`.

@@ -58,7 +58,9 @@ if TYPE_CHECKING:
 _BACKSTOP_SECONDS = 15.0
 # Open MPI's mpirun ends the others 0.25 s after it has seen a rank die: the report has to be out by then
 _SETTLE_SECONDS = 0.3
-_SETTLE_AFTER_DEATH_SECONDS = 0.1
+_SETTLE_AFTER_SIGNAL_SECONDS = 0.1
+# Open MPI 5's mpirun prints nothing that ranks write later than some 50 ms after one of them has left with a code
+_SETTLE_AFTER_DEATH_SECONDS = 0.03
 _LEAVE_SECONDS = 1.0
 _ENDING = ("drain", "exit")
 _HURRYING = (Cause.DEATH, Cause.LOST, Cause.SIGNAL)
@@ -169,7 +171,7 @@ class Guard:
         # made here, so that it outlives an agent that has to be replaced
         with socket.create_server((address, 0), family=family, backlog=max(128, self._world.size)) as listener:
             agent.give_listener(listener.fileno())
-            return listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
+            return listener.getsockname()[1], agent.agent_token or secrets.token_hex(TOKEN_BYTES)
 
     def name(self, ranks: Sequence[int]) -> str:
         """Name ranks with their hosts."""
@@ -337,7 +339,8 @@ class Guard:
         news: Failure | None = seen
         while True:
             if news is not None and news.cause in _HURRYING:
-                end = min(end, now + _SETTLE_AFTER_DEATH_SECONDS)
+                is_signal = news.cause is Cause.SIGNAL
+                end = min(end, now + (_SETTLE_AFTER_SIGNAL_SECONDS if is_signal else _SETTLE_AFTER_DEATH_SECONDS))
             try:
                 news = self._news.get(timeout=max(0.0, end - now))
             except queue.Empty:

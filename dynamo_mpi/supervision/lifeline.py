@@ -257,6 +257,7 @@ class Lifeline:
         self._mourn(named)
         failure = Failure(rank, code, text, cause, self.world_phase, time.monotonic())
         if self._agent is not None and self._meeting.has_agent and self._agent.await_connection(_DOUBT_SECONDS):
+            self._agent.resume_agent()
             self._agent.send(f"{'failure' if rank else 'rank0_lost'} {pack_seen(Seen(failure, host))}")
             # the agent ends this rank once the cause is reported, with its exit code
             time.sleep(_AGENT_SECONDS)

@@ -78,6 +78,9 @@ class Reception:
         """Send all strangers away, and listen no longer."""
         for stranger in list(self._strangers.values()):
             self._drop(stranger).close()
+        if self._open:
+            self._selector.unregister(self._listener)
+            self._open = False
         self._listener.close()
 
     def _accept(self) -> None:

@@ -273,7 +273,7 @@ def judge(target: Target, outcome: Outcome) -> tuple[str, str]:
     host = target.host(max(0, outcome.case.rank))
     try:
         outcome.check_report(host)
-        reports = "1"
+        reports = "1" if outcome.blocks else "file only"
     except (AssertionError, ValueError) as error:
         count, place = len(outcome.blocks), (max(0, outcome.case.rank), host)
         if not count and place in [(content["rank"], content["host"]) for content in outcome.reports.values()]:

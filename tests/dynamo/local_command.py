@@ -45,6 +45,6 @@ class LocalCommand(MarkedCommand):
     def assert_nothing_left(self) -> None:
         """The command has ended, and no process and no file of it is left."""
         assert self.process.poll() is not None
-        # a companion whose rank was killed asks an etcd that was killed, too, for a second
+        # a node agent whose rank was killed asks an etcd that was killed, too, for a second
         eventually(lambda: not self.survivors(), "no process is left", 3)
         assert [*self.temporary.iterdir(), *self.home.rglob("*")] == []

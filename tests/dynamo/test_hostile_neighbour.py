@@ -175,8 +175,8 @@ def test_no_secret_is_told(deployment: Deployment) -> None:
 
 def test_another_user_ends_nothing(found: dict[str, Any]) -> None:
     assert found["signals"] == []
-    # rank 0's companion holds a socket without a name; the one that all ranks met at has gone with the verdict
-    assert set(found["companions"].values()) <= {"closed", "ConnectionResetError", "BrokenPipeError"}
+    # rank 0's node agent holds a socket without a name; the one at which the ranks of a node meet takes only its own user
+    assert set(found["agents"].values()) <= {"closed", "ConnectionResetError", "BrokenPipeError"}
 
 
 def test_nobody_without_the_token_becomes_a_rank(found: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
 def test_a_worker_of_which_nobody_is_left_is_reported_by_launch(tmp_path: Path, model_dir: Path) -> None:
     with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
         launch.until_said("ready: smollm2. Try:")
-        # the rank, its companion and what else they have started
+        # the rank, its node agent and what else they have started
         members = [pid for pid in launch.survivors() if is_of_prefill(pid)]
         assert launch.rank("prefill-0") in members
         for number in (signal.SIGSTOP, signal.SIGKILL):

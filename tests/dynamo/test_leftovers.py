@@ -103,7 +103,7 @@ def test_a_worker_starts_where_one_was_killed(
         old = workers[1].ready()
         workers[1].stop()
         assert workers[1].ready_file.exists()
-        eventually(lambda: not etcd.keys("v1/instances/dynamo/"), "its companion has taken it out", 3)
+        eventually(lambda: not etcd.keys("v1/instances/dynamo/"), "its node agent has taken it out", 3)
 
         workers.append(RunningWorker(tmp_path, etcd, model_dir, 3, *flags, **variables, **ports))
         eventually(lambda: "ready: " in workers[2].text(), f"ready\n{workers[2].text()}", 90)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker of one rank has no other that would notice: its companion does."""
+"""A worker of one rank has no other that would notice: its node agent does."""
 
 from __future__ import annotations
 

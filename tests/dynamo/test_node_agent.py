@@ -82,6 +82,15 @@ def test_one_that_ends_or_is_stopped_is_replaced(
     assert_one_report(worker, tmp_path, failed)
 
 
+def test_one_that_is_stopped_goes_on_where_rank_0_is_killed(start: Start, tmp_path: Path, etcd: EtcdServer) -> None:
+    worker = start()
+    os.kill(agent_of(tmp_path), signal.SIGSTOP)
+    os.kill(worker.rank_zero(), signal.SIGKILL)
+    eventually(lambda: not etcd.keys() and not etcd.worlds(), "the keys are gone", 1.5)
+    assert worker.wait() == 137, worker.text()
+    assert_one_report(worker, tmp_path, 0)
+
+
 def test_one_that_is_stopped_does_not_stay_behind_an_orderly_end(start: Start, tmp_path: Path) -> None:
     worker = start()
     os.kill(agent_of(tmp_path), signal.SIGSTOP)

@@ -22,7 +22,7 @@ from .session import SlurmSession, skip_or_fail
 # one rank from the fence that is to keep them together. No line of ours has run between.
 MPI_START_CRASHES = (
     ("Signal: Segmentation fault (11)", "Failing at address: (nil)"),
-    # where the crashed rank's own words haven't come through: srun's, and those of its companion
+    # where the crashed rank's own words haven't come through: srun's, and those of its node agent
     (": Segmentation fault", "error in world: died: its process ended without a word"),
 )
 

@@ -303,7 +303,7 @@ def test_what_the_ranks_have_reported_is_not_reported_again(run: Run, tmp_path: 
     assert not (tmp_path / "run" / "failures" / "decode-0" / "backend-rank-0.json").exists()
 
 
-def test_what_a_companion_has_left_in_etcd_is_a_report(run: Run, tmp_path: Path) -> None:
+def test_what_a_node_agent_has_left_in_etcd_is_a_report(run: Run, tmp_path: Path) -> None:
     with etcd_with_both() as (url, etcd):
         origin = Origin.of(world("decode", launch="decode-0"))
         failure = last_failure(origin, Failure(1, 70, "it broke"), "n", "error in serve: it broke")

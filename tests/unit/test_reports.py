@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,16 @@ def test_failure_files_are_looked_for_where_the_ranks_write_them(tmp_path: Path)
 )
 def test_what_counts_as_a_report(code: int, words: str, *, reported: bool) -> None:
     assert is_reported(code, words) is reported
+
+
+def test_what_ranks_have_written_is_read_where_their_output_lacks_it(tmp_path: Path) -> None:
+    beginning = begun(tmp_path)
+    folder = beginning.failures
+    assert folder is not None
+    assert beginning.written() == ""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, when in ((1, 10.5), (0, 11.0)):
+        content = {"rank": rank, "host": f"n{rank}", "time": when, "report": "error in serve: died\n  do:     look"}
+        (folder / f"backend-rank-{rank}.json").write_text(json.dumps(content))
+    (folder / "backend-rank-2.json").write_text("{")
+    assert beginning.written() == "rank 1 on n1: error in serve: died\n  do:     look"

@@ -30,7 +30,7 @@ def main() -> None:
         "command_lines": [str(path) for path in Path("/proc").glob("[0-9]*/cmdline") if holds(path, secrets)],
         "files": find(task["folders"], secrets),
         "signals": [pid for pid in task["pids"] if signalled(pid)],
-        "companions": {name: talk_to(name) for name in companions()},
+        "agents": {name: talk_to(name) for name in agents()},
         "ports": {f"{address}:{port}": knock(address, port) for address, port in task["ports"]},
     }
     json.dump(result, sys.stdout)
@@ -64,7 +64,7 @@ def signalled(pid: int) -> bool:
     return True
 
 
-def companions() -> list[str]:
+def agents() -> list[str]:
     """Return the names in the abstract name space that look like ours."""
     lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
     return sorted({name for line in lines if (name := line.partition("@")[2]).startswith("dynamo_mpi")})
