@@ -88,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise answers
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SLURM_BARE)
             world = form_world(alone=alone, alone_on_node=launch.local_size == 1)
+            if launch.launcher is Launcher.HYDRA and launch.size > 1:
+                from dynamo_mpi.supervision.shared_memory import segments_of
+
+                # mpiexec removes none of a rank that it kills, and that may be in the next moment
+                client.send(f"segments {' '.join(segments_of(os.getpid()))}")
             refuse_world_size(launch, library, world.size)
             if launch.local_size is not None and launch.local_size < world.size:
                 from dynamo_mpi.supervision.agent_invitation import introduce_agents
@@ -100,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         client.send(f"failed {code}")
         return code
     except Exception as error:
-        return _abandon(error, None, client, voice, phases, words)
+        return _abandon(error, None, launch, client, voice, phases, words)
     client.set_abort(world.abort)
     voice = Voice(world.rank, voice.host)
     if reporter is not None:
@@ -118,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return _leave(world, client, follow(world, launch, words, phases, library.version, client, fault, reporter))
     except Exception as error:
-        return _abandon(error, world, client, voice, phases, words)
+        return _abandon(error, world, launch, client, voice, phases, words)
 
 
 def _spawn_node_agent(launch: Launch, host: str, words: Sequence[str]) -> Agent | None:
@@ -195,7 +200,13 @@ def _leave(world: World, client: NodeAgentClient, code: int) -> int:
 
 
 def _abandon(
-    error: Exception, world: World | None, client: NodeAgentClient, voice: Voice, phases: Phases, argv: Sequence[str]
+    error: Exception,
+    world: World | None,
+    launch: Launch,
+    client: NodeAgentClient,
+    voice: Voice,
+    phases: Phases,
+    argv: Sequence[str],
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be anywhere, also inside a collective."""
     from dynamo_mpi.observe.speech import speech
@@ -219,6 +230,9 @@ def _abandon(
     client.send(f"failed {code}")
     if world is not None and world.size > 1:
         world.abort(code)
+    if launch.launcher is Launcher.HYDRA and launch.size > 1:
+        # as long as MPI doesn't run, MPICH's mpiexec ends the others for nothing less: they would wait in its start for --world-timeout
+        os.kill(os.getpid(), signal.SIGKILL)
     with contextlib.suppress(OSError, AttributeError):
         sys.stderr.flush()
     os._exit(code)

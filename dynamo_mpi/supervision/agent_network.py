@@ -100,6 +100,10 @@ class AgentNetwork:
         line = self._lines.get(number)
         return "" if line is None else line.own_address
 
+    def wake(self) -> None:
+        """Have the loop turn once. Thread-safe."""
+        self._bell.ring()
+
     def tick(self) -> None:
         """Do what is due now and then."""
         if self._reception is not None:

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dynamo_mpi.launchers.launch import Launch
-    from dynamo_mpi.supervision.agent_writer import ReportWriter
+    from dynamo_mpi.supervision.agent_writer import ReportWriter, Written
 
 # for the other agents' answers, and where none has joined yet
-_SETTLE_SECONDS = 0.12
+_SETTLE_SECONDS = 0.4
 _JOIN_SECONDS = 0.3
 # ranks of one node: what is there to be read is read in the order in which it happened
 _ROUND_SECONDS = 0.02
@@ -40,8 +40,10 @@ _HUB_SECONDS = 1.5
 _HUB_GONE_SECONDS = 0.05
 # an agent whose ranks have died waits until the cause is reported
 _LINGER_SECONDS = 3.0
+_NOT_JOINED_SECONDS = 1.0
 # a launcher that was told to end the ranks kills those that don't end after some seconds
 _SIGNALLED_SECONDS = 5.0
+_LAUNCHER_SECONDS = 0.25
 _FLUSH_SECONDS = 0.5
 
 
@@ -93,6 +95,7 @@ class WorldWatch:
         # other agents that have not said yet that they have told all they know; and who asks this one
         self._unanswered: set[int] = set()
         self._askers: list[int] = []
+        self._written: Written | None = None
 
     @property
     def is_joined(self) -> bool:
@@ -161,12 +164,27 @@ class WorldWatch:
         if self.reported:
             then()
             return
-        self._end_code = report.failure.exit_code
-        self.set_reported()
-        self._writer.publish(report, self.meeting, 0, then)
+        self._write(report, 0, then)
+
+    def report(self, report: Report, *, for_node: bool = False) -> None:
+        """Write a report of this agent's own, and wait for it, two seconds at the most."""
+        self._write(report, None, for_node=for_node).wait()
+        self.answer()
+
+    def _write(
+        self, report: Report, by: int | None, then: Callable[[], object] = lambda: None, *, for_node: bool = False
+    ) -> Written:
+        self.reported, self.decide_at, self._end_code = True, math.inf, report.failure.exit_code
+        # what the hub may have written before it was lost stands in etcd
+        first_in_etcd = self._is_deputy and by is None
+        wake = (lambda: None) if self._network is None else self._network.wake
+        self._written = self._writer.publish(
+            report, self.meeting, by, then, wake, for_node=for_node, first_in_etcd=first_in_etcd
+        )
+        return self._written
 
     def set_reported(self) -> None:
-        """Take note that a rank of this node, or this agent, reports."""
+        """Take note that a rank of this node has reported by itself."""
         self.reported, self.decide_at = True, math.inf
         self._broadcast({"reported": True})
 
@@ -209,7 +227,8 @@ class WorldWatch:
         self._seen.append(seen)
         self._writer.revoke()
         now = time.monotonic()
-        self._stay_until = now + _LINGER_SECONDS
+        is_joined = self._network is not None and self._network.agents
+        self._stay_until = now + (_LINGER_SECONDS if is_joined else _NOT_JOINED_SECONDS)
         self._rank_0_gone |= seen.failure.rank == 0 and seen.failure.cause is not Cause.TOLD
         if not self._is_hub and self._network is not None:
             # also to the deputy
@@ -236,14 +255,19 @@ class WorldWatch:
         if self.reported:
             self.end_all(self._end_code)
         elif self._seen:
-            report = describe_seen(sorted_seen(self._seen), self.phase)
-            self.set_reported()
-            # what the hub may have written before it was lost stands in etcd
-            self._writer.publish(report, self.meeting, None, first_in_etcd=self._is_deputy).wait()
-            self.end_all(report.failure.exit_code)
+            # before the verdict each rank has a phase of its own
+            report = describe_seen(sorted_seen(self._seen), self.phase if self.meeting.token else "")
+            self.report(report)
+            # a launcher that has seen the death ends the others by itself, with the better exit code
+            patience = _LAUNCHER_SECONDS if report.failure.cause is Cause.DEATH else 0.0
+            self.decide_at = time.monotonic() + patience
 
     def answer(self) -> None:
         """Tell the agents that ask that they have heard all: what this one has seen was sent before."""
+        # not sooner: MPICH's mpiexec ends nothing on other hosts as long as an agent of the dead rank's host stays
+        if self._written is not None and self._written.is_done:
+            self._written = None
+            self._broadcast({"reported": True})
         askers, self._askers = self._askers, []
         for number in askers:
             self._send(number, {"answer": True})

@@ -29,6 +29,11 @@ class Written:
     def __init__(self) -> None:
         self._done = threading.Event()
 
+    @property
+    def is_done(self) -> bool:
+        """Whether it is written, or can't be."""
+        return self._done.is_set()
+
     def set(self) -> None:
         """It is written, or can't be."""
         self._done.set()
@@ -83,6 +88,7 @@ class ReportWriter:
         meeting: Meeting,
         by: int | None,
         then: Callable[[], object] = lambda: None,
+        done: Callable[[], object] = lambda: None,
         *,
         for_node: bool = False,
         first_in_etcd: bool = False,
@@ -94,6 +100,7 @@ class ReportWriter:
             meeting: names the folder.
             by: the rank whose failure file it is, where it isn't the failed one's.
             then: called once it is in the log and the folder.
+            done: called once nothing more comes of it.
             for_node: it is about this node, and no rank of it.
             first_in_etcd: write nothing where another agent has left its report there.
         """
@@ -108,6 +115,7 @@ class ReportWriter:
                 then()
             finally:
                 written.set()
+                done()
             if self._has_leases and not first_in_etcd:
                 self._do(lambda: self._revoker.record_failure(report.failure, report.host, report.text))
 

@@ -162,12 +162,12 @@ class NodeAgent:
             local.mark, local.inode = mark, int(inode) if inode.isdecimal() else 0
         elif word == "phase":
             local.phase = rest
-            if rest != "world":
-                local.segments |= segments_of(local.pid)
             if local.rank == 0:
                 self._world.set_phase(rest)
         elif word == "stacks":
             local.stacks = rest.replace("\v", "\n")
+        elif word == "segments":
+            local.segments |= frozenset(rest.split())
         elif word == "detach":
             local.detached = True
         elif word == "reported":
@@ -290,15 +290,13 @@ class NodeAgent:
         failure = self._failure(ranks[0], error, Cause.SILENCE)._replace(text=text)
         report = describe_seen([Seen(failure, self._host)], failure.phase)
         # each node says which of its ranks are missing
-        self._writer.publish(report, self._world.meeting, None, for_node=True).wait()
+        self._world.report(report, for_node=True)
         self._end_ranks(failure.exit_code)
 
     def _report(self, local: LocalRank, error: BootstrapError, cause: Cause) -> None:
         """Report what has become of a rank, and end all."""
         failure = self._failure(local, error, cause)
-        self._world.set_reported()
-        report = describe_seen([Seen(failure, self._host)], failure.phase)
-        self._writer.publish(report, self._world.meeting, None).wait()
+        self._world.report(describe_seen([Seen(failure, self._host)], failure.phase))
         self._world.end_all(failure.exit_code)
 
     def _failure(self, local: LocalRank, error: BootstrapError, cause: Cause) -> Failure:

