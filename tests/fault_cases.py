@@ -220,7 +220,7 @@ class Outcome:
         assert self.code is not None, f"it still ran {self.seconds:.1f} s after the fault\n{self.text}"
         assert self.seconds <= patience + PROMPT_SECONDS + launcher_seconds, f"{self.seconds:.2f} s\n{self.text}"
         assert self.code in codes, f"exit code {self.code}\n{self.text}"
-        self._check_report(host)
+        self.check_report(host)
         if self.case.streaming:
             assert len(self.streams) == STREAMS, self.streams
             for stream in self.streams:
@@ -235,7 +235,8 @@ class Outcome:
         """The reports that were printed: who speaks, the phase, and the first line."""
         return re.findall(r"dynamo_mpi: (rank \d+ on \S+): error in (\w+): ([^\n]*)", self.text)
 
-    def _check_report(self, host: str) -> None:
+    def check_report(self, host: str) -> None:
+        """Assert that there is exactly one report, about the right rank and host."""
         case, name = self.case, f"rank {max(0, self.case.rank)} on {host}"
         blocks = self.blocks
         if not blocks and DROPPED in self.text:

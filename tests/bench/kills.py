@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
-from tests.bench.faults import running_cluster
+from tests.bench.faults import keep, note, running_cluster
 from tests.fault_cases import CHILD, Case, Outcome
 from tests.hosts.fault_runner import HostsFaults, hosts_faults
 from tests.hosts.hosts import Hosts, why_unavailable
@@ -188,18 +188,6 @@ def spread(seconds: Sequence[float], endless: str) -> tuple[str, str]:
     median, worst = statistics.median_high(seconds), max(seconds)
     first, second = (endless if value == math.inf else f"{value:.2f}" for value in (median, worst))
     return first, second
-
-
-def keep(logs: Path | None, name: str, text: str) -> None:
-    """Write a run's output where it was asked for."""
-    if logs is not None:
-        logs.mkdir(parents=True, exist_ok=True)
-        (logs / f"{name}.log").write_text(text)
-
-
-def note(text: str) -> None:
-    """Say something beside the table."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dynamo.fault_runner import CODES, MpirunFaults, mpirun_faults
-from tests.fault_cases import CHILD, CHILD_CODES, SILENT, Case, parameters, trtllm_parameters
+from tests.dynamo.fault_runner import MpirunFaults, codes_for, mpirun_faults
+from tests.fault_cases import CHILD, Case, parameters, trtllm_parameters
 from tests.fault_traces import why_no_memory_limit
 
 pytestmark = pytest.mark.dynamo
@@ -39,9 +39,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
 def test_a_fault_ends_all_at_once(case: Case, runner: MpirunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)
-    # before the verdict the node agent may be quicker than mpirun
-    ours = (70,) if case.phase in ("world", "preflight") and case.fault not in SILENT else ()
-    runner.run(case, tmp_path).check(os.uname().nodename, (*CODES[case.fault], *ours))
+    runner.run(case, tmp_path).check(os.uname().nodename, codes_for(case))
     runner.check_last_failure(case)
 
 
@@ -56,6 +54,5 @@ TRTLLM_CHOSEN = (
 def test_a_fault_of_a_tensorrt_llm_worker_ends_all_at_once(case: Case, runner: MpirunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)
-    codes = CHILD_CODES if case.rank == CHILD else CODES
-    runner.run(case, tmp_path).check(os.uname().nodename, codes[case.fault])
+    runner.run(case, tmp_path).check(os.uname().nodename, codes_for(case))
     runner.check_last_failure(case)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fault_cases import CHILD, CHILD_CODES, SILENT, Case
+from tests.fault_cases import CHILD, Case
 
 from .conftest import FindLauncher
-from .fault_runner import CODES, FIRST, LAUNCHER_SECONDS, HostsFaults, hosts_faults
+from .fault_runner import CODES, FIRST, LAUNCHER_SECONDS, HostsFaults, codes_for, hosts_faults
 from .hosts import Hosts
 from .launchers import NAMES
 
@@ -70,15 +70,8 @@ def runner(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory, model_dir: Pa
 def test_a_fault_ends_all_hosts_at_once(
     name: str, case: Case, runner: HostsFaults, find: FindLauncher, tmp_path: Path
 ) -> None:
-    codes = CHILD_CODES if case.rank == CHILD else CODES[name]
-    # before the verdict the node agent may be quicker than the launcher, and ends the only rank of its host that is stopped
-    ours: tuple[int, ...] = (70,)
-    if case.fault in SILENT:
-        ours = (137, 9, 255)
-    if case.phase not in ("world", "preflight"):
-        ours = ()
     outcome = runner.run(find(name), case, tmp_path)
-    outcome.check(runner.host(case.rank), (*codes[case.fault], *ours), LAUNCHER_SECONDS[name])
+    outcome.check(runner.host(case.rank), codes_for(name, case), LAUNCHER_SECONDS[name])
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault_cases import CHILD, CHILD_CODES, Case, parameters, trtllm_parameters
+from tests.fault_cases import CHILD, Case, parameters, trtllm_parameters
 from tests.fault_traces import why_no_memory_limit
 
-from .fault_runner import CODES, SrunFaults, srun_faults
+from .fault_runner import SrunFaults, codes_for, srun_faults
 from .session import SlurmSession
 
 pytestmark = pytest.mark.slurm
@@ -41,9 +41,7 @@ def runner(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory, model_
 def test_a_fault_ends_the_step_at_once(case: Case, runner: SrunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)
-    # before MPI runs no rank can end the others but through srun, whose code is the highest: that of those that it has ended
-    ended = (143, 137) if case.phase == "world" else ()
-    runner.run(case, tmp_path).check(runner.host(case.rank), (*CODES[case.fault], *ended))
+    runner.run(case, tmp_path).check(runner.host(case.rank), codes_for(case))
 
 
 TRTLLM_CHOSEN = (
@@ -57,5 +55,4 @@ TRTLLM_CHOSEN = (
 def test_a_fault_of_a_tensorrt_llm_worker_ends_the_step_at_once(case: Case, runner: SrunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
         pytest.skip(reason)
-    codes = CHILD_CODES if case.rank == CHILD else CODES
-    runner.run(case, tmp_path).check(runner.host(max(0, case.rank)), codes[case.fault])
+    runner.run(case, tmp_path).check(runner.host(max(0, case.rank)), codes_for(case))
