@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # process fails, and no MPI orders them yet.
 _HUSH_SECONDS = 2.0
 _PARTING_SECONDS = 20.0  # longer than rank 0 gives the engine to close
+_LAST_SECONDS = 0.3
 _NO_USUAL_END = frozenset({"dynamo._core", "tensorrt_llm"})
 
 
@@ -249,6 +250,9 @@ def _end(code: int) -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, AttributeError):  # whoever read it has gone, or it was never open
                 stream.flush()
+        if detect(os.environ).launcher is Launcher.HYDRA:
+            # to MPICH 5 a rank that leaves so has died, and its mpiexec would kill those that are a moment later
+            time.sleep(_LAST_SECONDS)
         os._exit(code)
     sys.exit(code)
 

