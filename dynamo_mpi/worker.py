@@ -232,6 +232,8 @@ def _abandon(
     if world is not None and world.size > 1:
         world.abort(code)
     if launch.launcher is Launcher.HYDRA and launch.size > 1:
+        with contextlib.suppress(OSError, AttributeError):
+            sys.stderr.flush()
         # as long as MPI doesn't run, MPICH's mpiexec ends the others for nothing less: they would wait in its start for --world-timeout
         os.kill(os.getpid(), signal.SIGKILL)
     with contextlib.suppress(OSError, AttributeError):

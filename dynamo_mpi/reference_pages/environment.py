@@ -38,6 +38,11 @@ VARIABLES = (
         "which start of the worker this is, from 1 on; world record, ready file and failure files have it as `attempt`. Starts of a "
         "requeued job (`SLURM_RESTART_COUNT`) are added",
     ),
+    Variable(
+        ("DYN_MPI_RANK_MARK",),
+        "rank → what it starts",
+        "by it the node agent knows which processes a rank has started; they end with the rank",
+    ),
     Variable(("DYN_MPI_PODS_SOCKET",), "pods lead → its launch agent", "the leader's own unix socket"),
     Variable(
         ("DYN_MPI_CHECKOUT",),

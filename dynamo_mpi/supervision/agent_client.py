@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _WAIT_SECONDS = 1.0
 _AGAIN_SECONDS = 0.01
 _LATER_SECONDS = 0.25
+_LATEST_SECONDS = 5.0
 _LOOK_SECONDS = 1
 _READ_BYTES = 4096
 _FRAMES = 12
@@ -39,7 +40,7 @@ _PUBLISH_SECONDS = 2.0
 _MOST_AGENTS = 5
 _MARK_BYTES = 8
 # what a rank has said of itself, in the order in which a new agent has to hear it
-_STANDING = ("rank", "phase", "agents", "preflight_done", "leases")
+_STANDING = ("rank", "phase", "agents", "preflight_done", "leases", "reported")
 
 
 class Agent(NamedTuple):
@@ -161,6 +162,8 @@ class NodeAgentClient:
         """Have the agent write a report, and return whether it has: two seconds at the most. From any thread but the agent's."""
         if not self.connected:
             return False
+        # of one that came too late
+        self._published.acquire(False)
         self.send(line)
         return self._published.acquire(True, _PUBLISH_SECONDS)
 
@@ -258,7 +261,7 @@ class NodeAgentClient:
             if (connection := self._try()) is not None:
                 self._take(connection)
                 return connection
-            pause = min(1.1 * pause, _LATER_SECONDS)
+            pause = min(1.1 * pause, _LATEST_SECONDS)
         return None
 
     def _listen(self, connection: _socket.socket) -> None:
@@ -295,11 +298,12 @@ class NodeAgentClient:
                 "warning: the node agent has ended, and no other could be started: from here on rank 0 alone reports why ranks end"
             )
             return None
+        agent = self._agent
+        self._take(agent.connection)
         say(
-            f"warning: the node agent has ended (killed, or stopped by a signal): another is started, process {self._agent.pid}"
+            f"warning: the node agent has ended (killed, or stopped by a signal): another is started, process {agent.pid}"
         )
-        self._take(self._agent.connection)
-        return self._agent.connection
+        return agent.connection
 
     def _handle_command(self, words: list[str]) -> None:
         if words == ["ping"]:

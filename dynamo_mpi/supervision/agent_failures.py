@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+MOST_TEXT = 4000
+"""Characters of a failure's text between node agents."""
+_MOST_REPORT = 8000
+_MOST_LATER = 8
+
+
 class Seen(NamedTuple):
     """A failure, and the node of its rank."""
 
@@ -69,8 +75,9 @@ def describe_seen(seen: Sequence[Seen], phase: str) -> Report:
 
 
 def pack_seen(seen: Seen) -> str:
-    """Encode one, in a line, for another process: of another host, maybe, so the time is told as an age."""
-    return json.dumps({**_plain(seen.failure), "host": seen.host})
+    """Encode one, in a line, for another process: maybe of another host, so the time becomes an age. A long text is clipped."""
+    clipped = seen.failure._replace(text=clip(seen.failure.text, MOST_TEXT))
+    return json.dumps({**_plain(clipped), "host": seen.host})
 
 
 def read_seen(text: str) -> Seen | None:
@@ -82,13 +89,18 @@ def read_seen(text: str) -> Seen | None:
         return None
 
 
+def clip(text: str, most: int) -> str:
+    """Return a text, or of one that has more characters its beginning and, mostly, its end: that of a traceback says the most."""
+    return text if len(text) <= most else f"{text[: most // 4]}\n[…]\n{text[-(most - most // 4) :]}"
+
+
 def pack_report(report: Report) -> str:
-    """Encode a report, in a line."""
+    """Encode a report, in a line, with as much of it as a connection takes at once."""
     content = {
-        "failure": _plain(report.failure),
+        "failure": _plain(report.failure._replace(text=clip(report.failure.text, _MOST_REPORT))),
         "host": report.host,
-        "text": report.text,
-        "later": [pack_seen(each) for each in report.later],
+        "text": clip(report.text, _MOST_REPORT),
+        "later": [pack_seen(each) for each in report.later[:_MOST_LATER]],
         "speaker": report.speaker,
         "speaker_host": report.speaker_host,
     }

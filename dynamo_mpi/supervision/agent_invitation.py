@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 _MOST_ADDRESSES = 8
 _TOKEN_BYTES = 32
+# last: pods of one host may share it
+LOOPBACK = "127.0.0.1"
 _BARRIER_SECONDS = 5.0
 
 
@@ -41,15 +43,13 @@ def _invite(client: NodeAgentClient, host: str) -> str:
     import json
     import socket
 
-    from dynamo_mpi.preflight.networks import LOOPBACK
-    from dynamo_mpi.services.interfaces import read_interfaces
+    from dynamo_mpi.preflight.networks import usable
+    from dynamo_mpi.services.interfaces import host_networks
 
     if not client.connected:
         return ""
     try:
-        # loopback last: pods of one host may share it
-        ordered = sorted(read_interfaces(), key=lambda interface: interface.kind == LOOPBACK)
-        found = [each.partition("/")[0] for interface in ordered if interface.up for each in interface.addresses]
+        by_speed = sorted(usable(host_networks(host)), key=lambda found: -found[0].speed)
         both = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if both else socket.AF_INET
         with socket.create_server(("", 0), family=family, backlog=128, dualstack_ipv6=both) as listener:
@@ -57,5 +57,6 @@ def _invite(client: NodeAgentClient, host: str) -> str:
             port = listener.getsockname()[1]
     except OSError:  # they come together after the verdict, then
         return ""
+    addresses = [str(address.ip) for _, address in by_speed[:_MOST_ADDRESSES]]
     client.agent_token = os.urandom(_TOKEN_BYTES).hex()
-    return json.dumps({"host": host, "addresses": found[:_MOST_ADDRESSES], "port": port, "token": client.agent_token})
+    return json.dumps({"host": host, "addresses": [*addresses, LOOPBACK], "port": port, "token": client.agent_token})

@@ -8,6 +8,7 @@ its whole node, is lost. Each agent is known by the lowest rank of its node.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import queue
 import selectors
@@ -24,10 +25,11 @@ from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.reception import SPARE, Reception
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 HUB = 0
-_AGAIN_SECONDS = 0.5
+_AGAIN_SECONDS = 0.2
+_CONNECT_SECONDS = 2.0
 
 
 class AgentNetwork:
@@ -54,6 +56,7 @@ class AgentNetwork:
         self._bell = Bell()
         self._reception: Reception | None = None
         self._lines: dict[int, Line] = {}
+        self._places: dict[int, Sequence[Meeting]] = {}
         self._joined: queue.SimpleQueue[tuple[int, Line, list[Frame]]] = queue.SimpleQueue()
         self._closed = False
         selector.register(self._bell, selectors.EVENT_READ, self._adopt)
@@ -68,27 +71,31 @@ class AgentNetwork:
         if self._reception is not None:
             self._reception.close()
         self._reception = Reception(
-            self._selector, listener, bytes.fromhex(self._token), SPARE, self._admit, self._greet
+            self._selector, listener, bytes.fromhex(self._token), SPARE, self._admit, self._greet, again=True
         )
 
-    def connect(self, to: int, host: str, address: str, port: int) -> None:
-        """Connect to an agent, in a thread, again and again until it answers or this is closed.
+    def connect(self, to: int, host: str, addresses: Sequence[str], port: int) -> None:
+        """Connect to an agent, in a thread, until it answers, it is to be found at another place, or this is closed.
 
         Args:
             to: its number.
             host: its node.
-            address: where it listens.
+            addresses: where it listens, as far as this host can reach them; tried one after the other.
             port: the same.
         """
-        meeting = Meeting(host, address, port, self._token)
-        threading.Thread(target=self._connect, args=(to, meeting), name="agents", daemon=True).start()
+        meetings = [Meeting(host, address, port, self._token) for address in addresses]
+        self._places[to] = meetings
+        with contextlib.suppress(RuntimeError):  # no more threads for this user: this node's agent is alone, then
+            threading.Thread(target=self._connect, args=(to, meetings), name="agents", daemon=True).start()
 
     def send(self, to: int, message: dict[str, Any]) -> bool:
         """Send an agent a message, and return whether there is a connection to it. Never waits."""
         line = self._lines.get(to)
-        if line is not None:
+        if line is None:
+            return False
+        with contextlib.suppress(WireError):  # too long a message is no reason to stop watching
             line.send(Frame(Kind.AGENT, json.dumps(message).encode()))
-        return line is not None
+        return True
 
     def broadcast(self, message: dict[str, Any]) -> None:
         """Send a message to all agents that are connected."""
@@ -128,14 +135,17 @@ class AgentNetwork:
             line.close()
         self._lines = {}
 
-    def _connect(self, to: int, meeting: Meeting) -> None:
-        while not self._closed and to not in self._lines:
+    def _connect(self, to: int, meetings: Sequence[Meeting]) -> None:
+        for meeting in itertools.cycle(meetings):
+            if self._closed or self._places.get(to) is not meetings:
+                return
             with contextlib.suppress(BootstrapError, OSError):
-                line, early = connect(meeting, self._node)
+                line, early = connect(meeting, self._node, _CONNECT_SECONDS)
                 self._joined.put((to, line, early))
                 self._bell.ring()
                 return
-            time.sleep(_AGAIN_SECONDS)
+            if meeting is meetings[-1]:
+                time.sleep(_AGAIN_SECONDS)
 
     def _adopt(self) -> None:
         self._bell.hush()
@@ -166,14 +176,15 @@ class AgentNetwork:
         self._selector.register(line, selectors.EVENT_READ, lambda: self._read(number, line))
 
     def _read(self, number: int, line: Line) -> None:
+        if self._lines.get(number) is not line:  # closed in the same round
+            return
         try:
             frames = line.read()
         except (ClosedError, WireError):
             self._selector.unregister(line)
             line.close()
-            if self._lines.get(number) is line:
-                del self._lines[number]
-                self._on_lost(number)
+            del self._lines[number]
+            self._on_lost(number)
             return
         self._take(number, frames)
 

@@ -171,4 +171,8 @@ def say(text: str, host: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    finally:
+        # threads that still wait for etcd are no reason to stay
+        os._exit(0)

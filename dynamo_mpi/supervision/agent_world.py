@@ -15,6 +15,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launchers.launch import Launcher
 from dynamo_mpi.supervision.agent_failures import Report, Seen, describe_seen, pack_seen, read_seen, sorted_seen
 from dynamo_mpi.supervision.agent_network import HUB, AgentNetwork
@@ -92,7 +93,7 @@ class WorldWatch:
         self._deputy: tuple[int, dict[str, Any]] | None = None
         self._leases = ""
         self._seen: list[Seen] = []
-        self._end_code = 0
+        self._end_code = int(ExitCode.ENGINE)
         self._signalled_at: dict[int, float] = {}
         # other agents that have not said yet that they have told all they know; and who asks this one
         self._unanswered: set[int] = set()
@@ -100,6 +101,7 @@ class WorldWatch:
         self._written: Written | None = None
         self._hub_lost_at = 0.0
         self._phases: list[tuple[float, str]] = []
+        self._deputy_place: dict[str, Any] = {}
 
     @property
     def is_joined(self) -> bool:
@@ -323,8 +325,10 @@ class WorldWatch:
     # -- the other agents ----------------------------------------------------------------------------------------------
 
     def _join(self, node: int, token: str, host: str, addresses: Sequence[str], port: int) -> None:
-        self._hub_place = host, addresses, port
+        before, self._hub_place = self._hub_place, (host, addresses, port)
         if self._network is not None:
+            if not self._is_hub and before != self._hub_place and HUB not in self._network.agents:
+                self._connect_to_hub()
             return
         self._network = AgentNetwork(self._selector, node, token, self._heard, self._lost)
         if not self._is_hub:
@@ -333,10 +337,8 @@ class WorldWatch:
             self._network.listen(self._listener)
 
     def _connect_to_hub(self) -> None:
-        host, addresses, port = self._hub_place
-        for address in addresses:
-            if self._network is not None:
-                self._network.connect(HUB, host, address, port)
+        if self._network is not None:
+            self._network.connect(HUB, *self._hub_place)
 
     def _send(self, number: int, message: dict[str, Any]) -> None:
         if self._network is not None:
@@ -352,15 +354,21 @@ class WorldWatch:
             self._welcome(number)
         if message.get("deputy"):
             self._become_deputy()
+        elif "deputy" in message:
+            self._is_deputy = False
         if isinstance(place := message.get("listens"), dict):
+            if self._deputy is not None and self._deputy[0] != number:
+                # a successor of the hub may have asked another one before the deputy came
+                self._send(self._deputy[0], {"deputy": False})
             self._deputy = number, place
+            self._send(number, {"leases": self._leases})
             for other in () if self._network is None else self._network.agents:
                 if other != number:
                     self._send(other, {"deputy_at": [number, place]})
         if isinstance(at := message.get("deputy_at"), list) and len(at) == 2 and not self._is_deputy:
             with contextlib.suppress(KeyError, TypeError, ValueError):
                 if self._network is not None:
-                    self._network.connect(int(at[0]), at[1]["host"], at[1]["address"], at[1]["port"])
+                    self._network.connect(int(at[0]), at[1]["host"], [at[1]["address"]], at[1]["port"])
         if isinstance(leases := message.get("leases"), str):
             self._writer.set_leases(leases)
         if isinstance(phase := message.get("phase"), str):
@@ -387,6 +395,8 @@ class WorldWatch:
     def _welcome(self, number: int) -> None:
         """Say what an agent that has come has to know."""
         if not self._is_hub:
+            if self._is_deputy and number == HUB:
+                self._send(HUB, {"listens": self._deputy_place})
             for seen in self._seen:
                 if seen.host == self._host:
                     self._send(number, {"failure": pack_seen(seen)})
@@ -400,7 +410,11 @@ class WorldWatch:
             self._send(number, {"deputy_at": list(self._deputy)})
 
     def _become_deputy(self) -> None:
-        if self._network is None or self._is_deputy:
+        if self._network is None:
+            return
+        if self._is_deputy:
+            # the hub's successor doesn't know it
+            self._send(HUB, {"listens": self._deputy_place})
             return
         self._is_deputy = True
         address = self._network.address_of(HUB)
@@ -408,8 +422,8 @@ class WorldWatch:
         with contextlib.suppress(OSError):
             listener = socket.create_server((address, 0), family=family, backlog=128)
             self._network.listen(listener)
-            place = {"host": self._host, "address": address, "port": listener.getsockname()[1]}
-            self._send(HUB, {"listens": place})
+            self._deputy_place = {"host": self._host, "address": address, "port": listener.getsockname()[1]}
+            self._send(HUB, {"listens": self._deputy_place})
 
     def _lost(self, number: int) -> None:
         """The connection to an agent has ended."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.observe.speech import speech
@@ -99,7 +100,7 @@ class ReportWriter:
             report: what to write.
             meeting: names the folder.
             by: the rank whose failure file it is, where it isn't the failed one's.
-            then: called once it is in the log and the folder.
+            then: called once it is in the log.
             done: called once nothing more comes of it.
             for_node: it is about this node, and no rank of it.
             first_in_etcd: write nothing where another agent has left its report there.
@@ -110,15 +111,16 @@ class ReportWriter:
             try:
                 if first_in_etcd and self._revoker.record_failure(report.failure, report.host, report.text):
                     return
+                # what reads the log may hang, and so may a file system
+                self.later(partial(self._write_file, report, meeting, by))
                 self._log(report, meeting, for_node=for_node)
-                self._write_file(report, meeting, by)
                 then()
             finally:
                 written.set()
                 done()
-            if self._has_leases and not first_in_etcd:
-                self._do(lambda: self._revoker.record_failure(report.failure, report.host, report.text))
 
+        if self._has_leases and not first_in_etcd:
+            self._do(lambda: self._revoker.record_failure(report.failure, report.host, report.text))
         self.later(write)
         return written
 

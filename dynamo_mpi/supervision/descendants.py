@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 MARK_VARIABLE = "DYN_MPI_RANK_MARK"
 _MOST_ROUNDS = 5
+_GRACE_SECONDS = 0.3
+_LOOK_SECONDS = 0.05
 
 
 def end_descendants(mark: str, inode: int, spare: frozenset[int] = frozenset()) -> list[int]:
@@ -28,6 +31,10 @@ def end_descendants(mark: str, inode: int, spare: frozenset[int] = frozenset()) 
         spare: pids that stay whatever they look like.
     """
     ended: list[int] = []
+    # Python's own helpers clean up, and end, once they see that the rank has gone
+    end = time.monotonic() + _GRACE_SECONDS
+    while any(pid not in spare for pid in _descendants(mark, inode)) and time.monotonic() < end:
+        time.sleep(_LOOK_SECONDS)
     # one that forks while we look is found in the next round
     for _ in range(_MOST_ROUNDS):
         found = [pid for pid in _descendants(mark, inode) if pid not in spare and pid not in ended]

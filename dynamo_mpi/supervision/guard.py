@@ -146,7 +146,8 @@ class Guard:
             listener = socket.create_server((address, 0), family=family, backlog=max(128, self._world.size))
             port = listener.getsockname()[1]
             agents = self._invite_agents(address, family)
-            meeting = Meeting(self._voice.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest, *agents)
+            far = next((rank for rank, place in enumerate(self._ranks) if place.host != self._ranks[0].host), 0)
+            meeting = Meeting(self._voice.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest, *agents, far)
             self._lookout = lookout = Lookout(
                 self._world.size,
                 meeting,
@@ -366,6 +367,9 @@ class Guard:
         else:
             self._voice.say(text)
             self._write(ordered, text)
+            if self._agent is not None:
+                # one that comes too late for this report must not write another
+                self._agent.send("reported")
         return first
 
     def _have_written(self, failures: Sequence[Failure], text: str) -> bool:

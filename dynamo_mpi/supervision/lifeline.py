@@ -255,7 +255,7 @@ class Lifeline:
         host = self._voice.host if rank else self._meeting.host
         named = text if rank else f"rank 0 on {host} {text}"
         self._mourn(named)
-        failure = Failure(rank, code, text, cause, self.world_phase, time.monotonic())
+        failure = Failure(rank, code, own_redactor().redact(text), cause, self.world_phase, time.monotonic())
         if self._agent is not None and self._meeting.has_agent and self._agent.await_connection(_DOUBT_SECONDS):
             self._agent.resume_agent()
             self._agent.send(f"{'failure' if rank else 'rank0_lost'} {pack_seen(Seen(failure, host))}")
@@ -263,7 +263,9 @@ class Lifeline:
             time.sleep(_AGENT_SECONDS)
             self._agent.send("reported")
             self._end(code)
-        if self._world.rank != 1:
+        # a host that is lost may have taken rank 1 along
+        speaker = (self._meeting.far_rank if cause is Cause.LOST else 0) or 1
+        if self._world.rank != speaker:
             time.sleep(_OTHERS_SECONDS)
             os._exit(code)
         # where rank 0 has ended the world and that news was lost with the connection, we are gone by then
@@ -278,9 +280,9 @@ class Lifeline:
         self._world.abort(code)
 
 
-def connect(meeting: Meeting, rank: int) -> tuple[Line, list[Frame]]:
+def connect(meeting: Meeting, rank: int, seconds: float = _CONNECT_SECONDS) -> tuple[Line, list[Frame]]:
     """Connect, and make sure that both are who they say. Return also what rank 0 has said since."""
-    end = time.monotonic() + _CONNECT_SECONDS
+    end = time.monotonic() + seconds
     while True:
         try:
             return _join(meeting, rank, end)

@@ -36,7 +36,7 @@ class LocalRank:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.connection = connection
         self.pid: int = _CREDENTIALS.unpack(credentials)[0]
-        # readable once the process has ended, whoever else holds its connection; None where the system has no such thing
+        # readable once the process has ended, also where another one holds its connection; None where the system has no such thing
         self.pidfd = _open_pidfd(self.pid)
         self.rank = -1
         self.phase = "world"
@@ -61,20 +61,25 @@ class LocalRank:
         """Whether rank 0 watches for its silence."""
         return self.preflight_done and self.rank != 0
 
-    def read(self) -> list[str] | None:
-        """Return the lines that have come; None when there will be no more."""
-        try:
-            data, descriptors, _, _ = socket.recv_fds(self.connection, _READ_BYTES, _MOST_DESCRIPTORS)
-        except BlockingIOError:
-            return []
-        except OSError:
-            return None
-        self.descriptors += descriptors
-        if not data or len(self._unread) > _MOST_LINE:
-            return None
-        self.heard = time.monotonic()
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        return [line.decode("utf-8", "replace") for line in lines]
+    def read(self) -> tuple[list[str], bool]:
+        """Return all lines that have come, and whether there will be no more."""
+        found: list[str] = []
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self.connection, _READ_BYTES, _MOST_DESCRIPTORS)
+            except BlockingIOError:
+                return found, False
+            except OSError:
+                return found, True
+            self.descriptors += descriptors
+            if not data:
+                return found, True
+            self.heard = time.monotonic()
+            *lines, self._unread = (self._unread + data).split(b"\n")
+            if len(self._unread) > _MOST_LINE:
+                # no line of ours: without its beginning it means nothing
+                self._unread = b""
+            found += [line.decode("utf-8", "replace") for line in lines]
 
     def send(self, line: str) -> None:
         """Send it a line; one that it doesn't take shows by its silence."""
@@ -83,19 +88,23 @@ class LocalRank:
 
     def kill(self) -> None:
         """End a process that is stopped or stuck: it can't do that itself."""
-        # 0: it lives where we can't see it
-        if self.pid > 0:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if self.pidfd is not None:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            elif self.pid > 0:  # 0: it lives where it can't be seen from here
                 os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Close what belongs to it here."""
+        """Close what belongs to it here, but for its process."""
         self.connection.close()
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+    def close_process(self) -> None:
+        """Look at its process no longer."""
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None
-        for descriptor in self.descriptors:
-            os.close(descriptor)
 
 
 def _open_pidfd(pid: int) -> int | None:

@@ -31,6 +31,7 @@ class Meeting(NamedTuple):
         log_dir: folder for log files; empty for none.
         agent_port: where rank 0's node agent hears those of other nodes; 0 for nowhere.
         agent_token: hexadecimal; what the node agents of this world know.
+        far_rank: the first rank of another node than rank 0's; 0 for none.
     """
 
     host: str
@@ -44,6 +45,7 @@ class Meeting(NamedTuple):
     log_dir: str = ""
     agent_port: int = 0
     agent_token: str = ""
+    far_rank: int = 0
 
     def patience(self, phase: str) -> float | None:
         """Return how many seconds of silence are too long in a phase; None where no silence is."""
@@ -71,11 +73,21 @@ class Meeting(NamedTuple):
     def unpack(cls, data: bytes) -> tuple[Meeting, bytes]:
         """Decode what `pack` made."""
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-        host, address, port, token, timeout, folder, label, agent, logs, agent_port, secret = unpack(
+        host, address, port, token, timeout, folder, label, agent, logs, agent_port, secret, far = unpack(
             data[_LENGTH_BYTES:end]
         )
-        seconds = float(timeout) if timeout else None
         meeting = cls(
-            host, address, int(port), token, seconds, folder, label, agent == str(True), logs, int(agent_port), secret
+            host,
+            address,
+            int(port),
+            token,
+            float(timeout) if timeout else None,
+            folder,
+            label,
+            agent == str(True),
+            logs,
+            int(agent_port),
+            secret,
+            int(far),
         )
         return meeting, data[end:]

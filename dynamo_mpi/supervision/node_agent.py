@@ -15,7 +15,7 @@ import selectors
 import socket
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dynamo_mpi.errors import BootstrapError, DeadlineError
 from dynamo_mpi.launchers.launch import Launcher
@@ -46,6 +46,9 @@ _SAME_SECONDS = 0.003
 _STACKS_SECONDS = 1.0
 _END_SECONDS = 4.0
 _STUCK_SECONDS = 1.0
+# ranks that leave in order meet, and end MPI, each within 20 s
+_LEAVE_SECONDS = 45.0
+_AGAIN_SECONDS = 0.05
 
 
 class NodeAgent:
@@ -71,6 +74,9 @@ class NodeAgent:
         )
         self._ranks: list[LocalRank] = []
         self._gone: list[LocalRank] = []
+        # those that have closed their connection, and whose process is still there
+        self._leaving: set[LocalRank] = set()
+        self._leave_by = 0.0
         self._segments: frozenset[str] = frozenset()
         self._began = time.monotonic()
         self._decide_at = self._kill_at = self._stop_at = self._reported_at = math.inf
@@ -106,7 +112,8 @@ class NodeAgent:
     def _is_over(self) -> bool:
         if time.monotonic() > self._stop_at:
             return True
-        return not (self._ranks or self._decide_at < math.inf or self._world.is_waiting)
+        is_leaving = self._leaving and time.monotonic() < self._leave_by
+        return not (self._ranks or is_leaving or self._decide_at < math.inf or self._world.is_waiting)
 
     def _compensate_stall(self, late: float) -> None:
         """Where it was this process that stood still, that is not held against the ranks."""
@@ -119,7 +126,8 @@ class NodeAgent:
     def _accept(self, listener: socket.socket) -> None:
         try:
             connection, _ = listener.accept()
-        except OSError:
+        except OSError:  # too many open files, say: it stays readable
+            time.sleep(_AGAIN_SECONDS)
             return
         if peer_is_ours(connection):
             self._admit(connection)
@@ -138,19 +146,24 @@ class NodeAgent:
         # one that was forgotten in the same round
         if local not in self._ranks:
             return
-        lines = local.read()
-        for line in lines or ():
+        lines, is_over = local.read()
+        for line in lines:
             self._take(local, line)
-        if lines is None:
+        if is_over:
             self._forget(local)
 
     def _ended(self, local: LocalRank) -> None:
-        # what it has said before comes first
-        while local in self._ranks and (lines := local.read()):
-            for line in lines:
-                self._take(local, line)
+        """The process of a rank has ended."""
         if local in self._ranks:
+            # what it has said before comes first
+            for line in local.read()[0]:
+                self._take(local, line)
             self._forget(local)
+        self._selector.unregister(cast("int", local.pidfd))
+        local.close_process()
+        self._leaving.discard(local)
+        if local.mark:
+            self._writer.later(partial(end_descendants, local.mark, local.inode))
 
     def _take(self, local: LocalRank, line: str) -> None:
         """Do what a rank of this node says about itself."""
@@ -174,6 +187,9 @@ class NodeAgent:
         elif word == "reported":
             local.reported = True
             self._reported_at = min(self._reported_at, time.monotonic())
+            if local.rank == 0 and local.preflight_done:
+                # the whole world's report
+                self._world.set_reported()
         elif word == "failed" and rest.isdecimal():
             local.reported = True
             self._world.set_reported()
@@ -208,12 +224,14 @@ class NodeAgent:
         """Take note of a rank's end, and of what it is."""
         self._ranks.remove(local)
         self._selector.unregister(local.connection)
-        if local.pidfd is not None:
-            self._selector.unregister(local.pidfd)
         local.close()
         local.heard = now = time.monotonic()
-        if local.mark:
-            self._writer.later(partial(end_descendants, local.mark, local.inode))
+        # what it has started is ended once its process has ended
+        if local.pidfd is not None:
+            self._leaving.add(local)
+            self._leave_by = now + _LEAVE_SECONDS
+        elif local.mark:
+            self._writer.later(partial(end_descendants, local.mark, local.inode, frozenset({local.pid})))
         if not local.detached:
             self._segments |= local.segments
         if local.rank == 0:
@@ -251,7 +269,7 @@ class NodeAgent:
                     local.segments |= segments_of(local.pid)
         if now > self._kill_at:
             self._kill_at = math.inf
-            for local in self._ranks:
+            for local in (*self._ranks, *self._leaving):
                 local.kill()
         if self._stop_at < math.inf:
             return

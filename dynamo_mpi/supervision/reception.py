@@ -47,6 +47,7 @@ class Reception:
         size: ranks of the world; as many may be on their way at once as have not come yet, and a few strangers.
         admit: called with the number and the line of each rank that has proven itself; returns whether that one was due.
         greeted: called with its number once it has been answered.
+        again: each may come more than once.
     """
 
     def __init__(
@@ -57,9 +58,11 @@ class Reception:
         size: int,
         admit: Callable[[int, Line], bool],
         greeted: Callable[[int], None] = lambda _: None,
+        *,
+        again: bool = False,
     ) -> None:
         self._selector, self._listener, self._token = selector, listener, token
-        self._room, self._admit, self._greeted = size + SPARE, admit, greeted
+        self._room, self._admit, self._greeted, self._again = size + SPARE, admit, greeted, again
         self._strangers: dict[int, _Stranger] = {}
         listener.setblocking(False)
         self._open = False
@@ -84,6 +87,8 @@ class Reception:
         self._listener.close()
 
     def _accept(self) -> None:
+        if not self._open:  # closed in the same round
+            return
         for _ in range(_MOST_AT_ONCE):
             try:
                 connection, _ = self._listener.accept()
@@ -128,7 +133,8 @@ class Reception:
         if not is_proof(join.proof, right) or not self._admit(join.rank, line):
             line.close()
             return
-        self._room -= 1
+        if not self._again:
+            self._room -= 1
         line.send(Frame(Kind.WELCOME, prove_rank_zero(self._token, join.nonce, join.rank)))
         self._greeted(join.rank)
 

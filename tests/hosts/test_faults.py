@@ -84,13 +84,14 @@ def test_a_rank_that_is_killed_beside_another_ends_all_hosts_at_once(
     outcome.check(runner.host(rank, ranks_per_host=2), CODES[name]["kill"], LAUNCHER_SECONDS[name])
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.all_faults) for name in NAMES[1:])])
 def test_a_node_agent_that_is_killed_is_replaced_and_serves_its_purpose(
-    name: str, runner: HostsFaults, find: FindLauncher, tmp_path: Path
+    name: str, rank: int, runner: HostsFaults, find: FindLauncher, tmp_path: Path
 ) -> None:
-    case = Case("kill", "serve", 0, signalled=True)
-    outcome = runner.run(find(name), case, tmp_path, agents=[FIRST])
-    outcome.check(FIRST, CODES[name]["kill"], LAUNCHER_SECONDS[name])
+    case, host = Case("kill", "serve", rank, signalled=True), runner.host(rank)
+    outcome = runner.run(find(name), case, tmp_path, agents=[host])
+    outcome.check(host, CODES[name]["kill"], LAUNCHER_SECONDS[name])
 
 
 # MPICH's mpiexec takes the way to its output away at once, and what its ranks have in /dev/shm only their own agent could remove

@@ -68,7 +68,7 @@ def make() -> Iterator[Callable[..., Agent]]:
 def test_messages_go_both_ways_and_an_end_is_seen(listener: socket.socket, make: Callable[..., Agent]) -> None:
     hub, spoke = make(0), make(4)
     hub.network.listen(listener.dup())
-    spoke.network.connect(HUB, "h1", *listener.getsockname())
+    spoke.network.connect(HUB, "h1", ["127.0.0.1"], listener.getsockname()[1])
     turn_until([hub, spoke], lambda: hub.joined() == [4] and spoke.joined() == [HUB])
     assert spoke.network.address_of(HUB) == "127.0.0.1"
     hub.network.broadcast({"phase": "serve"})
@@ -85,11 +85,11 @@ def test_the_successor_of_a_hub_hears_those_that_connect_again(
 ) -> None:
     hub, spoke = make(0), make(4)
     hub.network.listen(listener.dup())
-    spoke.network.connect(HUB, "h1", *listener.getsockname())
+    spoke.network.connect(HUB, "h1", ["127.0.0.1"], listener.getsockname()[1])
     turn_until([hub, spoke], hub.joined)
     hub.network.close()
     turn_until([spoke], lambda: spoke.lost == [HUB])
-    spoke.network.connect(HUB, "h1", *listener.getsockname())
+    spoke.network.connect(HUB, "h1", ["127.0.0.1"], listener.getsockname()[1])
     successor = make(0)
     successor.network.listen(listener.dup())
     turn_until([successor, spoke], successor.joined)
@@ -99,8 +99,8 @@ def test_the_successor_of_a_hub_hears_those_that_connect_again(
 def test_who_does_not_know_the_token_is_not_let_in(listener: socket.socket, make: Callable[..., Agent]) -> None:
     hub, spoke, stranger = make(0), make(4), make(5, "cd" * 32)
     hub.network.listen(listener.dup())
-    stranger.network.connect(HUB, "h1", *listener.getsockname())
-    spoke.network.connect(HUB, "h1", *listener.getsockname())
+    stranger.network.connect(HUB, "h1", ["127.0.0.1"], listener.getsockname()[1])
+    spoke.network.connect(HUB, "h1", ["127.0.0.1"], listener.getsockname()[1])
     turn_until([hub, spoke, stranger], hub.joined)
     assert hub.network.agents == [4]
     assert stranger.heard == []

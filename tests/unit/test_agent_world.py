@@ -118,8 +118,6 @@ def world() -> Iterator[list[Agent]]:
         for agent in agents:
             stack.callback(agent.watch.close)
             agent.join()
-            if agent is not other:
-                turn_until(agents, lambda: agent is hub or deputy.notes.leases == "")  # noqa: B023
         hub.watch.set_leases(json.dumps({"leases": [1]}))
         turn_until(agents, lambda: deputy.notes.leases or other.notes.leases)
         if other.notes.leases:  # it came first

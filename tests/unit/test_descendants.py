@@ -45,5 +45,12 @@ def test_forked_processes_are_known_by_the_connection_that_they_hold() -> None:
     far.close()
 
 
+def test_a_helper_that_ends_by_itself_is_given_a_moment() -> None:
+    marked = {**os.environ, MARK_VARIABLE: "89abcdef"}
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.1)"], env=marked) as helper:
+        assert end_descendants("89abcdef", 0) in ([], [helper.pid])
+        assert helper.wait(10) == 0
+
+
 def test_without_mark_and_connection_nothing_ends() -> None:
     assert end_descendants("", 0) == []

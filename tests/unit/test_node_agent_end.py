@@ -11,12 +11,15 @@ import pytest
 from dynamo_mpi.launchers.launch import Launch, Launcher
 from dynamo_mpi.supervision import agent_writer
 from dynamo_mpi.supervision.early_settings import Limits
+from dynamo_mpi.supervision.local_rank import LocalRank
 from dynamo_mpi.supervision.node_agent import NodeAgent
 
 
 def test_a_file_system_that_hangs_does_not_keep_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     monkeypatch.setattr(agent_writer, "write_failure", lambda *_, **__: release.wait(30))
+    # the rank is this very process
+    monkeypatch.setattr(LocalRank, "kill", lambda _: None)
     ours, its = socket.socketpair()
     launch = Launch(Launcher.OPEN_MPI, size=2, local_rank=0)
     watching = threading.Thread(target=NodeAgent(None, its, launch, "n1", Limits(world_seconds=0.1)).run, daemon=True)
