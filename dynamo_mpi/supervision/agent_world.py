@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launchers.launch import Launcher
 from dynamo_mpi.supervision.agent_failures import Report, Seen, describe_seen, pack_seen, read_seen, sorted_seen
+from dynamo_mpi.supervision.agent_history import History
 from dynamo_mpi.supervision.agent_network import HUB, AgentNetwork
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.meeting import Meeting
@@ -44,10 +45,9 @@ _SUCCESSOR_SECONDS = 1.0
 # an agent whose ranks have died waits until the cause is reported
 _LINGER_SECONDS = 3.0
 _NOT_JOINED_SECONDS = 1.0
-# a launcher that was told to end the ranks kills those that don't end after some seconds
-_SIGNALLED_SECONDS = 5.0
 _LAUNCHER_SECONDS = 0.25
 _FLUSH_SECONDS = 0.5
+_HOLD_SECONDS = 0.15
 
 
 class WorldWatch:
@@ -64,7 +64,7 @@ class WorldWatch:
 
     Attributes:
         meeting: names the folders for reports, and says how long a rank may be silent.
-        phase: the world's.
+        history: the world's phases, and signals.
         decide_at: when `decide` is due, in seconds of the monotonic clock.
         reported: a report is written, or is being written.
         closing: rank 0 has left in order, or a launcher was told to end the ranks: no end is a failure any more.
@@ -83,7 +83,7 @@ class WorldWatch:
         self._selector, self._launch, self._host, self._writer = selector, launch, host, writer
         self._end_ranks, self._rank_0_reports = end_ranks, rank_0_reports
         self.meeting = meeting
-        self.phase = ""
+        self.history = History(launch.size)
         self.decide_at = self._stay_until = math.inf
         self.reported = self.closing = False
         self._network: AgentNetwork | None = None
@@ -94,13 +94,11 @@ class WorldWatch:
         self._leases = ""
         self._seen: list[Seen] = []
         self._end_code = int(ExitCode.ENGINE)
-        self._signalled_at: dict[int, float] = {}
         # other agents that have not said yet that they have told all they know; and who asks this one
         self._unanswered: set[int] = set()
         self._askers: list[int] = []
         self._written: Written | None = None
-        self._hub_lost_at = 0.0
-        self._phases: list[tuple[float, str]] = []
+        self._hub_lost_at = self._hold_until = 0.0
         self._deputy_place: dict[str, Any] = {}
 
     @property
@@ -111,6 +109,8 @@ class WorldWatch:
     @property
     def is_waiting(self) -> bool:
         """Whether an agent without ranks is needed: there is something to decide, or the cause of their end isn't reported yet."""
+        if time.monotonic() < self._hold_until:
+            return True
         if self.decide_at < math.inf and not (self.reported and self._network is None):
             return True
         settled = self.closing or self.reported or self._network is None or not self._seen
@@ -143,7 +143,7 @@ class WorldWatch:
 
     def set_phase(self, phase: str) -> None:
         """Take note of rank 0's phase."""
-        self._note_phase(phase)
+        self.history.note_phase(phase)
         self._broadcast({"phase": phase})
 
     def set_leases(self, encoded: str) -> None:
@@ -154,16 +154,9 @@ class WorldWatch:
             self._send(self._deputy[0], {"leases": encoded})
 
     def note_signal(self, rank: int) -> None:
-        """Take note that a rank was asked to end."""
-        self._signalled_at[rank] = time.monotonic()
+        """A rank was asked to end."""
+        self.history.note_signal(rank)
         self._broadcast({"signalled": rank})
-
-    def was_told_to_end(self, rank: int) -> bool:
-        """Return whether a launcher that was told to end the ranks has ended this one: it has sent a signal to all of them before."""
-        now = time.monotonic()
-        recent = [other for other, at in self._signalled_at.items() if now - at < _SIGNALLED_SECONDS]
-        # rank 0 alone is asked to drain
-        return rank in recent and (rank != 0 or self._launch.size == 1 or len(recent) > 1)
 
     def publish(self, report: Report, then: Callable[[], object]) -> None:
         """Write the report that rank 0 has composed, unless one is written already, and call ``then``."""
@@ -181,8 +174,9 @@ class WorldWatch:
         self, report: Report, by: int | None, then: Callable[[], object] = lambda: None, *, for_node: bool = False
     ) -> Written:
         self.reported, self.decide_at, self._end_code = True, math.inf, report.failure.exit_code
-        # what the hub may have written before it was lost stands in etcd
-        first_in_etcd = self._is_deputy and by is None
+        # a hub that was lost may have written it, or a deputy before a hub's successor: then it stands in etcd
+        is_lonely = self._network is not None and not self._network.agents
+        first_in_etcd = by is None and (self._is_deputy or is_lonely)
         wake = (lambda: None) if self._network is None else self._network.wake
         self._written = self._writer.publish(
             report, self.meeting, by, then, wake, for_node=for_node, first_in_etcd=first_in_etcd
@@ -260,14 +254,15 @@ class WorldWatch:
             self.end_all(self._end_code)
         elif self._seen:
             if self._is_deputy and not self._rank_0_gone:
-                if self._network is not None and HUB in self._network.agents:
+                if self._has_hub:
                     return
                 # what has become of rank 0's node is not known here, but that its agent was the first to go
                 error = loss(self.meeting.host)
-                lost = Failure(0, int(error.exit_code), str(error), Cause.LOST, self.phase, self._hub_lost_at)
+                lost = Failure(0, int(error.exit_code), str(error), Cause.LOST, self.history.phase, self._hub_lost_at)
                 self._seen.append(Seen(lost, self.meeting.host))
             seen = sorted_seen(self._seen)
-            report = describe_seen(seen, self._phase_at(seen[0].failure.at))
+            # before the verdict each rank has a phase of its own
+            report = describe_seen(seen, self.history.phase_at(seen[0].failure.at) if self.meeting.token else "")
             self.report(report)
             # a launcher that has seen the death ends the others by itself, with the better exit code
             patience = _LAUNCHER_SECONDS if report.failure.cause is Cause.DEATH else 0.0
@@ -278,6 +273,7 @@ class WorldWatch:
         # not sooner: MPICH's mpiexec ends nothing on other hosts as long as an agent of the dead rank's host stays
         if self._written is not None and self._written.is_done:
             self._written = None
+            self._hold()
             self._broadcast({"reported": True})
         askers, self._askers = self._askers, []
         for number in askers:
@@ -294,17 +290,10 @@ class WorldWatch:
             self._network.flush(_FLUSH_SECONDS)
             self._network.close()
 
-    def _note_phase(self, phase: str) -> None:
-        self.phase = phase
-        self._phases.append((time.monotonic(), phase))
-
-    def _phase_at(self, when: float) -> str:
-        """Return the world's phase at that time: the signal by which a launcher ends rank 0 after a death begins a drain. Empty before the
-        verdict, where each rank has a phase of its own."""
-        if not self.meeting.token:
-            return ""
-        before = [phase for since, phase in self._phases if since <= when]
-        return before[-1] if before else self.phase
+    def _hold(self) -> None:
+        """Give MPICH's mpiexec time to print the report: it ends its proxies once the dead rank's outputs are closed."""
+        if self._launch.launcher is Launcher.HYDRA:
+            self._hold_until = time.monotonic() + _HOLD_SECONDS
 
     def _decide_soon(self) -> None:
         agents = [] if self._network is None else self._network.agents
@@ -314,12 +303,15 @@ class WorldWatch:
             self._unanswered = set(agents)
             self._broadcast({"ask": True})
 
+    @property
+    def _has_hub(self) -> bool:
+        return self._network is not None and HUB in self._network.agents
+
     def _decide_for_hub(self) -> None:
         """Decide in the hub's place, if that doesn't: where it has gone, and rank 0 with it, or its successor doesn't come."""
-        is_there = self._network is not None and HUB in self._network.agents
-        if is_there and not self._rank_0_gone:
+        if self._has_hub and not self._rank_0_gone:
             return
-        patience = _HUB_SECONDS if is_there else _HUB_GONE_SECONDS if self._rank_0_gone else _SUCCESSOR_SECONDS
+        patience = _HUB_SECONDS if self._has_hub else _HUB_GONE_SECONDS if self._rank_0_gone else _SUCCESSOR_SECONDS
         self.decide_at = min(self.decide_at, time.monotonic() + patience)
 
     # -- the other agents ----------------------------------------------------------------------------------------------
@@ -327,7 +319,7 @@ class WorldWatch:
     def _join(self, node: int, token: str, host: str, addresses: Sequence[str], port: int) -> None:
         before, self._hub_place = self._hub_place, (host, addresses, port)
         if self._network is not None:
-            if not self._is_hub and before != self._hub_place and HUB not in self._network.agents:
+            if not (self._is_hub or self._has_hub) and before != self._hub_place:
                 self._connect_to_hub()
             return
         self._network = AgentNetwork(self._selector, node, token, self._heard, self._lost)
@@ -372,7 +364,7 @@ class WorldWatch:
         if isinstance(leases := message.get("leases"), str):
             self._writer.set_leases(leases)
         if isinstance(phase := message.get("phase"), str):
-            self._note_phase(phase)
+            self.history.note_phase(phase)
         if isinstance(text := message.get("failure"), str) and (seen := read_seen(text)) is not None:
             self.failed(seen)
         self._heard_of_end(number, message)
@@ -386,9 +378,10 @@ class WorldWatch:
             if not self._unanswered and self.decide_at < math.inf:
                 self.decide_at = time.monotonic()
         if isinstance(rank := message.get("signalled"), int):
-            self._signalled_at[rank] = time.monotonic()
+            self.history.note_signal(rank)
         if message.get("reported"):
             self.reported, self.decide_at = True, math.inf
+            self._hold()
         if isinstance(code := message.get("end"), int):
             self._end_ranks(code)
 
@@ -401,7 +394,7 @@ class WorldWatch:
                 if seen.host == self._host:
                     self._send(number, {"failure": pack_seen(seen)})
             return
-        self._send(number, {"phase": self.phase})
+        self._send(number, {"phase": self.history.phase})
         if self._deputy is None:
             # known by its answer
             self._deputy = number, {}

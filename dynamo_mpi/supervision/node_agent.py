@@ -236,7 +236,7 @@ class NodeAgent:
             self._segments |= local.segments
         if local.rank == 0:
             self._world.rank_0_left(in_order=local.detached)
-        if self._world.was_told_to_end(local.rank):
+        if self._world.history.was_ended_by_launcher(local.rank):
             if local.rank == 0:
                 self._world.close_world()
             return
@@ -324,7 +324,7 @@ class NodeAgent:
         self._world.end_all(failure.exit_code)
 
     def _failure(self, local: LocalRank, error: BootstrapError, cause: Cause) -> Failure:
-        phase = (self._world.phase if local.rank == 0 else "") or local.phase
+        phase = (self._world.history.phase if local.rank == 0 else "") or local.phase
         return Failure(local.rank, int(error.exit_code), str(error), cause, phase, time.monotonic())
 
     def _end_ranks(self, code: int) -> None:

@@ -92,7 +92,7 @@ class Agent:
         if self.rank == 0:
             self.rank_0_lives = False
             self.watch.rank_0_left(in_order=False)
-        if not self.watch.was_told_to_end(self.rank):
+        if not self.watch.history.was_ended_by_launcher(self.rank):
             self.watch.failed(Seen(death(self.rank, at), self.host))
 
 
@@ -123,7 +123,7 @@ def world() -> Iterator[list[Agent]]:
         if other.notes.leases:  # it came first
             agents[1], agents[2] = agents[2], agents[1]
         hub.watch.set_phase("serve")
-        turn_until(agents, lambda: all(agent.watch.phase == "serve" for agent in agents))
+        turn_until(agents, lambda: all(agent.watch.history.phase == "serve" for agent in agents))
         yield agents
 
 
@@ -183,7 +183,7 @@ def test_what_a_launcher_ends_after_a_signal_to_all_is_no_failure(world: list[Ag
     hub, _, other = world
     for agent in world:
         agent.watch.note_signal(agent.rank)
-    turn_until(world, lambda: len(hub.watch._signalled_at) == 3)
+    turn_until(world, lambda: hub.watch.history.was_ended_by_launcher(0))
     for agent in world:
         agent.dies()
     hub.watch.close_world()
