@@ -202,7 +202,7 @@ class Leader:
         return ExitCode.OK
 
     def _guard_with(self, settings: Settings, cards: Sequence[Card], address: str) -> Guard:
-        """Begin to watch over the ranks, which have to be told where: at ``address``, or at the host's own."""
+        """Begin to watch over the ranks, which learn where from it: at ``address``, or at the host's own."""
         from dynamo_mpi.supervision.failure_files import forget_failures
         from dynamo_mpi.supervision.guard import Guard, Terms
 

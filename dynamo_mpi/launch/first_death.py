@@ -52,9 +52,9 @@ class Death(NamedTuple):
 
     Args:
         ranks: which; several where the launcher names them together; none where it names none.
-        host: its node; empty where it isn't told.
+        host: its node; empty where it isn't known.
         signal: that killed it; 0 for none.
-        code: that it left with; None where it isn't told.
+        code: that it left with; None where it isn't known.
         how: in words, where it is neither a signal nor a code.
         pid: its process, where the launcher names that and no rank; 0 for none.
         is_sure: False where the launcher had begun to end the ranks before it named this one.

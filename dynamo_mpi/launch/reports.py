@@ -154,7 +154,7 @@ def trace_in_etcd(beginning: Beginning, environ: Mapping[str, str]) -> Trace:
 def report_death(
     beginning: Beginning, step: Step, code: int, trace: Trace, environ: Mapping[str, str]
 ) -> Report | None:
-    """Report the death of a worker of which nobody else has: return it, and leave it in etcd and in a failure file.
+    """Report the death of a worker that none of its own processes has reported: return it, and leave it in etcd and in a failure file.
 
     Args:
         beginning: which start.

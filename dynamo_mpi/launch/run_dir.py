@@ -8,7 +8,7 @@ services.json      the services' addresses and credentials (0600); gone once the
 ready/NAME.json    a worker that serves
 timeline/NAME.html a worker's start as a page, NAME.trace.json for Perfetto; launch.json has the launcher's own steps; kept until a further
                    deployment starts in the folder
-failures/NAME/     a worker's failure files; made by whoever writes the first
+failures/NAME/     a worker's failure files; made when the first is written
 logs/NAME.log      a step's output; kept, as NAME.log.old when a further deployment starts in the folder
 stop               whoever makes this file ends the deployment
 """
@@ -158,7 +158,7 @@ class RunDir:
 
 
 def tell_refusal(path: Path, exit_code: int, report: str) -> None:
-    """Say in a folder that a launch into it was refused, for whoever waits for it; unless a deployment runs there. Does not raise.
+    """Say in a folder that a launch into it was refused, for a `wait` beside it; unless a deployment runs there. Does not raise.
 
     Args:
         path: the folder; made if there is none.

@@ -148,7 +148,7 @@ def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str], mpi_library
         tuple(problems),
         _host_facts(mpi_library, first_of_node) if inquiry.hosts else (),
         _gpu_facts() if inquiry.gpus else (),
-        # where all ranks are on one node, nobody asks
+        # where all ranks are on one node, none needs it
         _networks() if first_of_node and launch.size != 1 and launch.local_size != launch.size else (),
     )
 

@@ -50,7 +50,7 @@ def let_runtime_be_reached(choice: Choice | None, etcd: Sequence[str], environ: 
 
     Args:
         choice: `meeting_place`'s.
-        etcd: the endpoints. Whoever wants to reach this worker reaches etcd: where that is in another network, so is the address.
+        etcd: the endpoints. A process that uses this worker also uses etcd: where that is in another network, so is the address.
         environ: this process's; what it starts inherits it.
     """
     own = host_networks()

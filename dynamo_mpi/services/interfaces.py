@@ -24,7 +24,7 @@ _DONE, _ERROR = 3, 2
 _HEADER, _LINK, _ADDRESS, _ATTRIBUTE = (struct.Struct(layout) for layout in ("=IHHII", "=BxHiII", "=BBBBi", "=HH"))
 _NAME, _LINK_INFO, _INFO_KIND = 3, 18, 1
 _PEER, _LOCAL, _FLAGS = 1, 2, 8
-# IFF_UP and IFF_RUNNING, and IFF_POINTOPOINT; ARPHRD_LOOPBACK; of if_addr.h: somebody else has it, or nobody knows yet
+# IFF_UP and IFF_RUNNING, and IFF_POINTOPOINT; ARPHRD_LOOPBACK; of if_addr.h: another host has it, or that isn't known yet
 _UP, _POINT_TO_POINT, _TO_LOOPBACK, _UNUSABLE = 0x41, 0x10, 772, 0x08 | 0x40
 _TUNNELS = ("tun", "wireguard", "ppp", "gre", "ipip", "sit", "vti", "ip6tnl", "xfrm")
 _ROUTE_UP, _ROUTE_REJECTS = 0x1, 0x200
@@ -126,7 +126,7 @@ def _speed(folder: str, index: int) -> int:
 
 
 def _namespace(proc: str) -> str:
-    """Return what names this network namespace, on any machine; empty where that can't be told."""
+    """Return what names this network namespace, on any machine; empty where that isn't known."""
     boot = _word(f"{proc}/sys/kernel/random/boot_id")
     with contextlib.suppress(OSError):
         return boot and f"{boot} {os.stat(f'{proc}/self/ns/net').st_ino}"

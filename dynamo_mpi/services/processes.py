@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.services.logs import last_lines, last_text
+from dynamo_mpi.supervision.agent_client import is_stopped
 from dynamo_mpi.supervision.tethered import tethered
 
 # a process ends in no time, unless it hangs in the kernel
@@ -91,7 +92,7 @@ class Child:
 
     def resume(self) -> None:
         """Have it go on if it is stopped: it would take no signal but SIGKILL, and not see the end of its own children."""
-        if self.process.poll() is None and _is_stopped(self.pid):
+        if self.process.poll() is None and is_stopped(self.pid):
             self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
@@ -105,14 +106,6 @@ class Child:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(_LOOK_SECONDS)
         self.process.wait()
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return text.rpartition(")")[2].split()[:1] == ["T"]
 
 
 def session_members(session: int) -> list[int]:

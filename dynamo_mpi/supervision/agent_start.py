@@ -60,7 +60,7 @@ def spawn_node_agent(launch: Launch, host: str, argv: Sequence[str], environ: Ma
     try:
         ours.close()
         os.setsid()
-        # in this process, not in a new interpreter: it has to be there before the first rank dies
+        # in this process, not in a new interpreter: it must be there before the first rank dies
         _be_the_agent(None if listener is None else listener.detach(), its.detach(), launch, host, argv, environ)
     except BaseException as error:  # whatever it is, this process must not go on as a rank
         say(f"warning: the node agent of {host} has failed: {type(error).__name__}: {error}", host)

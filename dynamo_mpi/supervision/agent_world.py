@@ -2,7 +2,7 @@
 """A node agent's part in the watch over a whole world: which failures are known, who reports them, and the end of all ranks.
 
 Rank 0's agent, the hub, hears of each failure and decides. Rank 0 has two seconds to report by itself; where it has gone, the hub reports
-once all other agents have told what they have seen, since what follows from a death may be seen sooner than the death. The deputy reports
+once all other agents have sent what they have seen, since what follows from a death may be seen sooner than the death. The deputy reports
 where the hub has gone, too, and what stands in etcd keeps it from doing so again.
 """
 
@@ -38,7 +38,7 @@ _JOIN_SECONDS = 0.3
 _ROUND_SECONDS = 0.02
 # a rank 0 that lives reports by itself, with what it knows beyond what is seen here
 _RANK_0_SECONDS = 2.0
-# the deputy leaves it to the hub for so long; a hub that is gone together with rank 0 gets no successor
+# the deputy leaves it to the hub for so long; a hub that has ended together with rank 0 is not replaced
 _HUB_SECONDS = 1.5
 _HUB_GONE_SECONDS = 0.05
 _SUCCESSOR_SECONDS = 1.0
@@ -67,7 +67,7 @@ class WorldWatch:
         history: the world's phases, and signals.
         decide_at: when `decide` is due, in seconds of the monotonic clock.
         reported: a report is written, or is being written.
-        closing: rank 0 has left in order, or a launcher was told to end the ranks: no end is a failure any more.
+        closing: rank 0 has left in order, or a launcher was asked to end the ranks: from then on no end is a failure.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class WorldWatch:
         self._leases = ""
         self._seen: list[Seen] = []
         self._end_code = int(ExitCode.ENGINE)
-        # other agents that have not said yet that they have told all they know; and who asks this one
+        # agents whose answer is due, and those to which one is due
         self._unanswered: set[int] = set()
         self._askers: list[int] = []
         self._written: Written | None = None

@@ -45,7 +45,7 @@ class LeaseRevoker:
         return bool(self._leases)
 
     def set_leases(self, encoded: str) -> None:
-        """Take note of what there is to revoke, and connect: when it is needed, it has to be quick.
+        """Take note of what there is to revoke, and connect: when it is needed, it must be quick.
 
         Args:
             encoded: what `encode_leases` has made.

@@ -26,7 +26,7 @@ class StopSignals:
     Args:
         hurry: called, from a thread, with a signal that leaves no time for an orderly end.
         signals: those that are taken, as `signal_thread.signals_of` has them.
-        note: called with each signal, before anything is done about it. It has to be quick.
+        note: called with each signal, before anything is done about it. It must be quick.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ def test_progress_of_a_phase_that_is_over_is_not_told(
     phases = Phases()
     phases.begin("load")
     settings = load_settings(["--model", str(tmp_path)], {})
-    estate = OwnedLeases(NodeAgentClient(Launch(Launcher.ALONE), {}, None))
-    ours = Publicity(settings, world("agg", engine=engine), phases, Voice(0, "n1"), estate)
+    leases = OwnedLeases(NodeAgentClient(Launch(Launcher.ALONE), {}, None))
+    ours = Publicity(settings, world("agg", engine=engine), phases, Voice(0, "n1"), leases)
     told: list[Any] = []
     monkeypatch.setattr(ours.presence, "tell_progress", told.append)
     late = Progress("load", 1, 2, 1, "n2", 3.0)
