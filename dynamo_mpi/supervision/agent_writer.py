@@ -133,7 +133,6 @@ class ReportWriter:
             done = threading.Event()
             self._do(done.set)
             done.wait(max(0.0, end - time.monotonic()))
-            self._do(self._revoker.close)
 
     def _log(self, report: Report, meeting: Meeting, *, for_node: bool) -> None:
         rank = report.speaker

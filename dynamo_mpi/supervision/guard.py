@@ -219,10 +219,10 @@ class Guard:
         while True:  # for the end
             time.sleep(_BACKSTOP_SECONDS)
 
-    def report(self, error: BaseException) -> None:
-        """Report ``error``, of which the world ends in order."""
+    def report(self, error: BaseException, phase: str = "") -> None:
+        """Report ``error``, of which the world ends in order; it happened in ``phase``, where that isn't the current one."""
         text, code = describe_error(error)
-        self._publish([Failure(0, code, text, Cause.TOLD, self._phases.current, time.monotonic())])
+        self._publish([Failure(0, code, text, Cause.TOLD, phase or self._phases.current, time.monotonic())])
         self._word.wait(time.monotonic() + _LEAVE_SECONDS)
 
     def record(self, failures: Sequence[Failure], text: str) -> None:

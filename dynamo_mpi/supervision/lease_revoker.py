@@ -10,24 +10,24 @@ import contextlib
 import json
 import os
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.errors import DiscoveryError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dynamo_mpi.control_plane.etcd import Etcd
+    from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
     from dynamo_mpi.supervision.failure import Failure
 
 _SECONDS = 1.0
 
 
 class LeaseRevoker:
-    """Knows the leases, and is connected to etcd, from the moment that there is something to revoke. Nothing here raises.
+    """Knows the leases, and revokes them by etcd's JSON gateway, which takes no package; where there is none, by etcd's client.
 
-    Thread-safe: what waits for etcd does so one after the other.
+    Nothing here raises. Thread-safe: what waits for etcd does so one after the other.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,6 @@ class LeaseRevoker:
         self._worker: dict[str, Any] = {}
         self._record = 0
         self._environ: dict[str, str] = {}
-        self._etcd: Etcd | None = None
         self._lock = threading.Lock()
 
     @property
@@ -45,7 +44,7 @@ class LeaseRevoker:
         return bool(self._leases)
 
     def set_leases(self, encoded: str) -> None:
-        """Take note of what there is to revoke, and connect: when it is needed, it must be quick.
+        """Take note of what there is to revoke, and import what that takes: when it is needed, it must be quick.
 
         Args:
             encoded: what `encode_leases` has made.
@@ -57,29 +56,34 @@ class LeaseRevoker:
             worker, record = dict(content.get("worker") or {}), int(content.get("record") or 0)
         except (ValueError, KeyError, TypeError, AttributeError):
             return
+        import dynamo_mpi.control_plane.ask_etcd  # noqa: F401
+
         with self._lock:
             self._leases, self._environ, self._worker, self._record = leases, environ, worker, record
-            self._connected()
 
     def clear(self) -> None:
         """Forget them: rank 0 has left in order."""
         self._leases, self._record = [], 0
 
     def revoke(self) -> None:
-        """Revoke the leases, in a second at the most once there is a connection. More than once does no harm."""
+        """Revoke the leases, in a second at the most, or two where etcd has no gateway. More than once does no harm."""
         with self._lock:
             leases, self._leases = self._leases, []
-            etcd = self._connected() if leases else None
-            end = time.monotonic() + _SECONDS
-            for lease in leases:
-                # it is gone already, or goes with its time
-                with contextlib.suppress(BootstrapError):
-                    if etcd is not None and (left := end - time.monotonic()) > 0:
-                        etcd.revoke(lease, left)
+            if not leases:
+                return
+            # one that is gone already, or can't be reached, goes with its time
+            with contextlib.suppress(Exception):
+                from dynamo_mpi.control_plane.ask_etcd import ask_etcd
+
+                try:
+                    ask_etcd(self._environment, _SECONDS, lambda etcd: [etcd.revoke(lease) for lease in leases])
+                except DiscoveryError:
+                    with contextlib.closing(_client(self._environment)) as client:
+                        for lease in leases:
+                            client.revoke(lease, _SECONDS)
 
     def record_failure(self, failure: Failure, host: str, report: str) -> bool:
-        """Record in etcd why the worker ended, unless another process has done so: the first counts. Each of its two or three
-        calls takes a second at the most.
+        """Record in etcd why the worker ended, unless another process has done so: the first counts. In a second or two at the most.
 
         Args:
             failure: the first cause.
@@ -91,30 +95,35 @@ class LeaseRevoker:
         """
         with self._lock:
             record, self._record = self._record, 0
-            etcd = self._connected() if record and self._worker else None
-            # a client that doesn't suit its protobuf, and a rank 0 of another version, raise errors of their own
+            if not record or not self._worker:
+                return False
+            # a rank 0 of another version, or a client that doesn't suit its protobuf, raises errors of its own
             with contextlib.suppress(Exception):
-                if etcd is not None:
-                    from dynamo_mpi.control_plane.last_failure import Origin, last_failure
-                    from dynamo_mpi.control_plane.obituary import leave_word
-                    from dynamo_mpi.control_plane.plain_data import read_fields
+                from dynamo_mpi.control_plane.ask_etcd import ask_etcd
+                from dynamo_mpi.control_plane.last_failure import Origin, failure_key, last_failure
+                from dynamo_mpi.control_plane.obituary import LIFE_SECONDS, leave_word
+                from dynamo_mpi.control_plane.plain_data import read_fields
 
-                    origin = read_fields(Origin, self._worker)
-                    return not leave_word(etcd, origin, record, last_failure(origin, failure, host, report))
+                origin = read_fields(Origin, self._worker)
+                content = last_failure(origin, failure, host, report)
+
+                def write(etcd: EtcdGateway) -> bool:
+                    lease = etcd.grant(LIFE_SECONDS)
+                    if etcd.create(failure_key(origin, record), content.pack(), lease):
+                        return True
+                    etcd.revoke(lease)
+                    return False
+
+                try:
+                    return not ask_etcd(self._environment, _SECONDS, write)
+                except DiscoveryError:
+                    with contextlib.closing(_client(self._environment)) as client:
+                        return not leave_word(client, origin, record, content)
         return False
 
-    def close(self) -> None:
-        """Close the connection."""
-        with self._lock:
-            if self._etcd is not None:
-                self._etcd.close()
-
-    def _connected(self) -> Etcd | None:
-        if self._etcd is None:
-            # whatever a client of etcd that isn't installed, or doesn't suit its protobuf, raises
-            with contextlib.suppress(Exception):
-                self._etcd = _connect({**os.environ, **self._environ})
-        return self._etcd
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, **self._environ}
 
 
 def encode_leases(
@@ -137,17 +146,15 @@ def encode_leases(
     return json.dumps(content)
 
 
-def _connect(environ: Mapping[str, str]) -> Etcd:
-    """Connect.
+def _client(environ: Mapping[str, str]) -> Etcd:
+    """Return a client of etcd's.
 
     Raises:
-        BootstrapError: what is set for etcd can't be used, or it does not answer.
-        ImportError: its client isn't installed.
+        BootstrapError: what is set for etcd can't be used.
+        ImportError: the client isn't installed.
     """
     from dynamo_mpi.control_plane.etcd import Etcd
     from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
     from dynamo_mpi.control_plane.probe import etcd_endpoints
 
-    etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), _SECONDS)
-    etcd.entries("v1/instances/")
-    return etcd
+    return Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), _SECONDS)

@@ -178,8 +178,6 @@ def test_an_heir_leaves_word_once_and_none_of_an_orderly_end(url: str, etcd: Etc
     etcd.revoke(entry.lease, 5)
     revoker.record_failure(FAILURE, "n1", "again")
     assert etcd.entries(failures_of()) == []
-    for each in (renouncing, revoker):
-        each.close()
 
 
 @pytest.mark.parametrize(
@@ -189,7 +187,6 @@ def test_an_older_will_or_none_leaves_no_word(url: str, etcd: Etcd, will: str) -
     revoker = LeaseRevoker()
     revoker.set_leases(will.replace('"environ": {}', f'"environ": {{"ETCD_ENDPOINTS": "{url}"}}'))
     revoker.record_failure(FAILURE, "n1", "report")
-    revoker.close()
     assert etcd.entries(failures_of()) == []
 
 

@@ -134,7 +134,7 @@ class TrtllmLeader:
             with self._phases.enter("exit"):
                 close_session(session, _RELEASE_SECONDS)
                 if loss is not None:
-                    self._guard.report(loss)
+                    self._guard.report(loss, "serve")
         except HurriedError as error:
             self._guard.end(loss or error, exit_code_for(0 if loss else -error.number))
         except EndedError as error:
