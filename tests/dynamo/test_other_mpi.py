@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -39,4 +40,5 @@ def test_what_mpichs_mpiexec_sends_when_a_rank_has_died_is_no_drain(
         assert "drain: " not in command.err
         # as any other death
         assert command.err.count("[rank-0] dynamo_mpi: rank 0 on ") > 1
-        assert "error in serve: rank 1 on " in command.err
+        assert command.err.count(": error in serve: ") == 1, command.err
+        assert f"dynamo_mpi: rank 1 on {os.uname().nodename}: error in serve: died" in command.err
