@@ -258,7 +258,7 @@ def test_without_etcd_nothing_is_loaded(slurm: SlurmSession, model: Path, option
     done = slurm.srun("--mpi=pmix", *options, *THREE_NODES, *WORKER, "--model", model, *TP_3, env=environment)
     assert time.monotonic() - begin < 8
     words = (r"error: etcd does not answer \(http://[0-9.]+:9: connection refused\)", "ETCD_ENDPOINTS=")
-    assert_refused(done, ExitCode.UNAVAILABLE, words, spoken=2)
+    assert_refused(done, ExitCode.UNAVAILABLE, words, spoken=3)
 
 
 def test_an_etcd_that_keeps_silent_is_given_up(slurm: SlurmSession, model: Path) -> None:
@@ -274,7 +274,7 @@ def test_an_etcd_that_keeps_silent_is_given_up(slurm: SlurmSession, model: Path)
         done = slurm.srun(*command, env=environment)
         assert time.monotonic() - begin < 8
         server.end()
-    assert_refused(done, ExitCode.UNAVAILABLE, ("no answer in time", "an etcd that answers within 1 s"), spoken=2)
+    assert_refused(done, ExitCode.UNAVAILABLE, ("no answer in time", "an etcd that answers within 1 s"), spoken=3)
 
 
 # -- what works -------------------------------------------------------------------------------------------------------
