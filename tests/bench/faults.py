@@ -264,7 +264,7 @@ def measure(target: Target, case: Case, folder: Path, logs: Path | None) -> list
     if why:
         keep(logs, folder.name, f"{why}\n{outcome}\nleft: {outcome.left}\nfiles: {outcome.reports}\n{outcome.text}")
     note(f"{folder.name}: {outcome}: {verdict} {first_line(why)}")
-    end = f"{outcome.seconds:.1f}" if outcome.code is not None else "hang"
+    end = f"{outcome.seconds:.1f}" if outcome.code is not None else "**hang**"
     return [end, str(outcome.code if outcome.code is not None else NONE), keys_cell(outcome), verdict]
 
 
@@ -279,6 +279,8 @@ def judge(target: Target, outcome: Outcome) -> tuple[str, str]:
         if not count and place in [(content["rank"], content["host"]) for content in outcome.reports.values()]:
             return "**file only**", str(error)
         return (f"**{count}**" if count != 1 else "**1, not right**"), str(error)
+    if outcome.code is None:
+        return reports, "it still ran"
     try:
         with contextlib.redirect_stdout(sys.stderr):
             outcome.check(host, target.codes(outcome.case), LAUNCHER_SECONDS.get(target.name, 0.0))

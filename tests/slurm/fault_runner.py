@@ -26,6 +26,7 @@ from tests.fault_traces import (
     replace_agent,
 )
 from tests.namespaces.commands import InsideProcess
+from tests.namespaces.processes import children_of
 
 from .session import SlurmSession
 from .stack import OUR_MODULES, SlurmWorker, Stack, running_stack
@@ -91,7 +92,10 @@ class SrunFaults:
                 return find_child(processes_with(f"TMPDIR={temporary}\0"))
             mark = f"SLURM_PROCID={rank}\0".encode()
             pids = [pid for found in worker.ranks().values() for pid in found]
-            (pid,) = [pid for pid in pids if mark in Path(f"/proc/{pid}/environ").read_bytes()]
+            found = [pid for pid in pids if mark in Path(f"/proc/{pid}/environ").read_bytes()]
+            # its node agent, which it has forked, looks as it does until it has a title of its own
+            forked = {child for pid in found for child in children_of(pid)}
+            (pid,) = [pid for pid in found if pid not in forked]
             return pid
 
         replaced = iter([agents])
