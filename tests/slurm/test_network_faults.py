@@ -76,11 +76,13 @@ def test_a_cut_between_nodes_ends_both_sides(rank: int, worker: SlurmWorker, slu
 
 def test_rank_0_cut_off_ends_both_sides(worker: SlurmWorker, slurm: SlurmSession) -> None:
     slurm.switch_cable(slurm.nodes[0], on=False)
-    worker.says("rank 0 on n1 is lost: its host doesn't answer any more", REPORT_SECONDS)
+    # said for it by the node agent of another node
+    worker.says("rank 0 on n1: error in serve: is lost: its host doesn't answer any more", REPORT_SECONDS)
     eventually(lambda: worker.ranks() == {}, "no rank is left on either side", LEAVE_SECONDS)
     code = worker.wait()
     print(f"code {code}\n{worker.text()}")
     assert code == 75, worker.text()
+    assert worker.text().count(": error in ") == 1, worker.text()
 
 
 def test_a_node_that_is_powered_off_is_lost(worker: SlurmWorker, slurm: SlurmSession, stack: Stack) -> None:
