@@ -103,7 +103,7 @@ class ReportWriter:
             then: called once it is in the log.
             done: called once nothing more comes of it.
             for_node: it is about this node, and no rank of it.
-            first_in_etcd: write nothing where another agent has left its report there.
+            first_in_etcd: write nothing where another agent has left its report there, or in the failure folder.
         """
         written = Written()
 
@@ -112,7 +112,7 @@ class ReportWriter:
                 if first_in_etcd and self._revoker.record_failure(report.failure, report.host, report.text):
                     return
                 # what reads the log may hang, and so may a file system
-                self.later(partial(self._write_file, report, meeting, by))
+                self.later(partial(self._write_file, report, meeting, by, keep=first_in_etcd))
                 self._log(report, meeting, for_node=for_node)
                 then()
             finally:
@@ -141,11 +141,10 @@ class ReportWriter:
         speech.speak(None if for_node or rank < 0 else rank, report.speaker_host, report.text)
 
     @staticmethod
-    def _write_file(report: Report, meeting: Meeting, by: int | None) -> None:
+    def _write_file(report: Report, meeting: Meeting, by: int | None, *, keep: bool) -> None:
         later = [content_of(each.failure, each.host) for each in report.later]
-        write_failure(
-            meeting, report.failure, report.host, by=by, report={"report": report.text, "consequences": later}
-        )
+        whole = {"report": report.text, "consequences": later}
+        write_failure(meeting, report.failure, report.host, by=by, report=whole, keep=keep)
 
     def _do(self, act: Callable[[], object]) -> None:
         """Do it in the one thread that talks to etcd, after what was given before."""

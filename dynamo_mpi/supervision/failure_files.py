@@ -29,6 +29,7 @@ def write_failure(
     *,
     by: int | None = None,
     report: Mapping[str, Any] | None = None,
+    keep: bool = False,
 ) -> None:
     """Write a file, where there is a folder for it. That it can't be written is no reason for anything.
 
@@ -38,12 +39,15 @@ def write_failure(
         host: where it happened.
         by: the rank that writes, where it isn't the one that failed.
         report: more, of rank 0.
+        keep: leave a file that is there: hosts that are cut off from each other may still share the folder, and rank 0's side knows best.
     """
     if not meeting.failure_dir:
         return
     content = _without_secrets({**content_of(failure, host), **(report or {})})
     path = _path(meeting, failure.rank if by is None else by)
     with contextlib.suppress(OSError):
+        if keep and path.exists():
+            return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # readable by its owner alone, and there at once with all that is in it
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

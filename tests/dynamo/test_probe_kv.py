@@ -116,7 +116,7 @@ def test_a_rank_that_does_not_answer_is_named_and_ends_only_who_is_strict(etcd: 
     ports = eventually(lambda: offered(etcd, "prefill"), "its ranks can be asked")
     stopped = next(pid for pid in stations(etcd) if listens_on(pid, ports[2][2]))
     os.kill(stopped, signal.SIGSTOP)
-    decode = start("decode", "--probe-strict", "--probe-seconds", "4")
+    decode = start("decode", "--probe-strict", "--probe-seconds", "8")
     assert decode.wait() == 75, decode.text()
     assert "error T2: no KV comes through between 1 pair of ranks of 3: prefill rank 2 on" in decode.text()
     assert re.search(r"found: +decode rank 0 on \S+ <- prefill rank 2 on \S+ \(127.0.0.1\): not done in", decode.text())

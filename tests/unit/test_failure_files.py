@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-from dynamo_mpi.supervision.failure_files import forget_failures
+from dynamo_mpi.supervision.failure import Cause, Failure
+from dynamo_mpi.supervision.failure_files import forget_failures, write_failure
+from dynamo_mpi.supervision.meeting import Meeting
 
 
 def test_what_an_earlier_start_has_left_goes_and_nothing_else(tmp_path: Path) -> None:
@@ -26,3 +29,19 @@ def test_a_folder_that_is_none_is_told_before_it_is_needed(tmp_path: Path) -> No
     assert forget_failures(None, "decode") == ""
     assert forget_failures(tmp_path / "new" / "deep", "decode") == ""
     assert not (tmp_path / "new").exists()
+
+
+def test_a_host_that_is_cut_off_leaves_rank_0s_report_and_rank_0_replaces_its(tmp_path: Path) -> None:
+    meeting = Meeting("n1", failure_dir=str(tmp_path), label="decode")
+    of_rank_2 = Failure(2, 75, "is lost", Cause.LOST, "serve", 0.0)
+    of_rank_0 = Failure(0, 75, "is lost", Cause.LOST, "serve", 0.0)
+
+    def told() -> tuple[int, str]:
+        content = json.loads((tmp_path / "decode-rank-0.json").read_text(encoding="utf-8"))
+        return content["rank"], content["host"]
+
+    write_failure(meeting, of_rank_0, "n1", keep=True)
+    assert told() == (0, "n1")
+    write_failure(meeting, of_rank_2, "n3", by=0)
+    write_failure(meeting, of_rank_0, "n1", keep=True)
+    assert told() == (2, "n3")
