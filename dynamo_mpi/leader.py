@@ -31,6 +31,7 @@ from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
 from dynamo_mpi.supervision.failure import HurriedError
 from dynamo_mpi.supervision.owned_leases import OwnedLeases
+from dynamo_mpi.supervision.word import suppressed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -250,8 +251,9 @@ class Leader:
     def _hurry(self, number: int) -> None:
         if self._guard is not None:
             self._guard.end(HurriedError(number), of_signal(number))
-        self._client.send("reported")
-        self._onlookers.withdraw()
+        # nothing that fails here may keep the world from its end
+        suppressed(partial(self._client.send, "reported"))
+        suppressed(self._onlookers.withdraw)
         self._world.abort(of_signal(number))
 
     def _ask(self, plan: Plan, argv: Sequence[str]) -> list[Card]:

@@ -94,8 +94,10 @@ class Keeper:
 
     def start(self) -> None:
         """Begin to keep what was published."""
-        self._thread = threading.Thread(target=self._run, name="record", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="record", daemon=True)
+        # seen by `withdraw`, in another thread or a signal's handler, only once it can be joined
+        thread.start()
+        self._thread = thread
 
     def tell(self, phase: str) -> None:
         """Have the record say so at once. Never waits."""
@@ -158,8 +160,9 @@ class Keeper:
         thread = self._thread
         if thread is None:
             # also here in a thread: a handler may have interrupted whoever holds the connection's lock
-            thread = self._thread = threading.Thread(target=self._retract, name="record", daemon=True)
+            thread = threading.Thread(target=self._retract, name="record", daemon=True)
             thread.start()
+            self._thread = thread
         if thread is not threading.current_thread():
             thread.join(_FAREWELL_SECONDS)
 

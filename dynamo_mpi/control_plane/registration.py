@@ -71,8 +71,10 @@ class RegistrationWatch:
             on_lost: called once, from a thread, when the registration is lost for good.
         """
         self._instance, self._seen = instance, time.monotonic()
-        self._thread = threading.Thread(target=self._run, args=(on_lost,), name="registration", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(on_lost,), name="registration", daemon=True)
+        # seen by `stop`, in another thread, only once it can be joined
+        thread.start()
+        self._thread = thread
 
     def stop(self) -> None:
         """Stop, before the worker deregisters itself. Waits no longer than a second for a question that was asked."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -72,4 +73,6 @@ class SignalThread:
                 if number == _STOP[0]:
                     return
                 if number in self._signals and self._on_signal is not None:
-                    self._on_signal(number)
+                    # one that fails is no reason to be deaf to the next
+                    with contextlib.suppress(Exception):
+                        self._on_signal(number)

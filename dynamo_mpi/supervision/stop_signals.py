@@ -70,8 +70,8 @@ class StopSignals:
             self._arrived(number)
 
     def _from_thread(self, number: int) -> None:
-        if not self._in_loop:
-            self._arrived(number)
+        # in the loop too: one that came right before it is read here only now
+        self._arrived(number)
 
     def _arrived(self, number: int) -> None:
         with self._lock:

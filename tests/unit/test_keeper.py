@@ -113,6 +113,24 @@ def test_without_being_started_it_is_withdrawn_too(etcd: str, kept: Kept) -> Non
     assert worlds(etcd) == []
 
 
+def test_withdraw_while_start_has_not_started_its_thread(
+    etcd: str, kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = kept(etcd, world(), 60)
+    keeper.publish()
+    real = threading.Thread.start
+
+    def withdraw_first(thread: threading.Thread) -> None:
+        # as a signal's thread does that runs between two lines of `start`
+        monkeypatch.setattr(threading.Thread, "start", real)
+        keeper.withdraw()
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", withdraw_first)
+    keeper.start()
+    assert worlds(etcd) == []
+
+
 def test_what_was_never_published_is_withdrawn_at_once(etcd: str, kept: Kept) -> None:
     begin = time.monotonic()
     kept(etcd, world()).withdraw()

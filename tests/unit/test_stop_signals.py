@@ -37,6 +37,10 @@ if sys.argv[1] == "uvloop":
     from uvloop import run
 else:
     from asyncio import run
+if "right_before" in sys.argv:
+    # Python's handler runs in this thread before the loop does, the thread that wakes up for it only inside the loop
+    sys.setswitchinterval(60)
+    os.kill(os.getpid(), 15)
 with signals.in_event_loop():
     run(main())
 say("after")
@@ -84,6 +88,14 @@ def test_the_first_drains_and_the_next_hurries(loop: str) -> None:
         process.send_signal(signal.SIGINT)
         assert line(process) == "hurry 2"
         assert process.wait(10) == 130
+
+
+@LOOPS
+def test_a_signal_right_before_the_loop_is_not_lost(loop: str) -> None:
+    pytest.importorskip(loop)
+    command = [sys.executable, "-c", PROGRAM, loop, "0", "right_before"]
+    ended = subprocess.run(command, text=True, input="", capture_output=True, cwd=ROOT, timeout=20, check=False)
+    assert ended.stdout.removeprefix("there\n") in ("hurry 15\n", "drain 15\nafter\nclosed\n")
 
 
 @LOOPS
