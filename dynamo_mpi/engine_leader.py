@@ -14,7 +14,7 @@ from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import unpack
 from dynamo_mpi.follower import GO, build_part, late_for, load_part, report_of
-from dynamo_mpi.preflight.roster import describe_ranks
+from dynamo_mpi.launchers.placement import describe_ranks
 from dynamo_mpi.serving.ready import forget
 from dynamo_mpi.serving.service import Registration, run, serve
 from dynamo_mpi.supervision.failure import Cause, Failure

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.process import host_name
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
 from dynamo_mpi.fields import pack
-from dynamo_mpi.preflight.inquiry import Inquiry, fill_card, host_name
+from dynamo_mpi.preflight.inquiry import Inquiry, fill_card
 from dynamo_mpi.talk import Voice
 
 if TYPE_CHECKING:

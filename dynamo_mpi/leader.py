@@ -16,13 +16,13 @@ from dynamo_mpi.engines.choice import engine_spec, require_startable
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
+from dynamo_mpi.launchers.placement import hosts, ranks_by_host
 from dynamo_mpi.observe.levels import Level
 from dynamo_mpi.observe.speech import speech
 from dynamo_mpi.onlookers import Onlookers
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.reach import let_runtime_be_reached, meeting_place
-from dynamo_mpi.preflight.roster import hosts, ranks_by_host
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
 from dynamo_mpi.probe.plan import ProbePlan, left_out, plan_probes
@@ -227,9 +227,9 @@ class Leader:
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
-        from dynamo_mpi.control_plane.presence import record_of
         from dynamo_mpi.supervision.signal_thread import signals_of
         from dynamo_mpi.supervision.stop_signals import StopSignals
+        from dynamo_mpi.worker_record import record_of
 
         self._onlookers.introduce(settings, record_of(settings, verdict.subject, cards, self._phases))
         # from here on the main thread may sit in the engine

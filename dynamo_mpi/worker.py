@@ -16,11 +16,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
+from dynamo_mpi.common.process import host_name
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launchers.launch import Launch, Launcher, detect
 from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch, refuse_world_size
-from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.supervision.agent_client import NodeAgentClient
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.talk import Voice

@@ -3,32 +3,22 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi import __version__
 from dynamo_mpi.control_plane.etcd import CredentialsError, Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.keeper import Keeper
 from dynamo_mpi.control_plane.probe import etcd_endpoints
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.record import WorldRecord
 from dynamo_mpi.errors import BootstrapError, LayoutError, UsageError
-from dynamo_mpi.launchers.attempt import attempt_of
-from dynamo_mpi.parallelism.contract import contract_of
-from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.preflight.peers import advice, refusal
-from dynamo_mpi.preflight.roster import hosts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_mpi.control_plane.record import Posted, Progress
-    from dynamo_mpi.parallelism.subject import Subject
-    from dynamo_mpi.preflight.inquiry import Card
     from dynamo_mpi.settings import Settings
-    from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
 
 _LEASE_SECONDS = 30
@@ -184,47 +174,3 @@ def lease_seconds(environ: Mapping[str, str]) -> int:
     """Return how long a record outlives its world: as long as Dynamo's own keys."""
     text = environ.get("ETCD_LEASE_TTL", "")
     return int(text) if text.isdecimal() and 0 < int(text) < 2**31 else _LEASE_SECONDS
-
-
-def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], phases: Phases) -> WorldRecord:
-    """Say what this world is, as it stands in its preflight.
-
-    Args:
-        settings: the worker's.
-        subject: what its preflight judged.
-        cards: the ranks', in rank order.
-        phases: rank 0's, which is in its preflight.
-    """
-    namespace, component, _ = settings.endpoint.removeprefix("dyn://").split(".")
-    layout, nodes = subject.layout, hosts(cards)
-    began = time.time() - phases.age
-    return WorldRecord(
-        role=settings.role,
-        engine=settings.engine,
-        namespace=namespace,
-        component=component,
-        endpoint=settings.endpoint,
-        model=settings.served_model_name,
-        phase="preflight",
-        layout=RecordedLayout(
-            layout.tp_size,
-            layout.pp_size,
-            layout.cp_size,
-            layout.moe_ep_size,
-            layout.enable_attention_dp,
-            len(cards),
-            len(cards) // len(nodes),
-        ),
-        hosts=nodes,
-        contract=contract_of(subject) if settings.role in _PAIRED else None,
-        dynamo_mpi=__version__,
-        trtllm=None if subject.version is None else str(subject.version),
-        job=os.environ.get("SLURM_JOB_ID") or None,
-        step=os.environ.get("SLURM_STEP_ID") or None,
-        started=began,
-        phase_since=began + phases.spans[-1].began,
-        pid=os.getpid(),
-        host=host_name(),
-        launch=os.environ.get(LAUNCH_VARIABLE) or None,
-        attempt=attempt_of(os.environ),
-    )

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.parallelism.subject import Subject
-    from dynamo_mpi.preflight.roster import Placed
     from dynamo_mpi.probe.plan import ProbePlan
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.talk import Voice

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dynamo_mpi.engines.reference.kv_socket import Deadline
 from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.preflight.roster import describe_ranks
+from dynamo_mpi.launchers.placement import describe_ranks
 from dynamo_mpi.probe.kv_answer import FAILED, LATE, Between, Pull, read_pull
 from dynamo_mpi.probe.kv_child import Ready
 from dynamo_mpi.probe.kv_pairs import Pair, pairs_of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dynamo_mpi.control_plane.record import WorldRecord
-    from dynamo_mpi.preflight.roster import Placed
+    from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.probe.kv_terms import KvTerms
     from dynamo_mpi.probe.kv_wire import Access
 

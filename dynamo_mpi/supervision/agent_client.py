@@ -19,6 +19,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.process import is_stopped
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.launchers.launch import Launcher
 from dynamo_mpi.supervision.agent_socket import agent_socket_name, peer_is_ours
@@ -336,15 +337,6 @@ class NodeAgentClient:
 
 def _wake(*_: object) -> None:
     """Have the number of a signal be written."""
-
-
-def is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped, by a signal or a debugger."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] in "Tt"
-    except (OSError, IndexError):
-        return False
 
 
 def _signal(pid: int, number: int) -> None:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.errors import DeadlineError
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launchers.placement import describe_ranks
 from dynamo_mpi.observe.redact import own_redactor
-from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.services.host_address import host_address
 from dynamo_mpi.supervision.agent_failures import Report, Seen, pack_report
 from dynamo_mpi.supervision.backstop import exit_after
@@ -47,7 +47,7 @@ from dynamo_mpi.supervision.word import Word, begun, suppressed
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from dynamo_mpi.preflight.roster import Placed
+    from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.supervision.agent_client import NodeAgentClient
     from dynamo_mpi.supervision.liveness_wire import Signalled
     from dynamo_mpi.supervision.phases import Phases

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 from dynamo_mpi import __version__
+from dynamo_mpi.common.process import host_name
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.launchers.launch import detect
-from dynamo_mpi.preflight.inquiry import Card, host_name
+from dynamo_mpi.preflight.inquiry import Card
 from dynamo_mpi.probe.part import Case
 from dynamo_mpi.probe.phase import lead_probes, take_part
 from dynamo_mpi.probe.plan import ProbePlan
