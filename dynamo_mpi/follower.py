@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.process import host_name
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
 from dynamo_mpi.fields import pack
 from dynamo_mpi.preflight.inquiry import Inquiry, fill_card
-from dynamo_mpi.talk import Voice
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from mpi4py import MPI
 
@@ -23,6 +21,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.health.reporter import Reporter
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.supervision.agent_client import NodeAgentClient
+    from dynamo_mpi.supervision.context import RankContext
     from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
@@ -38,36 +37,29 @@ PARTING_SECONDS = 20.0
 """How long rank 0 waits for all ranks to come to their end; longer than it gives the engine to close."""
 
 
-def follow(
-    world: World,
-    launch: Launch,
-    argv: Sequence[str],
-    phases: Phases,
-    mpi_library: str,
-    client: NodeAgentClient,
-    fault: ArmedFault | None = None,
-    reporter: Reporter | None = None,
-) -> int:
-    """Live a follower's life.
+def follow(context: RankContext, fault: ArmedFault | None = None, reporter: Reporter | None = None) -> int:
+    """Run a follower's part of the worker.
 
     Args:
-        world: all ranks.
-        launch: how this rank was started.
-        argv: the command line, without the program.
-        phases: where durations go.
-        mpi_library: what the MPI library calls itself.
-        client: this rank's connection to its node agent.
+        context: this rank's.
         fault: one on demand.
         reporter: to the process that answers this node's probes, on the rank that has begun it.
 
     Returns:
         The exit code that rank 0 has told.
     """
+    world, launch, phases, client, voice = (
+        context.world,
+        context.launch,
+        context.phases,
+        context.agent,
+        context.voice,
+    )
     with phases.enter("preflight"):
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
-        world.gather(fill_card(Inquiry.unpack(message[1:]), launch, argv, mpi_library).pack())
+        world.gather(fill_card(Inquiry.unpack(message[1:]), launch, context.argv, context.mpi_version).pack())
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
@@ -80,7 +72,6 @@ def follow(
 
     meeting, packed = Meeting.unpack(message[1:])
     speech.log_to(meeting.log_dir, meeting.label, world.rank)
-    voice = Voice(world.rank, host_name())
     phases.listen(lambda name: voice.say(f"phase {name}", Level.DEBUG))
     client.send(f"preflight_done {meeting.as_json()}")
     lifeline = Lifeline(meeting, world, phases, voice, client)

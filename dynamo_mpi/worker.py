@@ -22,6 +22,7 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launchers.launch import Launch, Launcher, detect
 from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch, refuse_world_size
 from dynamo_mpi.supervision.agent_client import NodeAgentClient
+from dynamo_mpi.supervision.context import RankContext
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.talk import Voice
 from dynamo_mpi.world import World, bind_library, end_mpi, form_world
@@ -81,8 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         phases.listen(reporter.tell_phase, first=True)
         reporter.begin()
     notifier = _notifier(launch, words)
-    if notifier is not None:
-        phases.listen(notifier.tell_phase, first=True)
     try:
         with phases.enter("world"):
             if isinstance(answers, BootstrapError):
@@ -101,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 introduce_agents(world, launch.local_rank, client, voice.host)
     except BootstrapError as error:
         if notifier is not None:
-            notifier.tell_failure(str(error))
+            notifier.report_failure(str(error))
         code = _refuse_alone(error, launch, voice)
         client.send(f"failed {code}")
         return code
@@ -109,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _abandon(error, None, launch, client, voice, phases, words)
     client.set_abort(world.abort)
     voice = Voice(world.rank, voice.host)
+    context = RankContext(world, launch, words, phases, voice, client, library.version)
     if reporter is not None:
         reporter.tell("rank", str(world.rank))
     try:
@@ -116,13 +116,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         phases.begin("preflight")
         if world.rank == 0:
             from dynamo_mpi.leader import lead
-            from dynamo_mpi.observe.display import Display
 
-            display = Display(phases, voice, reporter, notifier)
-            return _leave(world, client, lead(world, launch, words, phases, voice, library.version, client, display))
+            return _leave(world, client, lead(context, reporter, notifier))
         from dynamo_mpi.follower import follow
 
-        return _leave(world, client, follow(world, launch, words, phases, library.version, client, fault, reporter))
+        return _leave(world, client, follow(context, fault, reporter))
     except Exception as error:
         return _abandon(error, world, launch, client, voice, phases, words)
 

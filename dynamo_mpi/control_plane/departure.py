@@ -15,6 +15,7 @@ from dynamo_mpi.control_plane.etcd import Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.probe import etcd_endpoints
 from dynamo_mpi.errors import BootstrapError
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,13 +24,16 @@ _SECONDS = 1.0
 _LOOK_SECONDS = 0.02
 
 
-class Departure:
+class Departure(WorkerHook):
     """The way out of discovery, for one worker.
 
     Args:
         endpoint: ``dyn://namespace.component.endpoint``.
         environ: where etcd and our credentials stand.
         on_lease: called with the lease's id, once it is known.
+
+    Attributes:
+        has_left: the worker is out of discovery.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Departure:
         self._environ, self._on_lease = environ, on_lease
         self._etcd: Etcd | None = None
         self._instance = self._lease = 0
+        self.has_left = False
 
     def prepare(self, instance: int) -> None:
         """Connect, and find the lease of an instance that registers, so that `leave` takes no longer than it has to. Does not raise.
@@ -55,18 +60,19 @@ class Departure:
             while not self._find() and time.monotonic() < end:
                 time.sleep(_LOOK_SECONDS)
 
+    def on_failure_detected(self) -> None:
+        """Revoke the lease: no request must come here any more."""
+        self.leave()
+
     def leave(self) -> bool:
-        """Revoke the lease, in two seconds at the most, and tell whether the worker is out of discovery. Does not raise."""
-        if self._etcd is None:
-            return False
-        try:
-            self._find()
-            if not self._lease:
-                return False
-            self._etcd.revoke(self._lease, _SECONDS)
-        except BootstrapError:
-            return False
-        return True
+        """Revoke the lease, in two seconds at the most, and return whether the worker is out of discovery. Does not raise."""
+        if self._etcd is not None:
+            with contextlib.suppress(BootstrapError):
+                self._find()
+                if self._lease:
+                    self._etcd.revoke(self._lease, _SECONDS)
+                    self.has_left = True
+        return self.has_left
 
     def finish(self) -> None:
         """After an orderly end, revoke what the runtime may have been unable to: it never renews a password's token, and can't deregister

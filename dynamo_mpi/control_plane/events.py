@@ -11,19 +11,20 @@ from dynamo_mpi.control_plane.lifecycle import event_of
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
 from dynamo_mpi.control_plane.probe import nats_server
 from dynamo_mpi.preflight.peers import describe
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_mpi.control_plane.nats_line import NatsLine
     from dynamo_mpi.control_plane.record import Posted, WorldRecord
-    from dynamo_mpi.supervision.failure import Failure
+    from dynamo_mpi.supervision.hooks import WorldFailure
 
 _FLUSH_SECONDS = 0.5
 
 
-class Events:
-    """One worker's. Nothing here raises, or waits but to the extent that it says.
+class Events(WorkerHook):
+    """One worker's events. Nothing here raises, or waits but to the extent that it says.
 
     Args:
         record: the worker.
@@ -36,15 +37,15 @@ class Events:
         self._exit_code: int | None = None
         self._send("phase")
 
-    def phase(self, name: str) -> None:
-        """Tell that a phase begins. May be called from a signal's handler."""
-        self._phase = name
+    def on_phase(self, phase: str) -> None:
+        """Send that a phase begins."""
+        self._phase = phase
         self._send("phase")
-        if name == "drain":
+        if phase == "drain":
             self._send("drain")
 
-    def ready(self) -> None:
-        """Tell that requests are answered."""
+    def on_ready(self) -> None:
+        """Send that requests are answered."""
         self._send("ready")
 
     def peers(self, peers: Sequence[Posted], news: Sequence[str]) -> None:
@@ -56,32 +57,24 @@ class Events:
         """
         self._send("peers", peers=tuple(describe(peer.record) for peer in peers), news=tuple(news))
 
-    def failed(self, failure: Failure, host: str, report: str) -> None:
-        """Tell of what the worker ends of; waits half a second at the most for that to go out.
-
-        Args:
-            failure: the first cause.
-            host: where it happened.
-            report: what has been said of it.
-        """
-        self._exit_code = failure.exit_code
-        self._send("failed", failure=last_failure(Origin.of(self._record), failure, host, report))
+    def on_failure(self, failure: WorldFailure) -> None:
+        """Send what the worker ends of; waits half a second at the most for that to go out."""
+        self._exit_code = failure.first.exit_code
+        origin = Origin.of(self._record)
+        self._send("failed", failure=last_failure(origin, failure.first, failure.host, failure.report))
         if (line := self._line) is not None:
             line.flush(_FLUSH_SECONDS)
 
-    def exit(self, code: int | None = None) -> None:
-        """Tell that the worker ends; waits half a second at the most for that to go out. Nothing goes out after it.
-
-        Args:
-            code: what all ranks leave with; None for that of the failure.
-        """
-        code = self._exit_code if code is None else code
-        line, own = self._line, {"exit_code": code}
-        if line is not None:
-            if code is not None:
-                self._send("exit", **own)
+    def on_shutdown(self, code: int) -> None:
+        """Send with which exit code the worker ends; waits half a second at the most for that to go out. Nothing is sent after it."""
+        if (line := self._line) is not None:
+            self._send("exit", exit_code=code if self._exit_code is None else self._exit_code)
             self._line = None
             line.close(_FLUSH_SECONDS)
+
+    def on_exit(self, code: int) -> None:
+        """The same, where there was no orderly shutdown."""
+        self.on_shutdown(code)
 
     def _send(self, name: str, **own: Any) -> None:
         # another thread may say the last word meanwhile

@@ -11,19 +11,20 @@ from dynamo_mpi.control_plane.etcd import Etcd, LeaseLostError
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.last_failure import LastFailure, failure_key, failures_of, is_successor, last_failure
 from dynamo_mpi.control_plane.probe import etcd_endpoints
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dynamo_mpi.control_plane.last_failure import Origin
-    from dynamo_mpi.supervision.failure import Failure
+    from dynamo_mpi.supervision.hooks import WorldFailure
 
 LIFE_SECONDS = 3600
 """How long it can be read."""
 _SECONDS = 1.0
 
 
-class Obituary:
+class Obituary(WorkerHook):
     """Rank 0's word, for one worker. Nothing here raises: a worker that can't leave word ends all the same.
 
     Args:
@@ -35,30 +36,18 @@ class Obituary:
     def __init__(self, origin: Origin, environ: Mapping[str, str], record: Callable[[], int]) -> None:
         self._origin, self._environ, self._record = origin, environ, record
 
-    def leave(self, failure: Failure, host: str, report: str) -> None:
-        """Write it, over what a node agent may have written. Takes a second or two where etcd does not answer.
-
-        Args:
-            failure: the first cause.
-            host: where that happened.
-            report: what has been said of it.
-        """
+    def on_failure(self, failure: WorldFailure) -> None:
+        """Write it, over what a node agent may have written. Takes a second or two where etcd does not answer."""
 
         def write(etcd: Etcd) -> None:
             lease = etcd.grant(LIFE_SECONDS).id
             # without a record it has a name of its own
             key = failure_key(self._origin, self._record() or lease)
-            etcd.put(key, last_failure(self._origin, failure, host, report).pack(), lease)
+            etcd.put(key, last_failure(self._origin, failure.first, failure.host, failure.report).pack(), lease)
 
         self._visit(write)
 
-    def leave_soon(self, failure: Failure, host: str, report: str) -> None:
-        """The same, in a second at the most."""
-        thread = threading.Thread(target=self.leave, args=(failure, host, report), daemon=True)
-        thread.start()
-        thread.join(_SECONDS)
-
-    def forget_earlier(self) -> None:
+    def on_ready(self) -> None:
         """Take away, from a thread of its own, what earlier starts of this worker have died of: now it serves."""
         threading.Thread(target=self._visit, args=(self._forget,), name="obituary", daemon=True).start()
 

@@ -3,22 +3,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.control_plane.etcd import CredentialsError, Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.keeper import Keeper
 from dynamo_mpi.control_plane.probe import etcd_endpoints
-from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.record import Progress, WorldRecord
 from dynamo_mpi.errors import BootstrapError, LayoutError, UsageError
 from dynamo_mpi.preflight.peers import advice, refusal
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.control_plane.record import Posted, Progress
+    from dynamo_mpi.control_plane.record import Posted
     from dynamo_mpi.settings import Settings
+    from dynamo_mpi.supervision.phases import PhaseProgress
     from dynamo_mpi.talk import Voice
 
 _LEASE_SECONDS = 30
@@ -26,11 +27,12 @@ _ANSWER_SECONDS = 3.0
 _PAIRED = ("prefill", "decode")
 
 
-class Presence:
+class Presence(WorkerHook):
     """This world's record in etcd, while there is one.
 
     Args:
         voice: how rank 0 speaks.
+        record: what to say of this world.
         on_lease: called with the id of each lease that the record gets.
         on_peers: called with the peers, and with what is told of them, when they change.
     """
@@ -38,22 +40,22 @@ class Presence:
     def __init__(
         self,
         voice: Voice,
+        record: WorldRecord,
         on_lease: Callable[[int], object],
         on_peers: Callable[[Sequence[Posted], Sequence[str]], object] = lambda _, __: None,
     ) -> None:
         self._voice, self._on_lease, self._on_peers = voice, on_lease, on_peers
         self._keeper: Keeper | None = None
-        # told before there is a record
-        self._early: dict[str, Any] = {}
+        self._phase = "preflight"
+        self._record = record
 
-    def appear(self, settings: Settings, record: WorldRecord, environ: Mapping[str, str]) -> None:
-        """Publish ``record``, and compare it with the peers that came first.
+    def appear(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        """Publish the record, and compare it with the peers that came first.
 
         Where nothing has to be compared, or ``--no-peer-check`` was given, a record that can't be written is only a warning.
 
         Args:
             settings: the worker's.
-            record: what to say of it.
             environ: where etcd and our credentials stand.
 
         Raises:
@@ -68,8 +70,7 @@ class Presence:
         try:
             seconds = lease_seconds(environ)
             etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), settings.probe_timeout)
-            record = replace(record, **self._early)
-            self._keeper = Keeper(etcd, record, seconds, self._voice.say, self._on_lease, self._on_peers)
+            self._keeper = Keeper(etcd, self._record, seconds, self._voice.say, self._on_lease, self._on_peers)
             earlier = self._keeper.publish()
             if etcd.asks_nobody:
                 raise _needless()
@@ -84,39 +85,47 @@ class Presence:
             self._keeper = None
             self._voice.say(f"warning: no world record: {error}")
             return
-        self._judge(record, earlier, seconds, refuse=not settings.no_peer_check)
+        self._judge(self._record, earlier, seconds, refuse=not settings.no_peer_check)
         self._keeper.start()
 
-    def tell(self, phase: str) -> None:
+    def on_phase(self, phase: str) -> None:
         """Have the record say which phase it is."""
+        self._phase = phase
         if self._keeper is not None:
             self._keeper.tell(phase)
 
-    def tell_instance(self, instance: int) -> None:
-        """Have the record name Dynamo's instance, which has been registered by now."""
+    def on_registered(self, lease: int) -> None:
+        """Have the record name Dynamo's instance."""
         if self._keeper is not None:
-            self._keeper.tell_instance(f"{instance:x}")
+            self._keeper.tell_instance(f"{lease:x}")
 
-    def tell_in_flight(self, requests: int) -> None:
-        """Have the record say how many requests are in flight, in a second or so. This and what follows never waits, and may be called from
-        a signal's handler."""
-        self._update(in_flight=requests)
+    def on_requests_in_flight(self, count: int) -> None:
+        """Have the record say how many requests are in flight, in a second or so."""
+        self._update(in_flight=count)
 
-    def tell_progress(self, progress: Progress) -> None:
+    def on_progress(self, progress: PhaseProgress) -> None:
         """Have the record say how far the ranks have come in the phase; the next phase begins without."""
-        self._update(progress=progress)
+        if progress.phase != self._phase:
+            return  # it would stand beside the next phase, for good where that is the last that has any
+        done = None if self._record.engine == "trtllm" else progress.done
+        slowest = progress.slowest_rank, progress.slowest_host
+        self._update(progress=Progress(done, progress.ranks, *slowest, round(progress.seconds, 1), progress.read))
 
-    def tell_system(self, url: str | None) -> None:
-        """Have the record say where ``/health``, ``/live`` and ``/metrics`` are."""
-        self._update(system=url)
-
-    def tell_trace(self, traceparent: str | None) -> None:
-        """Have the record name the trace that the worker belongs to."""
-        self._update(trace=traceparent)
-
-    def tell_probe(self, figures: dict[str, Any]) -> None:
-        """Have the record say what the probes have measured."""
+    def on_hardware_checked(self, figures: dict[str, Any]) -> None:
+        """Have the record say what the checks have measured."""
         self._update(probe=figures)
+
+    def on_failure_detected(self) -> None:
+        """Take the record away."""
+        self.withdraw()
+
+    def on_shutdown(self, code: int) -> None:
+        """Take the record away, before the ranks leave."""
+        self.withdraw()
+
+    def on_exit(self, code: int) -> None:
+        """Take the record away, if it is still there."""
+        self.withdraw()
 
     def offer_kv(self, offer: dict[str, Any] | None) -> tuple[WorldRecord, list[WorldRecord]] | None:
         """Have the record say where ranks can be asked for the KV probe, or no more.
@@ -140,9 +149,7 @@ class Presence:
             self._keeper.withdraw()
 
     def _update(self, **fields: Any) -> None:
-        if self._keeper is None:
-            self._early.update(fields)
-        else:
+        if self._keeper is not None:
             self._keeper.update(**fields)
 
     def _judge(self, record: WorldRecord, earlier: Sequence[Posted], seconds: int, *, refuse: bool) -> None:

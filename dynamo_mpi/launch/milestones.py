@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.observe.timeline import ENDED, FAILED, Start, pack_starts, printable
 from dynamo_mpi.observe.timeline_files import write_whole
-from dynamo_mpi.supervision.phases import Span
-from dynamo_mpi.supervision.roll import RankSpans
+from dynamo_mpi.supervision.phases import RankSpans, Span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

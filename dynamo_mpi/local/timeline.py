@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.observe.timeline import ENDED, Start, printable
 from dynamo_mpi.observe.timeline_files import read_starts, write_timeline
-from dynamo_mpi.supervision.phases import Span
-from dynamo_mpi.supervision.roll import RankSpans
+from dynamo_mpi.supervision.phases import RankSpans, Span
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

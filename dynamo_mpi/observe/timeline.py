@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.control_plane.plain_data import read_fields
 from dynamo_mpi.control_plane.record import RecordedLayout
-from dynamo_mpi.supervision.phases import Span
-from dynamo_mpi.supervision.roll import RankSpans
+from dynamo_mpi.supervision.phases import RankSpans, Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

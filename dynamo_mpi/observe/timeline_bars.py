@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.observe.timeline import Start
-    from dynamo_mpi.supervision.roll import RankSpans
+    from dynamo_mpi.supervision.phases import RankSpans
 
 # what clocks of one cluster differ by, and a message's way, is nothing to speak of
 _TOLERANCE_SECONDS = 0.005

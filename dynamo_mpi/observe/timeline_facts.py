@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.observe.timeline import ENDED, FAILED, STOPPED
 from dynamo_mpi.observe.timeline_bars import Bar, Row
 from dynamo_mpi.parallelism.wording import counted
-from dynamo_mpi.supervision.phases import PHASES
-from dynamo_mpi.supervision.roll import BEFORE
+from dynamo_mpi.supervision.phases import BEFORE, PHASES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

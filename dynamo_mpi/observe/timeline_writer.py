@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.observe.shown import shown
 from dynamo_mpi.observe.timeline import ENDED, FAILED, READY, STOPPED, Mishap, Start, printable
 from dynamo_mpi.supervision.failure import Cause
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _END_SECONDS = 1.0
 
 
-class TimelineWriter:
+class TimelineWriter(WorkerHook):
     """Writes one worker's timeline. Thread-safe.
 
     Args:
@@ -38,12 +39,12 @@ class TimelineWriter:
         self._ready: float | None = None
         self._over = False
 
-    def ready(self) -> None:
+    def on_ready(self) -> None:
         """Note that the worker is ready, and write, without keeping it from its requests."""
         self._ready = time.time()
         self._begin(READY)
 
-    def finish(self) -> None:
+    def on_exit(self, code: int) -> None:
         """Write what is known at the end, within a second."""
         self._begin(ENDED).join(_END_SECONDS)
 

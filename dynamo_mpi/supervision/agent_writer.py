@@ -9,10 +9,10 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.threads import run_suppressed, start_thread
 from dynamo_mpi.observe.speech import speech
 from dynamo_mpi.supervision.failure_files import content_of, write_failure
 from dynamo_mpi.supervision.lease_revoker import LeaseRevoker
-from dynamo_mpi.supervision.word import begun, suppressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,8 +78,8 @@ class ReportWriter:
 
     def later(self, act: Callable[[], object]) -> None:
         """Do something that takes a moment, which `finish` waits for."""
-        if (thread := begun(act)) is None:
-            suppressed(act)
+        if (thread := start_thread(act)) is None:
+            run_suppressed(act)
         else:
             self._others.append(thread)
 
@@ -150,10 +150,10 @@ class ReportWriter:
         """Do it in the one thread that talks to etcd, after what was given before."""
         self._tasks.put(act)
         if self._worker is None:
-            self._worker = begun(self._work)
+            self._worker = start_thread(self._work)
             if self._worker is None:  # no more threads for this user
-                suppressed(self._tasks.get())
+                run_suppressed(self._tasks.get())
 
     def _work(self) -> None:
         while True:
-            suppressed(self._tasks.get())
+            run_suppressed(self._tasks.get())

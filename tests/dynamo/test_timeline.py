@@ -16,7 +16,7 @@ from dynamo_mpi.observe.timeline import Start
 from dynamo_mpi.observe.timeline_facts import describe_failure
 from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.observe.timeline_paths import trace_path
-from dynamo_mpi.supervision.roll import BEFORE
+from dynamo_mpi.supervision.phases import BEFORE
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 
 pytestmark = pytest.mark.dynamo

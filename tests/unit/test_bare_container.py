@@ -31,7 +31,7 @@ from dynamo_mpi.control_plane.presence import Presence
 class Voice:
     def say(self, text): print(text)
 # looks at nothing else where the client of etcd is missing
-Presence(Voice(), print).appear(None, None, {{}})
+Presence(Voice(), None, print).appear(None, {{}})
 print(dynamo_mpi.__file__)
 """
 

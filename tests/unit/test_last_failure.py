@@ -24,12 +24,14 @@ from dynamo_mpi.control_plane.last_failure import (
 )
 from dynamo_mpi.control_plane.obituary import LIFE_SECONDS, Obituary, leave_word
 from dynamo_mpi.supervision.failure import Cause, Failure
+from dynamo_mpi.supervision.hooks import WorkerHooks, WorldFailure
 from dynamo_mpi.supervision.lease_revoker import LeaseRevoker, encode_leases
 from tests.servers import listening, running_etcd
 from tests.unit.worlds import world
 
 ORIGIN = Origin.of(world("decode", launch="x-0"))
 FAILURE = Failure(3, 70, "it broke\n  do:     repair it", Cause.DEATH, "serve", 0.0)
+ENDED = WorldFailure((FAILURE,), "n2", "report")
 
 
 def left(report: str = "error in serve: it broke", **changes: Any) -> LastFailure:
@@ -134,22 +136,22 @@ def obituary(url: str, record: int = 0x1A, origin: Origin = ORIGIN) -> Obituary:
 
 
 def test_rank_0_leaves_it_for_an_hour_under_its_records_name(url: str, etcd: Etcd) -> None:
-    obituary(url).leave(FAILURE, "n2", "report")
+    obituary(url).on_failure(ENDED)
     ((key, value, _, lease),) = etcd.entries(failures_of("dynamo"))
     assert key == failure_key(ORIGIN, 0x1A) == "dynamo_mpi/v1/failures/dynamo/backend/1a"
     assert LastFailure.unpack(value).report == "report"
     assert etcd.granted(lease) == LIFE_SECONDS
-    obituary(url, record=0).leave(FAILURE, "n2", "report")
+    obituary(url, record=0).on_failure(ENDED)
     assert len(etcd.entries(failures_of("dynamo", "backend"))) == 2
 
 
 def test_a_later_start_that_serves_takes_it_away_and_nobody_elses(url: str, etcd: Etcd) -> None:
     other = replace(ORIGIN, launch="y")
-    obituary(url).leave(FAILURE, "n2", "report")
-    obituary(url, 0x2B, other).leave(FAILURE, "n2", "report")
+    obituary(url).on_failure(ENDED)
+    obituary(url, 0x2B, other).on_failure(ENDED)
     garbled = etcd.grant(60).id
     etcd.put(f"{failures_of('dynamo', 'backend')}zz", b"{", garbled)
-    obituary(url, 0x3C).forget_earlier()
+    obituary(url, 0x3C).on_ready()
     eventually(lambda: len(etcd.entries(failures_of())) == 2)
     assert failure_key(other, 0x2B) in [entry.key for entry in etcd.entries(failures_of())]
 
@@ -159,7 +161,7 @@ def test_an_heir_writes_only_what_nobody_has_written(url: str, etcd: Etcd) -> No
     leave_word(etcd, ORIGIN, 0x1A, left("the second"))
     (entry,) = etcd.entries(failures_of())
     assert LastFailure.unpack(entry.value).report == "the first"
-    obituary(url).leave(FAILURE, "n2", "rank 0's own")
+    obituary(url).on_failure(ENDED._replace(report="rank 0's own"))
     assert [LastFailure.unpack(entry.value).report for entry in etcd.entries(failures_of())] == ["rank 0's own"]
 
 
@@ -199,16 +201,19 @@ def test_whatever_is_wrong_with_etcd_nothing_raises(environ: dict[str, str], mon
     raised: list[object] = []
     monkeypatch.setattr(threading, "excepthook", raised.append)
     ours = Obituary(ORIGIN, environ, lambda: 0)
-    ours.leave(FAILURE, "n2", "report")
-    ours.forget_earlier()
+    ours.on_failure(ENDED)
+    ours.on_ready()
     eventually(lambda: "obituary" not in [thread.name for thread in threading.enumerate()])
     assert raised == []
 
 
 def test_an_etcd_that_hangs_holds_nobody_up() -> None:
+    hooks = WorkerHooks()
     with listening() as port:
+        hooks.add(obituary(f"http://127.0.0.1:{port}"))
         begin = time.monotonic()
-        obituary(f"http://127.0.0.1:{port}").leave_soon(FAILURE, "n2", "report")
+        hooks.on_failure(ENDED)
+        hooks.wait(begin + 1)
         assert time.monotonic() - begin < 1.5
 
 

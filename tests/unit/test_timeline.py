@@ -25,8 +25,7 @@ from dynamo_mpi.observe.timeline_paths import trace_path
 from dynamo_mpi.observe.timeline_scale import Scale, scale_for
 from dynamo_mpi.observe.timeline_text import text
 from dynamo_mpi.observe.timeline_trace import trace
-from dynamo_mpi.supervision.phases import PHASES, Span
-from dynamo_mpi.supervision.roll import BEFORE, RankSpans
+from dynamo_mpi.supervision.phases import BEFORE, PHASES, RankSpans, Span
 from tests.unit.timelines import BEGAN, HOSTILE, mishap, services, skewed, start_of
 from tests.unit.trace_format import check_trace
 

@@ -61,7 +61,7 @@ def writer_of(path: Path, *failures: Failure) -> TimelineWriter:
 )
 def test_how_it_came_out_is_told(tmp_path: Path, failures: tuple[Failure, ...], outcome: str, told: int | None) -> None:
     path = tmp_path / "start.html"
-    writer_of(path, *failures).finish()
+    writer_of(path, *failures).on_exit(0)
     (start,) = read_starts(path)
     assert (start.outcome, start.attempt, start.job, start.model) == (outcome, 3, "7", "a\ufffdmodel")
     if failures:
@@ -73,8 +73,8 @@ def test_how_it_came_out_is_told(tmp_path: Path, failures: tuple[Failure, ...], 
 def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     writer = writer_of(tmp_path / "file" / "start.html")
-    writer.ready()
-    writer.finish()
+    writer.on_ready()
+    writer.on_exit(0)
     said = capfd.readouterr().err
     assert f"warning: the timeline {tmp_path}/file/start.html can't be written: Not a directory" in said
     assert "Traceback" not in said
@@ -92,8 +92,8 @@ def test_a_file_system_that_hangs_keeps_neither_requests_nor_the_end(
     monkeypatch.setattr(timeline_files, "write_timeline", hang)
     monkeypatch.setattr(timeline_writer, "_END_SECONDS", 0.05)
     writer = writer_of(tmp_path / "start.html")
-    writer.ready()
-    writer.finish()
+    writer.on_ready()
+    writer.on_exit(0)
     assert written == []
     go_on.set()
     eventually(lambda: len(written) == 2, "both are written")
@@ -103,7 +103,7 @@ def test_a_file_system_that_hangs_keeps_neither_requests_nor_the_end(
 
 def test_what_an_earlier_start_has_left_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "start.html"
-    writer_of(path).finish()
+    writer_of(path).on_exit(0)
     assert path.exists()
     assert trace_path(path).exists()
     forget_timeline(path)

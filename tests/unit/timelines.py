@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from dynamo_mpi.control_plane.record import RecordedLayout
 from dynamo_mpi.observe.timeline import ENDED, FAILED, READY, Mishap, Start
-from dynamo_mpi.supervision.phases import Span
-from dynamo_mpi.supervision.roll import BEFORE, RankSpans
+from dynamo_mpi.supervision.phases import BEFORE, RankSpans, Span
 
 BEGAN = 1_800_000_000.0
 # no name may be taken for a part of the page

@@ -14,6 +14,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.threads import start_thread
 from dynamo_mpi.control_plane.registration import RegistrationWatch
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
@@ -26,20 +27,16 @@ from dynamo_mpi.engines.trtllm.task import install
 from dynamo_mpi.errors import BootstrapError, EngineError, TemporaryError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
+from dynamo_mpi.serving.ready import remove_ready_file
 from dynamo_mpi.supervision.failure import HurriedError
-from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SIGNALS, SignalThread
-from dynamo_mpi.supervision.word import begun
+from dynamo_mpi.supervision.hooks import WorkerHook
+from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SignalThread, signals_of
 from dynamo_mpi.talk import tell_launch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.control_plane.departure import Departure
-    from dynamo_mpi.settings import Settings
-    from dynamo_mpi.supervision.guard import Guard
-    from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
-    from dynamo_mpi.world import World
+    from dynamo_mpi.worker_context import WorkerContext
 
 _KEY_BYTES = 32
 # a prefill worker waits this long for its KV transfers
@@ -53,43 +50,30 @@ _CHILD_FIRST_SECONDS = 20.0
 _CHILD_FIRST_LOADING_SECONDS = 1.0
 
 
-class TrtllmLeader:
+class TrtllmLeader(WorkerHook):
     """Leads one TensorRT-LLM worker.
 
     Args:
-        world: all ranks.
-        settings: the worker's.
+        worker: what rank 0's parts share.
         gpus_per_node: GPUs, and ranks, of each node.
         token_id: a token to begin the proof with.
-        guard: ends the world.
-        phases: where durations go.
-        voice: how rank 0 speaks.
-        departure: the way out of discovery.
-        signals: those that ask for an end, as `signal_thread.signals_of` has them.
     """
 
-    def __init__(
-        self,
-        world: World,
-        settings: Settings,
-        gpus_per_node: int,
-        token_id: int,
-        guard: Guard,
-        phases: Phases,
-        voice: Voice,
-        departure: Departure,
-        signals: Sequence[signal.Signals] = SIGNALS,
-    ) -> None:
-        self._world, self._settings, self._guard = world, settings, guard
+    def __init__(self, worker: WorkerContext, gpus_per_node: int, token_id: int) -> None:
+        self._world, self._phases, self._voice = worker.rank.world, worker.rank.phases, worker.rank.voice
+        self._settings, self._guard = worker.settings, worker.guard
         self._gpus_per_node, self._token_id = gpus_per_node, token_id
-        self._phases, self._voice = phases, voice
+        self._departure, self._signals = worker.departure, signals_of(worker.rank.launch.launcher)
+        worker.hooks.add(self)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._serving = self._asked = self._stopping = False
+        self._serving = self._asked = self._stopping = self._finished = False
         self._drain_seconds = 0.0
         self._last_signal = -math.inf
-        self._registered = self._departed = False
-        self._departure, self._signals = departure, signals
-        self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, voice.say, pauses=True)
+        self._registered = False
+        settings = worker.settings
+        self._watch = RegistrationWatch(
+            settings.endpoint, os.environ, settings.probe_timeout, self._voice.say, pauses=True
+        )
         self._child: Child | None = None
         self._stop_timer: threading.Timer | None = None
         self._proof: Proof | None = None
@@ -106,8 +90,6 @@ class TrtllmLeader:
             The exit code: of a lost lease 75, which has been reported.
         """
         loss: BootstrapError | None = None
-        self._guard.at_once(self._depart)
-        self._guard.before_the_end(self._clean_up)
         signals = SignalThread(self._signalled, self._signals)
         try:
             with self._phases.enter("load"), self._deadline(self._settings.load_timeout):
@@ -141,7 +123,10 @@ class TrtllmLeader:
             self._guard.end(loss or error, exit_code_for(0 if loss else error.code))
         except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
             self._guard.end(loss or error)
+        finally:
+            remove_ready_file(self._settings.ready_file)
         signals.close()
+        self._finished = True
         return ExitCode.OK if loss is None else ExitCode.TEMPORARY
 
     def _deadline(self, seconds: float) -> contextlib.AbstractContextManager[None]:
@@ -250,7 +235,7 @@ class TrtllmLeader:
             return
         if code:
             # whatever the cause, no request must come here any more
-            begun(self._depart)
+            start_thread(self._departure.leave)
         # a rank that failed may have taken the child along, though not by a signal; its own words are the first cause
         if not self._guard.failed.wait(_FIRST_CAUSE_SECONDS if code >= 0 else _KILLED_SECONDS):
             if self._serving and code == 0:
@@ -302,15 +287,14 @@ class TrtllmLeader:
         elif not self._serving and not self._guard.failed.wait(_FIRST_CAUSE_SECONDS):
             self._guard.end(proof_error(news, registered=self._registered))
 
-    def _depart(self) -> None:
-        self._departed = self._departure.leave()
-
-    def _clean_up(self) -> None:
-        """Leave nothing behind: a child that is still registered gets the time to say goodbye, which takes milliseconds."""
+    def on_exit(self, code: int) -> None:
+        """Leave nothing behind: a child that is still registered gets the time to deregister, which takes milliseconds."""
+        if self._finished:
+            return
         if self._proof is not None:
             self._proof.kill()
         if self._child is not None:
-            if not self._departed and self._phases.current not in ("load", "drain"):
+            if not self._departure.has_left and self._phases.current not in ("load", "drain"):
                 self._child.terminate()
                 self._child.wait(_DEREGISTER_SECONDS)
             self._child.kill()

@@ -29,11 +29,16 @@ from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.talk import Voice
 from dynamo_mpi.world import World, bind_library, form_world
+from tests.contexts import rank_context
 
 
 def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, strict: bool) -> int:
     cards = [Card.unpack(card) for card in world.gather(own_card().pack())]
-    guard = Guard(world, cards, phases, Voice(0, host_name()), Terms(os.environ.get("NETWORK", "127.0.0.1") or None))
+    guard = Guard(
+        rank_context(phases, world=world, host=host_name()),
+        cards,
+        Terms(os.environ.get("NETWORK", "127.0.0.1") or None),
+    )
     world.broadcast(guard.meeting.pack(b""))
     hold(os.environ.get("HOLD", ""))
     world.barrier(30)
