@@ -82,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         phases.listen(reporter.tell_phase, first=True)
         reporter.begin()
     notifier = _notifier(launch, words)
+    if notifier is not None:
+        # from the next phase on it is one of rank 0's hooks
+        notifier.on_phase("world")
     try:
         with phases.enter("world"):
             if isinstance(answers, BootstrapError):
