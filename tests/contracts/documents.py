@@ -201,6 +201,23 @@ def doctor() -> str:
     return members_of([report.as_json()])
 
 
+def hardware() -> str:
+    """What the GPUs and the fabric were measured to be: ``probe`` of a record, and of `doctor --probe`."""
+    gpu = sources.GpuFacts(0, "GPU-1", "NVIDIA GB200", 100, 190 << 30, 180 << 30)
+    known = sources.GpuHealth(gpu, "570.86", waited=1.5, uncorrected=2, links_up=18, sm_mhz=2062, power_limit=1_200_000)
+    other = known._replace(
+        facts=gpu._replace(name="NVIDIA H100 NVL"), links_up=17, sm_mhz=1980, power_limit=1_000_000, pcie_generation=5
+    )
+    samples = [
+        sources.gpu_figures(told) for told in ([known, other], [known], [sources.GpuHealth(gpu._replace(name="H200"))])
+    ]
+    step = sources.Step(0, "all_reduce", "tp", ((0, 1), (2, 3)), (4096, 1 << 20))
+    times = [sources.Measured(step, (0, 1), size, seconds) for size, seconds in ((4096, 2e-5), (1 << 20, 1e-3))]
+    answer = sources.FabricAnswer("ok", library="NCCL 2.26", network="IB", links=("P2P/CUMEM",), begin=0.5)
+    fabric = sources.fabric_figures([step], times, [answer], "nccl")
+    return "# gpu\n" + members_of(samples) + "\n# fabric\n" + members_of([fabric], maps=("kinds",))
+
+
 def timeline() -> str:
     starts = [
         start_of(4, 2, serving=60.0),
@@ -311,6 +328,7 @@ CONTRACTS: dict[str, Callable[[], str]] = {
     "json/plan": plan,
     "json/local": local,
     "json/doctor": doctor,
+    "json/hardware": hardware,
     "json/timeline": timeline,
     "json/ready-file": ready_file,
     "json/failure-file": failure_file,

@@ -4,6 +4,7 @@
     workers[].in_flight: int | null = 3     an integer or null; 3 in the first sample that has one, which shows the unit
     error?.exit_code: int = 70              ``error`` is missing from some samples
     completions.<key>.tokens: int = 8       the names of ``completions`` are data
+    memory: object | {}                     may be empty; its members are all there where it isn't
     spans[][0]: str = "load"                a list whose places differ in type
 
 Texts with blanks are prose: they are shown as ``str`` alone, so that a reworded message changes no shape.
@@ -52,7 +53,7 @@ def members_of(
     for path, member in found.items():
         is_shown = examples and path.rpartition(".")[2].partition("[")[0] not in varying
         example = f" = {member.example}" if is_shown and member.example else ""
-        types = " | ".join([*sorted(member.types - {"null"}), *(member.types & {"null"})])
+        types = " | ".join(sorted(member.types, key=lambda name: (name in ("{}", "null"), name)))
         if path:
             marked = _marked(path, found)
             lines[marked] = f"{marked}: {types}{example}\n"
@@ -65,8 +66,9 @@ def _visit(path: str, value: Any, found: dict[str, _Member], maps: Collection[st
     if path in opaque and value is not None:
         member.types.add("object")
     elif isinstance(value, dict):
-        member.types.add("object")
-        member.objects += 1
+        member.types.add("object" if value else "{}")
+        # an empty one stands for nothing to tell, and makes no member of the others optional
+        member.objects += bool(value)
         for name, inner in value.items():
             _visit(f"{path}.{'<key>' if path in maps else name}".lstrip("."), inner, found, maps, opaque)
     elif isinstance(value, list):

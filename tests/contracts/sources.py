@@ -69,7 +69,13 @@ from dynamo_mpi.parallelism.finding import Finding, Severity
 from dynamo_mpi.parallelism.finding import render as render_findings
 from dynamo_mpi.pods.__main__ import main as pods_main
 from dynamo_mpi.pods.settings import JOIN_OPTIONS, LEAD_OPTIONS
+from dynamo_mpi.preflight.gpu_facts import GpuFacts
 from dynamo_mpi.preflight.rules_page import render as rules_page
+from dynamo_mpi.probe.fabric import figures_of as fabric_figures
+from dynamo_mpi.probe.gpu import figures_of as gpu_figures
+from dynamo_mpi.probe.gpu_health import GpuHealth
+from dynamo_mpi.probe.steps import Step
+from dynamo_mpi.probe.timing import FabricAnswer, Measured
 from dynamo_mpi.reference_pages.environment import VARIABLES
 from dynamo_mpi.reference_pages.markdown import member_notes
 from dynamo_mpi.services.failures import PartError

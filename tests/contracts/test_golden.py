@@ -69,6 +69,11 @@ def test_every_change_of_a_member_shows(other: object) -> None:
     assert members_of([other]) != members_of([BASE])
 
 
+def test_an_empty_object_makes_no_member_optional() -> None:
+    assert members_of([{"memory": {"tokens": 1}}, {"memory": {}}]) == "memory: object | {}\nmemory.tokens: int = 1\n"
+    assert "memory.tokens?" in members_of([{"memory": {"tokens": 1}}, {"memory": {"gpu": 1}}])
+
+
 def test_names_that_are_data_are_no_members() -> None:
     one, two = ({"found": {name: {"tokens": 1}}} for name in ("a", "b"))
     assert members_of([one], maps=["found"]) == members_of([two, one], maps=["found"])
