@@ -209,7 +209,7 @@ def hardware() -> str:
         facts=gpu._replace(name="NVIDIA H100 NVL"), links_up=17, sm_mhz=1980, power_limit=1_000_000, pcie_generation=5
     )
     samples = [
-        sources.gpu_figures(told) for told in ([known, other], [known], [sources.GpuHealth(gpu._replace(name="H200"))])
+        sources.gpu_figures(gpus) for gpus in ([known, other], [known], [sources.GpuHealth(gpu._replace(name="H200"))])
     ]
     step = sources.Step(0, "all_reduce", "tp", ((0, 1), (2, 3)), (4096, 1 << 20))
     times = [sources.Measured(step, (0, 1), size, seconds) for size, seconds in ((4096, 2e-5), (1 << 20, 1e-3))]

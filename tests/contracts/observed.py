@@ -43,8 +43,8 @@ def metrics() -> str:
     failures = [sources.Failure(1, 70, "it broke", sources.Cause.DEATH)]
     severities = [sources.Severity.WARNING]
     numbers = sources.WorldNumbers(ranks, _PROGRESS, severities, failures, exit_code=70, in_flight=3)
-    told = sources.render_metrics(sources.metrics_of_world(numbers))
-    text = sources.metrics_of(state._replace(metrics=told), ready=False)
+    of_ranks = sources.render_metrics(sources.metrics_of_world(numbers))
+    text = sources.metrics_of(state._replace(metrics=of_ranks), ready=False)
     return text.replace(sources.VERSION, "VERSION")
 
 

@@ -67,7 +67,7 @@ def _visit(path: str, value: Any, found: dict[str, _Member], maps: Collection[st
         member.types.add("object")
     elif isinstance(value, dict):
         member.types.add("object" if value else "{}")
-        # an empty one stands for nothing to tell, and makes no member of the others optional
+        # an empty object makes no member of the others optional
         member.objects += bool(value)
         for name, inner in value.items():
             _visit(f"{path}.{'<key>' if path in maps else name}".lstrip("."), inner, found, maps, opaque)

@@ -96,7 +96,7 @@ def test_a_legal_layout_is_0_and_says_all_that_design_promises(check: Check) -> 
         ("Qwen3-Next-80B-A3B", ("--tp-size", "2", "--role", "decode"), 78),
     ],
 )
-def test_ranks_and_memory_are_told_of_what_has_a_layout(
+def test_ranks_and_memory_are_given_unless_the_layout_is_impossible(
     check: Check, model: str, words: tuple[str, ...], code: int
 ) -> None:
     found, report = check.json("--model", check.model(model), *words)
