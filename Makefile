@@ -19,7 +19,7 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests/slurm tests/scripts tests/bench tests/unit tests/mpi tests/dynamo tests/conftest.py tests/fault_cases.py tests/fault_traces.py tests/mpi_flavours.py tests/servers.py tests/browser.py tests/hosts tests/namespaces
+	$(BIN)/mypy tests/slurm tests/scripts tests/bench tests/unit tests/contracts tests/mpi tests/dynamo tests/conftest.py tests/fault_cases.py tests/fault_traces.py tests/mpi_flavours.py tests/servers.py tests/browser.py tests/hosts tests/namespaces
 	cd tests/standins && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --explicit-package-bases tensorrt_llm torch
 	$(BIN)/shellcheck --external-sources $(SHELL_FILES)
 	$(BIN)/shfmt --diff --indent 4 --case-indent $(SHELL_FILES)

@@ -9,28 +9,8 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.last_failure import LastFailure, Origin, last_failure
-from dynamo_mpi.control_plane.lifecycle import EVENTS, Event, event_of
-from dynamo_mpi.control_plane.record import Progress, WorldRecord
-from dynamo_mpi.control_plane.schema import json_schema
-from dynamo_mpi.supervision.failure import Cause, Failure
-from tests.unit.worlds import world
-
-FULL = world(
-    instance="1a", launch="x-0", phase_since=1.0, in_flight=3, progress=Progress(1, 8, 7, "n2", 1.5), system="http://h:1", trace="00-a-b-01"
-)  # fmt: skip
-FAILURE = last_failure(Origin.of(FULL), Failure(3, 70, "it broke", Cause.DEATH, "load", 1.0), "n2", "error in load")
-OWN: dict[str, dict[str, Any]] = {
-    "failed": {"failure": FAILURE},
-    "exit": {"exit_code": 70},
-    "peers": {"peers": ("a decode worker",), "news": ("peer: it has come",)},
-}
-WRITTEN = [
-    ("record", FULL.pack()),
-    *(("record", world(role, trtllm=None, job=None, step=None).pack()) for role in ("agg", "prefill", "decode")),
-    ("failure", FAILURE.pack()),
-    *(("event", event_of(name, FULL, "serve", 2.0, **OWN.get(name, {})).pack()) for name in EVENTS),
-]
+from tests.contracts.documents import WRITTEN
+from tests.contracts.sources import Event, LastFailure, WorldRecord, json_schema
 
 
 @pytest.mark.parametrize(("kind", "fields_of"), [("record", WorldRecord), ("failure", LastFailure), ("event", Event)])
