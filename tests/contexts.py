@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What parts of a rank are handed, for tests of one part alone: no node agent, and no launcher."""
+"""What parts of a rank are handed, for tests of one part counted: no node agent, and no launcher."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dynamo_mpi.world import World
 
 
 def rank_context(
-    phases: Phases | None = None, *, world: World | None = None, rank: int = 0, host: str = "n0"
+    phases: Phases | None = None, *, world: World | None = None, ranks: int = 1, host: str = "n0"
 ) -> RankContext:
-    """Return one for a rank without a node agent; without ``world`` it is the only rank."""
+    """Return rank 0's, without a node agent; without ``world`` for a world that only counts its ranks."""
     launch = Launch(Launcher.ALONE)
-    alone = cast(World, SimpleNamespace(size=1, rank=0))
-    voice = Voice(rank, host)
-    return RankContext(world or alone, launch, (), phases or Phases(), voice, NodeAgentClient(launch, {}, None))
+    counted = cast(World, SimpleNamespace(size=ranks, rank=0))
+    voice = Voice(0, host)
+    return RankContext(world or counted, launch, (), phases or Phases(), voice, NodeAgentClient(launch, {}, None))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.contexts import rank_context
 from tests.contracts import sources
 from tests.contracts.commands import fixed_environment, output_of
 from tests.contracts.observed import failure_report, phases_of
@@ -239,9 +240,9 @@ def ready_file() -> str:
     with tempfile.TemporaryDirectory() as folder, fixed_environment(DYN_MPI_ATTEMPT="2"):
         path = Path(folder, "ready.json")
         settings = sources.load_settings(["--model", "/models/M", "--ready-file", str(path)], {})
-        voice = mock.Mock(spec=sources.Voice)
+        context = rank_context(phases_of("load"), ranks=8)
         for system in ("http://n1:9090", None):
-            sources.announce(settings, phases_of("load"), voice, ranks=8, verdict_seconds=1.5, system=system)
+            sources.ReadyFile(context, settings, 1.5, system).on_ready()
             samples.append(json.loads(path.read_text()))
     return members_of(samples, maps=("phases",), varying=("pid", "host", "ready_seconds", "<key>"))
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.contexts import rank_context
 from tests.contracts import sources
 from tests.contracts.commands import fixed_environment
 from tests.contracts.shapes import members_of
@@ -53,9 +54,9 @@ def metrics_file() -> str:
     with tempfile.TemporaryDirectory() as folder, fixed_environment(SLURM_JOB_ID="12", SLURM_STEP_ID="3"):
         path = Path(folder, "w.prom")
         settings = sources.load_settings(["--model", "/models/M", "--metrics-file", str(path)], {})
-        display = sources.Display(phases_of("load"), sources.Voice(0, "n1"), None, None)
-        display.know(settings)
-        display.ended(0)
+        hooks = sources.LeaderHooks(rank_context(phases_of("load"), host="n1"), None, None)
+        hooks.add_observers(settings)
+        hooks.on_exit(0)
         lines = path.read_text(encoding="utf-8").replace(sources.VERSION, "VERSION").splitlines()
     return "".join(f"{line.rpartition(' ')[0]}\n" for line in lines if not line.startswith("#"))
 
@@ -86,10 +87,11 @@ def notifications() -> str:
         supervisor.settimeout(5)
         notifier = sources.Notifier.take({"NOTIFY_SOCKET": path}, {"load": 3600.0})
         assert notifier is not None
-        notifier.tell_phase("load")
-        notifier.tell_ready("M at dyn://a.b.c")
-        notifier.tell_phase("drain")
-        notifier.tell_failure("error in load: it broke\nmore")
+        notifier.worker = "M at dyn://a.b.c"
+        notifier.on_phase("load")
+        notifier.on_ready()
+        notifier.on_phase("drain")
+        notifier.report_failure("error in load: it broke\nmore")
         return "".join(f"{supervisor.recv(4096).decode()!r}\n" for _ in range(4))
 
 

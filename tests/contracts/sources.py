@@ -49,7 +49,6 @@ from dynamo_mpi.launch.steps import MpirunEndings
 from dynamo_mpi.local.ask import Answer
 from dynamo_mpi.local.stack import Ready, StackSettings
 from dynamo_mpi.local.worlds import World
-from dynamo_mpi.observe.display import Display
 from dynamo_mpi.observe.levels import Level
 from dynamo_mpi.observe.lines import Line
 from dynamo_mpi.observe.metrics import render as render_metrics
@@ -80,7 +79,7 @@ from dynamo_mpi.reference_pages.environment import VARIABLES
 from dynamo_mpi.reference_pages.markdown import member_notes
 from dynamo_mpi.services.failures import PartError
 from dynamo_mpi.services.interrupts import Interrupts
-from dynamo_mpi.serving.ready import announce
+from dynamo_mpi.serving.ready import ReadyFile
 from dynamo_mpi.settings import load_settings
 from dynamo_mpi.supervision.agent_failures import Seen, describe_seen
 from dynamo_mpi.supervision.agent_writer import ReportWriter
@@ -88,8 +87,9 @@ from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.faults import ACTIONS
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.notify import Notifier
-from dynamo_mpi.supervision.phases import PHASES, Phases, Span
-from dynamo_mpi.supervision.roll import Progress, RankSpans
+from dynamo_mpi.supervision.phases import PHASES, Phases, RankSpans, Span
+from dynamo_mpi.supervision.phases import PhaseProgress as Progress
 from dynamo_mpi.talk import Voice
 from dynamo_mpi.worker import main as worker_main
+from dynamo_mpi.worker_hooks import LeaderHooks
 from dynamo_mpi.worker_options import OPTIONS as WORKER_OPTIONS
