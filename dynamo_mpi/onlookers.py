@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.observe.display import Display
     from dynamo_mpi.observe.ticker import Ticker
-    from dynamo_mpi.observe.timeline_writer import TimelineWriter
     from dynamo_mpi.preflight.verdict import Verdict
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.owned_leases import OwnedLeases
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.talk import Voice
+    from dynamo_mpi.telemetry.trace_writer import TraceWriter
 
 
 class Onlookers:
@@ -39,7 +39,7 @@ class Onlookers:
     def __init__(self, phases: Phases, voice: Voice, display: Display, leases: OwnedLeases) -> None:
         self._phases, self._voice, self._display, self._leases = phases, voice, display, leases
         self._publicity: Publicity | None = None
-        self._timeline: TimelineWriter | None = None
+        self._timeline: TraceWriter | None = None
         self._ticker: Ticker | None = None
         self._record: WorldRecord | None = None
 
@@ -57,9 +57,9 @@ class Onlookers:
         """Show what the worker is, and nothing of an earlier start."""
         self._display.know(settings)
         if settings.timeline is not None:
-            from dynamo_mpi.observe.timeline_paths import forget_timeline
+            from dynamo_mpi.telemetry.trace_writer import remove_stale_timeline
 
-            forget_timeline(settings.timeline)
+            remove_stale_timeline(settings.timeline)
 
     def judged(self, verdict: Verdict) -> None:
         """Show what the preflight has found."""
@@ -102,9 +102,9 @@ class Onlookers:
             self._publicity.begin_with(guard)
             ticker.on_progress(self._publicity.tell_progress)
         if settings.timeline is not None and self._record is not None:
-            from dynamo_mpi.observe.timeline_writer import TimelineWriter
+            from dynamo_mpi.telemetry.trace_writer import TraceWriter
 
-            self._timeline = TimelineWriter(settings.timeline, self._record, guard, self._voice)
+            self._timeline = TraceWriter(settings.timeline, self._record, guard, self._voice)
             guard.before_the_end(self._timeline.finish)
         guard.at_once(ticker.close)
         ticker.start()
