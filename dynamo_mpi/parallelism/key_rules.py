@@ -15,7 +15,7 @@ from dynamo_mpi.parallelism import engine_keys
 from dynamo_mpi.parallelism.engine_keys import keys_of
 from dynamo_mpi.parallelism.finding import Finding, Severity
 from dynamo_mpi.parallelism.key_lookup import KeyLookup, release
-from dynamo_mpi.parallelism.yaml_line import LONGEST, quoted, shortened, whole, yaml_line
+from dynamo_mpi.parallelism.yaml_line import short_line, shortened, whole, yaml_line
 
 if TYPE_CHECKING:
     from dynamo_mpi.parallelism.engine_keys import Key, RemovedValue, Renamed
@@ -241,7 +241,7 @@ class _Check:
             if row is not None and row.new:
                 lines[self._write(row.new, _carried(row, inner))] = None
             elif row is None and key in keys_of(""):
-                lines[f"{key}: {yaml_line(whole(inner), 2 * LONGEST)}"] = None
+                lines[f"{key}: {yaml_line(whole(inner))}"] = None
         return "\n".join(lines) or "remove the line"
 
     def _write(self, path: str, value: object) -> str:
@@ -259,7 +259,7 @@ class _Check:
             leaf = parts.pop()
             written = {**self._moved.get(".".join(above + parts), {}), leaf: written}
         where = f" (under {'.'.join(above)})" if above else ""
-        return f"{parts[0]}: {yaml_line(written, 10 * LONGEST)}{where}"
+        return f"{parts[0]}: {yaml_line(written)}{where}"
 
 
 def _carried(row: Renamed, value: object) -> object:
@@ -282,8 +282,8 @@ def _dotted(minor: tuple[int, int]) -> str:
 
 
 def _shown(value: object) -> str:
-    return shortened(yaml_line(value, 2 * _SHOWN), _SHOWN)
+    return short_line(value, _SHOWN)
 
 
 def _name(key: str) -> str:
-    return shortened(key if key.isprintable() and key else quoted(key), _SHOWN)
+    return shortened(key, _SHOWN) if key.isprintable() and key else short_line(key, _SHOWN)
