@@ -120,8 +120,6 @@ def _be_the_server(
         first, second = sorted((listener.fileno(), rank.fileno()))
         for low, high in ((3, first), (first + 1, second), (second + 1, _MOST_FILES)):
             os.closerange(low, high)
-        import asyncio
-
         from dynamo_mpi.health.server import ProbeServer
         from dynamo_mpi.health.state import State
         from dynamo_mpi.supervision.title import set_title
@@ -129,9 +127,8 @@ def _be_the_server(
         now, wall = time.monotonic(), time.time()
         state = State(launch.rank, voice.host, parent, wall, now, attempt_of(environ), since=wall, heard=now)
         set_title(f"dynamo_mpi: answers probes on {voice.host}")
-        asyncio.run(
-            ProbeServer(address, state._replace(heartbeat_timeout=limits.heartbeat_timeout)).run(listener, rank)
-        )
+        state = state._replace(heartbeat_timeout=limits.heartbeat_timeout)
+        ProbeServer(address, state, listener).serve(rank)
     except BaseException as error:  # whatever it is, this process must not go on as a rank
         text = str(error) if isinstance(error, BootstrapError) else f"{type(error).__name__}: {error}"
         voice.say(f"warning: no probe of this node is answered any more: {text}")
