@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.supervision.stop_signals import StopSignals
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
     from dynamo_mpi.world import World
 
 _CLOSE_SECONDS = 10.0
@@ -46,7 +46,7 @@ class EngineLeader:
         settings: the worker's.
         guard: ends the world.
         phases: where durations go.
-        voice: how rank 0 speaks.
+        log: rank 0's.
         dismiss: tells the others to leave, with this code, once all else is said and done.
         departure: the way out of discovery.
         signals: end the world until it serves, and once it has drained.
@@ -60,14 +60,14 @@ class EngineLeader:
         settings: Settings,
         guard: Guard,
         phases: Phases,
-        voice: Voice,
+        log: RankLogger,
         dismiss: Callable[[ExitCode], None],
         departure: Departure,
         signals: StopSignals,
         on_in_flight: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._world, self._launch, self._settings = world, launch, settings
-        self._guard, self._phases, self._voice, self._dismiss = guard, phases, voice, dismiss
+        self._guard, self._phases, self._log, self._dismiss = guard, phases, log, dismiss
         self._departure, self._signals, self._on_in_flight = departure, signals, on_in_flight
 
     def run(self, spec: EngineSpec, cards: Sequence[Card], token_id: int, on_ready: Callable[[], None]) -> int:
@@ -111,7 +111,7 @@ class EngineLeader:
             self._world.broadcast(GO)
             return ExitCode.OK
         text, code = describe_failures(failures, cards)
-        self._voice.say(text)
+        self._log.error(text)
         self._guard.record(failures, text)
         self._dismiss(code)
         return code
@@ -135,7 +135,7 @@ class EngineLeader:
         # what is in flight is told of the failure meanwhile
         engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())
         engine.start()
-        watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._voice.say)
+        watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._log)
         code = ExitCode.OK
         try:
             with self._phases.enter("prove"):
@@ -149,7 +149,7 @@ class EngineLeader:
                         watch,
                         departure.prepare,
                         on_ready,
-                        self._voice.say,
+                        self._log,
                         self._signals.expect,
                         self._on_in_flight,
                     )
@@ -170,9 +170,7 @@ class EngineLeader:
                     f"the engine failed: {failures[0]}", fix="look at the ranks' logs, and start the worker again"
                 )
             self._dismiss(code)
-        self._voice.say(
-            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
-        )
+        self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")
         return code
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
 from dynamo_mpi.fields import pack
 from dynamo_mpi.preflight.inquiry import Inquiry, fill_card, host_name
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -71,18 +71,17 @@ def follow(
         if message[:1] == STOP:
             return message[1]
     # before the verdict, every file that a rank opens counts
-    from dynamo_mpi.observe.levels import Level
-    from dynamo_mpi.observe.speech import speech
+    from dynamo_mpi.observe.speech import log_writer
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.signal_thread import SignalThread, signals_of
 
     meeting, packed = Meeting.unpack(message[1:])
-    speech.log_to(meeting.log_dir, meeting.label, world.rank)
-    voice = Voice(world.rank, host_name())
-    phases.listen(lambda name: voice.say(f"phase {name}", Level.DEBUG))
+    log_writer.open_file(meeting.log_dir, meeting.label, world.rank)
+    log = RankLogger(world.rank, host_name())
+    phases.listen(lambda name: log.debug(f"phase {name}"))
     client.send(f"preflight_done {meeting.as_json()}")
-    lifeline = Lifeline(meeting, world, phases, voice, client)
+    lifeline = Lifeline(meeting, world, phases, log, client)
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
     client.uninstall_signal_handlers()

@@ -16,8 +16,7 @@ from dynamo_mpi.engines.choice import engine_spec, require_startable
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
-from dynamo_mpi.observe.levels import Level
-from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.observe.speech import log_writer
 from dynamo_mpi.onlookers import Onlookers
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.supervision.stop_signals import StopSignals
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
     from dynamo_mpi.world import World
 
 
@@ -57,7 +56,7 @@ class Leader:
         world: all ranks.
         launch: how this rank was started.
         phases: where durations go.
-        voice: how rank 0 speaks.
+        log: rank 0's.
         mpi_library: what the MPI library calls itself.
         client: this rank's connection to its node agent.
         display: shows the world to those who watch it.
@@ -68,7 +67,7 @@ class Leader:
         world: World,
         launch: Launch,
         phases: Phases,
-        voice: Voice,
+        log: RankLogger,
         mpi_library: str,
         client: NodeAgentClient,
         display: Display,
@@ -76,13 +75,13 @@ class Leader:
         self._world = world
         self._launch = launch
         self._phases = phases
-        self._voice = voice
+        self._log = log
         self._mpi_library = mpi_library
         self._verdict_seconds = 0.0
         self._guard: Guard | None = None
         self._client = client
         self._leases = OwnedLeases(client)
-        self._onlookers = Onlookers(phases, voice, display, self._leases)
+        self._onlookers = Onlookers(phases, log, display, self._leases)
         self._signals: StopSignals | None = None
 
     def run(self, argv: Sequence[str]) -> int:
@@ -91,7 +90,7 @@ class Leader:
         Returns:
             The exit code, which every other rank has been told.
         """
-        self._phases.listen(lambda name: self._voice.say(f"phase {name}", Level.DEBUG))
+        self._phases.listen(lambda name: self._log.debug(f"phase {name}"))
         try:
             code = self._live(argv)
             self._onlookers.ended(code)
@@ -107,7 +106,7 @@ class Leader:
         with self._phases.enter("preflight"):
             try:
                 settings = load_settings(argv, os.environ)
-                speech.log_to(str(settings.log_dir or ""), _label(settings), self._world.rank)
+                log_writer.open_file(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 forget(settings.ready_file)
                 self._onlookers.know(settings)
                 require_startable(settings)
@@ -127,14 +126,14 @@ class Leader:
                     return self._stop(f"error: {error}", error.exit_code)
             if verdict.exit_code is not ExitCode.OK or settings.preflight_only:
                 return self._stop(verdict.report, verdict.exit_code)
-            self._voice.say(verdict.report)
+            self._log.info(verdict.report)
             if place is not None:
-                self._voice.say(place.line)
+                self._log.info(place.line)
                 settings = replace(settings, kv_network=settings.kv_network or place.network or None)
             try:
                 endpoints = probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout)
                 for line in require_etcd(endpoints, EtcdAuth.of(os.environ)):
-                    self._voice.say(line)
+                    self._log.warning(line)
                 point_runtime_at(endpoints)
                 let_runtime_be_reached(place, endpoints, os.environ)
                 self._onlookers.point_runtime(settings)
@@ -145,7 +144,7 @@ class Leader:
                 self._onlookers.refuse(error)
                 return self._stop(f"error: {error}", error.exit_code)
             for line in left_out(settings, self._world.size):
-                self._voice.say(line)
+                self._log.info(line)
             probes = plan_probes(settings, verdict.subject.layout, ranks_by_host(cards))
             spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
@@ -164,7 +163,7 @@ class Leader:
                 settings,
                 guard,
                 self._phases,
-                self._voice,
+                self._log,
                 self._dismiss,
                 self._departure(settings),
                 signals,
@@ -185,9 +184,7 @@ class Leader:
 
         with self._phases.enter("probe"):
             case = Case(ProbePlan.unpack(spec.probe), cards, verdict.subject.cluster.gpu, verdict.weights)
-            desk = desk_of(
-                settings, verdict.subject, case.plan, cards, self._onlookers.presence, self._voice, os.environ
-            )
+            desk = desk_of(settings, verdict.subject, case.plan, cards, self._onlookers.presence, self._log, os.environ)
             ask, strict = desk.ask if desk else None, settings.probe_strict
             report = lead_probes(self._world, case, guard, os.environ, strict=strict, ask_partners=ask)
             self._phases.own_part_done()
@@ -195,7 +192,7 @@ class Leader:
                 guard.report(error)
                 self._dismiss(error.exit_code)
                 return error.exit_code
-            self._voice.say(report.text)
+            self._log.info(report.text)
             self._onlookers.tell_probe(report.figures)
             if desk is not None:
                 desk.open()
@@ -209,7 +206,7 @@ class Leader:
 
         label = _label(settings)
         if trouble := forget_failures(settings.failure_dir, label):
-            self._voice.say(f"warning: {trouble}")
+            self._log.warning(trouble)
         terms = Terms(
             settings.liveness_network,
             settings.heartbeat_timeout,
@@ -219,7 +216,7 @@ class Leader:
             str(settings.log_dir or ""),
             address,
         )
-        self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms, self._client)
+        self._guard = guard = Guard(self._world, cards, self._phases, self._log, terms, self._client)
         guard.before_the_end(partial(forget, settings.ready_file))
         self._onlookers.watch(settings, guard)
         return guard
@@ -262,7 +259,8 @@ class Leader:
         return [Card.unpack(answer) for answer in answers]
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
-        self._voice.say(text, None if code is ExitCode.OK else Level.ERROR)
+        log = self._log.info if code is ExitCode.OK else self._log.error
+        log(text)
         self._onlookers.stopped(text, code)
         self._dismiss(code)
         return code
@@ -293,7 +291,7 @@ class Leader:
             plan.shape.bos_token_id or 0,
             guard,
             self._phases,
-            self._voice,
+            self._log,
             self._departure(settings),
             signals_of(self._launch.launcher),
         )
@@ -302,16 +300,14 @@ class Leader:
         finally:
             forget(settings.ready_file)
         self._dismiss(code)
-        self._voice.say(
-            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
-        )
+        self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")
         return code
 
     def _announce(self, settings: Settings) -> None:
         announce(
             settings,
             self._phases,
-            self._voice,
+            self._log,
             ranks=self._world.size,
             verdict_seconds=self._verdict_seconds,
             system=self._onlookers.system_url,
@@ -329,10 +325,10 @@ def lead(
     launch: Launch,
     argv: Sequence[str],
     phases: Phases,
-    voice: Voice,
+    log: RankLogger,
     mpi_library: str,
     client: NodeAgentClient,
     display: Display,
 ) -> int:
     """Live rank 0's life, and return the exit code. See `Leader`."""
-    return Leader(world, launch, phases, voice, mpi_library, client, display).run(argv)
+    return Leader(world, launch, phases, log, mpi_library, client, display).run(argv)

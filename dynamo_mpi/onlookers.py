@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.owned_leases import OwnedLeases
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
     from dynamo_mpi.telemetry.trace_writer import TraceWriter
 
 
@@ -31,13 +31,13 @@ class Onlookers:
 
     Args:
         phases: rank 0's, which are the world's.
-        voice: how rank 0 speaks.
+        log: rank 0's.
         display: for probes, metrics and supervisors.
         leases: knows what the worker has in etcd.
     """
 
-    def __init__(self, phases: Phases, voice: Voice, display: Display, leases: OwnedLeases) -> None:
-        self._phases, self._voice, self._display, self._leases = phases, voice, display, leases
+    def __init__(self, phases: Phases, log: RankLogger, display: Display, leases: OwnedLeases) -> None:
+        self._phases, self._log, self._display, self._leases = phases, log, display, leases
         self._publicity: Publicity | None = None
         self._timeline: TraceWriter | None = None
         self._ticker: Ticker | None = None
@@ -82,7 +82,7 @@ class Onlookers:
         from dynamo_mpi.control_plane.publicity import Publicity
 
         self._record = record
-        self._publicity = Publicity(settings, record, self._phases, self._voice, self._leases)
+        self._publicity = Publicity(settings, record, self._phases, self._log, self._leases)
         trace = trace_of(os.environ)
         self._publicity.presence.tell_trace(None if trace is None else trace.parent)
         self._publicity.presence.tell_system(self.system_url)
@@ -97,14 +97,14 @@ class Onlookers:
         from dynamo_mpi.observe.ticker import ticker_of
 
         self._display.watch(guard)
-        self._ticker = ticker = ticker_of(guard.roll, self._phases, self._voice, settings)
+        self._ticker = ticker = ticker_of(guard.roll, self._phases, self._log, settings)
         if self._publicity is not None:
             self._publicity.begin_with(guard)
             ticker.on_progress(self._publicity.tell_progress)
         if settings.timeline is not None and self._record is not None:
             from dynamo_mpi.telemetry.trace_writer import TraceWriter
 
-            self._timeline = TraceWriter(settings.timeline, self._record, guard, self._voice)
+            self._timeline = TraceWriter(settings.timeline, self._record, guard, self._log)
             guard.before_the_end(self._timeline.finish)
         guard.at_once(ticker.close)
         ticker.start()

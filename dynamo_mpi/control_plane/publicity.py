@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.owned_leases import OwnedLeases
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
 
 
 class Publicity:
@@ -34,7 +34,7 @@ class Publicity:
         settings: the worker's.
         record: what it is.
         phases: what it does.
-        voice: how rank 0 speaks.
+        log: rank 0's.
         leases: knows the record's lease.
 
     Raises:
@@ -42,15 +42,15 @@ class Publicity:
     """
 
     def __init__(
-        self, settings: Settings, record: WorldRecord, phases: Phases, voice: Voice, leases: OwnedLeases
+        self, settings: Settings, record: WorldRecord, phases: Phases, log: RankLogger, leases: OwnedLeases
     ) -> None:
         self._settings, self._record, self._phases = settings, record, phases
-        self._voice, self._leases = voice, leases
+        self._log, self._leases = log, leases
         origin = Origin.of(record)
         leases.set_worker(asdict(origin))
         self._obituary = Obituary(origin, os.environ, lambda: leases.record)
-        self._events = events_of(record, phases.current, os.environ, settings.request_plane, voice.say)
-        self.presence = Presence(voice, partial(leases.add, "record"), self._events.peers)
+        self._events = events_of(record, phases.current, os.environ, settings.request_plane, log.warning)
+        self.presence = Presence(log, partial(leases.add, "record"), self._events.peers)
 
     def appear(self) -> None:
         """Publish the world record, and compare it with the peers that came first. See `Presence.appear`."""
@@ -71,7 +71,7 @@ class Publicity:
             text = str(error)
             failure = Failure(0, int(error.exit_code), text, phase=self._phases.current, at=time.monotonic())
             for tell in (self._obituary.leave_soon, self._events.failed):
-                tell(failure, self._voice.host, f"error: {text}")
+                tell(failure, self._log.host, f"error: {text}")
 
     def tell_progress(self, progress: roll.Progress) -> None:
         """Have the record say how far the ranks are. Never waits."""

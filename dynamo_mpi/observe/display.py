@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.notify import Notifier
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
 
 # beyond the drain itself: the deregistration, the engine's last step, the ranks' parting
 _END_SECONDS = 60.0
@@ -41,7 +41,7 @@ class Display:
 
     Args:
         phases: rank 0's, which are the world's.
-        voice: how rank 0 speaks.
+        log: rank 0's.
         reporter: to the process that answers probes, if there is one.
         notifier: to a supervisor, if there is one.
 
@@ -49,8 +49,8 @@ class Display:
         in_flight: requests that are being answered; None where it isn't known.
     """
 
-    def __init__(self, phases: Phases, voice: Voice, reporter: Reporter | None, notifier: Notifier | None) -> None:
-        self._phases, self._voice = phases, voice
+    def __init__(self, phases: Phases, log: RankLogger, reporter: Reporter | None, notifier: Notifier | None) -> None:
+        self._phases, self._log = phases, log
         self._reporter, self._notifier = reporter, notifier
         self._file: MetricsFile | None = None
         self._facts: dict[str, str] = {}
@@ -82,7 +82,7 @@ class Display:
             "endpoint": settings.endpoint,
         }
         if trouble := describe_trouble(os.environ):
-            self._voice.say(f"warning: {trouble}")
+            self._log.warning(trouble)
             # whatever reads it next would have to find the same
             for name in (PARENT_VARIABLE, STATE_VARIABLE):
                 os.environ.pop(name, None)
@@ -99,7 +99,7 @@ class Display:
         if settings.metrics_file is not None:
             from dynamo_mpi.observe.metrics_file import MetricsFile
 
-            self._file = MetricsFile(settings.metrics_file, self._file_text, self._voice.say)
+            self._file = MetricsFile(settings.metrics_file, self._file_text, self._log.warning)
             self._phases.listen(self._file.renew)
 
     def point_runtime(self, settings: Settings) -> None:
@@ -172,7 +172,7 @@ class Display:
         began = self._phases.spans[-1].began if self._phases.spans else 0.0
         state = State(
             rank=0,
-            host=self._voice.host,
+            host=self._log.host,
             pid=os.getpid(),
             born=wall - age,
             began=now - age,

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.observe.progress import WATCHED, describe, facts, intervals
 from dynamo_mpi.observe.progress_table import Terminal, table
-from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.observe.speech import log_writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dynamo_mpi.observe.speech import Speech
+    from dynamo_mpi.observe.speech import LogWriter
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.supervision.roll import Progress, Roll
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
 
 _DRAW_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
@@ -36,26 +36,26 @@ class Ticker:
     Args:
         roll: what is known of the ranks.
         phases: rank 0's.
-        voice: how rank 0 speaks.
+        log: rank 0's.
         mode: ``plain`` lines, ``live`` for a table, ``off``; ``auto`` chooses one of the former.
         first: seconds to the first line of a phase.
         parts_seen: ranks tell when their own part of a phase is done.
-        mouth: what draws.
+        writer: what draws.
     """
 
     def __init__(
         self,
         roll: Roll,
         phases: Phases,
-        voice: Voice,
+        log: RankLogger,
         mode: str,
         first: float,
         *,
         parts_seen: bool,
-        mouth: Speech = speech,
+        writer: LogWriter = log_writer,
     ) -> None:
-        self._roll, self._phases, self._voice, self._mouth = roll, phases, voice, mouth
-        self._mode = chosen(mode, is_terminal=os.isatty(2), jsonl=mouth.style.jsonl)
+        self._roll, self._phases, self._log, self._writer = roll, phases, log, writer
+        self._mode = chosen(mode, is_terminal=os.isatty(2), jsonl=writer.format.jsonl)
         self._first, self._parts_seen = first, parts_seen
         self._listeners: list[Callable[[Progress], None]] = []
         self._changed = threading.Event()
@@ -77,7 +77,7 @@ class Ticker:
         self._closed = True
         self._changed.set()
         if self._mode == "live":
-            self._mouth.draw(())
+            self._writer.set_status_lines(())
 
     def _run(self) -> None:
         while not self._closed:
@@ -113,7 +113,7 @@ class Ticker:
             if self._changed.wait(max(0.0, wait)):
                 self._changed.clear()
         if self._mode == "live":
-            self._mouth.draw(())
+            self._writer.set_status_lines(())
 
     def _publish(self) -> Progress:
         progress = self._roll.progress()
@@ -124,7 +124,7 @@ class Ticker:
 
     def _tell(self, progress: Progress) -> None:
         if self._mode == "plain":
-            self._voice.say(describe(progress, parts_seen=self._parts_seen), facts=facts(progress))
+            self._log.info(describe(progress, parts_seen=self._parts_seen), facts(progress))
 
     def _draw(self, phase: str) -> None:
         try:
@@ -135,15 +135,15 @@ class Ticker:
         room = Terminal(width or 80, height or 24)
         ranks = self._roll.ranks()
         lines = table(phase, ranks, time.time(), room, parts_seen=self._parts_seen)
-        self._mouth.draw(lines)
+        self._writer.set_status_lines(lines)
         if self._closed:
-            self._mouth.draw(())
+            self._writer.set_status_lines(())
 
 
-def ticker_of(roll: Roll, phases: Phases, voice: Voice, settings: Settings) -> Ticker:
+def ticker_of(roll: Roll, phases: Phases, log: RankLogger, settings: Settings) -> Ticker:
     """Return a worker's ticker, not started."""
     seen = settings.engine != "trtllm"
-    return Ticker(roll, phases, voice, settings.progress, settings.progress_interval, parts_seen=seen)
+    return Ticker(roll, phases, log, settings.progress, settings.progress_interval, parts_seen=seen)
 
 
 def chosen(mode: str, *, is_terminal: bool, jsonl: bool) -> str:

@@ -15,18 +15,24 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
 
 
 def announce(
-    settings: Settings, phases: Phases, voice: Voice, *, ranks: int, verdict_seconds: float, system: str | None = None
+    settings: Settings,
+    phases: Phases,
+    log: RankLogger,
+    *,
+    ranks: int,
+    verdict_seconds: float,
+    system: str | None = None,
 ) -> None:
     """Tell that requests are answered now.
 
     Args:
         settings: the worker's.
         phases: how long each took.
-        voice: how rank 0 speaks.
+        log: rank 0's.
         ranks: of the world.
         verdict_seconds: from the start to the verdict.
         system: URL of /health, /live and /metrics, where they are served.
@@ -34,7 +40,7 @@ def announce(
     seconds = phases.durations
     # TensorRT-LLM's worker registers before it can be proven
     spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "prove", "register") if name in seconds)
-    voice.say(
+    log.info(
         f"ready: {settings.served_model_name} at {settings.endpoint} after {phases.age:.1f} s "
         f"(verdict {verdict_seconds:.1f} s, {spans})"
     )
@@ -57,7 +63,7 @@ def announce(
         partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
         partial.replace(settings.ready_file)
     except OSError as error:
-        voice.say(f"warning: the ready file {settings.ready_file} can't be written: {error.strerror}")
+        log.warning(f"the ready file {settings.ready_file} can't be written: {error.strerror}")
 
 
 def forget(ready_file: Path | None) -> None:

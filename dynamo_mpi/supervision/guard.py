@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.agent_client import NodeAgentClient
     from dynamo_mpi.supervision.liveness_wire import Signalled
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
     from dynamo_mpi.world import World
 
 
@@ -95,7 +95,7 @@ class Guard:
         world: all ranks.
         ranks: where each rank is.
         phases: name the phase in which it happened.
-        voice: writes the report.
+        log: writes the report.
         terms: how.
         agent: rank 0's connection to its node agent, which writes the reports; None where there is none.
 
@@ -112,11 +112,11 @@ class Guard:
         world: World,
         ranks: Sequence[Placed],
         phases: Phases,
-        voice: Voice,
+        log: RankLogger,
         terms: Terms | None = None,
         agent: NodeAgentClient | None = None,
     ) -> None:
-        self._world, self._ranks, self._phases, self._voice, self._agent = world, ranks, phases, voice, agent
+        self._world, self._ranks, self._phases, self._log, self._agent = world, ranks, phases, log, agent
         self.roll = Roll([place.host for place in ranks], phases)
         self.failures: tuple[Failure, ...] = ()
         self._at_once: list[Callable[[], object]] = []
@@ -136,7 +136,7 @@ class Guard:
     def _meet(self, terms: Terms) -> Meeting:
         rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, terms.has_agent, terms.log_dir)
         if self._world.size == 1:
-            return Meeting(self._voice.host, "", 0, "", *rest)
+            return Meeting(self._log.host, "", 0, "", *rest)
         allow_open_files(self._world.size + SPARE)
         address = terms.network or "the address of its name"
         try:
@@ -147,7 +147,7 @@ class Guard:
             port = listener.getsockname()[1]
             agents = self._invite_agents(address, family)
             far = next((rank for rank, place in enumerate(self._ranks) if place.host != self._ranks[0].host), 0)
-            meeting = Meeting(self._voice.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest, *agents, far)
+            meeting = Meeting(self._log.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest, *agents, far)
             self._lookout = lookout = Lookout(
                 self._world.size,
                 meeting,
@@ -295,7 +295,7 @@ class Guard:
     def _raise(self, rank: int, number: int) -> None:
         # before the words, as they may be late
         os.kill(os.getpid(), number)
-        self._voice.say(f"{self.name([rank])} got {signal.Signals(number).name}, which goes for all ranks")
+        self._log.info(f"{self.name([rank])} got {signal.Signals(number).name}, which goes for all ranks")
 
     def _note_own(self, text: str, code: int, cause: Cause) -> None:
         self._news.put(Failure(0, code, text, cause, self._phases.current, time.monotonic()))
@@ -365,7 +365,7 @@ class Guard:
         if self._have_written(ordered, text):
             self._inform(ordered, text)
         else:
-            self._voice.say(text)
+            self._log.error(text)
             self._write(ordered, text)
             if self._agent is not None:
                 # one that comes too late for this report must not write another
@@ -378,7 +378,7 @@ class Guard:
             return False
         redact = own_redactor().redact
         first, *later = [Seen(one._replace(text=redact(one.text)), self._ranks[one.rank].host) for one in failures]
-        report = Report(first.failure, first.host, redact(text), tuple(later), 0, self._voice.host)
+        report = Report(first.failure, first.host, redact(text), tuple(later), 0, self._log.host)
         return self._agent.publish(f"report {pack_report(report)}")
 
     def _write(self, failures: Sequence[Failure], text: str) -> None:

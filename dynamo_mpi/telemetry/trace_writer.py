@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.supervision.guard import Guard
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
     from dynamo_mpi.telemetry.startup_trace import FailureMark, StartupTrace
 
 # a file system that hangs must not delay the end of the ranks
@@ -62,11 +62,11 @@ class TraceWriter:
         path: of the page; the Perfetto trace is written beside it.
         record: describes the worker.
         guard: has the ranks' phases and failures.
-        voice: logs a warning if the files can't be written.
+        log: logs a warning if the files can't be written.
     """
 
-    def __init__(self, path: Path, record: WorldRecord, guard: Guard, voice: Voice) -> None:
-        self._path, self._record, self._guard, self._voice = path, record, guard, voice
+    def __init__(self, path: Path, record: WorldRecord, guard: Guard, log: RankLogger) -> None:
+        self._path, self._record, self._guard, self._log = path, record, guard, log
         self._lock = threading.Lock()
         self._ready: float | None = None
         self._ended = False
@@ -93,7 +93,7 @@ class TraceWriter:
             try:
                 write_timeline(self._path, [self._trace(ended)])
             except OSError as error:
-                self._voice.say(f"warning: the timeline {self._path} can't be written: {error.strerror}")
+                self._log.warning(f"the timeline {self._path} can't be written: {error.strerror}")
 
     def _trace(self, ended: bool) -> StartupTrace:
         from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, STOPPED, StartupTrace, printable

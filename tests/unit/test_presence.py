@@ -17,7 +17,7 @@ from dynamo_mpi.control_plane.record import Progress, WorldRecord
 from dynamo_mpi.control_plane.worlds import read_worlds
 from dynamo_mpi.errors import AuthorisationError, UsageError
 from dynamo_mpi.settings import Settings, load_settings
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, running_etcd
 from tests.unit.worlds import world
@@ -36,7 +36,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def presence() -> Iterator[Presence]:
-    presence = Presence(Voice(0, "n1"), lambda _: None)
+    presence = Presence(RankLogger(0, "n1"), lambda _: None)
     yield presence
     presence.withdraw()
 

@@ -31,7 +31,7 @@ from dynamo_mpi.services.ports import is_free
 from dynamo_mpi.supervision.liveness_line import Line
 from dynamo_mpi.supervision.liveness_wire import NONCE_BYTES, TOKEN_BYTES, Frame, Join, Kind, prove_rank_zero
 from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from tests.conftest import ROOT
 from tests.unit.test_liveness import Watchtower, heard
 
@@ -356,6 +356,8 @@ def test_health_needs_the_runtimes_own(node: Node, runtime: socket.socket) -> No
 def test_metrics_are_ours_and_the_runtimes(node: Node, runtime: socket.socket) -> None:
     node.do(f"runtime {runtime.getsockname()[1]}")
     node.do("metrics dynamo_mpi_ranks 4\\n")
+    node.do("phase load")
+    node.says("/live", 200, phase="load")
     answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n6\r\ndynamo\r\n12;x=y\r\n_uptime_seconds 3\n\r\n0\r\n\r\n"
     thread = answer_once(runtime, answer, [])
     status, body, fields = node.ask("/metrics")
@@ -390,7 +392,7 @@ def test_a_taken_port_is_an_error_on_rank_0_and_a_warning_elsewhere(capfd: pytes
 
         def begin(rank: int, local_rank: int | None) -> object:
             launch = Launch(Launcher.SLURM_PMIX, rank, 4, local_rank)
-            return answer_probes(launch, Voice(rank, "n1"), (), where)
+            return answer_probes(launch, RankLogger(rank, "n1"), (), where)
 
         for local_rank in (0, None):
             error = begin(0, local_rank)

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.observe.progress import describe, facts, intervals, size
 from dynamo_mpi.observe.progress_table import Terminal, table
-from dynamo_mpi.observe.speech import Speech, Style
+from dynamo_mpi.observe.speech import LogFormat, LogWriter
 from dynamo_mpi.observe.ticker import Ticker, chosen
 from dynamo_mpi.supervision.phases import Phases, Span
 from dynamo_mpi.supervision.roll import Progress, RankSpans, Roll
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 
 LOAD = Progress("load", 11, 16, 13, "n03", 142.4)
 
@@ -127,7 +127,7 @@ def _wait_for(condition: object, seconds: float = 10.0) -> None:
 def test_lines_come_while_it_loads_and_none_once_it_serves(capfd: pytest.CaptureFixture[str]) -> None:
     phases = Phases()
     phases.begin("preflight")
-    ticker = Ticker(Roll(["n0", "n1"], phases), phases, Voice(0, "n0"), "plain", 0.1, parts_seen=True)
+    ticker = Ticker(Roll(["n0", "n1"], phases), phases, RankLogger(0, "n0"), "plain", 0.1, parts_seen=True)
     heard: list[Progress] = []
     ticker.on_progress(lambda _: 1 / 0)  # type: ignore[arg-type] # a listener that fails
     ticker.on_progress(heard.append)
@@ -148,14 +148,14 @@ def test_lines_come_while_it_loads_and_none_once_it_serves(capfd: pytest.Capture
 def test_a_quick_phase_says_nothing_and_off_is_off(capfd: pytest.CaptureFixture[str]) -> None:
     phases = Phases()
     heard: list[Progress] = []
-    ticker = Ticker(Roll(["n0"], phases), phases, Voice(0, "n0"), "off", 0.1, parts_seen=True)
+    ticker = Ticker(Roll(["n0"], phases), phases, RankLogger(0, "n0"), "off", 0.1, parts_seen=True)
     ticker.on_progress(heard.append)
     ticker.start()
     phases.begin("load")
     _wait_for(lambda: heard)
     ticker.close()
     ticker._thread.join(5)
-    quick = Ticker(Roll(["n0"], phases), phases, Voice(0, "n0"), "plain", 300.0, parts_seen=True)
+    quick = Ticker(Roll(["n0"], phases), phases, RankLogger(0, "n0"), "plain", 300.0, parts_seen=True)
     quick.start()
     phases.begin("serve")
     quick._thread.join(5)
@@ -164,15 +164,16 @@ def test_a_quick_phase_says_nothing_and_off_is_off(capfd: pytest.CaptureFixture[
 
 
 PROGRAM = """
-from dynamo_mpi.observe.speech import speech
-speech.draw(["a table", "of two lines"])
-speech.speak(0, "n1", "in between")
-speech.relay(b"somebody else\\n")
-speech.draw(["one line"])
-speech.relay(b"half ")
-speech.relay(b"a line\\n")
-speech.draw([])
-speech.speak(0, "n1", "end")
+from dynamo_mpi.observe.levels import Level
+from dynamo_mpi.observe.speech import log_writer
+log_writer.set_status_lines(["a table", "of two lines"])
+log_writer.emit(0, "n1", "in between", Level.INFO)
+log_writer.write_raw(b"somebody else\\n")
+log_writer.set_status_lines(["one line"])
+log_writer.write_raw(b"half ")
+log_writer.write_raw(b"a line\\n")
+log_writer.set_status_lines([])
+log_writer.emit(0, "n1", "end", Level.INFO)
 """
 
 
@@ -228,7 +229,7 @@ def test_lines_and_what_is_drawn_do_not_mix() -> None:
 
 
 def test_nothing_is_drawn_where_nothing_was_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
-    speech = Speech(Style())
-    speech.draw(())
-    speech.relay(b"x\n")
+    log_writer = LogWriter(LogFormat())
+    log_writer.set_status_lines(())
+    log_writer.write_raw(b"x\n")
     assert capfd.readouterr().err == "x\n"

@@ -15,7 +15,7 @@ from dynamo_mpi.supervision.agent_client import NodeAgentClient
 from dynamo_mpi.supervision.owned_leases import OwnedLeases
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.supervision.roll import Progress
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from tests.unit.worlds import world
 
 
@@ -28,7 +28,7 @@ def test_progress_of_a_phase_that_is_over_is_not_told(
     phases.begin("load")
     settings = load_settings(["--model", str(tmp_path)], {})
     leases = OwnedLeases(NodeAgentClient(Launch(Launcher.ALONE), {}, None))
-    ours = Publicity(settings, world("agg", engine=engine), phases, Voice(0, "n1"), leases)
+    ours = Publicity(settings, world("agg", engine=engine), phases, RankLogger(0, "n1"), leases)
     told: list[Any] = []
     monkeypatch.setattr(ours.presence, "tell_progress", told.append)
     late = Progress("load", 1, 2, 1, "n2", 3.0)

@@ -15,7 +15,7 @@ from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.guard import Guard
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.supervision.roll import Roll
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from dynamo_mpi.telemetry import trace_writer
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.trace_writer import TraceWriter, perfetto_path, remove_stale_timeline
@@ -47,7 +47,7 @@ def writer_of(path: Path, *failures: Failure) -> TraceWriter:
     phases = Phases()
     phases.begin("load")
     guard = SimpleNamespace(failures=failures, roll=Roll(["n0", "n1"], phases))
-    return TraceWriter(path, RECORD, cast(Guard, guard), Voice(0, "n0"))
+    return TraceWriter(path, RECORD, cast(Guard, guard), RankLogger(0, "n0"))
 
 
 @pytest.mark.parametrize(

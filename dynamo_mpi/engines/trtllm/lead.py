@@ -29,7 +29,7 @@ from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.supervision.failure import HurriedError
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SIGNALS, SignalThread
 from dynamo_mpi.supervision.word import begun
-from dynamo_mpi.talk import tell_launch
+from dynamo_mpi.talk import print_trtllm_launch_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
     from dynamo_mpi.world import World
 
 _KEY_BYTES = 32
@@ -63,7 +63,7 @@ class TrtllmLeader:
         token_id: a token to begin the proof with.
         guard: ends the world.
         phases: where durations go.
-        voice: how rank 0 speaks.
+        log: rank 0's.
         departure: the way out of discovery.
         signals: those that ask for an end, as `signal_thread.signals_of` has them.
     """
@@ -76,20 +76,20 @@ class TrtllmLeader:
         token_id: int,
         guard: Guard,
         phases: Phases,
-        voice: Voice,
+        log: RankLogger,
         departure: Departure,
         signals: Sequence[signal.Signals] = SIGNALS,
     ) -> None:
         self._world, self._settings, self._guard = world, settings, guard
         self._gpus_per_node, self._token_id = gpus_per_node, token_id
-        self._phases, self._voice = phases, voice
+        self._phases, self._log = phases, log
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._serving = self._asked = self._stopping = False
         self._drain_seconds = 0.0
         self._last_signal = -math.inf
         self._registered = self._departed = False
         self._departure, self._signals = departure, signals
-        self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, voice.say, pauses=True)
+        self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, log, pauses=True)
         self._child: Child | None = None
         self._stop_timer: threading.Timer | None = None
         self._proof: Proof | None = None
@@ -122,7 +122,7 @@ class TrtllmLeader:
             self._serving = True
             on_ready()
             forget_time = end_in_time(
-                os.environ, self._most_drain_seconds + _RELEASE_SECONDS, self._time_is_up, self._voice.say
+                os.environ, self._most_drain_seconds + _RELEASE_SECONDS, self._time_is_up, self._log.warning
             )
             with self._phases.enter("serve"):
                 event = self._wait_for(Signalled, Lost, Ended)
@@ -151,7 +151,7 @@ class TrtllmLeader:
         """Start the child first: it takes as long as the ranks to import the engine, and waits for the session."""
         comm, tasks = self._world.duplicate(), self._world.duplicate()
         install(tasks, self._guard.end)
-        tell_launch("leader", self._world.rank, self._world.size)
+        print_trtllm_launch_line("leader", self._world.rank, self._world.size)
         prepare_rank(self._world.rank)
         self._folder = SocketFolder()
         key = secrets.token_bytes(_KEY_BYTES)
@@ -173,7 +173,7 @@ class TrtllmLeader:
 
     def _prove(self) -> None:
         if self._settings.role == "encode":
-            self._voice.say("registered; an encode worker answers no completion, so none was asked for")
+            self._log.info("registered; an encode worker answers no completion, so none was asked for")
             return
         self._wait_for(Proven)
 
@@ -213,7 +213,7 @@ class TrtllmLeader:
             return
         child.terminate()
         what = "deregisters and ends its requests" if loss is None else "ends its requests, its lease is lost"
-        self._voice.say(f"drain: dynamo.trtllm {what}, {seconds:.0f} s at the most")
+        self._log.info(f"drain: dynamo.trtllm {what}, {seconds:.0f} s at the most")
         late = self._guard.deadline(seconds, "dynamo.trtllm did not end after SIGTERM", "--drain-timeout")
         # an etcd that hangs may be what the child waits for
         with late if loss is None else within(seconds, partial(self._guard.end, loss)):
@@ -229,7 +229,7 @@ class TrtllmLeader:
         # a warning hurries nobody
         if not self._asked:
             self._asked = True
-            self._voice.say(why)
+            self._log.info(why)
             self._events.put(Signalled(signal.SIGUSR1))
 
     def _signalled(self, number: int) -> None:

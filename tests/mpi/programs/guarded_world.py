@@ -18,7 +18,7 @@ from dynamo_mpi.supervision.guard import Guard, Terms
 from dynamo_mpi.supervision.lifeline import Lifeline
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from dynamo_mpi.world import World, bind_library, form_world
 
 KEPT: list[socket.socket] = []
@@ -83,7 +83,7 @@ def lead(world: World, what: str, victim: int) -> None:
     network = os.environ.get("NETWORK", "127.0.0.1") or None
     terms = Terms(network, float(os.environ.get("HEARTBEAT", "60")), os.environ.get("FAILURES", ""))
     try:
-        guard = Guard(world, [Placed("here")] * world.size, Phases(), Voice(0, "here"), terms)
+        guard = Guard(world, [Placed("here")] * world.size, Phases(), RankLogger(0, "here"), terms)
     except BootstrapError as error:
         os.write(2, f"refused: {error}\n".encode())
         world.abort(error.exit_code)
@@ -102,7 +102,7 @@ def lead(world: World, what: str, victim: int) -> None:
 
 def follow(world: World, what: str, victim: int) -> None:
     meeting, _ = Meeting.unpack(world.broadcast())
-    lifeline = Lifeline(meeting, world, Phases(), Voice(world.rank, "here"))
+    lifeline = Lifeline(meeting, world, Phases(), RankLogger(world.rank, "here"))
     world.barrier(10)
     try:
         if victim == world.rank:

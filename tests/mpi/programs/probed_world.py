@@ -26,13 +26,15 @@ from dynamo_mpi.supervision.guard import Guard, Terms
 from dynamo_mpi.supervision.lifeline import Lifeline
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from dynamo_mpi.world import World, bind_library, form_world
 
 
 def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, strict: bool) -> int:
     cards = [Card.unpack(card) for card in world.gather(own_card().pack())]
-    guard = Guard(world, cards, phases, Voice(0, host_name()), Terms(os.environ.get("NETWORK", "127.0.0.1") or None))
+    guard = Guard(
+        world, cards, phases, RankLogger(0, host_name()), Terms(os.environ.get("NETWORK", "127.0.0.1") or None)
+    )
     world.broadcast(guard.meeting.pack(b""))
     hold(os.environ.get("HOLD", ""))
     world.barrier(30)
@@ -58,7 +60,7 @@ def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, str
 def follow(world: World, plan: ProbePlan, phases: Phases) -> int:
     world.gather(own_card().pack())
     meeting, _ = Meeting.unpack(world.broadcast())
-    lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()))
+    lifeline = Lifeline(meeting, world, phases, RankLogger(world.rank, host_name()))
     world.barrier(30)
     try:
         with phases.enter("probe"):
@@ -84,7 +86,7 @@ def own_card() -> Card:
 def main() -> None:
     launch, phases = detect(os.environ), Phases()
     if os.environ.get("DYN_MPI_FAULT"):
-        arm(os.environ, launch, phases, Voice(launch.rank, host_name()))
+        arm(os.environ, launch, phases, RankLogger(launch.rank, host_name()))
     bind_library()
     world = form_world()
     plan = ProbePlan.unpack(sys.argv[1])
