@@ -25,7 +25,7 @@ check:
 	$(BIN)/shfmt --diff --indent 4 --case-indent $(SHELL_FILES)
 
 docs:
-	$(BIN)/python -m dynamo_mpi.reference_pages docs
+	$(BIN)/python -m tools.gen_docs
 
 format:
 	$(BIN)/ruff check --fix .

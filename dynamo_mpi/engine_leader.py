@@ -42,7 +42,7 @@ class EngineLeader:
 
     def __init__(self, worker: WorkerContext, signals: StopSignals, dismiss: Callable[[ExitCode], None]) -> None:
         self._world, self._launch = worker.rank.world, worker.rank.launch
-        self._phases, self._voice = worker.rank.phases, worker.rank.voice
+        self._phases, self._log = worker.rank.phases, worker.rank.log
         self._settings, self._guard, self._cards = worker.settings, worker.guard, worker.cards
         self._departure, self._signals, self._dismiss = worker.departure, signals, dismiss
         self._on_in_flight = worker.hooks.on_requests_in_flight
@@ -87,7 +87,7 @@ class EngineLeader:
             self._world.broadcast(GO)
             return ExitCode.OK
         text, code = describe_failures(failures, self._cards)
-        self._voice.say(text)
+        self._log.error(text)
         self._guard.record(failures, text)
         self._dismiss(code)
         return code
@@ -110,7 +110,7 @@ class EngineLeader:
         # what is in flight is told of the failure meanwhile
         engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())
         engine.start()
-        watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._voice.say)
+        watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._log)
         code = ExitCode.OK
         try:
             with self._phases.enter("prove"):
@@ -124,7 +124,7 @@ class EngineLeader:
                         watch,
                         departure.prepare,
                         on_ready,
-                        self._voice.say,
+                        self._log,
                         self._signals.expect,
                         self._on_in_flight,
                     )
@@ -145,9 +145,7 @@ class EngineLeader:
                     f"the engine failed: {failures[0]}", fix="look at the ranks' logs, and start the worker again"
                 )
             self._dismiss(code)
-        self._voice.say(
-            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
-        )
+        self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")
         return code
 
 

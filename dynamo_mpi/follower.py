@@ -48,12 +48,12 @@ def follow(context: RankContext, fault: ArmedFault | None = None, reporter: Repo
     Returns:
         The exit code that rank 0 has told.
     """
-    world, launch, phases, client, voice = (
+    world, launch, phases, client, log = (
         context.world,
         context.launch,
         context.phases,
         context.agent,
-        context.voice,
+        context.log,
     )
     with phases.enter("preflight"):
         message = world.broadcast()
@@ -64,17 +64,16 @@ def follow(context: RankContext, fault: ArmedFault | None = None, reporter: Repo
         if message[:1] == STOP:
             return message[1]
     # before the verdict, every file that a rank opens counts
-    from dynamo_mpi.observe.levels import Level
-    from dynamo_mpi.observe.speech import speech
+    from dynamo_mpi.observe.speech import log_writer
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.signal_thread import SignalThread, signals_of
 
     meeting, packed = Meeting.unpack(message[1:])
-    speech.log_to(meeting.log_dir, meeting.label, world.rank)
-    phases.listen(lambda name: voice.say(f"phase {name}", Level.DEBUG))
+    log_writer.open_file(meeting.log_dir, meeting.label, world.rank)
+    phases.listen(lambda name: log.debug(f"phase {name}"))
     client.send(f"preflight_done {meeting.as_json()}")
-    lifeline = Lifeline(meeting, world, phases, voice, client)
+    lifeline = Lifeline(meeting, world, phases, log, client)
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
     client.uninstall_signal_handlers()

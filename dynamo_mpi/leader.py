@@ -19,8 +19,7 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
 from dynamo_mpi.launchers.placement import hosts, ranks_by_host
-from dynamo_mpi.observe.levels import Level
-from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.observe.speech import log_writer
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.reach import let_runtime_be_reached, meeting_place
@@ -61,7 +60,7 @@ class Leader:
 
     def __init__(self, context: RankContext, hooks: LeaderHooks) -> None:
         self._context = context
-        self._world, self._phases, self._voice = context.world, context.phases, context.voice
+        self._world, self._phases, self._log = context.world, context.phases, context.log
         self._hooks = hooks
         self._preflight_seconds = 0.0
         self._presence: Presence | None = None
@@ -74,7 +73,7 @@ class Leader:
         Returns:
             The exit code, which every other rank has been told.
         """
-        self._phases.listen(lambda name: self._voice.say(f"phase {name}", Level.DEBUG))
+        self._phases.listen(lambda name: self._log.debug(f"phase {name}"))
         try:
             code = self._run()
             self._hooks.on_exit(code)
@@ -90,7 +89,7 @@ class Leader:
         with self._phases.enter("preflight"):
             try:
                 settings = load_settings(argv, os.environ)
-                speech.log_to(str(settings.log_dir or ""), _label(settings), self._world.rank)
+                log_writer.open_file(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 self._hooks.add_observers(settings)
                 require_startable(settings)
                 settings = at_its_folder(settings, os.environ)
@@ -110,14 +109,14 @@ class Leader:
                     return self._stop(f"error: {error}", error.exit_code)
             if verdict.exit_code is not ExitCode.OK or settings.preflight_only:
                 return self._stop(verdict.report, verdict.exit_code)
-            self._voice.say(verdict.report)
+            self._log.info(verdict.report)
             if place is not None:
-                self._voice.say(place.line)
+                self._log.info(place.line)
                 settings = replace(settings, kv_network=settings.kv_network or place.network or None)
             try:
                 endpoints = probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout)
                 for line in require_etcd(endpoints, EtcdAuth.of(os.environ)):
-                    self._voice.say(line)
+                    self._log.warning(line)
                 point_runtime_at(endpoints)
                 let_runtime_be_reached(place, endpoints, os.environ)
                 self._hooks.assign_runtime_port(settings)
@@ -127,7 +126,7 @@ class Leader:
             except BootstrapError as error:
                 return self._stop(f"error: {error}", error.exit_code)
             for line in left_out(settings, self._world.size):
-                self._voice.say(line)
+                self._log.info(line)
             probes = plan_probes(settings, verdict.subject.layout, ranks_by_host(cards))
             spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
@@ -155,7 +154,7 @@ class Leader:
 
         with self._phases.enter("probe"):
             case = Case(ProbePlan.unpack(spec.probe), cards, verdict.subject.cluster.gpu, verdict.weights)
-            desk = desk_of(settings, verdict.subject, case.plan, cards, self._presence, self._voice, os.environ)
+            desk = desk_of(settings, verdict.subject, case.plan, cards, self._presence, self._log, os.environ)
             ask, strict = desk.ask if desk else None, settings.probe_strict
             report = lead_probes(self._world, case, guard, os.environ, strict=strict, ask_partners=ask)
             self._phases.own_part_done()
@@ -163,7 +162,7 @@ class Leader:
                 guard.report(error)
                 self._dismiss(error.exit_code)
                 return error.exit_code
-            self._voice.say(report.text)
+            self._log.info(report.text)
             self._hooks.on_hardware_checked(report.figures)
             if desk is not None:
                 desk.open()
@@ -177,7 +176,7 @@ class Leader:
 
         label = _label(settings)
         if trouble := forget_failures(settings.failure_dir, label):
-            self._voice.say(f"warning: {trouble}")
+            self._log.warning(trouble)
         terms = Terms(
             settings.liveness_network,
             settings.heartbeat_timeout,
@@ -229,12 +228,12 @@ class Leader:
         return [Card.unpack(answer) for answer in answers]
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
-        self._voice.say(text, None if code is ExitCode.OK else Level.ERROR)
+        (self._log.info if code is ExitCode.OK else self._log.error)(text)
         if code is not ExitCode.OK:
             failure = Failure(
                 0, int(code), text.removeprefix("error: "), phase=self._phases.current, at=time.monotonic()
             )
-            self._hooks.on_failure(WorldFailure((failure,), self._voice.host, text))
+            self._hooks.on_failure(WorldFailure((failure,), self._log.host, text))
             self._hooks.wait(time.monotonic() + _HOOK_SECONDS)
         self._dismiss(code)
         return code
@@ -260,16 +259,14 @@ class Leader:
         leader = TrtllmLeader(worker, gpus_per_node, plan.shape.bos_token_id or 0)
         code = leader.run(partial(self._announce, worker.settings))
         self._dismiss(code)
-        self._voice.say(
-            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
-        )
+        self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")
         return code
 
     def _announce(self, settings: Settings) -> None:
         seconds = self._phases.durations
         # TensorRT-LLM's worker registers before it can be proven
         spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "prove", "register") if name in seconds)
-        self._voice.say(
+        self._log.info(
             f"ready: {settings.served_model_name} at {settings.endpoint} after {self._phases.age:.1f} s "
             f"(verdict {self._preflight_seconds:.1f} s, {spans})"
         )

@@ -42,7 +42,7 @@ class LeaderHooks(WorkerHooks):
     """
 
     def __init__(self, context: RankContext, reporter: Reporter | None, notifier: Notifier | None) -> None:
-        super().__init__(context.voice.say)
+        super().__init__(context.log.warning)
         self._context, self._reporter, self._notifier = context, reporter, notifier
         self._health: HealthPublisher | None = None
         self.leases = OwnedLeases(context.agent)
@@ -66,11 +66,11 @@ class LeaderHooks(WorkerHooks):
         """Add those that show what the worker is, and remove what an earlier start has left."""
         remove_ready_file(settings.ready_file)
         if settings.timeline is not None:
-            from dynamo_mpi.observe.timeline_paths import forget_timeline
+            from dynamo_mpi.telemetry.trace_writer import remove_stale_timeline
 
-            forget_timeline(settings.timeline)
+            remove_stale_timeline(settings.timeline)
         if problem := describe_trouble(os.environ):
-            self._context.voice.say(f"warning: {problem}")
+            self._context.log.warning(problem)
             # the engine and Dynamo would read the same, and warn again
             for name in (PARENT_VARIABLE, STATE_VARIABLE):
                 os.environ.pop(name, None)
@@ -89,7 +89,7 @@ class LeaderHooks(WorkerHooks):
         if settings.metrics_file is not None:
             from dynamo_mpi.observe.metrics_file import MetricsFile
 
-            self.add(MetricsFile(settings.metrics_file, self.status.as_metrics_file, self._context.voice.say))
+            self.add(MetricsFile(settings.metrics_file, self.status.as_metrics_file, self._context.log.warning))
 
     def assign_runtime_port(self, settings: Settings) -> None:
         """Give the Dynamo runtime a port beside the one at which probes are answered.
@@ -118,9 +118,9 @@ class LeaderHooks(WorkerHooks):
         self.record = record = replace(record, system=self.system_url, trace=facts.get("trace"))
         origin = Origin.of(record)
         self.leases.set_worker(asdict(origin))
-        voice = self._context.voice
-        events = events_of(record, self._context.phases.current, os.environ, settings.request_plane, voice.say)
-        presence = Presence(voice, record, partial(self.leases.add, "record"), events.peers)
+        log = self._context.log
+        events = events_of(record, self._context.phases.current, os.environ, settings.request_plane, log.warning)
+        presence = Presence(log, record, partial(self.leases.add, "record"), events.peers)
         self.add(presence, Obituary(origin, os.environ, lambda: self.leases.record), events)
         return presence
 
@@ -134,9 +134,9 @@ class LeaderHooks(WorkerHooks):
             self._health.collect()
         self.add(ReadyFile(self._context, settings, preflight_seconds, self.system_url))
         if settings.timeline is not None and self.record is not None:
-            from dynamo_mpi.observe.timeline_writer import TimelineWriter
+            from dynamo_mpi.telemetry.trace_writer import TraceWriter
 
-            self.add(TimelineWriter(settings.timeline, self.record, guard, self._context.voice))
+            self.add(TraceWriter(settings.timeline, self.record, guard, self._context.log))
         ticker = Ticker(self._context, guard.roll, settings, self.on_progress)
         self.add(ticker)
         ticker.start()

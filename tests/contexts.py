@@ -10,7 +10,7 @@ from dynamo_mpi.launchers.launch import Launch, Launcher
 from dynamo_mpi.supervision.agent_client import NodeAgentClient
 from dynamo_mpi.supervision.context import RankContext
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from dynamo_mpi.world import World
 
 
@@ -20,5 +20,5 @@ def rank_context(
     """Return rank 0's, without a node agent; without ``world`` for a world that only counts its ranks."""
     launch = Launch(Launcher.ALONE)
     counted = cast(World, SimpleNamespace(size=ranks, rank=0))
-    voice = Voice(0, host)
-    return RankContext(world or counted, launch, (), phases or Phases(), voice, NodeAgentClient(launch, {}, None))
+    log = RankLogger(0, host)
+    return RankContext(world or counted, launch, (), phases or Phases(), log, NodeAgentClient(launch, {}, None))

@@ -86,7 +86,7 @@ class Events(WorkerHook):
 
 
 def events_of(
-    record: WorldRecord, phase: str, environ: Mapping[str, str], request_plane: str, say: Callable[[str], None]
+    record: WorldRecord, phase: str, environ: Mapping[str, str], request_plane: str, warn: Callable[[str], None]
 ) -> Events:
     """Return a worker's events; they go nowhere unless Dynamo's runtime uses NATS as well.
 
@@ -95,7 +95,7 @@ def events_of(
         phase: what it does now.
         environ: where NATS and our credentials stand.
         request_plane: ``"tcp"`` or ``"nats"``.
-        say: for a line to the user.
+        warn: logs a warning.
 
     Raises:
         UsageError: the credentials can't be used.
@@ -105,6 +105,6 @@ def events_of(
         return Events(record, phase, None)
     from dynamo_mpi.control_plane.nats_line import NatsLine
 
-    line = NatsLine(server, NatsAuth.of(environ), say)
+    line = NatsLine(server, NatsAuth.of(environ), warn)
     line.start()
     return Events(record, phase, line)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.control_plane.etcd import Etcd, Lease
     from dynamo_mpi.control_plane.record import Posted, WorldRecord
+    from dynamo_mpi.talk import RankLogger
 
 _FAREWELL_SECONDS = 1.0
 # a record stays small, however often a partner is started anew
@@ -41,7 +42,7 @@ class Keeper:
         etcd: where; closed at the end.
         record: what to keep.
         seconds: that the record outlives a rank 0 which was killed.
-        say: for a line to the user.
+        log: the worker's log.
         on_lease: called with the id of each lease that the record gets.
         on_peers: called, from the keeper's thread, with the peers and with what is told of them when they change.
     """
@@ -51,11 +52,11 @@ class Keeper:
         etcd: Etcd,
         record: WorldRecord,
         seconds: int,
-        say: Callable[[str], None],
+        log: RankLogger,
         on_lease: Callable[[int], object] = lambda _: None,
         on_peers: Callable[[Sequence[Posted], Sequence[str]], object] = lambda _, __: None,
     ) -> None:
-        self._etcd, self._record, self._seconds, self._say = etcd, record, seconds, say
+        self._etcd, self._record, self._seconds, self._log = etcd, record, seconds, log
         self._on_lease, self._on_peers = on_lease, on_peers
         self._lease: Lease | None = None
         self._stale = self._away = False
@@ -213,11 +214,11 @@ class Keeper:
         except BootstrapError as error:
             if not self._away:
                 self._away = True
-                self._say(f"warning: the world record in etcd can't be kept for now, the worker goes on: {error.found}")
+                self._log.warning(f"the world record in etcd can't be kept for now, the worker goes on: {error.found}")
             return
         if self._away:
             self._away = False
-            self._say("the world record is in etcd again")
+            self._log.info("the world record is in etcd again")
 
     def _keep(self) -> None:
         try:
@@ -256,7 +257,7 @@ class Keeper:
         worlds, unread = read_worlds(self._etcd, self._record.namespace)
         for key in unread.keys() - self._odd:
             self._odd.add(key)
-            self._say(f"warning: the record {key!a} in etcd can't be read, and is left out: {unread[key]}")
+            self._log.warning(f"the record {key!a} in etcd can't be read, and is left out: {unread[key]}")
         return worlds
 
     def _look(self) -> None:
@@ -265,7 +266,7 @@ class Keeper:
         peers = peers_of(self._record, self._read())
         lines = news(self._record, self._peers, peers)
         for line in lines:
-            self._say(line)
+            self._log.info(line)
         self._peers = peers
         if lines:
             self._on_peers(peers, lines)

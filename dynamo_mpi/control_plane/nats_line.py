@@ -39,12 +39,12 @@ class NatsLine:
     Args:
         server: its address.
         auth: who we are.
-        say: for a line to the user.
+        warn: logs a warning.
     """
 
-    def __init__(self, server: str, auth: NatsAuth, say: Callable[[str], None]) -> None:
+    def __init__(self, server: str, auth: NatsAuth, warn: Callable[[str], None]) -> None:
         self._server = server if "://" in server else f"nats://{server}"
-        self._auth, self._say = auth, say
+        self._auth, self._log_warning = auth, warn
         # appended to by any thread, or by a signal's handler
         self._waiting: deque[Message] = deque(maxlen=_MOST_KEPT)
         # taken from there, and not confirmed yet
@@ -215,4 +215,4 @@ class NatsLine:
         if not self._has_warned:
             self._has_warned = True
             shown = " ".join(found.split())
-            self._say(f"warning: no lifecycle events go out over NATS for now, the worker goes on: {shown}; do: {fix}")
+            self._log_warning(f"no lifecycle events go out over NATS for now, the worker goes on: {shown}; do: {fix}")

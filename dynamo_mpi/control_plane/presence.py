@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.control_plane.record import Posted
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.phases import PhaseProgress
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
 
 _LEASE_SECONDS = 30
 _ANSWER_SECONDS = 3.0
@@ -31,7 +31,7 @@ class Presence(WorkerHook):
     """This world's record in etcd, while there is one.
 
     Args:
-        voice: how rank 0 speaks.
+        log: rank 0's.
         record: what to say of this world.
         on_lease: called with the id of each lease that the record gets.
         on_peers: called with the peers, and with what is told of them, when they change.
@@ -39,12 +39,12 @@ class Presence(WorkerHook):
 
     def __init__(
         self,
-        voice: Voice,
+        log: RankLogger,
         record: WorldRecord,
         on_lease: Callable[[int], object],
         on_peers: Callable[[Sequence[Posted], Sequence[str]], object] = lambda _, __: None,
     ) -> None:
-        self._voice, self._on_lease, self._on_peers = voice, on_lease, on_peers
+        self._log, self._on_lease, self._on_peers = log, on_lease, on_peers
         self._keeper: Keeper | None = None
         self._phase = "preflight"
         self._record = record
@@ -65,12 +65,12 @@ class Presence(WorkerHook):
             UsageError: what is set for it can't be used.
         """
         if trouble := missing_client():
-            self._voice.say(f"warning: no world record, and no look at peers: {trouble}")
+            self._log.warning(f"no world record, and no look at peers: {trouble}")
             return
         try:
             seconds = lease_seconds(environ)
             etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), settings.probe_timeout)
-            self._keeper = Keeper(etcd, self._record, seconds, self._voice.say, self._on_lease, self._on_peers)
+            self._keeper = Keeper(etcd, self._record, seconds, self._log, self._on_lease, self._on_peers)
             earlier = self._keeper.publish()
             if etcd.asks_nobody:
                 raise _needless()
@@ -83,7 +83,7 @@ class Presence(WorkerHook):
                 raise
             self.withdraw()
             self._keeper = None
-            self._voice.say(f"warning: no world record: {error}")
+            self._log.warning(f"no world record: {error}")
             return
         self._judge(self._record, earlier, seconds, refuse=not settings.no_peer_check)
         self._keeper.start()
@@ -157,7 +157,7 @@ class Presence(WorkerHook):
         if text and refuse:
             raise LayoutError(text)
         for line in advice(record, earlier):
-            self._voice.say(f"preflight: {line}")
+            self._log.info(f"preflight: {line}")
 
 
 def _needless() -> UsageError:

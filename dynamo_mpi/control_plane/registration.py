@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dynamo_mpi.control_plane.etcd import Entry
+    from dynamo_mpi.talk import RankLogger
 
 _FORGOTTEN = "etcd has lost this worker's lease: it answers, and doesn't know it any more"
 _FAREWELL_SECONDS = 1.0
@@ -36,7 +37,7 @@ class RegistrationWatch:
         endpoint: ``dyn://namespace.component.endpoint``.
         environ: where etcd and our credentials stand.
         timeout: seconds of each question.
-        say: for a line to the user.
+        log: the worker's log.
         pauses: the worker takes itself out of discovery at times, as ``dynamo.trtllm`` does while its memory is released: then an
             instance that is missing while its model is there isn't written again, and both only when they have been missing for longer
             than it may take to end by itself.
@@ -47,12 +48,12 @@ class RegistrationWatch:
         endpoint: str,
         environ: Mapping[str, str],
         timeout: float,
-        say: Callable[[str], None],
+        log: RankLogger,
         *,
         pauses: bool = False,
     ) -> None:
         self._path = endpoint.removeprefix("dyn://").replace(".", "/")
-        self._environ, self._timeout, self._say, self._pauses = environ, timeout, say, pauses
+        self._environ, self._timeout, self._log, self._pauses = environ, timeout, log, pauses
         self._etcd: Etcd | None = None
         # until etcd has said it: who freezes at once is noticed too
         self._instance, self._seconds, self._is_granted = 0, lease_seconds(environ), False
@@ -153,7 +154,7 @@ class RegistrationWatch:
         if missing and not self._takes_itself_out(instance in missing, model in missing) and not self._stopped.is_set():
             for key in sorted(missing):
                 etcd.put(key, self._known[key].value, self._instance)
-            self._say("somebody had deleted this worker's keys in etcd; they are written again")
+            self._log.info("somebody had deleted this worker's keys in etcd; they are written again")
         return True
 
     def _takes_itself_out(self, without_instance: bool, without_model: bool) -> bool:
@@ -178,7 +179,7 @@ class RegistrationWatch:
     def _refuse(self, error: BootstrapError) -> None:
         if not self._refused:
             self._refused = True
-            self._say(f"warning: whether this worker stays registered can't be seen: {error.found}")
+            self._log.warning(f"whether this worker stays registered can't be seen: {error.found}")
 
 
 def lease_error(found: str) -> TemporaryError:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _NATS_TLS_SINCE = (1, 5)
 _CREDENTIALS = ("ETCD_AUTH_", "NATS_AUTH_", "NATS_TLS_")
 TOKENS_END = (
-    "warning: Dynamo's runtime does not renew its token for etcd's user {user}: it ends after etcd's --auth-token-ttl (300 s by default), "
+    "Dynamo's runtime does not renew its token for etcd's user {user}: it ends after etcd's --auth-token-ttl (300 s by default), "
     "and then neither deregistering nor a frontend's look at etcd works; set that as long as the job, or use certificates with CN={user} "
     "over https://"
 )

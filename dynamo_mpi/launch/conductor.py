@@ -195,7 +195,7 @@ class Conductor:
         """Give the time limit up, with a warning, where it is too late for an orderly end from the start."""
         now = time.time()
         if self._limit is not None and self._limit.pause(self._end_seconds, now) is None:
-            self._say(self._limit.too_late(self._end_seconds, now))
+            self._say(f"warning: {self._limit.too_late(self._end_seconds, now)}")
             self._limit = None
 
     def _pause(self) -> None:

@@ -42,7 +42,7 @@ class WorldStatus(WorkerHook):
     """
 
     def __init__(self, context: RankContext, settings: Settings) -> None:
-        self._phases, self._host = context.phases, context.voice.host
+        self._phases, self._host = context.phases, context.log.host
         self.facts = facts_of(settings, os.environ)
         self.severities: Sequence[Severity] = ()
         self.roll: Roll | None = None

@@ -30,17 +30,17 @@ class MetricsFile(WorkerHook):
     Args:
         path: of the file; the collector reads only those that end in ``.prom``.
         render: returns what is in it.
-        say: for a warning, once.
+        warn: logs a warning, once.
     """
 
-    def __init__(self, path: Path, render: Callable[[], str], say: Callable[[str], object]) -> None:
-        self._path, self._render, self._say = path, render, say
+    def __init__(self, path: Path, render: Callable[[], str], warn: Callable[[str], object]) -> None:
+        self._path, self._render, self._warn = path, render, warn
         self._news = threading.Event()
         self._ended = False
         # the last word may come from another thread
         self._lock = threading.Lock()
         if path.suffix != ".prom":
-            say(f"warning: node_exporter reads only files that end in .prom, and {path} does not")
+            warn(f"node_exporter reads only files that end in .prom, and {path} does not")
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
     def on_phase(self, phase: str) -> None:
@@ -73,8 +73,8 @@ class MetricsFile(WorkerHook):
         try:
             write_whole(self._path, self._render())
         except OSError as error:
-            self._say(f"warning: the metrics file {self._path} can't be written: {error.strerror}")
-            self._say = _nothing
+            self._warn(f"the metrics file {self._path} can't be written: {error.strerror}")
+            self._warn = _nothing
 
 
 def write_whole(path: Path, text: str) -> None:

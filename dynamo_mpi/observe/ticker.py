@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.observe.progress import WATCHED, describe, facts, intervals
 from dynamo_mpi.observe.progress_table import Terminal, table
-from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.observe.speech import log_writer
 from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dynamo_mpi.observe.speech import Speech
+    from dynamo_mpi.observe.speech import LogWriter
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.context import RankContext
     from dynamo_mpi.supervision.phases import PhaseProgress
@@ -39,7 +39,7 @@ class Ticker(WorkerHook):
         settings: the worker's: ``progress`` (``plain`` lines, ``live`` for a table, ``off``; ``auto`` chooses one of the former) and
             ``progress_interval``, seconds to the first line of a phase.
         on_progress: called every two seconds, and whenever a line is due, from the ticker's thread, whether or not one is shown.
-        mouth: what draws.
+        writer: draws the table.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Ticker(WorkerHook):
         roll: Roll,
         settings: Settings,
         on_progress: Callable[[PhaseProgress], object] = lambda _: None,
-        mouth: Speech = speech,
+        writer: LogWriter = log_writer,
     ) -> None:
-        self._roll, self._phases, self._voice, self._mouth = roll, context.phases, context.voice, mouth
+        self._roll, self._phases, self._log, self._writer = roll, context.phases, context.log, writer
         self._report = on_progress
-        self._mode = chosen(settings.progress, is_terminal=os.isatty(2), jsonl=mouth.style.jsonl)
+        self._mode = chosen(settings.progress, is_terminal=os.isatty(2), jsonl=writer.format.jsonl)
         self._first, self._parts_seen = settings.progress_interval, settings.engine != "trtllm"
         self._changed = threading.Event()
         self._closed = False
@@ -79,7 +79,7 @@ class Ticker(WorkerHook):
         self._closed = True
         self._changed.set()
         if self._mode == "live":
-            self._mouth.draw(())
+            self._writer.set_status_lines(())
 
     def _run(self) -> None:
         while not self._closed:
@@ -115,7 +115,7 @@ class Ticker(WorkerHook):
             if self._changed.wait(max(0.0, wait)):
                 self._changed.clear()
         if self._mode == "live":
-            self._mouth.draw(())
+            self._writer.set_status_lines(())
 
     def _publish(self) -> PhaseProgress:
         progress = self._roll.progress()
@@ -124,7 +124,7 @@ class Ticker(WorkerHook):
 
     def _tell(self, progress: PhaseProgress) -> None:
         if self._mode == "plain":
-            self._voice.say(describe(progress, parts_seen=self._parts_seen), facts=facts(progress))
+            self._log.info(describe(progress, parts_seen=self._parts_seen), facts(progress))
 
     def _draw(self, phase: str) -> None:
         try:
@@ -135,9 +135,9 @@ class Ticker(WorkerHook):
         room = Terminal(width or 80, height or 24)
         ranks = self._roll.ranks()
         lines = table(phase, ranks, time.time(), room, parts_seen=self._parts_seen)
-        self._mouth.draw(lines)
+        self._writer.set_status_lines(lines)
         if self._closed:
-            self._mouth.draw(())
+            self._writer.set_status_lines(())
 
 
 def chosen(mode: str, *, is_terminal: bool, jsonl: bool) -> str:

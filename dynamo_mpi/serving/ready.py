@@ -54,7 +54,7 @@ class ReadyFile(WorkerHook):
             partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
             partial.replace(path)
         except OSError as error:
-            self._context.voice.say(f"warning: the ready file {path} can't be written: {error.strerror}")
+            self._context.log.warning(f"the ready file {path} can't be written: {error.strerror}")
 
     def on_failure_detected(self) -> None:
         """Remove it."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.errors import TemporaryError
     from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.talk import RankLogger
 
 _T = TypeVar("_T")
 # what an end takes beside its drain: the deregistration, the engine's last step, the ranks' parting
@@ -83,7 +84,7 @@ async def serve(
     watch: RegistrationWatch,
     on_registered: Callable[[int], object],
     on_ready: Callable[[], None],
-    say: Callable[[str], None],
+    log: RankLogger,
     expect_stop: Callable[[Callable[[int], object]], object],
     on_in_flight: Callable[[int], object] = lambda _: None,
 ) -> None:
@@ -96,7 +97,7 @@ async def serve(
         watch: over the registration.
         on_registered: called from a thread with the instance's id, as soon as it is in discovery.
         on_ready: called once requests are answered.
-        say: for a line of progress.
+        log: the worker's log.
         expect_stop: called with what to call, from any thread, with the signal that asks for the drain.
         on_in_flight: called with the number of requests in flight: at first, and when it changes.
 
@@ -119,12 +120,12 @@ async def serve(
 
     def ask_to_stop(number: int) -> None:
         if number == signal.SIGUSR1 and not stop.done() and not reasons:
-            say(TIME_IS_UP)
+            log.info(TIME_IS_UP)
         _from_thread(loop, stop, number)
 
     def end_for(reason: str) -> None:
         if not stop.done():
-            say(reason)
+            log.info(reason)
         reasons.append(reason)
         # by a signal, so that the next one is the second
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -159,7 +160,7 @@ async def serve(
         watch.begin(endpoint.connection_id(), partial(_from_thread, loop, lost))
         on_ready()
     needed = registration.drain_timeout + _END_SECONDS
-    forget_time = end_in_time(os.environ, needed, end_for, say)
+    forget_time = end_in_time(os.environ, needed, end_for, log.warning)
     with phases.enter("serve"):
         await _first_of(serving, failed, stop, lost)
         forget_time()
@@ -168,7 +169,7 @@ async def serve(
         await asyncio.to_thread(watch.stop)
         if failed.done():
             await _deregister(endpoint)
-            await _cut_off(handler, say)
+            await _cut_off(handler, log)
             await _end(runtime, serving)
             raise _engine_error("while serving", failed.result())
         if serving.done() and not (stop.done() or lost.done()):
@@ -183,12 +184,12 @@ async def serve(
         how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
         if loss is not None:
             how = "this worker's lease is lost"
-        say(f"drain: {how}, {handler.in_flight} requests in flight")
+        log.info(f"drain: {how}, {handler.in_flight} requests in flight")
         await asyncio.sleep(_FAREWELL_SECONDS)
         drained = asyncio.ensure_future(_drained(handler, engine, registration.drain_timeout))
         await _first_of(drained, failed)
         drained.cancel()
-        await _cut_off(handler, say)
+        await _cut_off(handler, log)
         await _end(runtime, serving)
         if failed.done():
             raise _engine_error("while draining", failed.result())
@@ -196,9 +197,9 @@ async def serve(
             raise loss
 
 
-async def _cut_off(handler: RequestHandler, say: Callable[[str], None]) -> None:
+async def _cut_off(handler: RequestHandler, log: RankLogger) -> None:
     if handler.in_flight:
-        say(f"{handler.in_flight} requests are cut off")
+        log.info(f"{handler.in_flight} requests are cut off")
         handler.cancel_all()
         await handler.wait_quiet(_FAREWELL_SECONDS * 5)
 

@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.threads import run_suppressed, start_thread
-from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.observe.levels import Level
+from dynamo_mpi.observe.speech import log_writer
 from dynamo_mpi.supervision.failure_files import content_of, write_failure
 from dynamo_mpi.supervision.lease_revoker import LeaseRevoker
 
@@ -59,7 +60,7 @@ class ReportWriter:
         self._worker: threading.Thread | None = None
         self._others: list[threading.Thread] = []
         # what this process was forked from has said it
-        speech.forget()
+        log_writer.forget_history()
 
     def set_leases(self, encoded: str) -> None:
         """Take note of what the worker has in etcd, see `LeaseRevoker.set_leases`."""
@@ -137,8 +138,8 @@ class ReportWriter:
     def _log(self, report: Report, meeting: Meeting, *, for_node: bool) -> None:
         rank = report.speaker
         if rank >= 0:
-            speech.log_to(meeting.log_dir or self._log_dir, meeting.label, rank)
-        speech.speak(None if for_node or rank < 0 else rank, report.speaker_host, report.text)
+            log_writer.open_file(meeting.log_dir or self._log_dir, meeting.label, rank)
+        log_writer.emit(None if for_node or rank < 0 else rank, report.speaker_host, report.text, Level.ERROR)
 
     @staticmethod
     def _write_file(report: Report, meeting: Meeting, by: int | None, *, keep: bool) -> None:

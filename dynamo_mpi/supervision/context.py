@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.supervision.agent_client import NodeAgentClient
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
     from dynamo_mpi.world import World
 
 
@@ -23,7 +23,7 @@ class RankContext(NamedTuple):
         launch: how this rank was started.
         argv: the command line, without the program.
         phases: where durations go.
-        voice: writes this rank's log.
+        log: this rank's.
         agent: this rank's connection to its node agent.
         mpi_version: what the MPI library calls itself.
     """
@@ -32,6 +32,6 @@ class RankContext(NamedTuple):
     launch: Launch
     argv: Sequence[str]
     phases: Phases
-    voice: Voice
+    log: RankLogger
     agent: NodeAgentClient
     mpi_version: str = ""

@@ -102,7 +102,7 @@ class Guard:
     def __init__(
         self, context: RankContext, ranks: Sequence[Placed], terms: Terms, hooks: WorkerHooks | None = None
     ) -> None:
-        self._world, self._phases, self._voice = context.world, context.phases, context.voice
+        self._world, self._phases, self._log = context.world, context.phases, context.log
         self._agent = context.agent
         self._ranks, self._hooks = ranks, hooks or WorkerHooks()
         self.roll = Roll([place.host for place in ranks], context.phases)
@@ -119,7 +119,7 @@ class Guard:
     def _meet(self, terms: Terms) -> Meeting:
         rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, self._agent.connected, terms.log_dir)
         if self._world.size == 1:
-            return Meeting(self._voice.host, "", 0, "", *rest)
+            return Meeting(self._log.host, "", 0, "", *rest)
         allow_open_files(self._world.size + SPARE)
         address = terms.network or "the address of its name"
         try:
@@ -130,7 +130,7 @@ class Guard:
             port = listener.getsockname()[1]
             agents = self._invite_agents(address, family)
             far = next((rank for rank, place in enumerate(self._ranks) if place.host != self._ranks[0].host), 0)
-            meeting = Meeting(self._voice.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest, *agents, far)
+            meeting = Meeting(self._log.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest, *agents, far)
             self._lookout = lookout = Lookout(
                 self._world.size,
                 meeting,
@@ -259,7 +259,7 @@ class Guard:
     def _raise(self, rank: int, number: int) -> None:
         # before the words, as they may be late
         os.kill(os.getpid(), number)
-        self._voice.say(f"{self.name([rank])} got {signal.Signals(number).name}, which goes for all ranks")
+        self._log.info(f"{self.name([rank])} got {signal.Signals(number).name}, which goes for all ranks")
 
     def _note_own(self, text: str, code: int, cause: Cause) -> None:
         self._news.put(Failure(0, code, text, cause, self._phases.current, time.monotonic()))
@@ -323,7 +323,7 @@ class Guard:
         # before the report: what reads the log may hang
         self._call_hooks(ordered, text)
         if not self._have_written(ordered, text):
-            self._voice.say(text)
+            self._log.error(text)
             self._write(ordered, text)
             # an agent that comes too late for this report must not write another
             self._agent.send("reported")
@@ -333,7 +333,7 @@ class Guard:
         """Have the node agent write the report, in one message that is there whole or not at all: MPI may end this process at any moment."""
         redact = own_redactor().redact
         first, *later = [Seen(one._replace(text=redact(one.text)), self._ranks[one.rank].host) for one in failures]
-        report = Report(first.failure, first.host, redact(text), tuple(later), 0, self._voice.host)
+        report = Report(first.failure, first.host, redact(text), tuple(later), 0, self._log.host)
         return self._agent.publish(f"report {pack_report(report)}")
 
     def _write(self, failures: Sequence[Failure], text: str) -> None:

@@ -82,7 +82,7 @@ class WorkerHooks(WorkerHook):
     """All hooks of a worker, called as one. Thread-safe.
 
     Args:
-        warn: writes a warning.
+        warn: logs a warning.
     """
 
     def __init__(self, warn: Callable[[str], object] = lambda _: None) -> None:
@@ -151,7 +151,7 @@ class WorkerHooks(WorkerHook):
             failed = type(hook).__name__, method
             if failed not in self._warned:
                 self._warned.add(failed)
-                self._warn(f"warning: {'.'.join(failed)} failed: {type(error).__name__}: {error}")
+                self._warn(f"{'.'.join(failed)} failed: {type(error).__name__}: {error}")
 
 
 def _overrides(hook: WorkerHook, method: str) -> bool:

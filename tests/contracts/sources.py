@@ -53,8 +53,6 @@ from dynamo_mpi.observe.levels import Level
 from dynamo_mpi.observe.lines import Line
 from dynamo_mpi.observe.metrics import render as render_metrics
 from dynamo_mpi.observe.progress import facts as progress_facts
-from dynamo_mpi.observe.timeline import ENDED, FAILED, READY, STOPPED, pack_starts
-from dynamo_mpi.observe.timeline_trace import trace
 from dynamo_mpi.observe.world_metrics import WorldNumbers, metrics_of_world
 from dynamo_mpi.operating.place import Deployment, Ended, Expected, Place
 from dynamo_mpi.operating.readiness import Lack
@@ -69,14 +67,11 @@ from dynamo_mpi.parallelism.finding import render as render_findings
 from dynamo_mpi.pods.__main__ import main as pods_main
 from dynamo_mpi.pods.settings import JOIN_OPTIONS, LEAD_OPTIONS
 from dynamo_mpi.preflight.gpu_facts import GpuFacts
-from dynamo_mpi.preflight.rules_page import render as rules_page
 from dynamo_mpi.probe.fabric import figures_of as fabric_figures
 from dynamo_mpi.probe.gpu import figures_of as gpu_figures
 from dynamo_mpi.probe.gpu_health import GpuHealth
 from dynamo_mpi.probe.steps import Step
 from dynamo_mpi.probe.timing import FabricAnswer, Measured
-from dynamo_mpi.reference_pages.environment import VARIABLES
-from dynamo_mpi.reference_pages.markdown import member_notes
 from dynamo_mpi.services.failures import PartError
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.serving.ready import ReadyFile
@@ -89,7 +84,13 @@ from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.notify import Notifier
 from dynamo_mpi.supervision.phases import PHASES, Phases, RankSpans, Span
 from dynamo_mpi.supervision.phases import PhaseProgress as Progress
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, STOPPED
+from dynamo_mpi.telemetry.startup_trace import encode_traces as pack_starts
+from dynamo_mpi.telemetry.timeline_text import perfetto_trace as trace
 from dynamo_mpi.worker import main as worker_main
 from dynamo_mpi.worker_hooks import LeaderHooks
 from dynamo_mpi.worker_options import OPTIONS as WORKER_OPTIONS
+from tools.gen_docs.environment import VARIABLES
+from tools.gen_docs.markdown import member_notes
+from tools.gen_docs.rules import render as rules_page

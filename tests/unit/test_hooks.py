@@ -57,7 +57,7 @@ def test_one_that_fails_is_said_once_and_the_others_go_on() -> None:
     hooks.on_phase("load")
     hooks.on_phase("serve")
     assert other.calls == [("on_phase", "load"), ("on_phase", "serve")]
-    assert warnings == ["warning: Broken.on_phase failed: OSError: no etcd"]
+    assert warnings == ["Broken.on_phase failed: OSError: no etcd"]
 
 
 def test_a_failure_is_not_held_up_by_a_hook_that_hangs() -> None:

@@ -20,6 +20,7 @@ from dynamo_mpi.control_plane.record import Posted, Progress, WorldRecord
 from dynamo_mpi.control_plane.worlds import read_worlds
 from dynamo_mpi.errors import DiscoveryError
 from tests.servers import closed_port, listening, running_etcd
+from tests.unit.recorded_log import RecordedLog
 from tests.unit.worlds import world
 
 SECONDS = 2
@@ -37,11 +38,11 @@ class Kept:
     """Makes keepers, and has what they said."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.log = RecordedLog()
         self.keepers: list[Keeper] = []
 
     def __call__(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
-        keeper = Keeper(Etcd([url], EtcdAuth(), 2), record, seconds, self.said.append)
+        keeper = Keeper(Etcd([url], EtcdAuth(), 2), record, seconds, self.log)
         self.keepers.append(keeper)
         return keeper
 
@@ -92,7 +93,7 @@ def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept
     keeper.withdraw()
     assert worlds(etcd) == []
     keeper.withdraw()
-    assert kept.said == []
+    assert kept.log.lines == []
 
 
 def test_it_names_the_instance_once_that_is_known(etcd: str, kept: Kept) -> None:
@@ -163,11 +164,11 @@ def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
     kept.starts(etcd, world())
     peer = kept(etcd, world("decode", {"kv_dtype": "bfloat16"}, job="7"))
     peer.publish()
-    eventually(lambda: len(kept.said) == 1)
-    assert "decode worker on decode1, decode2 (job 7.0) has come, and does not fit: I1" in kept.said[0]
+    eventually(lambda: len(kept.log.lines) == 1)
+    assert "decode worker on decode1, decode2 (job 7.0) has come, and does not fit: I1" in kept.log.lines[0]
     peer.withdraw()
-    eventually(lambda: len(kept.said) == 2)
-    assert "has gone" in kept.said[1]
+    eventually(lambda: len(kept.log.lines) == 2)
+    assert "has gone" in kept.log.lines[1]
 
 
 def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
@@ -176,7 +177,7 @@ def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
         Etcd([etcd], EtcdAuth(), 2),
         world(),
         SECONDS,
-        kept.said.append,
+        kept.log,
         on_peers=lambda peers, news: heard.append(([peer.record.role for peer in peers], list(news))),
     )
     kept.keepers.append(keeper)
@@ -188,7 +189,7 @@ def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
     peer.withdraw()
     eventually(lambda: len(heard) == 2)
     assert [roles for roles, _ in heard] == [["decode"], []]
-    assert [line for _, news in heard for line in news] == kept.said
+    assert [line for _, news in heard for line in news] == kept.log.lines
 
 
 def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> None:
@@ -199,7 +200,7 @@ def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> N
     keeper = kept.starts(etcd, world())
     keeper.tell("load")
     eventually(lambda: worlds(etcd)[0].record.phase == "load")
-    (line,) = kept.said
+    (line,) = kept.log.lines
     assert "garbled\\n' in etcd can't be read, and is left out: no JSON" in line
     other.revoke(lease.id, 5)
     other.close()
@@ -229,7 +230,7 @@ class EtcdThatLosesAWrite(Etcd):
 
 def test_a_record_whose_new_lease_came_and_whose_write_did_not_is_written_in_the_end(etcd: str, kept: Kept) -> None:
     connection = EtcdThatLosesAWrite([etcd], EtcdAuth(), 2)
-    keeper = Keeper(connection, world(), SECONDS, kept.said.append)
+    keeper = Keeper(connection, world(), SECONDS, kept.log)
     kept.keepers.append(keeper)
     keeper.publish()
     other = Etcd([etcd], EtcdAuth(), 5)
@@ -237,22 +238,22 @@ def test_a_record_whose_new_lease_came_and_whose_write_did_not_is_written_in_the
     other.close()
     connection.losing = True
     keeper.start()
-    eventually(lambda: len(kept.said) == 2)
-    assert kept.said[1] == "the world record is in etcd again"
+    eventually(lambda: len(kept.log.lines) == 2)
+    assert kept.log.lines[1] == "the world record is in etcd again"
     assert len(worlds(etcd)) == 1
 
 
 def test_an_etcd_that_was_away_and_is_back_empty_has_the_record_again(kept: Kept) -> None:
     with running_etcd() as url:
         keeper = kept.starts(url, world())
-    eventually(lambda: len(kept.said) == 1)
+    eventually(lambda: len(kept.log.lines) == 1)
     keeper.tell("serve")
-    assert "can't be kept for now, the worker goes on" in kept.said[0]
+    assert "can't be kept for now, the worker goes on" in kept.log.lines[0]
     with running_etcd(int(url.rpartition(":")[2])):
         eventually(lambda: len(worlds(url)) == 1)
         assert worlds(url)[0].record.phase == "serve"
-        eventually(lambda: len(kept.said) == 2)
-        assert kept.said[1] == "the world record is in etcd again"
+        eventually(lambda: len(kept.log.lines) == 2)
+        assert kept.log.lines[1] == "the world record is in etcd again"
         keeper.withdraw()
         assert worlds(url) == []
 

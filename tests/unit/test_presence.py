@@ -19,7 +19,7 @@ from dynamo_mpi.control_plane.worlds import read_worlds
 from dynamo_mpi.errors import AuthorisationError, UsageError
 from dynamo_mpi.settings import Settings, load_settings
 from dynamo_mpi.supervision.phases import PhaseProgress
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, running_etcd
 from tests.unit.worlds import world
@@ -39,7 +39,9 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def presence() -> Iterator[Presence]:
     presence = Presence(
-        Voice(0, "n1"), replace(world("agg"), system="http://n1:9090", trace="00-ab-cd-01"), lambda _: None
+        RankLogger(0, "n1"),
+        replace(world("agg", engine="reference"), system="http://n1:9090", trace="00-ab-cd-01"),
+        lambda _: None,
     )
     yield presence
     presence.withdraw()
@@ -106,7 +108,7 @@ def test_a_password_is_refused_where_nobody_asks_for_one_or_it_is_wrong(
 def test_progress_of_a_phase_that_is_over_is_left_out(
     engine: str, done: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = Presence(Voice(0, "n1"), world("agg", engine=engine), lambda _: None)
+    ours = Presence(RankLogger(0, "n1"), world("agg", engine=engine), lambda _: None)
     updates: list[Any] = []
     monkeypatch.setattr(ours, "_update", lambda progress: updates.append(progress))
     late = PhaseProgress("load", 1, 2, 1, "n2", 3.0)

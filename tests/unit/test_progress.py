@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.observe.progress import describe, facts, intervals, size
 from dynamo_mpi.observe.progress_table import Terminal, table
-from dynamo_mpi.observe.speech import Speech, Style
+from dynamo_mpi.observe.speech import LogFormat, LogWriter
 from dynamo_mpi.observe.ticker import Ticker, chosen
 from dynamo_mpi.settings import load_settings
 from dynamo_mpi.supervision.phases import PhaseProgress, Phases, RankSpans, Span
@@ -175,15 +175,16 @@ def test_a_quick_phase_says_nothing_and_off_is_off(capfd: pytest.CaptureFixture[
 
 
 PROGRAM = """
-from dynamo_mpi.observe.speech import speech
-speech.draw(["a table", "of two lines"])
-speech.speak(0, "n1", "in between")
-speech.relay(b"somebody else\\n")
-speech.draw(["one line"])
-speech.relay(b"half ")
-speech.relay(b"a line\\n")
-speech.draw([])
-speech.speak(0, "n1", "end")
+from dynamo_mpi.observe.levels import Level
+from dynamo_mpi.observe.speech import log_writer
+log_writer.set_status_lines(["a table", "of two lines"])
+log_writer.emit(0, "n1", "in between", Level.INFO)
+log_writer.write_raw(b"somebody else\\n")
+log_writer.set_status_lines(["one line"])
+log_writer.write_raw(b"half ")
+log_writer.write_raw(b"a line\\n")
+log_writer.set_status_lines([])
+log_writer.emit(0, "n1", "end", Level.INFO)
 """
 
 
@@ -239,7 +240,7 @@ def test_lines_and_what_is_drawn_do_not_mix() -> None:
 
 
 def test_nothing_is_drawn_where_nothing_was_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
-    speech = Speech(Style())
-    speech.draw(())
-    speech.relay(b"x\n")
+    log_writer = LogWriter(LogFormat())
+    log_writer.set_status_lines(())
+    log_writer.write_raw(b"x\n")
     assert capfd.readouterr().err == "x\n"

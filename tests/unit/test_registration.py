@@ -21,6 +21,7 @@ from dynamo_mpi.exit_codes import ExitCode
 from tests.dynamo.running import EtcdServer
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd
+from tests.unit.recorded_log import RecordedLog
 
 SECONDS = 3
 ENDPOINT = "dyn://dynamo.backend.generate"
@@ -52,13 +53,13 @@ class Watched:
     """Makes watches, and has what they said and told."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.log = RecordedLog()
         self.lost: queue.SimpleQueue[TemporaryError] = queue.SimpleQueue()
         self._watches: list[RegistrationWatch] = []
 
     def __call__(self, url: str, instance: int, *, pauses: bool = False, **environ: str) -> RegistrationWatch:
         variables = {"ETCD_ENDPOINTS": url, "ETCD_LEASE_TTL": str(SECONDS), **environ}
-        watch = RegistrationWatch(ENDPOINT, variables, 1, self.said.append, pauses=pauses)
+        watch = RegistrationWatch(ENDPOINT, variables, 1, self.log, pauses=pauses)
         self._watches.append(watch)
         watch.begin(instance, self.lost.put)
         return watch
@@ -106,7 +107,7 @@ def test_what_somebody_deletes_is_written_again_as_it_was(etcd: str, watched: Wa
         key: key.encode() for key in worker.keys
     }
     assert adapter not in worker.there(), "that is dynamo.trtllm's own to load and unload"
-    assert watched.said == ["somebody had deleted this worker's keys in etcd; they are written again"]
+    assert watched.log.lines == ["somebody had deleted this worker's keys in etcd; they are written again"]
 
 
 def test_a_worker_that_pauses_takes_itself_out(etcd: str, watched: Watched) -> None:
@@ -169,8 +170,11 @@ WATCHING = f"""
 import sys, time
 from functools import partial
 from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.talk import RankLogger
 say, environ = partial(print, flush=True), {{"ETCD_ENDPOINTS": sys.argv[1], "ETCD_LEASE_TTL": "{SECONDS}"}}
-RegistrationWatch({ENDPOINT!r}, environ, 1, say).begin(int(sys.argv[2]), say)
+class Log(RankLogger):
+    info = staticmethod(say)
+RegistrationWatch({ENDPOINT!r}, environ, 1, Log(0, "here")).begin(int(sys.argv[2]), say)
 say("watches")
 time.sleep(600)
 """
@@ -214,9 +218,9 @@ def test_an_etcd_that_refuses_to_say_is_warned_of_once(watched: Watched) -> None
         worker = Registered(url)
         add_users(url, ["dynamo_mpi/"])
         watched(url, worker.lease.id, ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["worker"])
-        eventually(lambda: len(watched.said) == 1)
+        eventually(lambda: len(watched.log.lines) == 1)
         begin = time.monotonic()
         eventually(lambda: time.monotonic() > begin + 2 * SECONDS)
-    (line,) = watched.said
+    (line,) = watched.log.lines
     assert "whether this worker stays registered can't be seen: etcd refuses us" in line
     assert watched.lost.empty()

@@ -48,7 +48,7 @@ def test_where_it_is_too_late_there_is_a_warning_and_no_end() -> None:
     end_in_time({"SLURM_JOB_END_TIME": str(int(time.time()) + 10)}, 60, calls.append, said.append)()
     end_in_time({}, 60, calls.append, said.append)()
     (line,) = said
-    assert line.startswith("warning: the job's time ends at ")
+    assert line.startswith("the job's time ends at ")
     assert calls == []
 
 

@@ -31,7 +31,7 @@ from dynamo_mpi.serving.ready import remove_ready_file
 from dynamo_mpi.supervision.failure import HurriedError
 from dynamo_mpi.supervision.hooks import WorkerHook
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SignalThread, signals_of
-from dynamo_mpi.talk import tell_launch
+from dynamo_mpi.talk import print_trtllm_launch_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,7 +60,7 @@ class TrtllmLeader(WorkerHook):
     """
 
     def __init__(self, worker: WorkerContext, gpus_per_node: int, token_id: int) -> None:
-        self._world, self._phases, self._voice = worker.rank.world, worker.rank.phases, worker.rank.voice
+        self._world, self._phases, self._log = worker.rank.world, worker.rank.phases, worker.rank.log
         self._settings, self._guard = worker.settings, worker.guard
         self._gpus_per_node, self._token_id = gpus_per_node, token_id
         self._departure, self._signals = worker.departure, signals_of(worker.rank.launch.launcher)
@@ -71,9 +71,7 @@ class TrtllmLeader(WorkerHook):
         self._last_signal = -math.inf
         self._registered = False
         settings = worker.settings
-        self._watch = RegistrationWatch(
-            settings.endpoint, os.environ, settings.probe_timeout, self._voice.say, pauses=True
-        )
+        self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._log, pauses=True)
         self._child: Child | None = None
         self._stop_timer: threading.Timer | None = None
         self._proof: Proof | None = None
@@ -104,7 +102,7 @@ class TrtllmLeader(WorkerHook):
             self._serving = True
             on_ready()
             forget_time = end_in_time(
-                os.environ, self._most_drain_seconds + _RELEASE_SECONDS, self._time_is_up, self._voice.say
+                os.environ, self._most_drain_seconds + _RELEASE_SECONDS, self._time_is_up, self._log.warning
             )
             with self._phases.enter("serve"):
                 event = self._wait_for(Signalled, Lost, Ended)
@@ -136,7 +134,7 @@ class TrtllmLeader(WorkerHook):
         """Start the child first: it takes as long as the ranks to import the engine, and waits for the session."""
         comm, tasks = self._world.duplicate(), self._world.duplicate()
         install(tasks, self._guard.end)
-        tell_launch("leader", self._world.rank, self._world.size)
+        print_trtllm_launch_line("leader", self._world.rank, self._world.size)
         prepare_rank(self._world.rank)
         self._folder = SocketFolder()
         key = secrets.token_bytes(_KEY_BYTES)
@@ -158,7 +156,7 @@ class TrtllmLeader(WorkerHook):
 
     def _prove(self) -> None:
         if self._settings.role == "encode":
-            self._voice.say("registered; an encode worker answers no completion, so none was asked for")
+            self._log.info("registered; an encode worker answers no completion, so none was asked for")
             return
         self._wait_for(Proven)
 
@@ -198,7 +196,7 @@ class TrtllmLeader(WorkerHook):
             return
         child.terminate()
         what = "deregisters and ends its requests" if loss is None else "ends its requests, its lease is lost"
-        self._voice.say(f"drain: dynamo.trtllm {what}, {seconds:.0f} s at the most")
+        self._log.info(f"drain: dynamo.trtllm {what}, {seconds:.0f} s at the most")
         late = self._guard.deadline(seconds, "dynamo.trtllm did not end after SIGTERM", "--drain-timeout")
         # an etcd that hangs may be what the child waits for
         with late if loss is None else within(seconds, partial(self._guard.end, loss)):
@@ -214,7 +212,7 @@ class TrtllmLeader(WorkerHook):
         # a warning hurries nobody
         if not self._asked:
             self._asked = True
-            self._voice.say(why)
+            self._log.info(why)
             self._events.put(Signalled(signal.SIGUSR1))
 
     def _signalled(self, number: int) -> None:

@@ -19,7 +19,7 @@ from dynamo_mpi.supervision.hooks import WorkerHook, WorkerHooks
 from dynamo_mpi.supervision.lifeline import Lifeline
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from dynamo_mpi.world import World, bind_library, form_world
 from tests.contexts import rank_context
 
@@ -106,7 +106,7 @@ def lead(world: World, what: str, victim: int) -> None:
 
 def follow(world: World, what: str, victim: int) -> None:
     meeting, _ = Meeting.unpack(world.broadcast())
-    lifeline = Lifeline(meeting, world, Phases(), Voice(world.rank, "here"))
+    lifeline = Lifeline(meeting, world, Phases(), RankLogger(world.rank, "here"))
     world.barrier(10)
     try:
         if victim == world.rank:

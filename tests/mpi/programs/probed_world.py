@@ -27,7 +27,7 @@ from dynamo_mpi.supervision.guard import Guard, Terms
 from dynamo_mpi.supervision.lifeline import Lifeline
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from dynamo_mpi.world import World, bind_library, form_world
 from tests.contexts import rank_context
 
@@ -64,7 +64,7 @@ def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, str
 def follow(world: World, plan: ProbePlan, phases: Phases) -> int:
     world.gather(own_card().pack())
     meeting, _ = Meeting.unpack(world.broadcast())
-    lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()))
+    lifeline = Lifeline(meeting, world, phases, RankLogger(world.rank, host_name()))
     world.barrier(30)
     try:
         with phases.enter("probe"):
@@ -90,7 +90,7 @@ def own_card() -> Card:
 def main() -> None:
     launch, phases = detect(os.environ), Phases()
     if os.environ.get("DYN_MPI_FAULT"):
-        arm(os.environ, launch, phases, Voice(launch.rank, host_name()))
+        arm(os.environ, launch, phases, RankLogger(launch.rank, host_name()))
     bind_library()
     world = form_world()
     plan = ProbePlan.unpack(sys.argv[1])

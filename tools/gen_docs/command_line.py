@@ -11,14 +11,14 @@ from dynamo_mpi import settings as worker
 from dynamo_mpi.cli.main import PROGRAM, VERBS, Parser
 from dynamo_mpi.head_node import settings as head_node
 from dynamo_mpi.pods import settings as pods
-from dynamo_mpi.reference_pages.markdown import code, plain, table, written_by
+from tools.gen_docs.markdown import WRITTEN, code, plain, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _HEAD = f"""# Command line
 
-{written_by("dynamo_mpi.reference_pages")}
+{WRITTEN}
 `dynamo-mpi VERB …` is the operator's command; from a checkout, `scripts/dynamo-mpi.sh VERB …` is the same without an
 installation. The other commands here are what a launcher starts. A flag stands over its environment variable, that over a settings file
 (the worker's), that over the default; [settings.md](settings.md) has all variables of a setting. A command says its data on stdout and

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
 from dynamo_mpi.control_plane.record import SCHEMA, WorldRecord
-from dynamo_mpi.reference_pages.markdown import argument_notes, code, plain, table, written_by
+from tools.gen_docs.markdown import WRITTEN, argument_notes, code, plain, table
 
 
 class _Kind(NamedTuple):
@@ -47,7 +47,7 @@ _KINDS = (
 _CONSTANT = re.compile(r"`([A-Z][A-Z_]+)`")
 _HEAD = f"""# Records
 
-{written_by("dynamo_mpi.reference_pages")}
+{WRITTEN}
 JSON of schema {SCHEMA}, which every entry says as `"schema"`. What is only added is no new schema: a reader leaves alone what it
 doesn't know, and takes a member that is missing for its default.
 

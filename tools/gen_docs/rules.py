@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes ``docs/rules.md`` from the rules themselves: ``python -m dynamo_mpi.preflight.rules_page``."""
+"""``docs/rules.md``: every rule, from the docstrings of the functions that check them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from dynamo_mpi.parallelism.rules import registry
 from dynamo_mpi.preflight import gpu_rules, host_rules, peers, roster
 from dynamo_mpi.probe import fabric_rules, kv_rules
 from dynamo_mpi.probe import gpu_rules as probe_gpu_rules
+from tools.gen_docs.markdown import WRITTEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_HEAD = """# Rules
+_HEAD = f"""# Rules
 
 Every rule that `dynamo-mpi check`, `dynamo-mpi plan`, the preflight in the ranks and its probes apply, by the id that stands in its findings.
-This page is written by `python -m dynamo_mpi.preflight.rules_page`; a test fails when it is stale.
-
+{WRITTEN}
 File names in parentheses are TensorRT-LLM's: where the engine has the rule, as read in its public sources from 1.0 to the 1.3
 release candidates. Nothing here was run against the engine itself.
 
@@ -61,7 +61,3 @@ def _row(rule: Callable[..., object]) -> tuple[str, str]:
         raise ValueError(f"{rule.__name__} doesn't begin with its rule's id: {first[:60]}")
     said = first[found.end() :].replace("``", "`").replace("|", "\\|")
     return found[1], said[:1].upper() + said[1:]
-
-
-if __name__ == "__main__":
-    print(render(), end="")

@@ -10,8 +10,8 @@ from dynamo_mpi import worker_options as worker
 from dynamo_mpi.head_node import settings as head_node
 from dynamo_mpi.launch import settings as launch
 from dynamo_mpi.pods import settings as pods
-from dynamo_mpi.reference_pages.environment import VARIABLES
-from dynamo_mpi.reference_pages.markdown import code, table, written_by
+from tools.gen_docs.environment import VARIABLES
+from tools.gen_docs.markdown import WRITTEN, code, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _HEAD = f"""# Settings
 
-{written_by("dynamo_mpi.reference_pages")}
+{WRITTEN}
 Where a value comes from, strongest first:
 
 1. a flag, `--drain-timeout 60`; of a flag that is given twice the last one;

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+WRITTEN = "This page is written from the code by `make docs`, and a test fails when it is stale.\n"
 _ENTRY = re.compile(r"    (\w+): (.*)")
 
 
@@ -24,11 +25,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def code(*texts: str) -> str:
     """Return texts as code, with commas between."""
     return ", ".join(f"`{text}`" for text in texts)
-
-
-def written_by(module: str) -> str:
-    """Return the sentence that says where a page is from."""
-    return f"This page is written by `python -m {module}`; `make docs` writes all such pages, and a test fails when one is stale.\n"
 
 
 def argument_notes(kind: type) -> dict[str, str]:

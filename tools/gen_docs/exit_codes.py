@@ -7,7 +7,7 @@ import inspect
 
 from dynamo_mpi import errors
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.reference_pages.markdown import code, member_notes, plain, table, written_by
+from tools.gen_docs.markdown import WRITTEN, code, member_notes, plain, table
 
 TO_DO = {
     ExitCode.OK: ("nothing", "nobody"),
@@ -36,7 +36,7 @@ TO_DO = {
 """What an operator does, and who starts it again."""
 _HEAD = f"""# Exit codes
 
-{written_by("dynamo_mpi.reference_pages")}
+{WRITTEN}
 All ranks leave with the code of the first cause, and `launch`, `pods` and the scripts with that of the
 worker that ended them. Where the launcher kills the ranks itself its own code comes instead: [faults.md](faults.md) has which, by fault.
 

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m dynamo_mpi.reference_pages [FOLDER]``: writes the pages, into ``docs`` by default."""
+"""``python -m tools.gen_docs [FOLDER]``: writes the pages, into ``docs`` by default."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from dynamo_mpi.preflight import rules_page
-from dynamo_mpi.reference_pages import command_line, exit_codes, record, settings
+from tools.gen_docs import command_line, exit_codes, record, rules, settings
 
 PAGES = {
     "command-line.md": command_line.render,
     "exit-codes.md": exit_codes.render,
     "record.md": record.render,
-    "rules.md": rules_page.render,
+    "rules.md": rules.render,
     "settings.md": settings.render,
 }
 """How each page is made, by its name in ``docs``."""
