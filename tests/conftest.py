@@ -20,6 +20,7 @@ import pytest
 from tests.mpi_flavours import MpiFlavour
 
 ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("fast", "parallel", "alone")
 
 
 def pytest_configure() -> None:
@@ -30,18 +31,33 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Offer the whole fault matrix."""
+    """Offer the stages, and what only `.ci/full` runs."""
+    parser.addoption("--stage", choices=STAGES, help="only the tests of this stage (docs/testing.md)")
+    parser.addoption(
+        "--full", action="store_true", help="also the variants of each mechanism that a landing leaves out"
+    )
     parser.addoption("--all-faults", action="store_true", help="all faults in all phases, and not only the chosen ones")
 
 
+def stage_of(item: pytest.Item) -> str:
+    """Return the stage of a test: alone if others would disturb it, fast if it is pure, parallel otherwise."""
+    marks = {mark.name for mark in item.iter_markers()}
+    if marks & {"serial", "slurm", "hosts"}:
+        return "alone"
+    return "parallel" if marks & {"mpi", "dynamo", "slow"} else "fast"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only the whole fault matrix has."""
-    if config.getoption("--all-faults"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("all_faults")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """Leave out the tests that the options don't ask for."""
+    behind = [
+        mark for mark, option in (("full", "--full"), ("all_faults", "--all-faults")) if not config.getoption(option)
+    ]
+    stage = config.getoption("--stage")
+    left_out = {
+        item for item in items if any(map(item.get_closest_marker, behind)) or (stage and stage_of(item) != stage)
+    }
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_report_header() -> str:

@@ -22,6 +22,8 @@ from dynamo_mpi.errors import DiscoveryError
 from tests.servers import closed_port, listening, running_etcd
 from tests.unit.worlds import world
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 2
 """The shortest lease that etcd grants here."""
 Keep = Callable[..., Keeper]

@@ -20,6 +20,8 @@ from dynamo_mpi.errors import EngineError, UsageError
 from tests.unit.kv_hosts import TRANSPORTS
 from tests.unit.test_reference_engine import GOLDEN, PROMPT, Receiver, build
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"max_batch_size": 3, "max_num_tokens": 16, "max_seq_len": 160}
 KEEP_SECONDS = 3.0
 

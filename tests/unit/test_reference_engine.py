@@ -15,6 +15,8 @@ from dynamo_mpi.engines.protocol import Engine, GenerationRequest, RequestError,
 from dynamo_mpi.engines.reference.engine import ReferenceConfig, ReferenceEngine
 from dynamo_mpi.errors import DataError, EngineError, LayoutError, ModelError
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").read_text(encoding="utf-8"))["prompts"]
 PROMPT = tuple(GOLDEN[0]["prompt_token_ids"])
 PATIENCE = 30

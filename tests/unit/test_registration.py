@@ -22,6 +22,8 @@ from tests.dynamo.running import EtcdServer
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 3
 ENDPOINT = "dyn://dynamo.backend.generate"
 PATH = "dynamo/backend/generate"
