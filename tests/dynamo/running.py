@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -276,7 +277,8 @@ class RunningWorker:
 
 def system_port() -> int:
     """Return a free port that ``DYN_SYSTEM_PORT`` can hold: the runtime reads it as a signed 16-bit number."""
-    for port in range(20000 + os.getpid() % 1000, 32000):
+    # at random, as several processes of pytest look for one at the same time
+    for port in random.sample(range(20000, 32000), 100):
         if is_free(port):
             return port
     raise AssertionError("no free port below 32768")

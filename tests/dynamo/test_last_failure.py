@@ -78,6 +78,7 @@ def test_of_a_rank_0_that_is_killed_its_node_agent_leaves_word(etcd: EtcdServer,
     assert etcd.worlds() == []
 
 
+@pytest.mark.full
 def test_of_a_lost_lease_too(etcd: EtcdServer, start: Start) -> None:
     worker = start(ETCD_LEASE_TTL="3")
     worker.ready()

@@ -134,6 +134,7 @@ def is_of_prefill(pid: int) -> bool:
     return is_rank and any(variable.endswith(b"-prefill-0") for variable in variables)
 
 
+@pytest.mark.full
 def test_a_stopped_mpirun_holds_nothing_up(tmp_path: Path, model_dir: Path) -> None:
     with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
         launch.until_said("ready: smollm2. Try:")
@@ -155,6 +156,7 @@ def test_a_worker_that_fails_ends_all_with_its_exit_code(tmp_path: Path, model_d
         launch.assert_nothing_left()
 
 
+@pytest.mark.full
 def test_a_fault_on_demand_reaches_the_ranks(tmp_path: Path, model_dir: Path) -> None:
     fault = "rank0:load:exit3"
     with LaunchCommand(tmp_path, model_dir, DYN_MPI_FAULT=fault, DYN_MPI_ALLOW_FAULTS="1") as launch:

@@ -68,6 +68,7 @@ def served(frontend: Frontend, model: str) -> str:
     return eventually(answer, "an answer")
 
 
+@pytest.mark.landing("1-3-tcp")
 @pytest.mark.parametrize(
     ("prefill_ranks", "decode_ranks", "transport"),
     [(3, 1, "tcp"), (1, 3, "tcp"), (3, 3, "tcp"), pytest.param(3, 1, "nixl", marks=needs_nixl)],
@@ -109,6 +110,7 @@ def test_a_pair_answers_and_decode_outlives_prefill(
     assert decode.wait() == 0, decode.text()
 
 
+@pytest.mark.landing("prefill")
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_each_role_alone_is_proven_and_healthy(start: Start, role: str) -> None:
     port = system_port()

@@ -81,6 +81,7 @@ def test_a_rank_that_dies_while_loading_is_marked(start: Callable[..., RunningWo
     assert found.ranks[2].spans[-1].phase == "load"
 
 
+@pytest.mark.full
 def test_a_start_that_is_stopped_is_drawn_as_far_as_it_came(
     start: Callable[..., RunningWorker], etcd: EtcdServer, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_start_that_is_stopped_is_drawn_as_far_as_it_came(
     assert "SIGTERM" in found.failure.error
 
 
+@pytest.mark.full
 def test_a_start_that_its_probe_refuses_is_drawn(start: Callable[..., RunningWorker], tmp_path: Path) -> None:
     worker = start("--probe", "fabric", "--probe-strict", DYN_MPI_FAULT="rank1:probe:corrupt", DYN_MPI_ALLOW_FAULTS="1")
     assert worker.wait() == ExitCode.TEMPORARY, worker.text()
@@ -105,6 +107,7 @@ def test_a_start_that_its_probe_refuses_is_drawn(start: Callable[..., RunningWor
     assert (found.outcome, found.ready, found.failure.phase) == ("failed", None, "probe")
 
 
+@pytest.mark.full
 def test_a_load_that_fails_in_order_is_drawn(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)

@@ -85,6 +85,7 @@ def phases(etcd: EtcdServer) -> list[str | None]:
     return [phase for phase, _ in groupby(said)]
 
 
+@pytest.mark.landing("trtllm")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 def test_it_is_there_from_the_preflight_to_the_end(
     engine: str, etcd: EtcdServer, start: Start, model_dir: Path
@@ -135,6 +136,7 @@ def test_an_aggregated_worker_has_one_and_no_peers(etcd: EtcdServer, start: Star
     assert etcd.worlds() == []
 
 
+@pytest.mark.landing("prefill-decode-reference", "decode-prefill-trtllm")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 @pytest.mark.parametrize(("first", "second"), [("prefill", "decode"), ("decode", "prefill")])
 def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
@@ -221,6 +223,7 @@ def test_a_preflight_alone_writes_nothing(etcd: EtcdServer, start: Start) -> Non
     assert etcd.revision() == before
 
 
+@pytest.mark.full
 def test_a_load_that_fails_takes_it_away(etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model_dir, broken)
@@ -237,6 +240,7 @@ def test_a_proof_that_fails_takes_it_away(etcd: EtcdServer, start: Start) -> Non
     assert phases(etcd)[-1] is None
 
 
+@pytest.mark.landing("leave:1-70")
 @pytest.mark.parametrize(("fault", "code"), [("raise:0", 70), ("raise:2", 70), ("leave:1", 70)])
 def test_a_rank_of_tensorrt_llm_that_fails_takes_it_away(fault: str, code: int, etcd: EtcdServer, start: Start) -> None:
     worker = start("agg", engine="trtllm", STANDIN_TRTLLM_FAULT=fault)
@@ -244,6 +248,7 @@ def test_a_rank_of_tensorrt_llm_that_fails_takes_it_away(fault: str, code: int, 
     assert phases(etcd)[-1] is None
 
 
+@pytest.mark.landing("reference-")
 @pytest.mark.parametrize(("engine", "fault"), [("reference", ""), ("trtllm", "slow:60")])
 def test_a_signal_while_it_loads_takes_it_away(engine: str, fault: str, etcd: EtcdServer, start: Start) -> None:
     worker = start("agg", engine=engine, STANDIN_TRTLLM_FAULT=fault)
@@ -278,6 +283,7 @@ def test_what_somebody_else_has_written_is_left_out(etcd: EtcdServer, start: Sta
     terminate(worker)
 
 
+@pytest.mark.landing("trtllm")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 def test_over_tls_in_both_directions_dynamo_and_the_record_are_there(engine: str, start: Start, tmp_path: Path) -> None:
     files = certificates(tmp_path / "tls")
@@ -340,6 +346,7 @@ def test_what_dynamos_runtime_would_try_for_two_minutes_is_refused_before_the_lo
     assert PASSWORDS["root"] not in wrong.text()
 
 
+@pytest.mark.landing("reference")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 def test_what_the_probes_have_measured_stands_in_it(engine: str, etcd: EtcdServer, start: Start) -> None:
     worker = start("agg", "--probe", "fabric", engine=engine)

@@ -36,6 +36,8 @@ from dynamo_mpi.supervision.failure import Failure
 from tests.servers import closed_port, running_etcd
 from tests.unit.worlds import world
 
+pytestmark = pytest.mark.slow
+
 PREFILL, DECODE = (Worker(f"{role}-0", role, "e.yaml", ("n",), 1) for role in ("prefill", "decode"))
 WAIT = "sleep 60 & trap 'kill $!; exit 0' TERM; wait"
 SERVE = f"echo '{{}}' > \"$READY\"; {WAIT}"

@@ -23,6 +23,8 @@ from tests.servers import closed_port, listening, running_etcd
 from tests.unit.recorded_log import RecordedLog
 from tests.unit.worlds import world
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 2
 """The shortest lease that etcd grants here."""
 Keep = Callable[..., Keeper]

@@ -22,6 +22,8 @@ from tests.nats_keys import Operator, identity
 from tests.nats_listener import listening_to
 from tests.servers import listening, running_nats
 
+pytestmark = pytest.mark.slow
+
 SUBJECT = "dynamo_mpi.v1.a.b.c"
 MOST = 256
 TOKEN = {"NATS_AUTH_TOKEN": "wr0ng"}

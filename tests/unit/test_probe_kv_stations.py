@@ -29,6 +29,8 @@ from dynamo_mpi.probe.kv_wire import FETCH, ORDER, TalkError, access_of, talk_to
 from tests.unit.kv_hosts import needs_nixl, needs_ucx
 from tests.unit.worlds import world
 
+pytestmark = pytest.mark.slow
+
 TOKENS = {"prefill": "ab" * 32, "decode": "cd" * 32}
 RUN = b"r" * 16
 

@@ -35,6 +35,8 @@ from dynamo_mpi.talk import RankLogger
 from tests.conftest import ROOT
 from tests.unit.test_liveness import Watchtower, heard
 
+pytestmark = pytest.mark.slow
+
 LOOPBACK = {"DYN_SYSTEM_PORT": "0", "DYN_SYSTEM_HOST": "127.0.0.1"}
 PROMPT = 10.0
 

@@ -23,6 +23,8 @@ from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd
 from tests.unit.recorded_log import RecordedLog
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 3
 ENDPOINT = "dyn://dynamo.backend.generate"
 PATH = "dynamo/backend/generate"

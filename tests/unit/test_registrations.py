@@ -30,6 +30,8 @@ from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, drip, listening, reply, running, running_etcd, running_secured_etcd
 from tests.unit.worlds import world
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = "dynmpi-0a1b2c3d-decode-0"
 # beyond the product's own limit, on a busy machine
 MARGIN_SECONDS = 1.5

@@ -11,6 +11,8 @@ import pytest
 from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.launchers.time_limit import TimeLimit, end_in_time
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("text", ["", "0", "tomorrow", "-5", "12.5", "UNLIMITED", "9" * 30, "١٢٣"])
 def test_what_slurm_would_not_say_is_no_limit(text: str) -> None:

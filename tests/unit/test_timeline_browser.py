@@ -12,6 +12,8 @@ from dynamo_mpi.telemetry.timeline_page import DARK, LIGHT, page
 from tests.browser import Browser, find_browser
 from tests.unit.timelines import BEGAN, HOSTILE, services, skewed, start_of
 
+pytestmark = pytest.mark.slow
+
 # what the page looks like to the browser; a text's box has two pixels of air above and below its letters
 LOOK = """
 const svgs = [...document.querySelectorAll('.picture svg')];
