@@ -48,7 +48,7 @@ def rank(**changes: Any) -> list[dict[str, Any]]:
 
 def test_an_offer_survives_json() -> None:
     assert parse_offer(document()) == OFFER
-    by_ipv6 = replace(OFFER, transport="nixl", holders=(replace(OFFER.holders[0], host="fd00::2"), *OFFER.holders[1:]))
+    by_ipv6 = replace(OFFER, holders=(replace(OFFER.holders[0], host="fd00::2"), *OFFER.holders[1:]))
     assert parse_offer(json.loads(json.dumps(by_ipv6.to_json()))) == by_ipv6
     check_offer(OFFER, LAYOUT, PROMPT, vocab_size=100)
 

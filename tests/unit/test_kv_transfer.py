@@ -16,7 +16,6 @@ import pytest
 
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_client import FetchError, fetch, release
-from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
 from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder, Offer, digest_of
 from dynamo_mpi.engines.reference.kv_server import KvServer
 from dynamo_mpi.engines.reference.kv_shards import Holding, Piece
@@ -40,7 +39,6 @@ OFFER = Offer(
     holders=(Holder("127.0.0.1", 1, HOLDING),),
 )
 PIECE = Piece(0, range(11, 13), range(3, 5))
-UNUSED = NixlAgent()
 
 
 class Clock:
@@ -91,7 +89,7 @@ def peer(answer: Callable[[socket.socket], None]) -> Iterator[int]:
 
 
 def get(offer: Offer, piece: Piece = PIECE) -> Float32Array:
-    return fetch(offer, piece, Deadline.after(5), UNUSED)
+    return fetch(offer, piece, Deadline.after(5))
 
 
 def server_port(offer: Offer) -> int:
@@ -100,7 +98,7 @@ def server_port(offer: Offer) -> int:
 
 def refused(offer: Offer, piece: Piece = PIECE, seconds: float = 5.0) -> str:
     with pytest.raises(FetchError) as error:
-        fetch(offer, piece, Deadline.after(seconds), UNUSED)
+        fetch(offer, piece, Deadline.after(seconds))
     return str(error.value)
 
 

@@ -25,8 +25,6 @@ class ReferenceConfig:
         pp_size: stages of layers; times ``tp_size`` it is the engine's world.
         cp_size: has to be 1.
         serves_kv: whether decode workers may fetch KV from this engine: it is a prefill worker's.
-        kv_transport: ``"tcp"`` or ``"nixl"``: how it gets there. Decode goes by what prefill has chosen, but is ready for NIXL at once if it
-            is told so.
         kv_network: interface, network or address to serve it at; None takes the host's own address.
         kv_keep_seconds: how long KV waits to be fetched.
         kv_pull_seconds: how long fetching the KV of one request may take.
@@ -45,7 +43,6 @@ class ReferenceConfig:
     pp_size: int = 1
     cp_size: int = 1
     serves_kv: bool = False
-    kv_transport: str = "tcp"
     kv_network: str | None = None
     kv_keep_seconds: float = 60.0
     kv_pull_seconds: float = 10.0

@@ -88,7 +88,7 @@ class ReferenceEngine:
             ModelError: the model can't be read, or is not one this engine computes.
             LayoutError: the model can't be split like this.
             DataError: ``max_seq_len`` is beyond the model's context.
-            UsageError: this host has no address for KV as it was asked for, or no NIXL.
+            UsageError: this host has no address for KV as it was asked for.
             EngineError: the memory is too small, or KV can't be served.
         """
         self._loaded = load_parts(self._comm, self._config, self._rank)

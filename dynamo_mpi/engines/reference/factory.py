@@ -49,7 +49,6 @@ def build_reference_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: in
         **layout,
         **sizes,
         serves_kv=spec.role == "prefill",
-        kv_transport="tcp" if spec.role == "agg" else spec.kv_transport,
         kv_network=spec.kv_network or None,
         kv_keep_seconds=spec.kv_keep_seconds,
         kv_pull_seconds=spec.kv_pull_seconds,

@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
-from dynamo_mpi.engines.reference.kv_nixl import NixlAgent, NixlError
-from dynamo_mpi.engines.reference.kv_offer import NIXL, Holder, Offer
+from dynamo_mpi.engines.reference.kv_offer import Holder, Offer
 from dynamo_mpi.engines.reference.kv_shards import Piece
 from dynamo_mpi.engines.reference.kv_socket import Deadline, FrameSocket
 from dynamo_mpi.engines.reference.kv_wire import (
     FLOAT32,
     Fetch,
     Hello,
-    Located,
-    Read,
     Refused,
     Release,
     Released,
@@ -35,9 +30,7 @@ from dynamo_mpi.engines.reference.kv_wire import (
     is_signed,
     sign,
 )
-from dynamo_mpi.errors import UsageError
 
-Answer = TypeVar("Answer", Shard, Located)
 _MOST_PLAUSIBLE = 1e6
 """Larger keys could overflow, and NaN spreads: attention over a range of slots multiplies by zero what is masked, of all requests."""
 
@@ -46,7 +39,7 @@ class FetchError(Exception):
     """The KV didn't come; the text says from which rank, and why."""
 
 
-def fetch(offer: Offer, piece: Piece, deadline: Deadline, nixl: NixlAgent) -> Float32Array:
+def fetch(offer: Offer, piece: Piece, deadline: Deadline) -> Float32Array:
     """Return one piece, ``[2, layers, heads, tokens, head_dim]``, keys first.
 
     Raises:
@@ -55,19 +48,10 @@ def fetch(offer: Offer, piece: Piece, deadline: Deadline, nixl: NixlAgent) -> Fl
     with _conversation(offer, piece.holder, deadline) as talk:
         talk.say(Fetch(offer.transfer_id, piece.layers, piece.heads))
         shape = (2, len(piece.layers), len(piece.heads), offer.prompt_tokens, offer.layout.head_dim)
-        if offer.transport == NIXL:
-            located = talk.hear(Located)
-            values = np.empty(shape, "<f4")
-            nixl.read(located, values, talk.pause)
-            checksum = zlib.crc32(_bytes(values))
-            talk.say(Read(offer.transfer_id))
-            shard = talk.hear(Shard)
-            _check_shape(shard, offer, piece)
-        else:
-            shard = talk.hear(Shard)
-            _check_shape(shard, offer, piece)
-            values = np.empty(shape, "<f4")
-            checksum = talk.peer.receive_payload(_bytes(values))
+        shard = talk.hear()
+        _check_shape(shard, offer, piece)
+        values = np.empty(shape, "<f4")
+        checksum = talk.peer.receive_payload(memoryview(values.data).cast("B"))
         if checksum != shard.checksum:
             raise WireError("what came is damaged: its checksum is wrong")
         # both are NaN where one number is, and no comparison holds for that
@@ -103,25 +87,17 @@ class _Conversation:
     secret: bytes
     nonce: bytes
 
-    def say(self, message: Fetch | Read | Release) -> None:
+    def say(self, message: Fetch | Release) -> None:
         self.peer.send(sign(message, self.secret, self.nonce))
 
-    def hear(self, kind: type[Answer]) -> Answer:
-        """Return the peer's answer, which has to be of this kind and signed."""
+    def hear(self) -> Shard:
+        """Return the peer's answer, which has to be a signed shard."""
         answer = self.peer.receive()
         if isinstance(answer, Refused):
             raise WireError(f"refused: {answer.reason}")
-        if not isinstance(answer, (Shard, Located)) or not is_signed(answer, self.secret, self.nonce):
+        if not isinstance(answer, Shard) or not is_signed(answer, self.secret, self.nonce):
             raise WireError("the peer doesn't know the secret of this transfer")
-        if not isinstance(answer, kind):
-            raise WireError("the peer hands KV over by another transport than its offer says")
         return answer
-
-    def pause(self, seconds: float) -> None:
-        """Wait; raises if the peer goes meanwhile, or the deadline passes."""
-        if self.peer.readable(seconds):
-            answer = self.peer.receive()
-            raise WireError(f"refused: {answer.reason}" if isinstance(answer, Refused) else "an answer out of turn")
 
 
 @contextlib.contextmanager
@@ -135,7 +111,7 @@ def _conversation(offer: Offer, rank: int, deadline: Deadline) -> Iterator[_Conv
             if not isinstance(hello, Hello):
                 raise WireError("the peer doesn't begin as a KV server does")
             yield _Conversation(peer, offer.secret, hello.nonce)
-    except (OSError, WireError, NixlError, UsageError, MemoryError) as error:
+    except (OSError, WireError, MemoryError) as error:
         raise FetchError(f"prefill rank {rank} at {_place(holder)}: {error or type(error).__name__}") from None
 
 
@@ -145,10 +121,6 @@ def _check_shape(shard: Shard, offer: Offer, piece: Piece) -> None:
     expected = (piece.layers, piece.heads, tokens, head_dim, FLOAT32, size)
     if (shard.layers, shard.heads, shard.tokens, shard.head_dim, shard.dtype, shard.size) != expected:
         raise WireError("the peer offers something else than was asked for")
-
-
-def _bytes(values: Float32Array) -> memoryview:
-    return memoryview(values.data).cast("B")
 
 
 def _place(holder: Holder) -> str:

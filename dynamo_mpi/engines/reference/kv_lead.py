@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.kv_client import release
 from dynamo_mpi.engines.reference.kv_offer import (
-    NIXL,
     CacheLayout,
     Holder,
     Offer,
@@ -31,7 +30,6 @@ from dynamo_mpi.engines.reference.kv_orders import Abandon, Drop, Keep, Order, P
 from dynamo_mpi.engines.reference.kv_rank import RankHandoff
 from dynamo_mpi.engines.reference.kv_socket import Deadline
 from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES
-from dynamo_mpi.engines.reference.nixl_library import missing_nixl, nixl_installed
 from dynamo_mpi.errors import EngineError
 
 _log = logging.getLogger(__name__)
@@ -72,7 +70,6 @@ class LeadHandoff:
         ranks: rank 0's own part in it.
         layout: of this engine's KV.
         holders: where this engine's ranks serve theirs; empty but for prefill workers.
-        transport: by which they do.
         sizes: this engine's tensor- and pipeline-parallel size.
         pull_seconds: how long a pull may take.
     """
@@ -83,7 +80,6 @@ class LeadHandoff:
         ranks: RankHandoff,
         layout: CacheLayout,
         holders: tuple[Holder, ...],
-        transport: str,
         sizes: tuple[int, int],
         pull_seconds: float,
     ) -> None:
@@ -91,7 +87,6 @@ class LeadHandoff:
         self._ranks = ranks
         self._layout = layout
         self._holders = holders
-        self._transport = transport
         self._sizes = sizes
         self._pull_seconds = pull_seconds
         self._numbers = itertools.count()
@@ -112,11 +107,6 @@ class LeadHandoff:
             check_offer(offer, self._layout, request.prompt_token_ids, vocab_size)
         except OfferError as error:
             raise EngineError(str(error)) from None
-        if offer.transport == NIXL and not nixl_installed():
-            missing = missing_nixl()
-            raise EngineError(
-                f"the prefill worker hands KV over by NIXL: {missing.found}", needed=missing.needed, fix=missing.fix
-            )
         return offer
 
     def with_offer(self, request: GenerationRequest, slot: int, chunk: TokenChunk) -> TokenChunk:
@@ -151,7 +141,6 @@ class LeadHandoff:
             prompt_digest=digest_of(prompt),
             first_token=first_token,
             holders=self._holders,
-            transport=self._transport,
         )
 
     def begin(self, request_id: str, slot: int, offer: Offer) -> None:

@@ -18,8 +18,7 @@ from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES
 KIND = "dynamo_mpi-reference-kv"
 VERSION = 1
 DTYPE = "float32"
-TCP, NIXL = "tcp", "nixl"
-"""How keys and values travel. All else, what NIXL's agents need to know of each other included, goes over our own TCP connections."""
+TRANSPORT = "tcp"
 
 _MOST_RANKS = 4096
 _MOST = 2**31
@@ -73,7 +72,6 @@ class Offer:
         prompt_digest: see `digest_of`.
         first_token: that prefill has chosen after the prompt.
         holders: by prefill rank.
-        transport: TCP or NIXL, as the prefill worker has chosen.
     """
 
     transfer_id: bytes
@@ -85,14 +83,13 @@ class Offer:
     prompt_digest: str
     first_token: int
     holders: tuple[Holder, ...]
-    transport: str = TCP
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return {
             "kind": KIND,
             "version": VERSION,
-            "transport": self.transport,
+            "transport": TRANSPORT,
             "transfer_id": self.transfer_id.hex(),
             "secret": self.secret.hex(),
             **vars(self.layout),
@@ -128,10 +125,9 @@ def parse_offer(document: object) -> Offer:
         raise OfferError("the KV of this request comes from another kind of prefill worker")
     if type(document.get("version")) is not int or document["version"] != VERSION:
         raise OfferError(f"the KV offer has version {document.get('version')!r}, this decode worker reads {VERSION}")
-    transport = document.get("transport")
-    if transport not in (TCP, NIXL):
+    if (transport := document.get("transport")) != TRANSPORT:
         raise OfferError(
-            f"the KV of this request travels by {str(transport)[:40]!r}, this decode worker knows {TCP} and {NIXL}"
+            f"the prefill worker hands KV over by {str(transport)[:40]!r}, this decode worker fetches it by {TRANSPORT}"
         )
     ranks = document.get("ranks")
     if not isinstance(ranks, list) or not 1 <= len(ranks) <= _MOST_RANKS:
@@ -153,7 +149,6 @@ def parse_offer(document: object) -> Offer:
         prompt_digest=_text(document, "prompt_digest"),
         first_token=_number(document, "first_token", 0),
         holders=tuple(_holder(rank) for rank in ranks),
-        transport=transport,
     )
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dynamo_mpi.engines.reference.attention import KeyValueCache
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_client import FetchError, fetch
-from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
 from dynamo_mpi.engines.reference.kv_offer import Offer
 from dynamo_mpi.engines.reference.kv_shards import Holding, Piece, pieces_of
 from dynamo_mpi.engines.reference.kv_socket import Deadline
@@ -33,15 +32,13 @@ class BackgroundPull:
         need: what this rank holds.
         rank: this rank's number.
         seconds: for all of it.
-        nixl: to read with, if that is how it is offered.
     """
 
-    def __init__(self, offer: Offer, need: Holding, rank: int, seconds: float, nixl: NixlAgent) -> None:
+    def __init__(self, offer: Offer, need: Holding, rank: int, seconds: float) -> None:
         self._offer = offer
         self._need = need
         self._deadline = Deadline.after(seconds)
         self._seconds = seconds
-        self._nixl = nixl
         self._abandoned = threading.Event()
         self._fetched: Sequence[tuple[Piece, Float32Array]] | None = None
         self._failure = ""
@@ -86,7 +83,7 @@ class BackgroundPull:
             for piece in pieces_of(self._need, [holder.holding for holder in self._offer.holders], rank):
                 if self._abandoned.is_set():
                     return
-                fetched.append((piece, fetch(self._offer, piece, self._deadline, self._nixl)))
+                fetched.append((piece, fetch(self._offer, piece, self._deadline)))
             self._fetched = fetched
         except (FetchError, ValueError) as error:
             self._failure = str(error) or type(error).__name__

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from dynamo_mpi.engines.reference.agreement import Agreement
 from dynamo_mpi.engines.reference.attention import KeyValueCache
-from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
 from dynamo_mpi.engines.reference.kv_offer import parse_offer
 from dynamo_mpi.engines.reference.kv_orders import Abandon, Drop, Keep, Order, Poll, Pull
 from dynamo_mpi.engines.reference.kv_pull import DONE, FAILED, PENDING, BackgroundPull
@@ -48,7 +47,6 @@ class RankHandoff:
         pull_seconds: how long a pull may take.
         store: of a prefill worker.
         server: of a prefill worker, serving ``store``.
-        nixl: to read with, or be read from.
     """
 
     def __init__(
@@ -60,7 +58,6 @@ class RankHandoff:
         pull_seconds: float,
         store: KvStore | None = None,
         server: KvServer | None = None,
-        nixl: NixlAgent | None = None,
     ) -> None:
         self._rank = rank
         self._holding = holding
@@ -69,7 +66,6 @@ class RankHandoff:
         self._pull_seconds = pull_seconds
         self._store = store
         self._server = server
-        self._nixl = nixl or NixlAgent()
         self._pulls: dict[int, tuple[int, BackgroundPull]] = {}
 
     @property
@@ -116,7 +112,7 @@ class RankHandoff:
     def begin(self, order: Pull) -> None:
         """Begin to fetch this rank's part."""
         offer = parse_offer(json.loads(order.offer))
-        pull = BackgroundPull(offer, self._holding, self._rank, self._pull_seconds, self._nixl)
+        pull = BackgroundPull(offer, self._holding, self._rank, self._pull_seconds)
         self._pulls[order.number] = (order.slot, pull)
 
     def poll(self, order: Poll) -> list[Settled]:
@@ -147,7 +143,6 @@ class RankHandoff:
             time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
-        """Stop serving and reading."""
+        """Stop serving."""
         if self._server is not None:
             self._server.close()
-        self._nixl.close()

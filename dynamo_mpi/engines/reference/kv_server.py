@@ -8,7 +8,6 @@ long. A peer that stalls, lies or says nonsense costs itself its connection.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import secrets
 import socket
@@ -18,7 +17,6 @@ import zlib
 import numpy as np
 
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
-from dynamo_mpi.engines.reference.kv_nixl import POLL_SECONDS, NixlAgent
 from dynamo_mpi.engines.reference.kv_shards import Holding, covers
 from dynamo_mpi.engines.reference.kv_socket import Deadline, FrameSocket
 from dynamo_mpi.engines.reference.kv_store import Kept, KvStore
@@ -27,8 +25,6 @@ from dynamo_mpi.engines.reference.kv_wire import (
     NONCE_BYTES,
     Fetch,
     Hello,
-    Located,
-    Read,
     Refused,
     Release,
     Released,
@@ -51,18 +47,14 @@ class KvServer:
     Args:
         store: what is handed out.
         host: address to listen on; the system chooses the port.
-        nixl: lets peers read by NIXL what they ask for; None sends it to them over the connection.
         connection_seconds: how long one connection may last from a request of somebody who knows a secret on; strangers get less.
 
     Raises:
         OSError: the address can't be listened on.
     """
 
-    def __init__(
-        self, store: KvStore, host: str, nixl: NixlAgent | None = None, connection_seconds: float = 30.0
-    ) -> None:
+    def __init__(self, store: KvStore, host: str, connection_seconds: float = 30.0) -> None:
         self._store = store
-        self._nixl = nixl
         self._connection_seconds = connection_seconds
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
@@ -145,33 +137,14 @@ class KvServer:
             if isinstance(request, Release):
                 self._store.release(request.transfer_id)
                 peer.send(Released())
-            elif self._nixl is None:
-                _send(peer, kept, request, nonce)
             else:
-                _let_read(peer, kept, request, nonce, self._nixl)
+                _send(peer, kept, request, nonce)
 
 
 def _send(peer: FrameSocket, kept: Kept, request: Fetch, nonce: bytes) -> None:
     payload = memoryview(np.ascontiguousarray(_wanted(kept, request), "<f4").data).cast("B")
     peer.send(sign(_shard(kept, request, zlib.crc32(payload)), kept.secret, nonce))
     peer.send_payload(payload)
-
-
-def _let_read(peer: FrameSocket, kept: Kept, request: Fetch, nonce: bytes, nixl: NixlAgent) -> None:
-    """Say where it lies, and vouch for it once the peer has read it: ``kept`` holds it in its place until then."""
-    wanted = _wanted(kept, request)
-    half_stride, layer_stride = wanted.strides[:2]
-    peer.send(sign(Located(wanted.ctypes.data, half_stride, layer_stride, nixl.description), kept.secret, nonce))
-    checksum = 0
-    for run in itertools.chain(*wanted):
-        checksum = zlib.crc32(memoryview(run.data).cast("B"), checksum)
-        nixl.progress()
-    while not peer.readable(POLL_SECONDS):
-        nixl.progress()
-    done = peer.receive()
-    if not isinstance(done, Read) or done.transfer_id != request.transfer_id or not is_signed(done, kept.secret, nonce):
-        raise WireError("this server waits to be told that what it located has been read")
-    peer.send(sign(_shard(kept, request, checksum), kept.secret, nonce))
 
 
 def _wanted(kept: Kept, request: Fetch) -> Float32Array:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import time
 import zlib
@@ -47,19 +46,6 @@ class FrameSocket:
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self._socket = connection
         self.deadline = deadline
-
-    def readable(self, seconds: float) -> bool:
-        """Wait for the peer to say something, or to go; return whether it has.
-
-        Args:
-            seconds: to wait at most.
-
-        Raises:
-            TimeoutError: the deadline has passed.
-        """
-        poller = select.poll()
-        poller.register(self._socket, select.POLLIN)
-        return bool(poller.poll(min(seconds, self.deadline.left()) * 1000))
 
     def send(self, message: Message) -> None:
         """Send one frame."""

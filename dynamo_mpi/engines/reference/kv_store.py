@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
-from dynamo_mpi.engines.reference.kv_arena import Arena, ArenaFullError
 from dynamo_mpi.engines.reference.kv_shards import Holding
 
 
@@ -54,9 +53,6 @@ class KvStore:
         clock: monotonic seconds.
     """
 
-    arena: Arena | None = None
-    """Where copies are made; anywhere, if there is none."""
-
     def __init__(self, most_tokens: int, keep_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.most_tokens = most_tokens
         self._keep_seconds = keep_seconds
@@ -90,14 +86,7 @@ class KvStore:
                     f"the KV of {len(self._kept)} prompts, {waiting} tokens, waits for decode workers; "
                     f"there is room for {self.most_tokens} tokens"
                 )
-        shape = (len(halves), *halves[0].shape)
-        try:
-            values = np.empty(shape, np.float32) if self.arena is None else self.arena.take(shape)
-        except ArenaFullError as error:
-            raise StoreFullError(
-                f"KV that waits for decode workers, or is being read, leaves no room: {error}"
-            ) from None
-        np.stack(halves, out=values)
+        values = np.stack(halves)
         with self._lock:
             self._kept[transfer_id] = Kept(secret, holding, values, self._clock() + self._keep_seconds)
 

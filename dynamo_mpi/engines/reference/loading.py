@@ -13,10 +13,8 @@ from dynamo_mpi.engines.protocol import EngineLimits
 from dynamo_mpi.engines.reference.agreement import Agreement, AloneAgreement, MpiAgreement
 from dynamo_mpi.engines.reference.collectives import Collectives, MpiCollectives, SingleRank
 from dynamo_mpi.engines.reference.config import ReferenceConfig, find_model_gguf
-from dynamo_mpi.engines.reference.kv_arena import Arena
 from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
-from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
-from dynamo_mpi.engines.reference.kv_offer import NIXL, CacheLayout, Holder
+from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder
 from dynamo_mpi.engines.reference.kv_orders import Order
 from dynamo_mpi.engines.reference.kv_rank import RankHandoff
 from dynamo_mpi.engines.reference.kv_server import KvServer
@@ -58,17 +56,14 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
         ModelError: the model can't be read, or is not one this engine computes.
         LayoutError: the model can't be split like this.
         DataError: ``max_seq_len`` is beyond the model's context.
-        UsageError: this host has no address for KV as it was asked for, or no NIXL.
+        UsageError: this host has no address for KV as it was asked for.
         EngineError: the memory is too small, or KV can't be served.
     """
     # First of all: a rank that failed below would leave the others waiting in these.
     comm = None if communicator is None or communicator.Get_size() == 1 else communicator.Dup()
     stage = _stage_of(comm, config, rank)
     agreement: Agreement = AloneAgreement() if comm is None else MpiAgreement(comm)
-    nixl = NixlAgent(config.kv_network)
-    serving = _Serving(config, agreement, nixl) if config.serves_kv else None
-    if config.kv_transport == NIXL:
-        nixl.open()  # before the weights; without this, a decode worker opens it for the first offer that needs it
+    serving = _Serving(config, agreement) if config.serves_kv else None
     path = find_model_gguf(config.model_dir)
     try:
         weights = load_weights(path, rank, config.tp_size, config.pp_size)
@@ -88,9 +83,6 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
     if serving is not None:
         # as much again as the KV cache itself
         serving.store.most_tokens = config.max_batch_size * context
-        if config.kv_transport == NIXL:
-            serving.store.arena = Arena(transformer.cache.keys.size + transformer.cache.values.size)
-            nixl.share(serving.store.arena.memory)
     handoff = RankHandoff(
         rank,
         Holding(weights.stage.layers, weights.share.kv_heads),
@@ -99,7 +91,6 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
         config.kv_pull_seconds,
         None if serving is None else serving.store,
         None if serving is None else serving.server,
-        nixl,
     )
     return Loaded(
         transformer=transformer,
@@ -122,21 +113,15 @@ class _Serving:
     """A prefill rank's store and server. Collective: all ranks hear of all addresses before one that can't serve raises.
 
     Raises:
-        UsageError: this host has no such address, or no NIXL where that was asked for.
+        UsageError: this host has no such address.
         EngineError: it can't be listened on.
     """
 
-    def __init__(self, config: ReferenceConfig, agreement: Agreement, nixl: NixlAgent) -> None:
+    def __init__(self, config: ReferenceConfig, agreement: Agreement) -> None:
         self.store = KvStore(0, config.kv_keep_seconds)
         place = ""
         try:
-            if config.kv_transport == NIXL:
-                nixl.open()
-            self.server = KvServer(
-                self.store,
-                host_address(config.kv_network, "--kv-network / DYN_MPI_KV_NETWORK"),
-                nixl if config.kv_transport == NIXL else None,
-            )
+            self.server = KvServer(self.store, host_address(config.kv_network, "--kv-network / DYN_MPI_KV_NETWORK"))
             host, port = self.server.address
             place = f"{host}:{port}"
         except OSError as error:
@@ -181,7 +166,6 @@ def _lead(
         handoff,
         layout,
         tuple(holders),
-        config.kv_transport,
         (config.tp_size, config.pp_size),
         config.kv_pull_seconds,
     )
