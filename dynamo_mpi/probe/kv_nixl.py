@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.weights import Float32Array
 from dynamo_mpi.probe.nixl_library import new_agent, unusable
 
 POLL_SECONDS = 0.001

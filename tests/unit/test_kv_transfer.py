@@ -14,7 +14,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_client import FetchError, fetch, release
 from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder, Offer, digest_of
 from dynamo_mpi.engines.reference.kv_server import KvServer
@@ -22,6 +21,7 @@ from dynamo_mpi.engines.reference.kv_shards import Holding, Piece
 from dynamo_mpi.engines.reference.kv_socket import Deadline, FrameSocket
 from dynamo_mpi.engines.reference.kv_store import KvStore, StoreFullError
 from dynamo_mpi.engines.reference.kv_wire import Fetch, Hello, Refused, Shard, encode, sign
+from dynamo_mpi.engines.reference.weights import Float32Array
 from tests.unit.kv_hosts import needs_ipv6
 
 HOLDING = Holding(range(10, 14), range(2, 5))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.engines.reference.config import ReferenceConfig
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.in_flight import InFlight, Served
 from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
 from dynamo_mpi.engines.reference.loading import Loaded, load_parts
@@ -24,6 +23,7 @@ from dynamo_mpi.engines.reference.request_checks import check_request
 from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
 from dynamo_mpi.engines.reference.scheduler import Scheduler, Step, TokenChoice
 from dynamo_mpi.engines.reference.step_plan import StepPlan
+from dynamo_mpi.engines.reference.weights import Float32Array
 from dynamo_mpi.errors import EngineError, LayoutError
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_offer import Holder, Offer
 from dynamo_mpi.engines.reference.kv_shards import Piece
 from dynamo_mpi.engines.reference.kv_socket import Deadline, FrameSocket
@@ -30,6 +29,7 @@ from dynamo_mpi.engines.reference.kv_wire import (
     is_signed,
     sign,
 )
+from dynamo_mpi.engines.reference.weights import Float32Array
 
 _MOST_PLAUSIBLE = 1e6
 """Larger keys could overflow, and NaN spreads: attention over a range of slots multiplies by zero what is masked, of all requests."""

@@ -12,11 +12,11 @@ import time
 from collections.abc import Sequence
 
 from dynamo_mpi.engines.reference.attention import KeyValueCache
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_client import FetchError, fetch
 from dynamo_mpi.engines.reference.kv_offer import Offer
 from dynamo_mpi.engines.reference.kv_shards import Holding, Piece, pieces_of
 from dynamo_mpi.engines.reference.kv_socket import Deadline
+from dynamo_mpi.engines.reference.weights import Float32Array
 
 FAILED, PENDING, DONE = 0, 1, 2
 """How a pull stands; the lowest over all ranks is how it stands for the engine."""

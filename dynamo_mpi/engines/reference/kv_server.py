@@ -16,7 +16,6 @@ import zlib
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_shards import Holding, covers
 from dynamo_mpi.engines.reference.kv_socket import Deadline, FrameSocket
 from dynamo_mpi.engines.reference.kv_store import Kept, KvStore
@@ -33,6 +32,7 @@ from dynamo_mpi.engines.reference.kv_wire import (
     is_signed,
     sign,
 )
+from dynamo_mpi.engines.reference.weights import Float32Array
 
 _log = logging.getLogger(__name__)
 _MOST_CONNECTIONS = 64

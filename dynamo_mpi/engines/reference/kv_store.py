@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.kv_shards import Holding
+from dynamo_mpi.engines.reference.weights import Float32Array
 
 
 class StoreFullError(Exception):

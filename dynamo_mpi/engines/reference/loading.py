@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from dynamo_mpi.engines.protocol import EngineLimits
 from dynamo_mpi.engines.reference.agreement import Agreement, AloneAgreement, MpiAgreement
 from dynamo_mpi.engines.reference.collectives import Collectives, MpiCollectives, SingleRank
-from dynamo_mpi.engines.reference.config import ReferenceConfig, find_model_gguf
+from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
 from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder
 from dynamo_mpi.engines.reference.kv_orders import Order
@@ -20,20 +17,17 @@ from dynamo_mpi.engines.reference.kv_rank import RankHandoff
 from dynamo_mpi.engines.reference.kv_server import KvServer
 from dynamo_mpi.engines.reference.kv_shards import Holding
 from dynamo_mpi.engines.reference.kv_store import KvStore
-from dynamo_mpi.engines.reference.pipeline import MpiPipeline, Pipeline, SingleStage, stage_of
+from dynamo_mpi.engines.reference.pipeline import MpiPipeline, Pipeline, SingleStage
 from dynamo_mpi.engines.reference.scheduler import Scheduler
-from dynamo_mpi.engines.reference.shape import LlamaShape, share_of
+from dynamo_mpi.engines.reference.shape import share_of, stage_of
 from dynamo_mpi.engines.reference.step_channel import StepChannel
 from dynamo_mpi.engines.reference.transformer import Transformer
-from dynamo_mpi.engines.reference.weights import load_weights
+from dynamo_mpi.engines.reference.weights import ModelFile, load_weights, open_model
 from dynamo_mpi.errors import EngineError
 from dynamo_mpi.services.host_address import host_address
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-_FINGERPRINT_BYTES = 1 << 20
-_FINGERPRINT_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -64,9 +58,9 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
     stage = _stage_of(comm, config, rank)
     agreement: Agreement = AloneAgreement() if comm is None else MpiAgreement(comm)
     serving = _Serving(config, agreement) if config.serves_kv else None
-    path = find_model_gguf(config.model_dir)
+    model = open_model(config.model_dir)
     try:
-        weights = load_weights(path, rank, config.tp_size, config.pp_size)
+        weights = load_weights(model, rank, config.tp_size, config.pp_size)
         context = config.context_length(weights.shape.max_position_embeddings)
         pipeline: Pipeline = (
             SingleStage() if comm is None or stage is comm else MpiPipeline(comm, config.tp_size, weights.stage)
@@ -105,7 +99,7 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
         ),
         vocab_size=weights.shape.vocab_size,
         handoff=handoff,
-        lead=_lead(config, path, weights.shape, channel, handoff, serving) if rank == 0 else None,
+        lead=_lead(config, model, channel, handoff, serving) if rank == 0 else None,
     )
 
 
@@ -136,13 +130,12 @@ class _Serving:
 
 def _lead(
     config: ReferenceConfig,
-    path: Path,
-    shape: LlamaShape,
+    model: ModelFile,
     channel: StepChannel | None,
     handoff: RankHandoff,
     serving: _Serving | None,
 ) -> LeadHandoff:
-    holders = []
+    shape, holders = model.shape, []
     for rank, place in enumerate([] if serving is None else serving.places):
         host, _, port = place.rpartition(":")
         layers = stage_of(shape.num_hidden_layers, rank, config.tp_size, config.pp_size).layers
@@ -150,7 +143,7 @@ def _lead(
         # a rank without a port has failed: this engine will never start
         holders.append(Holder(host, int(port or 0), Holding(layers, heads)))
     layout = CacheLayout(
-        model=model_fingerprint(path),
+        model=model.fingerprint,
         layers=shape.num_hidden_layers,
         kv_heads=shape.num_key_value_heads,
         head_dim=shape.head_dim,
@@ -169,20 +162,6 @@ def _lead(
         (config.tp_size, config.pp_size),
         config.kv_pull_seconds,
     )
-
-
-def model_fingerprint(path: Path) -> str:
-    """Return what tells one model file from another: a hash of its size, its beginning and its end.
-
-    The beginning holds all metadata and the shapes; reading all of a large file would cost every start.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_FINGERPRINT_BYTES))
-        file.seek(max(0, size - _FINGERPRINT_BYTES), os.SEEK_SET)
-        digest.update(file.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()[:_FINGERPRINT_DIGITS]
 
 
 def _stage_of(comm: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> MPI.Intracomm | None:

@@ -1,66 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipeline parallelism: each stage holds some layers, and hands its rows on to the next.
-
-Ranks are numbered as TensorRT-LLM numbers them: tensor parallelism fastest, pipeline slowest (its ``MpiTopology``), so that
-with blocks of ranks per node the tensor-parallel sums stay inside a node and only one row per token crosses between nodes.
-"""
+"""Pipeline parallelism: each stage holds some layers, and sends its rows to the next."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
-from dynamo_mpi.engines.reference.shape import part_of
+from dynamo_mpi.engines.reference.shape import Stage
 from dynamo_mpi.engines.reference.step_channel import sleep_seconds
-from dynamo_mpi.errors import LayoutError
+from dynamo_mpi.engines.reference.weights import Float32Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 _HIDDEN_TAG, _LOGITS_TAG = 1, 2
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The layers of one rank.
-
-    Args:
-        index: of this stage, from 0.
-        count: of all stages.
-        layers: global numbers of its layers.
-    """
-
-    index: int
-    count: int
-    layers: range
-
-    @property
-    def is_first(self) -> bool:
-        return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.index == self.count - 1
-
-
-def stage_of(layers: int, rank: int, tp_size: int, pp_size: int) -> Stage:
-    """Return the stage of ``rank``; the first stages hold one layer more where it doesn't come out even (F1: ``mapping.py: pp_layers``).
-
-    Raises:
-        LayoutError: there are more stages than layers (F3).
-    """
-    if layers < pp_size:
-        raise LayoutError(
-            f"{layers} layers are not enough for pipeline_parallel_size {pp_size}",
-            needed=f"pipeline_parallel_size of at most {layers}",
-            fix="lower pipeline_parallel_size in the engine config and start fewer ranks",
-        )
-    index = rank // tp_size
-    return Stage(index, pp_size, part_of(layers, pp_size, index))
 
 
 class Pipeline(Protocol):
