@@ -8,7 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.engines.reference.kv_socket import Deadline
+from dynamo_mpi.engines.reference.kv_wire import Deadline
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.probe.kv_answer import FAILED, LARGE_BYTES, LATE, MIDDLE_BYTES, OK, SMALL_BYTES, Pull
 from dynamo_mpi.probe.kv_nixl import Located, NixlAgent, NixlError

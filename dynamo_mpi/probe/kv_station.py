@@ -23,7 +23,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.engines.reference.kv_socket import Deadline
+from dynamo_mpi.engines.reference.kv_wire import Deadline
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.probe.kv_answer import LARGE_BYTES
 from dynamo_mpi.probe.kv_fetch import Source, pull_from

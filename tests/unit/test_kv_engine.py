@@ -14,7 +14,7 @@ import pytest
 
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Sampling
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
-from dynamo_mpi.engines.reference.kv_store import KvStore
+from dynamo_mpi.engines.reference.kv_tcp import KvStore
 from dynamo_mpi.errors import EngineError, UsageError
 from tests.unit.test_reference_engine import GOLDEN, PROMPT, Receiver, build
 
@@ -54,7 +54,7 @@ def go_on(decode: ReferenceEngine, offer: dict[str, Any], name: str = "d", **set
 
 def store_of(prefill: ReferenceEngine) -> KvStore:
     assert prefill._loaded is not None
-    store = prefill._loaded.handoff._store
+    store = prefill._loaded.kv_worker._store
     assert store is not None
     return store
 

@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from dynamo_mpi.engines.protocol import EngineLimits
-from dynamo_mpi.engines.reference.agreement import Agreement, AloneAgreement, MpiAgreement
-from dynamo_mpi.engines.reference.collectives import Collectives, MpiCollectives, SingleRank
+from dynamo_mpi.engines.reference.collectives import (
+    Collectives,
+    MpiCollectives,
+    MpiPipeline,
+    Pipeline,
+    SingleRank,
+    SingleStage,
+)
 from dynamo_mpi.engines.reference.config import ReferenceConfig
-from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
-from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder
-from dynamo_mpi.engines.reference.kv_orders import Order
-from dynamo_mpi.engines.reference.kv_rank import RankHandoff
-from dynamo_mpi.engines.reference.kv_server import KvServer
-from dynamo_mpi.engines.reference.kv_shards import Holding
-from dynamo_mpi.engines.reference.kv_store import KvStore
-from dynamo_mpi.engines.reference.pipeline import MpiPipeline, Pipeline, SingleStage
+from dynamo_mpi.engines.reference.consensus import Consensus, MpiConsensus, SingleRankConsensus
+from dynamo_mpi.engines.reference.kv_descriptor import CacheLayout, KvShard, RankShard
+from dynamo_mpi.engines.reference.kv_tcp import KvServer, KvStore
+from dynamo_mpi.engines.reference.kv_transfer import KvTransferScheduler, KvTransferWorker
 from dynamo_mpi.engines.reference.scheduler import Scheduler
 from dynamo_mpi.engines.reference.shape import share_of, stage_of
-from dynamo_mpi.engines.reference.step_channel import StepChannel
+from dynamo_mpi.engines.reference.step_channel import Command, StepChannel
 from dynamo_mpi.engines.reference.transformer import Transformer
 from dynamo_mpi.engines.reference.weights import ModelFile, load_weights, open_model
 from dynamo_mpi.errors import EngineError
@@ -32,15 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """One rank's engine. ``channel`` is None in a world of one rank, ``lead`` on all ranks but 0."""
+    """One rank's engine. ``channel`` is None in a world of one rank, ``kv_scheduler`` on all ranks but 0."""
 
     transformer: Transformer
     scheduler: Scheduler
     channel: StepChannel | None
     limits: EngineLimits
     vocab_size: int
-    handoff: RankHandoff
-    lead: LeadHandoff | None
+    kv_worker: KvTransferWorker
+    kv_scheduler: KvTransferScheduler | None
 
 
 def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> Loaded:
@@ -56,8 +58,8 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
     # First of all: a rank that failed below would leave the others waiting in these.
     comm = None if communicator is None or communicator.Get_size() == 1 else communicator.Dup()
     stage = _stage_of(comm, config, rank)
-    agreement: Agreement = AloneAgreement() if comm is None else MpiAgreement(comm)
-    serving = _Serving(config, agreement) if config.serves_kv else None
+    consensus: Consensus = SingleRankConsensus() if comm is None else MpiConsensus(comm)
+    serving = _Serving(config, consensus) if config.serves_kv else None
     model = open_model(config.model_dir)
     try:
         weights = load_weights(model, rank, config.tp_size, config.pp_size)
@@ -77,11 +79,11 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
     if serving is not None:
         # as much again as the KV cache itself
         serving.store.most_tokens = config.max_batch_size * context
-    handoff = RankHandoff(
+    kv_worker = KvTransferWorker(
         rank,
-        Holding(weights.stage.layers, weights.share.kv_heads),
+        KvShard(weights.stage.layers, weights.share.kv_heads),
         transformer.cache,
-        agreement,
+        consensus,
         config.kv_pull_seconds,
         None if serving is None else serving.store,
         None if serving is None else serving.server,
@@ -98,8 +100,8 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
             total_kv_blocks=config.max_batch_size * -(-context // config.kv_block_size),
         ),
         vocab_size=weights.shape.vocab_size,
-        handoff=handoff,
-        lead=_lead(config, model, channel, handoff, serving) if rank == 0 else None,
+        kv_worker=kv_worker,
+        kv_scheduler=_kv_scheduler(config, model, channel, kv_worker, serving) if rank == 0 else None,
     )
 
 
@@ -111,7 +113,7 @@ class _Serving:
         EngineError: it can't be listened on.
     """
 
-    def __init__(self, config: ReferenceConfig, agreement: Agreement) -> None:
+    def __init__(self, config: ReferenceConfig, consensus: Consensus) -> None:
         self.store = KvStore(0, config.kv_keep_seconds)
         place = ""
         try:
@@ -125,23 +127,23 @@ class _Serving:
                 fix="set --kv-network / DYN_MPI_KV_NETWORK to an interface or network of every rank's host",
             ) from None
         finally:
-            self.places = agreement.texts(place)
+            self.places = consensus.texts(place)
 
 
-def _lead(
+def _kv_scheduler(
     config: ReferenceConfig,
     model: ModelFile,
     channel: StepChannel | None,
-    handoff: RankHandoff,
+    kv_worker: KvTransferWorker,
     serving: _Serving | None,
-) -> LeadHandoff:
-    shape, holders = model.shape, []
+) -> KvTransferScheduler:
+    shape, ranks = model.shape, []
     for rank, place in enumerate([] if serving is None else serving.places):
         host, _, port = place.rpartition(":")
         layers = stage_of(shape.num_hidden_layers, rank, config.tp_size, config.pp_size).layers
         heads = share_of(shape, rank % config.tp_size, config.tp_size).kv_heads
         # a rank without a port has failed: this engine will never start
-        holders.append(Holder(host, int(port or 0), Holding(layers, heads)))
+        ranks.append(RankShard(host, int(port or 0), KvShard(layers, heads)))
     layout = CacheLayout(
         model=model.fingerprint,
         layers=shape.num_hidden_layers,
@@ -150,15 +152,15 @@ def _lead(
         block_size=config.kv_block_size,
     )
 
-    def order(order: Order) -> None:
+    def send(command: Command) -> None:
         if channel is not None:
-            channel.send_order(order)
+            channel.send_command(command)
 
-    return LeadHandoff(
-        order,
-        handoff,
+    return KvTransferScheduler(
+        send,
+        kv_worker,
         layout,
-        tuple(holders),
+        tuple(ranks),
         (config.tp_size, config.pp_size),
         config.kv_pull_seconds,
     )
