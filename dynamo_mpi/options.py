@@ -144,6 +144,17 @@ def to_probes(text: str) -> str:
     return ",".join(name for name in PROBES if name in names)
 
 
+def to_kv_transport(text: str) -> str:
+    """Read the one transport that is left."""
+    if text == "nixl":
+        raise UsageError(
+            "--kv-transport / DYN_MPI_KV_TRANSPORT is 'nixl', which the reference engine no longer has",
+            needed="tcp, or the option left out",
+            fix="remove --kv-transport; for KV by NIXL use --engine trtllm with cache_transceiver_config: {backend: NIXL}",
+        )
+    return text
+
+
 def to_endpoint(text: str) -> str:
     """Read an endpoint."""
     parts = text.removeprefix("dyn://").split(".")

@@ -8,6 +8,7 @@ from dynamo_mpi.observe.options import OBSERVE_OPTIONS
 from dynamo_mpi.options import (
     Option,
     to_endpoint,
+    to_kv_transport,
     to_name,
     to_path,
     to_probes,
@@ -236,10 +237,9 @@ OPTIONS: tuple[Option, ...] = (
         ("--kv-transport",),
         ("DYN_MPI_KV_TRANSPORT",),
         "tcp",
-        str,
-        "how KV leaves a reference prefill worker: over our TCP connections, or by NIXL, which is then needed on decode workers too; "
-        "these go by the prefill worker's choice",
-        ("tcp", "nixl"),
+        to_kv_transport,
+        "accepted for one more release, without effect: KV between reference workers goes over TCP",
+        ("tcp",),
     ),
     Option(
         "kv_network",

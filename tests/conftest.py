@@ -192,7 +192,7 @@ def mpirun() -> Mpirun:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct as a model folder."""
-    from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
+    from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 
     folder = tmp_path_factory.mktemp("model") / "SmolLM2-135M-Instruct"
     export_model(find_default_gguf(), folder)
@@ -202,7 +202,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of one layer with random weights as a model folder: a step takes a millisecond."""
-    from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
+    from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
     from tests.tiny_llama import write_tiny_gguf
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -44,7 +44,6 @@ def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
         max_seq_len=config.max_seq_len,
         tokens_per_block=config.kv_cache.tokens_per_block,
         role=settings.role,
-        kv_transport=settings.kv_transport,
         kv_network=settings.kv_network or "",
         kv_keep_seconds=settings.kv_keep_seconds,
         kv_pull_seconds=settings.kv_pull_timeout,

@@ -27,7 +27,6 @@ class EngineSpec(NamedTuple):
         max_seq_len: prompt and output tokens of one request.
         tokens_per_block: tokens of a KV-cache block.
         role: ``"agg"``, ``"prefill"`` or ``"decode"``.
-        kv_transport: how KV goes from prefill to decode ranks, as ``--kv-transport`` has it.
         kv_network: where prefill ranks serve KV, as ``--kv-network`` has it; empty for the host's own address.
         kv_keep_seconds: how long a prefill rank keeps KV that nobody fetches.
         kv_pull_seconds: how long fetching the KV of one request may take.
@@ -44,7 +43,6 @@ class EngineSpec(NamedTuple):
     max_seq_len: int | None = None
     tokens_per_block: int | None = None
     role: str = "agg"
-    kv_transport: str = "tcp"
     kv_network: str = ""
     kv_keep_seconds: float = 60.0
     kv_pull_seconds: float = 10.0
@@ -57,7 +55,7 @@ class EngineSpec(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes) -> EngineSpec:
         """Decode what `pack` made."""
-        engine, model_dir, *numbers, role, kv_transport, kv_network, keep_seconds, pull_seconds, probe = unpack(data)
+        engine, model_dir, *numbers, role, kv_network, keep_seconds, pull_seconds, probe = unpack(data)
         tp_size, pp_size, cp_size = map(int, numbers[:3])
         max_batch_size, max_num_tokens, max_seq_len, tokens_per_block = (
             int(size) if size else None for size in numbers[3:]
@@ -73,7 +71,6 @@ class EngineSpec(NamedTuple):
             max_seq_len,
             tokens_per_block,
             role,
-            kv_transport,
             kv_network,
             float(keep_seconds),
             float(pull_seconds),

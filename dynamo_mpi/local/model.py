@@ -13,14 +13,14 @@ def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:
 
     Args:
         given: a folder, taken as it is, or a GGUF file; None takes the installed GGUF.
-        folder: where a GGUF's configuration and tokenizer are written (Dynamo reads no GGUF).
+        folder: where a GGUF is converted to (neither Dynamo nor the ranks read GGUF).
 
     Raises:
         UsageError: no model is installed.
         ModelError: there is no such model.
     """
-    # Imported here: they read numpy, which a refusal before this point has no need of.
-    from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
+    # imported here: a refusal before this point needs no numpy
+    from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 
     if given is not None and not given.exists():
         raise ModelError(f"there is no {given}", needed="a model folder or a GGUF file")

@@ -8,11 +8,10 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.engines.reference.kv_nixl import NixlAgent, NixlError
-from dynamo_mpi.engines.reference.kv_socket import Deadline
-from dynamo_mpi.engines.reference.kv_wire import Located
+from dynamo_mpi.engines.reference.kv_wire import Deadline
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.probe.kv_answer import FAILED, LARGE_BYTES, LATE, MIDDLE_BYTES, OK, SMALL_BYTES, Pull
+from dynamo_mpi.probe.kv_nixl import Located, NixlAgent, NixlError
 from dynamo_mpi.probe.kv_pattern import pattern
 from dynamo_mpi.probe.kv_terms import TCP, plain
 from dynamo_mpi.probe.kv_ucx import UcxAgent, UcxError

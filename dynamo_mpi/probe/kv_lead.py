@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dynamo_mpi.engines.reference.kv_socket import Deadline
+from dynamo_mpi.engines.reference.kv_wire import Deadline
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.launchers.placement import describe_ranks
 from dynamo_mpi.probe.kv_answer import FAILED, LATE, Between, Pull, read_pull

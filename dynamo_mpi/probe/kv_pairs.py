@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.engines.reference.kv_shards import Holding, pieces_of
+from dynamo_mpi.engines.reference.kv_descriptor import KvShard, slices_of
 from dynamo_mpi.parallelism.layout import Layout
 from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
 
@@ -41,14 +41,14 @@ def pairs_of(prefill: Contract, decode: Contract) -> tuple[Pair, ...]:
     holders = holdings_of(prefill)
     found: dict[Pair, None] = {}
     for rank, need in enumerate(holdings_of(decode)):
-        pieces = pieces_of(need, holders, rank)
+        pieces = slices_of(need, holders, rank)
         # whoever has several to ask begins with another one than its neighbour does
         turn = rank % len(pieces)
-        found.update(dict.fromkeys(Pair(rank, piece.holder) for piece in (*pieces[turn:], *pieces[:turn])))
+        found.update(dict.fromkeys(Pair(rank, piece.rank) for piece in (*pieces[turn:], *pieces[:turn])))
     return tuple(found)
 
 
-def holdings_of(contract: Contract) -> list[Holding]:
+def holdings_of(contract: Contract) -> list[KvShard]:
     """Return what each rank of a world holds; layers are divided evenly, as engines do unless told otherwise."""
     version = contract.trtllm_version
     layout = Layout(
@@ -63,12 +63,12 @@ def holdings_of(contract: Contract) -> list[Holding]:
     return [_holding(layout, rank, sizes, heads) for rank in range(layout.world_size)]
 
 
-def _holding(layout: Layout, rank: int, sizes: list[int], heads: int) -> Holding:
+def _holding(layout: Layout, rank: int, sizes: list[int], heads: int) -> KvShard:
     place = layout.place(rank, 1)
     first = sum(sizes[: place.pp_rank])
     layers = range(first, first + sizes[place.pp_rank])
     split = layout.attention_tp_size
     if split == 1:
-        return Holding(layers, range(heads))
+        return KvShard(layers, range(heads))
     start = place.tp_rank * heads // split
-    return Holding(layers, range(start, max(start + 1, (place.tp_rank + 1) * heads // split)))
+    return KvShard(layers, range(start, max(start + 1, (place.tp_rank + 1) * heads // split)))

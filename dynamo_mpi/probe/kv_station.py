@@ -23,16 +23,16 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
-from dynamo_mpi.engines.reference.kv_socket import Deadline
-from dynamo_mpi.engines.reference.nixl_library import nixl_installed
+from dynamo_mpi.engines.reference.kv_wire import Deadline
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.probe.kv_answer import LARGE_BYTES
 from dynamo_mpi.probe.kv_fetch import Source, pull_from
+from dynamo_mpi.probe.kv_nixl import NixlAgent
 from dynamo_mpi.probe.kv_pattern import pattern
 from dynamo_mpi.probe.kv_terms import LOAD_SECONDS, NIXL, UCX, KvTerms
 from dynamo_mpi.probe.kv_ucx import UcxAgent, UcxError, find_ucx
 from dynamo_mpi.probe.kv_wire import FETCH, Talk, TalkError, welcome
+from dynamo_mpi.probe.nixl_library import nixl_installed
 from dynamo_mpi.services.host_address import host_address
 
 if TYPE_CHECKING:

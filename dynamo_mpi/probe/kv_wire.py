@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dynamo_mpi.engines.reference.kv_socket import Deadline
+    from dynamo_mpi.engines.reference.kv_wire import Deadline
 
 FETCH, ORDER = b"F", b"O"
 """Purposes: to fetch from a prefill rank; to tell a rank what to do."""

@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
+from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 from tests.conftest import find_mpirun, mpi_environment
 from tests.dynamo import fault_runner as mpirun_runner
 from tests.dynamo.fault_runner import RANKS, mpirun_faults, program

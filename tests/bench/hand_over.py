@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
+from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 from dynamo_mpi.local.ranks import mpi_environment
 from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
 from dynamo_mpi.local.worlds import World

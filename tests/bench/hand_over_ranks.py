@@ -4,7 +4,7 @@
 Usage: hand_over_ranks.py MODEL_DIR PREFILL_TP DECODE_TP WARM_UPS ROUNDS LENGTH...
 
 The first ranks of the world prefill, the others decode, each an engine over a communicator of its own. Decode's rank 0 prints as JSON,
-by prompt length, the seconds of each hand-over as the engine itself logs them (from the pull's begin to the ranks' agreement that all
+by prompt length, the seconds of each hand-over as the engine itself logs them (from the pull's begin to the ranks' consensus that all
 of it is there), and those of copying as many bytes over loopback from prefill's rank 0 into a buffer that is there already.
 """
 
@@ -22,7 +22,7 @@ from typing import cast
 
 from mpi4py import MPI
 
-from dynamo_mpi.engines.reference.blas_threads import thread_environment
+from dynamo_mpi.engines.reference.factory import thread_environment
 
 os.environ.update(thread_environment(MPI.COMM_WORLD.Get_size()))
 
@@ -32,7 +32,7 @@ import numpy as np
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
-from dynamo_mpi.engines.reference.kv_offer import parse_offer
+from dynamo_mpi.engines.reference.kv_descriptor import parse_descriptor
 from dynamo_mpi.services.ports import LOOPBACK
 
 _PREFILL_ROOT = 0
@@ -67,7 +67,7 @@ def prompt_of(length: int) -> tuple[int, ...]:
 
 
 def prefill(engine: ReferenceEngine, lengths: list[int], times: int, decode_root: int) -> None:
-    """Offer each prompt's KV, then send as many bytes as it has over a plain socket."""
+    """KvDescriptor each prompt's KV, then send as many bytes as it has over a plain socket."""
     with socket.create_server((LOOPBACK, 0)) as listener:
         MPI.COMM_WORLD.send(listener.getsockname()[1], decode_root)
         connection, _ = listener.accept()
@@ -85,7 +85,7 @@ def prefill(engine: ReferenceEngine, lengths: list[int], times: int, decode_root
 
 def kv_bytes(offer: object) -> int:
     """Return the size of the keys and values that an offer is about."""
-    layout, tokens = parse_offer(offer).layout, parse_offer(offer).prompt_tokens
+    layout, tokens = parse_descriptor(offer).layout, parse_descriptor(offer).prompt_tokens
     return 2 * layout.layers * layout.kv_heads * layout.head_dim * tokens * np.dtype(np.float32).itemsize
 
 

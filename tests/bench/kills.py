@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
+from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 from tests.bench.faults import keep, note, running_cluster
 from tests.fault_cases import CHILD, Case, Outcome
 from tests.hosts.fault_runner import HostsFaults, hosts_faults

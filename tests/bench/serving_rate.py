@@ -21,7 +21,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
+from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.ports import LOOPBACK, free_port

@@ -30,7 +30,7 @@ from dynamo_mpi.doctor.check import Status, error, ok, skipped, warning
 from dynamo_mpi.doctor.registry import SECTIONS as DOCTOR_SECTIONS
 from dynamo_mpi.doctor.report import Report as DoctorReport
 from dynamo_mpi.doctor.report import SectionReport
-from dynamo_mpi.engines.reference.model_files import main as model_files_main
+from dynamo_mpi.engines.reference.convert_gguf import main as model_files_main
 from dynamo_mpi.errors import BootstrapError, DeadlineError, UsageError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.head_node.__main__ import main as head_node_main

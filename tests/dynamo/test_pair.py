@@ -17,7 +17,6 @@ import pytest
 
 from dynamo_mpi.services.frontend import Frontend
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, running_frontend, system_port
-from tests.unit.kv_hosts import needs_nixl
 
 pytestmark = pytest.mark.dynamo
 
@@ -70,8 +69,8 @@ def served(frontend: Frontend, model: str) -> str:
 
 @pytest.mark.landing("1-3-tcp")
 @pytest.mark.parametrize(
-    ("prefill_ranks", "decode_ranks", "transport"),
-    [(3, 1, "tcp"), (1, 3, "tcp"), (3, 3, "tcp"), pytest.param(3, 1, "nixl", marks=needs_nixl)],
+    ("prefill_ranks", "decode_ranks"),
+    [(3, 1), (1, 3), (3, 3)],
 )
 def test_a_pair_answers_and_decode_outlives_prefill(
     etcd: EtcdServer,
@@ -80,11 +79,10 @@ def test_a_pair_answers_and_decode_outlives_prefill(
     model_dir: Path,
     prefill_ranks: int,
     decode_ranks: int,
-    transport: str,
 ) -> None:
     decode = start("decode", decode_ranks)
     decode.ready()
-    prefill = start("prefill", prefill_ranks, "--kv-transport", transport)
+    prefill = start("prefill", prefill_ranks)
     prefill.ready()
     model = model_dir.name
     with running_frontend(tmp_path, etcd) as frontend:
@@ -99,7 +97,7 @@ def test_a_pair_answers_and_decode_outlives_prefill(
         assert time.monotonic() - began < 10
         assert decode.process.poll() is None, decode.text()
 
-        start("prefill", prefill_ranks, "--kv-transport", transport, name="prefill-again").ready()
+        start("prefill", prefill_ranks, name="prefill-again").ready()
         assert served(frontend, model) == ANSWER
     # the runtime writes a traceback where a request comes without its prompt: what the killed prefill worker had promised
     promised = decode.text().count(

@@ -16,7 +16,7 @@ import pytest
 from dynamo_mpi.control_plane.record import WorldRecord
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
-from tests.unit.kv_hosts import TRANSPORTS, needs_ucx
+from tests.unit.kv_hosts import needs_ucx
 
 pytestmark = pytest.mark.dynamo
 UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
@@ -72,20 +72,19 @@ def stations(etcd: EtcdServer) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("first", ["prefill", "decode"])
-def test_both_sides_know_what_the_second_has_found(first: str, transport: str, etcd: EtcdServer, start: Start) -> None:
+def test_both_sides_know_what_the_second_has_found(first: str, etcd: EtcdServer, start: Start) -> None:
     second = "decode" if first == "prefill" else "prefill"
-    workers = {first: start(first, "--kv-transport", transport)}
+    workers = {first: start(first)}
     eventually(lambda: offered(etcd, first), "its ranks can be asked")
-    workers[second] = start(second, "--kv-transport", transport)
+    workers[second] = start(second)
     for role in (second, first):
         figures = eventually(partial(kv_of, etcd, role), f"{role} knows")
-        assert (figures["pairs"], figures["through"], figures["over"]) == (3, 3, transport)
+        assert (figures["pairs"], figures["through"], figures["over"]) == (3, 3, "tcp")
         assert 0 < figures["gbps"][0] <= figures["gbps"][1]
         assert second in figures["peer"] if role == first else first in figures["peer"]
         assert figures["ways"]
-        line = rf"kv: 3 pairs over {transport}.*B/s slowest, decode rank 0 on \S+ <- prefill rank [012] on"
+        line = r"kv: 3 pairs over tcp.*B/s slowest, decode rank 0 on \S+ <- prefill rank [012] on"
         assert re.search(line, workers[role].text()), workers[role].text()
     for worker in workers.values():
         worker.ready()

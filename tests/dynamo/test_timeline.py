@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.supervision.phases import BEFORE
 from dynamo_mpi.telemetry.startup_summary import describe_failure
@@ -110,8 +111,8 @@ def test_a_start_that_its_probe_refuses_is_drawn(start: Callable[..., RunningWor
 @pytest.mark.full
 def test_a_load_that_fails_in_order_is_drawn(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
     model = tmp_path / "model"
-    shutil.copytree(model_dir, model)
-    os.truncate(model / "model.gguf", 2**24)
+    shutil.copytree(model_dir, model, ignore=shutil.ignore_patterns(WEIGHTS_NAME))
+    (model / WEIGHTS_NAME).write_bytes(bytes(2**24))
     worker = RunningWorker(tmp_path, etcd, model, 1, "--timeline", str(tmp_path / "pages/start.html"))
     try:
         assert worker.wait() == ExitCode.NO_MODEL, worker.text()
@@ -122,4 +123,4 @@ def test_a_load_that_fails_in_order_is_drawn(tmp_path: Path, etcd: EtcdServer, m
     assert (found.outcome, found.ready) == ("failed", None)
     assert found.failure is not None
     assert (found.failure.rank, found.failure.phase, found.failure.exit_code) == (0, "load", ExitCode.NO_MODEL)
-    assert "is not a usable GGUF file" in found.failure.error
+    assert "is not a usable weights file" in found.failure.error

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, running_frontend, system_port
 
@@ -98,11 +100,9 @@ def test_nothing_is_registered_when_a_rank_cannot_load(
     etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path
 ) -> None:
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in model_dir.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
-    weights = broken / "model.gguf"
-    weights.write_bytes(weights.read_bytes()[:-30_000_000])
+    shutil.copytree(model_dir, broken, ignore=shutil.ignore_patterns(WEIGHTS_NAME))
+    with (model_dir / WEIGHTS_NAME).open("rb") as weights:
+        (broken / WEIGHTS_NAME).write_bytes(weights.read(2**24))
     before = etcd.revision()
     worker = start(3, model=broken)
     code = worker.wait()
@@ -149,14 +149,14 @@ def test_what_does_not_end_in_time_is_cut_off_and_told(
 def test_a_rank_that_lacks_a_package_does_not_hang_the_others(start: Start, tmp_path: Path) -> None:
     shim = tmp_path / "shim"
     shim.mkdir()
-    (shim / "gguf.py").write_text(
-        "import os\nif os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n    raise ImportError('no gguf here')\n"
-        "import sys\nsys.path.remove(os.path.dirname(__file__))\ndel sys.modules['gguf']\nimport gguf\n"
+    (shim / "numpy.py").write_text(
+        "import os\nif os.environ['OMPI_COMM_WORLD_RANK'] == '1':\n    raise ImportError('no numpy here')\n"
+        "import sys\nsys.path.remove(os.path.dirname(__file__))\ndel sys.modules['numpy']\nimport numpy\n"
     )
     worker = start(3, PYTHONPATH=f"{shim}{os.pathsep}{ROOT}")
     assert worker.wait() == 70, worker.text()
     assert "error in load: rank 1 on" in worker.text()
-    assert "no gguf here" in worker.text()
+    assert "no numpy here" in worker.text()
 
 
 def test_a_follower_that_hangs_does_not_hold_the_end_up(etcd: EtcdServer, start: Start) -> None:

@@ -19,6 +19,7 @@ from dynamo_mpi.control_plane.etcd import Etcd
 from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
 from dynamo_mpi.control_plane.record import WorldRecord
 from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
@@ -226,9 +227,8 @@ def test_a_preflight_alone_writes_nothing(etcd: EtcdServer, start: Start) -> Non
 @pytest.mark.full
 def test_a_load_that_fails_takes_it_away(etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(model_dir, broken)
-    weights = broken / "model.gguf"
-    weights.write_bytes(weights.read_bytes()[:-30_000_000])
+    shutil.copytree(model_dir, broken, ignore=shutil.ignore_patterns(WEIGHTS_NAME))
+    (broken / WEIGHTS_NAME).write_bytes(bytes(2**20))
     worker = start("agg", model=broken)
     assert worker.wait() in (66, 70), worker.text()
     assert phases(etcd) == ["preflight", "load", None]

@@ -12,7 +12,6 @@ import pytest
 
 from tests.conftest import Mpirun
 from tests.mpi.test_reference_engine import GOLDEN, PROGRAMS, UNBOUND
-from tests.unit.kv_hosts import TRANSPORTS, needs_nixl
 
 pytestmark = pytest.mark.mpi
 HandOver = Callable[..., dict[str, Any]]
@@ -24,7 +23,7 @@ def hand_over(mpirun: Mpirun, model_dir: Path, tmp_path: Path) -> HandOver:
     """Run prompts through a pair of engines; returns what decode's rank 0 printed."""
 
     def run(prefill: tuple[int, int], decode: tuple[int, int], prompts: list[list[int]], **more: Any) -> dict[str, Any]:
-        settings = {"prefill": prefill, "decode": decode, "max_tokens": TOKENS, "prompts": prompts, "transport": "tcp"}
+        settings = {"prefill": prefill, "decode": decode, "max_tokens": TOKENS, "prompts": prompts}
         task = tmp_path / "task.json"
         task.write_text(json.dumps(settings | more))
         ranks = prefill[0] * prefill[1] + decode[0] * decode[1]
@@ -52,27 +51,10 @@ def test_the_tokens_are_those_of_one_engine(
     assert output["tokens"] == [golden["token_ids"][:TOKENS] for golden in chosen]
 
 
-@needs_nixl
-@pytest.mark.parametrize(
-    ("prefill", "decode"),
-    [((1, 1), (1, 1)), ((3, 1), (1, 1)), ((1, 1), (3, 1)), ((1, 2), (3, 1))],
-    ids=lambda sizes: "tp{}pp{}".format(*sizes),
-)
-def test_the_tokens_are_those_of_one_engine_by_nixl(
-    hand_over: HandOver, prefill: tuple[int, int], decode: tuple[int, int]
-) -> None:
-    chosen = GOLDEN[:3]
-    output = hand_over(prefill, decode, [golden["prompt_token_ids"] for golden in chosen], transport="nixl")
-
-    assert output["errors"] == [None] * len(chosen)
-    assert output["tokens"] == [golden["token_ids"][:TOKENS] for golden in chosen]
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_long_prompt_takes_its_second_message_and_several_steps(hand_over: HandOver, transport: str) -> None:
+def test_a_long_prompt_takes_its_second_message_and_several_steps(hand_over: HandOver) -> None:
     prompt = (GOLDEN[0]["prompt_token_ids"] * 20)[:512]
 
-    output = hand_over((3, 1), (3, 1), [prompt, prompt], transport=transport)
+    output = hand_over((3, 1), (3, 1), [prompt, prompt])
 
     assert output["errors"] == [None, None]
     assert output["tokens"] == [output["alone"]] * 2

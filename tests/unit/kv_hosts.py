@@ -8,8 +8,8 @@ import socket
 
 import pytest
 
-from dynamo_mpi.engines.reference.nixl_library import nixl_installed
 from dynamo_mpi.probe.kv_ucx import find_ucx
+from dynamo_mpi.probe.nixl_library import nixl_installed
 
 
 def _has_ipv6() -> bool:
@@ -25,4 +25,3 @@ needs_nixl = pytest.mark.skipif(not nixl_installed(), reason="NIXL is not instal
 needs_ucx = pytest.mark.skipif(
     not find_ucx(os.environ), reason="UCX's library is not installed: apt-get install libucx0"
 )
-TRANSPORTS = ["tcp", pytest.param("nixl", marks=needs_nixl)]

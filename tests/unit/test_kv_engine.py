@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Sampling
-from dynamo_mpi.engines.reference import loading, nixl_library
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
-from dynamo_mpi.engines.reference.kv_store import KvStore
+from dynamo_mpi.engines.reference.kv_tcp import KvStore
 from dynamo_mpi.errors import EngineError, UsageError
-from tests.unit.kv_hosts import TRANSPORTS
 from tests.unit.test_reference_engine import PROMPT, PROMPTS, Receiver, build
 
 pytestmark = pytest.mark.slow
@@ -26,15 +24,9 @@ SIZES = {"max_batch_size": 3, "max_num_tokens": 16, "max_seq_len": 160}
 KEEP_SECONDS = 3.0
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 @pytest.fixture(scope="module")
-def prefill(tiny_model_dir: Path, transport: str) -> Iterator[ReferenceEngine]:
-    at = {"kv_transport": transport, "kv_network": "127.0.0.1"}
-    engine = build(tiny_model_dir, **SIZES, **at, serves_kv=True, kv_keep_seconds=KEEP_SECONDS)
+def prefill(tiny_model_dir: Path) -> Iterator[ReferenceEngine]:
+    engine = build(tiny_model_dir, **SIZES, kv_network="127.0.0.1", serves_kv=True, kv_keep_seconds=KEEP_SECONDS)
     engine.start()
     yield engine
     engine.close()
@@ -64,7 +56,7 @@ def go_on(decode: ReferenceEngine, offer: dict[str, Any], name: str = "d", **set
 
 def store_of(prefill: ReferenceEngine) -> KvStore:
     assert prefill._loaded is not None
-    store = prefill._loaded.handoff._store
+    store = prefill._loaded.kv_worker._store
     assert store is not None
     return store
 
@@ -240,24 +232,6 @@ def test_a_prefill_engine_that_ends_waits_for_what_it_has_offered(
 def test_an_address_that_this_host_lacks_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(UsageError, match=r"no address by ib77; it has .*lo 127\.0\.0\.1"):
         build(tiny_model_dir, serves_kv=True, kv_network="ib77")
-
-
-def test_nixl_is_missed_before_anything_is_loaded(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nixl_library, "_PACKAGES", ("nixl_of_no_host",))
-    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("loaded"))
-    for serves_kv in (True, False):
-        with pytest.raises(UsageError, match="NIXL is not installed here"):
-            build(tiny_model_dir, serves_kv=serves_kv, kv_transport="nixl", kv_network="127.0.0.1")
-
-
-def test_an_offer_by_nixl_is_refused_at_once_where_it_is_missing(
-    prefill: ReferenceEngine, decode: ReferenceEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    offer = offer_of(prefill)
-    monkeypatch.setattr(nixl_library, "_PACKAGES", ("nixl_of_no_host",))
-    with pytest.raises(EngineError, match="hands KV over by NIXL: NIXL is not installed here") as error:
-        go_on(decode, offer | {"transport": "nixl"})
-    assert "pip install" in str(error.value.fix)
 
 
 def test_a_prefill_engine_that_is_gone_is_an_error(tiny_model_dir: Path, decode: ReferenceEngine) -> None:

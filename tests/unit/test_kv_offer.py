@@ -11,20 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.engines.reference.kv_offer import (
+from dynamo_mpi.engines.reference.kv_descriptor import (
     CacheLayout,
-    Holder,
-    Offer,
-    OfferError,
-    check_offer,
+    DescriptorError,
+    KvDescriptor,
+    KvShard,
+    RankShard,
+    check_descriptor,
     digest_of,
-    parse_offer,
+    parse_descriptor,
 )
-from dynamo_mpi.engines.reference.kv_shards import Holding
 
 LAYOUT = CacheLayout("smol-1", layers=30, kv_heads=3, head_dim=64, block_size=32)
 PROMPT = (5, 6, 7)
-OFFER = Offer(
+OFFER = KvDescriptor(
     transfer_id=bytes(range(16)),
     secret=bytes(range(32)),
     layout=LAYOUT,
@@ -33,7 +33,7 @@ OFFER = Offer(
     prompt_tokens=3,
     prompt_digest=digest_of(PROMPT),
     first_token=8,
-    holders=tuple(Holder("10.0.0.1", 4000 + r, Holding(range(30), range(r, r + 1))) for r in range(3)),
+    ranks=tuple(RankShard("10.0.0.1", 4000 + r, KvShard(range(30), range(r, r + 1))) for r in range(3)),
 )
 
 
@@ -47,10 +47,10 @@ def rank(**changes: Any) -> list[dict[str, Any]]:
 
 
 def test_an_offer_survives_json() -> None:
-    assert parse_offer(document()) == OFFER
-    by_ipv6 = replace(OFFER, transport="nixl", holders=(replace(OFFER.holders[0], host="fd00::2"), *OFFER.holders[1:]))
-    assert parse_offer(json.loads(json.dumps(by_ipv6.to_json()))) == by_ipv6
-    check_offer(OFFER, LAYOUT, PROMPT, vocab_size=100)
+    assert parse_descriptor(document()) == OFFER
+    by_ipv6 = replace(OFFER, ranks=(replace(OFFER.ranks[0], host="fd00::2"), *OFFER.ranks[1:]))
+    assert parse_descriptor(json.loads(json.dumps(by_ipv6.to_json()))) == by_ipv6
+    check_descriptor(OFFER, LAYOUT, PROMPT, vocab_size=100)
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_an_offer_survives_json() -> None:
     ],
 )
 def test_what_is_no_offer_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(OfferError):
-        parse_offer(document(**changes))
+    with pytest.raises(DescriptorError):
+        parse_descriptor(document(**changes))
 
 
 JSON = st.recursive(
@@ -99,11 +99,11 @@ JSON = st.recursive(
 
 @given(JSON, st.sampled_from(sorted(OFFER.to_json())))
 def test_any_json_is_read_or_refused(value: Any, key: str) -> None:
-    with pytest.raises(OfferError):
-        parse_offer(value)
+    with pytest.raises(DescriptorError):
+        parse_descriptor(value)
     try:
-        parse_offer(document(**{key: value}))
-    except OfferError:
+        parse_descriptor(document(**{key: value}))
+    except DescriptorError:
         return
     assert type(value) is type(document()[key])
 
@@ -121,5 +121,5 @@ def test_any_json_is_read_or_refused(value: Any, key: str) -> None:
     ],
 )
 def test_an_offer_for_something_else_is_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(OfferError, match=words):
-        check_offer(replace(OFFER, **changes), LAYOUT, PROMPT, vocab_size=100)
+    with pytest.raises(DescriptorError, match=words):
+        check_descriptor(replace(OFFER, **changes), LAYOUT, PROMPT, vocab_size=100)

@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
-from dynamo_mpi.engines.reference.agreement import AloneAgreement
-from dynamo_mpi.engines.reference.kv_orders import (
+from dynamo_mpi.engines.reference.consensus import SingleRankConsensus
+from dynamo_mpi.engines.reference.step_channel import (
     Abandon,
+    Command,
     Drop,
     Keep,
-    Order,
     Poll,
     Pull,
-    decode_order,
-    encode_order,
+    decode_command,
+    encode_command,
 )
 from dynamo_mpi.errors import EngineError, UsageError
 from dynamo_mpi.preflight.networks import Interface
@@ -33,10 +33,10 @@ from tests.unit.kv_hosts import needs_ipv6
 
 NUMBERS = st.integers(0, 2**40)
 IDS = st.binary(min_size=16, max_size=16)
-ORDERS: st.SearchStrategy[Order] = st.one_of(
+COMMANDS: st.SearchStrategy[Command] = st.one_of(
     st.builds(Keep, NUMBERS, NUMBERS, IDS, st.binary(min_size=32, max_size=32)),
     st.builds(Drop, IDS),
-    st.builds(Pull, NUMBERS, NUMBERS, st.binary(max_size=200)),
+    st.builds(Pull, NUMBERS, NUMBERS, st.dictionaries(st.text(), st.integers() | st.text() | st.lists(NUMBERS))),
     st.builds(Poll, st.lists(NUMBERS, max_size=9).map(tuple)),
     st.builds(Abandon, NUMBERS),
 )
@@ -44,20 +44,22 @@ REQUEST = GenerationRequest("r", (1, 2), max_tokens=9, min_tokens=3)
 RAW: dict[str, Any] = {"token_ids": [1, 2], "stop_conditions": {"max_tokens": 9, "min_tokens": 3}}
 
 
-@given(ORDERS)
-def test_an_order_survives_the_wire(order: Order) -> None:
-    assert decode_order(encode_order(order)) == order
+@given(COMMANDS)
+def test_a_command_survives_the_wire(command: Command) -> None:
+    assert decode_command(encode_command(command)) == command
 
 
-@pytest.mark.parametrize("words", [[9], [1, 0, 0, 7], [2], [3, 0, 0, 50, 1]])
-def test_other_words_are_no_order(words: list[int]) -> None:
-    with pytest.raises(ValueError, match="order"):
-        decode_order(np.array(words, np.int64))
+@pytest.mark.parametrize(
+    "words", [b"x" * 8, b'["Keep"]', b'["Stop", {}]', b'["Drop", {"id":0}]', b'["Poll", {"numbers": 1}]', b"[1, 2]  "]
+)
+def test_other_words_are_no_command(words: bytes) -> None:
+    with pytest.raises(ValueError, match="no command"):
+        decode_command(np.frombuffer(words.ljust(-(-len(words) // 8) * 8), np.int64))
 
 
 def test_one_rank_agrees_with_itself() -> None:
-    assert AloneAgreement().lowest([2, 0, 1]) == [2, 0, 1]
-    assert AloneAgreement().texts("why") == ["why"]
+    assert SingleRankConsensus().lowest([2, 0, 1]) == [2, 0, 1]
+    assert SingleRankConsensus().texts("why") == ["why"]
 
 
 def test_an_address_by_interface_network_or_itself() -> None:

@@ -7,18 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.engines.reference.kv_shards import Holding, pieces_of
+from dynamo_mpi.engines.reference.kv_descriptor import KvShard, slices_of
 from dynamo_mpi.engines.reference.shape import part_of
 
 
-def grid(layers: int, query_heads: int, kv_heads: int, tp_size: int, pp_size: int) -> list[Holding]:
+def grid(layers: int, query_heads: int, kv_heads: int, tp_size: int, pp_size: int) -> list[KvShard]:
     """Lay a model out over ranks as the engine does."""
     group = query_heads // kv_heads
     holdings = []
     for rank in range(tp_size * pp_size):
         queries = part_of(query_heads, tp_size, rank % tp_size)
         heads = range(queries.start // group, (queries.stop - 1) // group + 1)
-        holdings.append(Holding(part_of(layers, pp_size, rank // tp_size), heads))
+        holdings.append(KvShard(part_of(layers, pp_size, rank // tp_size), heads))
     return holdings
 
 
@@ -38,25 +38,25 @@ def test_every_cell_is_fetched_once_from_a_rank_that_holds_it(model: tuple[int, 
     stages = st.integers(1, 6)
     holders = grid(*model, data.draw(sizes), data.draw(stages))
     for rank, need in enumerate(grid(*model, data.draw(sizes), data.draw(stages))):
-        pieces = pieces_of(need, holders, rank)
+        pieces = slices_of(need, holders, rank)
         fetched = [cell for piece in pieces for cell in cells(piece.layers, piece.heads)]
         assert sorted(fetched) == cells(need.layers, need.heads)
         for piece in pieces:
-            held = cells(holders[piece.holder].layers, holders[piece.holder].heads)
+            held = cells(holders[piece.rank].layers, holders[piece.rank].heads)
             assert set(cells(piece.layers, piece.heads)) <= set(held)
 
 
 def test_equal_layouts_fetch_one_piece_each() -> None:
     holders = grid(30, 9, 3, 3, 1)
 
-    assert [pieces_of(need, holders, rank)[0].holder for rank, need in enumerate(holders)] == [0, 1, 2]
-    assert all(len(pieces_of(need, holders)) == 1 for need in holders)
+    assert [slices_of(need, holders, rank)[0].rank for rank, need in enumerate(holders)] == [0, 1, 2]
+    assert all(len(slices_of(need, holders)) == 1 for need in holders)
 
 
 def test_ranks_that_need_the_same_head_ask_different_ranks() -> None:
     holders = grid(30, 9, 3, 9, 1)
 
-    assert [pieces_of(need, holders, rank)[0].holder for rank, need in enumerate(holders)] == list(range(9))
+    assert [slices_of(need, holders, rank)[0].rank for rank, need in enumerate(holders)] == list(range(9))
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2])
@@ -64,4 +64,4 @@ def test_what_nobody_holds_is_told(missing: int) -> None:
     holders = [holding for rank, holding in enumerate(grid(30, 9, 3, 3, 1)) if rank != missing]
 
     with pytest.raises(ValueError, match=f"no rank holds KV head {missing}"):
-        pieces_of(Holding(range(30), range(3)), holders)
+        slices_of(KvShard(range(30), range(3)), holders)

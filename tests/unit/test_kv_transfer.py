@@ -14,21 +14,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
-from dynamo_mpi.engines.reference.kv_client import FetchError, fetch, release
-from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
-from dynamo_mpi.engines.reference.kv_offer import CacheLayout, Holder, Offer, digest_of
-from dynamo_mpi.engines.reference.kv_server import KvServer
-from dynamo_mpi.engines.reference.kv_shards import Holding, Piece
-from dynamo_mpi.engines.reference.kv_socket import Deadline, FrameSocket
-from dynamo_mpi.engines.reference.kv_store import KvStore, StoreFullError
-from dynamo_mpi.engines.reference.kv_wire import Fetch, Hello, Refused, Shard, encode, sign
+from dynamo_mpi.engines.reference.kv_descriptor import (
+    CacheLayout,
+    KvDescriptor,
+    KvShard,
+    RankShard,
+    ShardSlice,
+    digest_of,
+)
+from dynamo_mpi.engines.reference.kv_tcp import FetchError, KvServer, KvStore, StoreFullError, fetch, release
+from dynamo_mpi.engines.reference.kv_wire import Deadline, Fetch, FrameSocket, Hello, Refused, Shard, encode, sign
+from dynamo_mpi.engines.reference.weights import Float32Array
 from tests.unit.kv_hosts import needs_ipv6
 
-HOLDING = Holding(range(10, 14), range(2, 5))
+HOLDING = KvShard(range(10, 14), range(2, 5))
 VALUES = np.random.default_rng(1).standard_normal((2, 4, 3, 6, 8), np.float32)
 HALVES = list(VALUES)
-OFFER = Offer(
+OFFER = KvDescriptor(
     transfer_id=b"i" * 16,
     secret=b"s" * 32,
     layout=CacheLayout("m", 20, 6, 8, 32),
@@ -37,10 +39,9 @@ OFFER = Offer(
     prompt_tokens=6,
     prompt_digest=digest_of(range(6)),
     first_token=1,
-    holders=(Holder("127.0.0.1", 1, HOLDING),),
+    ranks=(RankShard("127.0.0.1", 1, HOLDING),),
 )
-PIECE = Piece(0, range(11, 13), range(3, 5))
-UNUSED = NixlAgent()
+PIECE = ShardSlice(0, range(11, 13), range(3, 5))
 
 
 class Clock:
@@ -51,8 +52,8 @@ class Clock:
         return self.now
 
 
-def at(port: int) -> Offer:
-    return replace(OFFER, holders=(Holder("127.0.0.1", port, HOLDING),))
+def at(port: int) -> KvDescriptor:
+    return replace(OFFER, ranks=(RankShard("127.0.0.1", port, HOLDING),))
 
 
 @pytest.fixture
@@ -90,17 +91,17 @@ def peer(answer: Callable[[socket.socket], None]) -> Iterator[int]:
         thread.join()
 
 
-def get(offer: Offer, piece: Piece = PIECE) -> Float32Array:
-    return fetch(offer, piece, Deadline.after(5), UNUSED)
+def get(offer: KvDescriptor, piece: ShardSlice = PIECE) -> Float32Array:
+    return fetch(offer, piece, Deadline.after(5))
 
 
-def server_port(offer: Offer) -> int:
-    return offer.holders[0].port
+def server_port(offer: KvDescriptor) -> int:
+    return offer.ranks[0].port
 
 
-def refused(offer: Offer, piece: Piece = PIECE, seconds: float = 5.0) -> str:
+def refused(offer: KvDescriptor, piece: ShardSlice = PIECE, seconds: float = 5.0) -> str:
     with pytest.raises(FetchError) as error:
-        fetch(offer, piece, Deadline.after(seconds), UNUSED)
+        fetch(offer, piece, Deadline.after(seconds))
     return str(error.value)
 
 
@@ -108,14 +109,14 @@ def test_a_piece_arrives_as_it_was_kept(server: KvServer) -> None:
     offer = at(server.address[1])
 
     assert np.array_equal(get(offer), VALUES[:, 1:3, 1:3])
-    assert np.array_equal(get(offer, Piece(0, HOLDING.layers, HOLDING.heads)), VALUES)
+    assert np.array_equal(get(offer, ShardSlice(0, HOLDING.layers, HOLDING.heads)), VALUES)
 
 
 @needs_ipv6
 def test_a_piece_arrives_over_ipv6(store: KvStore) -> None:
     server = KvServer(store, "::1")
     try:
-        offer = replace(OFFER, holders=(Holder("::1", server.address[1], HOLDING),))
+        offer = replace(OFFER, ranks=(RankShard("::1", server.address[1], HOLDING),))
         assert np.array_equal(get(offer), VALUES[:, 1:3, 1:3])
         assert release(offer, Deadline.after(5)) == []
     finally:
@@ -150,7 +151,7 @@ def test_a_wrong_secret_gets_and_releases_nothing(server: KvServer, store: KvSto
 
 
 def test_more_than_the_rank_holds_is_refused(server: KvServer) -> None:
-    assert "holds layers 10 to 13" in refused(at(server.address[1]), Piece(0, range(9, 12), range(2, 3)))
+    assert "holds layers 10 to 13" in refused(at(server.address[1]), ShardSlice(0, range(9, 12), range(2, 3)))
 
 
 def test_a_full_store_keeps_what_it_has(store: KvStore, clock: Clock) -> None:

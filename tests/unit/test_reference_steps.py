@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_mpi.engines.reference.attention import KeyValueCache, StepAttention
-from dynamo_mpi.engines.reference.blas_threads import thread_environment, usable_cores
+from dynamo_mpi.engines.reference.factory import thread_environment, usable_cores
 from dynamo_mpi.engines.reference.step_channel import sleep_seconds
 from dynamo_mpi.engines.reference.step_plan import SequencePart, StepPlan, decode, encode
 
@@ -61,7 +61,9 @@ def test_thread_environment_of_this_host() -> None:
 
 
 def test_the_thread_helper_imports_no_numpy() -> None:
-    code = "import sys, dynamo_mpi.engines.reference.blas_threads; sys.exit('numpy' in sys.modules or 'mpi4py' in sys.modules)"
+    code = (
+        "import sys, dynamo_mpi.engines.reference.factory; sys.exit('numpy' in sys.modules or 'mpi4py' in sys.modules)"
+    )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

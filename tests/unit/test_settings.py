@@ -65,7 +65,7 @@ SAMPLES = {
     "metrics_file": "/m.prom",
     "runtime_system_port": "21000",
     "timeline": "/t.html",
-    "kv_transport": "nixl",
+    "kv_transport": "tcp",
     "kv_network": "ib0",
     "kv_keep_seconds": "4.5",
     "kv_pull_timeout": "5.5",
@@ -427,3 +427,9 @@ def test_the_engine_is_the_one_that_is_there(
 def test_a_word_without_a_flag_is_refused_before_anything_is_started() -> None:
     with pytest.raises(UsageError, match="'foo' belongs to no flag"):
         load(*MODEL, "foo", "--engine", "trtllm")
+
+
+def test_the_nixl_transport_is_refused_with_the_fix() -> None:
+    with pytest.raises(UsageError, match=r"--kv-transport .* is 'nixl'") as caught:
+        load("--model", "/m", "--kv-transport", "nixl")
+    assert (caught.value.needed, caught.value.fix[:22]) == ("tcp, or the option left out", "remove --kv-transport;")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
 from dynamo_mpi.engines.reference.step_plan import StepPlan
+from dynamo_mpi.engines.reference.weights import Float32Array
 
 _WORTH_BATCHING = 64
 """Cache positions whose reading costs about as much as one more pass through numpy."""

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two collectives of a forward pass, over MPI or for a world of one rank."""
+"""What the ranks of an engine exchange: sums inside a stage, rows between stages, logits to rank 0. Over MPI, or for one rank alone."""
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.shape import Stage
+from dynamo_mpi.engines.reference.step_channel import sleep_seconds
+from dynamo_mpi.engines.reference.weights import Float32Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -62,3 +65,72 @@ class MpiCollectives:
         ends = np.cumsum([rows * width for width in widths])[:-1]
         parts = np.split(received, ends)
         return np.concatenate([part.reshape(rows, -1) for part in parts], axis=1)
+
+
+_HIDDEN_TAG, _LOGITS_TAG = 1, 2
+
+
+class Pipeline(Protocol):
+    """What the transformer needs of the other stages."""
+
+    def receive_hidden(self, tokens: int, hidden_size: int) -> Float32Array:
+        """Return ``[tokens, hidden]`` of the stage before."""
+
+    def send_hidden(self, hidden: Float32Array) -> None:
+        """Hand ``[tokens, hidden]`` to the stage after."""
+
+    def return_logits(self, logits: Float32Array | None, rows: int, vocab_size: int) -> Float32Array | None:
+        """Bring the last stage's ``[rows, vocabulary]``, which one rank of it holds, to rank 0; None on all others."""
+
+
+class SingleStage:
+    """No pipeline: the logits are where they are needed."""
+
+    def receive_hidden(self, tokens: int, hidden_size: int) -> Float32Array:
+        raise AssertionError("there is no stage before this one")
+
+    def send_hidden(self, hidden: Float32Array) -> None:
+        raise AssertionError("there is no stage after this one")
+
+    def return_logits(self, logits: Float32Array | None, rows: int, vocab_size: int) -> Float32Array | None:
+        return logits
+
+
+class MpiPipeline:
+    """Over the engine's communicator of all ranks.
+
+    Args:
+        communicator: all ranks of all stages.
+        tp_size: ranks of one stage.
+        stage: this rank's.
+    """
+
+    def __init__(self, communicator: MPI.Intracomm, tp_size: int, stage: Stage) -> None:
+        self._communicator = communicator
+        self._rank = communicator.Get_rank()
+        self._tp_size = tp_size
+        self._stage = stage
+
+    def receive_hidden(self, tokens: int, hidden_size: int) -> Float32Array:
+        hidden = np.empty((tokens, hidden_size), np.float32)
+        wait_politely(self._communicator.Irecv(hidden, self._rank - self._tp_size, _HIDDEN_TAG))
+        return hidden
+
+    def send_hidden(self, hidden: Float32Array) -> None:
+        wait_politely(self._communicator.Isend(np.ascontiguousarray(hidden), self._rank + self._tp_size, _HIDDEN_TAG))
+
+    def return_logits(self, logits: Float32Array | None, rows: int, vocab_size: int) -> Float32Array | None:
+        if self._rank == 0:
+            received = np.empty((rows, vocab_size), np.float32)
+            wait_politely(self._communicator.Irecv(received, (self._stage.count - 1) * self._tp_size, _LOGITS_TAG))
+            return received
+        if logits is not None:
+            wait_politely(self._communicator.Isend(np.ascontiguousarray(logits), 0, _LOGITS_TAG))
+        return None
+
+
+def wait_politely(request: MPI.Request) -> None:
+    """Wait without burning the core that the stage waited for may need."""
+    began = time.monotonic()
+    while not request.Test():
+        time.sleep(sleep_seconds(time.monotonic() - began))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamo_mpi.errors import DataError, LayoutError, ModelError
+from dynamo_mpi.errors import DataError, LayoutError
 
 _DEFAULT_CONTEXT = 2048
 
@@ -16,7 +16,7 @@ class ReferenceConfig:
     """What one engine is to be.
 
     Args:
-        model_dir: holds config.json, the tokenizer's files and exactly one ``*.gguf``.
+        model_dir: a folder that `convert_gguf` has made.
         tp_size: ranks that share a stage.
         max_batch_size: sequences that run at once; one KV-cache slot each.
         max_num_tokens: tokens of one step over all sequences; longer prompts enter in chunks.
@@ -25,8 +25,6 @@ class ReferenceConfig:
         pp_size: stages of layers; times ``tp_size`` it is the engine's world.
         cp_size: has to be 1.
         serves_kv: whether decode workers may fetch KV from this engine: it is a prefill worker's.
-        kv_transport: ``"tcp"`` or ``"nixl"``: how it gets there. Decode goes by what prefill has chosen, but is ready for NIXL at once if it
-            is told so.
         kv_network: interface, network or address to serve it at; None takes the host's own address.
         kv_keep_seconds: how long KV waits to be fetched.
         kv_pull_seconds: how long fetching the KV of one request may take.
@@ -45,7 +43,6 @@ class ReferenceConfig:
     pp_size: int = 1
     cp_size: int = 1
     serves_kv: bool = False
-    kv_transport: str = "tcp"
     kv_network: str | None = None
     kv_keep_seconds: float = 60.0
     kv_pull_seconds: float = 10.0
@@ -83,25 +80,3 @@ class ReferenceConfig:
                 fix="lower max_seq_len in the engine config",
             )
         return self.max_seq_len
-
-
-def find_model_gguf(model_dir: Path) -> Path:
-    """Return the one GGUF file of a model folder.
-
-    Raises:
-        ModelError: there is no such folder, or not exactly one such file in it.
-    """
-    found = sorted(model_dir.glob("*.gguf")) if model_dir.is_dir() else []
-    if len(found) == 1:
-        return found[0]
-    if not model_dir.is_dir():
-        what = f"the model folder {model_dir} does not exist"
-    elif not found:
-        what = f"the model folder {model_dir} holds no *.gguf file"
-    else:
-        what = f"the model folder {model_dir} holds {len(found)} *.gguf files: {', '.join(path.name for path in found)}"
-    raise ModelError(
-        what,
-        needed="a folder with config.json, the tokenizer's files and exactly one *.gguf file",
-        fix=f"python -m dynamo_mpi.engines.reference.model_files MODEL.gguf {model_dir}",
-    )

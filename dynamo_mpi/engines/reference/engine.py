@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.engines.reference.config import ReferenceConfig
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
-from dynamo_mpi.engines.reference.in_flight import InFlight, Served
-from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
+from dynamo_mpi.engines.reference.kv_transfer import KvTransferScheduler
 from dynamo_mpi.engines.reference.loading import Loaded, load_parts
-from dynamo_mpi.engines.reference.request_checks import check_request
+from dynamo_mpi.engines.reference.requests import InFlight, Served, check_request
 from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
 from dynamo_mpi.engines.reference.scheduler import Scheduler, Step, TokenChoice
 from dynamo_mpi.engines.reference.step_plan import StepPlan
+from dynamo_mpi.engines.reference.weights import Float32Array
 from dynamo_mpi.errors import EngineError, LayoutError
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class ReferenceEngine:
     @property
     def unfetched(self) -> int:
         """Rank 0: prompts whose KV waits for decode workers."""
-        return 0 if self._loaded is None else self._loaded.handoff.unfetched
+        return 0 if self._loaded is None else self._loaded.kv_worker.unfetched
 
     def load(self) -> None:
         """Read this rank's share of the weights and lay out its KV cache. Collective.
@@ -88,7 +87,7 @@ class ReferenceEngine:
             ModelError: the model can't be read, or is not one this engine computes.
             LayoutError: the model can't be split like this.
             DataError: ``max_seq_len`` is beyond the model's context.
-            UsageError: this host has no address for KV as it was asked for, or no NIXL.
+            UsageError: this host has no address for KV as it was asked for.
             EngineError: the memory is too small, or KV can't be served.
         """
         self._loaded = load_parts(self._comm, self._config, self._rank)
@@ -120,10 +119,10 @@ class ReferenceEngine:
         loaded = self._require_loaded()
         check_request(request, vocab_size=loaded.vocab_size, context_length=loaded.limits.context_length)
         generator = generator_of(request.sampling.seed)
-        offer = None if loaded.lead is None else loaded.lead.accept(request, loaded.vocab_size)
-        if offer is not None and request.sampling.temperature != 0:
+        descriptor = None if loaded.kv_scheduler is None else loaded.kv_scheduler.accept(request, loaded.vocab_size)
+        if descriptor is not None and request.sampling.temperature != 0:
             generator.random()  # the draw that gave the first token: prefill has made it
-        entry = Served(sink, generator, offer)
+        entry = Served(sink, generator, descriptor)
         with self._wake:
             if self._failure is not None:
                 raise EngineError(f"the engine has failed: {self._failure}", fix="start the worker again")
@@ -166,7 +165,7 @@ class ReferenceEngine:
         elif thread is not threading.current_thread():
             thread.join()
         if self._loaded is not None and self._rank == 0:
-            self._loaded.handoff.close()
+            self._loaded.kv_worker.close()
 
     def follow(self) -> None:
         """Other ranks: compute what rank 0 plans until it closes the engine. What goes wrong in a step is raised.
@@ -176,12 +175,12 @@ class ReferenceEngine:
         loaded = self._require_loaded()
         if loaded.channel is None or self._rank == 0:
             raise EngineError("rank 0 cannot follow: it leads")
-        while (order := loaded.channel.receive()) is not None:
-            if isinstance(order, StepPlan):
-                loaded.transformer.forward(order)
+        while (work := loaded.channel.receive()) is not None:
+            if isinstance(work, StepPlan):
+                loaded.transformer.forward(work)
             else:
-                loaded.handoff.obey(order)
-        loaded.handoff.close()
+                loaded.kv_worker.run(work)
+        loaded.kv_worker.close()
 
     def _require_loaded(self) -> Loaded:
         if self._loaded is None:
@@ -192,23 +191,23 @@ class ReferenceEngine:
 
     def _run(self, loaded: Loaded) -> None:
         try:
-            if loaded.lead is None:
-                raise EngineError("rank 0 has no part that leads")
-            while self._take_commands(loaded.scheduler, loaded.lead):
-                self._fetch_prompts(loaded.scheduler, loaded.lead)
+            if loaded.kv_scheduler is None:
+                raise EngineError("rank 0 has no scheduler of KV transfers")
+            while self._take_commands(loaded.scheduler, loaded.kv_scheduler):
+                self._fetch_prompts(loaded.scheduler, loaded.kv_scheduler)
                 step = loaded.scheduler.next_step()
                 if step is not None:
-                    self._run_step(loaded, loaded.lead, step)
+                    self._run_step(loaded, loaded.kv_scheduler, step)
                 elif loaded.scheduler.has_work:
-                    self._pause(loaded.lead.pause_seconds())
+                    self._pause(loaded.kv_scheduler.pause_seconds())
             self._in_flight.end_all("cancelled", None)
-            loaded.handoff.linger()
+            loaded.kv_worker.wait_for_readers()
             if loaded.channel is not None:
                 loaded.channel.send_stop()
         except BaseException as error:  # nobody above this thread: it has to tell the clients and the owner
             self._fail(error)
 
-    def _take_commands(self, scheduler: Scheduler, lead: LeadHandoff) -> bool:
+    def _take_commands(self, scheduler: Scheduler, transfers: KvTransferScheduler) -> bool:
         """Wait for work and hand new requests and cancellations to the scheduler. Returns False to close."""
         with self._wake:
             while not (self._commands or self._closing or scheduler.has_work):
@@ -220,7 +219,7 @@ class ReferenceEngine:
             if isinstance(command, GenerationRequest):
                 scheduler.add(command)
             elif scheduler.cancel(command.request_id):
-                lead.cancel(command.request_id)
+                transfers.cancel(command.request_id)
                 self._in_flight.deliver(command.request_id, TokenChunk((), "cancelled"))
         return True
 
@@ -229,13 +228,13 @@ class ReferenceEngine:
             if not (self._commands or self._closing):
                 self._wake.wait(seconds)
 
-    def _fetch_prompts(self, scheduler: Scheduler, lead: LeadHandoff) -> None:
+    def _fetch_prompts(self, scheduler: Scheduler, transfers: KvTransferScheduler) -> None:
         """Begin to fetch the KV of requests that have got a slot, and let those go on whose KV has come."""
         for request, slot in scheduler.to_fetch():
-            offer = self._in_flight[request.request_id].offer
-            if offer is not None:
-                lead.begin(request.request_id, slot, offer)
-        for prefilled in lead.poll():
+            descriptor = self._in_flight[request.request_id].descriptor
+            if descriptor is not None:
+                transfers.begin(request.request_id, slot, descriptor)
+        for prefilled in transfers.poll():
             request_id = prefilled.request_id
             if prefilled.error:
                 scheduler.cancel(request_id)
@@ -246,7 +245,7 @@ class ReferenceEngine:
             if not self._in_flight.deliver(request_id, chunk):
                 scheduler.cancel(request_id)
 
-    def _run_step(self, loaded: Loaded, lead: LeadHandoff, step: Step) -> None:
+    def _run_step(self, loaded: Loaded, transfers: KvTransferScheduler, step: Step) -> None:
         if loaded.channel is not None:
             loaded.channel.send_step(step.plan)
         logits = loaded.transformer.forward(step.plan)
@@ -261,7 +260,7 @@ class ReferenceEngine:
         }
         for request_id, chunk in loaded.scheduler.apply(tokens):
             if chunk.finish_reason is not None and request_id in offering:
-                chunk = lead.with_offer(*offering[request_id], chunk)
+                chunk = transfers.with_descriptor(*offering[request_id], chunk)
             if not self._in_flight.deliver(request_id, chunk):
                 loaded.scheduler.cancel(request_id)
 

@@ -3,26 +3,25 @@
 
     prefill: Hello(nonce)
     decode:  Fetch(transfer, layers, heads)   prefill: Shard(shape, size, checksum) and the keys and values, or Refused
-                                              prefill with NIXL: Located(address), for decode to read from there, or Refused
-    decode:  Read(transfer)                   prefill: Shard(shape, size, checksum) of what has been read, or Refused
     decode:  Release(transfer)                prefill: Released, or Refused
 
-A frame is a header of fixed size and a body of at most `MOST_BODY` bytes (a ``Located`` has more), made of integers of fixed width: nothing
-that is received is ever run or unpickled. Both sides know the transfer's secret and prove it by an HMAC over the nonce and the frame. The
-HMAC of a ``Shard`` covers the payload's CRC-32, which finds damage; against somebody who alters bytes on their way, encrypt the network.
+A frame is a header of fixed size and a body of at most `MOST_BODY` bytes, made of integers of fixed width: nothing that is received is
+ever run or unpickled. Both sides know the transfer's secret and prove it by an HMAC over the nonce and the frame. The HMAC of a ``Shard``
+covers the payload's CRC-32, which finds damage; against somebody who alters bytes on their way, encrypt the network.
 """
 
 from __future__ import annotations
 
 import hmac
+import socket
 import struct
+import time
+import zlib
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 MAGIC = b"DMK1"
 MOST_BODY = 512
-MOST_AGENT = 1 << 16
-"""Bytes of what a NIXL agent says of itself: one address for each of the host's devices."""
 NONCE_BYTES = 16
 TRANSFER_ID_BYTES = 16
 SECRET_BYTES = 32
@@ -35,7 +34,6 @@ _MAC_BYTES = 32
 _NO_MAC = bytes(_MAC_BYTES)
 _FETCH = struct.Struct(f"!{TRANSFER_ID_BYTES}s4I")
 _SHARD = struct.Struct("!4I2IBQI")
-_LOCATED = struct.Struct("!3Q")
 _MOST_REASON = 300
 
 
@@ -75,32 +73,6 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Located:
-    """Where in a prefill rank's memory the numbers lie that a ``Shard`` will vouch for.
-
-    Args:
-        address: of the first number.
-        half_stride: bytes from a key to its value.
-        layer_stride: bytes from a layer to the next; the numbers of one layer lie side by side.
-        agent: what the rank's NIXL agent says of itself; opaque to all but NIXL.
-    """
-
-    address: int
-    half_stride: int
-    layer_stride: int
-    agent: bytes
-    mac: bytes = _NO_MAC
-
-
-@dataclass(frozen=True)
-class Read:
-    """What was located has been read."""
-
-    transfer_id: bytes
-    mac: bytes = _NO_MAC
-
-
-@dataclass(frozen=True)
 class Release:
     """Nobody will fetch this transfer any more."""
 
@@ -120,7 +92,7 @@ class Refused:
     reason: str
 
 
-SignedMessage = Fetch | Shard | Located | Read | Release
+SignedMessage = Fetch | Shard | Release
 Message = Hello | SignedMessage | Released | Refused
 Signed = TypeVar("Signed", bound=SignedMessage)
 _KINDS: dict[type[Message], int] = {
@@ -130,8 +102,6 @@ _KINDS: dict[type[Message], int] = {
     Release: 4,
     Released: 5,
     Refused: 6,
-    Located: 7,
-    Read: 8,
 }
 
 
@@ -184,9 +154,8 @@ def _read_header(header: bytes) -> tuple[int, int]:
         raise WireError("the peer doesn't speak this protocol, or another version of it")
     if kind not in _KINDS.values():
         raise WireError(f"there is no frame of kind {kind}")
-    most = MOST_BODY + MOST_AGENT if kind == _KINDS[Located] else MOST_BODY
-    if size > most:
-        raise WireError(f"a frame says it has {size} bytes, more than {most}")
+    if size > MOST_BODY:
+        raise WireError(f"a frame says it has {size} bytes, more than {MOST_BODY}")
     return kind, size
 
 
@@ -203,15 +172,11 @@ def _parse(kind: int, body: bytes) -> Message:
         unsigned, mac = _split(body)
         *edges, tokens, head_dim, dtype, size, checksum = _SHARD.unpack(unsigned)
         return Shard(_range(edges[:2]), _range(edges[2:]), tokens, head_dim, dtype, size, checksum, mac)
-    if kind == _KINDS[Located]:
-        unsigned, mac = _split(body)
-        address, half_stride, layer_stride = _LOCATED.unpack_from(unsigned)
-        return Located(address, half_stride, layer_stride, unsigned[_LOCATED.size :], mac)
-    if kind in (_KINDS[Read], _KINDS[Release]):
+    if kind == _KINDS[Release]:
         unsigned, mac = _split(body)
         if len(unsigned) != TRANSFER_ID_BYTES:
             raise WireError(f"a transfer id has {TRANSFER_ID_BYTES} bytes, not {len(unsigned)}")
-        return (Read if kind == _KINDS[Read] else Release)(unsigned, mac)
+        return Release(unsigned, mac)
     if kind == _KINDS[Released]:
         if body:
             raise WireError("a frame without contents has some")
@@ -231,10 +196,8 @@ def _body(message: Message) -> bytes:
 
 
 def _unsigned(message: SignedMessage) -> bytes:
-    if isinstance(message, (Read, Release)):
+    if isinstance(message, Release):
         return message.transfer_id
-    if isinstance(message, Located):
-        return _LOCATED.pack(message.address, message.half_stride, message.layer_stride) + message.agent
     edges = (message.layers.start, message.layers.stop, message.heads.start, message.heads.stop)
     if isinstance(message, Fetch):
         return _FETCH.pack(message.transfer_id, *edges)
@@ -257,3 +220,77 @@ def _range(edges: list[int]) -> range:
     if start >= stop:
         raise WireError(f"{start} to {stop} is nothing")
     return range(start, stop)
+
+
+_MOST_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A moment of the monotonic clock."""
+
+    moment: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        return cls(time.monotonic() + seconds)
+
+    def left(self) -> float:
+        """Return the seconds that are left.
+
+        Raises:
+            TimeoutError: none are.
+        """
+        seconds = self.moment - time.monotonic()
+        if seconds <= 0:
+            raise TimeoutError("timed out")
+        return seconds
+
+
+class FrameSocket:
+    """One connection.
+
+    Args:
+        connection: connected; the caller closes it.
+        deadline: for everything that is still to come; it may be moved.
+    """
+
+    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
+        self._socket = connection
+        self.deadline = deadline
+
+    def send(self, message: Message) -> None:
+        """Send one frame."""
+        self.send_payload(memoryview(encode(message)))
+
+    def receive(self) -> Message:
+        """Return the next frame.
+
+        Raises:
+            WireError: what came is none.
+            ConnectionError: the peer has gone.
+            TimeoutError: the deadline has passed.
+        """
+        header = bytearray(HEADER_BYTES)
+        self.receive_payload(memoryview(header))
+        body = bytearray(body_size(bytes(header)))
+        self.receive_payload(memoryview(body))
+        return decode(bytes(header + body))
+
+    def send_payload(self, payload: memoryview) -> None:
+        """Send bytes."""
+        while payload:
+            self._socket.settimeout(self.deadline.left())
+            payload = payload[self._socket.send(payload) :]
+
+    def receive_payload(self, target: memoryview) -> int:
+        """Fill ``target``; return its CRC-32, made of each part while the next is on its way."""
+        checksum = 0
+        while target:
+            self._socket.settimeout(self.deadline.left())
+            count = self._socket.recv_into(target[:_MOST_AT_ONCE])
+            if not count:
+                raise ConnectionError("the peer closed the connection")
+            checksum = zlib.crc32(target[:count], checksum)
+            target = target[count:]
+        return checksum

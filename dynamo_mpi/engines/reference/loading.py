@@ -3,52 +3,46 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from dynamo_mpi.engines.protocol import EngineLimits
-from dynamo_mpi.engines.reference.agreement import Agreement, AloneAgreement, MpiAgreement
-from dynamo_mpi.engines.reference.collectives import Collectives, MpiCollectives, SingleRank
-from dynamo_mpi.engines.reference.config import ReferenceConfig, find_model_gguf
-from dynamo_mpi.engines.reference.kv_arena import Arena
-from dynamo_mpi.engines.reference.kv_lead import LeadHandoff
-from dynamo_mpi.engines.reference.kv_nixl import NixlAgent
-from dynamo_mpi.engines.reference.kv_offer import NIXL, CacheLayout, Holder
-from dynamo_mpi.engines.reference.kv_orders import Order
-from dynamo_mpi.engines.reference.kv_rank import RankHandoff
-from dynamo_mpi.engines.reference.kv_server import KvServer
-from dynamo_mpi.engines.reference.kv_shards import Holding
-from dynamo_mpi.engines.reference.kv_store import KvStore
-from dynamo_mpi.engines.reference.pipeline import MpiPipeline, Pipeline, SingleStage, stage_of
+from dynamo_mpi.engines.reference.collectives import (
+    Collectives,
+    MpiCollectives,
+    MpiPipeline,
+    Pipeline,
+    SingleRank,
+    SingleStage,
+)
+from dynamo_mpi.engines.reference.config import ReferenceConfig
+from dynamo_mpi.engines.reference.consensus import Consensus, MpiConsensus, SingleRankConsensus
+from dynamo_mpi.engines.reference.kv_descriptor import CacheLayout, KvShard, RankShard
+from dynamo_mpi.engines.reference.kv_tcp import KvServer, KvStore
+from dynamo_mpi.engines.reference.kv_transfer import KvTransferScheduler, KvTransferWorker
 from dynamo_mpi.engines.reference.scheduler import Scheduler
-from dynamo_mpi.engines.reference.shape import LlamaShape, share_of
-from dynamo_mpi.engines.reference.step_channel import StepChannel
+from dynamo_mpi.engines.reference.shape import share_of, stage_of
+from dynamo_mpi.engines.reference.step_channel import Command, StepChannel
 from dynamo_mpi.engines.reference.transformer import Transformer
-from dynamo_mpi.engines.reference.weights import load_weights
+from dynamo_mpi.engines.reference.weights import ModelFile, load_weights, open_model
 from dynamo_mpi.errors import EngineError
 from dynamo_mpi.services.host_address import host_address
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_FINGERPRINT_BYTES = 1 << 20
-_FINGERPRINT_DIGITS = 32
-
 
 @dataclass(frozen=True)
 class Loaded:
-    """One rank's engine. ``channel`` is None in a world of one rank, ``lead`` on all ranks but 0."""
+    """One rank's engine. ``channel`` is None in a world of one rank, ``kv_scheduler`` on all ranks but 0."""
 
     transformer: Transformer
     scheduler: Scheduler
     channel: StepChannel | None
     limits: EngineLimits
     vocab_size: int
-    handoff: RankHandoff
-    lead: LeadHandoff | None
+    kv_worker: KvTransferWorker
+    kv_scheduler: KvTransferScheduler | None
 
 
 def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> Loaded:
@@ -58,20 +52,17 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
         ModelError: the model can't be read, or is not one this engine computes.
         LayoutError: the model can't be split like this.
         DataError: ``max_seq_len`` is beyond the model's context.
-        UsageError: this host has no address for KV as it was asked for, or no NIXL.
+        UsageError: this host has no address for KV as it was asked for.
         EngineError: the memory is too small, or KV can't be served.
     """
     # First of all: a rank that failed below would leave the others waiting in these.
     comm = None if communicator is None or communicator.Get_size() == 1 else communicator.Dup()
     stage = _stage_of(comm, config, rank)
-    agreement: Agreement = AloneAgreement() if comm is None else MpiAgreement(comm)
-    nixl = NixlAgent(config.kv_network)
-    serving = _Serving(config, agreement, nixl) if config.serves_kv else None
-    if config.kv_transport == NIXL:
-        nixl.open()  # before the weights; without this, a decode worker opens it for the first offer that needs it
-    path = find_model_gguf(config.model_dir)
+    consensus: Consensus = SingleRankConsensus() if comm is None else MpiConsensus(comm)
+    serving = _Serving(config, consensus) if config.serves_kv else None
+    model = open_model(config.model_dir)
     try:
-        weights = load_weights(path, rank, config.tp_size, config.pp_size)
+        weights = load_weights(model, rank, config.tp_size, config.pp_size)
         context = config.context_length(weights.shape.max_position_embeddings)
         pipeline: Pipeline = (
             SingleStage() if comm is None or stage is comm else MpiPipeline(comm, config.tp_size, weights.stage)
@@ -88,18 +79,14 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
     if serving is not None:
         # as much again as the KV cache itself
         serving.store.most_tokens = config.max_batch_size * context
-        if config.kv_transport == NIXL:
-            serving.store.arena = Arena(transformer.cache.keys.size + transformer.cache.values.size)
-            nixl.share(serving.store.arena.memory)
-    handoff = RankHandoff(
+    kv_worker = KvTransferWorker(
         rank,
-        Holding(weights.stage.layers, weights.share.kv_heads),
+        KvShard(weights.stage.layers, weights.share.kv_heads),
         transformer.cache,
-        agreement,
+        consensus,
         config.kv_pull_seconds,
         None if serving is None else serving.store,
         None if serving is None else serving.server,
-        nixl,
     )
     return Loaded(
         transformer=transformer,
@@ -113,8 +100,8 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
             total_kv_blocks=config.max_batch_size * -(-context // config.kv_block_size),
         ),
         vocab_size=weights.shape.vocab_size,
-        handoff=handoff,
-        lead=_lead(config, path, weights.shape, channel, handoff, serving) if rank == 0 else None,
+        kv_worker=kv_worker,
+        kv_scheduler=_kv_scheduler(config, model, channel, kv_worker, serving) if rank == 0 else None,
     )
 
 
@@ -122,21 +109,15 @@ class _Serving:
     """A prefill rank's store and server. Collective: all ranks hear of all addresses before one that can't serve raises.
 
     Raises:
-        UsageError: this host has no such address, or no NIXL where that was asked for.
+        UsageError: this host has no such address.
         EngineError: it can't be listened on.
     """
 
-    def __init__(self, config: ReferenceConfig, agreement: Agreement, nixl: NixlAgent) -> None:
+    def __init__(self, config: ReferenceConfig, consensus: Consensus) -> None:
         self.store = KvStore(0, config.kv_keep_seconds)
         place = ""
         try:
-            if config.kv_transport == NIXL:
-                nixl.open()
-            self.server = KvServer(
-                self.store,
-                host_address(config.kv_network, "--kv-network / DYN_MPI_KV_NETWORK"),
-                nixl if config.kv_transport == NIXL else None,
-            )
+            self.server = KvServer(self.store, host_address(config.kv_network, "--kv-network / DYN_MPI_KV_NETWORK"))
             host, port = self.server.address
             place = f"{host}:{port}"
         except OSError as error:
@@ -146,59 +127,43 @@ class _Serving:
                 fix="set --kv-network / DYN_MPI_KV_NETWORK to an interface or network of every rank's host",
             ) from None
         finally:
-            self.places = agreement.texts(place)
+            self.places = consensus.texts(place)
 
 
-def _lead(
+def _kv_scheduler(
     config: ReferenceConfig,
-    path: Path,
-    shape: LlamaShape,
+    model: ModelFile,
     channel: StepChannel | None,
-    handoff: RankHandoff,
+    kv_worker: KvTransferWorker,
     serving: _Serving | None,
-) -> LeadHandoff:
-    holders = []
+) -> KvTransferScheduler:
+    shape, ranks = model.shape, []
     for rank, place in enumerate([] if serving is None else serving.places):
         host, _, port = place.rpartition(":")
         layers = stage_of(shape.num_hidden_layers, rank, config.tp_size, config.pp_size).layers
         heads = share_of(shape, rank % config.tp_size, config.tp_size).kv_heads
         # a rank without a port has failed: this engine will never start
-        holders.append(Holder(host, int(port or 0), Holding(layers, heads)))
+        ranks.append(RankShard(host, int(port or 0), KvShard(layers, heads)))
     layout = CacheLayout(
-        model=model_fingerprint(path),
+        model=model.fingerprint,
         layers=shape.num_hidden_layers,
         kv_heads=shape.num_key_value_heads,
         head_dim=shape.head_dim,
         block_size=config.kv_block_size,
     )
 
-    def order(order: Order) -> None:
+    def send(command: Command) -> None:
         if channel is not None:
-            channel.send_order(order)
+            channel.send_command(command)
 
-    return LeadHandoff(
-        order,
-        handoff,
+    return KvTransferScheduler(
+        send,
+        kv_worker,
         layout,
-        tuple(holders),
-        config.kv_transport,
+        tuple(ranks),
         (config.tp_size, config.pp_size),
         config.kv_pull_seconds,
     )
-
-
-def model_fingerprint(path: Path) -> str:
-    """Return what tells one model file from another: a hash of its size, its beginning and its end.
-
-    The beginning holds all metadata and the shapes; reading all of a large file would cost every start.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_FINGERPRINT_BYTES))
-        file.seek(max(0, size - _FINGERPRINT_BYTES), os.SEEK_SET)
-        digest.update(file.read(_FINGERPRINT_BYTES))
-    return digest.hexdigest()[:_FINGERPRINT_DIGITS]
 
 
 def _stage_of(comm: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> MPI.Intracomm | None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynamo_mpi.engines.protocol import Sampling
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
+from dynamo_mpi.engines.reference.weights import Float32Array
 
 _SEED_RANGE = 2**64
 

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of a llama model, and what of it each rank holds."""
+"""The sizes of a llama model, and what each rank holds of it. Pure.
+
+Ranks are numbered as TensorRT-LLM numbers them: tensor parallelism fastest, pipeline slowest (its ``MpiTopology``), so that
+with blocks of ranks per node the tensor-parallel sums stay inside a node and only one row per token crosses between nodes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynamo_mpi.engines.reference.gguf_file import GgufFile
-from dynamo_mpi.errors import LayoutError, ModelError
+from dynamo_mpi.errors import LayoutError
 from dynamo_mpi.parallelism.heads import legal_tp_sizes
 
 
@@ -43,48 +46,27 @@ class Share:
     vocabulary: range
 
 
-def llama_shape(file: GgufFile) -> LlamaShape:
-    """Read the shape from a GGUF file's metadata.
+@dataclass(frozen=True)
+class Stage:
+    """The layers of one rank.
 
-    Raises:
-        ModelError: another architecture, a variant this engine doesn't compute, or sizes that contradict.
+    Args:
+        index: of this stage, from 0.
+        count: of all stages.
+        layers: global numbers of its layers.
     """
-    architecture = file.text("general.architecture")
-    if architecture != "llama":
-        raise _unsupported(file, f"its architecture is {architecture!r}")
-    if "llama.rope.scaling.type" in file and file.text("llama.rope.scaling.type") != "none":
-        raise _unsupported(file, "it scales its rotary embedding")
-    heads = file.integer("llama.attention.head_count")
-    hidden_size = file.integer("llama.embedding_length")
-    if heads < 1 or hidden_size < 1:
-        raise file.malformed(f"it has {heads} attention heads and a hidden size of {hidden_size}")
-    head_dim = file.integer("llama.attention.key_length", hidden_size // heads)
-    if file.integer("llama.rope.dimension_count", head_dim) != head_dim:
-        raise _unsupported(file, "it rotates only a part of each head")
-    if file.integer("llama.attention.value_length", head_dim) != head_dim:
-        raise _unsupported(file, "its keys and values differ in size")
-    embedding = file.tensors.get("token_embd.weight")
-    shape = LlamaShape(
-        num_hidden_layers=file.integer("llama.block_count"),
-        hidden_size=hidden_size,
-        intermediate_size=file.integer("llama.feed_forward_length"),
-        num_attention_heads=heads,
-        num_key_value_heads=file.integer("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        vocab_size=embedding.shape[0] if embedding and embedding.shape else 0,
-        max_position_embeddings=file.integer("llama.context_length"),
-        rope_theta=file.number("llama.rope.freq_base", 10000.0),
-        rms_norm_eps=file.number("llama.attention.layer_norm_rms_epsilon"),
-    )
-    sizes = {name: value for name, value in vars(shape).items() if isinstance(value, int)}
-    for name, value in sizes.items():
-        if value < 1:
-            raise file.malformed(f"its {name} is {value}")
-    if heads % shape.num_key_value_heads or head_dim % 2:
-        raise file.malformed(
-            f"{heads} attention heads of size {head_dim} and {shape.num_key_value_heads} key/value heads don't fit"
-        )
-    return shape
+
+    index: int
+    count: int
+    layers: range
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
 
 
 def share_of(shape: LlamaShape, rank: int, tp_size: int) -> Share:
@@ -111,16 +93,24 @@ def share_of(shape: LlamaShape, rank: int, tp_size: int) -> Share:
     )
 
 
+def stage_of(layers: int, rank: int, tp_size: int, pp_size: int) -> Stage:
+    """Return the stage of ``rank``; the first stages hold one layer more where it doesn't come out even (F1: ``mapping.py: pp_layers``).
+
+    Raises:
+        LayoutError: there are more stages than layers (F3).
+    """
+    if layers < pp_size:
+        raise LayoutError(
+            f"{layers} layers are not enough for pipeline_parallel_size {pp_size}",
+            needed=f"pipeline_parallel_size of at most {layers}",
+            fix="lower pipeline_parallel_size in the engine config and start fewer ranks",
+        )
+    index = rank // tp_size
+    return Stage(index, pp_size, part_of(layers, pp_size, index))
+
+
 def part_of(total: int, parts: int, index: int) -> range:
     """Return the ``index``-th of ``parts`` contiguous ranges of ``total`` items; the first ones hold the remainder."""
     quotient, remainder = divmod(total, parts)
     start = index * quotient + min(index, remainder)
     return range(start, start + quotient + (1 if index < remainder else 0))
-
-
-def _unsupported(file: GgufFile, what: str) -> ModelError:
-    return ModelError(
-        f"the reference engine cannot run {file.path}: {what}",
-        needed="a dense llama model with full rotary embeddings",
-        fix="use another model, or the trtllm engine",
-    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How rank 0 tells the other ranks what to do, and how they wait for it without burning a core.
+"""What rank 0 has all ranks do, steps and KV commands, and how they wait for it without burning a core.
 
 MPI's own waits spin: a rank in a blocking broadcast takes a whole core, which on CPUs the other ranks need. Followers
 start a non-blocking broadcast instead and look at it now and then: at once while steps follow each other, and after
@@ -8,18 +8,20 @@ ever longer sleeps when none comes.
 
 from __future__ import annotations
 
+import json
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.kv_orders import Order, decode_order, encode_order
 from dynamo_mpi.engines.reference.step_plan import Int64Array, StepPlan, decode, encode
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_STEP, _STOP, _ORDER = 1, 2, 3
+_STEP, _STOP, _COMMAND = 1, 2, 3
+_WORD = 8
 _HEADER_WORDS = 2
 _INLINE_WORDS = 254
 """Words that travel with the header: enough for a step of 50 sequences, and within MPI's eager limits."""
@@ -29,6 +31,75 @@ _FIRST_SLEEP_SECONDS = 0.00005
 _LONGEST_SLEEP_SECONDS = 0.004
 _SLEEP_SHARE = 0.05
 """A sleep lasts this share of the time waited so far: what it adds to a wait stays in proportion."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Prefill: store a copy of the first ``tokens`` positions of ``slot``; who knows ``secret`` may fetch it."""
+
+    slot: int
+    tokens: int
+    transfer_id: bytes
+    secret: bytes
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Prefill: remove what was just stored."""
+
+    transfer_id: bytes
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Decode: begin to fetch, in the background, what this rank needs of a descriptor (JSON values), for ``slot`` later."""
+
+    number: int
+    slot: int
+    descriptor: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Poll:
+    """Decode: agree on the status of these pulls; those that all ranks have are put into their slots."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Decode: no request waits for this pull any more."""
+
+    number: int
+
+
+Command = Keep | Drop | Pull | Poll | Abandon
+_COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in (Keep, Drop, Pull, Poll, Abandon)}
+_BYTES = ("transfer_id", "secret")
+
+
+def encode_command(command: Command) -> Int64Array:
+    """Return the command as int64: JSON, padded to whole words."""
+    fields = {name: value.hex() if name in _BYTES else value for name, value in vars(command).items()}
+    text = json.dumps([type(command).__name__, fields]).encode()
+    return np.frombuffer(text + b" " * (-len(text) % _WORD), np.int64)
+
+
+def decode_command(words: Int64Array) -> Command:
+    """Return the command that ``encode_command`` made ``words`` of.
+
+    Raises:
+        ValueError: ``words`` are no command.
+    """
+    try:
+        name, fields = json.loads(words.tobytes())
+        for key in fields.keys() & _BYTES:
+            fields[key] = bytes.fromhex(fields[key])
+        if "numbers" in fields:
+            fields["numbers"] = tuple(fields["numbers"])
+        return _COMMANDS[name](**fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"rank 0 has sent what is no command: {error}") from None
 
 
 def sleep_seconds(waited: float) -> float:
@@ -53,16 +124,16 @@ class StepChannel:
         """Rank 0: have all ranks run ``plan``."""
         self._send(_STEP, encode(plan))
 
-    def send_order(self, order: Order) -> None:
-        """Rank 0: have all ranks carry out ``order``."""
-        self._send(_ORDER, encode_order(order))
+    def send_command(self, command: Command) -> None:
+        """Rank 0: have all ranks run ``command``."""
+        self._send(_COMMAND, encode_command(command))
 
     def send_stop(self) -> None:
         """Rank 0: release all ranks."""
         self._send(_STOP, np.empty(0, np.int64))
 
-    def receive(self) -> StepPlan | Order | None:
-        """Other ranks: wait for the next plan or order; None when rank 0 has stopped."""
+    def receive(self) -> StepPlan | Command | None:
+        """Other ranks: wait for the next plan or command; None when rank 0 has stopped."""
         request = self._communicator.Ibcast(self._message, root=0)
         began = time.monotonic()
         while not request.Test():
@@ -74,7 +145,7 @@ class StepChannel:
         if size > _INLINE_WORDS:
             words = np.empty(size, np.int64)
             self._communicator.Bcast(words, root=0)
-        return decode_order(words) if kind == _ORDER else decode(words)
+        return decode_command(words) if kind == _COMMAND else decode(words)
 
     def _send(self, kind: int, words: Int64Array) -> None:
         self._message[:_HEADER_WORDS] = kind, words.size

@@ -7,12 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynamo_mpi.engines.reference.attention import KeyValueCache, StepAttention
-from dynamo_mpi.engines.reference.collectives import Collectives
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
-from dynamo_mpi.engines.reference.pipeline import Pipeline
+from dynamo_mpi.engines.reference.collectives import Collectives, Pipeline
 from dynamo_mpi.engines.reference.shape import part_of
 from dynamo_mpi.engines.reference.step_plan import StepPlan
-from dynamo_mpi.engines.reference.weights import LayerWeights, Weights
+from dynamo_mpi.engines.reference.weights import Float32Array, LayerWeights, Weights
 
 _MATRIX_VECTOR_ROWS = 4
 _MATRIX_KERNEL_ROWS = 8

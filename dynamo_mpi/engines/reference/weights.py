@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's share of a llama model, as float32 matrices.
+"""One rank's share of a llama model, as float32 matrices mapped from the model's weights file.
+
+The file is made once by `convert_gguf`, in the safetensors format. It holds every matrix as ``[in, out]``, stacked over the layers, so that
+a rank maps its layers and its rows as they lie; only columns that are split between ranks are copied.
 
 Column-parallel: query/key/value, gate/up, vocabulary. Row-parallel: attention output, down. The split is that of
 Shoeybi et al., "Megatron-LM", 2019, section 3.
@@ -7,20 +10,42 @@ Shoeybi et al., "Megatron-LM", 2019, section 3.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+import json
+import math
+import mmap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dynamo_mpi.engines.reference.gguf_file import GgufFile
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array, GgufTensors
-from dynamo_mpi.engines.reference.pipeline import Stage, stage_of
-from dynamo_mpi.engines.reference.shape import LlamaShape, Share, llama_shape, share_of
+from dynamo_mpi.engines.reference.shape import LlamaShape, Share, Stage, share_of, stage_of
+from dynamo_mpi.errors import ModelError
 
-_KNOWN_TENSOR = re.compile(
-    r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down)))\.weight"
-)
+Float32Array = NDArray[np.float32]
+
+WEIGHTS_NAME = "reference.safetensors"
+FORMAT = "dynamo_mpi reference engine, 1"
+_ALIGNMENT = 64
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A weights file, mapped.
+
+    Args:
+        path: of the file.
+        fingerprint: tells one model from another.
+        shape: of the model.
+        tensors: by name; see `tensor_sizes`.
+    """
+
+    path: Path
+    fingerprint: str
+    shape: LlamaShape
+    tensors: Mapping[str, Float32Array]
 
 
 @dataclass(frozen=True)
@@ -67,85 +92,131 @@ class Weights:
     head: Float32Array | None
 
 
-def load_weights(path: Path, rank: int, tp_size: int, pp_size: int = 1) -> Weights:
-    """Read and decode what ``rank`` of ``tp_size * pp_size`` holds of the model in a GGUF file.
+def tensor_sizes(shape: LlamaShape, *, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a weights file by name, in their order; ``tied``: the embedding is the head too."""
+    layers, hidden, vocabulary, inner = (
+        shape.num_hidden_layers, shape.hidden_size, shape.vocab_size, shape.intermediate_size
+    )  # fmt: skip
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    sizes: dict[str, tuple[int, ...]] = {
+        "embedding": (hidden, vocabulary),
+        "attention_norm": (layers, hidden),
+        "query_key_value": (layers, hidden, queries + 2 * keys),
+        "attention_output": (layers, queries, hidden),
+        "feed_forward_norm": (layers, hidden),
+        "gate_up": (layers, hidden, 2 * inner),
+        "down": (layers, inner, hidden),
+        "final_norm": (hidden,),
+    }
+    return sizes if tied else sizes | {"head": (hidden, vocabulary)}
+
+
+def file_header(shape: LlamaShape, fingerprint: str, *, tied: bool) -> bytes:
+    """Return what precedes the tensors in a weights file, which follow one another without gaps."""
+    metadata = {"format": FORMAT, "fingerprint": fingerprint, "shape": json.dumps(asdict(shape))}
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, size in tensor_sizes(shape, tied=tied).items():
+        start, end = end, end + math.prod(size) * 4
+        header[name] = {"dtype": "F32", "shape": size, "data_offsets": (start, end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def open_model(model_dir: Path) -> ModelFile:
+    """Map the weights file of a model folder; pages are read as they are used.
 
     Raises:
-        ModelError: the file can't be read or holds a model this engine doesn't compute.
+        ModelError: there is none, or it is incomplete or of another version.
+    """
+    path = model_dir / WEIGHTS_NAME
+    convert = f"python -m dynamo_mpi.engines.reference.convert_gguf MODEL.gguf {model_dir}"
+    try:
+        with path.open("rb") as file:
+            contents = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        length = _LENGTH_BYTES + int.from_bytes(contents[:_LENGTH_BYTES], "little")
+        header = json.loads(contents[_LENGTH_BYTES:length])
+        metadata = header["__metadata__"]
+        if metadata["format"] != FORMAT:
+            raise ValueError(f"its format is {metadata['format']!r}, not {FORMAT!r}")
+        shape = LlamaShape(**json.loads(metadata["shape"]))
+        tensors: dict[str, Float32Array] = {}
+        for name, size in tensor_sizes(shape, tied="head" not in header).items():
+            start, _ = header[name]["data_offsets"]
+            tensors[name] = np.frombuffer(contents, "<f4", math.prod(size), length + start).reshape(size)
+    except FileNotFoundError:
+        raise ModelError(
+            f"the model folder {model_dir} does not exist"
+            if not model_dir.is_dir()
+            else f"the model folder {model_dir} holds no {WEIGHTS_NAME}",
+            needed=f"a folder with config.json, the tokenizer's files and {WEIGHTS_NAME}",
+            fix=convert,
+        ) from None
+    except OSError as error:
+        raise ModelError(
+            f"{path} cannot be read: {error.strerror}", needed="a readable file", fix="check its permissions"
+        ) from error
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ModelError(
+            f"{path} is not a usable weights file: {error}",
+            needed="a complete file, as this version of dynamo-mpi writes it",
+            fix=convert,
+        ) from error
+    return ModelFile(path, metadata["fingerprint"], shape, tensors)
+
+
+def load_weights(model: ModelFile, rank: int, tp_size: int, pp_size: int = 1) -> Weights:
+    """Return what ``rank`` of ``tp_size * pp_size`` holds of the model.
+
+    Raises:
         LayoutError: the model can't be split into ``tp_size`` shares of ``pp_size`` stages.
     """
-    file = GgufFile(path)
-    shape = llama_shape(file)
+    shape, tensors = model.shape, model.tensors
     share = share_of(shape, rank % tp_size, tp_size)
     stage = stage_of(shape.num_hidden_layers, rank, tp_size, pp_size)
-    for name in file.tensors:
-        # A tensor left aside (a bias, an expert, rope factors) would not fail: it would make wrong tokens.
-        if not _KNOWN_TENSOR.fullmatch(name):
-            raise file.malformed(f"it holds tensor {name}, which the reference engine does not know")
-    tensors = GgufTensors(file)
-    hidden = shape.hidden_size
-    tied = "output.weight" not in file.tensors
-    embedding = None
-    if stage.is_first or (stage.is_last and tied):
-        embedding = _vocabulary_matrix(tensors, "token_embd.weight", shape, share)
+    embedding = _columns(tensors["embedding"], share.vocabulary) if stage.is_first or stage.is_last else None
+    head = embedding
+    if stage.is_last and "head" in tensors:
+        head = _columns(tensors["head"], share.vocabulary)
     return Weights(
         shape=shape,
         share=share,
         stage=stage,
-        layers=tuple(_load_layer(tensors, f"blk.{index}.", shape, share) for index in stage.layers),
+        layers=tuple(_layer(tensors, index, shape, share) for index in stage.layers),
         embedding=embedding if stage.is_first else None,
-        final_norm=tensors.vector("output_norm.weight", hidden) if stage.is_last else None,
-        head=_head(tensors, embedding, shape, share, tied=tied) if stage.is_last else None,
+        final_norm=tensors["final_norm"] if stage.is_last else None,
+        head=head if stage.is_last else None,
     )
 
 
-def _head(
-    tensors: GgufTensors, embedding: Float32Array | None, shape: LlamaShape, share: Share, *, tied: bool
-) -> Float32Array | None:
-    return embedding if tied else _vocabulary_matrix(tensors, "output.weight", shape, share)
-
-
-def _load_layer(tensors: GgufTensors, prefix: str, shape: LlamaShape, share: Share) -> LayerWeights:
-    hidden, head_dim = shape.hidden_size, shape.head_dim
-    queries, keys = _head_columns(share.query_heads, head_dim), _head_columns(share.kv_heads, head_dim)
-    all_queries, all_keys = shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim
-    inner, columns = shape.intermediate_size, share.intermediate
-
-    query_key_value = np.empty((hidden, len(queries) + 2 * len(keys)), np.float32)
-    after_queries, after_keys = len(queries), len(queries) + len(keys)
-    tensors.fill_transposed(
-        query_key_value[:, :after_queries], prefix + "attn_q.weight", (all_queries, hidden), queries
-    )
-    tensors.fill_transposed(
-        query_key_value[:, after_queries:after_keys], prefix + "attn_k.weight", (all_keys, hidden), keys
-    )
-    tensors.fill_transposed(query_key_value[:, after_keys:], prefix + "attn_v.weight", (all_keys, hidden), keys)
-
-    gate_up = np.empty((hidden, 2 * len(columns)), np.float32)
-    tensors.fill_transposed(gate_up[:, : len(columns)], prefix + "ffn_gate.weight", (inner, hidden), columns)
-    tensors.fill_transposed(gate_up[:, len(columns) :], prefix + "ffn_up.weight", (inner, hidden), columns)
-
-    attention_output = np.empty((len(queries), hidden), np.float32)
-    tensors.fill_transposed(
-        attention_output, prefix + "attn_output.weight", (hidden, all_queries), range(hidden), queries
-    )
-    down = np.empty((len(columns), hidden), np.float32)
-    tensors.fill_transposed(down, prefix + "ffn_down.weight", (hidden, inner), range(hidden), columns)
+def _layer(tensors: Mapping[str, Float32Array], index: int, shape: LlamaShape, share: Share) -> LayerWeights:
+    queries, keys = _scaled(share.query_heads, shape.head_dim), _scaled(share.kv_heads, shape.head_dim)
+    first_key = shape.num_attention_heads * shape.head_dim
+    first_value = first_key + shape.num_key_value_heads * shape.head_dim
+    inner = share.intermediate
     return LayerWeights(
-        attention_norm=tensors.vector(prefix + "attn_norm.weight", hidden),
-        query_key_value=query_key_value,
-        attention_output=attention_output,
-        feed_forward_norm=tensors.vector(prefix + "ffn_norm.weight", hidden),
-        gate_up=gate_up,
-        down=down,
+        attention_norm=tensors["attention_norm"][index],
+        query_key_value=_columns(
+            tensors["query_key_value"][index], queries, _shifted(keys, first_key), _shifted(keys, first_value)
+        ),
+        attention_output=tensors["attention_output"][index, queries.start : queries.stop],
+        feed_forward_norm=tensors["feed_forward_norm"][index],
+        gate_up=_columns(tensors["gate_up"][index], inner, _shifted(inner, shape.intermediate_size)),
+        down=tensors["down"][index, inner.start : inner.stop],
     )
 
 
-def _vocabulary_matrix(tensors: GgufTensors, name: str, shape: LlamaShape, share: Share) -> Float32Array:
-    matrix = np.empty((shape.hidden_size, len(share.vocabulary)), np.float32)
-    tensors.fill_transposed(matrix, name, (shape.vocab_size, shape.hidden_size), share.vocabulary)
-    return matrix
+def _columns(matrix: Float32Array, *parts: range) -> Float32Array:
+    """Return the parts side by side, contiguous; the mapped matrix itself where they are all of it."""
+    if sum(map(len, parts)) == matrix.shape[1]:
+        return matrix
+    return np.concatenate([matrix[:, part.start : part.stop] for part in parts], axis=1)
 
 
-def _head_columns(heads: range, head_dim: int) -> range:
+def _scaled(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
+
+
+def _shifted(columns: range, by: int) -> range:
+    return range(columns.start + by, columns.stop + by)

@@ -20,7 +20,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from dynamo_mpi.engines.reference.blas_threads import thread_environment
+from dynamo_mpi.engines.reference.factory import thread_environment
 
 os.environ.update(thread_environment(MPI.COMM_WORLD.Get_size()))
 

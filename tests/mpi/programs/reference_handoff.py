@@ -2,7 +2,7 @@
 """Two reference engines in one world: the first ranks prefill, the others decode from the KV that they fetch.
 
 Usage: reference_handoff.py MODEL_DIR TASK.json, where the latter holds
-``{"prefill": [tp, pp], "decode": [tp, pp], "max_tokens", "prompts": [[token, ...]], "transport", "spoil": prefill rank}``. Decode's
+``{"prefill": [tp, pp], "decode": [tp, pp], "max_tokens", "prompts": [[token, ...]], "spoil": prefill rank}``. Decode's
 rank 0 prints as JSON the tokens of each prompt, its error, the milliseconds from its being submitted there to its first token, and the
 tokens of the first prompt computed by decode alone. The address of the rank to spoil is made wrong in each offer.
 """
@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from mpi4py import MPI
 
-from dynamo_mpi.engines.reference.blas_threads import thread_environment
+from dynamo_mpi.engines.reference.factory import thread_environment
 
 os.environ.update(thread_environment(MPI.COMM_WORLD.Get_size()))
 
@@ -74,7 +74,6 @@ def main() -> int:
         prefill_tp if prefills else decode_tp,
         pp_size=prefill_pp if prefills else decode_pp,
         serves_kv=prefills,
-        kv_transport=task["transport"],
         kv_network="127.0.0.1",
         kv_pull_seconds=5.0,
     )

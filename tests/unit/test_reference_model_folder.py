@@ -14,13 +14,14 @@ import jinja2.sandbox
 import pytest
 from tokenizers import Tokenizer
 
-from dynamo_mpi.engines.reference.config import find_model_gguf
-from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf, main
+from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf, main
+from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME, open_model
 from dynamo_mpi.errors import ModelError
 from dynamo_mpi.exit_codes import ExitCode
+from tests.unit.small_llama import write_gguf
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").read_text(encoding="utf-8"))["prompts"]
-NAMES = ["config.json", "generation_config.json", "model.gguf", "tokenizer.json", "tokenizer_config.json"]
+NAMES = ["config.json", "generation_config.json", "reference.safetensors", "tokenizer.json", "tokenizer_config.json"]
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
@@ -69,39 +70,34 @@ def test_the_configuration_is_that_of_the_model(model_dir: Path) -> None:
 
 
 def test_an_export_over_an_older_one_replaces_its_files_and_keeps_the_others(tmp_path: Path) -> None:
-    folder = tmp_path / "deep" / "model"
-    export_model(find_default_gguf(), folder)
+    gguf, folder = write_gguf(tmp_path / "m.gguf"), tmp_path / "deep" / "model"
+    export_model(gguf, folder, copy=True)
     (folder / "config.json").write_text("{}")
     (folder / "notes.txt").write_text("mine")
 
-    export_model(find_default_gguf(), folder)
+    export_model(gguf, folder, copy=True)
 
     assert read(folder, "config.json")["model_type"] == "llama"
     assert sorted(path.name for path in folder.iterdir()) == sorted([*NAMES, "notes.txt"])
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_the_gguf_is_linked_or_copied(tmp_path: Path) -> None:
-    linked = export_model(find_default_gguf(), tmp_path / "linked")
-    copied = export_model(find_default_gguf(), tmp_path / "copied", copy=True)
+def test_the_weights_are_linked_or_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gguf = write_gguf(tmp_path / "m.gguf")
+    linked = export_model(gguf, tmp_path / "linked")
+    copied = export_model(gguf, tmp_path / "copied", copy=True)
 
-    assert find_model_gguf(linked).resolve() == find_default_gguf().resolve()
-    assert not find_model_gguf(copied).is_symlink()
-    assert find_model_gguf(copied).stat().st_size == find_default_gguf().stat().st_size
-
-
-def test_a_folder_with_another_gguf_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "other.gguf").touch()
-
-    with pytest.raises(ModelError, match=r"other\.gguf already"):
-        export_model(find_default_gguf(), tmp_path)
+    assert (linked / WEIGHTS_NAME).is_symlink()
+    assert not (copied / WEIGHTS_NAME).is_symlink()
+    assert (linked / WEIGHTS_NAME).read_bytes() == (copied / WEIGHTS_NAME).read_bytes()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
     with pytest.raises(ModelError, match="cannot be written"):
-        export_model(find_default_gguf(), tmp_path / "file" / "model")
+        export_model(write_gguf(tmp_path / "m.gguf"), tmp_path / "file" / "model", copy=True)
 
 
 def test_the_default_model_is_found_without_importing_its_package() -> None:
@@ -122,7 +118,7 @@ def test_an_absent_default_model_names_the_cure(
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(find_default_gguf()), str(tmp_path / "model")]) == ExitCode.OK
+    assert main([str(write_gguf(tmp_path / "m.gguf")), str(tmp_path / "model")]) == ExitCode.OK
     assert capsys.readouterr().out == f"{tmp_path / 'model'}\n"
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == NAMES
 
@@ -131,12 +127,13 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("names", [[], ["a.gguf", "b.gguf"]])
-def test_a_model_folder_needs_exactly_one_gguf(tmp_path: Path, names: list[str]) -> None:
-    for name in names:
-        (tmp_path / name).touch()
+def test_weights_alone_leave_the_publishers_files(tmp_path: Path) -> None:
+    gguf, folder = write_gguf(tmp_path / "m.gguf", pre_tokenizer="unknown"), tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
 
-    with pytest.raises(ModelError, match=r"no \*\.gguf file|2 \*\.gguf files: a\.gguf, b\.gguf"):
-        find_model_gguf(tmp_path)
-    with pytest.raises(ModelError, match="does not exist"):
-        find_model_gguf(tmp_path / "absent")
+    assert main([str(gguf), str(folder), "--weights-only"]) == ExitCode.OK
+
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", WEIGHTS_NAME]
+    assert (folder / "config.json").read_text() == "{}"
+    assert open_model(folder).shape.num_hidden_layers == 3

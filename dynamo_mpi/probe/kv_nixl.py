@@ -18,13 +18,31 @@ from typing import Any
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.gguf_tensors import Float32Array
-from dynamo_mpi.engines.reference.kv_wire import MOST_AGENT, Located
-from dynamo_mpi.engines.reference.nixl_library import new_agent, unusable
+from dynamo_mpi.engines.reference.weights import Float32Array
+from dynamo_mpi.probe.nixl_library import new_agent, unusable
 
 POLL_SECONDS = 0.001
+MOST_AGENT = 1 << 16
+"""Bytes of what a NIXL agent says of itself: one address for each of the host's devices."""
 _MOST_PEERS = 64
 _never_ended: list[object] = []
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where in a prefill rank's memory the numbers lie.
+
+    Args:
+        address: of the first number.
+        half_stride: bytes from a key to its value.
+        layer_stride: bytes from a layer to the next; the numbers of one layer lie side by side.
+        agent: what the rank's NIXL agent says of itself; opaque to all but NIXL.
+    """
+
+    address: int
+    half_stride: int
+    layer_stride: int
+    agent: bytes
 
 
 class NixlError(Exception):

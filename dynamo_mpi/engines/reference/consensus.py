@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dynamo_mpi.engines.reference.pipeline import wait_politely
+from dynamo_mpi.engines.reference.collectives import wait_politely
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _TEXT_BYTES = 400
 
 
-class Agreement(Protocol):
+class Consensus(Protocol):
     """Collective: all ranks call the same methods in the same order."""
 
     def lowest(self, values: Sequence[int]) -> list[int]:
@@ -26,7 +26,7 @@ class Agreement(Protocol):
         """Return all ranks' texts, by rank, on rank 0; nothing on the others. Long ones are cut off."""
 
 
-class AloneAgreement:
+class SingleRankConsensus:
     """A world of one."""
 
     def lowest(self, values: Sequence[int]) -> list[int]:
@@ -36,7 +36,7 @@ class AloneAgreement:
         return [text]
 
 
-class MpiAgreement:
+class MpiConsensus:
     """Over the engine's communicator; waits sleep, as a rank may come late.
 
     Args:

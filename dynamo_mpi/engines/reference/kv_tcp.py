@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""KV over TCP: what a prefill rank stores and serves, and how a decode rank fetches and releases it.
+
+Prefill stores copies, so that a slot of the KV cache is free at once. A copy is removed when decode releases it, or when its time is over.
+What a server thread is sending at that moment stays whole: it holds the copy itself, which nothing writes to.
+
+One thread listens and removes what has expired; each connection has a thread of its own, limited in number and time. A peer that stalls or
+breaks the protocol loses its connection, no more.
+
+Nothing that a peer says is trusted: it must know the transfer's secret, and shape, format, size and checksum must be those asked for.
+Memory is taken by what *we* asked for, never by what a peer announces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import socket
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynamo_mpi.engines.reference.kv_descriptor import KvDescriptor, KvShard, RankShard, ShardSlice, covers
+from dynamo_mpi.engines.reference.kv_wire import (
+    FLOAT32,
+    NONCE_BYTES,
+    Deadline,
+    Fetch,
+    FrameSocket,
+    Hello,
+    Refused,
+    Release,
+    Released,
+    Shard,
+    WireError,
+    is_signed,
+    sign,
+)
+from dynamo_mpi.engines.reference.weights import Float32Array
+
+
+class StoreFullError(Exception):
+    """As much as the store may hold waits to be fetched."""
+
+
+@dataclass(frozen=True)
+class StoredKv:
+    """KV of one prompt on one rank.
+
+    Args:
+        secret: whoever fetches has to know it.
+        shard: which layers and heads of the model these are.
+        values: ``[2, layers, heads, tokens, head_dim]``, keys first.
+        expires: by the store's clock.
+    """
+
+    secret: bytes
+    shard: KvShard
+    values: Float32Array
+    expires: float
+
+    @property
+    def tokens(self) -> int:
+        count: int = self.values.shape[3]
+        return count
+
+
+class KvStore:
+    """Transfers by their id. Thread-safe.
+
+    Args:
+        most_tokens: stored at a time.
+        keep_seconds: how long one waits to be fetched.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, most_tokens: int, keep_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.most_tokens = most_tokens
+        self._keep_seconds = keep_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stored: dict[bytes, StoredKv] = {}
+
+    def __len__(self) -> int:
+        with self._lock:
+            self._expire()
+            return len(self._stored)
+
+    def keep(self, transfer_id: bytes, secret: bytes, shard: KvShard, halves: Sequence[Float32Array]) -> None:
+        """Keep a copy. One thread does.
+
+        Args:
+            transfer_id: to find it by.
+            secret: to be known by whoever fetches it.
+            shard: which layers and heads of the model these are.
+            halves: keys and values, each ``[layers, heads, tokens, head_dim]``.
+
+        Raises:
+            StoreFullError: there is no room.
+        """
+        tokens = halves[0].shape[2]
+        with self._lock:
+            self._expire()
+            waiting = sum(other.tokens for other in self._stored.values())
+            if waiting + tokens > self.most_tokens:
+                raise StoreFullError(
+                    f"the KV of {len(self._stored)} prompts, {waiting} tokens, waits for decode workers; "
+                    f"there is room for {self.most_tokens} tokens"
+                )
+        values = np.stack(halves)
+        with self._lock:
+            self._stored[transfer_id] = StoredKv(secret, shard, values, self._clock() + self._keep_seconds)
+
+    def find(self, transfer_id: bytes) -> StoredKv | None:
+        """Return what is stored under ``transfer_id``, None if nothing is or its time is over."""
+        with self._lock:
+            self._expire()
+            return self._stored.get(transfer_id)
+
+    def release(self, transfer_id: bytes) -> None:
+        """Forget it; unknown ids are ignored."""
+        with self._lock:
+            self._stored.pop(transfer_id, None)
+
+    def expire(self) -> None:
+        """Forget what nobody has fetched in time."""
+        with self._lock:
+            self._expire()
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for transfer_id in [name for name, stored in self._stored.items() if stored.expires <= now]:
+            del self._stored[transfer_id]
+
+
+_log = logging.getLogger(__name__)
+_MOST_CONNECTIONS = 64
+_LOOK_SECONDS = 0.5
+_STRANGER_SECONDS = 5.0
+_BACKLOG = 128
+
+
+class KvServer:
+    """Serves a store over TCP, from construction until `close`.
+
+    Args:
+        store: what is handed out.
+        host: address to listen on; the system chooses the port.
+        connection_seconds: how long one connection may last from a request of somebody who knows a secret on; strangers get less.
+
+    Raises:
+        OSError: the address can't be listened on.
+    """
+
+    def __init__(self, store: KvStore, host: str, connection_seconds: float = 30.0) -> None:
+        self._store = store
+        self._connection_seconds = connection_seconds
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
+        self._listener.settimeout(_LOOK_SECONDS)
+        self._closing = threading.Event()
+        self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._thread = threading.Thread(target=self._listen, name="kv-server", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port it listens on."""
+        host, port = self._listener.getsockname()[:2]
+        return str(host), int(port)
+
+    def close(self) -> None:
+        """Stop listening; connections that are open end by themselves. Idempotent."""
+        self._closing.set()
+        with contextlib.suppress(OSError):  # closed before
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _listen(self) -> None:
+        while not self._closing.is_set():
+            self._store.expire()
+            try:
+                connection, _ = self._listener.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:  # out of descriptors, say: connections that end make room again
+                if self._closing.is_set():
+                    return
+                _log.warning("the KV server can't accept a connection: %s", error)
+                self._closing.wait(_LOOK_SECONDS)
+                continue
+            if not self._room.acquire(blocking=False):
+                connection.close()
+                continue
+            try:
+                threading.Thread(target=self._serve, args=(connection,), name="kv-connection", daemon=True).start()
+            except RuntimeError as error:  # no more threads on this host
+                _log.warning("the KV server can't serve a connection: %s", error)
+                connection.close()
+                self._room.release()
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                peer = FrameSocket(connection, Deadline.after(min(_STRANGER_SECONDS, self._connection_seconds)))
+                try:
+                    self._converse(peer)
+                except WireError as error:
+                    with contextlib.suppress(OSError):
+                        peer.send(Refused(str(error)))
+        except OSError as error:
+            _log.info("a KV connection ended: %s", error)
+        except Exception:  # of one connection: the others go on
+            _log.exception("a KV connection failed")
+        finally:
+            self._room.release()
+
+    def _converse(self, peer: FrameSocket) -> None:
+        """Answer requests until the peer closes the connection or is refused something."""
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        peer.send(Hello(nonce))
+        while True:
+            try:
+                request = peer.receive()
+            except ConnectionError:
+                return
+            if not isinstance(request, (Fetch, Release)):
+                raise WireError("this server answers fetch and release")
+            stored = self._store.find(request.transfer_id)
+            # the same words for both, so that nobody can find out which transfers there are
+            if stored is None or not is_signed(request, stored.secret, nonce):
+                raise WireError("no such transfer: never offered, expired, released, or not yours")
+            peer.deadline = Deadline.after(self._connection_seconds)
+            if isinstance(request, Release):
+                self._store.release(request.transfer_id)
+                peer.send(Released())
+            else:
+                _send(peer, stored, request, nonce)
+
+
+def _send(peer: FrameSocket, stored: StoredKv, request: Fetch, nonce: bytes) -> None:
+    payload = memoryview(np.ascontiguousarray(_wanted(stored, request), "<f4").data).cast("B")
+    peer.send(sign(_shard(stored, request, zlib.crc32(payload)), stored.secret, nonce))
+    peer.send_payload(payload)
+
+
+def _wanted(stored: StoredKv, request: Fetch) -> Float32Array:
+    mine = stored.shard
+    if not (covers(mine.layers, request.layers) and covers(mine.heads, request.heads)):
+        raise WireError(f"this rank holds {_describe(mine)}")
+    first_layer, first_head = mine.layers.start, mine.heads.start
+    wanted: Float32Array = stored.values[
+        :,
+        request.layers.start - first_layer : request.layers.stop - first_layer,
+        request.heads.start - first_head : request.heads.stop - first_head,
+    ]
+    return wanted
+
+
+def _shard(stored: StoredKv, request: Fetch, checksum: int) -> Shard:
+    tokens, head_dim = stored.values.shape[3:]
+    size = 2 * len(request.layers) * len(request.heads) * tokens * head_dim * 4
+    return Shard(request.layers, request.heads, tokens, head_dim, FLOAT32, size, checksum)
+
+
+def _describe(shard: KvShard) -> str:
+    """Say in words what a rank holds."""
+    layers, heads = shard.layers, shard.heads
+    return f"layers {layers.start} to {layers.stop - 1}, KV heads {heads.start} to {heads.stop - 1}"
+
+
+_MOST_PLAUSIBLE = 1e6
+"""Larger keys could overflow, and NaN spreads: attention over a range of slots multiplies by zero what is masked, of all requests."""
+
+
+class FetchError(Exception):
+    """The KV didn't come; the text says from which rank, and why."""
+
+
+def fetch(descriptor: KvDescriptor, part: ShardSlice, deadline: Deadline) -> Float32Array:
+    """Return one part, ``[2, layers, heads, tokens, head_dim]``, keys first.
+
+    Raises:
+        FetchError: the peer is gone, slow, refuses, or sends something else.
+    """
+    with _conversation(descriptor, part.rank, deadline) as talk:
+        talk.say(Fetch(descriptor.transfer_id, part.layers, part.heads))
+        shape = (2, len(part.layers), len(part.heads), descriptor.prompt_tokens, descriptor.layout.head_dim)
+        shard = talk.hear()
+        _check_shape(shard, descriptor, part)
+        values = np.empty(shape, "<f4")
+        checksum = talk.peer.receive_payload(memoryview(values.data).cast("B"))
+        if checksum != shard.checksum:
+            raise WireError("what came is damaged: its checksum is wrong")
+        # both are NaN where one number is, and no comparison holds for that
+        if not (values.max() <= _MOST_PLAUSIBLE and values.min() >= -_MOST_PLAUSIBLE):
+            raise WireError("what came holds numbers that no KV cache has")
+        return values.astype(np.float32, copy=False)
+
+
+def release(descriptor: KvDescriptor, deadline: Deadline) -> list[str]:
+    """Tell all prefill ranks that nobody fetches this transfer any more.
+
+    Returns:
+        What went wrong: those ranks will forget it when its time is over.
+    """
+    failures = []
+    for rank in range(len(descriptor.ranks)):
+        try:
+            with _conversation(descriptor, rank, deadline) as talk:
+                talk.say(Release(descriptor.transfer_id))
+                answer = talk.peer.receive()
+                if not isinstance(answer, Released):
+                    raise WireError(answer.reason if isinstance(answer, Refused) else "an answer to something else")
+        except FetchError as error:
+            failures.append(str(error))
+    return failures
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    """With one prefill rank, about one transfer."""
+
+    peer: FrameSocket
+    secret: bytes
+    nonce: bytes
+
+    def say(self, message: Fetch | Release) -> None:
+        self.peer.send(sign(message, self.secret, self.nonce))
+
+    def hear(self) -> Shard:
+        """Return the peer's answer, which has to be a signed shard."""
+        answer = self.peer.receive()
+        if isinstance(answer, Refused):
+            raise WireError(f"refused: {answer.reason}")
+        if not isinstance(answer, Shard) or not is_signed(answer, self.secret, self.nonce):
+            raise WireError("the peer doesn't know the secret of this transfer")
+        return answer
+
+
+@contextlib.contextmanager
+def _conversation(descriptor: KvDescriptor, rank: int, deadline: Deadline) -> Iterator[_Conversation]:
+    there = descriptor.ranks[rank]
+    try:
+        with socket.create_connection((there.host, there.port), timeout=deadline.left()) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer = FrameSocket(connection, deadline)
+            hello = peer.receive()
+            if not isinstance(hello, Hello):
+                raise WireError("the peer doesn't begin as a KV server does")
+            yield _Conversation(peer, descriptor.secret, hello.nonce)
+    except (OSError, WireError, MemoryError) as error:
+        raise FetchError(f"prefill rank {rank} at {_place(there)}: {error or type(error).__name__}") from None
+
+
+def _check_shape(shard: Shard, descriptor: KvDescriptor, part: ShardSlice) -> None:
+    tokens, head_dim = descriptor.prompt_tokens, descriptor.layout.head_dim
+    size = 2 * len(part.layers) * len(part.heads) * tokens * head_dim * 4
+    expected = (part.layers, part.heads, tokens, head_dim, FLOAT32, size)
+    if (shard.layers, shard.heads, shard.tokens, shard.head_dim, shard.dtype, shard.size) != expected:
+        raise WireError("the peer offers something else than was asked for")
+
+
+def _place(there: RankShard) -> str:
+    return f"[{there.host}]:{there.port}" if ":" in there.host else f"{there.host}:{there.port}"

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transfer of prompts' KV between engines: rank 0 schedules it, every rank runs the same commands in the same order.
+
+Prefill: every rank stores a copy of a slot, and rank 0 describes where. Decode: every rank fetches its part in a thread, while the engine's
+steps go on. What comes is kept beside the KV cache until all ranks have their parts, since the slot may be given to another request before a
+late peer answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
+from dynamo_mpi.engines.reference.attention import KeyValueCache
+from dynamo_mpi.engines.reference.consensus import Consensus
+from dynamo_mpi.engines.reference.kv_descriptor import (
+    CacheLayout,
+    DescriptorError,
+    KvDescriptor,
+    KvShard,
+    RankShard,
+    ShardSlice,
+    check_descriptor,
+    digest_of,
+    parse_descriptor,
+    slices_of,
+)
+from dynamo_mpi.engines.reference.kv_tcp import FetchError, KvServer, KvStore, StoreFullError, fetch, release
+from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES, Deadline
+from dynamo_mpi.engines.reference.step_channel import Abandon, Command, Drop, Keep, Poll, Pull
+from dynamo_mpi.engines.reference.weights import Float32Array
+from dynamo_mpi.errors import EngineError
+
+_log = logging.getLogger(__name__)
+
+FAILED, PENDING, DONE = 0, 1, 2
+"""The status of a pull; the lowest of all ranks is its status for the engine."""
+
+_GRACE_SECONDS = 1.0
+_READERS_SECONDS = 3.0
+_LOOK_SECONDS = 0.02
+_FIRST_PAUSE_SECONDS = 0.0005
+_LONGEST_PAUSE_SECONDS = 0.01
+_PAUSE_SHARE = 0.1
+
+
+class BackgroundPull:
+    """One rank's fetching of one prompt's KV. Starts when it is made; an error becomes its status, none is raised.
+
+    Args:
+        descriptor: of the KV.
+        need: what this rank holds of the model.
+        rank: this rank's number.
+        seconds: for all of it.
+    """
+
+    def __init__(self, descriptor: KvDescriptor, need: KvShard, rank: int, seconds: float) -> None:
+        self._descriptor = descriptor
+        self._need = need
+        self._deadline = Deadline.after(seconds)
+        self._seconds = seconds
+        self._abandoned = threading.Event()
+        self._fetched: Sequence[tuple[ShardSlice, Float32Array]] | None = None
+        self._failure = ""
+        thread = threading.Thread(target=self._run, args=(rank,), name="kv-pull", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads on this host
+            self._failure = str(error)
+
+    def status(self) -> int:
+        """Return FAILED, PENDING or DONE."""
+        if self._failure:
+            return FAILED
+        if self._fetched is not None:
+            return DONE
+        if time.monotonic() > self._deadline.moment + _GRACE_SECONDS:
+            self._failure = f"no answer within {self._seconds:g} s"
+            return FAILED
+        return PENDING
+
+    @property
+    def failure(self) -> str:
+        """Why it failed; empty otherwise."""
+        return self._failure
+
+    def put_into(self, cache: KeyValueCache, slot: int) -> None:
+        """Write what was fetched to the slot's first positions; only if it is DONE."""
+        for part, values in self._fetched or ():
+            layers = _within(part.layers, self._need.layers)
+            heads = _within(part.heads, self._need.heads)
+            tokens = values.shape[3]
+            cache.keys[slot, layers, heads, :tokens] = values[0]
+            cache.values[slot, layers, heads, :tokens] = values[1]
+
+    def abandon(self) -> None:
+        """Fetch nothing more; what is under way ends by its deadline, and is dropped."""
+        self._abandoned.set()
+
+    def _run(self, rank: int) -> None:
+        try:
+            fetched = []
+            for part in slices_of(self._need, [there.shard for there in self._descriptor.ranks], rank):
+                if self._abandoned.is_set():
+                    return
+                fetched.append((part, fetch(self._descriptor, part, self._deadline)))
+            self._fetched = fetched
+        except (FetchError, ValueError) as error:
+            self._failure = str(error) or type(error).__name__
+        except Exception as error:  # of this request alone, whatever it is
+            self._failure = f"{type(error).__name__}: {error}"
+
+
+def _within(part: range, whole: range) -> slice:
+    return slice(part.start - whole.start, part.stop - whole.start)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A pull that has ended on all ranks.
+
+    Args:
+        number: of the pull.
+        failures: what went wrong, by rank, on rank 0 alone; empty if the KV is in its slot.
+    """
+
+    number: int
+    failures: tuple[str, ...]
+
+
+class KvTransferWorker:
+    """One rank's part of every transfer.
+
+    Args:
+        rank: its number.
+        shard: what its KV cache holds of the model.
+        cache: its KV cache.
+        consensus: with the other ranks.
+        pull_seconds: how long a pull may take.
+        store: of a prefill worker.
+        server: of a prefill worker, serving ``store``.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        shard: KvShard,
+        cache: KeyValueCache,
+        consensus: Consensus,
+        pull_seconds: float,
+        store: KvStore | None = None,
+        server: KvServer | None = None,
+    ) -> None:
+        self._rank = rank
+        self._shard = shard
+        self._cache = cache
+        self._consensus = consensus
+        self._pull_seconds = pull_seconds
+        self._store = store
+        self._server = server
+        self._pulls: dict[int, tuple[int, BackgroundPull]] = {}
+
+    @property
+    def unfetched(self) -> int:
+        """Prompts whose KV this rank stores for decode workers. Thread-safe."""
+        return 0 if self._store is None else len(self._store)
+
+    def run(self, command: Command) -> None:
+        """Run a command of rank 0."""
+        if isinstance(command, Keep):
+            self.keep(command)
+        elif isinstance(command, Poll):
+            self.poll(command)
+        elif isinstance(command, Pull):
+            descriptor = parse_descriptor(command.descriptor)
+            pull = BackgroundPull(descriptor, self._shard, self._rank, self._pull_seconds)
+            self._pulls[command.number] = (command.slot, pull)
+        elif isinstance(command, Abandon):
+            self._pulls.pop(command.number)[1].abandon()
+        elif self._store is not None:
+            self._store.release(command.transfer_id)
+
+    def keep(self, command: Keep) -> tuple[str, ...]:
+        """Copy a slot into the store. Collective.
+
+        Returns:
+            What went wrong, by rank, on rank 0; nothing if all ranks have stored it.
+        """
+        failure = ""
+        try:
+            if self._store is None:
+                raise StoreFullError("this isn't a prefill worker")
+            halves = [cached[command.slot, :, :, : command.tokens] for cached in (self._cache.keys, self._cache.values)]
+            self._store.keep(command.transfer_id, command.secret, self._shard, halves)
+        except (StoreFullError, MemoryError) as error:
+            failure = str(error) or type(error).__name__
+        if self._consensus.lowest([0 if failure else 1])[0]:
+            return ()
+        return tuple(self._consensus.texts(failure))
+
+    def poll(self, command: Poll) -> list[Settled]:
+        """Agree on the status of pulls, and end those that are done on all ranks or have failed on any. Collective."""
+        statuses = [self._pulls[number][1].status() for number in command.numbers]
+        settled = []
+        for number, status in zip(command.numbers, self._consensus.lowest(statuses), strict=True):
+            if status == PENDING:
+                continue
+            slot, pull = self._pulls.pop(number)
+            if status == DONE:
+                pull.put_into(self._cache, slot)
+                settled.append(Settled(number, ()))
+            else:
+                pull.abandon()
+                settled.append(Settled(number, tuple(self._consensus.texts(pull.failure))))
+        return settled
+
+    def wait_for_readers(self) -> None:
+        """Wait up to 3 s for decode workers to fetch what is stored. Rank 0, before the others are released."""
+        end = time.monotonic() + _READERS_SECONDS
+        while self.unfetched and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+
+    def close(self) -> None:
+        """Stop serving."""
+        if self._server is not None:
+            self._server.close()
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A request whose KV is in its slot on all ranks, or will never be.
+
+    Args:
+        request_id: of the request.
+        first_token: that prefill has chosen.
+        seconds: that fetching took.
+        error: why there is no KV; empty if there is.
+    """
+
+    request_id: str
+    first_token: int
+    seconds: float
+    error: str
+
+
+@dataclass(frozen=True)
+class _Pulling:
+    request_id: str
+    descriptor: KvDescriptor
+    began: float
+
+
+class KvTransferScheduler:
+    """Rank 0's side of all transfers of one engine. Runs in the engine's thread, except `accept` and the releases.
+
+    Args:
+        send: a command to all other ranks.
+        worker: rank 0's own part.
+        layout: of this engine's KV.
+        ranks: where this engine's ranks serve their KV; empty except for prefill workers.
+        sizes: this engine's tensor- and pipeline-parallel size.
+        pull_seconds: how long a pull may take.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Command], None],
+        worker: KvTransferWorker,
+        layout: CacheLayout,
+        ranks: tuple[RankShard, ...],
+        sizes: tuple[int, int],
+        pull_seconds: float,
+    ) -> None:
+        self._send = send
+        self._worker = worker
+        self._layout = layout
+        self._rank_shards = ranks
+        self._sizes = sizes
+        self._pull_seconds = pull_seconds
+        self._numbers = itertools.count()
+        self._pulling: dict[int, _Pulling] = {}
+
+    def accept(self, request: GenerationRequest, vocab_size: int) -> KvDescriptor | None:
+        """Return the descriptor that a request brings, checked; None if it brings none. Thread-safe.
+
+        Raises:
+            EngineError: this engine can't continue from it, or the request wants KV stored and this is no prefill worker.
+        """
+        if request.offer_kv and not self._rank_shards:
+            raise EngineError("this engine serves no KV", needed="a prefill worker", fix="start it with --role prefill")
+        if request.kv_offer is None:
+            return None
+        try:
+            descriptor = parse_descriptor(request.kv_offer)
+            check_descriptor(descriptor, self._layout, request.prompt_token_ids, vocab_size)
+        except DescriptorError as error:
+            raise EngineError(str(error)) from None
+        return descriptor
+
+    def with_descriptor(self, request: GenerationRequest, slot: int, chunk: TokenChunk) -> TokenChunk:
+        """Store the KV of a request's prompt on all ranks; return its last chunk with the descriptor, or the error."""
+        prompt = request.prompt_token_ids
+        transfer_id, secret = secrets.token_bytes(TRANSFER_ID_BYTES), secrets.token_bytes(SECRET_BYTES)
+        keep = Keep(slot, len(prompt), transfer_id, secret)
+        self._send(keep)
+        if failures := self._worker.keep(keep):
+            self._run_on_all(Drop(transfer_id))
+            return TokenChunk((), "error", f"the prompt's KV could not be kept for decode: {_first(failures)}")
+        tp_size, pp_size = self._sizes
+        descriptor = KvDescriptor(
+            transfer_id=transfer_id,
+            secret=secret,
+            layout=self._layout,
+            tp_size=tp_size,
+            pp_size=pp_size,
+            prompt_tokens=len(prompt),
+            prompt_digest=digest_of(prompt),
+            first_token=chunk.token_ids[-1],
+            ranks=self._rank_shards,
+        )
+        return replace(chunk, kv_offer=descriptor.to_json())
+
+    def begin(self, request_id: str, slot: int, descriptor: KvDescriptor) -> None:
+        """Have all ranks begin to fetch."""
+        number = next(self._numbers)
+        self._run_on_all(Pull(number, slot, descriptor.to_json()))
+        self._pulling[number] = _Pulling(request_id, descriptor, time.monotonic())
+
+    def poll(self) -> list[Prefilled]:
+        """Return the requests whose fetching has ended since the last call."""
+        if not self._pulling:
+            return []
+        poll = Poll(tuple(self._pulling))
+        self._send(poll)
+        ended = []
+        for settled in self._worker.poll(poll):
+            pulling = self._pulling.pop(settled.number)
+            self._release_in_background(pulling.descriptor)
+            error = f"the prompt's KV could not be fetched: {_first(settled.failures)}" if settled.failures else ""
+            seconds = time.monotonic() - pulling.began
+            if error:
+                _log.warning("request %s: %s", pulling.request_id, error)
+            ended.append(Prefilled(pulling.request_id, pulling.descriptor.first_token, seconds, error))
+        return ended
+
+    def cancel(self, request_id: str) -> None:
+        """Have all ranks abandon a request's fetching, if there is any."""
+        for number in [number for number, pulling in self._pulling.items() if pulling.request_id == request_id]:
+            self._run_on_all(Abandon(number))
+            self._release_in_background(self._pulling.pop(number).descriptor)
+
+    def pause_seconds(self) -> float:
+        """Return how long to sleep before the next poll: short at first, in proportion to the wait so far later."""
+        waited = time.monotonic() - max((pulling.began for pulling in self._pulling.values()), default=0.0)
+        return min(max(_FIRST_PAUSE_SECONDS, waited * _PAUSE_SHARE), _LONGEST_PAUSE_SECONDS)
+
+    def _run_on_all(self, command: Drop | Pull | Abandon) -> None:
+        self._send(command)
+        self._worker.run(command)
+
+    def _release_in_background(self, descriptor: KvDescriptor) -> None:
+        """Release the KV at the prefill ranks; no request has to wait for that."""
+        try:
+            threading.Thread(target=self._release, args=(descriptor,), name="kv-release", daemon=True).start()
+        except RuntimeError as error:  # no more threads on this host: the KV expires
+            _log.warning("KV was not released at the prefill worker: %s", error)
+
+    def _release(self, descriptor: KvDescriptor) -> None:
+        for failure in release(descriptor, Deadline.after(self._pull_seconds)):
+            _log.info("KV was not released: %s", failure)
+
+
+def _first(failures: tuple[str, ...]) -> str:
+    rank, text = next((rank, text) for rank, text in enumerate(failures) if text)
+    return f"rank {rank}: {text}"
