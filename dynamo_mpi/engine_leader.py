@@ -8,7 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
@@ -22,7 +22,7 @@ from dynamo_mpi.supervision.failure import Cause, Failure
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.control_plane.departure import Departure
+    from dynamo_mpi.control_plane.registration import InstanceLease
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.launchers.launch import Launch
@@ -62,7 +62,7 @@ class EngineLeader:
         phases: Phases,
         voice: Voice,
         dismiss: Callable[[ExitCode], None],
-        departure: Departure,
+        departure: InstanceLease,
         signals: StopSignals,
         on_in_flight: Callable[[int], object] = lambda _: None,
     ) -> None:
@@ -131,11 +131,11 @@ class EngineLeader:
         failures: list[BaseException] = []
         engine.on_failure(failures.append)
         departure = self._departure
-        self._guard.at_once(departure.leave)
+        self._guard.at_once(departure.revoke)
         # what is in flight is told of the failure meanwhile
-        engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())
+        engine.on_failure(lambda _: threading.Thread(target=departure.revoke, daemon=True).start())
         engine.start()
-        watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._voice.say)
+        watch = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._voice.say)
         code = ExitCode.OK
         try:
             with self._phases.enter("prove"):
@@ -147,14 +147,14 @@ class EngineLeader:
                         engine,
                         self._phases,
                         watch,
-                        departure.prepare,
+                        departure.resolve,
                         on_ready,
                         self._voice.say,
                         self._signals.expect,
                         self._on_in_flight,
                     )
                 )
-            departure.finish()
+            departure.revoke_leftover()
         except (EngineError, DeadlineError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise

@@ -13,7 +13,7 @@ from dynamo_mpi.observe.trace import trace_of
 if TYPE_CHECKING:
     from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.control_plane.publicity import Publicity
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorldRecord
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.observe.display import Display
     from dynamo_mpi.observe.ticker import Ticker

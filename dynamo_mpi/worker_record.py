@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE, RecordedLayout, WorldRecord
 from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.launchers.placement import hosts
 from dynamo_mpi.parallelism.contract import contract_of

@@ -6,17 +6,17 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.last_failure import Origin, last_failure
+from dynamo_mpi.control_plane.connectivity import nats_server
+from dynamo_mpi.control_plane.failure_records import WorkerIdentity, failure_record
 from dynamo_mpi.control_plane.lifecycle import event_of
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.probe import nats_server
 from dynamo_mpi.preflight.peers import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.control_plane.nats_line import NatsLine
-    from dynamo_mpi.control_plane.record import Posted, WorldRecord
+    from dynamo_mpi.control_plane.nats_publisher import NatsPublisher
+    from dynamo_mpi.control_plane.records import Posted, WorldRecord
     from dynamo_mpi.supervision.failure import Failure
 
 _FLUSH_SECONDS = 0.5
@@ -31,7 +31,7 @@ class Events:
         line: where they go; None for nowhere.
     """
 
-    def __init__(self, record: WorldRecord, phase: str, line: NatsLine | None) -> None:
+    def __init__(self, record: WorldRecord, phase: str, line: NatsPublisher | None) -> None:
         self._record, self._phase, self._line = record, phase, line
         self._exit_code: int | None = None
         self._send("phase")
@@ -65,7 +65,7 @@ class Events:
             report: what has been said of it.
         """
         self._exit_code = failure.exit_code
-        self._send("failed", failure=last_failure(Origin.of(self._record), failure, host, report))
+        self._send("failed", failure=failure_record(WorkerIdentity.of(self._record), failure, host, report))
         if (line := self._line) is not None:
             line.flush(_FLUSH_SECONDS)
 
@@ -86,7 +86,7 @@ class Events:
     def _send(self, name: str, **own: Any) -> None:
         # another thread may say the last word meanwhile
         if (line := self._line) is not None:
-            from dynamo_mpi.control_plane.nats_line import Message
+            from dynamo_mpi.control_plane.nats_publisher import Message
 
             event = event_of(name, self._record, self._phase, time.time(), **own)
             line.send(Message(event.subject, event.pack()))
@@ -110,8 +110,8 @@ def events_of(
     server = nats_server(environ, request_plane)
     if server is None:
         return Events(record, phase, None)
-    from dynamo_mpi.control_plane.nats_line import NatsLine
+    from dynamo_mpi.control_plane.nats_publisher import NatsPublisher
 
-    line = NatsLine(server, NatsAuth.of(environ), say)
+    line = NatsPublisher(server, NatsAuth.from_env(environ), say)
     line.start()
     return Events(record, phase, line)

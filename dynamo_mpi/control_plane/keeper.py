@@ -12,16 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.control_plane.etcd import LeaseLostError
-from dynamo_mpi.control_plane.record import record_key
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.records import list_workers, record_key
 from dynamo_mpi.errors import BootstrapError, DiscoveryError
 from dynamo_mpi.preflight.peers import news, peers_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.control_plane.etcd import Etcd, Lease
-    from dynamo_mpi.control_plane.record import Posted, WorldRecord
+    from dynamo_mpi.control_plane.etcd import Lease
+    from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+    from dynamo_mpi.control_plane.records import Posted, WorldRecord
 
 _FAREWELL_SECONDS = 1.0
 # a record stays small, however often a partner is started anew
@@ -48,7 +48,7 @@ class Keeper:
 
     def __init__(
         self,
-        etcd: Etcd,
+        etcd: GrpcEtcdClient,
         record: WorldRecord,
         seconds: int,
         say: Callable[[str], None],
@@ -253,7 +253,7 @@ class Keeper:
         return key
 
     def _read(self) -> list[Posted]:
-        worlds, unread = read_worlds(self._etcd, self._record.namespace)
+        worlds, unread = list_workers(self._etcd, self._record.namespace)
         for key in unread.keys() - self._odd:
             self._odd.add(key)
             self._say(f"warning: the record {key!a} in etcd can't be read, and is left out: {unread[key]}")

@@ -8,11 +8,12 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.record import SCHEMA
+from dynamo_mpi.control_plane.failure_records import WorkerIdentity
+from dynamo_mpi.control_plane.records import SCHEMA
 
 if TYPE_CHECKING:
-    from dynamo_mpi.control_plane.last_failure import LastFailure
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.failure_records import FailureRecord
+    from dynamo_mpi.control_plane.records import WorldRecord
 
 EVENTS = ("phase", "ready", "drain", "failed", "exit", "peers")
 _ROOT = "dynamo_mpi.v1"
@@ -21,7 +22,7 @@ _NO_TOKEN = re.compile(r"[\s.*>]")
 
 
 @dataclass(frozen=True)
-class Event:
+class LifecycleEvent:
     """One event.
 
     Args:
@@ -49,7 +50,7 @@ class Event:
     host: str
     pid: int
     phase: str
-    failure: LastFailure | None = None
+    failure: FailureRecord | None = None
     exit_code: int | None = None
     peers: tuple[str, ...] = ()
     news: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ class Event:
         return json.dumps({"schema": SCHEMA, **content}, separators=(",", ":")).encode()
 
 
-def event_of(name: str, record: WorldRecord, phase: str, time: float, **own: Any) -> Event:
+def event_of(name: str, record: WorldRecord, phase: str, time: float, **own: Any) -> LifecycleEvent:
     """Return an event of a worker.
 
     Args:
@@ -79,20 +80,6 @@ def event_of(name: str, record: WorldRecord, phase: str, time: float, **own: Any
         time: seconds since 1970.
         own: what this event has beyond others.
     """
-    return Event(
-        event=name,
-        time=time,
-        namespace=record.namespace,
-        component=record.component,
-        role=record.role,
-        model=record.model,
-        endpoint=record.endpoint,
-        launch=record.launch,
-        job=record.job,
-        step=record.step,
-        attempt=record.attempt,
-        host=record.host,
-        pid=record.pid,
-        phase=phase,
-        **own,
+    return LifecycleEvent(
+        event=name, time=time, host=record.host, pid=record.pid, phase=phase, **asdict(WorkerIdentity.of(record)), **own
     )

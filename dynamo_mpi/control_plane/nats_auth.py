@@ -52,7 +52,7 @@ class NatsAuth:
     insecure: bool = False
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> NatsAuth:
+    def from_env(cls, environ: Mapping[str, str]) -> NatsAuth:
         """Read them from the environment.
 
         Raises:
@@ -97,17 +97,17 @@ class NatsAuth:
         return bool(self.authority or self.certificate or self.insecure)
 
     @property
-    def signs(self) -> bool:
+    def uses_nkey(self) -> bool:
         """Whether NATS has to be shown a signature, for which a library is needed."""
         return not (self.username or self.token) and bool(self.nkey or self.credentials_file)
 
-    def words(self) -> dict[str, str]:
+    def connect_options(self) -> dict[str, str]:
         """Return what the handshake says of us: like the runtime, a user of its own choice where nothing is set."""
         if self.username:
             return {"user": self.username, "pass": self.password}
         if self.token:
             return {"auth_token": self.token}
-        return {} if self.signs else {"user": _USUAL, "pass": _USUAL}
+        return {} if self.uses_nkey else {"user": _USUAL, "pass": _USUAL}
 
     def signer(self) -> tuple[str, str]:
         """Return the JWT, empty with an nkey alone, and the seed to sign with."""
@@ -120,7 +120,7 @@ class NatsAuth:
 
     def expiry(self) -> float | None:
         """Return when the credentials file ends, in seconds since 1970; None where it doesn't, or isn't what counts."""
-        if not self.signs or self.nkey:
+        if not self.uses_nkey or self.nkey:
             return None
         try:
             claims: Any = json.loads(_decoded(self.signer()[0].split(".")[1]))

@@ -6,22 +6,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.etcd import CredentialsError, Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import CredentialsError, lease_seconds
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient, missing_client
 from dynamo_mpi.control_plane.keeper import Keeper
-from dynamo_mpi.control_plane.probe import etcd_endpoints
-from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.records import WorldRecord
 from dynamo_mpi.errors import BootstrapError, LayoutError, UsageError
 from dynamo_mpi.preflight.peers import advice, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.control_plane.record import Posted, Progress
+    from dynamo_mpi.control_plane.records import Posted, Progress
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.talk import Voice
 
-_LEASE_SECONDS = 30
 _ANSWER_SECONDS = 3.0
 _PAIRED = ("prefill", "decode")
 
@@ -67,11 +65,11 @@ class Presence:
             return
         try:
             seconds = lease_seconds(environ)
-            etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), settings.probe_timeout)
+            etcd = GrpcEtcdClient.from_env(environ, settings.probe_timeout)
             record = replace(record, **self._early)
             self._keeper = Keeper(etcd, record, seconds, self._voice.say, self._on_lease, self._on_peers)
             earlier = self._keeper.publish()
-            if etcd.asks_nobody:
+            if etcd.auth_is_disabled:
                 raise _needless()
         except (CredentialsError, UsageError):
             # Dynamo's runtime would fare no better, and try for two minutes after the load
@@ -159,18 +157,3 @@ def _needless() -> UsageError:
         needed="no password, or an etcd with users",
         fix="unset ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, or etcdctl auth enable",
     )
-
-
-def missing_client() -> str:
-    """Say why etcd's client can't be used here; nothing where it can."""
-    try:
-        import pyetcd  # noqa: F401 - whether it can be imported is the question
-    except Exception as error:  # a protobuf that doesn't suit it raises errors of its own
-        return f"etcd-sdk-python can't be used ({' '.join(str(error).split())}); pip install 'etcd-sdk-python' 'protobuf>=5'"
-    return ""
-
-
-def lease_seconds(environ: Mapping[str, str]) -> int:
-    """Return how long a record outlives its world: as long as Dynamo's own keys."""
-    text = environ.get("ETCD_LEASE_TTL", "")
-    return int(text) if text.isdecimal() and 0 < int(text) < 2**31 else _LEASE_SECONDS

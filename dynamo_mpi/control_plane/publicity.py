@@ -10,14 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.events import events_of
-from dynamo_mpi.control_plane.last_failure import Origin
-from dynamo_mpi.control_plane.obituary import Obituary
+from dynamo_mpi.control_plane.failure_records import FailureRecordStore, WorkerIdentity
 from dynamo_mpi.control_plane.presence import Presence
-from dynamo_mpi.control_plane.record import Progress
+from dynamo_mpi.control_plane.records import Progress
 from dynamo_mpi.supervision.failure import Failure
 
 if TYPE_CHECKING:
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorldRecord
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision import roll
@@ -46,9 +45,9 @@ class Publicity:
     ) -> None:
         self._settings, self._record, self._phases = settings, record, phases
         self._voice, self._leases = voice, leases
-        origin = Origin.of(record)
+        origin = WorkerIdentity.of(record)
         leases.set_worker(asdict(origin))
-        self._obituary = Obituary(origin, os.environ, lambda: leases.record)
+        self._failure_records = FailureRecordStore(origin, os.environ, lambda: leases.record)
         self._events = events_of(record, phases.current, os.environ, settings.request_plane, voice.say)
         self.presence = Presence(voice, partial(leases.add, "record"), self._events.peers)
 
@@ -61,7 +60,7 @@ class Publicity:
     def begin_with(self, guard: Guard) -> None:
         """Have what ends the world be told, and the worker withdrawn then."""
         guard.at_once(self.presence.withdraw)
-        guard.send_word_to(self._obituary.leave)
+        guard.send_word_to(self._failure_records.write)
         guard.send_word_to(self._events.failed)
         guard.before_the_end(self._events.exit)
 
@@ -70,7 +69,7 @@ class Publicity:
         if self._leases.record:
             text = str(error)
             failure = Failure(0, int(error.exit_code), text, phase=self._phases.current, at=time.monotonic())
-            for tell in (self._obituary.leave_soon, self._events.failed):
+            for tell in (self._failure_records.write_soon, self._events.failed):
                 tell(failure, self._voice.host, f"error: {text}")
 
     def tell_progress(self, progress: roll.Progress) -> None:
@@ -85,7 +84,7 @@ class Publicity:
     def ready(self) -> None:
         """Tell that requests are answered: what earlier starts have died of is of the past now."""
         self._events.ready()
-        self._obituary.forget_earlier()
+        self._failure_records.clear_previous()
 
     def end(self, code: int) -> None:
         """Withdraw, and tell with which exit code; a second at the most, and half of one for NATS."""

@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.plain_data import read_fields
-from dynamo_mpi.control_plane.record import RecordedLayout
+from dynamo_mpi.control_plane.record_codec import read_fields
+from dynamo_mpi.control_plane.records import RecordedLayout
 from dynamo_mpi.supervision.phases import Span
 from dynamo_mpi.supervision.roll import RankSpans
 

@@ -14,7 +14,7 @@ from dynamo_mpi.supervision.failure import Cause
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorldRecord
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.talk import Voice
 

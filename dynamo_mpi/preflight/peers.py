@@ -11,7 +11,7 @@ from dynamo_mpi.parallelism.finding import Severity, error, errors, render
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.control_plane.record import Posted, WorldRecord
+    from dynamo_mpi.control_plane.records import Posted, WorldRecord
     from dynamo_mpi.parallelism.finding import Finding
 
 _PARTNER = {"prefill": "decode", "decode": "prefill"}

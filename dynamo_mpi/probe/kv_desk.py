@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_mpi.control_plane.presence import Presence
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorldRecord
     from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.parallelism.subject import Subject
     from dynamo_mpi.probe.plan import ProbePlan

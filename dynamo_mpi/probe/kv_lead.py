@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorldRecord
     from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.probe.kv_terms import KvTerms
     from dynamo_mpi.probe.kv_wire import Access

@@ -9,7 +9,7 @@ import re
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
-from dynamo_mpi.control_plane.record import SCHEMA, WorldRecord
+from dynamo_mpi.control_plane.records import SCHEMA, WorldRecord
 from dynamo_mpi.reference_pages.markdown import argument_notes, code, plain, table, written_by
 
 
@@ -24,23 +24,23 @@ class _Kind(NamedTuple):
 _KINDS = (
     _Kind(
         "World record",
-        "dynamo_mpi.control_plane.record",
+        "dynamo_mpi.control_plane.records",
         "WorldRecord",
         "One for each worker, from its preflight to its end, under a lease of its own.",
     ),
-    _Kind("… its layout", "dynamo_mpi.control_plane.record", "RecordedLayout", ""),
+    _Kind("… its layout", "dynamo_mpi.control_plane.records", "RecordedLayout", ""),
     _Kind("… its contract", "dynamo_mpi.parallelism.contract", "Contract", ""),
-    _Kind("… its progress", "dynamo_mpi.control_plane.record", "Progress", ""),
+    _Kind("… its progress", "dynamo_mpi.control_plane.records", "Progress", ""),
     _Kind(
         "Last failure",
-        "dynamo_mpi.control_plane.last_failure",
-        "LastFailure",
+        "dynamo_mpi.control_plane.failure_records",
+        "FailureRecord",
         "Under a lease of 3600 s: what ended a worker that did not end in order.",
     ),
     _Kind(
         "Lifecycle event",
         "dynamo_mpi.control_plane.lifecycle",
-        "Event",
+        "LifecycleEvent",
         "Over NATS, where `NATS_SERVER` is set or the request plane is `nats`.",
     ),
 )

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.serving.service import Registration, run, serve
@@ -100,7 +100,7 @@ def main() -> None:
     engine = EchoEngine()
     engine.start()
     registration = Registration(model_dir, name, endpoint, "tcp", "etcd", 1, 5.0)
-    watch = RegistrationWatch(endpoint, os.environ, 3.0, print)
+    watch = RegistrationMonitor(endpoint, os.environ, 3.0, print)
     signals = StopSignals(lambda number: os._exit(of_signal(number)))
     with signals.in_event_loop():
         run(serve(registration, engine, Phases(), watch, lambda _: None, lambda: None, lambda _: None, signals.expect))

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dynamo_mpi.control_plane.record import WorldRecord, worlds_of
+from dynamo_mpi.control_plane.records import WorldRecord, worlds_of
 from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.nats import Nats

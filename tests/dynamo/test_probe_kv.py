@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.records import WorldRecord
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 from tests.unit.kv_hosts import TRANSPORTS, needs_ucx

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.record import WorldRecord
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.records import WorldRecord, list_workers
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
@@ -289,13 +288,13 @@ def test_over_tls_in_both_directions_dynamo_and_the_record_are_there(engine: str
 
         worker = start("agg", engine=engine, ETCD_ENDPOINTS=url, **variables)
         worker.ready()
-        client = Etcd([url], EtcdAuth.of(variables), 5)
-        ((key, _, record),) = read_worlds(client)[0]
-        assert (record.role, record.engine) == ("agg", engine)
-        assert len(client.entries("v1/instances/dynamo/backend/generate/")) == 1
-        assert client.entries("v1/mdc/dynamo/backend/generate/")
+        client = GrpcEtcdClient([url], EtcdAuth.from_env(variables), 5)
+        (stored,) = list_workers(client)[0]
+        assert (stored.record.role, stored.record.engine) == ("agg", engine)
+        assert len(client.get_prefix("v1/instances/dynamo/backend/generate/")) == 1
+        assert client.get_prefix("v1/mdc/dynamo/backend/generate/")
         terminate(worker)
-        assert client.entries("dynamo_mpi/") == client.entries("v1/") == [], key
+        assert client.get_prefix("dynamo_mpi/") == client.get_prefix("v1/") == [], stored.key
         client.close()
         assert "BEGIN" not in worker.text() + stranger.text()
 
@@ -318,10 +317,10 @@ def test_with_a_password_the_record_is_there(etcd: EtcdServer, start: Start) -> 
     add_users(etcd.url, ["v1/", "dynamo_mpi/"])
     worker = start("prefill", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["worker"])
     worker.ready()
-    client = Etcd([etcd.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
-    assert [posted.record.role for posted in read_worlds(client)[0]] == ["prefill"]
+    client = GrpcEtcdClient([etcd.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
+    assert [posted.record.role for posted in list_workers(client)[0]] == ["prefill"]
     terminate(worker)
-    assert client.entries("dynamo_mpi/") == []
+    assert client.get_prefix("dynamo_mpi/") == []
     client.close()
 
 

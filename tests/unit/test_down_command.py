@@ -17,7 +17,7 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.operating import ending
+from dynamo_mpi.operating import stop
 from tests.dynamo.running import eventually
 from tests.unit.board import Board
 from tests.unit.test_launch_endings import Slurm
@@ -32,7 +32,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def board(clean_board: Board, monkeypatch: pytest.MonkeyPatch) -> Board:
-    monkeypatch.setattr(ending, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(stop, "POLL_SECONDS", 0.02)
     return clean_board
 
 

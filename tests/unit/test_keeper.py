@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pyetcd
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.control_plane.keeper import Keeper
-from dynamo_mpi.control_plane.record import Posted, Progress, WorldRecord
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.records import Posted, Progress, WorldRecord, list_workers
 from dynamo_mpi.errors import DiscoveryError
 from tests.servers import closed_port, listening, running_etcd
 from tests.unit.worlds import world
@@ -41,7 +40,7 @@ class Kept:
         self.keepers: list[Keeper] = []
 
     def __call__(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
-        keeper = Keeper(Etcd([url], EtcdAuth(), 2), record, seconds, self.said.append)
+        keeper = Keeper(GrpcEtcdClient([url], EtcdAuth(), 2), record, seconds, self.said.append)
         self.keepers.append(keeper)
         return keeper
 
@@ -62,9 +61,9 @@ def kept(etcd: str) -> Iterator[Kept]:
 
 
 def worlds(url: str) -> list[Posted]:
-    etcd = Etcd([url], EtcdAuth(), 5)
+    etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
     try:
-        return read_worlds(etcd)[0]
+        return list_workers(etcd)[0]
     finally:
         etcd.close()
 
@@ -173,7 +172,7 @@ def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
 def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
     heard: list[tuple[list[str], list[str]]] = []
     keeper = Keeper(
-        Etcd([etcd], EtcdAuth(), 2),
+        GrpcEtcdClient([etcd], EtcdAuth(), 2),
         world(),
         SECONDS,
         kept.said.append,
@@ -192,7 +191,7 @@ def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
 
 
 def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> None:
-    other = Etcd([etcd], EtcdAuth(), 5)
+    other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
     lease = other.grant(60)
     other.put("dynamo_mpi/v1/worlds/dynamo/decode/garbled\n", b"\xff{", lease.id)
     other.put("dynamo_mpi/v1/worlds/other/decode/garbled", b"", lease.id)
@@ -207,15 +206,15 @@ def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> N
 
 def test_a_lease_that_was_lost_is_made_anew(etcd: str, kept: Kept) -> None:
     kept.starts(etcd, world())
-    other = Etcd([etcd], EtcdAuth(), 5)
-    (entry,) = other.entries("dynamo_mpi/")
+    other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
+    (entry,) = other.get_prefix("dynamo_mpi/")
     other.revoke(entry.lease, 5)
     eventually(lambda: len(worlds(etcd)) == 1)
     assert worlds(etcd)[0].key != entry.key
     other.close()
 
 
-class EtcdThatLosesAWrite(Etcd):
+class EtcdThatLosesAWrite(GrpcEtcdClient):
     """The real one, whose next write gets lost on its way when it is told so."""
 
     losing = False
@@ -232,8 +231,8 @@ def test_a_record_whose_new_lease_came_and_whose_write_did_not_is_written_in_the
     keeper = Keeper(connection, world(), SECONDS, kept.said.append)
     kept.keepers.append(keeper)
     keeper.publish()
-    other = Etcd([etcd], EtcdAuth(), 5)
-    other.revoke(other.entries("dynamo_mpi/")[0].lease, 5)
+    other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
+    other.revoke(other.get_prefix("dynamo_mpi/")[0].lease, 5)
     other.close()
     connection.losing = True
     keeper.start()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.records import WorldRecord
 from dynamo_mpi.parallelism.contract import check_contracts
 from dynamo_mpi.parallelism.finding import errors
 from dynamo_mpi.preflight.peers import advice, check_peer, news, peers_of, refusal

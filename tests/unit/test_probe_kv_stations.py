@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.records import WorldRecord
 from dynamo_mpi.engines.reference.kv_socket import Deadline
 from dynamo_mpi.probe import kv_lead
 from dynamo_mpi.probe.kv_answer import FAILED, LARGE_BYTES, LATE, OK, Between

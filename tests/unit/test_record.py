@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.control_plane.record import Progress, WorldRecord, record_key, worlds_of
+from dynamo_mpi.control_plane.records import Progress, WorldRecord, record_key, worlds_of
 from tests.unit.worlds import world
 
 
@@ -89,26 +89,26 @@ def test_how_far_it_has_come_is_read_again() -> None:
         (changed(schema=True), "schema True"),
         (changed(schema="1"), "schema '1'"),
         (changed(role=...), "role"),
-        (changed(role=1), "role is int"),
-        (changed(pid="1"), "pid is str"),
-        (changed(pid=True), "pid is bool"),
-        (changed(pid=1.5), "pid is float"),
-        (changed(started="now"), "started is str"),
-        (changed(hosts="n1"), "hosts is str"),
-        (changed(instance=1), "instance is int"),
-        (changed(launch="a\nb"), "launch is no text to be shown"),
-        (changed(hosts=["n1", 2]), "hosts is int"),
-        (changed(in_flight="3"), "in_flight is str"),
-        (changed(phase_since="now"), "phase_since is str"),
-        (changed(progress=[]), "Progress is list"),
+        (changed(role=1), "role is not a text"),
+        (changed(pid="1"), "pid is not an integer"),
+        (changed(pid=True), "pid is not an integer"),
+        (changed(pid=1.5), "pid is not an integer"),
+        (changed(started="now"), "started is not a number"),
+        (changed(hosts="n1"), "hosts is not a list of texts"),
+        (changed(instance=1), "instance is not a text"),
+        (changed(launch="a\nb"), "launch is no text that can be displayed"),
+        (changed(hosts=["n1", 2]), "hosts is not a list of texts"),
+        (changed(in_flight="3"), "in_flight is not an integer"),
+        (changed(phase_since="now"), "phase_since is not a number"),
+        (changed(progress=[]), "Progress is not an object"),
         (changed(progress={"done": 1}), "ranks"),
         (changed(system="http://\x1b[2J"), "system is no text"),
-        (changed(layout=None), "RecordedLayout is NoneType"),
-        (changed(layout=[]), "RecordedLayout is list"),
+        (changed(layout=None), "layout is missing"),
+        (changed(layout=[]), "RecordedLayout is not an object"),
         (changed(layout__tp_size=...), "tp_size"),
-        (changed(layout__attention_dp=0), "attention_dp is int"),
-        (changed(contract=[]), "Contract is list"),
-        (changed(contract__num_layers="32"), "num_layers is str"),
+        (changed(layout__attention_dp=0), "attention_dp is not true or false"),
+        (changed(contract=[]), "Contract is not an object"),
+        (changed(contract__num_layers="32"), "num_layers is not an integer"),
         (changed(phase="serve\ndynamo_mpi: all is well"), "phase is no text"),
         (changed(hosts=["\x1b[2J"]), "hosts is no text"),
         (changed(model="M" * 5000), "model is no text"),

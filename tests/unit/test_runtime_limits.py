@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.runtime_limits import require_etcd, require_nats, runtime_version
+from dynamo_mpi.control_plane.runtime_compat import require_etcd, require_nats, runtime_version
 from dynamo_mpi.errors import UsageError
 
 SECURED, PLAIN = "https://h:1", "http://h:1"

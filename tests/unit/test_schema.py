@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.last_failure import LastFailure, Origin, last_failure
-from dynamo_mpi.control_plane.lifecycle import EVENTS, Event, event_of
-from dynamo_mpi.control_plane.record import Progress, WorldRecord
+from dynamo_mpi.control_plane.failure_records import FailureRecord, WorkerIdentity, failure_record
+from dynamo_mpi.control_plane.lifecycle import EVENTS, LifecycleEvent, event_of
+from dynamo_mpi.control_plane.records import Progress, WorldRecord
 from dynamo_mpi.control_plane.schema import json_schema
 from dynamo_mpi.supervision.failure import Cause, Failure
 from tests.unit.worlds import world
@@ -19,7 +19,9 @@ from tests.unit.worlds import world
 FULL = world(
     instance="1a", launch="x-0", phase_since=1.0, in_flight=3, progress=Progress(1, 8, 7, "n2", 1.5), system="http://h:1", trace="00-a-b-01"
 )  # fmt: skip
-FAILURE = last_failure(Origin.of(FULL), Failure(3, 70, "it broke", Cause.DEATH, "load", 1.0), "n2", "error in load")
+FAILURE = failure_record(
+    WorkerIdentity.of(FULL), Failure(3, 70, "it broke", Cause.DEATH, "load", 1.0), "n2", "error in load"
+)
 OWN: dict[str, dict[str, Any]] = {
     "failed": {"failure": FAILURE},
     "exit": {"exit_code": 70},
@@ -33,7 +35,9 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "fields_of"), [("record", WorldRecord), ("failure", LastFailure), ("event", Event)])
+@pytest.mark.parametrize(
+    ("kind", "fields_of"), [("record", WorldRecord), ("failure", FailureRecord), ("event", LifecycleEvent)]
+)
 def test_every_name_that_is_written_is_in_it(kind: str, fields_of: type[Any]) -> None:
     part = json_schema()["$defs"][kind]
     assert set(part["properties"]) == {"schema", *(field.name for field in fields(fields_of))}

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from dynamo_mpi.control_plane.record import RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.records import RecordedLayout, WorldRecord
 from dynamo_mpi.observe import timeline_files, timeline_writer
 from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.observe.timeline_paths import forget_timeline, trace_path

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from dynamo_mpi.control_plane.record import RecordedLayout
+from dynamo_mpi.control_plane.records import RecordedLayout
 from dynamo_mpi.observe.timeline import ENDED, FAILED, READY, Mishap, Start
 from dynamo_mpi.supervision.phases import Span
 from dynamo_mpi.supervision.roll import BEFORE, RankSpans

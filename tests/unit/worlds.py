@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dynamo_mpi.control_plane.record import Posted, RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.records import Posted, RecordedLayout, WorldRecord
 from dynamo_mpi.parallelism.contract import Contract
 
 CONTRACT = Contract(

@@ -14,7 +14,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
 from dynamo_mpi.engines.trtllm.endings import EndedError, close_session, proof_error, stopped, within
@@ -34,7 +34,7 @@ from dynamo_mpi.talk import tell_launch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.control_plane.departure import Departure
+    from dynamo_mpi.control_plane.registration import InstanceLease
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.supervision.phases import Phases
@@ -77,7 +77,7 @@ class TrtllmLeader:
         guard: Guard,
         phases: Phases,
         voice: Voice,
-        departure: Departure,
+        departure: InstanceLease,
         signals: Sequence[signal.Signals] = SIGNALS,
     ) -> None:
         self._world, self._settings, self._guard = world, settings, guard
@@ -89,7 +89,7 @@ class TrtllmLeader:
         self._last_signal = -math.inf
         self._registered = self._departed = False
         self._departure, self._signals = departure, signals
-        self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, voice.say, pauses=True)
+        self._watch = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, voice.say, pauses=True)
         self._child: Child | None = None
         self._stop_timer: threading.Timer | None = None
         self._proof: Proof | None = None
@@ -130,7 +130,7 @@ class TrtllmLeader:
             with self._phases.enter("drain"):
                 loss = self._loss(event)
                 self._drain(child, session, loss)
-                self._departure.finish()
+                self._departure.revoke_leftover()
             with self._phases.enter("exit"):
                 close_session(session, _RELEASE_SECONDS)
                 if loss is not None:
@@ -194,7 +194,7 @@ class TrtllmLeader:
         """Return what has gone wrong where an event other than a signal ends the serving: the lease is lost, or the child has ended as if it
         were."""
         if isinstance(event, Ended):
-            return EndedError(event.code, event.lines, self._watch.lost_lease())
+            return EndedError(event.code, event.lines, self._watch.lost_lease_reason())
         return event.error if isinstance(event, Lost) else None
 
     def _drain(self, child: Child, session: Session, loss: BootstrapError | None) -> None:
@@ -256,7 +256,7 @@ class TrtllmLeader:
             if self._serving and code == 0:
                 self._events.put(Ended(code, lines))
             else:
-                loss = self._watch.lost_lease() if code == 0 else ""
+                loss = self._watch.lost_lease_reason() if code == 0 else ""
                 self._guard.end(EndedError(code, lines, loss), exit_code_for(code))
 
     def _lost(self, error: TemporaryError) -> None:
@@ -293,8 +293,8 @@ class TrtllmLeader:
 
     def _heard(self, news: dict[str, Any]) -> None:
         if "registered" in news:
-            self._departure.prepare(int(news["registered"]))
-            self._watch.begin(int(news["registered"]), self._lost)
+            self._departure.resolve(int(news["registered"]))
+            self._watch.start(int(news["registered"]), self._lost)
             self._registered = True
             self._events.put(Registered())
         elif "proven" in news:
@@ -303,7 +303,7 @@ class TrtllmLeader:
             self._guard.end(proof_error(news, registered=self._registered))
 
     def _depart(self) -> None:
-        self._departed = self._departure.leave()
+        self._departed = self._departure.revoke()
 
     def _clean_up(self) -> None:
         """Leave nothing behind: a child that is still registered gets the time to say goodbye, which takes milliseconds."""

@@ -15,7 +15,7 @@ import time
 from typing import Any, NamedTuple
 
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.records import WorldRecord
 from dynamo_mpi.probe.kv import judge_kv
 from dynamo_mpi.probe.kv_answer import Between
 from dynamo_mpi.probe.kv_child import Ready, StationChild

@@ -17,7 +17,7 @@ from dynamo_mpi.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
 
-    from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+    from dynamo_mpi.control_plane.etcd import EtcdAuth
     from dynamo_mpi.control_plane.nats_auth import NatsAuth
 
 _NATS_TLS_SINCE = (1, 5)

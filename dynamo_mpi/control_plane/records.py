@@ -1,19 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world record: what a worker says of itself in etcd, for its partner and for its operator. Pure."""
+"""The worker record: what a worker publishes about itself in etcd, for its partner and for its operator."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from dynamo_mpi.control_plane.plain_data import read_fields, read_object
+from dynamo_mpi.control_plane.record_codec import parse_object, read_fields, sanitize
 from dynamo_mpi.parallelism.contract import Contract
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from dynamo_mpi.control_plane.etcd import EtcdClient, KeyValue
+
+
+class _Named(Protocol):
+    @property
+    def namespace(self) -> str: ...
+
+    @property
+    def component(self) -> str: ...
+
+
+T = TypeVar("T")
+R = TypeVar("R", bound=_Named)
 
 SCHEMA = 1
 """Grows when something is taken away or changes its meaning; what is only added is no new schema."""
 LAUNCH_VARIABLE = "DYN_MPI_LAUNCH"
-"""What `dynamo-mpi launch` calls the worker, for its ranks."""
+"""The variable by which `dynamo-mpi launch` names a worker to its ranks."""
 _ROOT = "dynamo_mpi/v1/worlds/"
 
 
@@ -38,6 +55,19 @@ class RecordedLayout:
     attention_dp: bool
     ranks: int
     gpus_per_node: int
+
+    def __str__(self) -> str:
+        sizes = (("EP", self.ep_size), ("PP", self.pp_size), ("CP", self.cp_size))
+        parts = [f"TP{self.tp_size}", *(f"{name}{size}" for name, size in sizes if size > 1)]
+        return "/".join(parts) + (" ADP" if self.attention_dp else "")
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a tolerant reader has found all sizes."""
+        return all((self.tp_size, self.pp_size, self.cp_size, self.ep_size, self.ranks))
+
+
+_NO_LAYOUT = RecordedLayout(0, 0, 0, 0, False, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -128,23 +158,50 @@ class WorldRecord:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, separators=(",", ":")).encode()
 
     @classmethod
-    def unpack(cls, data: bytes) -> WorldRecord:
+    def unpack(cls, data: bytes, problems: list[str] | None = None) -> WorldRecord:
         """Decode what `pack` made, here or in another version.
+
+        Args:
+            data: JSON.
+            problems: None to be strict, a list to be tolerant, as for `record_codec.read_fields`.
 
         Raises:
             ValueError: it isn't a record, or one of a schema that isn't known here.
         """
-        content = read_object(data, SCHEMA)
-        contract, progress = content.get("contract"), content.get("progress")
+        content = parse_object(data, SCHEMA)
+        strict = problems is None
+
+        def nested(kind: type[T], name: str, *needed: str) -> T | None:
+            value = content.get(name)
+            if value is None:
+                return None
+            try:
+                return read_fields(kind, value, problems, needed)
+            except ValueError as error:
+                if problems is None:
+                    raise
+                problems.append(f"{name} is not an object" if not isinstance(value, dict) else f"{name}: {error}")
+                return None
+
+        layout = nested(RecordedLayout, "layout")
+        if layout is None and strict:
+            raise ValueError("layout is missing")
         return read_fields(
             cls,
             content,
-            layout=read_fields(RecordedLayout, content.get("layout")),
-            contract=None if contract is None else read_fields(Contract, contract),
-            progress=None if progress is None else read_fields(Progress, progress),
+            problems,
+            needed=("namespace", "component", "model", "role", "phase", "host", "pid"),
+            layout=layout or _NO_LAYOUT,
+            contract=nested(Contract, "contract"),
+            progress=nested(Progress, "progress", "ranks"),
             probe=probe if isinstance(probe := content.get("probe"), dict) else None,
             probe_kv=offer if isinstance(offer := content.get("probe_kv"), dict) else None,
         )
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the worker answers requests."""
+        return self.phase == "serve"
 
     @property
     def place(self) -> str:
@@ -158,14 +215,65 @@ class Posted(NamedTuple):
     """A record as it stands in etcd.
 
     Args:
-        key: where.
-        came: etcd's revision when it was made: of two worlds, the first has the smaller one.
-        record: what it says.
+        key: its key.
+        came: etcd's revision when the key was written first: of two workers, the first has the smaller one.
+        record: the worker's.
+        lease: the record's; 0 if it isn't known.
     """
 
     key: str
     came: int
     record: WorldRecord
+    lease: int = 0
+
+
+def list_workers(
+    etcd: EtcdClient, namespace: str = "", problems: dict[str, list[str]] | None = None
+) -> tuple[list[Posted], dict[str, str]]:
+    """Read the records of a namespace, or of all of them.
+
+    Args:
+        etcd: where they are.
+        namespace: Dynamo's; empty for all.
+        problems: None to leave out every record with a problem. A dict to be tolerant: it gets the problems of the records, by key.
+
+    Returns:
+        The records, and by key why others can't be read: another program's, or a newer version's.
+
+    Raises:
+        DiscoveryError: etcd does not answer.
+        AuthorisationError: it refuses us.
+    """
+    found, unreadable = read_stored(etcd.get_prefix(worlds_of(namespace)), WorldRecord.unpack, _ROOT, problems)
+    return [Posted(entry.key, entry.create_revision, record, entry.lease) for entry, record in found], unreadable
+
+
+def read_stored(
+    entries: Iterable[KeyValue],
+    unpack: Callable[[bytes, list[str] | None], R],
+    root: str,
+    problems: dict[str, list[str]] | None,
+) -> tuple[list[tuple[KeyValue, R]], dict[str, str]]:
+    """Decode what stands in etcd; the arguments and results are those of `list_workers`.
+
+    A record must name the same worker as its key: rights in etcd are given by keys.
+    """
+    found, unreadable = [], {}
+    for entry in entries:
+        own: list[str] | None = None if problems is None else []
+        try:
+            record = unpack(entry.value, own)
+        except ValueError as error:
+            unreadable[entry.key] = str(error)
+            continue
+        if entry.key.rpartition("/")[0] != f"{root}{record.namespace}/{record.component}":
+            name = f"{sanitize(record.namespace, 40)}/{sanitize(record.component, 40)}"
+            unreadable[entry.key] = f"of {name}, under the key of another worker"
+            continue
+        found.append((entry, record))
+        if problems is not None and own:
+            problems[entry.key] = own
+    return found, unreadable
 
 
 def record_key(record: WorldRecord, lease: int) -> str:

@@ -33,7 +33,7 @@ class Message(NamedTuple):
     data: bytes
 
 
-class NatsLine:
+class NatsPublisher:
     """One connection to NATS, and what waits for it.
 
     Args:
@@ -163,19 +163,19 @@ class NatsLine:
         return None
 
     def _options(self) -> dict[str, Any]:
-        auth, words = self._auth, self._auth.words()
+        auth, login = self._auth, self._auth.connect_options()
         options: dict[str, Any] = {
             "name": "dynamo_mpi",
             # we begin anew ourselves, with what was not confirmed
             "allow_reconnect": False,
             "connect_timeout": _CONNECT_SECONDS,
-            "user": words.get("user"),
-            "password": words.get("pass"),
-            "token": words.get("auth_token"),
+            "user": login.get("user"),
+            "password": login.get("pass"),
+            "token": login.get("auth_token"),
             "error_cb": self._ignore,
             "closed_cb": self._lost,
         }
-        if auth.signs:
+        if auth.uses_nkey:
             options |= {"nkeys_seed_str": auth.nkey} if auth.nkey else {"user_credentials": auth.credentials_file}
         if self._server.startswith("tls://") or auth.has_tls:
             options["tls"] = auth.tls()
