@@ -86,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
         return _end(run_dir, values, is_named=named is not None, dry_run=arguments.dry_run)
     except PermissionError:
         raise AuthorisationError(
-            f"{run_dir} can't be used by this user", needed="a run folder of this user's", fix="ask whoever launched it"
+            f"{run_dir} can't be used by this user",
+            needed="a run folder of this user's",
+            fix="ask the user who launched it",
         ) from None
 
 

@@ -42,7 +42,7 @@ class WorkerIdentity:
         namespace: Dynamo's.
         endpoint: ``dyn://namespace.component.endpoint``.
         model: the name that clients ask for.
-        launch: what `dynamo-mpi launch` calls it.
+        launch: `dynamo-mpi launch`'s name for it.
         job: Slurm's job id.
         step: Slurm's step id.
         attempt: which start of this worker it was.
@@ -70,14 +70,14 @@ class FailureRecord(WorkerIdentity):
 
     Args:
         role: as in `WorkerIdentity`, like the rest up to ``attempt``.
-        rank: the one that failed first; -1 where it isn't known.
+        rank: the one that failed first; -1 if it isn't known.
         host: that rank's node.
-        phase: what that rank was doing.
-        cause: how it became known: ``told``, ``death``, ``lost``, ``silence`` or ``signal``.
-        exit_code: what all ranks have left with.
+        phase: in which that rank was.
+        cause: how it was detected: ``told``, ``death``, ``lost``, ``silence`` or ``signal``.
+        exit_code: of all ranks.
         error: the error, in a line.
-        report: all that was said of it, clipped to 8 KiB.
-        time: when it became known, in seconds since 1970.
+        report: all that was logged of it, cut at 8 KiB.
+        time: when it was detected, in seconds since 1970.
     """
 
     rank: int
@@ -255,17 +255,17 @@ def failure_record(worker: WorkerIdentity, failure: Failure, host: str, report: 
 
 
 def failure_key(worker: WorkerIdentity, lease: int) -> str:
-    """Return where it stands: under the same name as the worker's record did."""
+    """Return the key of a failure record: it ends as that of the worker's record does."""
     return f"{failures_of(worker.namespace, worker.component)}{lease:x}"
 
 
 def failures_of(namespace: str = "", component: str = "") -> str:
-    """Return where the failures of a namespace, or of one component of it, stand; all of them without one."""
+    """Return the prefix of the failure records of a namespace, or of one component of it; of all of them without either."""
     return _ROOT + "".join(f"{name}/" for name in (namespace, component) if name)
 
 
 def is_successor(worker: WorkerIdentity, failure: FailureRecord) -> bool:
-    """Tell whether a worker takes the place of one that failed: a later start of it."""
+    """Return whether a worker is a later start of the one that failed."""
     if (worker.component, worker.role) != (failure.component, failure.role):
         return False
     if worker.launch or failure.launch:

@@ -36,7 +36,7 @@ _ROOT = "dynamo_mpi/v1/worlds/"
 
 @dataclass(frozen=True)
 class RecordedLayout:
-    """How a world is divided.
+    """How a worker is divided over its ranks.
 
     Args:
         tp_size: tensor-parallel size.
@@ -44,7 +44,7 @@ class RecordedLayout:
         cp_size: context-parallel size.
         ep_size: expert-parallel size.
         attention_dp: attention is data-parallel.
-        ranks: of the world.
+        ranks: how many.
         gpus_per_node: GPUs, and ranks, of each node.
     """
 
@@ -72,15 +72,15 @@ _NO_LAYOUT = RecordedLayout(0, 0, 0, 0, False, 0, 0)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the ranks have come in the phase that the record names.
+    """How far the ranks are in the phase that the record names.
 
     Args:
-        done: ranks that have done their part of it; None where they don't tell, as with ``dynamo.trtllm``.
-        ranks: of the world.
-        slowest_rank: the one that is furthest behind; None where none is.
+        done: ranks that have finished it; None if they don't report that, as with ``dynamo.trtllm``.
+        ranks: all of them.
+        slowest_rank: the one that is furthest behind; None if none is.
         slowest_host: its node.
         seconds: since the phase began.
-        read: bytes that all ranks together have read since they began; None where that isn't known.
+        read: bytes that all ranks together have read since they started; None if that isn't known.
     """
 
     done: int | None
@@ -93,7 +93,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class WorldRecord:
-    """One world.
+    """One worker.
 
     Args:
         role: ``agg``, ``prefill``, ``decode`` or ``encode``.
@@ -102,26 +102,26 @@ class WorldRecord:
         component: Dynamo's.
         endpoint: ``dyn://namespace.component.endpoint``.
         model: the name that clients ask for.
-        phase: what it does now, as `supervision.phases` names it.
+        phase: its present one, as `supervision.phases` names it.
         layout: how it is divided.
         hosts: its nodes, in the order of their first rank.
-        contract: what its partner has to share; None where it has no partner.
+        contract: what its partner must agree with; None if it has no partner.
         dynamo_mpi: version.
-        trtllm: version; None where it isn't installed.
+        trtllm: version; None if it isn't installed.
         job: Slurm's job id; None outside Slurm.
         step: Slurm's step id.
         started: seconds since 1970.
         pid: rank 0's process.
         host: rank 0's node.
-        instance: Dynamo's id of it, which is its lease's, hexadecimal as in etcd; None until it is registered.
-        launch: what `dynamo-mpi launch` calls it; None where nobody did.
+        instance: Dynamo's id of it, which is its lease's too, hexadecimal as in etcd; None until it is registered.
+        launch: `dynamo-mpi launch`'s name for it; None without `launch`.
         attempt: which start of this worker it is, from 1 on.
-        phase_since: when the phase began, in seconds since 1970; None from a writer that doesn't tell.
-        in_flight: requests that have begun and not ended; None where that isn't known, as with ``dynamo.trtllm``.
-        progress: of the phase; None where there is nothing to tell.
-        system: URL of ``/health``, ``/live`` and ``/metrics``; None where they aren't served.
+        phase_since: when the phase began, in seconds since 1970; None from an older writer.
+        in_flight: requests that have started and not ended; None if that isn't known, as with ``dynamo.trtllm``.
+        progress: of the phase; None if there is nothing to report.
+        system: URL of ``/health``, ``/live`` and ``/metrics``; None if they aren't served.
         trace: the W3C ``traceparent`` it runs under.
-        probe: what the probes have measured, by probe; None where none ran.
+        probe: what the probes have measured, by probe; None if none ran.
         probe_kv: where a partner can have its ranks asked for the KV probe, with what lets it in; None where it can't, or not any more.
     """
 
@@ -277,10 +277,10 @@ def read_stored(
 
 
 def record_key(record: WorldRecord, lease: int) -> str:
-    """Return where the record stands: with the lease's id as Dynamo writes instances, so that no two worlds share a key."""
+    """Return the record's key: it ends with the lease's id, as Dynamo writes instances, so that no two workers share one."""
     return f"{worlds_of(record.namespace)}{record.component}/{lease:x}"
 
 
 def worlds_of(namespace: str) -> str:
-    """Return where the records of a namespace stand; every namespace's without one."""
+    """Return the prefix of the records of a namespace; of all namespaces without one."""
     return f"{_ROOT}{namespace}/" if namespace else _ROOT

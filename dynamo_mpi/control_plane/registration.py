@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _LEASE_LOST = "etcd has lost this worker's lease: it answers, and doesn't know it any more"
 _STOP_SECONDS = 1.0
-# dynamo.trtllm that is told to stop deregisters, and ends its requests
+# dynamo.trtllm deregisters when it gets SIGTERM, and then ends its requests
 _LEASES_TO_END = 2
 _FAILURES = 3
 _REVOKE_SECONDS, _POLL_SECONDS = 1.0, 0.02
@@ -85,10 +85,10 @@ class RegistrationMonitor:
     def lost_lease_reason(self) -> str:
         """Ask etcd what has become of the lease, after a runtime has ended by itself: a sentence, or nothing where it is still there.
 
-        A runtime that ends in order gives its lease back, so that it is gone says something only of one that nobody has ended.
+        A runtime that ends in order gives its lease back, so a missing lease means something only if the runtime was not asked to end.
         """
         if not self._instance or missing_client():
-            return ""  # it never had one, or nobody can ask
+            return ""  # it never had one, or there is no client
         try:
             return _LEASE_LOST if self._connected().lease_ttl(self._instance) is None else ""
         except BootstrapError as error:
@@ -101,7 +101,7 @@ class RegistrationMonitor:
 
     def _run(self, on_lost: Callable[[TemporaryError], object]) -> None:
         error: TemporaryError | None = None
-        if missing_client():  # the world record has told so
+        if missing_client():  # the worker record's publisher has logged it
             return
         while error is None and not self._stopped.is_set():
             error = self._look()
@@ -157,7 +157,7 @@ class RegistrationMonitor:
         ):
             for key in sorted(missing):
                 etcd.put(key, self._known[key].value, self._instance)
-            self._log("somebody had deleted this worker's keys in etcd; they are written again")
+            self._log("this worker's keys in etcd had been deleted; they are written again")
         return True
 
     def _is_self_deregistration(self, without_instance: bool, without_model: bool) -> bool:

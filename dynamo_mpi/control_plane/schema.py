@@ -18,7 +18,7 @@ _ENTRIES = {"record": WorldRecord, "failure": FailureRecord, "event": LifecycleE
 
 
 def json_schema() -> dict[str, Any]:
-    """Return one schema for all: ``#/$defs/record``, ``failure`` and ``event``. Names that it doesn't have are allowed: a newer writer's."""
+    """Return one schema for all: ``#/$defs/record``, ``failure`` and ``event``. Other members are allowed: a newer writer's."""
     definitions = {name: _entry(kind) for name, kind in _ENTRIES.items()}
     parts = {name: _object(kind) for name, kind in _OBJECTS.items() if kind is not FailureRecord}
     definitions["event"]["properties"]["event"] = {"enum": list(EVENTS)}

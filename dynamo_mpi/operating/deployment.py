@@ -193,7 +193,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except PermissionError:
         raise AuthorisationError(
-            f"{path} can't be read", needed="a run folder of this user's", fix="ask whoever launched it"
+            f"{path} can't be read", needed="a run folder of this user's", fix="ask the user who launched it"
         ) from None
     except (OSError, ValueError, RecursionError):
         return {}

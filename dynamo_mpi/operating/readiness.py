@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.operating.status import DeploymentStatus
 
 _PAIR = frozenset({"prefill", "decode"})
-# in the order in which a worker comes to them
+# in the order in which a worker enters them
 _ORDER = ("environment", "world", "preflight", "probe", "load", "prove", "register", "serve")
 
 
@@ -35,7 +35,7 @@ class MissingItem(NamedTuple):
 
 
 def needed_roles(roles: Iterable[str]) -> frozenset[str]:
-    """Return the roles that a model needs of which these are there: agg stands alone, prefill and decode need each other."""
+    """Return the roles that a model needs if workers of these exist: agg stands alone, prefill and decode need each other."""
     there = frozenset(roles)
     return frozenset({"agg"}) if "agg" in there and not there & _PAIR else there - {"encode"} | _PAIR
 

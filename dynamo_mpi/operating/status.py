@@ -207,7 +207,7 @@ class _Services:
                 self._threads.append(thread)
 
     def states(self) -> tuple[Service, ...]:
-        """Return what has come so far, or comes in time."""
+        """Return the answers so far, and those that arrive in time."""
         for thread in self._threads:
             thread.join(max(0.0, self._end - time.monotonic()))
         return tuple(self._found.values())

@@ -3,7 +3,7 @@
 
 schema        1; grows when something is taken away or changes its meaning, and not when something is added
 ok            nothing is missing, down, or failed without a newer start
-ready         every role that the models need serves (`wait` proves it by a completion, too)
+ready         every role that the models need serves (`wait` also asks for a completion)
 time          seconds since 1970, as all times here
 run_dir       the deployment's folder, or null
 workers       one object each: key, name, namespace, component, endpoint, model, role, engine, layout {tp_size, pp_size, cp_size, ep_size,

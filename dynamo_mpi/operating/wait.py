@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 NEWS_SECONDS = (5.0, 120.0)
-# what ended before we came may be about to be started again, in the same folder
+# what ended before the wait may be about to be started again, in the same folder
 _AT_ONCE_SECONDS = 2.0
 STALE_SECONDS = 10.0
 # between the end of one and the start of the next, a folder may have the credentials of neither
@@ -110,7 +110,7 @@ class ReadinessWaiter:
         """Wait.
 
         Raises:
-            UsageError: it can't be told which deployment is meant, or what is set for etcd can't be used.
+            UsageError: several deployments could be meant, or what is set for etcd can't be used.
         """
         outcome, news = self._outcome, News(*NEWS_SECONDS)
         try:
@@ -186,7 +186,7 @@ class ReadinessWaiter:
         return [failure for failure in status.failures if (failure.key, failure.record.time) not in self._known]
 
     def _ask(self, status: DeploymentStatus) -> list[MissingItem]:
-        """Have each model answer, and return what doesn't."""
+        """Ask each model for a completion, and return those that don't answer."""
         url = self._request.frontend or status.deployment.frontend
         roles = self._request.roles
         if not url:

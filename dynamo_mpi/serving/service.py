@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_mpi.control_plane.registration import lease_error
-from dynamo_mpi.control_plane.runtime_compat import forget_empty_credentials
+from dynamo_mpi.control_plane.runtime_compat import remove_empty_credentials
 from dynamo_mpi.errors import EngineError
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.serving.handler import RequestHandler
@@ -301,4 +301,4 @@ def point_runtime_at(etcd: list[str]) -> None:
     # empty is how a batch script says "none"; the runtime takes it for an address, and wants to see a scheme
     if server:
         os.environ["NATS_SERVER"] = server if "://" in server else f"nats://{server}"
-    forget_empty_credentials(os.environ)
+    remove_empty_credentials(os.environ)

@@ -295,4 +295,4 @@ def test_another_users_folder_is_77(run: Run, tmp_path: Path, words: tuple[str, 
         os.seteuid(owner)
         folder.chmod(folder_mode)
     assert code == ExitCode.NOT_AUTHORISED
-    assert "ask whoever launched it" in err
+    assert "ask the user who launched it" in err

@@ -216,7 +216,7 @@ def test_a_nats_with_tls_needs_a_runtime_that_can(
     installed: tuple[int, ...] | None, one_way: str, files: Certificates
 ) -> None:
     plain = one_way.replace("tls:", "nats:")
-    with pytest.raises(UsageError, match=r"1\.4 can't" if installed == (1, 4) else "takes nobody without TLS"):
+    with pytest.raises(UsageError, match=r"1\.4 can't" if installed == (1, 4) else "this NATS requires TLS"):
         ask(plain, {}, installed)
     if installed == (1, 4):
         with pytest.raises(UsageError, match=r"1\.4 can't"):

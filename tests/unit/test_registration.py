@@ -106,7 +106,7 @@ def test_what_somebody_deletes_is_written_again_as_it_was(etcd: str, watched: Wa
         key: key.encode() for key in worker.keys
     }
     assert adapter not in worker.there(), "that is dynamo.trtllm's own to load and unload"
-    assert watched.said == ["somebody had deleted this worker's keys in etcd; they are written again"]
+    assert watched.said == ["this worker's keys in etcd had been deleted; they are written again"]
 
 
 def test_a_worker_that_pauses_takes_itself_out(etcd: str, watched: Watched) -> None:
@@ -202,7 +202,7 @@ def test_a_process_that_stood_still_does_not_take_it_for_etcds_silence(tmp_path:
                 begin = time.monotonic()
                 eventually(lambda: later(2 * SECONDS))
                 worker.delete(*worker.keys)
-                assert process.stdout.readline().startswith("somebody had deleted this worker's keys")
+                assert process.stdout.readline().startswith("this worker's keys in etcd had been deleted")
             finally:
                 process.kill()
     finally:

@@ -68,7 +68,7 @@ def test_what_it_can_not_is_refused(endpoints: list[str], auth: EtcdAuth, word: 
         (True, NatsAuth(), None, True, ""),
         (True, NatsAuth(), (1, 4), False, "1.4 can't"),
         (False, NatsAuth(), (1, 4), True, "1.4 can't"),
-        (False, NatsAuth(), (1, 6), True, "takes nobody without TLS"),
+        (False, NatsAuth(), (1, 6), True, "this NATS requires TLS"),
         (False, NatsAuth(insecure=True), (1, 6), False, "NATS_TLS_\\* is set"),
     ],
 )
