@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.control_plane.records import Progress, WorldRecord, record_key, worlds_of
+from dynamo_mpi.control_plane.etcd import KeyValue
+from dynamo_mpi.control_plane.records import Posted, Progress, WorldRecord, list_workers, record_key, worlds_of
 from tests.unit.worlds import world
+
+if TYPE_CHECKING:
+    from dynamo_mpi.control_plane.etcd import EtcdClient
 
 
 @pytest.mark.parametrize("role", ["agg", "prefill", "decode", "encode"])
@@ -118,6 +122,42 @@ def test_what_is_no_record_is_refused_in_words(data: bytes, word: str) -> None:
     with pytest.raises(ValueError, match=r"^[ -~]*$") as caught:
         WorldRecord.unpack(data)
     assert word in str(caught.value)
+
+
+class Stored:
+    """An etcd with these records of namespace ``dynamo``, component ``prefill``."""
+
+    def __init__(self, *values: bytes) -> None:
+        self._entries = [
+            KeyValue(f"{worlds_of('dynamo')}prefill/{number:x}", value, number, 7)
+            for number, value in enumerate(values)
+        ]
+
+    def get_prefix(self, prefix: str) -> list[KeyValue]:
+        return [entry for entry in self._entries if entry.key.startswith(prefix)]
+
+
+def listed(*values: bytes, problems: dict[str, list[str]] | None = None) -> tuple[list[Posted], dict[str, str]]:
+    return list_workers(cast("EtcdClient", Stored(*values)), "dynamo", problems)
+
+
+@pytest.mark.parametrize("tolerant", [False, True])
+def test_record_under_another_workers_key_is_left_out(tolerant: bool) -> None:
+    found, unreadable = listed(world().pack(), world("decode").pack(), problems={} if tolerant else None)
+    assert [(stored.record, stored.came, stored.lease) for stored in found] == [(world(), 0, 7)]
+    (reason,) = unreadable.values()
+    assert reason == "of dynamo/backend, under the key of another worker"
+
+
+def test_strict_reader_leaves_out_what_a_tolerant_one_lists() -> None:
+    data = changed(started="now", layout__tp_size=..., hosts=["n\x1b[2J"], contract=[])
+    assert listed(data)[0] == []
+    problems: dict[str, list[str]] = {}
+    (stored,), unreadable = listed(data, problems=problems)
+    assert unreadable == {}
+    assert problems == {stored.key: ["contract is not an object", "started is not a number"]}
+    record = stored.record
+    assert (record.started, record.hosts, record.contract, record.layout.is_known) == (0.0, ("n\\x1b[2J",), None, False)
 
 
 JSON = st.recursive(
