@@ -13,7 +13,7 @@ from dynamo_mpi.observe.trace import trace_of
 if TYPE_CHECKING:
     from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.control_plane.publicity import Publicity
-    from dynamo_mpi.control_plane.records import WorldRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.observe.display import Display
     from dynamo_mpi.observe.ticker import Ticker
@@ -41,7 +41,7 @@ class Onlookers:
         self._publicity: Publicity | None = None
         self._timeline: TimelineWriter | None = None
         self._ticker: Ticker | None = None
-        self._record: WorldRecord | None = None
+        self._record: WorkerRecord | None = None
 
     @property
     def system_url(self) -> str | None:
@@ -73,7 +73,7 @@ class Onlookers:
         """
         self._display.point_runtime(settings)
 
-    def introduce(self, settings: Settings, record: WorldRecord) -> None:
+    def introduce(self, settings: Settings, record: WorkerRecord) -> None:
         """Have the worker be known by this record, from when it appears on.
 
         Raises:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from dynamo_mpi.control_plane.nats_publisher import NatsPublisher
-    from dynamo_mpi.control_plane.records import Posted, WorldRecord
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
     from dynamo_mpi.supervision.failure import Failure
 
 _FLUSH_SECONDS = 0.5
@@ -31,7 +31,7 @@ class Events:
         line: where they go; None for nowhere.
     """
 
-    def __init__(self, record: WorldRecord, phase: str, line: NatsPublisher | None) -> None:
+    def __init__(self, record: WorkerRecord, phase: str, line: NatsPublisher | None) -> None:
         self._record, self._phase, self._line = record, phase, line
         self._exit_code: int | None = None
         self._send("phase")
@@ -47,7 +47,7 @@ class Events:
         """Tell that requests are answered."""
         self._send("ready")
 
-    def peers(self, peers: Sequence[Posted], news: Sequence[str]) -> None:
+    def peers(self, peers: Sequence[StoredRecord], news: Sequence[str]) -> None:
         """Tell of the worlds that hand KV over to this one or take it.
 
         Args:
@@ -93,7 +93,7 @@ class Events:
 
 
 def events_of(
-    record: WorldRecord, phase: str, environ: Mapping[str, str], request_plane: str, say: Callable[[str], None]
+    record: WorkerRecord, phase: str, environ: Mapping[str, str], request_plane: str, say: Callable[[str], None]
 ) -> Events:
     """Return a worker's events; they go nowhere unless Dynamo's runtime uses NATS as well.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dynamo_mpi.control_plane.etcd import EtcdClient
-    from dynamo_mpi.control_plane.records import Posted, WorldRecord
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
     from dynamo_mpi.supervision.failure import Failure
 
 TTL_SECONDS = 3600
@@ -37,7 +37,7 @@ class WorkerIdentity:
     """Which worker: what its record says of it, without what changes.
 
     Args:
-        role: as in `WorldRecord`, and so on.
+        role: as in `WorkerRecord`, and so on.
         component: Dynamo's.
         namespace: Dynamo's.
         endpoint: ``dyn://namespace.component.endpoint``.
@@ -59,7 +59,7 @@ class WorkerIdentity:
     attempt: int
 
     @classmethod
-    def of(cls, record: WorldRecord) -> WorkerIdentity:
+    def of(cls, record: WorkerRecord) -> WorkerIdentity:
         """Take it from the worker's record."""
         return cls(*(getattr(record, field.name) for field in fields(cls)))
 
@@ -137,11 +137,11 @@ class StoredFailure(NamedTuple):
     lease: int
     record: FailureRecord
 
-    def has_same_name(self, worker: Posted) -> bool:
+    def has_same_name(self, worker: StoredRecord) -> bool:
         """Whether it is the failure of the very process that this record is of."""
         return worker.key.rpartition("/")[2] == self.key.rpartition("/")[2]
 
-    def is_followed_by(self, worker: Posted) -> bool:
+    def is_followed_by(self, worker: StoredRecord) -> bool:
         """Whether ``worker`` is a newer start of the one that failed, or of another in its place."""
         ours, theirs = self.record, worker.record
         names = ("namespace", "component", "role", "launch")

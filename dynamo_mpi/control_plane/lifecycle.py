@@ -13,7 +13,7 @@ from dynamo_mpi.control_plane.records import SCHEMA
 
 if TYPE_CHECKING:
     from dynamo_mpi.control_plane.failure_records import FailureRecord
-    from dynamo_mpi.control_plane.records import WorldRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
 
 EVENTS = ("phase", "ready", "drain", "failed", "exit", "peers")
 _ROOT = "dynamo_mpi.v1"
@@ -28,7 +28,7 @@ class LifecycleEvent:
     Args:
         event: one of `EVENTS`.
         time: seconds since 1970.
-        namespace: as in `WorldRecord`, like the rest up to ``pid``.
+        namespace: as in `WorkerRecord`, like the rest up to ``pid``.
         phase: its present one.
         failure: of ``failed``: why it ends; null if that is not known here.
         exit_code: of ``exit``: of all ranks.
@@ -70,7 +70,7 @@ class LifecycleEvent:
         return json.dumps({"schema": SCHEMA, **content}, separators=(",", ":")).encode()
 
 
-def event_of(name: str, record: WorldRecord, phase: str, time: float, **own: Any) -> LifecycleEvent:
+def event_of(name: str, record: WorkerRecord, phase: str, time: float, **own: Any) -> LifecycleEvent:
     """Return an event of a worker.
 
     Args:

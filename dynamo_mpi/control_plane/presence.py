@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.control_plane.etcd import CredentialsError, lease_seconds
 from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient, missing_client
 from dynamo_mpi.control_plane.keeper import Keeper
-from dynamo_mpi.control_plane.records import WorldRecord
+from dynamo_mpi.control_plane.records import WorkerRecord
 from dynamo_mpi.errors import BootstrapError, LayoutError, UsageError
 from dynamo_mpi.preflight.peers import advice, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.control_plane.records import Posted, Progress
+    from dynamo_mpi.control_plane.records import Progress, StoredRecord
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.talk import Voice
 
@@ -37,14 +37,14 @@ class Presence:
         self,
         voice: Voice,
         on_lease: Callable[[int], object],
-        on_peers: Callable[[Sequence[Posted], Sequence[str]], object] = lambda _, __: None,
+        on_peers: Callable[[Sequence[StoredRecord], Sequence[str]], object] = lambda _, __: None,
     ) -> None:
         self._voice, self._on_lease, self._on_peers = voice, on_lease, on_peers
         self._keeper: Keeper | None = None
         # told before there is a record
         self._early: dict[str, Any] = {}
 
-    def appear(self, settings: Settings, record: WorldRecord, environ: Mapping[str, str]) -> None:
+    def appear(self, settings: Settings, record: WorkerRecord, environ: Mapping[str, str]) -> None:
         """Publish ``record``, and compare it with the peers that came first.
 
         Where nothing has to be compared, or ``--no-peer-check`` was given, a record that can't be written is only a warning.
@@ -116,7 +116,7 @@ class Presence:
         """Have the record say what the probes have measured."""
         self._update(probe=figures)
 
-    def offer_kv(self, offer: dict[str, Any] | None) -> tuple[WorldRecord, list[WorldRecord]] | None:
+    def offer_kv(self, offer: dict[str, Any] | None) -> tuple[WorkerRecord, list[WorkerRecord]] | None:
         """Have the record say where ranks can be asked for the KV probe, or no more.
 
         Returns:
@@ -143,7 +143,7 @@ class Presence:
         else:
             self._keeper.update(**fields)
 
-    def _judge(self, record: WorldRecord, earlier: Sequence[Posted], seconds: int, *, refuse: bool) -> None:
+    def _judge(self, record: WorkerRecord, earlier: Sequence[StoredRecord], seconds: int, *, refuse: bool) -> None:
         text = refusal(record, earlier, seconds)
         if text and refuse:
             raise LayoutError(text)

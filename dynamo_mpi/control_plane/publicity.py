@@ -16,7 +16,7 @@ from dynamo_mpi.control_plane.records import Progress
 from dynamo_mpi.supervision.failure import Failure
 
 if TYPE_CHECKING:
-    from dynamo_mpi.control_plane.records import WorldRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision import roll
@@ -41,7 +41,7 @@ class Publicity:
     """
 
     def __init__(
-        self, settings: Settings, record: WorldRecord, phases: Phases, voice: Voice, leases: OwnedLeases
+        self, settings: Settings, record: WorkerRecord, phases: Phases, voice: Voice, leases: OwnedLeases
     ) -> None:
         self._settings, self._record, self._phases = settings, record, phases
         self._voice, self._leases = voice, leases

@@ -92,7 +92,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class WorldRecord:
+class WorkerRecord:
     """One worker.
 
     Args:
@@ -158,7 +158,7 @@ class WorldRecord:
         return json.dumps({"schema": SCHEMA, **asdict(self)}, separators=(",", ":")).encode()
 
     @classmethod
-    def unpack(cls, data: bytes, problems: list[str] | None = None) -> WorldRecord:
+    def unpack(cls, data: bytes, problems: list[str] | None = None) -> WorkerRecord:
         """Decode what `pack` made, here or in another version.
 
         Args:
@@ -211,25 +211,25 @@ class WorldRecord:
         return f"{self.role} worker on {', '.join(shown)} ({job})"
 
 
-class Posted(NamedTuple):
+class StoredRecord(NamedTuple):
     """A record as it stands in etcd.
 
     Args:
         key: its key.
-        came: etcd's revision when the key was written first: of two workers, the first has the smaller one.
+        create_revision: etcd's revision when the key was written first: of two workers, the first has the smaller one.
         record: the worker's.
         lease: the record's; 0 if it isn't known.
     """
 
     key: str
-    came: int
-    record: WorldRecord
+    create_revision: int
+    record: WorkerRecord
     lease: int = 0
 
 
 def list_workers(
     etcd: EtcdClient, namespace: str = "", problems: dict[str, list[str]] | None = None
-) -> tuple[list[Posted], dict[str, str]]:
+) -> tuple[list[StoredRecord], dict[str, str]]:
     """Read the records of a namespace, or of all of them.
 
     Args:
@@ -244,8 +244,8 @@ def list_workers(
         DiscoveryError: etcd does not answer.
         AuthorisationError: it refuses us.
     """
-    found, unreadable = read_stored(etcd.get_prefix(worlds_of(namespace)), WorldRecord.unpack, _ROOT, problems)
-    return [Posted(entry.key, entry.create_revision, record, entry.lease) for entry, record in found], unreadable
+    found, unreadable = read_stored(etcd.get_prefix(worlds_of(namespace)), WorkerRecord.unpack, _ROOT, problems)
+    return [StoredRecord(entry.key, entry.create_revision, record, entry.lease) for entry, record in found], unreadable
 
 
 def read_stored(
@@ -276,7 +276,7 @@ def read_stored(
     return found, unreadable
 
 
-def record_key(record: WorldRecord, lease: int) -> str:
+def record_key(record: WorkerRecord, lease: int) -> str:
     """Return the record's key: it ends with the lease's id, as Dynamo writes instances, so that no two workers share one."""
     return f"{worlds_of(record.namespace)}{record.component}/{lease:x}"
 

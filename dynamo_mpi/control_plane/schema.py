@@ -8,13 +8,13 @@ from typing import Any
 
 from dynamo_mpi.control_plane.failure_records import FailureRecord
 from dynamo_mpi.control_plane.lifecycle import EVENTS, LifecycleEvent
-from dynamo_mpi.control_plane.records import SCHEMA, Progress, RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.records import SCHEMA, Progress, RecordedLayout, WorkerRecord
 from dynamo_mpi.parallelism.contract import Contract
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _OBJECTS = {kind.__name__: kind for kind in (RecordedLayout, Contract, Progress, FailureRecord)}
-_ENTRIES = {"record": WorldRecord, "failure": FailureRecord, "event": LifecycleEvent}
+_ENTRIES = {"record": WorkerRecord, "failure": FailureRecord, "event": LifecycleEvent}
 
 
 def json_schema() -> dict[str, Any]:
@@ -24,7 +24,7 @@ def json_schema() -> dict[str, Any]:
     definitions["event"]["properties"]["event"] = {"enum": list(EVENTS)}
     return {
         "$schema": _DIALECT,
-        "title": f"dynamo_mpi, schema {SCHEMA}: world records, last failures and lifecycle events",
+        "title": f"dynamo_mpi, schema {SCHEMA}: worker records, failure records and lifecycle events",
         "anyOf": [{"$ref": f"#/$defs/{name}"} for name in _ENTRIES],
         "$defs": {**definitions, **parts},
     }

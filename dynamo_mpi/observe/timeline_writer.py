@@ -14,7 +14,7 @@ from dynamo_mpi.supervision.failure import Cause
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dynamo_mpi.control_plane.records import WorldRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.talk import Voice
 
@@ -32,7 +32,7 @@ class TimelineWriter:
         voice: warns where it can't be written.
     """
 
-    def __init__(self, path: Path, record: WorldRecord, guard: Guard, voice: Voice) -> None:
+    def __init__(self, path: Path, record: WorkerRecord, guard: Guard, voice: Voice) -> None:
         self._path, self._record, self._guard, self._voice = path, record, guard, voice
         self._lock = threading.Lock()
         self._ready: float | None = None

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.control_plane.failure_records import FailureRecord
-    from dynamo_mpi.control_plane.records import Progress, WorldRecord
+    from dynamo_mpi.control_plane.records import Progress, WorkerRecord
 
 _NODES = 4
 
@@ -48,7 +48,7 @@ def format_progress(progress: Progress | None) -> str:
     return "" if progress.read is None else f"{progress.read / 1e9:.1f} GB read{late}"
 
 
-def format_position(worker: WorldRecord, now: float) -> str:
+def format_position(worker: WorkerRecord, now: float) -> str:
     """Return where a worker stands: ``load 3/6, slowest n3, 40 s``."""
     parts = [f"{worker.phase} {format_progress(worker.progress)}".rstrip()]
     if since := worker.phase_since or worker.started:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from dynamo_mpi.control_plane.failure_records import StoredFailure
-    from dynamo_mpi.control_plane.records import Posted, WorldRecord
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
     from dynamo_mpi.operating.status import DeploymentStatus
 
 _PAIR = frozenset({"prefill", "decode"})
@@ -103,7 +103,7 @@ def unrecoverable_failure(
     return None
 
 
-def _missing(name: str, workers: Sequence[Posted], now: float) -> MissingItem | None:
+def _missing(name: str, workers: Sequence[StoredRecord], now: float) -> MissingItem | None:
     if any(worker.record.is_serving for worker in workers):
         return None
     if not workers:
@@ -111,5 +111,5 @@ def _missing(name: str, workers: Sequence[Posted], now: float) -> MissingItem | 
     return MissingItem(name, format_position(max((w.record for w in workers), key=_how_far), now))
 
 
-def _how_far(worker: WorldRecord) -> int:
+def _how_far(worker: WorkerRecord) -> int:
     return _ORDER.index(worker.phase) if worker.phase in _ORDER else -1

@@ -15,7 +15,7 @@ from dynamo_mpi.control_plane.etcd import etcd_endpoints
 from dynamo_mpi.control_plane.etcd_http import query_etcd
 from dynamo_mpi.control_plane.failure_records import StoredFailure, list_failures
 from dynamo_mpi.control_plane.record_codec import sanitize
-from dynamo_mpi.control_plane.records import Posted, list_workers
+from dynamo_mpi.control_plane.records import StoredRecord, list_workers
 from dynamo_mpi.errors import BootstrapError, DiscoveryError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.models import listed_models
@@ -63,7 +63,7 @@ class DeploymentStatus:
 
     time: float
     deployment: Deployment
-    workers: tuple[Posted, ...] = ()
+    workers: tuple[StoredRecord, ...] = ()
     failures: tuple[StoredFailure, ...] = ()
     services: tuple[Service, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ class DeploymentStatus:
         alive = not self.deployment.launcher_is_dead
         return ended_well and alive and services and not self.missing and not self.open_failures
 
-    def name_of(self, worker: Posted | StoredFailure) -> str:
+    def name_of(self, worker: StoredRecord | StoredFailure) -> str:
         """Return the deployment's name for a worker, or its role."""
         record = worker.record
         return next((own.name for own in self.deployment.expected if own.launch == record.launch), record.role)
@@ -117,7 +117,7 @@ def read_status(
         raise _without_services(deployment)
     services = _Services(deployment, environ)
 
-    def query(etcd: EtcdClient) -> tuple[list[Posted], list[StoredFailure], list[str]]:
+    def query(etcd: EtcdClient) -> tuple[list[StoredRecord], list[StoredFailure], list[str]]:
         odd: dict[str, list[str]] = {}
         workers, unread = list_workers(etcd, namespace or "", odd)
         failures, unread_failures = list_failures(etcd, namespace or "", problems=odd)
@@ -140,7 +140,7 @@ def read_status(
     )
 
 
-def _order(worker: Posted) -> tuple[object, ...]:
+def _order(worker: StoredRecord) -> tuple[object, ...]:
     record = worker.record
     rank = _ROLES.index(record.role) if record.role in _ROLES else len(_ROLES)
     return (record.namespace, record.model, rank, record.launch or "", record.hosts, worker.key)
@@ -151,7 +151,7 @@ def _warnings(unreadable: Mapping[str, str], odd: Mapping[str, list[str]]) -> li
     return left_out + [f"{sanitize(key)}: {', '.join(problems[:4])}" for key, problems in odd.items()]
 
 
-def _unknown(worker: Posted) -> list[str]:
+def _unknown(worker: StoredRecord) -> list[str]:
     phase, role = worker.record.phase, worker.record.role
     strange = [f"its phase {phase!r:.40}"] if phase not in PHASES else []
     strange += [f"its role {role!r:.40}"] if role not in _ROLES else []

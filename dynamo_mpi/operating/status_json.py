@@ -28,7 +28,7 @@ from dynamo_mpi.operating.readiness import missing_items
 
 if TYPE_CHECKING:
     from dynamo_mpi.control_plane.failure_records import StoredFailure
-    from dynamo_mpi.control_plane.records import Posted
+    from dynamo_mpi.control_plane.records import StoredRecord
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.operating.status import DeploymentStatus
 
@@ -69,7 +69,7 @@ def error_as_json(error: BootstrapError) -> dict[str, Any]:
     return {"ok": False, "error": error.plain()}
 
 
-def _worker(status: DeploymentStatus, worker: Posted) -> dict[str, Any]:
+def _worker(status: DeploymentStatus, worker: StoredRecord) -> dict[str, Any]:
     record, content = worker.record, asdict(worker.record)
     for name in _HIDDEN:
         content.pop(name, None)

@@ -11,7 +11,7 @@ from dynamo_mpi.operating.format import format_failure, format_nodes, format_pro
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.control_plane.records import Posted
+    from dynamo_mpi.control_plane.records import StoredRecord
     from dynamo_mpi.operating.deployment import ExpectedWorker
     from dynamo_mpi.operating.status import DeploymentStatus
 
@@ -34,7 +34,7 @@ def describe(status: DeploymentStatus, width: int = _LONGEST_LINE) -> str:
     return "\n".join(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines)
 
 
-def _row(status: DeploymentStatus, worker: Posted) -> tuple[str, ...]:
+def _row(status: DeploymentStatus, worker: StoredRecord) -> tuple[str, ...]:
     now, record = status.time, worker.record
     return (
         record.model,

@@ -20,7 +20,7 @@ from dynamo_mpi.operating.status import read_status
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from dynamo_mpi.control_plane.records import Posted, WorldRecord
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
     from dynamo_mpi.operating.deployment import Deployment
 
 POLL_SECONDS = 0.5
@@ -47,7 +47,7 @@ class WorkerSelector(NamedTuple):
     model: str | None
     job: str | None
 
-    def workers(self) -> list[Posted]:
+    def workers(self) -> list[StoredRecord]:
         """Return those that exist; raises as `read_status`."""
         job, _, step = (self.job or "").partition(".")
         found = read_status(self.deployment, self.namespace, self.model).workers
@@ -63,7 +63,7 @@ class StopMethod(NamedTuple):
         step: ``JOB.STEP``; empty if Slurm can't help.
     """
 
-    worker: Posted
+    worker: StoredRecord
     pid: int
     step: str
 
@@ -91,7 +91,7 @@ class StopMethod(NamedTuple):
             SlurmEndings(self.step.partition(".")[0]).cancel_ids([self.step], "--signal=TERM")
 
 
-def stop_method_for(worker: Posted) -> StopMethod:
+def stop_method_for(worker: StoredRecord) -> StopMethod:
     """Find out how a worker can be asked to stop.
 
     Its own process is best, if it is here: of a step under mpirun Slurm would signal mpirun's processes, which kill their ranks.
@@ -104,7 +104,7 @@ def stop_method_for(worker: Posted) -> StopMethod:
     return StopMethod(worker, 0, f"{job}.{step}" if has_step else "")
 
 
-def is_ours(worker: WorldRecord) -> bool:
+def is_ours(worker: WorkerRecord) -> bool:
     """Return whether the record's process is on this host, this user's, a worker, and not another that has its number now."""
     if worker.host != os.uname().nodename.partition(".")[0] or not worker.started or worker.pid < 2:
         return False
@@ -150,14 +150,14 @@ def stop_workers(selector: WorkerSelector, seconds: float, log: Callable[[str], 
         )
 
 
-def _is_of(worker: WorldRecord, group: Sequence[str]) -> bool:
+def _is_of(worker: WorkerRecord, group: Sequence[str]) -> bool:
     grouped = [role for roles in _GROUPS for role in roles]
     return worker.role in group if group else worker.role not in grouped
 
 
 def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: float) -> None:
     keys = {method.worker.key for method in methods}
-    left: Iterable[Posted] = [method.worker for method in methods]
+    left: Iterable[StoredRecord] = [method.worker for method in methods]
     while keys:
         problem = ""
         try:
@@ -176,7 +176,7 @@ def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: flo
         time.sleep(max(0.0, min(POLL_SECONDS, end - time.monotonic())))
 
 
-def _signal(worker: WorldRecord) -> None:
+def _signal(worker: WorkerRecord) -> None:
     """Signal the process that was checked, and no other that gets its number meanwhile."""
     with contextlib.suppress(OSError):  # it has gone
         if not hasattr(os, "pidfd_open"):  # a Python that was built for older kernels, as conda's

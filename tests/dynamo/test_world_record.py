@@ -17,7 +17,7 @@ import pytest
 
 from dynamo_mpi.control_plane.etcd import EtcdAuth
 from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.records import WorldRecord, list_workers
+from dynamo_mpi.control_plane.records import WorkerRecord, list_workers
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
@@ -79,7 +79,7 @@ def phases(etcd: EtcdServer) -> list[str | None]:
     """Return what a world's only record has said, in its order; None for its end."""
     changes = etcd.written(WORLDS)
     assert len({key for key, _ in changes}) == 1, "it stays where it is"
-    said = [None if value is None else WorldRecord.unpack(value).phase for _, value in changes]
+    said = [None if value is None else WorkerRecord.unpack(value).phase for _, value in changes]
     # the record also changes within a phase: when Dynamo's instance is known
     return [phase for phase, _ in groupby(said)]
 
@@ -156,7 +156,7 @@ def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
     assert "Traceback" not in text
     changes = etcd.written(WORLDS, before)
     own = [(key, value) for key, value in changes if f"/{'prefill' if second == 'prefill' else 'backend'}/" in key]
-    (phase, end) = [value if value is None else WorldRecord.unpack(value).phase for _, value in own]
+    (phase, end) = [value if value is None else WorkerRecord.unpack(value).phase for _, value in own]
     assert (phase, end) == ("preflight", None), "it never came to load, and took its record away"
     (left,) = etcd.keys("dynamo_mpi/v1/failures/")
     assert own[0][0] == left.replace("/failures/", "/worlds/")

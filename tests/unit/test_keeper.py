@@ -16,7 +16,7 @@ import pytest
 from dynamo_mpi.control_plane.etcd import EtcdAuth
 from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.control_plane.keeper import Keeper
-from dynamo_mpi.control_plane.records import Posted, Progress, WorldRecord, list_workers
+from dynamo_mpi.control_plane.records import Progress, StoredRecord, WorkerRecord, list_workers
 from dynamo_mpi.errors import DiscoveryError
 from tests.servers import closed_port, listening, running_etcd
 from tests.unit.worlds import world
@@ -39,12 +39,12 @@ class Kept:
         self.said: list[str] = []
         self.keepers: list[Keeper] = []
 
-    def __call__(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
+    def __call__(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> Keeper:
         keeper = Keeper(GrpcEtcdClient([url], EtcdAuth(), 2), record, seconds, self.said.append)
         self.keepers.append(keeper)
         return keeper
 
-    def starts(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
+    def starts(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> Keeper:
         keeper = self(url, record, seconds)
         keeper.publish()
         keeper.start()
@@ -60,7 +60,7 @@ def kept(etcd: str) -> Iterator[Kept]:
     assert worlds(etcd) == []
 
 
-def worlds(url: str) -> list[Posted]:
+def worlds(url: str) -> list[StoredRecord]:
     etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
     try:
         return list_workers(etcd)[0]
@@ -87,7 +87,7 @@ def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept
     begin = time.monotonic()
     eventually(lambda: time.monotonic() - begin > 2 * SECONDS)
     (last,) = worlds(etcd)
-    assert (last.key, last.came) == (first.key, first.came)
+    assert (last.key, last.create_revision) == (first.key, first.create_revision)
     keeper.withdraw()
     assert worlds(etcd) == []
     keeper.withdraw()
@@ -149,7 +149,7 @@ def test_of_two_that_come_at_the_same_moment_exactly_one_sees_the_other(etcd: st
     together = threading.Barrier(2)
     keepers = [kept(etcd, world("prefill")), kept(etcd, world("decode"))]
 
-    def publish(keeper: Keeper) -> list[Posted]:
+    def publish(keeper: Keeper) -> list[StoredRecord]:
         together.wait()
         return keeper.publish()
 

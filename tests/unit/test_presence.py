@@ -13,7 +13,7 @@ import pytest
 from dynamo_mpi.control_plane.etcd import EtcdAuth
 from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.control_plane.presence import Presence
-from dynamo_mpi.control_plane.records import Progress, WorldRecord, list_workers
+from dynamo_mpi.control_plane.records import Progress, WorkerRecord, list_workers
 from dynamo_mpi.errors import AuthorisationError, UsageError
 from dynamo_mpi.settings import Settings, load_settings
 from dynamo_mpi.talk import Voice
@@ -40,7 +40,7 @@ def presence() -> Iterator[Presence]:
     presence.withdraw()
 
 
-def told(url: str) -> WorldRecord:
+def told(url: str) -> WorkerRecord:
     etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
     try:
         (stored,) = list_workers(etcd)[0]
@@ -56,7 +56,7 @@ def tell(presence: Presence) -> None:
     presence.tell_trace("00-ab-cd-01")
 
 
-def said(record: WorldRecord) -> tuple[Any, ...]:
+def said(record: WorkerRecord) -> tuple[Any, ...]:
     return record.in_flight, record.progress, record.system, record.trace
 
 

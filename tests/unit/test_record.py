@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.control_plane.etcd import KeyValue
-from dynamo_mpi.control_plane.records import Posted, Progress, WorldRecord, list_workers, record_key, worlds_of
+from dynamo_mpi.control_plane.records import Progress, StoredRecord, WorkerRecord, list_workers, record_key, worlds_of
 from tests.unit.worlds import world
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize("role", ["agg", "prefill", "decode", "encode"])
 def test_what_was_packed_is_unpacked(role: str) -> None:
     record = world(role, hosts=("n1", "nöde-2"), job=None, step=None, trtllm=None, instance="1a", launch="x-0")
-    assert WorldRecord.unpack(record.pack()) == record
+    assert WorkerRecord.unpack(record.pack()) == record
 
 
 def test_every_world_has_a_key_of_its_own_under_its_namespace() -> None:
@@ -49,21 +49,21 @@ def changed(**changes: Any) -> bytes:
 
 def test_what_a_newer_version_adds_is_left_out() -> None:
     data = changed(future={"x": 1}, contract__future="x", layout__future=[1])
-    assert WorldRecord.unpack(data) == world()
+    assert WorkerRecord.unpack(data) == world()
 
 
 def test_what_may_be_unknown_may_be_missing() -> None:
-    record = WorldRecord.unpack(changed(job=..., contract__kv_dtype=...))
+    record = WorkerRecord.unpack(changed(job=..., contract__kv_dtype=...))
     assert record.job is None
     assert record.contract is not None
     assert record.contract.kv_dtype is None
-    assert WorldRecord.unpack(changed(contract=...)).contract is None
-    older = WorldRecord.unpack(changed(instance=..., launch=...))
+    assert WorkerRecord.unpack(changed(contract=...)).contract is None
+    older = WorkerRecord.unpack(changed(instance=..., launch=...))
     assert (older.instance, older.launch) == (None, None)
-    assert WorldRecord.unpack(changed(attempt=...)).attempt == 1
-    assert WorldRecord.unpack(changed(attempt=3)).attempt == 3
+    assert WorkerRecord.unpack(changed(attempt=...)).attempt == 1
+    assert WorkerRecord.unpack(changed(attempt=3)).attempt == 3
     names = ("phase_since", "in_flight", "progress", "system", "trace")
-    assert WorldRecord.unpack(changed(**dict.fromkeys(names, ...))) == world()
+    assert WorkerRecord.unpack(changed(**dict.fromkeys(names, ...))) == world()
 
 
 def test_how_far_it_has_come_is_read_again() -> None:
@@ -74,8 +74,8 @@ def test_how_far_it_has_come_is_read_again() -> None:
         system="http://n1:9090",
         trace="00-ab-cd-01",
     )
-    assert WorldRecord.unpack(record.pack()) == record
-    assert WorldRecord.unpack(world(progress=Progress(8, 8, None, None, 1)).pack()).progress == Progress(
+    assert WorkerRecord.unpack(record.pack()) == record
+    assert WorkerRecord.unpack(world(progress=Progress(8, 8, None, None, 1)).pack()).progress == Progress(
         8, 8, None, None, 1
     )
 
@@ -120,7 +120,7 @@ def test_how_far_it_has_come_is_read_again() -> None:
 )
 def test_what_is_no_record_is_refused_in_words(data: bytes, word: str) -> None:
     with pytest.raises(ValueError, match=r"^[ -~]*$") as caught:
-        WorldRecord.unpack(data)
+        WorkerRecord.unpack(data)
     assert word in str(caught.value)
 
 
@@ -137,14 +137,14 @@ class Stored:
         return [entry for entry in self._entries if entry.key.startswith(prefix)]
 
 
-def listed(*values: bytes, problems: dict[str, list[str]] | None = None) -> tuple[list[Posted], dict[str, str]]:
+def listed(*values: bytes, problems: dict[str, list[str]] | None = None) -> tuple[list[StoredRecord], dict[str, str]]:
     return list_workers(cast("EtcdClient", Stored(*values)), "dynamo", problems)
 
 
 @pytest.mark.parametrize("tolerant", [False, True])
 def test_record_under_another_workers_key_is_left_out(tolerant: bool) -> None:
     found, unreadable = listed(world().pack(), world("decode").pack(), problems={} if tolerant else None)
-    assert [(stored.record, stored.came, stored.lease) for stored in found] == [(world(), 0, 7)]
+    assert [(stored.record, stored.create_revision, stored.lease) for stored in found] == [(world(), 0, 7)]
     (reason,) = unreadable.values()
     assert reason == "of dynamo/backend, under the key of another worker"
 
@@ -171,14 +171,14 @@ NAMES = st.sampled_from(sorted(json.loads(world().pack())))
 @given(st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_value_is_read_or_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
-        WorldRecord.unpack(data)
+        WorkerRecord.unpack(data)
 
 
 @given(NAMES, JSON)
 def test_any_value_of_one_name_is_read_or_refused(name: str, value: Any) -> None:
     try:
-        record = WorldRecord.unpack(changed(**{name: value}))
+        record = WorkerRecord.unpack(changed(**{name: value}))
     except ValueError:
         return
     # NaN is not equal to itself
-    assert repr(WorldRecord.unpack(record.pack())) == repr(record)
+    assert repr(WorkerRecord.unpack(record.pack())) == repr(record)

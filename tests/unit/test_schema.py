@@ -11,7 +11,7 @@ import pytest
 
 from dynamo_mpi.control_plane.failure_records import FailureRecord, WorkerIdentity, failure_record
 from dynamo_mpi.control_plane.lifecycle import EVENTS, LifecycleEvent, event_of
-from dynamo_mpi.control_plane.records import Progress, WorldRecord
+from dynamo_mpi.control_plane.records import Progress, WorkerRecord
 from dynamo_mpi.control_plane.schema import json_schema
 from dynamo_mpi.supervision.failure import Cause, Failure
 from tests.unit.worlds import world
@@ -36,7 +36,7 @@ WRITTEN = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "fields_of"), [("record", WorldRecord), ("failure", FailureRecord), ("event", LifecycleEvent)]
+    ("kind", "fields_of"), [("record", WorkerRecord), ("failure", FailureRecord), ("event", LifecycleEvent)]
 )
 def test_every_name_that_is_written_is_in_it(kind: str, fields_of: type[Any]) -> None:
     part = json_schema()["$defs"][kind]

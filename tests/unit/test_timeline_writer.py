@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from dynamo_mpi.control_plane.records import RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.records import RecordedLayout, WorkerRecord
 from dynamo_mpi.observe import timeline_files, timeline_writer
 from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.observe.timeline_paths import forget_timeline, trace_path
@@ -22,7 +22,7 @@ from dynamo_mpi.supervision.roll import Roll
 from dynamo_mpi.talk import Voice
 from tests.dynamo.running import eventually
 
-RECORD = WorldRecord(
+RECORD = WorkerRecord(
     role="agg",
     engine="reference",
     namespace="n",
