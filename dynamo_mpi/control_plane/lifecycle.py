@@ -22,13 +22,13 @@ _NO_TOKEN = re.compile(r"[\s.*>]")
 
 
 @dataclass(frozen=True)
-class LifecycleEvent:
+class LifecycleEvent(WorkerIdentity):
     """One event.
 
     Args:
+        role: as in `WorkerRecord`, like the rest up to ``attempt``, ``host`` and ``pid``.
         event: one of `EVENTS`.
         time: seconds since 1970.
-        namespace: as in `WorkerRecord`, like the rest up to ``pid``.
         phase: its present one.
         failure: of ``failed``: why it ends; null if that is not known here.
         exit_code: of ``exit``: of all ranks.
@@ -38,15 +38,6 @@ class LifecycleEvent:
 
     event: str
     time: float
-    namespace: str
-    component: str
-    role: str
-    model: str
-    endpoint: str
-    launch: str | None
-    job: str | None
-    step: str | None
-    attempt: int
     host: str
     pid: int
     phase: str

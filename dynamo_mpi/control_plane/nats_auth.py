@@ -109,7 +109,24 @@ class NatsAuth:
             return {"auth_token": self.token}
         return {} if self.uses_nkey else {"user": _USUAL, "pass": _USUAL}
 
-    def signer(self) -> tuple[str, str]:
+    def sign_nonce(self, nonce: str) -> dict[str, str]:
+        """Return our answer to NATS's challenge.
+
+        Raises:
+            ValueError: the seed is no key.
+            ImportError: nkeys isn't installed.
+        """
+        import nkeys
+
+        jwt, seed = self._signer()
+        try:
+            pair = nkeys.from_seed(bytearray(seed.encode()))
+            signature = base64.b64encode(pair.sign(nonce.encode())).decode()
+            return {"sig": signature, **({"jwt": jwt} if jwt else {"nkey": pair.public_key.decode()})}
+        except Exception:  # the library's own, and those of base64 and libsodium
+            raise ValueError("it holds no key") from None
+
+    def _signer(self) -> tuple[str, str]:
         """Return the JWT, empty with an nkey alone, and the seed to sign with."""
         if self.nkey or not self.credentials_file:
             return "", self.nkey
@@ -123,7 +140,7 @@ class NatsAuth:
         if not self.uses_nkey or self.nkey:
             return None
         try:
-            claims: Any = json.loads(_decoded(self.signer()[0].split(".")[1]))
+            claims: Any = json.loads(_decoded(self._signer()[0].split(".")[1]))
             return float(claims["exp"]) if claims.get("exp") else None
         except (OSError, ValueError, IndexError, TypeError, AttributeError):
             return None  # NATS itself says what it thinks of it
