@@ -8,7 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
@@ -108,9 +108,9 @@ class EngineLeader:
         engine.on_failure(failures.append)
         departure = self._departure
         # what is in flight is told of the failure meanwhile
-        engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())
+        engine.on_failure(lambda _: threading.Thread(target=departure.revoke, daemon=True).start())
         engine.start()
-        watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._log)
+        watch = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._log)
         code = ExitCode.OK
         try:
             with self._phases.enter("prove"):
@@ -122,14 +122,14 @@ class EngineLeader:
                         engine,
                         self._phases,
                         watch,
-                        departure.prepare,
+                        departure.resolve,
                         on_ready,
                         self._log,
                         self._signals.expect,
                         self._on_in_flight,
                     )
                 )
-            departure.finish()
+            departure.revoke_leftover()
         except (EngineError, DeadlineError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise

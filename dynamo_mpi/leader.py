@@ -10,10 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.threads import run_suppressed
-from dynamo_mpi.control_plane.departure import Departure
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.probe import probe_control_plane
-from dynamo_mpi.control_plane.runtime_limits import require_etcd
+from dynamo_mpi.control_plane.connectivity import check_connectivity
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.registration import InstanceLease
+from dynamo_mpi.control_plane.runtime_compat import require_etcd
 from dynamo_mpi.engines.choice import engine_spec, require_startable
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
@@ -114,8 +114,8 @@ class Leader:
                 self._log.info(place.line)
                 settings = replace(settings, kv_network=settings.kv_network or place.network or None)
             try:
-                endpoints = probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout)
-                for line in require_etcd(endpoints, EtcdAuth.of(os.environ)):
+                endpoints = check_connectivity(os.environ, settings.request_plane, settings.probe_timeout)
+                for line in require_etcd(endpoints, EtcdAuth.from_env(os.environ)):
                     self._log.warning(line)
                 point_runtime_at(endpoints)
                 let_runtime_be_reached(place, endpoints, os.environ)
@@ -207,8 +207,8 @@ class Leader:
     def _note_signal(self, number: int) -> None:
         self._context.agent.send(f"signalled {number}")
 
-    def _departure(self, settings: Settings) -> Departure:
-        departure = Departure(settings.endpoint, os.environ, self._hooks.on_registered)
+    def _departure(self, settings: Settings) -> InstanceLease:
+        departure = InstanceLease(settings.endpoint, os.environ, self._hooks.on_registered)
         self._hooks.add(departure)
         return departure
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.control_plane.departure import Departure
+    from dynamo_mpi.control_plane.registration import InstanceLease
     from dynamo_mpi.preflight.inquiry import Card
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.context import RankContext
@@ -35,4 +35,4 @@ class WorkerContext:
     guard: Guard
     hooks: WorkerHooks
     cards: Sequence[Card]
-    departure: Departure
+    departure: InstanceLease

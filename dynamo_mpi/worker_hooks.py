@@ -16,7 +16,7 @@ from dynamo_mpi.supervision.owned_leases import OwnedLeases
 
 if TYPE_CHECKING:
     from dynamo_mpi.control_plane.presence import Presence
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
     from dynamo_mpi.health.reporter import Reporter
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.context import RankContext
@@ -47,7 +47,7 @@ class LeaderHooks(WorkerHooks):
         self._health: HealthPublisher | None = None
         self.leases = OwnedLeases(context.agent)
         self.status: WorldStatus | None = None
-        self.record: WorldRecord | None = None
+        self.record: WorkerRecord | None = None
         self.add(self.leases)
         if notifier is not None:
             self.add(notifier)
@@ -100,7 +100,7 @@ class LeaderHooks(WorkerHooks):
         if self._health is not None:
             self._health.assign_runtime_port(settings)
 
-    def add_record(self, settings: Settings, record: WorldRecord) -> Presence:
+    def add_record(self, settings: Settings, record: WorkerRecord) -> Presence:
         """Add those that publish what the worker is and does: its record and its failure in etcd, its events over NATS.
 
         Returns:
@@ -110,18 +110,17 @@ class LeaderHooks(WorkerHooks):
             UsageError: the credentials for NATS can't be used.
         """
         from dynamo_mpi.control_plane.events import events_of
-        from dynamo_mpi.control_plane.last_failure import Origin
-        from dynamo_mpi.control_plane.obituary import Obituary
+        from dynamo_mpi.control_plane.failure_records import FailureRecordStore, WorkerIdentity
         from dynamo_mpi.control_plane.presence import Presence
 
         facts = self.status.facts if self.status is not None else {}
         self.record = record = replace(record, system=self.system_url, trace=facts.get("trace"))
-        origin = Origin.of(record)
+        origin = WorkerIdentity.of(record)
         self.leases.set_worker(asdict(origin))
         log = self._context.log
         events = events_of(record, self._context.phases.current, os.environ, settings.request_plane, log.warning)
         presence = Presence(log, record, partial(self.leases.add, "record"), events.peers)
-        self.add(presence, Obituary(origin, os.environ, lambda: self.leases.record), events)
+        self.add(presence, FailureRecordStore(origin, os.environ, lambda: self.leases.record), events)
         return presence
 
     def add_watchers(self, settings: Settings, guard: Guard, preflight_seconds: float) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE, RecordedLayout, WorkerRecord
 from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.launchers.placement import hosts
 from dynamo_mpi.parallelism.contract import contract_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _PAIRED = ("prefill", "decode")
 
 
-def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], phases: Phases) -> WorldRecord:
+def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], phases: Phases) -> WorkerRecord:
     """Say what this world is, as it stands in its preflight.
 
     Args:
@@ -37,7 +37,7 @@ def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], phase
     namespace, component, _ = settings.endpoint.removeprefix("dyn://").split(".")
     layout, nodes = subject.layout, hosts(cards)
     began = time.time() - phases.age
-    return WorldRecord(
+    return WorkerRecord(
         role=settings.role,
         engine=settings.engine,
         namespace=namespace,

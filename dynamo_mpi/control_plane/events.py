@@ -6,18 +6,18 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.last_failure import Origin, last_failure
+from dynamo_mpi.control_plane.connectivity import nats_server
+from dynamo_mpi.control_plane.failure_records import WorkerIdentity, failure_record
 from dynamo_mpi.control_plane.lifecycle import event_of
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.probe import nats_server
 from dynamo_mpi.preflight.peers import describe
 from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.control_plane.nats_line import NatsLine
-    from dynamo_mpi.control_plane.record import Posted, WorldRecord
+    from dynamo_mpi.control_plane.nats_publisher import NatsPublisher
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
     from dynamo_mpi.supervision.hooks import WorldFailure
 
 _FLUSH_SECONDS = 0.5
@@ -32,7 +32,7 @@ class Events(WorkerHook):
         line: where they go; None for nowhere.
     """
 
-    def __init__(self, record: WorldRecord, phase: str, line: NatsLine | None) -> None:
+    def __init__(self, record: WorkerRecord, phase: str, line: NatsPublisher | None) -> None:
         self._record, self._phase, self._line = record, phase, line
         self._exit_code: int | None = None
         self._send("phase")
@@ -48,7 +48,7 @@ class Events(WorkerHook):
         """Send that requests are answered."""
         self._send("ready")
 
-    def peers(self, peers: Sequence[Posted], news: Sequence[str]) -> None:
+    def peers(self, peers: Sequence[StoredRecord], news: Sequence[str]) -> None:
         """Tell of the worlds that hand KV over to this one or take it.
 
         Args:
@@ -60,8 +60,8 @@ class Events(WorkerHook):
     def on_failure(self, failure: WorldFailure) -> None:
         """Send what the worker ends of; waits half a second at the most for that to go out."""
         self._exit_code = failure.first.exit_code
-        origin = Origin.of(self._record)
-        self._send("failed", failure=last_failure(origin, failure.first, failure.host, failure.report))
+        worker = WorkerIdentity.of(self._record)
+        self._send("failed", failure=failure_record(worker, failure.first, failure.host, failure.report))
         if (line := self._line) is not None:
             line.flush(_FLUSH_SECONDS)
 
@@ -79,14 +79,14 @@ class Events(WorkerHook):
     def _send(self, name: str, **own: Any) -> None:
         # another thread may say the last word meanwhile
         if (line := self._line) is not None:
-            from dynamo_mpi.control_plane.nats_line import Message
+            from dynamo_mpi.control_plane.nats_publisher import Message
 
             event = event_of(name, self._record, self._phase, time.time(), **own)
             line.send(Message(event.subject, event.pack()))
 
 
 def events_of(
-    record: WorldRecord, phase: str, environ: Mapping[str, str], request_plane: str, warn: Callable[[str], None]
+    record: WorkerRecord, phase: str, environ: Mapping[str, str], request_plane: str, warn: Callable[[str], None]
 ) -> Events:
     """Return a worker's events; they go nowhere unless Dynamo's runtime uses NATS as well.
 
@@ -103,8 +103,8 @@ def events_of(
     server = nats_server(environ, request_plane)
     if server is None:
         return Events(record, phase, None)
-    from dynamo_mpi.control_plane.nats_line import NatsLine
+    from dynamo_mpi.control_plane.nats_publisher import NatsPublisher
 
-    line = NatsLine(server, NatsAuth.of(environ), warn)
+    line = NatsPublisher(server, NatsAuth.from_env(environ), warn)
     line.start()
     return Events(record, phase, line)

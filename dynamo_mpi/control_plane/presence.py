@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.etcd import CredentialsError, Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import CredentialsError, lease_seconds
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient, missing_client
 from dynamo_mpi.control_plane.keeper import Keeper
-from dynamo_mpi.control_plane.probe import etcd_endpoints
-from dynamo_mpi.control_plane.record import Progress, WorldRecord
+from dynamo_mpi.control_plane.records import Progress
 from dynamo_mpi.errors import BootstrapError, LayoutError, UsageError
 from dynamo_mpi.preflight.peers import advice, refusal
 from dynamo_mpi.supervision.hooks import WorkerHook
@@ -17,12 +16,11 @@ from dynamo_mpi.supervision.hooks import WorkerHook
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.control_plane.record import Posted
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
     from dynamo_mpi.settings import Settings
     from dynamo_mpi.supervision.phases import PhaseProgress
     from dynamo_mpi.talk import RankLogger
 
-_LEASE_SECONDS = 30
 _ANSWER_SECONDS = 3.0
 _PAIRED = ("prefill", "decode")
 
@@ -40,9 +38,9 @@ class Presence(WorkerHook):
     def __init__(
         self,
         log: RankLogger,
-        record: WorldRecord,
+        record: WorkerRecord,
         on_lease: Callable[[int], object],
-        on_peers: Callable[[Sequence[Posted], Sequence[str]], object] = lambda _, __: None,
+        on_peers: Callable[[Sequence[StoredRecord], Sequence[str]], object] = lambda _, __: None,
     ) -> None:
         self._log, self._on_lease, self._on_peers = log, on_lease, on_peers
         self._keeper: Keeper | None = None
@@ -69,10 +67,10 @@ class Presence(WorkerHook):
             return
         try:
             seconds = lease_seconds(environ)
-            etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), settings.probe_timeout)
+            etcd = GrpcEtcdClient.from_env(environ, settings.probe_timeout)
             self._keeper = Keeper(etcd, self._record, seconds, self._log, self._on_lease, self._on_peers)
             earlier = self._keeper.publish()
-            if etcd.asks_nobody:
+            if etcd.auth_is_disabled:
                 raise _needless()
         except (CredentialsError, UsageError):
             # Dynamo's runtime would fare no better, and try for two minutes after the load
@@ -127,7 +125,7 @@ class Presence(WorkerHook):
         """Take the record away, if it is still there."""
         self.withdraw()
 
-    def offer_kv(self, offer: dict[str, Any] | None) -> tuple[WorldRecord, list[WorldRecord]] | None:
+    def offer_kv(self, offer: dict[str, Any] | None) -> tuple[WorkerRecord, list[WorkerRecord]] | None:
         """Have the record say where ranks can be asked for the KV probe, or no more.
 
         Returns:
@@ -152,7 +150,7 @@ class Presence(WorkerHook):
         if self._keeper is not None:
             self._keeper.update(**fields)
 
-    def _judge(self, record: WorldRecord, earlier: Sequence[Posted], seconds: int, *, refuse: bool) -> None:
+    def _judge(self, record: WorkerRecord, earlier: Sequence[StoredRecord], seconds: int, *, refuse: bool) -> None:
         text = refusal(record, earlier, seconds)
         if text and refuse:
             raise LayoutError(text)
@@ -166,18 +164,3 @@ def _needless() -> UsageError:
         needed="no password, or an etcd with users",
         fix="unset ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, or etcdctl auth enable",
     )
-
-
-def missing_client() -> str:
-    """Say why etcd's client can't be used here; nothing where it can."""
-    try:
-        import pyetcd  # noqa: F401 - whether it can be imported is the question
-    except Exception as error:  # a protobuf that doesn't suit it raises errors of its own
-        return f"etcd-sdk-python can't be used ({' '.join(str(error).split())}); pip install 'etcd-sdk-python' 'protobuf>=5'"
-    return ""
-
-
-def lease_seconds(environ: Mapping[str, str]) -> int:
-    """Return how long a record outlives its world: as long as Dynamo's own keys."""
-    text = environ.get("ETCD_LEASE_TTL", "")
-    return int(text) if text.isdecimal() and 0 < int(text) < 2**31 else _LEASE_SECONDS

@@ -9,7 +9,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.milestones import Milestones

@@ -7,7 +7,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.health.state import State, world_metrics
 from dynamo_mpi.launchers.attempt import attempt_of
 from dynamo_mpi.observe.metrics import render

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_mpi.control_plane.presence import Presence
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
     from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.parallelism.subject import Subject
     from dynamo_mpi.probe.plan import ProbePlan
@@ -45,7 +45,7 @@ class KvDesk:
         """Ask the partners that are there; see `lead_kv`."""
         return lead_kv(answers, self._ranks, self._terms, self._transport, self, end)
 
-    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorldRecord, Sequence[WorldRecord]] | None:
+    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorkerRecord, Sequence[WorkerRecord]] | None:
         """Publish the offer."""
         return None if self._presence is None else self._presence.offer_kv(offer)
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
     from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.probe.kv_terms import KvTerms
     from dynamo_mpi.probe.kv_wire import Access
@@ -50,7 +50,7 @@ _NOT_YET = ("environment", "world", "preflight", "probe")
 class Registry(Protocol):
     """What the probe needs of the control plane."""
 
-    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorldRecord, Sequence[WorldRecord]] | None:
+    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorkerRecord, Sequence[WorkerRecord]] | None:
         """Publish the offer, and return this world's record and its partners', as they stand after that; None without etcd."""
         ...
 
@@ -63,7 +63,7 @@ class Side(NamedTuple):
         offer: where its ranks can be asked.
     """
 
-    record: WorldRecord
+    record: WorkerRecord
     offer: Offer
 
 
@@ -108,7 +108,7 @@ def _packed(between: Between) -> list[str]:
     return [json.dumps(between.as_json())]
 
 
-def _probe(own: Side, peer: WorldRecord, end: float) -> Between | None:
+def _probe(own: Side, peer: WorkerRecord, end: float) -> Between | None:
     """Probe with one partner; None where it has not come so far, and will ask us."""
     role, wanted = own.record.role, own.offer.transport
     if peer.probe_kv is None:

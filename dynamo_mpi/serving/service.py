@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_mpi.control_plane.registration import lease_error
-from dynamo_mpi.control_plane.runtime_limits import forget_empty_credentials
+from dynamo_mpi.control_plane.runtime_compat import remove_empty_credentials
 from dynamo_mpi.errors import EngineError
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.serving.handler import RequestHandler
@@ -26,7 +26,7 @@ from dynamo_mpi.serving.runtime_error import runtime_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from dynamo_mpi.control_plane.registration import RegistrationWatch
+    from dynamo_mpi.control_plane.registration import RegistrationMonitor
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.errors import TemporaryError
     from dynamo_mpi.supervision.phases import Phases
@@ -81,7 +81,7 @@ async def serve(
     registration: Registration,
     engine: Engine,
     phases: Phases,
-    watch: RegistrationWatch,
+    watch: RegistrationMonitor,
     on_registered: Callable[[int], object],
     on_ready: Callable[[], None],
     log: RankLogger,
@@ -157,7 +157,7 @@ async def serve(
             raise runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
     if registering.done() and not stop.done() and not failed.done():
         await asyncio.to_thread(on_registered, endpoint.connection_id())
-        watch.begin(endpoint.connection_id(), partial(_from_thread, loop, lost))
+        watch.start(endpoint.connection_id(), partial(_from_thread, loop, lost))
         on_ready()
     needed = registration.drain_timeout + _END_SECONDS
     forget_time = end_in_time(os.environ, needed, end_for, log.warning)
@@ -176,7 +176,9 @@ async def serve(
             await _deregister(endpoint)
             if (trouble := _trouble(serving)) is not None:
                 raise runtime_error(trouble) from trouble
-            raise lease_error(await asyncio.to_thread(watch.lost_lease) or "the Dynamo runtime has ended by itself")
+            raise lease_error(
+                await asyncio.to_thread(watch.lost_lease_reason) or "the Dynamo runtime has ended by itself"
+            )
     with phases.enter("drain"):
         loss = lost.result() if lost.done() and not stop.done() else None
         # without a lease there is nothing to take out
@@ -300,4 +302,4 @@ def point_runtime_at(etcd: list[str]) -> None:
     # empty is how a batch script says "none"; the runtime takes it for an address, and wants to see a scheme
     if server:
         os.environ["NATS_SERVER"] = server if "://" in server else f"nats://{server}"
-    forget_empty_credentials(os.environ)
+    remove_empty_credentials(os.environ)

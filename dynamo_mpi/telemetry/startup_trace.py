@@ -9,8 +9,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.plain_data import read_fields
-from dynamo_mpi.control_plane.record import RecordedLayout
+from dynamo_mpi.control_plane.record_codec import read_fields
+from dynamo_mpi.control_plane.records import RecordedLayout
 from dynamo_mpi.errors import DataError, UsageError
 from dynamo_mpi.supervision.phases import RankSpans, Span
 

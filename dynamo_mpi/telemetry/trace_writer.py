@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.talk import RankLogger
     from dynamo_mpi.telemetry.startup_trace import FailureMark, StartupTrace
@@ -66,7 +66,7 @@ class TraceWriter(WorkerHook):
         log: logs a warning if the files can't be written.
     """
 
-    def __init__(self, path: Path, record: WorldRecord, guard: Guard, log: RankLogger) -> None:
+    def __init__(self, path: Path, record: WorkerRecord, guard: Guard, log: RankLogger) -> None:
         self._path, self._record, self._guard, self._log = path, record, guard, log
         self._lock = threading.Lock()
         self._ready: float | None = None

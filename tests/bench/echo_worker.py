@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.serving.service import Registration, run, serve
@@ -102,7 +102,7 @@ def main() -> None:
     engine.start()
     registration = Registration(model_dir, name, endpoint, "tcp", "etcd", 1, 5.0)
     log = RankLogger(0, "here")
-    watch = RegistrationWatch(endpoint, os.environ, 3.0, log)
+    watch = RegistrationMonitor(endpoint, os.environ, 3.0, log)
     signals = StopSignals(lambda number: os._exit(of_signal(number)))
     with signals.in_event_loop():
         run(serve(registration, engine, Phases(), watch, lambda _: None, lambda: None, log, signals.expect))

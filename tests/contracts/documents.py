@@ -28,8 +28,11 @@ FULL = world(
 )  # fmt: skip
 RECORDS = [FULL, world("agg", trtllm=None, job=None, step=None), world("decode", contract={"state_dtype": "float32"})]
 FAILURE = replace(
-    sources.last_failure(
-        sources.Origin.of(FULL), sources.Failure(3, 70, "it broke", sources.Cause.DEATH, "load"), "n2", "error in load"
+    sources.failure_record(
+        sources.WorkerIdentity.of(FULL),
+        sources.Failure(3, 70, "it broke", sources.Cause.DEATH, "load"),
+        "n2",
+        "error in load",
     ),
     time=1.5e9 + 5,
 )
@@ -56,10 +59,10 @@ def record() -> str:
 
 
 def last_failure() -> str:
-    alone = sources.last_failure(
-        sources.Origin.of(RECORDS[1]), sources.Failure(-1, 75, "", sources.Cause.LOST), "", "report"
+    alone = sources.failure_record(
+        sources.WorkerIdentity.of(RECORDS[1]), sources.Failure(-1, 75, "", sources.Cause.LOST), "", "report"
     )
-    key = sources.failure_key(sources.Origin.of(FULL), _LEASE)
+    key = sources.failure_key(sources.WorkerIdentity.of(FULL), _LEASE)
     return f"key: {key}\n" + members_of([*_read("failure"), json.loads(replace(alone, time=1.5e9 + 6).pack())])
 
 
@@ -71,30 +74,34 @@ def event() -> str:
 
 
 def _snapshots() -> list[Any]:
-    worlds = [
-        sources.read_worker(sources.record_key(one, _LEASE + at), one.pack())[0] for at, one in enumerate(RECORDS)
+    written = [
+        sources.KeyValue(sources.record_key(one, _LEASE + at), one.pack(), at, _LEASE + at)
+        for at, one in enumerate(RECORDS)
     ]
-    failures = [
-        sources.read_failure(sources.failure_key(sources.Origin.of(FULL), _LEASE + 9), replace(FAILURE, **more).pack())[
-            0
-        ]
-        for more in ({"time": 1.5e9 + 7}, {"rank": -1, "time": 1.4e9, "host": "", "phase": "", "launch": None})
+    worlds, _ = sources.list_workers(mock.Mock(get_prefix=lambda _: written))
+    old = {"rank": -1, "time": 1.4e9, "host": "", "phase": "", "launch": None}
+    key = sources.failure_key(sources.WorkerIdentity.of(FULL), _LEASE + 9)
+    left = [
+        sources.KeyValue(key, replace(FAILURE, **more).pack(), 1, _LEASE + 9) for more in ({"time": 1.5e9 + 7}, old)
     ]
-    expected = tuple(sources.Expected(f"{role}-0", role, ("n1",), 8, f"x-{role}") for role in ("prefill", "decode"))
-    running = sources.Place(
-        Path("/run/dir"), {}, "http://h:8000", sources.Deployment(expected, "12", "head.example", 4711)
+    failures, _ = sources.list_failures(mock.Mock(get_prefix=lambda _: left))
+    expected = tuple(
+        sources.ExpectedWorker(f"{role}-0", role, ("n1",), 8, f"x-{role}") for role in ("prefill", "decode")
+    )
+    running = sources.Deployment(
+        Path("/run/dir"), {}, "http://h:8000", sources.RunningLaunch(expected, "12", "head.example", 4711)
     )
     started = [
         sources.Service("etcd", "http://h:2379", True),
         sources.Service("nats", "nats://h:4222", False, "no answer"),
     ]
-    ended = sources.Place(Path("/run/dir"), None, ended=sources.Ended(70, "decode-0 ended", 1.5e9 + 9))
-    local = sources.Place(Path("/run/dir"), {}, deployment=sources.Deployment(expected, "", "head.example", 4711))
+    ended = sources.Deployment(Path("/run/dir"), None, end=sources.DeploymentEnd(70, "decode-0 ended", 1.5e9 + 9))
+    local = sources.Deployment(Path("/run/dir"), {}, launch=sources.RunningLaunch(expected, "", "head.example", 4711))
     return [
-        sources.Snapshot(1.5e9 + 60, running, tuple(worlds), tuple(failures), tuple(started), ("a warning",)),
-        sources.Snapshot(1.5e9 + 60, ended),
-        sources.Snapshot(1.5e9 + 60, local),
-        sources.Snapshot(1.5e9 + 60, sources.Place(None, {})),
+        sources.DeploymentStatus(1.5e9 + 60, running, tuple(worlds), tuple(failures), tuple(started), ("a warning",)),
+        sources.DeploymentStatus(1.5e9 + 60, ended),
+        sources.DeploymentStatus(1.5e9 + 60, local),
+        sources.DeploymentStatus(1.5e9 + 60, sources.Deployment(None, {})),
     ]
 
 
@@ -105,20 +112,20 @@ def status() -> str:
 
 def wait() -> str:
     answer = sources.Answer("Hello.", "stop", 9, 8, 0.25, 1.5)
-    lack = sources.Lack("decode", "in load for 3 s")
+    lack = sources.MissingItem("decode", "in load for 3 s")
     snapshot = _snapshots()[0]
     late = sources.DeadlineError("not ready", needed="n", fix="f")
     outcomes = [
-        sources.Outcome(2.5, snapshot, [], {"M": answer}),
-        sources.Outcome(2.5, snapshot, [lack], {}, late, sources.ExitCode.DEADLINE),
-        sources.Outcome(2.5, None, [lack], {}, late, sources.ExitCode.DEADLINE),
+        sources.WaitResult(2.5, snapshot, [], {"M": answer}),
+        sources.WaitResult(2.5, snapshot, [lack], {}, late, sources.ExitCode.DEADLINE),
+        sources.WaitResult(2.5, None, [lack], {}, late, sources.ExitCode.DEADLINE),
     ]
     samples = []
     for outcome in outcomes:
         out = io.StringIO()
         waited = mock.Mock(run=lambda outcome=outcome: outcome)
         with (
-            mock.patch.object(sources.wait_verb, "Wait", lambda *_, waited=waited: waited),
+            mock.patch.object(sources.wait_verb, "ReadinessWaiter", lambda *_, waited=waited: waited),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(io.StringIO()),
             fixed_environment(),

@@ -21,10 +21,17 @@ from dynamo_mpi.cli.local_output import failure as local_failure
 from dynamo_mpi.cli.local_output import success as local_success
 from dynamo_mpi.cli.main import VERBS
 from dynamo_mpi.cli.main import main as dynamo_mpi_main
-from dynamo_mpi.control_plane.last_failure import LastFailure, Origin, failure_key, last_failure
-from dynamo_mpi.control_plane.lifecycle import EVENTS, Event, event_of
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, WorldRecord, record_key
-from dynamo_mpi.control_plane.record import Progress as RecordedProgress
+from dynamo_mpi.control_plane.etcd import KeyValue
+from dynamo_mpi.control_plane.failure_records import (
+    FailureRecord,
+    WorkerIdentity,
+    failure_key,
+    failure_record,
+    list_failures,
+)
+from dynamo_mpi.control_plane.lifecycle import EVENTS, LifecycleEvent, event_of
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE, WorkerRecord, list_workers, record_key
+from dynamo_mpi.control_plane.records import Progress as RecordedProgress
 from dynamo_mpi.control_plane.schema import json_schema
 from dynamo_mpi.doctor.check import Status, error, ok, skipped, warning
 from dynamo_mpi.doctor.registry import SECTIONS as DOCTOR_SECTIONS
@@ -54,13 +61,12 @@ from dynamo_mpi.observe.lines import Line
 from dynamo_mpi.observe.metrics import render as render_metrics
 from dynamo_mpi.observe.progress import facts as progress_facts
 from dynamo_mpi.observe.world_metrics import WorldNumbers, metrics_of_world
-from dynamo_mpi.operating.place import Deployment, Ended, Expected, Place
-from dynamo_mpi.operating.readiness import Lack
-from dynamo_mpi.operating.snapshot import Service, Snapshot
+from dynamo_mpi.operating.deployment import Deployment, DeploymentEnd, ExpectedWorker, RunningLaunch
+from dynamo_mpi.operating.readiness import MissingItem
+from dynamo_mpi.operating.status import DeploymentStatus, Service
 from dynamo_mpi.operating.status_json import as_json as status_json
 from dynamo_mpi.operating.status_json import error_as_json
-from dynamo_mpi.operating.views import read_failure, read_worker
-from dynamo_mpi.operating.waiting import Outcome
+from dynamo_mpi.operating.wait import WaitResult
 from dynamo_mpi.options import Option
 from dynamo_mpi.parallelism.finding import Finding, Severity
 from dynamo_mpi.parallelism.finding import render as render_findings

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from tests.contracts.documents import WRITTEN
-from tests.contracts.sources import Event, LastFailure, WorldRecord, json_schema
+from tests.contracts.sources import FailureRecord, LifecycleEvent, WorkerRecord, json_schema
 
 
-@pytest.mark.parametrize(("kind", "fields_of"), [("record", WorldRecord), ("failure", LastFailure), ("event", Event)])
+@pytest.mark.parametrize(
+    ("kind", "fields_of"), [("record", WorkerRecord), ("failure", FailureRecord), ("event", LifecycleEvent)]
+)
 def test_every_name_that_is_written_is_in_it(kind: str, fields_of: type[Any]) -> None:
     part = json_schema()["$defs"][kind]
     assert set(part["properties"]) == {"schema", *(field.name for field in fields(fields_of))}

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.record import WorldRecord
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.records import WorkerRecord, list_workers
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
@@ -81,7 +80,7 @@ def phases(etcd: EtcdServer) -> list[str | None]:
     """Return what a world's only record has said, in its order; None for its end."""
     changes = etcd.written(WORLDS)
     assert len({key for key, _ in changes}) == 1, "it stays where it is"
-    said = [None if value is None else WorldRecord.unpack(value).phase for _, value in changes]
+    said = [None if value is None else WorkerRecord.unpack(value).phase for _, value in changes]
     # the record also changes within a phase: when Dynamo's instance is known
     return [phase for phase, _ in groupby(said)]
 
@@ -160,7 +159,7 @@ def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
     assert "Traceback" not in text
     changes = etcd.written(WORLDS, before)
     own = [(key, value) for key, value in changes if f"/{'prefill' if second == 'prefill' else 'backend'}/" in key]
-    (phase, end) = [value if value is None else WorldRecord.unpack(value).phase for _, value in own]
+    (phase, end) = [value if value is None else WorkerRecord.unpack(value).phase for _, value in own]
     assert (phase, end) == ("preflight", None), "it never came to load, and took its record away"
     (left,) = etcd.keys("dynamo_mpi/v1/failures/")
     assert own[0][0] == left.replace("/failures/", "/worlds/")
@@ -295,13 +294,13 @@ def test_over_tls_in_both_directions_dynamo_and_the_record_are_there(engine: str
 
         worker = start("agg", engine=engine, ETCD_ENDPOINTS=url, **variables)
         worker.ready()
-        client = Etcd([url], EtcdAuth.of(variables), 5)
-        ((key, _, record),) = read_worlds(client)[0]
-        assert (record.role, record.engine) == ("agg", engine)
-        assert len(client.entries("v1/instances/dynamo/backend/generate/")) == 1
-        assert client.entries("v1/mdc/dynamo/backend/generate/")
+        client = GrpcEtcdClient([url], EtcdAuth.from_env(variables), 5)
+        (stored,) = list_workers(client)[0]
+        assert (stored.record.role, stored.record.engine) == ("agg", engine)
+        assert len(client.get_prefix("v1/instances/dynamo/backend/generate/")) == 1
+        assert client.get_prefix("v1/mdc/dynamo/backend/generate/")
         terminate(worker)
-        assert client.entries("dynamo_mpi/") == client.entries("v1/") == [], key
+        assert client.get_prefix("dynamo_mpi/") == client.get_prefix("v1/") == [], stored.key
         client.close()
         assert "BEGIN" not in worker.text() + stranger.text()
 
@@ -324,10 +323,10 @@ def test_with_a_password_the_record_is_there(etcd: EtcdServer, start: Start) -> 
     add_users(etcd.url, ["v1/", "dynamo_mpi/"])
     worker = start("prefill", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["worker"])
     worker.ready()
-    client = Etcd([etcd.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
-    assert [posted.record.role for posted in read_worlds(client)[0]] == ["prefill"]
+    client = GrpcEtcdClient([etcd.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
+    assert [posted.record.role for posted in list_workers(client)[0]] == ["prefill"]
     terminate(worker)
-    assert client.entries("dynamo_mpi/") == []
+    assert client.get_prefix("dynamo_mpi/") == []
     client.close()
 
 

@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pyetcd
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.control_plane.keeper import Keeper
-from dynamo_mpi.control_plane.record import Posted, Progress, WorldRecord
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.records import Progress, StoredRecord, WorkerRecord, list_workers
 from dynamo_mpi.errors import DiscoveryError
 from tests.servers import closed_port, listening, running_etcd
 from tests.unit.recorded_log import RecordedLog
@@ -43,12 +42,12 @@ class Kept:
         self.log = RecordedLog()
         self.keepers: list[Keeper] = []
 
-    def __call__(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
-        keeper = Keeper(Etcd([url], EtcdAuth(), 2), record, seconds, self.log)
+    def __call__(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> Keeper:
+        keeper = Keeper(GrpcEtcdClient([url], EtcdAuth(), 2), record, seconds, self.log)
         self.keepers.append(keeper)
         return keeper
 
-    def starts(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
+    def starts(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> Keeper:
         keeper = self(url, record, seconds)
         keeper.publish()
         keeper.start()
@@ -64,10 +63,10 @@ def kept(etcd: str) -> Iterator[Kept]:
     assert worlds(etcd) == []
 
 
-def worlds(url: str) -> list[Posted]:
-    etcd = Etcd([url], EtcdAuth(), 5)
+def worlds(url: str) -> list[StoredRecord]:
+    etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
     try:
-        return read_worlds(etcd)[0]
+        return list_workers(etcd)[0]
     finally:
         etcd.close()
 
@@ -91,7 +90,7 @@ def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept
     begin = time.monotonic()
     eventually(lambda: time.monotonic() - begin > 2 * SECONDS)
     (last,) = worlds(etcd)
-    assert (last.key, last.came) == (first.key, first.came)
+    assert (last.key, last.create_revision) == (first.key, first.create_revision)
     keeper.withdraw()
     assert worlds(etcd) == []
     keeper.withdraw()
@@ -153,7 +152,7 @@ def test_of_two_that_come_at_the_same_moment_exactly_one_sees_the_other(etcd: st
     together = threading.Barrier(2)
     keepers = [kept(etcd, world("prefill")), kept(etcd, world("decode"))]
 
-    def publish(keeper: Keeper) -> list[Posted]:
+    def publish(keeper: Keeper) -> list[StoredRecord]:
         together.wait()
         return keeper.publish()
 
@@ -176,7 +175,7 @@ def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
 def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
     heard: list[tuple[list[str], list[str]]] = []
     keeper = Keeper(
-        Etcd([etcd], EtcdAuth(), 2),
+        GrpcEtcdClient([etcd], EtcdAuth(), 2),
         world(),
         SECONDS,
         kept.log,
@@ -195,7 +194,7 @@ def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
 
 
 def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> None:
-    other = Etcd([etcd], EtcdAuth(), 5)
+    other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
     lease = other.grant(60)
     other.put("dynamo_mpi/v1/worlds/dynamo/decode/garbled\n", b"\xff{", lease.id)
     other.put("dynamo_mpi/v1/worlds/other/decode/garbled", b"", lease.id)
@@ -210,15 +209,15 @@ def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> N
 
 def test_a_lease_that_was_lost_is_made_anew(etcd: str, kept: Kept) -> None:
     kept.starts(etcd, world())
-    other = Etcd([etcd], EtcdAuth(), 5)
-    (entry,) = other.entries("dynamo_mpi/")
+    other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
+    (entry,) = other.get_prefix("dynamo_mpi/")
     other.revoke(entry.lease, 5)
     eventually(lambda: len(worlds(etcd)) == 1)
     assert worlds(etcd)[0].key != entry.key
     other.close()
 
 
-class EtcdThatLosesAWrite(Etcd):
+class EtcdThatLosesAWrite(GrpcEtcdClient):
     """The real one, whose next write gets lost on its way when it is told so."""
 
     losing = False
@@ -235,8 +234,8 @@ def test_a_record_whose_new_lease_came_and_whose_write_did_not_is_written_in_the
     keeper = Keeper(connection, world(), SECONDS, kept.log)
     kept.keepers.append(keeper)
     keeper.publish()
-    other = Etcd([etcd], EtcdAuth(), 5)
-    other.revoke(other.entries("dynamo_mpi/")[0].lease, 5)
+    other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
+    other.revoke(other.get_prefix("dynamo_mpi/")[0].lease, 5)
     other.close()
     connection.losing = True
     keeper.start()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.nats_line import Message, NatsLine
+from dynamo_mpi.control_plane.nats_publisher import Message, NatsPublisher
 from dynamo_mpi.services.ports import free_port
 from tests.certificates import certificates
 from tests.nats_keys import Operator, identity
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 SUBJECT = "dynamo_mpi.v1.a.b.c"
 MOST = 256
 TOKEN = {"NATS_AUTH_TOKEN": "wr0ng"}
-Make = Callable[..., NatsLine]
+Make = Callable[..., NatsPublisher]
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ def said() -> list[str]:
 
 @pytest.fixture
 def line(said: list[str]) -> Iterator[Make]:
-    lines: list[NatsLine] = []
+    lines: list[NatsPublisher] = []
 
-    def make(url: str, **environ: str) -> NatsLine:
-        lines.append(NatsLine(url, NatsAuth.of(environ), said.append))
+    def make(url: str, **environ: str) -> NatsPublisher:
+        lines.append(NatsPublisher(url, NatsAuth.from_env(environ), said.append))
         lines[-1].start()
         return lines[-1]
 

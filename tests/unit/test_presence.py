@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.control_plane.presence import Presence
-from dynamo_mpi.control_plane.record import Progress, WorldRecord
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.records import Progress, WorkerRecord, list_workers
 from dynamo_mpi.errors import AuthorisationError, UsageError
 from dynamo_mpi.settings import Settings, load_settings
 from dynamo_mpi.supervision.phases import PhaseProgress
@@ -47,11 +46,11 @@ def presence() -> Iterator[Presence]:
     presence.withdraw()
 
 
-def told(url: str) -> WorldRecord:
-    etcd = Etcd([url], EtcdAuth(), 5)
+def told(url: str) -> WorkerRecord:
+    etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
     try:
-        ((_, _, record),) = read_worlds(etcd)[0]
-        return record
+        (stored,) = list_workers(etcd)[0]
+        return stored.record
     finally:
         etcd.close()
 
@@ -61,7 +60,7 @@ def tell(presence: Presence) -> None:
     presence.on_progress(PhaseProgress("preflight", 1, 8, 3, "n2", 0.5))
 
 
-def said(record: WorldRecord) -> tuple[Any, ...]:
+def said(record: WorkerRecord) -> tuple[Any, ...]:
     return record.in_flight, record.progress, record.system, record.trace
 
 
@@ -93,8 +92,8 @@ def test_a_password_is_refused_where_nobody_asks_for_one_or_it_is_wrong(
         who = {"ETCD_ENDPOINTS": url, "ETCD_AUTH_USERNAME": "worker", "ETCD_AUTH_PASSWORD": PASSWORDS["root"]}
         with pytest.raises(UsageError, match="asks nobody who they are"):
             presence.appear(settings, who)
-        client = Etcd([url], EtcdAuth(), 5)
-        assert client.entries("dynamo_mpi/") == []
+        client = GrpcEtcdClient([url], EtcdAuth(), 5)
+        assert client.get_prefix("dynamo_mpi/") == []
         client.close()
         add_users(url, ["dynamo_mpi/"])
         with pytest.raises(AuthorisationError, match="etcd refuses user worker"):

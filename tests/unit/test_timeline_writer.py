@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from dynamo_mpi.control_plane.record import RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.records import RecordedLayout, WorkerRecord
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.guard import Guard
 from dynamo_mpi.supervision.phases import Phases
@@ -21,7 +21,7 @@ from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.trace_writer import TraceWriter, perfetto_path, remove_stale_timeline
 from tests.dynamo.running import eventually
 
-RECORD = WorldRecord(
+RECORD = WorkerRecord(
     role="agg",
     engine="reference",
     namespace="n",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from dynamo_mpi.control_plane.record import RecordedLayout
+from dynamo_mpi.control_plane.records import RecordedLayout
 from dynamo_mpi.supervision.phases import BEFORE, RankSpans, Span
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, FailureMark, StartupTrace
 

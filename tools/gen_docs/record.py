@@ -9,7 +9,7 @@ import re
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
-from dynamo_mpi.control_plane.record import SCHEMA, WorldRecord
+from dynamo_mpi.control_plane.records import SCHEMA, WorkerRecord
 from tools.gen_docs.markdown import WRITTEN, argument_notes, code, plain, table
 
 
@@ -23,24 +23,24 @@ class _Kind(NamedTuple):
 # the first stands at a key or subject, the others are part of it
 _KINDS = (
     _Kind(
-        "World record",
-        "dynamo_mpi.control_plane.record",
-        "WorldRecord",
+        "Worker record",
+        "dynamo_mpi.control_plane.records",
+        "WorkerRecord",
         "One for each worker, from its preflight to its end, under a lease of its own.",
     ),
-    _Kind("… its layout", "dynamo_mpi.control_plane.record", "RecordedLayout", ""),
+    _Kind("… its layout", "dynamo_mpi.control_plane.records", "RecordedLayout", ""),
     _Kind("… its contract", "dynamo_mpi.parallelism.contract", "Contract", ""),
-    _Kind("… its progress", "dynamo_mpi.control_plane.record", "Progress", ""),
+    _Kind("… its progress", "dynamo_mpi.control_plane.records", "Progress", ""),
     _Kind(
-        "Last failure",
-        "dynamo_mpi.control_plane.last_failure",
-        "LastFailure",
+        "Failure record",
+        "dynamo_mpi.control_plane.failure_records",
+        "FailureRecord",
         "Under a lease of 3600 s: what ended a worker that did not end in order.",
     ),
     _Kind(
         "Lifecycle event",
         "dynamo_mpi.control_plane.lifecycle",
-        "Event",
+        "LifecycleEvent",
         "Over NATS, where `NATS_SERVER` is set or the request plane is `nats`.",
     ),
 )
@@ -53,8 +53,8 @@ doesn't know, and takes a member that is missing for its default.
 
 | where | what | how long |
 |---|---|---|
-| etcd `dynamo_mpi/v1/worlds/NAMESPACE/COMPONENT/LEASE` | world record | as its lease: at the latest `ETCD_LEASE_TTL` longer than the worker |
-| etcd `dynamo_mpi/v1/failures/NAMESPACE/COMPONENT/LEASE` | last failure | an hour |
+| etcd `dynamo_mpi/v1/worlds/NAMESPACE/COMPONENT/LEASE` | worker record | as its lease: at most `ETCD_LEASE_TTL` longer than the worker |
+| etcd `dynamo_mpi/v1/failures/NAMESPACE/COMPONENT/LEASE` | failure record | an hour |
 | NATS `dynamo_mpi.v1.NAMESPACE.COMPONENT.EVENT` | lifecycle event | not kept |
 | etcd `v1/…` | Dynamo's own registration | Dynamo's |
 
@@ -79,7 +79,7 @@ def _section(kind: _Kind) -> str:
         return ""
     notes = argument_notes(found)
     # what several have alike is described once, in the record
-    common = argument_notes(WorldRecord)
+    common = argument_notes(WorkerRecord)
     meanings = {
         name: common.get(name, "") if note == "" or note.startswith("as in `") else note
         for name, note in ((field.name, notes.get(field.name, "")) for field in fields(found))

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.threads import start_thread
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
 from dynamo_mpi.engines.trtllm.endings import EndedError, close_session, proof_error, stopped, within
@@ -71,7 +71,7 @@ class TrtllmLeader(WorkerHook):
         self._last_signal = -math.inf
         self._registered = False
         settings = worker.settings
-        self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._log, pauses=True)
+        self._watch = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._log, pauses=True)
         self._child: Child | None = None
         self._stop_timer: threading.Timer | None = None
         self._proof: Proof | None = None
@@ -110,7 +110,7 @@ class TrtllmLeader(WorkerHook):
             with self._phases.enter("drain"):
                 loss = self._loss(event)
                 self._drain(child, session, loss)
-                self._departure.finish()
+                self._departure.revoke_leftover()
             with self._phases.enter("exit"):
                 close_session(session, _RELEASE_SECONDS)
                 if loss is not None:
@@ -177,7 +177,7 @@ class TrtllmLeader(WorkerHook):
         """Return what has gone wrong where an event other than a signal ends the serving: the lease is lost, or the child has ended as if it
         were."""
         if isinstance(event, Ended):
-            return EndedError(event.code, event.lines, self._watch.lost_lease())
+            return EndedError(event.code, event.lines, self._watch.lost_lease_reason())
         return event.error if isinstance(event, Lost) else None
 
     def _drain(self, child: Child, session: Session, loss: BootstrapError | None) -> None:
@@ -233,13 +233,13 @@ class TrtllmLeader(WorkerHook):
             return
         if code:
             # whatever the cause, no request must come here any more
-            start_thread(self._departure.leave)
+            start_thread(self._departure.revoke)
         # a rank that failed may have taken the child along, though not by a signal; its own words are the first cause
         if not self._guard.failed.wait(_FIRST_CAUSE_SECONDS if code >= 0 else _KILLED_SECONDS):
             if self._serving and code == 0:
                 self._events.put(Ended(code, lines))
             else:
-                loss = self._watch.lost_lease() if code == 0 else ""
+                loss = self._watch.lost_lease_reason() if code == 0 else ""
                 self._guard.end(EndedError(code, lines, loss), exit_code_for(code))
 
     def _lost(self, error: TemporaryError) -> None:
@@ -276,8 +276,8 @@ class TrtllmLeader(WorkerHook):
 
     def _heard(self, news: dict[str, Any]) -> None:
         if "registered" in news:
-            self._departure.prepare(int(news["registered"]))
-            self._watch.begin(int(news["registered"]), self._lost)
+            self._departure.resolve(int(news["registered"]))
+            self._watch.start(int(news["registered"]), self._lost)
             self._registered = True
             self._events.put(Registered())
         elif "proven" in news:
@@ -292,7 +292,7 @@ class TrtllmLeader(WorkerHook):
         if self._proof is not None:
             self._proof.kill()
         if self._child is not None:
-            if not self._departure.has_left and self._phases.current not in ("load", "drain"):
+            if not self._departure.is_revoked and self._phases.current not in ("load", "drain"):
                 self._child.terminate()
                 self._child.wait(_DEREGISTER_SECONDS)
             self._child.kill()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Dynamo's runtime can't do although etcd, NATS and our own clients can. It would try for two minutes, after the model was loaded.
+"""Refuse what Dynamo's runtime can't do although etcd, NATS and our own clients can: it would try for two minutes, after the load.
 
-Seen with ai-dynamo-runtime 1.4.2 and 1.6.1: it shows etcd a password *or* certificates, a password first, and certificates only where all
-three variables are set and the endpoint is ``https://``; it never renews a password's token; it speaks TLS to NATS from 1.5 on. An empty
+Seen with ai-dynamo-runtime 1.4.2 and 1.6.1: it gives etcd a password *or* certificates, a password first, and certificates only where all
+three variables are set and the endpoint is ``https://``; it never renews a password's token; it has TLS for NATS from 1.5 on. An empty
 variable counts as set. Pure, but for `runtime_version`.
 """
 
@@ -17,7 +17,7 @@ from dynamo_mpi.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
 
-    from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+    from dynamo_mpi.control_plane.etcd import EtcdAuth
     from dynamo_mpi.control_plane.nats_auth import NatsAuth
 
 _NATS_TLS_SINCE = (1, 5)
@@ -30,7 +30,7 @@ TOKENS_END = (
 
 
 def runtime_version() -> tuple[int, ...] | None:
-    """Return the version of Dynamo's runtime that is installed here; None where that isn't known."""
+    """Return the version of Dynamo's runtime that is installed here; None if that isn't known."""
     try:
         found = re.match(r"(\d+)\.(\d+)", version("ai-dynamo-runtime"))
     except PackageNotFoundError:
@@ -38,8 +38,8 @@ def runtime_version() -> tuple[int, ...] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-def forget_empty_credentials(environ: MutableMapping[str, str]) -> None:
-    """Unset credentials that are empty, which is how a script says "none": the runtime takes an empty one for one that is given."""
+def remove_empty_credentials(environ: MutableMapping[str, str]) -> None:
+    """Unset credentials that are empty, which is how a script says "none": for the runtime an empty one is set."""
     for name in [name for name, value in environ.items() if name.startswith(_CREDENTIALS) and not value]:
         del environ[name]
 
@@ -49,7 +49,7 @@ def require_etcd(endpoints: Sequence[str], auth: EtcdAuth) -> list[str]:
 
     Args:
         endpoints: those that it is to use.
-        auth: who we are.
+        auth: our credentials.
 
     Returns:
         Warnings.
@@ -90,21 +90,21 @@ def require_nats(
 
     Args:
         is_tls: its address is ``tls://``.
-        auth: who we are.
-        installed: the runtime's version; None where it isn't known.
-        tls_required: NATS takes nobody without TLS.
+        auth: our credentials.
+        installed: the runtime's version; None if it isn't known.
+        tls_required: NATS accepts no connection without TLS.
 
     Raises:
         UsageError: it can't.
     """
     if (is_tls or tls_required) and installed is not None and installed < _NATS_TLS_SINCE:
         raise UsageError(
-            f"NATS is to be spoken to over TLS, which Dynamo's runtime {'.'.join(map(str, installed))} can't",
+            f"this NATS needs TLS, which Dynamo's runtime {'.'.join(map(str, installed))} can't do",
             needed="ai-dynamo-runtime 1.5 or newer, or a NATS without TLS",
             fix="upgrade ai-dynamo, or leave NATS_SERVER unset and use the tcp request plane, which needs no NATS",
         )
     if (tls_required or auth.has_tls) and not is_tls:
-        why = "this NATS takes nobody without TLS" if tls_required else "NATS_TLS_* is set"
+        why = "this NATS requires TLS" if tls_required else "NATS_TLS_* is set"
         raise UsageError(
             f"NATS_SERVER is not tls://, and {why}: Dynamo's runtime speaks TLS where the address says so",
             needed="NATS_SERVER=tls://HOST:PORT",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends workers that nobody launched for us, by what their world records say: each in order, prefill before decode, and nothing else."""
+"""Stop workers that `launch` did not start, found by their worker records: each in order, prefill before decode, and nothing else."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.errors import AuthorisationError, DeadlineError, DiscoveryError, UsageError
 from dynamo_mpi.launch.steps import SlurmEndings
-from dynamo_mpi.operating.snapshot import read_snapshot
-from dynamo_mpi.operating.wording import spell_nodes, spell_position
+from dynamo_mpi.operating.format import format_nodes, format_position
+from dynamo_mpi.operating.status import read_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from dynamo_mpi.operating.place import Place
-    from dynamo_mpi.operating.views import Worker
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
+    from dynamo_mpi.operating.deployment import Deployment
 
 POLL_SECONDS = 0.5
 # decode still fetches KV from prefill while that drains, and the other way round it would fail
@@ -32,77 +32,81 @@ _WORKER = b"dynamo_mpi.worker"
 _EARLIER_SECONDS, _LATER_SECONDS = 900.0, 5.0
 
 
-class Target(NamedTuple):
+class WorkerSelector(NamedTuple):
     """Which workers are meant.
 
     Args:
-        place: where their etcd is.
+        deployment: theirs.
         namespace: theirs; None: any.
         model: theirs; None: any.
         job: theirs, ``JOB`` or ``JOB.STEP``; None: any.
     """
 
-    place: Place
+    deployment: Deployment
     namespace: str | None
     model: str | None
     job: str | None
 
-    def workers(self) -> list[Worker]:
-        """Return those that are there; raises as `read_snapshot`."""
+    def workers(self) -> list[StoredRecord]:
+        """Return those that exist; raises as `read_status`."""
         job, _, step = (self.job or "").partition(".")
-        found = read_snapshot(self.place, self.namespace, self.model).workers
-        return [w for w in found if (not job or w.job == job) and (not step or w.step == step)]
+        found = read_status(self.deployment, self.namespace, self.model).workers
+        return [w for w in found if (not job or w.record.job == job) and (not step or w.record.step == step)]
 
 
-class Way(NamedTuple):
-    """How a worker is asked to end.
+class StopMethod(NamedTuple):
+    """How a worker is asked to stop.
 
     Args:
         worker: which.
-        pid: of its rank 0, which is on this host and ours; 0 where it isn't.
-        step: ``JOB.STEP``; empty where Slurm can't help.
+        pid: of its rank 0, which is on this host and ours; 0 if it isn't.
+        step: ``JOB.STEP``; empty if Slurm can't help.
     """
 
-    worker: Worker
+    worker: StoredRecord
     pid: int
     step: str
 
     @property
-    def is_one(self) -> bool:
-        """Can it be asked at all?"""
+    def exists(self) -> bool:
+        """Whether it can be asked at all."""
         return bool(self.pid or self.step)
 
     def __str__(self) -> str:
-        where = f"{self.worker.model} {self.worker.role} on {spell_nodes(self.worker.hosts)}"
+        record = self.worker.record
+        where = f"{record.model} {record.role} on {format_nodes(record.hosts)}"
         if self.pid:
             return f"{where}: kill -TERM {self.pid}"
         if self.step:
             return f"{where}: scancel --signal=TERM {self.step}"
-        return f"{where}: its rank 0 is process {self.worker.pid} on {self.worker.host}, in no step that scancel reaches from here"
+        return (
+            f"{where}: its rank 0 is process {record.pid} on {record.host}, in no step that scancel reaches from here"
+        )
 
-    def ask(self) -> None:
-        """Ask it to finish what is in flight and end."""
+    def stop(self) -> None:
+        """Ask it to finish the requests in flight and end."""
         if self.pid:
-            _signal(self.worker)
+            _signal(self.worker.record)
         elif self.step:
             SlurmEndings(self.step.partition(".")[0]).cancel_ids([self.step], "--signal=TERM")
 
 
-def way_to(worker: Worker) -> Way:
-    """Find out how a worker can be asked to end.
+def stop_method_for(worker: StoredRecord) -> StopMethod:
+    """Find out how a worker can be asked to stop.
 
-    Its own process is best, where it is here: of a step under mpirun Slurm would signal mpirun's processes, which kill their ranks.
+    Its own process is best, if it is here: of a step under mpirun Slurm would signal mpirun's processes, which kill their ranks.
     """
-    if is_ours(worker):
-        return Way(worker, worker.pid, "")
-    job, step = worker.job or "", worker.step or ""
+    record = worker.record
+    if is_ours(record):
+        return StopMethod(worker, record.pid, "")
+    job, step = record.job or "", record.step or ""
     has_step = _JOB.fullmatch(job) and _STEP.fullmatch(step) and shutil.which("scancel")
-    return Way(worker, 0, f"{job}.{step}" if has_step else "")
+    return StopMethod(worker, 0, f"{job}.{step}" if has_step else "")
 
 
-def is_ours(worker: Worker) -> bool:
-    """Is the record's process on this host, this user's, a worker, and no other that has got its number since?"""
-    if worker.host != os.uname().nodename.partition(".")[0] or worker.started is None or worker.pid < 2:
+def is_ours(worker: WorkerRecord) -> bool:
+    """Return whether the record's process is on this host, this user's, a worker, and not another that has its number now."""
+    if worker.host != os.uname().nodename.partition(".")[0] or not worker.started or worker.pid < 2:
         return False
     folder = Path(f"/proc/{worker.pid}")
     try:
@@ -114,31 +118,31 @@ def is_ours(worker: Worker) -> bool:
     return owner == os.geteuid() and _WORKER in words.split(b"\0") and is_then
 
 
-def end_workers(target: Target, seconds: float, say: Callable[[str], None]) -> None:
-    """End workers, and wait until they have gone.
+def stop_workers(selector: WorkerSelector, seconds: float, log: Callable[[str], None]) -> None:
+    """Stop workers, and wait until they have ended.
 
     Args:
-        target: which.
+        selector: which.
         seconds: that it may take.
-        say: takes one line.
+        log: takes one line.
 
     Raises:
-        DeadlineError: some are still there.
+        DeadlineError: some still exist.
         UsageError: some can't be asked from here.
         DiscoveryError: etcd doesn't answer, before anything was done.
         AuthorisationError: the same, and it refuses us.
     """
     end = time.monotonic() + seconds
-    ways = [way_to(worker) for worker in target.workers()]
-    if not ways:
-        say("no such worker is there")
+    methods = [stop_method_for(worker) for worker in selector.workers()]
+    if not methods:
+        log("no such worker is there")
     for group in (*_GROUPS, ()):
-        own = [way for way in ways if way.is_one and _is_of(way.worker, group)]
-        for way in own:
-            say(f"ending {way}")
-            way.ask()
-        _await_end(target, own, end)
-    if lost := [way for way in ways if not way.is_one]:
+        own = [method for method in methods if method.exists and _is_of(method.worker.record, group)]
+        for method in own:
+            log(f"ending {method}")
+            method.stop()
+        _await_end(selector, own, end)
+    if lost := [method for method in methods if not method.exists]:
         raise UsageError(
             "; ".join(map(str, lost)),
             needed="the host of its rank 0, or a step of Slurm's and scancel",
@@ -146,34 +150,34 @@ def end_workers(target: Target, seconds: float, say: Callable[[str], None]) -> N
         )
 
 
-def _is_of(worker: Worker, group: Sequence[str]) -> bool:
+def _is_of(worker: WorkerRecord, group: Sequence[str]) -> bool:
     grouped = [role for roles in _GROUPS for role in roles]
     return worker.role in group if group else worker.role not in grouped
 
 
-def _await_end(target: Target, ways: Sequence[Way], end: float) -> None:
-    keys = {way.worker.key for way in ways}
-    left: Iterable[Worker] = [way.worker for way in ways]
+def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: float) -> None:
+    keys = {method.worker.key for method in methods}
+    left: Iterable[StoredRecord] = [method.worker for method in methods]
     while keys:
-        trouble = ""
+        problem = ""
         try:
-            left = [worker for worker in target.workers() if worker.key in keys]
+            left = [worker for worker in selector.workers() if worker.key in keys]
         except (DiscoveryError, AuthorisationError) as error:
-            trouble = f"; {error.found}"
-        if not trouble and not left and not any(way.pid and is_ours(way.worker) for way in ways):
+            problem = f"; {error.found}"
+        if not problem and not left and not any(m.pid and is_ours(m.worker.record) for m in methods):
             return
         if time.monotonic() >= end:
-            now = time.time()
-            stand = "; ".join(f"{w.role} on {spell_nodes(w.hosts)}: {spell_position(w, now)}" for w in left)
+            now, records = time.time(), [worker.record for worker in left]
+            listed = "; ".join(f"{w.role} on {format_nodes(w.hosts)}: {format_position(w, now)}" for w in records)
             raise DeadlineError(
-                f"not ended in time: {stand or 'its process is still there'}{trouble}",
+                f"not ended in time: {listed or 'its process is still there'}{problem}",
                 fix="a longer --timeout where requests take longer, or end its launcher",
             )
         time.sleep(max(0.0, min(POLL_SECONDS, end - time.monotonic())))
 
 
-def _signal(worker: Worker) -> None:
-    """Signal the process that was looked at, and none that gets its number meanwhile."""
+def _signal(worker: WorkerRecord) -> None:
+    """Signal the process that was checked, and no other that gets its number meanwhile."""
     with contextlib.suppress(OSError):  # it has gone
         if not hasattr(os, "pidfd_open"):  # a Python that was built for older kernels, as conda's
             if is_ours(worker):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from dynamo_mpi.control_plane.record_codec import sanitize
 from dynamo_mpi.errors import (
     AuthorisationError,
     BootstrapError,
@@ -20,25 +21,24 @@ from dynamo_mpi.errors import (
 )
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
-from dynamo_mpi.operating.place import locate
-from dynamo_mpi.operating.readiness import Lack, hopeless, is_whole, lacks_of, models_of
-from dynamo_mpi.operating.snapshot import ETCD_SECONDS, read_snapshot
-from dynamo_mpi.operating.untrusted import shown
-from dynamo_mpi.operating.wording import spell_failure, spell_seconds
+from dynamo_mpi.operating.deployment import find_deployment
+from dynamo_mpi.operating.format import format_failure, format_seconds
+from dynamo_mpi.operating.readiness import MissingItem, is_complete, missing_items, models_of, unrecoverable_failure
+from dynamo_mpi.operating.status import ETCD_SECONDS, read_status
 from dynamo_mpi.services.bounded import within
 from dynamo_mpi.services.news import News
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from dynamo_mpi.control_plane.failure_records import StoredFailure
     from dynamo_mpi.local.ask import Answer
-    from dynamo_mpi.operating.place import Place
-    from dynamo_mpi.operating.snapshot import Snapshot
-    from dynamo_mpi.operating.views import Failure
+    from dynamo_mpi.operating.deployment import Deployment
+    from dynamo_mpi.operating.status import DeploymentStatus
 
 POLL_SECONDS = 1.0
 NEWS_SECONDS = (5.0, 120.0)
-# what ended before we came may be about to be started again, in the same folder
+# what ended before the wait may be about to be started again, in the same folder
 _AT_ONCE_SECONDS = 2.0
 STALE_SECONDS = 10.0
 # between the end of one and the start of the next, a folder may have the credentials of neither
@@ -47,7 +47,7 @@ QUESTION, ANSWER_TOKENS, ANSWER_SECONDS = "Say hello.", 8, 60.0
 
 
 @dataclass(frozen=True)
-class Request:
+class WaitRequest:
     """What is waited for.
 
     Args:
@@ -68,49 +68,49 @@ class Request:
 
 
 @dataclass
-class Outcome:
-    """How the wait has ended.
+class WaitResult:
+    """How the wait has end.
 
     Args:
         seconds: that it took.
-        snapshot: what was seen last.
-        lacks: what wasn't ready.
+        status: what was seen last.
+        missing: what wasn't ready.
         answers: the completions that came back, by model.
         error: why it isn't ready; None when it is.
         exit_code: of the command.
     """
 
     seconds: float = 0.0
-    snapshot: Snapshot | None = None
-    lacks: list[Lack] = field(default_factory=list)
+    status: DeploymentStatus | None = None
+    missing: list[MissingItem] = field(default_factory=list)
     answers: dict[str, Answer] = field(default_factory=dict)
     error: BootstrapError | None = None
     exit_code: int = ExitCode.OK
 
 
-class Wait:
+class ReadinessWaiter:
     """One wait.
 
     Args:
         request: for what.
         environ: this process's.
-        say: takes one line.
+        log: takes one line.
     """
 
-    def __init__(self, request: Request, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
-        self._request, self._environ, self._say = request, environ, say
+    def __init__(self, request: WaitRequest, environ: Mapping[str, str], log: Callable[[str], None]) -> None:
+        self._request, self._environ, self._log = request, environ, log
         self._began, self._began_at = time.monotonic(), time.time()
         self._end = self._began + request.timeout
         self._known: set[tuple[str, float]] | None = None
         self._refusals = 0
-        self._trouble: BootstrapError | None = None
-        self._outcome = Outcome()
+        self._problem: BootstrapError | None = None
+        self._outcome = WaitResult()
 
-    def run(self) -> Outcome:
+    def run(self) -> WaitResult:
         """Wait.
 
         Raises:
-            UsageError: it can't be told which deployment is meant, or what is set for etcd can't be used.
+            UsageError: several deployments could be meant, or what is set for etcd can't be used.
         """
         outcome, news = self._outcome, News(*NEWS_SECONDS)
         try:
@@ -129,97 +129,97 @@ class Wait:
 
     def _is_ready(self) -> bool:
         request, outcome = self._request, self._outcome
-        place = locate(request.run_dir, self._environ)
-        self._require_not_ended(place)
-        self._trouble = None
-        if place.environ is None:
-            if place.deployment is not None:
-                outcome.lacks = [Lack("services", "not up yet")]
+        deployment = find_deployment(request.run_dir, self._environ)
+        self._require_not_ended(deployment)
+        self._problem = None
+        if deployment.environ is None:
+            if deployment.launch is not None:
+                outcome.missing = [MissingItem("services", "not up yet")]
             else:
-                outcome.lacks = [Lack("deployment", f"none runs in {place.run_dir}")]
+                outcome.missing = [MissingItem("deployment", f"none runs in {deployment.run_dir}")]
             return False
         try:
             seconds = min(ETCD_SECONDS, max(1.0, self._end - time.monotonic()))
-            snapshot = read_snapshot(place, request.namespace, request.model, seconds)
+            status = read_status(deployment, request.namespace, request.model, seconds)
         except DiscoveryError as error:
-            self._trouble = error
-            outcome.lacks = [Lack("etcd", error.found)]
+            self._problem = error
+            outcome.missing = [MissingItem("etcd", error.found)]
             return False
         except AuthorisationError as error:
-            self._refusals, self._trouble = self._refusals + 1, error
+            self._refusals, self._problem = self._refusals + 1, error
             if self._refusals >= REFUSALS:
                 raise
-            outcome.lacks = [Lack("etcd", error.found)]
+            outcome.missing = [MissingItem("etcd", error.found)]
             return False
         self._refusals = 0
-        outcome.snapshot, outcome.lacks = snapshot, lacks_of(snapshot, request.roles)
-        if failure := hopeless(snapshot, self._new(snapshot), outcome.lacks, request.roles):
-            raise _failed(snapshot, failure)
-        if not outcome.lacks:
-            outcome.lacks = self._ask(snapshot)
-        return not outcome.lacks
+        outcome.status, outcome.missing = status, missing_items(status, request.roles)
+        if failure := unrecoverable_failure(status, self._new(status), outcome.missing, request.roles):
+            raise _failed(status, failure)
+        if not outcome.missing:
+            outcome.missing = self._ask(status)
+        return not outcome.missing
 
-    def _require_not_ended(self, place: Place) -> None:
-        ended, deployment = place.ended, place.deployment
-        if ended is not None:
-            is_ours = ended.time >= self._began_at
+    def _require_not_ended(self, deployment: Deployment) -> None:
+        end, launch = deployment.end, deployment.launch
+        if end is not None:
+            is_ours = end.time >= self._began_at
             if is_ours or time.monotonic() > self._began + STALE_SECONDS:
-                ago = spell_seconds(time.time() - ended.time)
-                found = f"the deployment in {place.run_dir} has ended, {ago} ago: {shown(ended.report, 2000)}"
+                ago = format_seconds(time.time() - end.time)
+                found = f"the deployment in {deployment.run_dir} has ended, {ago} ago: {sanitize(end.report, 2000)}"
                 # in order, and so with 0, is not ready either
-                status = ended.exit_code or ExitCode.TEMPORARY
-                raise StepFailed(found, status=status, log="", fix=f"look at {place.run_dir}/logs, start it again")
+                status = end.exit_code or ExitCode.TEMPORARY
+                raise StepFailed(found, status=status, log="", fix=f"look at {deployment.run_dir}/logs, start it again")
         # twice: it may have ended between our looks at its word and at its process
-        if place.is_orphaned and locate(self._request.run_dir, self._environ).deployment == deployment:
+        if deployment.launcher_is_dead and find_deployment(self._request.run_dir, self._environ).launch == launch:
             raise TemporaryError(
-                f"the launcher of the deployment in {place.run_dir} was killed",
+                f"the launcher of the deployment in {deployment.run_dir} was killed",
                 needed="a deployment whose launcher lives",
-                fix=f"dynamo-mpi down --run-dir {place.run_dir}, and start it again",
+                fix=f"dynamo-mpi down --run-dir {deployment.run_dir}, and start it again",
             )
 
-    def _new(self, snapshot: Snapshot) -> list[Failure]:
+    def _new(self, status: DeploymentStatus) -> list[StoredFailure]:
         """Return the failures that have come since we wait."""
         if self._known is None:
             # clocks of hosts differ: what is there at once is older, whatever it says
             at_once = time.time() - self._began_at < _AT_ONCE_SECONDS
-            self._known = {(f.key, f.time) for f in snapshot.failures if at_once or f.time < self._began_at}
-        return [failure for failure in snapshot.failures if (failure.key, failure.time) not in self._known]
+            self._known = {(f.key, f.record.time) for f in status.failures if at_once or f.record.time < self._began_at}
+        return [failure for failure in status.failures if (failure.key, failure.record.time) not in self._known]
 
-    def _ask(self, snapshot: Snapshot) -> list[Lack]:
-        """Have each model answer, and return what doesn't."""
-        url = self._request.frontend or snapshot.place.frontend
+    def _ask(self, status: DeploymentStatus) -> list[MissingItem]:
+        """Ask each model for a completion, and return those that don't answer."""
+        url = self._request.frontend or status.deployment.frontend
         roles = self._request.roles
         if not url:
-            self._say("no frontend is known: what the workers' records say has to do (--frontend URL proves it)")
+            self._log("no frontend is known: what the workers' records say has to do (--frontend URL proves it)")
             return []
-        if roles and not is_whole(roles):
-            self._say(f"{' and '.join(roles)} alone can't answer: what the workers' records say has to do")
+        if roles and not is_complete(roles):
+            self._log(f"{' and '.join(roles)} alone can't answer: what the workers' records say has to do")
             return []
         answers = self._outcome.answers
-        for _, model in models_of(snapshot):
+        for _, model in models_of(status):
             if model in answers:
                 continue
             try:
                 answers[model] = _complete(url, model, min(ANSWER_SECONDS, max(1.0, self._end - time.monotonic())))
             except EngineError as error:
-                return [Lack(f"a completion of {model} by {url}", shown(error.found, 500))]
+                return [MissingItem(f"a completion of {model} by {url}", sanitize(error.found, 500))]
         return []
 
     def _tell(self) -> None:
         outcome = self._outcome
-        lacks = "; ".join(map(str, outcome.lacks))
-        self._say(f"waiting for {lacks}; {spell_seconds(time.monotonic() - self._began)} so far")
-        if (snapshot := outcome.snapshot) is not None:
-            for failure in self._new(snapshot):
-                if failure in snapshot.open_failures:
-                    self._say(f"failed: {spell_failure(failure, snapshot.name_of(failure), time.time())}")
+        missing = "; ".join(map(str, outcome.missing))
+        self._log(f"waiting for {missing}; {format_seconds(time.monotonic() - self._began)} so far")
+        if (status := outcome.status) is not None:
+            for failure in self._new(status):
+                if failure in status.open_failures:
+                    self._log(f"failed: {format_failure(failure.record, status.name_of(failure), time.time())}")
 
     def _late(self) -> BootstrapError:
-        if self._trouble is not None:
-            return self._trouble
-        lacks = "; ".join(map(str, self._outcome.lacks))
+        if self._problem is not None:
+            return self._problem
+        missing = "; ".join(map(str, self._outcome.missing))
         return DeadlineError(
-            f"not ready after {self._request.timeout:g} s: {lacks}",
+            f"not ready after {self._request.timeout:g} s: {missing}",
             fix="a longer --timeout where it only takes longer; dynamo-mpi status shows more",
         )
 
@@ -255,9 +255,9 @@ def _complete(url: str, model: str, seconds: float) -> Answer:
         raise EngineError("something else than a frontend answers there") from None
 
 
-def _failed(snapshot: Snapshot, failure: Failure) -> StepFailed:
-    text = spell_failure(failure, snapshot.name_of(failure), time.time())
-    log = failure.report or ""
+def _failed(status: DeploymentStatus, failure: StoredFailure) -> StepFailed:
+    text = format_failure(failure.record, status.name_of(failure), time.time())
+    log = failure.record.report or ""
     return StepFailed(
-        f"it can't become ready: {text}", status=failure.exit_code, log=log, fix="mend it, start it again"
+        f"it can't become ready: {text}", status=failure.record.exit_code, log=log, fix="mend it, start it again"
     )
