@@ -13,7 +13,7 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.head_node.head_node import HeadNode
 from dynamo_mpi.head_node.run_folder import held_run_folder
 from dynamo_mpi.head_node.settings import load_settings
-from dynamo_mpi.services.failures import PartError
+from dynamo_mpi.services.failures import ServiceError
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # whatever the parts write is this user's alone
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
-    except PartError as error:
+    except ServiceError as error:
         if error.log:
             _say("\n".join(f"[{error.part}] {line}" for line in error.log.splitlines()))
         _say(str(error))

@@ -20,6 +20,7 @@ from dynamo_mpi.launch.workers import Workers
 from dynamo_mpi.launchers.time_limit import TimeLimit
 from dynamo_mpi.services.interrupts import Interrupted
 from dynamo_mpi.services.news import News
+from dynamo_mpi.services.processes import await_exit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -299,13 +300,7 @@ class Conductor:
             step.child.kill()
 
     def _await_end(self, steps: list[Step], seconds: float, signals_before: int | None) -> None:
-        end = time.monotonic() + seconds
-        while any(step.child.exit_code() is None for step in steps) and time.monotonic() < end:
-            if signals_before is not None and self._interrupts.count != signals_before:
-                return
-            for step in steps:
-                step.child.resume()
-            self._interrupts.sleep(POLL_SECONDS)
+        await_exit([step.child for step in steps], seconds, self._interrupts, signals_before, POLL_SECONDS)
 
     def _say(self, text: str) -> None:
         self._tell(f"{time.monotonic() - self._began:6.1f} s  {text}")

@@ -159,7 +159,7 @@ class Workers:
             self._say(f"{worker.name}: ended with 0, as somebody wanted; it isn't started again")
             return
         begun, report = self._begun[worker.name], None
-        is_printed = is_reported(code, step.child.words())
+        is_printed = is_reported(code, step.child.output())
         is_told = is_printed or begun.has_files
         if not is_printed and (written := begun.written()):
             self._say(f"{worker.name}: {written}")
@@ -187,7 +187,7 @@ class Workers:
         takes its ready file away, and rank 0 says so."""
         if GOODBYE in step.last_words(200):
             return False
-        return self._run_dir.is_ready(worker.name) or first_death(step.child.words()) is not None
+        return self._run_dir.is_ready(worker.name) or first_death(step.child.output()) is not None
 
     def _take_out(self, name: str, command: Command) -> None:
         """Take out of discovery what nobody is left for in the step."""

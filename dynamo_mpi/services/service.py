@@ -9,7 +9,7 @@ from dynamo_mpi.services.failures import LOG_LINES
 from dynamo_mpi.services.ports import holds_port
 
 if TYPE_CHECKING:
-    from dynamo_mpi.services.processes import Child
+    from dynamo_mpi.services.processes import LoggedProcess
 
 
 class Service(Protocol):
@@ -29,11 +29,11 @@ class Service(Protocol):
 ServiceT = TypeVar("ServiceT", bound=Service)
 
 
-def is_up(service: Service, child: Child) -> bool:
+def is_up(service: Service, child: LoggedProcess) -> bool:
     """Tell whether a service answers, and it is this child that does: somebody else may have taken its port."""
     return holds_port(child.pid, service.port) and service.answers()
 
 
-def lost_its_port(child: Child) -> bool:
+def lost_its_port(child: LoggedProcess) -> bool:
     """Tell whether a service that ended had found its port taken, after all."""
     return any("already in use" in line for line in child.last_lines(LOG_LINES))

@@ -24,7 +24,7 @@ from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.nats import Nats
 from dynamo_mpi.services.ports import free_port, is_free
-from dynamo_mpi.services.processes import Child, session_members
+from dynamo_mpi.services.processes import LoggedProcess, session_members
 from dynamo_mpi.services.programs import find_etcd, find_nats_server
 from tests.conftest import find_mpirun, mpi_environment
 
@@ -58,7 +58,7 @@ class NatsServer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.service = Nats(find_nats_server(), free_port(), folder / "nats")
-        self.child: Child | None = None
+        self.child: LoggedProcess | None = None
 
     @property
     def url(self) -> str:
@@ -67,7 +67,7 @@ class NatsServer:
     def start(self) -> None:
         """Start it and wait until it answers."""
         shutil.rmtree(self.folder / "nats", ignore_errors=True)
-        self.child = Child.start("nats", self.service.command(), environment=os.environ, log=self.folder / "nats.log")
+        self.child = LoggedProcess("nats", self.service.command(), environment=os.environ, log=self.folder / "nats.log")
         eventually(self.service.answers, "NATS answers")
 
     def stop(self) -> None:
@@ -83,7 +83,7 @@ class EtcdServer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.service = Etcd(find_etcd(), free_port(), folder / "etcd")
-        self.child: Child | None = None
+        self.child: LoggedProcess | None = None
 
     @property
     def url(self) -> str:
@@ -91,7 +91,7 @@ class EtcdServer:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        self.child = Child.start("etcd", self.service.command(), environment=os.environ, log=self.folder / "etcd.log")
+        self.child = LoggedProcess("etcd", self.service.command(), environment=os.environ, log=self.folder / "etcd.log")
         eventually(self.service.answers, "etcd answers")
 
     def stop(self) -> None:
@@ -291,7 +291,7 @@ def running_frontend(
     # a home of its own: it copies tokenizers to ~/.cache
     frontend = Frontend(free_port(), discovery, folder)
     environment = os.environ | frontend.environment() | {"DYN_LOG": "error"}
-    child = Child.start("frontend", frontend.command(), environment=environment, log=folder / "frontend.log")
+    child = LoggedProcess("frontend", frontend.command(), environment=environment, log=folder / "frontend.log")
     try:
         eventually(frontend.answers, "the frontend answers")
         yield frontend

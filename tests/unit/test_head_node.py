@@ -23,13 +23,13 @@ from hypothesis import strategies as st
 from dynamo_mpi.errors import BootstrapError, DiscoveryError, UsageError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.head_node.__main__ import main
-from dynamo_mpi.head_node.environment import frontend_environment, server_environment
 from dynamo_mpi.head_node.head_node import services
 from dynamo_mpi.head_node.ports import Ports, candidates, offset
 from dynamo_mpi.head_node.run_folder import LOCK, RunFolder, held_run_folder
 from dynamo_mpi.head_node.settings import MAX_PORT, Port, load_settings
 from dynamo_mpi.services import programs
 from dynamo_mpi.services.certificates import Certificates, make_certificates, openssl_calls, openssl_config
+from dynamo_mpi.services.environment import frontend_environment, server_environment
 from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.host_address import host_address, service_address
