@@ -24,7 +24,7 @@ from dynamo_mpi.launch.deployment import assign, nodes_wanted
 from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
 from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
-from dynamo_mpi.launch.run_dir import RunDir, tell_refusal
+from dynamo_mpi.launch.run_dir import RunDir, write_refusal
 from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
 from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
 from dynamo_mpi.launch.srun import Srun, token_of
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(arguments)
     except BootstrapError as error:
         if not arguments.dry_run and (path := _refused_at(arguments)) is not None:
-            tell_refusal(path, error.exit_code, f"the launch was refused: {error}")
+            write_refusal(path, error.exit_code, f"the launch was refused: {error}")
         raise
 
 
@@ -95,13 +95,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _show(settings, renderer, workers, nodes, path)
         return 0
-    run_dir = RunDir(path)
-    try:
+    with contextlib.closing(RunDir(path)) as run_dir:
         code, report = _conduct(settings, workers, renderer, endings, run_dir, verbose=arguments.verbose)
-        run_dir.tell_end(code, report)
+        run_dir.write_end(code, report)
         return code
-    finally:
-        run_dir.close()
 
 
 def _conduct(

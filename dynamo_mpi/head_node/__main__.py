@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.head_node.head_node import HeadNode
-from dynamo_mpi.head_node.run_folder import held_run_folder
 from dynamo_mpi.head_node.settings import load_settings
+from dynamo_mpi.launch.run_dir import ServicesDir
 from dynamo_mpi.services.failures import ServiceError
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
@@ -51,7 +51,7 @@ def _run(argv: list[str]) -> int:
     try:
         with (
             Interrupts() as interrupts,
-            held_run_folder(settings.run_dir, settings.job_id, _say) as run,
+            contextlib.closing(ServicesDir(settings.run_dir, settings.job_id, _say)) as run,
             private_folder(prefix=PREFIX) as private,
         ):
             head_node = HeadNode(settings, run, private, interrupts, _say)

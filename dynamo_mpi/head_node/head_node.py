@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from dynamo_mpi.head_node.run_folder import RunFolder
     from dynamo_mpi.head_node.settings import Port, Settings
+    from dynamo_mpi.launch.run_dir import ServicesDir
     from dynamo_mpi.services.certificates import Certificates
     from dynamo_mpi.services.interrupts import Interrupts
     from dynamo_mpi.services.processes import LoggedProcess
@@ -48,7 +48,7 @@ class HeadNode(ServiceStack):
     """
 
     def __init__(
-        self, settings: Settings, run: RunFolder, private: Path, interrupts: Interrupts, say: Callable[[str], None]
+        self, settings: Settings, run: ServicesDir, private: Path, interrupts: Interrupts, say: Callable[[str], None]
     ) -> None:
         super().__init__(private, interrupts, say, settings.start_timeout)
         self._settings, self._run = settings, run
@@ -94,7 +94,7 @@ class HeadNode(ServiceStack):
             ports = self._ports(settings.http_port, http_host)
             url = self.wait_ready(self.start_service(make_frontend, ports, variables)).url
         self._run.publish(services(url, settings.job_id, environment))
-        self.mark("ready", f"ready: {self._run.services}")
+        self.mark("ready", f"ready: {self._run.services_file}")
 
     def stop(self) -> None:
         """End everything, etcd last. A further signal, or the end of the time, turns asking into killing. Idempotent."""

@@ -200,7 +200,7 @@ class Conductor:
             self._limit = None
 
     def _pause(self) -> None:
-        if self._run_dir.is_to_stop():
+        if self._run_dir.stop_requested():
             raise _AskedToStop("asked to stop")
         if self._limit is not None and self._limit.pause(self._end_seconds, now := time.time()) is None:
             raise _AskedToStop(self._limit.due(now))

@@ -26,8 +26,8 @@ import pytest
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.head_node.head_node import HeadNode
 from dynamo_mpi.head_node.ports import candidates
-from dynamo_mpi.head_node.run_folder import held_run_folder
 from dynamo_mpi.head_node.settings import Port, load_settings
+from dynamo_mpi.launch.run_dir import ServicesDir
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port, is_free
@@ -223,11 +223,11 @@ def test_a_port_that_is_lost_between_look_and_bind(tmp_path: Path, part: str, mo
             "dynamo_mpi.head_node.ports.is_free", lambda port, host: port == lost.number or is_free(port, host)
         )
         said: list[str] = []
-        with held_run_folder(run_dir, "9", said.append) as run, private_folder(tmp_path) as private:
+        with contextlib.closing(ServicesDir(run_dir, "9", said.append)) as run, private_folder(tmp_path) as private:
             head_node = HeadNode(settings, run, private, interrupts, said.append)
             try:
                 head_node.start()
-                services = json.loads(run.services.read_text())
+                services = json.loads(run.services_file.read_text())
             finally:
                 head_node.stop()
     url = {"etcd": services["environment"]["ETCD_ENDPOINTS"], "nats": services["environment"]["NATS_SERVER"]}
