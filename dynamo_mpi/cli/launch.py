@@ -31,9 +31,9 @@ from dynamo_mpi.launch.srun import Srun, token_of
 from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings, end_of_job
 from dynamo_mpi.launchers.time_limit import VARIABLE as END
 from dynamo_mpi.options import add_options
-from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.services.logs import Follower
+from dynamo_mpi.services.private_dir import private_dir
 
 if TYPE_CHECKING:
     import argparse
@@ -141,7 +141,7 @@ def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
         end = {} if END in os.environ else {END: end_of_job(os.environ.get("SLURM_JOB_ID", ""))}
         yield {**os.environ, **end}
         return
-    with private_folder(prefix=FOLDER_PREFIX) as folder:
+    with private_dir(prefix=FOLDER_PREFIX) as folder:
         yield {**folder_environment(folder), **os.environ}
 
 

@@ -18,10 +18,10 @@ from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
 from dynamo_mpi.local.workers import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, worker_specs
 from dynamo_mpi.options import to_file
 from dynamo_mpi.services.failures import ServiceError
-from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
 from dynamo_mpi.services.logs import Follower
 from dynamo_mpi.services.ports import LOOPBACK
+from dynamo_mpi.services.private_dir import private_dir
 
 PROOF_QUESTION, PROOF_TOKENS = "Say hello.", 8
 ENGINE_OPTIONS = ("max_batch_size", "max_num_tokens", "max_seq_len")
@@ -84,7 +84,7 @@ def _settings(arguments: argparse.Namespace) -> StackSettings:
 
 
 def _run(arguments: argparse.Namespace, settings: StackSettings, printer: Printer) -> None:
-    with Interrupts() as interrupts, private_folder() as folder:
+    with Interrupts() as interrupts, private_dir() as folder:
         stack = LocalStack(settings, folder, interrupts, say)
         follower = Follower(stack.rank_logs, "**/rank-*.log", sys.stderr)
         if arguments.verbose:

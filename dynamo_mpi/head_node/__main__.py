@@ -14,8 +14,8 @@ from dynamo_mpi.head_node.head_node import HeadNode
 from dynamo_mpi.head_node.settings import load_settings
 from dynamo_mpi.launch.run_dir import ServicesDir
 from dynamo_mpi.services.failures import ServiceError
-from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
+from dynamo_mpi.services.private_dir import private_dir
 
 PREFIX = "dynamo-mpi-services-"
 
@@ -52,7 +52,7 @@ def _run(argv: list[str]) -> int:
         with (
             Interrupts() as interrupts,
             contextlib.closing(ServicesDir(settings.run_dir, settings.job_id, _say)) as run,
-            private_folder(prefix=PREFIX) as private,
+            private_dir(prefix=PREFIX) as private,
         ):
             head_node = HeadNode(settings, run, private, interrupts, _say)
             try:

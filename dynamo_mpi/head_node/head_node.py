@@ -15,12 +15,10 @@ from dynamo_mpi.head_node.ports import Ports
 from dynamo_mpi.services import programs
 from dynamo_mpi.services.certificates import make_certificates
 from dynamo_mpi.services.environment import frontend_environment, server_environment
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.host_address import service_address
-from dynamo_mpi.services.nats import Nats, authorization
 from dynamo_mpi.services.ports import ANY_ADDRESS, LOOPBACK
 from dynamo_mpi.services.service_stack import ServiceStack
+from dynamo_mpi.services.services import Etcd, Frontend, Nats, authorization
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

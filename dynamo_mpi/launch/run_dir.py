@@ -27,7 +27,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.errors import BootstrapError, UsageError
-from dynamo_mpi.services.own_folder import require_own
+from dynamo_mpi.services.private_dir import require_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -227,7 +227,7 @@ def write_refusal(path: Path, exit_code: int, report: str) -> None:
 def _take_lock(path: Path, name: str, held: tuple[str, str], warn: Callable[[str], None]) -> int:
     """Make the folder, and return its locked and empty lock file."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require_own(path)
+    require_private(path)
     while True:
         lock = os.open(path / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:

@@ -23,16 +23,14 @@ from dynamo_mpi.local.model import prepare_model
 from dynamo_mpi.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpec
 from dynamo_mpi.services import programs
 from dynamo_mpi.services.environment import RequestPlane, discovery_environment, local_environment
-from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.failures import LOG_LINES
-from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.logs import last_lines
-from dynamo_mpi.services.nats import Nats
 from dynamo_mpi.services.news import News
 from dynamo_mpi.services.ports import LOOPBACK, is_free, loopback_ports
 from dynamo_mpi.services.processes import LoggedProcess, await_exit, stop
 from dynamo_mpi.services.service_stack import ServiceStack
+from dynamo_mpi.services.services import Etcd, Frontend, Nats
 
 NEWS_SECONDS = (5.0, 30.0)
 # longer than a worker gives its requests

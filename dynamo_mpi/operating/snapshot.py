@@ -14,9 +14,9 @@ from dynamo_mpi.control_plane.ask_etcd import ask_etcd
 from dynamo_mpi.control_plane.probe import etcd_endpoints
 from dynamo_mpi.errors import BootstrapError, DiscoveryError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.models import listed_models
 from dynamo_mpi.operating.untrusted import shown
 from dynamo_mpi.operating.views import FAILURES, WORLDS, Failure, Worker, read_failure, read_worker
+from dynamo_mpi.services.services import listed_models
 from dynamo_mpi.supervision.phases import PHASES
 
 if TYPE_CHECKING:

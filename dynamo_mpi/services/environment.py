@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from dynamo_mpi.services.etcd import Etcd
-    from dynamo_mpi.services.nats import Nats
+    from dynamo_mpi.services.services import Etcd, Nats
 
 RequestPlane = Literal["tcp", "nats"]
 LOCAL_NAMESPACE = "local"

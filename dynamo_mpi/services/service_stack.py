@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.services.failures import LOG_LINES, ProcessExited, StartTimeout
 from dynamo_mpi.services.processes import POLL_SECONDS, LoggedProcess, stop
-from dynamo_mpi.services.service import ServiceT, is_up, lost_its_port
+from dynamo_mpi.services.services import ServiceT, is_up, lost_its_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -27,8 +27,8 @@ from pathlib import Path
 from dynamo_mpi.engines.reference.model_files import export_model, find_default_gguf
 from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
 from dynamo_mpi.local.workers import WorkerSpec, mpi_environment
-from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
+from dynamo_mpi.services.private_dir import private_dir
 from dynamo_mpi.services.programs import find_mpirun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def first_token(tp: int, decode_tp: int, rounds: int) -> None:
     with Interrupts() as interrupts, ExitStack() as cleanup:
         stacks: list[tuple[LocalStack, Ready]] = []
         for worlds in layouts:
-            folder = cleanup.enter_context(private_folder())
+            folder = cleanup.enter_context(private_dir())
             stack = LocalStack(StackSettings(worlds), folder, interrupts, lambda text: None)
             cleanup.callback(stack.stop)
             stacks.append((stack, stack.start()))

@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dynamo_mpi.control_plane.record import WorldRecord, worlds_of
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.frontend import Frontend
-from dynamo_mpi.services.nats import Nats
 from dynamo_mpi.services.ports import free_port, is_free
 from dynamo_mpi.services.processes import LoggedProcess, session_members
 from dynamo_mpi.services.programs import find_etcd, find_nats_server
+from dynamo_mpi.services.services import Etcd, Frontend, Nats
 from tests.conftest import find_mpirun, mpi_environment
 
 T = TypeVar("T")

@@ -28,9 +28,9 @@ from dynamo_mpi.head_node.head_node import HeadNode
 from dynamo_mpi.head_node.ports import candidates
 from dynamo_mpi.head_node.settings import Port, load_settings
 from dynamo_mpi.launch.run_dir import ServicesDir
-from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port, is_free
+from dynamo_mpi.services.private_dir import private_dir
 from dynamo_mpi.services.processes import LoggedProcess
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.head_node_command import HeadNodeCommand
@@ -223,7 +223,7 @@ def test_a_port_that_is_lost_between_look_and_bind(tmp_path: Path, part: str, mo
             "dynamo_mpi.head_node.ports.is_free", lambda port, host: port == lost.number or is_free(port, host)
         )
         said: list[str] = []
-        with contextlib.closing(ServicesDir(run_dir, "9", said.append)) as run, private_folder(tmp_path) as private:
+        with contextlib.closing(ServicesDir(run_dir, "9", said.append)) as run, private_dir(tmp_path) as private:
             head_node = HeadNode(settings, run, private, interrupts, said.append)
             try:
                 head_node.start()

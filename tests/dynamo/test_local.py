@@ -21,9 +21,9 @@ from dynamo_mpi.local.stack import LocalStack, StackSettings
 from dynamo_mpi.local.workers import WorkerSpec
 from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.services import ports as service_ports
-from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.services.private_dir import private_dir
 from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand
 from tests.dynamo.running import eventually
@@ -139,7 +139,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
         command.wait()
         eventually(lambda: not command.survivors(), "all processes are gone", 5)
         assert list(command.folder.iterdir()) != []
-        with private_folder(command.folder) as folder:
+        with private_dir(command.folder) as folder:
             assert list(command.folder.iterdir()) == [folder]
 
 

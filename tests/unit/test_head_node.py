@@ -31,11 +31,9 @@ from dynamo_mpi.launch.run_dir import ServicesDir
 from dynamo_mpi.services import programs
 from dynamo_mpi.services.certificates import Certificates, make_certificates, openssl_calls, openssl_config
 from dynamo_mpi.services.environment import frontend_environment, server_environment
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.host_address import host_address, service_address
-from dynamo_mpi.services.nats import Nats, authorization
 from dynamo_mpi.services.ports import ANY_ADDRESS, holder, holds_port, is_free, listeners
+from dynamo_mpi.services.services import Etcd, Frontend, Nats, authorization
 from tests.conftest import ROOT
 
 STRANGE = ["run", "a b", "it's", 'say "no"', "$HOME;`id`", "ü", "-x"]

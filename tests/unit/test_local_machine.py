@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services import folder as folders
+from dynamo_mpi.services import private_dir as folders
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
 from dynamo_mpi.services.logs import Follower, last_lines
 from dynamo_mpi.services.ports import free_port, holds_port, is_free, listeners
@@ -53,7 +53,7 @@ def test_free_port_is_free() -> None:
 
 
 def test_folder_is_private_and_goes(tmp_path: Path) -> None:
-    with folders.private_folder(tmp_path) as folder:
+    with folders.private_dir(tmp_path) as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
         (folder / "deep").mkdir()
         (folder / "deep" / "file").touch()
@@ -65,7 +65,7 @@ def test_sweep_takes_dead_runs_only(tmp_path: Path) -> None:
     for folder in (dead, foreign):
         folder.mkdir()
     (dead / folders.LOCK).touch()
-    with folders.private_folder(tmp_path) as alive:
+    with folders.private_dir(tmp_path) as alive:
         assert not dead.exists()
         folders.sweep(tmp_path)
         assert sorted(tmp_path.iterdir()) == sorted([alive, foreign])
@@ -122,7 +122,7 @@ def test_a_folder_that_a_sweep_took_before_it_was_locked_is_made_anew(
         lock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", sweep_first)
-    with folders.private_folder(tmp_path) as folder:
+    with folders.private_dir(tmp_path) as folder:
         assert not taken[0].exists()
         assert folder.is_dir()
 

@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 from dynamo_mpi.local.model import served_name
 from dynamo_mpi.local.workers import MpirunWorker, WorkerRole, WorkerSpec, mpi_environment
 from dynamo_mpi.services.environment import discovery_environment, local_environment
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.frontend import Frontend
-from dynamo_mpi.services.nats import Nats
+from dynamo_mpi.services.services import Etcd, Frontend, Nats
 from dynamo_mpi.supervision.tethered import tethered
 
 ETCD = Etcd(Path("/bin/etcd"), 2379, Path("/run/etcd"))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.ports import free_port
 from dynamo_mpi.services.processes import LoggedProcess
 from dynamo_mpi.services.programs import find_etcd
+from dynamo_mpi.services.services import Etcd
 from dynamo_mpi.supervision.notify import Notifier
 from tests.dynamo.running import eventually
 
