@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.conductor import Conductor
-from dynamo_mpi.launch.container import Container, mount
 from dynamo_mpi.launch.deployment import assign, nodes_wanted
 from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
@@ -27,7 +26,7 @@ from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile,
 from dynamo_mpi.launch.run_dir import RunDir, write_refusal
 from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
 from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
-from dynamo_mpi.launch.srun import Srun, token_of
+from dynamo_mpi.launch.srun import Container, Srun, mount, token_of
 from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings, end_of_job
 from dynamo_mpi.launchers.time_limit import VARIABLE as END
 from dynamo_mpi.options import add_options
