@@ -20,7 +20,6 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.conductor import Conductor
 from dynamo_mpi.launch.deployment import assign, nodes_wanted
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
 from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
 from dynamo_mpi.launch.run_dir import RunDir, write_refusal
@@ -30,6 +29,7 @@ from dynamo_mpi.launch.srun import Container, Srun, mount, token_of
 from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings, end_of_job
 from dynamo_mpi.launchers.time_limit import VARIABLE as END
 from dynamo_mpi.options import add_options
+from dynamo_mpi.services.failures import StepFailed
 from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.services.logs import Follower
 from dynamo_mpi.services.private_dir import private_dir

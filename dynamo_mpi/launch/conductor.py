@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.milestones import Milestones
 from dynamo_mpi.launch.srun import without_srun_input
 from dynamo_mpi.launch.steps import start
 from dynamo_mpi.launch.workers import Workers
 from dynamo_mpi.launchers.time_limit import TimeLimit
+from dynamo_mpi.services.failures import StepFailed
 from dynamo_mpi.services.interrupts import Interrupted
 from dynamo_mpi.services.news import News
 from dynamo_mpi.services.processes import await_exit

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.first_death import first_death
 from dynamo_mpi.launch.registrations import take_out
 from dynamo_mpi.launch.reports import MISTAKES, Beginning, Trace, is_reported, report_death, trace_in_etcd
 from dynamo_mpi.launch.steps import start
 from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 from dynamo_mpi.launchers.attempt import starts_before
+from dynamo_mpi.services.failures import StepFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

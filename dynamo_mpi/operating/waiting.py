@@ -19,13 +19,13 @@ from dynamo_mpi.errors import (
     TemporaryError,
 )
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.operating.place import locate
 from dynamo_mpi.operating.readiness import Lack, hopeless, is_whole, lacks_of, models_of
 from dynamo_mpi.operating.snapshot import ETCD_SECONDS, read_snapshot
 from dynamo_mpi.operating.untrusted import shown
 from dynamo_mpi.operating.wording import spell_failure, spell_seconds
 from dynamo_mpi.services.bounded import within
+from dynamo_mpi.services.failures import StepFailed
 from dynamo_mpi.services.news import News
 
 if TYPE_CHECKING:
