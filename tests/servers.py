@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dynamo_mpi.services.certificates import Certificates
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.nats import Nats
 from dynamo_mpi.services.ports import free_port
 from dynamo_mpi.services.programs import find_etcd, find_nats_server
+from dynamo_mpi.services.services import Etcd, Nats
 
 START_SECONDS = 20.0
 """A server is up in a fraction of one; a busy machine may take longer."""

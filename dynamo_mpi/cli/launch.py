@@ -19,21 +19,20 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.conductor import Conductor
-from dynamo_mpi.launch.container import Container, mount
 from dynamo_mpi.launch.deployment import assign, nodes_wanted
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
 from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
-from dynamo_mpi.launch.run_dir import RunDir, tell_refusal
+from dynamo_mpi.launch.run_dir import RunDir, write_refusal
 from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
 from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
-from dynamo_mpi.launch.srun import Srun, token_of
+from dynamo_mpi.launch.srun import Container, Srun, mount, token_of
 from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings, end_of_job
 from dynamo_mpi.launchers.time_limit import VARIABLE as END
 from dynamo_mpi.options import add_options
-from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.services.failures import StepFailed
 from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.services.logs import Follower
+from dynamo_mpi.services.private_dir import private_dir
 
 if TYPE_CHECKING:
     import argparse
@@ -73,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(arguments)
     except BootstrapError as error:
         if not arguments.dry_run and (path := _refused_at(arguments)) is not None:
-            tell_refusal(path, error.exit_code, f"the launch was refused: {error}")
+            write_refusal(path, error.exit_code, f"the launch was refused: {error}")
         raise
 
 
@@ -95,13 +94,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _show(settings, renderer, workers, nodes, path)
         return 0
-    run_dir = RunDir(path)
-    try:
+    with contextlib.closing(RunDir(path)) as run_dir:
         code, report = _conduct(settings, workers, renderer, endings, run_dir, verbose=arguments.verbose)
-        run_dir.tell_end(code, report)
+        run_dir.write_end(code, report)
         return code
-    finally:
-        run_dir.close()
 
 
 def _conduct(
@@ -144,7 +140,7 @@ def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
         end = {} if END in os.environ else {END: end_of_job(os.environ.get("SLURM_JOB_ID", ""))}
         yield {**os.environ, **end}
         return
-    with private_folder(prefix=FOLDER_PREFIX) as folder:
+    with private_dir(prefix=FOLDER_PREFIX) as folder:
         yield {**folder_environment(folder), **os.environ}
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the whole stack on this machine: etcd, NATS, the Dynamo frontend, and a small real model over MPI ranks.
 
---role disagg runs two worlds of ranks: one computes prompts, the other fetches their KV and goes on. Without --ask and
+--role disagg runs two workers: one computes prompts, the other fetches their KV and goes on. Without --ask and
 --keep it proves the stack by one completion and stops. Nothing is left behind, however it ends.
 """
 
@@ -15,13 +15,13 @@ from dynamo_mpi.cli.local_output import JsonPrinter, Printer, TextPrinter, curl_
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
-from dynamo_mpi.local.worlds import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, worlds_of
+from dynamo_mpi.local.workers import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, worker_specs
 from dynamo_mpi.options import to_file
-from dynamo_mpi.services.failures import PartError
-from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.services.failures import ServiceError
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
 from dynamo_mpi.services.logs import Follower
 from dynamo_mpi.services.ports import LOOPBACK
+from dynamo_mpi.services.private_dir import private_dir
 
 PROOF_QUESTION, PROOF_TOKENS = "Say hello.", 8
 ENGINE_OPTIONS = ("max_batch_size", "max_num_tokens", "max_seq_len")
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         _run(arguments, _settings(arguments), printer)
     except Interrupted as end:
         return end.exit_code
-    except PartError as error:
+    except ServiceError as error:
         return _fail(printer, error, error.status)
     except BootstrapError as error:
         return _fail(printer, error, error.exit_code)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> StackSettings:
     return StackSettings(
-        worlds=worlds_of(arguments.role, arguments.tp, arguments.prefill_tp, arguments.decode_tp),
+        workers=worker_specs(arguments.role, arguments.tp, arguments.prefill_tp, arguments.decode_tp),
         model=arguments.model,
         http_port=arguments.http_port,
         request_plane=arguments.request_plane,
@@ -84,7 +84,7 @@ def _settings(arguments: argparse.Namespace) -> StackSettings:
 
 
 def _run(arguments: argparse.Namespace, settings: StackSettings, printer: Printer) -> None:
-    with Interrupts() as interrupts, private_folder() as folder:
+    with Interrupts() as interrupts, private_dir() as folder:
         stack = LocalStack(settings, folder, interrupts, say)
         follower = Follower(stack.rank_logs, "**/rank-*.log", sys.stderr)
         if arguments.verbose:
@@ -97,9 +97,9 @@ def _run(arguments: argparse.Namespace, settings: StackSettings, printer: Printe
         except Interrupted:
             say("stopping (again: at once)")
             raise
-        except PartError as error:
+        except ServiceError as error:
             drain = False
-            shown = arguments.verbose and error.part in {world.name for world in settings.worlds}
+            shown = arguments.verbose and error.part in {worker.name for worker in settings.workers}
             if error.log and not shown:
                 print(error.log, file=sys.stderr)
             raise

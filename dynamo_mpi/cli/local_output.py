@@ -12,8 +12,8 @@ from typing import Any
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.local.ask import Answer
 from dynamo_mpi.local.stack import Ready, StackSettings
-from dynamo_mpi.local.worlds import StackRole
-from dynamo_mpi.services.failures import PartError
+from dynamo_mpi.local.workers import StackRole
+from dynamo_mpi.services.failures import ServiceError
 
 
 def curl_line(url: str, model: str) -> str:
@@ -27,7 +27,7 @@ def success(
     role: StackRole, settings: StackSettings, ready: Ready, answer: Answer, url: str, processes: dict[str, list[int]]
 ) -> dict[str, Any]:
     """Return what ``--output json`` prints. Keys are only ever added; ``tp_size`` and ``worker`` are those of one world alone."""
-    workers = {world.role: {"tp_size": world.tp_size, "worker": ready.workers[world.role]} for world in settings.worlds}
+    workers = {spec.role: {"tp_size": spec.tp_size, "worker": ready.workers[spec.role]} for spec in settings.workers}
     return {
         "ok": True,
         "role": role,
@@ -57,7 +57,7 @@ def success(
 
 def failure(error: BootstrapError, status: int) -> dict[str, Any]:
     """Return what ``--output json`` prints of a run that failed."""
-    part = error.part if isinstance(error, PartError) else None
+    part = error.part if isinstance(error, ServiceError) else None
     return {"ok": False, "part": part, "exit_code": int(status), "error": error.found, "fix": error.fix}
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
@@ -13,14 +12,15 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.supervision.tethered import tethered
+from dynamo_mpi.services.processes import ManagedProcess
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _PACKAGE_HOME = str(Path(__file__).resolve().parents[2])
 _LONGEST_TEXT = 200
-_running: set[subprocess.Popen[str]] = set()
+_KILL_SECONDS = 1.0
+_running: set[ManagedProcess] = set()
 _lock = threading.Lock()
 
 
@@ -66,29 +66,18 @@ def run(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> O
 
     Call it from a thread that lives as long as the program may: the program is ended with it.
     """
-    process = subprocess.Popen(
-        tethered(command, parent=os.getpid()),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=dict(environ),
-        start_new_session=True,
-    )
+    process = ManagedProcess(command[0], command, environment=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with _lock:
         _running.add(process)
     try:
-        out, err = process.communicate(timeout=seconds)
-        return Output(process.returncode, out, err, seconds)
+        out, err = (text.decode(errors="replace") for text in process.popen.communicate(timeout=seconds))
+        return Output(process.popen.returncode, out, err, seconds)
     except subprocess.TimeoutExpired:
         return Output(None, "", "", seconds)
     finally:
-        # also where it has ended itself: one that it started may hold on to our pipes
-        _kill(process)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)  # one that hangs in a driver goes when that lets it
-        for pipe in (process.stdout, process.stderr):
+        # also where it has ended itself: one that it started may hold on to our pipes; one that hangs in a driver goes when that lets it
+        process.kill(_KILL_SECONDS)
+        for pipe in (process.popen.stdout, process.popen.stderr):
             if pipe is not None:
                 pipe.close()
         with _lock:
@@ -106,12 +95,7 @@ def end_all() -> None:
     with _lock:
         left = tuple(_running)
     for process in left:
-        _kill(process)
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+        process.kill_group()
 
 
 def _signal_name(number: int) -> str:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.head_node.head_node import HeadNode
-from dynamo_mpi.head_node.run_folder import held_run_folder
 from dynamo_mpi.head_node.settings import load_settings
-from dynamo_mpi.services.failures import PartError
-from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.launch.run_dir import ServicesDir
+from dynamo_mpi.services.failures import ServiceError
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
+from dynamo_mpi.services.private_dir import private_dir
 
 PREFIX = "dynamo-mpi-services-"
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)  # whatever the parts write is this user's alone
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
-    except PartError as error:
+    except ServiceError as error:
         if error.log:
             _say("\n".join(f"[{error.part}] {line}" for line in error.log.splitlines()))
         _say(str(error))
@@ -51,8 +51,8 @@ def _run(argv: list[str]) -> int:
     try:
         with (
             Interrupts() as interrupts,
-            held_run_folder(settings.run_dir, settings.job_id, _say) as run,
-            private_folder(prefix=PREFIX) as private,
+            contextlib.closing(ServicesDir(settings.run_dir, settings.job_id, _say)) as run,
+            private_dir(prefix=PREFIX) as private,
         ):
             head_node = HeadNode(settings, run, private, interrupts, _say)
             try:

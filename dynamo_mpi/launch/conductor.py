@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.milestones import Milestones
-from dynamo_mpi.launch.models import listed_models
 from dynamo_mpi.launch.srun import without_srun_input
 from dynamo_mpi.launch.steps import start
 from dynamo_mpi.launch.workers import Workers
 from dynamo_mpi.launchers.time_limit import TimeLimit
+from dynamo_mpi.services.failures import StepFailed
 from dynamo_mpi.services.interrupts import Interrupted
 from dynamo_mpi.services.news import News
+from dynamo_mpi.services.processes import await_exit
+from dynamo_mpi.services.services import listed_models
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -199,7 +200,7 @@ class Conductor:
             self._limit = None
 
     def _pause(self) -> None:
-        if self._run_dir.is_to_stop():
+        if self._run_dir.stop_requested():
             raise _AskedToStop("asked to stop")
         if self._limit is not None and self._limit.pause(self._end_seconds, now := time.time()) is None:
             raise _AskedToStop(self._limit.due(now))
@@ -299,13 +300,7 @@ class Conductor:
             step.child.kill()
 
     def _await_end(self, steps: list[Step], seconds: float, signals_before: int | None) -> None:
-        end = time.monotonic() + seconds
-        while any(step.child.exit_code() is None for step in steps) and time.monotonic() < end:
-            if signals_before is not None and self._interrupts.count != signals_before:
-                return
-            for step in steps:
-                step.child.resume()
-            self._interrupts.sleep(POLL_SECONDS)
+        await_exit([step.child for step in steps], seconds, self._interrupts, signals_before, POLL_SECONDS)
 
     def _say(self, text: str) -> None:
         self._tell(f"{time.monotonic() - self._began:6.1f} s  {text}")

@@ -171,7 +171,7 @@ def report_death(
     if is_heard:
         return None
     worker = beginning.worker
-    words = step.child.words()
+    words = step.child.output()
     death = first_death(words)
     if death is not None:
         death = death.placed(worker.nodes, worker.ranks_per_node)
@@ -204,7 +204,7 @@ def report_death(
 
 
 def _report(name: str, code: int, death: Death | None, step: Step) -> Report:
-    number = -step.child.process.returncode
+    number = -step.child.popen.returncode
     if death is None and number > 0:
         who = f"its launcher was killed by {spell_signal(number)}"
         found = f"{name} ended with exit code {code}: {who}, and its ranks left no report"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
+from dynamo_mpi.errors import UsageError
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
 from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
 from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from dynamo_mpi.launch.container import Container
     from dynamo_mpi.launch.deployment import Worker
     from dynamo_mpi.launch.nodes import Nodes
     from dynamo_mpi.launch.settings import LaunchSettings
@@ -45,6 +45,33 @@ _SRUN_INPUT = (
 )
 # srun waits for the rest of a step when its first rank leaves; ours all leave together
 _WAIT_SECONDS = 60
+# Pyxis separates mounts by commas and a mount's parts by colons, and knows no quoting
+_SEPARATORS = ",:"
+
+
+@dataclass(frozen=True)
+class Container:
+    """The image of all steps, as Pyxis takes it.
+
+    Args:
+        image: as Pyxis takes it: ``REGISTRY#IMAGE:TAG``, or a .sqsh file.
+        mounts: ``HOST:CONTAINER[:FLAGS]``, ours after the user's.
+    """
+
+    image: str
+    mounts: tuple[str, ...]
+
+    def options(self, variables: Iterable[str]) -> tuple[str, ...]:
+        """Return srun's options.
+
+        Args:
+            variables: those that the image must not replace by its own.
+        """
+        return (
+            f"--container-image={self.image}",
+            f"--container-mounts={','.join(self.mounts)}",
+            f"--container-env={','.join(variables)}",
+        )
 
 
 @dataclass(frozen=True)
@@ -136,3 +163,19 @@ def token_of(run_dir: Path) -> str:
 def without_srun_input(environ: Mapping[str, str]) -> dict[str, str]:
     """Return an environment in which srun does what its command line says."""
     return {name: value for name, value in environ.items() if name not in _SRUN_INPUT}
+
+
+def mount(source: str, target: str, flags: str = "") -> str:
+    """Return one mount.
+
+    Raises:
+        UsageError: Pyxis couldn't read it.
+    """
+    for path in (source, target):
+        if any(character in path for character in _SEPARATORS):
+            raise UsageError(
+                f"{path!r} can't be mounted: Pyxis reads commas and colons as separators",
+                needed="a path without either",
+                fix="move or link it, or another --run-dir",
+            )
+    return ":".join(filter(None, (source, target, flags)))

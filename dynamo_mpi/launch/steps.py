@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from dynamo_mpi.services.processes import Child
+from dynamo_mpi.services.processes import LoggedProcess
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ class Step:
     """
 
     command: Command
-    child: Child
+    child: LoggedProcess
     ready_file: Path | None = None
 
     @property
@@ -57,7 +57,7 @@ class Endings(Protocol):
 
 def start(command: Command, environment: Mapping[str, str], log: Path, ready_file: Path | None = None) -> Step:
     """Start a step. From the main thread; it is ended when this process ends, however that comes."""
-    child = Child.start(
+    child = LoggedProcess(
         command.name,
         command.words,
         environment={**environment, **command.environment},

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Protocol
 from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.first_death import first_death
 from dynamo_mpi.launch.registrations import take_out
 from dynamo_mpi.launch.reports import MISTAKES, Beginning, Trace, is_reported, report_death, trace_in_etcd
 from dynamo_mpi.launch.steps import start
 from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 from dynamo_mpi.launchers.attempt import starts_before
+from dynamo_mpi.services.failures import StepFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -159,7 +159,7 @@ class Workers:
             self._say(f"{worker.name}: ended with 0, as somebody wanted; it isn't started again")
             return
         begun, report = self._begun[worker.name], None
-        is_printed = is_reported(code, step.child.words())
+        is_printed = is_reported(code, step.child.output())
         is_told = is_printed or begun.has_files
         if not is_printed and (written := begun.written()):
             self._say(f"{worker.name}: {written}")
@@ -187,7 +187,7 @@ class Workers:
         takes its ready file away, and rank 0 says so."""
         if GOODBYE in step.last_words(200):
             return False
-        return self._run_dir.is_ready(worker.name) or first_death(step.child.words()) is not None
+        return self._run_dir.is_ready(worker.name) or first_death(step.child.output()) is not None
 
     def _take_out(self, name: str, command: Command) -> None:
         """Take out of discovery what nobody is left for in the step."""

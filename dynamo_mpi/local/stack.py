@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stack as a whole: what starts after what, when it is ready, and how it ends.
+"""The stack of ``dynamo-mpi local``: what starts after what, when it is ready, and how it ends.
 
-etcd and NATS come up while the model's files are written; then the frontend and the worlds of ranks start side by side. Ready
+etcd and NATS come up while the model's files are written; then the frontend and the workers start side by side. Ready
 means three things at once: every rank 0 wrote its ready file, the frontend lists the model, and a completion came back.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,21 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_mpi.errors import EngineError, UsageError
+from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.local.ask import Answer, NotServedYet, ask
 from dynamo_mpi.local.model import prepare_model
-from dynamo_mpi.local.parts import POLL_SECONDS, Parts
-from dynamo_mpi.local.ranks import Ranks
-from dynamo_mpi.local.services import RequestPlane, discovery_environment
-from dynamo_mpi.local.worlds import AGG_TP_SIZE, World
+from dynamo_mpi.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpec
 from dynamo_mpi.services import programs
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.frontend import Frontend
+from dynamo_mpi.services.environment import RequestPlane, discovery_environment, local_environment
+from dynamo_mpi.services.failures import LOG_LINES
 from dynamo_mpi.services.interrupts import Interrupts
-from dynamo_mpi.services.nats import Nats
+from dynamo_mpi.services.logs import last_lines
 from dynamo_mpi.services.news import News
-from dynamo_mpi.services.ports import LOOPBACK, is_free
+from dynamo_mpi.services.ports import LOOPBACK, is_free, loopback_ports
+from dynamo_mpi.services.processes import LoggedProcess, await_exit, stop
+from dynamo_mpi.services.service_stack import ServiceStack
+from dynamo_mpi.services.services import Etcd, Frontend, Nats
 
 NEWS_SECONDS = (5.0, 30.0)
+# longer than a worker gives its requests
+DRAIN_SECONDS, WORKER_STOP_SECONDS = 40.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class StackSettings:
     """What the user may choose.
 
     Args:
-        worlds: what to run, in the order in which they are told to stop.
+        workers: what to run, in the order in which they are stopped.
         model: folder or GGUF file; None takes the installed model.
         http_port: of the frontend; None takes a free one.
         request_plane: how the frontend hands requests to the workers.
@@ -46,7 +52,7 @@ class StackSettings:
         timeline: where to draw the start; None for nowhere.
     """
 
-    worlds: tuple[World, ...] = (World("agg", AGG_TP_SIZE),)
+    workers: tuple[WorkerSpec, ...] = (WorkerSpec("agg", AGG_TP_SIZE),)
     model: Path | None = None
     http_port: int | None = None
     request_plane: RequestPlane = "tcp"
@@ -63,7 +69,7 @@ class Ready:
     Args:
         model: the served name.
         port: the frontend's.
-        workers: the ready files' contents, by role, in the order of the settings' worlds.
+        workers: the ready files' contents, by role, in the order of the settings' workers.
         seconds: since the start, by milestone.
     """
 
@@ -73,38 +79,32 @@ class Ready:
     seconds: dict[str, float]
 
 
-class LocalStack:
-    """Everything that was started, and its end. Use it from the main thread.
+class LocalStack(ServiceStack):
+    """The services and the workers of this machine. Use it from the main thread.
 
     Args:
         settings: what to start.
         folder: private folder for everything that is written.
-        interrupts: looked at wherever we wait.
+        interrupts: checked wherever we wait.
         say: takes one line of progress.
     """
 
     def __init__(
         self, settings: StackSettings, folder: Path, interrupts: Interrupts, say: Callable[[str], None]
     ) -> None:
-        self._settings, self._folder, self._interrupts, self._say = settings, folder, interrupts, say
+        super().__init__(folder, interrupts, say, settings.timeout_seconds)
+        self._settings = settings
         self.rank_logs = folder / "ranks"
-        self._scratch = folder / "scratch"
-        self._parts = Parts(folder, self._scratch, interrupts, say, settings.timeout_seconds)
-        self._ranks: list[Ranks] = []
-
-    @property
-    def processes(self) -> dict[str, list[int]]:
-        """The living processes of each part."""
-        return self._parts.processes
+        self._workers: dict[str, MpirunWorker] = {}
 
     def start(self) -> Ready:
-        """Start all parts and wait until the workers are registered and the model is listed.
+        """Start all processes and wait until the workers are registered and the model is listed.
 
         Raises:
             UsageError: something is missing or can't be as asked.
-            PartEnded: a part ended.
-            PartLate: a part was not ready in time.
-            Interrupted: the user wants an end.
+            ProcessExited: a process ended.
+            StartTimeout: a process was not ready in time.
+            Interrupted: a signal asks for the end.
         """
         etcd_binary, nats_binary = programs.find_etcd(), programs.find_nats_server()
         mpirun = programs.find_mpirun(self._settings.mpirun)
@@ -114,32 +114,38 @@ class LocalStack:
             raise UsageError(f"port {http_port} of {LOOPBACK} is taken", fix="choose another --http-port")
         self._scratch.mkdir()
 
-        parts = self._parts
-        starting_etcd = parts.begin(lambda port: Etcd(etcd_binary, port, self._folder / "etcd"))
-        starting_nats = parts.begin(lambda port: Nats(nats_binary, port, self._folder / "nats"))
+        variables = local_environment(os.environ, self._scratch)
+        starting_etcd = self.start_service(
+            lambda port: Etcd(etcd_binary, port, self._folder / "etcd"), loopback_ports(), variables
+        )
+        starting_nats = self.start_service(
+            lambda port: Nats(nats_binary, port, self._folder / "nats"), loopback_ports(), variables
+        )
         model, name = prepare_model(self._settings.model, self._folder / "model")
-        parts.mark("model", f"model {name}")
-        etcd, nats = parts.settle(starting_etcd), parts.settle(starting_nats)
+        self.mark("model", f"model {name}")
+        etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
         discovery = discovery_environment(etcd, nats, self._settings.request_plane)
 
-        starting_frontend = parts.begin(lambda port: Frontend(port, discovery, self._scratch), http_port)
-        for world in self._settings.worlds:
-            self._launch(world, mpirun, model, name, discovery)
-        frontend = parts.settle(starting_frontend)
+        starting_frontend = self.start_service(
+            lambda port: Frontend(port, discovery, self._scratch), loopback_ports(http_port), variables
+        )
+        for spec in self._settings.workers:
+            self._start_worker(spec, mpirun, model, name, discovery, variables)
+        frontend = self.wait_ready(starting_frontend)
         workers = self._await_workers()
         while name not in frontend.models():
-            parts.wait_a_little(frontend.name, f"it does not list {name}")
-        parts.seconds["ready"] = parts.age
-        return Ready(name, frontend.port, workers, parts.seconds)
+            self.wait(frontend.name, f"it does not list {name}")
+        self.seconds["ready"] = self.age
+        return Ready(name, frontend.port, workers, self.seconds)
 
     def ask(self, ready: Ready, text: str, *, max_tokens: int, on_text: Callable[[str], None]) -> Answer:
-        """Ask the model. Until the first answer the frontend may still say that it knows no worker.
+        """Ask the model. Until the first answer the frontend may still report that it knows no worker.
 
         Raises:
             EngineError: the answer is an error.
-            PartEnded: a part ended.
-            PartLate: still no worker for the model when the time was up.
-            Interrupted: the user wants an end.
+            ProcessExited: a process ended.
+            StartTimeout: still no worker for the model when the time was up.
+            Interrupted: a signal asks for the end.
         """
         while True:
             try:
@@ -153,35 +159,28 @@ class LocalStack:
                     on_text=on_text,
                 )
             except NotServedYet as error:
-                self._parts.wait_a_little("frontend", f"it serves no completion: {error}")
+                self.wait("frontend", f"it serves no completion: {error}")
             except EngineError:
-                self._interrupts.check()  # a signal closes the connection: say that, not what it looked like
-                self._parts.check()
+                self._interrupts.check()  # a signal closes the connection: report that, not what it looked like
+                self.check()
                 raise
 
-    def watch(self) -> None:
-        """Return never: raises ``Interrupted``, or ``PartEnded`` when a part ends."""
-        while True:
-            self._parts.check()
-            self._interrupts.pause(4 * POLL_SECONDS)
-
     def stop(self, *, drain: bool = True) -> None:
-        """End everything, the workers first. A further signal, or time, turns asking into killing. Idempotent.
+        """End everything, the workers first. A further signal, or the end of the time, turns asking into killing. Idempotent.
 
         Args:
             drain: let the workers finish what is in flight.
         """
-        # at most one: a second may have come since the first was noticed
         signals_before = min(self._interrupts.count, 1)
         if drain:
-            for ranks in self._ranks:
-                self._parts.drain(ranks, signals_before)
-        self._parts.end([ranks.name for ranks in self._ranks], signals_before)
-        for name in ("frontend", "nats", "etcd"):
-            self._parts.end([name], signals_before)
+            for worker in self._workers.values():
+                self._drain(worker, signals_before)
+        workers = [self._processes[name] for name in self._workers if name in self._processes]
+        stop(workers, WORKER_STOP_SECONDS, self._interrupts, signals_before)
+        super().stop()
 
     def draw(self) -> None:
-        """Draw the start, where that is wanted, once the workers have ended.
+        """Draw the start, if that is wanted, once the workers have ended.
 
         Raises:
             UsageError: it can't be written.
@@ -189,33 +188,39 @@ class LocalStack:
         if self._settings.timeline is not None:
             from dynamo_mpi.local.timeline import draw_stack
 
-            pages = [ranks.timeline for ranks in self._ranks if ranks.timeline is not None]
+            pages = [worker.timeline for worker in self._workers.values() if worker.timeline is not None]
             now = time.time()
-            draw_stack(self._settings.timeline, pages, now - self._parts.age, now, self._parts.seconds)
+            draw_stack(self._settings.timeline, pages, now - self.age, now, self.seconds)
 
-    def _launch(
-        self, world: World, mpirun: tuple[str, ...], model: Path, name: str, discovery: Mapping[str, str]
+    def _start_worker(
+        self,
+        spec: WorkerSpec,
+        mpirun: tuple[str, ...],
+        model: Path,
+        name: str,
+        discovery: Mapping[str, str],
+        variables: Mapping[str, str],
     ) -> None:
-        alone = len(self._settings.worlds) == 1
-        ranks = Ranks(
+        alone = len(self._settings.workers) == 1
+        worker = MpirunWorker(
             mpirun=mpirun,
-            world=world,
+            spec=spec,
             model=model,
             served_model_name=name,
-            engine_config=self._write_engine_config(world),
-            ready_file=self._folder / f"{world.name}.json",
-            rank_logs=self.rank_logs if alone else self.rank_logs / world.name,
+            engine_config=self._write_engine_config(spec),
+            ready_file=self._folder / f"{spec.name}.json",
+            rank_logs=self.rank_logs if alone else self.rank_logs / spec.name,
             scratch=self._scratch,
             discovery=discovery,
-            timeline=self._folder / f"{world.name}.html" if self._settings.timeline else None,
+            timeline=self._folder / f"{spec.name}.html" if self._settings.timeline else None,
         )
-        ranks.rank_logs.mkdir(parents=True)
-        self._ranks.append(ranks)
-        self._parts.launch(ranks)
+        worker.rank_logs.mkdir(parents=True)
+        self._workers[spec.name] = worker
+        self.spawn(spec.name, worker.command(), {**variables, **worker.environment()})
 
-    def _write_engine_config(self, world: World) -> Path:
-        options = {"tensor_parallel_size": world.tp_size, **self._settings.engine_options}
-        path = self._folder / f"{world.name}.yaml"
+    def _write_engine_config(self, spec: WorkerSpec) -> Path:
+        options = {"tensor_parallel_size": spec.tp_size, **self._settings.engine_options}
+        path = self._folder / f"{spec.name}.yaml"
         path.write_text("".join(f"{key}: {value}\n" for key, value in options.items()))
         return path
 
@@ -223,16 +228,46 @@ class LocalStack:
         news = News(*NEWS_SECONDS)
         found: dict[str, dict[str, Any]] = {}
         while missing := self._look_for_ready(found):
-            self._parts.wait_a_little(missing[0].name, "it has not registered")
+            self.wait(missing[0], "it has not registered")
             if seconds := news.due():
-                names = " and ".join(ranks.name for ranks in missing)
-                self._say(f"waiting for {names} to register, {seconds:.0f} s")
-        return {ranks.world.role: found[ranks.name] for ranks in self._ranks}
+                self._say(f"waiting for {' and '.join(missing)} to register, {seconds:.0f} s")
+        return {worker.spec.role: found[name] for name, worker in self._workers.items()}
 
-    def _look_for_ready(self, found: dict[str, dict[str, Any]]) -> Sequence[Ranks]:
-        """Add the ready files that have come to ``found``, and return those that are still missing."""
-        for ranks in self._ranks:
-            if ranks.name not in found and (worker := ranks.ready()) is not None:
-                found[ranks.name] = worker
-                self._parts.mark(ranks.name, f"{ranks.name} registered, tp {ranks.world.tp_size}")
-        return [ranks for ranks in self._ranks if ranks.name not in found]
+    def _look_for_ready(self, found: dict[str, dict[str, Any]]) -> Sequence[str]:
+        """Add the contents of new ready files to ``found``, and return the names of the workers that have none yet."""
+        for name, worker in self._workers.items():
+            if name not in found and (content := worker.ready()) is not None:
+                found[name] = content
+                self.mark(name, f"{name} registered, tp {worker.spec.tp_size}")
+        return [name for name in self._workers if name not in found]
+
+    def _drain(self, worker: MpirunWorker, signals_before: int) -> None:
+        """Let a worker finish what is in flight, and wait for its end, unless a further signal or the end of the time comes first."""
+        process = self._processes.get(worker.name)
+        leader = None if process is None else worker.rank_zero()
+        if process is None or leader is None or leader not in process.members():
+            return  # its launcher is asked to end, in `stop`
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(leader, signal.SIGTERM)
+        await_exit([process], DRAIN_SECONDS, self._interrupts, signals_before)
+
+    def _status_of(self, process: LoggedProcess) -> int:
+        # a worker that ends by itself with code 0 has lost its lease, or was stopped by somebody else
+        return (
+            super()._status_of(process) if process.name not in self._workers else process.exit_code() or ExitCode.ENGINE
+        )
+
+    def _log_of(self, process: LoggedProcess) -> str:
+        """Of a worker that ended in order, return rank 0's log, as rank 0 reports for all; of another one the end of each rank's log and the
+        launcher's."""
+        if process.name not in self._workers:
+            return super()._log_of(process)
+        rank_logs = self._workers[process.name].rank_logs
+        rank_zero = rank_logs / "rank-0.log"
+        if process.exit_code() in set(ExitCode) and rank_zero.is_file():
+            return rank_zero.read_text(errors="replace").rstrip("\n")
+        sources = [*sorted(rank_logs.glob("rank-*.log")), process.log]
+        return "\n".join(f"[{log.stem}] {line}" for log in sources for line in last_lines(log, LOG_LINES))
+
+    def _timeout_fix(self, process: LoggedProcess) -> str:
+        return "a longer --timeout, or --verbose"

@@ -18,7 +18,7 @@ from dynamo_mpi.control_plane.record_codec import sanitize
 from dynamo_mpi.control_plane.records import StoredRecord, list_workers
 from dynamo_mpi.errors import BootstrapError, DiscoveryError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.models import listed_models
+from dynamo_mpi.services.services import listed_models
 from dynamo_mpi.supervision.phases import PHASES
 
 if TYPE_CHECKING:

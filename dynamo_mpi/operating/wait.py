@@ -20,12 +20,12 @@ from dynamo_mpi.errors import (
     TemporaryError,
 )
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.operating.deployment import find_deployment
 from dynamo_mpi.operating.format import format_failure, format_seconds
 from dynamo_mpi.operating.readiness import MissingItem, is_complete, missing_items, models_of, unrecoverable_failure
 from dynamo_mpi.operating.status import ETCD_SECONDS, read_status
 from dynamo_mpi.services.bounded import within
+from dynamo_mpi.services.failures import StepFailed
 from dynamo_mpi.services.news import News
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dynamo_mpi.errors import BootstrapError, UsageError
 from dynamo_mpi.pods.join import Joiner
 from dynamo_mpi.pods.lead import Leader
 from dynamo_mpi.pods.settings import PROGRAM, load_join, load_lead
-from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.services.private_dir import private_dir
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,12 +29,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         if argv[:1] == ["lead"]:
             settings = load_lead(argv[1:], os.environ)
-            with private_folder(prefix=PREFIX) as folder:
+            with private_dir(prefix=PREFIX) as folder:
                 return asyncio.run(_lead(settings, folder))
         if argv[:1] == ["join"]:
             host = socket.gethostname()
             joining = load_join(argv[1:], os.environ, host)
-            with private_folder(prefix=PREFIX) as folder:
+            with private_dir(prefix=PREFIX) as folder:
                 return asyncio.run(_join(joining, host, folder))
         raise UsageError(
             f"{argv[0]!r} was asked for" if argv else "nothing was asked for",

@@ -11,7 +11,6 @@ import glob
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -22,8 +21,8 @@ from dynamo_mpi.probe.hang import Note
 from dynamo_mpi.probe.payload import is_spoilt
 from dynamo_mpi.probe.plan import START_SHARE
 from dynamo_mpi.probe.timing import FAILED, LATE, OK, SKIPPED, FabricAnswer, Timing
+from dynamo_mpi.services.processes import ManagedProcess
 from dynamo_mpi.supervision.doing import say_doing
-from dynamo_mpi.supervision.tethered import tethered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,15 +57,15 @@ class ProbeChild:
         # without the token of the KV probe: everybody on the node may read a command line
         words = [sys.executable, "-m", "dynamo_mpi.probe.nccl_child", str(rank), str(size), plan._replace(kv="").pack()]
         self._stderr = os.memfd_create("probe-stderr")
-        self._process = subprocess.Popen(
-            tethered([*words, "--spoil"] if is_spoilt() else words, parent=os.getpid()),
+        self._process = ManagedProcess(
+            "fabric probe",
+            [*words, "--spoil"] if is_spoilt() else words,
+            environment=environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=dict(environ),
-            start_new_session=True,
         )
-        self._input, self._output = self._process.stdin, self._process.stdout
+        self._input, self._output = self._process.popen.stdin, self._process.popen.stdout
         self._text = b""
 
     def tell(self, line: str) -> None:
@@ -99,11 +98,8 @@ class ProbeChild:
 
     def close(self) -> None:
         """End it, and wait until it is gone, and with it what it held of the GPU. Idempotent."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver; the tether ends it with us
-                self._process.wait(_LEAVE_SECONDS)
+        self._process.kill_group()
+        self._process.wait(_LEAVE_SECONDS)  # where it is stuck in the driver, the kernel ends it with us
         for stream in (self._input, self._output):
             if stream is not None:
                 with contextlib.suppress(OSError):
@@ -113,10 +109,9 @@ class ProbeChild:
             self._stderr = -1
 
     def _end(self) -> str:
-        try:
-            return f"ended with {self._process.wait(_LEAVE_SECONDS)}"
-        except subprocess.TimeoutExpired:  # a driver that doesn't let go of it
-            return "does not come to its end"
+        if self._process.wait(_LEAVE_SECONDS):
+            return f"ended with {self._process.popen.returncode}"
+        return "does not come to its end"  # a driver holds it
 
     def _last_words(self) -> str:
         size = os.fstat(self._stderr).st_size

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One question to a service that may not be there yet: it is answered, or given up, within a second."""
+"""One question to a service that may not be there yet: it is answered, or given up, soon."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROBE_SECONDS = 1.0
 
 
 def get_json(
-    port: int, path: str, *, host: str = LOOPBACK, tls: ssl.SSLContext | None = None
+    port: int, path: str, *, host: str = LOOPBACK, tls: ssl.SSLContext | None = None, seconds: float = PROBE_SECONDS
 ) -> tuple[int, dict[str, Any]]:
     """GET from a service; status 0 when it doesn't answer.
 
@@ -25,11 +25,12 @@ def get_json(
         path: what is asked for.
         host: the address at which it listens.
         tls: ask over TLS, with the certificates in here.
+        seconds: for each of its answers' parts to come in.
     """
     connection = (
-        http.client.HTTPConnection(host, port, timeout=PROBE_SECONDS)
+        http.client.HTTPConnection(host, port, timeout=seconds)
         if tls is None
-        else http.client.HTTPSConnection(host, port, timeout=PROBE_SECONDS, context=tls)
+        else http.client.HTTPSConnection(host, port, timeout=seconds, context=tls)
     )
     try:
         connection.request("GET", path)

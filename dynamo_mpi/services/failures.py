@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong with a part, as an error that carries the part's own words."""
+"""Errors of a stack's or a deployment's processes; each carries the end of the process's own log."""
 
 from __future__ import annotations
 
@@ -8,15 +8,30 @@ from dynamo_mpi.errors import BootstrapError
 LOG_LINES = 20
 
 
-class PartError(BootstrapError):
-    """A part failed.
+class ServiceError(BootstrapError):
+    """A process of the stack failed.
 
     Args:
-        part: its name.
-        status: what to exit with; any code, for a worker's own is passed on.
-        log: the part's own words, to be printed as they are.
+        found: what happened.
+        status: what to exit with; any code, as a worker's own is passed on.
+        log: the end of its log, to be printed as it is.
+        part: the name of the process.
+        needed: what has to be true instead.
+        fix: what to do about it.
     """
 
-    def __init__(self, found: str, *, part: str, status: int, log: str, fix: str = "") -> None:
-        super().__init__(found, fix=fix)
+    def __init__(self, found: str, *, status: int, log: str, part: str = "", needed: str = "", fix: str = "") -> None:
+        super().__init__(found, needed=needed, fix=fix)
         self.part, self.status, self.log = part, status, log
+
+
+class ProcessExited(ServiceError):
+    """A process ended that must go on."""
+
+
+class StartTimeout(ServiceError):
+    """A process was not ready in time."""
+
+
+class StepFailed(ServiceError):
+    """A step of a deployment ended, and the deployment with it."""

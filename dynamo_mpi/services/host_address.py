@@ -63,9 +63,18 @@ def service_address(choice: str | None, setting: str) -> str:
         return host_address(choice, setting)
     except UsageError:
         for address in _resolved(choice):
-            if address not in ANY_ADDRESS and is_free(0, address):  # port 0: it is an address of ours
+            if address not in ANY_ADDRESS and _is_own(address):
                 return address
         raise
+
+
+def is_here(host: str) -> bool:
+    """Return whether a name or an address stands for an address of this host."""
+    return any(map(_is_own, _resolved(host)))
+
+
+def _is_own(address: str) -> bool:
+    return is_free(0, address)  # a socket can be bound to an address of this host only
 
 
 def _resolved(name: str) -> list[str]:

@@ -11,10 +11,14 @@ import os
 import pwd
 import socket
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - what a user may choose
+_PORT_ATTEMPTS = 5
 _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 
@@ -29,6 +33,12 @@ def free_port() -> int:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def loopback_ports(fixed: int | None = None) -> Callable[[], int | None]:
+    """Return what gives one port of the loopback interface after the other to try: ``fixed`` alone, or a few free ones; then None."""
+    ports = iter([fixed]) if fixed is not None else (free_port() for _ in range(_PORT_ATTEMPTS))
+    return lambda: next(ports, None)
 
 
 def is_free(port: int, host: str = LOOPBACK) -> bool:

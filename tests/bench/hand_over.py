@@ -25,11 +25,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
-from dynamo_mpi.local.ranks import mpi_environment
 from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
-from dynamo_mpi.local.worlds import World
-from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.local.workers import WorkerSpec, mpi_environment
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
+from dynamo_mpi.services.private_dir import private_dir
 from dynamo_mpi.services.programs import find_mpirun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,11 +72,11 @@ def hand_over(prefill_tp: int, decode_tp: int, lengths: list[int], rounds: int, 
 
 def first_token(tp: int, decode_tp: int, rounds: int) -> None:
     """Ask an aggregated worker and a pair in turn, and print a line for each question."""
-    layouts = ((World("agg", tp),), (World("prefill", tp), World("decode", decode_tp)))
+    layouts = ((WorkerSpec("agg", tp),), (WorkerSpec("prefill", tp), WorkerSpec("decode", decode_tp)))
     with Interrupts() as interrupts, ExitStack() as cleanup:
         stacks: list[tuple[LocalStack, Ready]] = []
         for worlds in layouts:
-            folder = cleanup.enter_context(private_folder())
+            folder = cleanup.enter_context(private_dir())
             stack = LocalStack(StackSettings(worlds), folder, interrupts, lambda text: None)
             cleanup.callback(stack.stop)
             stacks.append((stack, stack.start()))

@@ -189,11 +189,13 @@ def local() -> str:
     ready = {"verdict_seconds": 0.5, "phases": {"load": 1.5}}
     samples = []
     for role, worlds in (("agg", ("agg",)), ("disagg", ("prefill", "decode"))):
-        settings = sources.StackSettings(worlds=tuple(sources.World(each, 3) for each in worlds))  # type: ignore[arg-type]
+        settings = sources.StackSettings(workers=tuple(sources.WorkerSpec(each, 3) for each in worlds))  # type: ignore[arg-type]
         stack = sources.Ready("M", 8000, dict.fromkeys(worlds, ready), {"ready": 2.5})
         url = "http://127.0.0.1:8000"
         samples.append(sources.local_success(role, settings, stack, answer, url, {"etcd": [7]}))  # type: ignore[arg-type]
-    failed = sources.local_failure(sources.PartError("it broke", part="worker", status=70, log="", fix="mend it"), 70)
+    failed = sources.local_failure(
+        sources.ServiceError("it broke", part="worker", status=70, log="", fix="mend it"), 70
+    )
     refused = sources.local_failure(sources.UsageError("no", fix="yes"), 64)
     maps, opaque = ("milestones", "processes", "workers"), ("worker", "workers.<key>.worker")
     return (
@@ -283,7 +285,7 @@ def _deployment_json(path: Path) -> Any:
         sources.Conductor(settings, (worker,), steps, endings, run_dir, interrupts, lambda text: None).run()
     content = json.loads((path / "deployment.json").read_text(encoding="utf-8"))
     run_dir.close()
-    run_dir.tell_end(70, "decode-0 ended with exit code 70")
+    run_dir.write_end(70, "decode-0 ended with exit code 70")
     return content
 
 

@@ -47,7 +47,6 @@ from dynamo_mpi.health.state import State, health, live, metrics_of
 from dynamo_mpi.launch.command import Command
 from dynamo_mpi.launch.conductor import Conductor
 from dynamo_mpi.launch.deployment import Worker as LaunchedWorker
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.reports import MISTAKES
 from dynamo_mpi.launch.run_dir import RunDir
 from dynamo_mpi.launch.settings import OPTIONS as LAUNCH_OPTIONS
@@ -55,7 +54,7 @@ from dynamo_mpi.launch.settings import read_settings as read_launch_settings
 from dynamo_mpi.launch.steps import MpirunEndings
 from dynamo_mpi.local.ask import Answer
 from dynamo_mpi.local.stack import Ready, StackSettings
-from dynamo_mpi.local.worlds import World
+from dynamo_mpi.local.workers import WorkerSpec
 from dynamo_mpi.observe.levels import Level
 from dynamo_mpi.observe.lines import Line
 from dynamo_mpi.observe.metrics import render as render_metrics
@@ -78,7 +77,7 @@ from dynamo_mpi.probe.gpu import figures_of as gpu_figures
 from dynamo_mpi.probe.gpu_health import GpuHealth
 from dynamo_mpi.probe.steps import Step
 from dynamo_mpi.probe.timing import FabricAnswer, Measured
-from dynamo_mpi.services.failures import PartError
+from dynamo_mpi.services.failures import ServiceError, StepFailed
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.serving.ready import ReadyFile
 from dynamo_mpi.settings import load_settings

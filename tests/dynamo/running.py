@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dynamo_mpi.control_plane.records import WorkerRecord, worlds_of
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.frontend import Frontend
-from dynamo_mpi.services.nats import Nats
 from dynamo_mpi.services.ports import free_port, is_free
-from dynamo_mpi.services.processes import Child, session_members
+from dynamo_mpi.services.processes import LoggedProcess, session_members
 from dynamo_mpi.services.programs import find_etcd, find_nats_server
+from dynamo_mpi.services.services import Etcd, Frontend, Nats
 from tests.conftest import find_mpirun, mpi_environment
 
 T = TypeVar("T")
@@ -59,7 +57,7 @@ class NatsServer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.service = Nats(find_nats_server(), free_port(), folder / "nats")
-        self.child: Child | None = None
+        self.child: LoggedProcess | None = None
 
     @property
     def url(self) -> str:
@@ -68,7 +66,7 @@ class NatsServer:
     def start(self) -> None:
         """Start it and wait until it answers."""
         shutil.rmtree(self.folder / "nats", ignore_errors=True)
-        self.child = Child.start("nats", self.service.command(), environment=os.environ, log=self.folder / "nats.log")
+        self.child = LoggedProcess("nats", self.service.command(), environment=os.environ, log=self.folder / "nats.log")
         eventually(self.service.answers, "NATS answers")
 
     def stop(self) -> None:
@@ -84,7 +82,7 @@ class EtcdServer:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.service = Etcd(find_etcd(), free_port(), folder / "etcd")
-        self.child: Child | None = None
+        self.child: LoggedProcess | None = None
 
     @property
     def url(self) -> str:
@@ -92,7 +90,7 @@ class EtcdServer:
 
     def start(self) -> None:
         """Start it and wait until it answers."""
-        self.child = Child.start("etcd", self.service.command(), environment=os.environ, log=self.folder / "etcd.log")
+        self.child = LoggedProcess("etcd", self.service.command(), environment=os.environ, log=self.folder / "etcd.log")
         eventually(self.service.answers, "etcd answers")
 
     def stop(self) -> None:
@@ -293,7 +291,7 @@ def running_frontend(
     # a home of its own: it copies tokenizers to ~/.cache
     frontend = Frontend(free_port(), discovery, folder)
     environment = os.environ | frontend.environment() | {"DYN_LOG": "error"}
-    child = Child.start("frontend", frontend.command(), environment=environment, log=folder / "frontend.log")
+    child = LoggedProcess("frontend", frontend.command(), environment=environment, log=folder / "frontend.log")
     try:
         eventually(frontend.answers, "the frontend answers")
         yield frontend

@@ -14,9 +14,9 @@ import pytest
 from dynamo_mpi.control_plane.etcd import EtcdAuth
 from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.control_plane.registration import InstanceLease
-from dynamo_mpi.services.etcd import Etcd as EtcdService
 from dynamo_mpi.services.ports import free_port
 from dynamo_mpi.services.programs import find_etcd
+from dynamo_mpi.services.services import Etcd as EtcdService
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 from tests.etcd_users import PASSWORDS, add_users
 

@@ -26,12 +26,12 @@ import pytest
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.head_node.head_node import HeadNode
 from dynamo_mpi.head_node.ports import candidates
-from dynamo_mpi.head_node.run_folder import held_run_folder
 from dynamo_mpi.head_node.settings import Port, load_settings
-from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.launch.run_dir import ServicesDir
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port, is_free
-from dynamo_mpi.services.processes import Child
+from dynamo_mpi.services.private_dir import private_dir
+from dynamo_mpi.services.processes import LoggedProcess
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.head_node_command import HeadNodeCommand
 from tests.dynamo.running import eventually, http_get
@@ -64,7 +64,7 @@ def sample_worker(folder: Path, environment: Mapping[str, str], model_dir: Path)
     """Run Dynamo's sample engine with nothing but what ``services.json`` tells."""
     command = [sys.executable, str(ROOT / "tests" / "bench" / "sample_worker.py"), str(model_dir), MODEL]
     variables = mpi_environment({**environment, "DYN_LOG": "warn"})
-    child = Child.start("sample worker", command, environment=variables, log=folder / "sample_worker.log")
+    child = LoggedProcess("sample worker", command, environment=variables, log=folder / "sample_worker.log")
     try:
         yield
     finally:
@@ -229,11 +229,11 @@ def test_a_port_that_is_lost_between_look_and_bind(tmp_path: Path, part: str, mo
             "dynamo_mpi.head_node.ports.is_free", lambda port, host: port == lost.number or is_free(port, host)
         )
         said: list[str] = []
-        with held_run_folder(run_dir, "9", said.append) as run, private_folder(tmp_path) as private:
+        with contextlib.closing(ServicesDir(run_dir, "9", said.append)) as run, private_dir(tmp_path) as private:
             head_node = HeadNode(settings, run, private, interrupts, said.append)
             try:
                 head_node.start()
-                services = json.loads(run.services.read_text())
+                services = json.loads(run.services_file.read_text())
             finally:
                 head_node.stop()
     url = {"etcd": services["environment"]["ETCD_ENDPOINTS"], "nats": services["environment"]["NATS_SERVER"]}
@@ -262,7 +262,7 @@ def test_what_does_not_answer_in_time_is_named(tmp_path: Path) -> None:
     with HeadNodeCommand(tmp_path, "--start-timeout", "0") as head:
         assert head.wait() == ExitCode.DEADLINE
         head.assert_nothing_left()
-        assert "etcd does not answer after 0 s" in head.err
+        assert "etcd is not ready after 0 s: it does not answer" in head.err
 
 
 def test_etcd_and_nats_alone_and_open(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_a_world_of_ranks_serves_through_it(tmp_path: Path, model_dir: Path) -> 
     with HeadNodeCommand(tmp_path) as head:
         services = head.services()
         environment = mpi_environment({**services["environment"], "DYN_LOG": "error"})
-        worker = Child.start("worker", command, environment=environment, log=tmp_path / "worker.log")
+        worker = LoggedProcess("worker", command, environment=environment, log=tmp_path / "worker.log")
         try:
 
             def ready() -> bool:

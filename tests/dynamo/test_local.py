@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.local import parts
 from dynamo_mpi.local.stack import LocalStack, StackSettings
-from dynamo_mpi.local.worlds import World
-from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.local.workers import WorkerSpec
+from dynamo_mpi.services import ports as service_ports
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.services.private_dir import private_dir
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand
@@ -35,7 +35,7 @@ ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 # as any other end, and not the 40 s of a drain more
 STOPPED_SECONDS = 10.0
 # Moments of a start, each by the line that precedes it.
-MOMENTS = {"first service": "etcd on", "ranks": "frontend on", "serving": "serving until"}
+MOMENTS = {"first service": "etcd at", "ranks": "frontend at", "serving": "serving until"}
 
 
 def test_ask_answers_on_stdout_and_leaves_nothing(tmp_path: Path) -> None:
@@ -139,12 +139,12 @@ def test_even_sigkill_leaves_no_process(tmp_path: Path, moment: str) -> None:
 
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--keep") as command:
-        command.until_said("etcd on")
+        command.until_said("etcd at")
         command.process.kill()
         command.wait()
         eventually(lambda: not command.survivors(), "all processes are gone", 5)
         assert list(command.folder.iterdir()) != []
-        with private_folder(command.folder) as folder:
+        with private_dir(command.folder) as folder:
             assert list(command.folder.iterdir()) == [folder]
 
 
@@ -238,9 +238,9 @@ def test_a_port_taken_meanwhile_is_no_failure(
     """Etcd's and the frontend's first ports are NATS's: whoever comes second has to find another."""
     contested = free_port()
     ports = iter([contested] * 3)
-    monkeypatch.setattr(parts, "free_port", lambda: next(ports, None) or free_port())
+    monkeypatch.setattr(service_ports, "free_port", lambda: next(ports, None) or free_port())
     said: list[str] = []
-    stack = LocalStack(StackSettings((World("agg", 1),)), tmp_path, interrupts, said.append)
+    stack = LocalStack(StackSettings((WorkerSpec("agg", 1),)), tmp_path, interrupts, said.append)
     try:
         ready = stack.start()
         assert stack.ask(ready, QUESTION, max_tokens=16, on_text=said.append).completion_tokens > 0

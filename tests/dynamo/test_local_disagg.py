@@ -22,7 +22,7 @@ QUESTION = "Name three colours of the rainbow."
 DISAGG = ("--role", "disagg")
 SMALLEST = (*DISAGG, "--tp", "1")
 # Moments of a start, each by the line that precedes it.
-MOMENTS = {"worlds": "frontend on", "serving": "serving until"}
+MOMENTS = {"worlds": "frontend at", "serving": "serving until"}
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.programs import find_etcd
+from dynamo_mpi.services.services import Etcd, Frontend
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.namespaces.commands import InsideProcess

@@ -26,10 +26,10 @@ from dynamo_mpi.launch import workers as workers_module
 from dynamo_mpi.launch.command import Command
 from dynamo_mpi.launch.conductor import Conductor
 from dynamo_mpi.launch.deployment import Worker
-from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.run_dir import RunDir
 from dynamo_mpi.launch.settings import LaunchSettings, read_settings
 from dynamo_mpi.launch.steps import MpirunEndings
+from dynamo_mpi.services.failures import StepFailed
 from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.supervision.failure import Failure
 from tests.servers import closed_port, running_etcd

@@ -25,9 +25,9 @@ from dynamo_mpi.doctor.services import (
 )
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
 from dynamo_mpi.services.certificates import Certificates
-from dynamo_mpi.services.nats import Nats, authorization
 from dynamo_mpi.services.ports import free_port
 from dynamo_mpi.services.programs import find_nats_server
+from dynamo_mpi.services.services import Nats, authorization
 from tests.certificates import certificates, without_certificate
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, running, running_etcd, running_nats, running_secured_etcd

@@ -254,7 +254,7 @@ def test_a_dry_run_of_a_deployment_leaves_it_alone(board: Board, run: Run, tmp_p
     run_dir = describe(tmp_path / "run")
     code, out, _ = run(str(run_dir.path), "--dry-run")
     assert (code, out) == (0, f"the deployment in {run_dir.path}: prefill-0, decode-0, and its services\n")
-    assert not run_dir.is_to_stop()
+    assert not run_dir.stop_requested()
     run_dir.close()
 
 
@@ -267,8 +267,8 @@ def test_two_folders_are_one_too_many(run: Run, tmp_path: Path) -> None:
     first, second = describe(tmp_path / "a"), describe(tmp_path / "b")
     code, _, err = run(str(first.path), "--run-dir", str(second.path))
     assert (code, "two folders are named" in err) == (ExitCode.USAGE, True)
-    assert not first.is_to_stop()
-    assert not second.is_to_stop()
+    assert not first.stop_requested()
+    assert not second.stop_requested()
     assert run(str(first.path), "--run-dir", str(first.path), "--dry-run")[0] == 0
     first.close()
     second.close()

@@ -12,6 +12,7 @@ import ssl
 import stat
 import subprocess
 import sys
+from contextlib import closing
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
@@ -23,18 +24,16 @@ from hypothesis import strategies as st
 from dynamo_mpi.errors import BootstrapError, DiscoveryError, UsageError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.head_node.__main__ import main
-from dynamo_mpi.head_node.environment import frontend_environment, server_environment
 from dynamo_mpi.head_node.head_node import services
 from dynamo_mpi.head_node.ports import Ports, candidates, offset
-from dynamo_mpi.head_node.run_folder import LOCK, RunFolder, held_run_folder
 from dynamo_mpi.head_node.settings import MAX_PORT, Port, load_settings
+from dynamo_mpi.launch.run_dir import ServicesDir
 from dynamo_mpi.services import programs
 from dynamo_mpi.services.certificates import Certificates, make_certificates, openssl_calls, openssl_config
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.frontend import Frontend
+from dynamo_mpi.services.environment import frontend_environment, server_environment
 from dynamo_mpi.services.host_address import host_address, service_address
-from dynamo_mpi.services.nats import Nats, authorization
 from dynamo_mpi.services.ports import ANY_ADDRESS, holder, holds_port, is_free, listeners
+from dynamo_mpi.services.services import Etcd, Frontend, Nats, authorization
 from tests.conftest import ROOT
 
 STRANGE = ["run", "a b", "it's", 'say "no"', "$HOME;`id`", "ü", "-x"]
@@ -309,11 +308,11 @@ def test_an_openssl_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", STRANGE)
 def test_the_folder_is_made_for_us_alone_and_services_come_and_go(tmp_path: Path, name: str) -> None:
     path = tmp_path / name / "deep"
-    with held_run_folder(path, "7", quiet) as run:
+    with closing(ServicesDir(path, "7", quiet)) as run:
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
         run.publish(services("http://h:1", "7", {"ETCD_ENDPOINTS": "https://h:2"}))
-        assert stat.S_IMODE(run.services.stat().st_mode) == 0o600
-        content = json.loads(run.services.read_text())
+        assert stat.S_IMODE(run.services_file.stat().st_mode) == 0o600
+        content = json.loads(run.services_file.read_text())
         assert content == {
             "schema": 1,
             "pid": os.getpid(),
@@ -328,15 +327,14 @@ def test_the_folder_is_made_for_us_alone_and_services_come_and_go(tmp_path: Path
 
 def test_what_a_killed_one_left_goes_at_the_start(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
-    run = RunFolder(tmp_path)
     (tmp_path / "services").mkdir()
-    log = run.new_log("etcd")
+    log = tmp_path / "services" / "etcd.log"
     log.write_text("of the last run")
     log.chmod(0o644)
-    (tmp_path / LOCK).write_text("{}")
-    run.publish({"pid": 1})
-    with held_run_folder(tmp_path, None, quiet) as held:
-        assert not run.services.exists()
+    (tmp_path / "services.lock").write_text("{}")
+    (tmp_path / "services.json").write_text("{}")
+    with closing(ServicesDir(tmp_path, None, quiet)) as held:
+        assert not held.services_file.exists()
         assert held.new_log("etcd").read_text() == ""
         assert stat.S_IMODE(log.stat().st_mode) == 0o600
 
@@ -346,7 +344,7 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, mode: int) ->
     folder = tmp_path / "it's"
     folder.mkdir()
     folder.chmod(mode)
-    with pytest.raises(UsageError, match="others can write") as caught, held_run_folder(folder, None, quiet):
+    with pytest.raises(UsageError, match="others can write") as caught, closing(ServicesDir(folder, None, quiet)):
         pass
     assert caught.value.fix == f"chmod 700 {shlex.quote(str(folder))}"
 
@@ -354,33 +352,33 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, mode: int) ->
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, 12345)
-    with pytest.raises(UsageError, match="belongs to user 12345"), held_run_folder(tmp_path, None, quiet):
+    with pytest.raises(UsageError, match="belongs to user 12345"), closing(ServicesDir(tmp_path, None, quiet)):
         pass
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="can't be used"), held_run_folder(tmp_path / "file", None, quiet):
+    with pytest.raises(UsageError, match="can't be used"), closing(ServicesDir(tmp_path / "file", None, quiet)):
         pass
 
 
 def test_a_folder_has_one_services_process(tmp_path: Path) -> None:
     """Locks are between processes' open files, so a second process asks."""
     folder = tmp_path / "run"
-    with held_run_folder(folder, "7", quiet) as run:
+    with closing(ServicesDir(folder, "7", quiet)) as run:
         run.publish({"pid": os.getpid()})
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             refusal = pool.apply(refused, (folder,))
         assert refusal == (f"another services process has the job's folder {folder}: process {os.getpid()} on "
                            f"{socket.gethostname()}, job 7")  # fmt: skip
-        assert run.services.exists()
-    with held_run_folder(folder, "8", quiet):
+        assert run.services_file.exists()
+    with closing(ServicesDir(folder, "8", quiet)):
         pass
 
 
 def refused(folder: Path) -> str:
     try:
-        with held_run_folder(folder, "8", quiet):
+        with closing(ServicesDir(folder, "8", quiet)):
             return "it was let in"
     except UsageError as error:
         return error.found

@@ -83,7 +83,7 @@ def test_a_step_that_slurm_does_not_name_is_ended_by_its_srun(slurm: Slurm, step
     if not answers:
         slurm.fails("Unable to contact slurm controller (connect failure)")
     SlurmEndings("7").ask([step])
-    assert step.child.process.wait(10) == -signal.SIGTERM
+    assert step.child.popen.wait(10) == -signal.SIGTERM
     assert slurm.asked == []
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services import folder as folders
+from dynamo_mpi.services import private_dir as folders
 from dynamo_mpi.services.interrupts import Interrupted, Interrupts
 from dynamo_mpi.services.logs import Follower, last_lines
 from dynamo_mpi.services.ports import free_port, holds_port, is_free, listeners
-from dynamo_mpi.services.processes import Child, session_members
+from dynamo_mpi.services.processes import LoggedProcess, session_members
 from dynamo_mpi.supervision.tethered import tethered
 from tests.dynamo.running import eventually
 
@@ -53,7 +53,7 @@ def test_free_port_is_free() -> None:
 
 
 def test_folder_is_private_and_goes(tmp_path: Path) -> None:
-    with folders.private_folder(tmp_path) as folder:
+    with folders.private_dir(tmp_path) as folder:
         assert folder.stat().st_mode & 0o777 == 0o700
         (folder / "deep").mkdir()
         (folder / "deep" / "file").touch()
@@ -65,7 +65,7 @@ def test_sweep_takes_dead_runs_only(tmp_path: Path) -> None:
     for folder in (dead, foreign):
         folder.mkdir()
     (dead / folders.LOCK).touch()
-    with folders.private_folder(tmp_path) as alive:
+    with folders.private_dir(tmp_path) as alive:
         assert not dead.exists()
         folders.sweep(tmp_path)
         assert sorted(tmp_path.iterdir()) == sorted([alive, foreign])
@@ -122,7 +122,7 @@ def test_a_folder_that_a_sweep_took_before_it_was_locked_is_made_anew(
         lock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", sweep_first)
-    with folders.private_folder(tmp_path) as folder:
+    with folders.private_dir(tmp_path) as folder:
         assert not taken[0].exists()
         assert folder.is_dir()
 
@@ -169,14 +169,14 @@ def test_follower_ends_when_its_reader_has_gone(tmp_path: Path, monkeypatch: pyt
 
 def test_the_last_words_of_a_child_are_its_own(tmp_path: Path) -> None:
     for word in ("first", "second"):
-        child = Child.start("x", ["/bin/echo", word], environment={}, log=tmp_path / "x.log")
-        assert child.process.wait() == 0
+        child = LoggedProcess("x", ["/bin/echo", word], environment={}, log=tmp_path / "x.log")
+        assert child.popen.wait() == 0
         assert child.last_lines(10) == [word]
     assert last_lines(tmp_path / "x.log", 10) == ["first", "second"]
 
 
 def test_a_child_leads_a_session_and_is_killed_with_all_of_it(tmp_path: Path) -> None:
-    child = Child.start("x", ["/bin/sh", "-c", "sleep 600; :"], environment=os.environ, log=tmp_path / "x.log")
+    child = LoggedProcess("x", ["/bin/sh", "-c", "sleep 600; :"], environment=os.environ, log=tmp_path / "x.log")
     try:
         with Interrupts() as interrupts:
             while len(child.members()) < 2:  # the shell and its sleep
@@ -195,21 +195,21 @@ def is_stopped(pid: int) -> bool:
 
 
 def test_a_child_that_is_stopped_takes_its_signal(tmp_path: Path) -> None:
-    child = Child.start("x", ["/bin/sleep", "600"], environment=os.environ, log=tmp_path / "x.log")
+    child = LoggedProcess("x", ["/bin/sleep", "600"], environment=os.environ, log=tmp_path / "x.log")
     try:
         child.resume()  # of one that runs, nothing
         os.kill(child.pid, signal.SIGSTOP)
         eventually(lambda: is_stopped(child.pid), "it is stopped", 10)
         child.send(signal.SIGTERM)
-        assert child.process.wait(10) == -signal.SIGTERM
+        assert child.popen.wait(10) == -signal.SIGTERM
         child.send(signal.SIGTERM)  # of one that has ended, nothing
     finally:
         child.kill()
 
 
 def test_a_program_that_is_not_there_says_so(tmp_path: Path) -> None:
-    child = Child.start("x", ["/no/such/program"], environment={}, log=tmp_path / "x.log")
-    assert child.process.wait() == 127
+    child = LoggedProcess("x", ["/no/such/program"], environment={}, log=tmp_path / "x.log")
+    assert child.popen.wait() == 127
     assert child.last_lines(1) == ["cannot start /no/such/program: No such file or directory"]
 
 

@@ -14,12 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.local.model import served_name
-from dynamo_mpi.local.ranks import Ranks, mpi_environment
-from dynamo_mpi.local.services import base_environment, discovery_environment
-from dynamo_mpi.local.worlds import World, WorldRole
-from dynamo_mpi.services.etcd import Etcd
-from dynamo_mpi.services.frontend import Frontend
-from dynamo_mpi.services.nats import Nats
+from dynamo_mpi.local.workers import MpirunWorker, WorkerRole, WorkerSpec, mpi_environment
+from dynamo_mpi.services.environment import discovery_environment, local_environment
+from dynamo_mpi.services.services import Etcd, Frontend, Nats
 from dynamo_mpi.supervision.tethered import tethered
 
 ETCD = Etcd(Path("/bin/etcd"), 2379, Path("/run/etcd"))
@@ -30,10 +27,10 @@ def values_after(command: tuple[str, ...], flag: str) -> list[str]:
     return [value for name, value in itertools.pairwise(command) if name == flag]
 
 
-def make_ranks(mpirun: tuple[str, ...] = ("mpirun",), world: World = World("agg", 3)) -> Ranks:  # noqa: B008 - it is frozen
-    return Ranks(
+def make_ranks(mpirun: tuple[str, ...] = ("mpirun",), spec: WorkerSpec = WorkerSpec("agg", 3)) -> MpirunWorker:  # noqa: B008 - it is frozen
+    return MpirunWorker(
         mpirun=mpirun,
-        world=world,
+        spec=spec,
         model=Path("/run/model"),
         served_model_name="a model",
         engine_config=Path("/run/engine.yaml"),
@@ -69,7 +66,7 @@ def test_nats_is_named_on_its_own_plane_only(plane: str, servers: str | None) ->
 
 
 def test_the_launcher_starts_every_rank_tethered() -> None:
-    command = make_ranks(("srun", "--mpi=pmix"), World("agg", 9)).command()
+    command = make_ranks(("srun", "--mpi=pmix"), WorkerSpec("agg", 9)).command()
     assert command[:4] == ("srun", "--mpi=pmix", "-n", "9")
     worker = command[command.index("--") + 1 :]
     assert worker[:3] == (sys.executable, "-m", "dynamo_mpi.worker")
@@ -79,8 +76,8 @@ def test_the_launcher_starts_every_rank_tethered() -> None:
 
 
 @pytest.mark.parametrize(("role", "networks"), [("agg", []), ("prefill", ["127.0.0.1"]), ("decode", ["127.0.0.1"])])
-def test_kv_is_served_on_loopback_only(role: WorldRole, networks: list[str]) -> None:
-    command = make_ranks(world=World(role, 1)).command()
+def test_kv_is_served_on_loopback_only(role: WorkerRole, networks: list[str]) -> None:
+    command = make_ranks(spec=WorkerSpec(role, 1)).command()
     assert values_after(command, "--role") == [role]
     assert values_after(command, "--kv-network") == networks
 
@@ -121,7 +118,7 @@ def test_the_stack_takes_nothing_from_another_deployment() -> None:
         "OMPI_COMM_WORLD_SIZE": "8",
     }
     kept = {"HOME": "/home/me", "DYN_LOG": "debug", "OMPI_MCA_pml": "ob1", "DYN_MPI_X": "1", "PATH": "/bin"}
-    result = base_environment(foreign | kept, Path("/run/scratch"))
+    result = local_environment(foreign | kept, Path("/run/scratch"))
     assert not foreign.keys() & result.keys()
     assert kept.items() <= result.items()
     assert result["TMPDIR"] == "/run/scratch"
@@ -130,7 +127,7 @@ def test_the_stack_takes_nothing_from_another_deployment() -> None:
 @given(st.none() | st.sampled_from(["", "example.com", "10.0.0.0/8,.corp"]))
 def test_loopback_never_goes_through_a_proxy(given_exceptions: str | None) -> None:
     own = {} if given_exceptions is None else {"no_proxy": given_exceptions}
-    exceptions = base_environment(own, Path("/run"))["no_proxy"].split(",")
+    exceptions = local_environment(own, Path("/run"))["no_proxy"].split(",")
     assert exceptions[-2:] == ["127.0.0.1", "localhost"]
     assert "" not in exceptions
     assert not given_exceptions or exceptions[:-2] == given_exceptions.split(",")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from dynamo_mpi.errors import UsageError
-from dynamo_mpi.local.worlds import World, worlds_of
+from dynamo_mpi.local.workers import WorkerSpec, worker_specs
 
 ALL = [
     ((None, None, None), (3, 1)),
@@ -20,24 +20,26 @@ ALL = [
 
 @pytest.mark.parametrize(("given", "size"), [(None, 3), (1, 1), (9, 9)])
 def test_aggregated_is_one_world(given: int | None, size: int) -> None:
-    assert worlds_of("agg", given, None, None) == (World("agg", size),)
+    assert worker_specs("agg", given, None, None) == (WorkerSpec("agg", size),)
 
 
 @pytest.mark.parametrize(("given", "sizes"), ALL)
 def test_apart_each_world_has_its_own_size_or_the_common_one(
     given: tuple[int | None, int | None, int | None], sizes: tuple[int, int]
 ) -> None:
-    assert worlds_of("disagg", *given) == (World("prefill", sizes[0]), World("decode", sizes[1]))
+    assert worker_specs("disagg", *given) == (WorkerSpec("prefill", sizes[0]), WorkerSpec("decode", sizes[1]))
 
 
 @pytest.mark.parametrize(("given", "flag"), [((3, 1, None), "--prefill-tp 1"), ((None, None, 3), "--decode-tp 3")])
 def test_a_size_without_its_world_is_refused(given: tuple[int | None, int | None, int | None], flag: str) -> None:
     with pytest.raises(UsageError) as caught:
-        worlds_of("agg", *given)
+        worker_specs("agg", *given)
     assert flag in caught.value.found
     assert "--role disagg" in caught.value.fix
 
 
 def test_every_part_has_a_name_of_its_own() -> None:
-    names = [world.name for world in (*worlds_of("disagg", None, None, None), *worlds_of("agg", None, None, None))]
+    names = [
+        world.name for world in (*worker_specs("disagg", None, None, None), *worker_specs("agg", None, None, None))
+    ]
     assert names == ["prefill", "decode", "worker"]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.ports import free_port
-from dynamo_mpi.services.processes import Child
+from dynamo_mpi.services.processes import LoggedProcess
 from dynamo_mpi.services.programs import find_etcd
+from dynamo_mpi.services.services import Etcd
 from dynamo_mpi.supervision.notify import Notifier
 from tests.dynamo.running import eventually
 
@@ -70,7 +70,7 @@ def test_the_etcd_that_we_start_does_not_speak_for_us(supervisor: tuple[socket.s
     listening, place = supervisor
     etcd = Etcd(find_etcd(), free_port(), tmp_path / "etcd")
     environment = {**os.environ, "NOTIFY_SOCKET": place, **etcd.environment()}
-    child = Child.start("etcd", etcd.command(), environment=environment, log=tmp_path / "etcd.log")
+    child = LoggedProcess("etcd", etcd.command(), environment=environment, log=tmp_path / "etcd.log")
     try:
         eventually(etcd.answers, "etcd answers")
     finally:

@@ -480,7 +480,7 @@ def test_a_child_whose_end_takes_the_driver_long_is_a_finding(monkeypatch: pytes
     """Its pipes are closed before what it holds of the GPU is given back."""
     monkeypatch.setattr("dynamo_mpi.probe.nccl_fabric._LEAVE_SECONDS", 0.1)
     lingering = ("sh", "-c", "exec >&- 2>&-; exec sleep 30")
-    monkeypatch.setattr("dynamo_mpi.probe.nccl_fabric.tethered", lambda *_, **__: lingering)
+    monkeypatch.setattr("dynamo_mpi.services.processes.tethered", lambda *_, **__: lingering)
     child = ProbeChild(0, 1, ProbePlan(("fabric",), 5.0, "nccl"), {"PATH": os.environ["PATH"]})
     try:
         with pytest.raises(EndedError, match="does not come to its end"):

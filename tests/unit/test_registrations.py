@@ -21,7 +21,7 @@ from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.control_plane.records import record_key
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
 from dynamo_mpi.launch.registrations import SECONDS, take_out
-from dynamo_mpi.services import etcd as services
+from dynamo_mpi.services import services
 from dynamo_mpi.services.ports import free_port
 from dynamo_mpi.services.programs import find_etcd
 from tests.certificates import certificates, without_certificate

@@ -302,7 +302,7 @@ def test_a_run_folder_says_where_and_who_should_be_there(
     assert found["missing"] == [{"name": "decode-0", "role": "decode", "nodes": ["n1"]}]
     assert found["launcher"]["gone"] is False
 
-    run_dir.tell_end(75, "decode-0 ended with exit code 75")
+    run_dir.write_end(75, "decode-0 ended with exit code 75")
     run_dir.close()
     code, out, _ = run("--run-dir", str(folder))
     assert code == 0
@@ -329,7 +329,7 @@ def test_what_a_worker_died_of_breaks_no_terminal(board: Board, run: Run, tmp_pa
     folder = tmp_path / "run"
     run_dir = describe(folder)
     run_dir.close()
-    run_dir.tell_end(66, "no \x1b[2Jweights")
+    run_dir.write_end(66, "no \x1b[2Jweights")
     text = run("--run-dir", str(folder))[1]
     assert "\x1b" not in text
     assert text.endswith("with exit code 66: no \\x1b[2Jweights\n")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.engines.trtllm.child import Child
+from dynamo_mpi.engines.trtllm.child import TrtllmProcess
 
 SECONDS = 10.0
 
@@ -19,7 +19,7 @@ SECONDS = 10.0
 def test_a_child_that_is_stopped_goes_on_and_is_killed_is_told_step_by_step() -> None:
     news: queue.SimpleQueue[Any] = queue.SimpleQueue()
     command = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(60)"]
-    child = Child(command, os.environ, lambda code, lines: news.put((code, lines)), news.put, "secret")
+    child = TrtllmProcess(command, os.environ, lambda code, lines: news.put((code, lines)), news.put, "secret")
     for _ in range(2):
         os.kill(child.pid, signal.SIGSTOP)
         assert news.get(timeout=SECONDS) is True
@@ -27,7 +27,7 @@ def test_a_child_that_is_stopped_goes_on_and_is_killed_is_told_step_by_step() ->
         assert news.get(timeout=SECONDS) is False
     os.kill(child.pid, signal.SIGSTOP)
     assert news.get(timeout=SECONDS) is True
-    child.kill()
+    child.kill_group()
     code, _ = news.get(timeout=SECONDS)
     assert code == -signal.SIGKILL
     assert child.wait(SECONDS)
@@ -44,7 +44,7 @@ def test_what_is_kept_of_its_last_words_holds_no_secrets(capfd: pytest.CaptureFi
         "end",
     ]
     command = [sys.executable, "-c", f"print({chr(10).join(words)!r})"]
-    Child(command, os.environ, lambda code, lines: news.put((code, lines)), news.put, "0123abcd")
+    TrtllmProcess(command, os.environ, lambda code, lines: news.put((code, lines)), news.put, "0123abcd")
     assert news.get(timeout=SECONDS) == (0, ["the key: <secret>", "<redacted>", "api_key=<redacted>", "end"])
     # what it writes goes on as it is, less the key that we gave it
     words[0] = "the key: <secret>"

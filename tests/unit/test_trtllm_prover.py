@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.engines.trtllm.listening import is_here, listens_on
 from dynamo_mpi.engines.trtllm.prover import find_instance, proof_request
+from dynamo_mpi.services.host_address import is_here
+from dynamo_mpi.services.ports import holds_port
 
 
 def instance(number: int, address: str, kind: str = "tcp") -> Any:
@@ -37,12 +38,12 @@ def test_a_listener_is_found_by_its_process() -> None:
         socket.create_server(("::1", 0), family=socket.AF_INET6) as six,
     ):
         ports = [listener.getsockname()[1] for listener in (server, six)]
-        assert all(listens_on(os.getpid(), port) for port in ports)
+        assert all(holds_port(os.getpid(), port) for port in ports)
         other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-        assert not listens_on(other.pid, ports[0])
+        assert not holds_port(other.pid, ports[0])
         other.communicate(b"")
-        assert not listens_on(other.pid, ports[0])
-    assert not any(listens_on(os.getpid(), port) for port in ports)
+        assert not holds_port(other.pid, ports[0])
+    assert not any(holds_port(os.getpid(), port) for port in ports)
 
 
 def test_an_address_of_this_host_is_told_from_others() -> None:

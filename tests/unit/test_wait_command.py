@@ -264,7 +264,7 @@ def test_an_end_of_the_deployment_is_the_end_of_the_wait(
     run_dir = describe(tmp_path / "run")
 
     def end() -> None:
-        run_dir.tell_end(code, "decode-0 ended")
+        run_dir.write_end(code, "decode-0 ended")
         run_dir.close()
 
     got, out, err = run("--run-dir", str(run_dir.path), "--output", "json", then=end)
@@ -310,12 +310,12 @@ def test_an_earlier_end_in_the_same_folder_counts_where_nothing_starts(
     monkeypatch.setattr(waiting, "STALE_SECONDS", 0.3)
     folder = tmp_path / "run"
     earlier = describe(folder)
-    earlier.tell_end(70, "failed")
+    earlier.write_end(70, "failed")
     earlier.close()
     made: list[RunDir] = []
     code, _, err = run("--run-dir", str(folder), "--timeout", "0.6", then=lambda: made.append(describe(folder)))
     assert (code, "services: not up yet" in err) == (124, True)
-    made[0].tell_end(75, "failed")
+    made[0].write_end(75, "failed")
     made[0].close()
     began = time.monotonic()
     assert run("--run-dir", str(folder))[0] == 75
@@ -326,7 +326,7 @@ def test_services_that_were_started_later_in_the_folder_of_a_deployment_that_end
     board: Board, run: Run, tmp_path: Path
 ) -> None:
     run_dir = describe(tmp_path / "run")
-    run_dir.tell_end(70, "failed")
+    run_dir.write_end(70, "failed")
     run_dir.close()
     serve(run_dir.path, environment={"ETCD_ENDPOINTS": board.url})
     board.worker("agg", phase="serve")

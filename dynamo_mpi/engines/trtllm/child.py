@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A process that rank 0 starts beside MPI: it dies with rank 0, and its last words are kept."""
+"""``dynamo.trtllm``, which rank 0 starts beside MPI: it ends with rank 0, and its last lines are kept for the report of its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, cast
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.observe.redact import own_redactor
 from dynamo_mpi.observe.speech import log_writer
-from dynamo_mpi.supervision.tethered import tethered
+from dynamo_mpi.services.processes import ManagedProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,15 +26,15 @@ _PIPE_BYTES = 1 << 20
 _USAGE_CODE = 2  # argparse's
 
 
-class Child:
+class TrtllmProcess(ManagedProcess):
     """A running child. Its stdout and stderr go on to rank 0's stderr, line by line.
 
     Args:
         command: what to run.
         environment: all of its environment.
         on_end: called from a thread with the exit code, as `subprocess.Popen.returncode` gives it, and the last lines that it wrote.
-        on_stop: called from the same thread when it is stopped (True) or goes on (False). It has to be quick.
-        secret: left out of what it writes: at its more talkative levels, Dynamo writes down its environment.
+        on_stop: called from the same thread when it is stopped (True) or resumed (False). It has to be quick.
+        secret: removed from what it writes: at its more talkative log levels, Dynamo logs its environment.
     """
 
     def __init__(
@@ -48,48 +48,28 @@ class Child:
         self._secret = secret.encode()
         self._lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
         self._on_end, self._on_stop = on_end, on_stop
-        # The tether reacts to the end of the starting thread, so this has to be the main one. A session of its own keeps the
-        # terminal's Ctrl-C away: rank 0 tells it when to end.
-        self._process = subprocess.Popen(
-            tethered(command, parent=os.getpid()),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            start_new_session=True,
+        self._code: int | None = None
+        self._exited = threading.Event()
+        super().__init__(
+            "dynamo.trtllm", command, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        self._output = cast("IO[bytes]", self._process.stdout)
+        self._output = cast("IO[bytes]", self.popen.stdout)
         with contextlib.suppress(OSError):  # a larger pipe only makes waiting for us rarer
             fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._pump = threading.Thread(target=self._forward, name="child output", daemon=True)
         self._pump.start()
-        threading.Thread(target=self._wait, name="child end", daemon=True).start()
+        threading.Thread(target=self._watch, name="child end", daemon=True).start()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    # only the watching thread asks the kernel: a child whose end another thread has collected has none for it to see
 
-    def terminate(self) -> None:
-        """Ask it to end in its own orderly way."""
-        self._signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """End it, and whatever it has started in its session."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+    def exit_code(self) -> int | None:
+        """Return None while it runs, then its exit code as a shell would give it."""
+        code = self._code
+        return code if code is None or code >= 0 else of_signal(-code)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it has ended, but no longer than ``seconds``; tell whether it has."""
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+        """Wait until it has ended, but no longer than ``seconds``; return whether it has."""
+        return self._exited.wait(seconds)
 
     def _forward(self) -> None:
         for raw in self._output:
@@ -99,17 +79,19 @@ class Child:
             if text:
                 self._lines.append(text)
 
-    def _wait(self) -> None:
+    def _watch(self) -> None:
         stops = os.WSTOPPED | os.WCONTINUED
         # while it is a zombie its number is nobody else's: what it has left behind in its session can be ended
-        while (seen := os.waitid(os.P_PID, self._process.pid, os.WEXITED | stops | os.WNOWAIT)) is not None:
+        while (seen := os.waitid(os.P_PID, self.pid, os.WEXITED | stops | os.WNOWAIT)) is not None:
             if seen.si_code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
+                self._code = seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
                 break
-            os.waitid(os.P_PID, self._process.pid, stops | os.WNOHANG)
+            os.waitid(os.P_PID, self.pid, stops | os.WNOHANG)
             self._on_stop(seen.si_code == os.CLD_STOPPED)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        code = self._process.wait()
+            os.killpg(self.pid, signal.SIGKILL)
+        code = self.popen.wait()
+        self._exited.set()
         # what it wrote last explains its end
         self._pump.join(1.0)
         # they go into reports; together, because a secret may have several lines

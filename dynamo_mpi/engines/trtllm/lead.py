@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.threads import start_thread
 from dynamo_mpi.control_plane.registration import RegistrationMonitor
-from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
+from dynamo_mpi.engines.trtllm.child import TrtllmProcess, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
 from dynamo_mpi.engines.trtllm.endings import EndedError, close_session, proof_error, stopped, within
 from dynamo_mpi.engines.trtllm.events import Ended, Event, Lost, Proven, Registered, Signalled
@@ -72,7 +72,7 @@ class TrtllmLeader(WorkerHook):
         self._registered = False
         settings = worker.settings
         self._watch = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._log, pauses=True)
-        self._child: Child | None = None
+        self._child: TrtllmProcess | None = None
         self._stop_timer: threading.Timer | None = None
         self._proof: Proof | None = None
         self._folder: SocketFolder | None = None
@@ -130,7 +130,7 @@ class TrtllmLeader(WorkerHook):
     def _deadline(self, seconds: float) -> contextlib.AbstractContextManager[None]:
         return self._guard.deadline(seconds, "dynamo.trtllm was not registered", "--load-timeout")
 
-    def _start(self) -> tuple[Child, Session]:
+    def _start(self) -> tuple[TrtllmProcess, Session]:
         """Start the child first: it takes as long as the ranks to import the engine, and waits for the session."""
         comm, tasks = self._world.duplicate(), self._world.duplicate()
         install(tasks, self._guard.end)
@@ -143,10 +143,10 @@ class TrtllmLeader(WorkerHook):
         session.start(self._left, self._guard.end)
         return child, session
 
-    def _start_child(self, address: SessionAddress) -> Child:
+    def _start_child(self, address: SessionAddress) -> TrtllmProcess:
         settings = self._settings
         environment = child_environment(os.environ, address, settings)
-        child = Child(
+        child = TrtllmProcess(
             child_command(settings, self._gpus_per_node), environment, self._ended, self._stopped, address.key
         )
         self._drain_seconds = drain_seconds(environment)
@@ -180,7 +180,7 @@ class TrtllmLeader(WorkerHook):
             return EndedError(event.code, event.lines, self._watch.lost_lease_reason())
         return event.error if isinstance(event, Lost) else None
 
-    def _drain(self, child: Child, session: Session, loss: BootstrapError | None) -> None:
+    def _drain(self, child: TrtllmProcess, session: Session, loss: BootstrapError | None) -> None:
         """Have the child deregister, end its requests and its engine.
 
         Raises:
@@ -194,7 +194,7 @@ class TrtllmLeader(WorkerHook):
         session.expect_end()
         if isinstance(loss, EndedError):
             return
-        child.terminate()
+        child.send(signal.SIGTERM)
         what = "deregisters and ends its requests" if loss is None else "ends its requests, its lease is lost"
         self._log.info(f"drain: dynamo.trtllm {what}, {seconds:.0f} s at the most")
         late = self._guard.deadline(seconds, "dynamo.trtllm did not end after SIGTERM", "--drain-timeout")
@@ -293,9 +293,9 @@ class TrtllmLeader(WorkerHook):
             self._proof.kill()
         if self._child is not None:
             if not self._departure.is_revoked and self._phases.current not in ("load", "drain"):
-                self._child.terminate()
+                self._child.send(signal.SIGTERM)
                 self._child.wait(_DEREGISTER_SECONDS)
-            self._child.kill()
+            self._child.kill_group()
         self._forget_folder()
 
     def _forget_folder(self) -> None:

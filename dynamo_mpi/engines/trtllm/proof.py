@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from dynamo_mpi.engines.trtllm.child import describe_end
-from dynamo_mpi.supervision.tethered import tethered
+from dynamo_mpi.services.processes import ManagedProcess
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -49,23 +47,16 @@ class Proof:
         for name in ("DYN_SYSTEM_PORT", "DYN_TCP_RPC_PORT"):
             quiet.pop(name, None)
         self._on_news = on_news
-        self._process = subprocess.Popen(
-            tethered(command, parent=os.getpid()),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            env=quiet,
-            start_new_session=True,
-        )
+        self._process = ManagedProcess("proof", command, environment=quiet, stdout=subprocess.PIPE)
         threading.Thread(target=self._read, name="proof", daemon=True).start()
 
     def kill(self) -> None:
         """End it, if it still runs."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        self._process.kill_group()
 
     def _read(self) -> None:
         last: dict[str, Any] = {}
-        for line in cast("IO[bytes]", self._process.stdout):
+        for line in cast("IO[bytes]", self._process.popen.stdout):
             try:
                 news = json.loads(line)
             except ValueError:  # something that the runtime prints
@@ -73,6 +64,6 @@ class Proof:
             if isinstance(news, dict):
                 last = news
                 self._on_news(news)
-        code = self._process.wait()
+        code = self._process.popen.wait()
         if code != 0 and not {"error", "proven"} & last.keys():
             self._on_news({"died": f"the process that proves the worker {describe_end(code)}"})

@@ -16,7 +16,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.engines.trtllm.listening import is_here, listens_on
+from dynamo_mpi.services.host_address import is_here
+from dynamo_mpi.services.ports import holds_port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +63,7 @@ async def find_instance(client: Any, pid: int) -> int:
             if transport.kind == "tcp":
                 # HOST:PORT/INSTANCE/ENDPOINT
                 host, _, port = transport.address.partition("/")[0].rpartition(":")
-                if port.isdecimal() and is_here(host.strip("[]")) and listens_on(pid, int(port)):
+                if port.isdecimal() and is_here(host.strip("[]")) and holds_port(pid, int(port)):
                     return int(instance.instance_id)
             elif instance.instance_id not in before:
                 # a NATS subject doesn't say which process listens

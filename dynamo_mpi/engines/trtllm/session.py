@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.engines.trtllm.rank_environment import take_own_gpu
 from dynamo_mpi.engines.trtllm.task import Task
 from dynamo_mpi.errors import EngineError
-from dynamo_mpi.services.folder import private_folder
+from dynamo_mpi.services.private_dir import private_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ class SocketFolder:
         self._held.close()
 
     def _make(self, parent: Path | None) -> str:
-        return str(self._held.enter_context(private_folder(parent, prefix=_PREFIX)))
+        return str(self._held.enter_context(private_dir(parent, prefix=_PREFIX)))
 
 
 class Session:

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 
 from dynamo_mpi.local.ask import NotServedYet, ask
-from dynamo_mpi.services.frontend import Frontend
+from dynamo_mpi.services.services import Frontend
 
 LISTED_SECONDS = 30.0
 

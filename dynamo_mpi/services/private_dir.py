@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The private folder of one run: logs, etcd's data, the exported model, the launcher's session files, a socket.
+"""Folders that are their user's alone: that of one run, for logs, data and sockets, and the check of one that the user names.
 
-Its lock file is held as long as the run lives. A run that was killed with SIGKILL can't remove its folder; the next
+The lock file of a run's folder is held as long as the run lives. A run that was killed with SIGKILL can't remove its folder; the next
 run does, because nobody holds that lock any more.
 """
 
@@ -10,17 +10,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dynamo_mpi.errors import UsageError
+
 PREFIX = "dynamo-mpi-local-"
 LOCK = "lock"
+_WRITABLE_BY_OTHERS = 0o022
 
 
 @contextlib.contextmanager
-def private_folder(parent: Path | None = None, *, prefix: str = PREFIX) -> Iterator[Path]:
+def private_dir(parent: Path | None = None, *, prefix: str = PREFIX) -> Iterator[Path]:
     """Make a folder only this user can enter, and remove it at the end with all that is in it.
 
     Args:
@@ -69,3 +73,25 @@ def _create(parent: Path, prefix: str) -> tuple[Path, int]:
         if (folder / LOCK).exists():
             return folder, lock
         os.close(lock)  # a whole sweep came between
+
+
+def require_private(folder: Path) -> None:
+    """Refuse a folder that is somebody else's, or that others can write in.
+
+    Raises:
+        UsageError: it is such a folder.
+        OSError: it can't be looked at.
+    """
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        raise UsageError(
+            f"the job's folder {folder} belongs to user {status.st_uid}",
+            needed=f"a folder of user {os.geteuid()}: it holds the job's credentials",
+            fix="another --run-dir",
+        )
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        raise UsageError(
+            f"others can write in the job's folder {folder} (mode {status.st_mode & 0o7777:04o})",
+            needed="a folder that only you can write: it holds the job's credentials",
+            fix=shlex.join(["chmod", "700", str(folder)]),
+        )

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One world of the worker under its launcher: command line, environment, and what its ready file says. Nothing is started here."""
+"""The stack's workers: one that does all, or one for prefill and one for decode; their command lines, environments and ready files.
+
+Nothing is started here.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,72 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dynamo_mpi.local.worlds import World
+from dynamo_mpi.errors import UsageError
 from dynamo_mpi.services.ports import LOOPBACK
 from dynamo_mpi.supervision.tethered import tethered
 
+StackRole = Literal["agg", "disagg"]
+WorkerRole = Literal["agg", "prefill", "decode"]
+
+# the installed model has 9 attention heads: 1 and 3 are its legal sizes below 9
+AGG_TP_SIZE = 3
+PREFILL_TP_SIZE, DECODE_TP_SIZE = 3, 1
+"""Unequal, so that KV is divided anew on its way; decode on one rank, where a small model's tokens come fastest."""
+
 
 @dataclass(frozen=True)
-class Ranks:
-    """One world of the worker under mpirun. Ready when rank 0 has written its ready file."""
+class WorkerSpec:
+    """One worker.
+
+    Args:
+        role: what it does.
+        tp_size: its ranks, which is tensor parallelism over all of them.
+    """
+
+    role: WorkerRole
+    tp_size: int
+
+    @property
+    def name(self) -> str:
+        """Its name as a part of the stack."""
+        return "worker" if self.role == "agg" else self.role
+
+
+def worker_specs(
+    role: StackRole, tp: int | None, prefill_tp: int | None, decode_tp: int | None
+) -> tuple[WorkerSpec, ...]:
+    """Return the workers that the flags ask for, in the order in which they are stopped.
+
+    Args:
+        role: of the whole.
+        tp: ranks of each worker that isn't given its own number; None takes the default of its role.
+        prefill_tp: ranks of the prefill worker.
+        decode_tp: ranks of the decode worker.
+
+    Raises:
+        UsageError: a size is given for a worker that there isn't.
+    """
+    if role == "disagg":
+        return (
+            WorkerSpec("prefill", prefill_tp or tp or PREFILL_TP_SIZE),
+            WorkerSpec("decode", decode_tp or tp or DECODE_TP_SIZE),
+        )
+    for flag, size in (("--prefill-tp", prefill_tp), ("--decode-tp", decode_tp)):
+        if size is not None:
+            raise UsageError(
+                f"{flag} {size} with --role agg", needed="one worker, whose size is --tp", fix="add --role disagg"
+            )
+    return (WorkerSpec("agg", tp or AGG_TP_SIZE),)
+
+
+@dataclass(frozen=True)
+class MpirunWorker:
+    """One worker under mpirun. It is ready when rank 0 has written its ready file."""
 
     mpirun: tuple[str, ...]
-    world: World
+    spec: WorkerSpec
     model: Path
     served_model_name: str
     engine_config: Path
@@ -33,10 +89,10 @@ class Ranks:
 
     @property
     def name(self) -> str:
-        return self.world.name
+        return self.spec.name
 
     def command(self) -> tuple[str, ...]:
-        role = self.world.role
+        role = self.spec.role
         worker = (
             *(sys.executable, "-m", "dynamo_mpi.worker", "--role", role, "--engine", "reference"),
             *("--model", str(self.model), "--served-model-name", self.served_model_name),
@@ -44,7 +100,7 @@ class Ranks:
             *(() if self.timeline is None else ("--timeline", str(self.timeline))),
             *(() if role == "agg" else ("--kv-network", LOOPBACK)),
         )
-        return (*self.mpirun, "-n", str(self.world.tp_size), *tethered(worker, rank_logs=self.rank_logs))
+        return (*self.mpirun, "-n", str(self.spec.tp_size), *tethered(worker, rank_logs=self.rank_logs))
 
     def environment(self) -> dict[str, str]:
         own = {
