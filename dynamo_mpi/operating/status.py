@@ -231,8 +231,10 @@ def _look_at_nats(url: str) -> Service:
 def _look_at_frontend(url: str) -> Service:
     models = listed_models(url)
     if models is None:
-        return Service("frontend", url, False, "it doesn't list its models")
-    return Service("frontend", url, True, f"serves {sanitize(', '.join(models))}" if models else "serves no model")
+        return Service("frontend", _display(url), False, "it doesn't list its models")
+    return Service(
+        "frontend", _display(url), True, f"serves {sanitize(', '.join(models))}" if models else "serves no model"
+    )
 
 
 def _display(url: str) -> str:

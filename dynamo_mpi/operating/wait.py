@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.operating.status import DeploymentStatus
 
 POLL_SECONDS = 1.0
-NEWS_SECONDS = (5.0, 120.0)
+REMINDER_SECONDS = (5.0, 120.0)
 # what ended before the wait may be about to be started again, in the same folder
 _AT_ONCE_SECONDS = 2.0
 STALE_SECONDS = 10.0
@@ -69,7 +69,7 @@ class WaitRequest:
 
 @dataclass
 class WaitResult:
-    """How the wait has end.
+    """How the wait ended.
 
     Args:
         seconds: that it took.
@@ -89,7 +89,7 @@ class WaitResult:
 
 
 class ReadinessWaiter:
-    """One wait.
+    """Waits for one deployment.
 
     Args:
         request: for what.
@@ -112,13 +112,13 @@ class ReadinessWaiter:
         Raises:
             UsageError: several deployments could be meant, or what is set for etcd can't be used.
         """
-        outcome, news = self._outcome, News(*NEWS_SECONDS)
+        outcome, news = self._outcome, News(*REMINDER_SECONDS)
         try:
             while not self._is_ready():
                 if time.monotonic() >= self._end:
                     raise self._late()
                 if news.due():
-                    self._tell()
+                    self._log_missing()
                 time.sleep(max(0.0, min(POLL_SECONDS, self._end - time.monotonic())))
         except StepFailed as error:
             outcome.error, outcome.exit_code = error, error.status
@@ -169,7 +169,7 @@ class ReadinessWaiter:
                 # in order, and so with 0, is not ready either
                 status = end.exit_code or ExitCode.TEMPORARY
                 raise StepFailed(found, status=status, log="", fix=f"look at {deployment.run_dir}/logs, start it again")
-        # twice: it may have ended between our looks at its word and at its process
+        # twice: it may have ended between the look at its file and the one at its process
         if deployment.launcher_is_dead and find_deployment(self._request.run_dir, self._environ).launch == launch:
             raise TemporaryError(
                 f"the launcher of the deployment in {deployment.run_dir} was killed",
@@ -178,9 +178,9 @@ class ReadinessWaiter:
             )
 
     def _new(self, status: DeploymentStatus) -> list[StoredFailure]:
-        """Return the failures that have come since we wait."""
+        """Return the failures since the wait began."""
         if self._known is None:
-            # clocks of hosts differ: what is there at once is older, whatever it says
+            # clocks of hosts differ: what exists at once is older, whatever its time says
             at_once = time.time() - self._began_at < _AT_ONCE_SECONDS
             self._known = {(f.key, f.record.time) for f in status.failures if at_once or f.record.time < self._began_at}
         return [failure for failure in status.failures if (failure.key, failure.record.time) not in self._known]
@@ -205,7 +205,7 @@ class ReadinessWaiter:
                 return [MissingItem(f"a completion of {model} by {url}", sanitize(error.found, 500))]
         return []
 
-    def _tell(self) -> None:
+    def _log_missing(self) -> None:
         outcome = self._outcome
         missing = "; ".join(map(str, outcome.missing))
         self._log(f"waiting for {missing}; {format_seconds(time.monotonic() - self._began)} so far")

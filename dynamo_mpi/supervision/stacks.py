@@ -20,7 +20,7 @@ _SAME_FRAMES = 2
 IDLE_THREADS = frozenset(
     {
         *("watch", "child output", "child end", "proof", "session", "signals", "record", "registration", "time limit"),
-        *("progress", "events", "obituary", "metrics", "probes", "timeline"),
+        *("progress", "events", "failure records", "metrics", "probes", "timeline"),
     }
 )
 # what carries a task to a thread says nothing of where the task is

@@ -91,7 +91,7 @@ def test_wrong_and_absent_credentials_are_refused_before_the_load(start: Start) 
     with running_nats('authorization { token: "w0rd" }') as url:
         worker = start(ranks=1, NATS_SERVER=url)
         assert worker.wait() == 77, worker.text()
-        assert "NATS wants to know who this worker is, and no credentials are set" in worker.text()
+        assert "NATS requires credentials, and none are set" in worker.text()
         worker = start(ranks=1, NATS_SERVER=url, **WHO)
         assert worker.wait() == 77, worker.text()
         assert "correct NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD" in worker.text()

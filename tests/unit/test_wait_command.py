@@ -32,7 +32,7 @@ NOT_YET = b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}"
 def board(clean_board: Board, monkeypatch: pytest.MonkeyPatch) -> Board:
     """An etcd with nothing in it; waits look often."""
     monkeypatch.setattr(waiting, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(waiting, "NEWS_SECONDS", (0.05, 10.0))
+    monkeypatch.setattr(waiting, "REMINDER_SECONDS", (0.05, 10.0))
     return clean_board
 
 
@@ -48,9 +48,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
             while steps:
                 steps.pop()()
 
-        told = waiting.ReadinessWaiter._tell
+        told = waiting.ReadinessWaiter._log_missing
         with monkeypatch.context() as patched:
-            patched.setattr(waiting.ReadinessWaiter, "_tell", tell)
+            patched.setattr(waiting.ReadinessWaiter, "_log_missing", tell)
             code = main(["wait", *words])
         assert not steps, "it has not waited"
         said = capsys.readouterr()
