@@ -4,10 +4,11 @@
 BIN := .venv/bin
 SHELL_FILES := $(shell git ls-files "*.sh" .ci)
 
-.PHONY: help check docs format test test-slurm bench wheel
+.PHONY: help check fast docs format test test-slurm bench wheel
 
 help:
 	@echo "make check       lint, format, strict types, shell scripts"
+	@echo "make fast        make check, and the pure tests on all cores: under two minutes"
 	@echo "make docs        write the pages of docs/ that come from the code"
 	@echo "make format      rewrite files in the project's format"
 	@echo "make test        all tests but those on a real Slurm or several hosts"
@@ -19,13 +20,15 @@ check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests/slurm tests/scripts tests/bench tests/unit tests/mpi tests/dynamo tests/conftest.py tests/fault_cases.py tests/fault_traces.py tests/mpi_flavours.py tests/servers.py tests/browser.py tests/hosts tests/namespaces
-	cd tests/standins && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --explicit-package-bases tensorrt_llm torch
+	cd tests/standins && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --explicit-package-bases tensorrt_llm torch
 	$(BIN)/shellcheck --external-sources $(SHELL_FILES)
 	$(BIN)/shfmt --diff --indent 4 --case-indent $(SHELL_FILES)
 
+fast: check
+	$(BIN)/python -m pytest --stage fast -n logical --dist worksteal tests/unit tests/scripts
+
 docs:
-	$(BIN)/python -m dynamo_mpi.reference_pages docs
+	$(BIN)/python -m tools.gen_docs
 
 format:
 	$(BIN)/ruff check --fix .

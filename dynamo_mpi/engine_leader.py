@@ -8,31 +8,25 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.engines.proof import prove
 from dynamo_mpi.errors import BootstrapError, DeadlineError, EngineError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.fields import unpack
 from dynamo_mpi.follower import GO, build_part, late_for, load_part, report_of
-from dynamo_mpi.preflight.roster import describe_ranks
-from dynamo_mpi.serving.ready import forget
+from dynamo_mpi.launchers.placement import describe_ranks
+from dynamo_mpi.serving.ready import remove_ready_file
 from dynamo_mpi.serving.service import Registration, run, serve
 from dynamo_mpi.supervision.failure import Cause, Failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.control_plane.departure import Departure
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.engines.spec import EngineSpec
-    from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.preflight.inquiry import Card
-    from dynamo_mpi.settings import Settings
-    from dynamo_mpi.supervision.guard import Guard
-    from dynamo_mpi.supervision.phases import Phases
     from dynamo_mpi.supervision.stop_signals import StopSignals
-    from dynamo_mpi.talk import Voice
-    from dynamo_mpi.world import World
+    from dynamo_mpi.worker_context import WorkerContext
 
 _CLOSE_SECONDS = 10.0
 
@@ -41,41 +35,23 @@ class EngineLeader:
     """Leads one worker.
 
     Args:
-        world: all ranks.
-        launch: how this rank was started.
-        settings: the worker's.
-        guard: ends the world.
-        phases: where durations go.
-        voice: how rank 0 speaks.
-        dismiss: tells the others to leave, with this code, once all else is said and done.
-        departure: the way out of discovery.
+        worker: what rank 0's parts share.
         signals: end the world until it serves, and once it has drained.
-        on_in_flight: called with the number of requests in flight when it changes.
+        dismiss: releases the other ranks with this code, once all else is done.
     """
 
-    def __init__(
-        self,
-        world: World,
-        launch: Launch,
-        settings: Settings,
-        guard: Guard,
-        phases: Phases,
-        voice: Voice,
-        dismiss: Callable[[ExitCode], None],
-        departure: Departure,
-        signals: StopSignals,
-        on_in_flight: Callable[[int], object] = lambda _: None,
-    ) -> None:
-        self._world, self._launch, self._settings = world, launch, settings
-        self._guard, self._phases, self._voice, self._dismiss = guard, phases, voice, dismiss
-        self._departure, self._signals, self._on_in_flight = departure, signals, on_in_flight
+    def __init__(self, worker: WorkerContext, signals: StopSignals, dismiss: Callable[[ExitCode], None]) -> None:
+        self._world, self._launch = worker.rank.world, worker.rank.launch
+        self._phases, self._log = worker.rank.phases, worker.rank.log
+        self._settings, self._guard, self._cards = worker.settings, worker.guard, worker.cards
+        self._departure, self._signals, self._dismiss = worker.departure, signals, dismiss
+        self._on_in_flight = worker.hooks.on_requests_in_flight
 
-    def run(self, spec: EngineSpec, cards: Sequence[Card], token_id: int, on_ready: Callable[[], None]) -> int:
+    def run(self, spec: EngineSpec, token_id: int, on_ready: Callable[[], None]) -> int:
         """Live it, until SIGTERM or SIGINT.
 
         Args:
             spec: what to build; the other ranks have it as well.
-            cards: the ranks', in rank order.
             token_id: a token to begin the proof with.
             on_ready: called once requests are answered.
 
@@ -88,30 +64,30 @@ class EngineLeader:
         """
         late = self._guard.deadline(self._settings.load_timeout, "not loaded", "--load-timeout")
         with self._phases.enter("load"), late:
-            code, engine = self._load(spec, cards)
+            code, engine = self._load(spec)
         if engine is None:
             return code
         return self._lead(engine, token_id, on_ready)
 
-    def _load(self, spec: EngineSpec, cards: Sequence[Card]) -> tuple[ExitCode, Engine | None]:
+    def _load(self, spec: EngineSpec) -> tuple[ExitCode, Engine | None]:
         engine, error = build_part(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
-        code = self._agree(error, cards)
+        code = self._agree(error)
         if engine is None or code is not ExitCode.OK:
             return code, None
         error = load_part(engine)
         self._phases.own_part_done()
-        code = self._agree(error, cards)
+        code = self._agree(error)
         return code, engine if code is ExitCode.OK else None
 
-    def _agree(self, error: Exception | None, cards: Sequence[Card]) -> ExitCode:
+    def _agree(self, error: Exception | None) -> ExitCode:
         """Gather what went wrong anywhere, and tell all ranks to go on or to leave."""
         with late_for(error, self._guard.end):
             failures = failures_of(self._world.gather(report_of(error)))
         if not failures:
             self._world.broadcast(GO)
             return ExitCode.OK
-        text, code = describe_failures(failures, cards)
-        self._voice.say(text)
+        text, code = describe_failures(failures, self._cards)
+        self._log.error(text)
         self._guard.record(failures, text)
         self._dismiss(code)
         return code
@@ -131,11 +107,10 @@ class EngineLeader:
         failures: list[BaseException] = []
         engine.on_failure(failures.append)
         departure = self._departure
-        self._guard.at_once(departure.leave)
         # what is in flight is told of the failure meanwhile
-        engine.on_failure(lambda _: threading.Thread(target=departure.leave, daemon=True).start())
+        engine.on_failure(lambda _: threading.Thread(target=departure.revoke, daemon=True).start())
         engine.start()
-        watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, self._voice.say)
+        watch = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._log)
         code = ExitCode.OK
         try:
             with self._phases.enter("prove"):
@@ -147,14 +122,14 @@ class EngineLeader:
                         engine,
                         self._phases,
                         watch,
-                        departure.prepare,
+                        departure.resolve,
                         on_ready,
-                        self._voice.say,
+                        self._log,
                         self._signals.expect,
                         self._on_in_flight,
                     )
                 )
-            departure.finish()
+            departure.revoke_leftover()
         except (EngineError, DeadlineError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise
@@ -162,7 +137,7 @@ class EngineLeader:
             self._guard.report(error)
             code = error.exit_code
         finally:
-            forget(settings.ready_file)
+            remove_ready_file(settings.ready_file)
         with self._phases.enter("exit"):
             close(engine, _CLOSE_SECONDS)
             if failures:
@@ -170,9 +145,7 @@ class EngineLeader:
                     f"the engine failed: {failures[0]}", fix="look at the ranks' logs, and start the worker again"
                 )
             self._dismiss(code)
-        self._voice.say(
-            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
-        )
+        self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")
         return code
 
 

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
 from dynamo_mpi.fields import pack
-from dynamo_mpi.preflight.inquiry import Inquiry, fill_card, host_name
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.preflight.inquiry import Inquiry, fill_card
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from mpi4py import MPI
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.health.reporter import Reporter
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.supervision.agent_client import NodeAgentClient
+    from dynamo_mpi.supervision.context import RankContext
     from dynamo_mpi.supervision.faults import ArmedFault
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
@@ -37,52 +37,43 @@ PARTING_SECONDS = 20.0
 """How long rank 0 waits for all ranks to come to their end; longer than it gives the engine to close."""
 
 
-def follow(
-    world: World,
-    launch: Launch,
-    argv: Sequence[str],
-    phases: Phases,
-    mpi_library: str,
-    client: NodeAgentClient,
-    fault: ArmedFault | None = None,
-    reporter: Reporter | None = None,
-) -> int:
-    """Live a follower's life.
+def follow(context: RankContext, fault: ArmedFault | None = None, reporter: Reporter | None = None) -> int:
+    """Run a follower's part of the worker.
 
     Args:
-        world: all ranks.
-        launch: how this rank was started.
-        argv: the command line, without the program.
-        phases: where durations go.
-        mpi_library: what the MPI library calls itself.
-        client: this rank's connection to its node agent.
+        context: this rank's.
         fault: one on demand.
         reporter: to the process that answers this node's probes, on the rank that has begun it.
 
     Returns:
         The exit code that rank 0 has told.
     """
+    world, launch, phases, client, log = (
+        context.world,
+        context.launch,
+        context.phases,
+        context.agent,
+        context.log,
+    )
     with phases.enter("preflight"):
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
-        world.gather(fill_card(Inquiry.unpack(message[1:]), launch, argv, mpi_library).pack())
+        world.gather(fill_card(Inquiry.unpack(message[1:]), launch, context.argv, context.mpi_version).pack())
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
     # before the verdict, every file that a rank opens counts
-    from dynamo_mpi.observe.levels import Level
-    from dynamo_mpi.observe.speech import speech
+    from dynamo_mpi.observe.speech import log_writer
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.signal_thread import SignalThread, signals_of
 
     meeting, packed = Meeting.unpack(message[1:])
-    speech.log_to(meeting.log_dir, meeting.label, world.rank)
-    voice = Voice(world.rank, host_name())
-    phases.listen(lambda name: voice.say(f"phase {name}", Level.DEBUG))
+    log_writer.open_file(meeting.log_dir, meeting.label, world.rank)
+    phases.listen(lambda name: log.debug(f"phase {name}"))
     client.send(f"preflight_done {meeting.as_json()}")
-    lifeline = Lifeline(meeting, world, phases, voice, client)
+    lifeline = Lifeline(meeting, world, phases, log, client)
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
     client.uninstall_signal_handlers()

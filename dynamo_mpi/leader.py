@@ -4,112 +4,93 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.departure import Departure
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.probe import probe_control_plane
-from dynamo_mpi.control_plane.runtime_limits import require_etcd
+from dynamo_mpi.common.threads import run_suppressed
+from dynamo_mpi.control_plane.connectivity import check_connectivity
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.registration import InstanceLease
+from dynamo_mpi.control_plane.runtime_compat import require_etcd
 from dynamo_mpi.engines.choice import engine_spec, require_startable
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.follower import GO, PARTING_SECONDS, STOP
-from dynamo_mpi.observe.levels import Level
-from dynamo_mpi.observe.speech import speech
-from dynamo_mpi.onlookers import Onlookers
+from dynamo_mpi.launchers.placement import hosts, ranks_by_host
+from dynamo_mpi.observe.speech import log_writer
 from dynamo_mpi.preflight.inquiry import Card, fill_card
 from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.reach import let_runtime_be_reached, meeting_place
-from dynamo_mpi.preflight.roster import hosts, ranks_by_host
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
 from dynamo_mpi.probe.plan import ProbePlan, left_out, plan_probes
-from dynamo_mpi.serving.ready import announce, forget
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
-from dynamo_mpi.supervision.failure import HurriedError
-from dynamo_mpi.supervision.owned_leases import OwnedLeases
-from dynamo_mpi.supervision.word import suppressed
+from dynamo_mpi.supervision.failure import Failure, HurriedError, describe_error
+from dynamo_mpi.supervision.hooks import WorldFailure
+from dynamo_mpi.worker_context import WorkerContext
+from dynamo_mpi.worker_hooks import LeaderHooks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.engines.spec import EngineSpec
-    from dynamo_mpi.launchers.launch import Launch
-    from dynamo_mpi.observe.display import Display
+    from dynamo_mpi.health.reporter import Reporter
     from dynamo_mpi.preflight.networks import Choice
     from dynamo_mpi.preflight.verdict import Plan, Verdict
     from dynamo_mpi.settings import Settings
-    from dynamo_mpi.supervision.agent_client import NodeAgentClient
+    from dynamo_mpi.supervision.context import RankContext
     from dynamo_mpi.supervision.guard import Guard
-    from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.supervision.notify import Notifier
     from dynamo_mpi.supervision.stop_signals import StopSignals
-    from dynamo_mpi.talk import Voice
-    from dynamo_mpi.world import World
+
+_HOOK_SECONDS = 1.0
 
 
 class Leader:
     """Rank 0's life, phase by phase.
 
     Args:
-        world: all ranks.
-        launch: how this rank was started.
-        phases: where durations go.
-        voice: how rank 0 speaks.
-        mpi_library: what the MPI library calls itself.
-        client: this rank's connection to its node agent.
-        display: shows the world to those who watch it.
+        context: rank 0's.
+        hooks: follow the worker's life.
     """
 
-    def __init__(
-        self,
-        world: World,
-        launch: Launch,
-        phases: Phases,
-        voice: Voice,
-        mpi_library: str,
-        client: NodeAgentClient,
-        display: Display,
-    ) -> None:
-        self._world = world
-        self._launch = launch
-        self._phases = phases
-        self._voice = voice
-        self._mpi_library = mpi_library
-        self._verdict_seconds = 0.0
+    def __init__(self, context: RankContext, hooks: LeaderHooks) -> None:
+        self._context = context
+        self._world, self._phases, self._log = context.world, context.phases, context.log
+        self._hooks = hooks
+        self._preflight_seconds = 0.0
+        self._presence: Presence | None = None
         self._guard: Guard | None = None
-        self._client = client
-        self._leases = OwnedLeases(client)
-        self._onlookers = Onlookers(phases, voice, display, self._leases)
         self._signals: StopSignals | None = None
 
-    def run(self, argv: Sequence[str]) -> int:
-        """Live it.
+    def run(self) -> int:
+        """Run all of it.
 
         Returns:
             The exit code, which every other rank has been told.
         """
-        self._phases.listen(lambda name: self._voice.say(f"phase {name}", Level.DEBUG))
+        self._phases.listen(lambda name: self._log.debug(f"phase {name}"))
         try:
-            code = self._live(argv)
-            self._onlookers.ended(code)
+            code = self._run()
+            self._hooks.on_exit(code)
             return code
         except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
             if self._guard is None:
+                self._hooks.on_exit(describe_error(error)[1])
                 raise
             self._guard.end(error)
-        finally:
-            self._onlookers.close()
 
-    def _live(self, argv: Sequence[str]) -> int:
+    def _run(self) -> int:
+        argv = self._context.argv
         with self._phases.enter("preflight"):
             try:
                 settings = load_settings(argv, os.environ)
-                speech.log_to(str(settings.log_dir or ""), _label(settings), self._world.rank)
-                forget(settings.ready_file)
-                self._onlookers.know(settings)
+                log_writer.open_file(str(settings.log_dir or ""), _label(settings), self._world.rank)
+                self._hooks.add_observers(settings)
                 require_startable(settings)
                 settings = at_its_folder(settings, os.environ)
                 plan = read_plan(settings, argv)
@@ -117,8 +98,9 @@ class Leader:
                 return self._stop(f"error: {error}", error.exit_code)
             cards = self._ask(plan, argv)
             verdict = judge(plan, cards)
-            self._verdict_seconds = self._phases.age
-            self._onlookers.judged(verdict)
+            self._preflight_seconds = self._phases.age
+            if self._hooks.status is not None:
+                self._hooks.status.severities = tuple(finding.severity for finding in verdict.findings)
             place: Choice | None = None
             if verdict.exit_code is ExitCode.OK:
                 try:
@@ -127,52 +109,39 @@ class Leader:
                     return self._stop(f"error: {error}", error.exit_code)
             if verdict.exit_code is not ExitCode.OK or settings.preflight_only:
                 return self._stop(verdict.report, verdict.exit_code)
-            self._voice.say(verdict.report)
+            self._log.info(verdict.report)
             if place is not None:
-                self._voice.say(place.line)
+                self._log.info(place.line)
                 settings = replace(settings, kv_network=settings.kv_network or place.network or None)
             try:
-                endpoints = probe_control_plane(os.environ, settings.request_plane, settings.probe_timeout)
-                for line in require_etcd(endpoints, EtcdAuth.of(os.environ)):
-                    self._voice.say(line)
+                endpoints = check_connectivity(os.environ, settings.request_plane, settings.probe_timeout)
+                for line in require_etcd(endpoints, EtcdAuth.from_env(os.environ)):
+                    self._log.warning(line)
                 point_runtime_at(endpoints)
                 let_runtime_be_reached(place, endpoints, os.environ)
-                self._onlookers.point_runtime(settings)
+                self._hooks.assign_runtime_port(settings)
                 require_servable(settings.model, plan.inquiry.files[0].content)
                 signals = self._appear(settings, verdict, cards)
                 guard = self._guard_with(settings, cards, place.address if place else "")
             except BootstrapError as error:
-                self._onlookers.refuse(error)
                 return self._stop(f"error: {error}", error.exit_code)
             for line in left_out(settings, self._world.size):
-                self._voice.say(line)
+                self._log.info(line)
             probes = plan_probes(settings, verdict.subject.layout, ranks_by_host(cards))
             spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
         if spec.probe and (refused := self._probe(settings, verdict, spec, cards, guard)):
             guard.close()
-            self._onlookers.finish()
             return refused
+        worker = WorkerContext(self._context, settings, guard, self._hooks, cards, self._departure(settings))
         if settings.engine == "trtllm":
-            code = self._lead_trtllm(settings, plan, cards, guard)
+            code = self._lead_trtllm(worker, plan)
         else:
             from dynamo_mpi.engine_leader import EngineLeader
 
-            leader = EngineLeader(
-                self._world,
-                self._launch,
-                settings,
-                guard,
-                self._phases,
-                self._voice,
-                self._dismiss,
-                self._departure(settings),
-                signals,
-                self._onlookers.tell_in_flight,
-            )
-            code = leader.run(spec, cards, plan.shape.bos_token_id or 0, partial(self._announce, settings))
+            leader = EngineLeader(worker, signals, self._dismiss)
+            code = leader.run(spec, plan.shape.bos_token_id or 0, partial(self._announce, settings))
         guard.close()
-        self._onlookers.finish()
         return code
 
     def _probe(
@@ -185,9 +154,7 @@ class Leader:
 
         with self._phases.enter("probe"):
             case = Case(ProbePlan.unpack(spec.probe), cards, verdict.subject.cluster.gpu, verdict.weights)
-            desk = desk_of(
-                settings, verdict.subject, case.plan, cards, self._onlookers.presence, self._voice, os.environ
-            )
+            desk = desk_of(settings, verdict.subject, case.plan, cards, self._presence, self._log, os.environ)
             ask, strict = desk.ask if desk else None, settings.probe_strict
             report = lead_probes(self._world, case, guard, os.environ, strict=strict, ask_partners=ask)
             self._phases.own_part_done()
@@ -195,8 +162,8 @@ class Leader:
                 guard.report(error)
                 self._dismiss(error.exit_code)
                 return error.exit_code
-            self._voice.say(report.text)
-            self._onlookers.tell_probe(report.figures)
+            self._log.info(report.text)
+            self._hooks.on_hardware_checked(report.figures)
             if desk is not None:
                 desk.open()
             self._world.broadcast(GO)
@@ -209,61 +176,65 @@ class Leader:
 
         label = _label(settings)
         if trouble := forget_failures(settings.failure_dir, label):
-            self._voice.say(f"warning: {trouble}")
+            self._log.warning(trouble)
         terms = Terms(
             settings.liveness_network,
             settings.heartbeat_timeout,
             str(settings.failure_dir or ""),
             label,
-            self._client.connected,
             str(settings.log_dir or ""),
             address,
         )
-        self._guard = guard = Guard(self._world, cards, self._phases, self._voice, terms, self._client)
-        guard.before_the_end(partial(forget, settings.ready_file))
-        self._onlookers.watch(settings, guard)
+        self._guard = guard = Guard(self._context, cards, terms, self._hooks)
+        self._hooks.add_watchers(settings, guard, self._preflight_seconds)
         return guard
 
     def _appear(self, settings: Settings, verdict: Verdict, cards: Sequence[Card]) -> StopSignals:
         """Publish the world record, and compare it with the peers that came first."""
         # after the verdict: a layout that can't be is refused without it
-        from dynamo_mpi.control_plane.presence import record_of
         from dynamo_mpi.supervision.signal_thread import signals_of
         from dynamo_mpi.supervision.stop_signals import StopSignals
+        from dynamo_mpi.worker_record import record_of
 
-        self._onlookers.introduce(settings, record_of(settings, verdict.subject, cards, self._phases))
+        self._presence = self._hooks.add_record(settings, record_of(settings, verdict.subject, cards, self._phases))
         # from here on the main thread may sit in the engine
-        self._client.uninstall_signal_handlers()
-        self._signals = signals = StopSignals(self._hurry, signals_of(self._launch.launcher), self._note_signal)
-        self._onlookers.appear()
+        self._context.agent.uninstall_signal_handlers()
+        launcher = self._context.launch.launcher
+        self._signals = signals = StopSignals(self._hurry, signals_of(launcher), self._note_signal)
+        self._presence.appear(settings, os.environ)
         return signals
 
     def _note_signal(self, number: int) -> None:
-        self._client.send(f"signalled {number}")
+        self._context.agent.send(f"signalled {number}")
 
-    def _departure(self, settings: Settings) -> Departure:
-        return Departure(settings.endpoint, os.environ, self._own_instance)
-
-    def _own_instance(self, lease: int) -> None:
-        self._leases.add("instance", lease)
-        self._onlookers.tell_instance(lease)
+    def _departure(self, settings: Settings) -> InstanceLease:
+        departure = InstanceLease(settings.endpoint, os.environ, self._hooks.on_registered)
+        self._hooks.add(departure)
+        return departure
 
     def _hurry(self, number: int) -> None:
         if self._guard is not None:
             self._guard.end(HurriedError(number), of_signal(number))
         # nothing that fails here may keep the world from its end
-        suppressed(partial(self._client.send, "reported"))
-        suppressed(self._onlookers.withdraw)
+        run_suppressed(partial(self._context.agent.send, "reported"))
+        self._hooks.on_exit(of_signal(number))
         self._world.abort(of_signal(number))
 
     def _ask(self, plan: Plan, argv: Sequence[str]) -> list[Card]:
         self._world.broadcast(GO + plan.inquiry.pack())
-        answers = self._world.gather(fill_card(plan.inquiry, self._launch, argv, self._mpi_library).pack())
+        answers = self._world.gather(
+            fill_card(plan.inquiry, self._context.launch, argv, self._context.mpi_version).pack()
+        )
         return [Card.unpack(answer) for answer in answers]
 
     def _stop(self, text: str, code: ExitCode) -> ExitCode:
-        self._voice.say(text, None if code is ExitCode.OK else Level.ERROR)
-        self._onlookers.stopped(text, code)
+        (self._log.info if code is ExitCode.OK else self._log.error)(text)
+        if code is not ExitCode.OK:
+            failure = Failure(
+                0, int(code), text.removeprefix("error: "), phase=self._phases.current, at=time.monotonic()
+            )
+            self._hooks.on_failure(WorldFailure((failure,), self._log.host, text))
+            self._hooks.wait(time.monotonic() + _HOOK_SECONDS)
         self._dismiss(code)
         return code
 
@@ -271,7 +242,7 @@ class Leader:
         """Tell the others to leave. Before it comes all that rank 0 has to do, since the first to leave may take it along."""
         if self._signals is not None:
             self._signals.close()
-        self._onlookers.dismissed(code)
+        self._hooks.on_shutdown(code)
         message = STOP + bytes([code])
         if self._guard is None:
             self._world.broadcast(message)
@@ -281,42 +252,25 @@ class Leader:
             self._world.broadcast(message)
             self._world.barrier(2 * PARTING_SECONDS)
 
-    def _lead_trtllm(self, settings: Settings, plan: Plan, cards: Sequence[Card], guard: Guard) -> int:
+    def _lead_trtllm(self, worker: WorkerContext, plan: Plan) -> int:
         from dynamo_mpi.engines.trtllm.lead import TrtllmLeader
-        from dynamo_mpi.supervision.signal_thread import signals_of
 
-        gpus_per_node = plan.config.gpus_per_node or len(cards) // len(hosts(cards))
-        leader = TrtllmLeader(
-            self._world,
-            settings,
-            gpus_per_node,
-            plan.shape.bos_token_id or 0,
-            guard,
-            self._phases,
-            self._voice,
-            self._departure(settings),
-            signals_of(self._launch.launcher),
-        )
-        try:
-            code = leader.run(partial(self._announce, settings))
-        finally:
-            forget(settings.ready_file)
+        gpus_per_node = plan.config.gpus_per_node or len(worker.cards) // len(hosts(worker.cards))
+        leader = TrtllmLeader(worker, gpus_per_node, plan.shape.bos_token_id or 0)
+        code = leader.run(partial(self._announce, worker.settings))
         self._dismiss(code)
-        self._voice.say(
-            f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s"
-        )
+        self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")
         return code
 
     def _announce(self, settings: Settings) -> None:
-        announce(
-            settings,
-            self._phases,
-            self._voice,
-            ranks=self._world.size,
-            verdict_seconds=self._verdict_seconds,
-            system=self._onlookers.system_url,
+        seconds = self._phases.durations
+        # TensorRT-LLM's worker registers before it can be proven
+        spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "prove", "register") if name in seconds)
+        self._log.info(
+            f"ready: {settings.served_model_name} at {settings.endpoint} after {self._phases.age:.1f} s "
+            f"(verdict {self._preflight_seconds:.1f} s, {spans})"
         )
-        self._onlookers.ready()
+        self._hooks.on_ready()
 
 
 def _label(settings: Settings) -> str:
@@ -324,15 +278,6 @@ def _label(settings: Settings) -> str:
     return settings.endpoint.removeprefix("dyn://").split(".")[1]
 
 
-def lead(
-    world: World,
-    launch: Launch,
-    argv: Sequence[str],
-    phases: Phases,
-    voice: Voice,
-    mpi_library: str,
-    client: NodeAgentClient,
-    display: Display,
-) -> int:
-    """Live rank 0's life, and return the exit code. See `Leader`."""
-    return Leader(world, launch, phases, voice, mpi_library, client, display).run(argv)
+def lead(context: RankContext, reporter: Reporter | None, notifier: Notifier | None) -> int:
+    """Run rank 0's part of the worker, and return the exit code. See `Leader`."""
+    return Leader(context, LeaderHooks(context, reporter, notifier)).run()

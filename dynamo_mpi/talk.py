@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker says to its user: lines on stderr, each with rank and host once."""
+"""What a rank logs: lines on stderr and in the rank's log file, each with rank and host once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_mpi.observe.levels import Level
     from dynamo_mpi.observe.lines import Fact
 
 
-class Voice:
-    """Speaks for one rank. Cheap until it has something to say: a rank that says nothing opens no file for it.
+class RankLogger:
+    """Logs for one rank, without the secrets in a text. From any thread and from a signal's handler; nothing here raises.
+
+    Cheap until it logs something: a rank that logs nothing opens no file for it.
 
     Args:
         rank: this rank.
@@ -25,25 +26,40 @@ class Voice:
     def __init__(self, rank: int, host: str) -> None:
         self.rank, self.host = rank, host
 
-    def say(self, text: str, level: Level | None = None, facts: Mapping[str, Fact] | None = None) -> None:
-        """Say ``text``, less the secrets in it. From any thread; does not raise.
+    def debug(self, text: str) -> None:
+        """Log details, which are left out by default."""
+        self._emit("DEBUG", text)
+
+    def info(self, text: str, fields: Mapping[str, Fact] | None = None) -> None:
+        """Log what the rank does.
 
         Args:
             text: for people.
-            level: how much it matters; None where the text says so by how it begins: ``error``, ``warning``.
-            facts: the same for programs: fields of the line where it is JSON (``DYN_LOGGING_JSONL``).
+            fields: the same for programs: fields of the line if it is JSON (``DYN_LOGGING_JSONL``).
         """
+        self._emit("INFO", text, fields)
+
+    def warning(self, text: str) -> None:
+        """Log a problem that the worker goes on with; the line begins with ``warning: ``."""
+        self._emit("WARN", f"warning: {text}")
+
+    def error(self, text: str) -> None:
+        """Log why the worker ends, as it is: a report begins with ``error in PHASE: `` itself. It is never left out."""
+        self._emit("ERROR", text)
+
+    def _emit(self, level: str, text: str, fields: Mapping[str, Fact] | None = None) -> None:
         try:
-            from dynamo_mpi.observe.speech import speech
+            from dynamo_mpi.observe.levels import Level
+            from dynamo_mpi.observe.speech import log_writer
         except Exception as error:  # the file system has gone, or a signal came in the middle of this very import
             with contextlib.suppress(OSError):
                 why = f"what it has to say can't be cleared of secrets: {type(error).__name__}"
                 os.write(2, f"dynamo_mpi: rank {self.rank} on {self.host}: {why}\n".encode())
             return
-        speech.speak(self.rank, self.host, text, level, facts)
+        log_writer.emit(self.rank, self.host, text, Level[level], fields)
 
 
-def tell_launch(kind: str, rank: int, size: int) -> None:
+def print_trtllm_launch_line(kind: str, rank: int, size: int) -> None:
     """Write the line that users of ``trtllm-llmapi-launch`` look for.
 
     Args:
@@ -51,10 +67,11 @@ def tell_launch(kind: str, rank: int, size: int) -> None:
         rank: this rank.
         size: ranks of the world.
     """
-    from dynamo_mpi.observe.speech import speech
+    from dynamo_mpi.observe.levels import Level
+    from dynamo_mpi.observe.speech import log_writer
 
     text = f"rank{rank} run mgmn {kind} node with mpi_world_size: {size} ..."
-    if speech.style.jsonl:
-        speech.speak(rank, os.uname().nodename, text)
+    if log_writer.format.jsonl:
+        log_writer.emit(rank, os.uname().nodename, text, Level.INFO)
     else:
-        speech.relay(f"{text}\n".encode())
+        log_writer.write_raw(f"{text}\n".encode())

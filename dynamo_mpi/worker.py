@@ -16,14 +16,15 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
+from dynamo_mpi.common.process import host_name
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launchers.launch import Launch, Launcher, detect
 from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch, refuse_world_size
-from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.supervision.agent_client import NodeAgentClient
+from dynamo_mpi.supervision.context import RankContext
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from dynamo_mpi.world import World, bind_library, end_mpi, form_world
 
 if TYPE_CHECKING:
@@ -58,22 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = detect(os.environ)
     if {"-h", "--help", "--version"} & set(words):
         return _help(words, launch)
-    voice = Voice(launch.rank, host_name())
+    log = RankLogger(launch.rank, host_name())
     fault: ArmedFault | None = None
     try:
         if os.environ.get("DYN_MPI_FAULT"):
             from dynamo_mpi.supervision.faults import arm
 
-            fault = arm(os.environ, launch, phases, voice)
+            fault = arm(os.environ, launch, phases, log)
         with phases.enter("environment"):
             library = identify_library(bind_library())
             refuse_mislaunch(launch, library)
     except BootstrapError as error:
-        return _refuse_alone(error, launch, voice)
-    agent = _spawn_node_agent(launch, voice.host, words)
+        return _refuse_alone(error, launch, log)
+    agent = _spawn_node_agent(launch, log.host, words)
     # before any thread is started, and after the agent, which would hold what it inherits open
-    answers = _answer_probes(launch, voice, words)
-    client = NodeAgentClient(launch, os.environ, agent, lambda: _respawn_node_agent(launch, voice.host, words))
+    answers = _answer_probes(launch, log, words)
+    client = NodeAgentClient(launch, os.environ, agent, lambda: _respawn_node_agent(launch, log.host, words))
     client.install_signal_handlers()
     phases.listen(lambda name: client.send(f"phase {name}"), first=True)
     reporter = None if isinstance(answers, BootstrapError) else answers
@@ -82,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         reporter.begin()
     notifier = _notifier(launch, words)
     if notifier is not None:
-        phases.listen(notifier.tell_phase, first=True)
+        # from the next phase on it is one of rank 0's hooks
+        notifier.on_phase("world")
     try:
         with phases.enter("world"):
             if isinstance(answers, BootstrapError):
@@ -98,17 +100,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if launch.local_size is not None and launch.local_size < world.size:
                 from dynamo_mpi.supervision.agent_invitation import introduce_agents
 
-                introduce_agents(world, launch.local_rank, client, voice.host)
+                introduce_agents(world, launch.local_rank, client, log.host)
     except BootstrapError as error:
         if notifier is not None:
-            notifier.tell_failure(str(error))
-        code = _refuse_alone(error, launch, voice)
+            notifier.report_failure(str(error))
+        code = _refuse_alone(error, launch, log)
         client.send(f"failed {code}")
         return code
     except Exception as error:
-        return _abandon(error, None, launch, client, voice, phases, words)
+        return _abandon(error, None, launch, client, log, phases, words)
     client.set_abort(world.abort)
-    voice = Voice(world.rank, voice.host)
+    log = RankLogger(world.rank, log.host)
+    context = RankContext(world, launch, words, phases, log, client, library.version)
     if reporter is not None:
         reporter.tell("rank", str(world.rank))
     try:
@@ -116,15 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         phases.begin("preflight")
         if world.rank == 0:
             from dynamo_mpi.leader import lead
-            from dynamo_mpi.observe.display import Display
 
-            display = Display(phases, voice, reporter, notifier)
-            return _leave(world, client, lead(world, launch, words, phases, voice, library.version, client, display))
+            return _leave(world, client, lead(context, reporter, notifier))
         from dynamo_mpi.follower import follow
 
-        return _leave(world, client, follow(world, launch, words, phases, library.version, client, fault, reporter))
+        return _leave(world, client, follow(context, fault, reporter))
     except Exception as error:
-        return _abandon(error, world, launch, client, voice, phases, words)
+        return _abandon(error, world, launch, client, log, phases, words)
 
 
 def _spawn_node_agent(launch: Launch, host: str, words: Sequence[str]) -> Agent | None:
@@ -143,13 +144,13 @@ def _respawn_node_agent(launch: Launch, host: str, words: Sequence[str]) -> Agen
     return respawn_node_agent(launch, host, words, os.environ)
 
 
-def _answer_probes(launch: Launch, voice: Voice, words: Sequence[str]) -> Reporter | BootstrapError | None:
+def _answer_probes(launch: Launch, log: RankLogger, words: Sequence[str]) -> Reporter | BootstrapError | None:
     """Fork the process that answers this node's probes, where the user wants them answered and that is for this rank to do."""
     if not os.environ.get("DYN_SYSTEM_PORT"):
         return None
     from dynamo_mpi.health.start import answer_probes
 
-    return answer_probes(launch, voice, words, os.environ)
+    return answer_probes(launch, log, words, os.environ)
 
 
 def _notifier(launch: Launch, words: Sequence[str]) -> Notifier | None:
@@ -174,10 +175,10 @@ def _help(words: Sequence[str], launch: Launch) -> int:
     return ExitCode.OK
 
 
-def _refuse_alone(error: BootstrapError, launch: Launch, voice: Voice) -> int:
+def _refuse_alone(error: BootstrapError, launch: Launch, log: RankLogger) -> int:
     """Leave before, or without, a world: rank 0 speaks, and all give it, and each other, the time to know their exit code."""
     if launch.rank == 0:
-        voice.say(f"error: {error}")
+        log.error(f"error: {error}")
     if launch.size > 1 and launch.launcher is not Launcher.SLURM_SHELL:
         # srun --kill-on-bad-exit sends it when the first rank leaves, and srun's own code is the highest of all ranks'
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -205,12 +206,12 @@ def _abandon(
     world: World | None,
     launch: Launch,
     client: NodeAgentClient,
-    voice: Voice,
+    log: RankLogger,
     phases: Phases,
     argv: Sequence[str],
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be anywhere, also inside a collective."""
-    from dynamo_mpi.observe.speech import speech
+    from dynamo_mpi.observe.speech import log_writer
     from dynamo_mpi.supervision.backstop import exit_after
     from dynamo_mpi.supervision.early_settings import Limits
     from dynamo_mpi.supervision.failure import Failure, describe_error
@@ -222,12 +223,12 @@ def _abandon(
     exit_after(_PARTING_SECONDS, code)
     report = f"error in {phases.current}: {text.rstrip()}"
     limits = Limits.of(argv, os.environ)
-    meeting = Meeting(voice.host, failure_dir=limits.failure_dir)
-    if not speech.is_placed:
-        speech.log_to(limits.log_dir, meeting.label, voice.rank)
-    voice.say(report)
-    failure = Failure(voice.rank, code, text, phase=phases.current, at=time.monotonic())
-    write_failure(meeting, failure, voice.host, report={"report": report, "consequences": []})
+    meeting = Meeting(log.host, failure_dir=limits.failure_dir)
+    if not log_writer.has_destination:
+        log_writer.open_file(limits.log_dir, meeting.label, log.rank)
+    log.error(report)
+    failure = Failure(log.rank, code, text, phase=phases.current, at=time.monotonic())
+    write_failure(meeting, failure, log.host, report={"report": report, "consequences": []})
     client.send(f"failed {code}")
     if world is not None and world.size > 1:
         world.abort(code)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Runs the tests from a fresh clone: makes .venv, installs what is missing, hands its arguments on to pytest.
+# Runs the tests from a fresh clone: makes .venv, installs what is missing, runs pytest once for each stage.
 
 set -euo pipefail
 
@@ -11,15 +11,35 @@ source "$root/scripts/environment.sh"
 
 usage() {
     cat <<'EOF'
-usage: scripts/test.sh [--slurm] [ARGUMENTS OF pytest]
+usage: scripts/test.sh [--slurm] [--full] [OPTIONS OF pytest]
+       scripts/test.sh [--slurm] PATHS AND OPTIONS OF pytest
 
-  scripts/test.sh                  all tests but those on a real Slurm or on several hosts
-  scripts/test.sh --slurm          those too: root on Debian, installs packages
-  scripts/test.sh tests/unit -x    what pytest takes
+  scripts/test.sh                  one real test of each mechanism and all pure ones, in three stages; without a real Slurm or several hosts
+  scripts/test.sh --slurm          those on a real Slurm and on several hosts too: root on Debian, installs packages
+  scripts/test.sh --full           every variant of each mechanism too
+  scripts/test.sh --stage fast     one stage: fast, parallel or alone (docs/testing.md)
+  scripts/test.sh tests/unit -x    one run of pytest with these arguments
 
 Environment:
   PYTHON    interpreter to make .venv with (default: python3, else the newest that fits)
 EOF
+}
+
+# run_stage NAME ARGUMENTS OF pytest...: ends the script if a test fails.
+run_stage() {
+    local name=$1 started=$SECONDS
+    shift
+    "$venv/bin/python" -m pytest --stage "$name" "$@" || exit
+    printf 'stage %s: %d s\n' "$name" $((SECONDS - started))
+}
+
+# Whether the arguments choose tests themselves: a path, or the value of -k or -m.
+choose_tests() {
+    local argument
+    for argument; do
+        [[ $argument == -* ]] || return 0
+    done
+    return 1
 }
 
 selection=(-m "not slurm and not hosts")
@@ -37,4 +57,11 @@ esac
 
 prepare_environment dev
 cd "$root"
-exec "$venv/bin/python" -m pytest "${selection[@]}" "$@"
+if choose_tests "$@"; then
+    exec "$venv/bin/python" -m pytest "${selection[@]}" "$@"
+fi
+cores=$(nproc)
+run_stage fast -n "$cores" --dist worksteal "${selection[@]}" "$@"
+# these wait more than they compute
+run_stage parallel -n $((cores + 1)) --dist loadfile "${selection[@]}" "$@"
+run_stage alone "${selection[@]}" "$@"

@@ -20,6 +20,7 @@ import pytest
 from tests.mpi_flavours import MpiFlavour
 
 ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("fast", "parallel", "alone")
 
 
 def pytest_configure() -> None:
@@ -30,18 +31,61 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Offer the whole fault matrix."""
-    parser.addoption("--all-faults", action="store_true", help="all faults in all phases, and not only the chosen ones")
+    """Offer the stages, and what only `.ci/full` runs."""
+    parser.addoption("--stage", choices=STAGES, help="only the tests of this stage (docs/testing.md)")
+    parser.addoption("--full", action="store_true", help="also the variants that the landing run leaves out")
+    parser.addoption("--all-faults", action="store_true", help="--full, and all faults in all phases")
 
 
+def stage_of(item: pytest.Item) -> str:
+    """Return the stage of a test: alone if others would disturb it, fast if it is pure, parallel otherwise."""
+    marks = {mark.name for mark in item.iter_markers()}
+    if marks & {"serial", "slurm", "hosts"}:
+        return "alone"
+    return "parallel" if marks & {"mpi", "dynamo", "slow"} else "fast"
+
+
+def is_left_out(item: pytest.Item, full: bool, all_faults: bool, stage: str | None) -> bool:
+    """Return whether the options leave a test out."""
+    if stage is not None and stage_of(item) != stage:
+        return True
+    if item.get_closest_marker("all_faults"):
+        return not all_faults
+    landing = item.get_closest_marker("landing")
+    return not full and (
+        item.get_closest_marker("full") is not None or (landing is not None and variant_of(item) not in landing.args)
+    )
+
+
+def variant_of(item: pytest.Item) -> str:
+    """Return the id of a test's parameters: what stands in brackets behind its name."""
+    return item.name.partition("[")[2].removesuffix("]")
+
+
+def check_landing_variants(items: list[pytest.Item]) -> None:
+    """Refuse a marker `landing` that names a variant which its test does not have."""
+    wanted: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {}
+    for item in items:
+        if landing := item.get_closest_marker("landing"):
+            test = item.nodeid.partition("[")[0]
+            wanted[test] = set(landing.args)
+            found.setdefault(test, set()).add(variant_of(item))
+    for test, variants in wanted.items():
+        if missing := variants - found[test]:
+            raise pytest.UsageError(f"{test} has no variants {sorted(missing)}: correct its marker `landing`")
+
+
+@pytest.hookimpl(tryfirst=True)  # it wants to see what -k and -m leave out
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only the whole fault matrix has."""
-    if config.getoption("--all-faults"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("all_faults")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """Leave out the tests that the options don't ask for."""
+    if not any("[" in argument for argument in config.args):
+        check_landing_variants(items)
+    all_faults = bool(config.getoption("--all-faults"))
+    full, stage = all_faults or bool(config.getoption("--full")), config.getoption("--stage")
+    left_out = {item for item in items if is_left_out(item, full, all_faults, stage)}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_report_header() -> str:
@@ -153,6 +197,17 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "SmolLM2-135M-Instruct"
     export_model(find_default_gguf(), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of one layer with random weights as a model folder: a step takes a millisecond."""
+    from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
+    from tests.tiny_llama import write_tiny_gguf
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_gguf(find_default_gguf(), folder / "tiny.gguf")
+    return export_model(folder / "tiny.gguf", folder / "model")
 
 
 @pytest.fixture(scope="session")

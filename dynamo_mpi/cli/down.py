@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
+from dynamo_mpi.control_plane.record_codec import sanitize
 from dynamo_mpi.errors import AuthorisationError, DeadlineError, UsageError
 from dynamo_mpi.launch.steps import SlurmEndings
-from dynamo_mpi.operating.ending import Target, end_workers, way_to
-from dynamo_mpi.operating.options import MODEL, NAMESPACE, RUN_DIR
-from dynamo_mpi.operating.place import find_run_dir, locate
-from dynamo_mpi.operating.untrusted import shown
+from dynamo_mpi.operating.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, find_run_dir
+from dynamo_mpi.operating.stop import WorkerSelector, stop_method_for, stop_workers
 from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_seconds
 
 if TYPE_CHECKING:
@@ -87,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
         return _end(run_dir, values, is_named=named is not None, dry_run=arguments.dry_run)
     except PermissionError:
         raise AuthorisationError(
-            f"{run_dir} can't be used by this user", needed="a run folder of this user's", fix="ask whoever launched it"
+            f"{run_dir} can't be used by this user",
+            needed="a run folder of this user's",
+            fix="ask the user who launched it",
         ) from None
 
 
@@ -102,7 +103,7 @@ def _end(run_dir: Path, values: dict[str, Any], *, is_named: bool, dry_run: bool
         return 0
     content = _read(description)
     if dry_run:
-        names = [shown(str(worker.get("name"))) for worker in content.get("workers", ()) if isinstance(worker, dict)]
+        names = [sanitize(str(worker.get("name"))) for worker in content.get("workers", ()) if isinstance(worker, dict)]
         write_out(f"the deployment in {run_dir}: {', '.join(names)}, and its services")
         return 0
     _end_deployment(run_dir, content, values["timeout"])
@@ -111,12 +112,13 @@ def _end(run_dir: Path, values: dict[str, Any], *, is_named: bool, dry_run: bool
 
 
 def _end_workers(values: dict[str, Any], *, dry_run: bool) -> int:
-    target = Target(locate(values["run_dir"], os.environ), values["namespace"], values["model"], values["job"])
+    deployment = find_deployment(values["run_dir"], os.environ)
+    selector = WorkerSelector(deployment, values["namespace"], values["model"], values["job"])
     if not dry_run:
-        end_workers(target, values["timeout"], _say)
+        stop_workers(selector, values["timeout"], _say)
         _say("ended")
-    elif ways := [way_to(worker) for worker in target.workers()]:
-        write_out("\n".join(map(str, ways)))
+    elif methods := [stop_method_for(worker) for worker in selector.workers()]:
+        write_out("\n".join(map(str, methods)))
     else:
         _say("no such worker is there")
     return 0

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.operating.options import MODEL, NAMESPACE, RUN_DIR, add_output
-from dynamo_mpi.operating.place import locate
-from dynamo_mpi.operating.snapshot import ETCD_SECONDS, read_snapshot
+from dynamo_mpi.operating.deployment import MODEL, NAMESPACE, RUN_DIR, add_output, find_deployment
+from dynamo_mpi.operating.status import ETCD_SECONDS, read_status
 from dynamo_mpi.operating.status_text import describe
 from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dynamo_mpi.errors import BootstrapError
-    from dynamo_mpi.operating.snapshot import Snapshot
+    from dynamo_mpi.operating.status import DeploymentStatus
 
 SHORTEST_SECONDS = 0.1
 # Ctrl-C waits for it
@@ -73,16 +72,17 @@ def run(arguments: argparse.Namespace) -> int:
     return _watch(values, arguments.output)
 
 
-def _read(values: dict[str, Any], seconds: float) -> Snapshot:
-    return read_snapshot(locate(values["run_dir"], os.environ), values["namespace"], values["model"], seconds)
+def _read(values: dict[str, Any], seconds: float) -> DeploymentStatus:
+    deployment = find_deployment(values["run_dir"], os.environ)
+    return read_status(deployment, values["namespace"], values["model"], seconds)
 
 
-def _shown(snapshot: Snapshot, output: str) -> str:
+def _shown(status: DeploymentStatus, output: str) -> str:
     if output == "text":
-        return describe(snapshot, shutil.get_terminal_size().columns) if _is_terminal() else describe(snapshot)
+        return describe(status, shutil.get_terminal_size().columns) if _is_terminal() else describe(status)
     from dynamo_mpi.operating.status_json import as_json
 
-    return json.dumps(as_json(snapshot))
+    return json.dumps(as_json(status))
 
 
 def _is_terminal() -> bool:

@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.errors import UsageError
-from dynamo_mpi.observe.timeline_files import read_starts, write_whole
-from dynamo_mpi.observe.timeline_page import page
-from dynamo_mpi.observe.timeline_text import text
-from dynamo_mpi.observe.timeline_trace import trace
 from dynamo_mpi.options import Option, add_options, resolve, to_path
+from dynamo_mpi.telemetry.startup_trace import read_traces, write_atomically
+from dynamo_mpi.telemetry.timeline_page import page
+from dynamo_mpi.telemetry.timeline_text import perfetto_trace, text
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-    from dynamo_mpi.observe.timeline import Start
+    from dynamo_mpi.telemetry.startup_trace import StartupTrace
 
 FOLDER = "timeline"
 """Of a run folder: where `dynamo-mpi launch` has its workers write."""
@@ -60,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.files and arguments.run_dir:
         raise UsageError("both files and --run-dir were given", needed="one of them")
     files = arguments.files or _files_of(_run_dir(arguments))
-    starts = sorted((start for path in files for start in read_starts(path)), key=_place)
+    starts = sorted((start for path in files for start in read_traces(path)), key=_place)
     out: Path | None = arguments.out
     kind = arguments.output or (_BY_SUFFIX.get(out.suffix, "text") if out else "text")
     content = _render(starts, kind)
@@ -68,21 +67,21 @@ def run(arguments: argparse.Namespace) -> int:
         write_out(content.rstrip("\n"))
         return 0
     try:
-        write_whole(out, content)
+        write_atomically(out, content)
     except OSError as error:
         raise UsageError(f"{out} can't be written: {error.strerror}", fix="check its folder and rights") from None
     return 0
 
 
-def _render(starts: Sequence[Start], kind: str) -> str:
+def _render(starts: Sequence[StartupTrace], kind: str) -> str:
     if kind == "html":
         return page(starts)
     if kind == "trace":
-        return json.dumps(trace(starts), separators=(",", ":")) + "\n"
+        return json.dumps(perfetto_trace(starts), separators=(",", ":")) + "\n"
     return text(starts, shutil.get_terminal_size().columns) + "\n"
 
 
-def _place(start: Start) -> tuple[int, str, str, float]:
+def _place(start: StartupTrace) -> tuple[int, str, str, float]:
     """Order the groups: the services, then prefill before decode, then by number."""
     role = _ROLES.index(start.role) if start.role in _ROLES else len(_ROLES)
     stem, _, number = start.name.rpartition("-")

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.operating.options import MODEL, NAMESPACE, RUN_DIR, add_output
-from dynamo_mpi.operating.waiting import Request, Wait
+from dynamo_mpi.operating.deployment import MODEL, NAMESPACE, RUN_DIR, add_output
+from dynamo_mpi.operating.wait import ReadinessWaiter, WaitRequest
 from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_role, to_seconds
 
 if TYPE_CHECKING:
     import argparse
 
-    from dynamo_mpi.operating.waiting import Outcome
+    from dynamo_mpi.operating.wait import WaitResult
 
 ROLES = ("agg", "prefill", "decode")
 SCHEMA = 1
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     given = {**vars(arguments), "role": ",".join(arguments.role) if arguments.role else None}
     values, _ = resolve((*OPTIONS, ROLE), given, os.environ, {})
-    request = Request(
+    request = WaitRequest(
         values["run_dir"],
         values["namespace"],
         values["model"],
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
         values["frontend"] or "",
         values["timeout"],
     )
-    outcome = Wait(request, os.environ, _say).run()
+    outcome = ReadinessWaiter(request, os.environ, _say).run()
     if outcome.error is not None:
         if log := getattr(outcome.error, "log", ""):
             _say(log)
@@ -98,9 +98,9 @@ def run(arguments: argparse.Namespace) -> int:
     return outcome.exit_code
 
 
-def _describe(outcome: Outcome) -> str:
-    workers = outcome.snapshot.workers if outcome.snapshot is not None else ()
-    serving = [worker for worker in workers if worker.serves]
+def _describe(outcome: WaitResult) -> str:
+    workers = outcome.status.workers if outcome.status is not None else ()
+    serving = [worker.record for worker in workers if worker.record.is_serving]
     parts = [
         f"{model}: {', '.join(w.role for w in serving if w.model == model)}"
         for model in dict.fromkeys(worker.model for worker in serving)
@@ -109,7 +109,7 @@ def _describe(outcome: Outcome) -> str:
     return f"ready after {outcome.seconds:.1f} s: {'; '.join(parts)}{proof}"
 
 
-def _as_json(outcome: Outcome) -> dict[str, Any]:
+def _as_json(outcome: WaitResult) -> dict[str, Any]:
     """Return the final state: what is missing, what has answered, and under ``status`` what `status` gives; null where etcd wasn't asked."""
     from dynamo_mpi.operating.status_json import as_json
 
@@ -118,12 +118,12 @@ def _as_json(outcome: Outcome) -> dict[str, Any]:
         "ok": outcome.error is None,
         "exit_code": int(outcome.exit_code),
         "seconds": outcome.seconds,
-        "missing": [{"name": lack.name, "position": lack.position} for lack in outcome.lacks],
+        "missing": [{"name": item.name, "position": item.position} for item in outcome.missing],
         "completions": {
             model: {"tokens": answer.completion_tokens, "seconds": answer.total_seconds}
             for model, answer in outcome.answers.items()
         },
-        "status": None if outcome.snapshot is None else as_json(outcome.snapshot),
+        "status": None if outcome.status is None else as_json(outcome.status),
     }
     if outcome.error is not None:
         content["error"] = {**outcome.error.plain(), "exit_code": int(outcome.exit_code)}

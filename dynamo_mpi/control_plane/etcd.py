@@ -1,41 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few things that rank 0 asks of etcd, each with a deadline and an error of ours.
+"""etcd as the rest of the package sees it: where it is, our credentials, and a client, whichever transport carries its calls.
 
-The calls are those of ``pyetcd`` (etcd-sdk-python); the connection is made here. Its client leaves an endpoint that failed alone for five
-minutes, reads certificates from files only, and can't send a password's token where there is no TLS.
+`etcd_grpc` is the transport of ranks, `etcd_http` the one of hosts that have nothing but Python. The credentials are the ``ETCD_AUTH_*``
+variables of Dynamo's runtime, which hold PEM texts, not paths.
 """
 
 from __future__ import annotations
 
+import os
 import ssl
-import threading
-import time
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.errors import AuthorisationError, BootstrapError, DiscoveryError
+from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Mapping
 
-# proxies are for the web; a lost connection is built anew by us
-_CHANNEL_OPTIONS = (
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.max_receive_message_length", 64 << 20),
-)
-_TOKEN_ERRORS = ("invalid auth token", "revision of auth store is old")
+DEFAULT_PORT = 2379
+_LEASE_SECONDS = 30
+DEFAULT_ETCD = f"http://localhost:{DEFAULT_PORT}"
 
 
-class Entry(NamedTuple):
+class KeyValue(NamedTuple):
     """One key with its value.
 
     Args:
         key: its name.
-        value: what stands there.
+        value: its content.
         create_revision: grows with every write to etcd, so of two keys the older has the smaller one.
-        lease: ends with it; 0 for none.
+        lease: the key is deleted when it ends; 0 for none.
     """
 
     key: str
@@ -52,248 +47,140 @@ class Lease(NamedTuple):
 
 
 class LeaseLostError(DiscoveryError):
-    """The lease is no longer there, and neither is what was under it."""
+    """The lease does not exist any more, and neither do its keys."""
 
 
 class CredentialsError(AuthorisationError):
-    """etcd does not know such a user with such a password."""
+    """etcd knows no user with this name and password."""
 
 
-class Etcd:
-    """A connection to etcd, made with the first call. Safe to use from several threads.
+class EtcdClient(Protocol):
+    """What both transports do. Every call has a deadline, and raises a `BootstrapError`:
 
-    Args:
-        endpoints: URLs, the one to begin with first; one that fails is followed by the next.
-        auth: who we are.
-        timeout: seconds of each call.
+    Raises:
+        DiscoveryError: etcd does not answer in time.
+        AuthorisationError: it refuses our credentials.
     """
 
-    def __init__(self, endpoints: Sequence[str], auth: EtcdAuth, timeout: float) -> None:
-        self._endpoints, self._auth, self._timeout = list(endpoints), auth, timeout
-        self._lock = threading.Lock()
-        self._channel: Any = None
-        self._token: str | None = None
-
-    def entries(self, prefix: str) -> list[Entry]:
-        """Return what stands under ``prefix``."""
-        from pyetcd import etcdrpc
-
-        start = prefix.encode()
-        request = etcdrpc.RangeRequest(key=start, range_end=start[:-1] + bytes([start[-1] + 1]))
-        reply = self._call(lambda channel: etcdrpc.KVStub(channel).Range, request)
-        return [
-            Entry(entry.key.decode(errors="replace"), entry.value, entry.create_revision, entry.lease)
-            for entry in reply.kvs
-        ]
+    def get_prefix(self, prefix: str) -> list[KeyValue]:
+        """Return all keys that begin with ``prefix``."""
 
     def put(self, key: str, value: bytes, lease: int) -> None:
-        """Write ``value``, which goes when the lease ends.
+        """Write a key under a lease.
 
         Raises:
             LeaseLostError: there is no such lease.
         """
-        from pyetcd import etcdrpc
-
-        request = etcdrpc.PutRequest(key=key.encode(), value=value, lease=lease)
-        self._call(lambda channel: etcdrpc.KVStub(channel).Put, request)
 
     def create(self, key: str, value: bytes, lease: int) -> bool:
-        """Write ``value`` as `put` does, unless something stands there; tell whether it was written.
-
-        Raises:
-            LeaseLostError: there is no such lease.
-        """
-        from pyetcd import etcdrpc
-
-        put = etcdrpc.PutRequest(key=key.encode(), value=value, lease=lease)
-        absent = etcdrpc.Compare(key=key.encode(), target=etcdrpc.Compare.CREATE, create_revision=0)
-        request = etcdrpc.TxnRequest(compare=[absent], success=[etcdrpc.RequestOp(request_put=put)])
-        reply = self._call(lambda channel: etcdrpc.KVStub(channel).Txn, request)
-        return bool(reply.succeeded)
+        """Write a key as `put` does, unless it exists; return whether it was written."""
 
     def grant(self, seconds: int) -> Lease:
-        """Get a lease that lives at least ``seconds`` without being kept alive."""
-        from pyetcd import etcdrpc
+        """Return a new lease that lives at least ``seconds`` without being kept alive."""
 
-        reply = self._call(
-            lambda channel: etcdrpc.LeaseStub(channel).LeaseGrant, etcdrpc.LeaseGrantRequest(TTL=seconds)
-        )
-        return Lease(reply.ID, reply.TTL)
-
-    def keep_alive(self, lease: int) -> None:
-        """Begin the lease's time anew.
-
-        Raises:
-            LeaseLostError: there is no such lease.
-        """
-        from pyetcd import etcdrpc
-
-        request = etcdrpc.LeaseKeepAliveRequest(ID=lease)
-
-        def ask(channel: Any) -> Callable[..., Any]:
-            def once(_: Any, **options: Any) -> Any:
-                return next(etcdrpc.LeaseStub(channel).LeaseKeepAlive(iter([request]), **options), None)
-
-            return once
-
-        reply = self._call(ask, request)
-        if reply is None or reply.TTL <= 0:
-            raise _lease_lost()
-
-    def granted(self, lease: int) -> int | None:
-        """Return the seconds that a lease lives without being kept alive; None if there is no such lease."""
-        from pyetcd import etcdrpc
-
-        request = etcdrpc.LeaseTimeToLiveRequest(ID=lease)
-        reply = self._call(lambda channel: etcdrpc.LeaseStub(channel).LeaseTimeToLive, request)
-        return int(reply.grantedTTL) if reply.TTL >= 0 else None
-
-    def revoke(self, lease: int, timeout: float) -> None:
-        """End the lease and all that is under it.
-
-        Args:
-            lease: which.
-            timeout: seconds that it may take.
-        """
-        from pyetcd import etcdrpc
-
-        request = etcdrpc.LeaseRevokeRequest(ID=lease)
-        self._call(lambda channel: etcdrpc.LeaseStub(channel).LeaseRevoke, request, timeout)
-
-    @property
-    def asks_nobody(self) -> bool:
-        """Whether we have a password, and etcd has said that it asks nobody for one."""
-        return bool(self._auth.username) and not self._token and self._token is not None
-
-    def close(self) -> None:
-        """Close the connection."""
-        with self._lock:
-            self._drop()
-
-    def _call(self, method: Callable[[Any], Callable[..., Any]], request: Any, timeout: float | None = None) -> Any:
-        """Call the endpoint in use; where nobody answers there, the others.
-
-        Raises:
-            DiscoveryError: none of them answers in time.
-            AuthorisationError: etcd refuses who we are.
-            LeaseLostError: the call names a lease that isn't there.
-        """
-        import grpc
-
-        end = time.monotonic() + (self._timeout if timeout is None else timeout)
-        renewed = False
-        tries = len(self._endpoints)
-        while True:
-            channel = self._connected()
-            try:
-                metadata = self._metadata(channel, end)
-                return method(channel)(request, timeout=max(0.0, end - time.monotonic()), metadata=metadata)
-            except grpc.RpcError as error:
-                if not renewed and _has_word(error, _TOKEN_ERRORS):
-                    # etcd forgets tokens after a time, and with every change of its users
-                    renewed, self._token = True, None
-                    continue
-                tries -= 1
-                if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                    self._turn_to_the_next(channel)
-                    if tries > 0 and time.monotonic() < end:
-                        continue
-                raise _our_error(error, self._auth) from None
-
-    def _connected(self) -> Any:
-        with self._lock:
-            if self._channel is None:
-                self._channel = _open(self._endpoints[0], self._auth)
-            return self._channel
-
-    def _metadata(self, channel: Any, end: float) -> tuple[tuple[str, str], ...]:
-        if not self._auth.username:
-            return ()
-        with self._lock:
-            if self._token is None:
-                self._token = _authenticate(channel, self._auth, end)
-            return (("token", self._token),) if self._token else ()
-
-    def _turn_to_the_next(self, failed: Any) -> None:
-        with self._lock:
-            if self._channel is failed:
-                self._drop()
-                self._endpoints.append(self._endpoints.pop(0))
-
-    def _drop(self) -> None:
-        if self._channel is not None:
-            self._channel.close()
-        self._channel = self._token = None
+    def revoke(self, lease: int) -> bool:
+        """End a lease and delete its keys; return whether it existed."""
 
 
-def _open(endpoint: str, auth: EtcdAuth) -> Any:
-    import grpc
-
-    parts = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
-    host = parts.hostname or ""
-    target = f"{f'[{host}]' if ':' in host else host}:{parts.port or 2379}"
-    if parts.scheme != "https":
-        return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
-    pem = [text.encode() or None for text in (auth.authority or _system_authorities(), auth.key, auth.certificate)]
-    return grpc.secure_channel(target, grpc.ssl_channel_credentials(*pem), options=_CHANNEL_OPTIONS)
-
-
-def _system_authorities() -> str:
-    """Return the system's authorities: gRPC has a list of its own, which may lack a site's."""
-    return "".join(map(ssl.DER_cert_to_PEM_cert, ssl.create_default_context().get_ca_certs(binary_form=True)))
-
-
-def _authenticate(channel: Any, auth: EtcdAuth, end: float) -> str:
-    import grpc
-    from pyetcd import etcdrpc
-
-    request = etcdrpc.AuthenticateRequest(name=auth.username, password=auth.password)
-    try:
-        reply = etcdrpc.AuthStub(channel).Authenticate(request, timeout=max(0.0, end - time.monotonic()))
-    except grpc.RpcError as error:
-        if _has_word(error, ("authentication is not enabled",)):
-            return ""
-        raise
-    token: str = reply.token
-    return token
-
-
-def _has_word(error: Any, words: Sequence[str]) -> bool:
-    return any(word in (error.details() or "") for word in words)
-
-
-def _lease_lost() -> LeaseLostError:
+def lease_lost() -> LeaseLostError:
+    """Return the error of a call whose lease does not exist."""
     return LeaseLostError("the lease in etcd is lost", needed="a lease that is kept alive", fix="look at etcd")
 
 
-def _our_error(error: Any, auth: EtcdAuth) -> BootstrapError:
-    import grpc
+def end_of_prefix(prefix: str) -> bytes:
+    """Return the first key behind all that begin with ``prefix``, as etcd's ranges need it."""
+    start = prefix.encode()
+    return start[:-1] + bytes([start[-1] + 1])
 
-    text = " ".join((error.details() or error.code().name).split())
-    if "lease not found" in text:
-        return _lease_lost()
-    if _has_word(error, ("authentication failed", "invalid user ID")):
-        return CredentialsError(
-            f"etcd refuses user {auth.username}: {text}",
-            needed="a user of etcd's, and the password",
-            fix="correct ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD",
-        )
-    if error.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED) or _has_word(
-        error, ("user name is empty",)
-    ):
-        return AuthorisationError(
-            f"etcd refuses us: {text}",
-            needed=f"a user with the right to read and write under dynamo_mpi/{_named(auth)}",
-            fix="etcdctl role grant-permission ROLE --prefix=true readwrite dynamo_mpi/, or correct ETCD_AUTH_*",
-        )
-    return DiscoveryError(
-        f"etcd does not answer: {text}",
-        needed="an etcd that answers",
-        fix="look at etcd; ETCD_ENDPOINTS says where it is",
+
+def etcd_endpoints(environ: Mapping[str, str]) -> list[str]:
+    """Return the etcd endpoints that the Dynamo runtime is to use: ``ETCD_ENDPOINTS``, or etcd's port on the head node that Dynamo's Slurm
+    example names, or the runtime's default."""
+    head = environ.get("HEAD_NODE_IP") or environ.get("HEAD_NODE")
+    at_head = f"http://{f'[{head}]' if ':' in head else head}:{DEFAULT_PORT}" if head else ""
+    text = environ.get("ETCD_ENDPOINTS") or at_head or DEFAULT_ETCD
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def lease_seconds(environ: Mapping[str, str]) -> int:
+    """Return the seconds that a lease outlives its worker: as long as Dynamo's own."""
+    text = environ.get("ETCD_LEASE_TTL", "")
+    return int(text) if text.isdecimal() and 0 < int(text) < 2**31 else _LEASE_SECONDS
+
+
+@dataclass(frozen=True, repr=False)
+class EtcdAuth:
+    """Credentials. Empty texts: not given.
+
+    Args:
+        authority: PEM certificates that sign etcd's own; the system's if none is given.
+        certificate: this client's, PEM.
+        key: its private key, PEM.
+        username: of etcd's own users.
+        password: that user's.
+    """
+
+    authority: str = ""
+    certificate: str = ""
+    key: str = ""
+    username: str = ""
+    password: str = ""
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> EtcdAuth:
+        """Read them from the environment.
+
+        Raises:
+            UsageError: half of a pair is missing.
+        """
+        names = ("CA", "CLIENT_CERT", "CLIENT_KEY", "USERNAME", "PASSWORD")
+        values = {name: environ.get(f"ETCD_AUTH_{name}", "") for name in names}
+        for one, other in (("CLIENT_CERT", "CLIENT_KEY"), ("USERNAME", "PASSWORD")):
+            if bool(values[one]) != bool(values[other]):
+                there, missing = (one, other) if values[one] else (other, one)
+                raise UsageError(
+                    f"ETCD_AUTH_{there} is set and ETCD_AUTH_{missing} isn't",
+                    needed="both, or neither",
+                    fix=f"set ETCD_AUTH_{missing}, or unset ETCD_AUTH_{there}",
+                )
+        return cls(*values.values())
+
+    def tls(self) -> ssl.SSLContext:
+        """Return the context for a connection to etcd.
+
+        Raises:
+            UsageError: a text is not what its variable's name says.
+        """
+        context = ssl.create_default_context()
+        if self.authority:
+            try:
+                context.load_verify_locations(cadata=self.authority)
+            except (OSError, ValueError, TypeError):
+                raise _no_pem("ETCD_AUTH_CA holds no certificate") from None
+        if self.certificate:
+            try:
+                # a key with a passphrase would be asked for on the terminal
+                with _as_file(self.certificate) as certificate, _as_file(self.key) as key:
+                    context.load_cert_chain(certificate, key, password=lambda: "")
+            except (OSError, ValueError):
+                raise _no_pem("ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY are no certificate and its key") from None
+        return context
+
+
+def _no_pem(found: str) -> UsageError:
+    return UsageError(
+        found,
+        needed="the PEM text itself, not a path: so Dynamo's runtime wants it",
+        fix='export ETCD_AUTH_CA="$(cat ca.crt)", and likewise the others',
     )
 
 
-def _named(auth: EtcdAuth) -> str:
-    if auth.username:
-        return f"; this worker is {auth.username}"
-    return "; this worker is who its certificate names" if auth.certificate else "; this worker names none"
+@contextmanager
+def _as_file(text: str) -> Iterator[str]:
+    """Lend ``text`` as a path, which OpenSSL asks for: memory of this process's own, so that a secret never lies on a disk."""
+    descriptor = os.memfd_create("pem", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, text.encode("utf-8", "surrogateescape"))
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

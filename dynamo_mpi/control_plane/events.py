@@ -6,24 +6,25 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.last_failure import Origin, last_failure
+from dynamo_mpi.control_plane.connectivity import nats_server
+from dynamo_mpi.control_plane.failure_records import WorkerIdentity, failure_record
 from dynamo_mpi.control_plane.lifecycle import event_of
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.probe import nats_server
 from dynamo_mpi.preflight.peers import describe
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.control_plane.nats_line import NatsLine
-    from dynamo_mpi.control_plane.record import Posted, WorldRecord
-    from dynamo_mpi.supervision.failure import Failure
+    from dynamo_mpi.control_plane.nats_publisher import NatsPublisher
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
+    from dynamo_mpi.supervision.hooks import WorldFailure
 
 _FLUSH_SECONDS = 0.5
 
 
-class Events:
-    """One worker's. Nothing here raises, or waits but to the extent that it says.
+class Events(WorkerHook):
+    """One worker's events. Nothing here raises, or waits but to the extent that it says.
 
     Args:
         record: the worker.
@@ -31,23 +32,23 @@ class Events:
         line: where they go; None for nowhere.
     """
 
-    def __init__(self, record: WorldRecord, phase: str, line: NatsLine | None) -> None:
+    def __init__(self, record: WorkerRecord, phase: str, line: NatsPublisher | None) -> None:
         self._record, self._phase, self._line = record, phase, line
         self._exit_code: int | None = None
         self._send("phase")
 
-    def phase(self, name: str) -> None:
-        """Tell that a phase begins. May be called from a signal's handler."""
-        self._phase = name
+    def on_phase(self, phase: str) -> None:
+        """Send that a phase begins."""
+        self._phase = phase
         self._send("phase")
-        if name == "drain":
+        if phase == "drain":
             self._send("drain")
 
-    def ready(self) -> None:
-        """Tell that requests are answered."""
+    def on_ready(self) -> None:
+        """Send that requests are answered."""
         self._send("ready")
 
-    def peers(self, peers: Sequence[Posted], news: Sequence[str]) -> None:
+    def peers(self, peers: Sequence[StoredRecord], news: Sequence[str]) -> None:
         """Tell of the worlds that hand KV over to this one or take it.
 
         Args:
@@ -56,44 +57,36 @@ class Events:
         """
         self._send("peers", peers=tuple(describe(peer.record) for peer in peers), news=tuple(news))
 
-    def failed(self, failure: Failure, host: str, report: str) -> None:
-        """Tell of what the worker ends of; waits half a second at the most for that to go out.
-
-        Args:
-            failure: the first cause.
-            host: where it happened.
-            report: what has been said of it.
-        """
-        self._exit_code = failure.exit_code
-        self._send("failed", failure=last_failure(Origin.of(self._record), failure, host, report))
+    def on_failure(self, failure: WorldFailure) -> None:
+        """Send what the worker ends of; waits half a second at the most for that to go out."""
+        self._exit_code = failure.first.exit_code
+        worker = WorkerIdentity.of(self._record)
+        self._send("failed", failure=failure_record(worker, failure.first, failure.host, failure.report))
         if (line := self._line) is not None:
             line.flush(_FLUSH_SECONDS)
 
-    def exit(self, code: int | None = None) -> None:
-        """Tell that the worker ends; waits half a second at the most for that to go out. Nothing goes out after it.
-
-        Args:
-            code: what all ranks leave with; None for that of the failure.
-        """
-        code = self._exit_code if code is None else code
-        line, own = self._line, {"exit_code": code}
-        if line is not None:
-            if code is not None:
-                self._send("exit", **own)
+    def on_shutdown(self, code: int) -> None:
+        """Send with which exit code the worker ends; waits half a second at the most for that to go out. Nothing is sent after it."""
+        if (line := self._line) is not None:
+            self._send("exit", exit_code=code if self._exit_code is None else self._exit_code)
             self._line = None
             line.close(_FLUSH_SECONDS)
+
+    def on_exit(self, code: int) -> None:
+        """The same, where there was no orderly shutdown."""
+        self.on_shutdown(code)
 
     def _send(self, name: str, **own: Any) -> None:
         # another thread may say the last word meanwhile
         if (line := self._line) is not None:
-            from dynamo_mpi.control_plane.nats_line import Message
+            from dynamo_mpi.control_plane.nats_publisher import Message
 
             event = event_of(name, self._record, self._phase, time.time(), **own)
             line.send(Message(event.subject, event.pack()))
 
 
 def events_of(
-    record: WorldRecord, phase: str, environ: Mapping[str, str], request_plane: str, say: Callable[[str], None]
+    record: WorkerRecord, phase: str, environ: Mapping[str, str], request_plane: str, warn: Callable[[str], None]
 ) -> Events:
     """Return a worker's events; they go nowhere unless Dynamo's runtime uses NATS as well.
 
@@ -102,7 +95,7 @@ def events_of(
         phase: what it does now.
         environ: where NATS and our credentials stand.
         request_plane: ``"tcp"`` or ``"nats"``.
-        say: for a line to the user.
+        warn: logs a warning.
 
     Raises:
         UsageError: the credentials can't be used.
@@ -110,8 +103,8 @@ def events_of(
     server = nats_server(environ, request_plane)
     if server is None:
         return Events(record, phase, None)
-    from dynamo_mpi.control_plane.nats_line import NatsLine
+    from dynamo_mpi.control_plane.nats_publisher import NatsPublisher
 
-    line = NatsLine(server, NatsAuth.of(environ), say)
+    line = NatsPublisher(server, NatsAuth.from_env(environ), warn)
     line.start()
     return Events(record, phase, line)

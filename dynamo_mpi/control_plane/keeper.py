@@ -12,16 +12,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.control_plane.etcd import LeaseLostError
-from dynamo_mpi.control_plane.record import record_key
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.records import list_workers, record_key
 from dynamo_mpi.errors import BootstrapError, DiscoveryError
 from dynamo_mpi.preflight.peers import news, peers_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.control_plane.etcd import Etcd, Lease
-    from dynamo_mpi.control_plane.record import Posted, WorldRecord
+    from dynamo_mpi.control_plane.etcd import Lease
+    from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
+    from dynamo_mpi.talk import RankLogger
 
 _FAREWELL_SECONDS = 1.0
 # a record stays small, however often a partner is started anew
@@ -41,36 +42,36 @@ class Keeper:
         etcd: where; closed at the end.
         record: what to keep.
         seconds: that the record outlives a rank 0 which was killed.
-        say: for a line to the user.
+        log: the worker's log.
         on_lease: called with the id of each lease that the record gets.
         on_peers: called, from the keeper's thread, with the peers and with what is told of them when they change.
     """
 
     def __init__(
         self,
-        etcd: Etcd,
-        record: WorldRecord,
+        etcd: GrpcEtcdClient,
+        record: WorkerRecord,
         seconds: int,
-        say: Callable[[str], None],
+        log: RankLogger,
         on_lease: Callable[[int], object] = lambda _: None,
-        on_peers: Callable[[Sequence[Posted], Sequence[str]], object] = lambda _, __: None,
+        on_peers: Callable[[Sequence[StoredRecord], Sequence[str]], object] = lambda _, __: None,
     ) -> None:
-        self._etcd, self._record, self._seconds, self._say = etcd, record, seconds, say
+        self._etcd, self._record, self._seconds, self._log = etcd, record, seconds, log
         self._on_lease, self._on_peers = on_lease, on_peers
         self._lease: Lease | None = None
         self._stale = self._away = False
-        self._peers: Sequence[Posted] = ()
+        self._peers: Sequence[StoredRecord] = ()
         self._odd: set[str] = set()
         self._settled: list[threading.Event] = []
         # a signal's handler may put into it, whatever the main thread was doing
-        self._changes: queue.SimpleQueue[Callable[[WorldRecord], WorldRecord] | None] = queue.SimpleQueue()
+        self._changes: queue.SimpleQueue[Callable[[WorkerRecord], WorkerRecord] | None] = queue.SimpleQueue()
         # the latest of each; the queue holds one word of them, however many there were
         self._updates: dict[str, Any] = {}
         self._is_announced = False
         self._written_at = 0.0
         self._thread: threading.Thread | None = None
 
-    def publish(self) -> list[Posted]:
+    def publish(self) -> list[StoredRecord]:
         """Write the record, then read the others.
 
         Returns:
@@ -82,7 +83,7 @@ class Keeper:
         """
         own = self._write()
         worlds = self._read()
-        came = next((world.came for world in worlds if world.key == own), None)
+        came = next((world.create_revision for world in worlds if world.key == own), None)
         if came is None:
             raise DiscoveryError(
                 "etcd has lost this world's record as soon as it was written",
@@ -90,7 +91,7 @@ class Keeper:
                 fix="look at etcd's log, and at ETCD_LEASE_TTL",
             )
         self._peers = peers_of(self._record, worlds)
-        return [peer for peer in self._peers if peer.came < came]
+        return [peer for peer in self._peers if peer.create_revision < came]
 
     def start(self) -> None:
         """Begin to keep what was published."""
@@ -113,7 +114,7 @@ class Keeper:
         waits, and may be called from a signal's handler.
 
         Args:
-            fields: of `WorldRecord`.
+            fields: of `WorkerRecord`.
         """
         self._updates.update(fields)
         # looked at after the update is there, and taken back before it is fetched: none gets lost
@@ -121,7 +122,7 @@ class Keeper:
             self._is_announced = True
             self._changes.put(_unchanged)
 
-    def offer_kv(self, offer: dict[str, Any] | None, seconds: float) -> tuple[WorldRecord, Sequence[Posted]]:
+    def offer_kv(self, offer: dict[str, Any] | None, seconds: float) -> tuple[WorkerRecord, Sequence[StoredRecord]]:
         """Have the record say where ranks can be asked for the KV probe, and then read the peers'.
 
         Args:
@@ -133,7 +134,7 @@ class Keeper:
         """
         done = threading.Event()
 
-        def change(record: WorldRecord) -> WorldRecord:
+        def change(record: WorkerRecord) -> WorkerRecord:
             self._settled.append(done)
             return replace(record, probe_kv=offer)
 
@@ -145,7 +146,7 @@ class Keeper:
     def tell_kv(self, peer: dict[str, Any]) -> None:
         """Have the record say soon what the KV probe of a peer that came later has measured. Never waits."""
 
-        def change(record: WorldRecord) -> WorldRecord:
+        def change(record: WorkerRecord) -> WorkerRecord:
             # what the probes have said before may still wait for its second
             probe = dict(self._updates.pop("probe", record.probe) or {})
             known = probe.get("kv", {}).get("peers", [])[1 - _MOST_PEERS :]
@@ -171,7 +172,7 @@ class Keeper:
         while True:
             write_at = self._written_at + _BETWEEN_UPDATES_SECONDS
             wake_at = min(renew_at, write_at) if self._stale and not self._away else renew_at
-            change: Callable[[WorldRecord], WorldRecord] | None = _unchanged
+            change: Callable[[WorkerRecord], WorkerRecord] | None = _unchanged
             with contextlib.suppress(queue.Empty):
                 change = self._changes.get(timeout=max(0.0, wake_at - time.monotonic()))
             if change is None:
@@ -213,11 +214,11 @@ class Keeper:
         except BootstrapError as error:
             if not self._away:
                 self._away = True
-                self._say(f"warning: the world record in etcd can't be kept for now, the worker goes on: {error.found}")
+                self._log.warning(f"the world record in etcd can't be kept for now, the worker goes on: {error.found}")
             return
         if self._away:
             self._away = False
-            self._say("the world record is in etcd again")
+            self._log.info("the world record is in etcd again")
 
     def _keep(self) -> None:
         try:
@@ -252,11 +253,11 @@ class Keeper:
         self._stale = False
         return key
 
-    def _read(self) -> list[Posted]:
-        worlds, unread = read_worlds(self._etcd, self._record.namespace)
+    def _read(self) -> list[StoredRecord]:
+        worlds, unread = list_workers(self._etcd, self._record.namespace)
         for key in unread.keys() - self._odd:
             self._odd.add(key)
-            self._say(f"warning: the record {key!a} in etcd can't be read, and is left out: {unread[key]}")
+            self._log.warning(f"the record {key!a} in etcd can't be read, and is left out: {unread[key]}")
         return worlds
 
     def _look(self) -> None:
@@ -265,7 +266,7 @@ class Keeper:
         peers = peers_of(self._record, self._read())
         lines = news(self._record, self._peers, peers)
         for line in lines:
-            self._say(line)
+            self._log.info(line)
         self._peers = peers
         if lines:
             self._on_peers(peers, lines)
@@ -277,5 +278,5 @@ class Keeper:
         self._etcd.close()
 
 
-def _unchanged(record: WorldRecord) -> WorldRecord:
+def _unchanged(record: WorkerRecord) -> WorkerRecord:
     return record

@@ -8,59 +8,51 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.record import SCHEMA
+from dynamo_mpi.control_plane.failure_records import WorkerIdentity
+from dynamo_mpi.control_plane.records import SCHEMA
 
 if TYPE_CHECKING:
-    from dynamo_mpi.control_plane.last_failure import LastFailure
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.failure_records import FailureRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
 
 EVENTS = ("phase", "ready", "drain", "failed", "exit", "peers")
 _ROOT = "dynamo_mpi.v1"
-# what NATS takes for a separator or a wildcard
+# NATS's separators and wildcards
 _NO_TOKEN = re.compile(r"[\s.*>]")
 
 
 @dataclass(frozen=True)
-class Event:
+class LifecycleEvent(WorkerIdentity):
     """One event.
 
     Args:
+        role: as in `WorkerRecord`, like the rest up to ``attempt``, ``host`` and ``pid``.
         event: one of `EVENTS`.
         time: seconds since 1970.
-        namespace: as in `WorldRecord`, like the rest up to ``pid``.
-        phase: what the worker does now.
-        failure: of ``failed``: what it ends of; null where that is not known here.
-        exit_code: of ``exit``: what all ranks leave with.
-        peers: of ``peers``: the worlds that hand KV over to this one or take it, as ``PLACE at ENDPOINT, phase PHASE``.
+        phase: its present one.
+        failure: of ``failed``: why it ends; null if that is not known here.
+        exit_code: of ``exit``: of all ranks.
+        peers: of ``peers``: the workers that send KV to this one or receive it, as ``PLACE at ENDPOINT, phase PHASE``.
         news: of ``peers``: what has changed, in words.
     """
 
     event: str
     time: float
-    namespace: str
-    component: str
-    role: str
-    model: str
-    endpoint: str
-    launch: str | None
-    job: str | None
-    step: str | None
-    attempt: int
     host: str
     pid: int
     phase: str
-    failure: LastFailure | None = None
+    failure: FailureRecord | None = None
     exit_code: int | None = None
     peers: tuple[str, ...] = ()
     news: tuple[str, ...] = ()
 
     @property
     def subject(self) -> str:
-        """Where it goes: ``dynamo_mpi.v1.NAMESPACE.COMPONENT.EVENT``."""
+        """NATS's subject for it: ``dynamo_mpi.v1.NAMESPACE.COMPONENT.EVENT``."""
         return ".".join((_ROOT, *(_NO_TOKEN.sub("_", name) for name in (self.namespace, self.component, self.event))))
 
     def pack(self) -> bytes:
-        """Encode as JSON; what belongs to other events is left out."""
+        """Encode as JSON; fields of other events are left out."""
         own = {"failed": ("failure",), "exit": ("exit_code",), "peers": ("peers", "news")}
         others = {name for names in own.values() for name in names} - set(own.get(self.event, ()))
         content: dict[str, Any] = {name: value for name, value in asdict(self).items() if name not in others}
@@ -69,30 +61,16 @@ class Event:
         return json.dumps({"schema": SCHEMA, **content}, separators=(",", ":")).encode()
 
 
-def event_of(name: str, record: WorldRecord, phase: str, time: float, **own: Any) -> Event:
+def event_of(name: str, record: WorkerRecord, phase: str, time: float, **own: Any) -> LifecycleEvent:
     """Return an event of a worker.
 
     Args:
         name: one of `EVENTS`.
         record: the worker's.
-        phase: what it does now.
+        phase: its present one.
         time: seconds since 1970.
-        own: what this event has beyond others.
+        own: the fields of this event alone.
     """
-    return Event(
-        event=name,
-        time=time,
-        namespace=record.namespace,
-        component=record.component,
-        role=record.role,
-        model=record.model,
-        endpoint=record.endpoint,
-        launch=record.launch,
-        job=record.job,
-        step=record.step,
-        attempt=record.attempt,
-        host=record.host,
-        pid=record.pid,
-        phase=phase,
-        **own,
+    return LifecycleEvent(
+        event=name, time=time, host=record.host, pid=record.pid, phase=phase, **asdict(WorkerIdentity.of(record)), **own
     )

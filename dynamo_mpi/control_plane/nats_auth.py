@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a worker shows NATS who it is: the ``NATS_AUTH_*`` and ``NATS_TLS_*`` variables of Dynamo's runtime, in its order of precedence."""
+"""Our credentials for NATS: the ``NATS_AUTH_*`` and ``NATS_TLS_*`` variables of Dynamo's runtime, in its order of precedence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dynamo_mpi.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# what the runtime shows where nothing is set
+# the runtime's user and password if nothing is set
 _USUAL = "user"
 _NKEY_SEED = re.compile(r"SU[A-Z2-7]{56}")
 _JWT = re.compile(r"-----BEGIN NATS USER JWT-----\s*(\S+)")
@@ -34,10 +34,10 @@ class NatsAuth:
         token: instead of them.
         nkey: the seed of a user's nkey (``SU…``).
         credentials_file: path of a ``.creds`` file, a JWT with its nkey.
-        authority: path of the PEM certificates that NATS's own has to come from; the system's where none is given.
+        authority: path of the PEM certificates that sign NATS's own; the system's if none is given.
         certificate: path of this client's, PEM.
         key: path of its private key, PEM.
-        insecure: take any certificate of NATS's.
+        insecure: accept any certificate of NATS's.
     """
 
     username: str = ""
@@ -52,7 +52,7 @@ class NatsAuth:
     insecure: bool = False
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> NatsAuth:
+    def from_env(cls, environ: Mapping[str, str]) -> NatsAuth:
         """Read them from the environment.
 
         Raises:
@@ -82,7 +82,7 @@ class NatsAuth:
 
     @property
     def kind(self) -> str:
-        """The variables that count; empty where none is set."""
+        """The variables that count; empty if none is set."""
         kinds = {
             "NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD": self.username,
             "NATS_AUTH_TOKEN": self.token,
@@ -93,23 +93,40 @@ class NatsAuth:
 
     @property
     def has_tls(self) -> bool:
-        """Whether anything is set that makes sense with TLS alone."""
+        """Whether anything is set that needs TLS."""
         return bool(self.authority or self.certificate or self.insecure)
 
     @property
-    def signs(self) -> bool:
-        """Whether NATS has to be shown a signature, for which a library is needed."""
+    def uses_nkey(self) -> bool:
+        """Whether NATS's challenge must be signed, which needs a library."""
         return not (self.username or self.token) and bool(self.nkey or self.credentials_file)
 
-    def words(self) -> dict[str, str]:
-        """Return what the handshake says of us: like the runtime, a user of its own choice where nothing is set."""
+    def connect_options(self) -> dict[str, str]:
+        """Return our part of the handshake: like the runtime, a user of its own choice if nothing is set."""
         if self.username:
             return {"user": self.username, "pass": self.password}
         if self.token:
             return {"auth_token": self.token}
-        return {} if self.signs else {"user": _USUAL, "pass": _USUAL}
+        return {} if self.uses_nkey else {"user": _USUAL, "pass": _USUAL}
 
-    def signer(self) -> tuple[str, str]:
+    def sign_nonce(self, nonce: str) -> dict[str, str]:
+        """Return our answer to NATS's challenge.
+
+        Raises:
+            ValueError: the seed is no key.
+            ImportError: nkeys isn't installed.
+        """
+        import nkeys
+
+        jwt, seed = self._signer()
+        try:
+            pair = nkeys.from_seed(bytearray(seed.encode()))
+            signature = base64.b64encode(pair.sign(nonce.encode())).decode()
+            return {"sig": signature, **({"jwt": jwt} if jwt else {"nkey": pair.public_key.decode()})}
+        except Exception:  # the library's own, and those of base64 and libsodium
+            raise ValueError("it holds no key") from None
+
+    def _signer(self) -> tuple[str, str]:
         """Return the JWT, empty with an nkey alone, and the seed to sign with."""
         if self.nkey or not self.credentials_file:
             return "", self.nkey
@@ -119,11 +136,11 @@ class NatsAuth:
         return (jwt[1] if jwt else ""), (seed[1] if seed else "")
 
     def expiry(self) -> float | None:
-        """Return when the credentials file ends, in seconds since 1970; None where it doesn't, or isn't what counts."""
-        if not self.signs or self.nkey:
+        """Return when the credentials file ends, in seconds since 1970; None if it doesn't, or isn't used."""
+        if not self.uses_nkey or self.nkey:
             return None
         try:
-            claims: Any = json.loads(_decoded(self.signer()[0].split(".")[1]))
+            claims: Any = json.loads(_decoded(self._signer()[0].split(".")[1]))
             return float(claims["exp"]) if claims.get("exp") else None
         except (OSError, ValueError, IndexError, TypeError, AttributeError):
             return None  # NATS itself says what it thinks of it

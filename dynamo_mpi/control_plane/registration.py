@@ -1,42 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sees to it that a worker which serves is registered: Dynamo's runtime looks at its lease alone, and not at all while etcd hangs.
-
-What somebody has deleted from under a lease that lives is written again. A lease that is lost can't be had again, since the runtime's
-instance is its id: that is told, so that the worker can end in order and be started anew.
-"""
+"""Dynamo's registration of a worker in etcd: keep it while the worker serves, and remove it at once when the worker fails."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.etcd import Etcd, LeaseLostError
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.presence import lease_seconds, missing_client
-from dynamo_mpi.control_plane.probe import etcd_endpoints
+from dynamo_mpi.control_plane.etcd import EtcdAuth, LeaseLostError, lease_seconds
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient, missing_client
 from dynamo_mpi.errors import BootstrapError, DiscoveryError, TemporaryError
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dynamo_mpi.control_plane.etcd import Entry
+    from dynamo_mpi.control_plane.etcd import KeyValue
+    from dynamo_mpi.talk import RankLogger
 
-_FORGOTTEN = "etcd has lost this worker's lease: it answers, and doesn't know it any more"
-_FAREWELL_SECONDS = 1.0
-# dynamo.trtllm that is told to stop deregisters, and ends its requests
+_LEASE_LOST = "etcd has lost this worker's lease: it answers, and doesn't know it any more"
+_STOP_SECONDS = 1.0
+# dynamo.trtllm deregisters when it gets SIGTERM, and then ends its requests
 _LEASES_TO_END = 2
 _FAILURES = 3
+_REVOKE_SECONDS, _POLL_SECONDS = 1.0, 0.02
 
 
-class RegistrationWatch:
-    """Watches over one worker's registration, from `begin` to `stop`, three times in its lease's life.
+class RegistrationMonitor:
+    """Checks one worker's registration three times in its lease's life, from `start` to `stop`.
+
+    Dynamo's runtime looks at its lease alone, and not at all while etcd hangs. Keys that were deleted while the lease lives are written
+    again. A lost lease can't be had again, since its id is the instance's: that is reported, so that the worker can end in order and be
+    started again.
 
     Args:
         endpoint: ``dyn://namespace.component.endpoint``.
         environ: where etcd and our credentials stand.
         timeout: seconds of each question.
-        say: for a line to the user.
+        log: the worker's log.
         pauses: the worker takes itself out of discovery at times, as ``dynamo.trtllm`` does while its memory is released: then an
             instance that is missing while its model is there isn't written again, and both only when they have been missing for longer
             than it may take to end by itself.
@@ -47,24 +49,24 @@ class RegistrationWatch:
         endpoint: str,
         environ: Mapping[str, str],
         timeout: float,
-        say: Callable[[str], None],
+        log: RankLogger,
         *,
         pauses: bool = False,
     ) -> None:
         self._path = endpoint.removeprefix("dyn://").replace(".", "/")
-        self._environ, self._timeout, self._say, self._pauses = environ, timeout, say, pauses
-        self._etcd: Etcd | None = None
+        self._environ, self._timeout, self._log, self._pauses = environ, timeout, log, pauses
+        self._etcd: GrpcEtcdClient | None = None
         # until etcd has said it: who freezes at once is noticed too
         self._instance, self._seconds, self._is_granted = 0, lease_seconds(environ), False
-        self._known: dict[str, Entry] = {}
+        self._known: dict[str, KeyValue] = {}
         self._seen, self._failures = 0.0, 0
         self._missing_since = 0.0
         self._refused = False
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def begin(self, instance: int, on_lost: Callable[[TemporaryError], object]) -> None:
-        """Begin. Does not wait, and does not raise.
+    def start(self, instance: int, on_lost: Callable[[TemporaryError], object]) -> None:
+        """Start. Does not wait, and does not raise.
 
         Args:
             instance: the worker's id, as Dynamo's runtime has it: its lease's, too.
@@ -80,28 +82,28 @@ class RegistrationWatch:
         """Stop, before the worker deregisters itself. Waits no longer than a second for a question that was asked."""
         self._stopped.set()
         if self._thread is not None:
-            self._thread.join(_FAREWELL_SECONDS)
+            self._thread.join(_STOP_SECONDS)
 
-    def lost_lease(self) -> str:
+    def lost_lease_reason(self) -> str:
         """Ask etcd what has become of the lease, after a runtime has ended by itself: a sentence, or nothing where it is still there.
 
-        A runtime that ends in order gives its lease back, so that it is gone says something only of one that nobody has ended.
+        A runtime that ends in order gives its lease back, so a missing lease means something only if the runtime was not asked to end.
         """
         if not self._instance or missing_client():
-            return ""  # it never had one, or nobody can ask
+            return ""  # it never had one, or there is no client
         try:
-            return _FORGOTTEN if self._connected().granted(self._instance) is None else ""
+            return _LEASE_LOST if self._connected().lease_ttl(self._instance) is None else ""
         except BootstrapError as error:
             return f"etcd was away for longer than this worker's lease lives: {error.found}"
 
-    def _connected(self) -> Etcd:
+    def _connected(self) -> GrpcEtcdClient:
         if self._etcd is None:
-            self._etcd = Etcd(etcd_endpoints(self._environ), EtcdAuth.of(self._environ), self._timeout)
+            self._etcd = GrpcEtcdClient.from_env(self._environ, self._timeout)
         return self._etcd
 
     def _run(self, on_lost: Callable[[TemporaryError], object]) -> None:
         error: TemporaryError | None = None
-        if missing_client():  # the world record has told so
+        if missing_client():  # the worker record's publisher has logged it
             return
         while error is None and not self._stopped.is_set():
             error = self._look()
@@ -122,7 +124,7 @@ class RegistrationWatch:
             self._refuse(error)
             lives = True
         self._seen, self._failures = time.monotonic(), 0
-        return None if lives else lease_error(_FORGOTTEN)
+        return None if lives else lease_error(_LEASE_LOST)
 
     def _restore(self) -> bool:
         """Write again what is missing under the lease, and tell whether that lives.
@@ -137,7 +139,7 @@ class RegistrationWatch:
         found = {
             entry.key: entry
             for key in (instance, model)
-            for entry in etcd.entries(key)
+            for entry in etcd.get_prefix(key)
             if entry.key == key and entry.lease == self._instance
         }
         missing = self._known.keys() - found.keys()
@@ -146,17 +148,21 @@ class RegistrationWatch:
             self._missing_since = 0.0
         if self._is_granted and not missing:
             return True
-        seconds = etcd.granted(self._instance)
+        seconds = etcd.lease_ttl(self._instance)
         if seconds is None:
             return False
         self._seconds, self._is_granted = seconds, True
-        if missing and not self._takes_itself_out(instance in missing, model in missing) and not self._stopped.is_set():
+        if (
+            missing
+            and not self._is_self_deregistration(instance in missing, model in missing)
+            and not self._stopped.is_set()
+        ):
             for key in sorted(missing):
                 etcd.put(key, self._known[key].value, self._instance)
-            self._say("somebody had deleted this worker's keys in etcd; they are written again")
+            self._log.info("this worker's keys in etcd had been deleted; they are written again")
         return True
 
-    def _takes_itself_out(self, without_instance: bool, without_model: bool) -> bool:
+    def _is_self_deregistration(self, without_instance: bool, without_model: bool) -> bool:
         if not (self._pauses and without_instance):
             return False
         if not without_model:
@@ -178,7 +184,77 @@ class RegistrationWatch:
     def _refuse(self, error: BootstrapError) -> None:
         if not self._refused:
             self._refused = True
-            self._say(f"warning: whether this worker stays registered can't be seen: {error.found}")
+            self._log.warning(f"whether this worker stays registered can't be seen: {error.found}")
+
+
+class InstanceLease(WorkerHook):
+    """The lease of one worker's registration: revoking it deregisters a worker at once, where it would stay for half a minute.
+
+    Dynamo writes all keys of a worker under one lease, whose id is the instance's (``v1/instances/NAMESPACE/COMPONENT/ENDPOINT/ID``,
+    hexadecimal). The runtime then finds its lease gone, and ends, which is what a worker that failed does anyway.
+
+    Args:
+        endpoint: ``dyn://namespace.component.endpoint``.
+        environ: has etcd's endpoints and our credentials.
+        on_lease: called with the lease's id, once it is known.
+
+    Attributes:
+        is_revoked: the worker is out of discovery.
+    """
+
+    def __init__(
+        self, endpoint: str, environ: Mapping[str, str], on_lease: Callable[[int], object] = lambda _: None
+    ) -> None:
+        self._prefix = "v1/instances/" + endpoint.removeprefix("dyn://").replace(".", "/")
+        self._environ, self._on_lease = environ, on_lease
+        self._etcd: GrpcEtcdClient | None = None
+        self._instance = self._lease = 0
+        self.is_revoked = False
+
+    def resolve(self, instance: int) -> None:
+        """Connect, and find the lease of an instance that registers, so that `revoke` is quick. Does not raise.
+
+        Waits, a second at the most, until the instance exists: Dynamo's runtime writes the model first, and the two in no fixed order.
+
+        Args:
+            instance: its id, as Dynamo's runtime has it.
+        """
+        end = time.monotonic() + _REVOKE_SECONDS
+        with contextlib.suppress(BootstrapError, ImportError):  # the keys go with the lease's time, then
+            self._etcd = GrpcEtcdClient.from_env(self._environ, _REVOKE_SECONDS)
+            self._instance = instance
+            while not self._find() and time.monotonic() < end:
+                time.sleep(_POLL_SECONDS)
+
+    def on_failure_detected(self) -> None:
+        """Revoke the lease: no request must arrive any more."""
+        self.revoke()
+
+    def revoke(self) -> bool:
+        """Revoke the lease, in two seconds at the most; return whether the worker is deregistered. Does not raise."""
+        if self._etcd is not None:
+            with contextlib.suppress(BootstrapError):
+                self._find()
+                self.is_revoked |= bool(self._lease) and self._etcd.revoke(self._lease)
+        return self.is_revoked
+
+    def revoke_leftover(self) -> None:
+        """After an orderly end, revoke the lease if the runtime may have been unable to: it never renews a password's token, and can't
+        deregister after that has expired. Two seconds at the most; does not raise."""
+        with contextlib.suppress(BootstrapError):
+            if EtcdAuth.from_env(self._environ).username:
+                self.revoke()
+
+    def _find(self) -> bool:
+        """Look for the instance and its lease; return whether the instance exists."""
+        if self._etcd is None or self._lease:
+            return True
+        entries = self._etcd.get_prefix(f"{self._prefix}/{self._instance:x}")
+        # an instance under a lease of another id is not Dynamo's
+        self._lease = next((entry.lease for entry in entries if entry.lease == self._instance), 0)
+        if self._lease:
+            self._on_lease(self._lease)
+        return bool(entries)
 
 
 def lease_error(found: str) -> TemporaryError:

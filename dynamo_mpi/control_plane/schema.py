@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands in etcd and comes over NATS, as a JSON Schema (draft 2020-12), out of the dataclasses that write it. Pure."""
+"""What is written to etcd and sent over NATS, as a JSON Schema (draft 2020-12), from the dataclasses that write it. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
-from dynamo_mpi.control_plane.last_failure import LastFailure
-from dynamo_mpi.control_plane.lifecycle import EVENTS, Event
-from dynamo_mpi.control_plane.record import SCHEMA, Progress, RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.failure_records import FailureRecord
+from dynamo_mpi.control_plane.lifecycle import EVENTS, LifecycleEvent
+from dynamo_mpi.control_plane.records import SCHEMA, Progress, RecordedLayout, WorkerRecord
 from dynamo_mpi.parallelism.contract import Contract
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
-_OBJECTS = {kind.__name__: kind for kind in (RecordedLayout, Contract, Progress, LastFailure)}
-_ENTRIES = {"record": WorldRecord, "failure": LastFailure, "event": Event}
+_OBJECTS = {kind.__name__: kind for kind in (RecordedLayout, Contract, Progress, FailureRecord)}
+_ENTRIES = {"record": WorkerRecord, "failure": FailureRecord, "event": LifecycleEvent}
 
 
 def json_schema() -> dict[str, Any]:
-    """Return one schema for all: ``#/$defs/record``, ``failure`` and ``event``. Names that it doesn't have are allowed: a newer writer's."""
+    """Return one schema for all: ``#/$defs/record``, ``failure`` and ``event``. Other members are allowed: a newer writer's."""
     definitions = {name: _entry(kind) for name, kind in _ENTRIES.items()}
-    parts = {name: _object(kind) for name, kind in _OBJECTS.items() if kind is not LastFailure}
+    parts = {name: _object(kind) for name, kind in _OBJECTS.items() if kind is not FailureRecord}
     definitions["event"]["properties"]["event"] = {"enum": list(EVENTS)}
     return {
         "$schema": _DIALECT,
-        "title": f"dynamo_mpi, schema {SCHEMA}: world records, last failures and lifecycle events",
+        "title": f"dynamo_mpi, schema {SCHEMA}: worker records, failure records and lifecycle events",
         "anyOf": [{"$ref": f"#/$defs/{name}"} for name in _ENTRIES],
         "$defs": {**definitions, **parts},
     }
@@ -57,6 +57,6 @@ def _value(field: Field[Any]) -> dict[str, Any]:
     found = _TYPES.get(first)
     if found is not None:
         return {"type": [found, "null"] if rest else found}
-    name = "failure" if first == LastFailure.__name__ else first
+    name = "failure" if first == FailureRecord.__name__ else first
     reference = {"$ref": f"#/$defs/{name}"}
     return {"anyOf": [reference, {"type": "null"}]} if rest else reference

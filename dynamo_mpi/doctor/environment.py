@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from dynamo_mpi.control_plane.probe import etcd_endpoints
+from dynamo_mpi.control_plane.etcd import etcd_endpoints
 from dynamo_mpi.doctor.check import ok, skipped, warning
 from dynamo_mpi.doctor.context import Context, Question, Section
 from dynamo_mpi.doctor.services import clients_of

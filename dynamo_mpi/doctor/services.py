@@ -8,11 +8,11 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.control_plane.asking import shown
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
-from dynamo_mpi.control_plane.probe import nats_server, probe_etcd, require_nats_server
-from dynamo_mpi.control_plane.record import worlds_of
+from dynamo_mpi.control_plane.connectivity import check_etcd_endpoints, nats_server, require_nats_server
+from dynamo_mpi.control_plane.endpoints import strip_credentials
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_http import HttpEtcdClient
+from dynamo_mpi.control_plane.records import worlds_of
 from dynamo_mpi.doctor.check import error, of_error, ok, skipped, warning
 from dynamo_mpi.doctor.context import Context, Question, Section
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError
@@ -90,7 +90,7 @@ def check_etcd(context: Context) -> Iterator[Check]:
     """Ask etcd. Where nobody named one, none may run yet."""
     environ = clients_of(context)
     try:
-        troubles = probe_etcd(environ, context.left())
+        troubles = check_etcd_endpoints(environ, context.left())
     except DiscoveryError as problem:
         yield of_error("etcd", problem) if is_named(environ) or context.in_rank else judge_unnamed(problem)
         return
@@ -100,7 +100,7 @@ def check_etcd(context: Context) -> Iterator[Check]:
         yield from judge_answers(ask(endpoint, environ, time.monotonic() + context.left()))
         yield from check_write(context, endpoint)
     except AuthorisationError as problem:
-        yield judge_refusal(problem, EtcdAuth.of(environ))
+        yield judge_refusal(problem, EtcdAuth.from_env(environ))
     except DiscoveryError as problem:
         needed = "an answer of its JSON gateway, by which launch and doctor ask"
         yield warning("etcd-read", problem.found, needed, "etcd --enable-grpc-gateway, which is on by default")
@@ -119,7 +119,7 @@ def is_named(environ: Mapping[str, str]) -> bool:
 
 def judge_endpoints(troubles: Mapping[str, str]) -> Check:
     """Judge etcd's endpoints, of which at least one answers."""
-    dead = [f"{shown(url)}: {trouble}" for url, trouble in troubles.items() if trouble]
+    dead = [f"{strip_credentials(url)}: {trouble}" for url, trouble in troubles.items() if trouble]
     if dead:
         needed = "all of them; those that answer are tried first"
         return warning(
@@ -128,7 +128,7 @@ def judge_endpoints(troubles: Mapping[str, str]) -> Check:
             needed,
             "correct ETCD_ENDPOINTS, or look at those members",
         )
-    return ok("etcd", f"{listed(map(shown, troubles))}: healthy")
+    return ok("etcd", f"{listed(map(strip_credentials, troubles))}: healthy")
 
 
 def ask(endpoint: str, environ: Mapping[str, str], end: float) -> EtcdAnswers:
@@ -137,12 +137,12 @@ def ask(endpoint: str, environ: Mapping[str, str], end: float) -> EtcdAnswers:
     Raises:
         DiscoveryError: no answer in time, or a refusal.
     """
-    with EtcdGateway(endpoint, EtcdAuth.of(environ), end) as gateway:
-        server = gateway.server()
+    with HttpEtcdClient(endpoint, EtcdAuth.from_env(environ), end) as gateway:
+        server = gateway.server_info()
         skew = None if server.clock is None else server.clock - time.time()
-        gateway.log_in()
+        gateway.authenticate()
         start = time.monotonic()
-        worlds = len(gateway.values(worlds_of("")))
+        worlds = len(gateway.get_prefix(worlds_of("")))
         return EtcdAnswers(endpoint, server.version, time.monotonic() - start, skew, worlds)
 
 
@@ -174,12 +174,12 @@ def check_write(context: Context, endpoint: str) -> Iterator[Check]:
     if not context.write:
         yield skipped("etcd-write", "not tried", "--write writes a key under each prefix, and takes it away")
         return
-    with EtcdGateway(endpoint, EtcdAuth.of(clients_of(context)), time.monotonic() + context.left()) as gateway:
-        gateway.log_in()
-        lease = gateway.grant(_LEASE_SECONDS)
+    with HttpEtcdClient(endpoint, EtcdAuth.from_env(clients_of(context)), time.monotonic() + context.left()) as gateway:
+        gateway.authenticate()
+        lease = gateway.grant(_LEASE_SECONDS).id
         try:
             for prefix in PREFIXES:
-                gateway.put(f"{prefix}doctor/{lease:x}", "", lease)
+                gateway.put(f"{prefix}doctor/{lease:x}", b"", lease)
         finally:
             gateway.revoke(lease)
     yield ok("etcd-write", f"{listed(PREFIXES)} can be written")
@@ -206,7 +206,7 @@ def check_nats(context: Context) -> Iterator[Check]:
         return
     start = time.monotonic()
     require_nats_server(server, environ, context.left())
-    yield ok("nats", f"{shown(server)} lets us in, after {1000 * (time.monotonic() - start):.0f} ms")
+    yield ok("nats", f"{strip_credentials(server)} lets us in, after {1000 * (time.monotonic() - start):.0f} ms")
 
 
 SECTION = Section(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_mpi.launchers.launch import Launch
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
 
 # what a launcher or an operator sends to all processes of a step: this one stays to the end of its rank
 _NOT_FOR_IT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -31,13 +31,13 @@ _MOST_FILES = 1 << 20
 
 
 def answer_probes(
-    launch: Launch, voice: Voice, argv: Sequence[str], environ: Mapping[str, str]
+    launch: Launch, log: RankLogger, argv: Sequence[str], environ: Mapping[str, str]
 ) -> Reporter | UsageError | None:
     """Fork the process that answers this node's probes, if that is for this rank to do. Only before MPI and any thread is started.
 
     Args:
         launch: how this rank was started.
-        voice: says that a node other than rank 0's has no answers.
+        log: says that a node other than rank 0's has no answers.
         argv: the worker's command line, without the program.
         environ: says where to answer.
 
@@ -54,7 +54,7 @@ def answer_probes(
     except UsageError as error:
         if launch.rank == 0:
             return error
-        voice.say(f"warning: no probe of this node is answered: {error}")
+        log.warning(f"no probe of this node is answered: {error}")
         return None
     limits = Limits.of(argv, environ)
     where = address._replace(port=listener.getsockname()[1])
@@ -66,13 +66,13 @@ def answer_probes(
     except OSError as error:  # too many processes or files of this user: probes are no reason not to serve
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         listener.close()
-        voice.say(f"warning: no probe of this node is answered: {error.strerror}")
+        log.warning(f"no probe of this node is answered: {error.strerror}")
         return None
     if pid == 0:
         for number in _NOT_FOR_IT:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _be_the_server(where, listener, its, launch, voice, limits, environ)
+        _be_the_server(where, listener, its, launch, log, limits, environ)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     listener.close()
     its.close()
@@ -105,7 +105,7 @@ def _be_the_server(
     listener: socket.socket,
     rank: socket.socket,
     launch: Launch,
-    voice: Voice,
+    log: RankLogger,
     limits: Limits,
     environ: Mapping[str, str],
 ) -> None:
@@ -120,20 +120,17 @@ def _be_the_server(
         first, second = sorted((listener.fileno(), rank.fileno()))
         for low, high in ((3, first), (first + 1, second), (second + 1, _MOST_FILES)):
             os.closerange(low, high)
-        import asyncio
-
         from dynamo_mpi.health.server import ProbeServer
         from dynamo_mpi.health.state import State
         from dynamo_mpi.supervision.title import set_title
 
         now, wall = time.monotonic(), time.time()
-        state = State(launch.rank, voice.host, parent, wall, now, attempt_of(environ), since=wall, heard=now)
-        set_title(f"dynamo_mpi: answers probes on {voice.host}")
-        asyncio.run(
-            ProbeServer(address, state._replace(heartbeat_timeout=limits.heartbeat_timeout)).run(listener, rank)
-        )
+        state = State(launch.rank, log.host, parent, wall, now, attempt_of(environ), since=wall, heard=now)
+        set_title(f"dynamo_mpi: answers probes on {log.host}")
+        state = state._replace(heartbeat_timeout=limits.heartbeat_timeout)
+        ProbeServer(address, state, listener).serve(rank)
     except BaseException as error:  # whatever it is, this process must not go on as a rank
         text = str(error) if isinstance(error, BootstrapError) else f"{type(error).__name__}: {error}"
-        voice.say(f"warning: no probe of this node is answered any more: {text}")
+        log.warning(f"no probe of this node is answered any more: {text}")
     finally:
         os._exit(0)

@@ -9,7 +9,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed
 from dynamo_mpi.launch.milestones import Milestones
@@ -195,7 +195,7 @@ class Conductor:
         """Give the time limit up, with a warning, where it is too late for an orderly end from the start."""
         now = time.time()
         if self._limit is not None and self._limit.pause(self._end_seconds, now) is None:
-            self._say(self._limit.too_late(self._end_seconds, now))
+            self._say(f"warning: {self._limit.too_late(self._end_seconds, now)}")
             self._limit = None
 
     def _pause(self) -> None:

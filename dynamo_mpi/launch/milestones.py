@@ -9,10 +9,8 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.observe.timeline import ENDED, FAILED, Start, pack_starts, printable
-from dynamo_mpi.observe.timeline_files import write_whole
-from dynamo_mpi.supervision.phases import Span
-from dynamo_mpi.supervision.roll import RankSpans
+from dynamo_mpi.supervision.phases import RankSpans, Span
+from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, StartupTrace, encode_traces, printable, write_atomically
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,9 +41,9 @@ class Milestones:
             now = time.time()
             self._spans.append(Span(name, began - self._began, None, now - began))
             with contextlib.suppress(OSError):
-                write_whole(self._path, json.dumps(pack_starts([self._start(outcome, now)])) + "\n")
+                write_atomically(self._path, json.dumps(encode_traces([self._start(outcome, now)])) + "\n")
 
-    def _start(self, outcome: str, now: float) -> Start:
+    def _start(self, outcome: str, now: float) -> StartupTrace:
         host = printable(os.uname().nodename.partition(".")[0])
         rank = RankSpans(0, host, self._began, tuple(self._spans))
-        return Start(printable(self._name), "launch", "", "", "", outcome, now, None, (rank,))
+        return StartupTrace(printable(self._name), "launch", "", "", "", outcome, now, None, (rank,))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
 from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
 from dynamo_mpi.launch.srun import token_of

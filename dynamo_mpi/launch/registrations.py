@@ -6,15 +6,16 @@ As long as one of its node agents lives, a worker does that itself, see `supervi
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.ask_etcd import ask_etcd
-from dynamo_mpi.control_plane.record import WorldRecord, worlds_of
+from dynamo_mpi.control_plane.etcd_http import query_etcd
+from dynamo_mpi.control_plane.records import list_workers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
+    from dynamo_mpi.control_plane.etcd import EtcdClient
 
 SECONDS = 2.0
 
@@ -34,20 +35,18 @@ def take_out(launch: str, environ: Mapping[str, str]) -> bool:
         AuthorisationError: they refuse us.
         UsageError: what is set for etcd can't be used.
     """
-    return ask_etcd(environ, SECONDS, lambda gateway: _clear(launch, gateway))
+    return query_etcd(environ, SECONDS, lambda etcd: _clear(launch, etcd))
 
 
-def _clear(launch: str, gateway: EtcdGateway) -> bool:
+def _clear(launch: str, etcd: EtcdClient) -> bool:
     registered = False
-    for value in gateway.values(worlds_of("")):
-        try:
-            record = WorldRecord.unpack(value.data)
-            instance = int(record.instance or "0", 16)
-        except ValueError:
-            continue  # nobody that was launched from here
-        if record.launch == launch:
+    for worker in list_workers(etcd)[0]:
+        if worker.record.launch != launch:
+            continue
+        with contextlib.suppress(ValueError):  # its instance is no number
+            instance = int(worker.record.instance or "0", 16)
             # the instance first: requests go there
-            registered |= 0 < instance < 2**63 and gateway.revoke(instance)
-            if value.lease:
-                gateway.revoke(value.lease)
+            registered |= 0 < instance < 2**63 and etcd.revoke(instance)
+            if worker.lease:
+                etcd.revoke(worker.lease)
     return registered

@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.control_plane.ask_etcd import ask_etcd
-from dynamo_mpi.control_plane.last_failure import LastFailure, Origin, failure_key, failures_of, last_failure
-from dynamo_mpi.control_plane.obituary import LIFE_SECONDS
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, WorldRecord, worlds_of
+from dynamo_mpi.control_plane.etcd_http import query_etcd
+from dynamo_mpi.control_plane.failure_records import WorkerIdentity, create_if_absent, failure_record, list_failures
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE, list_workers
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.first_death import Death, first_death, spell_signal
@@ -28,7 +27,7 @@ from dynamo_mpi.supervision.meeting import Meeting
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
+    from dynamo_mpi.control_plane.etcd import EtcdClient
     from dynamo_mpi.launch.command import Command
     from dynamo_mpi.launch.deployment import Worker
     from dynamo_mpi.launch.steps import Step
@@ -58,7 +57,7 @@ class Beginning(NamedTuple):
     """
 
     worker: Worker
-    origin: Origin
+    origin: WorkerIdentity
     failures: Path | None
     earlier: frozenset[tuple[str, int, int]]
 
@@ -109,7 +108,7 @@ class Trace(NamedTuple):
         answered: etcd did, and lets us in.
     """
 
-    origin: Origin | None = None
+    origin: WorkerIdentity | None = None
     record: int = 0
     phase: str = ""
     is_reported: bool = False
@@ -146,7 +145,7 @@ def is_reported(code: int, words: str) -> bool:
 def trace_in_etcd(beginning: Beginning, environ: Mapping[str, str]) -> Trace:
     """Look what etcd knows of a start, before its record is taken away. Takes no longer than two seconds; does not raise."""
     try:
-        return ask_etcd(environ, _ETCD_SECONDS, lambda gateway: _trace(beginning.origin, gateway))
+        return query_etcd(environ, _ETCD_SECONDS, lambda etcd: _trace(beginning.origin, etcd))
     except BootstrapError:
         return Trace(answered=False)
 
@@ -188,11 +187,13 @@ def report_death(
     )
     host = death.host if death is not None else ""
     origin = trace.origin or beginning.origin
-    content = last_failure(origin, failure, host, str(report))
+    content = failure_record(origin, failure, host, str(report))
     # where etcd can't be asked, it is said, and written down, all the same
     with contextlib.suppress(BootstrapError):
-        if trace.answered and not ask_etcd(
-            environ, _ETCD_SECONDS, lambda gateway: _leave(content, origin, trace.record, gateway)
+        if trace.answered and not query_etcd(
+            environ,
+            _ETCD_SECONDS,
+            lambda etcd: not _is_left(origin, etcd) and create_if_absent(etcd, content, trace.record),
         ):
             return None
     if beginning.failures is not None:
@@ -224,41 +225,21 @@ def _report(name: str, code: int, death: Death | None, step: Step) -> Report:
     return Report(found, "ranks that live until all of them are asked to end", fix)
 
 
-def _trace(origin: Origin, gateway: EtcdGateway) -> Trace:
+def _trace(origin: WorkerIdentity, etcd: EtcdClient) -> Trace:
     trace = Trace()
-    for value in gateway.values(worlds_of("")):
-        try:
-            record = WorldRecord.unpack(value.data)
-        except ValueError:
-            continue
+    for worker in list_workers(etcd)[0]:
+        record = worker.record
         if (record.launch, record.attempt) == (origin.launch, origin.attempt):
-            trace = Trace(Origin.of(record), value.lease, record.phase)
-    return trace._replace(is_reported=_is_left(origin, gateway))
+            trace = Trace(WorkerIdentity.of(record), worker.lease, record.phase)
+    return trace._replace(is_reported=_is_left(origin, etcd))
 
 
-def _is_left(origin: Origin, gateway: EtcdGateway) -> bool:
-    for value in gateway.values(failures_of()):
-        try:
-            failure = LastFailure.unpack(value.data)
-        except ValueError:
-            continue
-        if (failure.launch, failure.attempt) == (origin.launch, origin.attempt):
-            return True
-    return False
+def _is_left(origin: WorkerIdentity, etcd: EtcdClient) -> bool:
+    start = (origin.launch, origin.attempt)
+    return any((stored.record.launch, stored.record.attempt) == start for stored in list_failures(etcd)[0])
 
 
-def _leave(failure: LastFailure, origin: Origin, record: int, gateway: EtcdGateway) -> bool:
-    """Write it unless somebody has left word of this start; tell whether it was written."""
-    if _is_left(origin, gateway):
-        return False
-    lease = gateway.grant(LIFE_SECONDS)
-    if gateway.create(failure_key(origin, record or lease), failure.pack(), lease):
-        return True
-    gateway.revoke(lease)
-    return False
-
-
-def _origin(worker: Worker, words: tuple[str, ...], environ: Mapping[str, str]) -> Origin:
+def _origin(worker: Worker, words: tuple[str, ...], environ: Mapping[str, str]) -> WorkerIdentity:
     """Return whose failure it is where the worker has no record: what its ranks would make of their flags and variables."""
 
     def setting(flag: str, variable: str, default: str) -> str:
@@ -272,7 +253,9 @@ def _origin(worker: Worker, words: tuple[str, ...], environ: Mapping[str, str]) 
         namespace, component, _ = parts
     model = environ.get("SERVED_MODEL_NAME") or Path(environ.get("MODEL_PATH", "")).name or "-"
     launch, job = environ.get(LAUNCH_VARIABLE), environ.get("SLURM_JOB_ID")
-    return Origin(worker.role, component, namespace, endpoint, model, launch, job or None, None, attempt_of(environ))
+    return WorkerIdentity(
+        worker.role, component, namespace, endpoint, model, launch, job or None, None, attempt_of(environ)
+    )
 
 
 def _values(words: tuple[str, ...], flag: str) -> list[str]:

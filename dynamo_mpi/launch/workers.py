@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.failure import StepFailed

@@ -38,7 +38,7 @@ class TimeLimit(NamedTuple):
     def too_late(self, needed: float, now: float) -> str:
         """Say that nothing will be ended in time."""
         return (
-            f"warning: the job's time ends at {self._clock} ({VARIABLE}), in {max(0.0, self.end - now):.0f} s, and an orderly end may take "
+            f"the job's time ends at {self._clock} ({VARIABLE}), in {max(0.0, self.end - now):.0f} s, and an orderly end may take "
             f"{needed:.0f} s: what is in flight then is cut off"
         )
 
@@ -52,7 +52,7 @@ class TimeLimit(NamedTuple):
 
 
 def end_in_time(
-    environ: Mapping[str, str], needed: float, act: Callable[[str], object], say: Callable[[str], None]
+    environ: Mapping[str, str], needed: float, act: Callable[[str], object], warn: Callable[[str], None]
 ) -> Callable[[], None]:
     """Have ``act`` called so early that an orderly end comes before the job's time is up; a warning, where it is too late for that.
 
@@ -60,7 +60,7 @@ def end_in_time(
         environ: where the time's end stands.
         needed: seconds that an orderly end may take.
         act: called from a thread with the reason.
-        say: for the warning.
+        warn: logs a warning.
 
     Returns:
         What calls it off.
@@ -68,7 +68,7 @@ def end_in_time(
     limit, now = TimeLimit.of(environ), time.time()
     pause = None if limit is None else limit.pause(needed, now)
     if limit is not None and pause is None:
-        say(limit.too_late(needed, now))
+        warn(limit.too_late(needed, now))
     if limit is None or pause is None:
         return lambda: None
     timer = threading.Timer(pause, lambda: act(limit.due(time.time())))

@@ -8,10 +8,9 @@ import os
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import BootstrapError, UsageError
-from dynamo_mpi.observe.timeline import ENDED, Start, printable
-from dynamo_mpi.observe.timeline_files import read_starts, write_timeline
-from dynamo_mpi.supervision.phases import Span
-from dynamo_mpi.supervision.roll import RankSpans
+from dynamo_mpi.supervision.phases import RankSpans, Span
+from dynamo_mpi.telemetry.startup_trace import ENDED, StartupTrace, printable, read_traces
+from dynamo_mpi.telemetry.trace_writer import write_timeline
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,10 +37,10 @@ def draw_stack(path: Path, pages: Sequence[Path], began: float, written: float, 
         RankSpans(at, host, began, (Span(name, 0.0, None, seconds[name]),))
         for at, name in enumerate(name for name in _SERVICES if name in seconds)
     )
-    starts = [Start("services", "launch", "", "", "", ENDED, written, None, services)] if services else []
+    starts = [StartupTrace("services", "launch", "", "", "", ENDED, written, None, services)] if services else []
     for page in pages:
         with contextlib.suppress(BootstrapError):
-            starts += read_starts(page)
+            starts += read_traces(page)
     if not starts:
         return
     try:

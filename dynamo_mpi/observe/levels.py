@@ -20,13 +20,6 @@ class Level(IntEnum):
     ERROR = 40
 
 
-def level_of(text: str) -> Level:
-    """Return the level of a line by how it begins: all that we say of an error begins with that word."""
-    if text.startswith("error"):
-        return Level.ERROR
-    return Level.WARN if text.startswith("warning") else Level.INFO
-
-
 def least_level(filters: str) -> int:
     """Return the level below which our lines are left out.
 

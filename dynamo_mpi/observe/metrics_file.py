@@ -8,11 +8,14 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.supervision.word import begun
+from dynamo_mpi.common.threads import start_thread
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from dynamo_mpi.supervision.hooks import WorldFailure
 
 # an age beyond a few of these (node_textfile_mtime_seconds) means that nobody writes it any more
 _PERIOD_SECONDS = 15.0
@@ -21,32 +24,36 @@ _END_SECONDS = 1.0
 _MODE = 0o644
 
 
-class MetricsFile:
+class MetricsFile(WorkerHook):
     """Keeps the file. It stays at the end, as that collector's users expect, and tells of it.
 
     Args:
         path: of the file; the collector reads only those that end in ``.prom``.
         render: returns what is in it.
-        say: for a warning, once.
+        warn: logs a warning, once.
     """
 
-    def __init__(self, path: Path, render: Callable[[], str], say: Callable[[str], object]) -> None:
-        self._path, self._render, self._say = path, render, say
+    def __init__(self, path: Path, render: Callable[[], str], warn: Callable[[str], object]) -> None:
+        self._path, self._render, self._warn = path, render, warn
         self._news = threading.Event()
         self._ended = False
         # the last word may come from another thread
         self._lock = threading.Lock()
         if path.suffix != ".prom":
-            say(f"warning: node_exporter reads only files that end in .prom, and {path} does not")
+            warn(f"node_exporter reads only files that end in .prom, and {path} does not")
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
-    def renew(self, *_: object) -> None:
+    def on_phase(self, phase: str) -> None:
         """Have it written again soon."""
         self._news.set()
 
-    def end(self) -> None:
+    def on_failure(self, failure: WorldFailure) -> None:
+        """Have it written again soon."""
+        self._news.set()
+
+    def on_exit(self, code: int) -> None:
         """Write it for the last time, now, in a second at the most: a file system that hangs must not keep the ranks."""
-        if (thread := begun(self._finish)) is not None:
+        if (thread := start_thread(self._finish)) is not None:
             thread.join(_END_SECONDS)
 
     def _finish(self) -> None:
@@ -66,8 +73,8 @@ class MetricsFile:
         try:
             write_whole(self._path, self._render())
         except OSError as error:
-            self._say(f"warning: the metrics file {self._path} can't be written: {error.strerror}")
-            self._say = _nothing
+            self._warn(f"the metrics file {self._path} can't be written: {error.strerror}")
+            self._warn = _nothing
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.observe.lines import Fact
-    from dynamo_mpi.supervision.roll import Progress
+    from dynamo_mpi.supervision.phases import PhaseProgress
 
 MOST_SECONDS = 300.0
 WATCHED = ("probe", "load", "prove", "register")
@@ -29,7 +29,7 @@ def intervals(first: float, most: float = MOST_SECONDS) -> Iterator[float]:
         seconds = min(2 * seconds, most)
 
 
-def describe(progress: Progress, *, parts_seen: bool) -> str:
+def describe(progress: PhaseProgress, *, parts_seen: bool) -> str:
     """Say it in one line.
 
     Args:
@@ -48,7 +48,7 @@ def describe(progress: Progress, *, parts_seen: bool) -> str:
     return f"{text}, {progress.ranks} ranks have read {size(progress.read)}, the least {where}: {size(progress.slowest_read)}"
 
 
-def facts(progress: Progress) -> dict[str, Fact]:
+def facts(progress: PhaseProgress) -> dict[str, Fact]:
     """Return the same as fields of a line of JSON; what isn't known is left out."""
     known: dict[str, Fact] = {
         "phase": progress.phase,
@@ -68,5 +68,5 @@ def size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"
 
 
-def _share(progress: Progress) -> str:
+def _share(progress: PhaseProgress) -> str:
     return f"{size(progress.slowest_read or 0)} of {size(progress.read or 0)} read"

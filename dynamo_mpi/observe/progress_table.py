@@ -11,7 +11,7 @@ from dynamo_mpi.supervision.roll import progress_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.supervision.roll import Progress, RankSpans
+    from dynamo_mpi.supervision.phases import PhaseProgress, RankSpans
 
 _LEAST_ROWS = 3
 _HEAD = ("ranks", "slowest", "seconds", "read")
@@ -55,7 +55,7 @@ def table(phase: str, ranks: Sequence[RankSpans], now: float, room: Terminal, *,
     return [line[: max(1, room.width - 1)] for line in lines]
 
 
-def _row(host: str, state: Progress, parts_seen: bool) -> tuple[str, ...]:
+def _row(host: str, state: PhaseProgress, parts_seen: bool) -> tuple[str, ...]:
     done = f"{state.done}/{state.ranks}" if parts_seen else str(state.ranks)
     if state.slowest_rank is None:
         return (host, done, "", "", "")
@@ -63,7 +63,7 @@ def _row(host: str, state: Progress, parts_seen: bool) -> tuple[str, ...]:
     return (host, done, f"rank {state.slowest_rank}", f"{state.seconds:.0f} s", read)
 
 
-def _behind(state: Progress) -> tuple[float, float, float]:
+def _behind(state: PhaseProgress) -> tuple[float, float, float]:
     return (state.done - state.ranks, -state.seconds, state.read or 0)
 
 

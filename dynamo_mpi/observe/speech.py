@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one way out for words: without secrets, to stderr and, where there is one, to the rank's log file.
+"""Writes all log lines of this process: without secrets, to stderr and, if there is one, to the rank's log file.
 
 It may be called from any thread and from a signal's handler. A line is one call to the system, so that lines of different ranks don't mix.
-What is drawn in place on a terminal is taken away for it, and drawn again below it.
+Status lines that stand at the end of a terminal are erased for it, and drawn again below it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.observe.levels import Level, is_true, least_level, level_of
+from dynamo_mpi.observe.levels import Level, is_true, least_level
 from dynamo_mpi.observe.lines import Line
 from dynamo_mpi.observe.log_file import LogFile
 from dynamo_mpi.observe.redact import own_redactor
@@ -31,8 +31,8 @@ _WIDTH = 80
 _LOCK_SECONDS = 1.0
 
 
-class Style(NamedTuple):
-    """How lines look.
+class LogFormat(NamedTuple):
+    """How lines are written.
 
     Args:
         least: the level below which they are left out.
@@ -43,61 +43,60 @@ class Style(NamedTuple):
     jsonl: bool = False
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> Style:
+    def of(cls, environ: Mapping[str, str]) -> LogFormat:
         """Read Dynamo's ``DYN_LOG`` and ``DYN_LOGGING_JSONL``."""
         return cls(least_level(environ.get("DYN_LOG", "")), is_true(environ.get("DYN_LOGGING_JSONL", "")))
 
 
-class Speech:
+class LogWriter:
     """Writes lines.
 
     Args:
-        style: how they look.
+        format: how they are written.
     """
 
-    def __init__(self, style: Style) -> None:
-        self.style = style
+    def __init__(self, format: LogFormat) -> None:
+        self.format = format
         # a handler may interrupt the very thread that holds it
         self._lock = threading.RLock()
         self._file: LogFile | None = None
-        # what was said before it was known where the log is
+        # lines that were written before the log file was known
         self._early: collections.deque[bytes] | None = collections.deque(maxlen=_LINES_KEPT)
         self._drawn: Sequence[str] = ()
         self._is_visible = False
 
-    def speak(
+    def emit(
         self,
         rank: int | None,
         host: str,
         text: str,
-        level: Level | None = None,
-        facts: Mapping[str, Fact] | None = None,
+        level: Level,
+        fields: Mapping[str, Fact] | None = None,
     ) -> None:
-        """Say something. See `Line`; without a level it is the one of how ``text`` begins. Errors are always said."""
-        level = level_of(text) if level is None else level
-        if level < self.style.least and level < Level.ERROR:
+        """Write a line. See `Line`. Errors are never left out."""
+        if level < self.format.least and level < Level.ERROR:
             return
-        told = {name: _clean(fact) for name, fact in (facts or {}).items()}
-        line = Line(time.time(), level, rank, host, own_redactor().redact(text), told)
-        shown = line.as_json() if self.style.jsonl else line.as_text()
-        with self._turn():
+        cleaned = {name: _clean(fact) for name, fact in (fields or {}).items()}
+        line = Line(time.time(), level, rank, host, own_redactor().redact(text), cleaned)
+        shown = line.as_json() if self.format.jsonl else line.as_text()
+        with self._locked():
             self._show(_encoded(shown))
-            self._log(_encoded(shown if self.style.jsonl else line.as_logged()), rank, host)
+            self._log(_encoded(shown if self.format.jsonl else line.as_logged()), rank, host)
 
-    def relay(self, data: bytes) -> None:
-        """Pass on what another process has written, as it is."""
-        with self._turn():
+    def write_raw(self, data: bytes) -> None:
+        """Write what another process has written, as it is."""
+        with self._locked():
             self._show(data)
 
-    def log_to(self, folder: str, label: str, rank: int) -> None:
-        """Write all lines to a file too, also those that have been said already.
+    def open_file(self, folder: str, label: str, rank: int) -> None:
+        """Write all lines to a file too, also those that were written already.
 
         Args:
             folder: for the file; empty for none.
             label: begins its name.
             rank: ours.
         """
-        with self._turn():
+        with self._locked():
             early, self._early = self._early or (), None
             if not folder:
                 return
@@ -106,23 +105,23 @@ class Speech:
                 self._log(line, rank, os.uname().nodename)
 
     @property
-    def is_placed(self) -> bool:
-        """Whether it is known where the log is, or that there is none."""
+    def has_destination(self) -> bool:
+        """Whether the log file is known, or that there is none."""
         return self._early is None
 
-    def forget(self) -> None:
-        """Forget what was said so far: in a process that was forked, another one has said it."""
-        with self._turn():
+    def forget_history(self) -> None:
+        """Drop the lines that were written so far: after a fork, they are the other process's."""
+        with self._locked():
             self._early = collections.deque(maxlen=_LINES_KEPT)
 
-    def draw(self, lines: Sequence[str]) -> None:
-        """Draw lines in place of those that were drawn before; none takes them away. Only for a terminal."""
-        with self._turn():
+    def set_status_lines(self, lines: Sequence[str]) -> None:
+        """Draw lines at the terminal's end in place of those that were drawn before; none erases them. Only for a terminal."""
+        with self._locked():
             before, self._drawn = self._erasure(), tuple(lines)
             _write(before + self._drawing())
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         taken = self._lock.acquire(timeout=_LOCK_SECONDS)
         try:
             yield
@@ -164,7 +163,8 @@ class Speech:
             self._file.write(line)
         except OSError as error:
             path, self._file = self._file.path, None
-            self.speak(rank, host, f"warning: the log file {path} can't be written, so there is none: {error.strerror}")
+            text = f"warning: the log file {path} can't be written, so there is none: {error.strerror}"
+            self.emit(rank, host, text, Level.WARN)
 
 
 def _clean(fact: Fact) -> Fact:
@@ -181,5 +181,5 @@ def _write(data: bytes) -> None:
             os.write(2, data)
 
 
-speech = Speech(Style.of(os.environ))
+log_writer = LogWriter(LogFormat.of(os.environ))
 """This process's."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -11,16 +10,17 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.observe.progress import WATCHED, describe, facts, intervals
 from dynamo_mpi.observe.progress_table import Terminal, table
-from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.observe.speech import log_writer
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dynamo_mpi.observe.speech import Speech
+    from dynamo_mpi.observe.speech import LogWriter
     from dynamo_mpi.settings import Settings
-    from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.supervision.roll import Progress, Roll
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.supervision.context import RankContext
+    from dynamo_mpi.supervision.phases import PhaseProgress
+    from dynamo_mpi.supervision.roll import Roll
 
 _DRAW_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
@@ -30,43 +30,45 @@ _PUBLISH_SECONDS = 2.0
 _DRAW_AFTER_SECONDS = 2.0
 
 
-class Ticker:
+class Ticker(WorkerHook):
     """Ticks from `start` to `close`, in a thread of its own, while the world is in one of the phases that may take long.
 
     Args:
+        context: rank 0's.
         roll: what is known of the ranks.
-        phases: rank 0's.
-        voice: how rank 0 speaks.
-        mode: ``plain`` lines, ``live`` for a table, ``off``; ``auto`` chooses one of the former.
-        first: seconds to the first line of a phase.
-        parts_seen: ranks tell when their own part of a phase is done.
-        mouth: what draws.
+        settings: the worker's: ``progress`` (``plain`` lines, ``live`` for a table, ``off``; ``auto`` chooses one of the former) and
+            ``progress_interval``, seconds to the first line of a phase.
+        on_progress: called every two seconds, and whenever a line is due, from the ticker's thread, whether or not one is shown.
+        writer: draws the table.
     """
 
     def __init__(
         self,
+        context: RankContext,
         roll: Roll,
-        phases: Phases,
-        voice: Voice,
-        mode: str,
-        first: float,
-        *,
-        parts_seen: bool,
-        mouth: Speech = speech,
+        settings: Settings,
+        on_progress: Callable[[PhaseProgress], object] = lambda _: None,
+        writer: LogWriter = log_writer,
     ) -> None:
-        self._roll, self._phases, self._voice, self._mouth = roll, phases, voice, mouth
-        self._mode = chosen(mode, is_terminal=os.isatty(2), jsonl=mouth.style.jsonl)
-        self._first, self._parts_seen = first, parts_seen
-        self._listeners: list[Callable[[Progress], None]] = []
+        self._roll, self._phases, self._log, self._writer = roll, context.phases, context.log, writer
+        self._report = on_progress
+        self._mode = chosen(settings.progress, is_terminal=os.isatty(2), jsonl=writer.format.jsonl)
+        self._first, self._parts_seen = settings.progress_interval, settings.engine != "trtllm"
         self._changed = threading.Event()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-        phases.listen(lambda _: self._changed.set())
 
-    def on_progress(self, listener: Callable[[Progress], None]) -> None:
-        """Call this every two seconds, and whenever a line is due, from the ticker's thread, whether or not one is shown. What it raises is
-        ignored."""
-        self._listeners.append(listener)
+    def on_phase(self, phase: str) -> None:
+        """Look at once at the phase that begins."""
+        self._changed.set()
+
+    def on_failure_detected(self) -> None:
+        """End, and leave nothing drawn."""
+        self.close()
+
+    def on_exit(self, code: int) -> None:
+        """End, and leave nothing drawn."""
+        self.close()
 
     def start(self) -> None:
         """Begin."""
@@ -77,7 +79,7 @@ class Ticker:
         self._closed = True
         self._changed.set()
         if self._mode == "live":
-            self._mouth.draw(())
+            self._writer.set_status_lines(())
 
     def _run(self) -> None:
         while not self._closed:
@@ -113,18 +115,16 @@ class Ticker:
             if self._changed.wait(max(0.0, wait)):
                 self._changed.clear()
         if self._mode == "live":
-            self._mouth.draw(())
+            self._writer.set_status_lines(())
 
-    def _publish(self) -> Progress:
+    def _publish(self) -> PhaseProgress:
         progress = self._roll.progress()
-        for listener in self._listeners:
-            with contextlib.suppress(Exception):  # the load goes on whoever can't hear of it
-                listener(progress)
+        self._report(progress)
         return progress
 
-    def _tell(self, progress: Progress) -> None:
+    def _tell(self, progress: PhaseProgress) -> None:
         if self._mode == "plain":
-            self._voice.say(describe(progress, parts_seen=self._parts_seen), facts=facts(progress))
+            self._log.info(describe(progress, parts_seen=self._parts_seen), facts(progress))
 
     def _draw(self, phase: str) -> None:
         try:
@@ -135,15 +135,9 @@ class Ticker:
         room = Terminal(width or 80, height or 24)
         ranks = self._roll.ranks()
         lines = table(phase, ranks, time.time(), room, parts_seen=self._parts_seen)
-        self._mouth.draw(lines)
+        self._writer.set_status_lines(lines)
         if self._closed:
-            self._mouth.draw(())
-
-
-def ticker_of(roll: Roll, phases: Phases, voice: Voice, settings: Settings) -> Ticker:
-    """Return a worker's ticker, not started."""
-    seen = settings.engine != "trtllm"
-    return Ticker(roll, phases, voice, settings.progress, settings.progress_interval, parts_seen=seen)
+            self._writer.set_status_lines(())
 
 
 def chosen(mode: str, *, is_terminal: bool, jsonl: bool) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.supervision.failure import Failure
-    from dynamo_mpi.supervision.roll import Progress, RankSpans
+    from dynamo_mpi.supervision.phases import PhaseProgress, RankSpans
 
 
 class WorldNumbers(NamedTuple):
@@ -31,7 +31,7 @@ class WorldNumbers(NamedTuple):
     """
 
     ranks: Sequence[RankSpans]
-    progress: Progress
+    progress: PhaseProgress
     severities: Sequence[Severity] = ()
     failures: Sequence[Failure] = ()
     exit_code: int | None = None
@@ -80,7 +80,7 @@ def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
     )
 
 
-def describe_progress(progress: Progress) -> str:
+def describe_progress(progress: PhaseProgress) -> str:
     """Say how far the ranks are, in words; nothing where there is no more to it than the phase: what comes after the load, rank 0 leads."""
     if progress.ranks < 2 or progress.slowest_rank is None or progress.phase != "load":
         return ""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A snapshot as JSON, for programs. Pure.
+"""The status of a deployment as JSON, for programs. Pure.
 
 schema        1; grows when something is taken away or changes its meaning, and not when something is added
 ok            nothing is missing, down, or failed without a newer start
-ready         every role that the models need serves (`wait` proves it by a completion, too)
+ready         every role that the models need serves (`wait` also asks for a completion)
 time          seconds since 1970, as all times here
 run_dir       the deployment's folder, or null
 workers       one object each: key, name, namespace, component, endpoint, model, role, engine, layout {tp_size, pp_size, cp_size, ep_size,
@@ -23,53 +23,66 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.operating.readiness import lacks_of
+from dynamo_mpi.control_plane.record_codec import sanitize
+from dynamo_mpi.operating.readiness import missing_items
 
 if TYPE_CHECKING:
+    from dynamo_mpi.control_plane.failure_records import StoredFailure
+    from dynamo_mpi.control_plane.records import StoredRecord
     from dynamo_mpi.errors import BootstrapError
-    from dynamo_mpi.operating.snapshot import Snapshot
-    from dynamo_mpi.operating.views import Worker
+    from dynamo_mpi.operating.status import DeploymentStatus
 
 SCHEMA = 1
+# for the partner, not for operators
+_HIDDEN = ("contract", "probe", "probe_kv")
 
 
-def as_json(snapshot: Snapshot) -> dict[str, Any]:
-    """Return a snapshot as plain data."""
-    place, still = snapshot.place, snapshot.open_failures
-    deployment, ended = place.deployment, place.ended
+def as_json(status: DeploymentStatus) -> dict[str, Any]:
+    """Return the status as plain data."""
+    deployment, still = status.deployment, status.open_failures
+    launch, end = deployment.launch, deployment.end
     return {
         "schema": SCHEMA,
-        "ok": snapshot.is_well,
-        "ready": not lacks_of(snapshot),
-        "time": snapshot.time,
-        "run_dir": None if place.run_dir is None else str(place.run_dir),
-        "workers": [_worker(snapshot, worker) for worker in snapshot.workers],
-        "missing": [{"name": w.name, "role": w.role, "nodes": list(w.nodes)} for w in snapshot.missing],
-        "failures": [
-            {**asdict(failure), "name": snapshot.name_of(failure), "followed": failure not in still}
-            for failure in snapshot.failures
-        ],
-        "services": [{"name": s.name, "url": s.url, "up": s.is_up, "note": s.note} for s in snapshot.services],
+        "ok": status.is_well,
+        "ready": not missing_items(status),
+        "time": status.time,
+        "run_dir": None if deployment.run_dir is None else str(deployment.run_dir),
+        "workers": [_worker(status, worker) for worker in status.workers],
+        "missing": [{"name": w.name, "role": w.role, "nodes": list(w.nodes)} for w in status.missing],
+        "failures": [_failure(status, failure, failure not in still) for failure in status.failures],
+        "services": [{"name": s.name, "url": s.url, "up": s.is_up, "note": s.note} for s in status.services],
         "launcher": None
-        if deployment is None
+        if launch is None
         else {
-            "host": deployment.host,
-            "pid": deployment.pid,
-            "job": deployment.job or None,
-            "gone": place.is_orphaned,
+            "host": launch.host,
+            "pid": launch.pid,
+            "job": launch.job_id or None,
+            "gone": deployment.launcher_is_dead,
         },
-        "ended": None if ended is None else asdict(ended),
-        "warnings": list(snapshot.warnings),
+        "ended": None if end is None else asdict(end),
+        "warnings": list(status.warnings),
     }
 
 
 def error_as_json(error: BootstrapError) -> dict[str, Any]:
-    """Return why there is no snapshot."""
+    """Return why there is no status."""
     return {"ok": False, "error": error.plain()}
 
 
-def _worker(snapshot: Snapshot, worker: Worker) -> dict[str, Any]:
-    content = asdict(worker)
-    if worker.layout is not None:
-        content["layout"]["text"] = str(worker.layout)
-    return {**content, "name": snapshot.name_of(worker)}
+def _worker(status: DeploymentStatus, worker: StoredRecord) -> dict[str, Any]:
+    record, content = worker.record, asdict(worker.record)
+    for name in _HIDDEN:
+        content.pop(name, None)
+    # what a tolerant reader hasn't found
+    for name in ("started", "engine", "endpoint", "dynamo_mpi"):
+        content[name] = content[name] or None
+    del content["layout"]["gpus_per_node"]
+    layout = {**content["layout"], "text": str(record.layout)} if record.layout.is_known else None
+    return {"key": sanitize(worker.key), **content, "layout": layout, "name": status.name_of(worker)}
+
+
+def _failure(status: DeploymentStatus, failure: StoredFailure, followed: bool) -> dict[str, Any]:
+    content = asdict(failure.record)
+    del content["endpoint"]
+    content |= {"key": sanitize(failure.key), "name": status.name_of(failure), "followed": followed}
+    return {**content, "rank": failure.record.rank if failure.record.rank >= 0 else None}

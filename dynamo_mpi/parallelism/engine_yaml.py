@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.parallelism.subject import Subject
 
 
-_LONGEST = 2**20
 # keys that a layout decides; a plan writes them itself
 _SIZES = (
     "tensor_parallel_size",
@@ -54,7 +53,7 @@ def engine_yaml(subject: Subject, model: str) -> str:
         model: its name, for the comment.
     """
     head = f"# {' '.join(model.split())}: {short_name(subject)}, {subject.cluster}, role {subject.role}\n"
-    return head + "".join(f"{key}: {yaml_line(value, _LONGEST)}\n" for key, value in _keys(subject).items())
+    return head + "".join(f"{key}: {yaml_line(value)}\n" for key, value in _keys(subject).items())
 
 
 def _keys(subject: Subject) -> dict[str, object]:

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.parallelism import engine_keys
-from dynamo_mpi.parallelism.engine_keys import keys_of
+from dynamo_mpi.parallelism.engine_keys import engine_keys
 from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
 
 if TYPE_CHECKING:
@@ -28,10 +28,11 @@ class KeyLookup:
     def __init__(self, version: TrtllmVersion | None, *, other_backend: bool = False) -> None:
         self._version = version
         self._other_backend = other_backend
+        self._keys = engine_keys()
 
     def row(self, path: str) -> Renamed | None:
         """Return the last renaming of the key at this path."""
-        rows = engine_keys.renamed_by_path().get(path, ())
+        rows = self._keys.renamed.get(path, ())
         if self._other_backend and "." not in path:
             rows = tuple(row for row in rows if row.refused == "0")
         if self._version is not None:
@@ -41,12 +42,12 @@ class KeyLookup:
     def similar(self, section: str, key: str) -> str | None:
         """Return the path of the key that was probably meant."""
         prefix = f"{section}." if section else ""
-        names = [name for name in keys_of(section) if self.takes(prefix + name)]
+        names = [name for name in self._keys.keys_of(section) if self.takes(prefix + name)]
         plain = _plain(key)
         for name in names:
             if _plain(name) == plain:
                 return prefix + name
-        for row in engine_keys.RENAMED:
+        for row in chain.from_iterable(self._keys.renamed.values()):
             if row.new and not row.inverted and not row.values and _plain(row.old) == _plain(prefix + key):
                 return row.new
         elsewhere = self.elsewhere(key.replace("-", "_"))
@@ -61,15 +62,19 @@ class KeyLookup:
     def elsewhere(self, key: str) -> str | None:
         """Return the path of a key that stands in another section; the key may be such a path already."""
         head, _, leaf = key.rpartition(".")
-        if head in engine_keys.SECTIONS and leaf in keys_of(head):
+        if head in self._keys.sections and leaf in self._keys.keys_of(head):
             return key
-        paths = [f"{section}.{key}" if section else key for section in engine_keys.SECTIONS if key in keys_of(section)]
+        paths = [
+            f"{section}.{key}" if section else key
+            for section in self._keys.sections
+            if key in self._keys.keys_of(section)
+        ]
         return next((path for path in paths if self.takes(path)), None)
 
     def takes(self, path: str) -> bool:
         """Say whether the engine takes the key at this path."""
         section, _, name = path.rpartition(".")
-        key = keys_of(section).get(name)
+        key = self._keys.keys_of(section).get(name)
         if key is None or (section and not self.takes(section)):
             return False
         version = self._version
@@ -82,7 +87,7 @@ class KeyLookup:
 
     def is_free(self, path: str) -> bool:
         """Say whether the engine takes any key in the section at this path."""
-        until = engine_keys.FREE_BEFORE.get(path)
+        until = self._keys.free_before.get(path)
         return until is not None and (self._version is None or self._version.minor < until)
 
 

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.parallelism import engine_keys
-from dynamo_mpi.parallelism.engine_keys import keys_of
+from dynamo_mpi.parallelism.engine_keys import engine_keys
 from dynamo_mpi.parallelism.finding import Finding, Severity
 from dynamo_mpi.parallelism.key_lookup import KeyLookup, release
-from dynamo_mpi.parallelism.yaml_line import LONGEST, quoted, shortened, whole, yaml_line
+from dynamo_mpi.parallelism.yaml_line import short_line, shortened, whole, yaml_line
 
 if TYPE_CHECKING:
-    from dynamo_mpi.parallelism.engine_keys import Key, RemovedValue, Renamed
+    from dynamo_mpi.parallelism.engine_keys import Key, RemovedValues, Renamed
     from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion
 
 RULE = "H"
@@ -49,8 +48,9 @@ class _Check:
         self._unknown = 0
         # what goes into sections that aren't there yet, so that each is written once and whole
         self._moved: dict[str, dict[str, object]] = {}
+        self._keys = engine_keys()
         backend = config.get("backend")
-        self._other_backend = isinstance(backend, str) and backend.lower() in engine_keys.OTHER_BACKENDS
+        self._other_backend = isinstance(backend, str) and backend.lower() in self._keys.other_backends
         self._known = KeyLookup(version, other_backend=self._other_backend)
 
     def walk(self, section: str, mapping: Mapping[object, object] | Mapping[str, object], shown: str) -> None:
@@ -70,7 +70,7 @@ class _Check:
             refused = self._check_key(section, key, value, shown + _name(key))
             if (
                 not refused
-                and path in engine_keys.SECTIONS
+                and path in self._keys.sections
                 and isinstance(value, Mapping)
                 and not self._known.is_free(path)
             ):
@@ -94,23 +94,23 @@ class _Check:
         """Say whether the engine refuses the key."""
         path = f"{section}.{key}" if section else key
         found = f"{shown}: {_shown(value)}"
-        removed = engine_keys.removed_values().get(path)
+        removed = self._keys.removed_values.get(path)
         if removed is not None and isinstance(value, str) and value in removed.values:
             return self._add_removed_value(removed, value, found)
         row = self._known.row(path)
         if row is not None:
             return self._add_renamed(row, value, shown, found)
-        known = keys_of(section).get(key)
+        known = self._keys.keys_of(section).get(key)
         if known is None:
             if section or not self._other_backend:
                 self._explain_unknown(section, key, value, shown, found)
             return True
         return self._add_out_of_time(known, shown, found)
 
-    def _add_removed_value(self, row: RemovedValue, value: str, found: str) -> bool:
+    def _add_removed_value(self, row: RemovedValues, value: str, found: str) -> bool:
         severity = self._severity(row.refused)
-        if row.new:
-            new = row.new[row.values.index(value)]
+        new = row.values[value]
+        if new is not None:
             needed, fix = f"`{new}`", self._write(row.path, new)
         else:
             needed, fix = "no such line", "remove the line"
@@ -196,16 +196,16 @@ class _Check:
             return
         severity = self._unknown_severity()
         if severity is Severity.WARNING:
-            message += f", as far as known here up to {engine_keys.NEWEST}"
+            message += f", as far as known here up to {self._keys.newest}"
         self._findings.append(Finding(RULE, severity, message, found, needed, fix))
 
     def _unknown_severity(self) -> Severity:
-        newer = self._version is not None and self._version > release(engine_keys.NEWEST)
+        newer = self._version is not None and self._version > release(self._keys.newest)
         return Severity.WARNING if newer else Severity.ERROR
 
     def _severity(self, refused: str) -> Severity:
         """An error where this version refuses it; or, where the version isn't known, all of them do."""
-        version = self._version or release(engine_keys.OLDEST)
+        version = self._version or release(self._keys.oldest)
         return Severity.ERROR if release(refused) <= version else Severity.WARNING
 
     def _refused(self, refused: str) -> str:
@@ -224,7 +224,7 @@ class _Check:
             if not isinstance(key, str):
                 continue
             row = self._known.row(key)
-            known = row is not None or key in keys_of("")
+            known = row is not None or key in self._keys.keys_of("")
             path = row.new if row is not None else None if known else self._known.elsewhere(key)
             if path is not None and "." in path:
                 target, _, leaf = path.rpartition(".")
@@ -240,8 +240,8 @@ class _Check:
             row = self._known.row(key) if isinstance(key, str) else None
             if row is not None and row.new:
                 lines[self._write(row.new, _carried(row, inner))] = None
-            elif row is None and key in keys_of(""):
-                lines[f"{key}: {yaml_line(whole(inner), 2 * LONGEST)}"] = None
+            elif row is None and key in self._keys.keys_of(""):
+                lines[f"{key}: {yaml_line(whole(inner))}"] = None
         return "\n".join(lines) or "remove the line"
 
     def _write(self, path: str, value: object) -> str:
@@ -259,7 +259,7 @@ class _Check:
             leaf = parts.pop()
             written = {**self._moved.get(".".join(above + parts), {}), leaf: written}
         where = f" (under {'.'.join(above)})" if above else ""
-        return f"{parts[0]}: {yaml_line(written, 10 * LONGEST)}{where}"
+        return f"{parts[0]}: {yaml_line(written)}{where}"
 
 
 def _carried(row: Renamed, value: object) -> object:
@@ -282,8 +282,8 @@ def _dotted(minor: tuple[int, int]) -> str:
 
 
 def _shown(value: object) -> str:
-    return shortened(yaml_line(value, 2 * _SHOWN), _SHOWN)
+    return short_line(value, _SHOWN)
 
 
 def _name(key: str) -> str:
-    return shortened(key if key.isprintable() and key else quoted(key), _SHOWN)
+    return shortened(key, _SHOWN) if key.isprintable() and key else short_line(key, _SHOWN)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.launchers.placement import describe_ranks
 from dynamo_mpi.parallelism.wording import listed
 from dynamo_mpi.preflight.gpu_facts import NodeGpus
 from dynamo_mpi.preflight.host_facts import HostFacts
-from dynamo_mpi.preflight.roster import describe_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

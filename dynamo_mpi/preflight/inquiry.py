@@ -12,6 +12,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi import __version__
+from dynamo_mpi.common.process import host_name
 from dynamo_mpi.fields import pack, unpack
 
 if TYPE_CHECKING:
@@ -169,11 +170,6 @@ def _gpu_facts() -> tuple[str, ...]:
     from dynamo_mpi.preflight.gpu_facts import read_gpus
 
     return read_gpus(os.environ).pack()
-
-
-def host_name() -> str:
-    """Return this node's name, short as Slurm writes it."""
-    return os.uname().nodename.partition(".")[0]
 
 
 def _compare(file: WatchedFile) -> str:

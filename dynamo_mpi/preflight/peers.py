@@ -11,20 +11,20 @@ from dynamo_mpi.parallelism.finding import Severity, error, errors, render
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.control_plane.record import Posted, WorldRecord
+    from dynamo_mpi.control_plane.records import StoredRecord, WorkerRecord
     from dynamo_mpi.parallelism.finding import Finding
 
 _PARTNER = {"prefill": "decode", "decode": "prefill"}
 
 
-def peers_of(own: WorldRecord, all_worlds: Sequence[Posted]) -> list[Posted]:
+def peers_of(own: WorkerRecord, all_worlds: Sequence[StoredRecord]) -> list[StoredRecord]:
     """Return the worlds that hand KV over to ``own`` or take it: the other role's, of the same model in the same namespace."""
     wanted = (own.namespace, own.model, _PARTNER.get(own.role))
     found = [peer for peer in all_worlds if (peer.record.namespace, peer.record.model, peer.record.role) == wanted]
-    return sorted(found, key=lambda peer: peer.came)
+    return sorted(found, key=lambda peer: peer.create_revision)
 
 
-def check_peer(own: WorldRecord, peer: WorldRecord) -> list[Finding]:
+def check_peer(own: WorkerRecord, peer: WorkerRecord) -> list[Finding]:
     """P5, I1-I8, F11: what holds between two workers that hand KV over to each other."""
     if found := list(_engines(own, peer)):
         return found
@@ -32,7 +32,7 @@ def check_peer(own: WorldRecord, peer: WorldRecord) -> list[Finding]:
     return check_contracts(prefill, decode) if prefill is not None and decode is not None else []
 
 
-def _engines(own: WorldRecord, peer: WorldRecord) -> Iterator[Finding]:
+def _engines(own: WorkerRecord, peer: WorkerRecord) -> Iterator[Finding]:
     """P5: One engine on both sides of a pair: the reference engine and TensorRT-LLM hand KV over in ways of their own."""
     if own.engine != peer.engine:
         yield error(
@@ -44,11 +44,11 @@ def _engines(own: WorldRecord, peer: WorldRecord) -> Iterator[Finding]:
         )
 
 
-def _in_order(own: WorldRecord, peer: WorldRecord) -> tuple[WorldRecord, WorldRecord]:
+def _in_order(own: WorkerRecord, peer: WorkerRecord) -> tuple[WorkerRecord, WorkerRecord]:
     return (own, peer) if own.role == "prefill" else (peer, own)
 
 
-def refusal(own: WorldRecord, earlier: Sequence[Posted], seconds: int) -> str:
+def refusal(own: WorkerRecord, earlier: Sequence[StoredRecord], seconds: int) -> str:
     """Say why ``own`` can't be started beside those that came first; empty where it can.
 
     Args:
@@ -74,7 +74,7 @@ def refusal(own: WorldRecord, earlier: Sequence[Posted], seconds: int) -> str:
     return "\n".join((*parts, hint))
 
 
-def advice(own: WorldRecord, earlier: Sequence[Posted]) -> list[str]:
+def advice(own: WorkerRecord, earlier: Sequence[StoredRecord]) -> list[str]:
     """Return what is to be said of peers that came first where ``own`` is started: whom it fits, and what to look at."""
     told = []
     for peer in earlier:
@@ -84,12 +84,12 @@ def advice(own: WorldRecord, earlier: Sequence[Posted]) -> list[str]:
     return told
 
 
-def describe(record: WorldRecord) -> str:
+def describe(record: WorkerRecord) -> str:
     """Name a peer, with where it is in its life: that tells a stale one."""
     return f"{record.place} at {record.endpoint}, phase {record.phase}"
 
 
-def news(own: WorldRecord, before: Sequence[Posted], now: Sequence[Posted]) -> list[str]:
+def news(own: WorkerRecord, before: Sequence[StoredRecord], now: Sequence[StoredRecord]) -> list[str]:
     """Return a line for each peer that came, went or changed since the last look, with what doesn't fit."""
     old, new = ({peer.key: peer.record for peer in peers} for peers in (before, now))
     lines = []
@@ -102,11 +102,11 @@ def news(own: WorldRecord, before: Sequence[Posted], now: Sequence[Posted]) -> l
     return lines
 
 
-def _terms(record: WorldRecord) -> tuple[object, ...]:
+def _terms(record: WorkerRecord) -> tuple[object, ...]:
     return (record.engine, record.contract, record.layout, record.hosts)
 
 
-def _verdict(own: WorldRecord, peer: WorldRecord) -> str:
+def _verdict(own: WorkerRecord, peer: WorkerRecord) -> str:
     wrong = errors(check_peer(own, peer))
     if not wrong:
         return ""

@@ -7,7 +7,7 @@ import socket
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.control_plane.asking import read_address
+from dynamo_mpi.control_plane.endpoints import read_address
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.preflight.networks import HostNetworks, choose, distinct, usable
 from dynamo_mpi.services.host_address import host_address, known_address, source_address

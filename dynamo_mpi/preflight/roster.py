@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from dynamo_mpi.launchers.placement import describe_ranks, hosts, spans
 from dynamo_mpi.parallelism.finding import Finding, Severity
 
 if TYPE_CHECKING:
@@ -13,55 +14,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.preflight.inquiry import Card
 
 
-class Placed(Protocol):
-    """A rank that is somewhere."""
-
-    @property
-    def host(self) -> str:
-        """Its node's name."""
-
-
 def check_roster(cards: Sequence[Card]) -> list[Finding]:
     """Apply every rule to the cards, which stand in rank order."""
     # what ranks of another version call a problem may mean nothing here
     return [*_placement(cards), *(_versions(cards) or _problems(cards))]
-
-
-def hosts(cards: Sequence[Card]) -> tuple[str, ...]:
-    """Return the hosts in the order of their first rank."""
-    return tuple(dict.fromkeys(card.host for card in cards))
-
-
-def ranks_by_host(ranks: Sequence[Placed]) -> dict[str, list[int]]:
-    """Return each host's ranks, hosts in the order of their first rank."""
-    found: dict[str, list[int]] = {}
-    for rank, place in enumerate(ranks):
-        found.setdefault(place.host, []).append(rank)
-    return found
-
-
-def describe_ranks(ranks: Sequence[int], world: Sequence[Placed]) -> str:
-    """Name ranks with their hosts: ``rank 3 on n1``, ``ranks 0-3 on n1 and 4-7 on n2``.
-
-    Args:
-        ranks: those to name.
-        world: all ranks, in their order.
-    """
-    by_host: dict[str, list[int]] = {}
-    for rank in ranks:
-        by_host.setdefault(world[rank].host, []).append(rank)
-    parts = [f"{_spans(group)} on {host}" for host, group in by_host.items()]
-    return ("rank " if len(ranks) == 1 else "ranks ") + " and ".join(parts)
-
-
-def _spans(ranks: Sequence[int]) -> str:
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def _placement(cards: Sequence[Card]) -> list[Finding]:
@@ -70,7 +26,7 @@ def _placement(cards: Sequence[Card]) -> list[Finding]:
     counts = {host: [i for i, card in enumerate(cards) if card.host == host] for host in hosts(cards)}
     if len(counts) == 1:
         return []
-    found = "; ".join(f"{host}: {_spans(ranks)}" for host, ranks in counts.items())
+    found = "; ".join(f"{host}: {spans(ranks)}" for host, ranks in counts.items())
     per_node = -(-len(cards) // len(counts))
     if len({len(ranks) for ranks in counts.values()}) > 1:
         message = "the nodes hold unequal numbers of ranks"

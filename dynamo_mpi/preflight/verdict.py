@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.errors import DataError, ModelError
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launchers.placement import hosts
 from dynamo_mpi.parallelism.check import check_worker, exit_code_of
 from dynamo_mpi.parallelism.engine_config import EngineConfig
 from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
@@ -22,7 +23,7 @@ from dynamo_mpi.parallelism.subject import Subject
 from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion, installed_trtllm_version, parse_trtllm_version
 from dynamo_mpi.parallelism.wording import short_name
 from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile, weight_files
-from dynamo_mpi.preflight.roster import check_roster, hosts
+from dynamo_mpi.preflight.roster import check_roster
 from dynamo_mpi.probe.plan import memory_is_awaited
 from dynamo_mpi.text_files import read_text
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.launchers.placement import describe_ranks
 from dynamo_mpi.parallelism.wording import listed
-from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.probe.steps import EXCHANGE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.preflight.roster import Placed
+    from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.probe.steps import Step
     from dynamo_mpi.probe.timing import FabricAnswer, Measured
 

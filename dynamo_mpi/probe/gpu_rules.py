@@ -17,10 +17,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.launchers.placement import describe_ranks
 from dynamo_mpi.parallelism.finding import error, warning
 from dynamo_mpi.parallelism.wording import listed
 from dynamo_mpi.preflight.host_row import lines
-from dynamo_mpi.preflight.roster import describe_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -9,9 +9,9 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.process import host_name
 from dynamo_mpi.preflight.gpu_facts import visible_gpus
 from dynamo_mpi.preflight.gpu_kind import kind_of
-from dynamo_mpi.preflight.inquiry import host_name
 from dynamo_mpi.probe.fabric import judge_fabric
 from dynamo_mpi.probe.gpu import figures_of
 from dynamo_mpi.probe.gpu_health import health_of_node

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_mpi.control_plane.presence import Presence
-    from dynamo_mpi.control_plane.record import WorldRecord
+    from dynamo_mpi.control_plane.records import WorkerRecord
+    from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.parallelism.subject import Subject
-    from dynamo_mpi.preflight.roster import Placed
     from dynamo_mpi.probe.plan import ProbePlan
     from dynamo_mpi.settings import Settings
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
 
 
 class KvDesk:
@@ -32,20 +32,20 @@ class KvDesk:
         ranks: where each rank is.
         transport: that this world's configuration names.
         presence: its record; None without one.
-        voice: how rank 0 speaks.
+        log: rank 0's.
     """
 
     def __init__(
-        self, plan: ProbePlan, ranks: Sequence[Placed], transport: str, presence: Presence | None, voice: Voice
+        self, plan: ProbePlan, ranks: Sequence[Placed], transport: str, presence: Presence | None, log: RankLogger
     ) -> None:
         self._terms, self._ranks, self._transport = KvTerms.unpack(plan.kv), ranks, transport
-        self._presence, self._voice = presence, voice
+        self._presence, self._log = presence, log
 
     def ask(self, answers: Sequence[Sequence[str]], end: float) -> list[list[str]]:
         """Ask the partners that are there; see `lead_kv`."""
         return lead_kv(answers, self._ranks, self._terms, self._transport, self, end)
 
-    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorldRecord, Sequence[WorldRecord]] | None:
+    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorkerRecord, Sequence[WorkerRecord]] | None:
         """Publish the offer."""
         return None if self._presence is None else self._presence.offer_kv(offer)
 
@@ -64,7 +64,7 @@ class KvDesk:
         outcome = kv.judge_kv([between], self._terms)
         found = render([finding for finding in outcome.findings if finding.severity is not Severity.INFO])
         line = f"probe: {outcome.line}, as the {between.peer} has found"
-        self._voice.say(f"{line}\n{found}" if found else line)
+        self._log.info(f"{line}\n{found}" if found else line)
         if self._presence is not None:
             self._presence.tell_kv(outcome.figures["peers"][0])
 
@@ -79,7 +79,7 @@ def desk_of(
     plan: ProbePlan,
     ranks: Sequence[Placed],
     presence: Presence | None,
-    voice: Voice,
+    log: RankLogger,
     environ: Mapping[str, str],
 ) -> KvDesk | None:
     """Return rank 0's desk; None where KV isn't probed.
@@ -90,10 +90,10 @@ def desk_of(
         plan: what is probed.
         ranks: where each rank is.
         presence: its record; None without one.
-        voice: how rank 0 speaks.
+        log: rank 0's.
         environ: may decide about the transport.
     """
     if not plan.kv:
         return None
     transport = transport_of(settings.engine, settings.kv_transport, contract_of(subject), environ)
-    return KvDesk(plan, ranks, transport, presence, voice)
+    return KvDesk(plan, ranks, transport, presence, log)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dynamo_mpi.engines.reference.kv_wire import Deadline
 from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.preflight.roster import describe_ranks
+from dynamo_mpi.launchers.placement import describe_ranks
 from dynamo_mpi.probe.kv_answer import FAILED, LATE, Between, Pull, read_pull
 from dynamo_mpi.probe.kv_child import Ready
 from dynamo_mpi.probe.kv_pairs import Pair, pairs_of
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Any
 
-    from dynamo_mpi.control_plane.record import WorldRecord
-    from dynamo_mpi.preflight.roster import Placed
+    from dynamo_mpi.control_plane.records import WorkerRecord
+    from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.probe.kv_terms import KvTerms
     from dynamo_mpi.probe.kv_wire import Access
 
@@ -50,7 +50,7 @@ _NOT_YET = ("environment", "world", "preflight", "probe")
 class Registry(Protocol):
     """What the probe needs of the control plane."""
 
-    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorldRecord, Sequence[WorldRecord]] | None:
+    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorkerRecord, Sequence[WorkerRecord]] | None:
         """Publish the offer, and return this world's record and its partners', as they stand after that; None without etcd."""
         ...
 
@@ -63,7 +63,7 @@ class Side(NamedTuple):
         offer: where its ranks can be asked.
     """
 
-    record: WorldRecord
+    record: WorkerRecord
     offer: Offer
 
 
@@ -108,7 +108,7 @@ def _packed(between: Between) -> list[str]:
     return [json.dumps(between.as_json())]
 
 
-def _probe(own: Side, peer: WorldRecord, end: float) -> Between | None:
+def _probe(own: Side, peer: WorkerRecord, end: float) -> Between | None:
     """Probe with one partner; None where it has not come so far, and will ask us."""
     role, wanted = own.record.role, own.offer.transport
     if peer.probe_kv is None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from dynamo_mpi.launchers.placement import Placed
     from dynamo_mpi.parallelism.finding import Finding
-    from dynamo_mpi.preflight.roster import Placed
     from dynamo_mpi.probe.plan import ProbePlan
     from dynamo_mpi.world import World
 

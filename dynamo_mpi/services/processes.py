@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dynamo_mpi.common.process import is_stopped
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.services.logs import last_lines, last_text
-from dynamo_mpi.supervision.agent_client import is_stopped
 from dynamo_mpi.supervision.tethered import tethered
 
 # a process ends in no time, unless it hangs in the kernel

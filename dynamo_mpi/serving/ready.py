@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker that serves says so: a line for its user, and the ready file for scripts."""
+"""The ready file: there as long as the worker answers requests, for scripts."""
 
 from __future__ import annotations
 
@@ -9,59 +9,68 @@ import os
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.launchers.attempt import attempt_of
+from dynamo_mpi.supervision.hooks import WorkerHook
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from dynamo_mpi.settings import Settings
-    from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.supervision.context import RankContext
 
 
-def announce(
-    settings: Settings, phases: Phases, voice: Voice, *, ranks: int, verdict_seconds: float, system: str | None = None
-) -> None:
-    """Tell that requests are answered now.
+class ReadyFile(WorkerHook):
+    """Writes it once the worker is ready, and removes it when that ends.
 
     Args:
-        settings: the worker's.
-        phases: how long each took.
-        voice: how rank 0 speaks.
-        ranks: of the world.
-        verdict_seconds: from the start to the verdict.
-        system: URL of /health, /live and /metrics, where they are served.
+        context: rank 0's.
+        settings: the worker's; they name the file.
+        preflight_seconds: from the start to the end of the preflight.
+        system: URL of /health, /live and /metrics; None where they aren't served.
     """
-    seconds = phases.durations
-    # TensorRT-LLM's worker registers before it can be proven
-    spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "prove", "register") if name in seconds)
-    voice.say(
-        f"ready: {settings.served_model_name} at {settings.endpoint} after {phases.age:.1f} s "
-        f"(verdict {verdict_seconds:.1f} s, {spans})"
-    )
-    if settings.ready_file is None:
-        return
-    content = {
-        "pid": os.getpid(),
-        "host": os.uname().nodename,
-        "ranks": ranks,
-        "attempt": attempt_of(os.environ),
-        "model": settings.served_model_name,
-        "endpoint": settings.endpoint,
-        "system": system,
-        "phases": seconds,
-        "verdict_seconds": verdict_seconds,
-        "ready_seconds": phases.age,
-    }
-    partial = settings.ready_file.with_name(settings.ready_file.name + ".partial")
-    try:
-        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        partial.replace(settings.ready_file)
-    except OSError as error:
-        voice.say(f"warning: the ready file {settings.ready_file} can't be written: {error.strerror}")
+
+    def __init__(self, context: RankContext, settings: Settings, preflight_seconds: float, system: str | None) -> None:
+        self._context, self._settings = context, settings
+        self._preflight_seconds, self._system = preflight_seconds, system
+
+    def on_ready(self) -> None:
+        """Write it, in one step: a reader finds all of it or none."""
+        path, phases = self._settings.ready_file, self._context.phases
+        if path is None:
+            return
+        content = {
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+            "ranks": self._context.world.size,
+            "attempt": attempt_of(os.environ),
+            "model": self._settings.served_model_name,
+            "endpoint": self._settings.endpoint,
+            "system": self._system,
+            "phases": phases.durations,
+            "verdict_seconds": self._preflight_seconds,
+            "ready_seconds": phases.age,
+        }
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            self._context.log.warning(f"the ready file {path} can't be written: {error.strerror}")
+
+    def on_failure_detected(self) -> None:
+        """Remove it."""
+        remove_ready_file(self._settings.ready_file)
+
+    def on_shutdown(self, code: int) -> None:
+        """Remove it."""
+        remove_ready_file(self._settings.ready_file)
+
+    def on_exit(self, code: int) -> None:
+        """Remove it."""
+        remove_ready_file(self._settings.ready_file)
 
 
-def forget(ready_file: Path | None) -> None:
+def remove_ready_file(path: Path | None) -> None:
     """Remove the ready file: also one that a run before this one, which was killed, has left."""
-    if ready_file is not None:
+    if path is not None:
         with contextlib.suppress(OSError):
-            ready_file.unlink()
+            path.unlink()

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_mpi.control_plane.registration import lease_error
-from dynamo_mpi.control_plane.runtime_limits import forget_empty_credentials
+from dynamo_mpi.control_plane.runtime_compat import remove_empty_credentials
 from dynamo_mpi.errors import EngineError
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
 from dynamo_mpi.serving.handler import RequestHandler
@@ -26,10 +26,11 @@ from dynamo_mpi.serving.runtime_error import runtime_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from dynamo_mpi.control_plane.registration import RegistrationWatch
+    from dynamo_mpi.control_plane.registration import RegistrationMonitor
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.errors import TemporaryError
     from dynamo_mpi.supervision.phases import Phases
+    from dynamo_mpi.talk import RankLogger
 
 _T = TypeVar("_T")
 # what an end takes beside its drain: the deregistration, the engine's last step, the ranks' parting
@@ -80,10 +81,10 @@ async def serve(
     registration: Registration,
     engine: Engine,
     phases: Phases,
-    watch: RegistrationWatch,
+    watch: RegistrationMonitor,
     on_registered: Callable[[int], object],
     on_ready: Callable[[], None],
-    say: Callable[[str], None],
+    log: RankLogger,
     expect_stop: Callable[[Callable[[int], object]], object],
     on_in_flight: Callable[[int], object] = lambda _: None,
 ) -> None:
@@ -96,7 +97,7 @@ async def serve(
         watch: over the registration.
         on_registered: called from a thread with the instance's id, as soon as it is in discovery.
         on_ready: called once requests are answered.
-        say: for a line of progress.
+        log: the worker's log.
         expect_stop: called with what to call, from any thread, with the signal that asks for the drain.
         on_in_flight: called with the number of requests in flight: at first, and when it changes.
 
@@ -119,12 +120,12 @@ async def serve(
 
     def ask_to_stop(number: int) -> None:
         if number == signal.SIGUSR1 and not stop.done() and not reasons:
-            say(TIME_IS_UP)
+            log.info(TIME_IS_UP)
         _from_thread(loop, stop, number)
 
     def end_for(reason: str) -> None:
         if not stop.done():
-            say(reason)
+            log.info(reason)
         reasons.append(reason)
         # by a signal, so that the next one is the second
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -156,10 +157,10 @@ async def serve(
             raise runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
     if registering.done() and not stop.done() and not failed.done():
         await asyncio.to_thread(on_registered, endpoint.connection_id())
-        watch.begin(endpoint.connection_id(), partial(_from_thread, loop, lost))
+        watch.start(endpoint.connection_id(), partial(_from_thread, loop, lost))
         on_ready()
     needed = registration.drain_timeout + _END_SECONDS
-    forget_time = end_in_time(os.environ, needed, end_for, say)
+    forget_time = end_in_time(os.environ, needed, end_for, log.warning)
     with phases.enter("serve"):
         await _first_of(serving, failed, stop, lost)
         forget_time()
@@ -168,14 +169,16 @@ async def serve(
         await asyncio.to_thread(watch.stop)
         if failed.done():
             await _deregister(endpoint)
-            await _cut_off(handler, say)
+            await _cut_off(handler, log)
             await _end(runtime, serving)
             raise _engine_error("while serving", failed.result())
         if serving.done() and not (stop.done() or lost.done()):
             await _deregister(endpoint)
             if (trouble := _trouble(serving)) is not None:
                 raise runtime_error(trouble) from trouble
-            raise lease_error(await asyncio.to_thread(watch.lost_lease) or "the Dynamo runtime has ended by itself")
+            raise lease_error(
+                await asyncio.to_thread(watch.lost_lease_reason) or "the Dynamo runtime has ended by itself"
+            )
     with phases.enter("drain"):
         loss = lost.result() if lost.done() and not stop.done() else None
         # without a lease there is nothing to take out
@@ -183,12 +186,12 @@ async def serve(
         how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
         if loss is not None:
             how = "this worker's lease is lost"
-        say(f"drain: {how}, {handler.in_flight} requests in flight")
+        log.info(f"drain: {how}, {handler.in_flight} requests in flight")
         await asyncio.sleep(_FAREWELL_SECONDS)
         drained = asyncio.ensure_future(_drained(handler, engine, registration.drain_timeout))
         await _first_of(drained, failed)
         drained.cancel()
-        await _cut_off(handler, say)
+        await _cut_off(handler, log)
         await _end(runtime, serving)
         if failed.done():
             raise _engine_error("while draining", failed.result())
@@ -196,9 +199,9 @@ async def serve(
             raise loss
 
 
-async def _cut_off(handler: RequestHandler, say: Callable[[str], None]) -> None:
+async def _cut_off(handler: RequestHandler, log: RankLogger) -> None:
     if handler.in_flight:
-        say(f"{handler.in_flight} requests are cut off")
+        log.info(f"{handler.in_flight} requests are cut off")
         handler.cancel_all()
         await handler.wait_quiet(_FAREWELL_SECONDS * 5)
 
@@ -299,4 +302,4 @@ def point_runtime_at(etcd: list[str]) -> None:
     # empty is how a batch script says "none"; the runtime takes it for an address, and wants to see a scheme
     if server:
         os.environ["NATS_SERVER"] = server if "://" in server else f"nats://{server}"
-    forget_empty_credentials(os.environ)
+    remove_empty_credentials(os.environ)

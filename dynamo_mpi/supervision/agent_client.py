@@ -19,6 +19,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.process import is_stopped
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.launchers.launch import Launcher
 from dynamo_mpi.supervision.agent_socket import agent_socket_name, peer_is_ours
@@ -287,22 +288,20 @@ class NodeAgentClient:
 
     def _start_another(self) -> _socket.socket | None:
         """Start an agent in place of the one that has ended, and return the connection to it; None where there is none."""
-        from dynamo_mpi.supervision.agent_start import say
+        from dynamo_mpi.supervision.agent_start import warn
 
         if self._agent is not None:
             _reap(self._agent.pid)
         self._agents += 1
         self._agent = self._replace() if self._replace is not None and self._agents <= _MOST_AGENTS else None
         if self._agent is None:
-            say(
-                "warning: the node agent has ended, and no other could be started: from here on rank 0 alone reports why ranks end"
+            warn(
+                "the node agent has ended, and no other could be started: from here on rank 0 alone reports why ranks end"
             )
             return None
         agent = self._agent
         self._take(agent.connection)
-        say(
-            f"warning: the node agent has ended (killed, or stopped by a signal): another is started, process {agent.pid}"
-        )
+        warn(f"the node agent has ended (killed, or stopped by a signal): another is started, process {agent.pid}")
         return agent.connection
 
     def _handle_command(self, words: list[str]) -> None:
@@ -336,15 +335,6 @@ class NodeAgentClient:
 
 def _wake(*_: object) -> None:
     """Have the number of a signal be written."""
-
-
-def is_stopped(pid: int) -> bool:
-    """Return whether a process is stopped, by a signal or a debugger."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] in "Tt"
-    except (OSError, IndexError):
-        return False
 
 
 def _signal(pid: int, number: int) -> None:

@@ -50,7 +50,7 @@ def spawn_node_agent(launch: Launch, host: str, argv: Sequence[str], environ: Ma
         pid = os.fork()
     except OSError as error:
         why = "another program holds its address" if error.errno == errno.EADDRINUSE else error.strerror
-        say(f"warning: no node agent watches the ranks of this node: {why}", host)
+        warn(f"no node agent watches the ranks of this node: {why}", host)
         return None
     if pid:
         for each in (listener, its):
@@ -63,7 +63,7 @@ def spawn_node_agent(launch: Launch, host: str, argv: Sequence[str], environ: Ma
         # in this process, not in a new interpreter: it must be there before the first rank dies
         _be_the_agent(None if listener is None else listener.detach(), its.detach(), launch, host, argv, environ)
     except BaseException as error:  # whatever it is, this process must not go on as a rank
-        say(f"warning: the node agent of {host} has failed: {type(error).__name__}: {error}", host)
+        warn(f"the node agent of {host} has failed: {type(error).__name__}: {error}", host)
     finally:
         os._exit(0)
 
@@ -162,12 +162,13 @@ def _listen(address: str, launch: Launch, *, patient: bool = False) -> _socket.s
             time.sleep(_AGAIN_SECONDS)
 
 
-def say(text: str, host: str = "") -> None:
-    """Log a line of this node's. Does not raise."""
+def warn(text: str, host: str = "") -> None:
+    """Log a warning of this node's. Does not raise."""
     with contextlib.suppress(Exception):  # a file system that has gone, say
-        from dynamo_mpi.observe.speech import speech
+        from dynamo_mpi.observe.levels import Level
+        from dynamo_mpi.observe.speech import log_writer
 
-        speech.speak(None, host or os.uname().nodename.partition(".")[0], text)
+        log_writer.emit(None, host or os.uname().nodename.partition(".")[0], f"warning: {text}", Level.WARN)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.common.threads import run_suppressed, start_thread
+from dynamo_mpi.observe.levels import Level
+from dynamo_mpi.observe.speech import log_writer
 from dynamo_mpi.supervision.failure_files import content_of, write_failure
 from dynamo_mpi.supervision.lease_revoker import LeaseRevoker
-from dynamo_mpi.supervision.word import begun, suppressed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +60,7 @@ class ReportWriter:
         self._worker: threading.Thread | None = None
         self._others: list[threading.Thread] = []
         # what this process was forked from has said it
-        speech.forget()
+        log_writer.forget_history()
 
     def set_leases(self, encoded: str) -> None:
         """Take note of what the worker has in etcd, see `LeaseRevoker.set_leases`."""
@@ -78,8 +79,8 @@ class ReportWriter:
 
     def later(self, act: Callable[[], object]) -> None:
         """Do something that takes a moment, which `finish` waits for."""
-        if (thread := begun(act)) is None:
-            suppressed(act)
+        if (thread := start_thread(act)) is None:
+            run_suppressed(act)
         else:
             self._others.append(thread)
 
@@ -137,8 +138,8 @@ class ReportWriter:
     def _log(self, report: Report, meeting: Meeting, *, for_node: bool) -> None:
         rank = report.speaker
         if rank >= 0:
-            speech.log_to(meeting.log_dir or self._log_dir, meeting.label, rank)
-        speech.speak(None if for_node or rank < 0 else rank, report.speaker_host, report.text)
+            log_writer.open_file(meeting.log_dir or self._log_dir, meeting.label, rank)
+        log_writer.emit(None if for_node or rank < 0 else rank, report.speaker_host, report.text, Level.ERROR)
 
     @staticmethod
     def _write_file(report: Report, meeting: Meeting, by: int | None, *, keep: bool) -> None:
@@ -150,10 +151,10 @@ class ReportWriter:
         """Do it in the one thread that talks to etcd, after what was given before."""
         self._tasks.put(act)
         if self._worker is None:
-            self._worker = begun(self._work)
+            self._worker = start_thread(self._work)
             if self._worker is None:  # no more threads for this user
-                suppressed(self._tasks.get())
+                run_suppressed(self._tasks.get())
 
     def _work(self) -> None:
         while True:
-            suppressed(self._tasks.get())
+            run_suppressed(self._tasks.get())

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node agent goes by before the verdict: the few of a worker's settings that count before rank 0 has read them. Pure."""
+"""What a node agent goes by before the preflight: the few of a worker's settings that count before rank 0 has read all of them.
+
+A flag counts before a variable, and that before the settings file, as in `settings.load_settings`; a test compares the two.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,22 +34,48 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Limits:
-        """Read them from a worker's flags and variables. What can't be read is for rank 0's settings to refuse."""
-        heartbeat = _seconds(_early(argv, environ, "--heartbeat-timeout", "DYN_MPI_HEARTBEAT_TIMEOUT"))
-        world = _seconds(_early(argv, environ, "--world-timeout", "DYN_MPI_WORLD_TIMEOUT"))
-        folder = _early(argv, environ, "--failure-dir", "DYN_MPI_FAILURE_DIR")
-        logs = _early(argv, environ, "--log-dir", "DYN_MPI_LOG_DIR")
-        return cls(heartbeat, WORLD_SECONDS if world is None else world, folder, logs)
+        """Read them from a worker's flags, its variables and its settings file. What can't be read is for rank 0's settings to refuse."""
+        find = partial(_find, argv, environ, _settings_file(argv, environ))
+        world = _seconds(find("world-timeout"))
+        return cls(
+            _seconds(find("heartbeat-timeout")),
+            WORLD_SECONDS if world is None else world,
+            find("failure-dir"),
+            find("log-dir"),
+        )
 
 
-def _early(argv: Sequence[str], environ: Mapping[str, str], flag: str, variable: str) -> str:
-    found = environ.get(variable, "")
+def _find(argv: Sequence[str], environ: Mapping[str, str], file: Mapping[str, str], name: str) -> str:
+    name_in_variables = f"DYN_MPI_{name.upper().replace('-', '_')}"
+    return _flag(argv, name) or environ.get(name_in_variables, "") or file.get(name.replace("-", "_"), "")
+
+
+def _flag(argv: Sequence[str], name: str) -> str:
+    flag, found = f"--{name}", ""
     for word, following in zip_longest(argv, argv[1:], fillvalue=""):
         if word == flag:
             found = following
         elif word.startswith(flag + "="):
             found = word.removeprefix(flag + "=")
     return found
+
+
+def _settings_file(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
+    path = _flag(argv, "settings") or environ.get("DYN_MPI_SETTINGS", "")
+    if not path:
+        return {}
+    # a rank without a settings file opens no file for this
+    from pathlib import Path
+
+    from dynamo_mpi.errors import BootstrapError
+    from dynamo_mpi.parallelism.documents import parse_yaml
+    from dynamo_mpi.text_files import read_text
+
+    try:
+        loaded = parse_yaml(read_text(Path(path)), path, "", may_be_empty=True)
+    except (OSError, BootstrapError):
+        return {}
+    return {str(key).replace("-", "_"): "" if value is None else str(value) for key, value in loaded.items()}
 
 
 def _seconds(text: str) -> float | None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.launchers.launch import Launch
     from dynamo_mpi.supervision.lifeline import Lifeline
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
 
 VARIABLE, ALLOW_VARIABLE = "DYN_MPI_FAULT", "DYN_MPI_ALLOW_FAULTS"
 ACTIONS = {
@@ -104,7 +104,7 @@ def parse_fault(text: str) -> Fault:
     )
 
 
-def arm(environ: Mapping[str, str], launch: Launch, phases: Phases, voice: Voice) -> ArmedFault:
+def arm(environ: Mapping[str, str], launch: Launch, phases: Phases, log: RankLogger) -> ArmedFault:
     """Read ``DYN_MPI_FAULT``, and have the fault happen in its rank and phase. Rank 0 warns of it. Call it from the main thread.
 
     Raises:
@@ -126,8 +126,8 @@ def arm(environ: Mapping[str, str], launch: Launch, phases: Phases, voice: Voice
         )
     if launch.rank == 0:
         name = "this rank" if fault.rank == 0 else f"rank {fault.rank}"
-        voice.say(f"warning: a fault is armed ({VARIABLE}): {name} {fault}")
-    armed = ArmedFault(fault, launch.rank, phases, voice)
+        log.warning(f"a fault is armed ({VARIABLE}): {name} {fault}")
+    armed = ArmedFault(fault, launch.rank, phases, log)
     if launch.rank == fault.rank:
         # a late exception has to come up in the main thread, in the middle of whatever it does: a signal gets it out of what blocks in C too
         signal.signal(_interruption(), armed.interrupt)
@@ -142,11 +142,11 @@ class ArmedFault:
         fault: what is to happen.
         rank: this one.
         phases: what it is doing.
-        voice: says that it happens.
+        log: says that it happens.
     """
 
-    def __init__(self, fault: Fault, rank: int, phases: Phases, voice: Voice) -> None:
-        self._fault, self._rank, self._phases, self._voice = fault, rank, phases, voice
+    def __init__(self, fault: Fault, rank: int, phases: Phases, log: RankLogger) -> None:
+        self._fault, self._rank, self._phases, self._log = fault, rank, phases, log
         self._lock = threading.Lock()
         self._reached = False
         self._task: asyncio.Task[object] | None = None
@@ -202,7 +202,7 @@ class ArmedFault:
 
     def _happen(self) -> None:
         action, value = self._fault.action, self._fault.value
-        self._voice.say(
+        self._log.info(
             f"fault: {action}{'' if action not in ('exit', 'slow') else f' {value:g}'} in {self._fault.phase}"
         )
         if action == "kill":

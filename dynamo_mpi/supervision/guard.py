@@ -14,13 +14,12 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.errors import DeadlineError
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launchers.placement import describe_ranks
 from dynamo_mpi.observe.redact import own_redactor
-from dynamo_mpi.preflight.roster import describe_ranks
 from dynamo_mpi.services.host_address import host_address
 from dynamo_mpi.supervision.agent_failures import Report, Seen, pack_report
 from dynamo_mpi.supervision.backstop import exit_after
@@ -33,6 +32,7 @@ from dynamo_mpi.supervision.failure import (
     first_cause,
 )
 from dynamo_mpi.supervision.failure_files import content_of, write_failure
+from dynamo_mpi.supervision.hooks import WorkerHooks, WorldFailure
 from dynamo_mpi.supervision.liveness_wire import TOKEN_BYTES, Frame, Kind
 from dynamo_mpi.supervision.lookout import Lookout
 from dynamo_mpi.supervision.meeting import Meeting
@@ -42,17 +42,13 @@ from dynamo_mpi.supervision.roll import Roll
 from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervision.stacks import describe_stacks, own_stacks
 from dynamo_mpi.supervision.troubles import no_place
-from dynamo_mpi.supervision.word import Word, begun, suppressed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.preflight.roster import Placed
-    from dynamo_mpi.supervision.agent_client import NodeAgentClient
+    from dynamo_mpi.launchers.placement import Placed
+    from dynamo_mpi.supervision.context import RankContext
     from dynamo_mpi.supervision.liveness_wire import Signalled
-    from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
-    from dynamo_mpi.world import World
 
 
 _BACKSTOP_SECONDS = 15.0
@@ -74,7 +70,6 @@ class Terms(NamedTuple):
         heartbeat_timeout: see `Meeting`.
         failure_dir: see `Meeting`.
         label: see `Meeting`.
-        has_agent: see `Meeting`.
         log_dir: see `Meeting`.
         address: of this host, at which rank 0 listens; empty for the one that ``network`` stands for.
     """
@@ -83,7 +78,6 @@ class Terms(NamedTuple):
     heartbeat_timeout: float | None = None
     failure_dir: str = ""
     label: str = "worker"
-    has_agent: bool = False
     log_dir: str = ""
     address: str = ""
 
@@ -92,12 +86,10 @@ class Guard:
     """Watches over all ranks from the verdict on, and ends them together.
 
     Args:
-        world: all ranks.
+        context: rank 0's; its node agent, where there is one, writes the reports.
         ranks: where each rank is.
-        phases: name the phase in which it happened.
-        voice: writes the report.
         terms: how.
-        agent: rank 0's connection to its node agent, which writes the reports; None where there is none.
+        hooks: called with what the world ends of.
 
     Attributes:
         roll: what is known of every rank's phases.
@@ -108,35 +100,26 @@ class Guard:
     """
 
     def __init__(
-        self,
-        world: World,
-        ranks: Sequence[Placed],
-        phases: Phases,
-        voice: Voice,
-        terms: Terms | None = None,
-        agent: NodeAgentClient | None = None,
+        self, context: RankContext, ranks: Sequence[Placed], terms: Terms, hooks: WorkerHooks | None = None
     ) -> None:
-        self._world, self._ranks, self._phases, self._voice, self._agent = world, ranks, phases, voice, agent
-        self.roll = Roll([place.host for place in ranks], phases)
+        self._world, self._phases, self._log = context.world, context.phases, context.log
+        self._agent = context.agent
+        self._ranks, self._hooks = ranks, hooks or WorkerHooks()
+        self.roll = Roll([place.host for place in ranks], context.phases)
         self.failures: tuple[Failure, ...] = ()
-        self._at_once: list[Callable[[], object]] = []
-        self._word = Word()
-        self._cleanups: list[Callable[[], None]] = []
-        self._readers: list[Callable[[Sequence[Failure], str], None]] = []
         # a signal's handler may put into it, whatever its thread was doing
         self._news: queue.SimpleQueue[Failure | None] = queue.SimpleQueue()
         self.failed = threading.Event()
         self._passed_on = -math.inf
         self._lookout: Lookout | None = None
-        self.meeting = self._meet(terms or Terms())
-        if agent is not None:
-            agent.send(f"preflight_done {self.meeting.as_json()}")
+        self.meeting = self._meet(terms)
+        context.agent.send(f"preflight_done {self.meeting.as_json()}")
         threading.Thread(target=self._wait, name="watch", daemon=True).start()
 
     def _meet(self, terms: Terms) -> Meeting:
-        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, terms.has_agent, terms.log_dir)
+        rest = (terms.heartbeat_timeout, terms.failure_dir, terms.label, self._agent.connected, terms.log_dir)
         if self._world.size == 1:
-            return Meeting(self._voice.host, "", 0, "", *rest)
+            return Meeting(self._log.host, "", 0, "", *rest)
         allow_open_files(self._world.size + SPARE)
         address = terms.network or "the address of its name"
         try:
@@ -147,7 +130,7 @@ class Guard:
             port = listener.getsockname()[1]
             agents = self._invite_agents(address, family)
             far = next((rank for rank, place in enumerate(self._ranks) if place.host != self._ranks[0].host), 0)
-            meeting = Meeting(self._voice.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest, *agents, far)
+            meeting = Meeting(self._log.host, address, port, secrets.token_hex(TOKEN_BYTES), *rest, *agents, far)
             self._lookout = lookout = Lookout(
                 self._world.size,
                 meeting,
@@ -167,7 +150,7 @@ class Guard:
     def _invite_agents(self, address: str, family: int) -> tuple[int, str]:
         """Have rank 0's node agent hear those of other nodes, and return at which port, and what they have to know; 0 for none."""
         agent = self._agent
-        if agent is None or not agent.connected or all(place.host == self._ranks[0].host for place in self._ranks):
+        if not agent.connected or all(place.host == self._ranks[0].host for place in self._ranks):
             return 0, ""
         # made here, so that it outlives an agent that has to be replaced
         with socket.create_server((address, 0), family=family, backlog=max(128, self._world.size)) as listener:
@@ -182,27 +165,9 @@ class Guard:
         """Return where the ranks stand, of those that answer within two seconds."""
         return {0: own_stacks()} if self._lookout is None else self._lookout.stacks()
 
-    def at_once(self, act: Callable[[], object]) -> None:
-        """Call this as soon as a failure is known, in a thread of its own that gets a second."""
-        self._at_once.append(act)
-
-    def on_failures(self, reader: Callable[[Sequence[Failure], str], None]) -> None:
-        """Call this with the failures that the world ends of, first cause first, and the report. It has to be quick."""
-        self._readers.append(reader)
-
-    def send_word_to(self, tell: Callable[[Failure, str, str], object]) -> None:
-        """Call this when the world ends by a failure, in a thread of its own that gets a second: with the first cause, its host, and the
-        report."""
-        self._word.goes_to(tell)
-
     def note_signal(self, number: int) -> None:
         """Take note that rank 0 was asked to end: an end that follows soon is no failure."""
-        if self._agent is not None:
-            self._agent.send(f"signalled {number}")
-
-    def before_the_end(self, cleanup: Callable[[], None]) -> None:
-        """Call this before the world is ended, after the report. It has to be quick."""
-        self._cleanups.append(cleanup)
+        self._agent.send(f"signalled {number}")
 
     def end(self, error: BaseException, code: int | None = None) -> NoReturn:
         """End all ranks because of ``error``; of several, the first cause counts. Does not return.
@@ -223,15 +188,14 @@ class Guard:
         """Report ``error``, of which the world ends in order; it happened in ``phase``, where that isn't the current one."""
         text, code = describe_error(error)
         self._publish([Failure(0, code, text, Cause.TOLD, phase or self._phases.current, time.monotonic())])
-        self._word.wait(time.monotonic() + _LEAVE_SECONDS)
+        self._hooks.wait(time.monotonic() + _LEAVE_SECONDS)
 
     def record(self, failures: Sequence[Failure], text: str) -> None:
         """Write down ``failures``, of which the world ends in order, for programs; ``text`` is what has been said of them."""
-        self._word.spread(failures[0], self._ranks[failures[0].rank].host, text)
+        self._call_hooks(failures, text)
         self._write(failures, text)
-        if self._agent is not None:
-            self._agent.send("reported")
-        self._word.wait(time.monotonic() + _LEAVE_SECONDS)
+        self._agent.send("reported")
+        self._hooks.wait(time.monotonic() + _LEAVE_SECONDS)
 
     @contextmanager
     def deadline(self, seconds: float, what: str, flag: str = "", code: int | None = None) -> Iterator[None]:
@@ -295,7 +259,7 @@ class Guard:
     def _raise(self, rank: int, number: int) -> None:
         # before the words, as they may be late
         os.kill(os.getpid(), number)
-        self._voice.say(f"{self.name([rank])} got {signal.Signals(number).name}, which goes for all ranks")
+        self._log.info(f"{self.name([rank])} got {signal.Signals(number).name}, which goes for all ranks")
 
     def _note_own(self, text: str, code: int, cause: Cause) -> None:
         self._news.put(Failure(0, code, text, cause, self._phases.current, time.monotonic()))
@@ -311,21 +275,17 @@ class Guard:
         # a reader of our words that hangs is no reason to stay
         exit_after(_BACKSTOP_SECONDS, failure.exit_code)
         late = time.monotonic() + _LEAVE_SECONDS
-        leaving = [thread for act in self._at_once if (thread := begun(act)) is not None]
+        self._hooks.on_failure_detected()
         failures = self._settle(failure)
         if self._was_given_up(failures):
             # it has been said, and the launcher is ending the ranks: this one was only woken for that
-            for cleanup in self._cleanups:
-                suppressed(cleanup)
+            self._hooks.on_exit(ExitCode.DEADLINE)
             os._exit(int(ExitCode.DEADLINE))
         first = self._publish(failures, phase)
         if self._lookout is not None:
             self._lookout.announce_end(first.exit_code)
-        for thread in leaving:
-            thread.join(max(0.0, late - time.monotonic()))
-        self._word.wait(late)
-        for cleanup in self._cleanups:
-            suppressed(cleanup)
+        self._hooks.wait(late)
+        self._hooks.on_exit(first.exit_code)
         self._world.abort(first.exit_code)
 
     def _was_given_up(self, failures: Sequence[Failure]) -> bool:
@@ -359,37 +319,30 @@ class Guard:
             describe_consequences(first, failures, self.name),
         ]
         text = "\n".join(filter(None, parts))
-        # whoever reads our words may hang
-        self._word.spread(first, self._ranks[first.rank].host, text)
         ordered = [first, *(failure for failure in failures if failure is not first)]
-        if self._have_written(ordered, text):
-            self._inform(ordered, text)
-        else:
-            self._voice.say(text)
+        # before the report: what reads the log may hang
+        self._call_hooks(ordered, text)
+        if not self._have_written(ordered, text):
+            self._log.error(text)
             self._write(ordered, text)
-            if self._agent is not None:
-                # one that comes too late for this report must not write another
-                self._agent.send("reported")
+            # an agent that comes too late for this report must not write another
+            self._agent.send("reported")
         return first
 
     def _have_written(self, failures: Sequence[Failure], text: str) -> bool:
         """Have the node agent write the report, in one message that is there whole or not at all: MPI may end this process at any moment."""
-        if self._agent is None:
-            return False
         redact = own_redactor().redact
         first, *later = [Seen(one._replace(text=redact(one.text)), self._ranks[one.rank].host) for one in failures]
-        report = Report(first.failure, first.host, redact(text), tuple(later), 0, self._voice.host)
+        report = Report(first.failure, first.host, redact(text), tuple(later), 0, self._log.host)
         return self._agent.publish(f"report {pack_report(report)}")
 
     def _write(self, failures: Sequence[Failure], text: str) -> None:
-        """Write rank 0's failure file, and have the readers know."""
+        """Write rank 0's failure file."""
         first, *rest = failures
         later = [content_of(failure, self._ranks[failure.rank].host) for failure in rest]
         report = {"report": text, "consequences": later}
         write_failure(self.meeting, first, self._ranks[first.rank].host, by=0, report=report)
-        self._inform(failures, text)
 
-    def _inform(self, failures: Sequence[Failure], text: str) -> None:
+    def _call_hooks(self, failures: Sequence[Failure], text: str) -> None:
         self.failures = tuple(failures)
-        for reader in self._readers:
-            suppressed(partial(reader, failures, text))
+        self._hooks.on_failure(WorldFailure(self.failures, self._ranks[failures[0].rank].host, text))

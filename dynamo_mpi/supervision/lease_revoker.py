@@ -12,13 +12,9 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.errors import DiscoveryError
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_mpi.control_plane.etcd import Etcd
-    from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
     from dynamo_mpi.supervision.failure import Failure
 
 _SECONDS = 1.0
@@ -56,7 +52,7 @@ class LeaseRevoker:
             worker, record = dict(content.get("worker") or {}), int(content.get("record") or 0)
         except (ValueError, KeyError, TypeError, AttributeError):
             return
-        import dynamo_mpi.control_plane.ask_etcd  # noqa: F401
+        import dynamo_mpi.control_plane.etcd_http  # noqa: F401
 
         with self._lock:
             self._leases, self._environ, self._worker, self._record = leases, environ, worker, record
@@ -73,14 +69,11 @@ class LeaseRevoker:
                 return
             # one that is gone already, or can't be reached, goes with its time
             with contextlib.suppress(Exception):
-                from dynamo_mpi.control_plane.ask_etcd import ask_etcd
+                from dynamo_mpi.control_plane.etcd_http import query_etcd
 
-                try:
-                    ask_etcd(self._environment, _SECONDS, lambda etcd: [etcd.revoke(lease) for lease in leases])
-                except DiscoveryError:
-                    with contextlib.closing(_client(self._environment)) as client:
-                        for lease in leases:
-                            client.revoke(lease, _SECONDS)
+                query_etcd(
+                    self._environment, _SECONDS, lambda etcd: [etcd.revoke(lease) for lease in leases], or_grpc=True
+                )
 
     def record_failure(self, failure: Failure, host: str, report: str) -> bool:
         """Record in etcd why the worker ended, unless another process has done so: the first counts. In a second or two at the most.
@@ -99,26 +92,14 @@ class LeaseRevoker:
                 return False
             # a rank 0 of another version, or a client that doesn't suit its protobuf, raises errors of its own
             with contextlib.suppress(Exception):
-                from dynamo_mpi.control_plane.ask_etcd import ask_etcd
-                from dynamo_mpi.control_plane.last_failure import Origin, failure_key, last_failure
-                from dynamo_mpi.control_plane.obituary import LIFE_SECONDS, leave_word
-                from dynamo_mpi.control_plane.plain_data import read_fields
+                from dynamo_mpi.control_plane.etcd_http import query_etcd
+                from dynamo_mpi.control_plane.failure_records import WorkerIdentity, create_if_absent, failure_record
+                from dynamo_mpi.control_plane.record_codec import read_fields
 
-                origin = read_fields(Origin, self._worker)
-                content = last_failure(origin, failure, host, report)
-
-                def write(etcd: EtcdGateway) -> bool:
-                    lease = etcd.grant(LIFE_SECONDS)
-                    if etcd.create(failure_key(origin, record), content.pack(), lease):
-                        return True
-                    etcd.revoke(lease)
-                    return False
-
-                try:
-                    return not ask_etcd(self._environment, _SECONDS, write)
-                except DiscoveryError:
-                    with contextlib.closing(_client(self._environment)) as client:
-                        return not leave_word(client, origin, record, content)
+                content = failure_record(read_fields(WorkerIdentity, self._worker), failure, host, report)
+                return not query_etcd(
+                    self._environment, _SECONDS, lambda etcd: create_if_absent(etcd, content, record), or_grpc=True
+                )
         return False
 
     @property
@@ -134,7 +115,7 @@ def encode_leases(
     Args:
         leases: what for, and their ids.
         environ: what rank 0 has found out about etcd, beyond what the agent's own environment says.
-        worker: whose leases they are, as `last_failure.Origin` has it; no secret.
+        worker: whose leases they are, as `failure_records.WorkerIdentity` has it; no secret.
         record: the lease of the worker's record; 0 where there is none.
     """
     content = {
@@ -144,17 +125,3 @@ def encode_leases(
         "record": record,
     }
     return json.dumps(content)
-
-
-def _client(environ: Mapping[str, str]) -> Etcd:
-    """Return a client of etcd's.
-
-    Raises:
-        BootstrapError: what is set for etcd can't be used.
-        ImportError: the client isn't installed.
-    """
-    from dynamo_mpi.control_plane.etcd import Etcd
-    from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-    from dynamo_mpi.control_plane.probe import etcd_endpoints
-
-    return Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), _SECONDS)

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.agent_client import NodeAgentClient
     from dynamo_mpi.supervision.meeting import Meeting
     from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
+    from dynamo_mpi.talk import RankLogger
     from dynamo_mpi.world import World
 
 _CONNECT_SECONDS = 10.0
@@ -81,7 +81,7 @@ class Lifeline:
         meeting: where rank 0 is.
         world: all ranks.
         phases: what this rank is doing.
-        voice: says what rank 0 can't.
+        log: says what rank 0 can't.
         agent: this rank's connection to its node agent.
 
     Raises:
@@ -89,9 +89,9 @@ class Lifeline:
     """
 
     def __init__(
-        self, meeting: Meeting, world: World, phases: Phases, voice: Voice, agent: NodeAgentClient | None = None
+        self, meeting: Meeting, world: World, phases: Phases, log: RankLogger, agent: NodeAgentClient | None = None
     ) -> None:
-        self._meeting, self._world, self._phases, self._voice = meeting, world, phases, voice
+        self._meeting, self._world, self._phases, self._log = meeting, world, phases, log
         self._agent = agent
         self.world_phase = "load"
         self._line, self._early = connect(meeting, world.rank)
@@ -132,11 +132,11 @@ class Lifeline:
         self._tell(Frame(Kind.FAILED, told.pack()))
         if self._agent is not None:
             redacted = failure._replace(text=own_redactor().redact(failure.text))
-            self._agent.send(f"failure {pack_seen(Seen(redacted, self._voice.host))}")
-        write_failure(self._meeting, failure, self._voice.host)
+            self._agent.send(f"failure {pack_seen(Seen(redacted, self._log.host))}")
+        write_failure(self._meeting, failure, self._log.host)
         # rank 0 writes the report, and ends us with all the others
         time.sleep(_RESCUE_SECONDS)
-        self._voice.say(f"error in {failure.phase}: rank 0 does not answer; {failure.text}")
+        self._log.error(f"error in {failure.phase}: rank 0 does not answer; {failure.text}")
         self._end(failure.exit_code)
         os._exit(failure.exit_code)
 
@@ -153,7 +153,7 @@ class Lifeline:
 
     def record(self, error: BaseException) -> None:
         """Write this rank's failure file; rank 0 has been told in another way."""
-        write_failure(self._meeting, self._failure(error), self._voice.host)
+        write_failure(self._meeting, self._failure(error), self._log.host)
 
     def _failure(self, error: BaseException) -> Failure:
         text, code = describe_error(error)
@@ -252,7 +252,7 @@ class Lifeline:
     def _lose_with(self, text: str, code: int, cause: Cause, *, rank: int = 0) -> None:
         """Leave because rank 0 can't be relied on: the node agents report why, or, where there are none, the first of the other ranks."""
         self._over = True
-        host = self._voice.host if rank else self._meeting.host
+        host = self._log.host if rank else self._meeting.host
         named = text if rank else f"rank 0 on {host} {text}"
         self._mourn(named)
         failure = Failure(rank, code, own_redactor().redact(text), cause, self.world_phase, time.monotonic())
@@ -270,8 +270,8 @@ class Lifeline:
             os._exit(code)
         # where rank 0 has ended the world and that news was lost with the connection, we are gone by then
         time.sleep(_DOUBT_SECONDS)
-        self._voice.say(f"error in {self.world_phase}: {named}")
-        write_failure(self._meeting, failure, self._voice.host, by=self._world.rank)
+        self._log.error(f"error in {self.world_phase}: {named}")
+        write_failure(self._meeting, failure, self._log.host, by=self._world.rank)
         time.sleep(_SPEAKER_SECONDS)
         self._end(code)
 

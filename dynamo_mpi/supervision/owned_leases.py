@@ -7,6 +7,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.supervision.hooks import WorkerHook
 from dynamo_mpi.supervision.lease_revoker import encode_leases
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.agent_client import NodeAgentClient
 
 
-class OwnedLeases:
+class OwnedLeases(WorkerHook):
     """The leases of one worker. Its node agent hands them on to that of another node, for the case that rank 0's is lost.
 
     Args:
@@ -36,6 +37,10 @@ class OwnedLeases:
     def record(self) -> int:
         """The lease of the world record; 0 where there is none."""
         return self._leases.get("record", 0)
+
+    def on_registered(self, lease: int) -> None:
+        """Take note of the lease of Dynamo's instance."""
+        self.add("instance", lease)
 
     def add(self, name: str, lease: int) -> None:
         """Take note of a lease.

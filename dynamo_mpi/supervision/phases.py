@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phases of a rank's life, and how long each took."""
+"""The phases of a rank's life, how long each took, and how far the ranks of a world are in them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PHASES = ("environment", "world", "preflight", "probe", "load", "prove", "register", "serve", "drain", "exit")
+BEFORE = "start"
+"""What comes before the first phase: Python's start, and what it imports."""
 
 
 class Span(NamedTuple):
@@ -27,6 +29,54 @@ class Span(NamedTuple):
     began: float
     own: float | None = None
     lasted: float | None = None
+
+
+class RankSpans(NamedTuple):
+    """One rank's phases, by rank 0's clock.
+
+    Args:
+        rank: its number.
+        host: its node.
+        began: when the rank's first phase began, in seconds since 1970.
+        spans: its phases, in order; the first is `BEFORE` where the system tells when the process began, and begins before 0.
+        read: bytes that the process has read since it began, when last heard of; None where its system doesn't tell.
+    """
+
+    rank: int
+    host: str
+    began: float
+    spans: tuple[Span, ...]
+    read: int | None = None
+
+    @property
+    def current(self) -> Span | None:
+        """The phase that it is in; None where it has told none."""
+        return self.spans[-1] if self.spans else None
+
+
+class PhaseProgress(NamedTuple):
+    """How far the ranks are in the phase that the world is in.
+
+    Args:
+        phase: its name.
+        done: ranks that are through with their own part of it.
+        ranks: of the world.
+        slowest_rank: of those that aren't through, one that hasn't begun, else the one that has read the least, else the one that has been
+            at it for longest; of all, where all are through; None where nobody has said.
+        slowest_host: its node.
+        seconds: how long that one has been, or was, at it.
+        read: bytes that all ranks together have read; None where they don't all tell.
+        slowest_read: bytes that the slowest one has.
+    """
+
+    phase: str
+    done: int
+    ranks: int
+    slowest_rank: int | None
+    slowest_host: str | None
+    seconds: float
+    read: int | None = None
+    slowest_read: int | None = None
 
 
 class Phases:

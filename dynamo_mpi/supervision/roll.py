@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.fields import pack, unpack
 from dynamo_mpi.supervision.liveness_wire import WireError
-from dynamo_mpi.supervision.phases import PHASES, Span
+from dynamo_mpi.supervision.phases import BEFORE, PHASES, PhaseProgress, RankSpans, Span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,56 +19,6 @@ if TYPE_CHECKING:
 
 _FIELDS = 4
 _MOST_SPANS = 64
-# what happens before the first phase: Python's start, and what it imports
-BEFORE = "start"
-
-
-class RankSpans(NamedTuple):
-    """One rank's phases, by rank 0's clock.
-
-    Args:
-        rank: its number.
-        host: its node.
-        began: when the rank's first phase began, in seconds since 1970.
-        spans: its phases, in order; the first is `BEFORE` where the system tells when the process began, and begins before 0.
-        read: bytes that the process has read since it began, when last heard of; None where its system doesn't tell.
-    """
-
-    rank: int
-    host: str
-    began: float
-    spans: tuple[Span, ...]
-    read: int | None = None
-
-    @property
-    def current(self) -> Span | None:
-        """The phase that it is in; None where it has told none."""
-        return self.spans[-1] if self.spans else None
-
-
-class Progress(NamedTuple):
-    """How far the ranks are in the phase that the world is in.
-
-    Args:
-        phase: its name.
-        done: ranks that are through with their own part of it.
-        ranks: of the world.
-        slowest_rank: of those that aren't through, one that hasn't begun, else the one that has read the least, else the one that has been
-            at it for longest; of all, where all are through; None where nobody has said.
-        slowest_host: its node.
-        seconds: how long that one has been, or was, at it.
-        read: bytes that all ranks together have read; None where they don't all tell.
-        slowest_read: bytes that the slowest one has.
-    """
-
-    phase: str
-    done: int
-    ranks: int
-    slowest_rank: int | None
-    slowest_host: str | None
-    seconds: float
-    read: int | None = None
-    slowest_read: int | None = None
 
 
 class Roll:
@@ -113,12 +63,12 @@ class Roll:
             if rank
         ]
 
-    def progress(self) -> Progress:
+    def progress(self) -> PhaseProgress:
         """Say how far the ranks are."""
         return progress_of(self._phases.current, self.ranks(), time.time())
 
 
-def progress_of(phase: str, ranks: Sequence[RankSpans], now: float) -> Progress:
+def progress_of(phase: str, ranks: Sequence[RankSpans], now: float) -> PhaseProgress:
     """Say how far ranks are. Pure.
 
     Args:
@@ -138,7 +88,7 @@ def progress_of(phase: str, ranks: Sequence[RankSpans], now: float) -> Progress:
         elif not entry.is_through:
             behind.append(rank)
     if not at_it and not through:
-        return Progress(phase, done, len(ranks), None, None, 0.0)
+        return PhaseProgress(phase, done, len(ranks), None, None, 0.0)
     if behind:
         # it can't have been expected there for longer than the first one is
         slowest = behind[0]
@@ -149,7 +99,7 @@ def progress_of(phase: str, ranks: Sequence[RankSpans], now: float) -> Progress:
         seconds, _, slowest = max(at_it or through)
     known = [rank.read for rank in ranks if rank.read is not None]
     read = sum(known) if len(known) == len(ranks) else None
-    return Progress(
+    return PhaseProgress(
         phase,
         done,
         len(ranks),

@@ -9,12 +9,13 @@ import sys
 import threading
 from collections.abc import Callable
 
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.exit_codes import of_signal
 from dynamo_mpi.serving.service import Registration, run, serve
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.supervision.stop_signals import StopSignals
+from dynamo_mpi.talk import RankLogger
 
 
 class EchoEngine:
@@ -100,10 +101,11 @@ def main() -> None:
     engine = EchoEngine()
     engine.start()
     registration = Registration(model_dir, name, endpoint, "tcp", "etcd", 1, 5.0)
-    watch = RegistrationWatch(endpoint, os.environ, 3.0, print)
+    log = RankLogger(0, "here")
+    watch = RegistrationMonitor(endpoint, os.environ, 3.0, log)
     signals = StopSignals(lambda number: os._exit(of_signal(number)))
     with signals.in_event_loop():
-        run(serve(registration, engine, Phases(), watch, lambda _: None, lambda: None, lambda _: None, signals.expect))
+        run(serve(registration, engine, Phases(), watch, lambda _: None, lambda: None, log, signals.expect))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.record import record_key
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.records import record_key
 from tests.bench.check_start import IMPORTED, RUNS, report, run
 from tests.certificates import certificates
 from tests.servers import running_etcd, running_secured_etcd
@@ -31,7 +31,7 @@ def fill(url: str, credentials: dict[str, str]) -> None:
     """Write the records of many workers. In a process of its own: what it imports would count as memory of all that is started later."""
 
     def write() -> None:
-        etcd = Etcd([url], EtcdAuth.of(credentials), 5)
+        etcd = GrpcEtcdClient([url], EtcdAuth.from_env(credentials), 5)
         for lease in (etcd.grant(600).id for _ in range(WORKERS)):
             record = world("decode", hosts=tuple(f"n{number}" for number in range(16)))
             etcd.put(record_key(record, lease), record.pack(), lease)

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.last_failure import LastFailure, failures_of
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.failure_records import FailureRecord, failures_of
 from dynamo_mpi.services.frontend import Frontend
 from tests.dynamo.running import EtcdServer, RunningWorker, running_frontend, shared_memory_of
 from tests.fault_cases import CHILD, CHILD_CODES, SILENT, STREAMS, TOKENS, Case, Outcome, run_case
@@ -111,9 +111,9 @@ class MpirunFaults:
 
     def check_last_failure(self, case: Case) -> None:
         """See that the worker has left in etcd what it died of, whoever was there to write it; before the verdict nothing."""
-        etcd = Etcd([self.etcd.url], EtcdAuth(), 5)
+        etcd = GrpcEtcdClient([self.etcd.url], EtcdAuth(), 5)
         with contextlib.closing(etcd):
-            left = [LastFailure.unpack(entry.value) for entry in etcd.entries(failures_of(case.namespace))]
+            left = [FailureRecord.unpack(entry.value) for entry in etcd.get_prefix(failures_of(case.namespace))]
         expected = [] if case.phase in ("world", "preflight") else [max(0, case.rank)]
         assert [failure.rank for failure in left] == expected
         for failure in left:

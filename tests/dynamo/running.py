@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -19,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dynamo_mpi.control_plane.record import WorldRecord, worlds_of
+from dynamo_mpi.control_plane.records import WorkerRecord, worlds_of
 from dynamo_mpi.services.etcd import Etcd
 from dynamo_mpi.services.frontend import Frontend
 from dynamo_mpi.services.nats import Nats
@@ -139,12 +140,12 @@ class EtcdServer:
         with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
             return sorted(meta.key.decode() for _, meta in client.get_prefix(prefix))
 
-    def worlds(self) -> list[WorldRecord]:
+    def worlds(self) -> list[WorkerRecord]:
         """Return the world records that are there now."""
         import pyetcd
 
         with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
-            return [WorldRecord.unpack(value) for value, _ in client.get_prefix(worlds_of(""))]
+            return [WorkerRecord.unpack(value) for value, _ in client.get_prefix(worlds_of(""))]
 
     def put(self, key: str, value: bytes) -> None:
         """Write a value, as somebody else might."""
@@ -276,7 +277,8 @@ class RunningWorker:
 
 def system_port() -> int:
     """Return a free port that ``DYN_SYSTEM_PORT`` can hold: the runtime reads it as a signed 16-bit number."""
-    for port in range(20000 + os.getpid() % 1000, 32000):
+    # at random, as several processes of pytest look for one at the same time
+    for port in random.sample(range(20000, 32000), 100):
         if is_free(port):
             return port
     raise AssertionError("no free port below 32768")

@@ -98,6 +98,7 @@ def lost(worker: RunningWorker, etcd: EtcdServer) -> str:
     return str(report)
 
 
+@pytest.mark.landing("trtllm")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_short_absence_is_nothing_and_an_etcd_that_has_forgotten_the_worker_ends_it(
     kind: str, start: Start, etcd: EtcdServer, nats: NatsServer, tmp_path: Path, model_dir: Path
@@ -135,6 +136,7 @@ def test_a_short_absence_is_nothing_and_an_etcd_that_has_forgotten_the_worker_en
     assert etcd.keys() == [] == etcd.worlds()
 
 
+@pytest.mark.landing("reference")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_etcd_that_is_away_for_longer_than_the_lease_ends_the_worker(
     kind: str, start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path
@@ -157,6 +159,7 @@ def test_an_etcd_that_is_away_for_longer_than_the_lease_ends_the_worker(
     assert "start the worker again" in report
 
 
+@pytest.mark.full
 def test_an_etcd_that_hangs_for_longer_than_the_lease_ends_the_worker(start: Start, etcd: EtcdServer) -> None:
     """Dynamo's runtime waits for it for ever."""
     worker = start("reference", ranks=3)

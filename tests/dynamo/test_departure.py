@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.departure import Departure
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.registration import InstanceLease
 from dynamo_mpi.services.etcd import Etcd as EtcdService
 from dynamo_mpi.services.ports import free_port
 from dynamo_mpi.services.programs import find_etcd
@@ -26,35 +26,35 @@ PREFIX = "v1/instances/a/b/c"
 
 def test_an_instance_that_is_written_a_little_later_leaves_all_the_same(etcd: EtcdServer) -> None:
     """Dynamo's runtime has said that a model is registered before its instance was there."""
-    client = Etcd([etcd.url], EtcdAuth.of({}), 5.0)
+    client = GrpcEtcdClient([etcd.url], EtcdAuth.from_env({}), 5.0)
     lease = client.grant(60).id
-    departure = Departure("dyn://a.b.c", {"ETCD_ENDPOINTS": etcd.url})
-    preparing = threading.Thread(target=departure.prepare, args=(lease,))
+    departure = InstanceLease("dyn://a.b.c", {"ETCD_ENDPOINTS": etcd.url})
+    preparing = threading.Thread(target=departure.resolve, args=(lease,))
     preparing.start()
     time.sleep(0.2)
     assert preparing.is_alive()
     client.put(f"{PREFIX}/{lease:x}", b"{}", lease)
     preparing.join(5)
     assert etcd.keys()
-    assert departure.leave()
+    assert departure.revoke()
     assert etcd.keys() == []
 
 
 def test_an_instance_without_a_lease_of_its_own_is_left_alone(etcd: EtcdServer) -> None:
-    client = Etcd([etcd.url], EtcdAuth.of({}), 5.0)
+    client = GrpcEtcdClient([etcd.url], EtcdAuth.from_env({}), 5.0)
     other = client.grant(60).id
     client.put(f"{PREFIX}/2a", b"{}", other)
-    departure = Departure("dyn://a.b.c", {"ETCD_ENDPOINTS": etcd.url})
-    departure.prepare(0x2A)
-    assert not departure.leave()
+    departure = InstanceLease("dyn://a.b.c", {"ETCD_ENDPOINTS": etcd.url})
+    departure.resolve(0x2A)
+    assert not departure.revoke()
     assert etcd.keys() == [f"{PREFIX}/2a"]
 
 
 def test_without_etcd_there_is_nothing_to_leave(etcd: EtcdServer) -> None:
     etcd.stop()
-    departure = Departure("dyn://a.b.c", {"ETCD_ENDPOINTS": etcd.url})
-    departure.prepare(1)
-    assert not departure.leave()
+    departure = InstanceLease("dyn://a.b.c", {"ETCD_ENDPOINTS": etcd.url})
+    departure.resolve(1)
+    assert not departure.revoke()
 
 
 class ForgetfulEtcd(EtcdService):
@@ -75,12 +75,12 @@ def test_where_the_runtimes_token_has_ended_nothing_stays_behind_all_the_same(tm
         worker = RunningWorker(tmp_path, server, model_dir, 1, "--engine", "reference", **who)
         pid, begin = worker.rank_zero(), time.monotonic()
         eventually(lambda: time.monotonic() - begin > 7, "the token has ended")
-        client = Etcd([server.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
-        assert len(client.entries("v1/instances/")) == 1
+        client = GrpcEtcdClient([server.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
+        assert len(client.get_prefix("v1/instances/")) == 1
         os.kill(pid, signal.SIGTERM)
         assert worker.wait() == 0, worker.text()
         assert "drain: not deregistered" in worker.text(), "else this test shows nothing"
-        assert client.entries("v1/") == client.entries("dynamo_mpi/") == []
+        assert client.get_prefix("v1/") == client.get_prefix("dynamo_mpi/") == []
         client.close()
     finally:
         if worker is not None:

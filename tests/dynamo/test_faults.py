@@ -35,6 +35,14 @@ def runner(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
         yield running
 
 
+@pytest.mark.landing(
+    "serve-kill-rank1",
+    "serve-stop-rank1",
+    "serve-kill-rank0",
+    "load-exception-rank1",
+    "load-oom-rank1",
+    "world-kill-rank1",
+)
 @pytest.mark.parametrize("case", parameters(CHOSEN, 1))
 def test_a_fault_ends_all_at_once(case: Case, runner: MpirunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
@@ -50,6 +58,7 @@ TRTLLM_CHOSEN = (
 )
 
 
+@pytest.mark.landing("serve-stop-child-trtllm")
 @pytest.mark.parametrize("case", trtllm_parameters(TRTLLM_CHOSEN, 1))
 def test_a_fault_of_a_tensorrt_llm_worker_ends_all_at_once(case: Case, runner: MpirunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):

@@ -124,6 +124,7 @@ def test_a_worker_serves_through_services_json_and_nothing_is_left(tmp_path: Pat
             assert line in head.err
 
 
+@pytest.mark.full
 def test_two_jobs_of_a_node_keep_apart(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         heads = []
@@ -167,6 +168,7 @@ def test_after_kill_9_nothing_runs_and_the_next_start_sweeps(tmp_path: Path) -> 
         head.assert_nothing_left()
 
 
+@pytest.mark.landing("frontend-70")
 @pytest.mark.parametrize(("part", "code"), PART_ENDS)
 def test_a_part_that_ends_ends_all_and_is_named(tmp_path: Path, part: str, code: ExitCode) -> None:
     with HeadNodeCommand(tmp_path) as head:
@@ -179,6 +181,7 @@ def test_a_part_that_ends_ends_all_and_is_named(tmp_path: Path, part: str, code:
         assert f"do:     read {head.run_dir}/services/{part}.log" in head.err
 
 
+@pytest.mark.full
 def test_scancel_signals_all_processes_at_once(tmp_path: Path) -> None:
     with HeadNodeCommand(tmp_path) as head:
         head.services()
@@ -189,6 +192,7 @@ def test_scancel_signals_all_processes_at_once(tmp_path: Path) -> None:
         head.assert_nothing_left()
 
 
+@pytest.mark.full
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     with HeadNodeCommand(tmp_path) as head:
         head.services()
@@ -200,6 +204,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         head.assert_nothing_left()
 
 
+@pytest.mark.landing("etcd at")
 @pytest.mark.parametrize("said", ["etcd at", "nats at"])
 def test_a_signal_during_the_start(tmp_path: Path, said: str) -> None:
     with HeadNodeCommand(tmp_path) as head:
@@ -210,6 +215,7 @@ def test_a_signal_during_the_start(tmp_path: Path, said: str) -> None:
         head.assert_nothing_left()
 
 
+@pytest.mark.landing("nats")
 @pytest.mark.parametrize("part", ["etcd", "nats", "http"])
 def test_a_port_that_is_lost_between_look_and_bind(tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another's server stands where the look saw nothing: the part ends, and is started on the next port."""
@@ -283,6 +289,7 @@ def test_a_second_start_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         assert first.end() == 0
 
 
+@pytest.mark.full
 def test_the_script_is_the_same_command(tmp_path: Path) -> None:
     script = ROOT / "scripts" / "start_frontend_services.sh"
     run_dir = tmp_path / "run"

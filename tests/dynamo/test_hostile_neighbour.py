@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.record import worlds_of
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.records import worlds_of
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.services.certificates import make_certificates
 from tests.dynamo.head_node_command import HeadNodeCommand
@@ -62,8 +62,10 @@ class Deployment:
 
     def keys(self) -> dict[str, tuple[int, int]]:
         """Return what stands in etcd: each key's revision and lease."""
-        with contextlib.closing(Etcd([self.environment["ETCD_ENDPOINTS"]], EtcdAuth.of(self.environment), 5)) as etcd:
-            entries = [*etcd.entries("v1/"), *etcd.entries(worlds_of(""))]
+        with contextlib.closing(
+            GrpcEtcdClient([self.environment["ETCD_ENDPOINTS"]], EtcdAuth.from_env(self.environment), 5)
+        ) as etcd:
+            entries = [*etcd.get_prefix("v1/"), *etcd.get_prefix(worlds_of(""))]
         return {entry.key: (entry.create_revision, entry.lease) for entry in entries}
 
     def answers(self) -> bool:
@@ -196,13 +198,13 @@ def test_etcd_takes_nobody_without_this_jobs_certificate(deployment: Deployment,
     instance, (_, lease) = next((key, place) for key, place in keys.items() if key.startswith("v1/instances/"))
     for credentials in ({"ETCD_AUTH_CA": ours["ETCD_AUTH_CA"]}, {"ETCD_AUTH_CA": ours["ETCD_AUTH_CA"], **own_pair}):
         for url in (ours["ETCD_ENDPOINTS"], ours["ETCD_ENDPOINTS"].replace("https", "http")):
-            with contextlib.closing(Etcd([url], EtcdAuth.of(credentials), 2)) as etcd:
+            with contextlib.closing(GrpcEtcdClient([url], EtcdAuth.from_env(credentials), 2)) as etcd:
                 with pytest.raises(BootstrapError):
                     etcd.put(instance, b"{}", 0)
                 with pytest.raises(BootstrapError):
                     etcd.revoke(lease, 2)
                 with pytest.raises(BootstrapError):
-                    etcd.entries("v1/")
+                    etcd.get_prefix("v1/")
     assert deployment.keys() == keys
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.last_failure import LastFailure
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.failure_records import FailureRecord
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 
 pytestmark = pytest.mark.dynamo
@@ -38,10 +38,10 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
         worker.stop()
 
 
-def failures(etcd: EtcdServer) -> list[LastFailure]:
-    client = Etcd([etcd.url], EtcdAuth(), 5)
+def failures(etcd: EtcdServer) -> list[FailureRecord]:
+    client = GrpcEtcdClient([etcd.url], EtcdAuth(), 5)
     try:
-        return [LastFailure.unpack(entry.value) for entry in client.entries(FAILURES)]
+        return [FailureRecord.unpack(entry.value) for entry in client.get_prefix(FAILURES)]
     finally:
         client.close()
 
@@ -78,6 +78,7 @@ def test_of_a_rank_0_that_is_killed_its_node_agent_leaves_word(etcd: EtcdServer,
     assert etcd.worlds() == []
 
 
+@pytest.mark.full
 def test_of_a_lost_lease_too(etcd: EtcdServer, start: Start) -> None:
     worker = start(ETCD_LEASE_TTL="3")
     worker.ready()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.observe.timeline_files import read_starts
+from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.marked_command import MarkedCommand
 from tests.dynamo.running import eventually
@@ -99,10 +99,10 @@ def test_a_pair_answers_and_a_failed_worker_comes_back(tmp_path: Path, model_dir
         assert (done.returncode, launch.wait(10)) == (0, 0), done.stderr + launch.err
         assert "drain: deregistered" in launch.err
         launch.assert_nothing_left()
-        starts = {path.stem: read_starts(path)[0] for path in (launch.run_dir / "timeline").glob("*.html")}
+        starts = {path.stem: read_traces(path)[0] for path in (launch.run_dir / "timeline").glob("*.html")}
         drawn = {name: (start.role, start.attempt, start.outcome) for name, start in starts.items()}
         assert drawn == {"prefill-0": ("prefill", 2, "ended"), "decode-0": ("decode", 1, "ended")}
-        (launcher,) = read_starts(launch.run_dir / "timeline" / "launch.json")
+        (launcher,) = read_traces(launch.run_dir / "timeline" / "launch.json")
         assert [span.phase for span in launcher.ranks[0].spans] == ["check", "services"]
 
 
@@ -134,6 +134,7 @@ def is_of_prefill(pid: int) -> bool:
     return is_rank and any(variable.endswith(b"-prefill-0") for variable in variables)
 
 
+@pytest.mark.full
 def test_a_stopped_mpirun_holds_nothing_up(tmp_path: Path, model_dir: Path) -> None:
     with LaunchCommand(tmp_path, model_dir, "--skip-check") as launch:
         launch.until_said("ready: smollm2. Try:")
@@ -155,6 +156,7 @@ def test_a_worker_that_fails_ends_all_with_its_exit_code(tmp_path: Path, model_d
         launch.assert_nothing_left()
 
 
+@pytest.mark.full
 def test_a_fault_on_demand_reaches_the_ranks(tmp_path: Path, model_dir: Path) -> None:
     fault = "rank0:load:exit3"
     with LaunchCommand(tmp_path, model_dir, DYN_MPI_FAULT=fault, DYN_MPI_ALLOW_FAULTS="1") as launch:

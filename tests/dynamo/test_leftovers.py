@@ -59,6 +59,7 @@ def sessions_of_the_next_processes(temporary: Path) -> set[Path]:
     return made
 
 
+@pytest.mark.full
 def test_a_deployment_starts_beside_what_others_have_left(tmp_path: Path, model_dir: Path) -> None:
     run_dir, temporary = tmp_path / "run", tmp_path / "tmp"
     for folder in (run_dir / "ready", run_dir / "failures" / "prefill-0", temporary):

@@ -20,10 +20,10 @@ from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.local import parts
 from dynamo_mpi.local.stack import LocalStack, StackSettings
 from dynamo_mpi.local.worlds import World
-from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.services.folder import private_folder
 from dynamo_mpi.services.interrupts import Interrupts
 from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand
 from tests.dynamo.running import eventually
@@ -48,6 +48,7 @@ def test_ask_answers_on_stdout_and_leaves_nothing(tmp_path: Path) -> None:
         assert "\r" not in command.err
 
 
+@pytest.mark.full
 def test_without_ask_one_completion_is_the_proof(tmp_path: Path) -> None:
     page = tmp_path / "start.html"
     with LocalCommand(
@@ -60,7 +61,7 @@ def test_without_ask_one_completion_is_the_proof(tmp_path: Path) -> None:
     assert report["answer"]["completion_tokens"] >= 1
     assert report["worker"]["ranks"] == report["tp_size"] == 1
     assert all(report["seconds"][name] > 0 for name in ("verdict", "load", "ready", "first_token", "answer"))
-    services, worker = read_starts(page)
+    services, worker = read_traces(page)
     assert [rank.spans[0].phase for rank in services.ranks] == ["etcd", "nats", "frontend"]
     assert (worker.outcome, len(worker.ranks), services.origin < worker.origin) == ("ended", 1, True)
 
@@ -72,6 +73,7 @@ def test_nats_plane_answers_too(tmp_path: Path) -> None:
         assert "Paris" in command.out
 
 
+@pytest.mark.landing("agg")
 @pytest.mark.parametrize("role", ["agg", "disagg"])
 def test_a_machine_with_loopback_alone_will_do(role: str) -> None:
     words = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
@@ -104,6 +106,7 @@ def test_a_reader_that_goes_away_is_no_failure_of_the_stack(tmp_path: Path) -> N
         assert "broke" not in command.err.lower()
 
 
+@pytest.mark.full
 def test_verbose_shows_each_rank(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, "--tp", "2", "--verbose") as command:
         assert command.wait() == ExitCode.ILLEGAL_LAYOUT
@@ -111,6 +114,7 @@ def test_verbose_shows_each_rank(tmp_path: Path) -> None:
         assert command.err.count("error B1:") == 1, "not once more at the end"
 
 
+@pytest.mark.landing("SIGINT-ranks", "SIGTERM-serving", "SIGHUP-first service")
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("number", ENDINGS, ids=lambda number: number.name)
 def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals, moment: str) -> None:
@@ -122,6 +126,7 @@ def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals, moment
         assert "Traceback" not in command.err
 
 
+@pytest.mark.landing("ranks")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_even_sigkill_leaves_no_process(tmp_path: Path, moment: str) -> None:
     with LocalCommand(tmp_path, "--keep") as command:
@@ -173,6 +178,7 @@ def test_a_stopped_mpirun_holds_nothing_up(tmp_path: Path) -> None:
         command.assert_nothing_left()
 
 
+@pytest.mark.landing("nats-69")
 @pytest.mark.parametrize(("part", "code"), [("etcd", 69), ("nats", 69), ("frontend", 69)])
 def test_a_part_that_dies_is_named(tmp_path: Path, part: str, code: int) -> None:
     with LocalCommand(tmp_path, "--keep", "--output", "json") as command:
@@ -212,6 +218,7 @@ def test_a_model_that_is_none_is_66(tmp_path: Path) -> None:
         command.assert_nothing_left()
 
 
+@pytest.mark.full
 def test_a_model_folder_is_taken_as_it_is(tmp_path: Path, model_dir: Path) -> None:
     with LocalCommand(tmp_path, "--model", str(model_dir), "--tp", "1", "--output", "json") as command:
         assert command.report()["model"] == model_dir.name

@@ -33,6 +33,7 @@ def aggregated(tmp_path_factory: pytest.TempPathFactory) -> str:
         return command.out
 
 
+@pytest.mark.landing("1 to 3")
 @pytest.mark.parametrize(
     ("flags", "sizes"), [((), (3, 1)), (("--tp", "3", "--prefill-tp", "1"), (1, 3))], ids=["default", "1 to 3"]
 )
@@ -64,6 +65,7 @@ def test_the_report_has_both_workers_and_ctrl_c_ends_them(tmp_path: Path) -> Non
         command.assert_nothing_left()
 
 
+@pytest.mark.landing("worlds")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sigterm_ends_everything(tmp_path: Path, moment: str) -> None:
     with LocalCommand(tmp_path, *DISAGG, "--keep") as command:
@@ -74,6 +76,7 @@ def test_sigterm_ends_everything(tmp_path: Path, moment: str) -> None:
         assert "Traceback" not in command.err
 
 
+@pytest.mark.full
 def test_even_sigkill_leaves_no_process(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, *SMALLEST, "--keep") as command:
         command.until_said("serving until")
@@ -115,6 +118,7 @@ def test_what_is_in_flight_anywhere_is_finished(tmp_path: Path) -> None:
         command.assert_nothing_left()
 
 
+@pytest.mark.landing("prefill")
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_world_that_loses_a_rank_ends_the_run_with_its_code(tmp_path: Path, role: str) -> None:
     with LocalCommand(tmp_path, *DISAGG, "--tp", "3", "--keep", "--output", "json") as command:
@@ -126,6 +130,7 @@ def test_a_world_that_loses_a_rank_ends_the_run_with_its_code(tmp_path: Path, ro
         assert f"{role} ended with exit code 137" in command.err
 
 
+@pytest.mark.full
 def test_an_impossible_layout_is_refused_in_its_worlds_words(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, *DISAGG, "--decode-tp", "2", "--output", "json") as command:
         assert command.wait() == ExitCode.ILLEGAL_LAYOUT, command.err
@@ -134,6 +139,7 @@ def test_an_impossible_layout_is_refused_in_its_worlds_words(tmp_path: Path) -> 
         assert json.loads(command.out)["part"] == "decode"
 
 
+@pytest.mark.full
 def test_verbose_tells_the_worlds_apart(tmp_path: Path) -> None:
     with LocalCommand(tmp_path, *DISAGG, "--decode-tp", "2", "--verbose") as command:
         assert command.wait() == ExitCode.ILLEGAL_LAYOUT, command.err

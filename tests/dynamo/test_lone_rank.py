@@ -17,6 +17,7 @@ pytestmark = pytest.mark.dynamo
 HEARTBEAT = 2.0
 
 
+@pytest.mark.landing("kill")
 @pytest.mark.parametrize(
     ("number", "patience", "said"),
     [(signal.SIGKILL, 0.0, "died: "), (signal.SIGSTOP, HEARTBEAT, "is stopped or stuck: ")],

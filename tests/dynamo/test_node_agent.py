@@ -58,6 +58,7 @@ def assert_one_report(worker: RunningWorker, folder: Path, rank: int) -> None:
     assert remaining(f"MARK={folder}\0") == []
 
 
+@pytest.mark.landing("0-stopped", "1-killed")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_that_ends_or_is_stopped_is_replaced(
@@ -100,6 +101,7 @@ def test_one_that_is_stopped_does_not_stay_behind_an_orderly_end(start: Start, t
     assert remaining(f"MARK={tmp_path}\0") == []
 
 
+@pytest.mark.landing("killed")
 @pytest.mark.parametrize("how", ["killed", "drained"])
 def test_what_a_rank_has_started_ends_with_it_and_nothing_else_does(how: str, start: Start, tmp_path: Path) -> None:
     started = tmp_path / "started"

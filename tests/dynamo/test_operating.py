@@ -114,6 +114,7 @@ def test_a_worker_that_fails_gives_the_wait_its_exit_code(tmp_path: Path, model_
         eventually(lambda: not launch.survivors(), "no process is left", 10)
 
 
+@pytest.mark.landing("1")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_worker_that_nobody_launched_gives_the_wait_its_exit_code(
     rank: int, tmp_path: Path, etcd: EtcdServer, model_dir: Path

@@ -67,6 +67,7 @@ def served(frontend: Frontend, model: str) -> str:
     return eventually(answer, "an answer")
 
 
+@pytest.mark.landing("1-3-tcp")
 @pytest.mark.parametrize(
     ("prefill_ranks", "decode_ranks"),
     [(3, 1), (1, 3), (3, 3)],
@@ -107,6 +108,7 @@ def test_a_pair_answers_and_decode_outlives_prefill(
     assert decode.wait() == 0, decode.text()
 
 
+@pytest.mark.landing("prefill")
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_each_role_alone_is_proven_and_healthy(start: Start, role: str) -> None:
     port = system_port()

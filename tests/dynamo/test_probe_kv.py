@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.records import WorkerRecord
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 from tests.unit.kv_hosts import needs_ucx
@@ -41,7 +41,7 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Start]:
         worker.stop()
 
 
-def record_of(etcd: EtcdServer, role: str) -> WorldRecord | None:
+def record_of(etcd: EtcdServer, role: str) -> WorkerRecord | None:
     return next((record for record in etcd.worlds() if record.role == role), None)
 
 

@@ -90,6 +90,7 @@ SERVING = [
 ]
 
 
+@pytest.mark.landing("n-SIGTERM")
 @pytest.mark.parametrize("case", SERVING, ids=lambda case: f"{case.to}-{case.numbers[0].name}")
 def test_while_it_serves(case: Case, start: Start, etcd: EtcdServer) -> None:
     worker = start()
@@ -115,6 +116,7 @@ DRAINING = [
 ]
 
 
+@pytest.mark.landing("n-SIGTERM-SIGTERM")
 @pytest.mark.parametrize("case", DRAINING, ids=lambda case: f"{case.to}-{'-'.join(one.name for one in case.numbers)}")
 def test_a_second_one_while_it_drains_ends_it_now(
     case: Case, start: Start, etcd: EtcdServer, tmp_path: Path, model_dir: Path
@@ -141,6 +143,7 @@ def test_a_second_one_while_it_drains_ends_it_now(
     assert_nothing_is_left(worker, etcd)
 
 
+@pytest.mark.landing("0-15-native", "n-15-collective")
 @pytest.mark.parametrize("where", ["native", "collective"])
 @pytest.mark.parametrize(("to", "number"), [("0", TERM), ("n", TERM), ("n", INT), ("all", TERM)])
 def test_while_it_loads_in_native_code_and_in_a_collective(
@@ -192,6 +195,7 @@ def test_a_rank_that_hangs_after_its_end_does_not_keep_the_others_in_mpi_finaliz
     assert_nothing_is_left(worker, etcd)
 
 
+@pytest.mark.landing("TERM")
 @pytest.mark.parametrize(
     "numbers", [(TERM,), (INT,), (TERM, TERM), (INT, INT)], ids=["TERM", "INT", "TERM-TERM", "INT-INT"]
 )
@@ -213,6 +217,7 @@ CONTAINER = ("unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 GRACE_SECONDS = 10.0  # of docker stop
 
 
+@pytest.mark.landing("worker-0", "mpirun-1")
 @pytest.mark.parametrize(("what", "code"), [("worker", 0), ("mpirun", 1), ("local", of_signal(TERM))])
 def test_a_container_stops_within_its_grace(
     what: str, code: int, etcd: EtcdServer, tmp_path: Path, model_dir: Path

@@ -13,11 +13,10 @@ import pytest
 
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.observe.timeline import Start
-from dynamo_mpi.observe.timeline_facts import describe_failure
-from dynamo_mpi.observe.timeline_files import read_starts
-from dynamo_mpi.observe.timeline_paths import trace_path
-from dynamo_mpi.supervision.roll import BEFORE
+from dynamo_mpi.supervision.phases import BEFORE
+from dynamo_mpi.telemetry.startup_summary import describe_failure
+from dynamo_mpi.telemetry.startup_trace import StartupTrace, read_traces
+from dynamo_mpi.telemetry.trace_writer import perfetto_path
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 
 pytestmark = pytest.mark.dynamo
@@ -39,13 +38,13 @@ def start(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> Iterator[Callabl
         worker.stop()
 
 
-def drawn(folder: Path) -> Start | None:
+def drawn(folder: Path) -> StartupTrace | None:
     """Return what has been drawn, in the page and in the trace alike."""
     page = folder / "pages/start.html"
-    if not trace_path(page).exists():
+    if not perfetto_path(page).exists():
         return None
-    (start,) = read_starts(page)
-    return start if (start,) == read_starts(trace_path(page)) else None
+    (start,) = read_traces(page)
+    return start if (start,) == read_traces(perfetto_path(page)) else None
 
 
 def test_a_start_is_drawn_when_it_is_ready_and_at_its_end(start: Callable[..., RunningWorker], tmp_path: Path) -> None:
@@ -83,6 +82,7 @@ def test_a_rank_that_dies_while_loading_is_marked(start: Callable[..., RunningWo
     assert found.ranks[2].spans[-1].phase == "load"
 
 
+@pytest.mark.full
 def test_a_start_that_is_stopped_is_drawn_as_far_as_it_came(
     start: Callable[..., RunningWorker], etcd: EtcdServer, tmp_path: Path
 ) -> None:
@@ -98,6 +98,7 @@ def test_a_start_that_is_stopped_is_drawn_as_far_as_it_came(
     assert "SIGTERM" in found.failure.error
 
 
+@pytest.mark.full
 def test_a_start_that_its_probe_refuses_is_drawn(start: Callable[..., RunningWorker], tmp_path: Path) -> None:
     worker = start("--probe", "fabric", "--probe-strict", DYN_MPI_FAULT="rank1:probe:corrupt", DYN_MPI_ALLOW_FAULTS="1")
     assert worker.wait() == ExitCode.TEMPORARY, worker.text()
@@ -107,6 +108,7 @@ def test_a_start_that_its_probe_refuses_is_drawn(start: Callable[..., RunningWor
     assert (found.outcome, found.ready, found.failure.phase) == ("failed", None, "probe")
 
 
+@pytest.mark.full
 def test_a_load_that_fails_in_order_is_drawn(tmp_path: Path, etcd: EtcdServer, model_dir: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(model_dir, model, ignore=shutil.ignore_patterns(WEIGHTS_NAME))

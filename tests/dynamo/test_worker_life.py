@@ -76,6 +76,7 @@ def test_sigterm_drains_deregisters_and_ends_with_zero(
     assert "drain: deregistered, 1 requests in flight" in worker.text()
 
 
+@pytest.mark.full
 def test_signal_to_all_ranks_at_once_still_drains(etcd: EtcdServer, start: Start) -> None:
     worker = start(3)
     worker.ready()
@@ -111,6 +112,7 @@ def test_nothing_is_registered_when_a_rank_cannot_load(
     assert etcd.written("v1/", before) == [], "not even for a moment"
 
 
+@pytest.mark.full
 def test_killed_follower_ends_the_world(start: Start) -> None:
     worker = start(3)
     worker.ready()
@@ -176,6 +178,7 @@ def test_a_port_that_is_taken_is_no_reason_to_start_again(start: Start) -> None:
     assert "ready:" not in worker.text()
 
 
+@pytest.mark.landing("config.json-65-architectures")
 @pytest.mark.parametrize(
     ("broken", "code", "word"), [("tokenizer.json", 66, "tokenizer"), ("config.json", 65, "architectures")]
 )

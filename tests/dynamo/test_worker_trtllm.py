@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.observe.timeline_files import read_starts
 from dynamo_mpi.services.processes import session_members
+from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
 from tests.dynamo.test_standin_trtllm import ask
@@ -150,13 +150,14 @@ def test_answers_drains_and_ends_with_zero(
     )
     assert re.search(r"dynamo_mpi: rank 2 on \S+: phase load\n", text)
     assert not [secret for secret in secrets if secret in text]
-    (drawn,) = read_starts(page)
+    (drawn,) = read_traces(page)
     assert (drawn.outcome, drawn.engine, len(drawn.ranks)) == ("ended", "trtllm", RANKS)
     # the other ranks go by what rank 0 says
     for rank in drawn.ranks:
         assert {"load", "prove", "serve", "drain"} <= {span.phase for span in rank.spans}
 
 
+@pytest.mark.landing("15")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_another_rank_is_one_to_all(start: Start, etcd: EtcdServer, number: signal.Signals) -> None:
     worker = start()
@@ -190,6 +191,7 @@ def assert_the_child_knows_what_it_should(child: int) -> list[str]:
     return [secret]
 
 
+@pytest.mark.landing("decode")
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_role_of_a_pair_is_proven_without_its_peer(role: str, start: Start, etcd: EtcdServer) -> None:
     worker = start("--role", role, "--trtllm.cache_transceiver_config.backend", "DEFAULT")
@@ -213,6 +215,7 @@ def test_a_pair_answers_as_one_worker_does(start: Start, etcd: EtcdServer, tmp_p
         assert worker.wait() == 0, worker.text()
 
 
+@pytest.mark.full
 def test_a_world_of_one_rank(start: Start) -> None:
     worker = start(ranks=1)
     worker.ready()
@@ -220,6 +223,7 @@ def test_a_world_of_one_rank(start: Start) -> None:
     assert worker.wait() == 0, worker.text()
 
 
+@pytest.mark.landing("2-1.4.0rc1")
 @pytest.mark.parametrize("version", ["1.3.0rc22", "1.4.0rc1"])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_raises_while_loading_ends_all_with_its_traceback(rank: int, version: str, start: Start) -> None:
@@ -251,6 +255,7 @@ def test_a_load_that_is_late_ends_with_where_every_rank_stands(start: Start) -> 
     assert stacks.index("rank 1 on ") < stacks.index("ranks 0, 2 on ") < stacks.index("in load\n")
 
 
+@pytest.mark.landing("15-75-dynamo\\\\.trtllm ended with code 0 although nobody asked it to")
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
@@ -338,6 +343,7 @@ def test_sigterm_while_loading_does_not_wait_for_the_load(start: Start, tmp_path
     assert session_members(worker.process.pid) == []
 
 
+@pytest.mark.full
 def test_a_second_signal_cuts_the_drain_short(start: Start, etcd: EtcdServer) -> None:
     worker = start(DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS="60")
     worker.ready()

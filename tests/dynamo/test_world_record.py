@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.record import WorldRecord
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.records import WorkerRecord, list_workers
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
@@ -81,11 +80,12 @@ def phases(etcd: EtcdServer) -> list[str | None]:
     """Return what a world's only record has said, in its order; None for its end."""
     changes = etcd.written(WORLDS)
     assert len({key for key, _ in changes}) == 1, "it stays where it is"
-    said = [None if value is None else WorldRecord.unpack(value).phase for _, value in changes]
+    said = [None if value is None else WorkerRecord.unpack(value).phase for _, value in changes]
     # the record also changes within a phase: when Dynamo's instance is known
     return [phase for phase, _ in groupby(said)]
 
 
+@pytest.mark.landing("trtllm")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 def test_it_is_there_from_the_preflight_to_the_end(
     engine: str, etcd: EtcdServer, start: Start, model_dir: Path
@@ -136,6 +136,7 @@ def test_an_aggregated_worker_has_one_and_no_peers(etcd: EtcdServer, start: Star
     assert etcd.worlds() == []
 
 
+@pytest.mark.landing("prefill-decode-reference", "decode-prefill-trtllm")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 @pytest.mark.parametrize(("first", "second"), [("prefill", "decode"), ("decode", "prefill")])
 def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
@@ -158,7 +159,7 @@ def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
     assert "Traceback" not in text
     changes = etcd.written(WORLDS, before)
     own = [(key, value) for key, value in changes if f"/{'prefill' if second == 'prefill' else 'backend'}/" in key]
-    (phase, end) = [value if value is None else WorldRecord.unpack(value).phase for _, value in own]
+    (phase, end) = [value if value is None else WorkerRecord.unpack(value).phase for _, value in own]
     assert (phase, end) == ("preflight", None), "it never came to load, and took its record away"
     (left,) = etcd.keys("dynamo_mpi/v1/failures/")
     assert own[0][0] == left.replace("/failures/", "/worlds/")
@@ -222,6 +223,7 @@ def test_a_preflight_alone_writes_nothing(etcd: EtcdServer, start: Start) -> Non
     assert etcd.revision() == before
 
 
+@pytest.mark.full
 def test_a_load_that_fails_takes_it_away(etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model_dir, broken, ignore=shutil.ignore_patterns(WEIGHTS_NAME))
@@ -237,6 +239,7 @@ def test_a_proof_that_fails_takes_it_away(etcd: EtcdServer, start: Start) -> Non
     assert phases(etcd)[-1] is None
 
 
+@pytest.mark.landing("leave:1-70")
 @pytest.mark.parametrize(("fault", "code"), [("raise:0", 70), ("raise:2", 70), ("leave:1", 70)])
 def test_a_rank_of_tensorrt_llm_that_fails_takes_it_away(fault: str, code: int, etcd: EtcdServer, start: Start) -> None:
     worker = start("agg", engine="trtllm", STANDIN_TRTLLM_FAULT=fault)
@@ -244,6 +247,7 @@ def test_a_rank_of_tensorrt_llm_that_fails_takes_it_away(fault: str, code: int, 
     assert phases(etcd)[-1] is None
 
 
+@pytest.mark.landing("reference-")
 @pytest.mark.parametrize(("engine", "fault"), [("reference", ""), ("trtllm", "slow:60")])
 def test_a_signal_while_it_loads_takes_it_away(engine: str, fault: str, etcd: EtcdServer, start: Start) -> None:
     worker = start("agg", engine=engine, STANDIN_TRTLLM_FAULT=fault)
@@ -278,6 +282,7 @@ def test_what_somebody_else_has_written_is_left_out(etcd: EtcdServer, start: Sta
     terminate(worker)
 
 
+@pytest.mark.landing("trtllm")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 def test_over_tls_in_both_directions_dynamo_and_the_record_are_there(engine: str, start: Start, tmp_path: Path) -> None:
     files = certificates(tmp_path / "tls")
@@ -289,13 +294,13 @@ def test_over_tls_in_both_directions_dynamo_and_the_record_are_there(engine: str
 
         worker = start("agg", engine=engine, ETCD_ENDPOINTS=url, **variables)
         worker.ready()
-        client = Etcd([url], EtcdAuth.of(variables), 5)
-        ((key, _, record),) = read_worlds(client)[0]
-        assert (record.role, record.engine) == ("agg", engine)
-        assert len(client.entries("v1/instances/dynamo/backend/generate/")) == 1
-        assert client.entries("v1/mdc/dynamo/backend/generate/")
+        client = GrpcEtcdClient([url], EtcdAuth.from_env(variables), 5)
+        (stored,) = list_workers(client)[0]
+        assert (stored.record.role, stored.record.engine) == ("agg", engine)
+        assert len(client.get_prefix("v1/instances/dynamo/backend/generate/")) == 1
+        assert client.get_prefix("v1/mdc/dynamo/backend/generate/")
         terminate(worker)
-        assert client.entries("dynamo_mpi/") == client.entries("v1/") == [], key
+        assert client.get_prefix("dynamo_mpi/") == client.get_prefix("v1/") == [], stored.key
         client.close()
         assert "BEGIN" not in worker.text() + stranger.text()
 
@@ -318,10 +323,10 @@ def test_with_a_password_the_record_is_there(etcd: EtcdServer, start: Start) -> 
     add_users(etcd.url, ["v1/", "dynamo_mpi/"])
     worker = start("prefill", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["worker"])
     worker.ready()
-    client = Etcd([etcd.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
-    assert [posted.record.role for posted in read_worlds(client)[0]] == ["prefill"]
+    client = GrpcEtcdClient([etcd.url], EtcdAuth(username="root", password=PASSWORDS["root"]), 5)
+    assert [posted.record.role for posted in list_workers(client)[0]] == ["prefill"]
     terminate(worker)
-    assert client.entries("dynamo_mpi/") == []
+    assert client.get_prefix("dynamo_mpi/") == []
     client.close()
 
 
@@ -340,6 +345,7 @@ def test_what_dynamos_runtime_would_try_for_two_minutes_is_refused_before_the_lo
     assert PASSWORDS["root"] not in wrong.text()
 
 
+@pytest.mark.landing("reference")
 @pytest.mark.parametrize("engine", ["reference", "trtllm"])
 def test_what_the_probes_have_measured_stands_in_it(engine: str, etcd: EtcdServer, start: Start) -> None:
     worker = start("agg", "--probe", "fabric", engine=engine)

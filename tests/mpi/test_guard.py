@@ -22,6 +22,7 @@ def test_a_world_that_comes_through_ends_with_zero(mpirun: Mpirun) -> None:
     assert "error" not in done.stderr
 
 
+@pytest.mark.landing("2")
 @pytest.mark.parametrize("victim", [0, 2])
 def test_an_error_is_told_with_its_rank(mpirun: Mpirun, victim: int) -> None:
     done = mpirun(3, PROGRAM, "raise", str(victim))
@@ -69,6 +70,7 @@ def test_the_others_see_that_rank_0_has_died(mpirun: Mpirun, tmp_path: Path) -> 
     assert "rank 2 on here" not in done.stderr
 
 
+@pytest.mark.landing("1")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_silence_is_told(mpirun: Mpirun, victim: int) -> None:
     done = mpirun(3, PROGRAM, "stop", str(victim), env={"PATIENCE": "30", "HEARTBEAT": "2"})
@@ -97,6 +99,7 @@ def in_namespaces(prepare: str) -> tuple[str, ...]:
     return (*unshare, "sh", "-ec", f'ip link set lo up; {prepare}; exec "$@"', "sh")
 
 
+@pytest.mark.landing("kill-fd00:9:8::/64")
 @pytest.mark.parametrize("network", ["::1", "fd00:9:8::/64"])
 @pytest.mark.parametrize("what", ["nothing", "kill"])
 def test_liveness_over_ipv6(mpirun: Mpirun, network: str, what: str) -> None:

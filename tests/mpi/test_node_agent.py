@@ -104,6 +104,9 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.landing(
+    "kill-world-2", "exit0-preflight-0", "exit3-world-0", "exception-preflight-2", "stop-preflight-2", "hang-world-2"
+)
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("phase", ["world", "preflight"])
 @pytest.mark.parametrize("what", ["kill", "exit0", "exit3", "exception", "stop", "hang"])

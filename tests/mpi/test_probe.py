@@ -51,6 +51,7 @@ def test_ranks_hear_whoever_calls_and_miss_who_does_not(mpirun: Mpirun) -> None:
     assert done.stdout.strip() == "[[(2,), ()], [(2,), ()], [(0, 1)]]"
 
 
+@pytest.mark.landing("2")
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_sends_wrong_data_is_named_and_ends_the_world(mpirun: Mpirun, rank: int) -> None:
     done = mpirun(3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "told", env=fault(f"rank{rank}:probe:corrupt"))
@@ -135,6 +136,7 @@ def test_the_gpus_of_all_ranks_are_judged_together(mpirun: Mpirun, tmp_path: Pat
     ]
 
 
+@pytest.mark.landing("0-75")
 @pytest.mark.parametrize(("weights", "code"), [(0, 75), (70, 64)])
 def test_memory_that_is_not_given_back_has_the_code_of_who_has_to_act(
     weights: int, code: int, mpirun: Mpirun, tmp_path: Path

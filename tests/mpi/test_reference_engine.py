@@ -77,6 +77,7 @@ def test_a_batch_on_three_ranks_makes_the_same_tokens(three_ranks: dict[str, Any
     assert tokens_of(three_ranks["rounds"][len(GOLDEN)]) == [golden["token_ids"] for golden in GOLDEN]
 
 
+@pytest.mark.full
 def test_a_seed_gives_the_same_tokens_alone_and_in_company(three_ranks: dict[str, Any]) -> None:
     [alone], [_, in_company, other_seed] = three_ranks["rounds"][-2:]
 
@@ -92,6 +93,7 @@ def test_idle_ranks_leave_the_cores_alone(three_ranks: dict[str, Any]) -> None:
     assert leader < 0.05
 
 
+@pytest.mark.full
 def test_nine_ranks_share_the_three_key_value_heads(generate: Generate) -> None:
     output = generate(9, [[greedy(golden, 12) for golden in GOLDEN[:3]]])
 
@@ -129,6 +131,7 @@ def test_an_error_on_another_rank_comes_out_of_follow(mpirun: Mpirun, model_dir:
     assert "follow raised: rank 1 lost its weights" in done.stderr
 
 
+@pytest.mark.landing("6-2")
 @pytest.mark.parametrize(("ranks", "pp_size"), [(2, 2), (3, 3), (6, 2)])
 def test_stages_make_the_golden_tokens(generate: Generate, ranks: int, pp_size: int) -> None:
     """Alone and in company; 30 layers over 3 stages, and 2 stages of 3 ranks each as on two nodes."""

@@ -102,6 +102,7 @@ def test_an_engine_config_that_differs_on_one_rank(model: Path, tmp_path: Path) 
     assert_refused(done, 65, "P2", "rank 1 on ", "line 2", "tensor_parallel_size: 9", "tensor_parallel_size: 3")
 
 
+@pytest.mark.landing("nothing-No such file")
 @pytest.mark.parametrize(("make", "words"), [("nothing", "No such file"), ("folder", "Is a directory")])
 def test_an_engine_config_that_one_rank_cannot_read(model: Path, tmp_path: Path, make: str, words: str) -> None:
     for name in ("a", "b"):
@@ -184,6 +185,7 @@ def test_nats_absent_where_the_runtime_would_connect_to_it(
     assert "hunter2" not in done.stderr + done.stdout
 
 
+@pytest.mark.landing("--help")
 @pytest.mark.parametrize("flag", ["--help", "-h", "--version"])
 def test_help_is_shown_once(mpirun: Mpirun, flag: str) -> None:
     done = mpirun.worker(2, "--model", "/nowhere", flag)
@@ -193,6 +195,7 @@ def test_help_is_shown_once(mpirun: Mpirun, flag: str) -> None:
     assert len(done.stdout.splitlines()) == 1 or flag != "--version"
 
 
+@pytest.mark.landing("3")
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_preflight_alone_stops_after_its_verdict(mpirun: Mpirun, model: Path, ranks: int) -> None:
     """Without etcd: a batch script checks its layout before it starts anything."""
@@ -268,6 +271,7 @@ def test_followers_import_next_to_nothing_before_the_verdict(mpirun: Mpirun, mod
         assert len(ours) <= 20, sorted(ours)
 
 
+@pytest.mark.landing("not allowed")
 @pytest.mark.parametrize(
     ("fault", "allowed", "word"),
     [

@@ -51,6 +51,7 @@ def launch(checkout: Path, folder: Path, words: list[str], environment: dict[str
     return [json.loads(line) for line in record.read_text().splitlines()]
 
 
+@pytest.mark.landing('say "hi"', "$(touch pwned)")
 @pytest.mark.parametrize("value", STRANGE)
 def test_values_arrive_as_they_are(value: str, tmp_path: Path) -> None:
     variables = dict.fromkeys(("MODEL_PATH", "SERVED_MODEL_NAME", "PREFILL_ENGINE_CONFIG", "IMAGE"), value)
@@ -62,6 +63,7 @@ def test_values_arrive_as_they_are(value: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("pwned"))
 
 
+@pytest.mark.landing("with blank", "$(touch pwned)")
 @pytest.mark.parametrize("value", [value for value in STRANGE if "/" not in value])
 def test_a_checkout_and_a_run_folder_may_be_called_anything(value: str, tmp_path: Path) -> None:
     checkout, folder = tmp_path / value / "checkout", tmp_path / "work"

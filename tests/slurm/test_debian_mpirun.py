@@ -14,6 +14,7 @@ from tests.slurm.session import SlurmSession
 pytestmark = pytest.mark.slurm
 
 
+@pytest.mark.full
 def test_answers_under_open_mpi_4(slurm: SlurmSession, tmp_path: Path) -> None:
     result = answer_with(slurm.require(debian_openmpi()), tmp_path)
     assert "Paris" in result["answer"]["text"]

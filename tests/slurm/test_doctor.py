@@ -43,6 +43,7 @@ def test_inside_a_rank_and_on_the_login_node(slurm: SlurmSession) -> None:
     assert "without an MPI plugin" in bare.stdout
 
 
+@pytest.mark.full
 def test_a_step_that_does_not_begin_on_the_jobs_first_node(slurm: SlurmSession) -> None:
     environment = {**OUR_MODULES, **slurm.debian_openmpi_env}
     step = ("srun", "--mpi=pmix", "-N1", "-n1", "--nodelist=n2", *DOCTOR)

@@ -37,6 +37,7 @@ def runner(slurm: SlurmSession, tmp_path_factory: pytest.TempPathFactory, model_
         yield running
 
 
+@pytest.mark.landing("serve-kill-rank4", "load-exit3-rank0")
 @pytest.mark.parametrize("case", parameters(CHOSEN, 4))
 def test_a_fault_ends_the_step_at_once(case: Case, runner: SrunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):
@@ -51,6 +52,7 @@ TRTLLM_CHOSEN = (
 )
 
 
+@pytest.mark.landing("serve-kill-child-trtllm")
 @pytest.mark.parametrize("case", trtllm_parameters(TRTLLM_CHOSEN, 4))
 def test_a_fault_of_a_tensorrt_llm_worker_ends_the_step_at_once(case: Case, runner: SrunFaults, tmp_path: Path) -> None:
     if case.fault == "oom" and (reason := why_no_memory_limit()):

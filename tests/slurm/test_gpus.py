@@ -97,6 +97,7 @@ CASES = {
 }
 
 
+@pytest.mark.landing("fewer than ranks")
 @pytest.mark.parametrize("name", CASES)
 def test_gpus_as_slurm_hands_them_out(slurm: SlurmSession, folder: Path, name: str) -> None:
     case = CASES[name]

@@ -137,6 +137,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.landing("no_plugin_debian", "cyclic", "size_kill")
 @pytest.mark.parametrize("name", list(REFUSALS))
 def test_is_refused(slurm: SlurmSession, model: Path, name: str) -> None:
     case = REFUSALS[name]
@@ -146,6 +147,7 @@ def test_is_refused(slurm: SlurmSession, model: Path, name: str) -> None:
     assert ("MPI_STARTED" in done.stdout) == case.mpi_started
 
 
+@pytest.mark.full
 def test_a_layout_of_the_engine_config_that_needs_more_ranks(slurm: SlurmSession, model: Path, tmp_path: Path) -> None:
     config = tmp_path / "engine.yaml"
     config.write_text("tensor_parallel_size: 3\npipeline_parallel_size: 2\ncontext_parallel_size: 1\n")
@@ -159,6 +161,7 @@ def test_a_layout_of_the_engine_config_that_needs_more_ranks(slurm: SlurmSession
 NO_SRUN = (r"started once, without srun, inside Slurm job \d+ of 2 tasks", r"do: +srun --mpi=pmix -n 2 python -m")
 
 
+@pytest.mark.full
 def test_a_worker_in_salloc_without_srun_is_refused(slurm: SlurmSession, model: Path) -> None:
     command = ("salloc", *TWO_NODES, *WORKER_AND_ITS_MPI, "--model", model, PREFLIGHT)
     done = slurm.exec(*command, env=library(slurm, "debian"))
@@ -176,6 +179,7 @@ def test_a_worker_in_sbatch_without_srun_fails_the_job(slurm: SlurmSession, mode
     assert "MPI_STARTED" not in output.read_text()
 
 
+@pytest.mark.landing("debian-mpich-by Open MPI's mpirun")
 @pytest.mark.parametrize(
     ("starter", "mpi", "word"),
     [
@@ -193,6 +197,7 @@ def test_one_mpis_mpirun_with_the_others_library_is_refused(
     assert "MPI_STARTED" not in done.stdout
 
 
+@pytest.mark.full
 def test_mpirun_hands_on_the_verdicts_code(slurm: SlurmSession, model: Path) -> None:
     mpi = flavour(slurm, "debian")
     command = ("salloc", *TWO_NODES, mpi.mpirun, *WORKER, "--model", model, PREFLIGHT, *TP_2)
@@ -216,6 +221,7 @@ def private_files(slurm: SlurmSession, name: str, texts: Mapping[str, str]) -> I
             slurm.exec("rm", "-r", path.parent, host=node)
 
 
+@pytest.mark.full
 def test_an_engine_config_that_differs_on_one_node(slurm: SlurmSession, model: Path) -> None:
     text = "tensor_parallel_size: 3\nmax_batch_size: {}\n"
     texts = {"n1": text.format(8), "n2": text.format(8), "n3": text.format(16)}
@@ -229,6 +235,7 @@ def test_an_engine_config_that_differs_on_one_node(slurm: SlurmSession, model: P
     assert_refused(done, ExitCode.DATA, words)
 
 
+@pytest.mark.landing("missing_on_n2")
 @pytest.mark.parametrize(
     ("holder", "words"),
     [
@@ -250,6 +257,7 @@ def test_a_model_that_one_node_lacks(slurm: SlurmSession, holder: str, words: tu
 # -- no etcd ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.landing("kill")
 @pytest.mark.parametrize("options", [(), (KILL,)], ids=["plain", "kill"])
 def test_without_etcd_nothing_is_loaded(slurm: SlurmSession, model: Path, options: tuple[str, ...]) -> None:
     # nobody listens on a port of the login node that its daemons don't have
@@ -261,6 +269,7 @@ def test_without_etcd_nothing_is_loaded(slurm: SlurmSession, model: Path, option
     assert_refused(done, ExitCode.UNAVAILABLE, words, spoken=3)
 
 
+@pytest.mark.full
 def test_an_etcd_that_keeps_silent_is_given_up(slurm: SlurmSession, model: Path) -> None:
     address = slurm.addresses[LOGIN]
     with slurm.popen(sys.executable, PROGRAMS / "silent_server.py", address) as server:
@@ -280,6 +289,10 @@ def test_an_etcd_that_keeps_silent_is_given_up(slurm: SlurmSession, model: Path)
 # -- what works -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.landing(
+    "debian-srun---mpi=pmix---tensor-parallel-size=3-tp 3, 3 ranks on 3 nodes \\\\(n1 \\u2026 n3\\\\)0",
+    "mpich-srun---mpi=pmi2---tensor-parallel-size=3-tp 3, 3 ranks on 3 nodes \\\\(n1 \\u2026 n3\\\\)",
+)
 @pytest.mark.parametrize(
     ("mpi", "launcher", "flags", "where"),
     [

@@ -55,6 +55,7 @@ def worker(slurm: SlurmSession, stack: Stack, tmp_path: Path, model_dir: Path) -
     return started
 
 
+@pytest.mark.landing("1")
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_cut_between_nodes_ends_both_sides(rank: int, worker: SlurmWorker, slurm: SlurmSession, stack: Stack) -> None:
     node = slurm.nodes[rank]
@@ -85,6 +86,7 @@ def test_rank_0_cut_off_ends_both_sides(worker: SlurmWorker, slurm: SlurmSession
     assert worker.text().count(": error in ") == 1, worker.text()
 
 
+@pytest.mark.full
 def test_a_node_that_is_powered_off_is_lost(worker: SlurmWorker, slurm: SlurmSession, stack: Stack) -> None:
     node = slurm.nodes[2]
     begin = time.monotonic()

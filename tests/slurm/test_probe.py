@@ -85,6 +85,7 @@ class Probed:
         return [(finding["rule"], finding["message"]) for finding in self.told["findings"]]
 
 
+@pytest.mark.full
 def test_links_that_are_alike_are_no_finding(slurm: SlurmSession, tmp_path: Path) -> None:
     probed = Probed(slurm, tmp_path)
     assert probed.code == 0
@@ -100,6 +101,7 @@ def test_a_slow_node_is_named(slurm: SlurmSession, tmp_path: Path) -> None:
     assert ("N3", "node n3 is far slower to reach than others") in probed.findings
 
 
+@pytest.mark.full
 def test_a_lossy_link_is_named(slurm: SlurmSession, tmp_path: Path) -> None:
     """Which packets are lost is chance, and so is how bad it gets: few are sent again, the pair is slow, or nothing comes through in time."""
     probed = Probed(slurm, tmp_path, lossy_link(slurm, "n2", "n3", 0.15), strict="strict")
@@ -113,6 +115,7 @@ def test_a_lossy_link_is_named(slurm: SlurmSession, tmp_path: Path) -> None:
         assert not re.search("n1|n4|other pair", named)
 
 
+@pytest.mark.full
 def test_a_cut_link_is_named_and_ends_the_world(slurm: SlurmSession, tmp_path: Path) -> None:
     probed = Probed(slurm, tmp_path, lossy_link(slurm, "n2", "n3", 1.0), seconds=2.0)
     assert probed.code == 124

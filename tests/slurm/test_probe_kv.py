@@ -46,12 +46,14 @@ def probe(slurm: SlurmSession, stations: str, bad: AbstractContextManager[None] 
     return content
 
 
+@pytest.mark.full
 def test_links_that_are_alike_are_no_finding(slurm: SlurmSession, stations: str) -> None:
     told = probe(slurm, stations)
     assert told["findings"] == []
     assert told["line"].startswith("kv: 3 pairs over tcp (tcp/eth0): ")
 
 
+@pytest.mark.full
 def test_a_slow_pair_is_named(slurm: SlurmSession, stations: str) -> None:
     told = probe(slurm, stations, slow_node(slurm, "n2", "80mbit"))
     (finding,) = told["findings"]

@@ -22,6 +22,7 @@ from .test_deployment import answer
 pytestmark = pytest.mark.slurm
 
 
+@pytest.mark.full
 def test_the_deployment_of_the_readme(slurm: SlurmSession, tmp_path: Path) -> None:
     export, salloc, *commands = commands_after("The same on any Slurm of four nodes")
     assert salloc == "salloc --nodes=4 --exclusive"

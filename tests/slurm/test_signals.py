@@ -113,6 +113,7 @@ def start(stack: Stack, tmp_path: Path, model_dir: Path) -> Iterator[Callable[..
         worker.stop()
 
 
+@pytest.mark.landing("scancel STEP", "SIGTERM to a rank")
 @pytest.mark.parametrize("how", list(CASES))
 def test_what_ends_a_step_that_serves(
     how: str, start: Callable[..., SlurmWorker], slurm: SlurmSession, stack: Stack
@@ -133,6 +134,7 @@ def test_what_ends_a_step_that_serves(
         assert not worker.ready_file.exists()
 
 
+@pytest.mark.full
 def test_one_ctrl_c_asks_srun_for_its_state_only(start: Callable[..., SlurmWorker], slurm: SlurmSession) -> None:
     worker = start()
     worker.ready()
@@ -146,6 +148,7 @@ def test_one_ctrl_c_asks_srun_for_its_state_only(start: Callable[..., SlurmWorke
     assert worker.wait() == 0, worker.text()
 
 
+@pytest.mark.landing("K1-n3")
 @pytest.mark.parametrize("node", ["n1", "n3"])
 @pytest.mark.parametrize("options", [(), ("--kill-on-bad-exit=1",)], ids=["", "K1"])
 def test_a_signal_while_a_rank_hangs_in_native_code_and_the_others_in_mpi(

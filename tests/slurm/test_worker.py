@@ -77,6 +77,7 @@ def start(stack: Stack, tmp_path: Path, model_dir: Path) -> Iterator[Start]:
         worker.stop()
 
 
+@pytest.mark.landing("pmi2")
 @pytest.mark.parametrize("plugin", ["pmix", "pmi2"])
 def test_answers_over_several_nodes_and_drains_on_sigterm(
     plugin: str, start: Start, stack: Stack, model_dir: Path
@@ -154,6 +155,7 @@ def test_each_nodes_probes_tell_of_the_whole_world(start: Start, stack: Stack) -
         other.end()
 
 
+@pytest.mark.landing("pmix")
 @pytest.mark.parametrize("plugin", ["pmix", "pmi2"])
 def test_scancel_leaves_nothing(plugin: str, start: Start, stack: Stack) -> None:
     worker = start(THREE_BY_ONE, plugin)
@@ -187,6 +189,7 @@ def test_its_operator_sees_it_and_ends_it_from_the_login_node(start: Start, stac
     assert (worker.ranks(), stack.keys()) == ({}, [])
 
 
+@pytest.mark.landing("pmi2")
 @pytest.mark.parametrize("plugin", ["pmix", "pmi2"])
 def test_signal_to_rank_0_alone_ends_all_also_before_it_serves(plugin: str, start: Start, slurm: SlurmSession) -> None:
     """Under MPICH nobody else tells the others: they'd wait for the verdict for ever."""
@@ -209,6 +212,7 @@ def shared_memory(stack: Stack) -> dict[str, set[str]]:
     return {node: set(stack.slurm.exec(*find, host=node).stdout.split()) for node in stack.slurm.nodes[:2]}
 
 
+@pytest.mark.full
 def test_where_a_step_was_killed_the_next_serves_until_slurms_warning(start: Start, stack: Stack) -> None:
     before = shared_memory(stack)
     killed = start(TWO_BY_THREE, "pmix", ETCD_LEASE_TTL="60")

@@ -74,6 +74,7 @@ def test_answers_over_two_nodes_and_drains_on_sigterm(start: Start, stack: Stack
     assert worker.ranks() == {}
 
 
+@pytest.mark.full
 def test_a_rank_of_the_other_node_that_raises_is_told_with_its_host(start: Start) -> None:
     worker = start(STANDIN_TRTLLM_FAULT="raise:4")
     assert worker.wait() == 70, worker.text()
@@ -82,6 +83,7 @@ def test_a_rank_of_the_other_node_that_raises_is_told_with_its_host(start: Start
     assert worker.ranks() == {}
 
 
+@pytest.mark.full
 def test_a_child_that_is_killed_ends_the_step(start: Start) -> None:
     worker = start()
     worker.ready()

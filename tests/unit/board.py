@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from dynamo_mpi.control_plane.etcd import Etcd, LeaseLostError
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from tests.servers import running_etcd
 from tests.unit.worlds import world
 
@@ -43,7 +43,7 @@ class Board:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.etcd = Etcd([url], EtcdAuth(), 5)
+        self.etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
         self._lease = self.etcd.grant(_LEASE_SECONDS).id
 
     def put(self, key: str, content: Any) -> str:
@@ -79,8 +79,7 @@ class Board:
 
     def wipe(self) -> None:
         """Take all away."""
-        with contextlib.suppress(LeaseLostError):  # a run that takes longer than a lease
-            self.etcd.revoke(self._lease, 5)
+        self.etcd.revoke(self._lease)
         self._lease = self.etcd.grant(_LEASE_SECONDS).id
 
 

@@ -34,3 +34,16 @@ def clean_board(shared_board: Board, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("ETCD_ENDPOINTS", shared_board.url)
     monkeypatch.chdir(tmp_path)
     return shared_board
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(tiny_model_dir: Path) -> list[list[int]]:
+    """The tokens that the tiny model makes of each golden prompt alone, with its prompt in one step."""
+    from tests.unit.test_reference_engine import PROMPTS, build, submit
+
+    engine = build(tiny_model_dir, max_batch_size=1, max_seq_len=160)
+    engine.start()
+    try:
+        return [submit(engine, prompt=prompt, max_tokens=40).done().tokens for prompt in PROMPTS]
+    finally:
+        engine.close()

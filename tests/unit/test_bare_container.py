@@ -28,10 +28,10 @@ import dynamo_mpi.worker, dynamo_mpi.leader, dynamo_mpi.follower
 import dynamo_mpi.engines.trtllm.lead, dynamo_mpi.engines.trtllm.follow, dynamo_mpi.engines.trtllm.prover
 import dynamo_mpi.supervision.guard, dynamo_mpi.preflight.host_rules
 from dynamo_mpi.control_plane.presence import Presence
-class Voice:
-    def say(self, text): print(text)
+class Log:
+    def warning(self, text): print(text)
 # looks at nothing else where the client of etcd is missing
-Presence(Voice(), print).appear(None, None, {{}})
+Presence(Log(), None, print).appear(None, {{}})
 print(dynamo_mpi.__file__)
 """
 
@@ -42,5 +42,5 @@ def test_a_checkout_is_enough_for_a_tensorrt_llm_worker(tmp_path: Path) -> None:
     done = run_command([sys.executable, "-c", _PROGRAM], env=environment, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     warning, place = done.stdout.splitlines()
-    assert warning.startswith("warning: no world record, and no look at peers: etcd-sdk-python can't be used")
+    assert warning.startswith("no world record, and no look at peers: etcd-sdk-python can't be used")
     assert place == str(tmp_path / "dynamo_mpi" / "__init__.py")

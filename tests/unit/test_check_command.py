@@ -84,93 +84,6 @@ def test_a_legal_layout_is_0_and_says_all_that_design_promises(check: Check) -> 
     assert report["nearest"] == []
 
 
-LAYOUT_KEYS = {
-    "tp_size",
-    "pp_size",
-    "cp_size",
-    "cp_type",
-    "moe_tp_size",
-    "moe_ep_size",
-    "moe_cluster_size",
-    "enable_attention_dp",
-    "dp_size",
-    "world_size",
-    "nodes",
-    "gpus_per_node",
-}
-FINDING_KEYS = {"rule", "severity", "message", "found", "needed", "fix"}
-RANK_KEYS = {"rank", "node", "gpu", "tp_rank", "pp_rank", "cp_rank", "moe_tp_rank", "moe_ep_rank"}
-MEMORY_KEYS = {
-    "gpu",
-    "gpu_bytes",
-    "fullest_rank",
-    "fullest_stage",
-    "tokens",
-    "tokens_of_all_ranks",
-    "full_length",
-    "full_length_requests",
-    "full_length_requests_of_all_ranks",
-    "dp_size",
-    "kv_cache_fraction",
-    "weights_total_bytes",
-    "stages",
-    "assumptions",
-}
-STAGE_KEYS = {
-    "stage",
-    "layers",
-    "first_rank",
-    "ranks",
-    "weights_bytes",
-    "activation_bytes",
-    "workspace_bytes",
-    "outside_bytes",
-    "kv_bytes_per_token",
-    "windows",
-    "state_bytes_per_request",
-    "left_bytes",
-    "tokens",
-}
-REPORT_KEYS = {
-    "ok",
-    "model",
-    "role",
-    "trtllm_version",
-    "layout",
-    "ranks",
-    "groups",
-    "findings",
-    "unknown",
-    "legal",
-    "memory",
-    "nearest",
-}
-
-
-def all_keys(rows: list[dict[str, Any]]) -> set[str]:
-    """Return the keys that every row has, and no row more."""
-    (found,) = {frozenset(row) for row in rows}
-    return set(found)
-
-
-def has_the_promised_keys(report: dict[str, Any]) -> None:
-    assert set(report) == REPORT_KEYS
-    assert set(report["layout"]) == LAYOUT_KEYS
-    assert not report["findings"] or all_keys(report["findings"]) == FINDING_KEYS
-    assert set(report["legal"]) <= {"tp", "tp_by_heads", "pp", "ep", "cp"}
-    if report["ranks"]:
-        assert all_keys(report["ranks"]) == RANK_KEYS
-        assert set(report["groups"]) == {"tp", "pp", "cp", "moe_tp", "moe_ep"}
-    if report["memory"]:
-        assert set(report["memory"]) == MEMORY_KEYS
-        assert all_keys(report["memory"]["stages"]) == STAGE_KEYS
-        for stage in report["memory"]["stages"]:
-            assert not stage["windows"] or all_keys(stage["windows"]) == {"tokens", "bytes_per_token"}
-    for other in report["nearest"]:
-        assert set(other) == {"name", "role", "layout"}
-        assert set(other["layout"]) == LAYOUT_KEYS
-
-
 @pytest.mark.parametrize(
     ("model", "words", "code"),
     [
@@ -183,22 +96,14 @@ def has_the_promised_keys(report: dict[str, Any]) -> None:
         ("Qwen3-Next-80B-A3B", ("--tp-size", "2", "--role", "decode"), 78),
     ],
 )
-def test_the_keys_of_the_json_are_fixed(check: Check, model: str, words: tuple[str, ...], code: int) -> None:
+def test_ranks_and_memory_are_given_unless_the_layout_is_impossible(
+    check: Check, model: str, words: tuple[str, ...], code: int
+) -> None:
     found, report = check.json("--model", check.model(model), *words)
     assert found == code
-    has_the_promised_keys(report)
     assert report["trtllm_version"] == ("1.2.1" if "1.2.1" in words else None)
     assert bool(report["ranks"]) == ("A2" not in rules(report))
     assert bool(report["memory"]) == ("A2" not in rules(report))
-
-
-def test_the_keys_of_a_pair_s_json_are_fixed(check: Check) -> None:
-    _, report = pair(check, PREFILL + "kv_cache_config: {dtype: fp8}\n", DECODE)
-    assert set(report) == {"ok", "prefill", "decode", "pair"}
-    has_the_promised_keys(report["prefill"])
-    has_the_promised_keys(report["decode"])
-    assert set(report["pair"]) == {"ok", "findings"}
-    assert all_keys(report["pair"]["findings"]) == FINDING_KEYS
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.last_failure import LastFailure, Origin, last_failure
-from dynamo_mpi.control_plane.obituary import leave_word
-from dynamo_mpi.control_plane.record import LAUNCH_VARIABLE, record_key
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.failure_records import FailureRecord, WorkerIdentity, create_if_absent, failure_record
+from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE, record_key
 from dynamo_mpi.launch import conductor as conductors
 from dynamo_mpi.launch import reports
 from dynamo_mpi.launch import workers as workers_module
@@ -35,6 +34,8 @@ from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.supervision.failure import Failure
 from tests.servers import closed_port, running_etcd
 from tests.unit.worlds import world
+
+pytestmark = pytest.mark.slow
 
 PREFILL, DECODE = (Worker(f"{role}-0", role, "e.yaml", ("n",), 1) for role in ("prefill", "decode"))
 WAIT = "sleep 60 & trap 'kill $!; exit 0' TERM; wait"
@@ -214,9 +215,9 @@ def with_etcd(url: str) -> str:
 
 
 @contextlib.contextmanager
-def etcd_with_both() -> Iterator[tuple[str, Etcd]]:
+def etcd_with_both() -> Iterator[tuple[str, GrpcEtcdClient]]:
     """Run an etcd in which two workers are registered; the value is its URL, and a connection."""
-    with running_etcd() as url, contextlib.closing(Etcd([url], EtcdAuth(), 5)) as etcd:
+    with running_etcd() as url, contextlib.closing(GrpcEtcdClient([url], EtcdAuth(), 5)) as etcd:
         for name in ("prefill-0", "decode-0"):
             instance, own = etcd.grant(60).id, etcd.grant(60).id
             record = world(name.partition("-")[0], launch=name, instance=f"{instance:x}")
@@ -228,8 +229,8 @@ def etcd_with_both() -> Iterator[tuple[str, Etcd]]:
 def test_what_a_killed_worker_has_left_in_etcd_is_taken_out(run: Run) -> None:
     with etcd_with_both() as (url, etcd):
         code, said = run(services=with_etcd(url), decode=f"{SERVE.split(';')[0]}; exit 137")
-        assert [entry.key for entry in etcd.entries("v1/")] == ["v1/instances/prefill-0"]
-        assert len(etcd.entries("dynamo_mpi/v1/worlds/")) == 1
+        assert [entry.key for entry in etcd.get_prefix("v1/")] == ["v1/instances/prefill-0"]
+        assert len(etcd.get_prefix("dynamo_mpi/v1/worlds/")) == 1
     assert code == 137
     assert said.count("decode-0: was still registered; it is taken out of discovery") == 1
     assert "warning" not in said
@@ -242,7 +243,7 @@ def test_one_that_had_to_be_cancelled_is_taken_out_while_the_others_drain(
     deaf = f"{SERVE.split(';')[0]}; trap '' TERM INT; while :; do sleep 0.1; done"
     with etcd_with_both() as (url, etcd):
         code, said = run(READY, raise_signal(signal.SIGTERM), services=with_etcd(url), prefill=deaf)
-        assert [entry.key for entry in etcd.entries("v1/")] == ["v1/instances/decode-0"]
+        assert [entry.key for entry in etcd.get_prefix("v1/")] == ["v1/instances/decode-0"]
     assert code == 143
     order = ("cancelling prefill-0", "prefill-0: was still registered", "ending decode-0")
     assert sorted(order, key=said.index) == list(order)
@@ -270,11 +271,11 @@ def failure_file(folder: Path) -> dict[str, Any]:
 
 def test_a_death_of_which_no_rank_is_left_to_tell_is_reported(run: Run, tmp_path: Path) -> None:
     with etcd_with_both() as (url, etcd):
-        (record,) = etcd.entries("dynamo_mpi/v1/worlds/dynamo/backend/")
+        (record,) = etcd.get_prefix("dynamo_mpi/v1/worlds/dynamo/backend/")
         code, said = run(services=with_etcd(url), decode=f"{SERVE.split(';')[0]}; {KILLED}")
-        (left,) = etcd.entries("dynamo_mpi/v1/failures/")
+        (left,) = etcd.get_prefix("dynamo_mpi/v1/failures/")
     assert (code, said.count(WHO)) == (143, 1)
-    failure = LastFailure.unpack(left.value)
+    failure = FailureRecord.unpack(left.value)
     # under the name that an heir would take as well
     assert left.key.rpartition("/")[2] == record.key.rpartition("/")[2]
     assert (failure.launch, failure.attempt, failure.rank, failure.host) == ("decode-0", 1, 0, "n")
@@ -298,18 +299,18 @@ def test_a_death_of_which_no_rank_is_left_to_tell_is_reported(run: Run, tmp_path
 def test_what_the_ranks_have_reported_is_not_reported_again(run: Run, tmp_path: Path, words: str) -> None:
     with etcd_with_both() as (url, etcd):
         code, said = run(services=with_etcd(url), decode=f"{words}; {KILLED}")
-        assert etcd.entries("dynamo_mpi/v1/failures/") == []
+        assert etcd.get_prefix("dynamo_mpi/v1/failures/") == []
     assert (code, "decode-0 ended with exit code 143" in said, "no rank was left" in said) == (143, True, False)
     assert not (tmp_path / "run" / "failures" / "decode-0" / "backend-rank-0.json").exists()
 
 
 def test_what_a_node_agent_has_left_in_etcd_is_a_report(run: Run, tmp_path: Path) -> None:
     with etcd_with_both() as (url, etcd):
-        origin = Origin.of(world("decode", launch="decode-0"))
-        failure = last_failure(origin, Failure(1, 70, "it broke"), "n", "error in serve: it broke")
-        leave_word(etcd, origin, 7, failure)
+        origin = WorkerIdentity.of(world("decode", launch="decode-0"))
+        failure = failure_record(origin, Failure(1, 70, "it broke"), "n", "error in serve: it broke")
+        create_if_absent(etcd, failure, 7)
         code, said = run(services=with_etcd(url), decode=KILLED)
-        assert len(etcd.entries("dynamo_mpi/v1/failures/")) == 1
+        assert len(etcd.get_prefix("dynamo_mpi/v1/failures/")) == 1
     assert (code, "no rank was left" in said) == (143, False)
 
 
@@ -319,10 +320,10 @@ def test_what_an_earlier_start_has_left_is_no_report_of_this_one(run: Run, tmp_p
     (tmp_path / "run").chmod(0o700)
     (folder / "backend-rank-0.json").write_text("{}")
     with etcd_with_both() as (url, etcd):
-        origin = Origin.of(world("decode", launch="decode-0"))
-        leave_word(etcd, origin, 7, last_failure(origin, Failure(1, 70, "it broke"), "n", "error"))
+        origin = WorkerIdentity.of(world("decode", launch="decode-0"))
+        create_if_absent(etcd, failure_record(origin, Failure(1, 70, "it broke"), "n", "error"), 7)
         code, said = run(services=with_etcd(url), decode=KILLED, max_restarts=1)
-        assert len(etcd.entries("dynamo_mpi/v1/failures/")) == 2
+        assert len(etcd.get_prefix("dynamo_mpi/v1/failures/")) == 2
     # the first start is the one that etcd knows of, though its files are older
     assert (code, said.count(WHO)) == (143, 1)
     assert failure_file(folder)["attempt"] == 2

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.etcd_gateway import EtcdGateway
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_http import HttpEtcdClient
 from dynamo_mpi.doctor.check import Check, Status
 from dynamo_mpi.doctor.context import Context
 from dynamo_mpi.doctor.services import (
@@ -44,8 +44,8 @@ def look(environ: Mapping[str, str], *, write: bool = False, run_dir: Path | Non
 
 
 def keys_left(endpoint: str, environ: Mapping[str, str]) -> int:
-    with EtcdGateway(endpoint, EtcdAuth.of(environ), time.monotonic() + 10) as gateway:
-        return sum(len(gateway.values(prefix)) for prefix in ("v1/", "dynamo_mpi/"))
+    with HttpEtcdClient(endpoint, EtcdAuth.from_env(environ), time.monotonic() + 10) as client:
+        return sum(len(client.get_prefix(prefix)) for prefix in ("v1/", "dynamo_mpi/"))
 
 
 def test_an_etcd_that_is_well() -> None:
@@ -67,7 +67,7 @@ def test_an_etcd_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         dead = f"http://127.0.0.1:{port}"
         (named,) = look({"ETCD_ENDPOINTS": dead}).values()
         assert (named.status, named.code) == (Status.ERROR, 69)
-        monkeypatch.setattr("dynamo_mpi.control_plane.probe.DEFAULT_ETCD", dead)
+        monkeypatch.setattr("dynamo_mpi.control_plane.etcd.DEFAULT_ETCD", dead)
         (unnamed,) = look({}).values()
     assert unnamed.status is Status.WARNING
     assert "ETCD_ENDPOINTS isn't set" in unnamed.found

@@ -17,7 +17,7 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.operating import ending
+from dynamo_mpi.operating import stop
 from tests.dynamo.running import eventually
 from tests.unit.board import Board
 from tests.unit.test_launch_endings import Slurm
@@ -32,7 +32,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def board(clean_board: Board, monkeypatch: pytest.MonkeyPatch) -> Board:
-    monkeypatch.setattr(ending, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(stop, "POLL_SECONDS", 0.02)
     return clean_board
 
 
@@ -295,4 +295,4 @@ def test_another_users_folder_is_77(run: Run, tmp_path: Path, words: tuple[str, 
         os.seteuid(owner)
         folder.chmod(folder_mode)
     assert code == ExitCode.NOT_AUTHORISED
-    assert "ask whoever launched it" in err
+    assert "ask the user who launched it" in err

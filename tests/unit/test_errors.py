@@ -21,21 +21,6 @@ KINDS = [
 ]
 
 
-def test_the_codes_are_the_documented_ones() -> None:
-    assert {code.name: code.value for code in ExitCode} == {
-        "OK": 0,
-        "USAGE": 64,
-        "DATA": 65,
-        "NO_MODEL": 66,
-        "UNAVAILABLE": 69,
-        "ENGINE": 70,
-        "TEMPORARY": 75,
-        "NOT_AUTHORISED": 77,
-        "ILLEGAL_LAYOUT": 78,
-        "DEADLINE": 124,
-    }
-
-
 def test_a_codes_byte_survives_a_broadcast() -> None:
     assert all(bytes([code])[0] == code for code in ExitCode)
 

@@ -11,8 +11,9 @@ import grpc
 import pytest
 from pyetcd import etcdrpc
 
-from dynamo_mpi.control_plane.etcd import Etcd, LeaseLostError
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth, EtcdClient, LeaseLostError
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.etcd_http import HttpEtcdClient, query_etcd
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError
 from tests.certificates import certificates, without_certificate
 from tests.etcd_users import PASSWORDS, add_users
@@ -41,28 +42,67 @@ def locked() -> Iterator[str]:
         yield url
 
 
-def connect(*urls: str, auth: EtcdAuth = NOBODY, timeout: float = 5) -> Etcd:
-    return Etcd(urls, auth, timeout)
+def connect(*urls: str, auth: EtcdAuth = NOBODY, timeout: float = 5) -> GrpcEtcdClient:
+    return GrpcEtcdClient(urls, auth, timeout)
 
 
-def use(etcd: Etcd) -> None:
+def use(etcd: GrpcEtcdClient) -> None:
     """Do everything that there is to do, and look at it."""
+    use_as_client(etcd)
+    lease = etcd.grant(60)
+    etcd.keep_alive(lease.id)
+    assert etcd.lease_ttl(lease.id) == 60
+    assert etcd.revoke(lease.id, 5)
+    assert etcd.lease_ttl(lease.id) is None
+    with pytest.raises(LeaseLostError):
+        etcd.keep_alive(lease.id)
+    etcd.close()
+
+
+def use_as_client(etcd: EtcdClient) -> None:
+    """Do what both transports do, and look at it."""
     lease = etcd.grant(60)
     assert lease.seconds == 60
     etcd.put("dynamo_mpi/a", b"1", lease.id)
     etcd.put("dynamo_mpi/b", b"2", lease.id)
-    etcd.put("dynamo_mpi/a", b"3", lease.id)
-    first, second = etcd.entries("dynamo_mpi/")
-    assert (first.key, first.value, first.lease) == ("dynamo_mpi/a", b"3", lease.id)
-    assert first.create_revision < second.create_revision
-    etcd.keep_alive(lease.id)
-    etcd.revoke(lease.id, 5)
-    assert etcd.entries("dynamo_mpi/") == []
-    with pytest.raises(LeaseLostError):
-        etcd.keep_alive(lease.id)
+    etcd.put("dynamo_mpi/a", b"3\xff\0", lease.id)
+    first, second = etcd.get_prefix("dynamo_mpi/")
+    assert (first.key, first.value, first.lease) == ("dynamo_mpi/a", b"3\xff\0", lease.id)
+    assert 0 < first.create_revision < second.create_revision
+    assert etcd.get_prefix("dynamo_mpi/b") == [second]
+    assert etcd.create("dynamo_mpi/c", b"4", lease.id) is True
+    assert etcd.create("dynamo_mpi/c", b"5", lease.id) is False
+    assert [entry.value for entry in etcd.get_prefix("dynamo_mpi/c")] == [b"4"]
+    assert etcd.revoke(lease.id) is True
+    assert etcd.get_prefix("dynamo_mpi/") == []
+    assert etcd.revoke(lease.id) is False
     with pytest.raises(LeaseLostError):
         etcd.put("dynamo_mpi/a", b"1", lease.id)
-    etcd.close()
+
+
+def test_http_client_does_what_the_grpc_client_does(etcd: str) -> None:
+    with HttpEtcdClient(etcd, NOBODY, time.monotonic() + 20) as client:
+        client.authenticate()
+        use_as_client(client)
+
+
+def test_query_falls_back_to_grpc_only_if_asked(etcd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_gateway(*_: object) -> None:
+        raise DiscoveryError("no gateway")
+
+    monkeypatch.setattr(HttpEtcdClient, "get_prefix", no_gateway)
+    environ = {"ETCD_ENDPOINTS": etcd}
+    with pytest.raises(DiscoveryError, match="no gateway"):
+        query_etcd(environ, 5, lambda client: client.get_prefix("dynamo_mpi/"))
+    assert query_etcd(environ, 5, lambda client: client.get_prefix("dynamo_mpi/"), or_grpc=True) == []
+
+
+def test_http_client_keeps_its_deadline_over_all_calls(etcd: str) -> None:
+    with HttpEtcdClient(etcd, NOBODY, time.monotonic() + 0.5) as client:
+        client.get_prefix("dynamo_mpi/")
+        with pytest.raises(DiscoveryError, match="no answer in time"):
+            while True:
+                client.get_prefix("dynamo_mpi/")
 
 
 def test_without_credentials(etcd: str) -> None:
@@ -85,7 +125,7 @@ def test_a_password_without_tls(locked: str) -> None:
 
 def test_a_token_that_etcd_has_forgotten_is_asked_for_anew(locked: str) -> None:
     connection = connect(locked, auth=WORKER)
-    connection.entries("dynamo_mpi/")
+    connection.get_prefix("dynamo_mpi/")
     root = grpc.insecure_channel(locked.removeprefix("http://"))
     stub = etcdrpc.AuthStub(root)
     token = stub.Authenticate(etcdrpc.AuthenticateRequest(name="root", password=PASSWORDS["root"])).token
@@ -107,7 +147,7 @@ def test_a_token_that_etcd_has_forgotten_is_asked_for_anew(locked: str) -> None:
 )
 def test_who_may_not_is_told_so(locked: str, auth: EtcdAuth, word: str) -> None:
     with pytest.raises(AuthorisationError) as caught:
-        connect(locked, auth=auth).entries("dynamo_mpi/")
+        connect(locked, auth=auth).get_prefix("dynamo_mpi/")
     assert caught.value.exit_code == 77
     assert word in caught.value.fix
     assert auth.password == "" or auth.password not in str(caught.value)
@@ -119,16 +159,16 @@ def test_a_password_that_etcd_does_not_ask_for_does_no_harm(etcd: str) -> None:
 
 def test_certificates_in_both_directions(tmp_path: Path) -> None:
     files = certificates(tmp_path / "ours")
-    worker = EtcdAuth.of(files.client_environment())
+    worker = EtcdAuth.from_env(files.client_environment())
     with running_secured_etcd(files) as url:
         use(connect(url, auth=worker))
         use(connect(url.replace("127.0.0.1", "localhost"), auth=worker))
         for auth in (
-            EtcdAuth.of(without_certificate(files)),
+            EtcdAuth.from_env(without_certificate(files)),
             EtcdAuth(certificate=worker.certificate, key=worker.key),
         ):
             with pytest.raises(DiscoveryError):
-                connect(url, auth=auth, timeout=2).entries("dynamo_mpi/")
+                connect(url, auth=auth, timeout=2).get_prefix("dynamo_mpi/")
 
 
 def test_the_next_endpoint_is_taken_where_one_is_dead(etcd: str) -> None:
@@ -147,7 +187,7 @@ def test_nobody_answers_in_time(listens: bool, auth: EtcdAuth) -> None:
     with listening() as silent, closed_port() as dead:
         begin = time.monotonic()
         with pytest.raises(DiscoveryError, match="etcd does not answer") as caught:
-            connect(f"http://127.0.0.1:{silent if listens else dead}", auth=auth, timeout=0.5).entries("dynamo_mpi/")
+            connect(f"http://127.0.0.1:{silent if listens else dead}", auth=auth, timeout=0.5).get_prefix("dynamo_mpi/")
         assert time.monotonic() - begin < 3
     assert caught.value.exit_code == 69
 
@@ -155,12 +195,12 @@ def test_nobody_answers_in_time(listens: bool, auth: EtcdAuth) -> None:
 def test_it_is_found_again_as_soon_as_it_is_back() -> None:
     with running_etcd() as url:
         connection = connect(url, timeout=2)
-        assert connection.entries("dynamo_mpi/") == []
+        assert connection.get_prefix("dynamo_mpi/") == []
     with pytest.raises(DiscoveryError):
-        connection.entries("dynamo_mpi/")
+        connection.get_prefix("dynamo_mpi/")
     port = int(url.rpartition(":")[2])
     with running_etcd(port):
-        assert connection.entries("dynamo_mpi/") == []
+        assert connection.get_prefix("dynamo_mpi/") == []
 
 
 def test_a_proxy_of_the_web_is_not_asked(etcd: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pyetcd
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.control_plane.keeper import Keeper
-from dynamo_mpi.control_plane.record import Posted, Progress, WorldRecord
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.records import Progress, StoredRecord, WorkerRecord, list_workers
 from dynamo_mpi.errors import DiscoveryError
 from tests.servers import closed_port, listening, running_etcd
+from tests.unit.recorded_log import RecordedLog
 from tests.unit.worlds import world
+
+pytestmark = pytest.mark.slow
 
 SECONDS = 2
 """The shortest lease that etcd grants here."""
@@ -37,15 +39,15 @@ class Kept:
     """Makes keepers, and has what they said."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.log = RecordedLog()
         self.keepers: list[Keeper] = []
 
-    def __call__(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
-        keeper = Keeper(Etcd([url], EtcdAuth(), 2), record, seconds, self.said.append)
+    def __call__(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> Keeper:
+        keeper = Keeper(GrpcEtcdClient([url], EtcdAuth(), 2), record, seconds, self.log)
         self.keepers.append(keeper)
         return keeper
 
-    def starts(self, url: str, record: WorldRecord, seconds: int = SECONDS) -> Keeper:
+    def starts(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> Keeper:
         keeper = self(url, record, seconds)
         keeper.publish()
         keeper.start()
@@ -61,10 +63,10 @@ def kept(etcd: str) -> Iterator[Kept]:
     assert worlds(etcd) == []
 
 
-def worlds(url: str) -> list[Posted]:
-    etcd = Etcd([url], EtcdAuth(), 5)
+def worlds(url: str) -> list[StoredRecord]:
+    etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
     try:
-        return read_worlds(etcd)[0]
+        return list_workers(etcd)[0]
     finally:
         etcd.close()
 
@@ -88,11 +90,11 @@ def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept
     begin = time.monotonic()
     eventually(lambda: time.monotonic() - begin > 2 * SECONDS)
     (last,) = worlds(etcd)
-    assert (last.key, last.came) == (first.key, first.came)
+    assert (last.key, last.create_revision) == (first.key, first.create_revision)
     keeper.withdraw()
     assert worlds(etcd) == []
     keeper.withdraw()
-    assert kept.said == []
+    assert kept.log.lines == []
 
 
 def test_it_names_the_instance_once_that_is_known(etcd: str, kept: Kept) -> None:
@@ -150,7 +152,7 @@ def test_of_two_that_come_at_the_same_moment_exactly_one_sees_the_other(etcd: st
     together = threading.Barrier(2)
     keepers = [kept(etcd, world("prefill")), kept(etcd, world("decode"))]
 
-    def publish(keeper: Keeper) -> list[Posted]:
+    def publish(keeper: Keeper) -> list[StoredRecord]:
         together.wait()
         return keeper.publish()
 
@@ -163,20 +165,20 @@ def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
     kept.starts(etcd, world())
     peer = kept(etcd, world("decode", {"kv_dtype": "bfloat16"}, job="7"))
     peer.publish()
-    eventually(lambda: len(kept.said) == 1)
-    assert "decode worker on decode1, decode2 (job 7.0) has come, and does not fit: I1" in kept.said[0]
+    eventually(lambda: len(kept.log.lines) == 1)
+    assert "decode worker on decode1, decode2 (job 7.0) has come, and does not fit: I1" in kept.log.lines[0]
     peer.withdraw()
-    eventually(lambda: len(kept.said) == 2)
-    assert "has gone" in kept.said[1]
+    eventually(lambda: len(kept.log.lines) == 2)
+    assert "has gone" in kept.log.lines[1]
 
 
 def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
     heard: list[tuple[list[str], list[str]]] = []
     keeper = Keeper(
-        Etcd([etcd], EtcdAuth(), 2),
+        GrpcEtcdClient([etcd], EtcdAuth(), 2),
         world(),
         SECONDS,
-        kept.said.append,
+        kept.log,
         on_peers=lambda peers, news: heard.append(([peer.record.role for peer in peers], list(news))),
     )
     kept.keepers.append(keeper)
@@ -188,18 +190,18 @@ def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
     peer.withdraw()
     eventually(lambda: len(heard) == 2)
     assert [roles for roles, _ in heard] == [["decode"], []]
-    assert [line for _, news in heard for line in news] == kept.said
+    assert [line for _, news in heard for line in news] == kept.log.lines
 
 
 def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> None:
-    other = Etcd([etcd], EtcdAuth(), 5)
+    other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
     lease = other.grant(60)
     other.put("dynamo_mpi/v1/worlds/dynamo/decode/garbled\n", b"\xff{", lease.id)
     other.put("dynamo_mpi/v1/worlds/other/decode/garbled", b"", lease.id)
     keeper = kept.starts(etcd, world())
     keeper.tell("load")
     eventually(lambda: worlds(etcd)[0].record.phase == "load")
-    (line,) = kept.said
+    (line,) = kept.log.lines
     assert "garbled\\n' in etcd can't be read, and is left out: no JSON" in line
     other.revoke(lease.id, 5)
     other.close()
@@ -207,15 +209,15 @@ def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> N
 
 def test_a_lease_that_was_lost_is_made_anew(etcd: str, kept: Kept) -> None:
     kept.starts(etcd, world())
-    other = Etcd([etcd], EtcdAuth(), 5)
-    (entry,) = other.entries("dynamo_mpi/")
+    other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
+    (entry,) = other.get_prefix("dynamo_mpi/")
     other.revoke(entry.lease, 5)
     eventually(lambda: len(worlds(etcd)) == 1)
     assert worlds(etcd)[0].key != entry.key
     other.close()
 
 
-class EtcdThatLosesAWrite(Etcd):
+class EtcdThatLosesAWrite(GrpcEtcdClient):
     """The real one, whose next write gets lost on its way when it is told so."""
 
     losing = False
@@ -229,30 +231,30 @@ class EtcdThatLosesAWrite(Etcd):
 
 def test_a_record_whose_new_lease_came_and_whose_write_did_not_is_written_in_the_end(etcd: str, kept: Kept) -> None:
     connection = EtcdThatLosesAWrite([etcd], EtcdAuth(), 2)
-    keeper = Keeper(connection, world(), SECONDS, kept.said.append)
+    keeper = Keeper(connection, world(), SECONDS, kept.log)
     kept.keepers.append(keeper)
     keeper.publish()
-    other = Etcd([etcd], EtcdAuth(), 5)
-    other.revoke(other.entries("dynamo_mpi/")[0].lease, 5)
+    other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
+    other.revoke(other.get_prefix("dynamo_mpi/")[0].lease, 5)
     other.close()
     connection.losing = True
     keeper.start()
-    eventually(lambda: len(kept.said) == 2)
-    assert kept.said[1] == "the world record is in etcd again"
+    eventually(lambda: len(kept.log.lines) == 2)
+    assert kept.log.lines[1] == "the world record is in etcd again"
     assert len(worlds(etcd)) == 1
 
 
 def test_an_etcd_that_was_away_and_is_back_empty_has_the_record_again(kept: Kept) -> None:
     with running_etcd() as url:
         keeper = kept.starts(url, world())
-    eventually(lambda: len(kept.said) == 1)
+    eventually(lambda: len(kept.log.lines) == 1)
     keeper.tell("serve")
-    assert "can't be kept for now, the worker goes on" in kept.said[0]
+    assert "can't be kept for now, the worker goes on" in kept.log.lines[0]
     with running_etcd(int(url.rpartition(":")[2])):
         eventually(lambda: len(worlds(url)) == 1)
         assert worlds(url)[0].record.phase == "serve"
-        eventually(lambda: len(kept.said) == 2)
-        assert kept.said[1] == "the world record is in etcd again"
+        eventually(lambda: len(kept.log.lines) == 2)
+        assert kept.log.lines[1] == "the world record is in etcd again"
         keeper.withdraw()
         assert worlds(url) == []
 

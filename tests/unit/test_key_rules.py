@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -10,12 +11,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism import engine_keys
-from dynamo_mpi.parallelism.engine_keys import NEWEST, REMOVED_VALUES, RENAMED, SECTIONS, keys_of
+from dynamo_mpi.parallelism.engine_keys import Renamed, engine_keys
 from dynamo_mpi.parallelism.finding import Finding, Severity, errors
 from dynamo_mpi.parallelism.key_rules import check_keys
 from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from tests.conftest import ROOT
 
+KEYS = engine_keys()
+KEYS_FILE = ROOT / "dynamo_mpi/parallelism/engine_keys.json"
+NEWEST = KEYS.newest
+RENAMED = [row for rows in KEYS.renamed.values() for row in rows]
 VERSIONS = ["0.20", "1.0", "1.1", "1.2.1", "1.3.0rc3", "1.3.0rc20", NEWEST, "1.3.0", "1.4", None]
 ERROR, WARNING = Severity.ERROR, Severity.WARNING
 
@@ -237,7 +242,7 @@ def test_every_renamed_key_has_its_line(
 
 
 def test_every_row_is_tested() -> None:
-    assert {row.old for row in RENAMED} | {row.path for row in REMOVED_VALUES} == {row[0] for row in ROWS}
+    assert KEYS.renamed.keys() | KEYS.removed_values.keys() == {row[0] for row in ROWS}
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row[4][0] != "r" and "(" not in row[4] and ";" not in row[4]])
@@ -247,29 +252,30 @@ def test_the_line_is_yaml_and_accepted(row: tuple[str, str, str | None, Severity
 
 
 @pytest.mark.parametrize("row", RENAMED)
-def test_new_names_are_keys(row: engine_keys.Renamed) -> None:
+def test_new_names_are_keys(row: Renamed) -> None:
     if row.new:
         section, _, name = row.new.rpartition(".")
-        assert name in keys_of(section)
+        assert name in KEYS.keys_of(section)
     if row.refused:
         parse_trtllm_version(row.refused if "." in row.refused else row.refused + ".0")
     parse_trtllm_version(row.since)
 
 
-@pytest.mark.parametrize("section", [section for section in SECTIONS if section])
+@pytest.mark.parametrize("section", [section for section in KEYS.sections if section])
 def test_sections_are_keys_of_theirs(section: str) -> None:
     above, _, name = section.rpartition(".")
-    assert name in keys_of(above)
+    assert name in KEYS.keys_of(above)
 
 
-@pytest.mark.parametrize("section", list(SECTIONS))
+@pytest.mark.parametrize("section", list(KEYS.sections))
 def test_keys_are_listed_once(section: str) -> None:
-    assert len(SECTIONS[section].split()) == len(keys_of(section))
+    lines = json.loads(KEYS_FILE.read_text(encoding="utf-8"))["sections"][section]
+    assert len(" ".join(lines).split()) == len(KEYS.keys_of(section))
 
 
-@pytest.mark.parametrize("section", list(SECTIONS))
+@pytest.mark.parametrize("section", list(KEYS.sections))
 def test_without_a_version_every_key_is_accepted(section: str) -> None:
-    for key in keys_of(section):
+    for key in KEYS.keys_of(section):
         path = f"{section}.{key}" if section else key
         assert errors(check(nested(path, "null"), None)) == [], path
 
@@ -429,10 +435,10 @@ def test_keys_of_the_engine_backend_are_its_own() -> None:
     [
         ("x" * 100, "x" * 57 + "..."),
         (list(range(100)), "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16..."),
-        ("yes", '"yes"'),
-        ("a: b", '"a: b"'),
-        ("12", '"12"'),
-        ("", '""'),
+        ("yes", "'yes'"),
+        ("a: b", "'a: b'"),
+        ("12", "'12'"),
+        ("", "''"),
         (1.5, "1.5"),
         (float("inf"), ".inf"),
         (None, "null"),
@@ -484,8 +490,8 @@ def test_odd_keys_are_shown_short_and_printable(key: str) -> None:
         assert len(text) < 140
 
 
-KEYS = st.one_of(
-    st.sampled_from([name for section in SECTIONS for name in keys_of(section)]),
+NAMES = st.one_of(
+    st.sampled_from([name for section in KEYS.sections for name in KEYS.keys_of(section)]),
     st.sampled_from([part for row in RENAMED for part in row.old.split(".")]),
     st.text(max_size=12),
     st.integers(),
@@ -494,12 +500,12 @@ KEYS = st.one_of(
 )
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=12), st.binary(), st.dates()),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(KEYS, inner, max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NAMES, inner, max_size=5)),
     max_leaves=20,
 )
 
 
-@given(st.dictionaries(KEYS, VALUES, max_size=8), st.sampled_from(VERSIONS))
+@given(st.dictionaries(NAMES, VALUES, max_size=8), st.sampled_from(VERSIONS))
 def test_any_mapping_gives_findings(config: dict[Any, object], version: str | None) -> None:
     findings = check_keys(config, None if version is None else parse_trtllm_version(version))
     for finding in findings:

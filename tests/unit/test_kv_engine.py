@@ -16,23 +16,25 @@ from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Samplin
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
 from dynamo_mpi.engines.reference.kv_tcp import KvStore
 from dynamo_mpi.errors import EngineError, UsageError
-from tests.unit.test_reference_engine import GOLDEN, PROMPT, Receiver, build
+from tests.unit.test_reference_engine import PROMPT, PROMPTS, Receiver, build
+
+pytestmark = pytest.mark.slow
 
 SIZES = {"max_batch_size": 3, "max_num_tokens": 16, "max_seq_len": 160}
 KEEP_SECONDS = 3.0
 
 
 @pytest.fixture(scope="module")
-def prefill(model_dir: Path) -> Iterator[ReferenceEngine]:
-    engine = build(model_dir, **SIZES, kv_network="127.0.0.1", serves_kv=True, kv_keep_seconds=KEEP_SECONDS)
+def prefill(tiny_model_dir: Path) -> Iterator[ReferenceEngine]:
+    engine = build(tiny_model_dir, **SIZES, kv_network="127.0.0.1", serves_kv=True, kv_keep_seconds=KEEP_SECONDS)
     engine.start()
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def decode(model_dir: Path) -> Iterator[ReferenceEngine]:
-    engine = build(model_dir, **SIZES, kv_pull_seconds=1.0)
+def decode(tiny_model_dir: Path) -> Iterator[ReferenceEngine]:
+    engine = build(tiny_model_dir, **SIZES, kv_pull_seconds=1.0)
     engine.start()
     yield engine
     engine.close()
@@ -80,21 +82,25 @@ def empty(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_the_tokens_are_those_of_one_engine(prefill: ReferenceEngine, decode: ReferenceEngine, number: int) -> None:
-    prompt = tuple(GOLDEN[number]["prompt_token_ids"])
+def test_the_tokens_are_those_of_one_engine(
+    prefill: ReferenceEngine, decode: ReferenceEngine, number: int, tiny_tokens: list[list[int]]
+) -> None:
+    prompt = PROMPTS[number]
 
     receiver = go_on(decode, offer_of(prefill, prompt), prompt=prompt, max_tokens=24).done()
 
-    assert receiver.tokens == GOLDEN[number]["token_ids"][:24]
+    assert receiver.tokens == tiny_tokens[number][:24]
     assert receiver.ends == ["length"]
 
 
-def test_many_at_once_more_than_there_are_slots(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+def test_many_at_once_more_than_there_are_slots(
+    prefill: ReferenceEngine, decode: ReferenceEngine, tiny_tokens: list[list[int]]
+) -> None:
     offers = [offer_of(prefill) for _ in range(5)]
 
     receivers = [go_on(decode, offer, f"d{number}", max_tokens=8) for number, offer in enumerate(offers)]
 
-    assert [receiver.done().tokens for receiver in receivers] == [GOLDEN[0]["token_ids"][:8]] * 5
+    assert [receiver.done().tokens for receiver in receivers] == [tiny_tokens[0][:8]] * 5
 
 
 def test_what_was_fetched_is_released(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
@@ -126,15 +132,19 @@ def test_a_seed_gives_the_tokens_of_one_engine(prefill: ReferenceEngine, decode:
     assert receiver.tokens == alone.done().tokens
 
 
-def test_the_first_token_may_be_the_last(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
-    first = GOLDEN[0]["token_ids"][0]
+def test_the_first_token_may_be_the_last(
+    prefill: ReferenceEngine, decode: ReferenceEngine, tiny_tokens: list[list[int]]
+) -> None:
+    first = tiny_tokens[0][0]
 
     assert go_on(decode, offer_of(prefill), max_tokens=1).done().ends == ["length"]
     stopped = go_on(decode, offer_of(prefill), stop_token_ids=frozenset({first})).done()
     assert (stopped.tokens, stopped.ends) == ([first], ["stop"])
 
 
-def test_a_peer_that_says_nothing_ends_this_request_alone(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+def test_a_peer_that_says_nothing_ends_this_request_alone(
+    prefill: ReferenceEngine, decode: ReferenceEngine, tiny_tokens: list[list[int]]
+) -> None:
     offer = offer_of(prefill)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         slow = {**offer, "ranks": [{**offer["ranks"][0], "port": silent.getsockname()[1]}]}
@@ -142,15 +152,17 @@ def test_a_peer_that_says_nothing_ends_this_request_alone(prefill: ReferenceEngi
         began = time.monotonic()
         hopeless = go_on(decode, slow, "hopeless")
         decode.submit(GenerationRequest("beside", PROMPT, 12), beside)
-        assert beside.done().tokens == GOLDEN[0]["token_ids"][:12]
+        assert beside.done().tokens == tiny_tokens[0][:12]
         assert hopeless.chunks == [] or time.monotonic() - began > 0.9
         assert hopeless.done().ends == ["error"]
         assert time.monotonic() - began < 5
     assert "timed out" in str(hopeless.chunks[-1].error)
-    assert go_on(decode, offer, max_tokens=4).done().tokens == GOLDEN[0]["token_ids"][:4]
+    assert go_on(decode, offer, max_tokens=4).done().tokens == tiny_tokens[0][:4]
 
 
-def test_a_request_that_waits_for_its_kv_can_be_cancelled(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
+def test_a_request_that_waits_for_its_kv_can_be_cancelled(
+    prefill: ReferenceEngine, decode: ReferenceEngine, tiny_tokens: list[list[int]]
+) -> None:
     offer = offer_of(prefill)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         slow = {**offer, "ranks": [{**offer["ranks"][0], "port": silent.getsockname()[1]}]}
@@ -161,7 +173,7 @@ def test_a_request_that_waits_for_its_kv_can_be_cancelled(prefill: ReferenceEngi
             decode.cancel("hopeless")
             assert hopeless.done().ends == ["cancelled"]
             assert time.monotonic() - began < 0.9
-    assert go_on(decode, offer, max_tokens=4).done().tokens == GOLDEN[0]["token_ids"][:4]
+    assert go_on(decode, offer, max_tokens=4).done().tokens == tiny_tokens[0][:4]
 
 
 @pytest.mark.parametrize(
@@ -201,8 +213,10 @@ def test_only_a_prefill_engine_makes_offers(prefill: ReferenceEngine, decode: Re
         prefill.submit(GenerationRequest("p", PROMPT, 2, offer_kv=True), Receiver())
 
 
-def test_a_prefill_engine_that_ends_waits_for_what_it_has_offered(model_dir: Path, decode: ReferenceEngine) -> None:
-    ending = build(model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1")
+def test_a_prefill_engine_that_ends_waits_for_what_it_has_offered(
+    tiny_model_dir: Path, decode: ReferenceEngine, tiny_tokens: list[list[int]]
+) -> None:
+    ending = build(tiny_model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1")
     ending.start()
     offer = offer_of(ending)
     closing = threading.Thread(target=ending.close)
@@ -210,18 +224,18 @@ def test_a_prefill_engine_that_ends_waits_for_what_it_has_offered(model_dir: Pat
     closing.join(0.2)
     assert closing.is_alive()
 
-    assert go_on(decode, offer, max_tokens=4).done().tokens == GOLDEN[0]["token_ids"][:4]
+    assert go_on(decode, offer, max_tokens=4).done().tokens == tiny_tokens[0][:4]
     closing.join(2)
     assert not closing.is_alive()
 
 
-def test_an_address_that_this_host_lacks_is_refused(model_dir: Path) -> None:
+def test_an_address_that_this_host_lacks_is_refused(tiny_model_dir: Path) -> None:
     with pytest.raises(UsageError, match=r"no address by ib77; it has .*lo 127\.0\.0\.1"):
-        build(model_dir, serves_kv=True, kv_network="ib77")
+        build(tiny_model_dir, serves_kv=True, kv_network="ib77")
 
 
-def test_a_prefill_engine_that_is_gone_is_an_error(model_dir: Path, decode: ReferenceEngine) -> None:
-    gone = build(model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1")
+def test_a_prefill_engine_that_is_gone_is_an_error(tiny_model_dir: Path, decode: ReferenceEngine) -> None:
+    gone = build(tiny_model_dir, **SIZES, serves_kv=True, kv_network="127.0.0.1")
     gone.start()
     offer = offer_of(gone)
     gone.close()

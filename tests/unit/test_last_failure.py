@@ -12,28 +12,32 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.last_failure import (
-    LastFailure,
-    Origin,
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.failure_records import (
+    TTL_SECONDS,
+    FailureRecord,
+    FailureRecordStore,
+    WorkerIdentity,
+    create_if_absent,
     failure_key,
+    failure_record,
     failures_of,
     is_successor,
-    last_failure,
 )
-from dynamo_mpi.control_plane.obituary import LIFE_SECONDS, Obituary, leave_word
 from dynamo_mpi.supervision.failure import Cause, Failure
+from dynamo_mpi.supervision.hooks import WorkerHooks, WorldFailure
 from dynamo_mpi.supervision.lease_revoker import LeaseRevoker, encode_leases
 from tests.servers import listening, running_etcd
 from tests.unit.worlds import world
 
-ORIGIN = Origin.of(world("decode", launch="x-0"))
+ORIGIN = WorkerIdentity.of(world("decode", launch="x-0"))
 FAILURE = Failure(3, 70, "it broke\n  do:     repair it", Cause.DEATH, "serve", 0.0)
+ENDED = WorldFailure((FAILURE,), "n2", "report")
 
 
-def left(report: str = "error in serve: it broke", **changes: Any) -> LastFailure:
-    return last_failure(ORIGIN, FAILURE._replace(**changes), "n2", report)
+def left(report: str = "error in serve: it broke", **changes: Any) -> FailureRecord:
+    return failure_record(ORIGIN, FAILURE._replace(**changes), "n2", report)
 
 
 def test_it_says_whose_what_where_and_when() -> None:
@@ -71,7 +75,7 @@ def test_of_a_traceback_the_line_that_names_the_error_counts() -> None:
 def test_a_report_is_clipped_to_what_may_stand_there(report: str) -> None:
     failure = left(report)
     assert len(failure.report.encode()) <= 8192
-    assert LastFailure.unpack(failure.pack()) == failure
+    assert FailureRecord.unpack(failure.pack()) == failure
     if len(report.encode("utf-8", "replace")) > 8192:
         assert failure.report.endswith("…")
 
@@ -86,12 +90,12 @@ def test_a_report_is_clipped_to_what_may_stand_there(report: str) -> None:
         (b'{"schema": 1}', "report"),
         (json.dumps({**json.loads(left().pack()), "report": "x" * 9000}).encode(), "8 KiB"),
         (json.dumps({**json.loads(left().pack()), "host": "\x1b"}).encode(), "host is no text"),
-        (json.dumps({**json.loads(left().pack()), "rank": None}).encode(), "rank is NoneType"),
+        (json.dumps({**json.loads(left().pack()), "rank": None}).encode(), "rank is missing"),
     ],
 )
 def test_what_is_none_is_refused_in_words(data: bytes, word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        LastFailure.unpack(data)
+        FailureRecord.unpack(data)
 
 
 @pytest.mark.parametrize(
@@ -121,73 +125,73 @@ def url() -> Iterator[str]:
 
 
 @pytest.fixture
-def etcd(url: str) -> Iterator[Etcd]:
-    etcd = Etcd([url], EtcdAuth(), 5)
+def etcd(url: str) -> Iterator[GrpcEtcdClient]:
+    etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
     yield etcd
-    for entry in etcd.entries(failures_of()):
+    for entry in etcd.get_prefix(failures_of()):
         etcd.revoke(entry.lease, 5)
     etcd.close()
 
 
-def obituary(url: str, record: int = 0x1A, origin: Origin = ORIGIN) -> Obituary:
-    return Obituary(origin, {"ETCD_ENDPOINTS": url}, lambda: record)
+def store(url: str, record: int = 0x1A, origin: WorkerIdentity = ORIGIN) -> FailureRecordStore:
+    return FailureRecordStore(origin, {"ETCD_ENDPOINTS": url}, lambda: record)
 
 
-def test_rank_0_leaves_it_for_an_hour_under_its_records_name(url: str, etcd: Etcd) -> None:
-    obituary(url).leave(FAILURE, "n2", "report")
-    ((key, value, _, lease),) = etcd.entries(failures_of("dynamo"))
+def test_rank_0_leaves_it_for_an_hour_under_its_records_name(url: str, etcd: GrpcEtcdClient) -> None:
+    store(url).on_failure(ENDED)
+    ((key, value, _, lease),) = etcd.get_prefix(failures_of("dynamo"))
     assert key == failure_key(ORIGIN, 0x1A) == "dynamo_mpi/v1/failures/dynamo/backend/1a"
-    assert LastFailure.unpack(value).report == "report"
-    assert etcd.granted(lease) == LIFE_SECONDS
-    obituary(url, record=0).leave(FAILURE, "n2", "report")
-    assert len(etcd.entries(failures_of("dynamo", "backend"))) == 2
+    assert FailureRecord.unpack(value).report == "report"
+    assert etcd.lease_ttl(lease) == TTL_SECONDS
+    store(url, record=0).on_failure(ENDED)
+    assert len(etcd.get_prefix(failures_of("dynamo", "backend"))) == 2
 
 
-def test_a_later_start_that_serves_takes_it_away_and_nobody_elses(url: str, etcd: Etcd) -> None:
+def test_a_later_start_that_serves_takes_it_away_and_nobody_elses(url: str, etcd: GrpcEtcdClient) -> None:
     other = replace(ORIGIN, launch="y")
-    obituary(url).leave(FAILURE, "n2", "report")
-    obituary(url, 0x2B, other).leave(FAILURE, "n2", "report")
+    store(url).on_failure(ENDED)
+    store(url, 0x2B, other).on_failure(ENDED)
     garbled = etcd.grant(60).id
     etcd.put(f"{failures_of('dynamo', 'backend')}zz", b"{", garbled)
-    obituary(url, 0x3C).forget_earlier()
-    eventually(lambda: len(etcd.entries(failures_of())) == 2)
-    assert failure_key(other, 0x2B) in [entry.key for entry in etcd.entries(failures_of())]
+    store(url, 0x3C).on_ready()
+    eventually(lambda: len(etcd.get_prefix(failures_of())) == 2)
+    assert failure_key(other, 0x2B) in [entry.key for entry in etcd.get_prefix(failures_of())]
 
 
-def test_an_heir_writes_only_what_nobody_has_written(url: str, etcd: Etcd) -> None:
-    leave_word(etcd, ORIGIN, 0x1A, left("the first"))
-    leave_word(etcd, ORIGIN, 0x1A, left("the second"))
-    (entry,) = etcd.entries(failures_of())
-    assert LastFailure.unpack(entry.value).report == "the first"
-    obituary(url).leave(FAILURE, "n2", "rank 0's own")
-    assert [LastFailure.unpack(entry.value).report for entry in etcd.entries(failures_of())] == ["rank 0's own"]
+def test_an_heir_writes_only_what_nobody_has_written(url: str, etcd: GrpcEtcdClient) -> None:
+    assert create_if_absent(etcd, left("the first"), 0x1A)
+    assert not create_if_absent(etcd, left("the second"), 0x1A)
+    (entry,) = etcd.get_prefix(failures_of())
+    assert FailureRecord.unpack(entry.value).report == "the first"
+    store(url).on_failure(ENDED._replace(report="rank 0's own"))
+    assert [FailureRecord.unpack(entry.value).report for entry in etcd.get_prefix(failures_of())] == ["rank 0's own"]
 
 
-def test_an_heir_leaves_word_once_and_none_of_an_orderly_end(url: str, etcd: Etcd) -> None:
+def test_an_heir_leaves_word_once_and_none_of_an_orderly_end(url: str, etcd: GrpcEtcdClient) -> None:
     will = encode_leases({"record": 0x1A}, {"ETCD_ENDPOINTS": url}, asdict(ORIGIN), 0x1A)
     renouncing, revoker = LeaseRevoker(), LeaseRevoker()
     renouncing.set_leases(will)
     renouncing.clear()
     renouncing.record_failure(FAILURE, "n1", "report")
-    assert etcd.entries(failures_of()) == []
+    assert etcd.get_prefix(failures_of()) == []
     revoker.set_leases(will)
     revoker.revoke()
     revoker.record_failure(FAILURE, "n1", "report")
-    (entry,) = etcd.entries(failures_of())
-    assert LastFailure.unpack(entry.value).host == "n1"
+    (entry,) = etcd.get_prefix(failures_of())
+    assert FailureRecord.unpack(entry.value).host == "n1"
     etcd.revoke(entry.lease, 5)
     revoker.record_failure(FAILURE, "n1", "again")
-    assert etcd.entries(failures_of()) == []
+    assert etcd.get_prefix(failures_of()) == []
 
 
 @pytest.mark.parametrize(
     "will", [encode_leases({"record": 1}, {}), '{"leases": [1], "environ": {}}', "{", '{"leases": 1}']
 )
-def test_an_older_will_or_none_leaves_no_word(url: str, etcd: Etcd, will: str) -> None:
+def test_an_older_will_or_none_leaves_no_word(url: str, etcd: GrpcEtcdClient, will: str) -> None:
     revoker = LeaseRevoker()
     revoker.set_leases(will.replace('"environ": {}', f'"environ": {{"ETCD_ENDPOINTS": "{url}"}}'))
     revoker.record_failure(FAILURE, "n1", "report")
-    assert etcd.entries(failures_of()) == []
+    assert etcd.get_prefix(failures_of()) == []
 
 
 @pytest.mark.parametrize("environ", [{"ETCD_AUTH_USERNAME": "half a pair"}, {"ETCD_ENDPOINTS": "http://127.0.0.1:1"}])
@@ -195,20 +199,23 @@ def test_whatever_is_wrong_with_etcd_nothing_raises(environ: dict[str, str], mon
     def unsuitable(_: object) -> None:
         raise TypeError("Descriptors cannot be created directly.")
 
-    monkeypatch.setattr(Etcd, "_connected", unsuitable)
+    monkeypatch.setattr(GrpcEtcdClient, "_connected", unsuitable)
     raised: list[object] = []
     monkeypatch.setattr(threading, "excepthook", raised.append)
-    ours = Obituary(ORIGIN, environ, lambda: 0)
-    ours.leave(FAILURE, "n2", "report")
-    ours.forget_earlier()
-    eventually(lambda: "obituary" not in [thread.name for thread in threading.enumerate()])
+    ours = FailureRecordStore(ORIGIN, environ, lambda: 0)
+    ours.on_failure(ENDED)
+    ours.on_ready()
+    eventually(lambda: "failure records" not in [thread.name for thread in threading.enumerate()])
     assert raised == []
 
 
 def test_an_etcd_that_hangs_holds_nobody_up() -> None:
+    hooks = WorkerHooks()
     with listening() as port:
+        hooks.add(store(f"http://127.0.0.1:{port}"))
         begin = time.monotonic()
-        obituary(f"http://127.0.0.1:{port}").leave_soon(FAILURE, "n2", "report")
+        hooks.on_failure(ENDED)
+        hooks.wait(begin + 1)
         assert time.monotonic() - begin < 1.5
 
 

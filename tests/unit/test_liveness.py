@@ -38,6 +38,8 @@ from dynamo_mpi.supervision.liveness_wire import (
 from dynamo_mpi.supervision.lookout import Lookout
 from dynamo_mpi.supervision.meeting import LOADING_SECONDS, SERVING_SECONDS, Meeting
 
+pytestmark = pytest.mark.slow
+
 PROMPT = 5.0
 SIZE = 4
 

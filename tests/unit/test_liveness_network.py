@@ -14,6 +14,8 @@ import pytest
 
 from tests.conftest import ROOT, run_command
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).parent / "programs" / "two_hosts.py"
 HEARTBEAT = 2.0
 # of the kernel: idle 5 s, then three questions in 15 s; or 20 s for what was sent

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.observe.levels import Level, least_level, level_of
+from dynamo_mpi.observe.levels import Level, least_level
 from dynamo_mpi.observe.lines import Line
 from dynamo_mpi.observe.log_file import LogFile
 from dynamo_mpi.observe.redact import MASK
-from dynamo_mpi.observe.speech import Speech, Style
+from dynamo_mpi.observe.speech import LogFormat, LogWriter, log_writer
+from dynamo_mpi.talk import RankLogger
 
 
 @pytest.mark.parametrize(
@@ -51,13 +52,22 @@ def test_no_filter_silences_errors(filters: str) -> None:
     assert least_level(filters) <= Level.ERROR
 
 
-def test_how_a_line_begins_is_its_level() -> None:
-    assert [level_of(text) for text in ("error in load: x", "error: x", "warning: x", "ready: an error")] == [
-        Level.ERROR,
-        Level.ERROR,
-        Level.WARN,
-        Level.INFO,
+def test_each_method_has_its_level(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_writer, "format", LogFormat(least=int(Level.DEBUG), jsonl=True))
+    log = RankLogger(3, "n1")
+    log.debug("phase load")
+    log.info("error is only a word here", {"done": 1})
+    log.warning("a file can't be written")
+    log.error("error in load: out of memory")
+    found = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert [(line["level"], line["message"]) for line in found] == [
+        ("DEBUG", "phase load"),
+        ("INFO", "error is only a word here"),
+        ("WARN", "warning: a file can't be written"),
+        ("ERROR", "error in load: out of memory"),
     ]
+    assert all((line["rank"], line["host"]) == (3, "n1") for line in found)
+    assert found[1]["done"] == 1
 
 
 def test_a_line_as_dynamo_has_it() -> None:
@@ -89,14 +99,14 @@ def test_any_text_is_one_line_of_json(text: str, facts: dict[str, str | int | bo
 
 
 def test_secrets_are_taken_out_and_levels_left_out(capfd: pytest.CaptureFixture[str]) -> None:
-    speech = Speech(Style(least=int(Level.WARN)))
-    speech.speak(0, "n1", "not said")
-    speech.speak(0, "n1", "warning: password=hunter2")
-    speech.speak(None, "n1", "error of the node")
+    log_writer = LogWriter(LogFormat(least=int(Level.WARN)))
+    log_writer.emit(0, "n1", "not said", Level.INFO)
+    log_writer.emit(0, "n1", "warning: password=hunter2", Level.WARN)
+    log_writer.emit(None, "n1", "error of the node", Level.ERROR)
     assert capfd.readouterr().err == (
         f"dynamo_mpi: rank 0 on n1: warning: password={MASK}\ndynamo_mpi: n1: error of the node\n"
     )
-    Speech(Style(jsonl=True)).speak(2, "n1", "ready", facts={"url": "nats://u:p@h:1", "seconds": 2.0})
+    LogWriter(LogFormat(jsonl=True)).emit(2, "n1", "ready", Level.INFO, {"url": "nats://u:p@h:1", "seconds": 2.0})
     document = json.loads(capfd.readouterr().err)
     assert (document["message"], document["rank"], document["url"]) == ("ready", 2, f"nats://{MASK}@h:1")
 
@@ -104,10 +114,10 @@ def test_secrets_are_taken_out_and_levels_left_out(capfd: pytest.CaptureFixture[
 def test_a_log_file_has_all_with_times_and_is_its_owners_alone(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    speech = Speech(Style())
-    speech.speak(1, "n1", "early")
-    speech.log_to(str(tmp_path / "logs" / "here"), "backend", 1)
-    speech.speak(1, "n1", "late api_key=hunter2")
+    log_writer = LogWriter(LogFormat())
+    log_writer.emit(1, "n1", "early", Level.INFO)
+    log_writer.open_file(str(tmp_path / "logs" / "here"), "backend", 1)
+    log_writer.emit(1, "n1", "late api_key=hunter2", Level.INFO)
     (path,) = (tmp_path / "logs" / "here").iterdir()
     assert path.name == "backend-rank-1.log"
     first, second = path.read_text().splitlines()
@@ -120,18 +130,18 @@ def test_a_log_file_has_all_with_times_and_is_its_owners_alone(
 
 def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    speech = Speech(Style())
-    speech.log_to("", "backend", 0)
-    speech.speak(0, "n1", "said")
+    log_writer = LogWriter(LogFormat())
+    log_writer.open_file("", "backend", 0)
+    log_writer.emit(0, "n1", "said", Level.INFO)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    speech = Speech(Style())
-    speech.log_to(str(tmp_path / "file"), "backend", 0)
-    speech.speak(0, "n1", "one")
-    speech.speak(0, "n1", "two")
+    log_writer = LogWriter(LogFormat())
+    log_writer.open_file(str(tmp_path / "file"), "backend", 0)
+    log_writer.emit(0, "n1", "one", Level.INFO)
+    log_writer.emit(0, "n1", "two", Level.INFO)
     said = capfd.readouterr().err.splitlines()
     assert [line.removeprefix("dynamo_mpi: rank 0 on n1: ") for line in said] == [
         "one",
@@ -167,12 +177,12 @@ def test_files_are_rotated_at_whole_lines(tmp_path: Path) -> None:
 
 
 def test_lines_of_threads_do_not_mix(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    speech = Speech(Style())
-    speech.log_to(str(tmp_path), "w", 0)
+    log_writer = LogWriter(LogFormat())
+    log_writer.open_file(str(tmp_path), "w", 0)
 
     def talk(word: str) -> None:
         for _ in range(20):
-            speech.speak(0, "n1", word * 500)
+            log_writer.emit(0, "n1", word * 500, Level.INFO)
 
     threads = [threading.Thread(target=talk, args=(word,)) for word in "abcd"]
     for thread in threads:

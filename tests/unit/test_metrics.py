@@ -20,8 +20,7 @@ from dynamo_mpi.observe.metrics_file import MetricsFile
 from dynamo_mpi.observe.world_metrics import WorldNumbers, describe_progress, metrics_of_world
 from dynamo_mpi.parallelism.finding import Severity
 from dynamo_mpi.supervision.failure import Cause, Failure
-from dynamo_mpi.supervision.phases import PHASES, Span
-from dynamo_mpi.supervision.roll import Progress, RankSpans
+from dynamo_mpi.supervision.phases import PHASES, PhaseProgress, RankSpans, Span
 from tests.conftest import ROOT
 
 # all that UTF-8 can write
@@ -81,7 +80,7 @@ def rank(number: int, seconds: float) -> RankSpans:
 def test_a_thousand_ranks_are_no_more_metrics_than_two() -> None:
     def of(size: int) -> str:
         ranks = [rank(number, 1.0 + number) for number in range(size)]
-        return render(metrics_of_world(WorldNumbers(ranks, Progress("serve", 0, size, None, None, 0.0))))
+        return render(metrics_of_world(WorldNumbers(ranks, PhaseProgress("serve", 0, size, None, None, 0.0))))
 
     begin = time.monotonic()
     large, small = of(1024), of(2)
@@ -95,7 +94,7 @@ def test_a_thousand_ranks_are_no_more_metrics_than_two() -> None:
 
 def test_findings_and_failures_are_counted_and_zero_is_a_count() -> None:
     failures = [Failure(1, 70, "x", Cause.DEATH), Failure(2, 70, "y", Cause.TOLD), Failure(3, 70, "z", Cause.TOLD)]
-    nobody = Progress("load", 1, 4, None, None, 0.0)
+    nobody = PhaseProgress("load", 1, 4, None, None, 0.0)
     severities = (Severity.WARNING, Severity.WARNING, Severity.INFO)
     text = render(metrics_of_world(WorldNumbers([rank(0, 1.0)], nobody, severities, failures, 70)))
     found = read(text)
@@ -112,7 +111,7 @@ def test_findings_and_failures_are_counted_and_zero_is_a_count() -> None:
 
 
 def test_progress_is_told_in_words_where_ranks_differ() -> None:
-    at_it = Progress("load", 1, 4, 3, "n1", 12.4)
+    at_it = PhaseProgress("load", 1, 4, 3, "n1", 12.4)
     assert describe_progress(at_it) == "1 of 4 ranks are through, rank 3 on n1 has been at it for 12 s"
     assert describe_progress(at_it._replace(done=4)) == "4 of 4 ranks are through, rank 3 on n1 took 12 s"
     assert describe_progress(at_it._replace(phase="serve")) == ""
@@ -131,25 +130,25 @@ def test_the_file_is_renewed_and_whole_whenever_it_is_read(tmp_path: Path) -> No
     for _ in range(2):
         assert written.wait(5)
         written.clear()
-        file.renew()
+        file.on_phase("load")
     assert written.wait(5)
-    file.end()
+    file.on_exit(0)
     lines = set(path.read_text().splitlines())
     assert lines == {"a 3"}
     assert (path.stat().st_mode & 0o777, os.listdir(tmp_path), said) == (0o644, ["w.prom"], [])
     # the last word is the last
-    file.renew()
+    file.on_phase("load")
     assert path.read_text().startswith("a 3\n")
 
 
 def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
     said: list[str] = []
     file = MetricsFile(tmp_path / "none" / "w.txt", lambda: "a 1\n", said.append)
-    file.renew()
-    file.end()
-    assert [line.partition(":")[0] for line in said] == ["warning", "warning"]
-    assert "does not" in said[0]
-    assert "can't be written: No such file or directory" in said[1]
+    file.on_phase("load")
+    file.on_exit(0)
+    ending, missing = said
+    assert "does not" in ending
+    assert "can't be written: No such file or directory" in missing
 
 
 def test_a_file_system_that_hangs_keeps_nobody(tmp_path: Path) -> None:
@@ -157,13 +156,13 @@ def test_a_file_system_that_hangs_keeps_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".w.prom.partial")
     file = MetricsFile(tmp_path / "w.prom", lambda: "a 1\n", list[str]().append)
     began = time.monotonic()
-    file.end()
+    file.on_exit(0)
     assert time.monotonic() - began < 5
     os.close(os.open(tmp_path / ".w.prom.partial", os.O_RDONLY | os.O_NONBLOCK))
 
 
 def test_the_page_names_every_metric_and_no_other() -> None:
-    numbers = WorldNumbers((RankSpans(0, "n0", 0.0, ()),), Progress("serve", 1, 1, None, None, 0.0))
+    numbers = WorldNumbers((RankSpans(0, "n0", 0.0, ()),), PhaseProgress("serve", 1, 1, None, None, 0.0))
     metrics = (*metrics_of_world(numbers), *world_metrics(STATE, ready=True))
     page = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(dynamo_mpi_[a-z_]+)[`{]", page)) == {metric.name for metric in metrics}

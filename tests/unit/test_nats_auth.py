@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.asking import Trouble, read_address
+from dynamo_mpi.control_plane.connectivity import check_connectivity
+from dynamo_mpi.control_plane.endpoints import ConnectivityError, read_address
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.nats_probe import nats_absence, nats_refusal, probe_nats
-from dynamo_mpi.control_plane.probe import probe_control_plane
+from dynamo_mpi.control_plane.nats_check import check_nats, nats_refused, nats_unanswered
 from dynamo_mpi.errors import AuthorisationError, UsageError
 from dynamo_mpi.services.certificates import Certificates, make_certificates
 from tests.certificates import certificates
@@ -27,10 +27,15 @@ TOKEN = {"NATS_AUTH_TOKEN": WORD}
 SEED = "SU" + "A" * 56
 
 
-def ask(url: str, environ: dict[str, str], installed: tuple[int, ...] | None = None) -> Trouble | None:
-    auth = NatsAuth.of({**environ, "NATS_SERVER": url})
+def ask(url: str, environ: dict[str, str], installed: tuple[int, ...] | None = None) -> ConnectivityError | None:
+    """Return what the check raises that is wrong with NATS."""
+    auth = NatsAuth.from_env({**environ, "NATS_SERVER": url})
     address = read_address(url, 4222, ("nats", "tls"), "NATS_SERVER")
-    return probe_nats(address, auth, auth.tls(), time.monotonic() + 10, installed)
+    try:
+        check_nats(address, auth, auth.tls(), time.monotonic() + 10, installed)
+    except ConnectivityError as error:
+        return error
+    return None
 
 
 def refusal(url: str, environ: dict[str, str]) -> str:
@@ -38,7 +43,7 @@ def refusal(url: str, environ: dict[str, str]) -> str:
     trouble = ask(url, environ)
     assert trouble is not None
     assert trouble.refused, trouble
-    error = nats_refusal(url, trouble.text, NatsAuth.of(environ))
+    error = nats_refused(url, trouble.text, NatsAuth.from_env(environ))
     assert error.exit_code == 77
     for secret in filter(None, (environ.get(f"NATS_AUTH_{name}") for name in ("PASSWORD", "TOKEN", "NKEY"))):
         assert secret not in str(error)
@@ -56,8 +61,8 @@ def refusal(url: str, environ: dict[str, str]) -> str:
     ],
 )
 def test_the_first_kind_counts_as_with_the_runtime(environ: dict[str, str], kind: str, words: dict[str, str]) -> None:
-    auth = NatsAuth.of(environ)
-    assert (auth.kind, auth.words()) == (kind, words)
+    auth = NatsAuth.from_env(environ)
+    assert (auth.kind, auth.connect_options()) == (kind, words)
     assert WORD not in repr(auth)
 
 
@@ -78,7 +83,7 @@ def test_the_first_kind_counts_as_with_the_runtime(environ: dict[str, str], kind
 )
 def test_what_can_not_be_used_is_a_usage_error(environ: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        NatsAuth.of(environ)
+        NatsAuth.from_env(environ)
     assert WORD not in str(caught.value)
     assert caught.value.fix
 
@@ -92,7 +97,7 @@ def test_what_can_not_be_used_is_a_usage_error(environ: dict[str, str], words: s
 )
 def test_files_that_hold_something_else_are_a_usage_error(environ: dict[str, str]) -> None:
     with pytest.raises(UsageError, match="NATS_TLS_"):
-        NatsAuth.of(environ).tls()
+        NatsAuth.from_env(environ).tls()
 
 
 @pytest.mark.parametrize(
@@ -106,8 +111,8 @@ def test_files_that_hold_something_else_are_a_usage_error(environ: dict[str, str
 def test_right_wrong_and_absent(config: str, right: dict[str, str], wrong: dict[str, str]) -> None:
     with running_nats(config) as url:
         assert ask(url, right) is None
-        assert f"correct {NatsAuth.of(wrong).kind}" in refusal(url, wrong)
-        assert "no credentials are set" in refusal(url, {})
+        assert f"correct {NatsAuth.from_env(wrong).kind}" in refusal(url, wrong)
+        assert "none are set" in refusal(url, {})
 
 
 def test_who_is_asked_for_nothing_may_say_anything() -> None:
@@ -126,7 +131,7 @@ def test_an_nkey() -> None:
     with running_nats(f'authorization {{ users: [{{ nkey: "{ours.public}" }}] }}') as url:
         assert ask(url, {"NATS_AUTH_NKEY": ours.seed}) is None
         assert "correct NATS_AUTH_NKEY" in refusal(url, {"NATS_AUTH_NKEY": other.seed})
-        assert "no credentials are set" in refusal(url, {})
+        assert "none are set" in refusal(url, {})
 
 
 def test_a_credentials_file(tmp_path: Path) -> None:
@@ -183,7 +188,7 @@ def test_over_tls_its_certificate_is_checked(one_way: str, files: Certificates, 
     for environ in ({}, tls(theirs, client=False)):
         with pytest.raises(OSError, match="certificate verify failed") as caught:
             ask(one_way, environ)
-        error = nats_absence(one_way, str(caught.value), 5)
+        error = nats_unanswered(one_way, str(caught.value), 5)
         assert error.exit_code == 69
         assert "NATS_TLS_CA_CERT_PATH" in error.fix
 
@@ -211,7 +216,7 @@ def test_a_nats_with_tls_needs_a_runtime_that_can(
     installed: tuple[int, ...] | None, one_way: str, files: Certificates
 ) -> None:
     plain = one_way.replace("tls:", "nats:")
-    with pytest.raises(UsageError, match=r"1\.4 can't" if installed == (1, 4) else "takes nobody without TLS"):
+    with pytest.raises(UsageError, match=r"1\.4 can't" if installed == (1, 4) else "this NATS requires TLS"):
         ask(plain, {}, installed)
     if installed == (1, 4):
         with pytest.raises(UsageError, match=r"1\.4 can't"):
@@ -231,7 +236,7 @@ def test_tls_to_a_nats_without_it() -> None:
 def test_the_probe_of_all_refuses_before_anything_is_loaded() -> None:
     with running_etcd() as etcd, running_nats(f'authorization {{ token: "{WORD}" }}') as nats:
         environ: dict[str, Any] = {"ETCD_ENDPOINTS": etcd, "NATS_SERVER": nats}
-        assert probe_control_plane(environ | TOKEN, "tcp", 10) == [etcd]
+        assert check_connectivity(environ | TOKEN, "tcp", 10) == [etcd]
         for plane in ("tcp", "nats"):
-            with pytest.raises(AuthorisationError, match="NATS wants to know who this worker is"):
-                probe_control_plane(environ, plane, 10)
+            with pytest.raises(AuthorisationError, match="NATS requires credentials, and none are set"):
+                check_connectivity(environ, plane, 10)

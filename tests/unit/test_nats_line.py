@@ -15,17 +15,19 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.nats_line import Message, NatsLine
+from dynamo_mpi.control_plane.nats_publisher import Message, NatsPublisher
 from dynamo_mpi.services.ports import free_port
 from tests.certificates import certificates
 from tests.nats_keys import Operator, identity
 from tests.nats_listener import listening_to
 from tests.servers import listening, running_nats
 
+pytestmark = pytest.mark.slow
+
 SUBJECT = "dynamo_mpi.v1.a.b.c"
 MOST = 256
 TOKEN = {"NATS_AUTH_TOKEN": "wr0ng"}
-Make = Callable[..., NatsLine]
+Make = Callable[..., NatsPublisher]
 
 
 @pytest.fixture
@@ -35,10 +37,10 @@ def said() -> list[str]:
 
 @pytest.fixture
 def line(said: list[str]) -> Iterator[Make]:
-    lines: list[NatsLine] = []
+    lines: list[NatsPublisher] = []
 
-    def make(url: str, **environ: str) -> NatsLine:
-        lines.append(NatsLine(url, NatsAuth.of(environ), said.append))
+    def make(url: str, **environ: str) -> NatsPublisher:
+        lines.append(NatsPublisher(url, NatsAuth.from_env(environ), said.append))
         lines[-1].start()
         return lines[-1]
 
@@ -91,7 +93,7 @@ def test_a_nats_that_comes_late_gets_what_has_waited(line: Make, said: list[str]
         eventually(lambda: len(heard.messages) == MOST)
         assert [body for _, body in heard.messages] == list(range(50, MOST + 50)), "the oldest have gone"
     assert len(said) == 1
-    assert said[0].startswith("warning: no lifecycle events go out over NATS for now, the worker goes on: ")
+    assert said[0].startswith("no lifecycle events go out over NATS for now, the worker goes on: ")
     assert "do: look at nats-server" in said[0]
 
 

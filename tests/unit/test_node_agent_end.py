@@ -14,6 +14,8 @@ from dynamo_mpi.supervision.early_settings import Limits
 from dynamo_mpi.supervision.local_rank import LocalRank
 from dynamo_mpi.supervision.node_agent import NodeAgent
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_file_system_that_hangs_does_not_keep_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()

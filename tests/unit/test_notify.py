@@ -38,11 +38,12 @@ def test_each_phase_is_one_datagram(supervisor: tuple[socket.socket, str]) -> No
     assert notifier is not None
     # what this process starts has nothing to say there
     assert environ == {"PATH": "/bin"}
-    notifier.tell_phase("preflight")
-    notifier.tell_phase("load")
-    notifier.tell_ready("M at dyn://a.b.c")
-    notifier.tell_phase("drain")
-    notifier.tell_failure("error in serve: rank 2\n  needed: it")
+    notifier.on_phase("preflight")
+    notifier.on_phase("load")
+    notifier.worker = "M at dyn://a.b.c"
+    notifier.on_ready()
+    notifier.on_phase("drain")
+    notifier.report_failure("error in serve: rank 2\n  needed: it")
     got = [listening.recv(4096).decode() for _ in range(5)]
     assert got == [
         "STATUS=preflight",
@@ -55,13 +56,13 @@ def test_each_phase_is_one_datagram(supervisor: tuple[socket.socket, str]) -> No
 
 def test_a_supervisor_that_has_gone_or_reads_nothing_is_no_trouble(tmp_path: Path) -> None:
     gone = Notifier(f"{tmp_path}/nobody", {})
-    gone.tell_phase("load")
-    Notifier("@" + "x" * 200, {}).tell_phase("load")
+    gone.on_phase("load")
+    Notifier("@" + "x" * 200, {}).on_phase("load")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
         deaf.bind(f"{tmp_path}/deaf")
         begin = time.monotonic()
         for _ in range(5000):
-            Notifier(f"{tmp_path}/deaf", {}).tell_phase("load")
+            Notifier(f"{tmp_path}/deaf", {}).on_phase("load")
         assert time.monotonic() - begin < 5
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.records import WorkerRecord
 from dynamo_mpi.parallelism.contract import check_contracts
 from dynamo_mpi.parallelism.finding import errors
 from dynamo_mpi.preflight.peers import advice, check_peer, news, peers_of, refusal
@@ -106,7 +106,7 @@ BAD = {"kv_dtype": "bfloat16"}
     ],
 )
 def test_one_line_says_what_has_become_of_a_peer(
-    before: list[WorldRecord], now: list[WorldRecord], words: list[str]
+    before: list[WorkerRecord], now: list[WorkerRecord], words: list[str]
 ) -> None:
     lines = news(world(), [posted(peer, 7) for peer in before], [posted(peer, 7) for peer in now])
     assert len(lines) == bool(words)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from dynamo_mpi.supervision.phases import PHASES, Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 
 
 def test_phases_stand_in_the_order_of_a_life() -> None:
@@ -58,12 +58,12 @@ def test_an_unknown_phase_is_refused() -> None:
 
 
 def test_a_voice_names_rank_and_host_once(capfd: pytest.CaptureFixture[str]) -> None:
-    Voice(3, "n1").say("two\nlines")
+    RankLogger(3, "n1").info("two\nlines")
     assert capfd.readouterr().err == "dynamo_mpi: rank 3 on n1: two\nlines\n"
 
 
 def test_a_voice_can_say_what_no_utf_8_can(capfd: pytest.CaptureFixture[str]) -> None:
-    Voice(0, "n1").say("file \udcff …")
+    RankLogger(0, "n1").info("file \udcff …")
     assert capfd.readouterr().err == "dynamo_mpi: rank 0 on n1: file ? …\n"
 
 
@@ -73,7 +73,7 @@ def test_a_voice_that_nobody_hears_does_not_fail() -> None:
     try:
         os.dup2(writing, 2)
         os.close(reading)
-        Voice(0, "n1").say("into the void")
+        RankLogger(0, "n1").info("into the void")
     finally:
         os.dup2(saved, 2)
         os.close(saved)

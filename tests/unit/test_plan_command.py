@@ -15,8 +15,6 @@ import yaml
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.settings import load_settings
 from tests.unit.model_zoo import ZOO
-from tests.unit.test_check_command import FINDING_KEYS, MEMORY_KEYS, STAGE_KEYS, all_keys
-from tests.unit.test_check_command import LAYOUT_KEYS as ALL_LAYOUT_KEYS
 
 
 @pytest.fixture(autouse=True)
@@ -134,21 +132,6 @@ def test_a_yaml_keeps_what_it_was_made_from(
         assert not too_large or made["fits"] is False
 
 
-PLAN_KEYS = {
-    "model",
-    "architecture",
-    "role",
-    "gpus",
-    "nodes",
-    "gpus_per_node",
-    "gpu",
-    "trtllm_version",
-    "findings",
-    "layouts",
-}
-ROW_KEYS = {"name", "layout", "fits", "kv_copies", "reasons", "findings", "memory", "yaml", "srun"}
-
-
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -158,21 +141,13 @@ ROW_KEYS = {"name", "layout", "fits", "kv_copies", "reasons", "findings", "memor
         ("Gemma-3-27B", ("--gpus", "4", "--gpu", "h100")),
     ],
 )
-def test_the_keys_of_the_json_are_fixed(
+def test_a_plan_repeats_what_was_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, words: tuple[str, ...]
 ) -> None:
     _, out, _ = run(capsys, tmp_path, model, *words, "--output", "json")
     plans = json.loads(out)
-    assert set(plans) == PLAN_KEYS
     assert plans["trtllm_version"] == ("1.2.1" if "1.2.1" in words else None)
-    assert all_keys(plans["layouts"]) == ROW_KEYS
-    assert all_keys([made["layout"] for made in plans["layouts"]]) == ALL_LAYOUT_KEYS
-    findings = [*plans["findings"], *(finding for made in plans["layouts"] for finding in made["findings"])]
-    assert not findings or all_keys(findings) == FINDING_KEYS
     assert ("--trtllm.max_batch_size" in words) == ("H2" in [finding["rule"] for finding in plans["findings"]])
-    memories = [made["memory"] for made in plans["layouts"]]
-    assert all_keys(memories) == MEMORY_KEYS
-    assert all_keys([stage for memory in memories for stage in memory["stages"]]) == STAGE_KEYS
     cluster = {(made["layout"]["nodes"], made["layout"]["gpus_per_node"]) for made in plans["layouts"]}
     assert cluster == {(plans["nodes"], plans["gpus_per_node"])}
 

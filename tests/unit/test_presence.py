@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.control_plane.presence import Presence
-from dynamo_mpi.control_plane.record import Progress, WorldRecord
-from dynamo_mpi.control_plane.worlds import read_worlds
+from dynamo_mpi.control_plane.records import Progress, WorkerRecord, list_workers
 from dynamo_mpi.errors import AuthorisationError, UsageError
 from dynamo_mpi.settings import Settings, load_settings
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.supervision.phases import PhaseProgress
+from dynamo_mpi.talk import RankLogger
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, running_etcd
 from tests.unit.worlds import world
@@ -36,43 +37,39 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def presence() -> Iterator[Presence]:
-    presence = Presence(Voice(0, "n1"), lambda _: None)
+    presence = Presence(
+        RankLogger(0, "n1"),
+        replace(world("agg", engine="reference"), system="http://n1:9090", trace="00-ab-cd-01"),
+        lambda _: None,
+    )
     yield presence
     presence.withdraw()
 
 
-def told(url: str) -> WorldRecord:
-    etcd = Etcd([url], EtcdAuth(), 5)
+def told(url: str) -> WorkerRecord:
+    etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
     try:
-        ((_, _, record),) = read_worlds(etcd)[0]
-        return record
+        (stored,) = list_workers(etcd)[0]
+        return stored.record
     finally:
         etcd.close()
 
 
 def tell(presence: Presence) -> None:
-    presence.tell_in_flight(2)
-    presence.tell_progress(Progress(1, 8, 3, "n2", 0.5))
-    presence.tell_system("http://n1:9090")
-    presence.tell_trace("00-ab-cd-01")
+    presence.on_requests_in_flight(2)
+    presence.on_progress(PhaseProgress("preflight", 1, 8, 3, "n2", 0.5))
 
 
-def said(record: WorldRecord) -> tuple[Any, ...]:
+def said(record: WorkerRecord) -> tuple[Any, ...]:
     return record.in_flight, record.progress, record.system, record.trace
 
 
 ALL = (2, Progress(1, 8, 3, "n2", 0.5), "http://n1:9090", "00-ab-cd-01")
 
 
-def test_what_is_told_before_is_there_from_the_beginning(etcd: str, settings: Settings, presence: Presence) -> None:
-    tell(presence)
-    presence.appear(settings, world("agg"), {"ETCD_ENDPOINTS": etcd})
-    assert said(told(etcd)) == ALL
-
-
 def test_what_is_told_later_is_there_soon(etcd: str, settings: Settings, presence: Presence) -> None:
-    presence.appear(settings, world("agg"), {"ETCD_ENDPOINTS": etcd})
-    assert said(told(etcd)) == (None, None, None, None)
+    presence.appear(settings, {"ETCD_ENDPOINTS": etcd})
+    assert said(told(etcd)) == (None, None, "http://n1:9090", "00-ab-cd-01")
     tell(presence)
     end = time.monotonic() + 5
     while said(told(etcd)) != ALL:
@@ -82,9 +79,9 @@ def test_what_is_told_later_is_there_soon(etcd: str, settings: Settings, presenc
 
 def test_without_etcd_it_may_be_told_all_the_same(settings: Settings, presence: Presence) -> None:
     with closed_port() as port:
-        presence.appear(settings, world("agg"), {"ETCD_ENDPOINTS": f"http://127.0.0.1:{port}"})
+        presence.appear(settings, {"ETCD_ENDPOINTS": f"http://127.0.0.1:{port}"})
     tell(presence)
-    presence.tell("load")
+    presence.on_phase("load")
     presence.withdraw()
 
 
@@ -94,13 +91,28 @@ def test_a_password_is_refused_where_nobody_asks_for_one_or_it_is_wrong(
     with running_etcd() as url:
         who = {"ETCD_ENDPOINTS": url, "ETCD_AUTH_USERNAME": "worker", "ETCD_AUTH_PASSWORD": PASSWORDS["root"]}
         with pytest.raises(UsageError, match="asks nobody who they are"):
-            presence.appear(settings, world("agg"), who)
-        client = Etcd([url], EtcdAuth(), 5)
-        assert client.entries("dynamo_mpi/") == []
+            presence.appear(settings, who)
+        client = GrpcEtcdClient([url], EtcdAuth(), 5)
+        assert client.get_prefix("dynamo_mpi/") == []
         client.close()
         add_users(url, ["dynamo_mpi/"])
         with pytest.raises(AuthorisationError, match="etcd refuses user worker"):
-            presence.appear(settings, world("agg"), who)
-        presence.appear(settings, world("agg"), {**who, "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]})
+            presence.appear(settings, who)
+        presence.appear(settings, {**who, "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]})
         presence.withdraw()
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("engine", "done"), [("reference", 1), ("trtllm", None)])
+def test_progress_of_a_phase_that_is_over_is_left_out(
+    engine: str, done: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Presence(RankLogger(0, "n1"), world("agg", engine=engine), lambda _: None)
+    updates: list[Any] = []
+    monkeypatch.setattr(ours, "_update", lambda progress: updates.append(progress))
+    late = PhaseProgress("load", 1, 2, 1, "n2", 3.0)
+    ours.on_phase("load")
+    ours.on_progress(late)
+    ours.on_phase("serve")
+    ours.on_progress(late)
+    assert [(one.done, one.slowest_host) for one in updates] == [(done, "n2")]

@@ -16,7 +16,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.control_plane.probe import etcd_endpoints, nats_server, probe_control_plane
+from dynamo_mpi.control_plane.connectivity import check_connectivity, nats_server
+from dynamo_mpi.control_plane.endpoints import strip_credentials
+from dynamo_mpi.control_plane.etcd import etcd_endpoints
 from dynamo_mpi.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
 from dynamo_mpi.services.certificates import Certificates
 from tests.certificates import certificates, without_certificate
@@ -43,7 +45,7 @@ def ask(
     *endpoints: str, plane: str = "tcp", timeout: float = TIMEOUT, nats: str = "", authority: str = ""
 ) -> list[str]:
     environ = {"ETCD_ENDPOINTS": ",".join(endpoints), "NATS_SERVER": nats, "ETCD_AUTH_CA": authority}
-    return probe_control_plane(environ, plane, timeout)
+    return check_connectivity(environ, plane, timeout)
 
 
 def trouble(*endpoints: str, nats: str = "") -> str:
@@ -252,6 +254,20 @@ def test_a_dead_nats_is_nobodys_business_on_the_tcp_plane(etcd: str) -> None:
     assert ask(etcd) == [etcd]
 
 
+@pytest.mark.parametrize(
+    ("url", "displayed"),
+    [
+        ("http://h:1", "http://h:1"),
+        ("http://me:hunter2@h:1", "http://h:1"),
+        ("me:hunter2@h", "h"),
+        ("me:hunter2://x@h", "h"),
+        ("tls://me:a://b@c@h:1", "tls://h:1"),
+    ],
+)
+def test_an_address_is_displayed_without_credentials(url: str, displayed: str) -> None:
+    assert strip_credentials(url) == displayed
+
+
 SECRETS = ("hunter2", "p%40ss")
 
 
@@ -331,7 +347,7 @@ def secured(files: Certificates) -> Iterator[str]:
 
 def test_etcd_over_tls_is_shown_our_certificate(secured: str, files: Certificates) -> None:
     environ = files.client_environment()
-    assert probe_control_plane(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10) == [secured]
+    assert check_connectivity(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10) == [secured]
     assert "certificate" in trouble(secured)
 
 
@@ -340,7 +356,7 @@ def test_a_worker_that_etcd_does_not_know_is_not_authorised(secured: str, files:
     wrong = certificates(tmp_path / "theirs").client_environment() | nobody
     for environ, word in ((nobody, "without a certificate"), (wrong, "this worker's certificate")):
         with pytest.raises(AuthorisationError, match=word) as caught:
-            probe_control_plane(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
+            check_connectivity(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
         assert caught.value.exit_code == 77
         assert "ETCD_AUTH_CLIENT_CERT" in caught.value.fix
 
@@ -350,7 +366,7 @@ def test_half_of_a_pair_of_credentials_is_a_usage_error(files: Certificates, sec
     for missing in ("ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY"):
         environ = {name: text for name, text in complete.items() if name != missing}
         with pytest.raises(UsageError, match=f"{missing} isn't"):
-            probe_control_plane(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
+            check_connectivity(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
 
 
 def test_credentials_that_are_none_are_a_usage_error(files: Certificates, secured: str, tmp_path: Path) -> None:
@@ -362,7 +378,7 @@ def test_credentials_that_are_none_are_a_usage_error(files: Certificates, secure
     )  # fmt: skip
     for text in ("/etc/worker.key", "g\u00e4rbage", locked.read_text()):
         with pytest.raises(UsageError, match="ETCD_AUTH_CLIENT_KEY") as caught:
-            probe_control_plane(good | {"ETCD_ENDPOINTS": secured, "ETCD_AUTH_CLIENT_KEY": text}, "tcp", 10)
+            check_connectivity(good | {"ETCD_ENDPOINTS": secured, "ETCD_AUTH_CLIENT_KEY": text}, "tcp", 10)
         assert text not in str(caught.value)
 
 

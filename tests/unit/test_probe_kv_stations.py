@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo_mpi.control_plane.record import WorldRecord
+from dynamo_mpi.control_plane.records import WorkerRecord
 from dynamo_mpi.engines.reference.kv_wire import Deadline
 from dynamo_mpi.probe import kv_lead
 from dynamo_mpi.probe.kv_answer import FAILED, LARGE_BYTES, LATE, OK, Between
@@ -28,6 +28,8 @@ from dynamo_mpi.probe.kv_terms import KvTerms, Offer, Station
 from dynamo_mpi.probe.kv_wire import FETCH, ORDER, TalkError, access_of, talk_to, welcome
 from tests.unit.kv_hosts import needs_nixl, needs_ucx
 from tests.unit.worlds import world
+
+pytestmark = pytest.mark.slow
 
 TOKENS = {"prefill": "ab" * 32, "decode": "cd" * 32}
 RUN = b"r" * 16
@@ -59,7 +61,7 @@ class Side:
 
         self.children[0].keep(hear, self.ended.set)
 
-    def record(self, **changes: Any) -> WorldRecord:
+    def record(self, **changes: Any) -> WorkerRecord:
         contract = {"tp_size": self.ranks, "num_layers": 4, "kv_heads": 3}
         return world(self.role, contract, **{"phase": "load", "probe_kv": self.offer().as_json(), **changes})
 
@@ -95,15 +97,15 @@ def side() -> Iterator[Callable[..., Side]]:
 class Registry:
     """etcd's part: the own record with what it offers, and partners."""
 
-    def __init__(self, own: WorldRecord, *peers: WorldRecord) -> None:
+    def __init__(self, own: WorkerRecord, *peers: WorkerRecord) -> None:
         self.own, self.peers = own, peers
 
-    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorldRecord, list[WorldRecord]]:
+    def offer_kv(self, offer: dict[str, Any]) -> tuple[WorkerRecord, list[WorkerRecord]]:
         self.own = replace(self.own, probe_kv=offer)
         return self.own, list(self.peers)
 
 
-def probe(own: Side, *peers: WorldRecord, transport: str = "tcp", seconds: float = 20) -> list[Between]:
+def probe(own: Side, *peers: WorkerRecord, transport: str = "tcp", seconds: float = 20) -> list[Between]:
     """Do what rank 0 of the second world does."""
     ranks = [Place(f"{own.role[0]}{rank}") for rank in range(own.ranks)]
     registry = Registry(own.record(phase="probe", probe_kv=None), *peers)

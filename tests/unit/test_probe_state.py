@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.health.http import read_request, status_and_body
 from dynamo_mpi.health.state import State, fold, health, live, note, unfold
 from dynamo_mpi.supervision.phases import PHASES
 
@@ -87,18 +86,3 @@ def test_the_body_has_dynamos_shape() -> None:
     assert body["uptime"] == {"secs": 11, "nanos": 250_000_000}
     refused = health(after("phase serve", "runtime 21000"), 61.0, (0, {}))
     assert refused.body["error"] == "the Dynamo runtime does not answer at its port 21000"
-
-
-@given(st.binary())
-def test_no_bytes_are_too_strange(data: bytes) -> None:
-    request = read_request(data)
-    assert request is None or request.line in data
-    status, body = status_and_body(data)
-    assert status >= 0
-    assert body in data or status
-
-
-def test_a_chunked_answer_is_put_together() -> None:
-    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n"
-    assert status_and_body(head + b"3\r\nabc\r\n1;x=y\r\nd\r\n0\r\n\r\n") == (200, b"abcd")
-    assert status_and_body(head + b"zz\r\nabc") == (200, b"")

@@ -21,17 +21,21 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.errors import UsageError
+from dynamo_mpi.health import server
 from dynamo_mpi.health.address import ProbeAddress
 from dynamo_mpi.health.runtime_port import runtime_port, url_of
 from dynamo_mpi.health.start import answer_probes
+from dynamo_mpi.health.state import State
 from dynamo_mpi.launchers.launch import Launch, Launcher
 from dynamo_mpi.services.ports import is_free
 from dynamo_mpi.supervision.liveness_line import Line
 from dynamo_mpi.supervision.liveness_wire import NONCE_BYTES, TOKEN_BYTES, Frame, Join, Kind, prove_rank_zero
 from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from tests.conftest import ROOT
 from tests.unit.test_liveness import Watchtower, heard
+
+pytestmark = pytest.mark.slow
 
 LOOPBACK = {"DYN_SYSTEM_PORT": "0", "DYN_SYSTEM_HOST": "127.0.0.1"}
 PROMPT = 10.0
@@ -221,7 +225,10 @@ def test_a_rank_goes_on_without_its_answers(node: Node) -> None:
         (b"\x16\x03\x01\x02\x00\r\n\r\n", 400),
         (b"GET /live\r\n\r\n", 400),
         (b"GET /live HTTP/1.1\r\nnonsense\r\n\r\n", 400),
-        (b"GET /" + b"x" * 70000, 400),
+        (b"GET /" + b"x" * 70000, 414),
+        (b"GET /live HTTP/1.1\r\nX: " + b"x" * 70000, 431),
+        (b"GET /live HTTP/2.0\r\n\r\n", 505),
+        (b"\xff\r\n\x00:\n\n", 400),
     ],
 )
 def test_requests_of_any_kind_get_an_answer(lasting_node: Node, said: bytes, status: int) -> None:
@@ -351,7 +358,10 @@ def test_health_needs_the_runtimes_own(node: Node, runtime: socket.socket) -> No
 def test_metrics_are_ours_and_the_runtimes(node: Node, runtime: socket.socket) -> None:
     node.do(f"runtime {runtime.getsockname()[1]}")
     node.do("metrics dynamo_mpi_ranks 4\\n")
-    thread = answer_once(runtime, b"HTTP/1.1 200 OK\r\n\r\ndynamo_uptime_seconds 3\n", [])
+    node.do("phase load")
+    node.says("/live", 200, phase="load")
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n6\r\ndynamo\r\n12;x=y\r\n_uptime_seconds 3\n\r\n0\r\n\r\n"
+    thread = answer_once(runtime, answer, [])
     status, body, fields = node.ask("/metrics")
     thread.join()
     assert (status, fields["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
@@ -384,7 +394,7 @@ def test_a_taken_port_is_an_error_on_rank_0_and_a_warning_elsewhere(capfd: pytes
 
         def begin(rank: int, local_rank: int | None) -> object:
             launch = Launch(Launcher.SLURM_PMIX, rank, 4, local_rank)
-            return answer_probes(launch, Voice(rank, "n1"), (), where)
+            return answer_probes(launch, RankLogger(rank, "n1"), (), where)
 
         for local_rank in (0, None):
             error = begin(0, local_rank)
@@ -404,3 +414,26 @@ def test_the_runtimes_port_is_one_that_it_can_read() -> None:
     assert url_of(address) == "http://127.0.0.1:9090"
     assert url_of(ProbeAddress("::", 9090)).startswith("http://")
     assert url_of(ProbeAddress("fd00::1", 9090)) == "http://[fd00::1]:9090"
+
+
+def test_a_client_that_sends_slowly_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its time is that of the whole request: each byte would renew a socket's own timeout."""
+    monkeypatch.setattr(server, "_CLIENT_SECONDS", 0.2)
+    listener = socket.create_server(("127.0.0.1", 0))
+    state = State(0, "n0", os.getpid(), time.time(), time.monotonic(), heard=time.monotonic())
+    with server.ProbeServer(ProbeAddress("127.0.0.1", 0), state, listener) as answering:
+        thread = threading.Thread(target=answering.serve_forever)
+        thread.start()
+        try:
+            with socket.create_connection(listener.getsockname(), PROMPT) as slow:
+                slow.settimeout(0.01)
+                end = time.monotonic() + PROMPT
+                while time.monotonic() < end:
+                    with contextlib.suppress(TimeoutError):
+                        slow.sendall(b"x")
+                        if slow.recv(1) == b"":
+                            break
+                assert time.monotonic() < end
+        finally:
+            answering.shutdown()
+            thread.join()

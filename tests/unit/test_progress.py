@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.observe.progress import describe, facts, intervals, size
 from dynamo_mpi.observe.progress_table import Terminal, table
-from dynamo_mpi.observe.speech import Speech, Style
+from dynamo_mpi.observe.speech import LogFormat, LogWriter
 from dynamo_mpi.observe.ticker import Ticker, chosen
-from dynamo_mpi.supervision.phases import Phases, Span
-from dynamo_mpi.supervision.roll import Progress, RankSpans, Roll
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.settings import load_settings
+from dynamo_mpi.supervision.phases import PhaseProgress, Phases, RankSpans, Span
+from dynamo_mpi.supervision.roll import Roll
+from tests.contexts import rank_context
 
-LOAD = Progress("load", 11, 16, 13, "n03", 142.4)
+LOAD = PhaseProgress("load", 11, 16, 13, "n03", 142.4)
 
 
 def test_the_line() -> None:
@@ -41,7 +43,8 @@ def test_what_is_not_seen_is_not_claimed() -> None:
     )
     assert "/16" not in describe(LOAD, parts_seen=False)
     assert (
-        describe(Progress("load", 0, 2, None, None, 0.0), parts_seen=True) == "load: nothing is known of the ranks yet"
+        describe(PhaseProgress("load", 0, 2, None, None, 0.0), parts_seen=True)
+        == "load: nothing is known of the ranks yet"
     )
 
 
@@ -116,6 +119,17 @@ def test_auto_draws_on_terminals_only() -> None:
     assert chosen("off", is_terminal=True, jsonl=False) == "off"
 
 
+def ticker_of(
+    roll: Roll, phases: Phases, on_progress: Callable[[PhaseProgress], object], mode: str, first: float
+) -> Ticker:
+    settings = load_settings(
+        ["--model", ".", "--engine", "reference", "--progress", mode, "--progress-interval", f"{first}"], {}
+    )
+    ticker = Ticker(rank_context(phases), roll, settings, on_progress)
+    phases.listen(ticker.on_phase)
+    return ticker
+
+
 def _wait_for(condition: object, seconds: float = 10.0) -> None:
     assert callable(condition)
     end = time.monotonic() + seconds
@@ -127,10 +141,8 @@ def _wait_for(condition: object, seconds: float = 10.0) -> None:
 def test_lines_come_while_it_loads_and_none_once_it_serves(capfd: pytest.CaptureFixture[str]) -> None:
     phases = Phases()
     phases.begin("preflight")
-    ticker = Ticker(Roll(["n0", "n1"], phases), phases, Voice(0, "n0"), "plain", 0.1, parts_seen=True)
-    heard: list[Progress] = []
-    ticker.on_progress(lambda _: 1 / 0)  # type: ignore[arg-type] # a listener that fails
-    ticker.on_progress(heard.append)
+    heard: list[PhaseProgress] = []
+    ticker = ticker_of(Roll(["n0", "n1"], phases), phases, heard.append, "plain", 0.1)
     ticker.start()
     phases.begin("load")
     _wait_for(lambda: len(heard) >= 2)
@@ -147,15 +159,14 @@ def test_lines_come_while_it_loads_and_none_once_it_serves(capfd: pytest.Capture
 
 def test_a_quick_phase_says_nothing_and_off_is_off(capfd: pytest.CaptureFixture[str]) -> None:
     phases = Phases()
-    heard: list[Progress] = []
-    ticker = Ticker(Roll(["n0"], phases), phases, Voice(0, "n0"), "off", 0.1, parts_seen=True)
-    ticker.on_progress(heard.append)
+    heard: list[PhaseProgress] = []
+    ticker = ticker_of(Roll(["n0"], phases), phases, heard.append, "off", 0.1)
     ticker.start()
     phases.begin("load")
     _wait_for(lambda: heard)
     ticker.close()
     ticker._thread.join(5)
-    quick = Ticker(Roll(["n0"], phases), phases, Voice(0, "n0"), "plain", 300.0, parts_seen=True)
+    quick = ticker_of(Roll(["n0"], phases), phases, heard.append, "plain", 300.0)
     quick.start()
     phases.begin("serve")
     quick._thread.join(5)
@@ -164,15 +175,16 @@ def test_a_quick_phase_says_nothing_and_off_is_off(capfd: pytest.CaptureFixture[
 
 
 PROGRAM = """
-from dynamo_mpi.observe.speech import speech
-speech.draw(["a table", "of two lines"])
-speech.speak(0, "n1", "in between")
-speech.relay(b"somebody else\\n")
-speech.draw(["one line"])
-speech.relay(b"half ")
-speech.relay(b"a line\\n")
-speech.draw([])
-speech.speak(0, "n1", "end")
+from dynamo_mpi.observe.levels import Level
+from dynamo_mpi.observe.speech import log_writer
+log_writer.set_status_lines(["a table", "of two lines"])
+log_writer.emit(0, "n1", "in between", Level.INFO)
+log_writer.write_raw(b"somebody else\\n")
+log_writer.set_status_lines(["one line"])
+log_writer.write_raw(b"half ")
+log_writer.write_raw(b"a line\\n")
+log_writer.set_status_lines([])
+log_writer.emit(0, "n1", "end", Level.INFO)
 """
 
 
@@ -228,7 +240,7 @@ def test_lines_and_what_is_drawn_do_not_mix() -> None:
 
 
 def test_nothing_is_drawn_where_nothing_was_asked_for(capfd: pytest.CaptureFixture[str]) -> None:
-    speech = Speech(Style())
-    speech.draw(())
-    speech.relay(b"x\n")
+    log_writer = LogWriter(LogFormat())
+    log_writer.set_status_lines(())
+    log_writer.write_raw(b"x\n")
     assert capfd.readouterr().err == "x\n"

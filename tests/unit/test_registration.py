@@ -13,14 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd, Lease
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.etcd import EtcdAuth, Lease
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.errors import TemporaryError
 from dynamo_mpi.exit_codes import ExitCode
 from tests.dynamo.running import EtcdServer
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd
+from tests.unit.recorded_log import RecordedLog
+
+pytestmark = pytest.mark.slow
 
 SECONDS = 3
 ENDPOINT = "dyn://dynamo.backend.generate"
@@ -31,7 +34,7 @@ class Registered:
     """A worker's keys under a lease that is kept alive as long as one asks for it."""
 
     def __init__(self, url: str, seconds: int = 60) -> None:
-        self.etcd = Etcd([url], EtcdAuth(), 5)
+        self.etcd = GrpcEtcdClient([url], EtcdAuth(), 5)
         self.lease: Lease = self.etcd.grant(seconds)
         self.keys = [f"v1/{what}/{PATH}/{self.lease.id:x}" for what in ("instances", "mdc")]
         for key in (*self.keys, f"{self.keys[1]}/an-adapter", f"v1/event_channels/{PATH}/{self.lease.id:x}"):
@@ -42,25 +45,25 @@ class Registered:
 
         for key in keys:
             request = etcdrpc.DeleteRangeRequest(key=key.encode())
-            self.etcd._call(lambda channel: etcdrpc.KVStub(channel).DeleteRange, request)
+            self.etcd._call("KV", "DeleteRange", request)
 
     def there(self) -> set[str]:
-        return {entry.key for entry in self.etcd.entries("v1/") if entry.lease == self.lease.id}
+        return {entry.key for entry in self.etcd.get_prefix("v1/") if entry.lease == self.lease.id}
 
 
 class Watched:
     """Makes watches, and has what they said and told."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.log = RecordedLog()
         self.lost: queue.SimpleQueue[TemporaryError] = queue.SimpleQueue()
-        self._watches: list[RegistrationWatch] = []
+        self._watches: list[RegistrationMonitor] = []
 
-    def __call__(self, url: str, instance: int, *, pauses: bool = False, **environ: str) -> RegistrationWatch:
+    def __call__(self, url: str, instance: int, *, pauses: bool = False, **environ: str) -> RegistrationMonitor:
         variables = {"ETCD_ENDPOINTS": url, "ETCD_LEASE_TTL": str(SECONDS), **environ}
-        watch = RegistrationWatch(ENDPOINT, variables, 1, self.said.append, pauses=pauses)
+        watch = RegistrationMonitor(ENDPOINT, variables, 1, self.log, pauses=pauses)
         self._watches.append(watch)
-        watch.begin(instance, self.lost.put)
+        watch.start(instance, self.lost.put)
         return watch
 
     def close(self) -> None:
@@ -102,11 +105,11 @@ def test_what_somebody_deletes_is_written_again_as_it_was(etcd: str, watched: Wa
     adapter = f"{worker.keys[1]}/an-adapter"
     worker.delete(*worker.keys, adapter)
     eventually(kept)
-    assert {entry.key: entry.value for entry in worker.etcd.entries("v1/") if entry.key in worker.keys} == {
+    assert {entry.key: entry.value for entry in worker.etcd.get_prefix("v1/") if entry.key in worker.keys} == {
         key: key.encode() for key in worker.keys
     }
     assert adapter not in worker.there(), "that is dynamo.trtllm's own to load and unload"
-    assert watched.said == ["somebody had deleted this worker's keys in etcd; they are written again"]
+    assert watched.log.lines == ["this worker's keys in etcd had been deleted; they are written again"]
 
 
 def test_a_worker_that_pauses_takes_itself_out(etcd: str, watched: Watched) -> None:
@@ -138,13 +141,13 @@ def test_after_its_stop_nothing_is_written(etcd: str, watched: Watched) -> None:
     assert not set(worker.keys) & worker.there()
     worker.etcd.revoke(worker.lease.id, 5)
     assert watched.lost.empty()
-    assert "doesn't know it any more" in watch.lost_lease()
+    assert "doesn't know it any more" in watch.lost_lease_reason()
 
 
 def test_a_lease_that_is_lost_is_told_once(etcd: str, watched: Watched) -> None:
     worker = Registered(etcd, SECONDS)
     watch = watched(etcd, worker.lease.id)
-    assert watch.lost_lease() == ""
+    assert watch.lost_lease_reason() == ""
     worker.etcd.revoke(worker.lease.id, 5)
     error = watched.lost.get(timeout=20)
     assert error.exit_code == ExitCode.TEMPORARY
@@ -161,16 +164,19 @@ def test_an_etcd_that_does_not_answer_is_waited_for_as_long_as_the_lease_lives(w
         error = watched.lost.get(timeout=30)
         assert time.monotonic() - begin >= SECONDS
         assert "longer than this worker's lease lives (3 s)" in error.found
-        assert "etcd was away for longer" in watch.lost_lease()
+        assert "etcd was away for longer" in watch.lost_lease_reason()
 
 
 # begins, says so, and says what it is told
 WATCHING = f"""
 import sys, time
 from functools import partial
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
+from dynamo_mpi.talk import RankLogger
 say, environ = partial(print, flush=True), {{"ETCD_ENDPOINTS": sys.argv[1], "ETCD_LEASE_TTL": "{SECONDS}"}}
-RegistrationWatch({ENDPOINT!r}, environ, 1, say).begin(int(sys.argv[2]), say)
+class Log(RankLogger):
+    info = staticmethod(say)
+RegistrationMonitor({ENDPOINT!r}, environ, 1, Log(0, "here")).start(int(sys.argv[2]), say)
 say("watches")
 time.sleep(600)
 """
@@ -202,7 +208,7 @@ def test_a_process_that_stood_still_does_not_take_it_for_etcds_silence(tmp_path:
                 begin = time.monotonic()
                 eventually(lambda: later(2 * SECONDS))
                 worker.delete(*worker.keys)
-                assert process.stdout.readline().startswith("somebody had deleted this worker's keys")
+                assert process.stdout.readline().startswith("this worker's keys in etcd had been deleted")
             finally:
                 process.kill()
     finally:
@@ -214,9 +220,9 @@ def test_an_etcd_that_refuses_to_say_is_warned_of_once(watched: Watched) -> None
         worker = Registered(url)
         add_users(url, ["dynamo_mpi/"])
         watched(url, worker.lease.id, ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["worker"])
-        eventually(lambda: len(watched.said) == 1)
+        eventually(lambda: len(watched.log.lines) == 1)
         begin = time.monotonic()
         eventually(lambda: time.monotonic() > begin + 2 * SECONDS)
-    (line,) = watched.said
+    (line,) = watched.log.lines
     assert "whether this worker stays registered can't be seen: etcd refuses us" in line
     assert watched.lost.empty()

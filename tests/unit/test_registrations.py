@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.record import record_key
+from dynamo_mpi.control_plane.etcd import EtcdAuth
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.control_plane.records import record_key
 from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
 from dynamo_mpi.launch.registrations import SECONDS, take_out
 from dynamo_mpi.services import etcd as services
@@ -29,6 +29,8 @@ from tests.conftest import ROOT, run_command
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, drip, listening, reply, running, running_etcd, running_secured_etcd
 from tests.unit.worlds import world
+
+pytestmark = pytest.mark.slow
 
 LAUNCH = "dynmpi-0a1b2c3d-decode-0"
 # beyond the product's own limit, on a busy machine
@@ -45,12 +47,12 @@ def etcd() -> Iterator[str]:
 class Left:
     """What a worker has left in an etcd."""
 
-    etcd: Etcd
+    etcd: GrpcEtcdClient
     keys: tuple[str, ...]
 
     def there(self) -> list[bool]:
         """Tell of each key whether it is still there."""
-        return [any(entry.key == key for entry in self.etcd.entries(key)) for key in self.keys]
+        return [any(entry.key == key for entry in self.etcd.get_prefix(key)) for key in self.keys]
 
 
 Leave = Callable[..., Left]
@@ -59,13 +61,13 @@ Leave = Callable[..., Left]
 @pytest.fixture
 def leave() -> Iterator[Leave]:
     """Write what Dynamo and the worker would have written, under leases that outlive the test."""
-    connections: list[Etcd] = []
-    leases: list[tuple[Etcd, int]] = []
+    connections: list[GrpcEtcdClient] = []
+    leases: list[tuple[GrpcEtcdClient, int]] = []
 
     def begin(
         environ: Mapping[str, str], launch: str | None = LAUNCH, *, registered: bool = True, **record: str
     ) -> Left:
-        etcd = Etcd([environ["ETCD_ENDPOINTS"]], EtcdAuth.of(environ), 5)
+        etcd = GrpcEtcdClient([environ["ETCD_ENDPOINTS"]], EtcdAuth.from_env(environ), 5)
         connections.append(etcd)
         instance, own = (etcd.grant(600).id for _ in range(2))
         leases.extend((etcd, lease) for lease in (instance, own))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.last_failure import Origin
+from dynamo_mpi.control_plane.failure_records import WorkerIdentity
 from dynamo_mpi.launch.command import Command
 from dynamo_mpi.launch.deployment import Worker
 from dynamo_mpi.launch.reports import Beginning, is_reported
@@ -29,10 +29,10 @@ def test_whose_failure_it_is_follows_from_the_command_line(tmp_path: Path) -> No
         "SLURM_JOB_ID": "7",
     }
     endpoint = "dyn://dynamo.backend.generate"
-    usual = Origin("decode", "backend", "dynamo", endpoint, "m", "x-decode-0", "7", None, 2)
+    usual = WorkerIdentity("decode", "backend", "dynamo", endpoint, "m", "x-decode-0", "7", None, 2)
     assert begun(tmp_path, **environment).origin == usual
     named = begun(tmp_path, "--component=c", "--namespace", "n", SERVED_MODEL_NAME="s", DYN_NAMESPACE="other").origin
-    assert named == Origin("decode", "c", "n", "dyn://n.c.generate", "s", None, None, None, 1)
+    assert named == WorkerIdentity("decode", "c", "n", "dyn://n.c.generate", "s", None, None, None, 1)
     named = begun(tmp_path, "--endpoint", "dyn://a.b.c", DYN_COMPONENT="other").origin
     assert (named.namespace, named.component, named.endpoint, named.model) == ("a", "b", "dyn://a.b.c", "-")
 

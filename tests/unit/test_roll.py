@@ -9,8 +9,8 @@ import pytest
 
 from dynamo_mpi.fields import pack
 from dynamo_mpi.supervision.liveness_wire import WireError
-from dynamo_mpi.supervision.phases import Phases, Span
-from dynamo_mpi.supervision.roll import BEFORE, Progress, RankSpans, Roll, pack_spans, progress_of
+from dynamo_mpi.supervision.phases import BEFORE, PhaseProgress, Phases, RankSpans, Span
+from dynamo_mpi.supervision.roll import Roll, pack_spans, progress_of
 
 
 def rank(number: int, *spans: Span, began: float = 100.0) -> RankSpans:
@@ -25,12 +25,12 @@ def test_progress_names_one_that_has_not_begun() -> None:
         rank(3, Span("preflight", 0.1, lasted=0.4)),
         rank(4),
     ]
-    assert progress_of("load", ranks, 110.0) == Progress("load", 1, 5, 3, "n1", 9.5)
+    assert progress_of("load", ranks, 110.0) == PhaseProgress("load", 1, 5, 3, "n1", 9.5)
 
 
 def test_of_ranks_at_it_the_one_that_has_been_at_it_for_longest_is_named() -> None:
     ranks = [rank(0, Span("load", 1.0, own=3.0)), rank(1, Span("load", 1.0)), rank(2, Span("load", 0.5))]
-    assert progress_of("load", ranks, 110.0) == Progress("load", 1, 3, 2, "n1", 9.5)
+    assert progress_of("load", ranks, 110.0) == PhaseProgress("load", 1, 3, 2, "n1", 9.5)
 
 
 def test_of_ranks_that_tell_what_they_have_read_the_one_that_has_read_least_is_named() -> None:
@@ -39,23 +39,23 @@ def test_of_ranks_that_tell_what_they_have_read_the_one_that_has_read_least_is_n
         rank(1, Span("load", 1.0))._replace(read=5),
         rank(2, Span("load", 0.5))._replace(read=70),
     ]
-    assert progress_of("load", ranks, 110.0) == Progress("load", 1, 3, 1, "n0", 9.0, 76, 5)
+    assert progress_of("load", ranks, 110.0) == PhaseProgress("load", 1, 3, 1, "n0", 9.0, 76, 5)
     silent = [*ranks[:2], ranks[2]._replace(read=None)]
-    assert progress_of("load", silent, 110.0) == Progress("load", 1, 3, 2, "n1", 9.5)
+    assert progress_of("load", silent, 110.0) == PhaseProgress("load", 1, 3, 2, "n1", 9.5)
 
 
 def test_of_ranks_that_are_all_through_the_slowest_is_named() -> None:
     ranks = [rank(0, Span("load", 1.0, own=3.0)), rank(1, Span("load", 1.0, own=5.0, lasted=6.0))]
-    assert progress_of("load", ranks, 110.0) == Progress("load", 2, 2, 1, "n0", 5.0)
+    assert progress_of("load", ranks, 110.0) == PhaseProgress("load", 2, 2, 1, "n0", 5.0)
 
 
 def test_a_rank_that_is_in_a_later_phase_is_through() -> None:
     ranks = [rank(0, Span("prove", 5.0)), rank(1, Span("load", 1.0, lasted=2.0), Span("serve", 3.0))]
-    assert progress_of("prove", ranks, 106.0) == Progress("prove", 1, 2, 0, "n0", 1.0)
+    assert progress_of("prove", ranks, 106.0) == PhaseProgress("prove", 1, 2, 0, "n0", 1.0)
 
 
 def test_ranks_that_have_told_nothing_are_not_through() -> None:
-    assert progress_of("load", [rank(0), rank(1)], 110.0) == Progress("load", 0, 2, None, None, 0.0)
+    assert progress_of("load", [rank(0), rank(1)], 110.0) == PhaseProgress("load", 0, 2, None, None, 0.0)
 
 
 def test_a_phase_that_runs_longer_never_makes_fewer_ranks_done() -> None:

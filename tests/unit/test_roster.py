@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_mpi.launchers.placement import describe_ranks, hosts
 from dynamo_mpi.preflight.inquiry import Card
-from dynamo_mpi.preflight.roster import check_roster, describe_ranks, hosts
+from dynamo_mpi.preflight.roster import check_roster
 
 COMMAND = "command line: is `a`, on rank 0 `b`"
 CONFIG = "engine config: /e.yaml differs, first at line 1: `a: 1`, on rank 0 `a: 2`"

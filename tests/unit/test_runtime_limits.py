@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
+from dynamo_mpi.control_plane.etcd import EtcdAuth
 from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.runtime_limits import require_etcd, require_nats, runtime_version
+from dynamo_mpi.control_plane.runtime_compat import require_etcd, require_nats, runtime_version
 from dynamo_mpi.errors import UsageError
 
 SECURED, PLAIN = "https://h:1", "http://h:1"
@@ -68,7 +68,7 @@ def test_what_it_can_not_is_refused(endpoints: list[str], auth: EtcdAuth, word: 
         (True, NatsAuth(), None, True, ""),
         (True, NatsAuth(), (1, 4), False, "1.4 can't"),
         (False, NatsAuth(), (1, 4), True, "1.4 can't"),
-        (False, NatsAuth(), (1, 6), True, "takes nobody without TLS"),
+        (False, NatsAuth(), (1, 6), True, "this NATS requires TLS"),
         (False, NatsAuth(insecure=True), (1, 6), False, "NATS_TLS_\\* is set"),
     ],
 )

@@ -19,7 +19,7 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.run_dir import RunDir
-from dynamo_mpi.operating.place import locate
+from dynamo_mpi.operating.deployment import find_deployment
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
 from tests.servers import closed_port, running_nats, running_secured_etcd
@@ -186,7 +186,7 @@ def test_an_odd_field_is_told_and_the_rest_is_shown(board: Board, run: Run, chan
     key = board.worker("agg", phase="serve", **changes)
     found = as_json(run)
     assert [worker["phase"] for worker in found["workers"]] == ["serve"]
-    told = [text for text in found["warnings"] if text.startswith(f"{key}: {next(iter(changes))} is no ")]
+    told = [text for text in found["warnings"] if text.startswith(f"{key}: {next(iter(changes))} is not ")]
     # half of a progress is none
     assert told or "progress" in changes
     assert run()[0] == 0
@@ -202,10 +202,15 @@ def test_an_odd_field_is_told_and_the_rest_is_shown(board: Board, run: Run, chan
         ([1], "no JSON object"),
         ({"schema": 99}, "of schema 99, not 1"),
         ({"schema": "\x1b[2J" * 99}, "of schema "),
-        ({"schema": 1}, "without namespace"),
+        ({"schema": 1}, "role is missing"),
         (
-            {"schema": 1, "namespace": "other", **dict.fromkeys(("component", "model", "role", "phase", "host"), "x")},
-            "elsewhere",
+            {
+                "schema": 1,
+                "pid": 7,
+                "namespace": "other",
+                **dict.fromkeys(("component", "model", "role", "phase", "host"), "x"),
+            },
+            "under the key of another worker",
         ),
     ],
 )
@@ -316,7 +321,7 @@ def test_a_run_folder_says_where_and_who_should_be_there(
 def test_an_end_that_makes_no_sense(tmp_path: Path, changes: dict[str, Any], known: int | None) -> None:
     content = {"schema": 1, "exit_code": 66, "report": "", "time": 1.0, **changes}
     (tmp_path / "ended.json").write_text(json.dumps(content))
-    ended = locate(tmp_path, {}).ended
+    ended = find_deployment(tmp_path, {}).end
     assert (None if ended is None else ended.exit_code) == known
 
 

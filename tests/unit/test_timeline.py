@@ -16,17 +16,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.errors import DataError, UsageError
-from dynamo_mpi.observe.timeline import FAILED, STOPPED, Start, pack_starts, printable, unpack_starts
-from dynamo_mpi.observe.timeline_bars import place, rows_of
-from dynamo_mpi.observe.timeline_facts import facts_of, headline, identity, seconds, sentences
-from dynamo_mpi.observe.timeline_files import read_starts, write_timeline
-from dynamo_mpi.observe.timeline_page import page
-from dynamo_mpi.observe.timeline_paths import trace_path
-from dynamo_mpi.observe.timeline_scale import Scale, scale_for
-from dynamo_mpi.observe.timeline_text import text
-from dynamo_mpi.observe.timeline_trace import trace
-from dynamo_mpi.supervision.phases import PHASES, Span
-from dynamo_mpi.supervision.roll import BEFORE, RankSpans
+from dynamo_mpi.supervision.phases import BEFORE, PHASES, RankSpans, Span
+from dynamo_mpi.telemetry.startup_summary import (
+    Scale,
+    align,
+    describe_phases,
+    describe_worker,
+    format_seconds,
+    headline,
+    rows_of,
+    scale_for,
+    summarize_phases,
+)
+from dynamo_mpi.telemetry.startup_trace import (
+    FAILED,
+    STOPPED,
+    StartupTrace,
+    decode_traces,
+    encode_traces,
+    printable,
+    read_traces,
+)
+from dynamo_mpi.telemetry.timeline_page import page
+from dynamo_mpi.telemetry.timeline_text import perfetto_trace, text
+from dynamo_mpi.telemetry.trace_writer import perfetto_path, write_timeline
 from tests.unit.timelines import BEGAN, HOSTILE, mishap, services, skewed, start_of
 from tests.unit.trace_format import check_trace
 
@@ -35,28 +48,28 @@ TAGS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "section",
 TAGS |= {"svg", "defs", "pattern", "g", "rect", "path", "text", "table", "caption", "thead", "tbody", "tr", "th", "td"}
 
 
-def rounded(start: Start) -> Start:
+def rounded(start: StartupTrace) -> StartupTrace:
     """Return a start as JSON keeps it."""
-    (found,) = unpack_starts(json.dumps(pack_starts([start])))
+    (found,) = decode_traces(json.dumps(encode_traces([start])))
     return found
 
 
-def words_of(start: Start) -> list[str]:
+def words_of(start: StartupTrace) -> list[str]:
     rows = rows_of(start, start.origin)
-    return sentences(start, facts_of(rows), rows)
+    return describe_phases(start, summarize_phases(rows), rows)
 
 
 @pytest.mark.parametrize("start", [start_of(16), start_of(16, failed=3), skewed(), services()], ids=str)
-def test_a_start_is_read_back_from_page_and_trace(tmp_path: Path, start: Start) -> None:
+def test_a_start_is_read_back_from_page_and_trace(tmp_path: Path, start: StartupTrace) -> None:
     path = tmp_path / "deep" / "start.html"
     write_timeline(path, [start, start])
-    assert read_starts(path) == read_starts(trace_path(path)) == (rounded(start), rounded(start))
+    assert read_traces(path) == read_traces(perfetto_path(path)) == (rounded(start), rounded(start))
     assert path.stat().st_mode & 0o077 == 0
     assert sorted(found.name for found in path.parent.iterdir()) == ["start.html", "start.trace.json"]
 
 
 def content(**changes: Any) -> str:
-    whole = pack_starts([start_of(1, 1)])
+    whole = encode_traces([start_of(1, 1)])
     whole["workers"][0] |= changes
     return json.dumps(whole)
 
@@ -95,22 +108,22 @@ def test_what_is_no_timeline_is_refused(tmp_path: Path, data: str) -> None:
     path = tmp_path / "start.html"
     path.write_text(data, encoding="utf-8")
     with pytest.raises(DataError, match="is no timeline"):
-        read_starts(path)
+        read_traces(path)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
-        read_starts(tmp_path / "start.html")
+        read_traces(tmp_path / "start.html")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="is no timeline"):
-        read_starts(tmp_path / "bytes")
+        read_traces(tmp_path / "bytes")
 
 
 def test_what_a_later_version_adds_is_left_out() -> None:
-    whole = pack_starts([start_of(2)])
+    whole = encode_traces([start_of(2)])
     whole["new"] = whole["workers"][0]["new"] = whole["workers"][0]["ranks"][0]["new"] = 1
     whole["workers"][0]["ranks"][0]["spans"][0].append("new")
-    assert unpack_starts(json.dumps(whole)) == (rounded(start_of(2)),)
+    assert decode_traces(json.dumps(whole)) == (rounded(start_of(2)),)
 
 
 def test_the_slowest_is_named_with_how_late_it_was() -> None:
@@ -145,13 +158,15 @@ def test_a_failure_and_an_end_are_told() -> None:
     assert re.fullmatch(r"ready after 1\d\d s; ended in order after 2 h 16 min", headline(served))
     late = replace(served, outcome=FAILED, failure=mishap(3, "n0"))
     assert re.fullmatch(r"ready after 1\d\d s; failed in load after 2 h 16 min with exit code 70", headline(late))
-    assert identity(served) == "prefill worker (trtllm), tp 16, ep 16, 16 ranks on 2 nodes, job 4711.2, attempt 1"
+    assert (
+        describe_worker(served) == "prefill worker (trtllm), tp 16, ep 16, 16 ranks on 2 nodes, job 4711.2, attempt 1"
+    )
 
 
 def test_durations_are_written_as_people_read_them() -> None:
     values = (-1.0, 0.0, 0.0042, 0.9994, 0.9996, 2.414, 24.14, 142.0, 3599.0, 7980.0)
     written = ["0 ms", "0 ms", "4 ms", "999 ms", "1.00 s", "2.41 s", "24.1 s", "142 s", "3599 s", "2 h 13 min"]
-    assert [seconds(value) for value in values] == written
+    assert [format_seconds(value) for value in values] == written
 
 
 def test_phases_over_each_other_are_cut_off_and_told() -> None:
@@ -198,10 +213,10 @@ def test_hours_of_serving_leave_the_start_its_room() -> None:
 def test_workers_that_started_together_share_one_clock() -> None:
     near, far = start_of(4, name="decode-0", began=BEGAN + 30), start_of(4, name="decode-0", began=BEGAN + 90_000)
     first = start_of(4)
-    (_, later), together = place([first, near])
+    (_, later), together = align([first, near])
     assert together
     assert min(bar.begin for row in later.rows for bar in row.bars) == pytest.approx(near.origin - first.origin)
-    (_, apart), together = place([first, far])
+    (_, apart), together = align([first, far])
     assert not together
     assert min(bar.begin for row in apart.rows for bar in row.bars) == 0
     assert "time axis of its own" in page([first, far])
@@ -240,7 +255,7 @@ def test_no_text_becomes_a_part_of_the_page() -> None:
 @pytest.mark.parametrize(
     "start", [start_of(3, 3, load=2.5), start_of(512), start_of(512, 1)], ids=["3", "512", "1 a node"]
 )
-def test_a_page_is_small_and_has_it_all_in_numbers_too(start: Start) -> None:
+def test_a_page_is_small_and_has_it_all_in_numbers_too(start: StartupTrace) -> None:
     written = page([start])
     assert len(written.encode()) < MOST_BYTES
     table = re.findall(r'<th scope="row">(\w+)</th>', written)
@@ -261,7 +276,9 @@ def test_a_page_of_every_phase_of_512_ranks_is_small() -> None:
 
 
 def test_a_trace_has_a_process_for_each_node_and_a_thread_for_each_rank() -> None:
-    found = trace([start_of(16, failed=11), start_of(8, name="decode-0", began=BEGAN + 5), skewed(), services()])
+    found = perfetto_trace(
+        [start_of(16, failed=11), start_of(8, name="decode-0", began=BEGAN + 5), skewed(), services()]
+    )
     check_trace(found)
     names = {event["args"]["name"] for event in found["traceEvents"] if event["name"] == "process_name"}
     assert {"prefill-0 on n000", "prefill-0 on n001", "decode-0 on n000"} <= names
@@ -308,6 +325,6 @@ def test_whatever_ranks_tell_can_be_drawn(told: list[list[Span]], written: float
     places = [float(value) for value in re.findall(r' (?:x|width)="(-?[\d.e+-]+)"', drawn)]
     assert all(0 <= value <= 1200 for value in places)
     assert drawn.count('<rect class="b ') == sum(map(len, told))
-    check_trace(trace([start]))
+    check_trace(perfetto_trace([start]))
     assert text([start], 100)
-    assert unpack_starts(json.dumps(pack_starts([start])))
+    assert decode_traces(json.dumps(encode_traces([start])))

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.observe.timeline import Start
-from dynamo_mpi.observe.timeline_page import page
-from dynamo_mpi.observe.timeline_style import DARK, LIGHT
+from dynamo_mpi.telemetry.startup_trace import StartupTrace
+from dynamo_mpi.telemetry.timeline_page import DARK, LIGHT, page
 from tests.browser import Browser, find_browser
 from tests.unit.timelines import BEGAN, HOSTILE, services, skewed, start_of
+
+pytestmark = pytest.mark.slow
 
 # what the page looks like to the browser; a text's box has two pixels of air above and below its letters
 LOOK = """
@@ -48,7 +49,7 @@ def browser() -> Browser:
     return find_browser()
 
 
-CASES: dict[str, list[Start]] = {
+CASES: dict[str, list[StartupTrace]] = {
     "3 ranks": [start_of(3, 3, load=2.5)],
     "16 ranks": [start_of(16)],
     "512 ranks": [start_of(512)],

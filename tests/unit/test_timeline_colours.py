@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 
-from dynamo_mpi.observe.timeline_facts import ORDER
-from dynamo_mpi.observe.timeline_style import DARK, LIGHT, Scheme
+from dynamo_mpi.telemetry.startup_summary import ORDER
+from dynamo_mpi.telemetry.timeline_page import DARK, LIGHT, Scheme
 
 Triple = tuple[float, float, float]
 # Machado, Oliveira, Fernandes: A Physiologically-based Model for Simulation of Color Vision Deficiency (2009), severity 1.0

@@ -15,7 +15,8 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.milestones import Milestones
-from dynamo_mpi.observe.timeline_files import read_starts, write_timeline
+from dynamo_mpi.telemetry.startup_trace import read_traces
+from dynamo_mpi.telemetry.trace_writer import write_timeline
 from tests.conftest import ROOT
 from tests.unit.timelines import BEGAN, start_of
 
@@ -36,7 +37,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def names(path: Path) -> list[str]:
-    return [start.name for start in read_starts(path)]
+    return [start.name for start in read_traces(path)]
 
 
 def test_a_deployment_is_one_page_its_services_first_and_prefill_before_decode(
@@ -48,7 +49,7 @@ def test_a_deployment_is_one_page_its_services_first_and_prefill_before_decode(
     assert capsys.readouterr().out == ""
     assert main(["timeline", str(out), "-o", str(tmp_path / "all.json")]) == 0
     assert names(tmp_path / "all.json") == names(out)
-    (launch, *_) = read_starts(out)
+    (launch, *_) = read_traces(out)
     assert [span.phase for span in launch.ranks[0].spans] == ["check", "services"]
     assert abs(launch.origin - time.time()) < 60
 

@@ -10,19 +10,18 @@ from typing import Any, cast
 
 import pytest
 
-from dynamo_mpi.control_plane.record import RecordedLayout, WorldRecord
-from dynamo_mpi.observe import timeline_files, timeline_writer
-from dynamo_mpi.observe.timeline_files import read_starts
-from dynamo_mpi.observe.timeline_paths import forget_timeline, trace_path
-from dynamo_mpi.observe.timeline_writer import TimelineWriter
+from dynamo_mpi.control_plane.records import RecordedLayout, WorkerRecord
 from dynamo_mpi.supervision.failure import Cause, Failure
 from dynamo_mpi.supervision.guard import Guard
 from dynamo_mpi.supervision.phases import Phases
 from dynamo_mpi.supervision.roll import Roll
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.telemetry import trace_writer
+from dynamo_mpi.telemetry.startup_trace import read_traces
+from dynamo_mpi.telemetry.trace_writer import TraceWriter, perfetto_path, remove_stale_timeline
 from tests.dynamo.running import eventually
 
-RECORD = WorldRecord(
+RECORD = WorkerRecord(
     role="agg",
     engine="reference",
     namespace="n",
@@ -44,11 +43,11 @@ RECORD = WorldRecord(
 )
 
 
-def writer_of(path: Path, *failures: Failure) -> TimelineWriter:
+def writer_of(path: Path, *failures: Failure) -> TraceWriter:
     phases = Phases()
     phases.begin("load")
     guard = SimpleNamespace(failures=failures, roll=Roll(["n0", "n1"], phases))
-    return TimelineWriter(path, RECORD, cast(Guard, guard), Voice(0, "n0"))
+    return TraceWriter(path, RECORD, cast(Guard, guard), RankLogger(0, "n0"))
 
 
 @pytest.mark.parametrize(
@@ -61,8 +60,8 @@ def writer_of(path: Path, *failures: Failure) -> TimelineWriter:
 )
 def test_how_it_came_out_is_told(tmp_path: Path, failures: tuple[Failure, ...], outcome: str, told: int | None) -> None:
     path = tmp_path / "start.html"
-    writer_of(path, *failures).finish()
-    (start,) = read_starts(path)
+    writer_of(path, *failures).on_exit(0)
+    (start,) = read_traces(path)
     assert (start.outcome, start.attempt, start.job, start.model) == (outcome, 3, "7", "a\ufffdmodel")
     if failures:
         assert start.failure is not None
@@ -73,8 +72,8 @@ def test_how_it_came_out_is_told(tmp_path: Path, failures: tuple[Failure, ...], 
 def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     writer = writer_of(tmp_path / "file" / "start.html")
-    writer.ready()
-    writer.finish()
+    writer.on_ready()
+    writer.on_exit(0)
     said = capfd.readouterr().err
     assert f"warning: the timeline {tmp_path}/file/start.html can't be written: Not a directory" in said
     assert "Traceback" not in said
@@ -89,11 +88,11 @@ def test_a_file_system_that_hangs_keeps_neither_requests_nor_the_end(
         go_on.wait(60)
         written.append(starts[0].outcome)
 
-    monkeypatch.setattr(timeline_files, "write_timeline", hang)
-    monkeypatch.setattr(timeline_writer, "_END_SECONDS", 0.05)
+    monkeypatch.setattr(trace_writer, "write_timeline", hang)
+    monkeypatch.setattr(trace_writer, "_END_SECONDS", 0.05)
     writer = writer_of(tmp_path / "start.html")
-    writer.ready()
-    writer.finish()
+    writer.on_ready()
+    writer.on_exit(0)
     assert written == []
     go_on.set()
     eventually(lambda: len(written) == 2, "both are written")
@@ -103,9 +102,9 @@ def test_a_file_system_that_hangs_keeps_neither_requests_nor_the_end(
 
 def test_what_an_earlier_start_has_left_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "start.html"
-    writer_of(path).finish()
+    writer_of(path).on_exit(0)
     assert path.exists()
-    assert trace_path(path).exists()
-    forget_timeline(path)
-    forget_timeline(path)
+    assert perfetto_path(path).exists()
+    remove_stale_timeline(path)
+    remove_stale_timeline(path)
     assert list(tmp_path.iterdir()) == []

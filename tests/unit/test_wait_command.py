@@ -16,7 +16,7 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.run_dir import RunDir
-from dynamo_mpi.operating import waiting
+from dynamo_mpi.operating import wait as waiting
 from tests.certificates import certificates, without_certificate
 from tests.servers import closed_port, drip, listening, reply, running_secured_etcd
 from tests.unit.board import Board
@@ -43,14 +43,14 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def begin(*words: str, then: Callable[[], object] | None = None) -> tuple[int, str, str]:
         steps = [] if then is None else [then]
 
-        def tell(self: waiting.Wait) -> None:
+        def tell(self: waiting.ReadinessWaiter) -> None:
             told(self)
             while steps:
                 steps.pop()()
 
-        told = waiting.Wait._tell
+        told = waiting.ReadinessWaiter._tell
         with monkeypatch.context() as patched:
-            patched.setattr(waiting.Wait, "_tell", tell)
+            patched.setattr(waiting.ReadinessWaiter, "_tell", tell)
             code = main(["wait", *words])
         assert not steps, "it has not waited"
         said = capsys.readouterr()

@@ -6,10 +6,9 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from dynamo_mpi.control_plane.record import RecordedLayout
-from dynamo_mpi.observe.timeline import ENDED, FAILED, READY, Mishap, Start
-from dynamo_mpi.supervision.phases import Span
-from dynamo_mpi.supervision.roll import BEFORE, RankSpans
+from dynamo_mpi.control_plane.records import RecordedLayout
+from dynamo_mpi.supervision.phases import BEFORE, RankSpans, Span
+from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, FailureMark, StartupTrace
 
 BEGAN = 1_800_000_000.0
 # no name may be taken for a part of the page
@@ -28,7 +27,7 @@ def start_of(
     failed: int | None = None,
     model: str = "DeepSeek-R1",
     host: str = "n{:03}",
-) -> Start:
+) -> StartupTrace:
     """Return a start.
 
     Args:
@@ -75,7 +74,7 @@ def start_of(
         told.append(RankSpans(rank, host.format(rank // per_node), began + 0.8 + birth, tuple(spans)))
     ready = None if stopped is not None else began + 0.8 + loaded + 4.6
     written = began + 0.8 + (stopped if stopped is not None else loaded + 4.7 + ((serving or 0) + 6 if serving else 0))
-    return Start(
+    return StartupTrace(
         name=name,
         role="prefill",
         engine="trtllm",
@@ -92,12 +91,14 @@ def start_of(
     )
 
 
-def mishap(rank: int, host: str, error: str = "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB") -> Mishap:
+def mishap(
+    rank: int, host: str, error: str = "RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB"
+) -> FailureMark:
     """Return why a rank failed."""
-    return Mishap(rank, host, "load", error, 70)
+    return FailureMark(rank, host, "load", error, 70)
 
 
-def skewed() -> Start:
+def skewed() -> StartupTrace:
     """Return a start with phases that have negative lengths or lie over each other, and with a rank that has told nothing."""
     start = start_of(4, 2)
     first, second, *others = start.ranks
@@ -113,7 +114,7 @@ def skewed() -> Start:
     return replace(start, ranks=ranks)
 
 
-def services() -> Start:
+def services() -> StartupTrace:
     """Return what the services of a deployment told."""
     parts = [RankSpans(at, "n0", BEGAN, (Span(name, 0.0, None, 1.0 + at),)) for at, name in enumerate(("etcd", "nats"))]
-    return Start("services", "launch", "", "", "", ENDED, BEGAN + 10, None, tuple(parts))
+    return StartupTrace("services", "launch", "", "", "", ENDED, BEGAN + 10, None, tuple(parts))

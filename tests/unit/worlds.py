@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dynamo_mpi.control_plane.record import Posted, RecordedLayout, WorldRecord
+from dynamo_mpi.control_plane.records import RecordedLayout, StoredRecord, WorkerRecord
 from dynamo_mpi.parallelism.contract import Contract
 
 CONTRACT = Contract(
@@ -33,7 +33,7 @@ CONTRACT = Contract(
 )
 
 
-def world(role: str = "prefill", contract: dict[str, Any] | None = None, **changes: Any) -> WorldRecord:
+def world(role: str = "prefill", contract: dict[str, Any] | None = None, **changes: Any) -> WorkerRecord:
     """Return the record of a worker.
 
     Args:
@@ -43,7 +43,7 @@ def world(role: str = "prefill", contract: dict[str, Any] | None = None, **chang
     """
     paired = role in ("prefill", "decode")
     component = role if role == "prefill" else "backend"
-    record = WorldRecord(
+    record = WorkerRecord(
         role=role,
         engine="trtllm",
         namespace="dynamo",
@@ -65,6 +65,6 @@ def world(role: str = "prefill", contract: dict[str, Any] | None = None, **chang
     return replace(record, **changes)
 
 
-def posted(record: WorldRecord, came: int) -> Posted:
+def posted(record: WorkerRecord, came: int) -> StoredRecord:
     """Return ``record`` as it would stand in etcd."""
-    return Posted(f"dynamo_mpi/v1/worlds/{record.namespace}/{record.component}/{came:x}", came, record)
+    return StoredRecord(f"dynamo_mpi/v1/worlds/{record.namespace}/{record.component}/{came:x}", came, record)

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.observe.redact import own_redactor
-from dynamo_mpi.observe.speech import speech
+from dynamo_mpi.observe.speech import log_writer
 from dynamo_mpi.supervision.tethered import tethered
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Child:
     def _forward(self) -> None:
         for raw in self._output:
             line = raw.replace(self._secret, b"<secret>")
-            speech.relay(line)
+            log_writer.write_raw(line)
             text = line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip()
             if text:
                 self._lines.append(text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.session import serve_tasks
 from dynamo_mpi.engines.trtllm.task import install
-from dynamo_mpi.talk import tell_launch
+from dynamo_mpi.talk import print_trtllm_launch_line
 
 if TYPE_CHECKING:
     from dynamo_mpi.supervision.lifeline import Lifeline
@@ -20,7 +20,7 @@ def follow_trtllm(world: World, lifeline: Lifeline) -> None:
     comm, tasks = world.duplicate(), world.duplicate()
     install(tasks, lifeline.fail)
     prepare_rank(world.rank)
-    tell_launch("worker", world.rank, world.size)
+    print_trtllm_launch_line("worker", world.rank, world.size)
     try:
         serve_tasks(comm)
     except BaseException as error:

@@ -14,7 +14,8 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.registration import RegistrationWatch
+from dynamo_mpi.common.threads import start_thread
+from dynamo_mpi.control_plane.registration import RegistrationMonitor
 from dynamo_mpi.engines.trtllm.child import Child, exit_code_for
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
 from dynamo_mpi.engines.trtllm.endings import EndedError, close_session, proof_error, stopped, within
@@ -26,20 +27,16 @@ from dynamo_mpi.engines.trtllm.task import install
 from dynamo_mpi.errors import BootstrapError, EngineError, TemporaryError
 from dynamo_mpi.exit_codes import ExitCode, of_signal
 from dynamo_mpi.launchers.time_limit import TIME_IS_UP, end_in_time
+from dynamo_mpi.serving.ready import remove_ready_file
 from dynamo_mpi.supervision.failure import HurriedError
-from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SIGNALS, SignalThread
-from dynamo_mpi.supervision.word import begun
-from dynamo_mpi.talk import tell_launch
+from dynamo_mpi.supervision.hooks import WorkerHook
+from dynamo_mpi.supervision.signal_thread import SAME_SIGNAL_SECONDS, SignalThread, signals_of
+from dynamo_mpi.talk import print_trtllm_launch_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.control_plane.departure import Departure
-    from dynamo_mpi.settings import Settings
-    from dynamo_mpi.supervision.guard import Guard
-    from dynamo_mpi.supervision.phases import Phases
-    from dynamo_mpi.talk import Voice
-    from dynamo_mpi.world import World
+    from dynamo_mpi.worker_context import WorkerContext
 
 _KEY_BYTES = 32
 # a prefill worker waits this long for its KV transfers
@@ -53,43 +50,28 @@ _CHILD_FIRST_SECONDS = 20.0
 _CHILD_FIRST_LOADING_SECONDS = 1.0
 
 
-class TrtllmLeader:
+class TrtllmLeader(WorkerHook):
     """Leads one TensorRT-LLM worker.
 
     Args:
-        world: all ranks.
-        settings: the worker's.
+        worker: what rank 0's parts share.
         gpus_per_node: GPUs, and ranks, of each node.
         token_id: a token to begin the proof with.
-        guard: ends the world.
-        phases: where durations go.
-        voice: how rank 0 speaks.
-        departure: the way out of discovery.
-        signals: those that ask for an end, as `signal_thread.signals_of` has them.
     """
 
-    def __init__(
-        self,
-        world: World,
-        settings: Settings,
-        gpus_per_node: int,
-        token_id: int,
-        guard: Guard,
-        phases: Phases,
-        voice: Voice,
-        departure: Departure,
-        signals: Sequence[signal.Signals] = SIGNALS,
-    ) -> None:
-        self._world, self._settings, self._guard = world, settings, guard
+    def __init__(self, worker: WorkerContext, gpus_per_node: int, token_id: int) -> None:
+        self._world, self._phases, self._log = worker.rank.world, worker.rank.phases, worker.rank.log
+        self._settings, self._guard = worker.settings, worker.guard
         self._gpus_per_node, self._token_id = gpus_per_node, token_id
-        self._phases, self._voice = phases, voice
+        self._departure, self._signals = worker.departure, signals_of(worker.rank.launch.launcher)
+        worker.hooks.add(self)
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._serving = self._asked = self._stopping = False
+        self._serving = self._asked = self._stopping = self._finished = False
         self._drain_seconds = 0.0
         self._last_signal = -math.inf
-        self._registered = self._departed = False
-        self._departure, self._signals = departure, signals
-        self._watch = RegistrationWatch(settings.endpoint, os.environ, settings.probe_timeout, voice.say, pauses=True)
+        self._registered = False
+        settings = worker.settings
+        self._watch = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._log, pauses=True)
         self._child: Child | None = None
         self._stop_timer: threading.Timer | None = None
         self._proof: Proof | None = None
@@ -106,8 +88,6 @@ class TrtllmLeader:
             The exit code: of a lost lease 75, which has been reported.
         """
         loss: BootstrapError | None = None
-        self._guard.at_once(self._depart)
-        self._guard.before_the_end(self._clean_up)
         signals = SignalThread(self._signalled, self._signals)
         try:
             with self._phases.enter("load"), self._deadline(self._settings.load_timeout):
@@ -122,7 +102,7 @@ class TrtllmLeader:
             self._serving = True
             on_ready()
             forget_time = end_in_time(
-                os.environ, self._most_drain_seconds + _RELEASE_SECONDS, self._time_is_up, self._voice.say
+                os.environ, self._most_drain_seconds + _RELEASE_SECONDS, self._time_is_up, self._log.warning
             )
             with self._phases.enter("serve"):
                 event = self._wait_for(Signalled, Lost, Ended)
@@ -130,7 +110,7 @@ class TrtllmLeader:
             with self._phases.enter("drain"):
                 loss = self._loss(event)
                 self._drain(child, session, loss)
-                self._departure.finish()
+                self._departure.revoke_leftover()
             with self._phases.enter("exit"):
                 close_session(session, _RELEASE_SECONDS)
                 if loss is not None:
@@ -141,7 +121,10 @@ class TrtllmLeader:
             self._guard.end(loss or error, exit_code_for(0 if loss else error.code))
         except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
             self._guard.end(loss or error)
+        finally:
+            remove_ready_file(self._settings.ready_file)
         signals.close()
+        self._finished = True
         return ExitCode.OK if loss is None else ExitCode.TEMPORARY
 
     def _deadline(self, seconds: float) -> contextlib.AbstractContextManager[None]:
@@ -151,7 +134,7 @@ class TrtllmLeader:
         """Start the child first: it takes as long as the ranks to import the engine, and waits for the session."""
         comm, tasks = self._world.duplicate(), self._world.duplicate()
         install(tasks, self._guard.end)
-        tell_launch("leader", self._world.rank, self._world.size)
+        print_trtllm_launch_line("leader", self._world.rank, self._world.size)
         prepare_rank(self._world.rank)
         self._folder = SocketFolder()
         key = secrets.token_bytes(_KEY_BYTES)
@@ -173,7 +156,7 @@ class TrtllmLeader:
 
     def _prove(self) -> None:
         if self._settings.role == "encode":
-            self._voice.say("registered; an encode worker answers no completion, so none was asked for")
+            self._log.info("registered; an encode worker answers no completion, so none was asked for")
             return
         self._wait_for(Proven)
 
@@ -194,7 +177,7 @@ class TrtllmLeader:
         """Return what has gone wrong where an event other than a signal ends the serving: the lease is lost, or the child has ended as if it
         were."""
         if isinstance(event, Ended):
-            return EndedError(event.code, event.lines, self._watch.lost_lease())
+            return EndedError(event.code, event.lines, self._watch.lost_lease_reason())
         return event.error if isinstance(event, Lost) else None
 
     def _drain(self, child: Child, session: Session, loss: BootstrapError | None) -> None:
@@ -213,7 +196,7 @@ class TrtllmLeader:
             return
         child.terminate()
         what = "deregisters and ends its requests" if loss is None else "ends its requests, its lease is lost"
-        self._voice.say(f"drain: dynamo.trtllm {what}, {seconds:.0f} s at the most")
+        self._log.info(f"drain: dynamo.trtllm {what}, {seconds:.0f} s at the most")
         late = self._guard.deadline(seconds, "dynamo.trtllm did not end after SIGTERM", "--drain-timeout")
         # an etcd that hangs may be what the child waits for
         with late if loss is None else within(seconds, partial(self._guard.end, loss)):
@@ -229,7 +212,7 @@ class TrtllmLeader:
         # a warning hurries nobody
         if not self._asked:
             self._asked = True
-            self._voice.say(why)
+            self._log.info(why)
             self._events.put(Signalled(signal.SIGUSR1))
 
     def _signalled(self, number: int) -> None:
@@ -250,13 +233,13 @@ class TrtllmLeader:
             return
         if code:
             # whatever the cause, no request must come here any more
-            begun(self._depart)
+            start_thread(self._departure.revoke)
         # a rank that failed may have taken the child along, though not by a signal; its own words are the first cause
         if not self._guard.failed.wait(_FIRST_CAUSE_SECONDS if code >= 0 else _KILLED_SECONDS):
             if self._serving and code == 0:
                 self._events.put(Ended(code, lines))
             else:
-                loss = self._watch.lost_lease() if code == 0 else ""
+                loss = self._watch.lost_lease_reason() if code == 0 else ""
                 self._guard.end(EndedError(code, lines, loss), exit_code_for(code))
 
     def _lost(self, error: TemporaryError) -> None:
@@ -293,8 +276,8 @@ class TrtllmLeader:
 
     def _heard(self, news: dict[str, Any]) -> None:
         if "registered" in news:
-            self._departure.prepare(int(news["registered"]))
-            self._watch.begin(int(news["registered"]), self._lost)
+            self._departure.resolve(int(news["registered"]))
+            self._watch.start(int(news["registered"]), self._lost)
             self._registered = True
             self._events.put(Registered())
         elif "proven" in news:
@@ -302,15 +285,14 @@ class TrtllmLeader:
         elif not self._serving and not self._guard.failed.wait(_FIRST_CAUSE_SECONDS):
             self._guard.end(proof_error(news, registered=self._registered))
 
-    def _depart(self) -> None:
-        self._departed = self._departure.leave()
-
-    def _clean_up(self) -> None:
-        """Leave nothing behind: a child that is still registered gets the time to say goodbye, which takes milliseconds."""
+    def on_exit(self, code: int) -> None:
+        """Leave nothing behind: a child that is still registered gets the time to deregister, which takes milliseconds."""
+        if self._finished:
+            return
         if self._proof is not None:
             self._proof.kill()
         if self._child is not None:
-            if not self._departed and self._phases.current not in ("load", "drain"):
+            if not self._departure.is_revoked and self._phases.current not in ("load", "drain"):
                 self._child.terminate()
                 self._child.wait(_DEREGISTER_SECONDS)
             self._child.kill()

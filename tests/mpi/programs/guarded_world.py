@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.supervision.guard import Guard, Terms
+from dynamo_mpi.supervision.hooks import WorkerHook, WorkerHooks
 from dynamo_mpi.supervision.lifeline import Lifeline
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from dynamo_mpi.world import World, bind_library, form_world
+from tests.contexts import rank_context
 
 KEPT: list[socket.socket] = []
 
@@ -71,8 +73,9 @@ def use_up_ports() -> None:
     KEPT.extend(socket.create_server(("127.0.0.1", port)) for port in range(first, last + 1))
 
 
-def clean_up() -> None:
-    os.write(2, b"cleaned up\n")
+class CleanUp(WorkerHook):
+    def on_exit(self, code: int) -> None:
+        os.write(2, b"cleaned up\n")
 
 
 def lead(world: World, what: str, victim: int) -> None:
@@ -81,14 +84,15 @@ def lead(world: World, what: str, victim: int) -> None:
     elif what == "ports":
         use_up_ports()
     network = os.environ.get("NETWORK", "127.0.0.1") or None
+    hooks = WorkerHooks()
+    hooks.add(CleanUp())
     terms = Terms(network, float(os.environ.get("HEARTBEAT", "60")), os.environ.get("FAILURES", ""))
     try:
-        guard = Guard(world, [Placed("here")] * world.size, Phases(), Voice(0, "here"), terms)
+        guard = Guard(rank_context(world=world, host="here"), [Placed("here")] * world.size, terms, hooks)
     except BootstrapError as error:
         os.write(2, f"refused: {error}\n".encode())
         world.abort(error.exit_code)
     world.broadcast(guard.meeting.pack(b""))
-    guard.before_the_end(clean_up)
     world.barrier(10)
     try:
         with guard.deadline(float(os.environ.get("PATIENCE", "1")), "the barrier was not passed", "--patience"):
@@ -102,7 +106,7 @@ def lead(world: World, what: str, victim: int) -> None:
 
 def follow(world: World, what: str, victim: int) -> None:
     meeting, _ = Meeting.unpack(world.broadcast())
-    lifeline = Lifeline(meeting, world, Phases(), Voice(world.rank, "here"))
+    lifeline = Lifeline(meeting, world, Phases(), RankLogger(world.rank, "here"))
     world.barrier(10)
     try:
         if victim == world.rank:

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 from dynamo_mpi import __version__
+from dynamo_mpi.common.process import host_name
 from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.launchers.launch import detect
-from dynamo_mpi.preflight.inquiry import Card, host_name
+from dynamo_mpi.preflight.inquiry import Card
 from dynamo_mpi.probe.part import Case
 from dynamo_mpi.probe.phase import lead_probes, take_part
 from dynamo_mpi.probe.plan import ProbePlan
@@ -26,13 +27,18 @@ from dynamo_mpi.supervision.guard import Guard, Terms
 from dynamo_mpi.supervision.lifeline import Lifeline
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 from dynamo_mpi.world import World, bind_library, form_world
+from tests.contexts import rank_context
 
 
 def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, strict: bool) -> int:
     cards = [Card.unpack(card) for card in world.gather(own_card().pack())]
-    guard = Guard(world, cards, phases, Voice(0, host_name()), Terms(os.environ.get("NETWORK", "127.0.0.1") or None))
+    guard = Guard(
+        rank_context(phases, world=world, host=host_name()),
+        cards,
+        Terms(os.environ.get("NETWORK", "127.0.0.1") or None),
+    )
     world.broadcast(guard.meeting.pack(b""))
     hold(os.environ.get("HOLD", ""))
     world.barrier(30)
@@ -58,7 +64,7 @@ def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, str
 def follow(world: World, plan: ProbePlan, phases: Phases) -> int:
     world.gather(own_card().pack())
     meeting, _ = Meeting.unpack(world.broadcast())
-    lifeline = Lifeline(meeting, world, phases, Voice(world.rank, host_name()))
+    lifeline = Lifeline(meeting, world, phases, RankLogger(world.rank, host_name()))
     world.barrier(30)
     try:
         with phases.enter("probe"):
@@ -84,7 +90,7 @@ def own_card() -> Card:
 def main() -> None:
     launch, phases = detect(os.environ), Phases()
     if os.environ.get("DYN_MPI_FAULT"):
-        arm(os.environ, launch, phases, Voice(launch.rank, host_name()))
+        arm(os.environ, launch, phases, RankLogger(launch.rank, host_name()))
     bind_library()
     world = form_world()
     plan = ProbePlan.unpack(sys.argv[1])

@@ -14,8 +14,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from dynamo_mpi.control_plane.record import WorldRecord
-from dynamo_mpi.preflight.inquiry import host_name
+from dynamo_mpi.common.process import host_name
+from dynamo_mpi.control_plane.records import WorkerRecord
 from dynamo_mpi.probe.kv import judge_kv
 from dynamo_mpi.probe.kv_answer import Between
 from dynamo_mpi.probe.kv_child import Ready, StationChild
@@ -39,7 +39,7 @@ class Registry:
         self.peer = world("prefill", {**contract, "tp_size": len(prefill)}, phase="load", probe_kv=offer)
         self.own = world("decode", {**contract, "tp_size": 1})
 
-    def offer_kv(self, _offer: dict[str, Any]) -> tuple[WorldRecord, list[WorldRecord]]:
+    def offer_kv(self, _offer: dict[str, Any]) -> tuple[WorkerRecord, list[WorkerRecord]]:
         return self.own, [self.peer]
 
 

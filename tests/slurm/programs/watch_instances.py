@@ -8,17 +8,16 @@ import sys
 import time
 from pathlib import Path
 
-from dynamo_mpi.control_plane.etcd import Etcd
-from dynamo_mpi.control_plane.etcd_auth import EtcdAuth
-from dynamo_mpi.control_plane.probe import etcd_endpoints
+from dynamo_mpi.control_plane.etcd import EtcdAuth, etcd_endpoints
+from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
 
 
 def main() -> None:
     environ = json.loads((Path(sys.argv[1]) / "services.json").read_text())["environment"]
-    etcd = Etcd(etcd_endpoints(environ), EtcdAuth.of(environ), 5)
+    etcd = GrpcEtcdClient(etcd_endpoints(environ), EtcdAuth.from_env(environ), 5)
     last = None
     while True:
-        now = sorted(entry.key for entry in etcd.entries("v1/instances/"))
+        now = sorted(entry.key for entry in etcd.get_prefix("v1/instances/"))
         if now != last:
             print(f"{time.time():.3f}", *now, flush=True)
             last = now

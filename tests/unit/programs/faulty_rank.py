@@ -17,7 +17,7 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.launchers.launch import Launch, Launcher
 from dynamo_mpi.supervision.faults import arm
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 
 
 def wait(how: str) -> None:
@@ -49,7 +49,7 @@ def main() -> int:
     rank, size, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     phases = Phases()
     try:
-        arm(os.environ, Launch(Launcher.OPEN_MPI, rank, size), phases, Voice(rank, "here"))
+        arm(os.environ, Launch(Launcher.OPEN_MPI, rank, size), phases, RankLogger(rank, "here"))
     except BootstrapError as error:
         print(error)
         return int(error.exit_code)

@@ -13,7 +13,7 @@ from dynamo_mpi.launchers.launch import Launch, Launcher
 from dynamo_mpi.supervision.lifeline import Lifeline
 from dynamo_mpi.supervision.meeting import Meeting
 from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import Voice
+from dynamo_mpi.talk import RankLogger
 
 if TYPE_CHECKING:
     from dynamo_mpi.world import World
@@ -32,9 +32,9 @@ class NoWorld:
 
 def main() -> None:
     """Begin, tell the port, and obey."""
-    voice = Voice(RANK, "n2")
+    log = RankLogger(RANK, "n2")
     launch = Launch(Launcher.SLURM_PMIX, rank=RANK, size=SIZE, local_rank=0, local_size=2)
-    reporter = answer_probes(launch, voice, sys.argv[1:], os.environ)
+    reporter = answer_probes(launch, log, sys.argv[1:], os.environ)
     assert reporter is not None, "no answers"
     assert not isinstance(reporter, Exception), reporter
     phases = Phases()
@@ -48,7 +48,7 @@ def main() -> None:
             phases.begin(text)
         elif word == "join":
             meeting, _ = Meeting.unpack(bytes.fromhex(text))
-            lifeline = Lifeline(meeting, cast("World", NoWorld()), phases, voice)
+            lifeline = Lifeline(meeting, cast("World", NoWorld()), phases, log)
             reporter.follow(lifeline, {"role": "decode"})
         elif word == "fork":
             # it inherits all that is open here, as an engine's helpers may

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernel says of this host and of processes on it. Imported by every rank before the verdict."""
+
+from __future__ import annotations
+
+import os
+
+
+def host_name() -> str:
+    """Return this node's name, short as Slurm writes it."""
+    return os.uname().nodename.partition(".")[0]
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process is stopped, by a signal or a debugger."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] in "Tt"
+    except (OSError, IndexError):
+        return False

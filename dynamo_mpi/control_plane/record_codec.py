@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dataclasses out of JSON that another process wrote: one reader, which checks types and sanitizes text, and is strict or tolerant. Pure.
+
+Strict, for what programs act on: the first problem is an error. Tolerant, for what is only displayed: a field that is missing or wrong has
+its default, or else its type's zero value, and the problem is listed. Nothing that is read can break a terminal, a table or a calculation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+DISPLAY_CHARACTERS = 256
+_MAX_CHARACTERS, _MAX_ITEMS, _MAX_NUMBER = 4096, 4096, 1e15
+_LIST = "tuple[str, ...]"
+_ZEROS: dict[str, object] = {"str": "", "int": 0, "float": 0.0, "bool": False, _LIST: ()}
+_NAMES = {"str": "a text", "int": "an integer", "float": "a number", "bool": "true or false", _LIST: "a list of texts"}
+
+
+def parse_object(data: bytes, schema: int) -> dict[str, Any]:
+    """Read a JSON object that states its schema.
+
+    Raises:
+        ValueError: it isn't one, or of another schema.
+    """
+    try:
+        content: Any = json.loads(data)
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    found = content.get("schema")
+    if type(found) is not int or found != schema:
+        raise ValueError(f"of schema {sanitize(repr(found), 40)}, not {schema}")
+    return content
+
+
+def read_fields(
+    kind: type[T], data: object, problems: list[str] | None = None, needed: tuple[str, ...] = (), **given: Any
+) -> T:
+    """Build ``kind``, a dataclass of plain fields, from a JSON object. Fields that it doesn't have are ignored: a newer writer's.
+
+    Args:
+        kind: its module has ``from __future__ import annotations``.
+        data: the object.
+        problems: None to be strict; a list to be tolerant, and to add one line to it for each problem.
+        needed: fields that must be there, and not empty, for a tolerant reader too.
+        given: fields that were read before.
+
+    Raises:
+        ValueError: it is no object, or a field that must be there is missing or wrong.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{kind.__name__} is not an object")
+    tolerant, values = problems is not None, dict(given)
+    for field in fields(kind):  # type: ignore[arg-type]  # a TypeVar can't say "a dataclass" before Python 3.13
+        name, value = field.name, data.get(field.name)
+        if name in values:
+            continue
+        if name in needed and value in (None, ""):
+            raise ValueError(f"{name} is missing")
+        if value is None and (tolerant or name not in data) and field.default is not MISSING:
+            values[name] = field.default
+            continue
+        try:
+            values[name] = _read(name, str(field.type), value, tolerant)
+        except ValueError as error:
+            if problems is None or name in needed:
+                raise
+            if value is not None:
+                problems.append(str(error))
+            values[name] = _fallback(field)
+    return kind(**values)
+
+
+def sanitize(text: str, max_characters: int = DISPLAY_CHARACTERS) -> str:
+    """Return a text that a terminal may show on one line: what isn't printable is escaped, and what is too long is cut."""
+    cut = text[: max_characters + 1]
+    safe = cut if cut.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in cut)
+    return safe if len(safe) <= max_characters else safe[: max_characters - 1] + "…"
+
+
+def sanitize_lines(text: str, max_characters: int) -> str:
+    """Do the same for a text of several lines."""
+    cut = text[: max_characters + 1]
+    lines = "\n".join(sanitize(line, max_characters) for line in cut.split("\n"))
+    return lines if len(lines) <= max_characters else lines[: max_characters - 1] + "…"
+
+
+def _read(name: str, wanted: str, value: object, tolerant: bool) -> object:
+    base, *rest = wanted.split(" | ")
+    if value is None and rest:
+        return None
+    # -1 is how a writer says that it doesn't know which rank
+    if not _is_a(base, value, -1 if name == "rank" else 0):
+        raise ValueError(f"{name} is {'missing' if value is None else f'not {_NAMES[base]}'}")
+    if base == "float" and isinstance(value, int):
+        return float(value)
+    if base == _LIST and isinstance(value, list):
+        return tuple(_text(name, item, tolerant) for item in value[:_MAX_ITEMS])
+    return _text(name, value, tolerant) if isinstance(value, str) else value
+
+
+def _is_a(base: str, value: object, minimum: int) -> bool:
+    if base == "str":
+        return isinstance(value, str)
+    if base == _LIST:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    # True is an int for Python only
+    if base == "bool" or isinstance(value, bool):
+        return base == "bool" and isinstance(value, bool)
+    if base == "int":
+        return isinstance(value, int) and minimum <= value <= _MAX_NUMBER
+    return isinstance(value, (int, float)) and abs(value) <= _MAX_NUMBER and math.isfinite(value)
+
+
+def _text(name: str, text: str, tolerant: bool) -> str:
+    if tolerant:
+        return sanitize(text)
+    if not text.isprintable() or len(text) > _MAX_CHARACTERS:
+        raise ValueError(f"{name} is no text that can be displayed")
+    return text
+
+
+def _fallback(field: Field[Any]) -> object:
+    if field.default is not MISSING:
+        return field.default
+    return None if str(field.type).endswith("| None") else _ZEROS[str(field.type)]
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

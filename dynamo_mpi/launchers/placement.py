@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the ranks of a world are: their hosts, and how ranks are named with them. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Placed(Protocol):
+    """A rank that is somewhere."""
+
+    @property
+    def host(self) -> str:
+        """Its node's name."""
+
+
+def hosts(ranks: Sequence[Placed]) -> tuple[str, ...]:
+    """Return the hosts in the order of their first rank."""
+    return tuple(dict.fromkeys(place.host for place in ranks))
+
+
+def ranks_by_host(ranks: Sequence[Placed]) -> dict[str, list[int]]:
+    """Return each host's ranks, hosts in the order of their first rank."""
+    found: dict[str, list[int]] = {}
+    for rank, place in enumerate(ranks):
+        found.setdefault(place.host, []).append(rank)
+    return found
+
+
+def describe_ranks(ranks: Sequence[int], world: Sequence[Placed]) -> str:
+    """Name ranks with their hosts: ``rank 3 on n1``, ``ranks 0-3 on n1 and 4-7 on n2``.
+
+    Args:
+        ranks: those to name.
+        world: all ranks, in their order.
+    """
+    by_host: dict[str, list[int]] = {}
+    for rank in ranks:
+        by_host.setdefault(world[rank].host, []).append(rank)
+    parts = [f"{spans(group)} on {host}" for host, group in by_host.items()]
+    return ("rank " if len(ranks) == 1 else "ranks ") + " and ".join(parts)
+
+
+def spans(ranks: Sequence[int]) -> str:
+    """Write rank numbers as ``0-3, 8``."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trace of a worker's start: what the worker is, how the start ended, and every rank's phases; and the files that hold it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.control_plane.record_codec import read_fields
+from dynamo_mpi.control_plane.records import RecordedLayout
+from dynamo_mpi.errors import DataError, UsageError
+from dynamo_mpi.supervision.phases import RankSpans, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+SCHEMA = 1
+"""Grows when a field is removed or changes its meaning; it stays when a field is only added."""
+READY, ENDED, FAILED, STOPPED = "ready", "ended", "failed", "stopped"
+DATA_BEGINS, DATA_ENDS = '<script type="application/json" id="dynamo-mpi-timeline">', "</script>"
+"""What surrounds the JSON in a page."""
+_MAX_SECONDS = 1e11
+_MAX_TEXT = 500
+_MAX_FILE_BYTES = 64 * 2**20
+_SPAN_FIELDS = 4
+
+
+@dataclass(frozen=True)
+class FailureMark:
+    """Why a start, or the run after it, ended.
+
+    Args:
+        rank: the rank that failed; None if no single rank did.
+        host: its node.
+        phase: the phase that the rank was in; empty if unknown.
+        error: the first line of the error.
+        exit_code: the exit code of the ranks.
+        told: whether the rank reported the error itself; otherwise ``error`` is what others observed of the rank.
+    """
+
+    rank: int | None
+    host: str
+    phase: str
+    error: str
+    exit_code: int
+    told: bool = True
+
+
+@dataclass(frozen=True)
+class StartupTrace:
+    """One worker's start, or that of the services before it.
+
+    Args:
+        name: identifies it on a page with several.
+        role: ``agg``, ``prefill``, ``decode`` or ``encode``; ``launch`` if it is not a worker.
+        engine: ``trtllm`` or ``reference``; empty if it is not a worker.
+        model: the name that clients ask for.
+        endpoint: ``dyn://namespace.component.endpoint``.
+        outcome: ``ready``, ``ended`` (in order), ``failed`` or ``stopped`` (by a signal, before it was ready).
+        written: when this was written, in seconds since 1970 by the clock of rank 0, as all times here.
+        ready: when the worker became ready; None if it never was.
+        ranks: their phases, in rank order.
+        layout: the worker's parallel layout; None if it is not a worker.
+        failure: why it failed or was stopped.
+        job: Slurm's job id.
+        step: Slurm's step id.
+        attempt: which start of this worker it is, from 1 on.
+    """
+
+    name: str
+    role: str
+    engine: str
+    model: str
+    endpoint: str
+    outcome: str
+    written: float
+    ready: float | None
+    ranks: tuple[RankSpans, ...]
+    layout: RecordedLayout | None = None
+    failure: FailureMark | None = None
+    job: str | None = None
+    step: str | None = None
+    attempt: int = 1
+
+    @property
+    def origin(self) -> float:
+        """When the first of its ranks began, in seconds since 1970."""
+        return min((rank.began + rank.spans[0].began for rank in self.ranks if rank.spans), default=self.written)
+
+
+def printable(text: str) -> str:
+    """Return text on one line, of at most 500 characters; each character that can't be printed becomes U+FFFD."""
+    line = " ".join(text.split())[:_MAX_TEXT]
+    return "".join(char if char.isprintable() else "\ufffd" for char in line)
+
+
+def encode_traces(traces: Sequence[StartupTrace]) -> dict[str, Any]:
+    """Return traces as JSON objects. Times are rounded to 0.1 ms: a cluster's clocks agree no better."""
+    return {"schema": SCHEMA, "workers": [_encode(trace) for trace in traces]}
+
+
+def decode_traces(text: str) -> tuple[StartupTrace, ...]:
+    """Read the JSON that `encode_traces` made, in this version or another, or a Perfetto trace that contains it.
+
+    Raises:
+        ValueError: the text is something else.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON") from None
+    if isinstance(content, dict) and "traceEvents" in content:
+        content = content.get("dynamo_mpi")
+    if not isinstance(content, dict) or type(content.get("schema")) is not int:
+        raise ValueError("no timeline of dynamo_mpi")
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"of schema {content['schema']}, not {SCHEMA}")
+    workers = content.get("workers")
+    if not isinstance(workers, list):
+        raise ValueError("without workers")
+    return tuple(_decode(worker) for worker in workers)
+
+
+def read_traces(path: Path) -> tuple[StartupTrace, ...]:
+    """Read a page or a Perfetto trace that a worker, or ``dynamo-mpi timeline``, has written.
+
+    Raises:
+        UsageError: the file can't be read.
+        DataError: the file contains no timeline.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path} can't be read: {error.strerror}", fix="check its path and rights") from None
+    except UnicodeDecodeError:
+        content = ""
+    try:
+        if len(content) > _MAX_FILE_BYTES:
+            raise ValueError(f"larger than {_MAX_FILE_BYTES // 2**20} MiB")
+        if content.lstrip().startswith("<"):
+            _, found, rest = content.partition(DATA_BEGINS)
+            if not found:
+                raise ValueError("a page without a timeline's data")
+            content = rest.partition(DATA_ENDS)[0]
+        traces = decode_traces(content)
+        if not traces:
+            raise ValueError("without workers")
+        return traces
+    except ValueError as error:
+        raise DataError(
+            f"{path} is no timeline: {error}",
+            needed="a page or a trace that a worker wrote with --timeline",
+            fix="name the file that --timeline named, or with --run-dir the folder of dynamo-mpi launch",
+        ) from None
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a file, readable by its owner alone, that other processes see whole or not at all.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise
+
+
+def _encode(trace: StartupTrace) -> dict[str, Any]:
+    plain = {name: value for name, value in vars(trace).items() if name not in ("ranks", "layout", "failure")}
+    return {
+        **plain,
+        "layout": trace.layout and asdict(trace.layout),
+        "failure": trace.failure and asdict(trace.failure),
+        "ranks": [
+            {
+                "rank": rank.rank,
+                "host": rank.host,
+                "began": round(rank.began, 4),
+                "spans": [
+                    [span.phase, *(None if value is None else round(value, 4) for value in span[1:])]
+                    for span in rank.spans
+                ],
+            }
+            for rank in trace.ranks
+        ],
+    }
+
+
+def _decode(data: object) -> StartupTrace:
+    if not isinstance(data, dict):
+        raise ValueError("a worker is no object")
+    layout, failure, ranks = data.get("layout"), data.get("failure"), data.get("ranks")
+    if not isinstance(ranks, list):
+        raise ValueError("a worker without ranks")
+    trace = read_fields(
+        StartupTrace,
+        data,
+        layout=None if layout is None else read_fields(RecordedLayout, layout),
+        failure=None if failure is None else read_fields(FailureMark, failure),
+        ranks=tuple(_decode_rank(rank) for rank in ranks),
+    )
+    for moment in (trace.written, trace.ready):
+        _seconds(moment)
+    return trace
+
+
+def _decode_rank(data: object) -> RankSpans:
+    if not isinstance(data, dict) or not isinstance(data.get("spans"), list) or type(data.get("rank")) is not int:
+        raise ValueError("a rank is none")
+    host, began = data.get("host"), _seconds(data.get("began"))
+    if not isinstance(host, str) or not host.isprintable() or began is None:
+        raise ValueError("a rank without host or beginning")
+    return RankSpans(data["rank"], host, began, tuple(_decode_span(span) for span in data["spans"]))
+
+
+def _decode_span(data: object) -> Span:
+    if not isinstance(data, list) or len(data) < _SPAN_FIELDS:
+        raise ValueError("a phase is none")
+    phase, began = data[0], _seconds(data[1])
+    if not isinstance(phase, str) or not phase.isprintable() or began is None:
+        raise ValueError("a phase without name or beginning")
+    return Span(phase, began, _seconds(data[2]), _seconds(data[3]))
+
+
+def _seconds(value: object) -> float | None:
+    if value is None:
+        return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # an integer may be too large for a float, and NaN is not within bounds either
+    if not number or not -_MAX_SECONDS <= value <= _MAX_SECONDS:  # type: ignore[operator,unused-ignore] # it is one
+        raise ValueError("a time is no number of seconds")
+    return float(value)  # type: ignore[arg-type] # it is a number

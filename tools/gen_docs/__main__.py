@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m tools.gen_docs [FOLDER]``: writes the pages, into ``docs`` by default."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tools.gen_docs import command_line, exit_codes, record, rules, settings
+
+PAGES = {
+    "command-line.md": command_line.render,
+    "exit-codes.md": exit_codes.render,
+    "record.md": record.render,
+    "rules.md": rules.render,
+    "settings.md": settings.render,
+}
+"""How each page is made, by its name in ``docs``."""
+
+
+def main(folder: Path) -> None:
+    """Write all pages into a folder."""
+    for name, render in PAGES.items():
+        (folder / name).write_text(render(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path("docs"))

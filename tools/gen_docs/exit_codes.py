@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``docs/exit-codes.md``: what a process ends with, from `ExitCode` and the errors that give it."""
+
+from __future__ import annotations
+
+import inspect
+
+from dynamo_mpi import errors
+from dynamo_mpi.exit_codes import ExitCode
+from tools.gen_docs.markdown import WRITTEN, code, member_notes, plain, table
+
+TO_DO = {
+    ExitCode.OK: ("nothing", "nobody"),
+    ExitCode.USAGE: (
+        "correct the command line, the variable or the launch that the message names",
+        "nobody: it would end the same",
+    ),
+    ExitCode.DATA: ("correct the file that the message names", "nobody"),
+    ExitCode.NO_MODEL: ("make the model readable on every node, with the same files", "nobody"),
+    ExitCode.UNAVAILABLE: (
+        "look at etcd or NATS: do they run, is the address right, is there a firewall?",
+        "`launch --max-restarts`; a batch job isn't requeued",
+    ),
+    ExitCode.ENGINE: ("read the report: it names the rank, its host and the phase", "`launch --max-restarts`"),
+    ExitCode.TEMPORARY: (
+        "start it again",
+        "`launch --max-restarts`, and `sbatch_disaggregated.sh`, which requeues its job on this code alone",
+    ),
+    ExitCode.NOT_AUTHORISED: ("correct the credentials, or the user's rights in etcd", "nobody"),
+    ExitCode.ILLEGAL_LAYOUT: ("take one of the layouts that the message names; `dynamo-mpi plan` has all", "nobody"),
+    ExitCode.DEADLINE: (
+        "read where every rank stood; a longer `--…-timeout` where the work just takes long",
+        "`launch --max-restarts`",
+    ),
+}
+"""What an operator does, and who starts it again."""
+_HEAD = f"""# Exit codes
+
+{WRITTEN}
+All ranks leave with the code of the first cause, and `launch`, `pods` and the scripts with that of the
+worker that ended them. Where the launcher kills the ranks itself its own code comes instead: [faults.md](faults.md) has which, by fault.
+
+"""
+_TAIL = """
+Mistakes (64 to 66, 77, 78) are never retried by `launch`. In a batch script of your own:
+
+    srun --mpi=pmix … python -m dynamo_mpi.worker … || code=$?
+    if [ "${code:-0}" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+
+`dynamo-mpi check` ends with 0, 78 or 65 for what it judges, and 64 or 66 for what it can't read.
+"""
+
+
+def render() -> str:
+    """Return the page."""
+    notes = member_notes(ExitCode)
+    rows = [
+        (str(int(member)), code(member.name), notes.get(member.name, "Done."), *TO_DO[member], _errors(member))
+        for member in ExitCode
+    ]
+    rows.append(
+        (
+            "128 + n",
+            "",
+            "Ended by signal n, as a shell says it: 137 SIGKILL, 143 SIGTERM.",
+            "see who sent it: Slurm, the kernel out of memory, an operator",
+            "`launch --max-restarts`, unless it was told to end",
+            "",
+        )
+    )
+    return _HEAD + table(("code", "name", "meaning", "what to do", "who starts it again", "errors"), rows) + _TAIL
+
+
+def _errors(code_of: ExitCode) -> str:
+    kinds = [
+        kind
+        for kind in vars(errors).values()
+        if inspect.isclass(kind) and issubclass(kind, errors.BootstrapError) and kind is not errors.BootstrapError
+    ]
+    return "; ".join(
+        f"`{kind.__name__}`: {plain(kind.__doc__ or '').rstrip('.')}" for kind in kinds if kind.exit_code == code_of
+    )

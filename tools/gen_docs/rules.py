@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``docs/rules.md``: every rule, from the docstrings of the functions that check them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.parallelism import contract, engine_layers, key_rules
+from dynamo_mpi.parallelism.rules import registry
+from dynamo_mpi.preflight import gpu_rules, host_rules, peers, roster
+from dynamo_mpi.probe import fabric_rules, kv_rules
+from dynamo_mpi.probe import gpu_rules as probe_gpu_rules
+from tools.gen_docs.markdown import WRITTEN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_HEAD = f"""# Rules
+
+Every rule that `dynamo-mpi check`, `dynamo-mpi plan`, the preflight in the ranks and its probes apply, by the id that stands in its findings.
+{WRITTEN}
+File names in parentheses are TensorRT-LLM's: where the engine has the rule, as read in its public sources from 1.0 to the 1.3
+release candidates. Nothing here was run against the engine itself.
+
+| rule | what it says |
+|---|---|
+"""
+_IDS = re.compile(r"([A-Z]\d*(?:, [A-Z]\d*|-[A-Z]\d+)*): ")
+
+
+def render() -> str:
+    """Return the page."""
+    return _HEAD + "".join(f"| {ids} | {text} |\n" for ids, text in _rows())
+
+
+def _rows() -> Iterator[tuple[str, str]]:
+    for rule in (*registry.LAYOUT_RULES, *registry.CONFIG_RULES, *registry.CAPACITY_RULES):
+        yield _row(rule)
+    for other in (
+        key_rules.check_keys,
+        engine_layers.flag_without_effect,
+        contract.check_contracts,
+        *roster.RULES,
+        *peers.RULES,
+        *gpu_rules.RULES,
+        *host_rules.RULES,
+        *probe_gpu_rules.RULES,
+        *fabric_rules.RULES,
+        *kv_rules.RULES,
+    ):
+        yield _row(other)
+
+
+def _row(rule: Callable[..., object]) -> tuple[str, str]:
+    text = inspect.getdoc(rule) or ""
+    first = " ".join(text.split("\n\n")[0].split())
+    found = _IDS.match(first)
+    if found is None:
+        raise ValueError(f"{rule.__name__} doesn't begin with its rule's id: {first[:60]}")
+    said = first[found.end() :].replace("``", "`").replace("|", "\\|")
+    return found[1], said[:1].upper() + said[1:]
