@@ -1,5 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference engine: a tensor-parallel llama in numpy over MPI, which runs a real model on CPUs.
+"""The reference engine: a tensor- and pipeline-parallel llama in numpy over MPI, which runs a real model on CPUs.
 
-Importing this package imports neither numpy nor MPI, so that a worker can set ``blas_threads`` first.
+Importing this package imports neither numpy nor MPI, so that `factory` can set the number of BLAS threads first.
+
+    factory        builds the engine of one rank from its spec
+    engine         requests in, chunks out; rank 0's thread steps all ranks
+    loading        the parts of one rank's engine: communicators, weights, KV cache, KV server
+    config         its settings
+    requests       which requests are refused, and those in flight
+    scheduler      continuous batching; step_plan: one step, as integers; step_channel: steps and KV commands from rank 0 to all
+    transformer    the forward pass; attention: the KV cache; collectives: sums and rows over ranks; sampling: from logits to a token
+    shape          sizes of a llama, and what each rank holds; weights: that share, mapped from the converted file
+    convert_gguf   makes a model folder from a GGUF file, once; gguf_model: its contents
+    kv_transfer    KV from prefill to decode ranks: rank 0's scheduler, each rank's worker; consensus: one result for all ranks
+    kv_descriptor  whose KV it is and where; kv_tcp: server and client; kv_wire: frames
 """

@@ -37,7 +37,7 @@ class SingleRank:
 
 
 class MpiCollectives:
-    """Over a communicator that nobody else uses.
+    """Over a communicator of its own.
 
     Args:
         communicator: of all ranks of the engine, in the order of their shares.

@@ -204,7 +204,7 @@ class ReferenceEngine:
             loaded.kv_worker.wait_for_readers()
             if loaded.channel is not None:
                 loaded.channel.send_stop()
-        except BaseException as error:  # nobody above this thread: it has to tell the clients and the owner
+        except BaseException as error:  # there is no caller above this thread: clients and owner must be informed here
             self._fail(error)
 
     def _take_commands(self, scheduler: Scheduler, transfers: KvTransferScheduler) -> bool:
@@ -277,7 +277,7 @@ class ReferenceEngine:
         for callback in callbacks:
             try:
                 callback(error)
-            except Exception:  # the next callback has to hear of it as well
+            except Exception:  # the next callback must run as well
                 _log.exception("a failure callback failed")
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a GGUF file says of its llama model: the sizes, the tensors, and the Hugging Face files that Dynamo reads.
+"""The llama model in a GGUF file: the sizes, the tensors, and the Hugging Face files that Dynamo reads.
 
 Only the conversion reads GGUF, by the ``gguf`` package: see `convert_gguf`.
 """

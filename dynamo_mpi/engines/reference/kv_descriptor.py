@@ -294,5 +294,5 @@ def _cover_heads(
 
 
 def covers(outer: range, inner: range) -> bool:
-    """Tell whether all of ``inner`` is in ``outer``."""
+    """Return whether all of ``inner`` is in ``outer``."""
     return outer.start <= inner.start and inner.stop <= outer.stop

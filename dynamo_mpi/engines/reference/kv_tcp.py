@@ -53,7 +53,7 @@ class StoredKv:
     """KV of one prompt on one rank.
 
     Args:
-        secret: whoever fetches has to know it.
+        secret: a client that fetches must know it.
         shard: which layers and heads of the model these are.
         values: ``[2, layers, heads, tokens, head_dim]``, keys first.
         expires: by the store's clock.
@@ -96,7 +96,7 @@ class KvStore:
 
         Args:
             transfer_id: to find it by.
-            secret: to be known by whoever fetches it.
+            secret: a client that fetches must know it.
             shard: which layers and heads of the model these are.
             halves: keys and values, each ``[layers, heads, tokens, head_dim]``.
 
@@ -123,12 +123,12 @@ class KvStore:
             return self._stored.get(transfer_id)
 
     def release(self, transfer_id: bytes) -> None:
-        """Forget it; unknown ids are ignored."""
+        """Remove it; unknown ids are ignored."""
         with self._lock:
             self._stored.pop(transfer_id, None)
 
     def expire(self) -> None:
-        """Forget what nobody has fetched in time."""
+        """Remove what was not fetched in time."""
         with self._lock:
             self._expire()
 
@@ -151,7 +151,7 @@ class KvServer:
     Args:
         store: what is handed out.
         host: address to listen on; the system chooses the port.
-        connection_seconds: how long one connection may last from a request of somebody who knows a secret on; strangers get less.
+        connection_seconds: how long a connection may last after a request that knows a secret; 5 s before one.
 
     Raises:
         OSError: the address can't be listened on.
@@ -234,7 +234,7 @@ class KvServer:
             if not isinstance(request, (Fetch, Release)):
                 raise WireError("this server answers fetch and release")
             stored = self._store.find(request.transfer_id)
-            # the same words for both, so that nobody can find out which transfers there are
+            # the same words for both, so that no client can find out which transfers there are
             if stored is None or not is_signed(request, stored.secret, nonce):
                 raise WireError("no such transfer: never offered, expired, released, or not yours")
             peer.deadline = Deadline.after(self._connection_seconds)
@@ -271,7 +271,7 @@ def _shard(stored: StoredKv, request: Fetch, checksum: int) -> Shard:
 
 
 def _describe(shard: KvShard) -> str:
-    """Say in words what a rank holds."""
+    """Return in words what a rank holds."""
     layers, heads = shard.layers, shard.heads
     return f"layers {layers.start} to {layers.stop - 1}, KV heads {heads.start} to {heads.stop - 1}"
 
@@ -281,7 +281,7 @@ _MOST_PLAUSIBLE = 1e6
 
 
 class FetchError(Exception):
-    """The KV didn't come; the text says from which rank, and why."""
+    """KV was not received; the text has the rank and the reason."""
 
 
 def fetch(descriptor: KvDescriptor, part: ShardSlice, deadline: Deadline) -> Float32Array:
@@ -291,9 +291,9 @@ def fetch(descriptor: KvDescriptor, part: ShardSlice, deadline: Deadline) -> Flo
         FetchError: the peer is gone, slow, refuses, or sends something else.
     """
     with _conversation(descriptor, part.rank, deadline) as talk:
-        talk.say(Fetch(descriptor.transfer_id, part.layers, part.heads))
+        talk.send(Fetch(descriptor.transfer_id, part.layers, part.heads))
         shape = (2, len(part.layers), len(part.heads), descriptor.prompt_tokens, descriptor.layout.head_dim)
-        shard = talk.hear()
+        shard = talk.receive()
         _check_shape(shard, descriptor, part)
         values = np.empty(shape, "<f4")
         checksum = talk.peer.receive_payload(memoryview(values.data).cast("B"))
@@ -306,16 +306,16 @@ def fetch(descriptor: KvDescriptor, part: ShardSlice, deadline: Deadline) -> Flo
 
 
 def release(descriptor: KvDescriptor, deadline: Deadline) -> list[str]:
-    """Tell all prefill ranks that nobody fetches this transfer any more.
+    """Release a transfer at all prefill ranks: it will not be fetched any more.
 
     Returns:
-        What went wrong: those ranks will forget it when its time is over.
+        What went wrong: those ranks keep it until its time is over.
     """
     failures = []
     for rank in range(len(descriptor.ranks)):
         try:
             with _conversation(descriptor, rank, deadline) as talk:
-                talk.say(Release(descriptor.transfer_id))
+                talk.send(Release(descriptor.transfer_id))
                 answer = talk.peer.receive()
                 if not isinstance(answer, Released):
                     raise WireError(answer.reason if isinstance(answer, Refused) else "an answer to something else")
@@ -332,10 +332,10 @@ class _Conversation:
     secret: bytes
     nonce: bytes
 
-    def say(self, message: Fetch | Release) -> None:
+    def send(self, message: Fetch | Release) -> None:
         self.peer.send(sign(message, self.secret, self.nonce))
 
-    def hear(self) -> Shard:
+    def receive(self) -> Shard:
         """Return the peer's answer, which has to be a signed shard."""
         answer = self.peer.receive()
         if isinstance(answer, Refused):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decode rank and a prefill rank say to each other over TCP, as bytes. Pure.
+"""The protocol of decode and prefill ranks over TCP: messages as frames, and a socket that keeps one deadline.
 
     prefill: Hello(nonce)
     decode:  Fetch(transfer, layers, heads)   prefill: Shard(shape, size, checksum) and the keys and values, or Refused
@@ -7,7 +7,7 @@
 
 A frame is a header of fixed size and a body of at most `MOST_BODY` bytes, made of integers of fixed width: nothing that is received is
 ever run or unpickled. Both sides know the transfer's secret and prove it by an HMAC over the nonce and the frame. The HMAC of a ``Shard``
-covers the payload's CRC-32, which finds damage; against somebody who alters bytes on their way, encrypt the network.
+covers the payload's CRC-32, which finds damage; against an attacker who alters bytes on their way, encrypt the network.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Release:
-    """Nobody will fetch this transfer any more."""
+    """This transfer will not be fetched any more."""
 
     transfer_id: bytes
     mac: bytes = _NO_MAC
@@ -111,7 +111,7 @@ def sign(message: Signed, secret: bytes, nonce: bytes) -> Signed:
 
 
 def is_signed(message: SignedMessage, secret: bytes, nonce: bytes) -> bool:
-    """Tell, in constant time, whether ``sign`` made ``message`` with this secret on this connection."""
+    """Return, in constant time, whether ``sign`` made ``message`` with this secret on this connection."""
     return hmac.compare_digest(message.mac, _mac(message, secret, nonce))
 
 
@@ -155,7 +155,7 @@ def _read_header(header: bytes) -> tuple[int, int]:
     if kind not in _KINDS.values():
         raise WireError(f"there is no frame of kind {kind}")
     if size > MOST_BODY:
-        raise WireError(f"a frame says it has {size} bytes, more than {MOST_BODY}")
+        raise WireError(f"a frame announces {size} bytes, more than {MOST_BODY}")
     return kind, size
 
 

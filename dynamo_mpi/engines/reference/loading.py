@@ -106,7 +106,7 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
 
 
 class _Serving:
-    """A prefill rank's store and server. Collective: all ranks hear of all addresses before one that can't serve raises.
+    """A prefill rank's store and server. Collective: all ranks get all addresses before one that can't serve raises.
 
     Raises:
         UsageError: this host has no such address.

@@ -93,7 +93,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> bool:
-        """Forget a request between two steps and free its slot. Returns whether there was one."""
+        """Remove a request between two steps and free its slot. Returns whether there was one."""
         if self._in_step:
             raise RuntimeError("a request was cancelled between next_step and apply")
         sequence = self._running.get(request_id)

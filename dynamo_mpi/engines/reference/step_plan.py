@@ -69,7 +69,7 @@ def decode(words: Int64Array) -> StepPlan:
         slot, start, wants_logits, count = header
         position += _ENTRY_HEADER
         if count < 1 or position + count > len(values):
-            raise ValueError(f"a step plan entry is said to have {count} tokens")
+            raise ValueError(f"a step plan entry announces {count} tokens")
         parts.append(SequencePart(slot, start, tuple(values[position : position + count]), bool(wants_logits)))
         position += count
     return StepPlan(tuple(parts))
