@@ -179,17 +179,12 @@ class Leader:
         self, settings: Settings, verdict: Verdict, spec: EngineSpec, cards: Sequence[Card], guard: Guard
     ) -> ExitCode:
         """Ask the hardware, with all ranks, and tell them whether to go on."""
-        from dynamo_mpi.probe.kv_desk import desk_of
         from dynamo_mpi.probe.part import Case
         from dynamo_mpi.probe.phase import lead_probes
 
         with self._phases.enter("probe"):
             case = Case(ProbePlan.unpack(spec.probe), cards, verdict.subject.cluster.gpu, verdict.weights)
-            desk = desk_of(
-                settings, verdict.subject, case.plan, cards, self._onlookers.presence, self._voice, os.environ
-            )
-            ask, strict = desk.ask if desk else None, settings.probe_strict
-            report = lead_probes(self._world, case, guard, os.environ, strict=strict, ask_partners=ask)
+            report = lead_probes(self._world, case, guard, os.environ, strict=settings.probe_strict)
             self._phases.own_part_done()
             if (error := report.error) is not None:
                 guard.report(error)
@@ -197,8 +192,6 @@ class Leader:
                 return error.exit_code
             self._voice.say(report.text)
             self._onlookers.tell_probe(report.figures)
-            if desk is not None:
-                desk.open()
             self._world.broadcast(GO)
         return ExitCode.OK
 

@@ -11,7 +11,6 @@ from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.observe.trace import trace_of
 
 if TYPE_CHECKING:
-    from dynamo_mpi.control_plane.presence import Presence
     from dynamo_mpi.control_plane.publicity import Publicity
     from dynamo_mpi.control_plane.record import WorldRecord
     from dynamo_mpi.errors import BootstrapError
@@ -47,11 +46,6 @@ class Onlookers:
     def system_url(self) -> str | None:
         """Where probes are answered; None where they aren't."""
         return self._display.system_url
-
-    @property
-    def presence(self) -> Presence | None:
-        """The worker's record in etcd; None before it is introduced."""
-        return None if self._publicity is None else self._publicity.presence
 
     def know(self, settings: Settings) -> None:
         """Show what the worker is, and nothing of an earlier start."""

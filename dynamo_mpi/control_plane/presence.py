@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.talk import Voice
 
 _LEASE_SECONDS = 30
-_ANSWER_SECONDS = 3.0
 _PAIRED = ("prefill", "decode")
 
 
@@ -127,22 +126,6 @@ class Presence:
     def tell_probe(self, figures: dict[str, Any]) -> None:
         """Have the record say what the probes have measured."""
         self._update(probe=figures)
-
-    def offer_kv(self, offer: dict[str, Any] | None) -> tuple[WorldRecord, list[WorldRecord]] | None:
-        """Have the record say where ranks can be asked for the KV probe, or no more.
-
-        Returns:
-            The record and its partners', read after it was written; None where there is no record.
-        """
-        if self._keeper is None:
-            return None
-        own, peers = self._keeper.offer_kv(offer, _ANSWER_SECONDS)
-        return own, [peer.record for peer in peers]
-
-    def tell_kv(self, peer: dict[str, Any]) -> None:
-        """Have the record say what a partner that came later has measured."""
-        if self._keeper is not None:
-            self._keeper.tell_kv(peer)
 
     def withdraw(self) -> None:
         """Take the record away, in a second at the most. Does not raise, and may be called from a signal's handler."""

@@ -92,7 +92,6 @@ class WorldRecord:
         system: URL of ``/health``, ``/live`` and ``/metrics``; None where they aren't served.
         trace: the W3C ``traceparent`` it runs under.
         probe: what the probes have measured, by probe; None where none ran.
-        probe_kv: where a partner can have its ranks asked for the KV probe, with what lets it in; None where it can't, or not any more.
     """
 
     role: str
@@ -121,7 +120,6 @@ class WorldRecord:
     system: str | None = None
     trace: str | None = None
     probe: dict[str, Any] | None = None
-    probe_kv: dict[str, Any] | None = None
 
     def pack(self) -> bytes:
         """Encode as JSON."""
@@ -143,7 +141,6 @@ class WorldRecord:
             contract=None if contract is None else read_fields(Contract, contract),
             progress=None if progress is None else read_fields(Progress, progress),
             probe=probe if isinstance(probe := content.get("probe"), dict) else None,
-            probe_kv=offer if isinstance(offer := content.get("probe_kv"), dict) else None,
         )
 
     @property
