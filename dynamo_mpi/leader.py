@@ -25,7 +25,7 @@ from dynamo_mpi.preflight.model_folder import at_its_folder
 from dynamo_mpi.preflight.reach import let_runtime_be_reached, meeting_place
 from dynamo_mpi.preflight.servable import require_servable
 from dynamo_mpi.preflight.verdict import judge, read_plan
-from dynamo_mpi.probe.plan import ProbePlan, left_out, plan_probes
+from dynamo_mpi.probe.plan import ProbePlan, left_out, obsolete, plan_probes
 from dynamo_mpi.serving.service import point_runtime_at
 from dynamo_mpi.settings import load_settings
 from dynamo_mpi.supervision.failure import Failure, HurriedError, describe_error
@@ -127,6 +127,8 @@ class Leader:
                 return self._stop(f"error: {error}", error.exit_code)
             for line in left_out(settings, self._world.size):
                 self._log.info(line)
+            for line in obsolete(settings):
+                self._log.warning(line)
             probes = plan_probes(settings, verdict.subject.layout, ranks_by_host(cards))
             spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
             self._world.broadcast(GO + guard.meeting.pack(spec.pack()))
@@ -148,15 +150,12 @@ class Leader:
         self, settings: Settings, verdict: Verdict, spec: EngineSpec, cards: Sequence[Card], guard: Guard
     ) -> ExitCode:
         """Ask the hardware, with all ranks, and tell them whether to go on."""
-        from dynamo_mpi.probe.kv_desk import desk_of
         from dynamo_mpi.probe.part import Case
         from dynamo_mpi.probe.phase import lead_probes
 
         with self._phases.enter("probe"):
             case = Case(ProbePlan.unpack(spec.probe), cards, verdict.subject.cluster.gpu, verdict.weights)
-            desk = desk_of(settings, verdict.subject, case.plan, cards, self._presence, self._log, os.environ)
-            ask, strict = desk.ask if desk else None, settings.probe_strict
-            report = lead_probes(self._world, case, guard, os.environ, strict=strict, ask_partners=ask)
+            report = lead_probes(self._world, case, guard, os.environ, strict=settings.probe_strict)
             self._phases.own_part_done()
             if (error := report.error) is not None:
                 guard.report(error)
@@ -164,8 +163,6 @@ class Leader:
                 return error.exit_code
             self._log.info(report.text)
             self._hooks.on_hardware_checked(report.figures)
-            if desk is not None:
-                desk.open()
             self._world.broadcast(GO)
         return ExitCode.OK
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 MAX_SECONDS = 1e8
 MAX_RUNTIME_PORT = 2**15 - 1
-PROBES = ("gpu", "fabric", "kv")
+PROBES = ("gpu", "fabric")
+# accepted until 0.2: its check is a step of `dynamo-mpi launch` now
+FORMER_PROBES = ("kv",)
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,9 @@ def to_probes(text: str) -> str:
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     if names in (["auto"], ["none"]):
         return names[0]
-    if not names or set(names) - set(PROBES):
+    if not names or set(names) - {*PROBES, *FORMER_PROBES}:
         raise ValueError(f"auto, none, or some of {', '.join(PROBES)}, separated by commas")
-    return ",".join(name for name in PROBES if name in names)
+    return ",".join(name for name in (*PROBES, *FORMER_PROBES) if name in names)
 
 
 def to_kv_transport(text: str) -> str:

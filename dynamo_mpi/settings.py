@@ -65,7 +65,7 @@ class Settings:
     probe: str
     probe_strict: bool
     probe_seconds: float
-    probe_kv_seconds: float
+    probe_kv_seconds: float | None
     load_timeout: float
     prove_timeout: float
     drain_timeout: float

@@ -144,7 +144,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROBE",),
         "auto",
         to_probes,
-        "what of the hardware is asked before anything is loaded: gpu, fabric, kv, separated by commas, or none; auto is all of them where "
+        "what of the hardware is asked before anything is loaded: gpu, fabric, separated by commas, or none; auto is both where "
         "the engine runs on GPUs, none otherwise",
     ),
     Option(
@@ -169,9 +169,9 @@ OPTIONS: tuple[Option, ...] = (
         "probe_kv_seconds",
         ("--probe-kv-seconds",),
         ("DYN_MPI_PROBE_KV_SECONDS",),
-        300.0,
+        None,
         to_seconds,
-        "seconds for which a partner that starts later can ask a worker's ranks for the KV probe",
+        "without effect since the KV check is a step of `dynamo-mpi launch` (--kv-check); accepted until 0.2",
     ),
     Option(
         "load_timeout",

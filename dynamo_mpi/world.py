@@ -119,7 +119,7 @@ def form_world(*, alone: bool = False, alone_on_node: bool = False) -> World:
         # the same of Open MPI 5 where the launcher kills the rank
         os.environ.setdefault("OMPI_MCA_btl", "^sm")
     if not MPI.Is_initialized():
-        _start_mpi()
+        start_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise MislaunchError(
             "the MPI library grants less than MPI_THREAD_MULTIPLE",
@@ -129,7 +129,7 @@ def form_world(*, alone: bool = False, alone_on_node: bool = False) -> World:
     return World(MPI.COMM_WORLD.Dup())
 
 
-def _start_mpi() -> None:
+def start_mpi() -> None:
     """Start MPI without holding Python's lock, as mpi4py does: MPI's start waits for every rank, and this one has to be able to leave."""
     import ctypes
 

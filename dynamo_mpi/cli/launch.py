@@ -20,6 +20,7 @@ from dynamo_mpi.errors import BootstrapError
 from dynamo_mpi.exit_codes import ExitCode
 from dynamo_mpi.launch.conductor import Conductor
 from dynamo_mpi.launch.deployment import assign, nodes_wanted
+from dynamo_mpi.launch.kv_check import needs_kv_check
 from dynamo_mpi.launch.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
 from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
 from dynamo_mpi.launch.run_dir import RunDir, write_refusal
@@ -175,6 +176,10 @@ def _show(settings: LaunchSettings, renderer: Renderer, workers: tuple[Worker, .
     if nodes.job_id == STAND_IN_JOB:
         print(f"# not in an allocation: {nodes.head} … and {STAND_IN_JOB} stand for its nodes and its id\n")
     commands = [] if settings.skip_check else [("the layouts, before anything starts", renderer.check())]
+    if needs_kv_check(settings, workers):
+        commands.append(
+            ("the way of KV from prefill to decode nodes, before the workers start", renderer.kv_check(workers))
+        )
     commands.append((f"until {path}/services.json is there", renderer.services()))
     commands += [("with what services.json gives, all at once", renderer.worker(worker)) for worker in workers]
     print("\n\n".join(f"# {command.name}: {note}\n{command.shown()}" for note, command in commands))

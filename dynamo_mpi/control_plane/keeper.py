@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _FAREWELL_SECONDS = 1.0
 # a record stays small, however often a partner is started anew
-_MOST_PEERS = 8
 # requests come and go by the thousand
 _BETWEEN_UPDATES_SECONDS = 1.0
 
@@ -62,7 +61,6 @@ class Keeper:
         self._stale = self._away = False
         self._peers: Sequence[StoredRecord] = ()
         self._odd: set[str] = set()
-        self._settled: list[threading.Event] = []
         # a signal's handler may put into it, whatever the main thread was doing
         self._changes: queue.SimpleQueue[Callable[[WorkerRecord], WorkerRecord] | None] = queue.SimpleQueue()
         # the latest of each; the queue holds one word of them, however many there were
@@ -122,38 +120,6 @@ class Keeper:
             self._is_announced = True
             self._changes.put(_unchanged)
 
-    def offer_kv(self, offer: dict[str, Any] | None, seconds: float) -> tuple[WorkerRecord, Sequence[StoredRecord]]:
-        """Have the record say where ranks can be asked for the KV probe, and then read the peers'.
-
-        Args:
-            offer: to publish; None to take it back, which never waits.
-            seconds: to wait for etcd.
-
-        Returns:
-            The record, and its peers, as they were read after it was written, if etcd has answered in time.
-        """
-        done = threading.Event()
-
-        def change(record: WorkerRecord) -> WorkerRecord:
-            self._settled.append(done)
-            return replace(record, probe_kv=offer)
-
-        self._changes.put(change)
-        if offer is not None:
-            done.wait(seconds)
-        return self._record, self._peers
-
-    def tell_kv(self, peer: dict[str, Any]) -> None:
-        """Have the record say soon what the KV probe of a peer that came later has measured. Never waits."""
-
-        def change(record: WorkerRecord) -> WorkerRecord:
-            # what the probes have said before may still wait for its second
-            probe = dict(self._updates.pop("probe", record.probe) or {})
-            known = probe.get("kv", {}).get("peers", [])[1 - _MOST_PEERS :]
-            return replace(record, probe={**probe, "kv": {"peers": [*known, peer]}})
-
-        self._changes.put(change)
-
     def withdraw(self) -> None:
         """Take the record away: at once, or with its lease where etcd doesn't answer within a second. From any thread, or a signal's
         handler; more than once does no harm."""
@@ -187,8 +153,6 @@ class Keeper:
                 renew_at = time.monotonic() + self._pause()
             elif self._stale and not self._away and now >= write_at:
                 self._attempt(self._rewrite)
-            while self._settled:
-                self._settled.pop().set()
         self._retract()
 
     def _fetch_updates(self) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.phases import PhaseProgress
     from dynamo_mpi.talk import RankLogger
 
-_ANSWER_SECONDS = 3.0
 _PAIRED = ("prefill", "decode")
 
 
@@ -124,22 +123,6 @@ class Presence(WorkerHook):
     def on_exit(self, code: int) -> None:
         """Take the record away, if it is still there."""
         self.withdraw()
-
-    def offer_kv(self, offer: dict[str, Any] | None) -> tuple[WorkerRecord, list[WorkerRecord]] | None:
-        """Have the record say where ranks can be asked for the KV probe, or no more.
-
-        Returns:
-            The record and its partners', read after it was written; None where there is no record.
-        """
-        if self._keeper is None:
-            return None
-        own, peers = self._keeper.offer_kv(offer, _ANSWER_SECONDS)
-        return own, [peer.record for peer in peers]
-
-    def tell_kv(self, peer: dict[str, Any]) -> None:
-        """Have the record say what a partner that came later has measured."""
-        if self._keeper is not None:
-            self._keeper.tell_kv(peer)
 
     def withdraw(self) -> None:
         """Take the record away, in a second at the most. Does not raise, and may be called from a signal's handler."""

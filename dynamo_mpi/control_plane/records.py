@@ -122,7 +122,6 @@ class WorkerRecord:
         system: URL of ``/health``, ``/live`` and ``/metrics``; None if they aren't served.
         trace: the W3C ``traceparent`` it runs under.
         probe: what the probes have measured, by probe; None if none ran.
-        probe_kv: where a partner can have its ranks asked for the KV probe, with what lets it in; None where it can't, or not any more.
     """
 
     role: str
@@ -151,7 +150,6 @@ class WorkerRecord:
     system: str | None = None
     trace: str | None = None
     probe: dict[str, Any] | None = None
-    probe_kv: dict[str, Any] | None = None
 
     def pack(self) -> bytes:
         """Encode as JSON."""
@@ -195,7 +193,6 @@ class WorkerRecord:
             contract=nested(Contract, "contract"),
             progress=nested(Progress, "progress", "ranks"),
             probe=probe if isinstance(probe := content.get("probe"), dict) else None,
-            probe_kv=offer if isinstance(offer := content.get("probe_kv"), dict) else None,
         )
 
     @property

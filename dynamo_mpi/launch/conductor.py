@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launch.kv_check import needs_kv_check, report_of_kv_check
 from dynamo_mpi.launch.milestones import Milestones
 from dynamo_mpi.launch.srun import without_srun_input
 from dynamo_mpi.launch.steps import start
@@ -103,6 +104,9 @@ class Conductor:
             if not self._settings.skip_check:
                 with self._milestones.step("check"):
                     self._check()
+            if needs_kv_check(self._settings, self._workers):
+                with self._milestones.step("kv check"):
+                    self._check_kv()
             with self._milestones.step("services"):
                 services = self._start_services()
             self._worker_steps.start(self._environment | services, tuple(services))
@@ -118,20 +122,39 @@ class Conductor:
         return ExitCode.OK
 
     def _check(self) -> None:
-        step = self._start(self._renderer.check())
+        code, words = self._run_to_end(self._renderer.check())
+        if code:
+            raise StepFailed(
+                f"the check refused the deployment with exit code {code}; nothing was launched", status=code, log=words
+            )
+        self._say("check: passed")
+
+    def _check_kv(self) -> None:
+        code, words = self._run_to_end(self._renderer.kv_check(self._workers))
+        report = report_of_kv_check(words)
+        # where Slurm has killed a rank that hung, its code is that of the kill
+        code = min(code, ExitCode.TEMPORARY) if report else code
+        if code and self._settings.kv_check == "warn":
+            self._say(f"warning: the KV check ended with exit code {code}; the workers start all the same")
+        elif code:
+            raise StepFailed(
+                f"the KV check refused the deployment with exit code {code}; nothing was launched"
+                + (f"\n{report}" if report else ""),
+                status=code,
+                log="" if report else words,
+                fix="" if report else "read the log; --kv-check off leaves it out",
+            )
+
+    def _run_to_end(self, command: Command) -> tuple[int, str]:
+        """Run a step that ends by itself; return its exit code, and its last words."""
+        step = self._start(command)
         news = News(*NEWS_SECONDS)
         while (code := step.child.exit_code()) is None:
             if seconds := news.due():
-                self._say(f"waiting for the check, {seconds:.0f} s; an image's import may take minutes")
+                self._say(f"waiting for the {step.name}, {seconds:.0f} s; an image's import may take minutes")
             self._pause()
         self._others.pop(step.name)
-        if code:
-            raise StepFailed(
-                f"the check refused the deployment with exit code {code}; nothing was launched",
-                status=code,
-                log=step.last_words(200),
-            )
-        self._say("check: passed")
+        return code, step.last_words(200)
 
     def _start_services(self) -> dict[str, str]:
         """Return the variables that say where the services are, and what opens them."""
@@ -266,7 +289,8 @@ class Conductor:
     def _commands(self) -> list[Command]:
         """Return everything that this deployment may run."""
         workers = [self._renderer.worker(worker) for worker in self._workers]
-        return [self._renderer.check(), self._renderer.services(), *workers]
+        kv_check = [self._renderer.kv_check(self._workers)] if needs_kv_check(self._settings, self._workers) else []
+        return [self._renderer.check(), *kv_check, self._renderer.services(), *workers]
 
     def _stop(self) -> None:
         """End everything: prefill, whose KV decode still fetches while it drains, then decode, the services last."""

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
+from dynamo_mpi.launch.kv_check import NAME as KV_CHECK
+from dynamo_mpi.launch.kv_check import kv_check_words, nodes_of
 from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
 from dynamo_mpi.launch.srun import token_of
 from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from dynamo_mpi.launch.deployment import Worker
@@ -55,26 +57,35 @@ class Mpirun:
         """The layouts, before anything starts."""
         return self._command("check", check_words(self.settings, self.source))
 
+    def kv_check(self, workers: Sequence[Worker]) -> Command:
+        """The KV check: one rank on each host of both roles."""
+        environment = {"PYTHON": self.source.python}
+        placed = self._placed(nodes_of(workers, "prefill", "decode"), 1, {*environment, *self.forwarded})
+        lines = (*placed, kv_check_words(self.settings, self.source, workers))
+        return Command(KV_CHECK, KV_CHECK, lines, environment)
+
     def services(self) -> Command:
         """etcd, NATS and the frontend."""
         return self._command("services", services_words(self.source, self.run_dir))
 
     def worker(self, worker: Worker, services: Iterable[str] = SERVICE_VARIABLES) -> Command:
         """One worker, with a rank for each GPU; ``services`` as for `Srun`."""
-        hosts = ",".join(f"{host}:{worker.ranks_per_node}" for host in worker.nodes)
         launch = f"dynmpi-{token_of(Path(self.run_dir))}-{worker.name}"
         environment = {**self._environment(), LAUNCH_VARIABLE: launch}
-        # names alone: mpirun takes the values from its own environment, and nobody reads them from its command line
-        names = sorted({*services, *environment, *self.forwarded, ATTEMPT})
-        lines = (
-            self.settings.mpirun,
-            ("--host", hosts),
-            ("--map-by", f"ppr:{worker.ranks_per_node}:node"),
-            ("-n", str(worker.ranks)),
-            *(("-x", name) for name in names),
-            worker_words(self.settings, self.source, worker, self.run_dir),
-        )
+        names = {*services, *environment, *self.forwarded, ATTEMPT}
+        placed = self._placed(worker.nodes, worker.ranks_per_node, names)
+        lines = (*placed, worker_words(self.settings, self.source, worker, self.run_dir))
         return Command(worker.name, worker.name, lines, environment)
+
+    def _placed(self, nodes: Sequence[str], ranks_per_node: int, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+        return (
+            self.settings.mpirun,
+            ("--host", ",".join(f"{host}:{ranks_per_node}" for host in nodes)),
+            ("--map-by", f"ppr:{ranks_per_node}:node"),
+            ("-n", str(len(nodes) * ranks_per_node)),
+            # names alone: mpirun takes the values from its own environment, and nobody reads them from its command line
+            *(("-x", name) for name in sorted(names)),
+        )
 
     def _command(self, name: str, words: tuple[str, ...]) -> Command:
         return Command(name, name, (words,), self._environment())

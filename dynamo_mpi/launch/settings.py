@@ -164,6 +164,16 @@ OPTIONS: tuple[Option, ...] = (
         "don't run `dynamo-mpi check` first (the ranks' preflight checks again)",
         switch=True,
     ),
+    Option(
+        "kv_check",
+        ("--kv-check",),
+        ("DYN_MPI_KV_CHECK",),
+        "on",
+        str,
+        "have each decode node pull a pattern from each prefill node before the workers start: on refuses to start if a pair is cut, "
+        "slow or gets wrong bytes, warn reports it, off leaves the check out",
+        ("on", "warn", "off"),
+    ),
 )
 
 
@@ -198,6 +208,7 @@ class LaunchSettings:
     start_timeout: float
     stop_timeout: float
     skip_check: bool
+    kv_check: str
     worker_args: tuple[str, ...] = ()
 
     @property

@@ -15,6 +15,7 @@ _MODULES = {
     "start_frontend_services.sh": ("-m", "dynamo_mpi.head_node"),
     "start_worker.sh": ("-m", "dynamo_mpi.worker"),
     "dynamo-mpi.sh": ("-m", "dynamo_mpi"),
+    "check_kv.sh": ("-m", "dynamo_mpi.checks.kv"),
 }
 
 

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE
 from dynamo_mpi.errors import UsageError
 from dynamo_mpi.launch.command import SERVICE_VARIABLES, Command
+from dynamo_mpi.launch.kv_check import NAME as KV_CHECK
+from dynamo_mpi.launch.kv_check import kv_check_words, nodes_of
 from dynamo_mpi.launch.programs import check_words, services_words, worker_environment, worker_words
 from dynamo_mpi.launchers.attempt import VARIABLE as ATTEMPT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from dynamo_mpi.launch.deployment import Worker
@@ -74,6 +76,10 @@ class Container:
         )
 
 
+# a rank of the KV check that rank 0 can't reach gives up by itself before
+_CHECK_WAIT_SECONDS = 20
+
+
 @dataclass(frozen=True)
 class Srun:
     """Renders the steps of one deployment.
@@ -100,6 +106,23 @@ class Srun:
         """The layouts, before anything starts: on the head node, where paths mean what they mean to the ranks."""
         return self._on_head("check", check_words(self.settings, self.source), worker_environment(self.settings))
 
+    def kv_check(self, workers: Sequence[Worker]) -> Command:
+        """The KV check: one rank on each node of both roles."""
+        nodes = nodes_of(workers, "prefill", "decode")
+        options = (
+            f"--mpi={self.settings.mpi}",
+            f"--nodes={len(nodes)}",
+            f"--nodelist={','.join(nodes)}",
+            f"--ntasks={len(nodes)}",
+            "--ntasks-per-node=1",
+            f"--wait={_CHECK_WAIT_SECONDS}",
+        )
+        words = kv_check_words(self.settings, self.source, workers)
+        # Slurm's PMIx plugin lets MPI start along a ring of nodes otherwise, and a pair that is cut keeps all of them waiting
+        environment = {"SLURM_PMIX_FENCE": "tree"}
+        command = self._step(KV_CHECK, options, self.settings.srun_args, words, environment, ())
+        return _on_nodes(command, nodes)
+
     def services(self) -> Command:
         """etcd, NATS and the frontend."""
         return self._on_head("services", services_words(self.source, self.run_dir), {})
@@ -124,10 +147,9 @@ class Srun:
         )
         words = worker_words(self.settings, self.source, worker, self.run_dir)
         names = (*services, ATTEMPT)
-        command = self._step(worker.name, options, self.settings.srun_args, words, environment, names)
-        # Slurm's PMIx plugin (22.05, and still in 2026) takes a rank's place among the step's nodes for one among the job's when a rank
-        # asks for another's address: on a step that doesn't begin on the job's first node that goes astray, and MPI's start hangs
-        return replace(command, environment={**command.environment, "SLURM_JOB_NODELIST": ",".join(worker.nodes)})
+        return _on_nodes(
+            self._step(worker.name, options, self.settings.srun_args, words, environment, names), worker.nodes
+        )
 
     def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
         # --overlap: a worker of the head node needs its CPUs
@@ -153,6 +175,13 @@ class Srun:
 
     def _step_name(self, name: str) -> str:
         return f"dynmpi-{self.token}-{name}"
+
+
+def _on_nodes(command: Command, nodes: Sequence[str]) -> Command:
+    """Have a step of several nodes take them for the job's."""
+    # Slurm's PMIx plugin (22.05, and still in 2026) takes a rank's place among the step's nodes for one among the job's when a rank asks
+    # for another's address: on a step that doesn't begin on the job's first node that goes astray, and MPI's start hangs
+    return replace(command, environment={**command.environment, "SLURM_JOB_NODELIST": ",".join(nodes)})
 
 
 def token_of(run_dir: Path) -> str:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 # for the partner, not for operators
-_HIDDEN = ("contract", "probe", "probe_kv")
+_HIDDEN = ("contract", "probe")
 
 
 def as_json(status: DeploymentStatus) -> dict[str, Any]:

@@ -54,8 +54,7 @@ class ProbeChild:
     """
 
     def __init__(self, rank: int, size: int, plan: ProbePlan, environ: Mapping[str, str]) -> None:
-        # without the token of the KV probe: everybody on the node may read a command line
-        words = [sys.executable, "-m", "dynamo_mpi.probe.nccl_child", str(rank), str(size), plan._replace(kv="").pack()]
+        words = [sys.executable, "-m", "dynamo_mpi.probe.nccl_child", str(rank), str(size), plan.pack()]
         self._stderr = os.memfd_create("probe-stderr")
         self._process = ManagedProcess(
             "fabric probe",

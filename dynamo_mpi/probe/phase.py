@@ -15,11 +15,11 @@ from dynamo_mpi.fields import pack, unpack
 from dynamo_mpi.parallelism.finding import Severity, errors, render
 from dynamo_mpi.probe.hang import StuckError, blame, read_note
 from dynamo_mpi.probe.part import Part
-from dynamo_mpi.probe.plan import START_SHARE, WAIT_SHARE, start_seconds
+from dynamo_mpi.probe.plan import START_SHARE, WAIT_SHARE
 from dynamo_mpi.probe.steps import steps_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from dynamo_mpi.errors import BootstrapError
     from dynamo_mpi.parallelism.finding import Finding
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervision.guard import Guard
     from dynamo_mpi.world import World
 
-    AskPartners = Callable[[list[list[str]], float], list[list[str]]]
-
-_MODULES = {"gpu": "dynamo_mpi.probe.gpu", "fabric": "dynamo_mpi.probe.fabric", "kv": "dynamo_mpi.probe.kv"}
+_MODULES = {"gpu": "dynamo_mpi.probe.gpu", "fabric": "dynamo_mpi.probe.fabric"}
 # a probe that ends by itself at its deadline gets this long to say so
 _GRACE_SECONDS = 3.0
 # after which even a rank 0 that is stuck in native code ends the world
@@ -95,15 +93,7 @@ def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str]) -> list
     return world.gather(pack(values))
 
 
-def lead_probes(
-    world: World,
-    case: Case,
-    guard: Guard,
-    environ: Mapping[str, str],
-    *,
-    strict: bool,
-    ask_partners: AskPartners | None = None,
-) -> Report:
+def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, str], *, strict: bool) -> Report:
     """Run them as rank 0, and judge.
 
     Args:
@@ -112,7 +102,6 @@ def lead_probes(
         guard: ends a world that hangs in a probe.
         environ: rank 0's environment.
         strict: warnings are errors.
-        ask_partners: of the KV probe, whose ranks can be asked by now.
     """
     began = time.monotonic()
     plan = case.plan
@@ -120,11 +109,8 @@ def lead_probes(
     late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
     with late, _watched(guard, case, seconds):
         answers = take_part(world, plan, environ)
-    by_probe = _by_probe(plan, answers)
-    if "kv" in by_probe:
-        by_probe["kv"] = [] if ask_partners is None else _ask(ask_partners, by_probe["kv"], guard, plan.seconds)
     outcomes: dict[str, Outcome] = {}
-    for name, told in by_probe.items():
+    for name, told in _by_probe(plan, answers).items():
         earlier = {before: outcome.figures for before, outcome in outcomes.items()}
         outcomes[name] = _judge(name, told, case._replace(earlier=earlier))
     findings = [finding for outcome in outcomes.values() for finding in outcome.findings]
@@ -138,19 +124,13 @@ def lead_probes(
     return Report(tuple(findings), figures, lines, ExitCode.USAGE if refused else ExitCode.TEMPORARY)
 
 
-def _ask(ask: AskPartners, answers: list[list[str]], guard: Guard, seconds: float) -> list[list[str]]:
-    """Talk with other worlds, which end by themselves what takes too long."""
-    with guard.deadline(seconds + _LAST_SECONDS, "the KV probe has not come to its end", "--probe-seconds"):
-        return ask(answers, time.monotonic() + seconds)
-
-
 def allowed_seconds(plan: ProbePlan) -> float:
     """Return how long all probes may take: as much as each of them allows itself, so that none that ends in its time ends the world."""
     seconds = plan.seconds
     seconds += plan.seconds * WAIT_SHARE if "gpu" in plan.names else 0.0
     if "fabric" in plan.names and plan.over == "nccl":
         seconds += plan.seconds * START_SHARE + _GRACE_SECONDS
-    return seconds + start_seconds(plan.seconds) if "kv" in plan.names else seconds
+    return seconds
 
 
 def _judge(name: str, answers: Sequence[Sequence[str]], case: Case) -> Outcome:

@@ -9,18 +9,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from dynamo_mpi.parallelism.layout import Layout
-    from dynamo_mpi.probe.kv_terms import KvTerms
     from dynamo_mpi.settings import Settings
 
 Groups = tuple[tuple[int, ...], ...]
 
 WAIT_SHARE = START_SHARE = 0.5
 """Beside the time for the probes, so much of it for memory to be given back, and so much for NCCL's processes to start."""
-_STATION_SECONDS = 20.0
 NODE = "node"
 """The kind of groups that are a node's ranks."""
 _LAYOUT_KINDS = ("tp", "moe_ep", "pp")
-_KV = "kv"
 
 
 class ProbePlan(NamedTuple):
@@ -31,37 +28,31 @@ class ProbePlan(NamedTuple):
         seconds: for what ranks do together; see `WAIT_SHARE`.
         over: what carries the fabric probe's messages: ``nccl``, or ``mpi`` where the ranks have no GPUs.
         groups: ranks that talk to each other, by kind: `NODE`, ``tp``, ``moe_ep`` and ``pp``, as `Layout.groups` has them.
-        kv: what the KV probe needs, as `KvTerms.pack` writes it; empty without it.
     """
 
     names: tuple[str, ...]
     seconds: float
     over: str = "mpi"
     groups: tuple[tuple[str, Groups], ...] = ()
-    kv: str = ""
 
     def of_kind(self, kind: str) -> Groups:
         """Return the groups of a kind; none where the plan has no such kind."""
         return dict(self.groups).get(kind, ())
 
     def pack(self) -> str:
-        """Write it as one text: ``gpu,fabric|30|nccl|node=0,1;2,3``, and ``kv=…`` where KV is probed."""
+        """Write it as one text: ``gpu,fabric|30|nccl|node=0,1;2,3``."""
         kinds = (f"{kind}={';'.join(','.join(map(str, group)) for group in groups)}" for kind, groups in self.groups)
-        more = (f"{_KV}={self.kv}",) if self.kv else ()
-        return "|".join((",".join(self.names), repr(self.seconds), self.over, *kinds, *more))
+        return "|".join((",".join(self.names), repr(self.seconds), self.over, *kinds))
 
     @classmethod
     def unpack(cls, text: str) -> ProbePlan:
         """Read what `pack` wrote."""
         names, seconds, over, *kinds = text.split("|")
-        groups, kv = [], ""
+        groups = []
         for kind in kinds:
             name, _, members = kind.partition("=")
-            if name == _KV:
-                kv = members
-                continue
             groups.append((name, tuple(tuple(map(int, group.split(","))) for group in members.split(";"))))
-        return cls(tuple(names.split(",")), float(seconds), over, tuple(groups), kv)
+        return cls(tuple(names.split(",")), float(seconds), over, tuple(groups))
 
 
 def plan_probes(settings: Settings, layout: Layout, nodes: Mapping[str, Sequence[int]]) -> ProbePlan | None:
@@ -83,8 +74,7 @@ def plan_probes(settings: Settings, layout: Layout, nodes: Mapping[str, Sequence
     by_kind = [(NODE, _tuples(nodes.values()))]
     if layout.world_size == size:
         by_kind += [(kind, groups) for kind in _LAYOUT_KINDS if len((groups := _tuples(layout.groups(kind)))[0]) > 1]
-    kv = _kv_terms(settings).pack() if "kv" in names else ""
-    return ProbePlan(names, settings.probe_seconds, over, tuple(by_kind), kv)
+    return ProbePlan(names, settings.probe_seconds, over, tuple(by_kind))
 
 
 def chosen_probes(settings: Settings, size: int) -> tuple[str, ...]:
@@ -98,38 +88,30 @@ def chosen_probes(settings: Settings, size: int) -> tuple[str, ...]:
         return ()
     names = settings.probe.split(",")
     if settings.probe == "auto":
-        names = ["gpu", "fabric", "kv"] if has_gpus(settings) else []
+        names = ["gpu", "fabric"] if has_gpus(settings) else []
     return tuple(name for name in names if not _idle(settings, size).get(name))
 
 
 def left_out(settings: Settings, size: int) -> list[str]:
-    """Say which probes were asked for, and have nothing to ask. Pure; as for `chosen_probes`."""
-    if settings.probe in ("none", "auto"):
-        return []
+    """Say which probes were asked for, and have nothing to ask, or are none any more. Pure; as for `chosen_probes`."""
     idle = _idle(settings, size)
     return [f"probe {name}: {idle[name]}" for name in settings.probe.split(",") if idle.get(name)]
 
 
+def obsolete(settings: Settings) -> list[str]:
+    """Return a warning for each setting that is accepted and has no effect any more. Pure."""
+    if settings.probe_kv_seconds is None:
+        return []
+    return ["--probe-kv-seconds has no effect any more: the KV check is a step of `dynamo-mpi launch`"]
+
+
 def _idle(settings: Settings, size: int) -> dict[str, str]:
     """Return why probes have nothing to ask, by name; empty where they have."""
-    paired = settings.role in ("prefill", "decode")
     return {
         "fabric": "nothing to ask in a world of one rank" if size == 1 else "",
-        "kv": "" if paired else f"nothing to ask, as an {settings.role} worker has no partner",
+        # accepted until 0.2
+        "kv": "moved to `dynamo-mpi launch` (--kv-check) and python -m dynamo_mpi.checks.kv; a worker leaves it out",
     }
-
-
-def _kv_terms(settings: Settings) -> KvTerms:
-    import secrets
-
-    from dynamo_mpi.probe.kv_terms import TOKEN_BYTES, KvTerms
-
-    return KvTerms(settings.role, settings.probe_kv_seconds, secrets.token_hex(TOKEN_BYTES), settings.kv_network or "")
-
-
-def start_seconds(seconds: float) -> float:
-    """Return how long a station of the KV probe may take to start, after all else; ``seconds`` as `ProbePlan` has them."""
-    return min(_STATION_SECONDS, seconds)
 
 
 def has_gpus(settings: Settings) -> bool:

@@ -24,7 +24,7 @@ from tests.unit.worlds import world
 
 FULL = world(
     instance="1a", launch="x-0", attempt=2, phase="load", phase_since=1.0, in_flight=3,
-    progress=sources.RecordedProgress(1, 8, 7, "n2", 1.5, 4096), system="http://h:1", trace="00-a-b-01", probe={}, probe_kv={},
+    progress=sources.RecordedProgress(1, 8, 7, "n2", 1.5, 4096), system="http://h:1", trace="00-a-b-01", probe={},
 )  # fmt: skip
 RECORDS = [FULL, world("agg", trtllm=None, job=None, step=None), world("decode", contract={"state_dtype": "float32"})]
 FAILURE = replace(
@@ -55,7 +55,7 @@ def _read(kind: str) -> list[Any]:
 
 
 def record() -> str:
-    return f"key: {sources.record_key(FULL, _LEASE)}\n" + members_of(_read("record"), opaque=("probe", "probe_kv"))
+    return f"key: {sources.record_key(FULL, _LEASE)}\n" + members_of(_read("record"), opaque=("probe",))
 
 
 def last_failure() -> str:

@@ -44,7 +44,14 @@ class LaunchCommand(MarkedCommand):
             *("--prefill-engine-config", str(folder / "engine.yaml")),
             *("--decode-engine-config", str(folder / "engine.yaml"), *words),
         ]
-        variables = {"DYN_MPI_ADDRESS": "127.0.0.1", "DYN_LOG": "error", "no_proxy": "*", **environment}
+        # one host under two names can't tell the check's ranks apart
+        variables = {
+            "DYN_MPI_KV_CHECK": "off",
+            "DYN_MPI_ADDRESS": "127.0.0.1",
+            "DYN_LOG": "error",
+            "no_proxy": "*",
+            **environment,
+        }
         super().__init__(folder, command, {**mpi_environment(), **variables}, stderr=stderr)
 
     def ask(self) -> tuple[int, Any]:

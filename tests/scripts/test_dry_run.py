@@ -48,7 +48,7 @@ def test_a_launcher_needs_nothing_but_python() -> None:
     environment = {**LLAMA, "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("srun") == 3
+    assert done.stdout.count("srun") == 4
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,8 @@ def settings(slurm: SlurmSession, model_dir: Path, nodes: int, ranks_per_node: i
         "PREFILL_ENGINE_CONFIG": config,
         "DECODE_ENGINE_CONFIG": config,
         "DYN_MPI_ENGINE": "reference",
+        # tests/slurm/test_kv_check.py has it on
+        "DYN_MPI_KV_CHECK": "off",
         "PYTHON": sys.executable,
         "DYN_MPI_PYTHON": sys.executable,
     }

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
 
 import pytest
 
-from dynamo_mpi.probe.kv_ucx import find_ucx
-from dynamo_mpi.probe.nixl_library import nixl_installed
+from dynamo_mpi.checks.kv_pull import nixl_installed
 
 
 def _has_ipv6() -> bool:
@@ -22,6 +20,4 @@ def _has_ipv6() -> bool:
 
 needs_ipv6 = pytest.mark.skipif(not _has_ipv6(), reason="this host has no ::1")
 needs_nixl = pytest.mark.skipif(not nixl_installed(), reason="NIXL is not installed: pip install --no-deps nixl-cu12")
-needs_ucx = pytest.mark.skipif(
-    not find_ucx(os.environ), reason="UCX's library is not installed: apt-get install libucx0"
-)
+TRANSPORTS = ["tcp", pytest.param("nixl", marks=needs_nixl)]

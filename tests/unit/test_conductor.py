@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Steps:
 
     folder: Path
     check: str = "true"
+    kv_check: str = "true"
     services: str = f'echo \'{{"environment": {{"SECRET": "s"}}, "url": "", "host": "h"}}\' > services.json; {WAIT}'
     prefill: str = SERVE
     decode: str = SERVE
@@ -71,11 +72,15 @@ class Rendered:
     def check(self) -> Command:
         return self._steps.command("check", self._steps.check)
 
+    def kv_check(self, workers: Sequence[Worker]) -> Command:
+        return self._steps.command("kv-check", self._steps.kv_check)
+
     def services(self) -> Command:
         return self._steps.command("services", self._steps.services)
 
 
 Run = Callable[..., tuple[int, str]]
+NONE: Mapping[str, str] = {}
 
 
 @pytest.fixture
@@ -94,7 +99,12 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
     folder = tmp_path / "run"
 
     def begin(
-        when: str = "", do: Callable[[], None] = lambda: None, max_restarts: int = 0, **scripts: str
+        when: str = "",
+        do: Callable[[], None] = lambda: None,
+        max_restarts: int = 0,
+        workers: Sequence[Worker] = (PREFILL, DECODE),
+        changes: Mapping[str, str] = NONE,
+        **scripts: str,
     ) -> tuple[int, str]:
         said: list[str] = []
 
@@ -108,8 +118,8 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
         try:
             with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts:
                 conductor = Conductor(
-                    replace(settings, max_restarts=max_restarts),
-                    (PREFILL, DECODE),
+                    replace(settings, max_restarts=max_restarts, **changes),  # type: ignore[arg-type] # texts
+                    workers,
                     Rendered(Steps(folder, **scripts)),
                     MpirunEndings(),
                     run_dir,
@@ -155,6 +165,33 @@ def test_a_check_that_refuses_is_the_end(run: Run, tmp_path: Path) -> None:
     code, said = run(check="echo error B1; exit 78")
     assert (code, "error B1" in said, "nothing was launched" in said) == (78, True, True)
     assert not (tmp_path / "run" / "logs" / "services.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("kv_check", "code", "said"),
+    [
+        ("on", 75, "the KV check refused the deployment with exit code 75; nothing was launched"),
+        ("warn", 0, "warning: the KV check ended with exit code 75; the workers start all the same"),
+        ("off", 0, READY),
+    ],
+)
+def test_a_kv_check_that_fails_refuses_or_warns(run: Run, tmp_path: Path, kv_check: str, code: int, said: str) -> None:
+    report = (
+        "printf '0: dynamo_mpi: rank 0 on n1: error in kv check: 1 error, no worker was started\\n"
+        "1: other words\\n0: error T2: no KV comes through\\n0:   found:  n2 <- n1\\n0: dynamo_mpi: rank 0: bye\\n'; exit 75"
+    )
+    apart = (PREFILL, replace(DECODE, nodes=("n2",)))
+    stop = (tmp_path / "run" / "stop").touch
+    ended, words = run(READY, stop, workers=apart, changes={"kv_check": kv_check}, kv_check=report)
+    assert (ended, said in words) == (code, True), words
+    assert ("no worker was started\nerror T2: no KV comes through\n  found:  n2 <- n1\n" in words) == (kv_check == "on")
+    assert (tmp_path / "run" / "logs" / "services.log").exists() == (kv_check != "on")
+
+
+def test_a_kv_check_without_a_report_ends_with_its_code(run: Run) -> None:
+    apart = (PREFILL, replace(DECODE, nodes=("n2",)))
+    code, words = run(workers=apart, kv_check="echo no MPI here; exit 64")
+    assert (code, "no MPI here" in words, "--kv-check off leaves it out" in words) == (64, True, True)
 
 
 def test_services_that_end_are_told_with_their_words(run: Run) -> None:

@@ -349,34 +349,3 @@ def versions(url: str) -> int:
     with contextlib.closing(pyetcd.client(host="127.0.0.1", port=int(url.rpartition(":")[2]))) as client:
         ((_, meta),) = client.get_prefix("dynamo_mpi/v1/worlds/")
         return int(meta.version)
-
-
-def test_where_ranks_can_be_asked_is_written_before_the_peers_are_read(etcd: str, kept: Kept) -> None:
-    first = kept.starts(etcd, world("prefill"), 30)
-    second = kept.starts(etcd, world("decode"), 30)
-    own, peers = first.offer_kv({"token": "a"}, 10)
-    assert own.probe_kv == {"token": "a"}
-    assert [peer.record.probe_kv for peer in peers] == [None]
-    # whoever comes to it second sees the other
-    _, peers = second.offer_kv({"token": "b"}, 10)
-    assert [peer.record.probe_kv for peer in peers] == [{"token": "a"}]
-    first.update(probe={"kv": {"peers": [0]}, "seconds": 1.5})
-    for number in range(1, 10):
-        first.tell_kv({"peer": number})
-    first.offer_kv(None, 0)
-
-    def told() -> bool:
-        (record,) = (one.record for one in worlds(etcd) if one.record.role == "prefill")
-        peers = [0, *({"peer": number} for number in range(1, 10))][-8:]
-        return record.probe_kv is None and record.probe == {"kv": {"peers": peers}, "seconds": 1.5}
-
-    eventually(told)
-
-
-def test_an_etcd_that_is_away_is_not_waited_for_longer_than_was_said(kept: Kept) -> None:
-    with running_etcd() as url:
-        keeper = kept.starts(url, world("prefill"), 30)
-    began = time.monotonic()
-    _, peers = keeper.offer_kv({"token": "a"}, 0.5)
-    assert time.monotonic() - began < 2
-    assert not peers

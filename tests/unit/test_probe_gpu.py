@@ -24,7 +24,7 @@ from dynamo_mpi.probe.gpu_health import GpuHealth, health_of_node, health_of_ran
 from dynamo_mpi.probe.here import probe_here
 from dynamo_mpi.probe.part import Case
 from dynamo_mpi.probe.phase import Report, allowed_seconds
-from dynamo_mpi.probe.plan import ProbePlan, chosen_probes, left_out, memory_is_awaited, plan_probes
+from dynamo_mpi.probe.plan import ProbePlan, chosen_probes, left_out, memory_is_awaited, obsolete, plan_probes
 from dynamo_mpi.settings import load_settings
 from tests.conftest import ROOT
 
@@ -284,8 +284,6 @@ def test_a_plan_has_the_groups_of_the_layout() -> None:
     )
     # half as long again for memory, and for NCCL to start
     assert allowed_seconds(plan) == 9 + 4.5 + 4.5 + 3
-    assert allowed_seconds(plan._replace(names=("gpu", "fabric", "kv"))) == 9 + 4.5 + 4.5 + 3 + 9
-    assert allowed_seconds(plan._replace(names=("kv",), seconds=30)) == 30 + 20
 
 
 def test_a_report_is_one_line_when_all_is_well_and_an_error_has_its_code() -> None:
@@ -303,15 +301,21 @@ def test_a_report_is_one_line_when_all_is_well_and_an_error_has_its_code() -> No
         assert rule in str(found)
 
 
+MOVED = "probe kv: moved to `dynamo-mpi launch` (--kv-check) and python -m dynamo_mpi.checks.kv; a worker leaves it out"
+NO_EFFECT = "--probe-kv-seconds has no effect any more: the KV check is a step of `dynamo-mpi launch`"
+
+
 @pytest.mark.parametrize(
     ("words", "size", "said"),
     [
-        (["--probe", "kv"], 3, ["probe kv: nothing to ask, as an agg worker has no partner"]),
+        (["--probe", "kv"], 3, [MOVED]),
+        (["--role", "prefill", "--probe", "gpu,kv", "--probe-kv-seconds", "9"], 1, [MOVED, NO_EFFECT]),
         (["--probe", "fabric,gpu"], 1, ["probe fabric: nothing to ask in a world of one rank"]),
         (["--probe", "fabric"], 2, []),
         (["--probe", "auto"], 1, []),
-        (["--role", "prefill", "--probe", "kv"], 1, []),
     ],
 )
 def test_what_was_asked_for_in_vain_is_said(words: list[str], size: int, said: list[str]) -> None:
-    assert left_out(load_settings(["--model", "/m", "--engine", "reference", *words], {}), size) == said
+    settings = load_settings(["--model", "/m", "--engine", "reference", *words], {})
+    assert [*left_out(settings, size), *obsolete(settings)] == said
+    assert "kv" not in chosen_probes(settings, size)

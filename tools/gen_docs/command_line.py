@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi import settings as worker
+from dynamo_mpi.checks import kv
 from dynamo_mpi.cli.main import PROGRAM, VERBS, Parser
 from dynamo_mpi.head_node import settings as head_node
 from dynamo_mpi.pods import settings as pods
@@ -61,6 +62,8 @@ def _programs() -> Iterator[_Command]:
         worker.build_parser(),
         "With `--engine trtllm` all other flags are `dynamo.trtllm`'s, and `--trtllm.KEY.KEY VALUE` is laid over the engine config.",
     )
+    kv_check = kv.build_parser()
+    yield _Command(kv_check.prog, "the KV check, one rank a host; `launch` runs it", kv_check, kv_check.epilog or "")
     yield _Command(
         head_node.PROGRAM,
         "etcd, NATS and the Dynamo frontend of one job",

@@ -7,10 +7,11 @@ import inspect
 import re
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.checks import kv_rules
 from dynamo_mpi.parallelism import contract, engine_layers, key_rules
 from dynamo_mpi.parallelism.rules import registry
 from dynamo_mpi.preflight import gpu_rules, host_rules, peers, roster
-from dynamo_mpi.probe import fabric_rules, kv_rules
+from dynamo_mpi.probe import fabric_rules
 from dynamo_mpi.probe import gpu_rules as probe_gpu_rules
 from tools.gen_docs.markdown import WRITTEN
 

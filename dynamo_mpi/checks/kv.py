@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV check: before any worker starts, each decode host pulls a checked pattern from each prefill host; then it ends.
+
+    SLURM_PMIX_FENCE=tree srun --mpi=pmix --ntasks-per-node=1 … python -m dynamo_mpi.checks.kv --prefill n1,n2 --decode n3,n4
+    mpirun --host n1:1,n2:1,n3:1,n4:1 --map-by ppr:1:node … python -m dynamo_mpi.checks.kv --prefill n1,n2 --decode n3,n4
+
+`dynamo-mpi launch` runs it by itself. One rank a host; rank 0 makes a key, says who pulls from whom, and judges (`kv_rules`). A pair that is
+cut, slow or gets wrong bytes ends it with 75, a wrong command with 64; a host that doesn't answer costs its own pairs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from dynamo_mpi.checks import kv_rules
+from dynamo_mpi.checks.kv_pull import (
+    CONNECT_SECONDS,
+    FAILED,
+    NIXL,
+    PULL_SECONDS,
+    TCP,
+    NixlAgent,
+    NixlError,
+    PairResult,
+    PatternServer,
+    Source,
+    nixl_installed,
+    pattern,
+    run_pair,
+)
+from dynamo_mpi.common.process import host_name
+from dynamo_mpi.errors import BootstrapError, DeadlineError, TemporaryError, UsageError
+from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.launchers.launch import detect
+from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch
+from dynamo_mpi.parallelism.finding import errors, render
+from dynamo_mpi.parallelism.wording import counted, listed
+from dynamo_mpi.services.host_address import host_address
+from dynamo_mpi.services.ports import is_free
+from dynamo_mpi.supervision.backstop import exit_after
+from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.world import bind_library, end_mpi, start_mpi
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from mpi4py import MPI
+
+    Content = dict[str, Any]
+
+START_SECONDS = 600.0
+"""Until all ranks are there, an image's import included."""
+# until each has said so, has loaded NIXL, has tried one pair
+HELLO_SECONDS, _LOAD_SECONDS, _ROUND_SECONDS = 15.0, 20.0, CONNECT_SECONDS + PULL_SECONDS + 4.0
+_MOST_AGAIN = 4
+_REST_SECONDS = HELLO_SECONDS + _LOAD_SECONDS + (_MOST_AGAIN + 1) * _ROUND_SECONDS
+_POLL_SECONDS, _LEAVE_SECONDS = 0.002, 5.0
+_VARIABLES = {
+    "--transport": "DYN_MPI_KV_CHECK_TRANSPORT",
+    "--kv-network": "DYN_MPI_KV_NETWORK",
+    "--seconds": "DYN_MPI_KV_CHECK_SECONDS",
+    "--min-rate": "DYN_MPI_KV_MIN_RATE",
+}
+
+
+class KvCheckSettings(NamedTuple):
+    """What the check was asked for; ``min_rate`` in GB/s."""
+
+    prefill: tuple[str, ...]
+    decode: tuple[str, ...]
+    transport: str
+    kv_network: str | None
+    seconds: float
+    min_rate: float
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, fix=f"{self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the check's command line."""
+    parser = _Parser(prog="python -m dynamo_mpi.checks.kv", description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--prefill", type=_hosts, required=True, help="hosts of prefill workers, separated by commas")
+    add("--decode", type=_hosts, required=True, help="hosts of decode workers, separated by commas")
+    add("--transport", choices=("auto", NIXL, TCP), default="auto", help="auto: NIXL if all hosts have it, else TCP")
+    add("--kv-network", help="interface, network or address at which prefill hosts listen, for TCP")
+    add(
+        "--seconds",
+        type=float,
+        default=30.0,
+        help="for all pairs; those left over are reported, and pass (default: 30)",
+    )
+    add("--min-rate", type=float, default=0.0, help="GB/s that each pair must reach; pairs are compared in any case")
+    parser.epilog = f"Environment: {', '.join(f'{name} for {flag}' for flag, name in _VARIABLES.items())}"
+    return parser
+
+
+def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> KvCheckSettings:
+    """Read the command line and the environment; raises UsageError."""
+    words = [f"{flag}={environ[name]}" for flag, name in _VARIABLES.items() if environ.get(name)]
+    parser = build_parser()
+    settings = KvCheckSettings(**vars(parser.parse_args([*words, *argv])))
+    if set(settings.prefill) & set(settings.decode):
+        parser.error("a host is named both with --prefill and with --decode")
+    return settings
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    hosts = tuple(text.split(","))
+    if not all(hosts) or len(set(hosts)) < len(hosts):
+        raise ValueError
+    return hosts
+
+
+def rounds(prefill: Sequence[str], decode: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """Return all pairs, in rounds in which no host is twice."""
+    count = max(len(prefill), len(decode))
+    places = [[(number, (number + turn) % count) for number in range(len(decode))] for turn in range(count)]
+    return [[(prefill[p], decode[d]) for d, p in turn if p < len(prefill)] for turn in places]
+
+
+class Mail:
+    """Messages between rank 0 and each other rank, as JSON. Not by collectives: these would go over the links that are to be checked."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
+        self.wait: Callable[[], None] = lambda: time.sleep(_POLL_SECONDS)
+        self._unsent: list[object] = []
+
+    def send(self, rank: int, content: Content) -> None:
+        """Send a message; whether it arrives, the answer shows."""
+        data = json.dumps(content).encode()
+        self._unsent.append((self._comm.Isend(data, rank), data))
+
+    def receive(self, rank: int, end: float) -> Content | None:
+        """Return the next message of a rank; None if there is none by ``end``, of `time.monotonic`."""
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        while (message := self._comm.Improbe(rank, MPI.ANY_TAG, status)) is None:
+            if time.monotonic() > end:
+                return None
+            self.wait()
+        data = bytearray(status.Get_count(MPI.BYTE))
+        message.Recv([data, MPI.BYTE])
+        return dict(json.loads(data))
+
+
+class KvPathCheck:
+    """One rank's part.
+
+    Args:
+        settings: the same in all ranks.
+        mail: to the others.
+        log: how this rank speaks.
+    """
+
+    def __init__(self, settings: KvCheckSettings, mail: Mail, log: RankLogger) -> None:
+        self._settings, self._mail, self._log = settings, mail, log
+        self._host, self._key, self._corrupt = "", b"", False
+        self._server: PatternServer | None = None
+        self._agent: NixlAgent | None = None
+        # rank 0's: the ranks that answer, and why others don't
+        self._ranks: dict[str, int] = {}
+        self._lost: dict[str, str] = {}
+
+    def run(self) -> int:
+        """Take part until rank 0 has judged; return the exit code."""
+        hello, code = self._hello(), 0
+        try:
+            if self._mail.rank:
+                return self._follow(hello)
+            self._lead(hello)
+        except BootstrapError as error:
+            code = error.exit_code
+            self._log.error(f"error in kv check: {error}")
+        finally:
+            if self._agent is not None:
+                self._agent.close()
+        for rank in range(1, self._mail.size if self._mail.rank == 0 else 0):
+            self._mail.send(rank, {"code": code})
+        return code
+
+    def _hello(self) -> Content:
+        try:
+            self._host = find_host((*self._settings.prefill, *self._settings.decode), os.environ)
+            self._corrupt = _is_corrupt(self._mail.rank, os.environ)
+            address, port = host_address(self._settings.kv_network, "--kv-network / DYN_MPI_KV_NETWORK"), 0
+            if self._host in self._settings.prefill:
+                self._server = PatternServer(address)
+                port = self._server.port
+        except (BootstrapError, OSError) as error:
+            return {"host": host_name(), "problem": str(error)}
+        return {"host": self._host, "address": address, "port": port, "nixl": nixl_installed()}
+
+    def _follow(self, hello: Content) -> int:
+        self._mail.send(0, hello)
+        seconds = 2 * HELLO_SECONDS
+        while (order := self._mail.receive(0, time.monotonic() + seconds)) is not None:
+            if "code" in order:
+                return int(order["code"])
+            seconds = self._settings.seconds + _REST_SECONDS
+            self._mail.send(0, self._obey(order))
+        raise TemporaryError(f"rank 0 has sent nothing for {seconds:.0f} s", fix="read what rank 0 reports")
+
+    def _obey(self, order: Content) -> Content:
+        """Pull from a source, or get ready for that."""
+        if "source" in order:
+            return {"result": run_pair(Source(*order["source"]), self._host, self._key, self._agent)}
+        self._key = bytes.fromhex(order["key"])
+        data = pattern(self._key, self._host, corrupt=self._corrupt)
+        if self._server is not None:
+            self._server.start(self._key, data)
+        if order["transport"] == NIXL:
+            try:
+                self._agent = NixlAgent()
+                shared = self._agent.share(data)
+            except NixlError as error:
+                return {"problem": f"{self._host}: {error}"}
+            if self._server is not None:
+                self._mail.wait = self._agent.progress
+            return {"shared": shared}
+        return {"shared": ()}
+
+    def _lead(self, own: Content) -> None:
+        """Have all pairs tried, and judge.
+
+        Raises:
+            TemporaryError: a pair is cut, slow or wrong.
+            UsageError: the ranks are not those that the command names.
+        """
+        began, settings = time.monotonic(), self._settings
+        hellos = [own]
+        for rank in range(1, self._mail.size):
+            hellos.append(self._mail.receive(rank, began + HELLO_SECONDS) or {})
+        self._require_fit(hellos)
+        self._ranks = {hello["host"]: rank for rank, hello in enumerate(hellos) if hello}
+        silent = f"sends nothing to rank 0 on {self._host}"
+        self._lost = {
+            host: f"{host} {silent}" for host in (*settings.prefill, *settings.decode) if host not in self._ranks
+        }
+        without = (
+            [] if settings.transport == TCP else [hello["host"] for hello in hellos if hello and not hello["nixl"]]
+        )
+        if settings.transport == NIXL and without:
+            raise UsageError(f"NIXL is not installed on {listed(without)}", fix="install it there, or --transport tcp")
+        transport = TCP if without or settings.transport == TCP else NIXL
+        order = {"key": secrets.token_hex(32), "transport": transport}
+        opened = self._order(dict.fromkeys(self._ranks, order), _LOAD_SECONDS)
+        sources = {
+            h["host"]: (h["host"], h["address"], h["port"], *opened[h["host"]]["shared"])
+            for h in hellos
+            if h.get("host") in opened
+        }
+        results: list[PairResult] = []
+        for pairs in rounds(settings.prefill, settings.decode):
+            if time.monotonic() < began + settings.seconds:
+                results += self._pull(pairs, sources, transport)
+        # once more, one at a time: others may have had the CPUs or the network
+        for pair in list(kv_rules.slow_pairs(results, settings.min_rate * 1e9))[:_MOST_AGAIN]:
+            (again,) = self._pull([(pair.prefill, pair.decode)], sources, transport)
+            results[results.index(pair)] = max(pair, again, key=lambda result: result.rate)
+        skipped = len(settings.prefill) * len(settings.decode) - len(results)
+        findings = [*kv_rules.check_kv(results, settings.min_rate * 1e9), *kv_rules.check_coverage(without, skipped)]
+        if found := errors(findings):
+            raise TemporaryError(f"{counted(len(found), 'error')}, no worker was started\n{render(findings)}")
+        line = f"kv check: {kv_rules.summary(results)}; {time.monotonic() - began:.1f} s"
+        self._log.info("\n".join(filter(None, (line, render(findings)))))
+
+    def _require_fit(self, hellos: Sequence[Content]) -> None:
+        found = [hello["host"] for hello in hellos if hello]
+        hosts = (*self._settings.prefill, *self._settings.decode)
+        if problems := [f"{hello['host']}: {hello['problem']}" for hello in hellos if "problem" in hello]:
+            raise UsageError(problems[0])
+        if len(hellos) != len(hosts) or len(set(found)) < len(found):
+            raise UsageError(
+                f"{counted(len(hellos), 'rank')} on {listed(sorted(found))}, for {counted(len(hosts), 'host')}",
+                needed=f"one rank on each of {listed(hosts)}",
+                fix="srun --ntasks-per-node=1, or mpirun --map-by ppr:1:node",
+            )
+
+    def _pull(
+        self, pairs: Iterable[tuple[str, str]], sources: Mapping[str, Sequence[Any]], transport: str
+    ) -> list[PairResult]:
+        orders = {d: {"source": sources[p]} for p, d in pairs if p in sources and d in self._ranks}
+        answers = self._order(orders, _ROUND_SECONDS)
+        return [
+            PairResult.of(answers[d]["result"])
+            if d in answers
+            else PairResult(p, d, transport, FAILED, self._lost.get(p) or self._lost[d])
+            for p, d in pairs
+        ]
+
+    def _order(self, orders: Mapping[str, Content], seconds: float) -> dict[str, Content]:
+        """Have hosts obey orders; return their answers. One that has no answer gets no other order."""
+        end, answers = time.monotonic() + seconds, {}
+        for host, order in orders.items():
+            if host != self._host:
+                self._mail.send(self._ranks[host], order)
+        for host in sorted(orders, key=self._ranks.__getitem__):  # rank 0 itself first
+            own = host == self._host
+            answer = self._obey(orders[host]) if own else self._mail.receive(self._ranks[host], end)
+            if answer is None or "problem" in answer:
+                at = f" while it pulled from {orders[host]['source'][0]}" if "source" in orders[host] else ""
+                self._lost[host] = answer["problem"] if answer else f"{host} gave no answer in {seconds:g} s{at}"
+                del self._ranks[host]
+            else:
+                answers[host] = answer
+        return answers
+
+
+def find_host(hosts: Sequence[str], environ: Mapping[str, str]) -> str:
+    """Return which of the hosts this one is: by Slurm's name of it, its own, or an address.
+
+    Raises:
+        UsageError: none of them, or several.
+    """
+    own = {environ.get("SLURMD_NODENAME"), os.uname().nodename, host_name()}
+    found = [host for host in hosts if host in own] or [host for host in hosts if _is_here(host)]
+    if len(found) != 1:
+        raise UsageError(
+            f"this host is {listed(found) or 'none'} of {listed(hosts)}",
+            needed="each host by one name, as Slurm or the hostfile has it, and one rank on each",
+            fix="correct --prefill and --decode; srun --ntasks-per-node=1, or mpirun --map-by ppr:1:node",
+        )
+    return found[0]
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return any(is_free(0, str(place[0])) for *_, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
+    except (OSError, UnicodeError):
+        return False
+
+
+def _is_corrupt(rank: int, environ: Mapping[str, str]) -> bool:
+    """Whether this rank is to send a wrong byte: a fault on demand."""
+    if not environ.get("DYN_MPI_FAULT") or environ.get("DYN_MPI_ALLOW_FAULTS") != "1":
+        return False
+    from dynamo_mpi.supervision.faults import parse_fault
+
+    fault = parse_fault(environ["DYN_MPI_FAULT"])
+    return (fault.rank, fault.action) == (rank, "corrupt")
+
+
+def _never_started(log: RankLogger) -> NoReturn:
+    error = DeadlineError(f"MPI has not started in {START_SECONDS:g} s", fix="check that all hosts reach each other")
+    log.error(f"error in kv check: {error}")
+    os._exit(error.exit_code)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the check as one rank; return its exit code."""
+    launch = detect(os.environ)
+    log = RankLogger(launch.rank, host_name())
+    try:
+        settings = read_settings(argv, os.environ)
+        refuse_mislaunch(launch, identify_library(bind_library()))
+        late = threading.Timer(START_SECONDS, _never_started, (log,))
+        late.daemon = True
+        late.start()
+        start_mpi()
+        late.cancel()
+    except BootstrapError as error:
+        if launch.rank == 0:
+            log.error(f"error in kv check: {error}")
+        return error.exit_code
+    from mpi4py import MPI
+
+    # whatever hangs in native code ends by this
+    exit_after(settings.seconds + _REST_SECONDS + 2 * HELLO_SECONDS, ExitCode.DEADLINE)
+    code = KvPathCheck(settings, Mail(MPI.COMM_WORLD), log).run()
+    exit_after(_LEAVE_SECONDS, code)
+    end_mpi()
+    return code
+
+
+if __name__ == "__main__":
+    # no destructors: NIXL's may wait for peers that have gone
+    os._exit(main(sys.argv[1:]))

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pairs of the KV check have measured, judged. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.checks.kv_pull import NIXL, OK, TCP
+from dynamo_mpi.parallelism.finding import error, info, warning
+from dynamo_mpi.parallelism.wording import counted, listed
+from dynamo_mpi.preflight.host_row import lines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from dynamo_mpi.checks.kv_pull import PairResult
+    from dynamo_mpi.parallelism.finding import Finding
+
+SLOW = {NIXL: 3.0, TCP: 8.0}
+"""How many times slower than its like a pair may be. Over TCP it is the CPUs that copy, which others use too."""
+# below the time nobody's latency matters, and on a busy host they differ for reasons of their own
+_SLOW_LATENCY, _LATENCY_SECONDS = 10.0, 5e-3
+_LEAST_LIKE = 3
+_LEAVE_OUT = "leave the host out (sbatch --exclude=…); `launch --kv-check warn` starts the workers all the same"
+
+
+def check_bytes(results: Sequence[PairResult]) -> Iterator[Finding]:
+    """T1: what a decode host pulls is, byte for byte, what the prefill host has."""
+    if wrong := [result for result in results if result.wrong]:
+        yield error(
+            "T1",
+            f"wrong bytes arrive between {counted(len(wrong), 'pair')} of hosts{_common(results, wrong)}",
+            found=lines(list(map(describe_pair, wrong))),
+            needed="the bytes that the prefill host has sent",
+            fix=f"have memory, card and cable checked, or {_LEAVE_OUT}",
+        )
+
+
+def check_connection(results: Sequence[PairResult]) -> Iterator[Finding]:
+    """T2: every decode host can pull from every prefill host."""
+    if failed := [result for result in results if result.state != OK]:
+        count = f"{counted(len(failed), 'pair')} of hosts of {len(results)}"
+        yield error(
+            "T2",
+            f"no KV comes through between {count}{_common(results, failed)}",
+            found=lines([f"{describe_pair(result)}: {result.text}" for result in failed]),
+            needed="every decode host reaches every prefill host: else the first request hangs or fails",
+            fix=f"check interface, firewall and UCX_NET_DEVICES of these hosts, or {_LEAVE_OUT}",
+        )
+
+
+def check_rates(results: Sequence[PairResult], least_rate: float = 0.0) -> Iterator[Finding]:
+    """T3: no pair is below ``--min-rate``, or three times (over TCP eight times) slower than its like, of three pairs or more, or takes ten
+    times as long, and more than 5 ms, for 4 KiB."""
+    if slow := slow_pairs(results, least_rate):
+        yield error(
+            "T3",
+            f"KV is too slow between {counted(len(slow), 'pair')} of hosts{_common(results, list(slow))}",
+            found=lines([f"{describe_pair(result)}: {why}" for result, why in slow.items()]),
+            needed="the rate that is expected: a request waits for its slowest part",
+            fix=f"check the links of these hosts (ibstat, ethtool), or {_LEAVE_OUT}",
+        )
+
+
+def check_sockets(results: Sequence[PairResult]) -> Iterator[Finding]:
+    """T4: where a host has InfiniBand or RoCE with a port that is up, NIXL uses it."""
+    if fallen := [result for result in results if result.cards and result.transport == NIXL and _is_tcp(result)]:
+        yield warning(
+            "T4",
+            f"KV goes over TCP between {counted(len(fallen), 'pair')} of hosts that have InfiniBand or RoCE",
+            found=lines(list(map(describe_pair, fallen))),
+            needed="UCX over verbs: TCP carries a tenth of it",
+            fix="unset UCX_TLS and UCX_NET_DEVICES, or name the cards there; give the container /dev/infiniband and libibverbs",
+        )
+
+
+def check_coverage(without_nixl: Sequence[str], skipped: int) -> Iterator[Finding]:
+    """T5: all pairs are checked, and by NIXL; where it isn't installed, over TCP."""
+    if without_nixl:
+        yield info("T5", f"checked over TCP, which says little about NIXL: not installed on {listed(without_nixl)}")
+    if skipped:
+        yield info("T5", f"{counted(skipped, 'pair')} not checked: no time left", fix="--seconds gives more")
+
+
+RULES = (check_bytes, check_connection, check_rates, check_sockets, check_coverage)
+
+
+def check_kv(results: Sequence[PairResult], least_rate: float) -> list[Finding]:
+    """Apply every rule to all pairs, which go over one transport; ``least_rate`` in bytes a second, 0 for none."""
+    others = (check_bytes, check_connection, check_sockets)
+    return [*(finding for rule in others for finding in rule(results)), *check_rates(results, least_rate)]
+
+
+def slow_pairs(results: Sequence[PairResult], least_rate: float) -> dict[PairResult, str]:
+    """Return the pairs that are too slow, with the rate that was measured and the one that is expected; arguments as of `check_kv`."""
+    measured = [result for result in results if result.state == OK and result.rate]
+    expected, longest = least_rate, float("inf")
+    if len(measured) >= _LEAST_LIKE:
+        rates, latencies = sorted(result.rate for result in measured), sorted(result.latency for result in measured)
+        # the upper quartile: one slow host is in half of the pairs of a small deployment
+        expected = max(expected, rates[-(len(rates) // 4) - 1] / SLOW[measured[0].transport])
+        longest = max(_LATENCY_SECONDS, latencies[len(latencies) // 4] * _SLOW_LATENCY)
+    slow = {}
+    for result in measured:
+        if result.rate < expected:
+            slow[result] = f"{show_rate(result.rate)}, expected at least {show_rate(expected)}"
+        elif result.latency > longest:
+            slow[result] = f"{show_time(result.latency)} for 4 KiB, expected at most {show_time(longest)}"
+    return slow
+
+
+def summary(results: Sequence[PairResult]) -> str:
+    """Write all of it in one line."""
+    if not results:
+        return "no pair checked"
+    slowest = min(results, key=lambda result: result.rate)
+    latency = show_time(max(result.latency for result in results))
+    return f"{counted(len(results), 'pair')}, slowest {show_rate(slowest.rate)}, {describe_pair(slowest)}; {latency}"
+
+
+def describe_pair(result: PairResult) -> str:
+    """Name a pair: who pulls, from whom, and over what."""
+    paths = f" ({listed(result.paths)})" if result.paths else ""
+    return f"decode host {result.decode} <- prefill host {result.prefill} over {result.transport}{paths}"
+
+
+def show_rate(rate: float) -> str:
+    """Write bytes a second for a person."""
+    return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.1f} MB/s"
+
+
+def show_time(seconds: float) -> str:
+    """Write a latency for a person."""
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+
+
+def _is_tcp(result: PairResult) -> bool:
+    return bool(result.paths) and all(path.startswith("tcp/") for path in result.paths)
+
+
+def _common(results: Sequence[PairResult], bad: Sequence[PairResult]) -> str:
+    """Name the one host that these pairs have in common, and no other pair has."""
+    well = {host for result in results if result not in bad for host in (result.prefill, result.decode)}
+    shared = set.intersection(*({result.prefill, result.decode} for result in bad)) - well
+    return f": what they have in common is {min(shared)}" if well and len(shared) == 1 else ""
