@@ -75,7 +75,7 @@ def test_an_etcd_that_is_absent_is_69_and_nothing_secret_is_shown() -> None:
     assert done.returncode == ExitCode.UNAVAILABLE
     assert "hunter2" not in done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert f"error   etcd: etcd does not answer (127.0.0.1:{port}: connection refused)" in lines
+    assert f"error   etcd: etcd does not answer (http://127.0.0.1:{port}: connection refused)" in lines
     assert any(line.startswith("  do:     start etcd on the head node") for line in lines)
     assert "2 errors" in lines[-1]
     assert "\x1b" not in done.stdout
