@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, NamedTuple
-
-from dynamo_mpi.fields import pack, unpack
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -50,32 +49,12 @@ class EngineSpec(NamedTuple):
 
     def pack(self) -> bytes:
         """Encode for the broadcast."""
-        return pack(["" if value is None else str(value) for value in self])
+        return json.dumps(self._asdict()).encode()
 
     @classmethod
     def unpack(cls, data: bytes) -> EngineSpec:
         """Decode what `pack` made."""
-        engine, model_dir, *numbers, role, kv_network, keep_seconds, pull_seconds, probe = unpack(data)
-        tp_size, pp_size, cp_size = map(int, numbers[:3])
-        max_batch_size, max_num_tokens, max_seq_len, tokens_per_block = (
-            int(size) if size else None for size in numbers[3:]
-        )
-        return cls(
-            engine,
-            model_dir,
-            tp_size,
-            pp_size,
-            cp_size,
-            max_batch_size,
-            max_num_tokens,
-            max_seq_len,
-            tokens_per_block,
-            role,
-            kv_network,
-            float(keep_seconds),
-            float(pull_seconds),
-            probe,
-        )
+        return cls(**json.loads(data))
 
 
 def build_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> Engine:

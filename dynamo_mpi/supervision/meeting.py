@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
-
-from dynamo_mpi.fields import pack, unpack
 
 SERVING_SECONDS = 60.0
 """How long a rank may be silent by default. Longer than anything that holds Python's lock while it serves."""
@@ -60,34 +59,15 @@ class Meeting(NamedTuple):
 
     def pack(self, rest: bytes) -> bytes:
         """Encode it together with what else rank 0 has to say."""
-        data = pack(["" if value is None else str(value) for value in self])
+        data = json.dumps(self._asdict()).encode()
         return len(data).to_bytes(_LENGTH_BYTES, "little") + data + rest
 
     def as_json(self) -> str:
         """Encode it, in a line, for this rank's node agent."""
-        import json
-
         return json.dumps({"meeting": self._asdict()})
 
     @classmethod
     def unpack(cls, data: bytes) -> tuple[Meeting, bytes]:
         """Decode what `pack` made."""
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-        host, address, port, token, timeout, folder, label, agent, logs, agent_port, secret, far = unpack(
-            data[_LENGTH_BYTES:end]
-        )
-        meeting = cls(
-            host,
-            address,
-            int(port),
-            token,
-            float(timeout) if timeout else None,
-            folder,
-            label,
-            agent == str(True),
-            logs,
-            int(agent_port),
-            secret,
-            int(far),
-        )
-        return meeting, data[end:]
+        return cls(**json.loads(data[_LENGTH_BYTES:end])), data[end:]

@@ -79,7 +79,7 @@ SECONDS = st.floats(0, 1e6)
 
 
 @given(
-    st.builds(EngineSpec, TEXT, TEXT, COUNT, COUNT, COUNT, SIZE, SIZE, SIZE, SIZE, TEXT, TEXT, TEXT, SECONDS, SECONDS)
+    st.builds(EngineSpec, TEXT, TEXT, COUNT, COUNT, COUNT, SIZE, SIZE, SIZE, SIZE, TEXT, TEXT, SECONDS, SECONDS, TEXT)
 )
 def test_an_engine_spec_arrives_as_it_was(spec: EngineSpec) -> None:
     assert EngineSpec.unpack(spec.pack()) == spec
