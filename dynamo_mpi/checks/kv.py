@@ -20,22 +20,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from dynamo_mpi.checks import kv_rules
-from dynamo_mpi.checks.kv_pull import (
-    CONNECT_SECONDS,
-    FAILED,
-    NIXL,
-    PULL_SECONDS,
-    TCP,
-    NixlAgent,
-    NixlError,
-    PairResult,
-    PatternServer,
-    Source,
-    nixl_installed,
-    pattern,
-    run_pair,
-)
+from dynamo_mpi.checks import kv_pull, kv_rules
+from dynamo_mpi.checks.kv_pull import CONNECT_SECONDS, FAILED, NIXL, PULL_SECONDS, TCP, PairResult, Source
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.errors import BootstrapError, DeadlineError, TemporaryError, UsageError
 from dynamo_mpi.exit_codes import ExitCode
@@ -95,12 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--decode", type=_hosts, required=True, help="hosts of decode workers, separated by commas")
     add("--transport", choices=("auto", NIXL, TCP), default="auto", help="auto: NIXL if all hosts have it, else TCP")
     add("--kv-network", help="interface, network or address at which prefill hosts listen, for TCP")
-    add(
-        "--seconds",
-        type=float,
-        default=30.0,
-        help="for all pairs; those left over are reported, and pass (default: 30)",
-    )
+    add("--seconds", type=float, default=30.0, help="for all pairs; those left over are reported, and pass (30)")
     add("--min-rate", type=float, default=0.0, help="GB/s that each pair must reach; pairs are compared in any case")
     parser.epilog = f"Environment: {', '.join(f'{name} for {flag}' for flag, name in _VARIABLES.items())}"
     return parser
@@ -158,19 +139,13 @@ class Mail:
 
 
 class KvPathCheck:
-    """One rank's part.
-
-    Args:
-        settings: the same in all ranks.
-        mail: to the others.
-        log: how this rank speaks.
-    """
+    """One rank's part; the settings are the same in all of them."""
 
     def __init__(self, settings: KvCheckSettings, mail: Mail, log: RankLogger) -> None:
         self._settings, self._mail, self._log = settings, mail, log
         self._host, self._key, self._corrupt = "", b"", False
-        self._server: PatternServer | None = None
-        self._agent: NixlAgent | None = None
+        self._server: kv_pull.PatternServer | None = None
+        self._agent: kv_pull.NixlAgent | None = None
         # rank 0's: the ranks that answer, and why others don't
         self._ranks: dict[str, int] = {}
         self._lost: dict[str, str] = {}
@@ -198,11 +173,11 @@ class KvPathCheck:
             self._corrupt = _is_corrupt(self._mail.rank, os.environ)
             address, port = host_address(self._settings.kv_network, "--kv-network / DYN_MPI_KV_NETWORK"), 0
             if self._host in self._settings.prefill:
-                self._server = PatternServer(address)
+                self._server = kv_pull.PatternServer(address)
                 port = self._server.port
         except (BootstrapError, OSError) as error:
             return {"host": host_name(), "problem": str(error)}
-        return {"host": self._host, "address": address, "port": port, "nixl": nixl_installed()}
+        return {"host": self._host, "address": address, "port": port, "nixl": kv_pull.nixl_installed()}
 
     def _follow(self, hello: Content) -> int:
         self._mail.send(0, hello)
@@ -217,42 +192,33 @@ class KvPathCheck:
     def _obey(self, order: Content) -> Content:
         """Pull from a source, or get ready for that."""
         if "source" in order:
-            return {"result": run_pair(Source(*order["source"]), self._host, self._key, self._agent)}
+            return {"result": kv_pull.run_pair(Source(*order["source"]), self._host, self._key, self._agent)}
         self._key = bytes.fromhex(order["key"])
-        data = pattern(self._key, self._host, corrupt=self._corrupt)
+        data = kv_pull.pattern(self._key, self._host, corrupt=self._corrupt)
         if self._server is not None:
             self._server.start(self._key, data)
-        if order["transport"] == NIXL:
-            try:
-                self._agent = NixlAgent()
-                shared = self._agent.share(data)
-            except NixlError as error:
-                return {"problem": f"{self._host}: {error}"}
-            if self._server is not None:
-                self._mail.wait = self._agent.progress
-            return {"shared": shared}
-        return {"shared": ()}
+        if order["transport"] == TCP:
+            return {"shared": ()}
+        try:
+            self._agent = kv_pull.NixlAgent()
+            shared = self._agent.share(data)
+        except kv_pull.NixlError as error:
+            return {"problem": f"{self._host}: {error}"}
+        if self._server is not None:
+            self._mail.wait = self._agent.progress
+        return {"shared": shared}
 
     def _lead(self, own: Content) -> None:
-        """Have all pairs tried, and judge.
-
-        Raises:
-            TemporaryError: a pair is cut, slow or wrong.
-            UsageError: the ranks are not those that the command names.
-        """
+        """Have all pairs tried, and judge. TemporaryError for a pair that fails, UsageError for ranks that the command doesn't name."""
         began, settings = time.monotonic(), self._settings
         hellos = [own]
         for rank in range(1, self._mail.size):
             hellos.append(self._mail.receive(rank, began + HELLO_SECONDS) or {})
         self._require_fit(hellos)
         self._ranks = {hello["host"]: rank for rank, hello in enumerate(hellos) if hello}
-        silent = f"sends nothing to rank 0 on {self._host}"
-        self._lost = {
-            host: f"{host} {silent}" for host in (*settings.prefill, *settings.decode) if host not in self._ranks
-        }
-        without = (
-            [] if settings.transport == TCP else [hello["host"] for hello in hellos if hello and not hello["nixl"]]
-        )
+        missing = {*settings.prefill, *settings.decode} - self._ranks.keys()
+        self._lost = {host: f"{host} sends nothing to rank 0 on {self._host}" for host in missing}
+        without = [h["host"] for h in hellos if h and not h["nixl"]] if settings.transport != TCP else []
         if settings.transport == NIXL and without:
             raise UsageError(f"NIXL is not installed on {listed(without)}", fix="install it there, or --transport tcp")
         transport = TCP if without or settings.transport == TCP else NIXL
@@ -270,7 +236,7 @@ class KvPathCheck:
         # once more, one at a time: others may have had the CPUs or the network
         for pair in list(kv_rules.slow_pairs(results, settings.min_rate * 1e9))[:_MOST_AGAIN]:
             (again,) = self._pull([(pair.prefill, pair.decode)], sources, transport)
-            results[results.index(pair)] = max(pair, again, key=lambda result: result.rate)
+            results[results.index(pair)] = again._replace(wrong=pair.wrong or again.wrong)
         skipped = len(settings.prefill) * len(settings.decode) - len(results)
         findings = [*kv_rules.check_kv(results, settings.min_rate * 1e9), *kv_rules.check_coverage(without, skipped)]
         if found := errors(findings):
@@ -321,11 +287,7 @@ class KvPathCheck:
 
 
 def find_host(hosts: Sequence[str], environ: Mapping[str, str]) -> str:
-    """Return which of the hosts this one is: by Slurm's name of it, its own, or an address.
-
-    Raises:
-        UsageError: none of them, or several.
-    """
+    """Return which of the hosts this one is: by Slurm's name of it, its own, or an address. UsageError for none of them, or several."""
     own = {environ.get("SLURMD_NODENAME"), os.uname().nodename, host_name()}
     found = [host for host in hosts if host in own] or [host for host in hosts if _is_here(host)]
     if len(found) != 1:

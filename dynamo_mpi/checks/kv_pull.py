@@ -60,19 +60,11 @@ class NixlError(Exception):
 
 
 class PairResult(NamedTuple):
-    """What one pair of hosts has measured.
+    """What a decode host has measured when it pulled from a prefill host.
 
-    Args:
-        prefill: host that has the bytes.
-        decode: host that pulls them.
-        transport: ``tcp`` or ``nixl``.
-        state: `OK`, `FAILED` or `LATE`.
-        text: why; empty if all is well.
-        paths: transports and devices, as UCX writes them: ``rc_mlx5/mlx5_0:1``, ``tcp/eth0``.
-        cards: whether the decode host has an InfiniBand or RoCE port that is up.
-        wrong: whether other bytes arrived than were sent.
-        latency: seconds for `SMALL_BYTES`, the best of several.
-        rate: bytes a second of the largest message that fitted into the time, the best of several.
+    ``state`` is `OK`, or else ``text`` says why; ``paths`` are transports and devices as UCX writes them (``rc_mlx5/mlx5_0:1``); ``cards``
+    whether an InfiniBand or RoCE port of the decode host is up; ``wrong`` whether other bytes arrived than were sent; ``latency`` the seconds
+    for `SMALL_BYTES`, ``rate`` the bytes a second of the largest message that fitted into the time, the best of several.
     """
 
     prefill: str
@@ -113,11 +105,7 @@ def pattern(key: bytes, host: str, *, corrupt: bool = False) -> bytes:
 
 
 class _Connection:
-    """A connection over which both sides prove that they know a key; then bare bytes. The caller closes it.
-
-    Raises, in every method:
-        OSError: the peer has gone, doesn't know the key, or the deadline has passed.
-    """
+    """A connection over which both sides prove that they know a key; then bare bytes. Every method may raise OSError."""
 
     def __init__(self, connection: socket.socket, deadline: float) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -180,17 +168,12 @@ class PatternServer(socketserver.ThreadingTCPServer):
 
 
 class NixlAgent:
-    """NIXL with UCX, and one buffer of `LARGE_BYTES` for peers to read, or to read into.
-
-    Raises:
-        NixlError: NIXL is missing, or doesn't work on this host.
-    """
+    """NIXL with UCX, and one buffer of `LARGE_BYTES` for peers to read, or to read into. Raises NixlError if it doesn't work on this host."""
 
     def __init__(self) -> None:
-        handle, self._log = tempfile.mkstemp(prefix="kv-check-", suffix=".log")
-        os.close(handle)
+        self._log = tempfile.NamedTemporaryFile(prefix="kv-check-")  # noqa: SIM115 - it lasts as long as UCX may write to it
         # has UCX say over which devices it goes
-        os.environ.update(UCX_LOG_LEVEL="info", UCX_PROTO_INFO="y", UCX_LOG_FILE=self._log)
+        os.environ.update(UCX_LOG_LEVEL="info", UCX_PROTO_INFO="y", UCX_LOG_FILE=self._log.name)
         nixl = _checked(_import_nixl)
         sync = nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
         # without the thread that would burn a core
@@ -223,11 +206,11 @@ class NixlAgent:
 
     def paths(self) -> tuple[str, ...]:
         """Return over what was read last, as UCX says."""
-        return paths_in(Path(self._log).read_text(encoding="utf-8", errors="replace"))
+        return paths_in(Path(self._log.name).read_text(encoding="utf-8", errors="replace"))
 
     def close(self) -> None:
         """Remove UCX's log. What NIXL holds goes with the process."""
-        Path(self._log).unlink(missing_ok=True)
+        self._log.close()
 
     def _register(self) -> None:
         self._buffer = ctypes.create_string_buffer(LARGE_BYTES)
@@ -258,14 +241,8 @@ class NixlAgent:
 
 
 def run_pair(source: Source, decode: str, key: bytes, agent: NixlAgent | None) -> PairResult:
-    """Pull from one prefill host, within `CONNECT_SECONDS` and `PULL_SECONDS`. Does not raise for what a peer, the network or NIXL does.
-
-    Args:
-        source: the prefill host.
-        decode: this host.
-        key: of the run.
-        agent: of NIXL; None pulls over TCP.
-    """
+    """Pull from a prefill host to this one, by NIXL if there is an agent, in `CONNECT_SECONDS` and `PULL_SECONDS`. Does not raise for what
+    the peer, the network or NIXL does."""
     result = PairResult(source.host, decode, TCP if agent is None else NIXL, cards=has_cards())
     expected, began = pattern(key, source.host), time.monotonic()
     try:
@@ -319,10 +296,12 @@ def nixl_installed() -> bool:
 
 
 def _import_nixl() -> Any:
-    name = next(name for name in _NIXL_PACKAGES if importlib.util.find_spec(name) is not None)
-    nixl = importlib.import_module(f"{name}._api")
-    logging.getLogger("nixl").handlers.clear()  # it writes to stdout
-    return nixl
+    for name in _NIXL_PACKAGES:
+        with contextlib.suppress(ModuleNotFoundError):
+            nixl = importlib.import_module(f"{name}._api")
+            logging.getLogger("nixl").handlers.clear()  # it writes to stdout
+            return nixl
+    raise NixlError("there is no package of it, or a module that it needs is missing")
 
 
 def _checked(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -9,6 +9,7 @@ from dynamo_mpi.checks.kv_pull import NIXL, OK, TCP
 from dynamo_mpi.parallelism.finding import error, info, warning
 from dynamo_mpi.parallelism.wording import counted, listed
 from dynamo_mpi.preflight.host_row import lines
+from dynamo_mpi.probe.fabric_case import rate_text, time_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -86,9 +87,9 @@ RULES = (check_bytes, check_connection, check_rates, check_sockets, check_covera
 
 
 def check_kv(results: Sequence[PairResult], least_rate: float) -> list[Finding]:
-    """Apply every rule to all pairs, which go over one transport; ``least_rate`` in bytes a second, 0 for none."""
-    others = (check_bytes, check_connection, check_sockets)
-    return [*(finding for rule in others for finding in rule(results)), *check_rates(results, least_rate)]
+    """Apply the rules to all pairs, which go over one transport; ``least_rate`` in bytes a second, 0 for none."""
+    found = (check_bytes(results), check_connection(results), check_rates(results, least_rate), check_sockets(results))
+    return [finding for findings in found for finding in findings]
 
 
 def slow_pairs(results: Sequence[PairResult], least_rate: float) -> dict[PairResult, str]:
@@ -98,14 +99,15 @@ def slow_pairs(results: Sequence[PairResult], least_rate: float) -> dict[PairRes
     if len(measured) >= _LEAST_LIKE:
         rates, latencies = sorted(result.rate for result in measured), sorted(result.latency for result in measured)
         # the upper quartile: one slow host is in half of the pairs of a small deployment
-        expected = max(expected, rates[-(len(rates) // 4) - 1] / SLOW[measured[0].transport])
+        slower = SLOW[TCP if any(map(_is_tcp, measured)) else NIXL]
+        expected = max(expected, rates[-(len(rates) // 4) - 1] / slower)
         longest = max(_LATENCY_SECONDS, latencies[len(latencies) // 4] * _SLOW_LATENCY)
     slow = {}
     for result in measured:
         if result.rate < expected:
-            slow[result] = f"{show_rate(result.rate)}, expected at least {show_rate(expected)}"
+            slow[result] = f"{rate_text(result.rate)}, expected at least {rate_text(expected)}"
         elif result.latency > longest:
-            slow[result] = f"{show_time(result.latency)} for 4 KiB, expected at most {show_time(longest)}"
+            slow[result] = f"{time_text(result.latency)} for 4 KiB, expected at most {time_text(longest)}"
     return slow
 
 
@@ -114,8 +116,8 @@ def summary(results: Sequence[PairResult]) -> str:
     if not results:
         return "no pair checked"
     slowest = min(results, key=lambda result: result.rate)
-    latency = show_time(max(result.latency for result in results))
-    return f"{counted(len(results), 'pair')}, slowest {show_rate(slowest.rate)}, {describe_pair(slowest)}; {latency}"
+    latency = time_text(max(result.latency for result in results))
+    return f"{counted(len(results), 'pair')}, slowest {rate_text(slowest.rate)}, {describe_pair(slowest)}; {latency}"
 
 
 def describe_pair(result: PairResult) -> str:
@@ -124,18 +126,8 @@ def describe_pair(result: PairResult) -> str:
     return f"decode host {result.decode} <- prefill host {result.prefill} over {result.transport}{paths}"
 
 
-def show_rate(rate: float) -> str:
-    """Write bytes a second for a person."""
-    return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.1f} MB/s"
-
-
-def show_time(seconds: float) -> str:
-    """Write a latency for a person."""
-    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
-
-
 def _is_tcp(result: PairResult) -> bool:
-    return bool(result.paths) and all(path.startswith("tcp/") for path in result.paths)
+    return result.transport == TCP or (bool(result.paths) and all(path.startswith("tcp/") for path in result.paths))
 
 
 def _common(results: Sequence[PairResult], bad: Sequence[PairResult]) -> str:

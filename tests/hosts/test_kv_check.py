@@ -6,11 +6,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -151,3 +153,20 @@ def test_ranks_on_other_hosts_than_named_are_refused(four: Hosts) -> None:
     assert (done.returncode, "needed: one rank on each of h1, h2, h3, h4" in done.stderr) == (64, True), done.stderr
     done = check(four, prefill=["h1"], decode=["h2"], ranks_on=["h1", "h3"])
     assert (done.returncode, "h3: this host is none of h1, h2" in done.stderr) == (64, True), done.stderr
+
+
+def test_launch_by_mpirun_runs_it_before_anything_else(four: Hosts, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("h1\nh2\n")
+    mpirun = shlex.join([find_mpirun(), "--prtemca", "plm_ssh_agent", str(four.agent)])
+    engines = [word for role in ("prefill", "decode") for word in (f"--{role}-engine-config", "engine.yaml")]
+    words = ("launch", "--hostfile", tmp_path / "hosts", "--run-dir", tmp_path / "run", "--mpirun", mpirun, *engines)
+    more = ("--model", "m", "--skip-check", "--gpus-per-node", "1")
+    own = {**OUR_MODULES, "OMPI_MCA_btl_tcp_if_exclude": "lo,net9", "DYN_MPI_KV_MIN_RATE": "1000"}
+    program = (sys.executable, "-m", "dynamo_mpi", *words, *more)
+    done = four.run("h1", [str(word) for word in program], {**mpi_environment(), **own}, timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert (
+        "dynamo-mpi launch: the KV check refused the deployment with exit code 75; nothing was launched" in done.stderr
+    )
+    assert "decode host h2 <- prefill host h1 over " in done.stderr
+    assert {path.name for path in (tmp_path / "run" / "logs").iterdir()} == {"kv-check.log"}

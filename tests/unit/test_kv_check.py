@@ -62,10 +62,13 @@ def test_pairs_that_are_alike_have_no_finding() -> None:
     assert summary(results) == said
 
 
-@pytest.mark.parametrize(("transport", "factor"), [("nixl", 3), ("tcp", 8)])
-def test_how_slow_is_too_slow_depends_on_the_transport(transport: str, factor: int) -> None:
+@pytest.mark.parametrize(
+    ("transport", "path", "factor"), [("nixl", "rc_mlx5/mlx5_0:1", 3), ("nixl", "tcp/eth0", 8), ("tcp", "tcp/eth0", 8)]
+)
+def test_how_slow_is_too_slow_depends_on_the_transport(transport: str, path: str, factor: int) -> None:
     def found(slower: float) -> list[str]:
-        results = [pair(p, d, 1e10 / slower if (p, d) == PAIRS[1] else 1e10, transport) for p, d in PAIRS]
+        rates = [1e10 / slower if one == PAIRS[1] else 1e10 for one in PAIRS]
+        results = [pair(*one, rate, transport, paths=(path,)) for one, rate in zip(PAIRS, rates, strict=True)]
         return [finding.rule + finding.found for finding in check_kv(results, 0)]
 
     assert found(factor - 0.1) == []
@@ -385,13 +388,13 @@ def test_a_pair_is_measured_again_before_it_is_called_slow(monkeypatch: pytest.M
             source.host, decode, 1e8 if tries == [*tries[:-1], ("p1", "d1")] and len(tries) < 5 else 1e10, "tcp"
         )
 
-    monkeypatch.setattr(kv, "run_pair", pull)
+    monkeypatch.setattr(kv_pull, "run_pair", pull)
     code, said = run_check(monkeypatch)
     assert (code, tries.count(("p1", "d1")), len(tries)) == (0, 2, 5), said
 
 
 def test_nixl_on_some_hosts_alone_is_no_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv, "nixl_installed", lambda: threading.current_thread().name != "d2")
+    monkeypatch.setattr(kv_pull, "nixl_installed", lambda: threading.current_thread().name != "d2")
     code, said = run_check(monkeypatch, transport="auto")
     assert (code, "says little about NIXL: not installed on d2" in said) == (0, True), said
     code, said = run_check(monkeypatch, transport="nixl")
@@ -412,9 +415,9 @@ def test_a_nixl_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
         def progress(self) -> None: ...
 
-    monkeypatch.setattr(kv, "nixl_installed", lambda: True)
-    monkeypatch.setattr(kv, "NixlAgent", agent)
-    monkeypatch.setattr(kv, "run_pair", lambda source, decode, *_: pair(source.host, decode))
+    monkeypatch.setattr(kv_pull, "nixl_installed", lambda: True)
+    monkeypatch.setattr(kv_pull, "NixlAgent", agent)
+    monkeypatch.setattr(kv_pull, "run_pair", lambda source, decode, *_: pair(source.host, decode))
     code, said = run_check(monkeypatch, transport="auto")
     assert code == 75
     assert "d1 <- prefill host p2 over nixl: p2: NIXL: no UCX here" in said
