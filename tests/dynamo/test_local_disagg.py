@@ -85,6 +85,7 @@ def test_even_sigkill_leaves_no_process(tmp_path: Path) -> None:
         eventually(lambda: not command.survivors(), "all processes are gone", 5)
 
 
+@pytest.mark.serial
 def test_what_is_in_flight_anywhere_is_finished(tmp_path: Path) -> None:
     """One slot in each world: of four requests most wait, at prefill or for decode, when the signal comes."""
     tokens = 100

@@ -243,6 +243,7 @@ def test_a_rank_that_leaves_as_if_it_were_done_ends_all(start: Start) -> None:
     assert "left TensorRT-LLM's worker" in report
 
 
+@pytest.mark.serial
 def test_a_load_that_is_late_ends_with_where_every_rank_stands(start: Start) -> None:
     worker = start("--load-timeout", "9", STANDIN_TRTLLM_FAULT="hang:1")
     begin = time.monotonic()
@@ -290,6 +291,7 @@ def test_the_child_dies_with_rank_zero(start: Start) -> None:
     eventually(lambda: ended(child), "the child has ended", PROMPT_SECONDS)
 
 
+@pytest.mark.full
 def test_over_nats_a_worker_is_told_from_one_that_was_there(start: Start, etcd: EtcdServer) -> None:
     with running_nats() as nats:
         plane = {"NATS_SERVER": nats, "DYN_REQUEST_PLANE": "nats"}

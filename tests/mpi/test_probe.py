@@ -136,6 +136,7 @@ def test_the_gpus_of_all_ranks_are_judged_together(mpirun: Mpirun, tmp_path: Pat
     ]
 
 
+@pytest.mark.serial
 @pytest.mark.landing("0-75")
 @pytest.mark.parametrize(("weights", "code"), [(0, 75), (70, 64)])
 def test_memory_that_is_not_given_back_has_the_code_of_who_has_to_act(
