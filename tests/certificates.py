@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.certificates import Certificates, make_certificates
+from dynamo_mpi.deploy.certificates import Certificates, make_certificates
 
 
 def certificates(folder: Path) -> Certificates:

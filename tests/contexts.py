@@ -6,12 +6,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import cast
 
-from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.supervision.agent_client import NodeAgentClient
-from dynamo_mpi.supervision.context import RankContext
-from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import RankLogger
-from dynamo_mpi.world import World
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.mpi.world import World
+from dynamo_mpi.supervisor.agent_client import NodeAgentClient
+from dynamo_mpi.supervisor.context import RankContext
 
 
 def rank_context(

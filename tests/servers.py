@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dynamo_mpi.services.certificates import Certificates
-from dynamo_mpi.services.ports import free_port
-from dynamo_mpi.services.programs import find_etcd, find_nats_server
-from dynamo_mpi.services.services import Etcd, Nats
+from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.deploy.certificates import Certificates
+from dynamo_mpi.deploy.programs import find_etcd, find_nats_server
+from dynamo_mpi.deploy.services import Etcd, Nats
 
 START_SECONDS = 20.0
 """A server is up in a fraction of one; a busy machine may take longer."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks that run on their own before workers start: `dynamo_mpi.checks.kv`, the way of KV from prefill to decode hosts."""
+"""What is checked before the load: rules over ranks, hosts and GPUs, and the hardware itself."""

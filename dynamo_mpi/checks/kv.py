@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dynamo_mpi.checks import kv_pull, kv_rules
 from dynamo_mpi.checks.kv_pull import CONNECT_SECONDS, FAILED, NIXL, PULL_SECONDS, TCP, PairResult, Source
+from dynamo_mpi.common.errors import BootstrapError, DeadlineError, TemporaryError, UsageError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.hard_exit import exit_after
+from dynamo_mpi.common.host_address import host_address
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.ports import is_free
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.errors import BootstrapError, DeadlineError, TemporaryError, UsageError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launchers.launch import detect
-from dynamo_mpi.launchers.mislaunch import identify_library, refuse_mislaunch
-from dynamo_mpi.parallelism.finding import errors, render
-from dynamo_mpi.parallelism.wording import counted, listed
-from dynamo_mpi.services.host_address import host_address
-from dynamo_mpi.services.ports import is_free
-from dynamo_mpi.supervision.backstop import exit_after
-from dynamo_mpi.talk import RankLogger
-from dynamo_mpi.world import bind_library, end_mpi, start_mpi
+from dynamo_mpi.layout.finding import errors, render
+from dynamo_mpi.layout.format import counted, listed
+from dynamo_mpi.mpi.launch_checks import identify_library, refuse_mislaunch
+from dynamo_mpi.mpi.launcher import detect
+from dynamo_mpi.mpi.world import bind_library, end_mpi, start_mpi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -310,7 +310,7 @@ def _is_corrupt(rank: int, environ: Mapping[str, str]) -> bool:
     """Whether this rank is to send a wrong byte: a fault on demand."""
     if not environ.get("DYN_MPI_FAULT") or environ.get("DYN_MPI_ALLOW_FAULTS") != "1":
         return False
-    from dynamo_mpi.supervision.faults import parse_fault
+    from dynamo_mpi.supervisor.fault_injection import parse_fault
 
     fault = parse_fault(environ["DYN_MPI_FAULT"])
     return (fault.rank, fault.action) == (rank, "corrupt")

@@ -28,8 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.probe.nccl_fabric import has_cards
-from dynamo_mpi.services.host_address import interface_addresses
+from dynamo_mpi.checks.nccl_fabric import has_cards
+from dynamo_mpi.common.host_address import interface_addresses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.checks.fabric_case import rate_text, time_text
 from dynamo_mpi.checks.kv_pull import NIXL, OK, TCP
-from dynamo_mpi.parallelism.finding import error, info, warning
-from dynamo_mpi.parallelism.wording import counted, listed
-from dynamo_mpi.preflight.host_row import lines
-from dynamo_mpi.probe.fabric_case import rate_text, time_text
+from dynamo_mpi.checks.rank_facts import lines
+from dynamo_mpi.layout.finding import error, info, warning
+from dynamo_mpi.layout.format import counted, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from dynamo_mpi.checks.kv_pull import PairResult
-    from dynamo_mpi.parallelism.finding import Finding
+    from dynamo_mpi.layout.finding import Finding
 
 SLOW = {NIXL: 3.0, TCP: 8.0}
 """How many times slower than its like a pair may be. Over TCP it is the CPUs that copy, which others use too."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator's command ``dynamo-mpi VERB``: one module per verb, loaded only when it is asked for."""
+"""The verbs of ``dynamo-mpi``, one module each."""

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.options import Option, to_count, to_path
-from dynamo_mpi.parallelism.check import Report, check_pair, check_worker
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.report_text import describe_pair, describe_report
-from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.config.options import Option, to_count, to_path
+from dynamo_mpi.layout.check import Report, check_pair, check_worker
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.report_text import describe_pair, describe_report
+from dynamo_mpi.layout.spec import Subject
 
 if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
-    from dynamo_mpi.parallelism.engine_config import EngineConfig
+    from dynamo_mpi.layout.engine_config import EngineConfig
 
 TAKES_DYNAMIC_FLAGS = True
 NODES = Option("nodes", ("--nodes",), (), 1, to_count, "nodes of the worker")

@@ -14,15 +14,15 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.doctor.context import Context
-from dynamo_mpi.doctor.examination import examine
-from dynamo_mpi.doctor.registry import SECTIONS, chosen
-from dynamo_mpi.options import Option, add_options, resolve, to_path, to_seconds, to_switch, to_text
+from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_seconds, to_switch, to_text
+from dynamo_mpi.ops.doctor.context import Context
+from dynamo_mpi.ops.doctor.examination import examine
+from dynamo_mpi.ops.doctor.registry import SECTIONS, chosen
 
 if TYPE_CHECKING:
     import argparse
 
-    from dynamo_mpi.doctor.context import Section
+    from dynamo_mpi.ops.doctor.context import Section
 
 ONLY = Option(
     "only",
@@ -96,8 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _probe() -> tuple[tuple[Section, ...], dict[str, Any]]:
     """Run the probes, and return their section with what they have measured."""
-    from dynamo_mpi.doctor.probe import NAME, section_of
-    from dynamo_mpi.probe.here import probe_here
+    from dynamo_mpi.checks.local_check import probe_here
+    from dynamo_mpi.ops.doctor.probe import NAME, section_of
 
     here = probe_here()
     return (section_of(here),), {NAME: here.figures}

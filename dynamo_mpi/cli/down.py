@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.control_plane.record_codec import sanitize
-from dynamo_mpi.errors import AuthorisationError, DeadlineError, UsageError
-from dynamo_mpi.launch.steps import SlurmEndings
-from dynamo_mpi.operating.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, find_run_dir
-from dynamo_mpi.operating.stop import WorkerSelector, stop_method_for, stop_workers
-from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_seconds
+from dynamo_mpi.common.errors import AuthorisationError, DeadlineError, UsageError
+from dynamo_mpi.common.record_codec import sanitize
+from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve, to_seconds
+from dynamo_mpi.deploy.steps import SlurmEndings
+from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, find_run_dir
+from dynamo_mpi.ops.stop import WorkerSelector, stop_method_for, stop_workers
 
 if TYPE_CHECKING:
     import argparse

@@ -16,32 +16,32 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.conductor import Conductor
-from dynamo_mpi.launch.deployment import assign, nodes_wanted
-from dynamo_mpi.launch.kv_check import needs_kv_check
-from dynamo_mpi.launch.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
-from dynamo_mpi.launch.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
-from dynamo_mpi.launch.run_dir import RunDir, write_refusal
-from dynamo_mpi.launch.settings import OPTIONS, LaunchSettings, read_settings
-from dynamo_mpi.launch.source import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
-from dynamo_mpi.launch.srun import Container, Srun, mount, token_of
-from dynamo_mpi.launch.steps import MpirunEndings, SlurmEndings, end_of_job
-from dynamo_mpi.launchers.time_limit import VARIABLE as END
-from dynamo_mpi.options import add_options
-from dynamo_mpi.services.failures import StepFailed
-from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
-from dynamo_mpi.services.logs import Follower
-from dynamo_mpi.services.private_dir import private_dir
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.log_tail import Follower
+from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
+from dynamo_mpi.config.options import add_options
+from dynamo_mpi.deploy.code_location import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
+from dynamo_mpi.deploy.controller import Conductor
+from dynamo_mpi.deploy.deployment import assign, nodes_wanted
+from dynamo_mpi.deploy.kv_check import needs_kv_check
+from dynamo_mpi.deploy.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
+from dynamo_mpi.deploy.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
+from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
+from dynamo_mpi.deploy.service_error import StepFailed
+from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings
+from dynamo_mpi.deploy.srun import Container, Srun, mount, token_of
+from dynamo_mpi.deploy.steps import MpirunEndings, SlurmEndings, end_of_job
+from dynamo_mpi.mpi.job_time_limit import VARIABLE as END
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Mapping
 
-    from dynamo_mpi.launch.deployment import Worker
-    from dynamo_mpi.launch.steps import Endings
-    from dynamo_mpi.launch.workers import Renderer
+    from dynamo_mpi.deploy.deployment import Worker
+    from dynamo_mpi.deploy.steps import Endings
+    from dynamo_mpi.deploy.workers import Renderer
 
 TAKES_FURTHER_WORDS = True
 # the logs are on a file system that others use too

@@ -12,16 +12,16 @@ import sys
 from pathlib import Path
 
 from dynamo_mpi.cli.local_output import JsonPrinter, Printer, TextPrinter, curl_line, failure, say, success
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
-from dynamo_mpi.local.workers import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, worker_specs
-from dynamo_mpi.options import to_file
-from dynamo_mpi.services.failures import ServiceError
-from dynamo_mpi.services.interrupts import Interrupted, Interrupts
-from dynamo_mpi.services.logs import Follower
-from dynamo_mpi.services.ports import LOOPBACK
-from dynamo_mpi.services.private_dir import private_dir
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.log_tail import Follower
+from dynamo_mpi.common.ports import LOOPBACK
+from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.signals import Interrupted, Interrupts
+from dynamo_mpi.config.options import to_file
+from dynamo_mpi.deploy.local.stack import LocalStack, Ready, StackSettings
+from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, worker_specs
+from dynamo_mpi.deploy.service_error import ServiceError
 
 PROOF_QUESTION, PROOF_TOKENS = "Say hello.", 8
 ENGINE_OPTIONS = ("max_batch_size", "max_num_tokens", "max_seq_len")

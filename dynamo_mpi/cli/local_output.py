@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.local.ask import Answer
-from dynamo_mpi.local.stack import Ready, StackSettings
-from dynamo_mpi.local.workers import StackRole
-from dynamo_mpi.services.failures import ServiceError
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.deploy.local.ask import Answer
+from dynamo_mpi.deploy.local.stack import Ready, StackSettings
+from dynamo_mpi.deploy.local.workers import StackRole
+from dynamo_mpi.deploy.service_error import ServiceError
 
 
 def curl_line(url: str, model: str) -> str:

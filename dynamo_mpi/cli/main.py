@@ -16,8 +16,8 @@ from typing import NoReturn
 
 from dynamo_mpi import __version__
 from dynamo_mpi.cli.style import silence_stdout, write_out
-from dynamo_mpi.errors import BootstrapError, UsageError
-from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import BootstrapError, UsageError
+from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 
 PROGRAM = "dynamo-mpi"
 VERBS = {
@@ -47,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; None takes ``sys.argv``.
 
     Returns:
-        the exit code; see ``dynamo_mpi.exit_codes``.
+        the exit code; see ``dynamo_mpi.common.exit_codes``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)
     except BootstrapError as error:
-        from dynamo_mpi.observe.redact import own_redactor  # costs a start nothing
+        from dynamo_mpi.common.redact import own_redactor  # costs a start nothing
 
         redact = own_redactor().redact
         print(f"{PROGRAM}: {redact(str(error))}", file=sys.stderr)
@@ -80,7 +80,7 @@ def _run(words: list[str]) -> int:
         at = rest.index("--")
         rest, further = rest[:at], rest[at + 1 :]
     if getattr(module, "TAKES_DYNAMIC_FLAGS", False):
-        from dynamo_mpi.parallelism.engine_layers import split_dynamic_flags
+        from dynamo_mpi.layout.engine_layers import split_dynamic_flags
 
         rest, dynamic = split_dynamic_flags(rest)
     defaults = argparse.Namespace(dynamic_flags=tuple(dynamic), further_words=tuple(further))

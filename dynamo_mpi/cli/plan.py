@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
-from dynamo_mpi.errors import LayoutError, UsageError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.options import Option, to_count
-from dynamo_mpi.parallelism.check import exit_code_of
-from dynamo_mpi.parallelism.engine_yaml import for_role
-from dynamo_mpi.parallelism.layout import cluster_for
-from dynamo_mpi.parallelism.plan_text import describe_plans, plans_as_json
-from dynamo_mpi.parallelism.planner import plan, workable_sizes
-from dynamo_mpi.parallelism.rules.registry import config_findings
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.wording import listed
+from dynamo_mpi.common.errors import LayoutError, UsageError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.config.options import Option, to_count
+from dynamo_mpi.layout.check import exit_code_of
+from dynamo_mpi.layout.engine_yaml import for_role
+from dynamo_mpi.layout.format import listed
+from dynamo_mpi.layout.layout import cluster_for
+from dynamo_mpi.layout.plan_text import describe_plans, plans_as_json
+from dynamo_mpi.layout.planner import plan, workable_sizes
+from dynamo_mpi.layout.rules.registry import config_findings
+from dynamo_mpi.layout.spec import Subject
 
 if TYPE_CHECKING:
     import argparse

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import paint, write_out
-from dynamo_mpi.services.interrupts import Interrupts
+from dynamo_mpi.common.signals import Interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,19 +15,19 @@ import sys
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.errors import AuthorisationError, DiscoveryError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.operating.deployment import MODEL, NAMESPACE, RUN_DIR, add_output, find_deployment
-from dynamo_mpi.operating.status import ETCD_SECONDS, read_status
-from dynamo_mpi.operating.status_text import describe
-from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve
+from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve
+from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output, find_deployment
+from dynamo_mpi.ops.status import ETCD_SECONDS, read_status
+from dynamo_mpi.ops.status_text import describe
 
 if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-    from dynamo_mpi.errors import BootstrapError
-    from dynamo_mpi.operating.status import DeploymentStatus
+    from dynamo_mpi.common.errors import BootstrapError
+    from dynamo_mpi.ops.status import DeploymentStatus
 
 SHORTEST_SECONDS = 0.1
 # Ctrl-C waits for it
@@ -80,7 +80,7 @@ def _read(values: dict[str, Any], seconds: float) -> DeploymentStatus:
 def _shown(status: DeploymentStatus, output: str) -> str:
     if output == "text":
         return describe(status, shutil.get_terminal_size().columns) if _is_terminal() else describe(status)
-    from dynamo_mpi.operating.status_json import as_json
+    from dynamo_mpi.ops.status_json import as_json
 
     return json.dumps(as_json(status))
 
@@ -92,14 +92,14 @@ def _is_terminal() -> bool:
 def _shown_error(error: BootstrapError, output: str) -> str:
     if output == "text":
         return str(error)
-    from dynamo_mpi.operating.status_json import error_as_json
+    from dynamo_mpi.ops.status_json import error_as_json
 
     return json.dumps(error_as_json(error))
 
 
 def _watch(values: dict[str, Any], output: str) -> int:
     from dynamo_mpi.cli.screen import watch
-    from dynamo_mpi.services.interrupts import Interrupted
+    from dynamo_mpi.common.signals import Interrupted
 
     def look() -> str:
         try:

@@ -8,7 +8,7 @@ import re
 import sys
 from typing import TextIO
 
-from dynamo_mpi.errors import UsageError
+from dynamo_mpi.common.errors import UsageError
 
 _COLOURS = {"error": "31;1", "warning": "33;1", "info": "36", "ok": "32;1", "skipped": "2"}
 _SEVERITY = re.compile(r"^(error|warning|info|ok|skipped)\b", re.MULTILINE)

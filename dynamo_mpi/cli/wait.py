@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.operating.deployment import MODEL, NAMESPACE, RUN_DIR, add_output
-from dynamo_mpi.operating.wait import ReadinessWaiter, WaitRequest
-from dynamo_mpi.options import MAX_SECONDS, Option, add_options, resolve, to_role, to_seconds
+from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve, to_role, to_seconds
+from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output
+from dynamo_mpi.ops.wait import ReadinessWaiter, WaitRequest
 
 if TYPE_CHECKING:
     import argparse
 
-    from dynamo_mpi.operating.wait import WaitResult
+    from dynamo_mpi.ops.wait import WaitResult
 
 ROLES = ("agg", "prefill", "decode")
 SCHEMA = 1
@@ -111,7 +111,7 @@ def _describe(outcome: WaitResult) -> str:
 
 def _as_json(outcome: WaitResult) -> dict[str, Any]:
     """Return the final state: what is missing, what has answered, and under ``status`` what `status` gives; null where etcd wasn't asked."""
-    from dynamo_mpi.operating.status_json import as_json
+    from dynamo_mpi.ops.status_json import as_json
 
     content: dict[str, Any] = {
         "schema": SCHEMA,

@@ -8,17 +8,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.engine_options import ENGINE_OPTIONS, GPU, MIN_REQUESTS, engine_flags
-from dynamo_mpi.errors import DataError, UsageError
-from dynamo_mpi.model_files import ModelFiles, find_model
-from dynamo_mpi.options import Option, add_options, resolve, to_count, to_role, to_text
-from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
-from dynamo_mpi.text_files import read_text
+from dynamo_mpi.common.errors import DataError, UsageError
+from dynamo_mpi.common.files import read_text
+from dynamo_mpi.config.engine import ENGINE_OPTIONS, GPU, MIN_REQUESTS, engine_flags
+from dynamo_mpi.config.model_files import ModelFiles, find_model
+from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_role, to_text
+from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 
 if TYPE_CHECKING:
     import argparse
 
-    from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion
+    from dynamo_mpi.layout.trtllm_version import TrtllmVersion
 
 ROLES = ("agg", "prefill", "decode")
 ROLE = Option(
@@ -94,7 +94,7 @@ def read_version(values: dict[str, Any]) -> TrtllmVersion | None:
     Raises:
         UsageError: what was named is none.
     """
-    from dynamo_mpi.parallelism.trtllm_version import installed_trtllm_version, parse_trtllm_version
+    from dynamo_mpi.layout.trtllm_version import installed_trtllm_version, parse_trtllm_version
 
     named = values["trtllm_version"]
     return parse_trtllm_version(named) if named else installed_trtllm_version()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines: what loads the weights on all ranks and makes tokens. The phases don't know which one runs."""
+"""The engines that a worker may run, and what they have in common."""

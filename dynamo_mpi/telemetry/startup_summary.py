@@ -8,14 +8,14 @@ import unicodedata
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.parallelism.wording import counted
-from dynamo_mpi.supervision.phases import BEFORE, PHASES
+from dynamo_mpi.common.phases import BEFORE, PHASES
+from dynamo_mpi.layout.format import counted
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from dynamo_mpi.supervision.phases import RankSpans
+    from dynamo_mpi.common.phases import RankSpans
     from dynamo_mpi.telemetry.startup_trace import FailureMark, StartupTrace
 
 ORDER = (BEFORE, *PHASES)

@@ -9,10 +9,10 @@ import tempfile
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.control_plane.record_codec import read_fields
-from dynamo_mpi.control_plane.records import RecordedLayout
-from dynamo_mpi.errors import DataError, UsageError
-from dynamo_mpi.supervision.phases import RankSpans, Span
+from dynamo_mpi.common.errors import DataError, UsageError
+from dynamo_mpi.common.phases import RankSpans, Span
+from dynamo_mpi.common.record_codec import read_fields
+from dynamo_mpi.discovery.records import RecordedLayout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,7 @@ import json
 from html import escape
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.parallelism.wording import counted
+from dynamo_mpi.layout.format import counted
 from dynamo_mpi.telemetry.startup_summary import (
     ORDER,
     AlignedTrace,

@@ -9,17 +9,17 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.observe.shown import shown
-from dynamo_mpi.supervision.failure import Cause
-from dynamo_mpi.supervision.hooks import WorkerHook
+from dynamo_mpi.common.failure import Cause
+from dynamo_mpi.common.hooks import WorkerHook
+from dynamo_mpi.common.safe_text import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dynamo_mpi.control_plane.records import WorkerRecord
-    from dynamo_mpi.supervision.guard import Guard
-    from dynamo_mpi.talk import RankLogger
+    from dynamo_mpi.common.log import RankLogger
+    from dynamo_mpi.discovery.records import WorkerRecord
+    from dynamo_mpi.supervisor.supervisor import Guard
     from dynamo_mpi.telemetry.startup_trace import FailureMark, StartupTrace
 
 # a file system that hangs must not delay the end of the ranks

@@ -9,13 +9,13 @@ import sys
 import threading
 from collections.abc import Callable
 
-from dynamo_mpi.control_plane.registration import RegistrationMonitor
+from dynamo_mpi.common.exit_codes import of_signal
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
-from dynamo_mpi.exit_codes import of_signal
-from dynamo_mpi.serving.service import Registration, run, serve
-from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.supervision.stop_signals import StopSignals
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.runtime.serving import Registration, run, serve
+from dynamo_mpi.supervisor.shutdown_signals import StopSignals
 
 
 class EchoEngine:

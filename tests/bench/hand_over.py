@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.signals import Interrupted, Interrupts
+from dynamo_mpi.deploy.local.stack import LocalStack, Ready, StackSettings
+from dynamo_mpi.deploy.local.workers import WorkerSpec, mpi_environment
+from dynamo_mpi.deploy.programs import find_mpirun
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
-from dynamo_mpi.local.stack import LocalStack, Ready, StackSettings
-from dynamo_mpi.local.workers import WorkerSpec, mpi_environment
-from dynamo_mpi.services.interrupts import Interrupted, Interrupts
-from dynamo_mpi.services.private_dir import private_dir
-from dynamo_mpi.services.programs import find_mpirun
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = Path(__file__).with_name("hand_over_ranks.py")

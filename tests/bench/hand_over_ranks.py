@@ -29,11 +29,11 @@ os.environ.update(thread_environment(MPI.COMM_WORLD.Get_size()))
 # After the line above: numpy reads the number of threads when it is imported.
 import numpy as np
 
+from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
 from dynamo_mpi.engines.reference.kv_descriptor import parse_descriptor
-from dynamo_mpi.services.ports import LOOPBACK
 
 _PREFILL_ROOT = 0
 

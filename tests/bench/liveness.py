@@ -29,13 +29,13 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dynamo_mpi.supervision.lifeline import connect
-from dynamo_mpi.supervision.liveness_line import ClosedError, Line
-from dynamo_mpi.supervision.liveness_wire import NONCE_BYTES, TOKEN_BYTES, Frame, Inbox, Join, Kind, prove_rank_zero
-from dynamo_mpi.supervision.lookout import Lookout
-from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.supervision.open_files import allow_open_files
-from dynamo_mpi.supervision.reception import SPARE
+from dynamo_mpi.common.open_files_limit import allow_open_files
+from dynamo_mpi.supervisor.frame_connection import ClosedError, Line
+from dynamo_mpi.supervisor.heartbeat_client import connect
+from dynamo_mpi.supervisor.heartbeat_protocol import NONCE_BYTES, TOKEN_BYTES, Frame, Inbox, Join, Kind, prove_rank_zero
+from dynamo_mpi.supervisor.heartbeat_server import Lookout
+from dynamo_mpi.supervisor.join import SPARE
+from dynamo_mpi.supervisor.rendezvous import Meeting
 
 Watch = Callable[[socket.socket, Meeting, int, "queue.SimpleQueue[float]"], object]
 _CONNECTORS = 32

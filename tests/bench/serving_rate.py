@@ -21,10 +21,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from dynamo_mpi.common.ports import LOOPBACK, free_port
+from dynamo_mpi.deploy.programs import find_etcd
+from dynamo_mpi.deploy.services import Etcd, Frontend
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
-from dynamo_mpi.services.ports import LOOPBACK, free_port
-from dynamo_mpi.services.programs import find_etcd
-from dynamo_mpi.services.services import Etcd, Frontend
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("ours", "sample")

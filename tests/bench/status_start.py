@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.records import record_key
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.records import record_key
 from tests.bench.check_start import IMPORTED, RUNS, report, run
 from tests.certificates import certificates
 from tests.servers import running_etcd, running_secured_etcd

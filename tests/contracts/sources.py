@@ -10,6 +10,12 @@ may differ afterwards.
 from __future__ import annotations
 
 from dynamo_mpi import __version__ as VERSION
+from dynamo_mpi.checks.fabric import figures_of as fabric_figures
+from dynamo_mpi.checks.fabric_steps import Step
+from dynamo_mpi.checks.fabric_timing import FabricAnswer, Measured
+from dynamo_mpi.checks.gpu_check import figures_of as gpu_figures
+from dynamo_mpi.checks.gpu_facts import GpuFacts
+from dynamo_mpi.checks.gpu_health import GpuHealth
 from dynamo_mpi.cli import check as check_verb
 from dynamo_mpi.cli import doctor as doctor_verb
 from dynamo_mpi.cli import down as down_verb
@@ -21,81 +27,75 @@ from dynamo_mpi.cli.local_output import failure as local_failure
 from dynamo_mpi.cli.local_output import success as local_success
 from dynamo_mpi.cli.main import VERBS
 from dynamo_mpi.cli.main import main as dynamo_mpi_main
-from dynamo_mpi.control_plane.etcd import KeyValue
-from dynamo_mpi.control_plane.failure_records import (
+from dynamo_mpi.common.errors import BootstrapError, DeadlineError, UsageError
+from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.log_levels import Level
+from dynamo_mpi.common.log_record import Line
+from dynamo_mpi.common.phases import PHASES, Phases, RankSpans, Span
+from dynamo_mpi.common.phases import PhaseProgress as Progress
+from dynamo_mpi.common.signals import Interrupts
+from dynamo_mpi.config.options import Option
+from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.config.worker_options import OPTIONS as WORKER_OPTIONS
+from dynamo_mpi.deploy.command import Command
+from dynamo_mpi.deploy.controller import Conductor
+from dynamo_mpi.deploy.deployment import Worker as LaunchedWorker
+from dynamo_mpi.deploy.head_node.__main__ import main as head_node_main
+from dynamo_mpi.deploy.head_node.head_node import services as services_json
+from dynamo_mpi.deploy.head_node.settings import OPTIONS as HEAD_NODE_OPTIONS
+from dynamo_mpi.deploy.kubernetes.__main__ import main as pods_main
+from dynamo_mpi.deploy.kubernetes.settings import JOIN_OPTIONS, LEAD_OPTIONS
+from dynamo_mpi.deploy.local.ask import Answer
+from dynamo_mpi.deploy.local.stack import Ready, StackSettings
+from dynamo_mpi.deploy.local.workers import WorkerSpec
+from dynamo_mpi.deploy.reports import MISTAKES
+from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.deploy.service_error import ServiceError, StepFailed
+from dynamo_mpi.deploy.settings import OPTIONS as LAUNCH_OPTIONS
+from dynamo_mpi.deploy.settings import read_settings as read_launch_settings
+from dynamo_mpi.deploy.steps import MpirunEndings
+from dynamo_mpi.discovery.etcd import KeyValue
+from dynamo_mpi.discovery.failure_records import (
     FailureRecord,
     WorkerIdentity,
     failure_key,
     failure_record,
     list_failures,
 )
-from dynamo_mpi.control_plane.lifecycle import EVENTS, LifecycleEvent, event_of
-from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE, WorkerRecord, list_workers, record_key
-from dynamo_mpi.control_plane.records import Progress as RecordedProgress
-from dynamo_mpi.control_plane.schema import json_schema
-from dynamo_mpi.doctor.check import Status, error, ok, skipped, warning
-from dynamo_mpi.doctor.registry import SECTIONS as DOCTOR_SECTIONS
-from dynamo_mpi.doctor.report import Report as DoctorReport
-from dynamo_mpi.doctor.report import SectionReport
+from dynamo_mpi.discovery.lifecycle_events import EVENTS, LifecycleEvent, event_of
+from dynamo_mpi.discovery.records import LAUNCH_VARIABLE, WorkerRecord, list_workers, record_key
+from dynamo_mpi.discovery.records import Progress as RecordedProgress
+from dynamo_mpi.discovery.schema import json_schema
 from dynamo_mpi.engines.reference.convert_gguf import main as model_files_main
-from dynamo_mpi.errors import BootstrapError, DeadlineError, UsageError
-from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.head_node.__main__ import main as head_node_main
-from dynamo_mpi.head_node.head_node import services as services_json
-from dynamo_mpi.head_node.settings import OPTIONS as HEAD_NODE_OPTIONS
-from dynamo_mpi.health.state import State, health, live, metrics_of
-from dynamo_mpi.launch.command import Command
-from dynamo_mpi.launch.conductor import Conductor
-from dynamo_mpi.launch.deployment import Worker as LaunchedWorker
-from dynamo_mpi.launch.reports import MISTAKES
-from dynamo_mpi.launch.run_dir import RunDir
-from dynamo_mpi.launch.settings import OPTIONS as LAUNCH_OPTIONS
-from dynamo_mpi.launch.settings import read_settings as read_launch_settings
-from dynamo_mpi.launch.steps import MpirunEndings
-from dynamo_mpi.local.ask import Answer
-from dynamo_mpi.local.stack import Ready, StackSettings
-from dynamo_mpi.local.workers import WorkerSpec
-from dynamo_mpi.observe.levels import Level
-from dynamo_mpi.observe.lines import Line
-from dynamo_mpi.observe.metrics import render as render_metrics
-from dynamo_mpi.observe.progress import facts as progress_facts
-from dynamo_mpi.observe.world_metrics import WorldNumbers, metrics_of_world
-from dynamo_mpi.operating.deployment import Deployment, DeploymentEnd, ExpectedWorker, RunningLaunch
-from dynamo_mpi.operating.readiness import MissingItem
-from dynamo_mpi.operating.status import DeploymentStatus, Service
-from dynamo_mpi.operating.status_json import as_json as status_json
-from dynamo_mpi.operating.status_json import error_as_json
-from dynamo_mpi.operating.wait import WaitResult
-from dynamo_mpi.options import Option
-from dynamo_mpi.parallelism.finding import Finding, Severity
-from dynamo_mpi.parallelism.finding import render as render_findings
-from dynamo_mpi.pods.__main__ import main as pods_main
-from dynamo_mpi.pods.settings import JOIN_OPTIONS, LEAD_OPTIONS
-from dynamo_mpi.preflight.gpu_facts import GpuFacts
-from dynamo_mpi.probe.fabric import figures_of as fabric_figures
-from dynamo_mpi.probe.gpu import figures_of as gpu_figures
-from dynamo_mpi.probe.gpu_health import GpuHealth
-from dynamo_mpi.probe.steps import Step
-from dynamo_mpi.probe.timing import FabricAnswer, Measured
-from dynamo_mpi.services.failures import ServiceError, StepFailed
-from dynamo_mpi.services.interrupts import Interrupts
-from dynamo_mpi.serving.ready import ReadyFile
-from dynamo_mpi.settings import load_settings
-from dynamo_mpi.supervision.agent_failures import Seen, describe_seen
-from dynamo_mpi.supervision.agent_writer import ReportWriter
-from dynamo_mpi.supervision.failure import Cause, Failure
-from dynamo_mpi.supervision.faults import ACTIONS
-from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.supervision.notify import Notifier
-from dynamo_mpi.supervision.phases import PHASES, Phases, RankSpans, Span
-from dynamo_mpi.supervision.phases import PhaseProgress as Progress
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.layout.finding import Finding, Severity
+from dynamo_mpi.layout.finding import render as render_findings
+from dynamo_mpi.ops.deployment import Deployment, DeploymentEnd, ExpectedWorker, RunningLaunch
+from dynamo_mpi.ops.doctor.check import Status, error, ok, skipped, warning
+from dynamo_mpi.ops.doctor.registry import SECTIONS as DOCTOR_SECTIONS
+from dynamo_mpi.ops.doctor.report import Report as DoctorReport
+from dynamo_mpi.ops.doctor.report import SectionReport
+from dynamo_mpi.ops.readiness import MissingItem
+from dynamo_mpi.ops.status import DeploymentStatus, Service
+from dynamo_mpi.ops.status_json import as_json as status_json
+from dynamo_mpi.ops.status_json import error_as_json
+from dynamo_mpi.ops.wait import WaitResult
+from dynamo_mpi.runtime.main import main as worker_main
+from dynamo_mpi.runtime.ready_file import ReadyFile
+from dynamo_mpi.runtime.worker_hooks import LeaderHooks
+from dynamo_mpi.supervisor.agent_failures import Seen, describe_seen
+from dynamo_mpi.supervisor.agent_writer import ReportWriter
+from dynamo_mpi.supervisor.fault_injection import ACTIONS
+from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.telemetry.health_state import State, health, live, metrics_of
+from dynamo_mpi.telemetry.metrics import render as render_metrics
+from dynamo_mpi.telemetry.progress import facts as progress_facts
+from dynamo_mpi.telemetry.sd_notify import Notifier
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, STOPPED
 from dynamo_mpi.telemetry.startup_trace import encode_traces as pack_starts
 from dynamo_mpi.telemetry.timeline_text import perfetto_trace as trace
-from dynamo_mpi.worker import main as worker_main
-from dynamo_mpi.worker_hooks import LeaderHooks
-from dynamo_mpi.worker_options import OPTIONS as WORKER_OPTIONS
+from dynamo_mpi.telemetry.world_metrics import WorldNumbers, metrics_of_world
 from tools.gen_docs.environment import VARIABLES
 from tools.gen_docs.markdown import member_notes
 from tools.gen_docs.rules import render as rules_page

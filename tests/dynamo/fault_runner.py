@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.failure_records import FailureRecord, failures_of
-from dynamo_mpi.services.services import Frontend
+from dynamo_mpi.deploy.services import Frontend
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.failure_records import FailureRecord, failures_of
 from tests.dynamo.running import EtcdServer, RunningWorker, running_frontend, shared_memory_of
 from tests.fault_cases import CHILD, CHILD_CODES, SILENT, STREAMS, TOKENS, Case, Outcome, run_case
 from tests.fault_traces import (

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dynamo_mpi.control_plane.records import WorkerRecord, worlds_of
-from dynamo_mpi.services.ports import free_port, is_free
-from dynamo_mpi.services.processes import LoggedProcess, session_members
-from dynamo_mpi.services.programs import find_etcd, find_nats_server
-from dynamo_mpi.services.services import Etcd, Frontend, Nats
+from dynamo_mpi.common.ports import free_port, is_free
+from dynamo_mpi.common.subprocess import LoggedProcess, session_members
+from dynamo_mpi.deploy.programs import find_etcd, find_nats_server
+from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
+from dynamo_mpi.discovery.records import WorkerRecord, worlds_of
 from tests.conftest import find_mpirun, mpi_environment
 
 T = TypeVar("T")

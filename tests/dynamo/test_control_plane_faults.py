@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.processes import session_members
-from dynamo_mpi.services.services import Frontend
+from dynamo_mpi.common.subprocess import session_members
+from dynamo_mpi.deploy.services import Frontend
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, NatsServer, RunningWorker, eventually, running_frontend
 from tests.dynamo.test_worker_life import Stream

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.registration import InstanceLease
-from dynamo_mpi.services.ports import free_port
-from dynamo_mpi.services.programs import find_etcd
-from dynamo_mpi.services.services import Etcd as EtcdService
+from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.deploy.programs import find_etcd
+from dynamo_mpi.deploy.services import Etcd as EtcdService
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.registration_monitor import InstanceLease
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 from tests.etcd_users import PASSWORDS, add_users
 

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.records import worlds_of
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.services.certificates import make_certificates
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.deploy.certificates import make_certificates
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.records import worlds_of
 from tests.dynamo.head_node_command import HeadNodeCommand
 from tests.dynamo.running import RunningWorker, eventually
 from tests.dynamo.test_head_node import ask, nats_says

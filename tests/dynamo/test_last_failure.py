@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.failure_records import FailureRecord
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.failure_records import FailureRecord
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 
 pytestmark = pytest.mark.dynamo

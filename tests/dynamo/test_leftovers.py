@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.common.ports import free_port
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, system_port
 from tests.dynamo.test_launch import LaunchCommand

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.local.stack import LocalStack, StackSettings
-from dynamo_mpi.local.workers import WorkerSpec
-from dynamo_mpi.services import ports as service_ports
-from dynamo_mpi.services.interrupts import Interrupts
-from dynamo_mpi.services.ports import free_port
-from dynamo_mpi.services.private_dir import private_dir
+from dynamo_mpi.common import ports as service_ports
+from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.signals import Interrupts
+from dynamo_mpi.deploy.local.stack import LocalStack, StackSettings
+from dynamo_mpi.deploy.local.workers import WorkerSpec
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.processes import session_members
+from dynamo_mpi.common.subprocess import session_members
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually
 from tests.fault_traces import find_agent, has_ended, processes_with, remaining

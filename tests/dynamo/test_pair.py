@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.services.services import Frontend
+from dynamo_mpi.deploy.services import Frontend
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, running_frontend, system_port
 
 pytestmark = pytest.mark.dynamo

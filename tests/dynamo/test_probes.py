@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_mpi.services.ports import free_port, is_free
+from dynamo_mpi.common.ports import free_port, is_free
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, running_frontend, system_port
 from tests.dynamo.test_worker_life import Stream

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
-from dynamo_mpi.exit_codes import of_signal
-from dynamo_mpi.services.processes import session_members
+from dynamo_mpi.common.exit_codes import of_signal
+from dynamo_mpi.common.subprocess import session_members
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.marked_command import MarkedCommand
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend

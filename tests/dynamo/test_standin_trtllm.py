@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from dynamo_mpi.services.processes import session_members
+from dynamo_mpi.common.subprocess import session_members
 from tests.conftest import ROOT, find_mpirun, mpi_environment, run_command
 from tests.dynamo.running import EtcdServer, eventually, running_frontend
 

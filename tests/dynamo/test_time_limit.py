@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.processes import session_members
+from dynamo_mpi.common.subprocess import session_members
 from tests.conftest import ROOT
 from tests.dynamo.running import EtcdServer, RunningWorker, eventually, running_frontend
 from tests.dynamo.test_worker_life import Stream

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.phases import BEFORE
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
-from dynamo_mpi.exit_codes import ExitCode, of_signal
-from dynamo_mpi.supervision.phases import BEFORE
 from dynamo_mpi.telemetry.startup_summary import describe_failure
 from dynamo_mpi.telemetry.startup_trace import StartupTrace, read_traces
 from dynamo_mpi.telemetry.trace_writer import perfetto_path

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.records import WorkerRecord, list_workers
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.records import WorkerRecord, list_workers
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamo_mpi.services.programs import find_etcd
-from dynamo_mpi.services.services import Etcd, Frontend
+from dynamo_mpi.deploy.programs import find_etcd
+from dynamo_mpi.deploy.services import Etcd, Frontend
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.fault_cases import CHILD, CHILD_CODES, SILENT, STREAMS, TOKENS, Case, Outcome, run_case

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.services.programs import find_etcd
-from dynamo_mpi.services.services import Etcd, Frontend
+from dynamo_mpi.deploy.programs import find_etcd
+from dynamo_mpi.deploy.services import Etcd, Frontend
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.running import eventually
 from tests.namespaces.commands import InsideProcess

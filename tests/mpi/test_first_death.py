@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.launch.first_death import first_death
+from dynamo_mpi.deploy.first_death import first_death
 from tests.conftest import mpi_environment, run_command
 from tests.mpi_flavours import Unavailable, all_flavours
 

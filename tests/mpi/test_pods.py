@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.ports import free_port
-from dynamo_mpi.services.processes import session_members
+from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.common.subprocess import session_members
 from tests.conftest import find_mpirun, mpi_environment
 
 pytestmark = pytest.mark.mpi

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.mpi
 
 # what it maps itself: other worlds come and go on this machine meanwhile
 _LEFT_BY_A_LONE_RANK = """
-from dynamo_mpi.world import bind_library, form_world
+from dynamo_mpi.mpi.world import bind_library, form_world
 bind_library()
 form_world(alone=True)
 print([line for line in open("/proc/self/maps") if "/dev/shm/" in line and "(deleted)" not in line])
@@ -260,13 +260,13 @@ def test_followers_import_next_to_nothing_before_the_verdict(mpirun: Mpirun, mod
     )
     assert done.returncode == 0, done.stderr
     imported = {rank: set((tmp_path / str(rank)).read_text().split()) for rank in range(3)}
-    assert {"dynamo_mpi.leader", "dynamo_mpi.parallelism.check"} <= imported[0]
+    assert {"dynamo_mpi.runtime.leader", "dynamo_mpi.layout.check"} <= imported[0]
     for rank in (1, 2):
         foreign = {name for name in imported[rank] if not name.startswith("dynamo_mpi")}
         assert foreign - ALLOWED_BEFORE_THE_VERDICT == set()
         ours = {name for name in imported[rank] if name.startswith("dynamo_mpi")}
-        assert "dynamo_mpi.follower" in ours
-        assert not ours & {"dynamo_mpi.leader", "dynamo_mpi.settings", "dynamo_mpi.parallelism.check"}
+        assert "dynamo_mpi.runtime.follower" in ours
+        assert not ours & {"dynamo_mpi.runtime.leader", "dynamo_mpi.config.worker", "dynamo_mpi.layout.check"}
         # each is a file to open on every rank of a world of hundreds
         assert len(ours) <= 20, sorted(ours)
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.launch.command import Command
-from dynamo_mpi.launch.run_dir import RunDir
-from dynamo_mpi.launch.steps import SlurmEndings, Step, start
+from dynamo_mpi.deploy.command import Command
+from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.deploy.steps import SlurmEndings, Step, start
 from tests.dynamo.running import eventually
 
 from .dry_runs import ROOT, STANDINS

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamo_mpi.services.programs import find_etcd
-from dynamo_mpi.services.services import Etcd, Frontend
+from dynamo_mpi.deploy.programs import find_etcd
+from dynamo_mpi.deploy.services import Etcd, Frontend
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.namespaces.commands import InsideProcess
@@ -76,7 +76,7 @@ def running_stack(slurm: SlurmSession, folder: Path) -> Iterator[Stack]:
 
 
 def answer_of(asking: InsideProcess, seconds: float = 60) -> dict[str, Any]:
-    """Wait for a completion and return the whole answer, as ``dynamo_mpi.local.ask.Answer`` has it."""
+    """Wait for a completion and return the whole answer, as ``dynamo_mpi.deploy.local.ask.Answer`` has it."""
     out, err = asking.communicate(timeout=seconds)
     assert asking.returncode == 0, err
     answer: dict[str, Any] = json.loads(out.splitlines()[-1])

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dynamo_mpi.observe.lines import Fact
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.log_record import Fact
 
 
 class RecordedLog(RankLogger):

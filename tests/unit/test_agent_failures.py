@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from dynamo_mpi.supervision.agent_failures import (
+from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.supervisor.agent_failures import (
     Report,
     Seen,
     describe_seen,
@@ -17,7 +18,6 @@ from dynamo_mpi.supervision.agent_failures import (
     read_seen,
     sorted_seen,
 )
-from dynamo_mpi.supervision.failure import Cause, Failure
 
 
 def seen(rank: int, at: float, text: str = "died: its process ended without a word", **more: object) -> Seen:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.supervision.agent_network import HUB, AgentNetwork
+from dynamo_mpi.supervisor.agent_network import HUB, AgentNetwork
 
 TOKEN = "ab" * 32
 

@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import pytest
 
-from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.supervision.agent_failures import Report, Seen
-from dynamo_mpi.supervision.agent_world import WorldWatch
-from dynamo_mpi.supervision.agent_writer import ReportWriter, Written
-from dynamo_mpi.supervision.failure import Cause, Failure
-from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.supervisor.agent_failures import Report, Seen
+from dynamo_mpi.supervisor.agent_world import WorldWatch
+from dynamo_mpi.supervisor.agent_writer import ReportWriter, Written
+from dynamo_mpi.supervisor.rendezvous import Meeting
 
 TOKEN = "ab" * 32
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.parallelism.alternatives import meant_by_more_experts_than_ranks, other_shapes, suggestions
-from dynamo_mpi.parallelism.check import check_worker
-from dynamo_mpi.parallelism.engine_config import EngineConfig, Transceiver
-from dynamo_mpi.parallelism.finding import errors
-from dynamo_mpi.parallelism.layout import Cluster, cluster_for
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.rules.registry import layout_findings
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.wording import short_name
+from dynamo_mpi.layout.check import check_worker
+from dynamo_mpi.layout.engine_config import EngineConfig, Transceiver
+from dynamo_mpi.layout.finding import errors
+from dynamo_mpi.layout.format import short_name
+from dynamo_mpi.layout.layout import Cluster, cluster_for
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.rules.registry import layout_findings
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.suggestions import meant_by_more_experts_than_ranks, other_shapes, suggestions
 from tests.unit.model_zoo import ZOO
 
 MAVERICK = "Llama-4-Maverick-17B-128E"

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 # PyDLL keeps Python's lock, as mpi4py's Abort does
 STUCK = """
 import ctypes, sys
-from dynamo_mpi.supervision import backstop
+from dynamo_mpi.common import hard_exit as backstop
 {prepare}
 backstop.exit_after(float(sys.argv[1]), int(sys.argv[2]))
 ctypes.PyDLL(None).pthread_mutex_lock(lock := ctypes.create_string_buffer(64))

@@ -24,10 +24,10 @@ import importlib.metadata
 def no_metadata(name):
     raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.version = no_metadata
-import dynamo_mpi.worker, dynamo_mpi.leader, dynamo_mpi.follower
-import dynamo_mpi.engines.trtllm.lead, dynamo_mpi.engines.trtllm.follow, dynamo_mpi.engines.trtllm.prover
-import dynamo_mpi.supervision.guard, dynamo_mpi.preflight.host_rules
-from dynamo_mpi.control_plane.presence import Presence
+import dynamo_mpi.worker, dynamo_mpi.runtime.leader, dynamo_mpi.runtime.follower
+import dynamo_mpi.runtime.trtllm_runner, dynamo_mpi.runtime.trtllm_follower, dynamo_mpi.engines.trtllm.readiness_main
+import dynamo_mpi.supervisor.supervisor, dynamo_mpi.checks.host_rules
+from dynamo_mpi.discovery.record_publisher import Presence
 class Log:
     def warning(self, text): print(text)
 # looks at nothing else where the client of etcd is missing

@@ -16,22 +16,22 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.failure_records import FailureRecord, WorkerIdentity, create_if_absent, failure_record
-from dynamo_mpi.control_plane.records import LAUNCH_VARIABLE, record_key
-from dynamo_mpi.launch import conductor as conductors
-from dynamo_mpi.launch import reports
-from dynamo_mpi.launch import workers as workers_module
-from dynamo_mpi.launch.command import Command
-from dynamo_mpi.launch.conductor import Conductor
-from dynamo_mpi.launch.deployment import Worker
-from dynamo_mpi.launch.run_dir import RunDir
-from dynamo_mpi.launch.settings import LaunchSettings, read_settings
-from dynamo_mpi.launch.steps import MpirunEndings
-from dynamo_mpi.services.failures import StepFailed
-from dynamo_mpi.services.interrupts import SIGNALS, Interrupted, Interrupts
-from dynamo_mpi.supervision.failure import Failure
+from dynamo_mpi.common.failure import Failure
+from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
+from dynamo_mpi.deploy import controller as conductors
+from dynamo_mpi.deploy import reports
+from dynamo_mpi.deploy import workers as workers_module
+from dynamo_mpi.deploy.command import Command
+from dynamo_mpi.deploy.controller import Conductor
+from dynamo_mpi.deploy.deployment import Worker
+from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.deploy.service_error import StepFailed
+from dynamo_mpi.deploy.settings import LaunchSettings, read_settings
+from dynamo_mpi.deploy.steps import MpirunEndings
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.failure_records import FailureRecord, WorkerIdentity, create_if_absent, failure_record
+from dynamo_mpi.discovery.records import LAUNCH_VARIABLE, record_key
 from tests.servers import closed_port, running_etcd
 from tests.unit.worlds import world
 

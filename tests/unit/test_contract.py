@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.contract import Contract, check_contracts, contract_of
-from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
-from dynamo_mpi.parallelism.finding import Severity
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from dynamo_mpi.layout.contract import Contract, check_contracts, contract_of
+from dynamo_mpi.layout.engine_layers import EngineLayers, merge
+from dynamo_mpi.layout.finding import Severity
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 LLAMA = "Llama-3.1-8B"

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi.checks.local_check import Here
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.doctor.check import Check, Status, error, ok, skipped, warning
-from dynamo_mpi.doctor.context import Context, Question, Section
-from dynamo_mpi.doctor.examination import examine
-from dynamo_mpi.doctor.probe import checks_of
-from dynamo_mpi.doctor.registry import SECTIONS, chosen
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.parallelism.finding import Finding, Severity
-from dynamo_mpi.probe.here import Here
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.layout.finding import Finding, Severity
+from dynamo_mpi.ops.doctor.check import Check, Status, error, ok, skipped, warning
+from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.examination import examine
+from dynamo_mpi.ops.doctor.probe import checks_of
+from dynamo_mpi.ops.doctor.registry import SECTIONS, chosen
 from tests.conftest import ROOT, mpi_environment, run_command
 from tests.servers import closed_port, listening
 
@@ -243,7 +243,7 @@ def test_the_probes_take_no_time_from_the_checks(
         time.sleep(0.6)
         return Here({}, (), ("gpu: no GPU here",))
 
-    monkeypatch.setattr("dynamo_mpi.probe.here.probe_here", slow)
+    monkeypatch.setattr("dynamo_mpi.checks.local_check.probe_here", slow)
     assert main(["doctor", "--probe", "--only", "probe,host", "--timeout", "0.5", "--output", "json"]) == 0
     found = [
         check["found"] for section in json.loads(capsys.readouterr().out)["sections"] for check in section["checks"]

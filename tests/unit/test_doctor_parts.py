@@ -10,24 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.doctor import environment, fabric, gpus, host, mpi, packages, ports
-from dynamo_mpi.doctor.cgroup import CgroupLimits, cpu_share, own_places, read_limits
-from dynamo_mpi.doctor.check import Check, Status
-from dynamo_mpi.doctor.commands import Output
-from dynamo_mpi.doctor.context import Context
-from dynamo_mpi.doctor.fabric_facts import (
+from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.common.networks import HostNetworks, Interface
+from dynamo_mpi.mpi.launch_checks import MpiLibrary
+from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, mpi, packages, ports
+from dynamo_mpi.ops.doctor.cgroup import CgroupLimits, cpu_share, own_places, read_limits
+from dynamo_mpi.ops.doctor.check import Check, Status
+from dynamo_mpi.ops.doctor.commands import Output
+from dynamo_mpi.ops.doctor.context import Context
+from dynamo_mpi.ops.doctor.fabric_facts import (
     RdmaPort,
     missing_for_nccl,
     missing_for_open_mpi,
     missing_for_ucx,
     read_rdma_ports,
 )
-from dynamo_mpi.doctor.mpi_child import loaded_libraries
-from dynamo_mpi.doctor.shared_memory import Segment, mapped_path, own_segments, paths_in_use, unused
-from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.launchers.mislaunch import MpiLibrary
-from dynamo_mpi.preflight.gpu_facts import NodeGpus
-from dynamo_mpi.preflight.networks import HostNetworks, Interface
+from dynamo_mpi.ops.doctor.mpi_child import loaded_libraries
+from dynamo_mpi.ops.doctor.shared_memory import Segment, mapped_path, own_segments, paths_in_use, unused
 from tests.conftest import ROOT
 
 GIB = 2**30

@@ -11,11 +11,16 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_http import HttpEtcdClient
-from dynamo_mpi.doctor.check import Check, Status
-from dynamo_mpi.doctor.context import Context
-from dynamo_mpi.doctor.services import (
+from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError, UsageError
+from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.deploy.certificates import Certificates
+from dynamo_mpi.deploy.programs import find_nats_server
+from dynamo_mpi.deploy.services import Nats, authorization
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_http import HttpEtcdClient
+from dynamo_mpi.ops.doctor.check import Check, Status
+from dynamo_mpi.ops.doctor.context import Context
+from dynamo_mpi.ops.doctor.services import (
     EtcdAnswers,
     check_etcd,
     check_nats,
@@ -23,11 +28,6 @@ from dynamo_mpi.doctor.services import (
     judge_answers,
     judge_clock,
 )
-from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
-from dynamo_mpi.services.certificates import Certificates
-from dynamo_mpi.services.ports import free_port
-from dynamo_mpi.services.programs import find_nats_server
-from dynamo_mpi.services.services import Nats, authorization
 from tests.certificates import certificates, without_certificate
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, running, running_etcd, running_nats, running_secured_etcd
@@ -67,7 +67,7 @@ def test_an_etcd_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         dead = f"http://127.0.0.1:{port}"
         (named,) = look({"ETCD_ENDPOINTS": dead}).values()
         assert (named.status, named.code) == (Status.ERROR, 69)
-        monkeypatch.setattr("dynamo_mpi.control_plane.etcd.DEFAULT_ETCD", dead)
+        monkeypatch.setattr("dynamo_mpi.discovery.etcd.DEFAULT_ETCD", dead)
         (unnamed,) = look({}).values()
     assert unnamed.status is Status.WARNING
     assert "ETCD_ENDPOINTS isn't set" in unnamed.found

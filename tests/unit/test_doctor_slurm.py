@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.doctor.check import Status
-from dynamo_mpi.doctor.commands import Output
-from dynamo_mpi.doctor.context import Context
-from dynamo_mpi.doctor.examination import examine
-from dynamo_mpi.doctor.slurm import (
+from dynamo_mpi.mpi.launcher import Launcher
+from dynamo_mpi.ops.doctor.check import Status
+from dynamo_mpi.ops.doctor.commands import Output
+from dynamo_mpi.ops.doctor.context import Context
+from dynamo_mpi.ops.doctor.examination import examine
+from dynamo_mpi.ops.doctor.slurm import (
     SECTION,
     check_job,
     describe_job,
@@ -27,8 +28,7 @@ from dynamo_mpi.doctor.slurm import (
     judge_variables,
     judge_version,
 )
-from dynamo_mpi.doctor.slurm_output import MpiPlugins, first_node, read_mpi_list, read_time_left, read_version
-from dynamo_mpi.launchers.launch import Launcher
+from dynamo_mpi.ops.doctor.slurm_output import MpiPlugins, first_node, read_mpi_list, read_time_left, read_version
 
 # Debian's 22.05.8, on stdout
 LIST_22_05 = """MPI plugin types are...

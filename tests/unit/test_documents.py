@@ -16,10 +16,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi import text_files
-from dynamo_mpi.errors import DataError
-from dynamo_mpi.parallelism.documents import MAX_SIZE, Reader, parse_json, parse_yaml
-from dynamo_mpi.text_files import MAX_BYTES, read_text
+from dynamo_mpi.common import files as text_files
+from dynamo_mpi.common.config_reader import MAX_SIZE, Reader, parse_json, parse_yaml
+from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.common.files import MAX_BYTES, read_text
 
 PATH = "/some/where.cfg"
 NEEDED = "something better"

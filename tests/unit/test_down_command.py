@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.operating import stop
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.ops import stop
 from tests.dynamo.running import eventually
 from tests.unit.board import Board
 from tests.unit.test_launch_endings import Slurm

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.settings import load_settings
-from dynamo_mpi.supervision.agent_socket import agent_socket_name
-from dynamo_mpi.supervision.early_settings import WORLD_SECONDS, Limits
+from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.supervisor.agent_socket import agent_socket_name
+from dynamo_mpi.supervisor.early_settings import WORLD_SECONDS, Limits
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.errors import DataError
-from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache
-from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
+from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.layout.engine_config import EngineConfig, KvCache
+from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 
 
 def parse(text: str | None, **flags: int) -> EngineConfig:

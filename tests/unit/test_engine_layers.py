@@ -16,9 +16,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.errors import BootstrapError, DataError, UsageError
-from dynamo_mpi.parallelism.engine_config import EngineConfig
-from dynamo_mpi.parallelism.engine_layers import (
+from dynamo_mpi.common.errors import BootstrapError, DataError, UsageError
+from dynamo_mpi.layout.engine_config import EngineConfig
+from dynamo_mpi.layout.engine_layers import (
     DYNAMIC_PREFIX,
     FLAG_KEYS,
     EngineLayers,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.errors import UsageError
+from dynamo_mpi.common.errors import UsageError
 
 
 @pytest.fixture(autouse=True)

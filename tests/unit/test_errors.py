@@ -10,9 +10,9 @@ import subprocess
 
 import pytest
 
-from dynamo_mpi import errors
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common import errors
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 
 KINDS = [
     kind

@@ -11,10 +11,10 @@ import grpc
 import pytest
 from pyetcd import etcdrpc
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth, EtcdClient, LeaseLostError
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.etcd_http import HttpEtcdClient, query_etcd
-from dynamo_mpi.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.discovery.etcd import EtcdAuth, EtcdClient, LeaseLostError
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.etcd_http import HttpEtcdClient, query_etcd
 from tests.certificates import certificates, without_certificate
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd, running_secured_etcd

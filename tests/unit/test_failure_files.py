@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dynamo_mpi.supervision.failure import Cause, Failure
-from dynamo_mpi.supervision.failure_files import forget_failures, write_failure
-from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.supervisor.failure_files import forget_failures, write_failure
+from dynamo_mpi.supervisor.rendezvous import Meeting
 
 
 def test_what_an_earlier_start_has_left_goes_and_nothing_else(tmp_path: Path) -> None:

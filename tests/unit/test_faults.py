@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.services.processes import session_members
-from dynamo_mpi.supervision.faults import Fault, parse_fault
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.subprocess import session_members
+from dynamo_mpi.supervisor.fault_injection import Fault, parse_fault
 from tests.conftest import ROOT
 
 PROGRAM = Path(__file__).with_name("programs") / "faulty_rank.py"

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi import __version__
+from dynamo_mpi.checks.rank_report import Card, Inquiry, WatchedFile
+from dynamo_mpi.common.codec import pack, unpack
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
-from dynamo_mpi.fields import pack, unpack
-from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile
 
 # whatever an argv or a file name can hold: Python makes lone surrogates of bytes that are no UTF-8
 TEXT = st.one_of(st.text(), st.binary().map(os.fsdecode))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.launch.first_death import Death, first_death
+from dynamo_mpi.deploy.first_death import Death, first_death
 
 RECORDED = Path(__file__).resolve().parent.parent / "data" / "launchers"
 UNSURE = ", as far as its launcher tells, which was ending the ranks already"

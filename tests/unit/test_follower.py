@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from dynamo_mpi import follower
-from dynamo_mpi.follower import late_for
+from dynamo_mpi.runtime import follower
+from dynamo_mpi.runtime.follower import late_for
 
 
 def test_a_failure_that_nobody_comes_for_ends_the_world(monkeypatch: pytest.MonkeyPatch) -> None:

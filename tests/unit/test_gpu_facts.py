@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.fields import pack, unpack
-from dynamo_mpi.preflight import gpu_facts
-from dynamo_mpi.preflight.gpu_facts import GpuFacts, NodeGpus, read_gpus, visible_gpus
+from dynamo_mpi.checks import gpu_facts
+from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus, read_gpus, visible_gpus
+from dynamo_mpi.common.codec import pack, unpack
 
 GIB = 2**30
 UUIDS = ("GPU-aa11", "GPU-aa22", "GPU-bb33")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.gpus import GPUS
-from dynamo_mpi.preflight.gpu_facts import NodeGpus
-from dynamo_mpi.preflight.gpu_kind import kind_in, kind_of
+from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.checks.gpu_kind import kind_in, kind_of
+from dynamo_mpi.layout.gpus import GPUS
 from tests.unit.test_host_rules import B200, gpu, node, rows
 
 MIB = 2**20

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
-from dynamo_mpi.errors import EngineError
-from dynamo_mpi.serving.handler import RequestHandler, _Mailbox
+from dynamo_mpi.runtime.serving_handler import RequestHandler, _Mailbox
 from tests.unit.engines import Script, ScriptedEngine
 
 TIMEOUT = 20.0

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.supervision.failure import Cause, Failure
-from dynamo_mpi.supervision.hooks import WorkerHook, WorkerHooks, WorldFailure
+from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.hooks import WorkerHook, WorkerHooks, WorldFailure
 
 FAILURE = WorldFailure((Failure(1, 70, "it broke", Cause.DEATH, "serve"),), "n1", "report")
 METHODS = [name for name, _ in inspect.getmembers(WorkerHook, inspect.isfunction)]

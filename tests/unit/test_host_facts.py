@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.fields import pack, unpack
-from dynamo_mpi.preflight import host_facts
-from dynamo_mpi.preflight.host_facts import UNKNOWN_VERSION, HostFacts, Leftover, collect
+from dynamo_mpi.checks import host_facts
+from dynamo_mpi.checks.host_facts import UNKNOWN_VERSION, HostFacts, Leftover, collect
+from dynamo_mpi.common.codec import pack, unpack
 
 LIBRARY = "Open MPI v5.0.8, package: Open MPI x@y Distribution, ident: 5.0.8\n"
 
@@ -120,7 +120,7 @@ def test_an_engine_without_metadata_is_there_and_is_not_imported(
 def test_the_ranks_import_next_to_nothing() -> None:
     code = (
         "import __future__, os, sys, typing; before = set(sys.modules)\n"
-        "from dynamo_mpi.preflight import gpu_facts, host_facts\n"
+        "from dynamo_mpi.checks import gpu_facts, host_facts\n"
         "host_facts.collect('Open MPI', os.environ, speaks_for_node=False)\n"
         "print(*sorted(set(sys.modules) - before))"
     )

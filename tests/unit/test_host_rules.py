@@ -12,14 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.finding import Finding, render
-from dynamo_mpi.parallelism.memory import MemoryEstimate, StageMemory
-from dynamo_mpi.preflight import gpu_rules, host_rules, visibility_rules
-from dynamo_mpi.preflight.gpu_facts import GpuFacts, NodeGpus
-from dynamo_mpi.preflight.gpu_rules import check_gpus
-from dynamo_mpi.preflight.host_facts import PACKAGES, HostFacts, Leftover
-from dynamo_mpi.preflight.host_row import HostRow, Needs
-from dynamo_mpi.preflight.host_rules import check_hosts, weights_by_rank
+from dynamo_mpi.checks import gpu_rules, host_rules
+from dynamo_mpi.checks import gpu_visibility as visibility_rules
+from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus
+from dynamo_mpi.checks.gpu_rules import check_gpus
+from dynamo_mpi.checks.host_facts import PACKAGES, HostFacts, Leftover
+from dynamo_mpi.checks.host_rules import check_hosts, weights_by_rank
+from dynamo_mpi.checks.rank_facts import HostRow, Needs
+from dynamo_mpi.layout.finding import Finding, render
+from dynamo_mpi.layout.memory import MemoryEstimate, StageMemory
 from tests.unit.test_gpu_facts import NODE
 from tests.unit.test_host_facts import FACTS
 

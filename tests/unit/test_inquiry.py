@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi import __version__
+from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.checks.host_facts import HostFacts
+from dynamo_mpi.checks.rank_report import Card, Inquiry, WatchedFile, fill_card, weight_files
+from dynamo_mpi.common.codec import pack
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.fields import pack
-from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.preflight.gpu_facts import NodeGpus
-from dynamo_mpi.preflight.host_facts import HostFacts
-from dynamo_mpi.preflight.inquiry import Card, Inquiry, WatchedFile, fill_card, weight_files
+from dynamo_mpi.mpi.launcher import Launch, Launcher
 
 LAUNCH = Launch(Launcher.OPEN_MPI, rank=1, size=2, local_rank=0, local_size=2)
 ARGV = ("--model", "/m")

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pyetcd
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.keeper import Keeper
-from dynamo_mpi.control_plane.records import Progress, StoredRecord, WorkerRecord, list_workers
-from dynamo_mpi.errors import DiscoveryError
+from dynamo_mpi.common.errors import DiscoveryError
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.record_keeper import Keeper
+from dynamo_mpi.discovery.records import Progress, StoredRecord, WorkerRecord, list_workers
 from tests.servers import closed_port, listening, running_etcd
 from tests.unit.recorded_log import RecordedLog
 from tests.unit.worlds import world

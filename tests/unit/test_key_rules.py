@@ -11,14 +11,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.engine_keys import Renamed, engine_keys
-from dynamo_mpi.parallelism.finding import Finding, Severity, errors
-from dynamo_mpi.parallelism.key_rules import check_keys
-from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from dynamo_mpi.layout.engine_keys import Renamed, engine_keys
+from dynamo_mpi.layout.finding import Finding, Severity, errors
+from dynamo_mpi.layout.key_rules import check_keys
+from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.conftest import ROOT
 
 KEYS = engine_keys()
-KEYS_FILE = ROOT / "dynamo_mpi/parallelism/engine_keys.json"
+KEYS_FILE = ROOT / "dynamo_mpi/layout/engine_keys.json"
 NEWEST = KEYS.newest
 RENAMED = [row for rows in KEYS.renamed.values() for row in rows]
 VERSIONS = ["0.20", "1.0", "1.1", "1.2.1", "1.3.0rc3", "1.3.0rc20", NEWEST, "1.3.0", "1.4", None]

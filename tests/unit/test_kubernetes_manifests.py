@@ -13,8 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from dynamo_mpi.pods.settings import load_join, load_lead
-from dynamo_mpi.settings import load_settings
+from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.deploy.kubernetes.settings import load_join, load_lead
 from tests.conftest import ROOT
 
 MANIFESTS = ROOT / "docs" / "kubernetes"

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from dynamo_mpi.parallelism.contract import contract_of
-from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache
-from dynamo_mpi.parallelism.kv_cache import kv_bytes, kv_dtype_known, kv_element_bytes, resolve_kv_dtype
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.model_shape import ModelShape
-from dynamo_mpi.parallelism.quantisation import Quantisation
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.weights import stage_weights
+from dynamo_mpi.layout.contract import contract_of
+from dynamo_mpi.layout.engine_config import EngineConfig, KvCache
+from dynamo_mpi.layout.kv_cache import kv_bytes, kv_dtype_known, kv_element_bytes, resolve_kv_dtype
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.quantisation import Quantisation
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.weights import stage_weights
 from tests.unit.test_weights import shape_of
 
 

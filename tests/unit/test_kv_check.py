@@ -37,8 +37,8 @@ from dynamo_mpi.checks.kv_pull import (
     run_pair,
 )
 from dynamo_mpi.checks.kv_rules import check_coverage, check_kv, slow_pairs, summary
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.log import RankLogger
 from tests.conftest import ROOT
 from tests.unit.kv_hosts import needs_nixl
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi.common.errors import EngineError, UsageError
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Sampling
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
 from dynamo_mpi.engines.reference.kv_tcp import KvStore
-from dynamo_mpi.errors import EngineError, UsageError
 from tests.unit.test_reference_engine import PROMPT, PROMPTS, Receiver, build
 
 pytestmark = pytest.mark.slow

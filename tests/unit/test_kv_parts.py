@@ -11,6 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_mpi.common import host_address as host_address_module
+from dynamo_mpi.common.errors import EngineError, UsageError
+from dynamo_mpi.common.host_address import host_address, interface_addresses
+from dynamo_mpi.common.networks import Interface
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.consensus import SingleRankConsensus
 from dynamo_mpi.engines.reference.step_channel import (
@@ -23,12 +27,8 @@ from dynamo_mpi.engines.reference.step_channel import (
     decode_command,
     encode_command,
 )
-from dynamo_mpi.errors import EngineError, UsageError
-from dynamo_mpi.preflight.networks import Interface
-from dynamo_mpi.services import host_address as host_address_module
-from dynamo_mpi.services.host_address import host_address, interface_addresses
-from dynamo_mpi.serving.requests import for_role, to_generation_request, to_response
-from dynamo_mpi.serving.service import health_payload
+from dynamo_mpi.engines.requests import for_role, to_generation_request, to_response
+from dynamo_mpi.runtime.serving import health_payload
 from tests.unit.kv_hosts import needs_ipv6
 
 NUMBERS = st.integers(0, 2**40)

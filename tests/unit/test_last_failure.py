@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.failure_records import (
+from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.hooks import WorkerHooks, WorldFailure
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.failure_records import (
     TTL_SECONDS,
     FailureRecord,
     FailureRecordStore,
@@ -25,9 +27,7 @@ from dynamo_mpi.control_plane.failure_records import (
     failures_of,
     is_successor,
 )
-from dynamo_mpi.supervision.failure import Cause, Failure
-from dynamo_mpi.supervision.hooks import WorkerHooks, WorldFailure
-from dynamo_mpi.supervision.lease_revoker import LeaseRevoker, encode_leases
+from dynamo_mpi.supervisor.lease_revoker import LeaseRevoker, encode_leases
 from tests.servers import listening, running_etcd
 from tests.unit.worlds import world
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.launch.workers import own_files
-from dynamo_mpi.launchers.launch import Launch, Launcher, detect, expand_tasks_per_node, mapping_is_in_blocks
+from dynamo_mpi.deploy.workers import own_files
+from dynamo_mpi.mpi.launcher import Launch, Launcher, detect, expand_tasks_per_node, mapping_is_in_blocks
 from tests.unit.recordings import RECORDED, ranks_of
 
 BLOCK = ((0, 1), (2, 3))

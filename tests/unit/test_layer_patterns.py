@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.errors import DataError
-from dynamo_mpi.parallelism.documents import Reader
-from dynamo_mpi.parallelism.layer_patterns import read_layers
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.model_shape import Feed, Layer, Mixer
-from dynamo_mpi.parallelism.quantisation import Quantisation
+from dynamo_mpi.common.config_reader import Reader
+from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.layout.layer_patterns import read_layers
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import Feed, Layer, Mixer
+from dynamo_mpi.layout.quantisation import Quantisation
 from tests.unit.model_zoo import ZOO
 
 

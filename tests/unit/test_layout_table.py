@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.parallelism.check import Report, check_pair, check_worker, exit_code_of
-from dynamo_mpi.parallelism.contract import check_contracts, contract_of
-from dynamo_mpi.parallelism.engine_config import EngineConfig
-from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
-from dynamo_mpi.parallelism.finding import Finding, Severity, errors
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.model_shape import ModelShape
-from dynamo_mpi.parallelism.report_text import describe_report
-from dynamo_mpi.parallelism.rules.registry import all_findings, layout_findings
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.layout.check import Report, check_pair, check_worker, exit_code_of
+from dynamo_mpi.layout.contract import check_contracts, contract_of
+from dynamo_mpi.layout.engine_config import EngineConfig
+from dynamo_mpi.layout.engine_layers import EngineLayers, merge
+from dynamo_mpi.layout.finding import Finding, Severity, errors
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.report_text import describe_report
+from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "expected_layouts.csv"

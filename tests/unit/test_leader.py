@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.engine_leader import describe_failures, failures_of
-from dynamo_mpi.engines.choice import engine_spec, require_startable
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.fields import pack
-from dynamo_mpi.preflight.inquiry import Card
-from dynamo_mpi.preflight.verdict import read_plan
-from dynamo_mpi.settings import load_settings
+from dynamo_mpi.checks.preflight import read_plan
+from dynamo_mpi.checks.rank_report import Card
+from dynamo_mpi.common.codec import pack
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.runtime.engine_choice import engine_spec, require_startable
+from dynamo_mpi.runtime.engine_runner import describe_failures, failures_of
 
 CARDS = [Card(host, "", "1.0", ()) for host in ("n1", "n1", "n2", "n2")]
 
@@ -56,7 +56,7 @@ def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None
 
 
 def test_tensorrt_llm_needs_dynamos_worker_for_it_only_where_it_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynamo_mpi.engines.choice.find_spec", lambda name: None)
+    monkeypatch.setattr("dynamo_mpi.runtime.engine_choice.find_spec", lambda name: None)
     words = ["--model", "/m", "--engine", "trtllm"]
     require_startable(load_settings([*words, "--preflight-only"], {}))
     require_startable(load_settings(["--model", "/m"], {}))

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.supervision import lifeline as lifeline_module
-from dynamo_mpi.supervision import reception
-from dynamo_mpi.supervision.failure import Cause, Failure, describe_consequences, first_cause
-from dynamo_mpi.supervision.lifeline import connect
-from dynamo_mpi.supervision.liveness_line import Line
-from dynamo_mpi.supervision.liveness_wire import (
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.failure import Cause, Failure, describe_consequences, first_cause
+from dynamo_mpi.supervisor import heartbeat_client as lifeline_module
+from dynamo_mpi.supervisor import join as reception
+from dynamo_mpi.supervisor.frame_connection import Line
+from dynamo_mpi.supervisor.heartbeat_client import connect
+from dynamo_mpi.supervisor.heartbeat_protocol import (
     MOST_BODY,
     NONCE_BYTES,
     TOKEN_BYTES,
@@ -35,8 +35,8 @@ from dynamo_mpi.supervision.liveness_wire import (
     clip,
     prove_rank,
 )
-from dynamo_mpi.supervision.lookout import Lookout
-from dynamo_mpi.supervision.meeting import LOADING_SECONDS, SERVING_SECONDS, Meeting
+from dynamo_mpi.supervisor.heartbeat_server import Lookout
+from dynamo_mpi.supervisor.rendezvous import LOADING_SECONDS, SERVING_SECONDS, Meeting
 
 pytestmark = pytest.mark.slow
 

@@ -12,13 +12,13 @@ from tests.conftest import ROOT
 RANKS = 200
 PREPARE = """
 import queue, resource, secrets, socket, sys
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.supervision.lifeline import connect
-from dynamo_mpi.supervision.liveness_wire import TOKEN_BYTES
-from dynamo_mpi.supervision.lookout import Lookout
-from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.supervision.open_files import allow_open_files
-from dynamo_mpi.supervision.reception import SPARE
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.supervisor.heartbeat_client import connect
+from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
+from dynamo_mpi.supervisor.heartbeat_server import Lookout
+from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.common.open_files_limit import allow_open_files
+from dynamo_mpi.supervisor.join import SPARE
 soft, hard, ranks = map(int, sys.argv[1:4])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 try:

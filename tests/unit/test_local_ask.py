@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_mpi.errors import EngineError
-from dynamo_mpi.local.ask import Answer, read_events
+from dynamo_mpi.common.errors import EngineError
+from dynamo_mpi.deploy.local.ask import Answer, read_events
 
 
 def test_events_end_with_done() -> None:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services import private_dir as folders
-from dynamo_mpi.services.interrupts import Interrupted, Interrupts
-from dynamo_mpi.services.logs import Follower, last_lines
-from dynamo_mpi.services.ports import free_port, holds_port, is_free, listeners
-from dynamo_mpi.services.processes import LoggedProcess, session_members
-from dynamo_mpi.supervision.tethered import tethered
+from dynamo_mpi.common import private_dir as folders
+from dynamo_mpi.common.log_tail import Follower, last_lines
+from dynamo_mpi.common.pdeathsig_command import tethered
+from dynamo_mpi.common.ports import free_port, holds_port, is_free, listeners
+from dynamo_mpi.common.signals import Interrupted, Interrupts
+from dynamo_mpi.common.subprocess import LoggedProcess, session_members
 from tests.dynamo.running import eventually
 
 PROC_NET_TCP = """\

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.local.model import served_name
-from dynamo_mpi.local.workers import MpirunWorker, WorkerRole, WorkerSpec, mpi_environment
-from dynamo_mpi.services.environment import discovery_environment, local_environment
-from dynamo_mpi.services.services import Etcd, Frontend, Nats
-from dynamo_mpi.supervision.tethered import tethered
+from dynamo_mpi.common.pdeathsig_command import tethered
+from dynamo_mpi.deploy.environment import discovery_environment, local_environment
+from dynamo_mpi.deploy.local.model import served_name
+from dynamo_mpi.deploy.local.workers import MpirunWorker, WorkerRole, WorkerSpec, mpi_environment
+from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
 
 ETCD = Etcd(Path("/bin/etcd"), 2379, Path("/run/etcd"))
 NATS = Nats(Path("/bin/nats-server"), 4222, Path("/run/nats"))

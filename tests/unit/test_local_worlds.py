@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.local.workers import WorkerSpec, worker_specs
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.deploy.local.workers import WorkerSpec, worker_specs
 
 ALL = [
     ((None, None, None), (3, 1)),

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.observe.levels import Level, least_level
-from dynamo_mpi.observe.lines import Line
-from dynamo_mpi.observe.log_file import LogFile
-from dynamo_mpi.observe.redact import MASK
-from dynamo_mpi.observe.speech import LogFormat, LogWriter, log_writer
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.log_levels import Level, least_level
+from dynamo_mpi.common.log_record import Line
+from dynamo_mpi.common.log_writer import LogFormat, LogWriter, log_writer
+from dynamo_mpi.common.redact import MASK
+from dynamo_mpi.common.rotating_file import LogFile
 
 
 @pytest.mark.parametrize(

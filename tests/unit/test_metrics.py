@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_mpi.health.state import State, metrics_of, world_metrics
-from dynamo_mpi.observe.metrics import Metric, Sample, render
-from dynamo_mpi.observe.metrics_file import MetricsFile
-from dynamo_mpi.observe.world_metrics import WorldNumbers, describe_progress, metrics_of_world
-from dynamo_mpi.parallelism.finding import Severity
-from dynamo_mpi.supervision.failure import Cause, Failure
-from dynamo_mpi.supervision.phases import PHASES, PhaseProgress, RankSpans, Span
+from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.phases import PHASES, PhaseProgress, RankSpans, Span
+from dynamo_mpi.layout.finding import Severity
+from dynamo_mpi.telemetry.health_state import State, metrics_of, world_metrics
+from dynamo_mpi.telemetry.metrics import Metric, Sample, render
+from dynamo_mpi.telemetry.metrics_file import MetricsFile
+from dynamo_mpi.telemetry.world_metrics import WorldNumbers, describe_progress, metrics_of_world
 from tests.conftest import ROOT
 
 # all that UTF-8 can write

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from dynamo_mpi.errors import MislaunchError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launchers.launch import Launch, Launcher, detect
-from dynamo_mpi.launchers.mislaunch import MpiLibrary, identify_library, refuse_mislaunch, refuse_world_size
+from dynamo_mpi.common.errors import MislaunchError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.mpi.launch_checks import MpiLibrary, identify_library, refuse_mislaunch, refuse_world_size
+from dynamo_mpi.mpi.launcher import Launch, Launcher, detect
 from tests.unit.recordings import RECORDED, ranks_of
 
 # as these libraries' MPI_Get_library_version returns them, but for the last, of which only the configure line is put in

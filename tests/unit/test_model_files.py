@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.errors import DataError, ModelError
-from dynamo_mpi.model_files import ModelFiles, find_model, hub_cache
+from dynamo_mpi.common.errors import DataError, ModelError
+from dynamo_mpi.config.model_files import ModelFiles, find_model, hub_cache
 
 CONFIG = '{"architectures": ["M"], "num_attention_heads": 4}'
 HUB_ID = "maker/Some-Model_1.5"

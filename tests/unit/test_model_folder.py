@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.errors import ModelError
-from dynamo_mpi.preflight.model_folder import at_its_folder
-from dynamo_mpi.settings import load_settings
+from dynamo_mpi.common.errors import ModelError
+from dynamo_mpi.config.model_dir import at_its_folder
+from dynamo_mpi.config.worker import load_settings
 
 
 def found(model: str | Path, *words: str, cache: Path = Path("/nowhere")) -> tuple[str, str]:

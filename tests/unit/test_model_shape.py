@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.errors import DataError
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.model_shape import Layer, ModelShape
+from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import Layer, ModelShape
 from tests.unit.model_zoo import ZOO
 from tests.unit.models import DEEPSEEK, LLAMA_4, PHI_4, SMOLLM2
 

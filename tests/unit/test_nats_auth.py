@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.connectivity import check_connectivity
-from dynamo_mpi.control_plane.endpoints import ConnectivityError, read_address
-from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.nats_check import check_nats, nats_refused, nats_unanswered
-from dynamo_mpi.errors import AuthorisationError, UsageError
-from dynamo_mpi.services.certificates import Certificates, make_certificates
+from dynamo_mpi.common.errors import AuthorisationError, UsageError
+from dynamo_mpi.deploy.certificates import Certificates, make_certificates
+from dynamo_mpi.discovery.connectivity import check_connectivity
+from dynamo_mpi.discovery.endpoints import ConnectivityError, read_address
+from dynamo_mpi.discovery.nats_auth import NatsAuth
+from dynamo_mpi.discovery.nats_check import check_nats, nats_refused, nats_unanswered
 from tests.certificates import certificates
 from tests.nats_keys import Operator, identity
 from tests.servers import running_etcd, running_nats

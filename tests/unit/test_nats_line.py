@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.nats_publisher import Message, NatsPublisher
-from dynamo_mpi.services.ports import free_port
+from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.discovery.nats_auth import NatsAuth
+from dynamo_mpi.discovery.nats_publisher import Message, NatsPublisher
 from tests.certificates import certificates
 from tests.nats_keys import Operator, identity
 from tests.nats_listener import listening_to

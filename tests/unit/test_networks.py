@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.preflight import reach
-from dynamo_mpi.preflight.inquiry import Card
-from dynamo_mpi.preflight.networks import (
+from dynamo_mpi.checks.rank_report import Card
+from dynamo_mpi.common import interfaces
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.interfaces import host_networks
+from dynamo_mpi.common.networks import (
     BRIDGE,
     LOOPBACK,
     TUNNEL,
@@ -27,9 +28,8 @@ from dynamo_mpi.preflight.networks import (
     shared_networks,
     usable,
 )
-from dynamo_mpi.preflight.reach import let_runtime_be_reached, meeting_place
-from dynamo_mpi.services import interfaces
-from dynamo_mpi.services.interfaces import host_networks
+from dynamo_mpi.runtime import reach
+from dynamo_mpi.runtime.reach import let_runtime_be_reached, meeting_place
 
 LO = Interface("lo", ("127.0.0.1/8", "::1/128"), kind=LOOPBACK)
 DEFAULT = ("0.0.0.0/0",)

@@ -8,11 +8,11 @@ import threading
 
 import pytest
 
-from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.supervision import agent_writer
-from dynamo_mpi.supervision.early_settings import Limits
-from dynamo_mpi.supervision.local_rank import LocalRank
-from dynamo_mpi.supervision.node_agent import NodeAgent
+from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.supervisor import agent_writer
+from dynamo_mpi.supervisor.early_settings import Limits
+from dynamo_mpi.supervisor.local_rank import LocalRank
+from dynamo_mpi.supervisor.node_agent import NodeAgent
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.services.ports import free_port
-from dynamo_mpi.services.processes import LoggedProcess
-from dynamo_mpi.services.programs import find_etcd
-from dynamo_mpi.services.services import Etcd
-from dynamo_mpi.supervision.notify import Notifier
+from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.common.subprocess import LoggedProcess
+from dynamo_mpi.deploy.programs import find_etcd
+from dynamo_mpi.deploy.services import Etcd
+from dynamo_mpi.telemetry.sd_notify import Notifier
 from tests.dynamo.running import eventually
 
 SECONDS = {"load": 60.0}

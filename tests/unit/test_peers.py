@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.records import WorkerRecord
-from dynamo_mpi.parallelism.contract import check_contracts
-from dynamo_mpi.parallelism.finding import errors
-from dynamo_mpi.preflight.peers import advice, check_peer, news, peers_of, refusal
+from dynamo_mpi.discovery.peer_compat import advice, check_peer, news, peers_of, refusal
+from dynamo_mpi.discovery.records import WorkerRecord
+from dynamo_mpi.layout.contract import check_contracts
+from dynamo_mpi.layout.finding import errors
 from tests.unit.worlds import posted, world
 
 

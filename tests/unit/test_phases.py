@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from dynamo_mpi.supervision.phases import PHASES, Phases
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.phases import PHASES, Phases
 
 
 def test_phases_stand_in_the_order_of_a_life() -> None:

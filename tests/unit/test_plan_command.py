@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.settings import load_settings
+from dynamo_mpi.config.worker import load_settings
 from tests.unit.model_zoo import ZOO
 
 

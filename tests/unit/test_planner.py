@@ -13,18 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.check import check_worker
-from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache
-from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
-from dynamo_mpi.parallelism.engine_yaml import engine_yaml
-from dynamo_mpi.parallelism.finding import Severity, errors
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.model_shape import ModelShape
-from dynamo_mpi.parallelism.planner import Plan, nearest, plan, workable_sizes
-from dynamo_mpi.parallelism.rules.registry import layout_findings
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.wording import short_name
+from dynamo_mpi.layout.check import check_worker
+from dynamo_mpi.layout.engine_config import EngineConfig, KvCache
+from dynamo_mpi.layout.engine_layers import EngineLayers, merge
+from dynamo_mpi.layout.engine_yaml import engine_yaml
+from dynamo_mpi.layout.finding import Severity, errors
+from dynamo_mpi.layout.format import short_name
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.planner import Plan, nearest, plan, workable_sizes
+from dynamo_mpi.layout.rules.registry import layout_findings
+from dynamo_mpi.layout.spec import Subject
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 MAVERICK = "Llama-4-Maverick-17B-128E"

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.errors import AuthorisationError, BootstrapError, DeadlineError, UsageError
-from dynamo_mpi.pods.daemon_command import read_agent_words, refuse_other_than_daemon
-from dynamo_mpi.pods.join import Joiner
-from dynamo_mpi.pods.lead import Leader, mpirun_environment
-from dynamo_mpi.pods.settings import JoinSettings, LeadSettings, load_join, load_lead
-from dynamo_mpi.pods.wire import Channel, introduce, notice_loss, welcome
-from dynamo_mpi.services.ports import free_port
-from dynamo_mpi.services.processes import session_members
+from dynamo_mpi.common.errors import AuthorisationError, BootstrapError, DeadlineError, UsageError
+from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.common.subprocess import session_members
+from dynamo_mpi.deploy.kubernetes.daemon_command import read_agent_words, refuse_other_than_daemon
+from dynamo_mpi.deploy.kubernetes.leader_pod import Leader, mpirun_environment
+from dynamo_mpi.deploy.kubernetes.settings import JoinSettings, LeadSettings, load_join, load_lead
+from dynamo_mpi.deploy.kubernetes.wire import Channel, introduce, notice_loss, welcome
+from dynamo_mpi.deploy.kubernetes.worker_pod import Joiner
 
 SECRET = b"0123456789abcdef"
 # as mpirun of Open MPI 5.0.11 and 4.1.4 gave them, shortened
@@ -29,7 +29,8 @@ OPEN_MPI_5 = (
     "PRTE_PREFIX=/opt/m;export PRTE_PREFIX;LD_LIBRARY_PATH=/opt/m/lib:$LD_LIBRARY_PATH;export LD_LIBRARY_PATH;/opt/m/bin/prted"
     ' --leave-session-attached --prtemca ess "env" --prtemca ess_base_nspace "prterun-lws-0-7@0" --prtemca ess_base_vpid 1'
     ' --prtemca prte_hnp_uri "prterun-lws-0-7@0.0;tcp://10.0.0.1:45471:24;tcp6://[fd00::2]:50865:64"'
-    ' --prtemca plm_ssh_agent "/usr/bin/python3 -m dynamo_mpi.pods.agent" --prtemca prte_local_tmpdir_base "/tmp/x" --prtemca plm "ssh"',
+    ' --prtemca plm_ssh_agent "/usr/bin/python3 -m dynamo_mpi.deploy.kubernetes.agent"'
+    ' --prtemca prte_local_tmpdir_base "/tmp/x" --prtemca plm "ssh"',
 )
 OPEN_MPI_4 = (
     *("-x", "-o", "ConnectionAttempts=10", "lws-0-2"),
@@ -258,7 +259,7 @@ def test_mpirun_gets_our_agent_and_not_the_operators_settings(tmp_path: Path) ->
     }
     found = mpirun_environment(environ, tmp_path)
     assert found["OMPI_MCA_plm_rsh_agent"] == found["PRTE_MCA_plm_ssh_agent"]
-    assert found["OMPI_MCA_plm_rsh_agent"].endswith("-m dynamo_mpi.pods.agent")
+    assert found["OMPI_MCA_plm_rsh_agent"].endswith("-m dynamo_mpi.deploy.kubernetes.agent")
     assert set(environ) & set(found) == {"OMPI_MCA_btl", "MODEL_PATH"}
 
 

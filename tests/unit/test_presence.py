@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.presence import Presence
-from dynamo_mpi.control_plane.records import Progress, WorkerRecord, list_workers
-from dynamo_mpi.errors import AuthorisationError, UsageError
-from dynamo_mpi.settings import Settings, load_settings
-from dynamo_mpi.supervision.phases import PhaseProgress
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.common.errors import AuthorisationError, UsageError
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.phases import PhaseProgress
+from dynamo_mpi.config.worker import Settings, load_settings
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.record_publisher import Presence
+from dynamo_mpi.discovery.records import Progress, WorkerRecord, list_workers
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, running_etcd
 from tests.unit.worlds import world

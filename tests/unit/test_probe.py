@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.control_plane.connectivity import check_connectivity, nats_server
-from dynamo_mpi.control_plane.endpoints import strip_credentials
-from dynamo_mpi.control_plane.etcd import etcd_endpoints
-from dynamo_mpi.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
-from dynamo_mpi.services.certificates import Certificates
+from dynamo_mpi.common.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
+from dynamo_mpi.deploy.certificates import Certificates
+from dynamo_mpi.discovery.connectivity import check_connectivity, nats_server
+from dynamo_mpi.discovery.endpoints import strip_credentials
+from dynamo_mpi.discovery.etcd import etcd_endpoints
 from tests.certificates import certificates, without_certificate
 from tests.servers import closed_port, drip, listening, reply, running_etcd, running_nats, running_secured_etcd, say
 

@@ -17,13 +17,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.finding import Severity
-from dynamo_mpi.probe.cuda_driver import Cuda
-from dynamo_mpi.probe.expectations import least_rate
-from dynamo_mpi.probe.fabric import judge_fabric
-from dynamo_mpi.probe.hang import START, Note, blame, read_note
-from dynamo_mpi.probe.nccl_child import _agree
-from dynamo_mpi.probe.nccl_fabric import (
+from dynamo_mpi.checks.bandwidth_floors import least_rate
+from dynamo_mpi.checks.cuda_driver import Cuda
+from dynamo_mpi.checks.fabric import judge_fabric
+from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, ALL_TO_ALL, EXCHANGE, FAR, NEAR, STAGES, Step, steps_of
+from dynamo_mpi.checks.fabric_timing import FAILED, LATE, OK, FabricAnswer, Measured, Timing, bus_share, gather_up
+from dynamo_mpi.checks.hang_diagnosis import START, Note, blame, read_note
+from dynamo_mpi.checks.hardware import Case
+from dynamo_mpi.checks.hardware_check_plan import NODE, ProbePlan
+from dynamo_mpi.checks.nccl_child import _agree
+from dynamo_mpi.checks.nccl_fabric import (
     EndedError,
     LateError,
     ProbeChild,
@@ -32,12 +35,9 @@ from dynamo_mpi.probe.nccl_fabric import (
     listen,
     measure_over_nccl,
 )
-from dynamo_mpi.probe.part import Case
-from dynamo_mpi.probe.payload import expected, expected_sum, outgoing
-from dynamo_mpi.probe.plan import NODE, ProbePlan
-from dynamo_mpi.probe.steps import ALL_REDUCE, ALL_TO_ALL, EXCHANGE, FAR, NEAR, STAGES, Step, steps_of
-from dynamo_mpi.probe.tcp_counters import Segments, segments
-from dynamo_mpi.probe.timing import FAILED, LATE, OK, FabricAnswer, Measured, Timing, bus_share, gather_up
+from dynamo_mpi.checks.tcp_counters import Segments, segments
+from dynamo_mpi.common.fabric_payload import expected, expected_sum, outgoing
+from dynamo_mpi.layout.finding import Severity
 
 GB = 1e9
 
@@ -474,9 +474,9 @@ def test_a_rank_without_a_process_to_spare_says_so_and_stays(monkeypatch: pytest
 
 def test_a_child_whose_end_takes_the_driver_long_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pipes are closed before what it holds of the GPU is given back."""
-    monkeypatch.setattr("dynamo_mpi.probe.nccl_fabric._LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr("dynamo_mpi.checks.nccl_fabric._LEAVE_SECONDS", 0.1)
     lingering = ("sh", "-c", "exec >&- 2>&-; exec sleep 30")
-    monkeypatch.setattr("dynamo_mpi.services.processes.tethered", lambda *_, **__: lingering)
+    monkeypatch.setattr("dynamo_mpi.common.subprocess.tethered", lambda *_, **__: lingering)
     child = ProbeChild(0, 1, ProbePlan(("fabric",), 5.0, "nccl"), {"PATH": os.environ["PATH"]})
     try:
         with pytest.raises(EndedError, match="does not come to its end"):

@@ -15,17 +15,24 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.parallelism.finding import Severity
-from dynamo_mpi.preflight.gpu_facts import GpuFacts
-from dynamo_mpi.preflight.gpu_rules import is_busy
-from dynamo_mpi.probe.gpu import figures_of, judge
-from dynamo_mpi.probe.gpu_health import GpuHealth, health_of_node, health_of_rank, no_health
-from dynamo_mpi.probe.here import probe_here
-from dynamo_mpi.probe.part import Case
-from dynamo_mpi.probe.phase import Report, allowed_seconds
-from dynamo_mpi.probe.plan import ProbePlan, chosen_probes, left_out, memory_is_awaited, obsolete, plan_probes
-from dynamo_mpi.settings import load_settings
+from dynamo_mpi.checks.gpu_check import figures_of, judge
+from dynamo_mpi.checks.gpu_facts import GpuFacts
+from dynamo_mpi.checks.gpu_health import GpuHealth, health_of_node, health_of_rank, no_health
+from dynamo_mpi.checks.gpu_rules import is_busy
+from dynamo_mpi.checks.hardware import Case
+from dynamo_mpi.checks.hardware_check_plan import (
+    ProbePlan,
+    chosen_probes,
+    left_out,
+    memory_is_awaited,
+    obsolete,
+    plan_probes,
+)
+from dynamo_mpi.checks.local_check import probe_here
+from dynamo_mpi.checks.run_hardware_checks import Report, allowed_seconds
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.layout.finding import Severity
 from tests.conftest import ROOT
 
 GIB = 2**30
@@ -266,7 +273,7 @@ def test_what_is_probed_depends_on_the_engine_and_on_what_is_asked() -> None:
 
 
 def test_a_plan_has_the_groups_of_the_layout() -> None:
-    from dynamo_mpi.parallelism.layout import Layout
+    from dynamo_mpi.layout.layout import Layout
 
     settings = load_settings(("--model", "/m", "--engine", "trtllm", "--probe-seconds", "9"), {})
     layout = Layout(tp_size=2, pp_size=2, moe_ep_size=2)
@@ -287,7 +294,7 @@ def test_a_plan_has_the_groups_of_the_layout() -> None:
 
 
 def test_a_report_is_one_line_when_all_is_well_and_an_error_has_its_code() -> None:
-    from dynamo_mpi.parallelism.finding import error, warning
+    from dynamo_mpi.layout.finding import error, warning
 
     fine = Report((), {"seconds": 1.25}, ("gpu: 2 of 2 GPUs read", "fabric: fine"))
     assert (fine.text, fine.error) == ("probe: 1.2 s; gpu: 2 of 2 GPUs read; fabric: fine", None)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.health.state import State, fold, health, live, note, unfold
-from dynamo_mpi.supervision.phases import PHASES
+from dynamo_mpi.common.phases import PHASES
+from dynamo_mpi.telemetry.health_state import State, fold, health, live, note, unfold
 
 FRESH = State(0, "n1", 7, 1000.0, 50.0, since=1000.0, heard=50.0)
 

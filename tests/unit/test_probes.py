@@ -20,18 +20,18 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.health import server
-from dynamo_mpi.health.address import ProbeAddress
-from dynamo_mpi.health.runtime_port import runtime_port, url_of
-from dynamo_mpi.health.start import answer_probes
-from dynamo_mpi.health.state import State
-from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.services.ports import is_free
-from dynamo_mpi.supervision.liveness_line import Line
-from dynamo_mpi.supervision.liveness_wire import NONCE_BYTES, TOKEN_BYTES, Frame, Join, Kind, prove_rank_zero
-from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.ports import is_free
+from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.supervisor.frame_connection import Line
+from dynamo_mpi.supervisor.heartbeat_protocol import NONCE_BYTES, TOKEN_BYTES, Frame, Join, Kind, prove_rank_zero
+from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.telemetry import health_server as server
+from dynamo_mpi.telemetry.health_address import ProbeAddress
+from dynamo_mpi.telemetry.health_start import answer_probes
+from dynamo_mpi.telemetry.health_state import State
+from dynamo_mpi.telemetry.runtime_port import runtime_port, url_of
 from tests.conftest import ROOT
 from tests.unit.test_liveness import Watchtower, heard
 

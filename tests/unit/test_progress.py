@@ -17,13 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.observe.progress import describe, facts, intervals, size
-from dynamo_mpi.observe.progress_table import Terminal, table
-from dynamo_mpi.observe.speech import LogFormat, LogWriter
-from dynamo_mpi.observe.ticker import Ticker, chosen
-from dynamo_mpi.settings import load_settings
-from dynamo_mpi.supervision.phases import PhaseProgress, Phases, RankSpans, Span
-from dynamo_mpi.supervision.roll import Roll
+from dynamo_mpi.common.log_writer import LogFormat, LogWriter
+from dynamo_mpi.common.phases import PhaseProgress, Phases, RankSpans, Span
+from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.supervisor.progress import Roll
+from dynamo_mpi.telemetry.progress import describe, facts, intervals, size
+from dynamo_mpi.telemetry.progress_reporter import Ticker, chosen
+from dynamo_mpi.telemetry.progress_table import Terminal, table
 from tests.contexts import rank_context
 
 LOAD = PhaseProgress("load", 11, 16, 13, "n03", 142.4)
@@ -175,8 +175,8 @@ def test_a_quick_phase_says_nothing_and_off_is_off(capfd: pytest.CaptureFixture[
 
 
 PROGRAM = """
-from dynamo_mpi.observe.levels import Level
-from dynamo_mpi.observe.speech import log_writer
+from dynamo_mpi.common.log_levels import Level
+from dynamo_mpi.common.log_writer import log_writer
 log_writer.set_status_lines(["a table", "of two lines"])
 log_writer.emit(0, "n1", "in between", Level.INFO)
 log_writer.write_raw(b"somebody else\\n")

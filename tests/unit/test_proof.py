@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from dynamo_mpi.engines.proof import prove
+from dynamo_mpi.common.errors import DeadlineError, EngineError
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, TokenChunk
-from dynamo_mpi.errors import DeadlineError, EngineError
+from dynamo_mpi.engines.warmup import prove
 from tests.unit.engines import ScriptedEngine
 
 

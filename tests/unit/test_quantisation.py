@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.errors import DataError
-from dynamo_mpi.parallelism.documents import Reader
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.quantisation import Quantisation, read_quantisation
+from dynamo_mpi.common.config_reader import Reader
+from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.quantisation import Quantisation, read_quantisation
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 

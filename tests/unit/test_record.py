@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.control_plane.etcd import KeyValue
-from dynamo_mpi.control_plane.records import Progress, StoredRecord, WorkerRecord, list_workers, record_key, worlds_of
+from dynamo_mpi.discovery.etcd import KeyValue
+from dynamo_mpi.discovery.records import Progress, StoredRecord, WorkerRecord, list_workers, record_key, worlds_of
 from tests.unit.worlds import world
 
 if TYPE_CHECKING:
-    from dynamo_mpi.control_plane.etcd import EtcdClient
+    from dynamo_mpi.discovery.etcd import EtcdClient
 
 
 @pytest.mark.parametrize("role", ["agg", "prefill", "decode", "encode"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.observe.redact import MASK, NO_SECRET, Redactor, redact, secret_values
+from dynamo_mpi.common.redact import MASK, NO_SECRET, Redactor, redact, secret_values
 
 JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJuMSJ9.c2lnbmF0dXJl-_x"
 SEED = "SU" + "A2B3C4D5" * 7

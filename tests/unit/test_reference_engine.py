@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from dynamo_mpi.common.errors import DataError, EngineError, LayoutError, ModelError
 from dynamo_mpi.engines.protocol import Engine, GenerationRequest, RequestError, Sampling, TokenChunk
 from dynamo_mpi.engines.reference.engine import ReferenceConfig, ReferenceEngine
-from dynamo_mpi.errors import DataError, EngineError, LayoutError, ModelError
 
 pytestmark = pytest.mark.slow
 

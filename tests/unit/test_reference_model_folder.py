@@ -14,10 +14,10 @@ import jinja2.sandbox
 import pytest
 from tokenizers import Tokenizer
 
+from dynamo_mpi.common.errors import ModelError
+from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf, main
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME, open_model
-from dynamo_mpi.errors import ModelError
-from dynamo_mpi.exit_codes import ExitCode
 from tests.unit.small_llama import write_gguf
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").read_text(encoding="utf-8"))["prompts"]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dynamo_mpi.common.errors import LayoutError
 from dynamo_mpi.engines.reference.shape import LlamaShape, part_of, share_of
-from dynamo_mpi.errors import LayoutError
-from dynamo_mpi.parallelism.heads import legal_tp_sizes
+from dynamo_mpi.layout.heads import legal_tp_sizes
 
 
 def shape_of(heads: int, kv_heads: int, vocab_size: int = 49152) -> LlamaShape:

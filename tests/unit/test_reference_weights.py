@@ -18,9 +18,9 @@ from gguf.quants import dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dynamo_mpi.common.errors import ModelError
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME, Float32Array, load_weights, open_model
-from dynamo_mpi.errors import ModelError
 from tests.conftest import ROOT
 from tests.unit.small_llama import SHAPE, write_gguf
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth, Lease
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.registration import RegistrationMonitor
-from dynamo_mpi.errors import TemporaryError
-from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.common.errors import TemporaryError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.discovery.etcd import EtcdAuth, Lease
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from tests.dynamo.running import EtcdServer
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, listening, running_etcd
@@ -171,8 +171,8 @@ def test_an_etcd_that_does_not_answer_is_waited_for_as_long_as_the_lease_lives(w
 WATCHING = f"""
 import sys, time
 from functools import partial
-from dynamo_mpi.control_plane.registration import RegistrationMonitor
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
+from dynamo_mpi.common.log import RankLogger
 say, environ = partial(print, flush=True), {{"ETCD_ENDPOINTS": sys.argv[1], "ETCD_LEASE_TTL": "{SECONDS}"}}
 class Log(RankLogger):
     info = staticmethod(say)

@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.control_plane.records import record_key
-from dynamo_mpi.errors import AuthorisationError, DiscoveryError, UsageError
-from dynamo_mpi.launch.registrations import SECONDS, take_out
-from dynamo_mpi.services import services
-from dynamo_mpi.services.ports import free_port
-from dynamo_mpi.services.programs import find_etcd
+from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError, UsageError
+from dynamo_mpi.common.ports import free_port
+from dynamo_mpi.deploy import services
+from dynamo_mpi.deploy.programs import find_etcd
+from dynamo_mpi.deploy.revoke_registrations import SECONDS, take_out
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.records import record_key
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT, run_command
 from tests.etcd_users import PASSWORDS, add_users
@@ -242,7 +242,7 @@ def test_an_address_that_is_none(url: str, words: str) -> None:
 _PROGRAM = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from dynamo_mpi.launch.registrations import take_out
+from dynamo_mpi.deploy.revoke_registrations import take_out
 print(take_out(sys.argv[2], os.environ))
 assert not [name for name in sys.modules if name.partition(".")[0] in ("grpc", "pyetcd", "yaml", "mpi4py", "numpy")]
 """

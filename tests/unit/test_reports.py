@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.control_plane.failure_records import WorkerIdentity
-from dynamo_mpi.launch.command import Command
-from dynamo_mpi.launch.deployment import Worker
-from dynamo_mpi.launch.reports import Beginning, is_reported
+from dynamo_mpi.deploy.command import Command
+from dynamo_mpi.deploy.deployment import Worker
+from dynamo_mpi.deploy.reports import Beginning, is_reported
+from dynamo_mpi.discovery.failure_records import WorkerIdentity
 
 DECODE = Worker("decode-0", "decode", "e.yaml", ("n1", "n2"), 2)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Sampling, TokenChunk
-from dynamo_mpi.serving.requests import to_generation_request, to_response
+from dynamo_mpi.engines.requests import to_generation_request, to_response
 
 
 def translate(**parts: Any) -> GenerationRequest:

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from dynamo_mpi.fields import pack
-from dynamo_mpi.supervision.liveness_wire import WireError
-from dynamo_mpi.supervision.phases import BEFORE, PhaseProgress, Phases, RankSpans, Span
-from dynamo_mpi.supervision.roll import Roll, pack_spans, progress_of
+from dynamo_mpi.common.codec import pack
+from dynamo_mpi.common.phases import BEFORE, PhaseProgress, Phases, RankSpans, Span
+from dynamo_mpi.supervisor.heartbeat_protocol import WireError
+from dynamo_mpi.supervisor.progress import Roll, pack_spans, progress_of
 
 
 def rank(number: int, *spans: Span, began: float = 100.0) -> RankSpans:

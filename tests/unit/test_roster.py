@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.launchers.placement import describe_ranks, hosts
-from dynamo_mpi.preflight.inquiry import Card
-from dynamo_mpi.preflight.roster import check_roster
+from dynamo_mpi.checks.rank_report import Card
+from dynamo_mpi.checks.rank_rules import check_roster
+from dynamo_mpi.mpi.placement import describe_ranks, hosts
 
 COMMAND = "command line: is `a`, on rank 0 `b`"
 CONFIG = "engine config: /e.yaml differs, first at line 1: `a: 1`, on rank 0 `a: 2`"

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.engine_config import EngineConfig
-from dynamo_mpi.parallelism.finding import Finding, Severity, errors, render
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.legal import legal_tp_sizes
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.model_shape import ModelShape
-from dynamo_mpi.parallelism.rules.registry import all_findings, layout_findings
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.wording import counted
+from dynamo_mpi.layout.divisibility import legal_tp_sizes
+from dynamo_mpi.layout.engine_config import EngineConfig
+from dynamo_mpi.layout.finding import Finding, Severity, errors, render
+from dynamo_mpi.layout.format import counted
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
+from dynamo_mpi.layout.spec import Subject
 from tests.unit.models import DEEPSEEK, LLAMA_4, PHI_4, SMOLLM2
 
 LEGAL = {

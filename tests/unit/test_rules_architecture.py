@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
-from dynamo_mpi.parallelism.finding import Finding
-from dynamo_mpi.parallelism.gpus import GPUS, Gpu
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.rules import architecture
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from dynamo_mpi.layout.engine_layers import EngineLayers, merge
+from dynamo_mpi.layout.finding import Finding
+from dynamo_mpi.layout.gpus import GPUS, Gpu
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.rules import architecture
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 LLAMA = ZOO["Llama-3.1-8B"]

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache
-from dynamo_mpi.parallelism.finding import Finding, Severity, errors
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.memory import estimate
-from dynamo_mpi.parallelism.model_shape import ModelShape
-from dynamo_mpi.parallelism.rules.capacity import RULES, check_capacity
-from dynamo_mpi.parallelism.rules.registry import layout_findings
-from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.layout.engine_config import EngineConfig, KvCache
+from dynamo_mpi.layout.finding import Finding, Severity, errors
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.memory import estimate
+from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.rules.capacity import RULES, check_capacity
+from dynamo_mpi.layout.rules.registry import layout_findings
+from dynamo_mpi.layout.spec import Subject
 from tests.unit.test_weights import shape_of
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.parallelism.engine_layers import EngineLayers, merge
-from dynamo_mpi.parallelism.finding import Finding
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.rules import dense
-from dynamo_mpi.parallelism.subject import Subject
+from dynamo_mpi.layout.engine_layers import EngineLayers, merge
+from dynamo_mpi.layout.finding import Finding
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.rules import dense
+from dynamo_mpi.layout.spec import Subject
 from tests.unit.model_zoo import ZOO
 
 FP8_BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}

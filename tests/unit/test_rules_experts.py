@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.engine_config import EngineConfig, KvCache, Moe
-from dynamo_mpi.parallelism.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
-from dynamo_mpi.parallelism.finding import Finding, Severity
-from dynamo_mpi.parallelism.gpus import GPUS
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.model_shape import (
+from dynamo_mpi.layout.engine_config import EngineConfig, KvCache, Moe
+from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
+from dynamo_mpi.layout.finding import Finding, Severity
+from dynamo_mpi.layout.gpus import GPUS
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import (
     Experts,
     Feed,
     LatentAttention,
@@ -26,10 +26,10 @@ from dynamo_mpi.parallelism.model_shape import (
     ModelShape,
     StateSpace,
 )
-from dynamo_mpi.parallelism.quantisation import Quantisation
-from dynamo_mpi.parallelism.rules import architecture, attention_dp, backends, dense, experts
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from dynamo_mpi.layout.quantisation import Quantisation
+from dynamo_mpi.layout.rules import architecture, attention_dp, backends, dense, experts
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import ZOO
 
 NVFP4 = {"quantization_config": {"quant_algo": "NVFP4", "quant_method": "modelopt", "group_size": 16}}

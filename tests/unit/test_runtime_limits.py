@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth
-from dynamo_mpi.control_plane.nats_auth import NatsAuth
-from dynamo_mpi.control_plane.runtime_compat import require_etcd, require_nats, runtime_version
-from dynamo_mpi.errors import UsageError
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.nats_auth import NatsAuth
+from dynamo_mpi.discovery.runtime_compat import require_etcd, require_nats, runtime_version
 
 SECURED, PLAIN = "https://h:1", "http://h:1"
 NOBODY, PASSWORD = EtcdAuth(), EtcdAuth("", "", "", "worker", "s3cret")

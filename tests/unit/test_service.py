@@ -11,8 +11,8 @@ import threading
 import pytest
 
 from dynamo_mpi.engines.protocol import GenerationRequest, Sampling
-from dynamo_mpi.serving.requests import to_generation_request
-from dynamo_mpi.serving.service import _first_of, _from_thread, health_payload, point_runtime_at
+from dynamo_mpi.engines.requests import to_generation_request
+from dynamo_mpi.runtime.serving import _first_of, _from_thread, health_payload, point_runtime_at
 
 
 def test_the_health_check_is_a_request_that_the_worker_serves() -> None:

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.errors import BootstrapError, DataError, UsageError
-from dynamo_mpi.options import Option
-from dynamo_mpi.settings import Settings, build_parser, load_settings
-from dynamo_mpi.worker_options import OPTIONS
+from dynamo_mpi.common.errors import BootstrapError, DataError, UsageError
+from dynamo_mpi.config.options import Option
+from dynamo_mpi.config.worker import Settings, build_parser, load_settings
+from dynamo_mpi.config.worker_options import OPTIONS
 
 MODEL = ("--model", "/m/Name")
 # a value that each option takes, other than its default
@@ -420,7 +420,7 @@ def test_the_reference_engine_has_no_further_flags() -> None:
 def test_the_engine_is_the_one_that_is_there(
     words: tuple[str, ...], installed: bool, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dynamo_mpi.settings.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("dynamo_mpi.config.worker.find_spec", lambda name: installed or None)
     assert load(*MODEL, *words).engine == engine
 
 

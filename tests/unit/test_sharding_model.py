@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.engine_config import EngineConfig
-from dynamo_mpi.parallelism.finding import errors
-from dynamo_mpi.parallelism.layout import Cluster, Layout, layout_of
-from dynamo_mpi.parallelism.model_shape import Experts, Feed, Layer, ModelShape
-from dynamo_mpi.parallelism.quantisation import FP8_BLOCK_SCALES, Quantisation
-from dynamo_mpi.parallelism.rules.registry import layout_findings
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.trtllm_version import parse_trtllm_version
+from dynamo_mpi.layout.engine_config import EngineConfig
+from dynamo_mpi.layout.finding import errors
+from dynamo_mpi.layout.layout import Cluster, Layout, layout_of
+from dynamo_mpi.layout.model_shape import Experts, Feed, Layer, ModelShape
+from dynamo_mpi.layout.quantisation import FP8_BLOCK_SCALES, Quantisation
+from dynamo_mpi.layout.rules.registry import layout_findings
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 
 BLOCK = 128
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 
-from dynamo_mpi.supervision.stacks import describe_stacks, own_stacks
+from dynamo_mpi.supervisor.stacks import describe_stacks, own_stacks
 
 
 def test_the_innermost_frames_of_every_thread_that_matters() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.run_dir import RunDir
-from dynamo_mpi.operating.deployment import find_deployment
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.ops.deployment import find_deployment
 from tests.certificates import certificates, without_certificate
 from tests.conftest import ROOT
 from tests.servers import closed_port, running_nats, running_secured_etcd

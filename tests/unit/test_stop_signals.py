@@ -17,10 +17,10 @@ from tests.conftest import ROOT
 LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 PROGRAM = """
 import asyncio, ctypes, os, sys, time
-from dynamo_mpi.supervision.stop_signals import StopSignals
+from dynamo_mpi.supervisor.shutdown_signals import StopSignals
 say = lambda *words: os.write(1, (" ".join(map(str, words)) + "\\n").encode())
-from dynamo_mpi.launchers.launch import detect
-from dynamo_mpi.supervision.signal_thread import signals_of
+from dynamo_mpi.mpi.launcher import detect
+from dynamo_mpi.supervisor.signal_thread import signals_of
 signals = StopSignals(lambda number: (say("hurry", number), os._exit(128 + number)), signals_of(detect(os.environ).launcher))
 if sys.argv[1] == "native":
     say("there")

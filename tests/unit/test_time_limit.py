@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from dynamo_mpi.launchers.attempt import attempt_of
-from dynamo_mpi.launchers.time_limit import TimeLimit, end_in_time
+from dynamo_mpi.mpi.job_time_limit import TimeLimit, end_in_time
+from dynamo_mpi.mpi.restart_count import attempt_of
 
 pytestmark = pytest.mark.slow
 

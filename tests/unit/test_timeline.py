@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.errors import DataError, UsageError
-from dynamo_mpi.supervision.phases import BEFORE, PHASES, RankSpans, Span
+from dynamo_mpi.common.errors import DataError, UsageError
+from dynamo_mpi.common.phases import BEFORE, PHASES, RankSpans, Span
 from dynamo_mpi.telemetry.startup_summary import (
     Scale,
     align,

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import pytest
 
-from dynamo_mpi.control_plane.records import RecordedLayout, WorkerRecord
-from dynamo_mpi.supervision.failure import Cause, Failure
-from dynamo_mpi.supervision.guard import Guard
-from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.supervision.roll import Roll
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.discovery.records import RecordedLayout, WorkerRecord
+from dynamo_mpi.supervisor.progress import Roll
+from dynamo_mpi.supervisor.supervisor import Guard
 from dynamo_mpi.telemetry import trace_writer
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.trace_writer import TraceWriter, perfetto_path, remove_stale_timeline

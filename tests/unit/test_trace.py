@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_mpi.observe.trace import describe_trouble, trace_of
+from dynamo_mpi.common.trace_context import describe_trouble, trace_of
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GOOD = f"00-{TRACE}-{SPAN}-01"

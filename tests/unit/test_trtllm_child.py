@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.engines.trtllm.child import TrtllmProcess
+from dynamo_mpi.engines.trtllm.process import TrtllmProcess
 
 SECONDS = 10.0
 

@@ -7,8 +7,8 @@ import json
 import os
 import sys
 
+from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
-from dynamo_mpi.settings import load_settings
 from tests.conftest import ROOT, run_command
 
 MODEL = ("--engine", "trtllm", "--model", "/models/a")

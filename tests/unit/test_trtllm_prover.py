@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.engines.trtllm.prover import find_instance, proof_request
-from dynamo_mpi.services.host_address import is_here
-from dynamo_mpi.services.ports import holds_port
+from dynamo_mpi.common.host_address import is_here
+from dynamo_mpi.common.ports import holds_port
+from dynamo_mpi.engines.trtllm.readiness_main import find_instance, proof_request
 
 
 def instance(number: int, address: str, kind: str = "tcp") -> Any:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.errors import UsageError
-from dynamo_mpi.parallelism.trtllm_version import TrtllmVersion, installed_trtllm_version, parse_trtllm_version
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.layout.trtllm_version import TrtllmVersion, installed_trtllm_version, parse_trtllm_version
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +134,6 @@ def test_none_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("module", ["trtllm_version", "engine_keys", "key_rules"])
 def test_import_is_cheap(module: str) -> None:
     heavy = ["difflib", "importlib.metadata", "yaml", "json"]
-    script = f"import sys, dynamo_mpi.parallelism.{module}; print([name for name in {heavy} if name in sys.modules])"
+    script = f"import sys, dynamo_mpi.layout.{module}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from dynamo_mpi import __version__
-from dynamo_mpi.errors import DataError, ModelError
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.parallelism.finding import errors
-from dynamo_mpi.preflight.gpu_facts import NodeGpus
-from dynamo_mpi.preflight.host_facts import HostFacts
-from dynamo_mpi.preflight.host_row import HostRow
-from dynamo_mpi.preflight.inquiry import Card
-from dynamo_mpi.preflight.verdict import Plan, Verdict, judge, read_plan
-from dynamo_mpi.settings import load_settings
+from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.checks.host_facts import HostFacts
+from dynamo_mpi.checks.preflight import Plan, Verdict, judge, read_plan
+from dynamo_mpi.checks.rank_facts import HostRow
+from dynamo_mpi.checks.rank_report import Card
+from dynamo_mpi.common.errors import DataError, ModelError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.layout.finding import errors
 from tests.unit.models import LLAMA_4, SMOLLM2
 from tests.unit.test_host_rules import B200, GIB, facts, gpu, node, rows
 

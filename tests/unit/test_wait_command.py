@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.exit_codes import ExitCode
-from dynamo_mpi.launch.run_dir import RunDir
-from dynamo_mpi.operating import wait as waiting
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.ops import wait as waiting
 from tests.certificates import certificates, without_certificate
 from tests.servers import closed_port, drip, listening, reply, running_secured_etcd
 from tests.unit.board import Board

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.parallelism.engine_config import EngineConfig, Moe, Speculative
-from dynamo_mpi.parallelism.layout import Cluster
-from dynamo_mpi.parallelism.model_config import parse_model_shape
-from dynamo_mpi.parallelism.model_shape import Experts, Feed, LatentAttention, Layer, Mixer, ModelShape, StateSpace
-from dynamo_mpi.parallelism.quantisation import Quantisation
-from dynamo_mpi.parallelism.subject import Subject
-from dynamo_mpi.parallelism.weights import missing_sizes, stage_weights, total_parameters
+from dynamo_mpi.layout.engine_config import EngineConfig, Moe, Speculative
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import Experts, Feed, LatentAttention, Layer, Mixer, ModelShape, StateSpace
+from dynamo_mpi.layout.quantisation import Quantisation
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.weights import missing_sizes, stage_weights, total_parameters
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 # "counted": the "safetensors" total that Hugging Face shows for the repository named in model_zoo.py, without what isn't the language model

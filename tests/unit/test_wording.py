@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.parallelism.wording import counted, gib, listed
+from dynamo_mpi.layout.format import counted, gib, listed
 
 
 def test_numbers_are_written_the_same_way_everywhere() -> None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from dynamo_mpi.control_plane.records import RecordedLayout
-from dynamo_mpi.supervision.phases import BEFORE, RankSpans, Span
+from dynamo_mpi.common.phases import BEFORE, RankSpans, Span
+from dynamo_mpi.discovery.records import RecordedLayout
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, FailureMark, StartupTrace
 
 BEGAN = 1_800_000_000.0

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from dynamo_mpi.control_plane.records import RecordedLayout, StoredRecord, WorkerRecord
-from dynamo_mpi.parallelism.contract import Contract
+from dynamo_mpi.discovery.records import RecordedLayout, StoredRecord, WorkerRecord
+from dynamo_mpi.layout.contract import Contract
 
 CONTRACT = Contract(
     role="prefill",

@@ -9,7 +9,7 @@ import re
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
-from dynamo_mpi.control_plane.records import SCHEMA, WorkerRecord
+from dynamo_mpi.discovery.records import SCHEMA, WorkerRecord
 from tools.gen_docs.markdown import WRITTEN, argument_notes, code, plain, table
 
 
@@ -24,22 +24,22 @@ class _Kind(NamedTuple):
 _KINDS = (
     _Kind(
         "Worker record",
-        "dynamo_mpi.control_plane.records",
+        "dynamo_mpi.discovery.records",
         "WorkerRecord",
         "One for each worker, from its preflight to its end, under a lease of its own.",
     ),
-    _Kind("… its layout", "dynamo_mpi.control_plane.records", "RecordedLayout", ""),
-    _Kind("… its contract", "dynamo_mpi.parallelism.contract", "Contract", ""),
-    _Kind("… its progress", "dynamo_mpi.control_plane.records", "Progress", ""),
+    _Kind("… its layout", "dynamo_mpi.discovery.records", "RecordedLayout", ""),
+    _Kind("… its contract", "dynamo_mpi.layout.contract", "Contract", ""),
+    _Kind("… its progress", "dynamo_mpi.discovery.records", "Progress", ""),
     _Kind(
         "Failure record",
-        "dynamo_mpi.control_plane.failure_records",
+        "dynamo_mpi.discovery.failure_records",
         "FailureRecord",
         "Under a lease of 3600 s: what ended a worker that did not end in order.",
     ),
     _Kind(
         "Lifecycle event",
-        "dynamo_mpi.control_plane.lifecycle",
+        "dynamo_mpi.discovery.lifecycle_events",
         "LifecycleEvent",
         "Over NATS, where `NATS_SERVER` is set or the request plane is `nats`.",
     ),
@@ -107,11 +107,11 @@ def _spelt_out(note: str, module: str) -> str:
 
 
 def _schema() -> str:
-    if importlib.util.find_spec("dynamo_mpi.control_plane.schema") is None:
+    if importlib.util.find_spec("dynamo_mpi.discovery.schema") is None:
         return ""
     return (
         "\n## As a JSON Schema\n\n"
-        "    python -c 'import json; from dynamo_mpi.control_plane.schema import json_schema; print(json.dumps(json_schema(), indent=1))'\n"
+        "    python -c 'import json; from dynamo_mpi.discovery.schema import json_schema; print(json.dumps(json_schema(), indent=1))'\n"
     )
 
 

@@ -7,12 +7,12 @@ import inspect
 import re
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.checks import kv_rules
-from dynamo_mpi.parallelism import contract, engine_layers, key_rules
-from dynamo_mpi.parallelism.rules import registry
-from dynamo_mpi.preflight import gpu_rules, host_rules, peers, roster
-from dynamo_mpi.probe import fabric_rules
-from dynamo_mpi.probe import gpu_rules as probe_gpu_rules
+from dynamo_mpi.checks import fabric_rules, gpu_rules, host_rules, kv_rules
+from dynamo_mpi.checks import gpu_health_rules as probe_gpu_rules
+from dynamo_mpi.checks import rank_rules as roster
+from dynamo_mpi.discovery import peer_compat as peers
+from dynamo_mpi.layout import contract, engine_layers, key_rules
+from dynamo_mpi.layout.rules import registry
 from tools.gen_docs.markdown import WRITTEN
 
 if TYPE_CHECKING:

@@ -6,17 +6,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dynamo_mpi import worker_options as worker
-from dynamo_mpi.head_node import settings as head_node
-from dynamo_mpi.launch import settings as launch
-from dynamo_mpi.pods import settings as pods
+from dynamo_mpi.config import worker_options as worker
+from dynamo_mpi.deploy import settings as launch
+from dynamo_mpi.deploy.head_node import settings as head_node
+from dynamo_mpi.deploy.kubernetes import settings as pods
 from tools.gen_docs.environment import VARIABLES
 from tools.gen_docs.markdown import WRITTEN, code, table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.options import Option
+    from dynamo_mpi.config.options import Option
 
 _HEAD = f"""# Settings
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamo_mpi.errors import DataError, LayoutError
+from dynamo_mpi.common.errors import DataError, LayoutError
 
 _DEFAULT_CONTEXT = 2048
 

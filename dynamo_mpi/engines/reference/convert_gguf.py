@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.errors import BootstrapError, ModelError
 from dynamo_mpi.engines.reference.gguf_model import GgufModel, hugging_face_files, llama_shape
-from dynamo_mpi.errors import BootstrapError, ModelError
 
 if TYPE_CHECKING:
     from dynamo_mpi.engines.reference.shape import LlamaShape

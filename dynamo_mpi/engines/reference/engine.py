@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.errors import EngineError, LayoutError
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.kv_transfer import KvTransferScheduler
@@ -23,7 +24,6 @@ from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
 from dynamo_mpi.engines.reference.scheduler import Scheduler, Step, TokenChoice
 from dynamo_mpi.engines.reference.step_plan import StepPlan
 from dynamo_mpi.engines.reference.weights import Float32Array
-from dynamo_mpi.errors import EngineError, LayoutError
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.errors import EngineError
+from dynamo_mpi.common.errors import EngineError
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -10,8 +10,8 @@ import struct
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dynamo_mpi.common.errors import ModelError
 from dynamo_mpi.engines.reference.shape import LlamaShape
-from dynamo_mpi.errors import ModelError
 
 Value = TypeVar("Value", int, float, str)
 JsonObject = dict[str, Any]  # Any: the values of JSON documents in formats of other projects

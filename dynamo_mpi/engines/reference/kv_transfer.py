@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.attention import KeyValueCache
 from dynamo_mpi.engines.reference.consensus import Consensus
@@ -35,7 +36,6 @@ from dynamo_mpi.engines.reference.kv_tcp import FetchError, KvServer, KvStore, S
 from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES, Deadline
 from dynamo_mpi.engines.reference.step_channel import Abandon, Command, Drop, Keep, Poll, Pull
 from dynamo_mpi.engines.reference.weights import Float32Array
-from dynamo_mpi.errors import EngineError
 
 _log = logging.getLogger(__name__)
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from dynamo_mpi.common.errors import EngineError
+from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.engines.protocol import EngineLimits
 from dynamo_mpi.engines.reference.collectives import (
     Collectives,
@@ -25,8 +27,6 @@ from dynamo_mpi.engines.reference.shape import share_of, stage_of
 from dynamo_mpi.engines.reference.step_channel import Command, StepChannel
 from dynamo_mpi.engines.reference.transformer import Transformer
 from dynamo_mpi.engines.reference.weights import ModelFile, load_weights, open_model
-from dynamo_mpi.errors import EngineError
-from dynamo_mpi.services.host_address import host_address
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynamo_mpi.errors import LayoutError
-from dynamo_mpi.parallelism.heads import legal_tp_sizes
+from dynamo_mpi.common.errors import LayoutError
+from dynamo_mpi.layout.heads import legal_tp_sizes
 
 
 @dataclass(frozen=True)

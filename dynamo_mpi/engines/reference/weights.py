@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dynamo_mpi.common.errors import ModelError
 from dynamo_mpi.engines.reference.shape import LlamaShape, Share, Stage, share_of, stage_of
-from dynamo_mpi.errors import ModelError
 
 Float32Array = NDArray[np.float32]
 

@@ -7,13 +7,13 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.engine_options import ENGINE_OPTIONS
-from dynamo_mpi.options import MAX_SECONDS
+from dynamo_mpi.config.engine import ENGINE_OPTIONS
+from dynamo_mpi.config.options import MAX_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_mpi.settings import Settings
+    from dynamo_mpi.config.worker import Settings
 
 # What a launcher tells a rank. In a process that is none, an MPI library would take it for its own and hang or abort in MPI_Init.
 # TensorRT-LLM's launcher removes UCX_ too, and with it the tuning of KV transfer. MPI4PY_* and names like OPAL_PREFIX say where the library

@@ -8,9 +8,9 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.engines.trtllm.child import describe_end
-from dynamo_mpi.errors import BootstrapError, DeadlineError, DiscoveryError, EngineError
-from dynamo_mpi.exit_codes import ExitCode
+from dynamo_mpi.common.errors import BootstrapError, DeadlineError, DiscoveryError, EngineError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.engines.trtllm.process import describe_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

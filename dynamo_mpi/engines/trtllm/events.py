@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from dynamo_mpi.errors import TemporaryError
+    from dynamo_mpi.common.errors import TemporaryError
 
 
 class Ended(NamedTuple):

@@ -18,10 +18,10 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.errors import EngineError
+from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.engines.trtllm.rank_environment import take_own_gpu
 from dynamo_mpi.engines.trtllm.task import Task
-from dynamo_mpi.errors import EngineError
-from dynamo_mpi.services.private_dir import private_dir
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,14 +13,14 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.supervision.guard import Guard, Terms
-from dynamo_mpi.supervision.hooks import WorkerHook, WorkerHooks
-from dynamo_mpi.supervision.lifeline import Lifeline
-from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import RankLogger
-from dynamo_mpi.world import World, bind_library, form_world
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.hooks import WorkerHook, WorkerHooks
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.mpi.world import World, bind_library, form_world
+from dynamo_mpi.supervisor.heartbeat_client import Lifeline
+from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.supervisor import Guard, Terms
 from tests.contexts import rank_context
 
 KEPT: list[socket.socket] = []

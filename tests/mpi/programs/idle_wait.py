@@ -10,7 +10,7 @@ import json
 import sys
 import time
 
-from dynamo_mpi.world import bind_library, form_world
+from dynamo_mpi.mpi.world import bind_library, form_world
 
 
 def main() -> None:

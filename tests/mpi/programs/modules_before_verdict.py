@@ -11,14 +11,14 @@ import sys
 
 import mpi4py
 
-# as dynamo_mpi.world has it: both are read when MPI is imported
+# as dynamo_mpi.mpi.world has it: both are read when MPI is imported
 mpi4py.rc.initialize = False
 mpi4py.rc.finalize = True
 from mpi4py import MPI  # noqa: E402 - not before the line above
 
 before = set(sys.modules)
 
-from dynamo_mpi.worker import main  # noqa: E402 - its imports are what is counted
+from dynamo_mpi.runtime.main import main  # noqa: E402 - its imports are what is counted
 
 code = main(sys.argv[2:])
 after = set(sys.modules) - before

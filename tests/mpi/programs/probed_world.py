@@ -15,20 +15,20 @@ import time
 from pathlib import Path
 
 from dynamo_mpi import __version__
+from dynamo_mpi.checks.hardware import Case
+from dynamo_mpi.checks.hardware_check_plan import ProbePlan
+from dynamo_mpi.checks.rank_report import Card
+from dynamo_mpi.checks.run_hardware_checks import lead_probes, take_part
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.phases import Phases
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.launchers.launch import detect
-from dynamo_mpi.preflight.inquiry import Card
-from dynamo_mpi.probe.part import Case
-from dynamo_mpi.probe.phase import lead_probes, take_part
-from dynamo_mpi.probe.plan import ProbePlan
-from dynamo_mpi.supervision.faults import arm
-from dynamo_mpi.supervision.guard import Guard, Terms
-from dynamo_mpi.supervision.lifeline import Lifeline
-from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import RankLogger
-from dynamo_mpi.world import World, bind_library, form_world
+from dynamo_mpi.mpi.launcher import detect
+from dynamo_mpi.mpi.world import World, bind_library, form_world
+from dynamo_mpi.supervisor.fault_injection import arm
+from dynamo_mpi.supervisor.heartbeat_client import Lifeline
+from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.supervisor import Guard, Terms
 from tests.contexts import rank_context
 
 

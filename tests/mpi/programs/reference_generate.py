@@ -25,9 +25,9 @@ from dynamo_mpi.engines.reference.factory import thread_environment
 os.environ.update(thread_environment(MPI.COMM_WORLD.Get_size()))
 
 # After the line above: numpy reads the number of threads when it is imported.
+from dynamo_mpi.common.errors import BootstrapError
 from dynamo_mpi.engines.protocol import GenerationRequest, Sampling, TokenChunk
 from dynamo_mpi.engines.reference.engine import ReferenceConfig, ReferenceEngine
-from dynamo_mpi.errors import BootstrapError
 
 
 class CpuSampler:

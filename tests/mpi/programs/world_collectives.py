@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from dynamo_mpi.world import World, bind_library, form_world
+from dynamo_mpi.mpi.world import World, bind_library, form_world
 
 MEGABYTE = 1 << 20
 

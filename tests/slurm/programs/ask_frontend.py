@@ -12,8 +12,8 @@ import sys
 import time
 from dataclasses import asdict
 
-from dynamo_mpi.local.ask import NotServedYet, ask
-from dynamo_mpi.services.services import Frontend
+from dynamo_mpi.deploy.local.ask import NotServedYet, ask
+from dynamo_mpi.deploy.services import Frontend
 
 LISTED_SECONDS = 30.0
 

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from dynamo_mpi.control_plane.etcd import EtcdAuth, etcd_endpoints
-from dynamo_mpi.control_plane.etcd_grpc import GrpcEtcdClient
+from dynamo_mpi.discovery.etcd import EtcdAuth, etcd_endpoints
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 
 
 def main() -> None:

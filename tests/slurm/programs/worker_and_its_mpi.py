@@ -3,7 +3,7 @@
 
 import sys
 
-from dynamo_mpi.worker import main
+from dynamo_mpi.runtime.main import main
 
 code = main()
 

@@ -13,11 +13,11 @@ import sys
 import threading
 import time
 
-from dynamo_mpi.errors import BootstrapError
-from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.supervision.faults import arm
-from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.supervisor.fault_injection import arm
 
 
 def wait(how: str) -> None:

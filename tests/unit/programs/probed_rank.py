@@ -8,15 +8,15 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn, cast
 
-from dynamo_mpi.health.start import answer_probes
-from dynamo_mpi.launchers.launch import Launch, Launcher
-from dynamo_mpi.supervision.lifeline import Lifeline
-from dynamo_mpi.supervision.meeting import Meeting
-from dynamo_mpi.supervision.phases import Phases
-from dynamo_mpi.talk import RankLogger
+from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.supervisor.heartbeat_client import Lifeline
+from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.telemetry.health_start import answer_probes
 
 if TYPE_CHECKING:
-    from dynamo_mpi.world import World
+    from dynamo_mpi.mpi.world import World
 
 RANK, SIZE = 2, 4
 

@@ -19,13 +19,13 @@ import sys
 import threading
 import time
 
-from dynamo_mpi.services.host_address import host_address
-from dynamo_mpi.supervision.failure import Failure
-from dynamo_mpi.supervision.lifeline import connect
-from dynamo_mpi.supervision.liveness_line import ClosedError
-from dynamo_mpi.supervision.liveness_wire import TOKEN_BYTES, Frame, Kind
-from dynamo_mpi.supervision.lookout import Lookout
-from dynamo_mpi.supervision.meeting import Meeting
+from dynamo_mpi.common.failure import Failure
+from dynamo_mpi.common.host_address import host_address
+from dynamo_mpi.supervisor.frame_connection import ClosedError
+from dynamo_mpi.supervisor.heartbeat_client import connect
+from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES, Frame, Kind
+from dynamo_mpi.supervisor.heartbeat_server import Lookout
+from dynamo_mpi.supervisor.rendezvous import Meeting
 
 NETWORKS = {"4": ("10.9.8.1/24", "10.9.8.2/24"), "6": ("fd00:9:8::1/64", "fd00:9:8::2/64")}
 

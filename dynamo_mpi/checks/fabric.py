@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fabric probe: what ranks send each other arrives, as it was sent, and as fast as among their like."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.checks.bandwidth_floors import least_rate
+from dynamo_mpi.checks.fabric_case import FabricCase
+from dynamo_mpi.checks.fabric_rules import check_fabric
+from dynamo_mpi.checks.fabric_steps import steps_of
+from dynamo_mpi.checks.fabric_timing import FabricAnswer, gather_up
+from dynamo_mpi.checks.hardware import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.checks.fabric_steps import Step
+    from dynamo_mpi.checks.fabric_timing import Measured
+    from dynamo_mpi.checks.hardware import Case, Part
+
+
+def measure(part: Part) -> list[str]:
+    """Do this rank's part. Collective."""
+    if part.plan.over == "nccl":
+        from dynamo_mpi.checks.nccl_fabric import measure_over_nccl
+
+        return measure_over_nccl(part.world, part.plan, part.environ, part.began).pack()
+    from dynamo_mpi.checks.mpi_fabric import measure_over_mpi
+
+    return measure_over_mpi(part.world, steps_of(part.plan), part.began).pack()
+
+
+def judge(answers: Sequence[Sequence[str]], case: Case) -> Outcome:
+    """Apply the rules over what was measured."""
+    told = [FabricAnswer.unpack(answer) for answer in answers]
+    return judge_fabric(told, case)
+
+
+def judge_fabric(told: Sequence[FabricAnswer], case: Case) -> Outcome:
+    """Apply the rules.
+
+    Args:
+        told: what ranks have measured, in rank order.
+        case: the world; where the GPU probe came before, the links that it has seen say what to expect.
+    """
+    steps = steps_of(case.plan)
+    measured = gather_up(steps, told)
+    gpus = case.earlier.get("gpu", {})
+    nvlinks = None if gpus.get("bridged") else _least(gpus.get("nvlinks_up"))
+    links = nvlinks, _least(gpus.get("pcie_generation"))
+    least = least_rate(case.kind, *links) if case.plan.over == "nccl" else None
+    findings = check_fabric(FabricCase(measured, told, case.ranks, steps, case.plan.seconds, case.plan.over, least))
+    figures = figures_of(steps, measured, told, case.plan.over)
+    return Outcome(tuple(findings), figures, _line(steps, measured, figures))
+
+
+def _least(extremes: list[int] | int | None) -> int | None:
+    return extremes[0] if isinstance(extremes, list) else extremes
+
+
+def figures_of(
+    steps: Sequence[Step], measured: Sequence[Measured], told: Sequence[FabricAnswer], over: str
+) -> dict[str, Any]:
+    """Return what is worth keeping, in few bytes whatever the number of ranks: by operation and kind of group the slowest and the middle
+    rate in GB/s of bus bandwidth at the largest size, the latency in microseconds at the smallest, and who is slowest."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(_name(step) for step in steps):
+        of_kind = [one for one in measured if _name(one.step) == name]
+        large = [one for one in of_kind if one.size == one.step.sizes[-1]]
+        small = [one for one in of_kind if one.size == one.step.sizes[0]]
+        if large and small:
+            slowest = min(large, key=lambda one: one.rate)
+            kinds[name] = {
+                "bytes": slowest.size,
+                "gbps": [round(slowest.rate / 1e9, 3), round(median(one.rate for one in large) / 1e9, 3)],
+                "us": [
+                    round(1e6 * median(one.seconds for one in small), 1),
+                    round(1e6 * max(one.seconds for one in small), 1),
+                ],
+                "slowest": list(slowest.group[:2])
+                if len(slowest.group) == 2
+                else [slowest.group[0], slowest.group[-1]],
+            }
+    return {
+        "over": over,
+        "library": next((answer.library for answer in told if answer.library), ""),
+        "network": sorted({answer.network for answer in told if answer.network}),
+        "links": sorted({link for answer in told for link in answer.links}),
+        "begin": round(max((answer.begin for answer in told), default=0.0), 3),
+        "kinds": kinds,
+    }
+
+
+def _name(step: Step) -> str:
+    return f"{step.operation} {step.kind}"
+
+
+def _line(steps: Sequence[Step], measured: Sequence[Measured], figures: dict[str, Any]) -> str:
+    if not measured:
+        return "fabric: nothing measured"
+    parts = [f"{name} {kind['gbps'][0]:.1f} GB/s, {kind['us'][0]:.0f} µs" for name, kind in figures["kinds"].items()]
+    return f"fabric over {figures['library']}: {'; '.join(parts)}"

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Will Dynamo's frontend take the model? It reads config.json and the tokenizer itself, and where it can't, the worker is registered
+and its model never appears: the reason stands in the frontend's log alone."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
+
+
+def require_servable(folder: Path, config_text: str) -> None:
+    """Refuse a model folder that a worker could load and the frontend could not serve.
+
+    Args:
+        folder: the model folder.
+        config_text: its config.json, a JSON object.
+
+    Raises:
+        ModelError: it holds no tokenizer.
+        DataError: its config.json names no architecture.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"the model folder {folder} holds no tokenizer: the frontend could not serve this model",
+            needed=f"one of {', '.join(TOKENIZER_FILES)} beside config.json",
+            fix="copy the tokenizer's files from where the model comes from",
+        )
+    architectures = json.loads(config_text).get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise DataError(
+            f"{folder / 'config.json'} names no architectures: the frontend could not serve this model",
+            needed='the model\'s own config.json, with "architectures": ["..."]',
+            fix="copy config.json from where the model comes from",
+        )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU probe: how each rank's GPU is, once what an earlier step holds of it has been given back."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.checks.gpu_health import GpuHealth, health_of_rank
+from dynamo_mpi.checks.gpu_health_rules import HealthRow, check_health
+from dynamo_mpi.checks.gpu_rules import check_busy, is_busy
+from dynamo_mpi.checks.hardware import Outcome
+from dynamo_mpi.checks.hardware_check_plan import WAIT_SHARE
+from dynamo_mpi.checks.host_facts import HostFacts
+from dynamo_mpi.checks.rank_facts import HostRow, Needs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.checks.hardware import Case, Part
+
+# cards: bridges join two or four of a node's by NVLink, and the others by PCI Express alone
+_BRIDGED = re.compile(r"\b(?:PCIe|NVL)\b", re.IGNORECASE)
+
+
+def measure(part: Part) -> list[str]:
+    """Read this rank's GPU."""
+    end = part.began + part.plan.seconds * WAIT_SHARE
+    return health_of_rank(part.world.rank, part.environ, is_busy, end).pack()
+
+
+def judge(answers: Sequence[Sequence[str]], case: Case) -> Outcome:
+    """Apply the rules over how GPUs are, and over their free memory (V2), which the preflight has left to the time after the wait."""
+    told = [GpuHealth.unpack(answer) for answer in answers]
+    rows = [HealthRow(place.host, health) for place, health in zip(case.ranks, told, strict=True)]
+    findings = [*check_health(rows), *check_busy(_host_rows(rows), Needs(case.weights))]
+    waited = max((health.waited for health in told), default=0.0)
+    line = f"gpu: {sum(not health.problem for health in told)} of {len(told)} GPUs read"
+    line += f", waited {waited:.1f} s for memory" if waited >= 1 else ""
+    return Outcome(tuple(findings), figures_of(told), line)
+
+
+def _host_rows(rows: Sequence[HealthRow]) -> list[HostRow]:
+    """Say the same as the preflight's rules read it: each rank with the one GPU that it takes."""
+    return [
+        HostRow(
+            rank,
+            row.host,
+            HostFacts(speaks_for_node=False, mpi_library=""),
+            NodeGpus((row.health.facts,), (row.health.facts.uuid,)) if not row.health.problem else NodeGpus(),
+        )
+        for rank, row in enumerate(rows)
+    ]
+
+
+def figures_of(told: Sequence[GpuHealth]) -> dict[str, Any]:
+    """Return what is worth keeping, in few bytes whatever the number of GPUs: extremes, and what is the same on all as itself."""
+
+    def extremes(values: Sequence[int | None]) -> list[int] | int | None:
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        return min(known) if min(known) == max(known) else [min(known), max(known)]
+
+    read = [health for health in told if not health.problem]
+    bridged = any(health.links_up and _BRIDGED.search(health.facts.name) for health in read)
+    return {
+        **({"bridged": True} if bridged else {}),
+        "gpus": len(read),
+        "driver": sorted({health.driver for health in read}),
+        "free_mib": extremes([health.facts.free_bytes >> 20 for health in read]),
+        "sm_mhz": extremes([health.sm_mhz for health in read]),
+        "power_watts": extremes(
+            [None if health.power_limit is None else health.power_limit // 1000 for health in read]
+        ),
+        "nvlinks_up": extremes([health.links_up for health in read]),
+        "pcie_generation": extremes([health.pcie_generation for health in read]),
+        "uncorrected": sum(health.uncorrected or 0 for health in read),
+        "waited": max((health.waited for health in read), default=0.0),
+    }

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a GPU is, as NVML tells without starting CUDA. What a GPU, a driver or a version of nvidia-ml-py doesn't know is None, never an error.
+
+Where it says `as nvml.h has it`, the value is NVML's own number.
+"""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.checks.gpu_facts import GpuFacts, read_gpu, visible_gpus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+# nvml.h; nvidia-ml-py may be older than the driver
+_UNCORRECTED, _VOLATILE, _SM_CLOCK, _MEMORY_CLOCK = 1, 0, 1, 2
+_MOST_LINKS = 36
+_LOOK_SECONDS = 0.25
+_NUMBERS = (
+    "recovery_action",
+    "ecc_on",
+    "uncorrected",
+    "remap_pending",
+    "remap_failed",
+    "slow_reasons",
+    "links_up",
+    "links",
+    "compute_mode",
+    "sm_mhz",
+    "memory_mhz",
+    "power_limit",
+    "pcie_generation",
+    "pcie_width",
+)
+
+
+class GpuHealth(NamedTuple):
+    """One GPU.
+
+    Args:
+        facts: what the preflight reads as well, as it is now.
+        driver: version of the driver.
+        problem: why nothing could be read; empty where it could.
+        waited: seconds that it was waited for memory to be given back.
+        recovery_action: what the driver wants done to it, as nvml.h has it (``NVML_GPU_RECOVERY_ACTION_*``).
+        ecc_on: whether its memory corrects errors.
+        uncorrected: errors of memory since the driver's start that could not be corrected.
+        remap_pending: whether rows of memory wait for a reset to be replaced.
+        remap_failed: whether one could not be replaced.
+        slow_reasons: why its clocks are low, as nvml.h has it (``nvmlClocksEventReason*``).
+        links_up: NVLinks that are up.
+        links: NVLinks that the GPU has.
+        compute_mode: who may use it, as nvml.h has it (``NVML_COMPUTEMODE_*``).
+        sm_mhz: the highest clock of its processors.
+        memory_mhz: the same of its memory.
+        power_limit: milliwatts that are enforced.
+        pcie_generation: of PCI Express, the highest that card and slot allow; the current one falls when the GPU idles.
+        pcie_width: lanes now.
+    """
+
+    facts: GpuFacts
+    driver: str = ""
+    problem: str = ""
+    waited: float = 0.0
+    recovery_action: int | None = None
+    ecc_on: int | None = None
+    uncorrected: int | None = None
+    remap_pending: int | None = None
+    remap_failed: int | None = None
+    slow_reasons: int | None = None
+    links_up: int | None = None
+    links: int | None = None
+    compute_mode: int | None = None
+    sm_mhz: int | None = None
+    memory_mhz: int | None = None
+    power_limit: int | None = None
+    pcie_generation: int | None = None
+    pcie_width: int | None = None
+
+    def pack(self) -> list[str]:
+        """Write it as a list of texts, for `dynamo_mpi.common.codec`."""
+        facts = self.facts
+        holders = " ".join(f"{pid}:{size}" for pid, size in facts.holders)
+        head = [self.driver, self.problem, repr(self.waited), facts.uuid, facts.name, holders]
+        sizes = [facts.number, facts.sm, facts.total_bytes, facts.free_bytes, facts.used_bytes, int(facts.mig)]
+        numbers = [getattr(self, name) for name in _NUMBERS]
+        return [*head, *map(str, sizes), *("" if number is None else str(number) for number in numbers)]
+
+    @classmethod
+    def unpack(cls, values: Sequence[str]) -> GpuHealth:
+        """Read what `pack` wrote."""
+        driver, problem, waited, uuid, name, holders, *rest = values
+        number, sm, total, free, used, mig = map(int, rest[:6])
+        pairs = [pair.partition(":") for pair in holders.split()]
+        held = tuple((int(pid), int(size)) for pid, _, size in pairs)
+        facts = GpuFacts(number, uuid, name, sm, total, free, used, held, bool(mig))
+        numbers = {key: int(text) if text else None for key, text in zip(_NUMBERS, rest[6:], strict=True)}
+        return cls(facts, driver, problem, float(waited), **numbers)
+
+
+def no_health(problem: str) -> GpuHealth:
+    """Return what is known of a GPU that can't be read."""
+    return GpuHealth(GpuFacts(0, "", "", 0), problem=problem)
+
+
+def health_of_rank(rank: int, environ: Mapping[str, str], is_busy: Callable[[GpuFacts], bool], end: float) -> GpuHealth:
+    """Read the GPU that the engine gives a rank (K9), after waiting for what an earlier step holds of it. Never raises.
+
+    Args:
+        rank: the rank.
+        environ: its environment.
+        is_busy: whether so much is held that it is worth waiting for.
+        end: when to stop waiting, by `time.monotonic`.
+    """
+    try:
+        with _Nvml() as nvml:
+            began = time.monotonic()
+            while True:
+                gpus = [nvml.facts(index) for index in range(nvml.count)]
+                there = {gpu.uuid: gpu for gpu in gpus if gpu is not None}
+                visible = visible_gpus([*there.values()], environ)
+                name = visible[rank % len(visible)] if visible else ""
+                if name not in there:
+                    # of GPUs of several kinds only CUDA knows the order; a blind rank has been told of by V1
+                    return no_health("it isn't known which GPU this rank takes" if visible else "this rank sees no GPU")
+                now = time.monotonic()
+                if now >= end or not is_busy(there[name]):
+                    return nvml.health(there[name])._replace(waited=round(now - began, 2))
+                time.sleep(min(_LOOK_SECONDS, end - now))
+    except Exception as error:  # of the driver, of nvidia-ml-py, or that it isn't there
+        return no_health(" ".join(str(error).split()) or type(error).__name__)
+
+
+def health_of_node() -> list[GpuHealth]:
+    """Read all GPUs of this machine. Never raises; empty where there are none, one without facts where they can't be read."""
+    try:
+        with _Nvml() as nvml:
+            there = [nvml.facts(index) for index in range(nvml.count)]
+            return [nvml.health(facts) for facts in there if facts is not None]
+    except ImportError:
+        return []
+    except Exception as error:  # of the driver
+        if type(error).__name__ in ("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded"):
+            return []
+        return [no_health(" ".join(str(error).split()) or type(error).__name__)]
+
+
+class _Nvml:
+    """NVML while it is open."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = import_module("pynvml")
+
+    def __enter__(self) -> _Nvml:
+        self._nvml.nvmlInit()
+        self.count = int(self._nvml.nvmlDeviceGetCount())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ask("nvmlShutdown")
+
+    def facts(self, index: int) -> GpuFacts | None:
+        """Read one GPU as the preflight does; None where a cgroup keeps it from this process."""
+        try:
+            return read_gpu(self._nvml, index)
+        except Exception as error:
+            if type(error).__name__ == "NVMLError_NoPermission":
+                return None
+            raise
+
+    def health(self, facts: GpuFacts) -> GpuHealth:
+        """Read how a GPU is."""
+        nvml = self._nvml
+        handle = nvml.nvmlDeviceGetHandleByIndex(facts.number)
+        remapped = self._ask("nvmlDeviceGetRemappedRows", handle)
+        ecc = self._ask("nvmlDeviceGetEccMode", handle)
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", handle)
+        if reasons is None:  # its name until driver 535
+            reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+        states = [self._ask("nvmlDeviceGetNvLinkState", handle, link) for link in range(_MOST_LINKS)]
+        links = [state for state in states if state is not None]
+        driver = self._ask("nvmlSystemGetDriverVersion") or ""
+        return GpuHealth(
+            facts,
+            driver.decode("utf-8", "replace") if isinstance(driver, bytes) else str(driver),
+            recovery_action=self._field(handle, "NVML_FI_DEV_GET_GPU_RECOVERY_ACTION"),
+            ecc_on=None if ecc is None else int(ecc[0]),
+            uncorrected=self._number("nvmlDeviceGetTotalEccErrors", handle, _UNCORRECTED, _VOLATILE),
+            remap_pending=None if remapped is None else int(remapped[2]),
+            remap_failed=None if remapped is None else int(remapped[3]),
+            slow_reasons=None if reasons is None else int(reasons),
+            links_up=sum(map(bool, links)),
+            links=len(links),
+            compute_mode=self._number("nvmlDeviceGetComputeMode", handle),
+            sm_mhz=self._number("nvmlDeviceGetMaxClockInfo", handle, _SM_CLOCK),
+            memory_mhz=self._number("nvmlDeviceGetMaxClockInfo", handle, _MEMORY_CLOCK),
+            power_limit=self._number("nvmlDeviceGetEnforcedPowerLimit", handle),
+            pcie_generation=self._number("nvmlDeviceGetMaxPcieLinkGeneration", handle),
+            pcie_width=self._number("nvmlDeviceGetCurrPcieLinkWidth", handle),
+        )
+
+    def _number(self, name: str, *arguments: Any) -> int | None:
+        value = self._ask(name, *arguments)
+        return None if value is None else int(value)
+
+    def _field(self, handle: Any, name: str) -> int | None:
+        number = getattr(self._nvml, name, None)
+        values = None if number is None else self._ask("nvmlDeviceGetFieldValues", handle, [number])
+        if not values or values[0].nvmlReturn != 0:
+            return None
+        return int(values[0].value.uiVal)
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._nvml, name)(*arguments)
+        except Exception:  # not known, not supported, not allowed: all the same to us
+            return None

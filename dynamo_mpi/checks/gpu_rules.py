@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules over the GPUs themselves, beside those over who sees which (`visibility_rules`). Pure; rank 0 runs them.
+
+| rule | what has to hold | |
+|---|---|---|
+| G6 | one architecture in the world, and equally many GPUs on each node | error |
+| G6 | GPUs of one product and one size | warning |
+| V6 | one driver, and one CUDA that it knows, on each node | warning |
+| V8 | no GPU is cut into instances (MIG) | error |
+| V2 | a rank's weights fit into what is free | error |
+| V2 | nobody else holds memory on a rank's GPU | warning |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.checks import gpu_visibility as visibility_rules
+from dynamo_mpi.checks.gpu_visibility import agree
+from dynamo_mpi.checks.rank_facts import by_host, groups, lines, on_hosts, where
+from dynamo_mpi.layout.finding import error, warning
+from dynamo_mpi.layout.format import counted, gib, listed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus
+    from dynamo_mpi.checks.rank_facts import HostRow, Needs
+    from dynamo_mpi.layout.finding import Finding
+
+_GIB = 2**30
+# an idle GPU holds some MiB for daemons; beyond this somebody computes on it
+_BUSY_BYTES, _BUSY_SHARE = _GIB, 0.02
+# products of one memory size differ by reserves and spare rows
+_SAME_MEMORY = 0.03
+
+
+def check_gpus(rows: Sequence[HostRow], needs: Needs) -> list[Finding]:
+    """Apply every rule about GPUs, unless they are left out; without any GPU there is nothing more to say than that."""
+    if needs.allow_no_gpu or not rows:
+        return []
+    findings = [finding for rule in visibility_rules.RULES for finding in rule(rows)]
+    if not any(row.gpus.visible for row in rows):
+        return findings
+    for rule in (check_alike, check_counts, check_drivers, check_instances):
+        findings += rule(rows)
+    return findings if needs.memory_later else [*findings, *check_busy(rows, needs)]
+
+
+def check_alike(rows: Sequence[HostRow]) -> Iterator[Finding]:
+    """G6: all GPUs of the world are of one architecture, or each rank picks other kernels and they hang; of one product at best."""
+    kinds: dict[tuple[int, str, int], list[str]] = {}
+    for row in rows:
+        for gpu in row.gpus.visible_gpus:
+            kinds.setdefault((gpu.sm, gpu.name, gpu.total_bytes), []).append(row.host)
+    found = groups({_kind(sm, name, size): hosts for (sm, name, size), hosts in kinds.items()})
+    sizes = [size for _, _, size in kinds if size]
+    if len({sm for sm, _, _ in kinds}) > 1:
+        yield error(
+            "G6",
+            "the GPUs are of different architectures",
+            found=found,
+            needed="one architecture in the whole world: each rank picks its kernels by its own GPU, and collectives hang where they differ",
+            fix="ask for nodes of one kind (sbatch --constraint=..., --gres=gpu:h100:8), and on a mixed node set CUDA_VISIBLE_DEVICES",
+        )
+    elif sizes and min(sizes) < max(sizes) * (1 - _SAME_MEMORY):
+        yield warning(
+            "G6",
+            "the GPUs have different amounts of memory",
+            found=found,
+            needed="the same on every rank: the smallest decides how many tokens the KV cache holds on all",
+            fix="ask for nodes of one kind (sbatch --constraint=..., --gres=gpu:h100:8)",
+        )
+    elif len({name for _, name, _ in kinds}) > 1:
+        yield warning(
+            "G6",
+            "the GPUs are of different products",
+            found=found,
+            needed="one product: the slowest sets the pace, and each rank tunes its kernels by itself",
+            fix="ask for nodes of one kind (sbatch --constraint=...)",
+        )
+
+
+def _kind(sm: int, name: str, size: int) -> str:
+    return f"{name}, SM{sm}, {gib(size)}" if size else f"{name}, SM{sm}"
+
+
+def check_counts(rows: Sequence[HostRow]) -> Iterator[Finding]:
+    """G6, A10: every node shows its ranks equally many GPUs; the engine has one number for all (``gpus_per_node``)."""
+    counts: dict[str, list[str]] = {}
+    for host, some in by_host(rows).items():
+        if some[0].gpus.visible and agree(some):
+            counts.setdefault(counted(len(some[0].gpus.visible), "GPU"), []).append(host)
+    if len(counts) > 1:
+        yield error(
+            "G6",
+            "the nodes show unequal numbers of GPUs",
+            found=groups(counts),
+            needed="the same number on each node: the engine takes rank // gpus_per_node for the node",
+            fix="srun --gpus-per-node=N for all nodes; drain a node that has lost a GPU",
+        )
+
+
+def check_drivers(rows: Sequence[HostRow]) -> Iterator[Finding]:
+    """V6: one driver on all nodes; NCCL has hung where they differ."""
+    drivers: dict[str, list[str]] = {}
+    for row in rows:
+        if row.gpus.driver:
+            drivers.setdefault(describe_driver(row.gpus), []).append(row.host)
+    if len(drivers) > 1:
+        yield warning(
+            "V6",
+            "the nodes have different NVIDIA drivers",
+            found=groups(drivers),
+            needed="one driver everywhere, new enough for the container's CUDA",
+            fix="leave the odd nodes out (sbatch --exclude=...), or have them updated",
+        )
+
+
+def describe_driver(gpus: NodeGpus) -> str:
+    """Write a driver with the newest CUDA that it knows."""
+    return f"{gpus.driver} (CUDA {gpus.cuda // 1000}.{gpus.cuda % 1000 // 10})" if gpus.cuda else gpus.driver
+
+
+def check_instances(rows: Sequence[HostRow]) -> Iterator[Finding]:
+    """V8: no GPU is cut into instances (MIG): they can't reach each other, so no group of ranks can span them."""
+    cut = [
+        row
+        for row in rows
+        if any(gpu.mig for gpu in row.gpus.visible_gpus) or any(name.startswith("MIG-") for name in row.gpus.visible)
+    ]
+    if cut:
+        yield error(
+            "V8",
+            f"GPUs are cut into instances (MIG): {where(cut, rows)}",
+            found=f"MIG is on, on {on_hosts(row.host for row in cut)}",
+            needed="whole GPUs: instances have no way to each other's memory, which NCCL needs",
+            fix="ask for whole GPUs (--gres=gpu:...), or as root: nvidia-smi -mig 0",
+        )
+
+
+def check_busy(rows: Sequence[HostRow], needs: Needs) -> Iterator[Finding]:
+    """V2: each rank's GPU has room for the rank's weights, and nobody else computes on it."""
+    full: list[str] = []
+    busy: dict[str, str] = {}
+    for row in rows:
+        gpu = row.gpus.facts_of(row.gpus.taken_by(row.rank))
+        if gpu is None or not gpu.total_bytes:
+            continue
+        told = f"rank {row.rank} on {row.host}, GPU {gpu.number}: {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free"
+        needed = needs.weights[row.rank] if row.rank < len(needs.weights) else 0
+        if gpu.free_bytes < needed:
+            full.append(f"{told}, its weights take {gib(needed)}; {describe_holders(gpu)}")
+        elif is_busy(gpu):
+            busy.setdefault(gpu.uuid, f"{told}; {describe_holders(gpu)}")
+    fix = "end the processes that hold it, or take other nodes; nvidia-smi on the node shows them"
+    if full:
+        message = f"the weights don't fit into what is free on the GPU of {counted(len(full), 'rank')}"
+        yield error(
+            "V2", message, found=lines(full), needed="room for the rank's weights, and for the KV cache", fix=fix
+        )
+    if busy:
+        message = f"{counted(len(busy), 'GPU')} {'is' if len(busy) == 1 else 'are'} in use by others"
+        needed_text = "free GPUs: the fullest one decides how many tokens the KV cache holds on all ranks"
+        yield warning("V2", message, found=lines([*busy.values()]), needed=needed_text, fix=fix)
+
+
+def is_busy(gpu: GpuFacts) -> bool:
+    """Does somebody compute on it?"""
+    return gpu.used_bytes > min(_BUSY_BYTES, gpu.total_bytes * _BUSY_SHARE)
+
+
+def describe_holders(gpu: GpuFacts) -> str:
+    """Say who holds its memory, as far as that can be seen."""
+    if not gpu.used_bytes:
+        return "nobody holds memory"
+    if not gpu.holders:
+        return f"{gib(gpu.used_bytes)} held by processes that can't be seen from here (another container?)"
+    return listed(f"pid {pid} holds {gib(size)}" if size else f"pid {pid}" for pid, size in gpu.holders)
+
+
+RULES = (*visibility_rules.RULES, check_alike, check_counts, check_drivers, check_instances, check_busy)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which probes run, and over which ranks: rank 0 sends it along with the verdict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from dynamo_mpi.config.worker import Settings
+    from dynamo_mpi.layout.layout import Layout
+
+Groups = tuple[tuple[int, ...], ...]
+
+WAIT_SHARE = START_SHARE = 0.5
+"""Beside the time for the probes, so much of it for memory to be given back, and so much for NCCL's processes to start."""
+NODE = "node"
+"""The kind of groups that are a node's ranks."""
+_LAYOUT_KINDS = ("tp", "moe_ep", "pp")
+
+
+class ProbePlan(NamedTuple):
+    """What every rank has to do.
+
+    Args:
+        names: the probes, in their order.
+        seconds: for what ranks do together; see `WAIT_SHARE`.
+        over: what carries the fabric probe's messages: ``nccl``, or ``mpi`` where the ranks have no GPUs.
+        groups: ranks that talk to each other, by kind: `NODE`, ``tp``, ``moe_ep`` and ``pp``, as `Layout.groups` has them.
+    """
+
+    names: tuple[str, ...]
+    seconds: float
+    over: str = "mpi"
+    groups: tuple[tuple[str, Groups], ...] = ()
+
+    def of_kind(self, kind: str) -> Groups:
+        """Return the groups of a kind; none where the plan has no such kind."""
+        return dict(self.groups).get(kind, ())
+
+    def pack(self) -> str:
+        """Write it as one text: ``gpu,fabric|30|nccl|node=0,1;2,3``."""
+        kinds = (f"{kind}={';'.join(','.join(map(str, group)) for group in groups)}" for kind, groups in self.groups)
+        return "|".join((",".join(self.names), repr(self.seconds), self.over, *kinds))
+
+    @classmethod
+    def unpack(cls, text: str) -> ProbePlan:
+        """Read what `pack` wrote."""
+        names, seconds, over, *kinds = text.split("|")
+        groups = []
+        for kind in kinds:
+            name, _, members = kind.partition("=")
+            groups.append((name, tuple(tuple(map(int, group.split(","))) for group in members.split(";"))))
+        return cls(tuple(names.split(",")), float(seconds), over, tuple(groups))
+
+
+def plan_probes(settings: Settings, layout: Layout, nodes: Mapping[str, Sequence[int]]) -> ProbePlan | None:
+    """Decide what is probed.
+
+    Args:
+        settings: the worker's.
+        layout: how its ranks are divided.
+        nodes: each node's ranks.
+
+    Returns:
+        The plan; None where nothing is probed.
+    """
+    size = sum(map(len, nodes.values()))
+    names = chosen_probes(settings, size)
+    if not names:
+        return None
+    over = "nccl" if has_gpus(settings) else "mpi"
+    by_kind = [(NODE, _tuples(nodes.values()))]
+    if layout.world_size == size:
+        by_kind += [(kind, groups) for kind in _LAYOUT_KINDS if len((groups := _tuples(layout.groups(kind)))[0]) > 1]
+    return ProbePlan(names, settings.probe_seconds, over, tuple(by_kind))
+
+
+def chosen_probes(settings: Settings, size: int) -> tuple[str, ...]:
+    """Return the probes that run. ``auto`` takes what the hardware makes cheap: nothing where the engine uses no GPU.
+
+    Args:
+        settings: the worker's.
+        size: ranks of the world.
+    """
+    if settings.probe == "none":
+        return ()
+    names = settings.probe.split(",")
+    if settings.probe == "auto":
+        names = ["gpu", "fabric"] if has_gpus(settings) else []
+    return tuple(name for name in names if not _idle(settings, size).get(name))
+
+
+def left_out(settings: Settings, size: int) -> list[str]:
+    """Say which probes were asked for, and have nothing to ask, or are none any more. Pure; as for `chosen_probes`."""
+    idle = _idle(settings, size)
+    return [f"probe {name}: {idle[name]}" for name in settings.probe.split(",") if idle.get(name)]
+
+
+def obsolete(settings: Settings) -> list[str]:
+    """Return a warning for each setting that is accepted and has no effect any more. Pure."""
+    if settings.probe_kv_seconds is None:
+        return []
+    return ["--probe-kv-seconds has no effect any more: the KV check is a step of `dynamo-mpi launch`"]
+
+
+def _idle(settings: Settings, size: int) -> dict[str, str]:
+    """Return why probes have nothing to ask, by name; empty where they have."""
+    return {
+        "fabric": "nothing to ask in a world of one rank" if size == 1 else "",
+        # accepted until 0.2
+        "kv": "moved to `dynamo-mpi launch` (--kv-check) and python -m dynamo_mpi.checks.kv; a worker leaves it out",
+    }
+
+
+def has_gpus(settings: Settings) -> bool:
+    """Do the ranks work on GPUs, which the preflight has looked at?"""
+    return settings.engine == "trtllm" and not settings.allow_no_gpu
+
+
+def memory_is_awaited(settings: Settings) -> bool:
+    """Will the GPU probe wait for memory to be given back, and judge rule V2 then? Before there is a world to be asked."""
+    return has_gpus(settings) and not settings.preflight_only and "gpu" in chosen_probes(settings, 1)
+
+
+def _tuples(groups: Iterable[Sequence[int]]) -> Groups:
+    return tuple(tuple(group) for group in groups)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one rank can tell about its host before the engine is imported: importing TensorRT-LLM is itself a collective (K1).
+
+What holds for a whole node, the versions and /dev/shm, only one rank of it looks up: reading metadata of hundreds of packages from every
+rank is what a shared file system fears.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+# distributions that every node needs alike
+PACKAGES = (
+    "tensorrt_llm",
+    "torch",
+    "flashinfer-python",
+    "deep_gemm",
+    "nvidia-cutlass-dsl",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+    "mpi4py",
+    "nvidia-modelopt",
+    "ai-dynamo",
+    "ai-dynamo-runtime",
+)
+UNKNOWN_VERSION = "of unknown version"
+# TensorRT-LLM's load balancer of experts names its segments so: moe_shared_l3_lr0_all
+LEFTOVER_PREFIX = "moe_"
+_PREFIXES = ("TLLM_", "TRTLLM_", "TRT_LLM_")
+_OTHERS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NCCL_ALGO", "NCCL_PROTO")
+# what may differ between ranks: the channel to the leader, logs, caches and diagnoses
+_FREE = ("TLLM_SPAWN_PROXY_PROCESS", "TLLM_LOG_", "TLLM_PROFILE_", "TRTLLM_CACHE_DIR", "TRTLLM_PRINT_STACKS_PERIOD")
+_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+_LONGEST_VALUE = 200
+_HEAD = 9
+
+
+class Leftover(NamedTuple):
+    """A file in /dev/shm that an earlier worker of this user may have left.
+
+    Args:
+        name: its name there.
+        size: its bytes.
+        age: seconds since it was written last.
+    """
+
+    name: str
+    size: int
+    age: int
+
+
+class HostFacts(NamedTuple):
+    """One rank's host.
+
+    Args:
+        speaks_for_node: whether this rank looked up what holds for the node; on others ``versions``, ``shm_*`` and ``leftovers`` are empty.
+        mpi_library: what the MPI library calls itself, its first words.
+        cpus: the CPUs that this rank may run on.
+        variables: environment variables that matter to the engine, each with its value; those that aren't set are left out.
+        versions: distributions with their versions; those that aren't installed are left out.
+        shm_path: where shared memory lives.
+        shm_bytes: its size; 0 where it can't be read.
+        shm_free: what is left of it.
+        leftovers: files of this user there that look like an earlier worker's.
+    """
+
+    speaks_for_node: bool
+    mpi_library: str
+    cpus: tuple[int, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
+    shm_path: str = "/dev/shm"  # noqa: S108 - not a temporary file: the mount that MPI and NCCL use
+    shm_bytes: int = 0
+    shm_free: int = 0
+    leftovers: tuple[Leftover, ...] = ()
+
+    def variable(self, name: str) -> str | None:
+        """Return the value of an environment variable; None where it isn't set."""
+        return dict(self.variables).get(name)
+
+    def version(self, package: str) -> str | None:
+        """Return the version of a distribution; None where it isn't installed."""
+        return dict(self.versions).get(package)
+
+    def pack(self) -> tuple[str, ...]:
+        """Write it as a flat list of strings, for `dynamo_mpi.common.codec`."""
+        counts = (len(self.variables), len(self.versions), len(self.leftovers))
+        return (
+            "node" if self.speaks_for_node else "",
+            self.mpi_library,
+            " ".join(map(str, self.cpus)),
+            self.shm_path,
+            str(self.shm_bytes),
+            str(self.shm_free),
+            *map(str, counts),
+            *(text for pair in (*self.variables, *self.versions) for text in pair),
+            *(str(field) for leftover in self.leftovers for field in leftover),
+        )
+
+    @classmethod
+    def unpack(cls, values: Sequence[str]) -> HostFacts:
+        """Read what `pack` wrote.
+
+        Raises:
+            ValueError: ``values`` isn't such a list.
+        """
+        if len(values) < _HEAD:
+            raise ValueError(f"{len(values)} fields are too few for the facts of a host")
+        node, library, cpus, path, size, free = values[:6]
+        variables, versions, leftovers = (int(count) for count in values[6:_HEAD])
+        if min(variables, versions, leftovers) < 0 or len(values) != _HEAD + 2 * (variables + versions) + 3 * leftovers:
+            raise ValueError(f"{len(values)} fields can't be the facts of a host")
+        end = _HEAD + 2 * (variables + versions)
+        pairs = [(values[at], values[at + 1]) for at in range(_HEAD, end, 2)]
+        left = (Leftover(values[at], int(values[at + 1]), int(values[at + 2])) for at in range(end, len(values), 3))
+        return cls(
+            node == "node",
+            library,
+            tuple(int(cpu) for cpu in cpus.split()),
+            tuple(pairs[:variables]),
+            tuple(pairs[variables:]),
+            path,
+            int(size),
+            int(free),
+            tuple(left),
+        )
+
+
+def collect(
+    mpi_library: str,
+    environ: Mapping[str, str],
+    *,
+    speaks_for_node: bool,
+    shm: str = "/dev/shm",  # noqa: S108 - see HostFacts.shm_path
+) -> HostFacts:
+    """Look around on this host. Never raises: what can't be read is left out.
+
+    Args:
+        mpi_library: what the MPI library says of itself, `world.bind_library`'s answer.
+        environ: this rank's environment.
+        speaks_for_node: look up what holds for the node as well; one rank of each is enough.
+        shm: where shared memory lives.
+    """
+    cpus, variables = _cpus(), _variables(environ)
+    library = " ".join(mpi_library.replace("\0", "").strip().split("\n")[0].split(",")[0].split())
+    if not speaks_for_node:
+        return HostFacts(False, library, cpus, variables, shm_path=shm)
+    size, free = room(shm)
+    return HostFacts(True, library, cpus, variables, tuple(_versions()), shm, size, free, tuple(_leftovers(shm)))
+
+
+def _cpus() -> tuple[int, ...]:
+    try:
+        return tuple(sorted(os.sched_getaffinity(0)))
+    except OSError:
+        return ()
+
+
+def _variables(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Return what ranks have to agree on. No secret is among it: these values travel, and stand in findings."""
+    matter = (
+        name
+        for name in sorted(environ)
+        if name in _OTHERS
+        or (name.startswith(_PREFIXES) and not name.startswith(_FREE) and not any(word in name for word in _SECRETS))
+    )
+    return tuple((name, environ[name][:_LONGEST_VALUE]) for name in matter)
+
+
+def _versions() -> Iterable[tuple[str, str]]:
+    for package in PACKAGES:
+        # a checkout on PYTHONPATH has no metadata
+        if version := version_of(package, "tensorrt_llm" if package == "tensorrt_llm" else ""):
+            yield package, version
+
+
+def version_of(package: str, module: str = "") -> str | None:
+    """Return the version of a distribution without importing it, or None where it isn't installed.
+
+    Args:
+        package: the distribution.
+        module: what it brings; where that can be imported without metadata, the version is `UNKNOWN_VERSION`.
+    """
+    from importlib import metadata
+
+    try:
+        return metadata.version(package) or UNKNOWN_VERSION
+    # KeyError: a distribution without a version
+    except (metadata.PackageNotFoundError, KeyError, OSError, ValueError):
+        return UNKNOWN_VERSION if module and _can_be_imported(module) else None
+
+
+def _can_be_imported(package: str) -> bool:
+    """Look for a package without importing it."""
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def room(path: str) -> tuple[int, int]:
+    """Return the size of a file system and what is free on it, in bytes; 0 where that can't be told."""
+    try:
+        stat = os.statvfs(path)
+    except OSError:
+        return 0, 0
+    return stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
+
+
+def _leftovers(path: str) -> Iterable[Leftover]:
+    """Yield this user's segments. Whether a process still uses one can't be told from here: it may live in another container."""
+    import time
+
+    try:
+        names = sorted(name for name in os.listdir(path) if name.startswith(LEFTOVER_PREFIX))
+    except OSError:
+        return
+    for name in names:
+        try:
+            stat = os.lstat(os.path.join(path, name))
+        except OSError:
+            continue  # gone since
+        if stat.st_uid == os.getuid():
+            yield Leftover(name, stat.st_size, max(0, int(time.time() - stat.st_mtime)))

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fabric probe over MPI, for worlds without GPUs. Nothing but the making of groups blocks in MPI: a rank that waits says for whom.
+
+A message that is under way can't be taken back, so a check that hangs ends the world; rank 0 does (`checks.run_hardware_checks`).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, EXCHANGE
+from dynamo_mpi.checks.fabric_timing import OK, FabricAnswer, Timing
+from dynamo_mpi.checks.hang_diagnosis import Note
+from dynamo_mpi.checks.peer_pings import Calls
+from dynamo_mpi.checks.tcp_counters import segments
+from dynamo_mpi.common.activity import say_doing
+from dynamo_mpi.common.fabric_payload import expected, expected_sum, outgoing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mpi4py import MPI
+
+    from dynamo_mpi.checks.fabric_steps import Step
+    from dynamo_mpi.mpi.world import World
+
+# the best of several: another process may have had the core
+_REPEATS = 8
+# what large messages may take of the time together; a slow way has shown itself by then
+_ENOUGH_SECONDS = 0.5
+_TAG = 77
+# each wait of a step has a tag for its calls: two sizes, ten operations each and as many agreements
+_CALL_TAG, _CALLS_A_STEP = 100, 100
+# a collective that takes so long has members that wait for others; who is not heard for as long again is missed
+_CALL_AFTER_SECONDS, _MISSED_AFTER_SECONDS = 0.5, 1.0
+_SPIN_SECONDS = 0.002
+_SLEEP_SECONDS = 0.001
+
+
+def measure_over_mpi(world: World, steps: Sequence[Step], began: float) -> FabricAnswer:
+    """Do this rank's part of all steps.
+
+    Args:
+        world: all ranks.
+        steps: the same on all of them.
+        began: when the probe began, by `time.monotonic`.
+    """
+    from mpi4py import MPI
+
+    begin = time.monotonic() - began
+    timings: list[Timing] = []
+    slowest: tuple[int | None, float] = (None, 0.0)
+    comms: dict[str, MPI.Comm] = {}
+    for step in steps:
+        group = step.group_of(world.rank)
+        if step.operation != EXCHANGE and step.kind not in comms:
+            comms[step.kind] = _split(world, step, group, slowest)
+        if group:
+            runner = _Runner(world, step, group, comms.get(step.kind), slowest)
+            timings += [runner.measure(size) for size in step.sizes]
+            if step.operation == EXCHANGE:
+                # not the best try: a link that loses packets now and then is fast in between
+                rate = step.sizes[-1] / runner.mean
+                slowest = min(slowest, (next(peer for peer in group if peer != world.rank), rate), key=_rate)
+    for comm in comms.values():
+        comm.Free()
+    say_doing("")
+    version = MPI.Get_library_version().partition(",")[0].splitlines()[0].strip("\0 ")
+    return FabricAnswer(OK, library=version, begin=begin, timings=tuple(timings))
+
+
+def _split(world: World, step: Step, group: Sequence[int], slowest: tuple[int | None, float]) -> MPI.Comm:
+    """Make a communicator of each group. Blocks in MPI, which only can be stuck where all pairs came through and then one went."""
+    say_doing(str(Note(step.number, 0, tuple(rank for rank in range(world.size) if rank != world.rank), *slowest)))
+    return world.comm.Split(min(group) if group else world.size, world.rank)
+
+
+def _rate(pair: tuple[int | None, float]) -> float:
+    return float("inf") if pair[0] is None else pair[1]
+
+
+class _Runner:
+    """One rank's part of one step."""
+
+    def __init__(
+        self,
+        world: World,
+        step: Step,
+        group: tuple[int, ...],
+        comm: MPI.Comm | None,
+        slowest: tuple[int | None, float],
+    ) -> None:
+        self._world, self._step, self._group, self._comm, self._slowest = world, step, group, comm, slowest
+        self._rank = world.rank
+        self._peers = [rank for rank in group if rank != self._rank]
+        self._note = Note(step.number, 0, tuple(self._peers), *slowest)
+        self._waits = self._called = 0
+        self.mean = float("inf")
+        """Seconds for one operation, of all tries with the last size."""
+
+    def measure(self, size: int) -> Timing:
+        self._note = self._note._replace(size=size)
+        say_doing(str(self._note))
+        sent, wanted, wrong_of = self._messages(size)
+        got = bytearray(len(wanted))
+        before = segments()
+        tries = [self._once(sent, got, size)]
+        wrong = () if got == wanted else wrong_of(bytes(got))
+        for _ in range(_REPEATS):
+            # how often is agreed: everybody has the slowest one's word for it
+            if not self._go_on(sum(tries[1:])):
+                break
+            tries.append(self._once(sent, got, size))
+        self.mean = sum(tries) / len(tries)
+        return Timing(self._step.number, size, min(tries[1:]), wrong, *segments().since(before))
+
+    def _go_on(self, spent: float) -> bool:
+        """Agree with the group on whether to do it again, which also brings them to the same line."""
+        mine = 1 if spent < _ENOUGH_SECONDS else 0
+        if self._comm is None:
+            (peer,) = self._peers
+            theirs = bytearray(1)
+            self._wait(
+                [self._world.comm.Irecv(theirs, peer, _TAG + 1), self._world.comm.Isend(bytes([mine]), peer, _TAG + 1)]
+            )
+            return bool(mine and theirs[0])
+        from mpi4py import MPI
+
+        everybody = bytearray(1)
+        self._wait([self._comm.Iallreduce([bytes([mine]), MPI.UNSIGNED_CHAR], [everybody, MPI.UNSIGNED_CHAR], MPI.MIN)])
+        return bool(everybody[0])
+
+    def _messages(self, size: int) -> tuple[bytes, bytes, Any]:
+        rank, group = self._rank, self._group
+        if self._step.operation == EXCHANGE:
+            (peer,) = self._peers
+            return outgoing(rank, peer, size), expected(peer, rank, size), lambda _: (peer,)
+        if self._step.operation == ALL_REDUCE:
+            return outgoing(rank, group[0], size), expected_sum(group, group[0], size), lambda _: group
+        part = _part(size, group)
+        wanted = [expected(source, rank, part) for source in group]
+
+        def wrong_of(got: bytes) -> tuple[int, ...]:
+            return tuple(source for at, source in enumerate(group) if got[at * part : (at + 1) * part] != wanted[at])
+
+        return b"".join(outgoing(rank, target, part) for target in group), b"".join(wanted), wrong_of
+
+    def _once(self, sent: bytes, got: bytearray, size: int) -> float:
+        """Do it, and return the seconds that it took."""
+        start = time.monotonic()
+        comm = self._world.comm
+        if self._step.operation == EXCHANGE:
+            (peer,) = self._peers
+            self._wait([comm.Irecv(got, peer, _TAG), comm.Isend(sent, peer, _TAG)])
+            return time.monotonic() - start
+        from mpi4py import MPI
+
+        assert self._comm is not None  # noqa: S101 - collectives have one
+        if self._step.operation == ALL_REDUCE:
+            self._wait([self._comm.Iallreduce([sent, MPI.INT32_T], [got, MPI.INT32_T], MPI.SUM)])
+        else:
+            self._wait([self._comm.Ialltoall([sent, MPI.BYTE], [got, MPI.BYTE])])
+        return time.monotonic() - start
+
+    def _wait(self, requests: list[MPI.Request]) -> None:
+        """Wait without burning a core for longer than a moment; of a collective that is late, find out for whom."""
+        from mpi4py import MPI
+
+        start = time.monotonic()
+        calls: Calls | None = None
+        self._waits += 1
+        while not MPI.Request.Testall(requests):
+            waited = time.monotonic() - start
+            if waited > _SPIN_SECONDS:
+                time.sleep(_SLEEP_SECONDS)
+            if self._comm is not None and waited > _CALL_AFTER_SECONDS:
+                if calls is None:
+                    calls = self._call()
+                unheard = calls.unheard()
+                if waited > _MISSED_AFTER_SECONDS:
+                    say_doing(str(self._note._replace(wait=self._waits, unheard=unheard)))
+        if calls is not None:
+            calls.end()
+            say_doing(str(self._note))
+
+    def _call(self) -> Calls:
+        tag = _CALL_TAG + self._step.number * _CALLS_A_STEP + self._waits
+        # others may be one wait behind: what they wait for may have come here
+        earlier = () if self._called == self._waits - 1 else (tag - 1,)
+        self._called = self._waits
+        return Calls(self._world.comm, self._peers, tag, earlier)
+
+
+def _part(size: int, group: Sequence[int]) -> int:
+    """Return how many bytes of a message each member of an all-to-all gets: whole words."""
+    return max(4, size // len(group) // 4 * 4)

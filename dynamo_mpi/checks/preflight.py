@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank 0's side of the preflight: read the files, ask the world, apply the rules, say whether to go on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.checks.hardware_check_plan import memory_is_awaited
+from dynamo_mpi.checks.rank_report import Card, Inquiry, WatchedFile, weight_files
+from dynamo_mpi.checks.rank_rules import check_roster
+from dynamo_mpi.common.errors import DataError, ModelError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.files import read_text
+from dynamo_mpi.layout.check import check_worker, exit_code_of
+from dynamo_mpi.layout.engine_config import EngineConfig
+from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
+from dynamo_mpi.layout.finding import Finding, Severity, errors, render
+from dynamo_mpi.layout.format import short_name
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.trtllm_version import TrtllmVersion, installed_trtllm_version, parse_trtllm_version
+from dynamo_mpi.mpi.placement import hosts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.checks.rank_facts import HostRow
+    from dynamo_mpi.config.worker import Settings
+    from dynamo_mpi.layout.memory import MemoryEstimate
+
+# what isn't about the layout itself, by rule; of hosts and GPUs another launch has to be made
+_EXIT_CODES = {
+    "A1": ExitCode.USAGE,
+    "A11": ExitCode.USAGE,
+    **dict.fromkeys(("D10", "G6", "K1", "K9", "V1", "V2", "V8"), ExitCode.USAGE),
+    "P1": ExitCode.USAGE,
+    "P2": ExitCode.DATA,
+    "P3": ExitCode.NO_MODEL,
+    "P4": ExitCode.USAGE,
+}
+# what they say rests on ranks that are placed well
+_PLACEMENT_RULES = ("A10", "A14")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What rank 0 read before it asked the others.
+
+    Args:
+        shape: the model's shape.
+        merged: the engine config, every layer laid over the others.
+        role: the worker's.
+        engine: what runs the model.
+        version: TensorRT-LLM's; None for the newest that we know.
+        gpu: kind of GPU; None where it wasn't said.
+        min_requests: requests of full length that should fit into the KV cache.
+        inquiry: what every rank is asked.
+        memory_later: the GPU probe will judge what is free on the GPUs.
+    """
+
+    shape: ModelShape
+    merged: MergedConfig
+    role: str
+    engine: str
+    version: TrtllmVersion | None
+    gpu: str | None
+    min_requests: int
+    inquiry: Inquiry
+    memory_later: bool = False
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine gets."""
+        return self.merged.config
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the preflight decided.
+
+    Args:
+        exit_code: OK to go on, else what every rank leaves with.
+        report: for the user; one line when all is well.
+        findings: what it rests on.
+        subject: the worker that was judged.
+        weights: bytes of each rank's weights; empty where they aren't known.
+    """
+
+    exit_code: ExitCode
+    report: str
+    findings: tuple[Finding, ...]
+    subject: Subject
+    weights: tuple[int, ...] = ()
+
+
+def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
+    """Read the model's config and the engine config.
+
+    Raises:
+        ModelError: the model folder or its config.json can't be read.
+        DataError: one of the files isn't what it should be.
+        UsageError: the version of TensorRT-LLM isn't one, or both kinds of overrides were given.
+    """
+    folder = settings.model
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise ModelError(
+            f"the model folder {folder} can't be read: {error.strerror}",
+            needed="a folder with config.json, the tokenizer's files and the weights, on every node",
+            fix="check --model / MODEL_PATH, and that the container mounts it",
+        ) from None
+    files = [_watch("model config", folder / "config.json", ModelError)]
+    quant_text = None
+    if "hf_quant_config.json" in names:
+        files.append(_watch("model config", folder / "hf_quant_config.json", ModelError))
+        quant_text = files[-1].content
+    yaml_text = None
+    if settings.engine_config is not None:
+        files.append(_watch("engine config", settings.engine_config, DataError))
+        yaml_text = files[-1].content
+    merged = merge(
+        EngineLayers(
+            settings.engine_flags,
+            yaml_text,
+            str(settings.engine_config),
+            settings.override_engine_args or "",
+            settings.dynamic_flags,
+        )
+    )
+    balancer = merged.config.moe.balancer_path
+    if balancer is not None:
+        # rank 0's alone: the leader builds the engine's arguments. D4 tells where it can't be read; ValueError: a NUL in the path
+        with contextlib.suppress(OSError, ValueError):
+            merged = with_balancer(merged, read_text(Path(balancer)))
+    for_trtllm = settings.engine == "trtllm"
+    return Plan(
+        shape=parse_model_shape(files[0].content, files[0].path, quant_text),
+        merged=merged,
+        role=settings.role,
+        engine=settings.engine,
+        version=parse_trtllm_version(settings.trtllm_version)
+        if settings.trtllm_version
+        else installed_trtllm_version(),
+        gpu=settings.gpu,
+        min_requests=settings.min_requests,
+        inquiry=Inquiry(
+            tuple(argv),
+            str(folder),
+            weight_files(names),
+            tuple(files),
+            hosts=for_trtllm,
+            gpus=for_trtllm and not settings.allow_no_gpu,
+        ),
+        memory_later=for_trtllm and memory_is_awaited(settings),
+    )
+
+
+def _watch(label: str, path: Path, error_type: type[ModelError] | type[DataError]) -> WatchedFile:
+    try:
+        return WatchedFile(label, str(path), read_text(path))
+    except OSError as error:
+        raise error_type(
+            f"the {label} {path} can't be read: {error.strerror}", fix="check the path and its rights"
+        ) from None
+
+
+def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
+    """Apply all rules to what the world answered. Pure."""
+    roster = check_roster(cards)
+    nodes = hosts(cards)
+    scattered = any(finding.rule == "A11" for finding in roster)
+    # what ranks of another version told can't be read
+    rows = _rows(cards) if plan.inquiry.hosts and not any(finding.rule == "P4" for finding in roster) else []
+    gpu = plan.gpu or _kind(rows)
+    cluster = Cluster(1, len(cards), gpu) if scattered else Cluster(len(nodes), len(cards) // len(nodes), gpu)
+    # an encode worker hands no KV over: what holds for one that does all itself holds for it
+    role = "agg" if plan.role == "encode" else plan.role
+    subject = Subject(
+        plan.shape, plan.config, cluster, role, plan.version, plan.engine, plan.min_requests, launched=True
+    )
+    checked = check_worker(subject, plan.merged.findings)
+    ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]
+    findings = [*roster, *ours, *_host_findings(plan, rows, checked.memory)]
+    told = render([finding for finding in findings if finding.severity is not Severity.INFO])
+    if stopping := errors(findings):
+        count = "1 error" if len(stopping) == 1 else f"{len(stopping)} errors"
+        report = f"preflight: {count}, nothing was loaded\n{told}"
+        if checked.nearest:
+            works = ", ".join(f"{short_name(other)} on {other.cluster}" for other in checked.nearest)
+            report += f"\nwould work: {works}"
+        return Verdict(exit_code_of(findings, _EXIT_CODES), report, tuple(findings), subject)
+    where = nodes[0] if len(nodes) == 1 else f"{len(nodes)} nodes ({nodes[0]} … {nodes[-1]})"
+    ranks = f"{len(cards)} rank{'' if len(cards) == 1 else 's'}"
+    report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}" + (f", {gpu}" if gpu else "")
+    text = report + (f"\n{told}" if told else "")
+    return Verdict(ExitCode.OK, text, tuple(findings), subject, _weights(plan, checked.memory))
+
+
+# The reference engine asks nothing of hosts and GPUs, and its start doesn't wait for these modules.
+
+
+def _rows(cards: Sequence[Card]) -> list[HostRow]:
+    from dynamo_mpi.checks.rank_facts import rows_of
+
+    return rows_of(cards)
+
+
+def _kind(rows: Sequence[HostRow]) -> str | None:
+    if not rows:
+        return None
+    from dynamo_mpi.checks.gpu_kind import kind_in
+
+    return kind_in(rows)
+
+
+def _host_findings(plan: Plan, rows: Sequence[HostRow], memory: MemoryEstimate | None) -> list[Finding]:
+    if not rows:
+        return []
+    from dynamo_mpi.checks.host_rules import check_hosts
+    from dynamo_mpi.checks.rank_facts import Needs
+
+    needs = Needs(_weights(plan, memory), not plan.inquiry.gpus, plan.memory_later)
+    return check_hosts(rows, needs)
+
+
+def _weights(plan: Plan, memory: MemoryEstimate | None) -> tuple[int, ...]:
+    if not plan.inquiry.gpus:
+        return ()
+    from dynamo_mpi.checks.host_rules import weights_by_rank
+
+    return weights_by_rank(memory)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rules over hosts and GPUs judge: a row for each rank, in rank order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.checks.host_facts import HostFacts
+from dynamo_mpi.layout.format import listed
+from dynamo_mpi.mpi.placement import describe_ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from dynamo_mpi.checks.rank_report import Card
+
+_MOST_HOSTS = 6
+_MOST_LINES = 12
+
+
+class HostRow(NamedTuple):
+    """One rank, its host and its GPUs.
+
+    Args:
+        rank: its number: its place among the rows.
+        host: its node's name.
+        facts: what it tells of the host.
+        gpus: what it tells of the node's GPUs.
+    """
+
+    rank: int
+    host: str
+    facts: HostFacts
+    gpus: NodeGpus
+
+
+class Needs(NamedTuple):
+    """What a worker asks of its hosts.
+
+    Args:
+        weights: bytes of each rank's weights, by rank; empty where they aren't known.
+        allow_no_gpu: whether the rules about GPUs are left out.
+        memory_later: whether what is free is judged after the verdict, when the GPU probe has waited for it.
+    """
+
+    weights: tuple[int, ...] = ()
+    allow_no_gpu: bool = False
+    memory_later: bool = False
+
+
+def rows_of(cards: Sequence[Card]) -> list[HostRow]:
+    """Read what ranks told of their hosts and GPUs; the cards stand in rank order, and are of this version."""
+    return [
+        HostRow(
+            rank,
+            card.host,
+            HostFacts.unpack(card.host_facts),
+            NodeGpus.unpack(card.gpu_facts) if card.gpu_facts else NodeGpus(),
+        )
+        for rank, card in enumerate(cards)
+    ]
+
+
+def by_host(rows: Iterable[HostRow]) -> dict[str, list[HostRow]]:
+    """Group rows by host, hosts in the order of their first rank."""
+    nodes: dict[str, list[HostRow]] = {}
+    for row in rows:
+        nodes.setdefault(row.host, []).append(row)
+    return nodes
+
+
+def where(some: Iterable[HostRow], rows: Sequence[HostRow]) -> str:
+    """Name ranks with their hosts: ``ranks 0-3 on n1 and 4-7 on n2``; on many hosts, only how many there are."""
+    ranks = [row.rank for row in some]
+    if len(names := dict.fromkeys(rows[rank].host for rank in ranks)) > _MOST_HOSTS:
+        return f"{len(ranks)} ranks on {on_hosts(names)}"
+    return describe_ranks(ranks, rows)
+
+
+def on_hosts(hosts: Iterable[str]) -> str:
+    """Write ``n1, n2``; of many hosts the first few."""
+    names = list(dict.fromkeys(hosts))
+    more = len(names) - _MOST_HOSTS
+    return listed(names) if more <= 0 else f"{listed(names[:_MOST_HOSTS])} and {more} more"
+
+
+def lines(parts: Sequence[str]) -> str:
+    """Put each part on a line of its own; of many the first few."""
+    more = len(parts) - _MOST_LINES
+    return "\n".join(parts if more <= 0 else [*parts[:_MOST_LINES], f"and {more} more"])
+
+
+def groups(values: Mapping[str, Iterable[str]]) -> str:
+    """Write ``2.7.0 on n1, n2; missing on n3``."""
+    return "; ".join(f"{value} on {on_hosts(hosts)}" for value, hosts in values.items())

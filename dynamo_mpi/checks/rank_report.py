@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank 0 asks of every rank, and what each answers: one broadcast, one gather.
+
+Rank 0 sends the *contents* it has read, so that a rank compares bytes instead of hashing them, and can say where they part. This module
+runs on every rank before the verdict and imports nothing beyond what MPI brought along, unless it is asked for facts of host and GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi import __version__
+from dynamo_mpi.common.codec import pack, unpack
+from dynamo_mpi.common.process import host_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.mpi.launcher import Launch
+
+
+class WatchedFile(NamedTuple):
+    """A file that must be the same on every rank.
+
+    Args:
+        label: what it is to the user, e.g. ``"engine config"``.
+        path: as every rank opens it.
+        content: what rank 0 read.
+    """
+
+    label: str
+    path: str
+    content: str
+
+
+class Inquiry(NamedTuple):
+    """Rank 0's question.
+
+    Args:
+        argv: rank 0's command line, without the program.
+        model_dir: the model folder.
+        weights: names of the weight files that rank 0 sees in it, sorted.
+        files: files to compare.
+        hosts: whether to tell of the host, which TensorRT-LLM has needs of.
+        gpus: whether to tell of the node's GPUs.
+        version: rank 0's dynamo_mpi. Another version's inquiry isn't read any further: its rest may mean something else.
+    """
+
+    argv: tuple[str, ...]
+    model_dir: str
+    weights: tuple[str, ...]
+    files: tuple[WatchedFile, ...]
+    hosts: bool = False
+    gpus: bool = False
+    version: str = __version__
+
+    def pack(self) -> bytes:
+        """Encode for the broadcast."""
+        return pack(
+            [
+                self.version,
+                "hosts" if self.hosts else "",
+                "gpus" if self.gpus else "",
+                str(len(self.argv)),
+                *self.argv,
+                self.model_dir,
+                str(len(self.weights)),
+                *self.weights,
+                *(text for file in self.files for text in file),
+            ]
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Inquiry:
+        """Decode what `pack` made."""
+        version, *values = unpack(data)
+        if version != __version__:
+            return cls((), "", (), (), version=version)
+        hosts, gpus, count, *values = values
+        argv, rest = values[: int(count)], values[int(count) :]
+        model_dir, end = rest[0], 2 + int(rest[1])
+        weights, rest = rest[2:end], rest[end:]
+        files = tuple(WatchedFile(*rest[i : i + 3]) for i in range(0, len(rest), 3))
+        return cls(tuple(argv), model_dir, tuple(weights), files, bool(hosts), bool(gpus))
+
+
+class Card(NamedTuple):
+    """One rank's answer.
+
+    Args:
+        host: this node's name.
+        visible_gpus: ``CUDA_VISIBLE_DEVICES``, empty where it isn't set.
+        version: dynamo_mpi's.
+        problems: ``label: what is wrong`` for everything that isn't as rank 0 has it.
+        host_facts: `HostFacts`, packed; empty where it wasn't asked for.
+        gpu_facts: `NodeGpus`, packed; empty where it wasn't asked for.
+        networks: `HostNetworks`, packed; of the first rank of each node, where there may be several nodes, else empty.
+    """
+
+    host: str
+    visible_gpus: str
+    version: str
+    problems: tuple[str, ...]
+    host_facts: tuple[str, ...] = ()
+    gpu_facts: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+
+    def pack(self) -> bytes:
+        """Encode for the gather."""
+        parts = (self.problems, self.host_facts, self.gpu_facts, self.networks)
+        counts = (str(len(part)) for part in parts[:-1])
+        return pack([self.host, self.visible_gpus, self.version, *counts, *(value for part in parts for value in part)])
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Card:
+        """Decode what `pack` made; of a card of another version, what all versions have."""
+        host, gpus, version, *values = unpack(data)
+        if version != __version__:
+            return cls(host, gpus, version, ())
+        counts, rest = map(int, values[:3]), iter(values[3:])
+        problems, host_facts, gpu_facts = (tuple(islice(rest, count)) for count in counts)
+        return cls(host, gpus, version, problems, host_facts, gpu_facts, tuple(rest))
+
+
+def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str], mpi_library: str = "") -> Card:
+    """Answer ``inquiry`` for this rank. Never raises: whatever can't be read becomes a problem.
+
+    Args:
+        inquiry: rank 0's question.
+        launch: how this rank was started.
+        argv: its command line, without the program.
+        mpi_library: what its MPI library calls itself.
+    """
+    if inquiry.version != __version__:
+        return Card(host_name(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), __version__, ())
+    first_of_node = launch.local_rank in (0, None)
+    problems: list[str] = []
+    if tuple(argv) != inquiry.argv:
+        problems.append(f"command line: is `{' '.join(argv)}`, on rank 0 `{' '.join(inquiry.argv)}`")
+    problems += [f"{file.label}: {found}" for file in inquiry.files if (found := _compare(file))]
+    if inquiry.weights and (found := _weights(inquiry, each_file=first_of_node)):
+        problems.append(f"model: {found}")
+    return Card(
+        host_name(),
+        os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        __version__,
+        tuple(problems),
+        _host_facts(mpi_library, first_of_node) if inquiry.hosts else (),
+        _gpu_facts() if inquiry.gpus else (),
+        # where all ranks are on one node, none needs it
+        _networks() if first_of_node and launch.size != 1 and launch.local_size != launch.size else (),
+    )
+
+
+def _host_facts(mpi_library: str, first_of_node: bool) -> tuple[str, ...]:
+    from dynamo_mpi.checks.host_facts import collect
+
+    return collect(mpi_library, os.environ, speaks_for_node=first_of_node).pack()
+
+
+def _networks() -> tuple[str, ...]:
+    from dynamo_mpi.common.interfaces import host_networks
+
+    return host_networks().pack()
+
+
+def _gpu_facts() -> tuple[str, ...]:
+    from dynamo_mpi.checks.gpu_facts import read_gpus
+
+    return read_gpus(os.environ).pack()
+
+
+def _compare(file: WatchedFile) -> str:
+    try:
+        # no TextIOWrapper: newline translation would hide a difference
+        with open(file.path, "rb") as stream:
+            mine = stream.read().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        return f"{file.path} can't be read: {error.strerror}"
+    if mine == file.content:
+        return ""
+    here, there = mine.splitlines(keepends=True), file.content.splitlines(keepends=True)
+    for number, (a, b) in enumerate(zip(here, there, strict=False), 1):
+        if a != b:
+            return f"{file.path} differs, first at line {number}: {_excerpt(a, b)}, on rank 0 {_excerpt(b, a)}"
+    return f"{file.path} differs: {len(here)} lines, on rank 0 {len(there)}"
+
+
+def _excerpt(line: str, other: str) -> str:
+    """Return ``line`` around the place where it parts from ``other``, with blanks and line ends to be seen."""
+    alike = next((at for at, (a, b) in enumerate(zip(line, other, strict=False)) if a != b), min(len(line), len(other)))
+    start = max(0, alike - 30)
+    end = start + 60
+    return ("..." if start else "") + repr(line[start:end]) + ("..." if end < len(line) else "")
+
+
+def weight_files(names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of a folder's file names that hold weights, sorted."""
+    return tuple(sorted(name for name in names if name.endswith((".safetensors", ".gguf", ".bin"))))
+
+
+def _weights(inquiry: Inquiry, *, each_file: bool) -> str:
+    try:
+        names = set(weight_files(os.listdir(inquiry.model_dir)))
+    except OSError as error:
+        return f"{inquiry.model_dir} can't be read: {error.strerror}"
+    if missing := [name for name in inquiry.weights if name not in names]:
+        return f"{inquiry.model_dir} lacks {len(missing)} of {len(inquiry.weights)} weight files, first {missing[0]}"
+    if each_file:  # once per node: opening hundreds of shards from every rank is what a shared file system fears
+        for name in inquiry.weights:
+            if not os.access(os.path.join(inquiry.model_dir, name), os.R_OK):
+                return f"{os.path.join(inquiry.model_dir, name)} can't be read"
+    return ""

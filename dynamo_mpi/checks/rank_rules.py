@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules over all ranks' cards: is this one world, on nodes that agree? Pure; rank 0 runs them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout.finding import Finding, Severity
+from dynamo_mpi.mpi.placement import describe_ranks, hosts, spans
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.checks.rank_report import Card
+
+
+def check_roster(cards: Sequence[Card]) -> list[Finding]:
+    """Apply every rule to the cards, which stand in rank order."""
+    # what ranks of another version call a problem may mean nothing here
+    return [*_placement(cards), *(_versions(cards) or _problems(cards))]
+
+
+def _placement(cards: Sequence[Card]) -> list[Finding]:
+    """A11: the engine takes node = rank // ranks per node, so every node holds equally many, consecutive ranks
+    (``mapping.py: MappingBase.node_rank``)."""
+    counts = {host: [i for i, card in enumerate(cards) if card.host == host] for host in hosts(cards)}
+    if len(counts) == 1:
+        return []
+    found = "; ".join(f"{host}: {spans(ranks)}" for host, ranks in counts.items())
+    per_node = -(-len(cards) // len(counts))
+    if len({len(ranks) for ranks in counts.values()}) > 1:
+        message = "the nodes hold unequal numbers of ranks"
+        fix = f"srun --ntasks-per-node={per_node} ..., or mpirun --map-by ppr:{per_node}:node"
+    elif any(ranks[-1] - ranks[0] + 1 != len(ranks) for ranks in counts.values()):
+        message = "the ranks are not placed in blocks"
+        fix = f"srun --distribution=block ..., or mpirun --map-by ppr:{per_node}:node --rank-by slot"
+    else:
+        return []
+    needed = "equally many, consecutive ranks on each node"
+    return [Finding("A11", Severity.ERROR, message, found=found, needed=needed, fix=fix)]
+
+
+_SUBJECTS = {
+    "command line": ("P1", "start every rank with the same command"),
+    "engine config": ("P2", "put the same file on every node, or use one path on a shared file system"),
+    "model config": ("P3", "put the same model folder on every node, or use one path on a shared file system"),
+    "model": (
+        "P3",
+        "put the same model folder on every node, readable by you, or use one path on a shared file system",
+    ),
+}
+
+
+def _problems(cards: Sequence[Card]) -> list[Finding]:
+    """P1-P3: what every rank must have alike. Ranks with the same trouble share one finding."""
+    groups: dict[str, list[int]] = {}
+    for rank, card in enumerate(cards):
+        for problem in card.problems:
+            groups.setdefault(problem, []).append(rank)
+    findings = []
+    for problem, ranks in groups.items():
+        label, _, text = problem.partition(": ")
+        rule, fix = _SUBJECTS[label]
+        findings.append(
+            Finding(
+                rule,
+                Severity.ERROR,
+                f"the {label} is not the same everywhere: {describe_ranks(ranks, cards)}",
+                found=text,
+                needed=f"the same {label} on all {len(cards)} ranks",
+                fix=fix,
+            )
+        )
+    return findings
+
+
+def _versions(cards: Sequence[Card]) -> list[Finding]:
+    """P4: one dynamo_mpi everywhere: ranks of different versions may not understand each other."""
+    odd = [rank for rank, card in enumerate(cards) if card.version != cards[0].version]
+    if not odd:
+        return []
+    return [
+        Finding(
+            "P4",
+            Severity.ERROR,
+            f"dynamo_mpi is not the same everywhere: {describe_ranks(odd, cards)}",
+            found=", ".join(sorted({cards[rank].version for rank in odd})) + f"; rank 0 has {cards[0].version}",
+            needed=f"version {cards[0].version} on all {len(cards)} ranks",
+            fix="install one version everywhere, or mount one checkout",
+        )
+    ]
+
+
+RULES = (_placement, _problems, _versions)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading JSON and YAML that people wrote: strictly, since what a lenient reader lets through turns up minutes later inside the engine.
+
+Both refuse duplicate keys (the usual readers keep the last one in silence), anything but a mapping at the top, and more than any real file
+of the kind holds. Every complaint is a `DataError` with the path in it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.common.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MAX_SIZE = 2**31 - 1
+"""The engine keeps its sizes in 32 bits."""
+_LARGEST = 1e300
+_MAX_NODES = 100_000
+_MAX_DEPTH = 100
+_MAX_DIGITS = 1000
+_YAML_INT = "tag:yaml.org,2002:int"
+
+
+def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        text: its text.
+        path: where it was found, for messages.
+        needed: what should stand there, for messages.
+
+    Raises:
+        DataError: it isn't JSON, isn't an object, or has a key twice.
+    """
+    import json
+    from collections import Counter
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        mapping = dict(pairs)
+        if len(mapping) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise DataError(
+                f"{path} has the key {_short(twice)} twice in one object",
+                needed="each key once",
+                fix="remove the one that isn't meant",
+            )
+        return mapping
+
+    try:
+        loaded = json.loads(text, object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}", needed=needed) from None
+    if not isinstance(loaded, dict):
+        raise DataError(f"{path} holds a {type(loaded).__name__}, not an object", needed=needed)
+    return loaded
+
+
+def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Args:
+        text: its text.
+        path: where it was found, for messages.
+        needed: what should stand there, for messages.
+        may_be_empty: nothing is an empty mapping; else it is refused, as TensorRT-LLM refuses it.
+
+    Raises:
+        DataError: it isn't one YAML document, isn't a mapping, has a key twice or a node inside itself, or is too large once its aliases
+            are written out.
+    """
+    # not at the top: ranks other than 0 import this module's neighbours, never a YAML reader
+    import yaml
+
+    loader = None
+    try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _check_node(node, path)
+        loaded = None if node is None else loader.construct_document(node)
+    # PyYAML lets through what int() and date() say of impossible numbers and dates
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+        told = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
+        raise DataError(f"{path} is not YAML: {told}", needed=needed, fix="correct it there") from None
+    # and what becomes of "!!bool 7"
+    except (LookupError, AttributeError):
+        raise DataError(f"{path} is not YAML: a value isn't what its tag (!!name) says", needed=needed) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+    if loaded is None and may_be_empty:
+        return {}
+    if loaded is None:
+        raise DataError(f"{path} is empty", needed=needed, fix="write the config, or leave the flag out")
+    if not isinstance(loaded, dict):
+        raise DataError(f"{path} holds a {type(loaded).__name__}, not a mapping", needed="`key: value` lines")
+    return loaded
+
+
+def _check_node(root: Any, path: str) -> None:
+    """Walk the node graph before anything is built from it: it may contain itself, or grow without bounds through aliases."""
+    import yaml
+
+    seen = 0
+    above: set[int] = set()
+
+    def walk(node: Any, depth: int) -> None:
+        nonlocal seen
+        seen += 1
+        if id(node) in above:
+            raise DataError(
+                f"{path}, line {node.start_mark.line + 1}: a value contains itself through an alias (*name)",
+                needed="a finite config",
+            )
+        if seen > _MAX_NODES or depth > _MAX_DEPTH:
+            raise DataError(f"{path} is too large or too deeply nested once its aliases are written out")
+        above.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            keys: set[tuple[str, str]] = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if (key.tag, key.value) in keys:
+                        raise DataError(
+                            f"{path}, line {key.start_mark.line + 1}: the key {_short(key.value)} stands there for the second time",
+                            needed="each key once",
+                            fix="remove the one that isn't meant",
+                        )
+                    keys.add((key.tag, key.value))
+                walk(key, depth + 1)
+                walk(value, depth + 1)
+        elif isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                walk(item, depth + 1)
+        elif node.tag == _YAML_INT and len(node.value) > _MAX_DIGITS:
+            # Python writes no such number down again: `str` and `repr` refuse
+            raise DataError(
+                f"{path}, line {node.start_mark.line + 1}: a number of {len(node.value)} characters",
+                needed=f"at most {_MAX_DIGITS}",
+            )
+        above.discard(id(node))
+
+    walk(root, 0)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class Reader:
+    """Takes typed values out of one mapping, and says where one stood that is none.
+
+    Args:
+        values: the mapping.
+        path: where it was found, for messages: a file's path.
+        prefix: keys above this mapping, with a dot after each.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str, prefix: str = "") -> None:
+        self.values = values
+        self._path = path
+        self._prefix = prefix
+
+    def has(self, key: str) -> bool:
+        """Is there a value, other than null?"""
+        return self.values.get(key) is not None
+
+    def size(self, *keys: str, minimum: int = 1, maximum: int = MAX_SIZE) -> int | None:
+        """Return the first of ``keys`` that has a value, a whole number; None where none has."""
+        for key in keys:
+            value = self.values.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+                needed = "a positive whole number" if minimum == 1 else f"a whole number of at least {minimum}"
+                raise self.bad(key, needed if maximum == MAX_SIZE else f"{needed}, at most {maximum}")
+            return value
+        return None
+
+    def number(self, key: str) -> float | None:
+        """Return a number; what range it has to be in is a rule's to say."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+            raise self.bad(key, "a number")
+        return float(value)
+
+    def switch(self, key: str) -> bool | None:
+        """Return true, false, or None where it isn't said."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.bad(key, "true or false")
+        return value
+
+    def text(self, key: str) -> str | None:
+        """Return a string."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.bad(key, "a text")
+        return value
+
+    def sizes(self, key: str, minimum: int = 1) -> tuple[int, ...] | None:
+        """Return a list of whole numbers."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(
+            isinstance(item, int) and not isinstance(item, bool) and minimum <= item <= MAX_SIZE for item in value
+        ):
+            raise self.bad(key, f"a list of whole numbers of at least {minimum}")
+        return tuple(value)
+
+    def section(self, key: str) -> Reader:
+        """Return a nested mapping; an empty one where it isn't there."""
+        value = self.values.get(key)
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            raise self.bad(key, "a mapping")
+        return Reader(value, self._path, f"{self._prefix}{key}.")
+
+    def bad(self, key: str, needed: str) -> DataError:
+        """Return the error to raise for the value of ``key``."""
+        return DataError(f"{self._path}: {self._prefix}{key} is {_short(self.values.get(key))}", needed=needed)

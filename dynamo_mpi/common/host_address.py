@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The address at which something here listens: one of this host's, which other hosts can reach."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_interface, ip_network
+
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.interfaces import host_networks, read_interfaces
+from dynamo_mpi.common.networks import best_address
+from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, is_free
+
+Address = IPv4Address | IPv6Address
+# of blocks that are never routed: connecting a datagram socket sends nothing, and chooses the way that others would be reached by
+_ELSEWHERE = ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1"))
+_DISCARD_PORT = 9
+
+
+def host_address(choice: str | None, setting: str) -> str:
+    """Return an address of this host: the first IPv4 address that fits, or else the first IPv6 address.
+
+    Args:
+        choice: an interface (``ib0``), a network of which this host has an address (``10.1.0.0/16``, ``fd00::/64``), or an address. None:
+            the one that this host's name stands for, or, where that is loopback, the one by which others are reached, or else one of its
+            fastest interface; loopback where it has no other.
+        setting: what the choice is made by, for the error.
+
+    Raises:
+        UsageError: this host has none like that, or only a link-local one.
+    """
+    if choice is None:
+        return _own_address()
+    found = interface_addresses()
+    fitting = _fitting(choice, found)
+    if reachable := [address for address in fitting if not _is_link_local(address)]:
+        return str(reachable[0])
+    if fitting:
+        raise UsageError(
+            f"by {choice} this host has only {fitting[0]}, a link-local address",
+            needed="an address that means the same on every host: a link-local one means a neighbour of whoever uses it",
+            fix=f"give the interface another address, or set {setting} to another",
+        )
+    raise UsageError(
+        f"this host has no address by {choice}; it has "
+        + (", ".join(f"{name} {' '.join(map(str, addresses))}" for name, addresses in found.items()) or "none"),
+        needed="an interface, a network or an address of this host",
+        fix=f"correct {setting}",
+    )
+
+
+def service_address(choice: str | None, setting: str) -> str:
+    """Return an address of this host, as `host_address` does, also by a name of this host.
+
+    Raises:
+        UsageError: this host has none like that.
+    """
+    if choice is None or choice == socket.gethostname():
+        return _own_address()
+    try:
+        return host_address(choice, setting)
+    except UsageError:
+        for address in _resolved(choice):
+            if address not in ANY_ADDRESS and _is_own(address):
+                return address
+        raise
+
+
+def is_here(host: str) -> bool:
+    """Return whether a name or an address stands for an address of this host."""
+    return any(map(_is_own, _resolved(host)))
+
+
+def _is_own(address: str) -> bool:
+    return is_free(0, address)  # a socket can be bound to an address of this host only
+
+
+def _resolved(name: str) -> list[str]:
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):  # no name, or none that a name can be
+        return []
+    return [str(place[0]) for _, _, _, _, place in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
+
+
+def interface_addresses() -> dict[str, list[Address]]:
+    """Return this host's interfaces with their addresses, IPv4 first.
+
+    Raises:
+        OSError: they can't be asked for.
+    """
+    found: dict[str, list[Address]] = {}
+    for interface in read_interfaces():
+        addresses = (ip_interface(address).ip for address in interface.addresses)
+        found[interface.name] = sorted(addresses, key=lambda address: address.version)
+    return found
+
+
+def _fitting(choice: str, found: dict[str, list[Address]]) -> Sequence[Address]:
+    if choice in found:
+        return found[choice]
+    try:
+        network = ip_network(choice.partition("%")[0], strict=False)
+    except ValueError:
+        return ()
+    return [address for addresses in found.values() for address in addresses if address in network]
+
+
+def _is_link_local(address: Address) -> bool:
+    return isinstance(address, IPv6Address) and address.is_link_local
+
+
+def known_address() -> str:
+    """Return the address that this host's name stands for, or, where that is loopback, the one by which others are reached; empty where
+    there is neither."""
+    with contextlib.suppress(OSError, UnicodeError):
+        known = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+        addresses = [
+            ip_address(str(place[0])) for *_, place in sorted(known, key=lambda info: info[0] != socket.AF_INET)
+        ]
+        for address in addresses:
+            if not (address.is_loopback or _is_link_local(address)):
+                return str(address)
+    for family, elsewhere in _ELSEWHERE:
+        if found := source_address(family, elsewhere):
+            return found
+    return ""
+
+
+def source_address(family: int, elsewhere: str) -> str:
+    """Return the address of this host from which another is reached, which is not asked; empty where there is no way to it."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((elsewhere, _DISCARD_PORT))
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
+
+
+def _own_address() -> str:
+    # a host of a closed network may have neither a name that others know nor a way to elsewhere
+    return known_address() or best_address(host_networks()) or LOOPBACK

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank logs: lines on stderr and in the rank's log file, each with rank and host once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dynamo_mpi.common.log_record import Fact
+
+
+class RankLogger:
+    """Logs for one rank, without the secrets in a text. From any thread and from a signal's handler; nothing here raises.
+
+    Cheap until it logs something: a rank that logs nothing opens no file for it.
+
+    Args:
+        rank: this rank.
+        host: this node.
+    """
+
+    def __init__(self, rank: int, host: str) -> None:
+        self.rank, self.host = rank, host
+
+    def debug(self, text: str) -> None:
+        """Log details, which are left out by default."""
+        self._emit("DEBUG", text)
+
+    def info(self, text: str, fields: Mapping[str, Fact] | None = None) -> None:
+        """Log what the rank does.
+
+        Args:
+            text: for people.
+            fields: the same for programs: fields of the line if it is JSON (``DYN_LOGGING_JSONL``).
+        """
+        self._emit("INFO", text, fields)
+
+    def warning(self, text: str) -> None:
+        """Log a problem that the worker goes on with; the line begins with ``warning: ``."""
+        self._emit("WARN", f"warning: {text}")
+
+    def error(self, text: str) -> None:
+        """Log why the worker ends, as it is: a report begins with ``error in PHASE: `` itself. It is never left out."""
+        self._emit("ERROR", text)
+
+    def _emit(self, level: str, text: str, fields: Mapping[str, Fact] | None = None) -> None:
+        try:
+            from dynamo_mpi.common.log_levels import Level
+            from dynamo_mpi.common.log_writer import log_writer
+        except Exception as error:  # the file system has gone, or a signal came in the middle of this very import
+            with contextlib.suppress(OSError):
+                why = f"what it has to say can't be cleared of secrets: {type(error).__name__}"
+                os.write(2, f"dynamo_mpi: rank {self.rank} on {self.host}: {why}\n".encode())
+            return
+        log_writer.emit(self.rank, self.host, text, Level[level], fields)
+
+
+def print_trtllm_launch_line(kind: str, rank: int, size: int) -> None:
+    """Write the line that users of ``trtllm-llmapi-launch`` look for.
+
+    Args:
+        kind: ``"leader"`` or ``"worker"``.
+        rank: this rank.
+        size: ranks of the world.
+    """
+    from dynamo_mpi.common.log_levels import Level
+    from dynamo_mpi.common.log_writer import log_writer
+
+    text = f"rank{rank} run mgmn {kind} node with mpi_world_size: {size} ..."
+    if log_writer.format.jsonl:
+        log_writer.emit(rank, os.uname().nodename, text, Level.INFO)
+    else:
+        log_writer.write_raw(f"{text}\n".encode())

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes all log lines of this process: without secrets, to stderr and, if there is one, to the rank's log file.
+
+It may be called from any thread and from a signal's handler. A line is one call to the system, so that lines of different ranks don't mix.
+Status lines that stand at the end of a terminal are erased for it, and drawn again below it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi.common.log_levels import Level, is_true, least_level
+from dynamo_mpi.common.log_record import Line
+from dynamo_mpi.common.redact import own_redactor
+from dynamo_mpi.common.rotating_file import LogFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from dynamo_mpi.common.log_record import Fact
+
+_LINES_KEPT = 100
+_WIDTH = 80
+# a thread that was stopped in the middle of a line is no reason for silence
+_LOCK_SECONDS = 1.0
+
+
+class LogFormat(NamedTuple):
+    """How lines are written.
+
+    Args:
+        least: the level below which they are left out.
+        jsonl: each is a JSON object.
+    """
+
+    least: int = int(Level.INFO)
+    jsonl: bool = False
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> LogFormat:
+        """Read Dynamo's ``DYN_LOG`` and ``DYN_LOGGING_JSONL``."""
+        return cls(least_level(environ.get("DYN_LOG", "")), is_true(environ.get("DYN_LOGGING_JSONL", "")))
+
+
+class LogWriter:
+    """Writes lines.
+
+    Args:
+        format: how they are written.
+    """
+
+    def __init__(self, format: LogFormat) -> None:
+        self.format = format
+        # a handler may interrupt the very thread that holds it
+        self._lock = threading.RLock()
+        self._file: LogFile | None = None
+        # lines that were written before the log file was known
+        self._early: collections.deque[bytes] | None = collections.deque(maxlen=_LINES_KEPT)
+        self._drawn: Sequence[str] = ()
+        self._is_visible = False
+
+    def emit(
+        self,
+        rank: int | None,
+        host: str,
+        text: str,
+        level: Level,
+        fields: Mapping[str, Fact] | None = None,
+    ) -> None:
+        """Write a line. See `Line`. Errors are never left out."""
+        if level < self.format.least and level < Level.ERROR:
+            return
+        cleaned = {name: _clean(fact) for name, fact in (fields or {}).items()}
+        line = Line(time.time(), level, rank, host, own_redactor().redact(text), cleaned)
+        shown = line.as_json() if self.format.jsonl else line.as_text()
+        with self._locked():
+            self._show(_encoded(shown))
+            self._log(_encoded(shown if self.format.jsonl else line.as_logged()), rank, host)
+
+    def write_raw(self, data: bytes) -> None:
+        """Write what another process has written, as it is."""
+        with self._locked():
+            self._show(data)
+
+    def open_file(self, folder: str, label: str, rank: int) -> None:
+        """Write all lines to a file too, also those that were written already.
+
+        Args:
+            folder: for the file; empty for none.
+            label: begins its name.
+            rank: ours.
+        """
+        with self._locked():
+            early, self._early = self._early or (), None
+            if not folder:
+                return
+            self._file = LogFile(os.path.join(folder, f"{label}-rank-{rank}.log"))
+            for line in early:
+                self._log(line, rank, os.uname().nodename)
+
+    @property
+    def has_destination(self) -> bool:
+        """Whether the log file is known, or that there is none."""
+        return self._early is None
+
+    def forget_history(self) -> None:
+        """Drop the lines that were written so far: after a fork, they are the other process's."""
+        with self._locked():
+            self._early = collections.deque(maxlen=_LINES_KEPT)
+
+    def set_status_lines(self, lines: Sequence[str]) -> None:
+        """Draw lines at the terminal's end in place of those that were drawn before; none erases them. Only for a terminal."""
+        with self._locked():
+            before, self._drawn = self._erasure(), tuple(lines)
+            _write(before + self._drawing())
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        taken = self._lock.acquire(timeout=_LOCK_SECONDS)
+        try:
+            yield
+        finally:
+            if taken:
+                self._lock.release()
+
+    def _show(self, data: bytes) -> None:
+        if sys.stderr is not None:  # closed by whoever started us
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.flush()
+        # behind half a line there is no place for it until the next time
+        _write(self._erasure() + data + (self._drawing() if data.endswith(b"\n") else b""))
+
+    def _erasure(self) -> bytes:
+        """Return what takes away what is drawn: up to its first line, and all below."""
+        if not self._is_visible:
+            return b""
+        self._is_visible = False
+        try:
+            # a terminal that doesn't know its size says 0
+            width = os.get_terminal_size(2).columns or _WIDTH
+        except OSError:
+            return b""
+        # the terminal may be narrower than it was
+        rows = sum(max(1, -(-len(line) // width)) for line in self._drawn)
+        return f"\x1b[{rows}A\r\x1b[J".encode()
+
+    def _drawing(self) -> bytes:
+        self._is_visible = bool(self._drawn)
+        return _encoded("".join(f"{line}\n" for line in self._drawn))
+
+    def _log(self, line: bytes, rank: int | None, host: str) -> None:
+        if self._early is not None:
+            self._early.append(line)
+        if self._file is None:
+            return
+        try:
+            self._file.write(line)
+        except OSError as error:
+            path, self._file = self._file.path, None
+            text = f"warning: the log file {path} can't be written, so there is none: {error.strerror}"
+            self.emit(rank, host, text, Level.WARN)
+
+
+def _clean(fact: Fact) -> Fact:
+    return own_redactor().redact(fact) if isinstance(fact, str) else fact
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "replace")
+
+
+def _write(data: bytes) -> None:
+    if data:
+        with contextlib.suppress(OSError):  # whoever read our words has gone; that is no reason to fail
+            os.write(2, data)
+
+
+log_writer = LogWriter(LogFormat.of(os.environ))
+"""This process's."""

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open files of rank 0: a connection to every other rank, and all that serving needs, have to fit under the process's limit."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+
+from dynamo_mpi.common.errors import UsageError
+
+SERVING_FILES = 256
+"""What rank 0 opens besides the connections to its ranks: the engine's libraries, etcd, Dynamo's runtime, clients."""
+
+
+def allow_open_files(connections: int) -> None:
+    """Raise this process's soft limit of open files, where ``connections`` wouldn't fit under it.
+
+    Raises:
+        UsageError: the hard limit doesn't allow as many.
+    """
+    needed = connections + SERVING_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        with contextlib.suppress(OSError, ValueError):  # then the kernel's own limit is the smaller one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+            return
+    raise UsageError(
+        f"rank 0 may have {hard} files open",
+        needed=f"{needed}: a connection to each of the other ranks, and what it serves with",
+        fix=f"raise the limit on rank 0's node: ulimit -n {needed} where the ranks are started, LimitNOFILE= of slurmd's unit (srun's "
+        "--propagate=NOFILE hands on the submitting shell's), --ulimit nofile of a container",
+    )

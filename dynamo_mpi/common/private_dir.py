@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that are their user's alone: that of one run, for logs, data and sockets, and the check of one that the user names.
+
+The lock file of a run's folder is held as long as the run lives. A run that was killed with SIGKILL can't remove its folder; the next
+run does, because nobody holds that lock any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from dynamo_mpi.common.errors import UsageError
+
+PREFIX = "dynamo-mpi-local-"
+LOCK = "lock"
+_WRITABLE_BY_OTHERS = 0o022
+
+
+@contextlib.contextmanager
+def private_dir(parent: Path | None = None, *, prefix: str = PREFIX) -> Iterator[Path]:
+    """Make a folder only this user can enter, and remove it at the end with all that is in it.
+
+    Args:
+        parent: where; None takes the one for temporary files.
+        prefix: of its name, and of those that are swept.
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    sweep(parent, prefix)
+    folder, lock = _create(parent, prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep(parent: Path, prefix: str = PREFIX) -> None:
+    """Remove this user's folders whose run is gone."""
+    for folder in parent.glob(prefix + "*"):
+        try:
+            if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
+                continue
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:
+            pass  # its run is alive, or nobody can tell: not every file system has locks
+        finally:
+            os.close(lock)
+
+
+def _create(parent: Path, prefix: str) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another run's sweep came between: that folder is lost
+            os.close(lock)
+            continue
+        except OSError:
+            pass  # no locks here, so no sweep will take it either
+        if (folder / LOCK).exists():
+            return folder, lock
+        os.close(lock)  # a whole sweep came between
+
+
+def require_private(folder: Path) -> None:
+    """Refuse a folder that is somebody else's, or that others can write in.
+
+    Raises:
+        UsageError: it is such a folder.
+        OSError: it can't be looked at.
+    """
+    status = folder.stat()
+    if status.st_uid != os.geteuid():
+        raise UsageError(
+            f"the job's folder {folder} belongs to user {status.st_uid}",
+            needed=f"a folder of user {os.geteuid()}: it holds the job's credentials",
+            fix="another --run-dir",
+        )
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        raise UsageError(
+            f"others can write in the job's folder {folder} (mode {status.st_mode & 0o7777:04o})",
+            needed="a folder that only you can write: it holds the job's credentials",
+            fix=shlex.join(["chmod", "700", str(folder)]),
+        )

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors as anybody may read them, who asks a port or a supervisor."""
+
+from __future__ import annotations
+
+from dynamo_mpi.common.failure import in_short
+from dynamo_mpi.common.redact import own_redactor
+
+
+def shown(text: str) -> str:
+    """Return an error on one line, without what isn't for everybody."""
+    return own_redactor().redact(in_short(text))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C, SIGTERM and SIGHUP as a fact to look at, not as an exception out of nowhere.
+
+A handler that raises could strike between a child's start and its being written down. Here the handlers only
+take note; the code that waits raises ``Interrupted`` where it can be dealt with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+from dynamo_mpi.common.exit_codes import of_signal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(Exception):
+    """The user, or whoever started us, wants an end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
+        self.exit_code = of_signal(number)
+
+
+class Interrupts:
+    """Takes note of signals while it is entered. For the main thread only.
+
+    Args:
+        signals: those that mean an end.
+    """
+
+    def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
+        self._signals = signals
+        self.first: int | None = None
+        self.count = 0
+        self._saved: dict[int, Any] = {}
+        self._socket: socket.socket | None = None
+        self._wake_read = self._wake_write = -1
+
+    def __enter__(self) -> Interrupts:
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in self._signals:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs, stay as they are
+                self._saved[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._saved.items():
+            signal.signal(number, handler)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.first is None:
+            self.first = number
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes just as well
+            os.write(self._wake_write, b"!")
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def check(self) -> None:
+        """Raise ``Interrupted`` if a signal has come."""
+        if self.first is not None:
+            raise Interrupted(self.first)
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, less if a signal comes. Does not raise."""
+        readable, _, _ = select.select([self._wake_read], [], [], max(0.0, seconds))
+        if readable:
+            os.read(self._wake_read, 4096)
+
+    def pause(self, seconds: float) -> None:
+        """Sleep, and raise ``Interrupted`` as soon as a signal comes."""
+        self.check()
+        self.sleep(seconds)
+        self.check()
+
+    @contextlib.contextmanager
+    def closing(self, connected: socket.socket) -> Iterator[None]:
+        """Shut the socket down when a signal comes, so that a blocking read on it ends."""
+        self._socket = connected
+        try:
+            self.check()
+            yield
+        finally:
+            self._socket = None

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamo's flags that end up in the engine's config, as ``dynamo.trtllm`` has them, with its variables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.config.options import Option, to_fraction, to_path, to_size, to_switch, to_text
+from dynamo_mpi.layout.gpus import GPUS, find_gpu
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def to_gpu(text: str) -> str:
+    """Read the name of a kind of GPU."""
+    try:
+        return find_gpu(text).name
+    except UsageError as error:
+        raise ValueError(error.needed) from None
+
+
+def _size(name: str, *more: str) -> Option:
+    flag = "--" + name.replace("_", "-")
+    return Option(
+        name, (flag, *more), (f"DYN_TRTLLM_{name.upper()}",), None, to_size, f"{name}, where the engine config has none"
+    )
+
+
+GPUS_PER_NODE = _size("gpus_per_node")
+ENGINE_OPTIONS: tuple[Option, ...] = (
+    Option(
+        "engine_config",
+        ("--engine-config", "--extra-engine-args"),
+        ("ENGINE_CONFIG", "DYN_TRTLLM_EXTRA_ENGINE_ARGS"),
+        None,
+        to_path,
+        "engine config: TensorRT-LLM's YAML, laid over the flags",
+    ),
+    Option(
+        "override_engine_args",
+        ("--override-engine-args",),
+        ("DYN_TRTLLM_OVERRIDE_ENGINE_ARGS",),
+        None,
+        to_text,
+        "JSON object, laid over the engine config; or --trtllm.KEY.KEY VALUE flags",
+    ),
+    _size("tensor_parallel_size", "--tp-size"),
+    _size("pipeline_parallel_size", "--pp-size"),
+    _size("expert_parallel_size", "--ep-size"),
+    Option(
+        "enable_attention_dp",
+        ("--enable-attention-dp",),
+        ("DYN_TRTLLM_ENABLE_ATTENTION_DP",),
+        None,
+        to_switch,
+        "attention is data-parallel",
+        switch=True,
+        negatable=True,
+    ),
+    _size("max_batch_size"),
+    _size("max_num_tokens"),
+    _size("max_seq_len"),
+    _size("max_beam_width"),
+    Option(
+        "free_gpu_memory_fraction",
+        ("--free-gpu-memory-fraction",),
+        ("DYN_TRTLLM_FREE_GPU_MEMORY_FRACTION",),
+        None,
+        to_fraction,
+        "share of the memory left after the weights that the KV cache gets",
+    ),
+    Option(
+        "trtllm_version",
+        ("--trtllm-version",),
+        ("DYN_MPI_TRTLLM_VERSION",),
+        None,
+        to_text,
+        "TensorRT-LLM's version, for rules that depend on it; the installed one by default",
+    ),
+)
+GPU = Option("gpu", ("--gpu",), ("DYN_MPI_GPU",), None, to_gpu, f"kind of GPU: {', '.join(sorted(GPUS))}")
+MIN_REQUESTS = Option(
+    "min_requests",
+    ("--min-requests",),
+    ("DYN_MPI_MIN_REQUESTS",),
+    1,
+    to_size,
+    "warn when fewer requests of full length fit into the KV cache",
+)
+_KEYS = {
+    "expert_parallel_size": "moe_expert_parallel_size",
+    "free_gpu_memory_fraction": "kv_cache_config.free_gpu_memory_fraction",
+}
+_NO_KEYS = ("engine_config", "override_engine_args", "trtllm_version")
+
+
+def engine_flags(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that were given, by the engine key's dotted path.
+
+    Args:
+        values: of the options, by name; None where nothing was said.
+    """
+    names = [option.name for option in (*ENGINE_OPTIONS, GPUS_PER_NODE) if option.name not in _NO_KEYS]
+    return {_KEYS.get(name, name): values[name] for name in names if values.get(name) is not None}

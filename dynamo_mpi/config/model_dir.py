@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder behind ``--model``: rank 0 finds it, and tells the others."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import ModelError
+from dynamo_mpi.config.model_files import find_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dynamo_mpi.config.worker import Settings
+
+
+def at_its_folder(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """Return the settings with the model's folder in place of a ``config.json`` or a hub id. The name that clients ask for stays
+    what was said: the hub id, or the folder's name.
+
+    Raises:
+        ModelError: there is no such model, or nothing but a file of it.
+        DataError: its config is no text, or too large.
+    """
+    if os.path.isfile(settings.model) and settings.model.name != "config.json":
+        raise ModelError(
+            f"the model {settings.model} is a file",
+            needed="a model folder, its config.json, or a hub id that is in the cache",
+            fix="give the folder that holds config.json, the tokenizer's files and the weights",
+        )
+    files = find_model(str(settings.model), environ)
+    named = settings.origins["served_model_name"] != "default"
+    name = settings.served_model_name if named else files.name
+    return replace(settings, model=files.config.parent, served_model_name=name)

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One setting, and how its value is found: a flag over an environment variable over a file over the default, with its origin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.layout.engine_config import MAX_RANKS
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+    from collections.abc import Callable, Mapping, Sequence
+
+
+MAX_SECONDS = 1e8
+MAX_RUNTIME_PORT = 2**15 - 1
+PROBES = ("gpu", "fabric")
+# accepted until 0.2: its check is a step of `dynamo-mpi launch` now
+FORMER_PROBES = ("kv",)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting.
+
+    Args:
+        name: field of `Settings`.
+        flags: command-line spellings, ours first.
+        variables: environment variables, strongest first.
+        default: value when nobody says anything.
+        convert: from text; raises ValueError with what is needed.
+        help: one line.
+        choices: the values that exist, where they can be listed.
+        switch: a flag without a value.
+        negatable: a switch that also has a ``--no-…`` form, as Dynamo's have.
+        without: the value that a ``--no-…`` form of an option with values stands for; empty where there is no such form.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    variables: tuple[str, ...]
+    default: Any
+    convert: Callable[[str], Any]
+    help: str
+    choices: tuple[str, ...] = ()
+    switch: bool = False
+    negatable: bool = False
+    without: str = ""
+
+
+def to_size(text: str) -> int:
+    """Read a positive whole number."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError("a positive whole number")
+    return int(text)
+
+
+def to_count(text: str) -> int:
+    """Read a number of ranks, nodes or GPUs: as many as there can be in any world."""
+    if (value := to_size(text)) > MAX_RANKS:
+        raise ValueError(f"a positive whole number, at most {MAX_RANKS}")
+    return value
+
+
+def to_runtime_port(text: str) -> int:
+    """Read a port for the Dynamo runtime, which reads it as a signed 16-bit number."""
+    if (value := to_size(text)) > MAX_RUNTIME_PORT:
+        raise ValueError(f"a TCP port, at most {MAX_RUNTIME_PORT}")
+    return value
+
+
+def to_seconds(text: str) -> float:
+    """Read a number of seconds, three years at the most."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f"a number of seconds from 0 to {MAX_SECONDS:.0f}")
+    return value
+
+
+def to_switch(text: str) -> bool:
+    """Read true or false, in the ways people write them."""
+    known = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+        "": False,
+    }
+    if text.strip().lower() not in known:
+        raise ValueError("true or false")
+    return known[text.strip().lower()]
+
+
+def to_text(text: str) -> str:
+    """Read a text that isn't empty."""
+    if not text:
+        raise ValueError("something that isn't empty")
+    return text
+
+
+def to_path(text: str) -> Path:
+    """Read a path."""
+    # the settings file can hold what no command line can: NULs and code points that are no characters
+    if not text or "\0" in text or any("\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in text):
+        raise ValueError("a path")
+    return Path(text)
+
+
+def to_file(text: str) -> Path:
+    """Read a path of a file, which has a name."""
+    path = to_path(text)
+    if path.name in ("", ".."):
+        raise ValueError("a path of a file")
+    return path
+
+
+def to_name(text: str) -> str:
+    """Read a name in Dynamo's sense."""
+    if not text or any(c in text for c in "./ \t\n"):
+        raise ValueError("a name without dots, slashes and blanks")
+    return text
+
+
+def to_role(text: str) -> str:
+    """Read a role, by Dynamo's other names for an aggregated worker too."""
+    return {"pd": "agg", "prefill_and_decode": "agg", "aggregated": "agg"}.get(text, text)
+
+
+def to_probes(text: str) -> str:
+    """Read which probes run: some of `PROBES` in their order, or ``auto`` or ``none`` alone."""
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    if names in (["auto"], ["none"]):
+        return names[0]
+    if not names or set(names) - {*PROBES, *FORMER_PROBES}:
+        raise ValueError(f"auto, none, or some of {', '.join(PROBES)}, separated by commas")
+    return ",".join(name for name in (*PROBES, *FORMER_PROBES) if name in names)
+
+
+def to_kv_transport(text: str) -> str:
+    """Read the one transport that is left."""
+    if text == "nixl":
+        raise UsageError(
+            "--kv-transport / DYN_MPI_KV_TRANSPORT is 'nixl', which the reference engine no longer has",
+            needed="tcp, or the option left out",
+            fix="remove --kv-transport; for KV by NIXL use --engine trtllm with cache_transceiver_config: {backend: NIXL}",
+        )
+    return text
+
+
+def to_endpoint(text: str) -> str:
+    """Read an endpoint."""
+    parts = text.removeprefix("dyn://").split(".")
+    if len(parts) != 3:
+        raise ValueError("dyn://namespace.component.endpoint")
+    for part in parts:
+        to_name(part)
+    return "dyn://" + ".".join(parts)
+
+
+def to_fraction(text: str) -> float:
+    """Read a number; whether it is a fraction that the engine takes is a rule's to say (H5)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise ValueError("a number")
+    return value
+
+
+def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
+    """Declare options as flags, with their variables and defaults in the help."""
+    for option in options:
+        notes = [f"one of {', '.join(option.choices)}"] if option.choices else []
+        notes += [f"env var: {option.variables[0]}"] if option.variables else []
+        notes += [f"default: {option.default}"] if option.default is not None else []
+        text = f"{option.help} ({' | '.join(notes)})" if notes else option.help
+        if option.switch:
+            parser.add_argument(*option.flags, dest=option.name, action="store_const", const="true", help=text)
+        else:
+            parser.add_argument(*option.flags, dest=option.name, metavar=option.name.upper(), help=text)
+        without = "false" if option.negatable else option.without
+        if without:
+            flag = "--no-" + option.flags[0].removeprefix("--")
+            note = "the opposite" if option.negatable else f"the same as {option.flags[0]} {without}"
+            parser.add_argument(flag, dest=option.name, action="store_const", const=without, help=note)
+
+
+def resolve(
+    options: Sequence[Option], given: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Find every option's value.
+
+    Args:
+        options: the options.
+        given: parsed flags, by the option's name.
+        environ: environment variables.
+        file: a settings file's values, by the option's name.
+
+    Returns:
+        Values and origins, by the option's name.
+
+    Raises:
+        UsageError: a value is none that the option takes.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for option in options:
+        text, origin = _pick(option, given, environ, file)
+        origins[option.name] = origin
+        values[option.name] = option.default if text is None else _convert(option, text, origin)
+    return values, origins
+
+
+def _pick(
+    option: Option, given: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
+) -> tuple[str | None, str]:
+    if given.get(option.name) is not None:
+        return given[option.name], f"flag {option.flags[0]}"
+    for variable in option.variables:
+        # an empty variable is how a batch script says "not set"
+        if environ.get(variable):
+            return environ[variable], f"environment {variable}"
+    if file.get(option.name) is not None:
+        value = file[option.name]
+        if isinstance(value, dict):  # what a flag takes as JSON may be written as YAML here
+            import json
+
+            return json.dumps(value, default=str), "settings file"
+        return str(value).lower() if isinstance(value, bool) else str(value), "settings file"
+    return None, "default"
+
+
+def _convert(option: Option, text: str, origin: str) -> Any:
+    try:
+        value = option.convert(text)
+    except ValueError as error:
+        raise UsageError(f"{origin} is {text!r}", needed=str(error)) from None
+    if option.choices and value not in option.choices:
+        raise UsageError(f"{origin} is {text!r}", needed=f"one of {', '.join(option.choices)}")
+    return value

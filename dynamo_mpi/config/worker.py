@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's settings: flags over environment over a settings file over defaults, each value with its origin.
+
+Names that exist already keep their name (``MODEL_PATH``, ``ENGINE_CONFIG``, ``DYN_*`` …); ours are ``DYN_MPI_*``. Only rank 0 reads settings:
+it tells the others what they need to know.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dynamo_mpi import __version__
+from dynamo_mpi.common.config_reader import parse_yaml
+from dynamo_mpi.common.errors import DataError, UsageError
+from dynamo_mpi.common.files import read_text
+from dynamo_mpi.config.engine import engine_flags
+from dynamo_mpi.config.options import Option, add_options, resolve
+from dynamo_mpi.config.worker_options import OPTIONS, ROLE
+from dynamo_mpi.layout.engine_layers import split_dynamic_flags
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one worker; see `OPTIONS` for what each means.
+
+    ``dynamic_flags`` are ``--trtllm.KEY VALUE`` words, ``passed_on`` those that only ``dynamo.trtllm`` knows.
+    """
+
+    role: str
+    engine: str
+    model: Path
+    served_model_name: str
+    engine_config: Path | None
+    override_engine_args: str | None
+    tensor_parallel_size: int | None
+    pipeline_parallel_size: int | None
+    expert_parallel_size: int | None
+    enable_attention_dp: bool | None
+    max_batch_size: int | None
+    max_num_tokens: int | None
+    max_seq_len: int | None
+    max_beam_width: int | None
+    free_gpu_memory_fraction: float | None
+    trtllm_version: str | None
+    gpus_per_node: int | None
+    gpu: str | None
+    min_requests: int
+    namespace: str
+    component: str
+    endpoint: str
+    request_plane: str
+    discovery_backend: str
+    preflight_only: bool
+    allow_no_gpu: bool
+    no_peer_check: bool
+    ready_file: Path | None
+    probe_timeout: float
+    probe: str
+    probe_strict: bool
+    probe_seconds: float
+    probe_kv_seconds: float | None
+    load_timeout: float
+    prove_timeout: float
+    drain_timeout: float
+    liveness_network: str | None
+    heartbeat_timeout: float | None
+    world_timeout: float
+    failure_dir: Path | None
+    log_dir: Path | None
+    progress: str
+    progress_interval: float
+    metrics_file: Path | None
+    runtime_system_port: int | None
+    timeline: Path | None
+    kv_transport: str
+    kv_network: str | None
+    kv_keep_seconds: float
+    kv_pull_timeout: float
+    dynamic_flags: tuple[str, ...] = ()
+    passed_on: tuple[str, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def engine_flags(self) -> dict[str, Any]:
+        """Engine keys that flags or variables give, by dotted path; the engine config is laid over them."""
+        return engine_flags(vars(self))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].upper()}{message[1:]}", fix="python -m dynamo_mpi.worker --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the worker's command line."""
+    parser = _Parser(
+        prog="python -m dynamo_mpi.worker",
+        description="One rank of a Dynamo worker. Start it once per rank: srun --mpi=pmix, or mpirun.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"dynamo_mpi {__version__}")
+    parser.add_argument("--settings", metavar="YAML", help="file with settings, by their long names")
+    add_options(parser, OPTIONS)
+    return parser
+
+
+def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Read settings from a command line, an environment and the settings file that either names.
+
+    Raises:
+        UsageError: an unknown flag, an impossible value, no model, or a role that the engine doesn't have.
+        DataError: the settings file can't be used.
+    """
+    words, dynamic = split_dynamic_flags(argv)
+    parsed, passed_on = build_parser().parse_known_args(words)
+    given = vars(parsed)
+    file = _settings_file(given.pop("settings", None) or environ.get("DYN_MPI_SETTINGS"))
+    role = resolve([ROLE], given, environ, file)[0]["role"]
+    values, origins = resolve([_for_role(option, role) for option in OPTIONS], given, environ, file)
+    if values["engine"] == "auto":
+        # found, not imported: importing it is a collective (K1)
+        values["engine"] = "trtllm" if role != "agg" or find_spec("tensorrt_llm") is not None else "reference"
+    if passed_on and values["engine"] != "trtllm":
+        raise UsageError(
+            f"Unrecognized arguments: {' '.join(passed_on)}",
+            fix="python -m dynamo_mpi.worker --help; flags of dynamo.trtllm alone need --engine trtllm",
+        )
+    if passed_on and not passed_on[0].startswith("--"):
+        raise UsageError(
+            f"{passed_on[0]!r} belongs to no flag",
+            needed="flags, each with its value",
+            fix="look at the quotes around values",
+        )
+    if values["model"] is None:
+        raise UsageError("no model was given", needed="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
+    if role == "encode" and values["engine"] == "reference":
+        raise UsageError(
+            f"{origins['role']} is {role!r}: the reference engine doesn't encode images",
+            needed="--role agg, prefill or decode, or --engine trtllm",
+        )
+    if values["served_model_name"] is None:
+        values["served_model_name"] = values["model"].resolve().name
+    if values["component"] is None:
+        values["component"] = role if role in ("prefill", "encode") else "backend"
+    if values["endpoint"] is None:
+        values["endpoint"] = f"dyn://{values['namespace']}.{values['component']}.generate"
+    return Settings(**values, dynamic_flags=tuple(dynamic), passed_on=tuple(passed_on), origins=origins)
+
+
+def _for_role(option: Option, role: str) -> Option:
+    """Let the engine config of a prefill or decode worker come from the variable of its role as well, as the weakest of them."""
+    if option.name != "engine_config" or role == "agg":
+        return option
+    return replace(option, variables=(*option.variables, f"{role.upper()}_ENGINE_CONFIG"))
+
+
+def _settings_file(path: str | None) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        loaded = parse_yaml(
+            read_text(Path(path)), f"the settings file {path}", "`name: value` lines", may_be_empty=True
+        )
+    except OSError as error:
+        raise DataError(
+            f"the settings file {path} can't be read: {error.strerror}", fix="check its path and rights"
+        ) from None
+    known = {option.name for option in OPTIONS}
+    named = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    if unknown := sorted(set(named) - known):
+        raise DataError(
+            f"the settings file {path} has unknown settings: {', '.join(unknown)}", needed=", ".join(sorted(known))
+        )
+    return named

@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""etcd, NATS and Dynamo, seen from rank 0."""

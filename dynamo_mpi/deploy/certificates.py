@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An authority of one run's own, and the two certificates it signs: the server's, and the one that all clients share.
+
+Made by the ``openssl`` program, 1.1.1 or newer, so that no Python package has to be installed in the container. The authority's key
+is gone before anything is served: nobody, not even we, can sign a third certificate.
+"""
+
+from __future__ import annotations
+
+import shutil
+import ssl
+import subprocess
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from functools import cached_property
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import BootstrapError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+OPENSSL_SECONDS = 60.0  # each call takes some 10 ms
+_EARLIER = timedelta(days=1)  # clocks of other nodes may be behind ours
+_LIFE = timedelta(days=3650)  # longer than any job, for a service must not fail in the middle of one
+_WITHOUT = "or do without credentials: --credentials none"
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """Where the files are; the keys are readable by this user alone.
+
+    Args:
+        folder: a private one.
+    """
+
+    folder: Path
+
+    @property
+    def authority(self) -> Path:
+        return self.folder / "authority.crt"
+
+    @property
+    def server(self) -> Path:
+        return self.folder / "server.crt"
+
+    @property
+    def server_key(self) -> Path:
+        return self.folder / "server.key"
+
+    @property
+    def client(self) -> Path:
+        return self.folder / "client.crt"
+
+    @property
+    def client_key(self) -> Path:
+        return self.folder / "client.key"
+
+    @cached_property
+    def client_context(self) -> ssl.SSLContext:
+        """What Python's TLS clients present and trust."""
+        context = ssl.create_default_context(cafile=str(self.authority))
+        context.load_cert_chain(str(self.client), str(self.client_key))
+        return context
+
+    def client_environment(self) -> dict[str, str]:
+        """Return how the Dynamo runtime is told: it takes the texts, not paths."""
+        return {
+            "ETCD_AUTH_CA": self.authority.read_text(),
+            "ETCD_AUTH_CLIENT_CERT": self.client.read_text(),
+            "ETCD_AUTH_CLIENT_KEY": self.client_key.read_text(),
+        }
+
+
+def make_certificates(folder: Path, names: Sequence[str], now: datetime | None = None) -> Certificates:
+    """Make an authority, a server's and a client's certificate.
+
+    Args:
+        folder: a new one, which is made, private.
+        names: addresses and host names that the server is reached by.
+        now: the time in UTC.
+
+    Raises:
+        UsageError: no openssl here.
+        BootstrapError: it failed.
+    """
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        raise UsageError(
+            "no openssl on PATH: it makes the certificates for etcd",
+            needed="openssl 1.1.1 or newer",
+            fix=f"install it, {_WITHOUT}",
+        )
+    folder.mkdir(mode=0o700)
+    (folder / "openssl.cnf").write_text(openssl_config(names))
+    (folder / "index.txt").touch()
+    try:
+        for name in ("authority", "server", "client"):
+            for words in openssl_calls(name, now or datetime.now(timezone.utc)):
+                _run(openssl, words, folder)
+    finally:
+        (folder / "authority.key").unlink(missing_ok=True)
+    return Certificates(folder)
+
+
+def openssl_config(names: Sequence[str]) -> str:
+    """Return the configuration of the authority (openssl-ca(1), x509v3_config(5)).
+
+    Args:
+        names: addresses and host names of the server.
+    """
+    return f"""\
+[ca]
+default_ca = run
+[run]
+database = index.txt
+new_certs_dir = .
+rand_serial = yes
+default_md = sha256
+policy = named
+unique_subject = no
+[named]
+commonName = supplied
+[req]
+distinguished_name = nothing
+[nothing]
+[authority]
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, keyCertSign
+subjectKeyIdentifier = hash
+[server]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+# etcd is a client too: of itself, for its JSON interface and its peers
+extendedKeyUsage = serverAuth, clientAuth
+authorityKeyIdentifier = keyid
+subjectAltName = {", ".join(f"{_kind(name)}:{name}" for name in dict.fromkeys(names))}
+[client]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = clientAuth
+authorityKeyIdentifier = keyid
+"""
+
+
+def openssl_calls(name: str, now: datetime) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the arguments that make a key with a request, and those that sign it. Paths are within the folder.
+
+    ``openssl ca`` signs, because ``openssl x509`` can't date a certificate back before version 3.4.
+
+    Args:
+        name: ``authority``, ``server`` or ``client``.
+        now: the time in UTC.
+    """
+    signer = ("-selfsign",) if name == "authority" else ("-cert", "authority.crt")
+    request = (
+        *("req", "-new", "-config", "openssl.cnf", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+        *("-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN=dynamo-mpi {name}"),
+    )
+    sign = (
+        *("ca", "-batch", "-notext", "-config", "openssl.cnf", *signer, "-keyfile", "authority.key"),
+        *("-in", f"{name}.csr", "-out", f"{name}.crt", "-extensions", name),
+        *("-startdate", _date(now - _EARLIER), "-enddate", _date(now + _LIFE)),
+    )
+    return request, sign
+
+
+def _run(openssl: str, words: Sequence[str], folder: Path) -> None:
+    try:
+        done = subprocess.run(
+            [openssl, *words],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=OPENSSL_SECONDS,
+            umask=0o077,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise BootstrapError(f"openssl {words[0]} takes longer than {OPENSSL_SECONDS:g} s", fix=_WITHOUT[3:]) from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise BootstrapError(
+            f"openssl {words[0]} failed with exit code {done.returncode}: {last}",
+            needed="openssl 1.1.1 or newer",
+            fix=f"another openssl on PATH, {_WITHOUT}",
+        )
+
+
+def _kind(name: str) -> str:
+    try:
+        ip_address(name)
+    except ValueError:
+        return "DNS"
+    return "IP"
+
+
+def _date(time: datetime) -> str:
+    return time.strftime("%Y%m%d%H%M%SZ")

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A deployment's life: check, services, workers side by side, watch, end. It ends exactly what it started."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.backoff import News
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.signals import Interrupted
+from dynamo_mpi.common.subprocess import await_exit
+from dynamo_mpi.deploy.kv_check import needs_kv_check, report_of_kv_check
+from dynamo_mpi.deploy.launch_timings import Milestones
+from dynamo_mpi.deploy.service_error import StepFailed
+from dynamo_mpi.deploy.services import listed_models
+from dynamo_mpi.deploy.srun import without_srun_input
+from dynamo_mpi.deploy.steps import start
+from dynamo_mpi.deploy.workers import Workers
+from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
+from dynamo_mpi.mpi.job_time_limit import TimeLimit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from dynamo_mpi.common.signals import Interrupts
+    from dynamo_mpi.deploy.command import Command
+    from dynamo_mpi.deploy.deployment import Worker
+    from dynamo_mpi.deploy.run_dir import RunDir
+    from dynamo_mpi.deploy.settings import LaunchSettings
+    from dynamo_mpi.deploy.steps import Endings, Step
+    from dynamo_mpi.deploy.workers import Renderer
+
+POLL_SECONDS = 0.5
+NEWS_SECONDS = (15.0, 300.0)
+LISTED_SECONDS = 30.0
+# a frontend that is busy may not answer at once; one that this host has no way to never will
+REACHED_SECONDS = 10.0
+# longer than the head node gives its parts, one after the other
+SERVICES_STOP_SECONDS = 25.0
+CANCEL_SECONDS = 15.0
+# what an end takes beside the workers' drains
+END_SECONDS = 100.0
+# longer than a network file system hides a new file
+UNSEEN_SECONDS = 90.0
+
+
+class _AskedToStop(Exception):
+    """`dynamo-mpi down`, or the end of the job's time, wants an end."""
+
+
+class Conductor:
+    """Runs one deployment. Use it from the main thread.
+
+    Args:
+        settings: what was asked for.
+        workers: what runs where.
+        renderer: how steps are started.
+        endings: how they are ended.
+        run_dir: the deployment's folder.
+        interrupts: looked at wherever we wait.
+        say: takes one line.
+        environ: what the steps start from.
+    """
+
+    def __init__(
+        self,
+        settings: LaunchSettings,
+        workers: Sequence[Worker],
+        renderer: Renderer,
+        endings: Endings,
+        run_dir: RunDir,
+        interrupts: Interrupts,
+        say: Callable[[str], None],
+        environ: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._settings, self._workers, self._renderer, self._endings = settings, workers, renderer, endings
+        self._run_dir, self._interrupts, self._tell = run_dir, interrupts, say
+        self._began = time.monotonic()
+        self._environment = without_srun_input(environ)
+        self._services: Step | None = None
+        self._others: dict[str, Step] = {}
+        self._worker_steps = Workers(workers, settings.max_restarts, renderer, endings, run_dir, self._say)
+        self._url = ""
+        self._limit = TimeLimit.of(environ)
+        self._milestones = Milestones(run_dir.milestones, "launch")
+
+    def run(self) -> int:
+        """Live it.
+
+        Returns:
+            The exit code: 0 when it was asked to end, the job's time is nearly up, or all workers have ended.
+
+        Raises:
+            StepFailed: a step ended that shouldn't have.
+            Interrupted: the user wants an end.
+        """
+        try:
+            self._describe()
+            self._require_time()
+            if not self._settings.skip_check:
+                with self._milestones.step("check"):
+                    self._check()
+            if needs_kv_check(self._settings, self._workers):
+                with self._milestones.step("kv check"):
+                    self._check_kv()
+            with self._milestones.step("services"):
+                services = self._start_services()
+            self._worker_steps.start(self._environment | services, tuple(services))
+            self._watch()
+        except _AskedToStop as end:
+            self._say(str(end))
+        except Interrupted as end:
+            if end.number != signal.SIGUSR1:
+                raise
+            self._say("the time is nearly up (SIGUSR1): ending")
+        finally:
+            self._stop()
+        return ExitCode.OK
+
+    def _check(self) -> None:
+        code, words = self._run_to_end(self._renderer.check())
+        if code:
+            raise StepFailed(
+                f"the check refused the deployment with exit code {code}; nothing was launched", status=code, log=words
+            )
+        self._say("check: passed")
+
+    def _check_kv(self) -> None:
+        code, words = self._run_to_end(self._renderer.kv_check(self._workers))
+        report = report_of_kv_check(words)
+        # where Slurm has killed a rank that hung, its code is that of the kill
+        code = min(code, ExitCode.TEMPORARY) if report else code
+        if code and self._settings.kv_check == "warn":
+            self._say(f"warning: the KV check ended with exit code {code}; the workers start all the same")
+        elif code:
+            raise StepFailed(
+                f"the KV check refused the deployment with exit code {code}; nothing was launched"
+                + (f"\n{report}" if report else ""),
+                status=code,
+                log="" if report else words,
+                fix="" if report else "read the log; --kv-check off leaves it out",
+            )
+
+    def _run_to_end(self, command: Command) -> tuple[int, str]:
+        """Run a step that ends by itself; return its exit code, and its last words."""
+        step = self._start(command)
+        news = News(*NEWS_SECONDS)
+        while (code := step.child.exit_code()) is None:
+            if seconds := news.due():
+                self._say(f"waiting for the {step.name}, {seconds:.0f} s; an image's import may take minutes")
+            self._pause()
+        self._others.pop(step.name)
+        return code, step.last_words(200)
+
+    def _start_services(self) -> dict[str, str]:
+        """Return the variables that say where the services are, and what opens them."""
+        self._services = step = self._start(self._renderer.services())
+        deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
+        news = News(*NEWS_SECONDS)
+        while (content := self._run_dir.services()) is None:
+            self._require_services()
+            if time.monotonic() > deadline:
+                raise StepFailed(
+                    f"the services don't answer after {self._settings.start_timeout:g} s",
+                    status=ExitCode.DEADLINE,
+                    log=step.last_words(),
+                    fix="a longer --start-timeout where the image's import takes long",
+                )
+            if seconds := news.due():
+                self._say(f"waiting for the services, {seconds:.0f} s")
+            if any("ready: " in line and "services.json" in line for line in step.child.last_lines(20)):
+                seen = seen or time.monotonic()
+                if time.monotonic() > seen + UNSEEN_SECONDS:
+                    raise StepFailed(
+                        f"the services are ready, but {self._run_dir.path}/services.json can't be seen from here",
+                        status=ExitCode.USAGE,
+                        log=step.last_words(),
+                        fix="--run-dir on a file system that the nodes and this host share",
+                    )
+            self._pause()
+        self._url = str(content.get("url") or "")
+        frontend = f"frontend at {self._url}" if self._url else "no frontend"
+        self._say(f"services on {content.get('host')}: etcd, NATS, {frontend}")
+        return {str(name): str(value) for name, value in content.get("environment", {}).items()}
+
+    def _start(self, command: Command) -> Step:
+        step = start(command, self._environment, self._run_dir.log(command.name))
+        self._others[command.name] = step
+        return step
+
+    def _watch(self) -> None:
+        """Return when the last worker has ended by itself."""
+        self._describe()
+        told, news = False, News(*NEWS_SECONDS)
+        while True:
+            self._require_services()
+            self._worker_steps.look()
+            if self._worker_steps.ended:
+                self._say("all workers have ended")
+                return
+            waiting = self._worker_steps.awaited
+            if not waiting and not told:
+                told = True
+                self._announce()
+            if waiting and (seconds := news.due()):
+                self._say(f"waiting for {', '.join(waiting)}, {seconds:.0f} s; logs in {self._run_dir.logs}")
+            self._pause()
+
+    @property
+    def _end_seconds(self) -> float:
+        """How long an orderly end may take: the roles end one after the other."""
+        return len(self._settings.worker_roles) * self._settings.stop_timeout + END_SECONDS
+
+    def _require_time(self) -> None:
+        """Give the time limit up, with a warning, where it is too late for an orderly end from the start."""
+        now = time.time()
+        if self._limit is not None and self._limit.pause(self._end_seconds, now) is None:
+            self._say(f"warning: {self._limit.too_late(self._end_seconds, now)}")
+            self._limit = None
+
+    def _pause(self) -> None:
+        if self._run_dir.stop_requested():
+            raise _AskedToStop("asked to stop")
+        if self._limit is not None and self._limit.pause(self._end_seconds, now := time.time()) is None:
+            raise _AskedToStop(self._limit.due(now))
+        self._interrupts.pause(POLL_SECONDS)
+
+    def _require_services(self) -> None:
+        step = self._services
+        code = step.child.exit_code() if step is not None else None
+        if step is not None and code is not None:
+            found = f"the services ended with exit code {code}" + (
+                "" if code else ": somebody else has ended their step"
+            )
+            raise StepFailed(found, status=code or ExitCode.UNAVAILABLE, log=step.last_words())
+
+    def _announce(self) -> None:
+        """Say that it serves, once the frontend lists the model; it hears of workers a moment later than we."""
+        name = self._settings.served_model_name
+        if not self._url:
+            self._say("ready, as its workers say; a frontend finds them with what services.json says")
+            return
+        began = time.monotonic()
+        models = listed_models(self._url)
+        while not models and time.monotonic() < began + (REACHED_SECONDS if models is None else LISTED_SECONDS):
+            self._require_services()
+            self._pause()
+            models = listed_models(self._url)
+        if models is None:
+            self._say(f"ready, as its workers say; the frontend {self._url} can't be reached from this host")
+        elif not models:
+            self._say(f"warning: all workers are ready, but {self._url} lists no model after {LISTED_SECONDS:g} s")
+        else:
+            body = json.dumps({"model": name or models[0], "messages": [{"role": "user", "content": "Hello!"}]})
+            self._say(
+                f"ready: {', '.join(models)}. Try:\ncurl {self._url}/v1/chat/completions "
+                f"-H 'Content-Type: application/json' -d '{body}'"
+            )
+
+    def _describe(self) -> None:
+        self._run_dir.describe(
+            {
+                "schema": 1,
+                "pid": os.getpid(),
+                "host": os.uname().nodename,
+                "job_id": os.environ.get("SLURM_JOB_ID", ""),
+                "url": self._url,
+                "model": self._settings.served_model_name or self._settings.model,
+                "workers": [
+                    {
+                        "name": w.name,
+                        "role": w.role,
+                        "nodes": w.nodes,
+                        "ranks": w.ranks,
+                        "step": command.step,
+                        "launch": command.environment.get(LAUNCH_VARIABLE),
+                    }
+                    for w in self._workers
+                    for command in [self._renderer.worker(w)]
+                ],
+                "steps": [command.step for command in self._commands()],
+            }
+        )
+
+    def _commands(self) -> list[Command]:
+        """Return everything that this deployment may run."""
+        workers = [self._renderer.worker(worker) for worker in self._workers]
+        kv_check = [self._renderer.kv_check(self._workers)] if needs_kv_check(self._settings, self._workers) else []
+        return [self._renderer.check(), *kv_check, self._renderer.services(), *workers]
+
+    def _stop(self) -> None:
+        """End everything: prefill, whose KV decode still fetches while it drains, then decode, the services last."""
+        # at most one: a second may have come since the first was noticed
+        signals_before = min(self._interrupts.count, 1)
+        if self._services is not None and self._services.child.exit_code():
+            self._endings.ask([self._services])  # where srun alone was killed, its step still runs
+        for role in ("prefill", "decode", "agg"):
+            self._end(self._worker_steps.of(role), self._settings.stop_timeout, signals_before)
+            if self._interrupts.count == signals_before:
+                self._worker_steps.take_out(role)
+        rest = list(self._others.values())
+        if self._interrupts.count != signals_before:
+            # once more below: then they end at once, and their keys don't stay on the node as after a cancelling
+            self._endings.ask(rest)
+        self._end(rest, SERVICES_STOP_SECONDS, self._interrupts.count)
+        if self._services is not None and self._services.child.exit_code():
+            self._endings.cancel([self._services])
+
+    def _end(self, steps: list[Step], seconds: float, signals_before: int) -> None:
+        living = [step for step in steps if step.child.exit_code() is None]
+        if living and self._interrupts.count == signals_before:
+            self._say(f"ending {', '.join(step.name for step in living)}")
+            self._endings.ask(living)
+            self._await_end(living, seconds, signals_before)
+        if living := [step for step in living if step.child.exit_code() is None]:
+            self._say(f"cancelling {', '.join(step.name for step in living)}")
+            self._endings.cancel(living)
+            self._await_end(living, CANCEL_SECONDS, None)
+        for step in steps:
+            step.child.kill()
+
+    def _await_end(self, steps: list[Step], seconds: float, signals_before: int | None) -> None:
+        await_exit([step.child for step in steps], seconds, self._interrupts, signals_before, POLL_SECONDS)
+
+    def _say(self, text: str) -> None:
+        self._tell(f"{time.monotonic() - self._began:6.1f} s  {text}")

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m dynamo_mpi.head_node``: one Slurm task on the head node, or a command in a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.signals import Interrupted, Interrupts
+from dynamo_mpi.deploy.head_node.head_node import HeadNode
+from dynamo_mpi.deploy.head_node.settings import load_settings
+from dynamo_mpi.deploy.run_dir import ServicesDir
+from dynamo_mpi.deploy.service_error import ServiceError
+
+PREFIX = "dynamo-mpi-services-"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start the services and wait for the end.
+
+    Args:
+        argv: the words after the module's name; None takes ``sys.argv``.
+
+    Returns:
+        the exit code: 0 after SIGTERM or Ctrl-C, 128 + n if they came before everything was ready; else see ``dynamo_mpi.common.exit_codes``.
+    """
+    os.umask(0o077)  # whatever the parts write is this user's alone
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ServiceError as error:
+        if error.log:
+            _say("\n".join(f"[{error.part}] {line}" for line in error.log.splitlines()))
+        _say(str(error))
+        return error.status
+    except BootstrapError as error:
+        _say(str(error))
+        return error.exit_code
+    except OSError as error:
+        _say(f"a file or folder fails us: {error}")
+        return ExitCode.ENGINE
+
+
+def _run(argv: list[str]) -> int:
+    settings = load_settings(argv, os.environ)
+    ready = False
+    try:
+        with (
+            Interrupts() as interrupts,
+            contextlib.closing(ServicesDir(settings.run_dir, settings.job_id, _say)) as run,
+            private_dir(prefix=PREFIX) as private,
+        ):
+            head_node = HeadNode(settings, run, private, interrupts, _say)
+            try:
+                head_node.start()
+                ready = True
+                head_node.watch()
+            except Interrupted as end:
+                _say(f"{end}: stopping (again: at once)")
+                raise
+            finally:
+                head_node.stop()
+    except Interrupted as end:
+        return ExitCode.OK if ready else end.exit_code
+    return ExitCode.OK  # pragma: no cover - the services are watched until something is raised
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # whoever read our words has gone: no reason to end the services
+        print(f"head node: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

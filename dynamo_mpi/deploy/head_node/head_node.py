@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The services of a job on its head node: their ports, addresses and credentials, and what is published of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.common.errors import BootstrapError, UsageError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.host_address import service_address
+from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK
+from dynamo_mpi.deploy import programs
+from dynamo_mpi.deploy.certificates import make_certificates
+from dynamo_mpi.deploy.environment import frontend_environment, server_environment
+from dynamo_mpi.deploy.head_node.ports import Ports
+from dynamo_mpi.deploy.service_stack import ServiceStack
+from dynamo_mpi.deploy.services import Etcd, Frontend, Nats, authorization
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from dynamo_mpi.common.signals import Interrupts
+    from dynamo_mpi.common.subprocess import LoggedProcess
+    from dynamo_mpi.deploy.certificates import Certificates
+    from dynamo_mpi.deploy.head_node.settings import Port, Settings
+    from dynamo_mpi.deploy.run_dir import ServicesDir
+
+SCHEMA = 1
+NATS_USER = "dynamo"
+
+
+class HeadNode(ServiceStack):
+    """The services of a job. Use it from the main thread.
+
+    Args:
+        settings: what to start.
+        run: the job's folder, held.
+        private: a folder of this node's own, for data and keys.
+        interrupts: checked wherever we wait.
+        say: takes one line of progress.
+    """
+
+    def __init__(
+        self, settings: Settings, run: ServicesDir, private: Path, interrupts: Interrupts, say: Callable[[str], None]
+    ) -> None:
+        super().__init__(private, interrupts, say, settings.start_timeout)
+        self._settings, self._run = settings, run
+
+    def start(self) -> None:
+        """Start all services, wait until they answer, and publish how to reach them.
+
+        Raises:
+            UsageError: something is missing or can't be as asked.
+            DiscoveryError: no port is free.
+            ProcessExited: a service ended.
+            StartTimeout: a service was not ready in time.
+            Interrupted: a signal asks for the end.
+        """
+        settings = self._settings
+        etcd_binary, nats_binary = programs.find_etcd(), programs.find_nats_server()
+        if settings.frontend:
+            programs.require_packages(programs.FRONTEND_PACKAGES)
+        address = service_address(settings.address, "--address / DYN_MPI_ADDRESS / HEAD_NODE_IP")
+        http_host = self._http_host(address)
+        self._scratch.mkdir()
+        certificates, config, credentials = self._credentials(address)
+
+        def make_etcd(port: int) -> Etcd:
+            return Etcd(etcd_binary, port, self._folder / "etcd", host=address, certificates=certificates)
+
+        def make_nats(port: int) -> Nats:
+            return Nats(nats_binary, port, self._folder / "nats", host=address, config=config)
+
+        variables = server_environment(os.environ, self._scratch)
+        starting_etcd = self.start_service(make_etcd, self._ports(settings.etcd_port, address), variables)
+        starting_nats = self.start_service(make_nats, self._ports(settings.nats_port, address), variables)
+        etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
+        environment = {"ETCD_ENDPOINTS": etcd.url, "NATS_SERVER": nats.url, **credentials}
+        url = None
+        if settings.frontend:
+
+            def make_frontend(port: int) -> Frontend:
+                arguments = settings.frontend_arguments
+                return Frontend(port, environment, host=http_host, reach=address, arguments=arguments)
+
+            variables = frontend_environment(os.environ, self._scratch, (address, http_host))
+            ports = self._ports(settings.http_port, http_host)
+            url = self.wait_ready(self.start_service(make_frontend, ports, variables)).url
+        self._run.publish(services(url, settings.job_id, environment))
+        self.mark("ready", f"ready: {self._run.services_file}")
+
+    def stop(self) -> None:
+        """End everything, etcd last. A further signal, or the end of the time, turns asking into killing. Idempotent."""
+        with contextlib.suppress(OSError):  # a file system that fails us is no reason to leave them running
+            self._run.retract()
+        super().stop()
+
+    def _http_host(self, address: str) -> str:
+        chosen = self._settings.http_host
+        if chosen is None:
+            return address
+        return chosen if chosen in ANY_ADDRESS else service_address(chosen, "--http-host / DYN_MPI_HTTP_HOST")
+
+    def _credentials(self, address: str) -> tuple[Certificates | None, Path | None, dict[str, str]]:
+        """Make what clients have to show; returns etcd's part, NATS's part, and the clients' variables."""
+        if not self._settings.credentials:
+            self._say("without credentials: whoever reaches etcd and NATS can use them")
+            return None, None, {}
+        if ":" in address:
+            raise UsageError(
+                f"etcd is to listen at {address} with certificates, and Dynamo's runtime takes no IPv6 address in an https:// endpoint",
+                fix="an IPv4 --address, or --credentials none",
+            )
+        names = (address, LOOPBACK, "localhost", socket.gethostname())
+        try:
+            certificates = make_certificates(self._folder / "certificates", names)
+        except BootstrapError:
+            self._interrupts.check()  # Ctrl-C and scancel end openssl as well
+            raise
+        password = secrets.token_hex(24)
+        config = self._folder / "nats.conf"
+        config.touch(mode=0o600)
+        config.write_text(authorization(NATS_USER, password))
+        nats = {"NATS_AUTH_USERNAME": NATS_USER, "NATS_AUTH_PASSWORD": password}
+        return certificates, config, {**certificates.client_environment(), **nats}
+
+    def _ports(self, port: Port, host: str) -> Callable[[], int]:
+        settings = self._settings
+        wanted = {settings.etcd_port.number, settings.nats_port.number, settings.http_port.number}
+        return Ports(port, host, settings.job_id, wanted - {port.number}).next
+
+    def _new_log(self, name: str) -> Path:
+        return self._run.new_log(name)
+
+    def _status_of(self, process: LoggedProcess) -> int:
+        return ExitCode.ENGINE if process.name == "frontend" else ExitCode.UNAVAILABLE
+
+    def _exit_fix(self, process: LoggedProcess) -> str:
+        return f"read {process.log}"
+
+    def _timeout_fix(self, process: LoggedProcess) -> str:
+        return f"read {process.log}, or a longer --start-timeout"
+
+
+def services(url: str | None, job_id: str | None, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return what ``services.json`` holds. Keys are only ever added.
+
+    Args:
+        url: the frontend's; None where there is none.
+        job_id: Slurm's.
+        environment: what workers need in theirs.
+    """
+    return {
+        "schema": SCHEMA,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "job_id": job_id,
+        "url": url,
+        "environment": dict(environment),
+    }

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV check as a step of a deployment (`dynamo_mpi.checks.kv`): when it runs, its command line, and what it reports. Pure."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.deploy.code_location import Source
+    from dynamo_mpi.deploy.deployment import Worker
+    from dynamo_mpi.deploy.settings import LaunchSettings
+
+NAME = "kv-check"
+_ERROR = "error in kv check: "
+# how the lines of a report begin that follow the first
+_MORE = re.compile(r"  |(?:error|warning|info) T\d+: ")
+
+
+def nodes_of(workers: Sequence[Worker], *roles: str) -> tuple[str, ...]:
+    """Return the nodes of all workers of some roles, each once."""
+    return tuple(dict.fromkeys(node for worker in workers if worker.role in roles for node in worker.nodes))
+
+
+def needs_kv_check(settings: LaunchSettings, workers: Sequence[Worker]) -> bool:
+    """Tell whether the check runs: both roles are there, on nodes of their own, and nobody has turned it off."""
+    prefill, decode = nodes_of(workers, "prefill"), nodes_of(workers, "decode")
+    return settings.kv_check != "off" and bool(prefill and decode) and not set(prefill) & set(decode)
+
+
+def kv_check_words(settings: LaunchSettings, source: Source, workers: Sequence[Worker]) -> tuple[str, ...]:
+    """Return the command line of the check's ranks."""
+    roles = ("--prefill", ",".join(nodes_of(workers, "prefill")), "--decode", ",".join(nodes_of(workers, "decode")))
+    # the reference engine hands KV over by TCP alone
+    transport = ("--transport", "tcp") if settings.engine == "reference" else ()
+    # as the workers have it
+    words = settings.worker_args
+    network = [words[place : place + 2] for place, word in enumerate(words) if word == "--kv-network"]
+    return (*source.entry("check_kv.sh"), *roles, *transport, *(network[-1] if network else ()))
+
+
+def report_of_kv_check(words: str) -> str:
+    """Return what the check's rank 0 has reported of its failure, without srun's labels; empty where it has reported nothing."""
+    label, report = "", list[str]()
+    for line in words.splitlines():
+        if _ERROR in line and not report:
+            label = line[: line.index("dynamo_mpi: ")] if "dynamo_mpi: " in line else ""
+            report.append(line.partition(_ERROR)[2])
+        elif report and line.startswith(label) and _MORE.match(line[len(label) :]):
+            report.append(line[len(label) :])
+    return "\n".join(report)

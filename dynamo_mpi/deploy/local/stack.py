@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stack of ``dynamo-mpi local``: what starts after what, when it is ready, and how it ends.
+
+etcd and NATS come up while the model's files are written; then the frontend and the workers start side by side. Ready
+means three things at once: every rank 0 wrote its ready file, the frontend lists the model, and a completion came back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dynamo_mpi.common.backoff import News
+from dynamo_mpi.common.errors import EngineError, UsageError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.log_tail import last_lines
+from dynamo_mpi.common.ports import LOOPBACK, is_free, loopback_ports
+from dynamo_mpi.common.signals import Interrupts
+from dynamo_mpi.common.subprocess import LoggedProcess, await_exit, stop
+from dynamo_mpi.deploy import programs
+from dynamo_mpi.deploy.environment import RequestPlane, discovery_environment, local_environment
+from dynamo_mpi.deploy.local.ask import Answer, NotServedYet, ask
+from dynamo_mpi.deploy.local.model import prepare_model
+from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpec
+from dynamo_mpi.deploy.service_error import LOG_LINES
+from dynamo_mpi.deploy.service_stack import ServiceStack
+from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
+
+NEWS_SECONDS = (5.0, 30.0)
+# longer than a worker gives its requests
+DRAIN_SECONDS, WORKER_STOP_SECONDS = 40.0, 5.0
+
+
+@dataclass(frozen=True)
+class StackSettings:
+    """What the user may choose.
+
+    Args:
+        workers: what to run, in the order in which they are stopped.
+        model: folder or GGUF file; None takes the installed model.
+        http_port: of the frontend; None takes a free one.
+        request_plane: how the frontend hands requests to the workers.
+        engine_options: further keys of the engines' YAML.
+        mpirun: the launcher's command line; None finds one.
+        timeout_seconds: from the start to the first completion.
+        timeline: where to draw the start; None for nowhere.
+    """
+
+    workers: tuple[WorkerSpec, ...] = (WorkerSpec("agg", AGG_TP_SIZE),)
+    model: Path | None = None
+    http_port: int | None = None
+    request_plane: RequestPlane = "tcp"
+    engine_options: Mapping[str, int] = field(default_factory=dict)
+    mpirun: str | None = None
+    timeout_seconds: float = 120.0
+    timeline: Path | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A stack that serves.
+
+    Args:
+        model: the served name.
+        port: the frontend's.
+        workers: the ready files' contents, by role, in the order of the settings' workers.
+        seconds: since the start, by milestone.
+    """
+
+    model: str
+    port: int
+    workers: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+
+
+class LocalStack(ServiceStack):
+    """The services and the workers of this machine. Use it from the main thread.
+
+    Args:
+        settings: what to start.
+        folder: private folder for everything that is written.
+        interrupts: checked wherever we wait.
+        say: takes one line of progress.
+    """
+
+    def __init__(
+        self, settings: StackSettings, folder: Path, interrupts: Interrupts, say: Callable[[str], None]
+    ) -> None:
+        super().__init__(folder, interrupts, say, settings.timeout_seconds)
+        self._settings = settings
+        self.rank_logs = folder / "ranks"
+        self._workers: dict[str, MpirunWorker] = {}
+
+    def start(self) -> Ready:
+        """Start all processes and wait until the workers are registered and the model is listed.
+
+        Raises:
+            UsageError: something is missing or can't be as asked.
+            ProcessExited: a process ended.
+            StartTimeout: a process was not ready in time.
+            Interrupted: a signal asks for the end.
+        """
+        etcd_binary, nats_binary = programs.find_etcd(), programs.find_nats_server()
+        mpirun = programs.find_mpirun(self._settings.mpirun)
+        programs.require_packages()
+        http_port = self._settings.http_port
+        if http_port is not None and not is_free(http_port):
+            raise UsageError(f"port {http_port} of {LOOPBACK} is taken", fix="choose another --http-port")
+        self._scratch.mkdir()
+
+        variables = local_environment(os.environ, self._scratch)
+        starting_etcd = self.start_service(
+            lambda port: Etcd(etcd_binary, port, self._folder / "etcd"), loopback_ports(), variables
+        )
+        starting_nats = self.start_service(
+            lambda port: Nats(nats_binary, port, self._folder / "nats"), loopback_ports(), variables
+        )
+        model, name = prepare_model(self._settings.model, self._folder / "model")
+        self.mark("model", f"model {name}")
+        etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
+        discovery = discovery_environment(etcd, nats, self._settings.request_plane)
+
+        starting_frontend = self.start_service(
+            lambda port: Frontend(port, discovery, self._scratch), loopback_ports(http_port), variables
+        )
+        for spec in self._settings.workers:
+            self._start_worker(spec, mpirun, model, name, discovery, variables)
+        frontend = self.wait_ready(starting_frontend)
+        workers = self._await_workers()
+        while name not in frontend.models():
+            self.wait(frontend.name, f"it does not list {name}")
+        self.seconds["ready"] = self.age
+        return Ready(name, frontend.port, workers, self.seconds)
+
+    def ask(self, ready: Ready, text: str, *, max_tokens: int, on_text: Callable[[str], None]) -> Answer:
+        """Ask the model. Until the first answer the frontend may still report that it knows no worker.
+
+        Raises:
+            EngineError: the answer is an error.
+            ProcessExited: a process ended.
+            StartTimeout: still no worker for the model when the time was up.
+            Interrupted: a signal asks for the end.
+        """
+        while True:
+            try:
+                return ask(
+                    ready.port,
+                    ready.model,
+                    text,
+                    max_tokens=max_tokens,
+                    timeout_seconds=self._settings.timeout_seconds,
+                    interruptible=self._interrupts.closing,
+                    on_text=on_text,
+                )
+            except NotServedYet as error:
+                self.wait("frontend", f"it serves no completion: {error}")
+            except EngineError:
+                self._interrupts.check()  # a signal closes the connection: report that, not what it looked like
+                self.check()
+                raise
+
+    def stop(self, *, drain: bool = True) -> None:
+        """End everything, the workers first. A further signal, or the end of the time, turns asking into killing. Idempotent.
+
+        Args:
+            drain: let the workers finish what is in flight.
+        """
+        signals_before = min(self._interrupts.count, 1)
+        if drain:
+            for worker in self._workers.values():
+                self._drain(worker, signals_before)
+        workers = [self._processes[name] for name in self._workers if name in self._processes]
+        stop(workers, WORKER_STOP_SECONDS, self._interrupts, signals_before)
+        super().stop()
+
+    def draw(self) -> None:
+        """Draw the start, if that is wanted, once the workers have ended.
+
+        Raises:
+            UsageError: it can't be written.
+        """
+        if self._settings.timeline is not None:
+            from dynamo_mpi.deploy.local.timeline import draw_stack
+
+            pages = [worker.timeline for worker in self._workers.values() if worker.timeline is not None]
+            now = time.time()
+            draw_stack(self._settings.timeline, pages, now - self.age, now, self.seconds)
+
+    def _start_worker(
+        self,
+        spec: WorkerSpec,
+        mpirun: tuple[str, ...],
+        model: Path,
+        name: str,
+        discovery: Mapping[str, str],
+        variables: Mapping[str, str],
+    ) -> None:
+        alone = len(self._settings.workers) == 1
+        worker = MpirunWorker(
+            mpirun=mpirun,
+            spec=spec,
+            model=model,
+            served_model_name=name,
+            engine_config=self._write_engine_config(spec),
+            ready_file=self._folder / f"{spec.name}.json",
+            rank_logs=self.rank_logs if alone else self.rank_logs / spec.name,
+            scratch=self._scratch,
+            discovery=discovery,
+            timeline=self._folder / f"{spec.name}.html" if self._settings.timeline else None,
+        )
+        worker.rank_logs.mkdir(parents=True)
+        self._workers[spec.name] = worker
+        self.spawn(spec.name, worker.command(), {**variables, **worker.environment()})
+
+    def _write_engine_config(self, spec: WorkerSpec) -> Path:
+        options = {"tensor_parallel_size": spec.tp_size, **self._settings.engine_options}
+        path = self._folder / f"{spec.name}.yaml"
+        path.write_text("".join(f"{key}: {value}\n" for key, value in options.items()))
+        return path
+
+    def _await_workers(self) -> dict[str, dict[str, Any]]:
+        news = News(*NEWS_SECONDS)
+        found: dict[str, dict[str, Any]] = {}
+        while missing := self._look_for_ready(found):
+            self.wait(missing[0], "it has not registered")
+            if seconds := news.due():
+                self._say(f"waiting for {' and '.join(missing)} to register, {seconds:.0f} s")
+        return {worker.spec.role: found[name] for name, worker in self._workers.items()}
+
+    def _look_for_ready(self, found: dict[str, dict[str, Any]]) -> Sequence[str]:
+        """Add the contents of new ready files to ``found``, and return the names of the workers that have none yet."""
+        for name, worker in self._workers.items():
+            if name not in found and (content := worker.ready()) is not None:
+                found[name] = content
+                self.mark(name, f"{name} registered, tp {worker.spec.tp_size}")
+        return [name for name in self._workers if name not in found]
+
+    def _drain(self, worker: MpirunWorker, signals_before: int) -> None:
+        """Let a worker finish what is in flight, and wait for its end, unless a further signal or the end of the time comes first."""
+        process = self._processes.get(worker.name)
+        leader = None if process is None else worker.rank_zero()
+        if process is None or leader is None or leader not in process.members():
+            return  # its launcher is asked to end, in `stop`
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(leader, signal.SIGTERM)
+        await_exit([process], DRAIN_SECONDS, self._interrupts, signals_before)
+
+    def _status_of(self, process: LoggedProcess) -> int:
+        # a worker that ends by itself with code 0 has lost its lease, or was stopped by somebody else
+        return (
+            super()._status_of(process) if process.name not in self._workers else process.exit_code() or ExitCode.ENGINE
+        )
+
+    def _log_of(self, process: LoggedProcess) -> str:
+        """Of a worker that ended in order, return rank 0's log, as rank 0 reports for all; of another one the end of each rank's log and the
+        launcher's."""
+        if process.name not in self._workers:
+            return super()._log_of(process)
+        rank_logs = self._workers[process.name].rank_logs
+        rank_zero = rank_logs / "rank-0.log"
+        if process.exit_code() in set(ExitCode) and rank_zero.is_file():
+            return rank_zero.read_text(errors="replace").rstrip("\n")
+        sources = [*sorted(rank_logs.glob("rank-*.log")), process.log]
+        return "\n".join(f"[{log.stem}] {line}" for log in sources for line in last_lines(log, LOG_LINES))
+
+    def _timeout_fix(self, process: LoggedProcess) -> str:
+        return "a longer --timeout, or --verbose"

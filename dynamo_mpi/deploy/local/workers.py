@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stack's workers: one that does all, or one for prefill and one for decode; their command lines, environments and ready files.
+
+Nothing is started here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.pdeathsig_command import tethered
+from dynamo_mpi.common.ports import LOOPBACK
+
+StackRole = Literal["agg", "disagg"]
+WorkerRole = Literal["agg", "prefill", "decode"]
+
+# the installed model has 9 attention heads: 1 and 3 are its legal sizes below 9
+AGG_TP_SIZE = 3
+PREFILL_TP_SIZE, DECODE_TP_SIZE = 3, 1
+"""Unequal, so that KV is divided anew on its way; decode on one rank, where a small model's tokens come fastest."""
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """One worker.
+
+    Args:
+        role: what it does.
+        tp_size: its ranks, which is tensor parallelism over all of them.
+    """
+
+    role: WorkerRole
+    tp_size: int
+
+    @property
+    def name(self) -> str:
+        """Its name as a part of the stack."""
+        return "worker" if self.role == "agg" else self.role
+
+
+def worker_specs(
+    role: StackRole, tp: int | None, prefill_tp: int | None, decode_tp: int | None
+) -> tuple[WorkerSpec, ...]:
+    """Return the workers that the flags ask for, in the order in which they are stopped.
+
+    Args:
+        role: of the whole.
+        tp: ranks of each worker that isn't given its own number; None takes the default of its role.
+        prefill_tp: ranks of the prefill worker.
+        decode_tp: ranks of the decode worker.
+
+    Raises:
+        UsageError: a size is given for a worker that there isn't.
+    """
+    if role == "disagg":
+        return (
+            WorkerSpec("prefill", prefill_tp or tp or PREFILL_TP_SIZE),
+            WorkerSpec("decode", decode_tp or tp or DECODE_TP_SIZE),
+        )
+    for flag, size in (("--prefill-tp", prefill_tp), ("--decode-tp", decode_tp)):
+        if size is not None:
+            raise UsageError(
+                f"{flag} {size} with --role agg", needed="one worker, whose size is --tp", fix="add --role disagg"
+            )
+    return (WorkerSpec("agg", tp or AGG_TP_SIZE),)
+
+
+@dataclass(frozen=True)
+class MpirunWorker:
+    """One worker under mpirun. It is ready when rank 0 has written its ready file."""
+
+    mpirun: tuple[str, ...]
+    spec: WorkerSpec
+    model: Path
+    served_model_name: str
+    engine_config: Path
+    ready_file: Path
+    rank_logs: Path
+    scratch: Path
+    discovery: Mapping[str, str]
+    timeline: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def command(self) -> tuple[str, ...]:
+        role = self.spec.role
+        worker = (
+            *(sys.executable, "-m", "dynamo_mpi.worker", "--role", role, "--engine", "reference"),
+            *("--model", str(self.model), "--served-model-name", self.served_model_name),
+            *("--engine-config", str(self.engine_config), "--ready-file", str(self.ready_file)),
+            *(() if self.timeline is None else ("--timeline", str(self.timeline))),
+            *(() if role == "agg" else ("--kv-network", LOOPBACK)),
+        )
+        return (*self.mpirun, "-n", str(self.spec.tp_size), *tethered(worker, rank_logs=self.rank_logs))
+
+    def environment(self) -> dict[str, str]:
+        own = {
+            "PYTHONUNBUFFERED": "1",
+            "DYN_SELF_HOST_METADATA": "0",  # the frontend reads the model's files by their path
+        }
+        return {**self.discovery, **own, **mpi_environment(self.scratch, root=os.geteuid() == 0)}
+
+    def ready(self) -> dict[str, Any] | None:
+        """Return the ready file's contents, None while there is none. It appears whole, by a rename."""
+        try:
+            contents = json.loads(self.ready_file.read_text())
+        except FileNotFoundError:
+            return None
+        return contents if isinstance(contents, dict) else None
+
+    def rank_zero(self) -> int | None:
+        """Return rank 0's process id, None unless it serves."""
+        try:
+            pid = (self.ready() or {}).get("pid")
+        except (OSError, ValueError):
+            return None
+        return pid if isinstance(pid, int) else None
+
+
+def mpi_environment(scratch: Path, *, root: bool) -> dict[str, str]:
+    """Return what lets Open MPI 4 and 5 run more ranks than cores; other MPIs ignore it.
+
+    Variables, not flags, because each launcher has flags of its own.
+
+    Args:
+        scratch: folder for shared-memory files, which a killed rank can't remove from /dev/shm.
+        root: Open MPI refuses root unless told twice.
+    """
+    variables = {
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        "PRTE_MCA_hwloc_default_binding_policy": "none",
+        "OMPI_MCA_rmaps_base_oversubscribe": "1",
+        "OMPI_MCA_hwloc_base_binding_policy": "none",
+        "OMPI_MCA_btl_sm_backing_directory": str(scratch),
+        "OMPI_MCA_btl_vader_backing_directory": str(scratch),
+    }
+    if root:
+        variables |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return variables

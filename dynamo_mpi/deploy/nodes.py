@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nodes that there are: of a Slurm allocation, or of a hostfile."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import DataError, UsageError
+from dynamo_mpi.common.files import read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+_SCONTROL_SECONDS = 30.0
+STAND_IN_JOB = "JOB"
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Where a deployment can run.
+
+    Args:
+        names: in the order in which workers get them.
+        head: where the services run; one of the names, or this machine.
+        job_id: of Slurm; empty under mpirun.
+    """
+
+    names: tuple[str, ...]
+    head: str
+    job_id: str = ""
+
+
+def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> Nodes:
+    """Return the nodes of the Slurm allocation that we are in.
+
+    Args:
+        environ: of a batch script, of ``salloc``'s shell, or of a shell of one of its steps.
+        wanted: nodes that the deployment takes, for the cure.
+        gpus_per_node: the same.
+
+    Raises:
+        UsageError: we are in none, or Slurm doesn't say which nodes it has.
+    """
+    job_id = environ.get("SLURM_JOB_ID", "")
+    if not job_id:
+        more = "".join(
+            f" --{name}={environ[name.upper()]}" for name in ("partition", "account") if environ.get(name.upper())
+        )
+        raise UsageError(
+            "this is no Slurm allocation: SLURM_JOB_ID isn't set",
+            needed=f"a shell or a batch script with {wanted} nodes",
+            fix=f"salloc --nodes={wanted} --exclusive --gpus-per-node={gpus_per_node}{more}, and this command in its "
+            "shell; or sbatch scripts/sbatch_disaggregated.sh",
+        )
+    written = environ.get("SLURM_JOB_NODELIST", "")
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", written],
+            capture_output=True,
+            text=True,
+            timeout=_SCONTROL_SECONDS,
+            check=True,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        raise UsageError("scontrol isn't on PATH", needed="Slurm's commands, on the host") from None
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        raise UsageError(f"Slurm doesn't say which nodes job {job_id} has: {said}") from None
+    names = tuple(done.stdout.split())
+    if not names:
+        raise UsageError(f"job {job_id} has no nodes: SLURM_JOB_NODELIST is {written!r}")
+    here = environ.get("SLURMD_NODENAME", "")
+    return Nodes(names, here if here in names else names[0], job_id)
+
+
+def stand_in(count: int) -> Nodes:
+    """Return nodes for a dry run outside an allocation."""
+    names = tuple(f"node{number}" for number in range(1, count + 1))
+    return Nodes(names, names[0], STAND_IN_JOB)
+
+
+def of_hostfile(path: Path, here: str) -> Nodes:
+    """Return the hosts of a hostfile as mpirun has them: one on a line, ``slots=N`` and comments aside, each once.
+
+    Args:
+        path: the file.
+        here: this host, where the services run.
+
+    Raises:
+        DataError: the file can't be read, or names no host.
+    """
+    try:
+        lines = read_text(path).splitlines()
+    except OSError as error:
+        raise DataError(f"the hostfile {path} can't be read: {error.strerror}", needed="one host on a line") from None
+    words = (line.partition("#")[0].split() for line in lines)
+    names = tuple(dict.fromkeys(first for first, *_ in filter(None, words)))
+    if not names:
+        raise DataError(f"the hostfile {path} names no host", needed="one host on a line")
+    return Nodes(names, here)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors of a stack's or a deployment's processes; each carries the end of the process's own log."""
+
+from __future__ import annotations
+
+from dynamo_mpi.common.errors import BootstrapError
+
+LOG_LINES = 20
+
+
+class ServiceError(BootstrapError):
+    """A process of the stack failed.
+
+    Args:
+        found: what happened.
+        status: what to exit with; any code, as a worker's own is passed on.
+        log: the end of its log, to be printed as it is.
+        part: the name of the process.
+        needed: what has to be true instead.
+        fix: what to do about it.
+    """
+
+    def __init__(self, found: str, *, status: int, log: str, part: str = "", needed: str = "", fix: str = "") -> None:
+        super().__init__(found, needed=needed, fix=fix)
+        self.part, self.status, self.log = part, status, log
+
+
+class ProcessExited(ServiceError):
+    """A process ended that must go on."""
+
+
+class StartTimeout(ServiceError):
+    """A process was not ready in time."""
+
+
+class StepFailed(ServiceError):
+    """A step of a deployment ended, and the deployment with it."""

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts etcd, NATS and the frontend on this host, waits until they are ready, watches them, and ends them.
+
+A service is ready when *its own process* holds the port and answers there: on a shared node another job's etcd may answer at the usual one.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic
+
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.subprocess import POLL_SECONDS, LoggedProcess, stop
+from dynamo_mpi.deploy.service_error import LOG_LINES, ProcessExited, StartTimeout
+from dynamo_mpi.deploy.services import ServiceT, is_up, lost_its_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from dynamo_mpi.common.signals import Interrupts
+
+WATCH_SECONDS, SIGNAL_SECONDS = 0.2, 0.5
+# together less than the 30 s that Slurm leaves between SIGTERM and SIGKILL (KillWait)
+STOP_SECONDS = {"frontend": 10.0, "nats": 5.0, "etcd": 5.0}
+
+
+@dataclass
+class StartingService(Generic[ServiceT]):
+    """A service that was started and isn't ready yet.
+
+    Args:
+        make: returns it, for a port.
+        next_port: returns the next port to try; None where none is left.
+        environment: what its own variables are added to.
+        service: as it runs now.
+    """
+
+    make: Callable[[int], ServiceT]
+    next_port: Callable[[], int | None]
+    environment: Mapping[str, str]
+    service: ServiceT
+
+
+class ServiceStack:
+    """Processes of this host that serve together. Use it from the main thread.
+
+    Args:
+        folder: private folder of this run, for data, logs and scratch files.
+        interrupts: checked wherever we wait.
+        say: takes one line of progress.
+        start_timeout: seconds from here until all is ready.
+    """
+
+    def __init__(self, folder: Path, interrupts: Interrupts, say: Callable[[str], None], start_timeout: float) -> None:
+        self._folder, self._scratch = folder, folder / "scratch"
+        self._interrupts, self._say, self._start_timeout = interrupts, say, start_timeout
+        self._began = time.monotonic()
+        self._processes: dict[str, LoggedProcess] = {}
+        self._starting: set[str] = set()
+        self.seconds: dict[str, float] = {}
+        """Seconds since the start, by milestone."""
+
+    @property
+    def age(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._began
+
+    @property
+    def processes(self) -> dict[str, list[int]]:
+        """The living processes of each part."""
+        return {name: process.members() for name, process in self._processes.items()}
+
+    def mark(self, milestone: str, text: str) -> None:
+        """Record when a milestone was reached, and say so."""
+        self.seconds[milestone] = seconds = self.age
+        self._say(f"{seconds:5.1f} s  {text}")
+
+    def start_service(
+        self, make: Callable[[int], ServiceT], next_port: Callable[[], int | None], environment: Mapping[str, str]
+    ) -> StartingService[ServiceT]:
+        """Start a service; `wait_ready` waits for it.
+
+        Args:
+            make: returns it, for a port.
+            next_port: returns a port to try, each time another; None where none is left. May raise.
+            environment: what its own variables are added to.
+
+        Raises:
+            Interrupted: a signal asks for the end.
+        """
+        port = next_port()
+        assert port is not None  # noqa: S101 - the first always is
+        start = StartingService(make, next_port, environment, make(port))
+        self._spawn_service(start)
+        return start
+
+    def wait_ready(self, start: StartingService[ServiceT]) -> ServiceT:
+        """Wait until a service answers; if its port was taken meanwhile, start it on the next.
+
+        Raises:
+            ProcessExited: it or another one ended.
+            StartTimeout: the time is up.
+            Interrupted: a signal asks for the end.
+        """
+        while True:
+            service, process = start.service, self._processes[start.service.name]
+            if process.exit_code() is not None:
+                port = start.next_port() if lost_its_port(process) else None
+                if port is None:
+                    raise self._exited(process)
+                start.service = start.make(port)
+                self._spawn_service(start)
+            elif is_up(service, process):
+                self._starting.discard(service.name)
+                self.mark(service.name, f"{service.name} at {service.url}")
+                return service
+            self.wait(service.name, "it does not answer")
+
+    def spawn(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start a process.
+
+        Raises:
+            Interrupted: a signal asks for the end.
+        """
+        self._interrupts.check()
+        self._processes[name] = LoggedProcess(name, command, environment=environment, log=self._new_log(name))
+
+    def wait(self, name: str, state: str) -> None:
+        """Wait a moment for a process to become ready.
+
+        Args:
+            name: of the process.
+            state: why it isn't ready, for the error.
+
+        Raises:
+            ProcessExited: any process ended.
+            StartTimeout: the time is up.
+            Interrupted: a signal asks for the end.
+        """
+        self.check()
+        if self.age > self._start_timeout:
+            process = self._processes[name]
+            raise StartTimeout(
+                f"{name} is not ready after {self._start_timeout:g} s: {state}",
+                part=name,
+                status=ExitCode.DEADLINE,
+                log=self._log_of(process),
+                fix=self._timeout_fix(process),
+            )
+        self._interrupts.pause(POLL_SECONDS)
+
+    def check(self) -> None:
+        """Raise `ProcessExited` if a process has ended, unless it is a service that can still be started on another port."""
+        for name, process in self._processes.items():
+            if process.exit_code() is not None and not (name in self._starting and lost_its_port(process)):
+                raise self._exited(process)
+
+    def watch(self) -> None:
+        """Does not return: raises ``Interrupted``, or `ProcessExited` when a process ends."""
+        while True:
+            self.check()
+            self._interrupts.pause(WATCH_SECONDS)
+
+    def stop(self) -> None:
+        """End the services, etcd last. A further signal, or the end of the time, turns asking into killing. Idempotent."""
+        # at most one: a second may have come since the first was noticed
+        signals_before = min(self._interrupts.count, 1)
+        for name, seconds in STOP_SECONDS.items():
+            if name in self._processes:
+                stop([self._processes[name]], seconds, self._interrupts, signals_before)
+
+    def _spawn_service(self, start: StartingService[ServiceT]) -> None:
+        service = start.service
+        self._starting.add(service.name)
+        self.spawn(service.name, service.command(), {**start.environment, **service.environment()})
+
+    def _exited(self, process: LoggedProcess) -> ProcessExited:
+        self._interrupts.pause(SIGNAL_SECONDS)  # what ends us, scancel say, signals our children as well, in any order
+        return ProcessExited(
+            f"{process.name} ended with exit code {process.exit_code()}",
+            part=process.name,
+            status=self._status_of(process),
+            log=self._log_of(process),
+            fix=self._exit_fix(process),
+        )
+
+    # what differs between stacks
+
+    def _new_log(self, name: str) -> Path:
+        """Return where the output of a process goes."""
+        return self._folder / f"{name}.log"
+
+    def _status_of(self, process: LoggedProcess) -> int:
+        """Return what to exit with after the end of a process."""
+        return ExitCode.UNAVAILABLE
+
+    def _log_of(self, process: LoggedProcess) -> str:
+        """Return the end of a process's log."""
+        return "\n".join(process.last_lines(LOG_LINES))
+
+    def _exit_fix(self, process: LoggedProcess) -> str:
+        """Return what to do after the end of a process."""
+        return ""
+
+    def _timeout_fix(self, process: LoggedProcess) -> str:
+        """Return what to do about a process that isn't ready in time."""
+        return ""

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""etcd, NATS and Dynamo's frontend as child processes: their command lines, environments and addresses, and whether they answer."""
+
+from __future__ import annotations
+
+import json
+import site
+import socket
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from dynamo_mpi.common.http import PROBE_SECONDS, get_json
+from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, holds_port, in_url
+from dynamo_mpi.deploy.service_error import LOG_LINES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from dynamo_mpi.common.subprocess import LoggedProcess
+    from dynamo_mpi.deploy.certificates import Certificates
+
+
+class Service(Protocol):
+    """A part with one port."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def url(self) -> str: ...
+    def command(self) -> tuple[str, ...]: ...
+    def environment(self) -> dict[str, str]: ...
+    def answers(self) -> bool: ...
+
+
+ServiceT = TypeVar("ServiceT", bound=Service)
+
+
+@dataclass(frozen=True)
+class Etcd:
+    """Discovery. Its data is worth nothing after the run, so it skips fsync.
+
+    Args:
+        binary: etcd itself.
+        port: for clients.
+        data: folder that it makes.
+        host: the address for clients.
+        certificates: mutual TLS for clients and peers; None takes anybody.
+    """
+
+    binary: Path
+    port: int
+    data: Path
+    name: str = "etcd"
+    host: str = LOOPBACK
+    certificates: Certificates | None = None
+
+    @property
+    def url(self) -> str:
+        scheme = "http" if self.certificates is None else "https"
+        return f"{scheme}://{in_url(self.host)}:{self.port}"
+
+    def command(self) -> tuple[str, ...]:
+        # Port 0: nobody joins a cluster of one, so its peer port may be any.
+        peer = f"{'http' if self.certificates is None else 'https'}://{LOOPBACK}:0"
+        return (
+            *(str(self.binary), "--data-dir", str(self.data), "--log-level", "warn", "--unsafe-no-fsync"),
+            *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
+            *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
+            *("--initial-cluster", f"default={peer}"),
+            *("--heartbeat-interval", "20", "--election-timeout", "100"),  # it elects itself: no second to wait
+            *self._tls_flags(),
+        )
+
+    def environment(self) -> dict[str, str]:
+        # it would tell a supervisor of ours, systemd say, that we are ready
+        return {"NOTIFY_SOCKET": ""}
+
+    def answers(self) -> bool:
+        tls = None if self.certificates is None else self.certificates.client_context
+        status, body = get_json(self.port, "/health", host=self.host, tls=tls)
+        return status == 200 and str(body.get("health")) == "true"
+
+    def _tls_flags(self) -> tuple[str, ...]:
+        if self.certificates is None:
+            return ()
+        files = self.certificates
+        flags: list[str] = []
+        for side, only in (("", "--client-cert-auth"), ("peer-", "--peer-client-cert-auth")):
+            flags += [f"--{side}cert-file", str(files.server), f"--{side}key-file", str(files.server_key)]
+            flags += [f"--{side}trusted-ca-file", str(files.authority), only]
+        return tuple(flags)
+
+
+@dataclass(frozen=True)
+class Nats:
+    """Events, and requests with ``--request-plane nats``.
+
+    Args:
+        binary: nats-server itself.
+        port: for clients.
+        data: folder for JetStream's store.
+        host: the address for clients.
+        config: file with the credentials (`authorization`), which must not stand in a command line; None takes anybody.
+    """
+
+    binary: Path
+    port: int
+    data: Path
+    name: str = "nats"
+    host: str = LOOPBACK
+    config: Path | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://{in_url(self.host)}:{self.port}"
+
+    def command(self) -> tuple[str, ...]:
+        config = () if self.config is None else ("-c", str(self.config))
+        return (str(self.binary), *config, "-a", self.host, "-p", str(self.port), "-js", "-sd", str(self.data))
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def answers(self) -> bool:
+        try:
+            with socket.create_connection((self.host, self.port), timeout=PROBE_SECONDS) as connection:
+                return connection.recv(5) == b"INFO "
+        except OSError:
+            return False
+
+
+def authorization(user: str, password: str) -> str:
+    """Return a configuration that lets one user in. NATS reads JSON's strings as its own."""
+    return f"authorization {{ user: {json.dumps(user)}, password: {json.dumps(password)} }}\n"
+
+
+@dataclass(frozen=True)
+class Frontend:
+    """Dynamo's OpenAI-compatible HTTP server.
+
+    It copies every model's tokenizer to ``~/.cache/dynamo``; ``home`` is where that goes, None the user's own.
+
+    Args:
+        port: of HTTP.
+        discovery: variables by which it finds etcd and NATS.
+        home: what it takes for the user's home.
+        host: the address to listen at.
+        reach: the address that it is asked at, where ``host`` stands for all of them.
+        arguments: further words for its command line.
+    """
+
+    port: int
+    discovery: Mapping[str, str]
+    home: Path | None = None
+    name: str = "frontend"
+    host: str = LOOPBACK
+    reach: str = LOOPBACK
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def url(self) -> str:
+        return f"http://{in_url(self._reached_at)}:{self.port}"
+
+    def command(self) -> tuple[str, ...]:
+        own = (sys.executable, "-m", "dynamo.frontend", "--http-host", in_url(self.host), "--http-port", str(self.port))
+        return (*own, *self.arguments)
+
+    def environment(self) -> dict[str, str]:
+        if self.home is None:
+            return dict(self.discovery)
+        # Packages installed with pip's --user are found by way of HOME as well.
+        return {**self.discovery, "HOME": str(self.home), "PYTHONUSERBASE": site.getuserbase()}
+
+    def answers(self) -> bool:
+        return get_json(self.port, "/live", host=self._reached_at)[0] == 200
+
+    def models(self) -> list[str]:
+        """Return the names of the models it serves now."""
+        return listed_models(self.url, PROBE_SECONDS) or []
+
+    @property
+    def _reached_at(self) -> str:
+        return self.reach if self.host in ANY_ADDRESS else self.host
+
+
+def is_up(service: Service, child: LoggedProcess) -> bool:
+    """Tell whether a service answers, and it is this child that does: somebody else may have taken its port."""
+    return holds_port(child.pid, service.port) and service.answers()
+
+
+def lost_its_port(child: LoggedProcess) -> bool:
+    """Tell whether a service that ended had found its port taken, after all."""
+    return any("already in use" in line for line in child.last_lines(LOG_LINES))
+
+
+def listed_models(url: str, seconds: float = 5.0) -> list[str] | None:
+    """Return the models that a frontend lists; None where it doesn't answer.
+
+    Args:
+        url: the frontend's.
+        seconds: for it to answer in.
+    """
+    parts = urlsplit(url)
+    status, body = get_json(parts.port or 80, "/v1/models", host=parts.hostname or "", seconds=seconds)
+    try:
+        return [str(model["id"]) for model in body["data"]] if status == 200 else None
+    except (KeyError, TypeError):
+        return None

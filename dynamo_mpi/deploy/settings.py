@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a deployment consists of, as flags and as the variables of Dynamo's Slurm example.
+
+No third-party package is needed from here on: the launcher runs on a cluster's host, outside the container.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.config.options import Option, resolve, to_count, to_path, to_seconds, to_switch, to_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ROLES = ("agg", "prefill", "decode")
+
+
+def to_words(text: str) -> tuple[str, ...]:
+    """Read words as a shell would."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"words as a shell reads them ({error})") from None
+
+
+def to_restarts(text: str) -> int:
+    """Read a number of restarts; none is one too."""
+    return 0 if text.strip() == "0" else to_count(text)
+
+
+def _of_role(role: str) -> tuple[Option, ...]:
+    flag, variable = ("", "") if role == "agg" else (f"{role}-", f"{role.upper()}_")
+    return (
+        Option(
+            f"{role}_engine_config",
+            (f"--{flag}engine-config",),
+            (f"{variable}ENGINE_CONFIG",),
+            None,
+            to_text,
+            f"engine config of a worker of role {role}, as its ranks see the path",
+        ),
+        Option(
+            f"{role}_nodes", (f"--{flag}nodes",), (f"NUM_{variable}NODES",), 1, to_count, f"nodes of one {role} worker"
+        ),
+        Option(
+            f"{role}_workers",
+            (f"--{flag}workers",),
+            (f"NUM_{variable}WORKERS",),
+            1,
+            to_count,
+            f"workers of role {role}, each on nodes of its own",
+        ),
+    )
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        "role",
+        ("--role",),
+        (),
+        "disagg",
+        str,
+        "agg: workers that do everything; disagg: prefill and decode workers",
+        ("agg", "disagg"),
+    ),
+    Option(
+        "launcher",
+        ("--launcher",),
+        ("DYN_MPI_LAUNCHER",),
+        "auto",
+        str,
+        "what starts the ranks: auto is mpirun where there is a hostfile, else slurm, in an allocation",
+        ("auto", "slurm", "mpirun"),
+    ),
+    Option("hostfile", ("--hostfile",), ("HOSTFILE",), None, to_path, "hosts for mpirun, one on a line"),
+    Option("image", ("--image",), ("IMAGE",), None, to_text, "container image, for Pyxis; without one: bare metal"),
+    Option("mounts", ("--mounts",), ("MOUNTS",), None, to_text, "HOST:CONTAINER[,HOST:CONTAINER…] for the image"),
+    Option(
+        "model",
+        ("--model", "--model-path"),
+        ("MODEL_PATH", "DYN_TRTLLM_MODEL"),
+        None,
+        to_text,
+        "model folder or hub id, as the ranks see it",
+    ),
+    Option(
+        "served_model_name",
+        ("--served-model-name",),
+        ("SERVED_MODEL_NAME", "DYN_TRTLLM_SERVED_MODEL_NAME"),
+        None,
+        to_text,
+        "name that clients ask for; the folder's name or the hub id by default",
+    ),
+    *(option for role in ROLES for option in _of_role(role)),
+    Option(
+        "gpus_per_node", ("--gpus-per-node",), ("NUM_GPUS_PER_NODE",), 4, to_count, "GPUs, and so ranks, of each node"
+    ),
+    Option(
+        "run_dir",
+        ("--run-dir",),
+        ("DYN_MPI_RUN_DIR",),
+        None,
+        to_path,
+        "folder of this deployment on a file system that all nodes share: logs, and the services' addresses and keys; "
+        "./dynamo_mpi-JOB by default",
+    ),
+    Option(
+        "engine",
+        ("--engine",),
+        ("DYN_MPI_ENGINE",),
+        "auto",
+        str,
+        "what runs the model, as the worker's flag",
+        ("auto", "reference", "trtllm"),
+    ),
+    Option("mpi", ("--mpi",), ("DYN_MPI_SRUN_MPI",), "pmix", to_text, "srun's MPI plugin"),
+    Option("srun_args", ("--srun-args",), ("SRUN_ARGS",), (), to_words, "further words for srun of each worker"),
+    Option(
+        "mpirun", ("--mpirun",), ("DYN_MPI_MPIRUN",), ("mpirun",), to_words, "Open MPI's launcher, with further words"
+    ),
+    Option(
+        "python",
+        ("--python",),
+        ("DYN_MPI_PYTHON",),
+        None,
+        to_text,
+        "interpreter in the steps; python3 in an image, else this one",
+    ),
+    Option(
+        "max_restarts",
+        ("--max-restarts",),
+        ("DYN_MPI_MAX_RESTARTS",),
+        0,
+        to_restarts,
+        "how often a worker that failed is started again while the others live; mistakes (64 to 66, 77, 78) never are",
+    ),
+    Option(
+        "start_timeout",
+        ("--start-timeout",),
+        ("DYN_MPI_START_TIMEOUT",),
+        1800.0,
+        to_seconds,
+        "seconds until the services answer, an image's import included",
+    ),
+    Option(
+        "stop_timeout",
+        ("--stop-timeout",),
+        ("DYN_MPI_STOP_TIMEOUT",),
+        100.0,
+        to_seconds,
+        "seconds that a worker has to finish what is in flight, and to report itself if it can't; then its step is cancelled",
+    ),
+    Option(
+        "skip_check",
+        ("--skip-check",),
+        ("DYN_MPI_SKIP_CHECK",),
+        False,
+        to_switch,
+        "don't run `dynamo-mpi check` first (the ranks' preflight checks again)",
+        switch=True,
+    ),
+    Option(
+        "kv_check",
+        ("--kv-check",),
+        ("DYN_MPI_KV_CHECK",),
+        "on",
+        str,
+        "have each decode node pull a pattern from each prefill node before the workers start: on refuses to start if a pair is cut, "
+        "slow or gets wrong bytes, warn reports it, off leaves the check out",
+        ("on", "warn", "off"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """All settings of a deployment; see `OPTIONS` for what each means. ``worker_args`` go to every worker."""
+
+    role: str
+    launcher: str
+    hostfile: Path | None
+    image: str | None
+    mounts: str | None
+    model: str
+    served_model_name: str | None
+    agg_engine_config: str | None
+    agg_nodes: int
+    agg_workers: int
+    prefill_engine_config: str | None
+    prefill_nodes: int
+    prefill_workers: int
+    decode_engine_config: str | None
+    decode_nodes: int
+    decode_workers: int
+    gpus_per_node: int
+    run_dir: Path | None
+    engine: str
+    mpi: str
+    srun_args: tuple[str, ...]
+    mpirun: tuple[str, ...]
+    python: str | None
+    max_restarts: int
+    start_timeout: float
+    stop_timeout: float
+    skip_check: bool
+    kv_check: str
+    worker_args: tuple[str, ...] = ()
+
+    @property
+    def worker_roles(self) -> tuple[str, ...]:
+        """The roles that workers have here, in the order in which they get nodes."""
+        return ("agg",) if self.role == "agg" else ("prefill", "decode")
+
+    def of(self, role: str) -> tuple[str | None, int, int]:
+        """Return the engine config, nodes of a worker, and number of workers of a role."""
+        return tuple(getattr(self, f"{role}_{what}") for what in ("engine_config", "nodes", "workers"))
+
+
+def read_settings(
+    given: Mapping[str, str | None], worker_args: tuple[str, ...], environ: Mapping[str, str]
+) -> LaunchSettings:
+    """Find every setting, flags over environment over defaults.
+
+    Raises:
+        UsageError: a value is none, or what a deployment can't do without is missing.
+    """
+    values, _ = resolve(OPTIONS, given, environ, {})
+    if values["launcher"] == "auto":
+        values["launcher"] = "mpirun" if values["hostfile"] is not None else "slurm"
+    if values["model"] is None:
+        raise UsageError("no model was given", needed="a model", fix="--model DIR, or MODEL_PATH=DIR")
+    settings = LaunchSettings(**values, worker_args=worker_args)
+    for role in settings.worker_roles:
+        if settings.of(role)[0] is None:
+            flag = "" if role == "agg" else f"{role}-"
+            raise UsageError(
+                f"no engine config for the {role} worker was given",
+                needed="TensorRT-LLM's YAML",
+                fix=f"--{flag}engine-config FILE, or {flag.upper().replace('-', '_')}ENGINE_CONFIG=FILE",
+            )
+    if settings.launcher == "mpirun" and settings.image is not None:
+        raise UsageError(
+            "a container image was given for mpirun, which starts none",
+            needed="ranks on bare metal, or all of it inside a container",
+            fix="unset IMAGE, or launch with Slurm and Pyxis",
+        )
+    if settings.launcher == "mpirun" and settings.hostfile is None:
+        raise UsageError("mpirun needs to know the hosts", fix="--hostfile FILE, one host on a line")
+    return settings

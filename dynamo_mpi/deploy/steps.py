@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that run, and how they are ended, under Slurm and under mpirun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from dynamo_mpi.common.subprocess import LoggedProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from dynamo_mpi.deploy.command import Command
+
+_SLURM_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command that was started.
+
+    Args:
+        command: what runs.
+        child: srun's, mpirun's or the services' process here.
+        ready_file: what a worker writes when it serves; None for the services.
+    """
+
+    command: Command
+    child: LoggedProcess
+    ready_file: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.command.name
+
+    def last_words(self, lines: int = 40) -> str:
+        """Return the last lines of its output."""
+        return "\n".join(self.child.last_lines(lines))
+
+
+class Endings(Protocol):
+    """How steps are ended."""
+
+    def ask(self, steps: Sequence[Step]) -> None:
+        """Ask steps to finish what is in flight and end."""
+
+    def cancel(self, steps: Sequence[Step]) -> None:
+        """End steps now."""
+
+
+def start(command: Command, environment: Mapping[str, str], log: Path, ready_file: Path | None = None) -> Step:
+    """Start a step. From the main thread; it is ended when this process ends, however that comes."""
+    child = LoggedProcess(
+        command.name,
+        command.words,
+        environment={**environment, **command.environment},
+        log=log,
+        # SIGKILL would take srun alone, and leave its ranks running
+        end_with=signal.SIGTERM,
+    )
+    return Step(command, child, ready_file)
+
+
+class SlurmEndings:
+    """Ends steps by their ids: srun itself hands on no signal that its ranks could drain on.
+
+    Args:
+        job_id: the job that they belong to.
+    """
+
+    def __init__(self, job_id: str) -> None:
+        self._job_id = job_id
+
+    def ask(self, steps: Sequence[Step]) -> None:
+        self._scancel(steps, "--signal=TERM")
+
+    def cancel(self, steps: Sequence[Step]) -> None:
+        self._scancel(steps)
+
+    def _scancel(self, steps: Sequence[Step], *options: str) -> None:
+        ids = {name: number for number, name in (self.running() or {}).items()}
+        listed = {step.command.step: step for step in steps}
+        self.cancel_ids([ids[name] for name in listed if name in ids], *options)
+        for name, step in listed.items():
+            if name not in ids:
+                # not made yet, or Slurm doesn't answer: its srun alone can end it, though not in order
+                step.child.send(signal.SIGTERM)
+
+    def cancel_ids(self, ids: Sequence[str], *options: str) -> None:
+        """Cancel steps by their ids, or with ``--signal=…`` signal them."""
+        if ids:
+            _ask_slurm("scancel", *options, *ids)
+
+    def running(self) -> dict[str, str] | None:
+        """Return the names of the job's steps by their ids, ``JOB.STEP``; None where Slurm doesn't answer."""
+        text = _ask_slurm("squeue", "--steps", f"--jobs={self._job_id}", "--noheader", "--format=%i|%j")
+        if text is None:
+            return None
+        return {step: name for step, _, name in (line.partition("|") for line in text.splitlines())}
+
+
+def end_of_job(job_id: str) -> str:
+    """Ask Slurm when the job's time ends: seconds since 1970, or nothing where it doesn't say."""
+    environ = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
+    text = _ask_slurm("squeue", f"--jobs={job_id}", "--noheader", "--format=%e", environ=environ) or ""
+    return text.strip() if text.strip().isdecimal() else ""
+
+
+class MpirunEndings:
+    """Ends parts that run under mpirun, or directly on this host."""
+
+    def ask(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            if step.ready_file is None:
+                step.child.send(signal.SIGTERM)
+            elif (leader := _rank_zero_here(step.ready_file)) is not None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.kill(leader, signal.SIGTERM)
+            else:
+                # mpirun kills its ranks at once: it hands no signal on that they could drain on
+                step.child.send(signal.SIGTERM)
+
+    def cancel(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            step.child.send(signal.SIGTERM)
+
+
+def _ask_slurm(*words: str, environ: Mapping[str, str] | None = None) -> str | None:
+    """Run one of Slurm's commands; what it prints, or None where it fails. Ending goes on whatever it says."""
+    try:
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            timeout=_SLURM_SECONDS,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            env=environ,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    if done.returncode and "Invalid job id" in done.stderr:
+        return ""  # of a job that has long ended
+    return done.stdout if done.returncode == 0 else None
+
+
+def _rank_zero_here(ready_file: Path) -> int | None:
+    """Return rank 0's pid where it runs on this host."""
+    try:
+        content = json.loads(ready_file.read_text(encoding="utf-8"))
+        pid, host = int(content["pid"]), content["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pid if host == os.uname().nodename else None

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``dynamo.trtllm``, which rank 0 starts beside MPI: it ends with rank 0, and its last lines are kept for the report of its end."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+from typing import IO, TYPE_CHECKING, cast
+
+from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.log_writer import log_writer
+from dynamo_mpi.common.redact import own_redactor
+from dynamo_mpi.common.subprocess import ManagedProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+_LINES_KEPT = 20
+_LONGEST_LINE = 2000
+_PIPE_BYTES = 1 << 20
+_USAGE_CODE = 2  # argparse's
+
+
+class TrtllmProcess(ManagedProcess):
+    """A running child. Its stdout and stderr go on to rank 0's stderr, line by line.
+
+    Args:
+        command: what to run.
+        environment: all of its environment.
+        on_end: called from a thread with the exit code, as `subprocess.Popen.returncode` gives it, and the last lines that it wrote.
+        on_stop: called from the same thread when it is stopped (True) or resumed (False). It has to be quick.
+        secret: removed from what it writes: at its more talkative log levels, Dynamo logs its environment.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        on_end: Callable[[int, list[str]], None],
+        on_stop: Callable[[bool], None],
+        secret: str,
+    ) -> None:
+        self._secret = secret.encode()
+        self._lines: collections.deque[str] = collections.deque(maxlen=_LINES_KEPT)
+        self._on_end, self._on_stop = on_end, on_stop
+        self._code: int | None = None
+        self._exited = threading.Event()
+        super().__init__(
+            "dynamo.trtllm", command, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self._output = cast("IO[bytes]", self.popen.stdout)
+        with contextlib.suppress(OSError):  # a larger pipe only makes waiting for us rarer
+            fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._pump = threading.Thread(target=self._forward, name="child output", daemon=True)
+        self._pump.start()
+        threading.Thread(target=self._watch, name="child end", daemon=True).start()
+
+    # only the watching thread asks the kernel: a child whose end another thread has collected has none for it to see
+
+    def exit_code(self) -> int | None:
+        """Return None while it runs, then its exit code as a shell would give it."""
+        code = self._code
+        return code if code is None or code >= 0 else of_signal(-code)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it has ended, but no longer than ``seconds``; return whether it has."""
+        return self._exited.wait(seconds)
+
+    def _forward(self) -> None:
+        for raw in self._output:
+            line = raw.replace(self._secret, b"<secret>")
+            log_writer.write_raw(line)
+            text = line[:_LONGEST_LINE].decode("utf-8", "replace").rstrip()
+            if text:
+                self._lines.append(text)
+
+    def _watch(self) -> None:
+        stops = os.WSTOPPED | os.WCONTINUED
+        # while it is a zombie its number is nobody else's: what it has left behind in its session can be ended
+        while (seen := os.waitid(os.P_PID, self.pid, os.WEXITED | stops | os.WNOWAIT)) is not None:
+            if seen.si_code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
+                self._code = seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
+                break
+            os.waitid(os.P_PID, self.pid, stops | os.WNOHANG)
+            self._on_stop(seen.si_code == os.CLD_STOPPED)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        code = self.popen.wait()
+        self._exited.set()
+        # what it wrote last explains its end
+        self._pump.join(1.0)
+        # they go into reports; together, because a secret may have several lines
+        self._on_end(code, own_redactor().redact("\n".join(self._lines)).splitlines())
+
+
+def describe_end(code: int) -> str:
+    """Say how a process ended.
+
+    Args:
+        code: as `subprocess.Popen.returncode` gives it: negative for a signal.
+    """
+    if code >= 0:
+        return f"ended with code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "unknown"
+    return f"was ended by signal {-code} ({name})"
+
+
+def exit_code_for(code: int) -> int:
+    """Translate how ``dynamo.trtllm`` ended, unasked, into this worker's exit code.
+
+    0 is a lost lease (``dynamo.trtllm`` returns in that case as if all were well), 2 is what ``argparse`` leaves with.
+    """
+    if code < 0:
+        return of_signal(-code)
+    return int({0: ExitCode.TEMPORARY, _USAGE_CODE: ExitCode.USAGE}.get(code, ExitCode.ENGINE))

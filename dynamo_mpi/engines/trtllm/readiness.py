@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rank 0's end of `prover`: starts it, and hands on what it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from dynamo_mpi.common.subprocess import ManagedProcess
+from dynamo_mpi.engines.trtllm.process import describe_end
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from dynamo_mpi.config.worker import Settings
+
+
+class Proof:
+    """A running prover.
+
+    Args:
+        settings: the worker's.
+        pid: process of ``dynamo.trtllm``.
+        token_id: a token to begin with.
+        environment: the child's; it finds etcd as that does.
+        on_news: called from a thread with each object that it writes, and with ``{"died": …}`` if it ends without a result.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        pid: int,
+        token_id: int,
+        environment: Mapping[str, str],
+        on_news: Callable[[dict[str, Any]], None],
+    ) -> None:
+        command = [sys.executable, "-m", "dynamo_mpi.engines.trtllm.readiness_main"]
+        command += ["--pid", str(pid), "--token-id", str(token_id)]
+        command += ["--endpoint", settings.endpoint, "--role", settings.role]
+        command += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
+        quiet = {name: value for name, value in environment.items() if not name.startswith("TLLM_")}
+        # its runtime has nothing to tell beside what it writes; a port of its own would be the child's
+        quiet |= {"DYN_LOG": "error"}
+        for name in ("DYN_SYSTEM_PORT", "DYN_TCP_RPC_PORT"):
+            quiet.pop(name, None)
+        self._on_news = on_news
+        self._process = ManagedProcess("proof", command, environment=quiet, stdout=subprocess.PIPE)
+        threading.Thread(target=self._read, name="proof", daemon=True).start()
+
+    def kill(self) -> None:
+        """End it, if it still runs."""
+        self._process.kill_group()
+
+    def _read(self) -> None:
+        last: dict[str, Any] = {}
+        for line in cast("IO[bytes]", self._process.popen.stdout):
+            try:
+                news = json.loads(line)
+            except ValueError:  # something that the runtime prints
+                continue
+            if isinstance(news, dict):
+                last = news
+                self._on_news(news)
+        code = self._process.popen.wait()
+        if code != 0 and not {"error", "proven"} & last.keys():
+            self._on_news({"died": f"the process that proves the worker {describe_end(code)}"})

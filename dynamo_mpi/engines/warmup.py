@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof: one real completion, over all ranks, before anybody is told that the worker exists."""
+
+from __future__ import annotations
+
+import queue
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import DeadlineError, EngineError
+from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, TokenChunk
+
+if TYPE_CHECKING:
+    from dynamo_mpi.engines.protocol import Engine
+
+_TOKENS = 2  # the first comes from the prompt, the second from the cache that the first one filled
+
+
+def prove(engine: Engine, prompt_token_id: int, timeout: float) -> float:
+    """Run one request through a started engine.
+
+    Args:
+        engine: started, with nothing in flight.
+        prompt_token_id: a token to begin with.
+        timeout: seconds it may take.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        EngineError: the engine refused it, or ended it without tokens.
+        DeadlineError: it did not end in time.
+    """
+    start = time.monotonic()
+    chunks: queue.SimpleQueue[TokenChunk] = queue.SimpleQueue()
+    request = GenerationRequest("dynamo_mpi-proof", (prompt_token_id,), max_tokens=_TOKENS)
+    try:
+        engine.submit(request, chunks.put)
+    except RequestError as error:
+        raise EngineError(f"the engine refused the first request: {error}") from None
+    made = 0
+    while True:
+        try:
+            chunk = chunks.get(timeout=max(0.0, start + timeout - time.monotonic()))
+        except queue.Empty:
+            raise DeadlineError(
+                f"the first completion took more than {timeout:g} s ({made} of {_TOKENS} tokens came out)",
+                fix="look at the ranks' logs; --prove-timeout gives it longer",
+            ) from None
+        made += len(chunk.token_ids)
+        if chunk.finish_reason is not None:
+            break
+    if chunk.finish_reason in ("error", "cancelled") or made == 0:
+        raise EngineError(f"the first completion failed: {chunk.error or chunk.finish_reason}, {made} tokens")
+    return time.monotonic() - start

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One worker, or a pair of them, judged by every rule: what `dynamo-mpi check` and the ranks' preflight both ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.layout.finding import Finding, errors
+from dynamo_mpi.layout.format import short_name
+from dynamo_mpi.layout.legal_sizes import legal_sizes
+from dynamo_mpi.layout.memory import MemoryEstimate, estimate
+from dynamo_mpi.layout.rules.registry import all_findings
+from dynamo_mpi.layout.suggestions import other_shapes, suggestions
+from dynamo_mpi.layout.weights import missing_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dynamo_mpi.layout.spec import Subject
+
+# rules about the text of the engine config: whoever breaks only these wrote bad data, not an illegal layout
+TEXT_RULES = ("H",)
+_MAX_GROUPED = 1024
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found about one worker.
+
+    Args:
+        subject: the worker.
+        findings: from every rule, in their order.
+        memory: what it needs; None where the config doesn't say enough.
+        nearest: for an error, layouts that would work: those that give what was meant, then those on the same GPUs.
+    """
+
+    subject: Subject
+    findings: tuple[Finding, ...]
+    memory: MemoryEstimate | None
+    nearest: tuple[Subject, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Is nothing an error?"""
+        return not errors(self.findings)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What a check ends with."""
+        return exit_code_of(self.findings)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What the model's config would have to say for every rule and estimate, and doesn't."""
+        return tuple(dict.fromkeys((*self.subject.shape.unknown, *missing_sizes(self.subject.shape))))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain data: the stable form that scripts read."""
+        subject = self.subject
+        return {
+            "ok": self.ok,
+            "model": subject.shape.name,
+            "role": subject.role,
+            "trtllm_version": None if subject.version is None else str(subject.version),
+            "layout": subject.layout_as_json(),
+            "ranks": self._ranks(),
+            "groups": self._groups(),
+            "findings": [finding.as_json() for finding in self.findings],
+            "unknown": list(self.unknown),
+            "legal": legal_sizes(subject),
+            "memory": self.memory.as_json() if self.memory is not None else {},
+            "nearest": [
+                {"name": short_name(other), "role": other.role, "layout": other.layout_as_json()}
+                for other in self.nearest
+            ],
+        }
+
+    def _placed(self) -> bool:
+        """Are there ranks to speak of? Not where sizes don't multiply out, or are absurd."""
+        layout, cluster = self.subject.layout, self.subject.cluster
+        part = cluster.nodes == 1 and layout.world_size <= cluster.world_size
+        enough = part or layout.world_size == cluster.world_size
+        return enough and layout.world_size <= _MAX_GROUPED and layout.multiplies_out
+
+    def _ranks(self) -> list[dict[str, int]]:
+        if not self._placed():
+            return []
+        layout, gpus = self.subject.layout, self.subject.cluster.gpus_per_node
+        return [dict(vars(layout.place(rank, gpus))) for rank in range(layout.world_size)]
+
+    def _groups(self) -> dict[str, list[list[int]]]:
+        if not self._placed():
+            return {}
+        return {kind: self.subject.layout.groups(kind) for kind in ("tp", "pp", "cp", "moe_tp", "moe_ep")}
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """What was found about a prefill and a decode worker."""
+
+    prefill: Report
+    decode: Report
+    findings: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Is nothing an error, in either worker or between them?"""
+        return self.prefill.ok and self.decode.ok and not errors(self.findings)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What a check ends with."""
+        if errors(self.findings):
+            return ExitCode.ILLEGAL_LAYOUT
+        codes = {report.exit_code for report in (self.prefill, self.decode)} - {ExitCode.OK}
+        return max(codes) if codes else ExitCode.OK
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {
+            "ok": self.ok,
+            "prefill": self.prefill.as_json(),
+            "decode": self.decode.as_json(),
+            "pair": {"ok": not errors(self.findings), "findings": [finding.as_json() for finding in self.findings]},
+        }
+
+
+def exit_code_of(findings: Sequence[Finding], special: Mapping[str, ExitCode] = MappingProxyType({})) -> ExitCode:
+    """Return the code that findings lead to: the first error decides, wrong keys last, since they are seldom all that is wrong.
+
+    Args:
+        findings: in the order in which they are told.
+        special: codes of rules that are about something else than the layout, by rule.
+    """
+    found = errors(findings)
+    if not found:
+        return ExitCode.OK
+    first = next((finding for finding in found if finding.rule not in TEXT_RULES), None)
+    return ExitCode.DATA if first is None else special.get(first.rule, ExitCode.ILLEGAL_LAYOUT)
+
+
+def check_worker(subject: Subject, more: Sequence[Finding] = (), *, suggest: bool = True) -> Report:
+    """Judge one worker.
+
+    Args:
+        subject: the worker.
+        more: findings made before, e.g. while its config was put together.
+        suggest: look for layouts that would work where there is an error.
+    """
+    findings = [*more, *all_findings(subject)]
+    better = suggestions(subject) if suggest and any(map(_is_about_layout, errors(findings))) else []
+    findings = [_with_what_was_meant(finding, subject, better) for finding in findings]
+    return Report(subject, tuple(findings), estimate(subject), tuple(better))
+
+
+def _is_about_layout(finding: Finding) -> bool:
+    """Could another layout mend it? Not wrong keys, limits, roles, nor a format that the GPU doesn't have."""
+    return not finding.rule.startswith(("H", "I", "G"))
+
+
+def _with_what_was_meant(finding: Finding, subject: Subject, better: Sequence[Subject]) -> Finding:
+    """A2: name the shapes that give a tp and an ep at once, on as many ranks as they need."""
+    wider = [other for other in better if other.layout.world_size > subject.layout.world_size]
+    if finding.rule != "A2" or not wider:
+        return finding
+    shapes, ranks = other_shapes(wider), subject.layout.moe_world_size
+    return replace(finding, fix=f"on {shapes}; on these {ranks} ranks {finding.fix}")
+
+
+def check_pair(prefill: Report, decode: Report) -> PairReport:
+    """Judge what two workers are to each other."""
+    # not at the top: most checks are of one worker
+    from dynamo_mpi.layout.contract import check_contracts, contract_of
+
+    return PairReport(
+        prefill, decode, tuple(check_contracts(contract_of(prefill.subject), contract_of(decode.subject)))
+    )

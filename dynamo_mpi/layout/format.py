@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How findings and reports put numbers into words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dynamo_mpi.layout.spec import Subject
+
+_GIB = 2**30
+
+
+def listed(items: Iterable[object]) -> str:
+    """Write ``1, 2, 4``."""
+    return ", ".join(map(str, items))
+
+
+def counted(number: int, noun: str) -> str:
+    """Write ``1 layer`` or ``2 layers``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def gib(size: int) -> str:
+    """Write a number of bytes as ``79.3 GiB``."""
+    return f"{size / _GIB:.1f} GiB"
+
+
+def short_name(subject: Subject) -> str:
+    """Write a layout as its users do: ``TP8/EP8/PP2``, ``TP8 x CP2 helix/EP16 on a decode worker``."""
+    layout = subject.layout
+    text = f"TP{layout.tp_size}"
+    if layout.cp_size > 1:
+        text += f" x CP{layout.cp_size} {(layout.cp_type or '').lower()}".rstrip()
+    if layout.moe_ep_size > 1:
+        text += f"/EP{layout.moe_ep_size}"
+    if layout.pp_size > 1:
+        text += f"/PP{layout.pp_size}"
+    if layout.enable_attention_dp:
+        text += " with attention DP"
+    return text + (" on a decode worker" if layout.is_helix else "")

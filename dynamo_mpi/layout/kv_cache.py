@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a token costs in the KV cache, and a request in a hybrid's states (section J)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import ceil
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout import defaults
+from dynamo_mpi.layout.layer_weights import dtype_bytes
+from dynamo_mpi.layout.model_shape import Mixer
+from dynamo_mpi.layout.weights import mtp_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.layout.model_shape import ModelShape
+    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.weights import StageWeights
+
+_SAME_DTYPE = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
+_BYTES = {"fp8": 1.0, "int8": 1.0, "bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nvfp4": 0.5 + 1 / 16}
+_STATE_BYTES = 4  # an element of a state space's state: float32 in the checkpoints that say it
+
+
+def tokens_per_block(subject: Subject) -> int:
+    """H8: return the tokens of a block, after what the attention backend makes of it: FlashMLA and VANILLA have sizes of their own."""
+    backend = (subject.config.attn_backend or "").upper()
+    if backend == "FLASHMLA":
+        return 64
+    if backend == "VANILLA" and subject.config.max_num_tokens is not None:
+        return subject.config.max_num_tokens
+    return subject.config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
+
+
+def resolve_kv_dtype(subject: Subject) -> str | None:
+    """Return the type of keys and values, under its full name; ``auto`` is the one that the checkpoint was calibrated for, else the model's.
+
+    Returns:
+        ``fp8``, ``nvfp4``, ``bfloat16`` and so on; None where neither config says.
+    """
+    said, shape = subject.config.kv_cache.dtype.lower(), subject.shape
+    if said == "auto":
+        calibrated = shape.quantisation.kv_algo if shape.quantisation is not None else None
+        said = (calibrated or shape.dtype or "").lower()
+    return _SAME_DTYPE.get(said, said) or None
+
+
+def kv_element_bytes(subject: Subject) -> float:
+    """Return the bytes of one element of the KV cache; of a type that isn't known, those of the model's."""
+    return _BYTES.get(resolve_kv_dtype(subject) or "", float(dtype_bytes(subject.shape)))
+
+
+def kv_dtype_known(subject: Subject) -> bool:
+    """Is the size of the KV cache's elements known, or the model's own?"""
+    name, own = resolve_kv_dtype(subject), (subject.shape.dtype or "").lower()
+    return name is None or name in _BYTES or name == _SAME_DTYPE.get(own, own)
+
+
+def kv_bytes(subject: Subject, held: StageWeights) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Return the bytes of a token in a stage's layers without a window, and in those of each window."""
+    ranks, element = subject.layout.attention_tp_size, kv_element_bytes(subject)
+    counts = Counter(_attention_layers(subject, held))
+    extra = mtp_layer(subject)
+    if extra is not None and held.stage == subject.layout.pp_size - 1:
+        counts[None, None] += extra[1]
+    sizes = Counter[int | None]()
+    for (window, kv_heads), count in counts.items():
+        sizes[window] += count * _layer_bytes(subject.shape, kv_heads, ranks, element)
+    return sizes[None], tuple(sorted((window, size) for window, size in sizes.items() if window is not None))
+
+
+def _attention_layers(subject: Subject, held: StageWeights) -> Iterator[tuple[int | None, int | None]]:
+    """The window and the KV heads of each attention layer of a stage; None for no limit, and for the model's number."""
+    kinds, order = subject.shape.kinds
+    said, length = subject.config.kv_cache.max_attention_window, subject.config.max_seq_len
+    for index in range(held.first_layer, held.first_layer + held.layers):
+        layer = kinds[order[index]]
+        if layer.mixer is not Mixer.ATTENTION:
+            continue
+        window = layer.window if not said else max(1, said[index % len(said)])
+        beyond = window is not None and said and length is not None and window >= length
+        yield None if beyond else window, layer.kv_heads
+
+
+def _layer_bytes(shape: ModelShape, kv_heads: int | None, ranks: int, element: float) -> int:
+    if shape.latent is None:
+        heads = -(-(kv_heads or shape.kv_heads or 0) // ranks)
+        return _packed(heads * ((shape.head_dim or 0) + (shape.value_size or 0)), element)
+    size = _packed(shape.latent.kv_lora_rank + (shape.latent.qk_rope_head_dim or 0), element)
+    # DSA: the indexer's keys in FP8, with a scale for each 128
+    return size + (shape.index_head_dim + 4 * -(-shape.index_head_dim // 128) if shape.index_head_dim else 0)
+
+
+def _packed(elements: int, element: float) -> int:
+    if element < 1:  # NVFP4: two to a byte, a scale for 16; each rounded up by itself
+        return -(-elements // 2) + -(-elements // 16)
+    return ceil(elements * element)
+
+
+def state_bytes(subject: Subject, held: StageWeights) -> int:
+    """Return what a hybrid keeps of a request in a stage's layers without attention: the state, and the convolution's last taps."""
+    shape, ranks = subject.shape, subject.layout.attention_tp_size
+    state = shape.state_space
+    if state is None:
+        return 0
+    kinds, order = shape.kinds
+    counts = Counter(order[held.first_layer : held.first_layer + held.layers])
+    layers = sum(count for kind, count in counts.items() if kinds[kind].mixer in (Mixer.MAMBA2, Mixer.GATED_DELTA))
+    heads = -(-state.heads // ranks)
+    convolution = -(-(state.conv_dim or 0) // ranks) * max(0, (state.kernel or 1) - 1)
+    size = heads * (state.head_dim or 0) * (state.state_size or 0) * _STATE_BYTES
+    return layers * (size + convolution * dtype_bytes(shape))

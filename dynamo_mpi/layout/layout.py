@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout: which rank does what, with the defaults that the engine fills in (A2-A4, A11-A13, F1, F10)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout.format import counted
+from dynamo_mpi.layout.gpus import GPUS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dynamo_mpi.layout.engine_config import EngineConfig
+    from dynamo_mpi.layout.trtllm_version import TrtllmVersion
+
+HELIX = "HELIX"
+ULYSSES = "ULYSSES"
+CP_TYPES = (ULYSSES, "STAR", "RING", HELIX)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The GPUs of one worker.
+
+    Args:
+        nodes: nodes of the worker.
+        gpus_per_node: GPUs, and ranks, of each.
+        gpu: kind of GPU, as `gpus.GPUS` names it; None where it isn't known.
+    """
+
+    nodes: int
+    gpus_per_node: int
+    gpu: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        """One rank on each GPU."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def nvlink_gpus(self) -> int:
+        """GPUs next to each other that NVLink joins: a node's, or more where it reaches over nodes."""
+        reach = GPUS[self.gpu].nvlink_gpus if self.gpu in GPUS else 0
+        return max(self.gpus_per_node, reach)
+
+    def __str__(self) -> str:
+        gpus = counted(self.gpus_per_node, "GPU")
+        return gpus if self.nodes == 1 else f"{self.nodes} nodes x {gpus}"
+
+
+def cluster_for(world_size: int, gpus_per_node: int, gpu: str | None = None) -> Cluster | None:
+    """Return nodes for so many ranks: whole nodes, or a part of one; None where they would be unequal."""
+    if world_size <= gpus_per_node:
+        return Cluster(1, world_size, gpu)
+    return Cluster(world_size // gpus_per_node, gpus_per_node, gpu) if world_size % gpus_per_node == 0 else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one rank does.
+
+    Args:
+        rank: in the world.
+        node: ``rank // gpus_per_node`` (A11).
+        gpu: ``rank % gpus_per_node``, its CUDA device (K9).
+        tp_rank: in its tensor-parallel group.
+        pp_rank: its pipeline stage.
+        cp_rank: in its context-parallel group.
+        moe_tp_rank: its slice of an expert.
+        moe_ep_rank: its share of the experts.
+    """
+
+    rank: int
+    node: int
+    gpu: int
+    tp_rank: int
+    pp_rank: int
+    cp_rank: int
+    moe_tp_rank: int
+    moe_ep_rank: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the world is divided. All sizes as the engine has them once its defaults are filled in.
+
+    Args:
+        tp_size: tensor-parallel size.
+        pp_size: pipeline stages.
+        cp_size: context-parallel size.
+        cp_type: of context parallelism; None without it.
+        moe_tp_size: ranks that share an expert.
+        moe_ep_size: shares of the experts.
+        moe_cluster_size: clusters of the smart router.
+        enable_attention_dp: attention is data-parallel over the tp ranks.
+        experts_over_cp: HELIX divides experts over its context ranks too; before 1.2 no kind did (A2).
+        cp_fastest: neighbouring ranks differ in their context rank first, as in TensorRT-LLM's main; else in their tp rank (A12).
+    """
+
+    tp_size: int
+    pp_size: int = 1
+    cp_size: int = 1
+    cp_type: str | None = None
+    moe_tp_size: int = 1
+    moe_ep_size: int = 1
+    moe_cluster_size: int = 1
+    enable_attention_dp: bool = False
+    experts_over_cp: bool = True
+    cp_fastest: bool = True
+
+    @property
+    def world_size(self) -> int:
+        """A1: ranks that it needs."""
+        return self.tp_size * self.pp_size * self.cp_size
+
+    @property
+    def multiplies_out(self) -> bool:
+        """A2: do the expert sizes make up the ranks that experts are divided over?"""
+        return self.moe_tp_size * self.moe_ep_size * self.moe_cluster_size == self.moe_world_size
+
+    @property
+    def dp_size(self) -> int:
+        """Groups that take requests of their own (C1)."""
+        return self.tp_size if self.enable_attention_dp else 1
+
+    @property
+    def attention_tp_size(self) -> int:
+        """Ranks that keys and values of a layer are divided over: 1 under attention DP (C1)."""
+        return 1 if self.enable_attention_dp else self.tp_size
+
+    @property
+    def head_split(self) -> int:
+        """Ranks that query heads are divided over (B1)."""
+        return self.attention_tp_size * self.cp_size
+
+    @property
+    def is_helix(self) -> bool:
+        """Context parallelism for decoding, whose ranks count as tp outside attention (F10)."""
+        return self.cp_size > 1 and self.cp_type == HELIX
+
+    @property
+    def moe_world_size(self) -> int:
+        """A2: ranks that experts are divided over: tp for ULYSSES, the default, tp x cp for every other kind."""
+        over_cp = self.experts_over_cp and self.cp_type not in (None, ULYSSES)
+        return self.tp_size * (self.cp_size if over_cp else 1)
+
+    @property
+    def dense_tp_size(self) -> int:
+        """F10: ranks that a dense MLP is divided over."""
+        return self.tp_size * self.cp_size if self.is_helix else self.tp_size
+
+    def place(self, rank: int, gpus_per_node: int) -> Place:
+        """Say what ``rank`` does (A11-A13)."""
+        stage, index = divmod(rank, self.tp_size * self.cp_size)
+        if self.cp_fastest:
+            tp_rank, cp_rank = divmod(index, self.cp_size)
+        else:
+            cp_rank, tp_rank = divmod(index, self.tp_size)
+        # experts are divided over the tp ranks, under HELIX over all of the stage
+        expert_index = index if self.moe_world_size > self.tp_size else tp_rank
+        return Place(
+            rank,
+            rank // gpus_per_node,
+            rank % gpus_per_node,
+            tp_rank,
+            stage,
+            cp_rank,
+            expert_index // (self.moe_ep_size * self.moe_cluster_size),
+            expert_index % self.moe_ep_size,
+        )
+
+    def groups(self, kind: str) -> list[list[int]]:
+        """Partition the ranks into the groups that communicate.
+
+        Args:
+            kind: ``tp``, ``pp``, ``cp``, ``moe_tp`` or ``moe_ep``.
+
+        Returns:
+            Groups of ascending ranks; every rank stands in exactly one.
+        """
+        places = [self.place(rank, 1) for rank in range(self.world_size)]
+        keys: dict[str, Callable[[Place], Sequence[int]]] = {
+            "tp": lambda p: (p.pp_rank, p.cp_rank),
+            "cp": lambda p: (p.pp_rank, p.tp_rank),
+            "pp": lambda p: (p.tp_rank, p.cp_rank),
+            "moe_ep": lambda p: (p.pp_rank, p.moe_tp_rank, *self._outside_moe(p)),
+            "moe_tp": lambda p: (p.pp_rank, p.moe_ep_rank, *self._outside_moe(p)),
+        }
+        found: dict[Sequence[int], list[int]] = {}
+        for place in places:
+            found.setdefault(keys[kind](place), []).append(place.rank)
+        return list(found.values())
+
+    def _outside_moe(self, place: Place) -> tuple[int, ...]:
+        """What else sets groups of experts apart: their cluster, and the context rank where experts aren't divided over those."""
+        whole = self.moe_world_size > self.tp_size
+        index = place.rank % (self.tp_size * self.cp_size) if whole else place.tp_rank
+        cluster = index // self.moe_ep_size % self.moe_cluster_size
+        return (cluster,) if whole else (cluster, place.cp_rank)
+
+    def stage_sizes(self, layers: int, partition: Sequence[int] | None = None) -> list[int]:
+        """F1: layers of each stage; the first ``layers % pp_size`` stages hold one more."""
+        if partition is not None and len(partition) == self.pp_size and sum(partition) == layers:
+            return list(partition)
+        quotient, remainder = divmod(layers, self.pp_size)
+        return [quotient + (stage < remainder) for stage in range(self.pp_size)]
+
+    def leaves_nvlink(self, cluster: Cluster) -> bool:
+        """A14: does a tensor-parallel group, with its context ranks, reach over GPUs that NVLink doesn't join?"""
+        group, reach = self.tp_size * self.cp_size, cluster.nvlink_gpus
+        return group > reach or (reach % group != 0 and self.world_size > reach)
+
+    def as_json(self) -> dict[str, object]:
+        """Return it as plain data, with the names that TensorRT-LLM's mapping has."""
+        return {
+            "tp_size": self.tp_size,
+            "pp_size": self.pp_size,
+            "cp_size": self.cp_size,
+            "cp_type": self.cp_type,
+            "moe_tp_size": self.moe_tp_size,
+            "moe_ep_size": self.moe_ep_size,
+            "moe_cluster_size": self.moe_cluster_size,
+            "enable_attention_dp": self.enable_attention_dp,
+            "dp_size": self.dp_size,
+            "world_size": self.world_size,
+        }
+
+    def __str__(self) -> str:
+        parts = [f"tp {self.tp_size}"]
+        if self.pp_size > 1:
+            parts.append(f"pp {self.pp_size}")
+        if self.cp_size > 1:
+            parts.append(f"cp {self.cp_size}" + (f" {self.cp_type.lower()}" if self.cp_type else ""))
+        if self.moe_ep_size > 1:
+            parts.append(f"ep {self.moe_ep_size}")
+        text = " x ".join(parts)
+        return text + (", attention DP" if self.enable_attention_dp else "")
+
+
+def layout_of(config: EngineConfig, version: TrtllmVersion | None = None) -> Layout:
+    """Fill in what the engine fills in (A2, A3).
+
+    Args:
+        config: the engine config.
+        version: TensorRT-LLM's; None for the newest that we know. It decides the order of ranks (A12).
+    """
+    bare = Layout(
+        tp_size=config.tp_size,
+        pp_size=config.pp_size,
+        cp_size=config.cp_size,
+        cp_type=(config.cp_type or ULYSSES) if config.cp_size > 1 else None,
+        moe_cluster_size=config.moe_cluster_size or 1,
+        enable_attention_dp=config.enable_attention_dp,
+        experts_over_cp=version is None or version.release >= (1, 2),
+        cp_fastest=version is None or version.release >= (1, 3),
+    )
+    ranks, moe_tp, moe_ep = bare.moe_world_size // bare.moe_cluster_size, config.moe_tp_size, config.moe_ep_size
+    if moe_tp is None:
+        moe_tp = ranks // (moe_ep or 1)
+    if moe_ep is None:
+        moe_ep = max(1, ranks // max(1, moe_tp))  # of sizes that can't be, A2 tells
+    return replace(bare, moe_tp_size=moe_tp, moe_ep_size=moe_ep)

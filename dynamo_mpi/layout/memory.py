@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What fits on the GPUs of a worker, reckoned from configs before anything is loaded (section J).
+
+Weights and the KV cache are sums that the engine makes too. Activations, workspaces and what lies outside torch are rules of thumb: good to
+some GiB per GPU, so a layout that is only just said to fit may still fail, and the other way round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.layout import defaults
+from dynamo_mpi.layout.gpus import find_gpu
+from dynamo_mpi.layout.kv_cache import kv_bytes, kv_dtype_known, resolve_kv_dtype, state_bytes, tokens_per_block
+from dynamo_mpi.layout.layer_weights import dtype_bytes, dtype_known
+from dynamo_mpi.layout.overheads import activation_bytes, outside_bytes, workspace_bytes
+from dynamo_mpi.layout.weights import stage_weights
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.weights import StageWeights
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Memory of each rank of one pipeline stage, in bytes.
+
+    Args:
+        stage: its number.
+        layers: transformer layers that it holds.
+        first_rank: lowest rank of the stage.
+        ranks: how many there are.
+        weights_bytes: weights.
+        activation_bytes: activations of the largest step.
+        workspace_bytes: what experts need to exchange tokens.
+        outside_bytes: NCCL, CUDA graphs and whatever else lies outside torch.
+        kv_bytes_per_token: keys and values of one token that the rank holds, in the layers that look back without limit.
+        windows: tokens that the other attention layers look back, each with the bytes of one token there.
+        state_bytes_per_request: states of a hybrid's layers, whatever the request's length.
+        left_bytes: what is left for the KV cache, before the fraction; negative where too much is used; None without a kind of GPU.
+        tokens: tokens that the stage can hold, if all requests are of full length; None without a kind of GPU, or where it holds none.
+    """
+
+    stage: int
+    layers: int
+    first_rank: int
+    ranks: int
+    weights_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+    outside_bytes: int
+    kv_bytes_per_token: int
+    windows: tuple[tuple[int, int], ...] = ()
+    state_bytes_per_request: int = 0
+    left_bytes: int | None = None
+    tokens: int | None = None
+
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the KV cache."""
+        return self.weights_bytes + self.activation_bytes + self.workspace_bytes + self.outside_bytes
+
+    def request_bytes(self, length: int) -> int:
+        """Bytes of one request of ``length`` tokens."""
+        windowed = sum(min(length, window) * size for window, size in self.windows)
+        return length * self.kv_bytes_per_token + windowed + self.state_bytes_per_request
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of one worker.
+
+    Args:
+        stages: its pipeline stages.
+        gpu: the kind of GPU; None where it isn't known.
+        gpu_bytes: memory of one.
+        length: tokens of a request of full length; None where neither config says.
+        fraction: share of what is left that the KV cache takes.
+        tokens_per_block: tokens of a block of it.
+        dp_size: groups of ranks with requests of their own; more than one with attention DP.
+        tokens: tokens that the cache of one such group holds: those of its fullest stage.
+        full_length_requests: requests of full length among them.
+        fullest_stage: the stage that decides.
+        assumptions: what the configs don't say, and what was taken for it.
+    """
+
+    stages: tuple[StageMemory, ...]
+    gpu: str | None
+    gpu_bytes: int | None
+    length: int | None
+    fraction: float
+    tokens_per_block: int
+    dp_size: int
+    tokens: int | None
+    full_length_requests: int | None
+    fullest_stage: int
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage that decides."""
+        return self.stages[self.fullest_stage]
+
+    @property
+    def fullest_rank(self) -> int:
+        """The first of the ranks that decide."""
+        return self.fullest.first_rank
+
+    @property
+    def weights_total_bytes(self) -> int:
+        """Weights over all ranks, every copy counted."""
+        return sum(stage.weights_bytes * stage.ranks for stage in self.stages)
+
+    @property
+    def weights_fit(self) -> bool:
+        """Is there room for the weights alone? True where the kind of GPU isn't known."""
+        return self.gpu_bytes is None or all(stage.weights_bytes <= self.gpu_bytes for stage in self.stages)
+
+    @property
+    def cache_fits(self) -> bool:
+        """Is there room for a block of KV cache as well? True where the kind of GPU isn't known."""
+        short = self.tokens is not None and self.tokens < self.tokens_per_block
+        return not short and all(stage.left_bytes is None or stage.left_bytes > 0 for stage in self.stages)
+
+    @property
+    def fits(self) -> bool | None:
+        """Do weights, activations and a block of KV cache fit? None where the kind of GPU isn't known."""
+        return None if self.gpu_bytes is None else self.weights_fit and self.cache_fits
+
+    @property
+    def world_tokens(self) -> int | None:
+        """Tokens that all groups of ranks hold together."""
+        return None if self.tokens is None else self.tokens * self.dp_size
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain data. With attention DP ``tokens`` are one rank's, and ``tokens_of_all_ranks`` those of all groups."""
+        requests = None if self.full_length_requests is None else self.full_length_requests * self.dp_size
+        return {
+            "gpu": self.gpu,
+            "gpu_bytes": self.gpu_bytes,
+            "fullest_rank": self.fullest_rank,
+            "fullest_stage": self.fullest_stage,
+            "tokens": self.tokens,
+            "tokens_of_all_ranks": self.world_tokens,
+            "full_length": self.length,
+            "full_length_requests": self.full_length_requests,
+            "full_length_requests_of_all_ranks": requests,
+            "dp_size": self.dp_size,
+            "kv_cache_fraction": self.fraction,
+            "weights_total_bytes": self.weights_total_bytes,
+            "stages": [
+                {**asdict(stage), "windows": [{"tokens": t, "bytes_per_token": b} for t, b in stage.windows]}
+                for stage in self.stages
+            ],
+            "assumptions": list(self.assumptions),
+        }
+
+
+def estimate(subject: Subject, *, fraction: float | None = None) -> MemoryEstimate | None:
+    """Estimate a worker's memory.
+
+    Args:
+        subject: the worker.
+        fraction: share of what is left for the KV cache; None for the engine config's, or the engine's own 0.9.
+
+    Returns:
+        The estimate; None where the model's config doesn't say enough (`weights.missing_sizes`), or the layout can't be (A2, F3).
+
+    Raises:
+        UsageError: there is no such kind of GPU.
+    """
+    possible = subject.layout.multiplies_out and subject.layout.pp_size <= (subject.shape.num_layers or 0)
+    weights = stage_weights(subject) if possible else None
+    if weights is None:
+        return None
+    config, layout = subject.config, subject.layout
+    gpu = None if subject.cluster.gpu is None else find_gpu(subject.cluster.gpu)
+    if fraction is None:
+        fraction = config.kv_cache.free_gpu_memory_fraction
+    fraction = defaults.FREE_GPU_MEMORY_FRACTION if fraction is None else min(1.0, max(0.0, fraction))
+    length = config.max_seq_len or subject.shape.context_length
+    block = tokens_per_block(subject)
+    room = None if gpu is None else gpu.memory
+    stages = tuple(_stages(subject, weights, room, fraction, length, block))
+    counted = [stage.tokens for stage in stages if stage.tokens is not None]
+    tokens = min(counted, default=None)
+    # without a kind of GPU, the stage with most in it
+    fullest = min(stages, key=_room) if gpu is not None else max(stages, key=lambda stage: stage.fixed_bytes)
+    return MemoryEstimate(
+        stages=stages,
+        gpu=None if gpu is None else gpu.name,
+        gpu_bytes=room,
+        length=length,
+        fraction=fraction,
+        tokens_per_block=block,
+        dp_size=layout.dp_size,
+        tokens=tokens,
+        full_length_requests=None if tokens is None or not length else tokens // length,
+        fullest_stage=fullest.stage,
+        assumptions=tuple(_assumptions(subject)),
+    )
+
+
+def _room(stage: StageMemory) -> tuple[bool, float, int]:
+    """Order stages by how little room they have; one without attention has no tokens to count."""
+    left = stage.left_bytes or 0
+    return left > 0, float("inf") if stage.tokens is None else stage.tokens, left
+
+
+def _stages(
+    subject: Subject, weights: Iterable[StageWeights], room: int | None, fraction: float, length: int | None, block: int
+) -> Iterator[StageMemory]:
+    layout, limit = subject.layout, subject.config.kv_cache.max_tokens
+    ranks = layout.tp_size * layout.cp_size
+    activations, workspace, outside = activation_bytes(subject), workspace_bytes(subject), outside_bytes(subject)
+    for held in weights:
+        unlimited, windows = kv_bytes(subject, held)
+        stage = StageMemory(
+            stage=held.stage,
+            layers=held.layers,
+            first_rank=held.stage * ranks,
+            ranks=ranks,
+            weights_bytes=held.bytes,
+            activation_bytes=activations,
+            workspace_bytes=workspace if held.elements.experts else 0,
+            outside_bytes=outside,
+            kv_bytes_per_token=unlimited,
+            windows=windows,
+            state_bytes_per_request=state_bytes(subject, held),
+        )
+        if room is None:
+            yield stage
+            continue
+        left = room - stage.fixed_bytes
+        tokens = _tokens(stage, max(0, int(left * fraction)), length)
+        if tokens is not None:
+            tokens = tokens // block * block
+            tokens = tokens if limit is None else min(tokens, limit)
+            # HELIX: each rank of a context-parallel group holds other tokens of a request
+            tokens *= layout.cp_size if layout.is_helix else 1
+        yield StageMemory(**{**stage.__dict__, "left_bytes": left, "tokens": tokens})
+
+
+def _tokens(stage: StageMemory, space: int, length: int | None) -> int | None:
+    if length is None:
+        size = stage.kv_bytes_per_token + sum(size for _, size in stage.windows)
+        return space // size if size else None
+    size = stage.request_bytes(length)
+    return space * length // size if size else None
+
+
+def _assumptions(subject: Subject) -> Iterable[str]:
+    shape = subject.shape
+    if not dtype_known(shape):
+        yield "the model's config names no dtype that we know: 2 bytes for each element that isn't quantised"
+    if not kv_dtype_known(subject):
+        yield f"the KV cache's dtype {resolve_kv_dtype(subject)} isn't known: {dtype_bytes(shape)} bytes per element"
+    if shape.quantisation is not None and not shape.quantisation.certain:
+        yield "the checkpoint selects what is quantised by means that can't be read here: all of it, but what it excludes"
+    if shape.experts is not None and not shape.experts.per_token:
+        yield "the model's config doesn't say how many experts a token goes to: no workspace counted"
+    if shape.context_length is None and subject.config.max_seq_len is None:
+        yield "neither config says how long a request may be: windows not counted"
+    if shape.state_space is not None:
+        yield "states of a hybrid's layers are taken as float32"

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Section B: do query heads, KV heads and state heads share out over the ranks? The engine finds out minutes into the load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout import heads
+from dynamo_mpi.layout.finding import error, warning
+from dynamo_mpi.layout.rules import advice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.spec import Subject
+
+# multiples of 8 from 32 to 256 are what classic attention kernels exist for (TensorRT-LLM issues 679, 855)
+_MIN_HEAD_DIM, _MAX_HEAD_DIM = 32, 256
+
+
+def check_attention_heads(subject: Subject) -> Iterator[Finding]:
+    """B1, B2: query heads divide over tp x cp, or over cp alone with attention DP (``attention.py: Attention.__init__``,
+    ``mla.py: MLA.__init__``)."""
+    shape, layout = subject.shape, subject.layout
+    count, split = shape.attention_heads, layout.head_split
+    if count is None or count % split == 0:
+        return
+    over = "cp_size" if layout.enable_attention_dp else "tp_size" if layout.cp_size == 1 else "tp_size x cp_size"
+    yield error(
+        "B2" if shape.latent else "B1",
+        f"{count} attention heads can't be divided over {over} = {split}",
+        found=f"{shape.name}: num_attention_heads {count}, {over} {split}, remainder {count % split}",
+        needed=f"num_attention_heads % ({over}) == 0",
+        fix=advice.for_heads(subject),
+    )
+
+
+def check_kv_heads(subject: Subject) -> Iterator[Finding]:
+    """B3: KV heads divide over tp, or are replicated a whole number of times (``modeling_utils.py: duplicate_kv_weight``).
+    B4: every replica costs its share of the KV cache again."""
+    shape, tp_size = subject.shape, subject.layout.attention_tp_size
+    kv_heads = shape.kv_heads
+    if kv_heads is None or tp_size == 1:
+        return
+    if not heads.kv_heads_fit(kv_heads, tp_size):
+        rule = "num_key_value_heads % tp_size == 0" if kv_heads >= tp_size else "tp_size % num_key_value_heads == 0"
+        yield error(
+            "B3",
+            f"{kv_heads} KV heads can neither be divided over nor replicated to tp_size = {tp_size}",
+            found=f"{shape.name}: num_key_value_heads {kv_heads}, tp_size {tp_size}",
+            needed=rule,
+            fix=advice.for_heads(subject),
+        )
+    elif (copies := heads.kv_copies(kv_heads, tp_size)) > 1:
+        yield warning(
+            "B4",
+            f"each of the {kv_heads} KV heads is held by {copies} ranks: the KV cache holds every token {copies} times",
+            found=f"num_key_value_heads {kv_heads}, tp_size {tp_size}",
+            needed=f"tp_size of at most {kv_heads} for a KV cache without copies",
+            fix="use attention DP, pipeline stages or a smaller tensor_parallel_size if the cache gets too small",
+        )
+
+
+def check_cross_attention(subject: Subject) -> Iterator[Finding]:
+    """B6: an encoder's KV heads divide over tp; nothing replicates them (``cross_attention.py``)."""
+    shape, tp_size = subject.shape, subject.layout.attention_tp_size
+    if shape.encoder_decoder and shape.kv_heads is not None and shape.kv_heads % tp_size:
+        yield error(
+            "B6",
+            f"{shape.kv_heads} encoder KV heads can't be divided over tp_size = {tp_size}",
+            found=f"{shape.name}: num_key_value_heads {shape.kv_heads}, tp_size {tp_size}",
+            needed="num_key_value_heads % tp_size == 0: cross-attention copies no KV heads",
+            fix=advice.for_heads(subject),
+        )
+
+
+def check_output_groups(subject: Subject) -> Iterator[Finding]:
+    """B7: DeepSeek-V4's output groups divide over tp, and its heads over them (DSv4 attention)."""
+    shape, tp_size = subject.shape, subject.layout.attention_tp_size
+    groups = shape.output_groups
+    if groups is None:
+        return
+    if groups % tp_size:
+        yield error(
+            "B7",
+            f"{groups} output groups can't be divided over tp_size = {tp_size}",
+            found=f"{shape.name}: o_groups {groups}, tp_size {tp_size}",
+            needed="o_groups % tp_size == 0",
+            fix=advice.for_heads(subject),
+        )
+    if shape.attention_heads is not None and shape.attention_heads % groups:
+        yield error(
+            "B7",
+            f"{shape.attention_heads} attention heads can't be divided into {groups} output groups",
+            found=f"{shape.name}: num_attention_heads {shape.attention_heads}, o_groups {groups}",
+            needed="num_attention_heads % o_groups == 0",
+            fix="check that config.json is the model's own",
+        )
+
+
+def check_head_dim(subject: Subject) -> Iterator[Finding]:
+    """B8: not every head size has a kernel (TensorRT-LLM issues 679, 855)."""
+    shape = subject.shape
+    size = shape.head_dim
+    if (
+        size is None
+        or shape.latent is not None
+        or (size % 8 == 0 and _MIN_HEAD_DIM <= size <= _MAX_HEAD_DIM)
+        or shape.output_groups
+    ):
+        return
+    yield warning(
+        "B8",
+        f"heads of {size} elements may have no attention kernel",
+        found=f"{shape.name}: head_dim {size}",
+        needed=f"a multiple of 8 from {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}",
+        fix="try it on one GPU first, or set attn_backend",
+    )
+
+
+def check_state_heads(subject: Subject) -> Iterator[Finding]:
+    """B10: state heads, their groups and the convolution divide over tp (``mamba_cache_manager.py``)."""
+    state, tp_size = subject.shape.state_space, subject.layout.attention_tp_size
+    if state is None or tp_size == 1:
+        return
+    parts = (
+        ("state heads", state.heads, ""),
+        ("state groups", state.groups, " (checked by several versions, not by all)"),
+        ("convolution channels", state.conv_dim, ""),
+    )
+    for name, count, remark in parts:
+        if count is not None and count % tp_size:
+            yield error(
+                "B10",
+                f"{count} {name} can't be divided over tp_size = {tp_size}{remark}",
+                found=f"{subject.shape.name}: {state.heads} state heads in {state.groups} groups, tp_size {tp_size}",
+                needed=f"state heads, groups and convolution channels that are multiples of {tp_size}",
+                fix=advice.for_heads(subject),
+            )
+            return
+
+
+RULES = (
+    check_attention_heads,
+    check_kv_heads,
+    check_cross_attention,
+    check_output_groups,
+    check_head_dim,
+    check_state_heads,
+)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""D8, D9, G and G3: is there such a MoE backend, and does it run the experts' format on this GPU?
+(TensorRT-LLM, ``moe_resolution.py``, ``create_moe.py``, ``MOE_DEVELOPER_GUIDE.md``)"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout.finding import error, warning
+from dynamo_mpi.layout.format import listed
+from dynamo_mpi.layout.gpus import ADA, AMPERE, BLACKWELL, DATACENTRE_BLACKWELL, HOPPER
+from dynamo_mpi.layout.quantisation import FP8_BLOCK_SCALES, NVFP4
+from dynamo_mpi.layout.rules.architecture import experts_format, format_runs, gpu_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.spec import Subject
+
+_BACKENDS = (
+    *("AUTO", "CUTLASS", "CUTEDSL", "TRTLLM", "DEEPGEMM", "DENSEGEMM", "VANILLA", "TRITON"),
+    *("MARLIN", "MEGAMOE_DEEPGEMM", "MEGAMOE_CUTEDSL"),
+)
+_SINCE = {"AUTO": (1, 2), "DENSEGEMM": (1, 3), "MARLIN": (1, 3), "MEGAMOE_DEEPGEMM": (1, 3), "MEGAMOE_CUTEDSL": (1, 3)}
+_MXFP4 = {
+    "CUTLASS": HOPPER | DATACENTRE_BLACKWELL,
+    "TRTLLM": DATACENTRE_BLACKWELL,
+    "TRITON": HOPPER,
+    "MEGAMOE_DEEPGEMM": DATACENTRE_BLACKWELL,
+}
+# MOE_DEVELOPER_GUIDE.md: architectures on which a backend serves a format
+_KERNELS: dict[str, dict[str, frozenset[int]]] = {
+    "": {"CUTLASS": AMPERE | ADA | HOPPER | BLACKWELL, "TRTLLM": DATACENTRE_BLACKWELL, "TRITON": HOPPER},
+    "FP8": {"CUTLASS": ADA | HOPPER | BLACKWELL, "TRITON": HOPPER},
+    FP8_BLOCK_SCALES: {
+        "CUTLASS": frozenset({90, 120}),
+        "TRTLLM": DATACENTRE_BLACKWELL,
+        "DEEPGEMM": DATACENTRE_BLACKWELL,
+    },
+    NVFP4: {
+        "CUTLASS": BLACKWELL,
+        "TRTLLM": DATACENTRE_BLACKWELL,
+        "CUTEDSL": BLACKWELL,
+        "DENSEGEMM": DATACENTRE_BLACKWELL,
+        "MEGAMOE_CUTEDSL": DATACENTRE_BLACKWELL,
+        "MARLIN": frozenset(range(89, 100)),
+    },
+    "MXFP4": _MXFP4,
+    "W4A16_MXFP4": _MXFP4,
+    "W4A8_MXFP4_FP8": {"CUTLASS": DATACENTRE_BLACKWELL, "TRTLLM": DATACENTRE_BLACKWELL, "TRITON": HOPPER},
+    "W4A8_MXFP4_MXFP8": {
+        "CUTLASS": DATACENTRE_BLACKWELL,
+        "TRTLLM": DATACENTRE_BLACKWELL,
+        "MEGAMOE_DEEPGEMM": DATACENTRE_BLACKWELL,
+    },
+    "W4A8_AWQ": {"CUTLASS": ADA | HOPPER},
+}
+_MEGAMOE_HIDDEN = 512
+
+
+def check_backend_name(subject: Subject) -> Iterator[Finding]:
+    """D8: the MoE backend's name (``MoeConfig``). WIDEEP, which is gone, is told of with other old keys (H)."""
+    backend = subject.config.moe.backend
+    if backend is None or backend == "WIDEEP":
+        return
+    if backend not in _BACKENDS:
+        meant = backend.upper() if backend.upper() in _BACKENDS else "AUTO"
+        yield error(
+            "D8",
+            f"there is no MoE backend {backend!r}",
+            found=f"moe_config.backend {backend}",
+            needed=f"one of {', '.join(_BACKENDS)}",
+            fix=f"set moe_config: {{backend: {meant}}}",
+        )
+    elif backend in _SINCE and subject.older_than(*_SINCE[backend]):
+        yield warning(
+            "D8",
+            f"this version may not have the MoE backend {backend} yet",
+            found=f"moe_config.backend {backend}, TensorRT-LLM {subject.version}",
+            needed=f"TensorRT-LLM {'.'.join(map(str, _SINCE[backend]))}",
+            fix="set moe_config: {backend: CUTLASS}, or TRTLLM on SM 100",
+        )
+
+
+def check_backend(subject: Subject) -> Iterator[Finding]:
+    """D9, G, G3: the chosen kernels serve the experts' format on this GPU, or the engine falls back to CUTLASS, or that has none either
+    (``create_moe.get_moe_cls``, ``moe_resolution.resolve_moe_impl``)."""
+    gpu, experts, layout = gpu_of(subject), subject.shape.experts, subject.layout
+    algo = experts_format(subject.shape)
+    if gpu is None or experts is None or algo not in _KERNELS:
+        return
+    serving = [name for name, architectures in _KERNELS[algo].items() if gpu.sm in architectures]
+    serving = [name for name in serving if not subject.older_than(*_SINCE.get(name, (0,)))]
+    said = subject.config.moe.backend
+    # AUTO came with 1.2; until then CUTLASS was the default
+    backend = (said or ("CUTLASS" if subject.older_than(1, 2) else "AUTO")).upper()
+    what = f"{algo or 'unquantised'} experts"
+    found = f"moe_config.backend {said or backend + ' (the default)'}; {what}; {gpu.name}, SM {gpu.sm}"
+    if not serving:
+        # where the format itself doesn't run, section G has said so
+        if format_runs(algo, gpu.sm):
+            yield (error if gpu.sm < 120 else warning)(
+                "G",
+                f"no MoE backend is known to run {what} on {gpu.name}",
+                found=found,
+                needed=f"SM {listed(sorted(set().union(*_KERNELS[algo].values())))}",
+                fix="use other GPUs, or a checkpoint in another format",
+            )
+        return
+    needed = f"one of {', '.join(serving)}"
+    fix = f"set moe_config: {{backend: {serving[0]}}}"
+    if backend == "CUTEDSL" and gpu.sm >= 120 and (layout.moe_ep_size > 1 or layout.enable_attention_dp):
+        yield warning(
+            "D9",
+            f"CUTEDSL has neither expert parallelism nor attention DP on SM {gpu.sm}",
+            found=found,
+            needed=needed,
+            fix=fix,
+        )
+    elif backend == "MEGAMOE_DEEPGEMM" and backend in serving and (subject.shape.hidden_size or 0) % _MEGAMOE_HIDDEN:
+        yield warning(
+            "D9",
+            f"MEGAMOE_DEEPGEMM needs a hidden size of whole {_MEGAMOE_HIDDEN}s, not {subject.shape.hidden_size}: the engine falls back",
+            found=found,
+            needed=f"hidden_size % {_MEGAMOE_HIDDEN} == 0",
+            fix=fix,
+        )
+    elif backend in serving or backend in ("AUTO", "VANILLA", "WIDEEP") or backend not in _BACKENDS:
+        return
+    elif backend == "TRTLLM" and gpu.sm >= 120:
+        falls_back = "CUTLASS" in serving and not subject.older_than(1, 3)
+        yield (warning if falls_back else error)(
+            "G3", f"the MoE backend TRTLLM doesn't exist for SM {gpu.sm}", found=found, needed=needed, fix=fix
+        )
+    elif "CUTLASS" in serving:
+        yield warning(
+            "D9",
+            f"the MoE backend {backend} can't run {what} on {gpu.name}: the engine falls back to CUTLASS",
+            found=found,
+            needed=needed,
+            fix=fix,
+        )
+    else:
+        because = ": fp8 blockscale gemm only support Hopper" if algo == FP8_BLOCK_SCALES else ""
+        and_fallback = "" if backend == "CUTLASS" else ", and neither can CUTLASS, which the engine would fall back to"
+        yield error(
+            "G",
+            f"the MoE backend {backend} can't run {what} on {gpu.name}{and_fallback}{because}",
+            found=found,
+            needed=needed,
+            fix=fix,
+        )
+
+
+RULES = (check_backend_name, check_backend)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Section J: do the weights fit on the GPUs, and is enough left for the KV cache? The engine finds out after the whole load."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout.finding import error, info, warning
+from dynamo_mpi.layout.format import gib
+from dynamo_mpi.layout.memory import estimate
+from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.weights import missing_sizes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.memory import MemoryEstimate
+
+_MAX_WORLD = 256  # larger worlds aren't proposed
+
+
+def check_capacity(subject: Subject) -> Iterator[Finding]:
+    """J: weights, activations and some KV cache fit on every rank, for as many requests of full length as the subject wants.
+    Nothing where the kind of GPU isn't known."""
+    if subject.cluster.gpu is None:
+        return
+    found, missing = estimate(subject), missing_sizes(subject.shape)
+    if found is None and not missing:
+        return  # A2 and F3 say what is wrong with it
+    if found is None:
+        yield info(
+            "J",
+            "whether it fits can't be estimated",
+            found=f"{subject.shape.name}: config.json doesn't say {', '.join(missing)}",
+            fix="start with a small max_num_tokens, and read the engine's own report of its KV cache",
+        )
+    elif not found.weights_fit:
+        yield _weights_too_large(subject, found)
+    elif not found.cache_fits:
+        yield _no_cache(subject, found)
+    else:
+        yield _capacity(subject, found, subject.min_requests)
+
+
+def _weights_too_large(subject: Subject, found: MemoryEstimate) -> Finding:
+    stage = max(found.stages, key=lambda stage: stage.weights_bytes)
+    room = found.gpu_bytes or 0
+    return error(
+        "J",
+        f"the weights don't fit: {gib(stage.weights_bytes)} on a GPU of {gib(room)}",
+        found=f"{_ranks(found, stage.stage)}: {gib(stage.weights_bytes - room)} too much; {subject.layout} on {subject.cluster}",
+        needed=f"weights of less than {gib(room)} per rank, and room for activations and KV cache",
+        fix=_advice(subject),
+    )
+
+
+def _no_cache(subject: Subject, found: MemoryEstimate) -> Finding:
+    stage, room = found.fullest, found.gpu_bytes or 0
+    used = (
+        f"{_ranks(found, stage.stage)}: weights {gib(stage.weights_bytes)}, activations {gib(stage.activation_bytes)}, "
+        f"workspace of experts {gib(stage.workspace_bytes)}, outside torch {gib(stage.outside_bytes)}"
+    )
+    needed = f"room for a block of {found.tokens_per_block} tokens"
+    limit = subject.config.kv_cache.max_tokens
+    if (stage.left_bytes or 0) > 0:
+        keys = f"free_gpu_memory_fraction {found.fraction:g}" + ("" if limit is None else f", max_tokens {limit}")
+        return warning(
+            "J",
+            f"kv_cache_config leaves no block to the KV cache, though {gib(stage.left_bytes or 0)} are free",
+            found=f"{keys}; {used}",
+            needed=needed,
+            fix="raise kv_cache_config.free_gpu_memory_fraction and leave max_tokens out",
+        )
+    steps = stage.activation_bytes + stage.workspace_bytes
+    first = "lower max_num_tokens" if steps > stage.weights_bytes else f"{_advice(subject)}, or lower max_num_tokens"
+    return warning(
+        "J",
+        f"by estimate nothing is left for the KV cache: about {gib(stage.fixed_bytes)} of {gib(room)} is used without it",
+        found=used,
+        needed=needed,
+        fix=first,
+    )
+
+
+def _capacity(subject: Subject, found: MemoryEstimate, min_requests: int) -> Finding:
+    stage = found.fullest
+    each = " in each rank's own cache" if found.dp_size > 1 else ""
+    detail = (
+        f"{_ranks(found, stage.stage)}: weights {gib(stage.weights_bytes)} of {gib(found.gpu_bytes or 0)}, "
+        f"{stage.kv_bytes_per_token} bytes of KV per token"
+    )
+    if found.tokens is None:
+        return info("J", "the weights fit, and no layer keeps tokens", found=detail)
+    requests = found.full_length_requests
+    if requests is not None and requests < min_requests:
+        short = (
+            f"only {requests} requests of {found.length} tokens fit"
+            if requests
+            else f"not one request of {found.length} tokens fits"
+        )
+        return warning(
+            "J",
+            f"{short}{each}: there is room for about {found.tokens} tokens",
+            found=detail,
+            needed=f"room for {min_requests} x {found.length} tokens",
+            fix=f"set max_seq_len to at most {_longest(subject, found, min_requests)}, or {_cache_advice(subject)}",
+        )
+    amount = "" if requests is None else f", {requests} requests of {found.length}"
+    return info("J", f"room for about {found.tokens} tokens{amount}{each}", found=detail)
+
+
+def _longest(subject: Subject, found: MemoryEstimate, requests: int) -> int:
+    """Return the greatest length at which ``requests`` of them fit; windows weigh more in shorter ones."""
+    stage, layout = found.fullest, subject.layout
+    space = int((stage.left_bytes or 0) * found.fraction) * (layout.cp_size if layout.is_helix else 1)
+    low, high = 0, (found.tokens or 0) // max(1, requests)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if stage.request_bytes(middle) * requests <= space else (low, middle - 1)
+    return low
+
+
+def _cache_advice(subject: Subject) -> str:
+    return "kv_cache_config.dtype: fp8" if subject.config.kv_cache.dtype != "fp8" else "use more GPUs"
+
+
+def _advice(subject: Subject) -> str:
+    smaller = "" if subject.shape.quantisation is not None else "take a checkpoint in FP8 or NVFP4, "
+    return f"{smaller}divide it over more GPUs, or take GPUs with more memory"
+
+
+def _ranks(found: MemoryEstimate, number: int) -> str:
+    stage = found.stages[number]
+    last = stage.first_rank + stage.ranks - 1
+    ranks = f"rank {last}" if stage.ranks == 1 else f"ranks {stage.first_rank} to {last}"
+    return ranks if len(found.stages) == 1 else f"stage {number} ({ranks})"
+
+
+RULES = (check_capacity,)

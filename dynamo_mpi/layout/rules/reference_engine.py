@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the reference engine can't do, though TensorRT-LLM can."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout.finding import error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.spec import Subject
+
+
+def check_reference_engine(subject: Subject) -> Iterator[Finding]:
+    """R1: the reference engine (`--engine reference`) knows tensor and pipeline parallelism, and dense models."""
+    if subject.engine != "reference":
+        return
+    layout, experts = subject.layout, subject.shape.experts
+    parts = [("context_parallel_size", str(layout.cp_size))] if layout.cp_size > 1 else []
+    parts += [("enable_attention_dp", "true")] if layout.enable_attention_dp and layout.tp_size > 1 else []
+    if parts:
+        yield error(
+            "R1",
+            f"the reference engine has no {' and no '.join(key for key, _ in parts)}",
+            found=", ".join(f"{key} {value}" for key, value in parts),
+            needed="tensor_parallel_size and pipeline_parallel_size alone",
+            fix="leave it out, or use the trtllm engine",
+        )
+    if experts is not None:
+        yield error(
+            "R1",
+            "the reference engine has no experts",
+            found=f"{subject.shape.name}: {experts.count} experts",
+            needed="a dense llama model",
+            fix="use another model, or the trtllm engine",
+        )
+
+
+RULES = (check_reference_engine,)

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All rules, in the order in which their findings are told: the first error decides what a user reads first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout.key_rules import check_keys
+from dynamo_mpi.layout.rules import (
+    architecture,
+    attention,
+    attention_dp,
+    backends,
+    capacity,
+    dense,
+    experts,
+    limits,
+    mapping,
+    pipeline,
+    reference_engine,
+    roles,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.spec import Rule, Subject
+
+LAYOUT_RULES: tuple[Rule, ...] = (
+    *mapping.RULES,
+    *attention.RULES,
+    *attention_dp.RULES,
+    *experts.RULES,
+    *dense.RULES,
+    *pipeline.RULES,
+    *reference_engine.RULES,
+)
+CONFIG_RULES: tuple[Rule, ...] = (*backends.RULES, *architecture.RULES, *limits.RULES, *roles.RULES)
+CAPACITY_RULES: tuple[Rule, ...] = capacity.RULES
+
+
+def layout_findings(subject: Subject) -> list[Finding]:
+    """Apply the rules about sizes and ranks alone: what the planner asks of every candidate."""
+    return _apply(LAYOUT_RULES, subject)
+
+
+def config_findings(subject: Subject) -> list[Finding]:
+    """Apply the rules that no layout can mend: keys, formats, limits, roles."""
+    return [*check_keys(subject.config.keys, subject.version), *_apply(CONFIG_RULES, subject)]
+
+
+def all_findings(subject: Subject) -> list[Finding]:
+    """Apply every rule to one worker.
+
+    Returns:
+        What the rules have to say, in their order; empty when there is nothing.
+    """
+    return [
+        *check_keys(subject.config.keys, subject.version),
+        *_apply((*LAYOUT_RULES, *CONFIG_RULES, *CAPACITY_RULES), subject),
+    ]
+
+
+def _apply(rules: Iterable[Rule], subject: Subject) -> list[Finding]:
+    return [finding for rule in rules for finding in rule(subject)]

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rules judge: one worker, as it would be started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout.layout import Cluster, Layout, layout_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from dynamo_mpi.layout.engine_config import EngineConfig
+    from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.model_shape import ModelShape
+    from dynamo_mpi.layout.trtllm_version import TrtllmVersion
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One worker.
+
+    Args:
+        shape: the model.
+        config: the engine config.
+        cluster: the GPUs it gets.
+        role: ``agg``, ``prefill`` or ``decode``.
+        version: TensorRT-LLM's; None for the newest that we know.
+        engine: ``trtllm`` or ``reference``.
+        launched: the ranks are running, so that a file which isn't there is missing; else it may be on another machine.
+        min_requests: requests of full length that should fit into the KV cache.
+        layout: how the world is divided; worked out of the config.
+    """
+
+    shape: ModelShape
+    config: EngineConfig
+    cluster: Cluster
+    role: str = "agg"
+    version: TrtllmVersion | None = None
+    engine: str = "trtllm"
+    min_requests: int = 1
+    launched: bool = False
+    layout: Layout = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layout", layout_of(self.config, self.version))
+
+    def layout_as_json(self) -> dict[str, object]:
+        """Return the layout with its nodes as plain data."""
+        return {**self.layout.as_json(), "nodes": self.cluster.nodes, "gpus_per_node": self.cluster.gpus_per_node}
+
+    def older_than(self, *release: int) -> bool:
+        """Is TensorRT-LLM known to be older than ``release``? Not where the version isn't known."""
+        return self.version is not None and self.version.release < release
+
+
+if TYPE_CHECKING:
+    Rule = Callable[[Subject], Iterable[Finding]]

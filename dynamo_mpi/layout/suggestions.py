@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What would work instead of a layout that can't be: what its user may have meant, and what is near it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.layout.finding import errors
+from dynamo_mpi.layout.format import short_name
+from dynamo_mpi.layout.layout import HELIX
+from dynamo_mpi.layout.memory import estimate
+from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.layout.engine_config import EngineConfig
+    from dynamo_mpi.layout.spec import Subject
+
+_MANY = 1000
+_MOST_NODES = 16
+
+
+def meant_by_more_experts_than_ranks(subject: Subject) -> list[Subject]:
+    """Return the legal layouts that give a tp and an ep at once where ep is the larger: TP8/EP16 on 8 ranks.
+
+    Each takes as many ranks as ep asks for, spread over nodes of the same size: as tp with attention DP, as pipeline stages of tp ranks, or,
+    on a decode worker, as context ranks.
+    """
+    layout, cluster = subject.layout, subject.cluster
+    no_experts = subject.shape.experts is None
+    if no_experts or layout.moe_ep_size <= layout.moe_world_size or layout.moe_ep_size % layout.tp_size:
+        return []
+    found = []
+    for config, role in _wider(subject.config, layout.tp_size, layout.moe_ep_size, subject.role):
+        world = config.world_size
+        per_node = min(cluster.gpus_per_node, world)
+        if world % per_node:
+            continue
+        config = config if config.gpus_per_node is None else replace(config, gpus_per_node=per_node)
+        other = replace(
+            subject, config=config, role=role, cluster=replace(cluster, nodes=world // per_node, gpus_per_node=per_node)
+        )
+        if not errors(layout_findings(other)):
+            found.append(other)
+    return found
+
+
+def _wider(config: EngineConfig, tp_size: int, ep_size: int, role: str) -> Iterator[tuple[EngineConfig, str]]:
+    more = ep_size // tp_size
+    free = replace(config, moe_tp_size=None, moe_cluster_size=None)
+    if config.pp_size == 1 and config.cp_size == 1:
+        yield replace(free, tp_size=ep_size, enable_attention_dp=True), role
+        yield replace(free, pp_size=more, moe_ep_size=tp_size, pp_partition=None), role
+        yield replace(free, cp_size=more, cp_type=HELIX, enable_attention_dp=False), "decode"
+    yield replace(free, tp_size=ep_size), role
+
+
+def other_shapes(subjects: list[Subject]) -> str:
+    """Name layouts with the ranks and the role they need: ``16 ranks: TP16/EP16 with attention DP, or TP8/EP8/PP2``."""
+    by_world: dict[int, list[str]] = {}
+    for subject in subjects:
+        by_world.setdefault(subject.layout.world_size, []).append(short_name(subject))
+    return "; on ".join(f"{world} ranks: {', or '.join(names)}" for world, names in by_world.items())
+
+
+def suggestions(subject: Subject, count: int = 3) -> list[Subject]:
+    """Return layouts that pass every rule: those that give what was meant, then the nearest on the same GPUs, or, where none fits on
+    them, the best on more of them.
+
+    Rules about keys and roles aren't asked: what they find is mended in the config, whatever the layout.
+    """
+    # not at the top: the planner is needed for errors alone
+    from dynamo_mpi.layout.planner import nearest, plan
+
+    found = [other for other in meant_by_more_experts_than_ranks(subject) if _fits(other) and _passes(other)]
+    near = (made.subject for made in nearest(subject, _MANY) if made.fits is not False)
+    seen = {(other.layout, other.role) for other in found}
+    found += islice((other for other in near if (other.layout, other.role) not in seen and _passes(other)), count)
+    nodes = subject.cluster.nodes
+    while not found and nodes * 2 <= _MOST_NODES:
+        nodes *= 2
+        plans = plan(replace(subject, cluster=replace(subject.cluster, nodes=nodes)))
+        found = list(islice((made.subject for made in plans if made.fits is not False and _passes(made.subject)), 1))
+    return found
+
+
+def _fits(subject: Subject) -> bool:
+    memory = estimate(subject)
+    return memory is None or memory.fits is not False
+
+
+def _passes(subject: Subject) -> bool:
+    return all(finding.rule.startswith(("H", "I")) for finding in errors(all_findings(subject)))

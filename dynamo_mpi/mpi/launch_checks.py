@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches that cannot form the world that was asked for, refused before ``MPI_Init``.
+
+Left alone, most of them don't fail: every process becomes rank 0 of its own world of one (Open MPI 5 and MPICH under ``srun`` without
+the right plugin do so with exit code 0), and the first symptom is N workers that each try to load the whole model.
+
+All rules here look at facts that every rank of a launch shares, so that all ranks refuse alike and none is left waiting in ``MPI_Init``.
+Which ranks a node holds is no such fact: that they stand in blocks is left to the roster, which sees every rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dynamo_mpi.common.errors import MislaunchError
+from dynamo_mpi.mpi.launcher import Launch, Launcher
+
+
+class MpiLibrary(NamedTuple):
+    """The MPI library that mpi4py has bound, known before ``MPI_Init``.
+
+    Args:
+        family: ``"openmpi"``, ``"mpich"`` (with its relatives: Intel MPI, MVAPICH, Cray), or ``"unknown"``.
+        version: as the library prints it, first line.
+        pmix: whether an MPICH was configured with PMIx.
+    """
+
+    family: str
+    version: str
+    pmix: bool = False
+
+
+def identify_library(text: str) -> MpiLibrary:
+    """Read what ``MPI_Get_library_version`` returned."""
+    stripped = text.strip().strip("\0")
+    first = (stripped.splitlines() or [""])[0].split(", package", 1)[0].replace("\t", " ").strip()
+    if first.startswith("Open MPI"):
+        return MpiLibrary("openmpi", first)
+    if any(name in first for name in ("MPICH", "Intel(R) MPI", "MVAPICH", "CRAY")):
+        configured = stripped.lower().replace("--without-pmix", "")
+        return MpiLibrary("mpich", " ".join(first.split()), pmix="pmix" in configured)
+    return MpiLibrary("unknown", first)
+
+
+def refuse_mislaunch(launch: Launch, library: MpiLibrary) -> None:
+    """Refuse a launch that can't become one world.
+
+    Raises:
+        MislaunchError: saying what was found, and the command that does what was meant.
+    """
+    _refuse_singletons(launch, library)
+    _refuse_wrong_library(launch, library)
+    _refuse_placement(launch)
+    _refuse_scatter(launch)
+
+
+def _refuse_singletons(launch: Launch, library: MpiLibrary) -> None:
+    if launch.launcher is Launcher.SLURM_BARE and launch.size > 1:
+        raise MislaunchError(
+            f"srun started {launch.size} tasks without an MPI plugin: each would be rank 0 of a world of 1",
+            needed=f"one MPI world of {launch.size} ranks",
+            fix="srun --mpi=pmix ...   (see `srun --mpi=list`; with MPICH: --mpi=pmi2)",
+        )
+    if launch.launcher is Launcher.SLURM_BARE and library.version.startswith("Open MPI v4."):
+        # 5.x, and MPICH, form a world of one there
+        raise MislaunchError(
+            f"srun started one task without an MPI plugin, where {library.version} can't even start alone",
+            needed="srun with the plugin of mpi4py's MPI library",
+            fix="srun --mpi=pmix ...   (see `srun --mpi=list`)",
+        )
+    if launch.launcher is Launcher.SLURM_SHELL and launch.size > 1:
+        raise MislaunchError(
+            f"started once, without srun, inside Slurm job {launch.job_id} of {launch.size} tasks",
+            needed=f"one MPI world of {launch.size} ranks",
+            fix=f"srun --mpi=pmix -n {launch.size} python -m dynamo_mpi.worker ...   (with MPICH: --mpi=pmi2)",
+        )
+
+
+def _refuse_wrong_library(launch: Launch, library: MpiLibrary) -> None:
+    pairs = {
+        Launcher.OPEN_MPI: ("openmpi", "mpiexec of the MPI that mpi4py uses"),
+        Launcher.HYDRA: ("mpich", "mpirun of the MPI that mpi4py uses"),
+        Launcher.SLURM_PMI2: ("mpich", "srun --mpi=pmix ..."),
+    }
+    if launch.launcher in pairs:
+        family, command = pairs[launch.launcher]
+        if library.family in ("unknown", family):
+            return
+    elif launch.launcher in (Launcher.SLURM_PMIX, Launcher.PMIX) and library.family == "mpich" and not library.pmix:
+        family, command = "openmpi", "srun --mpi=pmi2 ..."
+    else:
+        return
+    name = {"openmpi": "Open MPI", "mpich": "MPICH"}[family]
+    raise MislaunchError(
+        f"the ranks were started by {launch.launcher.value}, but mpi4py uses {library.version}: "
+        "each rank would be alone",
+        needed=f"an mpi4py over {name}, or the launcher that goes with its library",
+        # not MPI4PY_MPIABI: with it, mpi4py doesn't open the library that MPI4PY_LIBMPI names
+        fix=f"{command}, or choose the library: MPI4PY_LIBMPI=/path/to/{name.replace(' ', '-').lower()}/libmpi.so",
+    )
+
+
+def _refuse_placement(launch: Launch) -> None:
+    per_node = launch.ranks_per_node
+    if per_node is None or launch.size <= 1:
+        return
+    if len(set(per_node)) > 1:
+        raise MislaunchError(
+            f"the {launch.size} ranks are spread unequally over {len(per_node)} nodes: {', '.join(map(str, per_node))}",
+            needed="the same number of ranks on every node: the engine takes node = rank // ranks per node (A11)",
+            fix=f"srun --nodes={len(per_node)} --ntasks-per-node={-(-launch.size // len(per_node))} ...",
+        )
+
+
+def _refuse_scatter(launch: Launch) -> None:
+    if launch.in_blocks is False:
+        raise MislaunchError(
+            f"the {launch.size} ranks are not placed in blocks: ranks that follow each other are on different nodes",
+            needed="consecutive ranks on each node: the engine takes node = rank // ranks per node (A11)",
+            fix="srun --distribution=block ...",
+        )
+
+
+def refuse_world_size(launch: Launch, library: MpiLibrary, world_size: int) -> None:
+    """Compare the launcher's number of ranks with MPI's, once MPI runs.
+
+    Raises:
+        MislaunchError: they differ, so MPI did not understand its launcher.
+    """
+    if launch.size and launch.size != world_size:
+        variable = {
+            Launcher.OPEN_MPI: "OMPI_COMM_WORLD_SIZE",
+            Launcher.HYDRA: "PMI_SIZE",
+        }.get(launch.launcher, "SLURM_NTASKS")
+        raise MislaunchError(
+            f"{launch.launcher.value} started {launch.size} ranks ({variable}={launch.size}), "
+            f"but MPI formed a world of {world_size} ({library.version})",
+            needed="an MPI library that understands its launcher",
+            fix="use the launcher that belongs to mpi4py's library, or `srun --mpi=pmix` with an Open MPI built with PMIx",
+        )

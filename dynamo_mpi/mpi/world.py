@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world: all ranks of this worker, and the few collectives that the bootstrap itself needs.
+
+Every operation is one or two MPI calls whatever the size. Payloads are bytes: nothing that a rank receives is
+unpickled. Waiting ranks sleep between polls; a blocking MPI call would burn a core for as long as it waits.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import MislaunchError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+_SPIN_SECONDS = 0.001
+_LONGEST_SLEEP_SECONDS = 0.005
+# what asks the launcher to end all ranks is sent at once; Open MPI 4.1, already ending them, would keep this one for three seconds
+_ABORT_SECONDS = 0.5
+
+
+class World:
+    """A duplicate of ``COMM_WORLD`` for the bootstrap's own collectives. Build it with `form_world`."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+
+    def broadcast(self, payload: bytes = b"") -> bytes:
+        """Send rank 0's ``payload`` to every rank. Collective."""
+        length = bytearray(len(payload).to_bytes(8, "little"))
+        _wait(self.comm.Ibcast(length, 0))
+        data = bytearray(payload) if self.rank == 0 else bytearray(int.from_bytes(length, "little"))
+        _wait(self.comm.Ibcast(data, 0))
+        return bytes(data)
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Bring every rank's ``payload`` to rank 0, in rank order; the other ranks get an empty list. Collective."""
+        lengths = bytearray(8 * self.size)
+        _wait(self.comm.Igather(bytearray(len(payload).to_bytes(8, "little")), lengths, 0))
+        if self.rank:
+            _wait(self.comm.Igatherv(payload, None, 0))
+            return []
+        counts = [int.from_bytes(lengths[8 * i : 8 * i + 8], "little") for i in range(self.size)]
+        offsets = [sum(counts[:i]) for i in range(self.size)]
+        data = bytearray(sum(counts))
+        _wait(self.comm.Igatherv(payload, [data, counts, offsets, _byte_type()], 0))
+        return [bytes(data[o : o + n]) for o, n in zip(offsets, counts, strict=True)]
+
+    def barrier(self, seconds: float) -> bool:
+        """Wait until every rank has come here, but no longer than ``seconds``; tell whether all have. Collective."""
+        request = self.comm.Ibarrier()
+        end = time.monotonic() + seconds
+        while not request.Test():
+            if time.monotonic() > end:
+                return False
+            time.sleep(_LONGEST_SLEEP_SECONDS)
+        return True
+
+    def duplicate(self) -> MPI.Intracomm:
+        """Return a communicator of the same ranks for somebody else's messages. Collective."""
+        return self.comm.Dup()
+
+    def abort(self, code: int) -> None:
+        """End all ranks now, with exit code ``code`` where the launcher hands it on. Does not return."""
+        from dynamo_mpi.common.hard_exit import exit_after
+
+        # an MPI that can't end its ranks is no reason to stay
+        exit_after(_ABORT_SECONDS, code)
+        self.comm.Abort(code)
+
+
+def bind_library() -> str:
+    """Import mpi4py without starting MPI, and return what its library says of itself.
+
+    Raises:
+        MislaunchError: mpi4py is missing, or finds no MPI library.
+    """
+    try:
+        import mpi4py
+
+        # TensorRT-LLM sets it when it is imported; that is after MPI_Init here
+        os.environ.setdefault("OMPI_MCA_coll_ucc_enable", "0")
+        # we initialise MPI ourselves, once the launch is known to make sense
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = True
+        from mpi4py import MPI
+
+        return MPI.Get_library_version()
+    except (ImportError, RuntimeError, OSError) as error:
+        raise MislaunchError(
+            f"mpi4py can't be used: {' '.join(str(error).split())}",
+            needed="mpi4py and the MPI library of the launcher",
+            fix="pip install mpi4py, and load the MPI module (or set MPI4PY_LIBMPI=/path/to/libmpi.so)",
+        ) from None
+
+
+def form_world(*, alone: bool = False, alone_on_node: bool = False) -> World:
+    """Start MPI and return the world. Collective; call it once per process.
+
+    Args:
+        alone: no launcher has started this rank.
+        alone_on_node: it is the only rank of its node.
+
+    Raises:
+        MislaunchError: the MPI library doesn't let several threads call it, which the engines need.
+    """
+    from mpi4py import MPI
+
+    if alone:
+        # no launcher takes away the shared memory that Open MPI makes for neighbours: 16 MiB of /dev/shm would stay for each start
+        os.environ.setdefault("OMPI_MCA_btl", "self")
+    elif alone_on_node:
+        # the same of Open MPI 5 where the launcher kills the rank
+        os.environ.setdefault("OMPI_MCA_btl", "^sm")
+    if not MPI.Is_initialized():
+        start_mpi()
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise MislaunchError(
+            "the MPI library grants less than MPI_THREAD_MULTIPLE",
+            needed="an MPI built with thread support: the engine talks from a thread of its own",
+            fix="use an Open MPI or MPICH built with --enable-mpi-threads / --enable-threads=multiple",
+        )
+    return World(MPI.COMM_WORLD.Dup())
+
+
+def start_mpi() -> None:
+    """Start MPI without holding Python's lock, as mpi4py does: MPI's start waits for every rank, and this one has to be able to leave."""
+    import ctypes
+
+    from mpi4py import MPI
+
+    try:
+        # the extension module is linked against the launcher's library, whichever that is
+        start = ctypes.CDLL(MPI.__file__).MPI_Init_thread
+    except (OSError, AttributeError):
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+        return
+    if start(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int())) != MPI.SUCCESS:
+        raise MislaunchError(
+            "MPI could not be started",
+            needed="a launcher that goes with the MPI library",
+            fix="what the library says above; dynamo-mpi's README lists the combinations that were tested",
+        )
+    # what mpi4py does when it starts MPI itself
+    for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
+        communicator.Set_errhandler(MPI.ERRORS_RETURN)
+    atexit.register(end_mpi)
+
+
+def end_mpi() -> None:
+    """End MPI where it was started. Waits for the other ranks; idempotent."""
+    from mpi4py import MPI
+
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        MPI.Finalize()
+
+
+def _byte_type() -> MPI.Datatype:
+    from mpi4py import MPI
+
+    return MPI.BYTE
+
+
+def _wait(request: MPI.Request) -> None:
+    if request.Test():
+        return
+    start = time.monotonic()
+    pause = 0.0
+    while not request.Test():
+        if time.monotonic() - start > _SPIN_SECONDS:
+            pause = min(pause + 0.0002, _LONGEST_SLEEP_SECONDS)
+        time.sleep(pause)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a deployment is: etcd, the frontend and the workers as its run folder states them, or else as the environment does for a worker."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.common.errors import AuthorisationError, UsageError
+from dynamo_mpi.common.record_codec import read_fields
+from dynamo_mpi.config.options import Option, to_name, to_path, to_text
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Mapping
+
+_OURS = ("ETCD_ENDPOINTS", "ETCD_AUTH_", "NATS_SERVER", "NATS_AUTH_")
+_NAME_ETCD = ("ETCD_ENDPOINTS", "HEAD_NODE", "HEAD_NODE_IP")
+
+# the options that `status`, `wait` and `down` share
+RUN_DIR = Option(
+    "run_dir",
+    ("--run-dir",),
+    ("DYN_MPI_RUN_DIR",),
+    None,
+    to_path,
+    "the deployment's folder; by default that of this job, or the only ./dynamo_mpi-* in which one runs",
+)
+NAMESPACE = Option("namespace", ("--namespace",), (), None, to_name, "only workers of this Dynamo namespace")
+MODEL = Option(
+    "model", ("--model", "--served-model-name"), (), None, to_text, "only workers of the model with this served name"
+)
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--output``."""
+    parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
+
+
+@dataclass(frozen=True)
+class ExpectedWorker:
+    """One worker that `dynamo-mpi launch` has started, or will.
+
+    Args:
+        name: such as ``prefill-0``.
+        role: its role.
+        nodes: where.
+        ranks: how many.
+        launch: what its worker record calls its launch.
+    """
+
+    name: str
+    role: str
+    nodes: tuple[str, ...]
+    ranks: int
+    launch: str
+
+
+@dataclass(frozen=True)
+class RunningLaunch:
+    """A running `dynamo-mpi launch`, as ``deployment.json`` describes it.
+
+    Args:
+        workers: all of them.
+        job_id: Slurm's; empty outside it.
+        host: where the launcher is.
+        pid: its process.
+    """
+
+    workers: tuple[ExpectedWorker, ...]
+    job_id: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class DeploymentEnd:
+    """How the last deployment of a folder has ended.
+
+    Args:
+        exit_code: the launcher's.
+        report: why.
+        time: when, in seconds since 1970.
+    """
+
+    exit_code: int
+    report: str
+    time: float
+
+
+@dataclass(frozen=True, repr=False)
+class Deployment:
+    """What is known before etcd is asked.
+
+    Args:
+        run_dir: the folder; None if there is none.
+        environ: has etcd's endpoints and our credentials; None if the folder's services aren't up.
+        frontend: its URL; empty if it isn't known.
+        launch: while one runs.
+        end: of the last launch, if nothing runs there since.
+    """
+
+    run_dir: Path | None
+    environ: Mapping[str, str] | None
+    frontend: str = ""
+    launch: RunningLaunch | None = None
+    end: DeploymentEnd | None = None
+
+    @property
+    def has_services(self) -> bool:
+        """Whether a run folder says which services there are."""
+        return self.run_dir is not None and self.environ is not None
+
+    @property
+    def expected(self) -> tuple[ExpectedWorker, ...]:
+        """The workers that a running launch has started, or will."""
+        return self.launch.workers if self.launch is not None else ()
+
+    @property
+    def launcher_is_dead(self) -> bool:
+        """Whether the launcher was killed. From another host than its own that can't be seen, and the answer is no."""
+        launch = self.launch
+        if self.run_dir is None or launch is None or launch.host != os.uname().nodename:
+            return False
+        # the process first: to try the lock of one that lives could be in the way of one that starts
+        return not os.path.exists(f"/proc/{launch.pid}") and _is_free(self.run_dir / "lock")
+
+
+def find_run_dir(environ: Mapping[str, str]) -> Path | None:
+    """Return the folder that `launch` takes in this job, or else the only one here in which a deployment runs.
+
+    Raises:
+        UsageError: there are several.
+    """
+    if job := environ.get("SLURM_JOB_ID"):
+        return Path(f"dynamo_mpi-{job}")
+    found = sorted(path.parent for path in Path().glob("dynamo_mpi-*/deployment.json"))
+    if len(found) > 1:
+        raise UsageError(
+            f"{len(found)} deployments run in folders of {Path.cwd()}: {', '.join(path.name for path in found)}",
+            needed="one of them",
+            fix="--run-dir DIR",
+        )
+    return found[0] if found else None
+
+
+def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deployment:
+    """Find out where the deployment is. Files that don't exist yet are no error.
+
+    Args:
+        run_dir: the folder that was named.
+        environ: this process's.
+
+    Raises:
+        UsageError: several deployments could be meant.
+        AuthorisationError: the folder is another user's.
+    """
+    if run_dir is None:
+        if any(environ.get(name) for name in _NAME_ETCD) and not environ.get("SLURM_JOB_ID"):
+            return Deployment(None, environ)
+        found = find_run_dir(environ)
+        if found is None or not found.is_dir():
+            return Deployment(None, environ)
+        run_dir = found
+    run_dir = Path(os.path.abspath(run_dir))
+    services = _read_object(run_dir / "services.json")
+    variables = services.get("environment")
+    found_environ = None
+    if isinstance(variables, dict):
+        own = {name: value for name, value in environ.items() if not name.startswith(_OURS)}
+        found_environ = own | {str(name): str(value) for name, value in variables.items()}
+    launch = _read_launch(_read_object(run_dir / "deployment.json"))
+    # services that were started there later are another deployment's
+    is_over = launch is None and found_environ is None
+    end = _read_end(_read_object(run_dir / "ended.json")) if is_over else None
+    return Deployment(run_dir, found_environ, str(services.get("url") or ""), launch, end)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds; nothing if it doesn't exist, or is no object.
+
+    Raises:
+        AuthorisationError: we may not read it.
+    """
+    try:
+        # listed, and not opened by its name: a network file system remembers for a while that something didn't exist
+        if path.name not in os.listdir(path.parent):
+            return {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except PermissionError:
+        raise AuthorisationError(
+            f"{path} can't be read", needed="a run folder of this user's", fix="ask the user who launched it"
+        ) from None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_free(lock: Path) -> bool:
+    """Return whether no process holds it: its holder may be in a container, and have another number here."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _read_launch(content: dict[str, Any]) -> RunningLaunch | None:
+    if not content:
+        return None
+    workers = content.get("workers")
+    found = [
+        # an older launcher names the step alone
+        read_fields(ExpectedWorker, {"launch": worker.get("step"), **worker}, [])
+        for worker in (workers if isinstance(workers, list) else [])
+        if isinstance(worker, dict)
+    ]
+    return read_fields(RunningLaunch, content, [], workers=tuple(found))
+
+
+def _read_end(content: dict[str, Any]) -> DeploymentEnd | None:
+    try:
+        end = read_fields(DeploymentEnd, content, [], needed=("time",), report=str(content.get("report") or ""))
+    except ValueError:
+        return None
+    # a code that no process can exit with would wrap around, even to 0
+    return end if 0 <= end.exit_code < 256 else DeploymentEnd(1, end.report, end.time)

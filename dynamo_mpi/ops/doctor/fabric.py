@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The network: RDMA devices, interfaces, and settings that name one that isn't here."""
+
+from __future__ import annotations
+
+import os
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.checks.rank_facts import lines
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.host_address import host_address, interface_addresses
+from dynamo_mpi.common.interfaces import host_networks
+from dynamo_mpi.common.networks import best_address, described_link, usable
+from dynamo_mpi.layout.format import listed
+from dynamo_mpi.ops.doctor.check import of_error, ok, skipped, trouble, warning
+from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.fabric_facts import (
+    missing_for_nccl,
+    missing_for_open_mpi,
+    missing_for_ucx,
+    named_ports,
+    read_rdma_ports,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping, Sequence
+
+    from dynamo_mpi.common.networks import HostNetworks
+    from dynamo_mpi.ops.doctor.check import Check
+    from dynamo_mpi.ops.doctor.fabric_facts import RdmaPort
+
+_DEVICE_FILES = "/dev/infiniband"
+_NCCL_INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+_OPEN_MPI = (
+    "OMPI_MCA_btl_tcp_if_include",
+    "OMPI_MCA_oob_tcp_if_include",
+    "PRTE_MCA_prte_if_include",
+    "PMIX_MCA_ptl_base_if_include",
+)
+_OURS = ("DYN_MPI_LIVENESS_NETWORK", "DYN_MPI_KV_NETWORK")
+
+
+def check_rdma(context: Context) -> Iterator[Check]:
+    """Look at the RDMA devices."""
+    yield from judge_rdma(read_rdma_ports(), context.environ, usable=os.path.isdir(_DEVICE_FILES))
+
+
+def judge_rdma(ports: Sequence[RdmaPort], environ: Mapping[str, str], *, usable: bool) -> Iterator[Check]:
+    """Judge them.
+
+    Args:
+        ports: of all devices.
+        environ: the settings that may name some.
+        usable: whether their device files are here; a container may hide them.
+    """
+    if not ports:
+        yield skipped("infiniband", "no RDMA device: ranks of several nodes reach each other by TCP")
+        return
+    found = lines([f"{port.name} {port.layer} {port.state} {port.rate}" for port in ports])
+    named = [port for name in ("UCX_NET_DEVICES", "NCCL_IB_HCA") for port in named_ports(environ.get(name, ""), ports)]
+    down = [port.name for port in dict.fromkeys(named) if port.state != "ACTIVE"]
+    fix = "ibstat, ip link; cables, and the subnet manager of an InfiniBand fabric"
+    if down:
+        yield warning("infiniband", found, f"{listed(down)}, which UCX_NET_DEVICES or NCCL_IB_HCA names, active", fix)
+    elif not any(port.state == "ACTIVE" for port in ports):
+        yield warning("infiniband", found, "an active port: NCCL and UCX fall back to TCP", fix)
+    else:
+        yield ok("infiniband", found)
+    if not usable:
+        needed = "RDMA's device files: NCCL and UCX fall back to TCP without"
+        yield warning(
+            "rdma-devices",
+            f"{_DEVICE_FILES} isn't here",
+            needed,
+            "mount it into the container: docker run --device=/dev/infiniband; Pyxis does by itself where enroot's hook is on",
+        )
+
+
+def check_interfaces(context: Context) -> Iterator[Check]:
+    """Look at the interfaces, and at the address that others are told."""
+    found = interface_addresses()
+    yield ok("interfaces", "; ".join(f"{name} {listed(addresses)}" for name, addresses in found.items()) or "none")
+    yield judge_address(host_address(None, "--liveness-network"))
+    yield from judge_networks(host_networks(), context.environ, rdma=bool(read_rdma_ports()))
+
+
+def judge_networks(own: HostNetworks, environ: Mapping[str, str], *, rdma: bool) -> Iterator[Check]:
+    """Say which of several interfaces a worker of several hosts takes, and how NCCL and UCX come to take the same.
+
+    Args:
+        own: this host's networks.
+        environ: the settings that may say it already.
+        rdma: whether there are RDMA devices, which UCX prefers by itself.
+    """
+    links = {interface.name: interface for interface, _ in usable(own)}
+    if len(links) < 2:
+        return
+    address = best_address(own)
+    best = next(link for link, found in usable(own) if str(found.ip) == address)
+    wanted = {"NCCL_SOCKET_IFNAME": f"={best.name}"} | ({} if rdma else {"UCX_NET_DEVICES": best.name})
+    unsaid = [f"{name}={value}" for name, value in wanted.items() if not environ.get(name)]
+    found = f"of {listed(links)} a worker takes {described_link(best.name, best.speed)}, where all its hosts share that network"
+    yield ok("network", found + (f"; the same for NCCL and UCX: {' '.join(unsaid)}" if unsaid else ""))
+
+
+def judge_address(address: str) -> Check:
+    """Judge the address that this host's own name stands for."""
+    if not ip_address(address).is_loopback:
+        return ok("address", f"{address}, where rank 0 listens by default for ranks of this host")
+    return warning(
+        "address",
+        f"this host has no address but {address}",
+        "one that other hosts reach, for a worker of several hosts",
+        "--liveness-network and --kv-network name another; look at ip address and at this host's line of /etc/hosts",
+    )
+
+
+def check_named(context: Context) -> Iterator[Check]:
+    """Look for what settings name."""
+    interfaces = tuple(interface_addresses())
+    checks = list(judge_named(context.environ, interfaces, read_rdma_ports(), in_rank=context.in_rank))
+    for name in _OURS:
+        if value := context.environ.get(name):
+            try:
+                checks.append(ok(name, f"{value} is {host_address(value, name)} here"))
+            except UsageError as problem:
+                checks.append(of_error(name, problem, fatal=context.in_rank))
+    yield from checks or [skipped("named", "no setting of UCX, NCCL, MPI or ours names a network device")]
+
+
+def judge_named(
+    environ: Mapping[str, str], interfaces: Collection[str], ports: Sequence[RdmaPort], *, in_rank: bool
+) -> Iterator[Check]:
+    """Judge every setting that names a device; on a login node, whose devices are others, what is missing is no error."""
+    devices = {port.device for port in ports}
+    missing: dict[str, list[str]] = {}
+    for name in _NCCL_INTERFACES:
+        if value := environ.get(name):
+            missing[name] = missing_for_nccl(value, interfaces)
+    if value := environ.get("NCCL_IB_HCA"):
+        missing["NCCL_IB_HCA"] = missing_for_nccl(value, devices)
+    if value := environ.get("UCX_NET_DEVICES"):
+        missing["UCX_NET_DEVICES"] = missing_for_ucx(value, interfaces, ports)
+    for name in _OPEN_MPI:
+        if value := environ.get(name):
+            missing[name] = missing_for_open_mpi(value, interfaces)
+    for name, absent in missing.items():
+        if not absent:
+            yield ok(name, environ[name])
+            continue
+        there = f"interfaces {listed(interfaces)}" + (
+            f"; devices {listed(port.name for port in ports)}" if ports else "; no RDMA device"
+        )
+        yield trouble(
+            name,
+            f"{name}={environ[name]}: {listed(absent)} isn't here ({there})",
+            "devices of this host, the same on each node of a worker",
+            f"correct {name}, or unset it",
+            fatal=in_rank,
+        )
+
+
+SECTION = Section(
+    "fabric",
+    (
+        Question("infiniband", check_rdma),
+        Question("interfaces", check_interfaces),
+        Question("named", check_named),
+    ),
+)

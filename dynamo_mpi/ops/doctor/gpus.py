@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GPUs, as NVML tells of them; without any, as on a login node, nothing is wrong."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.checks.gpu_rules import check_alike, check_instances, describe_driver, describe_holders, is_busy
+from dynamo_mpi.checks.host_facts import HostFacts
+from dynamo_mpi.checks.rank_facts import HostRow, lines
+from dynamo_mpi.layout.format import counted, gib, listed
+from dynamo_mpi.ops.doctor.check import of_finding, ok, skipped, trouble, warning
+from dynamo_mpi.ops.doctor.commands import run_module
+from dynamo_mpi.ops.doctor.context import Context, Question, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from dynamo_mpi.ops.doctor.check import Check
+    from dynamo_mpi.ops.doctor.commands import Output
+
+# NVML's own start on a node of eight GPUs without a persistence daemon takes seconds
+_LOOK_SECONDS = 60.0
+
+
+class GpuHealth(NamedTuple):
+    """How one GPU is.
+
+    Args:
+        number: NVML's index.
+        links: NVLinks that it has.
+        links_up: those of them that are up.
+        uncorrected: memory errors since the driver was loaded that ECC could not correct.
+        remap_pending: whether a row of its memory is to be replaced at its next reset.
+        remap_failed: whether one could not be.
+    """
+
+    number: int
+    links: int = 0
+    links_up: int = 0
+    uncorrected: int = 0
+    remap_pending: bool = False
+    remap_failed: bool = False
+
+
+class Look(NamedTuple):
+    """All that a look at this node's GPUs brought.
+
+    Args:
+        facts: what a rank would tell of them.
+        devices: GPUs that the driver made device files for.
+        health: how each is.
+    """
+
+    facts: NodeGpus
+    devices: int = 0
+    health: tuple[GpuHealth, ...] = ()
+
+
+def check_gpus(context: Context) -> Iterator[Check]:
+    """Have NVML asked elsewhere, and judge what it told."""
+    output = run_module("dynamo_mpi.ops.doctor.gpu_child", context.environ, context.left(_LOOK_SECONDS))
+    look = read_look(output)
+    if isinstance(look, str):
+        needed = "an answer of NVML: the preflight of --engine trtllm looks in the same way"
+        yield warning("nvml", look, needed, "nvidia-smi; a GPU that hangs shows in dmesg as Xid")
+        return
+    yield from judge(look, socket.gethostname(), in_rank=context.in_rank)
+
+
+def read_look(output: Output) -> Look | str:
+    """Read what the child told, or why it told nothing."""
+    if output.trouble:
+        return f"looking at the GPUs: {output.trouble}"
+    try:
+        told: dict[str, Any] = json.loads(output.out.strip().splitlines()[-1])
+        health = tuple(GpuHealth(**one) for one in told["health"])
+        return Look(NodeGpus.unpack(told["facts"]), int(told["devices"]), health)
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        return f"looking at the GPUs: an answer that can't be read ({type(error).__name__})"
+
+
+def judge(look: Look, host: str, *, in_rank: bool) -> Iterator[Check]:
+    """Judge the GPUs of one node."""
+    facts = look.facts
+    if facts.problem:
+        yield judge_problem(look, in_rank=in_rank)
+    if not facts.gpus:
+        if not facts.problem:
+            yield skipped("nvml", "NVML shows no GPU", "ask Slurm for some: --gpus-per-node=N")
+        return
+    kinds = listed(dict.fromkeys(f"{gpu.name}, {gib(gpu.total_bytes)}" for gpu in facts.gpus))
+    yield ok("gpus", f"{counted(len(facts.gpus), 'GPU')} ({kinds})")
+    yield ok("driver", describe_driver(facts) or "of unknown version")
+    yield judge_visible(facts, in_rank=in_rank)
+    row = HostRow(0, host, HostFacts(False, ""), facts)
+    for id, rule in (("alike", check_alike), ("mig", check_instances)):
+        yield from (of_finding(id, finding) for finding in rule([row]))
+    yield judge_memory(facts)
+    yield judge_links(look.health)
+    yield judge_ecc(look.health)
+
+
+def judge_problem(look: Look, *, in_rank: bool) -> Check:
+    """Judge what NVML could not do: nothing is wrong with a machine that has no GPU."""
+    if not look.devices and not look.facts.gpus:
+        return skipped("nvml", look.facts.problem)
+    needed = "NVML's answer for each GPU: --engine trtllm looks at them before anything is loaded (V1)"
+    fix = "pip install nvidia-ml-py; nvidia-smi shows what is wrong with a GPU or its driver"
+    return trouble("nvml", look.facts.problem, needed, fix, fatal=in_rank)
+
+
+def judge_visible(facts: NodeGpus, *, in_rank: bool) -> Check:
+    """Judge what CUDA would give this process."""
+    visible, there = len(facts.visible), len(facts.gpus)
+    if visible == there:
+        return ok("visible", f"all {there}" if there > 1 else "it is visible")
+    needed = "all GPUs of the node in every rank (K9)"
+    fix = "unset CUDA_VISIBLE_DEVICES, or leave it to Slurm: srun --gpus-per-node=N"
+    found = f"CUDA_VISIBLE_DEVICES leaves {visible} of {counted(there, 'GPU')}"
+    return trouble("visible", found, needed, fix, fatal=in_rank and not visible)
+
+
+def judge_memory(facts: NodeGpus) -> Check:
+    """Does anybody hold memory?"""
+    busy = [
+        f"GPU {gpu.number}: {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free; {describe_holders(gpu)}"
+        for gpu in facts.gpus
+        if is_busy(gpu)
+    ]
+    if not busy:
+        return ok("memory", "free")
+    needed = "free GPUs, unless a worker of yours runs there: the fullest one decides how many tokens the KV cache of all ranks holds (V2)"
+    return warning("memory", lines(busy), needed, "end the processes that hold it, or take other nodes")
+
+
+def judge_links(health: Sequence[GpuHealth]) -> Check:
+    """Are all NVLinks up?"""
+    linked = [one for one in health if one.links]
+    if not linked:
+        return skipped("nvlink", "no NVLink: ranks of this node reach each other by PCIe")
+    down = [f"GPU {one.number}: {one.links_up} of {one.links} up" for one in linked if one.links_up < one.links]
+    if down:
+        needed = "all links: NCCL takes a slower way, or none"
+        return warning(
+            "nvlink",
+            lines(down),
+            needed,
+            "nvidia-smi nvlink --status; on NVSwitch systems the fabric manager has to run",
+        )
+    return ok("nvlink", f"{sum(one.links_up for one in linked)} links up")
+
+
+def judge_ecc(health: Sequence[GpuHealth]) -> Check:
+    """Has any GPU lost memory?"""
+    found = []
+    for one in health:
+        said = [f"{one.uncorrected} uncorrected memory errors"] if one.uncorrected else []
+        said += ["a row could not be remapped"] if one.remap_failed else []
+        said += ["a row is remapped at the next reset"] if one.remap_pending else []
+        found += [f"GPU {one.number}: {listed(said)}"] if said else []
+    if found:
+        needed = "none: a process that meets one is ended (Xid 48, 94, 95)"
+        return warning("ecc", lines(found), needed, "nvidia-smi --query-remapped-rows; have the GPU reset, or replaced")
+    return ok("ecc", "no uncorrected errors")
+
+
+SECTION = Section("gpus", (Question("nvml", check_gpus),))

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MPI: the library that mpi4py would take, the launcher, and whether the two go together. MPI isn't started."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.checks.host_facts import version_of
+from dynamo_mpi.common.errors import MislaunchError
+from dynamo_mpi.mpi.launch_checks import MpiLibrary, identify_library, refuse_mislaunch
+from dynamo_mpi.mpi.launcher import Launcher
+from dynamo_mpi.ops.doctor.check import error, of_error, ok, skipped, warning
+from dynamo_mpi.ops.doctor.commands import run_module
+from dynamo_mpi.ops.doctor.context import Context, Question, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.ops.doctor.check import Check
+    from dynamo_mpi.ops.doctor.commands import Output
+
+# mpi4py and an MPI library from a cold network file system take seconds
+_LOAD_SECONDS = 60.0
+_IN_A_RANK = "srun --mpi=pmix -n1 [--container-image=…] dynamo-mpi doctor looks where ranks run"
+
+
+def check_mpi(context: Context) -> Iterator[Check]:
+    """Have the library loaded elsewhere, and judge it and the launch."""
+    if version_of("mpi4py", "mpi4py") is None:
+        yield judge_missing(in_rank=context.in_rank)
+        yield describe_launch(context.launch)
+        return
+    output = run_module("dynamo_mpi.ops.doctor.mpi_child", context.environ, context.left(_LOAD_SECONDS))
+    library, checks = judge_library(output, in_rank=context.in_rank)
+    yield from checks
+    yield judge_launch(context.launch, library)
+
+
+def judge_missing(*, in_rank: bool) -> Check:
+    """Judge a Python without mpi4py; on a login node, whose Python isn't the ranks', that says nothing."""
+    found, needed = "mpi4py isn't installed in this Python", "mpi4py and the MPI library of the launcher"
+    if in_rank:
+        return error("library", found, needed, "pip install mpi4py, and load the MPI module")
+    return skipped("library", f"{found}; ranks need it", _IN_A_RANK)
+
+
+def judge_library(output: Output, *, in_rank: bool) -> tuple[MpiLibrary | None, list[Check]]:
+    """Read what the child told of the library; None where there is none that could be judged."""
+    if output.code is None:
+        found = f"loading mpi4py's MPI library did not end within {output.seconds:.1f} s"
+        fix = f"look by hand: python -c 'import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI'; more --timeout; {_IN_A_RANK}"
+        return None, [warning("library", found, "a library that can be loaded at once", fix)]
+    if output.code:
+        return None, [
+            error(
+                "library",
+                f"the process that loaded mpi4py's MPI library came to grief: {output.trouble}",
+                "an MPI library that can be loaded: ranks would end like that",
+                "choose another: load the launcher's MPI module, or MPI4PY_LIBMPI=/path/to/libmpi.so",
+            )
+        ]
+    told = _read(output.out)
+    if "library" not in told:
+        problem = MislaunchError(
+            told.get("found") or "nothing could be learnt of the MPI library",
+            needed=told.get("needed") or "mpi4py and an MPI library",
+            fix=told.get("fix", ""),
+        )
+        return None, [of_error("library", problem, fatal=in_rank)]
+    library = identify_library(told["library"])
+    text = f"{library.version} by mpi4py {told.get('mpi4py', '')}" + (f" ({told['path']})" if told.get("path") else "")
+    return library, [ok("library", text), judge_interface(library, told.get("pmix", ""))]
+
+
+def judge_interface(library: MpiLibrary, pmix: str) -> Check:
+    """Say how the library's ranks find each other, and which launchers offer that."""
+    if library.family == "openmpi":
+        brought = f", here {' '.join(pmix.split())}" if pmix else ""
+        return ok("interface", f"PMIx{brought}: srun --mpi=pmix, or Open MPI's mpirun")
+    if library.family == "mpich":
+        both = " or --mpi=pmix" if library.pmix else ""
+        return ok("interface", f"PMI{' and PMIx' if library.pmix else ''}: srun --mpi=pmi2{both}, or its own mpiexec")
+    return warning(
+        "interface",
+        f"{library.version or 'a library that says nothing of itself'}: how its ranks find each other isn't known",
+        "Open MPI, or MPICH or a relative of it",
+        "load one of them, or MPI4PY_LIBMPI=/path/to/libmpi.so; TensorRT-LLM needs Open MPI",
+    )
+
+
+def judge_launch(launch: Launch, library: MpiLibrary | None) -> Check:
+    """Judge what started us with this library, as a rank would before it starts MPI."""
+    if launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL) or library is None:
+        # what is refused to ranks there is how launch, and doctor, are started
+        return describe_launch(launch)
+    try:
+        refuse_mislaunch(launch, library)
+    except MislaunchError as problem:
+        return of_error("launch", problem)
+    return describe_launch(launch)
+
+
+def describe_launch(launch: Launch) -> Check:
+    """Say what started us."""
+    if launch.launcher is Launcher.ALONE:
+        return ok("launch", "started by no launcher: this is no rank")
+    if launch.launcher is Launcher.SLURM_SHELL:
+        return ok("launch", f"{launch.launcher.value} (job {launch.job_id}, {launch.size} tasks): ranks need srun")
+    ranks = f" of {launch.size}" if launch.size else ""
+    return ok("launch", f"rank {launch.rank}{ranks}, by {launch.launcher.value}")
+
+
+def _read(text: str) -> dict[str, str]:
+    try:
+        # libraries may talk before we do
+        content = json.loads(text.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        return {}
+    return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+SECTION = Section("mpi", (Question("library", check_mpi),))

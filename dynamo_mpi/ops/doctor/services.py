@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""etcd and NATS, asked as a worker would, with its addresses and credentials."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.discovery.connectivity import check_etcd_endpoints, nats_server, require_nats_server
+from dynamo_mpi.discovery.endpoints import strip_credentials
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_http import HttpEtcdClient
+from dynamo_mpi.discovery.records import worlds_of
+from dynamo_mpi.layout.format import counted, listed
+from dynamo_mpi.ops.doctor.check import error, of_error, ok, skipped, warning
+from dynamo_mpi.ops.doctor.context import Context, Question, Section
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from dynamo_mpi.ops.doctor.check import Check
+
+SERVICES = "services.json"
+# a lease is kept alive thrice in its life of 30 s; an answer as slow as this is a sign of a disk that is too busy
+_SLOW_SECONDS = 0.5
+# certificates that a job makes for itself are valid from the minute before
+_SKEW_SECONDS = 30.0
+_LEASE_SECONDS = 10
+# Dynamo's own, and ours
+PREFIXES = ("v1/", "dynamo_mpi/")
+
+
+class EtcdAnswers(NamedTuple):
+    """What one endpoint answered.
+
+    Args:
+        endpoint: which.
+        version: etcd's.
+        seconds: that reading our records took.
+        skew: seconds by which its clock is ahead of ours; None where it doesn't tell.
+        worlds: workers that have a record there.
+    """
+
+    endpoint: str
+    version: str
+    seconds: float
+    skew: float | None
+    worlds: int
+
+
+def clients_of(context: Context) -> Mapping[str, str]:
+    """Return the environment of those services' clients that are asked: the run folder's, or our own. Credentials may be in it."""
+    return context.environ if context.run_dir is None else client_environment(context.run_dir, context.environ)
+
+
+def client_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return ``environ`` with what the services of a deployment say that their clients need; unchanged where they say nothing."""
+    try:
+        content = json.loads((run_dir / SERVICES).read_text(encoding="utf-8"))
+        given = {str(name): str(value) for name, value in content["environment"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        given = {}
+    return {**environ, **given}
+
+
+def check_run_dir(context: Context) -> Iterator[Check]:
+    """Is there a deployment whose services could be asked?"""
+    if context.run_dir is None:
+        return
+    path = context.run_dir / SERVICES
+    if client_environment(context.run_dir, {}):
+        yield ok("run-dir", f"{path} says how to reach the services")
+    else:
+        problem = "isn't there" if not os.path.exists(path) else "can't be read"
+        needed = "that of a deployment whose services answer"
+        yield warning(
+            "run-dir",
+            f"{path} {problem}: the environment's addresses are asked",
+            needed,
+            "--run-dir DIR; dynamo-mpi launch makes it",
+        )
+
+
+def check_etcd(context: Context) -> Iterator[Check]:
+    """Ask etcd. Where nobody named one, none may run yet."""
+    environ = clients_of(context)
+    try:
+        troubles = check_etcd_endpoints(environ, context.left())
+    except DiscoveryError as problem:
+        yield of_error("etcd", problem) if is_named(environ) or context.in_rank else judge_unnamed(problem)
+        return
+    yield judge_endpoints(troubles)
+    endpoint = next(url for url, trouble in troubles.items() if not trouble)
+    try:
+        yield from judge_answers(ask(endpoint, environ, time.monotonic() + context.left()))
+        yield from check_write(context, endpoint)
+    except AuthorisationError as problem:
+        yield judge_refusal(problem, EtcdAuth.from_env(environ))
+    except DiscoveryError as problem:
+        needed = "an answer of its JSON gateway, by which launch and doctor ask"
+        yield warning("etcd-read", problem.found, needed, "etcd --enable-grpc-gateway, which is on by default")
+
+
+def judge_unnamed(problem: DiscoveryError) -> Check:
+    """Judge an etcd that doesn't answer where nobody has said that one is."""
+    needed = "an etcd for workers that are started by hand; launch, local and head_node bring their own"
+    return warning("etcd", f"{problem.found}, and ETCD_ENDPOINTS isn't set", needed, problem.fix)
+
+
+def is_named(environ: Mapping[str, str]) -> bool:
+    """Did somebody say where etcd is?"""
+    return any(environ.get(name) for name in ("ETCD_ENDPOINTS", "HEAD_NODE_IP", "HEAD_NODE"))
+
+
+def judge_endpoints(troubles: Mapping[str, str]) -> Check:
+    """Judge etcd's endpoints, of which at least one answers."""
+    dead = [f"{strip_credentials(url)}: {trouble}" for url, trouble in troubles.items() if trouble]
+    if dead:
+        needed = "all of them; those that answer are tried first"
+        return warning(
+            "etcd",
+            f"{len(dead)} of {len(troubles)} endpoints do not answer: {listed(dead)}",
+            needed,
+            "correct ETCD_ENDPOINTS, or look at those members",
+        )
+    return ok("etcd", f"{listed(map(strip_credentials, troubles))}: healthy")
+
+
+def ask(endpoint: str, environ: Mapping[str, str], end: float) -> EtcdAnswers:
+    """Read the version and our records.
+
+    Raises:
+        DiscoveryError: no answer in time, or a refusal.
+    """
+    with HttpEtcdClient(endpoint, EtcdAuth.from_env(environ), end) as gateway:
+        server = gateway.server_info()
+        skew = None if server.clock is None else server.clock - time.time()
+        gateway.authenticate()
+        start = time.monotonic()
+        worlds = len(gateway.get_prefix(worlds_of("")))
+        return EtcdAnswers(endpoint, server.version, time.monotonic() - start, skew, worlds)
+
+
+def judge_answers(answers: EtcdAnswers) -> Iterator[Check]:
+    """Judge what it answered."""
+    found = (
+        f"etcd {answers.version}: read in {1000 * answers.seconds:.0f} ms; {counted(answers.worlds, 'worker')} recorded"
+    )
+    if answers.seconds > _SLOW_SECONDS:
+        needed = f"an answer within {1000 * _SLOW_SECONDS:.0f} ms: leases, and so workers, are lost where etcd stalls"
+        yield warning("etcd-read", found, needed, "a local disk for etcd's data, and a head node that isn't overloaded")
+    else:
+        yield ok("etcd-read", found)
+    if answers.skew is not None:
+        yield judge_clock(answers.skew)
+
+
+def judge_clock(skew: float) -> Check:
+    """Judge the difference of the clocks; it is known to a second or so."""
+    if abs(skew) < _SKEW_SECONDS:
+        return ok("clock", "this host's clock and etcd's agree")
+    found = f"etcd's host is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this one"
+    needed = "the same time everywhere: certificates, time limits and the order of failures go by it"
+    return warning("clock", found, needed, "have NTP or chrony set up: timedatectl, chronyc tracking")
+
+
+def check_write(context: Context, endpoint: str) -> Iterator[Check]:
+    """Write where a worker will, if we may try; the lease takes it away at once."""
+    if not context.write:
+        yield skipped("etcd-write", "not tried", "--write writes a key under each prefix, and takes it away")
+        return
+    with HttpEtcdClient(endpoint, EtcdAuth.from_env(clients_of(context)), time.monotonic() + context.left()) as gateway:
+        gateway.authenticate()
+        lease = gateway.grant(_LEASE_SECONDS).id
+        try:
+            for prefix in PREFIXES:
+                gateway.put(f"{prefix}doctor/{lease:x}", b"", lease)
+        finally:
+            gateway.revoke(lease)
+    yield ok("etcd-write", f"{listed(PREFIXES)} can be written")
+
+
+def judge_refusal(problem: AuthorisationError, auth: EtcdAuth) -> Check:
+    """Judge an etcd that answers and refuses."""
+    who = f"user {auth.username!r}" if auth.username else "a client without a user"
+    return error(
+        "etcd-auth",
+        f"{problem.found} ({who})",
+        f"readwrite on the prefixes {listed(PREFIXES)}",
+        "correct ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, or etcdctl role grant-permission --prefix=true ROLE readwrite PREFIX",
+        ExitCode.NOT_AUTHORISED,
+    )
+
+
+def check_nats(context: Context) -> Iterator[Check]:
+    """Ask NATS, where it is used."""
+    environ = clients_of(context)
+    server = nats_server(environ, environ.get("DYN_REQUEST_PLANE", "tcp"))
+    if server is None:
+        yield skipped("nats", "not used: NATS_SERVER isn't set, and requests go by tcp")
+        return
+    start = time.monotonic()
+    require_nats_server(server, environ, context.left())
+    yield ok("nats", f"{strip_credentials(server)} lets us in, after {1000 * (time.monotonic() - start):.0f} ms")
+
+
+SECTION = Section(
+    "services",
+    (Question("run-dir", check_run_dir), Question("etcd", check_etcd), Question("nats", check_nats)),
+)

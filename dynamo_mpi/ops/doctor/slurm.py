@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slurm: its commands, what they offer to ranks and containers, and the job that we are in."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.mpi.job_time_limit import TimeLimit
+from dynamo_mpi.mpi.launcher import Launcher
+from dynamo_mpi.ops.doctor.check import Status, error, ok, skipped, warning
+from dynamo_mpi.ops.doctor.commands import find, run
+from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.slurm_output import (
+    first_node,
+    pmix_refusal,
+    read_controllers,
+    read_mpi_list,
+    read_time_left,
+    read_version,
+    takes_containers,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from dynamo_mpi.ops.doctor.check import Check
+    from dynamo_mpi.ops.doctor.commands import Output
+
+# the first with --overlap, which launch gives to the services' step
+OLDEST = (20, 11)
+_SHORT_SECONDS = 600
+_TRY_PMIX = ("srun", "--mpi=pmix", "--test-only", "-n1", "true")
+
+
+def check_version(context: Context) -> Iterator[Check]:
+    """Look for srun."""
+    output = _ask(context, "srun", "--version")
+    yield _no_program("srun", context.environ) if output is None else judge_version(output)
+
+
+def judge_version(output: Output) -> Check:
+    """Judge ``srun --version``."""
+    if output.trouble:
+        return _silent("srun", "srun --version", output)
+    version = read_version(output.text)
+    found = " ".join(output.text.split())
+    if version is not None and version < OLDEST:
+        needed = f"Slurm {OLDEST[0]}.{OLDEST[1]} or newer: launch starts the services with srun --overlap"
+        return warning("srun", found, needed, "start the steps by hand, or have Slurm updated")
+    return ok("srun", found)
+
+
+def check_controller(context: Context) -> Iterator[Check]:
+    """Does slurmctld answer?"""
+    output = _ask(context, "scontrol", "ping")
+    if output is not None:
+        yield judge_controller(output)
+
+
+def judge_controller(output: Output) -> Check:
+    """Judge ``scontrol ping``, which ends with 1 where none is up."""
+    up = read_controllers(output.text)
+    if any(up.values()):
+        down = [name for name, is_up in up.items() if not is_up]
+        return ok(
+            "controller",
+            f"{', '.join(name for name in up if up[name])} up" + (f"; {', '.join(down)} down" if down else ""),
+        )
+    if not up:
+        return _silent("controller", "scontrol ping", output)
+    fix = "wait, or tell the cluster's administrators; scontrol ping shows it"
+    return warning(
+        "controller", f"slurmctld on {', '.join(up)} is down", "a controller that answers: no job or step starts", fix
+    )
+
+
+def check_mpi_plugins(context: Context) -> Iterator[Check]:
+    """Can srun start ranks that find each other?"""
+    output = _ask(context, "srun", "--mpi=list")
+    if output is None:
+        yield _no_program("mpi-plugins", context.environ)
+    else:
+        plugins = judge_mpi_plugins(output, context.environ.get("SLURM_MPI_TYPE", ""))
+        yield plugins
+        # a plugin is listed also where the library that it needs isn't there; nothing is submitted by --test-only
+        if plugins.status is Status.OK and (tried := _ask(context, *_TRY_PMIX)) is not None:
+            yield judge_pmix(tried)
+
+
+def judge_mpi_plugins(output: Output, chosen: str = "") -> Check:
+    """Judge ``srun --mpi=list``, and what ``SLURM_MPI_TYPE`` chooses of it."""
+    plugins = None if output.code is None else read_mpi_list(output.text)
+    if plugins is None:
+        return _silent("mpi-plugins", "srun --mpi=list", output)
+    found = ", ".join(plugins.types) + (f" ({', '.join(plugins.pmix_versions)})" if plugins.pmix_versions else "")
+    if not plugins.pmix:
+        needed = "pmix, which Open MPI, and so TensorRT-LLM, needs; pmi2 is MPICH's"
+        fix = "have Slurm's PMIx plugin installed (slurm built --with-pmix), or launch by mpirun: --hostfile FILE"
+        return warning("mpi-plugins", f"no pmix among {found or 'none'}", needed, fix)
+    if chosen and chosen not in (*plugins.types, *plugins.pmix_versions):
+        return warning(
+            "mpi-plugins",
+            f"SLURM_MPI_TYPE is {chosen}, which is none of {found}",
+            "one of them",
+            "unset SLURM_MPI_TYPE",
+        )
+    return ok("mpi-plugins", f"pmix there: {found}")
+
+
+def judge_pmix(output: Output) -> Check:
+    """Judge an srun that was to load its PMIx plugin and to submit nothing. That a job couldn't be had is no news of PMIx."""
+    if refusal := pmix_refusal(output.text):
+        needed = "a PMIx library where Slurm's plugin looks for it: no step with --mpi=pmix starts"
+        fix = "have libpmix installed, or its symlink libpmix.so (Debian: libpmix-dev), on every node"
+        return error("pmix", f"srun lists pmix, and can't load it: {refusal}", needed, fix)
+    if output.trouble:
+        return skipped("pmix", f"whether srun can load it isn't known: {output.trouble}")
+    return ok("pmix", "srun can load it")
+
+
+def check_pyxis(context: Context) -> Iterator[Check]:
+    """Can srun start containers?"""
+    output = _ask(context, "srun", "--help")
+    if output is None:
+        yield _no_program("pyxis", context.environ)
+    else:
+        yield judge_pyxis(output, context.environ)
+
+
+def judge_pyxis(output: Output, environ: Mapping[str, str]) -> Check:
+    """Judge ``srun --help``: a missing Pyxis matters where an image is to be started."""
+    if output.code is None or "--" not in output.text:
+        return _silent("pyxis", "srun --help", output)
+    if takes_containers(output.text):
+        return ok("pyxis", "srun takes --container-image")
+    if not environ.get("IMAGE"):
+        return skipped("pyxis", "srun has no --container-image: no Pyxis; needed for steps in a container (IMAGE)")
+    needed = "Pyxis, Slurm's plugin for containers"
+    return warning(
+        "pyxis",
+        "IMAGE is set, and srun has no --container-image",
+        needed,
+        "unset IMAGE, and give PYTHON; or have Pyxis installed",
+    )
+
+
+def check_enroot(context: Context) -> Iterator[Check]:
+    """Is enroot, on which Pyxis stands, there? On a login node it need not be."""
+    output = _ask(context, "enroot", "version")
+    if output is None:
+        yield skipped("enroot", "enroot isn't on PATH here; Pyxis needs it on the compute nodes")
+    elif output.trouble:
+        yield _silent("enroot", "enroot version", output)
+    else:
+        yield ok("enroot", " ".join(output.out.split()))
+
+
+def check_job(context: Context) -> Iterator[Check]:
+    """The allocation that we are in."""
+    job = context.environ.get("SLURM_JOB_ID")
+    if not job:
+        yield skipped(
+            "job", "no Slurm job: SLURM_JOB_ID isn't set", "salloc --nodes=N --exclusive --gpus-per-node=G, or sbatch"
+        )
+        return
+    yield ok("job", describe_job(context.environ))
+    if (limit := TimeLimit.of(context.environ)) is not None:
+        yield judge_time_left(int(limit.end - time.time()))
+    elif output := _ask(context, "squeue", "--noheader", f"--job={job}", "--format=%L"):
+        left = None if output.trouble else read_time_left(output.out)
+        yield skipped("time-left", "Slurm tells of no time limit") if left is None else judge_time_left(left)
+    if (nodes := judge_step_nodes(context.environ, context.launch.launcher)) is not None:
+        yield nodes
+
+
+def describe_job(environ: Mapping[str, str]) -> str:
+    """Say what the job, and the step, has."""
+    nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES", "?")
+    text = f"job {environ['SLURM_JOB_ID']}: {nodes} nodes ({environ.get('SLURM_JOB_NODELIST', '?')})"
+    if tasks := environ.get("SLURM_NTASKS"):
+        text += f", {tasks} tasks"
+    if gpus := environ.get("SLURM_GPUS_ON_NODE"):
+        text += f", {gpus} GPUs on this node"
+    if step := environ.get("SLURM_STEP_ID"):
+        text += f"; in step {step} on {environ.get('SLURM_STEP_NODELIST', '?')}"
+    return text
+
+
+def judge_time_left(seconds: int) -> Check:
+    """Judge what is left of the job's time, which a large model may need to load."""
+    minutes = max(0, seconds) // 60
+    if seconds < _SHORT_SECONDS:
+        return warning(
+            "time-left",
+            f"{minutes} minutes",
+            "time for the load, and for an orderly end",
+            "a new job, or scontrol update TimeLimit=",
+        )
+    return ok("time-left", f"{minutes} minutes" if minutes < 600 else f"{minutes // 60} hours")
+
+
+def judge_step_nodes(environ: Mapping[str, str], launcher: Launcher) -> Check | None:
+    """Slurm's PMIx plugin may ask the wrong node for what MPI's start waits for, where a step doesn't begin on the job's first node."""
+    step, job = environ.get("SLURM_STEP_NODELIST", ""), environ.get("SLURM_JOB_NODELIST", "")
+    if launcher is not Launcher.SLURM_PMIX or not step or not job or first_node(step) == first_node(job):
+        return None
+    return warning(
+        "step-nodes",
+        f"this step begins on {first_node(step)}, the job on {first_node(job)}",
+        "a step that begins on the job's first node, as Slurm's PMIx plugin sees it: MPI's start may hang otherwise",
+        f"SLURM_JOB_NODELIST={step} srun --mpi=pmix …, as dynamo-mpi launch does it",
+    )
+
+
+def check_variables(context: Context) -> Iterator[Check]:
+    """Slurm's input variables that change what an srun means."""
+    yield from judge_variables(context.environ, in_rank=context.in_rank)
+
+
+def judge_variables(environ: Mapping[str, str], *, in_rank: bool) -> Iterator[Check]:
+    """Judge them. In a rank, ``SLURM_EXPORT_ENV`` is what the srun that started it was given."""
+    export = environ.get("SLURM_EXPORT_ENV", "ALL")
+    if not in_rank and export.split(",")[0] in ("NONE", "NIL"):
+        needed = "ALL, or nothing: the ranks need MODEL_PATH, ETCD_ENDPOINTS and the like"
+        yield warning("export", f"SLURM_EXPORT_ENV={export}", needed, "unset SLURM_EXPORT_ENV, or srun --export=ALL")
+    for name in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND"):
+        if value := environ.get(name, "").replace("none", ""):
+            yield warning(
+                name,
+                f"{name}={value}",
+                "every rank sees all GPUs of its node (K9)",
+                f"unset {name}; srun --gpus-per-node=N without --gpus-per-task and --gpu-bind",
+            )
+
+
+def _ask(context: Context, program: str, *words: str) -> Output | None:
+    path = find(program, context.environ)
+    return None if path is None else run([path, *words], context.environ, context.left())
+
+
+def _no_program(id: str, environ: Mapping[str, str]) -> Check:
+    if environ.get("SLURM_JOB_ID"):
+        return skipped(
+            id,
+            "srun isn't on PATH: inside a container Slurm's commands are the host's",
+            "dynamo-mpi doctor on the host",
+        )
+    return skipped(id, "srun isn't on PATH: no Slurm here")
+
+
+def _silent(id: str, command: str, output: Output) -> Check:
+    """Return the check of a command that gave no answer."""
+    if "configuration source" in output.text:
+        return skipped(id, "Slurm's commands are here, and no cluster that they are configured for")
+    found = f"{command}: {output.trouble or 'an answer that can not be read: ' + ' '.join(output.text.split())[:200]}"
+    return warning(
+        id,
+        found,
+        "an answer: launch would wait like that too",
+        f"{command} by hand; scontrol ping tells of the controller",
+    )
+
+
+SECTION = Section(
+    "slurm",
+    (
+        Question("srun", check_version),
+        Question("controller", check_controller),
+        Question("mpi-plugins", check_mpi_plugins),
+        Question("pyxis", check_pyxis),
+        Question("enroot", check_enroot),
+        Question("job", check_job),
+        Question("variables", check_variables),
+    ),
+)

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A deployment at one moment: its workers, failures and services, from etcd and the run folder."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit
+
+from dynamo_mpi.common.errors import BootstrapError, DiscoveryError
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.phases import PHASES
+from dynamo_mpi.common.record_codec import sanitize
+from dynamo_mpi.deploy.services import listed_models
+from dynamo_mpi.discovery.endpoints import strip_credentials
+from dynamo_mpi.discovery.etcd import etcd_endpoints
+from dynamo_mpi.discovery.etcd_http import query_etcd
+from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
+from dynamo_mpi.discovery.records import StoredRecord, list_workers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from dynamo_mpi.discovery.etcd import EtcdClient
+    from dynamo_mpi.ops.deployment import Deployment, ExpectedWorker
+
+ETCD_SECONDS = 5.0
+_SERVICE_SECONDS = 1.5
+_ROLES = ("agg", "prefill", "decode", "encode")
+
+
+class Service(NamedTuple):
+    """One service of the deployment.
+
+    Args:
+        name: ``etcd``, ``nats`` or ``frontend``.
+        url: where, without credentials.
+        is_up: does it answer?
+        note: more, for a person.
+    """
+
+    name: str
+    url: str
+    is_up: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class DeploymentStatus:
+    """What could be read.
+
+    Args:
+        time: when, in seconds since 1970.
+        deployment: which.
+        workers: all that have a record.
+        failures: of the last hour, the latest last.
+        services: if a run folder says that there are any.
+        warnings: what is odd.
+    """
+
+    time: float
+    deployment: Deployment
+    workers: tuple[StoredRecord, ...] = ()
+    failures: tuple[StoredFailure, ...] = ()
+    services: tuple[Service, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> tuple[ExpectedWorker, ...]:
+        """Workers of the deployment that have no record."""
+        there = {worker.record.launch for worker in self.workers}
+        return tuple(worker for worker in self.deployment.expected if worker.launch not in there)
+
+    @property
+    def open_failures(self) -> tuple[StoredFailure, ...]:
+        """Those that no newer start has followed."""
+        return tuple(f for f in self.failures if not any(f.is_followed_by(worker) for worker in self.workers))
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing is missing, down or failed. A worker that still loads is well."""
+        end = self.deployment.end
+        ended_well = end is None or end.exit_code == ExitCode.OK
+        services = all(service.is_up for service in self.services)
+        alive = not self.deployment.launcher_is_dead
+        return ended_well and alive and services and not self.missing and not self.open_failures
+
+    def name_of(self, worker: StoredRecord | StoredFailure) -> str:
+        """Return the deployment's name for a worker, or its role."""
+        record = worker.record
+        return next((own.name for own in self.deployment.expected if own.launch == record.launch), record.role)
+
+
+def read_status(
+    deployment: Deployment, namespace: str | None = None, model: str | None = None, seconds: float = ETCD_SECONDS
+) -> DeploymentStatus:
+    """Read it; of a deployment that has ended, only that.
+
+    Args:
+        deployment: which.
+        namespace: leave out workers of others.
+        model: leave out workers of others.
+        seconds: that etcd has.
+
+    Raises:
+        DiscoveryError: etcd doesn't answer.
+        AuthorisationError: it refuses us.
+        UsageError: what is set for it can't be used.
+    """
+    environ = deployment.environ
+    if deployment.end is not None:
+        return DeploymentStatus(time.time(), deployment)
+    if environ is None:
+        raise _without_services(deployment)
+    services = _Services(deployment, environ)
+
+    def query(etcd: EtcdClient) -> tuple[list[StoredRecord], list[StoredFailure], list[str]]:
+        odd: dict[str, list[str]] = {}
+        workers, unread = list_workers(etcd, namespace or "", odd)
+        failures, unread_failures = list_failures(etcd, namespace or "", problems=odd)
+        return workers, failures, _warnings(unread | unread_failures, odd)
+
+    try:
+        workers, failures, warnings = query_etcd(environ, seconds, query)
+    except DiscoveryError as error:
+        raise _unanswered(deployment, error) from None
+    workers = [worker for worker in workers if model in (None, worker.record.model)]
+    for worker in workers:
+        warnings += _unknown(worker)
+    return DeploymentStatus(
+        time.time(),
+        deployment,
+        tuple(sorted(workers, key=_order)),
+        tuple(sorted((f for f in failures if model in (None, f.record.model)), key=lambda f: f.record.time)),
+        services.states(),
+        tuple(warnings),
+    )
+
+
+def _order(worker: StoredRecord) -> tuple[object, ...]:
+    record = worker.record
+    rank = _ROLES.index(record.role) if record.role in _ROLES else len(_ROLES)
+    return (record.namespace, record.model, rank, record.launch or "", record.hosts, worker.key)
+
+
+def _warnings(unreadable: Mapping[str, str], odd: Mapping[str, list[str]]) -> list[str]:
+    left_out = [f"{sanitize(key)} can't be read, and is left out: {why}" for key, why in unreadable.items()]
+    return left_out + [f"{sanitize(key)}: {', '.join(problems[:4])}" for key, problems in odd.items()]
+
+
+def _unknown(worker: StoredRecord) -> list[str]:
+    phase, role = worker.record.phase, worker.record.role
+    strange = [f"its phase {phase!r:.40}"] if phase not in PHASES else []
+    strange += [f"its role {role!r:.40}"] if role not in _ROLES else []
+    return [f"{sanitize(worker.key)}: {' and '.join(strange)} isn't known here"] if strange else []
+
+
+def _without_services(deployment: Deployment) -> DiscoveryError:
+    if deployment.launch is None:
+        is_there = deployment.run_dir is not None and deployment.run_dir.is_dir()
+        return DiscoveryError(
+            f"nothing runs in {deployment.run_dir}" if is_there else f"there is no folder {deployment.run_dir}",
+            needed="a deployment, with its services.json",
+            fix="start it, or --run-dir DIR of another",
+        )
+    return DiscoveryError(
+        f"the services of the deployment in {deployment.run_dir} aren't up yet",
+        needed="its etcd",
+        fix=f"wait, or look at {deployment.run_dir}/logs/services.log",
+    )
+
+
+def _unanswered(deployment: Deployment, error: DiscoveryError) -> DiscoveryError:
+    if deployment.run_dir is not None:
+        fix = f"look at {deployment.run_dir}/services/etcd.log; where its node is lost, dynamo-mpi down --run-dir {deployment.run_dir}"
+    else:
+        fix = "--run-dir DIR of the deployment, or where there is none ETCD_ENDPOINTS and ETCD_AUTH_*"
+    return DiscoveryError(f"etcd does not answer ({error.found})", needed="an etcd that this host reaches", fix=fix)
+
+
+class _Services:
+    """Asks NATS and the frontend while etcd is asked.
+
+    Args:
+        deployment: says where they are.
+        environ: has NATS's address.
+    """
+
+    def __init__(self, deployment: Deployment, environ: Mapping[str, str]) -> None:
+        self._end = time.monotonic() + _SERVICE_SECONDS
+        self._found: dict[str, Service] = {}
+        self._threads: list[threading.Thread] = []
+        if not deployment.has_services:
+            return
+        self._found["etcd"] = Service("etcd", ", ".join(map(_display, etcd_endpoints(environ))), True)
+        for name, url, look in (
+            ("nats", environ.get("NATS_SERVER", ""), _look_at_nats),
+            ("frontend", deployment.frontend, _look_at_frontend),
+        ):
+            if url:
+                self._found[name] = Service(name, _display(url), False, "no answer in time")
+                thread = threading.Thread(target=self._ask, args=(name, url, look), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def states(self) -> tuple[Service, ...]:
+        """Return the answers so far, and those that arrive in time."""
+        for thread in self._threads:
+            thread.join(max(0.0, self._end - time.monotonic()))
+        return tuple(self._found.values())
+
+    def _ask(self, name: str, url: str, look: Callable[[str], Service]) -> None:
+        try:
+            self._found[name] = look(url)
+        except (OSError, ValueError, BootstrapError) as error:
+            note = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
+            self._found[name] = Service(name, _display(url), False, sanitize(note))
+
+
+def _look_at_nats(url: str) -> Service:
+    parts = urlsplit(url if "://" in url else f"nats://{url}")
+    with socket.create_connection((parts.hostname or "", parts.port or 4222), timeout=_SERVICE_SECONDS) as connection:
+        # it speaks first, before it wants a password or TLS
+        is_nats = connection.recv(4) == b"INFO"
+    return Service("nats", _display(url), is_nats, "" if is_nats else "something else than NATS listens there")
+
+
+def _look_at_frontend(url: str) -> Service:
+    models = listed_models(url)
+    if models is None:
+        return Service("frontend", _display(url), False, "it doesn't list its models")
+    return Service(
+        "frontend", _display(url), True, f"serves {sanitize(', '.join(models))}" if models else "serves no model"
+    )
+
+
+def _display(url: str) -> str:
+    return sanitize(strip_credentials(url))

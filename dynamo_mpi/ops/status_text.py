@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The status of a deployment as a table and some lines. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.record_codec import sanitize
+from dynamo_mpi.ops.format import format_failure, format_nodes, format_progress, format_seconds, format_since
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.discovery.records import StoredRecord
+    from dynamo_mpi.ops.deployment import ExpectedWorker
+    from dynamo_mpi.ops.status import DeploymentStatus
+
+_HEADS = ("model", "worker", "layout", "nodes", "phase", "for", "up", "requests", "start", "progress")
+_MOST_WARNINGS = 8
+_LONGEST_CELL, _LONGEST_LINE = 48, 240
+
+
+def describe(status: DeploymentStatus, width: int = _LONGEST_LINE) -> str:
+    """Return it as text.
+
+    Args:
+        status: what to show.
+        width: characters on a line that the table may take: its widest columns are cut until it does.
+    """
+    rows = [_row(status, worker) for worker in status.workers]
+    rows += [_missing_row(worker) for worker in status.missing]
+    lines = _table([_HEADS, *rows], width) if rows else ["no worker is there"]
+    lines += _events(status)
+    return "\n".join(line if len(line) <= _LONGEST_LINE else f"{line[: _LONGEST_LINE - 1]}…" for line in lines)
+
+
+def _row(status: DeploymentStatus, worker: StoredRecord) -> tuple[str, ...]:
+    now, record = status.time, worker.record
+    return (
+        record.model,
+        status.name_of(worker),
+        str(record.layout) if record.layout.is_known else "-",
+        format_nodes(record.hosts),
+        record.phase,
+        format_since(record.phase_since, now),
+        format_since(record.started, now),
+        "-" if record.in_flight is None else str(record.in_flight),
+        str(record.attempt),
+        format_progress(record.progress),
+    )
+
+
+def _missing_row(worker: ExpectedWorker) -> tuple[str, ...]:
+    return ("-", worker.name, "-", format_nodes(worker.nodes), "not there", "-", "-", "-", "-", "")
+
+
+def _table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    widths = [min(_LONGEST_CELL, max(map(len, column))) for column in zip(*rows, strict=True)]
+    heads = [len(head) for head in _HEADS]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        longest = max(range(len(widths)), key=lambda index: widths[index] - heads[index])
+        if widths[longest] <= heads[longest]:
+            break
+        widths[longest] -= 1
+    return ["  ".join(_cell(cell, width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _cell(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def _events(status: DeploymentStatus) -> list[str]:
+    deployment, now, lines = status.deployment, status.time, []
+    if status.failures:
+        still = status.open_failures
+        lines.append("failures of the last hour:")
+        for failure in status.failures:
+            after = "" if failure in still else " [started again]"
+            lines.append(f"  {format_failure(failure.record, status.name_of(failure), now)}{after}")
+    if status.services:
+        states = (
+            f"{s.name} {'up' if s.is_up else 'DOWN'} at {s.url}{s.note and f' ({s.note})'}" for s in status.services
+        )
+        lines.append(f"services: {', '.join(states)}")
+    if deployment.launcher_is_dead:
+        lines.append(f"warning: its launcher was killed; dynamo-mpi down --run-dir {deployment.run_dir} clears up")
+    if deployment.end is not None:
+        ago = format_seconds(now - deployment.end.time)
+        report = sanitize(" ".join(deployment.end.report.split()), _LONGEST_LINE)
+        lines.append(f"the last deployment ended {ago} ago with exit code {deployment.end.exit_code}: {report}")
+    warnings = [f"warning: {text}" for text in status.warnings]
+    if len(warnings) > _MOST_WARNINGS:
+        warnings[_MOST_WARNINGS - 1 :] = [f"warning: and {len(warnings) - _MOST_WARNINGS + 1} more"]
+    return lines + warnings

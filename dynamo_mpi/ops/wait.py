@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Waits until a deployment is ready and has answered, or can't become ready any more, or the time is up."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from dynamo_mpi.common.backoff import News
+from dynamo_mpi.common.errors import (
+    AuthorisationError,
+    BootstrapError,
+    DeadlineError,
+    DiscoveryError,
+    EngineError,
+    TemporaryError,
+)
+from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.record_codec import sanitize
+from dynamo_mpi.common.timeout import within
+from dynamo_mpi.deploy.service_error import StepFailed
+from dynamo_mpi.ops.deployment import find_deployment
+from dynamo_mpi.ops.format import format_failure, format_seconds
+from dynamo_mpi.ops.readiness import MissingItem, is_complete, missing_items, models_of, unrecoverable_failure
+from dynamo_mpi.ops.status import ETCD_SECONDS, read_status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from dynamo_mpi.deploy.local.ask import Answer
+    from dynamo_mpi.discovery.failure_records import StoredFailure
+    from dynamo_mpi.ops.deployment import Deployment
+    from dynamo_mpi.ops.status import DeploymentStatus
+
+POLL_SECONDS = 1.0
+REMINDER_SECONDS = (5.0, 120.0)
+# what ended before the wait may be about to be started again, in the same folder
+_AT_ONCE_SECONDS = 2.0
+STALE_SECONDS = 10.0
+# between the end of one and the start of the next, a folder may have the credentials of neither
+REFUSALS = 3
+QUESTION, ANSWER_TOKENS, ANSWER_SECONDS = "Say hello.", 8, 60.0
+
+
+@dataclass(frozen=True)
+class WaitRequest:
+    """What is waited for.
+
+    Args:
+        run_dir: the deployment's folder; None finds one.
+        namespace: only its workers.
+        model: only its workers.
+        roles: that have to serve; empty: all that is needed.
+        frontend: URL to prove it by; empty: what the run folder says.
+        timeout: seconds.
+    """
+
+    run_dir: Path | None
+    namespace: str | None
+    model: str | None
+    roles: tuple[str, ...]
+    frontend: str
+    timeout: float
+
+
+@dataclass
+class WaitResult:
+    """How the wait ended.
+
+    Args:
+        seconds: that it took.
+        status: what was seen last.
+        missing: what wasn't ready.
+        answers: the completions that came back, by model.
+        error: why it isn't ready; None when it is.
+        exit_code: of the command.
+    """
+
+    seconds: float = 0.0
+    status: DeploymentStatus | None = None
+    missing: list[MissingItem] = field(default_factory=list)
+    answers: dict[str, Answer] = field(default_factory=dict)
+    error: BootstrapError | None = None
+    exit_code: int = ExitCode.OK
+
+
+class ReadinessWaiter:
+    """Waits for one deployment.
+
+    Args:
+        request: for what.
+        environ: this process's.
+        log: takes one line.
+    """
+
+    def __init__(self, request: WaitRequest, environ: Mapping[str, str], log: Callable[[str], None]) -> None:
+        self._request, self._environ, self._log = request, environ, log
+        self._began, self._began_at = time.monotonic(), time.time()
+        self._end = self._began + request.timeout
+        self._known: set[tuple[str, float]] | None = None
+        self._refusals = 0
+        self._problem: BootstrapError | None = None
+        self._outcome = WaitResult()
+
+    def run(self) -> WaitResult:
+        """Wait.
+
+        Raises:
+            UsageError: several deployments could be meant, or what is set for etcd can't be used.
+        """
+        outcome, news = self._outcome, News(*REMINDER_SECONDS)
+        try:
+            while not self._is_ready():
+                if time.monotonic() >= self._end:
+                    raise self._late()
+                if news.due():
+                    self._log_missing()
+                time.sleep(max(0.0, min(POLL_SECONDS, self._end - time.monotonic())))
+        except StepFailed as error:
+            outcome.error, outcome.exit_code = error, error.status
+        except (AuthorisationError, DiscoveryError, DeadlineError, TemporaryError) as error:
+            outcome.error, outcome.exit_code = error, error.exit_code
+        outcome.seconds = time.monotonic() - self._began
+        return outcome
+
+    def _is_ready(self) -> bool:
+        request, outcome = self._request, self._outcome
+        deployment = find_deployment(request.run_dir, self._environ)
+        self._require_not_ended(deployment)
+        self._problem = None
+        if deployment.environ is None:
+            if deployment.launch is not None:
+                outcome.missing = [MissingItem("services", "not up yet")]
+            else:
+                outcome.missing = [MissingItem("deployment", f"none runs in {deployment.run_dir}")]
+            return False
+        try:
+            seconds = min(ETCD_SECONDS, max(1.0, self._end - time.monotonic()))
+            status = read_status(deployment, request.namespace, request.model, seconds)
+        except DiscoveryError as error:
+            self._problem = error
+            outcome.missing = [MissingItem("etcd", error.found)]
+            return False
+        except AuthorisationError as error:
+            self._refusals, self._problem = self._refusals + 1, error
+            if self._refusals >= REFUSALS:
+                raise
+            outcome.missing = [MissingItem("etcd", error.found)]
+            return False
+        self._refusals = 0
+        outcome.status, outcome.missing = status, missing_items(status, request.roles)
+        if failure := unrecoverable_failure(status, self._new(status), outcome.missing, request.roles):
+            raise _failed(status, failure)
+        if not outcome.missing:
+            outcome.missing = self._ask(status)
+        return not outcome.missing
+
+    def _require_not_ended(self, deployment: Deployment) -> None:
+        end, launch = deployment.end, deployment.launch
+        if end is not None:
+            is_ours = end.time >= self._began_at
+            if is_ours or time.monotonic() > self._began + STALE_SECONDS:
+                ago = format_seconds(time.time() - end.time)
+                found = f"the deployment in {deployment.run_dir} has ended, {ago} ago: {sanitize(end.report, 2000)}"
+                # in order, and so with 0, is not ready either
+                status = end.exit_code or ExitCode.TEMPORARY
+                raise StepFailed(found, status=status, log="", fix=f"look at {deployment.run_dir}/logs, start it again")
+        # twice: it may have ended between the look at its file and the one at its process
+        if deployment.launcher_is_dead and find_deployment(self._request.run_dir, self._environ).launch == launch:
+            raise TemporaryError(
+                f"the launcher of the deployment in {deployment.run_dir} was killed",
+                needed="a deployment whose launcher lives",
+                fix=f"dynamo-mpi down --run-dir {deployment.run_dir}, and start it again",
+            )
+
+    def _new(self, status: DeploymentStatus) -> list[StoredFailure]:
+        """Return the failures since the wait began."""
+        if self._known is None:
+            # clocks of hosts differ: what exists at once is older, whatever its time says
+            at_once = time.time() - self._began_at < _AT_ONCE_SECONDS
+            self._known = {(f.key, f.record.time) for f in status.failures if at_once or f.record.time < self._began_at}
+        return [failure for failure in status.failures if (failure.key, failure.record.time) not in self._known]
+
+    def _ask(self, status: DeploymentStatus) -> list[MissingItem]:
+        """Ask each model for a completion, and return those that don't answer."""
+        url = self._request.frontend or status.deployment.frontend
+        roles = self._request.roles
+        if not url:
+            self._log("no frontend is known: what the workers' records say has to do (--frontend URL proves it)")
+            return []
+        if roles and not is_complete(roles):
+            self._log(f"{' and '.join(roles)} alone can't answer: what the workers' records say has to do")
+            return []
+        answers = self._outcome.answers
+        for _, model in models_of(status):
+            if model in answers:
+                continue
+            try:
+                answers[model] = _complete(url, model, min(ANSWER_SECONDS, max(1.0, self._end - time.monotonic())))
+            except EngineError as error:
+                return [MissingItem(f"a completion of {model} by {url}", sanitize(error.found, 500))]
+        return []
+
+    def _log_missing(self) -> None:
+        outcome = self._outcome
+        missing = "; ".join(map(str, outcome.missing))
+        self._log(f"waiting for {missing}; {format_seconds(time.monotonic() - self._began)} so far")
+        if (status := outcome.status) is not None:
+            for failure in self._new(status):
+                if failure in status.open_failures:
+                    self._log(f"failed: {format_failure(failure.record, status.name_of(failure), time.time())}")
+
+    def _late(self) -> BootstrapError:
+        if self._problem is not None:
+            return self._problem
+        missing = "; ".join(map(str, self._outcome.missing))
+        return DeadlineError(
+            f"not ready after {self._request.timeout:g} s: {missing}",
+            fix="a longer --timeout where it only takes longer; dynamo-mpi status shows more",
+        )
+
+
+def _complete(url: str, model: str, seconds: float) -> Answer:
+    """Ask for a completion.
+
+    Raises:
+        EngineError: there is none (yet).
+    """
+    from dynamo_mpi.deploy.local.ask import NotServedYet, ask
+
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+
+    def complete() -> Answer:
+        return ask(
+            parts.port or 80,
+            model,
+            QUESTION,
+            max_tokens=ANSWER_TOKENS,
+            timeout_seconds=seconds,
+            interruptible=lambda connection: contextlib.nullcontext(),
+            host=parts.hostname or "",
+        )
+
+    try:
+        return within(seconds, complete, "completion")
+    except NotServedYet as error:
+        raise EngineError(f"it serves no completion yet: {error}") from None
+    except TimeoutError:
+        raise EngineError(f"no answer in {seconds:.0f} s") from None
+    except (ValueError, TypeError, AttributeError, KeyError):
+        raise EngineError("something else than a frontend answers there") from None
+
+
+def _failed(status: DeploymentStatus, failure: StoredFailure) -> StepFailed:
+    text = format_failure(failure.record, status.name_of(failure), time.time())
+    log = failure.record.report or ""
+    return StepFailed(
+        f"it can't become ready: {text}", status=failure.record.exit_code, log=log, fix="mend it, start it again"
+    )

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which engine a worker runs: whether it can be started here, and what every rank has to build."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.engines.spec import EngineSpec
+
+if TYPE_CHECKING:
+    from dynamo_mpi.checks.preflight import Plan
+    from dynamo_mpi.config.worker import Settings
+
+
+def require_startable(settings: Settings) -> None:
+    """Refuse an engine that can't be started here, unless its layout alone is to be checked.
+
+    Raises:
+        UsageError: what starts it isn't installed.
+    """
+    if settings.engine != "trtllm" or settings.preflight_only:
+        return
+    if find_spec("dynamo") is None or find_spec("dynamo.trtllm") is None:
+        raise UsageError(
+            "Dynamo's TensorRT-LLM worker isn't installed: there is no dynamo.trtllm",
+            needed="ai-dynamo beside TensorRT-LLM, as in NVIDIA's tensorrtllm-runtime container",
+            fix="start the ranks in that container, or pip install ai-dynamo",
+        )
+
+
+def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
+    """Say which engine every rank has to build."""
+    config = plan.config
+    return EngineSpec(
+        engine=settings.engine,
+        model_dir=str(settings.model),
+        tp_size=config.tp_size,
+        pp_size=config.pp_size,
+        cp_size=config.cp_size,
+        max_batch_size=config.max_batch_size,
+        max_num_tokens=config.max_num_tokens,
+        max_seq_len=config.max_seq_len,
+        tokens_per_block=config.kv_cache.tokens_per_block,
+        role=settings.role,
+        kv_network=settings.kv_network or "",
+        kv_keep_seconds=settings.kv_keep_seconds,
+        kv_pull_seconds=settings.kv_pull_timeout,
+    )

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the Dynamo runtime's errors mean: it has no finer type for any of its troubles than their text. Pure."""
+
+from __future__ import annotations
+
+from dynamo_mpi.common.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
+
+
+def runtime_error(error: BaseException) -> BootstrapError:
+    """Return our error for one of the runtime's."""
+    text = " ".join(str(error).split())
+    if "environment variable" in text:
+        return UsageError(f"the Dynamo runtime can't read its environment: {text}", fix="correct that DYN_* variable")
+    if "address already in use" in text.lower():
+        return UsageError(
+            f"the Dynamo runtime can't bind its port: {text}",
+            needed="a free port on this node",
+            fix="free it, or choose another (DYN_TCP_RPC_PORT, DYN_SYSTEM_PORT)",
+        )
+    if any(
+        word in text.lower()
+        for word in (
+            "user name is empty",
+            "authentication failed",
+            "permission denied",
+            "invalid auth",
+            "authorization violation",
+        )
+    ):
+        return AuthorisationError(
+            f"the Dynamo runtime was refused: {text}",
+            needed="credentials that etcd (and NATS, where it is used) accept",
+            fix="correct ETCD_AUTH_* or NATS_AUTH_*",
+        )
+    return DiscoveryError(
+        f"the Dynamo runtime could not register the worker: {text}",
+        needed="etcd (and NATS, where it is used) that answer and accept the credentials",
+        fix="look at etcd; ETCD_ENDPOINTS and ETCD_AUTH_* say how the runtime finds it",
+    )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The endpoint's handler: one Dynamo request in, a stream of token chunks out.
+
+Two forms of one handler. *Push*: runtimes from 1.5 on hand in a ``response_sender``, and each chunk crosses into Rust while we hold
+Python's lock anyway. *Pull*: older runtimes, and health checks in newer ones, iterate the generator. The runtime chooses by
+looking for the parameter's name in the signature.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import deque
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.common.errors import EngineError
+from dynamo_mpi.engines.protocol import RequestError, TokenChunk
+from dynamo_mpi.engines.requests import for_role, to_generation_request, to_response
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from dynamo_mpi.engines.protocol import Engine
+
+
+class RequestHandler:
+    """Serves requests from an engine, and knows how many are in flight.
+
+    Args:
+        engine: a started engine.
+        invalid_argument: the exception that the runtime reports to a client as the client's own fault.
+        engine_shutdown: the one that tells the frontend to try another worker.
+        role: ``"agg"``, ``"prefill"`` or ``"decode"``.
+        on_change: called with the number of requests in flight when it changes; it has to be quick.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        invalid_argument: Callable[[str], Exception],
+        engine_shutdown: Callable[[str], Exception],
+        role: str = "agg",
+        on_change: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        self._engine = engine
+        self._on_change = on_change
+        self._invalid_argument = invalid_argument
+        self._engine_shutdown = engine_shutdown
+        self._role = role
+        self._request_ids: set[str] = set()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have begun and not ended."""
+        return len(self._request_ids)
+
+    async def wait_quiet(self, timeout: float) -> bool:
+        """Wait until no request is in flight; tell whether that came about within ``timeout`` seconds."""
+        if self._quiet.is_set():
+            return True  # also with no time to wait
+        try:
+            await asyncio.wait_for(self._quiet.wait(), timeout)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    def cancel_all(self) -> None:
+        """End every request in flight soon; its client is told that it was cancelled."""
+        for request_id in self._request_ids:
+            self._engine.cancel(request_id)
+
+    def generate(self, request: Any, context: Any, response_sender: Any = None) -> AsyncGenerator[dict[str, Any], None]:
+        """Serve one request; the runtime calls this.
+
+        Returns:
+            An async generator: of responses, or, with a ``response_sender``, one that yields nothing and pushes them there.
+        """
+        stream = self._stream(request, context)
+        return stream if response_sender is None else _push(stream, response_sender)
+
+    async def _stream(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        chunks = _Mailbox(asyncio.get_running_loop())
+        request_id = context.id()
+        try:
+            generation = for_role(to_generation_request(request_id, request), request, self._role)
+            self._engine.submit(generation, chunks.put)
+        except RequestError as error:
+            raise self._invalid_argument(str(error)) from None
+        except EngineError as error:
+            raise self._engine_shutdown(error.found) from None
+        self._request_ids.add(request_id)
+        self._quiet.clear()
+        self._on_change(self.in_flight)
+        stopped = asyncio.ensure_future(context.async_killed_or_stopped())
+        # not when we cancel it ourselves below: a second try with the same id may be under way by then
+        stopped.add_done_callback(lambda ended: None if ended.cancelled() else self._engine.cancel(request_id))
+        made, finished = 0, False
+        try:
+            while not finished:
+                chunk = await chunks.take()
+                made += len(chunk.token_ids)
+                finished = chunk.finish_reason is not None
+                if chunk.finish_reason == "error":
+                    raise self._engine_shutdown(chunk.error or "the engine failed")
+                yield to_response(chunk, len(generation.prompt_token_ids), made)
+        finally:
+            if not finished:
+                self._engine.cancel(request_id)
+            stopped.cancel()
+            self._request_ids.discard(request_id)
+            if not self._request_ids:
+                self._quiet.set()
+            self._on_change(self.in_flight)
+
+
+async def _push(stream: AsyncGenerator[dict[str, Any], None], sender: Any) -> AsyncGenerator[dict[str, Any], None]:
+    """Drain ``stream`` into ``sender``. Errors are left to the runtime, which tells a bad request from a broken engine by their type."""
+    # closed here, and not when it is collected: a sender that raises must not leave the request running
+    async with contextlib.aclosing(stream):
+        async for response in stream:
+            sender.send(response)
+    sender.close()
+    nothing: tuple[dict[str, Any], ...] = ()
+    for response in nothing:
+        yield response  # makes this an async generator, the only form that the runtime drives
+
+
+class _Mailbox:
+    """Chunks from the engine's thread, for one coroutine. What has piled up is taken at once, as one chunk.
+
+    A deque needs no lock for one reader and one writer. The writer wakes the reader when it finds its own chunk alone, so
+    a chunk is either announced or taken together with an announced one; a wake-up for nothing is possible and harmless.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._chunks: deque[TokenChunk] = deque()
+        self._arrived = asyncio.Event()
+
+    def put(self, chunk: TokenChunk) -> None:
+        """Add a chunk; called from the engine's thread."""
+        self._chunks.append(chunk)
+        if len(self._chunks) == 1:
+            # the loop may have ended, and with it whoever would read this
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def take(self) -> TokenChunk:
+        """Return everything since the last call as one chunk, waiting for the first."""
+        chunks: list[TokenChunk] = []
+        while not chunks:
+            await self._arrived.wait()
+            self._arrived.clear()
+            while self._chunks:
+                chunks.append(self._chunks.popleft())
+        if len(chunks) == 1:
+            return chunks[0]
+        tokens = tuple(token for chunk in chunks for token in chunk.token_ids)
+        return replace(chunks[-1], token_ids=tokens)

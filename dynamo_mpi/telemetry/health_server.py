@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that answers a node's probes, beside the node's first rank.
+
+It is no thread of the rank, because native code may hold the rank's interpreter for minutes while it loads: a probe without an answer gets
+the whole pod killed. The process ends with its rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.telemetry.health_state import Answer, State, health, live, metrics_of, note
+from dynamo_mpi.telemetry.metrics import CONTENT_TYPE
+
+if TYPE_CHECKING:
+    from dynamo_mpi.telemetry.health_address import ProbeAddress
+
+_JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
+# for a client to send its request and to read the answer; a probe takes milliseconds
+_CLIENT_SECONDS = 10
+# a probe gives up after a second by default
+_RUNTIME_SECONDS = 0.8
+_MAX_CONNECTIONS = 64
+_MAX_RELAYS = 64
+_MAX_METRICS = 16 << 20
+_CHUNK_BYTES = 64 << 10
+_MAX_LINE = 32 << 20
+# they would keep a connection open for requests that this server has to answer
+_PER_CONNECTION = ("connection", "keep-alive", "proxy-connection", "upgrade")
+
+
+class ProbeServer(ThreadingHTTPServer):
+    """Answers HTTP requests from what the rank reports, one request a connection and thread.
+
+    Args:
+        address: where it listens, and the paths that it answers.
+        state: what is known at first.
+        listener: the listening socket.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, address: ProbeAddress, state: State, listener: socket.socket) -> None:
+        super().__init__(listener.getsockname()[:2], _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.address, self.state = address, state
+        self.relays = threading.BoundedSemaphore(_MAX_RELAYS)
+        self._lock = threading.Lock()
+        # when each connection was accepted, the oldest first
+        self._open: dict[socket.socket, float] = {}
+
+    def serve(self, rank: socket.socket) -> None:
+        """Answer until the rank has ended.
+
+        Args:
+            rank: a connection to the rank, which is only read.
+        """
+        threading.Thread(target=self.serve_forever, name="http", daemon=True).start()
+        poll = select.poll()
+        poll.register(rank, select.POLLIN)
+        # what the rank has forked may keep its connection open, so its end is watched as well; not every kernel, nor every Python, can
+        with contextlib.suppress(OSError, AttributeError):
+            pidfd = os.pidfd_open(self.state.pid)
+            poll.register(pidfd, select.POLLIN)
+        rest = b""
+        while [descriptor for descriptor, _ in poll.poll()] == [rank.fileno()]:
+            data = rank.recv(_CHUNK_BYTES)
+            if not data or len(rest) > _MAX_LINE:
+                return
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self.state = note(self.state, line.decode("utf-8", "replace"), time.monotonic(), time.time())
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for the request; of too many connections the oldest is cut: it is no probe, and must not keep one out."""
+        with self._lock:
+            if len(self._open) >= _MAX_CONNECTIONS:
+                self._cut(next(iter(self._open)))
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Cut the connections of clients that have sent no request, or read no answer, in time. Called every half second."""
+        late = time.monotonic() - _CLIENT_SECONDS
+        with self._lock:
+            for connection in [connection for connection, accepted in self._open.items() if accepted < late]:
+                self._cut(connection)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        self.release(request)
+        super().shutdown_request(request)
+
+    def release(self, request: socket.socket) -> None:
+        """Let a connection last as long as it takes."""
+        with self._lock:
+            self._open.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing is to be done about a client that has left."""
+
+    def _cut(self, connection: socket.socket) -> None:
+        del self._open[connection]
+        # its thread, which waits for the client, goes on and closes it
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def connect_to_runtime(self, timeout: float) -> socket.socket:
+        """Connect to the Dynamo runtime's own port.
+
+        Raises:
+            OSError: it doesn't answer within ``timeout`` seconds.
+        """
+        host = self.address.host.strip("[]")
+        if self.address.is_everywhere:
+            host = "::1" if host == "::" else "127.0.0.1"
+        return socket.create_connection((host, self.state.runtime), timeout)
+
+    def ask_runtime(self, path: str) -> tuple[int, bytes]:
+        """GET from the Dynamo runtime; status 0 if it does not answer in time."""
+        deadline = time.monotonic() + _RUNTIME_SECONDS
+        connection = http.client.HTTPConnection("localhost")
+        try:
+            connection.sock = sock = self.connect_to_runtime(_RUNTIME_SECONDS)
+            connection.request("GET", path, headers={"Connection": "close"})
+            reply = connection.getresponse()
+            body = b""
+            while len(body) < _MAX_METRICS and (data := reply.read1(_CHUNK_BYTES)):
+                body += data
+                # a socket's own timeout begins anew with every byte
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+            return reply.status, body
+        except (OSError, http.client.HTTPException):
+            return 0, b""
+        finally:
+            connection.close()
+
+    def health(self) -> Answer:
+        """Return what ``/health`` answers; only a world that serves has a runtime to be asked."""
+        answer = health(self.state, time.monotonic())
+        if answer.status != 200 or not self.state.runtime:
+            return answer
+        status, body = self.ask_runtime(self.address.health_path)
+        try:
+            content = json.loads(body)
+        except ValueError:
+            content = {}
+        return health(self.state, time.monotonic(), (status, content if isinstance(content, dict) else {}))
+
+    def metrics(self) -> str:
+        """Return what ``/metrics`` answers: this world's, and behind them the runtime's."""
+        text = metrics_of(self.state, ready=self.health().status == 200)
+        status, body = self.ask_runtime("/metrics") if self.state.runtime else (0, b"")
+        return text + (body.decode("utf-8", "replace") if status == 200 else "")
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one request; what isn't for this server to answer goes to the Dynamo runtime."""
+
+    server: ProbeServer
+    timeout = _CLIENT_SECONDS
+    protocol_version = default_request_version = "HTTP/1.1"
+    server_version, sys_version = "dynamo_mpi", ""
+    error_message_format, error_content_type = "%(message)s\n", _TEXT
+
+    def parse_request(self) -> bool:
+        """Read the head; HTTP/0.9, and lines that are no fields, are refused."""
+        if not super().parse_request():
+            return False
+        self.close_connection = True
+        if len(self.requestline.split()) != 3 or self.headers.defects:
+            self.send_error(400, "this is no HTTP/1.1 request")
+            return False
+        return True
+
+    def handle_expect_100(self) -> bool:
+        """Leave it to the runtime: no request that is answered here has a body."""
+        return True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: a probe comes every few seconds."""
+
+    def _handle(self) -> None:
+        address, state = self.server.address, self.server.state
+        path = self.path.partition("?")[0]
+        if path in (address.health_path, address.live_path, "/metrics"):
+            if self.command not in ("GET", "HEAD"):
+                self._send(405, _TEXT, "GET or HEAD\n")
+            elif path == "/metrics":
+                self._send(200, CONTENT_TYPE, self.server.metrics())
+            else:
+                answer = live(state, time.monotonic()) if path == address.live_path else self.server.health()
+                self._send(answer.status, _JSON, json.dumps(answer.body))
+        elif not state.runtime:
+            more = "" if state.rank else "; the Dynamo runtime, which answers more, has not started yet"
+            paths = f"{address.live_path}, {address.health_path} and /metrics"
+            self._send(404, _TEXT, f"Route not found: there are {paths}{more}\n")
+        elif not self.server.relays.acquire(blocking=False):
+            self._send(503, _TEXT, "too many requests are being handed on to the Dynamo runtime\n")
+        else:
+            try:
+                self._relay()
+            finally:
+                self.server.relays.release()
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _handle
+
+    def _send(self, status: int, content_type: str, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _relay(self) -> None:
+        """Hand the request on to the Dynamo runtime, and its answer back, as they are."""
+        # it may take minutes: an engine may profile itself
+        self.server.release(self.connection)
+        try:
+            runtime = self.server.connect_to_runtime(_CLIENT_SECONDS)
+        except OSError:
+            text = f"the Dynamo runtime does not answer at its port {self.server.state.runtime}\n"
+            self._send(502, _TEXT, text)
+            return
+        kept = [f"{name}: {value}" for name, value in self.headers.items() if name.lower() not in _PER_CONNECTION]
+        head = "\r\n".join([self.requestline, *kept, "Connection: close", "", ""]).encode("iso-8859-1")
+        # what was read of the body together with the head
+        self.connection.setblocking(False)
+        body = self.rfile.peek()  # type: ignore[attr-defined] # it is a BufferedReader
+        with runtime:
+            for sock in (self.connection, runtime):
+                sock.settimeout(None)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _CLIENT_SECONDS, 0))
+            runtime.sendall(head + body)
+            upload = threading.Thread(target=_pump, args=(self.connection, runtime), name="upload", daemon=True)
+            upload.start()
+            _pump(runtime, self.connection)
+            for sock in (self.connection, runtime):
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            upload.join()
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    """Copy to the end, and pass on that it is the end: if the client has left, the runtime can stop."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(_CHUNK_BYTES):
+            target.sendall(data)
+    with contextlib.suppress(OSError):
+        target.shutdown(socket.SHUT_WR)

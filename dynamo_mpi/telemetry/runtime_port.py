@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Dynamo runtime's own port on rank 0: the one that the user has named is ours, and what isn't ours to answer is handed on to this one.
+
+The runtime writes it into the model card: frontends fetch the tokenizer's files from it. So it listens where ours does, and not on loopback.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.host_address import host_address
+from dynamo_mpi.common.ports import holder, in_url, is_free
+
+if TYPE_CHECKING:
+    from dynamo_mpi.telemetry.health_address import ProbeAddress
+
+# The runtime reads it as a signed 16-bit number. The system gives ports from 32768 on to whoever asks for any, so that one below stays
+# free until the runtime takes it, which may be minutes later.
+_LEAST, _MOST = 20000, 32767
+_TRIES = 200
+
+
+def runtime_port(address: ProbeAddress, choice: int | None) -> int:
+    """Return a port for the runtime.
+
+    Args:
+        address: where we answer.
+        choice: the user's, if any.
+
+    Raises:
+        UsageError: the choice is taken, or none is free.
+    """
+    host = address.host.strip("[]")
+    if choice is not None:
+        if not is_free(choice, host):
+            raise UsageError(
+                f"the Dynamo runtime can't listen at its port {choice}: {holder(choice) or 'another program'} listens there",
+                needed="a free port beside DYN_SYSTEM_PORT, from which frontends fetch the model's tokenizer",
+                fix="free it, or choose another --runtime-system-port (DYN_MPI_RUNTIME_SYSTEM_PORT), or none",
+            )
+        return choice
+    for _ in range(_TRIES):
+        port = _LEAST + secrets.randbelow(_MOST - _LEAST + 1)
+        if is_free(port, host):
+            return port
+    raise UsageError(
+        f"no port between {_LEAST} and {_MOST} is free for the Dynamo runtime",
+        needed="one beside DYN_SYSTEM_PORT",
+        fix="name one by --runtime-system-port (DYN_MPI_RUNTIME_SYSTEM_PORT)",
+    )
+
+
+def url_of(address: ProbeAddress) -> str:
+    """Return the URL at which other hosts find our answers."""
+    host = address.host.strip("[]")
+    if address.is_everywhere:
+        host = host_address(None, "")
+    return f"http://{in_url(host)}:{address.port}"

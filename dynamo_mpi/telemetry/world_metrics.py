@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rank 0 knows of all ranks, as metrics. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from dynamo_mpi.common.failure import Cause
+from dynamo_mpi.layout.finding import Severity
+from dynamo_mpi.telemetry.metrics import Metric, Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.common.failure import Failure
+    from dynamo_mpi.common.phases import PhaseProgress, RankSpans
+
+
+class WorldNumbers(NamedTuple):
+    """What there is to count.
+
+    Args:
+        ranks: all, with their phases.
+        progress: how far they are.
+        severities: of the preflight's findings.
+        failures: of this world.
+        exit_code: what it ends with; None as long as it doesn't end.
+        in_flight: requests that are being answered; None where it isn't known.
+    """
+
+    ranks: Sequence[RankSpans]
+    progress: PhaseProgress
+    severities: Sequence[Severity] = ()
+    failures: Sequence[Failure] = ()
+    exit_code: int | None = None
+    in_flight: int | None = None
+
+
+def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
+    """Return them. There are as many for a world of thousands of ranks as for one of two."""
+    found = Counter(numbers.severities)
+    failed = Counter(failure.cause for failure in numbers.failures)
+    ended = () if numbers.exit_code is None else (Sample(numbers.exit_code),)
+    return (
+        Metric("dynamo_mpi_ranks", "gauge", "Ranks of the world.", (Sample(len(numbers.ranks)),)),
+        Metric(
+            "dynamo_mpi_ranks_done",
+            "gauge",
+            "Ranks that are through with their own part of the world's phase.",
+            (Sample(numbers.progress.done),),
+        ),
+        Metric(
+            "dynamo_mpi_phase_duration_seconds",
+            "gauge",
+            "How long phases that have ended took on rank 0, and on the fastest, the median and the slowest rank of all, "
+            "each rank's own part where it tells that.",
+            tuple(_durations(numbers.ranks)),
+        ),
+        Metric(
+            "dynamo_mpi_preflight_findings_total",
+            "counter",
+            "What the preflight had to say.",
+            tuple(Sample(found[severity], {"severity": severity.value}) for severity in Severity),
+        ),
+        Metric(
+            "dynamo_mpi_failures_total",
+            "counter",
+            "Failures of ranks by how they became known.",
+            tuple(Sample(failed[cause], {"cause": cause.name.lower()}) for cause in Cause),
+        ),
+        Metric(
+            "dynamo_mpi_requests_in_flight",
+            "gauge",
+            "Requests that are being answered; absent where that isn't known, as with dynamo.trtllm.",
+            () if numbers.in_flight is None else (Sample(numbers.in_flight),),
+        ),
+        Metric("dynamo_mpi_exit_code", "gauge", "What the world has ended with; absent until then.", ended),
+    )
+
+
+def describe_progress(progress: PhaseProgress) -> str:
+    """Say how far the ranks are, in words; nothing where there is no more to it than the phase: what comes after the load, rank 0 leads."""
+    if progress.ranks < 2 or progress.slowest_rank is None or progress.phase != "load":
+        return ""
+    return (
+        f"{progress.done} of {progress.ranks} ranks are through, rank {progress.slowest_rank} on {progress.slowest_host} "
+        f"{'took' if progress.done == progress.ranks else 'has been at it for'} {progress.seconds:.0f} s"
+    )
+
+
+def _durations(ranks: Sequence[RankSpans]) -> list[Sample]:
+    by_phase: dict[str, list[float]] = {}
+    first: dict[str, float] = {}
+    for rank in ranks:
+        for span in rank.spans:
+            seconds = span.lasted if span.own is None else span.own
+            if seconds is not None:
+                by_phase.setdefault(span.phase, []).append(seconds)
+                if rank.rank == 0:
+                    first[span.phase] = seconds
+    samples = []
+    for phase, all_seconds in by_phase.items():
+        statistics = {"rank0": first.get(phase), "min": min(all_seconds), "median": median(all_seconds)}
+        statistics["max"] = max(all_seconds)
+        samples += [
+            Sample(round(seconds, 6), {"phase": phase, "statistic": statistic})
+            for statistic, seconds in statistics.items()
+            if seconds is not None
+        ]
+    return samples

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of packages: each imports only what stands below it, in lazy imports and in those for types alone as well."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "dynamo_mpi"
+ORDER = (
+    *("common", "layout", "mpi", "config", "discovery", "engines", "supervisor"),
+    *("checks", "telemetry", "runtime", "deploy", "ops", "cli"),
+)
+ENTRY_POINTS = {"__init__", "__main__", "worker", "head_node", "pods"}
+
+
+def level(package: str) -> int:
+    return len(ORDER) if package in ENTRY_POINTS else ORDER.index(package)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the package of each import of ours."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names] if node.level == 0 else ["dynamo_mpi.?"]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            head, _, rest = module.partition(".")
+            if head == "dynamo_mpi" and rest not in ("", "__version__"):
+                yield node.lineno, rest.partition(".")[0]
+
+
+def test_every_package_is_in_the_order() -> None:
+    found = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert found == {*ORDER, *ENTRY_POINTS}
+
+
+def test_no_package_imports_upward() -> None:
+    upward = [
+        f"{path.relative_to(ROOT)}:{line}: {own} imports {other}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for line, other in imports(path)
+        if level(own := path.relative_to(PACKAGE).parts[0].removesuffix(".py")) < level(other)
+    ]
+    assert upward == []
+
+
+def test_nothing_imports_an_entry_point() -> None:
+    users = [path.name for path in PACKAGE.rglob("*.py") for _, other in imports(path) if other in ENTRY_POINTS]
+    assert users == []
