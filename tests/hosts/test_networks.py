@@ -23,6 +23,8 @@ from tests.namespaces.commands import InsideProcess
 from .conftest import MakeHosts
 from .hosts import Hosts
 
+pytestmark = pytest.mark.hosts
+
 FIRST, SECOND = "h1", "h2"
 # the hosts' networks are their own: no port of them is taken
 ETCD_PORT, FRONTEND_PORT = 2379, 8000

@@ -18,6 +18,8 @@ import pytest
 from tests.conftest import find_mpirun, mpi_environment, run_command
 from tests.mpi.test_worker_refusals import make_model
 
+pytestmark = pytest.mark.mpi
+
 RANKS = 3
 HEARTBEAT = 2.0
 PROMPT_SECONDS = 3.0
