@@ -18,12 +18,13 @@ import pytest
 
 from dynamo_mpi.checks.kv_pull import nixl_installed
 from tests.conftest import ROOT, find_mpirun, mpi_environment
-from tests.unit.kv_hosts import TRANSPORTS
 
 from .conftest import MakeHosts
 from .hosts import Hosts
 
 pytestmark = pytest.mark.hosts
+needs_nixl = pytest.mark.skipif(not nixl_installed(), reason="NIXL is not installed: pip install --no-deps nixl-cu12")
+TRANSPORTS = ["tcp", pytest.param("nixl", marks=needs_nixl)]
 PREFILL, DECODE = ("h1", "h2"), ("h3", "h4")
 OUR_MODULES = {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
 

@@ -40,8 +40,10 @@ from dynamo_mpi.checks.kv_rules import check_coverage, check_kv, slow_pairs, sum
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.log import RankLogger
 from tests.conftest import ROOT
-from tests.unit.kv_hosts import needs_nixl
 
+needs_nixl = pytest.mark.skipif(
+    not kv_pull.nixl_installed(), reason="NIXL is not installed: pip install --no-deps nixl-cu12"
+)
 KEY = b"k" * 32
 ROLES = ("--prefill", "p1,p2", "--decode", "d1,d2")
 PAIRS = [(prefill, decode) for prefill in ("p1", "p2") for decode in ("d1", "d2")]
