@@ -350,7 +350,8 @@ def test_the_token_is_in_no_command_line(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def start(words: Sequence[str], **_: object) -> SimpleNamespace:
         started.extend(words)
-        return SimpleNamespace(stdin=io.BytesIO(), stdout=io.BytesIO(), pid=0, returncode=0)
+        ended = {"wait": lambda seconds: 0, "poll": lambda: 0}
+        return SimpleNamespace(stdin=io.BytesIO(), stdout=io.BytesIO(), pid=0, returncode=0, **ended)
 
     monkeypatch.setattr("subprocess.Popen", start)
     ProbeChild(0, 2, plan, {}).close()
