@@ -7,18 +7,18 @@ from types import SimpleNamespace
 from typing import cast
 
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.phases import Phases
-from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.common.phases import PhaseTracker
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.mpi.world import World
 from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 from dynamo_mpi.supervisor.context import RankContext
 
 
 def rank_context(
-    phases: Phases | None = None, *, world: World | None = None, ranks: int = 1, host: str = "n0"
+    phases: PhaseTracker | None = None, *, world: World | None = None, ranks: int = 1, host: str = "n0"
 ) -> RankContext:
     """Return rank 0's, without a node agent; without ``world`` for a world that only counts its ranks."""
-    launch = Launch(Launcher.ALONE)
+    launch = LaunchInfo(Launcher.ALONE)
     counted = cast(World, SimpleNamespace(size=ranks, rank=0))
     log = RankLogger(0, host)
-    return RankContext(world or counted, launch, (), phases or Phases(), log, NodeAgentClient(launch, {}, None))
+    return RankContext(world or counted, launch, (), phases or PhaseTracker(), log, NodeAgentClient(launch, {}, None))

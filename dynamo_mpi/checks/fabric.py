@@ -11,17 +11,17 @@ from dynamo_mpi.checks.fabric_case import FabricCase
 from dynamo_mpi.checks.fabric_rules import check_fabric
 from dynamo_mpi.checks.fabric_steps import steps_of
 from dynamo_mpi.checks.fabric_timing import FabricAnswer, gather_up
-from dynamo_mpi.checks.hardware import Outcome
+from dynamo_mpi.checks.hardware import CheckResult
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.checks.fabric_steps import Step
     from dynamo_mpi.checks.fabric_timing import Measured
-    from dynamo_mpi.checks.hardware import Case, Part
+    from dynamo_mpi.checks.hardware import CheckContext, EvaluationInput
 
 
-def measure(part: Part) -> list[str]:
+def measure(part: CheckContext) -> list[str]:
     """Do this rank's part. Collective."""
     if part.plan.over == "nccl":
         from dynamo_mpi.checks.nccl_fabric import measure_over_nccl
@@ -32,13 +32,13 @@ def measure(part: Part) -> list[str]:
     return measure_over_mpi(part.world, steps_of(part.plan), part.began).pack()
 
 
-def judge(answers: Sequence[Sequence[str]], case: Case) -> Outcome:
+def judge(answers: Sequence[Sequence[str]], case: EvaluationInput) -> CheckResult:
     """Apply the rules over what was measured."""
     told = [FabricAnswer.unpack(answer) for answer in answers]
     return judge_fabric(told, case)
 
 
-def judge_fabric(told: Sequence[FabricAnswer], case: Case) -> Outcome:
+def judge_fabric(told: Sequence[FabricAnswer], case: EvaluationInput) -> CheckResult:
     """Apply the rules.
 
     Args:
@@ -53,7 +53,7 @@ def judge_fabric(told: Sequence[FabricAnswer], case: Case) -> Outcome:
     least = least_rate(case.kind, *links) if case.plan.over == "nccl" else None
     findings = check_fabric(FabricCase(measured, told, case.ranks, steps, case.plan.seconds, case.plan.over, least))
     figures = figures_of(steps, measured, told, case.plan.over)
-    return Outcome(tuple(findings), figures, _line(steps, measured, figures))
+    return CheckResult(tuple(findings), figures, _line(steps, measured, figures))
 
 
 def _least(extremes: list[int] | int | None) -> int | None:

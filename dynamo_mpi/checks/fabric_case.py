@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.checks.fabric_steps import Step
     from dynamo_mpi.checks.fabric_timing import FabricAnswer, Measured
-    from dynamo_mpi.mpi.placement import Placed
+    from dynamo_mpi.mpi.placement import HasHost
 
 
 class FabricCase(NamedTuple):
@@ -32,7 +32,7 @@ class FabricCase(NamedTuple):
 
     measured: Sequence[Measured]
     answers: Sequence[FabricAnswer]
-    ranks: Sequence[Placed]
+    ranks: Sequence[HasHost]
     steps: Sequence[Step] = ()
     seconds: float = 0.0
     over: str = "nccl"

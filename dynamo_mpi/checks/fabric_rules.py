@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.checks.fabric_case import links_of, pair_of, rate_text, time_text, what
 from dynamo_mpi.checks.fabric_steps import EXCHANGE, NEAR
 from dynamo_mpi.checks.fabric_timing import FAILED, LATE
-from dynamo_mpi.checks.hang_diagnosis import blame, read_note
+from dynamo_mpi.checks.hang_diagnosis import find_blocking_ranks, read_note
 from dynamo_mpi.checks.rank_facts import lines
 from dynamo_mpi.layout.finding import Severity, error, warning
 from dynamo_mpi.layout.format import counted, listed
@@ -86,7 +86,9 @@ def check_end(case: FabricCase) -> Iterator[Finding]:
     if late and not any(answer.state == FAILED for answer in case.answers):
         hosts = [one.host for one in case.ranks]
         # the processes that hang have been ended, and the ranks are well: unlike over MPI, the worker can go on
-        yield replace(blame(late, [], case.steps, hosts, case.seconds, case.name), severity=Severity.WARNING)
+        yield replace(
+            find_blocking_ranks(late, [], case.steps, hosts, case.seconds, case.name), severity=Severity.WARNING
+        )
 
 
 def check_pairs(case: FabricCase) -> Iterator[Finding]:

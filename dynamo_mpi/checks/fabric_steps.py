@@ -15,7 +15,7 @@ from dynamo_mpi.checks.hardware_check_plan import NODE
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.checks.hardware_check_plan import Groups, ProbePlan
+    from dynamo_mpi.checks.hardware_check_plan import Groups, HardwareCheckPlan
 
 T = TypeVar("T")
 KIB, MIB = 2**10, 2**20
@@ -55,7 +55,7 @@ class Step(NamedTuple):
         return next((group for group in self.groups if rank in group), ())
 
 
-def steps_of(plan: ProbePlan) -> tuple[Step, ...]:
+def steps_of(plan: HardwareCheckPlan) -> tuple[Step, ...]:
     """Return the steps, in their order."""
     sizes = _SIZES[plan.over]
     wanted: list[tuple[str, str, Groups]] = [(EXCHANGE, kind, groups) for kind, groups in _pairs(plan)]
@@ -68,7 +68,7 @@ def steps_of(plan: ProbePlan) -> tuple[Step, ...]:
     )
 
 
-def _pairs(plan: ProbePlan) -> Iterator[tuple[str, Groups]]:
+def _pairs(plan: HardwareCheckPlan) -> Iterator[tuple[str, Groups]]:
     """Yield rounds of pairs, each pair once."""
     nodes = plan.of_kind(NODE)
     near = [_rounds(node, closed=True) for node in nodes]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import DataError, ModelError
+from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 
 
-def require_servable(folder: Path, config_text: str) -> None:
+def check_frontend_can_load(folder: Path, config_text: str) -> None:
     """Refuse a model folder that a worker could load and the frontend could not serve.
 
     Args:
@@ -23,18 +23,18 @@ def require_servable(folder: Path, config_text: str) -> None:
         config_text: its config.json, a JSON object.
 
     Raises:
-        ModelError: it holds no tokenizer.
-        DataError: its config.json names no architecture.
+        ModelNotFoundError: it holds no tokenizer.
+        ConfigFileError: its config.json names no architecture.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(
+        raise ModelNotFoundError(
             f"the model folder {folder} holds no tokenizer: the frontend could not serve this model",
             needed=f"one of {', '.join(TOKENIZER_FILES)} beside config.json",
             fix="copy the tokenizer's files from where the model comes from",
         )
     architectures = json.loads(config_text).get("architectures")
     if not isinstance(architectures, list) or not architectures:
-        raise DataError(
+        raise ConfigFileError(
             f"{folder / 'config.json'} names no architectures: the frontend could not serve this model",
             needed='the model\'s own config.json, with "architectures": ["..."]',
             fix="copy config.json from where the model comes from",

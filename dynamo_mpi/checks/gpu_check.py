@@ -10,41 +10,41 @@ from dynamo_mpi.checks.gpu_facts import NodeGpus
 from dynamo_mpi.checks.gpu_health import GpuHealth, health_of_rank
 from dynamo_mpi.checks.gpu_health_rules import HealthRow, check_health
 from dynamo_mpi.checks.gpu_rules import check_busy, is_busy
-from dynamo_mpi.checks.hardware import Outcome
+from dynamo_mpi.checks.hardware import CheckResult
 from dynamo_mpi.checks.hardware_check_plan import WAIT_SHARE
 from dynamo_mpi.checks.host_facts import HostFacts
-from dynamo_mpi.checks.rank_facts import HostRow, Needs
+from dynamo_mpi.checks.rank_facts import RankFacts, Requirements
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.checks.hardware import Case, Part
+    from dynamo_mpi.checks.hardware import CheckContext, EvaluationInput
 
 # cards: bridges join two or four of a node's by NVLink, and the others by PCI Express alone
 _BRIDGED = re.compile(r"\b(?:PCIe|NVL)\b", re.IGNORECASE)
 
 
-def measure(part: Part) -> list[str]:
+def measure(part: CheckContext) -> list[str]:
     """Read this rank's GPU."""
     end = part.began + part.plan.seconds * WAIT_SHARE
     return health_of_rank(part.world.rank, part.environ, is_busy, end).pack()
 
 
-def judge(answers: Sequence[Sequence[str]], case: Case) -> Outcome:
+def judge(answers: Sequence[Sequence[str]], case: EvaluationInput) -> CheckResult:
     """Apply the rules over how GPUs are, and over their free memory (V2), which the preflight has left to the time after the wait."""
     told = [GpuHealth.unpack(answer) for answer in answers]
     rows = [HealthRow(place.host, health) for place, health in zip(case.ranks, told, strict=True)]
-    findings = [*check_health(rows), *check_busy(_host_rows(rows), Needs(case.weights))]
+    findings = [*check_health(rows), *check_busy(_host_rows(rows), Requirements(case.weights))]
     waited = max((health.waited for health in told), default=0.0)
     line = f"gpu: {sum(not health.problem for health in told)} of {len(told)} GPUs read"
     line += f", waited {waited:.1f} s for memory" if waited >= 1 else ""
-    return Outcome(tuple(findings), figures_of(told), line)
+    return CheckResult(tuple(findings), figures_of(told), line)
 
 
-def _host_rows(rows: Sequence[HealthRow]) -> list[HostRow]:
+def _host_rows(rows: Sequence[HealthRow]) -> list[RankFacts]:
     """Say the same as the preflight's rules read it: each rank with the one GPU that it takes."""
     return [
-        HostRow(
+        RankFacts(
             rank,
             row.host,
             HostFacts(speaks_for_node=False, mpi_library=""),

@@ -11,14 +11,14 @@ from dynamo_mpi.layout.gpus import GPUS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dynamo_mpi.checks.rank_facts import HostRow
+    from dynamo_mpi.checks.rank_facts import RankFacts
     from dynamo_mpi.layout.gpus import Gpu
 
 # drivers differ by what they keep to themselves
 _SAME_MEMORY = 0.03
 
 
-def kind_in(rows: Iterable[HostRow]) -> str | None:
+def kind_in(rows: Iterable[RankFacts]) -> str | None:
     """Return the kind of all GPUs that ranks see; None where they are of several, or of one that isn't known."""
     kinds = {kind_of(gpu.name, gpu.sm, gpu.total_bytes) for row in rows for gpu in row.gpus.visible_gpus}
     return kinds.pop() if len(kinds) == 1 else None

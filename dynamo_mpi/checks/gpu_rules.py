@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus
-    from dynamo_mpi.checks.rank_facts import HostRow, Needs
+    from dynamo_mpi.checks.rank_facts import RankFacts, Requirements
     from dynamo_mpi.layout.finding import Finding
 
 _GIB = 2**30
@@ -35,7 +35,7 @@ _BUSY_BYTES, _BUSY_SHARE = _GIB, 0.02
 _SAME_MEMORY = 0.03
 
 
-def check_gpus(rows: Sequence[HostRow], needs: Needs) -> list[Finding]:
+def check_gpus(rows: Sequence[RankFacts], needs: Requirements) -> list[Finding]:
     """Apply every rule about GPUs, unless they are left out; without any GPU there is nothing more to say than that."""
     if needs.allow_no_gpu or not rows:
         return []
@@ -47,7 +47,7 @@ def check_gpus(rows: Sequence[HostRow], needs: Needs) -> list[Finding]:
     return findings if needs.memory_later else [*findings, *check_busy(rows, needs)]
 
 
-def check_alike(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_alike(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """G6: all GPUs of the world are of one architecture, or each rank picks other kernels and they hang; of one product at best."""
     kinds: dict[tuple[int, str, int], list[str]] = {}
     for row in rows:
@@ -85,7 +85,7 @@ def _kind(sm: int, name: str, size: int) -> str:
     return f"{name}, SM{sm}, {gib(size)}" if size else f"{name}, SM{sm}"
 
 
-def check_counts(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_counts(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """G6, A10: every node shows its ranks equally many GPUs; the engine has one number for all (``gpus_per_node``)."""
     counts: dict[str, list[str]] = {}
     for host, some in by_host(rows).items():
@@ -101,7 +101,7 @@ def check_counts(rows: Sequence[HostRow]) -> Iterator[Finding]:
         )
 
 
-def check_drivers(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_drivers(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """V6: one driver on all nodes; NCCL has hung where they differ."""
     drivers: dict[str, list[str]] = {}
     for row in rows:
@@ -122,7 +122,7 @@ def describe_driver(gpus: NodeGpus) -> str:
     return f"{gpus.driver} (CUDA {gpus.cuda // 1000}.{gpus.cuda % 1000 // 10})" if gpus.cuda else gpus.driver
 
 
-def check_instances(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_instances(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """V8: no GPU is cut into instances (MIG): they can't reach each other, so no group of ranks can span them."""
     cut = [
         row
@@ -139,7 +139,7 @@ def check_instances(rows: Sequence[HostRow]) -> Iterator[Finding]:
         )
 
 
-def check_busy(rows: Sequence[HostRow], needs: Needs) -> Iterator[Finding]:
+def check_busy(rows: Sequence[RankFacts], needs: Requirements) -> Iterator[Finding]:
     """V2: each rank's GPU has room for the rank's weights, and nobody else computes on it."""
     full: list[str] = []
     busy: dict[str, str] = {}

@@ -22,7 +22,7 @@ from dynamo_mpi.layout.format import counted, listed
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.checks.rank_facts import HostRow
+    from dynamo_mpi.checks.rank_facts import RankFacts
     from dynamo_mpi.layout.finding import Finding
 
 _ALL_GPUS = "every rank sees all GPUs of its node: the engine gives a rank number rank % device_count() of them"
@@ -31,12 +31,12 @@ _WHOLE_NODE = (
 )
 
 
-def check_seen(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_seen(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """V1: every rank sees a GPU, or nothing could be loaded; ``--allow-no-gpu`` leaves all rules about GPUs out."""
     blind = [row for row in rows if not row.gpus.visible or row.gpus.problem]
     if not blind:
         return
-    reasons: dict[str, list[HostRow]] = {}
+    reasons: dict[str, list[RankFacts]] = {}
     for row in blind:
         reasons.setdefault(_why_blind(row), []).append(row)
     if len(blind) == len(rows) and not any(row.gpus.visible for row in rows):
@@ -55,7 +55,7 @@ def check_seen(rows: Sequence[HostRow]) -> Iterator[Finding]:
     )
 
 
-def _why_blind(row: HostRow) -> str:
+def _why_blind(row: RankFacts) -> str:
     if row.gpus.problem:
         return row.gpus.problem
     said = row.facts.variable("CUDA_VISIBLE_DEVICES")
@@ -68,11 +68,11 @@ def _why_blind(row: HostRow) -> str:
     )
 
 
-def check_visible(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_visible(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """K9: every rank sees all GPUs of its node, and its neighbours see the same ones. One GPU for each rank fits the engine's choice of a
     device, and nothing else in it (``base_worker.py``, ``LLM.__init__``)."""
-    single: list[HostRow] = []
-    unequal: list[HostRow] = []
+    single: list[RankFacts] = []
+    unequal: list[RankFacts] = []
     for some in by_host(rows).values():
         seen = {frozenset(row.gpus.visible) for row in some}
         if len(seen) > 1 and all(len(names) == 1 for names in seen):
@@ -101,7 +101,7 @@ def check_visible(rows: Sequence[HostRow]) -> Iterator[Finding]:
         yield from _spare_gpus(rows)
 
 
-def _seen(some: Sequence[HostRow]) -> str:
+def _seen(some: Sequence[RankFacts]) -> str:
     said = {
         row.rank: f"CUDA_VISIBLE_DEVICES={value}"
         for row in some
@@ -121,7 +121,7 @@ def _short(names: Sequence[str]) -> str:
     return listed(name if len(name) <= 12 else f"{name[:12]}…" for name in names) or "none"
 
 
-def _spare_gpus(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def _spare_gpus(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """Tell of GPUs that no rank takes, where that leads the engine astray or is likely a slip."""
     nodes = by_host(rows)
     for some in nodes.values():
@@ -139,7 +139,7 @@ def _spare_gpus(rows: Sequence[HostRow]) -> Iterator[Finding]:
             return
 
 
-def check_shared(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_shared(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """K9: no two ranks take one GPU, on a node with fewer GPUs than ranks or in two containers of one machine."""
     short = [some for some in by_host(rows).values() if 0 < len(some[0].gpus.visible) < len(some) and agree(some)]
     if short:
@@ -152,7 +152,7 @@ def check_shared(rows: Sequence[HostRow]) -> Iterator[Finding]:
             needed="a GPU for each rank",
             fix=f"srun --gpus-per-node={ranks}, or --ntasks-per-node={gpus} with a layout for as many ranks",
         )
-    takers: dict[str, list[HostRow]] = {}
+    takers: dict[str, list[RankFacts]] = {}
     for row in rows:
         if (name := row.gpus.taken_by(row.rank)) and not name.startswith("#"):
             takers.setdefault(name, []).append(row)
@@ -167,7 +167,7 @@ def check_shared(rows: Sequence[HostRow]) -> Iterator[Finding]:
         )
 
 
-def _few(some: Sequence[HostRow]) -> str:
+def _few(some: Sequence[RankFacts]) -> str:
     """Say what the ranks of one node see, and what hides the rest of its GPUs."""
     first = some[0]
     text = f"{first.host}: {len(some)} ranks see {counted(len(first.gpus.visible), 'GPU')}"
@@ -177,7 +177,7 @@ def _few(some: Sequence[HostRow]) -> str:
     return f"{text} of {len(first.gpus.gpus)} (CUDA_VISIBLE_DEVICES={said})"
 
 
-def agree(some: Sequence[HostRow]) -> bool:
+def agree(some: Sequence[RankFacts]) -> bool:
     """Do all ranks of a node see the same GPUs?"""
     return len({row.gpus.visible for row in some}) == 1
 

@@ -10,7 +10,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.checks.fabric_steps import EXCHANGE
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.layout.finding import error
 from dynamo_mpi.layout.format import listed
@@ -31,7 +31,7 @@ START = -1
 """The step before the first: NCCL's ranks find each other."""
 
 
-class Note(NamedTuple):
+class WaitState(NamedTuple):
     """Where a rank stands.
 
     Args:
@@ -64,12 +64,12 @@ class Note(NamedTuple):
         )
 
 
-def read_note(text: str) -> Note | None:
+def read_note(text: str) -> WaitState | None:
     """Find a note in what a rank answered; None where it is in no step."""
     found = _FORM.search(text)
     if found is None:
         return None
-    note = Note(int(found[1]), int(found[2]), _numbers(found[3]))
+    note = WaitState(int(found[1]), int(found[2]), _numbers(found[3]))
     unheard, slow = _UNHEARD.search(text), _SLOWEST.search(text)
     if unheard is not None:
         note = note._replace(wait=int(unheard[1]), unheard=() if unheard[2] == "nobody" else _numbers(unheard[2]))
@@ -80,19 +80,19 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
 
-class StuckError(BootstrapError):
-    """A probe did not end in its time. No `DeadlineError`: it says itself where the ranks are."""
+class HangError(DynamoMpiError):
+    """A probe did not end in its time. No `PhaseTimeoutError`: it says itself where the ranks are."""
 
     exit_code = ExitCode.DEADLINE
 
     @classmethod
-    def of(cls, finding: Finding) -> StuckError:
+    def of(cls, finding: Finding) -> HangError:
         """Make it of the finding that says so."""
         return cls(f"{finding.rule}: {finding.message}", needed=finding.needed, fix=finding.fix)
 
 
-def blame(
-    notes: Mapping[int, Note | None],
+def find_blocking_ranks(
+    notes: Mapping[int, WaitState | None],
     silent: Sequence[int],
     steps: Sequence[Step],
     hosts: Sequence[str],
@@ -169,7 +169,7 @@ def _pairs(
     return told, sorted(common or set.union(*ends))
 
 
-def _unheard(notes: Mapping[int, Note]) -> list[tuple[int, int]]:
+def _unheard(notes: Mapping[int, WaitState]) -> list[tuple[int, int]]:
     """Return the pairs of a collective that do not hear each other's calls, out of what the ranks at the earliest wait say. Who has not
     called can't be missed."""
     called = {rank: note for rank, note in notes.items() if note.unheard is not None}
@@ -184,7 +184,7 @@ def _unheard(notes: Mapping[int, Note]) -> list[tuple[int, int]]:
     )
 
 
-def _slowest(notes: Mapping[int, Note | None], name: Callable[[Sequence[int]], str]) -> str:
+def _slowest(notes: Mapping[int, WaitState | None], name: Callable[[Sequence[int]], str]) -> str:
     """Name the slowest pairs so far, where they are slow: a collective that is late may just be waiting for them."""
     rates = {(rank, note.slow_peer): note.rate for rank, note in notes.items() if note and note.slow_peer is not None}
     most = max(rates.values(), default=0.0)

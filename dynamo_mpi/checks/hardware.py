@@ -2,7 +2,7 @@
 """What the probes have in common: what each rank gives them, what rank 0 judges by, and what comes out.
 
 A check is a module with two functions, a line in `checks.run_hardware_checks`, its name in `config.options.PROBES`, and its place in `auto`
-(`checks.hardware_check_plan.chosen_probes`):
+(`checks.hardware_check_plan.chosen_checks`):
 
     measure(part: Part) -> list[str]                              on every rank, in its main thread; may use `part.world`, all ranks alike
     judge(answers: Sequence[Sequence[str]], case: Case) -> Outcome     on rank 0, over what `measure` returned, in rank order; pure
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dynamo_mpi.checks.hardware_check_plan import ProbePlan
+    from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.mpi.placement import Placed
+    from dynamo_mpi.mpi.placement import HasHost
     from dynamo_mpi.mpi.world import World
 
 
-class Part(NamedTuple):
+class CheckContext(NamedTuple):
     """One rank's side.
 
     Args:
@@ -32,12 +32,12 @@ class Part(NamedTuple):
     """
 
     world: World
-    plan: ProbePlan
+    plan: HardwareCheckPlan
     environ: Mapping[str, str]
     began: float
 
 
-class Case(NamedTuple):
+class EvaluationInput(NamedTuple):
     """What rank 0 judges by.
 
     Args:
@@ -48,14 +48,14 @@ class Case(NamedTuple):
         earlier: figures of the probes that came before, by probe.
     """
 
-    plan: ProbePlan
-    ranks: Sequence[Placed]
+    plan: HardwareCheckPlan
+    ranks: Sequence[HasHost]
     kind: str | None = None
     weights: tuple[int, ...] = ()
     earlier: Mapping[str, Mapping[str, Any]] = {}
 
 
-class Outcome(NamedTuple):
+class CheckResult(NamedTuple):
     """What a probe found.
 
     Args:

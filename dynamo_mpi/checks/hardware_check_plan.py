@@ -20,7 +20,7 @@ NODE = "node"
 _LAYOUT_KINDS = ("tp", "moe_ep", "pp")
 
 
-class ProbePlan(NamedTuple):
+class HardwareCheckPlan(NamedTuple):
     """What every rank has to do.
 
     Args:
@@ -45,7 +45,7 @@ class ProbePlan(NamedTuple):
         return "|".join((",".join(self.names), repr(self.seconds), self.over, *kinds))
 
     @classmethod
-    def unpack(cls, text: str) -> ProbePlan:
+    def unpack(cls, text: str) -> HardwareCheckPlan:
         """Read what `pack` wrote."""
         names, seconds, over, *kinds = text.split("|")
         groups = []
@@ -55,7 +55,9 @@ class ProbePlan(NamedTuple):
         return cls(tuple(names.split(",")), float(seconds), over, tuple(groups))
 
 
-def plan_probes(settings: Settings, layout: Layout, nodes: Mapping[str, Sequence[int]]) -> ProbePlan | None:
+def plan_hardware_checks(
+    settings: Settings, layout: Layout, nodes: Mapping[str, Sequence[int]]
+) -> HardwareCheckPlan | None:
     """Decide what is probed.
 
     Args:
@@ -67,17 +69,17 @@ def plan_probes(settings: Settings, layout: Layout, nodes: Mapping[str, Sequence
         The plan; None where nothing is probed.
     """
     size = sum(map(len, nodes.values()))
-    names = chosen_probes(settings, size)
+    names = chosen_checks(settings, size)
     if not names:
         return None
     over = "nccl" if has_gpus(settings) else "mpi"
     by_kind = [(NODE, _tuples(nodes.values()))]
     if layout.world_size == size:
         by_kind += [(kind, groups) for kind in _LAYOUT_KINDS if len((groups := _tuples(layout.groups(kind)))[0]) > 1]
-    return ProbePlan(names, settings.probe_seconds, over, tuple(by_kind))
+    return HardwareCheckPlan(names, settings.probe_seconds, over, tuple(by_kind))
 
 
-def chosen_probes(settings: Settings, size: int) -> tuple[str, ...]:
+def chosen_checks(settings: Settings, size: int) -> tuple[str, ...]:
     """Return the probes that run. ``auto`` takes what the hardware makes cheap: nothing where the engine uses no GPU.
 
     Args:
@@ -92,8 +94,8 @@ def chosen_probes(settings: Settings, size: int) -> tuple[str, ...]:
     return tuple(name for name in names if not _idle(settings, size).get(name))
 
 
-def left_out(settings: Settings, size: int) -> list[str]:
-    """Say which probes were asked for, and have nothing to ask, or are none any more. Pure; as for `chosen_probes`."""
+def skipped_checks(settings: Settings, size: int) -> list[str]:
+    """Say which probes were asked for, and have nothing to ask, or are none any more. Pure; as for `chosen_checks`."""
     idle = _idle(settings, size)
     return [f"probe {name}: {idle[name]}" for name in settings.probe.split(",") if idle.get(name)]
 
@@ -121,7 +123,7 @@ def has_gpus(settings: Settings) -> bool:
 
 def memory_is_awaited(settings: Settings) -> bool:
     """Will the GPU probe wait for memory to be given back, and judge rule V2 then? Before there is a world to be asked."""
-    return has_gpus(settings) and not settings.preflight_only and "gpu" in chosen_probes(settings, 1)
+    return has_gpus(settings) and not settings.preflight_only and "gpu" in chosen_checks(settings, 1)
 
 
 def _tuples(groups: Iterable[Sequence[int]]) -> Groups:

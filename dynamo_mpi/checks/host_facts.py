@@ -39,7 +39,7 @@ _LONGEST_VALUE = 200
 _HEAD = 9
 
 
-class Leftover(NamedTuple):
+class StaleFile(NamedTuple):
     """A file in /dev/shm that an earlier worker of this user may have left.
 
     Args:
@@ -76,7 +76,7 @@ class HostFacts(NamedTuple):
     shm_path: str = "/dev/shm"  # noqa: S108 - not a temporary file: the mount that MPI and NCCL use
     shm_bytes: int = 0
     shm_free: int = 0
-    leftovers: tuple[Leftover, ...] = ()
+    leftovers: tuple[StaleFile, ...] = ()
 
     def variable(self, name: str) -> str | None:
         """Return the value of an environment variable; None where it isn't set."""
@@ -116,7 +116,7 @@ class HostFacts(NamedTuple):
             raise ValueError(f"{len(values)} fields can't be the facts of a host")
         end = _HEAD + 2 * (variables + versions)
         pairs = [(values[at], values[at + 1]) for at in range(_HEAD, end, 2)]
-        left = (Leftover(values[at], int(values[at + 1]), int(values[at + 2])) for at in range(end, len(values), 3))
+        left = (StaleFile(values[at], int(values[at + 1]), int(values[at + 2])) for at in range(end, len(values), 3))
         return cls(
             node == "node",
             library,
@@ -140,7 +140,7 @@ def collect(
     """Look around on this host. Never raises: what can't be read is left out.
 
     Args:
-        mpi_library: what the MPI library says of itself, `world.bind_library`'s answer.
+        mpi_library: what the MPI library says of itself, `world.load_mpi_library`'s answer.
         environ: this rank's environment.
         speaks_for_node: look up what holds for the node as well; one rank of each is enough.
         shm: where shared memory lives.
@@ -213,7 +213,7 @@ def room(path: str) -> tuple[int, int]:
     return stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
 
 
-def _leftovers(path: str) -> Iterable[Leftover]:
+def _leftovers(path: str) -> Iterable[StaleFile]:
     """Yield this user's segments. Whether a process still uses one can't be told from here: it may live in another container."""
     import time
 
@@ -227,4 +227,4 @@ def _leftovers(path: str) -> Iterable[Leftover]:
         except OSError:
             continue  # gone since
         if stat.st_uid == os.getuid():
-            yield Leftover(name, stat.st_size, max(0, int(time.time() - stat.st_mtime)))
+            yield StaleFile(name, stat.st_size, max(0, int(time.time() - stat.st_mtime)))

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.checks import gpu_rules
 from dynamo_mpi.checks.host_facts import PACKAGES
-from dynamo_mpi.checks.rank_facts import Needs, by_host, groups, lines, on_hosts, where
+from dynamo_mpi.checks.rank_facts import Requirements, by_host, groups, lines, on_hosts, where
 from dynamo_mpi.layout.finding import error, warning
 from dynamo_mpi.layout.format import counted, gib, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.checks.rank_facts import HostRow
+    from dynamo_mpi.checks.rank_facts import RankFacts
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.memory import MemoryEstimate
 
@@ -53,7 +53,7 @@ _JUDGED_ELSEWHERE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _ONE_IMAGE = "start every rank in the same container image (srun --container-image=..., IMAGE), or install one set of versions everywhere"
 
 
-def check_hosts(rows: Sequence[HostRow], needs: Needs) -> list[Finding]:
+def check_hosts(rows: Sequence[RankFacts], needs: Requirements) -> list[Finding]:
     """Apply every rule about hosts and GPUs to the rows, which stand in rank order."""
     ours = (finding for rule in RULES for finding in rule(rows))
     return [*gpu_rules.check_gpus(rows, needs), *ours]
@@ -67,7 +67,7 @@ def weights_by_rank(estimate: MemoryEstimate | None) -> tuple[int, ...]:
     return tuple(stage.weights_bytes for stage in stages for _ in range(stage.ranks))
 
 
-def check_packages(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_packages(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """D10: all nodes have the same versions. Every rank picks its kernels and its MoE backend by itself, from what its own node has; where
     two pick differently, the collectives between them hang (MOE_DEVELOPER_GUIDE, "Cross-rank agreement")."""
     speakers = [row for row in rows if row.facts.speaks_for_node]
@@ -98,7 +98,7 @@ def check_packages(rows: Sequence[HostRow]) -> Iterator[Finding]:
         )
 
 
-def check_engine(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_engine(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """D10: TensorRT-LLM is installed on at least one node; where it is on some only, the versions differ, which is told of as such."""
     speakers = [row for row in rows if row.facts.speaks_for_node]
     if speakers and not any(row.facts.version("tensorrt_llm") for row in speakers):
@@ -112,9 +112,9 @@ def check_engine(rows: Sequence[HostRow]) -> Iterator[Finding]:
         )
 
 
-def check_mpi(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_mpi(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """K1: the MPI library is Open MPI, the same on every rank: TensorRT-LLM splits the world by a constant that only Open MPI has."""
-    libraries: dict[str, list[HostRow]] = {}
+    libraries: dict[str, list[RankFacts]] = {}
     for row in rows:
         libraries.setdefault(row.facts.mpi_library or "unknown", []).append(row)
     foreign = {name: some for name, some in libraries.items() if not name.startswith("Open MPI")}
@@ -136,7 +136,7 @@ def check_mpi(rows: Sequence[HostRow]) -> Iterator[Finding]:
         )
 
 
-def check_shared_memory(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_shared_memory(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """V3: /dev/shm has 1 GiB for each rank of the node, for what NCCL, Open MPI and torch keep there."""
     short = []
     most = 0
@@ -159,7 +159,7 @@ def check_shared_memory(rows: Sequence[HostRow]) -> Iterator[Finding]:
         )
 
 
-def check_leftovers(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_leftovers(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """V4: no earlier worker left segments of its load balancer in /dev/shm: they take memory, and a new one of the same name can't be made
     (``moe_load_balancer.py``: ``FileExistsError``)."""
     found, paths = [], []
@@ -188,9 +188,9 @@ def _age(seconds: int) -> str:
     return counted(seconds, "second")
 
 
-def check_threads(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_threads(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """V5: OMP_NUM_THREADS is set, and all ranks of a node with as many threads each fit its CPUs; no rank is bound to a single CPU."""
-    unset: list[HostRow] = []
+    unset: list[RankFacts] = []
     crowded: list[str] = []
     values: list[int] = []
     for host, some in by_host(rows).items():
@@ -235,18 +235,18 @@ def check_threads(rows: Sequence[HostRow]) -> Iterator[Finding]:
         )
 
 
-def _threads(row: HostRow) -> int | None:
+def _threads(row: RankFacts) -> int | None:
     """Read OMP_NUM_THREADS; of a list for nested loops the first."""
     first = (row.facts.variable("OMP_NUM_THREADS") or "").split(",")[0].strip()
     return int(first) if first.isascii() and first.isdecimal() and len(first) < 7 and int(first) else None
 
 
-def check_variables(rows: Sequence[HostRow]) -> Iterator[Finding]:
+def check_variables(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     """V7: the engine reads many switches from each rank's own environment, and ranks with different ones do different things (D10, D12)."""
     names = sorted({name for row in rows for name, _ in row.facts.variables} - set(_JUDGED_ELSEWHERE))
     found = []
     for name in names:
-        values: dict[str, list[HostRow]] = {}
+        values: dict[str, list[RankFacts]] = {}
         for row in rows:
             value = row.facts.variable(name)
             values.setdefault("unset" if value is None else repr(value), []).append(row)

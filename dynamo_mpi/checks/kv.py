@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dynamo_mpi.checks import kv_pull, kv_rules
 from dynamo_mpi.checks.kv_pull import CONNECT_SECONDS, FAILED, NIXL, PULL_SECONDS, TCP, PairResult, Source
-from dynamo_mpi.common.errors import BootstrapError, DeadlineError, TemporaryError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError, RetryableError, UsageError
 from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.common.hard_exit import exit_after
+from dynamo_mpi.common.hard_exit import hard_exit_after
 from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.ports import is_free
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.layout.finding import errors, render
 from dynamo_mpi.layout.format import counted, listed
-from dynamo_mpi.mpi.launch_checks import identify_library, refuse_mislaunch
-from dynamo_mpi.mpi.launcher import detect
-from dynamo_mpi.mpi.world import bind_library, end_mpi, start_mpi
+from dynamo_mpi.mpi.launch_checks import check_launch, identify_mpi
+from dynamo_mpi.mpi.launcher import detect_launcher
+from dynamo_mpi.mpi.world import finalize_mpi, load_mpi_library, start_mpi
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -157,7 +157,7 @@ class KvPathCheck:
             if self._mail.rank:
                 return self._follow(hello)
             self._lead(hello)
-        except BootstrapError as error:
+        except DynamoMpiError as error:
             code = error.exit_code
             self._log.error(f"error in kv check: {error}")
         finally:
@@ -175,7 +175,7 @@ class KvPathCheck:
             if self._host in self._settings.prefill:
                 self._server = kv_pull.PatternServer(address)
                 port = self._server.port
-        except (BootstrapError, OSError) as error:
+        except (DynamoMpiError, OSError) as error:
             return {"host": host_name(), "problem": str(error)}
         return {"host": self._host, "address": address, "port": port, "nixl": kv_pull.nixl_installed()}
 
@@ -187,7 +187,7 @@ class KvPathCheck:
                 return int(order["code"])
             seconds = self._settings.seconds + _REST_SECONDS
             self._mail.send(0, self._obey(order))
-        raise TemporaryError(f"rank 0 has sent nothing for {seconds:.0f} s", fix="read what rank 0 reports")
+        raise RetryableError(f"rank 0 has sent nothing for {seconds:.0f} s", fix="read what rank 0 reports")
 
     def _obey(self, order: Content) -> Content:
         """Pull from a source, or get ready for that."""
@@ -209,7 +209,7 @@ class KvPathCheck:
         return {"shared": shared}
 
     def _lead(self, own: Content) -> None:
-        """Have all pairs tried, and judge. TemporaryError for a pair that fails, UsageError for ranks that the command doesn't name."""
+        """Have all pairs tried, and judge. RetryableError for a pair that fails, UsageError for ranks that the command doesn't name."""
         began, settings = time.monotonic(), self._settings
         hellos = [own]
         for rank in range(1, self._mail.size):
@@ -240,7 +240,7 @@ class KvPathCheck:
         skipped = len(settings.prefill) * len(settings.decode) - len(results)
         findings = [*kv_rules.check_kv(results, settings.min_rate * 1e9), *kv_rules.check_coverage(without, skipped)]
         if found := errors(findings):
-            raise TemporaryError(f"{counted(len(found), 'error')}, no worker was started\n{render(findings)}")
+            raise RetryableError(f"{counted(len(found), 'error')}, no worker was started\n{render(findings)}")
         line = f"kv check: {kv_rules.summary(results)}; {time.monotonic() - began:.1f} s"
         self._log.info("\n".join(filter(None, (line, render(findings)))))
 
@@ -317,34 +317,36 @@ def _is_corrupt(rank: int, environ: Mapping[str, str]) -> bool:
 
 
 def _never_started(log: RankLogger) -> NoReturn:
-    error = DeadlineError(f"MPI has not started in {START_SECONDS:g} s", fix="check that all hosts reach each other")
+    error = PhaseTimeoutError(
+        f"MPI has not started in {START_SECONDS:g} s", fix="check that all hosts reach each other"
+    )
     log.error(f"error in kv check: {error}")
     os._exit(error.exit_code)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the check as one rank; return its exit code."""
-    launch = detect(os.environ)
+    launch = detect_launcher(os.environ)
     log = RankLogger(launch.rank, host_name())
     try:
         settings = read_settings(argv, os.environ)
-        refuse_mislaunch(launch, identify_library(bind_library()))
+        check_launch(launch, identify_mpi(load_mpi_library()))
         late = threading.Timer(START_SECONDS, _never_started, (log,))
         late.daemon = True
         late.start()
         start_mpi()
         late.cancel()
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         if launch.rank == 0:
             log.error(f"error in kv check: {error}")
         return error.exit_code
     from mpi4py import MPI
 
     # whatever hangs in native code ends by this
-    exit_after(settings.seconds + _REST_SECONDS + 2 * HELLO_SECONDS, ExitCode.DEADLINE)
+    hard_exit_after(settings.seconds + _REST_SECONDS + 2 * HELLO_SECONDS, ExitCode.DEADLINE)
     code = KvPathCheck(settings, Mail(MPI.COMM_WORLD), log).run()
-    exit_after(_LEAVE_SECONDS, code)
-    end_mpi()
+    hard_exit_after(_LEAVE_SECONDS, code)
+    finalize_mpi()
     return code
 
 

@@ -16,8 +16,8 @@ from dynamo_mpi.checks.gpu_facts import visible_gpus
 from dynamo_mpi.checks.gpu_health import health_of_node
 from dynamo_mpi.checks.gpu_health_rules import HealthRow, check_health
 from dynamo_mpi.checks.gpu_kind import kind_of
-from dynamo_mpi.checks.hardware import Case, Outcome
-from dynamo_mpi.checks.hardware_check_plan import NODE, ProbePlan
+from dynamo_mpi.checks.hardware import CheckResult, EvaluationInput
+from dynamo_mpi.checks.hardware_check_plan import NODE, HardwareCheckPlan
 from dynamo_mpi.checks.nccl_fabric import EndedError, LateError, ProbeChild, listen
 from dynamo_mpi.common.process import host_name
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
 
 
-class Here(NamedTuple):
+class LocalResult(NamedTuple):
     """What there is to say of this machine.
 
     Args:
@@ -47,7 +47,7 @@ class _Place(NamedTuple):
     host: str
 
 
-def probe_here(environ: Mapping[str, str] | None = None, seconds: float = 30.0) -> Here:
+def check_this_host(environ: Mapping[str, str] | None = None, seconds: float = 30.0) -> LocalResult:
     """Look at all GPUs of this machine, and let those that this process may use talk over NCCL. Call it from the main thread.
 
     Args:
@@ -56,7 +56,7 @@ def probe_here(environ: Mapping[str, str] | None = None, seconds: float = 30.0) 
     """
     told = health_of_node()
     if not told:
-        return Here({}, (), ("gpu: no GPU here",))
+        return LocalResult({}, (), ("gpu: no GPU here",))
     environ = os.environ if environ is None else environ
     host = host_name()
     usable = len(visible_gpus([one.facts for one in told if not one.problem], environ))
@@ -68,7 +68,7 @@ def probe_here(environ: Mapping[str, str] | None = None, seconds: float = 30.0) 
         figures["fabric"] = dict(fabric.figures)
         findings += fabric.findings
         lines.append(fabric.line)
-    return Here(figures, tuple(map(_of_gpus, findings)), tuple(lines))
+    return LocalResult(figures, tuple(map(_of_gpus, findings)), tuple(lines))
 
 
 def _fabric(
@@ -78,15 +78,15 @@ def _fabric(
     host: str,
     seconds: float,
     earlier: Mapping[str, Any],
-) -> Outcome:
+) -> CheckResult:
     everybody = tuple(range(usable))
-    plan = ProbePlan(("fabric",), seconds, "nccl", ((NODE, (everybody,)), ("tp", (everybody,))))
+    plan = HardwareCheckPlan(("fabric",), seconds, "nccl", ((NODE, (everybody,)), ("tp", (everybody,))))
     kinds = {kind_of(one.facts.name, one.facts.sm, one.facts.total_bytes) for one in told}
-    case = Case(plan, [_Place(host)] * usable, kinds.pop() if len(kinds) == 1 else None, earlier=earlier)
+    case = EvaluationInput(plan, [_Place(host)] * usable, kinds.pop() if len(kinds) == 1 else None, earlier=earlier)
     return judge_fabric(_measure(plan, usable, environ), case)
 
 
-def _measure(plan: ProbePlan, size: int, environ: Mapping[str, str]) -> list[FabricAnswer]:
+def _measure(plan: HardwareCheckPlan, size: int, environ: Mapping[str, str]) -> list[FabricAnswer]:
     began = time.monotonic()
     end = began + plan.seconds
     children = [ProbeChild(rank, size, plan, environ) for rank in range(size)]

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, EXCHANGE
 from dynamo_mpi.checks.fabric_timing import OK, FabricAnswer, Timing
-from dynamo_mpi.checks.hang_diagnosis import Note
-from dynamo_mpi.checks.peer_pings import Calls
+from dynamo_mpi.checks.hang_diagnosis import WaitState
+from dynamo_mpi.checks.peer_pings import PeerPings
 from dynamo_mpi.checks.tcp_counters import segments
-from dynamo_mpi.common.activity import say_doing
+from dynamo_mpi.common.activity import set_activity
 from dynamo_mpi.common.fabric_payload import expected, expected_sum, outgoing
 
 if TYPE_CHECKING:
@@ -65,14 +65,16 @@ def measure_over_mpi(world: World, steps: Sequence[Step], began: float) -> Fabri
                 slowest = min(slowest, (next(peer for peer in group if peer != world.rank), rate), key=_rate)
     for comm in comms.values():
         comm.Free()
-    say_doing("")
+    set_activity("")
     version = MPI.Get_library_version().partition(",")[0].splitlines()[0].strip("\0 ")
     return FabricAnswer(OK, library=version, begin=begin, timings=tuple(timings))
 
 
 def _split(world: World, step: Step, group: Sequence[int], slowest: tuple[int | None, float]) -> MPI.Comm:
     """Make a communicator of each group. Blocks in MPI, which only can be stuck where all pairs came through and then one went."""
-    say_doing(str(Note(step.number, 0, tuple(rank for rank in range(world.size) if rank != world.rank), *slowest)))
+    set_activity(
+        str(WaitState(step.number, 0, tuple(rank for rank in range(world.size) if rank != world.rank), *slowest))
+    )
     return world.comm.Split(min(group) if group else world.size, world.rank)
 
 
@@ -94,14 +96,14 @@ class _Runner:
         self._world, self._step, self._group, self._comm, self._slowest = world, step, group, comm, slowest
         self._rank = world.rank
         self._peers = [rank for rank in group if rank != self._rank]
-        self._note = Note(step.number, 0, tuple(self._peers), *slowest)
+        self._note = WaitState(step.number, 0, tuple(self._peers), *slowest)
         self._waits = self._called = 0
         self.mean = float("inf")
         """Seconds for one operation, of all tries with the last size."""
 
     def measure(self, size: int) -> Timing:
         self._note = self._note._replace(size=size)
-        say_doing(str(self._note))
+        set_activity(str(self._note))
         sent, wanted, wrong_of = self._messages(size)
         got = bytearray(len(wanted))
         before = segments()
@@ -168,7 +170,7 @@ class _Runner:
         from mpi4py import MPI
 
         start = time.monotonic()
-        calls: Calls | None = None
+        calls: PeerPings | None = None
         self._waits += 1
         while not MPI.Request.Testall(requests):
             waited = time.monotonic() - start
@@ -179,17 +181,17 @@ class _Runner:
                     calls = self._call()
                 unheard = calls.unheard()
                 if waited > _MISSED_AFTER_SECONDS:
-                    say_doing(str(self._note._replace(wait=self._waits, unheard=unheard)))
+                    set_activity(str(self._note._replace(wait=self._waits, unheard=unheard)))
         if calls is not None:
             calls.end()
-            say_doing(str(self._note))
+            set_activity(str(self._note))
 
-    def _call(self) -> Calls:
+    def _call(self) -> PeerPings:
         tag = _CALL_TAG + self._step.number * _CALLS_A_STEP + self._waits
         # others may be one wait behind: what they wait for may have come here
         earlier = () if self._called == self._waits - 1 else (tag - 1,)
         self._called = self._waits
-        return Calls(self._world.comm, self._peers, tag, earlier)
+        return PeerPings(self._world.comm, self._peers, tag, earlier)
 
 
 def _part(size: int, group: Sequence[int]) -> int:

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.checks.cuda_driver import Cuda, CudaError
 from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, EXCHANGE, Step, steps_of
-from dynamo_mpi.checks.hardware_check_plan import ProbePlan
+from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
 from dynamo_mpi.checks.nccl_library import Nccl, NcclError
 from dynamo_mpi.checks.tcp_counters import segments
-from dynamo_mpi.common.fabric_payload import expected, expected_sum, outgoing, spoil
+from dynamo_mpi.common.fabric_payload import corrupt_payload, expected, expected_sum, outgoing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,9 +67,9 @@ class Gpu(NamedTuple):
 
 def main() -> None:
     """Run it: ``python -m dynamo_mpi.checks.nccl_child RANK SIZE PLAN [--spoil]``."""
-    rank, size, plan = int(sys.argv[1]), int(sys.argv[2]), ProbePlan.unpack(sys.argv[3])
+    rank, size, plan = int(sys.argv[1]), int(sys.argv[2]), HardwareCheckPlan.unpack(sys.argv[3])
     if "--spoil" in sys.argv[4:]:
-        spoil()
+        corrupt_payload()
     # whatever NCCL or the driver print is not meant for the rank
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
@@ -90,7 +90,7 @@ def main() -> None:
     _leave(answers)
 
 
-def _run(rank: int, size: int, plan: ProbePlan, log: int, say: object) -> None:
+def _run(rank: int, size: int, plan: HardwareCheckPlan, log: int, say: object) -> None:
     assert callable(say)  # noqa: S101 - it is the function above
     cuda, nccl = Cuda(), Nccl()
     if not (devices := cuda.devices):

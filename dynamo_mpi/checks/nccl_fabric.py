@@ -17,17 +17,17 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.checks.fabric_timing import FAILED, LATE, OK, SKIPPED, FabricAnswer, Timing
-from dynamo_mpi.checks.hang_diagnosis import Note
+from dynamo_mpi.checks.hang_diagnosis import WaitState
 from dynamo_mpi.checks.hardware_check_plan import START_SHARE
-from dynamo_mpi.common.activity import say_doing
-from dynamo_mpi.common.codec import pack, unpack
-from dynamo_mpi.common.fabric_payload import is_spoilt
+from dynamo_mpi.common.activity import set_activity
+from dynamo_mpi.common.codec import decode_strings, encode_strings
+from dynamo_mpi.common.fabric_payload import corruption_injected
 from dynamo_mpi.common.subprocess import ManagedProcess
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_mpi.checks.hardware_check_plan import ProbePlan
+    from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
     from dynamo_mpi.mpi.world import World
 
 _READ_BYTES = 65536
@@ -53,12 +53,12 @@ class ProbeChild:
         environ: all of its environment: the rank's own, so that it sees what the engine will see.
     """
 
-    def __init__(self, rank: int, size: int, plan: ProbePlan, environ: Mapping[str, str]) -> None:
+    def __init__(self, rank: int, size: int, plan: HardwareCheckPlan, environ: Mapping[str, str]) -> None:
         words = [sys.executable, "-m", "dynamo_mpi.checks.nccl_child", str(rank), str(size), plan.pack()]
         self._stderr = os.memfd_create("probe-stderr")
         self._process = ManagedProcess(
             "fabric probe",
-            [*words, "--spoil"] if is_spoilt() else words,
+            [*words, "--spoil"] if corruption_injected() else words,
             environment=environ,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -119,7 +119,7 @@ class ProbeChild:
         return lines[-1] if lines else "it said nothing"
 
 
-def measure_over_nccl(world: World, plan: ProbePlan, environ: Mapping[str, str], began: float) -> FabricAnswer:
+def measure_over_nccl(world: World, plan: HardwareCheckPlan, environ: Mapping[str, str], began: float) -> FabricAnswer:
     """Do this rank's part. Collective: two collectives of the world's.
 
     Args:
@@ -144,9 +144,9 @@ def measure_over_nccl(world: World, plan: ProbePlan, environ: Mapping[str, str],
             trouble = str(error) or f"it did not start in {plan.seconds * START_SHARE:g} s"
         except (OSError, ValueError) as error:  # no more processes, say: that is no reason to end a worker
             trouble = f"its process can't be started: {error}"
-        answers = world.gather(pack([trouble]))
+        answers = world.gather(encode_strings([trouble]))
         # a rank that can't take part would be waited for by all others
-        able = all(not unpack(answer)[0] for answer in answers)
+        able = all(not decode_strings(answer)[0] for answer in answers)
         joined = world.broadcast(unique_id.encode() if able else b"").decode()
         library = str(about.get("library", ""))
         if child is None or not joined:
@@ -154,7 +154,7 @@ def measure_over_nccl(world: World, plan: ProbePlan, environ: Mapping[str, str],
         child.tell(f"join {joined}")
         return listen(child, library, began, time.monotonic() + plan.seconds)
     finally:
-        say_doing("")
+        set_activity("")
         if child is not None:
             child.close()
 
@@ -176,9 +176,9 @@ def listen(child: ProbeChild, library: str, began: float, end: float) -> FabricA
             verb, rest = child.hear(end)
             words = rest.split(" ")
             if verb == "at":
-                note = str(Note(int(words[0]), int(words[1]), _ranks(words[2])))
+                note = str(WaitState(int(words[0]), int(words[1]), _ranks(words[2])))
                 begin = begin or (time.monotonic() - began if words[0] != "-1" else 0.0)
-                say_doing(note)
+                set_activity(note)
             elif verb == "took":
                 step, size, seconds, sent, resent, wrong = words
                 timings.append(Timing(int(step), int(size), float(seconds), _ranks(wrong), int(sent), int(resent)))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _CALL = b"\0"
 
 
-class Calls:
+class PeerPings:
     """One round of calls: to each of the others, and from each. Begun by each member that has waited for a while, so they need not meet.
 
     Args:

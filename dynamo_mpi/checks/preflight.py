@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.checks.hardware_check_plan import memory_is_awaited
-from dynamo_mpi.checks.rank_report import Card, Inquiry, WatchedFile, weight_files
-from dynamo_mpi.checks.rank_rules import check_roster
-from dynamo_mpi.common.errors import DataError, ModelError
+from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportRequest, weight_files
+from dynamo_mpi.checks.rank_rules import check_ranks
+from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError
 from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.common.files import read_text
+from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.layout.check import check_worker, exit_code_of
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
@@ -23,14 +23,14 @@ from dynamo_mpi.layout.format import short_name
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import TrtllmVersion, installed_trtllm_version, parse_trtllm_version
 from dynamo_mpi.mpi.placement import hosts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.checks.rank_facts import HostRow
+    from dynamo_mpi.checks.rank_facts import RankFacts
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.layout.memory import MemoryEstimate
 
@@ -49,7 +49,7 @@ _PLACEMENT_RULES = ("A10", "A14")
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreflightInputs:
     """What rank 0 read before it asked the others.
 
     Args:
@@ -71,7 +71,7 @@ class Plan:
     version: TrtllmVersion | None
     gpu: str | None
     min_requests: int
-    inquiry: Inquiry
+    inquiry: ReportRequest
     memory_later: bool = False
 
     @property
@@ -81,7 +81,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PreflightResult:
     """What the preflight decided.
 
     Args:
@@ -95,35 +95,35 @@ class Verdict:
     exit_code: ExitCode
     report: str
     findings: tuple[Finding, ...]
-    subject: Subject
+    subject: LayoutSpec
     weights: tuple[int, ...] = ()
 
 
-def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
+def load_inputs(settings: Settings, argv: Sequence[str]) -> PreflightInputs:
     """Read the model's config and the engine config.
 
     Raises:
-        ModelError: the model folder or its config.json can't be read.
-        DataError: one of the files isn't what it should be.
+        ModelNotFoundError: the model folder or its config.json can't be read.
+        ConfigFileError: one of the files isn't what it should be.
         UsageError: the version of TensorRT-LLM isn't one, or both kinds of overrides were given.
     """
     folder = settings.model
     try:
         names = os.listdir(folder)
     except OSError as error:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"the model folder {folder} can't be read: {error.strerror}",
             needed="a folder with config.json, the tokenizer's files and the weights, on every node",
             fix="check --model / MODEL_PATH, and that the container mounts it",
         ) from None
-    files = [_watch("model config", folder / "config.json", ModelError)]
+    files = [_watch("model config", folder / "config.json", ModelNotFoundError)]
     quant_text = None
     if "hf_quant_config.json" in names:
-        files.append(_watch("model config", folder / "hf_quant_config.json", ModelError))
+        files.append(_watch("model config", folder / "hf_quant_config.json", ModelNotFoundError))
         quant_text = files[-1].content
     yaml_text = None
     if settings.engine_config is not None:
-        files.append(_watch("engine config", settings.engine_config, DataError))
+        files.append(_watch("engine config", settings.engine_config, ConfigFileError))
         yaml_text = files[-1].content
     merged = merge(
         EngineLayers(
@@ -138,9 +138,9 @@ def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
     if balancer is not None:
         # rank 0's alone: the leader builds the engine's arguments. D4 tells where it can't be read; ValueError: a NUL in the path
         with contextlib.suppress(OSError, ValueError):
-            merged = with_balancer(merged, read_text(Path(balancer)))
+            merged = with_balancer(merged, read_small_text(Path(balancer)))
     for_trtllm = settings.engine == "trtllm"
-    return Plan(
+    return PreflightInputs(
         shape=parse_model_shape(files[0].content, files[0].path, quant_text),
         merged=merged,
         role=settings.role,
@@ -150,7 +150,7 @@ def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
         else installed_trtllm_version(),
         gpu=settings.gpu,
         min_requests=settings.min_requests,
-        inquiry=Inquiry(
+        inquiry=ReportRequest(
             tuple(argv),
             str(folder),
             weight_files(names),
@@ -162,18 +162,18 @@ def read_plan(settings: Settings, argv: Sequence[str]) -> Plan:
     )
 
 
-def _watch(label: str, path: Path, error_type: type[ModelError] | type[DataError]) -> WatchedFile:
+def _watch(label: str, path: Path, error_type: type[ModelNotFoundError] | type[ConfigFileError]) -> ComparedFile:
     try:
-        return WatchedFile(label, str(path), read_text(path))
+        return ComparedFile(label, str(path), read_small_text(path))
     except OSError as error:
         raise error_type(
             f"the {label} {path} can't be read: {error.strerror}", fix="check the path and its rights"
         ) from None
 
 
-def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
+def evaluate(plan: PreflightInputs, cards: Sequence[RankReport]) -> PreflightResult:
     """Apply all rules to what the world answered. Pure."""
-    roster = check_roster(cards)
+    roster = check_ranks(cards)
     nodes = hosts(cards)
     scattered = any(finding.rule == "A11" for finding in roster)
     # what ranks of another version told can't be read
@@ -182,7 +182,7 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
     cluster = Cluster(1, len(cards), gpu) if scattered else Cluster(len(nodes), len(cards) // len(nodes), gpu)
     # an encode worker hands no KV over: what holds for one that does all itself holds for it
     role = "agg" if plan.role == "encode" else plan.role
-    subject = Subject(
+    subject = LayoutSpec(
         plan.shape, plan.config, cluster, role, plan.version, plan.engine, plan.min_requests, launched=True
     )
     checked = check_worker(subject, plan.merged.findings)
@@ -195,24 +195,24 @@ def judge(plan: Plan, cards: Sequence[Card]) -> Verdict:
         if checked.nearest:
             works = ", ".join(f"{short_name(other)} on {other.cluster}" for other in checked.nearest)
             report += f"\nwould work: {works}"
-        return Verdict(exit_code_of(findings, _EXIT_CODES), report, tuple(findings), subject)
+        return PreflightResult(exit_code_of(findings, _EXIT_CODES), report, tuple(findings), subject)
     where = nodes[0] if len(nodes) == 1 else f"{len(nodes)} nodes ({nodes[0]} … {nodes[-1]})"
     ranks = f"{len(cards)} rank{'' if len(cards) == 1 else 's'}"
     report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}" + (f", {gpu}" if gpu else "")
     text = report + (f"\n{told}" if told else "")
-    return Verdict(ExitCode.OK, text, tuple(findings), subject, _weights(plan, checked.memory))
+    return PreflightResult(ExitCode.OK, text, tuple(findings), subject, _weights(plan, checked.memory))
 
 
 # The reference engine asks nothing of hosts and GPUs, and its start doesn't wait for these modules.
 
 
-def _rows(cards: Sequence[Card]) -> list[HostRow]:
+def _rows(cards: Sequence[RankReport]) -> list[RankFacts]:
     from dynamo_mpi.checks.rank_facts import rows_of
 
     return rows_of(cards)
 
 
-def _kind(rows: Sequence[HostRow]) -> str | None:
+def _kind(rows: Sequence[RankFacts]) -> str | None:
     if not rows:
         return None
     from dynamo_mpi.checks.gpu_kind import kind_in
@@ -220,17 +220,17 @@ def _kind(rows: Sequence[HostRow]) -> str | None:
     return kind_in(rows)
 
 
-def _host_findings(plan: Plan, rows: Sequence[HostRow], memory: MemoryEstimate | None) -> list[Finding]:
+def _host_findings(plan: PreflightInputs, rows: Sequence[RankFacts], memory: MemoryEstimate | None) -> list[Finding]:
     if not rows:
         return []
     from dynamo_mpi.checks.host_rules import check_hosts
-    from dynamo_mpi.checks.rank_facts import Needs
+    from dynamo_mpi.checks.rank_facts import Requirements
 
-    needs = Needs(_weights(plan, memory), not plan.inquiry.gpus, plan.memory_later)
+    needs = Requirements(_weights(plan, memory), not plan.inquiry.gpus, plan.memory_later)
     return check_hosts(rows, needs)
 
 
-def _weights(plan: Plan, memory: MemoryEstimate | None) -> tuple[int, ...]:
+def _weights(plan: PreflightInputs, memory: MemoryEstimate | None) -> tuple[int, ...]:
     if not plan.inquiry.gpus:
         return ()
     from dynamo_mpi.checks.host_rules import weights_by_rank

@@ -13,13 +13,13 @@ from dynamo_mpi.mpi.placement import describe_ranks
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from dynamo_mpi.checks.rank_report import Card
+    from dynamo_mpi.checks.rank_report import RankReport
 
 _MOST_HOSTS = 6
 _MOST_LINES = 12
 
 
-class HostRow(NamedTuple):
+class RankFacts(NamedTuple):
     """One rank, its host and its GPUs.
 
     Args:
@@ -35,7 +35,7 @@ class HostRow(NamedTuple):
     gpus: NodeGpus
 
 
-class Needs(NamedTuple):
+class Requirements(NamedTuple):
     """What a worker asks of its hosts.
 
     Args:
@@ -49,10 +49,10 @@ class Needs(NamedTuple):
     memory_later: bool = False
 
 
-def rows_of(cards: Sequence[Card]) -> list[HostRow]:
+def rows_of(cards: Sequence[RankReport]) -> list[RankFacts]:
     """Read what ranks told of their hosts and GPUs; the cards stand in rank order, and are of this version."""
     return [
-        HostRow(
+        RankFacts(
             rank,
             card.host,
             HostFacts.unpack(card.host_facts),
@@ -62,15 +62,15 @@ def rows_of(cards: Sequence[Card]) -> list[HostRow]:
     ]
 
 
-def by_host(rows: Iterable[HostRow]) -> dict[str, list[HostRow]]:
+def by_host(rows: Iterable[RankFacts]) -> dict[str, list[RankFacts]]:
     """Group rows by host, hosts in the order of their first rank."""
-    nodes: dict[str, list[HostRow]] = {}
+    nodes: dict[str, list[RankFacts]] = {}
     for row in rows:
         nodes.setdefault(row.host, []).append(row)
     return nodes
 
 
-def where(some: Iterable[HostRow], rows: Sequence[HostRow]) -> str:
+def where(some: Iterable[RankFacts], rows: Sequence[RankFacts]) -> str:
     """Name ranks with their hosts: ``ranks 0-3 on n1 and 4-7 on n2``; on many hosts, only how many there are."""
     ranks = [row.rank for row in some]
     if len(names := dict.fromkeys(rows[rank].host for rank in ranks)) > _MOST_HOSTS:

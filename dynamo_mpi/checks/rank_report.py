@@ -12,16 +12,16 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi import __version__
-from dynamo_mpi.common.codec import pack, unpack
+from dynamo_mpi.common.codec import decode_strings, encode_strings
 from dynamo_mpi.common.process import host_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
 
 
-class WatchedFile(NamedTuple):
+class ComparedFile(NamedTuple):
     """A file that must be the same on every rank.
 
     Args:
@@ -35,7 +35,7 @@ class WatchedFile(NamedTuple):
     content: str
 
 
-class Inquiry(NamedTuple):
+class ReportRequest(NamedTuple):
     """Rank 0's question.
 
     Args:
@@ -51,14 +51,14 @@ class Inquiry(NamedTuple):
     argv: tuple[str, ...]
     model_dir: str
     weights: tuple[str, ...]
-    files: tuple[WatchedFile, ...]
+    files: tuple[ComparedFile, ...]
     hosts: bool = False
     gpus: bool = False
     version: str = __version__
 
     def pack(self) -> bytes:
         """Encode for the broadcast."""
-        return pack(
+        return encode_strings(
             [
                 self.version,
                 "hosts" if self.hosts else "",
@@ -73,20 +73,20 @@ class Inquiry(NamedTuple):
         )
 
     @classmethod
-    def unpack(cls, data: bytes) -> Inquiry:
-        """Decode what `pack` made."""
-        version, *values = unpack(data)
+    def unpack(cls, data: bytes) -> ReportRequest:
+        """Decode what `encode_strings` made."""
+        version, *values = decode_strings(data)
         if version != __version__:
             return cls((), "", (), (), version=version)
         hosts, gpus, count, *values = values
         argv, rest = values[: int(count)], values[int(count) :]
         model_dir, end = rest[0], 2 + int(rest[1])
         weights, rest = rest[2:end], rest[end:]
-        files = tuple(WatchedFile(*rest[i : i + 3]) for i in range(0, len(rest), 3))
+        files = tuple(ComparedFile(*rest[i : i + 3]) for i in range(0, len(rest), 3))
         return cls(tuple(argv), model_dir, tuple(weights), files, bool(hosts), bool(gpus))
 
 
-class Card(NamedTuple):
+class RankReport(NamedTuple):
     """One rank's answer.
 
     Args:
@@ -111,12 +111,14 @@ class Card(NamedTuple):
         """Encode for the gather."""
         parts = (self.problems, self.host_facts, self.gpu_facts, self.networks)
         counts = (str(len(part)) for part in parts[:-1])
-        return pack([self.host, self.visible_gpus, self.version, *counts, *(value for part in parts for value in part)])
+        return encode_strings(
+            [self.host, self.visible_gpus, self.version, *counts, *(value for part in parts for value in part)]
+        )
 
     @classmethod
-    def unpack(cls, data: bytes) -> Card:
-        """Decode what `pack` made; of a card of another version, what all versions have."""
-        host, gpus, version, *values = unpack(data)
+    def unpack(cls, data: bytes) -> RankReport:
+        """Decode what `encode_strings` made; of a card of another version, what all versions have."""
+        host, gpus, version, *values = decode_strings(data)
         if version != __version__:
             return cls(host, gpus, version, ())
         counts, rest = map(int, values[:3]), iter(values[3:])
@@ -124,7 +126,9 @@ class Card(NamedTuple):
         return cls(host, gpus, version, problems, host_facts, gpu_facts, tuple(rest))
 
 
-def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str], mpi_library: str = "") -> Card:
+def collect_rank_report(
+    inquiry: ReportRequest, launch: LaunchInfo, argv: Sequence[str], mpi_library: str = ""
+) -> RankReport:
     """Answer ``inquiry`` for this rank. Never raises: whatever can't be read becomes a problem.
 
     Args:
@@ -134,7 +138,7 @@ def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str], mpi_library
         mpi_library: what its MPI library calls itself.
     """
     if inquiry.version != __version__:
-        return Card(host_name(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), __version__, ())
+        return RankReport(host_name(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), __version__, ())
     first_of_node = launch.local_rank in (0, None)
     problems: list[str] = []
     if tuple(argv) != inquiry.argv:
@@ -142,7 +146,7 @@ def fill_card(inquiry: Inquiry, launch: Launch, argv: Sequence[str], mpi_library
     problems += [f"{file.label}: {found}" for file in inquiry.files if (found := _compare(file))]
     if inquiry.weights and (found := _weights(inquiry, each_file=first_of_node)):
         problems.append(f"model: {found}")
-    return Card(
+    return RankReport(
         host_name(),
         os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         __version__,
@@ -172,7 +176,7 @@ def _gpu_facts() -> tuple[str, ...]:
     return read_gpus(os.environ).pack()
 
 
-def _compare(file: WatchedFile) -> str:
+def _compare(file: ComparedFile) -> str:
     try:
         # no TextIOWrapper: newline translation would hide a difference
         with open(file.path, "rb") as stream:
@@ -201,7 +205,7 @@ def weight_files(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name.endswith((".safetensors", ".gguf", ".bin"))))
 
 
-def _weights(inquiry: Inquiry, *, each_file: bool) -> str:
+def _weights(inquiry: ReportRequest, *, each_file: bool) -> str:
     try:
         names = set(weight_files(os.listdir(inquiry.model_dir)))
     except OSError as error:

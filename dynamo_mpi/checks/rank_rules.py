@@ -11,16 +11,16 @@ from dynamo_mpi.mpi.placement import describe_ranks, hosts, spans
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.checks.rank_report import Card
+    from dynamo_mpi.checks.rank_report import RankReport
 
 
-def check_roster(cards: Sequence[Card]) -> list[Finding]:
+def check_ranks(cards: Sequence[RankReport]) -> list[Finding]:
     """Apply every rule to the cards, which stand in rank order."""
     # what ranks of another version call a problem may mean nothing here
     return [*_placement(cards), *(_versions(cards) or _problems(cards))]
 
 
-def _placement(cards: Sequence[Card]) -> list[Finding]:
+def _placement(cards: Sequence[RankReport]) -> list[Finding]:
     """A11: the engine takes node = rank // ranks per node, so every node holds equally many, consecutive ranks
     (``mapping.py: MappingBase.node_rank``)."""
     counts = {host: [i for i, card in enumerate(cards) if card.host == host] for host in hosts(cards)}
@@ -51,7 +51,7 @@ _SUBJECTS = {
 }
 
 
-def _problems(cards: Sequence[Card]) -> list[Finding]:
+def _problems(cards: Sequence[RankReport]) -> list[Finding]:
     """P1-P3: what every rank must have alike. Ranks with the same trouble share one finding."""
     groups: dict[str, list[int]] = {}
     for rank, card in enumerate(cards):
@@ -74,7 +74,7 @@ def _problems(cards: Sequence[Card]) -> list[Finding]:
     return findings
 
 
-def _versions(cards: Sequence[Card]) -> list[Finding]:
+def _versions(cards: Sequence[RankReport]) -> list[Finding]:
     """P4: one dynamo_mpi everywhere: ranks of different versions may not understand each other."""
     odd = [rank for rank, card in enumerate(cards) if card.version != cards[0].version]
     if not odd:

@@ -10,23 +10,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.checks.fabric_steps import steps_of
-from dynamo_mpi.checks.hang_diagnosis import StuckError, blame, read_note
-from dynamo_mpi.checks.hardware import Part
+from dynamo_mpi.checks.hang_diagnosis import HangError, find_blocking_ranks, read_note
+from dynamo_mpi.checks.hardware import CheckContext
 from dynamo_mpi.checks.hardware_check_plan import START_SHARE, WAIT_SHARE
-from dynamo_mpi.common.codec import pack, unpack
-from dynamo_mpi.common.errors import TemporaryError
+from dynamo_mpi.common.codec import decode_strings, encode_strings
+from dynamo_mpi.common.errors import RetryableError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.layout.finding import Severity, errors, render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from dynamo_mpi.checks.hardware import Case, Outcome
-    from dynamo_mpi.checks.hardware_check_plan import ProbePlan
-    from dynamo_mpi.common.errors import BootstrapError
+    from dynamo_mpi.checks.hardware import CheckResult, EvaluationInput
+    from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
+    from dynamo_mpi.common.errors import DynamoMpiError
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.mpi.world import World
-    from dynamo_mpi.supervisor.supervisor import Guard
+    from dynamo_mpi.supervisor.supervisor import WorldSupervisor
 
 _MODULES = {"gpu": "dynamo_mpi.checks.gpu_check", "fabric": "dynamo_mpi.checks.fabric"}
 # a probe that ends by itself at its deadline gets this long to say so
@@ -51,14 +51,14 @@ class Report(NamedTuple):
     code: ExitCode = ExitCode.TEMPORARY
 
     @property
-    def error(self) -> BootstrapError | None:
+    def error(self) -> DynamoMpiError | None:
         """What the world has to end with; None to go on."""
         found = errors(self.findings)
         if not found:
             return None
         stuck = next((finding for finding in found if finding.rule == "N2"), None)
         if stuck is not None:
-            return StuckError.of(stuck)
+            return HangError.of(stuck)
         count = "1 error" if len(found) == 1 else f"{len(found)} errors"
         return ProbeError(f"{count}, nothing was loaded\n{render(found)}", self.code)
 
@@ -70,7 +70,7 @@ class Report(NamedTuple):
         return f"{line}\n{told}" if told else line
 
 
-class ProbeError(TemporaryError):
+class ProbeError(RetryableError):
     """The hardware is not as it has to be; on other nodes the same command may well run.
 
     Args:
@@ -83,17 +83,19 @@ class ProbeError(TemporaryError):
         self.exit_code = code
 
 
-def take_part(world: World, plan: ProbePlan, environ: Mapping[str, str]) -> list[bytes]:
+def run_local(world: World, plan: HardwareCheckPlan, environ: Mapping[str, str]) -> list[bytes]:
     """Run this rank's part of all probes. Collective; rank 0 gets all answers, the others nothing."""
-    part = Part(world, plan, environ, time.monotonic())
+    part = CheckContext(world, plan, environ, time.monotonic())
     values: list[str] = []
     for name in plan.names:
         answer = import_module(_MODULES[name]).measure(part)
         values += [str(len(answer)), *answer]
-    return world.gather(pack(values))
+    return world.gather(encode_strings(values))
 
 
-def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, str], *, strict: bool) -> Report:
+def run_hardware_checks(
+    world: World, case: EvaluationInput, guard: WorldSupervisor, environ: Mapping[str, str], *, strict: bool
+) -> Report:
     """Run them as rank 0, and judge.
 
     Args:
@@ -108,8 +110,8 @@ def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, st
     seconds = allowed_seconds(plan)
     late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
     with late, _watched(guard, case, seconds):
-        answers = take_part(world, plan, environ)
-    outcomes: dict[str, Outcome] = {}
+        answers = run_local(world, plan, environ)
+    outcomes: dict[str, CheckResult] = {}
     for name, told in _by_probe(plan, answers).items():
         earlier = {before: outcome.figures for before, outcome in outcomes.items()}
         outcomes[name] = _judge(name, told, case._replace(earlier=earlier))
@@ -124,7 +126,7 @@ def lead_probes(world: World, case: Case, guard: Guard, environ: Mapping[str, st
     return Report(tuple(findings), figures, lines, ExitCode.USAGE if refused else ExitCode.TEMPORARY)
 
 
-def allowed_seconds(plan: ProbePlan) -> float:
+def allowed_seconds(plan: HardwareCheckPlan) -> float:
     """Return how long all probes may take: as much as each of them allows itself, so that none that ends in its time ends the world."""
     seconds = plan.seconds
     seconds += plan.seconds * WAIT_SHARE if "gpu" in plan.names else 0.0
@@ -133,8 +135,8 @@ def allowed_seconds(plan: ProbePlan) -> float:
     return seconds
 
 
-def _judge(name: str, answers: Sequence[Sequence[str]], case: Case) -> Outcome:
-    outcome: Outcome = import_module(_MODULES[name]).judge(answers, case)
+def _judge(name: str, answers: Sequence[Sequence[str]], case: EvaluationInput) -> CheckResult:
+    outcome: CheckResult = import_module(_MODULES[name]).judge(answers, case)
     return outcome
 
 
@@ -144,10 +146,10 @@ def _as_error(finding: Finding) -> Finding:
     return replace(finding, severity=Severity.ERROR)
 
 
-def _by_probe(plan: ProbePlan, answers: Sequence[bytes]) -> dict[str, list[list[str]]]:
+def _by_probe(plan: HardwareCheckPlan, answers: Sequence[bytes]) -> dict[str, list[list[str]]]:
     told: dict[str, list[list[str]]] = {name: [] for name in plan.names}
     for answer in answers:
-        values = unpack(answer)
+        values = decode_strings(answer)
         for name in plan.names:
             end = 1 + int(values[0])
             told[name].append(values[1:end])
@@ -156,7 +158,7 @@ def _by_probe(plan: ProbePlan, answers: Sequence[bytes]) -> dict[str, list[list[
 
 
 @contextmanager
-def _watched(guard: Guard, case: Case, seconds: float) -> Iterator[None]:
+def _watched(guard: WorldSupervisor, case: EvaluationInput, seconds: float) -> Iterator[None]:
     """End the world when the probe hangs, with a word of who keeps whom waiting."""
 
     def end() -> None:
@@ -164,7 +166,9 @@ def _watched(guard: Guard, case: Case, seconds: float) -> Iterator[None]:
         silent = [rank for rank in range(len(case.ranks)) if rank not in stacks]
         notes = {rank: read_note(text) for rank, text in stacks.items()}
         hosts = [place.host for place in case.ranks]
-        guard.end(StuckError.of(blame(notes, silent, steps_of(case.plan), hosts, case.plan.seconds, guard.name)))
+        guard.abort(
+            HangError.of(find_blocking_ranks(notes, silent, steps_of(case.plan), hosts, case.plan.seconds, guard.name))
+        )
 
     timer = threading.Timer(seconds, end)
     timer.daemon, timer.name = True, "watch"

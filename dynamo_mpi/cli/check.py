@@ -17,7 +17,7 @@ from dynamo_mpi.config.options import Option, to_count, to_path
 from dynamo_mpi.layout.check import Report, check_pair, check_worker
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.report_text import describe_pair, describe_report
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 
 if TYPE_CHECKING:
     import argparse
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     def judge(role: str, path: Path | None, nodes: int) -> Report:
         merged = read_engine(values, path, dynamic)
         cluster = _cluster(values, merged.config, nodes)
-        subject = Subject(shape, merged.config, cluster, role, version, values["engine"], values["min_requests"])
+        subject = LayoutSpec(shape, merged.config, cluster, role, version, values["engine"], values["min_requests"])
         return check_worker(subject, merged.findings)
 
     result: Any

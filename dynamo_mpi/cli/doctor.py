@@ -96,8 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _probe() -> tuple[tuple[Section, ...], dict[str, Any]]:
     """Run the probes, and return their section with what they have measured."""
-    from dynamo_mpi.checks.local_check import probe_here
+    from dynamo_mpi.checks.local_check import check_this_host
     from dynamo_mpi.ops.doctor.probe import NAME, section_of
 
-    here = probe_here()
+    here = check_this_host()
     return (section_of(here),), {NAME: here.figures}

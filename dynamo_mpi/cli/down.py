@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.common.errors import AuthorisationError, DeadlineError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, PhaseTimeoutError, UsageError
 from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve, to_seconds
 from dynamo_mpi.deploy.steps import SlurmEndings
@@ -63,8 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         UsageError: it can't be told which deployment is meant.
-        AuthorisationError: its folder is another user's.
-        DeadlineError: it had not ended when the time was up.
+        AuthorizationError: its folder is another user's.
+        PhaseTimeoutError: it had not ended when the time was up.
     """
     if arguments.folder and arguments.run_dir and arguments.folder != arguments.run_dir:
         raise UsageError(
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return _end(run_dir, values, is_named=named is not None, dry_run=arguments.dry_run)
     except PermissionError:
-        raise AuthorisationError(
+        raise AuthorizationError(
             f"{run_dir} can't be used by this user",
             needed="a run folder of this user's",
             fix="ask the user who launched it",
@@ -133,7 +133,7 @@ def _end_deployment(run_dir: Path, content: dict[str, Any], seconds: float) -> N
                 _clean(run_dir, content, end)
                 break
         if time.monotonic() > end:
-            raise DeadlineError(
+            raise PhaseTimeoutError(
                 f"the deployment in {run_dir} has not ended after {seconds:g} s",
                 fix=f"look at its log, or scancel {content.get('job_id') or 'its job'}",
             )
@@ -201,7 +201,7 @@ def _cancel(endings: SlurmEndings, names: set[str], job_id: str, end: float) -> 
             endings.cancel_ids(left)
         if time.monotonic() > end:
             found = f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't say what job {job_id} runs"
-            raise DeadlineError(found, fix=f"scancel {job_id}")
+            raise PhaseTimeoutError(found, fix=f"scancel {job_id}")
         time.sleep(POLL_SECONDS)
 
 

@@ -16,14 +16,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.log_tail import Follower
 from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
-from dynamo_mpi.deploy.code_location import CHECKOUT_INSIDE, RUN_DIR_INSIDE, Source, find_source
-from dynamo_mpi.deploy.controller import Conductor
+from dynamo_mpi.deploy.code_location import CHECKOUT_INSIDE, RUN_DIR_INSIDE, CodeLocation, find_source
+from dynamo_mpi.deploy.controller import DeploymentController
 from dynamo_mpi.deploy.deployment import assign, nodes_wanted
 from dynamo_mpi.deploy.kv_check import needs_kv_check
 from dynamo_mpi.deploy.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb; returns the exit code."""
     try:
         return _run(arguments)
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         if not arguments.dry_run and (path := _refused_at(arguments)) is not None:
             write_refusal(path, error.exit_code, f"the launch was refused: {error}")
         raise
@@ -117,7 +117,9 @@ def _conduct(
         with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts, _environment(settings) as environ:
             follower.start()
             try:
-                code = Conductor(settings, workers, renderer, endings, run_dir, interrupts, _say, environ).run()
+                code = DeploymentController(
+                    settings, workers, renderer, endings, run_dir, interrupts, _say, environ
+                ).run()
             finally:
                 follower.close()
     except Interrupted as end:
@@ -157,7 +159,7 @@ def _default_run_dir(nodes: Nodes) -> Path:
     return Path(f"dynamo_mpi-{nodes.job_id}" if nodes.job_id else "dynamo_mpi-run")
 
 
-def _launcher(settings: LaunchSettings, nodes: Nodes, source: Source, path: Path) -> tuple[Renderer, Endings]:
+def _launcher(settings: LaunchSettings, nodes: Nodes, source: CodeLocation, path: Path) -> tuple[Renderer, Endings]:
     forwarded = tuple(sorted(name for name in os.environ if name.startswith(_FORWARDED)))
     if settings.launcher == "mpirun":
         bare = tuple(name for name in _BARE_METAL if name in os.environ)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dynamo_mpi.cli.local_output import JsonPrinter, Printer, TextPrinter, curl_line, failure, say, success
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.log_tail import Follower
 from dynamo_mpi.common.ports import LOOPBACK
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         return end.exit_code
     except ServiceError as error:
         return _fail(printer, error, error.status)
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         return _fail(printer, error, error.exit_code)
     return ExitCode.OK
 
@@ -123,7 +123,7 @@ def _serve(
         stack.watch()
 
 
-def _fail(printer: Printer, error: BootstrapError, status: int) -> int:
+def _fail(printer: Printer, error: DynamoMpiError, status: int) -> int:
     say(f"dynamo-mpi local: {error}")
     printer.failed(failure(error, status))
     return status

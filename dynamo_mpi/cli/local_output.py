@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.deploy.local.ask import Answer
 from dynamo_mpi.deploy.local.stack import Ready, StackSettings
 from dynamo_mpi.deploy.local.workers import StackRole
@@ -55,7 +55,7 @@ def success(
     }
 
 
-def failure(error: BootstrapError, status: int) -> dict[str, Any]:
+def failure(error: DynamoMpiError, status: int) -> dict[str, Any]:
     """Return what ``--output json`` prints of a run that failed."""
     part = error.part if isinstance(error, ServiceError) else None
     return {"ok": False, "part": part, "exit_code": int(status), "error": error.found, "fix": error.fix}

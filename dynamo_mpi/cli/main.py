@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from dynamo_mpi import __version__
 from dynamo_mpi.cli.style import silence_stdout, write_out
-from dynamo_mpi.common.errors import BootstrapError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 
 PROGRAM = "dynamo-mpi"
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         from dynamo_mpi.common.redact import own_redactor  # costs a start nothing
 
         redact = own_redactor().redact

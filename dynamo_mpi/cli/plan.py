@@ -22,7 +22,7 @@ from dynamo_mpi.layout.layout import cluster_for
 from dynamo_mpi.layout.plan_text import describe_plans, plans_as_json
 from dynamo_mpi.layout.planner import plan, workable_sizes
 from dynamo_mpi.layout.rules.registry import config_findings
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 
 if TYPE_CHECKING:
     import argparse
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     files = read_model(values)
     merged = read_engine(values, values["engine_config"], arguments.dynamic_flags)
-    subject = Subject(
+    subject = LayoutSpec(
         files.shape(),
         for_role(merged.config, values["role"]),
         cluster,

@@ -15,7 +15,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output, find_deployment
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import argparse
     from typing import Any
 
-    from dynamo_mpi.common.errors import BootstrapError
+    from dynamo_mpi.common.errors import DynamoMpiError
     from dynamo_mpi.ops.status import DeploymentStatus
 
 SHORTEST_SECONDS = 0.1
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: it can't be told which deployment is meant.
         DiscoveryError: etcd doesn't answer.
-        AuthorisationError: it refuses us.
+        AuthorizationError: it refuses us.
     """
     values, _ = resolve((*OPTIONS, WATCH), vars(arguments), os.environ, {})
     if values["watch"] is None:
@@ -89,7 +89,7 @@ def _is_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
 
 
-def _shown_error(error: BootstrapError, output: str) -> str:
+def _shown_error(error: DynamoMpiError, output: str) -> str:
     if output == "text":
         return str(error)
     from dynamo_mpi.ops.status_json import error_as_json
@@ -104,7 +104,7 @@ def _watch(values: dict[str, Any], output: str) -> int:
     def look() -> str:
         try:
             return _shown(_read(values, WATCH_ETCD_SECONDS), output)
-        except (DiscoveryError, AuthorisationError) as error:
+        except (DiscoveryError, AuthorizationError) as error:
             return _shown_error(error, output)  # it may come back
 
     try:

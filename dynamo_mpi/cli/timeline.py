@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         UsageError: there is nothing to show, or OUT can't be written.
-        DataError: a file is no timeline.
+        ConfigFileError: a file is no timeline.
     """
     if arguments.files and arguments.run_dir:
         raise UsageError("both files and --run-dir were given", needed="one of them")

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import DataError, UsageError
-from dynamo_mpi.common.files import read_text
+from dynamo_mpi.common.errors import ConfigFileError, UsageError
+from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.config.engine import ENGINE_OPTIONS, GPU, MIN_REQUESTS, engine_flags
 from dynamo_mpi.config.model_files import ModelFiles, find_model
 from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_role, to_text
@@ -82,8 +82,8 @@ def read_model(values: dict[str, Any]) -> ModelFiles:
     """Find the model's files.
 
     Raises:
-        ModelError: there is no such model.
-        DataError: its config is no text, or too large.
+        ModelNotFoundError: there is no such model.
+        ConfigFileError: its config is no text, or too large.
     """
     return find_model(values["model"], os.environ)
 
@@ -104,7 +104,7 @@ def read_engine(values: dict[str, Any], path: Path | None, dynamic: tuple[str, .
     """Put an engine config together: flags, the file, overrides, and the load balancer's file.
 
     Raises:
-        DataError: one of the files can't be used.
+        ConfigFileError: one of the files can't be used.
         UsageError: both kinds of overrides were given.
     """
     # the cluster's GPUs, not a flag that was given for the engine
@@ -118,15 +118,15 @@ def read_engine(values: dict[str, Any], path: Path | None, dynamic: tuple[str, .
     balancer = merged.config.moe.balancer_path
     if balancer is not None:
         with contextlib.suppress(OSError, ValueError):  # D4 tells; ValueError: a NUL in the path
-            merged = with_balancer(merged, read_text(Path(balancer)))
+            merged = with_balancer(merged, read_small_text(Path(balancer)))
     return merged
 
 
 def _read(path: Path, label: str) -> str:
     try:
-        return read_text(path)
+        return read_small_text(path)
     except OSError as error:
-        raise DataError(
+        raise ConfigFileError(
             f"the {label} {path} can't be read: {error.strerror}",
             needed="a YAML file",
             fix="check the path and its rights",

@@ -6,12 +6,12 @@ from __future__ import annotations
 _doing = ""
 
 
-def say_doing(text: str) -> None:
+def set_activity(text: str) -> None:
     """Say it; nothing when it is over. Costs nothing."""
     global _doing
     _doing = text
 
 
-def doing() -> str:
+def activity() -> str:
     """Return what was said last."""
     return _doing

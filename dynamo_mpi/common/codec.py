@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def pack(values: Sequence[str]) -> bytes:
+def encode_strings(values: Sequence[str]) -> bytes:
     """Encode ``values``; any text is allowed, lone surrogates of odd file names included."""
     parts = [value.encode("utf-8", "surrogateescape") for value in values]
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 
-def unpack(data: bytes) -> list[str]:
-    """Decode what `pack` made.
+def decode_strings(data: bytes) -> list[str]:
+    """Decode what `encode_strings` made.
 
     Raises:
         ValueError: ``data`` isn't such an encoding.

@@ -2,14 +2,14 @@
 """Reading JSON and YAML that people wrote: strictly, since what a lenient reader lets through turns up minutes later inside the engine.
 
 Both refuse duplicate keys (the usual readers keep the last one in silence), anything but a mapping at the top, and more than any real file
-of the kind holds. Every complaint is a `DataError` with the path in it.
+of the kind holds. Every complaint is a `ConfigFileError` with the path in it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.common.errors import ConfigFileError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +32,7 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
         needed: what should stand there, for messages.
 
     Raises:
-        DataError: it isn't JSON, isn't an object, or has a key twice.
+        ConfigFileError: it isn't JSON, isn't an object, or has a key twice.
     """
     import json
     from collections import Counter
@@ -41,7 +41,7 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) < len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise DataError(
+            raise ConfigFileError(
                 f"{path} has the key {_short(twice)} twice in one object",
                 needed="each key once",
                 fix="remove the one that isn't meant",
@@ -51,9 +51,9 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
     try:
         loaded = json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}", needed=needed) from None
+        raise ConfigFileError(f"{path} is not JSON: {error}", needed=needed) from None
     if not isinstance(loaded, dict):
-        raise DataError(f"{path} holds a {type(loaded).__name__}, not an object", needed=needed)
+        raise ConfigFileError(f"{path} holds a {type(loaded).__name__}, not an object", needed=needed)
     return loaded
 
 
@@ -67,8 +67,7 @@ def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False)
         may_be_empty: nothing is an empty mapping; else it is refused, as TensorRT-LLM refuses it.
 
     Raises:
-        DataError: it isn't one YAML document, isn't a mapping, has a key twice or a node inside itself, or is too large once its aliases
-            are written out.
+        ConfigFileError: it isn't one YAML document, isn't a mapping, has a key twice or a node inside itself, or is too large.
     """
     # not at the top: ranks other than 0 import this module's neighbours, never a YAML reader
     import yaml
@@ -83,19 +82,19 @@ def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False)
     # PyYAML lets through what int() and date() say of impossible numbers and dates
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         told = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
-        raise DataError(f"{path} is not YAML: {told}", needed=needed, fix="correct it there") from None
+        raise ConfigFileError(f"{path} is not YAML: {told}", needed=needed, fix="correct it there") from None
     # and what becomes of "!!bool 7"
     except (LookupError, AttributeError):
-        raise DataError(f"{path} is not YAML: a value isn't what its tag (!!name) says", needed=needed) from None
+        raise ConfigFileError(f"{path} is not YAML: a value isn't what its tag (!!name) says", needed=needed) from None
     finally:
         if loader is not None:
             loader.dispose()
     if loaded is None and may_be_empty:
         return {}
     if loaded is None:
-        raise DataError(f"{path} is empty", needed=needed, fix="write the config, or leave the flag out")
+        raise ConfigFileError(f"{path} is empty", needed=needed, fix="write the config, or leave the flag out")
     if not isinstance(loaded, dict):
-        raise DataError(f"{path} holds a {type(loaded).__name__}, not a mapping", needed="`key: value` lines")
+        raise ConfigFileError(f"{path} holds a {type(loaded).__name__}, not a mapping", needed="`key: value` lines")
     return loaded
 
 
@@ -110,19 +109,19 @@ def _check_node(root: Any, path: str) -> None:
         nonlocal seen
         seen += 1
         if id(node) in above:
-            raise DataError(
+            raise ConfigFileError(
                 f"{path}, line {node.start_mark.line + 1}: a value contains itself through an alias (*name)",
                 needed="a finite config",
             )
         if seen > _MAX_NODES or depth > _MAX_DEPTH:
-            raise DataError(f"{path} is too large or too deeply nested once its aliases are written out")
+            raise ConfigFileError(f"{path} is too large or too deeply nested once its aliases are written out")
         above.add(id(node))
         if isinstance(node, yaml.MappingNode):
             keys: set[tuple[str, str]] = set()
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                     if (key.tag, key.value) in keys:
-                        raise DataError(
+                        raise ConfigFileError(
                             f"{path}, line {key.start_mark.line + 1}: the key {_short(key.value)} stands there for the second time",
                             needed="each key once",
                             fix="remove the one that isn't meant",
@@ -135,7 +134,7 @@ def _check_node(root: Any, path: str) -> None:
                 walk(item, depth + 1)
         elif node.tag == _YAML_INT and len(node.value) > _MAX_DIGITS:
             # Python writes no such number down again: `str` and `repr` refuse
-            raise DataError(
+            raise ConfigFileError(
                 f"{path}, line {node.start_mark.line + 1}: a number of {len(node.value)} characters",
                 needed=f"at most {_MAX_DIGITS}",
             )
@@ -222,6 +221,6 @@ class Reader:
             raise self.bad(key, "a mapping")
         return Reader(value, self._path, f"{self._prefix}{key}.")
 
-    def bad(self, key: str, needed: str) -> DataError:
+    def bad(self, key: str, needed: str) -> ConfigFileError:
         """Return the error to raise for the value of ``key``."""
-        return DataError(f"{self._path}: {self._prefix}{key} is {_short(self.values.get(key))}", needed=needed)
+        return ConfigFileError(f"{self._path}: {self._prefix}{key} is {_short(self.values.get(key))}", needed=needed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dynamo_mpi.common.exit_codes import ExitCode
 
 
-class BootstrapError(Exception):
+class DynamoMpiError(Exception):
     """Base of every error that ends a world in an orderly way.
 
     Args:
@@ -42,65 +42,65 @@ class BootstrapError(Exception):
         return _rebuild, (type(self), self.found, self.needed, self.fix)
 
 
-def _rebuild(kind: type[BootstrapError], found: str, needed: str, fix: str) -> BootstrapError:
+def _rebuild(kind: type[DynamoMpiError], found: str, needed: str, fix: str) -> DynamoMpiError:
     return kind(found, needed=needed, fix=fix)
 
 
-class UsageError(BootstrapError):
+class UsageError(DynamoMpiError):
     """Wrong flags or settings."""
 
     exit_code = ExitCode.USAGE
 
 
-class MislaunchError(BootstrapError):
+class LaunchError(DynamoMpiError):
     """The launcher started something else than the world that was asked for."""
 
     exit_code = ExitCode.USAGE
 
 
-class DataError(BootstrapError):
+class ConfigFileError(DynamoMpiError):
     """A file's contents are not what they should be."""
 
     exit_code = ExitCode.DATA
 
 
-class ModelError(BootstrapError):
+class ModelNotFoundError(DynamoMpiError):
     """The model folder or one of its files cannot be read."""
 
     exit_code = ExitCode.NO_MODEL
 
 
-class DiscoveryError(BootstrapError):
+class DiscoveryError(DynamoMpiError):
     """etcd or NATS does not answer."""
 
     exit_code = ExitCode.UNAVAILABLE
 
 
-class AuthorisationError(BootstrapError):
+class AuthorizationError(DynamoMpiError):
     """etcd or NATS refused the credentials."""
 
     exit_code = ExitCode.NOT_AUTHORISED
 
 
-class EngineError(BootstrapError):
+class EngineError(DynamoMpiError):
     """The engine failed."""
 
     exit_code = ExitCode.ENGINE
 
 
-class TemporaryError(BootstrapError):
+class RetryableError(DynamoMpiError):
     """Something outside went away; a fresh start is the cure."""
 
     exit_code = ExitCode.TEMPORARY
 
 
-class LayoutError(BootstrapError):
+class LayoutError(DynamoMpiError):
     """The model cannot run in this layout."""
 
     exit_code = ExitCode.ILLEGAL_LAYOUT
 
 
-class DeadlineError(BootstrapError):
+class PhaseTimeoutError(DynamoMpiError):
     """A phase did not end in its time."""
 
     exit_code = ExitCode.DEADLINE

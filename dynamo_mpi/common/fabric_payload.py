@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 _WORDS = 61
 _WORD_BYTES = 4
 _HIGHEST = 1 << 15
-_spoilt = False
+_corrupt = False
 
 
-def spoil() -> None:
+def corrupt_payload() -> None:
     """Have this process send wrong data from now on: a fault on demand."""
-    global _spoilt
-    _spoilt = True
+    global _corrupt
+    _corrupt = True
 
 
-def is_spoilt() -> bool:
+def corruption_injected() -> bool:
     """Whether this process is to send wrong data."""
-    return _spoilt
+    return _corrupt
 
 
 def outgoing(source: int, target: int, size: int) -> bytes:
@@ -35,7 +35,7 @@ def outgoing(source: int, target: int, size: int) -> bytes:
         target: the receiver, or the number of what all of a group receive.
         size: bytes; a multiple of four.
     """
-    return _repeat(_pattern(source, target, 1 if _spoilt else 0), size)
+    return _repeat(_pattern(source, target, 1 if _corrupt else 0), size)
 
 
 def expected(source: int, target: int, size: int) -> bytes:

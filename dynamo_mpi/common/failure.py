@@ -8,7 +8,7 @@ import traceback
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MOST_CONSEQUENCES = 8
 _LONGEST_LINE = 200
 # what an engine says when another rank has gone
-_ECHOES = (
+_SECONDARY_ERRORS = (
     "connection reset",
     "connection closed",
     "connection refused",
@@ -29,16 +29,16 @@ _ECHOES = (
 )
 
 
-class Cause(IntEnum):
+class DetectedBy(IntEnum):
     """How a failure became known; a greater one is less likely to be the first of several."""
 
-    TOLD = 0
+    REPORT = 0
     """The rank said so itself."""
-    DEATH = 1
+    DISCONNECT = 1
     """Its connection closed without a word."""
-    LOST = 2
+    HOST_UNREACHABLE = 2
     """Its host answers no longer."""
-    SILENCE = 3
+    HEARTBEAT = 3
     """It is there, and says nothing."""
     SIGNAL = 4
     """Rank 0 was told to stop."""
@@ -60,13 +60,13 @@ class Failure(NamedTuple):
     rank: int
     exit_code: int
     text: str
-    cause: Cause = Cause.TOLD
+    cause: DetectedBy = DetectedBy.REPORT
     phase: str = ""
     at: float = 0.0
     sequence: int = 0
 
 
-class HurriedError(BootstrapError):
+class TerminatedBySignal(DynamoMpiError):
     """A signal that leaves no time for an orderly end."""
 
     def __init__(self, number: int) -> None:
@@ -77,12 +77,12 @@ class HurriedError(BootstrapError):
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """Return what to tell of an error, and the exit code: a traceback unless we know what it means."""
-    if isinstance(error, BootstrapError):
+    if isinstance(error, DynamoMpiError):
         return str(error), int(error.exit_code)
     return "".join(traceback.format_exception(error)).rstrip(), int(ExitCode.ENGINE)
 
 
-def first_cause(failures: Sequence[Failure]) -> Failure:
+def root_cause(failures: Sequence[Failure]) -> Failure:
     """Return the failure that the others follow from: the earliest, but for two things that a death brings with it sooner than it is seen.
 
     These are the launcher's signal to rank 0, and an engine's complaint that its peer has gone.
@@ -90,18 +90,18 @@ def first_cause(failures: Sequence[Failure]) -> Failure:
     Args:
         failures: at least one, in the order in which they became known.
     """
-    deaths = [failure for failure in failures if failure.cause in (Cause.DEATH, Cause.LOST)]
+    deaths = [failure for failure in failures if failure.cause in (DetectedBy.DISCONNECT, DetectedBy.HOST_UNREACHABLE)]
     first = failures[0]
-    if first.cause is Cause.SIGNAL:
-        return next((failure for failure in failures if failure.cause is not Cause.SIGNAL), first)
-    if deaths and first.cause is Cause.TOLD and _is_echo(first.text):
+    if first.cause is DetectedBy.SIGNAL:
+        return next((failure for failure in failures if failure.cause is not DetectedBy.SIGNAL), first)
+    if deaths and first.cause is DetectedBy.REPORT and _is_echo(first.text):
         return deaths[0]
     return first
 
 
 def _is_echo(text: str) -> bool:
     last = text.rstrip().rpartition("\n")[2].lower()
-    return any(word in last for word in _ECHOES)
+    return any(word in last for word in _SECONDARY_ERRORS)
 
 
 def describe_consequences(first: Failure, failures: Sequence[Failure], name: Callable[[Sequence[int]], str]) -> str:
@@ -126,13 +126,13 @@ def describe_consequences(first: Failure, failures: Sequence[Failure], name: Cal
     return "\n".join(["  what followed from it:", *lines]) if lines else ""
 
 
-def headline(text: str) -> str:
+def first_line(text: str) -> str:
     """Return a traceback's last line, which names the error, or else a text's first."""
     lines = text.strip().splitlines() or [""]
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
 def in_short(text: str) -> str:
-    """Return `headline`, as far as it isn't too long."""
-    line = headline(text)
+    """Return `first_line`, as far as it isn't too long."""
+    line = first_line(text)
     return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 1] + "…"

@@ -8,7 +8,7 @@ import select
 import stat
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.common.errors import ConfigFileError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,12 +18,12 @@ MAX_BYTES = 8 * 2**20
 _PIPE_SECONDS = 5.0
 
 
-def read_text(path: Path) -> str:
+def read_small_text(path: Path) -> str:
     """Read a small text file.
 
     Raises:
         OSError: it can't be read.
-        DataError: it is too large, no text, or a pipe that nobody writes to.
+        ConfigFileError: it is too large, no text, or a pipe that nobody writes to.
     """
     # without waiting: opening a pipe blocks until somebody opens its other end
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
@@ -31,16 +31,18 @@ def read_text(path: Path) -> str:
             _await_writer(stream.fileno(), path)
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise DataError(f"{path} is larger than {MAX_BYTES // 2**20} MiB", needed="a config, not weights or a log")
+        raise ConfigFileError(
+            f"{path} is larger than {MAX_BYTES // 2**20} MiB", needed="a config, not weights or a log"
+        )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text: {error.reason} at byte {error.start}") from None
+        raise ConfigFileError(f"{path} is not text: {error.reason} at byte {error.start}") from None
 
 
 def _await_writer(pipe: int, path: Path) -> None:
     if not select.select([pipe], [], [], _PIPE_SECONDS)[0]:
-        raise DataError(
+        raise ConfigFileError(
             f"nothing was written to the pipe {path} within {_PIPE_SECONDS:g} s", needed="a file with the config"
         )
     os.set_blocking(pipe, True)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-def lines_of(frame: FrameType | None) -> list[str]:
+def format_frames(frame: FrameType | None) -> list[str]:
     """Return a thread's Python frames, the innermost first."""
     lines: list[str] = []
     while frame is not None:

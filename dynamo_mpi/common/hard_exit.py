@@ -25,7 +25,7 @@ class _Event(ctypes.Structure):
     )
 
 
-def exit_after(seconds: float, code: int) -> None:
+def hard_exit_after(seconds: float, code: int) -> None:
     """End this process with ``code`` in ``seconds``, whatever its threads are doing then. There is no way back."""
     try:
         _exit_by_timer(seconds, code)

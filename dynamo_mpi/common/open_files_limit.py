@@ -12,7 +12,7 @@ SERVING_FILES = 256
 """What rank 0 opens besides the connections to its ranks: the engine's libraries, etcd, Dynamo's runtime, clients."""
 
 
-def allow_open_files(connections: int) -> None:
+def raise_nofile_limit(connections: int) -> None:
     """Raise this process's soft limit of open files, where ``connections`` wouldn't fit under it.
 
     Raises:

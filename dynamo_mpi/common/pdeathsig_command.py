@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _TETHER = Path(__file__).with_name("pdeathsig.py")
 
 
-def tethered(
+def with_pdeathsig(
     command: Sequence[str],
     *,
     parent: int | None = None,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PHASES = ("environment", "world", "preflight", "probe", "load", "prove", "register", "serve", "drain", "exit")
-BEFORE = "start"
+PROCESS_START = "start"
 """What comes before the first phase: Python's start, and what it imports."""
 
 
@@ -21,24 +21,24 @@ class Span(NamedTuple):
     Args:
         phase: its name.
         began: since this rank began.
-        own: how long this rank's own part took, after which it only waits for others; None as long as it is at it, or where nobody has said.
-        lasted: how long all of it took; None as long as it goes on.
+        local: how long this rank's own part took, after which it waits for other ranks; None while it lasts, or if it isn't known.
+        total: how long all of it took; None as long as it goes on.
     """
 
     phase: str
     began: float
-    own: float | None = None
-    lasted: float | None = None
+    local: float | None = None
+    total: float | None = None
 
 
-class RankSpans(NamedTuple):
+class RankTimings(NamedTuple):
     """One rank's phases, by rank 0's clock.
 
     Args:
         rank: its number.
         host: its node.
         began: when the rank's first phase began, in seconds since 1970.
-        spans: its phases, in order; the first is `BEFORE` where the system tells when the process began, and begins before 0.
+        spans: its phases, in order; the first is `PROCESS_START` where the system tells when the process began, and begins before 0.
         read: bytes that the process has read since it began, when last heard of; None where its system doesn't tell.
     """
 
@@ -79,7 +79,7 @@ class PhaseProgress(NamedTuple):
     slowest_read: int | None = None
 
 
-class Phases:
+class PhaseTracker:
     """Records when each phase began and how long it took, in seconds of a clock that never jumps."""
 
     def __init__(self) -> None:
@@ -90,11 +90,11 @@ class Phases:
         self._listeners: list[Callable[[str], None]] = []
         self._watchers: list[Callable[[], None]] = []
 
-    def listen(self, listener: Callable[[str], None], *, first: bool = False) -> None:
+    def on_phase(self, listener: Callable[[str], None], *, first: bool = False) -> None:
         """Call this with the name of each phase that begins, before the others where it is ``first``. It has to be quick."""
         self._listeners.insert(0 if first else len(self._listeners), listener)
 
-    def watch(self, watcher: Callable[[], None]) -> None:
+    def on_change(self, watcher: Callable[[], None]) -> None:
         """Call this whenever `spans` has changed. It has to be quick."""
         self._watchers.append(watcher)
 
@@ -117,7 +117,7 @@ class Phases:
         """
         if name not in PHASES:
             raise ValueError(f"no phase is called {name!r}; there are {', '.join(PHASES)}")
-        if self.spans and self.spans[-1].phase == name and self.spans[-1].lasted is None:
+        if self.spans and self.spans[-1].phase == name and self.spans[-1].total is None:
             return
         self.current = name
         for listener in self._listeners:
@@ -127,17 +127,17 @@ class Phases:
         self.spans.append(Span(name, self.age))
         self._changed()
 
-    def own_part_done(self) -> None:
+    def mark_local_done(self) -> None:
         """Say that this rank has done its own part of the current phase, and only waits for others now."""
-        if self.spans and self.spans[-1].own is None:
+        if self.spans and self.spans[-1].local is None:
             span = self.spans[-1]
-            self.spans[-1] = span._replace(own=self.age - span.began)
+            self.spans[-1] = span._replace(local=self.age - span.began)
             self._changed()
 
     def _finish(self, name: str) -> None:
         span = self.spans[-1]
-        if span.lasted is None and span.phase == name:
-            self.spans[-1] = span._replace(lasted=self.age - span.began)
+        if span.total is None and span.phase == name:
+            self.spans[-1] = span._replace(total=self.age - span.began)
             self._changed()
 
     def _changed(self) -> None:

@@ -10,7 +10,7 @@ import ctypes
 _BEGIN, _END = 45, 46
 
 
-def set_title(title: str) -> None:
+def set_process_title(title: str) -> None:
     """Show ``title``, as far as it fits where the command line was. Does not raise."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:

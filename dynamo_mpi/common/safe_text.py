@@ -7,6 +7,6 @@ from dynamo_mpi.common.failure import in_short
 from dynamo_mpi.common.redact import own_redactor
 
 
-def shown(text: str) -> str:
+def safe_first_line(text: str) -> str:
     """Return an error on one line, without what isn't for everybody."""
     return own_redactor().redact(in_short(text))

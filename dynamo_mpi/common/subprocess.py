@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 from dynamo_mpi.common.exit_codes import of_signal
 from dynamo_mpi.common.log_tail import last_lines, last_text
-from dynamo_mpi.common.pdeathsig_command import tethered
+from dynamo_mpi.common.pdeathsig_command import with_pdeathsig
 from dynamo_mpi.common.process import is_stopped
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ManagedProcess:
     ) -> None:
         self.name = name
         self.popen = subprocess.Popen(
-            tethered(command, parent=os.getpid(), end_with=end_with),
+            with_pdeathsig(command, parent=os.getpid(), end_with=end_with),
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,

@@ -45,7 +45,7 @@ def trace_of(environ: Mapping[str, str]) -> Trace | None:
     return Trace(text, trace_id, span_id, int(flags, 16), environ.get(STATE_VARIABLE, "").strip())
 
 
-def describe_trouble(environ: Mapping[str, str]) -> str:
+def invalid_reason(environ: Mapping[str, str]) -> str:
     """Say why a traceparent that is set can't be used; nothing where it can, or where none is set."""
     text = environ.get(PARENT_VARIABLE, "")
     if not text.strip() or trace_of(environ) is not None:

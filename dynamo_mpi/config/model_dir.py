@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import ModelError
+from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.config.model_files import find_model
 
 if TYPE_CHECKING:
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from dynamo_mpi.config.worker import Settings
 
 
-def at_its_folder(settings: Settings, environ: Mapping[str, str]) -> Settings:
+def resolve_model_dir(settings: Settings, environ: Mapping[str, str]) -> Settings:
     """Return the settings with the model's folder in place of a ``config.json`` or a hub id. The name that clients ask for stays
     what was said: the hub id, or the folder's name.
 
     Raises:
-        ModelError: there is no such model, or nothing but a file of it.
-        DataError: its config is no text, or too large.
+        ModelNotFoundError: there is no such model, or nothing but a file of it.
+        ConfigFileError: its config is no text, or too large.
     """
     if os.path.isfile(settings.model) and settings.model.name != "config.json":
-        raise ModelError(
+        raise ModelNotFoundError(
             f"the model {settings.model} is a file",
             needed="a model folder, its config.json, or a hub id that is in the cache",
             fix="give the folder that holds config.json, the tokenizer's files and the weights",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import ModelError
-from dynamo_mpi.common.files import read_text
+from dynamo_mpi.common.errors import ModelNotFoundError
+from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.layout.model_config import parse_model_shape
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class ModelFiles:
         """Read the model's shape.
 
         Raises:
-            DataError: one of the files isn't what it should be.
+            ConfigFileError: one of the files isn't what it should be.
         """
         return parse_model_shape(self.config_text, str(self.config), self.quant_text)
 
@@ -55,14 +55,14 @@ def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
         environ: environment, for the place of the hub's cache.
 
     Raises:
-        ModelError: there is no such model, or its config can't be read.
-        DataError: the config is too large or no text.
+        ModelNotFoundError: there is no such model, or its config can't be read.
+        ConfigFileError: the config is too large or no text.
     """
     path = Path(model)
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except OSError as error:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"the model {model[:200]}{'...' if len(model) > 200 else ''} can't be read: {error.strerror}",
             needed="a model folder, its config.json, or a hub id that is in the cache",
             fix="check --model / MODEL_PATH, its rights, and that the container mounts it",
@@ -73,7 +73,7 @@ def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
         # in the hub's cache the file is a link to a blob
         return _read(path.stem if path.name != "config.json" else path.parent.resolve().name, path)
     if not _HUB_ID.fullmatch(model):
-        raise ModelError(
+        raise ModelNotFoundError(
             f"there is no model at {model}",
             needed="a model folder, its config.json, or a hub id that is in the cache",
             fix="check --model / MODEL_PATH, and that the container mounts it",
@@ -81,7 +81,7 @@ def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
     cache = hub_cache(environ)
     snapshot = _snapshot(cache / f"models--{model.replace('/', '--')}")
     if snapshot is None:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"there is no model {model}: neither a folder of this name, nor a snapshot in {cache}",
             needed="a model folder, its config.json, or a hub id that is in the cache",
             fix=f"huggingface-cli download {model}, or set HF_HOME to where it is",
@@ -118,9 +118,9 @@ def _snapshot(folder: Path) -> Path | None:
 
 def _read(name: str, config: Path) -> ModelFiles:
     try:
-        text = read_text(config)
+        text = read_small_text(config)
     except OSError as error:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"the model config {config} can't be read: {error.strerror}",
             needed="a folder with config.json",
             fix="check --model / MODEL_PATH, its rights, and that the container mounts it",
@@ -129,9 +129,9 @@ def _read(name: str, config: Path) -> ModelFiles:
     if config.name != "config.json":
         quant = config.with_name(f"{config.stem}.{_QUANT_FILE}")
     try:
-        quant_text = read_text(quant)
+        quant_text = read_small_text(quant)
     except FileNotFoundError:
         quant_text = None
     except OSError as error:
-        raise ModelError(f"{quant} can't be read: {error.strerror}", fix="check its rights") from None
+        raise ModelNotFoundError(f"{quant} can't be read: {error.strerror}", fix="check its rights") from None
     return ModelFiles(name, config, text, quant_text)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.config_reader import parse_yaml
-from dynamo_mpi.common.errors import DataError, UsageError
-from dynamo_mpi.common.files import read_text
+from dynamo_mpi.common.errors import ConfigFileError, UsageError
+from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.config.engine import engine_flags
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.worker_options import OPTIONS, ROLE
@@ -116,7 +116,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
     Raises:
         UsageError: an unknown flag, an impossible value, no model, or a role that the engine doesn't have.
-        DataError: the settings file can't be used.
+        ConfigFileError: the settings file can't be used.
     """
     words, dynamic = split_dynamic_flags(argv)
     parsed, passed_on = build_parser().parse_known_args(words)
@@ -166,16 +166,16 @@ def _settings_file(path: str | None) -> dict[str, Any]:
         return {}
     try:
         loaded = parse_yaml(
-            read_text(Path(path)), f"the settings file {path}", "`name: value` lines", may_be_empty=True
+            read_small_text(Path(path)), f"the settings file {path}", "`name: value` lines", may_be_empty=True
         )
     except OSError as error:
-        raise DataError(
+        raise ConfigFileError(
             f"the settings file {path} can't be read: {error.strerror}", fix="check its path and rights"
         ) from None
     known = {option.name for option in OPTIONS}
     named = {str(key).replace("-", "_"): value for key, value in loaded.items()}
     if unknown := sorted(set(named) - known):
-        raise DataError(
+        raise ConfigFileError(
             f"the settings file {path} has unknown settings: {', '.join(unknown)}", needed=", ".join(sorted(known))
         )
     return named

@@ -16,7 +16,7 @@ from functools import cached_property
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +84,7 @@ def make_certificates(folder: Path, names: Sequence[str], now: datetime | None =
 
     Raises:
         UsageError: no openssl here.
-        BootstrapError: it failed.
+        DynamoMpiError: it failed.
     """
     openssl = shutil.which("openssl")
     if openssl is None:
@@ -181,10 +181,10 @@ def _run(openssl: str, words: Sequence[str], folder: Path) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise BootstrapError(f"openssl {words[0]} takes longer than {OPENSSL_SECONDS:g} s", fix=_WITHOUT[3:]) from None
+        raise DynamoMpiError(f"openssl {words[0]} takes longer than {OPENSSL_SECONDS:g} s", fix=_WITHOUT[3:]) from None
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise BootstrapError(
+        raise DynamoMpiError(
             f"openssl {words[0]} failed with exit code {done.returncode}: {last}",
             needed="openssl 1.1.1 or newer",
             fix=f"another openssl on PATH, {_WITHOUT}",

@@ -20,7 +20,7 @@ _MODULES = {
 
 
 @dataclass(frozen=True)
-class Source:
+class CodeLocation:
     """Where our code is.
 
     Args:
@@ -40,7 +40,7 @@ class Source:
         return (f"{self.inside}/scripts/{script}",)
 
 
-def find_source(image: str | None, python: str | None) -> Source:
+def find_source(image: str | None, python: str | None) -> CodeLocation:
     """Find our code.
 
     Args:
@@ -50,5 +50,5 @@ def find_source(image: str | None, python: str | None) -> Source:
     interpreter = python or ("python3" if image is not None else sys.executable)
     checkout = _PACKAGE.parent
     if not (checkout / "scripts" / "start_worker.sh").is_file():
-        return Source(None, "", interpreter)
-    return Source(checkout, str(checkout) if image is None else CHECKOUT_INSIDE, interpreter)
+        return CodeLocation(None, "", interpreter)
+    return CodeLocation(checkout, str(checkout) if image is None else CHECKOUT_INSIDE, interpreter)

@@ -21,7 +21,7 @@ from dynamo_mpi.deploy.srun import without_srun_input
 from dynamo_mpi.deploy.steps import start
 from dynamo_mpi.deploy.workers import Workers
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
-from dynamo_mpi.mpi.job_time_limit import TimeLimit
+from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ class _AskedToStop(Exception):
     """`dynamo-mpi down`, or the end of the job's time, wants an end."""
 
 
-class Conductor:
+class DeploymentController:
     """Runs one deployment. Use it from the main thread.
 
     Args:
@@ -85,7 +85,7 @@ class Conductor:
         self._others: dict[str, Step] = {}
         self._worker_steps = Workers(workers, settings.max_restarts, renderer, endings, run_dir, self._say)
         self._url = ""
-        self._limit = TimeLimit.of(environ)
+        self._limit = JobTimeLimit.of(environ)
         self._milestones = Milestones(run_dir.milestones, "launch")
 
     def run(self) -> int:

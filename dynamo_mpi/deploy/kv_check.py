@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.deploy.code_location import Source
+    from dynamo_mpi.deploy.code_location import CodeLocation
     from dynamo_mpi.deploy.deployment import Worker
     from dynamo_mpi.deploy.settings import LaunchSettings
 
@@ -30,7 +30,7 @@ def needs_kv_check(settings: LaunchSettings, workers: Sequence[Worker]) -> bool:
     return settings.kv_check != "off" and bool(prefill and decode) and not set(prefill) & set(decode)
 
 
-def kv_check_words(settings: LaunchSettings, source: Source, workers: Sequence[Worker]) -> tuple[str, ...]:
+def kv_check_words(settings: LaunchSettings, source: CodeLocation, workers: Sequence[Worker]) -> tuple[str, ...]:
     """Return the command line of the check's ranks."""
     roles = ("--prefill", ",".join(nodes_of(workers, "prefill")), "--decode", ",".join(nodes_of(workers, "decode")))
     # the reference engine hands KV over by TCP alone

@@ -9,7 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.phases import RankSpans, Span
+from dynamo_mpi.common.phases import RankTimings, Span
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, StartupTrace, encode_traces, printable, write_atomically
 
 if TYPE_CHECKING:
@@ -45,5 +45,5 @@ class Milestones:
 
     def _start(self, outcome: str, now: float) -> StartupTrace:
         host = printable(os.uname().nodename.partition(".")[0])
-        rank = RankSpans(0, host, self._began, tuple(self._spans))
+        rank = RankTimings(0, host, self._began, tuple(self._spans))
         return StartupTrace(printable(self._name), "launch", "", "", "", outcome, now, None, (rank,))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from dynamo_mpi.deploy.code_location import Source
+    from dynamo_mpi.deploy.code_location import CodeLocation
     from dynamo_mpi.deploy.deployment import Worker
     from dynamo_mpi.deploy.settings import LaunchSettings
 
@@ -49,7 +49,7 @@ class Mpirun:
     """
 
     settings: LaunchSettings
-    source: Source
+    source: CodeLocation
     run_dir: str
     forwarded: tuple[str, ...]
 

@@ -7,8 +7,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import DataError, UsageError
-from dynamo_mpi.common.files import read_text
+from dynamo_mpi.common.errors import ConfigFileError, UsageError
+from dynamo_mpi.common.files import read_small_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -91,14 +91,16 @@ def of_hostfile(path: Path, here: str) -> Nodes:
         here: this host, where the services run.
 
     Raises:
-        DataError: the file can't be read, or names no host.
+        ConfigFileError: the file can't be read, or names no host.
     """
     try:
-        lines = read_text(path).splitlines()
+        lines = read_small_text(path).splitlines()
     except OSError as error:
-        raise DataError(f"the hostfile {path} can't be read: {error.strerror}", needed="one host on a line") from None
+        raise ConfigFileError(
+            f"the hostfile {path} can't be read: {error.strerror}", needed="one host on a line"
+        ) from None
     words = (line.partition("#")[0].split() for line in lines)
     names = tuple(dict.fromkeys(first for first, *_ in filter(None, words)))
     if not names:
-        raise DataError(f"the hostfile {path} names no host", needed="one host on a line")
+        raise ConfigFileError(f"the hostfile {path} names no host", needed="one host on a line")
     return Nodes(names, here)

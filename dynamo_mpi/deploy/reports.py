@@ -13,16 +13,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.deploy.first_death import Death, first_death, spell_signal
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.failure_records import WorkerIdentity, create_if_absent, failure_record, list_failures
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE, list_workers
-from dynamo_mpi.mpi.restart_count import attempt_of
+from dynamo_mpi.mpi.restart_count import restart_count
 from dynamo_mpi.supervisor.failure_files import write_failure
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -146,7 +146,7 @@ def trace_in_etcd(beginning: Beginning, environ: Mapping[str, str]) -> Trace:
     """Look what etcd knows of a start, before its record is taken away. Takes no longer than two seconds; does not raise."""
     try:
         return query_etcd(environ, _ETCD_SECONDS, lambda etcd: _trace(beginning.origin, etcd))
-    except BootstrapError:
+    except DynamoMpiError:
         return Trace(answered=False)
 
 
@@ -181,7 +181,7 @@ def report_death(
         # 0 is what a launcher may say of a lost host, and no failure's code
         code or ExitCode.TEMPORARY,
         report.found,
-        Cause.DEATH,
+        DetectedBy.DISCONNECT,
         trace.phase,
         time.monotonic(),
     )
@@ -189,7 +189,7 @@ def report_death(
     origin = trace.origin or beginning.origin
     content = failure_record(origin, failure, host, str(report))
     # where etcd can't be asked, it is said, and written down, all the same
-    with contextlib.suppress(BootstrapError):
+    with contextlib.suppress(DynamoMpiError):
         if trace.answered and not query_etcd(
             environ,
             _ETCD_SECONDS,
@@ -197,7 +197,7 @@ def report_death(
         ):
             return None
     if beginning.failures is not None:
-        meeting = Meeting(os.uname().nodename, failure_dir=str(beginning.failures), label=origin.component)
+        meeting = Rendezvous(os.uname().nodename, failure_dir=str(beginning.failures), label=origin.component)
         more = {"report": str(report), "consequences": [], "attempt": origin.attempt}
         write_failure(meeting, failure, host, by=0, report=more)
     return report
@@ -254,7 +254,7 @@ def _origin(worker: Worker, words: tuple[str, ...], environ: Mapping[str, str]) 
     model = environ.get("SERVED_MODEL_NAME") or Path(environ.get("MODEL_PATH", "")).name or "-"
     launch, job = environ.get(LAUNCH_VARIABLE), environ.get("SLURM_JOB_ID")
     return WorkerIdentity(
-        worker.role, component, namespace, endpoint, model, launch, job or None, None, attempt_of(environ)
+        worker.role, component, namespace, endpoint, model, launch, job or None, None, restart_count(environ)
     )
 
 

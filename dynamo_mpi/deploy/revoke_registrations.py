@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SECONDS = 2.0
 
 
-def take_out(launch: str, environ: Mapping[str, str]) -> bool:
+def revoke_registrations(launch: str, environ: Mapping[str, str]) -> bool:
     """Revoke what a worker has left in etcd that doesn't run any more. Takes no longer than `SECONDS`.
 
     Args:
@@ -32,7 +32,7 @@ def take_out(launch: str, environ: Mapping[str, str]) -> bool:
 
     Raises:
         DiscoveryError: no endpoint has answered in time.
-        AuthorisationError: they refuse us.
+        AuthorizationError: they refuse us.
         UsageError: what is set for etcd can't be used.
     """
     return query_etcd(environ, SECONDS, lambda etcd: _clear(launch, etcd))

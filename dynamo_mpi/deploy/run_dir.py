@@ -26,7 +26,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import BootstrapError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.private_dir import require_private
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def write_refusal(path: Path, exit_code: int, report: str) -> None:
         exit_code: the launcher's.
         report: why, in its words.
     """
-    with contextlib.suppress(OSError, BootstrapError), contextlib.ExitStack() as stack:
+    with contextlib.suppress(OSError, DynamoMpiError), contextlib.ExitStack() as stack:
         lock = _take_lock(path, "lock", ("", ""), lambda text: None)
         stack.callback(os.close, lock)
         _write_end(path / "ended.json", exit_code, report)

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 
 LOG_LINES = 20
 
 
-class ServiceError(BootstrapError):
+class ServiceError(DynamoMpiError):
     """A process of the stack failed.
 
     Args:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from dynamo_mpi.deploy.code_location import Source
+    from dynamo_mpi.deploy.code_location import CodeLocation
     from dynamo_mpi.deploy.deployment import Worker
     from dynamo_mpi.deploy.nodes import Nodes
     from dynamo_mpi.deploy.settings import LaunchSettings
@@ -97,7 +97,7 @@ class Srun:
     settings: LaunchSettings
     nodes: Nodes
     container: Container | None
-    source: Source
+    source: CodeLocation
     run_dir: str
     token: str
     forwarded: tuple[str, ...] = ()

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dynamo_mpi.deploy.code_location import Source
+    from dynamo_mpi.deploy.code_location import CodeLocation
     from dynamo_mpi.deploy.deployment import Worker
     from dynamo_mpi.deploy.settings import LaunchSettings
 
@@ -17,7 +17,7 @@ def worker_environment(settings: LaunchSettings) -> dict[str, str]:
     return {name: value for name, value in shared.items() if value is not None}
 
 
-def services_words(source: Source, run_dir: str) -> tuple[str, ...]:
+def services_words(source: CodeLocation, run_dir: str) -> tuple[str, ...]:
     """Return the command line of the services."""
     return (*source.entry("start_frontend_services.sh"), "--run-dir", run_dir)
 
@@ -27,7 +27,7 @@ def ready_file(run_dir: str, worker: Worker) -> str:
     return f"{run_dir}/ready/{worker.name}.json"
 
 
-def worker_words(settings: LaunchSettings, source: Source, worker: Worker, run_dir: str) -> tuple[str, ...]:
+def worker_words(settings: LaunchSettings, source: CodeLocation, worker: Worker, run_dir: str) -> tuple[str, ...]:
     """Return the command line of a worker's ranks."""
     engine = () if settings.engine == "auto" else ("--engine", settings.engine)
     return (
@@ -45,7 +45,7 @@ def worker_words(settings: LaunchSettings, source: Source, worker: Worker, run_d
     )
 
 
-def check_words(settings: LaunchSettings, source: Source) -> tuple[str, ...]:
+def check_words(settings: LaunchSettings, source: CodeLocation) -> tuple[str, ...]:
     """Return the command line of ``dynamo-mpi check`` for the worker, or for the pair."""
     words = [*source.entry("dynamo-mpi.sh"), "check"]
     for role in settings.worker_roles:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.deploy.first_death import first_death
 from dynamo_mpi.deploy.reports import MISTAKES, Beginning, Trace, is_reported, report_death, trace_in_etcd
-from dynamo_mpi.deploy.revoke_registrations import take_out
+from dynamo_mpi.deploy.revoke_registrations import revoke_registrations
 from dynamo_mpi.deploy.service_error import StepFailed
 from dynamo_mpi.deploy.steps import start
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
@@ -196,9 +196,9 @@ class Workers:
         if launch is None:
             return
         try:
-            if take_out(launch, self._environment):
+            if revoke_registrations(launch, self._environment):
                 self._say(f"{name}: was still registered; it is taken out of discovery")
-        except BootstrapError as error:
+        except DynamoMpiError as error:
             if name in self._ready:
                 self._say(
                     f"warning: {name} may stay registered until its lease ends, and requests sent to it fail till then: "

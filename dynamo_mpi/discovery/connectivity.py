@@ -16,7 +16,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError, UsageError
 from dynamo_mpi.discovery.endpoints import (
     LATE,
     Address,
@@ -36,7 +36,7 @@ from dynamo_mpi.discovery.runtime_compat import require_nats, runtime_version
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    Problem = ConnectivityError | BootstrapError
+    Problem = ConnectivityError | DynamoMpiError
 
 DEFAULT_NATS = "nats://localhost:4222"
 
@@ -64,7 +64,7 @@ def check_connectivity(environ: Mapping[str, str], request_plane: str, timeout: 
 
     Raises:
         DiscoveryError: no etcd endpoint answers, or NATS doesn't.
-        AuthorisationError: etcd rejects this client's certificate, or requires one; or NATS rejects our credentials.
+        AuthorizationError: etcd rejects this client's certificate, or requires one; or NATS rejects our credentials.
         UsageError: an address, or what ``ETCD_AUTH_*``, ``NATS_AUTH_*`` or ``NATS_TLS_*`` say, can't be used.
     """
     server = nats_server(environ, request_plane)
@@ -86,7 +86,7 @@ def require_nats_server(server: str, environ: Mapping[str, str], timeout: float)
 
     Raises:
         DiscoveryError: it doesn't answer.
-        AuthorisationError: it rejects them.
+        AuthorizationError: it rejects them.
         UsageError: its address, or what ``NATS_AUTH_*`` or ``NATS_TLS_*`` say, can't be used.
     """
     deadline = time.monotonic() + timeout
@@ -102,7 +102,7 @@ def check_etcd_endpoints(environ: Mapping[str, str], timeout: float) -> dict[str
 
     Raises:
         DiscoveryError: no endpoint answers.
-        AuthorisationError: etcd rejects this client's certificate, or requires one.
+        AuthorizationError: etcd rejects this client's certificate, or requires one.
         UsageError: an address, or a certificate in ``ETCD_AUTH_*``, can't be read.
     """
     deadline = time.monotonic() + timeout
@@ -152,14 +152,14 @@ class _Etcd(NamedTuple):
         )
 
 
-def _etcd_refused(listed: str, auth: EtcdAuth) -> AuthorisationError:
+def _etcd_refused(listed: str, auth: EtcdAuth) -> AuthorizationError:
     if auth.certificate:
-        return AuthorisationError(
+        return AuthorizationError(
             f"etcd refuses this worker's certificate ({listed})",
             needed="a certificate of the authority that etcd trusts (its --trusted-ca-file), for clients, and not expired",
             fix="correct ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY; openssl x509 -noout -text shows what it is",
         )
-    return AuthorisationError(
+    return AuthorizationError(
         f"etcd refuses a worker without a certificate ({listed})",
         needed="a client certificate",
         fix="set ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY to PEM texts",
@@ -173,8 +173,8 @@ def _nats_check(server: str, environ: Mapping[str, str], deadline: float) -> Cal
     return partial(check_nats, address, auth, auth.tls(), deadline, installed)
 
 
-def _nats_error(server: str, environ: Mapping[str, str], problem: Problem, timeout: float) -> BootstrapError:
-    if isinstance(problem, BootstrapError):
+def _nats_error(server: str, environ: Mapping[str, str], problem: Problem, timeout: float) -> DynamoMpiError:
+    if isinstance(problem, DynamoMpiError):
         return problem
     name = strip_credentials(server)
     if problem.refused:
@@ -190,7 +190,7 @@ def _run_together(checks: Sequence[Callable[[], None]], deadline: float) -> list
         try:
             checks[index]()
             problems[index] = None
-        except (BootstrapError, ConnectivityError) as error:
+        except (DynamoMpiError, ConnectivityError) as error:
             problems[index] = error
         except OSError as error:
             problems[index] = ConnectivityError(short_reason(error), refused=is_certificate_refusal(error))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -50,16 +50,16 @@ class LeaseLostError(DiscoveryError):
     """The lease does not exist any more, and neither do its keys."""
 
 
-class CredentialsError(AuthorisationError):
+class CredentialsError(AuthorizationError):
     """etcd knows no user with this name and password."""
 
 
 class EtcdClient(Protocol):
-    """What both transports do. Every call has a deadline, and raises a `BootstrapError`:
+    """What both transports do. Every call has a deadline, and raises a `DynamoMpiError`:
 
     Raises:
         DiscoveryError: etcd does not answer in time.
-        AuthorisationError: it refuses our credentials.
+        AuthorizationError: it refuses our credentials.
     """
 
     def get_prefix(self, prefix: str) -> list[KeyValue]:

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from dynamo_mpi.common.errors import AuthorisationError, BootstrapError, DiscoveryError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError
 from dynamo_mpi.discovery.etcd import (
     DEFAULT_PORT,
     CredentialsError,
@@ -147,7 +147,7 @@ class GrpcEtcdClient:
 
         Raises:
             DiscoveryError: none of them answers in time.
-            AuthorisationError: etcd refuses our credentials.
+            AuthorizationError: etcd refuses our credentials.
             LeaseLostError: the call names a lease that does not exist.
         """
         import grpc
@@ -254,7 +254,7 @@ def _mentions(error: Any, *texts: str) -> bool:
     return any(text in (error.details() or "") for text in texts)
 
 
-def _our_error(error: Any, auth: EtcdAuth) -> BootstrapError:
+def _our_error(error: Any, auth: EtcdAuth) -> DynamoMpiError:
     import grpc
 
     text = " ".join((error.details() or error.code().name).split())
@@ -268,7 +268,7 @@ def _our_error(error: Any, auth: EtcdAuth) -> BootstrapError:
         )
     codes = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
     if error.code() in codes or _mentions(error, "user name is empty"):
-        return AuthorisationError(
+        return AuthorizationError(
             f"etcd refuses us: {text}",
             needed=f"a user with the right to read and write under dynamo_mpi/; {_who(auth)}",
             fix="etcdctl role grant-permission ROLE --prefix=true readwrite dynamo_mpi/, or correct ETCD_AUTH_*",

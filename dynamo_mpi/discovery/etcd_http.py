@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from dynamo_mpi.common.errors import AuthorisationError, BootstrapError, DiscoveryError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError
 from dynamo_mpi.common.timeout import within
 from dynamo_mpi.discovery.endpoints import is_certificate_refusal, remaining, short_reason, strip_credentials
 from dynamo_mpi.discovery.etcd import (
@@ -94,7 +94,7 @@ class HttpEtcdClient:
 
         Raises:
             DiscoveryError: no answer in time.
-            AuthorisationError: a refusal.
+            AuthorizationError: a refusal.
         """
         if self._auth.username:
             request = {"name": self._auth.username, "password": self._auth.password}
@@ -207,7 +207,7 @@ class HttpEtcdClient:
             remaining(self._deadline)
         return bytes(data)
 
-    def _refusal(self, reply: dict[str, Any]) -> DiscoveryError | AuthorisationError:
+    def _refusal(self, reply: dict[str, Any]) -> DiscoveryError | AuthorizationError:
         message = str(reply.get("message") or reply.get("error"))
         found = f"{self._name}: etcd refuses: {message!a}"
         is_ours = reply.get("code") in _REFUSAL_CODES or any(text in message for text in _REFUSAL_TEXTS)
@@ -230,7 +230,7 @@ def query_etcd(
 
     Raises:
         DiscoveryError: no endpoint has answered in time.
-        AuthorisationError: they refuse us.
+        AuthorizationError: they refuse us.
         UsageError: what is set for etcd can't be used.
     """
     deadline = time.monotonic() + seconds
@@ -243,7 +243,7 @@ def query_etcd(
 
                 with contextlib.closing(GrpcEtcdClient.from_env(environ, seconds)) as client:
                     return query(client)
-        if isinstance(error, BootstrapError):
+        if isinstance(error, DynamoMpiError):
             raise
         raise _unanswered("etcd: no answer in time") from None
 
@@ -259,9 +259,9 @@ def _query_in_turn(environ: Mapping[str, str], deadline: float, query: Callable[
             with HttpEtcdClient(endpoint, auth, now + share) as client:
                 client.authenticate()
                 return query(client)
-        except (DiscoveryError, AuthorisationError) as error:
+        except (DiscoveryError, AuthorizationError) as error:
             problems.append(error.found)
-            refusals += isinstance(error, AuthorisationError)
+            refusals += isinstance(error, AuthorizationError)
     found = "; ".join(problems) or "ETCD_ENDPOINTS names no endpoint"
     raise _refused(found) if refusals else _unanswered(found)
 
@@ -274,8 +274,8 @@ def _unanswered(found: str) -> DiscoveryError:
     )
 
 
-def _refused(found: str) -> AuthorisationError:
-    return AuthorisationError(
+def _refused(found: str) -> AuthorizationError:
+    return AuthorizationError(
         found,
         needed="credentials that etcd takes",
         fix="--run-dir DIR of the deployment, whose services.json has them; or correct ETCD_AUTH_*",

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.failure import headline
+from dynamo_mpi.common.failure import first_line
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.record_codec import parse_object, read_fields, sanitize_lines
 from dynamo_mpi.common.redact import own_redactor
@@ -75,7 +75,7 @@ class FailureRecord(WorkerIdentity):
         rank: the one that failed first; -1 if it isn't known.
         host: that rank's node.
         phase: in which that rank was.
-        cause: how it was detected: ``told``, ``death``, ``lost``, ``silence`` or ``signal``.
+        cause: how it was detected: ``report``, ``disconnect``, ``host_unreachable``, ``heartbeat`` or ``signal``.
         exit_code: of all ranks.
         error: the error, in a line.
         report: all that was logged of it, cut at 8 KiB.
@@ -202,7 +202,7 @@ def create_if_absent(etcd: EtcdClient, failure: FailureRecord, record_lease: int
         record_lease: of its worker record; 0 if there is none.
 
     Raises:
-        BootstrapError: etcd does not answer, or refuses us.
+        DynamoMpiError: etcd does not answer, or refuses us.
     """
     lease = etcd.grant(TTL_SECONDS).id
     if etcd.create(failure_key(failure, record_lease or lease), failure.pack(), lease):
@@ -230,7 +230,7 @@ def failure_record(worker: WorkerIdentity, failure: Failure, host: str, report: 
         report: what has been logged of it.
     """
     redact = own_redactor().redact
-    line = headline(redact(failure.text))
+    line = first_line(redact(failure.text))
     return FailureRecord(
         **asdict(worker),
         rank=failure.rank,

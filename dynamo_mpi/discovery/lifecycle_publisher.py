@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _FLUSH_SECONDS = 0.5
 
 
-class Events(WorkerHook):
+class LifecycleEvents(WorkerHook):
     """One worker's events. Nothing here raises, or waits but to the extent that it says.
 
     Args:
@@ -87,7 +87,7 @@ class Events(WorkerHook):
 
 def events_of(
     record: WorkerRecord, phase: str, environ: Mapping[str, str], request_plane: str, warn: Callable[[str], None]
-) -> Events:
+) -> LifecycleEvents:
     """Return a worker's events; they go nowhere unless Dynamo's runtime uses NATS as well.
 
     Args:
@@ -102,9 +102,9 @@ def events_of(
     """
     server = nats_server(environ, request_plane)
     if server is None:
-        return Events(record, phase, None)
+        return LifecycleEvents(record, phase, None)
     from dynamo_mpi.discovery.nats_publisher import NatsPublisher
 
     line = NatsPublisher(server, NatsAuth.from_env(environ), warn)
     line.start()
-    return Events(record, phase, line)
+    return LifecycleEvents(record, phase, line)

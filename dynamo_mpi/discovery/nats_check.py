@@ -16,7 +16,7 @@ import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError
 from dynamo_mpi.discovery.endpoints import (
     MAX_BYTES,
     ConnectivityError,
@@ -146,7 +146,7 @@ def nats_unanswered(server: str, text: str, seconds: float) -> DiscoveryError:
     )
 
 
-def nats_refused(server: str, text: str, auth: NatsAuth) -> AuthorisationError:
+def nats_refused(server: str, text: str, auth: NatsAuth) -> AuthorizationError:
     """Return the error of a worker that NATS rejects.
 
     Args:
@@ -156,18 +156,18 @@ def nats_refused(server: str, text: str, auth: NatsAuth) -> AuthorisationError:
     """
     if "certificate" in text.lower() or "unknown_ca" in text.lower().replace(" ", "_"):
         what = "this worker's certificate" if auth.certificate else "a worker without a certificate"
-        return AuthorisationError(
+        return AuthorizationError(
             f"NATS refuses {what} ({server}: {text})",
             needed="a certificate of the authority that NATS trusts (ca_file of its tls block), for clients, and not expired",
             fix="set NATS_TLS_CLIENT_CERT_PATH and NATS_TLS_CLIENT_KEY_PATH; openssl x509 -noout -text shows what a certificate is",
         )
     if not auth.kind:
-        return AuthorisationError(
+        return AuthorizationError(
             f"NATS requires credentials, and none are set ({server}: {text})",
             needed="credentials that NATS knows",
             fix="set NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, NATS_AUTH_TOKEN, NATS_AUTH_NKEY or NATS_AUTH_CREDENTIALS_FILE",
         )
-    return AuthorisationError(
+    return AuthorizationError(
         f"NATS refuses this worker's credentials ({server}: {text})",
         needed="credentials that NATS knows, and that have not expired",
         fix=f"correct {auth.kind}, which counts before any other that is set",

@@ -48,7 +48,7 @@ def _in_order(own: WorkerRecord, peer: WorkerRecord) -> tuple[WorkerRecord, Work
     return (own, peer) if own.role == "prefill" else (peer, own)
 
 
-def refusal(own: WorkerRecord, earlier: Sequence[StoredRecord], seconds: int) -> str:
+def incompatibility(own: WorkerRecord, earlier: Sequence[StoredRecord], seconds: int) -> str:
     """Say why ``own`` can't be started beside those that came first; empty where it can.
 
     Args:
@@ -74,7 +74,7 @@ def refusal(own: WorkerRecord, earlier: Sequence[StoredRecord], seconds: int) ->
     return "\n".join((*parts, hint))
 
 
-def advice(own: WorkerRecord, earlier: Sequence[StoredRecord]) -> list[str]:
+def warnings(own: WorkerRecord, earlier: Sequence[StoredRecord]) -> list[str]:
     """Return what is to be said of peers that came first where ``own`` is started: whom it fits, and what to look at."""
     told = []
     for peer in earlier:
@@ -89,7 +89,7 @@ def describe(record: WorkerRecord) -> str:
     return f"{record.place} at {record.endpoint}, phase {record.phase}"
 
 
-def news(own: WorkerRecord, before: Sequence[StoredRecord], now: Sequence[StoredRecord]) -> list[str]:
+def describe_changes(own: WorkerRecord, before: Sequence[StoredRecord], now: Sequence[StoredRecord]) -> list[str]:
     """Return a line for each peer that came, went or changed since the last look, with what doesn't fit."""
     old, new = ({peer.key: peer.record for peer in peers} for peers in (before, now))
     lines = []

@@ -11,9 +11,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import BootstrapError, DiscoveryError
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError
 from dynamo_mpi.discovery.etcd import LeaseLostError
-from dynamo_mpi.discovery.peer_compat import news, peers_of
+from dynamo_mpi.discovery.peer_compat import describe_changes, peers_of
 from dynamo_mpi.discovery.records import list_workers, record_key
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _FAREWELL_SECONDS = 1.0
 _BETWEEN_UPDATES_SECONDS = 1.0
 
 
-class Keeper:
+class RecordKeeper:
     """Keeps one record.
 
     A thread of its own renews the lease three times in its life, and writes the record anew: at once when the phase changes, once a second
@@ -77,7 +77,7 @@ class Keeper:
 
         Raises:
             DiscoveryError: etcd does not answer, or forgets at once what it is told.
-            AuthorisationError: it refuses us.
+            AuthorizationError: it refuses us.
         """
         own = self._write()
         worlds = self._read()
@@ -94,16 +94,16 @@ class Keeper:
     def start(self) -> None:
         """Begin to keep what was published."""
         thread = threading.Thread(target=self._run, name="record", daemon=True)
-        # seen by `withdraw`, in another thread or a signal's handler, only once it can be joined
+        # seen by `unpublish`, in another thread or a signal's handler, only once it can be joined
         thread.start()
         self._thread = thread
 
-    def tell(self, phase: str) -> None:
+    def set_phase(self, phase: str) -> None:
         """Have the record say so at once. Never waits."""
         self._updates.pop("progress", None)
         self._changes.put(partial(replace, phase=phase, phase_since=time.time(), progress=None))
 
-    def tell_instance(self, instance: str) -> None:
+    def set_instance(self, instance: str) -> None:
         """Have the record name Dynamo's instance at once. Never waits."""
         self._changes.put(partial(replace, instance=instance))
 
@@ -120,7 +120,7 @@ class Keeper:
             self._is_announced = True
             self._changes.put(_unchanged)
 
-    def withdraw(self) -> None:
+    def unpublish(self) -> None:
         """Take the record away: at once, or with its lease where etcd doesn't answer within a second. From any thread, or a signal's
         handler; more than once does no harm."""
         self._changes.put(None)
@@ -175,7 +175,7 @@ class Keeper:
         try:
             for act in acts:
                 act()
-        except BootstrapError as error:
+        except DynamoMpiError as error:
             if not self._away:
                 self._away = True
                 self._log.warning(f"the world record in etcd can't be kept for now, the worker goes on: {error.found}")
@@ -228,7 +228,7 @@ class Keeper:
         if self._record.contract is None:
             return
         peers = peers_of(self._record, self._read())
-        lines = news(self._record, self._peers, peers)
+        lines = describe_changes(self._record, self._peers, peers)
         for line in lines:
             self._log.info(line)
         self._peers = peers
@@ -236,7 +236,7 @@ class Keeper:
             self._on_peers(peers, lines)
 
     def _retract(self) -> None:
-        with contextlib.suppress(BootstrapError):  # it goes with its lease, then
+        with contextlib.suppress(DynamoMpiError):  # it goes with its lease, then
             if self._lease is not None:
                 self._etcd.revoke(self._lease.id, _FAREWELL_SECONDS)
         self._etcd.close()

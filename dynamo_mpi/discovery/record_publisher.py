@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import BootstrapError, LayoutError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, LayoutError, UsageError
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.discovery.etcd import CredentialsError, lease_seconds
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient, missing_client
-from dynamo_mpi.discovery.peer_compat import advice, refusal
-from dynamo_mpi.discovery.record_keeper import Keeper
+from dynamo_mpi.discovery.peer_compat import incompatibility, warnings
+from dynamo_mpi.discovery.record_keeper import RecordKeeper
 from dynamo_mpi.discovery.records import Progress
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PAIRED = ("prefill", "decode")
 
 
-class Presence(WorkerHook):
+class RecordPublisher(WorkerHook):
     """This world's record in etcd, while there is one.
 
     Args:
@@ -42,11 +42,11 @@ class Presence(WorkerHook):
         on_peers: Callable[[Sequence[StoredRecord], Sequence[str]], object] = lambda _, __: None,
     ) -> None:
         self._log, self._on_lease, self._on_peers = log, on_lease, on_peers
-        self._keeper: Keeper | None = None
+        self._keeper: RecordKeeper | None = None
         self._phase = "preflight"
         self._record = record
 
-    def appear(self, settings: Settings, environ: Mapping[str, str]) -> None:
+    def publish(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Publish the record, and compare it with the peers that came first.
 
         Where nothing has to be compared, or ``--no-peer-check`` was given, a record that can't be written is only a warning.
@@ -58,7 +58,7 @@ class Presence(WorkerHook):
         Raises:
             LayoutError: a peer that came first doesn't fit.
             DiscoveryError: etcd does not answer.
-            AuthorisationError: it refuses us.
+            AuthorizationError: it refuses us.
             UsageError: what is set for it can't be used.
         """
         if trouble := missing_client():
@@ -67,18 +67,18 @@ class Presence(WorkerHook):
         try:
             seconds = lease_seconds(environ)
             etcd = GrpcEtcdClient.from_env(environ, settings.probe_timeout)
-            self._keeper = Keeper(etcd, self._record, seconds, self._log, self._on_lease, self._on_peers)
+            self._keeper = RecordKeeper(etcd, self._record, seconds, self._log, self._on_lease, self._on_peers)
             earlier = self._keeper.publish()
             if etcd.auth_is_disabled:
                 raise _needless()
         except (CredentialsError, UsageError):
             # Dynamo's runtime would fare no better, and try for two minutes after the load
-            self.withdraw()
+            self.unpublish()
             raise
-        except BootstrapError as error:
+        except DynamoMpiError as error:
             if settings.role in _PAIRED and not settings.no_peer_check:
                 raise
-            self.withdraw()
+            self.unpublish()
             self._keeper = None
             self._log.warning(f"no world record: {error}")
             return
@@ -89,12 +89,12 @@ class Presence(WorkerHook):
         """Have the record say which phase it is."""
         self._phase = phase
         if self._keeper is not None:
-            self._keeper.tell(phase)
+            self._keeper.set_phase(phase)
 
     def on_registered(self, lease: int) -> None:
         """Have the record name Dynamo's instance."""
         if self._keeper is not None:
-            self._keeper.tell_instance(f"{lease:x}")
+            self._keeper.set_instance(f"{lease:x}")
 
     def on_requests_in_flight(self, count: int) -> None:
         """Have the record say how many requests are in flight, in a second or so."""
@@ -114,30 +114,30 @@ class Presence(WorkerHook):
 
     def on_failure_detected(self) -> None:
         """Take the record away."""
-        self.withdraw()
+        self.unpublish()
 
     def on_shutdown(self, code: int) -> None:
         """Take the record away, before the ranks leave."""
-        self.withdraw()
+        self.unpublish()
 
     def on_exit(self, code: int) -> None:
         """Take the record away, if it is still there."""
-        self.withdraw()
+        self.unpublish()
 
-    def withdraw(self) -> None:
+    def unpublish(self) -> None:
         """Take the record away, in a second at the most. Does not raise, and may be called from a signal's handler."""
         if self._keeper is not None:
-            self._keeper.withdraw()
+            self._keeper.unpublish()
 
     def _update(self, **fields: Any) -> None:
         if self._keeper is not None:
             self._keeper.update(**fields)
 
     def _judge(self, record: WorkerRecord, earlier: Sequence[StoredRecord], seconds: int, *, refuse: bool) -> None:
-        text = refusal(record, earlier, seconds)
+        text = incompatibility(record, earlier, seconds)
         if text and refuse:
             raise LayoutError(text)
-        for line in advice(record, earlier):
+        for line in warnings(record, earlier):
             self._log.info(f"preflight: {line}")
 
 

@@ -239,7 +239,7 @@ def list_workers(
 
     Raises:
         DiscoveryError: etcd does not answer.
-        AuthorisationError: it refuses us.
+        AuthorizationError: it refuses us.
     """
     found, unreadable = read_stored(etcd.get_prefix(worlds_of(namespace)), WorkerRecord.unpack, _ROOT, problems)
     return [StoredRecord(entry.key, entry.create_revision, record, entry.lease) for entry, record in found], unreadable

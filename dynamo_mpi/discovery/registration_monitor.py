@@ -8,7 +8,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError, DiscoveryError, TemporaryError
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, RetryableError
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.discovery.etcd import EtcdAuth, LeaseLostError, lease_seconds
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient, missing_client
@@ -65,7 +65,7 @@ class RegistrationMonitor:
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self, instance: int, on_lost: Callable[[TemporaryError], object]) -> None:
+    def start(self, instance: int, on_lost: Callable[[RetryableError], object]) -> None:
         """Start. Does not wait, and does not raise.
 
         Args:
@@ -93,7 +93,7 @@ class RegistrationMonitor:
             return ""  # it never had one, or there is no client
         try:
             return _LEASE_LOST if self._connected().lease_ttl(self._instance) is None else ""
-        except BootstrapError as error:
+        except DynamoMpiError as error:
             return f"etcd was away for longer than this worker's lease lives: {error.found}"
 
     def _connected(self) -> GrpcEtcdClient:
@@ -101,8 +101,8 @@ class RegistrationMonitor:
             self._etcd = GrpcEtcdClient.from_env(self._environ, self._timeout)
         return self._etcd
 
-    def _run(self, on_lost: Callable[[TemporaryError], object]) -> None:
-        error: TemporaryError | None = None
+    def _run(self, on_lost: Callable[[RetryableError], object]) -> None:
+        error: RetryableError | None = None
         if missing_client():  # the worker record's publisher has logged it
             return
         while error is None and not self._stopped.is_set():
@@ -112,7 +112,7 @@ class RegistrationMonitor:
         if error is not None and not self._stopped.is_set():
             on_lost(error)
 
-    def _look(self) -> TemporaryError | None:
+    def _look(self) -> RetryableError | None:
         """Look once; what is returned is the end."""
         try:
             lives = self._restore()
@@ -120,7 +120,7 @@ class RegistrationMonitor:
             lives = False
         except DiscoveryError as error:
             return self._unanswered(error)
-        except BootstrapError as error:
+        except DynamoMpiError as error:
             self._refuse(error)
             lives = True
         self._seen, self._failures = time.monotonic(), 0
@@ -132,7 +132,7 @@ class RegistrationMonitor:
         Raises:
             LeaseLostError: it has ended in the meantime.
             DiscoveryError: etcd does not answer.
-            AuthorisationError: it refuses us.
+            AuthorizationError: it refuses us.
         """
         etcd = self._connected()
         instance, model = (f"v1/{what}/{self._path}/{self._instance:x}" for what in ("instances", "mdc"))
@@ -170,7 +170,7 @@ class RegistrationMonitor:
         self._missing_since = self._missing_since or time.monotonic()
         return time.monotonic() - self._missing_since < _LEASES_TO_END * self._seconds
 
-    def _unanswered(self, error: BootstrapError) -> TemporaryError | None:
+    def _unanswered(self, error: DynamoMpiError) -> RetryableError | None:
         away = time.monotonic() - self._seen
         self._failures += 1
         # The runtime sees an etcd that has gone when its lease has run out; what it doesn't see is one that hangs. A question that was late
@@ -181,7 +181,7 @@ class RegistrationMonitor:
             f"etcd has not answered for {away:.0f} s, longer than this worker's lease lives ({self._seconds} s): {error.found}"
         )
 
-    def _refuse(self, error: BootstrapError) -> None:
+    def _refuse(self, error: DynamoMpiError) -> None:
         if not self._refused:
             self._refused = True
             self._log.warning(f"whether this worker stays registered can't be seen: {error.found}")
@@ -220,7 +220,7 @@ class InstanceLease(WorkerHook):
             instance: its id, as Dynamo's runtime has it.
         """
         end = time.monotonic() + _REVOKE_SECONDS
-        with contextlib.suppress(BootstrapError, ImportError):  # the keys go with the lease's time, then
+        with contextlib.suppress(DynamoMpiError, ImportError):  # the keys go with the lease's time, then
             self._etcd = GrpcEtcdClient.from_env(self._environ, _REVOKE_SECONDS)
             self._instance = instance
             while not self._find() and time.monotonic() < end:
@@ -233,7 +233,7 @@ class InstanceLease(WorkerHook):
     def revoke(self) -> bool:
         """Revoke the lease, in two seconds at the most; return whether the worker is deregistered. Does not raise."""
         if self._etcd is not None:
-            with contextlib.suppress(BootstrapError):
+            with contextlib.suppress(DynamoMpiError):
                 self._find()
                 self.is_revoked |= bool(self._lease) and self._etcd.revoke(self._lease)
         return self.is_revoked
@@ -241,7 +241,7 @@ class InstanceLease(WorkerHook):
     def revoke_leftover(self) -> None:
         """After an orderly end, revoke the lease if the runtime may have been unable to: it never renews a password's token, and can't
         deregister after that has expired. Two seconds at the most; does not raise."""
-        with contextlib.suppress(BootstrapError):
+        with contextlib.suppress(DynamoMpiError):
             if EtcdAuth.from_env(self._environ).username:
                 self.revoke()
 
@@ -257,9 +257,9 @@ class InstanceLease(WorkerHook):
         return bool(entries)
 
 
-def lease_error(found: str) -> TemporaryError:
+def lease_error(found: str) -> RetryableError:
     """Return the error of a worker whose lease is lost."""
-    return TemporaryError(
+    return RetryableError(
         found,
         needed="an etcd that keeps this worker's lease",
         fix="start the worker again; if it comes back, look at etcd and the network between",

@@ -44,7 +44,7 @@ def remove_empty_credentials(environ: MutableMapping[str, str]) -> None:
         del environ[name]
 
 
-def require_etcd(endpoints: Sequence[str], auth: EtcdAuth) -> list[str]:
+def check_runtime_can_use(endpoints: Sequence[str], auth: EtcdAuth) -> list[str]:
     """Refuse what the runtime can't do with etcd.
 
     Args:

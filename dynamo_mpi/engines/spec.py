@@ -29,7 +29,7 @@ class EngineSpec(NamedTuple):
         kv_network: where prefill ranks serve KV, as ``--kv-network`` has it; empty for the host's own address.
         kv_keep_seconds: how long a prefill rank keeps KV that nobody fetches.
         kv_pull_seconds: how long fetching the KV of one request may take.
-        probe: what is probed before the engine is built, as `ProbePlan.pack` writes it; empty for nothing.
+        probe: what is probed before the engine is built, as `HardwareCheckPlan.pack` writes it; empty for nothing.
     """
 
     engine: str

@@ -7,7 +7,7 @@ import queue
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import DeadlineError, EngineError
+from dynamo_mpi.common.errors import EngineError, PhaseTimeoutError
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, TokenChunk
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _TOKENS = 2  # the first comes from the prompt, the second from the cache that the first one filled
 
 
-def prove(engine: Engine, prompt_token_id: int, timeout: float) -> float:
+def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -> float:
     """Run one request through a started engine.
 
     Args:
@@ -29,7 +29,7 @@ def prove(engine: Engine, prompt_token_id: int, timeout: float) -> float:
 
     Raises:
         EngineError: the engine refused it, or ended it without tokens.
-        DeadlineError: it did not end in time.
+        PhaseTimeoutError: it did not end in time.
     """
     start = time.monotonic()
     chunks: queue.SimpleQueue[TokenChunk] = queue.SimpleQueue()
@@ -43,7 +43,7 @@ def prove(engine: Engine, prompt_token_id: int, timeout: float) -> float:
         try:
             chunk = chunks.get(timeout=max(0.0, start + timeout - time.monotonic()))
         except queue.Empty:
-            raise DeadlineError(
+            raise PhaseTimeoutError(
                 f"the first completion took more than {timeout:g} s ({made} of {_TOKENS} tokens came out)",
                 fix="look at the ranks' logs; --prove-timeout gives it longer",
             ) from None

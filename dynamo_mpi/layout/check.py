@@ -19,7 +19,7 @@ from dynamo_mpi.layout.weights import missing_sizes
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 # rules about the text of the engine config: whoever breaks only these wrote bad data, not an illegal layout
 TEXT_RULES = ("H",)
@@ -37,10 +37,10 @@ class Report:
         nearest: for an error, layouts that would work: those that give what was meant, then those on the same GPUs.
     """
 
-    subject: Subject
+    subject: LayoutSpec
     findings: tuple[Finding, ...]
     memory: MemoryEstimate | None
-    nearest: tuple[Subject, ...] = field(default=())
+    nearest: tuple[LayoutSpec, ...] = field(default=())
 
     @property
     def ok(self) -> bool:
@@ -142,7 +142,7 @@ def exit_code_of(findings: Sequence[Finding], special: Mapping[str, ExitCode] = 
     return ExitCode.DATA if first is None else special.get(first.rule, ExitCode.ILLEGAL_LAYOUT)
 
 
-def check_worker(subject: Subject, more: Sequence[Finding] = (), *, suggest: bool = True) -> Report:
+def check_worker(subject: LayoutSpec, more: Sequence[Finding] = (), *, suggest: bool = True) -> Report:
     """Judge one worker.
 
     Args:
@@ -161,7 +161,7 @@ def _is_about_layout(finding: Finding) -> bool:
     return not finding.rule.startswith(("H", "I", "G"))
 
 
-def _with_what_was_meant(finding: Finding, subject: Subject, better: Sequence[Subject]) -> Finding:
+def _with_what_was_meant(finding: Finding, subject: LayoutSpec, better: Sequence[LayoutSpec]) -> Finding:
     """A2: name the shapes that give a tp and an ep at once, on as many ranks as they need."""
     wider = [other for other in better if other.layout.world_size > subject.layout.world_size]
     if finding.rule != "A2" or not wider:

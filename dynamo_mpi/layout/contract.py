@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Contract:
         return asdict(self)
 
 
-def contract_of(subject: Subject) -> Contract:
+def contract_of(subject: LayoutSpec) -> Contract:
     """Say what ``subject`` is to its partner."""
     shape, config, layout = subject.shape, subject.config, subject.layout
     latent = shape.latent

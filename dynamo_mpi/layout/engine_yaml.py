@@ -14,7 +14,7 @@ from dynamo_mpi.layout.yaml_line import yaml_line
 
 if TYPE_CHECKING:
     from dynamo_mpi.layout.engine_config import EngineConfig
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 
 # keys that a layout decides; a plan writes them itself
@@ -45,7 +45,7 @@ def for_role(config: EngineConfig, role: str) -> EngineConfig:
     return replace(config, keys={**missing, **config.keys, **missing})
 
 
-def engine_yaml(subject: Subject, model: str) -> str:
+def engine_yaml(subject: LayoutSpec, model: str) -> str:
     """Write the engine config of a layout: its sizes, what its role can't do without, and every other key of the config it was made from.
 
     Args:
@@ -56,7 +56,7 @@ def engine_yaml(subject: Subject, model: str) -> str:
     return head + "".join(f"{key}: {yaml_line(value)}\n" for key, value in _keys(subject).items())
 
 
-def _keys(subject: Subject) -> dict[str, object]:
+def _keys(subject: LayoutSpec) -> dict[str, object]:
     layout = subject.layout
     keys: dict[str, object] = {
         "tensor_parallel_size": layout.tp_size,
@@ -76,7 +76,7 @@ def _keys(subject: Subject) -> dict[str, object]:
     return keys
 
 
-def srun_line(subject: Subject, model: str, engine_config: str) -> str:
+def srun_line(subject: LayoutSpec, model: str, engine_config: str) -> str:
     """Write the line that starts a worker's ranks on Slurm.
 
     Args:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _GIB = 2**30
 
@@ -28,7 +28,7 @@ def gib(size: int) -> str:
     return f"{size / _GIB:.1f} GiB"
 
 
-def short_name(subject: Subject) -> str:
+def short_name(subject: LayoutSpec) -> str:
     """Write a layout as its users do: ``TP8/EP8/PP2``, ``TP8 x CP2 helix/EP16 on a decode worker``."""
     layout = subject.layout
     text = f"TP{layout.tp_size}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.model_shape import ModelShape
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
     from dynamo_mpi.layout.weights import StageWeights
 
 _SAME_DTYPE = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
@@ -24,7 +24,7 @@ _BYTES = {"fp8": 1.0, "int8": 1.0, "bfloat16": 2.0, "float16": 2.0, "float32": 4
 _STATE_BYTES = 4  # an element of a state space's state: float32 in the checkpoints that say it
 
 
-def tokens_per_block(subject: Subject) -> int:
+def tokens_per_block(subject: LayoutSpec) -> int:
     """H8: return the tokens of a block, after what the attention backend makes of it: FlashMLA and VANILLA have sizes of their own."""
     backend = (subject.config.attn_backend or "").upper()
     if backend == "FLASHMLA":
@@ -34,7 +34,7 @@ def tokens_per_block(subject: Subject) -> int:
     return subject.config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
 
 
-def resolve_kv_dtype(subject: Subject) -> str | None:
+def resolve_kv_dtype(subject: LayoutSpec) -> str | None:
     """Return the type of keys and values, under its full name; ``auto`` is the one that the checkpoint was calibrated for, else the model's.
 
     Returns:
@@ -47,18 +47,18 @@ def resolve_kv_dtype(subject: Subject) -> str | None:
     return _SAME_DTYPE.get(said, said) or None
 
 
-def kv_element_bytes(subject: Subject) -> float:
+def kv_element_bytes(subject: LayoutSpec) -> float:
     """Return the bytes of one element of the KV cache; of a type that isn't known, those of the model's."""
     return _BYTES.get(resolve_kv_dtype(subject) or "", float(dtype_bytes(subject.shape)))
 
 
-def kv_dtype_known(subject: Subject) -> bool:
+def kv_dtype_known(subject: LayoutSpec) -> bool:
     """Is the size of the KV cache's elements known, or the model's own?"""
     name, own = resolve_kv_dtype(subject), (subject.shape.dtype or "").lower()
     return name is None or name in _BYTES or name == _SAME_DTYPE.get(own, own)
 
 
-def kv_bytes(subject: Subject, held: StageWeights) -> tuple[int, tuple[tuple[int, int], ...]]:
+def kv_bytes(subject: LayoutSpec, held: StageWeights) -> tuple[int, tuple[tuple[int, int], ...]]:
     """Return the bytes of a token in a stage's layers without a window, and in those of each window."""
     ranks, element = subject.layout.attention_tp_size, kv_element_bytes(subject)
     counts = Counter(_attention_layers(subject, held))
@@ -71,7 +71,7 @@ def kv_bytes(subject: Subject, held: StageWeights) -> tuple[int, tuple[tuple[int
     return sizes[None], tuple(sorted((window, size) for window, size in sizes.items() if window is not None))
 
 
-def _attention_layers(subject: Subject, held: StageWeights) -> Iterator[tuple[int | None, int | None]]:
+def _attention_layers(subject: LayoutSpec, held: StageWeights) -> Iterator[tuple[int | None, int | None]]:
     """The window and the KV heads of each attention layer of a stage; None for no limit, and for the model's number."""
     kinds, order = subject.shape.kinds
     said, length = subject.config.kv_cache.max_attention_window, subject.config.max_seq_len
@@ -99,7 +99,7 @@ def _packed(elements: int, element: float) -> int:
     return ceil(elements * element)
 
 
-def state_bytes(subject: Subject, held: StageWeights) -> int:
+def state_bytes(subject: LayoutSpec, held: StageWeights) -> int:
     """Return what a hybrid keeps of a request in a stage's layers without attention: the state, and the convolution's last taps."""
     shape, ranks = subject.shape, subject.layout.attention_tp_size
     state = shape.state_space

@@ -14,12 +14,12 @@ from dynamo_mpi.layout.rules.registry import layout_findings
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _MOST_RANKS = 1024
 
 
-def legal_sizes(subject: Subject) -> dict[str, list[int]]:
+def legal_sizes(subject: LayoutSpec) -> dict[str, list[int]]:
     """Return the legal sizes, ascending.
 
     Returns:
@@ -46,16 +46,16 @@ def legal_sizes(subject: Subject) -> dict[str, list[int]]:
     return legal
 
 
-def _ranks(subject: Subject) -> int:
+def _ranks(subject: LayoutSpec) -> int:
     return min(subject.cluster.world_size, _MOST_RANKS)
 
 
-def _pass(subject: Subject, name: str, sizes: Iterable[int]) -> list[int]:
+def _pass(subject: LayoutSpec, name: str, sizes: Iterable[int]) -> list[int]:
     return [
         size for size in sizes if size <= _MOST_RANKS and not errors(layout_findings(_resized(subject, {name: size})))
     ]
 
 
-def _resized(subject: Subject, change: dict[str, Any]) -> Subject:
+def _resized(subject: LayoutSpec, change: dict[str, Any]) -> LayoutSpec:
     config = replace(subject.config, gpus_per_node=None, **change)
     return replace(subject, config=config, cluster=Cluster(1, config.world_size, subject.cluster.gpu))

@@ -20,7 +20,7 @@ from dynamo_mpi.layout.weights import stage_weights
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
     from dynamo_mpi.layout.weights import StageWeights
 
 
@@ -159,7 +159,7 @@ class MemoryEstimate:
         }
 
 
-def estimate(subject: Subject, *, fraction: float | None = None) -> MemoryEstimate | None:
+def estimate(subject: LayoutSpec, *, fraction: float | None = None) -> MemoryEstimate | None:
     """Estimate a worker's memory.
 
     Args:
@@ -211,7 +211,12 @@ def _room(stage: StageMemory) -> tuple[bool, float, int]:
 
 
 def _stages(
-    subject: Subject, weights: Iterable[StageWeights], room: int | None, fraction: float, length: int | None, block: int
+    subject: LayoutSpec,
+    weights: Iterable[StageWeights],
+    room: int | None,
+    fraction: float,
+    length: int | None,
+    block: int,
 ) -> Iterator[StageMemory]:
     layout, limit = subject.layout, subject.config.kv_cache.max_tokens
     ranks = layout.tp_size * layout.cp_size
@@ -252,7 +257,7 @@ def _tokens(stage: StageMemory, space: int, length: int | None) -> int | None:
     return space * length // size if size else None
 
 
-def _assumptions(subject: Subject) -> Iterable[str]:
+def _assumptions(subject: LayoutSpec) -> Iterable[str]:
     shape = subject.shape
     if not dtype_known(shape):
         yield "the model's config names no dtype that we know: 2 bytes for each element that isn't quantised"

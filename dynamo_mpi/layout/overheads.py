@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.layout import defaults
 
 if TYPE_CHECKING:
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _GIB = 2**30
 _NCCL = int(0.35 * _GIB)
@@ -24,7 +24,7 @@ _ACTIVATIONS = {
 }
 
 
-def activation_bytes(subject: Subject) -> int:
+def activation_bytes(subject: LayoutSpec) -> int:
     """Return the activations of the largest step, by a rule of thumb."""
     shape, config = subject.shape, subject.config
     ranks = max(size for size in (1, 2, 4, 8) if size <= subject.layout.attention_tp_size)
@@ -37,7 +37,7 @@ def activation_bytes(subject: Subject) -> int:
     return int(2 * (config.max_num_tokens or defaults.MAX_NUM_TOKENS) * width * _ACTIVATIONS[family][ranks])
 
 
-def workspace_bytes(subject: Subject) -> int:
+def workspace_bytes(subject: LayoutSpec) -> int:
     """C4: return what experts need to exchange tokens. It grows with attention DP, unless the engine config limits it."""
     experts, config, layout = subject.shape.experts, subject.config, subject.layout
     if experts is None or not experts.per_token:
@@ -47,7 +47,7 @@ def workspace_bytes(subject: Subject) -> int:
     return 4 * tokens * width * experts.count * experts.per_token // max(1, layout.moe_ep_size) // 128
 
 
-def outside_bytes(subject: Subject) -> int:
+def outside_bytes(subject: LayoutSpec) -> int:
     """Return what lies outside torch: NCCL, CUDA graphs, and the rest."""
     config = subject.config
     graphs = 0

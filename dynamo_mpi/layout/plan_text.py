@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.planner import Plan
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _ENGINE_CONFIG = "engine.yaml"
 
 
 def describe_plans(
-    model: str, path: str, subject: Subject, plans: Sequence[Plan], general: Sequence[Finding], limit: int
+    model: str, path: str, subject: LayoutSpec, plans: Sequence[Plan], general: Sequence[Finding], limit: int
 ) -> str:
     """Write down the best layouts as a table, and the first with its YAML and its srun line.
 
@@ -58,7 +58,7 @@ def describe_plans(
     return "\n\n".join(parts)
 
 
-def _enough(subject: Subject) -> str:
+def _enough(subject: LayoutSpec) -> str:
     more = suggestions(subject, 1)
     if not more:
         return "take GPUs with more memory, or a checkpoint in FP8 or NVFP4"
@@ -78,7 +78,7 @@ def _indent(text: str) -> str:
 
 
 def plans_as_json(
-    model: str, path: str, subject: Subject, plans: Sequence[Plan], general: Sequence[Finding]
+    model: str, path: str, subject: LayoutSpec, plans: Sequence[Plan], general: Sequence[Finding]
 ) -> dict[str, Any]:
     """Return all layouts as plain data, best first, each with its YAML and its srun line."""
     return {

@@ -14,7 +14,7 @@ from dynamo_mpi.layout.finding import errors
 from dynamo_mpi.layout.layout import HELIX, Layout, cluster_for
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Plan:
         reasons: why it stands where it stands.
     """
 
-    subject: Subject
+    subject: LayoutSpec
     findings: tuple[Finding, ...]
     memory: MemoryEstimate | None
     fits: bool | None
@@ -66,7 +66,7 @@ class Plan:
         )
 
 
-def plan(subject: Subject) -> list[Plan]:
+def plan(subject: LayoutSpec) -> list[Plan]:
     """Find all legal layouts of a worker on its GPUs, best first; HELIX for decode workers only, and not with attention DP.
 
     Args:
@@ -76,7 +76,7 @@ def plan(subject: Subject) -> list[Plan]:
     return sorted(found, key=lambda made: made.order)
 
 
-def nearest(subject: Subject, count: int = 3) -> list[Plan]:
+def nearest(subject: LayoutSpec, count: int = 3) -> list[Plan]:
     """Find the legal layouts on the same GPUs that differ least from one that isn't, nearest first; those that don't fit come last.
 
     Layouts that differ in their experts alone count as one, unless the config speaks of experts.
@@ -100,7 +100,7 @@ def nearest(subject: Subject, count: int = 3) -> list[Plan]:
     return list(found.values())[:count]
 
 
-def workable_sizes(subject: Subject, count: int = 3) -> list[int]:
+def workable_sizes(subject: LayoutSpec, count: int = 3) -> list[int]:
     """Return the largest numbers of GPUs, below the subject's, that some layout uses to the full, ascending."""
     found: list[int] = []
     per_node = subject.cluster.gpus_per_node
@@ -116,7 +116,7 @@ def workable_sizes(subject: Subject, count: int = 3) -> list[int]:
     return sorted(found)
 
 
-def _candidates(subject: Subject) -> Iterator[Subject]:
+def _candidates(subject: LayoutSpec) -> Iterator[LayoutSpec]:
     world = subject.cluster.world_size
     experts, suits = subject.shape.experts, subject.shape.suits_attention_dp
     helix = subject.role == "decode" and subject.shape.state_space is None
@@ -169,7 +169,7 @@ def _resize(
     )
 
 
-def _judge(candidate: Subject) -> Plan | None:
+def _judge(candidate: LayoutSpec) -> Plan | None:
     findings = layout_findings(candidate)
     if errors(findings):
         return None
@@ -179,7 +179,7 @@ def _judge(candidate: Subject) -> Plan | None:
     return Plan(candidate, tuple(findings), memory, fits, copies, tuple(_reasons(candidate, fits, copies)))
 
 
-def _kv_copies(subject: Subject) -> int:
+def _kv_copies(subject: LayoutSpec) -> int:
     """B4: ranks that hold the same keys and values. A latent (MLA) is whole on every tp rank."""
     kv_heads, tp_size = subject.shape.kv_heads, subject.layout.attention_tp_size
     if subject.shape.latent is not None:
@@ -187,14 +187,14 @@ def _kv_copies(subject: Subject) -> int:
     return 1 if kv_heads is None else heads.kv_copies(kv_heads, tp_size)
 
 
-def _crosses(subject: Subject) -> int:
+def _crosses(subject: LayoutSpec) -> int:
     """Does attention's or a dense MLP's all-reduce leave the node? Under attention DP with whole experts only their all-to-all does."""
     layout = subject.layout
     wide = layout.enable_attention_dp and layout.moe_tp_size == 1 and subject.shape.experts is not None
     return int(layout.leaves_nvlink(subject.cluster) and not wide)
 
 
-def _reasons(subject: Subject, fits: bool | None, copies: int) -> Iterator[str]:
+def _reasons(subject: LayoutSpec, fits: bool | None, copies: int) -> Iterator[str]:
     layout, cluster = subject.layout, subject.cluster
     if fits is False:
         yield "does not fit"

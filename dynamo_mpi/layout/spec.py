@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LayoutSpec:
     """One worker.
 
     Args:
@@ -56,4 +56,4 @@ class Subject:
 
 
 if TYPE_CHECKING:
-    Rule = Callable[[Subject], Iterable[Finding]]
+    Rule = Callable[[LayoutSpec], Iterable[Finding]]

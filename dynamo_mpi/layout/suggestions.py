@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.engine_config import EngineConfig
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _MANY = 1000
 _MOST_NODES = 16
 
 
-def meant_by_more_experts_than_ranks(subject: Subject) -> list[Subject]:
+def meant_by_more_experts_than_ranks(subject: LayoutSpec) -> list[LayoutSpec]:
     """Return the legal layouts that give a tp and an ep at once where ep is the larger: TP8/EP16 on 8 ranks.
 
     Each takes as many ranks as ep asks for, spread over nodes of the same size: as tp with attention DP, as pipeline stages of tp ranks, or,
@@ -58,7 +58,7 @@ def _wider(config: EngineConfig, tp_size: int, ep_size: int, role: str) -> Itera
     yield replace(free, tp_size=ep_size), role
 
 
-def other_shapes(subjects: list[Subject]) -> str:
+def other_shapes(subjects: list[LayoutSpec]) -> str:
     """Name layouts with the ranks and the role they need: ``16 ranks: TP16/EP16 with attention DP, or TP8/EP8/PP2``."""
     by_world: dict[int, list[str]] = {}
     for subject in subjects:
@@ -66,7 +66,7 @@ def other_shapes(subjects: list[Subject]) -> str:
     return "; on ".join(f"{world} ranks: {', or '.join(names)}" for world, names in by_world.items())
 
 
-def suggestions(subject: Subject, count: int = 3) -> list[Subject]:
+def suggestions(subject: LayoutSpec, count: int = 3) -> list[LayoutSpec]:
     """Return layouts that pass every rule: those that give what was meant, then the nearest on the same GPUs, or, where none fits on
     them, the best on more of them.
 
@@ -87,10 +87,10 @@ def suggestions(subject: Subject, count: int = 3) -> list[Subject]:
     return found
 
 
-def _fits(subject: Subject) -> bool:
+def _fits(subject: LayoutSpec) -> bool:
     memory = estimate(subject)
     return memory is None or memory.fits is not False
 
 
-def _passes(subject: Subject) -> bool:
+def _passes(subject: LayoutSpec) -> bool:
     return all(finding.rule.startswith(("H", "I")) for finding in errors(all_findings(subject)))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from dynamo_mpi.layout.model_shape import ModelShape
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StageWeights:
     bytes: int
 
 
-def split_of(subject: Subject) -> Split:
+def split_of(subject: LayoutSpec) -> Split:
     """Read off a layout how it divides weights (C1, C2, E9, F10)."""
     layout, moe = subject.layout, subject.config.moe
     return Split(
@@ -96,7 +96,7 @@ def _missing_of_attention(shape: ModelShape) -> Iterator[str]:
         )
 
 
-def stage_weights(subject: Subject) -> tuple[StageWeights, ...] | None:
+def stage_weights(subject: LayoutSpec) -> tuple[StageWeights, ...] | None:
     """Count the weights of each pipeline stage's ranks; all ranks of a stage hold as much.
 
     Returns:
@@ -143,7 +143,7 @@ def total_parameters(shape: ModelShape) -> int | None:
     return layers + end_elements(shape, whole, first=True, last=True).total
 
 
-def mtp_layer(subject: Subject) -> tuple[Layer, int] | None:
+def mtp_layer(subject: LayoutSpec) -> tuple[Layer, int] | None:
     """F6: the layer for multi-token prediction and how often the last stage holds it; None without such speculation."""
     shape, speculative = subject.shape, subject.config.speculative
     if speculative is None or (speculative.decoding_type or "").upper() != "MTP" or not shape.nextn_layers:

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 VARIABLE = "SLURM_JOB_END_TIME"
-TIME_IS_UP = "the launcher says that its time is nearly up (SIGUSR1): ending in order"
+TIME_LIMIT_REACHED = "the launcher says that its time is nearly up (SIGUSR1): ending in order"
 """Why an end begins, where Slurm's ``--signal`` says so."""
 
 
-class TimeLimit(NamedTuple):
+class JobTimeLimit(NamedTuple):
     """The end of the job's time, as it stood when the job began: Slurm doesn't tell its processes of a later change.
 
     Args:
@@ -25,7 +25,7 @@ class TimeLimit(NamedTuple):
     end: float
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> TimeLimit | None:
+    def of(cls, environ: Mapping[str, str]) -> JobTimeLimit | None:
         """Return what Slurm says in ``SLURM_JOB_END_TIME``; None where it doesn't, as before its version 23."""
         text = environ.get(VARIABLE, "")
         return cls(float(text)) if text.isascii() and text.isdecimal() and 0 < int(text) < 2**33 else None
@@ -51,7 +51,7 @@ class TimeLimit(NamedTuple):
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.end))
 
 
-def end_in_time(
+def schedule_drain(
     environ: Mapping[str, str], needed: float, act: Callable[[str], object], warn: Callable[[str], None]
 ) -> Callable[[], None]:
     """Have ``act`` called so early that an orderly end comes before the job's time is up; a warning, where it is too late for that.
@@ -65,7 +65,7 @@ def end_in_time(
     Returns:
         What calls it off.
     """
-    limit, now = TimeLimit.of(environ), time.time()
+    limit, now = JobTimeLimit.of(environ), time.time()
     pause = None if limit is None else limit.pause(needed, now)
     if limit is not None and pause is None:
         warn(limit.too_late(needed, now))

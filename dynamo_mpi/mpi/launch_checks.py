@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dynamo_mpi.common.errors import MislaunchError
-from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.common.errors import LaunchError
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 
 
 class MpiLibrary(NamedTuple):
@@ -30,7 +30,7 @@ class MpiLibrary(NamedTuple):
     pmix: bool = False
 
 
-def identify_library(text: str) -> MpiLibrary:
+def identify_mpi(text: str) -> MpiLibrary:
     """Read what ``MPI_Get_library_version`` returned."""
     stripped = text.strip().strip("\0")
     first = (stripped.splitlines() or [""])[0].split(", package", 1)[0].replace("\t", " ").strip()
@@ -42,11 +42,11 @@ def identify_library(text: str) -> MpiLibrary:
     return MpiLibrary("unknown", first)
 
 
-def refuse_mislaunch(launch: Launch, library: MpiLibrary) -> None:
+def check_launch(launch: LaunchInfo, library: MpiLibrary) -> None:
     """Refuse a launch that can't become one world.
 
     Raises:
-        MislaunchError: saying what was found, and the command that does what was meant.
+        LaunchError: saying what was found, and the command that does what was meant.
     """
     _refuse_singletons(launch, library)
     _refuse_wrong_library(launch, library)
@@ -54,29 +54,29 @@ def refuse_mislaunch(launch: Launch, library: MpiLibrary) -> None:
     _refuse_scatter(launch)
 
 
-def _refuse_singletons(launch: Launch, library: MpiLibrary) -> None:
-    if launch.launcher is Launcher.SLURM_BARE and launch.size > 1:
-        raise MislaunchError(
+def _refuse_singletons(launch: LaunchInfo, library: MpiLibrary) -> None:
+    if launch.launcher is Launcher.SRUN_WITHOUT_MPI and launch.size > 1:
+        raise LaunchError(
             f"srun started {launch.size} tasks without an MPI plugin: each would be rank 0 of a world of 1",
             needed=f"one MPI world of {launch.size} ranks",
             fix="srun --mpi=pmix ...   (see `srun --mpi=list`; with MPICH: --mpi=pmi2)",
         )
-    if launch.launcher is Launcher.SLURM_BARE and library.version.startswith("Open MPI v4."):
+    if launch.launcher is Launcher.SRUN_WITHOUT_MPI and library.version.startswith("Open MPI v4."):
         # 5.x, and MPICH, form a world of one there
-        raise MislaunchError(
+        raise LaunchError(
             f"srun started one task without an MPI plugin, where {library.version} can't even start alone",
             needed="srun with the plugin of mpi4py's MPI library",
             fix="srun --mpi=pmix ...   (see `srun --mpi=list`)",
         )
     if launch.launcher is Launcher.SLURM_SHELL and launch.size > 1:
-        raise MislaunchError(
+        raise LaunchError(
             f"started once, without srun, inside Slurm job {launch.job_id} of {launch.size} tasks",
             needed=f"one MPI world of {launch.size} ranks",
             fix=f"srun --mpi=pmix -n {launch.size} python -m dynamo_mpi.worker ...   (with MPICH: --mpi=pmi2)",
         )
 
 
-def _refuse_wrong_library(launch: Launch, library: MpiLibrary) -> None:
+def _refuse_wrong_library(launch: LaunchInfo, library: MpiLibrary) -> None:
     pairs = {
         Launcher.OPEN_MPI: ("openmpi", "mpiexec of the MPI that mpi4py uses"),
         Launcher.HYDRA: ("mpich", "mpirun of the MPI that mpi4py uses"),
@@ -91,7 +91,7 @@ def _refuse_wrong_library(launch: Launch, library: MpiLibrary) -> None:
     else:
         return
     name = {"openmpi": "Open MPI", "mpich": "MPICH"}[family]
-    raise MislaunchError(
+    raise LaunchError(
         f"the ranks were started by {launch.launcher.value}, but mpi4py uses {library.version}: "
         "each rank would be alone",
         needed=f"an mpi4py over {name}, or the launcher that goes with its library",
@@ -100,39 +100,39 @@ def _refuse_wrong_library(launch: Launch, library: MpiLibrary) -> None:
     )
 
 
-def _refuse_placement(launch: Launch) -> None:
+def _refuse_placement(launch: LaunchInfo) -> None:
     per_node = launch.ranks_per_node
     if per_node is None or launch.size <= 1:
         return
     if len(set(per_node)) > 1:
-        raise MislaunchError(
+        raise LaunchError(
             f"the {launch.size} ranks are spread unequally over {len(per_node)} nodes: {', '.join(map(str, per_node))}",
             needed="the same number of ranks on every node: the engine takes node = rank // ranks per node (A11)",
             fix=f"srun --nodes={len(per_node)} --ntasks-per-node={-(-launch.size // len(per_node))} ...",
         )
 
 
-def _refuse_scatter(launch: Launch) -> None:
+def _refuse_scatter(launch: LaunchInfo) -> None:
     if launch.in_blocks is False:
-        raise MislaunchError(
+        raise LaunchError(
             f"the {launch.size} ranks are not placed in blocks: ranks that follow each other are on different nodes",
             needed="consecutive ranks on each node: the engine takes node = rank // ranks per node (A11)",
             fix="srun --distribution=block ...",
         )
 
 
-def refuse_world_size(launch: Launch, library: MpiLibrary, world_size: int) -> None:
+def check_world_size(launch: LaunchInfo, library: MpiLibrary, world_size: int) -> None:
     """Compare the launcher's number of ranks with MPI's, once MPI runs.
 
     Raises:
-        MislaunchError: they differ, so MPI did not understand its launcher.
+        LaunchError: they differ, so MPI did not understand its launcher.
     """
     if launch.size and launch.size != world_size:
         variable = {
             Launcher.OPEN_MPI: "OMPI_COMM_WORLD_SIZE",
             Launcher.HYDRA: "PMI_SIZE",
         }.get(launch.launcher, "SLURM_NTASKS")
-        raise MislaunchError(
+        raise LaunchError(
             f"{launch.launcher.value} started {launch.size} ranks ({variable}={launch.size}), "
             f"but MPI formed a world of {world_size} ({library.version})",
             needed="an MPI library that understands its launcher",

@@ -24,7 +24,7 @@ class Launcher(Enum):
 
     SLURM_PMIX = "srun --mpi=pmix"
     SLURM_PMI2 = "srun --mpi=pmi2"
-    SLURM_BARE = "srun without an MPI plugin"
+    SRUN_WITHOUT_MPI = "srun without an MPI plugin"
     SLURM_SHELL = "a shell inside a Slurm allocation"
     OPEN_MPI = "Open MPI's mpirun"
     HYDRA = "MPICH's mpiexec"
@@ -32,7 +32,7 @@ class Launcher(Enum):
     ALONE = "no launcher"
 
 
-class Launch(NamedTuple):
+class LaunchInfo(NamedTuple):
     """One rank's view of its launch. What the launcher doesn't tell is None.
 
     Args:
@@ -58,11 +58,11 @@ class Launch(NamedTuple):
     step_id: str | None = None
 
 
-def detect(environ: Mapping[str, str]) -> Launch:
+def detect_launcher(environ: Mapping[str, str]) -> LaunchInfo:
     """Tell from ``environ`` what started this process. Never raises: what can't be read is left out."""
     job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
     if "OMPI_COMM_WORLD_SIZE" in environ:
-        return Launch(
+        return LaunchInfo(
             Launcher.OPEN_MPI,
             rank=_number(environ, "OMPI_COMM_WORLD_RANK") or 0,
             size=_number(environ, "OMPI_COMM_WORLD_SIZE") or 1,
@@ -71,7 +71,7 @@ def detect(environ: Mapping[str, str]) -> Launch:
             job_id=job,
         )
     if "PMI_RANK" in environ and ("HYDI_CONTROL_FD" in environ or "MPI_LOCALNRANKS" in environ or step is None):
-        return Launch(
+        return LaunchInfo(
             Launcher.HYDRA,
             rank=_number(environ, "PMI_RANK") or 0,
             size=_number(environ, "PMI_SIZE") or 1,
@@ -83,26 +83,26 @@ def detect(environ: Mapping[str, str]) -> Launch:
         return _slurm_step(environ, job, step)
     if "PMIX_RANK" in environ:
         # PMIx itself tells the size only to a client of its library: MPI will know it
-        return Launch(Launcher.PMIX, rank=_number(environ, "PMIX_RANK") or 0, size=0, job_id=job)
+        return LaunchInfo(Launcher.PMIX, rank=_number(environ, "PMIX_RANK") or 0, size=0, job_id=job)
     if job is not None and "SLURM_NTASKS" in environ:
-        return Launch(Launcher.SLURM_SHELL, size=_number(environ, "SLURM_NTASKS") or 1, job_id=job)
-    return Launch(Launcher.ALONE, job_id=job)
+        return LaunchInfo(Launcher.SLURM_SHELL, size=_number(environ, "SLURM_NTASKS") or 1, job_id=job)
+    return LaunchInfo(Launcher.ALONE, job_id=job)
 
 
-def _slurm_step(environ: Mapping[str, str], job: str | None, step: str) -> Launch:
+def _slurm_step(environ: Mapping[str, str], job: str | None, step: str) -> LaunchInfo:
     if "PMIX_RANK" in environ:
         launcher = Launcher.SLURM_PMIX
     elif "PMI_RANK" in environ:
         launcher = Launcher.SLURM_PMI2
     else:
-        launcher = Launcher.SLURM_BARE
+        launcher = Launcher.SRUN_WITHOUT_MPI
     per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     ranks_per_node = expand_tasks_per_node(per_node) if per_node else None
     node = _number(environ, "SLURM_NODEID")
     local_size = None
     if ranks_per_node is not None and node is not None and node < len(ranks_per_node):
         local_size = ranks_per_node[node]
-    return Launch(
+    return LaunchInfo(
         launcher,
         rank=_number(environ, "SLURM_PROCID") or 0,
         size=_number(environ, "SLURM_STEP_NUM_TASKS") or _number(environ, "SLURM_NTASKS") or 1,

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-class Placed(Protocol):
+class HasHost(Protocol):
     """A rank that is somewhere."""
 
     @property
@@ -17,12 +17,12 @@ class Placed(Protocol):
         """Its node's name."""
 
 
-def hosts(ranks: Sequence[Placed]) -> tuple[str, ...]:
+def hosts(ranks: Sequence[HasHost]) -> tuple[str, ...]:
     """Return the hosts in the order of their first rank."""
     return tuple(dict.fromkeys(place.host for place in ranks))
 
 
-def ranks_by_host(ranks: Sequence[Placed]) -> dict[str, list[int]]:
+def ranks_by_host(ranks: Sequence[HasHost]) -> dict[str, list[int]]:
     """Return each host's ranks, hosts in the order of their first rank."""
     found: dict[str, list[int]] = {}
     for rank, place in enumerate(ranks):
@@ -30,7 +30,7 @@ def ranks_by_host(ranks: Sequence[Placed]) -> dict[str, list[int]]:
     return found
 
 
-def describe_ranks(ranks: Sequence[int], world: Sequence[Placed]) -> str:
+def describe_ranks(ranks: Sequence[int], world: Sequence[HasHost]) -> str:
     """Name ranks with their hosts: ``rank 3 on n1``, ``ranks 0-3 on n1 and 4-7 on n2``.
 
     Args:

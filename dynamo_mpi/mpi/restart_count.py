@@ -14,7 +14,7 @@ _REQUEUED = "SLURM_RESTART_COUNT"
 _MOST = 10**6
 
 
-def attempt_of(environ: Mapping[str, str]) -> int:
+def restart_count(environ: Mapping[str, str]) -> int:
     """Return the number of this start: the starter's count, and one more for each time that Slurm has begun the job anew."""
     return starts_before(environ) + 1 + _count(environ, _REQUEUED)
 

@@ -12,7 +12,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import MislaunchError
+from dynamo_mpi.common.errors import LaunchError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -24,7 +24,7 @@ _ABORT_SECONDS = 0.5
 
 
 class World:
-    """A duplicate of ``COMM_WORLD`` for the bootstrap's own collectives. Build it with `form_world`."""
+    """A duplicate of ``COMM_WORLD`` for the bootstrap's own collectives. Build it with `init_mpi`."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm
@@ -68,18 +68,18 @@ class World:
 
     def abort(self, code: int) -> None:
         """End all ranks now, with exit code ``code`` where the launcher hands it on. Does not return."""
-        from dynamo_mpi.common.hard_exit import exit_after
+        from dynamo_mpi.common.hard_exit import hard_exit_after
 
         # an MPI that can't end its ranks is no reason to stay
-        exit_after(_ABORT_SECONDS, code)
+        hard_exit_after(_ABORT_SECONDS, code)
         self.comm.Abort(code)
 
 
-def bind_library() -> str:
+def load_mpi_library() -> str:
     """Import mpi4py without starting MPI, and return what its library says of itself.
 
     Raises:
-        MislaunchError: mpi4py is missing, or finds no MPI library.
+        LaunchError: mpi4py is missing, or finds no MPI library.
     """
     try:
         import mpi4py
@@ -93,14 +93,14 @@ def bind_library() -> str:
 
         return MPI.Get_library_version()
     except (ImportError, RuntimeError, OSError) as error:
-        raise MislaunchError(
+        raise LaunchError(
             f"mpi4py can't be used: {' '.join(str(error).split())}",
             needed="mpi4py and the MPI library of the launcher",
             fix="pip install mpi4py, and load the MPI module (or set MPI4PY_LIBMPI=/path/to/libmpi.so)",
         ) from None
 
 
-def form_world(*, alone: bool = False, alone_on_node: bool = False) -> World:
+def init_mpi(*, alone: bool = False, alone_on_node: bool = False) -> World:
     """Start MPI and return the world. Collective; call it once per process.
 
     Args:
@@ -108,7 +108,7 @@ def form_world(*, alone: bool = False, alone_on_node: bool = False) -> World:
         alone_on_node: it is the only rank of its node.
 
     Raises:
-        MislaunchError: the MPI library doesn't let several threads call it, which the engines need.
+        LaunchError: the MPI library doesn't let several threads call it, which the engines need.
     """
     from mpi4py import MPI
 
@@ -121,7 +121,7 @@ def form_world(*, alone: bool = False, alone_on_node: bool = False) -> World:
     if not MPI.Is_initialized():
         start_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
-        raise MislaunchError(
+        raise LaunchError(
             "the MPI library grants less than MPI_THREAD_MULTIPLE",
             needed="an MPI built with thread support: the engine talks from a thread of its own",
             fix="use an Open MPI or MPICH built with --enable-mpi-threads / --enable-threads=multiple",
@@ -142,7 +142,7 @@ def start_mpi() -> None:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
         return
     if start(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int())) != MPI.SUCCESS:
-        raise MislaunchError(
+        raise LaunchError(
             "MPI could not be started",
             needed="a launcher that goes with the MPI library",
             fix="what the library says above; dynamo-mpi's README lists the combinations that were tested",
@@ -150,10 +150,10 @@ def start_mpi() -> None:
     # what mpi4py does when it starts MPI itself
     for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
         communicator.Set_errhandler(MPI.ERRORS_RETURN)
-    atexit.register(end_mpi)
+    atexit.register(finalize_mpi)
 
 
-def end_mpi() -> None:
+def finalize_mpi() -> None:
     """End MPI where it was started. Waits for the other ranks; idempotent."""
     from mpi4py import MPI
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import AuthorisationError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, UsageError
 from dynamo_mpi.common.record_codec import read_fields
 from dynamo_mpi.config.options import Option, to_name, to_path, to_text
 
@@ -157,7 +157,7 @@ def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deploym
 
     Raises:
         UsageError: several deployments could be meant.
-        AuthorisationError: the folder is another user's.
+        AuthorizationError: the folder is another user's.
     """
     if run_dir is None:
         if any(environ.get(name) for name in _NAME_ETCD) and not environ.get("SLURM_JOB_ID"):
@@ -184,7 +184,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """Return what a JSON file holds; nothing if it doesn't exist, or is no object.
 
     Raises:
-        AuthorisationError: we may not read it.
+        AuthorizationError: we may not read it.
     """
     try:
         # listed, and not opened by its name: a network file system remembers for a while that something didn't exist
@@ -192,7 +192,7 @@ def _read_object(path: Path) -> dict[str, Any]:
             return {}
         content = json.loads(path.read_text(encoding="utf-8"))
     except PermissionError:
-        raise AuthorisationError(
+        raise AuthorizationError(
             f"{path} can't be read", needed="a run folder of this user's", fix="ask the user who launched it"
         ) from None
     except (OSError, ValueError, RecursionError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from dynamo_mpi.common.errors import BootstrapError, DiscoveryError
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.phases import PHASES
 from dynamo_mpi.common.record_codec import sanitize
@@ -107,7 +107,7 @@ def read_status(
 
     Raises:
         DiscoveryError: etcd doesn't answer.
-        AuthorisationError: it refuses us.
+        AuthorizationError: it refuses us.
         UsageError: what is set for it can't be used.
     """
     environ = deployment.environ
@@ -147,8 +147,8 @@ def _order(worker: StoredRecord) -> tuple[object, ...]:
 
 
 def _warnings(unreadable: Mapping[str, str], odd: Mapping[str, list[str]]) -> list[str]:
-    left_out = [f"{sanitize(key)} can't be read, and is left out: {why}" for key, why in unreadable.items()]
-    return left_out + [f"{sanitize(key)}: {', '.join(problems[:4])}" for key, problems in odd.items()]
+    skipped_checks = [f"{sanitize(key)} can't be read, and is left out: {why}" for key, why in unreadable.items()]
+    return skipped_checks + [f"{sanitize(key)}: {', '.join(problems[:4])}" for key, problems in odd.items()]
 
 
 def _unknown(worker: StoredRecord) -> list[str]:
@@ -215,7 +215,7 @@ class _Services:
     def _ask(self, name: str, url: str, look: Callable[[str], Service]) -> None:
         try:
             self._found[name] = look(url)
-        except (OSError, ValueError, BootstrapError) as error:
+        except (OSError, ValueError, DynamoMpiError) as error:
             note = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
             self._found[name] = Service(name, _display(url), False, sanitize(note))
 

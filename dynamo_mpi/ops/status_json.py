@@ -27,7 +27,7 @@ from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.ops.readiness import missing_items
 
 if TYPE_CHECKING:
-    from dynamo_mpi.common.errors import BootstrapError
+    from dynamo_mpi.common.errors import DynamoMpiError
     from dynamo_mpi.discovery.failure_records import StoredFailure
     from dynamo_mpi.discovery.records import StoredRecord
     from dynamo_mpi.ops.status import DeploymentStatus
@@ -64,7 +64,7 @@ def as_json(status: DeploymentStatus) -> dict[str, Any]:
     }
 
 
-def error_as_json(error: BootstrapError) -> dict[str, Any]:
+def error_as_json(error: DynamoMpiError) -> dict[str, Any]:
     """Return why there is no status."""
     return {"ok": False, "error": error.plain()}
 

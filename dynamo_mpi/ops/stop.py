@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import AuthorisationError, DeadlineError, DiscoveryError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, PhaseTimeoutError, UsageError
 from dynamo_mpi.deploy.steps import SlurmEndings
 from dynamo_mpi.ops.format import format_nodes, format_position
 from dynamo_mpi.ops.status import read_status
@@ -127,10 +127,10 @@ def stop_workers(selector: WorkerSelector, seconds: float, log: Callable[[str], 
         log: takes one line.
 
     Raises:
-        DeadlineError: some still exist.
+        PhaseTimeoutError: some still exist.
         UsageError: some can't be asked from here.
         DiscoveryError: etcd doesn't answer, before anything was done.
-        AuthorisationError: the same, and it refuses us.
+        AuthorizationError: the same, and it refuses us.
     """
     end = time.monotonic() + seconds
     methods = [stop_method_for(worker) for worker in selector.workers()]
@@ -162,14 +162,14 @@ def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: flo
         problem = ""
         try:
             left = [worker for worker in selector.workers() if worker.key in keys]
-        except (DiscoveryError, AuthorisationError) as error:
+        except (DiscoveryError, AuthorizationError) as error:
             problem = f"; {error.found}"
         if not problem and not left and not any(m.pid and is_ours(m.worker.record) for m in methods):
             return
         if time.monotonic() >= end:
             now, records = time.time(), [worker.record for worker in left]
             listed = "; ".join(f"{w.role} on {format_nodes(w.hosts)}: {format_position(w, now)}" for w in records)
-            raise DeadlineError(
+            raise PhaseTimeoutError(
                 f"not ended in time: {listed or 'its process is still there'}{problem}",
                 fix="a longer --timeout where requests take longer, or end its launcher",
             )

@@ -12,12 +12,12 @@ from urllib.parse import urlsplit
 
 from dynamo_mpi.common.backoff import News
 from dynamo_mpi.common.errors import (
-    AuthorisationError,
-    BootstrapError,
-    DeadlineError,
+    AuthorizationError,
     DiscoveryError,
+    DynamoMpiError,
     EngineError,
-    TemporaryError,
+    PhaseTimeoutError,
+    RetryableError,
 )
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.record_codec import sanitize
@@ -84,7 +84,7 @@ class WaitResult:
     status: DeploymentStatus | None = None
     missing: list[MissingItem] = field(default_factory=list)
     answers: dict[str, Answer] = field(default_factory=dict)
-    error: BootstrapError | None = None
+    error: DynamoMpiError | None = None
     exit_code: int = ExitCode.OK
 
 
@@ -103,7 +103,7 @@ class ReadinessWaiter:
         self._end = self._began + request.timeout
         self._known: set[tuple[str, float]] | None = None
         self._refusals = 0
-        self._problem: BootstrapError | None = None
+        self._problem: DynamoMpiError | None = None
         self._outcome = WaitResult()
 
     def run(self) -> WaitResult:
@@ -122,7 +122,7 @@ class ReadinessWaiter:
                 time.sleep(max(0.0, min(POLL_SECONDS, self._end - time.monotonic())))
         except StepFailed as error:
             outcome.error, outcome.exit_code = error, error.status
-        except (AuthorisationError, DiscoveryError, DeadlineError, TemporaryError) as error:
+        except (AuthorizationError, DiscoveryError, PhaseTimeoutError, RetryableError) as error:
             outcome.error, outcome.exit_code = error, error.exit_code
         outcome.seconds = time.monotonic() - self._began
         return outcome
@@ -145,7 +145,7 @@ class ReadinessWaiter:
             self._problem = error
             outcome.missing = [MissingItem("etcd", error.found)]
             return False
-        except AuthorisationError as error:
+        except AuthorizationError as error:
             self._refusals, self._problem = self._refusals + 1, error
             if self._refusals >= REFUSALS:
                 raise
@@ -171,7 +171,7 @@ class ReadinessWaiter:
                 raise StepFailed(found, status=status, log="", fix=f"look at {deployment.run_dir}/logs, start it again")
         # twice: it may have ended between the look at its file and the one at its process
         if deployment.launcher_is_dead and find_deployment(self._request.run_dir, self._environ).launch == launch:
-            raise TemporaryError(
+            raise RetryableError(
                 f"the launcher of the deployment in {deployment.run_dir} was killed",
                 needed="a deployment whose launcher lives",
                 fix=f"dynamo-mpi down --run-dir {deployment.run_dir}, and start it again",
@@ -214,11 +214,11 @@ class ReadinessWaiter:
                 if failure in status.open_failures:
                     self._log(f"failed: {format_failure(failure.record, status.name_of(failure), time.time())}")
 
-    def _late(self) -> BootstrapError:
+    def _late(self) -> DynamoMpiError:
         if self._problem is not None:
             return self._problem
         missing = "; ".join(map(str, self._outcome.missing))
-        return DeadlineError(
+        return PhaseTimeoutError(
             f"not ready after {self._request.timeout:g} s: {missing}",
             fix="a longer --timeout where it only takes longer; dynamo-mpi status shows more",
         )

@@ -10,11 +10,11 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.engines.spec import EngineSpec
 
 if TYPE_CHECKING:
-    from dynamo_mpi.checks.preflight import Plan
+    from dynamo_mpi.checks.preflight import PreflightInputs
     from dynamo_mpi.config.worker import Settings
 
 
-def require_startable(settings: Settings) -> None:
+def check_engine_installed(settings: Settings) -> None:
     """Refuse an engine that can't be started here, unless its layout alone is to be checked.
 
     Raises:
@@ -30,7 +30,7 @@ def require_startable(settings: Settings) -> None:
         )
 
 
-def engine_spec(settings: Settings, plan: Plan) -> EngineSpec:
+def engine_spec(settings: Settings, plan: PreflightInputs) -> EngineSpec:
     """Say which engine every rank has to build."""
     config = plan.config
     return EngineSpec(

@@ -8,30 +8,30 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.codec import unpack
-from dynamo_mpi.common.errors import BootstrapError, DeadlineError, EngineError
+from dynamo_mpi.common.codec import decode_strings
+from dynamo_mpi.common.errors import DynamoMpiError, EngineError, PhaseTimeoutError
 from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
-from dynamo_mpi.engines.warmup import prove
+from dynamo_mpi.engines.warmup import run_first_completion
 from dynamo_mpi.mpi.placement import describe_ranks
-from dynamo_mpi.runtime.follower import GO, build_part, late_for, load_part, report_of
+from dynamo_mpi.runtime.follower import GO, abort_if_late, build_engine_shard, encode_error, load_engine_shard
 from dynamo_mpi.runtime.ready_file import remove_ready_file
 from dynamo_mpi.runtime.serving import Registration, run, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.checks.rank_report import Card
+    from dynamo_mpi.checks.rank_report import RankReport
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.runtime.worker_context import WorkerContext
-    from dynamo_mpi.supervisor.shutdown_signals import StopSignals
+    from dynamo_mpi.supervisor.shutdown_signals import ShutdownSignals
 
 _CLOSE_SECONDS = 10.0
 
 
-class EngineLeader:
+class EngineRunner:
     """Leads one worker.
 
     Args:
@@ -40,7 +40,7 @@ class EngineLeader:
         dismiss: releases the other ranks with this code, once all else is done.
     """
 
-    def __init__(self, worker: WorkerContext, signals: StopSignals, dismiss: Callable[[ExitCode], None]) -> None:
+    def __init__(self, worker: WorkerContext, signals: ShutdownSignals, dismiss: Callable[[ExitCode], None]) -> None:
         self._world, self._launch = worker.rank.world, worker.rank.launch
         self._phases, self._log = worker.rank.phases, worker.rank.log
         self._settings, self._guard, self._cards = worker.settings, worker.guard, worker.cards
@@ -60,7 +60,7 @@ class EngineLeader:
 
         Raises:
             EngineError: the engine failed; the other ranks are somewhere inside it.
-            DeadlineError: the same, of one that is late.
+            PhaseTimeoutError: the same, of one that is late.
         """
         late = self._guard.deadline(self._settings.load_timeout, "not loaded", "--load-timeout")
         with self._phases.enter("load"), late:
@@ -70,25 +70,25 @@ class EngineLeader:
         return self._lead(engine, token_id, on_ready)
 
     def _load(self, spec: EngineSpec) -> tuple[ExitCode, Engine | None]:
-        engine, error = build_part(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
+        engine, error = build_engine_shard(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
         code = self._agree(error)
         if engine is None or code is not ExitCode.OK:
             return code, None
-        error = load_part(engine)
-        self._phases.own_part_done()
+        error = load_engine_shard(engine)
+        self._phases.mark_local_done()
         code = self._agree(error)
         return code, engine if code is ExitCode.OK else None
 
     def _agree(self, error: Exception | None) -> ExitCode:
         """Gather what went wrong anywhere, and tell all ranks to go on or to leave."""
-        with late_for(error, self._guard.end):
-            failures = failures_of(self._world.gather(report_of(error)))
+        with abort_if_late(error, self._guard.abort):
+            failures = failures_of(self._world.gather(encode_error(error)))
         if not failures:
             self._world.broadcast(GO)
             return ExitCode.OK
         text, code = describe_failures(failures, self._cards)
         self._log.error(text)
-        self._guard.record(failures, text)
+        self._guard.write_failure_files(failures, text)
         self._dismiss(code)
         return code
 
@@ -114,7 +114,7 @@ class EngineLeader:
         code = ExitCode.OK
         try:
             with self._phases.enter("prove"):
-                prove(engine, token_id, settings.prove_timeout)
+                run_first_completion(engine, token_id, settings.prove_timeout)
             with self._signals.in_event_loop():
                 run(
                     serve(
@@ -125,16 +125,16 @@ class EngineLeader:
                         departure.resolve,
                         on_ready,
                         self._log,
-                        self._signals.expect,
+                        self._signals.on_drain_request,
                         self._on_in_flight,
                     )
                 )
             departure.revoke_leftover()
-        except (EngineError, DeadlineError):
+        except (EngineError, PhaseTimeoutError):
             # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
             raise
-        except BootstrapError as error:
-            self._guard.report(error)
+        except DynamoMpiError as error:
+            self._guard.report_orderly_failure(error)
             code = error.exit_code
         finally:
             remove_ready_file(settings.ready_file)
@@ -153,13 +153,13 @@ def close(engine: Engine, seconds: float) -> None:
     """Close the engine, which waits for the step that is running.
 
     Raises:
-        DeadlineError: it did not close within ``seconds``: a rank hangs in a step.
+        PhaseTimeoutError: it did not close within ``seconds``: a rank hangs in a step.
     """
     closing = threading.Thread(target=engine.close, name="close", daemon=True)
     closing.start()
     closing.join(seconds)
     if closing.is_alive():
-        raise DeadlineError(
+        raise PhaseTimeoutError(
             f"the engine did not stop within {seconds:g} s",
             needed="ranks that still take part in its steps",
             fix="look for a rank that hangs; the world is ended now",
@@ -171,12 +171,12 @@ def failures_of(reports: Sequence[bytes]) -> list[Failure]:
     failures = []
     for rank, report in enumerate(reports):
         if report:
-            code, text = unpack(report)
-            failures.append(Failure(rank, int(code), text, Cause.TOLD, "load", time.monotonic()))
+            code, text = decode_strings(report)
+            failures.append(Failure(rank, int(code), text, DetectedBy.REPORT, "load", time.monotonic()))
     return failures
 
 
-def describe_failures(failures: Sequence[Failure], cards: Sequence[Card]) -> tuple[str, ExitCode]:
+def describe_failures(failures: Sequence[Failure], cards: Sequence[RankReport]) -> tuple[str, ExitCode]:
     """Write down which ranks could not load, and why, each reason once.
 
     Returns:

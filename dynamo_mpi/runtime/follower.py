@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.checks.rank_report import Inquiry, fill_card
-from dynamo_mpi.common.codec import pack
+from dynamo_mpi.checks.rank_report import ReportRequest, collect_rank_report
+from dynamo_mpi.common.codec import encode_strings
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
 
 if TYPE_CHECKING:
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-    from dynamo_mpi.common.phases import Phases
+    from dynamo_mpi.common.phases import PhaseTracker
     from dynamo_mpi.engines.protocol import Engine
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
     from dynamo_mpi.mpi.world import World
     from dynamo_mpi.supervisor.agent_client import NodeAgentClient
     from dynamo_mpi.supervisor.context import RankContext
-    from dynamo_mpi.supervisor.fault_injection import ArmedFault
-    from dynamo_mpi.supervisor.heartbeat_client import Lifeline
-    from dynamo_mpi.telemetry.health_client import Reporter
+    from dynamo_mpi.supervisor.fault_injection import InjectedFault
+    from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
+    from dynamo_mpi.telemetry.health_client import HealthClient
 
 # what rank 0 broadcasts begins with one byte that says how to read the rest
 STOP, GO = b"S", b"G"
@@ -37,7 +37,7 @@ PARTING_SECONDS = 20.0
 """How long rank 0 waits for all ranks to come to their end; longer than it gives the engine to close."""
 
 
-def follow(context: RankContext, fault: ArmedFault | None = None, reporter: Reporter | None = None) -> int:
+def run_follower(context: RankContext, fault: InjectedFault | None = None, reporter: HealthClient | None = None) -> int:
     """Run a follower's part of the worker.
 
     Args:
@@ -59,21 +59,23 @@ def follow(context: RankContext, fault: ArmedFault | None = None, reporter: Repo
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
-        world.gather(fill_card(Inquiry.unpack(message[1:]), launch, context.argv, context.mpi_version).pack())
+        world.gather(
+            collect_rank_report(ReportRequest.unpack(message[1:]), launch, context.argv, context.mpi_version).pack()
+        )
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
     # before the verdict, every file that a rank opens counts
     from dynamo_mpi.common.log_writer import log_writer
-    from dynamo_mpi.supervisor.heartbeat_client import Lifeline
-    from dynamo_mpi.supervisor.rendezvous import Meeting
+    from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
+    from dynamo_mpi.supervisor.rendezvous import Rendezvous
     from dynamo_mpi.supervisor.signal_thread import SignalThread, signals_of
 
-    meeting, packed = Meeting.unpack(message[1:])
+    meeting, packed = Rendezvous.unpack(message[1:])
     log_writer.open_file(meeting.log_dir, meeting.label, world.rank)
-    phases.listen(lambda name: log.debug(f"phase {name}"))
+    phases.on_phase(lambda name: log.debug(f"phase {name}"))
     client.send(f"preflight_done {meeting.as_json()}")
-    lifeline = Lifeline(meeting, world, phases, log, client)
+    lifeline = HeartbeatClient(meeting, world, phases, log, client)
     # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
     # would wait for it in vain, if that has gone, and the launcher with it
     client.uninstall_signal_handlers()
@@ -88,7 +90,7 @@ def follow(context: RankContext, fault: ArmedFault | None = None, reporter: Repo
         stopped = _probe(world, spec, phases) if spec.probe else None
         code = _follow(world, launch, spec, lifeline, phases) if stopped is None else stopped
     except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
-        lifeline.fail(error)
+        lifeline.report_failure(error)
     with phases.enter("exit"):
         # rank 0 looks after those that don't come
         world.barrier(2 * PARTING_SECONDS)
@@ -97,53 +99,55 @@ def follow(context: RankContext, fault: ArmedFault | None = None, reporter: Repo
     return code
 
 
-def _pass_on(client: NodeAgentClient, lifeline: Lifeline, number: int) -> None:
+def _pass_on(client: NodeAgentClient, lifeline: HeartbeatClient, number: int) -> None:
     client.send(f"signalled {number}")
-    lifeline.pass_on(number)
+    lifeline.forward_signal(number)
 
 
-def _probe(world: World, spec: EngineSpec, phases: Phases) -> int | None:
+def _probe(world: World, spec: EngineSpec, phases: PhaseTracker) -> int | None:
     """Take part in the probes; return the exit code where rank 0 has found the hardware not to be as it has to be."""
-    from dynamo_mpi.checks.hardware_check_plan import ProbePlan
-    from dynamo_mpi.checks.run_hardware_checks import take_part
+    from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
+    from dynamo_mpi.checks.run_hardware_checks import run_local
 
     with phases.enter("probe"):
-        take_part(world, ProbePlan.unpack(spec.probe), os.environ)
-        phases.own_part_done()
+        run_local(world, HardwareCheckPlan.unpack(spec.probe), os.environ)
+        phases.mark_local_done()
         message = world.broadcast()
     return message[1] if message[:1] == STOP else None
 
 
-def _follow(world: World, launch: Launch, spec: EngineSpec, lifeline: Lifeline, phases: Phases) -> int:
+def _follow(world: World, launch: LaunchInfo, spec: EngineSpec, lifeline: HeartbeatClient, phases: PhaseTracker) -> int:
     if spec.engine == "trtllm":
         return _follow_trtllm(world, lifeline, phases)
     return _follow_engine(world, launch, spec, lifeline, phases)
 
 
-def _follow_trtllm(world: World, lifeline: Lifeline, phases: Phases) -> int:
+def _follow_trtllm(world: World, lifeline: HeartbeatClient, phases: PhaseTracker) -> int:
     from dynamo_mpi.runtime.trtllm_follower import follow_trtllm
 
     # what TensorRT-LLM does on this rank is not ours to see, so it goes by what rank 0 says
-    lifeline.listen(partial(_keep_step, phases))
+    lifeline.on_phase(partial(_keep_step, phases))
     with phases.enter("load"):
         follow_trtllm(world, lifeline)
     return world.broadcast()[1]
 
 
-def _keep_step(phases: Phases, name: str) -> None:
+def _keep_step(phases: PhaseTracker, name: str) -> None:
     if name in _SHARED and name != phases.current:
         phases.begin(name)
 
 
-def _follow_engine(world: World, launch: Launch, spec: EngineSpec, lifeline: Lifeline, phases: Phases) -> int:
+def _follow_engine(
+    world: World, launch: LaunchInfo, spec: EngineSpec, lifeline: HeartbeatClient, phases: PhaseTracker
+) -> int:
     with phases.enter("load"):
         comm = world.duplicate()
-        engine, error = build_part(spec, comm, launch.local_size or world.size)
+        engine, error = build_engine_shard(spec, comm, launch.local_size or world.size)
         if message := _agree(world, lifeline, error):
             return message[1]
         if engine is not None:
-            error = load_part(engine)
-            phases.own_part_done()
+            error = load_engine_shard(engine)
+            phases.mark_local_done()
             if message := _agree(world, lifeline, error):
                 return message[1]
     with phases.enter("serve"):
@@ -152,10 +156,10 @@ def _follow_engine(world: World, launch: Launch, spec: EngineSpec, lifeline: Lif
     return world.broadcast()[1]
 
 
-def _agree(world: World, lifeline: Lifeline, error: Exception | None) -> bytes:
+def _agree(world: World, lifeline: HeartbeatClient, error: Exception | None) -> bytes:
     """Tell rank 0 how it went, and hear whether to stop: then what it has said, else nothing."""
-    with late_for(error, lifeline.fail):
-        world.gather(report_of(error))
+    with abort_if_late(error, lifeline.report_failure):
+        world.gather(encode_error(error))
     if error is not None:
         lifeline.record(error)
     message = world.broadcast()
@@ -163,7 +167,7 @@ def _agree(world: World, lifeline: Lifeline, error: Exception | None) -> bytes:
 
 
 @contextmanager
-def late_for(error: Exception | None, fail: Callable[[Exception], object]) -> Iterator[None]:
+def abort_if_late(error: Exception | None, fail: Callable[[Exception], object]) -> Iterator[None]:
     """End the world by ``fail`` where the others don't come to hear of ``error`` soon: they may wait for this rank in what it has left."""
     if error is None:
         yield
@@ -180,7 +184,9 @@ def late_for(error: Exception | None, fail: Callable[[Exception], object]) -> It
         timer.cancel()
 
 
-def build_part(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> tuple[Engine | None, Exception | None]:
+def build_engine_shard(
+    spec: EngineSpec, comm: MPI.Intracomm, local_size: int
+) -> tuple[Engine | None, Exception | None]:
     """Build this rank's part of the engine, on rank 0 as on any other.
 
     Building and loading are agreed on apart: loading may be collective, and a rank that could not even build (a package is missing
@@ -195,7 +201,7 @@ def build_part(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> tuple[
         return None, error
 
 
-def load_part(engine: Engine) -> Exception | None:
+def load_engine_shard(engine: Engine) -> Exception | None:
     """Load this rank's part, and return why it could not be loaded."""
     try:
         engine.load()
@@ -204,11 +210,11 @@ def load_part(engine: Engine) -> Exception | None:
     return None
 
 
-def report_of(error: Exception | None) -> bytes:
+def encode_error(error: Exception | None) -> bytes:
     """Return what to tell rank 0: nothing, or the exit code with the error."""
     if error is None:
         return b""
     from dynamo_mpi.common.failure import describe_error
 
     text, code = describe_error(error)
-    return pack([str(code), text])
+    return encode_strings([str(code), text])

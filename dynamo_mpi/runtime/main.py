@@ -16,14 +16,14 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.mpi.launch_checks import identify_library, refuse_mislaunch, refuse_world_size
-from dynamo_mpi.mpi.launcher import Launch, Launcher, detect
-from dynamo_mpi.mpi.world import World, bind_library, end_mpi, form_world
+from dynamo_mpi.mpi.launch_checks import check_launch, check_world_size, identify_mpi
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, detect_launcher
+from dynamo_mpi.mpi.world import World, finalize_mpi, init_mpi, load_mpi_library
 from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 from dynamo_mpi.supervisor.context import RankContext
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.supervisor.agent_client import Agent
-    from dynamo_mpi.supervisor.fault_injection import ArmedFault
-    from dynamo_mpi.telemetry.health_client import Reporter
-    from dynamo_mpi.telemetry.sd_notify import Notifier
+    from dynamo_mpi.supervisor.fault_injection import InjectedFault
+    from dynamo_mpi.telemetry.health_client import HealthClient
+    from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 
 # How long ranks that refuse alone stay, so that all have started and rank 0 has said why: a launcher ends the rest when the first
 # process fails, and no MPI orders them yet.
@@ -52,56 +52,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, the same on every rank.
     """
-    phases = Phases()
+    phases = PhaseTracker()
     words = sys.argv[1:] if argv is None else list(argv)
     # Python would turn Ctrl-C into a traceback on every rank
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    launch = detect(os.environ)
+    launch = detect_launcher(os.environ)
     if {"-h", "--help", "--version"} & set(words):
         return _help(words, launch)
     log = RankLogger(launch.rank, host_name())
-    fault: ArmedFault | None = None
+    fault: InjectedFault | None = None
     try:
         if os.environ.get("DYN_MPI_FAULT"):
             from dynamo_mpi.supervisor.fault_injection import arm
 
             fault = arm(os.environ, launch, phases, log)
         with phases.enter("environment"):
-            library = identify_library(bind_library())
-            refuse_mislaunch(launch, library)
-    except BootstrapError as error:
+            library = identify_mpi(load_mpi_library())
+            check_launch(launch, library)
+    except DynamoMpiError as error:
         return _refuse_alone(error, launch, log)
     agent = _spawn_node_agent(launch, log.host, words)
     # before any thread is started, and after the agent, which would hold what it inherits open
     answers = _answer_probes(launch, log, words)
     client = NodeAgentClient(launch, os.environ, agent, lambda: _respawn_node_agent(launch, log.host, words))
     client.install_signal_handlers()
-    phases.listen(lambda name: client.send(f"phase {name}"), first=True)
-    reporter = None if isinstance(answers, BootstrapError) else answers
+    phases.on_phase(lambda name: client.send(f"phase {name}"), first=True)
+    reporter = None if isinstance(answers, DynamoMpiError) else answers
     if reporter is not None:
-        phases.listen(reporter.tell_phase, first=True)
-        reporter.begin()
+        phases.on_phase(reporter.send_phase, first=True)
+        reporter.start()
     notifier = _notifier(launch, words)
     if notifier is not None:
         # from the next phase on it is one of rank 0's hooks
         notifier.on_phase("world")
     try:
         with phases.enter("world"):
-            if isinstance(answers, BootstrapError):
+            if isinstance(answers, DynamoMpiError):
                 raise answers
-            alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SLURM_BARE)
-            world = form_world(alone=alone, alone_on_node=launch.local_size == 1)
+            alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SRUN_WITHOUT_MPI)
+            world = init_mpi(alone=alone, alone_on_node=launch.local_size == 1)
             if launch.launcher is Launcher.HYDRA and launch.size > 1:
                 from dynamo_mpi.supervisor.shared_memory import segments_of
 
                 # mpiexec removes none of a rank that it kills, and that may be in the next moment
                 client.send(f"segments {' '.join(segments_of(os.getpid()))}")
-            refuse_world_size(launch, library, world.size)
+            check_world_size(launch, library, world.size)
             if launch.local_size is not None and launch.local_size < world.size:
                 from dynamo_mpi.supervisor.agent_invitation import introduce_agents
 
                 introduce_agents(world, launch.local_rank, client, log.host)
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         if notifier is not None:
             notifier.report_failure(str(error))
         code = _refuse_alone(error, launch, log)
@@ -113,22 +113,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = RankLogger(world.rank, log.host)
     context = RankContext(world, launch, words, phases, log, client, library.version)
     if reporter is not None:
-        reporter.tell("rank", str(world.rank))
+        reporter.send("rank", str(world.rank))
     try:
         # what it imports is a part of it
         phases.begin("preflight")
         if world.rank == 0:
-            from dynamo_mpi.runtime.leader import lead
+            from dynamo_mpi.runtime.leader import run_leader
 
-            return _leave(world, client, lead(context, reporter, notifier))
-        from dynamo_mpi.runtime.follower import follow
+            return _leave(world, client, run_leader(context, reporter, notifier))
+        from dynamo_mpi.runtime.follower import run_follower
 
-        return _leave(world, client, follow(context, fault, reporter))
+        return _leave(world, client, run_follower(context, fault, reporter))
     except Exception as error:
         return _abandon(error, world, launch, client, log, phases, words)
 
 
-def _spawn_node_agent(launch: Launch, host: str, words: Sequence[str]) -> Agent | None:
+def _spawn_node_agent(launch: LaunchInfo, host: str, words: Sequence[str]) -> Agent | None:
     """Fork the agent of this node, where that is for this rank to do."""
     if launch.local_rank not in (0, None):
         return None
@@ -137,34 +137,34 @@ def _spawn_node_agent(launch: Launch, host: str, words: Sequence[str]) -> Agent 
     return spawn_node_agent(launch, host, words, os.environ)
 
 
-def _respawn_node_agent(launch: Launch, host: str, words: Sequence[str]) -> Agent | None:
+def _respawn_node_agent(launch: LaunchInfo, host: str, words: Sequence[str]) -> Agent | None:
     """Start another agent in place of one that has ended."""
     from dynamo_mpi.supervisor.agent_start import respawn_node_agent
 
     return respawn_node_agent(launch, host, words, os.environ)
 
 
-def _answer_probes(launch: Launch, log: RankLogger, words: Sequence[str]) -> Reporter | BootstrapError | None:
+def _answer_probes(launch: LaunchInfo, log: RankLogger, words: Sequence[str]) -> HealthClient | DynamoMpiError | None:
     """Fork the process that answers this node's probes, where the user wants them answered and that is for this rank to do."""
     if not os.environ.get("DYN_SYSTEM_PORT"):
         return None
-    from dynamo_mpi.telemetry.health_start import answer_probes
+    from dynamo_mpi.telemetry.health_start import start_health_server
 
-    return answer_probes(launch, log, words, os.environ)
+    return start_health_server(launch, log, words, os.environ)
 
 
-def _notifier(launch: Launch, words: Sequence[str]) -> Notifier | None:
+def _notifier(launch: LaunchInfo, words: Sequence[str]) -> SystemdNotifier | None:
     """Return what tells a supervisor of the world, on rank 0 of one that wants to be told."""
     if not os.environ.get("NOTIFY_SOCKET"):
         return None
     from dynamo_mpi.supervisor.early_settings import Limits
-    from dynamo_mpi.telemetry.sd_notify import Notifier
+    from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 
-    notifier = Notifier.take(os.environ, {"world": Limits.of(words, os.environ).world_seconds})
+    notifier = SystemdNotifier.from_env(os.environ, {"world": Limits.of(words, os.environ).world_seconds})
     return notifier if launch.rank == 0 else None
 
 
-def _help(words: Sequence[str], launch: Launch) -> int:
+def _help(words: Sequence[str], launch: LaunchInfo) -> int:
     if launch.rank == 0:
         from dynamo_mpi.config.worker import build_parser
 
@@ -175,7 +175,7 @@ def _help(words: Sequence[str], launch: Launch) -> int:
     return ExitCode.OK
 
 
-def _refuse_alone(error: BootstrapError, launch: Launch, log: RankLogger) -> int:
+def _refuse_alone(error: DynamoMpiError, launch: LaunchInfo, log: RankLogger) -> int:
     """Leave before, or without, a world: rank 0 speaks, and all give it, and each other, the time to know their exit code."""
     if launch.rank == 0:
         log.error(f"error: {error}")
@@ -194,36 +194,36 @@ def _leave(world: World, client: NodeAgentClient, code: int) -> int:
     if not world.barrier(_PARTING_SECONDS):
         # some rank hangs: that is no success
         world.abort(code or ExitCode.DEADLINE)
-    from dynamo_mpi.common.hard_exit import exit_after
+    from dynamo_mpi.common.hard_exit import hard_exit_after
 
     # MPI_Finalize waits for all ranks, too, and for as long as it takes
-    exit_after(_PARTING_SECONDS, code or ExitCode.DEADLINE)
+    hard_exit_after(_PARTING_SECONDS, code or ExitCode.DEADLINE)
     return code
 
 
 def _abandon(
     error: Exception,
     world: World | None,
-    launch: Launch,
+    launch: LaunchInfo,
     client: NodeAgentClient,
     log: RankLogger,
-    phases: Phases,
+    phases: PhaseTracker,
     argv: Sequence[str],
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be anywhere, also inside a collective."""
     from dynamo_mpi.common.failure import Failure, describe_error
-    from dynamo_mpi.common.hard_exit import exit_after
+    from dynamo_mpi.common.hard_exit import hard_exit_after
     from dynamo_mpi.common.log_writer import log_writer
     from dynamo_mpi.supervisor.early_settings import Limits
     from dynamo_mpi.supervisor.failure_files import write_failure
-    from dynamo_mpi.supervisor.rendezvous import Meeting
+    from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
     text, code = describe_error(error)
     # a reader of our words, or a file system, that hangs is no reason to stay
-    exit_after(_PARTING_SECONDS, code)
+    hard_exit_after(_PARTING_SECONDS, code)
     report = f"error in {phases.current}: {text.rstrip()}"
     limits = Limits.of(argv, os.environ)
-    meeting = Meeting(log.host, failure_dir=limits.failure_dir)
+    meeting = Rendezvous(log.host, failure_dir=limits.failure_dir)
     if not log_writer.has_destination:
         log_writer.open_file(limits.log_dir, meeting.label, log.rank)
     log.error(report)
@@ -249,11 +249,11 @@ def exit_process(code: int) -> NoReturn:
     of our code); TensorRT-LLM has been seen to hang there (its pull request 17970).
     """
     if _NO_USUAL_END & sys.modules.keys():
-        end_mpi()
+        finalize_mpi()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, AttributeError):  # whoever read it has gone, or it was never open
                 stream.flush()
-        if detect(os.environ).launcher is Launcher.HYDRA:
+        if detect_launcher(os.environ).launcher is Launcher.HYDRA:
             # to MPICH 5 a rank that leaves so has died, and its mpiexec would kill those that are a moment later
             time.sleep(_LAST_SECONDS)
         os._exit(code)

@@ -7,7 +7,7 @@ import socket
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.host_address import host_address, known_address, source_address
 from dynamo_mpi.common.interfaces import host_networks
 from dynamo_mpi.common.networks import HostNetworks, choose, distinct, usable
@@ -17,7 +17,7 @@ from dynamo_mpi.discovery.endpoints import read_address
 if TYPE_CHECKING:
     from collections.abc import MutableMapping, Sequence
 
-    from dynamo_mpi.checks.rank_report import Card
+    from dynamo_mpi.checks.rank_report import RankReport
     from dynamo_mpi.common.networks import Choice
 
 _RPC_HOST, _STREAM_HOST = "DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST"
@@ -25,7 +25,7 @@ _ETCD_PORT = 2379
 _EVERYWHERE = ("0.0.0.0/0", "::/0")
 
 
-def meeting_place(cards: Sequence[Card], setting: str | None) -> Choice | None:
+def meeting_place(cards: Sequence[RankReport], setting: str | None) -> Choice | None:
     """Return where rank 0 is reached; None where all ranks are on one host, or where their hosts' networks aren't known.
 
     Args:
@@ -82,7 +82,7 @@ def _resolved(etcd: Sequence[str]) -> list[tuple[int, str]]:
         try:
             host = read_address(endpoint, _ETCD_PORT, ("http", "https"), "ETCD_ENDPOINTS").host
             places = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except (BootstrapError, OSError, UnicodeError):
+        except (DynamoMpiError, OSError, UnicodeError):
             continue
         found += [(int(family), str(place[0])) for family, _, _, _, place in places]
     return found

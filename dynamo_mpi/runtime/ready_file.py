@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.mpi.restart_count import attempt_of
+from dynamo_mpi.mpi.restart_count import restart_count
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,7 +41,7 @@ class ReadyFile(WorkerHook):
             "pid": os.getpid(),
             "host": os.uname().nodename,
             "ranks": self._context.world.size,
-            "attempt": attempt_of(os.environ),
+            "attempt": restart_count(os.environ),
             "model": self._settings.served_model_name,
             "endpoint": self._settings.endpoint,
             "system": self._system,

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.common.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError, UsageError
 
 
-def runtime_error(error: BaseException) -> BootstrapError:
+def runtime_error(error: BaseException) -> DynamoMpiError:
     """Return our error for one of the runtime's."""
     text = " ".join(str(error).split())
     if "environment variable" in text:
@@ -27,7 +27,7 @@ def runtime_error(error: BaseException) -> BootstrapError:
             "authorization violation",
         )
     ):
-        return AuthorisationError(
+        return AuthorizationError(
             f"the Dynamo runtime was refused: {text}",
             needed="credentials that etcd (and NATS, where it is used) accept",
             fix="correct ETCD_AUTH_* or NATS_AUTH_*",

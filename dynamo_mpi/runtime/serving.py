@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.discovery.registration_monitor import lease_error
 from dynamo_mpi.discovery.runtime_compat import remove_empty_credentials
-from dynamo_mpi.mpi.job_time_limit import TIME_IS_UP, end_in_time
+from dynamo_mpi.mpi.job_time_limit import TIME_LIMIT_REACHED, schedule_drain
 from dynamo_mpi.runtime.runtime_error import runtime_error
 from dynamo_mpi.runtime.serving_handler import RequestHandler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from dynamo_mpi.common.errors import TemporaryError
+    from dynamo_mpi.common.errors import RetryableError
     from dynamo_mpi.common.log import RankLogger
-    from dynamo_mpi.common.phases import Phases
+    from dynamo_mpi.common.phases import PhaseTracker
     from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
     from dynamo_mpi.engines.protocol import Engine
 
@@ -80,7 +80,7 @@ def health_payload(token_id: int) -> dict[str, Any]:
 async def serve(
     registration: Registration,
     engine: Engine,
-    phases: Phases,
+    phases: PhaseTracker,
     watch: RegistrationMonitor,
     on_registered: Callable[[int], object],
     on_ready: Callable[[], None],
@@ -103,7 +103,7 @@ async def serve(
 
     Raises:
         EngineError: the engine failed.
-        TemporaryError: the worker's lease was lost.
+        RetryableError: the worker's lease was lost.
     """
     from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
     from dynamo.runtime import DistributedRuntime
@@ -111,7 +111,7 @@ async def serve(
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[int] = loop.create_future()
     failed: asyncio.Future[BaseException] = loop.create_future()
-    lost: asyncio.Future[TemporaryError] = loop.create_future()
+    lost: asyncio.Future[RetryableError] = loop.create_future()
     engine.on_failure(lambda error: _from_thread(loop, failed, error))
     handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role, on_in_flight)
     on_in_flight(handler.in_flight)
@@ -120,7 +120,7 @@ async def serve(
 
     def ask_to_stop(number: int) -> None:
         if number == signal.SIGUSR1 and not stop.done() and not reasons:
-            log.info(TIME_IS_UP)
+            log.info(TIME_LIMIT_REACHED)
         _from_thread(loop, stop, number)
 
     def end_for(reason: str) -> None:
@@ -160,7 +160,7 @@ async def serve(
         watch.start(endpoint.connection_id(), partial(_from_thread, loop, lost))
         on_ready()
     needed = registration.drain_timeout + _END_SECONDS
-    forget_time = end_in_time(os.environ, needed, end_for, log.warning)
+    forget_time = schedule_drain(os.environ, needed, end_for, log.warning)
     with phases.enter("serve"):
         await _first_of(serving, failed, stop, lost)
         forget_time()
@@ -295,7 +295,7 @@ def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[_T], re
     loop.call_soon_threadsafe(deliver)
 
 
-def point_runtime_at(etcd: list[str]) -> None:
+def export_runtime_env(etcd: list[str]) -> None:
     """Tell the Dynamo runtime, which reads its environment, which etcd endpoints to try, living ones first."""
     os.environ["ETCD_ENDPOINTS"] = ",".join(etcd)
     server = os.environ.pop("NATS_SERVER", "")

@@ -12,16 +12,16 @@ from dynamo_mpi.engines.trtllm.task import install
 
 if TYPE_CHECKING:
     from dynamo_mpi.mpi.world import World
-    from dynamo_mpi.supervisor.heartbeat_client import Lifeline
+    from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
 
 
-def follow_trtllm(world: World, lifeline: Lifeline) -> None:
+def follow_trtllm(world: World, lifeline: HeartbeatClient) -> None:
     """Join TensorRT-LLM's world and run what rank 0 asks for, until it closes the session."""
     comm, tasks = world.duplicate(), world.duplicate()
-    install(tasks, lifeline.fail)
+    install(tasks, lifeline.report_failure)
     prepare_rank(world.rank)
     print_trtllm_launch_line("worker", world.rank, world.size)
     try:
         serve_tasks(comm)
     except BaseException as error:
-        lifeline.fail(error)
+        lifeline.report_failure(error)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.checks.rank_report import Card
+    from dynamo_mpi.checks.rank_report import RankReport
     from dynamo_mpi.common.hooks import WorkerHooks
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.discovery.registration_monitor import InstanceLease
     from dynamo_mpi.supervisor.context import RankContext
-    from dynamo_mpi.supervisor.supervisor import Guard
+    from dynamo_mpi.supervisor.supervisor import WorldSupervisor
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class WorkerContext:
 
     rank: RankContext
     settings: Settings
-    guard: Guard
+    guard: WorldSupervisor
     hooks: WorkerHooks
-    cards: Sequence[Card]
+    cards: Sequence[RankReport]
     departure: InstanceLease

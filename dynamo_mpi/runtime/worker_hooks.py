@@ -9,19 +9,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHooks
-from dynamo_mpi.common.trace_context import PARENT_VARIABLE, STATE_VARIABLE, describe_trouble
+from dynamo_mpi.common.trace_context import PARENT_VARIABLE, STATE_VARIABLE, invalid_reason
 from dynamo_mpi.runtime.ready_file import ReadyFile, remove_ready_file
 from dynamo_mpi.supervisor.owned_leases import OwnedLeases
 from dynamo_mpi.telemetry.health_publisher import HealthPublisher, WorldStatus
 
 if TYPE_CHECKING:
     from dynamo_mpi.config.worker import Settings
-    from dynamo_mpi.discovery.record_publisher import Presence
+    from dynamo_mpi.discovery.record_publisher import RecordPublisher
     from dynamo_mpi.discovery.records import WorkerRecord
     from dynamo_mpi.supervisor.context import RankContext
-    from dynamo_mpi.supervisor.supervisor import Guard
-    from dynamo_mpi.telemetry.health_client import Reporter
-    from dynamo_mpi.telemetry.sd_notify import Notifier
+    from dynamo_mpi.supervisor.supervisor import WorldSupervisor
+    from dynamo_mpi.telemetry.health_client import HealthClient
+    from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 
 # beyond the drain itself: the deregistration, the engine's last step, the ranks' parting
 _END_SECONDS = 60.0
@@ -41,7 +41,7 @@ class LeaderHooks(WorkerHooks):
         record: the worker's record, once it is there.
     """
 
-    def __init__(self, context: RankContext, reporter: Reporter | None, notifier: Notifier | None) -> None:
+    def __init__(self, context: RankContext, reporter: HealthClient | None, notifier: SystemdNotifier | None) -> None:
         super().__init__(context.log.warning)
         self._context, self._reporter, self._notifier = context, reporter, notifier
         self._health: HealthPublisher | None = None
@@ -51,7 +51,7 @@ class LeaderHooks(WorkerHooks):
         self.add(self.leases)
         if notifier is not None:
             self.add(notifier)
-        context.phases.listen(self.on_phase)
+        context.phases.on_phase(self.on_phase)
 
     @property
     def system_url(self) -> str | None:
@@ -69,7 +69,7 @@ class LeaderHooks(WorkerHooks):
             from dynamo_mpi.telemetry.trace_writer import remove_stale_timeline
 
             remove_stale_timeline(settings.timeline)
-        if problem := describe_trouble(os.environ):
+        if problem := invalid_reason(os.environ):
             self._context.log.warning(problem)
             # the engine and Dynamo would read the same, and warn again
             for name in (PARENT_VARIABLE, STATE_VARIABLE):
@@ -100,7 +100,7 @@ class LeaderHooks(WorkerHooks):
         if self._health is not None:
             self._health.assign_runtime_port(settings)
 
-    def add_record(self, settings: Settings, record: WorkerRecord) -> Presence:
+    def add_record(self, settings: Settings, record: WorkerRecord) -> RecordPublisher:
         """Add those that publish what the worker is and does: its record and its failure in etcd, its events over NATS.
 
         Returns:
@@ -111,7 +111,7 @@ class LeaderHooks(WorkerHooks):
         """
         from dynamo_mpi.discovery.failure_records import FailureRecordStore, WorkerIdentity
         from dynamo_mpi.discovery.lifecycle_publisher import events_of
-        from dynamo_mpi.discovery.record_publisher import Presence
+        from dynamo_mpi.discovery.record_publisher import RecordPublisher
 
         facts = self.status.facts if self.status is not None else {}
         self.record = record = replace(record, system=self.system_url, trace=facts.get("trace"))
@@ -119,16 +119,16 @@ class LeaderHooks(WorkerHooks):
         self.leases.set_worker(asdict(origin))
         log = self._context.log
         events = events_of(record, self._context.phases.current, os.environ, settings.request_plane, log.warning)
-        presence = Presence(log, record, partial(self.leases.add, "record"), events.peers)
+        presence = RecordPublisher(log, record, partial(self.leases.add, "record"), events.peers)
         self.add(presence, FailureRecordStore(origin, os.environ, lambda: self.leases.record), events)
         return presence
 
-    def add_watchers(self, settings: Settings, guard: Guard, preflight_seconds: float) -> None:
+    def add_watchers(self, settings: Settings, guard: WorldSupervisor, preflight_seconds: float) -> None:
         """Add those that show how the ranks are, which are watched from now on."""
-        from dynamo_mpi.telemetry.progress_reporter import Ticker
+        from dynamo_mpi.telemetry.progress_reporter import ProgressReporter
 
         if self.status is not None:
-            self.status.roll = guard.roll
+            self.status.roll = guard.tracker
         if self._health is not None:
             self._health.collect()
         self.add(ReadyFile(self._context, settings, preflight_seconds, self.system_url))
@@ -136,6 +136,6 @@ class LeaderHooks(WorkerHooks):
             from dynamo_mpi.telemetry.trace_writer import TraceWriter
 
             self.add(TraceWriter(settings.timeline, self.record, guard, self._context.log))
-        ticker = Ticker(self._context, guard.roll, settings, self.on_progress)
+        ticker = ProgressReporter(self._context, guard.tracker, settings, self.on_progress)
         self.add(ticker)
         ticker.start()

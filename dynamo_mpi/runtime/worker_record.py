@@ -12,20 +12,22 @@ from dynamo_mpi.common.process import host_name
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE, RecordedLayout, WorkerRecord
 from dynamo_mpi.layout.contract import contract_of
 from dynamo_mpi.mpi.placement import hosts
-from dynamo_mpi.mpi.restart_count import attempt_of
+from dynamo_mpi.mpi.restart_count import restart_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.checks.rank_report import Card
-    from dynamo_mpi.common.phases import Phases
+    from dynamo_mpi.checks.rank_report import RankReport
+    from dynamo_mpi.common.phases import PhaseTracker
     from dynamo_mpi.config.worker import Settings
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _PAIRED = ("prefill", "decode")
 
 
-def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], phases: Phases) -> WorkerRecord:
+def record_of(
+    settings: Settings, subject: LayoutSpec, cards: Sequence[RankReport], phases: PhaseTracker
+) -> WorkerRecord:
     """Say what this world is, as it stands in its preflight.
 
     Args:
@@ -65,5 +67,5 @@ def record_of(settings: Settings, subject: Subject, cards: Sequence[Card], phase
         pid=os.getpid(),
         host=host_name(),
         launch=os.environ.get(LAUNCH_VARIABLE) or None,
-        attempt=attempt_of(os.environ),
+        attempt=restart_count(os.environ),
     )

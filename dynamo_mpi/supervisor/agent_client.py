@@ -27,7 +27,7 @@ from dynamo_mpi.supervisor.agent_socket import agent_socket_name, peer_is_ours
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
 
 _WAIT_SECONDS = 1.0
 _AGAIN_SECONDS = 0.01
@@ -68,7 +68,7 @@ class NodeAgentClient:
 
     def __init__(
         self,
-        launch: Launch,
+        launch: LaunchInfo,
         environ: Mapping[str, str],
         agent: Agent | None,
         replace: Callable[[], Agent | None] | None = None,
@@ -313,9 +313,9 @@ class NodeAgentClient:
             if self._published.locked():
                 self._published.release()
         elif words == ["stacks"]:
-            from dynamo_mpi.common.frames import lines_of
+            from dynamo_mpi.common.frames import format_frames
 
-            lines = lines_of(sys._current_frames().get(self._main))[:_FRAMES]
+            lines = format_frames(sys._current_frames().get(self._main))[:_FRAMES]
             self.send("stacks " + "\v".join(lines))
         elif words[:1] == ["end"] and len(words) == 2 and words[1].isdecimal():
             self._end(int(words[1]))

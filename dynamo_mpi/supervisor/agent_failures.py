@@ -7,7 +7,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.failure import Cause, Failure, describe_consequences, first_cause
+from dynamo_mpi.common.failure import DetectedBy, Failure, describe_consequences, root_cause
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +63,7 @@ def describe_seen(seen: Sequence[Seen], phase: str) -> Report:
     """
     failures = [each.failure for each in seen]
     hosts = {each.failure.rank: each.host for each in seen}
-    first = first_cause(failures)
+    first = root_cause(failures)
 
     def name(ranks: Sequence[int]) -> str:
         return " and ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
@@ -130,7 +130,7 @@ def _failure(content: dict[str, Any]) -> Failure:
         int(content["rank"]),
         int(content["exit_code"]),
         str(content["text"]),
-        Cause(content["cause"]),
+        DetectedBy(content["cause"]),
         str(content["phase"]),
         time.monotonic() - float(content["at"]),
         int(content["sequence"]),

@@ -17,12 +17,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import BootstrapError
-from dynamo_mpi.supervisor.frame_connection import Bell, ClosedError, Line
+from dynamo_mpi.common.errors import DynamoMpiError
+from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
 from dynamo_mpi.supervisor.heartbeat_client import connect
-from dynamo_mpi.supervisor.heartbeat_protocol import MOST_BODY, Frame, Kind, WireError
-from dynamo_mpi.supervisor.join import SPARE, Reception
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.heartbeat_protocol import MOST_BODY, Frame, FrameType, WireError
+from dynamo_mpi.supervisor.join import MAX_PENDING, JoinHandler
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,11 +53,11 @@ class AgentNetwork:
     ) -> None:
         self._selector, self._node, self._token = selector, node, token
         self._on_message, self._on_lost = on_message, on_lost
-        self._bell = Bell()
-        self._reception: Reception | None = None
-        self._lines: dict[int, Line] = {}
-        self._places: dict[int, Sequence[Meeting]] = {}
-        self._joined: queue.SimpleQueue[tuple[int, Line, list[Frame]]] = queue.SimpleQueue()
+        self._bell = Waker()
+        self._reception: JoinHandler | None = None
+        self._lines: dict[int, FrameConnection] = {}
+        self._places: dict[int, Sequence[Rendezvous]] = {}
+        self._joined: queue.SimpleQueue[tuple[int, FrameConnection, list[Frame]]] = queue.SimpleQueue()
         self._closed = False
         selector.register(self._bell, selectors.EVENT_READ, self._adopt)
 
@@ -70,8 +70,8 @@ class AgentNetwork:
         """Let other agents in at a listening socket, in place of one before."""
         if self._reception is not None:
             self._reception.close()
-        self._reception = Reception(
-            self._selector, listener, bytes.fromhex(self._token), SPARE, self._admit, self._greet, again=True
+        self._reception = JoinHandler(
+            self._selector, listener, bytes.fromhex(self._token), MAX_PENDING, self._admit, self._greet, again=True
         )
 
     def connect(self, to: int, host: str, addresses: Sequence[str], port: int) -> None:
@@ -83,7 +83,7 @@ class AgentNetwork:
             addresses: where it listens, as far as this host can reach them; tried one after the other.
             port: the same.
         """
-        meetings = [Meeting(host, address, port, self._token) for address in addresses]
+        meetings = [Rendezvous(host, address, port, self._token) for address in addresses]
         self._places[to] = meetings
         with contextlib.suppress(RuntimeError):  # no more threads for this user: this node's agent is alone, then
             threading.Thread(target=self._connect, args=(to, meetings), name="agents", daemon=True).start()
@@ -94,7 +94,7 @@ class AgentNetwork:
         if line is None:
             return False
         with contextlib.suppress(WireError):  # too long a message is no reason to stop watching
-            line.send(Frame(Kind.AGENT, json.dumps(message).encode()))
+            line.send(Frame(FrameType.AGENT, json.dumps(message).encode()))
         return True
 
     def broadcast(self, message: dict[str, Any]) -> None:
@@ -105,11 +105,11 @@ class AgentNetwork:
     def address_of(self, number: int) -> str:
         """Return this host's address on the connection to an agent; empty where there is none."""
         line = self._lines.get(number)
-        return "" if line is None else line.own_address
+        return "" if line is None else line.local_address
 
     def wake(self) -> None:
         """Have the loop turn once. Thread-safe."""
-        self._bell.ring()
+        self._bell.wake()
 
     def tick(self) -> None:
         """Do what is due now and then."""
@@ -135,32 +135,32 @@ class AgentNetwork:
             line.close()
         self._lines = {}
 
-    def _connect(self, to: int, meetings: Sequence[Meeting]) -> None:
+    def _connect(self, to: int, meetings: Sequence[Rendezvous]) -> None:
         for meeting in itertools.cycle(meetings):
             if self._closed or self._places.get(to) is not meetings:
                 return
-            with contextlib.suppress(BootstrapError, OSError):
+            with contextlib.suppress(DynamoMpiError, OSError):
                 line, early = connect(meeting, self._node, _CONNECT_SECONDS)
                 self._joined.put((to, line, early))
-                self._bell.ring()
+                self._bell.wake()
                 return
             if meeting is meetings[-1]:
                 time.sleep(_AGAIN_SECONDS)
 
     def _adopt(self) -> None:
-        self._bell.hush()
+        self._bell.clear()
         while not self._joined.empty():
             number, line, early = self._joined.get()
             if number in self._lines:  # by another address
                 line.close()
                 continue
-            line.trust(MOST_BODY)
+            line.allow_frames(MOST_BODY)
             self._add(number, line)
             self._on_message(number, {"joined": True})
             self._take(number, early)
 
-    def _admit(self, number: int, line: Line) -> bool:
-        line.trust(MOST_BODY)
+    def _admit(self, number: int, line: FrameConnection) -> bool:
+        line.allow_frames(MOST_BODY)
         if (before := self._lines.pop(number, None)) is not None:
             # its successor, after it has ended
             self._selector.unregister(before)
@@ -171,11 +171,11 @@ class AgentNetwork:
     def _greet(self, number: int) -> None:
         self._on_message(number, {"joined": True})
 
-    def _add(self, number: int, line: Line) -> None:
+    def _add(self, number: int, line: FrameConnection) -> None:
         self._lines[number] = line
         self._selector.register(line, selectors.EVENT_READ, lambda: self._read(number, line))
 
-    def _read(self, number: int, line: Line) -> None:
+    def _read(self, number: int, line: FrameConnection) -> None:
         if self._lines.get(number) is not line:  # closed in the same round
             return
         try:
@@ -190,7 +190,7 @@ class AgentNetwork:
 
     def _take(self, number: int, frames: list[Frame]) -> None:
         for frame in frames:
-            if frame.kind is not Kind.AGENT:
+            if frame.kind is not FrameType.AGENT:
                 continue
             try:
                 message = json.loads(frame.body)

@@ -14,7 +14,7 @@ from dynamo_mpi.mpi.launcher import Launcher
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
 
 _CREDENTIALS_BYTES = 12
 _SHOWN = 40
@@ -23,7 +23,7 @@ _COMMAND_LENGTH = 15  # of /proc/PID/stat, see proc(5)
 _MOST_PARENTS = 8
 
 
-def agent_socket_name(launch: Launch, environ: Mapping[str, str]) -> str:
+def agent_socket_name(launch: LaunchInfo, environ: Mapping[str, str]) -> str:
     """Return a name in Linux's abstract name space, which leaves no file behind; empty where there is none.
 
     It differs between users and between worlds, also between those of containers that share a network, so that several on a node don't

@@ -18,7 +18,7 @@ from dynamo_mpi.supervisor.agent_socket import agent_socket_name
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
 
 # what a launcher or an operator sends to all processes of a step: the agent stays to the end of its ranks
 _NOT_FOR_IT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -27,7 +27,7 @@ _NAME_SECONDS = 1.0
 _AGAIN_SECONDS = 0.01
 
 
-def spawn_node_agent(launch: Launch, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> Agent | None:
+def spawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> Agent | None:
     """Fork the agent of this node, if that is for this rank to do. Only before MPI and any thread is started. Does not raise.
 
     Args:
@@ -68,7 +68,7 @@ def spawn_node_agent(launch: Launch, host: str, argv: Sequence[str], environ: Ma
         os._exit(0)
 
 
-def respawn_node_agent(launch: Launch, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> Agent | None:
+def respawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> Agent | None:
     """Start another agent after the one that this rank has started: as a new process, since MPI and threads run in this one.
 
     Args:
@@ -121,7 +121,7 @@ def main(first: str, listener: str | None = None) -> None:
     """Be an agent that was started by `respawn_node_agent`."""
     import json
 
-    from dynamo_mpi.mpi.launcher import Launch, Launcher
+    from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 
     connection = _socket.socket(fileno=int(first))
     line = b""
@@ -130,13 +130,13 @@ def main(first: str, listener: str | None = None) -> None:
         line += byte
     start = json.loads(line)
     name, *rest = start["launch"]
-    launch = Launch(Launcher[name], *rest)
+    launch = LaunchInfo(Launcher[name], *rest)
     at = None if listener is None else int(listener)
     _be_the_agent(at, connection.detach(), launch, start["host"], start["argv"], os.environ)
 
 
 def _be_the_agent(
-    listener: int | None, first: int, launch: Launch, host: str, argv: Sequence[str], environ: Mapping[str, str]
+    listener: int | None, first: int, launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]
 ) -> None:
     for number in _NOT_FOR_IT:
         signal.signal(number, signal.SIG_IGN)
@@ -145,7 +145,7 @@ def _be_the_agent(
     run_node_agent(listener, first, launch, host, argv, environ)
 
 
-def _listen(address: str, launch: Launch, *, patient: bool = False) -> _socket.socket:
+def _listen(address: str, launch: LaunchInfo, *, patient: bool = False) -> _socket.socket:
     """Listen there; one that is ``patient`` waits a moment for the name of an agent that has just ended."""
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     end = time.monotonic() + (_NAME_SECONDS if patient else 0.0)

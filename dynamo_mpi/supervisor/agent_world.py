@@ -16,19 +16,19 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import Report, Seen, describe_seen, pack_seen, read_seen, sorted_seen
 from dynamo_mpi.supervisor.agent_history import History
 from dynamo_mpi.supervisor.agent_network import HUB, AgentNetwork
-from dynamo_mpi.supervisor.failure_messages import loss
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.failure_messages import host_lost
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     import selectors
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
     from dynamo_mpi.supervisor.agent_writer import ReportWriter, Written
 
 # for the other agents' answers, and where none has joined yet
@@ -73,10 +73,10 @@ class WorldWatch:
     def __init__(
         self,
         selector: selectors.BaseSelector,
-        launch: Launch,
+        launch: LaunchInfo,
         host: str,
         writer: ReportWriter,
-        meeting: Meeting,
+        meeting: Rendezvous,
         end_ranks: Callable[[int], None],
         rank_0_reports: Callable[[], bool],
     ) -> None:
@@ -132,9 +132,9 @@ class WorldWatch:
             self._join(rank, content["token"], content["host"], content["addresses"], int(content["port"]))
 
     def join(self, rank: int, text: str) -> None:
-        """Go by what rank 0 has said with the verdict; ``text`` is what `Meeting.as_json` has made."""
+        """Go by what rank 0 has said with the verdict; ``text`` is what `Rendezvous.as_json` has made."""
         try:
-            self.meeting = meeting = Meeting(**json.loads(text)["meeting"])
+            self.meeting = meeting = Rendezvous(**json.loads(text)["meeting"])
         except (ValueError, KeyError, TypeError):
             return
         self._is_hub |= rank == 0
@@ -227,7 +227,7 @@ class WorldWatch:
         now = time.monotonic()
         is_joined = self._network is not None and self._network.agents
         self._stay_until = now + (_LINGER_SECONDS if is_joined else _NOT_JOINED_SECONDS)
-        self._rank_0_gone |= seen.failure.rank == 0 and seen.failure.cause is not Cause.TOLD
+        self._rank_0_gone |= seen.failure.rank == 0 and seen.failure.cause is not DetectedBy.REPORT
         if not self._is_hub and self._network is not None:
             # also to the deputy
             if seen.host == self._host:
@@ -237,7 +237,7 @@ class WorldWatch:
             return
         if self._deputy is not None:
             self._send(self._deputy[0], {"failure": pack_seen(seen)})
-        if self._launch.launcher is Launcher.HYDRA and seen.failure.cause is Cause.DEATH:
+        if self._launch.launcher is Launcher.HYDRA and seen.failure.cause is DetectedBy.DISCONNECT:
             # mpiexec kills all others at once, and the way to its output with them
             self.decide_at = now
         elif self._rank_0_reports() and not self._rank_0_gone:
@@ -257,15 +257,22 @@ class WorldWatch:
                 if self._has_hub:
                     return
                 # what has become of rank 0's node is not known here, but that its agent was the first to go
-                error = loss(self.meeting.host)
-                lost = Failure(0, int(error.exit_code), str(error), Cause.LOST, self.history.phase, self._hub_lost_at)
+                error = host_lost(self.meeting.host)
+                lost = Failure(
+                    0,
+                    int(error.exit_code),
+                    str(error),
+                    DetectedBy.HOST_UNREACHABLE,
+                    self.history.phase,
+                    self._hub_lost_at,
+                )
                 self._seen.append(Seen(lost, self.meeting.host))
             seen = sorted_seen(self._seen)
             # before the verdict each rank has a phase of its own
             report = describe_seen(seen, self.history.phase_at(seen[0].failure.at) if self.meeting.token else "")
             self.report(report)
             # a launcher that has seen the death ends the others by itself, with the better exit code
-            patience = _LAUNCHER_SECONDS if report.failure.cause is Cause.DEATH else 0.0
+            patience = _LAUNCHER_SECONDS if report.failure.cause is DetectedBy.DISCONNECT else 0.0
             self.decide_at = time.monotonic() + patience
 
     def answer(self) -> None:

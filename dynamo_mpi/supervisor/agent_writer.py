@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.log_levels import Level
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.threads import run_suppressed, start_thread
-from dynamo_mpi.supervisor.failure_files import content_of, write_failure
+from dynamo_mpi.supervisor.failure_files import as_document, write_failure
 from dynamo_mpi.supervisor.lease_revoker import LeaseRevoker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from dynamo_mpi.supervisor.agent_failures import Report
-    from dynamo_mpi.supervisor.rendezvous import Meeting
+    from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 _REPORT_SECONDS = 2.0
 _FINISH_SECONDS = 2.0
@@ -87,7 +87,7 @@ class ReportWriter:
     def publish(
         self,
         report: Report,
-        meeting: Meeting,
+        meeting: Rendezvous,
         by: int | None,
         then: Callable[[], object] = lambda: None,
         done: Callable[[], object] = lambda: None,
@@ -135,15 +135,15 @@ class ReportWriter:
             self._do(done.set)
             done.wait(max(0.0, end - time.monotonic()))
 
-    def _log(self, report: Report, meeting: Meeting, *, for_node: bool) -> None:
+    def _log(self, report: Report, meeting: Rendezvous, *, for_node: bool) -> None:
         rank = report.speaker
         if rank >= 0:
             log_writer.open_file(meeting.log_dir or self._log_dir, meeting.label, rank)
         log_writer.emit(None if for_node or rank < 0 else rank, report.speaker_host, report.text, Level.ERROR)
 
     @staticmethod
-    def _write_file(report: Report, meeting: Meeting, by: int | None, *, keep: bool) -> None:
-        later = [content_of(each.failure, each.host) for each in report.later]
+    def _write_file(report: Report, meeting: Rendezvous, by: int | None, *, keep: bool) -> None:
+        later = [as_document(each.failure, each.host) for each in report.later]
         whole = {"report": report.text, "consequences": later}
         write_failure(meeting, report.failure, report.host, by=by, report=whole, keep=keep)
 

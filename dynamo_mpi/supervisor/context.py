@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.common.log import RankLogger
-    from dynamo_mpi.common.phases import Phases
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.common.phases import PhaseTracker
+    from dynamo_mpi.mpi.launcher import LaunchInfo
     from dynamo_mpi.mpi.world import World
     from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 
@@ -29,9 +29,9 @@ class RankContext(NamedTuple):
     """
 
     world: World
-    launch: Launch
+    launch: LaunchInfo
     argv: Sequence[str]
-    phases: Phases
+    phases: PhaseTracker
     log: RankLogger
     agent: NodeAgentClient
     mpi_version: str = ""

@@ -68,12 +68,12 @@ def _settings_file(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str,
     from pathlib import Path
 
     from dynamo_mpi.common.config_reader import parse_yaml
-    from dynamo_mpi.common.errors import BootstrapError
-    from dynamo_mpi.common.files import read_text
+    from dynamo_mpi.common.errors import DynamoMpiError
+    from dynamo_mpi.common.files import read_small_text
 
     try:
-        loaded = parse_yaml(read_text(Path(path)), path, "", may_be_empty=True)
-    except (OSError, BootstrapError):
+        loaded = parse_yaml(read_small_text(Path(path)), path, "", may_be_empty=True)
+    except (OSError, DynamoMpiError):
         return {}
     return {str(key).replace("-", "_"): "" if value is None else str(value) for key, value in loaded.items()}
 

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.redact import own_redactor
 from dynamo_mpi.common.trace_context import trace_of
-from dynamo_mpi.mpi.restart_count import attempt_of
+from dynamo_mpi.mpi.restart_count import restart_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dynamo_mpi.common.failure import Failure
-    from dynamo_mpi.supervisor.rendezvous import Meeting
+    from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 
 def write_failure(
-    meeting: Meeting,
+    meeting: Rendezvous,
     failure: Failure,
     host: str,
     *,
@@ -43,7 +43,7 @@ def write_failure(
     """
     if not meeting.failure_dir:
         return
-    content = _without_secrets({**content_of(failure, host), **(report or {})})
+    content = _without_secrets({**as_document(failure, host), **(report or {})})
     path = _path(meeting, failure.rank if by is None else by)
     with contextlib.suppress(OSError):
         if keep and path.exists():
@@ -61,7 +61,7 @@ def write_failure(
             raise
 
 
-def content_of(failure: Failure, host: str) -> dict[str, Any]:
+def as_document(failure: Failure, host: str) -> dict[str, Any]:
     """Return a failure as JSON has it; ``traceback`` is null where the error says all."""
     is_traceback = failure.text.startswith("Traceback")
     return {
@@ -74,12 +74,12 @@ def content_of(failure: Failure, host: str) -> dict[str, Any]:
         "traceback": failure.text if is_traceback else None,
         "time": time.time() - (time.monotonic() - failure.at),
         "sequence": failure.sequence,
-        "attempt": attempt_of(os.environ),
+        "attempt": restart_count(os.environ),
         "trace_id": None if (trace := trace_of(os.environ)) is None else trace.trace_id,
     }
 
 
-def forget_failures(folder: Path | None, label: str) -> str:
+def remove_stale_failure_files(folder: Path | None, label: str) -> str:
     """Remove what an earlier start of this worker has left there, and say why nothing can be written there, if that is so."""
     if folder is None:
         return ""
@@ -101,5 +101,5 @@ def _without_secrets(value: Any) -> Any:
     return [_without_secrets(each) for each in value] if isinstance(value, list) else value
 
 
-def _path(meeting: Meeting, rank: int) -> Path:
+def _path(meeting: Rendezvous, rank: int) -> Path:
     return Path(meeting.failure_dir) / f"{meeting.label}-rank-{rank}.json"

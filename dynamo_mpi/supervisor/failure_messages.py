@@ -6,13 +6,13 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError, DeadlineError, EngineError, TemporaryError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, EngineError, PhaseTimeoutError, RetryableError, UsageError
 
 if TYPE_CHECKING:
-    from dynamo_mpi.supervisor.rendezvous import Meeting
+    from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 
-def death(host: str) -> BootstrapError:
+def rank_died(host: str) -> DynamoMpiError:
     """Say that a process has ended without a word."""
     return EngineError(
         "died: its process ended without a word",
@@ -22,25 +22,25 @@ def death(host: str) -> BootstrapError:
     )
 
 
-def loss(host: str) -> BootstrapError:
+def host_lost(host: str) -> DynamoMpiError:
     """Say that a host is gone, or the network to it."""
-    return TemporaryError(
+    return RetryableError(
         "is lost: its host doesn't answer any more",
         needed=f"{host}, and the network to it",
         fix=f"see whether {host} is up, and start the worker again, without it if need be",
     )
 
 
-def silence(seconds: float, host: str) -> BootstrapError:
+def heartbeat_missed(seconds: float, host: str) -> DynamoMpiError:
     """Say that a process is there and says nothing."""
-    return DeadlineError(
+    return PhaseTimeoutError(
         f"is stopped or stuck: not a sign of life for {seconds:.0f} s",
         needed="a sign of life in time, for which Python has to run there",
         fix=f"look at the process on {host} (State in /proc/PID/status; py-spy dump); --heartbeat-timeout gives it longer",
     )
 
 
-def absence(seconds: float, meeting: Meeting) -> BootstrapError:
+def never_connected(seconds: float, meeting: Rendezvous) -> DynamoMpiError:
     """Say that a rank has never come."""
     return UsageError(
         f"has not connected to rank 0 within {seconds:.0f} s",
@@ -49,7 +49,7 @@ def absence(seconds: float, meeting: Meeting) -> BootstrapError:
     )
 
 
-def no_place(address: str, error: OSError) -> BootstrapError:
+def cannot_listen(address: str, error: OSError) -> DynamoMpiError:
     """Say that rank 0 can't listen."""
     cures = {
         errno.EADDRNOTAVAIL: "set --liveness-network to an interface or network of this host, or correct what this host's name stands for",
@@ -64,7 +64,7 @@ def no_place(address: str, error: OSError) -> BootstrapError:
     )
 
 
-def no_way(meeting: Meeting, reason: str) -> BootstrapError:
+def cannot_connect(meeting: Rendezvous, reason: str) -> DynamoMpiError:
     """Say that rank 0 can't be reached from here."""
     return UsageError(
         f"rank 0 on {meeting.host} can't be reached at {meeting.address}, port {meeting.port}: {reason}",

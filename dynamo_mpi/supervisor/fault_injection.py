@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dynamo_mpi.common.log import RankLogger
-    from dynamo_mpi.common.phases import Phases
-    from dynamo_mpi.mpi.launcher import Launch
-    from dynamo_mpi.supervisor.heartbeat_client import Lifeline
+    from dynamo_mpi.common.phases import PhaseTracker
+    from dynamo_mpi.mpi.launcher import LaunchInfo
+    from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
 
 VARIABLE, ALLOW_VARIABLE = "DYN_MPI_FAULT", "DYN_MPI_ALLOW_FAULTS"
 ACTIONS = {
@@ -104,7 +104,7 @@ def parse_fault(text: str) -> Fault:
     )
 
 
-def arm(environ: Mapping[str, str], launch: Launch, phases: Phases, log: RankLogger) -> ArmedFault:
+def arm(environ: Mapping[str, str], launch: LaunchInfo, phases: PhaseTracker, log: RankLogger) -> InjectedFault:
     """Read ``DYN_MPI_FAULT``, and have the fault happen in its rank and phase. Rank 0 warns of it. Call it from the main thread.
 
     Raises:
@@ -127,15 +127,15 @@ def arm(environ: Mapping[str, str], launch: Launch, phases: Phases, log: RankLog
     if launch.rank == 0:
         name = "this rank" if fault.rank == 0 else f"rank {fault.rank}"
         log.warning(f"a fault is armed ({VARIABLE}): {name} {fault}")
-    armed = ArmedFault(fault, launch.rank, phases, log)
+    armed = InjectedFault(fault, launch.rank, phases, log)
     if launch.rank == fault.rank:
         # a late exception has to come up in the main thread, in the middle of whatever it does: a signal gets it out of what blocks in C too
         signal.signal(_interruption(), armed.interrupt)
-        phases.listen(armed.begins)
+        phases.on_phase(armed.begins)
     return armed
 
 
-class ArmedFault:
+class InjectedFault:
     """A fault that waits for its phase. Each method may be called from any thread.
 
     Args:
@@ -145,16 +145,16 @@ class ArmedFault:
         log: says that it happens.
     """
 
-    def __init__(self, fault: Fault, rank: int, phases: Phases, log: RankLogger) -> None:
+    def __init__(self, fault: Fault, rank: int, phases: PhaseTracker, log: RankLogger) -> None:
         self._fault, self._rank, self._phases, self._log = fault, rank, phases, log
         self._lock = threading.Lock()
         self._reached = False
         self._task: asyncio.Task[object] | None = None
 
-    def follow(self, lifeline: Lifeline) -> None:
+    def follow(self, lifeline: HeartbeatClient) -> None:
         """Learn from rank 0 which phase the world has begun; a rank other than 0 drains, say, without knowing."""
         if self._fault.rank == self._rank:
-            lifeline.listen(self._world_begins)
+            lifeline.on_phase(self._world_begins)
 
     def begins(self, phase: str) -> None:
         """Hear that this rank begins a phase. May raise, or not return."""
@@ -216,9 +216,9 @@ class ArmedFault:
         elif action == "slow":
             time.sleep(value)
         elif action == "corrupt":
-            from dynamo_mpi.common.fabric_payload import spoil
+            from dynamo_mpi.common.fabric_payload import corrupt_payload
 
-            spoil()
+            corrupt_payload()
         else:
             raise FaultError(f"a fault on demand, in {self._fault.phase}")
 

@@ -10,7 +10,7 @@ import sys
 import termios
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.supervisor.heartbeat_protocol import Inbox
+from dynamo_mpi.supervisor.heartbeat_protocol import FrameDecoder
 
 if TYPE_CHECKING:
     from dynamo_mpi.supervisor.heartbeat_protocol import Frame
@@ -35,7 +35,7 @@ class ClosedError(Exception):
         self.lost = lost
 
 
-class Line:
+class FrameConnection:
     """Takes over a connected socket."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -50,7 +50,7 @@ class Line:
         ):
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._connection = connection
-        self._inbox = Inbox()
+        self._inbox = FrameDecoder()
         self._unsent = bytearray()
 
     def fileno(self) -> int:
@@ -58,7 +58,7 @@ class Line:
         return self._connection.fileno()
 
     @property
-    def own_address(self) -> str:
+    def local_address(self) -> str:
         """This host's address on it."""
         return str(self._connection.getsockname()[0])
 
@@ -68,7 +68,7 @@ class Line:
         return bool(self._unsent)
 
     @property
-    def unacknowledged(self) -> bool:
+    def has_unacked_data(self) -> bool:
         """Whether the other host has yet to confirm something that was sent: its kernel does that, whatever the process does."""
         try:
             waiting = fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4))
@@ -76,7 +76,7 @@ class Line:
             return False
         return int.from_bytes(waiting, sys.byteorder) > 0
 
-    def trust(self, most_body: int) -> None:
+    def allow_frames(self, most_body: int) -> None:
         """Take frames with bodies of up to ``most_body`` bytes from now on."""
         self._inbox.most_body = most_body
 
@@ -121,7 +121,7 @@ class Line:
         self._connection.close()
 
 
-class Bell:
+class Waker:
     """Wakes a thread that waits in a selector, from any other."""
 
     def __init__(self) -> None:
@@ -133,14 +133,14 @@ class Bell:
         """Return the descriptor that becomes readable."""
         return self._reader.fileno()
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake it."""
         try:
             self._writer.send(b"\0")
         except OSError:  # full: it is awake already; closed: it has ended
             return
 
-    def hush(self) -> None:
+    def clear(self) -> None:
         """Take note: until the next ring."""
         try:
             while self._reader.recv(4096):

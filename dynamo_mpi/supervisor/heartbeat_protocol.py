@@ -22,7 +22,7 @@ import struct
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.codec import pack, unpack
+from dynamo_mpi.common.codec import decode_strings, encode_strings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +44,7 @@ class WireError(ValueError):
     """What came is no frame of this protocol, or not the one that was due."""
 
 
-class Kind(IntEnum):
+class FrameType(IntEnum):
     """What a frame says."""
 
     HELLO = 1
@@ -65,7 +65,7 @@ class Kind(IntEnum):
 class Frame(NamedTuple):
     """One message."""
 
-    kind: Kind
+    kind: FrameType
     body: bytes = b""
 
     def pack(self) -> bytes:
@@ -79,7 +79,7 @@ class Frame(NamedTuple):
         return _HEADER.pack(MAGIC, self.kind, len(self.body)) + self.body
 
 
-class Inbox:
+class FrameDecoder:
     """Bytes as they come, taken apart into frames. Holds no more than one frame that isn't complete."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Inbox:
             body = bytes(self._bytes[_HEADER.size : _HEADER.size + size])
             del self._bytes[: _HEADER.size + size]
             try:
-                yield Frame(Kind(kind), body)
+                yield Frame(FrameType(kind), body)
             except ValueError:
                 raise WireError(f"no kind of frame is {kind}") from None
 
@@ -120,7 +120,7 @@ class Join(NamedTuple):
 
     @classmethod
     def unpack(cls, body: bytes) -> Join:
-        """Decode what `pack` made.
+        """Decode what `encode_strings` made.
 
         Raises:
             WireError: it isn't that.
@@ -131,22 +131,22 @@ class Join(NamedTuple):
         return cls(rank, body[_RANK.size : -PROOF_BYTES], body[-PROOF_BYTES:])
 
 
-def prove_rank(token: bytes, hello: bytes, rank: int, nonce: bytes) -> bytes:
+def rank_mac(token: bytes, hello: bytes, rank: int, nonce: bytes) -> bytes:
     """Return the proof that a rank knows the token, for rank 0's nonce ``hello``."""
     return hmac.digest(token, b"rank" + hello + _RANK.pack(rank) + nonce, "sha256")
 
 
-def prove_rank_zero(token: bytes, nonce: bytes, rank: int) -> bytes:
+def leader_mac(token: bytes, nonce: bytes, rank: int) -> bytes:
     """Return the proof that rank 0 knows the token, for the nonce of ``rank``."""
     return hmac.digest(token, b"zero" + nonce + _RANK.pack(rank), "sha256")
 
 
-def is_proof(given: bytes, right: bytes) -> bool:
+def is_valid_mac(given: bytes, right: bytes) -> bool:
     """Tell whether a proof is the right one, in a time that doesn't depend on it."""
     return hmac.compare_digest(given, right)
 
 
-class Signalled(NamedTuple):
+class SignalMessage(NamedTuple):
     """A signal that came to a rank other than 0.
 
     Args:
@@ -162,8 +162,8 @@ class Signalled(NamedTuple):
         return bytes(self)
 
     @classmethod
-    def unpack(cls, body: bytes) -> Signalled:
-        """Decode what `pack` made.
+    def unpack(cls, body: bytes) -> SignalMessage:
+        """Decode what `encode_strings` made.
 
         Raises:
             WireError: it isn't that.
@@ -173,7 +173,7 @@ class Signalled(NamedTuple):
         return cls(body[0], bool(body[1]))
 
 
-class Told(NamedTuple):
+class FailureReport(NamedTuple):
     """What a rank that can't go on says of itself.
 
     Args:
@@ -190,17 +190,17 @@ class Told(NamedTuple):
 
     def pack(self) -> bytes:
         """Encode the frame's body."""
-        return pack([str(self.exit_code), self.phase, str(self.sequence), clip(self.text)])
+        return encode_strings([str(self.exit_code), self.phase, str(self.sequence), clip(self.text)])
 
     @classmethod
-    def unpack(cls, body: bytes) -> Told:
-        """Decode what `pack` made.
+    def unpack(cls, body: bytes) -> FailureReport:
+        """Decode what `encode_strings` made.
 
         Raises:
             WireError: it isn't that.
         """
         try:
-            code, phase, sequence, text = unpack(body)
+            code, phase, sequence, text = decode_strings(body)
             told = cls(int(code), phase, int(sequence), text)
         except ValueError:
             raise WireError("no failure") from None

@@ -10,19 +10,26 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.failure import Cause, Failure, describe_error
-from dynamo_mpi.supervisor.failure_messages import absence, death, loss, silence
-from dynamo_mpi.supervisor.frame_connection import Bell, ClosedError, Line
-from dynamo_mpi.supervisor.heartbeat_protocol import MOST_BODY, Frame, Kind, Signalled, Told, WireError
-from dynamo_mpi.supervisor.join import Reception
-from dynamo_mpi.supervisor.stacks import own_stacks
+from dynamo_mpi.common.failure import DetectedBy, Failure, describe_error
+from dynamo_mpi.supervisor.failure_messages import heartbeat_missed, host_lost, never_connected, rank_died
+from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
+from dynamo_mpi.supervisor.heartbeat_protocol import (
+    MOST_BODY,
+    FailureReport,
+    Frame,
+    FrameType,
+    SignalMessage,
+    WireError,
+)
+from dynamo_mpi.supervisor.join import JoinHandler
+from dynamo_mpi.supervisor.stacks import dump_stacks
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-    from dynamo_mpi.common.errors import BootstrapError
-    from dynamo_mpi.supervisor.rendezvous import Meeting
+    from dynamo_mpi.common.errors import DynamoMpiError
+    from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 _STACKS_SECONDS = 2.0
 _FAREWELL_SECONDS = 1.0
@@ -31,17 +38,17 @@ _MOMENT_SECONDS = 2.0
 _HEED_SECONDS = 0.5
 
 
-class _Rank:
+class _Peer:
     """A rank that is connected."""
 
-    def __init__(self, number: int, line: Line) -> None:
+    def __init__(self, number: int, line: FrameConnection) -> None:
         self.number, self.line, self.heard = number, line, time.monotonic()
         self.phase = ""
         # nothing that comes after is news: it has left in order, or its trouble has been told
         self.done = False
 
 
-class Lookout:
+class HeartbeatServer:
     """Watches over the ranks other than 0, from `start` to `close`.
 
     Args:
@@ -58,23 +65,23 @@ class Lookout:
     def __init__(
         self,
         size: int,
-        meeting: Meeting,
+        meeting: Rendezvous,
         listener: socket.socket,
         phase: Callable[[], str],
         host: Callable[[int], str],
         on_failure: Callable[[Failure], None],
-        on_signal: Callable[[int, Signalled], None],
+        on_signal: Callable[[int, SignalMessage], None],
         on_spans: Callable[[int, bytes], None] = lambda *_: None,
     ) -> None:
         self._size, self._meeting = size, meeting
         self._phase, self._host, self._on_failure, self._on_signal = phase, host, on_failure, on_signal
         self._on_spans = on_spans
         self._selector = selectors.DefaultSelector()
-        self._bell = Bell()
-        self._selector.register(self._bell, selectors.EVENT_READ, self._bell.hush)
-        self._reception = Reception(self._selector, listener, bytes.fromhex(meeting.token), size, self._admit)
+        self._bell = Waker()
+        self._selector.register(self._bell, selectors.EVENT_READ, self._bell.clear)
+        self._reception = JoinHandler(self._selector, listener, bytes.fromhex(meeting.token), size, self._admit)
         self._orders: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-        self._ranks: dict[int, _Rank] = {}
+        self._ranks: dict[int, _Peer] = {}
         self._missing = set(range(1, size))
         self._begun = time.monotonic()
         self._answers: dict[int, str] = {}
@@ -91,32 +98,32 @@ class Lookout:
     def stacks(self) -> dict[int, str]:
         """Ask every rank where it stands, and return what those have answered that could, within two seconds."""
         with self._answered:
-            self._answers = {0: own_stacks()}
-        self.tell(Frame(Kind.ASK))
+            self._answers = {0: dump_stacks()}
+        self.broadcast(Frame(FrameType.ASK))
         with self._answered:
             self._answered.wait_for(lambda: len(self._answers) == self._size, _STACKS_SECONDS)
             return dict(self._answers)
 
-    def tell(self, frame: Frame) -> None:
+    def broadcast(self, frame: Frame) -> None:
         """Send ``frame`` to all ranks. Thread-safe, never waits."""
         self._orders.put(frame)
-        self._bell.ring()
+        self._bell.wake()
 
     @property
-    def has_overslept(self) -> bool:
+    def was_stalled(self) -> bool:
         """Whether this process was stopped or stuck for so long, until a moment ago, that the ranks may have ended the world without it."""
         return time.monotonic() - self._overslept < _MOMENT_SECONDS
 
-    def announce_end(self, code: int) -> None:
+    def announce_abort(self, code: int) -> None:
         """Tell the ranks that rank 0 ends the world, and wait a moment for them to know: a rank that only saw it go would report a death."""
-        self.tell(Frame(Kind.ENDING, bytes([code])))
+        self.broadcast(Frame(FrameType.ENDING, bytes([code])))
         end = time.monotonic() + _HEED_SECONDS
         while time.monotonic() < end and (self._missing or not all(rank.done for rank in list(self._ranks.values()))):
             time.sleep(_HEED_SECONDS / 50)
 
     def close(self) -> None:
         """Tell the ranks that rank 0 leaves in order, and end. Idempotent."""
-        self.tell(Frame(Kind.LEAVING))
+        self.broadcast(Frame(FrameType.LEAVING))
         self._thread.join(2 * _FAREWELL_SECONDS)
 
     # what follows runs in the lookout's thread
@@ -135,13 +142,13 @@ class Lookout:
             self._bell.close()
 
     def _watch(self) -> None:
-        tick = self._meeting.period / 2
+        tick = self._meeting.heartbeat_interval / 2
         next_tick = next_beat = self._begun
         end = 0.0
         while True:
             for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
                 key.data()
-            self._obey()
+            self._handle_commands()
             now = time.monotonic()
             if self._leaving:
                 end = end or now + _FAREWELL_SECONDS
@@ -149,29 +156,29 @@ class Lookout:
                     return
             if now < next_tick:
                 continue
-            self._forgive(now - next_tick)
+            self._compensate_stall(now - next_tick)
             self._reception.tick()
-            self._look_for_silence(now)
+            self._check_timeouts(now)
             if now >= next_beat:
-                self._send_all(Frame(Kind.BEAT))
-                next_beat = now + self._meeting.period
+                self._send_all(Frame(FrameType.BEAT))
+                next_beat = now + self._meeting.heartbeat_interval
             next_tick = min(now + tick, end or now + tick)
 
-    def _forgive(self, late: float) -> None:
+    def _compensate_stall(self, late: float) -> None:
         """Where it was this thread that slept, or did not get Python's lock, that is not held against the ranks."""
-        patience = self._meeting.patience(self._phase())
-        if patience is not None and late > patience - 2 * self._meeting.period:
+        patience = self._meeting.heartbeat_timeout_for(self._phase())
+        if patience is not None and late > patience - 2 * self._meeting.heartbeat_interval:
             self._overslept = time.monotonic()
         if late > _STALL_SECONDS:
             self._begun += late
             for rank in self._ranks.values():
                 rank.heard += late
 
-    def _obey(self) -> None:
+    def _handle_commands(self) -> None:
         while not self._orders.empty():
             frame = self._orders.get()
-            self._leaving |= frame.kind is Kind.LEAVING
-            if frame.kind is Kind.ENDING:
+            self._leaving |= frame.kind is FrameType.LEAVING
+            if frame.kind is FrameType.ENDING:
                 self._ending = frame
             self._send_all(frame)
 
@@ -180,84 +187,94 @@ class Lookout:
             rank.line.send(frame)
             self._follow(rank)
 
-    def _follow(self, rank: _Rank) -> None:
+    def _follow(self, rank: _Peer) -> None:
         """Have the selector look at what matters for a rank's line now."""
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if rank.line.unsent else 0)
         if self._selector.get_key(rank.line).events != events:
             self._selector.modify(rank.line, events, lambda: self._serve(rank))
 
-    def _admit(self, number: int, line: Line) -> bool:
+    def _admit(self, number: int, line: FrameConnection) -> bool:
         if number not in self._missing:
             return False
         self._missing.discard(number)
-        line.trust(MOST_BODY)
-        rank = self._ranks[number] = _Rank(number, line)
+        line.allow_frames(MOST_BODY)
+        rank = self._ranks[number] = _Peer(number, line)
         self._selector.register(line, selectors.EVENT_READ, lambda: self._serve(rank))
         if self._ending is not None:
             # it came too late to hear of it; to be sent behind its welcome
             self._orders.put(self._ending)
         return True
 
-    def _serve(self, rank: _Rank) -> None:
+    def _serve(self, rank: _Peer) -> None:
         if rank.line.unsent:
             rank.line.flush()
             self._follow(rank)
         try:
             for frame in rank.line.read():
                 rank.heard = time.monotonic()
-                self._take(rank, frame)
+                self._handle_frame(rank, frame)
         except ClosedError as end:
-            self._forget(
-                rank, (loss if end.lost else death)(self._host(rank.number)), Cause.LOST if end.lost else Cause.DEATH
+            self._drop(
+                rank,
+                (host_lost if end.lost else rank_died)(self._host(rank.number)),
+                DetectedBy.HOST_UNREACHABLE if end.lost else DetectedBy.DISCONNECT,
             )
         except WireError:
             # it has the token, so it is a rank of ours that writes nonsense: as good as dead
-            self._forget(rank, death(self._host(rank.number)), Cause.DEATH)
+            self._drop(rank, rank_died(self._host(rank.number)), DetectedBy.DISCONNECT)
 
-    def _take(self, rank: _Rank, frame: Frame) -> None:
-        if frame.kind is Kind.STACKS:
+    def _handle_frame(self, rank: _Peer, frame: Frame) -> None:
+        if frame.kind is FrameType.STACKS:
             with self._answered:
                 self._answers[rank.number] = frame.body.decode("utf-8", "replace")
                 self._answered.notify_all()
-        elif frame.kind is Kind.PHASE:
+        elif frame.kind is FrameType.PHASE:
             rank.phase = frame.body.decode("utf-8", "replace")
-        elif frame.kind is Kind.SPANS:
+        elif frame.kind is FrameType.SPANS:
             self._on_spans(rank.number, frame.body)
-        elif frame.kind is Kind.LEAVING:
+        elif frame.kind is FrameType.LEAVING:
             rank.done = True
-        elif frame.kind is Kind.SIGNAL:
-            self._on_signal(rank.number, Signalled.unpack(frame.body))
-        elif frame.kind is Kind.FAILED:
-            told = Told.unpack(frame.body)
+        elif frame.kind is FrameType.SIGNAL:
+            self._on_signal(rank.number, SignalMessage.unpack(frame.body))
+        elif frame.kind is FrameType.FAILED:
+            told = FailureReport.unpack(frame.body)
             rank.done = True
             self._on_failure(
-                Failure(rank.number, told.exit_code, told.text, Cause.TOLD, told.phase, time.monotonic(), told.sequence)
+                Failure(
+                    rank.number,
+                    told.exit_code,
+                    told.text,
+                    DetectedBy.REPORT,
+                    told.phase,
+                    time.monotonic(),
+                    told.sequence,
+                )
             )
 
-    def _forget(self, rank: _Rank, error: BootstrapError, cause: Cause) -> None:
+    def _drop(self, rank: _Peer, error: DynamoMpiError, cause: DetectedBy) -> None:
         self._selector.unregister(rank.line)
         rank.line.close()
         del self._ranks[rank.number]
         if not (rank.done or self._leaving):
             self._fail(rank.number, rank.phase, error, cause)
 
-    def _look_for_silence(self, now: float) -> None:
-        patience = self._meeting.patience(self._phase())
+    def _check_timeouts(self, now: float) -> None:
+        patience = self._meeting.heartbeat_timeout_for(self._phase())
         if patience is None or self._leaving:
             return
         for rank in self._ranks.values():
             if not rank.done and now - rank.heard > patience:
                 rank.done = True
-                if rank.line.unacknowledged:
-                    self._fail(rank.number, rank.phase, loss(self._host(rank.number)), Cause.LOST)
+                if rank.line.has_unacked_data:
+                    self._fail(rank.number, rank.phase, host_lost(self._host(rank.number)), DetectedBy.HOST_UNREACHABLE)
                 else:
-                    error = silence(now - rank.heard, self._host(rank.number))
-                    self._fail(rank.number, rank.phase, error, Cause.SILENCE)
+                    error = heartbeat_missed(now - rank.heard, self._host(rank.number))
+                    self._fail(rank.number, rank.phase, error, DetectedBy.HEARTBEAT)
         if self._missing and now - self._begun > patience:
             missing, self._missing = min(self._missing), set()
-            self._fail(missing, "", absence(now - self._begun, self._meeting), Cause.SILENCE)
+            self._fail(missing, "", never_connected(now - self._begun, self._meeting), DetectedBy.HEARTBEAT)
 
-    def _fail(self, number: int, phase: str, error: BootstrapError, cause: Cause) -> None:
+    def _fail(self, number: int, phase: str, error: DynamoMpiError, cause: DetectedBy) -> None:
         # one that has not told its phase yet has just come
         phase = phase or self._phase()
         self._on_failure(Failure(number, int(error.exit_code), str(error), cause, phase, time.monotonic()))

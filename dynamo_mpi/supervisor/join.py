@@ -8,16 +8,16 @@ import selectors
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.supervisor.frame_connection import ClosedError, Line
+from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     NONCE_BYTES,
     Frame,
+    FrameType,
     Join,
-    Kind,
     WireError,
-    is_proof,
-    prove_rank,
-    prove_rank_zero,
+    is_valid_mac,
+    leader_mac,
+    rank_mac,
 )
 
 if TYPE_CHECKING:
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PATIENCE_SECONDS = 5.0
-SPARE = 64
+MAX_PENDING = 64
 """Strangers that may be there beside the ranks."""
 _MOST_AT_ONCE = 64
 
 
-class _Stranger(NamedTuple):
-    line: Line
+class _PendingConnection(NamedTuple):
+    line: FrameConnection
     nonce: bytes
     end: float
     hear: Callable[[], None]
 
 
-class Reception:
+class JoinHandler:
     """Lets ranks in. All of it runs in the thread that owns the selector, where each entry's data is what to call.
 
     Args:
@@ -56,14 +56,14 @@ class Reception:
         listener: socket.socket,
         token: bytes,
         size: int,
-        admit: Callable[[int, Line], bool],
+        admit: Callable[[int, FrameConnection], bool],
         greeted: Callable[[int], None] = lambda _: None,
         *,
         again: bool = False,
     ) -> None:
         self._selector, self._listener, self._token = selector, listener, token
-        self._room, self._admit, self._greeted, self._again = size + SPARE, admit, greeted, again
-        self._strangers: dict[int, _Stranger] = {}
+        self._room, self._admit, self._greeted, self._again = size + MAX_PENDING, admit, greeted, again
+        self._strangers: dict[int, _PendingConnection] = {}
         listener.setblocking(False)
         self._open = False
         self.tick()
@@ -103,18 +103,18 @@ class Reception:
             if len(self._strangers) >= self._room:
                 connection.close()
                 continue
-            self._greet(Line(connection))
+            self._handshake(FrameConnection(connection))
 
-    def _greet(self, line: Line) -> None:
+    def _handshake(self, line: FrameConnection) -> None:
         number = line.fileno()
-        stranger = _Stranger(
-            line, secrets.token_bytes(NONCE_BYTES), time.monotonic() + _PATIENCE_SECONDS, lambda: self._hear(number)
+        stranger = _PendingConnection(
+            line, secrets.token_bytes(NONCE_BYTES), time.monotonic() + _PATIENCE_SECONDS, lambda: self._receive(number)
         )
         self._strangers[number] = stranger
         self._selector.register(line, selectors.EVENT_READ, stranger.hear)
-        line.send(Frame(Kind.HELLO, stranger.nonce))
+        line.send(Frame(FrameType.HELLO, stranger.nonce))
 
-    def _hear(self, number: int) -> None:
+    def _receive(self, number: int) -> None:
         stranger = self._strangers.get(number)
         if stranger is None:  # dropped by what came before it in the same round
             return
@@ -124,21 +124,21 @@ class Reception:
                 return
             # a rank waits for our proof before it says more
             (frame,) = frames
-            join = Join.unpack(frame.body if frame.kind is Kind.JOIN else b"")
+            join = Join.unpack(frame.body if frame.kind is FrameType.JOIN else b"")
         except (ClosedError, WireError, ValueError):
             self._drop(stranger).close()
             return
         line = self._drop(stranger)
-        right = prove_rank(self._token, stranger.nonce, join.rank, join.nonce)
-        if not is_proof(join.proof, right) or not self._admit(join.rank, line):
+        right = rank_mac(self._token, stranger.nonce, join.rank, join.nonce)
+        if not is_valid_mac(join.proof, right) or not self._admit(join.rank, line):
             line.close()
             return
         if not self._again:
             self._room -= 1
-        line.send(Frame(Kind.WELCOME, prove_rank_zero(self._token, join.nonce, join.rank)))
+        line.send(Frame(FrameType.WELCOME, leader_mac(self._token, join.nonce, join.rank)))
         self._greeted(join.rank)
 
-    def _drop(self, stranger: _Stranger) -> Line:
+    def _drop(self, stranger: _PendingConnection) -> FrameConnection:
         self._selector.unregister(stranger.line)
         del self._strangers[stranger.line.fileno()]
         return stranger.line

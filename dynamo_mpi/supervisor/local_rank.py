@@ -16,7 +16,7 @@ from dynamo_mpi.supervisor.stacks import describe_stacks
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
 
 _READ_BYTES = 1 << 16
 _MOST_LINE = 1 << 18
@@ -117,7 +117,7 @@ def _open_pidfd(pid: int) -> int | None:
         return None
 
 
-def describe_missing_ranks(ranks: Sequence[LocalRank], launch: Launch) -> str:
+def describe_missing_ranks(ranks: Sequence[LocalRank], launch: LaunchInfo) -> str:
     """Say which ranks of this node are there and where they stand, and how many are missing.
 
     Args:

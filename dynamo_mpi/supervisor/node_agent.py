@@ -17,9 +17,9 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from dynamo_mpi.common.errors import BootstrapError, DeadlineError
-from dynamo_mpi.common.failure import Cause, Failure
-from dynamo_mpi.common.process_title import set_title
+from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError
+from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.common.process_title import set_process_title
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import Seen, describe_seen, read_report, read_seen
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours
@@ -27,15 +27,15 @@ from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.descendants import end_descendants
 from dynamo_mpi.supervisor.early_settings import Limits
-from dynamo_mpi.supervisor.failure_messages import death, silence
+from dynamo_mpi.supervisor.failure_messages import heartbeat_missed, rank_died
 from dynamo_mpi.supervisor.local_rank import LocalRank, describe_missing_ranks
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.supervisor.shared_memory import remove_segments, segments_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
 
 _TICK_SECONDS = 0.25
 _STALL_SECONDS = 0.5
@@ -63,12 +63,12 @@ class NodeAgent:
     """
 
     def __init__(
-        self, listener: socket.socket | None, first: socket.socket, launch: Launch, host: str, limits: Limits
+        self, listener: socket.socket | None, first: socket.socket, launch: LaunchInfo, host: str, limits: Limits
     ) -> None:
         self._launch, self._host, self._limits = launch, host, limits
         self._selector = selectors.DefaultSelector()
         self._writer = ReportWriter(limits.log_dir)
-        meeting = Meeting(host, heartbeat_timeout=limits.heartbeat_timeout, failure_dir=limits.failure_dir)
+        meeting = Rendezvous(host, heartbeat_timeout=limits.heartbeat_timeout, failure_dir=limits.failure_dir)
         self._world = WorldWatch(
             self._selector, launch, host, self._writer, meeting, self._end_ranks, self._rank_0_reports
         )
@@ -243,7 +243,7 @@ class NodeAgent:
         if local.detached or local.reported or self._stop_at < math.inf:
             return
         if local.preflight_done or self._world.is_joined:
-            self._world.failed(Seen(self._failure(local, death(self._host), Cause.DEATH), self._host))
+            self._world.failed(Seen(self._failure(local, rank_died(self._host), DetectedBy.DISCONNECT), self._host))
             return
         # anew with each that follows at once: a launcher that ends them all takes its time on a busy node
         self._gone.append(local)
@@ -258,7 +258,7 @@ class NodeAgent:
         first = self._gone[0]
         is_ended = self._reported_at < first.heard + _SAME_SECONDS
         if not (is_ended or self._world.reported) and (len(self._gone) == 1 or self._ranks):
-            self._report(first, death(self._host), Cause.DEATH)
+            self._report(first, rank_died(self._host), DetectedBy.DISCONNECT)
 
     def _look(self, now: float) -> None:
         self._world.tick()
@@ -279,10 +279,10 @@ class NodeAgent:
             return
         meeting = self._world.meeting
         for local in self._ranks:
-            patience = meeting.patience(local.phase)
+            patience = meeting.heartbeat_timeout_for(local.phase)
             if patience is None or local.detached or local.is_watched_elsewhere:
                 continue
-            if now - local.asked > min(meeting.period, patience / 4):
+            if now - local.asked > min(meeting.heartbeat_interval, patience / 4):
                 local.asked = now
                 local.send("ping")
             if now - local.heard > patience:
@@ -292,10 +292,10 @@ class NodeAgent:
     def _silent(self, local: LocalRank, now: float) -> None:
         if local.rank == 0:
             self._writer.revoke()
-        self._report(local, silence(now - local.heard, self._host), Cause.SILENCE)
+        self._report(local, heartbeat_missed(now - local.heard, self._host), DetectedBy.HEARTBEAT)
         # the others miss it a little later, and end it with themselves; the launcher knows the better exit code
         others = self._launch.size != 1 and local.preflight_done
-        self._kill_at = now + _STUCK_SECONDS + (1.5 * self._world.meeting.period if others else 0.0)
+        self._kill_at = now + _STUCK_SECONDS + (1.5 * self._world.meeting.heartbeat_interval if others else 0.0)
         self._stop_at = max(self._stop_at, self._kill_at + 2 * _TICK_SECONDS)
 
     def _late(self, ranks: Sequence[LocalRank]) -> None:
@@ -305,25 +305,25 @@ class NodeAgent:
         while time.monotonic() < end and not all(local.stacks for local in ranks):
             for key, _ in self._selector.select(_TICK_SECONDS):
                 key.data()
-        error = DeadlineError(
+        error = PhaseTimeoutError(
             f"no verdict after {self._limits.world_seconds:g} s",
             needed="all ranks of all nodes to start MPI, and to answer rank 0",
             fix="look at the ranks and nodes that are missing or stand apart from the others; --world-timeout gives them longer",
         )
         text = f"{error}\n{describe_missing_ranks(ranks, self._launch)}"
-        failure = self._failure(ranks[0], error, Cause.SILENCE)._replace(text=text)
+        failure = self._failure(ranks[0], error, DetectedBy.HEARTBEAT)._replace(text=text)
         report = describe_seen([Seen(failure, self._host)], failure.phase)
         # each node says which of its ranks are missing
         self._world.report(report, for_node=True)
         self._end_ranks(failure.exit_code)
 
-    def _report(self, local: LocalRank, error: BootstrapError, cause: Cause) -> None:
+    def _report(self, local: LocalRank, error: DynamoMpiError, cause: DetectedBy) -> None:
         """Report what has become of a rank, and end all."""
         failure = self._failure(local, error, cause)
         self._world.report(describe_seen([Seen(failure, self._host)], failure.phase))
         self._world.end_all(failure.exit_code)
 
-    def _failure(self, local: LocalRank, error: BootstrapError, cause: Cause) -> Failure:
+    def _failure(self, local: LocalRank, error: DynamoMpiError, cause: DetectedBy) -> Failure:
         phase = (self._world.history.phase if local.rank == 0 else "") or local.phase
         return Failure(local.rank, int(error.exit_code), str(error), cause, phase, time.monotonic())
 
@@ -336,7 +336,7 @@ class NodeAgent:
 
 
 def run_node_agent(
-    listener: int | None, first: int, launch: Launch, host: str, argv: Sequence[str], environ: Mapping[str, str]
+    listener: int | None, first: int, launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]
 ) -> None:
     """Be the agent, in a process of its own, until the ranks of this node have no need of one.
 
@@ -353,5 +353,5 @@ def run_node_agent(
     os.close(null)
     at = None if listener is None else socket.socket(fileno=listener)
     agent = NodeAgent(at, socket.socket(fileno=first), launch, host, Limits.of(argv, environ))
-    set_title(f"dynamo_mpi: node agent on {host}")
+    set_process_title(f"dynamo_mpi: node agent on {host}")
     agent.run()

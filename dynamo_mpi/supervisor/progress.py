@@ -8,20 +8,20 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.codec import pack, unpack
-from dynamo_mpi.common.phases import BEFORE, PHASES, PhaseProgress, RankSpans, Span
+from dynamo_mpi.common.codec import decode_strings, encode_strings
+from dynamo_mpi.common.phases import PHASES, PROCESS_START, PhaseProgress, RankTimings, Span
 from dynamo_mpi.supervisor.heartbeat_protocol import WireError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.common.phases import Phases
+    from dynamo_mpi.common.phases import PhaseTracker
 
 _FIELDS = 4
 _MOST_SPANS = 64
 
 
-class Roll:
+class ProgressTracker:
     """Keeps the roll. Thread-safe.
 
     Args:
@@ -29,7 +29,7 @@ class Roll:
         phases: rank 0's own.
     """
 
-    def __init__(self, hosts: Sequence[str], phases: Phases) -> None:
+    def __init__(self, hosts: Sequence[str], phases: PhaseTracker) -> None:
         self._hosts, self._phases = hosts, phases
         self._lock = threading.Lock()
         self._told: dict[int, tuple[float, tuple[Span, ...], int | None]] = {}
@@ -37,7 +37,7 @@ class Roll:
         self._offsets: dict[int, float] = {}
         self._born_before = _age_before(phases)
 
-    def note(self, rank: int, body: bytes) -> None:
+    def update(self, rank: int, body: bytes) -> None:
         """Take note of what a rank has told with `pack_spans`.
 
         Raises:
@@ -50,15 +50,15 @@ class Roll:
             self._offsets[rank] = min(now - sent, self._offsets.get(rank, now - sent))
             self._told[rank] = (began, spans, read)
 
-    def ranks(self) -> list[RankSpans]:
+    def ranks(self) -> list[RankTimings]:
         """Return what is known of every rank, in rank order."""
         with self._lock:
             told, offsets = dict(self._told), dict(self._offsets)
         own = (time.time() - self._phases.age, _with_start(self._phases.spans, self._born_before), bytes_read())
-        return [RankSpans(0, self._hosts[0], *own)] + [
-            RankSpans(rank, host, told[rank][0] + offsets[rank], *told[rank][1:])
+        return [RankTimings(0, self._hosts[0], *own)] + [
+            RankTimings(rank, host, told[rank][0] + offsets[rank], *told[rank][1:])
             if rank in told
-            else RankSpans(rank, host, 0.0, ())
+            else RankTimings(rank, host, 0.0, ())
             for rank, host in enumerate(self._hosts)
             if rank
         ]
@@ -68,7 +68,7 @@ class Roll:
         return progress_of(self._phases.current, self.ranks(), time.time())
 
 
-def progress_of(phase: str, ranks: Sequence[RankSpans], now: float) -> PhaseProgress:
+def progress_of(phase: str, ranks: Sequence[RankTimings], now: float) -> PhaseProgress:
     """Say how far ranks are. Pure.
 
     Args:
@@ -76,9 +76,9 @@ def progress_of(phase: str, ranks: Sequence[RankSpans], now: float) -> PhaseProg
         ranks: all.
         now: seconds since 1970, by rank 0's clock.
     """
-    behind: list[RankSpans] = []
-    at_it: list[tuple[float, int, RankSpans]] = []
-    through: list[tuple[float, int, RankSpans]] = []
+    behind: list[RankTimings] = []
+    at_it: list[tuple[float, int, RankTimings]] = []
+    through: list[tuple[float, int, RankTimings]] = []
     done = 0
     for rank in ranks:
         entry = _entry(phase, rank, now)
@@ -118,19 +118,19 @@ class _Entry(NamedTuple):
     seconds: float | None
 
 
-def _entry(phase: str, rank: RankSpans, now: float) -> _Entry:
+def _entry(phase: str, rank: RankTimings, now: float) -> _Entry:
     current = rank.current
     is_through, seconds = current is not None and _place(current.phase) > PHASES.index(phase), None
     for span in rank.spans:
         if span.phase == phase:
-            seconds = span.own if span.own is not None else span.lasted
+            seconds = span.local if span.local is not None else span.total
             is_through |= seconds is not None
             if seconds is None:
                 seconds = now - rank.began - span.began
     return _Entry(is_through, seconds)
 
 
-def _begin(phase: str, rank: RankSpans) -> float:
+def _begin(phase: str, rank: RankTimings) -> float:
     return min(span.began for span in rank.spans if span.phase == phase)
 
 
@@ -144,7 +144,7 @@ def bytes_read() -> int | None:
         return None
 
 
-def pack_spans(phases: Phases) -> bytes:
+def pack_spans(phases: PhaseTracker) -> bytes:
     """Encode this rank's spans, with what its clock says now, and how much it has read."""
     now, read = time.time(), bytes_read()
     values = [repr(now), repr(now - phases.age), "" if read is None else str(read)]
@@ -152,14 +152,14 @@ def pack_spans(phases: Phases) -> bytes:
         values += [
             span.phase,
             repr(span.began),
-            *("" if value is None else repr(value) for value in (span.own, span.lasted)),
+            *("" if value is None else repr(value) for value in (span.local, span.total)),
         ]
-    return pack(values)
+    return encode_strings(values)
 
 
 def _unpack_spans(body: bytes) -> tuple[float, float, tuple[Span, ...], int | None]:
     try:
-        sent, began, read, *rest = unpack(body)
+        sent, began, read, *rest = decode_strings(body)
         if len(rest) % _FIELDS or len(rest) > _FIELDS * _MOST_SPANS:
             raise ValueError
         spans = tuple(
@@ -180,14 +180,14 @@ def _place(phase: str) -> int:
     Raises:
         ValueError: there is no such phase.
     """
-    return -1 if phase == BEFORE else PHASES.index(phase)
+    return -1 if phase == PROCESS_START else PHASES.index(phase)
 
 
 def _with_start(spans: Sequence[Span], before: float) -> tuple[Span, ...]:
-    return (Span(BEFORE, -before, None, before), *spans) if before > 0 else tuple(spans)
+    return (Span(PROCESS_START, -before, None, before), *spans) if before > 0 else tuple(spans)
 
 
-def _age_before(phases: Phases) -> float:
+def _age_before(phases: PhaseTracker) -> float:
     """Return how many seconds this process was there before its first phase; 0 where the system doesn't tell."""
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:

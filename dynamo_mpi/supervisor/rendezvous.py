@@ -15,7 +15,7 @@ _MOST_PERIOD_SECONDS = 5.0
 _LENGTH_BYTES = 4
 
 
-class Meeting(NamedTuple):
+class Rendezvous(NamedTuple):
     """What every rank has to know of rank 0.
 
     Args:
@@ -46,14 +46,14 @@ class Meeting(NamedTuple):
     agent_token: str = ""
     far_rank: int = 0
 
-    def patience(self, phase: str) -> float | None:
+    def heartbeat_timeout_for(self, phase: str) -> float | None:
         """Return how many seconds of silence are too long in a phase; None where no silence is."""
         if self.heartbeat_timeout is not None:
             return self.heartbeat_timeout or None
         return LOADING_SECONDS if phase in _LOADING else SERVING_SECONDS
 
     @property
-    def period(self) -> float:
+    def heartbeat_interval(self) -> float:
         """Seconds between two heartbeats: a few may be late."""
         return min(_MOST_PERIOD_SECONDS, (self.heartbeat_timeout or SERVING_SECONDS) / 4)
 
@@ -67,7 +67,7 @@ class Meeting(NamedTuple):
         return json.dumps({"meeting": self._asdict()})
 
     @classmethod
-    def unpack(cls, data: bytes) -> tuple[Meeting, bytes]:
+    def unpack(cls, data: bytes) -> tuple[Rendezvous, bytes]:
         """Decode what `pack` made."""
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
         return cls(**json.loads(data[_LENGTH_BYTES:end])), data[end:]

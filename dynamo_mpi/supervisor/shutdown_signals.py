@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-class StopSignals:
+class ShutdownSignals:
     """Takes them from its making to `close`, whatever the main thread is doing. Build and close it in the main thread.
 
     Args:
@@ -35,7 +35,7 @@ class StopSignals:
         signals: Sequence[signal.Signals] = SIGNALS,
         note: Callable[[int], object] = lambda _: None,
     ) -> None:
-        self._hurry, self._note = hurry, note
+        self._terminate_now, self._note = hurry, note
         self._begin: Callable[[int], object] | None = None
         self._in_loop = self._asked = False
         self._last = -math.inf
@@ -48,7 +48,7 @@ class StopSignals:
 
     @contextmanager
     def in_event_loop(self) -> Iterator[None]:
-        """Let the main thread run an event loop, from which there may be an orderly end: see `expect`."""
+        """Let the main thread run an event loop, from which there may be an orderly end: see `on_drain_request`."""
         # uvloop takes the descriptor that wakes our thread, and runs Python's handlers instead
         self._in_loop = True
         try:
@@ -57,7 +57,7 @@ class StopSignals:
             self._in_loop = False
             self._begin = None
 
-    def expect(self, begin: Callable[[int], object]) -> None:
+    def on_drain_request(self, begin: Callable[[int], object]) -> None:
         """Call ``begin`` with the next signal, as long as the event loop runs. It has to be quick, and is called from any thread."""
         self._begin = begin
 
@@ -84,4 +84,4 @@ class StopSignals:
                 return
             self._asked = True
         self._note(number)
-        (begin or self._hurry)(number)
+        (begin or self._terminate_now)(number)

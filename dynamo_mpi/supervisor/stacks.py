@@ -7,8 +7,8 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.activity import doing
-from dynamo_mpi.common.frames import lines_of
+from dynamo_mpi.common.activity import activity
+from dynamo_mpi.common.frames import format_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,10 +35,10 @@ _CARRIERS = (
 )
 
 
-def own_stacks() -> str:
+def dump_stacks() -> str:
     """Return what this process says it is doing, and the innermost Python frames of its threads, the main one first; of threads that only
     carry tasks, the tasks'."""
-    said = doing()
+    said = activity()
     return f"{said}\n{_frames()}" if said else _frames()
 
 
@@ -47,7 +47,7 @@ def _frames() -> str:
     main = threading.main_thread()
     threads = sorted(threading.enumerate(), key=lambda thread: thread is not main)
     stacks = {
-        thread.name: lines_of(frames[thread.ident])
+        thread.name: format_frames(frames[thread.ident])
         for thread in threads
         if thread.ident in frames and thread.name not in IDLE_THREADS
     }

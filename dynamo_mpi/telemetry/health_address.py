@@ -16,7 +16,7 @@ _EVERYWHERE = ("", "0.0.0.0", "::", "[::]")  # noqa: S104 - what a user may choo
 _MOST_PORT = 65535
 
 
-class ProbeAddress(NamedTuple):
+class HealthAddress(NamedTuple):
     """Where to answer.
 
     Args:
@@ -37,7 +37,7 @@ class ProbeAddress(NamedTuple):
         return self.host in _EVERYWHERE
 
     @classmethod
-    def of(cls, environ: Mapping[str, str]) -> ProbeAddress | None:
+    def of(cls, environ: Mapping[str, str]) -> HealthAddress | None:
         """Read it; None where it is off, as by default or with a negative port.
 
         Raises:

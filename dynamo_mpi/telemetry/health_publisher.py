@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.trace_context import trace_of
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
-from dynamo_mpi.mpi.restart_count import attempt_of
-from dynamo_mpi.telemetry.health_state import State, world_metrics
+from dynamo_mpi.mpi.restart_count import restart_count
+from dynamo_mpi.telemetry.health_state import HealthState, world_metrics
 from dynamo_mpi.telemetry.metrics import render
 from dynamo_mpi.telemetry.world_metrics import WorldNumbers, describe_progress, metrics_of_world
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.layout.finding import Severity
     from dynamo_mpi.supervisor.context import RankContext
-    from dynamo_mpi.supervisor.progress import Roll
-    from dynamo_mpi.telemetry.health_client import Reporter
+    from dynamo_mpi.supervisor.progress import ProgressTracker
+    from dynamo_mpi.telemetry.health_client import HealthClient
     from dynamo_mpi.telemetry.metrics import Metric
 
 
@@ -45,7 +45,7 @@ class WorldStatus(WorkerHook):
         self._phases, self._host = context.phases, context.log.host
         self.facts = facts_of(settings, os.environ)
         self.severities: Sequence[Severity] = ()
-        self.roll: Roll | None = None
+        self.roll: ProgressTracker | None = None
         self._failures: tuple[Failure, ...] = ()
         self._exit_code: int | None = None
         self._in_flight: int | None = None
@@ -69,7 +69,7 @@ class WorldStatus(WorkerHook):
         self._exit_code = code
 
     def numbers(self) -> dict[str, str]:
-        """Return what changes, as `State` of the process that answers probes takes it."""
+        """Return what changes, as `HealthState` of the process that answers probes takes it."""
         progress = "" if self.roll is None else describe_progress(self.roll.progress())
         return {"progress": progress, "metrics": render(self._of_ranks())}
 
@@ -77,13 +77,13 @@ class WorldStatus(WorkerHook):
         """Return all metrics, as the metrics file has them."""
         now, wall, age = time.monotonic(), time.time(), self._phases.age
         began = self._phases.spans[-1].began if self._phases.spans else 0.0
-        state = State(
+        state = HealthState(
             rank=0,
             host=self._host,
             pid=os.getpid(),
             born=wall - age,
             began=now - age,
-            attempt=attempt_of(os.environ),
+            attempt=restart_count(os.environ),
             phase=self._phases.current,
             since=wall - age + began,
             facts=tuple(self.facts.items()),
@@ -115,9 +115,9 @@ class HealthPublisher(WorkerHook):
         status: what is known.
     """
 
-    def __init__(self, reporter: Reporter, status: WorldStatus) -> None:
+    def __init__(self, reporter: HealthClient, status: WorldStatus) -> None:
         self._reporter, self._status = reporter, status
-        reporter.tell_facts(status.facts)
+        reporter.send_facts(status.facts)
 
     def collect(self) -> None:
         """Have the numbers be told from now on: the ranks are watched."""
@@ -134,15 +134,15 @@ class HealthPublisher(WorkerHook):
 
         port = runtime_port(self._reporter.address, settings.runtime_system_port)
         os.environ[PORT_VARIABLE] = str(port)
-        self._reporter.tell("runtime", str(port))
+        self._reporter.send("runtime", str(port))
 
     def on_failure_detected(self) -> None:
         """Answer at once that the world ends."""
-        self._reporter.tell_end()
+        self._reporter.send_failure()
 
     def on_failure(self, failure: WorldFailure) -> None:
         """Answer why."""
-        self._reporter.tell_end(failure.report)
+        self._reporter.send_failure(failure.report)
 
 
 def facts_of(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:

@@ -19,11 +19,11 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.telemetry.health_state import Answer, State, health, live, metrics_of, note
+from dynamo_mpi.telemetry.health_state import Answer, HealthState, health, live, metrics_of, note
 from dynamo_mpi.telemetry.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
-    from dynamo_mpi.telemetry.health_address import ProbeAddress
+    from dynamo_mpi.telemetry.health_address import HealthAddress
 
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
 # for a client to send its request and to read the answer; a probe takes milliseconds
@@ -39,7 +39,7 @@ _MAX_LINE = 32 << 20
 _PER_CONNECTION = ("connection", "keep-alive", "proxy-connection", "upgrade")
 
 
-class ProbeServer(ThreadingHTTPServer):
+class HealthServer(ThreadingHTTPServer):
     """Answers HTTP requests from what the rank reports, one request a connection and thread.
 
     Args:
@@ -50,7 +50,7 @@ class ProbeServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: ProbeAddress, state: State, listener: socket.socket) -> None:
+    def __init__(self, address: HealthAddress, state: HealthState, listener: socket.socket) -> None:
         super().__init__(listener.getsockname()[:2], _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
@@ -168,7 +168,7 @@ class ProbeServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     """Answers one request; what isn't for this server to answer goes to the Dynamo runtime."""
 
-    server: ProbeServer
+    server: HealthServer
     timeout = _CLIENT_SECONDS
     protocol_version = default_request_version = "HTTP/1.1"
     server_version, sys_version = "dynamo_mpi", ""

@@ -12,17 +12,17 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError, UsageError
-from dynamo_mpi.mpi.restart_count import attempt_of
+from dynamo_mpi.common.errors import DynamoMpiError, UsageError
+from dynamo_mpi.mpi.restart_count import restart_count
 from dynamo_mpi.supervisor.early_settings import Limits
-from dynamo_mpi.telemetry.health_address import HOST_VARIABLE, PORT_VARIABLE, ProbeAddress
-from dynamo_mpi.telemetry.health_client import Reporter
+from dynamo_mpi.telemetry.health_address import HOST_VARIABLE, PORT_VARIABLE, HealthAddress
+from dynamo_mpi.telemetry.health_client import HealthClient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dynamo_mpi.common.log import RankLogger
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
 
 # what a launcher or an operator sends to all processes of a step: this one stays to the end of its rank
 _NOT_FOR_IT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
@@ -30,9 +30,9 @@ _BACKLOG = 128
 _MOST_FILES = 1 << 20
 
 
-def answer_probes(
-    launch: Launch, log: RankLogger, argv: Sequence[str], environ: Mapping[str, str]
-) -> Reporter | UsageError | None:
+def start_health_server(
+    launch: LaunchInfo, log: RankLogger, argv: Sequence[str], environ: Mapping[str, str]
+) -> HealthClient | UsageError | None:
     """Fork the process that answers this node's probes, if that is for this rank to do. Only before MPI and any thread is started.
 
     Args:
@@ -47,7 +47,7 @@ def answer_probes(
     if launch.rank and launch.local_rank != 0:
         return None
     try:
-        address = ProbeAddress.of(environ)
+        address = HealthAddress.of(environ)
         if address is None:
             return None
         listener = _listen(address)
@@ -72,14 +72,14 @@ def answer_probes(
         for number in _NOT_FOR_IT:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _be_the_server(where, listener, its, launch, log, limits, environ)
+        _serve(where, listener, its, launch, log, limits, environ)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     listener.close()
     its.close()
-    return Reporter(ours, where, pid, limits.heartbeat_timeout)
+    return HealthClient(ours, where, pid, limits.heartbeat_timeout)
 
 
-def _listen(address: ProbeAddress) -> socket.socket:
+def _listen(address: HealthAddress) -> socket.socket:
     host = address.host.strip("[]")
     try:
         if host == "::" and socket.has_dualstack_ipv6():
@@ -100,11 +100,11 @@ def _listen(address: ProbeAddress) -> socket.socket:
         ) from None
 
 
-def _be_the_server(
-    address: ProbeAddress,
+def _serve(
+    address: HealthAddress,
     listener: socket.socket,
     rank: socket.socket,
-    launch: Launch,
+    launch: LaunchInfo,
     log: RankLogger,
     limits: Limits,
     environ: Mapping[str, str],
@@ -120,17 +120,17 @@ def _be_the_server(
         first, second = sorted((listener.fileno(), rank.fileno()))
         for low, high in ((3, first), (first + 1, second), (second + 1, _MOST_FILES)):
             os.closerange(low, high)
-        from dynamo_mpi.common.process_title import set_title
-        from dynamo_mpi.telemetry.health_server import ProbeServer
-        from dynamo_mpi.telemetry.health_state import State
+        from dynamo_mpi.common.process_title import set_process_title
+        from dynamo_mpi.telemetry.health_server import HealthServer
+        from dynamo_mpi.telemetry.health_state import HealthState
 
         now, wall = time.monotonic(), time.time()
-        state = State(launch.rank, log.host, parent, wall, now, attempt_of(environ), since=wall, heard=now)
-        set_title(f"dynamo_mpi: answers probes on {log.host}")
+        state = HealthState(launch.rank, log.host, parent, wall, now, restart_count(environ), since=wall, heard=now)
+        set_process_title(f"dynamo_mpi: answers probes on {log.host}")
         state = state._replace(heartbeat_timeout=limits.heartbeat_timeout)
-        ProbeServer(address, state, listener).serve(rank)
+        HealthServer(address, state, listener).serve(rank)
     except BaseException as error:  # whatever it is, this process must not go on as a rank
-        text = str(error) if isinstance(error, BootstrapError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, DynamoMpiError) else f"{type(error).__name__}: {error}"
         log.warning(f"no probe of this node is answered any more: {text}")
     finally:
         os._exit(0)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.phases import PHASES
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.telemetry.metrics import Metric, Sample, render
 
 SERVING = "serve"
@@ -32,7 +32,7 @@ FACTS = ("role", "engine", "model", "namespace", "component", "endpoint", "trace
 """What is told of the worker once it is known."""
 
 
-class State(NamedTuple):
+class HealthState(NamedTuple):
     """What is known.
 
     Args:
@@ -47,7 +47,7 @@ class State(NamedTuple):
         since: when the world's phase began, in seconds since 1970.
         ending: why the world ends; empty as long as it doesn't.
         heard: when the rank last said something, by the monotonic clock.
-        heartbeat_timeout: see `Meeting`.
+        heartbeat_timeout: see `Rendezvous`.
         runtime: port of the Dynamo runtime's own answers; 0 where there is none, as on any rank but 0.
         facts: of `FACTS`.
         progress: how far the ranks are, in words.
@@ -78,7 +78,7 @@ class State(NamedTuple):
 
     def silence(self, now: float) -> float:
         """Return for how long the rank has been silent if that is too long, else 0."""
-        patience = Meeting(self.host, heartbeat_timeout=self.heartbeat_timeout).patience(self.phase)
+        patience = Rendezvous(self.host, heartbeat_timeout=self.heartbeat_timeout).heartbeat_timeout_for(self.phase)
         return now - self.heard if patience is not None and now - self.heard > patience else 0.0
 
 
@@ -94,7 +94,7 @@ class Answer(NamedTuple):
     body: dict[str, Any]
 
 
-def note(state: State, line: str, now: float, wall: float) -> State:
+def note(state: HealthState, line: str, now: float, wall: float) -> HealthState:
     """Return what is known after one more line. One that isn't understood changes nothing but when the rank was heard.
 
     Args:
@@ -115,30 +115,30 @@ def note(state: State, line: str, now: float, wall: float) -> State:
         return state._replace(runtime=int(text))
     if word == "ending":
         known = state.ending if state.ending != _ENDS else ""
-        return state._replace(ending=known or unfold(text) or _ENDS)
+        return state._replace(ending=known or unescape(text) or _ENDS)
     if word == "progress":
-        return state._replace(progress=unfold(text))
+        return state._replace(progress=unescape(text))
     if word == "metrics":
-        return state._replace(metrics=unfold(text))
+        return state._replace(metrics=unescape(text))
     if word in FACTS:
-        return state._replace(facts=tuple({**dict(state.facts), word: unfold(text)}.items()))
+        return state._replace(facts=tuple({**dict(state.facts), word: unescape(text)}.items()))
     return state
 
 
-def fold(text: str) -> str:
+def escape(text: str) -> str:
     """Put a text on one line."""
     return text.encode("unicode_escape").decode("ascii")
 
 
-def unfold(text: str) -> str:
-    """Undo `fold`; what isn't its work stays as it is."""
+def unescape(text: str) -> str:
+    """Undo `escape`; what isn't its work stays as it is."""
     try:
         return text.encode("ascii").decode("unicode_escape")
     except UnicodeError:
         return text
 
 
-def live(state: State, now: float) -> Answer:
+def live(state: HealthState, now: float) -> Answer:
     """Say whether the process should go on living: an orderly end is no reason to kill it."""
     trouble = state.ending
     if silent := state.silence(now):
@@ -146,7 +146,7 @@ def live(state: State, now: float) -> Answer:
     return _answer(state, trouble, now)
 
 
-def health(state: State, now: float, runtime: tuple[int, dict[str, Any]] | None = None) -> Answer:
+def health(state: HealthState, now: float, runtime: tuple[int, dict[str, Any]] | None = None) -> Answer:
     """Say whether the world answers requests.
 
     Args:
@@ -170,7 +170,7 @@ def health(state: State, now: float, runtime: tuple[int, dict[str, Any]] | None 
     return answer
 
 
-def _answer(state: State, trouble: str, now: float) -> Answer:
+def _answer(state: HealthState, trouble: str, now: float) -> Answer:
     seconds = max(0.0, now - state.began)
     body: dict[str, Any] = {
         # as Dynamo's own answer has it
@@ -194,7 +194,7 @@ def _answer(state: State, trouble: str, now: float) -> Answer:
     return Answer(503 if trouble else 200, body)
 
 
-def metrics_of(state: State, *, ready: bool) -> str:
+def metrics_of(state: HealthState, *, ready: bool) -> str:
     """Write down what every node can tell of its world, and behind it what its rank has told.
 
     Args:
@@ -204,7 +204,7 @@ def metrics_of(state: State, *, ready: bool) -> str:
     return render(world_metrics(state, ready=ready)) + state.metrics
 
 
-def world_metrics(state: State, *, ready: bool) -> tuple[Metric, ...]:
+def world_metrics(state: HealthState, *, ready: bool) -> tuple[Metric, ...]:
     """Return the metrics that every node has."""
     facts = dict(state.facts)
     info = {name: facts.get(name, "") for name in ("engine", "role", "model")}

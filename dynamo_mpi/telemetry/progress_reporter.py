@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.phases import PhaseProgress
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.supervisor.context import RankContext
-    from dynamo_mpi.supervisor.progress import Roll
+    from dynamo_mpi.supervisor.progress import ProgressTracker
 
 _DRAW_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
@@ -30,7 +30,7 @@ _PUBLISH_SECONDS = 2.0
 _DRAW_AFTER_SECONDS = 2.0
 
 
-class Ticker(WorkerHook):
+class ProgressReporter(WorkerHook):
     """Ticks from `start` to `close`, in a thread of its own, while the world is in one of the phases that may take long.
 
     Args:
@@ -45,14 +45,14 @@ class Ticker(WorkerHook):
     def __init__(
         self,
         context: RankContext,
-        roll: Roll,
+        roll: ProgressTracker,
         settings: Settings,
         on_progress: Callable[[PhaseProgress], object] = lambda _: None,
         writer: LogWriter = log_writer,
     ) -> None:
         self._roll, self._phases, self._log, self._writer = roll, context.phases, context.log, writer
         self._report = on_progress
-        self._mode = chosen(settings.progress, is_terminal=os.isatty(2), jsonl=writer.format.jsonl)
+        self._mode = select_mode(settings.progress, is_terminal=os.isatty(2), jsonl=writer.format.jsonl)
         self._first, self._parts_seen = settings.progress_interval, settings.engine != "trtllm"
         self._changed = threading.Event()
         self._closed = False
@@ -140,7 +140,7 @@ class Ticker(WorkerHook):
             self._writer.set_status_lines(())
 
 
-def chosen(mode: str, *, is_terminal: bool, jsonl: bool) -> str:
+def select_mode(mode: str, *, is_terminal: bool, jsonl: bool) -> str:
     """Return what a mode comes to: a table needs a terminal, and lines of JSON suffer nothing between them. Pure."""
     can_draw = is_terminal and not jsonl
     if mode in ("auto", "live"):

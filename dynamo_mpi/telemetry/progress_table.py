@@ -11,7 +11,7 @@ from dynamo_mpi.telemetry.progress import size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.common.phases import PhaseProgress, RankSpans
+    from dynamo_mpi.common.phases import PhaseProgress, RankTimings
 
 _LEAST_ROWS = 3
 _HEAD = ("ranks", "slowest", "seconds", "read")
@@ -24,7 +24,7 @@ class Terminal(NamedTuple):
     height: int
 
 
-def table(phase: str, ranks: Sequence[RankSpans], now: float, room: Terminal, *, parts_seen: bool) -> list[str]:
+def table(phase: str, ranks: Sequence[RankTimings], now: float, room: Terminal, *, parts_seen: bool) -> list[str]:
     """Return the table's lines: no wider than the terminal, and few enough to leave it a line above and one below.
 
     Where there are more nodes than lines, those that are behind come first, and the last line counts the rest.
@@ -36,7 +36,7 @@ def table(phase: str, ranks: Sequence[RankSpans], now: float, room: Terminal, *,
         room: of the terminal.
         parts_seen: ranks tell when their own part is done.
     """
-    nodes: dict[str, list[RankSpans]] = {}
+    nodes: dict[str, list[RankTimings]] = {}
     for rank in ranks:
         nodes.setdefault(rank.host, []).append(rank)
     states = [(host, progress_of(phase, group, now)) for host, group in nodes.items()]

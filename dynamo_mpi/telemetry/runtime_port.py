@@ -14,7 +14,7 @@ from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.common.ports import holder, in_url, is_free
 
 if TYPE_CHECKING:
-    from dynamo_mpi.telemetry.health_address import ProbeAddress
+    from dynamo_mpi.telemetry.health_address import HealthAddress
 
 # The runtime reads it as a signed 16-bit number. The system gives ports from 32768 on to whoever asks for any, so that one below stays
 # free until the runtime takes it, which may be minutes later.
@@ -22,7 +22,7 @@ _LEAST, _MOST = 20000, 32767
 _TRIES = 200
 
 
-def runtime_port(address: ProbeAddress, choice: int | None) -> int:
+def runtime_port(address: HealthAddress, choice: int | None) -> int:
     """Return a port for the runtime.
 
     Args:
@@ -52,7 +52,7 @@ def runtime_port(address: ProbeAddress, choice: int | None) -> int:
     )
 
 
-def url_of(address: ProbeAddress) -> str:
+def url_of(address: HealthAddress) -> str:
     """Return the URL at which other hosts find our answers."""
     host = address.host.strip("[]")
     if address.is_everywhere:

@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.safe_text import shown
+from dynamo_mpi.common.safe_text import safe_first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
@@ -23,7 +23,7 @@ VARIABLE = "NOTIFY_SOCKET"
 _MARGIN_SECONDS = 30.0
 
 
-class Notifier(WorkerHook):
+class SystemdNotifier(WorkerHook):
     """Sends notifications, each a datagram. A supervisor that has gone, or reads nothing, is no reason to wait or to fail.
 
     Args:
@@ -40,7 +40,7 @@ class Notifier(WorkerHook):
         self.worker = ""
 
     @classmethod
-    def take(cls, environ: MutableMapping[str, str], seconds: Mapping[str, float]) -> Notifier | None:
+    def from_env(cls, environ: MutableMapping[str, str], seconds: Mapping[str, float]) -> SystemdNotifier | None:
         """Return one for what the variable names, and forget the variable: what this rank starts has nothing to say there.
 
         Returns:
@@ -68,7 +68,7 @@ class Notifier(WorkerHook):
 
     def report_failure(self, text: str) -> None:
         """Tell why it ends, before there is a world."""
-        self._send(f"STATUS=failed: {shown(text)}", "STOPPING=1")
+        self._send(f"STATUS=failed: {safe_first_line(text)}", "STOPPING=1")
 
     def _send(self, *lines: str) -> None:
         with (

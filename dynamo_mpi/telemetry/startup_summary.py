@@ -8,17 +8,17 @@ import unicodedata
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.phases import BEFORE, PHASES
+from dynamo_mpi.common.phases import PHASES, PROCESS_START
 from dynamo_mpi.layout.format import counted
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from dynamo_mpi.common.phases import RankSpans
+    from dynamo_mpi.common.phases import RankTimings
     from dynamo_mpi.telemetry.startup_trace import FailureMark, StartupTrace
 
-ORDER = (BEFORE, *PHASES)
+ORDER = (PROCESS_START, *PHASES)
 _NOT_STARTUP = ORDER[ORDER.index("serve") :]
 # each rank begins its first phase by itself
 _TOGETHER = PHASES[1:]
@@ -88,19 +88,19 @@ def rows_of(trace: StartupTrace, origin: float) -> tuple[Row, ...]:
     return tuple(_row(rank, origin, now) for rank in sorted(trace.ranks, key=lambda rank: rank.rank))
 
 
-def _row(rank: RankSpans, origin: float, now: float) -> Row:
+def _row(rank: RankTimings, origin: float, now: float) -> Row:
     bars: list[Bar] = []
     clipped, free = 0, 0.0
     for span in rank.spans:
         began = rank.began + span.began - origin
-        ended = max(began, now) if span.lasted is None else began + span.lasted
-        done = ended if span.own is None else began + span.own
+        ended = max(began, now) if span.total is None else began + span.total
+        done = ended if span.local is None else began + span.local
         begin = max(began, free)
         end = max(begin, ended)
         own_end = min(max(begin, done), end)
-        moved = max(begin - began, end - ended, done - ended if span.lasted is not None else 0.0, begin - done)
+        moved = max(begin - began, end - ended, done - ended if span.total is not None else 0.0, begin - done)
         clipped += moved > _TOLERANCE_SECONDS
-        bars.append(Bar(span.phase, begin, own_end, end, span.own is not None, span.lasted is None))
+        bars.append(Bar(span.phase, begin, own_end, end, span.local is not None, span.total is None))
         free = end
     return Row(rank.rank, rank.host, tuple(bars), clipped)
 

@@ -9,8 +9,8 @@ import tempfile
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import DataError, UsageError
-from dynamo_mpi.common.phases import RankSpans, Span
+from dynamo_mpi.common.errors import ConfigFileError, UsageError
+from dynamo_mpi.common.phases import RankTimings, Span
 from dynamo_mpi.common.record_codec import read_fields
 from dynamo_mpi.discovery.records import RecordedLayout
 
@@ -79,7 +79,7 @@ class StartupTrace:
     outcome: str
     written: float
     ready: float | None
-    ranks: tuple[RankSpans, ...]
+    ranks: tuple[RankTimings, ...]
     layout: RecordedLayout | None = None
     failure: FailureMark | None = None
     job: str | None = None
@@ -130,7 +130,7 @@ def read_traces(path: Path) -> tuple[StartupTrace, ...]:
 
     Raises:
         UsageError: the file can't be read.
-        DataError: the file contains no timeline.
+        ConfigFileError: the file contains no timeline.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -152,7 +152,7 @@ def read_traces(path: Path) -> tuple[StartupTrace, ...]:
             raise ValueError("without workers")
         return traces
     except ValueError as error:
-        raise DataError(
+        raise ConfigFileError(
             f"{path} is no timeline: {error}",
             needed="a page or a trace that a worker wrote with --timeline",
             fix="name the file that --timeline named, or with --run-dir the folder of dynamo-mpi launch",
@@ -214,13 +214,13 @@ def _decode(data: object) -> StartupTrace:
     return trace
 
 
-def _decode_rank(data: object) -> RankSpans:
+def _decode_rank(data: object) -> RankTimings:
     if not isinstance(data, dict) or not isinstance(data.get("spans"), list) or type(data.get("rank")) is not int:
         raise ValueError("a rank is none")
     host, began = data.get("host"), _seconds(data.get("began"))
     if not isinstance(host, str) or not host.isprintable() or began is None:
         raise ValueError("a rank without host or beginning")
-    return RankSpans(data["rank"], host, began, tuple(_decode_span(span) for span in data["spans"]))
+    return RankTimings(data["rank"], host, began, tuple(_decode_span(span) for span in data["spans"]))
 
 
 def _decode_span(data: object) -> Span:

@@ -9,9 +9,9 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.failure import Cause
+from dynamo_mpi.common.failure import DetectedBy
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.safe_text import shown
+from dynamo_mpi.common.safe_text import safe_first_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.common.log import RankLogger
     from dynamo_mpi.discovery.records import WorkerRecord
-    from dynamo_mpi.supervisor.supervisor import Guard
+    from dynamo_mpi.supervisor.supervisor import WorldSupervisor
     from dynamo_mpi.telemetry.startup_trace import FailureMark, StartupTrace
 
 # a file system that hangs must not delay the end of the ranks
@@ -66,7 +66,7 @@ class TraceWriter(WorkerHook):
         log: logs a warning if the files can't be written.
     """
 
-    def __init__(self, path: Path, record: WorkerRecord, guard: Guard, log: RankLogger) -> None:
+    def __init__(self, path: Path, record: WorkerRecord, guard: WorldSupervisor, log: RankLogger) -> None:
         self._path, self._record, self._guard, self._log = path, record, guard, log
         self._lock = threading.Lock()
         self._ready: float | None = None
@@ -113,7 +113,7 @@ class TraceWriter(WorkerHook):
             outcome=outcome,
             written=time.time(),
             ready=self._ready,
-            ranks=tuple(rank._replace(host=printable(rank.host)) for rank in self._guard.roll.ranks()),
+            ranks=tuple(rank._replace(host=printable(rank.host)) for rank in self._guard.tracker.ranks()),
             layout=record.layout,
             failure=failure,
             job=record.job,
@@ -127,7 +127,7 @@ class TraceWriter(WorkerHook):
         if not self._guard.failures:
             return None
         first = self._guard.failures[0]
-        host = printable(self._guard.roll.ranks()[first.rank].host)
-        rank = None if first.cause is Cause.SIGNAL else first.rank
-        error = printable(shown(first.text))
-        return FailureMark(rank, host, first.phase, error, first.exit_code, first.cause is Cause.TOLD)
+        host = printable(self._guard.tracker.ranks()[first.rank].host)
+        rank = None if first.cause is DetectedBy.SIGNAL else first.rank
+        error = printable(safe_first_line(first.text))
+        return FailureMark(rank, host, first.phase, error, first.exit_code, first.cause is DetectedBy.REPORT)

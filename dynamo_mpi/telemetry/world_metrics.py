@@ -7,7 +7,7 @@ from collections import Counter
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.failure import Cause
+from dynamo_mpi.common.failure import DetectedBy
 from dynamo_mpi.layout.finding import Severity
 from dynamo_mpi.telemetry.metrics import Metric, Sample
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dynamo_mpi.common.failure import Failure
-    from dynamo_mpi.common.phases import PhaseProgress, RankSpans
+    from dynamo_mpi.common.phases import PhaseProgress, RankTimings
 
 
 class WorldNumbers(NamedTuple):
@@ -30,7 +30,7 @@ class WorldNumbers(NamedTuple):
         in_flight: requests that are being answered; None where it isn't known.
     """
 
-    ranks: Sequence[RankSpans]
+    ranks: Sequence[RankTimings]
     progress: PhaseProgress
     severities: Sequence[Severity] = ()
     failures: Sequence[Failure] = ()
@@ -68,7 +68,7 @@ def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
             "dynamo_mpi_failures_total",
             "counter",
             "Failures of ranks by how they became known.",
-            tuple(Sample(failed[cause], {"cause": cause.name.lower()}) for cause in Cause),
+            tuple(Sample(failed[cause], {"cause": cause.name.lower()}) for cause in DetectedBy),
         ),
         Metric(
             "dynamo_mpi_requests_in_flight",
@@ -90,12 +90,12 @@ def describe_progress(progress: PhaseProgress) -> str:
     )
 
 
-def _durations(ranks: Sequence[RankSpans]) -> list[Sample]:
+def _durations(ranks: Sequence[RankTimings]) -> list[Sample]:
     by_phase: dict[str, list[float]] = {}
     first: dict[str, float] = {}
     for rank in ranks:
         for span in rank.spans:
-            seconds = span.lasted if span.own is None else span.own
+            seconds = span.total if span.local is None else span.local
             if seconds is not None:
                 by_phase.setdefault(span.phase, []).append(seconds)
                 if rank.rank == 0:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from dynamo_mpi.common.exit_codes import of_signal
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.runtime.serving import Registration, run, serve
-from dynamo_mpi.supervisor.shutdown_signals import StopSignals
+from dynamo_mpi.supervisor.shutdown_signals import ShutdownSignals
 
 
 class EchoEngine:
@@ -103,9 +103,13 @@ def main() -> None:
     registration = Registration(model_dir, name, endpoint, "tcp", "etcd", 1, 5.0)
     log = RankLogger(0, "here")
     watch = RegistrationMonitor(endpoint, os.environ, 3.0, log)
-    signals = StopSignals(lambda number: os._exit(of_signal(number)))
+    signals = ShutdownSignals(lambda number: os._exit(of_signal(number)))
     with signals.in_event_loop():
-        run(serve(registration, engine, Phases(), watch, lambda _: None, lambda: None, log, signals.expect))
+        run(
+            serve(
+                registration, engine, PhaseTracker(), watch, lambda _: None, lambda: None, log, signals.on_drain_request
+            )
+        )
 
 
 if __name__ == "__main__":

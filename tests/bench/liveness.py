@@ -29,15 +29,23 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dynamo_mpi.common.open_files_limit import allow_open_files
-from dynamo_mpi.supervisor.frame_connection import ClosedError, Line
+from dynamo_mpi.common.open_files_limit import raise_nofile_limit
+from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection
 from dynamo_mpi.supervisor.heartbeat_client import connect
-from dynamo_mpi.supervisor.heartbeat_protocol import NONCE_BYTES, TOKEN_BYTES, Frame, Inbox, Join, Kind, prove_rank_zero
-from dynamo_mpi.supervisor.heartbeat_server import Lookout
-from dynamo_mpi.supervisor.join import SPARE
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.heartbeat_protocol import (
+    NONCE_BYTES,
+    TOKEN_BYTES,
+    Frame,
+    FrameDecoder,
+    FrameType,
+    Join,
+    leader_mac,
+)
+from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
+from dynamo_mpi.supervisor.join import MAX_PENDING
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
-Watch = Callable[[socket.socket, Meeting, int, "queue.SimpleQueue[float]"], object]
+Watch = Callable[[socket.socket, Rendezvous, int, "queue.SimpleQueue[float]"], object]
 _CONNECTORS = 32
 _PATIENCE_SECONDS = 60.0
 _POLL_SECONDS = 0.05
@@ -84,9 +92,9 @@ def ratio(ours: float, theirs: float) -> str:
 
 def run(watch: Watch, ranks: int, seconds: float, deaths: int) -> Figures:
     """Watch over the ranks of another process in one of these ways."""
-    allow_open_files(2 * (ranks + SPARE))
+    raise_nofile_limit(2 * (ranks + MAX_PENDING))
     listener = socket.create_server(("127.0.0.1", 0), backlog=max(128, ranks))
-    meeting = Meeting("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+    meeting = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     others = context.Process(target=be_ranks, args=(meeting, ranks, theirs), daemon=True)
@@ -108,7 +116,7 @@ def run(watch: Watch, ranks: int, seconds: float, deaths: int) -> Figures:
         known.append(-ours.recv() + ends.get(timeout=_PATIENCE_SECONDS))
     ours.send("end")
     others.join()
-    if isinstance(watcher, Lookout):
+    if isinstance(watcher, HeartbeatServer):
         watcher.close()
     return Figures(admitted, cpu / seconds, sent / seconds, known)
 
@@ -120,30 +128,32 @@ def ours_count(ours: Connection) -> int:
     return count
 
 
-def watch_by_lookout(listener: socket.socket, meeting: Meeting, ranks: int, ends: queue.SimpleQueue[float]) -> Lookout:
+def watch_by_lookout(
+    listener: socket.socket, meeting: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]
+) -> HeartbeatServer:
     """Watch as rank 0 does."""
-    lookout = Lookout(
+    lookout = HeartbeatServer(
         ranks + 1, meeting, listener, lambda: "serve", str, lambda failure: ends.put(failure.at), lambda *_: None
     )
     lookout.start()
     return lookout
 
 
-def watch_by_polling(listener: socket.socket, meeting: Meeting, ranks: int, ends: queue.SimpleQueue[float]) -> None:
+def watch_by_polling(listener: socket.socket, meeting: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]) -> None:
     """Watch by asking every connection in turn, as one would ask MPI."""
     token = bytes.fromhex(meeting.token)
     listener.setblocking(False)
 
     def poll() -> None:
-        lines: dict[int, Line] = {}
+        lines: dict[int, FrameConnection] = {}
         beat = time.monotonic()
         while True:
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    line = Line(listener.accept()[0])
+                    line = FrameConnection(listener.accept()[0])
                     lines[line.fileno()] = line
-                    line.send(Frame(Kind.HELLO, secrets.token_bytes(NONCE_BYTES)))
-                    line.trust(1 << 16)
+                    line.send(Frame(FrameType.HELLO, secrets.token_bytes(NONCE_BYTES)))
+                    line.allow_frames(1 << 16)
             for number, line in list(lines.items()):
                 try:
                     frames = line.read()
@@ -152,27 +162,27 @@ def watch_by_polling(listener: socket.socket, meeting: Meeting, ranks: int, ends
                     del lines[number]
                     continue
                 for frame in frames:
-                    if frame.kind is Kind.JOIN:
+                    if frame.kind is FrameType.JOIN:
                         join = Join.unpack(frame.body)
-                        line.send(Frame(Kind.WELCOME, prove_rank_zero(token, join.nonce, join.rank)))
-            if time.monotonic() - beat > meeting.period:
+                        line.send(Frame(FrameType.WELCOME, leader_mac(token, join.nonce, join.rank)))
+            if time.monotonic() - beat > meeting.heartbeat_interval:
                 beat = time.monotonic()
                 for line in lines.values():
-                    line.send(Frame(Kind.BEAT))
+                    line.send(Frame(FrameType.BEAT))
             time.sleep(_POLL_SECONDS)
 
     threading.Thread(target=poll, daemon=True).start()
 
 
-def watch_by_threads(listener: socket.socket, meeting: Meeting, ranks: int, ends: queue.SimpleQueue[float]) -> None:
+def watch_by_threads(listener: socket.socket, meeting: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]) -> None:
     """Watch by a thread for each connection."""
 
     def serve(connection: socket.socket) -> None:
         token, nonce = bytes.fromhex(meeting.token), secrets.token_bytes(NONCE_BYTES)
-        connection.sendall(Frame(Kind.HELLO, nonce).pack())
-        inbox = Inbox()
+        connection.sendall(Frame(FrameType.HELLO, nonce).pack())
+        inbox = FrameDecoder()
         inbox.most_body = 1 << 16
-        connection.settimeout(meeting.period)
+        connection.settimeout(meeting.heartbeat_interval)
         heard = beat = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
@@ -182,15 +192,15 @@ def watch_by_threads(listener: socket.socket, meeting: Meeting, ranks: int, ends
                     return
                 heard = time.monotonic()
                 for frame in inbox.feed(data):
-                    if frame.kind is Kind.JOIN:
+                    if frame.kind is FrameType.JOIN:
                         join = Join.unpack(frame.body)
-                        connection.sendall(Frame(Kind.WELCOME, prove_rank_zero(token, join.nonce, join.rank)).pack())
+                        connection.sendall(Frame(FrameType.WELCOME, leader_mac(token, join.nonce, join.rank)).pack())
             now = time.monotonic()
-            if now - heard > (meeting.patience("serve") or now):
+            if now - heard > (meeting.heartbeat_timeout_for("serve") or now):
                 ends.put(now)
                 return
-            if now - beat > meeting.period:
-                connection.sendall(Frame(Kind.BEAT).pack())
+            if now - beat > meeting.heartbeat_interval:
+                connection.sendall(Frame(FrameType.BEAT).pack())
                 beat = now
 
     def accept() -> None:
@@ -201,12 +211,12 @@ def watch_by_threads(listener: socket.socket, meeting: Meeting, ranks: int, ends
     threading.Thread(target=accept, daemon=True).start()
 
 
-def be_ranks(meeting: Meeting, ranks: int, orders: Connection) -> None:
+def be_ranks(meeting: Rendezvous, ranks: int, orders: Connection) -> None:
     """Be all ranks but 0: connect as they do, send heartbeats at their pace, and die when told to."""
-    allow_open_files(ranks)
+    raise_nofile_limit(ranks)
     orders.send("here")
     orders.recv()
-    lines: queue.SimpleQueue[Line] = queue.SimpleQueue()
+    lines: queue.SimpleQueue[FrameConnection] = queue.SimpleQueue()
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     for rank in range(1, ranks + 1):
         todo.put(rank)
@@ -225,13 +235,13 @@ def be_ranks(meeting: Meeting, ranks: int, orders: Connection) -> None:
     live(meeting, [lines.get() for _ in range(ranks)], orders)
 
 
-def live(meeting: Meeting, lines: list[Line], orders: Connection) -> None:
+def live(meeting: Rendezvous, lines: list[FrameConnection], orders: Connection) -> None:
     """Send each line's heartbeats, spread over their period, and obey."""
     selector = selectors.DefaultSelector()
     selector.register(orders, selectors.EVENT_READ)
     for line in lines:
         selector.register(line, selectors.EVENT_READ, line)
-    pace = meeting.period / 2  # as `Lifeline` does
+    pace = meeting.heartbeat_interval / 2  # as `HeartbeatClient` does
     sent, turn, begin = 0, 0, time.monotonic()
     while True:
         due = begin + turn * pace / len(lines)
@@ -251,7 +261,7 @@ def live(meeting: Meeting, lines: list[Line], orders: Connection) -> None:
             else:
                 return
         if time.monotonic() >= due:
-            lines[turn % len(lines)].send(Frame(Kind.BEAT))
+            lines[turn % len(lines)].send(Frame(FrameType.BEAT))
             sent, turn = sent + 1, turn + 1
 
 

@@ -160,7 +160,7 @@ def enumerations() -> str:
     options = {option.name: option.choices for option in sources.WORKER_OPTIONS}
     values = {
         "phase": sources.PHASES,
-        "cause": [cause.name.lower() for cause in sources.Cause],
+        "cause": [cause.name.lower() for cause in sources.DetectedBy],
         "role": options["role"],
         "engine": options["engine"],
         "severity": [severity.value for severity in sources.Severity],

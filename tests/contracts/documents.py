@@ -30,7 +30,7 @@ RECORDS = [FULL, world("agg", trtllm=None, job=None, step=None), world("decode",
 FAILURE = replace(
     sources.failure_record(
         sources.WorkerIdentity.of(FULL),
-        sources.Failure(3, 70, "it broke", sources.Cause.DEATH, "load"),
+        sources.Failure(3, 70, "it broke", sources.DetectedBy.DISCONNECT, "load"),
         "n2",
         "error in load",
     ),
@@ -60,7 +60,10 @@ def record() -> str:
 
 def last_failure() -> str:
     alone = sources.failure_record(
-        sources.WorkerIdentity.of(RECORDS[1]), sources.Failure(-1, 75, "", sources.Cause.LOST), "", "report"
+        sources.WorkerIdentity.of(RECORDS[1]),
+        sources.Failure(-1, 75, "", sources.DetectedBy.HOST_UNREACHABLE),
+        "",
+        "report",
     )
     key = sources.failure_key(sources.WorkerIdentity.of(FULL), _LEASE)
     return f"key: {key}\n" + members_of([*_read("failure"), json.loads(replace(alone, time=1.5e9 + 6).pack())])
@@ -106,7 +109,7 @@ def _snapshots() -> list[Any]:
 
 
 def status() -> str:
-    error = sources.error_as_json(sources.BootstrapError("found", needed="needed", fix="fix"))
+    error = sources.error_as_json(sources.DynamoMpiError("found", needed="needed", fix="fix"))
     return members_of([*map(sources.status_json, _snapshots())]) + "\n# without an answer\n" + members_of([error])
 
 
@@ -114,7 +117,7 @@ def wait() -> str:
     answer = sources.Answer("Hello.", "stop", 9, 8, 0.25, 1.5)
     lack = sources.MissingItem("decode", "in load for 3 s")
     snapshot = _snapshots()[0]
-    late = sources.DeadlineError("not ready", needed="n", fix="f")
+    late = sources.PhaseTimeoutError("not ready", needed="n", fix="f")
     outcomes = [
         sources.WaitResult(2.5, snapshot, [], {"M": answer}),
         sources.WaitResult(2.5, snapshot, [lack], {}, late, sources.ExitCode.DEADLINE),
@@ -282,7 +285,7 @@ def _deployment_json(path: Path) -> Any:
     with sources.Interrupts() as interrupts, contextlib.suppress(sources.StepFailed), fixed_environment():
         steps: Any = _Steps()
         endings = sources.MpirunEndings()
-        sources.Conductor(settings, (worker,), steps, endings, run_dir, interrupts, lambda text: None).run()
+        sources.DeploymentController(settings, (worker,), steps, endings, run_dir, interrupts, lambda text: None).run()
     content = json.loads((path / "deployment.json").read_text(encoding="utf-8"))
     run_dir.close()
     run_dir.write_end(70, "decode-0 ended with exit code 70")
@@ -309,7 +312,7 @@ def run_folder() -> str:
 
 def health() -> str:
     """What the probes of a node get."""
-    state = sources.State(3, "n1", 7, 1000.5, 10.0, attempt=2, phase="load", since=1002.0, heard=40.0)
+    state = sources.HealthState(3, "n1", 7, 1000.5, 10.0, attempt=2, phase="load", since=1002.0, heard=40.0)
     facts = {"role": "agg", "engine": "trtllm", "model": "M", "namespace": "dynamo", "component": "backend"}
     known = state._replace(facts=tuple({**facts, "endpoint": "dyn://a.b.c", "trace": "00-a-b-01"}.items()))
     serving = known._replace(phase="serve", world="serve", rank=0, runtime=9)

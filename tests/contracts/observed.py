@@ -23,9 +23,9 @@ _PROGRESS = sources.Progress("load", 3, 8, 7, "n2", 40.25, 37_600_000_000, 4_096
 _HOSTS = ("n1", "n1", "n2", "n2")
 
 
-def phases_of(*names: str) -> sources.Phases:
+def phases_of(*names: str) -> sources.PhaseTracker:
     """Return phases of which these have passed."""
-    phases = sources.Phases()
+    phases = sources.PhaseTracker()
     for name in names:
         with phases.enter(name):
             pass
@@ -35,13 +35,13 @@ def phases_of(*names: str) -> sources.Phases:
 def metrics() -> str:
     """All metrics of rank 0's node, as Prometheus gets them."""
     facts = {"role": "agg", "engine": "trtllm", "model": "M", "namespace": "dynamo", "component": "backend"}
-    state = sources.State(0, "n1", 7, 1000.5, 10.0, 2, "load", "load", 1002.25, facts=tuple(facts.items()))
+    state = sources.HealthState(0, "n1", 7, 1000.5, 10.0, 2, "load", "load", 1002.25, facts=tuple(facts.items()))
     spans = [
         (sources.Span("start", -0.5, None, 0.5), sources.Span("load", 0.0, 1.5 + rank, 9.0), sources.Span("serve", 9.0))
         for rank in range(3)
     ]
-    ranks = [sources.RankSpans(rank, f"n{rank}", 1000.0, own) for rank, own in enumerate(spans)]
-    failures = [sources.Failure(1, 70, "it broke", sources.Cause.DEATH)]
+    ranks = [sources.RankTimings(rank, f"n{rank}", 1000.0, own) for rank, own in enumerate(spans)]
+    failures = [sources.Failure(1, 70, "it broke", sources.DetectedBy.DISCONNECT)]
     severities = [sources.Severity.WARNING]
     numbers = sources.WorldNumbers(ranks, _PROGRESS, severities, failures, exit_code=70, in_flight=3)
     of_ranks = sources.render_metrics(sources.metrics_of_world(numbers))
@@ -85,7 +85,7 @@ def notifications() -> str:
         path = str(Path(folder, "notify"))
         supervisor.bind(path)
         supervisor.settimeout(5)
-        notifier = sources.Notifier.take({"NOTIFY_SOCKET": path}, {"load": 3600.0})
+        notifier = sources.SystemdNotifier.from_env({"NOTIFY_SOCKET": path}, {"load": 3600.0})
         assert notifier is not None
         notifier.worker = "M at dyn://a.b.c"
         notifier.on_phase("load")
@@ -111,11 +111,11 @@ def failure_report() -> Reported:
     """Have a node agent report that a rank was killed, of which two others failed in their own ways."""
     now = time.monotonic()
     traceback = 'Traceback (most recent call last):\n  File "engine.py", line 1\nRuntimeError: connection reset by peer'
-    cause = sources.Cause
+    cause = sources.DetectedBy
     kinds = [
-        sources.Failure(2, 70, traceback, cause.TOLD, "load", now - 2.0, 1),
-        sources.Failure(3, 70, "died: its process ended", cause.DEATH, "load", now - 1.75),
-        sources.Failure(1, 124, "is stopped", cause.SILENCE, "load", now - 1.5),
+        sources.Failure(2, 70, traceback, cause.REPORT, "load", now - 2.0, 1),
+        sources.Failure(3, 70, "died: its process ended", cause.DISCONNECT, "load", now - 1.75),
+        sources.Failure(1, 124, "is stopped", cause.HEARTBEAT, "load", now - 1.5),
         sources.Failure(0, 143, "stopped by SIGTERM", cause.SIGNAL, "load", now - 1.25),
     ]
     report = sources.describe_seen([sources.Seen(failure, _HOSTS[failure.rank]) for failure in kinds], "load")
@@ -125,7 +125,7 @@ def failure_report() -> Reported:
         _stderr_in(Path(folder, "stderr")) as stderr,
     ):
         failures = Path(folder, "failures")
-        meeting = sources.Meeting("n1", failure_dir=str(failures), label="backend")
+        meeting = sources.Rendezvous("n1", failure_dir=str(failures), label="backend")
         writer = sources.ReportWriter("")
         writer.publish(report, meeting, 0)
         writer.finish()

@@ -27,20 +27,20 @@ from dynamo_mpi.cli.local_output import failure as local_failure
 from dynamo_mpi.cli.local_output import success as local_success
 from dynamo_mpi.cli.main import VERBS
 from dynamo_mpi.cli.main import main as dynamo_mpi_main
-from dynamo_mpi.common.errors import BootstrapError, DeadlineError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError, UsageError
 from dynamo_mpi.common.exit_codes import ExitCode, of_signal
-from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.log_levels import Level
 from dynamo_mpi.common.log_record import Line
-from dynamo_mpi.common.phases import PHASES, Phases, RankSpans, Span
+from dynamo_mpi.common.phases import PHASES, PhaseTracker, RankTimings, Span
 from dynamo_mpi.common.phases import PhaseProgress as Progress
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.config.options import Option
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.config.worker_options import OPTIONS as WORKER_OPTIONS
 from dynamo_mpi.deploy.command import Command
-from dynamo_mpi.deploy.controller import Conductor
+from dynamo_mpi.deploy.controller import DeploymentController
 from dynamo_mpi.deploy.deployment import Worker as LaunchedWorker
 from dynamo_mpi.deploy.head_node.__main__ import main as head_node_main
 from dynamo_mpi.deploy.head_node.head_node import services as services_json
@@ -87,11 +87,11 @@ from dynamo_mpi.runtime.worker_hooks import LeaderHooks
 from dynamo_mpi.supervisor.agent_failures import Seen, describe_seen
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.fault_injection import ACTIONS
-from dynamo_mpi.supervisor.rendezvous import Meeting
-from dynamo_mpi.telemetry.health_state import State, health, live, metrics_of
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
+from dynamo_mpi.telemetry.health_state import HealthState, health, live, metrics_of
 from dynamo_mpi.telemetry.metrics import render as render_metrics
 from dynamo_mpi.telemetry.progress import facts as progress_facts
-from dynamo_mpi.telemetry.sd_notify import Notifier
+from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, STOPPED
 from dynamo_mpi.telemetry.startup_trace import encode_traces as pack_starts
 from dynamo_mpi.telemetry.timeline_text import perfetto_trace as trace

@@ -65,7 +65,7 @@ def test_a_life_in_order_and_one_that_a_killed_rank_ends(start: Start) -> None:
         eventually(lambda: "failed" in heard.events, f"it has failed\n{worker.text()}", 5)
         assert heard.events[: len(BEGIN) + 1] == [*BEGIN, "failed"]
         failure: dict[str, Any] = heard.messages[len(BEGIN)][1]["failure"]
-        assert (failure["cause"], failure["exit_code"], failure["phase"]) == ("death", 70, "serve")
+        assert (failure["cause"], failure["exit_code"], failure["phase"]) == ("disconnect", 70, "serve")
         assert "error in serve: rank" in failure["report"]
         if heard.events[-1] == "exit":  # the launcher may be faster
             assert heard.messages[-1][1]["exit_code"] == 70

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.deploy.certificates import make_certificates
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
@@ -200,11 +200,11 @@ def test_etcd_takes_nobody_without_this_jobs_certificate(deployment: Deployment,
     for credentials in ({"ETCD_AUTH_CA": ours["ETCD_AUTH_CA"]}, {"ETCD_AUTH_CA": ours["ETCD_AUTH_CA"], **own_pair}):
         for url in (ours["ETCD_ENDPOINTS"], ours["ETCD_ENDPOINTS"].replace("https", "http")):
             with contextlib.closing(GrpcEtcdClient([url], EtcdAuth.from_env(credentials), 2)) as etcd:
-                with pytest.raises(BootstrapError):
+                with pytest.raises(DynamoMpiError):
                     etcd.put(instance, b"{}", 0)
-                with pytest.raises(BootstrapError):
+                with pytest.raises(DynamoMpiError):
                     etcd.revoke(lease, 2)
-                with pytest.raises(BootstrapError):
+                with pytest.raises(DynamoMpiError):
                     etcd.get_prefix("v1/")
     assert deployment.keys() == keys
 

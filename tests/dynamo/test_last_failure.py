@@ -54,7 +54,7 @@ def test_a_rank_that_is_killed_is_named_until_the_next_start_serves(etcd: EtcdSe
     assert worker.wait() != 0
     (failure,) = failures(etcd)
     assert failure.rank in (1, 2)
-    assert (failure.cause, failure.phase, failure.exit_code) == ("death", "serve", 70)
+    assert (failure.cause, failure.phase, failure.exit_code) == ("disconnect", "serve", 70)
     assert (failure.launch, failure.role, failure.host) == ("x-0", "agg", os.uname().nodename)
     assert failure.error == "died: its process ended without a word"
     assert f"error in serve: rank {failure.rank} on " in failure.report
@@ -73,7 +73,7 @@ def test_of_a_rank_0_that_is_killed_its_node_agent_leaves_word(etcd: EtcdServer,
     os.kill(worker.rank_zero(), signal.SIGKILL)
     assert worker.wait() != 0
     (failure,) = eventually(lambda: failures(etcd), "it is written", 10)
-    assert (failure.rank, failure.cause, failure.phase) == (0, "death", "serve")
+    assert (failure.rank, failure.cause, failure.phase) == (0, "disconnect", "serve")
     assert "died: its process ended without a word" in failure.report
     assert etcd.worlds() == []
 
@@ -85,5 +85,5 @@ def test_of_a_lost_lease_too(etcd: EtcdServer, start: Start) -> None:
     etcd.revoke_leases()
     assert worker.wait() == 75, worker.text()
     (failure,) = failures(etcd)
-    assert (failure.rank, failure.cause, failure.exit_code) == (0, "told", 75)
+    assert (failure.rank, failure.cause, failure.exit_code) == (0, "report", 75)
     assert "lease" in failure.error

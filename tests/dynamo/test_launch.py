@@ -128,7 +128,7 @@ def test_a_worker_of_which_nobody_is_left_is_reported_by_launch(tmp_path: Path, 
         assert "was killed by signal 9 (SIGKILL), and no rank was left to report it\n  needed: " in launch.err
         assert told in json.loads((launch.run_dir / "ended.json").read_text())["report"]
         (written,) = (launch.run_dir / "failures" / "prefill-0").iterdir()
-        assert json.loads(written.read_text())["cause"] == "death"
+        assert json.loads(written.read_text())["cause"] == "disconnect"
         launch.assert_nothing_left()
 
 

@@ -54,7 +54,7 @@ def assert_one_report(worker: RunningWorker, folder: Path, rank: int) -> None:
         or f"rank {rank} on {HOST}: error in" in worker.text()
     )
     (report,) = [json.loads(path.read_text()) for path in (folder / "failures").glob("*.json")]
-    assert (report["rank"], report["host"], report["cause"]) == (rank, HOST, "death")
+    assert (report["rank"], report["host"], report["cause"]) == (rank, HOST, "disconnect")
     assert remaining(f"MARK={folder}\0") == []
 
 

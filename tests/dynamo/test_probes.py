@@ -201,7 +201,7 @@ def test_a_rank_that_dies_takes_the_answers_along(start: Start, tmp_path: Path, 
     eventually(lambda: has_ended(server) and is_free(port), "nothing is left", 5)
     last = numbers(file.read_text())
     where = {"dynamo_namespace": "dynamo", "dynamo_component": "backend"}
-    assert last[of("dynamo_mpi_failures_total", cause="death", **where)] == 1
+    assert last[of("dynamo_mpi_failures_total", cause="disconnect", **where)] == 1
     assert last[of("dynamo_mpi_ready", **where)] == 0
     assert last[of("dynamo_mpi_exit_code", **where)] > 0
     assert any(line.startswith("STATUS=failed: error in serve: rank ") for line in told(supervisor))

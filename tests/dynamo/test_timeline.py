@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.common.exit_codes import ExitCode, of_signal
-from dynamo_mpi.common.phases import BEFORE
+from dynamo_mpi.common.phases import PROCESS_START
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from dynamo_mpi.telemetry.startup_summary import describe_failure
 from dynamo_mpi.telemetry.startup_trace import StartupTrace, read_traces
@@ -56,11 +56,11 @@ def test_a_start_is_drawn_when_it_is_ready_and_at_its_end(start: Callable[..., R
     assert first.origin < first.ready <= first.written
     for rank in first.ranks:
         phases = [span.phase for span in rank.spans]
-        assert phases[:5] == [BEFORE, "environment", "world", "preflight", "load"]
+        assert phases[:5] == [PROCESS_START, "environment", "world", "preflight", "load"]
         load = rank.spans[4]
-        assert load.own is not None
-        assert load.lasted is not None
-        assert 0 < load.own <= load.lasted
+        assert load.local is not None
+        assert load.total is not None
+        assert 0 < load.local <= load.total
     os.kill(leader, signal.SIGTERM)
     assert worker.wait() == 0, worker.text()
     last = drawn(tmp_path)

@@ -58,7 +58,7 @@ def test_a_death_is_told_before_the_launcher_ends_rank_0(mpirun: Mpirun, tmp_pat
     assert file.name == "worker-rank-0.json"
     assert file.stat().st_mode & 0o077 == 0
     report = json.loads(file.read_text())
-    assert (report["rank"], report["host"], report["cause"], report["exit_code"]) == (1, "here", "death", 70)
+    assert (report["rank"], report["host"], report["cause"], report["exit_code"]) == (1, "here", "disconnect", 70)
     assert report["report"] in done.stderr
 
 

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.mpi
 
 # what it maps itself: other worlds come and go on this machine meanwhile
 _LEFT_BY_A_LONE_RANK = """
-from dynamo_mpi.mpi.world import bind_library, form_world
-bind_library()
-form_world(alone=True)
+from dynamo_mpi.mpi.world import load_mpi_library, init_mpi
+load_mpi_library()
+init_mpi(alone=True)
 print([line for line in open("/proc/self/maps") if "/dev/shm/" in line and "(deleted)" not in line])
 """
 PROGRAMS = Path(__file__).with_name("programs")

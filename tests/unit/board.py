@@ -27,7 +27,7 @@ FAILURE = {
     "rank": 3,
     "host": "n4",
     "phase": "load",
-    "cause": "death",
+    "cause": "disconnect",
     "exit_code": 137,
     "error": "killed by SIGKILL",
     "report": "rank 3 on n4: killed by SIGKILL\nmore",

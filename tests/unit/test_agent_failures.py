@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.supervisor.agent_failures import (
     Report,
     Seen,
@@ -21,12 +21,12 @@ from dynamo_mpi.supervisor.agent_failures import (
 
 
 def seen(rank: int, at: float, text: str = "died: its process ended without a word", **more: object) -> Seen:
-    fields = {"cause": Cause.DEATH, "phase": "serve", **more}
+    fields = {"cause": DetectedBy.DISCONNECT, "phase": "serve", **more}
     return Seen(Failure(rank, 70, text, at=time.monotonic() + at, **fields), f"n{rank}")  # type: ignore[arg-type]
 
 
 def test_a_failure_travels_in_a_line_with_its_age() -> None:
-    one = seen(3, -5.0, "is lost\n  do:     look", cause=Cause.LOST)
+    one = seen(3, -5.0, "is lost\n  do:     look", cause=DetectedBy.HOST_UNREACHABLE)
     line = pack_seen(one)
     assert "\n" not in line
     again = read_seen(line)
@@ -63,7 +63,7 @@ def test_the_death_that_happened_first_is_the_cause_whichever_was_heard_of_first
 
 
 def test_what_a_rank_says_of_itself_counts_before_its_end() -> None:
-    heard = [seen(2, -0.02, "Traceback\nValueError: no", cause=Cause.TOLD), seen(2, -0.01)]
+    heard = [seen(2, -0.02, "Traceback\nValueError: no", cause=DetectedBy.REPORT), seen(2, -0.01)]
     report = describe_seen(sorted_seen(heard), "")
     assert report.text == "error in serve: Traceback\nValueError: no"
     assert report.later == ()

@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import pytest
 
-from dynamo_mpi.common.failure import Cause, Failure
-from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor.agent_failures import Report, Seen
 from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter, Written
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 TOKEN = "ab" * 32
 
@@ -43,7 +43,7 @@ class Notes:
     def publish(
         self,
         report: Report,
-        meeting: Meeting,
+        meeting: Rendezvous,
         by: int | None,
         then: Callable[[], object],
         done: Callable[[], object],
@@ -67,14 +67,14 @@ class Agent:
         self.rank_0_lives = rank == 0
         self.watch = WorldWatch(
             self.selector,
-            Launch(launcher, rank, 3, 0, 1),
+            LaunchInfo(launcher, rank, 3, 0, 1),
             self.host,
             cast(ReportWriter, self.notes),
-            Meeting(self.host),
+            Rendezvous(self.host),
             self.ended.append,
             lambda: self.rank_0_lives,
         )
-        self.meeting = Meeting("n0", "127.0.0.1", 1, TOKEN, has_agent=True, agent_port=port, agent_token=TOKEN)
+        self.meeting = Rendezvous("n0", "127.0.0.1", 1, TOKEN, has_agent=True, agent_port=port, agent_token=TOKEN)
 
     def join(self) -> None:
         self.watch.join(self.rank, self.meeting.as_json())
@@ -97,7 +97,7 @@ class Agent:
 
 
 def death(rank: int, at: float = 0.0) -> Failure:
-    return Failure(rank, 70, "died", Cause.DEATH, "serve", time.monotonic() + at)
+    return Failure(rank, 70, "died", DetectedBy.DISCONNECT, "serve", time.monotonic() + at)
 
 
 def turn_until(agents: list[Agent], condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -175,7 +175,7 @@ def test_the_deputy_takes_a_hub_that_does_not_come_back_for_the_cause(world: lis
     other.dies()
     turn_until([deputy, other], lambda: deputy.ended)
     (report,) = reports(world)
-    assert (report.failure.rank, report.failure.cause, report.host) == (0, Cause.LOST, "n0")
+    assert (report.failure.rank, report.failure.cause, report.host) == (0, DetectedBy.HOST_UNREACHABLE, "n0")
     assert [seen.failure.rank for seen in report.later] == [other.rank]
 
 

@@ -15,7 +15,7 @@ from dynamo_mpi.layout.format import short_name
 from dynamo_mpi.layout.layout import Cluster, cluster_for
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.suggestions import meant_by_more_experts_than_ranks, other_shapes, suggestions
 from tests.unit.model_zoo import ZOO
 
@@ -23,12 +23,12 @@ MAVERICK = "Llama-4-Maverick-17B-128E"
 R1 = "DeepSeek-R1"
 
 
-def worker(model: str, nodes: int, gpus: int, role: str = "agg", gpu: str | None = None, **config: Any) -> Subject:
+def worker(model: str, nodes: int, gpus: int, role: str = "agg", gpu: str | None = None, **config: Any) -> LayoutSpec:
     shape = parse_model_shape(json.dumps(ZOO[model]), "config.json")
-    return Subject(shape, EngineConfig(**config), Cluster(nodes, gpus, gpu), role)
+    return LayoutSpec(shape, EngineConfig(**config), Cluster(nodes, gpus, gpu), role)
 
 
-def names(subject: Subject) -> list[str]:
+def names(subject: LayoutSpec) -> list[str]:
     return [short_name(other) for other in meant_by_more_experts_than_ranks(subject)]
 
 
@@ -103,7 +103,7 @@ def test_the_role_stays_where_it_can() -> None:
     assert {other.role for other in found if other.layout.is_helix} == {"decode"}
 
 
-def advice(subject: Subject) -> str:
+def advice(subject: LayoutSpec) -> str:
     return next(finding.fix for finding in check_worker(subject).findings if finding.rule == "A2")
 
 
@@ -138,7 +138,7 @@ def test_what_is_offered_passes_every_rule(model: str, nodes: int, gpu: str | No
         well(report.subject, other)
 
 
-def well(asked: Subject, other: Subject) -> None:
+def well(asked: LayoutSpec, other: LayoutSpec) -> None:
     """What is offered passes; a decode worker offered to another role alone still has to be given a transceiver."""
     told = check_worker(other)
     broken = {finding.rule for finding in errors(told.findings)}

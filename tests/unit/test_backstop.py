@@ -17,7 +17,7 @@ STUCK = """
 import ctypes, sys
 from dynamo_mpi.common import hard_exit as backstop
 {prepare}
-backstop.exit_after(float(sys.argv[1]), int(sys.argv[2]))
+backstop.hard_exit_after(float(sys.argv[1]), int(sys.argv[2]))
 ctypes.PyDLL(None).pthread_mutex_lock(lock := ctypes.create_string_buffer(64))
 ctypes.PyDLL(None).pthread_mutex_lock(lock)
 """

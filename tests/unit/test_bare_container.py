@@ -27,11 +27,11 @@ importlib.metadata.version = no_metadata
 import dynamo_mpi.worker, dynamo_mpi.runtime.leader, dynamo_mpi.runtime.follower
 import dynamo_mpi.runtime.trtllm_runner, dynamo_mpi.runtime.trtllm_follower, dynamo_mpi.engines.trtllm.readiness_main
 import dynamo_mpi.supervisor.supervisor, dynamo_mpi.checks.host_rules
-from dynamo_mpi.discovery.record_publisher import Presence
+from dynamo_mpi.discovery.record_publisher import RecordPublisher
 class Log:
     def warning(self, text): print(text)
 # looks at nothing else where the client of etcd is missing
-Presence(Log(), None, print).appear(None, {{}})
+RecordPublisher(Log(), None, print).publish(None, {{}})
 print(dynamo_mpi.__file__)
 """
 

@@ -22,7 +22,7 @@ from dynamo_mpi.deploy import controller as conductors
 from dynamo_mpi.deploy import reports
 from dynamo_mpi.deploy import workers as workers_module
 from dynamo_mpi.deploy.command import Command
-from dynamo_mpi.deploy.controller import Conductor
+from dynamo_mpi.deploy.controller import DeploymentController
 from dynamo_mpi.deploy.deployment import Worker
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.service_error import StepFailed
@@ -117,7 +117,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
         run_dir = RunDir(folder)
         try:
             with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts:
-                conductor = Conductor(
+                conductor = DeploymentController(
                     replace(settings, max_restarts=max_restarts, **changes),  # type: ignore[arg-type] # texts
                     workers,
                     Rendered(Steps(folder, **scripts)),
@@ -316,7 +316,7 @@ def test_a_death_of_which_no_rank_is_left_to_tell_is_reported(run: Run, tmp_path
     # under the name that an heir would take as well
     assert left.key.rpartition("/")[2] == record.key.rpartition("/")[2]
     assert (failure.launch, failure.attempt, failure.rank, failure.host) == ("decode-0", 1, 0, "n")
-    assert (failure.cause, failure.exit_code, failure.phase, failure.error) == ("death", 143, "preflight", WHO)
+    assert (failure.cause, failure.exit_code, failure.phase, failure.error) == ("disconnect", 143, "preflight", WHO)
     assert failure.report.splitlines()[0] == WHO
     written = failure_file(tmp_path / "run" / "failures" / "decode-0")
     assert (written["rank"], written["attempt"], written["report"]) == (0, 1, failure.report)

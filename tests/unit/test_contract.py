@@ -16,7 +16,7 @@ from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.finding import Severity
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
@@ -30,7 +30,7 @@ def contract(
     quant_file = json.dumps(QUANT_FILES[model]) if isinstance(model, str) and model in QUANT_FILES else None
     shape = parse_model_shape(json.dumps(ZOO[model] if isinstance(model, str) else model), "config.json", quant_file)
     release = None if version is None else parse_trtllm_version(version)
-    return contract_of(Subject(shape, config, Cluster(1, config.world_size), role, release))
+    return contract_of(LayoutSpec(shape, config, Cluster(1, config.world_size), role, release))
 
 
 def told(prefill: Contract, decode: Contract) -> list[str]:

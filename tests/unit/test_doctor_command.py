@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.checks.local_check import Here
+from dynamo_mpi.checks.local_check import LocalResult
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.exit_codes import ExitCode
@@ -215,7 +215,7 @@ def test_the_probes_are_a_section_of_their_own() -> None:
         "a GPU at its full clock",
         "see nvidia-smi -q",
     )
-    here = Here(
+    here = LocalResult(
         {"gpu": {"read": 2}}, (finding,), ("gpu: 2 of 2 GPUs read", "fabric over NCCL 2.28.9: exchange near 256.0 GB/s")
     )
     found = list(checks_of(here))
@@ -225,7 +225,7 @@ def test_the_probes_are_a_section_of_their_own() -> None:
         ("V10", Status.WARNING),
     ]
     assert found[1].found == "fabric over NCCL 2.28.9: exchange near 256.0 GB/s"
-    assert [check.status for check in checks_of(Here({}, (), ("gpu: no GPU here",)))] == [Status.SKIPPED]
+    assert [check.status for check in checks_of(LocalResult({}, (), ("gpu: no GPU here",)))] == [Status.SKIPPED]
 
 
 def test_probes_where_there_is_no_gpu() -> None:
@@ -239,11 +239,11 @@ def test_probes_where_there_is_no_gpu() -> None:
 def test_the_probes_take_no_time_from_the_checks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def slow() -> Here:
+    def slow() -> LocalResult:
         time.sleep(0.6)
-        return Here({}, (), ("gpu: no GPU here",))
+        return LocalResult({}, (), ("gpu: no GPU here",))
 
-    monkeypatch.setattr("dynamo_mpi.checks.local_check.probe_here", slow)
+    monkeypatch.setattr("dynamo_mpi.checks.local_check.check_this_host", slow)
     assert main(["doctor", "--probe", "--only", "probe,host", "--timeout", "0.5", "--output", "json"]) == 0
     found = [
         check["found"] for section in json.loads(capsys.readouterr().out)["sections"] for check in section["checks"]

@@ -13,7 +13,7 @@ import pytest
 from dynamo_mpi.checks.gpu_facts import NodeGpus
 from dynamo_mpi.common.networks import HostNetworks, Interface
 from dynamo_mpi.mpi.launch_checks import MpiLibrary
-from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, mpi, packages, ports
 from dynamo_mpi.ops.doctor.cgroup import CgroupLimits, cpu_share, own_places, read_limits
 from dynamo_mpi.ops.doctor.check import Check, Status
@@ -32,7 +32,7 @@ from tests.conftest import ROOT
 
 GIB = 2**30
 OPEN_MPI, MPICH = MpiLibrary("openmpi", "Open MPI v5.0.11"), MpiLibrary("mpich", "MPICH Version: 5.0.2")
-IN_RANK = Launch(Launcher.SLURM_PMIX, size=2)
+IN_RANK = LaunchInfo(Launcher.SLURM_PMIX, size=2)
 
 
 def by_id(checks: object) -> dict[str, Check]:
@@ -72,15 +72,15 @@ def test_dynamo_and_its_runtime_are_of_one_release() -> None:
 @pytest.mark.parametrize(
     ("launch", "library", "status", "word"),
     [
-        (Launch(Launcher.ALONE), OPEN_MPI, Status.OK, "no launcher"),
-        (Launch(Launcher.SLURM_SHELL, size=8, job_id="7"), OPEN_MPI, Status.OK, "ranks need srun"),
-        (Launch(Launcher.SLURM_PMIX, 1, 2), OPEN_MPI, Status.OK, "rank 1 of 2, by srun --mpi=pmix"),
-        (Launch(Launcher.SLURM_PMIX, 1, 2), MPICH, Status.ERROR, "mpi4py uses MPICH"),
-        (Launch(Launcher.SLURM_BARE, 0, 2), OPEN_MPI, Status.ERROR, "without an MPI plugin"),
-        (Launch(Launcher.OPEN_MPI, 0, 2), None, Status.OK, "Open MPI's mpirun"),
+        (LaunchInfo(Launcher.ALONE), OPEN_MPI, Status.OK, "no launcher"),
+        (LaunchInfo(Launcher.SLURM_SHELL, size=8, job_id="7"), OPEN_MPI, Status.OK, "ranks need srun"),
+        (LaunchInfo(Launcher.SLURM_PMIX, 1, 2), OPEN_MPI, Status.OK, "rank 1 of 2, by srun --mpi=pmix"),
+        (LaunchInfo(Launcher.SLURM_PMIX, 1, 2), MPICH, Status.ERROR, "mpi4py uses MPICH"),
+        (LaunchInfo(Launcher.SRUN_WITHOUT_MPI, 0, 2), OPEN_MPI, Status.ERROR, "without an MPI plugin"),
+        (LaunchInfo(Launcher.OPEN_MPI, 0, 2), None, Status.OK, "Open MPI's mpirun"),
     ],
 )
-def test_the_launch(launch: Launch, library: MpiLibrary | None, status: Status, word: str) -> None:
+def test_the_launch(launch: LaunchInfo, library: MpiLibrary | None, status: Status, word: str) -> None:
     check = mpi.judge_launch(launch, library)
     assert check.status is status
     assert word in check.found

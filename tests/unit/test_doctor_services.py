@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, UsageError
 from dynamo_mpi.common.ports import free_port
 from dynamo_mpi.deploy.certificates import Certificates
 from dynamo_mpi.deploy.programs import find_nats_server
@@ -80,7 +80,7 @@ def test_over_tls(files: Certificates) -> None:
         assert {check.status for check in found.values()} == {Status.OK}
         for secret in files.client_environment().values():
             assert secret not in str(found)
-        with pytest.raises(AuthorisationError):
+        with pytest.raises(AuthorizationError):
             look({**without_certificate(files), "ETCD_ENDPOINTS": url})
 
 
@@ -149,7 +149,7 @@ def test_a_nats_that_wants_a_password() -> None:
         known = {"NATS_SERVER": server, "NATS_AUTH_USERNAME": "dynamo", "NATS_AUTH_PASSWORD": "hunter2"}
         assert nats(known).status is Status.OK
         for environ in ({"NATS_SERVER": server}, {**known, "NATS_AUTH_PASSWORD": "wr0ng"}):
-            with pytest.raises(AuthorisationError):
+            with pytest.raises(AuthorizationError):
                 nats(environ)
         with pytest.raises(UsageError) as refused:
             nats({"NATS_SERVER": server.replace("//", "//dynamo:hunter2@")})

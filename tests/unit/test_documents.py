@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common import files as text_files
 from dynamo_mpi.common.config_reader import MAX_SIZE, Reader, parse_json, parse_yaml
-from dynamo_mpi.common.errors import DataError
-from dynamo_mpi.common.files import MAX_BYTES, read_text
+from dynamo_mpi.common.errors import ConfigFileError
+from dynamo_mpi.common.files import MAX_BYTES, read_small_text
 
 PATH = "/some/where.cfg"
 NEEDED = "something better"
@@ -34,8 +34,8 @@ def from_yaml(text: str) -> dict[str, Any]:
     return parse_yaml(text, PATH, NEEDED)
 
 
-def refused(parse: Callable[[str], object], text: str) -> DataError:
-    with pytest.raises(DataError) as caught:
+def refused(parse: Callable[[str], object], text: str) -> ConfigFileError:
+    with pytest.raises(ConfigFileError) as caught:
         parse(text)
     assert PATH in caught.value.found
     assert "\n" not in caught.value.found
@@ -249,7 +249,7 @@ WORDS = st.sampled_from(
 def test_any_yaml_is_a_mapping_or_refused(text: str) -> None:
     try:
         assert isinstance(from_yaml(text), dict)
-    except DataError as error:
+    except ConfigFileError as error:
         assert PATH in error.found
 
 
@@ -261,7 +261,7 @@ def test_any_yaml_is_a_mapping_or_refused(text: str) -> None:
 def test_any_json_is_an_object_or_refused(text: str) -> None:
     try:
         assert isinstance(from_json(text), dict)
-    except DataError as error:
+    except ConfigFileError as error:
         assert PATH in error.found
 
 
@@ -286,17 +286,17 @@ def test_what_was_written_is_read_back(values: dict[str, Any]) -> None:
 def test_a_file_is_read_as_utf_8(tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes("ä\r\n".encode())
-    assert read_text(file) == "ä\r\n"
+    assert read_small_text(file) == "ä\r\n"
     file.write_bytes(b"")
-    assert read_text(file) == ""
+    assert read_small_text(file) == ""
 
 
 @pytest.mark.parametrize("data", [b"a\xff", b"\xff\xfea\0", b"\x80", "ä".encode("latin-1"), b"a" * 100 + b"\xc3"])
 def test_bytes_that_are_no_text_are_refused(data: bytes, tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(data)
-    with pytest.raises(DataError, match=r"is not text: .* at byte \d+") as caught:
-        read_text(file)
+    with pytest.raises(ConfigFileError, match=r"is not text: .* at byte \d+") as caught:
+        read_small_text(file)
     assert str(file) in caught.value.found
 
 
@@ -304,10 +304,10 @@ def test_weights_in_place_of_a_config_are_not_read(tmp_path: Path) -> None:
     file = tmp_path / "x"
     with file.open("wb") as stream:
         stream.truncate(2**40)
-    with pytest.raises(DataError, match="is larger than 8 MiB"):
-        read_text(file)
+    with pytest.raises(ConfigFileError, match="is larger than 8 MiB"):
+        read_small_text(file)
     file.write_bytes(b" " * MAX_BYTES)
-    assert len(read_text(file)) == MAX_BYTES
+    assert len(read_small_text(file)) == MAX_BYTES
 
 
 def test_a_pipe_that_is_written_to_is_read_to_its_end(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_pipe_that_is_written_to_is_read_to_its_end(tmp_path: Path) -> None:
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        assert read_text(pipe) == content
+        assert read_small_text(pipe) == content
     finally:
         writer.join()
 
@@ -332,13 +332,13 @@ def test_a_pipe_that_nobody_writes_to_is_given_up(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(text_files, "_PIPE_SECONDS", 0.05)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(DataError, match=f"nothing was written to the pipe {pipe} within 0.05 s"):
-        read_text(pipe)
+    with pytest.raises(ConfigFileError, match=f"nothing was written to the pipe {pipe} within 0.05 s"):
+        read_small_text(pipe)
     # nor does one help who holds it open and says nothing
     holder = os.open(pipe, os.O_RDWR)
     try:
-        with pytest.raises(DataError, match="nothing was written"):
-            read_text(pipe)
+        with pytest.raises(ConfigFileError, match="nothing was written"):
+            read_small_text(pipe)
     finally:
         os.close(holder)
 
@@ -351,9 +351,9 @@ def test_where_it_may_be_empty_nothing_is_no_key(text: str) -> None:
 
 def test_what_cannot_be_opened_is_the_caller_s_matter(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        read_text(tmp_path / "nothing")
+        read_small_text(tmp_path / "nothing")
     with pytest.raises(IsADirectoryError):
-        read_text(tmp_path)
+        read_small_text(tmp_path)
 
 
 # typed values
@@ -365,7 +365,7 @@ def reader(**values: Any) -> Reader:
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.0, "1", [1], {}, MAX_SIZE + 1, 10**1000])
 def test_a_size_is_a_positive_whole_number(value: Any) -> None:
-    with pytest.raises(DataError, match=f"^{PATH}: a is "):
+    with pytest.raises(ConfigFileError, match=f"^{PATH}: a is "):
         reader(a=value).size("a")
 
 
@@ -374,14 +374,14 @@ def test_the_first_key_with_a_value_counts() -> None:
     assert reader(c=3).size("a", "b") is None
     assert reader(a=0).size("a", minimum=0) == 0
     assert reader(a=MAX_SIZE).size("a") == MAX_SIZE
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ConfigFileError) as caught:
         reader(a=9).size("a", maximum=8)
     assert caught.value.needed == "a positive whole number, at most 8"
 
 
 @pytest.mark.parametrize("value", ["1", True, [], {}, math.nan, math.inf, -math.inf, 1e301, -(10**301), 10**400])
 def test_a_number_is_finite(value: Any) -> None:
-    with pytest.raises(DataError, match="a is ") as caught:
+    with pytest.raises(ConfigFileError, match="a is ") as caught:
         reader(a=value).number("a")
     assert caught.value.needed == "a number"
 
@@ -395,7 +395,7 @@ def test_the_range_of_a_number_is_for_a_rule_to_judge(value: float) -> None:
 
 @pytest.mark.parametrize("value", [0, 1, "true", [], 1.0])
 def test_a_switch_is_true_or_false(value: Any) -> None:
-    with pytest.raises(DataError, match="a is "):
+    with pytest.raises(ConfigFileError, match="a is "):
         reader(a=value).switch("a")
     assert reader(a=False).switch("a") is False
     assert reader(a=None).switch("a") is None
@@ -403,14 +403,14 @@ def test_a_switch_is_true_or_false(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [0, True, ["x"], {}])
 def test_a_text_is_a_text(value: Any) -> None:
-    with pytest.raises(DataError, match="a is "):
+    with pytest.raises(ConfigFileError, match="a is "):
         reader(a=value).text("a")
     assert reader(a="").text("a") == ""
 
 
 @pytest.mark.parametrize("value", [1, "1,2", [0], [True], [1.0], [None], [MAX_SIZE + 1], {"1": 1}])
 def test_a_list_of_sizes(value: Any) -> None:
-    with pytest.raises(DataError, match="a is "):
+    with pytest.raises(ConfigFileError, match="a is "):
         reader(a=value).sizes("a")
     assert reader(a=[]).sizes("a") == ()
     assert reader(a=[3, 1]).sizes("a") == (3, 1)
@@ -419,10 +419,10 @@ def test_a_list_of_sizes(value: Any) -> None:
 
 def test_sections_keep_the_path() -> None:
     inner = reader(a={"b": {"c": 0}}).section("a").section("b")
-    with pytest.raises(DataError, match=f"^{PATH}: a.b.c is 0"):
+    with pytest.raises(ConfigFileError, match=f"^{PATH}: a.b.c is 0"):
         inner.size("c")
     assert reader().section("a").values == {}
     assert not reader(a=None).has("a")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(ConfigFileError) as caught:
         reader(a=["x" * 500]).section("a")
     assert len(caught.value.found) < 100

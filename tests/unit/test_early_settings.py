@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.config.worker import load_settings
-from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor.agent_socket import agent_socket_name
 from dynamo_mpi.supervisor.early_settings import WORLD_SECONDS, Limits
 
@@ -55,8 +55,8 @@ def test_a_settings_file_that_cannot_be_read_is_for_rank_0_to_refuse(tmp_path: P
 
 
 def test_worlds_that_share_a_node_do_not_share_an_address() -> None:
-    two = Launch(Launcher.OPEN_MPI, size=2)
-    step = Launch(Launcher.SLURM_PMIX, size=2, job_id="7", step_id="1")
+    two = LaunchInfo(Launcher.OPEN_MPI, size=2)
+    step = LaunchInfo(Launcher.SLURM_PMIX, size=2, job_id="7", step_id="1")
     addresses = [
         agent_socket_name(
             two, {"PMIX_NAMESPACE": "prterun-host-7@1", "PMIX_SERVER_URI4": "pmix.0;tcp4://127.0.0.1:4001"}
@@ -75,6 +75,7 @@ def test_worlds_that_share_a_node_do_not_share_an_address() -> None:
 
 def test_a_rank_that_is_alone_or_nameless_has_none() -> None:
     assert (
-        agent_socket_name(Launch(Launcher.SLURM_PMIX, size=1, job_id="7", step_id="1"), {"PMIX_NAMESPACE": "x"}) == ""
+        agent_socket_name(LaunchInfo(Launcher.SLURM_PMIX, size=1, job_id="7", step_id="1"), {"PMIX_NAMESPACE": "x"})
+        == ""
     )
-    assert agent_socket_name(Launch(Launcher.HYDRA, size=2), {}) == ""
+    assert agent_socket_name(LaunchInfo(Launcher.HYDRA, size=2), {}) == ""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.common.errors import ConfigFileError
 from dynamo_mpi.layout.engine_config import EngineConfig, KvCache
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 
@@ -24,7 +24,7 @@ def test_no_keys_leave_all_to_the_engine(text: str | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "\n", "# only a comment\n", "---\n", "null"])
 def test_an_empty_file_is_refused_as_by_the_engine(text: str) -> None:
-    with pytest.raises(DataError, match=r"/e\.yaml is empty"):
+    with pytest.raises(ConfigFileError, match=r"/e\.yaml is empty"):
         parse(text)
 
 
@@ -57,7 +57,7 @@ def test_the_file_lies_over_the_flags_as_in_dynamo() -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "2.0", "two", "true", "[2]", "'2'", "{}"])
 @pytest.mark.parametrize("key", ["tensor_parallel_size", "context_parallel_size", "max_batch_size", "max_seq_len"])
 def test_a_size_is_a_positive_whole_number(key: str, value: str) -> None:
-    with pytest.raises(DataError, match=f"/e.yaml: {key} is "):
+    with pytest.raises(ConfigFileError, match=f"/e.yaml: {key} is "):
         parse(f"{key}: {value}")
 
 
@@ -75,7 +75,7 @@ def test_a_size_is_a_positive_whole_number(key: str, value: str) -> None:
     ],
 )
 def test_impossible_values_are_named(text: str, words: str) -> None:
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ConfigFileError, match=words):
         parse(text)
 
 
@@ -98,7 +98,7 @@ def test_impossible_values_are_named(text: str, words: str) -> None:
     ids=lambda text: text[:20],
 )
 def test_what_is_no_yaml_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match=r"/e\.yaml is not YAML") as caught:
+    with pytest.raises(ConfigFileError, match=r"/e\.yaml is not YAML") as caught:
         parse(text)
     assert "\n" not in caught.value.found
 
@@ -107,5 +107,5 @@ def test_what_is_no_yaml_is_refused(text: str) -> None:
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         parse(text)
-    except DataError as error:
+    except ConfigFileError as error:
         assert "/e.yaml" in error.found

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import BootstrapError, DataError, UsageError
+from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError, UsageError
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.engine_layers import (
     DYNAMIC_PREFIX,
@@ -260,7 +260,7 @@ def test_both_kinds_of_overrides_are_refused() -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", '{"a": 1, "a": 2}', "a: 1"])
 def test_an_override_is_a_json_object(text: str) -> None:
-    with pytest.raises(DataError, match="--override-engine-args"):
+    with pytest.raises(ConfigFileError, match="--override-engine-args"):
         keys(override=text)
 
 
@@ -278,7 +278,7 @@ def test_an_override_is_a_json_object(text: str) -> None:
     ],
 )
 def test_what_cannot_be_typed_is_told_with_its_place(layers: EngineLayers, where: str) -> None:
-    with pytest.raises(DataError, match=where):
+    with pytest.raises(ConfigFileError, match=where):
         merge(layers)
 
 
@@ -301,8 +301,8 @@ def test_anything_is_merged_or_refused(
     )
     try:
         merged = merge(layers)
-    except BootstrapError as error:
-        assert isinstance(error, (DataError, UsageError))
+    except DynamoMpiError as error:
+        assert isinstance(error, (ConfigFileError, UsageError))
     else:
         assert merged.config.tp_size >= 1
 
@@ -349,7 +349,7 @@ def test_a_balancer_s_file_is_filled_in() -> None:
     ],
 )
 def test_a_balancer_s_file_is_as_strict_as_a_config(text: str, words: str) -> None:
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ConfigFileError, match=words):
         with_balancer(balanced(), text)
 
 
@@ -363,5 +363,5 @@ def test_a_balancer_s_file_is_as_strict_as_a_config(text: str, words: str) -> No
 def test_sizes_of_no_world_are_refused(key: str) -> None:
     """Rules go through every stage and every divisor: they'd do so for hours, and for more memory than there is."""
     assert keys(text=f"{key}: 65536") == {key: 65536}
-    with pytest.raises(DataError, match=f"{key} is 65537"):
+    with pytest.raises(ConfigFileError, match=f"{key} is 65537"):
         keys(text=f"{key}: 65537")

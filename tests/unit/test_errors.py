@@ -11,13 +11,13 @@ import subprocess
 import pytest
 
 from dynamo_mpi.common import errors
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 
 KINDS = [
     kind
     for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, BootstrapError) and kind is not BootstrapError
+    if isinstance(kind, type) and issubclass(kind, DynamoMpiError) and kind is not DynamoMpiError
 ]
 
 
@@ -30,7 +30,7 @@ def test_every_code_but_ok_has_an_error() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_an_error_survives_pickling(kind: type[BootstrapError]) -> None:
+def test_an_error_survives_pickling(kind: type[DynamoMpiError]) -> None:
     error = kind("found", needed="needed", fix="fix")
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     assert type(again) is kind
@@ -38,9 +38,9 @@ def test_an_error_survives_pickling(kind: type[BootstrapError]) -> None:
 
 
 def test_an_error_says_what_was_found_what_is_needed_and_what_to_do() -> None:
-    assert str(BootstrapError("f", needed="n", fix="x")).split() == ["f", "needed:", "n", "do:", "x"]
-    assert str(BootstrapError("f")) == "f"
-    assert "needed" not in str(BootstrapError("f", fix="x"))
+    assert str(DynamoMpiError("f", needed="n", fix="x")).split() == ["f", "needed:", "n", "do:", "x"]
+    assert str(DynamoMpiError("f")) == "f"
+    assert "needed" not in str(DynamoMpiError("f", fix="x"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from pyetcd import etcdrpc
 
-from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError
 from dynamo_mpi.discovery.etcd import EtcdAuth, EtcdClient, LeaseLostError
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.etcd_http import HttpEtcdClient, query_etcd
@@ -146,7 +146,7 @@ def test_a_token_that_etcd_has_forgotten_is_asked_for_anew(locked: str) -> None:
     ids=["none", "wrong password", "no such user", "no rights"],
 )
 def test_who_may_not_is_told_so(locked: str, auth: EtcdAuth, word: str) -> None:
-    with pytest.raises(AuthorisationError) as caught:
+    with pytest.raises(AuthorizationError) as caught:
         connect(locked, auth=auth).get_prefix("dynamo_mpi/")
     assert caught.value.exit_code == 77
     assert word in caught.value.fix

@@ -6,15 +6,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dynamo_mpi.common.failure import Cause, Failure
-from dynamo_mpi.supervisor.failure_files import forget_failures, write_failure
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.supervisor.failure_files import remove_stale_failure_files, write_failure
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 
 def test_what_an_earlier_start_has_left_goes_and_nothing_else(tmp_path: Path) -> None:
     for name in ("decode-rank-0.json", "decode-rank-12.json", "prefill-rank-0.json"):
         (tmp_path / name).touch()
-    assert forget_failures(tmp_path, "decode") == ""
+    assert remove_stale_failure_files(tmp_path, "decode") == ""
     assert [path.name for path in tmp_path.iterdir()] == ["prefill-rank-0.json"]
 
 
@@ -23,18 +23,18 @@ def test_a_folder_that_is_none_is_told_before_it_is_needed(tmp_path: Path) -> No
     file.touch()
     for folder in (file, file / "below"):
         assert (
-            forget_failures(folder, "decode")
+            remove_stale_failure_files(folder, "decode")
             == f"no failure files: {file} is no folder that can be written; correct --failure-dir"
         )
-    assert forget_failures(None, "decode") == ""
-    assert forget_failures(tmp_path / "new" / "deep", "decode") == ""
+    assert remove_stale_failure_files(None, "decode") == ""
+    assert remove_stale_failure_files(tmp_path / "new" / "deep", "decode") == ""
     assert not (tmp_path / "new").exists()
 
 
 def test_a_host_that_is_cut_off_leaves_rank_0s_report_and_rank_0_replaces_its(tmp_path: Path) -> None:
-    meeting = Meeting("n1", failure_dir=str(tmp_path), label="decode")
-    of_rank_2 = Failure(2, 75, "is lost", Cause.LOST, "serve", 0.0)
-    of_rank_0 = Failure(0, 75, "is lost", Cause.LOST, "serve", 0.0)
+    meeting = Rendezvous("n1", failure_dir=str(tmp_path), label="decode")
+    of_rank_2 = Failure(2, 75, "is lost", DetectedBy.HOST_UNREACHABLE, "serve", 0.0)
+    of_rank_0 = Failure(0, 75, "is lost", DetectedBy.HOST_UNREACHABLE, "serve", 0.0)
 
     def told() -> tuple[int, str]:
         content = json.loads((tmp_path / "decode-rank-0.json").read_text(encoding="utf-8"))

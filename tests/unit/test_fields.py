@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi import __version__
-from dynamo_mpi.checks.rank_report import Card, Inquiry, WatchedFile
-from dynamo_mpi.common.codec import pack, unpack
+from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportRequest
+from dynamo_mpi.common.codec import decode_strings, encode_strings
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
 
 # whatever an argv or a file name can hold: Python makes lone surrogates of bytes that are no UTF-8
@@ -21,54 +21,54 @@ TEXTS = st.lists(TEXT).map(tuple)
 
 @given(TEXTS)
 def test_what_is_packed_comes_back(values: tuple[str, ...]) -> None:
-    assert unpack(pack(values)) == list(values)
+    assert decode_strings(encode_strings(values)) == list(values)
 
 
 @given(TEXTS, TEXTS)
 def test_packed_lists_can_be_joined(first: tuple[str, ...], second: tuple[str, ...]) -> None:
-    assert pack(first) + pack(second) == pack(first + second)
+    assert encode_strings(first) + encode_strings(second) == encode_strings(first + second)
 
 
 @given(st.lists(TEXT, min_size=1), st.data())
 def test_a_truncated_message_is_noticed_or_ends_between_two_values(values: list[str], data: st.DataObject) -> None:
-    packed = pack(values)
+    packed = encode_strings(values)
     cut = data.draw(st.integers(0, len(packed) - 1))
-    ends = [len(pack(values[:n])) for n in range(len(values))]
+    ends = [len(encode_strings(values[:n])) for n in range(len(values))]
     if cut in ends:
-        assert unpack(packed[:cut]) == values[: len(unpack(packed[:cut]))]
+        assert decode_strings(packed[:cut]) == values[: len(decode_strings(packed[:cut]))]
     else:
         with pytest.raises(ValueError, match="truncated"):
-            unpack(packed[:cut])
+            decode_strings(packed[:cut])
 
 
 @given(st.binary(max_size=64))
 def test_foreign_bytes_are_read_or_refused(data: bytes) -> None:
     try:
-        values = unpack(data)
+        values = decode_strings(data)
     except ValueError:
         return
-    assert pack(values) == data
+    assert encode_strings(values) == data
 
 
 @given(
     st.builds(
-        Inquiry,
+        ReportRequest,
         argv=TEXTS,
         model_dir=TEXT,
         weights=TEXTS,
-        files=st.lists(st.builds(WatchedFile, TEXT, TEXT, TEXT)).map(tuple),
+        files=st.lists(st.builds(ComparedFile, TEXT, TEXT, TEXT)).map(tuple),
         hosts=st.booleans(),
         gpus=st.booleans(),
         version=st.just(__version__),
     )
 )
-def test_an_inquiry_arrives_as_it_was(inquiry: Inquiry) -> None:
-    assert Inquiry.unpack(inquiry.pack()) == inquiry
+def test_an_inquiry_arrives_as_it_was(inquiry: ReportRequest) -> None:
+    assert ReportRequest.unpack(inquiry.pack()) == inquiry
 
 
-@given(st.builds(Card, TEXT, TEXT, st.just(__version__), TEXTS, TEXTS, TEXTS))
-def test_a_card_arrives_as_it_was(card: Card) -> None:
-    assert Card.unpack(card.pack()) == card
+@given(st.builds(RankReport, TEXT, TEXT, st.just(__version__), TEXTS, TEXTS, TEXTS))
+def test_a_card_arrives_as_it_was(card: RankReport) -> None:
+    assert RankReport.unpack(card.pack()) == card
 
 
 COUNT = st.integers(1, 1024)

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from dynamo_mpi.runtime import follower
-from dynamo_mpi.runtime.follower import late_for
+from dynamo_mpi.runtime.follower import abort_if_late
 
 
 def test_a_failure_that_nobody_comes_for_ends_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +21,7 @@ def test_a_failure_that_nobody_comes_for_ends_the_world(monkeypatch: pytest.Monk
         done.set()
 
     error = MemoryError("no room")
-    with late_for(error, fail):
+    with abort_if_late(error, fail):
         assert done.wait(10)
     assert ended == [error]
 
@@ -36,9 +36,9 @@ def test_what_is_agreed_on_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(threading, "Timer", Watched)
     ended: list[Exception] = []
-    with late_for(None, ended.append):
+    with abort_if_late(None, ended.append):
         assert timers == []
-    with late_for(MemoryError("no room"), ended.append):
+    with abort_if_late(MemoryError("no room"), ended.append):
         (timer,) = timers
         assert timer.is_alive()
     timer.join(10)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.checks import gpu_facts
 from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus, read_gpus, visible_gpus
-from dynamo_mpi.common.codec import pack, unpack
+from dynamo_mpi.common.codec import decode_strings, encode_strings
 
 GIB = 2**30
 UUIDS = ("GPU-aa11", "GPU-aa22", "GPU-bb33")
@@ -281,7 +281,7 @@ NODE = st.builds(
 
 @given(NODE)
 def test_what_a_rank_saw_arrives_as_it_was(node: NodeGpus) -> None:
-    assert NodeGpus.unpack(unpack(pack(node.pack()))) == node
+    assert NodeGpus.unpack(decode_strings(encode_strings(node.pack()))) == node
 
 
 @given(st.lists(st.text(alphabet="0123:- x", max_size=4), max_size=30))

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import BootstrapError, DiscoveryError, UsageError
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, UsageError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.host_address import host_address, service_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, holder, holds_port, is_free, listeners
@@ -297,7 +297,7 @@ def test_an_openssl_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.Mon
     program.write_text("#!/bin/sh\necho 'unknown option -x' >&2\nexit 3\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BootstrapError, match="exit code 3: unknown option -x") as caught:
+    with pytest.raises(DynamoMpiError, match="exit code 3: unknown option -x") as caught:
         make_certificates(tmp_path / "c", ("localhost",))
     assert "--credentials none" in caught.value.fix
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.hooks import WorkerHook, WorkerHooks, WorldFailure
 
-FAILURE = WorldFailure((Failure(1, 70, "it broke", Cause.DEATH, "serve"),), "n1", "report")
+FAILURE = WorldFailure((Failure(1, 70, "it broke", DetectedBy.DISCONNECT, "serve"),), "n1", "report")
 METHODS = [name for name, _ in inspect.getmembers(WorkerHook, inspect.isfunction)]
 
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.checks import host_facts
-from dynamo_mpi.checks.host_facts import UNKNOWN_VERSION, HostFacts, Leftover, collect
-from dynamo_mpi.common.codec import pack, unpack
+from dynamo_mpi.checks.host_facts import UNKNOWN_VERSION, HostFacts, StaleFile, collect
+from dynamo_mpi.common.codec import decode_strings, encode_strings
 
 LIBRARY = "Open MPI v5.0.8, package: Open MPI x@y Distribution, ident: 5.0.8\n"
 
@@ -71,7 +71,7 @@ def test_segments_of_an_earlier_worker(tmp_path: Path) -> None:
     os.utime(old, (1, 1))
     os.utime(young, (2**33, 2**33))  # a clock that was set back
     first, second = look(tmp_path).leftovers
-    assert (first.name, first.size, second) == (old.name, 300, Leftover(young.name, 0, 0))
+    assert (first.name, first.size, second) == (old.name, 300, StaleFile(young.name, 0, 0))
     assert first.age > 10**9
 
 
@@ -141,13 +141,13 @@ FACTS = st.builds(
     TEXT,
     SIZE,
     SIZE,
-    st.lists(st.builds(Leftover, TEXT, SIZE, SIZE), max_size=3).map(tuple),
+    st.lists(st.builds(StaleFile, TEXT, SIZE, SIZE), max_size=3).map(tuple),
 )
 
 
 @given(FACTS)
 def test_what_a_rank_told_arrives_as_it_was(facts: HostFacts) -> None:
-    assert HostFacts.unpack(unpack(pack(facts.pack()))) == facts
+    assert HostFacts.unpack(decode_strings(encode_strings(facts.pack()))) == facts
 
 
 @given(st.lists(st.text(alphabet="0123- x", max_size=3), max_size=20))

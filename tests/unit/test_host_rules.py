@@ -16,9 +16,9 @@ from dynamo_mpi.checks import gpu_rules, host_rules
 from dynamo_mpi.checks import gpu_visibility as visibility_rules
 from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus
 from dynamo_mpi.checks.gpu_rules import check_gpus
-from dynamo_mpi.checks.host_facts import PACKAGES, HostFacts, Leftover
+from dynamo_mpi.checks.host_facts import PACKAGES, HostFacts, StaleFile
 from dynamo_mpi.checks.host_rules import check_hosts, weights_by_rank
-from dynamo_mpi.checks.rank_facts import HostRow, Needs
+from dynamo_mpi.checks.rank_facts import RankFacts, Requirements
 from dynamo_mpi.layout.finding import Finding, render
 from dynamo_mpi.layout.memory import MemoryEstimate, StageMemory
 from tests.unit.test_gpu_facts import NODE
@@ -50,10 +50,12 @@ def facts(**others: Any) -> HostFacts:
     )
 
 
-def rows(hosts: str, gpus: Sequence[NodeGpus] | None = None, told: Sequence[HostFacts] | None = None) -> list[HostRow]:
+def rows(
+    hosts: str, gpus: Sequence[NodeGpus] | None = None, told: Sequence[HostFacts] | None = None
+) -> list[RankFacts]:
     """Return a row for each letter of ``hosts``; by default each rank sees as many GPUs as ranks are on its node."""
     return [
-        HostRow(
+        RankFacts(
             rank,
             host,
             told[rank] if told else facts(),
@@ -67,7 +69,7 @@ def said(findings: Sequence[Finding]) -> list[str]:
     return [f"{finding.severity.value} {finding.rule}" for finding in findings]
 
 
-def judge(some: Sequence[HostRow], needs: Needs = Needs()) -> list[Finding]:  # noqa: B008 - immutable
+def judge(some: Sequence[RankFacts], needs: Requirements = Requirements()) -> list[Finding]:  # noqa: B008 - immutable
     findings = check_hosts(some, needs)
     for finding in findings:
         assert finding.found and finding.needed and finding.fix, finding
@@ -147,7 +149,7 @@ def test_an_empty_variable_is_told_from_no_gpus() -> None:
 
 def test_without_gpus_by_permission_nothing_about_gpus_is_said() -> None:
     assert "--allow-no-gpu" in judge(rows("aa", [NodeGpus()] * 2))[0].fix
-    assert judge(rows("aa", [NodeGpus()] * 2), Needs(allow_no_gpu=True)) == []
+    assert judge(rows("aa", [NodeGpus()] * 2), Requirements(allow_no_gpu=True)) == []
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_without_gpus_by_permission_nothing_about_gpus_is_said() -> None:
 def test_a_gpu_is_free(used: int, others: dict[str, Any], weights: int, rule: str, words: str) -> None:
     one = gpu("a", 1, used=used)._replace(**others)
     gpus = node("a", gpus=(gpu("a", 0), one))
-    findings = judge(rows("aa", [gpus] * 2), Needs((0, weights * GIB)))
+    findings = judge(rows("aa", [gpus] * 2), Requirements((0, weights * GIB)))
     assert said(findings) == ([rule] if rule else [])
     assert words in render(findings)
 
@@ -199,12 +201,12 @@ def versions(**others: str) -> HostFacts:
         ([facts(), facts(shm_free=GIB)], [], ""),
         ([facts(), facts(shm_bytes=0, shm_free=0)], ["warning V3"], "b: /dev/shm not there"),
         (
-            [facts(), facts(leftovers=(Leftover("moe_shared_l0", 3 * GIB, 7300),))],
+            [facts(), facts(leftovers=(StaleFile("moe_shared_l0", 3 * GIB, 7300),))],
             ["warning V4"],
             "b: moe_shared_l0: 3.0 GiB, written 2 hours ago",
         ),
         (
-            [facts(leftovers=tuple(Leftover(f"moe_{i}", GIB, i) for i in range(9))), facts()],
+            [facts(leftovers=tuple(StaleFile(f"moe_{i}", GIB, i) for i in range(9))), facts()],
             ["warning V4"],
             "moe_0, moe_1, moe_2 and 6 more: 9.0 GiB, written 0 seconds ago",
         ),
@@ -224,7 +226,7 @@ def test_what_hosts_need(told: list[HostFacts], rules: list[str], words: str) ->
 
 
 def test_the_line_that_removes_leftovers_names_the_hosts() -> None:
-    left = facts(leftovers=(Leftover("moe_shared", 1, 1),))
+    left = facts(leftovers=(StaleFile("moe_shared", 1, 1),))
     (finding,) = judge(rows("ab", told=[facts(), left]))
     assert finding.fix.endswith("rm /dev/shm/moe_* on b")
 
@@ -272,7 +274,9 @@ def test_threads_fit_the_cpus(threads: list[str | None], cpus: list[Sequence[int
 
 def test_large_worlds_are_told_of_in_few_words() -> None:
     hosts = [f"node{number}" for number in range(64) for _ in range(8)]
-    world = [HostRow(rank, host, facts(cpus=range(128)), node(host, 8, [rank % 8])) for rank, host in enumerate(hosts)]
+    world = [
+        RankFacts(rank, host, facts(cpus=range(128)), node(host, 8, [rank % 8])) for rank, host in enumerate(hosts)
+    ]
     findings = judge(world)
     assert said(findings) == ["error K9"]
     text = render(findings)
@@ -305,8 +309,8 @@ def test_every_rule_begins_with_its_id_and_stands_in_its_modules_table(rule: Any
 def test_no_rule_raises_whatever_ranks_tell(
     told: list[tuple[str, HostFacts, NodeGpus]], allowed: bool, data: st.DataObject
 ) -> None:
-    world = [HostRow(rank, *rest) for rank, rest in enumerate(told)]
-    needs = Needs(tuple(data.draw(st.lists(st.integers(0, 2**40), max_size=7))), allowed)
+    world = [RankFacts(rank, *rest) for rank, rest in enumerate(told)]
+    needs = Requirements(tuple(data.draw(st.lists(st.integers(0, 2**40), max_size=7))), allowed)
     render(judge(world, needs))
     if allowed:
         assert check_gpus(world, needs) == []

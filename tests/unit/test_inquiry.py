@@ -12,28 +12,28 @@ from hypothesis import strategies as st
 from dynamo_mpi import __version__
 from dynamo_mpi.checks.gpu_facts import NodeGpus
 from dynamo_mpi.checks.host_facts import HostFacts
-from dynamo_mpi.checks.rank_report import Card, Inquiry, WatchedFile, fill_card, weight_files
-from dynamo_mpi.common.codec import pack
+from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportRequest, collect_rank_report, weight_files
+from dynamo_mpi.common.codec import encode_strings
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 
-LAUNCH = Launch(Launcher.OPEN_MPI, rank=1, size=2, local_rank=0, local_size=2)
+LAUNCH = LaunchInfo(Launcher.OPEN_MPI, rank=1, size=2, local_rank=0, local_size=2)
 ARGV = ("--model", "/m")
 
 
 def problems_of(
     tmp_path: Path,
     *,
-    files: tuple[WatchedFile, ...] = (),
+    files: tuple[ComparedFile, ...] = (),
     weights: tuple[str, ...] = (),
     argv: tuple[str, ...] = ARGV,
-    launch: Launch = LAUNCH,
+    launch: LaunchInfo = LAUNCH,
 ) -> tuple[str, ...]:
-    return fill_card(Inquiry(ARGV, str(tmp_path), weights, files), launch, argv).problems
+    return collect_rank_report(ReportRequest(ARGV, str(tmp_path), weights, files), launch, argv).problems
 
 
-def watch(path: Path, content: str) -> WatchedFile:
-    return WatchedFile("engine config", str(path), content)
+def watch(path: Path, content: str) -> ComparedFile:
+    return ComparedFile("engine config", str(path), content)
 
 
 def test_a_rank_that_sees_the_same_has_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,9 +41,9 @@ def test_a_rank_that_sees_the_same_has_no_problem(tmp_path: Path, monkeypatch: p
     config = tmp_path / "engine.yaml"
     config.write_bytes(b"a: 1\r\nb: \xc3\xa9\r\n")
     (tmp_path / "model.safetensors").touch()
-    inquiry = Inquiry(ARGV, str(tmp_path), ("model.safetensors",), (watch(config, "a: 1\r\nb: é\r\n"),))
-    card = fill_card(inquiry, LAUNCH, ARGV)
-    assert card == Card(host_name(), "2,3", __version__, ())
+    inquiry = ReportRequest(ARGV, str(tmp_path), ("model.safetensors",), (watch(config, "a: 1\r\nb: é\r\n"),))
+    card = collect_rank_report(inquiry, LAUNCH, ARGV)
+    assert card == RankReport(host_name(), "2,3", __version__, ())
     assert "." not in host_name()
 
 
@@ -108,7 +108,7 @@ def test_binary_rubbish_in_a_file_is_a_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["absent.yaml", "folder"])
 def test_a_file_that_cannot_be_read_is_a_problem(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
-    (problem,) = problems_of(tmp_path, files=(WatchedFile("engine config", f"{tmp_path}/{name}", ""),))
+    (problem,) = problems_of(tmp_path, files=(ComparedFile("engine config", f"{tmp_path}/{name}", ""),))
     assert problem.startswith("engine config: ")
     assert "can't be read" in problem
 
@@ -147,26 +147,28 @@ def test_weight_files_are_known_by_their_endings() -> None:
 
 
 def test_nothing_is_told_of_host_and_gpus_unless_it_is_asked_for(tmp_path: Path) -> None:
-    inquiry = Inquiry(ARGV, str(tmp_path), (), ())
-    card = fill_card(inquiry, LAUNCH, ARGV, "Open MPI v5.0.8")
+    inquiry = ReportRequest(ARGV, str(tmp_path), (), ())
+    card = collect_rank_report(inquiry, LAUNCH, ARGV, "Open MPI v5.0.8")
     assert (card.host_facts, card.gpu_facts) == ((), ())
-    card = fill_card(inquiry._replace(hosts=True), LAUNCH, ARGV, "Open MPI v5.0.8")
+    card = collect_rank_report(inquiry._replace(hosts=True), LAUNCH, ARGV, "Open MPI v5.0.8")
     assert HostFacts.unpack(card.host_facts).mpi_library == "Open MPI v5.0.8"
     assert card.gpu_facts == ()
-    card = fill_card(inquiry._replace(hosts=True, gpus=True), LAUNCH, ARGV)
+    card = collect_rank_report(inquiry._replace(hosts=True, gpus=True), LAUNCH, ARGV)
     assert isinstance(NodeGpus.unpack(card.gpu_facts), NodeGpus)
 
 
 @pytest.mark.parametrize(("local_rank", "speaks"), [(0, True), (None, True), (1, False)])
 def test_one_rank_of_each_node_speaks_for_it(tmp_path: Path, local_rank: int | None, speaks: bool) -> None:
-    inquiry = Inquiry(ARGV, str(tmp_path), (), (), hosts=True)
-    card = fill_card(inquiry, LAUNCH._replace(local_rank=local_rank), ARGV)
+    inquiry = ReportRequest(ARGV, str(tmp_path), (), (), hosts=True)
+    card = collect_rank_report(inquiry, LAUNCH._replace(local_rank=local_rank), ARGV)
     assert HostFacts.unpack(card.host_facts).speaks_for_node is speaks
 
 
 def test_ranks_of_another_version_answer_with_no_more_than_theirs() -> None:
     """P4 is what has to be heard of them; the rest may mean something else there."""
-    inquiry = Inquiry.unpack(pack(["99.0", "what", "later", "versions", "ask"]))
-    card = fill_card(inquiry, LAUNCH, ARGV)
+    inquiry = ReportRequest.unpack(encode_strings(["99.0", "what", "later", "versions", "ask"]))
+    card = collect_rank_report(inquiry, LAUNCH, ARGV)
     assert (card.host, card.version, card.problems) == (host_name(), __version__, ())
-    assert Card.unpack(pack(["n1", "0,1", "99.0", "what", "they", "tell"])) == Card("n1", "0,1", "99.0", ())
+    assert RankReport.unpack(encode_strings(["n1", "0,1", "99.0", "what", "they", "tell"])) == RankReport(
+        "n1", "0,1", "99.0", ()
+    )

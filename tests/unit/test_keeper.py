@@ -16,7 +16,7 @@ import pytest
 from dynamo_mpi.common.errors import DiscoveryError
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.discovery.record_keeper import Keeper
+from dynamo_mpi.discovery.record_keeper import RecordKeeper
 from dynamo_mpi.discovery.records import Progress, StoredRecord, WorkerRecord, list_workers
 from tests.servers import closed_port, listening, running_etcd
 from tests.unit.recorded_log import RecordedLog
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 SECONDS = 2
 """The shortest lease that etcd grants here."""
-Keep = Callable[..., Keeper]
+Keep = Callable[..., RecordKeeper]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,14 @@ class Kept:
 
     def __init__(self) -> None:
         self.log = RecordedLog()
-        self.keepers: list[Keeper] = []
+        self.keepers: list[RecordKeeper] = []
 
-    def __call__(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> Keeper:
-        keeper = Keeper(GrpcEtcdClient([url], EtcdAuth(), 2), record, seconds, self.log)
+    def __call__(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> RecordKeeper:
+        keeper = RecordKeeper(GrpcEtcdClient([url], EtcdAuth(), 2), record, seconds, self.log)
         self.keepers.append(keeper)
         return keeper
 
-    def starts(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> Keeper:
+    def starts(self, url: str, record: WorkerRecord, seconds: int = SECONDS) -> RecordKeeper:
         keeper = self(url, record, seconds)
         keeper.publish()
         keeper.start()
@@ -59,7 +59,7 @@ def kept(etcd: str) -> Iterator[Kept]:
     kept = Kept()
     yield kept
     for keeper in kept.keepers:
-        keeper.withdraw()
+        keeper.unpublish()
     assert worlds(etcd) == []
 
 
@@ -82,7 +82,7 @@ def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept
     keeper = kept.starts(etcd, world())
     (first,) = worlds(etcd)
     assert first.record == world()
-    keeper.tell("load")
+    keeper.set_phase("load")
     eventually(lambda: worlds(etcd)[0].record.phase == "load")
     since = worlds(etcd)[0].record.phase_since
     assert since is not None
@@ -91,17 +91,17 @@ def test_it_is_there_says_the_phase_and_outlives_its_lease(etcd: str, kept: Kept
     eventually(lambda: time.monotonic() - begin > 2 * SECONDS)
     (last,) = worlds(etcd)
     assert (last.key, last.create_revision) == (first.key, first.create_revision)
-    keeper.withdraw()
+    keeper.unpublish()
     assert worlds(etcd) == []
-    keeper.withdraw()
+    keeper.unpublish()
     assert kept.log.lines == []
 
 
 def test_it_names_the_instance_once_that_is_known(etcd: str, kept: Kept) -> None:
     keeper = kept.starts(etcd, world(launch="x"), 60)
     assert worlds(etcd)[0].record.instance is None
-    keeper.tell_instance("694d9f8a")
-    keeper.tell("serve")
+    keeper.set_instance("694d9f8a")
+    keeper.set_phase("serve")
     eventually(lambda: worlds(etcd)[0].record.phase == "serve")
     record = worlds(etcd)[0].record
     assert record == world(launch="x", instance="694d9f8a", phase="serve", phase_since=record.phase_since)
@@ -111,7 +111,7 @@ def test_without_being_started_it_is_withdrawn_too(etcd: str, kept: Kept) -> Non
     keeper = kept(etcd, world(), 60)
     keeper.publish()
     assert len(worlds(etcd)) == 1
-    keeper.withdraw()
+    keeper.unpublish()
     assert worlds(etcd) == []
 
 
@@ -125,7 +125,7 @@ def test_withdraw_while_start_has_not_started_its_thread(
     def withdraw_first(thread: threading.Thread) -> None:
         # as a signal's thread does that runs between two lines of `start`
         monkeypatch.setattr(threading.Thread, "start", real)
-        keeper.withdraw()
+        keeper.unpublish()
         real(thread)
 
     monkeypatch.setattr(threading.Thread, "start", withdraw_first)
@@ -135,7 +135,7 @@ def test_withdraw_while_start_has_not_started_its_thread(
 
 def test_what_was_never_published_is_withdrawn_at_once(etcd: str, kept: Kept) -> None:
     begin = time.monotonic()
-    kept(etcd, world()).withdraw()
+    kept(etcd, world()).unpublish()
     assert time.monotonic() - begin < 1
 
 
@@ -152,7 +152,7 @@ def test_of_two_that_come_at_the_same_moment_exactly_one_sees_the_other(etcd: st
     together = threading.Barrier(2)
     keepers = [kept(etcd, world("prefill")), kept(etcd, world("decode"))]
 
-    def publish(keeper: Keeper) -> list[StoredRecord]:
+    def publish(keeper: RecordKeeper) -> list[StoredRecord]:
         together.wait()
         return keeper.publish()
 
@@ -167,14 +167,14 @@ def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
     peer.publish()
     eventually(lambda: len(kept.log.lines) == 1)
     assert "decode worker on decode1, decode2 (job 7.0) has come, and does not fit: I1" in kept.log.lines[0]
-    peer.withdraw()
+    peer.unpublish()
     eventually(lambda: len(kept.log.lines) == 2)
     assert "has gone" in kept.log.lines[1]
 
 
 def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
     heard: list[tuple[list[str], list[str]]] = []
-    keeper = Keeper(
+    keeper = RecordKeeper(
         GrpcEtcdClient([etcd], EtcdAuth(), 2),
         world(),
         SECONDS,
@@ -187,7 +187,7 @@ def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
     peer = kept(etcd, world("decode"))
     peer.publish()
     eventually(lambda: len(heard) == 1)
-    peer.withdraw()
+    peer.unpublish()
     eventually(lambda: len(heard) == 2)
     assert [roles for roles, _ in heard] == [["decode"], []]
     assert [line for _, news in heard for line in news] == kept.log.lines
@@ -199,7 +199,7 @@ def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> N
     other.put("dynamo_mpi/v1/worlds/dynamo/decode/garbled\n", b"\xff{", lease.id)
     other.put("dynamo_mpi/v1/worlds/other/decode/garbled", b"", lease.id)
     keeper = kept.starts(etcd, world())
-    keeper.tell("load")
+    keeper.set_phase("load")
     eventually(lambda: worlds(etcd)[0].record.phase == "load")
     (line,) = kept.log.lines
     assert "garbled\\n' in etcd can't be read, and is left out: no JSON" in line
@@ -231,7 +231,7 @@ class EtcdThatLosesAWrite(GrpcEtcdClient):
 
 def test_a_record_whose_new_lease_came_and_whose_write_did_not_is_written_in_the_end(etcd: str, kept: Kept) -> None:
     connection = EtcdThatLosesAWrite([etcd], EtcdAuth(), 2)
-    keeper = Keeper(connection, world(), SECONDS, kept.log)
+    keeper = RecordKeeper(connection, world(), SECONDS, kept.log)
     kept.keepers.append(keeper)
     keeper.publish()
     other = GrpcEtcdClient([etcd], EtcdAuth(), 5)
@@ -248,14 +248,14 @@ def test_an_etcd_that_was_away_and_is_back_empty_has_the_record_again(kept: Kept
     with running_etcd() as url:
         keeper = kept.starts(url, world())
     eventually(lambda: len(kept.log.lines) == 1)
-    keeper.tell("serve")
+    keeper.set_phase("serve")
     assert "can't be kept for now, the worker goes on" in kept.log.lines[0]
     with running_etcd(int(url.rpartition(":")[2])):
         eventually(lambda: len(worlds(url)) == 1)
         assert worlds(url)[0].record.phase == "serve"
         eventually(lambda: len(kept.log.lines) == 2)
         assert kept.log.lines[1] == "the world record is in etcd again"
-        keeper.withdraw()
+        keeper.unpublish()
         assert worlds(url) == []
 
 
@@ -263,7 +263,7 @@ def test_an_etcd_that_is_dead_does_not_hold_the_end_up(kept: Kept) -> None:
     with running_etcd() as url:
         keeper = kept.starts(url, world())
     begin = time.monotonic()
-    keeper.withdraw()
+    keeper.unpublish()
     assert time.monotonic() - begin < 1.5
 
 
@@ -275,9 +275,9 @@ def test_an_etcd_that_hangs_does_not_hold_the_end_up(kept: Kept, started: bool) 
     with listening(port=int(url.rpartition(":")[2])):
         if started:
             keeper.start()
-            keeper.tell("load")
+            keeper.set_phase("load")
         begin = time.monotonic()
-        keeper.withdraw()
+        keeper.unpublish()
         assert 0.5 < time.monotonic() - begin < 1.5
 
 
@@ -308,12 +308,12 @@ def test_many_updates_cost_few_writes_and_the_last_one_counts(etcd: str, kept: K
 def test_a_phase_does_not_wait_for_what_came_before_it(etcd: str, kept: Kept) -> None:
     keeper = kept.starts(etcd, world(), 60)
     progress = Progress(1, 8, 7, "n2", 0.5)
-    keeper.tell("load")
+    keeper.set_phase("load")
     keeper.update(progress=progress)
     eventually(lambda: worlds(etcd)[0].record.progress == progress, 3)
     begin = time.monotonic()
     keeper.update(in_flight=1, progress=progress)
-    keeper.tell("prove")
+    keeper.set_phase("prove")
     eventually(lambda: worlds(etcd)[0].record.phase == "prove", 3)
     assert time.monotonic() - begin < 0.6
     record = worlds(etcd)[0].record

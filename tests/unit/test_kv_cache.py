@@ -13,13 +13,13 @@ from dynamo_mpi.layout.kv_cache import kv_bytes, kv_dtype_known, kv_element_byte
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.quantisation import Quantisation
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.weights import stage_weights
 from tests.unit.test_weights import shape_of
 
 
-def subject(shape: ModelShape, dtype: str = "auto", tp_size: int = 1) -> Subject:
-    return Subject(shape, EngineConfig(tp_size=tp_size, kv_cache=KvCache(dtype=dtype)), Cluster(1, tp_size))
+def subject(shape: ModelShape, dtype: str = "auto", tp_size: int = 1) -> LayoutSpec:
+    return LayoutSpec(shape, EngineConfig(tp_size=tp_size, kv_cache=KvCache(dtype=dtype)), Cluster(1, tp_size))
 
 
 @pytest.mark.parametrize(

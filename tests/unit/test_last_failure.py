@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.hooks import WorkerHooks, WorldFailure
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
@@ -32,7 +32,7 @@ from tests.servers import listening, running_etcd
 from tests.unit.worlds import world
 
 ORIGIN = WorkerIdentity.of(world("decode", launch="x-0"))
-FAILURE = Failure(3, 70, "it broke\n  do:     repair it", Cause.DEATH, "serve", 0.0)
+FAILURE = Failure(3, 70, "it broke\n  do:     repair it", DetectedBy.DISCONNECT, "serve", 0.0)
 ENDED = WorldFailure((FAILURE,), "n2", "report")
 
 
@@ -57,7 +57,7 @@ def test_it_says_whose_what_where_and_when() -> None:
         "rank": 3,
         "host": "n2",
         "phase": "serve",
-        "cause": "death",
+        "cause": "disconnect",
         "exit_code": 70,
         "error": "it broke",
         "report": "error in serve: it broke",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.deploy.workers import own_files
-from dynamo_mpi.mpi.launcher import Launch, Launcher, detect, expand_tasks_per_node, mapping_is_in_blocks
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, detect_launcher, expand_tasks_per_node, mapping_is_in_blocks
 from tests.unit.recordings import RECORDED, ranks_of
 
 BLOCK = ((0, 1), (2, 3))
@@ -30,8 +30,8 @@ class Expected(NamedTuple):
 EXPECTED = {
     "srun_pmix_debian_openmpi": Expected(Launcher.SLURM_PMIX, 4, BLOCK, True),
     "srun_pmi2_mpich": Expected(Launcher.SLURM_PMI2, 4, BLOCK, True),
-    "srun_without_mpi": Expected(Launcher.SLURM_BARE, 4, BLOCK, True),
-    "srun_mpi_none": Expected(Launcher.SLURM_BARE, 4, BLOCK, True),
+    "srun_without_mpi": Expected(Launcher.SRUN_WITHOUT_MPI, 4, BLOCK, True),
+    "srun_mpi_none": Expected(Launcher.SRUN_WITHOUT_MPI, 4, BLOCK, True),
     "srun_pmix_cyclic": Expected(Launcher.SLURM_PMIX, 4, CYCLIC, True),
     "srun_pmix_unequal": Expected(Launcher.SLURM_PMIX, 3, ((0, 1), (2,)), True),
     "srun_pmix_one_rank": Expected(Launcher.SLURM_PMIX, 1, ((0,),), True),
@@ -57,7 +57,7 @@ def test_every_recorded_launch_has_an_expectation() -> None:
 @pytest.mark.parametrize(("name", "rank"), [(name, rank) for name in EXPECTED for rank in range(len(ranks_of(name)))])
 def test_a_real_rank_knows_its_place(name: str, rank: int) -> None:
     environment, expected = ranks_of(name)[rank], EXPECTED[name]
-    launch = detect(environment)
+    launch = detect_launcher(environment)
     assert launch.launcher is expected.launcher
     assert launch.rank == rank
     assert launch.size == expected.size
@@ -78,16 +78,16 @@ def test_a_real_rank_knows_its_place(name: str, rank: int) -> None:
 
 def test_a_steps_own_numbers_count_before_its_jobs() -> None:
     environment = ranks_of("srun_pmix_debian_openmpi")[2] | {"SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)"}
-    launch = detect(environment)
+    launch = detect_launcher(environment)
     assert (launch.size, launch.local_size, launch.ranks_per_node) == (4, 2, (2, 2))
 
 
 def test_nothing_at_all_is_a_world_of_one() -> None:
-    assert detect({}) == Launch(Launcher.ALONE)
+    assert detect_launcher({}) == LaunchInfo(Launcher.ALONE)
 
 
 def test_an_unknown_pmix_launcher_says_its_rank_only() -> None:
-    assert detect({"PMIX_RANK": "3", "PMIX_NAMESPACE": "x"}) == Launch(Launcher.PMIX, rank=3, size=0)
+    assert detect_launcher({"PMIX_RANK": "3", "PMIX_NAMESPACE": "x"}) == LaunchInfo(Launcher.PMIX, rank=3, size=0)
 
 
 @pytest.mark.parametrize("name", list(EXPECTED))
@@ -95,7 +95,7 @@ def test_an_unknown_pmix_launcher_says_its_rank_only() -> None:
 def test_detection_never_raises(name: str, nonsense: str) -> None:
     environment = ranks_of(name)[-1]
     for variable in environment:
-        launch = detect({**environment, variable: nonsense})
+        launch = detect_launcher({**environment, variable: nonsense})
         assert launch.rank >= 0
         assert launch.size >= 0
 

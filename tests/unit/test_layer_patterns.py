@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.common.config_reader import Reader
-from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.common.errors import ConfigFileError
 from dynamo_mpi.layout.layer_patterns import read_layers
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import Feed, Layer, Mixer
@@ -160,7 +160,7 @@ def test_kinds_that_nobody_knows_leave_all_open(body: dict[str, Any]) -> None:
     ],
 )
 def test_a_list_of_another_length_is_refused(body: dict[str, Any], key: str) -> None:
-    with pytest.raises(DataError, match=f"config.json: {key} is "):
+    with pytest.raises(ConfigFileError, match=f"config.json: {key} is "):
         layers(2, **body)
 
 

@@ -25,7 +25,7 @@ from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.report_text import describe_report
 from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
@@ -75,7 +75,7 @@ def test_every_size_of_every_model(model: str) -> None:
         moe_tp, moe_ep = (tp if row["experts"] == name else None for name in ("tp", "ep"))
         config = EngineConfig(tp, moe_tp_size=moe_tp, moe_ep_size=moe_ep)
         # one node, however large: whether groups leave it isn't this table's matter
-        found = layout_findings(Subject(shape, config, Cluster(1, tp)))
+        found = layout_findings(LayoutSpec(shape, config, Cluster(1, tp)))
         key = (tp, row["experts"])
         told.append((key, rules(found, Severity.ERROR), rules(found, Severity.WARNING)))
         expected.append((key, set(row["errors"].split()), set(row["warnings"].split())))
@@ -413,10 +413,10 @@ CASES = [
 ]
 
 
-def subject_of(case: Case) -> Subject:
+def subject_of(case: Case) -> LayoutSpec:
     config = merge(EngineLayers(yaml_text=case.engine or "{}", yaml_path="engine.yaml")).config
     version = None if case.version is None else parse_trtllm_version(case.version)
-    return Subject(shape_of(case.model), config, Cluster(case.nodes, case.gpus, case.gpu), case.role, version)
+    return LayoutSpec(shape_of(case.model), config, Cluster(case.nodes, case.gpus, case.gpu), case.role, version)
 
 
 def name_of(case: Case) -> str:
@@ -613,7 +613,7 @@ PAIRS = [
 ]
 
 
-def pair_of(pair: Pair) -> tuple[Subject, Subject]:
+def pair_of(pair: Pair) -> tuple[LayoutSpec, LayoutSpec]:
     sides = []
     models = (pair.model, pair.decode_model or pair.model)
     for role, engine, model, version in zip(

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.checks.preflight import read_plan
-from dynamo_mpi.checks.rank_report import Card
-from dynamo_mpi.common.codec import pack
+from dynamo_mpi.checks.preflight import load_inputs
+from dynamo_mpi.checks.rank_report import RankReport
+from dynamo_mpi.common.codec import encode_strings
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.config.worker import load_settings
-from dynamo_mpi.runtime.engine_choice import engine_spec, require_startable
+from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
 from dynamo_mpi.runtime.engine_runner import describe_failures, failures_of
 
-CARDS = [Card(host, "", "1.0", ()) for host in ("n1", "n1", "n2", "n2")]
+CARDS = [RankReport(host, "", "1.0", ()) for host in ("n1", "n1", "n2", "n2")]
 
 
 def report(code: ExitCode, text: str) -> bytes:
-    return pack([str(int(code)), text])
+    return encode_strings([str(int(code)), text])
 
 
 def test_a_reason_that_ranks_share_is_told_once() -> None:
@@ -48,7 +48,7 @@ def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None
     )
     argv = ["--model", str(tmp_path), "--engine-config", str(engine), *flags]
     settings = load_settings(argv, {})
-    spec = engine_spec(settings, read_plan(settings, argv))
+    spec = engine_spec(settings, load_inputs(settings, argv))
     assert (spec.engine, spec.model_dir) == ("reference", str(tmp_path))
     assert (spec.tp_size, spec.max_seq_len) == (3, 256)
     assert (spec.pp_size, spec.cp_size) == (2, 5)
@@ -58,8 +58,8 @@ def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None
 def test_tensorrt_llm_needs_dynamos_worker_for_it_only_where_it_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynamo_mpi.runtime.engine_choice.find_spec", lambda name: None)
     words = ["--model", "/m", "--engine", "trtllm"]
-    require_startable(load_settings([*words, "--preflight-only"], {}))
-    require_startable(load_settings(["--model", "/m"], {}))
+    check_engine_installed(load_settings([*words, "--preflight-only"], {}))
+    check_engine_installed(load_settings(["--model", "/m"], {}))
     with pytest.raises(UsageError, match=r"there is no dynamo\.trtllm") as caught:
-        require_startable(load_settings(words, {}))
+        check_engine_installed(load_settings(words, {}))
     assert "container" in caught.value.fix

@@ -16,27 +16,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.failure import Cause, Failure, describe_consequences, first_cause
+from dynamo_mpi.common.failure import DetectedBy, Failure, describe_consequences, root_cause
 from dynamo_mpi.supervisor import heartbeat_client as lifeline_module
 from dynamo_mpi.supervisor import join as reception
-from dynamo_mpi.supervisor.frame_connection import Line
+from dynamo_mpi.supervisor.frame_connection import FrameConnection
 from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     MOST_BODY,
     NONCE_BYTES,
     TOKEN_BYTES,
+    FailureReport,
     Frame,
-    Inbox,
+    FrameDecoder,
+    FrameType,
     Join,
-    Kind,
-    Signalled,
-    Told,
+    SignalMessage,
     WireError,
     clip,
-    prove_rank,
+    rank_mac,
 )
-from dynamo_mpi.supervisor.heartbeat_server import Lookout
-from dynamo_mpi.supervisor.rendezvous import LOADING_SECONDS, SERVING_SECONDS, Meeting
+from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
+from dynamo_mpi.supervisor.rendezvous import LOADING_SECONDS, SERVING_SECONDS, Rendezvous
 
 pytestmark = pytest.mark.slow
 
@@ -50,10 +50,10 @@ class Watchtower:
     def __init__(self, timeout: float | None = None) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        self.meeting = Meeting("n0", "127.0.0.1", port, secrets.token_hex(TOKEN_BYTES), timeout)
+        self.meeting = Rendezvous("n0", "127.0.0.1", port, secrets.token_hex(TOKEN_BYTES), timeout)
         self.seen: queue.SimpleQueue[Failure] = queue.SimpleQueue()
-        self.signals: queue.SimpleQueue[tuple[int, Signalled]] = queue.SimpleQueue()
-        self.lookout = Lookout(
+        self.signals: queue.SimpleQueue[tuple[int, SignalMessage]] = queue.SimpleQueue()
+        self.lookout = HeartbeatServer(
             SIZE,
             self.meeting,
             listener,
@@ -63,9 +63,9 @@ class Watchtower:
             lambda *news: self.signals.put(news),
         )
         self.lookout.start()
-        self._lines: list[Line] = []
+        self._lines: list[FrameConnection] = []
 
-    def join(self, rank: int) -> Line:
+    def join(self, rank: int) -> FrameConnection:
         line, _ = connect(self.meeting, rank)
         self._lines.append(line)  # one that nobody holds is closed
         return line
@@ -96,19 +96,19 @@ def is_shut(connection: socket.socket) -> bool:
 
 def test_a_closed_connection_is_a_death_within_a_tenth_of_a_second(tower: Watchtower) -> None:
     line = tower.join(2)
-    line.send(Frame(Kind.PHASE, b"serve"))
+    line.send(Frame(FrameType.PHASE, b"serve"))
     time.sleep(0.05)
     begin = time.monotonic()
     line.close()
     failure = tower.next()
     assert failure.at - begin < 0.1
-    assert (failure.rank, failure.cause, failure.phase) == (2, Cause.DEATH, "serve")
+    assert (failure.rank, failure.cause, failure.phase) == (2, DetectedBy.DISCONNECT, "serve")
     assert "dmesg on n2" in failure.text
 
 
 def test_who_leaves_in_order_is_not_dead(tower: Watchtower) -> None:
     leaver, dying = tower.join(1), tower.join(2)
-    leaver.send(Frame(Kind.LEAVING))
+    leaver.send(Frame(FrameType.LEAVING))
     leaver.close()
     dying.close()
     assert tower.next().rank == 2
@@ -117,31 +117,31 @@ def test_who_leaves_in_order_is_not_dead(tower: Watchtower) -> None:
 
 def test_a_failure_is_told_once_with_all_that_is_known(tower: Watchtower) -> None:
     line = tower.join(3)
-    line.send(Frame(Kind.FAILED, Told(66, "load", 1, "no weights").pack()))
+    line.send(Frame(FrameType.FAILED, FailureReport(66, "load", 1, "no weights").pack()))
     line.close()
     failure = tower.next()
     assert (failure.rank, failure.exit_code, failure.text) == (3, 66, "no weights")
-    assert (failure.cause, failure.phase, failure.sequence) == (Cause.TOLD, "load", 1)
+    assert (failure.cause, failure.phase, failure.sequence) == (DetectedBy.REPORT, "load", 1)
     tower.join(1).close()
     assert tower.next().rank == 1, "its own end is no news"
 
 
 def test_who_comes_when_the_end_has_begun_hears_of_it_too(tower: Watchtower) -> None:
     first = tower.join(1)
-    ending = threading.Thread(target=tower.lookout.announce_end, args=(70,))
+    ending = threading.Thread(target=tower.lookout.announce_abort, args=(70,))
     ending.start()
-    assert Frame(Kind.ENDING, bytes([70])) in heard(first)
+    assert Frame(FrameType.ENDING, bytes([70])) in heard(first)
     late, early = connect(tower.meeting, 2)
-    assert Frame(Kind.ENDING, bytes([70])) in (early or heard(late))
+    assert Frame(FrameType.ENDING, bytes([70])) in (early or heard(late))
     late.close()
     ending.join()
 
 
-def heard(line: Line) -> list[Frame]:
+def heard(line: FrameConnection) -> list[Frame]:
     """Return the frames that come next, but for heartbeats."""
     end = time.monotonic() + PROMPT
     while time.monotonic() < end:
-        if frames := [frame for frame in line.read() if frame.kind is not Kind.BEAT]:
+        if frames := [frame for frame in line.read() if frame.kind is not FrameType.BEAT]:
             return frames
         time.sleep(0.01)
     raise AssertionError("nothing came")
@@ -156,31 +156,31 @@ def test_silence_is_seen_and_heartbeats_are_heard() -> None:
     def beat() -> None:
         while not end.wait(0.1):
             for rank in (1, 3):
-                lines[rank].send(Frame(Kind.BEAT))
+                lines[rank].send(Frame(FrameType.BEAT))
 
     thread = threading.Thread(target=beat)
     thread.start()
     failure = tower.next()
     end.set()
     thread.join()
-    assert (failure.rank, failure.cause, failure.exit_code) == (2, Cause.SILENCE, 124)
+    assert (failure.rank, failure.cause, failure.exit_code) == (2, DetectedBy.HEARTBEAT, 124)
     assert 0.5 < failure.at - silent_since < 2
     tower.lookout.close()
 
 
 def test_a_signal_of_a_rank_is_passed_on_and_only_such_a_one(tower: Watchtower) -> None:
     line = tower.join(2)
-    line.send(Frame(Kind.SIGNAL, Signalled(signal.SIGTERM, again=False).pack()))
-    assert tower.signals.get(timeout=PROMPT) == (2, Signalled(signal.SIGTERM, again=False))
-    line.send(Frame(Kind.SIGNAL, bytes([signal.SIGKILL, 0])))
+    line.send(Frame(FrameType.SIGNAL, SignalMessage(signal.SIGTERM, again=False).pack()))
+    assert tower.signals.get(timeout=PROMPT) == (2, SignalMessage(signal.SIGTERM, again=False))
+    line.send(Frame(FrameType.SIGNAL, bytes([signal.SIGKILL, 0])))
     failure = tower.next()
-    assert (failure.rank, failure.cause) == (2, Cause.DEATH), "what no rank of ours would say"
+    assert (failure.rank, failure.cause) == (2, DetectedBy.DISCONNECT), "what no rank of ours would say"
 
 
 @pytest.mark.parametrize("body", [b"", b"\x0f", b"\x0f\x02", b"\x09\x00", b"\x0f\x00\x00"])
 def test_other_signals_are_none(body: bytes) -> None:
     with pytest.raises(WireError):
-        Signalled.unpack(body)
+        SignalMessage.unpack(body)
 
 
 def test_a_rank_that_never_comes_is_told_with_the_address() -> None:
@@ -196,9 +196,9 @@ def test_stacks_come_from_those_who_answer(tower: Watchtower) -> None:
     tower.join(2)
 
     def answer() -> None:
-        while not any(frame.kind is Kind.ASK for frame in line.read()):
+        while not any(frame.kind is FrameType.ASK for frame in line.read()):
             time.sleep(0.01)
-        line.send(Frame(Kind.STACKS, b"in barrier"))
+        line.send(Frame(FrameType.STACKS, b"in barrier"))
 
     thread = threading.Thread(target=answer)
     thread.start()
@@ -213,11 +213,11 @@ def test_stacks_come_from_those_who_answer(tower: Watchtower) -> None:
     [
         b"GET / HTTP/1.0\r\n\r\n",
         b"\0" * 64,
-        Frame(Kind.BEAT).pack(),
-        Frame(Kind.JOIN, b"").pack(),
-        Frame(Kind.JOIN, Join(1, bytes(NONCE_BYTES), bytes(32)).pack()).pack(),
-        Frame(Kind.JOIN, bytes(65)).pack(),
-        Frame(Kind.FAILED, Told(70, "load", 1, "ha").pack()).pack(),
+        Frame(FrameType.BEAT).pack(),
+        Frame(FrameType.JOIN, b"").pack(),
+        Frame(FrameType.JOIN, Join(1, bytes(NONCE_BYTES), bytes(32)).pack()).pack(),
+        Frame(FrameType.JOIN, bytes(65)).pack(),
+        Frame(FrameType.FAILED, FailureReport(70, "load", 1, "ha").pack()).pack(),
     ],
 )
 def test_strangers_are_shown_the_door(tower: Watchtower, said: bytes) -> None:
@@ -231,9 +231,9 @@ def test_strangers_are_shown_the_door(tower: Watchtower, said: bytes) -> None:
 def test_a_proof_is_worth_nothing_on_another_connection(tower: Watchtower) -> None:
     token = bytes.fromhex(tower.meeting.token)
     with tower.stranger() as first, tower.stranger() as second:
-        hellos = [next(Inbox().feed(connection.recv(4096))).body for connection in (first, second)]
+        hellos = [next(FrameDecoder().feed(connection.recv(4096))).body for connection in (first, second)]
         nonce = bytes(NONCE_BYTES)
-        second.sendall(Frame(Kind.JOIN, Join(1, nonce, prove_rank(token, hellos[0], 1, nonce)).pack()).pack())
+        second.sendall(Frame(FrameType.JOIN, Join(1, nonce, rank_mac(token, hellos[0], 1, nonce)).pack()).pack())
         assert is_shut(second)
 
 
@@ -242,8 +242,8 @@ def test_a_rank_comes_once(tower: Watchtower) -> None:
     token, nonce = bytes.fromhex(tower.meeting.token), bytes(NONCE_BYTES)
     for rank in (1, 0, SIZE):
         with tower.stranger() as again:
-            hello = next(Inbox().feed(again.recv(4096))).body
-            again.sendall(Frame(Kind.JOIN, Join(rank, nonce, prove_rank(token, hello, rank, nonce)).pack()).pack())
+            hello = next(FrameDecoder().feed(again.recv(4096))).body
+            again.sendall(Frame(FrameType.JOIN, Join(rank, nonce, rank_mac(token, hello, rank, nonce)).pack()).pack())
             assert is_shut(again)
     assert tower.seen.empty()
 
@@ -259,7 +259,7 @@ def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strangers_are_few_and_ranks_come_in_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reception, "_PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(reception, "SPARE", 4)
+    monkeypatch.setattr(reception, "MAX_PENDING", 4)
     tower = Watchtower(timeout=4)
     crowd = [tower.stranger() for _ in range(SIZE + 4)]
     for stranger in crowd:
@@ -286,28 +286,31 @@ def test_rank_0_says_that_it_leaves() -> None:
     line = tower.join(1)
     tower.lookout.close()
     kinds = []
-    while Kind.LEAVING not in kinds:
+    while FrameType.LEAVING not in kinds:
         kinds += [frame.kind for frame in line.read()]
     assert tower.seen.empty()
 
 
 def test_loading_may_be_silent_for_longer_unless_the_user_says_otherwise() -> None:
-    meeting = Meeting("n0")
-    assert (meeting.patience("load"), meeting.patience("serve")) == (LOADING_SECONDS, SERVING_SECONDS)
-    assert meeting._replace(heartbeat_timeout=2.0).patience("load") == 2.0
-    assert meeting._replace(heartbeat_timeout=0.0).patience("serve") is None
-    told, rest = Meeting.unpack(meeting._replace(heartbeat_timeout=0.0, failure_dir="/f").pack(b"rest"))
+    meeting = Rendezvous("n0")
+    assert (meeting.heartbeat_timeout_for("load"), meeting.heartbeat_timeout_for("serve")) == (
+        LOADING_SECONDS,
+        SERVING_SECONDS,
+    )
+    assert meeting._replace(heartbeat_timeout=2.0).heartbeat_timeout_for("load") == 2.0
+    assert meeting._replace(heartbeat_timeout=0.0).heartbeat_timeout_for("serve") is None
+    told, rest = Rendezvous.unpack(meeting._replace(heartbeat_timeout=0.0, failure_dir="/f").pack(b"rest"))
     assert (told.heartbeat_timeout, told.failure_dir, rest) == (0.0, "/f", b"rest")
-    assert Meeting.unpack(meeting.pack(b""))[0] == meeting
+    assert Rendezvous.unpack(meeting.pack(b""))[0] == meeting
 
 
 @given(
-    frames=st.lists(st.builds(Frame, st.sampled_from(Kind), st.binary(max_size=64)), max_size=6),
+    frames=st.lists(st.builds(Frame, st.sampled_from(FrameType), st.binary(max_size=64)), max_size=6),
     cuts=st.lists(st.integers(0, 600), max_size=6),
 )
 def test_frames_come_out_as_they_went_in_however_the_bytes_are_cut(frames: list[Frame], cuts: list[int]) -> None:
     data = b"".join(frame.pack() for frame in frames)
-    inbox, at = Inbox(), 0
+    inbox, at = FrameDecoder(), 0
     got: list[Frame] = []
     for end in [*sorted(min(cut, len(data)) for cut in cuts), len(data)]:
         got += inbox.feed(data[at:end])
@@ -317,43 +320,43 @@ def test_frames_come_out_as_they_went_in_however_the_bytes_are_cut(frames: list[
 
 @given(st.binary(max_size=200))
 def test_nonsense_is_refused_or_waited_for(data: bytes) -> None:
-    inbox = Inbox()
+    inbox = FrameDecoder()
     try:
         for frame in inbox.feed(data):
-            Told.unpack(frame.body)
+            FailureReport.unpack(frame.body)
     except WireError:
         return
 
 
 def test_a_long_traceback_keeps_its_end_and_fits() -> None:
-    told = Told(70, "load", 1, "é" * MOST_BODY + "the end").pack()
+    told = FailureReport(70, "load", 1, "é" * MOST_BODY + "the end").pack()
     assert len(told) <= MOST_BODY
-    assert Told.unpack(told).text.endswith("the end")
+    assert FailureReport.unpack(told).text.endswith("the end")
     assert clip("short") == "short"
 
 
-def failure(rank: int, text: str, cause: Cause, at: float) -> Failure:
+def failure(rank: int, text: str, cause: DetectedBy, at: float) -> Failure:
     return Failure(rank, 70, text, cause, "serve", at)
 
 
 def test_what_a_death_brings_with_it_is_no_first_cause() -> None:
-    death = failure(3, "died", Cause.DEATH, 1.0)
-    signal = failure(0, "stopped by SIGTERM", Cause.SIGNAL, 0.9)
+    death = failure(3, "died", DetectedBy.DISCONNECT, 1.0)
+    signal = failure(0, "stopped by SIGTERM", DetectedBy.SIGNAL, 0.9)
     echo = failure(
-        1, "Traceback (most recent call last):\nConnectionResetError: Connection reset by peer", Cause.TOLD, 0.95
+        1, "Traceback (most recent call last):\nConnectionResetError: Connection reset by peer", DetectedBy.REPORT, 0.95
     )
-    own = failure(1, "Traceback (most recent call last):\nMemoryError: no", Cause.TOLD, 0.95)
-    assert first_cause([signal, death]) is death
-    assert first_cause([echo, death]) is death
-    assert first_cause([own, death]) is own
-    assert first_cause([echo]) is echo
-    assert first_cause([signal]) is signal
+    own = failure(1, "Traceback (most recent call last):\nMemoryError: no", DetectedBy.REPORT, 0.95)
+    assert root_cause([signal, death]) is death
+    assert root_cause([echo, death]) is death
+    assert root_cause([own, death]) is own
+    assert root_cause([echo]) is echo
+    assert root_cause([signal]) is signal
 
 
 def test_consequences_take_a_line_for_each_kind() -> None:
-    first = failure(3, "died", Cause.DEATH, 1.0)
-    rest = [failure(rank, "died: gone\n  needed: x", Cause.DEATH, 1.25) for rank in (1, 2)]
-    rest.append(failure(4, "Traceback (most recent call last):\nMemoryError: no", Cause.TOLD, 1.5))
+    first = failure(3, "died", DetectedBy.DISCONNECT, 1.0)
+    rest = [failure(rank, "died: gone\n  needed: x", DetectedBy.DISCONNECT, 1.25) for rank in (1, 2)]
+    rest.append(failure(4, "Traceback (most recent call last):\nMemoryError: no", DetectedBy.REPORT, 1.5))
     text = describe_consequences(first, [first, *rest], lambda ranks: f"ranks {list(ranks)}")
     assert text.splitlines() == [
         "  what followed from it:",

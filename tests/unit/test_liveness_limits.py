@@ -12,18 +12,18 @@ from tests.conftest import ROOT
 RANKS = 200
 PREPARE = """
 import queue, resource, secrets, socket, sys
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
-from dynamo_mpi.supervisor.heartbeat_server import Lookout
-from dynamo_mpi.supervisor.rendezvous import Meeting
-from dynamo_mpi.common.open_files_limit import allow_open_files
-from dynamo_mpi.supervisor.join import SPARE
+from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
+from dynamo_mpi.common.open_files_limit import raise_nofile_limit
+from dynamo_mpi.supervisor.join import MAX_PENDING
 soft, hard, ranks = map(int, sys.argv[1:4])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 try:
-    allow_open_files(ranks + SPARE)
-except BootstrapError as error:
+    raise_nofile_limit(ranks + MAX_PENDING)
+except DynamoMpiError as error:
     print(error)
     sys.exit(int(error.exit_code))
 print(*resource.getrlimit(resource.RLIMIT_NOFILE))
@@ -32,8 +32,8 @@ CONNECT = (
     PREPARE
     + """
 listener = socket.create_server(("127.0.0.1", 0), backlog=ranks)
-meeting = Meeting("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
-lookout = Lookout(ranks + 1, meeting, listener, lambda: "serve", str, print, print)
+meeting = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+lookout = HeartbeatServer(ranks + 1, meeting, listener, lambda: "serve", str, print, print)
 lookout.start()
 lines = [connect(meeting, rank)[0] for rank in range(1, ranks + 1)]
 print(len(lines), "ranks")

@@ -18,7 +18,7 @@ import pytest
 
 from dynamo_mpi.common import private_dir as folders
 from dynamo_mpi.common.log_tail import Follower, last_lines
-from dynamo_mpi.common.pdeathsig_command import tethered
+from dynamo_mpi.common.pdeathsig_command import with_pdeathsig
 from dynamo_mpi.common.ports import free_port, holds_port, is_free, listeners
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess, session_members
@@ -217,7 +217,7 @@ def test_the_tether_kills_when_the_parent_is_killed(tmp_path: Path) -> None:
     """The parent is a shell that starts a tethered ``sleep`` and is then killed with SIGKILL."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)  # closed by its last writer's death, so reading it waits for exactly that
-    command = " ".join(tethered(["sleep", "600"]))
+    command = " ".join(with_pdeathsig(["sleep", "600"]))
     shell = subprocess.Popen(["/bin/sh", "-c", f"{command} >{fifo} & echo $!; wait"], stdout=subprocess.PIPE)
     assert shell.stdout is not None
     with fifo.open("rb") as pipe, shell.stdout:
@@ -229,7 +229,7 @@ def test_the_tether_kills_when_the_parent_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variable", ["PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
 def test_a_rank_writes_to_its_own_log(tmp_path: Path, variable: str) -> None:
-    command = tethered(["/bin/sh", "-c", "echo out; echo err >&2"], rank_logs=tmp_path)
+    command = with_pdeathsig(["/bin/sh", "-c", "echo out; echo err >&2"], rank_logs=tmp_path)
     result = subprocess.run(command, env={variable: "2"}, capture_output=True, check=True)
     assert result.stdout == result.stderr == b""
     assert (tmp_path / "rank-2.log").read_text() == "out\nerr\n"
@@ -237,7 +237,10 @@ def test_a_rank_writes_to_its_own_log(tmp_path: Path, variable: str) -> None:
 
 def test_without_a_rank_the_output_stays_where_it_was(tmp_path: Path) -> None:
     result = subprocess.run(
-        tethered(["echo", "out"], rank_logs=tmp_path), env={"PATH": os.environ["PATH"]}, capture_output=True, check=True
+        with_pdeathsig(["echo", "out"], rank_logs=tmp_path),
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        check=True,
     )
     assert result.stdout == b"out\n"
     assert list(tmp_path.iterdir()) == []

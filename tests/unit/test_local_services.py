@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.pdeathsig_command import tethered
+from dynamo_mpi.common.pdeathsig_command import with_pdeathsig
 from dynamo_mpi.deploy.environment import discovery_environment, local_environment
 from dynamo_mpi.deploy.local.model import served_name
 from dynamo_mpi.deploy.local.workers import MpirunWorker, WorkerRole, WorkerSpec, mpi_environment
@@ -95,7 +95,7 @@ def test_rank_zero_is_who_the_ready_file_says(tmp_path: Path, contents: str | No
 
 def test_a_tethered_command_keeps_its_words() -> None:
     words = ["program", "--", "-x", "two words", ""]
-    command = tethered(words, parent=7)
+    command = with_pdeathsig(words, parent=7)
     assert list(command[command.index("--") + 1 :]) == words
     assert values_after(command, "--parent") == ["7"]
 

@@ -19,14 +19,16 @@ from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.quantisation import Quantisation
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.model_zoo import ZOO
 from tests.unit.test_weights import FIELDS, shape_of
 
 
-def subject(shape: ModelShape | str, nodes: int = 1, gpus: int = 8, gpu: str | None = "h100", **keys: Any) -> Subject:
+def subject(
+    shape: ModelShape | str, nodes: int = 1, gpus: int = 8, gpu: str | None = "h100", **keys: Any
+) -> LayoutSpec:
     shape = shape_of(shape) if isinstance(shape, str) else shape
-    return Subject(shape, EngineConfig(**keys), Cluster(nodes, gpus, gpu))
+    return LayoutSpec(shape, EngineConfig(**keys), Cluster(nodes, gpus, gpu))
 
 
 def estimated(shape: ModelShape | str, **keys: Any) -> MemoryEstimate:

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from dynamo_mpi.common.failure import Cause, Failure
-from dynamo_mpi.common.phases import PHASES, PhaseProgress, RankSpans, Span
+from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.common.phases import PHASES, PhaseProgress, RankTimings, Span
 from dynamo_mpi.layout.finding import Severity
-from dynamo_mpi.telemetry.health_state import State, metrics_of, world_metrics
+from dynamo_mpi.telemetry.health_state import HealthState, metrics_of, world_metrics
 from dynamo_mpi.telemetry.metrics import Metric, Sample, render
 from dynamo_mpi.telemetry.metrics_file import MetricsFile
 from dynamo_mpi.telemetry.world_metrics import WorldNumbers, describe_progress, metrics_of_world
@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 
 # all that UTF-8 can write
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
-STATE = State(3, "n1", 7, 1000.5, 10.0, attempt=2, phase="load", since=1002.0)
+STATE = HealthState(3, "n1", 7, 1000.5, 10.0, attempt=2, phase="load", since=1002.0)
 
 
 def read(text: str) -> dict[str, dict[frozenset[tuple[str, str]], float]]:
@@ -72,9 +72,9 @@ def test_every_node_tells_the_worlds_phase() -> None:
     assert found["more"] == {frozenset(): 1.0}
 
 
-def rank(number: int, seconds: float) -> RankSpans:
+def rank(number: int, seconds: float) -> RankTimings:
     spans = (Span("start", -0.5, None, 0.5), Span("load", 0.0, seconds, 9.0), Span("serve", 9.0))
-    return RankSpans(number, f"n{number // 8}", 1000.0, spans)
+    return RankTimings(number, f"n{number // 8}", 1000.0, spans)
 
 
 def test_a_thousand_ranks_are_no_more_metrics_than_two() -> None:
@@ -93,7 +93,11 @@ def test_a_thousand_ranks_are_no_more_metrics_than_two() -> None:
 
 
 def test_findings_and_failures_are_counted_and_zero_is_a_count() -> None:
-    failures = [Failure(1, 70, "x", Cause.DEATH), Failure(2, 70, "y", Cause.TOLD), Failure(3, 70, "z", Cause.TOLD)]
+    failures = [
+        Failure(1, 70, "x", DetectedBy.DISCONNECT),
+        Failure(2, 70, "y", DetectedBy.REPORT),
+        Failure(3, 70, "z", DetectedBy.REPORT),
+    ]
     nobody = PhaseProgress("load", 1, 4, None, None, 0.0)
     severities = (Severity.WARNING, Severity.WARNING, Severity.INFO)
     text = render(metrics_of_world(WorldNumbers([rank(0, 1.0)], nobody, severities, failures, 70)))
@@ -105,7 +109,7 @@ def test_findings_and_failures_are_counted_and_zero_is_a_count() -> None:
         "info": 1,
     }
     counted = {dict(labels)["cause"]: value for labels, value in found["dynamo_mpi_failures"].items()}
-    assert counted == {"told": 2, "death": 1, "lost": 0, "silence": 0, "signal": 0}
+    assert counted == {"report": 2, "disconnect": 1, "host_unreachable": 0, "heartbeat": 0, "signal": 0}
     assert "# TYPE dynamo_mpi_failures_total counter\n" in text
     assert found["dynamo_mpi_exit_code"] == {frozenset(): 70.0}
 
@@ -162,7 +166,7 @@ def test_a_file_system_that_hangs_keeps_nobody(tmp_path: Path) -> None:
 
 
 def test_the_page_names_every_metric_and_no_other() -> None:
-    numbers = WorldNumbers((RankSpans(0, "n0", 0.0, ()),), PhaseProgress("serve", 1, 1, None, None, 0.0))
+    numbers = WorldNumbers((RankTimings(0, "n0", 0.0, ()),), PhaseProgress("serve", 1, 1, None, None, 0.0))
     metrics = (*metrics_of_world(numbers), *world_metrics(STATE, ready=True))
     page = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(dynamo_mpi_[a-z_]+)[`{]", page)) == {metric.name for metric in metrics}

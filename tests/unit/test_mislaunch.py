@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from dynamo_mpi.common.errors import MislaunchError
+from dynamo_mpi.common.errors import LaunchError
 from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.mpi.launch_checks import MpiLibrary, identify_library, refuse_mislaunch, refuse_world_size
-from dynamo_mpi.mpi.launcher import Launch, Launcher, detect
+from dynamo_mpi.mpi.launch_checks import MpiLibrary, check_launch, check_world_size, identify_mpi
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, detect_launcher
 from tests.unit.recordings import RECORDED, ranks_of
 
 # as these libraries' MPI_Get_library_version returns them, but for the last, of which only the configure line is put in
@@ -70,11 +70,11 @@ TABLE: dict[str, tuple[Words, Words, Words, Words]] = {
 }
 
 
-def refusal(launch: Launch, library: MpiLibrary) -> str:
+def refusal(launch: LaunchInfo, library: MpiLibrary) -> str:
     """Return what a launch is refused with, or nothing."""
     try:
-        refuse_mislaunch(launch, library)
-    except MislaunchError as error:
+        check_launch(launch, library)
+    except LaunchError as error:
         assert error.exit_code is ExitCode.USAGE
         return str(error)
     return ""
@@ -89,7 +89,7 @@ def test_the_table_is_complete() -> None:
 def test_every_rank_of_a_launch_is_told_alike(name: str, library: str) -> None:
     """All ranks have to refuse, or none: one that goes on alone waits for the others in MPI_Init."""
     words = TABLE[name][list(LIBRARIES).index(library)]
-    texts = [refusal(detect(environment), identify_library(LIBRARIES[library])) for environment in ranks_of(name)]
+    texts = [refusal(detect_launcher(environment), identify_mpi(LIBRARIES[library])) for environment in ranks_of(name)]
     assert len(set(texts)) == 1
     assert "MPI4PY_MPIABI" not in texts[0]  # it makes mpi4py ignore MPI4PY_LIBMPI
     if not words:
@@ -114,7 +114,7 @@ def test_ranks_refuse_alike_when_only_some_nodes_hold_a_gap() -> None:
                 "SLURM_STEP_NUM_TASKS": "6",
                 "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
             }
-            texts.add(refusal(detect(environment), identify_library(OPENMPI_4)))
+            texts.add(refusal(detect_launcher(environment), identify_mpi(OPENMPI_4)))
     assert len(texts) == 1
 
 
@@ -136,30 +136,30 @@ def test_ranks_refuse_alike_when_only_some_nodes_hold_a_gap() -> None:
     ],
 )
 def test_libraries_are_told_apart(text: str, expected: MpiLibrary) -> None:
-    assert identify_library(text) == expected
+    assert identify_mpi(text) == expected
 
 
 @pytest.mark.parametrize("launcher", list(Launcher))
 def test_one_rank_is_welcome_without_a_world(launcher: Launcher) -> None:
     library = MpiLibrary("unknown", "Some MPI 1.0")
-    assert refusal(Launch(launcher), library) == ""
-    refuse_world_size(Launch(launcher), library, 1)
+    assert refusal(LaunchInfo(launcher), library) == ""
+    check_world_size(LaunchInfo(launcher), library, 1)
 
 
 @pytest.mark.parametrize(
     ("launch", "variable"),
     [
-        (Launch(Launcher.OPEN_MPI, size=4), "OMPI_COMM_WORLD_SIZE=4"),
-        (Launch(Launcher.HYDRA, size=4), "PMI_SIZE=4"),
-        (Launch(Launcher.SLURM_PMIX, size=4), "SLURM_NTASKS=4"),
+        (LaunchInfo(Launcher.OPEN_MPI, size=4), "OMPI_COMM_WORLD_SIZE=4"),
+        (LaunchInfo(Launcher.HYDRA, size=4), "PMI_SIZE=4"),
+        (LaunchInfo(Launcher.SLURM_PMIX, size=4), "SLURM_NTASKS=4"),
     ],
 )
-def test_a_world_that_fell_apart_is_noticed(launch: Launch, variable: str) -> None:
+def test_a_world_that_fell_apart_is_noticed(launch: LaunchInfo, variable: str) -> None:
     library = MpiLibrary("openmpi", "Open MPI v5.0.11")
-    refuse_world_size(launch, library, 4)
-    with pytest.raises(MislaunchError, match=f"{variable}.*world of 1 .*Open MPI v5.0.11"):
-        refuse_world_size(launch, library, 1)
+    check_world_size(launch, library, 4)
+    with pytest.raises(LaunchError, match=f"{variable}.*world of 1 .*Open MPI v5.0.11"):
+        check_world_size(launch, library, 1)
 
 
 def test_a_launcher_that_does_not_say_its_size_is_believed() -> None:
-    refuse_world_size(Launch(Launcher.PMIX, size=0), MpiLibrary("openmpi", "Open MPI v5.0.11"), 7)
+    check_world_size(LaunchInfo(Launcher.PMIX, size=0), MpiLibrary("openmpi", "Open MPI v5.0.11"), 7)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common.errors import DataError, ModelError
+from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError
 from dynamo_mpi.config.model_files import ModelFiles, find_model, hub_cache
 
 CONFIG = '{"architectures": ["M"], "num_attention_heads": 4}'
@@ -23,8 +23,8 @@ def put(file: Path, text: str = CONFIG) -> Path:
     return file
 
 
-def refused(model: str, environ: Mapping[str, str] | None = None) -> ModelError:
-    with pytest.raises(ModelError) as caught:
+def refused(model: str, environ: Mapping[str, str] | None = None) -> ModelNotFoundError:
+    with pytest.raises(ModelNotFoundError) as caught:
         find_model(model, environ or {"HOME": "/nowhere"})
     assert caught.value.fix
     assert len(str(caught.value)) < 1000
@@ -232,12 +232,12 @@ def test_a_config_that_cannot_be_opened(tmp_path: Path) -> None:
 def test_configs_that_are_none(tmp_path: Path) -> None:
     for data in (b"\xff\xfe", b"\0" * (9 * 2**20)):
         (tmp_path / "config.json").write_bytes(data)
-        with pytest.raises(DataError, match=r"config\.json is "):
+        with pytest.raises(ConfigFileError, match=r"config\.json is "):
             find_model(str(tmp_path), {})
     put(tmp_path / "config.json", "[]")
-    with pytest.raises(DataError, match=r"config\.json holds a list"):
+    with pytest.raises(ConfigFileError, match=r"config\.json holds a list"):
         find_model(str(tmp_path), {}).shape()
     put(tmp_path / "config.json")
     put(tmp_path / "hf_quant_config.json", "nothing")
-    with pytest.raises(DataError, match=r"hf_quant_config\.json is not JSON"):
+    with pytest.raises(ConfigFileError, match=r"hf_quant_config\.json is not JSON"):
         find_model(str(tmp_path), {}).shape()

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common.errors import ModelError
-from dynamo_mpi.config.model_dir import at_its_folder
+from dynamo_mpi.common.errors import ModelNotFoundError
+from dynamo_mpi.config.model_dir import resolve_model_dir
 from dynamo_mpi.config.worker import load_settings
 
 
 def found(model: str | Path, *words: str, cache: Path = Path("/nowhere")) -> tuple[str, str]:
     settings = load_settings(["--model", str(model), *words], {})
-    located = at_its_folder(settings, {"HF_HUB_CACHE": str(cache)})
+    located = resolve_model_dir(settings, {"HF_HUB_CACHE": str(cache)})
     return str(located.model), located.served_model_name
 
 
@@ -62,7 +62,7 @@ def test_a_hub_id_is_looked_up_in_the_cache(tmp_path: Path, snapshot: Path) -> N
 @pytest.mark.parametrize("name", ["model.gguf", "other.json"])
 def test_a_file_that_is_no_config_is_refused(folder: Path, name: str) -> None:
     (folder / name).write_text("{}")
-    with pytest.raises(ModelError, match=f"{name} is a file"):
+    with pytest.raises(ModelNotFoundError, match=f"{name} is a file"):
         found(folder / name)
 
 
@@ -71,10 +71,10 @@ def test_a_file_that_is_no_config_is_refused(folder: Path, name: str) -> None:
     [("/no/such/model", "no model at /no/such"), ("org/Absent", "nor a snapshot in"), ("x" * 5000, "can't be read")],
 )
 def test_a_model_that_is_nowhere_is_a_model_error(tmp_path: Path, model: str, words: str) -> None:
-    with pytest.raises(ModelError, match=words):
+    with pytest.raises(ModelNotFoundError, match=words):
         found(model, cache=tmp_path)
 
 
 def test_a_folder_without_a_config_is_a_model_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"model config .*config\.json can't be read"):
+    with pytest.raises(ModelNotFoundError, match=r"model config .*config\.json can't be read"):
         found(tmp_path)

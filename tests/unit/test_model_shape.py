@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.common.errors import ConfigFileError
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import Layer, ModelShape
 from tests.unit.model_zoo import ZOO
@@ -114,7 +114,7 @@ def test_a_model_without_an_architecture_has_a_name(config: dict[str, Any], name
 @pytest.mark.parametrize("value", [0, -1, 9.0, "9", True, [9], {}])
 @pytest.mark.parametrize("key", ["num_attention_heads", "num_key_value_heads", "num_hidden_layers", "vocab_size"])
 def test_a_size_is_a_positive_whole_number(key: str, value: object) -> None:
-    with pytest.raises(DataError, match=f"/m/config.json: {key} is "):
+    with pytest.raises(ConfigFileError, match=f"/m/config.json: {key} is "):
         parse({**SMOLLM2, key: value})
 
 
@@ -125,13 +125,13 @@ def test_what_is_no_bos_token_is_left_out(value: object) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "\ufeff{}", "[" * 100_000, "{} x"])
 def test_what_is_no_json_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match=r"/m/config\.json is not JSON"):
+    with pytest.raises(ConfigFileError, match=r"/m/config\.json is not JSON"):
         parse_model_shape(text, "/m/config.json")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "7", '"x"'])
 def test_what_is_no_object_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match="not an object"):
+    with pytest.raises(ConfigFileError, match="not an object"):
         parse_model_shape(text, "/m/config.json")
 
 
@@ -149,7 +149,7 @@ JSON = st.recursive(
 def test_any_json_is_read_or_refused(config: object) -> None:
     try:
         shape = parse(config)
-    except DataError as error:
+    except ConfigFileError as error:
         assert "/m/config.json" in error.found
     else:
         assert shape.attention_heads is None or shape.attention_heads > 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.common.errors import AuthorisationError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, UsageError
 from dynamo_mpi.deploy.certificates import Certificates, make_certificates
 from dynamo_mpi.discovery.connectivity import check_connectivity
 from dynamo_mpi.discovery.endpoints import ConnectivityError, read_address
@@ -238,5 +238,5 @@ def test_the_probe_of_all_refuses_before_anything_is_loaded() -> None:
         environ: dict[str, Any] = {"ETCD_ENDPOINTS": etcd, "NATS_SERVER": nats}
         assert check_connectivity(environ | TOKEN, "tcp", 10) == [etcd]
         for plane in ("tcp", "nats"):
-            with pytest.raises(AuthorisationError, match="NATS requires credentials, and none are set"):
+            with pytest.raises(AuthorizationError, match="NATS requires credentials, and none are set"):
                 check_connectivity(environ, plane, 10)

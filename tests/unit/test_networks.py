@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.checks.rank_report import Card
+from dynamo_mpi.checks.rank_report import RankReport
 from dynamo_mpi.common import interfaces
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.interfaces import host_networks
@@ -324,8 +324,8 @@ def test_a_kernel_that_tells_nothing_leaves_an_empty_list(monkeypatch: pytest.Mo
 # -- rank 0 -----------------------------------------------------------------------------------------------------------------
 
 
-def card(one: HostNetworks, *, tells: bool = True) -> Card:
-    return Card(one.host, "", "1.0", (), networks=one.pack() if tells else ())
+def card(one: HostNetworks, *, tells: bool = True) -> RankReport:
+    return RankReport(one.host, "", "1.0", (), networks=one.pack() if tells else ())
 
 
 def test_where_all_ranks_are_on_one_host_nothing_is_chosen() -> None:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor import agent_writer
 from dynamo_mpi.supervisor.early_settings import Limits
 from dynamo_mpi.supervisor.local_rank import LocalRank
@@ -23,7 +23,7 @@ def test_a_file_system_that_hangs_does_not_keep_the_ranks(monkeypatch: pytest.Mo
     # the rank is this very process
     monkeypatch.setattr(LocalRank, "kill", lambda _: None)
     ours, its = socket.socketpair()
-    launch = Launch(Launcher.OPEN_MPI, size=2, local_rank=0)
+    launch = LaunchInfo(Launcher.OPEN_MPI, size=2, local_rank=0)
     watching = threading.Thread(target=NodeAgent(None, its, launch, "n1", Limits(world_seconds=0.1)).run, daemon=True)
     try:
         watching.start()

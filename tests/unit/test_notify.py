@@ -15,7 +15,7 @@ from dynamo_mpi.common.ports import free_port
 from dynamo_mpi.common.subprocess import LoggedProcess
 from dynamo_mpi.deploy.programs import find_etcd
 from dynamo_mpi.deploy.services import Etcd
-from dynamo_mpi.telemetry.sd_notify import Notifier
+from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 from tests.dynamo.running import eventually
 
 SECONDS = {"load": 60.0}
@@ -34,7 +34,7 @@ def supervisor(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple
 def test_each_phase_is_one_datagram(supervisor: tuple[socket.socket, str]) -> None:
     listening, place = supervisor
     environ = {"NOTIFY_SOCKET": place, "PATH": "/bin"}
-    notifier = Notifier.take(environ, SECONDS)
+    notifier = SystemdNotifier.from_env(environ, SECONDS)
     assert notifier is not None
     # what this process starts has nothing to say there
     assert environ == {"PATH": "/bin"}
@@ -55,14 +55,14 @@ def test_each_phase_is_one_datagram(supervisor: tuple[socket.socket, str]) -> No
 
 
 def test_a_supervisor_that_has_gone_or_reads_nothing_is_no_trouble(tmp_path: Path) -> None:
-    gone = Notifier(f"{tmp_path}/nobody", {})
+    gone = SystemdNotifier(f"{tmp_path}/nobody", {})
     gone.on_phase("load")
-    Notifier("@" + "x" * 200, {}).on_phase("load")
+    SystemdNotifier("@" + "x" * 200, {}).on_phase("load")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:
         deaf.bind(f"{tmp_path}/deaf")
         begin = time.monotonic()
         for _ in range(5000):
-            Notifier(f"{tmp_path}/deaf", {}).on_phase("load")
+            SystemdNotifier(f"{tmp_path}/deaf", {}).on_phase("load")
         assert time.monotonic() - begin < 5
 
 
@@ -83,5 +83,5 @@ def test_the_etcd_that_we_start_does_not_speak_for_us(supervisor: tuple[socket.s
 @pytest.mark.parametrize("place", ["", "relative", "@", "vsock:2:1234"])
 def test_what_names_no_unix_socket_is_left_alone(place: str) -> None:
     environ = {"NOTIFY_SOCKET": place}
-    assert Notifier.take(environ, {}) is None
+    assert SystemdNotifier.from_env(environ, {}) is None
     assert environ == {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.discovery.peer_compat import advice, check_peer, news, peers_of, refusal
+from dynamo_mpi.discovery.peer_compat import check_peer, describe_changes, incompatibility, peers_of, warnings
 from dynamo_mpi.discovery.records import WorkerRecord
 from dynamo_mpi.layout.contract import check_contracts
 from dynamo_mpi.layout.finding import errors
@@ -39,7 +39,7 @@ def test_whoever_comes_second_is_told_both_values_in_either_order(
 ) -> None:
     sides = world("prefill", prefill), world("decode", decode)
     for own, other in (sides, sides[::-1]):
-        text = refusal(own, [posted(other, 5)], 30)
+        text = incompatibility(own, [posted(other, 5)], 30)
         assert f"error {rule}:" in text
         (name,) = prefill
         assert f"prefill {'cp_size ' * (name == 'cp_size')}{prefill[name]}, decode " in text
@@ -59,24 +59,24 @@ def test_the_rules_are_those_of_a_pair() -> None:
 
 
 def test_two_engines_make_no_pair() -> None:
-    text = refusal(world("decode", engine="reference"), [posted(world(), 1)], 30)
+    text = incompatibility(world("decode", engine="reference"), [posted(world(), 1)], 30)
     assert "error P5:" in text
     assert "prefill trtllm, decode reference" in text
 
 
 def test_a_peer_that_fits_refuses_nothing_and_what_is_only_advice_is_said() -> None:
     long, short = world("prefill", {"max_seq_len": 9000}), world("decode", {"max_seq_len": 8000})
-    assert refusal(short, [posted(long, 1)], 30) == ""
-    (told,) = advice(short, [posted(long, 1)])
+    assert incompatibility(short, [posted(long, 1)], 30) == ""
+    (told,) = warnings(short, [posted(long, 1)])
     assert told.startswith("fits the prefill worker on prefill1, prefill2 (job 12.0)")
     assert "warning I8" in told
     assert "prefill 9000, decode 8000" in told
-    assert advice(short, [posted(world(), 1)])[0].endswith("phase preflight")
+    assert warnings(short, [posted(world(), 1)])[0].endswith("phase preflight")
 
 
 def test_every_peer_that_does_not_fit_is_named() -> None:
     wrong = [posted(world("decode", {"kv_dtype": f"k{number}"}, job=str(number)), number) for number in (1, 2)]
-    text = refusal(world(), [*wrong, posted(world("decode", job="3"), 3)], 30)
+    text = incompatibility(world(), [*wrong, posted(world("decode", job="3"), 3)], 30)
     assert "(job 1.0)" in text
     assert "(job 2.0)" in text
     assert "(job 3.0)" not in text
@@ -108,7 +108,7 @@ BAD = {"kv_dtype": "bfloat16"}
 def test_one_line_says_what_has_become_of_a_peer(
     before: list[WorkerRecord], now: list[WorkerRecord], words: list[str]
 ) -> None:
-    lines = news(world(), [posted(peer, 7) for peer in before], [posted(peer, 7) for peer in now])
+    lines = describe_changes(world(), [posted(peer, 7) for peer in before], [posted(peer, 7) for peer in now])
     assert len(lines) == bool(words)
     for word in words:
         assert word in lines[0]
@@ -117,7 +117,7 @@ def test_one_line_says_what_has_become_of_a_peer(
 
 
 def test_a_peer_that_came_back_is_another_one() -> None:
-    lines = news(world(), [posted(world("decode", job="1"), 1)], [posted(world("decode", job="2"), 2)])
+    lines = describe_changes(world(), [posted(world("decode", job="1"), 1)], [posted(world("decode", job="2"), 2)])
     assert [("(job 2.0) has come" in line, "(job 1.0) has gone" in line) for line in lines] == [
         (True, False),
         (False, True),

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.phases import PHASES, Phases
+from dynamo_mpi.common.phases import PHASES, PhaseTracker
 
 
 def test_phases_stand_in_the_order_of_a_life() -> None:
@@ -29,7 +29,7 @@ def test_phases_stand_in_the_order_of_a_life() -> None:
 
 
 def test_a_phase_is_current_until_the_next_begins_and_its_duration_is_kept() -> None:
-    phases = Phases()
+    phases = PhaseTracker()
     assert phases.current == "environment"
     start = time.monotonic()
     with phases.enter("load"):
@@ -43,7 +43,7 @@ def test_a_phase_is_current_until_the_next_begins_and_its_duration_is_kept() -> 
 
 
 def test_a_phase_that_fails_stays_current_and_is_timed() -> None:
-    phases = Phases()
+    phases = PhaseTracker()
     with pytest.raises(KeyError), phases.enter("prove"):
         raise KeyError
     assert phases.current == "prove"
@@ -51,7 +51,7 @@ def test_a_phase_that_fails_stays_current_and_is_timed() -> None:
 
 
 def test_an_unknown_phase_is_refused() -> None:
-    phases = Phases()
+    phases = PhaseTracker()
     with pytest.raises(ValueError, match="'lunch'"), phases.enter("lunch"):
         pytest.fail("entered")
     assert phases.current == "environment"

@@ -24,7 +24,7 @@ from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.planner import Plan, nearest, plan, workable_sizes
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 MAVERICK = "Llama-4-Maverick-17B-128E"
@@ -40,8 +40,8 @@ def shape_of(model: str) -> ModelShape:
     return parse_model_shape(json.dumps(ZOO[model]), "config.json", quant_file)
 
 
-def worker(model: str, nodes: int, gpus: int, role: str = "agg", gpu: str | None = None, **config: Any) -> Subject:
-    return Subject(shape_of(model), EngineConfig(**config), Cluster(nodes, gpus, gpu), role)
+def worker(model: str, nodes: int, gpus: int, role: str = "agg", gpu: str | None = None, **config: Any) -> LayoutSpec:
+    return LayoutSpec(shape_of(model), EngineConfig(**config), Cluster(nodes, gpus, gpu), role)
 
 
 def names(plans: list[Plan]) -> list[str]:
@@ -102,10 +102,10 @@ def test_smollm2_on_other_numbers_than_three() -> None:
 def test_more_gpus_than_layers_and_heads_have_no_layout() -> None:
     few = replace(shape_of("SmolLM2-135M"), num_layers=2)
     # heads can't be shared out, and neither attention DP nor context ranks stand in for that
-    assert plan(Subject(few, EngineConfig(), Cluster(1, 7))) == []
+    assert plan(LayoutSpec(few, EngineConfig(), Cluster(1, 7))) == []
     # with experts or a latent attention DP does
     moe = replace(shape_of("Mixtral-8x7B"), num_layers=2)
-    found = plan(Subject(moe, EngineConfig(), Cluster(1, 7)))
+    found = plan(LayoutSpec(moe, EngineConfig(), Cluster(1, 7)))
     assert names(found) == ["TP7 with attention DP"]
 
 
@@ -120,7 +120,7 @@ def test_attention_dp_is_planned_for_experts_and_latents_alone(model: str) -> No
 def test_a_latent_alone_suits_attention_dp() -> None:
     dense = replace(shape_of(R1), experts=None, layers=None)
     assert dense.suits_attention_dp
-    assert "TP8 with attention DP" in names(plan(Subject(dense, EngineConfig(), Cluster(1, 8))))
+    assert "TP8 with attention DP" in names(plan(LayoutSpec(dense, EngineConfig(), Cluster(1, 8))))
 
 
 # what holds for every plan
@@ -158,7 +158,7 @@ def test_every_layout_is_legal_and_uses_every_gpu(
         assert made.reasons
 
 
-def over_nodes(subject: Subject) -> bool:
+def over_nodes(subject: LayoutSpec) -> bool:
     """Is some tensor-parallel group, with its context ranks, on two nodes? Under attention DP whole experts may be."""
     layout = subject.layout
     if layout.enable_attention_dp and layout.moe_tp_size == 1 and subject.shape.experts is not None:
@@ -194,7 +194,7 @@ def test_the_order_is_the_promised_one(model: str, nodes: int, gpus: int, gpu: s
     assert found == sorted(found)
 
 
-def every_config(subject: Subject) -> Iterator[EngineConfig]:
+def every_config(subject: LayoutSpec) -> Iterator[EngineConfig]:
     """Try each number for each size. Context ranks are for decode workers without a state, up to 16, and not under
     attention DP, which is for models with experts or a latent."""
     world = subject.cluster.world_size
@@ -256,7 +256,7 @@ def test_what_is_written_down_is_what_was_planned(
     for made in plan(worker(model, nodes, gpus, role)):
         text = engine_yaml(made.subject, model)
         config = merge(EngineLayers(yaml_text=text)).config
-        back = Subject(made.subject.shape, config, made.subject.cluster, role)
+        back = LayoutSpec(made.subject.shape, config, made.subject.cluster, role)
         assert back.layout == made.layout
         report = check_worker(back)
         assert report.ok, (short_name(back), errors(report.findings))
@@ -351,7 +351,7 @@ def test_one_gpu_has_no_smaller_size() -> None:
     st.sampled_from(ROLES),
 )
 def test_any_model_is_planned(nodes: int, gpus: int, shape: ModelShape, role: str) -> None:
-    subject = Subject(shape, EngineConfig(), Cluster(nodes, gpus), role)
+    subject = LayoutSpec(shape, EngineConfig(), Cluster(nodes, gpus), role)
     found = plan(subject)
     assert all(made.layout.world_size == nodes * gpus for made in found)
     assert [made.order for made in found] == sorted(made.order for made in found)

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common.errors import AuthorisationError, BootstrapError, DeadlineError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, DynamoMpiError, PhaseTimeoutError, UsageError
 from dynamo_mpi.common.ports import free_port
 from dynamo_mpi.common.subprocess import session_members
 from dynamo_mpi.deploy.kubernetes.daemon_command import read_agent_words, refuse_other_than_daemon
-from dynamo_mpi.deploy.kubernetes.leader_pod import Leader, mpirun_environment
+from dynamo_mpi.deploy.kubernetes.leader_pod import LeaderPod, mpirun_environment
 from dynamo_mpi.deploy.kubernetes.settings import JoinSettings, LeadSettings, load_join, load_lead
 from dynamo_mpi.deploy.kubernetes.wire import Channel, introduce, notice_loss, welcome
-from dynamo_mpi.deploy.kubernetes.worker_pod import Joiner
+from dynamo_mpi.deploy.kubernetes.worker_pod import WorkerPod
 
 SECRET = b"0123456789abcdef"
 # as mpirun of Open MPI 5.0.11 and 4.1.4 gave them, shortened
@@ -100,7 +100,7 @@ async def _meet(theirs: bytes, index: int = 1) -> tuple[object, object, Channel 
         mine = None
         try:
             mine = await introduce(reader, writer, theirs, index, "lws-0-1")
-        except AuthorisationError as error:
+        except AuthorizationError as error:
             refused = error
         found = await let_in
         if mine is not None and found is not None:
@@ -122,7 +122,7 @@ def test_who_knows_the_secret_comes_in_and_both_hear_each_other() -> None:
 
 def test_who_does_not_is_refused_on_both_sides() -> None:
     refused, who, _, _ = asyncio.run(asyncio.wait_for(_meet(b"another secret, as long"), 20))
-    assert isinstance(refused, AuthorisationError)
+    assert isinstance(refused, AuthorizationError)
     assert who is None
 
 
@@ -146,7 +146,7 @@ async def _end_of(settings: LeadSettings, folder: Path, ready: Callable[[], obje
     """Return how the leader ends, and what a pod that has joined is told; ``ready`` is called once that has."""
     joined = asyncio.Event()
     leading = asyncio.ensure_future(
-        Leader(settings, folder, lambda text: joined.set() if "joined: " in text else None).run()
+        LeaderPod(settings, folder, lambda text: joined.set() if "joined: " in text else None).run()
     )
     channel = None
     while channel is None:
@@ -161,7 +161,7 @@ async def _end_of(settings: LeadSettings, folder: Path, ready: Callable[[], obje
     ready()
     try:
         ended: object = await leading
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         ended = error
     told = await channel.receive()
     await channel.close()
@@ -169,10 +169,10 @@ async def _end_of(settings: LeadSettings, folder: Path, ready: Callable[[], obje
 
 
 @pytest.mark.parametrize(
-    ("mpirun", "pods", "kind", "code"), [("/nowhere/mpirun", 2, UsageError, 64), ("mpirun", 3, DeadlineError, 124)]
+    ("mpirun", "pods", "kind", "code"), [("/nowhere/mpirun", 2, UsageError, 64), ("mpirun", 3, PhaseTimeoutError, 124)]
 )
 def test_the_others_leave_with_the_code_of_what_keeps_the_leader_from_starting(
-    mpirun: str, pods: int, kind: type[BootstrapError], code: int, tmp_path: Path
+    mpirun: str, pods: int, kind: type[DynamoMpiError], code: int, tmp_path: Path
 ) -> None:
     ended, told = asyncio.run(asyncio.wait_for(_end_of(lead_settings(mpirun, pods, 0.5), tmp_path), 20))
     assert isinstance(ended, kind)
@@ -204,7 +204,7 @@ def test_ranks_of_a_daemon_that_was_killed_do_not_stay(tmp_path: Path, monkeypat
     daemon.chmod(0o755)
 
     async def end() -> None:
-        joiner = Joiner(JoinSettings("127.0.0.1", 1, SECRET, 1, 1.0), "lws-0-1", tmp_path, lambda _: None)
+        joiner = WorkerPod(JoinSettings("127.0.0.1", 1, SECRET, 1, 1.0), "lws-0-1", tmp_path, lambda _: None)
         assert await joiner._start("orted", []) == {"started": True}
         process = joiner._daemon
         assert process is not None
@@ -223,7 +223,7 @@ def test_a_folder_whose_path_is_too_long_for_a_socket_is_told(tmp_path: Path) ->
     folder = tmp_path / ("x" * 110)
     folder.mkdir()
     with pytest.raises(UsageError, match="TMPDIR"):
-        asyncio.run(Leader(lead_settings("mpirun", 1, 1), folder, lambda _: None).run())
+        asyncio.run(LeaderPod(lead_settings("mpirun", 1, 1), folder, lambda _: None).run())
 
 
 def test_a_message_that_was_altered_or_comes_again_ends_the_connection() -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.common.errors import AuthorisationError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, UsageError
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseProgress
 from dynamo_mpi.config.worker import Settings, load_settings
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
-from dynamo_mpi.discovery.record_publisher import Presence
+from dynamo_mpi.discovery.record_publisher import RecordPublisher
 from dynamo_mpi.discovery.records import Progress, WorkerRecord, list_workers
 from tests.etcd_users import PASSWORDS, add_users
 from tests.servers import closed_port, running_etcd
@@ -36,14 +36,14 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def presence() -> Iterator[Presence]:
-    presence = Presence(
+def presence() -> Iterator[RecordPublisher]:
+    presence = RecordPublisher(
         RankLogger(0, "n1"),
         replace(world("agg", engine="reference"), system="http://n1:9090", trace="00-ab-cd-01"),
         lambda _: None,
     )
     yield presence
-    presence.withdraw()
+    presence.unpublish()
 
 
 def told(url: str) -> WorkerRecord:
@@ -55,7 +55,7 @@ def told(url: str) -> WorkerRecord:
         etcd.close()
 
 
-def tell(presence: Presence) -> None:
+def tell(presence: RecordPublisher) -> None:
     presence.on_requests_in_flight(2)
     presence.on_progress(PhaseProgress("preflight", 1, 8, 3, "n2", 0.5))
 
@@ -67,8 +67,8 @@ def said(record: WorkerRecord) -> tuple[Any, ...]:
 ALL = (2, Progress(1, 8, 3, "n2", 0.5), "http://n1:9090", "00-ab-cd-01")
 
 
-def test_what_is_told_later_is_there_soon(etcd: str, settings: Settings, presence: Presence) -> None:
-    presence.appear(settings, {"ETCD_ENDPOINTS": etcd})
+def test_what_is_told_later_is_there_soon(etcd: str, settings: Settings, presence: RecordPublisher) -> None:
+    presence.publish(settings, {"ETCD_ENDPOINTS": etcd})
     assert said(told(etcd)) == (None, None, "http://n1:9090", "00-ab-cd-01")
     tell(presence)
     end = time.monotonic() + 5
@@ -77,29 +77,29 @@ def test_what_is_told_later_is_there_soon(etcd: str, settings: Settings, presenc
         time.sleep(0.02)
 
 
-def test_without_etcd_it_may_be_told_all_the_same(settings: Settings, presence: Presence) -> None:
+def test_without_etcd_it_may_be_told_all_the_same(settings: Settings, presence: RecordPublisher) -> None:
     with closed_port() as port:
-        presence.appear(settings, {"ETCD_ENDPOINTS": f"http://127.0.0.1:{port}"})
+        presence.publish(settings, {"ETCD_ENDPOINTS": f"http://127.0.0.1:{port}"})
     tell(presence)
     presence.on_phase("load")
-    presence.withdraw()
+    presence.unpublish()
 
 
 def test_a_password_is_refused_where_nobody_asks_for_one_or_it_is_wrong(
-    settings: Settings, presence: Presence, capfd: pytest.CaptureFixture[str]
+    settings: Settings, presence: RecordPublisher, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with running_etcd() as url:
         who = {"ETCD_ENDPOINTS": url, "ETCD_AUTH_USERNAME": "worker", "ETCD_AUTH_PASSWORD": PASSWORDS["root"]}
         with pytest.raises(UsageError, match="asks nobody who they are"):
-            presence.appear(settings, who)
+            presence.publish(settings, who)
         client = GrpcEtcdClient([url], EtcdAuth(), 5)
         assert client.get_prefix("dynamo_mpi/") == []
         client.close()
         add_users(url, ["dynamo_mpi/"])
-        with pytest.raises(AuthorisationError, match="etcd refuses user worker"):
-            presence.appear(settings, who)
-        presence.appear(settings, {**who, "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]})
-        presence.withdraw()
+        with pytest.raises(AuthorizationError, match="etcd refuses user worker"):
+            presence.publish(settings, who)
+        presence.publish(settings, {**who, "ETCD_AUTH_PASSWORD": PASSWORDS["worker"]})
+        presence.unpublish()
     assert capfd.readouterr().err == ""
 
 
@@ -107,7 +107,7 @@ def test_a_password_is_refused_where_nobody_asks_for_one_or_it_is_wrong(
 def test_progress_of_a_phase_that_is_over_is_left_out(
     engine: str, done: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = Presence(RankLogger(0, "n1"), world("agg", engine=engine), lambda _: None)
+    ours = RecordPublisher(RankLogger(0, "n1"), world("agg", engine=engine), lambda _: None)
     updates: list[Any] = []
     monkeypatch.setattr(ours, "_update", lambda progress: updates.append(progress))
     late = PhaseProgress("load", 1, 2, 1, "n2", 3.0)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import AuthorisationError, BootstrapError, DiscoveryError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError, UsageError
 from dynamo_mpi.deploy.certificates import Certificates
 from dynamo_mpi.discovery.connectivity import check_connectivity, nats_server
 from dynamo_mpi.discovery.endpoints import strip_credentials
@@ -325,7 +325,7 @@ def test_any_address_is_read_or_refused(address: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         # what is looked at is the reading; nothing may leave this machine
         patch.setattr(socket, "create_connection", _refuse)
-        with pytest.raises(BootstrapError):
+        with pytest.raises(DynamoMpiError):
             ask(f"{address}.invalid", nats=f"{address}.invalid")
 
 
@@ -355,7 +355,7 @@ def test_a_worker_that_etcd_does_not_know_is_not_authorised(secured: str, files:
     nobody = without_certificate(files)
     wrong = certificates(tmp_path / "theirs").client_environment() | nobody
     for environ, word in ((nobody, "without a certificate"), (wrong, "this worker's certificate")):
-        with pytest.raises(AuthorisationError, match=word) as caught:
+        with pytest.raises(AuthorizationError, match=word) as caught:
             check_connectivity(environ | {"ETCD_ENDPOINTS": secured}, "tcp", 10)
         assert caught.value.exit_code == 77
         assert "ETCD_AUTH_CLIENT_CERT" in caught.value.fix

@@ -22,9 +22,9 @@ from dynamo_mpi.checks.cuda_driver import Cuda
 from dynamo_mpi.checks.fabric import judge_fabric
 from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, ALL_TO_ALL, EXCHANGE, FAR, NEAR, STAGES, Step, steps_of
 from dynamo_mpi.checks.fabric_timing import FAILED, LATE, OK, FabricAnswer, Measured, Timing, bus_share, gather_up
-from dynamo_mpi.checks.hang_diagnosis import START, Note, blame, read_note
-from dynamo_mpi.checks.hardware import Case
-from dynamo_mpi.checks.hardware_check_plan import NODE, ProbePlan
+from dynamo_mpi.checks.hang_diagnosis import START, WaitState, find_blocking_ranks, read_note
+from dynamo_mpi.checks.hardware import EvaluationInput
+from dynamo_mpi.checks.hardware_check_plan import NODE, HardwareCheckPlan
 from dynamo_mpi.checks.nccl_child import _agree
 from dynamo_mpi.checks.nccl_fabric import (
     EndedError,
@@ -46,7 +46,7 @@ class Place(NamedTuple):
     host: str
 
 
-def plan(nodes: int, per_node: int, over: str = "nccl", tp: int = 0, pp: int = 1) -> ProbePlan:
+def plan(nodes: int, per_node: int, over: str = "nccl", tp: int = 0, pp: int = 1) -> HardwareCheckPlan:
     """Return the plan of a world whose stages are made of neighbouring ranks."""
     size = nodes * per_node
     by_node = tuple(tuple(range(node * per_node, (node + 1) * per_node)) for node in range(nodes))
@@ -56,16 +56,16 @@ def plan(nodes: int, per_node: int, over: str = "nccl", tp: int = 0, pp: int = 1
         kinds.append(("tp", tuple(tuple(range(at, at + stage)) for at in range(0, size, stage))))
     if pp > 1:
         kinds.append(("pp", tuple(tuple(range(at, size, stage)) for at in range(stage))))
-    return ProbePlan(("fabric",), 5.0, over, tuple(kinds))
+    return HardwareCheckPlan(("fabric",), 5.0, over, tuple(kinds))
 
 
-def places(some: ProbePlan) -> list[Place]:
+def places(some: HardwareCheckPlan) -> list[Place]:
     return [Place(f"n{node + 1}") for node, ranks in enumerate(some.of_kind(NODE)) for _ in ranks]
 
 
 def test_a_plan_travels_as_text() -> None:
-    for some in (plan(2, 4, pp=2), plan(1, 1), ProbePlan(("gpu",), 0.5)):
-        assert ProbePlan.unpack(some.pack()) == some
+    for some in (plan(2, 4, pp=2), plan(1, 1), HardwareCheckPlan(("gpu",), 0.5)):
+        assert HardwareCheckPlan.unpack(some.pack()) == some
 
 
 @given(st.integers(1, 5), st.integers(1, 6))
@@ -167,11 +167,11 @@ def named(ranks: object) -> str:
 
 def test_a_note_can_be_read_where_it_stands_in_a_stack() -> None:
     notes = (
-        Note(3, 4096, (1, 2)),
-        Note(START, 0, (0,)),
-        Note(4, 8, (1,), 7, 2500.0),
-        Note(4, 8, (1, 2), None, 0.0, 3, ()),
-        Note(4, 8, (1, 2, 3), 2, 2500.0, 12, (2, 3)),
+        WaitState(3, 4096, (1, 2)),
+        WaitState(START, 0, (0,)),
+        WaitState(4, 8, (1,), 7, 2500.0),
+        WaitState(4, 8, (1, 2), None, 0.0, 3, ()),
+        WaitState(4, 8, (1, 2, 3), 2, 2500.0, 12, (2, 3)),
     )
     for note in notes:
         assert read_note(f"{note}\nfile.py:3 in wait") == note
@@ -180,35 +180,40 @@ def test_a_note_can_be_read_where_it_stands_in_a_stack() -> None:
 
 def test_ranks_that_wait_for_others_are_not_where_it_began() -> None:
     # 1 and 2 are stuck in the second step; 0 and 3 are through with it, and wait in the third
-    notes = {0: Note(2, 4096, (1, 2, 3)), 1: Note(1, 4096, (2,)), 2: Note(1, 4096, (1,)), 3: Note(2, 4096, (0, 1, 2))}
-    found = blame(notes, [], STEPS, HOSTS, 5, named)
+    notes = {
+        0: WaitState(2, 4096, (1, 2, 3)),
+        1: WaitState(1, 4096, (2,)),
+        2: WaitState(1, 4096, (1,)),
+        3: WaitState(2, 4096, (0, 1, 2)),
+    }
+    found = find_blocking_ranks(notes, [], STEPS, HOSTS, 5, named)
     assert (found.rule, found.severity) == ("N2", Severity.ERROR)
     assert found.message == "the probe hangs: a message of 4096 bytes does not arrive between R[1] and R[2]"
     assert "look at the network of n2, n3 " in found.fix
 
 
 def test_a_rank_that_does_not_answer_comes_first() -> None:
-    notes = {0: Note(1, 4096, (3,)), 1: Note(2, 8, (0, 2, 3)), 2: None}
-    found = blame(notes, [3], STEPS, HOSTS, 5, named)
+    notes = {0: WaitState(1, 4096, (3,)), 1: WaitState(2, 8, (0, 2, 3)), 2: None}
+    found = find_blocking_ranks(notes, [3], STEPS, HOSTS, 5, named)
     assert found.message == "the probe hangs: R[3] does not answer; R[0, 1] wait for that"
     assert "n4" in found.fix
 
 
 def test_what_several_pairs_have_in_common_is_named() -> None:
-    notes = {0: Note(0, 4096, (1,)), 1: Note(0, 4096, (0, 2)), 2: Note(0, 4096, (1,))}
-    found = blame(notes, [], STEPS, HOSTS, 5, named)
+    notes = {0: WaitState(0, 4096, (1,)), 1: WaitState(0, 4096, (0, 2)), 2: WaitState(0, 4096, (1,))}
+    found = find_blocking_ranks(notes, [], STEPS, HOSTS, 5, named)
     assert found.message.endswith("between R[0] and R[1]; R[1] and R[2]; what they have in common is n2")
 
 
 def test_a_collective_that_is_late_names_the_pairs_that_were_slow() -> None:
     notes = {
-        0: Note(2, 8, (1, 2, 3), 1, 1e9),
-        1: Note(2, 8, (0, 2, 3), 2, 1e6),
-        2: Note(2, 8, (0, 1, 3), 1, 1.1e6),
-        3: Note(2, 8, (0, 1, 2), 0, 8e8),
+        0: WaitState(2, 8, (1, 2, 3), 1, 1e9),
+        1: WaitState(2, 8, (0, 2, 3), 2, 1e6),
+        2: WaitState(2, 8, (0, 1, 3), 1, 1.1e6),
+        3: WaitState(2, 8, (0, 1, 2), 0, 8e8),
     }
     assert STEPS[2].operation == ALL_REDUCE
-    found = blame(notes, [], STEPS, HOSTS, 5, named)
+    found = find_blocking_ranks(notes, [], STEPS, HOSTS, 5, named)
     assert found.message == (
         "the probe hangs in an all-reduce of 8 bytes over R[0, 1, 2, 3]; before that, the slowest were R[1] and R[2], by a factor of 1000"
     )
@@ -217,13 +222,13 @@ def test_a_collective_that_is_late_names_the_pairs_that_were_slow() -> None:
 def test_a_collective_that_is_late_names_the_pairs_that_do_not_hear_each_other() -> None:
     # 1 and 2 are cut off from each other; 4 has not waited for long enough to call; 3 is already in the next wait, and misses those behind
     notes = {
-        0: Note(2, 8, (1, 2, 3, 4), 1, 1e9, 5, (4,)),
-        1: Note(2, 8, (0, 2, 3, 4), 0, 1e3, 5, (2, 4)),
-        2: Note(2, 8, (0, 1, 3, 4), None, 0.0, 5, (1, 4)),
-        3: Note(2, 8, (0, 1, 2, 4), None, 0.0, 6, (0, 1, 2, 4)),
-        4: Note(2, 8, (0, 1, 2, 3)),
+        0: WaitState(2, 8, (1, 2, 3, 4), 1, 1e9, 5, (4,)),
+        1: WaitState(2, 8, (0, 2, 3, 4), 0, 1e3, 5, (2, 4)),
+        2: WaitState(2, 8, (0, 1, 3, 4), None, 0.0, 5, (1, 4)),
+        3: WaitState(2, 8, (0, 1, 2, 4), None, 0.0, 6, (0, 1, 2, 4)),
+        4: WaitState(2, 8, (0, 1, 2, 3)),
     }
-    found = blame(notes, [], STEPS, [*HOSTS, "n5"], 5, named)
+    found = find_blocking_ranks(notes, [], STEPS, [*HOSTS, "n5"], 5, named)
     assert found.message == (
         "the probe hangs in an all-reduce of 8 bytes over R[0, 1, 2, 3, 4]: nothing comes through between R[1] and R[2]"
     )
@@ -231,30 +236,35 @@ def test_a_collective_that_is_late_names_the_pairs_that_do_not_hear_each_other()
 
 
 def test_a_collective_over_a_node_that_is_cut_off_names_the_node() -> None:
-    notes = {rank: Note(2, 8, (), None, 0.0, 5, (2,)) for rank in (0, 1, 3)}
+    notes = {rank: WaitState(2, 8, (), None, 0.0, 5, (2,)) for rank in (0, 1, 3)}
     notes = {rank: note._replace(waits=tuple({0, 1, 2, 3} - {rank})) for rank, note in notes.items()}
-    notes[2] = Note(2, 8, (0, 1, 3), None, 0.0, 5, (0, 1, 3))
-    found = blame(notes, [], STEPS, HOSTS, 5, named)
+    notes[2] = WaitState(2, 8, (0, 1, 3), None, 0.0, 5, (0, 1, 3))
+    found = find_blocking_ranks(notes, [], STEPS, HOSTS, 5, named)
     assert found.message.endswith("between R[0] and R[2]; R[1] and R[2]; R[2] and R[3]; what they have in common is n3")
     assert "look at the network of n3 " in found.fix
 
 
 def test_what_comes_before_a_collective_is_told_as_such() -> None:
-    notes = {rank: Note(2, 0, tuple({0, 1, 2, 3} - {rank})) for rank in range(4)}
-    assert blame(notes, [], STEPS, HOSTS, 5, named).message == "the probe hangs before an all-reduce over R[0, 1, 2, 3]"
+    notes = {rank: WaitState(2, 0, tuple({0, 1, 2, 3} - {rank})) for rank in range(4)}
+    assert (
+        find_blocking_ranks(notes, [], STEPS, HOSTS, 5, named).message
+        == "the probe hangs before an all-reduce over R[0, 1, 2, 3]"
+    )
 
 
 def test_nccl_that_does_not_start_is_told_as_such() -> None:
-    found = blame({0: Note(START, 0, (1,)), 1: Note(START, 0, (0,))}, [], STEPS, HOSTS, 5, named)
+    found = find_blocking_ranks(
+        {0: WaitState(START, 0, (1,)), 1: WaitState(START, 0, (0,))}, [], STEPS, HOSTS, 5, named
+    )
     assert "NCCL's ranks find each other: R[0, 1]" in found.message
-    assert "no rank says what it waits for" in blame({0: None}, [], STEPS, HOSTS, 5, named).message
+    assert "no rank says what it waits for" in find_blocking_ranks({0: None}, [], STEPS, HOSTS, 5, named).message
 
 
 # the rules
 
 
 def world(
-    some: ProbePlan, rates: dict[frozenset[str], float], usual: float = 40 * GB, **changes: object
+    some: HardwareCheckPlan, rates: dict[frozenset[str], float], usual: float = 40 * GB, **changes: object
 ) -> list[FabricAnswer]:
     """Return what ranks would tell of a world whose nodes reach each other at ``usual`` bytes a second, and as ``rates`` says otherwise."""
     hosts = [place.host for place in places(some)]
@@ -274,9 +284,9 @@ def world(
 
 
 def findings(
-    some: ProbePlan, answers: list[FabricAnswer], kind: str | None = None, **gpu: object
+    some: HardwareCheckPlan, answers: list[FabricAnswer], kind: str | None = None, **gpu: object
 ) -> list[tuple[str, str]]:
-    case = Case(some, places(some), kind, earlier={"gpu": gpu} if gpu else {})
+    case = EvaluationInput(some, places(some), kind, earlier={"gpu": gpu} if gpu else {})
     return [(found.rule, found.message) for found in judge_fabric(answers, case).findings]
 
 
@@ -333,7 +343,7 @@ def test_wrong_data_are_an_error_and_name_who_sent_them() -> None:
                     one._replace(wrong=(2,)) if one.step == step.number else one for one in answers[other].timings
                 )
                 answers[other] = answers[other]._replace(timings=bad)
-    outcome = judge_fabric(answers, Case(some, places(some)))
+    outcome = judge_fabric(answers, EvaluationInput(some, places(some)))
     (found,) = outcome.findings
     assert (found.rule, found.severity) == ("N1", Severity.ERROR)
     assert found.message == "data are wrong when they arrive: rank 2 on n1"
@@ -345,14 +355,16 @@ def test_a_wrong_sum_names_the_group() -> None:
     answers = world(some, {})
     step = next(step for step in steps_of(some) if step.operation == ALL_REDUCE)
     bad = tuple(one._replace(wrong=(0, 1)) if one.step == step.number else one for one in answers[0].timings)
-    (found,) = judge_fabric([answers[0]._replace(timings=bad), answers[1]], Case(some, places(some))).findings
+    (found,) = judge_fabric(
+        [answers[0]._replace(timings=bad), answers[1]], EvaluationInput(some, places(some))
+    ).findings
     assert (found.rule, found.message) == ("N1", "data are wrong when they arrive")
     assert found.found.startswith("wrong results in an all-reduce of 64 KiB in tp over ranks 0-1 on n1")
 
 
 def test_a_probe_that_was_ended_says_between_whom_unless_a_process_had_gone() -> None:
     some = plan(2, 1)
-    late = [FabricAnswer(LATE, str(Note(0, 65536, (1,)))), FabricAnswer(LATE, str(Note(0, 65536, (0,))))]
+    late = [FabricAnswer(LATE, str(WaitState(0, 65536, (1,)))), FabricAnswer(LATE, str(WaitState(0, 65536, (0,))))]
     assert findings(some, late) == [
         ("N2", "the probe hangs: a message of 65536 bytes does not arrive between rank 0 on n1 and rank 1 on n2")
     ]
@@ -405,7 +417,7 @@ def test_lost_packets_name_the_pair() -> None:
 
 def test_figures_are_few_whatever_the_size() -> None:
     some = plan(8, 8)
-    figures = judge_fabric(world(some, {}), Case(some, places(some))).figures
+    figures = judge_fabric(world(some, {}), EvaluationInput(some, places(some))).figures
     assert list(figures["kinds"]) == ["exchange near", "exchange far", "all-reduce tp", "all-to-all tp"]
     assert figures["kinds"]["exchange far"]["gbps"] == [39.763, 39.763]
     assert len(str(figures)) < 1000
@@ -444,7 +456,7 @@ def test_a_child_that_comes_through_is_believed() -> None:
 def test_a_child_that_hangs_says_where() -> None:
     answer = heard(*BEGUN, LateError())
     assert answer.state == LATE
-    assert read_note(answer.text) == Note(0, 67108864, (1,))
+    assert read_note(answer.text) == WaitState(0, 67108864, (1,))
     assert len(answer.timings) == 1
     failed = heard(*BEGUN, EndedError("ncclSend: unhandled system error"))
     assert (failed.state, failed.text) == (FAILED, "ncclSend: unhandled system error")
@@ -464,7 +476,7 @@ def test_a_rank_without_a_process_to_spare_says_so_and_stays(monkeypatch: pytest
             return payload
 
     monkeypatch.setattr("subprocess.Popen", start)
-    plan = ProbePlan(("fabric",), 5.0, "nccl")
+    plan = HardwareCheckPlan(("fabric",), 5.0, "nccl")
     answer = measure_over_nccl(Alone(), plan, {}, 0.0)  # type: ignore[arg-type] # what is needed of a world
     assert (answer.state, answer.text) == (
         FAILED,
@@ -476,8 +488,8 @@ def test_a_child_whose_end_takes_the_driver_long_is_a_finding(monkeypatch: pytes
     """Its pipes are closed before what it holds of the GPU is given back."""
     monkeypatch.setattr("dynamo_mpi.checks.nccl_fabric._LEAVE_SECONDS", 0.1)
     lingering = ("sh", "-c", "exec >&- 2>&-; exec sleep 30")
-    monkeypatch.setattr("dynamo_mpi.common.subprocess.tethered", lambda *_, **__: lingering)
-    child = ProbeChild(0, 1, ProbePlan(("fabric",), 5.0, "nccl"), {"PATH": os.environ["PATH"]})
+    monkeypatch.setattr("dynamo_mpi.common.subprocess.with_pdeathsig", lambda *_, **__: lingering)
+    child = ProbeChild(0, 1, HardwareCheckPlan(("fabric",), 5.0, "nccl"), {"PATH": os.environ["PATH"]})
     try:
         with pytest.raises(EndedError, match="does not come to its end"):
             child.hear(time.monotonic() + 10)

@@ -19,16 +19,16 @@ from dynamo_mpi.checks.gpu_check import figures_of, judge
 from dynamo_mpi.checks.gpu_facts import GpuFacts
 from dynamo_mpi.checks.gpu_health import GpuHealth, health_of_node, health_of_rank, no_health
 from dynamo_mpi.checks.gpu_rules import is_busy
-from dynamo_mpi.checks.hardware import Case
+from dynamo_mpi.checks.hardware import EvaluationInput
 from dynamo_mpi.checks.hardware_check_plan import (
-    ProbePlan,
-    chosen_probes,
-    left_out,
+    HardwareCheckPlan,
+    chosen_checks,
     memory_is_awaited,
     obsolete,
-    plan_probes,
+    plan_hardware_checks,
+    skipped_checks,
 )
-from dynamo_mpi.checks.local_check import probe_here
+from dynamo_mpi.checks.local_check import check_this_host
 from dynamo_mpi.checks.run_hardware_checks import Report, allowed_seconds
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.config.worker import load_settings
@@ -143,7 +143,7 @@ def test_a_blind_rank_and_no_nvml_are_problems(describe: Describe, monkeypatch: 
     assert health_of_node() == []
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "pynvml" in health_of_rank(0, {}, is_busy, 0.0).problem
-    assert probe_here({}).figures == {}
+    assert check_this_host({}).figures == {}
 
 
 def test_memory_of_an_earlier_step_is_waited_for(describe: Describe) -> None:
@@ -161,12 +161,12 @@ def test_memory_of_an_earlier_step_is_waited_for(describe: Describe) -> None:
 def test_memory_that_nobody_gives_back_is_told_with_who_holds_it(describe: Describe) -> None:
     describe({}, {"free": SIZE - 20 * GIB, "used": 20 * GIB, "processes": [[42, 20 * GIB]]})
     told = [health_of_rank(rank, {}, is_busy, time.monotonic() + 0.1).pack() for rank in (0, 1)]
-    plan = ProbePlan(("gpu",), 1.0, "nccl")
-    outcome = judge(told, Case(plan, [Place("n1")] * 2, "h100", (10 * GIB, 10 * GIB)))
+    plan = HardwareCheckPlan(("gpu",), 1.0, "nccl")
+    outcome = judge(told, EvaluationInput(plan, [Place("n1")] * 2, "h100", (10 * GIB, 10 * GIB)))
     (found,) = outcome.findings
     assert (found.rule, found.severity) == ("V2", Severity.WARNING)
     assert "rank 1 on n1, GPU 1: 60.0 GiB of 80.0 GiB free; pid 42 holds 20.0 GiB" in found.found
-    (full,) = judge(told, Case(plan, [Place("n1")] * 2, "h100", (10 * GIB, 70 * GIB))).findings
+    (full,) = judge(told, EvaluationInput(plan, [Place("n1")] * 2, "h100", (10 * GIB, 70 * GIB))).findings
     assert (full.rule, full.severity) == ("V2", Severity.ERROR)
     assert outcome.figures["free_mib"] == [60 * 1024, 80 * 1024]
 
@@ -206,7 +206,7 @@ WELL = GpuHealth(
 
 def rules(*told: GpuHealth) -> list[tuple[str, str, str]]:
     places = [Place(f"n{at // 2 + 1}") for at in range(len(told))]
-    findings = judge([one.pack() for one in told], Case(ProbePlan(("gpu",), 1.0), places)).findings
+    findings = judge([one.pack() for one in told], EvaluationInput(HardwareCheckPlan(("gpu",), 1.0), places)).findings
     return [(found.severity.value, found.rule, found.message) for found in findings]
 
 
@@ -266,7 +266,7 @@ def test_what_is_probed_depends_on_the_engine_and_on_what_is_asked() -> None:
         ((*reference, "--probe", "Fabric, gpu"), 4, ("gpu", "fabric")),
         ((*reference, "--probe", "fabric"), 1, ()),
     ):
-        assert chosen_probes(load_settings(flags, {}), size) == wanted
+        assert chosen_checks(load_settings(flags, {}), size) == wanted
     assert memory_is_awaited(load_settings(trtllm, {}))
     for flags in ((*trtllm, "--preflight-only"), (*trtllm, "--probe", "fabric"), reference):
         assert not memory_is_awaited(load_settings(flags, {}))
@@ -277,7 +277,7 @@ def test_a_plan_has_the_groups_of_the_layout() -> None:
 
     settings = load_settings(("--model", "/m", "--engine", "trtllm", "--probe-seconds", "9"), {})
     layout = Layout(tp_size=2, pp_size=2, moe_ep_size=2)
-    plan = plan_probes(settings, layout, {"n1": [0, 1], "n2": [2, 3]})
+    plan = plan_hardware_checks(settings, layout, {"n1": [0, 1], "n2": [2, 3]})
     assert plan is not None
     assert (plan.seconds, plan.over) == (9, "nccl")
     assert dict(plan.groups) == {
@@ -287,7 +287,10 @@ def test_a_plan_has_the_groups_of_the_layout() -> None:
         "pp": ((0, 2), (1, 3)),
     }
     assert (
-        plan_probes(load_settings(("--model", "/m", "--engine", "reference"), {}), layout, {"n1": [0, 1, 2, 3]}) is None
+        plan_hardware_checks(
+            load_settings(("--model", "/m", "--engine", "reference"), {}), layout, {"n1": [0, 1, 2, 3]}
+        )
+        is None
     )
     # half as long again for memory, and for NCCL to start
     assert allowed_seconds(plan) == 9 + 4.5 + 4.5 + 3
@@ -324,5 +327,5 @@ NO_EFFECT = "--probe-kv-seconds has no effect any more: the KV check is a step o
 )
 def test_what_was_asked_for_in_vain_is_said(words: list[str], size: int, said: list[str]) -> None:
     settings = load_settings(["--model", "/m", "--engine", "reference", *words], {})
-    assert [*left_out(settings, size), *obsolete(settings)] == said
-    assert "kv" not in chosen_probes(settings, size)
+    assert [*skipped_checks(settings, size), *obsolete(settings)] == said
+    assert "kv" not in chosen_checks(settings, size)

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.common.phases import PHASES
-from dynamo_mpi.telemetry.health_state import State, fold, health, live, note, unfold
+from dynamo_mpi.telemetry.health_state import HealthState, escape, health, live, note, unescape
 
-FRESH = State(0, "n1", 7, 1000.0, 50.0, since=1000.0, heard=50.0)
+FRESH = HealthState(0, "n1", 7, 1000.0, 50.0, since=1000.0, heard=50.0)
 
 
-def after(*lines: str, at: float = 60.0) -> State:
+def after(*lines: str, at: float = 60.0) -> HealthState:
     state = FRESH
     for line in lines:
         state = note(state, line, at, 1010.0)
@@ -22,8 +22,8 @@ def after(*lines: str, at: float = 60.0) -> State:
 
 @given(st.text())
 def test_any_text_goes_on_one_line(text: str) -> None:
-    assert "\n" not in fold(text)
-    assert unfold(fold(text)) == text
+    assert "\n" not in escape(text)
+    assert unescape(escape(text)) == text
 
 
 @given(st.text(), st.sampled_from(["", "phase ", "runtime ", "ending ", "rank ", "metrics ", "world "]))
@@ -49,7 +49,7 @@ def test_what_rank_0_says_of_the_world_counts_for_more_than_this_rank() -> None:
 
 
 def test_a_phase_has_a_beginning_and_progress_of_its_own() -> None:
-    state = note(after("phase load", f"progress {fold('1 of 2')}"), "beat", 70.0, 1020.0)
+    state = note(after("phase load", f"progress {escape('1 of 2')}"), "beat", 70.0, 1020.0)
     assert (state.since, health(state, 70.0).body["waits_for"]) == (1010.0, "all ranks to load the model: 1 of 2")
     state = note(state, "phase prove", 71.0, 1021.0)
     assert (state.since, state.progress) == (1021.0, "")
@@ -58,7 +58,7 @@ def test_a_phase_has_a_beginning_and_progress_of_its_own() -> None:
 def test_the_first_reason_for_the_end_stays() -> None:
     assert live(after("phase serve", "ending"), 60.0).body["error"] == "the world ends"
     # what ends it is known a little later than that it ends
-    state = after("phase serve", "ending", f"ending {fold('rank 2 died: 1')}", "ending", "ending so are others")
+    state = after("phase serve", "ending", f"ending {escape('rank 2 died: 1')}", "ending", "ending so are others")
     assert (live(state, 60.0).status, health(state, 60.0).body["error"]) == (503, "rank 2 died: 1")
 
 

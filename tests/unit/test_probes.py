@@ -23,14 +23,14 @@ import pytest
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.ports import is_free
-from dynamo_mpi.mpi.launcher import Launch, Launcher
-from dynamo_mpi.supervisor.frame_connection import Line
-from dynamo_mpi.supervisor.heartbeat_protocol import NONCE_BYTES, TOKEN_BYTES, Frame, Join, Kind, prove_rank_zero
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
+from dynamo_mpi.supervisor.frame_connection import FrameConnection
+from dynamo_mpi.supervisor.heartbeat_protocol import NONCE_BYTES, TOKEN_BYTES, Frame, FrameType, Join, leader_mac
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.telemetry import health_server as server
-from dynamo_mpi.telemetry.health_address import ProbeAddress
-from dynamo_mpi.telemetry.health_start import answer_probes
-from dynamo_mpi.telemetry.health_state import State
+from dynamo_mpi.telemetry.health_address import HealthAddress
+from dynamo_mpi.telemetry.health_start import start_health_server
+from dynamo_mpi.telemetry.health_state import HealthState
 from dynamo_mpi.telemetry.runtime_port import runtime_port, url_of
 from tests.conftest import ROOT
 from tests.unit.test_liveness import Watchtower, heard
@@ -137,10 +137,10 @@ def test_a_follower_tells_the_worlds_truth(node: Node) -> None:
     node.do("begin serve")
     node.says("/health", 503, phase="load", rank_phase="serve")
     for phase, status in (("prove", 503), ("serve", 200), ("drain", 503)):
-        tower.lookout.tell(Frame(Kind.PHASE, phase.encode()))
+        tower.lookout.broadcast(Frame(FrameType.PHASE, phase.encode()))
         node.says("/health", status, phase=phase)
         assert node.says("/live", 200)["endpoints"] == {}
-    tower.lookout.announce_end(70)
+    tower.lookout.announce_abort(70)
     assert node.says("/live", 503)["error"] == "rank 0 on n0 ends the world"
     assert node.process.wait(PROMPT) == 70
     tower.lookout.close()
@@ -153,21 +153,21 @@ def test_a_follower_that_fails_says_so_until_the_world_ends(node: Node) -> None:
     # where in our code it came from is for the log
     assert node.says("/live", 503)["error"] == "RuntimeError: no weights"
     assert node.says("/health", 503)["error"]
-    tower.lookout.announce_end(66)
+    tower.lookout.announce_abort(66)
     tower.lookout.close()
     node.process.wait(PROMPT)
 
 
 def test_a_follower_that_has_lost_rank_0_says_so(node: Node) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        meeting = Meeting("n0", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+        meeting = Rendezvous("n0", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
         node.do(f"join {meeting.pack(b'').hex()}")
         connection, _ = listener.accept()
-    with contextlib.closing(Line(connection)) as line:
-        line.send(Frame(Kind.HELLO, secrets.token_bytes(NONCE_BYTES)))
+    with contextlib.closing(FrameConnection(connection)) as line:
+        line.send(Frame(FrameType.HELLO, secrets.token_bytes(NONCE_BYTES)))
         (join, *_) = heard(line)
-        proof = prove_rank_zero(bytes.fromhex(meeting.token), Join.unpack(join.body).nonce, 2)
-        for frame in (Frame(Kind.WELCOME, proof), Frame(Kind.PHASE, b"serve")):
+        proof = leader_mac(bytes.fromhex(meeting.token), Join.unpack(join.body).nonce, 2)
+        for frame in (Frame(FrameType.WELCOME, proof), Frame(FrameType.PHASE, b"serve")):
             line.send(frame)
         node.says("/health", 200)
     # it has gone without a word
@@ -373,19 +373,19 @@ def test_metrics_are_ours_and_the_runtimes(node: Node, runtime: socket.socket) -
     ("text", "port"), [("", None), ("-1", None), (" ", None), ("0", 0), ("9090", 9090), ("65535", 65535)]
 )
 def test_it_is_on_where_dynamos_variable_says_so(text: str, port: int | None) -> None:
-    address = ProbeAddress.of({"DYN_SYSTEM_PORT": text})
+    address = HealthAddress.of({"DYN_SYSTEM_PORT": text})
     assert (None if address is None else address.port) == port
 
 
 def test_paths_are_dynamos_too() -> None:
     named = {"DYN_SYSTEM_PORT": "1", "DYN_SYSTEM_HEALTH_PATH": "/healthz", "DYN_SYSTEM_LIVE_PATH": "/livez"}
-    assert ProbeAddress.of(named) == ProbeAddress("0.0.0.0", 1, "/healthz", "/livez")  # noqa: S104 - Dynamo's default
+    assert HealthAddress.of(named) == HealthAddress("0.0.0.0", 1, "/healthz", "/livez")  # noqa: S104 - Dynamo's default
 
 
 @pytest.mark.parametrize("text", ["http", "65536", "1.5", "0x10"])
 def test_a_port_that_is_none(text: str) -> None:
     with pytest.raises(UsageError, match=f"DYN_SYSTEM_PORT is '{text}'"):
-        ProbeAddress.of({"DYN_SYSTEM_PORT": text})
+        HealthAddress.of({"DYN_SYSTEM_PORT": text})
 
 
 def test_a_taken_port_is_an_error_on_rank_0_and_a_warning_elsewhere(capfd: pytest.CaptureFixture[str]) -> None:
@@ -393,8 +393,8 @@ def test_a_taken_port_is_an_error_on_rank_0_and_a_warning_elsewhere(capfd: pytes
         where = {**LOOPBACK, "DYN_SYSTEM_PORT": str(taken.getsockname()[1])}
 
         def begin(rank: int, local_rank: int | None) -> object:
-            launch = Launch(Launcher.SLURM_PMIX, rank, 4, local_rank)
-            return answer_probes(launch, RankLogger(rank, "n1"), (), where)
+            launch = LaunchInfo(Launcher.SLURM_PMIX, rank, 4, local_rank)
+            return start_health_server(launch, RankLogger(rank, "n1"), (), where)
 
         for local_rank in (0, None):
             error = begin(0, local_rank)
@@ -407,21 +407,21 @@ def test_a_taken_port_is_an_error_on_rank_0_and_a_warning_elsewhere(capfd: pytes
 
 
 def test_the_runtimes_port_is_one_that_it_can_read() -> None:
-    address = ProbeAddress("127.0.0.1", 9090)
+    address = HealthAddress("127.0.0.1", 9090)
     assert 20000 <= runtime_port(address, None) <= 32767
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="--runtime-system-port"):
         runtime_port(address, taken.getsockname()[1])
     assert url_of(address) == "http://127.0.0.1:9090"
-    assert url_of(ProbeAddress("::", 9090)).startswith("http://")
-    assert url_of(ProbeAddress("fd00::1", 9090)) == "http://[fd00::1]:9090"
+    assert url_of(HealthAddress("::", 9090)).startswith("http://")
+    assert url_of(HealthAddress("fd00::1", 9090)) == "http://[fd00::1]:9090"
 
 
 def test_a_client_that_sends_slowly_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time is that of the whole request: each byte would renew a socket's own timeout."""
     monkeypatch.setattr(server, "_CLIENT_SECONDS", 0.2)
     listener = socket.create_server(("127.0.0.1", 0))
-    state = State(0, "n0", os.getpid(), time.time(), time.monotonic(), heard=time.monotonic())
-    with server.ProbeServer(ProbeAddress("127.0.0.1", 0), state, listener) as answering:
+    state = HealthState(0, "n0", os.getpid(), time.time(), time.monotonic(), heard=time.monotonic())
+    with server.HealthServer(HealthAddress("127.0.0.1", 0), state, listener) as answering:
         thread = threading.Thread(target=answering.serve_forever)
         thread.start()
         try:

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.common.log_writer import LogFormat, LogWriter
-from dynamo_mpi.common.phases import PhaseProgress, Phases, RankSpans, Span
+from dynamo_mpi.common.phases import PhaseProgress, PhaseTracker, RankTimings, Span
 from dynamo_mpi.config.worker import load_settings
-from dynamo_mpi.supervisor.progress import Roll
+from dynamo_mpi.supervisor.progress import ProgressTracker
 from dynamo_mpi.telemetry.progress import describe, facts, intervals, size
-from dynamo_mpi.telemetry.progress_reporter import Ticker, chosen
+from dynamo_mpi.telemetry.progress_reporter import ProgressReporter, select_mode
 from dynamo_mpi.telemetry.progress_table import Terminal, table
 from tests.contexts import rank_context
 
@@ -72,9 +72,9 @@ def test_sizes_are_readable() -> None:
     assert [size(0), size(1_234_567), size(123_456_789), size(10**12)] == ["0.0 MB", "1.2 MB", "0.1 GB", "1000.0 GB"]
 
 
-def rank(number: int, seconds: float | None, *, each: int = 4, read: int | None = None) -> RankSpans:
+def rank(number: int, seconds: float | None, *, each: int = 4, read: int | None = None) -> RankTimings:
     """Return a rank that has loaded for ``seconds``, or still does, for 50."""
-    return RankSpans(number, f"n{number // each:02}", 100.0, (Span("load", 0.0, own=seconds),), read)
+    return RankTimings(number, f"n{number // each:02}", 100.0, (Span("load", 0.0, local=seconds),), read)
 
 
 def test_the_table_has_a_line_for_each_node() -> None:
@@ -111,22 +111,22 @@ def test_a_table_keeps_to_the_terminal(
 
 
 def test_auto_draws_on_terminals_only() -> None:
-    assert chosen("auto", is_terminal=True, jsonl=False) == "live"
-    assert chosen("auto", is_terminal=False, jsonl=False) == "plain"
-    assert chosen("auto", is_terminal=True, jsonl=True) == "plain"
-    assert chosen("live", is_terminal=False, jsonl=False) == "plain"
-    assert chosen("plain", is_terminal=True, jsonl=False) == "plain"
-    assert chosen("off", is_terminal=True, jsonl=False) == "off"
+    assert select_mode("auto", is_terminal=True, jsonl=False) == "live"
+    assert select_mode("auto", is_terminal=False, jsonl=False) == "plain"
+    assert select_mode("auto", is_terminal=True, jsonl=True) == "plain"
+    assert select_mode("live", is_terminal=False, jsonl=False) == "plain"
+    assert select_mode("plain", is_terminal=True, jsonl=False) == "plain"
+    assert select_mode("off", is_terminal=True, jsonl=False) == "off"
 
 
 def ticker_of(
-    roll: Roll, phases: Phases, on_progress: Callable[[PhaseProgress], object], mode: str, first: float
-) -> Ticker:
+    roll: ProgressTracker, phases: PhaseTracker, on_progress: Callable[[PhaseProgress], object], mode: str, first: float
+) -> ProgressReporter:
     settings = load_settings(
         ["--model", ".", "--engine", "reference", "--progress", mode, "--progress-interval", f"{first}"], {}
     )
-    ticker = Ticker(rank_context(phases), roll, settings, on_progress)
-    phases.listen(ticker.on_phase)
+    ticker = ProgressReporter(rank_context(phases), roll, settings, on_progress)
+    phases.on_phase(ticker.on_phase)
     return ticker
 
 
@@ -139,10 +139,10 @@ def _wait_for(condition: object, seconds: float = 10.0) -> None:
 
 
 def test_lines_come_while_it_loads_and_none_once_it_serves(capfd: pytest.CaptureFixture[str]) -> None:
-    phases = Phases()
+    phases = PhaseTracker()
     phases.begin("preflight")
     heard: list[PhaseProgress] = []
-    ticker = ticker_of(Roll(["n0", "n1"], phases), phases, heard.append, "plain", 0.1)
+    ticker = ticker_of(ProgressTracker(["n0", "n1"], phases), phases, heard.append, "plain", 0.1)
     ticker.start()
     phases.begin("load")
     _wait_for(lambda: len(heard) >= 2)
@@ -158,15 +158,15 @@ def test_lines_come_while_it_loads_and_none_once_it_serves(capfd: pytest.Capture
 
 
 def test_a_quick_phase_says_nothing_and_off_is_off(capfd: pytest.CaptureFixture[str]) -> None:
-    phases = Phases()
+    phases = PhaseTracker()
     heard: list[PhaseProgress] = []
-    ticker = ticker_of(Roll(["n0"], phases), phases, heard.append, "off", 0.1)
+    ticker = ticker_of(ProgressTracker(["n0"], phases), phases, heard.append, "off", 0.1)
     ticker.start()
     phases.begin("load")
     _wait_for(lambda: heard)
     ticker.close()
     ticker._thread.join(5)
-    quick = ticker_of(Roll(["n0"], phases), phases, heard.append, "plain", 300.0)
+    quick = ticker_of(ProgressTracker(["n0"], phases), phases, heard.append, "plain", 300.0)
     quick.start()
     phases.begin("serve")
     quick._thread.join(5)

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 
 import pytest
 
-from dynamo_mpi.common.errors import DeadlineError, EngineError
+from dynamo_mpi.common.errors import EngineError, PhaseTimeoutError
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, TokenChunk
-from dynamo_mpi.engines.warmup import prove
+from dynamo_mpi.engines.warmup import run_first_completion
 from tests.unit.engines import ScriptedEngine
 
 
@@ -25,7 +25,7 @@ def test_a_working_engine_passes_with_one_greedy_request_of_two_tokens() -> None
 
     start = time.monotonic()
     with ScriptedEngine(script) as engine:
-        seconds = prove(engine, 5, 30)
+        seconds = run_first_completion(engine, 5, 30)
     assert 0 < seconds <= time.monotonic() - start
     (request,) = requests
     assert (request.prompt_token_ids, request.max_tokens, request.sampling.temperature) == ((5,), 2, 0)
@@ -42,7 +42,7 @@ def test_a_working_engine_passes_with_one_greedy_request_of_two_tokens() -> None
 )
 def test_however_the_tokens_come(chunks: list[TokenChunk]) -> None:
     with ScriptedEngine(lambda _: chunks) as engine:
-        assert prove(engine, 1, 30) > 0
+        assert run_first_completion(engine, 1, 30) > 0
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_however_the_tokens_come(chunks: list[TokenChunk]) -> None:
 )
 def test_a_completion_that_is_none(chunks: list[TokenChunk], words: str) -> None:
     with ScriptedEngine(lambda _: chunks) as engine, pytest.raises(EngineError, match=words) as caught:
-        prove(engine, 1, 30)
+        run_first_completion(engine, 1, 30)
     assert caught.value.exit_code == 70
 
 
@@ -66,7 +66,7 @@ def test_an_engine_that_refuses(refusal: Exception) -> None:
     with ScriptedEngine() as engine:
         engine.refusal = refusal
         with pytest.raises(EngineError, match=str(refusal)):
-            prove(engine, 1, 30)
+            run_first_completion(engine, 1, 30)
 
 
 @pytest.mark.parametrize("made", [0, 1])
@@ -82,8 +82,8 @@ def test_an_engine_that_hangs_meets_the_deadline(made: int) -> None:
     start = time.monotonic()
     with ScriptedEngine(script) as engine:
         try:
-            with pytest.raises(DeadlineError, match=rf"0\.2 s.*{made} of 2 tokens") as caught:
-                prove(engine, 1, 0.2)
+            with pytest.raises(PhaseTimeoutError, match=rf"0\.2 s.*{made} of 2 tokens") as caught:
+                run_first_completion(engine, 1, 0.2)
         finally:
             release.set()
     assert time.monotonic() - start < 10
@@ -101,7 +101,7 @@ def test_a_trickle_does_not_extend_the_deadline() -> None:
 
     with ScriptedEngine(script) as engine:
         try:
-            with pytest.raises(DeadlineError):
-                prove(engine, 1, 0.2)
+            with pytest.raises(PhaseTimeoutError):
+                run_first_completion(engine, 1, 0.2)
         finally:
             stop.set()

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.common.config_reader import Reader
-from dynamo_mpi.common.errors import DataError
+from dynamo_mpi.common.errors import ConfigFileError
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.quantisation import Quantisation, read_quantisation
 from tests.unit.model_zoo import QUANT_FILES, ZOO
@@ -138,7 +138,7 @@ def test_every_name_of_the_exclusions(key: str) -> None:
     found = hugging_face(quant_method="fp8", **{key: ["lm_head"]})
     assert found is not None and found.excluded == ("lm_head",)
     for bad in ("lm_head", [1], {"a": 1}):
-        with pytest.raises(DataError, match=f"quantization_config.{key}"):
+        with pytest.raises(ConfigFileError, match=f"quantization_config.{key}"):
             hugging_face(quant_method="fp8", **{key: bad})
 
 
@@ -152,7 +152,7 @@ def test_every_name_of_the_exclusions(key: str) -> None:
     ],
 )
 def test_values_of_the_wrong_type_are_named(config: dict[str, Any], words: str) -> None:
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(ConfigFileError, match=words):
         read(config)
 
 

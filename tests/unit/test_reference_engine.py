@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.common.errors import DataError, EngineError, LayoutError, ModelError
+from dynamo_mpi.common.errors import ConfigFileError, EngineError, LayoutError, ModelNotFoundError
 from dynamo_mpi.engines.protocol import Engine, GenerationRequest, RequestError, Sampling, TokenChunk
 from dynamo_mpi.engines.reference.engine import ReferenceConfig, ReferenceEngine
 
@@ -310,11 +310,15 @@ def test_an_engine_that_is_not_started_takes_no_request(own_engine: ReferenceEng
         ({"tp_size": 3}, LayoutError, "has 1 ranks; tensor_parallel_size is 3, pipeline_parallel_size 1"),
         ({"pp_size": 2}, LayoutError, "has 1 ranks; tensor_parallel_size is 1, pipeline_parallel_size 2"),
         ({"cp_size": 2}, LayoutError, "context_parallel_size is 2"),
-        ({"max_batch_size": 0}, DataError, "max_batch_size is 0"),
-        ({"max_batch_size": 9, "max_num_tokens": 8}, DataError, "max_num_tokens 8 is smaller than max_batch_size 9"),
-        ({"max_seq_len": 8193}, DataError, "max_seq_len is 8193, the model's context 8192 tokens"),
+        ({"max_batch_size": 0}, ConfigFileError, "max_batch_size is 0"),
+        (
+            {"max_batch_size": 9, "max_num_tokens": 8},
+            ConfigFileError,
+            "max_num_tokens 8 is smaller than max_batch_size 9",
+        ),
+        ({"max_seq_len": 8193}, ConfigFileError, "max_seq_len is 8193, the model's context 8192 tokens"),
         ({"max_batch_size": 10**8, "max_num_tokens": 10**8}, EngineError, "memory is too small"),
-        ({"model_dir": Path("absent")}, ModelError, "does not exist"),
+        ({"model_dir": Path("absent")}, ModelNotFoundError, "does not exist"),
     ],
 )
 def test_a_configuration_that_cannot_run_is_refused(

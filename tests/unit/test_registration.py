@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common.errors import TemporaryError
+from dynamo_mpi.common.errors import RetryableError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.discovery.etcd import EtcdAuth, Lease
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
@@ -56,7 +56,7 @@ class Watched:
 
     def __init__(self) -> None:
         self.log = RecordedLog()
-        self.lost: queue.SimpleQueue[TemporaryError] = queue.SimpleQueue()
+        self.lost: queue.SimpleQueue[RetryableError] = queue.SimpleQueue()
         self._watches: list[RegistrationMonitor] = []
 
     def __call__(self, url: str, instance: int, *, pauses: bool = False, **environ: str) -> RegistrationMonitor:

@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, UsageError
 from dynamo_mpi.common.ports import free_port
 from dynamo_mpi.deploy import services
 from dynamo_mpi.deploy.programs import find_etcd
-from dynamo_mpi.deploy.revoke_registrations import SECONDS, take_out
+from dynamo_mpi.deploy.revoke_registrations import SECONDS, revoke_registrations
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import record_key
@@ -89,9 +89,9 @@ def leave() -> Iterator[Leave]:
 def use(environ: Mapping[str, str], leave: Leave) -> None:
     """Take one of two workers out, and look at both."""
     left, other = leave(environ), leave(environ, "dynmpi-0a1b2c3d-decode-1")
-    assert take_out(LAUNCH, environ) is True
+    assert revoke_registrations(LAUNCH, environ) is True
     assert (left.there(), other.there()) == ([False, False], [True, True])
-    assert take_out(LAUNCH, environ) is False
+    assert revoke_registrations(LAUNCH, environ) is False
 
 
 def test_one_worker_and_no_other(etcd: str, leave: Leave) -> None:
@@ -100,19 +100,19 @@ def test_one_worker_and_no_other(etcd: str, leave: Leave) -> None:
 
 def test_a_worker_that_nobody_launched_stays(etcd: str, leave: Leave) -> None:
     stranger = leave({"ETCD_ENDPOINTS": etcd}, None)
-    assert take_out(LAUNCH, {"ETCD_ENDPOINTS": etcd}) is False
+    assert revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": etcd}) is False
     assert stranger.there() == [True, True]
 
 
 def test_one_that_was_not_registered_yet_leaves_its_record_alone(etcd: str, leave: Leave) -> None:
     left = leave({"ETCD_ENDPOINTS": etcd}, registered=False)
-    assert take_out(LAUNCH, {"ETCD_ENDPOINTS": etcd}) is False
+    assert revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": etcd}) is False
     assert left.there() == [True, False]
 
 
 def test_one_whose_instance_has_gone_by_itself(etcd: str, leave: Leave) -> None:
     left = leave({"ETCD_ENDPOINTS": etcd}, instance="1234")
-    assert take_out(LAUNCH, {"ETCD_ENDPOINTS": etcd}) is False
+    assert revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": etcd}) is False
     assert left.there() == [True, False]
 
 
@@ -135,7 +135,7 @@ def test_what_is_no_record_is_no_obstacle(etcd: str, leave: Leave) -> None:
 
 def test_a_scheme_may_be_left_out(etcd: str, leave: Leave) -> None:
     left = leave({"ETCD_ENDPOINTS": etcd})
-    assert take_out(LAUNCH, {"ETCD_ENDPOINTS": etcd.removeprefix("http://")}) is True
+    assert revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": etcd.removeprefix("http://")}) is True
     assert left.there() == [False, False]
 
 
@@ -147,14 +147,14 @@ def test_certificates_in_both_directions(tmp_path: Path, leave: Leave) -> None:
         use({"ETCD_ENDPOINTS": url.replace("127.0.0.1", "localhost"), **files.client_environment()}, leave)
         left = leave({**place, **files.client_environment()})
         for credentials in ({}, without_certificate(files)):
-            with pytest.raises((DiscoveryError, AuthorisationError), match=r"127\.0\.0\.1") as caught:
-                take_out(LAUNCH, {**place, **credentials})
-            assert isinstance(caught.value, AuthorisationError if credentials else DiscoveryError)
+            with pytest.raises((DiscoveryError, AuthorizationError), match=r"127\.0\.0\.1") as caught:
+                revoke_registrations(LAUNCH, {**place, **credentials})
+            assert isinstance(caught.value, AuthorizationError if credentials else DiscoveryError)
         assert left.there() == [True, True]
     with pytest.raises(UsageError, match="ETCD_AUTH_CA holds no certificate"):
-        take_out(LAUNCH, {**place, "ETCD_AUTH_CA": "/a/path"})
+        revoke_registrations(LAUNCH, {**place, "ETCD_AUTH_CA": "/a/path"})
     with pytest.raises(UsageError, match="ETCD_AUTH_CLIENT_KEY isn't"):
-        take_out(LAUNCH, {**place, "ETCD_AUTH_CLIENT_CERT": "x"})
+        revoke_registrations(LAUNCH, {**place, "ETCD_AUTH_CLIENT_CERT": "x"})
 
 
 def test_over_ipv6(leave: Leave) -> None:
@@ -172,11 +172,11 @@ def test_a_user_of_etcds(leave: Leave) -> None:
         add_users(url, ["dynamo_mpi/", "v1/"])
         use(environ, leave)
         for changes in ({"ETCD_AUTH_PASSWORD": "wr0ng"}, {"ETCD_AUTH_USERNAME": "guest"}):
-            with pytest.raises(AuthorisationError, match="etcd refuses") as caught:
-                take_out(LAUNCH, {**environ, **changes})
+            with pytest.raises(AuthorizationError, match="etcd refuses") as caught:
+                revoke_registrations(LAUNCH, {**environ, **changes})
             assert "wr0ng" not in str(caught.value)
-        with pytest.raises(AuthorisationError, match="etcd refuses"):
-            take_out(LAUNCH, {"ETCD_ENDPOINTS": url})
+        with pytest.raises(AuthorizationError, match="etcd refuses"):
+            revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": url})
 
 
 @pytest.mark.parametrize("listens", [True, False])
@@ -184,7 +184,7 @@ def test_the_next_endpoint_is_asked_where_one_is_dead(etcd: str, leave: Leave, l
     left = leave({"ETCD_ENDPOINTS": etcd})
     with listening() as silent, closed_port() as dead:
         first = f"http://127.0.0.1:{silent if listens else dead}"
-        assert take_out(LAUNCH, {"ETCD_ENDPOINTS": f"{first}, {etcd}"}) is True
+        assert revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": f"{first}, {etcd}"}) is True
     assert left.there() == [False, False]
 
 
@@ -219,7 +219,7 @@ def test_where_no_etcd_answers_it_ends_in_time_and_says_why(name: str) -> None:
     with serve() as port:
         begin = time.monotonic()
         with pytest.raises(DiscoveryError) as caught:
-            take_out(LAUNCH, {"ETCD_ENDPOINTS": f"http://user:secret@127.0.0.1:{port}"})
+            revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": f"http://user:secret@127.0.0.1:{port}"})
         assert time.monotonic() - begin < SECONDS + MARGIN_SECONDS
     assert words in caught.value.found
     assert "secret" not in caught.value.found
@@ -236,14 +236,14 @@ def test_where_no_etcd_answers_it_ends_in_time_and_says_why(name: str) -> None:
 )
 def test_an_address_that_is_none(url: str, words: str) -> None:
     with pytest.raises(DiscoveryError, match=words):
-        take_out(LAUNCH, {"ETCD_ENDPOINTS": url})
+        revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": url})
 
 
 _PROGRAM = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from dynamo_mpi.deploy.revoke_registrations import take_out
-print(take_out(sys.argv[2], os.environ))
+from dynamo_mpi.deploy.revoke_registrations import revoke_registrations
+print(revoke_registrations(sys.argv[2], os.environ))
 assert not [name for name in sys.modules if name.partition(".")[0] in ("grpc", "pyetcd", "yaml", "mpi4py", "numpy")]
 """
 

@@ -7,35 +7,35 @@ import time
 
 import pytest
 
-from dynamo_mpi.common.codec import pack
-from dynamo_mpi.common.phases import BEFORE, PhaseProgress, Phases, RankSpans, Span
+from dynamo_mpi.common.codec import encode_strings
+from dynamo_mpi.common.phases import PROCESS_START, PhaseProgress, PhaseTracker, RankTimings, Span
 from dynamo_mpi.supervisor.heartbeat_protocol import WireError
-from dynamo_mpi.supervisor.progress import Roll, pack_spans, progress_of
+from dynamo_mpi.supervisor.progress import ProgressTracker, pack_spans, progress_of
 
 
-def rank(number: int, *spans: Span, began: float = 100.0) -> RankSpans:
-    return RankSpans(number, f"n{number // 2}", began, spans)
+def rank(number: int, *spans: Span, began: float = 100.0) -> RankTimings:
+    return RankTimings(number, f"n{number // 2}", began, spans)
 
 
 def test_progress_names_one_that_has_not_begun() -> None:
     ranks = [
-        rank(0, Span("load", 1.0, own=3.0)),
+        rank(0, Span("load", 1.0, local=3.0)),
         rank(1, Span("load", 1.0)),
         rank(2, Span("load", 0.5)),
-        rank(3, Span("preflight", 0.1, lasted=0.4)),
+        rank(3, Span("preflight", 0.1, total=0.4)),
         rank(4),
     ]
     assert progress_of("load", ranks, 110.0) == PhaseProgress("load", 1, 5, 3, "n1", 9.5)
 
 
 def test_of_ranks_at_it_the_one_that_has_been_at_it_for_longest_is_named() -> None:
-    ranks = [rank(0, Span("load", 1.0, own=3.0)), rank(1, Span("load", 1.0)), rank(2, Span("load", 0.5))]
+    ranks = [rank(0, Span("load", 1.0, local=3.0)), rank(1, Span("load", 1.0)), rank(2, Span("load", 0.5))]
     assert progress_of("load", ranks, 110.0) == PhaseProgress("load", 1, 3, 2, "n1", 9.5)
 
 
 def test_of_ranks_that_tell_what_they_have_read_the_one_that_has_read_least_is_named() -> None:
     ranks = [
-        rank(0, Span("load", 1.0, own=3.0))._replace(read=1),
+        rank(0, Span("load", 1.0, local=3.0))._replace(read=1),
         rank(1, Span("load", 1.0))._replace(read=5),
         rank(2, Span("load", 0.5))._replace(read=70),
     ]
@@ -45,12 +45,12 @@ def test_of_ranks_that_tell_what_they_have_read_the_one_that_has_read_least_is_n
 
 
 def test_of_ranks_that_are_all_through_the_slowest_is_named() -> None:
-    ranks = [rank(0, Span("load", 1.0, own=3.0)), rank(1, Span("load", 1.0, own=5.0, lasted=6.0))]
+    ranks = [rank(0, Span("load", 1.0, local=3.0)), rank(1, Span("load", 1.0, local=5.0, total=6.0))]
     assert progress_of("load", ranks, 110.0) == PhaseProgress("load", 2, 2, 1, "n0", 5.0)
 
 
 def test_a_rank_that_is_in_a_later_phase_is_through() -> None:
-    ranks = [rank(0, Span("prove", 5.0)), rank(1, Span("load", 1.0, lasted=2.0), Span("serve", 3.0))]
+    ranks = [rank(0, Span("prove", 5.0)), rank(1, Span("load", 1.0, total=2.0), Span("serve", 3.0))]
     assert progress_of("prove", ranks, 106.0) == PhaseProgress("prove", 1, 2, 0, "n0", 1.0)
 
 
@@ -59,36 +59,36 @@ def test_ranks_that_have_told_nothing_are_not_through() -> None:
 
 
 def test_a_phase_that_runs_longer_never_makes_fewer_ranks_done() -> None:
-    ranks = [rank(0, Span("load", 1.0)), rank(1, Span("load", 1.0, own=0.5))]
+    ranks = [rank(0, Span("load", 1.0)), rank(1, Span("load", 1.0, local=0.5))]
     counts = [progress_of("load", ranks, 100.0 + age).done for age in range(10)]
     assert counts == [1] * 10
 
 
 def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    roll = Roll(["n0", "n1"], Phases())
-    phases = Phases()
+    roll = ProgressTracker(["n0", "n1"], PhaseTracker())
+    phases = PhaseTracker()
     with phases.enter("world"):
-        phases.own_part_done()
+        phases.mark_local_done()
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() - 1000)
     early = pack_spans(phases)
     late = pack_spans(phases)
     monkeypatch.undo()
     began = time.time() - phases.age
-    roll.note(1, late)
-    roll.note(1, early)
+    roll.update(1, late)
+    roll.update(1, early)
     own, other = roll.ranks()
     assert (own.rank, own.host, other.rank, other.host) == (0, "n0", 1, "n1")
     assert abs(other.began - began) < 0.5
-    assert [span.phase for span in other.spans] == [BEFORE, "world"]
+    assert [span.phase for span in other.spans] == [PROCESS_START, "world"]
     start, world = other.spans
     assert start.began < 0
     assert other.read is not None
     assert other.read > 0
-    assert start.lasted == -start.began
-    assert world.own is not None
-    assert world.lasted is not None
-    assert 0 <= world.own <= world.lasted
+    assert start.total == -start.began
+    assert world.local is not None
+    assert world.total is not None
+    assert 0 <= world.local <= world.total
 
 
 @pytest.mark.parametrize(
@@ -96,55 +96,55 @@ def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.Monkey
     [
         b"",
         b"\1",
-        pack(["1.0"]),
-        pack(["1.0", "0.5"]),
-        pack(["1.0", "x", "9"]),
-        pack(["1.0", "0.5", "much"]),
-        pack(["1.0", "0.5", "9", "load", "1.0", ""]),
-        pack(["1.0", "0.5", "9", "lunch", "1.0", "", ""]),
-        pack(["1.0", "0.5", "9", "load", "soon", "", ""]),
-        pack(["1.0", "0.5", "9", *["load", "1.0", "", ""] * 65]),
+        encode_strings(["1.0"]),
+        encode_strings(["1.0", "0.5"]),
+        encode_strings(["1.0", "x", "9"]),
+        encode_strings(["1.0", "0.5", "much"]),
+        encode_strings(["1.0", "0.5", "9", "load", "1.0", ""]),
+        encode_strings(["1.0", "0.5", "9", "lunch", "1.0", "", ""]),
+        encode_strings(["1.0", "0.5", "9", "load", "soon", "", ""]),
+        encode_strings(["1.0", "0.5", "9", *["load", "1.0", "", ""] * 65]),
     ],
 )
 def test_what_is_no_roll_call_is_refused(body: bytes) -> None:
-    roll = Roll(["n0", "n1"], Phases())
+    roll = ProgressTracker(["n0", "n1"], PhaseTracker())
     with pytest.raises(WireError, match="no spans"):
-        roll.note(1, body)
+        roll.update(1, body)
     assert roll.ranks()[1].spans == ()
 
 
 def test_phases_keep_their_spans_and_tell_of_every_change() -> None:
-    phases = Phases()
+    phases = PhaseTracker()
     seen: list[list[Span]] = []
-    phases.watch(lambda: seen.append(list(phases.spans)))
+    phases.on_change(lambda: seen.append(list(phases.spans)))
     with phases.enter("world"):
         pass
     with phases.enter("load"):
-        phases.own_part_done()
-        phases.own_part_done()
+        phases.mark_local_done()
+        phases.mark_local_done()
         phases.begin("serve")
     names = [span.phase for span in phases.spans]
     assert names == ["world", "load", "serve"]
     world, load, serve = phases.spans
-    assert world.own is None
-    assert world.lasted is not None
-    assert load.own is not None
-    assert load.lasted is not None
-    assert load.own <= load.lasted
+    assert world.local is None
+    assert world.total is not None
+    assert load.local is not None
+    assert load.total is not None
+    assert load.local <= load.total
     # what has begun inside of another phase's body goes on after it
-    assert serve.lasted is None
+    assert serve.total is None
     assert phases.current == "serve"
     assert len(seen) == 6
 
 
 def test_a_phase_that_goes_on_is_not_begun_again() -> None:
-    phases = Phases()
+    phases = PhaseTracker()
     heard: list[str] = []
-    phases.listen(heard.append)
+    phases.on_phase(heard.append)
     phases.begin("preflight")
     with phases.enter("preflight"):
         assert len(phases.spans) == 1
     (span,) = phases.spans
-    assert span.lasted is not None
-    assert phases.durations["preflight"] <= span.lasted
+    assert span.total is not None
+    assert phases.durations["preflight"] <= span.total
     assert heard == ["preflight"]

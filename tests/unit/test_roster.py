@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.checks.rank_report import Card
-from dynamo_mpi.checks.rank_rules import check_roster
+from dynamo_mpi.checks.rank_report import RankReport
+from dynamo_mpi.checks.rank_rules import check_ranks
 from dynamo_mpi.mpi.placement import describe_ranks, hosts
 
 COMMAND = "command line: is `a`, on rank 0 `b`"
 CONFIG = "engine config: /e.yaml differs, first at line 1: `a: 1`, on rank 0 `a: 2`"
 
 
-def card(host: str = "n1", *problems: str, version: str = "1.0") -> Card:
-    return Card(host, "", version, problems)
+def card(host: str = "n1", *problems: str, version: str = "1.0") -> RankReport:
+    return RankReport(host, "", version, problems)
 
 
-def rules_of(*cards: Card) -> list[str]:
-    return [finding.rule for finding in check_roster(cards)]
+def rules_of(*cards: RankReport) -> list[str]:
+    return [finding.rule for finding in check_ranks(cards)]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def rules_of(*cards: Card) -> list[str]:
     ],
 )
 def test_the_engine_needs_equally_many_consecutive_ranks_per_node(placement: str, words: str) -> None:
-    findings = check_roster([card(host) for host in placement])
+    findings = check_ranks([card(host) for host in placement])
     assert [finding.rule for finding in findings] == (["A11"] if words else [])
     if words:
         assert words in findings[0].message
@@ -58,13 +58,13 @@ def test_placement_is_refused_exactly_where_rank_divided_by_ranks_per_node_is_no
 
 
 def test_where_the_ranks_are_is_said() -> None:
-    (finding,) = check_roster([card(host) for host in "aabaa"])
+    (finding,) = check_ranks([card(host) for host in "aabaa"])
     assert finding.found == "a: 0-1, 3-4; b: 2"
 
 
 def test_ranks_with_the_same_trouble_share_a_finding() -> None:
     cards = [card("n1"), card("n1", CONFIG), card("n2", CONFIG), card("n2", CONFIG)]
-    (finding,) = check_roster(cards)
+    (finding,) = check_ranks(cards)
     assert finding.rule == "P2"
     assert "rank" in finding.message
     assert "1 on n1" in finding.message
@@ -77,7 +77,7 @@ def test_ranks_with_the_same_trouble_share_a_finding() -> None:
     ("label", "rule"), [("command line", "P1"), ("engine config", "P2"), ("model config", "P3"), ("model", "P3")]
 )
 def test_every_kind_of_problem_has_its_rule_and_cure(label: str, rule: str) -> None:
-    (finding,) = check_roster([card(), card("n1", f"{label}: /x: odd")])
+    (finding,) = check_ranks([card(), card("n1", f"{label}: /x: odd")])
     assert (finding.rule, finding.found) == (rule, "/x: odd")
     assert f"the {label} is not the same everywhere: rank 1 on n1" in finding.message
     assert finding.fix
@@ -88,7 +88,7 @@ def test_every_problem_of_a_rank_is_told() -> None:
 
 
 def test_versions_must_agree() -> None:
-    (finding,) = check_roster([card(), card("n1", version="2.0"), card()])
+    (finding,) = check_ranks([card(), card("n1", version="2.0"), card()])
     assert finding.rule == "P4"
     assert "rank 1 on n1" in finding.message
     assert finding.found == "2.0; rank 0 has 1.0"

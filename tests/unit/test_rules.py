@@ -18,7 +18,7 @@ from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.models import DEEPSEEK, LLAMA_4, PHI_4, SMOLLM2
 
 LEGAL = {
@@ -41,7 +41,7 @@ def judge(
     shape: ModelShape, config: EngineConfig, world_size: int | None = None, role: str = "agg", launched: bool = False
 ) -> list[Finding]:
     cluster = Cluster(1, world_size or config.world_size)
-    return errors(layout_findings(Subject(shape, config, cluster, role, launched=launched)))
+    return errors(layout_findings(LayoutSpec(shape, config, cluster, role, launched=launched)))
 
 
 def findings_of(config: dict[str, Any], layout: EngineConfig, role: str = "agg") -> list[Finding]:
@@ -143,7 +143,7 @@ def test_before_a_launch_a_layout_may_take_a_part_of_one_node(
     tp_size: int, pp_size: int, nodes: int, gpus: int
 ) -> None:
     config = EngineConfig(tp_size, pp_size)
-    found = layout_findings(Subject(shape_with(None, None), config, Cluster(nodes, gpus)))
+    found = layout_findings(LayoutSpec(shape_with(None, None), config, Cluster(nodes, gpus)))
     told = [(finding.rule, finding.severity) for finding in found if finding.rule == "A1"]
     if config.world_size == nodes * gpus:
         assert told == []
@@ -202,7 +202,7 @@ def test_a_model_that_does_not_say_its_heads_is_not_judged_by_them() -> None:
 def test_no_rule_trips_over_what_it_is_given(
     shape: ModelShape, config: EngineConfig, role: str, gpu: str | None
 ) -> None:
-    for finding in all_findings(Subject(shape, config, Cluster(2, 8, gpu), role)):
+    for finding in all_findings(LayoutSpec(shape, config, Cluster(2, 8, gpu), role)):
         assert finding.rule and finding.message and not finding.message.endswith(".")
 
 

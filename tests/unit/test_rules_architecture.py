@@ -14,7 +14,7 @@ from dynamo_mpi.layout.gpus import GPUS, Gpu
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.rules import architecture
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
@@ -28,20 +28,20 @@ def modelopt(algo: str, kv_algo: str | None = None) -> dict[str, Any]:
 
 def subject_of(
     model: str | dict[str, Any], gpu: str | None, engine: dict[str, Any] | None = None, version: str | None = None
-) -> Subject:
+) -> LayoutSpec:
     config = merge(EngineLayers(yaml_text=json.dumps({"tensor_parallel_size": 8} | (engine or {})))).config
     quant_file = json.dumps(QUANT_FILES[model]) if isinstance(model, str) and model in QUANT_FILES else None
     shape = parse_model_shape(json.dumps(ZOO[model] if isinstance(model, str) else model), "config.json", quant_file)
-    return Subject(
+    return LayoutSpec(
         shape, config, Cluster(1, 8, gpu), version=None if version is None else parse_trtllm_version(version)
     )
 
 
-def findings_of(subject: Subject) -> list[Finding]:
+def findings_of(subject: LayoutSpec) -> list[Finding]:
     return [finding for rule in architecture.RULES for finding in rule(subject)]
 
 
-def told(subject: Subject) -> list[str]:
+def told(subject: LayoutSpec) -> list[str]:
     return [f"{finding.severity.value} {finding.rule}" for finding in findings_of(subject)]
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from dynamo_mpi.layout.rules import backends
 from dynamo_mpi.layout.rules.registry import CONFIG_RULES, layout_findings
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.test_rules_experts import R1_NVFP4, ranks, subject_of
 
 
-def told(subject: Subject) -> list[str]:
+def told(subject: LayoutSpec) -> list[str]:
     return [f"{finding.severity.value} {finding.rule}" for rule in backends.RULES for finding in rule(subject)]
 
 

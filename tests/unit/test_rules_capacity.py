@@ -15,7 +15,7 @@ from dynamo_mpi.layout.memory import estimate
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.rules.capacity import RULES, check_capacity
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.test_weights import shape_of
 
 
@@ -23,7 +23,7 @@ def check(
     shape: ModelShape | str, nodes: int = 1, gpus: int = 8, gpu: str | None = "h100", requests: int = 1, **keys: Any
 ) -> list[Finding]:
     shape = shape_of(shape) if isinstance(shape, str) else shape
-    worker = Subject(shape, EngineConfig(**keys), Cluster(nodes, gpus, gpu), min_requests=requests)
+    worker = LayoutSpec(shape, EngineConfig(**keys), Cluster(nodes, gpus, gpu), min_requests=requests)
     found = list(check_capacity(worker))
     assert all(finding.rule == "J" for finding in found)
     return found
@@ -74,7 +74,7 @@ def test_a_quantised_checkpoint_is_not_told_to_be_one() -> None:
 )
 def test_a_layout_that_cannot_be_is_not_estimated(sizes: dict[str, Any]) -> None:
     config = EngineConfig(**sizes)
-    worker = Subject(shape_of("DeepSeek-R1"), config, Cluster(1, config.world_size, "h100"))
+    worker = LayoutSpec(shape_of("DeepSeek-R1"), config, Cluster(1, config.world_size, "h100"))
     assert estimate(worker) is None
     assert check("DeepSeek-R1", gpus=config.world_size, **sizes) == []
     assert {"A2", "F3"} & {finding.rule for finding in errors(layout_findings(worker))}

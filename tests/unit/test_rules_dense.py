@@ -14,7 +14,7 @@ from dynamo_mpi.layout.finding import Finding
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.rules import dense
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.model_zoo import ZOO
 
 FP8_BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
@@ -32,18 +32,18 @@ def excluding(model: dict[str, Any], *names: str) -> dict[str, Any]:
     return model | {"quantization_config": model["quantization_config"] | {"modules_to_not_convert": [*names]}}
 
 
-def subject_of(model: str | dict[str, Any], tp_size: int, **engine: Any) -> Subject:
+def subject_of(model: str | dict[str, Any], tp_size: int, **engine: Any) -> LayoutSpec:
     config = merge(EngineLayers(yaml_text=json.dumps({"tensor_parallel_size": tp_size} | engine))).config
     shape = parse_model_shape(json.dumps(ZOO[model] if isinstance(model, str) else model), "config.json")
     ranks = config.world_size
-    return Subject(shape, config, Cluster(max(ranks // 8, 1), min(ranks, 8)))
+    return LayoutSpec(shape, config, Cluster(max(ranks // 8, 1), min(ranks, 8)))
 
 
-def findings_of(subject: Subject) -> list[Finding]:
+def findings_of(subject: LayoutSpec) -> list[Finding]:
     return [finding for rule in dense.RULES for finding in rule(subject)]
 
 
-def told(subject: Subject) -> list[str]:
+def told(subject: LayoutSpec) -> list[str]:
     return [f"{finding.severity.value} {finding.rule}" for finding in findings_of(subject)]
 
 

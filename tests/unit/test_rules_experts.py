@@ -28,7 +28,7 @@ from dynamo_mpi.layout.model_shape import (
 )
 from dynamo_mpi.layout.quantisation import Quantisation
 from dynamo_mpi.layout.rules import architecture, attention_dp, backends, dense, experts
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from tests.unit.model_zoo import ZOO
 
@@ -39,21 +39,21 @@ MIXTRAL = ZOO["Mixtral-8x7B"]
 
 def subject_of(
     model: str | dict[str, Any], engine: dict[str, Any], gpu: str | None = None, version: str | None = None
-) -> Subject:
+) -> LayoutSpec:
     config = merge(EngineLayers(yaml_text=json.dumps({"max_num_tokens": 2048} | engine))).config
     shape = parse_model_shape(json.dumps(ZOO[model] if isinstance(model, str) else model), "config.json")
     ranks = config.world_size
     cluster = Cluster(max(ranks // 8, 1), min(ranks, 8), gpu)
-    return Subject(shape, config, cluster, version=None if version is None else parse_trtllm_version(version))
+    return LayoutSpec(shape, config, cluster, version=None if version is None else parse_trtllm_version(version))
 
 
-def told(subject: Subject) -> list[str]:
+def told(subject: LayoutSpec) -> list[str]:
     """Return the findings of the modules under test as ``severity rule``."""
     rules = (*experts.RULES, *attention_dp.RULES)
     return [f"{finding.severity.value} {finding.rule}" for rule in rules for finding in rule(subject)]
 
 
-def only(subject: Subject, rule: str) -> Finding:
+def only(subject: LayoutSpec, rule: str) -> Finding:
     findings = [f for check in (*experts.RULES, *attention_dp.RULES) for f in check(subject) if f.rule == rule]
     assert len(findings) == 1
     return findings[0]
@@ -337,7 +337,7 @@ CONFIG = st.builds(
     st.sampled_from([None, "1.0.0", "1.2.1", "1.3.0rc22"]),
 )
 def test_no_rule_raises(shape: ModelShape, config: EngineConfig, cluster: Cluster, version: str | None) -> None:
-    subject = Subject(shape, config, cluster, version=None if version is None else parse_trtllm_version(version))
+    subject = LayoutSpec(shape, config, cluster, version=None if version is None else parse_trtllm_version(version))
     for module in (experts, backends, dense, attention_dp, architecture):
         for rule in module.RULES:
             for finding in rule(subject):

@@ -8,7 +8,7 @@ import pytest
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.nats_auth import NatsAuth
-from dynamo_mpi.discovery.runtime_compat import require_etcd, require_nats, runtime_version
+from dynamo_mpi.discovery.runtime_compat import check_runtime_can_use, require_nats, runtime_version
 
 SECURED, PLAIN = "https://h:1", "http://h:1"
 NOBODY, PASSWORD = EtcdAuth(), EtcdAuth("", "", "", "worker", "s3cret")
@@ -32,11 +32,11 @@ def test_the_installed_runtime_is_known() -> None:
     ],
 )
 def test_what_it_can_is_let_through(endpoints: list[str], auth: EtcdAuth) -> None:
-    assert require_etcd(endpoints, auth) == []
+    assert check_runtime_can_use(endpoints, auth) == []
 
 
 def test_of_a_password_whose_token_ends_there_is_a_warning() -> None:
-    (line,) = require_etcd([PLAIN], PASSWORD)
+    (line,) = check_runtime_can_use([PLAIN], PASSWORD)
     assert "--auth-token-ttl" in line
     assert "CN=worker" in line
     assert "s3cret" not in line
@@ -55,7 +55,7 @@ def test_of_a_password_whose_token_ends_there_is_a_warning() -> None:
 )
 def test_what_it_can_not_is_refused(endpoints: list[str], auth: EtcdAuth, word: str) -> None:
     with pytest.raises(UsageError, match=word) as caught:
-        require_etcd(endpoints, auth)
+        check_runtime_can_use(endpoints, auth)
     assert caught.value.fix
     assert "s3cret" not in str(caught.value)
 

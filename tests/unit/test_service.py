@@ -12,7 +12,7 @@ import pytest
 
 from dynamo_mpi.engines.protocol import GenerationRequest, Sampling
 from dynamo_mpi.engines.requests import to_generation_request
-from dynamo_mpi.runtime.serving import _first_of, _from_thread, health_payload, point_runtime_at
+from dynamo_mpi.runtime.serving import _first_of, _from_thread, export_runtime_env, health_payload
 
 
 def test_the_health_check_is_a_request_that_the_worker_serves() -> None:
@@ -44,7 +44,7 @@ def test_the_first_failure_of_the_engines_thread_arrives() -> None:
 
 def test_the_runtime_is_pointed_at_the_living(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ETCD_ENDPOINTS", "http://dead:1,http://alive:2")
-    point_runtime_at(["http://alive:2", "http://dead:1"])
+    export_runtime_env(["http://alive:2", "http://dead:1"])
     assert os.environ["ETCD_ENDPOINTS"] == "http://alive:2,http://dead:1"
 
 
@@ -56,7 +56,7 @@ def test_the_runtime_is_given_no_address_that_it_can_not_read(
 ) -> None:
     monkeypatch.setenv("ETCD_ENDPOINTS", "http://a:1")
     monkeypatch.setenv("NATS_SERVER", given)
-    point_runtime_at(["http://a:1"])
+    export_runtime_env(["http://a:1"])
     assert os.environ.get("NATS_SERVER") == expected
 
 
@@ -69,6 +69,6 @@ def test_the_runtime_is_given_no_empty_credentials(monkeypatch: pytest.MonkeyPat
         ("NATS_AUTH_NKEY", "SU"),
     ):
         monkeypatch.setenv(name, value)
-    point_runtime_at(["http://a:1"])
+    export_runtime_env(["http://a:1"])
     assert {"ETCD_AUTH_CA", "NATS_AUTH_NKEY"} <= os.environ.keys()
     assert not {"ETCD_AUTH_USERNAME", "NATS_AUTH_TOKEN"} & os.environ.keys()

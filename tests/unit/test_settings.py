@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import BootstrapError, DataError, UsageError
+from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError, UsageError
 from dynamo_mpi.config.options import Option
 from dynamo_mpi.config.worker import Settings, build_parser, load_settings
 from dynamo_mpi.config.worker_options import OPTIONS
@@ -332,7 +332,7 @@ def test_a_model_is_needed() -> None:
 )
 def test_a_bad_settings_file_is_named(tmp_path: Path, text: str, words: str) -> None:
     path = settings_file(tmp_path, text)
-    with pytest.raises(DataError, match=words) as caught:
+    with pytest.raises(ConfigFileError, match=words) as caught:
         load(*MODEL, file=path)
     assert str(path) in caught.value.found
 
@@ -341,7 +341,7 @@ def test_a_settings_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"namespace: \xe9")
     for path in (tmp_path / "absent.yaml", tmp_path, latin):
-        with pytest.raises(DataError, match=r"can't be read|is not text") as caught:
+        with pytest.raises(ConfigFileError, match=r"can't be read|is not text") as caught:
             load(*MODEL, file=path)
         assert str(path) in caught.value.found
 
@@ -365,7 +365,7 @@ def test_any_command_line_is_understood_or_refused(words: list[str], environ: di
         return
     try:
         settings = load_settings(words, environ)
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         assert error.found
     else:
         assert settings.model is not None

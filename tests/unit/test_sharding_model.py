@@ -19,7 +19,7 @@ from dynamo_mpi.layout.layout import Cluster, Layout, layout_of
 from dynamo_mpi.layout.model_shape import Experts, Feed, Layer, ModelShape
 from dynamo_mpi.layout.quantisation import FP8_BLOCK_SCALES, Quantisation
 from dynamo_mpi.layout.rules.registry import layout_findings
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 
 BLOCK = 128
@@ -57,7 +57,7 @@ def whole_blocks(items: int, ranks: int) -> bool:
 
 
 def told(shape: ModelShape, config: EngineConfig, ranks: int | None = None) -> set[str]:
-    subject = Subject(shape, config, Cluster(1, ranks or config.world_size), "decode", launched=True)
+    subject = LayoutSpec(shape, config, Cluster(1, ranks or config.world_size), "decode", launched=True)
     return {finding.rule for finding in errors(layout_findings(subject))}
 
 

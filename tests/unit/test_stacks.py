@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 
-from dynamo_mpi.supervisor.stacks import describe_stacks, own_stacks
+from dynamo_mpi.supervisor.stacks import describe_stacks, dump_stacks
 
 
 def test_the_innermost_frames_of_every_thread_that_matters() -> None:
@@ -19,7 +19,7 @@ def test_the_innermost_frames_of_every_thread_that_matters() -> None:
         started = threading.Event()
         threading.Thread(target=stuck_in_a_collective, args=(started,), name=name, daemon=True).start()
         started.wait()
-    text = own_stacks()
+    text = dump_stacks()
     release.set()
     assert text.startswith("thread MainThread:")
     assert "thread engine:" in text

@@ -17,11 +17,11 @@ from tests.conftest import ROOT
 LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 PROGRAM = """
 import asyncio, ctypes, os, sys, time
-from dynamo_mpi.supervisor.shutdown_signals import StopSignals
+from dynamo_mpi.supervisor.shutdown_signals import ShutdownSignals
 say = lambda *words: os.write(1, (" ".join(map(str, words)) + "\\n").encode())
-from dynamo_mpi.mpi.launcher import detect
+from dynamo_mpi.mpi.launcher import detect_launcher
 from dynamo_mpi.supervisor.signal_thread import signals_of
-signals = StopSignals(lambda number: (say("hurry", number), os._exit(128 + number)), signals_of(detect(os.environ).launcher))
+signals = ShutdownSignals(lambda number: (say("hurry", number), os._exit(128 + number)), signals_of(detect_launcher(os.environ).launcher))
 if sys.argv[1] == "native":
     say("there")
     while True:  # a signal ends it early
@@ -29,7 +29,7 @@ if sys.argv[1] == "native":
 async def main():
     loop = asyncio.get_running_loop()
     stop = loop.create_future()
-    signals.expect(lambda number: loop.call_soon_threadsafe(stop.set_result, number))
+    signals.on_drain_request(lambda number: loop.call_soon_threadsafe(stop.set_result, number))
     say("there")
     say("drain", await stop)
     await asyncio.sleep(float(sys.argv[2]))

@@ -8,20 +8,20 @@ import time
 
 import pytest
 
-from dynamo_mpi.mpi.job_time_limit import TimeLimit, end_in_time
-from dynamo_mpi.mpi.restart_count import attempt_of
+from dynamo_mpi.mpi.job_time_limit import JobTimeLimit, schedule_drain
+from dynamo_mpi.mpi.restart_count import restart_count
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("text", ["", "0", "tomorrow", "-5", "12.5", "UNLIMITED", "9" * 30, "١٢٣"])
 def test_what_slurm_would_not_say_is_no_limit(text: str) -> None:
-    assert TimeLimit.of({"SLURM_JOB_END_TIME": text}) is None
-    assert TimeLimit.of({}) is None
+    assert JobTimeLimit.of({"SLURM_JOB_END_TIME": text}) is None
+    assert JobTimeLimit.of({}) is None
 
 
 def test_an_end_begins_so_early_that_it_is_over_in_time() -> None:
-    limit = TimeLimit.of({"SLURM_JOB_END_TIME": "1800000000"})
+    limit = JobTimeLimit.of({"SLURM_JOB_END_TIME": "1800000000"})
     assert limit is not None
     assert limit.pause(60, 1799999900) == 40
     assert limit.pause(100, 1799999900) is None
@@ -35,8 +35,8 @@ def test_it_is_called_in_time_once_and_not_when_it_was_called_off() -> None:
     said: list[str] = []
     calls: queue.SimpleQueue[str] = queue.SimpleQueue()
     environ = {"SLURM_JOB_END_TIME": str(int(time.time()) + 63)}
-    end_in_time(environ, 60, lambda _: calls.put("called off"), said.append)()
-    end_in_time(environ, 60, calls.put, said.append)
+    schedule_drain(environ, 60, lambda _: calls.put("called off"), said.append)()
+    schedule_drain(environ, 60, calls.put, said.append)
     assert "the job's time ends at " in calls.get(timeout=20)
     assert time.time() <= int(environ["SLURM_JOB_END_TIME"]) - 58
     with pytest.raises(queue.Empty):
@@ -47,8 +47,8 @@ def test_it_is_called_in_time_once_and_not_when_it_was_called_off() -> None:
 def test_where_it_is_too_late_there_is_a_warning_and_no_end() -> None:
     said: list[str] = []
     calls: list[str] = []
-    end_in_time({"SLURM_JOB_END_TIME": str(int(time.time()) + 10)}, 60, calls.append, said.append)()
-    end_in_time({}, 60, calls.append, said.append)()
+    schedule_drain({"SLURM_JOB_END_TIME": str(int(time.time()) + 10)}, 60, calls.append, said.append)()
+    schedule_drain({}, 60, calls.append, said.append)()
     (line,) = said
     assert line.startswith("the job's time ends at ")
     assert calls == []
@@ -66,4 +66,4 @@ def test_where_it_is_too_late_there_is_a_warning_and_no_end() -> None:
     ],
 )
 def test_every_start_counts(environ: dict[str, str], attempt: int) -> None:
-    assert attempt_of(environ) == attempt
+    assert restart_count(environ) == attempt

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import DataError, UsageError
-from dynamo_mpi.common.phases import BEFORE, PHASES, RankSpans, Span
+from dynamo_mpi.common.errors import ConfigFileError, UsageError
+from dynamo_mpi.common.phases import PHASES, PROCESS_START, RankTimings, Span
 from dynamo_mpi.telemetry.startup_summary import (
     Scale,
     align,
@@ -107,7 +107,7 @@ def content(**changes: Any) -> str:
 def test_what_is_no_timeline_is_refused(tmp_path: Path, data: str) -> None:
     path = tmp_path / "start.html"
     path.write_text(data, encoding="utf-8")
-    with pytest.raises(DataError, match="is no timeline"):
+    with pytest.raises(ConfigFileError, match="is no timeline"):
         read_traces(path)
 
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         read_traces(tmp_path / "start.html")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="is no timeline"):
+    with pytest.raises(ConfigFileError, match="is no timeline"):
         read_traces(tmp_path / "bytes")
 
 
@@ -131,20 +131,20 @@ def test_the_slowest_is_named_with_how_late_it_was() -> None:
     (load,) = words_of(start)
     found = re.fullmatch(r"load took 1\d\d s; rank 13 on n001 was the slowest, (\d+\.\d) s after the median", load)
     assert found, load
-    own = sorted(span.own or 0.0 for rank in start.ranks for span in rank.spans if span.phase == "load")
+    own = sorted(span.local or 0.0 for rank in start.ranks for span in rank.spans if span.phase == "load")
     assert float(found[1]) == pytest.approx(own[-1] - (own[7] + own[8]) / 2, abs=0.1)
 
 
 def test_of_what_ranks_do_together_the_last_to_come_is_named() -> None:
     spans = [(Span("world", late, None, 10.0 - late), Span("load", 10.0, 1.0, 1.0)) for late in (0.0, 0.1, 6.0)]
-    ranks = tuple(RankSpans(rank, f"n{rank}", BEGAN, span) for rank, span in enumerate(spans))
+    ranks = tuple(RankTimings(rank, f"n{rank}", BEGAN, span) for rank, span in enumerate(spans))
     start = replace(start_of(3), ranks=ranks, written=BEGAN + 11, ready=BEGAN + 11)
     assert words_of(start)[0] == "world took 10.0 s; rank 2 on n2 came to it last, 5.90 s after the median"
 
 
 def test_ranks_that_are_alike_are_not_blamed() -> None:
     start = start_of(4, slow=99, load=1.0)
-    even = tuple(rank._replace(spans=tuple(s._replace(own=None) for s in rank.spans)) for rank in start.ranks)
+    even = tuple(rank._replace(spans=tuple(s._replace(local=None) for s in rank.spans)) for rank in start.ranks)
     assert not [line for line in words_of(replace(start, ranks=even)) if "slowest" in line]
 
 
@@ -204,7 +204,7 @@ def test_hours_of_serving_leave_the_start_its_room() -> None:
     places = [scale.x(scale.end * share / 500) for share in range(501)]
     assert places == sorted(places)
     assert not [moment for moment, _ in scale.ticks() if first < moment < last]
-    alone = RankSpans(0, "n0", BEGAN, (Span("serve", 0.0, None, 9.0),))
+    alone = RankTimings(0, "n0", BEGAN, (Span("serve", 0.0, None, 9.0),))
     assert scale_for([rows_of(replace(start, ranks=(alone,), written=BEGAN + 9), BEGAN)], 0.0, 1.0).calm is None
     fresh = start_of(16)
     assert scale_for([rows_of(fresh, fresh.origin)], 0.0, 1000.0).calm is None
@@ -259,14 +259,17 @@ def test_a_page_is_small_and_has_it_all_in_numbers_too(start: StartupTrace) -> N
     written = page([start])
     assert len(written.encode()) < MOST_BYTES
     table = re.findall(r'<th scope="row">(\w+)</th>', written)
-    assert table == [BEFORE, *PHASES[: PHASES.index("drain")]]
+    assert table == [PROCESS_START, *PHASES[: PHASES.index("drain")]]
     assert not re.findall(r"(?:https?:)?//|@import|url\((?!#h)", re.sub(r"dyn://", "", written))
 
 
 def test_a_page_of_every_phase_of_512_ranks_is_small() -> None:
     """All of them wide enough to be seen, each with a part that waits."""
-    spans = (Span(BEFORE, -10.0, None, 10.0), *(Span(phase, 10.0 * at, 5.123, 10.0) for at, phase in enumerate(PHASES)))
-    ranks = tuple(RankSpans(rank, f"node-{rank // 8:04}", BEGAN + rank / 977, spans) for rank in range(512))
+    spans = (
+        Span(PROCESS_START, -10.0, None, 10.0),
+        *(Span(phase, 10.0 * at, 5.123, 10.0) for at, phase in enumerate(PHASES)),
+    )
+    ranks = tuple(RankTimings(rank, f"node-{rank // 8:04}", BEGAN + rank / 977, spans) for rank in range(512))
     start = replace(start_of(512), ranks=ranks, written=BEGAN + 100, ready=BEGAN + 70)
     written = page([start])
     assert written.count('<rect class="b ') == 512 * (len(PHASES) + 1)
@@ -309,7 +312,7 @@ def test_text_that_cannot_be_shown_is_replaced() -> None:
 
 
 numbers = st.none() | st.floats(-1e7, 1e7)
-spans = st.builds(Span, st.sampled_from((BEFORE, *PHASES)), st.floats(-1e7, 1e7), numbers, numbers)
+spans = st.builds(Span, st.sampled_from((PROCESS_START, *PHASES)), st.floats(-1e7, 1e7), numbers, numbers)
 ranks = st.lists(st.lists(spans, max_size=6), min_size=1, max_size=4)
 
 
@@ -317,7 +320,7 @@ ranks = st.lists(st.lists(spans, max_size=6), min_size=1, max_size=4)
 def test_whatever_ranks_tell_can_be_drawn(told: list[list[Span]], written: float, ready: float | None) -> None:
     start = replace(
         start_of(1),
-        ranks=tuple(RankSpans(rank, f"n{rank // 2}", BEGAN, tuple(of)) for rank, of in enumerate(told)),
+        ranks=tuple(RankTimings(rank, f"n{rank // 2}", BEGAN, tuple(of)) for rank, of in enumerate(told)),
         written=BEGAN + written,
         ready=None if ready is None else BEGAN + ready,
     )

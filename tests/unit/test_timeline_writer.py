@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import pytest
 
-from dynamo_mpi.common.failure import Cause, Failure
+from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.discovery.records import RecordedLayout, WorkerRecord
-from dynamo_mpi.supervisor.progress import Roll
-from dynamo_mpi.supervisor.supervisor import Guard
+from dynamo_mpi.supervisor.progress import ProgressTracker
+from dynamo_mpi.supervisor.supervisor import WorldSupervisor
 from dynamo_mpi.telemetry import trace_writer
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.trace_writer import TraceWriter, perfetto_path, remove_stale_timeline
@@ -44,10 +44,10 @@ RECORD = WorkerRecord(
 
 
 def writer_of(path: Path, *failures: Failure) -> TraceWriter:
-    phases = Phases()
+    phases = PhaseTracker()
     phases.begin("load")
-    guard = SimpleNamespace(failures=failures, roll=Roll(["n0", "n1"], phases))
-    return TraceWriter(path, RECORD, cast(Guard, guard), RankLogger(0, "n0"))
+    guard = SimpleNamespace(failures=failures, tracker=ProgressTracker(["n0", "n1"], phases))
+    return TraceWriter(path, RECORD, cast(WorldSupervisor, guard), RankLogger(0, "n0"))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,11 @@ def writer_of(path: Path, *failures: Failure) -> TraceWriter:
     [
         ((), "ended", None),
         ((Failure(1, 70, "Traceback (most recent call last):\n  x\nOSError: a\x00b\n", phase="load"),), "failed", 1),
-        ((Failure(0, 143, "stopped by SIGTERM\n  do: x", Cause.SIGNAL, "load"), Failure(1, 70, "y")), "stopped", None),
+        (
+            (Failure(0, 143, "stopped by SIGTERM\n  do: x", DetectedBy.SIGNAL, "load"), Failure(1, 70, "y")),
+            "stopped",
+            None,
+        ),
     ],
 )
 def test_how_it_came_out_is_told(tmp_path: Path, failures: tuple[Failure, ...], outcome: str, told: int | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_mpi.common.trace_context import describe_trouble, trace_of
+from dynamo_mpi.common.trace_context import invalid_reason, trace_of
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 GOOD = f"00-{TRACE}-{SPAN}-01"
@@ -14,14 +14,14 @@ GOOD = f"00-{TRACE}-{SPAN}-01"
 def test_a_trace_is_read() -> None:
     trace = trace_of({"TRACEPARENT": GOOD, "TRACESTATE": "a=1,b=2"})
     assert trace == (GOOD, TRACE, SPAN, 1, "a=1,b=2")
-    assert describe_trouble({"TRACEPARENT": GOOD}) == ""
+    assert invalid_reason({"TRACEPARENT": GOOD}) == ""
 
 
 @pytest.mark.parametrize("text", ["", "  "])
 def test_none_is_no_trouble(text: str) -> None:
     assert trace_of({"TRACEPARENT": text, "TRACESTATE": "a=1"}) is None
-    assert describe_trouble({"TRACEPARENT": text}) == ""
-    assert describe_trouble({}) == ""
+    assert invalid_reason({"TRACEPARENT": text}) == ""
+    assert invalid_reason({}) == ""
 
 
 def test_a_later_version_is_read_as_far_as_it_is_known() -> None:
@@ -49,4 +49,4 @@ def test_a_later_version_is_read_as_far_as_it_is_known() -> None:
 )
 def test_what_is_none_is_ignored_with_a_word(text: str) -> None:
     assert trace_of({"TRACEPARENT": text}) is None
-    assert describe_trouble({"TRACEPARENT": text}).startswith(f"TRACEPARENT is '{text}', which names no trace")
+    assert invalid_reason({"TRACEPARENT": text}).startswith(f"TRACEPARENT is '{text}', which names no trace")

@@ -12,10 +12,10 @@ import pytest
 from dynamo_mpi import __version__
 from dynamo_mpi.checks.gpu_facts import NodeGpus
 from dynamo_mpi.checks.host_facts import HostFacts
-from dynamo_mpi.checks.preflight import Plan, Verdict, judge, read_plan
-from dynamo_mpi.checks.rank_facts import HostRow
-from dynamo_mpi.checks.rank_report import Card
-from dynamo_mpi.common.errors import DataError, ModelError
+from dynamo_mpi.checks.preflight import PreflightInputs, PreflightResult, evaluate, load_inputs
+from dynamo_mpi.checks.rank_facts import RankFacts
+from dynamo_mpi.checks.rank_report import RankReport
+from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.layout.finding import errors
@@ -23,17 +23,19 @@ from tests.unit.models import LLAMA_4, SMOLLM2
 from tests.unit.test_host_rules import B200, GIB, facts, gpu, node, rows
 
 
-def make_plan(folder: Path, config: dict[str, Any] = SMOLLM2, engine: str | None = None, *flags: str) -> Plan:
+def make_plan(
+    folder: Path, config: dict[str, Any] = SMOLLM2, engine: str | None = None, *flags: str
+) -> PreflightInputs:
     (folder / "config.json").write_text(json.dumps(config))
     argv = ["--model", str(folder), *flags]
     if engine is not None:
         (folder / "engine.yaml").write_text(engine)
         argv += ["--engine-config", str(folder / "engine.yaml")]
-    return read_plan(load_settings(argv, {}), argv)
+    return load_inputs(load_settings(argv, {}), argv)
 
 
-def cards(*hosts: str, problems: dict[int, tuple[str, ...]] | None = None) -> list[Card]:
-    return [Card(host, "", "1.0", (problems or {}).get(rank, ())) for rank, host in enumerate(hosts)]
+def cards(*hosts: str, problems: dict[int, tuple[str, ...]] | None = None) -> list[RankReport]:
+    return [RankReport(host, "", "1.0", (problems or {}).get(rank, ())) for rank, host in enumerate(hosts)]
 
 
 def test_a_plan_holds_what_rank_0_has_read(tmp_path: Path) -> None:
@@ -55,16 +57,16 @@ def test_without_an_engine_config_the_model_alone_is_watched(tmp_path: Path) -> 
 
 def test_a_missing_model_is_a_model_error(tmp_path: Path) -> None:
     for folder, words in ((tmp_path / "absent", "model folder .*absent"), (tmp_path, r"model config .*config\.json")):
-        with pytest.raises(ModelError, match=f"{words}.* can't be read") as caught:
-            read_plan(load_settings(["--model", str(folder)], {}), [])
+        with pytest.raises(ModelNotFoundError, match=f"{words}.* can't be read") as caught:
+            load_inputs(load_settings(["--model", str(folder)], {}), [])
         assert caught.value.exit_code == 66
 
 
 def test_a_file_in_the_folders_place_is_a_model_error(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.touch()
-    with pytest.raises(ModelError, match="Not a directory"):
-        read_plan(load_settings(["--model", str(path)], {}), [])
+    with pytest.raises(ModelNotFoundError, match="Not a directory"):
+        load_inputs(load_settings(["--model", str(path)], {}), [])
 
 
 @pytest.mark.parametrize("make", ["absent", "folder", "binary", "list"])
@@ -77,14 +79,14 @@ def test_a_bad_engine_config_is_a_data_error(tmp_path: Path, make: str) -> None:
         path.write_bytes(b"a: \xff")
     elif make == "list":
         path.write_text("- a")
-    with pytest.raises(DataError, match=r"engine\.yaml") as caught:
-        read_plan(load_settings(["--model", str(tmp_path), "--engine-config", str(path)], {}), [])
+    with pytest.raises(ConfigFileError, match=r"engine\.yaml") as caught:
+        load_inputs(load_settings(["--model", str(tmp_path), "--engine-config", str(path)], {}), [])
     assert caught.value.exit_code == 65
 
 
 def test_all_is_well_in_one_line(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, SMOLLM2, "tensor_parallel_size: 3")
-    verdict = judge(plan, cards("n1", "n1", "n1"))
+    verdict = evaluate(plan, cards("n1", "n1", "n1"))
     assert verdict.exit_code is ExitCode.OK
     assert verdict.findings == ()
     assert "\n" not in verdict.report
@@ -95,7 +97,7 @@ def test_all_is_well_in_one_line(tmp_path: Path) -> None:
 def test_a_layout_over_nodes_is_described(tmp_path: Path) -> None:
     engine = "tensor_parallel_size: 2\npipeline_parallel_size: 6"
     plan = make_plan(tmp_path, LLAMA_4, engine)
-    report = judge(plan, cards(*["n1"] * 4, *["n2"] * 4, *["n3"] * 4)).report
+    report = evaluate(plan, cards(*["n1"] * 4, *["n2"] * 4, *["n3"] * 4)).report
     for word in ("tp 2", "pp 6", "12 ranks", "3 nodes", "n1", "n3"):
         assert word in report
 
@@ -114,16 +116,16 @@ P1, P2, P3 = "command line: is `a`", "engine config: /e differs", "model: /m lac
         ("tensor_parallel_size: 3", cards(*"aaa", problems={1: (P2,)}), ExitCode.DATA, ["P2"]),
         ("tensor_parallel_size: 3", cards(*"aaa", problems={1: (P3,)}), ExitCode.NO_MODEL, ["P3"]),
         ("tensor_parallel_size: 3", cards(*"aaa", problems={1: (P2, P3)}), ExitCode.DATA, ["P2", "P3"]),
-        ("tensor_parallel_size: 3", [*cards(*"aa"), Card("a", "", "2.0", ())], ExitCode.USAGE, ["P4"]),
+        ("tensor_parallel_size: 3", [*cards(*"aa"), RankReport("a", "", "2.0", ())], ExitCode.USAGE, ["P4"]),
         ("tensor_parallel_size: 9", cards(*"aaaaaaaaa"), ExitCode.ILLEGAL_LAYOUT, ["E1"]),
         ("tensor_paralel_size: 3", cards("a"), ExitCode.DATA, ["H"]),
         ("tensor_parallel_size: 3\npipeline_parallel_size: 3", cards(*"aaabbbccc"), ExitCode.OK, []),
     ],
 )
 def test_the_first_error_decides_the_exit_code_and_all_are_reported(
-    tmp_path: Path, engine: str, answers: list[Card], code: ExitCode, rules: list[str]
+    tmp_path: Path, engine: str, answers: list[RankReport], code: ExitCode, rules: list[str]
 ) -> None:
-    verdict = judge(make_plan(tmp_path, SMOLLM2, engine), answers)
+    verdict = evaluate(make_plan(tmp_path, SMOLLM2, engine), answers)
     assert verdict.exit_code is code
     assert [finding.rule for finding in errors(verdict.findings)] == rules
     if rules:
@@ -147,20 +149,20 @@ WHOLE_LLAMA: dict[str, Any] = {
 TP8, TP4 = "tensor_parallel_size: 8", "tensor_parallel_size: 4"
 
 
-def cards_of(some: list[HostRow], *, version: str = __version__) -> list[Card]:
+def cards_of(some: list[RankFacts], *, version: str = __version__) -> list[RankReport]:
     """Return the rows as the ranks would have sent them."""
-    sent = [Card(row.host, "", __version__, (), row.facts.pack(), row.gpus.pack()) for row in some]
-    return [Card.unpack(card.pack())._replace(version=version) for card in sent]
+    sent = [RankReport(row.host, "", __version__, (), row.facts.pack(), row.gpus.pack()) for row in some]
+    return [RankReport.unpack(card.pack())._replace(version=version) for card in sent]
 
 
-def judged(folder: Path, some: list[HostRow], engine: str = TP4, *flags: str, **config: Any) -> Verdict:
+def judged(folder: Path, some: list[RankFacts], engine: str = TP4, *flags: str, **config: Any) -> PreflightResult:
     """Judge as a preflight that no probe follows."""
     always = ("--engine", "trtllm", "--trtllm-version", "1.2.1", "--probe", "none")
     plan = make_plan(folder, {**WHOLE_LLAMA, **config}, engine, *always, *flags)
-    return judge(plan, cards_of(some))
+    return evaluate(plan, cards_of(some))
 
 
-def told(verdict: Verdict) -> list[str]:
+def told(verdict: PreflightResult) -> list[str]:
     return [f"{one.severity.value} {one.rule}" for one in verdict.findings if one.severity.value != "info"]
 
 
@@ -224,7 +226,7 @@ def unlike(version: str) -> HostFacts:
     ],
 )
 def test_hosts_and_gpus_that_will_not_do_are_a_mislaunch(
-    tmp_path: Path, some: list[HostRow], rules: list[str], words: str
+    tmp_path: Path, some: list[RankFacts], rules: list[str], words: str
 ) -> None:
     verdict = judged(tmp_path, some)
     assert [rule for rule in told(verdict) if rule.startswith("error")] == rules
@@ -258,24 +260,24 @@ def test_without_gpus_by_permission_the_other_rules_go_on(tmp_path: Path) -> Non
 def test_what_ranks_of_another_version_tell_is_not_read(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, WHOLE_LLAMA, "tensor_parallel_size: 2", "--engine", "trtllm")
     own, *_ = cards_of(rows("aa"))
-    verdict = judge(plan, [own, Card("a", "", "99.0", ())])
+    verdict = evaluate(plan, [own, RankReport("a", "", "99.0", ())])
     assert [one.rule for one in errors(verdict.findings)] == ["P4"]
 
 
 def test_hosts_are_judged_for_tensorrt_llm_alone(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, WHOLE_LLAMA, TP4)
-    assert judge(plan, cards_of(rows("aaaa", [NodeGpus()] * 4))).exit_code is ExitCode.OK
+    assert evaluate(plan, cards_of(rows("aaaa", [NodeGpus()] * 4))).exit_code is ExitCode.OK
 
 
 @pytest.mark.parametrize("path", ["absent.yaml", ".", r'"a\0b"'])
 def test_a_load_balancer_that_can_not_be_read_is_a_finding(tmp_path: Path, path: str) -> None:
     named = path if "0" in path else str(tmp_path / path)
-    verdict = judge(make_plan(tmp_path, WHOLE_LLAMA, f"moe_config: {{load_balancer: {named}}}"), cards("a"))
+    verdict = evaluate(make_plan(tmp_path, WHOLE_LLAMA, f"moe_config: {{load_balancer: {named}}}"), cards("a"))
     assert "D4" in [one.rule for one in errors(verdict.findings)]
     assert verdict.exit_code is ExitCode.ILLEGAL_LAYOUT
 
 
 def test_a_load_balancer_that_is_none_is_a_data_error(tmp_path: Path) -> None:
     (tmp_path / "balancer.yaml").write_text("- a")
-    with pytest.raises(DataError, match=r"balancer\.yaml"):
+    with pytest.raises(ConfigFileError, match=r"balancer\.yaml"):
         make_plan(tmp_path, WHOLE_LLAMA, f"moe_config: {{load_balancer: {tmp_path}/balancer.yaml}}")

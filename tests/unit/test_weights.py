@@ -16,7 +16,7 @@ from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import Experts, Feed, LatentAttention, Layer, Mixer, ModelShape, StateSpace
 from dynamo_mpi.layout.quantisation import Quantisation
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.weights import missing_sizes, stage_weights, total_parameters
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
@@ -100,8 +100,8 @@ def shape_of(name: str) -> ModelShape:
     return parse_model_shape(json.dumps(ZOO[name]), f"{name}/config.json", json.dumps(quant) if quant else None)
 
 
-def subject(shape: ModelShape, nodes: int = 1, gpus: int = 8, **keys: Any) -> Subject:
-    return Subject(shape, EngineConfig(**keys), Cluster(nodes, gpus))
+def subject(shape: ModelShape, nodes: int = 1, gpus: int = 8, **keys: Any) -> LayoutSpec:
+    return LayoutSpec(shape, EngineConfig(**keys), Cluster(nodes, gpus))
 
 
 @pytest.mark.parametrize("name", sorted(set(ZOO) - UNKNOWN))

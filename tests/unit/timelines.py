@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
-from dynamo_mpi.common.phases import BEFORE, RankSpans, Span
+from dynamo_mpi.common.phases import PROCESS_START, RankTimings, Span
 from dynamo_mpi.discovery.records import RecordedLayout
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, FailureMark, StartupTrace
 
@@ -53,7 +53,7 @@ def start_of(
     told = []
     for rank, birth in enumerate(births):
         spans = [
-            Span(BEFORE, -0.8, None, 0.8),
+            Span(PROCESS_START, -0.8, None, 0.8),
             Span("environment", 0.0, None, 0.02),
             Span("world", 0.02, None, joined - birth - 0.02),
             Span("preflight", joined - birth, 0.7, judged - joined),
@@ -71,7 +71,7 @@ def start_of(
             if serving is not None:
                 spans.append(Span("drain", loaded - birth + 4.6 + serving, 1.0, 4.0))
                 spans.append(Span("exit", loaded - birth + 8.6 + serving, None, 2.0))
-        told.append(RankSpans(rank, host.format(rank // per_node), began + 0.8 + birth, tuple(spans)))
+        told.append(RankTimings(rank, host.format(rank // per_node), began + 0.8 + birth, tuple(spans)))
     ready = None if stopped is not None else began + 0.8 + loaded + 4.6
     written = began + 0.8 + (stopped if stopped is not None else loaded + 4.7 + ((serving or 0) + 6 if serving else 0))
     return StartupTrace(
@@ -106,15 +106,17 @@ def skewed() -> StartupTrace:
     odd = (
         *spans[:2],
         spans[2]._replace(began=-50.0),
-        spans[3]._replace(lasted=-3.0),
-        spans[4]._replace(own=1e6),
+        spans[3]._replace(total=-3.0),
+        spans[4]._replace(local=1e6),
         *spans[5:],
     )
-    ranks = (first, second._replace(spans=odd), *others, RankSpans(4, "n9", 0.0, ()))
+    ranks = (first, second._replace(spans=odd), *others, RankTimings(4, "n9", 0.0, ()))
     return replace(start, ranks=ranks)
 
 
 def services() -> StartupTrace:
     """Return what the services of a deployment told."""
-    parts = [RankSpans(at, "n0", BEGAN, (Span(name, 0.0, None, 1.0 + at),)) for at, name in enumerate(("etcd", "nats"))]
+    parts = [
+        RankTimings(at, "n0", BEGAN, (Span(name, 0.0, None, 1.0 + at),)) for at, name in enumerate(("etcd", "nats"))
+    ]
     return StartupTrace("services", "launch", "", "", "", ENDED, BEGAN + 10, None, tuple(parts))

@@ -75,7 +75,7 @@ def _errors(code_of: ExitCode) -> str:
     kinds = [
         kind
         for kind in vars(errors).values()
-        if inspect.isclass(kind) and issubclass(kind, errors.BootstrapError) and kind is not errors.BootstrapError
+        if inspect.isclass(kind) and issubclass(kind, errors.DynamoMpiError) and kind is not errors.DynamoMpiError
     ]
     return "; ".join(
         f"`{kind.__name__}`: {plain(kind.__doc__ or '').rstrip('.')}" for kind in kinds if kind.exit_code == code_of

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.common.signals import Interrupted, Interrupts
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say("\n".join(f"[{error.part}] {line}" for line in error.log.splitlines()))
         _say(str(error))
         return error.status
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         _say(str(error))
         return error.exit_code
     except OSError as error:

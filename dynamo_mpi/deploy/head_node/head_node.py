@@ -9,7 +9,7 @@ import secrets
 import socket
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import BootstrapError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.host_address import service_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK
@@ -119,7 +119,7 @@ class HeadNode(ServiceStack):
         names = (address, LOOPBACK, "localhost", socket.gethostname())
         try:
             certificates = make_certificates(self._folder / "certificates", names)
-        except BootstrapError:
+        except DynamoMpiError:
             self._interrupts.check()  # Ctrl-C and scancel end openssl as well
             raise
         password = secrets.token_hex(24)

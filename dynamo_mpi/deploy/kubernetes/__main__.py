@@ -9,11 +9,11 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.private_dir import private_dir
-from dynamo_mpi.deploy.kubernetes.leader_pod import Leader
+from dynamo_mpi.deploy.kubernetes.leader_pod import LeaderPod
 from dynamo_mpi.deploy.kubernetes.settings import PROGRAM, load_join, load_lead
-from dynamo_mpi.deploy.kubernetes.worker_pod import Joiner
+from dynamo_mpi.deploy.kubernetes.worker_pod import WorkerPod
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,17 +41,17 @@ def main(argv: Sequence[str]) -> int:
             needed="lead or join",
             fix=f"{PROGRAM} lead --help, {PROGRAM} join --help",
         )
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         _say(str(error))
         return error.exit_code
 
 
 async def _lead(settings: LeadSettings, folder: Path) -> int:
-    return await Leader(settings, folder, _say).run()
+    return await LeaderPod(settings, folder, _say).run()
 
 
 async def _join(settings: JoinSettings, host: str, folder: Path) -> int:
-    return await Joiner(settings, host, folder, _say).run()
+    return await WorkerPod(settings, host, folder, _say).run()
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.errors import BootstrapError, DeadlineError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError, UsageError
 from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 from dynamo_mpi.common.host_address import service_address
 from dynamo_mpi.common.subprocess import kill_session
@@ -40,7 +40,7 @@ class _Pod(NamedTuple):
     answers: asyncio.Queue[dict[str, Any]]
 
 
-class Leader:
+class LeaderPod:
     """One group's leader.
 
     Args:
@@ -62,7 +62,7 @@ class Leader:
         """Run the group to its end; returns mpirun's exit code, or 128 + n where a signal came before.
 
         Raises:
-            DeadlineError: not all pods have come in time.
+            PhaseTimeoutError: not all pods have come in time.
             UsageError: this pod has no such address, or mpirun can't be started.
         """
         loop = asyncio.get_running_loop()
@@ -92,7 +92,7 @@ class Leader:
                 code = await self._launch()
             else:
                 code = of_signal(self._signal)
-        except BootstrapError as error:
+        except DynamoMpiError as error:
             code = error.exit_code
             raise
         finally:
@@ -114,7 +114,7 @@ class Leader:
                 await asyncio.wait_for(self._changed.wait(), end - asyncio.get_running_loop().time())
             except asyncio.TimeoutError:
                 missing = sorted(set(range(1, self._settings.pods)) - self._pods.keys())
-                raise DeadlineError(
+                raise PhaseTimeoutError(
                     f"after {self._settings.timeout:g} s these pods have not joined: {', '.join(map(str, missing))}",
                     needed="all pods of the group, each calling this one",
                     fix="kubectl get pods, and the logs of those that are missing; a NetworkPolicy must let them in",

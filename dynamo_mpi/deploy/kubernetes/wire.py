@@ -20,7 +20,7 @@ import secrets
 import socket
 from typing import Any
 
-from dynamo_mpi.common.errors import AuthorisationError
+from dynamo_mpi.common.errors import AuthorizationError
 
 MOST_LINE = 1 << 18
 HANDSHAKE_SECONDS = 10.0
@@ -112,7 +112,7 @@ async def introduce(
         The connection; None where the leader went away meanwhile.
 
     Raises:
-        AuthorisationError: the leader doesn't know our secret, or we not its.
+        AuthorizationError: the leader doesn't know our secret, or we not its.
     """
     nonce = secrets.token_hex(_NONCE_BYTES)
     hello = await _line(reader)
@@ -123,7 +123,7 @@ async def introduce(
     writer.write(json.dumps({"nonce": nonce, "index": index, "host": host, "proof": proof}).encode() + b"\n")
     answer = (_object(await _line(reader)) or {}).get("proof")
     if not isinstance(answer, str) or not _is_same(answer, _prove(secret, "lead", theirs, nonce, index, host)):
-        raise AuthorisationError(
+        raise AuthorizationError(
             "the leader refused this pod, or couldn't prove that it is the leader",
             needed="the same secret in all pods of a group",
             fix="mount one Secret in all of them; see --secret-file",

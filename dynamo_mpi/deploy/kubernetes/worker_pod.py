@@ -10,7 +10,7 @@ import shutil
 import signal
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import DeadlineError
+from dynamo_mpi.common.errors import PhaseTimeoutError
 from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.daemon_command import refuse_other_than_daemon
@@ -28,7 +28,7 @@ _AGAIN_SECONDS = 1.0
 _END_SECONDS = 5.0
 
 
-class Joiner:
+class WorkerPod:
     """One pod that isn't the leader's.
 
     Args:
@@ -53,8 +53,8 @@ class Joiner:
             The leader's exit code; 75 where the leader went without one; 128 + n where a signal came before anything ran.
 
         Raises:
-            AuthorisationError: the secret isn't the leader's.
-            DeadlineError: the leader isn't there in time.
+            AuthorizationError: the secret isn't the leader's.
+            PhaseTimeoutError: the leader isn't there in time.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -103,7 +103,7 @@ class Joiner:
             except (OSError, asyncio.TimeoutError) as error:
                 why = str(error) or why
             await asyncio.sleep(_AGAIN_SECONDS)
-        raise DeadlineError(
+        raise PhaseTimeoutError(
             f"the leader {self._settings.leader} port {self._settings.port} can't be reached: {why}",
             needed=f"the leader's pod, within {self._settings.timeout:g} s",
             fix="look at its log; its name needs a headless service, and a NetworkPolicy must let this pod in",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dynamo_mpi.common.errors import ModelError
+from dynamo_mpi.common.errors import ModelNotFoundError
 
 
 def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:
@@ -17,13 +17,13 @@ def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:
 
     Raises:
         UsageError: no model is installed.
-        ModelError: there is no such model.
+        ModelNotFoundError: there is no such model.
     """
     # imported here: a refusal before this point needs no numpy
     from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 
     if given is not None and not given.exists():
-        raise ModelError(f"there is no {given}", needed="a model folder or a GGUF file")
+        raise ModelNotFoundError(f"there is no {given}", needed="a model folder or a GGUF file")
     if given is not None and given.is_dir():
         return given.resolve(), given.resolve().name
     gguf = find_default_gguf() if given is None else given.resolve()

@@ -7,8 +7,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError, UsageError
-from dynamo_mpi.common.phases import RankSpans, Span
+from dynamo_mpi.common.errors import DynamoMpiError, UsageError
+from dynamo_mpi.common.phases import RankTimings, Span
 from dynamo_mpi.telemetry.startup_trace import ENDED, StartupTrace, printable, read_traces
 from dynamo_mpi.telemetry.trace_writer import write_timeline
 
@@ -34,12 +34,12 @@ def draw_stack(path: Path, pages: Sequence[Path], began: float, written: float, 
     """
     host = printable(os.uname().nodename.partition(".")[0])
     services = tuple(
-        RankSpans(at, host, began, (Span(name, 0.0, None, seconds[name]),))
+        RankTimings(at, host, began, (Span(name, 0.0, None, seconds[name]),))
         for at, name in enumerate(name for name in _SERVICES if name in seconds)
     )
     starts = [StartupTrace("services", "launch", "", "", "", ENDED, written, None, services)] if services else []
     for page in pages:
-        with contextlib.suppress(BootstrapError):
+        with contextlib.suppress(DynamoMpiError):
             starts += read_traces(page)
     if not starts:
         return

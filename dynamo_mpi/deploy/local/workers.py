@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.pdeathsig_command import tethered
+from dynamo_mpi.common.pdeathsig_command import with_pdeathsig
 from dynamo_mpi.common.ports import LOOPBACK
 
 StackRole = Literal["agg", "disagg"]
@@ -100,7 +100,7 @@ class MpirunWorker:
             *(() if self.timeline is None else ("--timeline", str(self.timeline))),
             *(() if role == "agg" else ("--kv-network", LOOPBACK)),
         )
-        return (*self.mpirun, "-n", str(self.spec.tp_size), *tethered(worker, rank_logs=self.rank_logs))
+        return (*self.mpirun, "-n", str(self.spec.tp_size), *with_pdeathsig(worker, rank_logs=self.rank_logs))
 
     def environment(self) -> dict[str, str]:
         own = {

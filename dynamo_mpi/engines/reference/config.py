@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynamo_mpi.common.errors import DataError, LayoutError
+from dynamo_mpi.common.errors import ConfigFileError, LayoutError
 
 _DEFAULT_CONTEXT = 2048
 
@@ -30,7 +30,7 @@ class ReferenceConfig:
         kv_pull_seconds: how long fetching the KV of one request may take.
 
     Raises:
-        DataError: a value that no engine can have.
+        ConfigFileError: a value that no engine can have.
         LayoutError: context parallelism.
     """
 
@@ -51,9 +51,11 @@ class ReferenceConfig:
         for name in ("tp_size", "pp_size", "max_batch_size", "max_num_tokens", "max_seq_len", "kv_block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise DataError(f"{name} is {value}", needed=f"{name} of at least 1", fix="correct the engine config")
+                raise ConfigFileError(
+                    f"{name} is {value}", needed=f"{name} of at least 1", fix="correct the engine config"
+                )
         if self.max_num_tokens < self.max_batch_size:
-            raise DataError(
+            raise ConfigFileError(
                 f"max_num_tokens {self.max_num_tokens} is smaller than max_batch_size {self.max_batch_size}",
                 needed="room for one token of every running sequence in each step",
                 fix=f"set max_num_tokens to {self.max_batch_size} or more in the engine config",
@@ -69,12 +71,12 @@ class ReferenceConfig:
         """Return the tokens one request may have.
 
         Raises:
-            DataError: ``max_seq_len`` is beyond what the model was made for.
+            ConfigFileError: ``max_seq_len`` is beyond what the model was made for.
         """
         if self.max_seq_len is None:
             return min(model_context, _DEFAULT_CONTEXT)
         if self.max_seq_len > model_context:
-            raise DataError(
+            raise ConfigFileError(
                 f"max_seq_len is {self.max_seq_len}, the model's context {model_context} tokens",
                 needed=f"max_seq_len of at most {model_context}",
                 fix="lower max_seq_len in the engine config",

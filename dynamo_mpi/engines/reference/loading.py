@@ -49,9 +49,9 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
     """Read this rank's share of the weights and lay out its KV cache. Collective.
 
     Raises:
-        ModelError: the model can't be read, or is not one this engine computes.
+        ModelNotFoundError: the model can't be read, or is not one this engine computes.
         LayoutError: the model can't be split like this.
-        DataError: ``max_seq_len`` is beyond the model's context.
+        ConfigFileError: ``max_seq_len`` is beyond the model's context.
         UsageError: this host has no address for KV as it was asked for.
         EngineError: the memory is too small, or KV can't be served.
     """

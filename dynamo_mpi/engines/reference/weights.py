@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamo_mpi.common.errors import ModelError
+from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.engines.reference.shape import LlamaShape, Share, Stage, share_of, stage_of
 
 Float32Array = NDArray[np.float32]
@@ -128,7 +128,7 @@ def open_model(model_dir: Path) -> ModelFile:
     """Map the weights file of a model folder; pages are read as they are used.
 
     Raises:
-        ModelError: there is none, or it is incomplete or of another version.
+        ModelNotFoundError: there is none, or it is incomplete or of another version.
     """
     path = model_dir / WEIGHTS_NAME
     convert = f"python -m dynamo_mpi.engines.reference.convert_gguf MODEL.gguf {model_dir}"
@@ -147,7 +147,7 @@ def open_model(model_dir: Path) -> ModelFile:
             tensors[name] = np.frombuffer(contents, "<f4", math.prod(size), length + start).reshape(size)
         return ModelFile(path, metadata["fingerprint"], shape, tensors)
     except FileNotFoundError:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"the model folder {model_dir} does not exist"
             if not model_dir.is_dir()
             else f"the model folder {model_dir} holds no {WEIGHTS_NAME}",
@@ -155,11 +155,11 @@ def open_model(model_dir: Path) -> ModelFile:
             fix=convert,
         ) from None
     except OSError as error:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"{path} cannot be read: {error.strerror}", needed="a readable file", fix="check its permissions"
         ) from error
     except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise ModelError(
+        raise ModelNotFoundError(
             f"{path} is not a usable weights file: {error}",
             needed="a complete file, as this version of dynamo-mpi writes it",
             fix=convert,

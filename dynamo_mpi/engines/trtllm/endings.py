@@ -8,7 +8,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import BootstrapError, DeadlineError, DiscoveryError, EngineError
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, EngineError, PhaseTimeoutError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.engines.trtllm.process import describe_end
 
@@ -21,16 +21,16 @@ _LINES_TOLD = 12
 _LOST_WORDS = "Unable to maintain lease"
 
 
-def stopped(seconds: float, pid: int) -> BootstrapError:
+def stopped(seconds: float, pid: int) -> DynamoMpiError:
     """Say that ``dynamo.trtllm`` has been stopped, as by SIGSTOP, for too long."""
-    return DeadlineError(
+    return PhaseTimeoutError(
         f"dynamo.trtllm has been stopped for {seconds:g} s",
         needed="a process that runs: nobody is answered meanwhile, and its lease in etcd ends",
         fix=f"find out who has stopped process {pid}, a debugger perhaps; --heartbeat-timeout gives it longer",
     )
 
 
-class EndedError(BootstrapError):
+class ChildExitError(DynamoMpiError):
     """``dynamo.trtllm`` ended and nobody had asked it to, or otherwise than it was asked to.
 
     Args:
@@ -59,7 +59,7 @@ class EndedError(BootstrapError):
             self.exit_code = ExitCode.TEMPORARY
 
 
-def proof_error(news: Mapping[str, Any], *, registered: bool) -> BootstrapError:
+def proof_error(news: Mapping[str, Any], *, registered: bool) -> DynamoMpiError:
     """Return why a worker could not be proven.
 
     Args:
@@ -79,7 +79,7 @@ def proof_error(news: Mapping[str, Any], *, registered: bool) -> BootstrapError:
 
 
 @contextmanager
-def within(seconds: float, late: Callable[[], object]) -> Iterator[None]:
+def call_if_late(seconds: float, late: Callable[[], object]) -> Iterator[None]:
     """Call ``late``, from a thread, when the body takes longer."""
     timer = threading.Timer(seconds, late)
     timer.daemon = True
@@ -94,7 +94,7 @@ def close_session(session: Session, seconds: float) -> None:
     """Close the session, which waits for the ranks to end their engine.
 
     Raises:
-        DeadlineError: it did not close within ``seconds``.
+        PhaseTimeoutError: it did not close within ``seconds``.
         Exception: what closing it has raised.
     """
     outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
@@ -111,7 +111,7 @@ def close_session(session: Session, seconds: float) -> None:
     try:
         error = outcome.get(timeout=seconds)
     except queue.Empty:
-        raise DeadlineError(
+        raise PhaseTimeoutError(
             f"the ranks did not leave TensorRT-LLM within {seconds:g} s after dynamo.trtllm had ended",
             needed="ranks that end their engine",
             fix="look at the ranks' logs; the worker is already out of discovery",

@@ -6,34 +6,34 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from dynamo_mpi.common.errors import TemporaryError
+    from dynamo_mpi.common.errors import RetryableError
 
 
-class Ended(NamedTuple):
+class ChildExited(NamedTuple):
     """The child has ended: its code as `subprocess.Popen.returncode` gives it, and the last lines that it wrote."""
 
     code: int
     lines: list[str]
 
 
-class Signalled(NamedTuple):
+class SignalReceived(NamedTuple):
     """Somebody wants an end: a signal, or, as SIGUSR1, the end of the job's time."""
 
     number: int
 
 
-class Lost(NamedTuple):
+class LeaseLost(NamedTuple):
     """The worker's lease is lost."""
 
-    error: TemporaryError
+    error: RetryableError
 
 
 class Registered(NamedTuple):
     """It is in discovery."""
 
 
-class Proven(NamedTuple):
+class FirstCompletion(NamedTuple):
     """It has answered a completion."""
 
 
-Event = Ended | Signalled | Lost | Registered | Proven
+Event = ChildExited | SignalReceived | LeaseLost | Registered | FirstCompletion

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.config.worker import Settings
 
 
-class Proof:
+class ReadinessProbe:
     """A running prover.
 
     Args:

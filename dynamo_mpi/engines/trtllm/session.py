@@ -37,7 +37,7 @@ _POLL_SECONDS = 0.2
 _LEAVE_SECONDS = 2.0
 
 
-class SocketFolder:
+class SessionDir:
     """A folder that nobody else can enter, for the session's socket. What ranks that were killed have left is removed by the next."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Session:
         self._thread = threading.Thread(target=run, name="session", daemon=True)
         self._thread.start()
 
-    def expect_end(self) -> None:
+    def allow_exit(self) -> None:
         """Let ranks leave their task from now on, one after the other."""
         self._ending.set()
 

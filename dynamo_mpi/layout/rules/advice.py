@@ -11,10 +11,10 @@ from dynamo_mpi.layout.format import listed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 
-def for_heads(subject: Subject) -> str:
+def for_heads(subject: LayoutSpec) -> str:
     """B11: name the sizes that would work, by all rules about heads at once."""
     shape, layout = subject.shape, subject.layout
     if layout.enable_attention_dp:
@@ -26,13 +26,13 @@ def for_heads(subject: Subject) -> str:
     return f"set tensor_parallel_size to one of {listed(workable)} ({why}){_or_attention_dp(subject)}"
 
 
-def for_shares(subject: Subject, fits: Callable[[int], bool]) -> str:
+def for_shares(subject: LayoutSpec, fits: Callable[[int], bool]) -> str:
     """Name the sizes that pass a rule about the ranks' shares, and those about heads."""
     legal = [tp for tp in legal_tp_sizes(subject.shape, subject.layout.cp_size) or () if fits(tp)]
     advice = f"set tensor_parallel_size to one of {listed(legal)}" if legal else "use a smaller tensor_parallel_size"
     return advice + _or_attention_dp(subject)
 
 
-def _or_attention_dp(subject: Subject) -> str:
+def _or_attention_dp(subject: LayoutSpec) -> str:
     possible = subject.layout.cp_size == 1 and subject.shape.experts is not None
     return ", or enable_attention_dp: true" if possible else ""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.gpus import Gpu
     from dynamo_mpi.layout.model_shape import ModelShape
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _NONE: frozenset[int] = frozenset()
 _HOPPER_UP = HOPPER | BLACKWELL
@@ -64,7 +64,7 @@ _TORCH_DTYPES = frozenset(
 )
 
 
-def gpu_of(subject: Subject) -> Gpu | None:
+def gpu_of(subject: LayoutSpec) -> Gpu | None:
     """Return the kind of GPU; None where it isn't known."""
     return GPUS.get(subject.cluster.gpu or "")
 
@@ -87,7 +87,7 @@ def experts_format(shape: ModelShape) -> str:
     return shape.quantisation.algo if shape.quantisation is not None and experts_quantised(shape) else ""
 
 
-def check_format(subject: Subject) -> Iterator[Finding]:
+def check_format(subject: LayoutSpec) -> Iterator[Finding]:
     """G: the format of the weights (``Unsupported SM version for FP8 block scaling GEMM`` and its like, once the weights are loaded)."""
     gpu, quantisation = gpu_of(subject), subject.shape.quantisation
     if gpu is None or quantisation is None or quantisation.algo in ("", "NONE"):
@@ -126,7 +126,7 @@ def check_format(subject: Subject) -> Iterator[Finding]:
         yield error("G", f"{gpu.name} can't run {algo} weights", found=found, needed=needed, fix=fix)
 
 
-def check_dtype(subject: Subject) -> Iterator[Finding]:
+def check_dtype(subject: LayoutSpec) -> Iterator[Finding]:
     """G: bfloat16 (``Unsupported data type, pre SM 80 GPUs do not support bfloat16``)."""
     gpu = gpu_of(subject)
     if gpu is not None and gpu.sm < 80 and subject.shape.dtype == "bfloat16":
@@ -139,7 +139,7 @@ def check_dtype(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_kv_dtype_name(subject: Subject) -> Iterator[Finding]:
+def check_kv_dtype_name(subject: LayoutSpec) -> Iterator[Finding]:
     """G1: the name of the KV cache's data type (``KvCacheConfig``)."""
     dtype = subject.config.kv_cache.dtype
     if dtype not in _KV_DTYPES and dtype not in _TORCH_DTYPES:
@@ -152,7 +152,7 @@ def check_kv_dtype_name(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_kv_format(subject: Subject) -> Iterator[Finding]:
+def check_kv_format(subject: LayoutSpec) -> Iterator[Finding]:
     """G: the KV cache's format, and what it needs of the model. On Ampere NVIDIA's matrix has FP8, and the code speaks against it
     (``FP8 FMHA can only be enabled on sm_89, sm_90, …``)."""
     gpu, shape, dtype = gpu_of(subject), subject.shape, resolve_kv_dtype(subject) or ""
@@ -207,7 +207,7 @@ def check_kv_format(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_cute_dsl(subject: Subject) -> Iterator[Finding]:
+def check_cute_dsl(subject: LayoutSpec) -> Iterator[Finding]:
     """G2: ``use_cute_dsl_*`` is for Blackwell (``TorchLlmArgs``)."""
     gpu, keys = gpu_of(subject), subject.config.keys
     if gpu is None or gpu.sm >= 100:
@@ -225,7 +225,7 @@ def check_cute_dsl(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_latent_reuse(subject: Subject) -> Iterator[Finding]:
+def check_latent_reuse(subject: LayoutSpec) -> Iterator[Finding]:
     """G4: block reuse and chunked prefill of latent attention are switched off, with a warning, where they don't exist
     (``py_executor_creator``)."""
     gpu, config = gpu_of(subject), subject.config
@@ -247,7 +247,7 @@ def check_latent_reuse(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_indexer(subject: Subject) -> Iterator[Finding]:
+def check_indexer(subject: LayoutSpec) -> Iterator[Finding]:
     """G5: the sparse indexer's FP4 keys need Blackwell and heads of 128 (sparse attention config's validator)."""
     sparse = subject.config.keys.get("sparse_attention_config")
     if not isinstance(sparse, dict) or sparse.get("indexer_k_dtype") != "fp4":

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 # multiples of 8 from 32 to 256 are what classic attention kernels exist for (TensorRT-LLM issues 679, 855)
 _MIN_HEAD_DIM, _MAX_HEAD_DIM = 32, 256
 
 
-def check_attention_heads(subject: Subject) -> Iterator[Finding]:
+def check_attention_heads(subject: LayoutSpec) -> Iterator[Finding]:
     """B1, B2: query heads divide over tp x cp, or over cp alone with attention DP (``attention.py: Attention.__init__``,
     ``mla.py: MLA.__init__``)."""
     shape, layout = subject.shape, subject.layout
@@ -36,7 +36,7 @@ def check_attention_heads(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_kv_heads(subject: Subject) -> Iterator[Finding]:
+def check_kv_heads(subject: LayoutSpec) -> Iterator[Finding]:
     """B3: KV heads divide over tp, or are replicated a whole number of times (``modeling_utils.py: duplicate_kv_weight``).
     B4: every replica costs its share of the KV cache again."""
     shape, tp_size = subject.shape, subject.layout.attention_tp_size
@@ -62,7 +62,7 @@ def check_kv_heads(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_cross_attention(subject: Subject) -> Iterator[Finding]:
+def check_cross_attention(subject: LayoutSpec) -> Iterator[Finding]:
     """B6: an encoder's KV heads divide over tp; nothing replicates them (``cross_attention.py``)."""
     shape, tp_size = subject.shape, subject.layout.attention_tp_size
     if shape.encoder_decoder and shape.kv_heads is not None and shape.kv_heads % tp_size:
@@ -75,7 +75,7 @@ def check_cross_attention(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_output_groups(subject: Subject) -> Iterator[Finding]:
+def check_output_groups(subject: LayoutSpec) -> Iterator[Finding]:
     """B7: DeepSeek-V4's output groups divide over tp, and its heads over them (DSv4 attention)."""
     shape, tp_size = subject.shape, subject.layout.attention_tp_size
     groups = shape.output_groups
@@ -99,7 +99,7 @@ def check_output_groups(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_head_dim(subject: Subject) -> Iterator[Finding]:
+def check_head_dim(subject: LayoutSpec) -> Iterator[Finding]:
     """B8: not every head size has a kernel (TensorRT-LLM issues 679, 855)."""
     shape = subject.shape
     size = shape.head_dim
@@ -119,7 +119,7 @@ def check_head_dim(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_state_heads(subject: Subject) -> Iterator[Finding]:
+def check_state_heads(subject: LayoutSpec) -> Iterator[Finding]:
     """B10: state heads, their groups and the convolution divide over tp (``mamba_cache_manager.py``)."""
     state, tp_size = subject.shape.state_space, subject.layout.attention_tp_size
     if state is None or tp_size == 1:

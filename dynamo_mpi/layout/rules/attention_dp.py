@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _BYTES = {"float32": 4, "float": 4}
 _NOTABLE = 2 * 2**30
 
 
-def check_lora_graphs(subject: Subject) -> Iterator[Finding]:
+def check_lora_graphs(subject: LayoutSpec) -> Iterator[Finding]:
     """C5: CUDA graphs specialised for LoRA are refused with attention DP (``validate_lora_config_consistency``)."""
     if subject.config.enable_attention_dp and subject.config.lora_cuda_graph:
         yield error(
@@ -29,7 +29,7 @@ def check_lora_graphs(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_balance(subject: Subject) -> Iterator[Finding]:
+def check_balance(subject: LayoutSpec) -> Iterator[Finding]:
     """C7: how long a rank waits for others before a step is no negative number, once balancing is on (``AttentionDpConfig``)."""
     config = subject.config
     section = config.keys.get("attention_dp_config")
@@ -46,7 +46,7 @@ def check_balance(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def check_embeddings(subject: Subject) -> Iterator[Finding]:
+def check_embeddings(subject: LayoutSpec) -> Iterator[Finding]:
     """C2: under attention DP each rank holds the whole embedding and the whole LM head (``embedding.py: LMHead``)."""
     shape, layout = subject.shape, subject.layout
     if not layout.enable_attention_dp or layout.tp_size == 1 or shape.vocab_size is None or shape.hidden_size is None:
@@ -63,7 +63,7 @@ def check_embeddings(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_dense(subject: Subject) -> Iterator[Finding]:
+def check_dense(subject: LayoutSpec) -> Iterator[Finding]:
     """C1: attention DP is made for experts and latent attention; dense models gain little, and not every dense MLP is written for it
     (``modeling_llama.py`` divides it and leaves its all-reduce out)."""
     shape, layout = subject.shape, subject.layout

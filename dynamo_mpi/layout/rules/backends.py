@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _BACKENDS = (
     *("AUTO", "CUTLASS", "CUTEDSL", "TRTLLM", "DEEPGEMM", "DENSEGEMM", "VANILLA", "TRITON"),
@@ -59,7 +59,7 @@ _KERNELS: dict[str, dict[str, frozenset[int]]] = {
 _MEGAMOE_HIDDEN = 512
 
 
-def check_backend_name(subject: Subject) -> Iterator[Finding]:
+def check_backend_name(subject: LayoutSpec) -> Iterator[Finding]:
     """D8: the MoE backend's name (``MoeConfig``). WIDEEP, which is gone, is told of with other old keys (H)."""
     backend = subject.config.moe.backend
     if backend is None or backend == "WIDEEP":
@@ -83,7 +83,7 @@ def check_backend_name(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_backend(subject: Subject) -> Iterator[Finding]:
+def check_backend(subject: LayoutSpec) -> Iterator[Finding]:
     """D9, G, G3: the chosen kernels serve the experts' format on this GPU, or the engine falls back to CUTLASS, or that has none either
     (``create_moe.get_moe_cls``, ``moe_resolution.resolve_moe_impl``)."""
     gpu, experts, layout = gpu_of(subject), subject.shape.experts, subject.layout

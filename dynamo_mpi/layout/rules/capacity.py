@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import gib
 from dynamo_mpi.layout.memory import estimate
-from dynamo_mpi.layout.spec import Subject
+from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.weights import missing_sizes
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MAX_WORLD = 256  # larger worlds aren't proposed
 
 
-def check_capacity(subject: Subject) -> Iterator[Finding]:
+def check_capacity(subject: LayoutSpec) -> Iterator[Finding]:
     """J: weights, activations and some KV cache fit on every rank, for as many requests of full length as the subject wants.
     Nothing where the kind of GPU isn't known."""
     if subject.cluster.gpu is None:
@@ -43,7 +43,7 @@ def check_capacity(subject: Subject) -> Iterator[Finding]:
         yield _capacity(subject, found, subject.min_requests)
 
 
-def _weights_too_large(subject: Subject, found: MemoryEstimate) -> Finding:
+def _weights_too_large(subject: LayoutSpec, found: MemoryEstimate) -> Finding:
     stage = max(found.stages, key=lambda stage: stage.weights_bytes)
     room = found.gpu_bytes or 0
     return error(
@@ -55,7 +55,7 @@ def _weights_too_large(subject: Subject, found: MemoryEstimate) -> Finding:
     )
 
 
-def _no_cache(subject: Subject, found: MemoryEstimate) -> Finding:
+def _no_cache(subject: LayoutSpec, found: MemoryEstimate) -> Finding:
     stage, room = found.fullest, found.gpu_bytes or 0
     used = (
         f"{_ranks(found, stage.stage)}: weights {gib(stage.weights_bytes)}, activations {gib(stage.activation_bytes)}, "
@@ -83,7 +83,7 @@ def _no_cache(subject: Subject, found: MemoryEstimate) -> Finding:
     )
 
 
-def _capacity(subject: Subject, found: MemoryEstimate, min_requests: int) -> Finding:
+def _capacity(subject: LayoutSpec, found: MemoryEstimate, min_requests: int) -> Finding:
     stage = found.fullest
     each = " in each rank's own cache" if found.dp_size > 1 else ""
     detail = (
@@ -110,7 +110,7 @@ def _capacity(subject: Subject, found: MemoryEstimate, min_requests: int) -> Fin
     return info("J", f"room for about {found.tokens} tokens{amount}{each}", found=detail)
 
 
-def _longest(subject: Subject, found: MemoryEstimate, requests: int) -> int:
+def _longest(subject: LayoutSpec, found: MemoryEstimate, requests: int) -> int:
     """Return the greatest length at which ``requests`` of them fit; windows weigh more in shorter ones."""
     stage, layout = found.fullest, subject.layout
     space = int((stage.left_bytes or 0) * found.fraction) * (layout.cp_size if layout.is_helix else 1)
@@ -121,11 +121,11 @@ def _longest(subject: Subject, found: MemoryEstimate, requests: int) -> int:
     return low
 
 
-def _cache_advice(subject: Subject) -> str:
+def _cache_advice(subject: LayoutSpec) -> str:
     return "kv_cache_config.dtype: fp8" if subject.config.kv_cache.dtype != "fp8" else "use more GPUs"
 
 
-def _advice(subject: Subject) -> str:
+def _advice(subject: LayoutSpec) -> str:
     smaller = "" if subject.shape.quantisation is not None else "take a checkpoint in FP8 or NVFP4, "
     return f"{smaller}divide it over more GPUs, or take GPUs with more memory"
 

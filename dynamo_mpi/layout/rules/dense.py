@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.model_shape import Layer, ModelShape
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
     Say = Callable[..., Finding]
 
@@ -44,7 +44,7 @@ class _Mlp:
     say: Say | None
 
 
-def check_division(subject: Subject) -> Iterator[Finding]:
+def check_division(subject: LayoutSpec) -> Iterator[Finding]:
     """E1, E2, E3: an MLP's width divides over tp: down_proj splits its inputs, gate and up their outputs (``Linear.__init__``)."""
     tp_size, over = subject.layout.dense_tp_size, _over(subject)
     for mlp in _split_mlps(subject):
@@ -59,7 +59,7 @@ def check_division(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def check_scale_blocks(subject: Subject) -> Iterator[Finding]:
+def check_scale_blocks(subject: LayoutSpec) -> Iterator[Finding]:
     """E4: FP8 blocks are 128 x 128, and no rank can hold part of one; nothing asserts it, so that a misaligned share ends as a size mismatch
     or as wrong scales (``FP8BlockScalesLinearMethod``)."""
     quantisation, tp_size = subject.shape.quantisation, subject.layout.dense_tp_size
@@ -78,7 +78,7 @@ def check_scale_blocks(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def check_attention_blocks(subject: Subject) -> Iterator[Finding]:
+def check_attention_blocks(subject: LayoutSpec) -> Iterator[Finding]:
     """E4, E11: query and KV heads of a rank are whole FP8 scaling blocks (``FP8BlockScalesLinearMethod``)."""
     shape, layout = subject.shape, subject.layout
     quantisation, say = shape.quantisation, _attention(shape)
@@ -107,7 +107,7 @@ def check_attention_blocks(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_reduced_blocks(subject: Subject) -> Iterator[Finding]:
+def check_reduced_blocks(subject: LayoutSpec) -> Iterator[Finding]:
     """E5, E6: what a rank reduces over is whole blocks or groups: NVFP4 16, MXFP4 32, AWQ and GPTQ as the checkpoint says
     (``NVFP4LinearMethod``: ``in_features <x> must be divisible by scaling_vector_size 16``)."""
     shape, layout, quantisation = subject.shape, subject.layout, subject.shape.quantisation
@@ -135,7 +135,7 @@ def check_reduced_blocks(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_common_divisor(subject: Subject) -> Iterator[Finding]:
+def check_common_divisor(subject: LayoutSpec) -> Iterator[Finding]:
     """E9: DeepSeek-V3 and its relatives split the dense MLP by a common divisor of its scaling blocks, tp and the GPUs of a node
     (``modeling_deepseekv3.py: _compute_mlp_tp_size``)."""
     shape, layout, block = subject.shape, subject.layout, dense_block(subject.shape.quantisation)
@@ -167,7 +167,7 @@ def check_common_divisor(subject: Subject) -> Iterator[Finding]:
                 )
 
 
-def _split_mlps(subject: Subject) -> Iterator[_Mlp]:
+def _split_mlps(subject: LayoutSpec) -> Iterator[_Mlp]:
     shape, layout = subject.shape, subject.layout
     if layout.enable_attention_dp or shape.splits_dense_by_gcd or layout.dense_tp_size == 1:
         return
@@ -201,7 +201,7 @@ def _covered(shape: ModelShape, quantised: Callable[[Layer], bool]) -> Say | Non
     return error if shape.quantisation.certain else warning
 
 
-def _over(subject: Subject) -> str:
+def _over(subject: LayoutSpec) -> str:
     return "tp_size x cp_size" if subject.layout.is_helix else "tp_size"
 
 
@@ -212,7 +212,7 @@ def _heads_align(shape: ModelShape, tp_size: int, cp_size: int) -> bool:
     return aligned or tp_size * cp_size == 1
 
 
-def _advice(subject: Subject, width: int, block: int) -> str:
+def _advice(subject: LayoutSpec, width: int, block: int) -> str:
     ranks = subject.layout.cp_size if subject.layout.is_helix else 1
     return advice.for_shares(subject, lambda tp: tp * ranks == 1 or width % (tp * ranks * block) == 0)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 # the blocks that a rank's share of an expert has to consist of; other formats: the checkpoint's groups
 _ERRS_AT = {FP8_BLOCK_SCALES: FP8_BLOCK, NVFP4: NVFP4_BLOCK}
@@ -29,7 +29,7 @@ _DEEP_EP_RANKS = (2, 4, 8)
 _DEEP_EP_NODES = (2, 4, 8, 16)
 
 
-def check_expert_division(subject: Subject) -> Iterator[Finding]:
+def check_expert_division(subject: LayoutSpec) -> Iterator[Finding]:
     """D1: experts divide over ep, unless a load balancer fills slots instead (``MoE._init_load_balancer``)."""
     experts, layout = subject.shape.experts, subject.layout
     ep_size = layout.moe_ep_size
@@ -48,7 +48,7 @@ def check_expert_division(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_balancer_file(subject: Subject) -> Iterator[Finding]:
+def check_balancer_file(subject: LayoutSpec) -> Iterator[Finding]:
     """D4: the load balancer's file is there where the engine's arguments are built (``validate_load_balancer``)."""
     moe = subject.config.moe
     if moe.balanced and not moe.balancer_read:
@@ -62,7 +62,7 @@ def check_balancer_file(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_slots(subject: Subject) -> Iterator[Finding]:
+def check_slots(subject: LayoutSpec) -> Iterator[Finding]:
     """D2, D3: a load balancer's slots divide over ep and hold every expert (``MoeLoadBalancerConfig.setup``)."""
     experts, moe, ep_size = subject.shape.experts, subject.config.moe, subject.layout.moe_ep_size
     if experts is None or not moe.balanced:
@@ -100,7 +100,7 @@ def check_slots(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_assignments(subject: Subject) -> Iterator[Finding]:
+def check_assignments(subject: LayoutSpec) -> Iterator[Finding]:
     """D3: each layer's initial assignment fills every slot and leaves no expert out (``get_layer_initial_global_assignments``)."""
     experts, moe, layers = subject.shape.experts, subject.config.moe, subject.shape.layers
     if experts is None or not moe.assignments:
@@ -127,7 +127,7 @@ def check_assignments(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_balancer(subject: Subject) -> Iterator[Finding]:
+def check_balancer(subject: LayoutSpec) -> Iterator[Finding]:
     """C6, D13, D14: what a load balancer needs, and what it can't be combined with (``interface.py: _init_load_balancer``)."""
     config, layout = subject.config, subject.layout
     if subject.shape.experts is None or not config.moe.balanced:
@@ -158,7 +158,7 @@ def check_balancer(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_expert_width(subject: Subject) -> Iterator[Finding]:
+def check_expert_width(subject: LayoutSpec) -> Iterator[Finding]:
     """D5: the width of an expert divides over moe_tp; the engine rounds down and checks nothing (``intermediate_size_per_partition``).
     D6: a rank's share is whole scaling blocks; MXFP4 is padded."""
     experts, moe_tp, shape = subject.shape.experts, subject.layout.moe_tp_size, subject.shape
@@ -198,7 +198,7 @@ def check_expert_width(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_all_to_all(subject: Subject) -> Iterator[Finding]:
+def check_all_to_all(subject: LayoutSpec) -> Iterator[Finding]:
     """D11: DeepEP exists for few numbers of ranks; elsewhere, and without NVLink between nodes, every rank gathers all tokens
     (``communication/deep_ep.py``)."""
     layout, node = subject.layout, subject.cluster.gpus_per_node
@@ -220,7 +220,7 @@ def check_all_to_all(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_workspace(subject: Subject) -> Iterator[Finding]:
+def check_workspace(subject: LayoutSpec) -> Iterator[Finding]:
     """C4: under attention DP max_num_tokens is for each rank, and an expert's workspace is made for the tokens of all ranks at once."""
     config, layout = subject.config, subject.layout
     if subject.shape.experts is None or layout.dp_size == 1 or config.moe.max_num_tokens is not None:
@@ -236,13 +236,13 @@ def check_workspace(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _block(subject: Subject) -> tuple[str, int]:
+def _block(subject: LayoutSpec) -> tuple[str, int]:
     algo, quantisation = experts_format(subject.shape), subject.shape.quantisation
     group = quantisation.block if quantisation is not None and algo in GROUPED else 1
     return algo, _ERRS_AT.get(algo) or _WARNS_AT.get(algo) or group
 
 
-def _ep_advice(subject: Subject) -> str:
+def _ep_advice(subject: LayoutSpec) -> str:
     """Name the sizes of expert parallelism that pass D1, D5 and D6 on the ranks that there are, the largest first."""
     experts, world = subject.shape.experts, subject.layout.moe_world_size
     if experts is None:

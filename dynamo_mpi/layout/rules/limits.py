@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 _NEEDS_A_MODEL = ("eagle", "eagle3", "draft_target", "medusa")
 
 
-def check_cuda_graphs(subject: Subject) -> Iterator[Finding]:
+def check_cuda_graphs(subject: LayoutSpec) -> Iterator[Finding]:
     """H1: the largest captured batch is the one that was asked for (``CudaGraphConfig``)."""
     config = subject.config
     sizes, largest = config.cuda_graph_batch_sizes, config.cuda_graph_max_batch_size
@@ -41,7 +41,7 @@ def check_cuda_graphs(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_batch_and_tokens(subject: Subject) -> Iterator[Finding]:
+def check_batch_and_tokens(subject: LayoutSpec) -> Iterator[Finding]:
     """H2: a step holds at least one token of each of its requests (``BaseLlmArgs``; the engine warns too)."""
     batch = subject.config.max_batch_size or defaults.MAX_BATCH_SIZE
     tokens = subject.config.max_num_tokens or defaults.MAX_NUM_TOKENS
@@ -56,7 +56,7 @@ def check_batch_and_tokens(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_prompt_length(subject: Subject) -> Iterator[Finding]:
+def check_prompt_length(subject: LayoutSpec) -> Iterator[Finding]:
     """H3: without chunked prefill a prompt has to fit into one step (``llm.py: _check_arguments``); decode workers get none."""
     config = subject.config
     if config.enable_chunked_prefill or subject.role == "decode":
@@ -77,7 +77,7 @@ def check_prompt_length(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_memory_fraction(subject: Subject) -> Iterator[Finding]:
+def check_memory_fraction(subject: LayoutSpec) -> Iterator[Finding]:
     """H5: a fraction (``KvCacheConfig``; the C++ side wants less than 1)."""
     fraction = subject.config.kv_cache.free_gpu_memory_fraction
     if fraction is None or 0 <= fraction < 1:
@@ -91,7 +91,7 @@ def check_memory_fraction(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_windows(subject: Subject) -> Iterator[Finding]:
+def check_windows(subject: LayoutSpec) -> Iterator[Finding]:
     """H6: attention windows are positive (``KvCacheConfig``)."""
     windows = subject.config.kv_cache.max_attention_window
     if windows is not None and (not windows or min(windows) < 1):
@@ -104,7 +104,7 @@ def check_windows(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_sequence_length(subject: Subject) -> Iterator[Finding]:
+def check_sequence_length(subject: LayoutSpec) -> Iterator[Finding]:
     """H7: the model's positions are the ceiling; the engine clips with a warning (``py_executor_creator``)."""
     asked, context = subject.config.max_seq_len, subject.shape.context_length
     if asked is not None and context is not None and asked > context:
@@ -117,7 +117,7 @@ def check_sequence_length(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_attention_backend(subject: Subject) -> Iterator[Finding]:
+def check_attention_backend(subject: LayoutSpec) -> Iterator[Finding]:
     """H8: attention backends change the cache behind one's back (``py_executor_creator``)."""
     backend = (subject.config.attn_backend or "").upper()
     said = subject.config.kv_cache.tokens_per_block
@@ -139,7 +139,7 @@ def check_attention_backend(subject: Subject) -> Iterator[Finding]:
         yield info("H8", "the FLASHINFER attention backend switches block reuse off", found=f"attn_backend {backend}")
 
 
-def check_connector(subject: Subject) -> Iterator[Finding]:
+def check_connector(subject: LayoutSpec) -> Iterator[Finding]:
     """H10: a KV connector needs the scheduler that never evicts (``py_executor_creator``)."""
     scheduler = subject.config.keys.get("scheduler_config")
     policy = scheduler.get("capacity_scheduler_policy") if isinstance(scheduler, dict) else None
@@ -153,7 +153,7 @@ def check_connector(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_speculation(subject: Subject) -> Iterator[Finding]:
+def check_speculation(subject: LayoutSpec) -> Iterator[Finding]:
     """H12: speculation needs something to draft, and with what (``llm_args``, the speculative configs)."""
     speculative = subject.config.speculative
     if speculative is None:
@@ -185,7 +185,7 @@ def check_speculation(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_orchestrator(subject: Subject) -> Iterator[Finding]:
+def check_orchestrator(subject: LayoutSpec) -> Iterator[Finding]:
     """H15: this world is MPI's."""
     orchestrator = subject.config.orchestrator
     if orchestrator is not None and orchestrator.lower() not in ("mpi", "rpc"):

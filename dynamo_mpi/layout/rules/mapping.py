@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 
-def check_world_size(subject: Subject) -> Iterator[Finding]:
+def check_world_size(subject: LayoutSpec) -> Iterator[Finding]:
     """A1: the ranks are exactly ``tp * pp * cp`` (``MappingBase.__init__``)."""
     layout, started = subject.layout, subject.cluster.world_size
     if layout.world_size == started:
@@ -40,7 +40,7 @@ def check_world_size(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_moe_product(subject: Subject) -> Iterator[Finding]:
+def check_moe_product(subject: LayoutSpec) -> Iterator[Finding]:
     """A2: ``moe_tp * moe_ep * moe_cluster`` is tp, or tp x cp with HELIX; checked for dense models too (``MappingBase.__init__``)."""
     layout = subject.layout
     if layout.multiplies_out:
@@ -73,7 +73,7 @@ def check_moe_product(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_dense_experts(subject: Subject) -> Iterator[Finding]:
+def check_dense_experts(subject: LayoutSpec) -> Iterator[Finding]:
     """A3: expert sizes say nothing of a model without experts."""
     config, shape = subject.config, subject.shape
     if shape.experts is None and shape.layers is not None and max(config.moe_ep_size or 1, config.moe_tp_size or 1) > 1:
@@ -86,12 +86,12 @@ def check_dense_experts(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _expert_sizes(subject: Subject) -> list[int]:
+def _expert_sizes(subject: LayoutSpec) -> list[int]:
     experts = subject.shape.experts
     return [ep for ep in divisors(subject.layout.moe_world_size) if experts is None or experts.count % ep == 0]
 
 
-def check_context_experts(subject: Subject) -> Iterator[Finding]:
+def check_context_experts(subject: LayoutSpec) -> Iterator[Finding]:
     """A5: expert parallelism under context parallelism is for HELIX alone, since 1.2 (``MappingBase.__init__``)."""
     layout = subject.layout
     if layout.cp_size > 1 and layout.moe_ep_size > 1 and not (layout.is_helix and layout.experts_over_cp):
@@ -104,7 +104,7 @@ def check_context_experts(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_clusters(subject: Subject) -> Iterator[Finding]:
+def check_clusters(subject: LayoutSpec) -> Iterator[Finding]:
     """A6, D7: a smart router (``moe_cluster > 1``) is neither for expert parallelism nor for every backend."""
     layout, backend = subject.layout, (subject.config.moe.backend or "").upper()
     if layout.moe_cluster_size == 1:
@@ -127,7 +127,7 @@ def check_clusters(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_lm_head(subject: Subject) -> Iterator[Finding]:
+def check_lm_head(subject: LayoutSpec) -> Iterator[Finding]:
     """A7: slicing the LM head under attention DP needs attention DP."""
     if subject.config.enable_lm_head_tp_in_adp and not subject.config.enable_attention_dp:
         yield error(
@@ -139,7 +139,7 @@ def check_lm_head(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_context_type(subject: Subject) -> Iterator[Finding]:
+def check_context_type(subject: LayoutSpec) -> Iterator[Finding]:
     """A8, B5, F8: context parallelism exists for HELIX alone; the other names pass the mapping and fail in attention."""
     cp_type, cp_size = subject.config.cp_type, subject.layout.cp_size
     if cp_type is not None and cp_type not in CP_TYPES:
@@ -161,7 +161,7 @@ def check_context_type(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_gpus_per_node(subject: Subject) -> Iterator[Finding]:
+def check_gpus_per_node(subject: LayoutSpec) -> Iterator[Finding]:
     """A10, A11, H16, K9: the engine reckons nodes as ``rank // gpus_per_node``, so the config has to say what is true."""
     said, cluster = subject.config.gpus_per_node, subject.cluster
     if subject.engine == "reference":
@@ -185,7 +185,7 @@ def check_gpus_per_node(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_placement(subject: Subject) -> Iterator[Finding]:
+def check_placement(subject: LayoutSpec) -> Iterator[Finding]:
     """A14: a tensor-parallel group that leaves its node is legal, and slow without NVLink between the nodes."""
     layout, cluster = subject.layout, subject.cluster
     if layout.world_size != cluster.world_size or not layout.leaves_nvlink(cluster) or subject.engine == "reference":

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 
-def check_layers(subject: Subject) -> Iterator[Finding]:
+def check_layers(subject: LayoutSpec) -> Iterator[Finding]:
     """F3: there are at least as many layers as pipeline stages (``modeling_utils.DecoderModel.__pp_init__``)."""
     count, stages = subject.shape.num_layers, subject.layout.pp_size
     if count is not None and count < stages:
@@ -29,7 +29,7 @@ def check_layers(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_partition(subject: Subject) -> Iterator[Finding]:
+def check_partition(subject: LayoutSpec) -> Iterator[Finding]:
     """F2: a partition names every stage and hands out every layer (``mapping.py: pp_layers``)."""
     partition, stages, count = subject.config.pp_partition, subject.layout.pp_size, subject.shape.num_layers
     if partition is None:
@@ -52,12 +52,12 @@ def check_partition(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _stages(subject: Subject) -> str:
+def _stages(subject: LayoutSpec) -> str:
     sizes = subject.layout.stage_sizes(subject.shape.num_layers or 0)
     return str(sizes[0]) if sizes[0] == sizes[-1] else f"{sizes[0]} or {sizes[-1]}"
 
 
-def check_encoder_decoder(subject: Subject) -> Iterator[Finding]:
+def check_encoder_decoder(subject: LayoutSpec) -> Iterator[Finding]:
     """F5: pipeline stages do nothing for encoder-decoder models (``__pp_init__``)."""
     if subject.shape.encoder_decoder and subject.layout.pp_size > 1:
         yield error(
@@ -69,7 +69,7 @@ def check_encoder_decoder(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_speculation(subject: Subject) -> Iterator[Finding]:
+def check_speculation(subject: LayoutSpec) -> Iterator[Finding]:
     """F6: layers for speculation live on the last stage."""
     speculative, stages = subject.config.speculative, subject.layout.pp_size
     if speculative is not None and stages > 1:
@@ -81,7 +81,7 @@ def check_speculation(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_compressed_cache(subject: Subject) -> Iterator[Finding]:
+def check_compressed_cache(subject: LayoutSpec) -> Iterator[Finding]:
     """F7: DeepSeek-V4's cache needs ``pp = cp = 1`` (main, cache sizing)."""
     layout = subject.layout
     if subject.shape.output_groups is not None and (layout.pp_size > 1 or layout.cp_size > 1):
@@ -94,7 +94,7 @@ def check_compressed_cache(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_helix(subject: Subject) -> Iterator[Finding]:
+def check_helix(subject: LayoutSpec) -> Iterator[Finding]:
     """F9: HELIX is for decode workers, and its blocks are the KV cache's (executor creation; ``CacheFormatter``)."""
     config = subject.config
     if not subject.layout.is_helix:
@@ -122,7 +122,7 @@ def _article(role: str) -> str:
     return f"an {role}regated" if role == "agg" else f"a {role}"
 
 
-def check_known_bugs(subject: Subject) -> Iterator[Finding]:
+def check_known_bugs(subject: LayoutSpec) -> Iterator[Finding]:
     """F11: what the release notes list as known issues ("Known Issues", ``docs/source/release-notes.md``)."""
     shape, layout, cluster = subject.shape, subject.layout, subject.cluster
     if not subject.older_than(1, 1):

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 
-def check_reference_engine(subject: Subject) -> Iterator[Finding]:
+def check_reference_engine(subject: LayoutSpec) -> Iterator[Finding]:
     """R1: the reference engine (`--engine reference`) knows tensor and pipeline parallelism, and dense models."""
     if subject.engine != "reference":
         return

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Rule, Subject
+    from dynamo_mpi.layout.spec import LayoutSpec, Rule
 
 LAYOUT_RULES: tuple[Rule, ...] = (
     *mapping.RULES,
@@ -40,17 +40,17 @@ CONFIG_RULES: tuple[Rule, ...] = (*backends.RULES, *architecture.RULES, *limits.
 CAPACITY_RULES: tuple[Rule, ...] = capacity.RULES
 
 
-def layout_findings(subject: Subject) -> list[Finding]:
+def layout_findings(subject: LayoutSpec) -> list[Finding]:
     """Apply the rules about sizes and ranks alone: what the planner asks of every candidate."""
     return _apply(LAYOUT_RULES, subject)
 
 
-def config_findings(subject: Subject) -> list[Finding]:
+def config_findings(subject: LayoutSpec) -> list[Finding]:
     """Apply the rules that no layout can mend: keys, formats, limits, roles."""
     return [*check_keys(subject.config.keys, subject.version), *_apply(CONFIG_RULES, subject)]
 
 
-def all_findings(subject: Subject) -> list[Finding]:
+def all_findings(subject: LayoutSpec) -> list[Finding]:
     """Apply every rule to one worker.
 
     Returns:
@@ -62,5 +62,5 @@ def all_findings(subject: Subject) -> list[Finding]:
     ]
 
 
-def _apply(rules: Iterable[Rule], subject: Subject) -> list[Finding]:
+def _apply(rules: Iterable[Rule], subject: LayoutSpec) -> list[Finding]:
     return [finding for rule in rules for finding in rule(subject)]

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.spec import Subject
+    from dynamo_mpi.layout.spec import LayoutSpec
 
 BACKENDS = ("UCX", "NIXL", "MOONCAKE", "MPI", "DEFAULT")
 
 
-def check_transceiver(subject: Subject) -> Iterator[Finding]:
+def check_transceiver(subject: LayoutSpec) -> Iterator[Finding]:
     """I6: KV travels only where a transceiver backend is set (``CacheTransceiverFactory``); DEFAULT is another one in every release."""
     # the reference engine has one way, always
     if subject.role == "agg" or subject.engine == "reference":
@@ -50,7 +50,7 @@ def check_transceiver(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_runtime(subject: Subject) -> Iterator[Finding]:
+def check_runtime(subject: LayoutSpec) -> Iterator[Finding]:
     """I7: the Python transceiver works over NIXL alone, and needs to give up at some time (``_torch/disaggregation``)."""
     transceiver = subject.config.transceiver
     if transceiver is None or (transceiver.runtime or "").upper() != "PYTHON":
@@ -76,7 +76,7 @@ def check_runtime(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_hybrid_transceiver(subject: Subject) -> Iterator[Finding]:
+def check_hybrid_transceiver(subject: LayoutSpec) -> Iterator[Finding]:
     """I5: hybrids hand their states over by the Python transceiver alone when NIXL carries them (RNN formatter, PR 14060)."""
     transceiver = subject.config.transceiver
     if subject.role == "agg" or subject.shape.state_space is None or transceiver is None:
@@ -93,7 +93,7 @@ def check_hybrid_transceiver(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def check_overlap(subject: Subject) -> Iterator[Finding]:
+def check_overlap(subject: LayoutSpec) -> Iterator[Finding]:
     """I9: prefill workers run without the overlap scheduler (``base_worker._enqueue_request``; allowed since PR 10755, 1.3)."""
     if subject.role != "prefill" or subject.engine == "reference" or subject.config.disable_overlap_scheduler:
         return
@@ -107,7 +107,7 @@ def check_overlap(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def check_beams(subject: Subject) -> Iterator[Finding]:
+def check_beams(subject: LayoutSpec) -> Iterator[Finding]:
     """I10: disaggregation knows one beam, and decoder-only models (disaggregated serving FAQ)."""
     if subject.role == "agg":
         return

@@ -10,7 +10,7 @@ from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.layout.finding import Severity
 
 if TYPE_CHECKING:
-    from dynamo_mpi.common.errors import BootstrapError
+    from dynamo_mpi.common.errors import DynamoMpiError
     from dynamo_mpi.layout.finding import Finding
 
 
@@ -78,7 +78,7 @@ def trouble(id: str, found: str, needed: str, fix: str = "", *, fatal: bool, cod
     return error(id, found, needed, fix, code) if fatal else warning(id, found, needed, fix)
 
 
-def of_error(id: str, problem: BootstrapError, *, fatal: bool = True) -> Check:
+def of_error(id: str, problem: DynamoMpiError, *, fatal: bool = True) -> Check:
     """Return the check of something that a worker would have ended with."""
     return trouble(id, problem.found, problem.needed, problem.fix, fatal=fatal, code=problem.exit_code)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.mpi.launcher import Launch, Launcher, detect
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, detect_launcher
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ QUESTION_SECONDS = 5.0
 """What asking another program or server may take by default: a Slurm controller that is busy answers in one or two."""
 # of the whole time, so that a question can still say that it got no answer
 _SHARE = 0.9
-_ALONE = Launch(Launcher.ALONE)
+_ALONE = LaunchInfo(Launcher.ALONE)
 # Slurm's own steps: of batch scripts, of interactive shells
 _SPECIAL_STEPS = 0xFFFFFFF0
 _RANKS = frozenset(Launcher) - {Launcher.ALONE, Launcher.SLURM_SHELL}
@@ -43,15 +43,15 @@ class Context:
     seconds: float = 10.0
     run_dir: Path | None = None
     write: bool = False
-    launch: Launch = _ALONE
+    launch: LaunchInfo = _ALONE
 
     @classmethod
     def of(
         cls, environ: Mapping[str, str], seconds: float, run_dir: Path | None = None, write: bool = False
     ) -> Context:
         """Return the context of this process from now on."""
-        launch = detect(environ)
-        if launch.launcher is Launcher.SLURM_BARE and _is_shell(environ):
+        launch = detect_launcher(environ)
+        if launch.launcher is Launcher.SRUN_WITHOUT_MPI and _is_shell(environ):
             launch = launch._replace(launcher=Launcher.SLURM_SHELL)
         return cls(environ, time.monotonic(), seconds, run_dir, write, launch)
 

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.ops.doctor.check import Check, error, of_error, warning
 from dynamo_mpi.ops.doctor.commands import end_all
@@ -57,7 +57,7 @@ class _Asked:
         try:
             for check in self._question.ask(self._context):
                 self._answers.append(check)
-        except BootstrapError as problem:
+        except DynamoMpiError as problem:
             self._answers.append(of_error(self._question.id, problem))
         except Exception as problem:
             self._answers.append(failure_of(self._question.id, problem))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dynamo_mpi.checks.gpu_facts import NodeGpus
 from dynamo_mpi.checks.gpu_rules import check_alike, check_instances, describe_driver, describe_holders, is_busy
 from dynamo_mpi.checks.host_facts import HostFacts
-from dynamo_mpi.checks.rank_facts import HostRow, lines
+from dynamo_mpi.checks.rank_facts import RankFacts, lines
 from dynamo_mpi.layout.format import counted, gib, listed
 from dynamo_mpi.ops.doctor.check import of_finding, ok, skipped, trouble, warning
 from dynamo_mpi.ops.doctor.commands import run_module
@@ -96,7 +96,7 @@ def judge(look: Look, host: str, *, in_rank: bool) -> Iterator[Check]:
     yield ok("gpus", f"{counted(len(facts.gpus), 'GPU')} ({kinds})")
     yield ok("driver", describe_driver(facts) or "of unknown version")
     yield judge_visible(facts, in_rank=in_rank)
-    row = HostRow(0, host, HostFacts(False, ""), facts)
+    row = RankFacts(0, host, HostFacts(False, ""), facts)
     for id, rule in (("alike", check_alike), ("mig", check_instances)):
         yield from (of_finding(id, finding) for finding in rule([row]))
     yield judge_memory(facts)

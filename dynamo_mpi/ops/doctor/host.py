@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.checks.gpu_facts import NodeGpus, device_files
 from dynamo_mpi.checks.host_facts import HostFacts, room
 from dynamo_mpi.checks.host_rules import check_shared_memory
-from dynamo_mpi.checks.rank_facts import HostRow
+from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.common.open_files_limit import SERVING_FILES
 from dynamo_mpi.layout.format import counted, gib, listed
 from dynamo_mpi.ops.doctor.cgroup import CgroupLimits, read_limits
@@ -51,7 +51,7 @@ def ranks_here(context: Context) -> int:
 def judge_shm(size: int, free: int, ranks: int) -> Check:
     """Judge shared memory by the preflight's own rule (V3)."""
     facts = HostFacts(True, "", shm_path=SHM, shm_bytes=size, shm_free=free)
-    rows = [HostRow(0, socket.gethostname(), facts, NodeGpus())] * ranks
+    rows = [RankFacts(0, socket.gethostname(), facts, NodeGpus())] * ranks
     for finding in check_shared_memory(rows):
         return of_finding("shm", finding)
     return ok("shm", f"{SHM}: {gib(free)} of {gib(size)} free, for {counted(ranks, 'rank')}")

@@ -7,8 +7,8 @@ import json
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.checks.host_facts import version_of
-from dynamo_mpi.common.errors import MislaunchError
-from dynamo_mpi.mpi.launch_checks import MpiLibrary, identify_library, refuse_mislaunch
+from dynamo_mpi.common.errors import LaunchError
+from dynamo_mpi.mpi.launch_checks import MpiLibrary, check_launch, identify_mpi
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.ops.doctor.check import error, of_error, ok, skipped, warning
 from dynamo_mpi.ops.doctor.commands import run_module
@@ -17,7 +17,7 @@ from dynamo_mpi.ops.doctor.context import Context, Question, Section
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dynamo_mpi.mpi.launcher import Launch
+    from dynamo_mpi.mpi.launcher import LaunchInfo
     from dynamo_mpi.ops.doctor.check import Check
     from dynamo_mpi.ops.doctor.commands import Output
 
@@ -63,13 +63,13 @@ def judge_library(output: Output, *, in_rank: bool) -> tuple[MpiLibrary | None, 
         ]
     told = _read(output.out)
     if "library" not in told:
-        problem = MislaunchError(
+        problem = LaunchError(
             told.get("found") or "nothing could be learnt of the MPI library",
             needed=told.get("needed") or "mpi4py and an MPI library",
             fix=told.get("fix", ""),
         )
         return None, [of_error("library", problem, fatal=in_rank)]
-    library = identify_library(told["library"])
+    library = identify_mpi(told["library"])
     text = f"{library.version} by mpi4py {told.get('mpi4py', '')}" + (f" ({told['path']})" if told.get("path") else "")
     return library, [ok("library", text), judge_interface(library, told.get("pmix", ""))]
 
@@ -90,19 +90,19 @@ def judge_interface(library: MpiLibrary, pmix: str) -> Check:
     )
 
 
-def judge_launch(launch: Launch, library: MpiLibrary | None) -> Check:
+def judge_launch(launch: LaunchInfo, library: MpiLibrary | None) -> Check:
     """Judge what started us with this library, as a rank would before it starts MPI."""
     if launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL) or library is None:
         # what is refused to ranks there is how launch, and doctor, are started
         return describe_launch(launch)
     try:
-        refuse_mislaunch(launch, library)
-    except MislaunchError as problem:
+        check_launch(launch, library)
+    except LaunchError as problem:
         return of_error("launch", problem)
     return describe_launch(launch)
 
 
-def describe_launch(launch: Launch) -> Check:
+def describe_launch(launch: LaunchInfo) -> Check:
     """Say what started us."""
     if launch.launcher is Launcher.ALONE:
         return ok("launch", "started by no launcher: this is no rank")

@@ -11,8 +11,8 @@ import json
 import re
 from pathlib import Path
 
-from dynamo_mpi.common.errors import BootstrapError
-from dynamo_mpi.mpi.world import bind_library
+from dynamo_mpi.common.errors import DynamoMpiError
+from dynamo_mpi.mpi.world import load_mpi_library
 
 _LIBRARY = re.compile(r"/\S*/lib(mpi|pmix)\.so[^/\s]*$", re.MULTILINE)
 
@@ -20,8 +20,8 @@ _LIBRARY = re.compile(r"/\S*/lib(mpi|pmix)\.so[^/\s]*$", re.MULTILINE)
 def look() -> dict[str, str]:
     """Load the library; return what it says, or the error that a rank would end with."""
     try:
-        said = bind_library()
-    except BootstrapError as error:
+        said = load_mpi_library()
+    except DynamoMpiError as error:
         return {"found": error.found, "needed": error.needed, "fix": error.fix}
     import mpi4py
 

@@ -11,18 +11,18 @@ from dynamo_mpi.ops.doctor.context import Question, Section
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dynamo_mpi.checks.local_check import Here
+    from dynamo_mpi.checks.local_check import LocalResult
     from dynamo_mpi.ops.doctor.check import Check
 
 NAME = "probe"
 
 
-def section_of(here: Here) -> Section:
+def section_of(here: LocalResult) -> Section:
     """Return the section; the probes have run by then, in the main thread, with which their processes live and die."""
     return Section(NAME, (Question(NAME, lambda _: checks_of(here)),))
 
 
-def checks_of(here: Here) -> Iterator[Check]:
+def checks_of(here: LocalResult) -> Iterator[Check]:
     """Judge what they have found. Pure."""
     for line in here.lines:
         # gpu, and fabric over a library's name and version

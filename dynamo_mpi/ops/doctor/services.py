@@ -8,7 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import AuthorisationError, DiscoveryError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.discovery.connectivity import check_etcd_endpoints, nats_server, require_nats_server
 from dynamo_mpi.discovery.endpoints import strip_credentials
@@ -99,7 +99,7 @@ def check_etcd(context: Context) -> Iterator[Check]:
     try:
         yield from judge_answers(ask(endpoint, environ, time.monotonic() + context.left()))
         yield from check_write(context, endpoint)
-    except AuthorisationError as problem:
+    except AuthorizationError as problem:
         yield judge_refusal(problem, EtcdAuth.from_env(environ))
     except DiscoveryError as problem:
         needed = "an answer of its JSON gateway, by which launch and doctor ask"
@@ -185,7 +185,7 @@ def check_write(context: Context, endpoint: str) -> Iterator[Check]:
     yield ok("etcd-write", f"{listed(PREFIXES)} can be written")
 
 
-def judge_refusal(problem: AuthorisationError, auth: EtcdAuth) -> Check:
+def judge_refusal(problem: AuthorizationError, auth: EtcdAuth) -> Check:
     """Judge an etcd that answers and refuses."""
     who = f"user {auth.username!r}" if auth.username else "a client without a user"
     return error(

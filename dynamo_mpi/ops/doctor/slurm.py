@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.mpi.job_time_limit import TimeLimit
+from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.ops.doctor.check import Status, error, ok, skipped, warning
 from dynamo_mpi.ops.doctor.commands import find, run
@@ -165,7 +165,7 @@ def check_job(context: Context) -> Iterator[Check]:
         )
         return
     yield ok("job", describe_job(context.environ))
-    if (limit := TimeLimit.of(context.environ)) is not None:
+    if (limit := JobTimeLimit.of(context.environ)) is not None:
         yield judge_time_left(int(limit.end - time.time()))
     elif output := _ask(context, "squeue", "--noheader", f"--job={job}", "--format=%L"):
         left = None if output.trouble else read_time_left(output.out)

@@ -13,14 +13,14 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.hooks import WorkerHook, WorkerHooks
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.phases import Phases
-from dynamo_mpi.mpi.world import World, bind_library, form_world
-from dynamo_mpi.supervisor.heartbeat_client import Lifeline
-from dynamo_mpi.supervisor.rendezvous import Meeting
-from dynamo_mpi.supervisor.supervisor import Guard, Terms
+from dynamo_mpi.common.phases import PhaseTracker
+from dynamo_mpi.mpi.world import World, init_mpi, load_mpi_library
+from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
+from dynamo_mpi.supervisor.supervisor import SupervisorConfig, WorldSupervisor
 from tests.contexts import rank_context
 
 KEPT: list[socket.socket] = []
@@ -86,13 +86,13 @@ def lead(world: World, what: str, victim: int) -> None:
     network = os.environ.get("NETWORK", "127.0.0.1") or None
     hooks = WorkerHooks()
     hooks.add(CleanUp())
-    terms = Terms(network, float(os.environ.get("HEARTBEAT", "60")), os.environ.get("FAILURES", ""))
+    terms = SupervisorConfig(network, float(os.environ.get("HEARTBEAT", "60")), os.environ.get("FAILURES", ""))
     try:
-        guard = Guard(rank_context(world=world, host="here"), [Placed("here")] * world.size, terms, hooks)
-    except BootstrapError as error:
+        guard = WorldSupervisor(rank_context(world=world, host="here"), [Placed("here")] * world.size, terms, hooks)
+    except DynamoMpiError as error:
         os.write(2, f"refused: {error}\n".encode())
         world.abort(error.exit_code)
-    world.broadcast(guard.meeting.pack(b""))
+    world.broadcast(guard.rendezvous.pack(b""))
     world.barrier(10)
     try:
         with guard.deadline(float(os.environ.get("PATIENCE", "1")), "the barrier was not passed", "--patience"):
@@ -100,26 +100,26 @@ def lead(world: World, what: str, victim: int) -> None:
                 suffer(what)
             meet(world)
     except ValueError as error:
-        guard.end(error)
+        guard.abort(error)
     guard.close()
 
 
 def follow(world: World, what: str, victim: int) -> None:
-    meeting, _ = Meeting.unpack(world.broadcast())
-    lifeline = Lifeline(meeting, world, Phases(), RankLogger(world.rank, "here"))
+    meeting, _ = Rendezvous.unpack(world.broadcast())
+    lifeline = HeartbeatClient(meeting, world, PhaseTracker(), RankLogger(world.rank, "here"))
     world.barrier(10)
     try:
         if victim == world.rank:
             suffer(what)
         meet(world)
     except ValueError as error:
-        lifeline.fail(error)
+        lifeline.report_failure(error)
     lifeline.close()
 
 
 def main() -> None:
-    bind_library()
-    world = form_world()
+    load_mpi_library()
+    world = init_mpi()
     what, victim = sys.argv[1], int(sys.argv[2])
     (lead if world.rank == 0 else follow)(world, what, victim)
 

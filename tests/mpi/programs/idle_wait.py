@@ -10,13 +10,13 @@ import json
 import sys
 import time
 
-from dynamo_mpi.mpi.world import bind_library, form_world
+from dynamo_mpi.mpi.world import init_mpi, load_mpi_library
 
 
 def main() -> None:
     seconds = float(sys.argv[1])
-    bind_library()
-    world = form_world()
+    load_mpi_library()
+    world = init_mpi()
     world.gather(world.broadcast())  # all are up
     start, spent = time.monotonic(), time.process_time()
     if world.rank == 0:

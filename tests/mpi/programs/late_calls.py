@@ -8,7 +8,7 @@ import time
 
 from mpi4py import MPI
 
-from dynamo_mpi.checks.peer_pings import Calls
+from dynamo_mpi.checks.peer_pings import PeerPings
 
 SECONDS = 20.0
 _FIRST, _SECOND, _THIRD = 100, 101, 102
@@ -20,13 +20,13 @@ def main() -> None:
     peers = [rank for rank in range(last + 1) if rank != world.Get_rank()]
     unheard: list[tuple[int, ...]] = []
     if world.Get_rank() != last:
-        first = Calls(world, peers, _FIRST)
+        first = PeerPings(world, peers, _FIRST)
         unheard.append(_heard_but(first, (last,)))
         first.end()
     world.Barrier()
     # those of the first round are there by now, and nobody takes them for new; the last rank is a round further
     is_last = world.Get_rank() == last
-    second = Calls(world, peers, _THIRD if is_last else _SECOND, (_SECOND,) if is_last else ())
+    second = PeerPings(world, peers, _THIRD if is_last else _SECOND, (_SECOND,) if is_last else ())
     unheard.append(_heard_but(second, tuple(peers) if is_last else ()))
     second.end()
     told = world.gather(unheard)
@@ -34,7 +34,7 @@ def main() -> None:
         print(told)
 
 
-def _heard_but(calls: Calls, expected: tuple[int, ...]) -> tuple[int, ...]:
+def _heard_but(calls: PeerPings, expected: tuple[int, ...]) -> tuple[int, ...]:
     """Wait until nobody else is missing."""
     end = time.monotonic() + SECONDS
     while calls.unheard() != expected and time.monotonic() < end:

@@ -15,37 +15,39 @@ import time
 from pathlib import Path
 
 from dynamo_mpi import __version__
-from dynamo_mpi.checks.hardware import Case
-from dynamo_mpi.checks.hardware_check_plan import ProbePlan
-from dynamo_mpi.checks.rank_report import Card
-from dynamo_mpi.checks.run_hardware_checks import lead_probes, take_part
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.checks.hardware import EvaluationInput
+from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
+from dynamo_mpi.checks.rank_report import RankReport
+from dynamo_mpi.checks.run_hardware_checks import run_hardware_checks, run_local
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.phases import Phases
+from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.mpi.launcher import detect
-from dynamo_mpi.mpi.world import World, bind_library, form_world
+from dynamo_mpi.mpi.launcher import detect_launcher
+from dynamo_mpi.mpi.world import World, init_mpi, load_mpi_library
 from dynamo_mpi.supervisor.fault_injection import arm
-from dynamo_mpi.supervisor.heartbeat_client import Lifeline
-from dynamo_mpi.supervisor.rendezvous import Meeting
-from dynamo_mpi.supervisor.supervisor import Guard, Terms
+from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
+from dynamo_mpi.supervisor.supervisor import SupervisorConfig, WorldSupervisor
 from tests.contexts import rank_context
 
 
-def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, strict: bool) -> int:
-    cards = [Card.unpack(card) for card in world.gather(own_card().pack())]
-    guard = Guard(
+def lead(world: World, plan: HardwareCheckPlan, phases: PhaseTracker, kind: str | None, *, strict: bool) -> int:
+    cards = [RankReport.unpack(card) for card in world.gather(own_card().pack())]
+    guard = WorldSupervisor(
         rank_context(phases, world=world, host=host_name()),
         cards,
-        Terms(os.environ.get("NETWORK", "127.0.0.1") or None),
+        SupervisorConfig(os.environ.get("NETWORK", "127.0.0.1") or None),
     )
-    world.broadcast(guard.meeting.pack(b""))
+    world.broadcast(guard.rendezvous.pack(b""))
     hold(os.environ.get("HOLD", ""))
     world.barrier(30)
     began = time.monotonic()
     weights = (int(os.environ.get("WEIGHTS", "0")),) * world.size
     with phases.enter("probe"):
-        report = lead_probes(world, Case(plan, cards, kind, weights), guard, os.environ, strict=strict)
+        report = run_hardware_checks(
+            world, EvaluationInput(plan, cards, kind, weights), guard, os.environ, strict=strict
+        )
     error = report.error
     told = {
         "findings": [finding.as_json() for finding in report.findings],
@@ -55,22 +57,22 @@ def lead(world: World, plan: ProbePlan, phases: Phases, kind: str | None, *, str
     }
     print(json.dumps(told), flush=True)
     if error is not None:
-        guard.report(error)
+        guard.report_orderly_failure(error)
     world.broadcast(bytes([error.exit_code if error else 0]))
     guard.close()
     return int(error.exit_code) if error else 0
 
 
-def follow(world: World, plan: ProbePlan, phases: Phases) -> int:
+def follow(world: World, plan: HardwareCheckPlan, phases: PhaseTracker) -> int:
     world.gather(own_card().pack())
-    meeting, _ = Meeting.unpack(world.broadcast())
-    lifeline = Lifeline(meeting, world, phases, RankLogger(world.rank, host_name()))
+    meeting, _ = Rendezvous.unpack(world.broadcast())
+    lifeline = HeartbeatClient(meeting, world, phases, RankLogger(world.rank, host_name()))
     world.barrier(30)
     try:
         with phases.enter("probe"):
-            take_part(world, plan, os.environ)
-    except (BootstrapError, ValueError) as error:
-        lifeline.fail(error)
+            run_local(world, plan, os.environ)
+    except (DynamoMpiError, ValueError) as error:
+        lifeline.report_failure(error)
     code = world.broadcast()[0]
     lifeline.close()
     return code
@@ -83,17 +85,17 @@ def hold(path: str) -> None:
             time.sleep(0.02)
 
 
-def own_card() -> Card:
-    return Card(host_name(), "", __version__, ())
+def own_card() -> RankReport:
+    return RankReport(host_name(), "", __version__, ())
 
 
 def main() -> None:
-    launch, phases = detect(os.environ), Phases()
+    launch, phases = detect_launcher(os.environ), PhaseTracker()
     if os.environ.get("DYN_MPI_FAULT"):
         arm(os.environ, launch, phases, RankLogger(launch.rank, host_name()))
-    bind_library()
-    world = form_world()
-    plan = ProbePlan.unpack(sys.argv[1])
+    load_mpi_library()
+    world = init_mpi()
+    plan = HardwareCheckPlan.unpack(sys.argv[1])
     if world.rank == 0:
         code = lead(world, plan, phases, sys.argv[3] if len(sys.argv) > 3 else None, strict=sys.argv[2] == "strict")
     else:

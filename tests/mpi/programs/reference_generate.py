@@ -25,7 +25,7 @@ from dynamo_mpi.engines.reference.factory import thread_environment
 os.environ.update(thread_environment(MPI.COMM_WORLD.Get_size()))
 
 # After the line above: numpy reads the number of threads when it is imported.
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.engines.protocol import GenerationRequest, Sampling, TokenChunk
 from dynamo_mpi.engines.reference.engine import ReferenceConfig, ReferenceEngine
 
@@ -91,7 +91,7 @@ def main() -> int:
     try:
         engine = ReferenceEngine(comm, config)
         engine.load()
-    except BootstrapError as error:
+    except DynamoMpiError as error:
         print(error, file=sys.stderr)
         return int(error.exit_code)
     loaded = time.perf_counter() - began

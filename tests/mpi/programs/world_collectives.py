@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from dynamo_mpi.mpi.world import World, bind_library, form_world
+from dynamo_mpi.mpi.world import World, init_mpi, load_mpi_library
 
 MEGABYTE = 1 << 20
 
@@ -47,8 +47,8 @@ def check(world: World) -> int:
 
 
 def main() -> None:
-    bind_library()
-    world = form_world()
+    load_mpi_library()
+    world = init_mpi()
     try:
         checks = check(world)
     except BaseException:

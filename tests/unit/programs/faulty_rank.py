@@ -13,10 +13,10 @@ import sys
 import threading
 import time
 
-from dynamo_mpi.common.errors import BootstrapError
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.phases import Phases
-from dynamo_mpi.mpi.launcher import Launch, Launcher
+from dynamo_mpi.common.phases import PhaseTracker
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor.fault_injection import arm
 
 
@@ -27,7 +27,7 @@ def wait(how: str) -> None:
         queue.SimpleQueue[None]().get()
 
 
-async def wait_in_a_loop(phases: Phases) -> None:
+async def wait_in_a_loop(phases: PhaseTracker) -> None:
     with phases.enter("serve"):
         say("serve")
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(20))])
@@ -47,10 +47,10 @@ def tick() -> None:
 
 def main() -> int:
     rank, size, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    phases = Phases()
+    phases = PhaseTracker()
     try:
-        arm(os.environ, Launch(Launcher.OPEN_MPI, rank, size), phases, RankLogger(rank, "here"))
-    except BootstrapError as error:
+        arm(os.environ, LaunchInfo(Launcher.OPEN_MPI, rank, size), phases, RankLogger(rank, "here"))
+    except DynamoMpiError as error:
         print(error)
         return int(error.exit_code)
     threading.Thread(target=tick, daemon=True).start()

@@ -9,11 +9,11 @@ import sys
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.phases import Phases
-from dynamo_mpi.mpi.launcher import Launch, Launcher
-from dynamo_mpi.supervisor.heartbeat_client import Lifeline
-from dynamo_mpi.supervisor.rendezvous import Meeting
-from dynamo_mpi.telemetry.health_start import answer_probes
+from dynamo_mpi.common.phases import PhaseTracker
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
+from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
+from dynamo_mpi.telemetry.health_start import start_health_server
 
 if TYPE_CHECKING:
     from dynamo_mpi.mpi.world import World
@@ -33,22 +33,22 @@ class NoWorld:
 def main() -> None:
     """Begin, tell the port, and obey."""
     log = RankLogger(RANK, "n2")
-    launch = Launch(Launcher.SLURM_PMIX, rank=RANK, size=SIZE, local_rank=0, local_size=2)
-    reporter = answer_probes(launch, log, sys.argv[1:], os.environ)
+    launch = LaunchInfo(Launcher.SLURM_PMIX, rank=RANK, size=SIZE, local_rank=0, local_size=2)
+    reporter = start_health_server(launch, log, sys.argv[1:], os.environ)
     assert reporter is not None, "no answers"
     assert not isinstance(reporter, Exception), reporter
-    phases = Phases()
-    phases.listen(reporter.tell_phase)
-    reporter.begin()
+    phases = PhaseTracker()
+    phases.on_phase(reporter.send_phase)
+    reporter.start()
     print(reporter.address.port, reporter.pid, flush=True)
-    lifeline: Lifeline | None = None
+    lifeline: HeartbeatClient | None = None
     for line in sys.stdin:
         word, _, text = line.rstrip("\n").partition(" ")
         if word == "begin":
             phases.begin(text)
         elif word == "join":
-            meeting, _ = Meeting.unpack(bytes.fromhex(text))
-            lifeline = Lifeline(meeting, cast("World", NoWorld()), phases, log)
+            meeting, _ = Rendezvous.unpack(bytes.fromhex(text))
+            lifeline = HeartbeatClient(meeting, cast("World", NoWorld()), phases, log)
             reporter.follow(lifeline, {"role": "decode"})
         elif word == "fork":
             # it inherits all that is open here, as an engine's helpers may
@@ -56,9 +56,9 @@ def main() -> None:
                 signal.pause()
             print(child, flush=True)
         elif word == "fail" and lifeline is not None:
-            lifeline.fail(RuntimeError(text))
+            lifeline.report_failure(RuntimeError(text))
         else:
-            reporter.tell(word, text)
+            reporter.send(word, text)
     if lifeline is not None:
         lifeline.close()
 

@@ -23,9 +23,9 @@ from dynamo_mpi.common.failure import Failure
 from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.supervisor.frame_connection import ClosedError
 from dynamo_mpi.supervisor.heartbeat_client import connect
-from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES, Frame, Kind
-from dynamo_mpi.supervisor.heartbeat_server import Lookout
-from dynamo_mpi.supervisor.rendezvous import Meeting
+from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES, Frame, FrameType
+from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
+from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 NETWORKS = {"4": ("10.9.8.1/24", "10.9.8.2/24"), "6": ("fd00:9:8::1/64", "fd00:9:8::2/64")}
 
@@ -51,9 +51,9 @@ def be_rank_0(network: str, timeout: float, what: str) -> None:
     address = host_address(NETWORKS[network][0], "the test's network")
     family = socket.AF_INET6 if network == "6" else socket.AF_INET
     listener = socket.create_server((address, 0), family=family)
-    meeting = Meeting("near", address, listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES), timeout)
+    meeting = Rendezvous("near", address, listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES), timeout)
     seen: queue.SimpleQueue[Failure] = queue.SimpleQueue()
-    lookout = Lookout(2, meeting, listener, lambda: "serve", lambda _: "far", seen.put, lambda *_: None)
+    lookout = HeartbeatServer(2, meeting, listener, lambda: "serve", lambda _: "far", seen.put, lambda *_: None)
     lookout.start()
     words = ["ip", "netns", "exec", "far", sys.executable, __file__, "rank", meeting.pack(b"").hex()]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as rank:
@@ -75,7 +75,7 @@ def be_rank_0(network: str, timeout: float, what: str) -> None:
         rank.kill()
 
 
-def be_rank_1(meeting: Meeting) -> None:
+def be_rank_1(meeting: Rendezvous) -> None:
     line, _ = connect(meeting, 1)
     print("connected", flush=True)
     heard = time.monotonic()
@@ -88,14 +88,14 @@ def be_rank_1(meeting: Meeting) -> None:
             print(json.dumps(["lost" if end.lost else "closed", time.monotonic()]), flush=True)
             return
         if meeting.heartbeat_timeout and time.monotonic() - heard > meeting.heartbeat_timeout:
-            print(json.dumps(["lost" if line.unacknowledged else "silent", time.monotonic()]), flush=True)
+            print(json.dumps(["lost" if line.has_unacked_data else "silent", time.monotonic()]), flush=True)
             return
-        line.send(Frame(Kind.BEAT))
-        wake.wait(meeting.period / 2)
+        line.send(Frame(FrameType.BEAT))
+        wake.wait(meeting.heartbeat_interval / 2)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "rank":
-        be_rank_1(Meeting.unpack(bytes.fromhex(sys.argv[2]))[0])
+        be_rank_1(Rendezvous.unpack(bytes.fromhex(sys.argv[2]))[0])
     else:
         be_rank_0(sys.argv[1], float(sys.argv[2]), sys.argv[3])
