@@ -48,7 +48,7 @@ START_SECONDS = 600.0
 HELLO_SECONDS, _LOAD_SECONDS, _ROUND_SECONDS = 15.0, 20.0, CONNECT_SECONDS + PULL_SECONDS + 4.0
 _MOST_AGAIN = 4
 _REST_SECONDS = HELLO_SECONDS + _LOAD_SECONDS + (_MOST_AGAIN + 1) * _ROUND_SECONDS
-_POLL_SECONDS, _LEAVE_SECONDS = 0.002, 5.0
+_POLL_SECONDS, _PART_SECONDS, _LEAVE_SECONDS = 0.002, 1.0, 5.0
 _VARIABLES = {
     "--transport": "DYN_MPI_KV_CHECK_TRANSPORT",
     "--kv-network": "DYN_MPI_KV_NETWORK",
@@ -151,7 +151,7 @@ class KvPathCheck:
         self._lost: dict[str, str] = {}
 
     def run(self) -> int:
-        """Take part until rank 0 has judged; return the exit code."""
+        """Take part until rank 0 has judged; return the exit code, which is 0 on the others that have heard from it."""
         hello, code = self._hello(), 0
         try:
             if self._mail.rank:
@@ -160,11 +160,8 @@ class KvPathCheck:
         except DynamoMpiError as error:
             code = error.exit_code
             self._log.error(f"error in kv check: {error}")
-        finally:
-            if self._agent is not None:
-                self._agent.close()
         for rank in range(1, self._mail.size if self._mail.rank == 0 else 0):
-            self._mail.send(rank, {"code": code})
+            self._mail.send(rank, {"end": True})
         return code
 
     def _hello(self) -> Content:
@@ -183,8 +180,8 @@ class KvPathCheck:
         self._mail.send(0, hello)
         seconds = 2 * HELLO_SECONDS
         while (order := self._mail.receive(0, time.monotonic() + seconds)) is not None:
-            if "code" in order:
-                return int(order["code"])
+            if "end" in order:
+                return 0
             seconds = self._settings.seconds + _REST_SECONDS
             self._mail.send(0, self._obey(order))
         raise RetryableError(f"rank 0 has sent nothing for {seconds:.0f} s", fix="read what rank 0 reports")
@@ -347,6 +344,8 @@ def main(argv: Sequence[str]) -> int:
     code = KvPathCheck(settings, Mail(MPI.COMM_WORLD), log).run()
     hard_exit_after(_LEAVE_SECONDS, code)
     finalize_mpi()
+    # mpirun kills the others when the first leaves with an error, and Open MPI 5's crashes if one of them is just leaving PMIx
+    time.sleep(_PART_SECONDS if code else 0.0)
     return code
 
 

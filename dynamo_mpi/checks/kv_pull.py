@@ -25,7 +25,6 @@ import tempfile
 import threading
 import time
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.checks.nccl_fabric import has_cards
@@ -171,15 +170,16 @@ class NixlAgent:
     """NIXL with UCX, and one buffer of `LARGE_BYTES` for peers to read, or to read into. Raises NixlError if it doesn't work on this host."""
 
     def __init__(self) -> None:
-        self._log = tempfile.NamedTemporaryFile(prefix="kv-check-")  # noqa: SIM115 - it lasts as long as UCX may write to it
-        # has UCX say over which devices it goes
-        os.environ.update(UCX_LOG_LEVEL="info", UCX_PROTO_INFO="y", UCX_LOG_FILE=self._log.name)
-        nixl = _checked(_import_nixl)
-        sync = nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
-        # without the thread that would burn a core
-        config = _checked(nixl.nixl_agent_config, enable_prog_thread=False, backends=[], sync_mode=sync)
-        self._agent: Any = _checked(nixl.nixl_agent, secrets.token_hex(8), config)
-        _checked(self._agent.create_backend, "UCX")
+        with tempfile.NamedTemporaryFile(prefix="kv-check-") as log:
+            # has UCX say over which devices it goes; it keeps the file open
+            os.environ.update(UCX_LOG_LEVEL="info", UCX_PROTO_INFO="y", UCX_LOG_FILE=log.name)
+            self._log = os.dup(log.fileno())
+            nixl = _checked(_import_nixl)
+            sync = nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
+            # without the thread that would burn a core
+            config = _checked(nixl.nixl_agent_config, enable_prog_thread=False, backends=[], sync_mode=sync)
+            self._agent: Any = _checked(nixl.nixl_agent, secrets.token_hex(8), config)
+            _checked(self._agent.create_backend, "UCX")
         self._unfinished: list[object] = []
         self._register()
 
@@ -206,11 +206,7 @@ class NixlAgent:
 
     def paths(self) -> tuple[str, ...]:
         """Return over what was read last, as UCX says."""
-        return paths_in(Path(self._log.name).read_text(encoding="utf-8", errors="replace"))
-
-    def close(self) -> None:
-        """Remove UCX's log. What NIXL holds goes with the process."""
-        self._log.close()
+        return paths_in(os.pread(self._log, os.fstat(self._log).st_size, 0).decode("utf-8", "replace"))
 
     def _register(self) -> None:
         self._buffer = ctypes.create_string_buffer(LARGE_BYTES)

@@ -72,7 +72,12 @@ def test_a_cut_between_nodes_ends_both_sides(rank: int, worker: SlurmWorker, slu
     assert code == 75, worker.text()
     assert worker.text().count(": error in ") == 1, worker.text()
     report = json.loads((worker.ready_file.parent / "failures" / "backend-rank-0.json").read_text())
-    assert (report["rank"], report["host"], report["cause"], report["exit_code"]) == (rank, node, "host_unreachable", 75)
+    assert (report["rank"], report["host"], report["cause"], report["exit_code"]) == (
+        rank,
+        node,
+        "host_unreachable",
+        75,
+    )
 
 
 def test_rank_0_cut_off_ends_both_sides(worker: SlurmWorker, slurm: SlurmSession) -> None:

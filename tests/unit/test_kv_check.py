@@ -274,7 +274,6 @@ def test_nixl_measures_a_pair_and_outlives_a_peer_that_stops(monkeypatch: pytest
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     agent = NixlAgent()
     with contextlib.ExitStack() as stack:
-        stack.callback(agent.close)
         peers = []
         for other_run in (KEY, KEY, b"x" * 32):
             command = [*words, other_run.hex()]
@@ -352,8 +351,7 @@ def run_check(monkeypatch: pytest.MonkeyPatch, *absent: str, hang: str = "", **c
         if host not in absent:
             thread.join(30)
             assert not thread.is_alive()
-    expected = {code for host, code in zip(hosts, codes, strict=True) if host not in (*absent, hang)}
-    assert expected == {codes[0]}
+    assert {code for host, code in zip(hosts[1:], codes[1:], strict=True) if host not in (*absent, hang)} == {0}
     return codes[0], "\n".join(said.texts)
 
 
@@ -412,8 +410,6 @@ def test_a_nixl_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) ->
     class Silent:
         def share(self, _: bytes) -> tuple[str, int]:
             return "", 0
-
-        def close(self) -> None: ...
 
         def progress(self) -> None: ...
 
