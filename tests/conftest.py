@@ -83,9 +83,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         check_landing_variants(items)
     all_faults = bool(config.getoption("--all-faults"))
     full, stage = all_faults or bool(config.getoption("--full")), config.getoption("--stage")
-    skipped_checks = {item for item in items if is_left_out(item, full, all_faults, stage)}
-    config.hook.pytest_deselected(items=list(skipped_checks))
-    items[:] = [item for item in items if item not in skipped_checks]
+    left_out = {item for item in items if is_left_out(item, full, all_faults, stage)}
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_report_header() -> str:

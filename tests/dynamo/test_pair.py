@@ -67,7 +67,7 @@ def served(frontend: Frontend, model: str) -> str:
     return eventually(answer, "an answer")
 
 
-@pytest.mark.landing("1-3-tcp")
+@pytest.mark.landing("1-3")
 @pytest.mark.parametrize(
     ("prefill_ranks", "decode_ranks"),
     [(3, 1), (1, 3), (3, 3)],
