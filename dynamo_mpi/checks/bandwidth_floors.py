@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an exchange between two GPUs of one node should reach at the least, where the kind of GPU and its link are known.
+"""The lowest acceptable bandwidth between two GPUs of one node, if the kind of GPU and its link are known.
 
 NVLink: a quarter of one direction of NVIDIA's figure for the GPU (product pages: A100 600 GB/s, H100, H200, H20 and GH200 900 GB/s, B200,
 GB200, B300 and GB300 1800 GB/s, both directions together). docs/probe.md has what two H200s reached. PCI Express: an eighth of what the
 generation carries over 16 lanes one way (PCI-SIG: 16, 32, 64 GB/s for generations 3, 4, 5), since messages may go over the host's memory.
-Whoever is below has a link that is down or was never there, and no matter of tuning.
+A lower bandwidth means that a link is down or missing; tuning doesn't explain it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _PCIE = {3: 16 * _GB, 4: 32 * _GB, 5: 64 * _GB, 6: 128 * _GB}
 
 
 def least_rate(kind: str | None, nvlinks: int | None, pcie: int | None) -> tuple[float, str] | None:
-    """Return the bytes a second that are the least, and over what; None where nothing is known.
+    """Return the lowest acceptable bytes per second and the name of the link; None if they aren't known.
 
     Args:
-        kind: as `parallelism.gpus` names it.
+        kind: as `layout.gpus` names it.
         nvlinks: links of the GPU that are up; None where that isn't known.
         pcie: generation of PCI Express; None where it isn't known.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The little of CUDA's driver API that the fabric probe needs: memory on one GPU, and a stream. Names are the driver's (``cuda.h``)."""
+"""The part of CUDA's driver API that the fabric check needs: memory on one GPU, and a stream. Names are those of ``cuda.h``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 class CudaError(RuntimeError):
-    """The driver refuses a call; in its words."""
+    """A call of the driver failed; the text is the driver's."""
 
 
 class Cuda:
-    """The driver of this machine.
+    """The CUDA driver of this machine.
 
     Raises:
-        CudaError: there is none, or it can't be started.
+        CudaError: it is missing, or can't be initialised.
     """
 
     def __init__(self) -> None:
@@ -28,13 +28,13 @@ class Cuda:
 
     @property
     def devices(self) -> int:
-        """GPUs that this process may use."""
+        """Number of GPUs that this process may use."""
         count = c_int()
         self._call("cuDeviceGetCount", byref(count))
         return count.value
 
     def use(self, number: int) -> None:
-        """Take a GPU for this thread, by its primary context, as NCCL does."""
+        """Select a GPU for this thread, by its primary context, as NCCL does."""
         device, context = c_int(), c_void_p()
         self._call("cuDeviceGet", byref(device), number)
         self._call("cuDevicePrimaryCtxRetain", byref(context), device)
@@ -56,7 +56,7 @@ class Cuda:
         self._call("cuMemcpyDtoH_v2", (ctypes.c_char * size).from_buffer(into), address, c_size_t(size))
 
     def clear(self, address: c_uint64, size: int) -> None:
-        """Overwrite with what no message holds, and wait until that is done: else it would overwrite the message that comes next."""
+        """Overwrite with a value that no message has, and wait until it is done: otherwise it could overwrite the next message."""
         self._call("cuMemsetD8_v2", address, ctypes.c_ubyte(0xFF), c_size_t(size))
         self._call("cuCtxSynchronize")
 
@@ -67,7 +67,7 @@ class Cuda:
         return made
 
     def wait(self, stream: c_void_p) -> None:
-        """Wait until all that was put into a stream is done."""
+        """Wait until all work of a stream is done."""
         self._call("cuStreamSynchronize", stream)
 
     def _call(self, name: str, *arguments: Any) -> None:

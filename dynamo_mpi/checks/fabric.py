@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fabric probe: what ranks send each other arrives, as it was sent, and as fast as among their like."""
+"""The fabric check: messages between ranks arrive, unchanged, and as fast as between comparable ranks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def measure(part: CheckContext) -> list[str]:
-    """Do this rank's part. Collective."""
+    """Measure this rank's part. Collective."""
     if part.plan.over == "nccl":
         from dynamo_mpi.checks.nccl_fabric import measure_over_nccl
 
@@ -33,26 +33,25 @@ def measure(part: CheckContext) -> list[str]:
 
 
 def judge(answers: Sequence[Sequence[str]], case: EvaluationInput) -> CheckResult:
-    """Apply the rules over what was measured."""
-    told = [FabricAnswer.unpack(answer) for answer in answers]
-    return judge_fabric(told, case)
+    """Apply the rules to the measurements."""
+    return judge_fabric([FabricAnswer.unpack(answer) for answer in answers], case)
 
 
-def judge_fabric(told: Sequence[FabricAnswer], case: EvaluationInput) -> CheckResult:
+def judge_fabric(answers: Sequence[FabricAnswer], case: EvaluationInput) -> CheckResult:
     """Apply the rules.
 
     Args:
-        told: what ranks have measured, in rank order.
-        case: the world; where the GPU probe came before, the links that it has seen say what to expect.
+        answers: the ranks' measurements, in rank order.
+        case: the world; if the GPU check ran before, the links that it found decide what is expected.
     """
     steps = steps_of(case.plan)
-    measured = gather_up(steps, told)
+    measured = gather_up(steps, answers)
     gpus = case.earlier.get("gpu", {})
     nvlinks = None if gpus.get("bridged") else _least(gpus.get("nvlinks_up"))
     links = nvlinks, _least(gpus.get("pcie_generation"))
     least = least_rate(case.kind, *links) if case.plan.over == "nccl" else None
-    findings = check_fabric(FabricCase(measured, told, case.ranks, steps, case.plan.seconds, case.plan.over, least))
-    figures = figures_of(steps, measured, told, case.plan.over)
+    findings = check_fabric(FabricCase(measured, answers, case.ranks, steps, case.plan.seconds, case.plan.over, least))
+    figures = figures_of(steps, measured, answers, case.plan.over)
     return CheckResult(tuple(findings), figures, _line(steps, measured, figures))
 
 
@@ -61,10 +60,10 @@ def _least(extremes: list[int] | int | None) -> int | None:
 
 
 def figures_of(
-    steps: Sequence[Step], measured: Sequence[Measured], told: Sequence[FabricAnswer], over: str
+    steps: Sequence[Step], measured: Sequence[Measured], answers: Sequence[FabricAnswer], over: str
 ) -> dict[str, Any]:
-    """Return what is worth keeping, in few bytes whatever the number of ranks: by operation and kind of group the slowest and the middle
-    rate in GB/s of bus bandwidth at the largest size, the latency in microseconds at the smallest, and who is slowest."""
+    """Return a summary whose size doesn't depend on the number of ranks: by operation and kind of group, the slowest and the median
+    bus bandwidth in GB/s at the largest size, the latency in microseconds at the smallest, and the slowest ranks."""
     kinds: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(_name(step) for step in steps):
         of_kind = [one for one in measured if _name(one.step) == name]
@@ -85,10 +84,10 @@ def figures_of(
             }
     return {
         "over": over,
-        "library": next((answer.library for answer in told if answer.library), ""),
-        "network": sorted({answer.network for answer in told if answer.network}),
-        "links": sorted({link for answer in told for link in answer.links}),
-        "begin": round(max((answer.begin for answer in told), default=0.0), 3),
+        "library": next((answer.library for answer in answers if answer.library), ""),
+        "network": sorted({answer.network for answer in answers if answer.network}),
+        "links": sorted({link for answer in answers for link in answer.links}),
+        "begin": round(max((answer.begin for answer in answers), default=0.0), 3),
         "kinds": kinds,
     }
 

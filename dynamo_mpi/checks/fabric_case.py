@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rules over the fabric judge, and how it is put into words."""
+"""The input of the fabric rules, and the text of its parts."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class FabricCase(NamedTuple):
-    """What the rules judge.
+    """The input of the fabric rules.
 
     Args:
-        measured: what groups took.
-        answers: the ranks', in rank order.
+        measured: the groups' measurements.
+        answers: the ranks' answers, in rank order.
         ranks: where each is.
-        steps: what the probe does.
-        seconds: that it had.
+        steps: the steps of the check.
+        seconds: the time limit.
         over: what carried the messages, `nccl` or `mpi`.
-        least: bytes a second that two GPUs of a node should reach, and over what; None where it isn't known.
+        least: bytes per second that two GPUs of a node must reach, and over which link; None if it isn't known.
     """
 
     measured: Sequence[Measured]
@@ -54,27 +54,27 @@ def pair_of(case: FabricCase, one: Measured) -> str:
 
 
 def what(one: Measured) -> str:
-    """Say what was done: ``all-reduce of 8 MiB in tp``."""
+    """Describe the operation: ``all-reduce of 8 MiB in tp``."""
     kind = "" if one.step.operation == EXCHANGE else f" in {one.step.kind}"
     return f"{one.step.operation} of {size_text(one.size)}{kind}"
 
 
 def links_of(case: FabricCase, one: Measured) -> str:
-    """Say over what NCCL let a group talk; nothing where it did not say."""
+    """Name the links that NCCL used for a group; empty if NCCL did not log them."""
     links = sorted({link for rank in one.group for link in case.answers[rank].links})
     return f" over {listed(links)}" if links else ""
 
 
 def size_text(size: int) -> str:
-    """Write a number of bytes as ``64 MiB``."""
+    """Format a number of bytes as ``64 MiB``."""
     return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"
 
 
 def rate_text(rate: float) -> str:
-    """Write bytes a second as ``256.9 GB/s``."""
+    """Format bytes per second as ``256.9 GB/s``."""
     return f"{rate / 1e9:.1f} GB/s" if rate >= 1e9 else f"{rate / 1e6:.1f} MB/s"
 
 
 def time_text(seconds: float) -> str:
-    """Write seconds as ``18.9 ms`` or ``19 µs``."""
+    """Format seconds as ``18.9 ms`` or ``19 µs``."""
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"

@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules over what the fabric probe has measured. Pure; rank 0 runs them.
+"""Rules over the measurements of the fabric check. Pure; rank 0 runs them.
 
-| rule | what has to hold | |
+| rule | requirement | |
 |---|---|---|
 | N1 | what arrives is what was sent | error |
-| N2 | the probe comes to its end | warning; error (124) over MPI, which can't take a message back |
-| N3 | no pair of ranks, and no node, is far slower than its like | warning |
-| N4 | no group is far slower than its like | warning |
+| N2 | the check ends in time | warning; error (124) over MPI, which can't cancel a message |
+| N3 | no pair of ranks, and no node, is far slower than comparable ones | warning |
+| N4 | no group is far slower than comparable ones | warning |
 | N5 | GPUs of one node reach what their link allows | warning |
 | N6 | nodes with InfiniBand or RoCE use it | warning |
 | N7 | NCCL runs in every rank | warning |
 | N8 | no link loses packets | warning |
 
-Like is compared with the upper quartile of its kind, not with the median: one slow node is in two of three pairs of a small world, where the
-median would be slow itself.
+A measurement is compared with the upper quartile of its kind, not with the median: in a small world one slow node is in two of three pairs,
+and the median would be slow itself.
 """
 
 from __future__ import annotations
@@ -38,75 +38,77 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
 
 SLOW = {"nccl": 3.0, "mpi": 8.0}
-"""How many times slower than its like is far slower; on CPUs, which other processes use too, it has to be more."""
-# below this nobody's latency matters; on busy CPUs a rank may have to wait for its turn
+"""How many times slower than comparable ones is far slower; more on CPUs, because other processes use them too."""
+# a latency below this never matters; on busy CPUs a rank may have to wait for its turn
 _LATENCY_SECONDS = {"nccl": 1e-3, "mpi": 0.05}
 _LATENCY_SLOW = 10.0
-# above it a pair isn't slow, whatever its like do: on CPUs that others use, one local pair may be 14 times faster than another
+# a pair above it isn't slow, however fast others are: on shared CPUs, one local pair may be 14 times faster than another
 _FAST = {"nccl": float("inf"), "mpi": 1e8}
 _LEAST_LIKE = 3
-# what a healthy network loses when many send to one at once is far less; busy CPUs are late with what says that a packet has come
+# a healthy network loses far less, even when many hosts send to one; busy CPUs acknowledge packets late
 _LOSS = {"nccl": 0.01, "mpi": 0.12}
 _LEAST_RESENT = 10
 
 
 def check_fabric(case: FabricCase) -> list[Finding]:
-    """Apply every rule; over MPI, N2 is told when it happens."""
+    """Apply every rule; over MPI, N2 is reported when it happens."""
     return [finding for rule in RULES for finding in rule(case)]
 
 
 def check_data(case: FabricCase) -> Iterator[Finding]:
-    """N1: every byte that arrives is the one that was sent; of a sum, the right sum. Else answers are wrong, for as long as it serves."""
+    """N1: every byte that arrives is the one that was sent, and every sum is right. Otherwise the worker's answers are wrong."""
     blamed: Counter[int] = Counter()
-    told: list[str] = []
+    details: list[str] = []
     groups: list[str] = []
     for one in case.measured:
         for receiver, sources in one.wrong:
             if one.step.operation == EXCHANGE or sources != one.group:
                 blamed.update(sources)
-                told.append(f"{case.name([receiver])} got wrong data from {case.name(sources)}, {what(one)}")
+                details.append(f"{case.name([receiver])} got wrong data from {case.name(sources)}, {what(one)}")
         if one.wrong and not blamed:
             groups.append(f"wrong results in an {what(one)} over {case.name(one.group)}")
-    if not told and not groups:
+    if not details and not groups:
         return
     who = case.name(sorted(rank for rank in blamed if blamed[rank] == max(blamed.values()))) if blamed else ""
     yield error(
         "N1",
         f"data are wrong when they arrive{f': {who}' if who else ''}",
-        found=lines(list(dict.fromkeys(told or groups))),
+        found=lines(list(dict.fromkeys(details or groups))),
         needed="what was sent: every answer of the engine rests on it",
         fix="leave the node out (sbatch --exclude=...), and have its memory, GPUs and cables checked (dcgmi diag -r 3)",
     )
 
 
 def check_end(case: FabricCase) -> Iterator[Finding]:
-    """N2: the probe comes to its end within `--probe-seconds`; one that hangs is ended, and says between whom."""
+    """N2: the check ends within `--probe-seconds`; if it hangs, it is ended, and the report names the ranks between which it hangs."""
     late = {rank: read_note(answer.text) for rank, answer in enumerate(case.answers) if answer.state == LATE}
-    # who waits for a rank whose process has gone is not where it began (N7)
+    # a rank that waits for one whose process has ended is not the cause (N7)
     if late and not any(answer.state == FAILED for answer in case.answers):
         hosts = [one.host for one in case.ranks]
-        # the processes that hang have been ended, and the ranks are well: unlike over MPI, the worker can go on
+        # the processes that hung have been ended, and the ranks are unharmed: unlike over MPI, the worker can go on
         yield replace(
             find_blocking_ranks(late, [], case.steps, hosts, case.seconds, case.name), severity=Severity.WARNING
         )
 
 
 def check_pairs(case: FabricCase) -> Iterator[Finding]:
-    """N3: no pair of ranks is three times (over MPI eight times) slower than its like, and no node has all its pairs so; with fewer
+    """N3: no pair of ranks is three times (over MPI eight times) slower than comparable pairs, nor are all pairs of a node; with fewer
     than three pairs of a kind nothing is compared."""
     factor = SLOW[case.over]
     slow: list[Measured] = []
-    told: list[str] = []
+    details: list[str] = []
     for some in _alike(case, exchanges=True):
         best = _upper_quartile([one.rate for one in some])
         quick = _lower_quartile([one.seconds for one in some])
         smallest = some[0].size == some[0].step.sizes[0]
         for one in some:
             if not smallest and one.rate < min(best / factor, _FAST[case.over]):
-                told.append(f"{pair_of(case, one)}: {rate_text(one.rate)}, its like {rate_text(best)} ({what(one)})")
+                details.append(
+                    f"{pair_of(case, one)}: {rate_text(one.rate)}, comparable ones {rate_text(best)} ({what(one)})"
+                )
             elif smallest and one.seconds > max(_LATENCY_SECONDS[case.over], quick * _LATENCY_SLOW):
-                told.append(
-                    f"{pair_of(case, one)}: {time_text(one.seconds)}, its like {time_text(quick)} ({what(one)})"
+                details.append(
+                    f"{pair_of(case, one)}: {time_text(one.seconds)}, comparable ones {time_text(quick)} ({what(one)})"
                 )
             else:
                 continue
@@ -119,43 +121,44 @@ def check_pairs(case: FabricCase) -> Iterator[Finding]:
         one_node = len(nodes) == 1
         message = f"{'node' if one_node else 'nodes'} {listed(nodes)} {'is' if one_node else 'are'} far slower to reach than others"
     else:
-        message = f"the way between {pair_of(case, slow[0])} is far slower than others"
+        message = f"the path between {pair_of(case, slow[0])} is far slower than others"
         message += f", and {counted(len(pairs) - 1, 'other pair')}" if len(pairs) > 1 else ""
     hosts = nodes or sorted({case.host(rank) for rank in pairs[0]})
     yield warning(
         "N3",
         message,
-        found=lines(told),
+        found=lines(details),
         needed=f"pairs of one kind within a factor of {factor:g}: the slowest sets the pace of all",
         fix=f"look at the links of {listed(hosts)} (ibstat, ethtool, nvidia-smi nvlink -s), or leave the node out (sbatch --exclude=...)",
     )
 
 
 def check_groups(case: FabricCase) -> Iterator[Finding]:
-    """N4: no group of the layout is three times (over MPI eight times) slower than its like; fewer than three groups aren't compared."""
+    """N4: no group of the layout is three times (over MPI eight times) slower than comparable groups; fewer than three groups aren't
+    compared."""
     factor = SLOW[case.over]
-    told, slow = [], []
+    details, slow = [], []
     for some in _alike(case, exchanges=False):
         best = _upper_quartile([one.rate for one in some])
         for one in some:
             if one.size == one.step.sizes[-1] and one.rate < min(best / factor, _FAST[case.over]):
-                told.append(
-                    f"{what(one)} over {case.name(one.group)}: {rate_text(one.rate)}, its like {rate_text(best)}"
+                details.append(
+                    f"{what(one)} over {case.name(one.group)}: {rate_text(one.rate)}, comparable ones {rate_text(best)}"
                 )
                 slow.append(one)
     if slow:
         yield warning(
             "N4",
             f"{counted(len(slow), 'group')} of ranks {'is' if len(slow) == 1 else 'are'} far slower than others",
-            found=lines(told),
+            found=lines(details),
             needed=f"groups of one kind within a factor of {factor:g}",
-            fix="look at the links of their nodes; N3 names the pair or the node where it is one",
+            fix="look at the links of their nodes; if one pair or node is the cause, N3 names it",
         )
 
 
 def check_expectation(case: FabricCase) -> Iterator[Finding]:
-    """N5: two GPUs of one node reach a quarter of their NVLink, or an eighth of their PCI Express, where the kind of GPU is known. Not of
-    cards (``PCIe``, ``NVL``), of which bridges join some only."""
+    """N5: two GPUs of one node reach a quarter of their NVLink's bandwidth, or an eighth of their PCI Express's, if the kind of GPU is known.
+    Cards (``PCIe``, ``NVL``) aren't checked: bridges join only some of them."""
     if case.least is None:
         return
     least, link = case.least
@@ -179,20 +182,20 @@ def check_expectation(case: FabricCase) -> Iterator[Finding]:
 
 
 def check_network(case: FabricCase) -> Iterator[Finding]:
-    """N6: where all nodes have InfiniBand or RoCE cards with a port that is up, NCCL uses them, and has not fallen back to TCP."""
+    """N6: if all nodes have InfiniBand or RoCE cards with a port that is up, NCCL uses them instead of TCP."""
     sockets = [rank for rank, answer in enumerate(case.answers) if answer.network == "Socket" and answer.cards]
     if sockets and len({one.host for one in case.ranks}) > 1:
         yield warning(
             "N6",
             f"NCCL goes over TCP between nodes that have InfiniBand or RoCE: {case.name(sockets)}",
             found='NCCL chose the network "Socket"; /sys/class/infiniband has a port that is ACTIVE',
-            needed="NCCL over verbs: TCP carries a tenth of it",
+            needed="NCCL over verbs: TCP reaches a tenth of its rate",
             fix="unset NCCL_IB_DISABLE and NCCL_NET; give the container /dev/infiniband and libibverbs; NCCL_DEBUG=INFO says why",
         )
 
 
 def check_run(case: FabricCase) -> Iterator[Finding]:
-    """N7: NCCL, and a GPU for it, are there in every rank; else nothing is measured."""
+    """N7: every rank has NCCL and a GPU; otherwise nothing is measured."""
     reasons: dict[str, list[int]] = {}
     for rank, answer in enumerate(case.answers):
         if answer.state == FAILED:
@@ -201,16 +204,16 @@ def check_run(case: FabricCase) -> Iterator[Finding]:
         failed = sorted(rank for ranks in reasons.values() for rank in ranks)
         yield warning(
             "N7",
-            f"the fabric could not be probed: {case.name(failed)}",
+            f"the fabric could not be checked: {case.name(failed)}",
             found=lines([f"{case.name(ranks)}: {text}" for text, ranks in reasons.items()]),
             needed="NCCL (libnccl.so.2) and a GPU in every rank, as the engine needs them",
-            fix="what NCCL says; NCCL_DEBUG=INFO says more; --probe none leaves it out",
+            fix="correct what NCCL reports; NCCL_DEBUG=INFO shows more; --probe none skips this check",
         )
 
 
 def check_loss(case: FabricCase) -> Iterator[Finding]:
-    """N8: between nodes that talk over TCP, less than one segment of a hundred (over MPI twelve) is sent again: a link that loses packets is
-    slow now and then, or hangs."""
+    """N8: between nodes that communicate over TCP, fewer than one segment of a hundred (over MPI twelve) are retransmitted: a link that
+    loses packets is slow at times, or hangs."""
     shares: dict[tuple[int, ...], Measured] = {}
     for one in case.measured:
         lossy = one.resent >= _LEAST_RESENT and one.resent > _LOSS[case.over] * one.sent
@@ -223,7 +226,7 @@ def check_loss(case: FabricCase) -> Iterator[Finding]:
             "N8",
             f"packets are lost between {pair_of(case, pairs[0])}{more}",
             found=lines(
-                [f"{pair_of(case, one)}: {one.resent} TCP segments sent again, {one.sent} sent" for one in pairs]
+                [f"{pair_of(case, one)}: {one.resent} TCP segments retransmitted, {one.sent} sent" for one in pairs]
             ),
             needed=f"less than {_LOSS[case.over]:.0%} of them",
             fix="look at cables, ports and MTU of these nodes (ethtool -S, ip -s link), or leave them out (sbatch --exclude=...)",
@@ -231,13 +234,13 @@ def check_loss(case: FabricCase) -> Iterator[Finding]:
 
 
 def _over_tcp(case: FabricCase, one: Measured) -> bool:
-    """May these messages have gone over TCP? What a host sends again may be anybody's: a storage's, or another job's."""
+    """Return whether these messages may have used TCP: a host's retransmissions may also be those of its storage, or of another job."""
     sockets = case.over == "mpi" or any(case.answers[rank].network == "Socket" for rank in one.group)
     return sockets and len({case.host(rank) for rank in one.group}) > 1
 
 
 def _alike(case: FabricCase, *, exchanges: bool) -> Iterator[list[Measured]]:
-    """Yield what can be compared: one operation over one kind of group, of one size, at least three of them."""
+    """Yield measurements that can be compared: one operation over one kind of group, of one size, at least three of them."""
     kinds: dict[tuple[str, str, int, int], list[Measured]] = {}
     for one in case.measured:
         if (one.step.operation == EXCHANGE) is exchanges:
@@ -254,7 +257,7 @@ def _lower_quartile(values: Sequence[float]) -> float:
 
 
 def _nodes_behind(case: FabricCase, slow: Sequence[Measured]) -> list[str]:
-    """Name nodes all of whose ways to other nodes are slow, where they explain every slow pair; two at least, or it is the pair."""
+    """Return nodes whose pairs with other nodes are all slow, if they explain every slow pair; a node needs at least two such pairs."""
     slow_pairs = {one.group for one in slow}
     ways: dict[str, set[tuple[int, ...]]] = {}
     for one in case.measured:
@@ -272,7 +275,7 @@ def _nodes_behind(case: FabricCase, slow: Sequence[Measured]) -> list[str]:
 
 
 def _many_ends(case: FabricCase, host: str, groups: set[tuple[int, ...]]) -> bool:
-    """Does a node reach several others? With one, either may be it."""
+    """Return whether a node is in pairs with several others; with one, either node may be the slow one."""
     return len({case.host(rank) for group in groups for rank in group} - {host}) > 1
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fabric probe does, step by step: the same list on every rank, out of the plan alone. Pure.
+"""The steps of the fabric check: the same list on every rank, made from the plan alone. Pure.
 
-Pairs come first: they are what can be named when something is slow or stuck. The neighbours of a node meet in a ring, then each rank and
-the rank at its place on the next node, so that every GPU's own network card is used; then what pipeline stages there are besides. Each is
-a few rounds, however many ranks there are. Then come the collectives of the layout's groups.
+Pairs come first, because a slow or blocked pair can be named. First the neighbours on a node, in a ring; then each rank and the rank of the
+same local number on the next node, so that every GPU's own network card is used; then pairs of pipeline stages. Each takes a few rounds,
+for any number of ranks. Then come the collectives of the layout's groups.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KIB, MIB = 2**10, 2**20
 EXCHANGE, ALL_REDUCE, ALL_TO_ALL = "exchange", "all-reduce", "all-to-all"
 NEAR, FAR, STAGES = "near", "far", "pp"
 """Kinds of pairs: of one node, of two nodes, of two pipeline stages."""
-# the smallest for the latency, the largest for the rate; by what carries them
+# by transport: the smallest for the latency, the largest for the rate
 _SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "nccl": {
         EXCHANGE: (64 * KIB, 64 * MIB),
@@ -34,13 +34,13 @@ _SIZES: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 class Step(NamedTuple):
-    """One operation, which several groups do at the same time.
+    """One operation that several groups do at the same time.
 
     Args:
-        number: its place.
+        number: its index.
         operation: `EXCHANGE`, `ALL_REDUCE` or `ALL_TO_ALL`.
         kind: of its groups: `NEAR`, `FAR`, `STAGES`, ``tp`` or ``moe_ep``.
-        groups: the ranks that talk to each other; a rank that is in none has nothing to do.
+        groups: the ranks that communicate; a rank that is in none has nothing to do.
         sizes: bytes of each rank's message, ascending.
     """
 
@@ -51,7 +51,7 @@ class Step(NamedTuple):
     sizes: tuple[int, ...]
 
     def group_of(self, rank: int) -> tuple[int, ...]:
-        """Return the group that a rank is in; empty for none."""
+        """Return a rank's group; empty if it has none."""
         return next((group for group in self.groups if rank in group), ())
 
 
@@ -86,7 +86,7 @@ def _pairs(plan: HardwareCheckPlan) -> Iterator[tuple[str, Groups]]:
 
 
 def _rounds(members: Sequence[T], *, closed: bool) -> list[list[tuple[T, T]]]:
-    """Pair neighbours, so that nobody is in two pairs of a round: even ones, odd ones, and what closes the ring."""
+    """Pair neighbours so that no member is in two pairs of a round: even ones, odd ones, and the pair that closes the ring."""
     pairs = list(zip(members, members[1:], strict=False))  # noqa: RUF007 - itertools would be one more module on every rank
     rounds = [pairs[0::2], pairs[1::2]]
     if closed and len(members) > 2:
@@ -97,6 +97,6 @@ def _rounds(members: Sequence[T], *, closed: bool) -> list[list[tuple[T, T]]]:
 
 
 def _together(groups: Sequence[list[list[tuple[int, int]]]]) -> list[list[tuple[int, int]]]:
-    """Let groups do their rounds at the same time."""
+    """Merge the rounds of several groups, so that they run at the same time."""
     longest = max(map(len, groups), default=0)
     return [[pair for rounds in groups if at < len(rounds) for pair in rounds[at]] for at in range(longest)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank has to say of the fabric, as it travels to rank 0, and what becomes of all ranks' words together. Pure."""
+"""One rank's measurements of the fabric, as it sends them to rank 0, and the measurements of groups that rank 0 derives. Pure."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ OK, FAILED, LATE, SKIPPED = "ok", "failed", "late", "skipped"
 
 
 class Timing(NamedTuple):
-    """One size of one step, as one rank took it.
+    """One rank's measurement of one size of one step.
 
     Args:
         step: its number.
         size: bytes of the message.
         seconds: for one operation.
-        wrong: ranks whose data were wrong when they came; of a collective, the whole group.
-        sent: TCP segments that the rank's host sent meanwhile.
-        resent: those that it had to send again.
+        wrong: ranks whose data arrived changed; for a collective, the whole group.
+        sent: TCP segments that the rank's host sent during the step.
+        resent: those that it retransmitted.
     """
 
     step: int
@@ -36,17 +36,17 @@ class Timing(NamedTuple):
 
 
 class FabricAnswer(NamedTuple):
-    """What one rank tells.
+    """One rank's answer.
 
     Args:
         state: `OK`, `FAILED`, `LATE` (it was ended at the deadline) or `SKIPPED` (another rank could not begin).
-        text: why, or where it was.
-        library: what carried the messages, with its version.
-        network: what of it goes between nodes: NCCL's ``IB`` or ``Socket``; empty where it doesn't say.
-        links: ways that NCCL chose, ``P2P/CUMEM`` say.
+        text: the reason, or the step in which it was.
+        library: the library that carried the messages, with its version.
+        network: NCCL's network between nodes, ``IB`` or ``Socket``; empty if NCCL did not log it.
+        links: links that NCCL chose, for example ``P2P/CUMEM``.
         cards: whether the node has an InfiniBand or RoCE card whose port is up.
-        begin: seconds until the first step, from the probe's beginning.
-        timings: of the steps that it has done.
+        begin: seconds from the start of the check to the first step.
+        timings: of the finished steps.
     """
 
     state: str
@@ -96,16 +96,16 @@ class FabricAnswer(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """One size of one step, as a group of ranks took it: as long as its slowest member.
+    """A group's measurement of one size of one step: the time of its slowest member.
 
     Args:
-        step: which.
+        step: the step.
         group: its ranks.
         size: bytes of each rank's message.
         seconds: for one operation.
         wrong: ranks whose data were wrong, by the rank that saw it.
-        sent: TCP segments that the members' hosts sent meanwhile, of the one that had to send most of them again.
-        resent: those that it had to send again.
+        sent: TCP segments that a member's host sent during the step, for the member with most retransmissions.
+        resent: those that it retransmitted.
     """
 
     step: Step
@@ -118,7 +118,7 @@ class Measured(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Bus bandwidth in bytes a second, as nccl-tests counts it: what each member's link carries one way, whatever the group's size."""
+        """Bus bandwidth in bytes per second, as nccl-tests defines it: what each member's link carries one way, for any group size."""
         return (
             bus_share(self.step.operation, len(self.group)) * self.size / self.seconds
             if self.seconds > 0
@@ -127,20 +127,20 @@ class Measured(NamedTuple):
 
 
 def bus_share(operation: str, members: int) -> float:
-    """Return the part of a message that has to go over each link (nccl-tests, ``doc/PERFORMANCE.md``)."""
+    """Return the fraction of a message that each link carries (nccl-tests, ``doc/PERFORMANCE.md``)."""
     if operation == ALL_REDUCE:
         return 2 * (members - 1) / members
     return (members - 1) / members if operation == ALL_TO_ALL else 1.0
 
 
 def gather_up(steps: Sequence[Step], answers: Sequence[FabricAnswer]) -> list[Measured]:
-    """Put together what the members of each group have measured; a group of which one has not come through is left out."""
-    told = [{(one.step, one.size): one for one in answer.timings} for answer in answers]
+    """Combine the measurements of each group's members; a group with a member that has not finished is left out."""
+    by_step = [{(one.step, one.size): one for one in answer.timings} for answer in answers]
     measured = []
     for step in steps:
         for group in step.groups:
             for size in step.sizes:
-                parts = [told[rank].get((step.number, size)) for rank in group]
+                parts = [by_step[rank].get((step.number, size)) for rank in group]
                 there = [part for part in parts if part is not None]
                 if len(there) < len(group):
                     continue

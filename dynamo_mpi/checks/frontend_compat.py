@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Will Dynamo's frontend take the model? It reads config.json and the tokenizer itself, and where it can't, the worker is registered
-and its model never appears: the reason stands in the frontend's log alone."""
+"""Checks that Dynamo's frontend can load the model. It reads config.json and the tokenizer itself; if it can't, the worker is registered
+but its model never appears, and only the frontend's log has the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
 
 
 def check_frontend_can_load(folder: Path, config_text: str) -> None:
-    """Refuse a model folder that a worker could load and the frontend could not serve.
+    """Reject a model folder that a worker could load but the frontend could not serve.
 
     Args:
         folder: the model folder.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU probe: how each rank's GPU is, once what an earlier step holds of it has been given back."""
+"""The GPU check: the health of each rank's GPU, after the memory of an earlier job step has been freed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.checks.hardware import CheckContext, EvaluationInput
 
-# cards: bridges join two or four of a node's by NVLink, and the others by PCI Express alone
+# cards: bridges join two or four of a node's by NVLink; the others have PCI Express only
 _BRIDGED = re.compile(r"\b(?:PCIe|NVL)\b", re.IGNORECASE)
 
 
@@ -31,18 +31,18 @@ def measure(part: CheckContext) -> list[str]:
 
 
 def judge(answers: Sequence[Sequence[str]], case: EvaluationInput) -> CheckResult:
-    """Apply the rules over how GPUs are, and over their free memory (V2), which the preflight has left to the time after the wait."""
-    told = [GpuHealth.unpack(answer) for answer in answers]
-    rows = [HealthRow(place.host, health) for place, health in zip(case.ranks, told, strict=True)]
+    """Apply the rules over the GPUs' health and free memory (V2); the preflight leaves V2 to this check, after the wait."""
+    gpus = [GpuHealth.unpack(answer) for answer in answers]
+    rows = [HealthRow(place.host, health) for place, health in zip(case.ranks, gpus, strict=True)]
     findings = [*check_health(rows), *check_busy(_host_rows(rows), Requirements(case.weights))]
-    waited = max((health.waited for health in told), default=0.0)
-    line = f"gpu: {sum(not health.problem for health in told)} of {len(told)} GPUs read"
+    waited = max((health.waited for health in gpus), default=0.0)
+    line = f"gpu: {sum(not health.problem for health in gpus)} of {len(gpus)} GPUs read"
     line += f", waited {waited:.1f} s for memory" if waited >= 1 else ""
-    return CheckResult(tuple(findings), figures_of(told), line)
+    return CheckResult(tuple(findings), figures_of(gpus), line)
 
 
 def _host_rows(rows: Sequence[HealthRow]) -> list[RankFacts]:
-    """Say the same as the preflight's rules read it: each rank with the one GPU that it takes."""
+    """Convert to the rows of the preflight's rules: each rank with the one GPU that it takes."""
     return [
         RankFacts(
             rank,
@@ -54,8 +54,8 @@ def _host_rows(rows: Sequence[HealthRow]) -> list[RankFacts]:
     ]
 
 
-def figures_of(told: Sequence[GpuHealth]) -> dict[str, Any]:
-    """Return what is worth keeping, in few bytes whatever the number of GPUs: extremes, and what is the same on all as itself."""
+def figures_of(gpus: Sequence[GpuHealth]) -> dict[str, Any]:
+    """Return a summary whose size doesn't depend on the number of GPUs: the extremes, or one value if it is the same on all."""
 
     def extremes(values: Sequence[int | None]) -> list[int] | int | None:
         known = [value for value in values if value is not None]
@@ -63,7 +63,7 @@ def figures_of(told: Sequence[GpuHealth]) -> dict[str, Any]:
             return None
         return min(known) if min(known) == max(known) else [min(known), max(known)]
 
-    read = [health for health in told if not health.problem]
+    read = [health for health in gpus if not health.problem]
     bridged = any(health.links_up and _BRIDGED.search(health.facts.name) for health in read)
     return {
         **({"bridged": True} if bridged else {}),

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank can tell about the GPUs of its node, without starting CUDA: a context would hold memory in every rank.
+"""Facts about the GPUs of a rank's node, read without starting CUDA: a CUDA context would hold memory in every rank.
 
 NVML counts devices in PCI order and knows nothing of ``CUDA_VISIBLE_DEVICES``; CUDA counts the fastest first, unless ``CUDA_DEVICE_ORDER``
-is ``PCI_BUS_ID``. The two agree where all GPUs are of one kind, which is what one expects of a node for this. Where they may not, a GPU is
-named ``#0``, ``#1``, as CUDA counts: such names can be counted, and compared between ranks of one node, and nothing else.
+is ``PCI_BUS_ID``. The two agree if all GPUs are of one kind, as on most nodes. If they may not, a GPU is named ``#0``, ``#1``, as CUDA
+counts: such names can only be counted, and compared between ranks of one node.
 
-Inside a cgroup or a container NVML may show some of the GPUs only. They are then all that there are.
+Inside a cgroup or a container NVML may show only some of the GPUs. The others are then ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _UUID_PREFIXES = ("GPU-", "MIG-")
 _FIELDS_PER_GPU = 9
-# NVML's own words are short; by the name of the exception
+# NVML's own messages are short; by the name of the exception
 _PROBLEMS = {
     "NVMLError_LibraryNotFound": "NVML (libnvidia-ml.so.1) isn't there: no NVIDIA driver, or a container that was started without GPUs",
     "NVMLError_DriverNotLoaded": "the NVIDIA driver isn't loaded",
@@ -32,12 +32,12 @@ class GpuFacts(NamedTuple):
 
     Args:
         number: NVML's index, in PCI order.
-        uuid: its name for good.
-        name: the product's.
+        uuid: its permanent name.
+        name: the product's name.
         sm: compute capability, times ten.
-        total_bytes: memory; 0 where it isn't told, as for GPUs that share the host's.
-        free_bytes: what an allocation may take now.
-        used_bytes: what processes hold; the driver's own reserve is neither free nor used.
+        total_bytes: memory; 0 if NVML doesn't report it, as for GPUs that share the host's.
+        free_bytes: memory that can be allocated now.
+        used_bytes: memory that processes hold; the driver's own reserve is neither free nor used.
         holders: the processes that NVML shows, each with its bytes; in a container it may show none.
         mig: whether it is cut into instances.
     """
@@ -60,8 +60,8 @@ class NodeGpus(NamedTuple):
         gpus: all that NVML shows.
         visible: those that CUDA gives this rank, in CUDA's order: UUIDs, names of instances, or ``#0`` where only the number is known.
         driver: version of the driver.
-        cuda: the newest CUDA that the driver knows, 12080 for 12.8; 0 where it isn't told.
-        problem: why nothing, or not everything, could be read; empty where all went well.
+        cuda: the newest CUDA that the driver supports, 12080 for 12.8; 0 if NVML doesn't report it.
+        problem: why some or all facts could not be read; empty if all could.
     """
 
     gpus: tuple[GpuFacts, ...] = ()
@@ -72,14 +72,14 @@ class NodeGpus(NamedTuple):
 
     @property
     def visible_gpus(self) -> tuple[GpuFacts, ...]:
-        """The GPUs behind `visible`, as far as it is certain which they are."""
+        """The GPUs that `visible` names, if they are known for certain."""
         if len(self.visible) == len(self.gpus) and all(name.startswith("#") for name in self.visible):
             return self.gpus
         by_uuid = {gpu.uuid: gpu for gpu in self.gpus}
         return tuple(by_uuid[name] for name in self.visible if name in by_uuid)
 
     def taken_by(self, rank: int) -> str:
-        """Return the name of the GPU that the engine gives ``rank``: ``rank % device_count()`` (``base_worker.py``)."""
+        """Return the name of the GPU that the engine assigns to ``rank``: ``rank % device_count()`` (``base_worker.py``)."""
         return self.visible[rank % len(self.visible)] if self.visible else ""
 
     def facts_of(self, name: str) -> GpuFacts | None:
@@ -110,7 +110,7 @@ class NodeGpus(NamedTuple):
 
 
 def read_gpus(environ: Mapping[str, str]) -> NodeGpus:
-    """Look at this node's GPUs. Never raises: what can't be read becomes `NodeGpus.problem`.
+    """Read the facts of this node's GPUs. Never raises: what can't be read becomes `NodeGpus.problem`.
 
     Args:
         environ: this rank's environment.
@@ -139,10 +139,10 @@ def read_gpus(environ: Mapping[str, str]) -> NodeGpus:
 
 
 def visible_gpus(gpus: Sequence[GpuFacts], environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Tell which of a node's GPUs CUDA would give this process, as `NodeGpus.visible` names them.
+    """Return which of a node's GPUs CUDA would give this process, as `NodeGpus.visible` names them.
 
-    CUDA's own reading of ``CUDA_VISIBLE_DEVICES``: numbers, or UUIDs (a unique beginning is enough), or names of instances; the first that
-    is none ends the list, and one that comes twice empties it.
+    CUDA reads ``CUDA_VISIBLE_DEVICES`` like this: numbers, or UUIDs (a unique prefix is enough), or names of instances; the first invalid
+    entry ends the list, and a duplicate empties it.
     """
     alike = len({(gpu.name, gpu.sm, gpu.total_bytes) for gpu in gpus}) < 2
     certain = alike or environ.get("CUDA_DEVICE_ORDER", "").strip().upper() == "PCI_BUS_ID"
@@ -179,7 +179,7 @@ def _by_uuid(entry: str, gpus: Sequence[GpuFacts]) -> str | None:
 
 
 def _read_all(nvml: Any) -> tuple[tuple[GpuFacts, ...], str]:
-    """Return the GPUs, and what is wrong with those that can't be read."""
+    """Return the GPUs, and the problems of those that can't be read."""
     gpus: list[GpuFacts] = []
     problems: list[str] = []
     hidden = 0
@@ -208,7 +208,7 @@ def read_gpu(nvml: Any, index: int) -> GpuFacts:
     """
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    # version 2 tells the driver's reserve, half a GiB and more, from what processes hold; old drivers don't have it
+    # version 2 separates the driver's reserve, half a GiB and more, from the memory of processes; old drivers don't have it
     version = getattr(nvml, "nvmlMemory_v2", None)
     memory = optional(nvml, "nvmlDeviceGetMemoryInfo", handle, version) if version is not None else None
     memory = memory or optional(nvml, "nvmlDeviceGetMemoryInfo", handle)
@@ -228,7 +228,7 @@ def read_gpu(nvml: Any, index: int) -> GpuFacts:
 
 
 def optional(nvml: Any, name: str, *args: Any) -> Any:
-    """Call what some GPUs, drivers or versions of nvidia-ml-py don't know; None where it isn't known."""
+    """Call a function that some GPUs, drivers or versions of nvidia-ml-py don't have; None if it isn't available."""
     try:
         return getattr(nvml, name)(*args)
     except Exception:

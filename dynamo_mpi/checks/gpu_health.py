@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a GPU is, as NVML tells without starting CUDA. What a GPU, a driver or a version of nvidia-ml-py doesn't know is None, never an error.
+"""The health of a GPU, read from NVML without starting CUDA. A value that GPU, driver or nvidia-ml-py doesn't support is None, never an
+error.
 
-Where it says `as nvml.h has it`, the value is NVML's own number.
+A value `as in nvml.h` is NVML's own number.
 """
 
 from __future__ import annotations
@@ -41,20 +42,20 @@ class GpuHealth(NamedTuple):
     """One GPU.
 
     Args:
-        facts: what the preflight reads as well, as it is now.
+        facts: the facts that the preflight reads too, as they are now.
         driver: version of the driver.
         problem: why nothing could be read; empty where it could.
-        waited: seconds that it was waited for memory to be given back.
-        recovery_action: what the driver wants done to it, as nvml.h has it (``NVML_GPU_RECOVERY_ACTION_*``).
+        waited: seconds of waiting until memory was freed.
+        recovery_action: the recovery that the driver asks for, as in nvml.h (``NVML_GPU_RECOVERY_ACTION_*``).
         ecc_on: whether its memory corrects errors.
         uncorrected: errors of memory since the driver's start that could not be corrected.
         remap_pending: whether rows of memory wait for a reset to be replaced.
         remap_failed: whether one could not be replaced.
-        slow_reasons: why its clocks are low, as nvml.h has it (``nvmlClocksEventReason*``).
+        slow_reasons: the reasons for low clocks, as in nvml.h (``nvmlClocksEventReason*``).
         links_up: NVLinks that are up.
         links: NVLinks that the GPU has.
-        compute_mode: who may use it, as nvml.h has it (``NVML_COMPUTEMODE_*``).
-        sm_mhz: the highest clock of its processors.
+        compute_mode: who may use it, as in nvml.h (``NVML_COMPUTEMODE_*``).
+        sm_mhz: the highest clock of its multiprocessors.
         memory_mhz: the same of its memory.
         power_limit: milliwatts that are enforced.
         pcie_generation: of PCI Express, the highest that card and slot allow; the current one falls when the GPU idles.
@@ -102,17 +103,17 @@ class GpuHealth(NamedTuple):
 
 
 def no_health(problem: str) -> GpuHealth:
-    """Return what is known of a GPU that can't be read."""
+    """Return the record of a GPU that can't be read."""
     return GpuHealth(GpuFacts(0, "", "", 0), problem=problem)
 
 
 def health_of_rank(rank: int, environ: Mapping[str, str], is_busy: Callable[[GpuFacts], bool], end: float) -> GpuHealth:
-    """Read the GPU that the engine gives a rank (K9), after waiting for what an earlier step holds of it. Never raises.
+    """Read the GPU that the engine assigns to a rank (K9), after an earlier job step has freed its memory. Never raises.
 
     Args:
         rank: the rank.
         environ: its environment.
-        is_busy: whether so much is held that it is worth waiting for.
+        is_busy: whether so much memory is held that waiting is useful.
         end: when to stop waiting, by `time.monotonic`.
     """
     try:
@@ -124,18 +125,18 @@ def health_of_rank(rank: int, environ: Mapping[str, str], is_busy: Callable[[Gpu
                 visible = visible_gpus([*there.values()], environ)
                 name = visible[rank % len(visible)] if visible else ""
                 if name not in there:
-                    # of GPUs of several kinds only CUDA knows the order; a blind rank has been told of by V1
+                    # with GPUs of several kinds only CUDA knows the order; V1 has reported a rank that sees no GPU
                     return no_health("it isn't known which GPU this rank takes" if visible else "this rank sees no GPU")
                 now = time.monotonic()
                 if now >= end or not is_busy(there[name]):
                     return nvml.health(there[name])._replace(waited=round(now - began, 2))
                 time.sleep(min(_LOOK_SECONDS, end - now))
-    except Exception as error:  # of the driver, of nvidia-ml-py, or that it isn't there
+    except Exception as error:  # of the driver or of nvidia-ml-py, or one of them is missing
         return no_health(" ".join(str(error).split()) or type(error).__name__)
 
 
 def health_of_node() -> list[GpuHealth]:
-    """Read all GPUs of this machine. Never raises; empty where there are none, one without facts where they can't be read."""
+    """Read all GPUs of this machine. Never raises; empty if there are none, one entry without facts if they can't be read."""
     try:
         with _Nvml() as nvml:
             there = [nvml.facts(index) for index in range(nvml.count)]
@@ -163,7 +164,7 @@ class _Nvml:
         self._ask("nvmlShutdown")
 
     def facts(self, index: int) -> GpuFacts | None:
-        """Read one GPU as the preflight does; None where a cgroup keeps it from this process."""
+        """Read one GPU as the preflight does; None if a cgroup hides it from this process."""
         try:
             return read_gpu(self._nvml, index)
         except Exception as error:
@@ -172,7 +173,7 @@ class _Nvml:
             raise
 
     def health(self, facts: GpuFacts) -> GpuHealth:
-        """Read how a GPU is."""
+        """Read the health of a GPU."""
         nvml = self._nvml
         handle = nvml.nvmlDeviceGetHandleByIndex(facts.number)
         remapped = self._ask("nvmlDeviceGetRemappedRows", handle)
@@ -216,5 +217,5 @@ class _Nvml:
     def _ask(self, name: str, *arguments: Any) -> Any:
         try:
             return getattr(self._nvml, name)(*arguments)
-        except Exception:  # not known, not supported, not allowed: all the same to us
+        except Exception:  # unknown, not supported or not permitted: handled alike
             return None

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules over how the ranks' GPUs are, beside the preflight's over who sees which. Pure; rank 0 runs them.
+"""Rules over the health of the ranks' GPUs; the preflight has those over their visibility. Pure; rank 0 runs them.
 
-| rule | what has to hold | |
+| rule | requirement | |
 |---|---|---|
-| V9 | the driver wants nothing done to a GPU | warning |
-| V10 | memory without errors that can't be corrected, and without rows that wait to be replaced | warning |
+| V9 | the driver asks for no recovery of a GPU | warning |
+| V10 | memory has no uncorrectable errors, and no rows that wait for replacement | warning |
 | V11 | no GPU is slowed down by its hardware, heat or power | warning |
 | V12 | every NVLink is up | warning |
 | V13 | any process may use a GPU | error where none may, warning where one may |
 | V14 | no GPU is unlike the others | warning |
-| V15 | every GPU can be looked at | warning |
+| V15 | the health of every GPU can be read | warning |
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ACTIONS = {
     6: "a reset of its bus",
     7: "a reboot of the system",
 }
-# nvmlClocksEventReason* of nvml.h; an idle GPU's, an application's and a power cap's are no trouble
+# nvmlClocksEventReason* of nvml.h; idleness, application clocks and a power cap aren't problems
 _SLOW = {0x8: "hardware slowdown", 0x20: "heat (software)", 0x40: "heat (hardware)", 0x80: "power brake"}
 _PROHIBITED, _EXCLUSIVE = 2, 3
 
@@ -48,7 +48,7 @@ class HealthRow(NamedTuple):
 
     Args:
         host: its node's name.
-        health: what it tells.
+        health: its GPU's health.
     """
 
     host: str
@@ -61,20 +61,21 @@ def check_health(rows: Sequence[HealthRow]) -> list[Finding]:
 
 
 def check_recovery(rows: Sequence[HealthRow]) -> Iterator[Finding]:
-    """V9: the driver asks for no recovery of a GPU (`NVML_FI_DEV_GET_GPU_RECOVERY_ACTION`): until then, it may fail at any time."""
+    """V9: the driver asks for no recovery of a GPU (`NVML_FI_DEV_GET_GPU_RECOVERY_ACTION`). A GPU that needs recovery may fail at any
+    time."""
 
-    def trouble(one: GpuHealth) -> str:
+    def problem_of(one: GpuHealth) -> str:
         action = one.recovery_action
         return f"the driver wants {_ACTIONS.get(action, f'action {action}')}" if action else ""
 
-    if told := _told(rows, trouble):
+    if affected := _affected(rows, problem_of):
         yield warning(
             "V9",
-            f"GPUs have to be recovered: {_name(told, rows)}",
-            found=lines([*told.values()]),
+            f"GPUs need recovery: {_name(affected, rows)}",
+            found=lines([*affected.values()]),
             needed='recovery action "None" in nvidia-smi -q',
-            fix="do what the driver wants (nvidia-smi --gpu-reset, or a reboot), or leave the nodes out: "
-            f"sbatch --exclude={_hosts(told, rows)}",
+            fix="recover the GPU as the driver asks (nvidia-smi --gpu-reset, or a reboot), or exclude the nodes: "
+            f"sbatch --exclude={_hosts(affected, rows)}",
         )
 
 
@@ -82,20 +83,20 @@ def check_memory_errors(rows: Sequence[HealthRow]) -> Iterator[Finding]:
     """V10: no uncorrected ECC error since the driver's start, no row of memory that waits for a reset, none that could not be replaced
     (`nvmlDeviceGetTotalEccErrors`, `nvmlDeviceGetRemappedRows`)."""
 
-    def trouble(one: GpuHealth) -> str:
+    def problem_of(one: GpuHealth) -> str:
         parts = [f"{one.uncorrected} uncorrected ECC errors" if one.uncorrected else ""]
         parts += ["rows wait for a reset to be replaced" if one.remap_pending else ""]
         parts += ["a row could not be replaced" if one.remap_failed else ""]
         return listed(filter(None, parts))
 
-    if told := _told(rows, trouble):
+    if affected := _affected(rows, problem_of):
         yield warning(
             "V10",
-            f"GPUs have errors in their memory: {_name(told, rows)}",
-            found=lines([*told.values()]),
+            f"GPUs have errors in their memory: {_name(affected, rows)}",
+            found=lines([*affected.values()]),
             needed="none: the next one ends the engine (XID 48, 63, 64, 94, 95)",
-            fix="reset the GPU (nvidia-smi --gpu-reset); one whose row could not be replaced has to be exchanged: "
-            f"leave the nodes out until then, sbatch --exclude={_hosts(told, rows)}",
+            fix="reset the GPU (nvidia-smi --gpu-reset); replace a GPU whose row could not be remapped: "
+            f"exclude the nodes until then, sbatch --exclude={_hosts(affected, rows)}",
         )
 
 
@@ -103,60 +104,60 @@ def check_slowdown(rows: Sequence[HealthRow]) -> Iterator[Finding]:
     """V11: no GPU is slowed down by its hardware, by heat or by a power brake
     (`nvmlDeviceGetCurrentClocksEventReasons`): all ranks wait for the slowest."""
 
-    def trouble(one: GpuHealth) -> str:
+    def problem_of(one: GpuHealth) -> str:
         return listed(name for bit, name in _SLOW.items() if (one.slow_reasons or 0) & bit)
 
-    if told := _told(rows, trouble):
+    if affected := _affected(rows, problem_of):
         yield warning(
             "V11",
-            f"GPUs are slowed down: {_name(told, rows)}",
-            found=lines([*told.values()]),
+            f"GPUs are slowed down: {_name(affected, rows)}",
+            found=lines([*affected.values()]),
             needed="full clocks: all ranks wait for the slowest",
-            fix=f"look at cooling and power (nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER), or leave {_hosts(told, rows)} out",
+            fix=f"look at cooling and power (nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER), or leave {_hosts(affected, rows)} out",
         )
 
 
 def check_links(rows: Sequence[HealthRow]) -> Iterator[Finding]:
-    """V12: every NVLink that a GPU has is up (`nvmlDeviceGetNvLinkState`); where no GPU has one that is, there is no NVLink here."""
+    """V12: every NVLink of a GPU is up (`nvmlDeviceGetNvLinkState`); if no GPU has one that is up, the node has no NVLink."""
     if not any(row.health.links_up for row in rows):
         return
     most = max(row.health.links or 0 for row in rows)
 
-    def trouble(one: GpuHealth) -> str:
+    def problem_of(one: GpuHealth) -> str:
         if one.problem or one.links_up is None or one.links_up == most:
             return ""
         return f"{one.links_up} of {max(most, one.links or 0)} NVLinks are up"
 
-    if told := _told(rows, trouble):
+    if affected := _affected(rows, problem_of):
         yield warning(
             "V12",
-            f"NVLinks are down: {_name(told, rows)}",
-            found=lines([*told.values()]),
-            needed="all of them: tensor parallelism runs at the rate of the worst",
+            f"NVLinks are down: {_name(affected, rows)}",
+            found=lines([*affected.values()]),
+            needed="all NVLinks up: tensor parallelism runs at the rate of the slowest",
             fix="nvidia-smi nvlink -s on the node; see that the fabric manager runs (systemctl status nvidia-fabricmanager); "
-            f"or leave {_hosts(told, rows)} out",
+            f"or leave {_hosts(affected, rows)} out",
         )
 
 
 def check_compute_mode(rows: Sequence[HealthRow]) -> Iterator[Finding]:
-    """V13: any process may use a rank's GPU (`nvmlDeviceGetComputeMode`): where none may, nothing can be loaded; where one may,
-    the engine's helpers can't."""
-    nobody = _told(rows, lambda one: "compute mode Prohibited" if one.compute_mode == _PROHIBITED else "")
-    if nobody:
+    """V13: any process may use a rank's GPU (`nvmlDeviceGetComputeMode`): if none may, nothing can be loaded; if only one may,
+    the engine's helper processes can't."""
+    prohibited = _affected(rows, lambda one: "compute mode Prohibited" if one.compute_mode == _PROHIBITED else "")
+    if prohibited:
         yield error(
             "V13",
-            f"no process may use the GPU: {_name(nobody, rows)}",
-            found=lines([*nobody.values()]),
+            f"no process may use the GPU: {_name(prohibited, rows)}",
+            found=lines([*prohibited.values()]),
             needed="compute mode Default",
             fix="as root on the node: nvidia-smi -c DEFAULT",
         )
-    single = _told(rows, lambda one: "compute mode Exclusive_Process" if one.compute_mode == _EXCLUSIVE else "")
+    single = _affected(rows, lambda one: "compute mode Exclusive_Process" if one.compute_mode == _EXCLUSIVE else "")
     if single:
         yield warning(
             "V13",
             f"only one process may use the GPU: {_name(single, rows)}",
             found=lines([*single.values()]),
-            needed="compute mode Default: whoever comes second gets an error, be it a helper of the engine or a probe",
+            needed="compute mode Default: a second process, such as a helper of the engine or a hardware check, gets an error",
             fix="as root on the node: nvidia-smi -c DEFAULT",
         )
 
@@ -185,28 +186,28 @@ def check_odd(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             if value is not None and value != usual:
                 odd.setdefault(rank, []).append(f"{what} {value} instead of {usual}")
     if odd:
-        told = {rank: f"{_gpu(rank, rows)}: {listed(parts)}" for rank, parts in odd.items()}
+        affected = {rank: f"{_gpu(rank, rows)}: {listed(parts)}" for rank, parts in odd.items()}
         yield warning(
             "V14",
-            f"GPUs are unlike the others: {_name(told, rows)}",
-            found=lines([*told.values()]),
-            needed="GPUs of one make and one setting: the slowest sets the pace",
+            f"GPUs are unlike the others: {_name(affected, rows)}",
+            found=lines([*affected.values()]),
+            needed="GPUs of one make with the same settings: all ranks wait for the slowest",
             fix="nvidia-smi -q on both; set what can be set (nvidia-smi -pl, -e), reseat a card with too few lanes, or leave the node out",
         )
 
 
 def check_readable(rows: Sequence[HealthRow]) -> Iterator[Finding]:
-    """V15: NVML tells of every rank's GPU; where it doesn't, nothing is known of its health."""
-    told = {
+    """V15: NVML reports every rank's GPU; otherwise its health isn't known."""
+    affected = {
         rank: f"{describe_ranks([rank], rows)}: {row.health.problem}"
         for rank, row in enumerate(rows)
         if row.health.problem
     }
-    if told:
+    if affected:
         yield warning(
             "V15",
-            f"the health of GPUs isn't known: {_name(told, rows)}",
-            found=lines([*told.values()]),
+            f"the health of GPUs isn't known: {_name(affected, rows)}",
+            found=lines([*affected.values()]),
             needed="NVML and a GPU in every rank; where a node has several kinds, CUDA_DEVICE_ORDER=PCI_BUS_ID",
             fix="pip install nvidia-ml-py where it is missing, give the rank a GPU (K9); --probe fabric leaves the GPUs out",
         )
@@ -218,9 +219,9 @@ def _pcie(one: GpuHealth) -> str | None:
     return f"generation {one.pcie_generation} x{one.pcie_width}"
 
 
-def _told(rows: Sequence[HealthRow], trouble: Callable[[GpuHealth], str]) -> dict[int, str]:
-    """Return, by rank, what is wrong with its GPU."""
-    found = {rank: trouble(row.health) for rank, row in enumerate(rows)}
+def _affected(rows: Sequence[HealthRow], problem_of: Callable[[GpuHealth], str]) -> dict[int, str]:
+    """Return, by rank, the problem of its GPU."""
+    found = {rank: problem_of(row.health) for rank, row in enumerate(rows)}
     return {rank: f"{_gpu(rank, rows)}: {text}" for rank, text in found.items() if text}
 
 
@@ -228,12 +229,12 @@ def _gpu(rank: int, rows: Sequence[HealthRow]) -> str:
     return f"{describe_ranks([rank], rows)}, GPU {rows[rank].health.facts.number}"
 
 
-def _name(told: dict[int, str], rows: Sequence[HealthRow]) -> str:
-    return describe_ranks(sorted(told), rows)
+def _name(affected: dict[int, str], rows: Sequence[HealthRow]) -> str:
+    return describe_ranks(sorted(affected), rows)
 
 
-def _hosts(told: dict[int, str], rows: Sequence[HealthRow]) -> str:
-    return ",".join(dict.fromkeys(rows[rank].host for rank in sorted(told)))
+def _hosts(affected: dict[int, str], rows: Sequence[HealthRow]) -> str:
+    return ",".join(dict.fromkeys(rows[rank].host for rank in sorted(affected)))
 
 
 RULES = (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the kinds in `layout.gpus` the ranks' GPUs are, so that rules over formats and memory need no ``--gpu``."""
+"""Finds which kind in `layout.gpus` the ranks' GPUs are, so that rules over formats and memory need no ``--gpu``."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
     from dynamo_mpi.checks.rank_facts import RankFacts
     from dynamo_mpi.layout.gpus import Gpu
 
-# drivers differ by what they keep to themselves
+# drivers reserve different amounts
 _SAME_MEMORY = 0.03
 
 
 def kind_in(rows: Iterable[RankFacts]) -> str | None:
-    """Return the kind of all GPUs that ranks see; None where they are of several, or of one that isn't known."""
+    """Return the kind of all GPUs that ranks see; None if there are several kinds, or if the kind isn't known."""
     kinds = {kind_of(gpu.name, gpu.sm, gpu.total_bytes) for row in rows for gpu in row.gpus.visible_gpus}
     return kinds.pop() if len(kinds) == 1 else None
 
 
 def kind_of(name: str, sm: int, total_bytes: int) -> str | None:
-    """Return a GPU's kind, as ``--gpu`` has it; None where it isn't known.
+    """Return a GPU's kind, as for ``--gpu``; None if it isn't known.
 
-    Architecture and memory have to be the kind's. The product's name decides between kinds that share both, and where the memory isn't
-    told; one that names another kind, as an H100 with an H200's memory would, is none of them.
+    Architecture and memory must be those of the kind. The product's name decides between kinds that share both, and if the memory isn't
+    known; if the name is another kind's, as for an H100 with an H200's memory, the result is None.
 
     Args:
-        name: as NVML has it: ``NVIDIA H100 80GB HBM3``.
+        name: as NVML reports it: ``NVIDIA H100 80GB HBM3``.
         sm: compute capability, times ten.
-        total_bytes: memory; 0 where it isn't told.
+        total_bytes: memory; 0 if it isn't known.
     """
     words = f"-{re.sub('[^a-z0-9]+', '-', name.lower())}-"
     alike = [

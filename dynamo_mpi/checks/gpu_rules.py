@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules over the GPUs themselves, beside those over who sees which (`visibility_rules`). Pure; rank 0 runs them.
+"""Rules over the GPUs themselves; `gpu_visibility` has those over which rank sees which. Pure; rank 0 runs them.
 
-| rule | what has to hold | |
+| rule | requirement | |
 |---|---|---|
 | G6 | one architecture in the world, and equally many GPUs on each node | error |
 | G6 | GPUs of one product and one size | warning |
-| V6 | one driver, and one CUDA that it knows, on each node | warning |
+| V6 | one driver, with one supported CUDA version, on all nodes | warning |
 | V8 | no GPU is cut into instances (MIG) | error |
 | V2 | a rank's weights fit into what is free | error |
-| V2 | nobody else holds memory on a rank's GPU | warning |
+| V2 | no other process holds memory on a rank's GPU | warning |
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
 
 _GIB = 2**30
-# an idle GPU holds some MiB for daemons; beyond this somebody computes on it
+# daemons hold some MiB of an idle GPU; with more than this, another process computes on it
 _BUSY_BYTES, _BUSY_SHARE = _GIB, 0.02
 # products of one memory size differ by reserves and spare rows
 _SAME_MEMORY = 0.03
 
 
 def check_gpus(rows: Sequence[RankFacts], needs: Requirements) -> list[Finding]:
-    """Apply every rule about GPUs, unless they are left out; without any GPU there is nothing more to say than that."""
+    """Apply every rule about GPUs, unless they are left out; if a rank sees no GPU, only that is reported."""
     if needs.allow_no_gpu or not rows:
         return []
     findings = [finding for rule in visibility_rules.RULES for finding in rule(rows)]
@@ -48,7 +48,7 @@ def check_gpus(rows: Sequence[RankFacts], needs: Requirements) -> list[Finding]:
 
 
 def check_alike(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """G6: all GPUs of the world are of one architecture, or each rank picks other kernels and they hang; of one product at best."""
+    """G6: all GPUs of the world have one architecture, or ranks pick different kernels and hang; they should be one product."""
     kinds: dict[tuple[int, str, int], list[str]] = {}
     for row in rows:
         for gpu in row.gpus.visible_gpus:
@@ -86,7 +86,7 @@ def _kind(sm: int, name: str, size: int) -> str:
 
 
 def check_counts(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """G6, A10: every node shows its ranks equally many GPUs; the engine has one number for all (``gpus_per_node``)."""
+    """G6, A10: every node has the same number of visible GPUs; the engine has one number for all (``gpus_per_node``)."""
     counts: dict[str, list[str]] = {}
     for host, some in by_host(rows).items():
         if some[0].gpus.visible and agree(some):
@@ -118,12 +118,12 @@ def check_drivers(rows: Sequence[RankFacts]) -> Iterator[Finding]:
 
 
 def describe_driver(gpus: NodeGpus) -> str:
-    """Write a driver with the newest CUDA that it knows."""
+    """Format a driver with the newest CUDA that it supports."""
     return f"{gpus.driver} (CUDA {gpus.cuda // 1000}.{gpus.cuda % 1000 // 10})" if gpus.cuda else gpus.driver
 
 
 def check_instances(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """V8: no GPU is cut into instances (MIG): they can't reach each other, so no group of ranks can span them."""
+    """V8: no GPU is split into instances (MIG): they can't reach each other, so no group of ranks can span them."""
     cut = [
         row
         for row in rows
@@ -132,27 +132,29 @@ def check_instances(rows: Sequence[RankFacts]) -> Iterator[Finding]:
     if cut:
         yield error(
             "V8",
-            f"GPUs are cut into instances (MIG): {where(cut, rows)}",
+            f"GPUs are split into instances (MIG): {where(cut, rows)}",
             found=f"MIG is on, on {on_hosts(row.host for row in cut)}",
-            needed="whole GPUs: instances have no way to each other's memory, which NCCL needs",
+            needed="whole GPUs: NCCL needs access to other GPUs' memory, which instances don't have",
             fix="ask for whole GPUs (--gres=gpu:...), or as root: nvidia-smi -mig 0",
         )
 
 
 def check_busy(rows: Sequence[RankFacts], needs: Requirements) -> Iterator[Finding]:
-    """V2: each rank's GPU has room for the rank's weights, and nobody else computes on it."""
+    """V2: each rank's GPU has enough free memory for the rank's weights, and no other process computes on it."""
     full: list[str] = []
     busy: dict[str, str] = {}
     for row in rows:
         gpu = row.gpus.facts_of(row.gpus.taken_by(row.rank))
         if gpu is None or not gpu.total_bytes:
             continue
-        told = f"rank {row.rank} on {row.host}, GPU {gpu.number}: {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free"
+        described = (
+            f"rank {row.rank} on {row.host}, GPU {gpu.number}: {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free"
+        )
         needed = needs.weights[row.rank] if row.rank < len(needs.weights) else 0
         if gpu.free_bytes < needed:
-            full.append(f"{told}, its weights take {gib(needed)}; {describe_holders(gpu)}")
+            full.append(f"{described}, its weights take {gib(needed)}; {describe_holders(gpu)}")
         elif is_busy(gpu):
-            busy.setdefault(gpu.uuid, f"{told}; {describe_holders(gpu)}")
+            busy.setdefault(gpu.uuid, f"{described}; {describe_holders(gpu)}")
     fix = "end the processes that hold it, or take other nodes; nvidia-smi on the node shows them"
     if full:
         message = f"the weights don't fit into what is free on the GPU of {counted(len(full), 'rank')}"
@@ -166,14 +168,14 @@ def check_busy(rows: Sequence[RankFacts], needs: Requirements) -> Iterator[Findi
 
 
 def is_busy(gpu: GpuFacts) -> bool:
-    """Does somebody compute on it?"""
+    """Return whether a process computes on it."""
     return gpu.used_bytes > min(_BUSY_BYTES, gpu.total_bytes * _BUSY_SHARE)
 
 
 def describe_holders(gpu: GpuFacts) -> str:
-    """Say who holds its memory, as far as that can be seen."""
+    """Name the processes that hold its memory, if they can be seen."""
     if not gpu.used_bytes:
-        return "nobody holds memory"
+        return "no process holds memory"
     if not gpu.holders:
         return f"{gib(gpu.used_bytes)} held by processes that can't be seen from here (another container?)"
     return listed(f"pid {pid} holds {gib(size)}" if size else f"pid {pid}" for pid, size in gpu.holders)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules over which GPUs each rank sees, and which it would take. Pure; rank 0 runs them.
+"""Rules over which GPUs each rank sees, and which it would use. Pure; rank 0 runs them.
 
-| rule | what has to hold | |
+| rule | requirement | |
 |---|---|---|
 | V1 | every rank sees a GPU, and NVML can be read | error |
 | K9 | every rank sees all GPUs of its node, the same as its neighbours, and has one for itself | error |
 | K9 | as many GPUs are visible as ranks are on the node | warning |
 
-A rank's GPU is the engine's choice, ``rank % device_count()``. With equally many ranks on each node as GPUs are visible that is its place
-on the node.
+The engine assigns GPU ``rank % device_count()``. If each node has as many ranks as visible GPUs, that is the local rank.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _WHOLE_NODE = (
 
 
 def check_seen(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """V1: every rank sees a GPU, or nothing could be loaded; ``--allow-no-gpu`` leaves all rules about GPUs out."""
+    """V1: every rank sees a GPU, or nothing could be loaded; ``--allow-no-gpu`` skips all rules about GPUs."""
     blind = [row for row in rows if not row.gpus.visible or row.gpus.problem]
     if not blind:
         return
@@ -41,14 +40,14 @@ def check_seen(rows: Sequence[RankFacts]) -> Iterator[Finding]:
         reasons.setdefault(_why_blind(row), []).append(row)
     if len(blind) == len(rows) and not any(row.gpus.visible for row in rows):
         message = "no rank sees a GPU"
-        told = [f"{reason}: {on_hosts(row.host for row in some)}" for reason, some in reasons.items()]
+        details = [f"{reason}: {on_hosts(row.host for row in some)}" for reason, some in reasons.items()]
     else:
         message = f"some ranks can't see a GPU, or not all: {where(blind, rows)}"
-        told = [f"{reason}: {where(some, rows)}" for reason, some in reasons.items()]
+        details = [f"{reason}: {where(some, rows)}" for reason, some in reasons.items()]
     yield error(
         "V1",
         message,
-        found=lines(told),
+        found=lines(details),
         needed="NVIDIA GPUs in every rank, and NVML to look at them before anything is loaded",
         fix="ask for GPUs (sbatch or srun --gpus-per-node=N), and start the container with them; where there are to be none, "
         "--allow-no-gpu leaves these checks out",
@@ -69,15 +68,15 @@ def _why_blind(row: RankFacts) -> str:
 
 
 def check_visible(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """K9: every rank sees all GPUs of its node, and its neighbours see the same ones. One GPU for each rank fits the engine's choice of a
-    device, and nothing else in it (``base_worker.py``, ``LLM.__init__``)."""
+    """K9: every rank sees all GPUs of its node, and its neighbours see the same ones. One visible GPU for each rank suits the engine's choice
+    of a device, but nothing else in it (``base_worker.py``, ``LLM.__init__``)."""
     single: list[RankFacts] = []
     unequal: list[RankFacts] = []
     for some in by_host(rows).values():
         seen = {frozenset(row.gpus.visible) for row in some}
         if len(seen) > 1 and all(len(names) == 1 for names in seen):
             single += some
-        elif len({row.gpus.visible for row in some}) > 1 and all(seen):  # who sees none is told of by V1
+        elif len({row.gpus.visible for row in some}) > 1 and all(seen):  # V1 reports ranks that see none
             unequal += some
     if single:
         per_node = max(map(len, by_host(single).values()))
@@ -117,12 +116,12 @@ def _seen(some: Sequence[RankFacts]) -> str:
 
 
 def _short(names: Sequence[str]) -> str:
-    """Write names of GPUs as far as people tell them apart."""
+    """Shorten names of GPUs to the part that identifies them."""
     return listed(name if len(name) <= 12 else f"{name[:12]}…" for name in names) or "none"
 
 
 def _spare_gpus(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """Tell of GPUs that no rank takes, where that leads the engine astray or is likely a slip."""
+    """Report GPUs that no rank uses, if the engine would assign the wrong ones or it is likely a mistake."""
     nodes = by_host(rows)
     for some in nodes.values():
         visible, there = len(some[0].gpus.visible), len(some[0].gpus.gpus)
@@ -168,7 +167,7 @@ def check_shared(rows: Sequence[RankFacts]) -> Iterator[Finding]:
 
 
 def _few(some: Sequence[RankFacts]) -> str:
-    """Say what the ranks of one node see, and what hides the rest of its GPUs."""
+    """Describe what the ranks of one node see, and what hides the rest of its GPUs."""
     first = some[0]
     text = f"{first.host}: {len(some)} ranks see {counted(len(first.gpus.visible), 'GPU')}"
     said = first.facts.variable("CUDA_VISIBLE_DEVICES")
@@ -178,7 +177,7 @@ def _few(some: Sequence[RankFacts]) -> str:
 
 
 def agree(some: Sequence[RankFacts]) -> bool:
-    """Do all ranks of a node see the same GPUs?"""
+    """Return whether all ranks of a node see the same GPUs."""
     return len({row.gpus.visible for row in some}) == 1
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the probes have in common: what each rank gives them, what rank 0 judges by, and what comes out.
+"""What the hardware checks have in common: each rank's input, rank 0's input for the evaluation, and the result.
 
 A check is a module with two functions, a line in `checks.run_hardware_checks`, its name in `config.options.PROBES`, and its place in `auto`
 (`checks.hardware_check_plan.chosen_checks`):
 
-    measure(part: Part) -> list[str]                              on every rank, in its main thread; may use `part.world`, all ranks alike
-    judge(answers: Sequence[Sequence[str]], case: Case) -> Outcome     on rank 0, over what `measure` returned, in rank order; pure
+    measure(part: CheckContext) -> list[str]
+        on every rank, in its main thread; may use `part.world`, on all ranks alike
+    judge(answers: Sequence[Sequence[str]], case: EvaluationInput) -> CheckResult
+        on rank 0, over the results of `measure` in rank order; pure
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class CheckContext(NamedTuple):
-    """One rank's side.
+    """One rank's input.
 
     Args:
         world: all ranks.
-        plan: what is probed.
+        plan: the checks and their parameters.
         environ: this rank's environment.
-        began: when this rank began, by `time.monotonic`.
+        began: start of the checks on this rank, by `time.monotonic`.
     """
 
     world: World
@@ -38,14 +40,14 @@ class CheckContext(NamedTuple):
 
 
 class EvaluationInput(NamedTuple):
-    """What rank 0 judges by.
+    """Rank 0's input for the evaluation.
 
     Args:
-        plan: what is probed.
-        ranks: where each rank is.
+        plan: the checks and their parameters.
+        ranks: each rank's host.
         kind: of GPU, as `layout.gpus` names it; None where it isn't known.
         weights: bytes of each rank's weights; empty where they aren't known.
-        earlier: figures of the probes that came before, by probe.
+        earlier: figures of the checks that ran before, by check.
     """
 
     plan: HardwareCheckPlan
@@ -56,12 +58,12 @@ class EvaluationInput(NamedTuple):
 
 
 class CheckResult(NamedTuple):
-    """What a probe found.
+    """The result of a check.
 
     Args:
-        findings: what there is to say.
-        figures: what it has measured, as plain data for JSON.
-        line: the figures in a few words; empty for none.
+        findings: the rules' findings.
+        figures: the measurements, as plain data for JSON.
+        line: a summary of the figures in one line; empty for none.
     """
 
     findings: tuple[Finding, ...]

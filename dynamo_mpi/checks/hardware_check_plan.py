@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which probes run, and over which ranks: rank 0 sends it along with the verdict."""
+"""Which hardware checks run, and over which ranks: rank 0 sends the plan with the result of the preflight."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 Groups = tuple[tuple[int, ...], ...]
 
 WAIT_SHARE = START_SHARE = 0.5
-"""Beside the time for the probes, so much of it for memory to be given back, and so much for NCCL's processes to start."""
+"""Additional time, as a share of the checks' time: to wait until memory is freed, and to start NCCL's processes."""
 NODE = "node"
-"""The kind of groups that are a node's ranks."""
+"""The kind of group that consists of a node's ranks."""
 _LAYOUT_KINDS = ("tp", "moe_ep", "pp")
 
 
 class HardwareCheckPlan(NamedTuple):
-    """What every rank has to do.
+    """The checks that every rank runs.
 
     Args:
-        names: the probes, in their order.
-        seconds: for what ranks do together; see `WAIT_SHARE`.
-        over: what carries the fabric probe's messages: ``nccl``, or ``mpi`` where the ranks have no GPUs.
-        groups: ranks that talk to each other, by kind: `NODE`, ``tp``, ``moe_ep`` and ``pp``, as `Layout.groups` has them.
+        names: the checks, in their order.
+        seconds: time limit of what ranks do together; see `WAIT_SHARE`.
+        over: the transport of the fabric check: ``nccl``, or ``mpi`` if the ranks have no GPUs.
+        groups: ranks that communicate, by kind: `NODE`, ``tp``, ``moe_ep`` and ``pp``, as in `Layout.groups`.
     """
 
     names: tuple[str, ...]
@@ -36,7 +36,7 @@ class HardwareCheckPlan(NamedTuple):
     groups: tuple[tuple[str, Groups], ...] = ()
 
     def of_kind(self, kind: str) -> Groups:
-        """Return the groups of a kind; none where the plan has no such kind."""
+        """Return the groups of a kind; empty if the plan has no such kind."""
         return dict(self.groups).get(kind, ())
 
     def pack(self) -> str:
@@ -58,7 +58,7 @@ class HardwareCheckPlan(NamedTuple):
 def plan_hardware_checks(
     settings: Settings, layout: Layout, nodes: Mapping[str, Sequence[int]]
 ) -> HardwareCheckPlan | None:
-    """Decide what is probed.
+    """Decide which checks run.
 
     Args:
         settings: the worker's.
@@ -66,7 +66,7 @@ def plan_hardware_checks(
         nodes: each node's ranks.
 
     Returns:
-        The plan; None where nothing is probed.
+        The plan; None if no check runs.
     """
     size = sum(map(len, nodes.values()))
     names = chosen_checks(settings, size)
@@ -80,7 +80,7 @@ def plan_hardware_checks(
 
 
 def chosen_checks(settings: Settings, size: int) -> tuple[str, ...]:
-    """Return the probes that run. ``auto`` takes what the hardware makes cheap: nothing where the engine uses no GPU.
+    """Return the checks that run. ``auto`` selects those that are cheap on this hardware: none if the engine uses no GPU.
 
     Args:
         settings: the worker's.
@@ -95,34 +95,34 @@ def chosen_checks(settings: Settings, size: int) -> tuple[str, ...]:
 
 
 def skipped_checks(settings: Settings, size: int) -> list[str]:
-    """Say which probes were asked for, and have nothing to ask, or are none any more. Pure; as for `chosen_checks`."""
+    """Return a line for each requested check that has nothing to check, or that no longer exists. Pure; arguments as for `chosen_checks`."""
     idle = _idle(settings, size)
     return [f"probe {name}: {idle[name]}" for name in settings.probe.split(",") if idle.get(name)]
 
 
 def obsolete(settings: Settings) -> list[str]:
-    """Return a warning for each setting that is accepted and has no effect any more. Pure."""
+    """Return a warning for each setting that is accepted but no longer has an effect. Pure."""
     if settings.probe_kv_seconds is None:
         return []
     return ["--probe-kv-seconds has no effect any more: the KV check is a step of `dynamo-mpi launch`"]
 
 
 def _idle(settings: Settings, size: int) -> dict[str, str]:
-    """Return why probes have nothing to ask, by name; empty where they have."""
+    """Return the reason why a check is skipped, by name; empty if it runs."""
     return {
-        "fabric": "nothing to ask in a world of one rank" if size == 1 else "",
+        "fabric": "nothing to check in a world of one rank" if size == 1 else "",
         # accepted until 0.2
         "kv": "moved to `dynamo-mpi launch` (--kv-check) and python -m dynamo_mpi.checks.kv; a worker leaves it out",
     }
 
 
 def has_gpus(settings: Settings) -> bool:
-    """Do the ranks work on GPUs, which the preflight has looked at?"""
+    """Return whether the ranks use GPUs that the preflight has checked."""
     return settings.engine == "trtllm" and not settings.allow_no_gpu
 
 
 def memory_is_awaited(settings: Settings) -> bool:
-    """Will the GPU probe wait for memory to be given back, and judge rule V2 then? Before there is a world to be asked."""
+    """Return whether the GPU check will wait until memory is freed, and then evaluate rule V2. Usable before MPI is initialised."""
     return has_gpus(settings) and not settings.preflight_only and "gpu" in chosen_checks(settings, 1)
 
 

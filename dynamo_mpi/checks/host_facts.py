@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank can tell about its host before the engine is imported: importing TensorRT-LLM is itself a collective (K1).
+"""Facts about a rank's host, read before the engine is imported: importing TensorRT-LLM is itself a collective (K1).
 
-What holds for a whole node, the versions and /dev/shm, only one rank of it looks up: reading metadata of hundreds of packages from every
-rank is what a shared file system fears.
+Facts about the whole node, the versions and /dev/shm, are read by one of its ranks: if every rank read the metadata of hundreds of
+packages, a shared file system would be overloaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-# distributions that every node needs alike
+# distributions whose versions must agree on all nodes
 PACKAGES = (
     "tensorrt_llm",
     "torch",
@@ -28,11 +28,11 @@ PACKAGES = (
     "ai-dynamo-runtime",
 )
 UNKNOWN_VERSION = "of unknown version"
-# TensorRT-LLM's load balancer of experts names its segments so: moe_shared_l3_lr0_all
+# the segments of TensorRT-LLM's expert load balancer have such names: moe_shared_l3_lr0_all
 LEFTOVER_PREFIX = "moe_"
 _PREFIXES = ("TLLM_", "TRTLLM_", "TRT_LLM_")
 _OTHERS = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "NCCL_ALGO", "NCCL_PROTO")
-# what may differ between ranks: the channel to the leader, logs, caches and diagnoses
+# these may differ between ranks: the channel to the leader, logs, caches and diagnostics
 _FREE = ("TLLM_SPAWN_PROXY_PROCESS", "TLLM_LOG_", "TLLM_PROFILE_", "TRTLLM_CACHE_DIR", "TRTLLM_PRINT_STACKS_PERIOD")
 _SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 _LONGEST_VALUE = 200
@@ -45,7 +45,7 @@ class StaleFile(NamedTuple):
     Args:
         name: its name there.
         size: its bytes.
-        age: seconds since it was written last.
+        age: seconds since the last write.
     """
 
     name: str
@@ -57,15 +57,15 @@ class HostFacts(NamedTuple):
     """One rank's host.
 
     Args:
-        speaks_for_node: whether this rank looked up what holds for the node; on others ``versions``, ``shm_*`` and ``leftovers`` are empty.
-        mpi_library: what the MPI library calls itself, its first words.
+        speaks_for_node: whether this rank read the facts of the node; on others ``versions``, ``shm_*`` and ``leftovers`` are empty.
+        mpi_library: the first words of the MPI library's own version text.
         cpus: the CPUs that this rank may run on.
-        variables: environment variables that matter to the engine, each with its value; those that aren't set are left out.
+        variables: environment variables that affect the engine, with their values; variables that aren't set are left out.
         versions: distributions with their versions; those that aren't installed are left out.
-        shm_path: where shared memory lives.
+        shm_path: the folder of shared memory.
         shm_bytes: its size; 0 where it can't be read.
-        shm_free: what is left of it.
-        leftovers: files of this user there that look like an earlier worker's.
+        shm_free: free bytes in it.
+        leftovers: files of this user in it that look like an earlier worker's.
     """
 
     speaks_for_node: bool
@@ -137,13 +137,13 @@ def collect(
     speaks_for_node: bool,
     shm: str = "/dev/shm",  # noqa: S108 - see HostFacts.shm_path
 ) -> HostFacts:
-    """Look around on this host. Never raises: what can't be read is left out.
+    """Read the facts of this host. Never raises: what can't be read is left out.
 
     Args:
-        mpi_library: what the MPI library says of itself, `world.load_mpi_library`'s answer.
+        mpi_library: the MPI library's version text, from `world.load_mpi_library`.
         environ: this rank's environment.
-        speaks_for_node: look up what holds for the node as well; one rank of each is enough.
-        shm: where shared memory lives.
+        speaks_for_node: also read the facts of the node; one rank of each is enough.
+        shm: the folder of shared memory.
     """
     cpus, variables = _cpus(), _variables(environ)
     library = " ".join(mpi_library.replace("\0", "").strip().split("\n")[0].split(",")[0].split())
@@ -161,7 +161,7 @@ def _cpus() -> tuple[int, ...]:
 
 
 def _variables(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Return what ranks have to agree on. No secret is among it: these values travel, and stand in findings."""
+    """Return the variables on which ranks must agree. They include no secret: these values are sent to rank 0 and appear in findings."""
     matter = (
         name
         for name in sorted(environ)
@@ -183,7 +183,7 @@ def version_of(package: str, module: str = "") -> str | None:
 
     Args:
         package: the distribution.
-        module: what it brings; where that can be imported without metadata, the version is `UNKNOWN_VERSION`.
+        module: the module that it provides; if that can be imported but has no metadata, the version is `UNKNOWN_VERSION`.
     """
     from importlib import metadata
 
@@ -205,7 +205,7 @@ def _can_be_imported(package: str) -> bool:
 
 
 def room(path: str) -> tuple[int, int]:
-    """Return the size of a file system and what is free on it, in bytes; 0 where that can't be told."""
+    """Return the size of a file system and its free space, in bytes; 0 if they can't be read."""
     try:
         stat = os.statvfs(path)
     except OSError:
@@ -214,7 +214,7 @@ def room(path: str) -> tuple[int, int]:
 
 
 def _leftovers(path: str) -> Iterable[StaleFile]:
-    """Yield this user's segments. Whether a process still uses one can't be told from here: it may live in another container."""
+    """Yield this user's segments. A process in another container may still use one; that can't be seen from here."""
     import time
 
     try:
@@ -225,6 +225,6 @@ def _leftovers(path: str) -> Iterable[StaleFile]:
         try:
             stat = os.lstat(os.path.join(path, name))
         except OSError:
-            continue  # gone since
+            continue  # removed since
         if stat.st_uid == os.getuid():
             yield StaleFile(name, stat.st_size, max(0, int(time.time() - stat.st_mtime)))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules over the hosts, for a worker of TensorRT-LLM. Pure; rank 0 runs them.
 
-| rule | what has to hold | |
+| rule | requirement | |
 |---|---|---|
-| D10 | what kernels and collectives come from has one version on all nodes | error |
+| D10 | the packages that provide kernels and collectives have one version on all nodes | error |
 | D10 | so have the other packages | warning |
 | D10 | TensorRT-LLM is installed | error |
 | K1 | the MPI library is Open MPI, the same everywhere | error |
@@ -12,7 +12,7 @@
 | V5 | a rank's threads have CPUs to run on | warning |
 | V7 | what the engine reads from the environment is the same in every rank | warning |
 
-The rest is `visibility_rules` (V1, K9) and `gpu_rules` (G6, V2, V6, V8).
+`gpu_visibility` has V1 and K9, `gpu_rules` G6, V2, V6 and V8.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.memory import MemoryEstimate
 
 _GIB = 2**30
-# what NVIDIA asks for its containers (--shm-size=1g), where Docker gives 64 MiB: NCCL, Open MPI and torch each keep some tens of MiB for a
-# pair of ranks there, and die of it in the middle of the load
+# NVIDIA asks for this size in its containers (--shm-size=1g), Docker's default is 64 MiB: NCCL, Open MPI and torch each keep some tens of
+# MiB for a pair of ranks there, and fail in the middle of the load if it runs out
 _SHM_PER_RANK = _GIB
 _MOST_VALUES = 4
 _DECISIVE = frozenset(
@@ -48,7 +48,7 @@ _DECISIVE = frozenset(
         "nvidia-nccl-cu13",
     }
 )
-# told by rules of their own (V5, K9), which know better what may differ
+# rules of their own (V5, K9) check these, and know which differences are allowed
 _JUDGED_ELSEWHERE = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 _ONE_IMAGE = "start every rank in the same container image (srun --container-image=..., IMAGE), or install one set of versions everywhere"
 
@@ -60,7 +60,7 @@ def check_hosts(rows: Sequence[RankFacts], needs: Requirements) -> list[Finding]
 
 
 def weights_by_rank(estimate: MemoryEstimate | None) -> tuple[int, ...]:
-    """Return the bytes of each rank's weights, by rank; nothing where they aren't known. Ranks of a stage are consecutive."""
+    """Return the bytes of each rank's weights, by rank; empty if they aren't known. Ranks of a stage are consecutive."""
     if estimate is None:
         return ()
     stages = sorted(estimate.stages, key=lambda stage: stage.first_rank)
@@ -68,8 +68,8 @@ def weights_by_rank(estimate: MemoryEstimate | None) -> tuple[int, ...]:
 
 
 def check_packages(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """D10: all nodes have the same versions. Every rank picks its kernels and its MoE backend by itself, from what its own node has; where
-    two pick differently, the collectives between them hang (MOE_DEVELOPER_GUIDE, "Cross-rank agreement")."""
+    """D10: all nodes have the same versions. Every rank selects its kernels and its MoE backend from what its own node has; if two ranks
+    select different ones, the collectives between them hang (MOE_DEVELOPER_GUIDE, "Cross-rank agreement")."""
     speakers = [row for row in rows if row.facts.speaks_for_node]
     differing = {}
     for package in PACKAGES:
@@ -99,7 +99,7 @@ def check_packages(rows: Sequence[RankFacts]) -> Iterator[Finding]:
 
 
 def check_engine(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """D10: TensorRT-LLM is installed on at least one node; where it is on some only, the versions differ, which is told of as such."""
+    """D10: TensorRT-LLM is installed on at least one node; if only some nodes have it, the versions differ, and that is reported."""
     speakers = [row for row in rows if row.facts.speaks_for_node]
     if speakers and not any(row.facts.version("tensorrt_llm") for row in speakers):
         yield error(
@@ -113,7 +113,7 @@ def check_engine(rows: Sequence[RankFacts]) -> Iterator[Finding]:
 
 
 def check_mpi(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """K1: the MPI library is Open MPI, the same on every rank: TensorRT-LLM splits the world by a constant that only Open MPI has."""
+    """K1: the MPI library is Open MPI, the same on every rank: TensorRT-LLM splits the world with a constant that only Open MPI has."""
     libraries: dict[str, list[RankFacts]] = {}
     for row in rows:
         libraries.setdefault(row.facts.mpi_library or "unknown", []).append(row)
@@ -137,7 +137,7 @@ def check_mpi(rows: Sequence[RankFacts]) -> Iterator[Finding]:
 
 
 def check_shared_memory(rows: Sequence[RankFacts]) -> Iterator[Finding]:
-    """V3: /dev/shm has 1 GiB for each rank of the node, for what NCCL, Open MPI and torch keep there."""
+    """V3: /dev/shm has 1 GiB free for each rank of the node: NCCL, Open MPI and torch keep buffers there."""
     short = []
     most = 0
     for host, some in by_host(rows).items():
@@ -153,7 +153,7 @@ def check_shared_memory(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "V3",
             "there is little room in shared memory",
             found=lines(short),
-            needed="1 GiB for each rank of a node: NCCL, Open MPI and torch die in the middle of the load where it runs out",
+            needed="1 GiB for each rank of a node: NCCL, Open MPI and torch fail in the middle of the load if it runs out",
             fix=f"docker run --shm-size={size_needed}g (or --ipc=host); where a container sees the host's own /dev/shm, as under enroot and "
             f"Apptainer, on the host as root: mount -o remount,size={size_needed}G /dev/shm",
         )

@@ -4,8 +4,9 @@
     SLURM_PMIX_FENCE=tree srun --mpi=pmix --ntasks-per-node=1 … python -m dynamo_mpi.checks.kv --prefill n1,n2 --decode n3,n4
     mpirun --host n1:1,n2:1,n3:1,n4:1 --map-by ppr:1:node … python -m dynamo_mpi.checks.kv --prefill n1,n2 --decode n3,n4
 
-`dynamo-mpi launch` runs it by itself. One rank a host; rank 0 makes a key, says who pulls from whom, and judges (`kv_rules`). A pair that is
-cut, slow or gets wrong bytes ends it with 75, a wrong command with 64; a host that doesn't answer costs its own pairs alone.
+`dynamo-mpi launch` runs it by itself. One rank per host; rank 0 makes a key, assigns the pairs, and evaluates the results (`kv_rules`). If a
+pair is disconnected, slow, or gets wrong bytes, the exit code is 75; for a wrong command, 64. If a host doesn't answer, only its own pairs
+fail.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
     Content = dict[str, Any]
 
 START_SECONDS = 600.0
-"""Until all ranks are there, an image's import included."""
-# until each has said so, has loaded NIXL, has tried one pair
+"""Time limit until all ranks have started, including the import of a container image."""
+# time limits: for each rank's first message, to load NIXL, for one pair
 HELLO_SECONDS, _LOAD_SECONDS, _ROUND_SECONDS = 15.0, 20.0, CONNECT_SECONDS + PULL_SECONDS + 4.0
 _MOST_AGAIN = 4
 _REST_SECONDS = HELLO_SECONDS + _LOAD_SECONDS + (_MOST_AGAIN + 1) * _ROUND_SECONDS
@@ -58,7 +59,7 @@ _VARIABLES = {
 
 
 class KvCheckSettings(NamedTuple):
-    """What the check was asked for; ``min_rate`` in GB/s."""
+    """Settings of the check; ``min_rate`` in GB/s."""
 
     prefill: tuple[str, ...]
     decode: tuple[str, ...]
@@ -112,7 +113,7 @@ def rounds(prefill: Sequence[str], decode: Sequence[str]) -> list[list[tuple[str
 
 
 class Mail:
-    """Messages between rank 0 and each other rank, as JSON. Not by collectives: these would go over the links that are to be checked."""
+    """Messages between rank 0 and each other rank, as JSON. Not by collectives: one lost host would block all ranks in them."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm, self.rank, self.size = comm, comm.Get_rank(), comm.Get_size()
@@ -120,7 +121,7 @@ class Mail:
         self._unsent: list[object] = []
 
     def send(self, rank: int, content: Content) -> None:
-        """Send a message; whether it arrives, the answer shows."""
+        """Send a message; only the answer shows whether it arrived."""
         data = json.dumps(content).encode()
         self._unsent.append((self._comm.Isend(data, rank), data))
 
@@ -146,13 +147,14 @@ class KvPathCheck:
         self._host, self._key, self._corrupt = "", b"", False
         self._server: kv_pull.PatternServer | None = None
         self._agent: kv_pull.NixlAgent | None = None
-        # rank 0's: the ranks that answer, and why others don't
+        # on rank 0: the ranks that answer, and why others don't
         self._ranks: dict[str, int] = {}
         self._lost: dict[str, str] = {}
 
     def run(self) -> int:
-        """Take part until rank 0 has judged; return the exit code, which is 0 on the others that have heard from it."""
-        hello, code = self._hello(), 0
+        """Run this rank's part until rank 0 has the result; return the exit code, which is 0 on other ranks that got rank 0's last
+        message."""
+        hello, code = self._introduction(), 0
         try:
             if self._mail.rank:
                 return self._follow(hello)
@@ -164,7 +166,7 @@ class KvPathCheck:
             self._mail.send(rank, {"end": True})
         return code
 
-    def _hello(self) -> Content:
+    def _introduction(self) -> Content:
         try:
             self._host = find_host((*self._settings.prefill, *self._settings.decode), os.environ)
             self._corrupt = _is_corrupt(self._mail.rank, os.environ)
@@ -183,11 +185,11 @@ class KvPathCheck:
             if "end" in order:
                 return 0
             seconds = self._settings.seconds + _REST_SECONDS
-            self._mail.send(0, self._obey(order))
+            self._mail.send(0, self._handle_order(order))
         raise RetryableError(f"rank 0 has sent nothing for {seconds:.0f} s", fix="read what rank 0 reports")
 
-    def _obey(self, order: Content) -> Content:
-        """Pull from a source, or get ready for that."""
+    def _handle_order(self, order: Content) -> Content:
+        """Pull from a source, or prepare for that."""
         if "source" in order:
             return {"result": kv_pull.run_pair(Source(*order["source"]), self._host, self._key, self._agent)}
         self._key = bytes.fromhex(order["key"])
@@ -206,7 +208,8 @@ class KvPathCheck:
         return {"shared": shared}
 
     def _lead(self, own: Content) -> None:
-        """Have all pairs tried, and judge. RetryableError for a pair that fails, UsageError for ranks that the command doesn't name."""
+        """Have all pairs checked, and apply the rules. RetryableError for a pair that fails, UsageError for ranks that the command doesn't
+        name."""
         began, settings = time.monotonic(), self._settings
         hellos = [own]
         for rank in range(1, self._mail.size):
@@ -230,7 +233,7 @@ class KvPathCheck:
         for pairs in rounds(settings.prefill, settings.decode):
             if time.monotonic() < began + settings.seconds:
                 results += self._pull(pairs, sources, transport)
-        # once more, one at a time: others may have had the CPUs or the network
+        # once more, one at a time: others may have used the CPUs or the network
         for pair in list(kv_rules.slow_pairs(results, settings.min_rate * 1e9))[:_MOST_AGAIN]:
             (again,) = self._pull([(pair.prefill, pair.decode)], sources, transport)
             results[results.index(pair)] = again._replace(wrong=pair.wrong or again.wrong)
@@ -266,14 +269,14 @@ class KvPathCheck:
         ]
 
     def _order(self, orders: Mapping[str, Content], seconds: float) -> dict[str, Content]:
-        """Have hosts obey orders; return their answers. One that has no answer gets no other order."""
+        """Send orders to hosts; return their answers. A host that doesn't answer gets no more orders."""
         end, answers = time.monotonic() + seconds, {}
         for host, order in orders.items():
             if host != self._host:
                 self._mail.send(self._ranks[host], order)
         for host in sorted(orders, key=self._ranks.__getitem__):  # rank 0 itself first
             own = host == self._host
-            answer = self._obey(orders[host]) if own else self._mail.receive(self._ranks[host], end)
+            answer = self._handle_order(orders[host]) if own else self._mail.receive(self._ranks[host], end)
             if answer is None or "problem" in answer:
                 at = f" while it pulled from {orders[host]['source'][0]}" if "source" in orders[host] else ""
                 self._lost[host] = answer["problem"] if answer else f"{host} gave no answer in {seconds:g} s{at}"
@@ -304,7 +307,7 @@ def _is_here(host: str) -> bool:
 
 
 def _is_corrupt(rank: int, environ: Mapping[str, str]) -> bool:
-    """Whether this rank is to send a wrong byte: a fault on demand."""
+    """Return whether this rank must send a wrong byte: an injected fault."""
     if not environ.get("DYN_MPI_FAULT") or environ.get("DYN_MPI_ALLOW_FAULTS") != "1":
         return False
     from dynamo_mpi.supervisor.fault_injection import parse_fault
@@ -339,16 +342,16 @@ def main(argv: Sequence[str]) -> int:
         return error.exit_code
     from mpi4py import MPI
 
-    # whatever hangs in native code ends by this
+    # this ends a process that hangs in native code
     hard_exit_after(settings.seconds + _REST_SECONDS + 2 * HELLO_SECONDS, ExitCode.DEADLINE)
     code = KvPathCheck(settings, Mail(MPI.COMM_WORLD), log).run()
     hard_exit_after(_LEAVE_SECONDS, code)
     finalize_mpi()
-    # mpirun kills the others when the first leaves with an error, and Open MPI 5's crashes if one of them is just leaving PMIx
+    # mpirun kills the other ranks when one exits with an error, and Open MPI 5's crashes if one of them is finalizing PMIx at that moment
     time.sleep(_PART_SECONDS if code else 0.0)
     return code
 
 
 if __name__ == "__main__":
-    # no destructors: NIXL's may wait for peers that have gone
+    # no destructors: NIXL's may wait for peers that have exited
     os._exit(main(sys.argv[1:]))

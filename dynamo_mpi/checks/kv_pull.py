@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pair of the KV check: a decode host pulls a pattern from a prefill host, by NIXL or over TCP, and measures it.
 
-Over TCP, both sides prove the key that rank 0 has made for this run, each by an HMAC over both nonces, before anything else is read. Every
-wait has a deadline.
+Over TCP, both sides first prove with an HMAC over both nonces that they know this run's key, which rank 0 made. Every wait has a deadline.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ if TYPE_CHECKING:
 OK, FAILED, LATE = "ok", "failed", "late"
 TCP, NIXL = "tcp", "nixl"
 SMALL_BYTES, MIDDLE_BYTES, LARGE_BYTES = 1 << 12, 1 << 20, 1 << 25
-"""Sizes of what is pulled: for the latency, for an estimate, for the rate."""
+"""Message sizes: for the latency, for an estimate, for the rate."""
 PULL_SECONDS, CONNECT_SECONDS = 6.0, 4.0
-"""How long the pulls of one pair may take, and how long the start of a connection."""
-# the best of several: another process may have had the core
+"""Time limits: for the pulls of one pair, and for the start of a connection."""
+# the best of several: another process may have used the core
 _REPEATS = {SMALL_BYTES: 9, MIDDLE_BYTES: 3, LARGE_BYTES: 4}
 _NONCE_BYTES = 16
 _SIZE = struct.Struct("!I")
@@ -55,15 +54,15 @@ _PATH = re.compile(r"([a-z]\w*)/([\w.:-]+)")
 
 
 class NixlError(Exception):
-    """What NIXL said when it failed."""
+    """NIXL's error."""
 
 
 class PairResult(NamedTuple):
-    """What a decode host has measured when it pulled from a prefill host.
+    """A decode host's measurement of its pull from a prefill host.
 
-    ``state`` is `OK`, or else ``text`` says why; ``paths`` are transports and devices as UCX writes them (``rc_mlx5/mlx5_0:1``); ``cards``
-    whether an InfiniBand or RoCE port of the decode host is up; ``wrong`` whether other bytes arrived than were sent; ``latency`` the seconds
-    for `SMALL_BYTES`, ``rate`` the bytes a second of the largest message that fitted into the time, the best of several.
+    ``state`` is `OK`, otherwise ``text`` has the reason; ``paths`` are transports and devices as UCX writes them (``rc_mlx5/mlx5_0:1``);
+    ``cards`` whether an InfiniBand or RoCE port of the decode host is up; ``wrong`` whether other bytes arrived than were sent; ``latency``
+    the seconds for `SMALL_BYTES`, ``rate`` the bytes a second of the largest message that fitted into the time, the best of several.
     """
 
     prefill: str
@@ -79,7 +78,7 @@ class PairResult(NamedTuple):
 
     @classmethod
     def of(cls, row: Iterable[Any]) -> PairResult:
-        """Return one that has come as JSON."""
+        """Return the result that a rank sent as JSON."""
         values: list[Any] = [tuple(value) if isinstance(value, list) else value for value in row]
         return cls(*values)
 
@@ -95,7 +94,7 @@ class Source(NamedTuple):
 
 
 def pattern(key: bytes, host: str, *, corrupt: bool = False) -> bytes:
-    """Return the `LARGE_BYTES` that a prefill host sends in this run, which nothing else can pass for; ``corrupt`` with one wrong byte."""
+    """Return the `LARGE_BYTES` that a prefill host sends in this run, different for each run; with ``corrupt``, one byte is wrong."""
     seed = hmac.digest(key, host.encode("utf-8", "surrogateescape"), "sha256")
     block = random.Random(seed).randbytes(_BLOCK_BYTES)  # noqa: S311 - no secret
     data = bytearray((block * (LARGE_BYTES // _BLOCK_BYTES + 1))[:LARGE_BYTES])
@@ -117,7 +116,7 @@ class _Connection:
         self.write(hmac.digest(key, own_role + own + theirs, "sha256"))
         proof = hmac.digest(key, peer_role + theirs + own, "sha256")
         if not hmac.compare_digest(self.read(len(proof)), proof):
-            raise ConnectionError("it doesn't know the key of this run")
+            raise ConnectionError("the peer doesn't know the key of this run")
 
     def write(self, data: bytes | memoryview) -> None:
         self._socket.settimeout(_left(self.deadline))
@@ -130,7 +129,7 @@ class _Connection:
             self._socket.settimeout(_left(self.deadline))
             count = self._socket.recv_into(left[:_MOST_AT_ONCE])
             if not count:
-                raise ConnectionError("it closed the connection")
+                raise ConnectionError("the peer closed the connection")
             left = left[count:]
         return data
 
@@ -157,8 +156,8 @@ class PatternServer(socketserver.ThreadingTCPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Serve one peer: it names sizes, and gets so many bytes."""
-        with contextlib.suppress(OSError):  # the peer loses its connection by that, and reports it
+        """Serve one peer: it sends sizes, and gets that many bytes."""
+        with contextlib.suppress(OSError):  # the peer sees that its connection is closed, and reports it
             peer = _Connection(request, time.monotonic() + CONNECT_SECONDS)
             peer.authenticate(self._key, b"prefill", b"decode")
             peer.deadline += PULL_SECONDS
@@ -171,12 +170,12 @@ class NixlAgent:
 
     def __init__(self) -> None:
         with tempfile.NamedTemporaryFile(prefix="kv-check-") as log:
-            # has UCX say over which devices it goes; it keeps the file open
+            # makes UCX log which devices it uses; it keeps the file open
             os.environ.update(UCX_LOG_LEVEL="info", UCX_PROTO_INFO="y", UCX_LOG_FILE=log.name)
             self._log = os.dup(log.fileno())
             nixl = _checked(_import_nixl)
             sync = nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT
-            # without the thread that would burn a core
+            # without the thread that would keep a core busy
             config = _checked(nixl.nixl_agent_config, enable_prog_thread=False, backends=[], sync_mode=sync)
             self._agent: Any = _checked(nixl.nixl_agent, secrets.token_hex(8), config)
             _checked(self._agent.create_backend, "UCX")
@@ -190,8 +189,8 @@ class NixlAgent:
         return base64.b64encode(metadata).decode(), ctypes.addressof(self._buffer)
 
     def progress(self) -> None:
-        """Let UCX answer those that are connecting or reading. Doesn't wait."""
-        with contextlib.suppress(Exception):  # a peer's; it notices by itself
+        """Let UCX serve peers that connect or read. Doesn't wait."""
+        with contextlib.suppress(Exception):  # a peer's error; the peer reports it
             self._agent.get_new_notifs()
 
     @contextlib.contextmanager
@@ -201,11 +200,11 @@ class NixlAgent:
         try:
             yield partial(self._read, peer, source.memory, deadline)
         finally:
-            with contextlib.suppress(Exception):  # it may be gone already
+            with contextlib.suppress(Exception):  # it may have been removed already
                 self._agent.remove_remote_agent(peer)
 
     def paths(self) -> tuple[str, ...]:
-        """Return over what was read last, as UCX says."""
+        """Return the transports of the last read, as UCX logs them."""
         return paths_in(os.pread(self._log, os.fstat(self._log).st_size, 0).decode("utf-8", "replace"))
 
     def _register(self) -> None:
@@ -213,7 +212,7 @@ class NixlAgent:
         _checked(self._agent.register_memory, [(ctypes.addressof(self._buffer), LARGE_BYTES, 0, "")], "DRAM")
 
     def _read(self, peer: Any, address: int, deadline: float, size: int) -> tuple[bytes, float]:
-        ctypes.memset(self._buffer, 0, size)  # what was read before begins alike
+        ctypes.memset(self._buffer, 0, size)  # earlier reads begin with the same bytes
         own, theirs = (
             self._agent.get_xfer_descs([(at, size, 0)], "DRAM") for at in (ctypes.addressof(self._buffer), address)
         )
@@ -228,7 +227,7 @@ class NixlAgent:
                 raise NixlError("NIXL: the read failed")
         finally:
             if state != "DONE":
-                # UCX may write to it as soon as the peer goes on: it stays as it is until the process ends
+                # UCX may write to it when the peer continues: it must stay registered until the process ends
                 self._unfinished.append((self._buffer, handle))
                 self._register()
         took = time.perf_counter() - begin
@@ -237,12 +236,12 @@ class NixlAgent:
 
 
 def run_pair(source: Source, decode: str, key: bytes, agent: NixlAgent | None) -> PairResult:
-    """Pull from a prefill host to this one, by NIXL if there is an agent, in `CONNECT_SECONDS` and `PULL_SECONDS`. Does not raise for what
-    the peer, the network or NIXL does."""
+    """Pull from a prefill host to this one, by NIXL if there is an agent, in `CONNECT_SECONDS` and `PULL_SECONDS`. Errors of the peer, the
+    network or NIXL are part of the result, not raised."""
     result = PairResult(source.host, decode, TCP if agent is None else NIXL, cards=has_cards())
     expected, began = pattern(key, source.host), time.monotonic()
     try:
-        # also before NIXL, which waits long and without an end for a host that can't be reached
+        # also before NIXL, which waits without a limit for a host that can't be reached
         with socket.create_connection((source.address, source.port), timeout=CONNECT_SECONDS) as connection:
             peer = _Connection(connection, began + CONNECT_SECONDS)
             peer.authenticate(key, b"decode", b"prefill")
@@ -259,13 +258,13 @@ def run_pair(source: Source, decode: str, key: bytes, agent: NixlAgent | None) -
 
 
 def _measure(result: PairResult, expected: bytes, pull: Pull) -> PairResult:
-    """Pull all sizes, of a slow pair as far as half of the time goes."""
+    """Pull all sizes; for a slow pair, as many as fit into half of the time."""
     middle = time.monotonic() + PULL_SECONDS / 2
     for size, repeats in _REPEATS.items():
         # at the rate of the size before
         if result.rate and time.monotonic() + size / result.rate > middle:
             break
-        # the first brings the connection to life
+        # the first establishes the connection
         data, took = pull(size)
         result = result._replace(wrong=result.wrong or data != expected[:size])
         times = [took]
@@ -287,7 +286,7 @@ def _interface(address: str) -> str:
 
 
 def nixl_installed() -> bool:
-    """Tell whether there is a package of NIXL, without importing it."""
+    """Return whether NIXL's Python package is installed, without importing it."""
     return any(importlib.util.find_spec(name) is not None for name in _NIXL_PACKAGES)
 
 
@@ -297,7 +296,7 @@ def _import_nixl() -> Any:
             nixl = importlib.import_module(f"{name}._api")
             logging.getLogger("nixl").handlers.clear()  # it writes to stdout
             return nixl
-    raise NixlError("there is no package of it, or a module that it needs is missing")
+    raise NixlError("NIXL's Python package isn't installed, or a module that it needs is missing")
 
 
 def _checked(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -308,7 +307,7 @@ def _checked(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
 
 
 def paths_in(log: str) -> tuple[str, ...]:
-    """Return over what a peer's memory is read, by UCX's last word on it; nothing if it doesn't say.
+    """Return the transports by which a peer's memory is read, from UCX's last log line about it; empty if there is none.
 
     It writes, from 1.13 on, one of these for a peer: ``inter-node cfg#1 rma(rc_mlx5/mlx5_0:1) am(…)``, ``ep_cfg[0]: rma_am(tcp/eth0) …``.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pairs of the KV check have measured, judged. Pure."""
+"""Rules over the measurements of the KV check. Pure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
 
 SLOW = {NIXL: 3.0, TCP: 8.0}
-"""How many times slower than its like a pair may be. Over TCP it is the CPUs that copy, which others use too."""
-# below the time nobody's latency matters, and on a busy host they differ for reasons of their own
+"""How many times slower than comparable pairs a pair may be. Over TCP the CPUs copy, and other processes use them too."""
+# a latency below this never matters, and on a busy host latencies differ for other reasons
 _SLOW_LATENCY, _LATENCY_SECONDS = 10.0, 5e-3
 _LEAST_LIKE = 3
 _LEAVE_OUT = "leave the host out (sbatch --exclude=…); `launch --kv-check warn` starts the workers all the same"
@@ -45,14 +45,14 @@ def check_connection(results: Sequence[PairResult]) -> Iterator[Finding]:
             "T2",
             f"no KV comes through between {count}{_common(results, failed)}",
             found=lines([f"{describe_pair(result)}: {result.text}" for result in failed]),
-            needed="every decode host reaches every prefill host: else the first request hangs or fails",
+            needed="every decode host reaches every prefill host; otherwise the first request hangs or fails",
             fix=f"check interface, firewall and UCX_NET_DEVICES of these hosts, or {_LEAVE_OUT}",
         )
 
 
 def check_rates(results: Sequence[PairResult], least_rate: float = 0.0) -> Iterator[Finding]:
-    """T3: no pair is below ``--min-rate``, or three times (over TCP eight times) slower than its like, of three pairs or more, or takes ten
-    times as long, and more than 5 ms, for 4 KiB."""
+    """T3: no pair is below ``--min-rate``, or three times (over TCP eight times) slower than comparable pairs (three pairs or more), or takes
+    ten times as long, and more than 5 ms, for 4 KiB."""
     if slow := slow_pairs(results, least_rate):
         yield error(
             "T3",
@@ -64,19 +64,19 @@ def check_rates(results: Sequence[PairResult], least_rate: float = 0.0) -> Itera
 
 
 def check_sockets(results: Sequence[PairResult]) -> Iterator[Finding]:
-    """T4: where a host has InfiniBand or RoCE with a port that is up, NIXL uses it."""
+    """T4: if a host has InfiniBand or RoCE with a port that is up, NIXL uses it."""
     if fallen := [result for result in results if result.cards and result.transport == NIXL and _is_tcp(result)]:
         yield warning(
             "T4",
             f"KV goes over TCP between {counted(len(fallen), 'pair')} of hosts that have InfiniBand or RoCE",
             found=lines(list(map(describe_pair, fallen))),
-            needed="UCX over verbs: TCP carries a tenth of it",
+            needed="UCX over verbs: TCP reaches a tenth of its rate",
             fix="unset UCX_TLS and UCX_NET_DEVICES, or name the cards there; give the container /dev/infiniband and libibverbs",
         )
 
 
 def check_coverage(without_nixl: Sequence[str], skipped: int) -> Iterator[Finding]:
-    """T5: all pairs are checked, and by NIXL; where it isn't installed, over TCP."""
+    """T5: all pairs are checked, and by NIXL; if it isn't installed, over TCP."""
     if without_nixl:
         yield info("T5", f"checked over TCP, which says little about NIXL: not installed on {listed(without_nixl)}")
     if skipped:
@@ -112,7 +112,7 @@ def slow_pairs(results: Sequence[PairResult], least_rate: float) -> dict[PairRes
 
 
 def summary(results: Sequence[PairResult]) -> str:
-    """Write all of it in one line."""
+    """Summarise the results in one line."""
     if not results:
         return "no pair checked"
     slowest = min(results, key=lambda result: result.rate)
@@ -121,7 +121,7 @@ def summary(results: Sequence[PairResult]) -> str:
 
 
 def describe_pair(result: PairResult) -> str:
-    """Name a pair: who pulls, from whom, and over what."""
+    """Describe a pair: decode host, prefill host, transport and devices."""
     paths = f" ({listed(result.paths)})" if result.paths else ""
     return f"decode host {result.decode} <- prefill host {result.prefill} over {result.transport}{paths}"
 
@@ -131,7 +131,7 @@ def _is_tcp(result: PairResult) -> bool:
 
 
 def _common(results: Sequence[PairResult], bad: Sequence[PairResult]) -> str:
-    """Name the one host that these pairs have in common, and no other pair has."""
+    """Name the one host that all these pairs, and no other pair, have in common."""
     well = {host for result in results if result not in bad for host in (result.prefill, result.decode)}
     shared = set.intersection(*({result.prefill, result.decode} for result in bad)) - well
     return f": what they have in common is {min(shared)}" if well and len(shared) == 1 else ""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fabric probe over MPI, for worlds without GPUs. Nothing but the making of groups blocks in MPI: a rank that waits says for whom.
+"""The fabric check over MPI, for worlds without GPUs. Only the creation of groups blocks in MPI: a waiting rank can report for which ranks it
+waits.
 
-A message that is under way can't be taken back, so a check that hangs ends the world; rank 0 does (`checks.run_hardware_checks`).
+A message that has been posted can't be cancelled, so rank 0 ends the world if the check hangs (`checks.run_hardware_checks`).
 """
 
 from __future__ import annotations
@@ -25,26 +26,26 @@ if TYPE_CHECKING:
     from dynamo_mpi.checks.fabric_steps import Step
     from dynamo_mpi.mpi.world import World
 
-# the best of several: another process may have had the core
+# the best of several: another process may have used the core
 _REPEATS = 8
-# what large messages may take of the time together; a slow way has shown itself by then
+# the share of the time that large messages may take together; a slow link is visible by then
 _ENOUGH_SECONDS = 0.5
 _TAG = 77
-# each wait of a step has a tag for its calls: two sizes, ten operations each and as many agreements
-_CALL_TAG, _CALLS_A_STEP = 100, 100
-# a collective that takes so long has members that wait for others; who is not heard for as long again is missed
-_CALL_AFTER_SECONDS, _MISSED_AFTER_SECONDS = 0.5, 1.0
+# each wait of a step has a tag for its pings: two sizes, ten operations each and as many agreements
+_PING_TAG, _PINGS_PER_STEP = 100, 100
+# in a collective that takes so long, members wait for others; a member whose ping doesn't arrive for as long again is reported
+_PING_AFTER_SECONDS, _REPORT_AFTER_SECONDS = 0.5, 1.0
 _SPIN_SECONDS = 0.002
 _SLEEP_SECONDS = 0.001
 
 
 def measure_over_mpi(world: World, steps: Sequence[Step], began: float) -> FabricAnswer:
-    """Do this rank's part of all steps.
+    """Run this rank's part of all steps.
 
     Args:
         world: all ranks.
         steps: the same on all of them.
-        began: when the probe began, by `time.monotonic`.
+        began: start of the check, by `time.monotonic`.
     """
     from mpi4py import MPI
 
@@ -60,7 +61,7 @@ def measure_over_mpi(world: World, steps: Sequence[Step], began: float) -> Fabri
             runner = _Runner(world, step, group, comms.get(step.kind), slowest)
             timings += [runner.measure(size) for size in step.sizes]
             if step.operation == EXCHANGE:
-                # not the best try: a link that loses packets now and then is fast in between
+                # not the best try: a link that loses packets at times is fast in between
                 rate = step.sizes[-1] / runner.mean
                 slowest = min(slowest, (next(peer for peer in group if peer != world.rank), rate), key=_rate)
     for comm in comms.values():
@@ -71,7 +72,7 @@ def measure_over_mpi(world: World, steps: Sequence[Step], began: float) -> Fabri
 
 
 def _split(world: World, step: Step, group: Sequence[int], slowest: tuple[int | None, float]) -> MPI.Comm:
-    """Make a communicator of each group. Blocks in MPI, which only can be stuck where all pairs came through and then one went."""
+    """Create a communicator for each group. Blocks in MPI; this can only hang if a rank is lost after all pairs were checked."""
     set_activity(
         str(WaitState(step.number, 0, tuple(rank for rank in range(world.size) if rank != world.rank), *slowest))
     )
@@ -97,7 +98,7 @@ class _Runner:
         self._rank = world.rank
         self._peers = [rank for rank in group if rank != self._rank]
         self._note = WaitState(step.number, 0, tuple(self._peers), *slowest)
-        self._waits = self._called = 0
+        self._waits = self._pinged = 0
         self.mean = float("inf")
         """Seconds for one operation, of all tries with the last size."""
 
@@ -110,7 +111,7 @@ class _Runner:
         tries = [self._once(sent, got, size)]
         wrong = () if got == wanted else wrong_of(bytes(got))
         for _ in range(_REPEATS):
-            # how often is agreed: everybody has the slowest one's word for it
+            # the group agrees on the number of tries: the slowest member decides
             if not self._go_on(sum(tries[1:])):
                 break
             tries.append(self._once(sent, got, size))
@@ -118,7 +119,7 @@ class _Runner:
         return Timing(self._step.number, size, min(tries[1:]), wrong, *segments().since(before))
 
     def _go_on(self, spent: float) -> bool:
-        """Agree with the group on whether to do it again, which also brings them to the same line."""
+        """Agree with the group on whether to repeat; this also synchronises its members."""
         mine = 1 if spent < _ENOUGH_SECONDS else 0
         if self._comm is None:
             (peer,) = self._peers
@@ -129,9 +130,9 @@ class _Runner:
             return bool(mine and theirs[0])
         from mpi4py import MPI
 
-        everybody = bytearray(1)
-        self._wait([self._comm.Iallreduce([bytes([mine]), MPI.UNSIGNED_CHAR], [everybody, MPI.UNSIGNED_CHAR], MPI.MIN)])
-        return bool(everybody[0])
+        agreed = bytearray(1)
+        self._wait([self._comm.Iallreduce([bytes([mine]), MPI.UNSIGNED_CHAR], [agreed, MPI.UNSIGNED_CHAR], MPI.MIN)])
+        return bool(agreed[0])
 
     def _messages(self, size: int) -> tuple[bytes, bytes, Any]:
         rank, group = self._rank, self._group
@@ -149,7 +150,7 @@ class _Runner:
         return b"".join(outgoing(rank, target, part) for target in group), b"".join(wanted), wrong_of
 
     def _once(self, sent: bytes, got: bytearray, size: int) -> float:
-        """Do it, and return the seconds that it took."""
+        """Run the operation once; return its seconds."""
         start = time.monotonic()
         comm = self._world.comm
         if self._step.operation == EXCHANGE:
@@ -166,31 +167,31 @@ class _Runner:
         return time.monotonic() - start
 
     def _wait(self, requests: list[MPI.Request]) -> None:
-        """Wait without burning a core for longer than a moment; of a collective that is late, find out for whom."""
+        """Wait, after a moment without using a core; for a late collective, find the ranks for which it waits."""
         from mpi4py import MPI
 
         start = time.monotonic()
-        calls: PeerPings | None = None
+        pings: PeerPings | None = None
         self._waits += 1
         while not MPI.Request.Testall(requests):
             waited = time.monotonic() - start
             if waited > _SPIN_SECONDS:
                 time.sleep(_SLEEP_SECONDS)
-            if self._comm is not None and waited > _CALL_AFTER_SECONDS:
-                if calls is None:
-                    calls = self._call()
-                unheard = calls.unheard()
-                if waited > _MISSED_AFTER_SECONDS:
+            if self._comm is not None and waited > _PING_AFTER_SECONDS:
+                if pings is None:
+                    pings = self._ping()
+                unheard = pings.unheard()
+                if waited > _REPORT_AFTER_SECONDS:
                     set_activity(str(self._note._replace(wait=self._waits, unheard=unheard)))
-        if calls is not None:
-            calls.end()
+        if pings is not None:
+            pings.end()
             set_activity(str(self._note))
 
-    def _call(self) -> PeerPings:
-        tag = _CALL_TAG + self._step.number * _CALLS_A_STEP + self._waits
-        # others may be one wait behind: what they wait for may have come here
-        earlier = () if self._called == self._waits - 1 else (tag - 1,)
-        self._called = self._waits
+    def _ping(self) -> PeerPings:
+        tag = _PING_TAG + self._step.number * _PINGS_PER_STEP + self._waits
+        # others may be one wait behind: the message for which they wait may have arrived here already
+        earlier = () if self._pinged == self._waits - 1 else (tag - 1,)
+        self._pinged = self._waits
         return PeerPings(self._world.comm, self._peers, tag, earlier)
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rank's side of the fabric probe over NCCL: it starts the child that does it, tells it whom to join, and ends it when its time is up.
+"""The rank's side of the fabric check over NCCL: it starts the child process that runs it, sends it the id to join, and ends it at the
+deadline.
 
-The id that NCCL's ranks join by goes through pipes and MPI. A child that hangs is killed, so unlike MPI's, such a probe ends in order.
+NCCL's id goes through pipes and MPI. A child that hangs is killed, so unlike over MPI, the worker can go on.
 """
 
 from __future__ import annotations
@@ -32,32 +33,32 @@ if TYPE_CHECKING:
 
 _READ_BYTES = 65536
 _STDERR_BYTES = 2000
-_LEAVE_SECONDS = 2.0
+_EXIT_SECONDS = 2.0
 
 
 class EndedError(RuntimeError):
-    """The child can't go on; why."""
+    """The child failed or exited; the text is the reason."""
 
 
 class LateError(RuntimeError):
-    """The child has not answered in its time."""
+    """The child has not answered in time."""
 
 
-class ProbeChild:
-    """One rank's child. Start it from the main thread, at whose end it is killed.
+class CheckProcess:
+    """One rank's child process. Start it from the main thread: it is killed when that thread ends.
 
     Args:
         rank: its rank.
         size: ranks of the world.
-        plan: what to do.
-        environ: all of its environment: the rank's own, so that it sees what the engine will see.
+        plan: the checks.
+        environ: its whole environment: the rank's own, so that it sees what the engine will see.
     """
 
     def __init__(self, rank: int, size: int, plan: HardwareCheckPlan, environ: Mapping[str, str]) -> None:
         words = [sys.executable, "-m", "dynamo_mpi.checks.nccl_child", str(rank), str(size), plan.pack()]
-        self._stderr = os.memfd_create("probe-stderr")
+        self._stderr = os.memfd_create("check-stderr")
         self._process = ManagedProcess(
-            "fabric probe",
+            "fabric check",
             [*words, "--spoil"] if corruption_injected() else words,
             environment=environ,
             stdin=subprocess.PIPE,
@@ -67,27 +68,27 @@ class ProbeChild:
         self._input, self._output = self._process.popen.stdin, self._process.popen.stdout
         self._text = b""
 
-    def tell(self, line: str) -> None:
-        """Tell it something."""
+    def send_line(self, line: str) -> None:
+        """Send it a command."""
         assert self._input is not None  # noqa: S101 - it is a pipe
-        with contextlib.suppress(OSError):  # it has gone, as the next answer says
+        with contextlib.suppress(OSError):  # it has exited; the next read reports that
             self._input.write(line.encode() + b"\n")
             self._input.flush()
 
-    def hear(self, end: float) -> tuple[str, str]:
-        """Return its next line: the first word and the rest.
+    def read_line(self, end: float) -> tuple[str, str]:
+        """Return its next line, split into the first word and the rest.
 
         Raises:
-            EndedError: it failed, or has gone.
-            LateError: nothing came until ``end``.
+            EndedError: it failed, or has exited.
+            LateError: no line arrived until ``end``.
         """
         assert self._output is not None  # noqa: S101 - it is a pipe
         while b"\n" not in self._text:
-            if not has_words(self._output.fileno(), end):
+            if not has_input(self._output.fileno(), end):
                 raise LateError
             data = os.read(self._output.fileno(), _READ_BYTES)
             if not data:
-                raise EndedError(f"the process of the probe {self._end()}: {self._last_words()}")
+                raise EndedError(f"the process of the check {self._exit_text()}: {self._error_output()}")
             self._text += data
         line, _, self._text = self._text.partition(b"\n")
         verb, _, rest = line.decode("utf-8", "replace").partition(" ")
@@ -96,9 +97,9 @@ class ProbeChild:
         return verb, rest
 
     def close(self) -> None:
-        """End it, and wait until it is gone, and with it what it held of the GPU. Idempotent."""
+        """End it, and wait until it has exited and its GPU memory is free. Idempotent."""
         self._process.kill_group()
-        self._process.wait(_LEAVE_SECONDS)  # where it is stuck in the driver, the kernel ends it with us
+        self._process.wait(_EXIT_SECONDS)  # if it hangs in the driver, the kernel ends it when this process ends
         for stream in (self._input, self._output):
             if stream is not None:
                 with contextlib.suppress(OSError):
@@ -107,73 +108,73 @@ class ProbeChild:
             os.close(self._stderr)
             self._stderr = -1
 
-    def _end(self) -> str:
-        if self._process.wait(_LEAVE_SECONDS):
+    def _exit_text(self) -> str:
+        if self._process.wait(_EXIT_SECONDS):
             return f"ended with {self._process.popen.returncode}"
-        return "does not come to its end"  # a driver holds it
+        return "does not exit"  # it hangs in the driver
 
-    def _last_words(self) -> str:
+    def _error_output(self) -> str:
         size = os.fstat(self._stderr).st_size
         text = os.pread(self._stderr, _STDERR_BYTES, max(0, size - _STDERR_BYTES)).decode("utf-8", "replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "no output on stderr"
 
 
 def measure_over_nccl(world: World, plan: HardwareCheckPlan, environ: Mapping[str, str], began: float) -> FabricAnswer:
-    """Do this rank's part. Collective: two collectives of the world's.
+    """Run this rank's part. Collective: uses two collectives of the world.
 
     Args:
         world: all ranks.
-        plan: what to do.
+        plan: the checks.
         environ: this rank's environment.
-        began: when the probes began on this rank, by `time.monotonic`.
+        began: start of the checks on this rank, by `time.monotonic`.
     """
-    # ranks come at different times: those that wait for memory keep the others waiting, at no one's cost
+    # ranks arrive at different times: some wait until memory is freed, and the others wait for them
     end = time.monotonic() + plan.seconds * START_SHARE
-    child: ProbeChild | None = None
+    child: CheckProcess | None = None
     try:
         about: dict[str, Any] = {}
         trouble, unique_id = "", ""
         try:
-            child = ProbeChild(world.rank, world.size, plan, environ)
-            about = json.loads(child.hear(end)[1])
+            child = CheckProcess(world.rank, world.size, plan, environ)
+            about = json.loads(child.read_line(end)[1])
             if world.rank == 0:
-                child.tell("identify")
-                unique_id = child.hear(end)[1]
+                child.send_line("identify")
+                unique_id = child.read_line(end)[1]
         except (EndedError, LateError) as error:
             trouble = str(error) or f"it did not start in {plan.seconds * START_SHARE:g} s"
-        except (OSError, ValueError) as error:  # no more processes, say: that is no reason to end a worker
+        except (OSError, ValueError) as error:  # for example no more processes: no reason to end a worker
             trouble = f"its process can't be started: {error}"
         answers = world.gather(encode_strings([trouble]))
-        # a rank that can't take part would be waited for by all others
+        # if a rank can't take part, all others would wait for it
         able = all(not decode_strings(answer)[0] for answer in answers)
         joined = world.broadcast(unique_id.encode() if able else b"").decode()
         library = str(about.get("library", ""))
         if child is None or not joined:
             return FabricAnswer(FAILED if trouble else SKIPPED, trouble, library)
-        child.tell(f"join {joined}")
-        return listen(child, library, began, time.monotonic() + plan.seconds)
+        child.send_line(f"join {joined}")
+        return read_results(child, library, began, time.monotonic() + plan.seconds)
     finally:
         set_activity("")
         if child is not None:
             child.close()
 
 
-def listen(child: ProbeChild, library: str, began: float, end: float) -> FabricAnswer:
-    """Hear a child that has been told whom to join, to its end.
+def read_results(child: CheckProcess, library: str, began: float, end: float) -> FabricAnswer:
+    """Read the results of a child that has got the id, until it is done.
 
     Args:
-        child: the child.
-        library: what it says it uses.
-        began: when the probe began, by `time.monotonic`.
-        end: when it has to have ended.
+        child: the child process.
+        library: the library that it reported.
+        began: start of the check, by `time.monotonic`.
+        end: the deadline.
     """
     timings: list[Timing] = []
     note, about, begin = "", {}, 0.0
     state, text = OK, ""
     try:
         while True:
-            verb, rest = child.hear(end)
+            verb, rest = child.read_line(end)
             words = rest.split(" ")
             if verb == "at":
                 note = str(WaitState(int(words[0]), int(words[1]), _ranks(words[2])))
@@ -197,10 +198,10 @@ def _ranks(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(","))) if text else ()
 
 
-def has_words(file: int, end: float) -> bool:
-    """Wait until there is something to read, or its end; tell whether there is before ``end``, by `time.monotonic`.
+def has_input(file: int, end: float) -> bool:
+    """Wait for input or end of file; return whether there is any before ``end``, by `time.monotonic`.
 
-    Not by `select.select`, which can't be asked of a file whose number is 1024 or more: rank 0 has one for each rank.
+    Not by `select.select`, which can't handle file numbers of 1024 or more: rank 0 has one for each rank.
     """
     poller = select.poll()
     poller.register(file, select.POLLIN)

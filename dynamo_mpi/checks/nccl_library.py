@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NCCL by its C interface (``nccl.h``), which has kept since 2.0 what is used here; ``ncclCommSplit`` came with 2.18.
+"""NCCL by its C interface (``nccl.h``). The functions used here exist since 2.0; ``ncclCommSplit`` since 2.18.
 
-The engine gets to the same library through torch, whose import takes five seconds and more. Nothing of torch is needed to ask it.
+The engine uses the same library through torch, whose import takes more than five seconds; this needs nothing of torch.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _NAME = "libnccl.so.2"
 
 
 class NcclError(RuntimeError):
-    """NCCL refuses a call, or isn't there; in its words."""
+    """A call of NCCL failed, or the library is missing; the text is NCCL's."""
 
 
 class _UniqueId(ctypes.Structure):
-    # declared as an array of char; as such ctypes would cut it at the first zero
+    # nccl.h declares an array of char, but ctypes would cut that at the first zero
     _fields_ = (("internal", ctypes.c_ubyte * ID_BYTES),)
 
 
 class Nccl:
-    """The library.
+    """The loaded library.
 
     Raises:
-        NcclError: it isn't there.
+        NcclError: it can't be loaded.
     """
 
     def __init__(self) -> None:
@@ -51,43 +51,44 @@ class Nccl:
         """Its version, ``2.28.9``."""
         number = c_int()
         self._call("ncclGetVersion", byref(number))
-        # 2.9 and later write 2.28.9 as 22809
+        # from 2.9 on, 22809 means 2.28.9
         major, rest = divmod(number.value, 10000 if number.value >= 10000 else 1000)
         return f"{major}.{rest // 100}.{rest % 100}"
 
     def unique_id(self) -> bytes:
-        """Make the id of a communicator, which all its ranks have to know."""
+        """Create the id of a communicator, which all its ranks need."""
         made = _UniqueId()
         self._call("ncclGetUniqueId", byref(made))
         return bytes(made.internal)
 
     def join(self, unique_id: bytes, size: int, rank: int) -> c_void_p:
-        """Become a rank of a communicator. Waits for all of them."""
+        """Join a communicator. Waits for all its ranks."""
         comm = c_void_p()
         self._call("ncclCommInitRank", byref(comm), size, _UniqueId.from_buffer_copy(unique_id), rank)
         return comm
 
     def split(self, comm: c_void_p, colour: int, key: int) -> c_void_p:
-        """Make a communicator of the ranks with the same colour. Collective over ``comm``."""
+        """Create a communicator of the ranks with the same colour. Collective over ``comm``."""
         made = c_void_p()
         self._call("ncclCommSplit", comm, colour, key, byref(made), None)
         return made
 
     def all_reduce(self, sent: c_uint64, got: c_uint64, size: int, comm: c_void_p, stream: c_void_p) -> None:
-        """Add up whole numbers of four bytes."""
+        """Sum 32-bit integers over all ranks."""
         self._call("ncclAllReduce", sent, got, size // 4, _INT32, _SUM, comm, stream)
 
-    def least(self, sent: c_uint64, got: c_uint64, comm: c_void_p, stream: c_void_p) -> None:
-        """Find the least of the ranks' whole numbers of four bytes."""
+    def minimum(self, sent: c_uint64, got: c_uint64, comm: c_void_p, stream: c_void_p) -> None:
+        """Find the minimum of the ranks' 32-bit integers."""
         self._call("ncclAllReduce", sent, got, 1, _INT32, _MIN, comm, stream)
 
     def exchange(self, parts: Iterator[tuple[int, int, int, int]], comm: c_void_p, stream: c_void_p) -> None:
         """Send to and receive from several ranks at once.
 
         Args:
-            parts: for each rank of ``comm``: its number, where its data are, where what it sends goes, and how many bytes.
+            parts: for each rank of ``comm``: its number, the address of the data to send, the address for received data, and the number of
+                bytes.
             comm: the communicator.
-            stream: what orders it.
+            stream: the stream of the operation.
         """
         self._call("ncclGroupStart")
         for peer, sent, got, size in parts:
@@ -103,7 +104,8 @@ class Nccl:
 
 
 def _load() -> Any:
-    """Load it from where torch would: the package that PyPI's torch brings, else the system's, as in NVIDIA's containers."""
+    """Load the library that torch would load: that of the package that PyPI's torch installs, otherwise the system's, as in NVIDIA's
+    containers."""
     spec = None
     with contextlib.suppress(ImportError):
         spec = find_spec("nvidia.nccl")

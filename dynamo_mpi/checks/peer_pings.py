@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is not heard while a collective of the fabric probe is late.
+"""Finds silent ranks while a collective of the fabric check is late.
 
-MPI does not say for whom a collective waits, so its members call each other beside it: what holds up its messages holds up theirs.
+MPI does not report for which ranks a collective waits, so its members send each other pings: what blocks its messages blocks the pings too.
 """
 
 from __future__ import annotations
@@ -13,33 +13,35 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-_CALL = b"\0"
+_PING = b"\0"
 
 
 class PeerPings:
-    """One round of calls: to each of the others, and from each. Begun by each member that has waited for a while, so they need not meet.
+    """One round of pings, to and from each of the other members. Each member starts it after it has waited for a while, independently of the
+    others.
 
     Args:
-        comm: what the ranks are counted in.
+        comm: the communicator in which the ranks are numbered.
         peers: the other members.
-        tag: of this round alone: a call of an earlier one says nothing of now.
-        earlier: tags of rounds that this rank had no reason to call in; members that are still there listen for it.
+        tag: unique for this round, so that pings of earlier rounds don't count.
+        earlier: tags of rounds in which this rank sent no pings; members that are still in such a round wait for them.
     """
 
     def __init__(self, comm: MPI.Comm, peers: Sequence[int], tag: int, earlier: Sequence[int] = ()) -> None:
         self._expected = {peer: comm.Irecv(bytearray(1), peer, tag) for peer in peers}
-        self._made = [comm.Isend(_CALL, peer, one) for peer in peers for one in (*earlier, tag)]
+        self._sent = [comm.Isend(_PING, peer, one) for peer in peers for one in (*earlier, tag)]
 
     def unheard(self) -> tuple[int, ...]:
-        """Return the ranks whose call has not come."""
+        """Return the ranks whose ping has not arrived."""
         self._expected = {peer: request for peer, request in self._expected.items() if not request.Test()}
         return tuple(self._expected)
 
     def end(self) -> None:
-        """Stop listening. A member that has not waited long enough never calls, and a call that nobody hears is left to MPI."""
+        """Stop the round. Cancel the receives, since a member that did not wait long never sends a ping; MPI completes pings that no member
+        receives."""
         for request in self._expected.values():
             request.Cancel()
             request.Wait()
-        for request in self._made:
+        for request in self._sent:
             if not request.Test():
                 request.Free()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's side of the preflight: read the files, ask the world, apply the rules, say whether to go on."""
+"""Rank 0's side of the preflight: read the files, apply the rules to all ranks' reports, decide whether to go on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.layout.memory import MemoryEstimate
 
-# what isn't about the layout itself, by rule; of hosts and GPUs another launch has to be made
+# exit codes of rules that aren't about the layout itself; problems of hosts and GPUs need another launch
 _EXIT_CODES = {
     "A1": ExitCode.USAGE,
     "A11": ExitCode.USAGE,
@@ -44,24 +44,24 @@ _EXIT_CODES = {
     "P3": ExitCode.NO_MODEL,
     "P4": ExitCode.USAGE,
 }
-# what they say rests on ranks that are placed well
+# these rules assume a correct placement of the ranks
 _PLACEMENT_RULES = ("A10", "A14")
 
 
 @dataclass(frozen=True)
 class PreflightInputs:
-    """What rank 0 read before it asked the others.
+    """Rank 0's inputs, read before it asks the other ranks.
 
     Args:
         shape: the model's shape.
-        merged: the engine config, every layer laid over the others.
-        role: the worker's.
-        engine: what runs the model.
-        version: TensorRT-LLM's; None for the newest that we know.
-        gpu: kind of GPU; None where it wasn't said.
+        merged: the engine config, with all layers merged.
+        role: the worker's role.
+        engine: the engine that runs the model.
+        version: TensorRT-LLM's version; None for the newest known one.
+        gpu: kind of GPU; None if it wasn't given.
         min_requests: requests of full length that should fit into the KV cache.
-        inquiry: what every rank is asked.
-        memory_later: the GPU probe will judge what is free on the GPUs.
+        inquiry: the request to every rank.
+        memory_later: whether the GPU check will evaluate the GPUs' free memory.
     """
 
     shape: ModelShape
@@ -76,19 +76,19 @@ class PreflightInputs:
 
     @property
     def config(self) -> EngineConfig:
-        """What the engine gets."""
+        """The config that the engine gets."""
         return self.merged.config
 
 
 @dataclass(frozen=True)
 class PreflightResult:
-    """What the preflight decided.
+    """The preflight's result.
 
     Args:
-        exit_code: OK to go on, else what every rank leaves with.
-        report: for the user; one line when all is well.
-        findings: what it rests on.
-        subject: the worker that was judged.
+        exit_code: OK to go on, otherwise every rank's exit code.
+        report: for the user; one line if there is no problem.
+        findings: the rules' findings.
+        subject: the worker that was checked.
         weights: bytes of each rank's weights; empty where they aren't known.
     """
 
@@ -104,8 +104,8 @@ def load_inputs(settings: Settings, argv: Sequence[str]) -> PreflightInputs:
 
     Raises:
         ModelNotFoundError: the model folder or its config.json can't be read.
-        ConfigFileError: one of the files isn't what it should be.
-        UsageError: the version of TensorRT-LLM isn't one, or both kinds of overrides were given.
+        ConfigFileError: one of the files is invalid.
+        UsageError: the version of TensorRT-LLM is invalid, or both kinds of overrides were given.
     """
     folder = settings.model
     try:
@@ -136,7 +136,7 @@ def load_inputs(settings: Settings, argv: Sequence[str]) -> PreflightInputs:
     )
     balancer = merged.config.moe.balancer_path
     if balancer is not None:
-        # rank 0's alone: the leader builds the engine's arguments. D4 tells where it can't be read; ValueError: a NUL in the path
+        # rank 0 only: the leader builds the engine's arguments. D4 reports a file that can't be read; ValueError: a NUL in the path
         with contextlib.suppress(OSError, ValueError):
             merged = with_balancer(merged, read_small_text(Path(balancer)))
     for_trtllm = settings.engine == "trtllm"
@@ -172,15 +172,15 @@ def _watch(label: str, path: Path, error_type: type[ModelNotFoundError] | type[C
 
 
 def evaluate(plan: PreflightInputs, cards: Sequence[RankReport]) -> PreflightResult:
-    """Apply all rules to what the world answered. Pure."""
+    """Apply all rules to the ranks' reports. Pure."""
     roster = check_ranks(cards)
     nodes = hosts(cards)
     scattered = any(finding.rule == "A11" for finding in roster)
-    # what ranks of another version told can't be read
+    # facts from ranks of another version can't be read
     rows = _rows(cards) if plan.inquiry.hosts and not any(finding.rule == "P4" for finding in roster) else []
     gpu = plan.gpu or _kind(rows)
     cluster = Cluster(1, len(cards), gpu) if scattered else Cluster(len(nodes), len(cards) // len(nodes), gpu)
-    # an encode worker hands no KV over: what holds for one that does all itself holds for it
+    # an encode worker transfers no KV: the rules of an aggregated worker apply to it
     role = "agg" if plan.role == "encode" else plan.role
     subject = LayoutSpec(
         plan.shape, plan.config, cluster, role, plan.version, plan.engine, plan.min_requests, launched=True
@@ -188,10 +188,10 @@ def evaluate(plan: PreflightInputs, cards: Sequence[RankReport]) -> PreflightRes
     checked = check_worker(subject, plan.merged.findings)
     ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]
     findings = [*roster, *ours, *_host_findings(plan, rows, checked.memory)]
-    told = render([finding for finding in findings if finding.severity is not Severity.INFO])
+    details = render([finding for finding in findings if finding.severity is not Severity.INFO])
     if stopping := errors(findings):
         count = "1 error" if len(stopping) == 1 else f"{len(stopping)} errors"
-        report = f"preflight: {count}, nothing was loaded\n{told}"
+        report = f"preflight: {count}, nothing was loaded\n{details}"
         if checked.nearest:
             works = ", ".join(f"{short_name(other)} on {other.cluster}" for other in checked.nearest)
             report += f"\nwould work: {works}"
@@ -199,11 +199,11 @@ def evaluate(plan: PreflightInputs, cards: Sequence[RankReport]) -> PreflightRes
     where = nodes[0] if len(nodes) == 1 else f"{len(nodes)} nodes ({nodes[0]} … {nodes[-1]})"
     ranks = f"{len(cards)} rank{'' if len(cards) == 1 else 's'}"
     report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}" + (f", {gpu}" if gpu else "")
-    text = report + (f"\n{told}" if told else "")
+    text = report + (f"\n{details}" if details else "")
     return PreflightResult(ExitCode.OK, text, tuple(findings), subject, _weights(plan, checked.memory))
 
 
-# The reference engine asks nothing of hosts and GPUs, and its start doesn't wait for these modules.
+# The reference engine has no requirements of hosts and GPUs, so its start need not import these modules.
 
 
 def _rows(cards: Sequence[RankReport]) -> list[RankFacts]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rules over hosts and GPUs judge: a row for each rank, in rank order."""
+"""The input of the rules over hosts and GPUs: a row for each rank, in rank order."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class RankFacts(NamedTuple):
     """One rank, its host and its GPUs.
 
     Args:
-        rank: its number: its place among the rows.
+        rank: its number, and its index among the rows.
         host: its node's name.
-        facts: what it tells of the host.
-        gpus: what it tells of the node's GPUs.
+        facts: facts about the host.
+        gpus: facts about the node's GPUs.
     """
 
     rank: int
@@ -36,12 +36,12 @@ class RankFacts(NamedTuple):
 
 
 class Requirements(NamedTuple):
-    """What a worker asks of its hosts.
+    """A worker's requirements of its hosts.
 
     Args:
         weights: bytes of each rank's weights, by rank; empty where they aren't known.
         allow_no_gpu: whether the rules about GPUs are left out.
-        memory_later: whether what is free is judged after the verdict, when the GPU probe has waited for it.
+        memory_later: whether free memory is evaluated later, by the GPU check, after it has waited until memory is freed.
     """
 
     weights: tuple[int, ...] = ()
@@ -50,7 +50,7 @@ class Requirements(NamedTuple):
 
 
 def rows_of(cards: Sequence[RankReport]) -> list[RankFacts]:
-    """Read what ranks told of their hosts and GPUs; the cards stand in rank order, and are of this version."""
+    """Unpack the facts about hosts and GPUs from the ranks' reports, which are in rank order and of this version."""
     return [
         RankFacts(
             rank,

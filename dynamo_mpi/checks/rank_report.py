@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 asks of every rank, and what each answers: one broadcast, one gather.
+"""Rank 0's request to every rank, and each rank's report: one broadcast, one gather.
 
-Rank 0 sends the *contents* it has read, so that a rank compares bytes instead of hashing them, and can say where they part. This module
-runs on every rank before the verdict and imports nothing beyond what MPI brought along, unless it is asked for facts of host and GPUs.
+Rank 0 sends the *contents* of the files, so that a rank compares bytes instead of hashes, and can report the first difference. This module
+runs on every rank before the preflight's result; it imports only modules that are loaded already, unless the request is for facts of hosts.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class ComparedFile(NamedTuple):
     """A file that must be the same on every rank.
 
     Args:
-        label: what it is to the user, e.g. ``"engine config"``.
-        path: as every rank opens it.
-        content: what rank 0 read.
+        label: its name for the user, e.g. ``"engine config"``.
+        path: the path that every rank opens.
+        content: its content on rank 0.
     """
 
     label: str
@@ -36,16 +36,16 @@ class ComparedFile(NamedTuple):
 
 
 class ReportRequest(NamedTuple):
-    """Rank 0's question.
+    """Rank 0's request.
 
     Args:
         argv: rank 0's command line, without the program.
         model_dir: the model folder.
         weights: names of the weight files that rank 0 sees in it, sorted.
         files: files to compare.
-        hosts: whether to tell of the host, which TensorRT-LLM has needs of.
-        gpus: whether to tell of the node's GPUs.
-        version: rank 0's dynamo_mpi. Another version's inquiry isn't read any further: its rest may mean something else.
+        hosts: whether to report facts about the host, which TensorRT-LLM's rules need.
+        gpus: whether to report facts about the node's GPUs.
+        version: rank 0's dynamo_mpi. The rest of another version's request isn't read: it may have another meaning.
     """
 
     argv: tuple[str, ...]
@@ -74,7 +74,7 @@ class ReportRequest(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> ReportRequest:
-        """Decode what `encode_strings` made."""
+        """Decode a request."""
         version, *values = decode_strings(data)
         if version != __version__:
             return cls((), "", (), (), version=version)
@@ -87,7 +87,7 @@ class ReportRequest(NamedTuple):
 
 
 class RankReport(NamedTuple):
-    """One rank's answer.
+    """One rank's report.
 
     Args:
         host: this node's name.
@@ -117,7 +117,7 @@ class RankReport(NamedTuple):
 
     @classmethod
     def unpack(cls, data: bytes) -> RankReport:
-        """Decode what `encode_strings` made; of a card of another version, what all versions have."""
+        """Decode a report; from a report of another version, only the fields that all versions have."""
         host, gpus, version, *values = decode_strings(data)
         if version != __version__:
             return cls(host, gpus, version, ())
@@ -129,13 +129,13 @@ class RankReport(NamedTuple):
 def collect_rank_report(
     inquiry: ReportRequest, launch: LaunchInfo, argv: Sequence[str], mpi_library: str = ""
 ) -> RankReport:
-    """Answer ``inquiry`` for this rank. Never raises: whatever can't be read becomes a problem.
+    """Answer ``inquiry`` for this rank. Never raises: what can't be read becomes a problem.
 
     Args:
-        inquiry: rank 0's question.
+        inquiry: rank 0's request.
         launch: how this rank was started.
         argv: its command line, without the program.
-        mpi_library: what its MPI library calls itself.
+        mpi_library: the MPI library's own version text.
     """
     if inquiry.version != __version__:
         return RankReport(host_name(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), __version__, ())
@@ -153,7 +153,7 @@ def collect_rank_report(
         tuple(problems),
         _host_facts(mpi_library, first_of_node) if inquiry.hosts else (),
         _gpu_facts() if inquiry.gpus else (),
-        # where all ranks are on one node, none needs it
+        # not needed if all ranks are on one node
         _networks() if first_of_node and launch.size != 1 and launch.local_size != launch.size else (),
     )
 
@@ -193,7 +193,7 @@ def _compare(file: ComparedFile) -> str:
 
 
 def _excerpt(line: str, other: str) -> str:
-    """Return ``line`` around the place where it parts from ``other``, with blanks and line ends to be seen."""
+    """Return ``line`` around its first difference from ``other``, with visible blanks and line ends."""
     alike = next((at for at, (a, b) in enumerate(zip(line, other, strict=False)) if a != b), min(len(line), len(other)))
     start = max(0, alike - 30)
     end = start + 60
@@ -212,7 +212,7 @@ def _weights(inquiry: ReportRequest, *, each_file: bool) -> str:
         return f"{inquiry.model_dir} can't be read: {error.strerror}"
     if missing := [name for name in inquiry.weights if name not in names]:
         return f"{inquiry.model_dir} lacks {len(missing)} of {len(inquiry.weights)} weight files, first {missing[0]}"
-    if each_file:  # once per node: opening hundreds of shards from every rank is what a shared file system fears
+    if each_file:  # once per node: if every rank opened hundreds of shards, a shared file system would be overloaded
         for name in inquiry.weights:
             if not os.access(os.path.join(inquiry.model_dir, name), os.R_OK):
                 return f"{os.path.join(inquiry.model_dir, name)} can't be read"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules over all ranks' cards: is this one world, on nodes that agree? Pure; rank 0 runs them."""
+"""Rules over all ranks' reports: the same command, files and version on all ranks, and a correct placement. Pure; rank 0 runs them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def check_ranks(cards: Sequence[RankReport]) -> list[Finding]:
-    """Apply every rule to the cards, which stand in rank order."""
-    # what ranks of another version call a problem may mean nothing here
+    """Apply every rule to the reports, which are in rank order."""
+    # problems that ranks of another version report may have another meaning
     return [*_placement(cards), *(_versions(cards) or _problems(cards))]
 
 
@@ -52,7 +52,7 @@ _SUBJECTS = {
 
 
 def _problems(cards: Sequence[RankReport]) -> list[Finding]:
-    """P1-P3: what every rank must have alike. Ranks with the same trouble share one finding."""
+    """P1-P3: what must be the same on every rank. Ranks with the same problem share one finding."""
     groups: dict[str, list[int]] = {}
     for rank, card in enumerate(cards):
         for problem in card.problems:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phase between the verdict and the load: each probe on every rank, one gather, and rank 0's word. Three collectives, five with NCCL."""
+"""The phase between preflight and load: each hardware check on every rank, one gather, and rank 0's decision. Three collectives, five with
+NCCL."""
 
 from __future__ import annotations
 
@@ -29,20 +30,20 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervisor.supervisor import WorldSupervisor
 
 _MODULES = {"gpu": "dynamo_mpi.checks.gpu_check", "fabric": "dynamo_mpi.checks.fabric"}
-# a probe that ends by itself at its deadline gets this long to say so
+# additional time for a check that ends by itself at its deadline to report that
 _GRACE_SECONDS = 3.0
-# after which even a rank 0 that is stuck in native code ends the world
+# after this, the world ends even if rank 0 hangs in native code
 _LAST_SECONDS = 10.0
 
 
 class Report(NamedTuple):
-    """What the probes have found.
+    """The results of all checks.
 
     Args:
-        findings: of all probes.
-        figures: by probe; and ``seconds``, of the whole phase.
-        lines: the figures in a few words.
-        code: what an error ends the world with, unless the probe hangs.
+        findings: of all checks.
+        figures: by check; and ``seconds``, of the whole phase.
+        lines: one line per check.
+        code: the exit code for an error, unless a check hangs.
     """
 
     findings: tuple[Finding, ...]
@@ -52,7 +53,7 @@ class Report(NamedTuple):
 
     @property
     def error(self) -> DynamoMpiError | None:
-        """What the world has to end with; None to go on."""
+        """The error with which the world must end; None to go on."""
         found = errors(self.findings)
         if not found:
             return None
@@ -60,22 +61,22 @@ class Report(NamedTuple):
         if stuck is not None:
             return HangError.of(stuck)
         count = "1 error" if len(found) == 1 else f"{len(found)} errors"
-        return ProbeError(f"{count}, nothing was loaded\n{render(found)}", self.code)
+        return HardwareCheckError(f"{count}, nothing was loaded\n{render(found)}", self.code)
 
     @property
     def text(self) -> str:
-        """What to tell of a world that goes on: one line when all is well."""
-        told = render([finding for finding in self.findings if finding.severity is Severity.WARNING])
+        """The report if the world goes on: one line, and the warnings."""
+        warnings = render([finding for finding in self.findings if finding.severity is Severity.WARNING])
         line = f"probe: {self.figures['seconds']:.1f} s; {'; '.join(self.lines)}"
-        return f"{line}\n{told}" if told else line
+        return f"{line}\n{warnings}" if warnings else line
 
 
-class ProbeError(RetryableError):
-    """The hardware is not as it has to be; on other nodes the same command may well run.
+class HardwareCheckError(RetryableError):
+    """The hardware does not meet the requirements; on other nodes the same command may run.
 
     Args:
         found: the findings, as text.
-        code: what all ranks leave with.
+        code: the exit code of all ranks.
     """
 
     def __init__(self, found: str, code: ExitCode) -> None:
@@ -84,7 +85,7 @@ class ProbeError(RetryableError):
 
 
 def run_local(world: World, plan: HardwareCheckPlan, environ: Mapping[str, str]) -> list[bytes]:
-    """Run this rank's part of all probes. Collective; rank 0 gets all answers, the others nothing."""
+    """Run this rank's part of all checks. Collective; rank 0 gets all answers, other ranks an empty list."""
     part = CheckContext(world, plan, environ, time.monotonic())
     values: list[str] = []
     for name in plan.names:
@@ -96,27 +97,27 @@ def run_local(world: World, plan: HardwareCheckPlan, environ: Mapping[str, str])
 def run_hardware_checks(
     world: World, case: EvaluationInput, guard: WorldSupervisor, environ: Mapping[str, str], *, strict: bool
 ) -> Report:
-    """Run them as rank 0, and judge.
+    """Run the checks as rank 0, and evaluate them.
 
     Args:
         world: all ranks.
-        case: what to judge by, with the plan.
-        guard: ends a world that hangs in a probe.
+        case: the input of the evaluation, with the plan.
+        guard: ends a world that hangs in a check.
         environ: rank 0's environment.
         strict: warnings are errors.
     """
     began = time.monotonic()
     plan = case.plan
     seconds = allowed_seconds(plan)
-    late = guard.deadline(seconds + _LAST_SECONDS, "the probe has not come to its end", "--probe-seconds")
-    with late, _watched(guard, case, seconds):
+    late = guard.deadline(seconds + _LAST_SECONDS, "the hardware check has not ended", "--probe-seconds")
+    with late, _hang_watchdog(guard, case, seconds):
         answers = run_local(world, plan, environ)
     outcomes: dict[str, CheckResult] = {}
-    for name, told in _by_probe(plan, answers).items():
+    for name, rank_answers in _by_check(plan, answers).items():
         earlier = {before: outcome.figures for before, outcome in outcomes.items()}
-        outcomes[name] = _judge(name, told, case._replace(earlier=earlier))
+        outcomes[name] = _judge(name, rank_answers, case._replace(earlier=earlier))
     findings = [finding for outcome in outcomes.values() for finding in outcome.findings]
-    # the preflight's own code for what it would have refused; else another allocation is the cure
+    # V2 is a rule of the preflight and has its exit code; for others, another allocation may help
     refused = any(finding.rule == "V2" for finding in errors(findings))
     if strict:
         findings = [finding if finding.severity is not Severity.WARNING else _as_error(finding) for finding in findings]
@@ -127,7 +128,7 @@ def run_hardware_checks(
 
 
 def allowed_seconds(plan: HardwareCheckPlan) -> float:
-    """Return how long all probes may take: as much as each of them allows itself, so that none that ends in its time ends the world."""
+    """Return the time limit of all checks: the sum of their own limits, so that a check that ends in time never ends the world."""
     seconds = plan.seconds
     seconds += plan.seconds * WAIT_SHARE if "gpu" in plan.names else 0.0
     if "fabric" in plan.names and plan.over == "nccl":
@@ -146,20 +147,20 @@ def _as_error(finding: Finding) -> Finding:
     return replace(finding, severity=Severity.ERROR)
 
 
-def _by_probe(plan: HardwareCheckPlan, answers: Sequence[bytes]) -> dict[str, list[list[str]]]:
-    told: dict[str, list[list[str]]] = {name: [] for name in plan.names}
+def _by_check(plan: HardwareCheckPlan, answers: Sequence[bytes]) -> dict[str, list[list[str]]]:
+    by_check: dict[str, list[list[str]]] = {name: [] for name in plan.names}
     for answer in answers:
         values = decode_strings(answer)
         for name in plan.names:
             end = 1 + int(values[0])
-            told[name].append(values[1:end])
+            by_check[name].append(values[1:end])
             values = values[end:]
-    return told
+    return by_check
 
 
 @contextmanager
-def _watched(guard: WorldSupervisor, case: EvaluationInput, seconds: float) -> Iterator[None]:
-    """End the world when the probe hangs, with a word of who keeps whom waiting."""
+def _hang_watchdog(guard: WorldSupervisor, case: EvaluationInput, seconds: float) -> Iterator[None]:
+    """End the world if a check hangs, with a report of the blocking ranks."""
 
     def end() -> None:
         stacks = guard.stacks()
@@ -177,4 +178,4 @@ def _watched(guard: WorldSupervisor, case: EvaluationInput, seconds: float) -> I
         yield
     finally:
         timer.cancel()
-        timer.join()  # one that has begun ends the world
+        timer.join()  # if it has started, it ends the world

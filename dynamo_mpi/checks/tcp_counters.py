@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many TCP segments this host has sent, and how many of them again (``/proc/net/snmp``, RFC 4022): there a bad link shows."""
+"""Numbers of sent and retransmitted TCP segments of this host (``/proc/net/snmp``, RFC 4022): they show a bad link."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import NamedTuple
 
 
 class Segments(NamedTuple):
-    """Of this network namespace, since its start; or the difference of two such.
+    """Counters of this network namespace since its start, or a difference of two.
 
     Args:
-        sent: segments, without those that were sent again.
-        resent: segments that were sent again.
+        sent: segments, without retransmissions.
+        resent: retransmitted segments.
     """
 
     sent: int = 0
     resent: int = 0
 
     def since(self, earlier: Segments) -> Segments:
-        """Return what has come since."""
+        """Return the difference from earlier counters."""
         return Segments(self.sent - earlier.sent, self.resent - earlier.resent)
 
 
 def segments(path: str = "/proc/net/snmp") -> Segments:
-    """Read them; nothing where the system doesn't tell."""
+    """Read the counters; zeros if the system doesn't provide them."""
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             names, values = [line.split() for line in file if line.startswith("Tcp:")]

@@ -74,7 +74,7 @@ def test_a_rank_that_stops_is_named_at_the_deadline(mpirun: Mpirun, tmp_path: Pa
     )
     assert done.returncode == 124, done.stderr
     (said,) = [line for line in done.stderr.splitlines() if "error in probe" in line]
-    assert "N2: the probe hangs: rank 2 on " in said
+    assert "N2: the check hangs: rank 2 on " in said
     assert "does not answer" in said
     assert "ranks 0, 3 on " in said.partition("; ")[2], "its neighbours wait for it"
     eventually(lambda: not processes_with(f"{mark}\0"), "no process is left", 5)

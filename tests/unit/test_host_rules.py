@@ -161,7 +161,7 @@ def test_without_gpus_by_permission_nothing_about_gpus_is_said() -> None:
         (20, {}, 0, "warning V2", "20.0 GiB held by processes that can't be seen"),
         (20, {"holders": ((42, 0),)}, 60, "warning V2", "pid 42"),
         (20, {"holders": ((42, 20 * GIB),)}, 61, "error V2", "weights take 61.0 GiB; pid 42 holds 20.0 GiB"),
-        (0, {}, 90, "error V2", "nobody holds memory"),
+        (0, {}, 90, "error V2", "no process holds memory"),
         (0, {"total_bytes": 0}, 90, "", ""),  # not told
     ],
 )

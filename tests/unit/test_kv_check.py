@@ -226,7 +226,7 @@ def test_a_wrong_byte_is_seen() -> None:
 def test_neither_side_talks_to_a_stranger() -> None:
     with serving(b"x" * 32) as source:
         result = run_pair(source, "d", KEY, None)
-    assert (result.state, result.text) == (FAILED, "it doesn't know the key of this run")
+    assert (result.state, result.text) == (FAILED, "the peer doesn't know the key of this run")
     with serving() as source, socket.create_connection((source.address, source.port), timeout=5) as stranger:
         stranger.sendall(bytes(1 << 10))
         received = b""
@@ -335,7 +335,7 @@ def run_check(monkeypatch: pytest.MonkeyPatch, *absent: str, hang: str = "", **c
     ranks = [KvPathCheck(settings, ThreadMail(boxes, rank, 4), said) for rank in range(4)]  # type: ignore[arg-type] # what is needed of one
     over = threading.Event()
     if hang:
-        monkeypatch.setattr(ranks[hosts.index(hang)], "_obey", lambda _: {"hung": over.wait(20)})
+        monkeypatch.setattr(ranks[hosts.index(hang)], "_handle_order", lambda _: {"hung": over.wait(20)})
     codes: list[int] = [-1] * 4
 
     def run(rank: int) -> None:

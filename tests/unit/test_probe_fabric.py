@@ -27,13 +27,13 @@ from dynamo_mpi.checks.hardware import EvaluationInput
 from dynamo_mpi.checks.hardware_check_plan import NODE, HardwareCheckPlan
 from dynamo_mpi.checks.nccl_child import _agree
 from dynamo_mpi.checks.nccl_fabric import (
+    CheckProcess,
     EndedError,
     LateError,
-    ProbeChild,
     has_cards,
-    has_words,
-    listen,
+    has_input,
     measure_over_nccl,
+    read_results,
 )
 from dynamo_mpi.checks.tcp_counters import Segments, segments
 from dynamo_mpi.common.fabric_payload import expected, expected_sum, outgoing
@@ -188,14 +188,14 @@ def test_ranks_that_wait_for_others_are_not_where_it_began() -> None:
     }
     found = find_blocking_ranks(notes, [], STEPS, HOSTS, 5, named)
     assert (found.rule, found.severity) == ("N2", Severity.ERROR)
-    assert found.message == "the probe hangs: a message of 4096 bytes does not arrive between R[1] and R[2]"
+    assert found.message == "the check hangs: a message of 4096 bytes does not arrive between R[1] and R[2]"
     assert "look at the network of n2, n3 " in found.fix
 
 
 def test_a_rank_that_does_not_answer_comes_first() -> None:
     notes = {0: WaitState(1, 4096, (3,)), 1: WaitState(2, 8, (0, 2, 3)), 2: None}
     found = find_blocking_ranks(notes, [3], STEPS, HOSTS, 5, named)
-    assert found.message == "the probe hangs: R[3] does not answer; R[0, 1] wait for that"
+    assert found.message == "the check hangs: R[3] does not answer; R[0, 1] wait for that"
     assert "n4" in found.fix
 
 
@@ -215,7 +215,7 @@ def test_a_collective_that_is_late_names_the_pairs_that_were_slow() -> None:
     assert STEPS[2].operation == ALL_REDUCE
     found = find_blocking_ranks(notes, [], STEPS, HOSTS, 5, named)
     assert found.message == (
-        "the probe hangs in an all-reduce of 8 bytes over R[0, 1, 2, 3]; before that, the slowest were R[1] and R[2], by a factor of 1000"
+        "the check hangs in an all-reduce of 8 bytes over R[0, 1, 2, 3]; before that, the slowest were R[1] and R[2], by a factor of 1000"
     )
 
 
@@ -230,7 +230,7 @@ def test_a_collective_that_is_late_names_the_pairs_that_do_not_hear_each_other()
     }
     found = find_blocking_ranks(notes, [], STEPS, [*HOSTS, "n5"], 5, named)
     assert found.message == (
-        "the probe hangs in an all-reduce of 8 bytes over R[0, 1, 2, 3, 4]: nothing comes through between R[1] and R[2]"
+        "the check hangs in an all-reduce of 8 bytes over R[0, 1, 2, 3, 4]: no message arrives between R[1] and R[2]"
     )
     assert "look at the network of n2, n3 " in found.fix
 
@@ -248,7 +248,7 @@ def test_what_comes_before_a_collective_is_told_as_such() -> None:
     notes = {rank: WaitState(2, 0, tuple({0, 1, 2, 3} - {rank})) for rank in range(4)}
     assert (
         find_blocking_ranks(notes, [], STEPS, HOSTS, 5, named).message
-        == "the probe hangs before an all-reduce over R[0, 1, 2, 3]"
+        == "the check hangs before an all-reduce over R[0, 1, 2, 3]"
     )
 
 
@@ -256,8 +256,8 @@ def test_nccl_that_does_not_start_is_told_as_such() -> None:
     found = find_blocking_ranks(
         {0: WaitState(START, 0, (1,)), 1: WaitState(START, 0, (0,))}, [], STEPS, HOSTS, 5, named
     )
-    assert "NCCL's ranks find each other: R[0, 1]" in found.message
-    assert "no rank says what it waits for" in find_blocking_ranks({0: None}, [], STEPS, HOSTS, 5, named).message
+    assert "while NCCL's ranks connect: R[0, 1]" in found.message
+    assert "no rank reports what it waits for" in find_blocking_ranks({0: None}, [], STEPS, HOSTS, 5, named).message
 
 
 # the rules
@@ -307,7 +307,7 @@ def test_a_node_that_is_slow_to_all_is_named(nodes: int) -> None:
 def test_one_way_that_is_slow_names_the_pair_and_not_a_node() -> None:
     some = plan(4, 1)
     (found,) = findings(some, world(some, {frozenset({"n2", "n3"}): 5 * GB}))
-    assert found == ("N3", "the way between rank 1 on n2 and rank 2 on n3 is far slower than others")
+    assert found == ("N3", "the path between rank 1 on n2 and rank 2 on n3 is far slower than others")
 
 
 def test_two_nodes_are_compared_with_nothing() -> None:
@@ -366,10 +366,10 @@ def test_a_probe_that_was_ended_says_between_whom_unless_a_process_had_gone() ->
     some = plan(2, 1)
     late = [FabricAnswer(LATE, str(WaitState(0, 65536, (1,)))), FabricAnswer(LATE, str(WaitState(0, 65536, (0,))))]
     assert findings(some, late) == [
-        ("N2", "the probe hangs: a message of 65536 bytes does not arrive between rank 0 on n1 and rank 1 on n2")
+        ("N2", "the check hangs: a message of 65536 bytes does not arrive between rank 0 on n1 and rank 1 on n2")
     ]
     assert findings(some, [late[0], FabricAnswer(FAILED, "it has gone")]) == [
-        ("N7", "the fabric could not be probed: rank 1 on n2")
+        ("N7", "the fabric could not be checked: rank 1 on n2")
     ]
 
 
@@ -427,12 +427,12 @@ def test_figures_are_few_whatever_the_size() -> None:
 
 
 class Child:
-    """Says what it is told to, as `ProbeChild` does."""
+    """Says what it is told to, as `CheckProcess` does."""
 
     def __init__(self, *lines: str | Exception) -> None:
         self.lines = [*lines]
 
-    def hear(self, end: float) -> tuple[str, str]:
+    def read_line(self, end: float) -> tuple[str, str]:
         line = self.lines.pop(0)
         if isinstance(line, Exception):
             raise line
@@ -441,7 +441,7 @@ class Child:
 
 
 def heard(*lines: str | Exception) -> FabricAnswer:
-    return listen(Child(*lines), "NCCL 2.28.9", 0.0, 1.0)  # type: ignore[arg-type] # as a child is heard
+    return read_results(Child(*lines), "NCCL 2.28.9", 0.0, 1.0)  # type: ignore[arg-type] # as a child is heard
 
 
 BEGUN = ("at -1 0 1", "at 0 65536 1", "took 0 65536 2.5e-05 10 0 ", "at 0 67108864 1")
@@ -486,13 +486,13 @@ def test_a_rank_without_a_process_to_spare_says_so_and_stays(monkeypatch: pytest
 
 def test_a_child_whose_end_takes_the_driver_long_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its pipes are closed before what it holds of the GPU is given back."""
-    monkeypatch.setattr("dynamo_mpi.checks.nccl_fabric._LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr("dynamo_mpi.checks.nccl_fabric._EXIT_SECONDS", 0.1)
     lingering = ("sh", "-c", "exec >&- 2>&-; exec sleep 30")
     monkeypatch.setattr("dynamo_mpi.common.subprocess.with_pdeathsig", lambda *_, **__: lingering)
-    child = ProbeChild(0, 1, HardwareCheckPlan(("fabric",), 5.0, "nccl"), {"PATH": os.environ["PATH"]})
+    child = CheckProcess(0, 1, HardwareCheckPlan(("fabric",), 5.0, "nccl"), {"PATH": os.environ["PATH"]})
     try:
-        with pytest.raises(EndedError, match="does not come to its end"):
-            child.hear(time.monotonic() + 10)
+        with pytest.raises(EndedError, match="does not exit"):
+            child.read_line(time.monotonic() + 10)
     finally:
         child.close()
 
@@ -505,9 +505,9 @@ def test_words_are_waited_for_whatever_the_number_of_the_file() -> None:
     source, sink = os.pipe()
     try:
         high = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, 1500)
-        assert not has_words(high, time.monotonic())
+        assert not has_input(high, time.monotonic())
         os.write(sink, b"x")
-        assert has_words(high, time.monotonic() + 5)
+        assert has_input(high, time.monotonic() + 5)
         os.close(high)
     finally:
         os.close(source)
@@ -552,7 +552,7 @@ class Mirror:
             mine = self.memory[sent : sent + 4]
             self.memory[got : got + 4] = mine if peer == 0 else self.told.to_bytes(4, "little")
 
-    def least(self, sent: c_uint64, got: c_uint64, comm: c_void_p, stream: c_void_p) -> None:
+    def minimum(self, sent: c_uint64, got: c_uint64, comm: c_void_p, stream: c_void_p) -> None:
         mine = int.from_bytes(self.memory[sent.value : sent.value + 4], "little")
         self.memory[got.value : got.value + 4] = min(mine, self.told).to_bytes(4, "little")
 

@@ -320,7 +320,7 @@ NO_EFFECT = "--probe-kv-seconds has no effect any more: the KV check is a step o
     [
         (["--probe", "kv"], 3, [MOVED]),
         (["--role", "prefill", "--probe", "gpu,kv", "--probe-kv-seconds", "9"], 1, [MOVED, NO_EFFECT]),
-        (["--probe", "fabric,gpu"], 1, ["probe fabric: nothing to ask in a world of one rank"]),
+        (["--probe", "fabric,gpu"], 1, ["probe fabric: nothing to check in a world of one rank"]),
         (["--probe", "fabric"], 2, []),
         (["--probe", "auto"], 1, []),
     ],
