@@ -60,12 +60,12 @@ def check_connectivity(environ: Mapping[str, str], request_plane: str, timeout: 
         timeout: seconds for all of them together.
 
     Returns:
-        The etcd endpoints, those that answer first: the runtime gives up if the first of several is dead.
+        The etcd endpoints, those that answer come first: the runtime gives up if the first of several is dead.
 
     Raises:
         DiscoveryError: no etcd endpoint answers, or NATS doesn't.
         AuthorizationError: etcd rejects this client's certificate, or requires one; or NATS rejects our credentials.
-        UsageError: an address, or what ``ETCD_AUTH_*``, ``NATS_AUTH_*`` or ``NATS_TLS_*`` say, can't be used.
+        UsageError: an address, or a value of ``ETCD_AUTH_*``, ``NATS_AUTH_*`` or ``NATS_TLS_*``, can't be used.
     """
     server = nats_server(environ, request_plane)
     deadline = time.monotonic() + timeout
@@ -87,7 +87,7 @@ def require_nats_server(server: str, environ: Mapping[str, str], timeout: float)
     Raises:
         DiscoveryError: it doesn't answer.
         AuthorizationError: it rejects them.
-        UsageError: its address, or what ``NATS_AUTH_*`` or ``NATS_TLS_*`` say, can't be used.
+        UsageError: its address, or a value of ``NATS_AUTH_*`` or ``NATS_TLS_*``, can't be used.
     """
     deadline = time.monotonic() + timeout
     if problem := _run_together([_nats_check(server, environ, deadline)], deadline)[0]:
@@ -98,7 +98,7 @@ def check_etcd_endpoints(environ: Mapping[str, str], timeout: float) -> dict[str
     """Check etcd alone.
 
     Returns:
-        By endpoint what is wrong with it; empty if it answers.
+        By endpoint, its problem; empty if it answers.
 
     Raises:
         DiscoveryError: no endpoint answers.
@@ -156,8 +156,8 @@ def _etcd_refused(listed: str, auth: EtcdAuth) -> AuthorizationError:
     if auth.certificate:
         return AuthorizationError(
             f"etcd refuses this worker's certificate ({listed})",
-            needed="a certificate of the authority that etcd trusts (its --trusted-ca-file), for clients, and not expired",
-            fix="correct ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY; openssl x509 -noout -text shows what it is",
+            needed="a client certificate that is signed by etcd's authority (its --trusted-ca-file) and not expired",
+            fix="correct ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY; openssl x509 -noout -text shows the certificate",
         )
     return AuthorizationError(
         f"etcd refuses a worker without a certificate ({listed})",
@@ -204,7 +204,7 @@ def _run_together(checks: Sequence[Callable[[], None]], deadline: float) -> list
 
 
 def _check_health(address: Address, tls: ssl.SSLContext | None, deadline: float) -> None:
-    """Raise a ConnectivityError unless etcd says at this endpoint that it is healthy."""
+    """Raise a ConnectivityError unless this endpoint of etcd reports that it is healthy."""
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(
             socket.create_connection((address.host, address.port), timeout=remaining(deadline))
@@ -214,7 +214,7 @@ def _check_health(address: Address, tls: ssl.SSLContext | None, deadline: float)
             connection = stack.enter_context(tls.wrap_socket(connection, server_hostname=address.host))
         host = f"[{address.host}]" if ":" in address.host else address.host
         connection.settimeout(remaining(deadline))
-        # a server that refuses our certificate has closed by now, and its reason is still to be read
+        # a server that rejects our certificate has closed the connection by now, but its reason can still be read
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             # HTTP/1.0: the reply ends with the connection, and never comes in chunks
             connection.sendall(f"GET /health HTTP/1.0\r\nHost: {host}:{address.port}\r\n\r\n".encode())

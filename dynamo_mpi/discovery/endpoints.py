@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Addresses of servers, deadlines, and what can be wrong with a connection: shared by the clients and checks of etcd and NATS."""
+"""Addresses of servers, deadlines and connection errors: shared by the clients and checks of etcd and NATS."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ConnectivityError(Exception):
     """A server can't be used.
 
     Args:
-        text: why, in a few words.
+        text: the reason, in a few words.
         refused: it has rejected our credentials or our certificate.
     """
 
@@ -47,7 +47,7 @@ def read_address(url: str, default_port: int, schemes: Sequence[str], variable: 
         url: its scheme may be left out.
         default_port: if the URL has none.
         schemes: those that are allowed, the usual one first.
-        variable: where the URL comes from.
+        variable: the variable that has the URL, for the message.
 
     Raises:
         UsageError: it can't be read.
@@ -55,7 +55,7 @@ def read_address(url: str, default_port: int, schemes: Sequence[str], variable: 
     try:
         parts = urlsplit(url if "://" in url else f"{schemes[0]}://{url}")
         host, port = parts.hostname or "", parts.port or default_port
-        # as the look-up of the name will; it can't for labels that are empty or too long
+        # the look-up of the name does the same, and fails for labels that are empty or too long
         host.encode("idna")
         readable = parts.scheme in schemes and host != ""
     except ValueError:
@@ -86,7 +86,7 @@ def remaining(deadline: float) -> float:
 
 
 def receive(connection: socket.socket, deadline: float) -> bytes:
-    """Read until the other side closes, at most `MAX_BYTES`. A socket's own timeout starts anew with every byte."""
+    """Read until the other side closes, at most `MAX_BYTES`. A socket's own timeout restarts with every byte."""
     data = b""
     while len(data) < MAX_BYTES:
         connection.settimeout(remaining(deadline))
@@ -98,13 +98,13 @@ def receive(connection: socket.socket, deadline: float) -> bytes:
 
 
 def is_certificate_refusal(error: Exception) -> bool:
-    """Return whether the server rejected our certificate. Since TLS 1.3 it says so only in place of its first answer."""
+    """Return whether the server rejected our certificate. With TLS 1.3, the rejection arrives only instead of its first answer."""
     reason = (error.reason or "") if isinstance(error, ssl.SSLError) else ""
     return "_ALERT_" in reason and any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED"))
 
 
 def short_reason(error: Exception) -> str:
-    """Say in a few words what went wrong."""
+    """Return the reason of an error in a few words."""
     if isinstance(error, TimeoutError):
         return LATE
     text = error.strerror if isinstance(error, OSError) else None

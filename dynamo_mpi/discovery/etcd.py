@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""etcd as the rest of the package sees it: where it is, our credentials, and a client, whichever transport carries its calls.
+"""The interface to etcd for the rest of the package: its addresses, our credentials, and a client that is independent of the transport.
 
-`etcd_grpc` is the transport of ranks, `etcd_http` the one of hosts that have nothing but Python. The credentials are the ``ETCD_AUTH_*``
+Ranks use the transport `etcd_grpc`; hosts that have only Python use `etcd_http`. The credentials are the ``ETCD_AUTH_*``
 variables of Dynamo's runtime, which hold PEM texts, not paths.
 """
 
@@ -55,11 +55,11 @@ class CredentialsError(AuthorizationError):
 
 
 class EtcdClient(Protocol):
-    """What both transports do. Every call has a deadline, and raises a `DynamoMpiError`:
+    """The calls of both transports. Every call has a deadline, and raises a `DynamoMpiError`:
 
     Raises:
         DiscoveryError: etcd does not answer in time.
-        AuthorizationError: it refuses our credentials.
+        AuthorizationError: it rejects our credentials.
     """
 
     def get_prefix(self, prefix: str) -> list[KeyValue]:
@@ -94,7 +94,7 @@ def end_of_prefix(prefix: str) -> bytes:
 
 
 def etcd_endpoints(environ: Mapping[str, str]) -> list[str]:
-    """Return the etcd endpoints that the Dynamo runtime is to use: ``ETCD_ENDPOINTS``, or etcd's port on the head node that Dynamo's Slurm
+    """Return the etcd endpoints that the Dynamo runtime must use: ``ETCD_ENDPOINTS``, or etcd's port on the head node that Dynamo's Slurm
     example names, or the runtime's default."""
     head = environ.get("HEAD_NODE_IP") or environ.get("HEAD_NODE")
     at_head = f"http://{f'[{head}]' if ':' in head else head}:{DEFAULT_PORT}" if head else ""
@@ -103,7 +103,7 @@ def etcd_endpoints(environ: Mapping[str, str]) -> list[str]:
 
 
 def lease_seconds(environ: Mapping[str, str]) -> int:
-    """Return the seconds that a lease outlives its worker: as long as Dynamo's own."""
+    """Return the seconds after which a lease of a worker that was killed expires: the same as for Dynamo's own."""
     text = environ.get("ETCD_LEASE_TTL", "")
     return int(text) if text.isdecimal() and 0 < int(text) < 2**31 else _LEASE_SECONDS
 
@@ -149,7 +149,7 @@ class EtcdAuth:
         """Return the context for a connection to etcd.
 
         Raises:
-            UsageError: a text is not what its variable's name says.
+            UsageError: a text is no certificate or key.
         """
         context = ssl.create_default_context()
         if self.authority:
@@ -159,7 +159,7 @@ class EtcdAuth:
                 raise _no_pem("ETCD_AUTH_CA holds no certificate") from None
         if self.certificate:
             try:
-                # a key with a passphrase would be asked for on the terminal
+                # for a key with a passphrase, OpenSSL would ask on the terminal
                 with _as_file(self.certificate) as certificate, _as_file(self.key) as key:
                     context.load_cert_chain(certificate, key, password=lambda: "")
             except (OSError, ValueError):
@@ -170,14 +170,14 @@ class EtcdAuth:
 def _no_pem(found: str) -> UsageError:
     return UsageError(
         found,
-        needed="the PEM text itself, not a path: so Dynamo's runtime wants it",
+        needed="the PEM text itself, not a path, as for Dynamo's runtime",
         fix='export ETCD_AUTH_CA="$(cat ca.crt)", and likewise the others',
     )
 
 
 @contextmanager
 def _as_file(text: str) -> Iterator[str]:
-    """Lend ``text`` as a path, which OpenSSL asks for: memory of this process's own, so that a secret never lies on a disk."""
+    """Provide ``text`` under a path, which OpenSSL needs: a file in memory, so that a secret is never written to a disk."""
     descriptor = os.memfd_create("pem", os.MFD_CLOEXEC)
     try:
         os.write(descriptor, text.encode("utf-8", "surrogateescape"))

@@ -29,7 +29,7 @@ from dynamo_mpi.discovery.etcd import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-# proxies are for the web; a lost connection is built anew by us
+# no proxies, which are for the web; this client reconnects itself
 _CHANNEL_OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
@@ -99,7 +99,7 @@ class GrpcEtcdClient:
         return Lease(reply.ID, reply.TTL)
 
     def keep_alive(self, lease: int) -> None:
-        """Start the lease's time anew.
+        """Restart the lease's time.
 
         Raises:
             LeaseLostError: there is no such lease.
@@ -134,7 +134,7 @@ class GrpcEtcdClient:
 
     @property
     def auth_is_disabled(self) -> bool:
-        """Whether we have a password, and etcd has answered that it has no users."""
+        """Return whether a password is set although etcd has no users."""
         return bool(self._auth.username) and not self._token and self._token is not None
 
     def close(self) -> None:
@@ -162,7 +162,7 @@ class GrpcEtcdClient:
                 return _invoke(channel, service, method, request, end, metadata)
             except grpc.RpcError as error:
                 if not renewed and _mentions(error, *_TOKEN_ERRORS):
-                    # etcd forgets tokens after a time, and with every change of its users
+                    # etcd drops tokens after some time, and when its users change
                     renewed, self._token = True, None
                     continue
                 tries -= 1
@@ -202,7 +202,7 @@ def missing_client() -> str:
     """Return why pyetcd can't be used on this host; empty if it can."""
     try:
         import pyetcd  # noqa: F401 - whether it can be imported is the question
-    except Exception as error:  # a protobuf that doesn't suit it raises errors of its own
+    except Exception as error:  # an incompatible protobuf raises errors of its own
         return f"etcd-sdk-python can't be used ({' '.join(str(error).split())}); pip install 'etcd-sdk-python' 'protobuf>=5'"
     return ""
 
@@ -220,7 +220,7 @@ def _open(endpoint: str, auth: EtcdAuth) -> Any:
 
 
 def _system_authorities() -> str:
-    """Return the system's authorities: gRPC has a list of its own, which may lack a site's."""
+    """Return the system's authorities: gRPC has its own list, which may lack those of a site."""
     return "".join(map(ssl.DER_cert_to_PEM_cert, ssl.create_default_context().get_ca_certs(binary_form=True)))
 
 
@@ -263,7 +263,7 @@ def _our_error(error: Any, auth: EtcdAuth) -> DynamoMpiError:
     if _mentions(error, "authentication failed", "invalid user ID"):
         return CredentialsError(
             f"etcd refuses user {auth.username}: {text}",
-            needed="a user of etcd's, and the password",
+            needed="a user of etcd and the right password",
             fix="correct ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD",
         )
     codes = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)

@@ -36,17 +36,17 @@ _MAX_BYTES, _CHUNK_BYTES = 64 << 20, 1 << 16
 # gRPC's codes, which the gateway passes on
 _NOT_FOUND = 5
 _REFUSAL_CODES = (7, 16)
-# what etcd calls an invalid argument
+# texts of etcd's "invalid argument" errors
 _REFUSAL_TEXTS = ("authentication failed", "user name is empty", "permission denied", "invalid auth token")
 _NOT_ETCD = "something else than etcd answers there"
 
 
 class ServerInfo(NamedTuple):
-    """What an endpoint says without a password.
+    """Facts that an endpoint reports without a password.
 
     Args:
         version: etcd's.
-        clock: its whole seconds since 1970; None if it doesn't say.
+        clock: its time in whole seconds since 1970; None if it isn't known.
     """
 
     version: str
@@ -94,7 +94,7 @@ class HttpEtcdClient:
 
         Raises:
             DiscoveryError: no answer in time.
-            AuthorizationError: a refusal.
+            AuthorizationError: etcd rejects it.
         """
         if self._auth.username:
             request = {"name": self._auth.username, "password": self._auth.password}
@@ -105,7 +105,7 @@ class HttpEtcdClient:
                 raise self._refusal(reply)
 
     def server_info(self) -> ServerInfo:
-        """Return what the endpoint says of itself.
+        """Return the endpoint's version and clock.
 
         Raises:
             DiscoveryError: no answer in time.
@@ -117,7 +117,7 @@ class HttpEtcdClient:
         """Return all keys that begin with ``prefix``."""
         reply = self._call("kv/range", {"key": _encode(prefix.encode()), "range_end": _encode(end_of_prefix(prefix))})
         try:
-            # what is empty or 0 is left out
+            # the gateway leaves out empty values and 0
             return [
                 KeyValue(
                     base64.b64decode(entry.get("key", "")).decode(errors="backslashreplace"),
@@ -155,7 +155,7 @@ class HttpEtcdClient:
 
     def revoke(self, lease: int) -> bool:
         """End a lease and delete its keys; return whether it existed."""
-        # a text, since JSON numbers as large as leases are rounded on their way
+        # a text, since JSON numbers as large as lease ids are rounded
         status, reply = self._request("/v3/lease/revoke", {"ID": str(lease)})
         if status != http.HTTPStatus.OK and reply.get("code") != _NOT_FOUND:
             raise self._refusal(reply)
@@ -180,8 +180,8 @@ class HttpEtcdClient:
             reply = self._connection.getresponse()
             text = self._read(reply)
             self._clock = _read_date(reply.getheader("Date", ""))
-        except (OSError, http.client.HTTPException, ValueError) as error:  # a ValueError: the host's name is none
-            # a closed connection is a bad status line too, and says so itself
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: the host's name is invalid
+            # a closed connection is a BadStatusLine too, with a message of its own
             is_http = not isinstance(error, http.client.BadStatusLine) or isinstance(
                 error, http.client.RemoteDisconnected
             )
@@ -198,7 +198,7 @@ class HttpEtcdClient:
         return reply.status, content
 
     def _read(self, reply: http.client.HTTPResponse) -> bytes:
-        """Read an answer. A socket's own timeout starts anew with every chunk, and an answer without an end would fill the memory."""
+        """Read an answer. A socket's own timeout restarts with every chunk, and an endless answer would fill the memory."""
         data = bytearray()
         while part := reply.read(_CHUNK_BYTES):
             data += part
@@ -220,18 +220,18 @@ class HttpEtcdClient:
 def query_etcd(
     environ: Mapping[str, str], seconds: float, query: Callable[[EtcdClient], T], *, or_grpc: bool = False
 ) -> T:
-    """Ask the first endpoint that answers.
+    """Query the first endpoint that answers.
 
     Args:
-        environ: has etcd's endpoints and our credentials, as a worker has them.
-        seconds: for all of it, the look-up of names included.
+        environ: has etcd's endpoints and our credentials, in a worker's variables.
+        seconds: time limit, including the look-up of names.
         query: called with a client that is logged in; once for each endpoint until one answers.
-        or_grpc: if no gateway answers, ask once more by gRPC, which takes as long again.
+        or_grpc: if no gateway answers, try gRPC too, with the same time limit again.
 
     Raises:
         DiscoveryError: no endpoint has answered in time.
-        AuthorizationError: they refuse us.
-        UsageError: what is set for etcd can't be used.
+        AuthorizationError: they reject our credentials.
+        UsageError: the settings for etcd can't be used.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -253,7 +253,7 @@ def _query_in_turn(environ: Mapping[str, str], deadline: float, query: Callable[
     problems, refusals = [], 0
     for index, endpoint in enumerate(endpoints):
         now = time.monotonic()
-        # one that is lost leaves time for the others
+        # a lost endpoint leaves time for the others
         share = (deadline - now) / (len(endpoints) - index)
         try:
             with HttpEtcdClient(endpoint, auth, now + share) as client:
@@ -270,14 +270,14 @@ def _unanswered(found: str) -> DiscoveryError:
     return DiscoveryError(
         found,
         needed="an etcd that answers this host",
-        fix="look at etcd; ETCD_ENDPOINTS and ETCD_AUTH_* say where it is and who we are",
+        fix="check etcd, and its address and credentials in ETCD_ENDPOINTS and ETCD_AUTH_*",
     )
 
 
 def _refused(found: str) -> AuthorizationError:
     return AuthorizationError(
         found,
-        needed="credentials that etcd takes",
+        needed="credentials that etcd accepts",
         fix="--run-dir DIR of the deployment, whose services.json has them; or correct ETCD_AUTH_*",
     )
 

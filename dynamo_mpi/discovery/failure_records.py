@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failure records: why a worker ended, kept in etcd for an hour. Its worker record is deleted with it, and its logs may be on a lost node."""
+"""Failure records: why a worker ended, kept in etcd for an hour. Its worker record is deleted when it ends, and its logs may be on a lost
+node."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ _SECONDS = 1.0
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """Which worker: what its record says of it, without what changes.
+    """The fields of a worker's record that identify it and don't change.
 
     Args:
         role: as in `WorkerRecord`, and so on.
@@ -47,7 +48,7 @@ class WorkerIdentity:
         launch: `dynamo-mpi launch`'s name for it.
         job: Slurm's job id.
         step: Slurm's step id.
-        attempt: which start of this worker it was.
+        attempt: the number of this start of the worker.
     """
 
     role: str
@@ -62,7 +63,7 @@ class WorkerIdentity:
 
     @classmethod
     def of(cls, record: WorkerRecord) -> WorkerIdentity:
-        """Take it from the worker's record."""
+        """Return the identity of a worker record's worker."""
         return cls(*(getattr(record, field.name) for field in fields(cls)))
 
 
@@ -74,11 +75,11 @@ class FailureRecord(WorkerIdentity):
         role: as in `WorkerIdentity`, like the rest up to ``attempt``.
         rank: the one that failed first; -1 if it isn't known.
         host: that rank's node.
-        phase: in which that rank was.
+        phase: the phase in which that rank was.
         cause: how it was detected: ``report``, ``disconnect``, ``host_unreachable``, ``heartbeat`` or ``signal``.
         exit_code: of all ranks.
         error: the error, in a line.
-        report: all that was logged of it, cut at 8 KiB.
+        report: the logged report, cut at 8 KiB.
         time: when it was detected, in seconds since 1970.
     """
 
@@ -104,7 +105,7 @@ class FailureRecord(WorkerIdentity):
             problems: None to be strict, a list to be tolerant, as for `record_codec.read_fields`.
 
         Raises:
-            ValueError: it isn't one, or of a schema that isn't known here.
+            ValueError: it isn't a failure record, or has an unknown schema.
         """
         content = parse_object(data, SCHEMA)
         report, error = content.get("report"), content.get("error")
@@ -127,7 +128,7 @@ class FailureRecord(WorkerIdentity):
 
 
 class StoredFailure(NamedTuple):
-    """A failure record as it stands in etcd.
+    """A failure record in etcd.
 
     Args:
         key: its key, with the same last part as the worker record's.
@@ -140,11 +141,11 @@ class StoredFailure(NamedTuple):
     record: FailureRecord
 
     def has_same_name(self, worker: StoredRecord) -> bool:
-        """Whether it is the failure of the very process that this record is of."""
+        """Return whether it is the failure of the same process as this worker record."""
         return worker.key.rpartition("/")[2] == self.key.rpartition("/")[2]
 
     def is_followed_by(self, worker: StoredRecord) -> bool:
-        """Whether ``worker`` is a newer start of the one that failed, or of another in its place."""
+        """Return whether ``worker`` is a newer start of the one that failed, or replaces it."""
         ours, theirs = self.record, worker.record
         names = ("namespace", "component", "role", "launch")
         if any(getattr(ours, name) != getattr(theirs, name) for name in names) or self.has_same_name(worker):
@@ -153,10 +154,10 @@ class StoredFailure(NamedTuple):
 
 
 class FailureRecordStore(WorkerHook):
-    """Writes the failure record of one worker, for its rank 0. Nothing here raises: a worker that can't write it ends all the same.
+    """Writes one worker's failure record, for its rank 0. Nothing here raises: a worker that can't write it still ends.
 
     Args:
-        worker: which.
+        worker: its identity.
         environ: has etcd's endpoints and our credentials.
         record_lease: returns the lease of its worker record; 0 if there is none.
     """
@@ -165,18 +166,18 @@ class FailureRecordStore(WorkerHook):
         self._worker, self._environ, self._record_lease = worker, environ, record_lease
 
     def on_failure(self, failure: WorldFailure) -> None:
-        """Write it, over what a node agent may have written. Takes a second or two if etcd does not answer."""
+        """Write the record, replacing one that a node agent may have written. Takes a second or two if etcd does not answer."""
 
         def put(etcd: EtcdClient) -> None:
             lease = etcd.grant(TTL_SECONDS).id
-            # without a worker record it has a name of its own
+            # without a worker record, the key ends with the lease of the failure record
             key = failure_key(self._worker, self._record_lease() or lease)
             etcd.put(key, failure_record(self._worker, failure.first, failure.host, failure.report).pack(), lease)
 
         self._connect(put)
 
     def on_ready(self) -> None:
-        """Delete, from a thread of its own, the failure records of earlier starts of this worker, since it serves now."""
+        """Delete, in a thread, the failure records of earlier starts of this worker, since it serves now."""
         threading.Thread(target=self._connect, args=(self._clear,), name="failure records", daemon=True).start()
 
     def _clear(self, etcd: EtcdClient) -> None:
@@ -185,7 +186,7 @@ class FailureRecordStore(WorkerHook):
                 etcd.revoke(stored.lease)
 
     def _connect(self, act: Callable[[EtcdClient], None]) -> None:
-        # etcd's client may not be installed, and one that doesn't suit its protobuf raises errors of its own
+        # etcd's client may not be installed, and an incompatible protobuf raises errors of its own
         with (
             contextlib.suppress(Exception),
             contextlib.closing(GrpcEtcdClient.from_env(self._environ, _SECONDS)) as etcd,
@@ -197,12 +198,12 @@ def create_if_absent(etcd: EtcdClient, failure: FailureRecord, record_lease: int
     """Write a failure record unless another process has; return whether it was written.
 
     Args:
-        etcd: where.
-        failure: what to write.
+        etcd: the client.
+        failure: the record.
         record_lease: of its worker record; 0 if there is none.
 
     Raises:
-        DynamoMpiError: etcd does not answer, or refuses us.
+        DynamoMpiError: etcd does not answer, or rejects our credentials.
     """
     lease = etcd.grant(TTL_SECONDS).id
     if etcd.create(failure_key(failure, record_lease or lease), failure.pack(), lease):
@@ -224,10 +225,10 @@ def failure_record(worker: WorkerIdentity, failure: Failure, host: str, report: 
     """Return the record of a failure.
 
     Args:
-        worker: which.
+        worker: its identity.
         failure: the first cause.
-        host: where that happened.
-        report: what has been logged of it.
+        host: its host.
+        report: the logged report.
     """
     redact = own_redactor().redact
     line = first_line(redact(failure.text))
@@ -245,7 +246,7 @@ def failure_record(worker: WorkerIdentity, failure: Failure, host: str, report: 
 
 
 def failure_key(worker: WorkerIdentity, lease: int) -> str:
-    """Return the key of a failure record: it ends as that of the worker's record does."""
+    """Return the key of a failure record: its last part is that of the worker record's key."""
     return f"{failures_of(worker.namespace, worker.component)}{lease:x}"
 
 
@@ -267,5 +268,5 @@ def _clipped(text: str) -> str:
     data = text.encode("utf-8", "replace")
     if len(data) <= _MAX_REPORT_BYTES:
         return data.decode()
-    # its beginning has the first cause
+    # its beginning has the root cause
     return data[: _MAX_REPORT_BYTES - len(_MARK.encode())].decode(errors="ignore") + _MARK

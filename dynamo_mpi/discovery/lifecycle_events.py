@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The events of a worker's life, as they go out over NATS. Pure."""
+"""The lifecycle events of a worker, as they are sent over NATS. Pure."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class LifecycleEvent(WorkerIdentity):
         role: as in `WorkerRecord`, like the rest up to ``attempt``, ``host`` and ``pid``.
         event: one of `EVENTS`.
         time: seconds since 1970.
-        phase: its present one.
-        failure: of ``failed``: why it ends; null if that is not known here.
-        exit_code: of ``exit``: of all ranks.
+        phase: its current phase.
+        failure: of ``failed``: the reason; null if it isn't known.
+        exit_code: of ``exit``: the exit code of all ranks.
         peers: of ``peers``: the workers that send KV to this one or receive it, as ``PLACE at ENDPOINT, phase PHASE``.
-        news: of ``peers``: what has changed, in words.
+        news: of ``peers``: one line for each change.
     """
 
     event: str
@@ -48,7 +48,7 @@ class LifecycleEvent(WorkerIdentity):
 
     @property
     def subject(self) -> str:
-        """NATS's subject for it: ``dynamo_mpi.v1.NAMESPACE.COMPONENT.EVENT``."""
+        """The event's subject in NATS: ``dynamo_mpi.v1.NAMESPACE.COMPONENT.EVENT``."""
         return ".".join((_ROOT, *(_NO_TOKEN.sub("_", name) for name in (self.namespace, self.component, self.event))))
 
     def pack(self) -> bytes:
@@ -67,7 +67,7 @@ def event_of(name: str, record: WorkerRecord, phase: str, time: float, **own: An
     Args:
         name: one of `EVENTS`.
         record: the worker's.
-        phase: its present one.
+        phase: its current phase.
         time: seconds since 1970.
         own: the fields of this event alone.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells of a worker's life over NATS, where there is one: see `lifecycle` for what goes out."""
+"""Sends a worker's lifecycle events over NATS, if NATS is used; `lifecycle_events` defines them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _FLUSH_SECONDS = 0.5
 
 
 class LifecycleEvents(WorkerHook):
-    """One worker's events. Nothing here raises, or waits but to the extent that it says.
+    """One worker's events. Nothing here raises; only `on_failure` and `on_shutdown` wait, for a limited time.
 
     Args:
-        record: the worker.
-        phase: what it does now.
-        line: where they go; None for nowhere.
+        record: the worker's record.
+        phase: its current phase.
+        line: the connection to NATS; None to send nothing.
     """
 
     def __init__(self, record: WorkerRecord, phase: str, line: NatsPublisher | None) -> None:
@@ -38,27 +38,27 @@ class LifecycleEvents(WorkerHook):
         self._send("phase")
 
     def on_phase(self, phase: str) -> None:
-        """Send that a phase begins."""
+        """Send the start of a phase."""
         self._phase = phase
         self._send("phase")
         if phase == "drain":
             self._send("drain")
 
     def on_ready(self) -> None:
-        """Send that requests are answered."""
+        """Send that the worker serves."""
         self._send("ready")
 
-    def peers(self, peers: Sequence[StoredRecord], news: Sequence[str]) -> None:
-        """Tell of the worlds that hand KV over to this one or take it.
+    def peers(self, peers: Sequence[StoredRecord], changes: Sequence[str]) -> None:
+        """Send the workers that send KV to this one or receive it.
 
         Args:
-            peers: those that are there.
-            news: what has changed.
+            peers: their records.
+            changes: one line for each change.
         """
-        self._send("peers", peers=tuple(describe(peer.record) for peer in peers), news=tuple(news))
+        self._send("peers", peers=tuple(describe(peer.record) for peer in peers), news=tuple(changes))
 
     def on_failure(self, failure: WorldFailure) -> None:
-        """Send what the worker ends of; waits half a second at the most for that to go out."""
+        """Send why the worker ends; waits at most half a second until it is sent."""
         self._exit_code = failure.first.exit_code
         worker = WorkerIdentity.of(self._record)
         self._send("failed", failure=failure_record(worker, failure.first, failure.host, failure.report))
@@ -66,18 +66,18 @@ class LifecycleEvents(WorkerHook):
             line.flush(_FLUSH_SECONDS)
 
     def on_shutdown(self, code: int) -> None:
-        """Send with which exit code the worker ends; waits half a second at the most for that to go out. Nothing is sent after it."""
+        """Send the worker's exit code; waits at most half a second until it is sent. Nothing is sent after it."""
         if (line := self._line) is not None:
             self._send("exit", exit_code=code if self._exit_code is None else self._exit_code)
             self._line = None
             line.close(_FLUSH_SECONDS)
 
     def on_exit(self, code: int) -> None:
-        """The same, where there was no orderly shutdown."""
+        """Send the exit code if there was no orderly shutdown."""
         self.on_shutdown(code)
 
     def _send(self, name: str, **own: Any) -> None:
-        # another thread may say the last word meanwhile
+        # another thread may send the last event meanwhile
         if (line := self._line) is not None:
             from dynamo_mpi.discovery.nats_publisher import Message
 
@@ -88,12 +88,12 @@ class LifecycleEvents(WorkerHook):
 def events_of(
     record: WorkerRecord, phase: str, environ: Mapping[str, str], request_plane: str, warn: Callable[[str], None]
 ) -> LifecycleEvents:
-    """Return a worker's events; they go nowhere unless Dynamo's runtime uses NATS as well.
+    """Return a worker's event publisher; it sends nothing unless Dynamo's runtime uses NATS too.
 
     Args:
-        record: the worker.
-        phase: what it does now.
-        environ: where NATS and our credentials stand.
+        record: the worker's record.
+        phase: its current phase.
+        environ: has NATS's address and our credentials.
         request_plane: ``"tcp"`` or ``"nats"``.
         warn: logs a warning.
 

@@ -26,18 +26,18 @@ _YES = ("1", "true", "yes", "on")
 
 @dataclass(frozen=True, repr=False)
 class NatsAuth:
-    """Credentials: the first kind of them that is set is the one that counts. Empty texts: not given.
+    """Credentials: the first kind that is set is used. Empty texts: not given.
 
     Args:
-        username: of a user of NATS's.
+        username: of a NATS user.
         password: that user's.
-        token: instead of them.
+        token: instead of username and password.
         nkey: the seed of a user's nkey (``SU…``).
         credentials_file: path of a ``.creds`` file, a JWT with its nkey.
         authority: path of the PEM certificates that sign NATS's own; the system's if none is given.
         certificate: path of this client's, PEM.
         key: path of its private key, PEM.
-        insecure: accept any certificate of NATS's.
+        insecure: accept any server certificate.
     """
 
     username: str = ""
@@ -56,7 +56,7 @@ class NatsAuth:
         """Read them from the environment.
 
         Raises:
-            UsageError: half of a pair is missing, a file can't be read, a seed is none, or credentials stand in the address.
+            UsageError: half of a pair is missing, a file can't be read, a seed is invalid, or the address contains credentials.
         """
         names = ("USERNAME", "PASSWORD", "TOKEN", "NKEY", "CREDENTIALS_FILE")
         given = {f"NATS_AUTH_{name}": environ.get(f"NATS_AUTH_{name}", "") for name in names}
@@ -82,7 +82,7 @@ class NatsAuth:
 
     @property
     def kind(self) -> str:
-        """The variables that count; empty if none is set."""
+        """The variables that are used; empty if none is set."""
         kinds = {
             "NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD": self.username,
             "NATS_AUTH_TOKEN": self.token,
@@ -93,7 +93,7 @@ class NatsAuth:
 
     @property
     def has_tls(self) -> bool:
-        """Whether anything is set that needs TLS."""
+        """Whether a setting needs TLS."""
         return bool(self.authority or self.certificate or self.insecure)
 
     @property
@@ -102,7 +102,7 @@ class NatsAuth:
         return not (self.username or self.token) and bool(self.nkey or self.credentials_file)
 
     def connect_options(self) -> dict[str, str]:
-        """Return our part of the handshake: like the runtime, a user of its own choice if nothing is set."""
+        """Return our part of the handshake: if nothing is set, the runtime's default user."""
         if self.username:
             return {"user": self.username, "pass": self.password}
         if self.token:
@@ -123,7 +123,7 @@ class NatsAuth:
             pair = nkeys.from_seed(bytearray(seed.encode()))
             signature = base64.b64encode(pair.sign(nonce.encode())).decode()
             return {"sig": signature, **({"jwt": jwt} if jwt else {"nkey": pair.public_key.decode()})}
-        except Exception:  # the library's own, and those of base64 and libsodium
+        except Exception:  # errors of the library, of base64 and of libsodium
             raise ValueError("it holds no key") from None
 
     def _signer(self) -> tuple[str, str]:
@@ -136,20 +136,20 @@ class NatsAuth:
         return (jwt[1] if jwt else ""), (seed[1] if seed else "")
 
     def expiry(self) -> float | None:
-        """Return when the credentials file ends, in seconds since 1970; None if it doesn't, or isn't used."""
+        """Return when the credentials file expires, in seconds since 1970; None if it doesn't, or isn't used."""
         if not self.uses_nkey or self.nkey:
             return None
         try:
             claims: Any = json.loads(_decoded(self._signer()[0].split(".")[1]))
             return float(claims["exp"]) if claims.get("exp") else None
         except (OSError, ValueError, IndexError, TypeError, AttributeError):
-            return None  # NATS itself says what it thinks of it
+            return None  # NATS itself reports a bad file
 
     def tls(self) -> ssl.SSLContext:
         """Return the context for a connection to NATS.
 
         Raises:
-            UsageError: a file is not what its variable's name says.
+            UsageError: a file is no certificate or key.
         """
         context = ssl.create_default_context()
         if self.insecure:
@@ -161,7 +161,7 @@ class NatsAuth:
             raise _no_pem("NATS_TLS_CA_CERT_PATH names a file that holds no certificate") from None
         try:
             if self.certificate:
-                # a key with a passphrase would be asked for on the terminal
+                # for a key with a passphrase, OpenSSL would ask on the terminal
                 context.load_cert_chain(self.certificate, self.key, password=lambda: "")
         except (OSError, ValueError):
             found = "NATS_TLS_CLIENT_CERT_PATH and NATS_TLS_CLIENT_KEY_PATH name no certificate and its key"

@@ -2,8 +2,8 @@
 """Check that NATS answers and accepts our credentials.
 
 NATS sends one line first, ``INFO {...}``; then follow TLS, if that line or the address asks for it, our ``CONNECT {...}`` and a ``PING``;
-``PONG`` means that we are accepted. By hand, and not by nats-py, which loses what a user must know: it starts TLS on a ``nats://`` address,
-which Dynamo's runtime doesn't, and of a rejected client certificate it says "Connection lost" (2.16).
+``PONG`` means that we are accepted. Written here and not with nats-py, whose errors are misleading: it starts TLS on a ``nats://`` address,
+which Dynamo's runtime doesn't, and for a rejected client certificate it reports "Connection lost" (2.16).
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _REFUSAL_TEXTS = ("authori", "authent", "revoked", "expired")
 def check_nats(
     address: Address, auth: NatsAuth, tls: ssl.SSLContext, deadline: float, installed: tuple[int, ...] | None = None
 ) -> None:
-    """Connect, log in, leave.
+    """Connect, log in, disconnect.
 
     Args:
-        address: NATS's.
+        address: NATS's address.
         auth: our credentials.
         tls: for the connection, if NATS or the address asks for it.
         deadline: of the monotonic clock.
         installed: the version of Dynamo's runtime; None if it isn't known.
 
     Raises:
-        ConnectivityError: it is no NATS, or rejects us.
+        ConnectivityError: it isn't NATS, or rejects our credentials.
         UsageError: Dynamo's runtime can't do what NATS requires.
-        OSError: it can't be reached, or is late.
+        OSError: it can't be reached, or does not answer in time.
     """
     expiry = auth.expiry()
     if expiry is not None and expiry < time.time():
@@ -68,7 +68,7 @@ def check_nats(
         options = {"verbose": False, "pedantic": False, "lang": "python", "version": "0", "name": "dynamo_mpi"}
         if auth.uses_nkey:
             if find_spec("nkeys") is None:
-                return  # without the library it can't be seen whether they are right
+                return  # without the library the credentials can't be checked
             try:
                 options |= auth.sign_nonce(str(info.get("nonce", "")))
             except ValueError as error:
@@ -77,7 +77,7 @@ def check_nats(
 
 
 def _log_in(connection: socket.socket, options: dict[str, Any], deadline: float, sees_certificate: bool) -> None:
-    # a server that rejects our certificate has closed by now, and its reason is still to be read
+    # a server that rejects our certificate has closed the connection by now, but its reason can still be read
     with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
         connection.settimeout(remaining(deadline))
         connection.sendall(f"CONNECT {json.dumps(options)}\r\nPING\r\n".encode())
@@ -108,11 +108,11 @@ def _read_info(connection: socket.socket, deadline: float) -> dict[str, Any]:
 
 
 def _read_line(connection: socket.socket, deadline: float, begin: bytes = b"") -> bytes:
-    """Read a line, or the beginning of one that doesn't begin as it should. A socket's own timeout starts anew with every byte."""
+    """Read a line, or only its beginning if that is wrong. A socket's own timeout restarts with every byte."""
     data = b""
     while not data.endswith(b"\n") and len(data) < MAX_BYTES and data[: len(begin)] == begin[: len(data)]:
         connection.settimeout(remaining(deadline))
-        # byte by byte: behind the line there may be another, or a TLS handshake
+        # byte by byte: the line may be followed by another, or by a TLS handshake
         part = connection.recv(1)
         if not part:
             break
@@ -125,12 +125,12 @@ def _printable(text: str) -> str:
 
 
 def nats_unanswered(server: str, text: str, seconds: float) -> DiscoveryError:
-    """Return the error of a worker that can't talk to NATS.
+    """Return the error of a worker that can't use NATS.
 
     Args:
         server: its address.
-        text: what is wrong.
-        seconds: that it had.
+        text: the problem.
+        seconds: the time limit.
     """
     if "certificate verify failed" in text:
         return DiscoveryError(
@@ -151,7 +151,7 @@ def nats_refused(server: str, text: str, auth: NatsAuth) -> AuthorizationError:
 
     Args:
         server: its address.
-        text: what it has answered.
+        text: its answer.
         auth: our credentials.
     """
     if "certificate" in text.lower() or "unknown_ca" in text.lower().replace(" ", "_"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Publish messages over NATS that may get lost: whatever NATS does, the worker never waits for it.
+"""Publish messages over NATS without a guarantee of delivery: the worker never waits for NATS.
 
 All of it runs in a thread of its own, on an event loop of its own. Messages that can't be sent are queued, up to a limit, and sent in their
 order when NATS is back; if there are too many, the oldest are dropped.
@@ -45,9 +45,9 @@ class NatsPublisher:
     def __init__(self, server: str, auth: NatsAuth, warn: Callable[[str], None]) -> None:
         self._server = server if "://" in server else f"nats://{server}"
         self._auth, self._log_warning = auth, warn
-        # any thread, or a signal's handler, appends to it
+        # any thread, or a signal handler, appends to it
         self._queued: deque[Message] = deque(maxlen=_MAX_QUEUED)
-        # taken from there, and not confirmed by NATS yet
+        # taken from the queue, and not confirmed by NATS yet
         self._unconfirmed: list[Message] = []
         # callers of `flush`, and those whose messages are being sent
         self._flushes: deque[threading.Event] = deque()
@@ -60,17 +60,17 @@ class NatsPublisher:
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
     def start(self) -> None:
-        """Start to connect. Does not wait."""
+        """Start the connection. Does not wait."""
         self._thread.start()
 
     def send(self, message: Message) -> None:
-        """Send soon. Never waits, and may be called from a signal's handler."""
+        """Queue a message. Never waits, and may be called from a signal handler."""
         # no lock: a handler may have interrupted the thread that holds it
         self._queued.append(message)
         self._wake()
 
     def flush(self, seconds: float) -> None:
-        """Wait until all has been sent, or ``seconds`` have passed; not at all if NATS is away."""
+        """Wait until all messages are sent, at most ``seconds``; don't wait if NATS isn't connected."""
         if self._is_trying:
             done = threading.Event()
             self._flushes.append(done)
@@ -78,7 +78,7 @@ class NatsPublisher:
             done.wait(seconds)
 
     def close(self, seconds: float) -> None:
-        """The same, and end the connection. Idempotent."""
+        """Flush, and close the connection. Idempotent."""
         self._close_at = min(self._close_at, time.monotonic() + seconds)
         self._wake()
         if self._is_trying and self._thread.is_alive():
@@ -91,7 +91,7 @@ class NatsPublisher:
                 loop.call_soon_threadsafe(wakeup.set)
 
     def _run(self) -> None:
-        # the user is warned once; nothing else may come of it
+        # the user is warned once; the error must have no other effect
         with contextlib.suppress(Exception):
             asyncio.run(self._main())
         self._is_trying = False
@@ -110,12 +110,12 @@ class NatsPublisher:
                     return
             else:
                 self._has_confirmed = False
-                # nats-py has many errors, and the loop others
+                # nats-py has many error classes, and so has the event loop
                 with contextlib.suppress(Exception):
                     await self._deliver(client)
                 with contextlib.suppress(Exception):
                     await asyncio.wait_for(client.close(), _CLOSE_SECONDS)
-                # a server that accepts us and closes the connection each time isn't asked more often than one that is away
+                # a server that accepts and then closes each connection is tried no more often than one that is down
                 backoff = _MIN_BACKOFF_SECONDS if self._has_confirmed else backoff
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._closing(), backoff)
@@ -155,10 +155,10 @@ class NatsPublisher:
                 f"{error.name or error} isn't installed",
                 f"pip install {'nkeys' if error.name == 'nkeys' else 'nats-py'}",
             )
-        except Exception as error:  # nats-py raises its own, the loop's, the system's
+        except Exception as error:  # errors of nats-py, of the event loop, of the system
             self._warn(
                 str(error) or type(error).__name__,
-                "look at nats-server; NATS_SERVER, NATS_AUTH_* and NATS_TLS_* say how it is reached",
+                "check nats-server, and NATS_SERVER, NATS_AUTH_* and NATS_TLS_*",
             )
         return None
 
@@ -166,7 +166,7 @@ class NatsPublisher:
         auth, login = self._auth, self._auth.connect_options()
         options: dict[str, Any] = {
             "name": "dynamo_mpi",
-            # we reconnect ourselves, and send again what was not confirmed
+            # this class reconnects itself, and sends unconfirmed messages again
             "allow_reconnect": False,
             "connect_timeout": _CONNECT_SECONDS,
             "user": login.get("user"),
@@ -182,14 +182,14 @@ class NatsPublisher:
         return options
 
     async def _ignore(self, _: Exception) -> None:
-        """Stay silent: by default nats-py writes a traceback."""
+        """Ignore errors: by default nats-py writes a traceback."""
 
     async def _on_closed(self) -> None:
         if self._wakeup is not None:
             self._wakeup.set()
 
     async def _deliver(self, client: Any) -> None:
-        """Send what is queued, until the connection ends or is to end."""
+        """Send queued messages, until the connection is lost or must be closed."""
         while client.is_connected:
             # first the flushes, then the messages that they wait for
             while self._flushes:
@@ -198,7 +198,7 @@ class NatsPublisher:
                 self._unconfirmed.append(self._queued.popleft())
             is_idle = not self._unconfirmed
             for message in self._unconfirmed:
-                # one that NATS never accepts would block all that come after it
+                # a message that NATS never accepts would block all later ones
                 if len(message.data) <= client.max_payload:
                     await client.publish(message.subject, message.data)
             if not is_idle:
@@ -215,4 +215,6 @@ class NatsPublisher:
         if not self._has_warned:
             self._has_warned = True
             reason = " ".join(found.split())
-            self._log_warning(f"no lifecycle events go out over NATS for now, the worker goes on: {reason}; do: {fix}")
+            self._log_warning(
+                f"lifecycle events can't be sent over NATS for now, the worker goes on: {reason}; do: {fix}"
+            )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules between this world and those that were there before it: does the other role's KV fit ours? Pure."""
+"""Rules between this worker and earlier ones of the other role: their KV must be compatible. Pure."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 _PARTNER = {"prefill": "decode", "decode": "prefill"}
 
 
-def peers_of(own: WorkerRecord, all_worlds: Sequence[StoredRecord]) -> list[StoredRecord]:
-    """Return the worlds that hand KV over to ``own`` or take it: the other role's, of the same model in the same namespace."""
+def peers_of(own: WorkerRecord, all_workers: Sequence[StoredRecord]) -> list[StoredRecord]:
+    """Return the workers that send KV to ``own`` or receive it: those of the other role, with the same model and namespace."""
     wanted = (own.namespace, own.model, _PARTNER.get(own.role))
-    found = [peer for peer in all_worlds if (peer.record.namespace, peer.record.model, peer.record.role) == wanted]
+    found = [peer for peer in all_workers if (peer.record.namespace, peer.record.model, peer.record.role) == wanted]
     return sorted(found, key=lambda peer: peer.create_revision)
 
 
 def check_peer(own: WorkerRecord, peer: WorkerRecord) -> list[Finding]:
-    """P5, I1-I8, F11: what holds between two workers that hand KV over to each other."""
+    """P5, I1-I8, F11: the rules between two workers that transfer KV to each other."""
     if found := list(_engines(own, peer)):
         return found
     prefill, decode = (side.contract for side in _in_order(own, peer))
@@ -33,11 +33,11 @@ def check_peer(own: WorkerRecord, peer: WorkerRecord) -> list[Finding]:
 
 
 def _engines(own: WorkerRecord, peer: WorkerRecord) -> Iterator[Finding]:
-    """P5: One engine on both sides of a pair: the reference engine and TensorRT-LLM hand KV over in ways of their own."""
+    """P5: both sides of a pair run the same engine: the reference engine and TensorRT-LLM transfer KV in different ways."""
     if own.engine != peer.engine:
         yield error(
             "P5",
-            "prefill and decode run different engines: the KV of one is no KV for the other",
+            "prefill and decode run different engines: one can't use the other's KV",
             found=", ".join(f"{side.role} {side.engine}" for side in _in_order(own, peer)),
             needed="the same engine",
             fix="set the same --engine on both sides",
@@ -49,12 +49,12 @@ def _in_order(own: WorkerRecord, peer: WorkerRecord) -> tuple[WorkerRecord, Work
 
 
 def incompatibility(own: WorkerRecord, earlier: Sequence[StoredRecord], seconds: int) -> str:
-    """Say why ``own`` can't be started beside those that came first; empty where it can.
+    """Return why ``own`` can't be started beside earlier peers; empty if it can.
 
     Args:
-        own: this world.
-        earlier: the peers that came first.
-        seconds: how long the record of a peer that was killed may still be there.
+        own: this worker.
+        earlier: the peers that started earlier.
+        seconds: how long the record of a killed peer may remain.
     """
     parts = []
     for peer in earlier:
@@ -68,37 +68,37 @@ def incompatibility(own: WorkerRecord, earlier: Sequence[StoredRecord], seconds:
     if not parts:
         return ""
     hint = (
-        f"whoever comes second has to fit: change this worker, or end the other one first "
-        f"(one that was killed is forgotten after {seconds} s); --no-peer-check starts it all the same"
+        f"the worker that starts later must fit: change this worker, or end the other one first "
+        f"(the record of a killed one expires after {seconds} s); --no-peer-check starts it all the same"
     )
     return "\n".join((*parts, hint))
 
 
 def warnings(own: WorkerRecord, earlier: Sequence[StoredRecord]) -> list[str]:
-    """Return what is to be said of peers that came first where ``own`` is started: whom it fits, and what to look at."""
-    told = []
+    """Return the report on earlier peers if ``own`` starts: which ones it fits, and the warnings."""
+    lines = []
     for peer in earlier:
         findings = [found for found in check_peer(own, peer.record) if found.severity is not Severity.INFO]
         how = "does not fit" if errors(findings) else "fits"
-        told.append(f"{how} the {describe(peer.record)}" + (f"\n{render(findings)}" if findings else ""))
-    return told
+        lines.append(f"{how} the {describe(peer.record)}" + (f"\n{render(findings)}" if findings else ""))
+    return lines
 
 
 def describe(record: WorkerRecord) -> str:
-    """Name a peer, with where it is in its life: that tells a stale one."""
+    """Name a peer, with its endpoint and its phase, which shows if its record is stale."""
     return f"{record.place} at {record.endpoint}, phase {record.phase}"
 
 
 def describe_changes(own: WorkerRecord, before: Sequence[StoredRecord], now: Sequence[StoredRecord]) -> list[str]:
-    """Return a line for each peer that came, went or changed since the last look, with what doesn't fit."""
+    """Return a line for each peer that appeared, disappeared or changed since the last look, with what doesn't fit."""
     old, new = ({peer.key: peer.record for peer in peers} for peers in (before, now))
     lines = []
     for key, record in new.items():
         if key not in old:
-            lines.append(f"peer: a {record.place} has come{_verdict(own, record)}")
+            lines.append(f"peer: a {record.place} has appeared{_verdict(own, record)}")
         elif _terms(record) != _terms(old[key]):
             lines.append(f"peer: the {record.place} has changed{_verdict(own, record)}")
-    lines += [f"peer: the {record.place} has gone" for key, record in old.items() if key not in new]
+    lines += [f"peer: the {record.place} has disappeared" for key, record in old.items() if key not in new]
     return lines
 
 

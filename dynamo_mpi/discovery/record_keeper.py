@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps a world's record in etcd for as long as rank 0 lives, and watches its peers' records meanwhile."""
+"""Keeps a worker's record in etcd while rank 0 runs, and watches its peers' records."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from dynamo_mpi.discovery.records import StoredRecord, WorkerRecord
 
 _FAREWELL_SECONDS = 1.0
-# a record stays small, however often a partner is started anew
-# requests come and go by the thousand
+# the record must stay small, however often a partner restarts
+# there may be thousands of requests per second
 _BETWEEN_UPDATES_SECONDS = 1.0
 
 
 class RecordKeeper:
     """Keeps one record.
 
-    A thread of its own renews the lease three times in its life, and writes the record anew: at once when the phase changes, once a second
-    at the most when something else does, and when etcd was away for so long, or came back so empty, that it has forgotten us. Whatever etcd
-    does, the worker goes on: that is for the lease of Dynamo's runtime to decide.
+    A thread renews the lease three times in its lifetime, and rewrites the record: at once when the phase changes, at most once per second
+    when something else changes, and when etcd has lost the record. If etcd fails, the worker goes on: only the lease of Dynamo's runtime
+    decides about that.
 
     Args:
-        etcd: where; closed at the end.
-        record: what to keep.
-        seconds: that the record outlives a rank 0 which was killed.
+        etcd: the client; closed at the end.
+        record: the record.
+        seconds: after rank 0 is killed, the record expires after this time.
         log: the worker's log.
         on_lease: called with the id of each lease that the record gets.
-        on_peers: called, from the keeper's thread, with the peers and with what is told of them when they change.
+        on_peers: called, in the keeper's thread, with the peers and a line for each change, when they change.
     """
 
     def __init__(
@@ -61,9 +61,9 @@ class RecordKeeper:
         self._stale = self._away = False
         self._peers: Sequence[StoredRecord] = ()
         self._odd: set[str] = set()
-        # a signal's handler may put into it, whatever the main thread was doing
+        # a signal handler may put into it at any time
         self._changes: queue.SimpleQueue[Callable[[WorkerRecord], WorkerRecord] | None] = queue.SimpleQueue()
-        # the latest of each; the queue holds one word of them, however many there were
+        # the latest value of each field; the queue holds one entry for them, however many changes there were
         self._updates: dict[str, Any] = {}
         self._is_announced = False
         self._written_at = 0.0
@@ -73,60 +73,60 @@ class RecordKeeper:
         """Write the record, then read the others.
 
         Returns:
-            The peers that came before us: of two that do this at the same moment, exactly one sees the other here.
+            The peers that started earlier: if two workers publish at the same moment, exactly one of them gets the other here.
 
         Raises:
-            DiscoveryError: etcd does not answer, or forgets at once what it is told.
-            AuthorizationError: it refuses us.
+            DiscoveryError: etcd does not answer, or loses the record at once.
+            AuthorizationError: it rejects our credentials.
         """
         own = self._write()
         worlds = self._read()
         came = next((world.create_revision for world in worlds if world.key == own), None)
         if came is None:
             raise DiscoveryError(
-                "etcd has lost this world's record as soon as it was written",
-                needed="an etcd that keeps a lease for as long as it says",
-                fix="look at etcd's log, and at ETCD_LEASE_TTL",
+                "etcd lost this worker's record immediately after it was written",
+                needed="an etcd that keeps leases for their whole time",
+                fix="check etcd's log, and ETCD_LEASE_TTL",
             )
         self._peers = peers_of(self._record, worlds)
         return [peer for peer in self._peers if peer.create_revision < came]
 
     def start(self) -> None:
-        """Begin to keep what was published."""
+        """Start to keep the published record."""
         thread = threading.Thread(target=self._run, name="record", daemon=True)
-        # seen by `unpublish`, in another thread or a signal's handler, only once it can be joined
+        # set only when the thread can be joined: `unpublish` may run in another thread or a signal handler
         thread.start()
         self._thread = thread
 
     def set_phase(self, phase: str) -> None:
-        """Have the record say so at once. Never waits."""
+        """Set the record's phase at once. Never waits."""
         self._updates.pop("progress", None)
         self._changes.put(partial(replace, phase=phase, phase_since=time.time(), progress=None))
 
     def set_instance(self, instance: str) -> None:
-        """Have the record name Dynamo's instance at once. Never waits."""
+        """Set Dynamo's instance in the record at once. Never waits."""
         self._changes.put(partial(replace, instance=instance))
 
     def update(self, **fields: Any) -> None:
-        """Have the record say something else that changes often, within about a second: many changes until then cost one write. Never
-        waits, and may be called from a signal's handler.
+        """Set fields that change often, within about a second: all changes until then take one write. Never
+        waits, and may be called from a signal handler.
 
         Args:
             fields: of `WorkerRecord`.
         """
         self._updates.update(fields)
-        # looked at after the update is there, and taken back before it is fetched: none gets lost
+        # set after the update is stored, and cleared before updates are fetched, so that none is lost
         if not self._is_announced:
             self._is_announced = True
             self._changes.put(_unchanged)
 
     def unpublish(self) -> None:
-        """Take the record away: at once, or with its lease where etcd doesn't answer within a second. From any thread, or a signal's
-        handler; more than once does no harm."""
+        """Delete the record: at once, or, if etcd doesn't answer within a second, when its lease expires. Can be called from any thread
+        or a signal handler. Idempotent."""
         self._changes.put(None)
         thread = self._thread
         if thread is None:
-            # also here in a thread: a handler may have interrupted whoever holds the connection's lock
+            # in a thread here too: a signal handler may have interrupted the thread that holds the connection's lock
             thread = threading.Thread(target=self._retract, name="record", daemon=True)
             thread.start()
             self._thread = thread
@@ -159,7 +159,7 @@ class RecordKeeper:
         self._is_announced = False
         fields = {}
         while self._updates:
-            # another thread, or a handler, may have taken the last one
+            # another thread, or a signal handler, may have taken the last one
             with contextlib.suppress(KeyError):
                 name, value = self._updates.popitem()
                 fields[name] = value
@@ -178,11 +178,11 @@ class RecordKeeper:
         except DynamoMpiError as error:
             if not self._away:
                 self._away = True
-                self._log.warning(f"the world record in etcd can't be kept for now, the worker goes on: {error.found}")
+                self._log.warning(f"the worker record in etcd can't be kept for now, the worker goes on: {error.found}")
             return
         if self._away:
             self._away = False
-            self._log.info("the world record is in etcd again")
+            self._log.info("the worker record is in etcd again")
 
     def _keep(self) -> None:
         try:
@@ -221,7 +221,7 @@ class RecordKeeper:
         worlds, unread = list_workers(self._etcd, self._record.namespace)
         for key in unread.keys() - self._odd:
             self._odd.add(key)
-            self._log.warning(f"the record {key!a} in etcd can't be read, and is left out: {unread[key]}")
+            self._log.warning(f"the record {key!a} in etcd can't be read, and is ignored: {unread[key]}")
         return worlds
 
     def _look(self) -> None:
@@ -236,7 +236,7 @@ class RecordKeeper:
             self._on_peers(peers, lines)
 
     def _retract(self) -> None:
-        with contextlib.suppress(DynamoMpiError):  # it goes with its lease, then
+        with contextlib.suppress(DynamoMpiError):  # otherwise it expires with its lease
             if self._lease is not None:
                 self._etcd.revoke(self._lease.id, _FAREWELL_SECONDS)
         self._etcd.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A world makes itself known, and makes sure that it fits those that were there before."""
+"""Publishes this worker's record, and checks that the worker fits earlier peers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _PAIRED = ("prefill", "decode")
 
 
 class RecordPublisher(WorkerHook):
-    """This world's record in etcd, while there is one.
+    """This worker's record in etcd.
 
     Args:
-        log: rank 0's.
-        record: what to say of this world.
+        log: rank 0's log.
+        record: the record to publish.
         on_lease: called with the id of each lease that the record gets.
-        on_peers: called with the peers, and with what is told of them, when they change.
+        on_peers: called with the peers, and a line for each change, when they change.
     """
 
     def __init__(
@@ -47,22 +47,22 @@ class RecordPublisher(WorkerHook):
         self._record = record
 
     def publish(self, settings: Settings, environ: Mapping[str, str]) -> None:
-        """Publish the record, and compare it with the peers that came first.
+        """Publish the record, and compare it with earlier peers.
 
-        Where nothing has to be compared, or ``--no-peer-check`` was given, a record that can't be written is only a warning.
+        If nothing must be compared, or with ``--no-peer-check``, a record that can't be written is only a warning.
 
         Args:
             settings: the worker's.
-            environ: where etcd and our credentials stand.
+            environ: has etcd's endpoints and our credentials.
 
         Raises:
-            LayoutError: a peer that came first doesn't fit.
+            LayoutError: an earlier peer doesn't fit.
             DiscoveryError: etcd does not answer.
-            AuthorizationError: it refuses us.
-            UsageError: what is set for it can't be used.
+            AuthorizationError: it rejects our credentials.
+            UsageError: the settings for etcd can't be used.
         """
-        if trouble := missing_client():
-            self._log.warning(f"no world record, and no look at peers: {trouble}")
+        if reason := missing_client():
+            self._log.warning(f"no worker record, and peers aren't checked: {reason}")
             return
         try:
             seconds = lease_seconds(environ)
@@ -72,7 +72,7 @@ class RecordPublisher(WorkerHook):
             if etcd.auth_is_disabled:
                 raise _needless()
         except (CredentialsError, UsageError):
-            # Dynamo's runtime would fare no better, and try for two minutes after the load
+            # Dynamo's runtime would fail too, after two minutes of attempts, after the load
             self.unpublish()
             raise
         except DynamoMpiError as error:
@@ -80,52 +80,52 @@ class RecordPublisher(WorkerHook):
                 raise
             self.unpublish()
             self._keeper = None
-            self._log.warning(f"no world record: {error}")
+            self._log.warning(f"no worker record: {error}")
             return
         self._judge(self._record, earlier, seconds, refuse=not settings.no_peer_check)
         self._keeper.start()
 
     def on_phase(self, phase: str) -> None:
-        """Have the record say which phase it is."""
+        """Set the record's phase."""
         self._phase = phase
         if self._keeper is not None:
             self._keeper.set_phase(phase)
 
     def on_registered(self, lease: int) -> None:
-        """Have the record name Dynamo's instance."""
+        """Set Dynamo's instance in the record."""
         if self._keeper is not None:
             self._keeper.set_instance(f"{lease:x}")
 
     def on_requests_in_flight(self, count: int) -> None:
-        """Have the record say how many requests are in flight, in a second or so."""
+        """Set the number of requests in flight, within about a second."""
         self._update(in_flight=count)
 
     def on_progress(self, progress: PhaseProgress) -> None:
-        """Have the record say how far the ranks have come in the phase; the next phase begins without."""
+        """Set the ranks' progress in the phase; the next phase starts without one."""
         if progress.phase != self._phase:
-            return  # it would stand beside the next phase, for good where that is the last that has any
+            return  # it would appear beside the next phase, and remain if that reports no progress
         done = None if self._record.engine == "trtllm" else progress.done
         slowest = progress.slowest_rank, progress.slowest_host
         self._update(progress=Progress(done, progress.ranks, *slowest, round(progress.seconds, 1), progress.read))
 
     def on_hardware_checked(self, figures: dict[str, Any]) -> None:
-        """Have the record say what the checks have measured."""
+        """Set the measurements of the hardware checks."""
         self._update(probe=figures)
 
     def on_failure_detected(self) -> None:
-        """Take the record away."""
+        """Delete the record."""
         self.unpublish()
 
     def on_shutdown(self, code: int) -> None:
-        """Take the record away, before the ranks leave."""
+        """Delete the record, before the ranks exit."""
         self.unpublish()
 
     def on_exit(self, code: int) -> None:
-        """Take the record away, if it is still there."""
+        """Delete the record, if it still exists."""
         self.unpublish()
 
     def unpublish(self) -> None:
-        """Take the record away, in a second at the most. Does not raise, and may be called from a signal's handler."""
+        """Delete the record, in at most a second. Does not raise, and may be called from a signal handler."""
         if self._keeper is not None:
             self._keeper.unpublish()
 
@@ -143,7 +143,7 @@ class RecordPublisher(WorkerHook):
 
 def _needless() -> UsageError:
     return UsageError(
-        "ETCD_AUTH_USERNAME is set, and this etcd asks nobody who they are: Dynamo's runtime can't connect to it with a password",
+        "ETCD_AUTH_USERNAME is set, but this etcd has no users: Dynamo's runtime can't connect to it with a password",
         needed="no password, or an etcd with users",
         fix="unset ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, or etcdctl auth enable",
     )

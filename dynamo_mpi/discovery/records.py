@@ -28,7 +28,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound=_Named)
 
 SCHEMA = 1
-"""Grows when something is taken away or changes its meaning; what is only added is no new schema."""
+"""Increases if a field is removed or changes its meaning; new fields need no new schema."""
 LAUNCH_VARIABLE = "DYN_MPI_LAUNCH"
 """The variable by which `dynamo-mpi launch` names a worker to its ranks."""
 _ROOT = "dynamo_mpi/v1/worlds/"
@@ -36,7 +36,7 @@ _ROOT = "dynamo_mpi/v1/worlds/"
 
 @dataclass(frozen=True)
 class RecordedLayout:
-    """How a worker is divided over its ranks.
+    """A worker's layout.
 
     Args:
         tp_size: tensor-parallel size.
@@ -44,8 +44,8 @@ class RecordedLayout:
         cp_size: context-parallel size.
         ep_size: expert-parallel size.
         attention_dp: attention is data-parallel.
-        ranks: how many.
-        gpus_per_node: GPUs, and ranks, of each node.
+        ranks: number of ranks.
+        gpus_per_node: number of GPUs, and ranks, on each node.
     """
 
     tp_size: int
@@ -72,12 +72,12 @@ _NO_LAYOUT = RecordedLayout(0, 0, 0, 0, False, 0, 0)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the ranks are in the phase that the record names.
+    """The ranks' progress in the record's phase.
 
     Args:
         done: ranks that have finished it; None if they don't report that, as with ``dynamo.trtllm``.
         ranks: all of them.
-        slowest_rank: the one that is furthest behind; None if none is.
+        slowest_rank: the rank that is furthest behind; None if there is none.
         slowest_host: its node.
         seconds: since the phase began.
         read: bytes that all ranks together have read since they started; None if that isn't known.
@@ -102,8 +102,8 @@ class WorkerRecord:
         component: Dynamo's.
         endpoint: ``dyn://namespace.component.endpoint``.
         model: the name that clients ask for.
-        phase: its present one, as `common.phases` names it.
-        layout: how it is divided.
+        phase: its current phase, as in `common.phases`.
+        layout: its layout.
         hosts: its nodes, in the order of their first rank.
         contract: what its partner must agree with; None if it has no partner.
         dynamo_mpi: version.
@@ -115,13 +115,13 @@ class WorkerRecord:
         host: rank 0's node.
         instance: Dynamo's id of it, which is its lease's too, hexadecimal as in etcd; None until it is registered.
         launch: `dynamo-mpi launch`'s name for it; None without `launch`.
-        attempt: which start of this worker it is, from 1 on.
+        attempt: the number of this start of the worker, from 1 on.
         phase_since: when the phase began, in seconds since 1970; None from an older writer.
         in_flight: requests that have started and not ended; None if that isn't known, as with ``dynamo.trtllm``.
         progress: of the phase; None if there is nothing to report.
         system: URL of ``/health``, ``/live`` and ``/metrics``; None if they aren't served.
         trace: the W3C ``traceparent`` it runs under.
-        probe: what the probes have measured, by probe; None if none ran.
+        probe: the measurements of the hardware checks, by check; None if none ran.
     """
 
     role: str
@@ -164,7 +164,7 @@ class WorkerRecord:
             problems: None to be strict, a list to be tolerant, as for `record_codec.read_fields`.
 
         Raises:
-            ValueError: it isn't a record, or one of a schema that isn't known here.
+            ValueError: it isn't a record, or has an unknown schema.
         """
         content = parse_object(data, SCHEMA)
         strict = problems is None
@@ -209,7 +209,7 @@ class WorkerRecord:
 
 
 class StoredRecord(NamedTuple):
-    """A record as it stands in etcd.
+    """A record in etcd.
 
     Args:
         key: its key.
@@ -239,7 +239,7 @@ def list_workers(
 
     Raises:
         DiscoveryError: etcd does not answer.
-        AuthorizationError: it refuses us.
+        AuthorizationError: it rejects our credentials.
     """
     found, unreadable = read_stored(etcd.get_prefix(worlds_of(namespace)), WorkerRecord.unpack, _ROOT, problems)
     return [StoredRecord(entry.key, entry.create_revision, record, entry.lease) for entry, record in found], unreadable
@@ -251,7 +251,7 @@ def read_stored(
     root: str,
     problems: dict[str, list[str]] | None,
 ) -> tuple[list[tuple[KeyValue, R]], dict[str, str]]:
-    """Decode what stands in etcd; the arguments and results are those of `list_workers`.
+    """Decode entries of etcd; arguments and results are those of `list_workers`.
 
     A record must name the same worker as its key: rights in etcd are given by keys.
     """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.log import RankLogger
     from dynamo_mpi.discovery.etcd import KeyValue
 
-_LEASE_LOST = "etcd has lost this worker's lease: it answers, and doesn't know it any more"
+_LEASE_LOST = "etcd has lost this worker's lease: it answers, but no longer has the lease"
 _STOP_SECONDS = 1.0
 # dynamo.trtllm deregisters when it gets SIGTERM, and then ends its requests
 _LEASES_TO_END = 2
@@ -28,20 +28,20 @@ _REVOKE_SECONDS, _POLL_SECONDS = 1.0, 0.02
 
 
 class RegistrationMonitor:
-    """Checks one worker's registration three times in its lease's life, from `start` to `stop`.
+    """Checks one worker's registration three times per lifetime of its lease, from `start` to `stop`.
 
-    Dynamo's runtime looks at its lease alone, and not at all while etcd hangs. Keys that were deleted while the lease lives are written
-    again. A lost lease can't be had again, since its id is the instance's: that is reported, so that the worker can end in order and be
-    started again.
+    Dynamo's runtime checks only its lease, and doesn't notice an etcd that hangs. If keys are deleted while the lease exists, they are
+    written again. A lost lease can't be restored, since its id is the instance's: that is reported, so that the worker can end in order
+    and be started again.
 
     Args:
         endpoint: ``dyn://namespace.component.endpoint``.
-        environ: where etcd and our credentials stand.
-        timeout: seconds of each question.
+        environ: has etcd's endpoints and our credentials.
+        timeout: seconds of each call.
         log: the worker's log.
-        pauses: the worker takes itself out of discovery at times, as ``dynamo.trtllm`` does while its memory is released: then an
-            instance that is missing while its model is there isn't written again, and both only when they have been missing for longer
-            than it may take to end by itself.
+        pauses: whether the worker deregisters itself at times, as ``dynamo.trtllm`` does while its memory is released: then an
+            instance that is missing while its model exists isn't written again, and if both are missing, they are written only after the
+            time that the worker may take to end by itself.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class RegistrationMonitor:
         self._path = endpoint.removeprefix("dyn://").replace(".", "/")
         self._environ, self._timeout, self._log, self._pauses = environ, timeout, log, pauses
         self._etcd: GrpcEtcdClient | None = None
-        # until etcd has said it: who freezes at once is noticed too
+        # until etcd has reported it: an etcd that hangs from the start is noticed too
         self._instance, self._seconds, self._is_granted = 0, lease_seconds(environ), False
         self._known: dict[str, KeyValue] = {}
         self._seen, self._failures = 0.0, 0
@@ -69,25 +69,25 @@ class RegistrationMonitor:
         """Start. Does not wait, and does not raise.
 
         Args:
-            instance: the worker's id, as Dynamo's runtime has it: its lease's, too.
+            instance: the worker's id in Dynamo's runtime, which is also the lease's.
             on_lost: called once, from a thread, when the registration is lost for good.
         """
         self._instance, self._seen = instance, time.monotonic()
         thread = threading.Thread(target=self._run, args=(on_lost,), name="registration", daemon=True)
-        # seen by `stop`, in another thread, only once it can be joined
+        # set only when the thread can be joined: `stop` may run in another thread
         thread.start()
         self._thread = thread
 
     def stop(self) -> None:
-        """Stop, before the worker deregisters itself. Waits no longer than a second for a question that was asked."""
+        """Stop, before the worker deregisters itself. Waits at most a second for a pending call."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join(_STOP_SECONDS)
 
     def lost_lease_reason(self) -> str:
-        """Ask etcd what has become of the lease, after a runtime has ended by itself: a sentence, or nothing where it is still there.
+        """After a runtime has ended by itself, return why its lease is lost, as a sentence; empty if it still exists.
 
-        A runtime that ends in order gives its lease back, so a missing lease means something only if the runtime was not asked to end.
+        A runtime that ends in order revokes its lease, so a missing lease is a reason only if the runtime was not asked to end.
         """
         if not self._instance or missing_client():
             return ""  # it never had one, or there is no client
@@ -113,7 +113,7 @@ class RegistrationMonitor:
             on_lost(error)
 
     def _look(self) -> RetryableError | None:
-        """Look once; what is returned is the end."""
+        """Check once; return the error if the registration is lost."""
         try:
             lives = self._restore()
         except LeaseLostError:
@@ -127,12 +127,12 @@ class RegistrationMonitor:
         return None if lives else lease_error(_LEASE_LOST)
 
     def _restore(self) -> bool:
-        """Write again what is missing under the lease, and tell whether that lives.
+        """Write missing keys again; return whether the lease exists.
 
         Raises:
-            LeaseLostError: it has ended in the meantime.
+            LeaseLostError: the lease was lost in the meantime.
             DiscoveryError: etcd does not answer.
-            AuthorizationError: it refuses us.
+            AuthorizationError: it rejects our credentials.
         """
         etcd = self._connected()
         instance, model = (f"v1/{what}/{self._path}/{self._instance:x}" for what in ("instances", "mdc"))
@@ -173,8 +173,8 @@ class RegistrationMonitor:
     def _unanswered(self, error: DynamoMpiError) -> RetryableError | None:
         away = time.monotonic() - self._seen
         self._failures += 1
-        # The runtime sees an etcd that has gone when its lease has run out; what it doesn't see is one that hangs. A question that was late
-        # because this process stood still tells nothing of etcd.
+        # The runtime notices a lost etcd when its lease has expired, but it doesn't notice one that hangs. A call that was late because this
+        # process was stopped is no sign that etcd hangs.
         if away < self._seconds * 4 / 3 or self._failures < _FAILURES:
             return None
         return lease_error(
@@ -184,14 +184,14 @@ class RegistrationMonitor:
     def _refuse(self, error: DynamoMpiError) -> None:
         if not self._refused:
             self._refused = True
-            self._log.warning(f"whether this worker stays registered can't be seen: {error.found}")
+            self._log.warning(f"whether this worker is still registered can't be checked: {error.found}")
 
 
 class InstanceLease(WorkerHook):
-    """The lease of one worker's registration: revoking it deregisters a worker at once, where it would stay for half a minute.
+    """The lease of one worker's registration: revoking it deregisters the worker at once instead of after half a minute.
 
     Dynamo writes all keys of a worker under one lease, whose id is the instance's (``v1/instances/NAMESPACE/COMPONENT/ENDPOINT/ID``,
-    hexadecimal). The runtime then finds its lease gone, and ends, which is what a worker that failed does anyway.
+    hexadecimal). When its lease is lost, the runtime ends, as a worker that failed does anyway.
 
     Args:
         endpoint: ``dyn://namespace.component.endpoint``.
@@ -214,24 +214,24 @@ class InstanceLease(WorkerHook):
     def resolve(self, instance: int) -> None:
         """Connect, and find the lease of an instance that registers, so that `revoke` is quick. Does not raise.
 
-        Waits, a second at the most, until the instance exists: Dynamo's runtime writes the model first, and the two in no fixed order.
+        Waits at most a second until the instance exists: Dynamo's runtime writes model and instance in no fixed order.
 
         Args:
-            instance: its id, as Dynamo's runtime has it.
+            instance: its id in Dynamo's runtime.
         """
         end = time.monotonic() + _REVOKE_SECONDS
-        with contextlib.suppress(DynamoMpiError, ImportError):  # the keys go with the lease's time, then
+        with contextlib.suppress(DynamoMpiError, ImportError):  # otherwise the keys expire with the lease
             self._etcd = GrpcEtcdClient.from_env(self._environ, _REVOKE_SECONDS)
             self._instance = instance
             while not self._find() and time.monotonic() < end:
                 time.sleep(_POLL_SECONDS)
 
     def on_failure_detected(self) -> None:
-        """Revoke the lease: no request must arrive any more."""
+        """Revoke the lease, so that no more requests arrive."""
         self.revoke()
 
     def revoke(self) -> bool:
-        """Revoke the lease, in two seconds at the most; return whether the worker is deregistered. Does not raise."""
+        """Revoke the lease, in at most two seconds; return whether the worker is deregistered. Does not raise."""
         if self._etcd is not None:
             with contextlib.suppress(DynamoMpiError):
                 self._find()
@@ -240,7 +240,7 @@ class InstanceLease(WorkerHook):
 
     def revoke_leftover(self) -> None:
         """After an orderly end, revoke the lease if the runtime may have been unable to: it never renews a password's token, and can't
-        deregister after that has expired. Two seconds at the most; does not raise."""
+        deregister after that has expired. Takes at most two seconds; does not raise."""
         with contextlib.suppress(DynamoMpiError):
             if EtcdAuth.from_env(self._environ).username:
                 self.revoke()
@@ -262,5 +262,5 @@ def lease_error(found: str) -> RetryableError:
     return RetryableError(
         found,
         needed="an etcd that keeps this worker's lease",
-        fix="start the worker again; if it comes back, look at etcd and the network between",
+        fix="start the worker again; if that happens again, check etcd and the network to it",
     )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuse what Dynamo's runtime can't do although etcd, NATS and our own clients can: it would try for two minutes, after the load.
+"""Rejects settings that etcd, NATS and our own clients support but Dynamo's runtime doesn't: it would fail two minutes after the load.
 
-Seen with ai-dynamo-runtime 1.4.2 and 1.6.1: it gives etcd a password *or* certificates, a password first, and certificates only where all
-three variables are set and the endpoint is ``https://``; it never renews a password's token; it has TLS for NATS from 1.5 on. An empty
-variable counts as set. Pure, but for `runtime_version`.
+Observed with ai-dynamo-runtime 1.4.2 and 1.6.1: it sends etcd a password *or* certificates, preferably a password, and certificates only if
+all three variables are set and the endpoint is ``https://``; it never renews a password's token; it supports TLS for NATS since 1.5. An
+empty variable counts as set. Pure, but for `runtime_version`.
 """
 
 from __future__ import annotations
@@ -39,43 +39,43 @@ def runtime_version() -> tuple[int, ...] | None:
 
 
 def remove_empty_credentials(environ: MutableMapping[str, str]) -> None:
-    """Unset credentials that are empty, which is how a script says "none": for the runtime an empty one is set."""
+    """Unset empty credentials: scripts use them for "none", but for the runtime an empty variable is set."""
     for name in [name for name, value in environ.items() if name.startswith(_CREDENTIALS) and not value]:
         del environ[name]
 
 
 def check_runtime_can_use(endpoints: Sequence[str], auth: EtcdAuth) -> list[str]:
-    """Refuse what the runtime can't do with etcd.
+    """Reject settings of etcd that the runtime doesn't support.
 
     Args:
-        endpoints: those that it is to use.
+        endpoints: the endpoints that it must use.
         auth: our credentials.
 
     Returns:
         Warnings.
 
     Raises:
-        UsageError: it can't.
+        UsageError: the runtime can't use them.
     """
     secured = [endpoint for endpoint in endpoints if endpoint.startswith("https://")]
     certificates = (auth.authority, auth.certificate, auth.key)
     if auth.username and secured:
         raise UsageError(
-            "ETCD_AUTH_USERNAME is set, and etcd is https://: Dynamo's runtime shows etcd a password without TLS only",
+            "ETCD_AUTH_USERNAME is set, and etcd is https://: Dynamo's runtime sends etcd a password only without TLS",
             needed="certificates, whose CN is the user's name for etcd",
             fix="unset ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, and set ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY "
             "to PEM texts",
         )
     if secured and not all(certificates):
         raise UsageError(
-            "etcd is https://, and not all of ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY are set: Dynamo's runtime speaks "
-            "TLS to etcd with all three only",
-            needed="all three as PEM texts, also where etcd asks for no client's certificate",
+            "etcd is https://, and not all of ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY are set: Dynamo's runtime uses "
+            "TLS to etcd only with all three",
+            needed="all three as PEM texts, even if etcd requires no client certificate",
             fix='export ETCD_AUTH_CA="$(cat ca.crt)" ETCD_AUTH_CLIENT_CERT="$(cat client.crt)" ETCD_AUTH_CLIENT_KEY="$(cat client.key)"',
         )
     if all(certificates) and not auth.username and len(secured) < len(endpoints):
         raise UsageError(
-            "ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY are set, and etcd is not https://: Dynamo's runtime would show "
+            "ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY are set, and etcd is not https://: Dynamo's runtime would send "
             "certificates to an etcd without TLS",
             needed="https:// for all endpoints, or no certificates",
             fix="correct ETCD_ENDPOINTS, or unset ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY",
@@ -86,7 +86,7 @@ def check_runtime_can_use(endpoints: Sequence[str], auth: EtcdAuth) -> list[str]
 def require_nats(
     is_tls: bool, auth: NatsAuth, installed: tuple[int, ...] | None, *, tls_required: bool = False
 ) -> None:
-    """Refuse what the runtime can't do with NATS.
+    """Reject settings of NATS that the runtime doesn't support.
 
     Args:
         is_tls: its address is ``tls://``.
@@ -95,7 +95,7 @@ def require_nats(
         tls_required: NATS accepts no connection without TLS.
 
     Raises:
-        UsageError: it can't.
+        UsageError: the runtime can't use them.
     """
     if (is_tls or tls_required) and installed is not None and installed < _NATS_TLS_SINCE:
         raise UsageError(
@@ -106,7 +106,7 @@ def require_nats(
     if (tls_required or auth.has_tls) and not is_tls:
         why = "this NATS requires TLS" if tls_required else "NATS_TLS_* is set"
         raise UsageError(
-            f"NATS_SERVER is not tls://, and {why}: Dynamo's runtime speaks TLS where the address says so",
+            f"NATS_SERVER is not tls://, and {why}: Dynamo's runtime uses TLS only for a tls:// address",
             needed="NATS_SERVER=tls://HOST:PORT",
             fix="correct NATS_SERVER" if tls_required else "correct NATS_SERVER, or unset NATS_TLS_*",
         )

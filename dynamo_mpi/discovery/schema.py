@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is written to etcd and sent over NATS, as a JSON Schema (draft 2020-12), from the dataclasses that write it. Pure."""
+"""A JSON Schema (draft 2020-12) of the records in etcd and the events over NATS, made from their dataclasses. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ENTRIES = {"record": WorkerRecord, "failure": FailureRecord, "event": Lifecycle
 
 
 def json_schema() -> dict[str, Any]:
-    """Return one schema for all: ``#/$defs/record``, ``failure`` and ``event``. Other members are allowed: a newer writer's."""
+    """Return one schema for all: ``#/$defs/record``, ``failure`` and ``event``. Other members are allowed: a newer version may write them."""
     definitions = {name: _entry(kind) for name, kind in _ENTRIES.items()}
     parts = {name: _object(kind) for name, kind in _OBJECTS.items() if kind is not FailureRecord}
     definitions["event"]["properties"]["event"] = {"enum": list(EVENTS)}

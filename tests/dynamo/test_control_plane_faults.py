@@ -132,7 +132,7 @@ def test_a_short_absence_is_nothing_and_an_etcd_that_has_forgotten_the_worker_en
         begin = time.monotonic()
         report = lost(worker, etcd)
         assert time.monotonic() - begin < NOTICED_SECONDS
-    assert "etcd has lost this worker's lease: it answers, and doesn't know it any more" in report
+    assert "etcd has lost this worker's lease: it answers, but no longer has the lease" in report
     assert etcd.keys() == [] == etcd.worlds()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world record of real workers: there from the preflight on, gone with the worker, and in the way of a partner that doesn't fit."""
+"""The worker record of real workers: there from the preflight on, gone with the worker, and in the way of a partner that doesn't fit."""
 
 from __future__ import annotations
 
@@ -199,9 +199,9 @@ def test_a_peer_that_fits_is_named_and_its_comings_and_goings_are_told(etcd: Etc
     decode.ready()
     assert "preflight: fits the prefill worker on " in decode.text()
     eventually(lambda: "peer: a decode worker on " in prefill.text(), "it has come")
-    assert f"(pid {decode.rank_zero()}) has come\n" in prefill.text()
+    assert f"(pid {decode.rank_zero()}) has appeared\n" in prefill.text()
     os.kill(decode.rank_zero(), signal.SIGKILL)
-    eventually(lambda: "has gone" in prefill.text(), "it has gone", 20)
+    eventually(lambda: "has disappeared" in prefill.text(), "it has gone", 20)
     terminate(prefill)
 
 
@@ -211,7 +211,7 @@ def test_the_check_can_be_left_out_and_is_not_silent_then(etcd: EtcdServer, star
     decode = start("decode", *BLOCKS, "--no-peer-check")
     decode.ready()
     assert "preflight: does not fit the prefill worker" in decode.text()
-    eventually(lambda: "has come, and does not fit: I1" in prefill.text(), "the first one is told")
+    eventually(lambda: "has appeared, and does not fit: I1" in prefill.text(), "the first one is told")
     for worker in (decode, prefill):
         terminate(worker)
 
@@ -276,8 +276,8 @@ def test_what_somebody_else_has_written_is_left_out(etcd: EtcdServer, start: Sta
     etcd.put(f"{WORLDS}dynamo/backend/yy", json.dumps({"schema": 99}).encode())
     worker = start("prefill")
     worker.ready()
-    assert "backend/zz' in etcd can't be read, and is left out: no JSON" in worker.text()
-    assert "backend/yy' in etcd can't be read, and is left out: of schema 99" in worker.text()
+    assert "backend/zz' in etcd can't be read, and is ignored: no JSON" in worker.text()
+    assert "backend/yy' in etcd can't be read, and is ignored: of schema 99" in worker.text()
     assert "Traceback" not in worker.text()
     terminate(worker)
 
@@ -313,7 +313,7 @@ def test_a_password_is_enough_and_rights_that_lack_are_named(etcd: EtcdServer, s
     assert "grant-permission ROLE --prefix=true readwrite dynamo_mpi/" in refused.text()
     worker = start("prefill", "--no-peer-check", **who)
     worker.ready()
-    assert "warning: no world record: etcd refuses us" in worker.text()
+    assert "warning: no worker record: etcd refuses us" in worker.text()
     assert "warning: Dynamo's runtime does not renew its token for etcd's user worker" in worker.text()
     terminate(worker)
     assert PASSWORDS["worker"] not in refused.text() + worker.text()
@@ -336,7 +336,7 @@ def test_what_dynamos_runtime_would_try_for_two_minutes_is_refused_before_the_lo
     """Also where nothing hangs on the record."""
     needless = start("agg", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["worker"])
     assert needless.wait() == 64, needless.text()
-    assert "this etcd asks nobody who they are" in needless.text()
+    assert "this etcd has no users" in needless.text()
     assert etcd.worlds() == []
     add_users(etcd.url, ["v1/", "dynamo_mpi/"])
     wrong = start("agg", ETCD_AUTH_USERNAME="worker", ETCD_AUTH_PASSWORD=PASSWORDS["root"])

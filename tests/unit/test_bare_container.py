@@ -42,5 +42,5 @@ def test_a_checkout_is_enough_for_a_tensorrt_llm_worker(tmp_path: Path) -> None:
     done = run_command([sys.executable, "-c", _PROGRAM], env=environment, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     warning, place = done.stdout.splitlines()
-    assert warning.startswith("no world record, and no look at peers: etcd-sdk-python can't be used")
+    assert warning.startswith("no worker record, and peers aren't checked: etcd-sdk-python can't be used")
     assert place == str(tmp_path / "dynamo_mpi" / "__init__.py")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keeper of the world record against real etcds that go, come back empty, and hang."""
+"""The keeper of the worker record against real etcds that go, come back empty, and hang."""
 
 from __future__ import annotations
 
@@ -166,10 +166,10 @@ def test_peers_are_told_once_each(etcd: str, kept: Kept) -> None:
     peer = kept(etcd, world("decode", {"kv_dtype": "bfloat16"}, job="7"))
     peer.publish()
     eventually(lambda: len(kept.log.lines) == 1)
-    assert "decode worker on decode1, decode2 (job 7.0) has come, and does not fit: I1" in kept.log.lines[0]
+    assert "decode worker on decode1, decode2 (job 7.0) has appeared, and does not fit: I1" in kept.log.lines[0]
     peer.unpublish()
     eventually(lambda: len(kept.log.lines) == 2)
-    assert "has gone" in kept.log.lines[1]
+    assert "has disappeared" in kept.log.lines[1]
 
 
 def test_who_wants_to_hear_of_peers_does(etcd: str, kept: Kept) -> None:
@@ -202,7 +202,7 @@ def test_what_is_no_record_is_told_once_and_left_out(etcd: str, kept: Kept) -> N
     keeper.set_phase("load")
     eventually(lambda: worlds(etcd)[0].record.phase == "load")
     (line,) = kept.log.lines
-    assert "garbled\\n' in etcd can't be read, and is left out: no JSON" in line
+    assert "garbled\\n' in etcd can't be read, and is ignored: no JSON" in line
     other.revoke(lease.id, 5)
     other.close()
 
@@ -240,7 +240,7 @@ def test_a_record_whose_new_lease_came_and_whose_write_did_not_is_written_in_the
     connection.losing = True
     keeper.start()
     eventually(lambda: len(kept.log.lines) == 2)
-    assert kept.log.lines[1] == "the world record is in etcd again"
+    assert kept.log.lines[1] == "the worker record is in etcd again"
     assert len(worlds(etcd)) == 1
 
 
@@ -254,7 +254,7 @@ def test_an_etcd_that_was_away_and_is_back_empty_has_the_record_again(kept: Kept
         eventually(lambda: len(worlds(url)) == 1)
         assert worlds(url)[0].record.phase == "serve"
         eventually(lambda: len(kept.log.lines) == 2)
-        assert kept.log.lines[1] == "the world record is in etcd again"
+        assert kept.log.lines[1] == "the worker record is in etcd again"
         keeper.unpublish()
         assert worlds(url) == []
 

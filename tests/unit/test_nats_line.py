@@ -93,7 +93,7 @@ def test_a_nats_that_comes_late_gets_what_has_waited(line: Make, said: list[str]
         eventually(lambda: len(heard.messages) == MOST)
         assert [body for _, body in heard.messages] == list(range(50, MOST + 50)), "the oldest have gone"
     assert len(said) == 1
-    assert said[0].startswith("no lifecycle events go out over NATS for now, the worker goes on: ")
+    assert said[0].startswith("lifecycle events can't be sent over NATS for now, the worker goes on: ")
     assert "do: look at nats-server" in said[0]
 
 

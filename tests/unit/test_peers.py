@@ -95,9 +95,9 @@ BAD = {"kv_dtype": "bfloat16"}
     ("before", "now", "words"),
     [
         ([], [], []),
-        ([], [world("decode")], ["has come"]),
-        ([], [world("decode", BAD)], ["has come, and does not fit: I1", "prefill fp8, decode bfloat16"]),
-        ([world("decode")], [], ["has gone"]),
+        ([], [world("decode")], ["has appeared"]),
+        ([], [world("decode", BAD)], ["has appeared, and does not fit: I1", "prefill fp8, decode bfloat16"]),
+        ([world("decode")], [], ["has disappeared"]),
         ([world("decode")], [world("decode", phase="serve")], []),
         ([world("decode")], [world("decode", {"tp_size": 4})], ["has changed"]),
         ([world("decode")], [world("decode", BAD)], ["has changed, and does not fit: I1"]),
@@ -118,7 +118,7 @@ def test_one_line_says_what_has_become_of_a_peer(
 
 def test_a_peer_that_came_back_is_another_one() -> None:
     lines = describe_changes(world(), [posted(world("decode", job="1"), 1)], [posted(world("decode", job="2"), 2)])
-    assert [("(job 2.0) has come" in line, "(job 1.0) has gone" in line) for line in lines] == [
+    assert [("(job 2.0) has appeared" in line, "(job 1.0) has disappeared" in line) for line in lines] == [
         (True, False),
         (False, True),
     ]

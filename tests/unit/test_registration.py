@@ -141,7 +141,7 @@ def test_after_its_stop_nothing_is_written(etcd: str, watched: Watched) -> None:
     assert not set(worker.keys) & worker.there()
     worker.etcd.revoke(worker.lease.id, 5)
     assert watched.lost.empty()
-    assert "doesn't know it any more" in watch.lost_lease_reason()
+    assert "no longer has the lease" in watch.lost_lease_reason()
 
 
 def test_a_lease_that_is_lost_is_told_once(etcd: str, watched: Watched) -> None:
@@ -224,5 +224,5 @@ def test_an_etcd_that_refuses_to_say_is_warned_of_once(watched: Watched) -> None
         begin = time.monotonic()
         eventually(lambda: time.monotonic() > begin + 2 * SECONDS)
     (line,) = watched.log.lines
-    assert "whether this worker stays registered can't be seen: etcd refuses us" in line
+    assert "whether this worker is still registered can't be checked: etcd refuses us" in line
     assert watched.lost.empty()

@@ -45,10 +45,10 @@ def test_of_a_password_whose_token_ends_there_is_a_warning() -> None:
 @pytest.mark.parametrize(
     ("endpoints", "auth", "word"),
     [
-        ([SECURED], PASSWORD, "without TLS only"),
-        ([SECURED], EtcdAuth("CA", "CERT", "KEY", "worker", "s3cret"), "without TLS only"),
-        ([SECURED], EtcdAuth("CA"), "with all three only"),
-        ([SECURED], NOBODY, "with all three only"),
+        ([SECURED], PASSWORD, "only without TLS"),
+        ([SECURED], EtcdAuth("CA", "CERT", "KEY", "worker", "s3cret"), "only without TLS"),
+        ([SECURED], EtcdAuth("CA"), "only with all three"),
+        ([SECURED], NOBODY, "only with all three"),
         ([PLAIN], CERTIFICATES, "etcd without TLS"),
         ([SECURED, PLAIN], CERTIFICATES, "etcd without TLS"),
     ],
