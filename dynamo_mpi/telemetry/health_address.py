@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a node's probes are answered: by Dynamo's own variables. Pure. Imported before the verdict where ``DYN_SYSTEM_PORT`` is set."""
+"""The address of a node's health server, from Dynamo's own variables. Pure. Imported before the preflight if ``DYN_SYSTEM_PORT`` is set."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MOST_PORT = 65535
 
 
 class HealthAddress(NamedTuple):
-    """Where to answer.
+    """Address and paths of the health server.
 
     Args:
-        host: to listen at.
-        port: 0 for any.
-        health_path: of the answer that follows what is served.
-        live_path: of the answer that follows the process.
+        host: the host to listen at.
+        port: the port; 0 for any.
+        health_path: path of the readiness answer.
+        live_path: path of the liveness answer.
     """
 
     host: str
@@ -33,15 +33,15 @@ class HealthAddress(NamedTuple):
 
     @property
     def is_everywhere(self) -> bool:
-        """Whether it is no address of one interface."""
+        """Whether it listens at all interfaces."""
         return self.host in _EVERYWHERE
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> HealthAddress | None:
-        """Read it; None where it is off, as by default or with a negative port.
+        """Read the address; None if it is off, as by default or with a negative port.
 
         Raises:
-            UsageError: the port isn't one.
+            UsageError: the port is invalid.
         """
         text = environ.get(PORT_VARIABLE, "").strip()
         if not text:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's side of the answers to probes: tells what it does, and now and then that it lives. Nothing here raises or waits."""
+"""A rank's side of the health server: sends the rank's state, and heartbeats. Nothing here raises or waits."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _SETTLE_SECONDS = 0.05
 
 
 class HealthClient:
-    """Tells.
+    """Sends a rank's state to the health server.
 
     Args:
-        connection: to the process that answers.
-        address: where that listens.
-        pid: that process.
+        connection: the connection to the health server's process.
+        address: the health server's address.
+        pid: the health server's process id.
         heartbeat_timeout: see `Rendezvous`.
     """
 
@@ -38,18 +38,18 @@ class HealthClient:
         self._connection = connection
         connection.setblocking(False)
         self._period = Rendezvous("", heartbeat_timeout=heartbeat_timeout).heartbeat_interval
-        # a signal's handler may tell something while the thread that it interrupts does
+        # a signal handler may send something while the thread that it interrupts is sending
         self._lock = threading.RLock()
         self._unsent = b""
         self._news = threading.Event()
         self._collect: Callable[[], Mapping[str, str]] | None = None
 
     def start(self) -> None:
-        """Show regularly that this rank lives. Only once nothing is forked any more."""
+        """Start to send heartbeats. Call it after the last fork."""
         threading.Thread(target=self._run, name="probes", daemon=True).start()
 
     def send(self, word: str, text: str = "") -> None:
-        """Tell one thing, by a word of `State`'s."""
+        """Send one value; ``word`` is one that `health_state.note` knows."""
         line = f"{word} {text}".rstrip(" ").encode("utf-8", "replace") + b"\n"
         with self._lock:
             self._unsent += line
@@ -57,31 +57,31 @@ class HealthClient:
         self._news.set()
 
     def send_phase(self, phase: str) -> None:
-        """Tell which phase this rank begins."""
+        """Send the phase that this rank begins."""
         self.send("phase", phase)
 
     def send_world_phase(self, phase: str) -> None:
-        """Tell which phase rank 0 says that the world begins."""
+        """Send the phase that the world begins, as rank 0 has announced it."""
         self.send("world", phase)
 
     def send_failure(self, why: str = "") -> None:
-        """Tell that the world ends because of a failure."""
+        """Send that the world ends because of a failure."""
         self.send("ending", escape(safe_first_line(why)))
 
     def send_facts(self, facts: Mapping[str, str]) -> None:
-        """Tell what the worker is."""
+        """Send the worker's facts."""
         for word, text in facts.items():
             self.send(word, escape(text))
 
-    def follow(self, lifeline: HeartbeatClient, facts: Mapping[str, str]) -> None:
-        """Tell what rank 0 lets this rank know of the world."""
+    def follow(self, client: HeartbeatClient, facts: Mapping[str, str]) -> None:
+        """Send what rank 0 announces about the world."""
         self.send_facts(facts)
-        lifeline.on_phase(self.send_world_phase)
-        lifeline.on_abort(self.send_failure)
-        self.send_world_phase(lifeline.world_phase)
+        client.on_phase(self.send_world_phase)
+        client.on_abort(self.send_failure)
+        self.send_world_phase(client.world_phase)
 
     def collect_by(self, collect: Callable[[], Mapping[str, str]]) -> None:
-        """Have it tell regularly, and after each phase's beginning, what this returns, by word."""
+        """Send the values that ``collect`` returns, regularly and after the start of each phase."""
         self._collect = collect
         self._news.set()
 
@@ -91,20 +91,20 @@ class HealthClient:
                 self._unsent = self._unsent[self._connection.send(self._unsent) :]
         except BlockingIOError:
             return
-        except OSError:  # it has gone, and nobody can be told
+        except OSError:  # the health server has exited
             self._unsent = b""
 
     def _run(self) -> None:
         while True:
             self._news.wait(self._period)
-            # what comes together is told together
+            # collect what arrives together
             self._news.clear()
             numbers = ""
-            with contextlib.suppress(Exception):  # a number that can't be had is no reason to look dead
+            with contextlib.suppress(Exception):  # a number that can't be read must not stop the heartbeats
                 collected = self._collect() if self._collect else {}
                 numbers = "".join(f"{word} {escape(text)}\n" for word, text in collected.items())
             with self._lock:
-                # where it reads nothing, what it has missed is told once it does
+                # if the server doesn't read, the values are sent when it does
                 if not self._unsent:
                     self._unsent = (numbers or "beat\n").encode()
                 self._flush()

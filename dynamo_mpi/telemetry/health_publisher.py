@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of the worker as a whole, as metrics and facts: for the answers to probes and for the metrics file."""
+"""The state of the whole worker as metrics and facts: for the health server and for the metrics file."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 
 class WorldStatus(WorkerHook):
-    """Collects it.
+    """Collects the worker's state.
 
     Args:
-        context: rank 0's.
-        settings: the worker's.
+        context: rank 0's context.
+        settings: the worker's settings.
 
     Attributes:
-        facts: what the worker is.
-        severities: of the preflight's findings.
-        roll: of the ranks, once they are watched.
+        facts: facts about the worker.
+        severities: severities of the preflight's findings.
+        roll: the ranks' progress, once they are watched.
     """
 
     def __init__(self, context: RankContext, settings: Settings) -> None:
@@ -56,25 +56,25 @@ class WorldStatus(WorkerHook):
         self._is_ready = True
 
     def on_requests_in_flight(self, count: int) -> None:
-        """Note how many requests are in flight."""
+        """Set the number of requests in flight."""
         self._in_flight = count
 
     def on_failure(self, failure: WorldFailure) -> None:
-        """Note what the world ends of."""
+        """Record the failure."""
         self._failures = (*self._failures, *failure.failures)
         self._exit_code = failure.first.exit_code
 
     def on_exit(self, code: int) -> None:
-        """Note the exit code."""
+        """Record the exit code."""
         self._exit_code = code
 
     def numbers(self) -> dict[str, str]:
-        """Return what changes, as `HealthState` of the process that answers probes takes it."""
+        """Return the values that change, by the words of `health_state.note`."""
         progress = "" if self.roll is None else describe_progress(self.roll.progress())
         return {"progress": progress, "metrics": render(self._of_ranks())}
 
     def as_metrics_file(self) -> str:
-        """Return all metrics, as the metrics file has them."""
+        """Return all metrics, in the format of the metrics file."""
         now, wall, age = time.monotonic(), time.time(), self._phases.age
         began = self._phases.spans[-1].began if self._phases.spans else 0.0
         state = HealthState(
@@ -90,7 +90,7 @@ class WorldStatus(WorkerHook):
         )
         is_ready = self._is_ready and state.phase == "serve" and not self._failures
         step = ".".join(filter(None, (os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID"))))
-        # beside the files of other workers of this node, which the collector reads as one
+        # the collector merges this file with those of other workers on this node
         common = {
             "dynamo_namespace": self.facts["namespace"],
             "dynamo_component": self.facts["component"],
@@ -108,11 +108,11 @@ class WorldStatus(WorkerHook):
 
 
 class HealthPublisher(WorkerHook):
-    """Has the process that answers probes know of the world.
+    """Sends the world's state to the health server.
 
     Args:
-        reporter: to that process.
-        status: what is known.
+        reporter: the client of the health server.
+        status: the world's state.
     """
 
     def __init__(self, reporter: HealthClient, status: WorldStatus) -> None:
@@ -120,14 +120,14 @@ class HealthPublisher(WorkerHook):
         reporter.send_facts(status.facts)
 
     def collect(self) -> None:
-        """Have the numbers be told from now on: the ranks are watched."""
+        """Start to send the numbers, now that the ranks are watched."""
         self._reporter.collect_by(self._status.numbers)
 
     def assign_runtime_port(self, settings: Settings) -> None:
-        """Give the Dynamo runtime, which reads its environment, a port beside ours.
+        """Choose a port for the Dynamo runtime's own server, and set it in the environment.
 
         Raises:
-            UsageError: there is none.
+            UsageError: no port is free.
         """
         from dynamo_mpi.telemetry.health_address import PORT_VARIABLE
         from dynamo_mpi.telemetry.runtime_port import runtime_port
@@ -137,16 +137,16 @@ class HealthPublisher(WorkerHook):
         self._reporter.send("runtime", str(port))
 
     def on_failure_detected(self) -> None:
-        """Answer at once that the world ends."""
+        """Send at once that the world ends."""
         self._reporter.send_failure()
 
     def on_failure(self, failure: WorldFailure) -> None:
-        """Answer why."""
+        """Send why the world ends."""
         self._reporter.send_failure(failure.report)
 
 
 def facts_of(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what a worker is, by the names of probes' answers and of metrics' labels."""
+    """Return facts about a worker, by their names in the health answers and in the metrics' labels."""
     namespace, component, _ = settings.endpoint.removeprefix("dyn://").split(".")
     facts = {
         "role": settings.role,

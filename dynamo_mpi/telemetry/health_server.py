@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that answers a node's probes, beside the node's first rank.
+"""The health server: a process beside a node's first rank that answers Kubernetes probes and serves metrics.
 
-It is no thread of the rank, because native code may hold the rank's interpreter for minutes while it loads: a probe without an answer gets
-the whole pod killed. The process ends with its rank.
+It is no thread of the rank, because native code may block the rank's interpreter for minutes during the load, and Kubernetes would restart
+a pod whose probe isn't answered. The process ends with its rank.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ if TYPE_CHECKING:
     from dynamo_mpi.telemetry.health_address import HealthAddress
 
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
-# for a client to send its request and to read the answer; a probe takes milliseconds
+# time limit for a client to send its request and read the answer; a probe takes milliseconds
 _CLIENT_SECONDS = 10
-# a probe gives up after a second by default
+# by default, a probe times out after a second
 _RUNTIME_SECONDS = 0.8
 _MAX_CONNECTIONS = 64
 _MAX_RELAYS = 64
 _MAX_METRICS = 16 << 20
 _CHUNK_BYTES = 64 << 10
 _MAX_LINE = 32 << 20
-# they would keep a connection open for requests that this server has to answer
+# they would keep a connection open for requests that this server must answer
 _PER_CONNECTION = ("connection", "keep-alive", "proxy-connection", "upgrade")
 
 
 class HealthServer(ThreadingHTTPServer):
-    """Answers HTTP requests from what the rank reports, one request a connection and thread.
+    """Answers HTTP requests from the rank's reported state, with one request per connection and thread.
 
     Args:
-        address: where it listens, and the paths that it answers.
-        state: what is known at first.
+        address: its address, and the paths that it answers.
+        state: the initial state.
         listener: the listening socket.
     """
 
@@ -61,15 +61,15 @@ class HealthServer(ThreadingHTTPServer):
         self._open: dict[socket.socket, float] = {}
 
     def serve(self, rank: socket.socket) -> None:
-        """Answer until the rank has ended.
+        """Serve until the rank has ended.
 
         Args:
-            rank: a connection to the rank, which is only read.
+            rank: a connection from the rank; nothing is written to it.
         """
         threading.Thread(target=self.serve_forever, name="http", daemon=True).start()
         poll = select.poll()
         poll.register(rank, select.POLLIN)
-        # what the rank has forked may keep its connection open, so its end is watched as well; not every kernel, nor every Python, can
+        # processes that the rank has forked may keep its connection open, so its pidfd is watched too, if kernel and Python support that
         with contextlib.suppress(OSError, AttributeError):
             pidfd = os.pidfd_open(self.state.pid)
             poll.register(pidfd, select.POLLIN)
@@ -83,7 +83,7 @@ class HealthServer(ThreadingHTTPServer):
                 self.state = note(self.state, line.decode("utf-8", "replace"), time.monotonic(), time.time())
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the request; of too many connections the oldest is cut: it is no probe, and must not keep one out."""
+        """Start a thread for the request; with too many connections, close the oldest: it is no probe, and must not block one."""
         with self._lock:
             if len(self._open) >= _MAX_CONNECTIONS:
                 self._cut(next(iter(self._open)))
@@ -91,7 +91,7 @@ class HealthServer(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def service_actions(self) -> None:
-        """Cut the connections of clients that have sent no request, or read no answer, in time. Called every half second."""
+        """Close the connections of clients that have not sent a request, or not read the answer, in time. Called every half second."""
         late = time.monotonic() - _CLIENT_SECONDS
         with self._lock:
             for connection in [connection for connection, accepted in self._open.items() if accepted < late]:
@@ -103,16 +103,16 @@ class HealthServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def release(self, request: socket.socket) -> None:
-        """Let a connection last as long as it takes."""
+        """Remove a connection's time limit."""
         with self._lock:
             self._open.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing is to be done about a client that has left."""
+        """Ignore the error: the client has disconnected."""
 
     def _cut(self, connection: socket.socket) -> None:
         del self._open[connection]
-        # its thread, which waits for the client, goes on and closes it
+        # its thread, which waits for the client, continues and closes it
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
 
@@ -138,7 +138,7 @@ class HealthServer(ThreadingHTTPServer):
             body = b""
             while len(body) < _MAX_METRICS and (data := reply.read1(_CHUNK_BYTES)):
                 body += data
-                # a socket's own timeout begins anew with every byte
+                # a socket's own timeout restarts with every byte
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
             return reply.status, body
         except (OSError, http.client.HTTPException):
@@ -147,7 +147,7 @@ class HealthServer(ThreadingHTTPServer):
             connection.close()
 
     def health(self) -> Answer:
-        """Return what ``/health`` answers; only a world that serves has a runtime to be asked."""
+        """Return the answer of ``/health``; only a world that serves has a runtime to query."""
         answer = health(self.state, time.monotonic())
         if answer.status != 200 or not self.state.runtime:
             return answer
@@ -159,14 +159,14 @@ class HealthServer(ThreadingHTTPServer):
         return health(self.state, time.monotonic(), (status, content if isinstance(content, dict) else {}))
 
     def metrics(self) -> str:
-        """Return what ``/metrics`` answers: this world's, and behind them the runtime's."""
+        """Return the answer of ``/metrics``: this world's metrics, then the runtime's."""
         text = metrics_of(self.state, ready=self.health().status == 200)
         status, body = self.ask_runtime("/metrics") if self.state.runtime else (0, b"")
         return text + (body.decode("utf-8", "replace") if status == 200 else "")
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one request; what isn't for this server to answer goes to the Dynamo runtime."""
+    """Answers one request; forwards other paths to the Dynamo runtime."""
 
     server: HealthServer
     timeout = _CLIENT_SECONDS
@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
     error_message_format, error_content_type = "%(message)s\n", _TEXT
 
     def parse_request(self) -> bool:
-        """Read the head; HTTP/0.9, and lines that are no fields, are refused."""
+        """Read the head; reject HTTP/0.9, and lines that are no header fields."""
         if not super().parse_request():
             return False
         self.close_connection = True
@@ -185,7 +185,7 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def handle_expect_100(self) -> bool:
-        """Leave it to the runtime: no request that is answered here has a body."""
+        """Leave it to the runtime: requests that are answered here have no body."""
         return True
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             paths = f"{address.live_path}, {address.health_path} and /metrics"
             self._send(404, _TEXT, f"Route not found: there are {paths}{more}\n")
         elif not self.server.relays.acquire(blocking=False):
-            self._send(503, _TEXT, "too many requests are being handed on to the Dynamo runtime\n")
+            self._send(503, _TEXT, "too many requests are being forwarded to the Dynamo runtime\n")
         else:
             try:
                 self._relay()
@@ -228,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _relay(self) -> None:
-        """Hand the request on to the Dynamo runtime, and its answer back, as they are."""
+        """Forward the request to the Dynamo runtime, and its answer to the client, unchanged."""
         # it may take minutes: an engine may profile itself
         self.server.release(self.connection)
         try:
@@ -239,7 +239,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         kept = [f"{name}: {value}" for name, value in self.headers.items() if name.lower() not in _PER_CONNECTION]
         head = "\r\n".join([self.requestline, *kept, "Connection: close", "", ""]).encode("iso-8859-1")
-        # what was read of the body together with the head
+        # the part of the body that was read together with the head
         self.connection.setblocking(False)
         body = self.rfile.peek()  # type: ignore[attr-defined] # it is a BufferedReader
         with runtime:
@@ -257,7 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
-    """Copy to the end, and pass on that it is the end: if the client has left, the runtime can stop."""
+    """Copy until the end, and pass the end on: if the client has disconnected, the runtime can stop."""
     with contextlib.suppress(OSError):
         while data := source.recv(_CHUNK_BYTES):
             target.sendall(data)

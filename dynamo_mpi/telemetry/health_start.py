@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Begins to answer a node's probes: before MPI, so that a pod is alive from its first second on.
+"""Starts a node's health server before MPI, so that a pod is alive from its first second.
 
-Imported only where ``DYN_SYSTEM_PORT`` is set.
+Imported only if ``DYN_SYSTEM_PORT`` is set.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.log import RankLogger
     from dynamo_mpi.mpi.launcher import LaunchInfo
 
-# what a launcher or an operator sends to all processes of a step: this one stays to the end of its rank
+# signals that a launcher or an operator sends to all processes of a step: the server runs until its rank ends
 _NOT_FOR_IT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _BACKLOG = 128
 _MOST_FILES = 1 << 20
@@ -33,16 +33,16 @@ _MOST_FILES = 1 << 20
 def start_health_server(
     launch: LaunchInfo, log: RankLogger, argv: Sequence[str], environ: Mapping[str, str]
 ) -> HealthClient | UsageError | None:
-    """Fork the process that answers this node's probes, if that is for this rank to do. Only before MPI and any thread is started.
+    """Fork this node's health server, if this rank is the one that must. Call it before MPI and any thread is started.
 
     Args:
         launch: how this rank was started.
-        log: says that a node other than rank 0's has no answers.
+        log: logs a warning if the health server of a node other than rank 0's can't start.
         argv: the worker's command line, without the program.
-        environ: says where to answer.
+        environ: has the address.
 
     Returns:
-        What takes word of this rank; None where there are no answers; for rank 0 an error, where there should be.
+        The client to send this rank's state; None if there is no server; an error if rank 0's server can't start.
     """
     if launch.rank and launch.local_rank != 0:
         return None
@@ -54,19 +54,19 @@ def start_health_server(
     except UsageError as error:
         if launch.rank == 0:
             return error
-        log.warning(f"no probe of this node is answered: {error}")
+        log.warning(f"this node has no health server: {error}")
         return None
     limits = Limits.of(argv, environ)
     where = address._replace(port=listener.getsockname()[1])
-    # one that comes meanwhile comes to this rank alone
+    # a signal that arrives meanwhile is delivered only to this rank
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_IT)
     try:
         ours, its = socket.socketpair()
         pid = os.fork()
-    except OSError as error:  # too many processes or files of this user: probes are no reason not to serve
+    except OSError as error:  # too many processes or files of this user: the worker serves without a health server
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         listener.close()
-        log.warning(f"no probe of this node is answered: {error.strerror}")
+        log.warning(f"this node has no health server: {error.strerror}")
         return None
     if pid == 0:
         for number in _NOT_FOR_IT:
@@ -109,14 +109,14 @@ def _serve(
     limits: Limits,
     environ: Mapping[str, str],
 ) -> None:
-    """Live the life of the process that was forked. Does not return."""
+    """Run the forked process. Does not return."""
     parent = os.getppid()
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for descriptor in (0, 1):
             os.dup2(null, descriptor)
-        # what it holds of the rank's would look as if that lived on: its connection to the node agent, above all
+        # inherited connections of the rank must be closed: an open one to the node agent would look like a running rank
         first, second = sorted((listener.fileno(), rank.fileno()))
         for low, high in ((3, first), (first + 1, second), (second + 1, _MOST_FILES)):
             os.closerange(low, high)
@@ -125,12 +125,12 @@ def _serve(
         from dynamo_mpi.telemetry.health_state import HealthState
 
         now, wall = time.monotonic(), time.time()
-        state = HealthState(launch.rank, log.host, parent, wall, now, restart_count(environ), since=wall, heard=now)
+        state = HealthState(launch.rank, log.host, parent, wall, now, restart_count(environ), since=wall, last_seen=now)
         set_process_title(f"dynamo_mpi: answers probes on {log.host}")
         state = state._replace(heartbeat_timeout=limits.heartbeat_timeout)
         HealthServer(address, state, listener).serve(rank)
-    except BaseException as error:  # whatever it is, this process must not go on as a rank
+    except BaseException as error:  # in any case this process must not continue as a rank
         text = str(error) if isinstance(error, DynamoMpiError) else f"{type(error).__name__}: {error}"
-        log.warning(f"no probe of this node is answered any more: {text}")
+        log.warning(f"this node's health server has ended: {text}")
     finally:
         os._exit(0)

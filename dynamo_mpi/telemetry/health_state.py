@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a rank and its world, and what a probe is told of it. Pure.
+"""The state of a rank and its world in the health server, and the answers to probes. Pure.
 
-A rank tells it in lines of a word and a text; nothing goes the other way.
+A rank sends it in lines of a word and a text; nothing is sent to the rank.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from dynamo_mpi.telemetry.metrics import Metric, Sample, render
 
 SERVING = "serve"
 _ENDS = "the world ends"
-# what a phase lasts until
+# what ends a phase
 _WAITS_FOR = {
     "environment": "this rank to start MPI",
     "world": "all ranks of all nodes to start MPI",
     "preflight": "rank 0's verdict",
-    "probe": "the GPUs and the ways between the ranks to be asked",
+    "probe": "the checks of the GPUs and of the links between the ranks",
     "load": "all ranks to load the model",
     "prove": "the first completion over all ranks",
     "register": "Dynamo's registration",
@@ -29,29 +29,29 @@ _WAITS_FOR = {
     "exit": "all ranks to leave",
 }
 FACTS = ("role", "engine", "model", "namespace", "component", "endpoint", "trace")
-"""What is told of the worker once it is known."""
+"""Names of the facts about the worker."""
 
 
 class HealthState(NamedTuple):
-    """What is known.
+    """The state.
 
     Args:
         rank: its number.
         host: its node.
         pid: its process.
-        born: when it began, in seconds since 1970.
+        born: when it started, in seconds since 1970.
         began: the same, by the monotonic clock.
-        attempt: which start of this worker it is.
-        phase: what the rank does.
-        world: what rank 0 has said that the world does; empty before the verdict.
+        attempt: the number of this start of the worker.
+        phase: the rank's phase.
+        world: the world's phase, as announced by rank 0; empty before the preflight.
         since: when the world's phase began, in seconds since 1970.
-        ending: why the world ends; empty as long as it doesn't.
-        heard: when the rank last said something, by the monotonic clock.
+        ending: why the world ends; empty if it doesn't.
+        last_seen: when the rank last sent something, by the monotonic clock.
         heartbeat_timeout: see `Rendezvous`.
-        runtime: port of the Dynamo runtime's own answers; 0 where there is none, as on any rank but 0.
-        facts: of `FACTS`.
-        progress: how far the ranks are, in words.
-        metrics: more of them, as text.
+        runtime: port of the Dynamo runtime's own server; 0 if there is none, as on ranks other than 0.
+        facts: values by name, see `FACTS`.
+        progress: the ranks' progress, as text.
+        metrics: more metrics, as text.
     """
 
     rank: int
@@ -64,7 +64,7 @@ class HealthState(NamedTuple):
     world: str = ""
     since: float = 0.0
     ending: str = ""
-    heard: float = 0.0
+    last_seen: float = 0.0
     heartbeat_timeout: float | None = None
     runtime: int = 0
     facts: tuple[tuple[str, str], ...] = ()
@@ -73,21 +73,21 @@ class HealthState(NamedTuple):
 
     @property
     def world_phase(self) -> str:
-        """What the world does: before the verdict, all that is known of it is this rank."""
+        """The world's phase; before the preflight only this rank's phase is known."""
         return self.world or self.phase
 
     def silence(self, now: float) -> float:
         """Return for how long the rank has been silent if that is too long, else 0."""
-        patience = Rendezvous(self.host, heartbeat_timeout=self.heartbeat_timeout).heartbeat_timeout_for(self.phase)
-        return now - self.heard if patience is not None and now - self.heard > patience else 0.0
+        timeout = Rendezvous(self.host, heartbeat_timeout=self.heartbeat_timeout).heartbeat_timeout_for(self.phase)
+        return now - self.last_seen if timeout is not None and now - self.last_seen > timeout else 0.0
 
 
 class Answer(NamedTuple):
-    """What a probe gets.
+    """The answer to a probe.
 
     Args:
         status: HTTP's.
-        body: for JSON.
+        body: the JSON object.
     """
 
     status: int
@@ -95,15 +95,15 @@ class Answer(NamedTuple):
 
 
 def note(state: HealthState, line: str, now: float, wall: float) -> HealthState:
-    """Return what is known after one more line. One that isn't understood changes nothing but when the rank was heard.
+    """Return the state after one more line. A line that isn't understood only updates ``last_seen``.
 
     Args:
-        state: what was known.
-        line: what the rank has said.
+        state: the state before.
+        line: the line from the rank.
         now: by the monotonic clock.
         wall: seconds since 1970.
     """
-    state = state._replace(heard=now)
+    state = state._replace(last_seen=now)
     word, _, text = line.partition(" ")
     if word in ("phase", "world") and text in PHASES:
         before = state.world_phase
@@ -126,12 +126,12 @@ def note(state: HealthState, line: str, now: float, wall: float) -> HealthState:
 
 
 def escape(text: str) -> str:
-    """Put a text on one line."""
+    """Encode a text as one line."""
     return text.encode("unicode_escape").decode("ascii")
 
 
 def unescape(text: str) -> str:
-    """Undo `escape`; what isn't its work stays as it is."""
+    """Undo `escape`; other text is returned unchanged."""
     try:
         return text.encode("ascii").decode("unicode_escape")
     except UnicodeError:
@@ -139,49 +139,49 @@ def unescape(text: str) -> str:
 
 
 def live(state: HealthState, now: float) -> Answer:
-    """Say whether the process should go on living: an orderly end is no reason to kill it."""
-    trouble = state.ending
+    """Return the liveness answer; an orderly end is no reason to kill the process."""
+    problem = state.ending
     if silent := state.silence(now):
-        trouble = trouble or f"rank {state.rank} has said nothing for {silent:.0f} s: it is stopped or stuck"
-    return _answer(state, trouble, now)
+        problem = problem or f"no heartbeat from rank {state.rank} for {silent:.0f} s: the process is stopped or hung"
+    return _answer(state, problem, now)
 
 
 def health(state: HealthState, now: float, runtime: tuple[int, dict[str, Any]] | None = None) -> Answer:
-    """Say whether the world answers requests.
+    """Return the readiness answer: whether the world serves.
 
     Args:
-        state: what is known.
+        state: the state.
         now: by the monotonic clock.
-        runtime: status and body of the Dynamo runtime's own answer; status 0 where it gave none; None where there is no runtime to ask.
+        runtime: status and body of the Dynamo runtime's own answer; status 0 if it gave none; None if there is no runtime to query.
     """
     answer = live(state, now)
-    trouble = answer.body.get("error", "")
-    if not trouble and state.world_phase != SERVING:
-        trouble = f"the world is in {state.world_phase}"
-    if not trouble and runtime is not None and runtime[0] != 200:
-        trouble = (
-            f"the Dynamo runtime says that it is not ready ({runtime[0]})"
+    problem = answer.body.get("error", "")
+    if not problem and state.world_phase != SERVING:
+        problem = f"the world is in {state.world_phase}"
+    if not problem and runtime is not None and runtime[0] != 200:
+        problem = (
+            f"the Dynamo runtime reports that it is not ready ({runtime[0]})"
             if runtime[0]
             else f"the Dynamo runtime does not answer at its port {state.runtime}"
         )
-    answer = _answer(state, trouble, now)
+    answer = _answer(state, problem, now)
     if runtime is not None and isinstance(endpoints := runtime[1].get("endpoints"), dict):
         answer.body["endpoints"] = endpoints
     return answer
 
 
-def _answer(state: HealthState, trouble: str, now: float) -> Answer:
+def _answer(state: HealthState, problem: str, now: float) -> Answer:
     seconds = max(0.0, now - state.began)
     body: dict[str, Any] = {
-        # as Dynamo's own answer has it
-        "status": "notready" if trouble else "ready",
+        # the format of Dynamo's own answer
+        "status": "notready" if problem else "ready",
         "uptime": {"secs": int(seconds), "nanos": int(seconds % 1 * 1e9)},
         "endpoints": {},
         "phase": state.world_phase,
         "phase_since": state.since or state.born,
         "rank": state.rank,
         "rank_phase": state.phase,
-        "rank_silent_seconds": round(max(0.0, now - state.heard), 1),
+        "rank_silent_seconds": round(max(0.0, now - state.last_seen), 1),
         "host": state.host,
         "pid": state.pid,
         "attempt": state.attempt,
@@ -189,17 +189,17 @@ def _answer(state: HealthState, trouble: str, now: float) -> Answer:
     body.update(state.facts)
     if waits_for := _WAITS_FOR[state.world_phase]:
         body["waits_for"] = f"{waits_for}: {state.progress}" if state.progress else waits_for
-    if trouble:
-        body["error"] = trouble
-    return Answer(503 if trouble else 200, body)
+    if problem:
+        body["error"] = problem
+    return Answer(503 if problem else 200, body)
 
 
 def metrics_of(state: HealthState, *, ready: bool) -> str:
-    """Write down what every node can tell of its world, and behind it what its rank has told.
+    """Format the metrics that every node has, followed by those that its rank has sent.
 
     Args:
-        state: what is known.
-        ready: what `health` says.
+        state: the state.
+        ready: whether `health` reports ready.
     """
     return render(world_metrics(state, ready=ready)) + state.metrics
 
@@ -216,5 +216,5 @@ def world_metrics(state: HealthState, *, ready: bool) -> tuple[Metric, ...]:
         Metric("dynamo_mpi_phase", "gauge", "Which phase the world is in: 1 for that one.", phases),
         Metric("dynamo_mpi_phase_start_time_seconds", "gauge", "When that phase began.", (Sample(state.since),)),
         Metric("dynamo_mpi_start_time_seconds", "gauge", "When this rank began.", (Sample(state.born),)),
-        Metric("dynamo_mpi_attempt", "gauge", "Which start of this worker it is.", (Sample(state.attempt),)),
+        Metric("dynamo_mpi_attempt", "gauge", "The number of this start of the worker.", (Sample(state.attempt),)),
     )

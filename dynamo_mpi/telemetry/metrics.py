@@ -19,7 +19,7 @@ class Sample(NamedTuple):
 
     Args:
         value: in base units: seconds, or a number of things.
-        labels: tell it from the metric's other values.
+        labels: distinguish it from the metric's other values.
     """
 
     value: float
@@ -30,7 +30,7 @@ class Metric(NamedTuple):
     """One metric with all its values.
 
     Args:
-        name: with its unit, and ``_total`` where it is a counter.
+        name: with its unit, and ``_total`` if it is a counter.
         kind: ``"counter"`` or ``"gauge"``.
         help: one sentence.
         samples: its values.
@@ -43,14 +43,14 @@ class Metric(NamedTuple):
 
 
 def render(metrics: Iterable[Metric], common: Mapping[str, str] | None = None) -> str:
-    """Write metrics down. Those without a value are left out.
+    """Format metrics. Those without a value are left out.
 
     Args:
         metrics: each name once.
-        common: labels of every sample; a sample's own are stronger.
+        common: labels of every sample; a sample's own labels override them.
 
     Raises:
-        ValueError: a name, a label's name or a kind is none that Prometheus knows.
+        ValueError: a name, a label's name or a kind is invalid in Prometheus.
     """
     lines = []
     for metric in metrics:

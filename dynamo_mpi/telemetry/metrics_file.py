@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world's metrics as a file for node_exporter's textfile collector, kept by rank 0."""
+"""Writes the world's metrics to a file for node_exporter's textfile collector; runs on rank 0."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.common.hooks import WorldFailure
 
-# an age beyond a few of these (node_textfile_mtime_seconds) means that nobody writes it any more
+# if the file is older than a few of these (node_textfile_mtime_seconds), it is no longer written
 _PERIOD_SECONDS = 15.0
 _END_SECONDS = 1.0
-# the collector may be another user's, and nothing in it is secret
+# the collector may run as another user, and the file contains no secret
 _MODE = 0o644
 
 
 class MetricsFile(WorkerHook):
-    """Keeps the file. It stays at the end, as that collector's users expect, and tells of it.
+    """Writes the file. It remains after the worker's end, as that collector's users expect, and contains the exit code.
 
     Args:
-        path: of the file; the collector reads only those that end in ``.prom``.
-        render: returns what is in it.
+        path: path of the file; the collector reads only files that end in ``.prom``.
+        render: returns its content.
         warn: logs a warning, once.
     """
 
     def __init__(self, path: Path, render: Callable[[], str], warn: Callable[[str], object]) -> None:
         self._path, self._render, self._warn = path, render, warn
-        self._news = threading.Event()
+        self._changed = threading.Event()
         self._ended = False
-        # the last word may come from another thread
+        # the last write may come from another thread
         self._lock = threading.Lock()
         if path.suffix != ".prom":
             warn(f"node_exporter reads only files that end in .prom, and {path} does not")
         threading.Thread(target=self._run, name="metrics", daemon=True).start()
 
     def on_phase(self, phase: str) -> None:
-        """Have it written again soon."""
-        self._news.set()
+        """Write the file again soon."""
+        self._changed.set()
 
     def on_failure(self, failure: WorldFailure) -> None:
-        """Have it written again soon."""
-        self._news.set()
+        """Write the file again soon."""
+        self._changed.set()
 
     def on_exit(self, code: int) -> None:
-        """Write it for the last time, now, in a second at the most: a file system that hangs must not keep the ranks."""
+        """Write the file for the last time, in at most a second: a file system that hangs must not block the ranks."""
         if (thread := start_thread(self._finish)) is not None:
             thread.join(_END_SECONDS)
 
@@ -66,25 +66,24 @@ class MetricsFile(WorkerHook):
             with self._lock:
                 if not self._ended:
                     self._write()
-            self._news.wait(_PERIOD_SECONDS)
-            self._news.clear()
+            self._changed.wait(_PERIOD_SECONDS)
+            self._changed.clear()
 
     def _write(self) -> None:
         try:
-            write_whole(self._path, self._render())
+            write_atomically(self._path, self._render())
         except OSError as error:
             self._warn(f"the metrics file {self._path} can't be written: {error.strerror}")
             self._warn = _nothing
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Put a text where a file is, or isn't yet: whoever reads it finds all of the old one or all of the new one.
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file atomically: a reader sees the whole old content or the whole new one.
 
     Raises:
         OSError: it can't be written.
     """
-    # the collector takes no file whose name doesn't end as its own do; always the same, so that one of a writer that was killed is
-    # written over
+    # the collector ignores a file with this ending; the name is always the same, so that the file of a killed writer is overwritten
     partial = path.with_name(f".{path.name}.partial")
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
     try:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the ranks are, in words and as facts; and when to say so. Pure.
+"""The ranks' progress as text and as fields, and the intervals of the reports. Pure.
 
-With an engine of ours a rank says when its own part of a phase is done. What TensorRT-LLM does on a rank is not to be seen: there, what is
-known is how many bytes each rank's process has read, and the one that has read the least is named. Weights that are mapped count only as far
-as they came from a disk for this process.
+With the reference engine a rank reports when its own part of a phase is done. With TensorRT-LLM only the number of bytes that each rank's
+process has read is known, and the rank that has read least is named. Memory-mapped weights count only if they were read from a disk for
+this process.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 MOST_SECONDS = 300.0
 WATCHED = ("probe", "load", "prove", "register")
-"""Phases of a world that may take long enough for somebody to ask."""
+"""Phases that may take long, so that progress is reported."""
 
 
 def intervals(first: float, most: float = MOST_SECONDS) -> Iterator[float]:
-    """Yield the seconds between one line and the next, twice as many each time, up to ``most``."""
+    """Yield the seconds between one line and the next, doubled each time, up to ``most``."""
     seconds = max(first, 0.1)
     while True:
         yield min(seconds, most)
@@ -30,26 +30,26 @@ def intervals(first: float, most: float = MOST_SECONDS) -> Iterator[float]:
 
 
 def describe(progress: PhaseProgress, *, parts_seen: bool) -> str:
-    """Say it in one line.
+    """Describe the progress in one line.
 
     Args:
-        progress: what is known.
-        parts_seen: ranks tell when their own part is done.
+        progress: the progress.
+        parts_seen: whether ranks report when their own part is done.
     """
     if progress.slowest_rank is None:
-        return f"{progress.phase}: nothing is known of the ranks yet"
+        return f"{progress.phase}: no rank has reported yet"
     where = f"{progress.slowest_host} (rank {progress.slowest_rank})"
     if parts_seen:
         text = f"{progress.phase} {progress.done}/{progress.ranks} ranks, slowest {where} {progress.seconds:.0f} s"
         return f"{text}, {_share(progress)}" if progress.read is not None and progress.ranks > progress.done else text
     text = f"{progress.phase} {progress.seconds:.0f} s"
     if progress.read is None or progress.slowest_read is None:
-        return f"{text}; how far each rank is dynamo.trtllm doesn't tell"
+        return f"{text}; dynamo.trtllm does not report the progress of each rank"
     return f"{text}, {progress.ranks} ranks have read {size(progress.read)}, the least {where}: {size(progress.slowest_read)}"
 
 
 def facts(progress: PhaseProgress) -> dict[str, Fact]:
-    """Return the same as fields of a line of JSON; what isn't known is left out."""
+    """Return the progress as fields for a JSON log line; unknown values are left out."""
     known: dict[str, Fact] = {
         "phase": progress.phase,
         "done": progress.done,
@@ -64,7 +64,7 @@ def facts(progress: PhaseProgress) -> dict[str, Fact]:
 
 
 def size(count: int) -> str:
-    """Write a number of bytes, in GB of 10^9 as disks and file systems have them."""
+    """Format a number of bytes, in GB of 10^9 bytes, as usual for disks."""
     return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e6:.1f} MB"
 
 

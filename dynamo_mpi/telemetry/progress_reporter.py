@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's ticker: says at growing intervals, or shows all the time, how far the ranks are, as long as they aren't serving."""
+"""Rank 0's progress report: logs the ranks' progress at growing intervals, or shows a live table, until they serve."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 _DRAW_SECONDS = 1.0
 _LOOK_SECONDS = 1.0
-# for whoever asks how far it is
+# interval of the progress in the worker record
 _PUBLISH_SECONDS = 2.0
-# a load of a moment needs no table
+# a short load needs no table
 _DRAW_AFTER_SECONDS = 2.0
 
 
 class ProgressReporter(WorkerHook):
-    """Ticks from `start` to `close`, in a thread of its own, while the world is in one of the phases that may take long.
+    """Reports from `start` to `close`, in a thread, while the world is in one of the phases that may take long.
 
     Args:
-        context: rank 0's.
-        roll: what is known of the ranks.
-        settings: the worker's: ``progress`` (``plain`` lines, ``live`` for a table, ``off``; ``auto`` chooses one of the former) and
-            ``progress_interval``, seconds to the first line of a phase.
-        on_progress: called every two seconds, and whenever a line is due, from the ticker's thread, whether or not one is shown.
+        context: rank 0's context.
+        roll: the ranks' progress.
+        settings: the worker's settings: ``progress`` (``plain`` lines, ``live`` for a table, ``off``; ``auto`` chooses ``plain`` or ``live``)
+            and ``progress_interval``, seconds to the first line of a phase.
+        on_progress: called every two seconds, and whenever a line is due, in the reporter's thread, even if nothing is shown.
         writer: draws the table.
     """
 
@@ -59,23 +59,23 @@ class ProgressReporter(WorkerHook):
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def on_phase(self, phase: str) -> None:
-        """Look at once at the phase that begins."""
+        """Check the new phase at once."""
         self._changed.set()
 
     def on_failure_detected(self) -> None:
-        """End, and leave nothing drawn."""
+        """Stop, and clear the table."""
         self.close()
 
     def on_exit(self, code: int) -> None:
-        """End, and leave nothing drawn."""
+        """Stop, and clear the table."""
         self.close()
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """End, and leave nothing drawn. Idempotent, and doesn't wait."""
+        """Stop, and clear the table. Idempotent, and doesn't wait."""
         self._closed = True
         self._changed.set()
         if self._mode == "live":
@@ -90,11 +90,11 @@ class ProgressReporter(WorkerHook):
             if phase in WATCHED:
                 self._follow(phase)
             else:
-                # whoever hears of the phase before us may take his time
+                # other observers get the phase before this one, and may take some time
                 self._changed.wait(_LOOK_SECONDS)
 
     def _follow(self, phase: str) -> None:
-        """Tick until the phase is over."""
+        """Report until the phase ends."""
         began = time.monotonic()
         gaps = intervals(self._first)
         due = began + next(gaps)
@@ -105,7 +105,7 @@ class ProgressReporter(WorkerHook):
                 progress = self._publish()
                 published = now
                 if now >= due:
-                    self._tell(progress)
+                    self._log_progress(progress)
                     due = now + next(gaps)
             wait = min(due, published + _PUBLISH_SECONDS) - now
             if self._mode == "live":
@@ -122,7 +122,7 @@ class ProgressReporter(WorkerHook):
         self._report(progress)
         return progress
 
-    def _tell(self, progress: PhaseProgress) -> None:
+    def _log_progress(self, progress: PhaseProgress) -> None:
         if self._mode == "plain":
             self._log.info(describe(progress, parts_seen=self._parts_seen), facts(progress))
 
@@ -131,17 +131,17 @@ class ProgressReporter(WorkerHook):
             width, height = os.get_terminal_size(2)
         except OSError:
             return
-        # a terminal that doesn't know its size says 0
-        room = Terminal(width or 80, height or 24)
+        # a terminal that doesn't know its size reports 0
+        terminal = Terminal(width or 80, height or 24)
         ranks = self._roll.ranks()
-        lines = table(phase, ranks, time.time(), room, parts_seen=self._parts_seen)
+        lines = table(phase, ranks, time.time(), terminal, parts_seen=self._parts_seen)
         self._writer.set_status_lines(lines)
         if self._closed:
             self._writer.set_status_lines(())
 
 
 def select_mode(mode: str, *, is_terminal: bool, jsonl: bool) -> str:
-    """Return what a mode comes to: a table needs a terminal, and lines of JSON suffer nothing between them. Pure."""
+    """Return the mode that is used: a table needs a terminal, and can't be mixed with JSON lines. Pure."""
     can_draw = is_terminal and not jsonl
     if mode in ("auto", "live"):
         return "live" if can_draw else "plain"

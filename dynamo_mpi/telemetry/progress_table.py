@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the ranks are, as a table for a terminal: a line for each node. Pure."""
+"""The ranks' progress as a table for a terminal, with a line for each node. Pure."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _HEAD = ("ranks", "slowest", "seconds", "read")
 
 
 class Terminal(NamedTuple):
-    """Room for a table, in characters."""
+    """Size of a terminal, in characters."""
 
     width: int
     height: int
 
 
-def table(phase: str, ranks: Sequence[RankTimings], now: float, room: Terminal, *, parts_seen: bool) -> list[str]:
-    """Return the table's lines: no wider than the terminal, and few enough to leave it a line above and one below.
+def table(phase: str, ranks: Sequence[RankTimings], now: float, terminal: Terminal, *, parts_seen: bool) -> list[str]:
+    """Return the table's lines, which fit into the terminal with one line left above and one below.
 
-    Where there are more nodes than lines, those that are behind come first, and the last line counts the rest.
+    If there are more nodes than lines, the slowest come first, and the last line counts the rest.
 
     Args:
-        phase: that the world is in.
-        ranks: all.
+        phase: the world's phase.
+        ranks: all ranks.
         now: seconds since 1970, by rank 0's clock.
-        room: of the terminal.
-        parts_seen: ranks tell when their own part is done.
+        terminal: size of the terminal.
+        parts_seen: whether ranks report when their own part is done.
     """
     nodes: dict[str, list[RankTimings]] = {}
     for rank in ranks:
         nodes.setdefault(rank.host, []).append(rank)
     states = [(host, progress_of(phase, group, now)) for host, group in nodes.items()]
-    rows = max(_LEAST_ROWS, room.height - 2) - 1
+    rows = max(_LEAST_ROWS, terminal.height - 2) - 1
     rest = ""
     if len(states) > rows:
         ordered = sorted(states, key=lambda state: _behind(state[1]))
@@ -52,7 +52,7 @@ def table(phase: str, ranks: Sequence[RankTimings], now: float, room: Terminal, 
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(_placed(row, widths)).rstrip() for row in cells] + ([rest] if rest else [])
     # a line that fills a terminal's last column may wrap
-    return [line[: max(1, room.width - 1)] for line in lines]
+    return [line[: max(1, terminal.width - 1)] for line in lines]
 
 
 def _row(host: str, state: PhaseProgress, parts_seen: bool) -> tuple[str, ...]:

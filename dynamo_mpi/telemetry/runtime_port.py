@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Dynamo runtime's own port on rank 0: the one that the user has named is ours, and what isn't ours to answer is handed on to this one.
+"""Chooses the port of the Dynamo runtime's own server on rank 0; the health server, at the user's port, forwards other requests to it.
 
-The runtime writes it into the model card: frontends fetch the tokenizer's files from it. So it listens where ours does, and not on loopback.
+The runtime writes it into the model card, and frontends fetch the tokenizer's files from it, so it must not listen on loopback only.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dynamo_mpi.common.ports import holder, in_url, is_free
 if TYPE_CHECKING:
     from dynamo_mpi.telemetry.health_address import HealthAddress
 
-# The runtime reads it as a signed 16-bit number. The system gives ports from 32768 on to whoever asks for any, so that one below stays
-# free until the runtime takes it, which may be minutes later.
+# The runtime reads it as a signed 16-bit number. The system assigns dynamic ports from 32768 on, so a port below stays free until the
+# runtime uses it, which may be minutes later.
 _LEAST, _MOST = 20000, 32767
 _TRIES = 200
 
@@ -26,11 +26,11 @@ def runtime_port(address: HealthAddress, choice: int | None) -> int:
     """Return a port for the runtime.
 
     Args:
-        address: where we answer.
-        choice: the user's, if any.
+        address: the health server's address.
+        choice: the user's choice, if any.
 
     Raises:
-        UsageError: the choice is taken, or none is free.
+        UsageError: the chosen port is in use, or none is free.
     """
     host = address.host.strip("[]")
     if choice is not None:
@@ -53,7 +53,7 @@ def runtime_port(address: HealthAddress, choice: int | None) -> int:
 
 
 def url_of(address: HealthAddress) -> str:
-    """Return the URL at which other hosts find our answers."""
+    """Return the health server's URL for other hosts."""
     host = address.host.strip("[]")
     if address.is_everywhere:
         host = host_address(None, "")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells a supervisor that speaks systemd's notification protocol (``$NOTIFY_SOCKET``) how far the worker is. Rank 0 alone does.
+"""Sends the worker's state to a service manager by systemd's notification protocol (``$NOTIFY_SOCKET``), from rank 0 only.
 
-Nothing imports this module unless that variable is set.
+This module is imported only if that variable is set.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.hooks import WorldFailure
 
 VARIABLE = "NOTIFY_SOCKET"
-# beyond our own deadline, which tells more than a supervisor's
+# beyond our own deadline, whose report has more detail than a service manager's
 _MARGIN_SECONDS = 30.0
 
 
 class SystemdNotifier(WorkerHook):
-    """Sends notifications, each a datagram. A supervisor that has gone, or reads nothing, is no reason to wait or to fail.
+    """Sends notifications, each as one datagram. It neither waits nor fails if the service manager has ended or doesn't read.
 
     Args:
         place: the socket's path, or with ``@`` its name in Linux's abstract name space.
-        seconds: how long phases may take, by our own deadlines.
+        seconds: the deadlines of phases.
 
     Attributes:
-        worker: what serves, for people.
+        worker: the worker's name in messages.
     """
 
     def __init__(self, place: str, seconds: Mapping[str, float]) -> None:
@@ -41,16 +41,16 @@ class SystemdNotifier(WorkerHook):
 
     @classmethod
     def from_env(cls, environ: MutableMapping[str, str], seconds: Mapping[str, float]) -> SystemdNotifier | None:
-        """Return one for what the variable names, and forget the variable: what this rank starts has nothing to say there.
+        """Return one for the variable's socket, and remove the variable, so that child processes don't use it.
 
         Returns:
-            None where it names nothing that can be a unix socket.
+            None if it does not name a unix socket.
         """
         place = environ.pop(VARIABLE, "")
         return cls(place, seconds) if place[:1] in ("/", "@") and len(place) > 1 else None
 
     def on_phase(self, phase: str) -> None:
-        """Tell which phase begins, and how long it may take before we end it ourselves."""
+        """Send the phase that begins, and its time limit."""
         lines = [f"STATUS={phase}"]
         if phase == "drain":
             lines.append("STOPPING=1")
@@ -59,15 +59,15 @@ class SystemdNotifier(WorkerHook):
         self._send(*lines)
 
     def on_ready(self) -> None:
-        """Tell that requests are answered."""
+        """Send that the worker serves."""
         self._send("READY=1", f"STATUS=serving {self.worker}")
 
     def on_failure(self, failure: WorldFailure) -> None:
-        """Tell why it ends."""
+        """Send why the worker ends."""
         self.report_failure(failure.report)
 
     def report_failure(self, text: str) -> None:
-        """Tell why it ends, before there is a world."""
+        """Send why the worker ends, before MPI is initialised."""
         self._send(f"STATUS=failed: {safe_first_line(text)}", "STOPPING=1")
 
     def _send(self, *lines: str) -> None:

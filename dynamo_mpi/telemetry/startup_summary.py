@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 ORDER = (PROCESS_START, *PHASES)
 _NOT_STARTUP = ORDER[ORDER.index("serve") :]
-# each rank begins its first phase by itself
+# ranks begin their first phase independently
 _TOGETHER = PHASES[1:]
-# differences of a cluster's clocks, and of a message's delay, are not worth a warning
+# smaller differences come from a cluster's clocks and from the delay of messages
 _TOLERANCE_SECONDS = 0.005
-# one time axis for a worker that was restarted hours later would leave no room for the others
+# with one time axis for starts that are hours apart, the starts themselves would be too short to see
 _MAX_SPREAD = 4.0
 _NAMED_SHARE = 0.1
 _MAX_NAMED = 2
@@ -342,7 +342,7 @@ def describe_phases(trace: StartupTrace, phases: Sequence[PhaseSummary], rows: S
         lines.append(f"{what} had no length, or began before the one ahead had ended, and is cut off")
     if silent := [row.rank for row in rows if not row.bars]:
         some = f"{', '.join(map(str, silent[:8]))}{', …' * (len(silent) > 8)}"
-        lines.append(f"{counted(len(silent), 'rank')} had told nothing: {some}")
+        lines.append(f"{counted(len(silent), 'rank')} had reported nothing: {some}")
     return lines
 
 

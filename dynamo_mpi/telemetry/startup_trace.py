@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCHEMA = 1
-"""Grows when a field is removed or changes its meaning; it stays when a field is only added."""
+"""Increases if a field is removed or changes its meaning, not if a field is added."""
 READY, ENDED, FAILED, STOPPED = "ready", "ended", "failed", "stopped"
 DATA_BEGINS, DATA_ENDS = '<script type="application/json" id="dynamo-mpi-timeline">', "</script>"
 """What surrounds the JSON in a page."""
@@ -68,7 +68,7 @@ class StartupTrace:
         failure: why it failed or was stopped.
         job: Slurm's job id.
         step: Slurm's step id.
-        attempt: which start of this worker it is, from 1 on.
+        attempt: the number of this start of the worker, from 1 on.
     """
 
     name: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 knows of all ranks, as metrics. Pure."""
+"""Rank 0's metrics of all ranks. Pure."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class WorldNumbers(NamedTuple):
-    """What there is to count.
+    """The input of the metrics.
 
     Args:
-        ranks: all, with their phases.
-        progress: how far they are.
-        severities: of the preflight's findings.
-        failures: of this world.
-        exit_code: what it ends with; None as long as it doesn't end.
-        in_flight: requests that are being answered; None where it isn't known.
+        ranks: all ranks, with their phases.
+        progress: their progress.
+        severities: severities of the preflight's findings.
+        failures: failures of this world.
+        exit_code: its exit code; None if it has not ended.
+        in_flight: number of requests in flight; None if it isn't known.
     """
 
     ranks: Sequence[RankTimings]
@@ -39,7 +39,7 @@ class WorldNumbers(NamedTuple):
 
 
 def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
-    """Return them. There are as many for a world of thousands of ranks as for one of two."""
+    """Return the metrics. Their number doesn't depend on the number of ranks."""
     found = Counter(numbers.severities)
     failed = Counter(failure.cause for failure in numbers.failures)
     ended = () if numbers.exit_code is None else (Sample(numbers.exit_code),)
@@ -48,45 +48,45 @@ def metrics_of_world(numbers: WorldNumbers) -> tuple[Metric, ...]:
         Metric(
             "dynamo_mpi_ranks_done",
             "gauge",
-            "Ranks that are through with their own part of the world's phase.",
+            "Ranks that have finished their own part of the world's phase.",
             (Sample(numbers.progress.done),),
         ),
         Metric(
             "dynamo_mpi_phase_duration_seconds",
             "gauge",
             "How long phases that have ended took on rank 0, and on the fastest, the median and the slowest rank of all, "
-            "each rank's own part where it tells that.",
+            "each rank's own part if it reports that.",
             tuple(_durations(numbers.ranks)),
         ),
         Metric(
             "dynamo_mpi_preflight_findings_total",
             "counter",
-            "What the preflight had to say.",
+            "Findings of the preflight.",
             tuple(Sample(found[severity], {"severity": severity.value}) for severity in Severity),
         ),
         Metric(
             "dynamo_mpi_failures_total",
             "counter",
-            "Failures of ranks by how they became known.",
+            "Failures of ranks by how they were detected.",
             tuple(Sample(failed[cause], {"cause": cause.name.lower()}) for cause in DetectedBy),
         ),
         Metric(
             "dynamo_mpi_requests_in_flight",
             "gauge",
-            "Requests that are being answered; absent where that isn't known, as with dynamo.trtllm.",
+            "Requests in flight; absent if that isn't known, as with dynamo.trtllm.",
             () if numbers.in_flight is None else (Sample(numbers.in_flight),),
         ),
-        Metric("dynamo_mpi_exit_code", "gauge", "What the world has ended with; absent until then.", ended),
+        Metric("dynamo_mpi_exit_code", "gauge", "The world's exit code; absent until it has ended.", ended),
     )
 
 
 def describe_progress(progress: PhaseProgress) -> str:
-    """Say how far the ranks are, in words; nothing where there is no more to it than the phase: what comes after the load, rank 0 leads."""
+    """Describe the ranks' progress; empty if only the phase is known: the phases after the load depend on rank 0."""
     if progress.ranks < 2 or progress.slowest_rank is None or progress.phase != "load":
         return ""
     return (
-        f"{progress.done} of {progress.ranks} ranks are through, rank {progress.slowest_rank} on {progress.slowest_host} "
-        f"{'took' if progress.done == progress.ranks else 'has been at it for'} {progress.seconds:.0f} s"
+        f"{progress.done} of {progress.ranks} ranks have finished, rank {progress.slowest_rank} on {progress.slowest_host} "
+        f"{'took' if progress.done == progress.ranks else 'has been loading for'} {progress.seconds:.0f} s"
     )
 
 

@@ -312,7 +312,7 @@ def run_folder() -> str:
 
 def health() -> str:
     """What the probes of a node get."""
-    state = sources.HealthState(3, "n1", 7, 1000.5, 10.0, attempt=2, phase="load", since=1002.0, heard=40.0)
+    state = sources.HealthState(3, "n1", 7, 1000.5, 10.0, attempt=2, phase="load", since=1002.0, last_seen=40.0)
     facts = {"role": "agg", "engine": "trtllm", "model": "M", "namespace": "dynamo", "component": "backend"}
     known = state._replace(facts=tuple({**facts, "endpoint": "dyn://a.b.c", "trace": "00-a-b-01"}.items()))
     serving = known._replace(phase="serve", world="serve", rank=0, runtime=9)

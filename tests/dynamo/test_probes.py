@@ -219,7 +219,7 @@ def test_a_held_interpreter_is_alive_until_it_is_known_to_be_stuck(start: Start)
     assert "warning: TRACEPARENT is 'nonsense', which names no trace" in worker.text()
     (server,) = answering(worker)
     body = eventually_answers(503, port, "/live")
-    assert "it is stopped or stuck" in body["error"]
+    assert "the process is stopped or hung" in body["error"]
     # its node agent ends it, and that ends the answers
     assert worker.wait() == 124, worker.text()
     eventually(lambda: has_ended(server) and is_free(port), "nothing is left", 5)

@@ -145,7 +145,7 @@ def test_each_nodes_probes_tell_of_the_whole_world(start: Start, stack: Stack) -
             found = json.loads(eventually_answers(stack, node, port, "/health", 200))
             assert (found["phase"], found["rank"], found["host"]) == ("serve", number, node)
         assert "dynamo_mpi_ready 1\n" in probe(stack, second, port, "/metrics")[1]
-        taken = f"rank 2 on {third}: warning: no probe of this node is answered: DYN_SYSTEM_PORT={port}"
+        taken = f"rank 2 on {third}: warning: this node has no health server: DYN_SYSTEM_PORT={port}"
         assert taken in worker.text()
         # a death on the one node ends the answers of the others as well
         os.kill(worker.ranks()[third][0], signal.SIGKILL)

@@ -116,8 +116,8 @@ def test_findings_and_failures_are_counted_and_zero_is_a_count() -> None:
 
 def test_progress_is_told_in_words_where_ranks_differ() -> None:
     at_it = PhaseProgress("load", 1, 4, 3, "n1", 12.4)
-    assert describe_progress(at_it) == "1 of 4 ranks are through, rank 3 on n1 has been at it for 12 s"
-    assert describe_progress(at_it._replace(done=4)) == "4 of 4 ranks are through, rank 3 on n1 took 12 s"
+    assert describe_progress(at_it) == "1 of 4 ranks have finished, rank 3 on n1 has been loading for 12 s"
+    assert describe_progress(at_it._replace(done=4)) == "4 of 4 ranks have finished, rank 3 on n1 took 12 s"
     assert describe_progress(at_it._replace(phase="serve")) == ""
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dynamo_mpi.common.phases import PHASES
 from dynamo_mpi.telemetry.health_state import HealthState, escape, health, live, note, unescape
 
-FRESH = HealthState(0, "n1", 7, 1000.0, 50.0, since=1000.0, heard=50.0)
+FRESH = HealthState(0, "n1", 7, 1000.0, 50.0, since=1000.0, last_seen=50.0)
 
 
 def after(*lines: str, at: float = 60.0) -> HealthState:
@@ -29,7 +29,7 @@ def test_any_text_goes_on_one_line(text: str) -> None:
 @given(st.text(), st.sampled_from(["", "phase ", "runtime ", "ending ", "rank ", "metrics ", "world "]))
 def test_nonsense_is_a_sign_of_life_and_no_more(text: str, word: str) -> None:
     state = note(FRESH, word + text, 61.0, 1.0)
-    assert state.heard == 61.0
+    assert state.last_seen == 61.0
     assert health(state, 61.0).status in (200, 503)
 
 

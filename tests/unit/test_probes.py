@@ -181,7 +181,7 @@ def test_silence_is_too_long_only_when_it_is(node: Node) -> None:
         for each in (quick, node):
             each.says("/live", 200)
             os.kill(each.process.pid, signal.SIGSTOP)
-        assert "it is stopped or stuck" in quick.says("/live", 503)["error"]
+        assert "the process is stopped or hung" in quick.says("/live", 503)["error"]
         assert node.says("/live", 200)["rank_silent_seconds"] > 0.5
         os.kill(quick.process.pid, signal.SIGCONT)
         quick.says("/live", 200)
@@ -403,7 +403,7 @@ def test_a_taken_port_is_an_error_on_rank_0_and_a_warning_elsewhere(capfd: pytes
         assert (begin(1, 1), begin(1, None)) == (None, None)
         assert capfd.readouterr().err == ""
         assert begin(2, 0) is None
-    assert capfd.readouterr().err.startswith("dynamo_mpi: rank 2 on n1: warning: no probe of this node is answered: ")
+    assert capfd.readouterr().err.startswith("dynamo_mpi: rank 2 on n1: warning: this node has no health server: ")
 
 
 def test_the_runtimes_port_is_one_that_it_can_read() -> None:
@@ -420,7 +420,7 @@ def test_a_client_that_sends_slowly_is_cut(monkeypatch: pytest.MonkeyPatch) -> N
     """Its time is that of the whole request: each byte would renew a socket's own timeout."""
     monkeypatch.setattr(server, "_CLIENT_SECONDS", 0.2)
     listener = socket.create_server(("127.0.0.1", 0))
-    state = HealthState(0, "n0", os.getpid(), time.time(), time.monotonic(), heard=time.monotonic())
+    state = HealthState(0, "n0", os.getpid(), time.time(), time.monotonic(), last_seen=time.monotonic())
     with server.HealthServer(HealthAddress("127.0.0.1", 0), state, listener) as answering:
         thread = threading.Thread(target=answering.serve_forever)
         thread.start()

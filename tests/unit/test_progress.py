@@ -42,10 +42,7 @@ def test_what_is_not_seen_is_not_claimed() -> None:
         "load 142 s, 16 ranks have read 310.0 GB, the least n03 (rank 13): 4.1 GB"
     )
     assert "/16" not in describe(LOAD, parts_seen=False)
-    assert (
-        describe(PhaseProgress("load", 0, 2, None, None, 0.0), parts_seen=True)
-        == "load: nothing is known of the ranks yet"
-    )
+    assert describe(PhaseProgress("load", 0, 2, None, None, 0.0), parts_seen=True) == "load: no rank has reported yet"
 
 
 def test_facts_are_what_is_known() -> None:

@@ -178,7 +178,7 @@ def test_phases_over_each_other_are_cut_off_and_told() -> None:
         assert all(moment >= 0 for moment in moments)
     lines = words_of(start)
     assert any("is cut off" in line or "are cut off" in line for line in lines)
-    assert "1 rank had told nothing: 4" in lines
+    assert "1 rank had reported nothing: 4" in lines
     assert not any("cut off" in line for line in words_of(start_of(16)))
 
 
