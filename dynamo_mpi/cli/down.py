@@ -23,7 +23,7 @@ from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.errors import AuthorizationError, PhaseTimeoutError, UsageError
 from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve, to_seconds
-from dynamo_mpi.deploy.steps import SlurmEndings
+from dynamo_mpi.deploy.steps import SlurmStepController
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, find_run_dir
 from dynamo_mpi.ops.stop import WorkerSelector, stop_method_for, stop_workers
 
@@ -185,12 +185,12 @@ def _lock_of_the_dead(run_dir: Path) -> Iterator[bool]:
 def _clean(run_dir: Path, content: dict[str, Any], end: float) -> None:
     """Cancel what a launcher that was killed has left, and say that nothing runs any more."""
     if job_id := str(content.get("job_id", "")):
-        _cancel(SlurmEndings(job_id), set(content.get("steps", ())), job_id, end)
+        _cancel(SlurmStepController(job_id), set(content.get("steps", ())), job_id, end)
     for name in ("services.json", "stop", "deployment.json"):
         (run_dir / name).unlink(missing_ok=True)
 
 
-def _cancel(endings: SlurmEndings, names: set[str], job_id: str, end: float) -> None:
+def _cancel(endings: SlurmStepController, names: set[str], job_id: str, end: float) -> None:
     while True:
         running = endings.running()
         left = [step for step, name in (running or {}).items() if name in names]

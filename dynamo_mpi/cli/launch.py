@@ -32,7 +32,7 @@ from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
 from dynamo_mpi.deploy.service_error import StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings
 from dynamo_mpi.deploy.srun import Container, Srun, mount, token_of
-from dynamo_mpi.deploy.steps import MpirunEndings, SlurmEndings, end_of_job
+from dynamo_mpi.deploy.steps import MpirunStepController, SlurmStepController, end_of_job
 from dynamo_mpi.mpi.job_time_limit import VARIABLE as END
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dynamo_mpi.deploy.deployment import Worker
-    from dynamo_mpi.deploy.steps import Endings
-    from dynamo_mpi.deploy.workers import Renderer
+    from dynamo_mpi.deploy.steps import StepController
+    from dynamo_mpi.deploy.workers import CommandBuilder
 
 TAKES_FURTHER_WORDS = True
 # the logs are on a file system that others use too
@@ -104,8 +104,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _conduct(
     settings: LaunchSettings,
     workers: tuple[Worker, ...],
-    renderer: Renderer,
-    endings: Endings,
+    renderer: CommandBuilder,
+    endings: StepController,
     run_dir: RunDir,
     *,
     verbose: bool,
@@ -159,11 +159,13 @@ def _default_run_dir(nodes: Nodes) -> Path:
     return Path(f"dynamo_mpi-{nodes.job_id}" if nodes.job_id else "dynamo_mpi-run")
 
 
-def _launcher(settings: LaunchSettings, nodes: Nodes, source: CodeLocation, path: Path) -> tuple[Renderer, Endings]:
+def _launcher(
+    settings: LaunchSettings, nodes: Nodes, source: CodeLocation, path: Path
+) -> tuple[CommandBuilder, StepController]:
     forwarded = tuple(sorted(name for name in os.environ if name.startswith(_FORWARDED)))
     if settings.launcher == "mpirun":
         bare = tuple(name for name in _BARE_METAL if name in os.environ)
-        return Mpirun(settings, source, str(path), (*forwarded, *bare)), MpirunEndings()
+        return Mpirun(settings, source, str(path), (*forwarded, *bare)), MpirunStepController()
     container, inside = None, str(path)
     if settings.image is not None:
         own = [mount(str(path), RUN_DIR_INSIDE)]
@@ -171,10 +173,14 @@ def _launcher(settings: LaunchSettings, nodes: Nodes, source: CodeLocation, path
             own.append(mount(str(source.checkout), CHECKOUT_INSIDE, "ro"))
         container = Container(settings.image, tuple(filter(None, [settings.mounts, *own])))
         inside = RUN_DIR_INSIDE
-    return Srun(settings, nodes, container, source, inside, token_of(path), forwarded), SlurmEndings(nodes.job_id)
+    return Srun(settings, nodes, container, source, inside, token_of(path), forwarded), SlurmStepController(
+        nodes.job_id
+    )
 
 
-def _show(settings: LaunchSettings, renderer: Renderer, workers: tuple[Worker, ...], nodes: Nodes, path: Path) -> None:
+def _show(
+    settings: LaunchSettings, renderer: CommandBuilder, workers: tuple[Worker, ...], nodes: Nodes, path: Path
+) -> None:
     if nodes.job_id == STAND_IN_JOB:
         print(f"# not in an allocation: {nodes.head} … and {STAND_IN_JOB} stand for its nodes and its id\n")
     commands = [] if settings.skip_check else [("the layouts, before anything starts", renderer.check())]

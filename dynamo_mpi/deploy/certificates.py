@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An authority of one run's own, and the two certificates it signs: the server's, and the one that all clients share.
+"""Creates a certificate authority for one run, and its two certificates: the server's, and one that all clients share.
 
-Made by the ``openssl`` program, 1.1.1 or newer, so that no Python package has to be installed in the container. The authority's key
-is gone before anything is served: nobody, not even we, can sign a third certificate.
+Uses the ``openssl`` program, 1.1.1 or newer, so that no Python package must be installed in the container. The authority's key
+is deleted before the services start, so that no third certificate can be signed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OPENSSL_SECONDS = 60.0  # each call takes some 10 ms
-_EARLIER = timedelta(days=1)  # clocks of other nodes may be behind ours
-_LIFE = timedelta(days=3650)  # longer than any job, for a service must not fail in the middle of one
-_WITHOUT = "or do without credentials: --credentials none"
+_EARLIER = timedelta(days=1)  # clocks of other nodes may be behind
+_LIFE = timedelta(days=3650)  # longer than any job, so that no certificate expires during one
+_WITHOUT = "or use no credentials: --credentials none"
 
 
 @dataclass(frozen=True)
 class Certificates:
-    """Where the files are; the keys are readable by this user alone.
+    """The files; only this user can read the keys.
 
     Args:
-        folder: a private one.
+        folder: a private folder.
     """
 
     folder: Path
@@ -60,13 +60,13 @@ class Certificates:
 
     @cached_property
     def client_context(self) -> ssl.SSLContext:
-        """What Python's TLS clients present and trust."""
+        """Return the context for Python's TLS clients."""
         context = ssl.create_default_context(cafile=str(self.authority))
         context.load_cert_chain(str(self.client), str(self.client_key))
         return context
 
     def client_environment(self) -> dict[str, str]:
-        """Return how the Dynamo runtime is told: it takes the texts, not paths."""
+        """Return the variables for the Dynamo runtime, which contain the PEM texts, not paths."""
         return {
             "ETCD_AUTH_CA": self.authority.read_text(),
             "ETCD_AUTH_CLIENT_CERT": self.client.read_text(),
@@ -75,15 +75,15 @@ class Certificates:
 
 
 def make_certificates(folder: Path, names: Sequence[str], now: datetime | None = None) -> Certificates:
-    """Make an authority, a server's and a client's certificate.
+    """Create an authority, a server's and a client's certificate.
 
     Args:
-        folder: a new one, which is made, private.
-        names: addresses and host names that the server is reached by.
+        folder: a new private folder, which is created.
+        names: addresses and host names of the server.
         now: the time in UTC.
 
     Raises:
-        UsageError: no openssl here.
+        UsageError: openssl isn't installed.
         DynamoMpiError: it failed.
     """
     openssl = shutil.which("openssl")
@@ -146,9 +146,9 @@ authorityKeyIdentifier = keyid
 
 
 def openssl_calls(name: str, now: datetime) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the arguments that make a key with a request, and those that sign it. Paths are within the folder.
+    """Return the arguments that create a key with a request, and those that sign it. Paths are relative to the folder.
 
-    ``openssl ca`` signs, because ``openssl x509`` can't date a certificate back before version 3.4.
+    ``openssl ca`` signs, because ``openssl x509`` can't backdate a certificate before version 3.4.
 
     Args:
         name: ``authority``, ``server`` or ``client``.

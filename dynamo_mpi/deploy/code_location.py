@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a step finds our code: the scripts of a checkout, which a container gets mounted, or the installed package."""
+"""Where a step finds dynamo_mpi: in a checkout, which is mounted into the container, or as the installed package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# where a checkout lies in a container, and a deployment's folder
+# paths of the checkout and of the deployment's folder inside a container
 CHECKOUT_INSIDE = "/dynamo_mpi"
 RUN_DIR_INSIDE = "/dynamo_mpi_run"
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -21,12 +21,12 @@ _MODULES = {
 
 @dataclass(frozen=True)
 class CodeLocation:
-    """Where our code is.
+    """The location of dynamo_mpi's code.
 
     Args:
-        checkout: its folder on the host; None where the package is installed, which an image must then have too.
-        inside: the same folder as the steps see it.
-        python: interpreter of the steps.
+        checkout: its folder on the host; None if the package is installed; then the image must have it too.
+        inside: the path of that folder in the steps.
+        python: the steps' interpreter.
     """
 
     checkout: Path | None
@@ -34,18 +34,18 @@ class CodeLocation:
     python: str
 
     def entry(self, script: str) -> tuple[str, ...]:
-        """Return the start of a command line: one of the checkout's scripts, or what that runs."""
+        """Return the start of a command line: one of the checkout's scripts, or the module that it runs."""
         if self.checkout is None:
             return (self.python, *_MODULES[script])
         return (f"{self.inside}/scripts/{script}",)
 
 
 def find_source(image: str | None, python: str | None) -> CodeLocation:
-    """Find our code.
+    """Find dynamo_mpi's code.
 
     Args:
         image: the container image of the steps, if any.
-        python: interpreter that the user wants.
+        python: the user's choice of interpreter.
     """
     interpreter = python or ("python3" if image is not None else sys.executable)
     checkout = _PACKAGE.parent

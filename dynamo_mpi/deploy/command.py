@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One command line that a deployment runs, and how it is shown."""
+"""A command line of a deployment, and its display."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# What the services' file gives to every worker. Named beforehand: Pyxis takes names, and a dry run shows them.
+# The variables that services.json provides for every worker. They are known in advance: Pyxis needs names, and a dry run shows them.
 SERVICE_VARIABLES = (
     "ETCD_ENDPOINTS",
     "ETCD_AUTH_CA",
@@ -24,13 +24,13 @@ SERVICE_VARIABLES = (
 
 @dataclass(frozen=True)
 class Command:
-    """What is run.
+    """A command.
 
     Args:
-        name: of the step, in our words: ``services``, ``prefill-0``.
-        step: of the step in Slurm's: unique in the job.
-        lines: the command line, as it is laid out when shown; nothing secret is in it.
-        environment: laid over our own; nothing secret either, as a dry run shows it.
+        name: the step's name in dynamo_mpi: ``services``, ``prefill-0``.
+        step: the step's name in Slurm, unique in the job.
+        lines: the command line, split into lines for the display; it contains no secret.
+        environment: variables added to our own; they contain no secret, as a dry run shows them.
     """
 
     name: str
@@ -44,6 +44,6 @@ class Command:
         return tuple(word for line in self.lines for word in line)
 
     def shown(self) -> str:
-        """Return it as a shell takes it, the variables before it."""
+        """Return it in shell syntax, preceded by the variables."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " \\\n    ".join([*variables, *map(shlex.join, self.lines)])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A deployment's life: check, services, workers side by side, watch, end. It ends exactly what it started."""
+"""Runs a deployment: check, services, workers side by side, watch, end. It ends only what it has started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dynamo_mpi.deploy.service_error import StepFailed
 from dynamo_mpi.deploy.services import listed_models
 from dynamo_mpi.deploy.srun import without_srun_input
 from dynamo_mpi.deploy.steps import start
-from dynamo_mpi.deploy.workers import Workers
+from dynamo_mpi.deploy.workers import WorkerSet
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 
@@ -31,72 +31,72 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.deployment import Worker
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.settings import LaunchSettings
-    from dynamo_mpi.deploy.steps import Endings, Step
-    from dynamo_mpi.deploy.workers import Renderer
+    from dynamo_mpi.deploy.steps import Step, StepController
+    from dynamo_mpi.deploy.workers import CommandBuilder
 
 POLL_SECONDS = 0.5
 NEWS_SECONDS = (15.0, 300.0)
 LISTED_SECONDS = 30.0
-# a frontend that is busy may not answer at once; one that this host has no way to never will
+# a busy frontend may not answer at once; one that this host can't reach never will
 REACHED_SECONDS = 10.0
-# longer than the head node gives its parts, one after the other
+# longer than the sum of the head node's own limits for its services
 SERVICES_STOP_SECONDS = 25.0
 CANCEL_SECONDS = 15.0
-# what an end takes beside the workers' drains
+# additional time of an end, besides the workers' drains
 END_SECONDS = 100.0
 # longer than a network file system hides a new file
 UNSEEN_SECONDS = 90.0
 
 
 class _AskedToStop(Exception):
-    """`dynamo-mpi down`, or the end of the job's time, wants an end."""
+    """`dynamo-mpi down`, or the end of the job's time, requests the end."""
 
 
 class DeploymentController:
     """Runs one deployment. Use it from the main thread.
 
     Args:
-        settings: what was asked for.
-        workers: what runs where.
-        renderer: how steps are started.
-        endings: how they are ended.
+        settings: the deployment's settings.
+        workers: the workers and their nodes.
+        renderer: builds the command lines of the steps.
+        endings: ends the steps.
         run_dir: the deployment's folder.
-        interrupts: looked at wherever we wait.
-        say: takes one line.
-        environ: what the steps start from.
+        interrupts: checked in every wait.
+        say: prints one line of progress.
+        environ: the steps' base environment.
     """
 
     def __init__(
         self,
         settings: LaunchSettings,
         workers: Sequence[Worker],
-        renderer: Renderer,
-        endings: Endings,
+        renderer: CommandBuilder,
+        endings: StepController,
         run_dir: RunDir,
         interrupts: Interrupts,
         say: Callable[[str], None],
         environ: Mapping[str, str] = os.environ,
     ) -> None:
         self._settings, self._workers, self._renderer, self._endings = settings, workers, renderer, endings
-        self._run_dir, self._interrupts, self._tell = run_dir, interrupts, say
+        self._run_dir, self._interrupts, self._print_line = run_dir, interrupts, say
         self._began = time.monotonic()
         self._environment = without_srun_input(environ)
         self._services: Step | None = None
         self._others: dict[str, Step] = {}
-        self._worker_steps = Workers(workers, settings.max_restarts, renderer, endings, run_dir, self._say)
+        self._worker_steps = WorkerSet(workers, settings.max_restarts, renderer, endings, run_dir, self._say)
         self._url = ""
         self._limit = JobTimeLimit.of(environ)
         self._milestones = Milestones(run_dir.milestones, "launch")
 
     def run(self) -> int:
-        """Live it.
+        """Run the deployment until its end.
 
         Returns:
-            The exit code: 0 when it was asked to end, the job's time is nearly up, or all workers have ended.
+            The exit code: 0 if the end was requested, the job's time is nearly up, or all workers have ended.
 
         Raises:
-            StepFailed: a step ended that shouldn't have.
-            Interrupted: the user wants an end.
+            StepFailed: a step ended unexpectedly.
+            Interrupted: the user requests the end.
         """
         try:
             self._describe()
@@ -132,7 +132,7 @@ class DeploymentController:
     def _check_kv(self) -> None:
         code, words = self._run_to_end(self._renderer.kv_check(self._workers))
         report = report_of_kv_check(words)
-        # where Slurm has killed a rank that hung, its code is that of the kill
+        # if Slurm has killed a rank that hung, the step's code is that of the kill
         code = min(code, ExitCode.TEMPORARY) if report else code
         if code and self._settings.kv_check == "warn":
             self._say(f"warning: the KV check ended with exit code {code}; the workers start all the same")
@@ -142,11 +142,11 @@ class DeploymentController:
                 + (f"\n{report}" if report else ""),
                 status=code,
                 log="" if report else words,
-                fix="" if report else "read the log; --kv-check off leaves it out",
+                fix="" if report else "read the log; --kv-check off skips the check",
             )
 
     def _run_to_end(self, command: Command) -> tuple[int, str]:
-        """Run a step that ends by itself; return its exit code, and its last words."""
+        """Run a step that ends by itself; return its exit code, and the end of its output."""
         step = self._start(command)
         news = News(*NEWS_SECONDS)
         while (code := step.child.exit_code()) is None:
@@ -157,7 +157,7 @@ class DeploymentController:
         return code, step.last_words(200)
 
     def _start_services(self) -> dict[str, str]:
-        """Return the variables that say where the services are, and what opens them."""
+        """Start the services; return the variables with their addresses and credentials."""
         self._services = step = self._start(self._renderer.services())
         deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
         news = News(*NEWS_SECONDS)
@@ -168,7 +168,7 @@ class DeploymentController:
                     f"the services don't answer after {self._settings.start_timeout:g} s",
                     status=ExitCode.DEADLINE,
                     log=step.last_words(),
-                    fix="a longer --start-timeout where the image's import takes long",
+                    fix="a longer --start-timeout if the image's import takes long",
                 )
             if seconds := news.due():
                 self._say(f"waiting for the services, {seconds:.0f} s")
@@ -195,16 +195,16 @@ class DeploymentController:
     def _watch(self) -> None:
         """Return when the last worker has ended by itself."""
         self._describe()
-        told, news = False, News(*NEWS_SECONDS)
+        announced, news = False, News(*NEWS_SECONDS)
         while True:
             self._require_services()
-            self._worker_steps.look()
+            self._worker_steps.poll()
             if self._worker_steps.ended:
                 self._say("all workers have ended")
                 return
-            waiting = self._worker_steps.awaited
-            if not waiting and not told:
-                told = True
+            waiting = self._worker_steps.pending
+            if not waiting and not announced:
+                announced = True
                 self._announce()
             if waiting and (seconds := news.due()):
                 self._say(f"waiting for {', '.join(waiting)}, {seconds:.0f} s; logs in {self._run_dir.logs}")
@@ -212,11 +212,11 @@ class DeploymentController:
 
     @property
     def _end_seconds(self) -> float:
-        """How long an orderly end may take: the roles end one after the other."""
+        """Time limit of an orderly end: the roles end one after the other."""
         return len(self._settings.worker_roles) * self._settings.stop_timeout + END_SECONDS
 
     def _require_time(self) -> None:
-        """Give the time limit up, with a warning, where it is too late for an orderly end from the start."""
+        """If the job's time limit is too close for an orderly end from the start, warn and ignore it."""
         now = time.time()
         if self._limit is not None and self._limit.pause(self._end_seconds, now) is None:
             self._say(f"warning: {self._limit.too_late(self._end_seconds, now)}")
@@ -234,15 +234,15 @@ class DeploymentController:
         code = step.child.exit_code() if step is not None else None
         if step is not None and code is not None:
             found = f"the services ended with exit code {code}" + (
-                "" if code else ": somebody else has ended their step"
+                "" if code else ": another process has ended their step"
             )
             raise StepFailed(found, status=code or ExitCode.UNAVAILABLE, log=step.last_words())
 
     def _announce(self) -> None:
-        """Say that it serves, once the frontend lists the model; it hears of workers a moment later than we."""
+        """Print that the deployment serves, when the frontend lists the model; it discovers workers a moment after their ready files."""
         name = self._settings.served_model_name
         if not self._url:
-            self._say("ready, as its workers say; a frontend finds them with what services.json says")
+            self._say("ready, according to its workers; a frontend needs the addresses in services.json")
             return
         began = time.monotonic()
         models = listed_models(self._url)
@@ -251,7 +251,7 @@ class DeploymentController:
             self._pause()
             models = listed_models(self._url)
         if models is None:
-            self._say(f"ready, as its workers say; the frontend {self._url} can't be reached from this host")
+            self._say(f"ready, according to its workers; the frontend {self._url} can't be reached from this host")
         elif not models:
             self._say(f"warning: all workers are ready, but {self._url} lists no model after {LISTED_SECONDS:g} s")
         else:
@@ -294,32 +294,32 @@ class DeploymentController:
 
     def _stop(self) -> None:
         """End everything: prefill, whose KV decode still fetches while it drains, then decode, the services last."""
-        # at most one: a second may have come since the first was noticed
+        # at most one: a second may have arrived since the first was handled
         signals_before = min(self._interrupts.count, 1)
         if self._services is not None and self._services.child.exit_code():
-            self._endings.ask([self._services])  # where srun alone was killed, its step still runs
+            self._endings.signal([self._services])  # if only srun was killed, its step still runs
         for role in ("prefill", "decode", "agg"):
-            self._end(self._worker_steps.of(role), self._settings.stop_timeout, signals_before)
+            self._end(self._worker_steps.steps_of(role), self._settings.stop_timeout, signals_before)
             if self._interrupts.count == signals_before:
-                self._worker_steps.take_out(role)
+                self._worker_steps.deregister(role)
         rest = list(self._others.values())
         if self._interrupts.count != signals_before:
-            # once more below: then they end at once, and their keys don't stay on the node as after a cancelling
-            self._endings.ask(rest)
+            # a second request, below, ends them at once; cancelling would leave their keys on the node
+            self._endings.signal(rest)
         self._end(rest, SERVICES_STOP_SECONDS, self._interrupts.count)
         if self._services is not None and self._services.child.exit_code():
             self._endings.cancel([self._services])
 
     def _end(self, steps: list[Step], seconds: float, signals_before: int) -> None:
-        living = [step for step in steps if step.child.exit_code() is None]
-        if living and self._interrupts.count == signals_before:
-            self._say(f"ending {', '.join(step.name for step in living)}")
-            self._endings.ask(living)
-            self._await_end(living, seconds, signals_before)
-        if living := [step for step in living if step.child.exit_code() is None]:
-            self._say(f"cancelling {', '.join(step.name for step in living)}")
-            self._endings.cancel(living)
-            self._await_end(living, CANCEL_SECONDS, None)
+        running = [step for step in steps if step.child.exit_code() is None]
+        if running and self._interrupts.count == signals_before:
+            self._say(f"ending {', '.join(step.name for step in running)}")
+            self._endings.signal(running)
+            self._await_end(running, seconds, signals_before)
+        if running := [step for step in running if step.child.exit_code() is None]:
+            self._say(f"cancelling {', '.join(step.name for step in running)}")
+            self._endings.cancel(running)
+            self._await_end(running, CANCEL_SECONDS, None)
         for step in steps:
             step.child.kill()
 
@@ -327,4 +327,4 @@ class DeploymentController:
         await_exit([step.child for step in steps], seconds, self._interrupts, signals_before, POLL_SECONDS)
 
     def _say(self, text: str) -> None:
-        self._tell(f"{time.monotonic() - self._began:6.1f} s  {text}")
+        self._print_line(f"{time.monotonic() - self._began:6.1f} s  {text}")

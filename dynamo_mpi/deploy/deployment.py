@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which worker runs on which nodes."""
+"""Assigns nodes to workers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Worker:
     Args:
         name: unique, such as ``prefill-0``.
         role: ``agg``, ``prefill`` or ``decode``.
-        engine_config: as its ranks see the path.
-        nodes: its own.
+        engine_config: its path for the ranks.
+        nodes: its nodes.
         ranks_per_node: one for each GPU.
     """
 
@@ -37,12 +37,12 @@ class Worker:
 
 
 def nodes_wanted(settings: LaunchSettings) -> int:
-    """Return how many nodes all workers take together; the head node is one of them."""
+    """Return the number of nodes for all workers; the head node is one of them."""
     return sum(nodes * workers for _, nodes, workers in map(settings.of, settings.worker_roles))
 
 
 def assign(settings: LaunchSettings, nodes: Nodes) -> tuple[Worker, ...]:
-    """Give each worker nodes of its own, neighbours in Slurm's order, prefill first.
+    """Assign nodes to each worker: neighbours in Slurm's order, prefill first.
 
     Raises:
         UsageError: there are too few nodes.

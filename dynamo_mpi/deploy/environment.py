@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The environments of etcd, NATS and the frontend, made of this process's. Pure."""
+"""The environments of etcd, NATS and the frontend, derived from this process's. Pure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 RequestPlane = Literal["tcp", "nats"]
 LOCAL_NAMESPACE = "local"
 
-# etcd takes ETCD_… for flags of its own
+# etcd reads ETCD_… as its own flags
 _SERVERS = ("ETCD_",)
-# another deployment's; how long a lease lives, and the like, stay
+# those of another deployment; settings such as the lease's time stay
 _CLIENTS = ("ETCD_ENDPOINTS", "ETCD_AUTH_", "NATS_SERVER", "NATS_AUTH_", "NATS_TLS_")
 # none of the services is a rank
 _LAUNCHERS = ("PMI_", "PMIX_", "OMPI_", "PRTE_", "HYDI_", "HYDRA_")
-# what belongs to another deployment, or to the launcher that this command itself runs under
+# variables of another deployment, or of the launcher under which this command itself runs
 _FOREIGN = ("ETCD_", "NATS_", "DYN_", "SLURM", *_LAUNCHERS)
 _KEPT = ("DYN_LOG", "DYN_MPI_", "OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_")
 
@@ -31,17 +31,17 @@ def server_environment(own: Mapping[str, str], scratch: Path) -> dict[str, str]:
     """Return the environment of a job's etcd and NATS.
 
     Args:
-        own: this process's.
+        own: this process's environment.
         scratch: folder for temporary files.
     """
     return _without(own, _SERVERS + _LAUNCHERS) | {"TMPDIR": str(scratch)}
 
 
 def frontend_environment(own: Mapping[str, str], scratch: Path, hosts: Sequence[str]) -> dict[str, str]:
-    """Return the environment that a job's frontend starts from; how it finds etcd and NATS is added to it.
+    """Return the base environment of a job's frontend; the addresses of etcd and NATS are added to it.
 
     Args:
-        own: this process's, whose ``DYN_*`` settings are the frontend's.
+        own: this process's environment, whose ``DYN_*`` settings are used by the frontend.
         scratch: folder for temporary files.
         hosts: addresses that are reached without a proxy.
     """
@@ -50,20 +50,20 @@ def frontend_environment(own: Mapping[str, str], scratch: Path, hosts: Sequence[
 
 
 def local_environment(own: Mapping[str, str], scratch: Path) -> dict[str, str]:
-    """Return the environment that every process of the local stack starts from.
+    """Return the base environment of every process of the local stack.
 
     Args:
-        own: this process's.
+        own: this process's environment.
         scratch: folder for temporary files, removed with the run's folder.
     """
     variables = {"DYN_LOG": "warn", **_without(own, _FOREIGN, _KEPT)}
-    return variables | _common(own, scratch)  # gRPC would take a proxy even to loopback
+    return variables | _common(own, scratch)  # gRPC would use a proxy even for loopback
 
 
 def discovery_environment(etcd: Etcd, nats: Nats, request_plane: RequestPlane) -> dict[str, str]:
-    """Return how the local stack's frontend and workers find each other: on loopback, which a machine without a network has, too.
+    """Return the variables by which the local stack's frontend and workers find etcd and NATS: on loopback, so that no network is needed.
 
-    ``NATS_SERVER`` is set for the nats plane only: Dynamo's runtime connects wherever it is set, needed or not.
+    ``NATS_SERVER`` is set only for the nats plane: Dynamo's runtime connects whenever it is set, even if NATS isn't needed.
     """
     variables = {
         "ETCD_ENDPOINTS": etcd.url,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a launcher says of the rank that went first. Pure.
+"""Finds the rank that ended first in a launcher's output. Pure.
 
-Read from the words of srun (Slurm 22.05), Open MPI's mpirun (4 and 5) and MPICH's mpiexec as they were recorded; see
-``tests/data/launchers``. What ranks complain of ("MPI_ABORT was invoked on rank 0", "An error occurred in Socket closed") follows from a
-death, and names the one that lived.
+The patterns are for the output of srun (Slurm 22.05), Open MPI's mpirun (4 and 5) and MPICH's mpiexec, recorded in
+``tests/data/launchers``. Errors of ranks ("MPI_ABORT was invoked on rank 0", "An error occurred in Socket closed") follow from the first
+failure, and name a rank that survived it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _SIGNALS = {signal.strsignal(number): int(number) for number in signal.valid_signals()}
-# srun --label, before what a rank or slurmstepd says; srun's own lines have none
+# srun --label puts this before output of ranks and slurmstepd; srun's own lines have none
 _LABEL = re.compile(r"^ *\d+: ?", re.MULTILINE)
 _TASKS = re.compile(r"^srun: error: (\S+): tasks? ([\d,\[\]-]+): (.+?)(?: \(core dumped\))?$", re.MULTILINE)
 _LEFT = re.compile(
@@ -25,22 +25,22 @@ _LEFT = re.compile(
 _NODE = re.compile(r"^srun: error: Node failure on (\S+)", re.MULTILINE)
 _EXECVE = re.compile(r"^slurmstepd(?:-(\S+))?: error: execve\(\): (.+)$", re.MULTILINE)
 _CANCELLED = re.compile(r"\*\*\* (?:STEP|JOB) \S+ ON \S+ CANCELLED AT \S+ (DUE TO [A-Z ]+)")
-# from here on srun tells of what it has ended itself
+# after this line, srun reports tasks that it has ended itself
 _ABORTED = re.compile(
     r"^srun: (?:Job step aborted|launch/slurm: _step_signal: Terminating)|\*\*\* (?:STEP|JOB) \S+ ON \S+ CANCELLED",
     re.MULTILINE,
 )
-# Open MPI breaks its lines anywhere; these are looked for in words with one blank between
+# Open MPI breaks lines anywhere; these patterns match text with single blanks
 _NOTICED = re.compile(r"noticed that process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)")
 _STATUS = re.compile(r"The first process to do so was: Process name: \[\S+?,(\d+)\] Exit code: (\d+)")
 _IMPROPERLY = re.compile(r"has exited due to process rank (\d+) with PID \d+ on node (\S+) exiting improperly")
 _DAEMON = re.compile(r"has lost communication with a remote daemon\..*? Remote daemon: \S+ on node (\S+)")
 _UNSPAWNED = re.compile(r"A daemon failed to report back after being spawned\..*? Remote host: (\S+)")
-# the whole of what Open MPI 4 says at times
+# sometimes this is all that Open MPI 4 prints
 _PRIMARY = re.compile(r"Primary job terminated normally, but \d+ process(?:es)? returned a non-zero exit code")
 _PEER = re.compile(r"MPI communication peer process has unexpectedly disconnected\..*? Peer host: (\S+)")
 _BAD = re.compile(r"= PID (\d+) RUNNING AT (\S+) = EXIT CODE: (\d+)(?:.*?EXIT STRING: .*?\(signal (\d+)\))?")
-# what ranks say whose peer has gone, and what an exit code that follows is of
+# errors of ranks whose peer is lost; an exit code after one of them is of such a rank
 _COMPLAINT = re.compile(
     r"MPI_ABORT was invoked|An error occurred in Socket closed|peer process has unexpectedly disconnected"
 )
@@ -48,16 +48,16 @@ _STRING = re.compile(r"YOUR APPLICATION TERMINATED WITH THE EXIT STRING: .*?\(si
 
 
 class Death(NamedTuple):
-    """What became of the rank that went first, as far as the launcher says it.
+    """How the first rank ended, according to the launcher.
 
     Args:
-        ranks: which; several where the launcher names them together; none where it names none.
-        host: its node; empty where it isn't known.
-        signal: that killed it; 0 for none.
-        code: that it left with; None where it isn't known.
-        how: in words, where it is neither a signal nor a code.
-        pid: its process, where the launcher names that and no rank; 0 for none.
-        is_sure: False where the launcher had begun to end the ranks before it named this one.
+        ranks: the rank; several if the launcher names them together; empty if it names none.
+        host: its node; empty if it isn't known.
+        signal: the signal that killed it; 0 for none.
+        code: its exit code; None if it isn't known.
+        how: a description, if it is neither a signal nor a code.
+        pid: its process, if the launcher names that and no rank; 0 for none.
+        is_sure: False if the launcher had started to end the ranks before it named this one.
     """
 
     ranks: tuple[int, ...] = ()
@@ -69,7 +69,7 @@ class Death(NamedTuple):
     is_sure: bool = True
 
     def placed(self, nodes: Sequence[str], ranks_per_node: int) -> Death:
-        """Fill in what follows from where the ranks are: blocks of so many on each of these nodes, one after the other."""
+        """Add the host or the ranks that follow from the placement: consecutive blocks of ``ranks_per_node`` on each of these nodes."""
         if len(self.ranks) == 1 and not self.host and self.ranks[0] // ranks_per_node < len(nodes):
             return self._replace(host=nodes[self.ranks[0] // ranks_per_node])
         if not self.ranks and ranks_per_node == 1 and self.host in nodes:
@@ -84,7 +84,7 @@ class Death(NamedTuple):
             who = f"rank {self.ranks[0]}{where}"
         else:
             who = f"one of ranks {', '.join(map(str, self.ranks))}{where}"
-        return f"{who} {self._what}{'' if self.is_sure else ', as far as its launcher tells, which was ending the ranks already'}"
+        return f"{who} {self._what}{'' if self.is_sure else ', according to its launcher, which was already ending the ranks'}"
 
     @property
     def _what(self) -> str:
@@ -100,20 +100,20 @@ class Death(NamedTuple):
 
 
 def first_death(text: str) -> Death | None:
-    """Return what a launcher says of the first death; None where it says nothing of one.
+    """Return the first rank's end according to the launcher; None if its output has none.
 
     Args:
-        text: what a step has printed, the launcher's words and the ranks' together.
+        text: the output of a step: the launcher's and the ranks'.
     """
     words = _joined(text)
-    # mpirun's daemons may be srun's tasks, so its own words come first
+    # mpirun's daemons may be srun's tasks, so mpirun's own output has priority
     found = sorted(_of_mpirun(words), key=_place) or sorted(_of_srun(text), key=_place)
     if found:
         death = found[0][1]
         return death._replace(is_sure=False) if death.code is not None and _COMPLAINT.search(words) else death
     if peer := _PEER.search(words):
-        return Death(host=peer[1], how="closed its connections, of which its peers ended")
-    return Death(how="ended with a code other than 0, of which mpirun says no more") if _PRIMARY.search(words) else None
+        return Death(host=peer[1], how="closed its connections, which ended its peers")
+    return Death(how="ended with a code other than 0; mpirun reports nothing else") if _PRIMARY.search(words) else None
 
 
 def _place(found: tuple[int, Death]) -> int:
@@ -130,10 +130,10 @@ def _of_srun(text: str) -> Iterator[tuple[int, Death]]:
     for each in _LEFT.finditer(text):
         yield (
             each.start(),
-            Death((int(each[2]),), each[1], how="left without a word to MPI", is_sure=each.start() < aborted),
+            Death((int(each[2]),), each[1], how="exited without MPI_Finalize", is_sure=each.start() < aborted),
         )
     for each in _NODE.finditer(text):
-        yield each.start(), Death(host=each[1], how="was lost with its node, as Slurm says")
+        yield each.start(), Death(host=each[1], how="was lost with its node, according to Slurm")
     for each in _EXECVE.finditer(text):
         yield each.start(), Death(host=each[1] or "", how=f"could not be started: {each[2]}")
     for each in _CANCELLED.finditer(text):
@@ -148,7 +148,7 @@ def _of_mpirun(words: str) -> Iterator[tuple[int, Death]]:
     for each in _IMPROPERLY.finditer(words):
         yield each.start(), Death((int(each[1]),), each[2], how="left without MPI's end")
     for each in _DAEMON.finditer(words):
-        yield each.start(), Death(host=each[1], how="was lost with its host, whose daemon mpirun can't reach any more")
+        yield each.start(), Death(host=each[1], how="was lost with its host, whose daemon mpirun can no longer reach")
     for each in _UNSPAWNED.finditer(words):
         yield each.start(), Death(host=each[1], how="ended with its host's daemon, or that did not start")
     for each in _BAD.finditer(words):
@@ -158,7 +158,7 @@ def _of_mpirun(words: str) -> Iterator[tuple[int, Death]]:
 
 
 def _of_mpich(pid: int, host: str, code: int, number: int) -> Death:
-    """MPICH names no rank, its exit code may be another rank's, and a rank that it has killed itself may be the one that it tells of."""
+    """MPICH names no rank, its exit code may be another rank's, and it may report a rank that it has killed itself."""
     number = number or (code if 0 < code < 64 and _is_named(code) else 0)
     return Death(host=host, signal=number, code=None if number else code, pid=pid, is_sure=number != signal.SIGKILL)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The KV check as a step of a deployment (`dynamo_mpi.checks.kv`): when it runs, its command line, and what it reports. Pure."""
+"""The KV check (`dynamo_mpi.checks.kv`) as a step of a deployment: when it runs, its command line, and its report. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "kv-check"
 _ERROR = "error in kv check: "
-# how the lines of a report begin that follow the first
+# the beginnings of a report's lines after the first
 _MORE = re.compile(r"  |(?:error|warning|info) T\d+: ")
 
 
@@ -25,7 +25,7 @@ def nodes_of(workers: Sequence[Worker], *roles: str) -> tuple[str, ...]:
 
 
 def needs_kv_check(settings: LaunchSettings, workers: Sequence[Worker]) -> bool:
-    """Tell whether the check runs: both roles are there, on nodes of their own, and nobody has turned it off."""
+    """Return whether the check runs: both roles have workers, on nodes of their own, and it isn't turned off."""
     prefill, decode = nodes_of(workers, "prefill"), nodes_of(workers, "decode")
     return settings.kv_check != "off" and bool(prefill and decode) and not set(prefill) & set(decode)
 
@@ -33,16 +33,16 @@ def needs_kv_check(settings: LaunchSettings, workers: Sequence[Worker]) -> bool:
 def kv_check_words(settings: LaunchSettings, source: CodeLocation, workers: Sequence[Worker]) -> tuple[str, ...]:
     """Return the command line of the check's ranks."""
     roles = ("--prefill", ",".join(nodes_of(workers, "prefill")), "--decode", ",".join(nodes_of(workers, "decode")))
-    # the reference engine hands KV over by TCP alone
+    # the reference engine transfers KV only by TCP
     transport = ("--transport", "tcp") if settings.engine == "reference" else ()
-    # as the workers have it
+    # the same interface as for the workers
     words = settings.worker_args
     network = [words[place : place + 2] for place, word in enumerate(words) if word == "--kv-network"]
     return (*source.entry("check_kv.sh"), *roles, *transport, *(network[-1] if network else ()))
 
 
 def report_of_kv_check(words: str) -> str:
-    """Return what the check's rank 0 has reported of its failure, without srun's labels; empty where it has reported nothing."""
+    """Return the failure report of the check's rank 0, without srun's labels; empty if there is none."""
     label, report = "", list[str]()
     for line in words.splitlines():
         if _ERROR in line and not report:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the launcher's own steps took, before its workers: kept beside the workers' timelines."""
+"""The durations of the launcher's own steps before its workers, in a file beside the workers' timelines."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class Milestones:
-    """Takes the time of steps, and writes it down after each.
+    """Measures steps, and writes the file after each.
 
     Args:
-        path: where; that it can't be written is no reason for anything.
-        name: of whoever launches.
+        path: the file; an error in writing it is ignored.
+        name: the launcher's name.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -31,7 +31,7 @@ class Milestones:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Take the time of the block."""
+        """Measure the block."""
         began = time.time()
         outcome = FAILED
         try:

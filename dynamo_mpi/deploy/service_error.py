@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors of a stack's or a deployment's processes; each carries the end of the process's own log."""
+"""Errors of a stack's or a deployment's processes; each contains the end of the process's log."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class ServiceError(DynamoMpiError):
     """A process of the stack failed.
 
     Args:
-        found: what happened.
-        status: what to exit with; any code, as a worker's own is passed on.
-        log: the end of its log, to be printed as it is.
+        found: the problem.
+        status: the exit code; any code is possible, as a worker's own is passed on.
+        log: the end of its log, to be printed unchanged.
         part: the name of the process.
-        needed: what has to be true instead.
-        fix: what to do about it.
+        needed: what is expected.
+        fix: the fix.
     """
 
     def __init__(self, found: str, *, status: int, log: str, part: str = "", needed: str = "", fix: str = "") -> None:
@@ -26,7 +26,7 @@ class ServiceError(DynamoMpiError):
 
 
 class ProcessExited(ServiceError):
-    """A process ended that must go on."""
+    """A process ended unexpectedly."""
 
 
 class StartTimeout(ServiceError):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts etcd, NATS and the frontend on this host, waits until they are ready, watches them, and ends them.
 
-A service is ready when *its own process* holds the port and answers there: on a shared node another job's etcd may answer at the usual one.
+A service is ready when *its own process* listens at the port and answers: on a shared node another job's etcd may answer at the default port.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.signals import Interrupts
 
 WATCH_SECONDS, SIGNAL_SECONDS = 0.2, 0.5
-# together less than the 30 s that Slurm leaves between SIGTERM and SIGKILL (KillWait)
+# together less than the 30 s between Slurm's SIGTERM and SIGKILL (KillWait)
 STOP_SECONDS = {"frontend": 10.0, "nats": 5.0, "etcd": 5.0}
 
 
 @dataclass
 class StartingService(Generic[ServiceT]):
-    """A service that was started and isn't ready yet.
+    """A service that is starting.
 
     Args:
-        make: returns it, for a port.
-        next_port: returns the next port to try; None where none is left.
-        environment: what its own variables are added to.
-        service: as it runs now.
+        make: creates the service for a port.
+        next_port: returns the next port to try; None if there is no other.
+        environment: its base environment.
+        service: the running service.
     """
 
     make: Callable[[int], ServiceT]
@@ -44,13 +44,13 @@ class StartingService(Generic[ServiceT]):
 
 
 class ServiceStack:
-    """Processes of this host that serve together. Use it from the main thread.
+    """The processes of one stack on this host. Use it from the main thread.
 
     Args:
         folder: private folder of this run, for data, logs and scratch files.
-        interrupts: checked wherever we wait.
-        say: takes one line of progress.
-        start_timeout: seconds from here until all is ready.
+        interrupts: checked in every wait.
+        say: prints one line of progress.
+        start_timeout: time limit in seconds until all are ready.
     """
 
     def __init__(self, folder: Path, interrupts: Interrupts, say: Callable[[str], None], start_timeout: float) -> None:
@@ -69,11 +69,11 @@ class ServiceStack:
 
     @property
     def processes(self) -> dict[str, list[int]]:
-        """The living processes of each part."""
+        """The running processes of each part."""
         return {name: process.members() for name, process in self._processes.items()}
 
     def mark(self, milestone: str, text: str) -> None:
-        """Record when a milestone was reached, and say so."""
+        """Record when a milestone was reached, and print it."""
         self.seconds[milestone] = seconds = self.age
         self._say(f"{seconds:5.1f} s  {text}")
 
@@ -83,12 +83,12 @@ class ServiceStack:
         """Start a service; `wait_ready` waits for it.
 
         Args:
-            make: returns it, for a port.
-            next_port: returns a port to try, each time another; None where none is left. May raise.
-            environment: what its own variables are added to.
+            make: creates the service for a port.
+            next_port: returns a port to try, each time another; None if there is no other. May raise.
+            environment: its base environment.
 
         Raises:
-            Interrupted: a signal asks for the end.
+            Interrupted: a signal requests the end.
         """
         port = next_port()
         assert port is not None  # noqa: S101 - the first always is
@@ -101,8 +101,8 @@ class ServiceStack:
 
         Raises:
             ProcessExited: it or another one ended.
-            StartTimeout: the time is up.
-            Interrupted: a signal asks for the end.
+            StartTimeout: the time limit is reached.
+            Interrupted: a signal requests the end.
         """
         while True:
             service, process = start.service, self._processes[start.service.name]
@@ -122,7 +122,7 @@ class ServiceStack:
         """Start a process.
 
         Raises:
-            Interrupted: a signal asks for the end.
+            Interrupted: a signal requests the end.
         """
         self._interrupts.check()
         self._processes[name] = LoggedProcess(name, command, environment=environment, log=self._new_log(name))
@@ -131,13 +131,13 @@ class ServiceStack:
         """Wait a moment for a process to become ready.
 
         Args:
-            name: of the process.
+            name: the process's name.
             state: why it isn't ready, for the error.
 
         Raises:
             ProcessExited: any process ended.
-            StartTimeout: the time is up.
-            Interrupted: a signal asks for the end.
+            StartTimeout: the time limit is reached.
+            Interrupted: a signal requests the end.
         """
         self.check()
         if self.age > self._start_timeout:
@@ -164,8 +164,8 @@ class ServiceStack:
             self._interrupts.pause(WATCH_SECONDS)
 
     def stop(self) -> None:
-        """End the services, etcd last. A further signal, or the end of the time, turns asking into killing. Idempotent."""
-        # at most one: a second may have come since the first was noticed
+        """End the services, etcd last. After another signal, or at the time limit, they are killed. Idempotent."""
+        # at most one: a second may have arrived since the first was handled
         signals_before = min(self._interrupts.count, 1)
         for name, seconds in STOP_SECONDS.items():
             if name in self._processes:
@@ -177,7 +177,9 @@ class ServiceStack:
         self.spawn(service.name, service.command(), {**start.environment, **service.environment()})
 
     def _exited(self, process: LoggedProcess) -> ProcessExited:
-        self._interrupts.pause(SIGNAL_SECONDS)  # what ends us, scancel say, signals our children as well, in any order
+        self._interrupts.pause(
+            SIGNAL_SECONDS
+        )  # a command that ends us, such as scancel, also signals our children, in any order
         return ProcessExited(
             f"{process.name} ended with exit code {process.exit_code()}",
             part=process.name,
@@ -186,14 +188,14 @@ class ServiceStack:
             fix=self._exit_fix(process),
         )
 
-    # what differs between stacks
+    # methods that differ between stacks
 
     def _new_log(self, name: str) -> Path:
-        """Return where the output of a process goes."""
+        """Return the log file of a process."""
         return self._folder / f"{name}.log"
 
     def _status_of(self, process: LoggedProcess) -> int:
-        """Return what to exit with after the end of a process."""
+        """Return the exit code after a process has ended."""
         return ExitCode.UNAVAILABLE
 
     def _log_of(self, process: LoggedProcess) -> str:
@@ -201,9 +203,9 @@ class ServiceStack:
         return "\n".join(process.last_lines(LOG_LINES))
 
     def _exit_fix(self, process: LoggedProcess) -> str:
-        """Return what to do after the end of a process."""
+        """Return the fix after a process has ended."""
         return ""
 
     def _timeout_fix(self, process: LoggedProcess) -> str:
-        """Return what to do about a process that isn't ready in time."""
+        """Return the fix for a process that isn't ready in time."""
         return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""etcd, NATS and Dynamo's frontend as child processes: their command lines, environments and addresses, and whether they answer."""
+"""etcd, NATS and Dynamo's frontend as child processes: command lines, environments, addresses and readiness."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Service(Protocol):
-    """A part with one port."""
+    """A service with one port."""
 
     @property
     def name(self) -> str: ...
@@ -42,14 +42,14 @@ ServiceT = TypeVar("ServiceT", bound=Service)
 
 @dataclass(frozen=True)
 class Etcd:
-    """Discovery. Its data is worth nothing after the run, so it skips fsync.
+    """etcd, for discovery. Its data isn't needed after the run, so it skips fsync.
 
     Args:
-        binary: etcd itself.
-        port: for clients.
-        data: folder that it makes.
+        binary: etcd's program.
+        port: the port for clients.
+        data: its data folder, which it creates.
         host: the address for clients.
-        certificates: mutual TLS for clients and peers; None takes anybody.
+        certificates: for mutual TLS with clients and peers; None accepts all clients.
     """
 
     binary: Path
@@ -65,19 +65,24 @@ class Etcd:
         return f"{scheme}://{in_url(self.host)}:{self.port}"
 
     def command(self) -> tuple[str, ...]:
-        # Port 0: nobody joins a cluster of one, so its peer port may be any.
+        # Port 0: no other member joins, so the peer port may be any.
         peer = f"{'http' if self.certificates is None else 'https'}://{LOOPBACK}:0"
         return (
             *(str(self.binary), "--data-dir", str(self.data), "--log-level", "warn", "--unsafe-no-fsync"),
             *("--listen-client-urls", self.url, "--advertise-client-urls", self.url),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer),
             *("--initial-cluster", f"default={peer}"),
-            *("--heartbeat-interval", "20", "--election-timeout", "100"),  # it elects itself: no second to wait
+            *(
+                "--heartbeat-interval",
+                "20",
+                "--election-timeout",
+                "100",
+            ),  # it elects itself: no need to wait for a second
             *self._tls_flags(),
         )
 
     def environment(self) -> dict[str, str]:
-        # it would tell a supervisor of ours, systemd say, that we are ready
+        # with this variable, it would notify our service manager, such as systemd, that we are ready
         return {"NOTIFY_SOCKET": ""}
 
     def answers(self) -> bool:
@@ -98,14 +103,14 @@ class Etcd:
 
 @dataclass(frozen=True)
 class Nats:
-    """Events, and requests with ``--request-plane nats``.
+    """NATS, for events, and for requests with ``--request-plane nats``.
 
     Args:
-        binary: nats-server itself.
-        port: for clients.
+        binary: the program nats-server.
+        port: the port for clients.
         data: folder for JetStream's store.
         host: the address for clients.
-        config: file with the credentials (`authorization`), which must not stand in a command line; None takes anybody.
+        config: file with the credentials (`authorization`), which must not appear in a command line; None accepts all clients.
     """
 
     binary: Path
@@ -135,7 +140,7 @@ class Nats:
 
 
 def authorization(user: str, password: str) -> str:
-    """Return a configuration that lets one user in. NATS reads JSON's strings as its own."""
+    """Return a configuration with one user. NATS accepts JSON strings."""
     return f"authorization {{ user: {json.dumps(user)}, password: {json.dumps(password)} }}\n"
 
 
@@ -143,14 +148,14 @@ def authorization(user: str, password: str) -> str:
 class Frontend:
     """Dynamo's OpenAI-compatible HTTP server.
 
-    It copies every model's tokenizer to ``~/.cache/dynamo``; ``home`` is where that goes, None the user's own.
+    It copies every model's tokenizer to ``~/.cache/dynamo``.
 
     Args:
-        port: of HTTP.
-        discovery: variables by which it finds etcd and NATS.
-        home: what it takes for the user's home.
+        port: its HTTP port.
+        discovery: variables with the addresses of etcd and NATS.
+        home: its ``HOME``; None for the user's own.
         host: the address to listen at.
-        reach: the address that it is asked at, where ``host`` stands for all of them.
+        reach: the address to connect to, if ``host`` means all addresses.
         arguments: further words for its command line.
     """
 
@@ -173,7 +178,7 @@ class Frontend:
     def environment(self) -> dict[str, str]:
         if self.home is None:
             return dict(self.discovery)
-        # Packages installed with pip's --user are found by way of HOME as well.
+        # Python also finds packages of pip's --user by HOME.
         return {**self.discovery, "HOME": str(self.home), "PYTHONUSERBASE": site.getuserbase()}
 
     def answers(self) -> bool:
@@ -189,21 +194,21 @@ class Frontend:
 
 
 def is_up(service: Service, child: LoggedProcess) -> bool:
-    """Tell whether a service answers, and it is this child that does: somebody else may have taken its port."""
+    """Return whether a service answers, and is this child: another process may have taken its port."""
     return holds_port(child.pid, service.port) and service.answers()
 
 
 def lost_its_port(child: LoggedProcess) -> bool:
-    """Tell whether a service that ended had found its port taken, after all."""
+    """Return whether a service ended because its port was taken."""
     return any("already in use" in line for line in child.last_lines(LOG_LINES))
 
 
 def listed_models(url: str, seconds: float = 5.0) -> list[str] | None:
-    """Return the models that a frontend lists; None where it doesn't answer.
+    """Return the models that a frontend lists; None if it doesn't answer.
 
     Args:
         url: the frontend's.
-        seconds: for it to answer in.
+        seconds: time limit for the answer.
     """
     parts = urlsplit(url)
     status, body = get_json(parts.port or 80, "/v1/models", host=parts.hostname or "", seconds=seconds)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a deployment consists of, as flags and as the variables of Dynamo's Slurm example.
+"""The settings of a deployment, as flags and as the variables of Dynamo's Slurm example.
 
-No third-party package is needed from here on: the launcher runs on a cluster's host, outside the container.
+This and the modules that it imports need no third-party package: the launcher runs on a cluster's host, outside the container.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROLES = ("agg", "prefill", "decode")
 
 
 def to_words(text: str) -> tuple[str, ...]:
-    """Read words as a shell would."""
+    """Split a text into words as a shell does."""
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
@@ -29,7 +29,7 @@ def to_words(text: str) -> tuple[str, ...]:
 
 
 def to_restarts(text: str) -> int:
-    """Read a number of restarts; none is one too."""
+    """Read a number of restarts; 0 is allowed."""
     return 0 if text.strip() == "0" else to_count(text)
 
 
@@ -213,7 +213,7 @@ class LaunchSettings:
 
     @property
     def worker_roles(self) -> tuple[str, ...]:
-        """The roles that workers have here, in the order in which they get nodes."""
+        """The workers' roles, in the order in which they get nodes."""
         return ("agg",) if self.role == "agg" else ("prefill", "decode")
 
     def of(self, role: str) -> tuple[str | None, int, int]:
@@ -227,7 +227,7 @@ def read_settings(
     """Find every setting, flags over environment over defaults.
 
     Raises:
-        UsageError: a value is none, or what a deployment can't do without is missing.
+        UsageError: a value is invalid, or a required setting is missing.
     """
     values, _ = resolve(OPTIONS, given, environ, {})
     if values["launcher"] == "auto":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a deployment as srun's command lines, and the environment that they start from."""
+"""The steps of a deployment as srun's command lines, and their base environment."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.nodes import Nodes
     from dynamo_mpi.deploy.settings import LaunchSettings
 
-# srun takes options from its environment, where salloc and sbatch have left theirs. Those that we give as flags don't count any more;
-# these would change where ranks go, or what they see.
+# srun takes options from its environment, in which salloc and sbatch leave theirs. Our flags override some; the others, listed here, would
+# change the placement of ranks, or their devices.
 _SRUN_INPUT = (
     "SLURM_CPU_BIND",
     "SLURM_EXACT",
@@ -45,18 +45,18 @@ _SRUN_INPUT = (
     "SLURM_TRES_PER_TASK",
     "SLURM_WHOLE",
 )
-# srun waits for the rest of a step when its first rank leaves; ours all leave together
+# srun waits for the rest of a step when its first rank exits; ours all exit together
 _WAIT_SECONDS = 60
-# Pyxis separates mounts by commas and a mount's parts by colons, and knows no quoting
+# Pyxis separates mounts by commas and a mount's parts by colons, without quoting
 _SEPARATORS = ",:"
 
 
 @dataclass(frozen=True)
 class Container:
-    """The image of all steps, as Pyxis takes it.
+    """The container image of all steps, for Pyxis.
 
     Args:
-        image: as Pyxis takes it: ``REGISTRY#IMAGE:TAG``, or a .sqsh file.
+        image: ``REGISTRY#IMAGE:TAG``, or a .sqsh file.
         mounts: ``HOST:CONTAINER[:FLAGS]``, ours after the user's.
     """
 
@@ -67,7 +67,7 @@ class Container:
         """Return srun's options.
 
         Args:
-            variables: those that the image must not replace by its own.
+            variables: names of variables that the image must not override.
         """
         return (
             f"--container-image={self.image}",
@@ -76,7 +76,7 @@ class Container:
         )
 
 
-# a rank of the KV check that rank 0 can't reach gives up by itself before
+# a rank of the KV check that can't reach rank 0 ends by itself before
 _CHECK_WAIT_SECONDS = 20
 
 
@@ -85,13 +85,13 @@ class Srun:
     """Renders the steps of one deployment.
 
     Args:
-        settings: what was asked for.
+        settings: the deployment's settings.
         nodes: the allocation.
         container: the image of all steps, if any.
-        source: where our code is.
-        run_dir: the deployment's folder as the steps see it.
-        token: tells our steps from others of the job.
-        forwarded: names of variables that the image must not replace by its own.
+        source: location of dynamo_mpi's code.
+        run_dir: the path of the deployment's folder in the steps.
+        token: distinguishes this deployment's steps from others of the job.
+        forwarded: names of variables that the image must not override.
     """
 
     settings: LaunchSettings
@@ -103,7 +103,7 @@ class Srun:
     forwarded: tuple[str, ...] = ()
 
     def check(self) -> Command:
-        """The layouts, before anything starts: on the head node, where paths mean what they mean to the ranks."""
+        """The check of the layouts, before anything starts: on the head node, where paths are the same as for the ranks."""
         return self._on_head("check", check_words(self.settings, self.source), worker_environment(self.settings))
 
     def kv_check(self, workers: Sequence[Worker]) -> Command:
@@ -118,7 +118,7 @@ class Srun:
             f"--wait={_CHECK_WAIT_SECONDS}",
         )
         words = kv_check_words(self.settings, self.source, workers)
-        # Slurm's PMIx plugin lets MPI start along a ring of nodes otherwise, and a pair that is cut keeps all of them waiting
+        # otherwise Slurm's PMIx plugin uses a ring of nodes, in which one disconnected pair blocks the start of MPI on all nodes
         environment = {"SLURM_PMIX_FENCE": "tree"}
         command = self._step(KV_CHECK, options, self.settings.srun_args, words, environment, ())
         return _on_nodes(command, nodes)
@@ -131,8 +131,8 @@ class Srun:
         """One worker, with a rank for each GPU.
 
         Args:
-            worker: which.
-            services: names of the variables that say where the services are, and what opens them.
+            worker: the worker.
+            services: names of the variables with the services' addresses and credentials.
         """
         environment = {**worker_environment(self.settings), LAUNCH_VARIABLE: self._step_name(worker.name)}
         options = (
@@ -152,7 +152,7 @@ class Srun:
         )
 
     def _on_head(self, name: str, words: tuple[str, ...], environment: Mapping[str, str]) -> Command:
-        # --overlap: a worker of the head node needs its CPUs
+        # --overlap: a worker on the head node needs its CPUs
         options = ("--overlap", "--mpi=none", "--nodes=1", f"--nodelist={self.nodes.head}", "--ntasks=1")
         return self._step(name, options, (), words, environment, ())
 
@@ -178,19 +178,19 @@ class Srun:
 
 
 def _on_nodes(command: Command, nodes: Sequence[str]) -> Command:
-    """Have a step of several nodes take them for the job's."""
-    # Slurm's PMIx plugin (22.05, and still in 2026) takes a rank's place among the step's nodes for one among the job's when a rank asks
-    # for another's address: on a step that doesn't begin on the job's first node that goes astray, and MPI's start hangs
+    """Make a step of several nodes treat them as the job's nodes."""
+    # Slurm's PMIx plugin (22.05, and still in 2026) uses a node's index in the step as its index in the job when a rank needs
+    # another's address: in a step that doesn't begin on the job's first node that is wrong, and the start of MPI hangs
     return replace(command, environment={**command.environment, "SLURM_JOB_NODELIST": ",".join(nodes)})
 
 
 def token_of(run_dir: Path) -> str:
-    """Return what tells the steps of a deployment from others of the same job: the same for the same folder."""
+    """Return the token that distinguishes a deployment's steps from others of the same job: constant for a folder."""
     return f"{zlib.crc32(str(run_dir).encode('utf-8', 'surrogateescape')):08x}"
 
 
 def without_srun_input(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment in which srun does what its command line says."""
+    """Return an environment without variables that change srun's command line."""
     return {name: value for name, value in environ.items() if name not in _SRUN_INPUT}
 
 
@@ -198,7 +198,7 @@ def mount(source: str, target: str, flags: str = "") -> str:
     """Return one mount.
 
     Raises:
-        UsageError: Pyxis couldn't read it.
+        UsageError: Pyxis can't parse the paths.
     """
     for path in (source, target):
         if any(character in path for character in _SEPARATORS):

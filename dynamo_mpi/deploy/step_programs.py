@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the steps run, whatever starts them."""
+"""The command lines that a deployment's steps run, for any launcher."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def worker_environment(settings: LaunchSettings) -> dict[str, str]:
-    """Return what all workers of a deployment share, as variables: a model's path is the same everywhere."""
+    """Return the settings that all workers of a deployment share, as variables: a model's path is the same on all nodes."""
     shared = {"MODEL_PATH": settings.model, "SERVED_MODEL_NAME": settings.served_model_name}
     return {name: value for name, value in shared.items() if value is not None}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps that run, and how they are ended, under Slurm and under mpirun."""
+"""Running steps, and how to end them under Slurm and under mpirun."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _SLURM_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Step:
-    """One command that was started.
+    """A started command.
 
     Args:
-        command: what runs.
-        child: srun's, mpirun's or the services' process here.
-        ready_file: what a worker writes when it serves; None for the services.
+        command: the command.
+        child: the process of srun, mpirun or the services on this host.
+        ready_file: the file that a worker writes when it serves; None for the services.
     """
 
     command: Command
@@ -45,31 +45,31 @@ class Step:
         return "\n".join(self.child.last_lines(lines))
 
 
-class Endings(Protocol):
-    """How steps are ended."""
+class StepController(Protocol):
+    """Ends steps."""
 
-    def ask(self, steps: Sequence[Step]) -> None:
-        """Ask steps to finish what is in flight and end."""
+    def signal(self, steps: Sequence[Step]) -> None:
+        """Request that steps drain and end."""
 
     def cancel(self, steps: Sequence[Step]) -> None:
         """End steps now."""
 
 
 def start(command: Command, environment: Mapping[str, str], log: Path, ready_file: Path | None = None) -> Step:
-    """Start a step. From the main thread; it is ended when this process ends, however that comes."""
+    """Start a step. Call it from the main thread; the step ends when this process ends, for any reason."""
     child = LoggedProcess(
         command.name,
         command.words,
         environment={**environment, **command.environment},
         log=log,
-        # SIGKILL would take srun alone, and leave its ranks running
+        # SIGKILL would end only srun, and leave its ranks running
         end_with=signal.SIGTERM,
     )
     return Step(command, child, ready_file)
 
 
-class SlurmEndings:
-    """Ends steps by their ids: srun itself hands on no signal that its ranks could drain on.
+class SlurmStepController:
+    """Ends steps by their ids: srun itself forwards no signal that makes ranks drain.
 
     Args:
         job_id: the job that they belong to.
@@ -78,7 +78,7 @@ class SlurmEndings:
     def __init__(self, job_id: str) -> None:
         self._job_id = job_id
 
-    def ask(self, steps: Sequence[Step]) -> None:
+    def signal(self, steps: Sequence[Step]) -> None:
         self._scancel(steps, "--signal=TERM")
 
     def cancel(self, steps: Sequence[Step]) -> None:
@@ -90,7 +90,7 @@ class SlurmEndings:
         self.cancel_ids([ids[name] for name in listed if name in ids], *options)
         for name, step in listed.items():
             if name not in ids:
-                # not made yet, or Slurm doesn't answer: its srun alone can end it, though not in order
+                # not created yet, or Slurm doesn't answer: only its srun can end it, though not in order
                 step.child.send(signal.SIGTERM)
 
     def cancel_ids(self, ids: Sequence[str], *options: str) -> None:
@@ -99,7 +99,7 @@ class SlurmEndings:
             _ask_slurm("scancel", *options, *ids)
 
     def running(self) -> dict[str, str] | None:
-        """Return the names of the job's steps by their ids, ``JOB.STEP``; None where Slurm doesn't answer."""
+        """Return the names of the job's steps by their ids, ``JOB.STEP``; None if Slurm doesn't answer."""
         text = _ask_slurm("squeue", "--steps", f"--jobs={self._job_id}", "--noheader", "--format=%i|%j")
         if text is None:
             return None
@@ -107,16 +107,16 @@ class SlurmEndings:
 
 
 def end_of_job(job_id: str) -> str:
-    """Ask Slurm when the job's time ends: seconds since 1970, or nothing where it doesn't say."""
+    """Return when the job's time ends according to Slurm, in seconds since 1970; empty if it isn't known."""
     environ = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
     text = _ask_slurm("squeue", f"--jobs={job_id}", "--noheader", "--format=%e", environ=environ) or ""
     return text.strip() if text.strip().isdecimal() else ""
 
 
-class MpirunEndings:
-    """Ends parts that run under mpirun, or directly on this host."""
+class MpirunStepController:
+    """Ends steps that run under mpirun, or directly on this host."""
 
-    def ask(self, steps: Sequence[Step]) -> None:
+    def signal(self, steps: Sequence[Step]) -> None:
         for step in steps:
             if step.ready_file is None:
                 step.child.send(signal.SIGTERM)
@@ -124,7 +124,7 @@ class MpirunEndings:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(leader, signal.SIGTERM)
             else:
-                # mpirun kills its ranks at once: it hands no signal on that they could drain on
+                # mpirun then kills its ranks at once: it forwards no signal that makes them drain
                 step.child.send(signal.SIGTERM)
 
     def cancel(self, steps: Sequence[Step]) -> None:
@@ -133,7 +133,7 @@ class MpirunEndings:
 
 
 def _ask_slurm(*words: str, environ: Mapping[str, str] | None = None) -> str | None:
-    """Run one of Slurm's commands; what it prints, or None where it fails. Ending goes on whatever it says."""
+    """Run one of Slurm's commands; return its output, or None if it fails. A failure must not stop the end of other steps."""
     try:
         done = subprocess.run(
             words,
@@ -147,12 +147,12 @@ def _ask_slurm(*words: str, environ: Mapping[str, str] | None = None) -> str | N
     except (OSError, subprocess.SubprocessError):
         return None
     if done.returncode and "Invalid job id" in done.stderr:
-        return ""  # of a job that has long ended
+        return ""  # the job ended some time ago
     return done.stdout if done.returncode == 0 else None
 
 
 def _rank_zero_here(ready_file: Path) -> int | None:
-    """Return rank 0's pid where it runs on this host."""
+    """Return rank 0's pid if it runs on this host."""
     try:
         content = json.loads(ready_file.read_text(encoding="utf-8"))
         pid, host = int(content["pid"]), content["host"]

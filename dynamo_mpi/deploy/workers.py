@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The workers of a deployment: started side by side, looked at, started again while the others live."""
+"""The workers of a deployment: starts them side by side, polls them, restarts one while the others run."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.command import Command
     from dynamo_mpi.deploy.deployment import Worker
     from dynamo_mpi.deploy.run_dir import RunDir
-    from dynamo_mpi.deploy.steps import Endings, Step
+    from dynamo_mpi.deploy.steps import Step, StepController
 
-# what rank 0 says last of an orderly life
+# rank 0's last log line in an orderly end
 GOODBYE = "exit: done"
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 
 
 def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return a worker's own files where all of a deployment were given the same: they would write over each other's. Pure."""
+    """Return variables with file names of a worker's own, if all workers have the same ones: they would overwrite each other's. Pure."""
     files = {}
     if folder := environ.get("DYN_MPI_LOG_DIR"):
         files["DYN_MPI_LOG_DIR"] = f"{folder}/{name}"
@@ -40,8 +40,8 @@ def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
     return files
 
 
-class Renderer(Protocol):
-    """Says how each step is started."""
+class CommandBuilder(Protocol):
+    """Builds the command of each step."""
 
     def check(self) -> Command: ...
     def kv_check(self, workers: Sequence[Worker]) -> Command: ...
@@ -49,24 +49,24 @@ class Renderer(Protocol):
     def worker(self, worker: Worker, services: Iterable[str] = ...) -> Command: ...
 
 
-class Workers:
+class WorkerSet:
     """All workers of one deployment.
 
     Args:
-        workers: what runs where.
-        max_restarts: how often each is started again.
-        renderer: how they are started.
-        endings: how what is left of one is ended.
+        workers: the workers and their nodes.
+        max_restarts: how often each may be restarted.
+        renderer: builds their commands.
+        endings: ends the remains of a step.
         run_dir: the deployment's folder.
-        say: takes one line.
+        say: prints one line.
     """
 
     def __init__(
         self,
         workers: Sequence[Worker],
         max_restarts: int,
-        renderer: Renderer,
-        endings: Endings,
+        renderer: CommandBuilder,
+        endings: StepController,
         run_dir: RunDir,
         say: Callable[[str], None],
     ) -> None:
@@ -75,7 +75,7 @@ class Workers:
         self._environment: Mapping[str, str] = {}
         self._services: tuple[str, ...] = ()
         self._running: dict[str, Step] = {}
-        self._begun: dict[str, Beginning] = {}
+        self._starts: dict[str, Beginning] = {}
         self._restarts: dict[str, int] = {}
         self._pauses: dict[str, float] = {}
         self._ready: set[str] = set()
@@ -84,42 +84,42 @@ class Workers:
         """Start all of them.
 
         Args:
-            environment: theirs.
-            services: names of the variables in it that the services gave.
+            environment: their environment.
+            services: names of the variables in it that come from the services.
         """
         self._environment, self._services = environment, services
         for worker in self._workers:
             self._start(worker)
 
     @property
-    def awaited(self) -> list[str]:
-        """Names of those that are to serve and don't yet."""
-        return [worker.name for worker in self._workers if self._is_awaited(worker.name)]
+    def pending(self) -> list[str]:
+        """Names of the workers that must become ready and aren't yet."""
+        return [worker.name for worker in self._workers if self._is_pending(worker.name)]
 
     @property
     def ended(self) -> bool:
-        """Whether none runs or will be started again."""
+        """Whether no worker runs or will be restarted."""
         return not self._pauses and not self._running
 
-    def of(self, role: str) -> list[Step]:
-        """Return the steps of a role that run."""
+    def steps_of(self, role: str) -> list[Step]:
+        """Return the running steps of a role."""
         names = [worker.name for worker in self._workers if worker.role == role]
         return [self._running[name] for name in names if name in self._running]
 
-    def take_out(self, role: str) -> None:
-        """Take those of a role out of discovery that had to be cancelled: others may still have to drain."""
-        for step in self.of(role):
+    def deregister(self, role: str) -> None:
+        """Deregister the workers of a role that had to be cancelled, because workers of other roles may still drain."""
+        for step in self.steps_of(role):
             if step.child.exit_code() not in (None, ExitCode.OK):
-                self._take_out(step.name, step.command)
+                self._deregister(step.name, step.command)
 
-    def look(self) -> None:
-        """Tell who has become ready, and start again who has failed.
+    def poll(self) -> None:
+        """Report workers that have become ready, and restart those that have failed.
 
         Raises:
-            StepFailed: one failed that can't be started again.
+            StepFailed: a worker failed that can't be restarted.
         """
         for worker in self._workers:
-            self._look_at(worker)
+            self._poll_worker(worker)
 
     def _start(self, worker: Worker) -> None:
         ready_file = self._run_dir.ready_file(worker.name)
@@ -127,16 +127,16 @@ class Workers:
         self._ready.discard(worker.name)
         command = self._renderer.worker(worker, self._services)
         if worker.name in self._restarts:
-            # where srun alone was killed, its ranks may have written something before they were cancelled
-            self._take_out(worker.name, command)
+            # if only srun was killed, its ranks may have registered before they were cancelled
+            self._deregister(worker.name, command)
         attempt = starts_before(self._environment) + self._restarts.get(worker.name, 0) + 1
         environment = {**self._environment, ATTEMPT: str(attempt), **own_files(worker.name, self._environment)}
         failures = self._run_dir.failures(worker.name)
-        self._begun[worker.name] = Beginning.of(worker, command, {**environment, **command.environment}, failures)
+        self._starts[worker.name] = Beginning.of(worker, command, {**environment, **command.environment}, failures)
         self._running[worker.name] = start(command, environment, self._run_dir.log(worker.name), ready_file)
         self._say(f"{worker.name}: {worker.ranks} rank{'s' if worker.ranks > 1 else ''} on {','.join(worker.nodes)}")
 
-    def _look_at(self, worker: Worker) -> None:
+    def _poll_worker(self, worker: Worker) -> None:
         step = self._running.get(worker.name)
         if step is None:
             if time.monotonic() > self._pauses.get(worker.name, float("inf")):
@@ -152,23 +152,25 @@ class Workers:
             self._ended(worker, step, code)
 
     def _ended(self, worker: Worker, step: Step, code: int) -> None:
-        step.child.kill()  # what a launcher that was killed has left on this host
+        step.child.kill()  # the remaining processes of a killed launcher on this host
         if code == ExitCode.OK and self._is_disorderly(worker, step):
-            self._say(f"{worker.name}: its launcher ended with 0, and its ranks without a word: a host may be lost")
+            self._say(
+                f"{worker.name}: its launcher ended with 0, but its ranks did not end in order: a host may be lost"
+            )
             code = ExitCode.TEMPORARY
         if code == ExitCode.OK:
-            self._say(f"{worker.name}: ended with 0, as somebody wanted; it isn't started again")
+            self._say(f"{worker.name}: ended with 0 on request; it isn't restarted")
             return
-        begun, report = self._begun[worker.name], None
+        beginning, report = self._starts[worker.name], None
         is_printed = is_reported(code, step.child.output())
-        is_told = is_printed or begun.has_files
-        if not is_printed and (written := begun.written()):
+        is_known = is_printed or beginning.has_files
+        if not is_printed and (written := beginning.written()):
             self._say(f"{worker.name}: {written}")
-        trace = Trace() if is_told else trace_in_etcd(begun, self._environment)
-        self._take_out(worker.name, step.command)
-        self._endings.cancel([step])  # where srun alone was killed, its ranks still run
-        if not is_told:
-            report = report_death(begun, step, code, trace, self._environment)
+        trace = Trace() if is_known else trace_in_etcd(beginning, self._environment)
+        self._deregister(worker.name, step.command)
+        self._endings.cancel([step])  # if only srun was killed, its ranks still run
+        if not is_known:
+            report = report_death(beginning, step, code, trace, self._environment)
         restarts = self._restarts.get(worker.name, 0)
         if code in MISTAKES or restarts >= self._max_restarts:
             found, needed, fix = report or (f"{worker.name} ended with exit code {code}", "", "")
@@ -184,26 +186,26 @@ class Workers:
         )
 
     def _is_disorderly(self, worker: Worker, step: Step) -> bool:
-        """Tell whether a launcher's 0 is none: Open MPI 5's mpirun has no other code for a host that it has lost. A worker that ends in order
-        takes its ready file away, and rank 0 says so."""
+        """Return whether exit code 0 hides a failure: Open MPI 5's mpirun has no other code for a lost host. A worker that ends in order
+        removes its ready file, and rank 0 logs its last line."""
         if GOODBYE in step.last_words(200):
             return False
         return self._run_dir.is_ready(worker.name) or first_death(step.child.output()) is not None
 
-    def _take_out(self, name: str, command: Command) -> None:
-        """Take out of discovery what nobody is left for in the step."""
+    def _deregister(self, name: str, command: Command) -> None:
+        """Revoke the registrations of a step whose processes have all ended."""
         launch = command.environment.get(LAUNCH_VARIABLE)
         if launch is None:
             return
         try:
             if revoke_registrations(launch, self._environment):
-                self._say(f"{name}: was still registered; it is taken out of discovery")
+                self._say(f"{name}: was still registered; it is deregistered now")
         except DynamoMpiError as error:
             if name in self._ready:
                 self._say(
-                    f"warning: {name} may stay registered until its lease ends, and requests sent to it fail till then: "
-                    f"etcd can't be asked from this host ({error.found})"
+                    f"warning: {name} may stay registered until its lease ends, and requests to it fail until then: "
+                    f"etcd can't be reached from this host ({error.found})"
                 )
 
-    def _is_awaited(self, name: str) -> bool:
+    def _is_pending(self, name: str) -> bool:
         return name in self._pauses or (name in self._running and name not in self._ready)

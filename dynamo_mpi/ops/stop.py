@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, PhaseTimeoutError, UsageError
-from dynamo_mpi.deploy.steps import SlurmEndings
+from dynamo_mpi.deploy.steps import SlurmStepController
 from dynamo_mpi.ops.format import format_nodes, format_position
 from dynamo_mpi.ops.status import read_status
 
@@ -88,7 +88,7 @@ class StopMethod(NamedTuple):
         if self.pid:
             _signal(self.worker.record)
         elif self.step:
-            SlurmEndings(self.step.partition(".")[0]).cancel_ids([self.step], "--signal=TERM")
+            SlurmStepController(self.step.partition(".")[0]).cancel_ids([self.step], "--signal=TERM")
 
 
 def stop_method_for(worker: StoredRecord) -> StopMethod:

@@ -284,7 +284,7 @@ def _deployment_json(path: Path) -> Any:
     run_dir = sources.RunDir(path)
     with sources.Interrupts() as interrupts, contextlib.suppress(sources.StepFailed), fixed_environment():
         steps: Any = _Steps()
-        endings = sources.MpirunEndings()
+        endings = sources.MpirunStepController()
         sources.DeploymentController(settings, (worker,), steps, endings, run_dir, interrupts, lambda text: None).run()
     content = json.loads((path / "deployment.json").read_text(encoding="utf-8"))
     run_dir.close()

@@ -55,7 +55,7 @@ from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.service_error import ServiceError, StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS as LAUNCH_OPTIONS
 from dynamo_mpi.deploy.settings import read_settings as read_launch_settings
-from dynamo_mpi.deploy.steps import MpirunEndings
+from dynamo_mpi.deploy.steps import MpirunStepController
 from dynamo_mpi.discovery.etcd import KeyValue
 from dynamo_mpi.discovery.failure_records import (
     FailureRecord,

@@ -14,7 +14,7 @@ import pytest
 
 from dynamo_mpi.deploy.command import Command
 from dynamo_mpi.deploy.run_dir import RunDir
-from dynamo_mpi.deploy.steps import SlurmEndings, Step, start
+from dynamo_mpi.deploy.steps import SlurmStepController, Step, start
 from tests.dynamo.running import eventually
 
 from .dry_runs import ROOT, STANDINS
@@ -45,7 +45,7 @@ def test_a_folder_that_fails_the_launcher_is_an_error_and_no_traceback(tmp_path:
     tmp_path.chmod(0o700)
     job = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "n[1-4]", "NUM_PREFILL_NODES": "2", "NUM_DECODE_NODES": "2"}
     code, said = run("srun_disaggregated.sh", MODEL_PATH="/m", DYN_MPI_RUN_DIR=str(tmp_path), **job)
-    assert (code, "a file or folder fails us" in said, "Traceback" in said) == (70, True, False), said
+    assert (code, "file system error" in said, "Traceback" in said) == (70, True, False), said
 
 
 def test_the_logs_of_the_deployment_before_are_laid_aside(tmp_path: Path) -> None:
@@ -68,11 +68,11 @@ def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Step]:
 
 
 def test_a_step_that_waits_for_busy_nodes_is_ended_by_its_srun(waiting: Step) -> None:
-    SlurmEndings("1234").ask([waiting])
+    SlurmStepController("1234").signal([waiting])
     eventually(lambda: waiting.child.exit_code() is not None, "srun has ended", 10)
     assert waiting.child.exit_code() == 128 + signal.SIGTERM
 
 
 def test_where_slurm_does_not_answer_the_srun_is_asked(waiting: Step) -> None:
-    SlurmEndings("4321").ask([waiting])  # the stand-in fails: it knows another job alone
+    SlurmStepController("4321").signal([waiting])  # the stand-in fails: it knows another job alone
     eventually(lambda: waiting.child.exit_code() is not None, "srun has ended", 10)

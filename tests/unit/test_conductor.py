@@ -27,7 +27,7 @@ from dynamo_mpi.deploy.deployment import Worker
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.service_error import StepFailed
 from dynamo_mpi.deploy.settings import LaunchSettings, read_settings
-from dynamo_mpi.deploy.steps import MpirunEndings
+from dynamo_mpi.deploy.steps import MpirunStepController
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.failure_records import FailureRecord, WorkerIdentity, create_if_absent, failure_record
@@ -121,7 +121,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
                     replace(settings, max_restarts=max_restarts, **changes),  # type: ignore[arg-type] # texts
                     workers,
                     Rendered(Steps(folder, **scripts)),
-                    MpirunEndings(),
+                    MpirunStepController(),
                     run_dir,
                     interrupts,
                     say,
@@ -142,7 +142,7 @@ def raise_signal(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-READY = "ready, as its workers say"
+READY = "ready, according to its workers"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_kv_check_that_fails_refuses_or_warns(run: Run, tmp_path: Path, kv_che
 def test_a_kv_check_without_a_report_ends_with_its_code(run: Run) -> None:
     apart = (PREFILL, replace(DECODE, nodes=("n2",)))
     code, words = run(workers=apart, kv_check="echo no MPI here; exit 64")
-    assert (code, "no MPI here" in words, "--kv-check off leaves it out" in words) == (64, True, True)
+    assert (code, "no MPI here" in words, "--kv-check off skips the check" in words) == (64, True, True)
 
 
 def test_services_that_end_are_told_with_their_words(run: Run) -> None:
@@ -269,7 +269,7 @@ def test_what_a_killed_worker_has_left_in_etcd_is_taken_out(run: Run) -> None:
         assert [entry.key for entry in etcd.get_prefix("v1/")] == ["v1/instances/prefill-0"]
         assert len(etcd.get_prefix("dynamo_mpi/v1/worlds/")) == 1
     assert code == 137
-    assert said.count("decode-0: was still registered; it is taken out of discovery") == 1
+    assert said.count("decode-0: was still registered; it is deregistered now") == 1
     assert "warning" not in said
 
 
@@ -321,7 +321,7 @@ def test_a_death_of_which_no_rank_is_left_to_tell_is_reported(run: Run, tmp_path
     written = failure_file(tmp_path / "run" / "failures" / "decode-0")
     assert (written["rank"], written["attempt"], written["report"]) == (0, 1, failure.report)
     assert "needed: " in written["report"]
-    assert "do:     find out who killed it" in written["report"]
+    assert "do:     find out what killed it" in written["report"]
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_where_etcd_cannot_be_asked_a_death_is_said_and_written_all_the_same(run
 
 def test_a_launcher_that_says_nothing_is_told_as_that(run: Run) -> None:
     code, said = run(decode="echo last words; exit 14")
-    assert (code, "its launcher doesn't say what became of them" in said) == (14, True)
+    assert (code, "its launcher does not report how they ended" in said) == (14, True)
 
 
 def test_a_launcher_that_was_killed_is_told_as_that(run: Run) -> None:

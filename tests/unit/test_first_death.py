@@ -10,7 +10,7 @@ import pytest
 from dynamo_mpi.deploy.first_death import Death, first_death
 
 RECORDED = Path(__file__).resolve().parent.parent / "data" / "launchers"
-UNSURE = ", as far as its launcher tells, which was ending the ranks already"
+UNSURE = ", according to its launcher, which was already ending the ranks"
 SAID = {
     "openmpi5_sigkill": "rank 1 on vm was killed by signal 9 (SIGKILL)",
     "openmpi5_sigterm": "rank 1 on vm was killed by signal 15 (SIGTERM)",
@@ -25,7 +25,7 @@ SAID = {
     "openmpi4_exit3": "rank 1 left with exit code 3",
     "openmpi4_exit0": "rank 1 on vm left without MPI's end",
     "openmpi4_sigkill_over_tcp": "rank 1 on vm was killed by signal 9 (SIGKILL)",
-    "openmpi4_daemon_killed": "a rank on n2 was lost with its host, whose daemon mpirun can't reach any more",
+    "openmpi4_daemon_killed": "a rank on n2 was lost with its host, whose daemon mpirun can no longer reach",
     # where another leaves with a code it may say the same of one that it has killed itself
     "mpich_sigkill": f"a rank on vm (process 4999) was killed by signal 9 (SIGKILL){UNSURE}",
     # its "EXIT CODE" is another rank's as well
@@ -37,14 +37,14 @@ SAID = {
     "srun_sigkill_without_kill_on_bad_exit": "rank 2 on n2 was killed by signal 9 (SIGKILL)",
     "srun_label_sigsegv": "rank 2 on n2 was killed by signal 11 (SIGSEGV)",
     "srun_label_exit3": "rank 2 on n2 left with exit code 3",
-    "srun_label_exit0": "rank 2 on n2 left without a word to MPI",
+    "srun_label_exit0": "rank 2 on n2 exited without MPI_Finalize",
     "srun_label_abort14": f"rank 2 on n2 left with exit code 14{UNSURE}",
     "srun_label_openmpi5_sigkill": "rank 1 on n2 was killed by signal 9 (SIGKILL)",
     "srun_label_openmpi5_sigkill_aborted_first": f"rank 1 on n2 was killed by signal 9 (SIGKILL){UNSURE}",
     "srun_label_openmpi5_sigkill_two_a_node": f"one of ranks 2, 3 on n2 was killed by signal 9 (SIGKILL){UNSURE}",
     "srun_openmpi5_sigkill_two_a_node": f"one of ranks 2, 3 on n2 was killed by signal 9 (SIGKILL){UNSURE}",
     "srun_label_mpich_sigkill": "rank 2 on n2 was killed by signal 9 (SIGKILL)",
-    "srun_label_node_lost": "a rank on n2 was lost with its node, as Slurm says",
+    "srun_label_node_lost": "a rank on n2 was lost with its node, according to Slurm",
     "srun_label_scancelled": f"one of ranks 2, 3 on n2 was killed by signal 9 (SIGKILL){UNSURE}",
     "srun_label_no_program": "a rank on n2 could not be started: /nonexistent: No such file or directory",
 }
@@ -86,7 +86,7 @@ def test_other_words_of_the_same_kinds(line: str, death: Death | None) -> None:
     found = first_death(f"srun: x\n{line}\n")
     if death is None:
         assert found is not None
-        assert str(found) == "a rank on n2 closed its connections, of which its peers ended"
+        assert str(found) == "a rank on n2 closed its connections, which ended its peers"
     else:
         assert found == death
 
@@ -100,7 +100,7 @@ def test_no_word_of_a_death_is_none() -> None:
 
 def test_open_mpi_4_may_name_nobody() -> None:
     text = recorded("openmpi4_sigkill").partition("mpirun noticed")[0]
-    assert str(first_death(text)) == "a rank ended with a code other than 0, of which mpirun says no more"
+    assert str(first_death(text)) == "a rank ended with a code other than 0; mpirun reports nothing else"
 
 
 def test_what_the_launcher_leaves_out_follows_from_the_placement() -> None:

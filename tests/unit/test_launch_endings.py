@@ -15,7 +15,7 @@ from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.deploy.command import Command
 from dynamo_mpi.deploy.run_dir import RunDir
-from dynamo_mpi.deploy.steps import SlurmEndings, Step, end_of_job, start
+from dynamo_mpi.deploy.steps import SlurmStepController, Step, end_of_job, start
 
 # steps are lines of a file; scancel writes down what it is asked, and a step that is cancelled is gone
 SQUEUE = """\
@@ -71,9 +71,9 @@ def step(tmp_path: Path) -> Iterator[Step]:
 
 def test_a_step_is_signalled_by_its_id_and_its_srun_left_alone(slurm: Slurm, step: Step) -> None:
     slurm.lists("7.3|dynmpi-x-decode-0", "7.4|dynmpi-y-decode-0")
-    SlurmEndings("7").ask([step])
+    SlurmStepController("7").signal([step])
     assert slurm.asked == ["--signal=TERM 7.3"]
-    SlurmEndings("7").cancel([step])
+    SlurmStepController("7").cancel([step])
     assert slurm.asked[1:] == ["7.3"]
     assert step.child.exit_code() is None
 
@@ -82,7 +82,7 @@ def test_a_step_is_signalled_by_its_id_and_its_srun_left_alone(slurm: Slurm, ste
 def test_a_step_that_slurm_does_not_name_is_ended_by_its_srun(slurm: Slurm, step: Step, answers: bool) -> None:
     if not answers:
         slurm.fails("Unable to contact slurm controller (connect failure)")
-    SlurmEndings("7").ask([step])
+    SlurmStepController("7").signal([step])
     assert step.child.popen.wait(10) == -signal.SIGTERM
     assert slurm.asked == []
 

@@ -19,7 +19,7 @@ from dynamo_mpi.common.subprocess import session_members
 from dynamo_mpi.deploy.kubernetes.daemon_command import read_agent_words, refuse_other_than_daemon
 from dynamo_mpi.deploy.kubernetes.leader_pod import LeaderPod, mpirun_environment
 from dynamo_mpi.deploy.kubernetes.settings import JoinSettings, LeadSettings, load_join, load_lead
-from dynamo_mpi.deploy.kubernetes.wire import Channel, introduce, notice_loss, welcome
+from dynamo_mpi.deploy.kubernetes.wire import Channel, accept, enable_keepalive, join
 from dynamo_mpi.deploy.kubernetes.worker_pod import WorkerPod
 
 SECRET = b"0123456789abcdef"
@@ -88,7 +88,7 @@ async def _meet(theirs: bytes, index: int = 1) -> tuple[object, object, Channel 
     let_in: asyncio.Future[tuple[Channel, int, str] | None] = asyncio.get_running_loop().create_future()
 
     async def admit(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        found = await welcome(reader, writer, SECRET)
+        found = await accept(reader, writer, SECRET)
         let_in.set_result(found)
         if found is None:
             writer.close()
@@ -99,7 +99,7 @@ async def _meet(theirs: bytes, index: int = 1) -> tuple[object, object, Channel 
         refused: object = None
         mine = None
         try:
-            mine = await introduce(reader, writer, theirs, index, "lws-0-1")
+            mine = await join(reader, writer, theirs, index, "lws-0-1")
         except AuthorizationError as error:
             refused = error
         found = await let_in
@@ -133,7 +133,7 @@ def test_a_stranger_that_sends_no_text_is_refused_without_a_traceback(proof: str
         said = {"index": 1, "host": "h", "nonce": "n", "proof": proof}
         reader.feed_data(json.dumps(said).encode() + b"\n")
         writer = type("Writer", (), {"write": lambda *_: None})()
-        return await welcome(reader, writer, SECRET)
+        return await accept(reader, writer, SECRET)
 
     assert asyncio.run(stranger()) is None
 
@@ -155,8 +155,8 @@ async def _end_of(settings: LeadSettings, folder: Path, ready: Callable[[], obje
         except OSError:
             await asyncio.sleep(0.01)
             continue
-        notice_loss(writer)
-        channel = await introduce(reader, writer, SECRET, 1, "lws-0-1")
+        enable_keepalive(writer)
+        channel = await join(reader, writer, SECRET, 1, "lws-0-1")
     await joined.wait()
     ready()
     try:

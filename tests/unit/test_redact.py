@@ -67,7 +67,7 @@ PLAIN_TEXTS = [
     "eos_token: </s>, 'pad_token': '<pad_of_this>', eos_token_id=2, tokenizer=/models/M/tokenizer.json",
     "unexpected token: '}' at line 3",
     "3 keys gone, key: value, lease 7587 revoked, kv_cache_config: {free_gpu_memory_fraction: 0.9}",
-    "without credentials: whoever reaches etcd and NATS can use them",
+    "without credentials: every process that can reach etcd and NATS can use them",
     "an IPv4 --address, or --credentials none",
     "etcd refused the password; correct ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD",
     "ETCD_AUTH_CLIENT_KEY=/run/user/0/etcd.key, private_key: /etc/ssl/key.pem, NATS_AUTH_CREDENTIALS_FILE=/x/y.creds",

@@ -24,12 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Start the services and wait for the end.
 
     Args:
-        argv: the words after the module's name; None takes ``sys.argv``.
+        argv: the arguments; None for ``sys.argv``.
 
     Returns:
         the exit code: 0 after SIGTERM or Ctrl-C, 128 + n if they came before everything was ready; else see ``dynamo_mpi.common.exit_codes``.
     """
-    os.umask(0o077)  # whatever the parts write is this user's alone
+    os.umask(0o077)  # all files of the services are for this user only
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except ServiceError as error:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return error.exit_code
     except OSError as error:
-        _say(f"a file or folder fails us: {error}")
+        _say(f"file system error: {error}")
         return ExitCode.ENGINE
 
 
@@ -70,7 +70,7 @@ def _run(argv: list[str]) -> int:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read our words has gone: no reason to end the services
+    with contextlib.suppress(OSError):  # the reader of our output has exited: no reason to end the services
         print(f"head node: {text}", file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The services of a job on its head node: their ports, addresses and credentials, and what is published of them."""
+"""The services of a job on its head node: their ports, addresses and credentials, and their publication in ``services.json``."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class HeadNode(ServiceStack):
     """The services of a job. Use it from the main thread.
 
     Args:
-        settings: what to start.
-        run: the job's folder, held.
-        private: a folder of this node's own, for data and keys.
-        interrupts: checked wherever we wait.
-        say: takes one line of progress.
+        settings: the services' settings.
+        run: the job's folder, locked.
+        private: a folder on this node, for data and keys.
+        interrupts: checked in every wait.
+        say: prints one line of progress.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class HeadNode(ServiceStack):
         self._settings, self._run = settings, run
 
     def start(self) -> None:
-        """Start all services, wait until they answer, and publish how to reach them.
+        """Start all services, wait until they answer, and publish their addresses and credentials.
 
         Raises:
-            UsageError: something is missing or can't be as asked.
+            UsageError: something is missing, or a setting can't be used.
             DiscoveryError: no port is free.
             ProcessExited: a service ended.
             StartTimeout: a service was not ready in time.
-            Interrupted: a signal asks for the end.
+            Interrupted: a signal requests the end.
         """
         settings = self._settings
         etcd_binary, nats_binary = programs.find_etcd(), programs.find_nats_server()
@@ -95,8 +95,8 @@ class HeadNode(ServiceStack):
         self.mark("ready", f"ready: {self._run.services_file}")
 
     def stop(self) -> None:
-        """End everything, etcd last. A further signal, or the end of the time, turns asking into killing. Idempotent."""
-        with contextlib.suppress(OSError):  # a file system that fails us is no reason to leave them running
+        """End all services, etcd last. After another signal, or at the time limit, they are killed. Idempotent."""
+        with contextlib.suppress(OSError):  # an error of the file system must not leave them running
             self._run.retract()
         super().stop()
 
@@ -107,9 +107,9 @@ class HeadNode(ServiceStack):
         return chosen if chosen in ANY_ADDRESS else service_address(chosen, "--http-host / DYN_MPI_HTTP_HOST")
 
     def _credentials(self, address: str) -> tuple[Certificates | None, Path | None, dict[str, str]]:
-        """Make what clients have to show; returns etcd's part, NATS's part, and the clients' variables."""
+        """Create the credentials; return etcd's certificates, NATS's configuration, and the clients' variables."""
         if not self._settings.credentials:
-            self._say("without credentials: whoever reaches etcd and NATS can use them")
+            self._say("without credentials: every process that can reach etcd and NATS can use them")
             return None, None, {}
         if ":" in address:
             raise UsageError(
@@ -120,7 +120,7 @@ class HeadNode(ServiceStack):
         try:
             certificates = make_certificates(self._folder / "certificates", names)
         except DynamoMpiError:
-            self._interrupts.check()  # Ctrl-C and scancel end openssl as well
+            self._interrupts.check()  # Ctrl-C and scancel also end openssl
             raise
         password = secrets.token_hex(24)
         config = self._folder / "nats.conf"
@@ -148,12 +148,12 @@ class HeadNode(ServiceStack):
 
 
 def services(url: str | None, job_id: str | None, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return what ``services.json`` holds. Keys are only ever added.
+    """Return the content of ``services.json``. Keys are added, never removed.
 
     Args:
-        url: the frontend's; None where there is none.
+        url: the frontend's URL; None if there is no frontend.
         job_id: Slurm's.
-        environment: what workers need in theirs.
+        environment: variables that workers need.
     """
     return {
         "schema": SCHEMA,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which port a service takes when the usual one is another job's."""
+"""Chooses a service's port if another job uses the default one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ SPREAD, FURTHER = 500, 10
 
 
 def offset(job_id: str | None) -> int:
-    """Return what is added to a port that is taken: 1 to 500, by the job's id, so that jobs on one node rarely meet."""
+    """Return the offset for a port in use: 1 to 500, from the job's id, so that jobs on one node rarely collide."""
     digits = job_id if job_id is not None and job_id.isdecimal() else "0"
     return 1 + int(digits) % SPREAD
 
 
 def candidates(port: Port, job_id: str | None) -> list[int]:
-    """Return the ports to try, in order: the wanted one; unless the user named it, wanted + offset; then in steps of 500."""
+    """Return the ports to try, in order: the requested one; unless the user named it, that + offset; then in steps of 500."""
     if port.fixed:
         return [port.number]
     further = [port.number + offset(job_id) + SPREAD * step for step in range(FURTHER)]
@@ -35,10 +35,10 @@ class Ports:
     """The ports of one address that a service may still try.
 
     Args:
-        port: the wanted one.
+        port: the requested one.
         host: the address.
-        job_id: Slurm's.
-        others: what the job's other services want, and this one leaves to them.
+        job_id: Slurm's job id.
+        others: ports of the job's other services, which this one must not use.
     """
 
     def __init__(self, port: Port, host: str, job_id: str | None, others: Collection[int] = ()) -> None:
@@ -47,11 +47,11 @@ class Ports:
         self._left: Iterator[int] = iter(self._all)
 
     def next(self) -> int:
-        """Return the next free one.
+        """Return the next free port.
 
         Raises:
-            UsageError: the one that the user named is taken.
-            DiscoveryError: all are taken.
+            UsageError: the port that the user named is in use.
+            DiscoveryError: all are in use.
         """
         for number in self._left:
             if is_free(number, self._host):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be chosen about the head node's services: flags over environment over defaults."""
+"""The settings of the head node's services: flags over environment over defaults."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ OPTIONS: tuple[Option, ...] = (
 
 @dataclass(frozen=True)
 class Port:
-    """A port that is wanted.
+    """A requested port.
 
     Args:
         number: the port.
-        fixed: the user named it, so no other will do.
-        setting: by which it is chosen.
+        fixed: whether the user named it, so that no other may be used.
+        setting: the name of its setting.
     """
 
     number: int
@@ -109,20 +109,20 @@ class Port:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to start.
+    """The services' settings.
 
     Args:
         run_dir: the job's folder.
-        address: as the user gave it; None for the host's own.
-        http_host: likewise; None for the same as ``address``.
-        http_port: the frontend's.
-        etcd_port: etcd's.
-        nats_port: NATS's.
-        credentials: whether clients have to prove who they are.
-        frontend: whether there is one.
-        frontend_arguments: further words for its command line.
-        start_timeout: seconds until all answer.
-        job_id: Slurm's; None outside of a job.
+        address: the user's choice; None for the host's own.
+        http_host: the frontend's address; None for the same as ``address``.
+        http_port: the frontend's port.
+        etcd_port: etcd's port.
+        nats_port: NATS's port.
+        credentials: whether clients must authenticate.
+        frontend: whether to start the frontend.
+        frontend_arguments: additional arguments of its command line.
+        start_timeout: time limit in seconds until all answer.
+        job_id: Slurm's job id; None outside of a job.
     """
 
     run_dir: Path
@@ -146,7 +146,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the words before ``--``."""
+    """Return the parser of the arguments before ``--``."""
     parser = _Parser(
         prog=PROGRAM,
         usage=f"{PROGRAM} --run-dir DIR [FLAGS] [-- FLAGS OF dynamo.frontend]",
@@ -163,7 +163,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Read settings from a command line and an environment.
 
     Raises:
-        UsageError: an unknown flag, an impossible value, or no folder.
+        UsageError: a flag is unknown, a value is invalid, or the folder is missing.
     """
     own, rest = _split(argv)
     values, origins = resolve(OPTIONS, vars(build_parser().parse_args(own)), environ, {})

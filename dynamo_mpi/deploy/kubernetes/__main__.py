@@ -25,7 +25,7 @@ PREFIX = "dynamo-mpi-pods-"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Be a pod of a group; returns the exit code, in all pods that of the world."""
+    """Run a pod of a group; return the exit code, which in all pods is that of the world."""
     try:
         if argv[:1] == ["lead"]:
             settings = load_lead(argv[1:], os.environ)

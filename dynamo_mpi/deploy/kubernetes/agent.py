@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""mpirun's launch agent, in ssh's place: ``python -m dynamo_mpi.deploy.kubernetes.agent HOST 'shell line around orted or prted'``.
+"""mpirun's launch agent, instead of ssh: ``python -m dynamo_mpi.deploy.kubernetes.agent HOST 'shell line around orted or prted'``.
 
-It hands the daemon's arguments to the leader, over a unix socket that only this user can open, and ends once the pod runs it.
+It sends the daemon's arguments to the leader, over a unix socket that only this user can open, and ends when the pod runs it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ANSWER_SECONDS = 60.0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Have the daemon started; returns the exit code, which mpirun only compares with 0."""
+    """Have the daemon started; return the exit code, which mpirun only compares with 0."""
     try:
         command = read_agent_words(argv)
         with socket.socket(socket.AF_UNIX) as leader:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
             leader.connect(os.environ.get(SOCKET_VARIABLE, ""))
             leader.sendall(json.dumps(command._asdict()).encode() + b"\n")
             with leader.makefile("rb") as answers:
-                answer = json.loads(answers.readline() or b'{"failed": "the leader has gone"}')
+                answer = json.loads(answers.readline() or b'{"failed": "the leader has exited"}')
     except (OSError, ValueError) as error:
         answer = {"failed": str(error)}
     if failed := answer.get("failed"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mpirun wants its launch agent to run on a host: a shell's line around ``orted`` or ``prted``. Pure.
+"""Parses the command that mpirun gives its launch agent for a host: a shell line around ``orted`` or ``prted``. Pure.
 
-Only the daemon's name and arguments travel to another pod, which starts nothing else: no shell, no other program. The daemon then runs
-what mpirun tells it, so whoever knows the group's secret can run commands in all of its pods.
+Only the daemon's name and arguments are sent to another pod, which starts nothing else: no shell, no other program. The daemon then runs
+mpirun's commands, so any process that knows the group's secret can run commands in all of its pods.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DAEMONS = ("orted", "prted")
-"""Open MPI 4's, Open MPI 5's."""
+"""The daemons of Open MPI 4 and 5."""
 MOST_ARGUMENTS, MOST_LETTERS = 200, 8192
 _ALONE = frozenset({"--leave-session-attached", "--allow-run-as-root"})
 _PAIRS = frozenset({"-mca", "--mca", "-pmca", "--prtemca", "--pmixmca"})
 _FOR_MPIRUN = ("plm_rsh_agent", "plm_ssh_agent", "tmpdir_base")
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,127}")
-# they name code or programs that the daemon would load or run; the agent is mpirun's own affair, and no daemon starts others here
+# these name code or programs that the daemon would load or run; only mpirun needs the agent, since no daemon starts others here
 _PROGRAMS = re.compile(r"path|agent|launcher|_exec")
 
 
@@ -29,9 +29,9 @@ class DaemonCommand(NamedTuple):
     """One daemon to start.
 
     Args:
-        host: where.
+        host: its host.
         daemon: its program, one of `DAEMONS`.
-        arguments: for it.
+        arguments: its arguments.
     """
 
     host: str
@@ -40,10 +40,10 @@ class DaemonCommand(NamedTuple):
 
 
 def read_agent_words(words: Sequence[str]) -> DaemonCommand:
-    """Read what mpirun says to its launch agent: options for ssh, the host, then a line for a shell.
+    """Parse the arguments of mpirun's launch agent: options for ssh, the host, then a line for a shell.
 
     Raises:
-        ValueError: it isn't the start of a daemon.
+        ValueError: they don't start a daemon.
     """
     rest = list(words)
     while rest and rest[0].startswith("-"):  # ssh's: -x, -o NAME=VALUE
@@ -53,14 +53,14 @@ def read_agent_words(words: Sequence[str]) -> DaemonCommand:
     lexer = shlex.shlex(" ".join(rest[1:]), posix=True, punctuation_chars=";")
     lexer.whitespace_split, lexer.commenters = True, ""
     parts = list(lexer)
-    # the variables that a shell would set before are the pod's own here
+    # variables that the shell line sets are skipped: the pod has its own
     last = max((at for at, part in enumerate(parts) if part == ";"), default=-1)
     program, *arguments = parts[last + 1 :] or [""]
     return DaemonCommand(rest[0], program.rpartition("/")[2], _for_another_pod(arguments))
 
 
 def _for_another_pod(arguments: Sequence[str]) -> tuple[str, ...]:
-    """Leave out the settings that are for mpirun's pod alone: the launch agent, and the folder for session files."""
+    """Remove settings that are only for mpirun's pod: the launch agent, and the folder for session files."""
     kept: list[str] = []
     at = 0
     while at < len(arguments):
@@ -73,10 +73,10 @@ def _for_another_pod(arguments: Sequence[str]) -> tuple[str, ...]:
 
 
 def refuse_other_than_daemon(daemon: object, arguments: object) -> tuple[str, tuple[str, ...]]:
-    """Return the daemon and its arguments if they are such, as the pod that shall start it does, whoever asked.
+    """Return the daemon and its arguments if they are valid; the pod that starts it calls this for every request.
 
     Raises:
-        ValueError: it would start something else, or a daemon that loads or runs a program by a path that was sent.
+        ValueError: it would start something else, or a daemon that loads or runs a program by a path in the request.
     """
     if daemon not in DAEMONS:
         raise ValueError(f"{daemon!r:.40} is no daemon of Open MPI")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The leader's pod: lets the others in, then runs mpirun, and tells the others how it ended."""
+"""The leader's pod: accepts the other pods, runs mpirun, and sends the others its exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 from dynamo_mpi.common.host_address import service_address
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.agent import ANSWER_SECONDS, SOCKET_VARIABLE
-from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, notice_loss, welcome
+from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, accept, enable_keepalive
 from dynamo_mpi.deploy.mpirun import folder_environment
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.deploy.kubernetes.settings import LeadSettings
 
-# the MPI Operator's, for a launch by ssh and a hostfile of its own
+# variables of the MPI Operator, for its launch by ssh with its own hostfile
 _NOT_OURS = ("default_hostfile", "rsh_args", "ssh_args", "set_default_slots", "keep_fqdn_hostnames")
 _HURRY_SECONDS = 1.0
 _PARTING_SECONDS = 5.0
@@ -44,13 +44,13 @@ class LeaderPod:
     """One group's leader.
 
     Args:
-        settings: how many pods, and what they run.
-        folder: private; mpirun's session files, the hostfile, the agent's socket.
-        say: for the operator.
+        settings: the number of pods, and the command.
+        folder: a private folder for mpirun's session files, the hostfile and the agent's socket.
+        say: prints one line for the operator.
     """
 
     def __init__(self, settings: LeadSettings, folder: Path, say: Callable[[str], None]) -> None:
-        self._settings, self._folder, self._say = settings, folder, say
+        self._settings, self._folder, self._print = settings, folder, say
         self._pods: dict[int, _Pod] = {}
         self._changed = asyncio.Event()
         self._mpirun: asyncio.subprocess.Process | None = None
@@ -59,10 +59,10 @@ class LeaderPod:
         self._ended: dict[int, bool] = {}
 
     async def run(self) -> int:
-        """Run the group to its end; returns mpirun's exit code, or 128 + n where a signal came before.
+        """Run the group until its end; return mpirun's exit code, or 128 + n if a signal arrived before.
 
         Raises:
-            PhaseTimeoutError: not all pods have come in time.
+            PhaseTimeoutError: not all pods have joined in time.
             UsageError: this pod has no such address, or mpirun can't be started.
         """
         loop = asyncio.get_running_loop()
@@ -86,7 +86,7 @@ class LeaderPod:
             ) from None
         code = of_signal(signal.SIGTERM)
         try:
-            self._say(f"waiting for {self._settings.pods - 1} pods at {address} port {self._settings.port}")
+            self._print(f"waiting for {self._settings.pods - 1} pods at {address} port {self._settings.port}")
             await self._gather()
             if not self._signal:
                 code = await self._launch()
@@ -99,7 +99,7 @@ class LeaderPod:
             server.close()
             agents.close()
             if self._mpirun is not None:
-                # of an mpirun that was killed, its ranks here
+                # ranks on this pod of an mpirun that was killed
                 kill_session(self._mpirun.pid)
             for pod in self._pods.values():
                 pod.channel.send({"end": code})
@@ -134,7 +134,7 @@ class LeaderPod:
             *("--leave-session-attached", "--hostfile", str(hostfile), "--map-by", "slot"),
             *("-n", str(ranks * len(hosts)), *self._settings.command),
         )
-        self._say(f"{ranks * len(hosts)} ranks on {', '.join(hosts)}")
+        self._print(f"{ranks * len(hosts)} ranks on {', '.join(hosts)}")
         try:
             self._mpirun = await asyncio.create_subprocess_exec(
                 *words, env=mpirun_environment(os.environ, self._folder), start_new_session=True
@@ -142,19 +142,19 @@ class LeaderPod:
         except OSError as error:
             raise UsageError(f"{words[0]} can't be started: {error.strerror}", fix="--mpirun PATH") from None
         if early := self._signal:
-            # it came before there was an mpirun to ask; no rank has begun
+            # the signal arrived before mpirun was started; no rank runs
             self._mpirun.terminate()
         code = await self._mpirun.wait()
         if early:
             return of_signal(early)
-        # an mpirun that has lost a daemon ends with 0 (Open MPI 5) or 205 (4), which mean nothing to whoever starts pods again
+        # an mpirun that has lost a daemon ends with 0 (Open MPI 5) or 205 (4), which restart policies would misunderstand
         if lost := await self._lost(_PARTING_SECONDS if code == 0 else 0.0):
-            self._say(f"mpirun ended with {code} after it lost {lost}")
+            self._print(f"mpirun ended with {code} after it lost {lost}")
             return ExitCode.TEMPORARY
         return of_signal(-code) if code < 0 else code
 
     async def _lost(self, seconds: float) -> str:
-        """Return which pods went without an end of their daemon; those that haven't said how it was after some seconds count, too."""
+        """Return the pods that were lost before their daemon ended, including those that don't report its end within some seconds."""
         if seconds == 0:
             return ", ".join(pod.host for place, pod in sorted(self._pods.items()) if self._ended.get(place) is False)
         end = asyncio.get_running_loop().time() + seconds
@@ -167,16 +167,16 @@ class LeaderPod:
         return ", ".join(pod.host for place, pod in sorted(self._pods.items()) if not self._ended.get(place))
 
     def _stop(self, number: int, who: str) -> None:
-        """End in order; a second signal to this pod, more than a moment later, now."""
+        """End in order; after a second signal to this pod, more than a moment later, end at once."""
         now = asyncio.get_running_loop().time()
         first, self._signal = not self._signal, number
         self._changed.set()
         if self._mpirun is None or self._mpirun.returncode is not None:
             return
-        # of the signals that mpirun hands on, SIGUSR1 asks a worker for an orderly end; SIGTERM would kill the ranks at once
+        # mpirun forwards SIGUSR1, which requests a worker's orderly end; after SIGTERM it would kill the ranks at once
         if first:
             self._asked = now
-            self._say(f"{who} got {signal.Signals(number).name}: ending in order")
+            self._print(f"{who} got {signal.Signals(number).name}: ending in order")
             self._mpirun.send_signal(signal.SIGUSR1)
         elif who == "this pod" and self._asked is not None and now - self._asked > _HURRY_SECONDS:
             self._mpirun.send_signal(signal.SIGTERM)
@@ -184,18 +184,18 @@ class LeaderPod:
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
         try:
-            notice_loss(writer)
-            joined = await asyncio.wait_for(welcome(reader, writer, self._settings.secret), HANDSHAKE_SECONDS)
+            enable_keepalive(writer)
+            joined = await asyncio.wait_for(accept(reader, writer, self._settings.secret), HANDSHAKE_SECONDS)
         except (OSError, asyncio.TimeoutError):
             joined = None
         if joined is None or not 1 <= joined[1] < self._settings.pods or joined[1] in self._pods:
-            self._say(f"{peer[0] if peer else 'somebody'} was refused: " + _reason(joined, self._settings.pods))
+            self._print(f"{peer[0] if peer else 'somebody'} was refused: " + _reason(joined, self._settings.pods))
             writer.close()
             return
         channel, index, host = joined
         self._ended.pop(index, None)
         pod = self._pods[index] = _Pod(index, host, channel, asyncio.Queue())
-        self._say(f"pod {index} joined: {host}")
+        self._print(f"pod {index} joined: {host}")
         self._changed.set()
         while (message := await channel.receive()) is not None:
             if isinstance(number := message.get("stop"), int):
@@ -205,10 +205,10 @@ class LeaderPod:
                 self._changed.set()
             else:
                 pod.answers.put_nowait(message)
-        pod.answers.put_nowait({"failed": f"pod {index} ({host}) has gone"})
+        pod.answers.put_nowait({"failed": f"pod {index} ({host}) is lost"})
         if self._mpirun is None:
             del self._pods[index]
-            self._say(f"pod {index} has gone: {host}")
+            self._print(f"pod {index} is lost: {host}")
         self._ended.setdefault(index, False)
         self._changed.set()
         with contextlib.suppress(OSError):
@@ -230,11 +230,11 @@ class LeaderPod:
 
 
 def mpirun_environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Return what mpirun (Open MPI 4 and 5) needs to start its daemons by our agent, from what this pod has.
+    """Return mpirun's environment (Open MPI 4 and 5), with which it starts its daemons by our agent.
 
     Args:
-        environ: this process's.
-        folder: for its session files, and with the agent's socket.
+        environ: this process's environment.
+        folder: the folder of its session files and of the agent's socket.
     """
     kept = {
         name: value
@@ -248,7 +248,7 @@ def mpirun_environment(environ: Mapping[str, str], folder: Path) -> dict[str, st
         SOCKET_VARIABLE: str(folder / "agent"),
         "OMPI_MCA_plm_rsh_agent": agent,
         "PRTE_MCA_plm_ssh_agent": agent,
-        # each daemon by mpirun itself, none by another daemon
+        # mpirun starts each daemon itself; no daemon starts another
         "OMPI_MCA_plm_rsh_no_tree_spawn": "1",
         "PRTE_MCA_plm_ssh_no_tree_spawn": "1",
     }
@@ -257,4 +257,4 @@ def mpirun_environment(environ: Mapping[str, str], folder: Path) -> dict[str, st
 def _reason(joined: tuple[Channel, int, str] | None, pods: int) -> str:
     if joined is None:
         return "it doesn't know this group's secret"
-    return f"it says it is pod {joined[1]} of 1 to {pods - 1}, or that one has joined already"
+    return f"its index {joined[1]} is not in 1 to {pods - 1}, or that pod has already joined"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be chosen about a group of pods: flags over environment over defaults."""
+"""The settings of a group of pods: flags over environment over defaults."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ JOIN_OPTIONS: tuple[Option, ...] = (
 
 @dataclass(frozen=True)
 class LeadSettings:
-    """What the leader goes by; see `LEAD_OPTIONS`. ``command`` is what each rank runs."""
+    """The leader's settings; see `LEAD_OPTIONS`. ``command`` is each rank's command."""
 
     pods: int
     ranks_per_pod: int
@@ -114,7 +114,7 @@ class LeadSettings:
 
 @dataclass(frozen=True)
 class JoinSettings:
-    """What another pod goes by; see `JOIN_OPTIONS`."""
+    """Another pod's settings; see `JOIN_OPTIONS`."""
 
     leader: str
     index: int
@@ -129,7 +129,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_lead_parser() -> argparse.ArgumentParser:
-    """Return the parser of ``lead``'s words before ``--``."""
+    """Return the parser of ``lead``'s arguments before ``--``."""
     parser = _Parser(
         prog=f"{PROGRAM} lead",
         usage=f"{PROGRAM} lead [FLAGS] -- COMMAND OF EACH RANK",
@@ -141,7 +141,7 @@ def build_lead_parser() -> argparse.ArgumentParser:
 
 
 def build_join_parser() -> argparse.ArgumentParser:
-    """Return the parser of ``join``'s words."""
+    """Return the parser of ``join``'s arguments."""
     parser = _Parser(
         prog=f"{PROGRAM} join",
         description="Be one of the other pods: run the ranks that the leader's mpirun has for this one, and leave with its exit code.",
@@ -155,7 +155,7 @@ def load_lead(argv: Sequence[str], environ: Mapping[str, str]) -> LeadSettings:
     """Read the leader's settings.
 
     Raises:
-        UsageError: something is wrong or missing.
+        UsageError: a setting is invalid or missing.
     """
     words = list(argv)
     at = words.index("--") if "--" in words else len(words)
@@ -173,7 +173,7 @@ def load_join(argv: Sequence[str], environ: Mapping[str, str], host: str) -> Joi
     """Read another pod's settings.
 
     Raises:
-        UsageError: something is wrong or missing.
+        UsageError: a setting is invalid or missing.
     """
     values, _ = resolve(JOIN_OPTIONS, vars(build_join_parser().parse_args(list(argv))), environ, {})
     if values["leader"] is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How pods and their leader talk: lines of JSON over TCP, each with a proof that its sender knows the group's secret.
+"""The protocol between pods and their leader: lines of JSON over TCP, each with an HMAC of the group's secret.
 
     leader: {"nonce"}
     pod:    {"nonce", "index", "host", "proof"}
@@ -8,7 +8,7 @@
     leader: {"start": {"daemon", "arguments"}}, {"end": exit code}
     pod:    {"started": true}, {"failed": text}, {"stop": signal}, {"ended": the daemon's exit code}
 
-The secret never travels. Nothing is encrypted: there is nothing secret in it.
+The secret itself is never sent. The messages aren't encrypted, as they contain no secret.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from dynamo_mpi.common.errors import AuthorizationError
 MOST_LINE = 1 << 18
 HANDSHAKE_SECONDS = 10.0
 _NONCE_BYTES = 16
-# a node that is lost says nothing: after about a minute its connection has ended
+# a lost node sends nothing: keepalive ends its connection after about a minute
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 60_000}
 
 
 class Channel:
-    """A connection whose both ends have proven themselves.
+    """A connection with mutual authentication.
 
     Args:
-        reader: what comes.
-        writer: what goes.
-        key: of this connection alone.
-        mine: which side this is, ``pod`` or ``lead``.
+        reader: the incoming stream.
+        writer: the outgoing stream.
+        key: the key of this connection.
+        mine: this side, ``pod`` or ``lead``.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Channel:
         self._sent = self._received = 0
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message, some time soon."""
+        """Send a message. Does not wait."""
         self._sent += 1
         text = json.dumps(message, separators=(",", ":"))
         self._writer.write(f"{self._proof(self._mine, self._sent, text)} {text}\n".encode())
 
     async def receive(self) -> dict[str, Any] | None:
-        """Return the next message; None when the other side has gone, or isn't who it was."""
+        """Return the next message; None if the connection is lost, or the message isn't authentic."""
         line = await _line(self._reader)
         proof, _, text = line.partition(" ")
         self._received += 1
@@ -62,7 +62,7 @@ class Channel:
         return _object(text)
 
     async def close(self) -> None:
-        """Send what is due, and end the connection. Idempotent."""
+        """Flush and close the connection. Idempotent."""
         try:
             await asyncio.wait_for(self._writer.drain(), HANDSHAKE_SECONDS)
             self._writer.close()
@@ -74,8 +74,8 @@ class Channel:
         return hmac.digest(self._key, f"{side} {number} {text}".encode(), "sha256").hex()
 
 
-def notice_loss(writer: asyncio.StreamWriter) -> None:
-    """Have a connection end when the other side's node is lost."""
+def enable_keepalive(writer: asyncio.StreamWriter) -> None:
+    """Enable TCP keepalive, so that a connection ends if the peer's node is lost."""
     connection: socket.socket = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
@@ -83,18 +83,18 @@ def notice_loss(writer: asyncio.StreamWriter) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-async def welcome(
+async def accept(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
 ) -> tuple[Channel, int, str] | None:
-    """Let a pod in, as the leader.
+    """Authenticate a pod, as the leader.
 
     Returns:
-        The connection, and the pod's index and host name; None where the other side doesn't know the secret.
+        The connection, and the pod's index and host name; None if the pod doesn't know the secret.
     """
     nonce = secrets.token_hex(_NONCE_BYTES)
     writer.write(json.dumps({"nonce": nonce}).encode() + b"\n")
-    join = _object(await _line(reader)) or {}
-    index, host, theirs, proof = (join.get(name) for name in ("index", "host", "nonce", "proof"))
+    request = _object(await _line(reader)) or {}
+    index, host, theirs, proof = (request.get(name) for name in ("index", "host", "nonce", "proof"))
     if type(index) is not int or not all(isinstance(part, str) for part in (host, theirs, proof)):
         return None
     if not _is_same(str(proof), _prove(secret, "pod", nonce, theirs, index, host)):
@@ -103,16 +103,16 @@ async def welcome(
     return Channel(reader, writer, _key(secret, nonce, theirs), "lead", "pod"), index, str(host)
 
 
-async def introduce(
+async def join(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes, index: int, host: str
 ) -> Channel | None:
-    """Come in, as a pod.
+    """Authenticate to the leader, as a pod.
 
     Returns:
-        The connection; None where the leader went away meanwhile.
+        The connection; None if the leader closed it meanwhile.
 
     Raises:
-        AuthorizationError: the leader doesn't know our secret, or we not its.
+        AuthorizationError: leader and pod have different secrets.
     """
     nonce = secrets.token_hex(_NONCE_BYTES)
     hello = await _line(reader)
@@ -136,7 +136,7 @@ def _prove(secret: bytes, side: str, *parts: object) -> str:
 
 
 def _is_same(proof: str, due: str) -> bool:
-    # a stranger's may be no ASCII, and no UTF-8 either
+    # an unauthenticated peer may send any text, not only ASCII
     return hmac.compare_digest(proof.encode("utf-8", "replace"), due.encode())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every other pod: calls the leader, runs the daemon that mpirun has for it, and leaves with the world's exit code."""
+"""A pod other than the leader's: connects to the leader, runs mpirun's daemon, and exits with the world's exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynamo_mpi.common.errors import PhaseTimeoutError
 from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.daemon_command import refuse_other_than_daemon
-from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, introduce, notice_loss
+from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, enable_keepalive, join
 from dynamo_mpi.deploy.mpirun import folder_environment
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.kubernetes.settings import JoinSettings
 
 _AGAIN_SECONDS = 1.0
-# the daemon ends its ranks by itself when the leader's mpirun has gone; what is left then is killed
+# the daemon ends its ranks itself when the leader's mpirun is lost; remaining processes are killed after this time
 _END_SECONDS = 5.0
 
 
@@ -32,14 +32,14 @@ class WorkerPod:
     """One pod that isn't the leader's.
 
     Args:
-        settings: where the leader is.
+        settings: the leader's address and more.
         host: this pod's name.
-        folder: private, for the daemon's session files.
-        say: for the operator.
+        folder: a private folder for the daemon's session files.
+        say: prints one line for the operator.
     """
 
     def __init__(self, settings: JoinSettings, host: str, folder: Path, say: Callable[[str], None]) -> None:
-        self._settings, self._host, self._folder, self._say = settings, host, folder, say
+        self._settings, self._host, self._folder, self._print = settings, host, folder, say
         self._daemon: asyncio.subprocess.Process | None = None
         self._channel: Channel | None = None
         self._task: asyncio.Task[int] | None = None
@@ -47,14 +47,14 @@ class WorkerPod:
         self._signal = 0
 
     async def run(self) -> int:
-        """Be a pod of the group until its end.
+        """Run as a pod of the group until its end.
 
         Returns:
-            The leader's exit code; 75 where the leader went without one; 128 + n where a signal came before anything ran.
+            The leader's exit code; 75 if the leader was lost before sending one; 128 + n if a signal arrived before anything ran.
 
         Raises:
             AuthorizationError: the secret isn't the leader's.
-            PhaseTimeoutError: the leader isn't there in time.
+            PhaseTimeoutError: the leader can't be reached in time.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -69,7 +69,7 @@ class WorkerPod:
 
     async def _follow(self) -> int:
         self._channel = channel = await self._call()
-        self._say(f"joined {self._settings.leader}")
+        self._print(f"joined {self._settings.leader}")
         try:
             while (message := await channel.receive()) is not None:
                 if isinstance(code := message.get("end"), int):
@@ -78,7 +78,7 @@ class WorkerPod:
                     channel.send(await self._start(start.get("daemon"), start.get("arguments")))
         finally:
             await channel.close()
-        self._say("the leader has gone")
+        self._print("the leader has gone")
         return of_signal(self._signal) if self._signal else ExitCode.TEMPORARY
 
     async def _call(self) -> Channel:
@@ -91,10 +91,10 @@ class WorkerPod:
                     asyncio.open_connection(self._settings.leader, self._settings.port, limit=MOST_LINE),
                     HANDSHAKE_SECONDS,
                 )
-                notice_loss(writer)
+                enable_keepalive(writer)
                 with contextlib.suppress(asyncio.TimeoutError):
                     channel = await asyncio.wait_for(
-                        introduce(reader, writer, self._settings.secret, self._settings.index, self._host),
+                        join(reader, writer, self._settings.secret, self._settings.index, self._host),
                         HANDSHAKE_SECONDS,
                     )
                     if channel is not None:
@@ -106,14 +106,14 @@ class WorkerPod:
         raise PhaseTimeoutError(
             f"the leader {self._settings.leader} port {self._settings.port} can't be reached: {why}",
             needed=f"the leader's pod, within {self._settings.timeout:g} s",
-            fix="look at its log; its name needs a headless service, and a NetworkPolicy must let this pod in",
+            fix="check its log; its name needs a headless service, and a NetworkPolicy must let this pod in",
         )
 
     async def _start(self, daemon: object, arguments: object) -> dict[str, object]:
         try:
             name, words = refuse_other_than_daemon(daemon, arguments)
         except ValueError as error:
-            self._say(f"refused to start {daemon!r:.40}: {error}")
+            self._print(f"refused to start {daemon!r:.40}: {error}")
             return {"failed": f"{self._host} refused: {error}"}
         program = shutil.which(name)
         if program is None:
@@ -121,7 +121,7 @@ class WorkerPod:
         if self._daemon is not None:
             return {"failed": f"{self._host} runs a daemon already"}
         try:
-            # a session of its own: the ranks are in it
+            # a session of its own, which also contains the ranks
             self._daemon = await asyncio.create_subprocess_exec(
                 program, *words, env={**os.environ, **folder_environment(self._folder)}, start_new_session=True
             )
@@ -144,7 +144,7 @@ class WorkerPod:
         await self._daemon.wait()
 
     def _stop(self, number: int) -> None:
-        """Ask the leader for an orderly end of all; a second signal ends this pod."""
+        """Request an orderly end of all pods from the leader; a second signal ends this pod."""
         again, self._signal = self._signal != 0, number
         if self._daemon is not None and self._channel is not None and not again:
             self._channel.send({"stop": number})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask the frontend one question, as a stream, and time it."""
+"""Sends one streaming chat completion to the frontend, and measures it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dynamo_mpi.common.ports import LOOPBACK
 
 
 class NotServedYet(Exception):
-    """The frontend knows no worker for the model (yet)."""
+    """The frontend has no worker for the model (yet)."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back.
+    """A completion.
 
     Args:
         text: the whole answer.
@@ -43,7 +43,7 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Tokens after the first, by the time they took; None where there are none."""
+        """Tokens after the first divided by their time; None if there are none."""
         seconds = self.total_seconds - self.first_token_seconds
         return (self.completion_tokens - 1) / seconds if self.completion_tokens > 1 and seconds > 0 else None
 
@@ -65,15 +65,15 @@ def ask(
         port: the frontend's.
         model: the served name.
         text: the user's message.
-        max_tokens: of the answer.
-        timeout_seconds: the longest silence.
+        max_tokens: limit of the answer's length.
+        timeout_seconds: the longest wait without data.
         interruptible: guards the connected socket while we wait; see ``Interrupts.closing``.
-        on_text: called with each piece of the answer as it comes.
-        host: where the frontend is.
+        on_text: called with each piece of the answer when it arrives.
+        host: the frontend's host.
 
     Raises:
         NotServedYet: 404 or 503.
-        EngineError: any other refusal, an error within the stream, or a stream that breaks off.
+        EngineError: another error status, an error within the stream, or a stream that breaks off.
     """
     body = {
         "model": model,
@@ -100,7 +100,7 @@ def ask(
 
 @contextlib.contextmanager
 def _network(what: str = "broke off") -> Iterator[None]:
-    """Turn a failing connection into an error of ours. Not around ``on_text``: its stdout may be a broken pipe, too."""
+    """Convert network errors to `EngineError`. Not used around ``on_text``, whose stdout may be a broken pipe."""
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
@@ -159,7 +159,7 @@ def _collect(events: Iterable[dict[str, Any]], started: float, on_text: Callable
         finish_reason=finish_reason,
         prompt_tokens=int(usage.get("prompt_tokens", 0)),
         completion_tokens=int(usage.get("completion_tokens", 0)),
-        first_token_seconds=total if first is None else first,  # tokens without text, an end token alone
+        first_token_seconds=total if first is None else first,  # tokens without text, such as only an end token
         total_seconds=total,
     )
 

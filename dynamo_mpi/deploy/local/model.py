@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model folder the ranks and the frontend read."""
+"""Prepares the model folder for the ranks and the frontend."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:
     """Return a model folder and the name to serve it under.
 
     Args:
-        given: a folder, taken as it is, or a GGUF file; None takes the installed GGUF.
-        folder: where a GGUF is converted to (neither Dynamo nor the ranks read GGUF).
+        given: a folder, used as it is, or a GGUF file; None for the installed GGUF.
+        folder: the folder for a converted GGUF (neither Dynamo nor the ranks read GGUF).
 
     Raises:
         UsageError: no model is installed.
         ModelNotFoundError: there is no such model.
     """
-    # imported here: a refusal before this point needs no numpy
+    # imported here, so that an error before this point needs no numpy
     from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 
     if given is not None and not given.exists():

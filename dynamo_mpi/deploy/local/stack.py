@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stack of ``dynamo-mpi local``: what starts after what, when it is ready, and how it ends.
+"""The stack of ``dynamo-mpi local``: the order of its start, its readiness, and its end.
 
-etcd and NATS come up while the model's files are written; then the frontend and the workers start side by side. Ready
-means three things at once: every rank 0 wrote its ready file, the frontend lists the model, and a completion came back.
+etcd and NATS start while the model's files are written; then the frontend and the workers start side by side. The stack is ready
+when every rank 0 has written its ready file, the frontend lists the model, and a completion was answered.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from dynamo_mpi.deploy.service_stack import ServiceStack
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
 
 NEWS_SECONDS = (5.0, 30.0)
-# longer than a worker gives its requests
+# longer than a worker's own limit for its requests
 DRAIN_SECONDS, WORKER_STOP_SECONDS = 40.0, 5.0
 
 
 @dataclass(frozen=True)
 class StackSettings:
-    """What the user may choose.
+    """The stack's settings.
 
     Args:
-        workers: what to run, in the order in which they are stopped.
-        model: folder or GGUF file; None takes the installed model.
-        http_port: of the frontend; None takes a free one.
-        request_plane: how the frontend hands requests to the workers.
-        engine_options: further keys of the engines' YAML.
-        mpirun: the launcher's command line; None finds one.
-        timeout_seconds: from the start to the first completion.
-        timeline: where to draw the start; None for nowhere.
+        workers: the workers, in the order in which they are stopped.
+        model: folder or GGUF file; None for the installed model.
+        http_port: the frontend's port; None for a free one.
+        request_plane: how the frontend sends requests to the workers.
+        engine_options: additional keys of the engines' YAML.
+        mpirun: the launcher's command line; None to find one.
+        timeout_seconds: time limit from the start to the first completion.
+        timeline: file for the timeline of the start; None for no timeline.
     """
 
     workers: tuple[WorkerSpec, ...] = (WorkerSpec("agg", AGG_TP_SIZE),)
@@ -83,10 +83,10 @@ class LocalStack(ServiceStack):
     """The services and the workers of this machine. Use it from the main thread.
 
     Args:
-        settings: what to start.
+        settings: the stack's settings.
         folder: private folder for everything that is written.
-        interrupts: checked wherever we wait.
-        say: takes one line of progress.
+        interrupts: checked in every wait.
+        say: prints one line of progress.
     """
 
     def __init__(
@@ -101,10 +101,10 @@ class LocalStack(ServiceStack):
         """Start all processes and wait until the workers are registered and the model is listed.
 
         Raises:
-            UsageError: something is missing or can't be as asked.
+            UsageError: something is missing, or a setting can't be used.
             ProcessExited: a process ended.
             StartTimeout: a process was not ready in time.
-            Interrupted: a signal asks for the end.
+            Interrupted: a signal requests the end.
         """
         etcd_binary, nats_binary = programs.find_etcd(), programs.find_nats_server()
         mpirun = programs.find_mpirun(self._settings.mpirun)
@@ -139,13 +139,13 @@ class LocalStack(ServiceStack):
         return Ready(name, frontend.port, workers, self.seconds)
 
     def ask(self, ready: Ready, text: str, *, max_tokens: int, on_text: Callable[[str], None]) -> Answer:
-        """Ask the model. Until the first answer the frontend may still report that it knows no worker.
+        """Send one question to the model. Until the first answer the frontend may report that it has no worker.
 
         Raises:
             EngineError: the answer is an error.
             ProcessExited: a process ended.
-            StartTimeout: still no worker for the model when the time was up.
-            Interrupted: a signal asks for the end.
+            StartTimeout: the frontend had no worker for the model within the time limit.
+            Interrupted: a signal requests the end.
         """
         while True:
             try:
@@ -161,15 +161,15 @@ class LocalStack(ServiceStack):
             except NotServedYet as error:
                 self.wait("frontend", f"it serves no completion: {error}")
             except EngineError:
-                self._interrupts.check()  # a signal closes the connection: report that, not what it looked like
+                self._interrupts.check()  # a signal closes the connection: report the signal, not the network error
                 self.check()
                 raise
 
     def stop(self, *, drain: bool = True) -> None:
-        """End everything, the workers first. A further signal, or the end of the time, turns asking into killing. Idempotent.
+        """End all processes, the workers first. After another signal, or at the time limit, they are killed. Idempotent.
 
         Args:
-            drain: let the workers finish what is in flight.
+            drain: let the workers finish requests in flight.
         """
         signals_before = min(self._interrupts.count, 1)
         if drain:
@@ -180,7 +180,7 @@ class LocalStack(ServiceStack):
         super().stop()
 
     def draw(self) -> None:
-        """Draw the start, if that is wanted, once the workers have ended.
+        """Write the timeline of the start, if requested, after the workers have ended.
 
         Raises:
             UsageError: it can't be written.
@@ -242,23 +242,23 @@ class LocalStack(ServiceStack):
         return [name for name in self._workers if name not in found]
 
     def _drain(self, worker: MpirunWorker, signals_before: int) -> None:
-        """Let a worker finish what is in flight, and wait for its end, unless a further signal or the end of the time comes first."""
+        """Let a worker drain, and wait for its end, at most until another signal arrives or the time limit is reached."""
         process = self._processes.get(worker.name)
         leader = None if process is None else worker.rank_zero()
         if process is None or leader is None or leader not in process.members():
-            return  # its launcher is asked to end, in `stop`
+            return  # `stop` ends its launcher
         with contextlib.suppress(ProcessLookupError):
             os.kill(leader, signal.SIGTERM)
         await_exit([process], DRAIN_SECONDS, self._interrupts, signals_before)
 
     def _status_of(self, process: LoggedProcess) -> int:
-        # a worker that ends by itself with code 0 has lost its lease, or was stopped by somebody else
+        # a worker that ends by itself with code 0 has lost its lease, or was stopped by another process
         return (
             super()._status_of(process) if process.name not in self._workers else process.exit_code() or ExitCode.ENGINE
         )
 
     def _log_of(self, process: LoggedProcess) -> str:
-        """Of a worker that ended in order, return rank 0's log, as rank 0 reports for all; of another one the end of each rank's log and the
+        """For a worker that ended in order, return rank 0's log, which has the report; otherwise the end of each rank's log and of the
         launcher's."""
         if process.name not in self._workers:
             return super()._log_of(process)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stack's start as a picture: the services, and every rank of the workers."""
+"""The timeline of the stack's start: the services, and every rank of the workers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _SERVICES = ("etcd", "nats", "frontend")
 
 
 def draw_stack(path: Path, pages: Sequence[Path], began: float, written: float, seconds: Mapping[str, float]) -> None:
-    """Write one picture of all parts.
+    """Write one timeline of all parts.
 
     Args:
-        path: where; the trace stands beside it.
-        pages: what the workers have drawn; those that came to nothing are left out.
-        began: when the stack began, in seconds since 1970.
-        written: now.
-        seconds: from there to when each part answered.
+        path: the page; the trace is written beside it.
+        pages: the workers' timelines; missing ones are left out.
+        began: when the stack started, in seconds since 1970.
+        written: the current time.
+        seconds: by part, seconds from the start until it answered.
 
     Raises:
         UsageError: it can't be written.

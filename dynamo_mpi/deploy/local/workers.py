@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stack's workers: one that does all, or one for prefill and one for decode; their command lines, environments and ready files.
+"""The stack's workers: an aggregated one, or one for prefill and one for decode; their command lines, environments and ready files.
 
-Nothing is started here.
+This module starts nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WorkerRole = Literal["agg", "prefill", "decode"]
 # the installed model has 9 attention heads: 1 and 3 are its legal sizes below 9
 AGG_TP_SIZE = 3
 PREFILL_TP_SIZE, DECODE_TP_SIZE = 3, 1
-"""Unequal, so that KV is divided anew on its way; decode on one rank, where a small model's tokens come fastest."""
+"""Unequal, so that the KV transfer must reshard; decode on one rank, which is fastest for a small model."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class WorkerSpec:
     """One worker.
 
     Args:
-        role: what it does.
-        tp_size: its ranks, which is tensor parallelism over all of them.
+        role: its role.
+        tp_size: its number of ranks, all for tensor parallelism.
     """
 
     role: WorkerRole
@@ -41,23 +41,23 @@ class WorkerSpec:
 
     @property
     def name(self) -> str:
-        """Its name as a part of the stack."""
+        """Its name in the stack."""
         return "worker" if self.role == "agg" else self.role
 
 
 def worker_specs(
     role: StackRole, tp: int | None, prefill_tp: int | None, decode_tp: int | None
 ) -> tuple[WorkerSpec, ...]:
-    """Return the workers that the flags ask for, in the order in which they are stopped.
+    """Return the workers for the flags, in the order in which they are stopped.
 
     Args:
-        role: of the whole.
-        tp: ranks of each worker that isn't given its own number; None takes the default of its role.
+        role: ``agg`` or ``disagg``.
+        tp: ranks of each worker without its own number; None for the default of its role.
         prefill_tp: ranks of the prefill worker.
         decode_tp: ranks of the decode worker.
 
     Raises:
-        UsageError: a size is given for a worker that there isn't.
+        UsageError: a size is given for a worker that doesn't exist.
     """
     if role == "disagg":
         return (
@@ -110,7 +110,7 @@ class MpirunWorker:
         return {**self.discovery, **own, **mpi_environment(self.scratch, root=os.geteuid() == 0)}
 
     def ready(self) -> dict[str, Any] | None:
-        """Return the ready file's contents, None while there is none. It appears whole, by a rename."""
+        """Return the ready file's content; None if it doesn't exist. It is written atomically."""
         try:
             contents = json.loads(self.ready_file.read_text())
         except FileNotFoundError:
@@ -127,13 +127,13 @@ class MpirunWorker:
 
 
 def mpi_environment(scratch: Path, *, root: bool) -> dict[str, str]:
-    """Return what lets Open MPI 4 and 5 run more ranks than cores; other MPIs ignore it.
+    """Return variables that let Open MPI 4 and 5 run more ranks than cores; other MPIs ignore them.
 
-    Variables, not flags, because each launcher has flags of its own.
+    Variables, not flags, because each launcher has different flags.
 
     Args:
         scratch: folder for shared-memory files, which a killed rank can't remove from /dev/shm.
-        root: Open MPI refuses root unless told twice.
+        root: whether this user is root, whom Open MPI rejects unless two variables are set.
     """
     variables = {
         "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
