@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Will TensorRT-LLM take this model in this layout? Answered in milliseconds, without a GPU: the rule, the cure and the legal choices.
+"""Check whether TensorRT-LLM accepts a model in a layout, in milliseconds and without a GPU: prints the broken rule, the fix and legal
+choices.
 
 The same rules run in the ranks before anything is loaded. With --prefill-engine-config and --decode-engine-config both workers of a
-disaggregated pair are checked, and what they are to each other. Exit code 0 when nothing is an error.
+disaggregated pair are checked, and whether they fit each other. Exit code 0 if there is no error.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code."""
+    """Run the verb; return the exit code."""
     values = read_values(arguments, arguments.options)
     dynamic = arguments.dynamic_flags
     files = read_model(values)
@@ -99,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _cluster(values: dict[str, Any], config: EngineConfig, nodes: int) -> Cluster:
-    """Take what was said of a node's GPUs; without a word, what the layout needs."""
+    """Return the cluster from the flags; without them, the smallest that the layout needs."""
     gpus, world_size = values["gpus_per_node"] or config.gpus_per_node, config.world_size
     if gpus is None:
         if world_size % nodes:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What on this machine stands between you and a worker? On a login node, a head node, or where ranks run:
-srun --mpi=pmix -n1 dynamo-mpi doctor. Nothing is started and nothing changed.
+"""Find problems of this machine that stop a worker. Run it on a login node, a head node, or as a rank:
+srun --mpi=pmix -n1 dynamo-mpi doctor. It starts and changes nothing.
 
-Each thing is ok, a warning, an error (a worker would not start), or skipped, as it can't be looked at here. Exit code 0 without errors,
-else the first error's.
+Each check is ok, a warning, an error (a worker would not start), or skipped, if it can't run here. Exit code 0 without errors,
+otherwise the first error's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_seconds, to_switch, to_text
 from dynamo_mpi.ops.doctor.context import Context
-from dynamo_mpi.ops.doctor.examination import examine
+from dynamo_mpi.ops.doctor.examination import run_sections
 from dynamo_mpi.ops.doctor.registry import SECTIONS, chosen
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ ONLY = Option(
     (),
     None,
     to_text,
-    f"sections with commas between: {', '.join(section.name for section in SECTIONS)}",
+    f"sections, separated by commas: {', '.join(section.name for section in SECTIONS)}",
 )
 RUN_DIR = Option(
     "run_dir",
@@ -38,7 +38,7 @@ RUN_DIR = Option(
     ("DYN_MPI_RUN_DIR",),
     None,
     to_path,
-    "a deployment's folder: its etcd and NATS are asked, with its credentials",
+    "a deployment's folder: its etcd and NATS are checked, with its credentials",
 )
 
 
@@ -56,7 +56,7 @@ WRITE = Option(
     (),
     False,
     to_switch,
-    "also try to write to etcd where workers write; the key is taken away at once",
+    "also write to etcd under the workers' prefixes; the keys are deleted at once",
     switch=True,
 )
 
@@ -67,7 +67,7 @@ PROBE = Option(
     (),
     False,
     to_switch,
-    "also put the GPUs of this machine, and the way between them, to the test, for up to half a minute more; not beside a worker",
+    "also check the GPUs of this machine, and the links between them, for up to half a minute more; not while a worker runs",
     switch=True,
 )
 OPTIONS = (ONLY, RUN_DIR, TIMEOUT, WRITE, PROBE)
@@ -80,22 +80,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code.
+    """Run the verb; return the exit code.
 
     Raises:
-        UsageError: a flag's value is none that it takes.
+        UsageError: a flag's value is invalid.
     """
     values, _ = resolve(OPTIONS, vars(arguments), os.environ, {})
-    # what the probes take is not the checks' time
+    # the hardware checks don't count for the other checks' time limit
     further, figures = _probe() if values["probe"] else ((), {})
     context = Context.of(os.environ, values["timeout"], values["run_dir"], values["write"])
-    report = examine(chosen(values["only"], further), context, socket.gethostname())
+    report = run_sections(chosen(values["only"], further), context, socket.gethostname())
     write_out(json.dumps({**report.as_json(), **figures}) if arguments.output == "json" else report.as_text())
     return int(report.exit_code)
 
 
 def _probe() -> tuple[tuple[Section, ...], dict[str, Any]]:
-    """Run the probes, and return their section with what they have measured."""
+    """Run the hardware checks, and return their section with their figures."""
     from dynamo_mpi.checks.local_check import check_this_host
     from dynamo_mpi.ops.doctor.probe import NAME, section_of
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""End a deployment that `dynamo-mpi launch` started, from any host that sees its run folder: requests in flight are finished first.
+"""End a deployment that `dynamo-mpi launch` started, from any host that can read its run folder. Requests in flight are finished first.
 
-Where its launcher was killed, the steps that it left are cancelled. Workers that were started without `launch` are found by their records
-in etcd: with --namespace or --model those of it alone, with a --run-dir that has services of its own all of theirs. Each is asked by SIGTERM,
-prefill first: its process on this host, or its step of Slurm's. Exit code 0 when nothing of it runs any more, 124 when it still does after
---timeout.
+If its launcher was killed, its remaining steps are cancelled. Workers that were started without `launch` are found by their records in
+etcd: with --namespace or --model only matching ones, with a --run-dir that has its own services all of its workers. Each gets SIGTERM,
+prefill first: by its process on this host, or by its Slurm step. Exit code 0 if nothing of it runs any longer, 124 if something still runs
+after --timeout.
 """
 
 from __future__ import annotations
@@ -39,15 +39,13 @@ TIMEOUT = Option(
 
 
 def to_job(text: str) -> str:
-    """Read a job of Slurm's, or a step."""
+    """Read a Slurm job, or a step."""
     if not re.fullmatch(r"\d+(_\d+)?(\+\d+)?(\.\d+)?", text):
         raise ValueError("JOB or JOB.STEP, in numbers")
     return text
 
 
-JOB = Option(
-    "job", ("--job",), (), None, to_job, "only workers of this job of Slurm's, or of this step: JOB or JOB.STEP"
-)
+JOB = Option("job", ("--job",), (), None, to_job, "only workers of this Slurm job or step: JOB or JOB.STEP")
 OPTIONS = (RUN_DIR, NAMESPACE, MODEL, JOB, TIMEOUT)
 
 
@@ -55,16 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
     parser.add_argument("folder", nargs="?", metavar="RUN_DIR", help="the same as --run-dir")
     add_options(parser, OPTIONS)
-    parser.add_argument("--dry-run", action="store_true", help="say what would be ended, and how")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be ended, and how")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code.
+    """Run the verb; return the exit code.
 
     Raises:
-        UsageError: it can't be told which deployment is meant.
+        UsageError: the deployment is ambiguous or missing.
         AuthorizationError: its folder is another user's.
-        PhaseTimeoutError: it had not ended when the time was up.
+        PhaseTimeoutError: it had not ended within the time limit.
     """
     if arguments.folder and arguments.run_dir and arguments.folder != arguments.run_dir:
         raise UsageError(
@@ -78,9 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _end_workers(values, dry_run=arguments.dry_run)
     named = values["run_dir"]
     if named is None and values["job"]:
-        raise UsageError(
-            "--job alone doesn't say whose workers are meant", needed="their etcd or their name", fix=_SAY_WHICH
-        )
+        raise UsageError("--job alone doesn't select workers", needed="their etcd or their name", fix=_SAY_WHICH)
     run_dir = Path(os.path.abspath(named or _find()))
     try:
         return _end(run_dir, values, is_named=named is not None, dry_run=arguments.dry_run)
@@ -128,7 +124,7 @@ def _end_deployment(run_dir: Path, content: dict[str, Any], seconds: float) -> N
     (run_dir / "stop").touch(mode=0o600)
     end = time.monotonic() + seconds
     while "deployment.json" in os.listdir(run_dir):
-        with _lock_of_the_dead(run_dir) as held:
+        with _lock_of_dead_launcher(run_dir) as held:
             if held:
                 _clean(run_dir, content, end)
                 break
@@ -171,8 +167,8 @@ def _unreadable(path: Path, why: str) -> UsageError:
 
 
 @contextlib.contextmanager
-def _lock_of_the_dead(run_dir: Path) -> Iterator[bool]:
-    """Hold the folder's lock if its launcher doesn't any more: nobody launches there while we clean up."""
+def _lock_of_dead_launcher(run_dir: Path) -> Iterator[bool]:
+    """Hold the folder's lock if its launcher has ended, so that no other launch starts in it during the cleanup."""
     with contextlib.ExitStack() as stack:
         held = False
         with contextlib.suppress(OSError):
@@ -183,7 +179,7 @@ def _lock_of_the_dead(run_dir: Path) -> Iterator[bool]:
 
 
 def _clean(run_dir: Path, content: dict[str, Any], end: float) -> None:
-    """Cancel what a launcher that was killed has left, and say that nothing runs any more."""
+    """Cancel the steps of a killed launcher, and remove the files of a running deployment."""
     if job_id := str(content.get("job_id", "")):
         _cancel(SlurmStepController(job_id), set(content.get("steps", ())), job_id, end)
     for name in ("services.json", "stop", "deployment.json"):
@@ -197,10 +193,12 @@ def _cancel(endings: SlurmStepController, names: set[str], job_id: str, end: flo
         if running is not None and not left:
             return
         if left:
-            _say(f"cancelling {', '.join(left)}, which a launcher that was killed has left")
+            _say(f"cancelling {', '.join(left)}, which a killed launcher has left")
             endings.cancel_ids(left)
         if time.monotonic() > end:
-            found = f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't say what job {job_id} runs"
+            found = (
+                f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't list the steps of job {job_id}"
+            )
             raise PhaseTimeoutError(found, fix=f"scancel {job_id}")
         time.sleep(POLL_SECONDS)
 

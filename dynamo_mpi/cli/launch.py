@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch a whole deployment: etcd, NATS and Dynamo's frontend on the head node, and prefill and decode (or aggregated) workers.
 
-Inside a Slurm allocation each part is a job step of its own, on nodes of its own; with --hostfile it is mpirun's. Words after ``--`` go to
-every worker. It runs until Ctrl-C, SIGTERM, SIGUSR1 (a batch script's warning before its time limit), a few minutes before the
-job's time ends where Slurm says when (SLURM_JOB_END_TIME), or `dynamo-mpi down`, and ends exactly the steps that it started. The exit code
-is that of the step that failed.
+Inside a Slurm allocation each part is a job step on nodes of its own; with --hostfile mpirun starts it. Arguments after ``--`` are passed to
+every worker. It runs until Ctrl-C, SIGTERM, SIGUSR1 (a batch script's warning before its time limit), a few minutes before the end of the
+job's time (SLURM_JOB_END_TIME), or `dynamo-mpi down`, and ends only the steps that it started. The exit code is that of the failed step.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.workers import CommandBuilder
 
 TAKES_FURTHER_WORDS = True
-# the logs are on a file system that others use too
+# the logs may be on a shared file system
 _FOLLOW_SECONDS = 0.5
-# ours, in every rank's words; a load of a large model prints thousands of others
+# our own lines in every rank's output; the load of a large model prints thousands of others
 _OURS = ("dynamo_mpi: rank ", '"target":"dynamo_mpi"')
-# what the user says to the programs, and where an image doesn't say it, to Python and the linker
+# variables that the user sets for the programs, and, without an image, for Python and the linker
 _FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "MODALITY", "NCCL_", "TLLM_", "TRACEPARENT", "TRACESTATE", "TRTLLM_", "UCX_")
 _BARE_METAL = (
     "CUDA_VISIBLE_DEVICES",
@@ -63,12 +62,14 @@ _BARE_METAL = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
     add_options(parser, OPTIONS)
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, and run none")
-    parser.add_argument("--verbose", action="store_true", help="show all that the steps print, not only our own lines")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, run none")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show all output of the steps, not only dynamo_mpi's lines"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code."""
+    """Run the verb; return the exit code."""
     try:
         return _run(arguments)
     except DynamoMpiError as error:
@@ -78,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _refused_at(arguments: argparse.Namespace) -> Path | None:
-    """Return the folder in which somebody may wait for what was refused: one that was named, or that is this job's."""
+    """Return the folder in which a `wait` may run for the refused launch: the one that was named, or this job's."""
     named, job = arguments.run_dir or os.environ.get("DYN_MPI_RUN_DIR"), os.environ.get("SLURM_JOB_ID", "")
     if not named and not job:
         return None
@@ -130,16 +131,16 @@ def _conduct(
         _say(f"dynamo-mpi launch: {error}\n  log:    {run_dir.logs}")
         return error.status, str(error)
     except OSError as error:
-        _say(f"dynamo-mpi launch: a file or folder fails us: {error}")
-        return ExitCode.ENGINE, f"a file or folder fails us: {error}"
+        _say(f"dynamo-mpi launch: file system error: {error}")
+        return ExitCode.ENGINE, f"file system error: {error}"
     return code, "ended in order"
 
 
 @contextlib.contextmanager
 def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
-    """What the steps start from, with what has to be there as long as they run."""
+    """Provide the steps' base environment, and the files that it needs."""
     if settings.launcher == "slurm":
-        # Slurm says it by itself from its version 23 on; what is said as nothing is no limit
+        # Slurm sets it itself since version 23; an empty value means no limit
         end = {} if END in os.environ else {END: end_of_job(os.environ.get("SLURM_JOB_ID", ""))}
         yield {**os.environ, **end}
         return
@@ -186,7 +187,10 @@ def _show(
     commands = [] if settings.skip_check else [("the layouts, before anything starts", renderer.check())]
     if needs_kv_check(settings, workers):
         commands.append(
-            ("the way of KV from prefill to decode nodes, before the workers start", renderer.kv_check(workers))
+            (
+                "the check of KV transfer from prefill to decode nodes, before the workers start",
+                renderer.kv_check(workers),
+            )
         )
     commands.append((f"until {path}/services.json is there", renderer.services()))
     commands += [("with what services.json gives, all at once", renderer.worker(worker)) for worker in workers]
@@ -194,5 +198,5 @@ def _show(
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # whoever read our words has gone: no reason not to end in order
+    with contextlib.suppress(OSError):  # the reader of our output has exited: no reason not to end in order
         print(text, file=sys.stderr, flush=True)

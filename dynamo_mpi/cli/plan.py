@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All legal layouts of a model on N GPUs, best first: with the reasons, the YAML to write and the srun line to type.
+"""List all legal layouts of a model on N GPUs, best first, with the reasons, the YAML and the srun command.
 
-Better is what fits, keeps tensor parallelism inside a node, has no copies of the KV cache and fewer pipeline stages, and leaves more memory,
-in this order. --engine-config gives what is no size: KV cache type, max_seq_len and so on.
+A layout is better if it fits, keeps tensor parallelism inside a node, has no copies of the KV cache, has fewer pipeline stages, and leaves
+more memory, in this order. --engine-config provides settings other than sizes: KV cache type, max_seq_len and so on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code."""
+    """Run the verb; return the exit code."""
     values = read_values(arguments, arguments.options)
     if values["gpus"] is None:
         raise UsageError("the number of GPUs was not given", needed="GPUs of the worker", fix="--gpus N")
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     cluster = cluster_for(values["gpus"], per_node, values["gpu"])
     if cluster is None:
         raise UsageError(
-            f"{values['gpus']} GPUs are no whole number of nodes with {per_node} each",
+            f"{values['gpus']} GPUs are not a whole number of nodes with {per_node} each",
             needed="equally many GPUs on each node",
             fix=f"--gpus {values['gpus'] // per_node * per_node}, or another --gpus-per-node",
         )
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         values["engine"],
         values["min_requests"],
     )
-    # what no layout can mend is told beside the plans
+    # problems that no layout can solve are printed beside the plans
     general = (*merged.findings, *config_findings(subject))
     found = plan(subject)
     if not found:

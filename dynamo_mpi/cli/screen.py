@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows something again and again: redrawn in place on a terminal, appended where the output is a file or a pipe."""
+"""Shows a text repeatedly: redrawn in place on a terminal, appended if the output is a file or a pipe."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from dynamo_mpi.common.signals import Interrupts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# the other screen, where long lines don't wrap and no cursor is seen; and back
+# to the alternate screen, without line wrap and cursor; and back
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?7l\x1b[?25l", "\x1b[?25h\x1b[?7h\x1b[?1049l"
 _HOME, _REST_OF_LINE, _REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 def watch(look: Callable[[], str], period_seconds: float, *, redraw: bool, title: str) -> None:
-    """Show what ``look`` returns until a signal comes.
+    """Show what ``look`` returns until a signal arrives.
 
     Args:
-        look: called for each showing.
-        period_seconds: between two.
+        look: returns the text.
+        period_seconds: seconds between two calls.
         redraw: on a terminal, redraw.
-        title: of the screen.
+        title: the screen's title.
 
     Raises:
-        Interrupted: a signal has come.
+        Interrupted: a signal has arrived.
     """
     with Interrupts() as interrupts:
         if not redraw or not sys.stdout.isatty():

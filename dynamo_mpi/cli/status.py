@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs, and where it stands: a deployment's workers, their phases, progress and requests, the failures of the last hour, its services.
+"""Show a deployment's status: its workers, their phases, progress and requests, the failures of the last hour, its services.
 
-Exit code 0 when it could be read, whatever it shows ("ok" of --output json tells whether all is well); 69 when etcd can't be asked, 77 when
-it refuses. --watch shows it until Ctrl-C, which is 0: again in place on a terminal, else appended.
+Exit code 0 if the status could be read, whatever it is ("ok" of --output json is true if there is no problem); 69 if etcd can't be reached,
+77 if it rejects the credentials. --watch shows it until Ctrl-C, with exit code 0: redrawn on a terminal, otherwise appended.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from dynamo_mpi.ops.status import DeploymentStatus
 
 SHORTEST_SECONDS = 0.1
-# Ctrl-C waits for it
+# Ctrl-C waits until it ends
 WATCH_ETCD_SECONDS = 2.0
 
 
 def to_period(text: str) -> float:
-    """Read the seconds between two showings."""
+    """Read the interval of ``--watch``."""
     try:
         value = float(text)
     except ValueError:
@@ -52,18 +52,18 @@ OPTIONS = (RUN_DIR, NAMESPACE, MODEL)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
     add_options(parser, OPTIONS)
-    text = "show it until Ctrl-C, every 2 s or so often"
+    text = "show it until Ctrl-C, every 2 s or at this interval"
     parser.add_argument("--watch", nargs="?", const="2", metavar="SECONDS", help=text)
     add_output(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code.
+    """Run the verb; return the exit code.
 
     Raises:
-        UsageError: it can't be told which deployment is meant.
+        UsageError: the deployment is ambiguous or missing.
         DiscoveryError: etcd doesn't answer.
-        AuthorizationError: it refuses us.
+        AuthorizationError: it rejects our credentials.
     """
     values, _ = resolve((*OPTIONS, WATCH), vars(arguments), os.environ, {})
     if values["watch"] is None:
@@ -105,7 +105,7 @@ def _watch(values: dict[str, Any], output: str) -> int:
         try:
             return _shown(_read(values, WATCH_ETCD_SECONDS), output)
         except (DiscoveryError, AuthorizationError) as error:
-            return _shown_error(error, output)  # it may come back
+            return _shown_error(error, output)  # etcd may answer again later
 
     try:
         watch(look, values["watch"], redraw=output == "text", title="dynamo-mpi status")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How verbs write for a person: colours where a terminal shows them, plain text when piped."""
+"""Output of verbs: with colours on a terminal, plain text otherwise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _SEVERITY = re.compile(r"^(error|warning|info|ok|skipped)\b", re.MULTILINE)
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """May colours be written? ``NO_COLOR`` over ``FORCE_COLOR`` over whether it is a terminal (no-color.org, force-color.org)."""
+    """Return whether to write colours: ``NO_COLOR`` overrides ``FORCE_COLOR``, and that whether it is a terminal (no-color.org,
+    force-color.org)."""
     if os.environ.get("NO_COLOR"):
         return False
     if os.environ.get("FORCE_COLOR") or os.environ.get("CLICOLOR_FORCE"):
@@ -24,7 +25,7 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def paint(text: str, stream: TextIO) -> str:
-    """Colour the word that a line begins with, where it says how bad things are."""
+    """Colour the severity at the beginning of each line."""
     if not wants_colour(stream):
         return text
     return _SEVERITY.sub(lambda match: f"\x1b[{_COLOURS[match[0]]}m{match[0]}\x1b[0m", text)
@@ -34,8 +35,8 @@ def write_out(text: str) -> None:
     """Write a verb's data to stdout.
 
     Raises:
-        BrokenPipeError: the reader has gone.
-        UsageError: stdout is closed, or what it leads to takes no more.
+        BrokenPipeError: the reader has exited.
+        UsageError: stdout is closed, or can't be written.
     """
     if sys.stdout is None:
         raise UsageError("stdout is closed", needed="somewhere to write the answer to")
@@ -52,5 +53,5 @@ def write_out(text: str) -> None:
 
 
 def silence_stdout() -> None:
-    """Lead stdout nowhere: Python would complain once more when it flushes it at its end."""
+    """Redirect stdout to /dev/null: otherwise Python reports another error when it flushes stdout at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

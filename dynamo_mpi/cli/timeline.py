@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Show how a start went: every rank's phases, who was waited for, where it failed. As text, as a page, or as a trace for Perfetto.
+"""Show a start: every rank's phases, the slowest ranks, where it failed. As text, as a page, or as a trace for Perfetto.
 
-Takes the files that workers have written with --timeline, or the folder of `dynamo-mpi launch`: then all workers of the deployment, and
-its services, on one time axis. Without either, that of this job, or of the only ./dynamo_mpi-* that has timelines.
+Reads the files that workers have written with --timeline, or the folder of `dynamo-mpi launch`, and then shows all workers of the deployment
+and its services on one time axis. Without either, uses the folder of this job, or the only ./dynamo_mpi-* that has timelines.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.telemetry.startup_trace import StartupTrace
 
 FOLDER = "timeline"
-"""Of a run folder: where `dynamo-mpi launch` has its workers write."""
+"""The subfolder of a run folder into which workers of `dynamo-mpi launch` write."""
 RUN_DIR = Option(
     "run_dir",
     ("--run-dir",),
@@ -45,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
     parser.add_argument("files", nargs="*", metavar="FILE", type=Path, help="page or trace that a worker has written")
     add_options(parser, (RUN_DIR,))
-    parser.add_argument("--output", choices=OUTPUTS, help="what to make; by default what OUT's name says, else text")
-    parser.add_argument("-o", dest="out", metavar="OUT", type=Path, help="where to; by default stdout")
+    parser.add_argument("--output", choices=OUTPUTS, help="the format; by default from OUT's name, else text")
+    parser.add_argument("-o", dest="out", metavar="OUT", type=Path, help="output file; by default stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code.
+    """Run the verb; return the exit code.
 
     Raises:
         UsageError: there is nothing to show, or OUT can't be written.
@@ -117,7 +117,7 @@ def _files_of(run_dir: Path) -> list[Path]:
     if not files:
         raise UsageError(
             f"there is no timeline in {folder}",
-            needed="a deployment of which a worker has become ready, or has failed after its verdict",
+            needed="a deployment of which a worker has become ready, or has failed after the preflight",
             fix="wait for it, or name the run folder: --run-dir DIR",
         )
     return [path for path in files if not path.name.startswith(".")]

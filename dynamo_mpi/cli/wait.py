@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wait until a deployment is ready: every role that it needs serves, and a real completion has come back through the frontend.
+"""Wait until a deployment is ready: every role that it needs serves, and the frontend has answered a real completion.
 
-Of a deployment that launch started all workers have to serve; of others one of each role that the model needs. Exit code 0 when it is ready;
-124 when the time is up, with what is missing and where it stands (69 where etcd doesn't answer by then, 77 where it refuses); the failure's
-own code as soon as one means that it can't become ready. As long as launch runs it is its to start workers again; where it ends, its code.
+In a deployment that launch started, all workers must serve; in others, one of each role that the model needs. Exit code 0 if it is ready;
+124 at the time limit, with the missing workers and their progress (69 if etcd doesn't answer until then, 77 if it rejects the credentials);
+the failure's own code if it can no longer become ready. While launch runs, it restarts workers; if it ends, its exit code.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SCHEMA = 1
 
 
 def to_roles(text: str) -> tuple[str, ...]:
-    """Read roles, with commas between."""
+    """Read roles, separated by commas."""
     roles = tuple(dict.fromkeys(to_role(part.strip()) for part in text.split(",") if part.strip()))
     if not roles or any(role not in ROLES for role in roles):
         raise ValueError(f"some of {', '.join(ROLES)}, with commas between")
@@ -37,7 +37,7 @@ def to_roles(text: str) -> tuple[str, ...]:
 
 
 def to_url(text: str) -> str:
-    """Read the URL of a frontend, without a user and password: a frontend asks for none, and the URL is shown."""
+    """Read the URL of a frontend, without user and password: a frontend needs none, and the URL is displayed."""
     try:
         parts = urlsplit(text if "://" in text else f"http://{text}")
         is_one = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
@@ -48,16 +48,14 @@ def to_url(text: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-ROLE = Option(
-    "role", ("--role",), (), (), to_roles, "roles that have to serve, several with commas or as several flags"
-)
+ROLE = Option("role", ("--role",), (), (), to_roles, "roles that must serve, separated by commas or as several flags")
 FRONTEND = Option(
     "frontend",
     ("--frontend",),
     ("DYN_MPI_FRONTEND",),
     None,
     to_url,
-    "URL of the frontend that has to answer; by default what the run folder says",
+    "URL of the frontend that must answer; by default the run folder's",
 )
 TIMEOUT = Option("timeout", ("--timeout",), (), 3600.0, to_seconds, f"seconds to wait, up to {MAX_SECONDS:g}")
 OPTIONS = (RUN_DIR, NAMESPACE, MODEL, FRONTEND, TIMEOUT)
@@ -71,10 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code.
+    """Run the verb; return the exit code.
 
     Raises:
-        UsageError: it can't be told which deployment is meant.
+        UsageError: the deployment is ambiguous or missing.
     """
     given = {**vars(arguments), "role": ",".join(arguments.role) if arguments.role else None}
     values, _ = resolve((*OPTIONS, ROLE), given, os.environ, {})
@@ -110,7 +108,8 @@ def _describe(outcome: WaitResult) -> str:
 
 
 def _as_json(outcome: WaitResult) -> dict[str, Any]:
-    """Return the final state: what is missing, what has answered, and under ``status`` what `status` gives; null where etcd wasn't asked."""
+    """Return the final state: what is missing, what has answered, and under ``status`` the output of `status`, null if etcd wasn't
+    queried."""
     from dynamo_mpi.ops.status_json import as_json
 
     content: dict[str, Any] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `check` and `plan` read before they judge: a model, an engine config, some GPUs."""
+"""The inputs of `check` and `plan`: a model, an engine config, some GPUs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROLE = Option(
 
 
 def to_engine(text: str) -> str:
-    """Read an engine; a worker's ``auto`` is TensorRT-LLM, where nothing is launched."""
+    """Read an engine; ``auto`` is TensorRT-LLM, since nothing is launched."""
     return "trtllm" if text == "auto" else text
 
 
@@ -70,7 +70,7 @@ def read_values(arguments: argparse.Namespace, options: tuple[Option, ...]) -> d
     """Find the value of each option, flags over environment.
 
     Raises:
-        UsageError: no model, or a value that an option doesn't take.
+        UsageError: the model is missing, or a value is invalid.
     """
     values, _ = resolve(options, vars(arguments), os.environ, {})
     if values["model"] is None:
@@ -83,16 +83,16 @@ def read_model(values: dict[str, Any]) -> ModelFiles:
 
     Raises:
         ModelNotFoundError: there is no such model.
-        ConfigFileError: its config is no text, or too large.
+        ConfigFileError: its config is not text, or too large.
     """
     return find_model(values["model"], os.environ)
 
 
 def read_version(values: dict[str, Any]) -> TrtllmVersion | None:
-    """Return the version of TensorRT-LLM that was named, else the installed one.
+    """Return the given version of TensorRT-LLM, else the installed one.
 
     Raises:
-        UsageError: what was named is none.
+        UsageError: the given version is invalid.
     """
     from dynamo_mpi.layout.trtllm_version import installed_trtllm_version, parse_trtllm_version
 
@@ -101,13 +101,13 @@ def read_version(values: dict[str, Any]) -> TrtllmVersion | None:
 
 
 def read_engine(values: dict[str, Any], path: Path | None, dynamic: tuple[str, ...]) -> MergedConfig:
-    """Put an engine config together: flags, the file, overrides, and the load balancer's file.
+    """Merge an engine config: flags, the file, overrides, and the load balancer's file.
 
     Raises:
         ConfigFileError: one of the files can't be used.
         UsageError: both kinds of overrides were given.
     """
-    # the cluster's GPUs, not a flag that was given for the engine
+    # the cluster's GPUs per node, not the engine's flag
     flags = engine_flags({name: value for name, value in values.items() if name != "gpus_per_node"})
     text = None if path is None else _read(path, "engine config")
     merged = merge(
@@ -117,7 +117,7 @@ def read_engine(values: dict[str, Any], path: Path | None, dynamic: tuple[str, .
     )
     balancer = merged.config.moe.balancer_path
     if balancer is not None:
-        with contextlib.suppress(OSError, ValueError):  # D4 tells; ValueError: a NUL in the path
+        with contextlib.suppress(OSError, ValueError):  # D4 reports it; ValueError: a NUL in the path
             merged = with_balancer(merged, read_small_text(Path(balancer)))
     return merged
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a deployment is: etcd, the frontend and the workers as its run folder states them, or else as the environment does for a worker."""
+"""Finds a deployment: etcd, frontend and workers from its run folder, or else from the environment, as for a worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _OURS = ("ETCD_ENDPOINTS", "ETCD_AUTH_", "NATS_SERVER", "NATS_AUTH_")
 _NAME_ETCD = ("ETCD_ENDPOINTS", "HEAD_NODE", "HEAD_NODE_IP")
 
-# the options that `status`, `wait` and `down` share
+# options of `status`, `wait` and `down`
 RUN_DIR = Option(
     "run_dir",
     ("--run-dir",),
@@ -48,9 +48,9 @@ class ExpectedWorker:
     Args:
         name: such as ``prefill-0``.
         role: its role.
-        nodes: where.
-        ranks: how many.
-        launch: what its worker record calls its launch.
+        nodes: its nodes.
+        ranks: number of ranks.
+        launch: its launch name in the worker record.
     """
 
     name: str
@@ -65,10 +65,10 @@ class RunningLaunch:
     """A running `dynamo-mpi launch`, as ``deployment.json`` describes it.
 
     Args:
-        workers: all of them.
-        job_id: Slurm's; empty outside it.
-        host: where the launcher is.
-        pid: its process.
+        workers: all its workers.
+        job_id: Slurm's job id; empty without Slurm.
+        host: the launcher's host.
+        pid: the launcher's process id.
     """
 
     workers: tuple[ExpectedWorker, ...]
@@ -79,12 +79,12 @@ class RunningLaunch:
 
 @dataclass(frozen=True)
 class DeploymentEnd:
-    """How the last deployment of a folder has ended.
+    """The end of a folder's last deployment.
 
     Args:
-        exit_code: the launcher's.
-        report: why.
-        time: when, in seconds since 1970.
+        exit_code: the launcher's exit code.
+        report: the launcher's report.
+        time: seconds since 1970.
     """
 
     exit_code: int
@@ -94,14 +94,14 @@ class DeploymentEnd:
 
 @dataclass(frozen=True, repr=False)
 class Deployment:
-    """What is known before etcd is asked.
+    """A deployment, before its records are read from etcd.
 
     Args:
         run_dir: the folder; None if there is none.
         environ: has etcd's endpoints and our credentials; None if the folder's services aren't up.
         frontend: its URL; empty if it isn't known.
-        launch: while one runs.
-        end: of the last launch, if nothing runs there since.
+        launch: the running launch; None if none runs.
+        end: the end of the last launch; None if one runs.
     """
 
     run_dir: Path | None
@@ -112,7 +112,7 @@ class Deployment:
 
     @property
     def has_services(self) -> bool:
-        """Whether a run folder says which services there are."""
+        """Whether a run folder names the services."""
         return self.run_dir is not None and self.environ is not None
 
     @property
@@ -122,16 +122,16 @@ class Deployment:
 
     @property
     def launcher_is_dead(self) -> bool:
-        """Whether the launcher was killed. From another host than its own that can't be seen, and the answer is no."""
+        """Whether the launcher was killed. On another host than its own that can't be checked, and the answer is no."""
         launch = self.launch
         if self.run_dir is None or launch is None or launch.host != os.uname().nodename:
             return False
-        # the process first: to try the lock of one that lives could be in the way of one that starts
+        # check the process first: trying the lock of a running launcher could block one that starts
         return not os.path.exists(f"/proc/{launch.pid}") and _is_free(self.run_dir / "lock")
 
 
 def find_run_dir(environ: Mapping[str, str]) -> Path | None:
-    """Return the folder that `launch` takes in this job, or else the only one here in which a deployment runs.
+    """Return the folder that `launch` uses in this job, or else the only one in the current folder in which a deployment runs.
 
     Raises:
         UsageError: there are several.
@@ -149,11 +149,11 @@ def find_run_dir(environ: Mapping[str, str]) -> Path | None:
 
 
 def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deployment:
-    """Find out where the deployment is. Files that don't exist yet are no error.
+    """Find the deployment. Files that don't exist yet are no error.
 
     Args:
-        run_dir: the folder that was named.
-        environ: this process's.
+        run_dir: the user's choice of folder.
+        environ: this process's environment.
 
     Raises:
         UsageError: several deployments could be meant.
@@ -174,20 +174,20 @@ def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deploym
         own = {name: value for name, value in environ.items() if not name.startswith(_OURS)}
         found_environ = own | {str(name): str(value) for name, value in variables.items()}
     launch = _read_launch(_read_object(run_dir / "deployment.json"))
-    # services that were started there later are another deployment's
+    # services that were started in the folder later belong to another deployment
     is_over = launch is None and found_environ is None
     end = _read_end(_read_object(run_dir / "ended.json")) if is_over else None
     return Deployment(run_dir, found_environ, str(services.get("url") or ""), launch, end)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds; nothing if it doesn't exist, or is no object.
+    """Return the content of a JSON file; empty if it doesn't exist, or is no object.
 
     Raises:
-        AuthorizationError: we may not read it.
+        AuthorizationError: this user may not read it.
     """
     try:
-        # listed, and not opened by its name: a network file system remembers for a while that something didn't exist
+        # list the folder first: a network file system caches for some time that a file didn't exist
         if path.name not in os.listdir(path.parent):
             return {}
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -201,7 +201,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _is_free(lock: Path) -> bool:
-    """Return whether no process holds it: its holder may be in a container, and have another number here."""
+    """Return whether no process holds the lock. A process id isn't enough: it may be another one inside a container."""
     try:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -215,7 +215,7 @@ def _read_launch(content: dict[str, Any]) -> RunningLaunch | None:
         return None
     workers = content.get("workers")
     found = [
-        # an older launcher names the step alone
+        # an older launcher writes only the step
         read_fields(ExpectedWorker, {"launch": worker.get("step"), **worker}, [])
         for worker in (workers if isinstance(workers, list) else [])
         if isinstance(worker, dict)

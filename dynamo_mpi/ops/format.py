@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times, nodes and progress as an operator reads them. Pure."""
+"""Formats times, nodes and progress for operators. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NODES = 4
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time that passed: ``40 s``, ``12 min``, ``5.2 h``, ``3 d``."""
+    """Format a duration: ``40 s``, ``12 min``, ``5.2 h``, ``3 d``."""
     seconds = max(0.0, seconds)
     if seconds < 100:
         return f"{seconds:.0f} s"
@@ -25,19 +25,19 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_since(then: float | None, now: float) -> str:
-    """Return how long ago something was; ``-`` if it isn't known."""
+    """Format the time since a moment; ``-`` if it isn't known."""
     return format_seconds(now - then) if then else "-"
 
 
 def format_nodes(names: Sequence[str]) -> str:
-    """Return the names of nodes, of many the first, the last, and their number."""
+    """Format the names of nodes; of many, the first, the last, and their number."""
     if not names:
         return "-"
     return ",".join(names) if len(names) <= _NODES else f"{names[0]} … {names[-1]} ({len(names)})"
 
 
 def format_progress(progress: Progress | None) -> str:
-    """Return ``11/16, slowest n03``, or ``37.6 GB read, slowest n03`` if ranks don't report when they are done; empty if nothing is known."""
+    """Return ``11/16, slowest n03``, or ``37.6 GB read, slowest n03`` if ranks don't report when they are done; empty if it isn't known."""
     if progress is None:
         return ""
     slowest = progress.slowest_host or ("" if progress.slowest_rank is None else f"rank {progress.slowest_rank}")
@@ -49,7 +49,7 @@ def format_progress(progress: Progress | None) -> str:
 
 
 def format_position(worker: WorkerRecord, now: float) -> str:
-    """Return where a worker stands: ``load 3/6, slowest n3, 40 s``."""
+    """Format a worker's phase and progress: ``load 3/6, slowest n3, 40 s``."""
     parts = [f"{worker.phase} {format_progress(worker.progress)}".rstrip()]
     if since := worker.phase_since or worker.started:
         parts.append(format_seconds(now - since))
@@ -63,4 +63,4 @@ def format_failure(failure: FailureRecord, name: str, now: float) -> str:
     phase = f" in {failure.phase}" if failure.phase else ""
     again = f", start {failure.attempt}" if failure.attempt > 1 else ""
     when = format_seconds(now - failure.time)
-    return f"{name}{again}: exit code {failure.exit_code}{phase}{where}, {when} ago: {failure.error or 'no words'}"
+    return f"{name}{again}: exit code {failure.exit_code}{phase}{where}, {when} ago: {failure.error or 'no error text'}"

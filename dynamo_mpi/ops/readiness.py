@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a deployment is ready as its records say, and what is still missing. Pure."""
+"""Whether a deployment is ready according to its records, and what is still missing. Pure."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ORDER = ("environment", "world", "preflight", "probe", "load", "prove", "regist
 
 
 class MissingItem(NamedTuple):
-    """What a deployment still waits for.
+    """A worker or role that isn't ready yet.
 
     Args:
-        name: the worker or the role.
-        position: how far it is.
+        name: its name.
+        position: its phase and progress.
     """
 
     name: str
@@ -35,23 +35,23 @@ class MissingItem(NamedTuple):
 
 
 def needed_roles(roles: Iterable[str]) -> frozenset[str]:
-    """Return the roles that a model needs if workers of these exist: agg stands alone, prefill and decode need each other."""
+    """Return the roles that a model needs if workers of these exist: agg needs no other, prefill and decode need each other."""
     there = frozenset(roles)
     return frozenset({"agg"}) if "agg" in there and not there & _PAIR else there - {"encode"} | _PAIR
 
 
 def is_complete(roles: Iterable[str]) -> bool:
-    """Return whether a model can answer whose workers of these roles serve."""
+    """Return whether a model can answer if workers of these roles serve."""
     there = frozenset(roles)
     return "agg" in there or there >= _PAIR
 
 
 def missing_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[MissingItem]:
-    """Return what isn't ready yet.
+    """Return the workers and roles that aren't ready yet.
 
     Args:
-        status: what is there.
-        roles: that are asked for; without any, all that `launch` has started, or else all that the models need.
+        status: the deployment's status.
+        roles: the required roles; if empty, those that `launch` has started, or else those that the models need.
     """
     expected = [worker for worker in status.deployment.expected if not roles or worker.role in roles]
     if expected:
@@ -73,22 +73,22 @@ def missing_items(status: DeploymentStatus, roles: Sequence[str] = ()) -> list[M
 
 
 def models_of(status: DeploymentStatus) -> list[tuple[str, str]]:
-    """Return the models that there are workers of, with their namespaces."""
+    """Return the models of the workers, with their namespaces."""
     return sorted({(worker.record.namespace, worker.record.model) for worker in status.workers})
 
 
 def unrecoverable_failure(
     status: DeploymentStatus, failures: Sequence[StoredFailure], missing: Sequence[MissingItem], roles: Sequence[str]
 ) -> StoredFailure | None:
-    """Return the failure that no other worker makes up for: nothing of what is missing can come from the workers that still exist.
+    """Return the failure that makes readiness impossible: the existing workers can't provide what is missing.
 
-    None while `launch` runs: it decides whether it starts a worker again, and with which code it ends if it doesn't.
+    None while `launch` runs: it decides whether to restart a worker, and its exit code if not.
 
     Args:
-        status: what is there.
+        status: the deployment's status.
         failures: the new ones.
-        missing: what isn't ready.
-        roles: that were asked for.
+        missing: the missing items.
+        roles: the required roles.
     """
     if not missing or status.deployment.launch is not None:
         return None

@@ -37,9 +37,9 @@ class Service(NamedTuple):
 
     Args:
         name: ``etcd``, ``nats`` or ``frontend``.
-        url: where, without credentials.
-        is_up: does it answer?
-        note: more, for a person.
+        url: its URL, without credentials.
+        is_up: whether it answers.
+        note: additional text.
     """
 
     name: str
@@ -50,15 +50,15 @@ class Service(NamedTuple):
 
 @dataclass(frozen=True)
 class DeploymentStatus:
-    """What could be read.
+    """The status of a deployment.
 
     Args:
-        time: when, in seconds since 1970.
-        deployment: which.
-        workers: all that have a record.
+        time: when it was read, in seconds since 1970.
+        deployment: the deployment.
+        workers: all worker records.
         failures: of the last hour, the latest last.
-        services: if a run folder says that there are any.
-        warnings: what is odd.
+        services: the services, if a run folder names them.
+        warnings: anomalies.
     """
 
     time: float
@@ -76,12 +76,12 @@ class DeploymentStatus:
 
     @property
     def open_failures(self) -> tuple[StoredFailure, ...]:
-        """Those that no newer start has followed."""
+        """Failures that no newer start has followed."""
         return tuple(f for f in self.failures if not any(f.is_followed_by(worker) for worker in self.workers))
 
     @property
     def is_well(self) -> bool:
-        """Whether nothing is missing, down or failed. A worker that still loads is well."""
+        """Whether nothing is missing, down or failed. A worker that still loads is no problem."""
         end = self.deployment.end
         ended_well = end is None or end.exit_code == ExitCode.OK
         services = all(service.is_up for service in self.services)
@@ -97,18 +97,18 @@ class DeploymentStatus:
 def read_status(
     deployment: Deployment, namespace: str | None = None, model: str | None = None, seconds: float = ETCD_SECONDS
 ) -> DeploymentStatus:
-    """Read it; of a deployment that has ended, only that.
+    """Read the status; if the deployment has ended, only its end.
 
     Args:
-        deployment: which.
-        namespace: leave out workers of others.
-        model: leave out workers of others.
-        seconds: that etcd has.
+        deployment: the deployment.
+        namespace: only workers of this namespace.
+        model: only workers of this model.
+        seconds: etcd's time limit.
 
     Raises:
         DiscoveryError: etcd doesn't answer.
-        AuthorizationError: it refuses us.
-        UsageError: what is set for it can't be used.
+        AuthorizationError: it rejects our credentials.
+        UsageError: the settings for etcd can't be used.
     """
     environ = deployment.environ
     if deployment.end is not None:
@@ -147,7 +147,7 @@ def _order(worker: StoredRecord) -> tuple[object, ...]:
 
 
 def _warnings(unreadable: Mapping[str, str], odd: Mapping[str, list[str]]) -> list[str]:
-    skipped_checks = [f"{sanitize(key)} can't be read, and is left out: {why}" for key, why in unreadable.items()]
+    skipped_checks = [f"{sanitize(key)} can't be read, and is ignored: {why}" for key, why in unreadable.items()]
     return skipped_checks + [f"{sanitize(key)}: {', '.join(problems[:4])}" for key, problems in odd.items()]
 
 
@@ -182,10 +182,10 @@ def _unanswered(deployment: Deployment, error: DiscoveryError) -> DiscoveryError
 
 
 class _Services:
-    """Asks NATS and the frontend while etcd is asked.
+    """Checks NATS and the frontend while etcd is queried.
 
     Args:
-        deployment: says where they are.
+        deployment: has their addresses.
         environ: has NATS's address.
     """
 
@@ -197,8 +197,8 @@ class _Services:
             return
         self._found["etcd"] = Service("etcd", ", ".join(map(_display, etcd_endpoints(environ))), True)
         for name, url, look in (
-            ("nats", environ.get("NATS_SERVER", ""), _look_at_nats),
-            ("frontend", deployment.frontend, _look_at_frontend),
+            ("nats", environ.get("NATS_SERVER", ""), _check_nats),
+            ("frontend", deployment.frontend, _check_frontend),
         ):
             if url:
                 self._found[name] = Service(name, _display(url), False, "no answer in time")
@@ -220,15 +220,15 @@ class _Services:
             self._found[name] = Service(name, _display(url), False, sanitize(note))
 
 
-def _look_at_nats(url: str) -> Service:
+def _check_nats(url: str) -> Service:
     parts = urlsplit(url if "://" in url else f"nats://{url}")
     with socket.create_connection((parts.hostname or "", parts.port or 4222), timeout=_SERVICE_SECONDS) as connection:
-        # it speaks first, before it wants a password or TLS
+        # NATS sends its INFO line before it requires a password or TLS
         is_nats = connection.recv(4) == b"INFO"
     return Service("nats", _display(url), is_nats, "" if is_nats else "something else than NATS listens there")
 
 
-def _look_at_frontend(url: str) -> Service:
+def _check_frontend(url: str) -> Service:
     models = listed_models(url)
     if models is None:
         return Service("frontend", _display(url), False, "it doesn't list its models")

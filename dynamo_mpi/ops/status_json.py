@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The status of a deployment as JSON, for programs. Pure.
 
-schema        1; grows when something is taken away or changes its meaning, and not when something is added
+schema        1; increases if a key is removed or changes its meaning, not if one is added
 ok            nothing is missing, down, or failed without a newer start
-ready         every role that the models need serves (`wait` also asks for a completion)
+ready         every role that the models need serves (`wait` also requests a completion)
 time          seconds since 1970, as all times here
 run_dir       the deployment's folder, or null
 workers       one object each: key, name, namespace, component, endpoint, model, role, engine, layout {tp_size, pp_size, cp_size, ep_size,
               attention_dp, ranks, text}, hosts, phase, phase_since, started, in_flight, progress {done, ranks, slowest_rank, slowest_host,
-              seconds, read}, attempt, job, step, host, pid, launch, instance, system, trace, dynamo_mpi, trtllm. Null is what isn't known.
-missing       workers that `launch` has started, and that have no record: name, role, nodes
-failures      of the last hour: the fields of the record in etcd, name, and followed: whether a newer start is there
+              seconds, read}, attempt, job, step, host, pid, launch, instance, system, trace, dynamo_mpi, trtllm. Unknown values are null.
+missing       workers that `launch` has started but that have no record: name, role, nodes
+failures      of the last hour: the fields of the record in etcd, name, and followed: whether a newer start exists
 services      name, url, up, note; empty without a run folder
-launcher      {host, pid, job, gone}, or null: of the deployment that runs
-ended         {exit_code, report, time}, or null: of the last deployment in the folder
+launcher      {host, pid, job, gone} of the running deployment, or null
+ended         {exit_code, report, time} of the last deployment in the folder, or null
 warnings      texts
-error         {exit_code, found, needed, fix}: beside ok alone, where nothing could be read
+error         {exit_code, found, needed, fix}: only with ok, if nothing could be read
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.ops.status import DeploymentStatus
 
 SCHEMA = 1
-# for the partner, not for operators
+# for partners, not for operators
 _HIDDEN = ("contract", "probe")
 
 
@@ -65,7 +65,7 @@ def as_json(status: DeploymentStatus) -> dict[str, Any]:
 
 
 def error_as_json(error: DynamoMpiError) -> dict[str, Any]:
-    """Return why there is no status."""
+    """Return the JSON of an error."""
     return {"ok": False, "error": error.plain()}
 
 
@@ -73,7 +73,7 @@ def _worker(status: DeploymentStatus, worker: StoredRecord) -> dict[str, Any]:
     record, content = worker.record, asdict(worker.record)
     for name in _HIDDEN:
         content.pop(name, None)
-    # what a tolerant reader hasn't found
+    # values that are missing in the record
     for name in ("started", "engine", "endpoint", "dynamo_mpi"):
         content[name] = content[name] or None
     del content["layout"]["gpus_per_node"]

@@ -21,11 +21,11 @@ _LONGEST_CELL, _LONGEST_LINE = 48, 240
 
 
 def describe(status: DeploymentStatus, width: int = _LONGEST_LINE) -> str:
-    """Return it as text.
+    """Return the status as text.
 
     Args:
-        status: what to show.
-        width: characters on a line that the table may take: its widest columns are cut until it does.
+        status: the status.
+        width: the table's maximal width in characters: its widest columns are cut until it fits.
     """
     rows = [_row(status, worker) for worker in status.workers]
     rows += [_missing_row(worker) for worker in status.missing]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stop workers that `launch` did not start, found by their worker records: each in order, prefill before decode, and nothing else."""
+"""Stops workers that `launch` did not start, found by their worker records: each in order, prefill before decode, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
     from dynamo_mpi.ops.deployment import Deployment
 
 POLL_SECONDS = 0.5
-# decode still fetches KV from prefill while that drains, and the other way round it would fail
+# decode still fetches KV from prefill while prefill drains; in the other order that would fail
 _GROUPS = (("prefill",), ("decode",))
 _JOB, _STEP = re.compile(r"\d+(_\d+)?(\+\d+)?"), re.compile(r"\d+")
 _WORKER = b"dynamo_mpi.worker"
-# a record says when Python was up; before that come imports from a slow file system, after it nothing
+# a record has the time after Python's start; imports from a slow file system may come before it, nothing after it
 _EARLIER_SECONDS, _LATER_SECONDS = 900.0, 5.0
 
 
 class WorkerSelector(NamedTuple):
-    """Which workers are meant.
+    """Selects workers.
 
     Args:
-        deployment: theirs.
-        namespace: theirs; None: any.
-        model: theirs; None: any.
-        job: theirs, ``JOB`` or ``JOB.STEP``; None: any.
+        deployment: their deployment.
+        namespace: their namespace; None for any.
+        model: their model; None for any.
+        job: their job, ``JOB`` or ``JOB.STEP``; None for any.
     """
 
     deployment: Deployment
@@ -48,19 +48,19 @@ class WorkerSelector(NamedTuple):
     job: str | None
 
     def workers(self) -> list[StoredRecord]:
-        """Return those that exist; raises as `read_status`."""
+        """Return the selected workers that exist; raises like `read_status`."""
         job, _, step = (self.job or "").partition(".")
         found = read_status(self.deployment, self.namespace, self.model).workers
         return [w for w in found if (not job or w.record.job == job) and (not step or w.record.step == step)]
 
 
 class StopMethod(NamedTuple):
-    """How a worker is asked to stop.
+    """How to stop a worker.
 
     Args:
-        worker: which.
-        pid: of its rank 0, which is on this host and ours; 0 if it isn't.
-        step: ``JOB.STEP``; empty if Slurm can't help.
+        worker: its record.
+        pid: its rank 0's process id, if that is this user's on this host; otherwise 0.
+        step: ``JOB.STEP``; empty if Slurm can't signal it.
     """
 
     worker: StoredRecord
@@ -69,7 +69,7 @@ class StopMethod(NamedTuple):
 
     @property
     def exists(self) -> bool:
-        """Whether it can be asked at all."""
+        """Whether the worker can be stopped from here."""
         return bool(self.pid or self.step)
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ class StopMethod(NamedTuple):
         )
 
     def stop(self) -> None:
-        """Ask it to finish the requests in flight and end."""
+        """Request that it drains and ends."""
         if self.pid:
             _signal(self.worker.record)
         elif self.step:
@@ -92,9 +92,9 @@ class StopMethod(NamedTuple):
 
 
 def stop_method_for(worker: StoredRecord) -> StopMethod:
-    """Find out how a worker can be asked to stop.
+    """Return how to stop a worker.
 
-    Its own process is best, if it is here: of a step under mpirun Slurm would signal mpirun's processes, which kill their ranks.
+    A signal to rank 0's process is preferred: in a step with mpirun, Slurm would signal mpirun's processes, which kill their ranks.
     """
     record = worker.record
     if is_ours(record):
@@ -105,7 +105,7 @@ def stop_method_for(worker: StoredRecord) -> StopMethod:
 
 
 def is_ours(worker: WorkerRecord) -> bool:
-    """Return whether the record's process is on this host, this user's, a worker, and not another that has its number now."""
+    """Return whether the record's process is on this host, is this user's, and is still the same worker, not another process with its id."""
     if worker.host != os.uname().nodename.partition(".")[0] or not worker.started or worker.pid < 2:
         return False
     folder = Path(f"/proc/{worker.pid}")
@@ -122,15 +122,15 @@ def stop_workers(selector: WorkerSelector, seconds: float, log: Callable[[str], 
     """Stop workers, and wait until they have ended.
 
     Args:
-        selector: which.
-        seconds: that it may take.
-        log: takes one line.
+        selector: selects the workers.
+        seconds: time limit.
+        log: prints one line.
 
     Raises:
         PhaseTimeoutError: some still exist.
-        UsageError: some can't be asked from here.
-        DiscoveryError: etcd doesn't answer, before anything was done.
-        AuthorizationError: the same, and it refuses us.
+        UsageError: some can't be stopped from here.
+        DiscoveryError: etcd doesn't answer; nothing was done.
+        AuthorizationError: etcd rejects our credentials; nothing was done.
     """
     end = time.monotonic() + seconds
     methods = [stop_method_for(worker) for worker in selector.workers()]
@@ -177,9 +177,9 @@ def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: flo
 
 
 def _signal(worker: WorkerRecord) -> None:
-    """Signal the process that was checked, and no other that gets its number meanwhile."""
-    with contextlib.suppress(OSError):  # it has gone
-        if not hasattr(os, "pidfd_open"):  # a Python that was built for older kernels, as conda's
+    """Signal the process that was checked, never another that has got its id meanwhile."""
+    with contextlib.suppress(OSError):  # it has exited
+        if not hasattr(os, "pidfd_open"):  # a Python built for older kernels, such as conda's
             if is_ours(worker):
                 os.kill(worker.pid, signal.SIGTERM)
             return
@@ -192,5 +192,5 @@ def _signal(worker: WorkerRecord) -> None:
 
 
 def _boot() -> float:
-    """Return when the machine was started, as /proc counts from it."""
+    """Return the machine's boot time, to which times in /proc are relative."""
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Waits until a deployment is ready and has answered, or can't become ready any more, or the time is up."""
+"""Waits until a deployment is ready and has answered, can no longer become ready, or the time limit is reached."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 REMINDER_SECONDS = (5.0, 120.0)
-# what ended before the wait may be about to be started again, in the same folder
+# a deployment that ended before the wait may be restarted soon in the same folder
 _AT_ONCE_SECONDS = 2.0
 STALE_SECONDS = 10.0
-# between the end of one and the start of the next, a folder may have the credentials of neither
+# between the end of a deployment and the start of the next, a folder may have no valid credentials
 REFUSALS = 3
 QUESTION, ANSWER_TOKENS, ANSWER_SECONDS = "Say hello.", 8, 60.0
 
 
 @dataclass(frozen=True)
 class WaitRequest:
-    """What is waited for.
+    """The conditions of the wait.
 
     Args:
-        run_dir: the deployment's folder; None finds one.
-        namespace: only its workers.
-        model: only its workers.
-        roles: that have to serve; empty: all that is needed.
-        frontend: URL to prove it by; empty: what the run folder says.
-        timeout: seconds.
+        run_dir: the deployment's folder; None to find one.
+        namespace: only workers of this namespace.
+        model: only workers of this model.
+        roles: roles that must serve; empty for all that are needed.
+        frontend: URL for the completion; empty for the run folder's.
+        timeout: time limit in seconds.
     """
 
     run_dir: Path | None
@@ -69,15 +69,15 @@ class WaitRequest:
 
 @dataclass
 class WaitResult:
-    """How the wait ended.
+    """The result of the wait.
 
     Args:
-        seconds: that it took.
-        status: what was seen last.
+        seconds: its duration.
+        status: the last status.
         missing: what wasn't ready.
-        answers: the completions that came back, by model.
-        error: why it isn't ready; None when it is.
-        exit_code: of the command.
+        answers: the completions, by model.
+        error: why it isn't ready; None if it is.
+        exit_code: the command's exit code.
     """
 
     seconds: float = 0.0
@@ -92,9 +92,9 @@ class ReadinessWaiter:
     """Waits for one deployment.
 
     Args:
-        request: for what.
-        environ: this process's.
-        log: takes one line.
+        request: the conditions.
+        environ: this process's environment.
+        log: prints one line.
     """
 
     def __init__(self, request: WaitRequest, environ: Mapping[str, str], log: Callable[[str], None]) -> None:
@@ -110,7 +110,7 @@ class ReadinessWaiter:
         """Wait.
 
         Raises:
-            UsageError: several deployments could be meant, or what is set for etcd can't be used.
+            UsageError: several deployments could be meant, or the settings for etcd can't be used.
         """
         outcome, news = self._outcome, News(*REMINDER_SECONDS)
         try:
@@ -166,34 +166,36 @@ class ReadinessWaiter:
             if is_ours or time.monotonic() > self._began + STALE_SECONDS:
                 ago = format_seconds(time.time() - end.time)
                 found = f"the deployment in {deployment.run_dir} has ended, {ago} ago: {sanitize(end.report, 2000)}"
-                # in order, and so with 0, is not ready either
+                # a deployment that ended in order, with 0, isn't ready either
                 status = end.exit_code or ExitCode.TEMPORARY
                 raise StepFailed(found, status=status, log="", fix=f"look at {deployment.run_dir}/logs, start it again")
-        # twice: it may have ended between the look at its file and the one at its process
+        # checked twice: it may have ended between the check of its file and that of its process
         if deployment.launcher_is_dead and find_deployment(self._request.run_dir, self._environ).launch == launch:
             raise RetryableError(
                 f"the launcher of the deployment in {deployment.run_dir} was killed",
-                needed="a deployment whose launcher lives",
+                needed="a deployment with a running launcher",
                 fix=f"dynamo-mpi down --run-dir {deployment.run_dir}, and start it again",
             )
 
     def _new(self, status: DeploymentStatus) -> list[StoredFailure]:
         """Return the failures since the wait began."""
         if self._known is None:
-            # clocks of hosts differ: what exists at once is older, whatever its time says
+            # clocks of hosts differ: records that exist at the first look are older, whatever their time
             at_once = time.time() - self._began_at < _AT_ONCE_SECONDS
             self._known = {(f.key, f.record.time) for f in status.failures if at_once or f.record.time < self._began_at}
         return [failure for failure in status.failures if (failure.key, failure.record.time) not in self._known]
 
     def _ask(self, status: DeploymentStatus) -> list[MissingItem]:
-        """Ask each model for a completion, and return those that don't answer."""
+        """Request a completion from each model, and return those that don't answer."""
         url = self._request.frontend or status.deployment.frontend
         roles = self._request.roles
         if not url:
-            self._log("no frontend is known: what the workers' records say has to do (--frontend URL proves it)")
+            self._log(
+                "no frontend is known: only the workers' records are checked (--frontend URL requests a completion)"
+            )
             return []
         if roles and not is_complete(roles):
-            self._log(f"{' and '.join(roles)} alone can't answer: what the workers' records say has to do")
+            self._log(f"{' and '.join(roles)} alone can't answer: only the workers' records are checked")
             return []
         answers = self._outcome.answers
         for _, model in models_of(status):
@@ -220,15 +222,15 @@ class ReadinessWaiter:
         missing = "; ".join(map(str, self._outcome.missing))
         return PhaseTimeoutError(
             f"not ready after {self._request.timeout:g} s: {missing}",
-            fix="a longer --timeout where it only takes longer; dynamo-mpi status shows more",
+            fix="a longer --timeout if it only takes longer; dynamo-mpi status shows more",
         )
 
 
 def _complete(url: str, model: str, seconds: float) -> Answer:
-    """Ask for a completion.
+    """Request a completion.
 
     Raises:
-        EngineError: there is none (yet).
+        EngineError: there was none (yet).
     """
     from dynamo_mpi.deploy.local.ask import NotServedYet, ask
 
@@ -259,5 +261,8 @@ def _failed(status: DeploymentStatus, failure: StoredFailure) -> StepFailed:
     text = format_failure(failure.record, status.name_of(failure), time.time())
     log = failure.record.report or ""
     return StepFailed(
-        f"it can't become ready: {text}", status=failure.record.exit_code, log=log, fix="mend it, start it again"
+        f"it can't become ready: {text}",
+        status=failure.record.exit_code,
+        log=log,
+        fix="correct the error, and start it again",
     )

@@ -205,9 +205,7 @@ def test_a_worker_that_was_killed_whole_is_out_of_discovery_at_once(launch: Laun
     deployment.says("decode-0: ended with exit code 137; start 2 of at most 2")
     assert "decode-0: was still registered; it is deregistered now" in deployment.text()
     # nobody is left to report it, either
-    told = (
-        "decode-0 ended with exit code 137: rank 0 on n2 was killed by signal 9 (SIGKILL), according to its launcher"
-    )
+    told = "decode-0 ended with exit code 137: rank 0 on n2 was killed by signal 9 (SIGKILL), according to its launcher"
     assert deployment.text().count(told) == 1
     eventually(lambda: deployment.text().count("decode-0: ready") == 2, "it is ready again", 60)
     # the frontend hears of it a moment later

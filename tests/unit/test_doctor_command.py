@@ -20,8 +20,8 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.ops.doctor.check import Check, Status, error, ok, skipped, warning
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
-from dynamo_mpi.ops.doctor.examination import examine
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
+from dynamo_mpi.ops.doctor.examination import run_sections
 from dynamo_mpi.ops.doctor.probe import checks_of
 from dynamo_mpi.ops.doctor.registry import SECTIONS, chosen
 from tests.conftest import ROOT, mpi_environment, run_command
@@ -126,7 +126,7 @@ def test_colours_on_request_alone(capsys: pytest.CaptureFixture[str], monkeypatc
 # -- the examination --------------------------------------------------------------------------------------------------
 
 
-def section(*questions: Question) -> Section:
+def section(*questions: Probe) -> Section:
     return Section("some", questions)
 
 
@@ -139,13 +139,13 @@ def test_a_check_that_fails_is_an_error_of_doctor_itself() -> None:
         yield ok("twice", "well")
         raise UsageError("and then not")
 
-    again = examine([section(Question("twice", repeat))], Context.of({}, 10), "here")
+    again = run_sections([section(Probe("twice", repeat))], Context.of({}, 10), "here")
     assert [check.id for check in again.checks] == ["twice", "twice-rest"]
 
     def refuse(context: Context) -> Iterator[Check]:
         raise UsageError("x is y", needed="z")
 
-    report = examine([section(Question("odd", fail), Question("used", refuse))], Context.of({}, 10), "here")
+    report = run_sections([section(Probe("odd", fail), Probe("used", refuse))], Context.of({}, 10), "here")
     first, odd, used = report.checks
     assert first == ok("first", "well")
     assert (odd.id, odd.status, odd.code) == ("odd", Status.ERROR, ExitCode.ENGINE)
@@ -162,9 +162,9 @@ def test_a_check_that_hangs_is_a_warning_and_holds_nothing_up() -> None:
         yield ok("late", "late")
 
     try:
-        questions = [Question(f"stuck {number}", hang) for number in range(3)]
-        report = examine(
-            [section(*questions, Question("quick", lambda _: [ok("quick", "well")]))], Context.of({}, 0.3), "here"
+        questions = [Probe(f"stuck {number}", hang) for number in range(3)]
+        report = run_sections(
+            [section(*questions, Probe("quick", lambda _: [ok("quick", "well")]))], Context.of({}, 0.3), "here"
         )
     finally:
         released.set()
@@ -182,7 +182,7 @@ def test_the_first_error_decides_the_code_and_the_text_has_cures() -> None:
         error("d", "seven", "eight"),
         skipped("e", "nine"),
     ]
-    report = examine([section(Question("all", lambda _: checks))], Context.of({}, 10), "here")
+    report = run_sections([section(Probe("all", lambda _: checks))], Context.of({}, 10), "here")
     assert report.exit_code == ExitCode.NOT_AUTHORISED
     *lines, last = report.as_text().splitlines()
     assert lines[:9] == [

@@ -15,7 +15,7 @@ from dynamo_mpi.common.networks import HostNetworks, Interface
 from dynamo_mpi.mpi.launch_checks import MpiLibrary
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, mpi, packages, ports
-from dynamo_mpi.ops.doctor.cgroup import CgroupLimits, cpu_share, own_places, read_limits
+from dynamo_mpi.ops.doctor.cgroup import CgroupLimits, cpu_share, own_groups, read_limits
 from dynamo_mpi.ops.doctor.check import Check, Status
 from dynamo_mpi.ops.doctor.commands import Output
 from dynamo_mpi.ops.doctor.context import Context
@@ -165,9 +165,11 @@ def test_gpus_that_are_not(tmp_path: Path) -> None:
 
 def test_no_gpu_is_no_error(tmp_path: Path) -> None:
     assert look(tmp_path)["nvml"].status is Status.SKIPPED
-    driver = by_id(tuple(gpus.judge(gpus.Look(NodeGpus(problem="the NVIDIA driver isn't loaded")), "n1", in_rank=True)))
+    driver = by_id(
+        tuple(gpus.judge(gpus.GpuLook(NodeGpus(problem="the NVIDIA driver isn't loaded")), "n1", in_rank=True))
+    )
     assert driver["nvml"].status is Status.SKIPPED
-    broken = gpus.Look(NodeGpus(problem="the NVIDIA driver was updated"), devices=8)
+    broken = gpus.GpuLook(NodeGpus(problem="the NVIDIA driver was updated"), devices=8)
     assert gpus.judge_problem(broken, in_rank=True).status is Status.ERROR
     assert gpus.judge_problem(broken, in_rank=False).status is Status.WARNING
 
@@ -349,7 +351,7 @@ def test_cgroups_of_both_versions(tmp_path: Path) -> None:
     (old / "memory" / "job" / "memory.limit_in_bytes").write_text("500\n")
     (old / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     assert read_limits(old, own) == CgroupLimits(None, 500, 0)
-    assert own_places("0::/x\n5:memory:/y\n") == {"": "/x", "memory": "/y"}
+    assert own_groups("0::/x\n5:memory:/y\n") == {"": "/x", "memory": "/y"}
     assert cpu_share("max 100000") is None
     assert cpu_share("-1 100000") is None
 

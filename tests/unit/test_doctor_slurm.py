@@ -14,7 +14,7 @@ from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.ops.doctor.check import Status
 from dynamo_mpi.ops.doctor.commands import Output
 from dynamo_mpi.ops.doctor.context import Context
-from dynamo_mpi.ops.doctor.examination import examine
+from dynamo_mpi.ops.doctor.examination import run_sections
 from dynamo_mpi.ops.doctor.slurm import (
     SECTION,
     check_job,
@@ -223,7 +223,7 @@ def test_an_srun_that_hangs_is_a_warning_in_time_and_is_ended(tmp_path: Path) ->
     srun.write_text(f"#!/bin/sh\nsleep 300 &\necho $! >>{started}\n")
     srun.chmod(0o755)
     context = Context.of({"PATH": f"{tmp_path}:/usr/bin:/bin"}, 1.5)
-    report = examine([SECTION], context, "here")
+    report = run_sections([SECTION], context, "here")
     assert report.seconds < 5
     found = {check.id: check for check in report.checks}
     for name in ("srun", "mpi-plugins", "pyxis"):

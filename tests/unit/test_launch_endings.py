@@ -120,7 +120,7 @@ def test_down_does_not_say_that_it_has_ended_what_slurm_does_not_tell(
     folder = left_by_a_killed_launcher(tmp_path, slurm)
     slurm.fails("Unable to contact slurm controller (connect failure)")
     assert main(["down", str(folder), "--timeout", "0.1"]) == ExitCode.DEADLINE
-    assert "Slurm doesn't say what job 7 runs" in capsys.readouterr().err
+    assert "Slurm doesn't list the steps of job 7" in capsys.readouterr().err
     assert json.loads((folder / "deployment.json").read_text())["job_id"] == "7"
 
 

@@ -111,7 +111,7 @@ def test_a_failure_of_nobody_knows_which_rank(board: Board, run: Run) -> None:
     board.failure("agg", rank=-1, host="", phase="", error="")
     found = as_json(run)
     assert (found["failures"][0]["rank"], found["warnings"]) == (None, [])
-    assert "  agg: exit code 137, 0 s ago: no words" in run()[1]
+    assert "  agg: exit code 137, 0 s ago: no error text" in run()[1]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_what_is_no_record_is_a_warning(board: Board, run: Run, content: Any, wh
     found = as_json(run)
     assert len(found["workers"]) == 1
     (warning,) = found["warnings"]
-    assert warning.startswith(f"{key} can't be read, and is left out: ")
+    assert warning.startswith(f"{key} can't be read, and is ignored: ")
     assert why in warning
     assert warning.isprintable()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between this machine and a worker: a module for each section, pure judgements over facts that small readers bring.
+"""Diagnoses a machine: a module for each section, with small readers of facts and pure functions that evaluate them.
 
-Nothing here needs more than the standard library. A section that wants more looks for it, and says what is missing.
+Only the standard library is required. If a section needs a missing package, it reports that.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The limits of the cgroup that we are in, of version 2 or 1: the smallest on the way up counts."""
+"""The limits of this process's cgroup, version 2 or 1: the smallest limit of the cgroup and its parents applies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNLIMITED = 2**62
 
 
 class CgroupLimits(NamedTuple):
-    """What the cgroup allows.
+    """The limits of the cgroup.
 
     Args:
         cpus: CPUs' worth of time; None for no limit.
@@ -26,8 +26,8 @@ class CgroupLimits(NamedTuple):
 
 
 def read_limits(root: Path = _ROOT, own: Path = _OWN) -> CgroupLimits:
-    """Read the limits; what can't be read is none."""
-    places = own_places(_text(own))
+    """Read the limits; a limit that can't be read is None."""
+    places = own_groups(_text(own))
     cpus: list[float] = []
     memory: list[tuple[int, int]] = []
     for folder in _upwards(root, places.get("", "")):
@@ -42,8 +42,8 @@ def read_limits(root: Path = _ROOT, own: Path = _OWN) -> CgroupLimits:
     return CgroupLimits(min(cpus, default=None), limit, used)
 
 
-def own_places(text: str) -> dict[str, str]:
-    """Read ``/proc/self/cgroup``: by version 1's controller the group's path; version 2's stands under the empty name."""
+def own_groups(text: str) -> dict[str, str]:
+    """Parse ``/proc/self/cgroup``: the group's path by version 1's controller; version 2's has the empty name."""
     found = {}
     for line in text.splitlines():
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
@@ -68,7 +68,7 @@ def _memory(folder: Path, limit: str, usage: str) -> list[tuple[int, int]]:
 
 
 def _upwards(root: Path, path: str) -> list[Path]:
-    """Return the group's folder and those above it. In a container the path may be the host's, and only the root is there."""
+    """Return the group's folder and its parents. In a container the path may be the host's, and only the root exists."""
     folder = root / path.lstrip("/")
     inside = [folder, *folder.parents]
     return [one for one in inside if one == root or root in one.parents]

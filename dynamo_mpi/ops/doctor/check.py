@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One thing that was looked at, and how it is."""
+"""The result of one check of doctor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Status(Enum):
-    """How it is. Only an error stops a worker."""
+    """Result of a check. Only an error stops a worker."""
 
     OK = "ok"
     WARNING = "warning"
@@ -24,15 +24,15 @@ class Status(Enum):
 
 
 class Check(NamedTuple):
-    """One thing that was looked at.
+    """One check.
 
     Args:
-        id: its name, stable within its section, for scripts.
-        status: how it is.
-        found: what was found; of one that was skipped, why.
-        needed: what has to be instead; empty where it is ok.
-        fix: what to do.
-        code: of an error, what the command exits with.
+        id: its name for scripts, stable within its section.
+        status: the result.
+        found: what was found; for a skipped check, the reason.
+        needed: what is expected; empty if it is ok.
+        fix: the fix.
+        code: for an error, the exit code of the command.
     """
 
     id: str
@@ -54,38 +54,40 @@ class Check(NamedTuple):
 
 
 def ok(id: str, found: str) -> Check:
-    """Return a check of something that is as it should be."""
+    """Return a check without a problem."""
     return Check(id, Status.OK, found)
 
 
 def skipped(id: str, why: str, fix: str = "") -> Check:
-    """Return a check that can't be made here."""
+    """Return a check that can't run here."""
     return Check(id, Status.SKIPPED, why, fix=fix)
 
 
 def warning(id: str, found: str, needed: str, fix: str = "") -> Check:
-    """Return a check of something that a user should look at."""
+    """Return a check with a problem that does not stop a worker."""
     return Check(id, Status.WARNING, found, needed, fix)
 
 
 def error(id: str, found: str, needed: str, fix: str = "", code: ExitCode = ExitCode.USAGE) -> Check:
-    """Return a check of something that stops a worker."""
+    """Return a check with a problem that stops a worker."""
     return Check(id, Status.ERROR, found, needed, fix, code)
 
 
-def trouble(id: str, found: str, needed: str, fix: str = "", *, fatal: bool, code: ExitCode = ExitCode.USAGE) -> Check:
-    """Return an error where the thing is needed in this very place, or else a warning."""
+def error_or_warning(
+    id: str, found: str, needed: str, fix: str = "", *, fatal: bool, code: ExitCode = ExitCode.USAGE
+) -> Check:
+    """Return an error if ``fatal``, otherwise a warning."""
     return error(id, found, needed, fix, code) if fatal else warning(id, found, needed, fix)
 
 
 def of_error(id: str, problem: DynamoMpiError, *, fatal: bool = True) -> Check:
-    """Return the check of something that a worker would have ended with."""
-    return trouble(id, problem.found, problem.needed, problem.fix, fatal=fatal, code=problem.exit_code)
+    """Return the check for an error with which a worker would end."""
+    return error_or_warning(id, problem.found, problem.needed, problem.fix, fatal=fatal, code=problem.exit_code)
 
 
 def of_finding(id: str, finding: Finding) -> Check:
-    """Return what a rule of the preflight found; its errors are those of a launch."""
+    """Return the check for a finding of a preflight rule."""
     text = f"{finding.message}: {finding.found}" if finding.found else finding.message
     if finding.severity is Severity.INFO:
         return ok(id, text)
-    return trouble(id, text, finding.needed, finding.fix, fatal=finding.severity is Severity.ERROR)
+    return error_or_warning(id, text, finding.needed, finding.fix, fatal=finding.severity is Severity.ERROR)

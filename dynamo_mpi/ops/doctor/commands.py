@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other programs as witnesses: each has a deadline, and none outlives us."""
+"""Runs other programs for doctor: each with a time limit, and none outlives doctor."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _lock = threading.Lock()
 
 
 class Output(NamedTuple):
-    """What a program said.
+    """A program's output.
 
     Args:
-        code: its exit code, negative for the signal that ended it; None where it was ended as it took too long.
+        code: its exit code, negative for the signal that ended it; None if it was ended at the time limit.
         out: its stdout.
         err: its stderr.
-        seconds: what it had.
+        seconds: the time limit.
     """
 
     code: int | None
@@ -41,12 +41,12 @@ class Output(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Both, as versions of Slurm differ in what goes where."""
+        """Both outputs, because versions of Slurm differ in which one they use."""
         return self.out + self.err
 
     @property
-    def trouble(self) -> str:
-        """Why it is no witness; empty where it ended well."""
+    def problem(self) -> str:
+        """The problem; empty if the program succeeded."""
         if self.code is None:
             return f"it did not end within {self.seconds:.1f} s"
         if self.code == 0:
@@ -57,14 +57,14 @@ class Output(NamedTuple):
 
 
 def find(program: str, environ: Mapping[str, str]) -> str | None:
-    """Return a program's path as ``environ`` has it, or None."""
+    """Return a program's path on ``environ``'s PATH, or None."""
     return shutil.which(program, path=environ.get("PATH", os.defpath))
 
 
 def run(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> Output:
-    """Run a program, and end it and its descendants when the time is up.
+    """Run a program, and end it and its descendants at the time limit.
 
-    Call it from a thread that lives as long as the program may: the program is ended with it.
+    Call it from a thread that runs longer than the program: the program ends with the thread.
     """
     process = ManagedProcess(command[0], command, environment=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with _lock:
@@ -75,7 +75,7 @@ def run(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> O
     except subprocess.TimeoutExpired:
         return Output(None, "", "", seconds)
     finally:
-        # also where it has ended itself: one that it started may hold on to our pipes; one that hangs in a driver goes when that lets it
+        # also if it has ended: its children may hold our pipes; a process that hangs in a driver ends when the driver returns
         process.kill(_KILL_SECONDS)
         for pipe in (process.popen.stdout, process.popen.stderr):
             if pipe is not None:
@@ -85,13 +85,13 @@ def run(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> O
 
 
 def run_module(module: str, environ: Mapping[str, str], seconds: float) -> Output:
-    """Run one of our modules in a Python of its own, where it may crash or hang."""
+    """Run one of our modules in a separate Python, in which it may crash or hang."""
     path = os.pathsep.join(filter(None, (_PACKAGE_HOME, environ.get("PYTHONPATH", ""))))
     return run([sys.executable, "-m", module], {**environ, "PYTHONPATH": path}, seconds)
 
 
 def end_all() -> None:
-    """End what still runs."""
+    """End all programs that still run."""
     with _lock:
         left = tuple(_running)
     for process in left:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every question is asked with, and what a question is."""
+"""The context of doctor's probes, and their types."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.ops.doctor.check import Check
 
-QUESTION_SECONDS = 5.0
-"""What asking another program or server may take by default: a Slurm controller that is busy answers in one or two."""
-# of the whole time, so that a question can still say that it got no answer
+CALL_SECONDS = 5.0
+"""Default time limit of a call to another program or server: a busy Slurm controller answers in one or two seconds."""
+# reserved at the end, so that a probe can report that it got no answer
 _SHARE = 0.9
 _ALONE = LaunchInfo(Launcher.ALONE)
-# Slurm's own steps: of batch scripts, of interactive shells
+# Slurm's own steps: batch scripts, interactive shells
 _SPECIAL_STEPS = 0xFFFFFFF0
 _RANKS = frozenset(Launcher) - {Launcher.ALONE, Launcher.SLURM_SHELL}
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how to look.
+    """The context of all probes.
 
     Args:
         environ: the environment of this process.
-        started: when it all began, as `time.monotonic` counts.
-        seconds: all of it together.
+        started: the start, by `time.monotonic`.
+        seconds: time limit of the whole run.
         run_dir: a deployment's folder.
-        write: whether a key may be written to etcd, to see whether it can.
+        write: whether a key may be written to etcd as a test.
         launch: what started this process.
     """
 
@@ -49,7 +49,7 @@ class Context:
     def of(
         cls, environ: Mapping[str, str], seconds: float, run_dir: Path | None = None, write: bool = False
     ) -> Context:
-        """Return the context of this process from now on."""
+        """Return the context of this process, with the time limit from now on."""
         launch = detect_launcher(environ)
         if launch.launcher is Launcher.SRUN_WITHOUT_MPI and _is_shell(environ):
             launch = launch._replace(launcher=Launcher.SLURM_SHELL)
@@ -57,31 +57,31 @@ class Context:
 
     @property
     def in_rank(self) -> bool:
-        """Are we where a rank would be? What is missing here is missing to the ranks."""
+        """Whether this process runs in the place of a rank, so that what is missing here is also missing for ranks."""
         return self.launch.launcher in _RANKS
 
     @property
     def end(self) -> float:
-        """When the last question has to have its answer, as `time.monotonic` counts."""
+        """The deadline of the last probe, by `time.monotonic`."""
         return self.started + self.seconds * _SHARE
 
-    def left(self, most: float = QUESTION_SECONDS) -> float:
-        """Return the seconds that asking somebody may take from now on; never none at all."""
+    def left(self, most: float = CALL_SECONDS) -> float:
+        """Return the seconds that a call may take from now on; always more than 0."""
         return max(0.01, min(most, self.end - time.monotonic()))
 
 
 def _is_shell(environ: Mapping[str, str]) -> bool:
-    """Is this task of srun one that somebody types in (``srun --pty bash``, or ``salloc`` where Slurm starts its shell on a node)?"""
+    """Return whether this task is an interactive shell (``srun --pty bash``, or ``salloc`` if Slurm starts its shell on a node)."""
     step = environ.get("SLURM_STEP_ID", "")
     return "SLURM_PTY_PORT" in environ or (step.isdecimal() and int(step) >= _SPECIAL_STEPS)
 
 
-class Question(NamedTuple):
-    """Something to look at, in a thread of its own.
+class Probe(NamedTuple):
+    """One probe, which runs in a thread.
 
     Args:
-        id: of what it finds, and of the check that says that it found nothing in time.
-        ask: looks.
+        id: its id; the check that reports a timeout has the same.
+        ask: yields the checks.
     """
 
     id: str
@@ -89,12 +89,12 @@ class Question(NamedTuple):
 
 
 class Section(NamedTuple):
-    """Questions that belong together.
+    """A group of probes.
 
     Args:
         name: for ``--only`` and the heading.
-        questions: in the order in which their answers are shown.
+        probes: the probes, in the order of the report.
     """
 
     name: str
-    questions: tuple[Question, ...]
+    probes: tuple[Probe, ...]

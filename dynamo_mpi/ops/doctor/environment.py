@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Environment variables that are known to harm, and the folders that they lead caches to. Values that may be secrets are never shown."""
+"""Doctor's checks of environment variables that are known to be harmful, and of cache folders. Values that may be secrets are never shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from dynamo_mpi.discovery.etcd import etcd_endpoints
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.ops.doctor.check import ok, skipped, warning
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 from dynamo_mpi.ops.doctor.services import clients_of
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ def _is_set(value: str) -> bool:
 
 
 class Harm(NamedTuple):
-    """A variable that does harm.
+    """A harmful variable.
 
     Args:
         name: its name.
-        when: which values do.
-        needed: what it does, and what should be instead.
-        launched: whether a launcher sets it itself in its ranks, where it does none.
+        when: returns whether a value is harmful.
+        needed: what is expected instead, and the effect.
+        launched: whether a launcher sets it itself in its ranks, in which it is harmless.
     """
 
     name: str
@@ -77,14 +77,14 @@ HARMS = (
 
 
 def check_variables(context: Context) -> Iterator[Check]:
-    """Look for variables that do harm."""
+    """Check for harmful variables."""
     found = list(judge_variables(context.environ, in_rank=context.in_rank))
     yield from found or [ok("variables", "none that is known to harm")]
     yield describe_mca(context.environ)
 
 
 def judge_variables(environ: Mapping[str, str], *, in_rank: bool) -> Iterator[Check]:
-    """Judge each variable of `HARMS` that is set."""
+    """Evaluate each variable of `HARMS` that is set."""
     for harm in HARMS:
         value = environ.get(harm.name, "")
         if harm.when(value) and not (harm.launched and in_rank):
@@ -92,13 +92,13 @@ def judge_variables(environ: Mapping[str, str], *, in_rank: bool) -> Iterator[Ch
 
 
 def describe_mca(environ: Mapping[str, str]) -> Check:
-    """List Open MPI's, PRRTE's and PMIx's parameters, which sites set for a reason, and which explain much."""
+    """List the parameters of Open MPI, PRRTE and PMIx that are set: they help to explain problems."""
     names = sorted(name for name in environ if name.startswith(_MCA))
     return ok("mca", f"set: {listed(names)}" if names else "no parameter of Open MPI, PRRTE or PMIx is set")
 
 
 def check_proxies(context: Context) -> Iterator[Check]:
-    """Would a proxy catch what goes to etcd, NATS or the frontend?"""
+    """Check whether a proxy would intercept connections to etcd, NATS or the frontend."""
     hosts = [
         urlsplit(url if "://" in url else f"http://{url}").hostname or "" for url in etcd_endpoints(clients_of(context))
     ]
@@ -106,7 +106,7 @@ def check_proxies(context: Context) -> Iterator[Check]:
 
 
 def judge_proxies(environ: Mapping[str, str], hosts: Sequence[str]) -> Check:
-    """Judge the proxies' variables for these hosts. etcd's and NATS's clients, curl and Python all obey them, and read exceptions alike."""
+    """Evaluate the proxy variables for these hosts. The clients of etcd and NATS, curl and Python all use them, with the same exceptions."""
     proxies = [name for name in _PROXIES if environ.get(name)]
     if not proxies:
         return ok("proxy", "no proxy is set")
@@ -123,7 +123,7 @@ def judge_proxies(environ: Mapping[str, str], hosts: Sequence[str]) -> Check:
 
 
 def bypasses(host: str, exceptions: str) -> bool:
-    """Tell whether ``no_proxy`` leaves out a host: by its name, by the end of it after a dot, by ``*``, or, as Go has it, by a network."""
+    """Return whether ``no_proxy`` excludes a host: by its name, by a domain suffix, by ``*``, or, as in Go, by a network."""
     for entry in (one.strip().lower() for one in exceptions.split(",")):
         name = entry.removeprefix("*").removeprefix(".").partition(":")[0] if entry != "*" else "*"
         if name == "*" or (name and (host.lower() == name or host.lower().endswith(f".{name}"))):
@@ -134,13 +134,13 @@ def bypasses(host: str, exceptions: str) -> bool:
 
 
 def check_caches(context: Context) -> Iterator[Check]:
-    """Can the folders be written that the hub's client, torch and Triton keep what they make in?"""
+    """Check whether the cache folders of the hub's client, torch and Triton are writable."""
     for id, folder in cache_folders(context.environ).items():
         yield judge_cache(id, folder, _why_unwritable(folder))
 
 
 def cache_folders(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return by setting the folders for caches."""
+    """Return the cache folders by setting."""
     home = environ.get("HOME", "")
     named = {
         name: environ[name]
@@ -151,7 +151,7 @@ def cache_folders(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def judge_cache(id: str, folder: str, problem: str) -> Check:
-    """Judge one folder."""
+    """Evaluate one folder."""
     if not problem:
         return ok(id, f"{folder} can be written")
     needed = "a folder that this user can write: models, kernels and tokenizers are kept there"
@@ -160,7 +160,7 @@ def judge_cache(id: str, folder: str, problem: str) -> Check:
 
 
 def _why_unwritable(folder: str) -> str:
-    """Look without writing; one that isn't there has to be makeable."""
+    """Check without writing; if the folder doesn't exist, it must be possible to create it."""
     place = os.path.abspath(folder)
     while not os.path.exists(place) and place != os.path.dirname(place):
         place = os.path.dirname(place)
@@ -179,7 +179,7 @@ def _in_network(host: str, network: str) -> bool:
 
 
 def check_secrets(context: Context) -> Iterator[Check]:
-    """Say that credentials are there, never what they are."""
+    """Report that credentials are set, never their values."""
     names = [
         name
         for name in ("ETCD_AUTH_PASSWORD", "ETCD_AUTH_CLIENT_KEY", "NATS_AUTH_PASSWORD", "NATS_AUTH_TOKEN", "HF_TOKEN")
@@ -191,9 +191,9 @@ def check_secrets(context: Context) -> Iterator[Check]:
 SECTION = Section(
     "environment",
     (
-        Question("variables", check_variables),
-        Question("proxy", check_proxies),
-        Question("caches", check_caches),
-        Question("credentials", check_secrets),
+        Probe("variables", check_variables),
+        Probe("proxy", check_proxies),
+        Probe("caches", check_caches),
+        Probe("credentials", check_secrets),
     ),
 )

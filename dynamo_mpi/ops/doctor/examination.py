@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ask all questions at once, and be done in time: one that doesn't answer, or fails, is a finding like any other."""
+"""Runs all checks of doctor at the same time, with a time limit: a check that hangs or fails is reported like any other."""
 
 from __future__ import annotations
 
@@ -16,76 +16,76 @@ from dynamo_mpi.ops.doctor.report import Report, SectionReport
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dynamo_mpi.ops.doctor.context import Context, Question, Section
+    from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 
 
-def examine(sections: Sequence[Section], context: Context, host: str) -> Report:
-    """Ask everything, each question in a thread of its own; a thread that hangs, on a lost file system say, is left behind.
+def run_sections(sections: Sequence[Section], context: Context, host: str) -> Report:
+    """Run all probes, each in a thread; a thread that hangs, for example on a lost file system, is abandoned.
 
     Args:
-        sections: what to look at.
-        context: how, and until when.
+        sections: the sections to run.
+        context: environment and time limit.
         host: this machine's name, for the report.
     """
-    answers = [[_Asked(question, context) for question in section.questions] for section in sections]
+    answers = [[_RunningProbe(probe, context) for probe in section.probes] for section in sections]
     try:
-        everything = [asked for group in answers for asked in group]
-        for asked in everything:
-            asked.thread.start()
-        for asked in everything:
-            asked.thread.join(max(0.0, context.started + context.seconds - time.monotonic()))
+        all_running = [running for group in answers for running in group]
+        for running in all_running:
+            running.thread.start()
+        for running in all_running:
+            running.thread.join(max(0.0, context.started + context.seconds - time.monotonic()))
     finally:
         end_all()
     return Report(
         host,
         tuple(
-            SectionReport(section.name, tuple(check for asked in group for check in asked.checks()))
+            SectionReport(section.name, tuple(check for running in group for check in running.checks()))
             for section, group in zip(sections, answers, strict=True)
         ),
         time.monotonic() - context.started,
     )
 
 
-class _Asked:
-    def __init__(self, question: Question, context: Context) -> None:
-        self._question, self._context = question, context
+class _RunningProbe:
+    def __init__(self, probe: Probe, context: Context) -> None:
+        self._probe, self._context = probe, context
         self._answers: list[Check] = []
         self._ended = False
-        self.thread = threading.Thread(target=self._run, name=f"doctor {question.id}", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"doctor {probe.id}", daemon=True)
 
     def _run(self) -> None:
         try:
-            for check in self._question.ask(self._context):
+            for check in self._probe.ask(self._context):
                 self._answers.append(check)
         except DynamoMpiError as problem:
-            self._answers.append(of_error(self._question.id, problem))
+            self._answers.append(of_error(self._probe.id, problem))
         except Exception as problem:
-            self._answers.append(failure_of(self._question.id, problem))
+            self._answers.append(failure_of(self._probe.id, problem))
         self._ended = True
 
     def checks(self) -> tuple[Check, ...]:
-        """Return what has been found up to now; what was found before the rest failed or hung counts."""
+        """Return the checks so far, including those before a failure or a hang."""
         ended, found = self._ended, list(self._answers)
         if not ended:
-            found.append(no_answer(self._question.id, self._context.seconds))
+            found.append(no_answer(self._probe.id, self._context.seconds))
         if found and any(check.id == found[-1].id for check in found[:-1]):
             found[-1] = found[-1]._replace(id=f"{found[-1].id}-rest")
         return tuple(found)
 
 
 def failure_of(id: str, problem: Exception) -> Check:
-    """Return the check of a question that failed: a mistake of ours, which says nothing of the machine."""
+    """Return the check for a probe that raised an exception: a bug in dynamo_mpi, not a problem of the machine."""
     return error(
         id,
         f"this check itself failed: {type(problem).__name__}: {' '.join(str(problem).split())}",
         "a check that copes with what it finds",
-        "report it with this line; --only leaves its section out",
+        "report it with this line; --only can exclude its section",
         ExitCode.ENGINE,
     )
 
 
 def no_answer(id: str, seconds: float) -> Check:
-    """Return the check of a question that took too long."""
+    """Return the check for a probe that took too long."""
     return warning(
         id,
         f"no answer within {seconds:g} s",

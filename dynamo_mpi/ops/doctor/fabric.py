@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The network: RDMA devices, interfaces, and settings that name one that isn't here."""
+"""Doctor's checks of the network: RDMA devices, interfaces, and settings that name missing ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dynamo_mpi.common.host_address import host_address, interface_addresses
 from dynamo_mpi.common.interfaces import host_networks
 from dynamo_mpi.common.networks import best_address, described_link, usable
 from dynamo_mpi.layout.format import listed
-from dynamo_mpi.ops.doctor.check import of_error, ok, skipped, trouble, warning
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.check import error_or_warning, of_error, ok, skipped, warning
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 from dynamo_mpi.ops.doctor.fabric_facts import (
     missing_for_nccl,
     missing_for_open_mpi,
@@ -42,17 +42,17 @@ _OURS = ("DYN_MPI_LIVENESS_NETWORK", "DYN_MPI_KV_NETWORK")
 
 
 def check_rdma(context: Context) -> Iterator[Check]:
-    """Look at the RDMA devices."""
+    """Check the RDMA devices."""
     yield from judge_rdma(read_rdma_ports(), context.environ, usable=os.path.isdir(_DEVICE_FILES))
 
 
 def judge_rdma(ports: Sequence[RdmaPort], environ: Mapping[str, str], *, usable: bool) -> Iterator[Check]:
-    """Judge them.
+    """Evaluate the RDMA ports.
 
     Args:
         ports: of all devices.
-        environ: the settings that may name some.
-        usable: whether their device files are here; a container may hide them.
+        environ: has the settings that may name devices.
+        usable: whether their device files exist; a container may hide them.
     """
     if not ports:
         yield skipped("infiniband", "no RDMA device: ranks of several nodes reach each other by TCP")
@@ -78,7 +78,7 @@ def judge_rdma(ports: Sequence[RdmaPort], environ: Mapping[str, str], *, usable:
 
 
 def check_interfaces(context: Context) -> Iterator[Check]:
-    """Look at the interfaces, and at the address that others are told."""
+    """Check the interfaces, and the address that is published to other hosts."""
     found = interface_addresses()
     yield ok("interfaces", "; ".join(f"{name} {listed(addresses)}" for name, addresses in found.items()) or "none")
     yield judge_address(host_address(None, "--liveness-network"))
@@ -86,11 +86,11 @@ def check_interfaces(context: Context) -> Iterator[Check]:
 
 
 def judge_networks(own: HostNetworks, environ: Mapping[str, str], *, rdma: bool) -> Iterator[Check]:
-    """Say which of several interfaces a worker of several hosts takes, and how NCCL and UCX come to take the same.
+    """Report which of several interfaces a multi-node worker uses, and the settings for NCCL and UCX to use the same.
 
     Args:
         own: this host's networks.
-        environ: the settings that may say it already.
+        environ: has the settings that may select one already.
         rdma: whether there are RDMA devices, which UCX prefers by itself.
     """
     links = {interface.name: interface for interface, _ in usable(own)}
@@ -105,19 +105,19 @@ def judge_networks(own: HostNetworks, environ: Mapping[str, str], *, rdma: bool)
 
 
 def judge_address(address: str) -> Check:
-    """Judge the address that this host's own name stands for."""
+    """Evaluate the address to which this host's own name resolves."""
     if not ip_address(address).is_loopback:
         return ok("address", f"{address}, where rank 0 listens by default for ranks of this host")
     return warning(
         "address",
         f"this host has no address but {address}",
         "one that other hosts reach, for a worker of several hosts",
-        "--liveness-network and --kv-network name another; look at ip address and at this host's line of /etc/hosts",
+        "--liveness-network and --kv-network select another; check ip address and this host's line of /etc/hosts",
     )
 
 
 def check_named(context: Context) -> Iterator[Check]:
-    """Look for what settings name."""
+    """Check the devices that settings name."""
     interfaces = tuple(interface_addresses())
     checks = list(judge_named(context.environ, interfaces, read_rdma_ports(), in_rank=context.in_rank))
     for name in _OURS:
@@ -132,7 +132,7 @@ def check_named(context: Context) -> Iterator[Check]:
 def judge_named(
     environ: Mapping[str, str], interfaces: Collection[str], ports: Sequence[RdmaPort], *, in_rank: bool
 ) -> Iterator[Check]:
-    """Judge every setting that names a device; on a login node, whose devices are others, what is missing is no error."""
+    """Evaluate every setting that names a device; on a login node, which has other devices, a missing one is no error."""
     devices = {port.device for port in ports}
     missing: dict[str, list[str]] = {}
     for name in _NCCL_INTERFACES:
@@ -152,7 +152,7 @@ def judge_named(
         there = f"interfaces {listed(interfaces)}" + (
             f"; devices {listed(port.name for port in ports)}" if ports else "; no RDMA device"
         )
-        yield trouble(
+        yield error_or_warning(
             name,
             f"{name}={environ[name]}: {listed(absent)} isn't here ({there})",
             "devices of this host, the same on each node of a worker",
@@ -164,8 +164,8 @@ def judge_named(
 SECTION = Section(
     "fabric",
     (
-        Question("infiniband", check_rdma),
-        Question("interfaces", check_interfaces),
-        Question("named", check_named),
+        Probe("infiniband", check_rdma),
+        Probe("interfaces", check_interfaces),
+        Probe("named", check_named),
     ),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel tells of network devices, and how UCX, NCCL and Open MPI name them. I/O is in the two readers alone."""
+"""Facts about network devices from the kernel, and their names in UCX, NCCL and Open MPI. Only the two readers do I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
 
 INFINIBAND = Path("/sys/class/infiniband")
-# UCX's own words for all, or all of a kind
+# UCX's names for all devices, or all of a kind
 _UCX_ANY = ("all", "any")
 
 
@@ -35,12 +35,12 @@ class RdmaPort(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As UCX and NCCL have it: ``mlx5_0:1``."""
+        """Its name in UCX and NCCL: ``mlx5_0:1``."""
         return f"{self.device}:{self.port}"
 
 
 def read_rdma_ports(folder: Path = INFINIBAND) -> tuple[RdmaPort, ...]:
-    """Return the ports of all RDMA devices; none where there are no devices."""
+    """Return the ports of all RDMA devices; empty if there are none."""
     found = []
     for device in _names(folder):
         for port in sorted((name for name in _names(folder / device / "ports") if name.isdecimal()), key=int):
@@ -51,9 +51,9 @@ def read_rdma_ports(folder: Path = INFINIBAND) -> tuple[RdmaPort, ...]:
 
 
 def missing_for_nccl(value: str, there: Collection[str]) -> list[str]:
-    """Return the entries of ``NCCL_SOCKET_IFNAME`` or ``NCCL_IB_HCA`` that nothing here goes by.
+    """Return the entries of ``NCCL_SOCKET_IFNAME`` or ``NCCL_IB_HCA`` that match no device of this host.
 
-    A list, with ``^`` of what is left out, with ``=`` of whole names; or else each is a beginning. A port may follow a device.
+    The value is a list; with ``^`` it lists exclusions, with ``=`` whole names, otherwise prefixes. A port may follow a device.
     """
     text = value.strip()
     if text.startswith("^"):
@@ -66,7 +66,7 @@ def missing_for_nccl(value: str, there: Collection[str]) -> list[str]:
 
 
 def missing_for_ucx(value: str, interfaces: Collection[str], ports: Sequence[RdmaPort]) -> list[str]:
-    """Return the entries of ``UCX_NET_DEVICES`` that aren't here: interfaces, and devices with their port."""
+    """Return the entries of ``UCX_NET_DEVICES`` that don't exist on this host: interfaces, and devices with their port."""
     text = value.strip()
     if text.startswith("^"):
         return []
@@ -76,13 +76,13 @@ def missing_for_ucx(value: str, interfaces: Collection[str], ports: Sequence[Rdm
 
 
 def missing_for_open_mpi(value: str, interfaces: Collection[str]) -> list[str]:
-    """Return the entries of an ``…_if_include`` that are no interface here; networks aren't looked at."""
+    """Return the entries of an ``…_if_include`` that are no interface of this host; networks aren't checked."""
     entries = (entry.strip() for entry in value.split(","))
     return [entry for entry in entries if entry and entry not in interfaces and not _is_network(entry)]
 
 
 def named_ports(value: str, ports: Iterable[RdmaPort]) -> list[RdmaPort]:
-    """Return the ports that a list of devices names, as NCCL or UCX read it."""
+    """Return the ports that a list of devices names, in NCCL's or UCX's syntax."""
     entries = [entry.strip() for entry in value.strip().removeprefix("=").split(",") if entry.strip()]
     if value.strip().startswith("^"):
         return []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m dynamo_mpi.ops.doctor.gpu_child``: reads through NVML what this node's GPUs are and how they are, and writes it as JSON.
+"""``python -m dynamo_mpi.ops.doctor.gpu_child``: reads facts about this node's GPUs and their health by NVML, and writes them as JSON.
 
-A process of its own, as a GPU that has fallen off its bus holds whoever asks for it in the driver.
+In a separate process, because a call about a GPU that has fallen off the bus may hang in the driver.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from dynamo_mpi.checks.gpu_facts import device_files, optional, read_gpus
 
-# the most that any GPU has so far; those that it hasn't, NVML refuses
+# the largest number of NVLinks of any GPU so far; NVML reports an error for missing ones
 _MOST_LINKS = 18
-# of nvml.h, by number: older releases of nvidia-ml-py don't have all names
+# numbers from nvml.h: older releases of nvidia-ml-py don't have all names
 _UNCORRECTED, _VOLATILE = 1, 0
 
 
 def look() -> dict[str, Any]:
-    """Read everything; see `gpus.GpuHealth` for what ``health`` holds."""
+    """Read everything; ``health`` has the fields of `gpus.GpuHealth`."""
     facts = read_gpus(os.environ)
     health = _health() if facts.gpus else []
     return {"facts": facts.pack(), "devices": device_files(), "health": health}
@@ -30,7 +30,7 @@ def _health() -> list[dict[str, Any]]:
     nvml: Any = import_module("pynvml")
     nvml.nvmlInit()
     try:
-        # by NVML's own index: those that a cgroup hides have none of this
+        # by NVML's index: GPUs that a cgroup hides have no health
         handles = [optional(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(nvml.nvmlDeviceGetCount())]
         return [_one(nvml, index, handle) for index, handle in enumerate(handles) if handle is not None]
     finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPUs, as NVML tells of them; without any, as on a login node, nothing is wrong."""
+"""Doctor's checks of the GPUs, by NVML; a machine without any, such as a login node, has no problem."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dynamo_mpi.checks.gpu_rules import check_alike, check_instances, describe_d
 from dynamo_mpi.checks.host_facts import HostFacts
 from dynamo_mpi.checks.rank_facts import RankFacts, lines
 from dynamo_mpi.layout.format import counted, gib, listed
-from dynamo_mpi.ops.doctor.check import of_finding, ok, skipped, trouble, warning
+from dynamo_mpi.ops.doctor.check import error_or_warning, of_finding, ok, skipped, warning
 from dynamo_mpi.ops.doctor.commands import run_module
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from dynamo_mpi.ops.doctor.check import Check
     from dynamo_mpi.ops.doctor.commands import Output
 
-# NVML's own start on a node of eight GPUs without a persistence daemon takes seconds
+# without a persistence daemon, NVML's initialisation on a node with eight GPUs takes seconds
 _LOOK_SECONDS = 60.0
 
 
 class GpuHealth(NamedTuple):
-    """How one GPU is.
+    """The health of one GPU.
 
     Args:
         number: NVML's index.
-        links: NVLinks that it has.
-        links_up: those of them that are up.
+        links: number of its NVLinks.
+        links_up: number of NVLinks that are up.
         uncorrected: memory errors since the driver was loaded that ECC could not correct.
-        remap_pending: whether a row of its memory is to be replaced at its next reset.
-        remap_failed: whether one could not be.
+        remap_pending: whether a row of its memory will be replaced at the next reset.
+        remap_failed: whether a row could not be replaced.
     """
 
     number: int
@@ -46,13 +46,13 @@ class GpuHealth(NamedTuple):
     remap_failed: bool = False
 
 
-class Look(NamedTuple):
-    """All that a look at this node's GPUs brought.
+class GpuLook(NamedTuple):
+    """The facts about this node's GPUs.
 
     Args:
-        facts: what a rank would tell of them.
-        devices: GPUs that the driver made device files for.
-        health: how each is.
+        facts: the facts that a rank reports.
+        devices: number of the driver's device files.
+        health: each GPU's health.
     """
 
     facts: NodeGpus
@@ -61,7 +61,7 @@ class Look(NamedTuple):
 
 
 def check_gpus(context: Context) -> Iterator[Check]:
-    """Have NVML asked elsewhere, and judge what it told."""
+    """Read NVML in a separate process, and evaluate the facts."""
     output = run_module("dynamo_mpi.ops.doctor.gpu_child", context.environ, context.left(_LOOK_SECONDS))
     look = read_look(output)
     if isinstance(look, str):
@@ -71,20 +71,20 @@ def check_gpus(context: Context) -> Iterator[Check]:
     yield from judge(look, socket.gethostname(), in_rank=context.in_rank)
 
 
-def read_look(output: Output) -> Look | str:
-    """Read what the child told, or why it told nothing."""
-    if output.trouble:
-        return f"looking at the GPUs: {output.trouble}"
+def read_look(output: Output) -> GpuLook | str:
+    """Return the facts from the child's output, or why there are none."""
+    if output.problem:
+        return f"looking at the GPUs: {output.problem}"
     try:
-        told: dict[str, Any] = json.loads(output.out.strip().splitlines()[-1])
-        health = tuple(GpuHealth(**one) for one in told["health"])
-        return Look(NodeGpus.unpack(told["facts"]), int(told["devices"]), health)
+        output_facts: dict[str, Any] = json.loads(output.out.strip().splitlines()[-1])
+        health = tuple(GpuHealth(**one) for one in output_facts["health"])
+        return GpuLook(NodeGpus.unpack(output_facts["facts"]), int(output_facts["devices"]), health)
     except (ValueError, IndexError, KeyError, TypeError) as error:
         return f"looking at the GPUs: an answer that can't be read ({type(error).__name__})"
 
 
-def judge(look: Look, host: str, *, in_rank: bool) -> Iterator[Check]:
-    """Judge the GPUs of one node."""
+def judge(look: GpuLook, host: str, *, in_rank: bool) -> Iterator[Check]:
+    """Evaluate the GPUs of one node."""
     facts = look.facts
     if facts.problem:
         yield judge_problem(look, in_rank=in_rank)
@@ -104,28 +104,28 @@ def judge(look: Look, host: str, *, in_rank: bool) -> Iterator[Check]:
     yield judge_ecc(look.health)
 
 
-def judge_problem(look: Look, *, in_rank: bool) -> Check:
-    """Judge what NVML could not do: nothing is wrong with a machine that has no GPU."""
+def judge_problem(look: GpuLook, *, in_rank: bool) -> Check:
+    """Evaluate NVML's problem; a machine without GPUs has none."""
     if not look.devices and not look.facts.gpus:
         return skipped("nvml", look.facts.problem)
     needed = "NVML's answer for each GPU: --engine trtllm looks at them before anything is loaded (V1)"
     fix = "pip install nvidia-ml-py; nvidia-smi shows what is wrong with a GPU or its driver"
-    return trouble("nvml", look.facts.problem, needed, fix, fatal=in_rank)
+    return error_or_warning("nvml", look.facts.problem, needed, fix, fatal=in_rank)
 
 
 def judge_visible(facts: NodeGpus, *, in_rank: bool) -> Check:
-    """Judge what CUDA would give this process."""
+    """Evaluate which GPUs CUDA would give this process."""
     visible, there = len(facts.visible), len(facts.gpus)
     if visible == there:
         return ok("visible", f"all {there}" if there > 1 else "it is visible")
     needed = "all GPUs of the node in every rank (K9)"
     fix = "unset CUDA_VISIBLE_DEVICES, or leave it to Slurm: srun --gpus-per-node=N"
     found = f"CUDA_VISIBLE_DEVICES leaves {visible} of {counted(there, 'GPU')}"
-    return trouble("visible", found, needed, fix, fatal=in_rank and not visible)
+    return error_or_warning("visible", found, needed, fix, fatal=in_rank and not visible)
 
 
 def judge_memory(facts: NodeGpus) -> Check:
-    """Does anybody hold memory?"""
+    """Check whether processes hold GPU memory."""
     busy = [
         f"GPU {gpu.number}: {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free; {describe_holders(gpu)}"
         for gpu in facts.gpus
@@ -138,7 +138,7 @@ def judge_memory(facts: NodeGpus) -> Check:
 
 
 def judge_links(health: Sequence[GpuHealth]) -> Check:
-    """Are all NVLinks up?"""
+    """Check whether all NVLinks are up."""
     linked = [one for one in health if one.links]
     if not linked:
         return skipped("nvlink", "no NVLink: ranks of this node reach each other by PCIe")
@@ -155,7 +155,7 @@ def judge_links(health: Sequence[GpuHealth]) -> Check:
 
 
 def judge_ecc(health: Sequence[GpuHealth]) -> Check:
-    """Has any GPU lost memory?"""
+    """Check for memory errors."""
     found = []
     for one in health:
         said = [f"{one.uncorrected} uncorrected memory errors"] if one.uncorrected else []
@@ -168,4 +168,4 @@ def judge_ecc(health: Sequence[GpuHealth]) -> Check:
     return ok("ecc", "no uncorrected errors")
 
 
-SECTION = Section("gpus", (Question("nvml", check_gpus),))
+SECTION = Section("gpus", (Probe("nvml", check_gpus),))

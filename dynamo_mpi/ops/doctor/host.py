@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host gives to a process: shared memory, limits, CPUs, memory, a folder for temporary files."""
+"""Doctor's checks of this host: shared memory, limits, CPUs, memory, the folder for temporary files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.common.open_files_limit import SERVING_FILES
 from dynamo_mpi.layout.format import counted, gib, listed
 from dynamo_mpi.ops.doctor.cgroup import CgroupLimits, read_limits
-from dynamo_mpi.ops.doctor.check import of_finding, ok, trouble, warning
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.check import error_or_warning, of_finding, ok, warning
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 from dynamo_mpi.ops.doctor.shared_memory import own_segments, paths_in_use, unused
 
 if TYPE_CHECKING:
@@ -38,18 +38,18 @@ _TMP_BYTES = _GIB
 
 
 def check_shm(context: Context) -> Iterator[Check]:
-    """Has shared memory room for the ranks of this node?"""
+    """Check whether shared memory is large enough for the ranks of this node."""
     size, free = room(SHM)
     yield judge_shm(size, free, ranks_here(context))
 
 
 def ranks_here(context: Context) -> int:
-    """Return how many ranks this node has, or would have: one for each GPU."""
+    """Return the number of ranks on this node, or, outside a worker, its number of GPUs."""
     return context.launch.local_size or max(1, device_files())
 
 
 def judge_shm(size: int, free: int, ranks: int) -> Check:
-    """Judge shared memory by the preflight's own rule (V3)."""
+    """Evaluate shared memory by the preflight's rule V3."""
     facts = HostFacts(True, "", shm_path=SHM, shm_bytes=size, shm_free=free)
     rows = [RankFacts(0, socket.gethostname(), facts, NodeGpus())] * ranks
     for finding in check_shared_memory(rows):
@@ -58,13 +58,13 @@ def judge_shm(size: int, free: int, ranks: int) -> Check:
 
 
 def check_leftovers(context: Context) -> Iterator[Check]:
-    """Have earlier processes of ours left something there?"""
+    """Check for files of earlier processes in shared memory."""
     segments = own_segments(SHM)
     yield judge_leftovers(unused(segments, paths_in_use(SHM)) if segments else [])
 
 
 def judge_leftovers(left: Sequence[Segment]) -> Check:
-    """Judge files of ours that nobody who can be seen uses."""
+    """Evaluate this user's files that no visible process uses."""
     if not left:
         return ok("leftovers", f"{SHM} holds nothing of yours that isn't in use")
     paths = [one.path for one in left]
@@ -74,14 +74,14 @@ def judge_leftovers(left: Sequence[Segment]) -> Check:
         f"{counted(len(left), 'file')} of yours that no process seen from here has open, {gib(sum(one.size for one in left))}: "
         + listed(paths[:_MOST_NAMES])
         + (f" and {more} more" if more > 0 else ""),
-        "none: they take memory until somebody removes them, and some names can't be made twice (V4)",
+        "none: they take memory until they are removed, and some names can't be created twice (V4)",
         "if nothing of yours runs in another container on this node, and you have put none of it there to keep: "
         f"rm {shlex.join(paths[:_MOST_REMOVED])}",
     )
 
 
 def check_limits(context: Context) -> Iterator[Check]:
-    """Look at the limits of this process, which ranks that are started from here inherit."""
+    """Check the limits of this process, which ranks inherit."""
     rdma = os.path.isdir("/dev/infiniband")
     yield judge_locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK), needed=rdma)
     connections = max(0, context.launch.size - 1)
@@ -90,48 +90,48 @@ def check_limits(context: Context) -> Iterator[Check]:
 
 
 def judge_locked_memory(limit: tuple[int, int], *, needed: bool) -> Check:
-    """Judge the memory that may be locked: RDMA locks what it sends from."""
+    """Evaluate the limit of locked memory: RDMA locks its buffers."""
     soft = limit[0]
     if soft == resource.RLIM_INFINITY:
         return ok("memlock", "unlimited")
     found = f"{soft // 1024} KiB may be locked"
     if not needed:
-        return ok("memlock", f"{found}; without RDMA devices nobody needs more")
+        return ok("memlock", f"{found}; enough without RDMA devices")
     fix = "ulimit -l unlimited where ranks are started, LimitMEMLOCK=infinity of slurmd's unit, docker run --ulimit memlock=-1"
     return warning("memlock", found, "unlimited: UCX and NCCL lock what RDMA sends from", fix)
 
 
 def judge_open_files(limit: tuple[int, int], connections: int) -> Check:
-    """Judge the files that may be open. A soft limit is raised by rank 0 itself; a hard one isn't.
+    """Evaluate the limit of open files. Rank 0 raises a soft limit itself, but not a hard one.
 
     Args:
         limit: soft, hard.
-        connections: that rank 0 of the world which we are in holds to its other ranks.
+        connections: number of rank 0's connections to the other ranks of the current world.
     """
     hard, needed = limit[1], connections + SERVING_FILES
     if hard == resource.RLIM_INFINITY or hard >= max(_FILES, needed):
         return ok("open-files", "unlimited" if hard == resource.RLIM_INFINITY else f"up to {hard}")
     fix = f"ulimit -n {max(_FILES, needed)}, LimitNOFILE= of slurmd's unit, docker run --ulimit nofile="
     wanted = f"{max(_FILES, needed)}: rank 0 holds a connection to every other rank, and serves"
-    return trouble("open-files", f"at most {hard}", wanted, fix, fatal=hard < needed and connections > 0)
+    return error_or_warning("open-files", f"at most {hard}", wanted, fix, fatal=hard < needed and connections > 0)
 
 
 def judge_core(limit: tuple[int, int]) -> Check:
-    """Say what a crash leaves."""
+    """Report whether a crash writes a core file."""
     soft = limit[0]
     size = "without a limit" if soft == resource.RLIM_INFINITY else "none" if soft == 0 else f"up to {gib(soft)}"
     return ok("core", f"core dumps: {size}")
 
 
 def check_processor(context: Context) -> Iterator[Check]:
-    """CPUs and memory, as far as the cgroup lets us."""
+    """Check CPUs and memory within the cgroup's limits."""
     limits = read_limits()
     yield judge_cpus(len(os.sched_getaffinity(0)), os.cpu_count() or 1, limits, in_rank=context.in_rank)
     yield judge_memory(limits, _available(Path("/proc/meminfo")))
 
 
 def judge_cpus(usable: int, there: int, limits: CgroupLimits, *, in_rank: bool) -> Check:
-    """Judge the CPUs that this process may run on (V5)."""
+    """Evaluate the CPUs on which this process may run (V5)."""
     share = f", of which the cgroup gives the time of {limits.cpus:g}" if limits.cpus is not None else ""
     found = f"{usable} of {counted(there, 'CPU')}{share}"
     if in_rank and usable == 1 and there > 1:
@@ -141,20 +141,20 @@ def judge_cpus(usable: int, there: int, limits: CgroupLimits, *, in_rank: bool) 
 
 
 def judge_memory(limits: CgroupLimits, available: int) -> Check:
-    """Judge the memory that this process may still take."""
+    """Evaluate the memory that is still available to this process."""
     if limits.memory is None:
         return ok("memory", f"{gib(available)} available, no limit of a cgroup")
     found = (
         f"{gib(limits.memory_used)} of the cgroup's {gib(limits.memory)} used; {gib(available)} available on the host"
     )
     if limits.memory_used > limits.memory * _NEARLY_FULL:
-        needed = "room for what is started next: the kernel kills who goes beyond the limit, with SIGKILL"
+        needed = "memory for the next processes: the kernel kills a process that exceeds the limit, with SIGKILL"
         return warning("memory", found, needed, "srun --mem=0 takes all of a node's; end what isn't needed")
     return ok("memory", found)
 
 
 def check_temporary(context: Context) -> Iterator[Check]:
-    """Can files be made where MPI and the engine make theirs?"""
+    """Check whether files can be created in the folder that MPI and the engine use."""
     folder = context.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - what everybody else takes; nothing is written by a fixed name
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -165,10 +165,10 @@ def check_temporary(context: Context) -> Iterator[Check]:
 
 
 def judge_temporary(folder: str, problem: str, free: int) -> Check:
-    """Judge the folder for temporary files."""
+    """Evaluate the folder for temporary files."""
     if problem:
         needed = "a folder that can be written: MPI keeps its session there"
-        return trouble("tmp", f"{folder}: {problem}", needed, "TMPDIR names another", fatal=True)
+        return error_or_warning("tmp", f"{folder}: {problem}", needed, "TMPDIR names another", fatal=True)
     if free < _TMP_BYTES:
         return warning(
             "tmp",
@@ -180,7 +180,7 @@ def judge_temporary(folder: str, problem: str, free: int) -> Check:
 
 
 def _available(path: Path) -> int:
-    """Return the bytes that the kernel could give, from /proc/meminfo."""
+    """Return the available memory in bytes, from /proc/meminfo."""
     try:
         rows = dict(line.split(":", 1) for line in path.read_text(encoding="ascii").splitlines() if ":" in line)
         return int(rows["MemAvailable"].split()[0]) * 1024
@@ -191,10 +191,10 @@ def _available(path: Path) -> int:
 SECTION = Section(
     "host",
     (
-        Question("shm", check_shm),
-        Question("leftovers", check_leftovers),
-        Question("limits", check_limits),
-        Question("cpus", check_processor),
-        Question("tmp", check_temporary),
+        Probe("shm", check_shm),
+        Probe("leftovers", check_leftovers),
+        Probe("limits", check_limits),
+        Probe("cpus", check_processor),
+        Probe("tmp", check_temporary),
     ),
 )

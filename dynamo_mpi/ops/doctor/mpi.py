@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MPI: the library that mpi4py would take, the launcher, and whether the two go together. MPI isn't started."""
+"""Doctor's checks of MPI: mpi4py's library, the launcher, and whether they are compatible. MPI isn't initialised."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynamo_mpi.mpi.launch_checks import MpiLibrary, check_launch, identify_mpi
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.ops.doctor.check import error, of_error, ok, skipped, warning
 from dynamo_mpi.ops.doctor.commands import run_module
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from dynamo_mpi.ops.doctor.check import Check
     from dynamo_mpi.ops.doctor.commands import Output
 
-# mpi4py and an MPI library from a cold network file system take seconds
+# loading mpi4py and MPI from a network file system may take seconds
 _LOAD_SECONDS = 60.0
 _IN_A_RANK = "srun --mpi=pmix -n1 [--container-image=…] dynamo-mpi doctor looks where ranks run"
 
 
 def check_mpi(context: Context) -> Iterator[Check]:
-    """Have the library loaded elsewhere, and judge it and the launch."""
+    """Load the library in a separate process, and evaluate it and the launch."""
     if version_of("mpi4py", "mpi4py") is None:
         yield judge_missing(in_rank=context.in_rank)
         yield describe_launch(context.launch)
@@ -39,7 +39,7 @@ def check_mpi(context: Context) -> Iterator[Check]:
 
 
 def judge_missing(*, in_rank: bool) -> Check:
-    """Judge a Python without mpi4py; on a login node, whose Python isn't the ranks', that says nothing."""
+    """Evaluate a Python without mpi4py; on a login node, which may have another Python than the ranks, that is no error."""
     found, needed = "mpi4py isn't installed in this Python", "mpi4py and the MPI library of the launcher"
     if in_rank:
         return error("library", found, needed, "pip install mpi4py, and load the MPI module")
@@ -47,7 +47,7 @@ def judge_missing(*, in_rank: bool) -> Check:
 
 
 def judge_library(output: Output, *, in_rank: bool) -> tuple[MpiLibrary | None, list[Check]]:
-    """Read what the child told of the library; None where there is none that could be judged."""
+    """Return the library from the child's output, None if there is none, and its checks."""
     if output.code is None:
         found = f"loading mpi4py's MPI library did not end within {output.seconds:.1f} s"
         fix = f"look by hand: python -c 'import mpi4py; mpi4py.rc.initialize = False; import mpi4py.MPI'; more --timeout; {_IN_A_RANK}"
@@ -56,26 +56,28 @@ def judge_library(output: Output, *, in_rank: bool) -> tuple[MpiLibrary | None, 
         return None, [
             error(
                 "library",
-                f"the process that loaded mpi4py's MPI library came to grief: {output.trouble}",
+                f"the process that loaded mpi4py's MPI library failed: {output.problem}",
                 "an MPI library that can be loaded: ranks would end like that",
                 "choose another: load the launcher's MPI module, or MPI4PY_LIBMPI=/path/to/libmpi.so",
             )
         ]
-    told = _read(output.out)
-    if "library" not in told:
+    facts = _read(output.out)
+    if "library" not in facts:
         problem = LaunchError(
-            told.get("found") or "nothing could be learnt of the MPI library",
-            needed=told.get("needed") or "mpi4py and an MPI library",
-            fix=told.get("fix", ""),
+            facts.get("found") or "the MPI library can't be identified",
+            needed=facts.get("needed") or "mpi4py and an MPI library",
+            fix=facts.get("fix", ""),
         )
         return None, [of_error("library", problem, fatal=in_rank)]
-    library = identify_mpi(told["library"])
-    text = f"{library.version} by mpi4py {told.get('mpi4py', '')}" + (f" ({told['path']})" if told.get("path") else "")
-    return library, [ok("library", text), judge_interface(library, told.get("pmix", ""))]
+    library = identify_mpi(facts["library"])
+    text = f"{library.version} by mpi4py {facts.get('mpi4py', '')}" + (
+        f" ({facts['path']})" if facts.get("path") else ""
+    )
+    return library, [ok("library", text), judge_interface(library, facts.get("pmix", ""))]
 
 
 def judge_interface(library: MpiLibrary, pmix: str) -> Check:
-    """Say how the library's ranks find each other, and which launchers offer that."""
+    """Report the library's process management interface, and which launchers offer it."""
     if library.family == "openmpi":
         brought = f", here {' '.join(pmix.split())}" if pmix else ""
         return ok("interface", f"PMIx{brought}: srun --mpi=pmix, or Open MPI's mpirun")
@@ -84,16 +86,16 @@ def judge_interface(library: MpiLibrary, pmix: str) -> Check:
         return ok("interface", f"PMI{' and PMIx' if library.pmix else ''}: srun --mpi=pmi2{both}, or its own mpiexec")
     return warning(
         "interface",
-        f"{library.version or 'a library that says nothing of itself'}: how its ranks find each other isn't known",
+        f"{library.version or 'a library without a version text'}: how its ranks find each other isn't known",
         "Open MPI, or MPICH or a relative of it",
         "load one of them, or MPI4PY_LIBMPI=/path/to/libmpi.so; TensorRT-LLM needs Open MPI",
     )
 
 
 def judge_launch(launch: LaunchInfo, library: MpiLibrary | None) -> Check:
-    """Judge what started us with this library, as a rank would before it starts MPI."""
+    """Evaluate launcher and library, as a rank does before MPI_Init."""
     if launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL) or library is None:
-        # what is refused to ranks there is how launch, and doctor, are started
+        # a rank would reject such a start, but launch and doctor are started like that
         return describe_launch(launch)
     try:
         check_launch(launch, library)
@@ -103,7 +105,7 @@ def judge_launch(launch: LaunchInfo, library: MpiLibrary | None) -> Check:
 
 
 def describe_launch(launch: LaunchInfo) -> Check:
-    """Say what started us."""
+    """Describe what started this process."""
     if launch.launcher is Launcher.ALONE:
         return ok("launch", "started by no launcher: this is no rank")
     if launch.launcher is Launcher.SLURM_SHELL:
@@ -114,11 +116,11 @@ def describe_launch(launch: LaunchInfo) -> Check:
 
 def _read(text: str) -> dict[str, str]:
     try:
-        # libraries may talk before we do
+        # libraries may print before we do
         content = json.loads(text.strip().splitlines()[-1])
     except (ValueError, IndexError):
         return {}
     return {str(key): str(value) for key, value in content.items()} if isinstance(content, dict) else {}
 
 
-SECTION = Section("mpi", (Question("library", check_mpi),))
+SECTION = Section("mpi", (Probe("library", check_mpi),))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m dynamo_mpi.ops.doctor.mpi_child``: loads the MPI library that a rank would, doesn't start MPI, and writes as JSON what it is.
+"""``python -m dynamo_mpi.ops.doctor.mpi_child``: loads the MPI library of a rank, without MPI_Init, and writes facts about it as JSON.
 
-A process of its own, as a library may crash, hang, or stay in the process that loads it.
+In a separate process, because a library may crash, hang, or can't be unloaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _LIBRARY = re.compile(r"/\S*/lib(mpi|pmix)\.so[^/\s]*$", re.MULTILINE)
 
 
 def look() -> dict[str, str]:
-    """Load the library; return what it says, or the error that a rank would end with."""
+    """Load the library; return its facts, or the error with which a rank would end."""
     try:
         said = load_mpi_library()
     except DynamoMpiError as error:
@@ -40,7 +40,7 @@ def loaded_libraries(maps: str) -> dict[str, str]:
 
 
 def _pmix_version(path: str) -> str:
-    """Ask PMIx what it is; it need not be started for that."""
+    """Return PMIx's version, without PMIx_Init."""
     try:
         version = ctypes.CDLL(path).PMIx_Get_version
     except (OSError, AttributeError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python and the packages that workers, or only some of them, need. Nothing is imported: importing TensorRT-LLM is a collective (K1)."""
+"""Doctor's checks of Python and of the packages for workers. Nothing is imported: importing TensorRT-LLM is a collective (K1)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import dynamo_mpi
 from dynamo_mpi.checks.host_facts import UNKNOWN_VERSION, version_of
-from dynamo_mpi.ops.doctor.check import error, ok, skipped, trouble, warning
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.check import error, error_or_warning, ok, skipped, warning
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,13 +22,13 @@ OLDEST_PYTHON = (3, 10)
 
 
 class Package(NamedTuple):
-    """A distribution that somebody needs.
+    """A required or optional distribution.
 
     Args:
-        name: the distribution's.
-        module: what it brings.
-        use: who needs it, and for what.
-        oldest: the first version that will do; empty for any.
+        name: the distribution's name.
+        module: the module that it provides.
+        use: which process needs it, and for what.
+        oldest: the oldest usable version; empty for any.
         every_rank: whether no rank starts without it.
     """
 
@@ -44,8 +44,8 @@ PACKAGES = (
     Package("ai-dynamo-runtime", "dynamo", "rank 0, or its dynamo.trtllm: registering and serving", "1.4"),
     Package("ai-dynamo", "dynamo", "the frontend; with --engine trtllm rank 0's dynamo.trtllm", "1.4"),
     Package("tensorrt_llm", "tensorrt_llm", "--engine trtllm", "1.0"),
-    Package("nvidia-ml-py", "pynvml", "--engine trtllm: a look at the GPUs before the load", "12"),
-    Package("etcd-sdk-python", "pyetcd", "rank 0: the world record in etcd", "0.0.7"),
+    Package("nvidia-ml-py", "pynvml", "--engine trtllm: the check of the GPUs before the load", "12"),
+    Package("etcd-sdk-python", "pyetcd", "rank 0: the worker record in etcd", "0.0.7"),
     Package("grpcio", "grpc", "etcd-sdk-python", "1.49"),
     Package("protobuf", "google.protobuf", "etcd-sdk-python", "5"),
     Package("nats-py", "nats", "rank 0: events over NATS", "2.6"),
@@ -55,7 +55,7 @@ PACKAGES = (
 
 
 def check_python(context: Context) -> Iterator[Check]:
-    """Look at this interpreter."""
+    """Check this interpreter."""
     version, needed = sys.version_info[:3], ".".join(map(str, OLDEST_PYTHON))
     found = f"{'.'.join(map(str, version))} ({sys.executable})"
     if version < OLDEST_PYTHON:
@@ -65,12 +65,12 @@ def check_python(context: Context) -> Iterator[Check]:
 
 
 def check_own(context: Context) -> Iterator[Check]:
-    """Say which dynamo_mpi this is: with a checkout on PYTHONPATH and one that is installed it may be another than one thinks."""
+    """Report which dynamo_mpi is used: a checkout on PYTHONPATH may hide the installed one."""
     yield ok("dynamo_mpi", f"{dynamo_mpi.__version__} ({Path(dynamo_mpi.__file__).parent})")
 
 
 def check_packages(context: Context) -> Iterator[Check]:
-    """Look for each package."""
+    """Check each package."""
     found = {package.name: version_of(package.name, package.module) for package in PACKAGES}
     for package in PACKAGES:
         yield judge(package, found[package.name], in_rank=context.in_rank)
@@ -78,11 +78,11 @@ def check_packages(context: Context) -> Iterator[Check]:
 
 
 def judge(package: Package, version: str | None, *, in_rank: bool) -> Check:
-    """Judge one package.
+    """Evaluate one package.
 
     Args:
         package: the package.
-        version: what is installed; None for nothing.
+        version: the installed version; None if it isn't installed.
         in_rank: whether ranks run here.
     """
     if version is None:
@@ -90,7 +90,7 @@ def judge(package: Package, version: str | None, *, in_rank: bool) -> Check:
             return error(package.name, "not installed", f"{package.name}, for {package.use}", _install(package))
         return skipped(package.name, f"not installed; for {package.use}", _install(package))
     if package.oldest and version != UNKNOWN_VERSION and parts(version) < parts(package.oldest):
-        return trouble(
+        return error_or_warning(
             package.name,
             f"{version}; for {package.use}",
             f"{package.oldest} or newer",
@@ -126,5 +126,5 @@ def _install(package: Package) -> str:
 
 SECTION = Section(
     "python",
-    (Question("python", check_python), Question("dynamo_mpi", check_own), Question("packages", check_packages)),
+    (Probe("python", check_python), Probe("dynamo_mpi", check_own), Probe("packages", check_packages)),
 )

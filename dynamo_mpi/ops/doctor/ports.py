@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ports: are those free that services and workers want here, and who has them? The kernel's tables tell; nothing is bound."""
+"""Doctor's checks of the ports that services and workers need, from the kernel's tables; nothing is bound."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dynamo_mpi.common.ports import holder
 from dynamo_mpi.config.options import resolve
 from dynamo_mpi.deploy.head_node.settings import OPTIONS
 from dynamo_mpi.ops.doctor.check import error, ok, skipped, warning
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,13 +24,13 @@ _NAMES = ("etcd_port", "nats_port", "http_port")
 
 
 class Wanted(NamedTuple):
-    """A port that one of the services will want.
+    """A port that one of the services needs.
 
     Args:
-        id: of its check.
+        id: the id of its check.
         number: the port.
-        setting: where it stands; empty for a default, which moves where it is taken.
-        taken_by: who listens there already, in words; None where nobody does.
+        setting: its setting; empty for a default, for which another is chosen if it is in use.
+        taken_by: the process that already listens there, as text; None if there is none.
     """
 
     id: str
@@ -40,7 +40,7 @@ class Wanted(NamedTuple):
 
 
 def check_services(context: Context) -> Iterator[Check]:
-    """Look at the ports of etcd, NATS and the frontend."""
+    """Check the ports of etcd, NATS and the frontend."""
     options = [option for option in OPTIONS if option.name in _NAMES]
     values, origins = resolve(options, {}, context.environ, {})
     for option in options:
@@ -51,7 +51,7 @@ def check_services(context: Context) -> Iterator[Check]:
 
 
 def judge_port(wanted: Wanted) -> Check:
-    """Judge one of them: services of earlier and other jobs are common on a head node, and only a port that was named has to be free."""
+    """Evaluate one port: services of other jobs are common on a head node, so only a port that was named must be free."""
     if wanted.taken_by is None:
         return ok(wanted.id, f"{wanted.number} is free")
     found = f"{wanted.number} is taken by {wanted.taken_by}"
@@ -62,14 +62,14 @@ def judge_port(wanted: Wanted) -> Check:
 
 
 def check_system_port(context: Context) -> Iterator[Check]:
-    """Look at the port of rank 0's /health, /live and /metrics."""
+    """Check the port of rank 0's /health, /live and /metrics."""
     text = context.environ.get(SYSTEM_PORT, "").strip()
     number = int(text) if text.isascii() and text.isdecimal() and len(text) < 7 else 0
     yield judge_system_port(text, holder(number) if 0 < number <= MAX_SYSTEM_PORT else None)
 
 
 def judge_system_port(text: str, taken_by: str | None) -> Check:
-    """Judge ``DYN_SYSTEM_PORT``: 0 is any, and below that is none."""
+    """Evaluate ``DYN_SYSTEM_PORT``: 0 is any port, a negative number none."""
     id = "system-port"
     if not text or text.startswith("-"):
         return skipped(id, f"{SYSTEM_PORT} isn't set: no /health, /live and /metrics of workers")
@@ -90,7 +90,7 @@ def judge_system_port(text: str, taken_by: str | None) -> Check:
 
 
 def check_range(context: Context) -> Iterator[Check]:
-    """Look at the ports that the kernel gives to outgoing connections."""
+    """Check the range of ports for outgoing connections."""
     options = [option for option in OPTIONS if option.name in _NAMES]
     values, _ = resolve(options, {}, context.environ, {})
     try:
@@ -102,7 +102,7 @@ def check_range(context: Context) -> Iterator[Check]:
 
 
 def judge_range(text: str, ports: dict[str, int]) -> Check:
-    """Judge the range: a port in it may be taken by any connection, in the moment when a service is started again."""
+    """Evaluate the range: a connection may take a port in it while a service restarts."""
     low, high = map(int, text.split()[:2])
     inside = [f"{name} {number}" for name, number in ports.items() if low <= number <= high]
     if inside:
@@ -114,8 +114,8 @@ def judge_range(text: str, ports: dict[str, int]) -> Check:
 SECTION = Section(
     "ports",
     (
-        Question("services", check_services),
-        Question("system-port", check_system_port),
-        Question("ephemeral", check_range),
+        Probe("services", check_services),
+        Probe("system-port", check_system_port),
+        Probe("ephemeral", check_range),
     ),
 )

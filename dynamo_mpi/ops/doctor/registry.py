@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All sections, in the order of the report. What only a flag asks for is handed to `chosen` as ``further``."""
+"""All sections, in the order of the report. Sections that need a flag are passed to `chosen` as ``further``."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SECTIONS: tuple[Section, ...] = (
 
 
 def chosen(only: str | None, further: Sequence[Section] = ()) -> tuple[Section, ...]:
-    """Return the sections to look at.
+    """Return the sections to run.
 
     Args:
         only: names with commas between; None for all.
-        further: sections beside the usual ones, at the end.
+        further: additional sections, at the end.
 
     Raises:
-        UsageError: there is no section of such a name.
+        UsageError: a section doesn't exist.
     """
     everything = (*SECTIONS, *further)
     if only is None:

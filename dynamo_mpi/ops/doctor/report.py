@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was found, as text and as JSON. Whatever leaves here has been redacted."""
+"""Doctor's report as text and as JSON. All of it is redacted."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class SectionReport(NamedTuple):
 
 
 class Report(NamedTuple):
-    """All that was looked at.
+    """All checks.
 
     Args:
-        host: where.
+        host: the host's name.
         sections: in their order.
-        seconds: what it took.
+        seconds: the duration.
     """
 
     host: str
@@ -44,11 +44,11 @@ class Report(NamedTuple):
 
     @property
     def exit_code(self) -> ExitCode:
-        """The first error's, or 0."""
+        """The exit code of the first error, or 0."""
         return next((check.code for check in self.checks if check.status is Status.ERROR), ExitCode.OK)
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as plain data. Keys are only ever added."""
+        """Return it as plain data. Keys are added, never removed."""
         return {
             "schema": SCHEMA,
             "ok": self.exit_code is ExitCode.OK,
@@ -62,7 +62,7 @@ class Report(NamedTuple):
         }
 
     def as_text(self) -> str:
-        """Return it for a person: a line for each check, and under those that aren't ok what is needed and what to do."""
+        """Return it as text: a line for each check, followed by the expectation and the fix if it isn't ok."""
         lines = [line for section in self.sections for line in _section_lines(section)]
         return "\n".join([*lines, self._counts()])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""etcd and NATS, asked as a worker would, with its addresses and credentials."""
+"""Doctor's checks of etcd and NATS, with a worker's addresses and credentials."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dynamo_mpi.discovery.etcd_http import HttpEtcdClient
 from dynamo_mpi.discovery.records import worlds_of
 from dynamo_mpi.layout.format import counted, listed
 from dynamo_mpi.ops.doctor.check import error, of_error, ok, skipped, warning
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     from dynamo_mpi.ops.doctor.check import Check
 
 SERVICES = "services.json"
-# a lease is kept alive thrice in its life of 30 s; an answer as slow as this is a sign of a disk that is too busy
+# a lease of 30 s is renewed three times; a slower answer indicates a disk that is too busy
 _SLOW_SECONDS = 0.5
-# certificates that a job makes for itself are valid from the minute before
+# certificates that a job creates for itself are valid from the minute before
 _SKEW_SECONDS = 30.0
 _LEASE_SECONDS = 10
-# Dynamo's own, and ours
+# prefixes of Dynamo's keys, and of ours
 PREFIXES = ("v1/", "dynamo_mpi/")
 
 
 class EtcdAnswers(NamedTuple):
-    """What one endpoint answered.
+    """The answers of one endpoint.
 
     Args:
-        endpoint: which.
+        endpoint: its URL.
         version: etcd's.
-        seconds: that reading our records took.
-        skew: seconds by which its clock is ahead of ours; None where it doesn't tell.
-        worlds: workers that have a record there.
+        seconds: duration of reading our records.
+        skew: seconds by which its clock is ahead of ours; None if it isn't known.
+        worlds: number of worker records in it.
     """
 
     endpoint: str
@@ -54,12 +54,12 @@ class EtcdAnswers(NamedTuple):
 
 
 def clients_of(context: Context) -> Mapping[str, str]:
-    """Return the environment of those services' clients that are asked: the run folder's, or our own. Credentials may be in it."""
+    """Return the environment for the services' clients: the run folder's, or our own. It may contain credentials."""
     return context.environ if context.run_dir is None else client_environment(context.run_dir, context.environ)
 
 
 def client_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return ``environ`` with what the services of a deployment say that their clients need; unchanged where they say nothing."""
+    """Return ``environ`` with the variables from a deployment's services.json; unchanged if there are none."""
     try:
         content = json.loads((run_dir / SERVICES).read_text(encoding="utf-8"))
         given = {str(name): str(value) for name, value in content["environment"].items()}
@@ -69,7 +69,7 @@ def client_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str, s
 
 
 def check_run_dir(context: Context) -> Iterator[Check]:
-    """Is there a deployment whose services could be asked?"""
+    """Check whether the run folder has running services."""
     if context.run_dir is None:
         return
     path = context.run_dir / SERVICES
@@ -87,15 +87,15 @@ def check_run_dir(context: Context) -> Iterator[Check]:
 
 
 def check_etcd(context: Context) -> Iterator[Check]:
-    """Ask etcd. Where nobody named one, none may run yet."""
+    """Check etcd. If no address is set, it is no error that none runs."""
     environ = clients_of(context)
     try:
-        troubles = check_etcd_endpoints(environ, context.left())
+        problems = check_etcd_endpoints(environ, context.left())
     except DiscoveryError as problem:
         yield of_error("etcd", problem) if is_named(environ) or context.in_rank else judge_unnamed(problem)
         return
-    yield judge_endpoints(troubles)
-    endpoint = next(url for url, trouble in troubles.items() if not trouble)
+    yield judge_endpoints(problems)
+    endpoint = next(url for url, text in problems.items() if not text)
     try:
         yield from judge_answers(ask(endpoint, environ, time.monotonic() + context.left()))
         yield from check_write(context, endpoint)
@@ -107,28 +107,28 @@ def check_etcd(context: Context) -> Iterator[Check]:
 
 
 def judge_unnamed(problem: DiscoveryError) -> Check:
-    """Judge an etcd that doesn't answer where nobody has said that one is."""
+    """Evaluate an etcd that doesn't answer at the default address."""
     needed = "an etcd for workers that are started by hand; launch, local and head_node bring their own"
     return warning("etcd", f"{problem.found}, and ETCD_ENDPOINTS isn't set", needed, problem.fix)
 
 
 def is_named(environ: Mapping[str, str]) -> bool:
-    """Did somebody say where etcd is?"""
+    """Return whether an address of etcd is set."""
     return any(environ.get(name) for name in ("ETCD_ENDPOINTS", "HEAD_NODE_IP", "HEAD_NODE"))
 
 
-def judge_endpoints(troubles: Mapping[str, str]) -> Check:
-    """Judge etcd's endpoints, of which at least one answers."""
-    dead = [f"{strip_credentials(url)}: {trouble}" for url, trouble in troubles.items() if trouble]
+def judge_endpoints(problems: Mapping[str, str]) -> Check:
+    """Evaluate etcd's endpoints, of which at least one answers."""
+    dead = [f"{strip_credentials(url)}: {text}" for url, text in problems.items() if text]
     if dead:
         needed = "all of them; those that answer are tried first"
         return warning(
             "etcd",
-            f"{len(dead)} of {len(troubles)} endpoints do not answer: {listed(dead)}",
+            f"{len(dead)} of {len(problems)} endpoints do not answer: {listed(dead)}",
             needed,
             "correct ETCD_ENDPOINTS, or look at those members",
         )
-    return ok("etcd", f"{listed(map(strip_credentials, troubles))}: healthy")
+    return ok("etcd", f"{listed(map(strip_credentials, problems))}: healthy")
 
 
 def ask(endpoint: str, environ: Mapping[str, str], end: float) -> EtcdAnswers:
@@ -147,7 +147,7 @@ def ask(endpoint: str, environ: Mapping[str, str], end: float) -> EtcdAnswers:
 
 
 def judge_answers(answers: EtcdAnswers) -> Iterator[Check]:
-    """Judge what it answered."""
+    """Evaluate etcd's answers."""
     found = (
         f"etcd {answers.version}: read in {1000 * answers.seconds:.0f} ms; {counted(answers.worlds, 'worker')} recorded"
     )
@@ -161,7 +161,7 @@ def judge_answers(answers: EtcdAnswers) -> Iterator[Check]:
 
 
 def judge_clock(skew: float) -> Check:
-    """Judge the difference of the clocks; it is known to a second or so."""
+    """Evaluate the difference of the clocks, which is known to about a second."""
     if abs(skew) < _SKEW_SECONDS:
         return ok("clock", "this host's clock and etcd's agree")
     found = f"etcd's host is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this one"
@@ -170,9 +170,9 @@ def judge_clock(skew: float) -> Check:
 
 
 def check_write(context: Context, endpoint: str) -> Iterator[Check]:
-    """Write where a worker will, if we may try; the lease takes it away at once."""
+    """Write to a worker's prefixes, if ``--write`` is set; the lease is revoked at once."""
     if not context.write:
-        yield skipped("etcd-write", "not tried", "--write writes a key under each prefix, and takes it away")
+        yield skipped("etcd-write", "not tried", "--write writes a key under each prefix, and deletes it")
         return
     with HttpEtcdClient(endpoint, EtcdAuth.from_env(clients_of(context)), time.monotonic() + context.left()) as gateway:
         gateway.authenticate()
@@ -186,7 +186,7 @@ def check_write(context: Context, endpoint: str) -> Iterator[Check]:
 
 
 def judge_refusal(problem: AuthorizationError, auth: EtcdAuth) -> Check:
-    """Judge an etcd that answers and refuses."""
+    """Evaluate an etcd that answers but rejects our credentials."""
     who = f"user {auth.username!r}" if auth.username else "a client without a user"
     return error(
         "etcd-auth",
@@ -198,7 +198,7 @@ def judge_refusal(problem: AuthorizationError, auth: EtcdAuth) -> Check:
 
 
 def check_nats(context: Context) -> Iterator[Check]:
-    """Ask NATS, where it is used."""
+    """Check NATS, if it is used."""
     environ = clients_of(context)
     server = nats_server(environ, environ.get("DYN_REQUEST_PLANE", "tcp"))
     if server is None:
@@ -211,5 +211,5 @@ def check_nats(context: Context) -> Iterator[Check]:
 
 SECTION = Section(
     "services",
-    (Question("run-dir", check_run_dir), Question("etcd", check_etcd), Question("nats", check_nats)),
+    (Probe("run-dir", check_run_dir), Probe("etcd", check_etcd), Probe("nats", check_nats)),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files in /dev/shm that nobody uses any more: what killed ranks leave takes memory until the node starts again."""
+"""Finds unused files in /dev/shm: files of killed ranks take memory until the node restarts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# one that is being made is held by nobody for a moment
+# no process has a file open for a moment while it is created
 _YOUNG_SECONDS = 60.0
 
 
@@ -19,9 +19,9 @@ class Segment(NamedTuple):
     """A file of this user in shared memory.
 
     Args:
-        path: where.
+        path: its path.
         size: its bytes.
-        age: seconds since it was written last.
+        age: seconds since the last write.
     """
 
     path: str
@@ -30,27 +30,27 @@ class Segment(NamedTuple):
 
 
 def own_segments(folder: str) -> list[Segment]:
-    """Return this user's files there, a level of folders deep."""
+    """Return this user's files in the folder and its subfolders."""
     now = time.time()
     found = []
     for path in _files(folder):
         try:
             stat = os.lstat(path)
         except OSError:
-            continue  # gone since
+            continue  # removed since
         if stat.st_uid == os.getuid():
             found.append(Segment(path, stat.st_size, max(0.0, now - stat.st_mtime)))
     return found
 
 
 def unused(segments: Iterable[Segment], in_use: set[str]) -> list[Segment]:
-    """Return those that no process has mapped or open, the largest first."""
+    """Return the files that no process has mapped or open, the largest first."""
     left = [one for one in segments if one.path not in in_use and one.age > _YOUNG_SECONDS]
     return sorted(left, key=lambda one: -one.size)
 
 
 def paths_in_use(folder: str) -> set[str]:
-    """Return the files there that processes which can be seen from here have mapped or open."""
+    """Return the files in the folder that visible processes have mapped or open."""
     start = folder.rstrip("/") + "/"
     found: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
@@ -66,7 +66,7 @@ def paths_in_use(folder: str) -> set[str]:
 
 
 def mapped_path(line: str) -> str:
-    """Return the file of a line of ``/proc/PID/maps``; empty where there is none."""
+    """Return the file of a line of ``/proc/PID/maps``; empty if there is none."""
     fields = line.rstrip("\n").split(maxsplit=5)
     return fields[5] if len(fields) == 6 else ""
 

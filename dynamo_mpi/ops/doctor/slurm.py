@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slurm: its commands, what they offer to ranks and containers, and the job that we are in."""
+"""Doctor's checks of Slurm: its commands, MPI plugins, container support, and the current job."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.ops.doctor.check import Status, error, ok, skipped, warning
 from dynamo_mpi.ops.doctor.commands import find, run
-from dynamo_mpi.ops.doctor.context import Context, Question, Section
+from dynamo_mpi.ops.doctor.context import Context, Probe, Section
 from dynamo_mpi.ops.doctor.slurm_output import (
     first_node,
     pmix_refusal,
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     from dynamo_mpi.ops.doctor.check import Check
     from dynamo_mpi.ops.doctor.commands import Output
 
-# the first with --overlap, which launch gives to the services' step
+# the first version with --overlap, which launch uses for the services' step
 OLDEST = (20, 11)
 _SHORT_SECONDS = 600
 _TRY_PMIX = ("srun", "--mpi=pmix", "--test-only", "-n1", "true")
 
 
 def check_version(context: Context) -> Iterator[Check]:
-    """Look for srun."""
+    """Check srun."""
     output = _ask(context, "srun", "--version")
     yield _no_program("srun", context.environ) if output is None else judge_version(output)
 
 
 def judge_version(output: Output) -> Check:
     """Judge ``srun --version``."""
-    if output.trouble:
+    if output.problem:
         return _silent("srun", "srun --version", output)
     version = read_version(output.text)
     found = " ".join(output.text.split())
@@ -52,14 +52,14 @@ def judge_version(output: Output) -> Check:
 
 
 def check_controller(context: Context) -> Iterator[Check]:
-    """Does slurmctld answer?"""
+    """Check whether slurmctld answers."""
     output = _ask(context, "scontrol", "ping")
     if output is not None:
         yield judge_controller(output)
 
 
 def judge_controller(output: Output) -> Check:
-    """Judge ``scontrol ping``, which ends with 1 where none is up."""
+    """Evaluate ``scontrol ping``, whose exit code is 1 if none is up."""
     up = read_controllers(output.text)
     if any(up.values()):
         down = [name for name, is_up in up.items() if not is_up]
@@ -69,27 +69,27 @@ def judge_controller(output: Output) -> Check:
         )
     if not up:
         return _silent("controller", "scontrol ping", output)
-    fix = "wait, or tell the cluster's administrators; scontrol ping shows it"
+    fix = "wait, or ask the cluster's administrators; scontrol ping shows it"
     return warning(
         "controller", f"slurmctld on {', '.join(up)} is down", "a controller that answers: no job or step starts", fix
     )
 
 
 def check_mpi_plugins(context: Context) -> Iterator[Check]:
-    """Can srun start ranks that find each other?"""
+    """Check whether srun has a usable MPI plugin."""
     output = _ask(context, "srun", "--mpi=list")
     if output is None:
         yield _no_program("mpi-plugins", context.environ)
     else:
         plugins = judge_mpi_plugins(output, context.environ.get("SLURM_MPI_TYPE", ""))
         yield plugins
-        # a plugin is listed also where the library that it needs isn't there; nothing is submitted by --test-only
+        # a plugin is listed even if its library is missing; --test-only submits nothing
         if plugins.status is Status.OK and (tried := _ask(context, *_TRY_PMIX)) is not None:
             yield judge_pmix(tried)
 
 
 def judge_mpi_plugins(output: Output, chosen: str = "") -> Check:
-    """Judge ``srun --mpi=list``, and what ``SLURM_MPI_TYPE`` chooses of it."""
+    """Evaluate ``srun --mpi=list``, and the choice of ``SLURM_MPI_TYPE``."""
     plugins = None if output.code is None else read_mpi_list(output.text)
     if plugins is None:
         return _silent("mpi-plugins", "srun --mpi=list", output)
@@ -109,18 +109,18 @@ def judge_mpi_plugins(output: Output, chosen: str = "") -> Check:
 
 
 def judge_pmix(output: Output) -> Check:
-    """Judge an srun that was to load its PMIx plugin and to submit nothing. That a job couldn't be had is no news of PMIx."""
+    """Evaluate an ``srun --test-only`` that must load the PMIx plugin. Other errors, as that no nodes are free, say nothing about PMIx."""
     if refusal := pmix_refusal(output.text):
         needed = "a PMIx library where Slurm's plugin looks for it: no step with --mpi=pmix starts"
         fix = "have libpmix installed, or its symlink libpmix.so (Debian: libpmix-dev), on every node"
         return error("pmix", f"srun lists pmix, and can't load it: {refusal}", needed, fix)
-    if output.trouble:
-        return skipped("pmix", f"whether srun can load it isn't known: {output.trouble}")
+    if output.problem:
+        return skipped("pmix", f"whether srun can load it isn't known: {output.problem}")
     return ok("pmix", "srun can load it")
 
 
 def check_pyxis(context: Context) -> Iterator[Check]:
-    """Can srun start containers?"""
+    """Check whether srun can start containers."""
     output = _ask(context, "srun", "--help")
     if output is None:
         yield _no_program("pyxis", context.environ)
@@ -129,7 +129,7 @@ def check_pyxis(context: Context) -> Iterator[Check]:
 
 
 def judge_pyxis(output: Output, environ: Mapping[str, str]) -> Check:
-    """Judge ``srun --help``: a missing Pyxis matters where an image is to be started."""
+    """Evaluate ``srun --help``: a missing Pyxis is a problem only if an image is set."""
     if output.code is None or "--" not in output.text:
         return _silent("pyxis", "srun --help", output)
     if takes_containers(output.text):
@@ -146,18 +146,18 @@ def judge_pyxis(output: Output, environ: Mapping[str, str]) -> Check:
 
 
 def check_enroot(context: Context) -> Iterator[Check]:
-    """Is enroot, on which Pyxis stands, there? On a login node it need not be."""
+    """Check enroot, which Pyxis needs; a login node need not have it."""
     output = _ask(context, "enroot", "version")
     if output is None:
         yield skipped("enroot", "enroot isn't on PATH here; Pyxis needs it on the compute nodes")
-    elif output.trouble:
+    elif output.problem:
         yield _silent("enroot", "enroot version", output)
     else:
         yield ok("enroot", " ".join(output.out.split()))
 
 
 def check_job(context: Context) -> Iterator[Check]:
-    """The allocation that we are in."""
+    """Check the current allocation."""
     job = context.environ.get("SLURM_JOB_ID")
     if not job:
         yield skipped(
@@ -168,14 +168,14 @@ def check_job(context: Context) -> Iterator[Check]:
     if (limit := JobTimeLimit.of(context.environ)) is not None:
         yield judge_time_left(int(limit.end - time.time()))
     elif output := _ask(context, "squeue", "--noheader", f"--job={job}", "--format=%L"):
-        left = None if output.trouble else read_time_left(output.out)
-        yield skipped("time-left", "Slurm tells of no time limit") if left is None else judge_time_left(left)
+        left = None if output.problem else read_time_left(output.out)
+        yield skipped("time-left", "Slurm reports no time limit") if left is None else judge_time_left(left)
     if (nodes := judge_step_nodes(context.environ, context.launch.launcher)) is not None:
         yield nodes
 
 
 def describe_job(environ: Mapping[str, str]) -> str:
-    """Say what the job, and the step, has."""
+    """Describe the resources of the job, and of the step."""
     nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES", "?")
     text = f"job {environ['SLURM_JOB_ID']}: {nodes} nodes ({environ.get('SLURM_JOB_NODELIST', '?')})"
     if tasks := environ.get("SLURM_NTASKS"):
@@ -188,7 +188,7 @@ def describe_job(environ: Mapping[str, str]) -> str:
 
 
 def judge_time_left(seconds: int) -> Check:
-    """Judge what is left of the job's time, which a large model may need to load."""
+    """Evaluate the remaining time of the job: a large model takes long to load."""
     minutes = max(0, seconds) // 60
     if seconds < _SHORT_SECONDS:
         return warning(
@@ -201,7 +201,7 @@ def judge_time_left(seconds: int) -> Check:
 
 
 def judge_step_nodes(environ: Mapping[str, str], launcher: Launcher) -> Check | None:
-    """Slurm's PMIx plugin may ask the wrong node for what MPI's start waits for, where a step doesn't begin on the job's first node."""
+    """Check a step that doesn't begin on the job's first node: Slurm's PMIx plugin may then contact the wrong node, and MPI's start hangs."""
     step, job = environ.get("SLURM_STEP_NODELIST", ""), environ.get("SLURM_JOB_NODELIST", "")
     if launcher is not Launcher.SLURM_PMIX or not step or not job or first_node(step) == first_node(job):
         return None
@@ -214,12 +214,12 @@ def judge_step_nodes(environ: Mapping[str, str], launcher: Launcher) -> Check | 
 
 
 def check_variables(context: Context) -> Iterator[Check]:
-    """Slurm's input variables that change what an srun means."""
+    """Check Slurm's input variables that change the meaning of an srun command."""
     yield from judge_variables(context.environ, in_rank=context.in_rank)
 
 
 def judge_variables(environ: Mapping[str, str], *, in_rank: bool) -> Iterator[Check]:
-    """Judge them. In a rank, ``SLURM_EXPORT_ENV`` is what the srun that started it was given."""
+    """Evaluate them. In a rank, ``SLURM_EXPORT_ENV`` is that of the srun that started it."""
     export = environ.get("SLURM_EXPORT_ENV", "ALL")
     if not in_rank and export.split(",")[0] in ("NONE", "NIL"):
         needed = "ALL, or nothing: the ranks need MODEL_PATH, ETCD_ENDPOINTS and the like"
@@ -250,27 +250,27 @@ def _no_program(id: str, environ: Mapping[str, str]) -> Check:
 
 
 def _silent(id: str, command: str, output: Output) -> Check:
-    """Return the check of a command that gave no answer."""
+    """Return the check for a command without a usable answer."""
     if "configuration source" in output.text:
-        return skipped(id, "Slurm's commands are here, and no cluster that they are configured for")
-    found = f"{command}: {output.trouble or 'an answer that can not be read: ' + ' '.join(output.text.split())[:200]}"
+        return skipped(id, "Slurm's commands are installed, but no cluster is configured")
+    found = f"{command}: {output.problem or 'an answer that can not be read: ' + ' '.join(output.text.split())[:200]}"
     return warning(
         id,
         found,
         "an answer: launch would wait like that too",
-        f"{command} by hand; scontrol ping tells of the controller",
+        f"{command} by hand; scontrol ping checks the controller",
     )
 
 
 SECTION = Section(
     "slurm",
     (
-        Question("srun", check_version),
-        Question("controller", check_controller),
-        Question("mpi-plugins", check_mpi_plugins),
-        Question("pyxis", check_pyxis),
-        Question("enroot", check_enroot),
-        Question("job", check_job),
-        Question("variables", check_variables),
+        Probe("srun", check_version),
+        Probe("controller", check_controller),
+        Probe("mpi-plugins", check_mpi_plugins),
+        Probe("pyxis", check_pyxis),
+        Probe("enroot", check_enroot),
+        Probe("job", check_job),
+        Probe("variables", check_variables),
     ),
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Slurm's commands print, read. Pure; versions differ in where it goes (stdout, stderr) and in what stands before it."""
+"""Parses the output of Slurm's commands. Pure; versions differ in the stream (stdout, stderr) and in prefixes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 _PREFIX = re.compile(r"^srun: ")
 _VERSION = re.compile(r"\b(\d+)\.(\d+)(?:\.(\d+))?")
 _SPECIFIC = "specific pmix plugin versions available:"
-# D-HH:MM:SS and its shorter forms, as squeue has a time that is left
+# D-HH:MM:SS and its shorter forms: squeue's format of the remaining time
 _LEFT = re.compile(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+)")
 
 
@@ -17,7 +17,7 @@ class MpiPlugins(NamedTuple):
     """What ``srun --mpi=list`` offers.
 
     Args:
-        types: what ``--mpi=`` takes.
+        types: values of ``--mpi=``.
         pmix_versions: the PMIx plugins behind ``pmix``: ``pmix_v4``.
     """
 
@@ -26,14 +26,14 @@ class MpiPlugins(NamedTuple):
 
     @property
     def pmix(self) -> tuple[str, ...]:
-        """All that is PMIx."""
+        """All types of PMIx."""
         return tuple(name for name in self.types if name.startswith("pmix")) + self.pmix_versions
 
 
 def read_mpi_list(text: str) -> MpiPlugins | None:
-    """Read ``srun --mpi=list``; None where it isn't that.
+    """Read ``srun --mpi=list``; None if it has another format.
 
-    Up to 21.08 each line begins with ``srun:`` and PMIx's versions stand among the types; since 22.05 they have a line of their own.
+    Up to 21.08 each line begins with ``srun:`` and PMIx's versions are among the types; since 22.05 they have a line of their own.
     """
     types: list[str] = []
     versions: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ def read_mpi_list(text: str) -> MpiPlugins | None:
 
 
 def pmix_refusal(text: str) -> str:
-    """Return what srun says of a PMIx plugin that it can't load; empty where it says nothing of it."""
+    """Return srun's error about a PMIx plugin that it can't load; empty if there is none."""
     return next(
         (line.strip() for line in text.splitlines() if "can not load PMIx" in line or "Invalid MPI type" in line), ""
     )
@@ -62,7 +62,7 @@ def read_version(text: str) -> tuple[int, int] | None:
 
 
 def takes_containers(help_text: str) -> bool:
-    """Tell from ``srun --help`` whether Pyxis is there: its plugin adds the option."""
+    """Return from ``srun --help`` whether Pyxis is installed: its plugin adds the option."""
     return re.search(r"^\s*--container-image\b", help_text, re.MULTILINE) is not None
 
 
@@ -74,7 +74,7 @@ def read_controllers(text: str) -> dict[str, bool]:
 
 
 def read_time_left(text: str) -> int | None:
-    """Read the seconds of ``squeue --format=%L``; None for no limit, and for what isn't a time."""
+    """Read the seconds of ``squeue --format=%L``; None for no limit, and for another text."""
     match = _LEFT.fullmatch(text.strip())
     if match is None:
         return None
