@@ -30,8 +30,8 @@ def least_rate(kind: str | None, nvlinks: int | None, pcie: int | None) -> tuple
 
     Args:
         kind: as `layout.gpus` names it.
-        nvlinks: links of the GPU that are up; None where that isn't known.
-        pcie: generation of PCI Express; None where it isn't known.
+        nvlinks: links of the GPU that are up; None if that isn't known.
+        pcie: generation of PCI Express; None if it isn't known.
     """
     if nvlinks and kind in _NVLINK:
         return _NVLINK[kind] / 4, f"NVLink of {kind}"

@@ -44,7 +44,7 @@ class GpuHealth(NamedTuple):
     Args:
         facts: the facts that the preflight reads too, as they are now.
         driver: version of the driver.
-        problem: why nothing could be read; empty where it could.
+        problem: why nothing could be read; empty if it could.
         waited: seconds of waiting until memory was freed.
         recovery_action: the recovery that the driver asks for, as in nvml.h (``NVML_GPU_RECOVERY_ACTION_*``).
         ecc_on: whether its memory corrects errors.

@@ -45,8 +45,8 @@ class EvaluationInput(NamedTuple):
     Args:
         plan: the checks and their parameters.
         ranks: each rank's host.
-        kind: of GPU, as `layout.gpus` names it; None where it isn't known.
-        weights: bytes of each rank's weights; empty where they aren't known.
+        kind: of GPU, as `layout.gpus` names it; None if it isn't known.
+        weights: bytes of each rank's weights; empty if they aren't known.
         earlier: figures of the checks that ran before, by check.
     """
 

@@ -63,7 +63,7 @@ class HostFacts(NamedTuple):
         variables: environment variables that affect the engine, with their values; variables that aren't set are left out.
         versions: distributions with their versions; those that aren't installed are left out.
         shm_path: the folder of shared memory.
-        shm_bytes: its size; 0 where it can't be read.
+        shm_bytes: its size; 0 if it can't be read.
         shm_free: free bytes in it.
         leftovers: files of this user in it that look like an earlier worker's.
     """
@@ -79,11 +79,11 @@ class HostFacts(NamedTuple):
     leftovers: tuple[StaleFile, ...] = ()
 
     def variable(self, name: str) -> str | None:
-        """Return the value of an environment variable; None where it isn't set."""
+        """Return the value of an environment variable; None if it isn't set."""
         return dict(self.variables).get(name)
 
     def version(self, package: str) -> str | None:
-        """Return the version of a distribution; None where it isn't installed."""
+        """Return the version of a distribution; None if it isn't installed."""
         return dict(self.versions).get(package)
 
     def pack(self) -> tuple[str, ...]:
@@ -179,7 +179,7 @@ def _versions() -> Iterable[tuple[str, str]]:
 
 
 def version_of(package: str, module: str = "") -> str | None:
-    """Return the version of a distribution without importing it, or None where it isn't installed.
+    """Return the version of a distribution without importing it, or None if it isn't installed.
 
     Args:
         package: the distribution.

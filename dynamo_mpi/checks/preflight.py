@@ -89,7 +89,7 @@ class PreflightResult:
         report: for the user; one line if there is no problem.
         findings: the rules' findings.
         subject: the worker that was checked.
-        weights: bytes of each rank's weights; empty where they aren't known.
+        weights: bytes of each rank's weights; empty if they aren't known.
     """
 
     exit_code: ExitCode

@@ -39,7 +39,7 @@ class Requirements(NamedTuple):
     """A worker's requirements of its hosts.
 
     Args:
-        weights: bytes of each rank's weights, by rank; empty where they aren't known.
+        weights: bytes of each rank's weights, by rank; empty if they aren't known.
         allow_no_gpu: whether the rules about GPUs are left out.
         memory_later: whether free memory is evaluated later, by the GPU check, after it has waited until memory is freed.
     """

@@ -91,11 +91,11 @@ class RankReport(NamedTuple):
 
     Args:
         host: this node's name.
-        visible_gpus: ``CUDA_VISIBLE_DEVICES``, empty where it isn't set.
+        visible_gpus: ``CUDA_VISIBLE_DEVICES``, empty if it isn't set.
         version: dynamo_mpi's.
         problems: ``label: what is wrong`` for everything that isn't as rank 0 has it.
-        host_facts: `HostFacts`, packed; empty where it wasn't asked for.
-        gpu_facts: `NodeGpus`, packed; empty where it wasn't asked for.
+        host_facts: `HostFacts`, packed; empty if it wasn't asked for.
+        gpu_facts: `NodeGpus`, packed; empty if it wasn't asked for.
         networks: `HostNetworks`, packed; of the first rank of each node, where there may be several nodes, else empty.
     """
 

@@ -153,8 +153,8 @@ def _of_mpirun(words: str) -> Iterator[tuple[int, Death]]:
         yield each.start(), Death(host=each[1], how="ended with its host's daemon, or that did not start")
     for each in _BAD.finditer(words):
         yield each.start(), _of_mpich(int(each[1]), each[2], int(each[3]), int(each[4] or 0))
-    if not _BAD.search(words) and (told := _STRING.search(words)):
-        yield told.start(), _of_mpich(0, "", 0, int(told[1]))
+    if not _BAD.search(words) and (string := _STRING.search(words)):
+        yield string.start(), _of_mpich(0, "", 0, int(string[1]))
 
 
 def _of_mpich(pid: int, host: str, code: int, number: int) -> Death:

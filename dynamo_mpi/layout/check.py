@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One worker, or a pair of them, judged by every rule: what `dynamo-mpi check` and the ranks' preflight both ask."""
+"""Applies every rule to one worker or a pair: used by `dynamo-mpi check` and by the ranks' preflight."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.layout.spec import LayoutSpec
 
-# rules about the text of the engine config: whoever breaks only these wrote bad data, not an illegal layout
+# rules about the text of the engine config: if only these are broken, the file is invalid, not the layout
 TEXT_RULES = ("H",)
 _MAX_GROUPED = 1024
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found about one worker.
+    """The report on one worker.
 
     Args:
         subject: the worker.
-        findings: from every rule, in their order.
-        memory: what it needs; None where the config doesn't say enough.
-        nearest: for an error, layouts that would work: those that give what was meant, then those on the same GPUs.
+        findings: the findings of all rules, in the rules' order.
+        memory: its memory estimate; None if the config lacks sizes.
+        nearest: for an error, layouts that would work: first those that match the likely intention, then those on the same GPUs.
     """
 
     subject: LayoutSpec
@@ -44,21 +44,21 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Is nothing an error?"""
+        """Whether there is no error."""
         return not errors(self.findings)
 
     @property
     def exit_code(self) -> ExitCode:
-        """What a check ends with."""
+        """The exit code of the check."""
         return exit_code_of(self.findings)
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """What the model's config would have to say for every rule and estimate, and doesn't."""
+        """The values that rules and estimates need and the model's config lacks."""
         return tuple(dict.fromkeys((*self.subject.shape.unknown, *missing_sizes(self.subject.shape))))
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as plain data: the stable form that scripts read."""
+        """Return it as plain data, in the stable format for scripts."""
         subject = self.subject
         return {
             "ok": self.ok,
@@ -79,7 +79,7 @@ class Report:
         }
 
     def _placed(self) -> bool:
-        """Are there ranks to speak of? Not where sizes don't multiply out, or are absurd."""
+        """Whether the layout has valid ranks: its sizes multiply to the number of ranks, and are in range."""
         layout, cluster = self.subject.layout, self.subject.cluster
         part = cluster.nodes == 1 and layout.world_size <= cluster.world_size
         enough = part or layout.world_size == cluster.world_size
@@ -99,7 +99,7 @@ class Report:
 
 @dataclass(frozen=True)
 class PairReport:
-    """What was found about a prefill and a decode worker."""
+    """The report on a prefill and a decode worker."""
 
     prefill: Report
     decode: Report
@@ -107,12 +107,12 @@ class PairReport:
 
     @property
     def ok(self) -> bool:
-        """Is nothing an error, in either worker or between them?"""
+        """Whether there is no error in either worker or between them."""
         return self.prefill.ok and self.decode.ok and not errors(self.findings)
 
     @property
     def exit_code(self) -> ExitCode:
-        """What a check ends with."""
+        """The exit code of the check."""
         if errors(self.findings):
             return ExitCode.ILLEGAL_LAYOUT
         codes = {report.exit_code for report in (self.prefill, self.decode)} - {ExitCode.OK}
@@ -129,11 +129,11 @@ class PairReport:
 
 
 def exit_code_of(findings: Sequence[Finding], special: Mapping[str, ExitCode] = MappingProxyType({})) -> ExitCode:
-    """Return the code that findings lead to: the first error decides, wrong keys last, since they are seldom all that is wrong.
+    """Return the exit code for findings: the first error decides; wrong keys count last, because other errors often exist too.
 
     Args:
-        findings: in the order in which they are told.
-        special: codes of rules that are about something else than the layout, by rule.
+        findings: in the order of the report.
+        special: by rule, codes of rules that aren't about the layout.
     """
     found = errors(findings)
     if not found:
@@ -143,12 +143,12 @@ def exit_code_of(findings: Sequence[Finding], special: Mapping[str, ExitCode] = 
 
 
 def check_worker(subject: LayoutSpec, more: Sequence[Finding] = (), *, suggest: bool = True) -> Report:
-    """Judge one worker.
+    """Apply all rules to one worker.
 
     Args:
         subject: the worker.
-        more: findings made before, e.g. while its config was put together.
-        suggest: look for layouts that would work where there is an error.
+        more: earlier findings, e.g. from merging its config.
+        suggest: whether to find layouts that would work if there is an error.
     """
     findings = [*more, *all_findings(subject)]
     better = suggestions(subject) if suggest and any(map(_is_about_layout, errors(findings))) else []
@@ -157,12 +157,12 @@ def check_worker(subject: LayoutSpec, more: Sequence[Finding] = (), *, suggest: 
 
 
 def _is_about_layout(finding: Finding) -> bool:
-    """Could another layout mend it? Not wrong keys, limits, roles, nor a format that the GPU doesn't have."""
+    """Return whether another layout could solve the error: not for wrong keys, limits, roles, or a format that the GPU doesn't support."""
     return not finding.rule.startswith(("H", "I", "G"))
 
 
 def _with_what_was_meant(finding: Finding, subject: LayoutSpec, better: Sequence[LayoutSpec]) -> Finding:
-    """A2: name the shapes that give a tp and an ep at once, on as many ranks as they need."""
+    """A2: name layouts with the given tp and ep, on as many ranks as they need."""
     wider = [other for other in better if other.layout.world_size > subject.layout.world_size]
     if finding.rule != "A2" or not wider:
         return finding
@@ -171,8 +171,8 @@ def _with_what_was_meant(finding: Finding, subject: LayoutSpec, better: Sequence
 
 
 def check_pair(prefill: Report, decode: Report) -> PairReport:
-    """Judge what two workers are to each other."""
-    # not at the top: most checks are of one worker
+    """Apply the rules between two workers."""
+    # imported here: most checks are of one worker
     from dynamo_mpi.layout.contract import check_contracts, contract_of
 
     return PairReport(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section I, two workers: what a prefill and a decode worker have to share.
+"""Section I, rules between two workers: what a prefill and a decode worker must have in common.
 
-The engine compares at the first request, deep in the sender's thread, while both workers look healthy: an error, a time-out, a hang or wrong
-text. Here each side says what it is in a `Contract`, plain data that also travels through the world record, and two contracts are compared.
+The engine compares these values only at the first request, in the sender's thread, while both workers look healthy; a mismatch is an error, a
+timeout, a hang or wrong text. Here each side has a `Contract`, plain data that is also in the worker record, and two contracts are compared.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Contract:
-    """One side of a pair. None: not known.
+    """One side of a pair. None means not known.
 
     Args:
         role: ``prefill`` or ``decode``.
         model: the architecture.
-        num_layers: of the model.
+        num_layers: number of the model's layers.
         kv_heads: over all ranks; None with latent attention.
         head_dim: elements of a head, or of the latent with its rotary part.
-        latent_attention: MLA?
+        latent_attention: whether it has latent attention (MLA).
         index_head_dim: of the sparse-attention indexer's cache; 0 without one.
         state_heads: of a hybrid; 0 for none.
         state_dtype: of its states; None for the engine's own.
         kv_dtype: of keys and values, ``auto`` resolved.
-        tokens_per_block: of the KV cache, after what the attention backend makes of it.
-        backend: that carries the KV.
+        tokens_per_block: block size of the KV cache that the attention backend uses.
+        backend: transport of the KV.
         runtime: ``CPP``, ``PYTHON`` or ``AUTO``.
         tp_size: tensor-parallel size.
         pp_size: pipeline stages.
         cp_size: context-parallel size.
         enable_attention_dp: attention is data-parallel.
-        max_seq_len: longest request; None where the config leaves it to the model.
+        max_seq_len: longest request; None if the model decides.
         max_tokens_in_buffer: of the transceiver.
         trtllm_version: of TensorRT-LLM.
     """
@@ -75,7 +75,7 @@ class Contract:
 
 
 def contract_of(subject: LayoutSpec) -> Contract:
-    """Say what ``subject`` is to its partner."""
+    """Return the contract of ``subject``."""
     shape, config, layout = subject.shape, subject.config, subject.layout
     latent = shape.latent
     transceiver = config.transceiver
@@ -121,7 +121,7 @@ _SHARED = (
 
 
 def check_contracts(prefill: Contract, decode: Contract) -> list[Finding]:
-    """I1-I8, F11: what prefill and decode have to share: KV type, blocks, heads, layers, transceiver; layouts and limits may differ
+    """I1-I8, F11: prefill and decode must agree in KV type, blocks, heads, layers and transceiver; layouts and limits may differ
     (``CacheFormatter::inquireSupport``, ``PeerRegistrar``)."""
     return [*_shared(prefill, decode), *_context(prefill, decode), *_advice(prefill, decode)]
 
@@ -142,7 +142,7 @@ def _shared(prefill: Contract, decode: Contract) -> Iterator[Finding]:
             continue
         yield error(
             rule,
-            f"prefill and decode differ in {name}: the KV of one is no KV for the other",
+            f"prefill and decode differ in {name}: one can't use the other's KV",
             found=f"prefill {ours}, decode {theirs}",
             needed=f"the same {name}",
             fix=fix,
@@ -150,7 +150,7 @@ def _shared(prefill: Contract, decode: Contract) -> Iterator[Finding]:
 
 
 def _may_be_the_same(field: str, values: set[object]) -> bool:
-    """Each engine makes something of AUTO, and NIXL of DEFAULT where no variable says otherwise (I6, I7)."""
+    """Return whether different values may mean the same: each engine resolves AUTO, and DEFAULT is NIXL unless a variable is set (I6, I7)."""
     return (field == "backend" and values == {"DEFAULT", "NIXL"}) or (field == "runtime" and "AUTO" in values)
 
 
@@ -189,7 +189,7 @@ def _advice(prefill: Contract, decode: Contract) -> Iterator[Finding]:
     if prefill.max_seq_len is not None and decode.max_seq_len is not None and prefill.max_seq_len > decode.max_seq_len:
         yield warning(
             "I8",
-            "prefill takes longer requests than decode can go on with",
+            "prefill accepts longer requests than decode can continue",
             found=f"max_seq_len: prefill {prefill.max_seq_len}, decode {decode.max_seq_len}",
             needed="max_seq_len of decode at least that of prefill",
             fix=f"set max_seq_len: {prefill.max_seq_len} on the decode worker, or less on the prefill worker",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""H4: what TensorRT-LLM takes where an engine config says nothing (``BaseLlmArgs``, ``KvCacheConfig``)."""
+"""H4: TensorRT-LLM's defaults for keys that an engine config does not set (``BaseLlmArgs``, ``KvCacheConfig``)."""
 
 from __future__ import annotations
 

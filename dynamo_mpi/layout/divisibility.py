@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""B11: the sizes that a model allows, for advice and for planning."""
+"""B11: the sizes that a model allows, for suggestions and for the planner."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def divisors(number: int) -> list[int]:
 
 
 def common_split(width: int, block: int, ranks: int, gpus_per_node: int) -> int:
-    """E9: return over how many ranks DeepSeek-V3 and its relatives divide an MLP: what its scaling blocks and the ranks have in common,
+    """E9: return over how many ranks DeepSeek-V3 and its relatives divide an MLP: the common divisor of its scaling blocks and the ranks,
     within a node (``modeling_deepseekv3.py: _compute_mlp_tp_size``).
 
     Args:
         width: of the MLP.
         block: elements that share a scale (`dense_block`).
-        ranks: that it could be divided over.
+        ranks: number of ranks available for it.
         gpus_per_node: GPUs of a node.
     """
     split = gcd(width // block, ranks) or 1
@@ -39,7 +39,7 @@ def common_split(width: int, block: int, ranks: int, gpus_per_node: int) -> int:
 
 
 def dense_block(quantisation: Quantisation | None) -> int:
-    """E9: return the block that those families count an MLP in: 128 for FP8 block scales, 16 for NVFP4, else 1."""
+    """E9: return the block size of an MLP in those families: 128 for FP8 block scales, 16 for NVFP4, else 1."""
     return {FP8_BLOCK_SCALES: FP8_BLOCK, NVFP4: NVFP4_BLOCK}.get(
         quantisation.algo if quantisation is not None else "", 1
     )
@@ -66,7 +66,7 @@ def legal_tp_sizes(shape: ModelShape, cp_size: int = 1) -> tuple[int, ...] | Non
 
 
 def workable_tp_sizes(shape: ModelShape, cp_size: int = 1) -> tuple[int, ...]:
-    """Return those of the legal tensor-parallel sizes that every MLP divides over too (E1), ascending.
+    """Return the legal tensor-parallel sizes by which every MLP is divisible too (E1), ascending.
 
     Llama-4: 1, 2, 4, 8; its MLPs can't be divided by 40.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine config: TensorRT-LLM's YAML as its users write it, with its names, typed as far as rules and estimates look at it."""
+"""The engine config: TensorRT-LLM's YAML with its names; keys that rules and estimates use are typed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dynamo_mpi.common.config_reader import Reader
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# of any world; rules go through the stages of one, and look for the divisors of its size
+# limit for any world size: rules iterate over its stages and divisors
 MAX_RANKS = 65_536
 
 
 @dataclass(frozen=True)
 class KvCache:
-    """``kv_cache_config``. None: left to the engine.
+    """``kv_cache_config``. None means the engine's default.
 
     Args:
-        dtype: of keys and values; ``auto`` takes the checkpoint's.
+        dtype: type of keys and values; ``auto`` means the checkpoint's.
         tokens_per_block: tokens of a block.
         free_gpu_memory_fraction: of the memory that is free once the weights are loaded.
         max_tokens: cap of the cache.
@@ -47,8 +47,8 @@ class Moe:
         max_num_tokens: tokens that the workspace is made for.
         balancer_path: file with the balancer's settings.
         num_slots: expert slots over all ranks; None without a balancer, or where it doesn't say.
-        balanced: is there a balancer?
-        balancer_read: are its settings known? Not where its file isn't there.
+        balanced: whether there is a balancer.
+        balancer_read: whether its settings are known; not if its file is missing.
         assignments: experts of each slot, by layer.
     """
 
@@ -83,7 +83,7 @@ class Speculative:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The keys of an engine config that decide about layout, capacity and the hand-over between roles. None: left to the engine.
+    """The keys of an engine config that affect layout, capacity and the KV transfer between roles. None means the engine's default.
 
     Args:
         tp_size: ``tensor_parallel_size``.
@@ -93,7 +93,7 @@ class EngineConfig:
         max_batch_size: requests in one step.
         max_num_tokens: tokens in one step.
         max_seq_len: prompt and output tokens of one request.
-        moe_tp_size: ``moe_tensor_parallel_size``; None and -1 are the same to the engine (A3).
+        moe_tp_size: ``moe_tensor_parallel_size``; None and -1 mean the same to the engine (A3).
         moe_ep_size: ``moe_expert_parallel_size``.
         moe_cluster_size: ``moe_cluster_parallel_size``.
         cp_type: ``cp_config.cp_type``, upper case.
@@ -107,11 +107,11 @@ class EngineConfig:
         attn_backend: attention kernels.
         kv_cache: ``kv_cache_config``.
         moe: ``moe_config``.
-        transceiver: ``cache_transceiver_config``; None where it isn't set.
-        speculative: ``speculative_config``; None where it isn't set.
+        transceiver: ``cache_transceiver_config``; None if it isn't set.
+        speculative: ``speculative_config``; None if it isn't set.
         cuda_graph_batch_sizes: ``cuda_graph_config.batch_sizes``.
         cuda_graph_max_batch_size: ``cuda_graph_config.max_batch_size``.
-        cuda_graphs: are there any?
+        cuda_graphs: whether they are enabled.
         load_format: how weights are read.
         orchestrator: ``orchestrator_type``.
         lora_cuda_graph: ``lora_config.cuda_graph_specialize_lora``.
@@ -160,14 +160,14 @@ class EngineConfig:
 
 
 def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
-    """Type what rules look at.
+    """Parse the keys that rules use.
 
     Args:
-        keys: the config, every layer laid over the others (``engine_layers.py``).
+        keys: the config, with all layers merged (``engine_layers.py``).
         path: where it was found, for messages.
 
     Raises:
-        DataError: one of the values has the wrong type or is out of every range.
+        ConfigFileError: one of the values has the wrong type or is out of every range.
     """
     top = Reader(keys, path)
     cp_config = top.section("cp_config")
@@ -242,7 +242,7 @@ def read_balancer(section: Reader) -> dict[str, Any]:
     """Read an expert load balancer's settings, from the config or from the file that it names.
 
     Raises:
-        DataError: one of the values has the wrong type.
+        ConfigFileError: one of the values has the wrong type.
     """
     assignments = section.section("initial_global_assignments")
     return {

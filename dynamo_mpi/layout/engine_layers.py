@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine is really started with: Dynamo lays its flags, the YAML and the overrides over each other, in that order.
+"""The config that the engine really gets: Dynamo merges its flags, the YAML and the overrides, in that order.
 
-A flag that the YAML contradicts has no effect in Dynamo (``dynamo/trtllm/workers/llm_worker.py``), without a word. Here that is a
+In Dynamo a flag that the YAML contradicts has no effect, without a warning (``dynamo/trtllm/workers/llm_worker.py``). Here that is a
 finding (H14).
 """
 
@@ -58,8 +58,8 @@ class MergedConfig:
     """The result.
 
     Args:
-        config: what the engine gets.
-        findings: flags and YAML keys that lost against a later layer.
+        config: the config that the engine gets.
+        findings: flags and YAML keys that a later layer overrides.
     """
 
     config: EngineConfig
@@ -67,10 +67,10 @@ class MergedConfig:
 
 
 def merge(layers: EngineLayers) -> MergedConfig:
-    """Lay the layers over each other.
+    """Merge the layers.
 
     Raises:
-        DataError: the YAML or the override can't be used.
+        ConfigFileError: the YAML or the override can't be used.
         UsageError: both kinds of overrides, or a dynamic flag without a value.
     """
     keys: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def with_balancer(merged: MergedConfig, text: str) -> MergedConfig:
         text: the file's contents.
 
     Raises:
-        DataError: it isn't a YAML mapping, or one of its values has the wrong type.
+        ConfigFileError: it isn't a YAML mapping, or one of its values has the wrong type.
     """
     moe = merged.config.moe
     path = str(moe.balancer_path)
@@ -182,7 +182,7 @@ def _deep_update(target: dict[str, Any], source: Mapping[str, Any]) -> None:
 def _set(keys: dict[str, Any], path: Sequence[str], value: Any) -> bool:
     inner: Any = keys
     for name in path[:-1]:
-        if inner.get(name) is None:  # null makes way, as in Dynamo
+        if inner.get(name) is None:  # null is overridden, as in Dynamo
             inner[name] = {}
         inner = inner[name]
         if not isinstance(inner, dict):
@@ -201,13 +201,13 @@ def _get(keys: Mapping[str, Any], path: Sequence[str], missing: Any) -> Any:
 
 
 def flag_without_effect(path: str, value: Any, found: Any, yaml_path: str) -> Finding:
-    """H14: a flag that the engine config contradicts has no effect: Dynamo lays the YAML over its flags (``llm_worker.py``)."""
+    """H14: a flag that the engine config contradicts has no effect: in Dynamo the YAML overrides flags (``llm_worker.py``)."""
     flag = FLAG_KEYS.get(path, path)
     return Finding(
         "H14",
         Severity.WARNING,
-        f"{flag} {value} has no effect: Dynamo lays the engine config over its flags",
+        f"{flag} {value} has no effect: in Dynamo the engine config overrides flags",
         found=f"{flag} {value}; {yaml_path} says {path}: {found}",
         needed="the value in one place",
-        fix=f"set {path} in {yaml_path}, or give --override-engine-args, which is laid over both",
+        fix=f"set {path} in {yaml_path}, or give --override-engine-args, which overrides both",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes down a layout: the YAML for the engine, and the line that starts its ranks."""
+"""Writes the engine's YAML for a layout, and the command that starts its ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.spec import LayoutSpec
 
 
-# keys that a layout decides; a plan writes them itself
+# keys that the layout decides, so that the planner writes them
 _SIZES = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
@@ -34,7 +34,7 @@ _SIZES = (
 
 
 def for_role(config: EngineConfig, role: str) -> EngineConfig:
-    """Fill in what a role can't do without (I6, I9); whoever set a transceiver or the scheduler meant it."""
+    """Add the keys that a role requires (I6, I9), unless the user has set a transceiver or the scheduler."""
     missing: dict[str, Any] = {}
     if role == "prefill" and config.keys.get("disable_overlap_scheduler") is None:
         missing["disable_overlap_scheduler"] = True
@@ -46,7 +46,7 @@ def for_role(config: EngineConfig, role: str) -> EngineConfig:
 
 
 def engine_yaml(subject: LayoutSpec, model: str) -> str:
-    """Write the engine config of a layout: its sizes, what its role can't do without, and every other key of the config it was made from.
+    """Write the engine config of a layout: its sizes, the keys that its role requires, and all other keys of the original config.
 
     Args:
         subject: the worker.
@@ -77,7 +77,7 @@ def _keys(subject: LayoutSpec) -> dict[str, object]:
 
 
 def srun_line(subject: LayoutSpec, model: str, engine_config: str) -> str:
-    """Write the line that starts a worker's ranks on Slurm.
+    """Write the command that starts a worker's ranks on Slurm.
 
     Args:
         subject: the worker.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A finding: one thing that a check has to say."""
+"""A finding: the result of a rule that is not met."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Severity(Enum):
-    """How bad it is. Only an error stops a world."""
+    """Severity of a finding. Only an error stops a world."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -25,11 +25,11 @@ class Finding:
 
     Args:
         rule: id of the rule, e.g. ``"B1"``: stable, for scripts and for looking it up.
-        severity: how bad it is.
-        message: one sentence that says what is wrong.
+        severity: its severity.
+        message: the problem, in one sentence.
         found: the values that were found.
-        needed: what they have to be.
-        fix: what to do.
+        needed: what is expected.
+        fix: the fix.
     """
 
     rule: str
@@ -57,12 +57,12 @@ def error(rule: str, message: str, *, found: str = "", needed: str = "", fix: st
 
 
 def warning(rule: str, message: str, *, found: str = "", needed: str = "", fix: str = "") -> Finding:
-    """Return a finding that a user should look at."""
+    """Return a finding that a user should check."""
     return Finding(rule, Severity.WARNING, message, found, needed, fix)
 
 
 def info(rule: str, message: str, *, found: str = "", needed: str = "", fix: str = "") -> Finding:
-    """Return a finding that is good to know."""
+    """Return a finding that is only information."""
     return Finding(rule, Severity.INFO, message, found, needed, fix)
 
 
@@ -72,7 +72,7 @@ def errors(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def render(findings: Sequence[Finding]) -> str:
-    """Write findings for a person, errors first; what is only good to know takes one line."""
+    """Format findings as text, errors first; information takes one line."""
     lines: list[str] = []
     order = [Severity.ERROR, Severity.WARNING, Severity.INFO]
     for finding in sorted(findings, key=lambda f: order.index(f.severity)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How findings and reports put numbers into words."""
+"""Formats numbers, sizes and layouts for findings and reports."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _GIB = 2**30
 
 
 def listed(items: Iterable[object]) -> str:
-    """Write ``1, 2, 4``."""
+    """Format a list as ``1, 2, 4``."""
     return ", ".join(map(str, items))
 
 
 def counted(number: int, noun: str) -> str:
-    """Write ``1 layer`` or ``2 layers``."""
+    """Format a number with its noun: ``1 layer`` or ``2 layers``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def gib(size: int) -> str:
-    """Write a number of bytes as ``79.3 GiB``."""
+    """Format a number of bytes as ``79.3 GiB``."""
     return f"{size / _GIB:.1f} GiB"
 
 
 def short_name(subject: LayoutSpec) -> str:
-    """Write a layout as its users do: ``TP8/EP8/PP2``, ``TP8 x CP2 helix/EP16 on a decode worker``."""
+    """Format a layout in the usual short form: ``TP8/EP8/PP2``, ``TP8 x CP2 helix/EP16 on a decode worker``."""
     layout = subject.layout
     text = f"TP{layout.tp_size}"
     if layout.cp_size > 1:

@@ -23,10 +23,10 @@ class Gpu:
     """One kind of GPU.
 
     Args:
-        name: as ``--gpu`` has it.
+        name: its name for ``--gpu``.
         sm: compute capability, times ten: 90 for Hopper.
-        memory: bytes that the driver reports in all.
-        nvlink_gpus: GPUs that NVLink joins over nodes (NVL72); 0 where it ends with the node.
+        memory: total bytes that the driver reports.
+        nvlink_gpus: number of GPUs that NVLink joins over nodes (NVL72); 0 if it joins only GPUs of a node.
     """
 
     name: str

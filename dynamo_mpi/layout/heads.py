@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How attention heads share out over tensor-parallel ranks: the one rule that the checks and the reference engine both go by."""
+"""How attention heads are divided over tensor-parallel ranks: the rule that the checks and the reference engine share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def kv_copies(kv_heads: int, tp_size: int) -> int:
 
 
 def legal_tp_sizes(heads: int, kv_heads: int | None, cp_size: int = 1) -> tuple[int, ...]:
-    """B11: the tensor-parallel sizes at which both heads and KV heads work out, ascending, without attention DP.
+    """B11: the tensor-parallel sizes by which heads and KV heads can be divided, ascending, without attention DP.
 
     Llama-4 (40 heads, 8 KV heads): 1, 2, 4, 8, 40.
 
     Args:
         heads: attention heads of the whole model.
-        kv_heads: its key/value heads; None where it has none of its own (latent attention).
+        kv_heads: its key/value heads; None if it has none (latent attention).
         cp_size: context-parallel size, which shares the attention heads out too.
     """
     return tuple(

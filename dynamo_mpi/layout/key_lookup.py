@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys of the engine YAML one version of TensorRT-LLM knows, what they were called before, and which was probably meant."""
+"""Looks up keys of the engine YAML for one version of TensorRT-LLM: known keys, renamed keys, and the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class KeyLookup:
     """The keys of one version.
 
     Args:
-        version: the engine's; None where it isn't known, and then a key that any version takes is known.
+        version: the engine's version; None if it isn't known; then a key of any version is accepted.
         other_backend: the config is for a backend whose own keys aren't known here.
     """
 
@@ -53,14 +53,14 @@ class KeyLookup:
         elsewhere = self.elsewhere(key.replace("-", "_"))
         if elsewhere is not None:
             return elsewhere
-        # not at the top: only a wrong file needs it
+        # imported here: only an invalid file needs it
         from difflib import get_close_matches
 
         close = get_close_matches(key[:_LONGEST], names, n=1, cutoff=0.75)
         return prefix + close[0] if close else None
 
     def elsewhere(self, key: str) -> str | None:
-        """Return the path of a key that stands in another section; the key may be such a path already."""
+        """Return the path of a key that belongs to another section; the key may be such a path already."""
         head, _, leaf = key.rpartition(".")
         if head in self._keys.sections and leaf in self._keys.keys_of(head):
             return key
@@ -72,7 +72,7 @@ class KeyLookup:
         return next((path for path in paths if self.takes(path)), None)
 
     def takes(self, path: str) -> bool:
-        """Say whether the engine takes the key at this path."""
+        """Return whether the engine accepts the key at this path."""
         section, _, name = path.rpartition(".")
         key = self._keys.keys_of(section).get(name)
         if key is None or (section and not self.takes(section)):
@@ -86,7 +86,7 @@ class KeyLookup:
         return (key.since is None or version.minor >= key.since) and (key.until is None or version.minor < key.until)
 
     def is_free(self, path: str) -> bool:
-        """Say whether the engine takes any key in the section at this path."""
+        """Return whether the engine accepts any key in the section at this path."""
         until = self._keys.free_before.get(path)
         return until is not None and (self._version is None or self._version.minor < until)
 

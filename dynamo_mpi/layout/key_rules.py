@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""H: the keys of the engine YAML, before the engine sees them.
+"""H: the keys of the engine YAML, checked before the engine reads them.
 
-TensorRT-LLM refuses the whole file for one key that it doesn't know, after the ranks were started, and without saying what the
-key is called by now.
+TensorRT-LLM rejects the whole file for one unknown key, after the ranks were started, and doesn't name the key's replacement.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def check_keys(config: Mapping[str, object], version: TrtllmVersion | None) -> l
 
     Args:
         config: the engine YAML, parsed.
-        version: the engine's version; None where it isn't known, and then a key that any version takes is accepted.
+        version: the engine's version; None if it isn't known; then a key of any version is accepted.
 
     Returns:
         A finding for each key in question, in the order of the file; empty when there is none.
@@ -46,7 +45,7 @@ class _Check:
         self._version = version
         self._findings: list[Finding] = []
         self._unknown = 0
-        # what goes into sections that aren't there yet, so that each is written once and whole
+        # content of sections that don't exist yet, so that each is written once and completely
         self._moved: dict[str, dict[str, object]] = {}
         self._keys = engine_keys()
         backend = config.get("backend")
@@ -54,7 +53,7 @@ class _Check:
         self._known = KeyLookup(version, other_backend=self._other_backend)
 
     def walk(self, section: str, mapping: Mapping[object, object] | Mapping[str, object], shown: str) -> None:
-        """Check the keys of one section; ``shown`` is what their paths are shown to begin with."""
+        """Check the keys of one section; ``shown`` is the displayed prefix of their paths."""
         if not section:
             self._collect_moves(mapping)
         for key, value in mapping.items():
@@ -77,7 +76,7 @@ class _Check:
                 self.walk(path, value, f"{shown}{key}.")
 
     def done(self) -> list[Finding]:
-        """Return what was found."""
+        """Return the findings."""
         more = self._unknown - _UNKNOWN_SHOWN
         if more > 0:
             self._findings.append(
@@ -91,7 +90,7 @@ class _Check:
         return self._findings
 
     def _check_key(self, section: str, key: str, value: object, shown: str) -> bool:
-        """Say whether the engine refuses the key."""
+        """Return whether the engine rejects the key."""
         path = f"{section}.{key}" if section else key
         found = f"{shown}: {_shown(value)}"
         removed = self._keys.removed_values.get(path)
@@ -156,7 +155,7 @@ class _Check:
             self._findings.append(Finding(RULE, Severity.ERROR, message, found, needed, fix))
             return True
         if key.until is not None and version.minor >= key.until:
-            # it went with one of that release's candidates, and which one isn't known
+            # it was removed in one of that release's candidates; which one isn't known
             unsure = version.minor == key.until and not version.is_final
             severity = Severity.WARNING if unsure else Severity.ERROR
             message = f"`{shown}` is {self._refused(_dotted(key.until))}"
@@ -204,7 +203,7 @@ class _Check:
         return Severity.WARNING if newer else Severity.ERROR
 
     def _severity(self, refused: str) -> Severity:
-        """An error where this version refuses it; or, where the version isn't known, all of them do."""
+        """An error if this version rejects it, or, if the version isn't known, if all versions do."""
         version = self._version or release(self._keys.oldest)
         return Severity.ERROR if release(refused) <= version else Severity.WARNING
 
@@ -214,7 +213,7 @@ class _Check:
         return f"refused from TensorRT-LLM {refused} on" + (f", and this is {version}" if later else "")
 
     def _when(self, refused: str, fix: str) -> str:
-        """Put off what this version doesn't take yet."""
+        """Add the version to a fix that this version doesn't support yet."""
         if self._version is None or not refused or release(refused) <= self._version:
             return fix
         return f"from {refused} on: {fix}"
@@ -231,7 +230,7 @@ class _Check:
                 self._moved.setdefault(target, {})[leaf] = whole(value if row is None else _carried(row, value))
 
     def _hoist(self, value: object) -> str:
-        """Write the contents of a section as lines of the top level."""
+        """Format the contents of a section as lines of the top level."""
         if not isinstance(value, Mapping) or not value:
             return "remove the line"
         self._collect_moves(value)
@@ -245,7 +244,7 @@ class _Check:
         return "\n".join(lines) or "remove the line"
 
     def _write(self, path: str, value: object) -> str:
-        """Write the YAML line that sets a key, inside the sections that are there already."""
+        """Format the YAML line that sets a key, inside the sections that exist already."""
         parts = path.split(".")
         there: Mapping[object, object] | Mapping[str, object] = self._config
         above: list[str] = []
@@ -263,7 +262,7 @@ class _Check:
 
 
 def _carried(row: Renamed, value: object) -> object:
-    """Return what the new key has to say for what the old one said."""
+    """Return the new key's value for the old key's."""
     if row.inverted and isinstance(value, bool):
         return not value
     for old, new in row.values:
@@ -273,7 +272,7 @@ def _carried(row: Renamed, value: object) -> object:
 
 
 def _since(since: str) -> str:
-    # a first candidate stands for the release, since which of them it was isn't known
+    # the first candidate represents the release, because which candidate it was isn't known
     return since.partition(".0rc1")[0] if since.endswith(".0rc1") else since
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a token costs in the KV cache, and a request in a hybrid's states (section J)."""
+"""Bytes of a token in the KV cache, and of a request in a hybrid model's states (section J)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 _SAME_DTYPE = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 _BYTES = {"fp8": 1.0, "int8": 1.0, "bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nvfp4": 0.5 + 1 / 16}
-_STATE_BYTES = 4  # an element of a state space's state: float32 in the checkpoints that say it
+_STATE_BYTES = 4  # an element of a state space's state: float32 in the checkpoints that specify it
 
 
 def tokens_per_block(subject: LayoutSpec) -> int:
-    """H8: return the tokens of a block, after what the attention backend makes of it: FlashMLA and VANILLA have sizes of their own."""
+    """H8: return the tokens of a block that the attention backend uses: FlashMLA and VANILLA have their own sizes."""
     backend = (subject.config.attn_backend or "").upper()
     if backend == "FLASHMLA":
         return 64
@@ -35,10 +35,11 @@ def tokens_per_block(subject: LayoutSpec) -> int:
 
 
 def resolve_kv_dtype(subject: LayoutSpec) -> str | None:
-    """Return the type of keys and values, under its full name; ``auto`` is the one that the checkpoint was calibrated for, else the model's.
+    """Return the type of keys and values, under its full name; ``auto`` is the type for which the checkpoint was calibrated, else the
+    model's.
 
     Returns:
-        ``fp8``, ``nvfp4``, ``bfloat16`` and so on; None where neither config says.
+        ``fp8``, ``nvfp4``, ``bfloat16`` and so on; None if neither config specifies it.
     """
     said, shape = subject.config.kv_cache.dtype.lower(), subject.shape
     if said == "auto":
@@ -48,12 +49,12 @@ def resolve_kv_dtype(subject: LayoutSpec) -> str | None:
 
 
 def kv_element_bytes(subject: LayoutSpec) -> float:
-    """Return the bytes of one element of the KV cache; of a type that isn't known, those of the model's."""
+    """Return the bytes of one element of the KV cache; for an unknown type, those of the model's type."""
     return _BYTES.get(resolve_kv_dtype(subject) or "", float(dtype_bytes(subject.shape)))
 
 
 def kv_dtype_known(subject: LayoutSpec) -> bool:
-    """Is the size of the KV cache's elements known, or the model's own?"""
+    """Return whether the size of the KV cache's elements is known; otherwise the model's is used."""
     name, own = resolve_kv_dtype(subject), (subject.shape.dtype or "").lower()
     return name is None or name in _BYTES or name == _SAME_DTYPE.get(own, own)
 
@@ -94,13 +95,13 @@ def _layer_bytes(shape: ModelShape, kv_heads: int | None, ranks: int, element: f
 
 
 def _packed(elements: int, element: float) -> int:
-    if element < 1:  # NVFP4: two to a byte, a scale for 16; each rounded up by itself
+    if element < 1:  # NVFP4: two per byte, a scale for 16; each rounded up separately
         return -(-elements // 2) + -(-elements // 16)
     return ceil(elements * element)
 
 
 def state_bytes(subject: LayoutSpec, held: StageWeights) -> int:
-    """Return what a hybrid keeps of a request in a stage's layers without attention: the state, and the convolution's last taps."""
+    """Return the bytes of a request in a stage's layers without attention: the state, and the convolution's last taps."""
     shape, ranks = subject.shape, subject.layout.attention_tp_size
     state = shape.state_space
     if state is None:

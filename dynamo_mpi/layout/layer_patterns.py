@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layer of a model does what: every family writes it down in its own way."""
+"""Finds the kind of each layer of a model: every family has its own keys for that."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _LLAMA_4_GLOBAL_EVERY = 4  # transformers' Llama4TextConfig: every fourth layer 
 def read_layers(
     body: Reader, num_layers: int, *, experts: bool, quantisation: Quantisation | None
 ) -> tuple[Layer, ...] | None:
-    """Tell a model's layers apart.
+    """Return the kind of each layer.
 
     Args:
         body: the language model's part of the config.
-        num_layers: how many there are.
-        experts: does the config speak of experts at all?
-        quantisation: of the checkpoint.
+        num_layers: their number.
+        experts: whether the config mentions experts.
+        quantisation: the checkpoint's quantisation.
 
     Returns:
-        The layers; None where the config names kinds that we don't know.
+        The layers; None if the config names unknown kinds.
 
     Raises:
-        DataError: a list of layers has another length than the model.
+        ConfigFileError: a list of layers has another length than the model.
     """
     nemotron = body.text("hybrid_override_pattern")
     if nemotron is not None:
@@ -88,7 +88,7 @@ def _mixers(body: Reader, num_layers: int) -> list[Mixer] | None:
         return [Mixer.GATED_DELTA if (i + 1) % every else Mixer.ATTENTION for i in range(num_layers)]
     period = body.size("attn_layer_period")
     if period is None and (body.has("mamba_num_heads") or body.has("mamba_n_heads")):
-        return None  # some layers hold a state space, and nothing says which
+        return None  # some layers have a state space, but the config doesn't specify which
     if period is not None:
         offset = body.size("attn_layer_offset", minimum=0) or 0
         return [Mixer.ATTENTION if i % period == offset else Mixer.MAMBA2 for i in range(num_layers)]
@@ -101,7 +101,7 @@ def _feeds(body: Reader, num_layers: int) -> list[Feed]:
 
 
 def _expert_layers(body: Reader, num_layers: int) -> list[bool]:
-    """Which layers hold experts: by a list, after some first dense ones, every n-th, or all."""
+    """Return which layers have experts: by a list, after some dense ones, every n-th, or all."""
     frequency = body.values.get("moe_layer_freq")
     if isinstance(frequency, list):
         if len(frequency) != num_layers:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one layer's weights come to on one rank, in elements and in bytes.
+"""Counts one layer's weights on one rank, in elements and in bytes.
 
-Counted are the large matrices; norms and biases are left out, which is less than one per cent of any model.
+Only large matrices count; norms and biases are less than one per cent of any model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2
 
 @dataclass(frozen=True)
 class Elements:
-    """Elements of one rank's weights, by what they belong to.
+    """Elements of one rank's weights, by part.
 
     Args:
         mixer: attention's or a state space's projections.
@@ -42,7 +42,7 @@ class Elements:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum."""
         return self.mixer + self.dense + self.experts + self.shared + self.router + self.embedding + self.head
 
 
@@ -74,12 +74,12 @@ class Split:
 
 
 def dtype_bytes(shape: ModelShape) -> int:
-    """Bytes of an element that isn't quantised; 2 where the config doesn't say (`dtype_known`)."""
+    """Bytes of an element that isn't quantised; 2 if the config doesn't specify it (`dtype_known`)."""
     return _DTYPE_BYTES.get(shape.dtype or "", 2)
 
 
 def dtype_known(shape: ModelShape) -> bool:
-    """Does the config say what its elements are?"""
+    """Return whether the config specifies the type of elements."""
     return shape.dtype in _DTYPE_BYTES
 
 
@@ -152,7 +152,7 @@ def _state_space(shape: ModelShape, mixer: Mixer, split: Split) -> int:
 
 
 def _mlp_split(shape: ModelShape, width: int, quantised: bool, split: Split) -> int:
-    """E9: some families divide by what width and ranks have in common, within a node; the others by all ranks."""
+    """E9: some families divide by the common divisor of width and ranks, within a node; the others by all ranks."""
     if split.whole_mlps:
         return 1
     if not shape.splits_dense_by_gcd:
@@ -169,7 +169,7 @@ def end_elements(shape: ModelShape, split: Split, *, first: bool, last: bool) ->
 
 
 def layer_bytes(shape: ModelShape, layer: Layer, part: Elements) -> float:
-    """Return the bytes of one layer's elements, quantised where the checkpoint has them so."""
+    """Return the bytes of one layer's elements, quantised as in the checkpoint."""
     plain = dtype_bytes(shape)
     quantisation = shape.quantisation
     packed = quantisation.bytes_per_element if quantisation is not None and quantisation.known else plain

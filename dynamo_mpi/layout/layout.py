@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout: which rank does what, with the defaults that the engine fills in (A2-A4, A11-A13, F1, F10)."""
+"""The layout: the coordinates of each rank, with the engine's defaults (A2-A4, A11-A13, F1, F10)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Cluster:
     Args:
         nodes: nodes of the worker.
         gpus_per_node: GPUs, and ranks, of each.
-        gpu: kind of GPU, as `gpus.GPUS` names it; None where it isn't known.
+        gpu: kind of GPU, as in `gpus.GPUS`; None if it isn't known.
     """
 
     nodes: int
@@ -36,12 +36,12 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        """One rank on each GPU."""
+        """Number of ranks: one on each GPU."""
         return self.nodes * self.gpus_per_node
 
     @property
     def nvlink_gpus(self) -> int:
-        """GPUs next to each other that NVLink joins: a node's, or more where it reaches over nodes."""
+        """Number of neighbouring GPUs that NVLink joins: a node's, or more if it joins nodes."""
         reach = GPUS[self.gpu].nvlink_gpus if self.gpu in GPUS else 0
         return max(self.gpus_per_node, reach)
 
@@ -51,7 +51,7 @@ class Cluster:
 
 
 def cluster_for(world_size: int, gpus_per_node: int, gpu: str | None = None) -> Cluster | None:
-    """Return nodes for so many ranks: whole nodes, or a part of one; None where they would be unequal."""
+    """Return nodes for this number of ranks: whole nodes, or a part of one; None if they would be unequal."""
     if world_size <= gpus_per_node:
         return Cluster(1, world_size, gpu)
     return Cluster(world_size // gpus_per_node, gpus_per_node, gpu) if world_size % gpus_per_node == 0 else None
@@ -59,7 +59,7 @@ def cluster_for(world_size: int, gpus_per_node: int, gpu: str | None = None) -> 
 
 @dataclass(frozen=True)
 class Place:
-    """What one rank does.
+    """A rank's coordinates in the layout.
 
     Args:
         rank: in the world.
@@ -84,7 +84,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the world is divided. All sizes as the engine has them once its defaults are filled in.
+    """How the world is divided. All sizes include the engine's defaults.
 
     Args:
         tp_size: tensor-parallel size.
@@ -112,47 +112,47 @@ class Layout:
 
     @property
     def world_size(self) -> int:
-        """A1: ranks that it needs."""
+        """A1: number of ranks that it needs."""
         return self.tp_size * self.pp_size * self.cp_size
 
     @property
     def multiplies_out(self) -> bool:
-        """A2: do the expert sizes make up the ranks that experts are divided over?"""
+        """A2: whether the product of the expert sizes is the number of ranks over which experts are divided."""
         return self.moe_tp_size * self.moe_ep_size * self.moe_cluster_size == self.moe_world_size
 
     @property
     def dp_size(self) -> int:
-        """Groups that take requests of their own (C1)."""
+        """Number of groups with their own requests (C1)."""
         return self.tp_size if self.enable_attention_dp else 1
 
     @property
     def attention_tp_size(self) -> int:
-        """Ranks that keys and values of a layer are divided over: 1 under attention DP (C1)."""
+        """Number of ranks over which a layer's keys and values are divided: 1 with attention DP (C1)."""
         return 1 if self.enable_attention_dp else self.tp_size
 
     @property
     def head_split(self) -> int:
-        """Ranks that query heads are divided over (B1)."""
+        """Number of ranks over which query heads are divided (B1)."""
         return self.attention_tp_size * self.cp_size
 
     @property
     def is_helix(self) -> bool:
-        """Context parallelism for decoding, whose ranks count as tp outside attention (F10)."""
+        """Whether it has context parallelism for decoding, whose ranks count as tp outside attention (F10)."""
         return self.cp_size > 1 and self.cp_type == HELIX
 
     @property
     def moe_world_size(self) -> int:
-        """A2: ranks that experts are divided over: tp for ULYSSES, the default, tp x cp for every other kind."""
+        """A2: number of ranks over which experts are divided: tp for ULYSSES, the default, tp x cp for every other kind."""
         over_cp = self.experts_over_cp and self.cp_type not in (None, ULYSSES)
         return self.tp_size * (self.cp_size if over_cp else 1)
 
     @property
     def dense_tp_size(self) -> int:
-        """F10: ranks that a dense MLP is divided over."""
+        """F10: number of ranks over which a dense MLP is divided."""
         return self.tp_size * self.cp_size if self.is_helix else self.tp_size
 
     def place(self, rank: int, gpus_per_node: int) -> Place:
-        """Say what ``rank`` does (A11-A13)."""
+        """Return the coordinates of ``rank`` (A11-A13)."""
         stage, index = divmod(rank, self.tp_size * self.cp_size)
         if self.cp_fastest:
             tp_rank, cp_rank = divmod(index, self.cp_size)
@@ -178,7 +178,7 @@ class Layout:
             kind: ``tp``, ``pp``, ``cp``, ``moe_tp`` or ``moe_ep``.
 
         Returns:
-            Groups of ascending ranks; every rank stands in exactly one.
+            Groups of ascending ranks; every rank is in exactly one.
         """
         places = [self.place(rank, 1) for rank in range(self.world_size)]
         keys: dict[str, Callable[[Place], Sequence[int]]] = {
@@ -194,21 +194,22 @@ class Layout:
         return list(found.values())
 
     def _outside_moe(self, place: Place) -> tuple[int, ...]:
-        """What else sets groups of experts apart: their cluster, and the context rank where experts aren't divided over those."""
+        """Return what else distinguishes groups of experts: their cluster, and the context rank if experts aren't divided over context
+        ranks."""
         whole = self.moe_world_size > self.tp_size
         index = place.rank % (self.tp_size * self.cp_size) if whole else place.tp_rank
         cluster = index // self.moe_ep_size % self.moe_cluster_size
         return (cluster,) if whole else (cluster, place.cp_rank)
 
     def stage_sizes(self, layers: int, partition: Sequence[int] | None = None) -> list[int]:
-        """F1: layers of each stage; the first ``layers % pp_size`` stages hold one more."""
+        """F1: number of layers of each stage; the first ``layers % pp_size`` stages have one more."""
         if partition is not None and len(partition) == self.pp_size and sum(partition) == layers:
             return list(partition)
         quotient, remainder = divmod(layers, self.pp_size)
         return [quotient + (stage < remainder) for stage in range(self.pp_size)]
 
     def leaves_nvlink(self, cluster: Cluster) -> bool:
-        """A14: does a tensor-parallel group, with its context ranks, reach over GPUs that NVLink doesn't join?"""
+        """A14: return whether a tensor-parallel group, with its context ranks, contains GPUs that NVLink doesn't join."""
         group, reach = self.tp_size * self.cp_size, cluster.nvlink_gpus
         return group > reach or (reach % group != 0 and self.world_size > reach)
 
@@ -240,11 +241,11 @@ class Layout:
 
 
 def layout_of(config: EngineConfig, version: TrtllmVersion | None = None) -> Layout:
-    """Fill in what the engine fills in (A2, A3).
+    """Return the layout with the engine's defaults (A2, A3).
 
     Args:
         config: the engine config.
-        version: TensorRT-LLM's; None for the newest that we know. It decides the order of ranks (A12).
+        version: TensorRT-LLM's version; None for the newest known one. It decides the order of ranks (A12).
     """
     bare = Layout(
         tp_size=config.tp_size,
@@ -260,5 +261,5 @@ def layout_of(config: EngineConfig, version: TrtllmVersion | None = None) -> Lay
     if moe_tp is None:
         moe_tp = ranks // (moe_ep or 1)
     if moe_ep is None:
-        moe_ep = max(1, ranks // max(1, moe_tp))  # of sizes that can't be, A2 tells
+        moe_ep = max(1, ranks // max(1, moe_tp))  # A2 reports impossible sizes
     return replace(bare, moe_tp_size=moe_tp, moe_ep_size=moe_ep)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The legal choices: what each size of a layout may be, by every rule about layouts, the other sizes left alone."""
+"""The legal values of each size of a layout, by all rules about layouts, with the other sizes unchanged."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What fits on the GPUs of a worker, reckoned from configs before anything is loaded (section J).
+"""Estimates the memory of a worker's GPUs from configs, before anything is loaded (section J).
 
-Weights and the KV cache are sums that the engine makes too. Activations, workspaces and what lies outside torch are rules of thumb: good to
-some GiB per GPU, so a layout that is only just said to fit may still fail, and the other way round.
+Weights and the KV cache are computed as in the engine. Activations, workspaces and memory outside torch are rules of thumb, with an error
+of some GiB per GPU, so a layout that just fits by estimate may fail, and the other way round.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class StageMemory:
         stage: its number.
         layers: transformer layers that it holds.
         first_rank: lowest rank of the stage.
-        ranks: how many there are.
+        ranks: number of ranks.
         weights_bytes: weights.
         activation_bytes: activations of the largest step.
-        workspace_bytes: what experts need to exchange tokens.
-        outside_bytes: NCCL, CUDA graphs and whatever else lies outside torch.
+        workspace_bytes: workspace for the exchange of tokens between experts.
+        outside_bytes: NCCL, CUDA graphs and other memory outside torch.
         kv_bytes_per_token: keys and values of one token that the rank holds, in the layers that look back without limit.
         windows: tokens that the other attention layers look back, each with the bytes of one token there.
         state_bytes_per_request: states of a hybrid's layers, whatever the request's length.
-        left_bytes: what is left for the KV cache, before the fraction; negative where too much is used; None without a kind of GPU.
+        left_bytes: memory left for the KV cache, before the fraction; negative if too much is used; None without a kind of GPU.
         tokens: tokens that the stage can hold, if all requests are of full length; None without a kind of GPU, or where it holds none.
     """
 
@@ -60,7 +60,7 @@ class StageMemory:
 
     @property
     def fixed_bytes(self) -> int:
-        """All but the KV cache."""
+        """Memory without the KV cache."""
         return self.weights_bytes + self.activation_bytes + self.workspace_bytes + self.outside_bytes
 
     def request_bytes(self, length: int) -> int:
@@ -75,16 +75,16 @@ class MemoryEstimate:
 
     Args:
         stages: its pipeline stages.
-        gpu: the kind of GPU; None where it isn't known.
+        gpu: the kind of GPU; None if it isn't known.
         gpu_bytes: memory of one.
-        length: tokens of a request of full length; None where neither config says.
+        length: tokens of a request of full length; None if neither config says.
         fraction: share of what is left that the KV cache takes.
         tokens_per_block: tokens of a block of it.
         dp_size: groups of ranks with requests of their own; more than one with attention DP.
         tokens: tokens that the cache of one such group holds: those of its fullest stage.
         full_length_requests: requests of full length among them.
         fullest_stage: the stage that decides.
-        assumptions: what the configs don't say, and what was taken for it.
+        assumptions: values that the configs lack, and what is assumed instead.
     """
 
     stages: tuple[StageMemory, ...]
@@ -116,18 +116,18 @@ class MemoryEstimate:
 
     @property
     def weights_fit(self) -> bool:
-        """Is there room for the weights alone? True where the kind of GPU isn't known."""
+        """Whether the weights alone fit. True if the kind of GPU isn't known."""
         return self.gpu_bytes is None or all(stage.weights_bytes <= self.gpu_bytes for stage in self.stages)
 
     @property
     def cache_fits(self) -> bool:
-        """Is there room for a block of KV cache as well? True where the kind of GPU isn't known."""
+        """Whether a block of KV cache fits too. True if the kind of GPU isn't known."""
         short = self.tokens is not None and self.tokens < self.tokens_per_block
         return not short and all(stage.left_bytes is None or stage.left_bytes > 0 for stage in self.stages)
 
     @property
     def fits(self) -> bool | None:
-        """Do weights, activations and a block of KV cache fit? None where the kind of GPU isn't known."""
+        """Whether weights, activations and a block of KV cache fit. None if the kind of GPU isn't known."""
         return None if self.gpu_bytes is None else self.weights_fit and self.cache_fits
 
     @property
@@ -167,7 +167,7 @@ def estimate(subject: LayoutSpec, *, fraction: float | None = None) -> MemoryEst
         fraction: share of what is left for the KV cache; None for the engine config's, or the engine's own 0.9.
 
     Returns:
-        The estimate; None where the model's config doesn't say enough (`weights.missing_sizes`), or the layout can't be (A2, F3).
+        The estimate; None if the model's config lacks sizes (`weights.missing_sizes`), or the layout is impossible (A2, F3).
 
     Raises:
         UsageError: there is no such kind of GPU.
@@ -187,7 +187,7 @@ def estimate(subject: LayoutSpec, *, fraction: float | None = None) -> MemoryEst
     stages = tuple(_stages(subject, weights, room, fraction, length, block))
     counted = [stage.tokens for stage in stages if stage.tokens is not None]
     tokens = min(counted, default=None)
-    # without a kind of GPU, the stage with most in it
+    # without a kind of GPU, the stage that uses most memory
     fullest = min(stages, key=_room) if gpu is not None else max(stages, key=lambda stage: stage.fixed_bytes)
     return MemoryEstimate(
         stages=stages,
@@ -205,7 +205,7 @@ def estimate(subject: LayoutSpec, *, fraction: float | None = None) -> MemoryEst
 
 
 def _room(stage: StageMemory) -> tuple[bool, float, int]:
-    """Order stages by how little room they have; one without attention has no tokens to count."""
+    """Order stages by their remaining memory; one without attention has no tokens to count."""
     left = stage.left_bytes or 0
     return left > 0, float("inf") if stage.tokens is None else stage.tokens, left
 
@@ -260,14 +260,14 @@ def _tokens(stage: StageMemory, space: int, length: int | None) -> int | None:
 def _assumptions(subject: LayoutSpec) -> Iterable[str]:
     shape = subject.shape
     if not dtype_known(shape):
-        yield "the model's config names no dtype that we know: 2 bytes for each element that isn't quantised"
+        yield "the model's config names no known dtype: 2 bytes for each element that isn't quantised"
     if not kv_dtype_known(subject):
         yield f"the KV cache's dtype {resolve_kv_dtype(subject)} isn't known: {dtype_bytes(shape)} bytes per element"
     if shape.quantisation is not None and not shape.quantisation.certain:
-        yield "the checkpoint selects what is quantised by means that can't be read here: all of it, but what it excludes"
+        yield "the checkpoint selects quantised modules in a way that isn't supported here: all of them, except the excluded ones"
     if shape.experts is not None and not shape.experts.per_token:
-        yield "the model's config doesn't say how many experts a token goes to: no workspace counted"
+        yield "the model's config doesn't specify the number of experts per token: no workspace counted"
     if shape.context_length is None and subject.config.max_seq_len is None:
-        yield "neither config says how long a request may be: windows not counted"
+        yield "neither config specifies the longest request: windows not counted"
     if shape.state_space is not None:
-        yield "states of a hybrid's layers are taken as float32"
+        yield "states of a hybrid's layers are assumed to be float32"

@@ -37,10 +37,10 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
     Args:
         text: its contents.
         path: where it was found, for messages.
-        quant_text: the contents of ``hf_quant_config.json`` beside it, where there is one.
+        quant_text: the contents of ``hf_quant_config.json`` beside it, if it exists.
 
     Raises:
-        DataError: one of them isn't JSON, isn't an object, or a size in it isn't a whole number in a sensible range.
+        ConfigFileError: one of them isn't JSON, isn't an object, or a size in it isn't a whole number in a sensible range.
     """
     needed = "the model's own config.json"
     config = Reader(parse_json(text, path, needed), path)
@@ -105,7 +105,7 @@ def _name(config: Reader) -> str:
     if isinstance(architectures, list) and architectures:
         architectures = architectures[0]
     if isinstance(architectures, str) and architectures:
-        # a lone surrogate, which JSON can spell, is nothing that can be printed
+        # JSON can contain a lone surrogate, which can't be printed
         return architectures.encode("utf-8", "replace").decode()
     return str(config.values.get("model_type", "unknown"))
 
@@ -119,7 +119,7 @@ def _kv_heads(body: Reader, heads: int | None) -> int | None:
         return 1
     inner = body.section("attn_config") if isinstance(body.values.get("attn_config"), dict) else body
     found = body.size("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num", maximum=_MAX_HEADS)
-    # without a word about them every attention head has its own, in every class of transformers
+    # if the key is missing, every attention head has its own KV head, in every class of transformers
     return found or inner.size("kv_n_heads", maximum=_MAX_HEADS) or heads
 
 
@@ -166,7 +166,7 @@ def _shared_size(body: Reader, expert_width: int | None) -> int:
     if found is not None:
         return found
     if _model_type(body).startswith("llama4"):
-        return expert_width or 0  # one beside the routed ones, as wide as they are
+        return expert_width or 0  # one beside the routed ones, with the same width
     shared = body.size(
         "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", minimum=0, maximum=_MAX_EXPERTS
     )
@@ -174,7 +174,7 @@ def _shared_size(body: Reader, expert_width: int | None) -> int:
 
 
 def _dense_size(body: Reader, experts: Experts | None, layers: tuple[Layer, ...] | None) -> int | None:
-    """Width of the dense MLP: None where no layer has one, since the key then means the experts or nothing at all."""
+    """Width of the dense MLP: None if no layer has one; then the key means the experts, or nothing."""
     if experts is not None and layers is not None and not any(layer.feed is Feed.DENSE for layer in layers):
         return None
     return body.size("intermediate_size_mlp", "intermediate_size", "ffn_hidden_size", "n_inner", "d_ff")
@@ -214,7 +214,7 @@ def _tied(body: Reader, config: Reader) -> bool | None:
     for reader in (body, config):
         if (said := reader.switch("tie_word_embeddings")) is not None:
             return said
-    # transformers' Gemma classes tie by default, and their configs may not say it
+    # transformers' Gemma classes tie by default, and their configs may lack the key
     return True if _model_type(body).startswith("gemma") else None
 
 
@@ -234,7 +234,7 @@ def _unknown(
     layers: tuple[Layer, ...] | None,
     latent: LatentAttention | None,
 ) -> tuple[str, ...]:
-    """Name what would have to be known for all rules."""
+    """Name the missing values that rules need."""
     missing = [] if heads is not None else ["num_attention_heads"]
     if num_layers is None:
         missing.append("num_hidden_layers")

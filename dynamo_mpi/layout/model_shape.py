@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a model: what layout rules, memory estimates and the planner know of it. What a config doesn't say is None, never guessed."""
+"""The shape of a model, for layout rules, memory estimates and the planner. A value that the config lacks is None, never guessed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _GCD_FAMILIES = ("deepseek", "kimi", "glm4moe", "glmmoe", "exaonemoe")
 
 
 class Mixer(Enum):
-    """What mixes tokens in a layer."""
+    """The part of a layer that mixes tokens."""
 
     ATTENTION = "attention"
     MAMBA2 = "mamba2"
@@ -25,7 +25,7 @@ class Mixer(Enum):
 
 
 class Feed(Enum):
-    """What follows the mixer in a layer."""
+    """The part of a layer after the mixer."""
 
     DENSE = "dense"
     EXPERTS = "experts"
@@ -113,14 +113,14 @@ class StateSpace:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the layout rules need to know of a model.
+    """A model's values that layout rules need.
 
     Args:
         name: the architecture's class, or the model type.
         attention_heads: query heads, over all ranks.
         kv_heads: key/value heads, over all ranks; None with latent attention.
         head_dim: elements of a head.
-        value_head_dim: elements of a value head; None where it is as long as the others.
+        value_head_dim: elements of a value head; None if it is as long as the others.
         num_layers: transformer layers.
         hidden_size: width of the residual stream.
         intermediate_size: width of the dense MLP.
@@ -129,7 +129,7 @@ class ModelShape:
         latent: multi-head latent attention.
         experts: mixture of experts.
         state_space: state heads of a hybrid.
-        layers: each layer, in order; None where the config doesn't tell them apart.
+        layers: each layer, in order; None if the config doesn't specify them.
         output_groups: groups of the output projection (DeepSeek-V4's ``o_groups``).
         index_head_dim: of the sparse-attention indexer (DSA).
         index_heads: of the same.
@@ -139,10 +139,10 @@ class ModelShape:
         nextn_layers: layers for multi-token prediction in the checkpoint.
         encoder_decoder: T5, BART, Whisper.
         dtype: of weights that aren't quantised, as torch names it.
-        quantisation: of the checkpoint; None where it has none.
+        quantisation: of the checkpoint; None if it has none.
         bos_token_id: first token of a sequence.
         model_type: as the config has it, of the language model inside.
-        unknown: keys that the config would have to say for all rules to be applied, and doesn't.
+        unknown: missing values that rules need.
     """
 
     name: str
@@ -175,29 +175,29 @@ class ModelShape:
 
     @property
     def splits_dense_by_gcd(self) -> bool:
-        """E9: is this one of the families whose dense and shared MLPs are split by a common divisor?"""
+        """E9: whether this is one of the families whose dense and shared MLPs are split by a common divisor."""
         names = (self.name.lower(), self.model_type.replace("_", "").lower())
         return any(name.startswith(_GCD_FAMILIES) for name in names)
 
     @property
     def value_size(self) -> int | None:
-        """Elements of a value head, latent attention's too."""
+        """Elements of a value head, also for latent attention."""
         return self.latent.v_head_dim if self.latent is not None else self.value_head_dim or self.head_dim
 
     @cached_property
     def kinds(self) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
-        """The different layers, and for each layer in order which of them it is: hashing a hundred layers takes longer than counting."""
+        """The distinct layers, and for each layer in order the index of its kind: hashing a hundred layers takes longer than counting."""
         numbers: dict[Layer, int] = {}
         order = tuple(numbers.setdefault(layer, len(numbers)) for layer in self.layers or ())
         return tuple(numbers), order
 
     def has(self, feed: Feed) -> bool:
-        """Has any layer this kind of feed-forward part? Without a list of layers: what the sizes suggest."""
+        """Return whether any layer has this kind of feed-forward part; without a list of layers, the sizes decide."""
         if self.layers is not None:
             return any(layer.feed is feed for layer in self.layers)
         return (self.experts is not None) == (feed is Feed.EXPERTS)
 
     @property
     def suits_attention_dp(self) -> bool:
-        """C1: is this a model that attention DP was made for: with experts, or with latent attention?"""
+        """C1: whether attention DP is meant for this model: it has experts, or latent attention."""
         return self.experts is not None or self.latent is not None

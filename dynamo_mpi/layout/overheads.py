@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank needs beside weights and KV cache (section J): rules of thumb, good to some GiB."""
+"""A rank's memory besides weights and KV cache (section J): rules of thumb, with an error of some GiB."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _GIB = 2**30
 _NCCL = int(0.35 * _GIB)
 _OTHER = int(3.5 * _GIB)
 _GRAPH = int(0.2 * _GIB)
-_ALL_GRAPHS = _GIB  # they share a pool, so many are hardly more than the largest
+_ALL_GRAPHS = _GIB  # graphs share a pool, so many need hardly more than the largest
 
 # factors of the activations' rule of thumb, by tensor-parallel size (aiconfigurator 0.12)
 _ACTIVATIONS = {
@@ -38,7 +38,7 @@ def activation_bytes(subject: LayoutSpec) -> int:
 
 
 def workspace_bytes(subject: LayoutSpec) -> int:
-    """C4: return what experts need to exchange tokens. It grows with attention DP, unless the engine config limits it."""
+    """C4: return the workspace for the exchange of tokens between experts. It grows with attention DP, unless the engine config limits it."""
     experts, config, layout = subject.shape.experts, subject.config, subject.layout
     if experts is None or not experts.per_token:
         return 0
@@ -48,7 +48,7 @@ def workspace_bytes(subject: LayoutSpec) -> int:
 
 
 def outside_bytes(subject: LayoutSpec) -> int:
-    """Return what lies outside torch: NCCL, CUDA graphs, and the rest."""
+    """Return the memory outside torch: NCCL, CUDA graphs, and the rest."""
     config = subject.config
     graphs = 0
     if config.cuda_graphs:

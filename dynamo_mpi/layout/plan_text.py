@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A planner's result: as a table with the best layout written out, and as data."""
+"""Formats a planner's result: as a table with the best layout's files, and as data."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ENGINE_CONFIG = "engine.yaml"
 def describe_plans(
     model: str, path: str, subject: LayoutSpec, plans: Sequence[Plan], general: Sequence[Finding], limit: int
 ) -> str:
-    """Write down the best layouts as a table, and the first with its YAML and its srun line.
+    """Format the best layouts as a table, and the first one with its YAML and its srun command.
 
     Args:
-        model: what the user calls it.
+        model: the user's name of the model.
         path: the model, as ``--model`` takes it.
-        subject: what was asked for.
-        plans: what was found, best first.
-        general: what holds for every layout.
+        subject: the requested worker.
+        plans: the layouts, best first.
+        general: findings that apply to every layout.
         limit: rows of the table.
     """
     shown = plans[:limit]
@@ -39,8 +39,8 @@ def describe_plans(
     rows = [[str(number), *_row(made)] for number, made in enumerate(shown, 1)]
     more = f"\n({len(plans) - len(shown)} more: --limit {len(plans)})" if len(plans) > len(shown) else ""
     on = f"{subject.cluster}" + (f" ({subject.cluster.gpu})" if subject.cluster.gpu else "")
-    told = [finding for finding in general if finding.severity is not Severity.INFO]
-    parts = [render(told)] if told else []
+    shown_findings = [finding for finding in general if finding.severity is not Severity.INFO]
+    parts = [render(shown_findings)] if shown_findings else []
     nothing_fits = all(made.fits is False for made in plans)
     parts.append(
         f"{model}, role {subject.role}, on {on}: {counted(len(plans), 'legal layout')}"
@@ -80,7 +80,7 @@ def _indent(text: str) -> str:
 def plans_as_json(
     model: str, path: str, subject: LayoutSpec, plans: Sequence[Plan], general: Sequence[Finding]
 ) -> dict[str, Any]:
-    """Return all layouts as plain data, best first, each with its YAML and its srun line."""
+    """Return all layouts as plain data, best first, each with its YAML and its srun command."""
     return {
         "model": model,
         "architecture": subject.shape.name,

@@ -31,11 +31,11 @@ class Plan:
 
     Args:
         subject: the worker.
-        findings: what rules warn of.
-        memory: what it needs and leaves; None where the config doesn't say enough.
-        fits: does it fit on the GPU? None where the kind of GPU, or the model, isn't known well enough.
-        kv_copies: ranks that hold the same KV.
-        reasons: why it stands where it stands.
+        findings: the rules' warnings.
+        memory: its memory estimate; None if the config lacks sizes.
+        fits: whether it fits on the GPU; None if the kind of GPU isn't known, or the model lacks sizes.
+        kv_copies: number of ranks that hold the same KV.
+        reasons: the reasons for its place in the order.
     """
 
     subject: LayoutSpec
@@ -70,16 +70,16 @@ def plan(subject: LayoutSpec) -> list[Plan]:
     """Find all legal layouts of a worker on its GPUs, best first; HELIX for decode workers only, and not with attention DP.
 
     Args:
-        subject: model, GPUs, role and version; of its config everything but the sizes is kept.
+        subject: model, GPUs, role and version; its config is kept, except for the sizes.
     """
     found = [made for candidate in _candidates(subject) if (made := _judge(candidate)) is not None]
     return sorted(found, key=lambda made: made.order)
 
 
 def nearest(subject: LayoutSpec, count: int = 3) -> list[Plan]:
-    """Find the legal layouts on the same GPUs that differ least from one that isn't, nearest first; those that don't fit come last.
+    """Find the legal layouts on the same GPUs that differ least from an illegal one, nearest first; those that don't fit come last.
 
-    Layouts that differ in their experts alone count as one, unless the config speaks of experts.
+    Layouts that differ only in their experts count as one, unless the config mentions experts.
     """
     wanted, config = subject.layout, subject.config
     experts_said = (config.moe_ep_size, config.moe_tp_size) != (None, None)
@@ -101,7 +101,7 @@ def nearest(subject: LayoutSpec, count: int = 3) -> list[Plan]:
 
 
 def workable_sizes(subject: LayoutSpec, count: int = 3) -> list[int]:
-    """Return the largest numbers of GPUs, below the subject's, that some layout uses to the full, ascending."""
+    """Return the largest numbers of GPUs, below the subject's, that a legal layout can use completely, ascending."""
     found: list[int] = []
     per_node = subject.cluster.gpus_per_node
     for world_size in range(min(subject.cluster.world_size - 1, _MOST_TRIED), 0, -1):
@@ -180,7 +180,7 @@ def _judge(candidate: LayoutSpec) -> Plan | None:
 
 
 def _kv_copies(subject: LayoutSpec) -> int:
-    """B4: ranks that hold the same keys and values. A latent (MLA) is whole on every tp rank."""
+    """B4: number of ranks that hold the same keys and values. A latent (MLA) is on every tp rank."""
     kv_heads, tp_size = subject.shape.kv_heads, subject.layout.attention_tp_size
     if subject.shape.latent is not None:
         return tp_size
@@ -188,7 +188,8 @@ def _kv_copies(subject: LayoutSpec) -> int:
 
 
 def _crosses(subject: LayoutSpec) -> int:
-    """Does attention's or a dense MLP's all-reduce leave the node? Under attention DP with whole experts only their all-to-all does."""
+    """Return whether attention's or a dense MLP's all-reduce leaves the node. With attention DP and whole experts only their all-to-all
+    does."""
     layout = subject.layout
     wide = layout.enable_attention_dp and layout.moe_tp_size == 1 and subject.shape.experts is not None
     return int(layout.leaves_nvlink(subject.cluster) and not wide)

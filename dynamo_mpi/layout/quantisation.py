@@ -45,20 +45,21 @@ _FORMATS: dict[str, tuple[float, int]] = {
 
 # parts of a model whose layers have numbers of their own
 _OTHER_PARTS = ("vision", "visual", "image", "audio", "speech", "mtp")
-# what stands before `layers.<n>` in a regular expression, its dots escaped or not
+# the prefix of `layers.<n>` in a regular expression, with escaped dots or not
 _ABOVE_LAYERS = r"\^?(?:(?:language_model|model)\\?\.)*"
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What of a checkpoint is quantised, and how.
+    """A checkpoint's quantisation.
 
     Args:
-        algo: TensorRT-LLM's name of the format, or the checkpoint's own where we know no other.
+        algo: TensorRT-LLM's name of the format, or the checkpoint's own if TensorRT-LLM's isn't known.
         group_size: elements that share a scale, along the reduced dimension; None for the format's own.
-        kv_algo: format of the KV cache that the checkpoint was calibrated for.
+        kv_algo: format of the KV cache for which the checkpoint was calibrated.
         excluded: names or patterns of modules that are not quantised.
-        certain: is what isn't excluded really quantised? Not where the checkpoint selects by means that we can't read.
+        certain: whether all modules that aren't excluded are quantised; False if the checkpoint selects them in a way that isn't supported
+            here.
         source: the file or key it was read from.
     """
 
@@ -71,7 +72,7 @@ class Quantisation:
 
     @property
     def known(self) -> bool:
-        """Do we know what an element of this format weighs?"""
+        """Whether the size of this format's elements is known."""
         return self.algo in _FORMATS
 
     @property
@@ -87,11 +88,11 @@ class Quantisation:
 
     @property
     def block(self) -> int:
-        """Elements that share a scale; 1 where whole tensors or rows do."""
+        """Number of elements that share a scale; 1 if whole tensors or rows do."""
         return self.group_size or (_FORMATS[self.algo][1] if self.known else 1)
 
     def excludes(self, module: str) -> bool:
-        """Is the module at ``layers.<n>.<path>`` (or ``lm_head``) left as it was?"""
+        """Return whether the module at ``layers.<n>.<path>`` (or ``lm_head``) is not quantised."""
         parts = module.split(".")
         prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
         names, loose, globs = self._patterns
@@ -135,10 +136,10 @@ def read_quantisation(config: Reader, quant_file: Reader | None) -> Quantisation
 
     Args:
         config: the whole ``config.json``.
-        quant_file: ``hf_quant_config.json``, where there is one.
+        quant_file: ``hf_quant_config.json``, if it exists.
 
     Raises:
-        DataError: one of the values has the wrong type.
+        ConfigFileError: one of the values has the wrong type.
     """
     if quant_file is not None and quant_file.has("quantization"):
         return _modelopt(quant_file.section("quantization"), "hf_quant_config.json")
@@ -163,7 +164,7 @@ def _modelopt(section: Reader, source: str) -> Quantisation | None:
     )
 
 
-# ModelOpt writes block-scaled FP8 weights under this name
+# ModelOpt's name for block-scaled FP8 weights
 _ALIASES = {"FP8_PB_WO": FP8_BLOCK_SCALES}
 _PLAIN_METHODS = {"fbgemm_fp8": FP8_ROWWISE, "mxfp4": MXFP4, "awq": W4A16_AWQ, "gptq": W4A16_GPTQ}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A check's report, as a person reads it at a terminal or in a log."""
+"""Formats a check's report as text."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 def describe_report(model: str, report: Report) -> str:
-    """Write down what was found about one worker: what it is, the findings, and what would work instead.
+    """Format the report on one worker: the worker, the findings, and layouts that would work.
 
     Args:
-        model: what the user calls it.
+        model: the user's name of the model.
         report: the findings.
     """
     return "\n".join(_lines(model, report))
 
 
 def describe_pair(model: str, report: PairReport) -> str:
-    """Write down what was found about both workers of a pair, and what they are to each other."""
+    """Format the report on both workers of a pair, and on the pair itself."""
     parts = [describe_report(model, report.prefill), describe_report(model, report.decode)]
     between = render(report.findings) if report.findings else ""
     parts.append(f"between prefill and decode: {summary(report.findings)}" + (f"\n{between}" if between else ""))
@@ -39,8 +39,8 @@ def summary(findings: Sequence[Finding]) -> str:
     counts = [
         sum(finding.severity is severity for finding in findings) for severity in (Severity.ERROR, Severity.WARNING)
     ]
-    told = [counted(count, name) for count, name in zip(counts, ("error", "warning"), strict=True) if count]
-    return ", ".join(told if errors(findings) else ["ok", *told])
+    parts = [counted(count, name) for count, name in zip(counts, ("error", "warning"), strict=True) if count]
+    return ", ".join(parts if errors(findings) else ["ok", *parts])
 
 
 def _lines(model: str, report: Report) -> Iterator[str]:
@@ -50,12 +50,12 @@ def _lines(model: str, report: Report) -> Iterator[str]:
     yield f"{model}{kind}, role {subject.role}: {subject.layout} on {subject.cluster}"
     if report.unknown:
         yield f"not in config.json, so not checked: {', '.join(report.unknown)}"
-    # what J has to say when all is well stands in the line about memory
-    told = [
+    # J's information is in the line about memory
+    shown = [
         found for found in report.findings if (found.rule, found.severity) != ("J", Severity.INFO) or not report.memory
     ]
-    if told:
-        yield render(told)
+    if shown:
+        yield render(shown)
     if report.memory is not None:
         yield memory_line(report.memory)
     if report.nearest:
@@ -66,7 +66,7 @@ def _lines(model: str, report: Report) -> Iterator[str]:
 
 
 def memory_line(memory: MemoryEstimate) -> str:
-    """Write one line about a rank's memory: the fullest rank's."""
+    """Format the memory of the fullest rank in one line."""
     stage = memory.fullest
     parts = [f"weights {gib(stage.weights_bytes)}"]
     if stage.kv_bytes_per_token:

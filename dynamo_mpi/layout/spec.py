@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rules judge: one worker, as it would be started."""
+"""The input of the rules: one worker, as it would be started."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class LayoutSpec:
         config: the engine config.
         cluster: the GPUs it gets.
         role: ``agg``, ``prefill`` or ``decode``.
-        version: TensorRT-LLM's; None for the newest that we know.
+        version: TensorRT-LLM's version; None for the newest known one.
         engine: ``trtllm`` or ``reference``.
-        launched: the ranks are running, so that a file which isn't there is missing; else it may be on another machine.
+        launched: whether the ranks are running, so that a file that doesn't exist here is missing; otherwise it may be on another machine.
         min_requests: requests of full length that should fit into the KV cache.
-        layout: how the world is divided; worked out of the config.
+        layout: how the world is divided; derived from the config.
     """
 
     shape: ModelShape
@@ -51,7 +51,7 @@ class LayoutSpec:
         return {**self.layout.as_json(), "nodes": self.cluster.nodes, "gpus_per_node": self.cluster.gpus_per_node}
 
     def older_than(self, *release: int) -> bool:
-        """Is TensorRT-LLM known to be older than ``release``? Not where the version isn't known."""
+        """Return whether TensorRT-LLM is known to be older than ``release``; False if the version isn't known."""
         return self.version is not None and self.version.release < release
 
 

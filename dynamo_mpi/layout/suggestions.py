@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What would work instead of a layout that can't be: what its user may have meant, and what is near it."""
+"""Suggests legal layouts in place of an illegal one: those that match the likely intention, and the nearest ones."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _MOST_NODES = 16
 
 
 def meant_by_more_experts_than_ranks(subject: LayoutSpec) -> list[LayoutSpec]:
-    """Return the legal layouts that give a tp and an ep at once where ep is the larger: TP8/EP16 on 8 ranks.
+    """Return legal layouts with the given tp and ep if ep is larger: TP8/EP16 on 8 ranks.
 
-    Each takes as many ranks as ep asks for, spread over nodes of the same size: as tp with attention DP, as pipeline stages of tp ranks, or,
+    Each has as many ranks as ep needs, over nodes of the same size: as tp with attention DP, as pipeline stages of tp ranks, or,
     on a decode worker, as context ranks.
     """
     layout, cluster = subject.layout, subject.cluster
@@ -67,12 +67,12 @@ def other_shapes(subjects: list[LayoutSpec]) -> str:
 
 
 def suggestions(subject: LayoutSpec, count: int = 3) -> list[LayoutSpec]:
-    """Return layouts that pass every rule: those that give what was meant, then the nearest on the same GPUs, or, where none fits on
-    them, the best on more of them.
+    """Return layouts that pass every rule: those that match the likely intention, then the nearest on the same GPUs, or, if none fits on
+    them, the best on more GPUs.
 
-    Rules about keys and roles aren't asked: what they find is mended in the config, whatever the layout.
+    Rules about keys and roles aren't applied: their findings are corrected in the config, independently of the layout.
     """
-    # not at the top: the planner is needed for errors alone
+    # imported here: the planner is needed only for errors
     from dynamo_mpi.layout.planner import nearest, plan
 
     found = [other for other in meant_by_more_experts_than_ranks(subject) if _fits(other) and _passes(other)]

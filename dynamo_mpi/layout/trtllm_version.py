@@ -24,10 +24,10 @@ class TrtllmVersion:
 
     Args:
         release: its numbers, three at least.
-        phase: how far it is: development, alpha, beta, candidate, final; and the number within.
+        phase: its kind: development, alpha, beta, candidate, final; and the number within.
         post: number of the post release; -1 for none.
         dev: number of the development release; very large for none.
-        text: how it was written. Doesn't count in comparisons, and neither does a local part such as ``+cu13``.
+        text: the original text. It doesn't count in comparisons, and neither does a local part such as ``+cu13``.
     """
 
     release: tuple[int, ...]
@@ -46,7 +46,7 @@ class TrtllmVersion:
 
     @property
     def is_final(self) -> bool:
-        """Whether it is a release, rather than something that leads to one."""
+        """Whether it is a release, not a pre-release."""
         return self.phase == _FINAL and self.dev == sys.maxsize
 
 
@@ -54,7 +54,7 @@ def parse_trtllm_version(text: str) -> TrtllmVersion:
     """Read ``1.2.1``, ``1.3.0rc22``, ``1.2.0rc2.post1``, ``1.1.0+cu13``.
 
     Raises:
-        UsageError: it is none of them.
+        UsageError: it has another format.
     """
     stripped = text.strip()
     match = _pattern().fullmatch(stripped) if len(stripped) <= _LONGEST else None
@@ -84,14 +84,14 @@ def parse_trtllm_version(text: str) -> TrtllmVersion:
 
 
 def installed_trtllm_version() -> TrtllmVersion | None:
-    """Return the version of the TensorRT-LLM in this environment; None where there is none, or none that can be read.
+    """Return the version of TensorRT-LLM in this environment; None if it isn't installed, or can't be read.
 
-    Goes by the distribution's metadata: importing the package initialises MPI and loads CUDA libraries.
+    Reads the distribution's metadata: importing the package initialises MPI and loads CUDA libraries.
     """
     from importlib.util import find_spec
 
     if find_spec("tensorrt_llm") is None:
-        return None  # without reading metadata, which costs a login node more than all the rules
+        return None  # without reading metadata, which takes longer on a login node than all the rules
     from importlib import metadata
 
     try:

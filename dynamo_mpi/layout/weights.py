@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the weights of a model come to on each rank, from its shape alone (section J): the first thing that doesn't fit.
+"""Counts the weights of a model on each rank, from its shape alone (section J).
 
-A layer's own weights are `layer_weights`; here they are added up over the layers of each pipeline stage.
+`layer_weights` counts one layer; this module adds up the layers of each pipeline stage.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class StageWeights:
         stage: its number.
         layers: transformer layers that it holds, without those for multi-token prediction.
         first_layer: number of the first of them.
-        elements: of one rank.
-        bytes: of one rank.
+        elements: elements of one rank.
+        bytes: bytes of one rank.
     """
 
     stage: int
@@ -41,7 +41,7 @@ class StageWeights:
 
 
 def split_of(subject: LayoutSpec) -> Split:
-    """Read off a layout how it divides weights (C1, C2, E9, F10)."""
+    """Return how a layout divides weights (C1, C2, E9, F10)."""
     layout, moe = subject.layout, subject.config.moe
     return Split(
         attention=layout.attention_tp_size,
@@ -57,7 +57,7 @@ def split_of(subject: LayoutSpec) -> Split:
 
 
 def missing_sizes(shape: ModelShape) -> tuple[str, ...]:
-    """Name what a config would have to say for its weights to be counted; nothing where they can be."""
+    """Name the values that a config lacks for its weights to be counted; empty if none is missing."""
     missing = [name for name in ("hidden_size", "vocab_size") if getattr(shape, name) is None]
     if shape.encoder_decoder:
         missing.append("the encoder's layers")
@@ -89,7 +89,7 @@ def _missing_of_attention(shape: ModelShape) -> Iterator[str]:
             if getattr(shape.latent, name) is None:
                 yield name
     elif shape.output_groups is not None:
-        yield "the sizes of compressed attention"  # DeepSeek-V4: nothing public says what its kernels hold
+        yield "the sizes of compressed attention"  # DeepSeek-V4: the sizes of its kernels aren't public
     else:
         yield from (
             name for name, size in (("num_key_value_heads", shape.kv_heads), ("head_dim", shape.head_dim)) if not size
@@ -97,10 +97,10 @@ def _missing_of_attention(shape: ModelShape) -> Iterator[str]:
 
 
 def stage_weights(subject: LayoutSpec) -> tuple[StageWeights, ...] | None:
-    """Count the weights of each pipeline stage's ranks; all ranks of a stage hold as much.
+    """Count the weights of each pipeline stage's ranks; all ranks of a stage have the same amount.
 
     Returns:
-        The stages in order; None where the config doesn't say enough (`missing_sizes`).
+        The stages in order; None if the config lacks sizes (`missing_sizes`).
     """
     shape = subject.shape
     if missing_sizes(shape) or shape.layers is None:
@@ -111,7 +111,7 @@ def stage_weights(subject: LayoutSpec) -> tuple[StageWeights, ...] | None:
     bytes_of_kind = [layer_bytes(shape, kind, part) for kind, part in zip(kinds, of_kind, strict=True)]
     extra = mtp_layer(subject)
 
-    @cache  # most stages of a long pipeline are alike
+    @cache  # most stages of a long pipeline are equal
     def held(layers: tuple[int, ...], first: bool, last: bool) -> tuple[Elements, int]:
         counts = Counter(layers)
         parts = [(of_kind[kind], count) for kind, count in counts.items()]
@@ -133,7 +133,7 @@ def stage_weights(subject: LayoutSpec) -> tuple[StageWeights, ...] | None:
 
 
 def total_parameters(shape: ModelShape) -> int | None:
-    """Count a model's parameters, without layers for multi-token prediction; None where the config doesn't say enough."""
+    """Count a model's parameters, without layers for multi-token prediction; None if the config lacks sizes."""
     if missing_sizes(shape) or shape.layers is None:
         return None
     kinds, order = shape.kinds
@@ -144,7 +144,7 @@ def total_parameters(shape: ModelShape) -> int | None:
 
 
 def mtp_layer(subject: LayoutSpec) -> tuple[Layer, int] | None:
-    """F6: the layer for multi-token prediction and how often the last stage holds it; None without such speculation."""
+    """F6: the layer for multi-token prediction and how often the last stage has it; None without such speculation."""
     shape, speculative = subject.shape, subject.config.speculative
     if speculative is None or (speculative.decoding_type or "").upper() != "MTP" or not shape.nextn_layers:
         return None

@@ -203,7 +203,7 @@ def test_what_was_taken_for_granted_is_said() -> None:
     found = estimated(shape)
     assert found.length is None
     assert found.full_length_requests is None
-    assert any("how long" in text for text in found.assumptions)
+    assert any("longest request" in text for text in found.assumptions)
 
 
 def test_a_config_that_does_not_say_enough_gives_no_estimate() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensor-parallel size to choose instead: the same words from every rule."""
+"""Suggests legal tensor-parallel sizes, with the same text for every rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def for_heads(subject: LayoutSpec) -> str:
-    """B11: name the sizes that would work, by all rules about heads at once."""
+    """B11: name the sizes that pass all rules about heads."""
     shape, layout = subject.shape, subject.layout
     if layout.enable_attention_dp:
         return "set context_parallel_size to a divisor of the attention heads"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section G: can this GPU run the checkpoint's number formats? (TensorRT-LLM's support matrix, ``MOE_DEVELOPER_GUIDE.md``, ``linear.py``)
+"""Section G: the GPU must support the checkpoint's number formats. (TensorRT-LLM's support matrix, ``MOE_DEVELOPER_GUIDE.md``, ``linear.py``)
 
 Nothing is said where the kind of GPU isn't known. A format that NVIDIA's matrix lacks, though code for it exists, is a warning.
 """
@@ -35,7 +35,7 @@ _HOPPER_UP = HOPPER | BLACKWELL
 _ADA_UP = ADA | _HOPPER_UP
 _AMPERE_UP = AMPERE | _ADA_UP
 
-# architectures that run a format; those where code exists, but no matrix names them
+# architectures that support a format; and those with code that no matrix lists
 _FORMATS: dict[str, tuple[frozenset[int], frozenset[int]]] = {
     "FP8": (_ADA_UP, _NONE),
     "FP8_PER_CHANNEL_PER_TOKEN": (frozenset({90}), _ADA_UP - {90}),
@@ -65,12 +65,12 @@ _TORCH_DTYPES = frozenset(
 
 
 def gpu_of(subject: LayoutSpec) -> Gpu | None:
-    """Return the kind of GPU; None where it isn't known."""
+    """Return the kind of GPU; None if it isn't known."""
     return GPUS.get(subject.cluster.gpu or "")
 
 
 def format_runs(algo: str, sm: int) -> bool | None:
-    """Say whether GPUs of this compute capability run a format; None where nobody says."""
+    """Return whether GPUs of this compute capability support a format; None if that isn't documented."""
     if algo not in _FORMATS:
         return None
     runs, doubtful = _FORMATS[algo]
@@ -78,12 +78,12 @@ def format_runs(algo: str, sm: int) -> bool | None:
 
 
 def experts_quantised(shape: ModelShape) -> bool:
-    """E11: does the checkpoint's quantisation cover routed experts?"""
+    """E11: return whether the checkpoint's quantisation covers routed experts."""
     return any(layer.feed is Feed.EXPERTS and layer.feed_quantised for layer in shape.layers or ())
 
 
 def experts_format(shape: ModelShape) -> str:
-    """Return the format of routed experts; empty where they aren't quantised."""
+    """Return the format of routed experts; empty if they aren't quantised."""
     return shape.quantisation.algo if shape.quantisation is not None and experts_quantised(shape) else ""
 
 
@@ -153,7 +153,7 @@ def check_kv_dtype_name(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_kv_format(subject: LayoutSpec) -> Iterator[Finding]:
-    """G: the KV cache's format, and what it needs of the model. On Ampere NVIDIA's matrix has FP8, and the code speaks against it
+    """G: the KV cache's format, and its requirements of the model. NVIDIA's matrix lists FP8 on Ampere, but the code rejects it
     (``FP8 FMHA can only be enabled on sm_89, sm_90, …``)."""
     gpu, shape, dtype = gpu_of(subject), subject.shape, resolve_kv_dtype(subject) or ""
     calibrated = ((shape.quantisation.kv_algo if shape.quantisation else None) or "").lower()
@@ -226,7 +226,7 @@ def check_cute_dsl(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_latent_reuse(subject: LayoutSpec) -> Iterator[Finding]:
-    """G4: block reuse and chunked prefill of latent attention are switched off, with a warning, where they don't exist
+    """G4: block reuse and chunked prefill of latent attention are switched off, with a warning, if they aren't supported
     (``py_executor_creator``)."""
     gpu, config = gpu_of(subject), subject.config
     asked = [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section B: do query heads, KV heads and state heads share out over the ranks? The engine finds out minutes into the load."""
+"""Section B: query heads, KV heads and state heads must divide over the ranks. The engine notices only minutes into the load."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.spec import LayoutSpec
 
-# multiples of 8 from 32 to 256 are what classic attention kernels exist for (TensorRT-LLM issues 679, 855)
+# classic attention kernels exist for multiples of 8 from 32 to 256 (TensorRT-LLM issues 679, 855)
 _MIN_HEAD_DIM, _MAX_HEAD_DIM = 32, 256
 
 

@@ -30,7 +30,7 @@ def check_lora_graphs(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_balance(subject: LayoutSpec) -> Iterator[Finding]:
-    """C7: how long a rank waits for others before a step is no negative number, once balancing is on (``AttentionDpConfig``)."""
+    """C7: the time for which a rank waits for others before a step isn't negative, if balancing is on (``AttentionDpConfig``)."""
     config = subject.config
     section = config.keys.get("attention_dp_config")
     if not isinstance(section, dict) or section.get("enable_balance") is not True:
@@ -64,7 +64,7 @@ def check_embeddings(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_dense(subject: LayoutSpec) -> Iterator[Finding]:
-    """C1: attention DP is made for experts and latent attention; dense models gain little, and not every dense MLP is written for it
+    """C1: attention DP is meant for experts and latent attention; dense models gain little, and not every dense MLP supports it
     (``modeling_llama.py`` divides it and leaves its all-reduce out)."""
     shape, layout = subject.shape, subject.layout
     if layout.enable_attention_dp and layout.tp_size > 1 and not shape.suits_attention_dp and shape.layers is not None:

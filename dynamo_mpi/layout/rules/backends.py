@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""D8, D9, G and G3: is there such a MoE backend, and does it run the experts' format on this GPU?
+"""D8, D9, G and G3: the MoE backend must exist, and support the experts' format on this GPU.
 (TensorRT-LLM, ``moe_resolution.py``, ``create_moe.py``, ``MOE_DEVELOPER_GUIDE.md``)"""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _MEGAMOE_HIDDEN = 512
 
 
 def check_backend_name(subject: LayoutSpec) -> Iterator[Finding]:
-    """D8: the MoE backend's name (``MoeConfig``). WIDEEP, which is gone, is told of with other old keys (H)."""
+    """D8: the MoE backend's name (``MoeConfig``). WIDEEP, which was removed, is reported with other old keys (H)."""
     backend = subject.config.moe.backend
     if backend is None or backend == "WIDEEP":
         return
@@ -98,7 +98,7 @@ def check_backend(subject: LayoutSpec) -> Iterator[Finding]:
     what = f"{algo or 'unquantised'} experts"
     found = f"moe_config.backend {said or backend + ' (the default)'}; {what}; {gpu.name}, SM {gpu.sm}"
     if not serving:
-        # where the format itself doesn't run, section G has said so
+        # section G reports a format that the GPU doesn't support
         if format_runs(algo, gpu.sm):
             yield (error if gpu.sm < 120 else warning)(
                 "G",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section J: do the weights fit on the GPUs, and is enough left for the KV cache? The engine finds out after the whole load."""
+"""Section J: the weights must fit on the GPUs, with enough memory left for the KV cache. The engine notices only after the whole load."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _MAX_WORLD = 256  # larger worlds aren't proposed
 
 def check_capacity(subject: LayoutSpec) -> Iterator[Finding]:
     """J: weights, activations and some KV cache fit on every rank, for as many requests of full length as the subject wants.
-    Nothing where the kind of GPU isn't known."""
+    No finding if the kind of GPU isn't known."""
     if subject.cluster.gpu is None:
         return
     found, missing = estimate(subject), missing_sizes(subject.shape)
     if found is None and not missing:
-        return  # A2 and F3 say what is wrong with it
+        return  # A2 and F3 report the problem
     if found is None:
         yield info(
             "J",

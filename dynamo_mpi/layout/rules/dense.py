@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section E: do dense layers share out over the ranks, and do the shares hold whole scaling blocks? (TensorRT-LLM, ``linear.py``)
+"""Section E: dense layers must divide over the ranks, in shares of whole scaling blocks. (TensorRT-LLM, ``linear.py``)
 
 Under attention DP dense MLPs and shared experts are held whole by each rank (``overridden_tp_size=1``), so nothing here applies to them.
 """
@@ -35,7 +35,7 @@ class _Mlp:
         name: for messages.
         key: that its width stands under.
         width: over all ranks.
-        say: `error`, or `warning` where it isn't certain that it is quantised; None where it isn't quantised.
+        say: `error`, or `warning` where it isn't certain that it is quantised; None if it isn't quantised.
     """
 
     name: str
@@ -88,7 +88,7 @@ def check_attention_blocks(subject: LayoutSpec) -> Iterator[Finding]:
         return
     count, split, tp_size = shape.attention_heads, layout.head_split, layout.attention_tp_size
     if split == 1 or count % split or (shape.kv_heads is not None and not heads.kv_heads_fit(shape.kv_heads, tp_size)):
-        return  # B1 and B3 say what is wrong with those
+        return  # B1 and B3 report the problem
     shares = [("query", "num_attention_heads", count, count // split)]
     if shape.kv_heads is not None and tp_size > 1:
         shares.append(("KV", "num_key_value_heads", shape.kv_heads, -(-shape.kv_heads // tp_size)))
@@ -108,7 +108,7 @@ def check_attention_blocks(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_reduced_blocks(subject: LayoutSpec) -> Iterator[Finding]:
-    """E5, E6: what a rank reduces over is whole blocks or groups: NVFP4 16, MXFP4 32, AWQ and GPTQ as the checkpoint says
+    """E5, E6: a rank's share of the reduced dimension is whole blocks or groups: NVFP4 16, MXFP4 32, AWQ and GPTQ as in the checkpoint
     (``NVFP4LinearMethod``: ``in_features <x> must be divisible by scaling_vector_size 16``)."""
     shape, layout, quantisation = subject.shape, subject.layout, subject.shape.quantisation
     if quantisation is None or quantisation.algo not in (NVFP4, *MICROSCALED, *GROUPED):
@@ -191,7 +191,7 @@ def _attention(shape: ModelShape) -> Say | None:
 
 
 def _covered(shape: ModelShape, quantised: Callable[[Layer], bool]) -> Say | None:
-    """E11: how to say that a part of the model isn't aligned: not at all where the checkpoint excludes it from quantisation."""
+    """E11: return the function that makes the finding for a part that isn't aligned: none if the checkpoint excludes it from quantisation."""
     if shape.quantisation is None:
         return None
     if shape.layers is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section D, C4 and C6: do experts share out over the ranks? (TensorRT-LLM, ``fused_moe/interface.py``, ``llm_args.py``)"""
+"""Section D, C4 and C6: experts must divide over the ranks. (TensorRT-LLM, ``fused_moe/interface.py``, ``llm_args.py``)"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.spec import LayoutSpec
 
-# the blocks that a rank's share of an expert has to consist of; other formats: the checkpoint's groups
+# a rank's share of an expert must consist of such blocks; for other formats, of the checkpoint's groups
 _ERRS_AT = {FP8_BLOCK_SCALES: FP8_BLOCK, NVFP4: NVFP4_BLOCK}
 _WARNS_AT = dict.fromkeys(MICROSCALED, 128)
 # Sixteen ranks at the engine's default. Permuted activations take up to tokens x experts per token x hidden size x 2 bytes:
@@ -49,7 +49,7 @@ def check_expert_division(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_balancer_file(subject: LayoutSpec) -> Iterator[Finding]:
-    """D4: the load balancer's file is there where the engine's arguments are built (``validate_load_balancer``)."""
+    """D4: the load balancer's file exists on the host that builds the engine's arguments (``validate_load_balancer``)."""
     moe = subject.config.moe
     if moe.balanced and not moe.balancer_read:
         say = error if subject.launched else warning
@@ -243,7 +243,7 @@ def _block(subject: LayoutSpec) -> tuple[str, int]:
 
 
 def _ep_advice(subject: LayoutSpec) -> str:
-    """Name the sizes of expert parallelism that pass D1, D5 and D6 on the ranks that there are, the largest first."""
+    """Name the sizes of expert parallelism that pass D1, D5 and D6 on these ranks, the largest first."""
     experts, world = subject.shape.experts, subject.layout.moe_world_size
     if experts is None:
         return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section H: limits and combinations of keys that TensorRT-LLM's validators refuse, or accept and then don't obey."""
+"""Section H: limits and combinations of keys that TensorRT-LLM's validators reject, or accept and then ignore."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NEEDS_A_MODEL = ("eagle", "eagle3", "draft_target", "medusa")
 
 
 def check_cuda_graphs(subject: LayoutSpec) -> Iterator[Finding]:
-    """H1: the largest captured batch is the one that was asked for (``CudaGraphConfig``)."""
+    """H1: the largest captured batch is the configured one (``CudaGraphConfig``)."""
     config = subject.config
     sizes, largest = config.cuda_graph_batch_sizes, config.cuda_graph_max_batch_size
     if not sizes:
@@ -57,7 +57,7 @@ def check_batch_and_tokens(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_prompt_length(subject: LayoutSpec) -> Iterator[Finding]:
-    """H3: without chunked prefill a prompt has to fit into one step (``llm.py: _check_arguments``); decode workers get none."""
+    """H3: without chunked prefill a prompt must fit into one step (``llm.py: _check_arguments``); decode workers get none."""
     config = subject.config
     if config.enable_chunked_prefill or subject.role == "decode":
         return
@@ -118,7 +118,7 @@ def check_sequence_length(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_attention_backend(subject: LayoutSpec) -> Iterator[Finding]:
-    """H8: attention backends change the cache behind one's back (``py_executor_creator``)."""
+    """H8: some attention backends change settings of the cache without an error (``py_executor_creator``)."""
     backend = (subject.config.attn_backend or "").upper()
     said = subject.config.kv_cache.tokens_per_block
     if backend == "FLASHMLA" and said not in (None, 64):
@@ -186,7 +186,7 @@ def check_speculation(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_orchestrator(subject: LayoutSpec) -> Iterator[Finding]:
-    """H15: this world is MPI's."""
+    """H15: the orchestrator is MPI."""
     orchestrator = subject.config.orchestrator
     if orchestrator is not None and orchestrator.lower() not in ("mpi", "rpc"):
         yield error(

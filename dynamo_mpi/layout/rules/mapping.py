@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section A: is the world as large as the layout, and do its sizes multiply out? (TensorRT-LLM, ``mapping.py``)"""
+"""Section A: the world must be as large as the layout, and the sizes must be consistent. (TensorRT-LLM, ``mapping.py``)"""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def check_moe_product(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_dense_experts(subject: LayoutSpec) -> Iterator[Finding]:
-    """A3: expert sizes say nothing of a model without experts."""
+    """A3: expert sizes have no meaning for a model without experts."""
     config, shape = subject.config, subject.shape
     if shape.experts is None and shape.layers is not None and max(config.moe_ep_size or 1, config.moe_tp_size or 1) > 1:
         yield warning(
@@ -162,7 +162,7 @@ def check_context_type(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_gpus_per_node(subject: LayoutSpec) -> Iterator[Finding]:
-    """A10, A11, H16, K9: the engine reckons nodes as ``rank // gpus_per_node``, so the config has to say what is true."""
+    """A10, A11, H16, K9: the engine computes nodes as ``rank // gpus_per_node``, so the config's value must be the real one."""
     said, cluster = subject.config.gpus_per_node, subject.cluster
     if subject.engine == "reference":
         return
@@ -191,13 +191,13 @@ def check_placement(subject: LayoutSpec) -> Iterator[Finding]:
     if layout.world_size != cluster.world_size or not layout.leaves_nvlink(cluster) or subject.engine == "reference":
         return
     if layout.enable_attention_dp and layout.moe_tp_size == 1 and subject.shape.experts is not None:
-        return  # nothing but the experts' all-to-all crosses, which is what wide expert parallelism is for
+        return  # only the experts' all-to-all crosses nodes, which is the purpose of wide expert parallelism
     group = layout.tp_size * layout.cp_size
     yield warning(
         "A14",
         f"tensor-parallel groups of {group} ranks reach over nodes of {cluster.gpus_per_node} GPUs, without NVLink between them",
         found=f"tp x cp = {group}, gpus_per_node {cluster.gpus_per_node}",
-        needed="tp x cp that divides the GPUs of a node; where NVLink joins nodes (NVL72), say so: --gpu gb200",
+        needed="tp x cp that divides the GPUs of a node; if NVLink joins nodes (NVL72), use --gpu gb200",
         fix="use pipeline stages over nodes, or attention DP with wide expert parallelism",
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section F: pipeline stages, context parallelism, and combinations that a release is known to get wrong."""
+"""Section F: pipeline stages, context parallelism, and combinations with known bugs in a release."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_layers(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_partition(subject: LayoutSpec) -> Iterator[Finding]:
-    """F2: a partition names every stage and hands out every layer (``mapping.py: pp_layers``)."""
+    """F2: a partition has an entry for every stage and contains every layer (``mapping.py: pp_layers``)."""
     partition, stages, count = subject.config.pp_partition, subject.layout.pp_size, subject.shape.num_layers
     if partition is None:
         return
@@ -58,7 +58,7 @@ def _stages(subject: LayoutSpec) -> str:
 
 
 def check_encoder_decoder(subject: LayoutSpec) -> Iterator[Finding]:
-    """F5: pipeline stages do nothing for encoder-decoder models (``__pp_init__``)."""
+    """F5: pipeline stages have no effect for encoder-decoder models (``__pp_init__``)."""
     if subject.shape.encoder_decoder and subject.layout.pp_size > 1:
         yield error(
             "F5",
@@ -70,7 +70,7 @@ def check_encoder_decoder(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_speculation(subject: LayoutSpec) -> Iterator[Finding]:
-    """F6: layers for speculation live on the last stage."""
+    """F6: layers for speculation are on the last stage."""
     speculative, stages = subject.config.speculative, subject.layout.pp_size
     if speculative is not None and stages > 1:
         yield info(
@@ -123,7 +123,7 @@ def _article(role: str) -> str:
 
 
 def check_known_bugs(subject: LayoutSpec) -> Iterator[Finding]:
-    """F11: what the release notes list as known issues ("Known Issues", ``docs/source/release-notes.md``)."""
+    """F11: known issues in the release notes ("Known Issues", ``docs/source/release-notes.md``)."""
     shape, layout, cluster = subject.shape, subject.layout, subject.cluster
     if not subject.older_than(1, 1):
         return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the reference engine can't do, though TensorRT-LLM can."""
+"""Limits of the reference engine that TensorRT-LLM doesn't have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_reference_engine(subject: LayoutSpec) -> Iterator[Finding]:
-    """R1: the reference engine (`--engine reference`) knows tensor and pipeline parallelism, and dense models."""
+    """R1: the reference engine (`--engine reference`) supports tensor and pipeline parallelism, and dense models."""
     if subject.engine != "reference":
         return
     layout, experts = subject.layout, subject.shape.experts

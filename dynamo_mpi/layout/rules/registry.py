@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All rules, in the order in which their findings are told: the first error decides what a user reads first."""
+"""All rules, in the order of their findings in a report: a user reads the first error first."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ CAPACITY_RULES: tuple[Rule, ...] = capacity.RULES
 
 
 def layout_findings(subject: LayoutSpec) -> list[Finding]:
-    """Apply the rules about sizes and ranks alone: what the planner asks of every candidate."""
+    """Apply only the rules about sizes and ranks: the planner does so for every candidate."""
     return _apply(LAYOUT_RULES, subject)
 
 
 def config_findings(subject: LayoutSpec) -> list[Finding]:
-    """Apply the rules that no layout can mend: keys, formats, limits, roles."""
+    """Apply the rules whose findings no layout can solve: keys, formats, limits, roles."""
     return [*check_keys(subject.config.keys, subject.version), *_apply(CONFIG_RULES, subject)]
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Section I, one worker at a time: what a prefill or a decode worker needs, whoever its partner is. The engine says so at the first
-request."""
+"""Section I, one worker at a time: what a prefill or a decode worker needs, independently of its partner. The engine reports a
+missing setting only at the first request."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ BACKENDS = ("UCX", "NIXL", "MOONCAKE", "MPI", "DEFAULT")
 
 
 def check_transceiver(subject: LayoutSpec) -> Iterator[Finding]:
-    """I6: KV travels only where a transceiver backend is set (``CacheTransceiverFactory``); DEFAULT is another one in every release."""
-    # the reference engine has one way, always
+    """I6: KV is transferred only if a transceiver backend is set (``CacheTransceiverFactory``); DEFAULT differs between releases."""
+    # the reference engine always has one transport
     if subject.role == "agg" or subject.engine == "reference":
         return
     transceiver = subject.config.transceiver
@@ -51,7 +51,7 @@ def check_transceiver(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_runtime(subject: LayoutSpec) -> Iterator[Finding]:
-    """I7: the Python transceiver works over NIXL alone, and needs to give up at some time (``_torch/disaggregation``)."""
+    """I7: the Python transceiver works only over NIXL, and needs a timeout (``_torch/disaggregation``)."""
     transceiver = subject.config.transceiver
     if transceiver is None or (transceiver.runtime or "").upper() != "PYTHON":
         return
@@ -77,7 +77,7 @@ def check_runtime(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_hybrid_transceiver(subject: LayoutSpec) -> Iterator[Finding]:
-    """I5: hybrids hand their states over by the Python transceiver alone when NIXL carries them (RNN formatter, PR 14060)."""
+    """I5: hybrids transfer their states over NIXL only by the Python transceiver (RNN formatter, PR 14060)."""
     transceiver = subject.config.transceiver
     if subject.role == "agg" or subject.shape.state_space is None or transceiver is None:
         return
@@ -108,7 +108,7 @@ def check_overlap(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_beams(subject: LayoutSpec) -> Iterator[Finding]:
-    """I10: disaggregation knows one beam, and decoder-only models (disaggregated serving FAQ)."""
+    """I10: disaggregation supports one beam, and decoder-only models (disaggregated serving FAQ)."""
     if subject.role == "agg":
         return
     beams = subject.config.max_beam_width or 1
