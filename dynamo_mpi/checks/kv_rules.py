@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.checks.fabric_case import rate_text, time_text
+from dynamo_mpi.checks.fabric_rules import rate_text, time_text
 from dynamo_mpi.checks.kv_pull import NIXL, OK, TCP
 from dynamo_mpi.checks.rank_facts import lines
 from dynamo_mpi.layout.finding import error, info, warning

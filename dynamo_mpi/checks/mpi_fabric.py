@@ -3,6 +3,7 @@
 waits.
 
 A message that has been posted can't be cancelled, so rank 0 ends the world if the check hangs (`checks.run_hardware_checks`).
+MPI does not report for which ranks a collective waits, so its members send each other pings: what blocks its messages blocks the pings too.
 """
 
 from __future__ import annotations
@@ -10,11 +11,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, EXCHANGE
-from dynamo_mpi.checks.fabric_timing import OK, FabricAnswer, Timing
+from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, EXCHANGE, OK, FabricAnswer, Timing, segments
 from dynamo_mpi.checks.hang_diagnosis import WaitState
-from dynamo_mpi.checks.peer_pings import PeerPings
-from dynamo_mpi.checks.tcp_counters import segments
 from dynamo_mpi.common.activity import set_activity
 from dynamo_mpi.common.fabric_payload import expected, expected_sum, outgoing
 
@@ -25,6 +23,40 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.checks.fabric_steps import Step
     from dynamo_mpi.mpi.world import World
+
+_PING = b"\0"
+
+
+class PeerPings:
+    """One round of pings, to and from each of the other members. Each member starts it after it has waited for a while, independently of the
+    others.
+
+    Args:
+        comm: the communicator in which the ranks are numbered.
+        peers: the other members.
+        tag: unique for this round, so that pings of earlier rounds don't count.
+        earlier: tags of rounds in which this rank sent no pings; members that are still in such a round wait for them.
+    """
+
+    def __init__(self, comm: MPI.Comm, peers: Sequence[int], tag: int, earlier: Sequence[int] = ()) -> None:
+        self._expected = {peer: comm.Irecv(bytearray(1), peer, tag) for peer in peers}
+        self._sent = [comm.Isend(_PING, peer, one) for peer in peers for one in (*earlier, tag)]
+
+    def unheard(self) -> tuple[int, ...]:
+        """Return the ranks whose ping has not arrived."""
+        self._expected = {peer: request for peer, request in self._expected.items() if not request.Test()}
+        return tuple(self._expected)
+
+    def end(self) -> None:
+        """Stop the round. Cancel the receives, since a member that did not wait long never sends a ping; MPI completes pings that no member
+        receives."""
+        for request in self._expected.values():
+            request.Cancel()
+            request.Wait()
+        for request in self._sent:
+            if not request.Test():
+                request.Free()
+
 
 # the best of several: another process may have used the core
 _REPEATS = 8

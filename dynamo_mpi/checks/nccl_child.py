@@ -23,11 +23,9 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from dynamo_mpi.checks.cuda_driver import Cuda, CudaError
-from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, EXCHANGE, Step, steps_of
+from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, EXCHANGE, Step, segments, steps_of
 from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
-from dynamo_mpi.checks.nccl_library import Nccl, NcclError
-from dynamo_mpi.checks.tcp_counters import segments
+from dynamo_mpi.checks.nccl_library import Cuda, CudaError, Nccl, NcclError
 from dynamo_mpi.common.fabric_payload import corrupt_payload, expected, expected_sum, outgoing
 
 if TYPE_CHECKING:

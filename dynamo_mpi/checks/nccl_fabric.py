@@ -17,7 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.checks.fabric_timing import FAILED, LATE, OK, SKIPPED, FabricAnswer, Timing
+from dynamo_mpi.checks.fabric_steps import FAILED, LATE, OK, SKIPPED, FabricAnswer, Timing
 from dynamo_mpi.checks.hang_diagnosis import WaitState
 from dynamo_mpi.checks.hardware_check_plan import START_SHARE
 from dynamo_mpi.common.activity import set_activity

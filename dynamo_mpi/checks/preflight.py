@@ -215,7 +215,7 @@ def _rows(cards: Sequence[RankReport]) -> list[RankFacts]:
 def _kind(rows: Sequence[RankFacts]) -> str | None:
     if not rows:
         return None
-    from dynamo_mpi.checks.gpu_kind import kind_in
+    from dynamo_mpi.checks.gpu_rules import kind_in
 
     return kind_in(rows)
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from dynamo_mpi import __version__ as VERSION
 from dynamo_mpi.checks.fabric import figures_of as fabric_figures
-from dynamo_mpi.checks.fabric_steps import Step
-from dynamo_mpi.checks.fabric_timing import FabricAnswer, Measured
+from dynamo_mpi.checks.fabric_steps import FabricAnswer, Measured, Step
 from dynamo_mpi.checks.gpu_check import figures_of as gpu_figures
 from dynamo_mpi.checks.gpu_facts import GpuFacts
 from dynamo_mpi.checks.gpu_health import GpuHealth

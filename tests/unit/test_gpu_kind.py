@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.checks.gpu_facts import NodeGpus
-from dynamo_mpi.checks.gpu_kind import kind_in, kind_of
+from dynamo_mpi.checks.gpu_rules import kind_in, kind_of
 from dynamo_mpi.layout.gpus import GPUS
 from tests.unit.test_host_rules import B200, gpu, node, rows
 

@@ -17,11 +17,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.checks.bandwidth_floors import least_rate
-from dynamo_mpi.checks.cuda_driver import Cuda
-from dynamo_mpi.checks.fabric import judge_fabric
-from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, ALL_TO_ALL, EXCHANGE, FAR, NEAR, STAGES, Step, steps_of
-from dynamo_mpi.checks.fabric_timing import FAILED, LATE, OK, FabricAnswer, Measured, Timing, bus_share, gather_up
+from dynamo_mpi.checks.fabric import judge_fabric, least_rate
+from dynamo_mpi.checks.fabric_steps import (
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    EXCHANGE,
+    FAILED,
+    FAR,
+    LATE,
+    NEAR,
+    OK,
+    STAGES,
+    FabricAnswer,
+    Measured,
+    Segments,
+    Step,
+    Timing,
+    bus_share,
+    gather_up,
+    segments,
+    steps_of,
+)
 from dynamo_mpi.checks.hang_diagnosis import START, WaitState, find_blocking_ranks, read_note
 from dynamo_mpi.checks.hardware import EvaluationInput
 from dynamo_mpi.checks.hardware_check_plan import NODE, HardwareCheckPlan
@@ -35,7 +51,7 @@ from dynamo_mpi.checks.nccl_fabric import (
     measure_over_nccl,
     read_results,
 )
-from dynamo_mpi.checks.tcp_counters import Segments, segments
+from dynamo_mpi.checks.nccl_library import Cuda
 from dynamo_mpi.common.fabric_payload import expected, expected_sum, outgoing
 from dynamo_mpi.layout.finding import Severity
 

@@ -8,7 +8,7 @@ import time
 
 from mpi4py import MPI
 
-from dynamo_mpi.checks.peer_pings import PeerPings
+from dynamo_mpi.checks.mpi_fabric import PeerPings
 
 SECONDS = 20.0
 _FIRST, _SECOND, _THIRD = 100, 101, 102
