@@ -23,7 +23,7 @@ CHOSEN = (
     Case("exit0", "load", 1),
     Case("exception", "load", 1),
     Case("oom", "load", 1),
-    Case("kill", "world", 1),
+    Case("kill", "mpi_init", 1),
     Case("stop", "preflight", 1),
 )
 

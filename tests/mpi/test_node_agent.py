@@ -110,7 +110,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
     "kill-world-2", "exit0-preflight-0", "exit3-world-0", "exception-preflight-2", "stop-preflight-2", "hang-world-2"
 )
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("phase", ["world", "preflight"])
+@pytest.mark.parametrize("phase", ["mpi_init", "preflight"])
 @pytest.mark.parametrize("what", ["kill", "exit0", "exit3", "exception", "stop", "hang"])
 def test_is_seen_reported_once_and_ends_all(
     what: str, phase: str, rank: int, model: Path, failures: Path, usual_seconds: float
