@@ -140,7 +140,7 @@ def test_a_rank_that_does_not_come_is_missed(model: Path, failures: Path) -> Non
     assert "here: ranks 0, 2\n" in said
     assert "missing here: 1 of 3 ranks" in said
     assert "world.py" in said
-    assert "in _start_mpi" in said
+    assert "in start_mpi" in said
 
 
 def test_an_end_by_signal_is_no_failure_and_leaves_no_agent(model: Path, failures: Path) -> None:
