@@ -59,7 +59,7 @@ def test_a_rank_that_sends_wrong_data_is_named_and_ends_the_world(mpirun: Mpirun
     )
     assert done.returncode == 75, done.stderr
     assert f"error N1: data are wrong when they arrive: rank {rank} on " in done.stderr
-    assert done.stderr.count("error in probe") == 1
+    assert done.stderr.count("error in hardware_check") == 1
 
 
 def test_a_rank_in_no_pair_is_named_by_the_collectives(mpirun: Mpirun) -> None:
@@ -79,7 +79,7 @@ def test_a_rank_that_stops_is_named_at_the_deadline(mpirun: Mpirun, tmp_path: Pa
         env={**fault("rank2:hardware_check:stop"), "PROBE_MARK": str(tmp_path)},
     )
     assert done.returncode == 124, done.stderr
-    (said,) = [line for line in done.stderr.splitlines() if "error in probe" in line]
+    (said,) = [line for line in done.stderr.splitlines() if "error in hardware_check" in line]
     assert "N2: the probe hangs: rank 2 on " in said
     assert "does not answer" in said
     assert "ranks 0, 3 on " in said.partition("; ")[2], "its neighbours wait for it"
