@@ -107,7 +107,12 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 @pytest.mark.landing(
-    "kill-mpi_init-2", "exit0-preflight-0", "exit3-mpi_init-0", "exception-preflight-2", "stop-preflight-2", "hang-mpi_init-2"
+    "kill-mpi_init-2",
+    "exit0-preflight-0",
+    "exit3-mpi_init-0",
+    "exception-preflight-2",
+    "stop-preflight-2",
+    "hang-mpi_init-2",
 )
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("phase", ["mpi_init", "preflight"])
