@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.common.phases import PHASES
 from tests.conftest import ROOT
 from tests.unit.test_architecture import ORDER, PACKAGE
 from tests.unit.test_docs_links import PAGES
@@ -90,3 +91,9 @@ def test_a_missing_module_is_found() -> None:
         "dynamo_mpi.worker dynamo_mpi.none dynamo_mpi.common.hooks.WorkerHook dynamo_mpi.v1.NAMESPACE.COMPONENT.EVENT"
     )
     assert missing(f"python -m {text}.") == ["dynamo_mpi.none"]
+
+
+def test_architecture_lists_packages_and_phases_in_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert tuple(reversed(re.findall(r"^    (\w+)/ ", page, re.MULTILINE))) == ORDER
+    assert tuple(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == PHASES
