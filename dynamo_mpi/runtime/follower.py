@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # what rank 0 broadcasts begins with one byte that says how to read the rest
 STOP, GO = b"S", b"G"
 # of a life with TensorRT-LLM, what all ranks do together
-_SHARED = ("prove", "serve", "drain")
+_SHARED = ("warmup", "serve", "drain")
 # ranks that go on reading their weights come to it after minutes, maybe: then there is no hurry, and nothing to agree on either
 _AGREE_SECONDS = 10.0
 PARTING_SECONDS = 20.0
@@ -109,7 +109,7 @@ def _probe(world: World, spec: EngineSpec, phases: PhaseTracker) -> int | None:
     from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
     from dynamo_mpi.checks.run_hardware_checks import run_local
 
-    with phases.enter("probe"):
+    with phases.enter("hardware_check"):
         run_local(world, HardwareCheckPlan.unpack(spec.probe), os.environ)
         phases.mark_local_done()
         message = world.broadcast()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m dynamo_mpi.worker``: the same command in every rank; together they become one Dynamo worker.
 
-    environment -> world -> preflight -> load -> prove -> register -> serve -> drain -> exit
+    environment -> mpi_init -> preflight -> hardware_check -> load -> warmup -> register -> serve -> drain -> exit
 
 Ranks other than 0 import next to nothing before the verdict, and never what only rank 0 needs (settings, YAML, the Dynamo runtime): on a
 shared file system, hundreds of ranks opening hundreds of files are what a start waits for.
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     notifier = _notifier(launch, words)
     if notifier is not None:
         # from the next phase on it is one of rank 0's hooks
-        notifier.on_phase("world")
+        notifier.on_phase("mpi_init")
     try:
-        with phases.enter("world"):
+        with phases.enter("mpi_init"):
             if isinstance(answers, DynamoMpiError):
                 raise answers
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SRUN_WITHOUT_MPI)

@@ -94,8 +94,8 @@ class TrtllmRunner(WorkerHook):
                 child, session = self._start()
                 self._wait_for(Registered)
             with (
-                self._phases.enter("prove"),
-                self._guard.deadline(self._settings.prove_timeout, "no first completion", "--prove-timeout"),
+                self._phases.enter("warmup"),
+                self._guard.deadline(self._settings.warmup_timeout, "no first completion", "--warmup-timeout"),
             ):
                 self._prove()
             self._forget_folder()

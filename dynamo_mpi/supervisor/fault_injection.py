@@ -21,7 +21,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.phases import PHASES
+from dynamo_mpi.common.phases import FORMER_NAMES, PHASES
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,12 +45,12 @@ ACTIONS = {
 # without a value
 _USUAL = {"slow": 5.0}
 _FORM = re.compile(
-    r"rank(\d{1,9}):([a-z]+)(?:\+(\d+(?:\.\d+)?)|@(/.*))?:([a-z]+)(?:(?<=exit)(\d{1,3})|=(\d+(?:\.\d+)?))?"
+    r"rank(\d{1,9}):([a-z_]+)(?:\+(\d+(?:\.\d+)?)|@(/.*))?:([a-z]+)(?:(?<=exit)(\d{1,3})|=(\d+(?:\.\d+)?))?"
 )
 _LOOK_SECONDS = 0.02
 _MUTEX_BYTES = 64
 # the phases that a rank other than 0 goes through by itself; from the load on rank 0 leads
-_OWN = ("environment", "world", "preflight", "probe")
+_OWN = ("environment", "mpi_init", "preflight", "hardware_check")
 
 
 class FaultError(RuntimeError):
@@ -92,6 +92,7 @@ def parse_fault(text: str) -> Fault:
     match = _FORM.fullmatch(text.strip())
     if match is not None:
         rank, phase, delay, trigger, action, code, value = match.groups()
+        phase = FORMER_NAMES.get(phase, phase)
         right_value = (action == "exit") == (code is not None) and (value is None or action == "slow")
         if phase in PHASES and action in ACTIONS and right_value and int(code or 0) < 256:
             number = float(code or value or _USUAL.get(action, 0.0))
@@ -166,7 +167,7 @@ class InjectedFault:
         self._happen()
 
     def _world_begins(self, phase: str) -> None:
-        if phase not in ("probe", "load"):
+        if phase not in ("hardware_check", "load"):
             self._reach(phase)
 
     def _reach(self, phase: str) -> None:

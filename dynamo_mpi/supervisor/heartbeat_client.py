@@ -71,7 +71,7 @@ _AGENT_SECONDS = 4.0
 # mostly a signal comes to all ranks, and rank 0 knows what to do about it
 _HOLD_SECONDS = 0.3
 _ENDING = ("drain", "exit")
-_LOADING = ("load", "prove")
+_LOADING = ("load", "warmup")
 
 
 class HeartbeatClient:

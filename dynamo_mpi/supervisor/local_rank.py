@@ -39,7 +39,7 @@ class LocalRank:
         # readable once the process has ended, also where another one holds its connection; None where the system has no such thing
         self.pidfd = _open_pidfd(self.pid)
         self.rank = -1
-        self.phase = "world"
+        self.phase = "mpi_init"
         self.heard = self.asked = time.monotonic()
         self._unread = b""
         self.stacks = ""

@@ -264,7 +264,7 @@ class NodeAgent:
         self._world.tick()
         if self._launch.launcher is Launcher.HYDRA:
             for local in self._ranks:
-                if local.phase == "world":
+                if local.phase == "mpi_init":
                     # one that is killed while MPI starts can't say it any more
                     local.segments |= segments_of(local.pid)
         if now > self._kill_at:

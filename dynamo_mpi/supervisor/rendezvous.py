@@ -10,7 +10,7 @@ SERVING_SECONDS = 60.0
 """How long a rank may be silent by default. Longer than anything that holds Python's lock while it serves."""
 LOADING_SECONDS = 300.0
 """The same while it loads: importing a library of gigabytes from a cold shared file system holds Python's lock all the time."""
-_LOADING = ("preflight", "probe", "load")
+_LOADING = ("preflight", "hardware_check", "load")
 _MOST_PERIOD_SECONDS = 5.0
 _LENGTH_BYTES = 4
 

@@ -18,11 +18,11 @@ _ENDS = "the world ends"
 # what ends a phase
 _WAITS_FOR = {
     "environment": "this rank to start MPI",
-    "world": "all ranks of all nodes to start MPI",
+    "mpi_init": "all ranks of all nodes to start MPI",
     "preflight": "rank 0's verdict",
-    "probe": "the checks of the GPUs and of the links between the ranks",
+    "hardware_check": "the checks of the GPUs and of the links between the ranks",
     "load": "all ranks to load the model",
-    "prove": "the first completion over all ranks",
+    "warmup": "the first completion over all ranks",
     "register": "Dynamo's registration",
     "serve": "",
     "drain": "requests in flight to end",
