@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.deploy.workers import CommandBuilder
 
 POLL_SECONDS = 0.5
-NEWS_SECONDS = (15.0, 300.0)
+REMINDER_SECONDS = (15.0, 300.0)
 LISTED_SECONDS = 30.0
 # a busy frontend may not answer at once; one that this host can't reach never will
 REACHED_SECONDS = 10.0
@@ -148,9 +148,9 @@ class DeploymentController:
     def _run_to_end(self, command: Command) -> tuple[int, str]:
         """Run a step that ends by itself; return its exit code, and the end of its output."""
         step = self._start(command)
-        news = News(*NEWS_SECONDS)
+        reminders = News(*REMINDER_SECONDS)
         while (code := step.child.exit_code()) is None:
-            if seconds := news.due():
+            if seconds := reminders.due():
                 self._say(f"waiting for the {step.name}, {seconds:.0f} s; an image's import may take minutes")
             self._pause()
         self._others.pop(step.name)
@@ -160,7 +160,7 @@ class DeploymentController:
         """Start the services; return the variables with their addresses and credentials."""
         self._services = step = self._start(self._renderer.services())
         deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
-        news = News(*NEWS_SECONDS)
+        reminders = News(*REMINDER_SECONDS)
         while (content := self._run_dir.services()) is None:
             self._require_services()
             if time.monotonic() > deadline:
@@ -170,7 +170,7 @@ class DeploymentController:
                     log=step.last_words(),
                     fix="a longer --start-timeout if the image's import takes long",
                 )
-            if seconds := news.due():
+            if seconds := reminders.due():
                 self._say(f"waiting for the services, {seconds:.0f} s")
             if any("ready: " in line and "services.json" in line for line in step.child.last_lines(20)):
                 seen = seen or time.monotonic()
@@ -195,7 +195,7 @@ class DeploymentController:
     def _watch(self) -> None:
         """Return when the last worker has ended by itself."""
         self._describe()
-        announced, news = False, News(*NEWS_SECONDS)
+        announced, reminders = False, News(*REMINDER_SECONDS)
         while True:
             self._require_services()
             self._worker_steps.poll()
@@ -206,7 +206,7 @@ class DeploymentController:
             if not waiting and not announced:
                 announced = True
                 self._announce()
-            if waiting and (seconds := news.due()):
+            if waiting and (seconds := reminders.due()):
                 self._say(f"waiting for {', '.join(waiting)}, {seconds:.0f} s; logs in {self._run_dir.logs}")
             self._pause()
 

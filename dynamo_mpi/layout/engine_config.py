@@ -11,6 +11,11 @@ from dynamo_mpi.common.config_reader import Reader
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# H4: TensorRT-LLM's defaults for keys that an engine config does not set (``BaseLlmArgs``, ``KvCacheConfig``)
+DEFAULT_MAX_BATCH_SIZE = 2048
+DEFAULT_MAX_NUM_TOKENS = 8192
+DEFAULT_TOKENS_PER_BLOCK = 32
+DEFAULT_FREE_GPU_MEMORY_FRACTION = 0.9
 # limit for any world size: rules iterate over its stages and divisors
 MAX_RANKS = 65_536
 

@@ -7,7 +7,7 @@ from collections import Counter
 from math import ceil
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.layout import defaults
+from dynamo_mpi.layout.engine_config import DEFAULT_TOKENS_PER_BLOCK
 from dynamo_mpi.layout.layer_weights import dtype_bytes
 from dynamo_mpi.layout.model_shape import Mixer
 from dynamo_mpi.layout.weights import mtp_layer
@@ -31,7 +31,7 @@ def tokens_per_block(subject: LayoutSpec) -> int:
         return 64
     if backend == "VANILLA" and subject.config.max_num_tokens is not None:
         return subject.config.max_num_tokens
-    return subject.config.kv_cache.tokens_per_block or defaults.TOKENS_PER_BLOCK
+    return subject.config.kv_cache.tokens_per_block or DEFAULT_TOKENS_PER_BLOCK
 
 
 def resolve_kv_dtype(subject: LayoutSpec) -> str | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.layout import defaults
+from dynamo_mpi.layout.engine_config import DEFAULT_FREE_GPU_MEMORY_FRACTION
 from dynamo_mpi.layout.gpus import find_gpu
 from dynamo_mpi.layout.kv_cache import kv_bytes, kv_dtype_known, resolve_kv_dtype, state_bytes, tokens_per_block
 from dynamo_mpi.layout.layer_weights import dtype_bytes, dtype_known
@@ -180,7 +180,7 @@ def estimate(subject: LayoutSpec, *, fraction: float | None = None) -> MemoryEst
     gpu = None if subject.cluster.gpu is None else find_gpu(subject.cluster.gpu)
     if fraction is None:
         fraction = config.kv_cache.free_gpu_memory_fraction
-    fraction = defaults.FREE_GPU_MEMORY_FRACTION if fraction is None else min(1.0, max(0.0, fraction))
+    fraction = DEFAULT_FREE_GPU_MEMORY_FRACTION if fraction is None else min(1.0, max(0.0, fraction))
     length = config.max_seq_len or subject.shape.context_length
     block = tokens_per_block(subject)
     room = None if gpu is None else gpu.memory

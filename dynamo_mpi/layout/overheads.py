@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.layout import defaults
+from dynamo_mpi.layout.engine_config import DEFAULT_MAX_BATCH_SIZE, DEFAULT_MAX_NUM_TOKENS
 
 if TYPE_CHECKING:
     from dynamo_mpi.layout.spec import LayoutSpec
@@ -34,7 +34,7 @@ def activation_bytes(subject: LayoutSpec) -> int:
         family = "experts"
     elif shape.name.lower().startswith("llama"):
         family = "llama"
-    return int(2 * (config.max_num_tokens or defaults.MAX_NUM_TOKENS) * width * _ACTIVATIONS[family][ranks])
+    return int(2 * (config.max_num_tokens or DEFAULT_MAX_NUM_TOKENS) * width * _ACTIVATIONS[family][ranks])
 
 
 def workspace_bytes(subject: LayoutSpec) -> int:
@@ -42,7 +42,7 @@ def workspace_bytes(subject: LayoutSpec) -> int:
     experts, config, layout = subject.shape.experts, subject.config, subject.layout
     if experts is None or not experts.per_token:
         return 0
-    tokens = config.moe.max_num_tokens or (config.max_num_tokens or defaults.MAX_NUM_TOKENS) * layout.dp_size
+    tokens = config.moe.max_num_tokens or (config.max_num_tokens or DEFAULT_MAX_NUM_TOKENS) * layout.dp_size
     width = subject.shape.hidden_size or 0
     return 4 * tokens * width * experts.count * experts.per_token // max(1, layout.moe_ep_size) // 128
 
@@ -53,6 +53,6 @@ def outside_bytes(subject: LayoutSpec) -> int:
     graphs = 0
     if config.cuda_graphs:
         count = len(config.cuda_graph_batch_sizes or ())
-        largest = config.cuda_graph_max_batch_size or config.max_batch_size or defaults.MAX_BATCH_SIZE
+        largest = config.cuda_graph_max_batch_size or config.max_batch_size or DEFAULT_MAX_BATCH_SIZE
         graphs = min(_ALL_GRAPHS, _GRAPH * (count or largest))
     return _OTHER + graphs + (_NCCL if subject.layout.world_size > 1 else 0)

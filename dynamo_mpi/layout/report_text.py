@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats a check's report as text."""
+"""Formats a check's report and a planner's result: as text, and the planner's also as data."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.tables import columns
+from dynamo_mpi.layout.engine_yaml import engine_yaml, srun_line
 from dynamo_mpi.layout.finding import Severity, errors, render
 from dynamo_mpi.layout.format import counted, gib, short_name
+from dynamo_mpi.layout.suggestions import suggestions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -14,6 +17,97 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.check import PairReport, Report
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.memory import MemoryEstimate
+    from dynamo_mpi.layout.planner import Plan
+    from dynamo_mpi.layout.spec import LayoutSpec
+
+_ENGINE_CONFIG = "engine.yaml"
+
+
+def describe_plans(
+    model: str, path: str, subject: LayoutSpec, plans: Sequence[Plan], general: Sequence[Finding], limit: int
+) -> str:
+    """Format the best layouts as a table, and the first one with its YAML and its srun command.
+
+    Args:
+        model: the user's name of the model.
+        path: the model, as ``--model`` takes it.
+        subject: the requested worker.
+        plans: the layouts, best first.
+        general: findings that apply to every layout.
+        limit: rows of the table.
+    """
+    shown = plans[:limit]
+    head = ["", "layout", "fits", "weights", "KV copies", "room for tokens", "because"]
+    rows = [[str(number), *_row(made)] for number, made in enumerate(shown, 1)]
+    more = f"\n({len(plans) - len(shown)} more: --limit {len(plans)})" if len(plans) > len(shown) else ""
+    on = f"{subject.cluster}" + (f" ({subject.cluster.gpu})" if subject.cluster.gpu else "")
+    shown_findings = [finding for finding in general if finding.severity is not Severity.INFO]
+    parts = [render(shown_findings)] if shown_findings else []
+    nothing_fits = all(made.fits is False for made in plans)
+    parts.append(
+        f"{model}, role {subject.role}, on {on}: {counted(len(plans), 'legal layout')}"
+        + (", and by estimate none fits" if nothing_fits else "")
+        + f"\n{columns(head, rows, right=(0, 3, 4, 5))}{more}"
+    )
+    if nothing_fits:
+        parts.append(_enough(subject))
+    else:
+        best = plans[0].subject
+        parts.append(
+            f"{_ENGINE_CONFIG} of the first:\n{_indent(engine_yaml(best, model))}\n"
+            f"start it:\n  {srun_line(best, path, _ENGINE_CONFIG)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _enough(subject: LayoutSpec) -> str:
+    more = suggestions(subject, 1)
+    if not more:
+        return "take GPUs with more memory, or a checkpoint in FP8 or NVFP4"
+    return f"it fits on {more[0].cluster}: {short_name(more[0])}"
+
+
+def _row(made: Plan) -> list[str]:
+    memory = made.memory
+    weights = gib(memory.fullest.weights_bytes) if memory is not None else "?"
+    tokens = f"{memory.world_tokens:,}" if memory is not None and memory.world_tokens is not None and made.fits else "?"
+    fits = {True: "yes", False: "no", None: "?"}[made.fits]
+    return [short_name(made.subject), fits, weights, str(made.kv_copies), tokens, ", ".join(made.reasons)]
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def plans_as_json(
+    model: str, path: str, subject: LayoutSpec, plans: Sequence[Plan], general: Sequence[Finding]
+) -> dict[str, Any]:
+    """Return all layouts as plain data, best first, each with its YAML and its srun command."""
+    return {
+        "model": model,
+        "architecture": subject.shape.name,
+        "role": subject.role,
+        "gpus": subject.cluster.world_size,
+        "nodes": subject.cluster.nodes,
+        "gpus_per_node": subject.cluster.gpus_per_node,
+        "gpu": subject.cluster.gpu,
+        "trtllm_version": None if subject.version is None else str(subject.version),
+        "findings": [finding.as_json() for finding in general],
+        "layouts": [
+            {
+                "name": short_name(made.subject),
+                "layout": made.subject.layout_as_json(),
+                "fits": made.fits,
+                "kv_copies": made.kv_copies,
+                "reasons": list(made.reasons),
+                "findings": [finding.as_json() for finding in made.findings],
+                "memory": made.memory.as_json() if made.memory is not None else {},
+                "yaml": engine_yaml(made.subject, model),
+                "srun": srun_line(made.subject, path, _ENGINE_CONFIG),
+            }
+            for made in plans
+        ],
+    }
 
 
 def describe_report(model: str, report: Report) -> str:

@@ -112,12 +112,12 @@ class ReadinessWaiter:
         Raises:
             UsageError: several deployments could be meant, or the settings for etcd can't be used.
         """
-        outcome, news = self._outcome, News(*REMINDER_SECONDS)
+        outcome, reminders = self._outcome, News(*REMINDER_SECONDS)
         try:
             while not self._is_ready():
                 if time.monotonic() >= self._end:
                     raise self._late()
-                if news.due():
+                if reminders.due():
                     self._log_missing()
                 time.sleep(max(0.0, min(POLL_SECONDS, self._end - time.monotonic())))
         except StepFailed as error:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.log_writer import log_writer
-from dynamo_mpi.telemetry.progress import WATCHED, describe, facts, intervals
-from dynamo_mpi.telemetry.progress_table import Terminal, table
+from dynamo_mpi.telemetry.progress import WATCHED, Terminal, describe, facts, intervals, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common.pdeathsig_command import with_pdeathsig
 from dynamo_mpi.deploy.environment import discovery_environment, local_environment
-from dynamo_mpi.deploy.local.model import served_name
-from dynamo_mpi.deploy.local.workers import MpirunWorker, WorkerRole, WorkerSpec, mpi_environment
+from dynamo_mpi.deploy.local.workers import MpirunWorker, WorkerRole, WorkerSpec, mpi_environment, served_name
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
 
 ETCD = Etcd(Path("/bin/etcd"), 2379, Path("/run/etcd"))

@@ -21,9 +21,8 @@ from dynamo_mpi.common.log_writer import LogFormat, LogWriter
 from dynamo_mpi.common.phases import PhaseProgress, PhaseTracker, RankTimings, Span
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.supervisor.progress import ProgressTracker
-from dynamo_mpi.telemetry.progress import describe, facts, intervals, size
+from dynamo_mpi.telemetry.progress import Terminal, describe, facts, intervals, size, table
 from dynamo_mpi.telemetry.progress_reporter import ProgressReporter, select_mode
-from dynamo_mpi.telemetry.progress_table import Terminal, table
 from tests.contexts import rank_context
 
 LOAD = PhaseProgress("load", 11, 16, 13, "n03", 142.4)

@@ -26,13 +26,12 @@ from dynamo_mpi.common.subprocess import LoggedProcess, await_exit, stop
 from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.environment import RequestPlane, discovery_environment, local_environment
 from dynamo_mpi.deploy.local.ask import Answer, NotServedYet, ask
-from dynamo_mpi.deploy.local.model import prepare_model
-from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpec
+from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpec, prepare_model
 from dynamo_mpi.deploy.service_error import LOG_LINES
 from dynamo_mpi.deploy.service_stack import ServiceStack
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
 
-NEWS_SECONDS = (5.0, 30.0)
+REMINDER_SECONDS = (5.0, 30.0)
 # longer than a worker's own limit for its requests
 DRAIN_SECONDS, WORKER_STOP_SECONDS = 40.0, 5.0
 
@@ -225,11 +224,11 @@ class LocalStack(ServiceStack):
         return path
 
     def _await_workers(self) -> dict[str, dict[str, Any]]:
-        news = News(*NEWS_SECONDS)
+        reminders = News(*REMINDER_SECONDS)
         found: dict[str, dict[str, Any]] = {}
         while missing := self._look_for_ready(found):
             self.wait(missing[0], "it has not registered")
-            if seconds := news.due():
+            if seconds := reminders.due():
                 self._say(f"waiting for {' and '.join(missing)} to register, {seconds:.0f} s")
         return {worker.spec.role: found[name] for name, worker in self._workers.items()}
 

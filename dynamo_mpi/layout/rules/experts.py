@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.layout import defaults
 from dynamo_mpi.layout.divisibility import divisors
+from dynamo_mpi.layout.engine_config import DEFAULT_MAX_NUM_TOKENS
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import counted, listed
 from dynamo_mpi.layout.model_shape import Feed
@@ -225,7 +225,7 @@ def check_workspace(subject: LayoutSpec) -> Iterator[Finding]:
     config, layout = subject.config, subject.layout
     if subject.shape.experts is None or layout.dp_size == 1 or config.moe.max_num_tokens is not None:
         return
-    tokens = config.max_num_tokens or defaults.MAX_NUM_TOKENS
+    tokens = config.max_num_tokens or DEFAULT_MAX_NUM_TOKENS
     if tokens * layout.dp_size > _MANY_TOKENS:
         yield warning(
             "C4",

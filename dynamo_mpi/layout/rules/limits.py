@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.layout import defaults
+from dynamo_mpi.layout.engine_config import (
+    DEFAULT_FREE_GPU_MEMORY_FRACTION,
+    DEFAULT_MAX_BATCH_SIZE,
+    DEFAULT_MAX_NUM_TOKENS,
+)
 from dynamo_mpi.layout.finding import error, info, warning
 
 if TYPE_CHECKING:
@@ -31,7 +35,7 @@ def check_cuda_graphs(subject: LayoutSpec) -> Iterator[Finding]:
             needed="max_batch_size == max(batch_sizes), or one of them alone",
             fix="leave cuda_graph_config.max_batch_size out",
         )
-    limit = config.max_batch_size or defaults.MAX_BATCH_SIZE
+    limit = config.max_batch_size or DEFAULT_MAX_BATCH_SIZE
     if useless := [size for size in sizes if size > limit]:
         yield warning(
             "H1",
@@ -43,8 +47,8 @@ def check_cuda_graphs(subject: LayoutSpec) -> Iterator[Finding]:
 
 def check_batch_and_tokens(subject: LayoutSpec) -> Iterator[Finding]:
     """H2: a step holds at least one token of each of its requests (``BaseLlmArgs``; the engine warns too)."""
-    batch = subject.config.max_batch_size or defaults.MAX_BATCH_SIZE
-    tokens = subject.config.max_num_tokens or defaults.MAX_NUM_TOKENS
+    batch = subject.config.max_batch_size or DEFAULT_MAX_BATCH_SIZE
+    tokens = subject.config.max_num_tokens or DEFAULT_MAX_NUM_TOKENS
     if batch > tokens:
         say = info if subject.config.max_batch_size is None else warning
         yield say(
@@ -61,7 +65,7 @@ def check_prompt_length(subject: LayoutSpec) -> Iterator[Finding]:
     config = subject.config
     if config.enable_chunked_prefill or subject.role == "decode":
         return
-    tokens = config.max_num_tokens or defaults.MAX_NUM_TOKENS
+    tokens = config.max_num_tokens or DEFAULT_MAX_NUM_TOKENS
     length = config.max_seq_len or subject.shape.context_length
     if length is None or length <= tokens:
         return
@@ -87,7 +91,7 @@ def check_memory_fraction(subject: LayoutSpec) -> Iterator[Finding]:
         f"free_gpu_memory_fraction {fraction:g} is no fraction of the free memory",
         found=f"kv_cache_config.free_gpu_memory_fraction {fraction:g}",
         needed="at least 0, less than 1",
-        fix=f"set kv_cache_config: {{free_gpu_memory_fraction: {defaults.FREE_GPU_MEMORY_FRACTION}}}",
+        fix=f"set kv_cache_config: {{free_gpu_memory_fraction: {DEFAULT_FREE_GPU_MEMORY_FRACTION}}}",
     )
 
 
