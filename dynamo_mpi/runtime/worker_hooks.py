@@ -110,7 +110,7 @@ class LeaderHooks(WorkerHooks):
             UsageError: the credentials for NATS can't be used.
         """
         from dynamo_mpi.discovery.failure_records import FailureRecordStore, WorkerIdentity
-        from dynamo_mpi.discovery.lifecycle_publisher import events_of
+        from dynamo_mpi.discovery.lifecycle_events import events_of
         from dynamo_mpi.discovery.record_publisher import RecordPublisher
 
         facts = self.status.facts if self.status is not None else {}
