@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
 
 _FORM = re.compile(r"probe step (-?\d+), (\d+) bytes: waits for ranks? ([\d, ]+)")
-_UNHEARD = re.compile(r"no ping in wait (\d+): ([\d, ]+|none)")
+_NO_PING = re.compile(r"no ping in wait (\d+): ([\d, ]+|none)")
 _SLOWEST = re.compile(r"slowest so far: rank (\d+), (\d+) bytes/s")
 _MOST_PAIRS = 6
 # a pair is reported if it is this many times slower than the fastest
@@ -41,7 +41,7 @@ class WaitState(NamedTuple):
         slow_peer: the rank with which its exchange of messages was the slowest so far; None for none.
         rate: the rate of that exchange, in bytes per second.
         wait: for a late collective, the number of the wait in its step.
-        unheard: the ranks whose ping has not arrived; None if this rank has not pinged.
+        without_ping: the ranks whose ping has not arrived; None if this rank has not pinged.
     """
 
     step: int
@@ -50,13 +50,13 @@ class WaitState(NamedTuple):
     slow_peer: int | None = None
     rate: float = 0.0
     wait: int = 0
-    unheard: tuple[int, ...] | None = None
+    without_ping: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         ranks = "rank" if len(self.waits) == 1 else "ranks"
         text = f"probe step {self.step}, {self.size} bytes: waits for {ranks} {listed(self.waits)}"
-        if self.unheard is not None:
-            text += f"; no ping in wait {self.wait}: {listed(self.unheard) or 'none'}"
+        if self.without_ping is not None:
+            text += f"; no ping in wait {self.wait}: {listed(self.without_ping) or 'none'}"
         return (
             text
             if self.slow_peer is None
@@ -70,9 +70,11 @@ def read_note(text: str) -> WaitState | None:
     if found is None:
         return None
     note = WaitState(int(found[1]), int(found[2]), _numbers(found[3]))
-    unheard, slow = _UNHEARD.search(text), _SLOWEST.search(text)
-    if unheard is not None:
-        note = note._replace(wait=int(unheard[1]), unheard=() if unheard[2] == "none" else _numbers(unheard[2]))
+    without_ping, slow = _NO_PING.search(text), _SLOWEST.search(text)
+    if without_ping is not None:
+        note = note._replace(
+            wait=int(without_ping[1]), without_ping=() if without_ping[2] == "none" else _numbers(without_ping[2])
+        )
     return note if slow is None else note._replace(slow_peer=int(slow[1]), rate=float(slow[2]))
 
 
@@ -143,7 +145,7 @@ def find_blocking_ranks(
     if step.operation != EXCHANGE:
         ranks = sorted(set(there) | {rank for note in there.values() for rank in note.waits})
         found = f"the check hangs {f'in an {step.operation} of {size} bytes' if size else f'before an {step.operation}'} over {name(ranks)}"
-        cut = _unheard(there)
+        cut = _pairs_without_ping(there)
         if not cut:
             return error(
                 "N2", found + _slowest(notes, name), needed=needed, fix=_cure(sorted({hosts[rank] for rank in ranks}))
@@ -169,17 +171,17 @@ def _pairs(
     return described, sorted(common or set.union(*ends))
 
 
-def _unheard(notes: Mapping[int, WaitState]) -> list[tuple[int, int]]:
+def _pairs_without_ping(notes: Mapping[int, WaitState]) -> list[tuple[int, int]]:
     """Return the pairs of a collective whose pings don't arrive, from the states of the ranks at the earliest wait. Only ranks that have
     sent pings count."""
-    called = {rank: note for rank, note in notes.items() if note.unheard is not None}
-    earliest = min((note.wait for note in called.values()), default=0)
+    pinged = {rank: note for rank, note in notes.items() if note.without_ping is not None}
+    earliest = min((note.wait for note in pinged.values()), default=0)
     return sorted(
         {
             (min(rank, peer), max(rank, peer))
-            for rank, note in called.items()
-            for peer in note.unheard or ()
-            if note.wait == earliest and peer in called
+            for rank, note in pinged.items()
+            for peer in note.without_ping or ()
+            if note.wait == earliest and peer in pinged
         }
     )
 

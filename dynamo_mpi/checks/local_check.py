@@ -91,15 +91,15 @@ def _measure(plan: HardwareCheckPlan, size: int, environ: Mapping[str, str]) -> 
     end = began + plan.seconds
     children = [CheckProcess(rank, size, plan, environ) for rank in range(size)]
     try:
-        troubles = [""] * size
+        problems = [""] * size
         libraries = [""] * size
         for rank, child in enumerate(children):
             try:
                 libraries[rank] = str(json.loads(child.read_line(end)[1])["library"])
             except (EndedError, LateError) as error:
-                troubles[rank] = str(error) or f"it did not start in {plan.seconds:g} s"
-        if any(troubles):
-            return [FabricAnswer(FAILED if trouble else SKIPPED, trouble) for trouble in troubles]
+                problems[rank] = str(error) or f"it did not start in {plan.seconds:g} s"
+        if any(problems):
+            return [FabricAnswer(FAILED if problem else SKIPPED, problem) for problem in problems]
         try:
             children[0].send_line("identify")
             joined = children[0].read_line(end)[1]

@@ -42,7 +42,7 @@ class PeerPings:
         self._expected = {peer: comm.Irecv(bytearray(1), peer, tag) for peer in peers}
         self._sent = [comm.Isend(_PING, peer, one) for peer in peers for one in (*earlier, tag)]
 
-    def unheard(self) -> tuple[int, ...]:
+    def silent_ranks(self) -> tuple[int, ...]:
         """Return the ranks whose ping has not arrived."""
         self._expected = {peer: request for peer, request in self._expected.items() if not request.Test()}
         return tuple(self._expected)
@@ -212,9 +212,9 @@ class _Runner:
             if self._comm is not None and waited > _PING_AFTER_SECONDS:
                 if pings is None:
                     pings = self._ping()
-                unheard = pings.unheard()
+                silent = pings.silent_ranks()
                 if waited > _REPORT_AFTER_SECONDS:
-                    set_activity(str(self._note._replace(wait=self._waits, unheard=unheard)))
+                    set_activity(str(self._note._replace(wait=self._waits, without_ping=silent)))
         if pings is not None:
             pings.end()
             set_activity(str(self._note))

@@ -134,7 +134,7 @@ def measure_over_nccl(world: World, plan: HardwareCheckPlan, environ: Mapping[st
     child: CheckProcess | None = None
     try:
         about: dict[str, Any] = {}
-        trouble, unique_id = "", ""
+        problem, unique_id = "", ""
         try:
             child = CheckProcess(world.rank, world.size, plan, environ)
             about = json.loads(child.read_line(end)[1])
@@ -142,16 +142,16 @@ def measure_over_nccl(world: World, plan: HardwareCheckPlan, environ: Mapping[st
                 child.send_line("identify")
                 unique_id = child.read_line(end)[1]
         except (EndedError, LateError) as error:
-            trouble = str(error) or f"it did not start in {plan.seconds * START_SHARE:g} s"
+            problem = str(error) or f"it did not start in {plan.seconds * START_SHARE:g} s"
         except (OSError, ValueError) as error:  # for example no more processes: no reason to end a worker
-            trouble = f"its process can't be started: {error}"
-        answers = world.gather(encode_strings([trouble]))
+            problem = f"its process can't be started: {error}"
+        answers = world.gather(encode_strings([problem]))
         # if a rank can't take part, all others would wait for it
         able = all(not decode_strings(answer)[0] for answer in answers)
         joined = world.broadcast(unique_id.encode() if able else b"").decode()
         library = str(about.get("library", ""))
         if child is None or not joined:
-            return FabricAnswer(FAILED if trouble else SKIPPED, trouble, library)
+            return FabricAnswer(FAILED if problem else SKIPPED, problem, library)
         child.send_line(f"join {joined}")
         return read_results(child, library, began, time.monotonic() + plan.seconds)
     finally:

@@ -69,7 +69,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_CREDENTIALS",),
         "auto",
         str,
-        "auto: etcd takes clients with this job's certificate only, and NATS those with its password; none: both take anybody",
+        "auto: etcd accepts only clients with this job's certificate, NATS only those with its password; none: both accept all clients",
         ("auto", "none"),
     ),
     Option(

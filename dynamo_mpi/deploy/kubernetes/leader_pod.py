@@ -189,7 +189,7 @@ class LeaderPod:
         except (OSError, asyncio.TimeoutError):
             joined = None
         if joined is None or not 1 <= joined[1] < self._settings.pods or joined[1] in self._pods:
-            self._print(f"{peer[0] if peer else 'somebody'} was refused: " + _reason(joined, self._settings.pods))
+            self._print(f"{peer[0] if peer else 'a connection'} was rejected: " + _reason(joined, self._settings.pods))
             writer.close()
             return
         channel, index, host = joined

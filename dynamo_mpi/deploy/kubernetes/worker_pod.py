@@ -78,7 +78,7 @@ class WorkerPod:
                     channel.send(await self._start(start.get("daemon"), start.get("arguments")))
         finally:
             await channel.close()
-        self._print("the leader has gone")
+        self._print("the leader is lost")
         return of_signal(self._signal) if self._signal else ExitCode.TEMPORARY
 
     async def _call(self) -> Channel:

@@ -18,28 +18,28 @@ def main() -> None:
     world = MPI.COMM_WORLD
     last = world.Get_size() - 1
     peers = [rank for rank in range(last + 1) if rank != world.Get_rank()]
-    unheard: list[tuple[int, ...]] = []
+    silent: list[tuple[int, ...]] = []
     if world.Get_rank() != last:
         first = PeerPings(world, peers, _FIRST)
-        unheard.append(_heard_but(first, (last,)))
+        silent.append(_silent_at_last(first, (last,)))
         first.end()
     world.Barrier()
-    # those of the first round are there by now, and nobody takes them for new; the last rank is a round further
+    # pings of the first round have arrived by now, and do not count for the second; the last rank is a round further
     is_last = world.Get_rank() == last
     second = PeerPings(world, peers, _THIRD if is_last else _SECOND, (_SECOND,) if is_last else ())
-    unheard.append(_heard_but(second, tuple(peers) if is_last else ()))
+    silent.append(_silent_at_last(second, tuple(peers) if is_last else ()))
     second.end()
-    told = world.gather(unheard)
-    if told is not None:
-        print(told)
+    gathered = world.gather(silent)
+    if gathered is not None:
+        print(gathered)
 
 
-def _heard_but(calls: PeerPings, expected: tuple[int, ...]) -> tuple[int, ...]:
-    """Wait until nobody else is missing."""
+def _silent_at_last(pings: PeerPings, expected: tuple[int, ...]) -> tuple[int, ...]:
+    """Wait until only these ranks are silent."""
     end = time.monotonic() + SECONDS
-    while calls.unheard() != expected and time.monotonic() < end:
+    while pings.silent_ranks() != expected and time.monotonic() < end:
         time.sleep(0.001)
-    return calls.unheard()
+    return pings.silent_ranks()
 
 
 if __name__ == "__main__":
