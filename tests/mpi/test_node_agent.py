@@ -106,6 +106,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.serial  # on a busy machine, Open MPI 5's mpirun may drop what the agent writes after a rank has left with a code
 @pytest.mark.landing(
     "kill-mpi_init-2",
     "exit0-preflight-0",
