@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this rank waits for, in words, so that whoever asks where it stands is told more than a line of code."""
+"""What this rank waits for, in plain text, for stack dumps."""
 
 from __future__ import annotations
 

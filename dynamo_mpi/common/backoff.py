@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When to say that we still wait: now and then, more and more rarely."""
+"""Schedules reminders that something is still being waited for, at growing intervals."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of strings as bytes, for what ranks tell each other before the verdict.
+"""Encodes lists of strings as bytes, for messages between ranks before the preflight result.
 
 JSON would do, but importing it opens a dozen more files on every rank; a list of strings is all that is needed.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading JSON and YAML that people wrote: strictly, since what a lenient reader lets through turns up minutes later inside the engine.
+"""Reads JSON and YAML configuration strictly: errors that a lenient reader ignores would surface minutes later in the engine.
 
 Both refuse duplicate keys (the usual readers keep the last one in silence), anything but a mapping at the top, and more than any real file
 of the kind holds. Every complaint is a `ConfigFileError` with the path in it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can meet. Each says what was found, what is needed, and what to do.
+"""The errors that a user may get. Each states the problem, what is expected, and the fix.
 
 ``rank`` and ``host`` are not part of the text: whoever prints the error adds them once.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exit codes a launcher, a batch script or an operator can rely on.
+"""The exit codes that launchers, batch scripts and operators may rely on.
 
 Every rank of a world leaves with the code of the first cause. Codes follow ``sysexits.h`` where it has a
 fitting one; 124 is ``timeout(1)``'s, ``128 + n`` a shell's for signal *n*. A batch script requeues on

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks send each other in the fabric probe, so that whoever gets it can tell whose it is, and that all of it is in its place."""
+"""The payload of the fabric probe, by which the receiver checks the sender and that all bytes are in place."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failures of ranks: what is known of one, which of several came first, and how they are told. Pure."""
+"""Failures of ranks: data, root cause, and description. Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading small text files that people name on a command line: never more than a config, and never waiting for ever."""
+"""Reads small text files that users name on a command line, with a size limit and without blocking forever."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a thread is, as lines. Imported by every rank before the verdict."""
+"""Formats a thread's stack frames. Every rank imports it before the preflight result."""
 
 from __future__ import annotations
 

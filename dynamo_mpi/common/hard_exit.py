@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An end that needs nothing of Python: mpi4py's ``Abort`` keeps its lock, and may never return where the launcher is out of reach."""
+"""Exits without Python: mpi4py's ``Abort`` holds the GIL, and may never return if the launcher can't be reached."""
 
 from __future__ import annotations
 

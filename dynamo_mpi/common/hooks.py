@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks: what follows a worker's life on rank 0 (its record in etcd, metrics, probes, the timeline ...), each in a module of its own.
+"""The hook interface of rank 0's lifecycle (worker record, metrics, health, timeline ...); each hook is a module of its own.
 
 To add one: subclass `WorkerHook`, override the methods that it needs, and add it where rank 0 builds the others (`worker_hooks`).
 """

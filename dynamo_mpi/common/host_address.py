@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The address at which something here listens: one of this host's, which other hosts can reach."""
+"""Finds the address at which a server of this host listens so that other hosts can reach it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One question to a service that may not be there yet: it is answered, or given up, soon."""
+"""One HTTP request with a short timeout, to a service that may not run yet."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel tells of this host's interfaces: rtnetlink(7) for addresses and flags, /sys for link speeds, /proc for routes.
+"""Reads this host's network interfaces: rtnetlink(7) for addresses and flags, /sys for link speeds, /proc for routes.
 
 The first rank of each node reads it before the verdict: one module, no package.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank logs: lines on stderr and in the rank's log file, each with rank and host once."""
+"""A rank's logger: lines on stderr and in the rank's log file, each with rank and host once."""
 
 from __future__ import annotations
 

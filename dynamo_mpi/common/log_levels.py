@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much is said: levels, and `DYN_LOG` as Dynamo reads it, with one difference. Pure."""
+"""Log levels, and `DYN_LOG` as Dynamo reads it, with one difference. Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line of a log, as text or as JSON with the names that Dynamo's own lines have. Pure."""
+"""One log line, as text or as JSON with the keys of Dynamo's own lines. Pure."""
 
 from __future__ import annotations
 

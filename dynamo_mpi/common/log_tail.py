@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts' log files: their last lines, and a follower for ``--verbose``."""
+"""Reads the last lines of log files, and follows them for ``--verbose``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes all log lines of this process: without secrets, to stderr and, if there is one, to the rank's log file.
+"""Writes all log lines of this process, with secrets redacted, to stderr and, if there is one, to the rank's log file.
 
 It may be called from any thread and from a signal's handler. A line is one call to the system, so that lines of different ranks don't mix.
 Status lines that stand at the end of a terminal are erased for it, and drawn again below it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which network the hosts of a world share, and at which of its addresses rank 0 is reached. Pure."""
+"""Selects the network that the hosts of a world share, and rank 0's address in it. Pure."""
 
 from __future__ import annotations
 

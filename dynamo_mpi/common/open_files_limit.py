@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open files of rank 0: a connection to every other rank, and all that serving needs, have to fit under the process's limit."""
+"""Raises the limit of open files: rank 0 needs one connection per rank, besides those for serving."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Become another program that dies with its parent.
+"""Executes another program that is killed when its parent dies.
 
 Run by path (``python -I -S tether.py … -- COMMAND …``), so it costs little more than an interpreter's start and
 imports nothing of this package. Linux kills the tethered process in the moment its parent ends, also when

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of a process that can't outlive the one that starts it; see `tether.py` beside this."""
+"""The command line of a process that is killed when its parent dies; see `pdeathsig`."""
 
 from __future__ import annotations
 

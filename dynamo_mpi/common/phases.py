@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phases of a rank's life, how long each took, and how far the ranks of a world are in them."""
+"""The phases of a rank, their durations, and the ranks' progress in them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCP ports: find a free one, and tell whether a process really holds it.
+"""TCP ports: find a free one, and check whether a process holds it.
 
 A port found by binding to 0 may be taken by somebody else before the service binds it, and that somebody may even
 answer the service's probe. So a service counts as ready only when *its* process owns the listening socket.

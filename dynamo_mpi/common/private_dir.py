@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that are their user's alone: that of one run, for logs, data and sockets, and the check of one that the user names.
+"""Private directories: creates that of one run, for logs, data and sockets, and checks one that the user names.
 
 The lock file of a run's folder is held as long as the run lives. A run that was killed with SIGKILL can't remove its folder; the next
 run does, because nobody holds that lock any more.

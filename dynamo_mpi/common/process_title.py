@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``ps`` shows of a process that was forked to do something else than its parent."""
+"""Sets the title that ``ps`` shows for a forked process."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes secrets out of what is said, logged and reported, and leaves what an operator needs.
+"""Redacts secrets from logs and reports, and keeps what an operator needs.
 
 Two sources: what looks like a secret in any text (`redact`), and the values that the environment itself holds under a secret's name
 (`Redactor.of`). Every pattern is bounded or can't start twice on the same characters, so the time grows with the text alone.

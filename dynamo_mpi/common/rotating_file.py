@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A log file that doesn't grow for ever: when it is full it becomes ``.1``, and ``.1`` becomes ``.2``, the last."""
+"""A log file of limited size: a full one is renamed to ``.1``, and ``.1`` to ``.2``, the last."""
 
 from __future__ import annotations
 

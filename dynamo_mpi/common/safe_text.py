@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as anybody may read them, who asks a port or a supervisor."""
+"""Shortens errors so that they can be shown without internal details."""
 
 from __future__ import annotations
 

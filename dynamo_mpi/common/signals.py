@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C, SIGTERM and SIGHUP as a fact to look at, not as an exception out of nowhere.
+"""SIGINT, SIGTERM and SIGHUP as flags instead of exceptions.
 
 A handler that raises could strike between a child's start and its being written down. Here the handlers only
 take note; the code that waits raises ``Interrupted`` where it can be dealt with.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A child process that ends with the thread that started it, and the session of processes that it may start in turn."""
+"""A child process that ends with the thread that started it, and its session of processes."""
 
 from __future__ import annotations
 

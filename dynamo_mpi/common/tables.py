@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns that line up, for terminals and logs alike."""
+"""Formats aligned columns for terminals and logs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads for work that must not hold up, or fail, what goes on."""
+"""Runs work in threads that must neither delay nor fail their caller."""
 
 from __future__ import annotations
 

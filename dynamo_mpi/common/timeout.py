@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call that takes no longer than it may: a look-up of a name knows no timeout, and an answer that comes byte by byte none as a whole."""
+"""Limits the duration of a call: name resolution has no timeout, and a slow response none as a whole."""
 
 from __future__ import annotations
 

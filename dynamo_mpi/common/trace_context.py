@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trace that a worker is part of, as W3C Trace Context has it in ``TRACEPARENT`` and ``TRACESTATE``. Pure."""
+"""The trace that a worker belongs to, by W3C Trace Context (``TRACEPARENT`` and ``TRACESTATE``). Pure."""
 
 from __future__ import annotations
 

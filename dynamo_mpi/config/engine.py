@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's flags that end up in the engine's config, as ``dynamo.trtllm`` has them, with its variables."""
+"""Dynamo's flags and variables that set keys of the engine's config, as in ``dynamo.trtllm``."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder behind ``--model``: rank 0 finds it, and tells the others."""
+"""Resolves ``--model`` to a directory on rank 0 and sends it to the other ranks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One setting, and how its value is found: a flag over an environment variable over a file over the default, with its origin."""
+"""One option, and how its value is resolved: flag, environment variable, file, default, each with its origin."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of what an operator sees of a worker."""
+"""The options for logs, progress, metrics and health endpoints."""
 
 from __future__ import annotations
 

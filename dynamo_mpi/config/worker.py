@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's settings: flags over environment over a settings file over defaults, each value with its origin.
+"""A worker's settings: flags, environment variables, settings file, defaults, each value with its origin.
 
 Names that exist already keep their name (``MODEL_PATH``, ``ENGINE_CONFIG``, ``DYN_*`` …); ours are ``DYN_MPI_*``. Only rank 0 reads settings:
 it tells the others what they need to know.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's options: every setting's flags, variables, default and meaning, in the order of `Settings`."""
+"""A worker's options: flags, variables, default and meaning of each, in the order of `Settings`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the phases ask of an engine, and the plain data that crosses that line.
+"""The interface between the lifecycle and an engine, and its data types.
 
 An engine is built on every rank of the world. ``load`` is collective. After it, rank 0 leads
 (``start``, ``submit``, ``cancel``, ``close``) and every other rank calls ``follow``, which returns when rank 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's request and response objects, translated to the engine's and back. Pure.
+"""Translates Dynamo's request and response objects to the engine's and back. Pure.
 
 What an engine can't honour is refused, not ignored: a client that asks for log probabilities or a second choice and gets
 neither has been lied to.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rank needs to know to build its part of the engine: rank 0 sends it along with the verdict."""
+"""What every rank needs to build its shard of the engine; rank 0 sends it with the preflight result."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof: one real completion, over all ranks, before anybody is told that the worker exists."""
+"""The warmup: one real completion over all ranks before the worker registers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the job's time ends, and when an orderly end has to begin for that."""
+"""When the job's time limit is reached, and when the shutdown must begin before it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches that cannot form the world that was asked for, refused before ``MPI_Init``.
+"""Refuses, before ``MPI_Init``, launches that cannot form the requested world.
 
 Left alone, most of them don't fail: every process becomes rank 0 of its own world of one (Open MPI 5 and MPICH under ``srun`` without
 the right plugin do so with exit code 0), and the first symptom is N workers that each try to load the whole model.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch of one rank, as its environment tells it.
+"""Detects how one rank was launched, from its environment variables.
 
 Order of belief: a launcher's own variables before Slurm's, because ``mpirun`` inside an allocation starts one
 daemon per node with ``srun``, and the ranks inherit *the daemon's* ``SLURM_PROCID`` and ``SLURM_NTASKS``. The variables of each

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the ranks of a world are: their hosts, and how ranks are named with them. Pure."""
+"""The hosts of a world's ranks, and the names of ranks in messages. Pure."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often this worker has been started. Pure."""
+"""The number of restarts of this worker. Pure."""
 
 from __future__ import annotations
 

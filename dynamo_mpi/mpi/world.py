@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world: all ranks of this worker, and the few collectives that the bootstrap itself needs.
+"""The MPI world: all ranks of this worker, and the few collectives that the bootstrap needs.
 
 Every operation is one or two MPI calls whatever the size. Payloads are bytes: nothing that a rank receives is
 unpickled. Waiting ranks sleep between polls; a blocking MPI call would burn a core for as long as it waits.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engine a worker runs: whether it can be started here, and what every rank has to build."""
+"""Chooses the engine of a worker: whether it can start here, and what every rank builds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's life with an engine of ours, from the verdict on: load on all ranks, prove, serve, and a bounded end."""
+"""Rank 0's lifecycle with an engine of this project after preflight: load on all ranks, warm up, serve, shut down."""
 
 from __future__ import annotations
 

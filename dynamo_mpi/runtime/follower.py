@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks other than 0: answer rank 0's inquiry, hear the verdict, load, and take part in the engine's steps."""
+"""The lifecycle of ranks other than 0: answer preflight, receive its result, load, and execute the engine's steps."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0: decides in the preflight, leads the engine, and is the one that Dynamo sees."""
+"""The lifecycle of rank 0: decides in preflight, leads the engine, and is the rank that registers with Dynamo."""
 
 from __future__ import annotations
 

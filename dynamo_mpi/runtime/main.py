@@ -98,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 client.send(f"segments {' '.join(segments_of(os.getpid()))}")
             check_world_size(launch, library, world.size)
             if launch.local_size is not None and launch.local_size < world.size:
-                from dynamo_mpi.supervisor.agent_invitation import introduce_agents
+                from dynamo_mpi.supervisor.agent_invitation import connect_agents
 
-                introduce_agents(world, launch.local_rank, client, log.host)
+                connect_agents(world, launch.local_rank, client, log.host)
     except DynamoMpiError as error:
         if notifier is not None:
             notifier.report_failure(str(error))

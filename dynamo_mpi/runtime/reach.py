@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where rank 0 of a world on several hosts is reached, and what the Dynamo runtime is to publish. On rank 0, after the inquiry."""
+"""Rank 0's address on several hosts and what the Dynamo runtime must publish. On rank 0, during preflight."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ready file: there as long as the worker answers requests, for scripts."""
+"""The ready file, which exists while the worker accepts requests, for scripts."""
 
 from __future__ import annotations
 

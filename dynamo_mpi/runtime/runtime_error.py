@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Dynamo runtime's errors mean: it has no finer type for any of its troubles than their text. Pure."""
+"""Classifies errors of the Dynamo runtime by their text: it has no finer exception types. Pure."""
 
 from __future__ import annotations
 

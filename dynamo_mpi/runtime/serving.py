@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's time in Dynamo: register, serve, drain.
+"""The worker as a Dynamo endpoint: register, serve, drain.
 
 A ``serve_endpoint`` that returns by itself means that the runtime has lost its lease and shut down, without an error: here it
 becomes one, since a worker that nobody can find must not look like one that has finished. What the runtime doesn't notice, the watch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of a rank other than 0 with TensorRT-LLM, from the verdict on."""
+"""The lifecycle of a rank other than 0 with TensorRT-LLM after preflight."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's life with TensorRT-LLM, from the verdict on: session, child, proof, and a bounded end whatever happens."""
+"""Rank 0's lifecycle with TensorRT-LLM after preflight: session, child process, readiness probe, and a bounded shutdown."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0's parts share from the preflight on."""
+"""The objects that rank 0's modules share from preflight on."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's hooks: which there are, and when each is added. A hook is imported only where the user wants what it does."""
+"""Creates rank 0's hooks. A hook is imported only if the user has enabled what it does."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This worker's record, as rank 0 publishes it in etcd from the preflight on."""
+"""This worker's record, which rank 0 publishes in etcd from preflight on."""
 
 from __future__ import annotations
 

@@ -118,7 +118,9 @@ def failure_report() -> Reported:
         sources.Failure(1, 124, "is stopped", cause.HEARTBEAT, "load", now - 1.5),
         sources.Failure(0, 143, "stopped by SIGTERM", cause.SIGNAL, "load", now - 1.25),
     ]
-    report = sources.describe_seen([sources.Seen(failure, _HOSTS[failure.rank]) for failure in kinds], "load")
+    report = sources.compose_report(
+        [sources.ObservedFailure(failure, _HOSTS[failure.rank]) for failure in kinds], "load"
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         fixed_environment(DYN_MPI_ATTEMPT="2"),

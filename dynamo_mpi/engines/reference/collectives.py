@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of an engine exchange: sums inside a stage, rows between stages, logits to rank 0. Over MPI, or for one rank alone."""
+"""Collectives of an engine's ranks: sums inside a stage, rows between stages, logits to rank 0. Over MPI, or for one rank."""
 
 from __future__ import annotations
 

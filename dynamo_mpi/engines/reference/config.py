@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a reference engine, from the keys an engine YAML has for TensorRT-LLM."""
+"""The settings of a reference engine, read from the keys of a TensorRT-LLM engine YAML."""
 
 from __future__ import annotations
 

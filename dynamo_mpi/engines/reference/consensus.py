@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How all ranks of an engine come to one view of something that may have gone differently on each."""
+"""Lets all ranks of an engine agree on a result that may differ between ranks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model folder made from one GGUF file: ``python -m dynamo_mpi.engines.reference.convert_gguf [GGUF] OUT_DIR``.
+"""Converts a GGUF file to a model directory: ``python -m dynamo_mpi.engines.reference.convert_gguf [GGUF] OUT_DIR``.
 
 Runs once, before the ranks start, and is the only part that needs the ``gguf`` package. The folder has what Dynamo reads (config.json and
 the tokenizer, since it reads no GGUF) and what the ranks map: the dequantised weights, four bytes a number.

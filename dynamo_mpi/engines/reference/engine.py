@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference engine itself: requests in, chunks out, one thread that steps all ranks.
+"""The reference engine: accepts requests, emits chunks, and steps all ranks from one thread.
 
 Rank 0's thread is the only one that touches the scheduler and, after ``start``, the engine's communicator. It sleeps on
 a condition while there is nothing to do.

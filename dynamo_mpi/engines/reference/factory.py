@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the reference engine on one rank. Imports numpy, but not before its BLAS knows how many threads it may use."""
+"""Builds the reference engine on one rank. Imports numpy only after the number of BLAS threads is set."""
 
 from __future__ import annotations
 

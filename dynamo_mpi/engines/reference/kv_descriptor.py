@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which KV a prefill worker has for a decode worker, on which ranks it is, and which rank fetches what from whom. Pure.
+"""Describes the KV that a prefill worker offers a decode worker: which ranks hold it, and which rank fetches what. Pure.
 
 A rank holds a rectangle of the model's KV: layers (its pipeline stage) x KV heads (its share of the tensor parallelism). Prefill and decode
 may be split differently; if several ranks hold the same head, any of them will do.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV over TCP: what a prefill rank stores and serves, and how a decode rank fetches and releases it.
+"""KV transfer over TCP: a prefill rank stores and serves KV, a decode rank fetches and releases it.
 
 Prefill stores copies, so that a slot of the KV cache is free at once. A copy is removed when decode releases it, or when its time is over.
 What a server thread is sending at that moment stays whole: it holds the copy itself, which nothing writes to.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transfer of prompts' KV between engines: rank 0 schedules it, every rank runs the same commands in the same order.
+"""Transfers prompts' KV between engines: rank 0 schedules, every rank executes the same commands in the same order.
 
 Prefill: every rank stores a copy of a slot, and rank 0 describes where. Decode: every rank fetches its part in a thread, while the engine's
 steps go on. What comes is kept beside the KV cache until all ranks have their parts, since the slot may be given to another request before a

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of decode and prefill ranks over TCP: messages as frames, and a socket that keeps one deadline.
+"""The TCP protocol between decode and prefill ranks: messages as frames, and a socket with one deadline.
 
     prefill: Hello(nonce)
     decode:  Fetch(transfer, layers, heads)   prefill: Shard(shape, size, checksum) and the keys and values, or Refused

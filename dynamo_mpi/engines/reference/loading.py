@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds all parts of one rank's engine: communicators, weights, KV cache, and what hands KV over. Collective."""
+"""Builds all parts of one rank's engine: communicators, weights, KV cache, KV transfer. Collective."""
 
 from __future__ import annotations
 

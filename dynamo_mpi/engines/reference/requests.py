@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of an engine: which are refused before they queue, and those that it has accepted and not ended yet."""
+"""Checks an engine's requests before they are queued, and keeps those that are accepted and not finished."""
 
 from __future__ import annotations
 

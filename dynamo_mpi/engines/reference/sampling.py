@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to a token: greedy, temperature, top-k, top-p. Pure."""
+"""Samples a token from logits: greedy, temperature, top-k, top-p. Pure."""
 
 from __future__ import annotations
 

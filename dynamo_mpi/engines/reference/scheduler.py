@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching: which tokens of which sequences enter the next step, and what became of them. Pure.
+"""Continuous batching: selects the tokens of the next step and processes its results. Pure.
 
 A request waits until a slot of the KV cache is free, then belongs to it until it ends. Every step takes one token of
 each sequence that is generating and fills what is left of ``max_num_tokens`` with prompts, the oldest first, in chunks

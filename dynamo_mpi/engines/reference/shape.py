@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of a llama model, and what each rank holds of it. Pure.
+"""The sizes of a llama model, and each rank's shard of it. Pure.
 
 Ranks are numbered as TensorRT-LLM numbers them: tensor parallelism fastest, pipeline slowest (its ``MpiTopology``), so that
 with blocks of ranks per node the tensor-parallel sums stay inside a node and only one row per token crosses between nodes.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 has all ranks do, steps and KV commands, and how they wait for it without burning a core.
+"""Sends steps and KV commands from rank 0 to all ranks; ranks wait without using a core.
 
 MPI's own waits spin: a rank in a blocking broadcast takes a whole core, which on CPUs the other ranks need. Followers
 start a non-blocking broadcast instead and look at it now and then: at once while steps follow each other, and after

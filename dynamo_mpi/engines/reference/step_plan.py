@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ranks compute in one step, and its form as plain integers on the wire."""
+"""What all ranks compute in one step, and its encoding as integers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass of a llama model over one rank's share of it."""
+"""The forward pass of a llama model over one rank's shard."""
 
 from __future__ import annotations
 

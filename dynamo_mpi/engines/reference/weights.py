@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's share of a llama model, as float32 matrices mapped from the model's weights file.
+"""One rank's shard of a llama model, as float32 matrices mapped from the model's weights file.
 
 The file is made once by `convert_gguf`, in the safetensors format. It holds every matrix as ``[in, out]``, stacked over the layers, so that
 a rank maps its layers and its rows as they lie; only columns that are split between ranks are copied.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways in which a TensorRT-LLM worker ends otherwise than by itself and in order."""
+"""The errors with which a TensorRT-LLM worker ends."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0's main thread waits for while a TensorRT-LLM worker lives. Threads put it in a queue."""
+"""The events that rank 0's main thread waits for while a TensorRT-LLM worker runs. Threads put them into a queue."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo.trtllm``, which rank 0 starts beside MPI: it ends with rank 0, and its last lines are kept for the report of its end."""
+"""The process of ``dynamo.trtllm``, a child of rank 0 that ends with it; its last output lines are kept for reports."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank's own environment needs before TensorRT-LLM is imported in it."""
+"""Sets the environment variables that a rank needs before it imports TensorRT-LLM."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's end of `prover`: starts it, and hands on what it writes."""
+"""Starts the readiness probe and passes its results to rank 0."""
 
 from __future__ import annotations
 

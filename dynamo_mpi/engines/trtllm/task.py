@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task of TensorRT-LLM's session on one rank: all ranks begin it together, and a failure is told before anybody waits for it.
+"""A task of TensorRT-LLM's session on one rank: all ranks begin it together, and failures are reported before any rank waits.
 
 The task travels to the ranks as an object of this module, which is loaded in each of them.
 """
