@@ -104,7 +104,7 @@ class Engine(Protocol):
         """Known after ``load``."""
 
     @property
-    def unfetched(self) -> int:
+    def pending_kv_transfers(self) -> int:
         """Rank 0: prompts whose KV waits for decode workers, who need this one until they have it. Thread-safe."""
 
     def load(self) -> None:

@@ -38,18 +38,18 @@ def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -
         engine.submit(request, chunks.put)
     except RequestError as error:
         raise EngineError(f"the engine refused the first request: {error}") from None
-    made = 0
+    generated = 0
     while True:
         try:
             chunk = chunks.get(timeout=max(0.0, start + timeout - time.monotonic()))
         except queue.Empty:
             raise PhaseTimeoutError(
-                f"the first completion took more than {timeout:g} s ({made} of {_TOKENS} tokens came out)",
+                f"the first completion took more than {timeout:g} s ({generated} of {_TOKENS} tokens came out)",
                 fix="look at the ranks' logs; --prove-timeout gives it longer",
             ) from None
-        made += len(chunk.token_ids)
+        generated += len(chunk.token_ids)
         if chunk.finish_reason is not None:
             break
-    if chunk.finish_reason in ("error", "cancelled") or made == 0:
-        raise EngineError(f"the first completion failed: {chunk.error or chunk.finish_reason}, {made} tokens")
+    if chunk.finish_reason in ("error", "cancelled") or generated == 0:
+        raise EngineError(f"the first completion failed: {chunk.error or chunk.finish_reason}, {generated} tokens")
     return time.monotonic() - start

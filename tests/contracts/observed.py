@@ -55,7 +55,7 @@ def metrics_file() -> str:
         path = Path(folder, "w.prom")
         settings = sources.load_settings(["--model", "/models/M", "--metrics-file", str(path)], {})
         hooks = sources.LeaderHooks(rank_context(phases_of("load"), host="n1"), None, None)
-        hooks.add_observers(settings)
+        hooks.add_status_hooks(settings)
         hooks.on_exit(0)
         lines = path.read_text(encoding="utf-8").replace(sources.VERSION, "VERSION").splitlines()
     return "".join(f"{line.rpartition(' ')[0]}\n" for line in lines if not line.startswith("#"))

@@ -76,9 +76,9 @@ class ReferenceEngine:
         return self._require_loaded().limits
 
     @property
-    def unfetched(self) -> int:
+    def pending_kv_transfers(self) -> int:
         """Rank 0: prompts whose KV waits for decode workers."""
-        return 0 if self._loaded is None else self._loaded.kv_worker.unfetched
+        return 0 if self._loaded is None else self._loaded.kv_worker.pending_kv_transfers
 
     def load(self) -> None:
         """Read this rank's share of the weights and lay out its KV cache. Collective.

@@ -167,7 +167,7 @@ class KvTransferWorker:
         self._pulls: dict[int, tuple[int, BackgroundPull]] = {}
 
     @property
-    def unfetched(self) -> int:
+    def pending_kv_transfers(self) -> int:
         """Prompts whose KV this rank stores for decode workers. Thread-safe."""
         return 0 if self._store is None else len(self._store)
 
@@ -223,7 +223,7 @@ class KvTransferWorker:
     def wait_for_readers(self) -> None:
         """Wait up to 3 s for decode workers to fetch what is stored. Rank 0, before the others are released."""
         end = time.monotonic() + _READERS_SECONDS
-        while self.unfetched and time.monotonic() < end:
+        while self.pending_kv_transfers and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:

@@ -71,7 +71,7 @@ async def find_instance(client: Any, pid: int) -> int:
         await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _ask(client: Any, request: dict[str, Any], instance: int) -> int:
+async def _complete(client: Any, request: dict[str, Any], instance: int) -> int:
     tokens = 0
     async for chunk in await client.direct(request, instance):
         if chunk.is_error():
@@ -85,7 +85,7 @@ async def _ask(client: Any, request: dict[str, Any], instance: int) -> int:
     return tokens
 
 
-async def prove(arguments: argparse.Namespace) -> None:
+async def probe_readiness(arguments: argparse.Namespace) -> None:
     """Wait, ask, and write what came of it."""
     from dynamo.runtime import DistributedRuntime
 
@@ -96,7 +96,7 @@ async def prove(arguments: argparse.Namespace) -> None:
     if arguments.role == "encode":
         return
     start = time.monotonic()
-    tokens = await _ask(client, proof_request(arguments.role, arguments.token_id), instance)
+    tokens = await _complete(client, proof_request(arguments.role, arguments.token_id), instance)
     if tokens == 0:
         raise RuntimeError("no token came")
     _write(proven=time.monotonic() - start)
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run it; returns 0 when the completion came."""
     arguments = _parser().parse_args(argv)
     try:
-        asyncio.run(prove(arguments))
+        asyncio.run(probe_readiness(arguments))
     except Exception as error:  # the runtime has no finer type for any of its troubles
         _write(error=" ".join(f"{type(error).__name__}: {error}".split()))
         return 1

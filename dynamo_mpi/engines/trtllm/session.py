@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # of no run folder, which a user may have beside it
 _PREFIX = "dynamo-mpi-session-"
 # the name of a unix socket holds 107 bytes, and the last part takes these
-_LONGEST_FOLDER = 107 - len("/session")
+_MAX_DIR_BYTES = 107 - len("/session")
 _POLL_SECONDS = 0.2
 # ranks that end together do so within it
 _LEAVE_SECONDS = 2.0
@@ -43,7 +43,7 @@ class SessionDir:
     def __init__(self) -> None:
         self._held = contextlib.ExitStack()
         self.path = self._make(None)
-        if len(os.fsencode(self.path)) > _LONGEST_FOLDER:
+        if len(os.fsencode(self.path)) > _MAX_DIR_BYTES:
             self.remove()
             self.path = self._make(Path("/tmp"))  # noqa: S108 - a folder of our own is made in it
 
@@ -82,7 +82,7 @@ class Session:
             )
         self._server: Any = RemoteMpiCommSessionServer(**arguments)
         self._size = comm.Get_size()
-        self._ending, self._closing = threading.Event(), threading.Event()
+        self._exit_allowed, self._closing = threading.Event(), threading.Event()
         self._running: list[concurrent.futures.Future[Any]] = []
         self._thread: threading.Thread | None = None
 
@@ -106,11 +106,11 @@ class Session:
 
     def allow_exit(self) -> None:
         """Let ranks leave their task from now on, one after the other."""
-        self._ending.set()
+        self._exit_allowed.set()
 
     def close(self) -> None:
         """Wait until the running tasks have ended on all ranks, and release these from `serve_tasks`."""
-        self._ending.set()
+        self._exit_allowed.set()
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
@@ -128,7 +128,7 @@ class Session:
     def _run_tasks(self, queue: Any, on_left: Callable[[Sequence[int]], None]) -> None:
         while not self._closing.is_set():
             if self._running:
-                self._look_for_leavers(on_left)
+                self._check_early_exits(on_left)
             if not queue.poll(_POLL_SECONDS):
                 continue
             message = queue.get()
@@ -149,12 +149,12 @@ class Session:
         """Wait for the running tasks; False if the session is closed before."""
         while not self._closing.is_set():
             late = concurrent.futures.wait(self._running, timeout=_POLL_SECONDS).not_done
-            self._refuse_unloaded()
+            self._raise_load_errors()
             if not late:
                 return True
         return False
 
-    def _refuse_unloaded(self) -> None:
+    def _raise_load_errors(self) -> None:
         """A task that fails tells so itself; an exception here is of one that could not even be made from its bytes.
 
         Raises:
@@ -168,14 +168,14 @@ class Session:
                     fix="start all ranks in the same container, with the same HF_HOME or a model folder that holds its code",
                 )
 
-    def _look_for_leavers(self, on_left: Callable[[Sequence[int]], None]) -> None:
+    def _check_early_exits(self, on_left: Callable[[Sequence[int]], None]) -> None:
         """A rank whose engine can't be built logs that and returns, as if it were done (K12); the others wait for it for ever."""
-        self._refuse_unloaded()
+        self._raise_load_errors()
         ended = [future for future in self._running if future.done()]
-        if not ended or self._ending.is_set():
+        if not ended or self._exit_allowed.is_set():
             return
         concurrent.futures.wait(self._running, timeout=_LEAVE_SECONDS)
-        if not self._ending.is_set():
+        if not self._exit_allowed.is_set():
             on_left(sorted(future.result() for future in ended))
             self._running = [future for future in self._running if not future.done()]
 

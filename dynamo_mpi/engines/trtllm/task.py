@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-_LONGEST_SLEEP_SECONDS = 0.005
+_POLL_SECONDS = 0.005
 
 
-class _Rank(NamedTuple):
+class _RankContext(NamedTuple):
     """What this process knows of its place."""
 
     comm: MPI.Intracomm
-    fail: Callable[[BaseException], None]
+    abort: Callable[[BaseException], None]
 
 
 # a task is loaded from bytes and finds its place here; set once, before the first
-_here: list[_Rank] = []
+_context: list[_RankContext] = []
 
 
-def install(comm: MPI.Intracomm, fail: Callable[[BaseException], None]) -> None:
+def install(comm: MPI.Intracomm, abort: Callable[[BaseException], None]) -> None:
     """Prepare this rank for tasks.
 
     Args:
         comm: all ranks, for the tasks' own barrier.
-        fail: called with what a task has raised. The world is to end of it, so it doesn't return.
+        abort: called with what a task has raised. The world is to end of it, so it doesn't return.
     """
-    _here[:] = [_Rank(comm, fail)]
+    _context[:] = [_RankContext(comm, abort)]
 
 
 class Task:
@@ -51,14 +51,14 @@ class Task:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run it once all ranks have one: an executor would give an idle rank the task of a slow one as well."""
-        comm, fail = _here[0]
+        comm, abort = _context[0]
         try:
             started = comm.Ibarrier()
             while not started.Test():
-                time.sleep(_LONGEST_SLEEP_SECONDS)
+                time.sleep(_POLL_SECONDS)
             result = self.function(*args, **kwargs)
             return result if self.keeps_result else comm.Get_rank()
         except BaseException as error:
             # Rank 0 sits in this task too, and the others in collectives that this rank will never join.
-            fail(error)
+            abort(error)
             raise
