@@ -13,7 +13,7 @@ from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, TokenCh
 if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
 
-_TOKENS = 2  # the first comes from the prompt, the second from the cache that the first one filled
+_TOKENS = 2  # the second is generated from the KV cache that the first one filled
 
 
 def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -> float:
@@ -21,15 +21,15 @@ def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -
 
     Args:
         engine: started, with nothing in flight.
-        prompt_token_id: a token to begin with.
-        timeout: seconds it may take.
+        prompt_token_id: the prompt, one token.
+        timeout: largest duration in seconds.
 
     Returns:
-        Seconds it took.
+        The duration in seconds.
 
     Raises:
-        EngineError: the engine refused it, or ended it without tokens.
-        PhaseTimeoutError: it did not end in time.
+        EngineError: the engine refused the request, or ended it without tokens.
+        PhaseTimeoutError: the request did not finish in time.
     """
     start = time.monotonic()
     chunks: queue.SimpleQueue[TokenChunk] = queue.SimpleQueue()

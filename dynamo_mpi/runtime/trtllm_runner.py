@@ -22,7 +22,7 @@ from dynamo_mpi.common.log import print_trtllm_launch_line
 from dynamo_mpi.common.threads import start_thread
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
-from dynamo_mpi.engines.trtllm.endings import ChildExitError, call_if_late, close_session, proof_error, stopped
+from dynamo_mpi.engines.trtllm.endings import ChildExitError, call_if_late, close_session, readiness_error, stopped
 from dynamo_mpi.engines.trtllm.events import ChildExited, Event, FirstCompletion, LeaseLost, Registered, SignalReceived
 from dynamo_mpi.engines.trtllm.process import TrtllmProcess, exit_code_for
 from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
@@ -291,7 +291,7 @@ class TrtllmRunner(WorkerHook):
         elif "proven" in message:
             self._events.put(FirstCompletion())
         elif not self._serving and not self._supervisor.failed.wait(_FIRST_CAUSE_SECONDS):
-            self._supervisor.abort(proof_error(message, registered=self._registered))
+            self._supervisor.abort(readiness_error(message, registered=self._registered))
 
     def on_exit(self, code: int) -> None:
         """Clean up. A child that is still registered gets time to deregister, which takes milliseconds."""

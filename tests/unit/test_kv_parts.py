@@ -125,7 +125,7 @@ def test_decode_goes_on_from_what_prefill_has_offered() -> None:
 
 @pytest.mark.parametrize("result", [None, [], {}, {"disaggregated_params": None}, {"disaggregated_params": "x"}])
 def test_decode_serves_nothing_that_prefill_has_not_seen(result: object) -> None:
-    with pytest.raises(EngineError, match="no prefill worker has seen"):
+    with pytest.raises(EngineError, match="without a prefill worker's result"):
         for_role(REQUEST, {**RAW, "prefill_result": result}, "decode")
 
 
