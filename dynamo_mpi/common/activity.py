@@ -7,11 +7,11 @@ _doing = ""
 
 
 def set_activity(text: str) -> None:
-    """Say it; nothing when it is over. Costs nothing."""
+    """Set the current activity; an empty text clears it. Costs next to nothing."""
     global _doing
     _doing = text
 
 
 def activity() -> str:
-    """Return what was said last."""
+    """Return the current activity."""
     return _doing
