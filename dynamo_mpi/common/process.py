@@ -7,7 +7,7 @@ import os
 
 
 def host_name() -> str:
-    """Return this node's name, short as Slurm writes it."""
+    """Return this node's short name, as in Slurm."""
     return os.uname().nodename.partition(".")[0]
 
 

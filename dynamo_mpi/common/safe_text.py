@@ -8,5 +8,5 @@ from dynamo_mpi.common.redact import own_redactor
 
 
 def safe_first_line(text: str) -> str:
-    """Return an error on one line, without what isn't for everybody."""
+    """Return an error as one line that is safe to publish."""
     return own_redactor().redact(in_short(text))
