@@ -81,8 +81,8 @@ def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False)
         loaded = None if node is None else loader.construct_document(node)
     # PyYAML doesn't catch the errors of int() and date() for invalid numbers and dates
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        told = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
-        raise ConfigFileError(f"{path} is not YAML: {told}", needed=needed, fix="correct it there") from None
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
+        raise ConfigFileError(f"{path} is not YAML: {reason}", needed=needed, fix="correct it there") from None
     # nor those of "!!bool 7"
     except (LookupError, AttributeError):
         raise ConfigFileError(f"{path} is not YAML: a value doesn't fit its tag (!!name)", needed=needed) from None

@@ -93,7 +93,7 @@ class Shared(NamedTuple):
     Args:
         network: ``10.1.0.0/16``.
         interface: rank 0's interface.
-        address: of rank 0's host.
+        address: rank 0's address.
         speed: the speed of the slowest host's link, in Mb/s; 0 if one isn't known.
         tunnel: whether a host is connected by a tunnel only.
     """

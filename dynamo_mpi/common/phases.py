@@ -36,7 +36,7 @@ class RankTimings(NamedTuple):
 
     Args:
         rank: its number.
-        host: its node.
+        host: its host.
         began: when the rank's first phase began, in seconds since 1970.
         spans: its phases in order; the first is `PROCESS_START`, which begins before 0, if the system provides the process's start time.
         read: bytes that the process has read since its start, as last reported; None if its system doesn't provide it.

@@ -194,7 +194,7 @@ def _is_harmless(name: str, value: str, in_prose: bool, found: re.Match[str]) ->
         short = is_bare_text and len(plain) < _LEAST_TOKEN
         return short or _OF_TEXT.search(before) is not None or _NUMBER.fullmatch(plain) is not None
     if name.startswith("credential"):
-        # "without credentials: whoever …" is a sentence
+        # after "without credentials:" comes prose
         return is_bare_text or _PATH.fullmatch(value) is not None
     return name.startswith("private") and _PATH.fullmatch(value) is not None
 

@@ -125,10 +125,10 @@ class LoggedProcess(ManagedProcess):
     """A running child whose output goes to a file.
 
     Args:
-        name: in messages.
+        name: its name in messages.
         command: its command line.
-        environment: all of its environment.
-        log: where its output is appended.
+        environment: its whole environment.
+        log: the file to which its output is appended.
         end_with: as in `ManagedProcess`.
 
     Raises:
