@@ -4,7 +4,7 @@
 BIN := .venv/bin
 SHELL_FILES := $(shell git ls-files "*.sh" .ci)
 
-.PHONY: help check fast docs format test test-slurm bench wheel
+.PHONY: help check types fast docs format test test-slurm bench wheel
 
 help:
 	@echo "make check       lint, format, strict types, shell scripts"
@@ -19,10 +19,13 @@ help:
 check:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	cd tests/standins && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --explicit-package-bases tensorrt_llm torch
+	$(MAKE) --no-print-directory types
 	$(BIN)/shellcheck --external-sources $(SHELL_FILES)
 	$(BIN)/shfmt --diff --indent 4 --case-indent $(SHELL_FILES)
+
+types:
+	$(BIN)/mypy
+	cd tests/standins && MYPYPATH=. $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --explicit-package-bases tensorrt_llm torch
 
 fast: check
 	$(BIN)/python -m pytest --stage fast -n logical --dist worksteal tests/unit tests/scripts

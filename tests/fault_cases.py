@@ -32,7 +32,7 @@ PROMPT_SECONDS = 3.0
 KEYS_SECONDS = 1.5
 """From when a fault can be known to the last key's end: a second, and what a look takes on a busy machine."""
 STREAMS, TOKENS = 8, 1500
-PHASES = ("world", "preflight", "load", "serve", "drain")
+PHASES = ("mpi_init", "preflight", "load", "serve", "drain")
 FAULTS = ("kill", "stop", "hang", "exception", "exit0", "exit3", "oom")
 SILENT = ("stop", "hang")
 DROPPED = re.compile(r"PMIX_ERR_UNREACH|assert \(!closed\) failed")
@@ -256,7 +256,7 @@ class Outcome:
             assert told.get(case.fault, "died") in line, blocks
         if case.fault == "exception":
             assert self.text.count("FaultError: a fault on demand") >= 1, self.text
-        if case.phase in ("world", "preflight") and not self.reports:
+        if case.phase in ("mpi_init", "preflight") and not self.reports:
             return  # where the files go is known with the verdict
         # who speaks writes it all down
         by = re.sub(r"rank (\d+) on .*", r"rank-\1.json", speaker)

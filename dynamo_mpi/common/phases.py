@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-PHASES = ("environment", "world", "preflight", "probe", "load", "prove", "register", "serve", "drain", "exit")
+PHASES = (
+    *("environment", "mpi_init", "preflight", "hardware_check"),
+    *("load", "warmup", "register", "serve", "drain", "exit"),
+)
+FORMER_NAMES = {"world": "mpi_init", "probe": "hardware_check", "prove": "warmup"}
+"""What phases were called before 0.1; accepted in `DYN_MPI_FAULT` for one release."""
 PROCESS_START = "start"
 """The time before the first phase: Python's start and its imports."""
 

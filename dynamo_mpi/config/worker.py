@@ -67,7 +67,7 @@ class Settings:
     probe_seconds: float
     probe_kv_seconds: float | None
     load_timeout: float
-    prove_timeout: float
+    warmup_timeout: float
     drain_timeout: float
     liveness_network: str | None
     heartbeat_timeout: float | None
@@ -91,6 +91,10 @@ class Settings:
     def engine_flags(self) -> dict[str, Any]:
         """Engine keys that flags or variables set, by dotted path; the engine config takes precedence."""
         return engine_flags(vars(self))
+
+
+# accepted for one release
+_FORMER_NAMES = {"prove_timeout": "warmup_timeout"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -173,7 +177,8 @@ def _settings_file(path: str | None) -> dict[str, Any]:
             f"the settings file {path} can't be read: {error.strerror}", fix="check its path and rights"
         ) from None
     known = {option.name for option in OPTIONS}
-    named = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    by_name = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    named = {_FORMER_NAMES.get(name, name): value for name, value in by_name.items()}
     if unknown := sorted(set(named) - known):
         raise ConfigFileError(
             f"the settings file {path} has unknown settings: {', '.join(unknown)}", needed=", ".join(sorted(known))

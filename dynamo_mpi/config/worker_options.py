@@ -182,9 +182,9 @@ OPTIONS: tuple[Option, ...] = (
         "seconds until the engine has loaded (trtllm: is registered)",
     ),
     Option(
-        "prove_timeout",
-        ("--prove-timeout",),
-        ("DYN_MPI_PROVE_TIMEOUT",),
+        "warmup_timeout",
+        ("--warmup-timeout", "--prove-timeout"),
+        ("DYN_MPI_WARMUP_TIMEOUT", "DYN_MPI_PROVE_TIMEOUT"),
         300.0,
         to_seconds,
         "seconds for the first completion",

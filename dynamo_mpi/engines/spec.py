@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -49,11 +48,16 @@ class EngineSpec(NamedTuple):
 
     def pack(self) -> bytes:
         """Encode it for the broadcast."""
+        # every file that a rank opens before the preflight result counts
+        import json
+
         return json.dumps(self._asdict()).encode()
 
     @classmethod
     def unpack(cls, data: bytes) -> EngineSpec:
         """Decode the result of `pack`."""
+        import json
+
         return cls(**json.loads(data))
 
 

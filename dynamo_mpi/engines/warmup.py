@@ -45,7 +45,7 @@ def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -
         except queue.Empty:
             raise PhaseTimeoutError(
                 f"the first completion took more than {timeout:g} s ({generated} of {_TOKENS} tokens came out)",
-                fix="look at the ranks' logs; --prove-timeout gives it longer",
+                fix="look at the ranks' logs; --warmup-timeout gives it longer",
             ) from None
         generated += len(chunk.token_ids)
         if chunk.finish_reason is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _PAIR = frozenset({"prefill", "decode"})
 # in the order in which a worker enters them
-_ORDER = ("environment", "world", "preflight", "probe", "load", "prove", "register", "serve")
+_ORDER = ("environment", "mpi_init", "preflight", "hardware_check", "load", "warmup", "register", "serve")
 
 
 class MissingItem(NamedTuple):

@@ -115,8 +115,8 @@ class EngineRunner:
         monitor = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._log)
         code = ExitCode.OK
         try:
-            with self._phases.enter("prove"):
-                run_first_completion(engine, token_id, settings.prove_timeout)
+            with self._phases.enter("warmup"):
+                run_first_completion(engine, token_id, settings.warmup_timeout)
             with self._signals.in_event_loop():
                 run(
                     serve(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # the first byte of rank 0's broadcasts
 STOP, CONTINUE = b"S", b"G"
 # with TensorRT-LLM, the phases that all ranks go through together
-_WORLD_PHASES = ("prove", "serve", "drain")
+_WORLD_PHASES = ("warmup", "serve", "drain")
 # without an error there is no limit: reading weights may take other ranks minutes
 _AGREEMENT_SECONDS = 10.0
 SHUTDOWN_SECONDS = 20.0
@@ -111,7 +111,7 @@ def _check_hardware(world: World, spec: EngineSpec, phases: PhaseTracker) -> int
     from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
     from dynamo_mpi.checks.run_hardware_checks import run_local
 
-    with phases.enter("probe"):
+    with phases.enter("hardware_check"):
         run_local(world, HardwareCheckPlan.unpack(spec.probe), os.environ)
         phases.mark_local_done()
         message = world.broadcast()

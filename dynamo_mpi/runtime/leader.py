@@ -160,7 +160,7 @@ class LeaderRank:
         from dynamo_mpi.checks.hardware import EvaluationInput
         from dynamo_mpi.checks.run_hardware_checks import run_hardware_checks
 
-        with self._phases.enter("probe"):
+        with self._phases.enter("hardware_check"):
             evaluation_input = EvaluationInput(
                 HardwareCheckPlan.unpack(spec.probe), reports, result.subject.cluster.gpu, result.weights
             )
@@ -277,7 +277,7 @@ class LeaderRank:
     def _on_ready(self, settings: Settings) -> None:
         seconds = self._phases.durations
         # TensorRT-LLM's worker registers before its first completion
-        spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "prove", "register") if name in seconds)
+        spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "warmup", "register") if name in seconds)
         self._log.info(
             f"ready: {settings.served_model_name} at {settings.endpoint} after {self._phases.age:.1f} s "
             f"(verdict {self._preflight_seconds:.1f} s, {spans})"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m dynamo_mpi.worker``: the same command in every rank; together they become one Dynamo worker.
 
-    environment -> world -> preflight -> load -> prove -> register -> serve -> drain -> exit
+    environment -> mpi_init -> preflight -> hardware_check -> load -> warmup -> register -> serve -> drain -> exit
 
 Ranks other than 0 import as little as possible before the preflight result, and never what only rank 0 needs (settings, YAML, the Dynamo
 runtime): on a shared file system, hundreds of ranks that open hundreds of files dominate the start-up time.
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     notifier = _create_notifier(launch, argv)
     if notifier is not None:
         # in later phases it is one of rank 0's hooks
-        notifier.on_phase("world")
+        notifier.on_phase("mpi_init")
     try:
-        with phases.enter("world"):
+        with phases.enter("mpi_init"):
             if isinstance(health, DynamoMpiError):
                 raise health
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SRUN_WITHOUT_MPI)

@@ -96,8 +96,8 @@ class TrtllmRunner(WorkerHook):
                 child, session = self._start()
                 self._wait_for(Registered)
             with (
-                self._phases.enter("prove"),
-                self._supervisor.deadline(self._settings.prove_timeout, "no first completion", "--prove-timeout"),
+                self._phases.enter("warmup"),
+                self._supervisor.deadline(self._settings.warmup_timeout, "no first completion", "--warmup-timeout"),
             ):
                 self._warm_up()
             self._remove_session_dir()

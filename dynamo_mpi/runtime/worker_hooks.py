@@ -85,7 +85,7 @@ class LeaderHooks(WorkerHooks):
             self._notifier.worker = f"{settings.served_model_name} at {settings.endpoint}"
             self._notifier.seconds |= {
                 "load": settings.load_timeout,
-                "prove": settings.prove_timeout,
+                "warmup": settings.warmup_timeout,
                 "drain": settings.drain_timeout + _END_SECONDS,
             }
         if settings.metrics_file is not None:

@@ -21,7 +21,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.phases import PHASES
+from dynamo_mpi.common.phases import FORMER_NAMES, PHASES
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,12 +45,12 @@ ACTIONS = {
 # without a value
 _DEFAULT_VALUES = {"slow": 5.0}
 _PATTERN = re.compile(
-    r"rank(\d{1,9}):([a-z]+)(?:\+(\d+(?:\.\d+)?)|@(/.*))?:([a-z]+)(?:(?<=exit)(\d{1,3})|=(\d+(?:\.\d+)?))?"
+    r"rank(\d{1,9}):([a-z_]+)(?:\+(\d+(?:\.\d+)?)|@(/.*))?:([a-z]+)(?:(?<=exit)(\d{1,3})|=(\d+(?:\.\d+)?))?"
 )
 _POLL_SECONDS = 0.02
 _MUTEX_BYTES = 64
 # the phases that a rank other than 0 begins by itself; from the load on, rank 0 leads
-_LOCAL_PHASES = ("environment", "world", "preflight", "probe")
+_LOCAL_PHASES = ("environment", "mpi_init", "preflight", "hardware_check")
 
 
 class FaultError(RuntimeError):
@@ -92,6 +92,7 @@ def parse_fault(text: str) -> Fault:
     match = _PATTERN.fullmatch(text.strip())
     if match is not None:
         rank, phase, delay, trigger, action, code, value = match.groups()
+        phase = FORMER_NAMES.get(phase, phase)
         right_value = (action == "exit") == (code is not None) and (value is None or action == "slow")
         if phase in PHASES and action in ACTIONS and right_value and int(code or 0) < 256:
             number = float(code or value or _DEFAULT_VALUES.get(action, 0.0))
@@ -166,7 +167,7 @@ class InjectedFault:
         self._execute()
 
     def _on_world_phase(self, phase: str) -> None:
-        if phase not in ("probe", "load"):
+        if phase not in ("hardware_check", "load"):
             self._on_phase_reached(phase)
 
     def _on_phase_reached(self, phase: str) -> None:

@@ -71,7 +71,7 @@ _AGENT_REPORT_SECONDS = 4.0
 # usually all ranks get the signal, and rank 0 handles it
 _SIGNAL_DEDUP_SECONDS = 0.3
 _ENDING_PHASES = ("drain", "exit")
-_LOADING_PHASES = ("load", "prove")
+_LOADING_PHASES = ("load", "warmup")
 
 
 class HeartbeatClient:

@@ -39,7 +39,7 @@ class LocalRank:
         # becomes readable when the process exits, even if another process holds the connection; None if not supported
         self.pidfd = _open_pidfd(self.pid)
         self.rank = -1
-        self.phase = "world"
+        self.phase = "mpi_init"
         self.last_seen = self.last_ping = time.monotonic()
         self._unread = b""
         self.stacks = ""

@@ -266,7 +266,7 @@ class NodeAgent:
         self._watch.tick()
         if self._launch.launcher is Launcher.HYDRA:
             for local in self._ranks:
-                if local.phase == "world":
+                if local.phase == "mpi_init":
                     # a rank that is killed in MPI_Init can't report them itself
                     local.segments |= segments_of(local.pid)
         if now > self._kill_at:

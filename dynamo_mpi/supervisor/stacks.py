@@ -31,7 +31,10 @@ _EXECUTOR_FILES = (
     "/grpc/",
     "<frozen runpy>",
     "/dynamo_mpi/engines/trtllm/",
-    *(f"/dynamo_mpi/{name}.py" for name in ("worker", "leader", "follower", "world")),
+    *(
+        f"/dynamo_mpi/{name}.py"
+        for name in ("worker", "runtime/main", "runtime/leader", "runtime/follower", "mpi/world")
+    ),
 )
 
 

@@ -18,11 +18,11 @@ _ENDS = "the world ends"
 # what a phase lasts until
 _WAITS_FOR = {
     "environment": "this rank to start MPI",
-    "world": "all ranks of all nodes to start MPI",
+    "mpi_init": "all ranks of all nodes to start MPI",
     "preflight": "rank 0's verdict",
-    "probe": "the GPUs and the ways between the ranks to be asked",
+    "hardware_check": "the GPUs and the ways between the ranks to be asked",
     "load": "all ranks to load the model",
-    "prove": "the first completion over all ranks",
+    "warmup": "the first completion over all ranks",
     "register": "Dynamo's registration",
     "serve": "",
     "drain": "requests in flight to end",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.phases import PhaseProgress
 
 MOST_SECONDS = 300.0
-WATCHED = ("probe", "load", "prove", "register")
+WATCHED = ("hardware_check", "load", "warmup", "register")
 """Phases of a world that may take long enough for somebody to ask."""
 
 

@@ -35,11 +35,11 @@ Event = dict[str, Any]
 LETTERS = {
     "start": "s",
     "environment": "e",
-    "world": "w",
+    "mpi_init": "w",
     "preflight": "p",
-    "probe": "b",
+    "hardware_check": "b",
     "load": "L",
-    "prove": "v",
+    "warmup": "v",
     "register": "r",
     "serve": "=",
     "drain": "d",
@@ -116,7 +116,19 @@ def _drawing(table: _Table, scale: Scale, left: int, room: int) -> Iterator[str]
     known = [f"{LETTERS.get(phase.phase, _OTHER)} {phase.phase}" for phase in table.phases]
     waits = [f"{_WAITS} waits for others"] if table.trace.layout else []
     calm = [f"| {format_seconds(scale.calm[1] - scale.calm[0])} of serving"] if scale.calm else []
-    yield " " * left + ", ".join([*known, *waits, *calm])
+    yield from (" " * left + line for line in _wrapped([*known, *waits, *calm], room))
+
+
+def _wrapped(items: Sequence[str], width: int) -> Iterator[str]:
+    """Join items by commas, as many on a line as there is room for."""
+    line = ""
+    for item in items:
+        longer = f"{line}, {item}" if line else item
+        if line and len(longer) > width:
+            yield f"{line},"
+            longer = item
+        line = longer
+    yield line
 
 
 def _cut(host: str, width: int) -> str:

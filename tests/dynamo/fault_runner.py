@@ -49,7 +49,7 @@ def codes_for(case: Case) -> tuple[int, ...]:
     if case.rank == CHILD:
         return CHILD_CODES[case.fault]
     # before the verdict the node agent may be quicker than mpirun
-    ours = (70,) if case.phase in ("world", "preflight") and case.fault not in SILENT else ()
+    ours = (70,) if case.phase in ("mpi_init", "preflight") and case.fault not in SILENT else ()
     return (*CODES[case.fault], *ours)
 
 
@@ -114,7 +114,7 @@ class MpirunFaults:
         etcd = GrpcEtcdClient([self.etcd.url], EtcdAuth(), 5)
         with contextlib.closing(etcd):
             left = [FailureRecord.unpack(entry.value) for entry in etcd.get_prefix(failures_of(case.namespace))]
-        expected = [] if case.phase in ("world", "preflight") else [max(0, case.rank)]
+        expected = [] if case.phase in ("mpi_init", "preflight") else [max(0, case.rank)]
         assert [failure.rank for failure in left] == expected
         for failure in left:
             # the report has the world's phase, the rest is of the rank's own

@@ -18,7 +18,7 @@ from tests.servers import running_nats
 
 pytestmark = pytest.mark.dynamo
 WHO = {"NATS_AUTH_USERNAME": "me", "NATS_AUTH_PASSWORD": "w0rd"}
-BEGIN = ["phase preflight", "phase load", "phase prove", "phase register", "ready", "phase serve"]
+BEGIN = ["phase preflight", "phase load", "phase warmup", "phase register", "ready", "phase serve"]
 Start = Callable[..., RunningWorker]
 
 

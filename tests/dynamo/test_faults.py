@@ -23,7 +23,7 @@ CHOSEN = (
     Case("exit0", "load", 1),
     Case("exception", "load", 1),
     Case("oom", "load", 1),
-    Case("kill", "world", 1),
+    Case("kill", "mpi_init", 1),
     Case("stop", "preflight", 1),
 )
 
@@ -41,7 +41,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Iterato
     "serve-kill-rank0",
     "load-exception-rank1",
     "load-oom-rank1",
-    "world-kill-rank1",
+    "mpi_init-kill-rank1",
 )
 @pytest.mark.parametrize("case", parameters(CHOSEN, 1))
 def test_a_fault_ends_all_at_once(case: Case, runner: MpirunFaults, tmp_path: Path) -> None:

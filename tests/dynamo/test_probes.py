@@ -129,7 +129,7 @@ def test_probes_follow_the_world_through_its_life(
     eventually(lambda: probe(port, "/live")[0] == 200, "it is alive")
     status, body = probe(port, "/health")
     assert (status, body["status"]) == (503, "notready")
-    assert body["phase"] in ("environment", "world", "preflight", "load")
+    assert body["phase"] in ("environment", "mpi_init", "preflight", "load")
     assert body["waits_for"]
     before = numbers(http_get(f"http://127.0.0.1:{port}/metrics")[1])
     assert before[of("dynamo_mpi_ready")] == 0
@@ -179,7 +179,7 @@ def test_probes_follow_the_world_through_its_life(
     assert file.stat().st_mode & 0o777 == 0o644
     assert [path.name for path in tmp_path.glob(".world.prom*")] == []
     lines = told(supervisor)
-    order = [lines.index(line) for line in ("STATUS=world", "STATUS=load", "READY=1", "STATUS=drain", "STOPPING=1")]
+    order = [lines.index(line) for line in ("STATUS=mpi_init", "STATUS=load", "READY=1", "STATUS=drain", "STOPPING=1")]
     assert order == sorted(order), lines
     assert "Traceback" not in worker.text()
 

@@ -56,7 +56,7 @@ def test_a_start_is_drawn_when_it_is_ready_and_at_its_end(start: Callable[..., R
     assert first.origin < first.ready <= first.written
     for rank in first.ranks:
         phases = [span.phase for span in rank.spans]
-        assert phases[:5] == [PROCESS_START, "environment", "world", "preflight", "load"]
+        assert phases[:5] == [PROCESS_START, "environment", "mpi_init", "preflight", "load"]
         load = rank.spans[4]
         assert load.local is not None
         assert load.total is not None
@@ -103,12 +103,14 @@ def test_a_start_that_is_stopped_is_drawn_as_far_as_it_came(
 
 @pytest.mark.full
 def test_a_start_that_its_probe_refuses_is_drawn(start: Callable[..., RunningWorker], tmp_path: Path) -> None:
-    worker = start("--probe", "fabric", "--probe-strict", DYN_MPI_FAULT="rank1:probe:corrupt", DYN_MPI_ALLOW_FAULTS="1")
+    worker = start(
+        "--probe", "fabric", "--probe-strict", DYN_MPI_FAULT="rank1:hardware_check:corrupt", DYN_MPI_ALLOW_FAULTS="1"
+    )
     assert worker.wait() == ExitCode.TEMPORARY, worker.text()
     found = drawn(tmp_path)
     assert found is not None
     assert found.failure is not None
-    assert (found.outcome, found.ready, found.failure.phase) == ("failed", None, "probe")
+    assert (found.outcome, found.ready, found.failure.phase) == ("failed", None, "hardware_check")
 
 
 @pytest.mark.full

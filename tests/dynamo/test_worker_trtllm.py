@@ -122,7 +122,7 @@ def test_answers_drains_and_ends_with_zero(
     worker = start(*flags, UCX_TLS="tcp", NCCL_DEBUG="WARN", SLURM_JOB_ID="4711", DYN_LOG="debug")
     ready = worker.ready()
     assert (ready["ranks"], ready["endpoint"]) == (RANKS, "dyn://dynamo.backend.generate")
-    assert set(ready["phases"]) >= {"load", "prove"}
+    assert set(ready["phases"]) >= {"load", "warmup"}
     child = child_of(worker)
     secrets = assert_the_child_knows_what_it_should(child)
     # read while it serves: the session's socket is needed no longer
@@ -154,7 +154,7 @@ def test_answers_drains_and_ends_with_zero(
     assert (drawn.outcome, drawn.engine, len(drawn.ranks)) == ("ended", "trtllm", RANKS)
     # the other ranks go by what rank 0 says
     for rank in drawn.ranks:
-        assert {"load", "prove", "serve", "drain"} <= {span.phase for span in rank.spans}
+        assert {"load", "warmup", "serve", "drain"} <= {span.phase for span in rank.spans}
 
 
 @pytest.mark.landing("15")

@@ -114,9 +114,9 @@ def test_it_is_there_from_the_preflight_to_the_end(
     said = phases(etcd)
     assert said[:2] == ["preflight", "load"]
     assert said[-1] is None
-    assert [phase for phase in said if phase in ("load", "prove", "serve", "drain")] == [
+    assert [phase for phase in said if phase in ("load", "warmup", "serve", "drain")] == [
         "load",
-        "prove",
+        "warmup",
         "serve",
         "drain",
     ]
@@ -234,7 +234,7 @@ def test_a_load_that_fails_takes_it_away(etcd: EtcdServer, start: Start, tmp_pat
 
 
 def test_a_proof_that_fails_takes_it_away(etcd: EtcdServer, start: Start) -> None:
-    worker = start("agg", "--prove-timeout", "0")
+    worker = start("agg", "--warmup-timeout", "0")
     assert worker.wait() == 124, worker.text()
     assert phases(etcd)[-1] is None
 
@@ -357,4 +357,4 @@ def test_what_the_probes_have_measured_stands_in_it(engine: str, etcd: EtcdServe
     assert min(record.probe["fabric"]["kinds"]["exchange near"]["gbps"]) > 0
     assert "probe: " in worker.text()
     terminate(worker)
-    assert phases(etcd)[:3] == ["preflight", "probe", "load"]
+    assert phases(etcd)[:3] == ["preflight", "hardware_check", "load"]

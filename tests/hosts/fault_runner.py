@@ -90,7 +90,7 @@ def codes_for(launcher: str, case: Case) -> tuple[int, ...]:
     if case.rank == CHILD:
         return CHILD_CODES[case.fault]
     ours: tuple[int, ...] = ()
-    if case.phase in ("world", "preflight"):
+    if case.phase in ("mpi_init", "preflight"):
         # the node agent may be quicker than the launcher, and ends the only rank of its host that is stopped
         ours = (137, 9, 255) if case.fault in SILENT else (70,)
     return (*CODES[launcher][case.fault], *ours)
@@ -235,7 +235,7 @@ class HostsFaults:
             # an engine that is killed leaves things of its own
             ours = "*" if case.engine == "reference" else "dynamo_mpi*"
             left = self._left(worker, temporary, before, ours)
-            if launcher.name == "mpich-wheel" and case.phase == "world":
+            if launcher.name == "mpich-wheel" and case.phase == "mpi_init":
                 # mpiexec may kill ranks in MPI_Init, before it is known what they have made there
                 left = [trace for trace in left if "dev/shm/mpich_shm_" not in trace]
             outcome.left += left

@@ -28,7 +28,7 @@ CHOSEN = (
     ("mpich-wheel", Case("kill", "serve", 1)),
     ("mpich-wheel", Case("kill", "serve", 0)),
 )
-PHASES = ("world", "preflight", "load", "serve", "drain")
+PHASES = ("mpi_init", "preflight", "load", "serve", "drain")
 FAULTS = ("kill", "stop", "hang", "exception", "exit0", "exit3")
 CHILD_CASES = tuple(Case(fault, "serve", CHILD, "trtllm") for fault in ("kill", "stop", "exit0"))
 
@@ -36,7 +36,7 @@ CHILD_CASES = tuple(Case(fault, "serve", CHILD, "trtllm") for fault in ("kill", 
 def is_unseen(name: str, case: Case) -> bool:
     """Return whether the launcher ends no other rank: one that leaves before MPI runs is to Open MPI as good as any if its code is 0, and to
     MPICH whatever that is. The others end with ``--world-timeout``."""
-    return case.phase == "world" and case.fault in (("exit0", "exit3") if name == "mpich-wheel" else ("exit0",))
+    return case.phase == "mpi_init" and case.fault in (("exit0", "exit3") if name == "mpich-wheel" else ("exit0",))
 
 
 def parameters() -> list[ParameterSet]:

@@ -143,7 +143,7 @@ def test_a_host_that_rank_0_cannot_reach_is_named(four: Hosts) -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_wrong_byte_is_found(four: Hosts, transport: str) -> None:
-    fault = {"DYN_MPI_FAULT": "rank1:probe:corrupt", "DYN_MPI_ALLOW_FAULTS": "1"}
+    fault = {"DYN_MPI_FAULT": "rank1:hardware_check:corrupt", "DYN_MPI_ALLOW_FAULTS": "1"}
     done = check(four, "--transport", transport, **fault)
     assert done.returncode == 75, done.stderr
     assert "error T1: wrong bytes arrive between 2 pairs of hosts: what they have in common is h2" in done.stderr

@@ -107,10 +107,15 @@ def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 
 
 @pytest.mark.landing(
-    "kill-world-2", "exit0-preflight-0", "exit3-world-0", "exception-preflight-2", "stop-preflight-2", "hang-world-2"
+    "kill-mpi_init-2",
+    "exit0-preflight-0",
+    "exit3-mpi_init-0",
+    "exception-preflight-2",
+    "stop-preflight-2",
+    "hang-mpi_init-2",
 )
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("phase", ["world", "preflight"])
+@pytest.mark.parametrize("phase", ["mpi_init", "preflight"])
 @pytest.mark.parametrize("what", ["kill", "exit0", "exit3", "exception", "stop", "hang"])
 def test_is_seen_reported_once_and_ends_all(
     what: str, phase: str, rank: int, model: Path, failures: Path, usual_seconds: float
@@ -136,11 +141,11 @@ def test_a_rank_that_does_not_come_is_missed(model: Path, failures: Path) -> Non
     command = worker(model, "--world-timeout", "2")
     done = run_command(command, env=variables(failures, "rank1:environment:slow=30"), timeout=60)
     assert done.returncode == 124, done.stderr
-    said = done.stderr[done.stderr.index(f"dynamo_mpi: {HOST}: error in world: no verdict after 2 s") :]
+    said = done.stderr[done.stderr.index(f"dynamo_mpi: {HOST}: error in mpi_init: no verdict after 2 s") :]
     assert "here: ranks 0, 2\n" in said
     assert "missing here: 1 of 3 ranks" in said
     assert "world.py" in said
-    assert "in _start_mpi" in said
+    assert "in start_mpi" in said
 
 
 def test_an_end_by_signal_is_no_failure_and_leaves_no_agent(model: Path, failures: Path) -> None:

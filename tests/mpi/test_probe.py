@@ -54,15 +54,17 @@ def test_ranks_hear_whoever_calls_and_miss_who_does_not(mpirun: Mpirun) -> None:
 @pytest.mark.landing("2")
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_rank_that_sends_wrong_data_is_named_and_ends_the_world(mpirun: Mpirun, rank: int) -> None:
-    done = mpirun(3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "told", env=fault(f"rank{rank}:probe:corrupt"))
+    done = mpirun(
+        3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "told", env=fault(f"rank{rank}:hardware_check:corrupt")
+    )
     assert done.returncode == 75, done.stderr
     assert f"error N1: data are wrong when they arrive: rank {rank} on " in done.stderr
-    assert done.stderr.count("error in probe") == 1
+    assert done.stderr.count("error in hardware_check") == 1
 
 
 def test_a_rank_in_no_pair_is_named_by_the_collectives(mpirun: Mpirun) -> None:
     plan = "fabric|5.0|mpi|node=0,1|tp=0,1,2"
-    done = mpirun(3, PROGRAM, plan, "told", env=fault("rank2:probe:corrupt"))
+    done = mpirun(3, PROGRAM, plan, "told", env=fault("rank2:hardware_check:corrupt"))
     assert done.returncode == 75, done.stderr
     assert "error N1: data are wrong when they arrive: rank 2 on " in done.stderr
 
@@ -70,10 +72,14 @@ def test_a_rank_in_no_pair_is_named_by_the_collectives(mpirun: Mpirun) -> None:
 def test_a_rank_that_stops_is_named_at_the_deadline(mpirun: Mpirun, tmp_path: Path) -> None:
     mark = f"PROBE_MARK={tmp_path}"
     done = mpirun(
-        4, PROGRAM, FOUR.replace("5.0", "1.0"), "told", env={**fault("rank2:probe:stop"), "PROBE_MARK": str(tmp_path)}
+        4,
+        PROGRAM,
+        FOUR.replace("5.0", "1.0"),
+        "told",
+        env={**fault("rank2:hardware_check:stop"), "PROBE_MARK": str(tmp_path)},
     )
     assert done.returncode == 124, done.stderr
-    (said,) = [line for line in done.stderr.splitlines() if "error in probe" in line]
+    (said,) = [line for line in done.stderr.splitlines() if "error in hardware_check" in line]
     assert "N2: the probe hangs: rank 2 on " in said
     assert "does not answer" in said
     assert "ranks 0, 3 on " in said.partition("; ")[2], "its neighbours wait for it"
@@ -83,16 +89,18 @@ def test_a_rank_that_stops_is_named_at_the_deadline(mpirun: Mpirun, tmp_path: Pa
 def test_a_worker_that_is_not_to_go_on_leaves_in_order(mpirun: Mpirun, tmp_path: Path, model_dir: Path) -> None:
     flags = ("--model", str(model_dir), "--tp-size", "3", "--probe", "fabric", "--failure-dir", str(tmp_path))
     with running_etcd() as url:
-        done = mpirun.worker(3, *flags, env={**fault("rank1:probe:corrupt"), "ETCD_ENDPOINTS": url})
+        done = mpirun.worker(3, *flags, env={**fault("rank1:hardware_check:corrupt"), "ETCD_ENDPOINTS": url})
     assert done.returncode == 75, done.stderr
-    assert done.stderr.count("error in probe: 1 error, nothing was loaded\n") == 1
+    assert done.stderr.count("error in hardware_check: 1 error, nothing was loaded\n") == 1
     assert "error N1: data are wrong when they arrive: rank 1 on " in done.stderr
     report = json.loads((tmp_path / "backend-rank-0.json").read_text())
-    assert (report["phase"], report["exit_code"]) == ("probe", 75)
+    assert (report["phase"], report["exit_code"]) == ("hardware_check", 75)
 
 
 def test_a_rank_that_is_late_is_no_finding(mpirun: Mpirun) -> None:
-    done = mpirun(3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "strict", env=fault("rank1:probe:slow=0.5"))
+    done = mpirun(
+        3, PROGRAM, "fabric|5.0|mpi|node=0,1,2|tp=0,1,2", "strict", env=fault("rank1:hardware_check:slow=0.5")
+    )
     assert done.returncode == 0, done.stderr
     assert told(done)["findings"] == []
 

@@ -268,7 +268,7 @@ def test_followers_import_next_to_nothing_before_the_verdict(mpirun: Mpirun, mod
         assert "dynamo_mpi.runtime.follower" in ours
         assert not ours & {"dynamo_mpi.runtime.leader", "dynamo_mpi.config.worker", "dynamo_mpi.layout.check"}
         # each is a file to open on every rank of a world of hundreds
-        assert len(ours) <= 20, sorted(ours)
+        assert len(ours) <= 24, sorted(ours)
 
 
 @pytest.mark.landing("not allowed")
@@ -286,10 +286,12 @@ def test_a_fault_on_demand_that_can_not_be(mpirun: Mpirun, fault: str, allowed: 
     assert_refused(done, 64, word)
 
 
+@pytest.mark.serial  # on a busy machine, Open MPI 5's mpirun may drop output of ranks that it ends
 def test_a_fault_on_demand_is_announced_and_happens_in_its_rank_alone(mpirun: Mpirun, model: Path) -> None:
     fault = {"DYN_MPI_FAULT": "rank1:preflight:exception", "DYN_MPI_ALLOW_FAULTS": "1"}
     done = mpirun.worker(2, "--model", str(model), "--tp-size", "1", "--pp-size", "2", "--preflight-only", env=fault)
     assert done.returncode == 70, done.stderr
+    assert len(reports(done)) == 3, done.stderr
     warning, happens, report = reports(done)
     assert "rank 0 on " in warning
     assert warning.endswith("warning: a fault is armed (DYN_MPI_FAULT): rank 1 raises an exception in preflight")

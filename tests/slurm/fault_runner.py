@@ -50,7 +50,7 @@ def codes_for(case: Case) -> tuple[int, ...]:
     if case.rank == CHILD:
         return CHILD_CODES[case.fault]
     # before MPI runs no rank can end the others but through srun, whose code is the highest: that of those that it has ended
-    ended = (143, 137) if case.phase == "world" else ()
+    ended = (143, 137) if case.phase == "mpi_init" else ()
     return (*CODES[case.fault], *ended)
 
 

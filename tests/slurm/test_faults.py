@@ -25,7 +25,7 @@ CHOSEN = (
     Case("kill", "load", 4),
     Case("oom", "load", 4),
     Case("exit3", "load", 0),
-    Case("exit0", "world", 4),
+    Case("exit0", "mpi_init", 4),
     Case("exception", "preflight", 4),
 )
 

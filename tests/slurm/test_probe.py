@@ -119,6 +119,6 @@ def test_a_lossy_link_is_named(slurm: SlurmSession, tmp_path: Path) -> None:
 def test_a_cut_link_is_named_and_ends_the_world(slurm: SlurmSession, tmp_path: Path) -> None:
     probed = Probed(slurm, tmp_path, lossy_link(slurm, "n2", "n3", 1.0), seconds=2.0)
     assert probed.code == 124
-    said = "error in probe: N2: the probe hangs: a message of 4096 bytes does not arrive between rank 1 on n2 and rank 2 on n3\n"
+    said = "error in hardware_check: N2: the probe hangs: a message of 4096 bytes does not arrive between rank 1 on n2 and rank 2 on n3\n"
     assert said in probed.err
     assert probed.took < 12

@@ -328,7 +328,7 @@ def test_a_death_of_which_no_rank_is_left_to_tell_is_reported(run: Run, tmp_path
     "words",
     [
         "echo 'dynamo_mpi: rank 0 on n: error in serve: it broke'",
-        "echo '1: dynamo_mpi: n: error in world: rank 1 has ended'",
+        "echo '1: dynamo_mpi: n: error in mpi_init: rank 1 has ended'",
         """echo '{"time":"t","level":"ERROR","target":"dynamo_mpi","message":"error in load"}'""",
         "mkdir -p failures/decode-0; echo '{}' > failures/decode-0/backend-rank-3.json",
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relative links in README.md, CHANGELOG.md, findings/ and docs/ lead somewhere, to the heading too."""
+"""Relative links in the pages at the top, in findings/ and docs/ lead somewhere, to the heading too."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CHANGELOG.md",
-    ROOT / "findings" / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-]
+PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "findings" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _FENCE_OR_CODE = re.compile(r"^(?: {4}|```).*$|`[^`\n]*`", re.MULTILINE)
 

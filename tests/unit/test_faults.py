@@ -28,12 +28,16 @@ SECONDS = 10.0
     ("text", "fault"),
     [
         ("rank3:load:kill", Fault(3, "load", "kill")),
-        ("rank0:world:stop", Fault(0, "world", "stop")),
+        ("rank0:mpi_init:stop", Fault(0, "mpi_init", "stop")),
         ("rank1:serve+5:exit0", Fault(1, "serve", "exit", 0, 5)),
         ("rank1:serve+0.25:exit137", Fault(1, "serve", "exit", 137, 0.25)),
         ("rank1:serve@/a:b/c+1:kill", Fault(1, "serve", "kill", trigger="/a:b/c+1")),
         ("rank1:drain:slow", Fault(1, "drain", "slow", 5)),
-        ("rank1:prove:slow=0.5", Fault(1, "prove", "slow", 0.5)),
+        ("rank1:warmup:slow=0.5", Fault(1, "warmup", "slow", 0.5)),
+        # former names
+        ("rank1:prove:kill", Fault(1, "warmup", "kill")),
+        ("rank2:world:stop", Fault(2, "mpi_init", "stop")),
+        ("rank2:probe:corrupt", Fault(2, "hardware_check", "corrupt")),
         (" rank12:exit:exception\n", Fault(12, "exit", "exception")),
     ],
 )
@@ -141,11 +145,11 @@ def test_rank_0_warns_and_others_live() -> None:
 
 
 @pytest.mark.parametrize(("action", "code"), [("kill", -signal.SIGKILL), ("exit0", 0), ("exit3", 3), ("exit255", 255)])
-@pytest.mark.parametrize("phase", ["environment", "world", "preflight", "load"])
+@pytest.mark.parametrize("phase", ["environment", "mpi_init", "preflight", "load"])
 def test_an_end_comes_when_the_phase_begins(phase: str, action: str, code: int) -> None:
     ended, out, err = Rank(f"rank1:{phase}:{action}").end()
     assert ended == code
-    assert out.split() == ["environment", "world", "preflight", "load"][: len(out.split())]
+    assert out.split() == ["environment", "mpi_init", "preflight", "load"][: len(out.split())]
     assert phase not in out
     assert f"fault: {action.replace('exit', 'exit ')} in {phase}" in err
 
@@ -153,7 +157,7 @@ def test_an_end_comes_when_the_phase_begins(phase: str, action: str, code: int) 
 def test_an_exception_is_raised_in_the_phase() -> None:
     code, out, err = Rank("rank1:load:exception").end()
     assert code == 1
-    assert out.split() == ["environment", "world", "preflight"]
+    assert out.split() == ["environment", "mpi_init", "preflight"]
     assert err.rstrip().endswith("FaultError: a fault on demand, in load")
     assert "with phases.enter(name):" in err
 

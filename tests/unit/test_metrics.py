@@ -65,8 +65,8 @@ def test_a_metric_without_values_and_a_label_without_text_are_left_out() -> None
 
 
 def test_every_node_tells_the_worlds_phase() -> None:
-    found = read(metrics_of(STATE._replace(world="prove", metrics="more 1\n"), ready=False))
-    assert found["dynamo_mpi_phase"] == {frozenset({("phase", name)}): float(name == "prove") for name in PHASES}
+    found = read(metrics_of(STATE._replace(world="warmup", metrics="more 1\n"), ready=False))
+    assert found["dynamo_mpi_phase"] == {frozenset({("phase", name)}): float(name == "warmup") for name in PHASES}
     assert found["dynamo_mpi_ready"] == {frozenset(): 0.0}
     assert found["dynamo_mpi_attempt"] == {frozenset(): 2.0}
     assert found["more"] == {frozenset(): 1.0}

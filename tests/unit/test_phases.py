@@ -16,11 +16,11 @@ from dynamo_mpi.common.phases import PHASES, PhaseTracker
 def test_phases_stand_in_the_order_of_a_life() -> None:
     assert PHASES == (
         "environment",
-        "world",
+        "mpi_init",
         "preflight",
-        "probe",
+        "hardware_check",
         "load",
-        "prove",
+        "warmup",
         "register",
         "serve",
         "drain",
@@ -44,10 +44,10 @@ def test_a_phase_is_current_until_the_next_begins_and_its_duration_is_kept() -> 
 
 def test_a_phase_that_fails_stays_current_and_is_timed() -> None:
     phases = PhaseTracker()
-    with pytest.raises(KeyError), phases.enter("prove"):
+    with pytest.raises(KeyError), phases.enter("warmup"):
         raise KeyError
-    assert phases.current == "prove"
-    assert list(phases.durations) == ["prove"]
+    assert phases.current == "warmup"
+    assert list(phases.durations) == ["warmup"]
 
 
 def test_an_unknown_phase_is_refused() -> None:

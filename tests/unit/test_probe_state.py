@@ -51,7 +51,7 @@ def test_what_rank_0_says_of_the_world_counts_for_more_than_this_rank() -> None:
 def test_a_phase_has_a_beginning_and_progress_of_its_own() -> None:
     state = note(after("phase load", f"progress {escape('1 of 2')}"), "beat", 70.0, 1020.0)
     assert (state.since, health(state, 70.0).body["waits_for"]) == (1010.0, "all ranks to load the model: 1 of 2")
-    state = note(state, "phase prove", 71.0, 1021.0)
+    state = note(state, "phase warmup", 71.0, 1021.0)
     assert (state.since, state.progress) == (1021.0, "")
 
 

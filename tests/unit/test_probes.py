@@ -127,8 +127,8 @@ def end(node: Node) -> None:
 def test_a_follower_tells_the_worlds_truth(node: Node) -> None:
     tower = Watchtower()
     node.says("/live", 200, phase="environment")
-    node.do("begin world")
-    found = node.says("/health", 503, phase="world", rank=2, host="n2", status="notready")
+    node.do("begin mpi_init")
+    found = node.says("/health", 503, phase="mpi_init", rank=2, host="n2", status="notready")
     assert (found["waits_for"], found["pid"]) == ("all ranks of all nodes to start MPI", node.process.pid)
     node.do(f"join {tower.rendezvous.pack(b'').hex()}")
     node.do("begin load")
@@ -136,7 +136,7 @@ def test_a_follower_tells_the_worlds_truth(node: Node) -> None:
     # this rank is through, the world isn't
     node.do("begin serve")
     node.says("/health", 503, phase="load", rank_phase="serve")
-    for phase, status in (("prove", 503), ("serve", 200), ("drain", 503)):
+    for phase, status in (("warmup", 503), ("serve", 200), ("drain", 503)):
         tower.server.broadcast(Frame(FrameType.PHASE, phase.encode()))
         node.says("/health", status, phase=phase)
         assert node.says("/live", 200)["endpoints"] == {}
@@ -207,7 +207,7 @@ def test_a_rank_goes_on_without_its_answers(node: Node) -> None:
     node.says("/live", 200)
     os.kill(node.server, signal.SIGKILL)
     assert node.has_ended()
-    for phase in ("world", "preflight", "load"):
+    for phase in ("mpi_init", "preflight", "load"):
         node.do(f"begin {phase}")
     assert node.process.stdin is not None
     node.process.stdin.close()

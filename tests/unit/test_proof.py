@@ -88,7 +88,7 @@ def test_an_engine_that_hangs_meets_the_deadline(made: int) -> None:
             release.set()
     assert time.monotonic() - start < 10
     assert caught.value.exit_code == 124
-    assert "--prove-timeout" in caught.value.fix
+    assert "--warmup-timeout" in caught.value.fix
 
 
 def test_a_trickle_does_not_extend_the_deadline() -> None:

@@ -56,7 +56,7 @@ def test_failure_files_are_looked_for_where_the_ranks_write_them(tmp_path: Path)
     ("code", "words", "reported"),
     [
         (70, "0: dynamo_mpi: rank 0 on n1: error in load: it broke", True),
-        (70, "dynamo_mpi: n1: error in world: rank 1 has ended", True),
+        (70, "dynamo_mpi: n1: error in mpi_init: rank 1 has ended", True),
         (78, "", True),
         (69, "dynamo_mpi: rank 0 on n1: error: etcd does not answer", True),
         (75, "dynamo_mpi: rank 0 on n1: exit: code 75 after 3.0 s", True),

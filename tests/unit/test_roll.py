@@ -50,8 +50,8 @@ def test_of_ranks_that_are_all_through_the_slowest_is_named() -> None:
 
 
 def test_a_rank_that_is_in_a_later_phase_is_through() -> None:
-    ranks = [rank(0, Span("prove", 5.0)), rank(1, Span("load", 1.0, total=2.0), Span("serve", 3.0))]
-    assert progress_of("prove", ranks, 106.0) == PhaseProgress("prove", 1, 2, 0, "n0", 1.0)
+    ranks = [rank(0, Span("warmup", 5.0)), rank(1, Span("load", 1.0, total=2.0), Span("serve", 3.0))]
+    assert progress_of("warmup", ranks, 106.0) == PhaseProgress("warmup", 1, 2, 0, "n0", 1.0)
 
 
 def test_ranks_that_have_told_nothing_are_not_through() -> None:
@@ -67,7 +67,7 @@ def test_a_phase_that_runs_longer_never_makes_fewer_ranks_done() -> None:
 def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     roll = ProgressTracker(["n0", "n1"], PhaseTracker())
     phases = PhaseTracker()
-    with phases.enter("world"):
+    with phases.enter("mpi_init"):
         phases.mark_local_done()
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() - 1000)
@@ -80,7 +80,7 @@ def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.Monkey
     own, other = roll.ranks()
     assert (own.rank, own.host, other.rank, other.host) == (0, "n0", 1, "n1")
     assert abs(other.began - began) < 0.5
-    assert [span.phase for span in other.spans] == [PROCESS_START, "world"]
+    assert [span.phase for span in other.spans] == [PROCESS_START, "mpi_init"]
     start, world = other.spans
     assert start.began < 0
     assert other.read is not None
@@ -117,14 +117,14 @@ def test_phases_keep_their_spans_and_tell_of_every_change() -> None:
     phases = PhaseTracker()
     seen: list[list[Span]] = []
     phases.on_change(lambda: seen.append(list(phases.spans)))
-    with phases.enter("world"):
+    with phases.enter("mpi_init"):
         pass
     with phases.enter("load"):
         phases.mark_local_done()
         phases.mark_local_done()
         phases.begin("serve")
     names = [span.phase for span in phases.spans]
-    assert names == ["world", "load", "serve"]
+    assert names == ["mpi_init", "load", "serve"]
     world, load, serve = phases.spans
     assert world.local is None
     assert world.total is not None

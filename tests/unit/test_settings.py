@@ -53,7 +53,7 @@ SAMPLES = {
     "probe_seconds": "9.5",
     "probe_kv_seconds": "77",
     "load_timeout": "3.5",
-    "prove_timeout": "2.5",
+    "warmup_timeout": "2.5",
     "drain_timeout": "0",
     "liveness_network": "10.1.0.0/16",
     "heartbeat_timeout": "7.5",

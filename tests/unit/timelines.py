@@ -55,9 +55,9 @@ def start_of(
         spans = [
             Span(PROCESS_START, -0.8, None, 0.8),
             Span("environment", 0.0, None, 0.02),
-            Span("world", 0.02, None, joined - birth - 0.02),
+            Span("mpi_init", 0.02, None, joined - birth - 0.02),
             Span("preflight", joined - birth, 0.7, judged - joined),
-            Span("probe", judged - birth, 2.4, probed - judged),
+            Span("hardware_check", judged - birth, 2.4, probed - judged),
         ]
         load_began = probed - birth
         if stopped is not None:
@@ -65,7 +65,7 @@ def start_of(
             spans.append(Span("load", load_began, stopped - probed if rank == failed else done, None))
         else:
             spans.append(Span("load", load_began, own[rank], loaded - probed))
-            spans.append(Span("prove", loaded - birth, 0.9, 3.0))
+            spans.append(Span("warmup", loaded - birth, 0.9, 3.0))
             spans.append(Span("register", loaded - birth + 3.0, None, 1.6))
             spans.append(Span("serve", loaded - birth + 4.6, None, serving))
             if serving is not None:

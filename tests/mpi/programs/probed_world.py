@@ -44,7 +44,7 @@ def lead(world: World, plan: HardwareCheckPlan, phases: PhaseTracker, kind: str 
     world.barrier(30)
     began = time.monotonic()
     weights = (int(os.environ.get("WEIGHTS", "0")),) * world.size
-    with phases.enter("probe"):
+    with phases.enter("hardware_check"):
         report = run_hardware_checks(
             world, EvaluationInput(plan, cards, kind, weights), guard, os.environ, strict=strict
         )
@@ -69,7 +69,7 @@ def follow(world: World, plan: HardwareCheckPlan, phases: PhaseTracker) -> int:
     client = HeartbeatClient(rendezvous, world, phases, RankLogger(world.rank, host_name()))
     world.barrier(30)
     try:
-        with phases.enter("probe"):
+        with phases.enter("hardware_check"):
             run_local(world, plan, os.environ)
     except (DynamoMpiError, ValueError) as error:
         client.report_failure(error)

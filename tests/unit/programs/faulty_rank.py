@@ -54,7 +54,7 @@ def main() -> int:
         print(error)
         return int(error.exit_code)
     threading.Thread(target=tick, daemon=True).start()
-    for name in ("environment", "world", "preflight", "load"):
+    for name in ("environment", "mpi_init", "preflight", "load"):
         with phases.enter(name):
             say(name)
     if how == "asyncio":

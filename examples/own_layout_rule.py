@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layout rule of your own beside this project's: reads a model config and an engine config, applies all rules and one more.
+
+    python examples/own_layout_rule.py MODEL ENGINE_CONFIG NODES GPUS_PER_NODE
+
+MODEL is a model folder, its config.json, or a hub id that is in the cache. The exit codes are those of `dynamo-mpi check`: 0, or 78 for an
+illegal layout.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from dynamo_mpi.common.errors import DynamoMpiError
+from dynamo_mpi.config.model_files import find_model
+from dynamo_mpi.layout.check import check_worker
+from dynamo_mpi.layout.engine_layers import EngineLayers, merge
+from dynamo_mpi.layout.finding import Finding, error
+from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.report_text import describe_report
+from dynamo_mpi.layout.spec import LayoutSpec
+
+
+def check_tensor_parallel_in_node(spec: LayoutSpec) -> Iterator[Finding]:
+    """X1: tensor parallelism stays inside a node: this cluster's network is too slow for its all-reduces."""
+    tp_size, gpus = spec.layout.tp_size, spec.cluster.gpus_per_node
+    if tp_size > gpus:
+        yield error(
+            "X1",
+            "tensor parallelism goes over the network",
+            found=f"tp_size {tp_size}, {gpus} GPUs in a node",
+            needed="tp_size <= GPUs of a node",
+            fix=f"set tensor_parallel_size to {gpus} or less, and pipeline_parallel_size for the other nodes",
+        )
+
+
+def main(model: str, engine_config: str, nodes: str, gpus_per_node: str) -> int:
+    """Check one worker; return the exit code."""
+    try:
+        files = find_model(model, os.environ)
+        merged = merge(EngineLayers(yaml_text=Path(engine_config).read_text(encoding="utf-8"), yaml_path=engine_config))
+        spec = LayoutSpec(files.shape(), merged.config, Cluster(int(nodes), int(gpus_per_node)))
+    except DynamoMpiError as problem:
+        print(problem, file=sys.stderr)
+        return problem.exit_code
+    # no suggestions: they would not know of X1
+    report = check_worker(spec, [*merged.findings, *check_tensor_parallel_in_node(spec)], suggest=False)
+    print(describe_report(files.name, report))
+    return report.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
