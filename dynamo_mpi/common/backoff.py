@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 
 
-class News:
+class ReminderSchedule:
     """The reminders of one wait, which begins when this object is created.
 
     Args:
