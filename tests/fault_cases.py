@@ -248,7 +248,7 @@ class Outcome:
         assert phase == case.phase or (case.phase, phase, case.fault in SILENT) == ("drain", "exit", True), blocks
         assert name in (speaker, line[: len(name)]), blocks
         if case.rank == CHILD:
-            told = {"stop": "has been stopped for", "exit0": "ended with code 0 although nobody asked"}
+            told = {"stop": "has been stopped for", "exit0": "ended with code 0 although it was not asked"}
             assert line.startswith("dynamo.trtllm "), blocks
             assert told.get(case.fault, "was ended by signal 9") in line, blocks
         else:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every other package may use: errors, logs, files, processes. Imports nothing else of this project."""
+"""What every other package may use: errors, logs, files, processes. Imports no other package of this project."""

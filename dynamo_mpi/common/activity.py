@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this rank waits for, in words, so that whoever asks where it stands is told more than a line of code."""
+"""What this rank waits for, in plain text, for stack dumps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ _doing = ""
 
 
 def set_activity(text: str) -> None:
-    """Say it; nothing when it is over. Costs nothing."""
+    """Set the current activity; an empty text clears it. Costs next to nothing."""
     global _doing
     _doing = text
 
 
 def activity() -> str:
-    """Return what was said last."""
+    """Return the current activity."""
     return _doing

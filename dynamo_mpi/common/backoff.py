@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When to say that we still wait: now and then, more and more rarely."""
+"""Schedules reminders that something is still being waited for, at growing intervals."""
 
 from __future__ import annotations
 
 import time
 
 
-class News:
-    """Of one wait, which begins with its construction.
+class ReminderSchedule:
+    """The reminders of one wait, which begins when this object is created.
 
     Args:
-        first_seconds: until the first word; each further one takes twice as long.
-        longest_seconds: between two words.
+        first_seconds: seconds until the first reminder; each further interval is twice as long.
+        longest_seconds: the longest interval between two reminders.
     """
 
     def __init__(self, first_seconds: float, longest_seconds: float) -> None:
@@ -20,7 +20,7 @@ class News:
         self._next = self._began + first_seconds
 
     def due(self) -> float:
-        """Return the seconds since the start when it is time for a word, else 0."""
+        """Return the seconds since the start if a reminder is due, otherwise 0."""
         now = time.monotonic()
         if now < self._next:
             return 0.0

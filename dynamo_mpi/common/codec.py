@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lists of strings as bytes, for what ranks tell each other before the verdict.
+"""Encodes lists of strings as bytes, for messages between ranks before the preflight result.
 
-JSON would do, but importing it opens a dozen more files on every rank; a list of strings is all that is needed.
+Not JSON, because importing it opens a dozen more files on every rank.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 def encode_strings(values: Sequence[str]) -> bytes:
-    """Encode ``values``; any text is allowed, lone surrogates of odd file names included."""
+    """Encode ``values``; any text is allowed, even lone surrogates in file names."""
     parts = [value.encode("utf-8", "surrogateescape") for value in values]
     return b"".join(len(part).to_bytes(4, "little") + part for part in parts)
 
 
 def decode_strings(data: bytes) -> list[str]:
-    """Decode what `encode_strings` made.
+    """Decode the result of `encode_strings`.
 
     Raises:
-        ValueError: ``data`` isn't such an encoding.
+        ValueError: ``data`` is invalid.
     """
     values: list[str] = []
     at = 0

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading JSON and YAML that people wrote: strictly, since what a lenient reader lets through turns up minutes later inside the engine.
+"""Reads JSON and YAML configuration strictly: errors that a lenient reader ignores would surface minutes later in the engine.
 
-Both refuse duplicate keys (the usual readers keep the last one in silence), anything but a mapping at the top, and more than any real file
-of the kind holds. Every complaint is a `ConfigFileError` with the path in it.
+Both refuse duplicate keys (other readers silently keep the last one), a top level that is not a mapping, and files larger than any real
+config. Each error is a `ConfigFileError` that contains the path.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_SIZE = 2**31 - 1
-"""The engine keeps its sizes in 32 bits."""
+"""The largest size: the engine stores sizes in 32 bits."""
 _LARGEST = 1e300
 _MAX_NODES = 100_000
 _MAX_DEPTH = 100
@@ -28,11 +28,11 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
 
     Args:
         text: its text.
-        path: where it was found, for messages.
-        needed: what should stand there, for messages.
+        path: the file's path, for messages.
+        needed: what is expected, for messages.
 
     Raises:
-        ConfigFileError: it isn't JSON, isn't an object, or has a key twice.
+        ConfigFileError: the text isn't JSON, isn't an object, or has a duplicate key.
     """
     import json
     from collections import Counter
@@ -44,7 +44,7 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
             raise ConfigFileError(
                 f"{path} has the key {_short(twice)} twice in one object",
                 needed="each key once",
-                fix="remove the one that isn't meant",
+                fix="remove one of them",
             )
         return mapping
 
@@ -62,14 +62,14 @@ def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False)
 
     Args:
         text: its text.
-        path: where it was found, for messages.
-        needed: what should stand there, for messages.
-        may_be_empty: nothing is an empty mapping; else it is refused, as TensorRT-LLM refuses it.
+        path: the file's path, for messages.
+        needed: what is expected, for messages.
+        may_be_empty: an empty text is an empty mapping; otherwise it is refused, as by TensorRT-LLM.
 
     Raises:
-        ConfigFileError: it isn't one YAML document, isn't a mapping, has a key twice or a node inside itself, or is too large.
+        ConfigFileError: the text isn't one YAML document, isn't a mapping, has a duplicate key or a recursive alias, or is too large.
     """
-    # not at the top: ranks other than 0 import this module's neighbours, never a YAML reader
+    # imported here: ranks other than 0 must not import a YAML reader
     import yaml
 
     loader = None
@@ -79,27 +79,27 @@ def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False)
         if node is not None:
             _check_node(node, path)
         loaded = None if node is None else loader.construct_document(node)
-    # PyYAML lets through what int() and date() say of impossible numbers and dates
+    # PyYAML doesn't catch the errors of int() and date() for invalid numbers and dates
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        told = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
-        raise ConfigFileError(f"{path} is not YAML: {told}", needed=needed, fix="correct it there") from None
-    # and what becomes of "!!bool 7"
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
+        raise ConfigFileError(f"{path} is not YAML: {reason}", needed=needed, fix="correct it there") from None
+    # nor those of "!!bool 7"
     except (LookupError, AttributeError):
-        raise ConfigFileError(f"{path} is not YAML: a value isn't what its tag (!!name) says", needed=needed) from None
+        raise ConfigFileError(f"{path} is not YAML: a value doesn't fit its tag (!!name)", needed=needed) from None
     finally:
         if loader is not None:
             loader.dispose()
     if loaded is None and may_be_empty:
         return {}
     if loaded is None:
-        raise ConfigFileError(f"{path} is empty", needed=needed, fix="write the config, or leave the flag out")
+        raise ConfigFileError(f"{path} is empty", needed=needed, fix="write the config, or omit the flag")
     if not isinstance(loaded, dict):
         raise ConfigFileError(f"{path} holds a {type(loaded).__name__}, not a mapping", needed="`key: value` lines")
     return loaded
 
 
 def _check_node(root: Any, path: str) -> None:
-    """Walk the node graph before anything is built from it: it may contain itself, or grow without bounds through aliases."""
+    """Check the node graph before it is constructed: through aliases it may contain itself or grow without bounds."""
     import yaml
 
     seen = 0
@@ -114,7 +114,7 @@ def _check_node(root: Any, path: str) -> None:
                 needed="a finite config",
             )
         if seen > _MAX_NODES or depth > _MAX_DEPTH:
-            raise ConfigFileError(f"{path} is too large or too deeply nested once its aliases are written out")
+            raise ConfigFileError(f"{path} is too large or too deeply nested after its aliases are expanded")
         above.add(id(node))
         if isinstance(node, yaml.MappingNode):
             keys: set[tuple[str, str]] = set()
@@ -122,9 +122,9 @@ def _check_node(root: Any, path: str) -> None:
                 if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                     if (key.tag, key.value) in keys:
                         raise ConfigFileError(
-                            f"{path}, line {key.start_mark.line + 1}: the key {_short(key.value)} stands there for the second time",
+                            f"{path}, line {key.start_mark.line + 1}: the key {_short(key.value)} is a duplicate",
                             needed="each key once",
-                            fix="remove the one that isn't meant",
+                            fix="remove one of them",
                         )
                     keys.add((key.tag, key.value))
                 walk(key, depth + 1)
@@ -133,7 +133,7 @@ def _check_node(root: Any, path: str) -> None:
             for item in node.value:
                 walk(item, depth + 1)
         elif node.tag == _YAML_INT and len(node.value) > _MAX_DIGITS:
-            # Python writes no such number down again: `str` and `repr` refuse
+            # Python's `str` and `repr` refuse such numbers
             raise ConfigFileError(
                 f"{path}, line {node.start_mark.line + 1}: a number of {len(node.value)} characters",
                 needed=f"at most {_MAX_DIGITS}",
@@ -149,12 +149,12 @@ def _short(value: object) -> str:
 
 
 class Reader:
-    """Takes typed values out of one mapping, and says where one stood that is none.
+    """Reads typed values from one mapping; errors contain the path and the key.
 
     Args:
         values: the mapping.
-        path: where it was found, for messages: a file's path.
-        prefix: keys above this mapping, with a dot after each.
+        path: the file's path, for messages.
+        prefix: the keys above this mapping, with a dot after each.
     """
 
     def __init__(self, values: Mapping[str, Any], path: str, prefix: str = "") -> None:
@@ -163,11 +163,11 @@ class Reader:
         self._prefix = prefix
 
     def has(self, key: str) -> bool:
-        """Is there a value, other than null?"""
+        """Return whether there is a value other than null."""
         return self.values.get(key) is not None
 
     def size(self, *keys: str, minimum: int = 1, maximum: int = MAX_SIZE) -> int | None:
-        """Return the first of ``keys`` that has a value, a whole number; None where none has."""
+        """Return the value of the first of ``keys`` that has one, a whole number; None if none has."""
         for key in keys:
             value = self.values.get(key)
             if value is None:
@@ -179,7 +179,7 @@ class Reader:
         return None
 
     def number(self, key: str) -> float | None:
-        """Return a number; what range it has to be in is a rule's to say."""
+        """Return a number; rules check its range."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -188,7 +188,7 @@ class Reader:
         return float(value)
 
     def switch(self, key: str) -> bool | None:
-        """Return true, false, or None where it isn't said."""
+        """Return true, false, or None if it isn't set."""
         value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
             raise self.bad(key, "true or false")
@@ -213,7 +213,7 @@ class Reader:
         return tuple(value)
 
     def section(self, key: str) -> Reader:
-        """Return a nested mapping; an empty one where it isn't there."""
+        """Return a nested mapping; an empty one if it is missing."""
         value = self.values.get(key)
         if value is None:
             value = {}
@@ -222,5 +222,5 @@ class Reader:
         return Reader(value, self._path, f"{self._prefix}{key}.")
 
     def bad(self, key: str, needed: str) -> ConfigFileError:
-        """Return the error to raise for the value of ``key``."""
+        """Return the error for the value of ``key``."""
         return ConfigFileError(f"{self._path}: {self._prefix}{key} is {_short(self.values.get(key))}", needed=needed)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors a user can meet. Each says what was found, what is needed, and what to do.
+"""The errors that a user may get. Each states the problem, what is expected, and the fix.
 
-``rank`` and ``host`` are not part of the text: whoever prints the error adds them once.
+``rank`` and ``host`` are not part of the text: the logger adds them once.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dynamo_mpi.common.exit_codes import ExitCode
 
 
 class DynamoMpiError(Exception):
-    """Base of every error that ends a world in an orderly way.
+    """Base class of all errors that a user may get.
 
     Args:
-        found: what was found, as one sentence without a full stop.
-        needed: what has to be true instead.
-        fix: what to do about it; a command where one exists.
+        found: the problem, as one sentence without a full stop.
+        needed: what is expected instead.
+        fix: what the user can do, with a command if there is one.
     """
 
     exit_code: ExitCode = ExitCode.ENGINE
@@ -35,7 +35,7 @@ class DynamoMpiError(Exception):
         return "\n".join(lines)
 
     def plain(self) -> dict[str, int | str]:
-        """Return it as plain data, for programs."""
+        """Return the error as JSON values, for programs."""
         return {"exit_code": int(self.exit_code), "found": self.found, "needed": self.needed, "fix": self.fix}
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -53,19 +53,19 @@ class UsageError(DynamoMpiError):
 
 
 class LaunchError(DynamoMpiError):
-    """The launcher started something else than the world that was asked for."""
+    """The launcher started something other than the requested world."""
 
     exit_code = ExitCode.USAGE
 
 
 class ConfigFileError(DynamoMpiError):
-    """A file's contents are not what they should be."""
+    """A file's content is invalid."""
 
     exit_code = ExitCode.DATA
 
 
 class ModelNotFoundError(DynamoMpiError):
-    """The model folder or one of its files cannot be read."""
+    """The model directory or one of its files cannot be read."""
 
     exit_code = ExitCode.NO_MODEL
 
@@ -89,7 +89,7 @@ class EngineError(DynamoMpiError):
 
 
 class RetryableError(DynamoMpiError):
-    """Something outside went away; a fresh start is the cure."""
+    """An external failure; starting the worker again may help."""
 
     exit_code = ExitCode.TEMPORARY
 
@@ -101,6 +101,6 @@ class LayoutError(DynamoMpiError):
 
 
 class PhaseTimeoutError(DynamoMpiError):
-    """A phase did not end in its time."""
+    """A phase exceeded its time limit."""
 
     exit_code = ExitCode.DEADLINE

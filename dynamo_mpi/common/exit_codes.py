@@ -1,36 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exit codes a launcher, a batch script or an operator can rely on.
+"""The exit codes that launchers, batch scripts and operators may rely on.
 
-Every rank of a world leaves with the code of the first cause. Codes follow ``sysexits.h`` where it has a
-fitting one; 124 is ``timeout(1)``'s, ``128 + n`` a shell's for signal *n*. A batch script requeues on
-``TEMPORARY`` only.
+Every rank of a world exits with the code of the root cause. Codes follow ``sysexits.h`` if it has a fitting one; 124 is the code of
+``timeout(1)``, ``128 + n`` that of a shell for signal *n*. A batch script should requeue on ``TEMPORARY`` only.
 """
 
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the process exits with, by who has to act."""
+    """Exit codes, grouped by who must act."""
 
     OK = 0
     USAGE = 64
-    """Wrong flags, or a launch that cannot form the world that was asked for."""
+    """Wrong flags, or a launch that cannot form the requested world."""
     DATA = 65
-    """A file was read but is not what it should be (YAML, JSON)."""
+    """A file's content is invalid (YAML, JSON)."""
     NO_MODEL = 66
-    """The model, or a file it needs, cannot be read."""
+    """The model, or one of its files, cannot be read."""
     UNAVAILABLE = 69
     """etcd or NATS does not answer."""
     ENGINE = 70
-    """The engine failed while loading, proving or serving."""
+    """The engine failed during load, first completion or serving."""
     TEMPORARY = 75
-    """Nothing is wrong with the request: start again."""
+    """An external failure: start the worker again."""
     NOT_AUTHORISED = 77
     """A service refused the credentials."""
     ILLEGAL_LAYOUT = 78
-    """The engine cannot run this model in this layout, or the two roles do not fit."""
+    """The engine cannot run this model in this layout, or the two roles are incompatible."""
     DEADLINE = 124
-    """A phase did not end in its time."""
+    """A phase exceeded its time limit."""
 
 
 def of_signal(number: int) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ranks send each other in the fabric probe, so that whoever gets it can tell whose it is, and that all of it is in its place."""
+"""The payload of the fabric probe, by which the receiver checks the sender and that all bytes are in place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# a prime number of words, so that no part of a message looks like another part at a border of blocks
+# a prime number of words, so that no two blocks of a message have the same content
 _WORDS = 61
 _WORD_BYTES = 4
 _HIGHEST = 1 << 15
@@ -17,34 +17,34 @@ _corrupt = False
 
 
 def corrupt_payload() -> None:
-    """Have this process send wrong data from now on: a fault on demand."""
+    """Let this process send wrong data from now on: an injected fault."""
     global _corrupt
     _corrupt = True
 
 
 def corruption_injected() -> bool:
-    """Whether this process is to send wrong data."""
+    """Return whether this process must send wrong data."""
     return _corrupt
 
 
 def outgoing(source: int, target: int, size: int) -> bytes:
-    """Return what a rank sends.
+    """Return the payload that a rank sends.
 
     Args:
-        source: the sender.
-        target: the receiver, or the number of what all of a group receive.
-        size: bytes; a multiple of four.
+        source: the sending rank.
+        target: the receiving rank, or the number of a collective operation.
+        size: size in bytes, a multiple of four.
     """
     return _repeat(_pattern(source, target, 1 if _corrupt else 0), size)
 
 
 def expected(source: int, target: int, size: int) -> bytes:
-    """Return what has to arrive; arguments as of `outgoing`."""
+    """Return the payload that must arrive; arguments as in `outgoing`."""
     return _repeat(_pattern(source, target), size)
 
 
 def expected_sum(sources: Sequence[int], target: int, size: int) -> bytes:
-    """Return the sum of what a group sends, word by word."""
+    """Return the sum of a group's payloads, word by word."""
     parts = [_pattern(source, target) for source in sources]
     return _repeat([sum(words) & 0x7FFFFFFF for words in zip(*parts, strict=True)], size)
 

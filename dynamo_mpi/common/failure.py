@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failures of ranks: what is known of one, which of several came first, and how they are told. Pure."""
+"""Failures of ranks: data, root cause, and description. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _MOST_CONSEQUENCES = 8
 _LONGEST_LINE = 200
-# what an engine says when another rank has gone
+# errors of an engine after the loss of another rank
 _SECONDARY_ERRORS = (
     "connection reset",
     "connection closed",
@@ -30,31 +30,31 @@ _SECONDARY_ERRORS = (
 
 
 class DetectedBy(IntEnum):
-    """How a failure became known; a greater one is less likely to be the first of several."""
+    """How a failure was detected; a greater value is less likely to be the root cause of several failures."""
 
     REPORT = 0
-    """The rank said so itself."""
+    """The rank reported it."""
     DISCONNECT = 1
-    """Its connection closed without a word."""
+    """The rank's connection closed without a report."""
     HOST_UNREACHABLE = 2
-    """Its host answers no longer."""
+    """The rank's host doesn't answer."""
     HEARTBEAT = 3
-    """It is there, and says nothing."""
+    """The rank sends no heartbeats."""
     SIGNAL = 4
-    """Rank 0 was told to stop."""
+    """Rank 0 got a signal to stop."""
 
 
 class Failure(NamedTuple):
-    """Why the world can't go on.
+    """A failure that ends the world.
 
     Args:
-        rank: where.
-        exit_code: what every rank is to leave with.
-        text: for the user.
-        cause: how it became known.
-        phase: what that rank was doing; empty where it isn't known.
-        at: when it became known, in seconds of rank 0's monotonic clock.
-        sequence: counts what this rank has told.
+        rank: the rank that failed.
+        exit_code: the exit code for every rank.
+        text: the error or traceback.
+        cause: how it was detected.
+        phase: the rank's phase; empty if it isn't known.
+        at: when it was detected, in seconds of rank 0's monotonic clock.
+        sequence: counts this rank's reports.
     """
 
     rank: int
@@ -67,7 +67,7 @@ class Failure(NamedTuple):
 
 
 class TerminatedBySignal(DynamoMpiError):
-    """A signal that leaves no time for an orderly end."""
+    """A signal that ends the world without an orderly shutdown."""
 
     def __init__(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -76,19 +76,19 @@ class TerminatedBySignal(DynamoMpiError):
 
 
 def describe_error(error: BaseException) -> tuple[str, int]:
-    """Return what to tell of an error, and the exit code: a traceback unless we know what it means."""
+    """Return an error's text and exit code; the text is a traceback unless it is a `DynamoMpiError`."""
     if isinstance(error, DynamoMpiError):
         return str(error), int(error.exit_code)
     return "".join(traceback.format_exception(error)).rstrip(), int(ExitCode.ENGINE)
 
 
 def root_cause(failures: Sequence[Failure]) -> Failure:
-    """Return the failure that the others follow from: the earliest, but for two things that a death brings with it sooner than it is seen.
+    """Return the failure that caused the others: the earliest one, except for two consequences that may be detected before a death.
 
-    These are the launcher's signal to rank 0, and an engine's complaint that its peer has gone.
+    These are the launcher's signal to rank 0, and an engine's error about a lost peer.
 
     Args:
-        failures: at least one, in the order in which they became known.
+        failures: at least one failure, in the order of detection.
     """
     deaths = [failure for failure in failures if failure.cause in (DetectedBy.DISCONNECT, DetectedBy.HOST_UNREACHABLE)]
     first = failures[0]
@@ -105,12 +105,12 @@ def _is_echo(text: str) -> bool:
 
 
 def describe_consequences(first: Failure, failures: Sequence[Failure], name: Callable[[Sequence[int]], str]) -> str:
-    """Put what followed the first failure on a line for each kind of it.
+    """Describe the consequences of the first failure, one line for each kind.
 
     Args:
-        first: the one that is told in full.
-        failures: all.
-        name: names ranks with their hosts.
+        first: the root cause.
+        failures: all failures.
+        name: returns the names of ranks with their hosts.
     """
     groups: dict[str, list[Failure]] = {}
     for failure in failures:
@@ -127,12 +127,12 @@ def describe_consequences(first: Failure, failures: Sequence[Failure], name: Cal
 
 
 def first_line(text: str) -> str:
-    """Return a traceback's last line, which names the error, or else a text's first."""
+    """Return a traceback's last line, which names the error, or another text's first line."""
     lines = text.strip().splitlines() or [""]
     return lines[-1] if lines[0].startswith("Traceback") else lines[0]
 
 
 def in_short(text: str) -> str:
-    """Return `first_line`, as far as it isn't too long."""
+    """Return `first_line`, cut to a limited length."""
     line = first_line(text)
     return line if len(line) <= _LONGEST_LINE else line[: _LONGEST_LINE - 1] + "…"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading small text files that people name on a command line: never more than a config, and never waiting for ever."""
+"""Reads small text files that users name on a command line, with a size limit and without blocking forever."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_BYTES = 8 * 2**20
-"""No real config is larger; GLM-5's with its 716 exclusions has 36 kB."""
+"""The size limit; the largest known config, GLM-5's with its 716 exclusions, has 36 kB."""
 _PIPE_SECONDS = 5.0
 
 
@@ -23,9 +23,9 @@ def read_small_text(path: Path) -> str:
 
     Raises:
         OSError: it can't be read.
-        ConfigFileError: it is too large, no text, or a pipe that nobody writes to.
+        ConfigFileError: the file is too large, not text, or a pipe without a writer.
     """
-    # without waiting: opening a pipe blocks until somebody opens its other end
+    # non-blocking: opening a pipe would block until a writer opens it
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
         if stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode):
             _await_writer(stream.fileno(), path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a thread is, as lines. Imported by every rank before the verdict."""
+"""Formats a thread's stack frames. Every rank imports it before the preflight result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def format_frames(frame: FrameType | None) -> list[str]:
     """Return a thread's Python frames, the innermost first."""
     lines: list[str] = []
     while frame is not None:
-        # without the line itself: the file may be on what everybody waits for
+        # without the source line: its file system may be what all ranks wait for
         lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
         frame = frame.f_back
     return lines

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An end that needs nothing of Python: mpi4py's ``Abort`` keeps its lock, and may never return where the launcher is out of reach."""
+"""Exits without Python: mpi4py's ``Abort`` holds the GIL, and may never return if the launcher can't be reached."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class _Event(ctypes.Structure):
 
 
 def hard_exit_after(seconds: float, code: int) -> None:
-    """End this process with ``code`` in ``seconds``, whatever its threads are doing then. There is no way back."""
+    """Exit with ``code`` after ``seconds``, whatever the process's threads do then. It can't be cancelled."""
     try:
         _exit_by_timer(seconds, code)
     except (OSError, AttributeError):
-        # the kernel's default for an alarm: the process ends, if not with our code
+        # the default action of SIGALRM ends the process, though with another code
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
 
 
 def _exit_by_timer(seconds: float, code: int) -> None:
-    """Have the C library call ``_exit(code)`` from a thread of its own.
+    """Let the C library call ``_exit(code)`` from a thread of its own.
 
     Raises:
-        OSError: it can't.
-        AttributeError: it has no timers.
+        OSError: the timer can't be created.
+        AttributeError: the C library has no timers.
     """
     library = ctypes.CDLL(None, use_errno=True)
-    with contextlib.suppress(OSError):  # before glibc 2.34 they are in a library of their own
+    with contextlib.suppress(OSError):  # before glibc 2.34, timers are in a separate library
         library = ctypes.CDLL("librt.so.1", use_errno=True)
     leave = ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p)
     event = _Event(value=code, notify=_SIGEV_THREAD, function=leave)
@@ -50,7 +50,7 @@ def _exit_by_timer(seconds: float, code: int) -> None:
     if library.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
         raise OSError(ctypes.get_errno(), "timer_create")
     fraction, whole = math.modf(max(seconds, 0.001))
-    # interval, then the first time, each in seconds and nanoseconds
+    # interval, then first expiry, each in seconds and nanoseconds
     times = (ctypes.c_long * 4)(0, 0, int(whole), int(fraction * 1e9))
     if library.timer_settime(timer, 0, ctypes.byref(times), None):
         raise OSError(ctypes.get_errno(), "timer_settime")

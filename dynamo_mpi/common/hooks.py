@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks: what follows a worker's life on rank 0 (its record in etcd, metrics, probes, the timeline ...), each in a module of its own.
+"""The hook interface of rank 0's lifecycle (worker record, metrics, health, timeline ...); each hook is a module of its own.
 
-To add one: subclass `WorkerHook`, override the methods that it needs, and add it where rank 0 builds the others (`worker_hooks`).
+To add a hook, subclass `WorkerHook`, override the methods that it needs, and add it where rank 0 creates the others (`worker_hooks`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class WorldFailure(NamedTuple):
-    """What a world ends of.
+    """The failures that end a world.
 
     Args:
-        failures: the first cause, then what followed from it.
-        host: where the first cause happened.
-        report: the text that people read.
+        failures: the root cause, then its consequences.
+        host: the host of the root cause.
+        report: the logged report.
     """
 
     failures: Sequence[Failure]
@@ -36,46 +36,46 @@ class WorldFailure(NamedTuple):
 
     @property
     def first(self) -> Failure:
-        """The first cause."""
+        """The root cause."""
         return self.failures[0]
 
 
 class WorkerHook:
-    """One concern's view of a worker. Every method does nothing by default.
+    """An observer of a worker's lifecycle. Every method does nothing by default.
 
-    Unless a method says otherwise it is called in the thread in which the thing happens, and must be quick. What it raises is said once, as a
-    warning, and changes nothing else.
+    Unless noted otherwise, a method is called in the thread of the event and must be quick. An exception is logged once as a warning and
+    has no other effect.
     """
 
     def on_phase(self, phase: str) -> None:
-        """A phase begins. May be called in a signal's handler."""
+        """Called when a phase begins, possibly in a signal handler."""
 
     def on_progress(self, progress: PhaseProgress) -> None:
-        """How far the ranks are in a phase that takes long: every two seconds, in a thread of the progress reporter."""
+        """Called every 2 s in long phases with the ranks' progress, in a thread of the progress reporter."""
 
     def on_hardware_checked(self, figures: dict[str, Any]) -> None:
-        """The hardware checks have passed; ``figures`` as the worker's record holds them."""
+        """Called when the hardware checks have passed; ``figures`` as in the worker record."""
 
     def on_registered(self, lease: int) -> None:
-        """Dynamo's runtime has registered the worker under this lease, whose id is the instance's too."""
+        """Called when Dynamo's runtime has registered the worker; the lease id is also the instance id."""
 
     def on_ready(self) -> None:
-        """The worker answers requests: a real completion has passed through all ranks."""
+        """Called when the worker accepts requests, after a completion over all ranks."""
 
     def on_requests_in_flight(self, count: int) -> None:
-        """The number of requests in flight has changed."""
+        """Called when the number of requests in flight has changed."""
 
     def on_failure_detected(self) -> None:
-        """A failure is known, its cause not yet. In a thread of its own, which gets a second."""
+        """Called when a failure is detected, before its cause is known. In a thread of its own, for at most 1 s."""
 
     def on_failure(self, failure: WorldFailure) -> None:
-        """The world ends of this. In a thread of its own, which gets a second; the report is written meanwhile."""
+        """Called with the failure that ends the world. In a thread of its own, for at most 1 s, while the report is written."""
 
     def on_shutdown(self, code: int) -> None:
-        """An orderly end: rank 0 is about to release the other ranks, and all will exit with ``code``."""
+        """Called in an orderly shutdown before rank 0 releases the other ranks; all will exit with ``code``."""
 
     def on_exit(self, code: int) -> None:
-        """The end, in order or not; called once, after everything else, in the order in which hooks were added."""
+        """Called once before rank 0 exits, orderly or not, after everything else, in the order in which hooks were added."""
 
 
 class WorkerHooks(WorkerHook):
@@ -93,7 +93,7 @@ class WorkerHooks(WorkerHook):
         self._has_exited = False
 
     def add(self, *hooks: WorkerHook) -> None:
-        """Add hooks, to be called after those that are there."""
+        """Add hooks, which are called after the existing ones."""
         self._hooks += hooks
 
     def on_phase(self, phase: str) -> None:
@@ -147,7 +147,7 @@ class WorkerHooks(WorkerHook):
     def _call_one(self, hook: WorkerHook, method: str, *arguments: object) -> None:
         try:
             methodcaller(method, *arguments)(hook)
-        except Exception as error:  # of any kind: the worker goes on, or ends, without it
+        except Exception as error:  # a failing hook must not affect the worker
             failed = type(hook).__name__, method
             if failed not in self._warned:
                 self._warned.add(failed)

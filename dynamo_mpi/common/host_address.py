@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The address at which something here listens: one of this host's, which other hosts can reach."""
+"""Finds the address at which a server of this host listens so that other hosts can reach it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynamo_mpi.common.networks import best_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, is_free
 
 Address = IPv4Address | IPv6Address
-# of blocks that are never routed: connecting a datagram socket sends nothing, and chooses the way that others would be reached by
+# addresses that are never routed: connecting a datagram socket sends nothing, but selects the source address
 _ELSEWHERE = ((socket.AF_INET, "198.51.100.1"), (socket.AF_INET6, "2001:db8::1"))
 _DISCARD_PORT = 9
 
@@ -23,13 +23,13 @@ def host_address(choice: str | None, setting: str) -> str:
     """Return an address of this host: the first IPv4 address that fits, or else the first IPv6 address.
 
     Args:
-        choice: an interface (``ib0``), a network of which this host has an address (``10.1.0.0/16``, ``fd00::/64``), or an address. None:
-            the one that this host's name stands for, or, where that is loopback, the one by which others are reached, or else one of its
-            fastest interface; loopback where it has no other.
-        setting: what the choice is made by, for the error.
+        choice: an interface (``ib0``), a network in which this host has an address (``10.1.0.0/16``, ``fd00::/64``), or an address. None:
+            the address to which this host's name resolves; if that is loopback, the source address of its default route, or else an
+            address of its fastest interface; loopback if it has no other.
+        setting: the setting of the choice, for the error.
 
     Raises:
-        UsageError: this host has none like that, or only a link-local one.
+        UsageError: this host has no such address, or only a link-local one.
     """
     if choice is None:
         return _own_address()
@@ -40,7 +40,7 @@ def host_address(choice: str | None, setting: str) -> str:
     if fitting:
         raise UsageError(
             f"by {choice} this host has only {fitting[0]}, a link-local address",
-            needed="an address that means the same on every host: a link-local one means a neighbour of whoever uses it",
+            needed="an address that is valid on every host: a link-local one is valid in one network segment only",
             fix=f"give the interface another address, or set {setting} to another",
         )
     raise UsageError(
@@ -52,10 +52,10 @@ def host_address(choice: str | None, setting: str) -> str:
 
 
 def service_address(choice: str | None, setting: str) -> str:
-    """Return an address of this host, as `host_address` does, also by a name of this host.
+    """Return an address of this host like `host_address`; ``choice`` may also be a name of this host.
 
     Raises:
-        UsageError: this host has none like that.
+        UsageError: this host has no such address.
     """
     if choice is None or choice == socket.gethostname():
         return _own_address()
@@ -69,18 +69,18 @@ def service_address(choice: str | None, setting: str) -> str:
 
 
 def is_here(host: str) -> bool:
-    """Return whether a name or an address stands for an address of this host."""
+    """Return whether a name or an address is one of this host."""
     return any(map(_is_own, _resolved(host)))
 
 
 def _is_own(address: str) -> bool:
-    return is_free(0, address)  # a socket can be bound to an address of this host only
+    return is_free(0, address)  # a socket can only be bound to an address of this host
 
 
 def _resolved(name: str) -> list[str]:
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):  # no name, or none that a name can be
+    except (OSError, UnicodeError):  # unknown or invalid name
         return []
     return [str(place[0]) for _, _, _, _, place in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
 
@@ -89,7 +89,7 @@ def interface_addresses() -> dict[str, list[Address]]:
     """Return this host's interfaces with their addresses, IPv4 first.
 
     Raises:
-        OSError: they can't be asked for.
+        OSError: they can't be read.
     """
     found: dict[str, list[Address]] = {}
     for interface in read_interfaces():
@@ -113,8 +113,8 @@ def _is_link_local(address: Address) -> bool:
 
 
 def known_address() -> str:
-    """Return the address that this host's name stands for, or, where that is loopback, the one by which others are reached; empty where
-    there is neither."""
+    """Return the address to which this host's name resolves or, if that is loopback, the source address of its default route; empty if there
+    is neither."""
     with contextlib.suppress(OSError, UnicodeError):
         known = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
         addresses = [
@@ -130,7 +130,7 @@ def known_address() -> str:
 
 
 def source_address(family: int, elsewhere: str) -> str:
-    """Return the address of this host from which another is reached, which is not asked; empty where there is no way to it."""
+    """Return this host's source address on the route to another, without sending anything; empty if there is no route."""
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((elsewhere, _DISCARD_PORT))
@@ -140,5 +140,5 @@ def source_address(family: int, elsewhere: str) -> str:
 
 
 def _own_address() -> str:
-    # a host of a closed network may have neither a name that others know nor a way to elsewhere
+    # a host of a closed network may have neither a resolvable name nor a default route
     return known_address() or best_address(host_networks()) or LOOPBACK

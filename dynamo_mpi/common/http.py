@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One question to a service that may not be there yet: it is answered, or given up, soon."""
+"""One HTTP request with a short timeout, to a service that may not run yet."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PROBE_SECONDS = 1.0
 def get_json(
     port: int, path: str, *, host: str = LOOPBACK, tls: ssl.SSLContext | None = None, seconds: float = PROBE_SECONDS
 ) -> tuple[int, dict[str, Any]]:
-    """GET from a service; status 0 when it doesn't answer.
+    """Send a GET request; the status is 0 if the service doesn't answer.
 
     Args:
-        port: where it listens.
-        path: what is asked for.
-        host: the address at which it listens.
-        tls: ask over TLS, with the certificates in here.
-        seconds: for each of its answers' parts to come in.
+        port: the service's port.
+        path: the URL's path.
+        host: the service's address.
+        tls: TLS context; None for plain HTTP.
+        seconds: the timeout of each read.
     """
     connection = (
         http.client.HTTPConnection(host, port, timeout=seconds)

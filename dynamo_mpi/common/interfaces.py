@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel tells of this host's interfaces: rtnetlink(7) for addresses and flags, /sys for link speeds, /proc for routes.
+"""Reads this host's network interfaces: rtnetlink(7) for addresses and flags, /sys for link speeds, /proc for routes.
 
-The first rank of each node reads it before the verdict: one module, no package.
+The first rank of each node imports it before the preflight result: one module, no package.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DONE, _ERROR = 3, 2
 _HEADER, _LINK, _ADDRESS, _ATTRIBUTE = (struct.Struct(layout) for layout in ("=IHHII", "=BxHiII", "=BBBBi", "=HH"))
 _NAME, _LINK_INFO, _INFO_KIND = 3, 18, 1
 _PEER, _LOCAL, _FLAGS = 1, 2, 8
-# IFF_UP and IFF_RUNNING, and IFF_POINTOPOINT; ARPHRD_LOOPBACK; of if_addr.h: another host has it, or that isn't known yet
+# IFF_UP and IFF_RUNNING, and IFF_POINTOPOINT; ARPHRD_LOOPBACK; of if_addr.h: the address is a duplicate, or not checked yet
 _UP, _POINT_TO_POINT, _TO_LOOPBACK, _UNUSABLE = 0x41, 0x10, 772, 0x08 | 0x40
 _TUNNELS = ("tun", "wireguard", "ppp", "gre", "ipip", "sit", "vti", "ip6tnl", "xfrm")
 _ROUTE_UP, _ROUTE_REJECTS = 0x1, 0x200
@@ -33,12 +33,12 @@ _RECEIVE_BYTES = 1 << 18
 
 
 def host_networks(host: str = "", sys: str = "/sys", proc: str = "/proc") -> HostNetworks:
-    """Return this host's networks. Never raises: what can't be read is left out.
+    """Return this host's networks. Does not raise: what can't be read is omitted.
 
     Args:
         host: its name.
-        sys: where the kernel tells of links.
-        proc: where it tells of routes and namespaces.
+        sys: the directory of sysfs.
+        proc: the directory of procfs.
     """
     interfaces: tuple[Interface, ...] = ()
     with contextlib.suppress(OSError, struct.error, ValueError):
@@ -50,10 +50,10 @@ def read_interfaces(sys: str = "/sys") -> tuple[Interface, ...]:
     """Return this host's interfaces that have an address, in the kernel's order.
 
     Args:
-        sys: where the kernel tells of links.
+        sys: the directory of sysfs.
 
     Raises:
-        OSError: they can't be asked for: too many files are open, say.
+        OSError: they can't be read, for instance because too many files are open.
     """
     return tuple(_interfaces(sys))
 
@@ -65,7 +65,7 @@ def _interfaces(sys: str) -> Iterator[Interface]:
         found = dict(_attributes(body[_ADDRESS.size :]))
         if _FLAGS in found:
             (flags,) = struct.unpack_from("=I", found[_FLAGS])
-        # of a point-to-point link the first is the other end's
+        # of a point-to-point link, the first address is the peer's
         raw = found.get(_LOCAL, found.get(_PEER, b""))
         if len(raw) in (4, 16) and not flags & _UNUSABLE:
             addresses.setdefault(index, []).append(f"{ip_address(raw)}/{length}")
@@ -92,7 +92,7 @@ def _interfaces(sys: str) -> Iterator[Interface]:
 
 
 def _dump(question: int) -> Iterator[bytes]:
-    """Ask the kernel for all of a kind, and yield each answer without its header."""
+    """Request all objects of a kind from the kernel, and yield each answer without its header."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
         kernel.settimeout(1.0)
         kernel.sendto(_HEADER.pack(_HEADER.size + 16, question, _DUMP, 1, 0) + bytes(16), (0, 0))
@@ -103,7 +103,7 @@ def _dump(question: int) -> Iterator[bytes]:
                 if kind == _DONE:
                     return
                 if kind == _ERROR or length < _HEADER.size:
-                    raise OSError("the kernel doesn't tell of its interfaces")
+                    raise OSError("the kernel doesn't list its interfaces")
                 yield data[_HEADER.size : length]
                 data = data[(length + 3) & ~3 :]
 
@@ -118,7 +118,7 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _speed(folder: str, index: int) -> int:
-    """Return a link's speed in Mb/s; 0 where it isn't known, or where /sys is another network namespace's."""
+    """Return a link's speed in Mb/s; 0 if it isn't known, or if /sys belongs to another network namespace."""
     if _word(f"{folder}/ifindex") != str(index):
         return 0
     speed = _word(f"{folder}/speed")
@@ -126,7 +126,7 @@ def _speed(folder: str, index: int) -> int:
 
 
 def _namespace(proc: str) -> str:
-    """Return what names this network namespace, on any machine; empty where that isn't known."""
+    """Return a globally unique name of this network namespace; empty if it isn't known."""
     boot = _word(f"{proc}/sys/kernel/random/boot_id")
     with contextlib.suppress(OSError):
         return boot and f"{boot} {os.stat(f'{proc}/self/ns/net').st_ino}"
@@ -134,10 +134,10 @@ def _namespace(proc: str) -> str:
 
 
 def _routes(proc: str) -> Iterator[str]:
-    """Yield the networks that this host has a way to, those of all addresses first."""
+    """Yield the networks to which this host has a route, default routes first."""
     found = []
     for line in _text(f"{proc}/net/route").splitlines()[1:]:
-        # name, destination, gateway, flags, three counters, mask, as the processor has them
+        # name, destination, gateway, flags, three counters, mask, in host byte order
         row = line.split()
         if len(row) > 7 and _goes(int(row[3], 16)):
             address, mask = (struct.pack("=I", int(row[at], 16)) for at in (1, 7))
@@ -165,5 +165,5 @@ def _text(path: str) -> str:
     try:
         with open(path, "rb") as stream:
             return stream.read().decode("ascii", "replace")
-    except OSError:  # not there, or the link has no speed
+    except OSError:  # missing, or the link has no speed
         return ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank logs: lines on stderr and in the rank's log file, each with rank and host once."""
+"""A rank's logger: lines on stderr and in the rank's log file, each with rank and host once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class RankLogger:
-    """Logs for one rank, without the secrets in a text. From any thread and from a signal's handler; nothing here raises.
+    """Logs for one rank, with secrets redacted. May be called from any thread and from signal handlers; no method raises.
 
-    Cheap until it logs something: a rank that logs nothing opens no file for it.
+    A rank that logs nothing opens no file for it.
 
     Args:
         rank: this rank.
@@ -27,40 +27,40 @@ class RankLogger:
         self.rank, self.host = rank, host
 
     def debug(self, text: str) -> None:
-        """Log details, which are left out by default."""
+        """Log details, which are omitted by default."""
         self._emit("DEBUG", text)
 
     def info(self, text: str, fields: Mapping[str, Fact] | None = None) -> None:
         """Log what the rank does.
 
         Args:
-            text: for people.
-            fields: the same for programs: fields of the line if it is JSON (``DYN_LOGGING_JSONL``).
+            text: the message.
+            fields: the same as fields, for JSON lines (``DYN_LOGGING_JSONL``).
         """
         self._emit("INFO", text, fields)
 
     def warning(self, text: str) -> None:
-        """Log a problem that the worker goes on with; the line begins with ``warning: ``."""
+        """Log a problem that doesn't end the worker; the line begins with ``warning: ``."""
         self._emit("WARN", f"warning: {text}")
 
     def error(self, text: str) -> None:
-        """Log why the worker ends, as it is: a report begins with ``error in PHASE: `` itself. It is never left out."""
+        """Log why the worker ends; the text must begin with ``error in PHASE: `` itself. Errors are never omitted."""
         self._emit("ERROR", text)
 
     def _emit(self, level: str, text: str, fields: Mapping[str, Fact] | None = None) -> None:
         try:
             from dynamo_mpi.common.log_levels import Level
             from dynamo_mpi.common.log_writer import log_writer
-        except Exception as error:  # the file system has gone, or a signal came in the middle of this very import
+        except Exception as error:  # the file system is gone, or a signal interrupted this import
             with contextlib.suppress(OSError):
-                why = f"what it has to say can't be cleared of secrets: {type(error).__name__}"
+                why = f"a message is omitted because its secrets can't be redacted: {type(error).__name__}"
                 os.write(2, f"dynamo_mpi: rank {self.rank} on {self.host}: {why}\n".encode())
             return
         log_writer.emit(self.rank, self.host, text, Level[level], fields)
 
 
 def print_trtllm_launch_line(kind: str, rank: int, size: int) -> None:
-    """Write the line that users of ``trtllm-llmapi-launch`` look for.
+    """Write the line that ``trtllm-llmapi-launch`` writes and that its users search for.
 
     Args:
         kind: ``"leader"`` or ``"worker"``.

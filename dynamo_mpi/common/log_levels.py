@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much is said: levels, and `DYN_LOG` as Dynamo reads it, with one difference. Pure."""
+"""Log levels, and `DYN_LOG` as Dynamo reads it, with one difference. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TRUTHS = frozenset(("1", "true", "yes", "on"))
 
 
 class Level(IntEnum):
-    """How much a line matters."""
+    """The severity of a line."""
 
     DEBUG = 10
     INFO = 20
@@ -21,14 +21,14 @@ class Level(IntEnum):
 
 
 def least_level(filters: str) -> int:
-    """Return the level below which our lines are left out.
+    """Return the level below which this package's lines are omitted.
 
-    ``DYN_LOG`` is a list of ``LEVEL`` and ``TARGET=LEVEL``, of which the longest target counts that ours begins with. A level alone can only
-    make us say more: it is how Dynamo's own chatter is turned down, and what we say at ``info`` is the few lines of a worker's life that
-    people and launchers wait for. ``dynamo_mpi=warn`` turns those off. Errors are said in any case.
+    ``DYN_LOG`` is a list of ``LEVEL`` and ``TARGET=LEVEL``; the longest target that is a prefix of ours applies. A level without a target
+    can only lower our level: users set it to silence Dynamo's own lines, while our few ``info`` lines are those that users and launchers
+    wait for. ``dynamo_mpi=warn`` omits them. Errors are never omitted.
 
     Args:
-        filters: the value of ``DYN_LOG``; empty for none. What of it can't be read counts for nothing.
+        filters: the value of ``DYN_LOG``; empty for none. Invalid parts are ignored.
     """
     least, longest = int(Level.INFO), -1
     for directive in filters.split(","):
@@ -45,7 +45,7 @@ def least_level(filters: str) -> int:
 
 
 def is_true(value: str) -> bool:
-    """Read a switch of Dynamo's, as ``DYN_LOGGING_JSONL``."""
+    """Parse one of Dynamo's boolean variables, such as ``DYN_LOGGING_JSONL``."""
     return value.strip().lower() in _TRUTHS
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One line of a log, as text or as JSON with the names that Dynamo's own lines have. Pure."""
+"""One log line, as text or as JSON with the keys of Dynamo's own lines. Pure."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Fact = str | int | float | bool | None
 
 
 class Line(NamedTuple):
-    """Something that is said.
+    """A log record.
 
     Args:
         time: seconds since 1970.
-        level: how much it matters.
-        rank: who says it; None for a node's agent.
-        host: the speaker's node.
-        text: for people; may have several lines.
-        facts: the same for programs, by name. Only JSON shows them.
+        level: the severity.
+        rank: the rank that logs it; None for a node's agent.
+        host: the rank's or agent's host.
+        text: the message; may have several lines.
+        facts: fields by name, for JSON lines only.
     """
 
     time: float
@@ -36,17 +36,17 @@ class Line(NamedTuple):
     facts: Mapping[str, Fact]
 
     def as_text(self) -> str:
-        """Return it as people see it, without time and level."""
+        """Return the line for stderr, without time and level."""
         speaker = "" if self.rank is None else f"rank {self.rank} on "
         return f"{TARGET}: {speaker}{self.host}: {self.text}\n"
 
     def as_logged(self) -> str:
-        """Return it as a log file has it."""
+        """Return the line for log files."""
         return f"{_stamp(self.time)} {self.level.name:>5} {self.as_text()}"
 
     def as_json(self) -> str:
-        """Return it as one JSON object on one line; facts are fields beside Dynamo's, as in Dynamo's own lines."""
-        import json  # a dozen files, which ranks that say nothing in JSON need not open
+        """Return the line as a JSON object; facts are fields beside Dynamo's, as in Dynamo's own lines."""
+        import json  # imported here: it opens a dozen files, which only JSON lines need
 
         document: dict[str, Fact] = {
             "time": _stamp(self.time),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts' log files: their last lines, and a follower for ``--verbose``."""
+"""Reads the last lines of log files, and follows them for ``--verbose``."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ MOST_TAIL_BYTES = 4 << 20
 
 
 def last_lines(log: Path, count: int, since: int = 0) -> list[str]:
-    """Return up to ``count`` last lines that aren't blank; none if there is no such file.
+    """Return up to ``count`` last non-blank lines; none if the file doesn't exist.
 
     Args:
         log: the file.
-        count: lines at most.
-        since: position in the file before which nothing counts.
+        count: largest number of lines.
+        since: ignore everything before this position in the file.
     """
     return [line for line in last_text(log, since, TAIL_BYTES).splitlines() if line.strip()][-count:]
 
 
 def last_text(log: Path, since: int = 0, most_bytes: int = MOST_TAIL_BYTES) -> str:
-    """Return the end of a log; nothing if there is no such file.
+    """Return the end of a log; empty if the file doesn't exist.
 
     Args:
         log: the file.
-        since: position in the file before which nothing counts.
-        most_bytes: of it.
+        since: ignore everything before this position in the file.
+        most_bytes: largest number of bytes.
     """
     try:
         with log.open("rb") as file:
@@ -44,15 +44,15 @@ def last_text(log: Path, since: int = 0, most_bytes: int = MOST_TAIL_BYTES) -> s
 
 
 class Follower:
-    """Copies what is appended from now on to the logs of a folder to a stream, each line with its log's place in the folder before it.
-    It ends when nobody reads the stream any more.
+    """Copies lines that are appended to a directory's logs to a stream, each with its log's relative path before it. It ends when the stream
+    is closed by its reader.
 
     Args:
-        folder: of the logs.
-        pattern: their names.
-        stream: where lines go.
-        only: lines with none of these texts are left out; without one, none is.
-        period_seconds: between two looks.
+        folder: the directory.
+        pattern: glob pattern of the logs.
+        stream: where lines are written.
+        only: if not empty, lines that contain none of these texts are omitted.
+        period_seconds: seconds between two reads.
     """
 
     def __init__(
@@ -68,31 +68,31 @@ class Follower:
         self._thread.start()
 
     def close(self) -> None:
-        """Copy what is still missing, then end. Idempotent."""
+        """Copy the rest, then stop. Idempotent."""
         self._end.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError):  # whoever read the stream has gone
+        with contextlib.suppress(OSError):  # the stream's reader is gone
             while not self._end.wait(self._period):
                 self._copy(whole=False)
             self._copy(whole=True)
 
     def _copy(self, *, whole: bool) -> None:
-        """Copy complete lines; with ``whole`` also a last line without its end."""
+        """Copy complete lines; with ``whole`` also an incomplete last line."""
         for log in sorted(self._folder.glob(self._pattern)):
             try:
                 with log.open("rb") as file:
                     file.seek(self._offsets.get(log, 0))
                     new = file.read()
             except OSError:
-                continue  # gone meanwhile, or its file system fails for a moment
+                continue  # removed meanwhile, or a temporary error of the file system
             end = len(new) if whole else new.rfind(b"\n") + 1
             self._offsets[log] = self._offsets.get(log, 0) + end
             place = log.relative_to(self._folder).with_suffix("")
             lines = new[:end].decode(errors="replace").splitlines()
-            with contextlib.suppress(OSError):  # whoever reads the stream has gone
+            with contextlib.suppress(OSError):  # the stream's reader is gone
                 self._stream.writelines(f"[{place}] {line}\n" for line in lines if self._is_wanted(line))
                 self._stream.flush()
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes all log lines of this process: without secrets, to stderr and, if there is one, to the rank's log file.
+"""Writes all log lines of this process, with secrets redacted, to stderr and, if there is one, to the rank's log file.
 
-It may be called from any thread and from a signal's handler. A line is one call to the system, so that lines of different ranks don't mix.
-Status lines that stand at the end of a terminal are erased for it, and drawn again below it.
+It may be called from any thread and from signal handlers. A line is written by one system call, so that lines of different ranks don't mix.
+Status lines at the end of a terminal are erased before it and drawn again after it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 _LINES_KEPT = 100
 _WIDTH = 80
-# a thread that was stopped in the middle of a line is no reason for silence
+# after this, write without the lock: the thread that holds it may be stopped
 _LOCK_SECONDS = 1.0
 
 
 class LogFormat(NamedTuple):
-    """How lines are written.
+    """The format of log lines.
 
     Args:
-        least: the level below which they are left out.
-        jsonl: each is a JSON object.
+        least: the level below which lines are omitted.
+        jsonl: whether each line is a JSON object.
     """
 
     least: int = int(Level.INFO)
@@ -44,23 +44,23 @@ class LogFormat(NamedTuple):
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> LogFormat:
-        """Read Dynamo's ``DYN_LOG`` and ``DYN_LOGGING_JSONL``."""
+        """Read it from Dynamo's ``DYN_LOG`` and ``DYN_LOGGING_JSONL``."""
         return cls(least_level(environ.get("DYN_LOG", "")), is_true(environ.get("DYN_LOGGING_JSONL", "")))
 
 
 class LogWriter:
-    """Writes lines.
+    """Writes log lines.
 
     Args:
-        format: how they are written.
+        format: the lines' format.
     """
 
     def __init__(self, format: LogFormat) -> None:
         self.format = format
-        # a handler may interrupt the very thread that holds it
+        # reentrant: a signal handler may interrupt the thread that holds it
         self._lock = threading.RLock()
         self._file: LogFile | None = None
-        # lines that were written before the log file was known
+        # lines that were written before the log file was opened
         self._early: collections.deque[bytes] | None = collections.deque(maxlen=_LINES_KEPT)
         self._drawn: Sequence[str] = ()
         self._is_visible = False
@@ -73,7 +73,7 @@ class LogWriter:
         level: Level,
         fields: Mapping[str, Fact] | None = None,
     ) -> None:
-        """Write a line. See `Line`. Errors are never left out."""
+        """Write a line. See `Line`. Errors are never omitted."""
         if level < self.format.least and level < Level.ERROR:
             return
         cleaned = {name: _clean(fact) for name, fact in (fields or {}).items()}
@@ -84,17 +84,17 @@ class LogWriter:
             self._log(_encoded(shown if self.format.jsonl else line.as_logged()), rank, host)
 
     def write_raw(self, data: bytes) -> None:
-        """Write what another process has written, as it is."""
+        """Write another process's output unchanged."""
         with self._locked():
             self._show(data)
 
     def open_file(self, folder: str, label: str, rank: int) -> None:
-        """Write all lines to a file too, also those that were written already.
+        """Write all lines to a file too, including those that were written already.
 
         Args:
-            folder: for the file; empty for none.
-            label: begins its name.
-            rank: ours.
+            folder: the file's directory; empty for no file.
+            label: prefix of the file's name.
+            rank: this rank.
         """
         with self._locked():
             early, self._early = self._early or (), None
@@ -106,16 +106,16 @@ class LogWriter:
 
     @property
     def has_destination(self) -> bool:
-        """Whether the log file is known, or that there is none."""
+        """Whether `open_file` was called."""
         return self._early is None
 
     def forget_history(self) -> None:
-        """Drop the lines that were written so far: after a fork, they are the other process's."""
+        """Drop the lines that were written so far: after a fork, they belong to the parent."""
         with self._locked():
             self._early = collections.deque(maxlen=_LINES_KEPT)
 
     def set_status_lines(self, lines: Sequence[str]) -> None:
-        """Draw lines at the terminal's end in place of those that were drawn before; none erases them. Only for a terminal."""
+        """Replace the status lines at the terminal's end; no lines erase them. For terminals only."""
         with self._locked():
             before, self._drawn = self._erasure(), tuple(lines)
             _write(before + self._drawing())
@@ -130,23 +130,23 @@ class LogWriter:
                 self._lock.release()
 
     def _show(self, data: bytes) -> None:
-        if sys.stderr is not None:  # closed by whoever started us
+        if sys.stderr is not None:  # closed by the parent process
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.flush()
-        # behind half a line there is no place for it until the next time
+        # not after an incomplete line
         _write(self._erasure() + data + (self._drawing() if data.endswith(b"\n") else b""))
 
     def _erasure(self) -> bytes:
-        """Return what takes away what is drawn: up to its first line, and all below."""
+        """Return the escape sequence that erases the status lines."""
         if not self._is_visible:
             return b""
         self._is_visible = False
         try:
-            # a terminal that doesn't know its size says 0
+            # a terminal of unknown size returns 0
             width = os.get_terminal_size(2).columns or _WIDTH
         except OSError:
             return b""
-        # the terminal may be narrower than it was
+        # the terminal may have become narrower
         rows = sum(max(1, -(-len(line) // width)) for line in self._drawn)
         return f"\x1b[{rows}A\r\x1b[J".encode()
 
@@ -177,9 +177,9 @@ def _encoded(text: str) -> bytes:
 
 def _write(data: bytes) -> None:
     if data:
-        with contextlib.suppress(OSError):  # whoever read our words has gone; that is no reason to fail
+        with contextlib.suppress(OSError):  # the reader is gone; that must not fail the worker
             os.write(2, data)
 
 
 log_writer = LogWriter(LogFormat.of(os.environ))
-"""This process's."""
+"""This process's log writer."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which network the hosts of a world share, and at which of its addresses rank 0 is reached. Pure."""
+"""Selects the network that the hosts of a world share, and rank 0's address in it. Pure."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 SETTING = "--liveness-network (DYN_MPI_LIVENESS_NETWORK)"
 LOOPBACK, BRIDGE, TUNNEL = "loopback", "bridge", "tunnel"
-"""Kinds of interfaces that aren't like any other: a bridge of containers or virtual machines is in one host, a tunnel is a slow way."""
-# what Docker, Podman, libvirt, LXD and Kubernetes' plugins call a bridge that is in one host, and what tunnels are called
+"""Kinds of interfaces that are treated specially: a bridge of containers or virtual machines is inside one host, a tunnel is slow."""
+# names of host-internal bridges of Docker, Podman, libvirt, LXD and Kubernetes' plugins, and of tunnels
 _BRIDGES = ("docker", "podman", "virbr", "lxcbr", "lxdbr", "cni", "cbr", "kube-bridge", "flannel.", "weave", "nerdctl")
 _TUNNELS = ("tun", "tap", "wg", "ppp", "tailscale", "zt", "ipsec", "vti", "gre", "sit", "ip6tnl")
 _DOCKER_DIGITS = 12
@@ -30,8 +30,8 @@ class Interface(NamedTuple):
 
     Args:
         name: ``ib0``.
-        addresses: with the length of the prefix: ``10.1.0.2/16``.
-        speed: of the link, in Mb/s; 0 where it isn't known.
+        addresses: addresses with prefix length: ``10.1.0.2/16``.
+        speed: the link's speed in Mb/s; 0 if it isn't known.
         up: whether it is up and has a carrier.
         kind: ``LOOPBACK``, ``BRIDGE``, ``TUNNEL``, or empty.
     """
@@ -47,10 +47,10 @@ class HostNetworks(NamedTuple):
     """A host's networks.
 
     Args:
-        host: its name; empty on a card, which has it beside this.
-        namespace: which network namespace it is. Hosts with the same one are one host to a network.
+        host: its name; empty in a rank's report, which has a field for it.
+        namespace: identifies the network namespace. Hosts in the same one count as one host.
         interfaces: in the kernel's order.
-        routes: networks that it has a way to, ``0.0.0.0/0`` for all.
+        routes: networks to which it has a route, ``0.0.0.0/0`` for a default route.
     """
 
     host: str
@@ -59,7 +59,7 @@ class HostNetworks(NamedTuple):
     routes: tuple[str, ...] = ()
 
     def pack(self) -> tuple[str, ...]:
-        """Write it as a flat list of strings, for `dynamo_mpi.common.codec`; without the host's name."""
+        """Encode it as a flat list of strings for `dynamo_mpi.common.codec`, without the host's name."""
         values = [self.namespace, str(len(self.routes)), *self.routes]
         for name, addresses, speed, up, kind in self.interfaces:
             values += [name, str(speed), "up" if up else "", kind, str(len(addresses)), *addresses]
@@ -67,10 +67,10 @@ class HostNetworks(NamedTuple):
 
     @classmethod
     def unpack(cls, host: str, values: Sequence[str]) -> HostNetworks:
-        """Read what `pack` wrote.
+        """Decode the result of `pack`.
 
         Raises:
-            ValueError: ``values`` isn't such a list.
+            ValueError: ``values`` is invalid.
         """
         rest = iter(values)
         try:
@@ -92,10 +92,10 @@ class Shared(NamedTuple):
 
     Args:
         network: ``10.1.0.0/16``.
-        interface: of rank 0's host.
-        address: of rank 0's host.
-        speed: of the slowest host's link to it, in Mb/s; 0 where one isn't known.
-        tunnel: whether a host has it by a tunnel alone.
+        interface: rank 0's interface.
+        address: rank 0's address.
+        speed: the speed of the slowest host's link, in Mb/s; 0 if one isn't known.
+        tunnel: whether a host is connected by a tunnel only.
     """
 
     network: str
@@ -106,12 +106,12 @@ class Shared(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Where rank 0 is reached.
+    """The address at which ranks reach rank 0.
 
     Args:
-        address: of rank 0's host.
-        network: that all hosts share, or that the user has named; empty where there is none.
-        line: says it.
+        address: rank 0's address.
+        network: the network that all hosts share, or that the user has set; empty if there is none.
+        line: the choice as a log line.
     """
 
     address: str
@@ -125,7 +125,7 @@ def kind_of(name: str, *, loopback: bool, bridge: bool, tunnel: bool) -> str:
     Args:
         name: its name.
         loopback: whether the kernel calls it loopback.
-        bridge: whether it is a bridge. Only those that are in one host by their name count: a host's own address may be on a bridge.
+        bridge: whether it is a bridge. Only host-internal bridges, by name, count: a host's own address may be on a bridge.
         tunnel: whether the kernel calls it point-to-point.
     """
     if loopback:
@@ -137,12 +137,12 @@ def kind_of(name: str, *, loopback: bool, bridge: bool, tunnel: bool) -> str:
 
 
 def distinct(hosts: Sequence[HostNetworks]) -> list[HostNetworks]:
-    """Return one of each network namespace, in the order of the first."""
+    """Return one host of each network namespace, in order."""
     return list({host.namespace or f"of {host.host}": host for host in reversed(hosts)}.values())[::-1]
 
 
 def usable(host: HostNetworks) -> Iterator[tuple[Interface, IPv4Interface | IPv6Interface]]:
-    """Yield the addresses at which another host might reach this one, IPv4 first."""
+    """Yield the addresses at which another host may reach this one, IPv4 first."""
     for version in (4, 6):
         for interface in host.interfaces:
             if not interface.up or interface.kind in (LOOPBACK, BRIDGE):
@@ -154,7 +154,7 @@ def usable(host: HostNetworks) -> Iterator[tuple[Interface, IPv4Interface | IPv6
 
 
 def best_address(host: HostNetworks) -> str:
-    """Return the address by which others most likely reach a host whose name stands for none; empty where there is none."""
+    """Return the address at which a host is most likely reachable if its name doesn't resolve; empty if there is none."""
     found = sorted(usable(host), key=lambda each: (each[0].kind == TUNNEL, -each[0].speed, each[1].version))
     return str(found[0][1].ip) if found else ""
 
@@ -162,13 +162,13 @@ def best_address(host: HostNetworks) -> str:
 def shared_networks(hosts: Sequence[HostNetworks], preferred: str = "") -> list[Shared]:
     """Return the networks that all hosts share, the best first.
 
-    That is the one whose slowest member has the fastest link; of equally fast ones that of the preferred address, then IPv4, then the order
-    of rank 0's interfaces. Tunnels come last. A network in which two hosts have the same address is none: Docker's, say, which each host
-    has for itself.
+    The best network is the one whose slowest host has the fastest link; among equally fast ones, that of the preferred address, then IPv4,
+    then the order of rank 0's interfaces. Tunnels are last. A network in which two hosts have the same address is not shared: Docker's, for
+    instance, which each host has for itself.
 
     Args:
-        hosts: `distinct` ones, rank 0's first.
-        preferred: the address that the name of rank 0's host stands for, or of its default route.
+        hosts: `distinct` hosts, rank 0's first.
+        preferred: the address to which the name of rank 0's host resolves, or that of its default route.
     """
     found = [shared for own in usable(hosts[0]) if (shared := _share(hosts, own)) is not None]
 
@@ -183,12 +183,12 @@ def shared_networks(hosts: Sequence[HostNetworks], preferred: str = "") -> list[
 
 
 def choose(hosts: Sequence[HostNetworks], preferred: str, setting: str | None = None) -> Choice:
-    """Say where rank 0 is to be reached by the ranks of the other hosts.
+    """Choose the address at which the ranks of other hosts reach rank 0.
 
     Args:
-        hosts: `distinct` ones, two at least, rank 0's first.
-        preferred: the address that the name of rank 0's host stands for, or of its default route; empty where there is none.
-        setting: what the user has named: an interface, a network, or an address of rank 0's host.
+        hosts: `distinct` hosts, two at least, rank 0's first.
+        preferred: the address to which the name of rank 0's host resolves, or that of its default route; empty if there is none.
+        setting: the user's setting: an interface, a network, or an address of rank 0's host.
 
     Raises:
         UsageError: there is no such network, or not on all hosts.
@@ -262,7 +262,7 @@ def _share(hosts: Sequence[HostNetworks], own: tuple[Interface, IPv4Interface | 
 
 
 def _twice(hosts: Sequence[HostNetworks], network: Network) -> tuple[str, str, str] | None:
-    """Return an address that two hosts have in a network, with their names."""
+    """Return an address that two hosts have in a network, with the hosts' names."""
     seen: dict[str, str] = {}
     for host in hosts:
         own = {str(found.ip) for each in host.interfaces for found in map(ip_interface, each.addresses)}
@@ -273,7 +273,7 @@ def _twice(hosts: Sequence[HostNetworks], network: Network) -> tuple[str, str, s
 
 
 def _named(host: HostNetworks, setting: str) -> list[tuple[str, IPv4Interface | IPv6Interface]]:
-    """Return a host's addresses by an interface's name, or in a network, IPv4 first. What the user names may be a bridge."""
+    """Return a host's addresses of an interface or in a network, IPv4 first. The user may name a bridge."""
     found = [
         (each.name, address)
         for each in host.interfaces
@@ -325,5 +325,5 @@ def _described(interface: Interface) -> str:
 
 
 def described_link(name: str, speed: int) -> str:
-    """Name a link with its speed in Mb/s, where that is known: ``ib0, 200 Gb/s``."""
+    """Return a link's name and, if it is known, its speed: ``ib0, 200 Gb/s``."""
     return f"{name}, {speed / 1000:g} Gb/s" if speed else name

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Become another program that dies with its parent.
+"""Executes another program that is killed when its parent dies.
 
-Run by path (``python -I -S tether.py … -- COMMAND …``), so it costs little more than an interpreter's start and
-imports nothing of this package. Linux kills the tethered process in the moment its parent ends, also when
-the parent got SIGKILL and could not clean up: neither a service nor a rank can be left behind.
+It is run by path (``python -I -S pdeathsig.py … -- COMMAND …``) and imports nothing of this package, so it costs little more than starting
+an interpreter. Linux kills the process as soon as its parent exits, even if the parent got SIGKILL and could not clean up: neither a service
+nor a rank is left behind.
 
-The rank is part of a log file's name only: with ``--rank-logs`` each rank writes to a file of its own, which keeps
-the ranks' text apart from each other's and from the launcher's.
+With ``--rank-logs``, each rank writes to a log file of its own, whose name contains the rank, which separates the ranks' output.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ RANK_VARIABLES = ("PMIX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 
 def die_with_parent(expected_parent: int | None, number: int = signal.SIGKILL) -> None:
-    """Have the kernel end this process when its parent ends.
+    """Let the kernel send this process a signal when its parent exits.
 
     Args:
-        expected_parent: leave at once if this is not the parent (any more). None for a rank, whose parent is some
-            process of the launcher; of that we only know that it isn't init.
-        number: the signal it gets then.
+        expected_parent: exit at once if this is not the parent (any more). None for a rank, whose parent is a process of the launcher, of
+            which it is only known that it isn't init.
+        number: the signal.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    # The parent may have ended before prctl took effect; no signal comes then.
+    # if the parent exited before prctl took effect, no signal is sent
     parent = os.getppid()
     if parent != expected_parent if expected_parent is not None else parent == 1:
         os._exit(128 + signal.SIGKILL)
 
 
 def write_to_rank_log(folder: str) -> None:
-    """Point stdout and stderr to this rank's file; a launcher that doesn't name ranks leaves them as they are."""
+    """Redirect stdout and stderr to this rank's file, unless the launcher sets no rank."""
     rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), None)
     if rank is None:
         return
@@ -59,7 +58,7 @@ def main() -> None:
     die_with_parent(arguments.parent, arguments.signal)
     if arguments.rank_logs:
         write_to_rank_log(arguments.rank_logs)
-    # Slurm's warning that time is nearly up goes to all processes of a step: what a tethered one has to do about it, who started it says
+    # Slurm sends its time limit warning to all processes of a step; only the parent decides how this process reacts
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         os.execvp(arguments.command[0], arguments.command)  # noqa: S606 - no shell is the point

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line of a process that can't outlive the one that starts it; see `tether.py` beside this."""
+"""The command line of a process that is killed when its parent dies; see `pdeathsig`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def with_pdeathsig(
     rank_logs: Path | None = None,
     end_with: signal.Signals = signal.SIGKILL,
 ) -> tuple[str, ...]:
-    """Return the command line that runs ``command`` so that it is ended when its parent ends.
+    """Return the command line that runs ``command`` so that it is killed when its parent exits.
 
     Args:
-        command: what to run.
-        parent: the parent's process id where it is known beforehand; closes a race at the start.
-        rank_logs: folder for one log per MPI rank.
-        end_with: the signal that ends it then.
+        command: the command.
+        parent: the parent's process id, if it is known in advance; avoids a race at the start.
+        rank_logs: directory for one log per MPI rank.
+        end_with: the signal that it gets then.
     """
     words = [sys.executable, "-I", "-S", str(_TETHER)]
     if parent is not None:

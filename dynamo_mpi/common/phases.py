@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The phases of a rank's life, how long each took, and how far the ranks of a world are in them."""
+"""The phases of a rank, their durations, and the ranks' progress in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PHASES = (
 FORMER_NAMES = {"world": "mpi_init", "probe": "hardware_check", "prove": "warmup"}
 """What phases were called before 0.1; accepted in `DYN_MPI_FAULT` for one release."""
 PROCESS_START = "start"
-"""What comes before the first phase: Python's start, and what it imports."""
+"""The time before the first phase: Python's start and its imports."""
 
 
 class Span(NamedTuple):
@@ -25,9 +25,9 @@ class Span(NamedTuple):
 
     Args:
         phase: its name.
-        began: since this rank began.
-        local: how long this rank's own part took, after which it waits for other ranks; None while it lasts, or if it isn't known.
-        total: how long all of it took; None as long as it goes on.
+        began: start, relative to this rank's start.
+        local: duration of this rank's own part, after which it waits for other ranks; None while it runs, or if it isn't known.
+        total: duration of the whole phase; None while it runs.
     """
 
     phase: str
@@ -41,10 +41,10 @@ class RankTimings(NamedTuple):
 
     Args:
         rank: its number.
-        host: its node.
+        host: its host.
         began: when the rank's first phase began, in seconds since 1970.
-        spans: its phases, in order; the first is `PROCESS_START` where the system tells when the process began, and begins before 0.
-        read: bytes that the process has read since it began, when last heard of; None where its system doesn't tell.
+        spans: its phases in order; the first is `PROCESS_START`, which begins before 0, if the system provides the process's start time.
+        read: bytes that the process has read since its start, as last reported; None if its system doesn't provide it.
     """
 
     rank: int
@@ -55,23 +55,23 @@ class RankTimings(NamedTuple):
 
     @property
     def current(self) -> Span | None:
-        """The phase that it is in; None where it has told none."""
+        """The current phase; None if the rank has reported none."""
         return self.spans[-1] if self.spans else None
 
 
 class PhaseProgress(NamedTuple):
-    """How far the ranks are in the phase that the world is in.
+    """The ranks' progress in the world's current phase.
 
     Args:
         phase: its name.
-        done: ranks that are through with their own part of it.
-        ranks: of the world.
-        slowest_rank: of those that aren't through, one that hasn't begun, else the one that has read the least, else the one that has been
-            at it for longest; of all, where all are through; None where nobody has said.
-        slowest_host: its node.
-        seconds: how long that one has been, or was, at it.
-        read: bytes that all ranks together have read; None where they don't all tell.
-        slowest_read: bytes that the slowest one has.
+        done: number of ranks that have finished their own part.
+        ranks: number of ranks of the world.
+        slowest_rank: among unfinished ranks, one that hasn't begun, else the one that has read the fewest bytes, else the one that has been
+            in the phase for the longest time; among all ranks if all have finished; None if no rank has reported.
+        slowest_host: its host.
+        seconds: how long that rank has been, or was, in the phase.
+        read: bytes that all ranks together have read; None if not all report it.
+        slowest_read: bytes that the slowest rank has read.
     """
 
     phase: str
@@ -85,7 +85,7 @@ class PhaseProgress(NamedTuple):
 
 
 class PhaseTracker:
-    """Records when each phase began and how long it took, in seconds of a clock that never jumps."""
+    """Records the start and duration of each phase, in seconds of the monotonic clock."""
 
     def __init__(self) -> None:
         self._born = time.monotonic()
@@ -96,16 +96,16 @@ class PhaseTracker:
         self._watchers: list[Callable[[], None]] = []
 
     def on_phase(self, listener: Callable[[str], None], *, first: bool = False) -> None:
-        """Call this with the name of each phase that begins, before the others where it is ``first``. It has to be quick."""
+        """Call ``listener`` with the name of each phase that begins, before other listeners if ``first``. It must be quick."""
         self._listeners.insert(0 if first else len(self._listeners), listener)
 
     def on_change(self, watcher: Callable[[], None]) -> None:
-        """Call this whenever `spans` has changed. It has to be quick."""
+        """Call ``watcher`` whenever `spans` has changed. It must be quick."""
         self._watchers.append(watcher)
 
     @contextmanager
     def enter(self, name: str) -> Iterator[None]:
-        """Run a phase; it is the current one until the next begins, also when it fails."""
+        """Run a phase; it stays the current one until the next begins, even if it fails."""
         self.begin(name)
         start = time.monotonic()
         try:
@@ -115,7 +115,7 @@ class PhaseTracker:
             self._finish(name)
 
     def begin(self, name: str) -> None:
-        """Begin a phase, which ends when the next begins; one that is going on goes on.
+        """Begin a phase, which ends when the next begins; does nothing if it is the current one.
 
         Raises:
             ValueError: there is no such phase.
@@ -133,7 +133,7 @@ class PhaseTracker:
         self._changed()
 
     def mark_local_done(self) -> None:
-        """Say that this rank has done its own part of the current phase, and only waits for others now."""
+        """Record that this rank has finished its own part of the current phase and waits for the others."""
         if self.spans and self.spans[-1].local is None:
             span = self.spans[-1]
             self.spans[-1] = span._replace(local=self.age - span.began)
@@ -151,5 +151,5 @@ class PhaseTracker:
 
     @property
     def age(self) -> float:
-        """Seconds since this object was made."""
+        """Seconds since this object was created."""
         return time.monotonic() - self._born

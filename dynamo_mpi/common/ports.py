@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TCP ports: find a free one, and tell whether a process really holds it.
+"""TCP ports: find a free one, and check whether a process holds it.
 
-A port found by binding to 0 may be taken by somebody else before the service binds it, and that somebody may even
-answer the service's probe. So a service counts as ready only when *its* process owns the listening socket.
+A port found by binding to 0 may be taken by another process before the service binds it, and that process may even answer the service's
+health check. So a service counts as ready only if *its* process owns the listening socket.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _LISTEN = "0A"  # TCP_LISTEN in /proc/net/tcp
 
 
 def in_url(host: str) -> str:
-    """Return an address as a URL has it: IPv6 in brackets."""
+    """Return an address in URL form: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that was free a moment ago."""
+    """Return a TCP port of the loopback interface that is free, at least at the moment of the call."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
@@ -36,15 +36,15 @@ def free_port() -> int:
 
 
 def loopback_ports(fixed: int | None = None) -> Callable[[], int | None]:
-    """Return what gives one port of the loopback interface after the other to try: ``fixed`` alone, or a few free ones; then None."""
+    """Return a function that returns loopback ports to try, one per call: only ``fixed``, or a few free ones; then None."""
     ports = iter([fixed]) if fixed is not None else (free_port() for _ in range(_PORT_ATTEMPTS))
     return lambda: next(ports, None)
 
 
 def is_free(port: int, host: str = LOOPBACK) -> bool:
-    """Tell whether a server could listen on a TCP port of an address of this host now."""
+    """Return whether a server could listen on a TCP port of an address of this host now."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: TIME_WAIT is no hindrance
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like servers, which ignore TIME_WAIT
         try:
             probe.bind((host, port))
             probe.listen()
@@ -74,14 +74,14 @@ def listeners(table: str, port: int) -> list[Listener]:
 
 
 def holds_port(pid: int, port: int) -> bool:
-    """Tell whether process ``pid`` itself listens on TCP ``port``, be it IPv4 or IPv6."""
+    """Return whether process ``pid`` itself listens on TCP ``port``, over IPv4 or IPv6."""
     return _owns(pid, {f"socket:[{listener.inode}]" for listener in _listeners_seen_by(str(pid), port)})
 
 
 def holder(port: int) -> str | None:
-    """Return who listens on a TCP port of this host, in words; None if that can't be told.
+    """Describe the process that listens on a TCP port of this host; None if it can't be found.
 
-    Only the user of another user's socket can be told, unless we are root.
+    Without root rights, only the user of another user's process is visible.
     """
     found = _listeners_seen_by("self", port)
     if not found:
@@ -92,7 +92,7 @@ def holder(port: int) -> str | None:
             try:
                 return f"process {process.name} ({(process / 'comm').read_text().strip()})"
             except OSError:
-                break  # ended meanwhile
+                break  # exited meanwhile
     try:
         return f"a process of user {pwd.getpwuid(found[0].user).pw_name}"
     except KeyError:
@@ -100,13 +100,13 @@ def holder(port: int) -> str | None:
 
 
 def _listeners_seen_by(process: str, port: int) -> list[Listener]:
-    """A process's network namespace may be another than ours, so its own tables are read."""
+    """Read the process's own tables, as it may be in another network namespace."""
     found = []
     for table in ("tcp", "tcp6"):
         try:
             found += listeners((Path("/proc") / process / "net" / table).read_text(), port)
         except OSError:
-            continue  # the process has ended, or the kernel knows no IPv6
+            continue  # the process has exited, or the kernel has no IPv6
     return found
 
 

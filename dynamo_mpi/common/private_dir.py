@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders that are their user's alone: that of one run, for logs, data and sockets, and the check of one that the user names.
+"""Private directories: creates that of one run, for logs, data and sockets, and checks one that the user names.
 
-The lock file of a run's folder is held as long as the run lives. A run that was killed with SIGKILL can't remove its folder; the next
-run does, because nobody holds that lock any more.
+A run holds the lock of its directory's lock file until it ends. A run that was killed with SIGKILL can't remove its directory; the next run
+does, because the lock is free.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _WRITABLE_BY_OTHERS = 0o022
 
 @contextlib.contextmanager
 def private_dir(parent: Path | None = None, *, prefix: str = PREFIX) -> Iterator[Path]:
-    """Make a folder only this user can enter, and remove it at the end with all that is in it.
+    """Create a directory that only this user can access, and remove it with its content at the end.
 
     Args:
-        parent: where; None takes the one for temporary files.
-        prefix: of its name, and of those that are swept.
+        parent: the parent directory; None for that of temporary files.
+        prefix: prefix of its name, and of stale directories that are removed.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     sweep(parent, prefix)
@@ -42,7 +42,7 @@ def private_dir(parent: Path | None = None, *, prefix: str = PREFIX) -> Iterator
 
 
 def sweep(parent: Path, prefix: str = PREFIX) -> None:
-    """Remove this user's folders whose run is gone."""
+    """Remove this user's directories whose run has ended."""
     for folder in parent.glob(prefix + "*"):
         try:
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
@@ -54,7 +54,7 @@ def sweep(parent: Path, prefix: str = PREFIX) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         except OSError:
-            pass  # its run is alive, or nobody can tell: not every file system has locks
+            pass  # its run is alive, or the file system has no locks
         finally:
             os.close(lock)
 
@@ -65,22 +65,22 @@ def _create(parent: Path, prefix: str) -> tuple[Path, int]:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # another run's sweep came between: that folder is lost
+        except BlockingIOError:  # another run is just removing the directory
             os.close(lock)
             continue
         except OSError:
-            pass  # no locks here, so no sweep will take it either
+            pass  # the file system has no locks, so no other run removes it either
         if (folder / LOCK).exists():
             return folder, lock
-        os.close(lock)  # a whole sweep came between
+        os.close(lock)  # another run has removed the directory
 
 
 def require_private(folder: Path) -> None:
-    """Refuse a folder that is somebody else's, or that others can write in.
+    """Check that a directory belongs to this user and that others can't write to it.
 
     Raises:
-        UsageError: it is such a folder.
-        OSError: it can't be looked at.
+        UsageError: it doesn't, or they can.
+        OSError: it can't be read.
     """
     status = folder.stat()
     if status.st_uid != os.geteuid():

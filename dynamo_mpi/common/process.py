@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernel says of this host and of processes on it. Imported by every rank before the verdict."""
+"""Facts about this host and its processes. Every rank imports it before the preflight result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 
 
 def host_name() -> str:
-    """Return this node's name, short as Slurm writes it."""
+    """Return this node's short name, as in Slurm."""
     return os.uname().nodename.partition(".")[0]
 
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``ps`` shows of a process that was forked to do something else than its parent."""
+"""Sets the title that ``ps`` shows for a forked process."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 
-# of /proc/PID/stat, counted from the third (proc(5)): where the command line begins and ends
+# fields of /proc/PID/stat, counted from the third (proc(5)): start and end of the command line
 _BEGIN, _END = 45, 46
 
 
 def set_process_title(title: str) -> None:
-    """Show ``title``, as far as it fits where the command line was. Does not raise."""
+    """Set the title, cut to the length of the original command line. Does not raise."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            # the name before it may hold anything
+            # the name before it may contain any character
             fields = file.read().rpartition(")")[2].split()
         begin, room = int(fields[_BEGIN]), int(fields[_END]) - int(fields[_BEGIN])
         if begin and room > 0:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dataclasses out of JSON that another process wrote: one reader, which checks types and sanitizes text, and is strict or tolerant. Pure.
 
-Strict, for what programs act on: the first problem is an error. Tolerant, for what is only displayed: a field that is missing or wrong has
-its default, or else its type's zero value, and the problem is listed. Nothing that is read can break a terminal, a table or a calculation.
+Strict, for data that programs act on: the first problem is an error. Tolerant, for data that is only displayed: a missing or invalid field
+gets its default, or else its type's zero value, and the problem is listed. No value can break a terminal, a table or a calculation.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _NAMES = {"str": "a text", "int": "an integer", "float": "a number", "bool": "tr
 
 
 def parse_object(data: bytes, schema: int) -> dict[str, Any]:
-    """Read a JSON object that states its schema.
+    """Parse a JSON object that has a schema version.
 
     Raises:
-        ValueError: it isn't one, or of another schema.
+        ValueError: it isn't a JSON object, or has another schema.
     """
     try:
         content: Any = json.loads(data)
@@ -42,17 +42,17 @@ def parse_object(data: bytes, schema: int) -> dict[str, Any]:
 def read_fields(
     kind: type[T], data: object, problems: list[str] | None = None, needed: tuple[str, ...] = (), **given: Any
 ) -> T:
-    """Build ``kind``, a dataclass of plain fields, from a JSON object. Fields that it doesn't have are ignored: a newer writer's.
+    """Create ``kind``, a dataclass of plain fields, from a JSON object. Unknown fields, of newer writers, are ignored.
 
     Args:
-        kind: its module has ``from __future__ import annotations``.
-        data: the object.
-        problems: None to be strict; a list to be tolerant, and to add one line to it for each problem.
-        needed: fields that must be there, and not empty, for a tolerant reader too.
-        given: fields that were read before.
+        kind: the dataclass; its module must have ``from __future__ import annotations``.
+        data: the JSON object.
+        problems: None for strict; a list for tolerant, to which one line per problem is added.
+        needed: fields that must exist and not be empty, even for a tolerant reader.
+        given: values of fields that were read before.
 
     Raises:
-        ValueError: it is no object, or a field that must be there is missing or wrong.
+        ValueError: ``data`` is not an object, or a required field is missing or invalid.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} is not an object")
@@ -78,14 +78,14 @@ def read_fields(
 
 
 def sanitize(text: str, max_characters: int = DISPLAY_CHARACTERS) -> str:
-    """Return a text that a terminal may show on one line: what isn't printable is escaped, and what is too long is cut."""
+    """Return a text that is safe to display on one line: non-printable characters are escaped, and a long text is cut."""
     cut = text[: max_characters + 1]
     safe = cut if cut.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in cut)
     return safe if len(safe) <= max_characters else safe[: max_characters - 1] + "…"
 
 
 def sanitize_lines(text: str, max_characters: int) -> str:
-    """Do the same for a text of several lines."""
+    """Return a text of several lines that is safe to display, see `sanitize`."""
     cut = text[: max_characters + 1]
     lines = "\n".join(sanitize(line, max_characters) for line in cut.split("\n"))
     return lines if len(lines) <= max_characters else lines[: max_characters - 1] + "…"
@@ -95,7 +95,7 @@ def _read(name: str, wanted: str, value: object, tolerant: bool) -> object:
     base, *rest = wanted.split(" | ")
     if value is None and rest:
         return None
-    # -1 is how a writer says that it doesn't know which rank
+    # writers use -1 for an unknown rank
     if not _is_a(base, value, -1 if name == "rank" else 0):
         raise ValueError(f"{name} is {'missing' if value is None else f'not {_NAMES[base]}'}")
     if base == "float" and isinstance(value, int):
@@ -110,7 +110,7 @@ def _is_a(base: str, value: object, minimum: int) -> bool:
         return isinstance(value, str)
     if base == _LIST:
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    # True is an int for Python only
+    # bool is a subclass of int in Python, but not in JSON
     if base == "bool" or isinstance(value, bool):
         return base == "bool" and isinstance(value, bool)
     if base == "int":

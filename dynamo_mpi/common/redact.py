@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes secrets out of what is said, logged and reported, and leaves what an operator needs.
+"""Redacts secrets from logs and reports, and keeps what an operator needs.
 
-Two sources: what looks like a secret in any text (`redact`), and the values that the environment itself holds under a secret's name
-(`Redactor.of`). Every pattern is bounded or can't start twice on the same characters, so the time grows with the text alone.
+Two sources: text that looks like a secret (`redact`), and values of environment variables whose names suggest a secret (`Redactor.of`).
+Every pattern is bounded or can't start twice at the same characters, so the time is linear in the text's length.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MASK = "<redacted>"
 
-_LEAST_ANYWHERE = 6  # a shorter value may be part of any word
+_LEAST_ANYWHERE = 6  # a shorter value may be part of a word
 _LEAST = 3
 
 _PEM = r"(?:[A-Z0-9 ]{0,40}PRIVATE KEY|NATS USER JWT|USER NKEY SEED)"
@@ -40,15 +40,15 @@ _OPTION = re.compile(
     rf"(?<!-)--[a-z0-9_.-]{{0,40}}(?P<name>{_NAME})(?P<equals>\\{{0,4}}[\"'],[ \t]{{0,4}}|[ \t]{{1,4}}){_VALUE}",
     re.IGNORECASE,
 )
-# what such names hold where they hold no secret
+# harmless values of such names
 NO_SECRET = re.compile(
     "none|null|nil|true|false|yes|no|auto|required|optional|missing|unset|empty|some|<unset>|<none>", re.IGNORECASE
 )
-# what follows a flag in prose
+# words that follow a flag in prose
 _PROSE = re.compile("a|and|are|as|by|for|from|has|in|is|may|must|needs|of|on|or|that|the|to|was|with")
 _NUMBER = re.compile(r"[-+~]?[0-9][0-9.,_]*(?:e[-+]?[0-9]+)?(?:/?[a-z%]{1,4})?", re.IGNORECASE)
 _PATH = re.compile(r"[~.]{0,2}/[^\s:=]*")
-# a vocabulary's tokens and an engine's counts are no credentials
+# tokens of a vocabulary and counters of an engine are not credentials
 _OF_TEXT = re.compile(
     r"(?<![A-Za-z])(?:(?:eos|bos|pad|unk|cls|sep|mask|image|video|audio|special|stop|draft|end|start|think|bad|max|min|num|output|input"
     r"|prompt|first|last|next|per)[_.-]{1,2}|(?:first|last|next|per|each|unexpected) )\Z",
@@ -64,7 +64,7 @@ _HEADER = re.compile(
 _SCHEME = re.compile(
     r"(?P<kept>\b(?:bearer|basic)[ \t]{1,4})(?![A-Z]?[a-z]+(?![\w+/=]))(?P<value>[\w.~+/=-]{6,})", re.IGNORECASE
 )
-# a port is no password
+# a port is not a password
 _URL = re.compile(
     r"(?<=://)(?:[^\s/?#\"'@:]{0,256}:(?!\d{1,5}[/?#])[^\s\"'@]{0,1024}|[^\s/?#\"'@]{1,1024})(?:@[^\s/?#\"'@]{0,256})*@"
 )
@@ -86,7 +86,7 @@ _USERINFO = re.compile(r"://(?P<user>[^\s/?#:@]{0,256}):(?P<password>[^\s@]{1,10
 
 
 def redact(text: str) -> str:
-    """Take out what looks like a secret: named values, headers, keys by their shape, private keys, credentials in URLs.
+    """Redact what looks like a secret: named values, headers, keys by their form, private keys, credentials in URLs.
 
     Pure and idempotent.
     """
@@ -94,15 +94,15 @@ def redact(text: str) -> str:
 
 
 class Redactor:
-    """Takes out what looks like a secret, and some values that are known to be.
+    """Redacts what looks like a secret, and known secret values.
 
     Args:
-        values: the secrets; one of less than six characters is taken out only where it stands alone, of less than three never.
+        values: the secrets; one of less than six characters is redacted only as a separate word, one of less than three never.
     """
 
     def __init__(self, values: Iterable[str] = ()) -> None:
         spellings = {spelling for value in values for spelling in _spellings(value) if len(spelling) >= _LEAST}
-        # the longer first: one secret may begin with another
+        # longer ones first: a secret may be a prefix of another
         parts = [
             re.escape(value) if len(value) >= _LEAST_ANYWHERE else rf"(?<!\w){re.escape(value)}(?!\w)"
             for value in sorted(spellings, key=lambda value: (-len(value), value))
@@ -111,17 +111,17 @@ class Redactor:
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Redactor:
-        """Return one that knows the secrets of an environment: values whose variable's name says so, and passwords in URLs."""
+        """Create one for the secrets of an environment: values of variables with secret names, and passwords in URLs."""
         return cls(secret_values(environ))
 
     def redact(self, text: str) -> str:
-        """Take them out of a text. Idempotent."""
+        """Redact a text. Idempotent."""
         return _until_stable(text, self._values)
 
 
 @functools.lru_cache(maxsize=1)
 def own_redactor() -> Redactor:
-    """Return the one that knows this process's environment, as it was at the first call."""
+    """Return the redactor for this process's environment at the time of the first call."""
     return Redactor.of(os.environ)
 
 
@@ -137,7 +137,7 @@ def secret_values(environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def _spellings(value: str) -> Iterator[str]:
-    """Yield a secret as it stands in texts, in JSON and in URLs."""
+    """Yield a secret's forms in texts, in JSON and in URLs."""
     value = value.strip()
     yield value
     yield value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
@@ -149,7 +149,7 @@ def _spellings(value: str) -> Iterator[str]:
 
 
 def _until_stable(text: str, values: re.Pattern[str] | None) -> str:
-    # what is left after a round may look like a secret only then; each round leaves less that is not masked
+    # the result of a round may look like a secret again; each round leaves less unmasked text
     while (after := _round(text, values)) != text:
         text = after
     return text
@@ -157,7 +157,7 @@ def _until_stable(text: str, values: re.Pattern[str] | None) -> str:
 
 def _round(text: str, values: re.Pattern[str] | None) -> str:
     if values is not None:
-        # a secret may be a part of the mask
+        # a secret may be part of the mask
         text = MASK.join(values.sub(MASK, piece) for piece in text.split(MASK))
     if "----" in text:
         text = _without_tails(_PEM_BLOCK.sub(MASK, text))
@@ -184,7 +184,7 @@ def _without_value(found: re.Match[str], *, in_prose: bool = False) -> str:
 
 
 def _is_harmless(name: str, value: str, in_prose: bool, found: re.Match[str]) -> bool:
-    """Tell whether what stands behind a secret's name is none."""
+    """Return whether the value after a secret's name is harmless."""
     plain = value.strip(" \t\\.,;:()[]{}").lower()
     if not plain or NO_SECRET.fullmatch(plain) or (in_prose and (_PROSE.fullmatch(plain) or value.startswith("--"))):
         return True
@@ -194,13 +194,13 @@ def _is_harmless(name: str, value: str, in_prose: bool, found: re.Match[str]) ->
         short = is_bare_text and len(plain) < _LEAST_TOKEN
         return short or _OF_TEXT.search(before) is not None or _NUMBER.fullmatch(plain) is not None
     if name.startswith("credential"):
-        # "without credentials: whoever …" is a sentence
+        # after "without credentials:" comes prose
         return is_bare_text or _PATH.fullmatch(value) is not None
     return name.startswith("private") and _PATH.fullmatch(value) is not None
 
 
 def _without_tails(text: str) -> str:
-    """Take out private keys whose beginning isn't there: of a program's output often only the last lines are kept."""
+    """Redact private keys without their first line: often only the last lines of a program's output are kept."""
     if not _PEM_END.search(text):
         return text
     kept: list[str] = []

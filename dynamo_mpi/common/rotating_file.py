@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A log file that doesn't grow for ever: when it is full it becomes ``.1``, and ``.1`` becomes ``.2``, the last."""
+"""A log file of limited size: a full one is renamed to ``.1``, and ``.1`` to ``.2``, the last."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ FILES = 3
 
 
 class LogFile:
-    """Appends to a file, which only its owner can read, from the first line on.
+    """Appends to a file that only its owner can read; the file is created with the first line.
 
     Args:
-        path: the file. Its folder is made where it is missing, for its owner alone.
-        most: bytes of one file.
-        files: how many are kept, the current one included.
+        path: the file. A missing directory is created, for its owner only.
+        most: largest size of one file in bytes.
+        files: number of files that are kept, including the current one.
     """
 
     def __init__(self, path: str, most: int = FILE_BYTES, files: int = FILES) -> None:
@@ -39,7 +39,7 @@ class LogFile:
             data = data[written:]
 
     def close(self) -> None:
-        """Close it; another line opens it again. Idempotent."""
+        """Close the file; the next line opens it again. Idempotent."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -48,7 +48,7 @@ class LogFile:
         folder = os.path.dirname(self.path)
         if folder:
             os.makedirs(folder, mode=0o700, exist_ok=True)
-        # a link that somebody else has laid there would have us write to another file
+        # not through a link: another user could make us write to another file
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(self.path, flags, 0o600)
         self._bytes = os.fstat(self._descriptor).st_size

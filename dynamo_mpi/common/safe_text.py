@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Errors as anybody may read them, who asks a port or a supervisor."""
+"""Shortens errors so that they can be shown without internal details."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from dynamo_mpi.common.redact import own_redactor
 
 
 def safe_first_line(text: str) -> str:
-    """Return an error on one line, without what isn't for everybody."""
+    """Return an error as one line that is safe to publish."""
     return own_redactor().redact(in_short(text))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C, SIGTERM and SIGHUP as a fact to look at, not as an exception out of nowhere.
+"""SIGINT, SIGTERM and SIGHUP as flags instead of exceptions.
 
-A handler that raises could strike between a child's start and its being written down. Here the handlers only
-take note; the code that waits raises ``Interrupted`` where it can be dealt with.
+A handler that raises could interrupt the code between starting a child and recording it. So the handlers only set a flag; the code that
+waits raises ``Interrupted`` where it can be handled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
-    """The user, or whoever started us, wants an end."""
+    """The user or the parent process requests a shutdown."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -31,10 +31,10 @@ class Interrupted(Exception):
 
 
 class Interrupts:
-    """Takes note of signals while it is entered. For the main thread only.
+    """Records signals while the context is entered. For the main thread only.
 
     Args:
-        signals: those that mean an end.
+        signals: the signals that request a shutdown.
     """
 
     def __init__(self, signals: Sequence[signal.Signals] = SIGNALS) -> None:
@@ -48,7 +48,9 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in self._signals:
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs, stay as they are
+            if (
+                signal.getsignal(number) != signal.SIG_IGN
+            ):  # keep ignored signals ignored, as for nohup and background jobs
                 self._saved[number] = signal.signal(number, self._note)
         return self
 
@@ -64,32 +66,32 @@ class Interrupts:
         self.count += 1
         if self.first is None:
             self.first = number
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes just as well
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes the reader as well
             os.write(self._wake_write, b"!")
         if self._socket is not None:
             with contextlib.suppress(OSError):  # closed meanwhile
                 self._socket.shutdown(socket.SHUT_RDWR)
 
     def check(self) -> None:
-        """Raise ``Interrupted`` if a signal has come."""
+        """Raise ``Interrupted`` if a signal has arrived."""
         if self.first is not None:
             raise Interrupted(self.first)
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, less if a signal comes. Does not raise."""
+        """Sleep until the time is over or a signal arrives. Does not raise."""
         readable, _, _ = select.select([self._wake_read], [], [], max(0.0, seconds))
         if readable:
             os.read(self._wake_read, 4096)
 
     def pause(self, seconds: float) -> None:
-        """Sleep, and raise ``Interrupted`` as soon as a signal comes."""
+        """Sleep; raise ``Interrupted`` as soon as a signal arrives."""
         self.check()
         self.sleep(seconds)
         self.check()
 
     @contextlib.contextmanager
     def closing(self, connected: socket.socket) -> Iterator[None]:
-        """Shut the socket down when a signal comes, so that a blocking read on it ends."""
+        """Shut the socket down when a signal arrives, so that a blocking read on it ends."""
         self._socket = connected
         try:
             self.check()

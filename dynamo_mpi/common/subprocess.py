@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A child process that ends with the thread that started it, and the session of processes that it may start in turn."""
+"""A child process that ends with the thread that started it, and its session of processes."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.common.signals import Interrupts
 
-# a process ends in no time, unless it hangs in the kernel
+# a killed process exits at once unless it hangs in the kernel
 KILL_SECONDS, POLL_SECONDS, _LOOK_SECONDS = 5.0, 0.05, 0.005
 
 
 class ManagedProcess:
     """A running child, leader of a session of its own.
 
-    The session keeps the terminal's Ctrl-C and SIGHUP away from it, and names all its descendants. Start it from the main thread, or from one
-    that lives as long as the child may: the kernel ends the child when the *thread* that started it ends.
+    The session protects it from the terminal's SIGINT and SIGHUP, and identifies all its descendants. Start it from the main thread, or from
+    one that outlives the child: the kernel kills the child when the *thread* that started it ends.
 
     Args:
-        name: in messages.
+        name: its name in messages.
         command: its command line.
-        environment: all of its environment.
-        stdin, stdout, stderr: as `subprocess.Popen` takes them.
-        end_with: what it gets if we end without having ended it: a launcher needs a signal that lets it end its ranks.
+        environment: its whole environment.
+        stdin, stdout, stderr: as in `subprocess.Popen`.
+        end_with: the signal that it gets if this process exits without having ended it: a launcher needs one that lets it end its ranks.
 
     Raises:
         OSError: no process can be started, for lack of memory or of process ids.
@@ -68,51 +68,51 @@ class ManagedProcess:
         return self.popen.pid
 
     def exit_code(self) -> int | None:
-        """Return None while it runs, then its exit code as a shell would give it."""
+        """Return the exit code as in a shell; None while the process runs."""
         code = self.popen.poll()
         return code if code is None or code >= 0 else of_signal(-code)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it has ended, but no longer than ``seconds``; return whether it has."""
+        """Wait until the process has exited, at most ``seconds``; return whether it has."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(seconds)
         return self.exit_code() is not None
 
     def send(self, number: signal.Signals) -> None:
-        """Signal the process itself, not its descendants. A stopped one is resumed, to take the signal."""
+        """Send the process a signal, not its descendants. A stopped process is resumed, so that it handles the signal."""
         if self.exit_code() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
         self.resume()
 
     def resume(self) -> None:
-        """Resume it if it is stopped: it would take no signal but SIGKILL, and not see the end of its own children."""
+        """Resume the process if it is stopped: otherwise it would handle no signal but SIGKILL, nor its children's exits."""
         if self.exit_code() is None and is_stopped(self.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGCONT)
 
     def members(self) -> list[int]:
-        """Return the living processes of its session."""
+        """Return the running processes of its session."""
         return session_members(self.pid)
 
     def kill_group(self) -> None:
-        """Kill it and its process group, without waiting for their end."""
-        if self.popen.returncode is None:  # until its end is collected, its number is nobody else's
+        """Kill the process and its process group, without waiting."""
+        if self.popen.returncode is None:  # until it is reaped, its pid is not reused
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     def kill(self, seconds: float = KILL_SECONDS) -> bool:
-        """Kill it and all of its session, also in process groups of their own, as Open MPI's ranks are.
+        """Kill the process and its whole session, including other process groups, such as those of Open MPI's ranks.
 
         Args:
-            seconds: to wait until they are gone; what hangs in the kernel, in a GPU driver say, may not go in that time.
+            seconds: time to wait until they have exited; a process that hangs in the kernel, for instance in a GPU driver, may take longer.
 
         Returns:
-            Whether they are gone.
+            Whether they have exited.
         """
         self.kill_group()
         end = time.monotonic() + seconds
-        # more than once: one may just be starting another
+        # repeatedly, because a process may just be starting another
         while left := [pid for pid in self.members() if pid != self.pid]:
             _kill_each(left)
             if time.monotonic() >= end:
@@ -125,11 +125,11 @@ class LoggedProcess(ManagedProcess):
     """A running child whose output goes to a file.
 
     Args:
-        name: in messages.
+        name: its name in messages.
         command: its command line.
-        environment: all of its environment.
-        log: where its output is appended.
-        end_with: as for `ManagedProcess`.
+        environment: its whole environment.
+        log: the file to which its output is appended.
+        end_with: as in `ManagedProcess`.
 
     Raises:
         OSError: the log can't be written, or no process can be started.
@@ -152,11 +152,11 @@ class LoggedProcess(ManagedProcess):
             )
 
     def last_lines(self, count: int) -> list[str]:
-        """Return the last lines of its output; not those that others wrote to the log before it."""
+        """Return the last lines of its output, without older lines of the log."""
         return last_lines(self.log, count, self._log_start)
 
     def output(self) -> str:
-        """Return its output, the end of a long one; not what others wrote to the log before it."""
+        """Return its output, or the end of a long one, without older lines of the log."""
         return last_text(self.log, self._log_start)
 
 
@@ -167,14 +167,14 @@ def await_exit(
     signals_before: int | None = None,
     poll_seconds: float = POLL_SECONDS,
 ) -> None:
-    """Wait until processes have ended, but no longer than ``seconds``, nor past a further signal. Those that are stopped are resumed.
+    """Wait until processes have exited, at most ``seconds`` or until a further signal. Stopped processes are resumed.
 
     Args:
-        processes: all of them.
-        seconds: to wait.
-        interrupts: takes note of signals.
-        signals_before: how many signals had come when the end began; None where a further one changes nothing.
-        poll_seconds: between two looks.
+        processes: the processes.
+        seconds: the longest time to wait.
+        interrupts: records signals.
+        signals_before: number of signals when the shutdown began; None if further signals are ignored.
+        poll_seconds: interval of polling.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(process.exit_code() is None for process in processes):
@@ -186,13 +186,13 @@ def await_exit(
 
 
 def stop(processes: Collection[ManagedProcess], seconds: float, interrupts: Interrupts, signals_before: int) -> None:
-    """Ask processes to end by SIGTERM, all at once; then kill what is left of them.
+    """Send processes SIGTERM, all at once; then kill those that are left.
 
     Args:
-        processes: all of them.
-        seconds: for them to end in.
-        interrupts: takes note of signals.
-        signals_before: as for `await_exit`.
+        processes: the processes.
+        seconds: the time that they have to exit.
+        interrupts: records signals.
+        signals_before: as in `await_exit`.
     """
     for process in processes:
         process.send(signal.SIGTERM)
@@ -202,14 +202,14 @@ def stop(processes: Collection[ManagedProcess], seconds: float, interrupts: Inte
 
 
 def session_members(session: int) -> list[int]:
-    """Return the ids of the processes of a session that aren't zombies."""
+    """Return the ids of a session's processes that aren't zombies."""
     members = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             text = stat.read_text()
         except OSError:
-            continue  # ended meanwhile
-        # The command's name is in parentheses and may hold anything; state, parent, group, session follow (proc(5)).
+            continue  # exited meanwhile
+        # the name is in parentheses and may contain any character; state, parent, group, session follow (proc(5))
         state, _, _, owner = text.rpartition(")")[2].split()[:4]
         if int(owner) == session and state not in "ZX":
             members.append(int(stat.parent.name))
@@ -217,7 +217,7 @@ def session_members(session: int) -> list[int]:
 
 
 def kill_session(session: int) -> None:
-    """Kill what is left of a session, also in process groups of its own, as Open MPI's ranks are."""
+    """Kill the remaining processes of a session, including other process groups, such as those of Open MPI's ranks."""
     _kill_each(session_members(session))
 
 

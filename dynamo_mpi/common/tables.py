@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns that line up, for terminals and logs alike."""
+"""Formats aligned columns for terminals and logs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Line up a table.
+    """Format a table.
 
     Args:
-        head: names of the columns.
-        rows: cells.
-        right: columns whose cells stand on the right: numbers.
+        head: the columns' names.
+        rows: the cells.
+        right: columns that are aligned right, for numbers.
     """
     table = [list(head), *(list(row) for row in rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]

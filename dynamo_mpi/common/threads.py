@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Threads for work that must not hold up, or fail, what goes on."""
+"""Runs work in threads that must neither delay nor fail their caller."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def start_thread(act: Callable[[], object], name: str | None = None) -> threading.Thread | None:
-    """Call ``act`` in a daemon thread, suppressing what it raises; return the thread, or None where this user may have no more threads."""
+    """Call ``act`` in a daemon thread and suppress its exceptions; return the thread, or None if the thread limit is reached."""
     thread = threading.Thread(target=run_suppressed, args=(act,), name=name, daemon=True)
     try:
         thread.start()
@@ -22,6 +22,6 @@ def start_thread(act: Callable[[], object], name: str | None = None) -> threadin
 
 
 def run_suppressed(act: Callable[[], object]) -> None:
-    """Call ``act``, suppressing what it raises: it belongs to an end that must come."""
+    """Call ``act`` and suppress its exceptions, for a shutdown that must continue."""
     with contextlib.suppress(Exception):
         act()

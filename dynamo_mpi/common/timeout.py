@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call that takes no longer than it may: a look-up of a name knows no timeout, and an answer that comes byte by byte none as a whole."""
+"""Limits the duration of a call: name resolution has no timeout, and a slow response none as a whole."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ T = TypeVar("T")
 
 
 def within(seconds: float, call: Callable[[], T], name: str) -> T:
-    """Return what ``call`` returns, and raise what it raises.
+    """Return the result of ``call``, or raise its exception.
 
     Args:
-        seconds: that it may take. A call that takes longer is left behind, in a thread that keeps no process alive.
-        call: what to do.
-        name: of the thread.
+        seconds: the time limit. A call that takes longer continues in a daemon thread.
+        call: the function.
+        name: the thread's name.
 
     Raises:
-        TimeoutError: it has taken longer.
+        TimeoutError: the call takes longer.
     """
     results: list[T] = []
     errors: list[Exception] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trace that a worker is part of, as W3C Trace Context has it in ``TRACEPARENT`` and ``TRACESTATE``. Pure."""
+"""The trace that a worker belongs to, by W3C Trace Context (``TRACEPARENT`` and ``TRACESTATE``). Pure."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 PARENT_VARIABLE, STATE_VARIABLE = "TRACEPARENT", "TRACESTATE"
-# version 00 has four fields; later ones may have more behind them, and are read as far as they are known
+# version 00 has four fields; later versions may have more, which are ignored
 _FORM = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 
 
 class Trace(NamedTuple):
-    """Where in which trace this worker runs.
+    """The trace to which this worker belongs.
 
     Args:
-        parent: the whole traceparent, as it came.
+        parent: the whole traceparent, unchanged.
         trace_id: 32 hexadecimal digits.
-        span_id: of whoever started us, 16 hexadecimal digits.
-        flags: 1 where the trace is sampled.
-        state: the tracestate, as it came; empty for none.
+        span_id: the parent's span, 16 hexadecimal digits.
+        flags: 1 if the trace is sampled.
+        state: the tracestate, unchanged; empty for none.
     """
 
     parent: str
@@ -33,8 +33,8 @@ class Trace(NamedTuple):
 
 
 def trace_of(environ: Mapping[str, str]) -> Trace | None:
-    """Return the trace that an environment names; None where it names none, or one that can't be: the specification has it ignored then, and
-    ``TRACESTATE`` with it."""
+    """Return the trace of an environment; None if there is none, or an invalid one, which the specification requires to ignore together
+    with ``TRACESTATE``."""
     text = environ.get(PARENT_VARIABLE, "").strip()
     match = _FORM.fullmatch(text)
     if match is None:
@@ -46,7 +46,7 @@ def trace_of(environ: Mapping[str, str]) -> Trace | None:
 
 
 def invalid_reason(environ: Mapping[str, str]) -> str:
-    """Say why a traceparent that is set can't be used; nothing where it can, or where none is set."""
+    """Return why the traceparent can't be used; empty if it can, or if none is set."""
     text = environ.get(PARENT_VARIABLE, "")
     if not text.strip() or trace_of(environ) is not None:
         return ""

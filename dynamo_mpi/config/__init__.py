@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options and settings: flags over environment over a settings file over defaults."""
+"""Options and settings, in order of precedence: flags, environment variables, settings file, defaults."""

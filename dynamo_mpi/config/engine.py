@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's flags that end up in the engine's config, as ``dynamo.trtllm`` has them, with its variables."""
+"""Dynamo's flags and variables that set keys of the engine's config, as in ``dynamo.trtllm``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def to_gpu(text: str) -> str:
-    """Read the name of a kind of GPU."""
+    """Parse the name of a kind of GPU."""
     try:
         return find_gpu(text).name
     except UsageError as error:
@@ -24,7 +24,7 @@ def to_gpu(text: str) -> str:
 def _size(name: str, *more: str) -> Option:
     flag = "--" + name.replace("_", "-")
     return Option(
-        name, (flag, *more), (f"DYN_TRTLLM_{name.upper()}",), None, to_size, f"{name}, where the engine config has none"
+        name, (flag, *more), (f"DYN_TRTLLM_{name.upper()}",), None, to_size, f"{name}, if the engine config has none"
     )
 
 
@@ -36,7 +36,7 @@ ENGINE_OPTIONS: tuple[Option, ...] = (
         ("ENGINE_CONFIG", "DYN_TRTLLM_EXTRA_ENGINE_ARGS"),
         None,
         to_path,
-        "engine config: TensorRT-LLM's YAML, laid over the flags",
+        "engine config: TensorRT-LLM's YAML; it takes precedence over the flags",
     ),
     Option(
         "override_engine_args",
@@ -44,7 +44,7 @@ ENGINE_OPTIONS: tuple[Option, ...] = (
         ("DYN_TRTLLM_OVERRIDE_ENGINE_ARGS",),
         None,
         to_text,
-        "JSON object, laid over the engine config; or --trtllm.KEY.KEY VALUE flags",
+        "JSON object that takes precedence over the engine config; or --trtllm.KEY.KEY VALUE flags",
     ),
     _size("tensor_parallel_size", "--tp-size"),
     _size("pipeline_parallel_size", "--pp-size"),
@@ -69,7 +69,7 @@ ENGINE_OPTIONS: tuple[Option, ...] = (
         ("DYN_TRTLLM_FREE_GPU_MEMORY_FRACTION",),
         None,
         to_fraction,
-        "share of the memory left after the weights that the KV cache gets",
+        "share of the memory that is left after the weights, for the KV cache",
     ),
     Option(
         "trtllm_version",
@@ -87,7 +87,7 @@ MIN_REQUESTS = Option(
     ("DYN_MPI_MIN_REQUESTS",),
     1,
     to_size,
-    "warn when fewer requests of full length fit into the KV cache",
+    "warn if fewer requests of full length fit into the KV cache",
 )
 _KEYS = {
     "expert_parallel_size": "moe_expert_parallel_size",
@@ -97,10 +97,10 @@ _NO_KEYS = ("engine_config", "override_engine_args", "trtllm_version")
 
 
 def engine_flags(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that were given, by the engine key's dotted path.
+    """Return the values that were set, by the engine key's dotted path.
 
     Args:
-        values: of the options, by name; None where nothing was said.
+        values: the options' values by name; None if not set.
     """
     names = [option.name for option in (*ENGINE_OPTIONS, GPUS_PER_NODE) if option.name not in _NO_KEYS]
     return {_KEYS.get(name, name): values[name] for name in names if values.get(name) is not None}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder behind ``--model``: rank 0 finds it, and tells the others."""
+"""Resolves ``--model`` to a directory on rank 0 and sends it to the other ranks."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def resolve_model_dir(settings: Settings, environ: Mapping[str, str]) -> Settings:
-    """Return the settings with the model's folder in place of a ``config.json`` or a hub id. The name that clients ask for stays
-    what was said: the hub id, or the folder's name.
+    """Return the settings with the model's directory in place of a ``config.json`` or a hub id. The served model name stays the hub id or the
+    directory's name.
 
     Raises:
-        ModelNotFoundError: there is no such model, or nothing but a file of it.
-        ConfigFileError: its config is no text, or too large.
+        ModelNotFoundError: there is no such model, or only a file of it.
+        ConfigFileError: its config is not text, or too large.
     """
     if os.path.isfile(settings.model) and settings.model.name != "config.json":
         raise ModelNotFoundError(
             f"the model {settings.model} is a file",
             needed="a model folder, its config.json, or a hub id that is in the cache",
-            fix="give the folder that holds config.json, the tokenizer's files and the weights",
+            fix="set --model to the folder with config.json, the tokenizer's files and the weights",
         )
     files = find_model(str(settings.model), environ)
     named = settings.origins["served_model_name"] != "default"

@@ -27,10 +27,10 @@ class ModelFiles:
     """The files that describe a model.
 
     Args:
-        name: what users call it: the folder's name, the hub id, or the file's.
-        config: path of the config.
-        config_text: its contents.
-        quant_text: contents of ``hf_quant_config.json`` beside it, where there is one.
+        name: the model's name: the directory's or file's name, or the hub id.
+        config: the config's path.
+        config_text: the config's content.
+        quant_text: the content of ``hf_quant_config.json`` beside it, if there is one.
     """
 
     name: str
@@ -42,7 +42,7 @@ class ModelFiles:
         """Read the model's shape.
 
         Raises:
-            ConfigFileError: one of the files isn't what it should be.
+            ConfigFileError: one of the files is invalid.
         """
         return parse_model_shape(self.config_text, str(self.config), self.quant_text)
 
@@ -51,12 +51,12 @@ def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
     """Find a model's files.
 
     Args:
-        model: a folder, a config file, or a hub id such as ``meta-llama/Llama-3.1-8B``.
-        environ: environment, for the place of the hub's cache.
+        model: a directory, a config file, or a hub id such as ``meta-llama/Llama-3.1-8B``.
+        environ: environment variables that locate the hub's cache.
 
     Raises:
         ModelNotFoundError: there is no such model, or its config can't be read.
-        ConfigFileError: the config is too large or no text.
+        ConfigFileError: the config is too large or not text.
     """
     path = Path(model)
     try:
@@ -90,7 +90,7 @@ def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:
-    """Return the folder of the Hugging Face hub's cache, by the variables that its library honours."""
+    """Return the directory of the Hugging Face hub's cache, by the variables that its library uses."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
             return Path(environ[name])
@@ -102,7 +102,7 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
 
 
 def _snapshot(folder: Path) -> Path | None:
-    """Return the snapshot that ``main`` points to, else the newest one."""
+    """Return the snapshot of ``main``, or else the newest one."""
     try:
         commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
         if commit and (folder / "snapshots" / commit).is_dir():

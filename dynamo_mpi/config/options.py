@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One setting, and how its value is found: a flag over an environment variable over a file over the default, with its origin."""
+"""One option, and how its value is resolved: flag, environment variable, file, default, each with its origin."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ FORMER_PROBES = ("kv",)
 
 @dataclass(frozen=True)
 class Option:
-    """One setting.
+    """One option.
 
     Args:
-        name: field of `Settings`.
-        flags: command-line spellings, ours first.
-        variables: environment variables, strongest first.
-        default: value when nobody says anything.
-        convert: from text; raises ValueError with what is needed.
-        help: one line.
-        choices: the values that exist, where they can be listed.
-        switch: a flag without a value.
-        negatable: a switch that also has a ``--no-…`` form, as Dynamo's have.
-        without: the value that a ``--no-…`` form of an option with values stands for; empty where there is no such form.
+        name: the field of `Settings`.
+        flags: the flags, ours first.
+        variables: the environment variables, in order of precedence.
+        default: the value if none is set.
+        convert: parses a text; raises ValueError with what is expected.
+        help: the help text, one line.
+        choices: the allowed values, if they can be listed.
+        switch: whether it is a flag without a value.
+        negatable: whether a switch also has a ``--no-…`` form, as Dynamo's.
+        without: the value that the ``--no-…`` form of an option with values sets; empty for no such form.
     """
 
     name: str
@@ -52,28 +52,28 @@ class Option:
 
 
 def to_size(text: str) -> int:
-    """Read a positive whole number."""
+    """Parse a positive whole number."""
     if not text.strip().isdecimal() or int(text) < 1:
         raise ValueError("a positive whole number")
     return int(text)
 
 
 def to_count(text: str) -> int:
-    """Read a number of ranks, nodes or GPUs: as many as there can be in any world."""
+    """Parse a number of ranks, nodes or GPUs, at most `MAX_RANKS`."""
     if (value := to_size(text)) > MAX_RANKS:
         raise ValueError(f"a positive whole number, at most {MAX_RANKS}")
     return value
 
 
 def to_runtime_port(text: str) -> int:
-    """Read a port for the Dynamo runtime, which reads it as a signed 16-bit number."""
+    """Parse a port for the Dynamo runtime, which reads it as a signed 16-bit number."""
     if (value := to_size(text)) > MAX_RUNTIME_PORT:
         raise ValueError(f"a TCP port, at most {MAX_RUNTIME_PORT}")
     return value
 
 
 def to_seconds(text: str) -> float:
-    """Read a number of seconds, three years at the most."""
+    """Parse a number of seconds, at most three years."""
     try:
         value = float(text)
     except ValueError:
@@ -84,7 +84,7 @@ def to_seconds(text: str) -> float:
 
 
 def to_switch(text: str) -> bool:
-    """Read true or false, in the ways people write them."""
+    """Parse true or false in their usual spellings."""
     known = {
         "1": True,
         "true": True,
@@ -102,22 +102,22 @@ def to_switch(text: str) -> bool:
 
 
 def to_text(text: str) -> str:
-    """Read a text that isn't empty."""
+    """Parse a non-empty text."""
     if not text:
-        raise ValueError("something that isn't empty")
+        raise ValueError("a value that isn't empty")
     return text
 
 
 def to_path(text: str) -> Path:
-    """Read a path."""
-    # the settings file can hold what no command line can: NULs and code points that are no characters
+    """Parse a path."""
+    # a settings file may contain what a command line can't: NULs and lone surrogates
     if not text or "\0" in text or any("\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in text):
         raise ValueError("a path")
     return Path(text)
 
 
 def to_file(text: str) -> Path:
-    """Read a path of a file, which has a name."""
+    """Parse the path of a file, which must have a name."""
     path = to_path(text)
     if path.name in ("", ".."):
         raise ValueError("a path of a file")
@@ -125,19 +125,19 @@ def to_file(text: str) -> Path:
 
 
 def to_name(text: str) -> str:
-    """Read a name in Dynamo's sense."""
+    """Parse a Dynamo name."""
     if not text or any(c in text for c in "./ \t\n"):
         raise ValueError("a name without dots, slashes and blanks")
     return text
 
 
 def to_role(text: str) -> str:
-    """Read a role, by Dynamo's other names for an aggregated worker too."""
+    """Parse a role, including Dynamo's other names of an aggregated worker."""
     return {"pd": "agg", "prefill_and_decode": "agg", "aggregated": "agg"}.get(text, text)
 
 
 def to_probes(text: str) -> str:
-    """Read which probes run: some of `PROBES` in their order, or ``auto`` or ``none`` alone."""
+    """Parse which hardware checks run: some of `PROBES` in their order, or ``auto`` or ``none`` alone."""
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     if names in (["auto"], ["none"]):
         return names[0]
@@ -147,18 +147,18 @@ def to_probes(text: str) -> str:
 
 
 def to_kv_transport(text: str) -> str:
-    """Read the one transport that is left."""
+    """Parse the KV transport, of which one is left."""
     if text == "nixl":
         raise UsageError(
             "--kv-transport / DYN_MPI_KV_TRANSPORT is 'nixl', which the reference engine no longer has",
-            needed="tcp, or the option left out",
+            needed="tcp, or no such option",
             fix="remove --kv-transport; for KV by NIXL use --engine trtllm with cache_transceiver_config: {backend: NIXL}",
         )
     return text
 
 
 def to_endpoint(text: str) -> str:
-    """Read an endpoint."""
+    """Parse an endpoint."""
     parts = text.removeprefix("dyn://").split(".")
     if len(parts) != 3:
         raise ValueError("dyn://namespace.component.endpoint")
@@ -168,7 +168,7 @@ def to_endpoint(text: str) -> str:
 
 
 def to_fraction(text: str) -> float:
-    """Read a number; whether it is a fraction that the engine takes is a rule's to say (H5)."""
+    """Parse a number; rule H5 checks its range."""
     try:
         value = float(text)
     except ValueError:
@@ -179,7 +179,7 @@ def to_fraction(text: str) -> float:
 
 
 def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
-    """Declare options as flags, with their variables and defaults in the help."""
+    """Add options to a parser, with their variables and defaults in the help."""
     for option in options:
         notes = [f"one of {', '.join(option.choices)}"] if option.choices else []
         notes += [f"env var: {option.variables[0]}"] if option.variables else []
@@ -199,19 +199,19 @@ def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
 def resolve(
     options: Sequence[Option], given: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Find every option's value.
+    """Resolve every option's value.
 
     Args:
         options: the options.
-        given: parsed flags, by the option's name.
+        given: parsed flags by option name.
         environ: environment variables.
-        file: a settings file's values, by the option's name.
+        file: a settings file's values by option name.
 
     Returns:
-        Values and origins, by the option's name.
+        Values and origins by option name.
 
     Raises:
-        UsageError: a value is none that the option takes.
+        UsageError: a value is invalid.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -228,12 +228,12 @@ def _pick(
     if given.get(option.name) is not None:
         return given[option.name], f"flag {option.flags[0]}"
     for variable in option.variables:
-        # an empty variable is how a batch script says "not set"
+        # batch scripts set a variable empty for "not set"
         if environ.get(variable):
             return environ[variable], f"environment {variable}"
     if file.get(option.name) is not None:
         value = file[option.name]
-        if isinstance(value, dict):  # what a flag takes as JSON may be written as YAML here
+        if isinstance(value, dict):  # a JSON value of a flag may be written as YAML here
             import json
 
             return json.dumps(value, default=str), "settings file"

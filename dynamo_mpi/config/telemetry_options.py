@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of what an operator sees of a worker."""
+"""The options for logs, progress, metrics and health endpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_LOG_DIR",),
         None,
         to_path,
-        "folder for a file with what each rank says, COMPONENT-rank-N.log: three of 16 MiB at the most",
+        "folder for each rank's log file, COMPONENT-rank-N.log; at most three files of 16 MiB per rank",
     ),
     Option(
         "progress",
@@ -21,8 +21,8 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROGRESS",),
         "auto",
         str,
-        "how far the ranks are while it loads: plain lines, or live, a table that stays in its place, where stderr is a terminal; auto is "
-        "live where that can be",
+        "the ranks' progress during load: plain for lines, live for a table that is updated in place, if stderr is a terminal; auto is "
+        "live if possible",
         MODES,
         without="off",
     ),
@@ -32,7 +32,7 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROGRESS_INTERVAL",),
         10.0,
         to_seconds,
-        "seconds to the first such line of a phase; each following one takes twice as long, up to five minutes",
+        "seconds until the first progress line of a phase; each further interval is twice as long, up to five minutes",
     ),
     Option(
         "metrics_file",
@@ -40,7 +40,7 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_METRICS_FILE",),
         None,
         to_file,
-        "keep the world's metrics in this file, NAME.prom, for node_exporter's textfile collector; it stays at the end and tells of it",
+        "file for the worker's metrics, NAME.prom, for node_exporter's textfile collector; it stays after the end and contains its result",
     ),
     Option(
         "runtime_system_port",
@@ -48,8 +48,8 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_RUNTIME_SYSTEM_PORT",),
         None,
         to_runtime_port,
-        "where DYN_SYSTEM_PORT is set: port of the Dynamo runtime beside it on rank 0's node, from which frontends fetch the model's "
-        "tokenizer; any free one by default",
+        "if DYN_SYSTEM_PORT is set: the Dynamo runtime's port on rank 0's node, from which frontends fetch the model's tokenizer; by "
+        "default any free port",
     ),
     Option(
         "timeline",
@@ -57,7 +57,7 @@ OBSERVE_OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_TIMELINE",),
         None,
         to_file,
-        "write a picture of the start, every rank's phases, as a page (HTML) here and as a trace for Perfetto beside it (.trace.json), "
-        "once it is ready and again at its end",
+        "write a timeline of every rank's phases as an HTML page here and as a Perfetto trace beside it (.trace.json), when the worker is "
+        "ready and again at its end",
     ),
 )

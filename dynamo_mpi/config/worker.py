@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's settings: flags over environment over a settings file over defaults, each value with its origin.
+"""A worker's settings: flags, environment variables, settings file, defaults, each value with its origin.
 
-Names that exist already keep their name (``MODEL_PATH``, ``ENGINE_CONFIG``, ``DYN_*`` …); ours are ``DYN_MPI_*``. Only rank 0 reads settings:
-it tells the others what they need to know.
+Existing variables keep their names (``MODEL_PATH``, ``ENGINE_CONFIG``, ``DYN_*`` …); new ones are ``DYN_MPI_*``. Only rank 0 reads settings
+and sends the other ranks what they need.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of one worker; see `OPTIONS` for what each means.
+    """All settings of one worker; see `OPTIONS` for their meaning.
 
-    ``dynamic_flags`` are ``--trtllm.KEY VALUE`` words, ``passed_on`` those that only ``dynamo.trtllm`` knows.
+    ``dynamic_flags`` are the ``--trtllm.KEY VALUE`` flags, ``passed_on`` those that only ``dynamo.trtllm`` knows.
     """
 
     role: str
@@ -89,7 +89,7 @@ class Settings:
 
     @property
     def engine_flags(self) -> dict[str, Any]:
-        """Engine keys that flags or variables give, by dotted path; the engine config is laid over them."""
+        """Engine keys that flags or variables set, by dotted path; the engine config takes precedence."""
         return engine_flags(vars(self))
 
 
@@ -116,10 +116,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
-    """Read settings from a command line, an environment and the settings file that either names.
+    """Load settings from a command line, environment variables and the settings file that either names.
 
     Raises:
-        UsageError: an unknown flag, an impossible value, no model, or a role that the engine doesn't have.
+        UsageError: an unknown flag, an invalid value, no model, or a role that the engine doesn't have.
         ConfigFileError: the settings file can't be used.
     """
     words, dynamic = split_dynamic_flags(argv)
@@ -129,7 +129,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     role = resolve([ROLE], given, environ, file)[0]["role"]
     values, origins = resolve([_for_role(option, role) for option in OPTIONS], given, environ, file)
     if values["engine"] == "auto":
-        # found, not imported: importing it is a collective (K1)
+        # found, not imported: importing it is collective (K1)
         values["engine"] = "trtllm" if role != "agg" or find_spec("tensorrt_llm") is not None else "reference"
     if passed_on and values["engine"] != "trtllm":
         raise UsageError(
@@ -159,7 +159,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
 
 
 def _for_role(option: Option, role: str) -> Option:
-    """Let the engine config of a prefill or decode worker come from the variable of its role as well, as the weakest of them."""
+    """Add the role's variable to those of a prefill or decode worker's engine config, with the lowest precedence."""
     if option.name != "engine_config" or role == "agg":
         return option
     return replace(option, variables=(*option.variables, f"{role.upper()}_ENGINE_CONFIG"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's options: every setting's flags, variables, default and meaning, in the order of `Settings`."""
+"""A worker's options: flags, variables, default and meaning of each, in the order of `Settings`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ROLE = Option(
     ("DYN_MPI_ROLE", "DYN_TRTLLM_DISAGGREGATION_MODE"),
     "agg",
     to_role,
-    "what this worker does; encode is TensorRT-LLM's alone, and prefill and decode take PREFILL_ENGINE_CONFIG or "
-    "DECODE_ENGINE_CONFIG where neither --engine-config nor ENGINE_CONFIG is given",
+    "this worker's role; encode needs TensorRT-LLM; prefill and decode use PREFILL_ENGINE_CONFIG or DECODE_ENGINE_CONFIG if neither "
+    "--engine-config nor ENGINE_CONFIG is set",
     ("agg", "prefill", "decode", "encode"),
 )
 OPTIONS: tuple[Option, ...] = (
@@ -36,8 +36,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_ENGINE",),
         "auto",
         str,
-        "what runs the model: auto is trtllm for every role but agg, and where TensorRT-LLM is installed; all further flags of "
-        "dynamo.trtllm are handed on to it",
+        "the engine that runs the model: auto is trtllm if TensorRT-LLM is installed or the role is not agg; other flags of "
+        "dynamo.trtllm are passed on to it",
         ("auto", "reference", "trtllm"),
     ),
     Option(
@@ -54,7 +54,7 @@ OPTIONS: tuple[Option, ...] = (
         ("SERVED_MODEL_NAME", "DYN_TRTLLM_SERVED_MODEL_NAME"),
         None,
         to_text,
-        "name that clients ask for; the folder's name or the hub id by default",
+        "model name that clients use; by default the folder's name or the hub id",
     ),
     *ENGINE_OPTIONS,
     GPUS_PER_NODE,
@@ -67,7 +67,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_COMPONENT",),
         None,
         to_name,
-        "Dynamo component; by role prefill, encode, or else backend",
+        "Dynamo component; by default prefill or encode for these roles, otherwise backend",
     ),
     Option(
         "endpoint",
@@ -92,7 +92,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_DISCOVERY_BACKEND",),
         "etcd",
         str,
-        "where it registers",
+        "the discovery service in which the worker registers",
         ("etcd",),
     ),
     Option(
@@ -101,7 +101,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PREFLIGHT_ONLY",),
         False,
         to_switch,
-        "stop after the verdict",
+        "stop after the preflight result",
         switch=True,
     ),
     Option(
@@ -110,7 +110,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_ALLOW_NO_GPU",),
         False,
         to_switch,
-        "don't look at the GPUs: check a TensorRT-LLM worker where there are none",
+        "skip checks of GPUs, to check a TensorRT-LLM worker on nodes without GPUs",
         switch=True,
     ),
     Option(
@@ -119,7 +119,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_NO_PEER_CHECK",),
         False,
         to_switch,
-        "start a prefill or decode worker although the other role's workers do not fit, or can't be asked",
+        "start a prefill or decode worker even if the other role's workers are incompatible, or their records can't be read",
         switch=True,
     ),
     Option(
@@ -128,7 +128,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_READY_FILE",),
         None,
         to_path,
-        "write this file, as JSON, once it is serving",
+        "JSON file that is written when the worker is ready",
     ),
     Option(
         "probe_timeout",
@@ -136,7 +136,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROBE_TIMEOUT",),
         3.0,
         to_seconds,
-        "seconds that etcd and NATS have to answer",
+        "seconds within which etcd and NATS must answer",
     ),
     Option(
         "probe",
@@ -144,8 +144,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROBE",),
         "auto",
         to_probes,
-        "what of the hardware is asked before anything is loaded: gpu, fabric, separated by commas, or none; auto is both where "
-        "the engine runs on GPUs, none otherwise",
+        "hardware checks that run before the engine loads: gpu, fabric, separated by commas, or none; auto is both if the engine runs on "
+        "GPUs, otherwise none",
     ),
     Option(
         "probe_strict",
@@ -153,7 +153,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROBE_STRICT",),
         False,
         to_switch,
-        "what the probes find ends the worker (75), instead of being told",
+        "findings of the hardware checks end the worker (75) instead of only being logged",
         switch=True,
     ),
     Option(
@@ -162,8 +162,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_PROBE_SECONDS",),
         30.0,
         to_seconds,
-        "seconds for ranks to reach each other and be measured; who hangs after them ends the worker (124). Half of them more for memory "
-        "of an earlier step to be given back, and for NCCL to be started",
+        "seconds for the hardware checks between ranks; a rank that hangs longer ends the worker (124). Half as many seconds are added for "
+        "memory of an earlier step to be freed, and for NCCL to start",
     ),
     Option(
         "probe_kv_seconds",
@@ -195,7 +195,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_DRAIN_TIMEOUT",),
         30.0,
         to_seconds,
-        "seconds that requests in flight have to end after SIGTERM",
+        "seconds that requests in flight may take after SIGTERM",
     ),
     Option(
         "liveness_network",
@@ -203,8 +203,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_LIVENESS_NETWORK",),
         None,
         to_text,
-        "interface (ib0), network (10.1.0.0/16, fd00::/64) or address at which rank 0 hears of the other ranks' life; by default the fastest "
-        "network that all hosts share, and on one host the address of its own name",
+        "interface (ib0), network (10.1.0.0/16, fd00::/64) or address at which rank 0 receives the other ranks' heartbeats; by default the "
+        "fastest network that all hosts share, and on one host the address of its own name",
     ),
     Option(
         "heartbeat_timeout",
@@ -212,8 +212,8 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_HEARTBEAT_TIMEOUT",),
         None,
         to_seconds,
-        "seconds without a sign of life after which a rank is taken for stopped or stuck, 0 for never; by default 300 until it has loaded, "
-        "since an import may hold Python's lock for minutes, and 60 from then on",
+        "seconds without a heartbeat after which a rank counts as stopped or stuck, 0 for never; by default 300 until it has loaded, because "
+        "an import may hold the GIL for minutes, and 60 from then on",
     ),
     Option(
         "world_timeout",
@@ -221,7 +221,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_WORLD_TIMEOUT",),
         600.0,
         to_seconds,
-        "seconds from a node's first rank to the verdict; after them each node says which of its ranks are missing and where the others are",
+        "seconds from a node's first rank to the preflight result; after them each node reports its missing ranks and the others' stacks",
     ),
     Option(
         "failure_dir",
@@ -229,7 +229,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_FAILURE_DIR",),
         None,
         to_path,
-        "folder for a JSON file from each rank that fails, COMPONENT-rank-N.json; rank 0's holds the whole report",
+        "folder for a JSON file of each rank that fails, COMPONENT-rank-N.json; rank 0's contains the whole report",
     ),
     *OBSERVE_OPTIONS,
     Option(
@@ -238,7 +238,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_KV_TRANSPORT",),
         "tcp",
         to_kv_transport,
-        "accepted for one more release, without effect: KV between reference workers goes over TCP",
+        "accepted for one more release, without effect: reference workers transfer KV over TCP",
         ("tcp",),
     ),
     Option(
@@ -256,7 +256,7 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_KV_KEEP_SECONDS",),
         60.0,
         to_seconds,
-        "seconds that a reference prefill worker keeps the KV of a request that nobody fetches",
+        "seconds that a reference prefill worker keeps the KV of a request that is not fetched",
     ),
     Option(
         "kv_pull_timeout",
@@ -264,6 +264,6 @@ OPTIONS: tuple[Option, ...] = (
         ("DYN_MPI_KV_PULL_TIMEOUT",),
         10.0,
         to_seconds,
-        "seconds that a reference decode worker has to fetch the KV of one request",
+        "seconds within which a reference decode worker must fetch the KV of one request",
     ),
 )

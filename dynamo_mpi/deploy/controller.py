@@ -9,7 +9,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.backoff import News
+from dynamo_mpi.common.backoff import ReminderSchedule
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.signals import Interrupted
 from dynamo_mpi.common.subprocess import await_exit
@@ -148,7 +148,7 @@ class DeploymentController:
     def _run_to_end(self, command: Command) -> tuple[int, str]:
         """Run a step that ends by itself; return its exit code, and the end of its output."""
         step = self._start(command)
-        reminders = News(*REMINDER_SECONDS)
+        reminders = ReminderSchedule(*REMINDER_SECONDS)
         while (code := step.child.exit_code()) is None:
             if seconds := reminders.due():
                 self._say(f"waiting for the {step.name}, {seconds:.0f} s; an image's import may take minutes")
@@ -160,7 +160,7 @@ class DeploymentController:
         """Start the services; return the variables with their addresses and credentials."""
         self._services = step = self._start(self._renderer.services())
         deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
-        reminders = News(*REMINDER_SECONDS)
+        reminders = ReminderSchedule(*REMINDER_SECONDS)
         while (content := self._run_dir.services()) is None:
             self._require_services()
             if time.monotonic() > deadline:
@@ -195,7 +195,7 @@ class DeploymentController:
     def _watch(self) -> None:
         """Return when the last worker has ended by itself."""
         self._describe()
-        announced, reminders = False, News(*REMINDER_SECONDS)
+        announced, reminders = False, ReminderSchedule(*REMINDER_SECONDS)
         while True:
             self._require_services()
             self._worker_steps.poll()

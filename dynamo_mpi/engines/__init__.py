@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engines that a worker may run, and what they have in common."""
+"""The engines that a worker may run, and their common interface."""

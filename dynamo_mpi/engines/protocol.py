@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the phases ask of an engine, and the plain data that crosses that line.
+"""The interface between the lifecycle and an engine, and its data types.
 
-An engine is built on every rank of the world. ``load`` is collective. After it, rank 0 leads
+An engine is built on every rank of the world. ``load`` is collective. After it, rank 0 controls the engine
 (``start``, ``submit``, ``cancel``, ``close``) and every other rank calls ``follow``, which returns when rank 0
 has closed the engine.
 """
@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from the logits.
+    """How the next token is sampled from the logits.
 
     Args:
         temperature: 0 takes the most likely token (greedy).
@@ -39,12 +39,12 @@ class GenerationRequest:
     Args:
         request_id: unique among the requests in flight.
         prompt_token_ids: the prompt, at least one token.
-        max_tokens: tokens to make at the most; None means up to the context length.
-        min_tokens: stop tokens are not taken before this many.
+        max_tokens: largest number of generated tokens; None means up to the context length.
+        min_tokens: stop tokens are ignored before this many generated tokens.
         stop_token_ids: a token of this set ends the request; it is part of the output.
-        sampling: how tokens are chosen.
-        offer_kv: prefill: keep the prompt's KV for a decode worker; the last chunk says where it is.
-        kv_offer: decode: where the prompt's KV is, as a prefill worker's last chunk said; its first token comes first.
+        sampling: how tokens are sampled.
+        offer_kv: prefill: keep the prompt's KV for a decode worker; the last chunk describes where it is.
+        kv_offer: decode: the ``kv_offer`` of the prefill worker's last chunk; the prefill worker's token is generated first.
     """
 
     request_id: str
@@ -59,13 +59,13 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenChunk:
-    """What a request got since its last chunk; the one with a ``finish_reason`` is its last.
+    """The output of a request since its previous chunk; the chunk with a ``finish_reason`` is its last.
 
     Args:
         token_ids: new tokens, none in a chunk that only ends the request.
         finish_reason: set on the last chunk.
-        error: what went wrong, when ``finish_reason`` is ``"error"``.
-        kv_offer: on the last chunk of a request with ``offer_kv``: JSON values, for a decode worker.
+        error: the error, if ``finish_reason`` is ``"error"``.
+        kv_offer: on the last chunk of a request with ``offer_kv``: JSON values that describe the KV for a decode worker.
     """
 
     token_ids: tuple[int, ...]
@@ -76,11 +76,11 @@ class TokenChunk:
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What one engine can hold.
+    """An engine's capacity.
 
     Args:
         context_length: prompt and output tokens of one request together.
-        max_batch_size: requests that run at once; more of them queue.
+        max_batch_size: requests that run at once; further requests wait in a queue.
         max_num_tokens: tokens of one step, over all requests.
         kv_block_size: tokens of one KV-cache block.
         total_kv_blocks: KV-cache blocks of the whole engine.
@@ -101,42 +101,42 @@ class Engine(Protocol):
 
     @property
     def limits(self) -> EngineLimits:
-        """Known after ``load``."""
+        """The engine's capacity; valid after ``load``."""
 
     @property
-    def unfetched(self) -> int:
-        """Rank 0: prompts whose KV waits for decode workers, who need this one until they have it. Thread-safe."""
+    def pending_kv_transfers(self) -> int:
+        """Rank 0: the number of prompts whose KV decode workers have not fetched yet. Thread-safe."""
 
     def load(self) -> None:
-        """Load this rank's part. Collective.
+        """Load this rank's shard. Collective.
 
         Raises:
-            EngineError: this rank could not load; the other ranks are not told by the engine.
+            EngineError: this rank could not load; the engine doesn't notify the other ranks.
         """
 
     def start(self) -> None:
-        """Rank 0: begin to run requests, in a thread of the engine's own."""
+        """Rank 0: start the engine's thread, which runs requests."""
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
         """Rank 0: queue a request. Thread-safe, never blocks. ``sink`` is called from the engine's thread,
         in order, and exactly once with a ``finish_reason``.
 
         Raises:
-            RequestError: the request can't be served as it is (empty prompt, unknown token id, too long for the context).
+            RequestError: the request is invalid (empty prompt, unknown token id, too long for the context).
         """
 
     def cancel(self, request_id: str) -> None:
-        """Rank 0: end a request soon with ``finish_reason`` ``"cancelled"``. Unknown ids are ignored. Thread-safe."""
+        """Rank 0: cancel a request: it ends soon with ``finish_reason`` ``"cancelled"``. Unknown ids are ignored. Thread-safe."""
 
     def on_failure(self, callback: Callable[[BaseException], None]) -> None:
-        """Rank 0: call this once, from the engine's thread, if the engine can't go on."""
+        """Rank 0: call ``callback`` once, from the engine's thread, if the engine can't go on."""
 
     def close(self) -> None:
-        """Rank 0: cancel what is left, release the other ranks from ``follow``, join the thread. Idempotent."""
+        """Rank 0: cancel the remaining requests, release the other ranks from ``follow``, join the thread. Idempotent."""
 
     def follow(self) -> None:
-        """Ranks other than 0: take part in rank 0's steps until it closes the engine."""
+        """Ranks other than 0: execute rank 0's steps until it closes the engine."""
 
 
 class RequestError(ValueError):
-    """A request the engine refuses: the client has to change it. The text is meant for the client."""
+    """A request that the engine refuses and that the client must change. The text is sent to the client."""

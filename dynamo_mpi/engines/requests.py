@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamo's request and response objects, translated to the engine's and back. Pure.
+"""Translates Dynamo's request and response objects to the engine's and back. Pure.
 
-What an engine can't honour is refused, not ignored: a client that asks for log probabilities or a second choice and gets
-neither has been lied to.
+Unsupported options are refused, not ignored: a client that requests log probabilities or a second choice must not get a response
+without them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.engines.protocol import TokenChunk
 
-# neutral values: these are what "not asked for" looks like
+# values that mean "not requested"
 _UNSUPPORTED_SAMPLING: dict[str, tuple[object, ...]] = {
     "n": (None, 1),
     "best_of": (None, 1),
@@ -41,7 +41,7 @@ def to_generation_request(request_id: str, request: Mapping[str, Any]) -> Genera
     """Translate Dynamo's ``PreprocessedRequest``.
 
     Raises:
-        RequestError: it asks for something that the engine can't do, or isn't well formed.
+        RequestError: the request has unsupported options, or is invalid.
     """
     stop = request.get("stop_conditions") or {}
     sampling = request.get("sampling_options") or {}
@@ -53,31 +53,31 @@ def to_generation_request(request_id: str, request: Mapping[str, Any]) -> Genera
     for key in _UNSUPPORTED_INPUT:
         if request.get(key):
             raise RequestError(f"{key} is not supported by this engine; send text alone")
-    ends = list(stop.get("stop_token_ids") or [])
+    stop_ids = list(stop.get("stop_token_ids") or [])
     if not stop.get("ignore_eos"):
-        ends += [*(stop.get("stop_token_ids_hidden") or []), *(request.get("eos_token_ids") or [])]
+        stop_ids += [*(stop.get("stop_token_ids_hidden") or []), *(request.get("eos_token_ids") or [])]
     return GenerationRequest(
         request_id=request_id,
         prompt_token_ids=tuple(request.get("token_ids") or ()),
         max_tokens=stop.get("max_tokens"),
         min_tokens=stop.get("min_tokens") or 0,
-        stop_token_ids=frozenset(ends),
+        stop_token_ids=frozenset(stop_ids),
         sampling=_sampling(sampling),
     )
 
 
 def for_role(generation: GenerationRequest, request: Mapping[str, Any], role: str) -> GenerationRequest:
-    """Make of a request what this worker's part of it is: prefill makes one token and offers the prompt's KV, decode goes on from there.
+    """Adapt a request to this worker's role: prefill generates one token and offers the prompt's KV, decode continues from there.
 
-    The runtime's own health checks, which have no partner, are served whole.
+    The runtime's own health checks, which have no peer, are served completely.
 
     Args:
-        generation: the request as a worker that does all would serve it.
-        request: Dynamo's form of it.
+        generation: the request as an aggregated worker would serve it.
+        request: Dynamo's form of the request.
         role: ``"agg"``, ``"prefill"`` or ``"decode"``.
 
     Raises:
-        EngineError: a decode worker was asked without any prefill worker's result.
+        EngineError: a decode worker got a request without a prefill worker's result.
     """
     if role == "agg" or request.get("_HEALTH_CHECK"):
         return generation
@@ -86,19 +86,19 @@ def for_role(generation: GenerationRequest, request: Mapping[str, Any], role: st
     result = request.get("prefill_result")
     offer = result.get("disaggregated_params") if isinstance(result, dict) else None
     if not isinstance(offer, dict):
-        raise EngineError("this decode worker was sent a request that no prefill worker has seen")
+        raise EngineError("this decode worker got a request without a prefill worker's result")
     return replace(generation, kv_offer=offer)
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:
-    """Greedy unless the request says otherwise, as TensorRT-LLM's ``SamplingParams`` have it."""
+    """Translate the sampling options; greedy by default, as in TensorRT-LLM's ``SamplingParams``."""
     temperature = options.get("temperature")
     top_p, top_k = options.get("top_p"), options.get("top_k")
-    asked = (top_p is not None and top_p < 1) or (top_k is not None and top_k > 1)
+    is_sampled = (top_p is not None and top_p < 1) or (top_k is not None and top_k > 1)
     return Sampling(
-        temperature=float(temperature) if temperature is not None else (1.0 if asked else 0.0),
+        temperature=float(temperature) if temperature is not None else (1.0 if is_sampled else 0.0),
         top_p=float(top_p) if top_p is not None else 1.0,
-        # -1 means all, too
+        # -1 also means all
         top_k=max(0, int(top_k)) if top_k is not None else 0,
         seed=options.get("seed"),
     )
@@ -108,9 +108,9 @@ def to_response(chunk: TokenChunk, prompt_tokens: int, completion_tokens: int) -
     """Translate one chunk to Dynamo's ``LLMEngineOutput``; the last one carries the usage.
 
     Args:
-        chunk: what the engine made.
+        chunk: the engine's chunk.
         prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens made so far, this chunk's included.
+        completion_tokens: tokens generated so far, including this chunk's.
     """
     response: dict[str, Any] = {"token_ids": list(chunk.token_ids), "index": 0}
     if chunk.kv_offer is not None:

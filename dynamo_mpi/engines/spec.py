@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every rank needs to know to build its part of the engine: rank 0 sends it along with the verdict."""
+"""What every rank needs to build its shard of the engine; rank 0 sends it with the preflight result."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class EngineSpec(NamedTuple):
-    """The engine to build. Sizes that are None are the engine's to choose.
+    """The engine to build. The engine chooses sizes that are None.
 
     Args:
-        engine: its name, as ``--engine`` has it.
-        model_dir: the model folder.
+        engine: its name, a value of ``--engine``.
+        model_dir: the model directory.
         tp_size: tensor-parallel size.
         pp_size: pipeline-parallel size.
         cp_size: context-parallel size.
@@ -25,10 +25,10 @@ class EngineSpec(NamedTuple):
         max_seq_len: prompt and output tokens of one request.
         tokens_per_block: tokens of a KV-cache block.
         role: ``"agg"``, ``"prefill"`` or ``"decode"``.
-        kv_network: where prefill ranks serve KV, as ``--kv-network`` has it; empty for the host's own address.
-        kv_keep_seconds: how long a prefill rank keeps KV that nobody fetches.
+        kv_network: the network in which prefill ranks serve KV, see ``--kv-network``; empty for the host's own address.
+        kv_keep_seconds: how long a prefill rank keeps KV that is not fetched.
         kv_pull_seconds: how long fetching the KV of one request may take.
-        probe: what is probed before the engine is built, as `HardwareCheckPlan.pack` writes it; empty for nothing.
+        probe: the hardware checks that run before the engine is built, from `HardwareCheckPlan.pack`; empty for none.
     """
 
     engine: str
@@ -47,27 +47,27 @@ class EngineSpec(NamedTuple):
     probe: str = ""
 
     def pack(self) -> bytes:
-        """Encode for the broadcast."""
-        # before the preflight's result, every file that a rank opens counts
+        """Encode it for the broadcast."""
+        # every file that a rank opens before the preflight result counts
         import json
 
         return json.dumps(self._asdict()).encode()
 
     @classmethod
     def unpack(cls, data: bytes) -> EngineSpec:
-        """Decode what `pack` made."""
+        """Decode the result of `pack`."""
         import json
 
         return cls(**json.loads(data))
 
 
 def build_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> Engine:
-    """Build this rank's part; nothing is loaded yet.
+    """Build this rank's shard of the engine, without loading it.
 
     Args:
-        spec: what to build.
-        comm: a communicator over all ranks that is the engine's alone.
-        local_size: ranks on this node, which share its cores.
+        spec: the engine to build.
+        comm: a communicator of all ranks that only the engine uses.
+        local_size: number of ranks on this node, which share its cores.
 
     Raises:
         ValueError: there is no such engine.

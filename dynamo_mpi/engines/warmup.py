@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof: one real completion, over all ranks, before anybody is told that the worker exists."""
+"""The warmup: one real completion over all ranks before the worker registers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, TokenCh
 if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
 
-_TOKENS = 2  # the first comes from the prompt, the second from the cache that the first one filled
+_TOKENS = 2  # the second is generated from the KV cache that the first one filled
 
 
 def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -> float:
@@ -21,15 +21,15 @@ def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -
 
     Args:
         engine: started, with nothing in flight.
-        prompt_token_id: a token to begin with.
-        timeout: seconds it may take.
+        prompt_token_id: the prompt, one token.
+        timeout: largest duration in seconds.
 
     Returns:
-        Seconds it took.
+        The duration in seconds.
 
     Raises:
-        EngineError: the engine refused it, or ended it without tokens.
-        PhaseTimeoutError: it did not end in time.
+        EngineError: the engine refused the request, or ended it without tokens.
+        PhaseTimeoutError: the request did not finish in time.
     """
     start = time.monotonic()
     chunks: queue.SimpleQueue[TokenChunk] = queue.SimpleQueue()
@@ -38,18 +38,18 @@ def run_first_completion(engine: Engine, prompt_token_id: int, timeout: float) -
         engine.submit(request, chunks.put)
     except RequestError as error:
         raise EngineError(f"the engine refused the first request: {error}") from None
-    made = 0
+    generated = 0
     while True:
         try:
             chunk = chunks.get(timeout=max(0.0, start + timeout - time.monotonic()))
         except queue.Empty:
             raise PhaseTimeoutError(
-                f"the first completion took more than {timeout:g} s ({made} of {_TOKENS} tokens came out)",
+                f"the first completion took more than {timeout:g} s ({generated} of {_TOKENS} tokens came out)",
                 fix="look at the ranks' logs; --warmup-timeout gives it longer",
             ) from None
-        made += len(chunk.token_ids)
+        generated += len(chunk.token_ids)
         if chunk.finish_reason is not None:
             break
-    if chunk.finish_reason in ("error", "cancelled") or made == 0:
-        raise EngineError(f"the first completion failed: {chunk.error or chunk.finish_reason}, {made} tokens")
+    if chunk.finish_reason in ("error", "cancelled") or generated == 0:
+        raise EngineError(f"the first completion failed: {chunk.error or chunk.finish_reason}, {generated} tokens")
     return time.monotonic() - start

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When the job's time ends, and when an orderly end has to begin for that."""
+"""When the job's time limit is reached, and when the shutdown must begin before it."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ if TYPE_CHECKING:
 
 VARIABLE = "SLURM_JOB_END_TIME"
 TIME_LIMIT_REACHED = "the launcher says that its time is nearly up (SIGUSR1): ending in order"
-"""Why an end begins, where Slurm's ``--signal`` says so."""
+"""The reason of a shutdown that Slurm's ``--signal`` requests."""
 
 
 class JobTimeLimit(NamedTuple):
-    """The end of the job's time, as it stood when the job began: Slurm doesn't tell its processes of a later change.
+    """The job's time limit when the job began: Slurm doesn't notify its processes of later changes.
 
     Args:
-        end: seconds since 1970.
+        end: the time of the limit, in seconds since 1970.
     """
 
     end: float
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> JobTimeLimit | None:
-        """Return what Slurm says in ``SLURM_JOB_END_TIME``; None where it doesn't, as before its version 23."""
+        """Read it from Slurm's ``SLURM_JOB_END_TIME``; None if that isn't set, as before version 23."""
         text = environ.get(VARIABLE, "")
         return cls(float(text)) if text.isascii() and text.isdecimal() and 0 < int(text) < 2**33 else None
 
     def pause(self, needed: float, now: float) -> float | None:
-        """Return the seconds from ``now`` until an end that needs ``needed`` seconds has to begin; None where it is too late for one."""
+        """Return the seconds from ``now`` until a shutdown of ``needed`` seconds must begin; None if it is too late."""
         pause = self.end - needed - now
         return pause if pause > 0 else None
 
     def too_late(self, needed: float, now: float) -> str:
-        """Say that nothing will be ended in time."""
+        """Return the warning that there is not enough time for an orderly shutdown."""
         return (
             f"the job's time ends at {self._clock} ({VARIABLE}), in {max(0.0, self.end - now):.0f} s, and an orderly end may take "
             f"{needed:.0f} s: what is in flight then is cut off"
         )
 
     def due(self, now: float) -> str:
-        """Say why an end begins."""
+        """Return the reason of the shutdown."""
         return f"the job's time ends at {self._clock} ({VARIABLE}), in {self.end - now:.0f} s: ending in order"
 
     @property
@@ -54,16 +54,16 @@ class JobTimeLimit(NamedTuple):
 def schedule_drain(
     environ: Mapping[str, str], needed: float, act: Callable[[str], object], warn: Callable[[str], None]
 ) -> Callable[[], None]:
-    """Have ``act`` called so early that an orderly end comes before the job's time is up; a warning, where it is too late for that.
+    """Schedule a call of ``act`` early enough for an orderly shutdown before the job's time limit; warn if it is too late.
 
     Args:
-        environ: where the time's end stands.
-        needed: seconds that an orderly end may take.
+        environ: environment variables with the time limit.
+        needed: seconds that an orderly shutdown may take.
         act: called from a thread with the reason.
         warn: logs a warning.
 
     Returns:
-        What calls it off.
+        A function that cancels the schedule.
     """
     limit, now = JobTimeLimit.of(environ), time.time()
     pause = None if limit is None else limit.pause(needed, now)

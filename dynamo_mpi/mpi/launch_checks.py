@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches that cannot form the world that was asked for, refused before ``MPI_Init``.
+"""Refuses, before ``MPI_Init``, launches that cannot form the requested world.
 
-Left alone, most of them don't fail: every process becomes rank 0 of its own world of one (Open MPI 5 and MPICH under ``srun`` without
-the right plugin do so with exit code 0), and the first symptom is N workers that each try to load the whole model.
+Without these checks, most of them don't fail: every process becomes rank 0 of its own world of one (Open MPI 5 and MPICH under ``srun``
+without the right plugin, even with exit code 0), and the first symptom is N workers that each try to load the whole model.
 
-All rules here look at facts that every rank of a launch shares, so that all ranks refuse alike and none is left waiting in ``MPI_Init``.
-Which ranks a node holds is no such fact: that they stand in blocks is left to the roster, which sees every rank.
+All rules use facts that every rank of a launch shares, so that all ranks refuse alike and none waits in ``MPI_Init``. Which ranks are on a
+node is not such a fact: preflight, which has every rank's report, checks that they are in blocks.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 
 
 class MpiLibrary(NamedTuple):
-    """The MPI library that mpi4py has bound, known before ``MPI_Init``.
+    """The MPI library that mpi4py uses, known before ``MPI_Init``.
 
     Args:
         family: ``"openmpi"``, ``"mpich"`` (with its relatives: Intel MPI, MVAPICH, Cray), or ``"unknown"``.
-        version: as the library prints it, first line.
+        version: the first line of the library's version string.
         pmix: whether an MPICH was configured with PMIx.
     """
 
@@ -31,7 +31,7 @@ class MpiLibrary(NamedTuple):
 
 
 def identify_mpi(text: str) -> MpiLibrary:
-    """Read what ``MPI_Get_library_version`` returned."""
+    """Parse the result of ``MPI_Get_library_version``."""
     stripped = text.strip().strip("\0")
     first = (stripped.splitlines() or [""])[0].split(", package", 1)[0].replace("\t", " ").strip()
     if first.startswith("Open MPI"):
@@ -43,10 +43,10 @@ def identify_mpi(text: str) -> MpiLibrary:
 
 
 def check_launch(launch: LaunchInfo, library: MpiLibrary) -> None:
-    """Refuse a launch that can't become one world.
+    """Check that a launch can form one world.
 
     Raises:
-        LaunchError: saying what was found, and the command that does what was meant.
+        LaunchError: it can't; the error contains the command that works.
     """
     _refuse_singletons(launch, library)
     _refuse_wrong_library(launch, library)
@@ -122,7 +122,7 @@ def _refuse_scatter(launch: LaunchInfo) -> None:
 
 
 def check_world_size(launch: LaunchInfo, library: MpiLibrary, world_size: int) -> None:
-    """Compare the launcher's number of ranks with MPI's, once MPI runs.
+    """Compare the launcher's number of ranks with MPI's after MPI_Init.
 
     Raises:
         LaunchError: they differ, so MPI did not understand its launcher.

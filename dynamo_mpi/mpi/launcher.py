@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launch of one rank, as its environment tells it.
+"""Detects how one rank was launched, from its environment variables.
 
-Order of belief: a launcher's own variables before Slurm's, because ``mpirun`` inside an allocation starts one
-daemon per node with ``srun``, and the ranks inherit *the daemon's* ``SLURM_PROCID`` and ``SLURM_NTASKS``. The variables of each
-launcher were recorded from real ones; ``tests/slurm/recorded_environments.json`` holds them.
+A launcher's own variables take precedence over Slurm's, because ``mpirun`` inside an allocation starts one daemon per node with ``srun``,
+and the ranks inherit *the daemon's* ``SLURM_PROCID`` and ``SLURM_NTASKS``. The variables of each launcher were recorded from real ones, see
+``tests/slurm/recorded_environments.json``.
 
-This module is imported by every rank of a world of hundreds, often from a shared file system: it imports nothing
-that ``mpi4py.MPI`` doesn't import anyway, but for ``typing``.
+Every rank of a world of hundreds imports this module, often from a shared file system: except for ``typing`` it imports nothing that
+``mpi4py.MPI`` doesn't import anyway.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Launcher(Enum):
-    """Who started the ranks, and over which interface they find each other."""
+    """The launcher that started the ranks, and its process management interface."""
 
     SLURM_PMIX = "srun --mpi=pmix"
     SLURM_PMI2 = "srun --mpi=pmi2"
@@ -33,18 +33,18 @@ class Launcher(Enum):
 
 
 class LaunchInfo(NamedTuple):
-    """One rank's view of its launch. What the launcher doesn't tell is None.
+    """One rank's launch. A value that the launcher doesn't set is None.
 
     Args:
-        launcher: who started this process.
-        rank: this process's rank, counted over all nodes from 0.
+        launcher: the launcher.
+        rank: this process's rank.
         size: number of ranks that the launcher started.
-        local_rank: this process's place among those of its node, from 0.
-        local_size: ranks on this node.
-        ranks_per_node: ranks on each node, in the nodes' order; Slurm only.
-        in_blocks: whether each node holds consecutive ranks, where the launcher tells *every* rank so; ``srun --mpi=pmix`` does.
-        job_id: Slurm's job, where there is one.
-        step_id: Slurm's step, where there is one.
+        local_rank: this process's number among those of its node, from 0.
+        local_size: number of ranks on this node.
+        ranks_per_node: number of ranks on each node, in the nodes' order; Slurm only.
+        in_blocks: whether each node has consecutive ranks, if the launcher provides this to *every* rank, as ``srun --mpi=pmix`` does.
+        job_id: Slurm's job id, if there is one.
+        step_id: Slurm's step id, if there is one.
     """
 
     launcher: Launcher
@@ -59,7 +59,7 @@ class LaunchInfo(NamedTuple):
 
 
 def detect_launcher(environ: Mapping[str, str]) -> LaunchInfo:
-    """Tell from ``environ`` what started this process. Never raises: what can't be read is left out."""
+    """Detect the launcher from environment variables. Does not raise: unreadable values are None."""
     job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return LaunchInfo(
@@ -82,7 +82,7 @@ def detect_launcher(environ: Mapping[str, str]) -> LaunchInfo:
     if step is not None and "SLURM_PROCID" in environ:
         return _slurm_step(environ, job, step)
     if "PMIX_RANK" in environ:
-        # PMIx itself tells the size only to a client of its library: MPI will know it
+        # PMIx provides the size only through its library; MPI will have it
         return LaunchInfo(Launcher.PMIX, rank=_number(environ, "PMIX_RANK") or 0, size=0, job_id=job)
     if job is not None and "SLURM_NTASKS" in environ:
         return LaunchInfo(Launcher.SLURM_SHELL, size=_number(environ, "SLURM_NTASKS") or 1, job_id=job)
@@ -127,7 +127,7 @@ def expand_tasks_per_node(text: str) -> tuple[int, ...] | None:
 
 
 def mapping_is_in_blocks(text: str) -> bool | None:
-    """Read PMI's process mapping: ``"(vector,(0,2,2))"`` are 2 nodes from node 0 on, with 2 ranks each, one node after the other.
+    """Parse PMI's process mapping: ``"(vector,(0,2,2))"`` are 2 nodes from node 0 on, with 2 ranks each, one node after the other.
 
     Returns:
         Whether every node's ranks are consecutive, that is, no node comes twice; None if ``text`` isn't such a mapping.

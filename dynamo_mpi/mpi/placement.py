@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the ranks of a world are: their hosts, and how ranks are named with them. Pure."""
+"""The hosts of a world's ranks, and the names of ranks in messages. Pure."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 class HasHost(Protocol):
-    """A rank that is somewhere."""
+    """A rank with its host."""
 
     @property
     def host(self) -> str:
-        """Its node's name."""
+        """The host's name."""
 
 
 def hosts(ranks: Sequence[HasHost]) -> tuple[str, ...]:
@@ -31,11 +31,11 @@ def ranks_by_host(ranks: Sequence[HasHost]) -> dict[str, list[int]]:
 
 
 def describe_ranks(ranks: Sequence[int], world: Sequence[HasHost]) -> str:
-    """Name ranks with their hosts: ``rank 3 on n1``, ``ranks 0-3 on n1 and 4-7 on n2``.
+    """Return the names of ranks with their hosts: ``rank 3 on n1``, ``ranks 0-3 on n1 and 4-7 on n2``.
 
     Args:
-        ranks: those to name.
-        world: all ranks, in their order.
+        ranks: the ranks to name.
+        world: all ranks, in rank order.
     """
     by_host: dict[str, list[int]] = {}
     for rank in ranks:
@@ -45,7 +45,7 @@ def describe_ranks(ranks: Sequence[int], world: Sequence[HasHost]) -> str:
 
 
 def spans(ranks: Sequence[int]) -> str:
-    """Write rank numbers as ``0-3, 8``."""
+    """Format rank numbers as ``0-3, 8``."""
     spans: list[list[int]] = []
     for rank in sorted(ranks):
         if spans and spans[-1][1] == rank - 1:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world: all ranks of this worker, and the few collectives that the bootstrap itself needs.
+"""The MPI world: all ranks of this worker, and the few collectives that the bootstrap needs.
 
-Every operation is one or two MPI calls whatever the size. Payloads are bytes: nothing that a rank receives is
-unpickled. Waiting ranks sleep between polls; a blocking MPI call would burn a core for as long as it waits.
+Every operation is one or two MPI calls, whatever the size. Payloads are bytes: received data is never unpickled. Waiting ranks sleep between
+polls; a blocking MPI call would use a core while it waits.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 _SPIN_SECONDS = 0.001
 _LONGEST_SLEEP_SECONDS = 0.005
-# what asks the launcher to end all ranks is sent at once; Open MPI 4.1, already ending them, would keep this one for three seconds
+# the request to end all ranks is sent at once, but Open MPI 4.1, if it is already ending them, would block for 3 s
 _ABORT_SECONDS = 0.5
 
 
 class World:
-    """A duplicate of ``COMM_WORLD`` for the bootstrap's own collectives. Build it with `init_mpi`."""
+    """A duplicate of ``COMM_WORLD`` for the bootstrap's collectives. Create it with `init_mpi`."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self.comm = comm
@@ -40,7 +40,7 @@ class World:
         return bytes(data)
 
     def gather(self, payload: bytes) -> list[bytes]:
-        """Bring every rank's ``payload`` to rank 0, in rank order; the other ranks get an empty list. Collective."""
+        """Gather every rank's ``payload`` on rank 0, in rank order; other ranks get an empty list. Collective."""
         lengths = bytearray(8 * self.size)
         _wait(self.comm.Igather(bytearray(len(payload).to_bytes(8, "little")), lengths, 0))
         if self.rank:
@@ -53,7 +53,7 @@ class World:
         return [bytes(data[o : o + n]) for o, n in zip(offsets, counts, strict=True)]
 
     def barrier(self, seconds: float) -> bool:
-        """Wait until every rank has come here, but no longer than ``seconds``; tell whether all have. Collective."""
+        """Wait until every rank has reached the barrier, at most ``seconds``; return whether all have. Collective."""
         request = self.comm.Ibarrier()
         end = time.monotonic() + seconds
         while not request.Test():
@@ -63,20 +63,20 @@ class World:
         return True
 
     def duplicate(self) -> MPI.Intracomm:
-        """Return a communicator of the same ranks for somebody else's messages. Collective."""
+        """Return a communicator of the same ranks for another module's messages. Collective."""
         return self.comm.Dup()
 
     def abort(self, code: int) -> None:
-        """End all ranks now, with exit code ``code`` where the launcher hands it on. Does not return."""
+        """End all ranks with exit code ``code``, if the launcher passes it on. Does not return."""
         from dynamo_mpi.common.hard_exit import hard_exit_after
 
-        # an MPI that can't end its ranks is no reason to stay
+        # exit even if MPI can't end the ranks
         hard_exit_after(_ABORT_SECONDS, code)
         self.comm.Abort(code)
 
 
 def load_mpi_library() -> str:
-    """Import mpi4py without starting MPI, and return what its library says of itself.
+    """Import mpi4py without starting MPI, and return its library's version string.
 
     Raises:
         LaunchError: mpi4py is missing, or finds no MPI library.
@@ -84,9 +84,9 @@ def load_mpi_library() -> str:
     try:
         import mpi4py
 
-        # TensorRT-LLM sets it when it is imported; that is after MPI_Init here
+        # TensorRT-LLM sets it at import, which is after MPI_Init here
         os.environ.setdefault("OMPI_MCA_coll_ucc_enable", "0")
-        # we initialise MPI ourselves, once the launch is known to make sense
+        # this module starts MPI itself, after the launch has been checked
         mpi4py.rc.initialize = False
         mpi4py.rc.finalize = True
         from mpi4py import MPI
@@ -101,42 +101,42 @@ def load_mpi_library() -> str:
 
 
 def init_mpi(*, alone: bool = False, alone_on_node: bool = False) -> World:
-    """Start MPI and return the world. Collective; call it once per process.
+    """Start MPI and return the world. Collective; call it only once.
 
     Args:
-        alone: no launcher has started this rank.
-        alone_on_node: it is the only rank of its node.
+        alone: whether no launcher has started this rank.
+        alone_on_node: whether it is the only rank of its node.
 
     Raises:
-        LaunchError: the MPI library doesn't let several threads call it, which the engines need.
+        LaunchError: the MPI library doesn't support MPI_THREAD_MULTIPLE, which the engines need.
     """
     from mpi4py import MPI
 
     if alone:
-        # no launcher takes away the shared memory that Open MPI makes for neighbours: 16 MiB of /dev/shm would stay for each start
+        # without a launcher, Open MPI's shared memory for local ranks would remain: 16 MiB of /dev/shm per start
         os.environ.setdefault("OMPI_MCA_btl", "self")
     elif alone_on_node:
-        # the same of Open MPI 5 where the launcher kills the rank
+        # likewise with Open MPI 5 if the launcher kills the rank
         os.environ.setdefault("OMPI_MCA_btl", "^sm")
     if not MPI.Is_initialized():
         start_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise LaunchError(
             "the MPI library grants less than MPI_THREAD_MULTIPLE",
-            needed="an MPI built with thread support: the engine talks from a thread of its own",
+            needed="an MPI built with thread support: the engine uses MPI from a thread of its own",
             fix="use an Open MPI or MPICH built with --enable-mpi-threads / --enable-threads=multiple",
         )
     return World(MPI.COMM_WORLD.Dup())
 
 
 def start_mpi() -> None:
-    """Start MPI without holding Python's lock, as mpi4py does: MPI's start waits for every rank, and this one has to be able to leave."""
+    """Start MPI with the GIL released, unlike mpi4py: MPI_Init waits for every rank, and this rank must be able to exit meanwhile."""
     import ctypes
 
     from mpi4py import MPI
 
     try:
-        # the extension module is linked against the launcher's library, whichever that is
+        # mpi4py's extension module is linked against the MPI library, so its symbols are found through it
         start = ctypes.CDLL(MPI.__file__).MPI_Init_thread
     except (OSError, AttributeError):
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
@@ -145,16 +145,16 @@ def start_mpi() -> None:
         raise LaunchError(
             "MPI could not be started",
             needed="a launcher that goes with the MPI library",
-            fix="what the library says above; dynamo-mpi's README lists the combinations that were tested",
+            fix="see the library's messages above; dynamo-mpi's README lists the tested combinations",
         )
-    # what mpi4py does when it starts MPI itself
+    # mpi4py does this when it starts MPI itself
     for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
         communicator.Set_errhandler(MPI.ERRORS_RETURN)
     atexit.register(finalize_mpi)
 
 
 def finalize_mpi() -> None:
-    """End MPI where it was started. Waits for the other ranks; idempotent."""
+    """Finalize MPI if it was started. Waits for the other ranks; idempotent."""
     from mpi4py import MPI
 
     if MPI.Is_initialized() and not MPI.Is_finalized():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dynamo_mpi.common.backoff import News
+from dynamo_mpi.common.backoff import ReminderSchedule
 from dynamo_mpi.common.errors import (
     AuthorizationError,
     DiscoveryError,
@@ -112,7 +112,7 @@ class ReadinessWaiter:
         Raises:
             UsageError: several deployments could be meant, or the settings for etcd can't be used.
         """
-        outcome, reminders = self._outcome, News(*REMINDER_SECONDS)
+        outcome, reminders = self._outcome, ReminderSchedule(*REMINDER_SECONDS)
         try:
             while not self._is_ready():
                 if time.monotonic() >= self._end:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's life: rank 0, the others, the engine's runners, and the hooks that follow them."""
+"""The lifecycle of a rank: rank 0, the other ranks, the engine runners and the hooks."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which engine a worker runs: whether it can be started here, and what every rank has to build."""
+"""Chooses the engine of a worker: whether it can start here, and what every rank builds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def check_engine_installed(settings: Settings) -> None:
-    """Refuse an engine that can't be started here, unless its layout alone is to be checked.
+    """Check that the engine can be started here, unless only its layout is to be checked.
 
     Raises:
-        UsageError: what starts it isn't installed.
+        UsageError: its package isn't installed.
     """
     if settings.engine != "trtllm" or settings.preflight_only:
         return
@@ -31,7 +31,7 @@ def check_engine_installed(settings: Settings) -> None:
 
 
 def engine_spec(settings: Settings, plan: PreflightInputs) -> EngineSpec:
-    """Say which engine every rank has to build."""
+    """Return the spec of the engine that every rank must build."""
     config = plan.config
     return EngineSpec(
         engine=settings.engine,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's life with an engine of ours, from the verdict on: load on all ranks, prove, serve, and a bounded end."""
+"""Rank 0's lifecycle with an engine of this project after preflight: load on all ranks, warm up, serve, shut down."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.warmup import run_first_completion
 from dynamo_mpi.mpi.placement import describe_ranks
-from dynamo_mpi.runtime.follower import GO, abort_if_late, build_engine_shard, encode_error, load_engine_shard
+from dynamo_mpi.runtime.follower import CONTINUE, abort_if_late, build_engine_shard, encode_error, load_engine_shard
 from dynamo_mpi.runtime.ready_file import remove_ready_file
 from dynamo_mpi.runtime.serving import Registration, run, serve
 
@@ -32,42 +32,44 @@ _CLOSE_SECONDS = 10.0
 
 
 class EngineRunner:
-    """Leads one worker.
+    """Runs one worker on rank 0.
 
     Args:
-        worker: what rank 0's parts share.
-        signals: end the world until it serves, and once it has drained.
-        dismiss: releases the other ranks with this code, once all else is done.
+        worker: rank 0's shared objects.
+        signals: end the world before it serves and after it has drained.
+        release_ranks: called at the end with the exit code; releases the other ranks.
     """
 
-    def __init__(self, worker: WorkerContext, signals: ShutdownSignals, dismiss: Callable[[ExitCode], None]) -> None:
+    def __init__(
+        self, worker: WorkerContext, signals: ShutdownSignals, release_ranks: Callable[[ExitCode], None]
+    ) -> None:
         self._world, self._launch = worker.rank.world, worker.rank.launch
         self._phases, self._log = worker.rank.phases, worker.rank.log
-        self._settings, self._guard, self._cards = worker.settings, worker.guard, worker.cards
-        self._departure, self._signals, self._dismiss = worker.departure, signals, dismiss
+        self._settings, self._supervisor, self._reports = worker.settings, worker.supervisor, worker.reports
+        self._instance_lease, self._signals, self._release_ranks = worker.instance_lease, signals, release_ranks
         self._on_in_flight = worker.hooks.on_requests_in_flight
 
     def run(self, spec: EngineSpec, token_id: int, on_ready: Callable[[], None]) -> int:
-        """Live it, until SIGTERM or SIGINT.
+        """Run the worker until SIGTERM or SIGINT.
 
         Args:
-            spec: what to build; the other ranks have it as well.
-            token_id: a token to begin the proof with.
-            on_ready: called once requests are answered.
+            spec: the engine to build; the other ranks have the same.
+            token_id: the prompt of the warmup.
+            on_ready: called when the worker accepts requests.
 
         Returns:
-            The exit code, which every other rank has been told.
+            The exit code, which every other rank has received.
 
         Raises:
-            EngineError: the engine failed; the other ranks are somewhere inside it.
-            PhaseTimeoutError: the same, of one that is late.
+            EngineError: the engine failed; the other ranks may be inside one of its collectives.
+            PhaseTimeoutError: the engine exceeded a time limit; likewise.
         """
-        late = self._guard.deadline(self._settings.load_timeout, "not loaded", "--load-timeout")
-        with self._phases.enter("load"), late:
+        deadline = self._supervisor.deadline(self._settings.load_timeout, "not loaded", "--load-timeout")
+        with self._phases.enter("load"), deadline:
             code, engine = self._load(spec)
         if engine is None:
             return code
-        return self._lead(engine, token_id, on_ready)
+        return self._serve(engine, token_id, on_ready)
 
     def _load(self, spec: EngineSpec) -> tuple[ExitCode, Engine | None]:
         engine, error = build_engine_shard(spec, self._world.duplicate(), self._launch.local_size or self._world.size)
@@ -80,19 +82,19 @@ class EngineRunner:
         return code, engine if code is ExitCode.OK else None
 
     def _agree(self, error: Exception | None) -> ExitCode:
-        """Gather what went wrong anywhere, and tell all ranks to go on or to leave."""
-        with abort_if_late(error, self._guard.abort):
-            failures = failures_of(self._world.gather(encode_error(error)))
+        """Gather the ranks' errors, and let all ranks continue or stop."""
+        with abort_if_late(error, self._supervisor.abort):
+            failures = decode_failures(self._world.gather(encode_error(error)))
         if not failures:
-            self._world.broadcast(GO)
+            self._world.broadcast(CONTINUE)
             return ExitCode.OK
-        text, code = describe_failures(failures, self._cards)
+        text, code = describe_failures(failures, self._reports)
         self._log.error(text)
-        self._guard.write_failure_files(failures, text)
-        self._dismiss(code)
+        self._supervisor.write_failure_files(failures, text)
+        self._release_ranks(code)
         return code
 
-    def _lead(self, engine: Engine, token_id: int, on_ready: Callable[[], None]) -> int:
+    def _serve(self, engine: Engine, token_id: int, on_ready: Callable[[], None]) -> int:
         settings = self._settings
         registration = Registration(
             model_dir=str(settings.model),
@@ -106,11 +108,11 @@ class EngineRunner:
         )
         failures: list[BaseException] = []
         engine.on_failure(failures.append)
-        departure = self._departure
-        # what is in flight is told of the failure meanwhile
-        engine.on_failure(lambda _: threading.Thread(target=departure.revoke, daemon=True).start())
+        instance_lease = self._instance_lease
+        # in a thread, while the requests in flight get the error
+        engine.on_failure(lambda _: threading.Thread(target=instance_lease.revoke, daemon=True).start())
         engine.start()
-        watch = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._log)
+        monitor = RegistrationMonitor(settings.endpoint, os.environ, settings.probe_timeout, self._log)
         code = ExitCode.OK
         try:
             with self._phases.enter("warmup"):
@@ -121,20 +123,20 @@ class EngineRunner:
                         registration,
                         engine,
                         self._phases,
-                        watch,
-                        departure.resolve,
+                        monitor,
+                        instance_lease.resolve,
                         on_ready,
                         self._log,
                         self._signals.on_drain_request,
                         self._on_in_flight,
                     )
                 )
-            departure.revoke_leftover()
+            instance_lease.revoke_leftover()
         except (EngineError, PhaseTimeoutError):
-            # the ranks are somewhere inside the engine's collectives: nothing but an abort reaches them
+            # the ranks may be inside the engine's collectives: only an abort reaches them
             raise
         except DynamoMpiError as error:
-            self._guard.report_orderly_failure(error)
+            self._supervisor.report_orderly_failure(error)
             code = error.exit_code
         finally:
             remove_ready_file(settings.ready_file)
@@ -144,7 +146,7 @@ class EngineRunner:
                 raise EngineError(
                     f"the engine failed: {failures[0]}", fix="look at the ranks' logs, and start the worker again"
                 )
-            self._dismiss(code)
+            self._release_ranks(code)
         self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")
         return code
 
@@ -153,7 +155,7 @@ def close(engine: Engine, seconds: float) -> None:
     """Close the engine, which waits for the step that is running.
 
     Raises:
-        PhaseTimeoutError: it did not close within ``seconds``: a rank hangs in a step.
+        PhaseTimeoutError: the engine did not close within ``seconds``, because a rank hangs in a step.
     """
     closing = threading.Thread(target=engine.close, name="close", daemon=True)
     closing.start()
@@ -161,13 +163,13 @@ def close(engine: Engine, seconds: float) -> None:
     if closing.is_alive():
         raise PhaseTimeoutError(
             f"the engine did not stop within {seconds:g} s",
-            needed="ranks that still take part in its steps",
+            needed="all ranks must still execute its steps",
             fix="look for a rank that hangs; the world is ended now",
         )
 
 
-def failures_of(reports: Sequence[bytes]) -> list[Failure]:
-    """Read what ranks have answered of their loading."""
+def decode_failures(reports: Sequence[bytes]) -> list[Failure]:
+    """Decode the ranks' reports about loading."""
     failures = []
     for rank, report in enumerate(reports):
         if report:
@@ -176,8 +178,8 @@ def failures_of(reports: Sequence[bytes]) -> list[Failure]:
     return failures
 
 
-def describe_failures(failures: Sequence[Failure], cards: Sequence[RankReport]) -> tuple[str, ExitCode]:
-    """Write down which ranks could not load, and why, each reason once.
+def describe_failures(failures: Sequence[Failure], reports: Sequence[RankReport]) -> tuple[str, ExitCode]:
+    """Describe which ranks could not load, each reason once.
 
     Returns:
         The text, and the exit code of the lowest rank that failed.
@@ -185,5 +187,5 @@ def describe_failures(failures: Sequence[Failure], cards: Sequence[RankReport]) 
     groups: dict[tuple[int, str], list[int]] = {}
     for failure in failures:
         groups.setdefault((failure.exit_code, failure.text), []).append(failure.rank)
-    parts = [f"{describe_ranks(ranks, cards)}: {text}" for (_, text), ranks in groups.items()]
+    parts = [f"{describe_ranks(ranks, reports)}: {text}" for (_, text), ranks in groups.items()]
     return "error in load: " + "\n".join(parts), ExitCode(failures[0].exit_code)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks other than 0: answer rank 0's inquiry, hear the verdict, load, and take part in the engine's steps."""
+"""The lifecycle of ranks other than 0: answer preflight, receive its result, load, and execute the engine's steps."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
     from dynamo_mpi.telemetry.health_client import HealthClient
 
-# what rank 0 broadcasts begins with one byte that says how to read the rest
-STOP, GO = b"S", b"G"
-# of a life with TensorRT-LLM, what all ranks do together
-_SHARED = ("warmup", "serve", "drain")
-# ranks that go on reading their weights come to it after minutes, maybe: then there is no hurry, and nothing to agree on either
-_AGREE_SECONDS = 10.0
-PARTING_SECONDS = 20.0
-"""How long rank 0 waits for all ranks to come to their end; longer than it gives the engine to close."""
+# the first byte of rank 0's broadcasts
+STOP, CONTINUE = b"S", b"G"
+# with TensorRT-LLM, the phases that all ranks go through together
+_WORLD_PHASES = ("warmup", "serve", "drain")
+# without an error there is no limit: reading weights may take other ranks minutes
+_AGREEMENT_SECONDS = 10.0
+SHUTDOWN_SECONDS = 20.0
+"""How long rank 0 waits until all ranks have finished; longer than it waits for the engine to close."""
 
 
-def run_follower(context: RankContext, fault: InjectedFault | None = None, reporter: HealthClient | None = None) -> int:
+def run_follower(
+    context: RankContext, fault: InjectedFault | None = None, health_client: HealthClient | None = None
+) -> int:
     """Run a follower's part of the worker.
 
     Args:
-        context: this rank's.
-        fault: one on demand.
-        reporter: to the process that answers this node's probes, on the rank that has begun it.
+        context: this rank's context.
+        fault: an injected fault.
+        health_client: connection to this node's health server, on the rank that started it.
 
     Returns:
-        The exit code that rank 0 has told.
+        The exit code that rank 0 has sent.
     """
-    world, launch, phases, client, log = (
+    world, launch, phases, agent, log = (
         context.world,
         context.launch,
         context.phases,
@@ -65,47 +67,47 @@ def run_follower(context: RankContext, fault: InjectedFault | None = None, repor
         message = world.broadcast()
         if message[:1] == STOP:
             return message[1]
-    # before the verdict, every file that a rank opens counts
+    # imported after the preflight result, as every file that a rank opens before counts
     from dynamo_mpi.common.log_writer import log_writer
     from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
     from dynamo_mpi.supervisor.signal_thread import SignalThread, signals_of
 
-    meeting, packed = Rendezvous.unpack(message[1:])
-    log_writer.open_file(meeting.log_dir, meeting.label, world.rank)
+    rendezvous, packed = Rendezvous.unpack(message[1:])
+    log_writer.open_file(rendezvous.log_dir, rendezvous.label, world.rank)
     phases.on_phase(lambda name: log.debug(f"phase {name}"))
-    client.send(f"preflight_done {meeting.as_json()}")
-    lifeline = HeartbeatClient(meeting, world, phases, log, client)
-    # rank 0 leads the draining: a follower that left now would take the requests in flight with it; one that has not found rank 0 yet
-    # would wait for it in vain, if that has gone, and the launcher with it
-    client.uninstall_signal_handlers()
+    agent.send(f"preflight_done {rendezvous.as_json()}")
+    heartbeat = HeartbeatClient(rendezvous, world, phases, log, agent)
+    # rank 0 leads the drain: a follower that exited on a signal would fail the requests in flight. Not before the connection to rank 0: until
+    # then a signal must end this rank, as rank 0 may be gone
+    agent.uninstall_signal_handlers()
     signals = SignalThread(signals=signals_of(launch.launcher))
     spec = EngineSpec.unpack(packed)
-    if reporter is not None:
-        reporter.follow(lifeline, {"engine": spec.engine, "role": spec.role, "component": meeting.label})
+    if health_client is not None:
+        health_client.follow(heartbeat, {"engine": spec.engine, "role": spec.role, "component": rendezvous.label})
     if fault is not None:
-        fault.follow(lifeline)
-    signals.begin(partial(_pass_on, client, lifeline))
+        fault.follow(heartbeat)
+    signals.begin(partial(_forward_signal, agent, heartbeat))
     try:
-        stopped = _probe(world, spec, phases) if spec.probe else None
-        code = _follow(world, launch, spec, lifeline, phases) if stopped is None else stopped
-    except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
-        lifeline.report_failure(error)
+        stopped = _check_hardware(world, spec, phases) if spec.probe else None
+        code = _follow(world, launch, spec, heartbeat, phases) if stopped is None else stopped
+    except Exception as error:  # any error: the other ranks may be inside the engine's collectives
+        heartbeat.report_failure(error)
     with phases.enter("exit"):
-        # rank 0 looks after those that don't come
-        world.barrier(2 * PARTING_SECONDS)
+        # rank 0 reports ranks that don't reach this barrier
+        world.barrier(2 * SHUTDOWN_SECONDS)
     signals.close()
-    lifeline.close()
+    heartbeat.close()
     return code
 
 
-def _pass_on(client: NodeAgentClient, lifeline: HeartbeatClient, number: int) -> None:
-    client.send(f"signalled {number}")
-    lifeline.forward_signal(number)
+def _forward_signal(agent: NodeAgentClient, heartbeat: HeartbeatClient, number: int) -> None:
+    agent.send(f"signalled {number}")
+    heartbeat.forward_signal(number)
 
 
-def _probe(world: World, spec: EngineSpec, phases: PhaseTracker) -> int | None:
-    """Take part in the probes; return the exit code where rank 0 has found the hardware not to be as it has to be."""
+def _check_hardware(world: World, spec: EngineSpec, phases: PhaseTracker) -> int | None:
+    """Run this rank's part of the hardware checks; return the exit code if rank 0 refuses the hardware."""
     from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
     from dynamo_mpi.checks.run_hardware_checks import run_local
 
@@ -116,39 +118,41 @@ def _probe(world: World, spec: EngineSpec, phases: PhaseTracker) -> int | None:
     return message[1] if message[:1] == STOP else None
 
 
-def _follow(world: World, launch: LaunchInfo, spec: EngineSpec, lifeline: HeartbeatClient, phases: PhaseTracker) -> int:
+def _follow(
+    world: World, launch: LaunchInfo, spec: EngineSpec, heartbeat: HeartbeatClient, phases: PhaseTracker
+) -> int:
     if spec.engine == "trtllm":
-        return _follow_trtllm(world, lifeline, phases)
-    return _follow_engine(world, launch, spec, lifeline, phases)
+        return _follow_trtllm(world, heartbeat, phases)
+    return _follow_engine(world, launch, spec, heartbeat, phases)
 
 
-def _follow_trtllm(world: World, lifeline: HeartbeatClient, phases: PhaseTracker) -> int:
+def _follow_trtllm(world: World, heartbeat: HeartbeatClient, phases: PhaseTracker) -> int:
     from dynamo_mpi.runtime.trtllm_follower import follow_trtllm
 
-    # what TensorRT-LLM does on this rank is not ours to see, so it goes by what rank 0 says
-    lifeline.on_phase(partial(_keep_step, phases))
+    # what TensorRT-LLM does on this rank isn't visible, so the phase follows rank 0's
+    heartbeat.on_phase(partial(_follow_phase, phases))
     with phases.enter("load"):
-        follow_trtllm(world, lifeline)
+        follow_trtllm(world, heartbeat)
     return world.broadcast()[1]
 
 
-def _keep_step(phases: PhaseTracker, name: str) -> None:
-    if name in _SHARED and name != phases.current:
+def _follow_phase(phases: PhaseTracker, name: str) -> None:
+    if name in _WORLD_PHASES and name != phases.current:
         phases.begin(name)
 
 
 def _follow_engine(
-    world: World, launch: LaunchInfo, spec: EngineSpec, lifeline: HeartbeatClient, phases: PhaseTracker
+    world: World, launch: LaunchInfo, spec: EngineSpec, heartbeat: HeartbeatClient, phases: PhaseTracker
 ) -> int:
     with phases.enter("load"):
         comm = world.duplicate()
         engine, error = build_engine_shard(spec, comm, launch.local_size or world.size)
-        if message := _agree(world, lifeline, error):
+        if message := _agree_on_error(world, heartbeat, error):
             return message[1]
         if engine is not None:
             error = load_engine_shard(engine)
             phases.mark_local_done()
-            if message := _agree(world, lifeline, error):
+            if message := _agree_on_error(world, heartbeat, error):
                 return message[1]
     with phases.enter("serve"):
         if engine is not None:
@@ -156,26 +160,26 @@ def _follow_engine(
     return world.broadcast()[1]
 
 
-def _agree(world: World, lifeline: HeartbeatClient, error: Exception | None) -> bytes:
-    """Tell rank 0 how it went, and hear whether to stop: then what it has said, else nothing."""
-    with abort_if_late(error, lifeline.report_failure):
+def _agree_on_error(world: World, heartbeat: HeartbeatClient, error: Exception | None) -> bytes:
+    """Send rank 0 this rank's error, if any; return its message if it is STOP, otherwise nothing."""
+    with abort_if_late(error, heartbeat.report_failure):
         world.gather(encode_error(error))
     if error is not None:
-        lifeline.record(error)
+        heartbeat.record(error)
     message = world.broadcast()
     return message if message[:1] == STOP else b""
 
 
 @contextmanager
-def abort_if_late(error: Exception | None, fail: Callable[[Exception], object]) -> Iterator[None]:
-    """End the world by ``fail`` where the others don't come to hear of ``error`` soon: they may wait for this rank in what it has left."""
+def abort_if_late(error: Exception | None, abort: Callable[[Exception], object]) -> Iterator[None]:
+    """Call ``abort`` if the other ranks don't gather ``error`` in time: they may wait for this rank in a collective."""
     if error is None:
         yield
         return
-    # before the verdict, every file that a rank opens counts
+    # imported after the preflight result, as every file that a rank opens before counts
     import threading
 
-    timer = threading.Timer(_AGREE_SECONDS, fail, (error,))
+    timer = threading.Timer(_AGREEMENT_SECONDS, abort, (error,))
     timer.daemon = True
     timer.start()
     try:
@@ -187,13 +191,13 @@ def abort_if_late(error: Exception | None, fail: Callable[[Exception], object]) 
 def build_engine_shard(
     spec: EngineSpec, comm: MPI.Intracomm, local_size: int
 ) -> tuple[Engine | None, Exception | None]:
-    """Build this rank's part of the engine, on rank 0 as on any other.
+    """Build this rank's shard of the engine, on any rank.
 
-    Building and loading are agreed on apart: loading may be collective, and a rank that could not even build (a package is missing
-    on its node) would leave the others waiting there.
+    The ranks agree on building and on loading separately: loading may be collective, and if a rank could not build its shard (a package is
+    missing on its node), the others would wait for it there.
 
     Returns:
-        The engine, or else why there is none.
+        The engine, or the error.
     """
     try:
         return build_engine(spec, comm, local_size), None
@@ -202,7 +206,7 @@ def build_engine_shard(
 
 
 def load_engine_shard(engine: Engine) -> Exception | None:
-    """Load this rank's part, and return why it could not be loaded."""
+    """Load this rank's shard; return the error, if any."""
     try:
         engine.load()
     except Exception as error:
@@ -211,7 +215,7 @@ def load_engine_shard(engine: Engine) -> Exception | None:
 
 
 def encode_error(error: Exception | None) -> bytes:
-    """Return what to tell rank 0: nothing, or the exit code with the error."""
+    """Encode an error for rank 0: exit code and text, or nothing if there is none."""
     if error is None:
         return b""
     from dynamo_mpi.common.failure import describe_error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0: decides in the preflight, leads the engine, and is the one that Dynamo sees."""
+"""The lifecycle of rank 0: decides in preflight, leads the engine, and is the rank that registers with Dynamo."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from dynamo_mpi.discovery.registration_monitor import InstanceLease
 from dynamo_mpi.discovery.runtime_compat import check_runtime_can_use
 from dynamo_mpi.mpi.placement import hosts, ranks_by_host
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
-from dynamo_mpi.runtime.follower import GO, PARTING_SECONDS, STOP
-from dynamo_mpi.runtime.reach import let_runtime_be_reached, meeting_place
+from dynamo_mpi.runtime.follower import CONTINUE, SHUTDOWN_SECONDS, STOP
+from dynamo_mpi.runtime.reach import choose_rank0_address, set_runtime_address
 from dynamo_mpi.runtime.serving import export_runtime_env
 from dynamo_mpi.runtime.worker_context import WorkerContext
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks
@@ -51,11 +51,11 @@ _HOOK_SECONDS = 1.0
 
 
 class LeaderRank:
-    """Rank 0's life, phase by phase.
+    """Runs rank 0, phase by phase.
 
     Args:
-        context: rank 0's.
-        hooks: follow the worker's life.
+        context: rank 0's context.
+        hooks: the observers of the worker's lifecycle.
     """
 
     def __init__(self, context: RankContext, hooks: LeaderHooks) -> None:
@@ -63,26 +63,26 @@ class LeaderRank:
         self._world, self._phases, self._log = context.world, context.phases, context.log
         self._hooks = hooks
         self._preflight_seconds = 0.0
-        self._presence: RecordPublisher | None = None
-        self._guard: WorldSupervisor | None = None
+        self._record_publisher: RecordPublisher | None = None
+        self._supervisor: WorldSupervisor | None = None
         self._signals: ShutdownSignals | None = None
 
     def run(self) -> int:
-        """Run all of it.
+        """Run all phases.
 
         Returns:
-            The exit code, which every other rank has been told.
+            The exit code, which every other rank has received.
         """
         self._phases.on_phase(lambda name: self._log.debug(f"phase {name}"))
         try:
             code = self._run()
             self._hooks.on_exit(code)
             return code
-        except Exception as error:  # of any kind: the other ranks are somewhere inside the engine
-            if self._guard is None:
+        except Exception as error:  # any error: the other ranks may be inside the engine's collectives
+            if self._supervisor is None:
                 self._hooks.on_exit(describe_error(error)[1])
                 raise
-            self._guard.abort(error)
+            self._supervisor.abort(error)
 
     def _run(self) -> int:
         argv = self._context.argv
@@ -90,98 +90,102 @@ class LeaderRank:
             try:
                 settings = load_settings(argv, os.environ)
                 log_writer.open_file(str(settings.log_dir or ""), _label(settings), self._world.rank)
-                self._hooks.add_observers(settings)
+                self._hooks.add_status_hooks(settings)
                 check_engine_installed(settings)
                 settings = resolve_model_dir(settings, os.environ)
-                plan = load_inputs(settings, argv)
+                inputs = load_inputs(settings, argv)
             except DynamoMpiError as error:
                 return self._stop(f"error: {error}", error.exit_code)
-            cards = self._ask(plan, argv)
-            verdict = evaluate(plan, cards)
+            reports = self._collect_reports(inputs, argv)
+            result = evaluate(inputs, reports)
             self._preflight_seconds = self._phases.age
             if self._hooks.status is not None:
-                self._hooks.status.severities = tuple(finding.severity for finding in verdict.findings)
-            place: Choice | None = None
-            if verdict.exit_code is ExitCode.OK:
+                self._hooks.status.severities = tuple(finding.severity for finding in result.findings)
+            rank0_address: Choice | None = None
+            if result.exit_code is ExitCode.OK:
                 try:
-                    place = meeting_place(cards, settings.liveness_network)
+                    rank0_address = choose_rank0_address(reports, settings.liveness_network)
                 except DynamoMpiError as error:
                     return self._stop(f"error: {error}", error.exit_code)
-            if verdict.exit_code is not ExitCode.OK or settings.preflight_only:
-                return self._stop(verdict.report, verdict.exit_code)
-            self._log.info(verdict.report)
-            if place is not None:
-                self._log.info(place.line)
-                settings = replace(settings, kv_network=settings.kv_network or place.network or None)
+            if result.exit_code is not ExitCode.OK or settings.preflight_only:
+                return self._stop(result.report, result.exit_code)
+            self._log.info(result.report)
+            if rank0_address is not None:
+                self._log.info(rank0_address.line)
+                settings = replace(settings, kv_network=settings.kv_network or rank0_address.network or None)
             try:
                 endpoints = check_connectivity(os.environ, settings.request_plane, settings.probe_timeout)
                 for line in check_runtime_can_use(endpoints, EtcdAuth.from_env(os.environ)):
                     self._log.warning(line)
                 export_runtime_env(endpoints)
-                let_runtime_be_reached(place, endpoints, os.environ)
+                set_runtime_address(rank0_address, endpoints, os.environ)
                 self._hooks.assign_runtime_port(settings)
-                check_frontend_can_load(settings.model, plan.inquiry.files[0].content)
-                signals = self._appear(settings, verdict, cards)
-                guard = self._guard_with(settings, cards, place.address if place else "")
+                check_frontend_can_load(settings.model, inputs.inquiry.files[0].content)
+                signals = self._publish_record(settings, result, reports)
+                supervisor = self._start_supervisor(settings, reports, rank0_address.address if rank0_address else "")
             except DynamoMpiError as error:
                 return self._stop(f"error: {error}", error.exit_code)
             for line in skipped_checks(settings, self._world.size):
                 self._log.info(line)
             for line in obsolete(settings):
                 self._log.warning(line)
-            probes = plan_hardware_checks(settings, verdict.subject.layout, ranks_by_host(cards))
-            spec = engine_spec(settings, plan)._replace(probe=probes.pack() if probes else "")
-            self._world.broadcast(GO + guard.rendezvous.pack(spec.pack()))
-        if spec.probe and (refused := self._probe(settings, verdict, spec, cards, guard)):
-            guard.close()
+            hardware_checks = plan_hardware_checks(settings, result.subject.layout, ranks_by_host(reports))
+            spec = engine_spec(settings, inputs)._replace(probe=hardware_checks.pack() if hardware_checks else "")
+            self._world.broadcast(CONTINUE + supervisor.rendezvous.pack(spec.pack()))
+        if spec.probe and (refused := self._check_hardware(settings, result, spec, reports, supervisor)):
+            supervisor.close()
             return refused
-        worker = WorkerContext(self._context, settings, guard, self._hooks, cards, self._departure(settings))
+        worker = WorkerContext(
+            self._context, settings, supervisor, self._hooks, reports, self._instance_lease(settings)
+        )
         if settings.engine == "trtllm":
-            code = self._lead_trtllm(worker, plan)
+            code = self._lead_trtllm(worker, inputs)
         else:
             from dynamo_mpi.runtime.engine_runner import EngineRunner
 
-            leader = EngineRunner(worker, signals, self._dismiss)
-            code = leader.run(spec, plan.shape.bos_token_id or 0, partial(self._announce, settings))
-        guard.close()
+            runner = EngineRunner(worker, signals, self._release_ranks)
+            code = runner.run(spec, inputs.shape.bos_token_id or 0, partial(self._on_ready, settings))
+        supervisor.close()
         return code
 
-    def _probe(
+    def _check_hardware(
         self,
         settings: Settings,
-        verdict: PreflightResult,
+        result: PreflightResult,
         spec: EngineSpec,
-        cards: Sequence[RankReport],
-        guard: WorldSupervisor,
+        reports: Sequence[RankReport],
+        supervisor: WorldSupervisor,
     ) -> ExitCode:
-        """Ask the hardware, with all ranks, and tell them whether to go on."""
+        """Run the hardware checks with all ranks, and let them continue or stop."""
         from dynamo_mpi.checks.hardware import EvaluationInput
         from dynamo_mpi.checks.run_hardware_checks import run_hardware_checks
 
         with self._phases.enter("hardware_check"):
-            case = EvaluationInput(
-                HardwareCheckPlan.unpack(spec.probe), cards, verdict.subject.cluster.gpu, verdict.weights
+            evaluation_input = EvaluationInput(
+                HardwareCheckPlan.unpack(spec.probe), reports, result.subject.cluster.gpu, result.weights
             )
-            report = run_hardware_checks(self._world, case, guard, os.environ, strict=settings.probe_strict)
+            report = run_hardware_checks(
+                self._world, evaluation_input, supervisor, os.environ, strict=settings.probe_strict
+            )
             self._phases.mark_local_done()
             if (error := report.error) is not None:
-                guard.report_orderly_failure(error)
-                self._dismiss(error.exit_code)
+                supervisor.report_orderly_failure(error)
+                self._release_ranks(error.exit_code)
                 return error.exit_code
             self._log.info(report.text)
             self._hooks.on_hardware_checked(report.figures)
-            self._world.broadcast(GO)
+            self._world.broadcast(CONTINUE)
         return ExitCode.OK
 
-    def _guard_with(self, settings: Settings, cards: Sequence[RankReport], address: str) -> WorldSupervisor:
-        """Begin to watch over the ranks, which learn where from it: at ``address``, or at the host's own."""
+    def _start_supervisor(self, settings: Settings, reports: Sequence[RankReport], address: str) -> WorldSupervisor:
+        """Start the supervisor, which listens at ``address`` or, if that is empty, at the host's own address."""
         from dynamo_mpi.supervisor.failure_files import remove_stale_failure_files
         from dynamo_mpi.supervisor.supervisor import SupervisorConfig, WorldSupervisor
 
         label = _label(settings)
-        if trouble := remove_stale_failure_files(settings.failure_dir, label):
-            self._log.warning(trouble)
-        terms = SupervisorConfig(
+        if problem := remove_stale_failure_files(settings.failure_dir, label):
+            self._log.warning(problem)
+        config = SupervisorConfig(
             settings.liveness_network,
             settings.heartbeat_timeout,
             str(settings.failure_dir or ""),
@@ -189,45 +193,49 @@ class LeaderRank:
             str(settings.log_dir or ""),
             address,
         )
-        self._guard = guard = WorldSupervisor(self._context, cards, terms, self._hooks)
-        self._hooks.add_watchers(settings, guard, self._preflight_seconds)
-        return guard
+        self._supervisor = supervisor = WorldSupervisor(self._context, reports, config, self._hooks)
+        self._hooks.add_supervision_hooks(settings, supervisor, self._preflight_seconds)
+        return supervisor
 
-    def _appear(self, settings: Settings, verdict: PreflightResult, cards: Sequence[RankReport]) -> ShutdownSignals:
-        """Publish the world record, and compare it with the peers that came first."""
-        # after the verdict: a layout that can't be is refused without it
+    def _publish_record(
+        self, settings: Settings, result: PreflightResult, reports: Sequence[RankReport]
+    ) -> ShutdownSignals:
+        """Publish the worker record, and compare it with those of earlier peers."""
+        # imported after the preflight result: a refused layout doesn't need it
         from dynamo_mpi.runtime.worker_record import record_of
         from dynamo_mpi.supervisor.shutdown_signals import ShutdownSignals
         from dynamo_mpi.supervisor.signal_thread import signals_of
 
-        self._presence = self._hooks.add_record(settings, record_of(settings, verdict.subject, cards, self._phases))
-        # from here on the main thread may sit in the engine
+        self._record_publisher = self._hooks.add_record_hooks(
+            settings, record_of(settings, result.subject, reports, self._phases)
+        )
+        # from here on the main thread may block in the engine
         self._context.agent.uninstall_signal_handlers()
         launcher = self._context.launch.launcher
-        self._signals = signals = ShutdownSignals(self._hurry, signals_of(launcher), self._note_signal)
-        self._presence.publish(settings, os.environ)
+        self._signals = signals = ShutdownSignals(self._terminate_now, signals_of(launcher), self._note_signal)
+        self._record_publisher.publish(settings, os.environ)
         return signals
 
     def _note_signal(self, number: int) -> None:
         self._context.agent.send(f"signalled {number}")
 
-    def _departure(self, settings: Settings) -> InstanceLease:
-        departure = InstanceLease(settings.endpoint, os.environ, self._hooks.on_registered)
-        self._hooks.add(departure)
-        return departure
+    def _instance_lease(self, settings: Settings) -> InstanceLease:
+        instance_lease = InstanceLease(settings.endpoint, os.environ, self._hooks.on_registered)
+        self._hooks.add(instance_lease)
+        return instance_lease
 
-    def _hurry(self, number: int) -> None:
-        if self._guard is not None:
-            self._guard.abort(TerminatedBySignal(number), of_signal(number))
-        # nothing that fails here may keep the world from its end
+    def _terminate_now(self, number: int) -> None:
+        if self._supervisor is not None:
+            self._supervisor.abort(TerminatedBySignal(number), of_signal(number))
+        # an error here must not prevent the abort
         run_suppressed(partial(self._context.agent.send, "reported"))
         self._hooks.on_exit(of_signal(number))
         self._world.abort(of_signal(number))
 
-    def _ask(self, plan: PreflightInputs, argv: Sequence[str]) -> list[RankReport]:
-        self._world.broadcast(GO + plan.inquiry.pack())
+    def _collect_reports(self, inputs: PreflightInputs, argv: Sequence[str]) -> list[RankReport]:
+        self._world.broadcast(CONTINUE + inputs.inquiry.pack())
         answers = self._world.gather(
-            collect_rank_report(plan.inquiry, self._context.launch, argv, self._context.mpi_version).pack()
+            collect_rank_report(inputs.inquiry, self._context.launch, argv, self._context.mpi_version).pack()
         )
         return [RankReport.unpack(answer) for answer in answers]
 
@@ -239,36 +247,36 @@ class LeaderRank:
             )
             self._hooks.on_failure(WorldFailure((failure,), self._log.host, text))
             self._hooks.wait(time.monotonic() + _HOOK_SECONDS)
-        self._dismiss(code)
+        self._release_ranks(code)
         return code
 
-    def _dismiss(self, code: ExitCode) -> None:
-        """Tell the others to leave. Before it comes all that rank 0 has to do, since the first to leave may take it along."""
+    def _release_ranks(self, code: ExitCode) -> None:
+        """Let the other ranks exit. Everything else must be done before, as the launcher may end rank 0 when the first rank exits."""
         if self._signals is not None:
             self._signals.close()
         self._hooks.on_shutdown(code)
         message = STOP + bytes([code])
-        if self._guard is None:
+        if self._supervisor is None:
             self._world.broadcast(message)
             return
-        # a rank that doesn't come can be named only as long as all are watched
-        with self._guard.deadline(PARTING_SECONDS, "not all ranks have come to their end", code=int(code) or None):
+        # while the supervisor runs, it can name a rank that doesn't finish
+        with self._supervisor.deadline(SHUTDOWN_SECONDS, "not all ranks have finished", code=int(code) or None):
             self._world.broadcast(message)
-            self._world.barrier(2 * PARTING_SECONDS)
+            self._world.barrier(2 * SHUTDOWN_SECONDS)
 
-    def _lead_trtllm(self, worker: WorkerContext, plan: PreflightInputs) -> int:
+    def _lead_trtllm(self, worker: WorkerContext, inputs: PreflightInputs) -> int:
         from dynamo_mpi.runtime.trtllm_runner import TrtllmRunner
 
-        gpus_per_node = plan.config.gpus_per_node or len(worker.cards) // len(hosts(worker.cards))
-        leader = TrtllmRunner(worker, gpus_per_node, plan.shape.bos_token_id or 0)
-        code = leader.run(partial(self._announce, worker.settings))
-        self._dismiss(code)
+        gpus_per_node = inputs.config.gpus_per_node or len(worker.reports) // len(hosts(worker.reports))
+        runner = TrtllmRunner(worker, gpus_per_node, inputs.shape.bos_token_id or 0)
+        code = runner.run(partial(self._on_ready, worker.settings))
+        self._release_ranks(code)
         self._log.info(f"exit: {'done' if code is ExitCode.OK else f'code {int(code)}'} after {self._phases.age:.1f} s")
         return code
 
-    def _announce(self, settings: Settings) -> None:
+    def _on_ready(self, settings: Settings) -> None:
         seconds = self._phases.durations
-        # TensorRT-LLM's worker registers before it can be proven
+        # TensorRT-LLM's worker registers before its first completion
         spans = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("load", "warmup", "register") if name in seconds)
         self._log.info(
             f"ready: {settings.served_model_name} at {settings.endpoint} after {self._phases.age:.1f} s "
@@ -278,10 +286,10 @@ class LeaderRank:
 
 
 def _label(settings: Settings) -> str:
-    """Return how files of this worker's ranks are called."""
+    """Return the name prefix of the files of this worker's ranks."""
     return settings.endpoint.removeprefix("dyn://").split(".")[1]
 
 
-def run_leader(context: RankContext, reporter: HealthClient | None, notifier: SystemdNotifier | None) -> int:
-    """Run rank 0's part of the worker, and return the exit code. See `LeaderRank`."""
-    return LeaderRank(context, LeaderHooks(context, reporter, notifier)).run()
+def run_leader(context: RankContext, health_client: HealthClient | None, notifier: SystemdNotifier | None) -> int:
+    """Run rank 0 and return the exit code. See `LeaderRank`."""
+    return LeaderRank(context, LeaderHooks(context, health_client, notifier)).run()

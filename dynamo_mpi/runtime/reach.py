@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where rank 0 of a world on several hosts is reached, and what the Dynamo runtime is to publish. On rank 0, after the inquiry."""
+"""Rank 0's address on several hosts and what the Dynamo runtime must publish. On rank 0, during preflight."""
 
 from __future__ import annotations
 
@@ -25,52 +25,52 @@ _ETCD_PORT = 2379
 _EVERYWHERE = ("0.0.0.0/0", "::/0")
 
 
-def meeting_place(cards: Sequence[RankReport], setting: str | None) -> Choice | None:
-    """Return where rank 0 is reached; None where all ranks are on one host, or where their hosts' networks aren't known.
+def choose_rank0_address(reports: Sequence[RankReport], setting: str | None) -> Choice | None:
+    """Return rank 0's address; None if all ranks are on one host, or if the hosts' networks aren't known.
 
     Args:
-        cards: of all ranks.
+        reports: the reports of all ranks.
         setting: ``--liveness-network``.
 
     Raises:
-        UsageError: there is no such place.
+        UsageError: there is no address that all hosts can reach.
     """
-    known = [HostNetworks.unpack(card.host, card.networks) for card in cards if card.networks]
-    known.sort(key=lambda host: host.host != cards[0].host)
+    known = [HostNetworks.unpack(report.host, report.networks) for report in reports if report.networks]
+    known.sort(key=lambda host: host.host != reports[0].host)
     hosts = distinct(known)
-    if len(hosts) < 2 or hosts[0].host != cards[0].host:
+    if len(hosts) < 2 or hosts[0].host != reports[0].host:
         return None
     return choose(hosts, known_address(), setting)
 
 
-def let_runtime_be_reached(choice: Choice | None, etcd: Sequence[str], environ: MutableMapping[str, str]) -> None:
-    """Tell the Dynamo runtime at which address of this host frontends reach it, unless the user has, or it finds one by itself.
+def set_runtime_address(choice: Choice | None, etcd: Sequence[str], environ: MutableMapping[str, str]) -> None:
+    """Set the address of this host at which frontends reach the Dynamo runtime, unless the user has set it or the runtime finds it.
 
-    By itself it takes the address of the default route, or of any interface; on a host that has loopback alone it ends instead.
+    By itself the runtime takes the address of the default route, or of any interface; on a host with loopback alone it exits.
 
     Args:
-        choice: `meeting_place`'s.
-        etcd: the endpoints. A process that uses this worker also uses etcd: where that is in another network, so is the address.
-        environ: this process's; what it starts inherits it.
+        choice: the result of `choose_rank0_address`.
+        etcd: etcd's endpoints. Clients of this worker also use etcd: if etcd is in another network, the address is taken from that network.
+        environ: this process's environment variables; child processes inherit them.
     """
-    own = host_networks()
-    if next(usable(own), None) is None:
-        wanted = {_RPC_HOST: LOOPBACK, _STREAM_HOST: LOOPBACK_INTERFACE}
-    elif choice is not None or not set(_EVERYWHERE) & set(own.routes):
-        wanted = {_RPC_HOST: in_url(_published(choice, own, etcd))}
+    networks = host_networks()
+    if next(usable(networks), None) is None:
+        variables = {_RPC_HOST: LOOPBACK, _STREAM_HOST: LOOPBACK_INTERFACE}
+    elif choice is not None or not set(_EVERYWHERE) & set(networks.routes):
+        variables = {_RPC_HOST: in_url(_published(choice, networks, etcd))}
     else:
-        wanted = {}
-    for name, value in wanted.items():
+        variables = {}
+    for name, value in variables.items():
         if not environ.get(name):
             environ[name] = value
 
 
-def _published(choice: Choice | None, own: HostNetworks, etcd: Sequence[str]) -> str:
-    here = {str(address.ip) for _, address in usable(own)}
+def _published(choice: Choice | None, networks: HostNetworks, etcd: Sequence[str]) -> str:
+    local_addresses = {str(address.ip) for _, address in usable(networks)}
     for family, address in _resolved(etcd):
         source = source_address(family, address)
-        # loopback tells nothing of where frontends are
-        if source in here:
+        # loopback does not show in which network the frontends are
+        if source in local_addresses:
             near = choice is not None and choice.network and ip_address(address) in ip_network(choice.network)
             return choice.address if choice is not None and near else source
     return host_address(None, "") if choice is None else choice.address
@@ -81,8 +81,8 @@ def _resolved(etcd: Sequence[str]) -> list[tuple[int, str]]:
     for endpoint in etcd:
         try:
             host = read_address(endpoint, _ETCD_PORT, ("http", "https"), "ETCD_ENDPOINTS").host
-            places = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+            addresses = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
         except (DynamoMpiError, OSError, UnicodeError):
             continue
-        found += [(int(family), str(place[0])) for family, _, _, _, place in places]
+        found += [(int(family), str(address[0])) for family, _, _, _, address in addresses]
     return found

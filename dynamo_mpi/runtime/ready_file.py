@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ready file: there as long as the worker answers requests, for scripts."""
+"""The ready file, which exists while the worker accepts requests, for scripts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class ReadyFile(WorkerHook):
-    """Writes it once the worker is ready, and removes it when that ends.
+    """Writes the ready file when the worker is ready, and removes it when it is not any more.
 
     Args:
-        context: rank 0's.
-        settings: the worker's; they name the file.
-        preflight_seconds: from the start to the end of the preflight.
-        system: URL of /health, /live and /metrics; None where they aren't served.
+        context: rank 0's context.
+        settings: the worker's settings; they name the file.
+        preflight_seconds: seconds from the start to the end of preflight.
+        system: URL of /health, /live and /metrics; None if they aren't served.
     """
 
     def __init__(self, context: RankContext, settings: Settings, preflight_seconds: float, system: str | None) -> None:
@@ -33,7 +33,7 @@ class ReadyFile(WorkerHook):
         self._preflight_seconds, self._system = preflight_seconds, system
 
     def on_ready(self) -> None:
-        """Write it, in one step: a reader finds all of it or none."""
+        """Write the file atomically."""
         path, phases = self._settings.ready_file, self._context.phases
         if path is None:
             return
@@ -57,20 +57,20 @@ class ReadyFile(WorkerHook):
             self._context.log.warning(f"the ready file {path} can't be written: {error.strerror}")
 
     def on_failure_detected(self) -> None:
-        """Remove it."""
+        """Remove the file."""
         remove_ready_file(self._settings.ready_file)
 
     def on_shutdown(self, code: int) -> None:
-        """Remove it."""
+        """Remove the file."""
         remove_ready_file(self._settings.ready_file)
 
     def on_exit(self, code: int) -> None:
-        """Remove it."""
+        """Remove the file."""
         remove_ready_file(self._settings.ready_file)
 
 
 def remove_ready_file(path: Path | None) -> None:
-    """Remove the ready file: also one that a run before this one, which was killed, has left."""
+    """Remove the ready file, also one that an earlier, killed run has left."""
     if path is not None:
         with contextlib.suppress(OSError):
             path.unlink()

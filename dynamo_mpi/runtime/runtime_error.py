@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Dynamo runtime's errors mean: it has no finer type for any of its troubles than their text. Pure."""
+"""Classifies errors of the Dynamo runtime by their text: it has no finer exception types. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoM
 
 
 def runtime_error(error: BaseException) -> DynamoMpiError:
-    """Return our error for one of the runtime's."""
+    """Return the `DynamoMpiError` for an error of the runtime."""
     text = " ".join(str(error).split())
     if "environment variable" in text:
         return UsageError(f"the Dynamo runtime can't read its environment: {text}", fix="correct that DYN_* variable")
@@ -29,11 +29,11 @@ def runtime_error(error: BaseException) -> DynamoMpiError:
     ):
         return AuthorizationError(
             f"the Dynamo runtime was refused: {text}",
-            needed="credentials that etcd (and NATS, where it is used) accept",
+            needed="credentials that etcd (and NATS, if it is used) accept",
             fix="correct ETCD_AUTH_* or NATS_AUTH_*",
         )
     return DiscoveryError(
         f"the Dynamo runtime could not register the worker: {text}",
-        needed="etcd (and NATS, where it is used) that answer and accept the credentials",
-        fix="look at etcd; ETCD_ENDPOINTS and ETCD_AUTH_* say how the runtime finds it",
+        needed="etcd (and NATS, if it is used) must answer and accept the credentials",
+        fix="check etcd; the runtime uses ETCD_ENDPOINTS and ETCD_AUTH_*",
     )

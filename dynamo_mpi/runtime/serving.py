@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worker's time in Dynamo: register, serve, drain.
+"""The worker as a Dynamo endpoint: register, serve, drain.
 
-A ``serve_endpoint`` that returns by itself means that the runtime has lost its lease and shut down, without an error: here it
-becomes one, since a worker that nobody can find must not look like one that has finished. What the runtime doesn't notice, the watch
-over the registration does.
+If ``serve_endpoint`` returns by itself, the runtime has lost its lease and shut down without an error. This module raises one, because a
+worker that is no longer registered must not exit as if it had finished. The registration monitor detects what the runtime doesn't notice.
 """
 
 from __future__ import annotations
@@ -33,27 +32,27 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
 
 _T = TypeVar("_T")
-# what an end takes beside its drain: the deregistration, the engine's last step, the ranks' parting
+# a shutdown's time besides the drain: deregistration, the engine's last step, the ranks' last barrier
 _END_SECONDS = 30.0
-_LOOK_SECONDS = 0.02
-# time for frontends to see that the instance has gone, before its last requests are counted
-_FAREWELL_SECONDS = 0.2
+_POLL_SECONDS = 0.02
+# frontends need this time to notice the deregistration; after it the last requests have arrived
+_PROPAGATION_SECONDS = 0.2
 _SHUTDOWN_SECONDS = 5.0
 _REGISTER_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Registration:
-    """How the worker appears in Dynamo.
+    """The worker's registration in Dynamo.
 
     Args:
-        model_dir: folder with config.json and the tokenizer's files.
-        served_model_name: what clients ask for.
+        model_dir: directory with config.json and the tokenizer's files.
+        served_model_name: the model name that clients use.
         endpoint: ``dyn://namespace.component.endpoint``.
         request_plane: ``"tcp"`` or ``"nats"``.
         discovery_backend: ``"etcd"``.
         health_token_id: a token for the runtime's own health checks.
-        drain_timeout: seconds for requests in flight after a signal.
+        drain_timeout: seconds that requests in flight may take after a signal.
         role: ``"agg"``, ``"prefill"`` or ``"decode"``.
     """
 
@@ -68,7 +67,7 @@ class Registration:
 
 
 def health_payload(token_id: int) -> dict[str, Any]:
-    """Return the request by which the runtime asks whether the engine still makes tokens: without one, ``/health`` never turns ready."""
+    """Return the runtime's health check request: without one, ``/health`` never becomes ready."""
     return {
         "token_ids": [token_id],
         "stop_conditions": {"max_tokens": 1, "ignore_eos": True},
@@ -81,25 +80,25 @@ async def serve(
     registration: Registration,
     engine: Engine,
     phases: PhaseTracker,
-    watch: RegistrationMonitor,
+    monitor: RegistrationMonitor,
     on_registered: Callable[[int], object],
     on_ready: Callable[[], None],
     log: RankLogger,
-    expect_stop: Callable[[Callable[[int], object]], object],
+    on_drain_request: Callable[[Callable[[int], object]], object],
     on_in_flight: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Register ``engine`` with Dynamo, and serve until SIGTERM, SIGINT, SIGUSR1 or a little before the end of the job's time; then drain.
+    """Register ``engine`` with Dynamo, serve until SIGTERM, SIGINT, SIGUSR1 or shortly before the job's time limit, then drain.
 
     Args:
-        registration: how it appears.
-        engine: started and proven.
-        phases: gets ``register``, ``serve`` and ``drain``.
-        watch: over the registration.
-        on_registered: called from a thread with the instance's id, as soon as it is in discovery.
-        on_ready: called once requests are answered.
+        registration: the registration's data.
+        engine: the engine, started and warmed up.
+        phases: records ``register``, ``serve`` and ``drain``.
+        monitor: monitors the registration.
+        on_registered: called from a thread with the instance's id after it is registered.
+        on_ready: called when requests are accepted.
         log: the worker's log.
-        expect_stop: called with what to call, from any thread, with the signal that asks for the drain.
-        on_in_flight: called with the number of requests in flight: at first, and when it changes.
+        on_drain_request: registers the function that is called, from any thread, with the signal that requests the drain.
+        on_in_flight: called with the number of requests in flight, initially and at each change.
 
     Raises:
         EngineError: the engine failed.
@@ -118,27 +117,27 @@ async def serve(
 
     reasons: list[str] = []
 
-    def ask_to_stop(number: int) -> None:
+    def request_drain(number: int) -> None:
         if number == signal.SIGUSR1 and not stop.done() and not reasons:
             log.info(TIME_LIMIT_REACHED)
         _from_thread(loop, stop, number)
 
-    def end_for(reason: str) -> None:
+    def drain_because(reason: str) -> None:
         if not stop.done():
             log.info(reason)
         reasons.append(reason)
-        # by a signal, so that the next one is the second
+        # as a signal, so that the next signal counts as the second
         os.kill(os.getpid(), signal.SIGUSR1)
-        # which not every launch takes
+        # directly too, as not every launch handles SIGUSR1
         _from_thread(loop, stop, signal.SIGUSR1)
 
-    expect_stop(ask_to_stop)
+    on_drain_request(request_drain)
 
     with phases.enter("register"):
         try:
             runtime = DistributedRuntime(loop, registration.discovery_backend, registration.request_plane)
             endpoint = runtime.endpoint(registration.endpoint)
-        except Exception as error:  # the runtime has no finer type for any of its troubles
+        except Exception as error:  # the runtime has no finer exception types
             raise runtime_error(error) from error
         serving = asyncio.ensure_future(
             endpoint.serve_endpoint(
@@ -150,60 +149,60 @@ async def serve(
         )
         registering = asyncio.ensure_future(_register_model(registration, engine, endpoint))
         await _first_of(registering, serving, failed, stop, timeout=_REGISTER_SECONDS)
-        trouble = _trouble(registering, serving)
-        if trouble is not None or not (registering.done() or failed.done() or stop.done()):
+        failure = _first_exception(registering, serving)
+        if failure is not None or not (registering.done() or failed.done() or stop.done()):
             registering.cancel()
-            await _end(runtime, serving)
-            raise runtime_error(trouble or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from trouble
+            await _shut_down(runtime, serving)
+            raise runtime_error(failure or TimeoutError(f"no answer within {_REGISTER_SECONDS:g} s")) from failure
     if registering.done() and not stop.done() and not failed.done():
         await asyncio.to_thread(on_registered, endpoint.connection_id())
-        watch.start(endpoint.connection_id(), partial(_from_thread, loop, lost))
+        monitor.start(endpoint.connection_id(), partial(_from_thread, loop, lost))
         on_ready()
     needed = registration.drain_timeout + _END_SECONDS
-    forget_time = schedule_drain(os.environ, needed, end_for, log.warning)
+    cancel_drain = schedule_drain(os.environ, needed, drain_because, log.warning)
     with phases.enter("serve"):
         await _first_of(serving, failed, stop, lost)
-        forget_time()
+        cancel_drain()
         registering.cancel()
-        # before we deregister ourselves: it would take that for somebody else's doing
-        await asyncio.to_thread(watch.stop)
+        # before the deregistration, which the monitor would take for a foreign one
+        await asyncio.to_thread(monitor.stop)
         if failed.done():
             await _deregister(endpoint)
-            await _cut_off(handler, log)
-            await _end(runtime, serving)
+            await _cancel_in_flight(handler, log)
+            await _shut_down(runtime, serving)
             raise _engine_error("while serving", failed.result())
         if serving.done() and not (stop.done() or lost.done()):
             await _deregister(endpoint)
-            if (trouble := _trouble(serving)) is not None:
-                raise runtime_error(trouble) from trouble
+            if (failure := _first_exception(serving)) is not None:
+                raise runtime_error(failure) from failure
             raise lease_error(
-                await asyncio.to_thread(watch.lost_lease_reason) or "the Dynamo runtime has ended by itself"
+                await asyncio.to_thread(monitor.lost_lease_reason) or "the Dynamo runtime has ended by itself"
             )
     with phases.enter("drain"):
         loss = lost.result() if lost.done() and not stop.done() else None
-        # without a lease there is nothing to take out
+        # without a lease there is nothing to deregister
         gone = loss is not None or await _deregister(endpoint)
         how = "deregistered" if gone else "not deregistered, etcd does not answer: its keys go when the lease ends"
         if loss is not None:
             how = "this worker's lease is lost"
         log.info(f"drain: {how}, {handler.in_flight} requests in flight")
-        await asyncio.sleep(_FAREWELL_SECONDS)
+        await asyncio.sleep(_PROPAGATION_SECONDS)
         drained = asyncio.ensure_future(_drained(handler, engine, registration.drain_timeout))
         await _first_of(drained, failed)
         drained.cancel()
-        await _cut_off(handler, log)
-        await _end(runtime, serving)
+        await _cancel_in_flight(handler, log)
+        await _shut_down(runtime, serving)
         if failed.done():
             raise _engine_error("while draining", failed.result())
         if loss is not None:
             raise loss
 
 
-async def _cut_off(handler: RequestHandler, log: RankLogger) -> None:
+async def _cancel_in_flight(handler: RequestHandler, log: RankLogger) -> None:
     if handler.in_flight:
         log.info(f"{handler.in_flight} requests are cut off")
         handler.cancel_all()
-        await handler.wait_quiet(_FAREWELL_SECONDS * 5)
+        await handler.wait_idle(_PROPAGATION_SECONDS * 5)
 
 
 def _engine_error(when: str, cause: BaseException) -> EngineError:
@@ -213,28 +212,28 @@ def _engine_error(when: str, cause: BaseException) -> EngineError:
 
 
 async def _drained(handler: RequestHandler, engine: Engine, seconds: float) -> None:
-    """Wait, no longer than ``seconds``, until no request is in flight and no decode worker needs this one's KV."""
+    """Wait, at most ``seconds``, until no request is in flight and no KV transfer is pending."""
     deadline = time.monotonic() + seconds
-    if await handler.wait_quiet(seconds):
-        while engine.unfetched and time.monotonic() < deadline:
-            await asyncio.sleep(_LOOK_SECONDS)
+    if await handler.wait_idle(seconds):
+        while engine.pending_kv_transfers and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _end(runtime: Any, serving: asyncio.Future[Any]) -> None:
+async def _shut_down(runtime: Any, serving: asyncio.Future[Any]) -> None:
     runtime.shutdown()
     await asyncio.wait({serving}, timeout=_SHUTDOWN_SECONDS)
-    # fetched, or asyncio complains of it in the middle of our own report
-    _trouble(serving)
+    # retrieve the exception; otherwise asyncio logs it in the middle of the report
+    _first_exception(serving)
 
 
-def _trouble(*futures: asyncio.Future[Any]) -> BaseException | None:
-    """Return the first exception that one of ``futures`` has ended with."""
+def _first_exception(*futures: asyncio.Future[Any]) -> BaseException | None:
+    """Return the first exception of the futures that are done."""
     ended = [future for future in futures if future.done() and not future.cancelled()]
     return next((error for future in ended if (error := future.exception()) is not None), None)
 
 
 def run(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run ``coroutine`` to its end, on uvloop where it is installed, as all of Dynamo's own workers do."""
+    """Run ``coroutine``, on uvloop if it is installed, as all of Dynamo's own workers do."""
     try:
         import uvloop
     except ImportError:
@@ -271,14 +270,14 @@ async def _register_model(registration: Registration, engine: Engine, endpoint: 
 
 
 async def _deregister(endpoint: Any) -> bool:
-    """Take the worker out of discovery: the model first, so that a lone worker's model disappears with it. Tell whether it worked."""
+    """Deregister the worker: the model first, so that the model of a single worker disappears too. Return whether it worked."""
     from dynamo.llm import unregister_model
 
     gone = True
-    for withdraw in (lambda: unregister_model(endpoint), endpoint.unregister_endpoint_instance):
+    for unregister in (lambda: unregister_model(endpoint), endpoint.unregister_endpoint_instance):
         try:
-            await asyncio.wait_for(withdraw(), _SHUTDOWN_SECONDS)
-        except Exception:  # whatever the runtime raises here, its lease goes with the process
+            await asyncio.wait_for(unregister(), _SHUTDOWN_SECONDS)
+        except Exception:  # after any error of the runtime: its lease ends with the process
             gone = False
     return gone
 
@@ -296,10 +295,10 @@ def _from_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[_T], re
 
 
 def export_runtime_env(etcd: list[str]) -> None:
-    """Tell the Dynamo runtime, which reads its environment, which etcd endpoints to try, living ones first."""
+    """Set the environment variables that the Dynamo runtime reads: the etcd endpoints, reachable ones first, and NATS."""
     os.environ["ETCD_ENDPOINTS"] = ",".join(etcd)
     server = os.environ.pop("NATS_SERVER", "")
-    # empty is how a batch script says "none"; the runtime takes it for an address, and wants to see a scheme
+    # a batch script may set it empty for "none", which the runtime takes for an address; it also requires a scheme
     if server:
         os.environ["NATS_SERVER"] = server if "://" in server else f"nats://{server}"
     remove_empty_credentials(os.environ)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The endpoint's handler: one Dynamo request in, a stream of token chunks out.
 
-Two forms of one handler. *Push*: runtimes from 1.5 on hand in a ``response_sender``, and each chunk crosses into Rust while we hold
-Python's lock anyway. *Pull*: older runtimes, and health checks in newer ones, iterate the generator. The runtime chooses by
-looking for the parameter's name in the signature.
+The handler has two forms. *Push*: runtimes from 1.5 on pass a ``response_sender``, and each chunk is passed to Rust while the GIL is held
+anyway. *Pull*: older runtimes, and health checks in newer ones, iterate the generator. The runtime chooses by the parameter's name in the
+signature.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class RequestHandler:
-    """Serves requests from an engine, and knows how many are in flight.
+    """Serves requests with an engine and counts those in flight.
 
     Args:
         engine: a started engine.
-        invalid_argument: the exception that the runtime reports to a client as the client's own fault.
-        engine_shutdown: the one that tells the frontend to try another worker.
+        invalid_argument: the exception that the runtime reports as a client error.
+        engine_shutdown: the exception that makes the frontend retry on another worker.
         role: ``"agg"``, ``"prefill"`` or ``"decode"``.
-        on_change: called with the number of requests in flight when it changes; it has to be quick.
+        on_in_flight: called with the number of requests in flight when it changes; it must be quick.
     """
 
     def __init__(
@@ -41,34 +41,34 @@ class RequestHandler:
         invalid_argument: Callable[[str], Exception],
         engine_shutdown: Callable[[str], Exception],
         role: str = "agg",
-        on_change: Callable[[int], object] = lambda _: None,
+        on_in_flight: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._engine = engine
-        self._on_change = on_change
+        self._on_in_flight = on_in_flight
         self._invalid_argument = invalid_argument
         self._engine_shutdown = engine_shutdown
         self._role = role
         self._request_ids: set[str] = set()
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def in_flight(self) -> int:
-        """Requests that have begun and not ended."""
+        """The number of requests in flight."""
         return len(self._request_ids)
 
-    async def wait_quiet(self, timeout: float) -> bool:
-        """Wait until no request is in flight; tell whether that came about within ``timeout`` seconds."""
-        if self._quiet.is_set():
-            return True  # also with no time to wait
+    async def wait_idle(self, timeout: float) -> bool:
+        """Wait until no request is in flight, at most ``timeout`` seconds; return whether none is."""
+        if self._idle.is_set():
+            return True  # even if the timeout is 0
         try:
-            await asyncio.wait_for(self._quiet.wait(), timeout)
+            await asyncio.wait_for(self._idle.wait(), timeout)
         except asyncio.TimeoutError:
             return False
         return True
 
     def cancel_all(self) -> None:
-        """End every request in flight soon; its client is told that it was cancelled."""
+        """Cancel every request in flight; clients get the finish reason ``"cancelled"``."""
         for request_id in self._request_ids:
             self._engine.cancel(request_id)
 
@@ -82,7 +82,7 @@ class RequestHandler:
         return stream if response_sender is None else _push(stream, response_sender)
 
     async def _stream(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
-        chunks = _Mailbox(asyncio.get_running_loop())
+        chunks = _ChunkQueue(asyncio.get_running_loop())
         request_id = context.id()
         try:
             generation = for_role(to_generation_request(request_id, request), request, self._role)
@@ -92,33 +92,33 @@ class RequestHandler:
         except EngineError as error:
             raise self._engine_shutdown(error.found) from None
         self._request_ids.add(request_id)
-        self._quiet.clear()
-        self._on_change(self.in_flight)
+        self._idle.clear()
+        self._on_in_flight(self.in_flight)
         stopped = asyncio.ensure_future(context.async_killed_or_stopped())
-        # not when we cancel it ourselves below: a second try with the same id may be under way by then
+        # not if it is cancelled below: a retry with the same id may be in flight by then
         stopped.add_done_callback(lambda ended: None if ended.cancelled() else self._engine.cancel(request_id))
-        made, finished = 0, False
+        generated, finished = 0, False
         try:
             while not finished:
-                chunk = await chunks.take()
-                made += len(chunk.token_ids)
+                chunk = await chunks.get()
+                generated += len(chunk.token_ids)
                 finished = chunk.finish_reason is not None
                 if chunk.finish_reason == "error":
                     raise self._engine_shutdown(chunk.error or "the engine failed")
-                yield to_response(chunk, len(generation.prompt_token_ids), made)
+                yield to_response(chunk, len(generation.prompt_token_ids), generated)
         finally:
             if not finished:
                 self._engine.cancel(request_id)
             stopped.cancel()
             self._request_ids.discard(request_id)
             if not self._request_ids:
-                self._quiet.set()
-            self._on_change(self.in_flight)
+                self._idle.set()
+            self._on_in_flight(self.in_flight)
 
 
 async def _push(stream: AsyncGenerator[dict[str, Any], None], sender: Any) -> AsyncGenerator[dict[str, Any], None]:
-    """Drain ``stream`` into ``sender``. Errors are left to the runtime, which tells a bad request from a broken engine by their type."""
-    # closed here, and not when it is collected: a sender that raises must not leave the request running
+    """Drain ``stream`` into ``sender``. Errors are left to the runtime, which distinguishes them by type."""
+    # closed explicitly: a sender that raises must not leave the request running
     async with contextlib.aclosing(stream):
         async for response in stream:
             sender.send(response)
@@ -128,11 +128,11 @@ async def _push(stream: AsyncGenerator[dict[str, Any], None], sender: Any) -> As
         yield response  # makes this an async generator, the only form that the runtime drives
 
 
-class _Mailbox:
-    """Chunks from the engine's thread, for one coroutine. What has piled up is taken at once, as one chunk.
+class _ChunkQueue:
+    """A queue of chunks from the engine's thread to one coroutine, which gets all queued chunks as one.
 
-    A deque needs no lock for one reader and one writer. The writer wakes the reader when it finds its own chunk alone, so
-    a chunk is either announced or taken together with an announced one; a wake-up for nothing is possible and harmless.
+    A deque needs no lock for one reader and one writer. The writer wakes the reader if its chunk is the only one, so each chunk is either
+    announced or read together with an announced one; a spurious wake-up is possible and harmless.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -144,11 +144,11 @@ class _Mailbox:
         """Add a chunk; called from the engine's thread."""
         self._chunks.append(chunk)
         if len(self._chunks) == 1:
-            # the loop may have ended, and with it whoever would read this
+            # the loop may be closed, and with it the reader
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._arrived.set)
 
-    async def take(self) -> TokenChunk:
+    async def get(self) -> TokenChunk:
         """Return everything since the last call as one chunk, waiting for the first."""
         chunks: list[TokenChunk] = []
         while not chunks:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of a rank other than 0 with TensorRT-LLM, from the verdict on."""
+"""The lifecycle of a rank other than 0 with TensorRT-LLM after preflight."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
 
 
-def follow_trtllm(world: World, lifeline: HeartbeatClient) -> None:
-    """Join TensorRT-LLM's world and run what rank 0 asks for, until it closes the session."""
+def follow_trtllm(world: World, heartbeat: HeartbeatClient) -> None:
+    """Join TensorRT-LLM's session and run its tasks until rank 0 closes it."""
     comm, tasks = world.duplicate(), world.duplicate()
-    install(tasks, lifeline.report_failure)
+    install(tasks, heartbeat.report_failure)
     prepare_rank(world.rank)
     print_trtllm_launch_line("worker", world.rank, world.size)
     try:
         serve_tasks(comm)
     except BaseException as error:
-        lifeline.report_failure(error)
+        heartbeat.report_failure(error)

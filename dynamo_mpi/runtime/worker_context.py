@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0's parts share from the preflight on."""
+"""The objects that rank 0's modules share from preflight on."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """One worker's.
+    """The context of one worker on rank 0.
 
     Args:
-        rank: what each part of rank 0 shares.
-        settings: the worker's.
-        guard: ends the world.
-        hooks: follow the worker's life.
-        cards: the ranks', in rank order.
-        departure: the way out of discovery.
+        rank: rank 0's context.
+        settings: the worker's settings.
+        supervisor: supervises and ends the world.
+        hooks: the observers of the worker's lifecycle.
+        reports: the ranks' preflight reports, in rank order.
+        instance_lease: the lease of Dynamo's instance, for deregistration.
     """
 
     rank: RankContext
     settings: Settings
-    guard: WorldSupervisor
+    supervisor: WorldSupervisor
     hooks: WorkerHooks
-    cards: Sequence[RankReport]
-    departure: InstanceLease
+    reports: Sequence[RankReport]
+    instance_lease: InstanceLease

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's hooks: which there are, and when each is added. A hook is imported only where the user wants what it does."""
+"""Creates rank 0's hooks. A hook is imported only if the user has enabled what it does."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ if TYPE_CHECKING:
     from dynamo_mpi.telemetry.health_client import HealthClient
     from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 
-# beyond the drain itself: the deregistration, the engine's last step, the ranks' parting
+# a shutdown's time besides the drain: deregistration, the engine's last step, the ranks' last barrier
 _END_SECONDS = 60.0
 
 
 class LeaderHooks(WorkerHooks):
-    """Rank 0's hooks. They are added as a start goes on: `add_observers`, `add_record`, `add_watchers`.
+    """Rank 0's hooks. They are added during the start: `add_status_hooks`, `add_record_hooks`, `add_supervision_hooks`.
 
     Args:
-        context: rank 0's.
-        reporter: to the process that answers probes; None where they aren't answered.
-        notifier: to a supervisor; None where there is none.
+        context: rank 0's context.
+        health_client: connection to the health server; None if there is none.
+        notifier: the sd_notify client; None if there is none.
 
     Attributes:
-        leases: what the worker has in etcd.
-        status: what is known of the worker as a whole, once the settings are read.
-        record: the worker's record, once it is there.
+        leases: the leases that the worker owns in etcd.
+        status: the worker's status; None until the settings are read.
+        record: the worker's record; None until it is created.
     """
 
-    def __init__(self, context: RankContext, reporter: HealthClient | None, notifier: SystemdNotifier | None) -> None:
+    def __init__(
+        self, context: RankContext, health_client: HealthClient | None, notifier: SystemdNotifier | None
+    ) -> None:
         super().__init__(context.log.warning)
-        self._context, self._reporter, self._notifier = context, reporter, notifier
+        self._context, self._health_client, self._notifier = context, health_client, notifier
         self._health: HealthPublisher | None = None
         self.leases = OwnedLeases(context.agent)
         self.status: WorldStatus | None = None
@@ -55,15 +57,15 @@ class LeaderHooks(WorkerHooks):
 
     @property
     def system_url(self) -> str | None:
-        """Where probes are answered; None where they aren't."""
-        if self._reporter is None:
+        """URL of the health server; None if there is none."""
+        if self._health_client is None:
             return None
         from dynamo_mpi.telemetry.runtime_port import url_of
 
-        return url_of(self._reporter.address)
+        return url_of(self._health_client.address)
 
-    def add_observers(self, settings: Settings) -> None:
-        """Add those that show what the worker is, and remove what an earlier start has left."""
+    def add_status_hooks(self, settings: Settings) -> None:
+        """Add the hooks that show the worker's status, and remove the files of an earlier start."""
         remove_ready_file(settings.ready_file)
         if settings.timeline is not None:
             from dynamo_mpi.telemetry.trace_writer import remove_stale_timeline
@@ -76,8 +78,8 @@ class LeaderHooks(WorkerHooks):
                 os.environ.pop(name, None)
         self.status = WorldStatus(self._context, settings)
         self.add(self.status)
-        if self._reporter is not None:
-            self._health = HealthPublisher(self._reporter, self.status)
+        if self._health_client is not None:
+            self._health = HealthPublisher(self._health_client, self.status)
             self.add(self._health)
         if self._notifier is not None:
             self._notifier.worker = f"{settings.served_model_name} at {settings.endpoint}"
@@ -92,16 +94,16 @@ class LeaderHooks(WorkerHooks):
             self.add(MetricsFile(settings.metrics_file, self.status.as_metrics_file, self._context.log.warning))
 
     def assign_runtime_port(self, settings: Settings) -> None:
-        """Give the Dynamo runtime a port beside the one at which probes are answered.
+        """Assign the Dynamo runtime a port besides the health server's.
 
         Raises:
-            UsageError: there is none.
+            UsageError: there is no free port.
         """
         if self._health is not None:
             self._health.assign_runtime_port(settings)
 
-    def add_record(self, settings: Settings, record: WorkerRecord) -> RecordPublisher:
-        """Add those that publish what the worker is and does: its record and its failure in etcd, its events over NATS.
+    def add_record_hooks(self, settings: Settings, record: WorkerRecord) -> RecordPublisher:
+        """Add the hooks that publish the worker's record and failure in etcd and its events over NATS.
 
         Returns:
             The record's publisher, which has not published yet.
@@ -119,23 +121,23 @@ class LeaderHooks(WorkerHooks):
         self.leases.set_worker(asdict(origin))
         log = self._context.log
         events = events_of(record, self._context.phases.current, os.environ, settings.request_plane, log.warning)
-        presence = RecordPublisher(log, record, partial(self.leases.add, "record"), events.peers)
-        self.add(presence, FailureRecordStore(origin, os.environ, lambda: self.leases.record), events)
-        return presence
+        record_publisher = RecordPublisher(log, record, partial(self.leases.add, "record"), events.peers)
+        self.add(record_publisher, FailureRecordStore(origin, os.environ, lambda: self.leases.record), events)
+        return record_publisher
 
-    def add_watchers(self, settings: Settings, guard: WorldSupervisor, preflight_seconds: float) -> None:
-        """Add those that show how the ranks are, which are watched from now on."""
+    def add_supervision_hooks(self, settings: Settings, supervisor: WorldSupervisor, preflight_seconds: float) -> None:
+        """Add the hooks that show the state of the supervised ranks."""
         from dynamo_mpi.telemetry.progress_reporter import ProgressReporter
 
         if self.status is not None:
-            self.status.roll = guard.tracker
+            self.status.tracker = supervisor.tracker
         if self._health is not None:
             self._health.collect()
         self.add(ReadyFile(self._context, settings, preflight_seconds, self.system_url))
         if settings.timeline is not None and self.record is not None:
             from dynamo_mpi.telemetry.trace_writer import TraceWriter
 
-            self.add(TraceWriter(settings.timeline, self.record, guard, self._context.log))
-        ticker = ProgressReporter(self._context, guard.tracker, settings, self.on_progress)
-        self.add(ticker)
-        ticker.start()
+            self.add(TraceWriter(settings.timeline, self.record, supervisor, self._context.log))
+        progress = ProgressReporter(self._context, supervisor.tracker, settings, self.on_progress)
+        self.add(progress)
+        progress.start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This worker's record, as rank 0 publishes it in etcd from the preflight on."""
+"""This worker's record, which rank 0 publishes in etcd from preflight on."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _PAIRED = ("prefill", "decode")
 
 
 def record_of(
-    settings: Settings, subject: LayoutSpec, cards: Sequence[RankReport], phases: PhaseTracker
+    settings: Settings, subject: LayoutSpec, reports: Sequence[RankReport], phases: PhaseTracker
 ) -> WorkerRecord:
-    """Say what this world is, as it stands in its preflight.
+    """Return the worker's record during preflight.
 
     Args:
-        settings: the worker's.
-        subject: what its preflight judged.
-        cards: the ranks', in rank order.
-        phases: rank 0's, which is in its preflight.
+        settings: the worker's settings.
+        subject: the layout that preflight evaluated.
+        reports: the ranks' preflight reports, in rank order.
+        phases: rank 0's phases.
     """
     namespace, component, _ = settings.endpoint.removeprefix("dyn://").split(".")
-    layout, nodes = subject.layout, hosts(cards)
+    layout, nodes = subject.layout, hosts(reports)
     began = time.time() - phases.age
     return WorkerRecord(
         role=settings.role,
@@ -53,8 +53,8 @@ def record_of(
             layout.cp_size,
             layout.moe_ep_size,
             layout.enable_attention_dp,
-            len(cards),
-            len(cards) // len(nodes),
+            len(reports),
+            len(reports) // len(nodes),
         ),
         hosts=nodes,
         contract=contract_of(subject) if settings.role in _PAIRED else None,

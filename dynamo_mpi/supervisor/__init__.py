@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The watch over all ranks: heartbeats, the node agent, failures, signals, fault injection."""
+"""Supervision of all ranks: heartbeats, node agents, failure handling, signals, fault injection."""

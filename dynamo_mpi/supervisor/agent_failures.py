@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failures as node agents see them, and hand them to each other: which came first, and the report about them. Pure, but for the clock."""
+"""Failures as node agents observe and exchange them: their order, their encoding and the report. Pure, except for the clock."""
 
 from __future__ import annotations
 
@@ -13,119 +13,124 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-MOST_TEXT = 4000
-"""Characters of a failure's text between node agents."""
-_MOST_REPORT = 8000
-_MOST_LATER = 8
+MAX_TEXT = 4000
+"""Largest number of characters of a failure's text that node agents exchange."""
+_MAX_REPORT = 8000
+_MAX_CONSEQUENCES = 8
 
 
-class Seen(NamedTuple):
-    """A failure, and the node of its rank."""
+class ObservedFailure(NamedTuple):
+    """A failure and the node of its rank."""
 
     failure: Failure
     host: str
 
 
 class Report(NamedTuple):
-    """What is written of failures.
+    """A report about one or several failures.
 
     Args:
-        failure: the first cause.
-        host: where that happened.
-        text: for people.
-        later: what followed from it.
-        speaker: the rank in whose name it is written.
-        speaker_host: its node.
+        failure: the root cause.
+        host: the node where it happened.
+        text: the text for the log.
+        consequences: the failures that followed from it.
+        reporter: the rank under whose name the report is logged.
+        reporter_host: the reporter's node.
     """
 
     failure: Failure
     host: str
     text: str
-    later: tuple[Seen, ...]
-    speaker: int
-    speaker_host: str
+    consequences: tuple[ObservedFailure, ...]
+    reporter: int
+    reporter_host: str
 
 
-def sorted_seen(seen: Sequence[Seen]) -> list[Seen]:
-    """Return failures in the order in which they happened, each rank's first one only."""
-    found: dict[int, Seen] = {}
-    for each in sorted(seen, key=lambda one: one.failure.at):
+def first_of_each_rank(observed: Sequence[ObservedFailure]) -> list[ObservedFailure]:
+    """Return each rank's first failure, in the order in which they happened."""
+    found: dict[int, ObservedFailure] = {}
+    for each in sorted(observed, key=lambda one: one.failure.at):
         found.setdefault(each.failure.rank, each)
     return list(found.values())
 
 
-def describe_seen(seen: Sequence[Seen], phase: str) -> Report:
-    """Write the report about failures, in the name of the rank that failed first.
+def compose_report(observed: Sequence[ObservedFailure], phase: str) -> Report:
+    """Compose the report about failures, under the name of the rank that failed first.
 
     Args:
-        seen: at least one, in the order in which they happened.
-        phase: what the world was doing; empty where that isn't known.
+        observed: at least one failure, in the order in which they happened.
+        phase: the world's phase; empty if it isn't known.
     """
-    failures = [each.failure for each in seen]
-    hosts = {each.failure.rank: each.host for each in seen}
+    failures = [each.failure for each in observed]
+    hosts = {each.failure.rank: each.host for each in observed}
     first = root_cause(failures)
 
     def name(ranks: Sequence[int]) -> str:
         return " and ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
 
     parts = [f"error in {phase or first.phase}: {first.text}", describe_consequences(first, failures, name)]
-    later = tuple(each for each in seen if each.failure is not first)
+    consequences = tuple(each for each in observed if each.failure is not first)
     host = hosts[first.rank]
-    return Report(first, host, "\n".join(filter(None, parts)), later, first.rank, host)
+    return Report(first, host, "\n".join(filter(None, parts)), consequences, first.rank, host)
 
 
-def pack_seen(seen: Seen) -> str:
-    """Encode one, in a line, for another process: maybe of another host, so the time becomes an age. A long text is clipped."""
-    clipped = seen.failure._replace(text=clip(seen.failure.text, MOST_TEXT))
-    return json.dumps({**_plain(clipped), "host": seen.host})
+def encode_observed(observed: ObservedFailure) -> str:
+    """Encode a failure as one line for another process, maybe on another host: the time becomes an age, a long text is clipped."""
+    clipped = observed.failure._replace(text=clip(observed.failure.text, MAX_TEXT))
+    return json.dumps({**_failure_as_dict(clipped), "host": observed.host})
 
 
-def read_seen(text: str) -> Seen | None:
-    """Decode what `pack_seen` made; None where it isn't that."""
+def decode_observed(text: str) -> ObservedFailure | None:
+    """Decode the result of `encode_observed`; None if the text isn't valid."""
     try:
         content = json.loads(text)
-        return Seen(_failure(content), str(content["host"]))
+        return ObservedFailure(_failure_from_dict(content), str(content["host"]))
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def clip(text: str, most: int) -> str:
-    """Return a text, or of one that has more characters its beginning and, mostly, its end: that of a traceback says the most."""
-    return text if len(text) <= most else f"{text[: most // 4]}\n[…]\n{text[-(most - most // 4) :]}"
+def clip(text: str, max_chars: int) -> str:
+    """Return the text; of a longer one, its beginning and, mostly, its end, which says the most in a traceback."""
+    return text if len(text) <= max_chars else f"{text[: max_chars // 4]}\n[…]\n{text[-(max_chars - max_chars // 4) :]}"
 
 
-def pack_report(report: Report) -> str:
-    """Encode a report, in a line, with as much of it as a connection takes at once."""
+def encode_report(report: Report) -> str:
+    """Encode a report as one line, clipped to what a socket takes in one send."""
     content = {
-        "failure": _plain(report.failure._replace(text=clip(report.failure.text, _MOST_REPORT))),
+        "failure": _failure_as_dict(report.failure._replace(text=clip(report.failure.text, _MAX_REPORT))),
         "host": report.host,
-        "text": clip(report.text, _MOST_REPORT),
-        "later": [pack_seen(each) for each in report.later[:_MOST_LATER]],
-        "speaker": report.speaker,
-        "speaker_host": report.speaker_host,
+        "text": clip(report.text, _MAX_REPORT),
+        "later": [encode_observed(each) for each in report.consequences[:_MAX_CONSEQUENCES]],
+        "speaker": report.reporter,
+        "speaker_host": report.reporter_host,
     }
     return json.dumps(content)
 
 
-def read_report(text: str) -> Report | None:
-    """Decode what `pack_report` made; None where it isn't that."""
+def decode_report(text: str) -> Report | None:
+    """Decode the result of `encode_report`; None if the text isn't valid."""
     try:
         content = json.loads(text)
-        later = tuple(seen for each in content["later"] if (seen := read_seen(each)) is not None)
-        host, said = str(content["host"]), str(content["text"])
+        consequences = tuple(observed for each in content["later"] if (observed := decode_observed(each)) is not None)
+        host, report_text = str(content["host"]), str(content["text"])
         return Report(
-            _failure(content["failure"]), host, said, later, int(content["speaker"]), str(content["speaker_host"])
+            _failure_from_dict(content["failure"]),
+            host,
+            report_text,
+            consequences,
+            int(content["speaker"]),
+            str(content["speaker_host"]),
         )
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _plain(failure: Failure) -> dict[str, Any]:
+def _failure_as_dict(failure: Failure) -> dict[str, Any]:
     age = max(0.0, time.monotonic() - failure.at) if failure.at else 0.0
     return {**failure._asdict(), "cause": int(failure.cause), "at": age}
 
 
-def _failure(content: dict[str, Any]) -> Failure:
+def _failure_from_dict(content: dict[str, Any]) -> Failure:
     return Failure(
         int(content["rank"]),
         int(content["exit_code"]),

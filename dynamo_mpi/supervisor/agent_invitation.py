@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Brings the node agents of a world over several nodes together as soon as MPI runs. Imported before the verdict."""
+"""Connects the node agents of a world's nodes as soon as MPI runs. Imported before the preflight result."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ if TYPE_CHECKING:
     from dynamo_mpi.mpi.world import World
     from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 
-_MOST_ADDRESSES = 8
+_MAX_ADDRESSES = 8
 _TOKEN_BYTES = 32
-# last: pods of one host may share it
+# tried last: pods of one host may share it
 LOOPBACK = "127.0.0.1"
 _BARRIER_SECONDS = 5.0
 
 
-def introduce_agents(world: World, local_rank: int | None, client: NodeAgentClient, host: str) -> None:
-    """Have the agents of all nodes connect to rank 0's. Collective.
+def connect_agents(world: World, local_rank: int | None, client: NodeAgentClient, host: str) -> None:
+    """Let the agents of all nodes connect to rank 0's agent. Collective.
 
     Args:
         world: all ranks.
-        local_rank: this rank's place among those of its node.
-        client: its connection to its node agent.
+        local_rank: this rank's number among the ranks of its node.
+        client: this rank's connection to its node agent.
         host: this node.
     """
-    text = world.broadcast(_invite(client, host).encode() if world.rank == 0 else b"").decode()
-    # one for each node, rank 0's too
+    text = world.broadcast(_listen_for_agents(client, host).encode() if world.rank == 0 else b"").decode()
+    # one rank of each node, rank 0's node included
     if text and local_rank == 0:
         client.send(f"agents {text}")
-    # from here on no rank can end whose agent hasn't heard of the others
+    # after this barrier each agent knows where rank 0's agent listens, so a rank's exit is reported to it
     world.barrier(_BARRIER_SECONDS)
 
 
-def _invite(client: NodeAgentClient, host: str) -> str:
-    """Listen for the agents of other nodes at all addresses of this host, as which of them others reach isn't known before the verdict.
+def _listen_for_agents(client: NodeAgentClient, host: str) -> str:
+    """Listen for the agents of other nodes at all addresses of this host: which of them others can reach isn't known before preflight.
 
     Returns:
-        Where, and what they have to know, as one line; empty where there is no agent, or nothing to listen at.
+        Addresses, port and token, as one line; empty if there is no agent or no address to listen at.
     """
     import json
     import socket
@@ -55,8 +55,8 @@ def _invite(client: NodeAgentClient, host: str) -> str:
         with socket.create_server(("", 0), family=family, backlog=128, dualstack_ipv6=both) as listener:
             client.give_listener(listener.fileno())
             port = listener.getsockname()[1]
-    except OSError:  # they come together after the verdict, then
+    except OSError:  # then they connect after the preflight result
         return ""
-    addresses = [str(address.ip) for _, address in by_speed[:_MOST_ADDRESSES]]
+    addresses = [str(address.ip) for _, address in by_speed[:_MAX_ADDRESSES]]
     client.agent_token = os.urandom(_TOKEN_BYTES).hex()
     return json.dumps({"host": host, "addresses": [*addresses, LOOPBACK], "port": port, "token": client.agent_token})

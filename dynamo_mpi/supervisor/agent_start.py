@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts the agent of a node's ranks: forked before MPI, and as a new process where that one has ended. Imported before the verdict."""
+"""Starts a node's agent: forked before MPI_Init, its successors as new processes. Imported before the preflight result."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.mpi.launcher import LaunchInfo
 
-# what a launcher or an operator sends to all processes of a step: the agent stays to the end of its ranks
-_NOT_FOR_IT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-_LEAST_BACKLOG = 128
+# signals that a launcher or an operator sends to all processes of a step: the agent must outlive its ranks
+_IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_MIN_BACKLOG = 128
 _NAME_SECONDS = 1.0
-_AGAIN_SECONDS = 0.01
+_RETRY_SECONDS = 0.01
 
 
 def spawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> Agent | None:
-    """Fork the agent of this node, if that is for this rank to do. Only before MPI and any thread is started. Does not raise.
+    """Fork the agent of this node if this rank is the node's first. Call it before MPI and any thread is started. Does not raise.
 
     Args:
         launch: how this rank was started.
         host: this node.
         argv: the worker's command line, without the program.
-        environ: names the world, and holds the agent's settings.
+        environ: environment variables; they identify the world and hold the agent's settings.
 
     Returns:
-        The agent; None where another rank of this node starts it, or there is none.
+        The agent; None if another rank of this node starts it, or if it can't be started.
     """
     address = agent_socket_name(launch, environ)
     if launch.local_rank not in (0, None) or (launch.local_rank is None and launch.rank):
@@ -46,39 +46,39 @@ def spawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], environ
         return None
     try:
         listener = _listen(address, launch) if address else None
-        ours, its = _socket.socketpair()
+        rank_end, agent_end = _socket.socketpair()
         pid = os.fork()
     except OSError as error:
         why = "another program holds its address" if error.errno == errno.EADDRINUSE else error.strerror
         warn(f"no node agent watches the ranks of this node: {why}", host)
         return None
     if pid:
-        for each in (listener, its):
+        for each in (listener, agent_end):
             if each is not None:
                 each.close()
-        return Agent(ours, pid)
+        return Agent(rank_end, pid)
     try:
-        ours.close()
+        rank_end.close()
         os.setsid()
-        # in this process, not in a new interpreter: it must be there before the first rank dies
-        _be_the_agent(None if listener is None else listener.detach(), its.detach(), launch, host, argv, environ)
-    except BaseException as error:  # whatever it is, this process must not go on as a rank
+        # in this process: a new interpreter would start too late to see an early death
+        _run_agent(None if listener is None else listener.detach(), agent_end.detach(), launch, host, argv, environ)
+    except BaseException as error:  # after any error, this process must not go on as a rank
         warn(f"the node agent of {host} has failed: {type(error).__name__}: {error}", host)
     finally:
         os._exit(0)
 
 
 def respawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> Agent | None:
-    """Start another agent after the one that this rank has started: as a new process, since MPI and threads run in this one.
+    """Start a successor of the agent that this rank started: as a new process, because MPI and threads run in this one.
 
     Args:
-        launch: as for `spawn_node_agent`, like the rest.
+        launch: how this rank was started.
         host: this node.
         argv: the worker's command line, without the program.
-        environ: names the world, and holds the agent's settings.
+        environ: environment variables; they identify the world and hold the agent's settings.
 
     Returns:
-        The agent; None where it can't be started.
+        The agent; None if it can't be started.
     """
     import json
     import subprocess
@@ -89,12 +89,12 @@ def respawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], envir
     address = agent_socket_name(launch, environ)
     listener: _socket.socket | None = None
     try:
-        ours, its = _socket.socketpair()
-        listener = _listen(address, launch, patient=True) if address else None
-        numbers = [each.fileno() for each in (its, listener) if each is not None]
+        rank_end, agent_end = _socket.socketpair()
+        listener = _listen(address, launch, wait_for_name=True) if address else None
+        numbers = [each.fileno() for each in (agent_end, listener) if each is not None]
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (package, environ.get("PYTHONPATH"))))
-        # it is no descendant that ends with this rank
+        # without the mark: the agent must not be ended with this rank's descendants
         variables = {name: value for name, value in environ.items() if name != MARK_VARIABLE}
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, *map(str, numbers)],
@@ -108,63 +108,63 @@ def respawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], envir
     finally:
         if listener is not None:
             listener.close()
-    its.close()
+    agent_end.close()
     start = {"launch": [launch.launcher.name, *launch[1:5]], "host": host, "argv": list(argv)}
     with contextlib.suppress(OSError):
-        ours.sendall(json.dumps(start).encode() + b"\n")
-    # `Popen` would say at this object's end that its process still runs
+        rank_end.sendall(json.dumps(start).encode() + b"\n")
+    # otherwise `Popen` warns, when the object is deleted, that its process still runs
     process.returncode = 0
-    return Agent(ours, process.pid)
+    return Agent(rank_end, process.pid)
 
 
 def main(first: str, listener: str | None = None) -> None:
-    """Be an agent that was started by `respawn_node_agent`."""
+    """Run as an agent that `respawn_node_agent` started."""
     import json
 
     from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 
     connection = _socket.socket(fileno=int(first))
     line = b""
-    # what comes behind it is for the agent
+    # read byte by byte: what follows the line is for the agent
     while not line.endswith(b"\n") and (byte := connection.recv(1)):
         line += byte
     start = json.loads(line)
     name, *rest = start["launch"]
     launch = LaunchInfo(Launcher[name], *rest)
-    at = None if listener is None else int(listener)
-    _be_the_agent(at, connection.detach(), launch, start["host"], start["argv"], os.environ)
+    listening = None if listener is None else int(listener)
+    _run_agent(listening, connection.detach(), launch, start["host"], start["argv"], os.environ)
 
 
-def _be_the_agent(
+def _run_agent(
     listener: int | None, first: int, launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]
 ) -> None:
-    for number in _NOT_FOR_IT:
+    for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     from dynamo_mpi.supervisor.node_agent import run_node_agent
 
     run_node_agent(listener, first, launch, host, argv, environ)
 
 
-def _listen(address: str, launch: LaunchInfo, *, patient: bool = False) -> _socket.socket:
-    """Listen there; one that is ``patient`` waits a moment for the name of an agent that has just ended."""
+def _listen(address: str, launch: LaunchInfo, *, wait_for_name: bool = False) -> _socket.socket:
+    """Listen at the address; with ``wait_for_name``, wait up to 1 s until an agent that has just exited has released it."""
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    end = time.monotonic() + (_NAME_SECONDS if patient else 0.0)
+    end = time.monotonic() + (_NAME_SECONDS if wait_for_name else 0.0)
     while True:
         try:
             listener.bind(address)
-            # all ranks of a node come at the same moment
-            listener.listen(max(_LEAST_BACKLOG, launch.local_size or 0))
+            # all ranks of a node connect at the same moment
+            listener.listen(max(_MIN_BACKLOG, launch.local_size or 0))
             return listener
         except OSError:
             if time.monotonic() > end:
                 listener.close()
                 raise
-            time.sleep(_AGAIN_SECONDS)
+            time.sleep(_RETRY_SECONDS)
 
 
 def warn(text: str, host: str = "") -> None:
-    """Log a warning of this node's. Does not raise."""
-    with contextlib.suppress(Exception):  # a file system that has gone, say
+    """Log a warning about this node. Does not raise."""
+    with contextlib.suppress(Exception):  # for instance, the file system is gone
         from dynamo_mpi.common.log_levels import Level
         from dynamo_mpi.common.log_writer import log_writer
 
@@ -175,5 +175,5 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     finally:
-        # threads that still wait for etcd are no reason to stay
+        # don't wait for threads that still wait for etcd
         os._exit(0)

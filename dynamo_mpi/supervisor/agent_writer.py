@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node agent writes: the report to the log, the failure folder and etcd. In threads: none of them may hold up the watch."""
+"""Writes a node agent's report to the log, the failure directory and etcd. In threads, because none of these may block the agent."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ _REPORT_SECONDS = 2.0
 _FINISH_SECONDS = 2.0
 
 
-class Written:
-    """A report that is being written."""
+class PendingReport:
+    """A report that a thread is writing."""
 
     def __init__(self) -> None:
         self._done = threading.Event()
 
     @property
     def is_done(self) -> bool:
-        """Whether it is written, or can't be."""
+        """Whether writing has finished or failed."""
         return self._done.is_set()
 
     def set(self) -> None:
-        """It is written, or can't be."""
+        """Mark the report as written or failed."""
         self._done.set()
 
     def wait(self) -> None:
-        """Wait for that, two seconds at the most: a file system that hangs must not keep the ranks."""
+        """Wait until the report is written, at most 2 s: a hanging file system must not block the ranks."""
         self._done.wait(_REPORT_SECONDS)
 
 
 class ReportWriter:
-    """Writes the report, once, and revokes leases.
+    """Writes reports and revokes leases.
 
     Args:
-        log_dir: folder for log files; empty for none.
+        log_dir: directory for log files; empty for none.
     """
 
     def __init__(self, log_dir: str) -> None:
@@ -58,103 +58,103 @@ class ReportWriter:
         self._has_leases = False
         self._tasks: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
-        self._others: list[threading.Thread] = []
-        # what this process was forked from has said it
+        self._helpers: list[threading.Thread] = []
+        # drop the log history of the process that was forked
         log_writer.forget_history()
 
     def set_leases(self, encoded: str) -> None:
-        """Take note of what the worker has in etcd, see `LeaseRevoker.set_leases`."""
+        """Set the leases that the worker owns in etcd, see `LeaseRevoker.set_leases`."""
         self._has_leases = True
-        self._do(lambda: self._revoker.set_leases(encoded))
+        self._run_in_order(lambda: self._revoker.set_leases(encoded))
 
     def clear_leases(self) -> None:
-        """Forget it: rank 0 has left in order."""
+        """Drop the leases: rank 0 shut down in order."""
         self._has_leases = False
-        self._do(self._revoker.clear)
+        self._run_in_order(self._revoker.clear)
 
     def revoke(self) -> None:
-        """Take the worker out of discovery, soon."""
+        """Deregister the worker by revoking its leases, in a thread."""
         if self._has_leases:
-            self._do(self._revoker.revoke)
+            self._run_in_order(self._revoker.revoke)
 
-    def later(self, act: Callable[[], object]) -> None:
-        """Do something that takes a moment, which `finish` waits for."""
-        if (thread := start_thread(act)) is None:
-            run_suppressed(act)
+    def later(self, task: Callable[[], object]) -> None:
+        """Run a slow task in a thread; `finish` waits for it."""
+        if (thread := start_thread(task)) is None:
+            run_suppressed(task)
         else:
-            self._others.append(thread)
+            self._helpers.append(thread)
 
     def publish(
         self,
         report: Report,
-        meeting: Rendezvous,
+        rendezvous: Rendezvous,
         by: int | None,
-        then: Callable[[], object] = lambda: None,
-        done: Callable[[], object] = lambda: None,
+        on_logged: Callable[[], object] = lambda: None,
+        on_done: Callable[[], object] = lambda: None,
         *,
         for_node: bool = False,
-        first_in_etcd: bool = False,
-    ) -> Written:
-        """Write a report: to the log and the rank's log file, to the failure folder, and to etcd.
+        only_if_first: bool = False,
+    ) -> PendingReport:
+        """Write a report to the log, to the rank's log file, to the failure directory and to etcd.
 
         Args:
-            report: what to write.
-            meeting: names the folder.
-            by: the rank whose failure file it is, where it isn't the failed one's.
-            then: called once it is in the log.
-            done: called once nothing more comes of it.
-            for_node: it is about this node, and no rank of it.
-            first_in_etcd: write nothing where another agent has left its report there, or in the failure folder.
+            report: the report.
+            rendezvous: names the failure directory.
+            by: the rank whose failure file it becomes; None for the failed rank's.
+            on_logged: called after the report is logged.
+            on_done: called after everything is done.
+            for_node: the report is about this node, not about one of its ranks.
+            only_if_first: write nothing if another agent has written its report to etcd or to the failure directory.
         """
-        written = Written()
+        pending = PendingReport()
 
         def write() -> None:
             try:
-                if first_in_etcd and self._revoker.record_failure(report.failure, report.host, report.text):
+                if only_if_first and self._revoker.record_failure(report.failure, report.host, report.text):
                     return
-                # what reads the log may hang, and so may a file system
-                self.later(partial(self._write_file, report, meeting, by, keep=first_in_etcd))
-                self._log(report, meeting, for_node=for_node)
-                then()
+                # separately: the reader of the log may hang, and so may a file system
+                self.later(partial(self._write_file, report, rendezvous, by, keep=only_if_first))
+                self._log(report, rendezvous, for_node=for_node)
+                on_logged()
             finally:
-                written.set()
-                done()
+                pending.set()
+                on_done()
 
-        if self._has_leases and not first_in_etcd:
-            self._do(lambda: self._revoker.record_failure(report.failure, report.host, report.text))
+        if self._has_leases and not only_if_first:
+            self._run_in_order(lambda: self._revoker.record_failure(report.failure, report.host, report.text))
         self.later(write)
-        return written
+        return pending
 
     def finish(self) -> None:
-        """Wait for what is being done, two seconds at the most."""
+        """Wait for the tasks that are running, at most 2 s."""
         end = time.monotonic() + _FINISH_SECONDS
-        for thread in self._others:
+        for thread in self._helpers:
             thread.join(max(0.0, end - time.monotonic()))
         if self._worker is not None:
-            done = threading.Event()
-            self._do(done.set)
-            done.wait(max(0.0, end - time.monotonic()))
+            finished = threading.Event()
+            self._run_in_order(finished.set)
+            finished.wait(max(0.0, end - time.monotonic()))
 
-    def _log(self, report: Report, meeting: Rendezvous, *, for_node: bool) -> None:
-        rank = report.speaker
+    def _log(self, report: Report, rendezvous: Rendezvous, *, for_node: bool) -> None:
+        rank = report.reporter
         if rank >= 0:
-            log_writer.open_file(meeting.log_dir or self._log_dir, meeting.label, rank)
-        log_writer.emit(None if for_node or rank < 0 else rank, report.speaker_host, report.text, Level.ERROR)
+            log_writer.open_file(rendezvous.log_dir or self._log_dir, rendezvous.label, rank)
+        log_writer.emit(None if for_node or rank < 0 else rank, report.reporter_host, report.text, Level.ERROR)
 
     @staticmethod
-    def _write_file(report: Report, meeting: Rendezvous, by: int | None, *, keep: bool) -> None:
-        later = [as_document(each.failure, each.host) for each in report.later]
+    def _write_file(report: Report, rendezvous: Rendezvous, by: int | None, *, keep: bool) -> None:
+        later = [as_document(each.failure, each.host) for each in report.consequences]
         whole = {"report": report.text, "consequences": later}
-        write_failure(meeting, report.failure, report.host, by=by, report=whole, keep=keep)
+        write_failure(rendezvous, report.failure, report.host, by=by, report=whole, keep=keep)
 
-    def _do(self, act: Callable[[], object]) -> None:
-        """Do it in the one thread that talks to etcd, after what was given before."""
-        self._tasks.put(act)
+    def _run_in_order(self, task: Callable[[], object]) -> None:
+        """Run a task in the one thread that uses etcd, after the earlier tasks."""
+        self._tasks.put(task)
         if self._worker is None:
-            self._worker = start_thread(self._work)
-            if self._worker is None:  # no more threads for this user
+            self._worker = start_thread(self._run_tasks)
+            if self._worker is None:  # thread limit of this user reached
                 run_suppressed(self._tasks.get())
 
-    def _work(self) -> None:
+    def _run_tasks(self) -> None:
         while True:
             run_suppressed(self._tasks.get())

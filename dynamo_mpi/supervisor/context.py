@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every part of a rank shares once MPI is up."""
+"""The objects that the modules of one rank share after MPI_Init."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class RankContext(NamedTuple):
-    """One rank's; a named tuple, because a rank imports nothing for it.
+    """What the modules of one rank share; a named tuple, because that needs no import.
 
     Args:
         world: all ranks.
         launch: how this rank was started.
         argv: the command line, without the program.
-        phases: where durations go.
-        log: this rank's.
+        phases: tracks this rank's phases.
+        log: this rank's logger.
         agent: this rank's connection to its node agent.
-        mpi_version: what the MPI library calls itself.
+        mpi_version: the MPI library's version string.
     """
 
     world: World

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds and ends what a rank has started and left behind, in whatever session and process group, and nothing else.
+"""Finds and kills the processes that a rank started and left behind, in any session or process group, and no others.
 
-A process that was started anew (``exec``) is known by the mark that the rank put into its own environment, one that was only forked by the
-rank's connection to its node agent, which it has inherited: both also where its parent has gone, and neither can be had by chance.
+A process that called ``exec`` is identified by the mark that the rank put into its own environment; one that was only forked, by the rank's
+connection to its node agent, which it inherited. Both work even if the parent is gone, and no foreign process has them by chance.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MARK_VARIABLE = "DYN_MPI_RANK_MARK"
-_MOST_ROUNDS = 5
+_MAX_ROUNDS = 5
 _GRACE_SECONDS = 0.3
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 
-def end_descendants(mark: str, inode: int, spare: frozenset[int] = frozenset()) -> list[int]:
-    """Kill what is left of a rank that has ended, and return the pids. Does not raise.
+def end_descendants(mark: str, inode: int, excluded: frozenset[int] = frozenset()) -> list[int]:
+    """Kill the remaining descendants of a rank that has exited, and return their pids. Does not raise.
 
     Args:
         mark: the value of `MARK_VARIABLE` in its environment; empty for none.
-        inode: of its connection to the node agent; 0 where it isn't known.
-        spare: pids that stay whatever they look like.
+        inode: inode of the rank's connection to the node agent; 0 if it isn't known.
+        excluded: pids that are never killed.
     """
     ended: list[int] = []
-    # Python's own helpers clean up, and end, once they see that the rank has gone
+    # Python's helper processes clean up and exit when they notice that the rank is gone
     end = time.monotonic() + _GRACE_SECONDS
-    while any(pid not in spare for pid in _descendants(mark, inode)) and time.monotonic() < end:
-        time.sleep(_LOOK_SECONDS)
-    # one that forks while we look is found in the next round
-    for _ in range(_MOST_ROUNDS):
-        found = [pid for pid in _descendants(mark, inode) if pid not in spare and pid not in ended]
+    while any(pid not in excluded for pid in _descendants(mark, inode)) and time.monotonic() < end:
+        time.sleep(_POLL_SECONDS)
+    # several rounds, because a process may fork during a scan
+    for _ in range(_MAX_ROUNDS):
+        found = [pid for pid in _descendants(mark, inode) if pid not in excluded and pid not in ended]
         for pid in found:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

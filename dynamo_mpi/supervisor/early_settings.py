@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node agent goes by before the preflight: the few of a worker's settings that count before rank 0 has read all of them.
+"""The settings that a node agent needs before rank 0 has read all settings in preflight.
 
-A flag counts before a variable, and that before the settings file, as in `settings.load_settings`; a test compares the two.
+A flag takes precedence over a variable, a variable over the settings file, as in `settings.load_settings`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 WORLD_SECONDS = 600.0
-"""How long the ranks may take to the verdict by default: a cold container image on hundreds of nodes takes minutes to import from."""
+"""Seconds until the preflight result by default: imports from a cold container image on hundreds of nodes take minutes."""
 
 
 class Limits(NamedTuple):
-    """What the node agent goes by.
+    """The node agent's settings.
 
     Args:
-        heartbeat_timeout: see `Meeting`.
-        world_seconds: until the verdict.
-        failure_dir: see `Meeting`.
-        log_dir: see `Meeting`.
+        heartbeat_timeout: see `Rendezvous`.
+        world_seconds: seconds until the preflight result.
+        failure_dir: see `Rendezvous`.
+        log_dir: see `Rendezvous`.
     """
 
     heartbeat_timeout: float | None = None
@@ -34,7 +34,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Limits:
-        """Read them from a worker's flags, its variables and its settings file. What can't be read is for rank 0's settings to refuse."""
+        """Read them from a worker's flags, variables and settings file. Invalid values are ignored; rank 0's settings refuse them."""
         find = partial(_find, argv, environ, _settings_file(argv, environ))
         world = _seconds(find("world-timeout"))
         return cls(
@@ -64,7 +64,7 @@ def _settings_file(argv: Sequence[str], environ: Mapping[str, str]) -> dict[str,
     path = _flag(argv, "settings") or environ.get("DYN_MPI_SETTINGS", "")
     if not path:
         return {}
-    # a rank without a settings file opens no file for this
+    # imported here, so that a rank without a settings file opens no file for it
     from pathlib import Path
 
     from dynamo_mpi.common.config_reader import parse_yaml

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Failures as JSON files, one for each rank that failed, for who looks after many workers. Rank 0's holds the whole report."""
+"""Failures as JSON files, one per failed rank, for programs that supervise many workers. Rank 0's file holds the whole report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def write_failure(
-    meeting: Rendezvous,
+    rendezvous: Rendezvous,
     failure: Failure,
     host: str,
     *,
@@ -31,25 +31,25 @@ def write_failure(
     report: Mapping[str, Any] | None = None,
     keep: bool = False,
 ) -> None:
-    """Write a file, where there is a folder for it. That it can't be written is no reason for anything.
+    """Write a failure file if a failure directory is configured. Does not raise if it can't be written.
 
     Args:
-        meeting: names the folder.
-        failure: what to write.
-        host: where it happened.
-        by: the rank that writes, where it isn't the one that failed.
-        report: more, of rank 0.
-        keep: leave a file that is there: hosts that are cut off from each other may still share the folder, and rank 0's side knows best.
+        rendezvous: names the directory.
+        failure: the failure.
+        host: the host where it happened.
+        by: the rank whose file it becomes; None for the rank that failed.
+        report: additional keys, from rank 0.
+        keep: don't replace an existing file: hosts cut off from each other may share the directory, and rank 0's side knows more.
     """
-    if not meeting.failure_dir:
+    if not rendezvous.failure_dir:
         return
     content = _without_secrets({**as_document(failure, host), **(report or {})})
-    path = _path(meeting, failure.rank if by is None else by)
+    path = _path(rendezvous, failure.rank if by is None else by)
     with contextlib.suppress(OSError):
         if keep and path.exists():
             return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # readable by its owner alone, and there at once with all that is in it
+        # readable by its owner alone, and replaced atomically
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -62,7 +62,7 @@ def write_failure(
 
 
 def as_document(failure: Failure, host: str) -> dict[str, Any]:
-    """Return a failure as JSON has it; ``traceback`` is null where the error says all."""
+    """Return the JSON content of a failure file; ``traceback`` is null if the error is not a traceback."""
     is_traceback = failure.text.startswith("Traceback")
     return {
         "rank": failure.rank,
@@ -80,13 +80,13 @@ def as_document(failure: Failure, host: str) -> dict[str, Any]:
 
 
 def remove_stale_failure_files(folder: Path | None, label: str) -> str:
-    """Remove what an earlier start of this worker has left there, and say why nothing can be written there, if that is so."""
+    """Remove the failure files of an earlier start of this worker; return why none can be written, or an empty text."""
     if folder is None:
         return ""
-    # it is made when it is needed
-    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return f"no failure files: {there} is no folder that can be written; correct --failure-dir"
+    # the directory is created only when it is needed
+    existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        return f"no failure files: {existing} is no folder that can be written; correct --failure-dir"
     for path in folder.glob(f"{label}-rank-*.json"):
         with contextlib.suppress(OSError):
             path.unlink()
@@ -101,5 +101,5 @@ def _without_secrets(value: Any) -> Any:
     return [_without_secrets(each) for each in value] if isinstance(value, list) else value
 
 
-def _path(meeting: Rendezvous, rank: int) -> Path:
-    return Path(meeting.failure_dir) / f"{meeting.label}-rank-{rank}.json"
+def _path(rendezvous: Rendezvous, rank: int) -> Path:
+    return Path(rendezvous.failure_dir) / f"{rendezvous.label}-rank-{rank}.json"

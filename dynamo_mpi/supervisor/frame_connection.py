@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One liveness connection: frames in, frames out, never waiting; the kernel looks after the host at its other end."""
+"""A non-blocking TCP connection that carries frames; TCP keepalive detects a lost peer host."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervisor.heartbeat_protocol import Frame
 
 _READ_BYTES = 1 << 16
-_MOST_UNSENT = 1 << 18
-# a host that is gone is found out within about 20 s, whether or not we have something to send to it
+_MAX_UNSENT_BYTES = 1 << 18
+# a lost host is detected within about 20 s, whether or not data is being sent to it
 _IDLE_SECONDS, _INTERVAL_SECONDS, _PROBES = 5, 5, 3
 _USER_TIMEOUT_MS = 20_000
 _UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 
 class ClosedError(Exception):
-    """The connection has ended.
+    """The connection has closed.
 
     Args:
-        lost: the other host doesn't answer, so nothing is known of the process there.
+        lost: the other host doesn't answer, so the state of the process there is unknown.
     """
 
     def __init__(self, *, lost: bool) -> None:
@@ -36,7 +36,7 @@ class ClosedError(Exception):
 
 
 class FrameConnection:
-    """Takes over a connected socket."""
+    """A connection that sends and receives frames without blocking. Takes ownership of a connected socket."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -50,47 +50,47 @@ class FrameConnection:
         ):
             connection.setsockopt(socket.IPPROTO_TCP, option, value)
         self._connection = connection
-        self._inbox = FrameDecoder()
+        self._decoder = FrameDecoder()
         self._unsent = bytearray()
 
     def fileno(self) -> int:
-        """Return the descriptor, for a selector."""
+        """Return the file descriptor, for a selector."""
         return self._connection.fileno()
 
     @property
     def local_address(self) -> str:
-        """This host's address on it."""
+        """This host's address of the connection."""
         return str(self._connection.getsockname()[0])
 
     @property
     def unsent(self) -> bool:
-        """Whether something waits for `flush`."""
+        """Whether data waits for `flush`."""
         return bool(self._unsent)
 
     @property
     def has_unacked_data(self) -> bool:
-        """Whether the other host has yet to confirm something that was sent: its kernel does that, whatever the process does."""
+        """Whether sent data is not yet acknowledged by the other host, whose kernel does that whatever the process does."""
         try:
             waiting = fcntl.ioctl(self._connection, termios.TIOCOUTQ, bytes(4))
-        except OSError:  # it has ended
+        except OSError:  # the connection has closed
             return False
         return int.from_bytes(waiting, sys.byteorder) > 0
 
-    def allow_frames(self, most_body: int) -> None:
-        """Take frames with bodies of up to ``most_body`` bytes from now on."""
-        self._inbox.most_body = most_body
+    def allow_frames(self, max_body: int) -> None:
+        """From now on, accept frames with bodies of up to ``max_body`` bytes."""
+        self._decoder.max_body = max_body
 
     def send(self, frame: Frame) -> None:
-        """Send ``frame``, or keep what of it can't be sent yet.
+        """Send ``frame``; keep what can't be sent yet.
 
-        A peer that takes nothing is told of by its silence: what it would not take anyway is dropped.
+        If the peer reads nothing, further frames are dropped: the heartbeat timeout detects such a peer.
         """
-        if len(self._unsent) <= _MOST_UNSENT:
+        if len(self._unsent) <= _MAX_UNSENT_BYTES:
             self._unsent += frame.pack()
             self.flush()
 
     def flush(self) -> None:
-        """Send what is left. That the connection has ended is for `read` to say."""
+        """Send what is left. Does not raise if the connection has closed: `read` does."""
         try:
             while self._unsent:
                 del self._unsent[: self._connection.send(self._unsent)]
@@ -100,11 +100,11 @@ class FrameConnection:
             self._unsent.clear()
 
     def read(self) -> list[Frame]:
-        """Return the frames that have come.
+        """Return the frames that have arrived.
 
         Raises:
-            ClosedError: there will be no more.
-            WireError: what came is not of this protocol.
+            ClosedError: the connection has closed.
+            WireError: the data is not of this protocol.
         """
         try:
             data = self._connection.recv(_READ_BYTES)
@@ -114,15 +114,15 @@ class FrameConnection:
             raise ClosedError(lost=error.errno in _UNREACHABLE) from None
         if not data:
             raise ClosedError(lost=False)
-        return list(self._inbox.feed(data))
+        return list(self._decoder.feed(data))
 
     def close(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self._connection.close()
 
 
 class Waker:
-    """Wakes a thread that waits in a selector, from any other."""
+    """Wakes a thread that waits in a selector. Thread-safe."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -134,14 +134,14 @@ class Waker:
         return self._reader.fileno()
 
     def wake(self) -> None:
-        """Wake it."""
+        """Wake the thread."""
         try:
             self._writer.send(b"\0")
-        except OSError:  # full: it is awake already; closed: it has ended
+        except OSError:  # full: the thread is awake already; closed: it has ended
             return
 
     def clear(self) -> None:
-        """Take note: until the next ring."""
+        """Make the descriptor unreadable until the next `wake`."""
         try:
             while self._reader.recv(4096):
                 pass
@@ -149,6 +149,6 @@ class Waker:
             return
 
     def close(self) -> None:
-        """Give both ends back."""
+        """Close both ends."""
         self._reader.close()
         self._writer.close()

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 and the other ranks say to each other over their liveness connections, as bytes. Pure.
+"""The protocol of the heartbeat connections between rank 0 and the other ranks. Pure.
 
-    rank 0: Hello(nonce)
-    rank:   Join(rank, nonce, proof)
-    rank 0: Welcome(proof)
-    rank 0: Beat, Ask, Phase(name), Ending, Leaving
-    rank:   Beat, Phase(name), Spans(what `roll.pack_spans` makes), Stacks(text), Failed(exit code, phase, sequence, text),
-            Signal(number, again), Leaving
-    agents: Agent(JSON), between the node agents, see `agent_network`
+    rank 0: HELLO(nonce)
+    rank:   JOIN(rank, nonce, MAC)
+    rank 0: WELCOME(MAC)
+    rank 0: HEARTBEAT, STACKS_REQUEST, PHASE(name), ABORTING, GOODBYE
+    rank:   HEARTBEAT, PHASE(name), TIMINGS(`progress.pack_timings`), STACKS(text), FAILED(exit code, phase, sequence, text),
+            SIGNAL(number, repeated), GOODBYE
+    agents: AGENT(JSON), between the node agents, see `agent_network`
 
-A frame is a header of fixed size and a body of at most `MOST_BODY` bytes; before the proof, of `MOST_STRANGERS_BODY`. Nothing that is
-received is run or unpickled. Both sides know the token, which came with the verdict, and prove it by an HMAC over the other's nonce; it never
-travels here. Against somebody who alters bytes on their way, encrypt the network.
+A frame is a header of fixed size and a body of at most `MAX_BODY` bytes, or `MAX_UNAUTHENTICATED_BODY` before authentication. Received data
+is never executed or unpickled. Both sides know the token, which came with the preflight result, and prove it by an HMAC over the other's
+nonce; the token itself is never sent. Frames are not protected against changes on the network: encrypt it if that is a risk.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ if TYPE_CHECKING:
 MAGIC = b"DML1"
 NONCE_BYTES = 16
 TOKEN_BYTES = 32
-PROOF_BYTES = 32
-MOST_BODY = 1 << 16
-MOST_STRANGERS_BODY = 64
-MOST_TEXT = 24_000
-"""Characters of a traceback that travel: they fit a body whatever they are, and the end of a traceback says the most."""
+MAC_BYTES = 32
+MAX_BODY = 1 << 16
+MAX_UNAUTHENTICATED_BODY = 64
+MAX_TEXT = 24_000
+"""Characters of a traceback that are sent: in any encoding they fit into a body."""
 
 _HEADER = struct.Struct("!4sB3xI")
 _RANK = struct.Struct("!I")
 
 
 class WireError(ValueError):
-    """What came is no frame of this protocol, or not the one that was due."""
+    """The data is not a frame of this protocol, or not the expected one."""
 
 
 class FrameType(IntEnum):
-    """What a frame says."""
+    """The type of a frame."""
 
     HELLO = 1
     JOIN = 2
     WELCOME = 3
-    BEAT = 4
-    ASK = 5
+    HEARTBEAT = 4
+    STACKS_REQUEST = 5
     STACKS = 6
     FAILED = 7
-    LEAVING = 8
+    GOODBYE = 8
     PHASE = 9
-    ENDING = 10
+    ABORTING = 10
     SIGNAL = 12
-    SPANS = 13
+    TIMINGS = 13
     AGENT = 14
 
 
@@ -69,34 +69,34 @@ class Frame(NamedTuple):
     body: bytes = b""
 
     def pack(self) -> bytes:
-        """Encode it.
+        """Encode the frame.
 
         Raises:
-            WireError: its body is too long.
+            WireError: the body is too long.
         """
-        if len(self.body) > MOST_BODY:
+        if len(self.body) > MAX_BODY:
             raise WireError(f"a body of {len(self.body)} bytes")
         return _HEADER.pack(MAGIC, self.kind, len(self.body)) + self.body
 
 
 class FrameDecoder:
-    """Bytes as they come, taken apart into frames. Holds no more than one frame that isn't complete."""
+    """Decodes received bytes into frames. Buffers at most one incomplete frame."""
 
     def __init__(self) -> None:
-        self.most_body = MOST_STRANGERS_BODY
+        self.max_body = MAX_UNAUTHENTICATED_BODY
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Add bytes, and yield the frames that are complete.
+        """Add bytes and yield the frames that are complete.
 
         Raises:
-            WireError: this is not our protocol.
+            WireError: the data is not of this protocol.
         """
         self._bytes += data
         while len(self._bytes) >= _HEADER.size:
             magic, kind, size = _HEADER.unpack_from(self._bytes)
-            if magic != MAGIC or size > self.most_body:
-                raise WireError("no frame of ours")
+            if magic != MAGIC or size > self.max_body:
+                raise WireError("not a frame of this protocol")
             if len(self._bytes) < _HEADER.size + size:
                 return
             body = bytes(self._bytes[_HEADER.size : _HEADER.size + size])
@@ -104,58 +104,58 @@ class FrameDecoder:
             try:
                 yield Frame(FrameType(kind), body)
             except ValueError:
-                raise WireError(f"no kind of frame is {kind}") from None
+                raise WireError(f"unknown frame type {kind}") from None
 
 
 class Join(NamedTuple):
-    """A rank's answer to ``Hello``."""
+    """A rank's answer to HELLO."""
 
     rank: int
     nonce: bytes
-    proof: bytes
+    mac: bytes
 
     def pack(self) -> bytes:
         """Encode the frame's body."""
-        return _RANK.pack(self.rank) + self.nonce + self.proof
+        return _RANK.pack(self.rank) + self.nonce + self.mac
 
     @classmethod
     def unpack(cls, body: bytes) -> Join:
-        """Decode what `encode_strings` made.
+        """Decode the frame's body.
 
         Raises:
-            WireError: it isn't that.
+            WireError: the body is invalid.
         """
-        if len(body) != _RANK.size + NONCE_BYTES + PROOF_BYTES:
-            raise WireError("no answer to a hello")
+        if len(body) != _RANK.size + NONCE_BYTES + MAC_BYTES:
+            raise WireError("invalid JOIN frame")
         (rank,) = _RANK.unpack_from(body)
-        return cls(rank, body[_RANK.size : -PROOF_BYTES], body[-PROOF_BYTES:])
+        return cls(rank, body[_RANK.size : -MAC_BYTES], body[-MAC_BYTES:])
 
 
 def rank_mac(token: bytes, hello: bytes, rank: int, nonce: bytes) -> bytes:
-    """Return the proof that a rank knows the token, for rank 0's nonce ``hello``."""
+    """Return a rank's MAC, which proves that it knows the token, over rank 0's nonce ``hello``."""
     return hmac.digest(token, b"rank" + hello + _RANK.pack(rank) + nonce, "sha256")
 
 
 def leader_mac(token: bytes, nonce: bytes, rank: int) -> bytes:
-    """Return the proof that rank 0 knows the token, for the nonce of ``rank``."""
+    """Return rank 0's MAC, which proves that it knows the token, over the nonce of ``rank``."""
     return hmac.digest(token, b"zero" + nonce + _RANK.pack(rank), "sha256")
 
 
-def is_valid_mac(given: bytes, right: bytes) -> bool:
-    """Tell whether a proof is the right one, in a time that doesn't depend on it."""
-    return hmac.compare_digest(given, right)
+def is_valid_mac(given: bytes, expected: bytes) -> bool:
+    """Return whether a MAC is the expected one; takes the same time for any MAC."""
+    return hmac.compare_digest(given, expected)
 
 
 class SignalMessage(NamedTuple):
-    """A signal that came to a rank other than 0.
+    """A signal that a rank other than 0 got.
 
     Args:
-        number: SIGTERM's, SIGINT's or SIGUSR1's.
-        again: it is not that rank's first.
+        number: the number of SIGTERM, SIGINT or SIGUSR1.
+        repeated: whether it is not that rank's first signal.
     """
 
     number: int
-    again: bool
+    repeated: bool
 
     def pack(self) -> bytes:
         """Encode the frame's body."""
@@ -163,24 +163,24 @@ class SignalMessage(NamedTuple):
 
     @classmethod
     def unpack(cls, body: bytes) -> SignalMessage:
-        """Decode what `encode_strings` made.
+        """Decode the frame's body.
 
         Raises:
-            WireError: it isn't that.
+            WireError: the body is invalid.
         """
         if len(body) != 2 or body[0] not in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) or body[1] > 1:
-            raise WireError("no signal that ends a worker")
+            raise WireError("invalid SIGNAL frame")
         return cls(body[0], bool(body[1]))
 
 
 class FailureReport(NamedTuple):
-    """What a rank that can't go on says of itself.
+    """The report of a rank that can't go on.
 
     Args:
-        exit_code: what every rank is to leave with.
-        phase: in which it happened there.
+        exit_code: the exit code for all ranks.
+        phase: the rank's phase when it failed.
         sequence: counts this rank's frames of this kind.
-        text: for the user.
+        text: the error or traceback.
     """
 
     exit_code: int
@@ -194,25 +194,25 @@ class FailureReport(NamedTuple):
 
     @classmethod
     def unpack(cls, body: bytes) -> FailureReport:
-        """Decode what `encode_strings` made.
+        """Decode the frame's body.
 
         Raises:
-            WireError: it isn't that.
+            WireError: the body is invalid.
         """
         try:
             code, phase, sequence, text = decode_strings(body)
-            told = cls(int(code), phase, int(sequence), text)
+            report = cls(int(code), phase, int(sequence), text)
         except ValueError:
-            raise WireError("no failure") from None
-        if not 0 < told.exit_code < 256:
-            raise WireError("no exit code of a failure")
-        return told
+            raise WireError("invalid FAILED frame") from None
+        if not 0 < report.exit_code < 256:
+            raise WireError("invalid exit code of a failure")
+        return report
 
 
 def clip(text: str) -> str:
-    """Return ``text``, or of a long one its beginning and, mostly, its end."""
+    """Return ``text``; of a long one, its beginning and, mostly, its end."""
     text = text.encode("utf-8", "replace").decode()
-    if len(text.encode()) <= MOST_BODY - 512:
+    if len(text.encode()) <= MAX_BODY - 512:
         return text
-    half = MOST_TEXT // 8
-    return f"{text[:half]}\n[…]\n{text[-(MOST_TEXT // 2 - half) :]}"
+    half = MAX_TEXT // 8
+    return f"{text[:half]}\n[…]\n{text[-(MAX_TEXT // 2 - half) :]}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's side of liveness: one thread that holds a connection to every other rank, and sees within milliseconds when one has gone."""
+"""Rank 0's heartbeat server: one thread with a connection to every other rank, which detects a death within milliseconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynamo_mpi.common.failure import DetectedBy, Failure, describe_error
 from dynamo_mpi.supervisor.failure_messages import heartbeat_missed, host_lost, never_connected, rank_died
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
 from dynamo_mpi.supervisor.heartbeat_protocol import (
-    MOST_BODY,
+    MAX_BODY,
     FailureReport,
     Frame,
     FrameType,
@@ -32,249 +32,253 @@ if TYPE_CHECKING:
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 _STACKS_SECONDS = 2.0
-_FAREWELL_SECONDS = 1.0
+_CLOSE_FLUSH_SECONDS = 1.0
 _STALL_SECONDS = 0.5
-_MOMENT_SECONDS = 2.0
-_HEED_SECONDS = 0.5
+_STALL_MEMORY_SECONDS = 2.0
+_ABORT_ACK_SECONDS = 0.5
 
 
 class _Peer:
     """A rank that is connected."""
 
-    def __init__(self, number: int, line: FrameConnection) -> None:
-        self.number, self.line, self.heard = number, line, time.monotonic()
+    def __init__(self, number: int, connection: FrameConnection) -> None:
+        self.number, self.connection, self.last_seen = number, connection, time.monotonic()
         self.phase = ""
-        # nothing that comes after is news: it has left in order, or its trouble has been told
+        # it has shut down in order, or its failure has been reported: ignore what follows
         self.done = False
 
 
 class HeartbeatServer:
-    """Watches over the ranks other than 0, from `start` to `close`.
+    """Exchanges heartbeats with the ranks other than 0, from `start` to `close`, and detects their failures.
 
     Args:
         size: ranks of the world.
-        meeting: what the ranks were told.
-        listener: listens where they were told.
-        phase: what the world is doing.
-        host: names a rank's host.
-        on_failure: called from the lookout's thread with each failure. It has to be quick.
-        on_signal: the same, with a rank and a signal that came to it.
-        on_spans: the same, with a rank and what it tells of its phases.
+        rendezvous: the address and settings that the ranks received.
+        listener: the socket that listens at that address.
+        phase: returns the world's phase.
+        host: returns a rank's host.
+        on_failure: called from the server's thread with each failure. It must be quick.
+        on_signal: the same, with a rank and a signal that it got.
+        on_timings: the same, with a rank and the body of its TIMINGS frame.
     """
 
     def __init__(
         self,
         size: int,
-        meeting: Rendezvous,
+        rendezvous: Rendezvous,
         listener: socket.socket,
         phase: Callable[[], str],
         host: Callable[[int], str],
         on_failure: Callable[[Failure], None],
         on_signal: Callable[[int, SignalMessage], None],
-        on_spans: Callable[[int, bytes], None] = lambda *_: None,
+        on_timings: Callable[[int, bytes], None] = lambda *_: None,
     ) -> None:
-        self._size, self._meeting = size, meeting
+        self._size, self._rendezvous = size, rendezvous
         self._phase, self._host, self._on_failure, self._on_signal = phase, host, on_failure, on_signal
-        self._on_spans = on_spans
+        self._on_timings = on_timings
         self._selector = selectors.DefaultSelector()
-        self._bell = Waker()
-        self._selector.register(self._bell, selectors.EVENT_READ, self._bell.clear)
-        self._reception = JoinHandler(self._selector, listener, bytes.fromhex(meeting.token), size, self._admit)
-        self._orders: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-        self._ranks: dict[int, _Peer] = {}
+        self._waker = Waker()
+        self._selector.register(self._waker, selectors.EVENT_READ, self._waker.clear)
+        self._join_handler = JoinHandler(self._selector, listener, bytes.fromhex(rendezvous.token), size, self._admit)
+        self._outbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self._peers: dict[int, _Peer] = {}
         self._missing = set(range(1, size))
-        self._begun = time.monotonic()
-        self._answers: dict[int, str] = {}
-        self._answered = threading.Condition()
-        self._leaving = False
-        self._overslept = -math.inf
-        self._ending: Frame | None = None
+        self._started_at = time.monotonic()
+        self._stacks: dict[int, str] = {}
+        self._stacks_changed = threading.Condition()
+        self._closing = False
+        self._stalled_at = -math.inf
+        self._abort_frame: Frame | None = None
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
-        """Begin: ranks may come."""
+        """Start the server's thread and accept ranks."""
         self._thread.start()
 
     def stacks(self) -> dict[int, str]:
-        """Ask every rank where it stands, and return what those have answered that could, within two seconds."""
-        with self._answered:
-            self._answers = {0: dump_stacks()}
-        self.broadcast(Frame(FrameType.ASK))
-        with self._answered:
-            self._answered.wait_for(lambda: len(self._answers) == self._size, _STACKS_SECONDS)
-            return dict(self._answers)
+        """Request every rank's stacks, and return those that arrive within 2 s."""
+        with self._stacks_changed:
+            self._stacks = {0: dump_stacks()}
+        self.broadcast(Frame(FrameType.STACKS_REQUEST))
+        with self._stacks_changed:
+            self._stacks_changed.wait_for(lambda: len(self._stacks) == self._size, _STACKS_SECONDS)
+            return dict(self._stacks)
 
     def broadcast(self, frame: Frame) -> None:
-        """Send ``frame`` to all ranks. Thread-safe, never waits."""
-        self._orders.put(frame)
-        self._bell.wake()
+        """Send ``frame`` to all ranks. Thread-safe; never waits."""
+        self._outbox.put(frame)
+        self._waker.wake()
 
     @property
     def was_stalled(self) -> bool:
-        """Whether this process was stopped or stuck for so long, until a moment ago, that the ranks may have ended the world without it."""
-        return time.monotonic() - self._overslept < _MOMENT_SECONDS
+        """Whether this process was, until a moment ago, stopped or stuck for so long that the ranks may have ended without it."""
+        return time.monotonic() - self._stalled_at < _STALL_MEMORY_SECONDS
 
     def announce_abort(self, code: int) -> None:
-        """Tell the ranks that rank 0 ends the world, and wait a moment for them to know: a rank that only saw it go would report a death."""
-        self.broadcast(Frame(FrameType.ENDING, bytes([code])))
-        end = time.monotonic() + _HEED_SECONDS
-        while time.monotonic() < end and (self._missing or not all(rank.done for rank in list(self._ranks.values()))):
-            time.sleep(_HEED_SECONDS / 50)
+        """Send ABORTING to the ranks and wait up to 0.5 s for their acknowledgement: otherwise they would report rank 0's death."""
+        self.broadcast(Frame(FrameType.ABORTING, bytes([code])))
+        end = time.monotonic() + _ABORT_ACK_SECONDS
+        while time.monotonic() < end and (self._missing or not all(peer.done for peer in list(self._peers.values()))):
+            time.sleep(_ABORT_ACK_SECONDS / 50)
 
     def close(self) -> None:
-        """Tell the ranks that rank 0 leaves in order, and end. Idempotent."""
-        self.broadcast(Frame(FrameType.LEAVING))
-        self._thread.join(2 * _FAREWELL_SECONDS)
+        """Send the ranks GOODBYE, as rank 0 shuts down in order, and stop. Idempotent."""
+        self.broadcast(Frame(FrameType.GOODBYE))
+        self._thread.join(2 * _CLOSE_FLUSH_SECONDS)
 
-    # what follows runs in the lookout's thread
+    # the following methods run in the server's thread
 
     def _run(self) -> None:
         try:
             self._watch()
-        except Exception as error:  # a watchman who drops dead must not look like a quiet night
+        except Exception as error:  # without this thread, failures would go unnoticed
             text, code = describe_error(error)
             self._on_failure(Failure(0, code, text, at=time.monotonic()))
         finally:
-            self._reception.close()
-            for rank in self._ranks.values():
-                rank.line.close()
+            self._join_handler.close()
+            for peer in self._peers.values():
+                peer.connection.close()
             self._selector.close()
-            self._bell.close()
+            self._waker.close()
 
     def _watch(self) -> None:
-        tick = self._meeting.heartbeat_interval / 2
-        next_tick = next_beat = self._begun
+        tick = self._rendezvous.heartbeat_interval / 2
+        next_tick = next_heartbeat = self._started_at
         end = 0.0
         while True:
             for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
                 key.data()
             self._handle_commands()
             now = time.monotonic()
-            if self._leaving:
-                end = end or now + _FAREWELL_SECONDS
-                if now >= end or not any(rank.line.unsent for rank in self._ranks.values()):
+            if self._closing:
+                end = end or now + _CLOSE_FLUSH_SECONDS
+                if now >= end or not any(peer.connection.unsent for peer in self._peers.values()):
                     return
             if now < next_tick:
                 continue
             self._compensate_stall(now - next_tick)
-            self._reception.tick()
+            self._join_handler.tick()
             self._check_timeouts(now)
-            if now >= next_beat:
-                self._send_all(Frame(FrameType.BEAT))
-                next_beat = now + self._meeting.heartbeat_interval
+            if now >= next_heartbeat:
+                self._send_all(Frame(FrameType.HEARTBEAT))
+                next_heartbeat = now + self._rendezvous.heartbeat_interval
             next_tick = min(now + tick, end or now + tick)
 
     def _compensate_stall(self, late: float) -> None:
-        """Where it was this thread that slept, or did not get Python's lock, that is not held against the ranks."""
-        patience = self._meeting.heartbeat_timeout_for(self._phase())
-        if patience is not None and late > patience - 2 * self._meeting.heartbeat_interval:
-            self._overslept = time.monotonic()
+        """If this thread was stopped or didn't get the GIL, extend the ranks' timeouts accordingly."""
+        timeout = self._rendezvous.heartbeat_timeout_for(self._phase())
+        if timeout is not None and late > timeout - 2 * self._rendezvous.heartbeat_interval:
+            self._stalled_at = time.monotonic()
         if late > _STALL_SECONDS:
-            self._begun += late
-            for rank in self._ranks.values():
-                rank.heard += late
+            self._started_at += late
+            for peer in self._peers.values():
+                peer.last_seen += late
 
     def _handle_commands(self) -> None:
-        while not self._orders.empty():
-            frame = self._orders.get()
-            self._leaving |= frame.kind is FrameType.LEAVING
-            if frame.kind is FrameType.ENDING:
-                self._ending = frame
+        while not self._outbox.empty():
+            frame = self._outbox.get()
+            self._closing |= frame.kind is FrameType.GOODBYE
+            if frame.kind is FrameType.ABORTING:
+                self._abort_frame = frame
             self._send_all(frame)
 
     def _send_all(self, frame: Frame) -> None:
-        for rank in self._ranks.values():
-            rank.line.send(frame)
-            self._follow(rank)
+        for peer in self._peers.values():
+            peer.connection.send(frame)
+            self._update_events(peer)
 
-    def _follow(self, rank: _Peer) -> None:
-        """Have the selector look at what matters for a rank's line now."""
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if rank.line.unsent else 0)
-        if self._selector.get_key(rank.line).events != events:
-            self._selector.modify(rank.line, events, lambda: self._serve(rank))
+    def _update_events(self, peer: _Peer) -> None:
+        """Register the connection for the events that matter now."""
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.connection.unsent else 0)
+        if self._selector.get_key(peer.connection).events != events:
+            self._selector.modify(peer.connection, events, lambda: self._handle_events(peer))
 
-    def _admit(self, number: int, line: FrameConnection) -> bool:
+    def _admit(self, number: int, connection: FrameConnection) -> bool:
         if number not in self._missing:
             return False
         self._missing.discard(number)
-        line.allow_frames(MOST_BODY)
-        rank = self._ranks[number] = _Peer(number, line)
-        self._selector.register(line, selectors.EVENT_READ, lambda: self._serve(rank))
-        if self._ending is not None:
-            # it came too late to hear of it; to be sent behind its welcome
-            self._orders.put(self._ending)
+        connection.allow_frames(MAX_BODY)
+        peer = self._peers[number] = _Peer(number, connection)
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._handle_events(peer))
+        if self._abort_frame is not None:
+            # the rank joined after ABORTING was sent; send it again, after WELCOME
+            self._outbox.put(self._abort_frame)
         return True
 
-    def _serve(self, rank: _Peer) -> None:
-        if rank.line.unsent:
-            rank.line.flush()
-            self._follow(rank)
+    def _handle_events(self, peer: _Peer) -> None:
+        if peer.connection.unsent:
+            peer.connection.flush()
+            self._update_events(peer)
         try:
-            for frame in rank.line.read():
-                rank.heard = time.monotonic()
-                self._handle_frame(rank, frame)
+            for frame in peer.connection.read():
+                peer.last_seen = time.monotonic()
+                self._handle_frame(peer, frame)
         except ClosedError as end:
             self._drop(
-                rank,
-                (host_lost if end.lost else rank_died)(self._host(rank.number)),
+                peer,
+                (host_lost if end.lost else rank_died)(self._host(peer.number)),
                 DetectedBy.HOST_UNREACHABLE if end.lost else DetectedBy.DISCONNECT,
             )
         except WireError:
-            # it has the token, so it is a rank of ours that writes nonsense: as good as dead
-            self._drop(rank, rank_died(self._host(rank.number)), DetectedBy.DISCONNECT)
+            # an authenticated rank that sends invalid data counts as dead
+            self._drop(peer, rank_died(self._host(peer.number)), DetectedBy.DISCONNECT)
 
-    def _handle_frame(self, rank: _Peer, frame: Frame) -> None:
+    def _handle_frame(self, peer: _Peer, frame: Frame) -> None:
         if frame.kind is FrameType.STACKS:
-            with self._answered:
-                self._answers[rank.number] = frame.body.decode("utf-8", "replace")
-                self._answered.notify_all()
+            with self._stacks_changed:
+                self._stacks[peer.number] = frame.body.decode("utf-8", "replace")
+                self._stacks_changed.notify_all()
         elif frame.kind is FrameType.PHASE:
-            rank.phase = frame.body.decode("utf-8", "replace")
-        elif frame.kind is FrameType.SPANS:
-            self._on_spans(rank.number, frame.body)
-        elif frame.kind is FrameType.LEAVING:
-            rank.done = True
+            peer.phase = frame.body.decode("utf-8", "replace")
+        elif frame.kind is FrameType.TIMINGS:
+            self._on_timings(peer.number, frame.body)
+        elif frame.kind is FrameType.GOODBYE:
+            peer.done = True
         elif frame.kind is FrameType.SIGNAL:
-            self._on_signal(rank.number, SignalMessage.unpack(frame.body))
+            self._on_signal(peer.number, SignalMessage.unpack(frame.body))
         elif frame.kind is FrameType.FAILED:
-            told = FailureReport.unpack(frame.body)
-            rank.done = True
+            report = FailureReport.unpack(frame.body)
+            peer.done = True
             self._on_failure(
                 Failure(
-                    rank.number,
-                    told.exit_code,
-                    told.text,
+                    peer.number,
+                    report.exit_code,
+                    report.text,
                     DetectedBy.REPORT,
-                    told.phase,
+                    report.phase,
                     time.monotonic(),
-                    told.sequence,
+                    report.sequence,
                 )
             )
 
-    def _drop(self, rank: _Peer, error: DynamoMpiError, cause: DetectedBy) -> None:
-        self._selector.unregister(rank.line)
-        rank.line.close()
-        del self._ranks[rank.number]
-        if not (rank.done or self._leaving):
-            self._fail(rank.number, rank.phase, error, cause)
+    def _drop(self, peer: _Peer, error: DynamoMpiError, cause: DetectedBy) -> None:
+        self._selector.unregister(peer.connection)
+        peer.connection.close()
+        del self._peers[peer.number]
+        if not (peer.done or self._closing):
+            self._report_failure(peer.number, peer.phase, error, cause)
 
     def _check_timeouts(self, now: float) -> None:
-        patience = self._meeting.heartbeat_timeout_for(self._phase())
-        if patience is None or self._leaving:
+        timeout = self._rendezvous.heartbeat_timeout_for(self._phase())
+        if timeout is None or self._closing:
             return
-        for rank in self._ranks.values():
-            if not rank.done and now - rank.heard > patience:
-                rank.done = True
-                if rank.line.has_unacked_data:
-                    self._fail(rank.number, rank.phase, host_lost(self._host(rank.number)), DetectedBy.HOST_UNREACHABLE)
+        for peer in self._peers.values():
+            if not peer.done and now - peer.last_seen > timeout:
+                peer.done = True
+                if peer.connection.has_unacked_data:
+                    self._report_failure(
+                        peer.number, peer.phase, host_lost(self._host(peer.number)), DetectedBy.HOST_UNREACHABLE
+                    )
                 else:
-                    error = heartbeat_missed(now - rank.heard, self._host(rank.number))
-                    self._fail(rank.number, rank.phase, error, DetectedBy.HEARTBEAT)
-        if self._missing and now - self._begun > patience:
+                    error = heartbeat_missed(now - peer.last_seen, self._host(peer.number))
+                    self._report_failure(peer.number, peer.phase, error, DetectedBy.HEARTBEAT)
+        if self._missing and now - self._started_at > timeout:
             missing, self._missing = min(self._missing), set()
-            self._fail(missing, "", never_connected(now - self._begun, self._meeting), DetectedBy.HEARTBEAT)
+            self._report_failure(
+                missing, "", never_connected(now - self._started_at, self._rendezvous), DetectedBy.HEARTBEAT
+            )
 
-    def _fail(self, number: int, phase: str, error: DynamoMpiError, cause: DetectedBy) -> None:
-        # one that has not told its phase yet has just come
+    def _report_failure(self, number: int, phase: str, error: DynamoMpiError, cause: DetectedBy) -> None:
+        # a rank that has just joined has not sent its phase yet
         phase = phase or self._phase()
         self._on_failure(Failure(number, int(error.exit_code), str(error), cause, phase, time.monotonic()))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who connects to rank 0 is a stranger until it has proven to be a rank; strangers are few, and don't stay long."""
+"""Authenticates connections to rank 0. The number of unauthenticated connections and their duration are limited."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-_PATIENCE_SECONDS = 5.0
+_HANDSHAKE_SECONDS = 5.0
 MAX_PENDING = 64
-"""Strangers that may be there beside the ranks."""
-_MOST_AT_ONCE = 64
+"""Unauthenticated connections that are allowed beside those of the ranks."""
+_MAX_ACCEPTS_PER_EVENT = 64
 
 
 class _PendingConnection(NamedTuple):
-    line: FrameConnection
+    connection: FrameConnection
     nonce: bytes
-    end: float
-    hear: Callable[[], None]
+    deadline: float
+    on_readable: Callable[[], None]
 
 
 class JoinHandler:
-    """Lets ranks in. All of it runs in the thread that owns the selector, where each entry's data is what to call.
+    """Accepts and authenticates ranks. Everything runs in the thread that owns the selector; the data of each entry is the function to call.
 
     Args:
-        selector: the lookout's.
-        listener: where ranks come.
-        token: what they have to know.
-        size: ranks of the world; as many may be on their way at once as have not come yet, and a few strangers.
-        admit: called with the number and the line of each rank that has proven itself; returns whether that one was due.
-        greeted: called with its number once it has been answered.
-        again: each may come more than once.
+        selector: the server's selector.
+        listener: the listening socket.
+        token: the secret that ranks must know.
+        size: ranks of the world: at most as many connections as ranks are missing, and `MAX_PENDING` more, may be unauthenticated.
+        admit: called with the number and the connection of each authenticated rank; returns whether it was expected.
+        on_joined: called with a rank's number after WELCOME has been sent to it.
+        may_rejoin: whether each rank may join more than once.
     """
 
     def __init__(
@@ -57,30 +57,35 @@ class JoinHandler:
         token: bytes,
         size: int,
         admit: Callable[[int, FrameConnection], bool],
-        greeted: Callable[[int], None] = lambda _: None,
+        on_joined: Callable[[int], None] = lambda _: None,
         *,
-        again: bool = False,
+        may_rejoin: bool = False,
     ) -> None:
         self._selector, self._listener, self._token = selector, listener, token
-        self._room, self._admit, self._greeted, self._again = size + MAX_PENDING, admit, greeted, again
-        self._strangers: dict[int, _PendingConnection] = {}
+        self._capacity, self._admit, self._on_joined, self._may_rejoin = (
+            size + MAX_PENDING,
+            admit,
+            on_joined,
+            may_rejoin,
+        )
+        self._pending: dict[int, _PendingConnection] = {}
         listener.setblocking(False)
         self._open = False
         self.tick()
 
     def tick(self) -> None:
-        """Send those away who have had their time, and listen again where that had to be interrupted."""
+        """Drop connections that took too long to authenticate, and listen again if that was interrupted."""
         now = time.monotonic()
-        for stranger in [stranger for stranger in self._strangers.values() if now > stranger.end]:
-            self._drop(stranger).close()
+        for pending in [pending for pending in self._pending.values() if now > pending.deadline]:
+            self._drop(pending).close()
         if not self._open:
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
             self._open = True
 
     def close(self) -> None:
-        """Send all strangers away, and listen no longer."""
-        for stranger in list(self._strangers.values()):
-            self._drop(stranger).close()
+        """Drop all unauthenticated connections and stop listening."""
+        for pending in list(self._pending.values()):
+            self._drop(pending).close()
         if self._open:
             self._selector.unregister(self._listener)
             self._open = False
@@ -89,56 +94,61 @@ class JoinHandler:
     def _accept(self) -> None:
         if not self._open:  # closed in the same round
             return
-        for _ in range(_MOST_AT_ONCE):
+        for _ in range(_MAX_ACCEPTS_PER_EVENT):
             try:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
                 return
-            except ConnectionError:  # gone before it was let in
+            except ConnectionError:  # closed before it was accepted
                 continue
-            except OSError:  # out of descriptors, say: it would be readable for ever, so not before the next tick
+            except (
+                OSError
+            ):  # for instance no free descriptors: the socket would stay readable, so pause until the next tick
                 self._selector.unregister(self._listener)
                 self._open = False
                 return
-            if len(self._strangers) >= self._room:
+            if len(self._pending) >= self._capacity:
                 connection.close()
                 continue
             self._handshake(FrameConnection(connection))
 
-    def _handshake(self, line: FrameConnection) -> None:
-        number = line.fileno()
-        stranger = _PendingConnection(
-            line, secrets.token_bytes(NONCE_BYTES), time.monotonic() + _PATIENCE_SECONDS, lambda: self._receive(number)
+    def _handshake(self, connection: FrameConnection) -> None:
+        number = connection.fileno()
+        pending = _PendingConnection(
+            connection,
+            secrets.token_bytes(NONCE_BYTES),
+            time.monotonic() + _HANDSHAKE_SECONDS,
+            lambda: self._receive(number),
         )
-        self._strangers[number] = stranger
-        self._selector.register(line, selectors.EVENT_READ, stranger.hear)
-        line.send(Frame(FrameType.HELLO, stranger.nonce))
+        self._pending[number] = pending
+        self._selector.register(connection, selectors.EVENT_READ, pending.on_readable)
+        connection.send(Frame(FrameType.HELLO, pending.nonce))
 
     def _receive(self, number: int) -> None:
-        stranger = self._strangers.get(number)
-        if stranger is None:  # dropped by what came before it in the same round
+        pending = self._pending.get(number)
+        if pending is None:  # dropped earlier in the same round
             return
         try:
-            frames = stranger.line.read()
+            frames = pending.connection.read()
             if not frames:
                 return
-            # a rank waits for our proof before it says more
+            # a rank waits for WELCOME before it sends more
             (frame,) = frames
             join = Join.unpack(frame.body if frame.kind is FrameType.JOIN else b"")
         except (ClosedError, WireError, ValueError):
-            self._drop(stranger).close()
+            self._drop(pending).close()
             return
-        line = self._drop(stranger)
-        right = rank_mac(self._token, stranger.nonce, join.rank, join.nonce)
-        if not is_valid_mac(join.proof, right) or not self._admit(join.rank, line):
-            line.close()
+        connection = self._drop(pending)
+        expected = rank_mac(self._token, pending.nonce, join.rank, join.nonce)
+        if not is_valid_mac(join.mac, expected) or not self._admit(join.rank, connection):
+            connection.close()
             return
-        if not self._again:
-            self._room -= 1
-        line.send(Frame(FrameType.WELCOME, leader_mac(self._token, join.nonce, join.rank)))
-        self._greeted(join.rank)
+        if not self._may_rejoin:
+            self._capacity -= 1
+        connection.send(Frame(FrameType.WELCOME, leader_mac(self._token, join.nonce, join.rank)))
+        self._on_joined(join.rank)
 
-    def _drop(self, stranger: _PendingConnection) -> FrameConnection:
-        self._selector.unregister(stranger.line)
-        del self._strangers[stranger.line.fileno()]
-        return stranger.line
+    def _drop(self, pending: _PendingConnection) -> FrameConnection:
+        self._selector.unregister(pending.connection)
+        del self._pending[pending.connection.fileno()]
+        return pending.connection

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Takes a worker out of discovery if its rank 0 can't: that was killed, is stuck, or its node is lost. Records the cause, too.
+"""Deregisters a worker if its rank 0 is dead, hung or on a lost node, and records the cause in etcd.
 
-Dynamo's runtime lives in rank 0 or in its child; its lease, and our record's, would keep the worker registered for half a minute after it.
+Dynamo's runtime runs in rank 0 or its child. Without revocation, its lease and the worker record's would keep a dead worker registered for
+half a minute.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.common.failure import Failure
 
-_SECONDS = 1.0
+_ETCD_SECONDS = 1.0
 
 
 class LeaseRevoker:
-    """Knows the leases, and revokes them by etcd's JSON gateway, which takes no package; where there is none, by etcd's client.
+    """Revokes leases through etcd's JSON gateway, which needs no package, or through the gRPC client if etcd has no gateway.
 
-    Nothing here raises. Thread-safe: what waits for etcd does so one after the other.
+    No method raises. Thread-safe: requests to etcd run one after the other.
     """
 
     def __init__(self) -> None:
         self._leases: list[int] = []
-        # whose they are, and the record's lease
+        # the worker that owns the leases, and the lease of its record
         self._worker: dict[str, Any] = {}
         self._record = 0
         self._environ: dict[str, str] = {}
@@ -36,14 +37,14 @@ class LeaseRevoker:
 
     @property
     def has_leases(self) -> bool:
-        """Whether there is something to revoke."""
+        """Whether there are leases to revoke."""
         return bool(self._leases)
 
     def set_leases(self, encoded: str) -> None:
-        """Take note of what there is to revoke, and import what that takes: when it is needed, it must be quick.
+        """Set the leases, and import what revoking needs, so that `revoke` is quick.
 
         Args:
-            encoded: what `encode_leases` has made.
+            encoded: the result of `encode_leases`.
         """
         try:
             content: Any = json.loads(encoded)
@@ -58,39 +59,42 @@ class LeaseRevoker:
             self._leases, self._environ, self._worker, self._record = leases, environ, worker, record
 
     def clear(self) -> None:
-        """Forget them: rank 0 has left in order."""
+        """Drop the leases: rank 0 shut down in order."""
         self._leases, self._record = [], 0
 
     def revoke(self) -> None:
-        """Revoke the leases, in a second at the most, or two where etcd has no gateway. More than once does no harm."""
+        """Revoke the leases, in at most 1 s, or 2 s if etcd has no gateway. Idempotent."""
         with self._lock:
             leases, self._leases = self._leases, []
             if not leases:
                 return
-            # one that is gone already, or can't be reached, goes with its time
+            # a lease that can't be revoked expires by itself
             with contextlib.suppress(Exception):
                 from dynamo_mpi.discovery.etcd_http import query_etcd
 
                 query_etcd(
-                    self._environment, _SECONDS, lambda etcd: [etcd.revoke(lease) for lease in leases], or_grpc=True
+                    self._environment,
+                    _ETCD_SECONDS,
+                    lambda etcd: [etcd.revoke(lease) for lease in leases],
+                    or_grpc=True,
                 )
 
     def record_failure(self, failure: Failure, host: str, report: str) -> bool:
-        """Record in etcd why the worker ended, unless another process has done so: the first counts. In a second or two at the most.
+        """Record in etcd why the worker ended, unless another process has done so. Takes at most 2 s.
 
         Args:
-            failure: the first cause.
-            host: where it happened.
-            report: what has been logged of it.
+            failure: the root cause.
+            host: the host where it happened.
+            report: the logged report.
 
         Returns:
-            Whether another process had done so before.
+            Whether another process had recorded a failure before.
         """
         with self._lock:
             record, self._record = self._record, 0
             if not record or not self._worker:
                 return False
-            # a rank 0 of another version, or a client that doesn't suit its protobuf, raises errors of its own
+            # rank 0 may have another version, and a client may not suit the installed protobuf: any error is possible
             with contextlib.suppress(Exception):
                 from dynamo_mpi.common.record_codec import read_fields
                 from dynamo_mpi.discovery.etcd_http import query_etcd
@@ -98,7 +102,7 @@ class LeaseRevoker:
 
                 content = failure_record(read_fields(WorkerIdentity, self._worker), failure, host, report)
                 return not query_etcd(
-                    self._environment, _SECONDS, lambda etcd: create_if_absent(etcd, content, record), or_grpc=True
+                    self._environment, _ETCD_SECONDS, lambda etcd: create_if_absent(etcd, content, record), or_grpc=True
                 )
         return False
 
@@ -110,13 +114,13 @@ class LeaseRevoker:
 def encode_leases(
     leases: Mapping[str, int], environ: Mapping[str, str], worker: Mapping[str, Any] | None = None, record: int = 0
 ) -> str:
-    """Return what a lease revoker has to know, as one line.
+    """Encode the input of `LeaseRevoker.set_leases` as one line.
 
     Args:
-        leases: what for, and their ids.
-        environ: what rank 0 has found out about etcd, beyond what the agent's own environment says.
-        worker: whose leases they are, as `failure_records.WorkerIdentity` has it; no secret.
-        record: the lease of the worker's record; 0 where there is none.
+        leases: lease ids by purpose.
+        environ: variables about etcd that rank 0 determined and the agent's environment lacks.
+        worker: the fields of the `failure_records.WorkerIdentity` that owns the leases; no secrets.
+        record: the lease of the worker's record; 0 if there is none.
     """
     content = {
         "leases": list(leases.values()),

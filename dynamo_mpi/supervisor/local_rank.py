@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a node agent knows of a rank of its node, and how it describes ranks that are late."""
+"""A node agent's connection to a rank of its node, and the description of missing ranks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from dynamo_mpi.mpi.launcher import LaunchInfo
 
 _READ_BYTES = 1 << 16
-_MOST_LINE = 1 << 18
-_MOST_DESCRIPTORS = 4
+_MAX_LINE_BYTES = 1 << 18
+_MAX_DESCRIPTORS = 4
 _CREDENTIALS = struct.Struct("3i")
 
 
 class LocalRank:
-    """A rank of this node that is connected.
+    """A connected rank of this node.
 
     Args:
-        connection: to it; the kernel says which process is at its other end.
+        connection: connection to the rank; the kernel returns the peer's process id.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -36,37 +36,37 @@ class LocalRank:
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         self.connection = connection
         self.pid: int = _CREDENTIALS.unpack(credentials)[0]
-        # readable once the process has ended, also where another one holds its connection; None where the system has no such thing
+        # becomes readable when the process exits, even if another process holds the connection; None if not supported
         self.pidfd = _open_pidfd(self.pid)
         self.rank = -1
         self.phase = "mpi_init"
-        self.heard = self.asked = time.monotonic()
+        self.last_seen = self.last_ping = time.monotonic()
         self._unread = b""
         self.stacks = ""
-        # descriptors that it has handed over
+        # descriptors that the rank has passed
         self.descriptors: list[int] = []
-        # by what its descendants are known, see `descendants`
+        # identify the rank's descendants, see `descendants`
         self.mark = ""
         self.inode = 0
-        # MPI's shared memory that it has mapped
+        # MPI shared memory that the rank has mapped
         self.segments: frozenset[str] = frozenset()
         self.preflight_done = False
-        # it leaves in order
+        # it shuts down in order
         self.detached = False
-        # it says itself why it ends
+        # it reports by itself why it exits
         self.reported = False
 
     @property
-    def is_watched_elsewhere(self) -> bool:
-        """Whether rank 0 watches for its silence."""
+    def is_watched_by_rank0(self) -> bool:
+        """Whether rank 0's heartbeat server detects if this rank hangs."""
         return self.preflight_done and self.rank != 0
 
     def read(self) -> tuple[list[str], bool]:
-        """Return all lines that have come, and whether there will be no more."""
+        """Return all lines that have arrived, and whether the connection has closed."""
         found: list[str] = []
         while True:
             try:
-                data, descriptors, _, _ = socket.recv_fds(self.connection, _READ_BYTES, _MOST_DESCRIPTORS)
+                data, descriptors, _, _ = socket.recv_fds(self.connection, _READ_BYTES, _MAX_DESCRIPTORS)
             except BlockingIOError:
                 return found, False
             except OSError:
@@ -74,41 +74,41 @@ class LocalRank:
             self.descriptors += descriptors
             if not data:
                 return found, True
-            self.heard = time.monotonic()
+            self.last_seen = time.monotonic()
             *lines, self._unread = (self._unread + data).split(b"\n")
-            if len(self._unread) > _MOST_LINE:
-                # no line of ours: without its beginning it means nothing
+            if len(self._unread) > _MAX_LINE_BYTES:
+                # not a line of this protocol
                 self._unread = b""
             found += [line.decode("utf-8", "replace") for line in lines]
 
     def send(self, line: str) -> None:
-        """Send it a line; one that it doesn't take shows by its silence."""
+        """Send the rank a line. Does not raise: the heartbeat timeout detects a rank that reads nothing."""
         with contextlib.suppress(OSError):
             self.connection.send(line.encode() + b"\n")
 
     def kill(self) -> None:
-        """End a process that is stopped or stuck: it can't do that itself."""
+        """Kill the rank's process, which may be stopped or stuck."""
         with contextlib.suppress(OSError):
             if self.pidfd is not None:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            elif self.pid > 0:  # 0: it lives where it can't be seen from here
+            elif self.pid > 0:  # 0: the process is in a pid namespace that is not visible from here
                 os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Close what belongs to it here, but for its process."""
+        """Close the connection and the passed descriptors, but not the pidfd."""
         self.connection.close()
         for descriptor in self.descriptors:
             os.close(descriptor)
 
     def close_process(self) -> None:
-        """Look at its process no longer."""
+        """Close the pidfd."""
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None
 
 
 def _open_pidfd(pid: int) -> int | None:
-    # a Python that was built for old kernels, as conda's, lacks it
+    # a Python built for old kernels, such as conda's, lacks it
     if pid <= 0 or not hasattr(os, "pidfd_open"):
         return None
     try:
@@ -118,11 +118,11 @@ def _open_pidfd(pid: int) -> int | None:
 
 
 def describe_missing_ranks(ranks: Sequence[LocalRank], launch: LaunchInfo) -> str:
-    """Say which ranks of this node are there and where they stand, and how many are missing.
+    """Describe which ranks of this node are connected, how many are missing, and the stacks of the connected ranks.
 
     Args:
-        ranks: those that are connected.
-        launch: says how many ranks this node should have.
+        ranks: the connected ranks.
+        launch: contains the number of ranks of this node.
     """
     present = sorted(ranks, key=lambda local: local.rank)
     lines = [f"  here: {_ranks([local.rank for local in present])}"]

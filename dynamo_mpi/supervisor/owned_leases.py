@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker has in etcd, as rank 0 keeps the agent of its node informed, which revokes it if rank 0 can't."""
+"""The leases that a worker owns in etcd. Rank 0 sends them to its node agent, which revokes them if rank 0 can't."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class OwnedLeases(WorkerHook):
-    """The leases of one worker. Its node agent hands them on to that of another node, for the case that rank 0's is lost.
+    """The leases of one worker. The node agent also sends them to another node's agent, in case rank 0's node is lost.
 
     Args:
         agent: rank 0's connection to the node agent.
@@ -30,24 +30,24 @@ class OwnedLeases(WorkerHook):
         self._lock = threading.Lock()
 
     def set_worker(self, worker: Mapping[str, Any]) -> None:
-        """Say whose they are, for the failure record; no secret may be in it. Before any is added."""
+        """Set the worker's identity, for the failure record; it must contain no secrets. Call it before `add`."""
         self._worker = dict(worker)
 
     @property
     def record(self) -> int:
-        """The lease of the world record; 0 where there is none."""
+        """The lease of the worker record; 0 if there is none."""
         return self._leases.get("record", 0)
 
     def on_registered(self, lease: int) -> None:
-        """Take note of the lease of Dynamo's instance."""
+        """Add the lease of Dynamo's instance."""
         self.add("instance", lease)
 
     def add(self, name: str, lease: int) -> None:
-        """Take note of a lease.
+        """Add a lease, or replace the one of the same name.
 
         Args:
-            name: what it is for; there is one for each.
-            lease: its id.
+            name: its purpose.
+            lease: the lease id.
         """
         # the record's lease comes from one thread, the instance's from another
         with self._lock:
@@ -57,5 +57,5 @@ class OwnedLeases(WorkerHook):
     def _encoded(self) -> str:
         endpoints = os.environ.get("ETCD_ENDPOINTS", "")
         # credentials are in each node's own environment
-        place = {"ETCD_ENDPOINTS": endpoints} if endpoints and "@" not in endpoints else {}
-        return encode_leases(self._leases, place, self._worker, self.record)
+        overrides = {"ETCD_ENDPOINTS": endpoints} if endpoints and "@" not in endpoints else {}
+        return encode_leases(self._leases, overrides, self._worker, self.record)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The roll of a world: what rank 0 knows of every rank's phases, for whoever shows it (progress, record, metrics, timeline)."""
+"""Tracks every rank's phases on rank 0, for the progress log, the worker record, metrics and the timeline."""
 
 from __future__ import annotations
 
@@ -18,85 +18,85 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.phases import PhaseTracker
 
 _FIELDS = 4
-_MOST_SPANS = 64
+_MAX_SPANS = 64
 
 
 class ProgressTracker:
-    """Keeps the roll. Thread-safe.
+    """Keeps the phases of every rank. Thread-safe.
 
     Args:
-        hosts: each rank's node.
-        phases: rank 0's own.
+        hosts: each rank's host.
+        phases: rank 0's phases.
     """
 
     def __init__(self, hosts: Sequence[str], phases: PhaseTracker) -> None:
         self._hosts, self._phases = hosts, phases
         self._lock = threading.Lock()
-        self._told: dict[int, tuple[float, tuple[Span, ...], int | None]] = {}
-        # how much later it is here than on that rank, less the time that a message takes
+        self._reported: dict[int, tuple[float, tuple[Span, ...], int | None]] = {}
+        # clock difference to each rank, including the fastest message's transfer time
         self._offsets: dict[int, float] = {}
-        self._born_before = _age_before(phases)
+        self._age_before_start = _age_before(phases)
 
     def update(self, rank: int, body: bytes) -> None:
-        """Take note of what a rank has told with `pack_spans`.
+        """Store what a rank sent with `pack_timings`.
 
         Raises:
-            WireError: it isn't that.
+            WireError: the body is invalid.
         """
         now = time.time()
-        sent, began, spans, read = _unpack_spans(body)
+        sent_at, began, spans, read = _unpack_timings(body)
         with self._lock:
-            # a message is never early, so of all the least late one tells the clocks' difference best
-            self._offsets[rank] = min(now - sent, self._offsets.get(rank, now - sent))
-            self._told[rank] = (began, spans, read)
+            # the message with the least delay gives the best estimate of the clocks' difference
+            self._offsets[rank] = min(now - sent_at, self._offsets.get(rank, now - sent_at))
+            self._reported[rank] = (began, spans, read)
 
     def ranks(self) -> list[RankTimings]:
-        """Return what is known of every rank, in rank order."""
+        """Return every rank's timings, in rank order."""
         with self._lock:
-            told, offsets = dict(self._told), dict(self._offsets)
-        own = (time.time() - self._phases.age, _with_start(self._phases.spans, self._born_before), bytes_read())
+            reported, offsets = dict(self._reported), dict(self._offsets)
+        own = (time.time() - self._phases.age, _with_start(self._phases.spans, self._age_before_start), bytes_read())
         return [RankTimings(0, self._hosts[0], *own)] + [
-            RankTimings(rank, host, told[rank][0] + offsets[rank], *told[rank][1:])
-            if rank in told
+            RankTimings(rank, host, reported[rank][0] + offsets[rank], *reported[rank][1:])
+            if rank in reported
             else RankTimings(rank, host, 0.0, ())
             for rank, host in enumerate(self._hosts)
             if rank
         ]
 
     def progress(self) -> PhaseProgress:
-        """Say how far the ranks are."""
+        """Return the ranks' progress in the current phase."""
         return progress_of(self._phases.current, self.ranks(), time.time())
 
 
 def progress_of(phase: str, ranks: Sequence[RankTimings], now: float) -> PhaseProgress:
-    """Say how far ranks are. Pure.
+    """Return ranks' progress in a phase. Pure.
 
     Args:
-        phase: that the world is in.
-        ranks: all.
-        now: seconds since 1970, by rank 0's clock.
+        phase: the world's phase.
+        ranks: the timings of all ranks.
+        now: seconds since 1970 by rank 0's clock.
     """
-    behind: list[RankTimings] = []
-    at_it: list[tuple[float, int, RankTimings]] = []
-    through: list[tuple[float, int, RankTimings]] = []
+    not_started: list[RankTimings] = []
+    in_phase: list[tuple[float, int, RankTimings]] = []
+    finished: list[tuple[float, int, RankTimings]] = []
     done = 0
     for rank in ranks:
         entry = _entry(phase, rank, now)
-        done += entry.is_through
+        done += entry.is_finished
         if entry.seconds is not None:
-            (through if entry.is_through else at_it).append((entry.seconds, -rank.rank, rank))
-        elif not entry.is_through:
-            behind.append(rank)
-    if not at_it and not through:
+            (finished if entry.is_finished else in_phase).append((entry.seconds, -rank.rank, rank))
+        elif not entry.is_finished:
+            not_started.append(rank)
+    if not in_phase and not finished:
         return PhaseProgress(phase, done, len(ranks), None, None, 0.0)
-    if behind:
-        # it can't have been expected there for longer than the first one is
-        slowest = behind[0]
-        seconds = max(now - rank.began - _begin(phase, rank) for _, _, rank in at_it + through)
-    elif at_it and all(rank.read is not None for _, _, rank in at_it):
-        seconds, _, slowest = min(at_it, key=lambda entry: (entry[2].read or 0, -entry[0], -entry[1]))
+    if not_started:
+        # a missing rank is late at most as long as the first rank has been in the phase
+        slowest = not_started[0]
+        seconds = max(now - rank.began - _begin_of(phase, rank) for _, _, rank in in_phase + finished)
+    elif in_phase and all(rank.read is not None for _, _, rank in in_phase):
+        seconds, _, slowest = min(in_phase, key=lambda entry: (entry[2].read or 0, -entry[0], -entry[1]))
     else:
-        seconds, _, slowest = max(at_it or through)
+        seconds, _, slowest = max(in_phase or finished)
     known = [rank.read for rank in ranks if rank.read is not None]
     read = sum(known) if len(known) == len(ranks) else None
     return PhaseProgress(
@@ -112,30 +112,30 @@ def progress_of(phase: str, ranks: Sequence[RankTimings], now: float) -> PhasePr
 
 
 class _Entry(NamedTuple):
-    """How far one rank is in a phase; ``seconds`` are None where it hasn't been in it."""
+    """A rank's progress in a phase; ``seconds`` is None if it has not entered the phase."""
 
-    is_through: bool
+    is_finished: bool
     seconds: float | None
 
 
 def _entry(phase: str, rank: RankTimings, now: float) -> _Entry:
     current = rank.current
-    is_through, seconds = current is not None and _place(current.phase) > PHASES.index(phase), None
+    is_finished, seconds = current is not None and _phase_index(current.phase) > PHASES.index(phase), None
     for span in rank.spans:
         if span.phase == phase:
             seconds = span.local if span.local is not None else span.total
-            is_through |= seconds is not None
+            is_finished |= seconds is not None
             if seconds is None:
                 seconds = now - rank.began - span.began
-    return _Entry(is_through, seconds)
+    return _Entry(is_finished, seconds)
 
 
-def _begin(phase: str, rank: RankTimings) -> float:
+def _begin_of(phase: str, rank: RankTimings) -> float:
     return min(span.began for span in rank.spans if span.phase == phase)
 
 
 def bytes_read() -> int | None:
-    """Return how many bytes this process has read, from files or from a disk by mapping them; None where the system doesn't tell."""
+    """Return how many bytes this process has read from files or mapped from a disk; None if the system doesn't provide it."""
     try:
         with open("/proc/self/io", encoding="ascii") as file:
             counts = dict(line.split(": ") for line in file)
@@ -144,8 +144,8 @@ def bytes_read() -> int | None:
         return None
 
 
-def pack_spans(phases: PhaseTracker) -> bytes:
-    """Encode this rank's spans, with what its clock says now, and how much it has read."""
+def pack_timings(phases: PhaseTracker) -> bytes:
+    """Encode this rank's spans, its clock and the bytes it has read."""
     now, read = time.time(), bytes_read()
     values = [repr(now), repr(now - phases.age), "" if read is None else str(read)]
     for span in _with_start(phases.spans, _age_before(phases)):
@@ -157,25 +157,25 @@ def pack_spans(phases: PhaseTracker) -> bytes:
     return encode_strings(values)
 
 
-def _unpack_spans(body: bytes) -> tuple[float, float, tuple[Span, ...], int | None]:
+def _unpack_timings(body: bytes) -> tuple[float, float, tuple[Span, ...], int | None]:
     try:
-        sent, began, read, *rest = decode_strings(body)
-        if len(rest) % _FIELDS or len(rest) > _FIELDS * _MOST_SPANS:
+        sent_at, began, read, *rest = decode_strings(body)
+        if len(rest) % _FIELDS or len(rest) > _FIELDS * _MAX_SPANS:
             raise ValueError
         spans = tuple(
             Span(phase, float(start), float(own) if own else None, float(lasted) if lasted else None)
             for phase, start, own, lasted in zip(*(rest[field::_FIELDS] for field in range(_FIELDS)), strict=True)
         )
-        known = all(_place(span.phase) >= -1 for span in spans)
+        known = all(_phase_index(span.phase) >= -1 for span in spans)
         if not known:
             raise ValueError
-        return float(sent), float(began), spans, int(read) if read else None
+        return float(sent_at), float(began), spans, int(read) if read else None
     except ValueError:
-        raise WireError("no spans") from None
+        raise WireError("invalid TIMINGS frame") from None
 
 
-def _place(phase: str) -> int:
-    """Return a phase's place in a life.
+def _phase_index(phase: str) -> int:
+    """Return a phase's index.
 
     Raises:
         ValueError: there is no such phase.
@@ -188,13 +188,13 @@ def _with_start(spans: Sequence[Span], before: float) -> tuple[Span, ...]:
 
 
 def _age_before(phases: PhaseTracker) -> float:
-    """Return how many seconds this process was there before its first phase; 0 where the system doesn't tell."""
+    """Return the seconds between this process's start and its first phase; 0 if the system doesn't provide it."""
     try:
         with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            # behind the name, which may hold anything; field 22 of proc(5)
+            # after the name, which may contain any character; field 22 of proc(5)
             ticks = int(file.read().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return 0.0
-    # both count from the system's start
+    # both are relative to the system's start
     born = ticks / os.sysconf("SC_CLK_TCK")
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - born - phases.age)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where and how the other ranks reach rank 0 from the verdict on: it travels with the verdict itself."""
+"""Rank 0's address and the supervision settings, which rank 0 sends with the preflight result."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import json
 from typing import NamedTuple
 
 SERVING_SECONDS = 60.0
-"""How long a rank may be silent by default. Longer than anything that holds Python's lock while it serves."""
+"""The default heartbeat timeout: longer than anything that holds the GIL while serving."""
 LOADING_SECONDS = 300.0
-"""The same while it loads: importing a library of gigabytes from a cold shared file system holds Python's lock all the time."""
-_LOADING = ("preflight", "hardware_check", "load")
-_MOST_PERIOD_SECONDS = 5.0
+"""The default while loading: importing a library of gigabytes from a cold shared file system holds the GIL all the time."""
+_LOADING_PHASES = ("preflight", "hardware_check", "load")
+_MAX_INTERVAL_SECONDS = 5.0
 _LENGTH_BYTES = 4
 
 
 class Rendezvous(NamedTuple):
-    """What every rank has to know of rank 0.
+    """How the other ranks reach rank 0, and the settings of the supervision.
 
     Args:
-        host: rank 0's node.
-        address: where rank 0 listens; empty in a world of one rank.
-        port: the same.
-        token: hexadecimal; whoever knows it is a rank of this world.
-        heartbeat_timeout: seconds of silence that are too long; 0 for none, None for the defaults.
-        failure_dir: folder for failure files; empty for none.
-        label: begins their names.
-        has_agent: a process beside rank 0 reports its end.
-        log_dir: folder for log files; empty for none.
-        agent_port: where rank 0's node agent hears those of other nodes; 0 for nowhere.
-        agent_token: hexadecimal; what the node agents of this world know.
-        far_rank: the first rank of another node than rank 0's; 0 for none.
+        host: rank 0's host.
+        address: the address at which rank 0 listens; empty in a world of one rank.
+        port: the port at which rank 0 listens.
+        token: hexadecimal secret of the ranks of this world.
+        heartbeat_timeout: seconds without a heartbeat after which a rank counts as hung; 0 for never, None for the defaults.
+        failure_dir: directory for failure files; empty for none.
+        label: prefix of the files' names.
+        has_agent: whether a node agent reports rank 0's exit.
+        log_dir: directory for log files; empty for none.
+        agent_port: the port at which rank 0's node agent accepts other agents; 0 for none.
+        agent_token: hexadecimal secret of the node agents of this world.
+        far_rank: the first rank on another host than rank 0's; 0 for none.
     """
 
     host: str
@@ -47,27 +47,27 @@ class Rendezvous(NamedTuple):
     far_rank: int = 0
 
     def heartbeat_timeout_for(self, phase: str) -> float | None:
-        """Return how many seconds of silence are too long in a phase; None where no silence is."""
+        """Return the heartbeat timeout in a phase, in seconds; None for no timeout."""
         if self.heartbeat_timeout is not None:
             return self.heartbeat_timeout or None
-        return LOADING_SECONDS if phase in _LOADING else SERVING_SECONDS
+        return LOADING_SECONDS if phase in _LOADING_PHASES else SERVING_SECONDS
 
     @property
     def heartbeat_interval(self) -> float:
-        """Seconds between two heartbeats: a few may be late."""
-        return min(_MOST_PERIOD_SECONDS, (self.heartbeat_timeout or SERVING_SECONDS) / 4)
+        """Seconds between two heartbeats, a quarter of the timeout at most."""
+        return min(_MAX_INTERVAL_SECONDS, (self.heartbeat_timeout or SERVING_SECONDS) / 4)
 
     def pack(self, rest: bytes) -> bytes:
-        """Encode it together with what else rank 0 has to say."""
+        """Encode it, followed by the rest of rank 0's message."""
         data = json.dumps(self._asdict()).encode()
         return len(data).to_bytes(_LENGTH_BYTES, "little") + data + rest
 
     def as_json(self) -> str:
-        """Encode it, in a line, for this rank's node agent."""
+        """Encode it as one line for this rank's node agent."""
         return json.dumps({"meeting": self._asdict()})
 
     @classmethod
     def unpack(cls, data: bytes) -> tuple[Rendezvous, bytes]:
-        """Decode what `pack` made."""
+        """Decode the result of `pack`; return also the rest."""
         end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
         return cls(**json.loads(data[_LENGTH_BYTES:end])), data[end:]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals at rank 0: the first asks for an orderly end where there can be one, any other ends the world now.
+"""Signals of rank 0: the first requests an orderly shutdown if one is possible, any other ends the world at once.
 
-SIGUSR1 is the warning that a batch job's time is nearly up (``--signal``): it hurries nobody whose end has begun.
+SIGUSR1 warns that a batch job's time limit is near (``--signal``); it is ignored once a shutdown has begun.
 """
 
 from __future__ import annotations
@@ -21,67 +21,67 @@ if TYPE_CHECKING:
 
 
 class ShutdownSignals:
-    """Takes them from its making to `close`, whatever the main thread is doing. Build and close it in the main thread.
+    """Handles signals until `close`, whatever the main thread does. Create and close it in the main thread.
 
     Args:
-        hurry: called, from a thread, with a signal that leaves no time for an orderly end.
-        signals: those that are taken, as `signal_thread.signals_of` has them.
-        note: called with each signal, before anything is done about it. It must be quick.
+        terminate_now: called from a thread with a signal that does not start an orderly shutdown.
+        signals: the handled signals, from `signal_thread.signals_of`.
+        on_signal: called with each signal before it is handled. It must be quick.
     """
 
     def __init__(
         self,
-        hurry: Callable[[int], object],
+        terminate_now: Callable[[int], object],
         signals: Sequence[signal.Signals] = SIGNALS,
-        note: Callable[[int], object] = lambda _: None,
+        on_signal: Callable[[int], object] = lambda _: None,
     ) -> None:
-        self._terminate_now, self._note = hurry, note
-        self._begin: Callable[[int], object] | None = None
-        self._in_loop = self._asked = False
-        self._last = -math.inf
-        # a handler may come in between at any line of the thread that it interrupts
+        self._terminate_now, self._on_signal = terminate_now, on_signal
+        self._start_drain: Callable[[int], object] | None = None
+        self._in_loop = self._requested = False
+        self._last_signal_at = -math.inf
+        # reentrant: a handler may interrupt its own thread at any line
         self._lock = threading.RLock()
-        self._thread = SignalThread(self._from_thread, signals)
+        self._thread = SignalThread(self._on_thread_signal, signals)
         for number in signals:
             signal.signal(number, self._handle)
             signal.siginterrupt(number, False)
 
     @contextmanager
     def in_event_loop(self) -> Iterator[None]:
-        """Let the main thread run an event loop, from which there may be an orderly end: see `on_drain_request`."""
-        # uvloop takes the descriptor that wakes our thread, and runs Python's handlers instead
+        """Declare that the main thread runs an event loop, which can shut down in order: see `on_drain_request`."""
+        # uvloop replaces the wakeup descriptor of our thread and runs Python's handlers instead
         self._in_loop = True
         try:
             yield
         finally:
             self._in_loop = False
-            self._begin = None
+            self._start_drain = None
 
-    def on_drain_request(self, begin: Callable[[int], object]) -> None:
-        """Call ``begin`` with the next signal, as long as the event loop runs. It has to be quick, and is called from any thread."""
-        self._begin = begin
+    def on_drain_request(self, start_drain: Callable[[int], object]) -> None:
+        """Call ``start_drain`` with the next signal while the event loop runs. It must be quick; called from any thread."""
+        self._start_drain = start_drain
 
     def close(self) -> None:
-        """Ignore them from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
+        """Ignore signals from now on: the rest of the shutdown is short and must not be interrupted."""
         self._thread.close()
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self._in_loop:
-            self._arrived(number)
+            self._on_arrival(number)
 
-    def _from_thread(self, number: int) -> None:
-        # in the loop too: one that came right before it is read here only now
-        self._arrived(number)
+    def _on_thread_signal(self, number: int) -> None:
+        # even during the event loop: a signal from just before it is read only now
+        self._on_arrival(number)
 
-    def _arrived(self, number: int) -> None:
+    def _on_arrival(self, number: int) -> None:
         with self._lock:
             now = time.monotonic()
-            if now - self._last <= SAME_SIGNAL_SECONDS:
+            if now - self._last_signal_at <= SAME_SIGNAL_SECONDS:
                 return
-            self._last = now
-            begin, self._begin = self._begin, None
-            if begin is None and self._asked and number == signal.SIGUSR1:
+            self._last_signal_at = now
+            start_drain, self._start_drain = self._start_drain, None
+            if start_drain is None and self._requested and number == signal.SIGUSR1:
                 return
-            self._asked = True
-        self._note(number)
-        (begin or self._terminate_now)(number)
+            self._requested = True
+        self._on_signal(number)
+        (start_drain or self._terminate_now)(number)

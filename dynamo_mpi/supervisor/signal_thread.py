@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals in a thread: Python runs its own handlers in the main thread, which may sit in a collective that doesn't end."""
+"""Handles signals in a thread: Python runs signal handlers in the main thread, which may block in a collective forever."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 1.0
-"""Launchers that forward a signal to srun and to every rank deliver it twice."""
+"""Repetitions within this time are ignored: some launchers deliver a signal twice, through srun and to every rank."""
 _STOP = b"\0"  # no signal's number
 
 
 def signals_of(launcher: Launcher) -> Sequence[signal.Signals]:
-    """Return those that ask a rank for an end. MPICH's mpiexec sends SIGUSR1 to the ranks that are left when one has died (with
-    ``-disable-auto-cleanup``): that is no word of the job's time, and the death is seen without it."""
+    """Return the signals that request a rank's shutdown. Not SIGUSR1 under MPICH's mpiexec: with ``-disable-auto-cleanup`` it sends it to
+    the remaining ranks when one has died."""
     return SIGNALS[:2] if launcher is Launcher.HYDRA else SIGNALS
 
 
 class SignalThread:
-    """Calls ``on_signal`` with the number of each SIGTERM, SIGINT and SIGUSR1, from a thread. Build and close it in the main thread.
+    """Calls ``on_signal`` with the number of each SIGTERM, SIGINT and SIGUSR1, from a thread. Create and close it in the main thread.
 
     Args:
-        on_signal: has to be quick, or not to return. None keeps the signals until `begin` says what to call.
-        signals: those that are taken; what else is in `SIGNALS` is ignored.
+        on_signal: must be quick, or not return. With None, signals are kept until `begin`.
+        signals: the handled signals; others of `SIGNALS` are ignored.
     """
 
     def __init__(
@@ -42,25 +42,25 @@ class SignalThread:
         os.set_blocking(self._writer, False)
         self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in SIGNALS:
-            # a handler of Python's has to be there for the number to be written
+            # Python writes the number to the wakeup descriptor only if a Python handler is installed
             signal.signal(number, (lambda *_: None) if number in signals else signal.SIG_IGN)
-            # what the engine waits for in native code is no business of a signal's
+            # signals must not interrupt the engine's native system calls
             signal.siginterrupt(number, False)
         self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
         if on_signal is not None:
             self._thread.start()
 
     def begin(self, on_signal: Callable[[int], None]) -> None:
-        """Call ``on_signal`` from now on, also with signals that have come before."""
+        """Call ``on_signal`` from now on, also with signals that have arrived before."""
         self._on_signal = on_signal
         self._thread.start()
 
     def close(self) -> None:
-        """Ignore them from now on: what is left to do doesn't take long, and nobody shall take it from the other ranks."""
+        """Ignore signals from now on: the rest of the shutdown is short and must not be interrupted."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(self._before)
-        # its end would not be seen while a process that was forked here holds it too
+        # closing the pipe would not end the thread while a forked process holds a copy
         if self._thread.ident is not None:
             os.write(self._writer, _STOP)
             self._thread.join()
@@ -73,6 +73,6 @@ class SignalThread:
                 if number == _STOP[0]:
                     return
                 if number in self._signals and self._on_signal is not None:
-                    # one that fails is no reason to be deaf to the next
+                    # an error must not end the thread
                     with contextlib.suppress(Exception):
                         self._on_signal(number)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the threads of this process are, as text, and many ranks' stacks as one short report."""
+"""The stacks of this process's threads as text, and a short summary of many ranks' stacks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 _FRAMES = 12
 _THREADS = 4
-_SAME_FRAMES = 2
-# those of ours that only wait, on every rank, whatever happens
+_GROUP_FRAMES = 2
+# threads of this project that only wait
 IDLE_THREADS = frozenset(
     {
         *("watch", "child output", "child end", "proof", "session", "signals", "record", "registration", "time limit"),
         *("progress", "events", "failure records", "metrics", "probes", "timeline"),
     }
 )
-# what carries a task to a thread says nothing of where the task is
-_CARRIERS = (
+# frames that only run a task say nothing about the task
+_EXECUTOR_FILES = (
     "/mpi4py/futures/",
     "/concurrent/futures/",
     "/threading.py",
@@ -39,10 +39,9 @@ _CARRIERS = (
 
 
 def dump_stacks() -> str:
-    """Return what this process says it is doing, and the innermost Python frames of its threads, the main one first; of threads that only
-    carry tasks, the tasks'."""
-    said = activity()
-    return f"{said}\n{_frames()}" if said else _frames()
+    """Return this process's activity and the innermost Python frames of its threads, the main thread first, without those of executors."""
+    current = activity()
+    return f"{current}\n{_frames()}" if current else _frames()
 
 
 def _frames() -> str:
@@ -54,28 +53,32 @@ def _frames() -> str:
         for thread in threads
         if thread.ident in frames and thread.name not in IDLE_THREADS
     }
-    telling = {name: kept for name, lines in stacks.items() if (kept := [line for line in lines if not _carries(line)])}
-    shown = list((telling or stacks).items())[:_THREADS]
+    relevant = {
+        name: kept
+        for name, lines in stacks.items()
+        if (kept := [line for line in lines if not _is_executor_frame(line)])
+    }
+    shown = list((relevant or stacks).items())[:_THREADS]
     if len(shown) == 1:
         return "\n".join(shown[0][1][:_FRAMES])
     return "\n".join(f"thread {name}:\n  " + "\n  ".join(lines[:_FRAMES]) for name, lines in shown)
 
 
-def _carries(line: str) -> bool:
-    return any(name in line.partition(" in ")[0] for name in _CARRIERS)
+def _is_executor_frame(line: str) -> bool:
+    return any(name in line.partition(" in ")[0] for name in _EXECUTOR_FILES)
 
 
 def describe_stacks(stacks: Mapping[int, str], silent: Sequence[int], name: Callable[[Sequence[int]], str]) -> str:
-    """Put ranks that stand at the same place together, the odd ones out first: most of them wait for these.
+    """Group ranks with the same stack, the smallest groups first: usually the other ranks wait for these.
 
     Args:
-        stacks: what ranks answered.
-        silent: ranks that didn't.
-        name: names ranks with their hosts.
+        stacks: the ranks' stacks.
+        silent: ranks that didn't answer.
+        name: returns the names of ranks with their hosts.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
     for rank, text in sorted(stacks.items()):
-        groups.setdefault(tuple(text.splitlines()[:_SAME_FRAMES]), []).append(rank)
+        groups.setdefault(tuple(text.splitlines()[:_GROUP_FRAMES]), []).append(rank)
     parts = []
     if silent:
         parts.append(

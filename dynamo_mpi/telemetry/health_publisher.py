@@ -38,14 +38,14 @@ class WorldStatus(WorkerHook):
     Attributes:
         facts: facts about the worker.
         severities: severities of the preflight's findings.
-        roll: the ranks' progress, once they are watched.
+        tracker: the ranks' progress, once they are watched.
     """
 
     def __init__(self, context: RankContext, settings: Settings) -> None:
         self._phases, self._host = context.phases, context.log.host
         self.facts = facts_of(settings, os.environ)
         self.severities: Sequence[Severity] = ()
-        self.roll: ProgressTracker | None = None
+        self.tracker: ProgressTracker | None = None
         self._failures: tuple[Failure, ...] = ()
         self._exit_code: int | None = None
         self._in_flight: int | None = None
@@ -70,7 +70,7 @@ class WorldStatus(WorkerHook):
 
     def numbers(self) -> dict[str, str]:
         """Return the values that change, by the words of `health_state.note`."""
-        progress = "" if self.roll is None else describe_progress(self.roll.progress())
+        progress = "" if self.tracker is None else describe_progress(self.tracker.progress())
         return {"progress": progress, "metrics": render(self._of_ranks())}
 
     def as_metrics_file(self) -> str:
@@ -99,10 +99,15 @@ class WorldStatus(WorkerHook):
         return render((*world_metrics(state, ready=is_ready), *self._of_ranks()), common)
 
     def _of_ranks(self) -> tuple[Metric, ...]:
-        if self.roll is None:
+        if self.tracker is None:
             return ()
         numbers = WorldNumbers(
-            self.roll.ranks(), self.roll.progress(), self.severities, self._failures, self._exit_code, self._in_flight
+            self.tracker.ranks(),
+            self.tracker.progress(),
+            self.severities,
+            self._failures,
+            self._exit_code,
+            self._in_flight,
         )
         return metrics_of_world(numbers)
 

@@ -36,7 +36,7 @@ class EchoEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._turned = threading.Event()
 
-    unfetched = 0
+    pending_kv_transfers = 0
 
     def load(self) -> None:
         """There is nothing to load."""

@@ -94,14 +94,14 @@ def run(watch: Watch, ranks: int, seconds: float, deaths: int) -> Figures:
     """Watch over the ranks of another process in one of these ways."""
     raise_nofile_limit(2 * (ranks + MAX_PENDING))
     listener = socket.create_server(("127.0.0.1", 0), backlog=max(128, ranks))
-    meeting = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+    rendezvous = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    others = context.Process(target=be_ranks, args=(meeting, ranks, theirs), daemon=True)
+    others = context.Process(target=be_ranks, args=(rendezvous, ranks, theirs), daemon=True)
     others.start()
     ours.recv()  # it runs
     ends: queue.SimpleQueue[float] = queue.SimpleQueue()
-    watcher = watch(listener, meeting, ranks, ends)
+    watcher = watch(listener, rendezvous, ranks, ends)
     begin = time.monotonic()
     ours.send("come")
     ours.recv()
@@ -129,19 +129,21 @@ def ours_count(ours: Connection) -> int:
 
 
 def watch_by_lookout(
-    listener: socket.socket, meeting: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]
+    listener: socket.socket, rendezvous: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]
 ) -> HeartbeatServer:
     """Watch as rank 0 does."""
-    lookout = HeartbeatServer(
-        ranks + 1, meeting, listener, lambda: "serve", str, lambda failure: ends.put(failure.at), lambda *_: None
+    server = HeartbeatServer(
+        ranks + 1, rendezvous, listener, lambda: "serve", str, lambda failure: ends.put(failure.at), lambda *_: None
     )
-    lookout.start()
-    return lookout
+    server.start()
+    return server
 
 
-def watch_by_polling(listener: socket.socket, meeting: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]) -> None:
+def watch_by_polling(
+    listener: socket.socket, rendezvous: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]
+) -> None:
     """Watch by asking every connection in turn, as one would ask MPI."""
-    token = bytes.fromhex(meeting.token)
+    token = bytes.fromhex(rendezvous.token)
     listener.setblocking(False)
 
     def poll() -> None:
@@ -165,24 +167,26 @@ def watch_by_polling(listener: socket.socket, meeting: Rendezvous, ranks: int, e
                     if frame.kind is FrameType.JOIN:
                         join = Join.unpack(frame.body)
                         line.send(Frame(FrameType.WELCOME, leader_mac(token, join.nonce, join.rank)))
-            if time.monotonic() - beat > meeting.heartbeat_interval:
+            if time.monotonic() - beat > rendezvous.heartbeat_interval:
                 beat = time.monotonic()
                 for line in lines.values():
-                    line.send(Frame(FrameType.BEAT))
+                    line.send(Frame(FrameType.HEARTBEAT))
             time.sleep(_POLL_SECONDS)
 
     threading.Thread(target=poll, daemon=True).start()
 
 
-def watch_by_threads(listener: socket.socket, meeting: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]) -> None:
+def watch_by_threads(
+    listener: socket.socket, rendezvous: Rendezvous, ranks: int, ends: queue.SimpleQueue[float]
+) -> None:
     """Watch by a thread for each connection."""
 
     def serve(connection: socket.socket) -> None:
-        token, nonce = bytes.fromhex(meeting.token), secrets.token_bytes(NONCE_BYTES)
+        token, nonce = bytes.fromhex(rendezvous.token), secrets.token_bytes(NONCE_BYTES)
         connection.sendall(Frame(FrameType.HELLO, nonce).pack())
         inbox = FrameDecoder()
-        inbox.most_body = 1 << 16
-        connection.settimeout(meeting.heartbeat_interval)
+        inbox.max_body = 1 << 16
+        connection.settimeout(rendezvous.heartbeat_interval)
         heard = beat = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
@@ -196,11 +200,11 @@ def watch_by_threads(listener: socket.socket, meeting: Rendezvous, ranks: int, e
                         join = Join.unpack(frame.body)
                         connection.sendall(Frame(FrameType.WELCOME, leader_mac(token, join.nonce, join.rank)).pack())
             now = time.monotonic()
-            if now - heard > (meeting.heartbeat_timeout_for("serve") or now):
+            if now - heard > (rendezvous.heartbeat_timeout_for("serve") or now):
                 ends.put(now)
                 return
-            if now - beat > meeting.heartbeat_interval:
-                connection.sendall(Frame(FrameType.BEAT).pack())
+            if now - beat > rendezvous.heartbeat_interval:
+                connection.sendall(Frame(FrameType.HEARTBEAT).pack())
                 beat = now
 
     def accept() -> None:
@@ -211,7 +215,7 @@ def watch_by_threads(listener: socket.socket, meeting: Rendezvous, ranks: int, e
     threading.Thread(target=accept, daemon=True).start()
 
 
-def be_ranks(meeting: Rendezvous, ranks: int, orders: Connection) -> None:
+def be_ranks(rendezvous: Rendezvous, ranks: int, orders: Connection) -> None:
     """Be all ranks but 0: connect as they do, send heartbeats at their pace, and die when told to."""
     raise_nofile_limit(ranks)
     orders.send("here")
@@ -224,7 +228,7 @@ def be_ranks(meeting: Rendezvous, ranks: int, orders: Connection) -> None:
     def come() -> None:
         with contextlib.suppress(queue.Empty):
             while True:
-                lines.put(connect(meeting, todo.get_nowait())[0])
+                lines.put(connect(rendezvous, todo.get_nowait())[0])
 
     connectors = [threading.Thread(target=come) for _ in range(_CONNECTORS)]
     for thread in connectors:
@@ -232,16 +236,16 @@ def be_ranks(meeting: Rendezvous, ranks: int, orders: Connection) -> None:
     for thread in connectors:
         thread.join()
     orders.send("all there")
-    live(meeting, [lines.get() for _ in range(ranks)], orders)
+    live(rendezvous, [lines.get() for _ in range(ranks)], orders)
 
 
-def live(meeting: Rendezvous, lines: list[FrameConnection], orders: Connection) -> None:
+def live(rendezvous: Rendezvous, lines: list[FrameConnection], orders: Connection) -> None:
     """Send each line's heartbeats, spread over their period, and obey."""
     selector = selectors.DefaultSelector()
     selector.register(orders, selectors.EVENT_READ)
     for line in lines:
         selector.register(line, selectors.EVENT_READ, line)
-    pace = meeting.heartbeat_interval / 2  # as `HeartbeatClient` does
+    pace = rendezvous.heartbeat_interval / 2  # as `HeartbeatClient` does
     sent, turn, begin = 0, 0, time.monotonic()
     while True:
         due = begin + turn * pace / len(lines)
@@ -261,7 +265,7 @@ def live(meeting: Rendezvous, lines: list[FrameConnection], orders: Connection) 
             else:
                 return
         if time.monotonic() >= due:
-            lines[turn % len(lines)].send(Frame(FrameType.BEAT))
+            lines[turn % len(lines)].send(Frame(FrameType.HEARTBEAT))
             sent, turn = sent + 1, turn + 1
 
 

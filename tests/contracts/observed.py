@@ -55,7 +55,7 @@ def metrics_file() -> str:
         path = Path(folder, "w.prom")
         settings = sources.load_settings(["--model", "/models/M", "--metrics-file", str(path)], {})
         hooks = sources.LeaderHooks(rank_context(phases_of("load"), host="n1"), None, None)
-        hooks.add_observers(settings)
+        hooks.add_status_hooks(settings)
         hooks.on_exit(0)
         lines = path.read_text(encoding="utf-8").replace(sources.VERSION, "VERSION").splitlines()
     return "".join(f"{line.rpartition(' ')[0]}\n" for line in lines if not line.startswith("#"))
@@ -118,7 +118,9 @@ def failure_report() -> Reported:
         sources.Failure(1, 124, "is stopped", cause.HEARTBEAT, "load", now - 1.5),
         sources.Failure(0, 143, "stopped by SIGTERM", cause.SIGNAL, "load", now - 1.25),
     ]
-    report = sources.describe_seen([sources.Seen(failure, _HOSTS[failure.rank]) for failure in kinds], "load")
+    report = sources.compose_report(
+        [sources.ObservedFailure(failure, _HOSTS[failure.rank]) for failure in kinds], "load"
+    )
     with (
         tempfile.TemporaryDirectory() as folder,
         fixed_environment(DYN_MPI_ATTEMPT="2"),

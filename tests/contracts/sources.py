@@ -83,7 +83,7 @@ from dynamo_mpi.ops.wait import WaitResult
 from dynamo_mpi.runtime.main import main as worker_main
 from dynamo_mpi.runtime.ready_file import ReadyFile
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks
-from dynamo_mpi.supervisor.agent_failures import Seen, describe_seen
+from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.fault_injection import ACTIONS
 from dynamo_mpi.supervisor.rendezvous import Rendezvous

@@ -56,7 +56,7 @@ def test_a_rank_that_is_killed_is_named_until_the_next_start_serves(etcd: EtcdSe
     assert failure.rank in (1, 2)
     assert (failure.cause, failure.phase, failure.exit_code) == ("disconnect", "serve", 70)
     assert (failure.launch, failure.role, failure.host) == ("x-0", "agg", os.uname().nodename)
-    assert failure.error == "died: its process ended without a word"
+    assert failure.error == "died: its process exited without reporting an error"
     assert f"error in serve: rank {failure.rank} on " in failure.report
     assert etcd.keys(FAILURES) == [record.replace("/worlds/", "/failures/")]
 
@@ -74,7 +74,7 @@ def test_of_a_rank_0_that_is_killed_its_node_agent_leaves_word(etcd: EtcdServer,
     assert worker.wait() != 0
     (failure,) = eventually(lambda: failures(etcd), "it is written", 10)
     assert (failure.rank, failure.cause, failure.phase) == (0, "disconnect", "serve")
-    assert "died: its process ended without a word" in failure.report
+    assert "died: its process exited without reporting an error" in failure.report
     assert etcd.worlds() == []
 
 

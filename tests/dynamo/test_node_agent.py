@@ -21,7 +21,7 @@ from tests.fault_traces import find_agent, has_ended, processes_with, remaining
 pytestmark = pytest.mark.dynamo
 HOST = os.uname().nodename.partition(".")[0]
 SHIMS = Path(__file__).parent / "programs" / "shims"
-REPLACED = "warning: the node agent has ended (killed, or stopped by a signal): another is started"
+REPLACED = "warning: the node agent has ended (killed or stopped by a signal); started another one"
 Start = Callable[..., RunningWorker]
 
 

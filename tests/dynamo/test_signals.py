@@ -176,7 +176,7 @@ def test_a_rank_that_is_stuck_in_native_code_does_not_hold_up_the_end(start: Sta
     assert worker.wait(60) == 124, worker.text()
     assert 15 < time.monotonic() - begin < 40
     text = worker.text()
-    assert "error in exit: not all ranks have come to their end after 20 s" in text
+    assert "error in exit: not all ranks have finished after 20 s" in text
     _, _, stacks = text.partition("where the ranks are:\n")
     assert "hang_in_c" in stacks.partition("rank 2 on ")[2].partition("rank")[0], stacks
     assert_nothing_is_left(worker, etcd)

@@ -78,7 +78,10 @@ def test_a_rank_that_dies_while_loading_is_marked(start: Callable[..., RunningWo
     assert (found.outcome, found.ready) == ("failed", None)
     assert found.failure is not None
     assert (found.failure.rank, found.failure.phase, found.failure.exit_code) == (2, "load", ExitCode.ENGINE)
-    assert describe_failure(found) == f"rank 2 on {found.ranks[2].host} died: its process ended without a word"
+    assert (
+        describe_failure(found)
+        == f"rank 2 on {found.ranks[2].host} died: its process exited without reporting an error"
+    )
     assert found.ranks[2].spans[-1].phase == "load"
 
 

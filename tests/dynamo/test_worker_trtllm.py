@@ -256,12 +256,12 @@ def test_a_load_that_is_late_ends_with_where_every_rank_stands(start: Start) -> 
     assert stacks.index("rank 1 on ") < stacks.index("ranks 0, 2 on ") < stacks.index("in load\n")
 
 
-@pytest.mark.landing("15-75-dynamo\\\\.trtllm ended with code 0 although nobody asked it to")
+@pytest.mark.landing("15-75-dynamo\\\\.trtllm ended with code 0 although it was not asked to end")
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [
         (signal.SIGKILL, 137, r"dynamo\.trtllm was ended by signal 9 \(SIGKILL\)"),
-        (signal.SIGTERM, 75, r"dynamo\.trtllm ended with code 0 although nobody asked it to"),
+        (signal.SIGTERM, 75, r"dynamo\.trtllm ended with code 0 although it was not asked to end"),
     ],
 )
 def test_a_child_that_ends_unasked_ends_all(

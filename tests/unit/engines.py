@@ -27,7 +27,7 @@ class ScriptedEngine:
     """
 
     limits = EngineLimits(64, 8, 64, 16, 128)
-    unfetched = 0
+    pending_kv_transfers = 0
 
     def __init__(self, script: Script = count_up) -> None:
         self._script = script

@@ -15,9 +15,9 @@ import pytest
 
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
-from dynamo_mpi.supervisor.agent_failures import Report, Seen
+from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report
 from dynamo_mpi.supervisor.agent_world import WorldWatch
-from dynamo_mpi.supervisor.agent_writer import ReportWriter, Written
+from dynamo_mpi.supervisor.agent_writer import PendingReport, ReportWriter
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 TOKEN = "ab" * 32
@@ -48,9 +48,9 @@ class Notes:
         then: Callable[[], object],
         done: Callable[[], object],
         **_: Any,
-    ) -> Written:
+    ) -> PendingReport:
         self.reports.append(report)
-        written = Written()
+        written = PendingReport()
         written.set()
         then()
         done()
@@ -91,9 +91,9 @@ class Agent:
         """Its own rank dies, or has died."""
         if self.rank == 0:
             self.rank_0_lives = False
-            self.watch.rank_0_left(in_order=False)
+            self.watch.on_rank0_exit(in_order=False)
         if not self.watch.history.was_ended_by_launcher(self.rank):
-            self.watch.failed(Seen(death(self.rank, at), self.host))
+            self.watch.on_failure(ObservedFailure(death(self.rank, at), self.host))
 
 
 def death(rank: int, at: float = 0.0) -> Failure:
@@ -114,7 +114,7 @@ def world() -> Iterator[list[Agent]]:
     with ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as listener:
         agents = [Agent(rank, listener.getsockname()[1]) for rank in range(3)]
         hub, deputy, other = agents
-        hub.watch.take_listener(listener.dup())
+        hub.watch.set_listener(listener.dup())
         for agent in agents:
             stack.callback(agent.watch.close)
             agent.join()
@@ -139,7 +139,7 @@ def test_the_hub_reports_the_death_that_came_first_and_ends_all(world: list[Agen
     turn_until(world, lambda: all(agent.ended for agent in world))
     (report,) = reports(world)
     assert (report.failure.rank, report.host) == (other.rank, other.host)
-    assert [seen.failure.rank for seen in report.later] == [0]
+    assert [seen.failure.rank for seen in report.consequences] == [0]
     assert all(agent.watch.reported for agent in world)
     assert all(agent.ended[0] == 70 for agent in world)
     assert hub.notes.revoked
@@ -161,7 +161,7 @@ def test_a_rank_0_that_lives_reports_by_itself(world: list[Agent]) -> None:
 def test_the_deputy_reports_where_rank_0_and_the_hub_have_gone(world: list[Agent]) -> None:
     hub, deputy, other = world
     hub.watch.close()
-    deputy.watch.lost_rank_0(Seen(death(0), "n0"))
+    deputy.watch.on_rank0_lost(ObservedFailure(death(0), "n0"))
     turn_until([deputy, other], lambda: deputy.ended and other.ended)
     (report,) = reports(world)
     assert (report.failure.rank, report.host) == (0, "n0")
@@ -176,7 +176,7 @@ def test_the_deputy_takes_a_hub_that_does_not_come_back_for_the_cause(world: lis
     turn_until([deputy, other], lambda: deputy.ended)
     (report,) = reports(world)
     assert (report.failure.rank, report.failure.cause, report.host) == (0, DetectedBy.HOST_UNREACHABLE, "n0")
-    assert [seen.failure.rank for seen in report.later] == [other.rank]
+    assert [seen.failure.rank for seen in report.consequences] == [other.rank]
 
 
 def test_what_a_launcher_ends_after_a_signal_to_all_is_no_failure(world: list[Agent]) -> None:
@@ -204,6 +204,6 @@ def test_a_death_in_a_drain_is_one(world: list[Agent]) -> None:
 def test_under_mpich_the_hub_does_not_wait_for_rank_0() -> None:
     hub = Agent(0, 0, Launcher.HYDRA)
     hub.join()
-    hub.watch.failed(Seen(death(1), "n1"))
+    hub.watch.on_failure(ObservedFailure(death(1), "n1"))
     turn_until([hub], lambda: hub.notes.reports, 1.0)
     hub.watch.close()

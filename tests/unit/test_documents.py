@@ -91,7 +91,7 @@ def test_a_duplicate_in_a_large_object_is_found_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3: the key 'a' stands there for the second time"),
+        ("a: 1\nb: 2\na: 3", "line 3: the key 'a' is a duplicate"),
         ("a:\n  b: 1\n  c: 2\n  b: 1", "line 4: the key 'b'"),
         ("a: {b: 1, b: 1}", "line 1: the key 'b'"),
         ("- {b: 1, b: 1}", "line 1: the key 'b'"),
@@ -112,10 +112,10 @@ def test_a_duplicate_in_a_large_object_is_found_at_once() -> None:
         ("a:\n- 0x" + "f" * 5000, "line 2: a number of 5002 characters"),
         ("a: 1" + ":00" * 3000, "a number of 9001 characters"),
         ("0x" + "f" * 1010 + ": a", "a number of 1012 characters"),
-        ("a: !!int ''", "isn't what its tag"),
-        ("a: !!float ''", "isn't what its tag"),
-        ("a: !!bool perhaps", "isn't what its tag"),
-        ("a: !!timestamp later", "isn't what its tag"),
+        ("a: !!int ''", "doesn't fit its tag"),
+        ("a: !!float ''", "doesn't fit its tag"),
+        ("a: !!bool perhaps", "doesn't fit its tag"),
+        ("a: !!timestamp later", "doesn't fit its tag"),
         ("a: !!binary x", "is not YAML"),
         ("a: !!python/name:os.system", "is not YAML"),
         ("a: !engine b", "is not YAML"),

@@ -32,7 +32,7 @@ def test_a_folder_that_is_none_is_told_before_it_is_needed(tmp_path: Path) -> No
 
 
 def test_a_host_that_is_cut_off_leaves_rank_0s_report_and_rank_0_replaces_its(tmp_path: Path) -> None:
-    meeting = Rendezvous("n1", failure_dir=str(tmp_path), label="decode")
+    rendezvous = Rendezvous("n1", failure_dir=str(tmp_path), label="decode")
     of_rank_2 = Failure(2, 75, "is lost", DetectedBy.HOST_UNREACHABLE, "serve", 0.0)
     of_rank_0 = Failure(0, 75, "is lost", DetectedBy.HOST_UNREACHABLE, "serve", 0.0)
 
@@ -40,8 +40,8 @@ def test_a_host_that_is_cut_off_leaves_rank_0s_report_and_rank_0_replaces_its(tm
         content = json.loads((tmp_path / "decode-rank-0.json").read_text(encoding="utf-8"))
         return content["rank"], content["host"]
 
-    write_failure(meeting, of_rank_0, "n1", keep=True)
+    write_failure(rendezvous, of_rank_0, "n1", keep=True)
     assert told() == (0, "n1")
-    write_failure(meeting, of_rank_2, "n3", by=0)
-    write_failure(meeting, of_rank_0, "n1", keep=True)
+    write_failure(rendezvous, of_rank_2, "n3", by=0)
+    write_failure(rendezvous, of_rank_0, "n1", keep=True)
     assert told() == (2, "n3")

@@ -12,7 +12,7 @@ from dynamo_mpi.runtime.follower import abort_if_late
 
 
 def test_a_failure_that_nobody_comes_for_ends_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follower, "_AGREE_SECONDS", 0.01)
+    monkeypatch.setattr(follower, "_AGREEMENT_SECONDS", 0.01)
     ended: list[Exception] = []
     done = threading.Event()
 

@@ -16,7 +16,7 @@ import pytest
 
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
-from dynamo_mpi.runtime.serving_handler import RequestHandler, _Mailbox
+from dynamo_mpi.runtime.serving_handler import RequestHandler, _ChunkQueue
 from tests.unit.engines import Script, ScriptedEngine
 
 TIMEOUT = 20.0
@@ -319,14 +319,14 @@ def test_quiet_is_when_the_last_request_has_ended() -> None:
     async def body() -> None:
         with ScriptedEngine(endless(threading.Event())) as engine:
             handler = handler_of(engine)
-            assert await handler.wait_quiet(0)
+            assert await handler.wait_idle(0)
             first, second = handler.generate(prompt(), Context("a")), handler.generate(prompt(), Context("b"))
             await first.__anext__()
             waiting = asyncio.ensure_future(second.__anext__())
             while handler.in_flight < 2:
                 await asyncio.sleep(0)
-            assert not await handler.wait_quiet(0.01)
-            quiet = asyncio.ensure_future(handler.wait_quiet(TIMEOUT))
+            assert not await handler.wait_idle(0.01)
+            quiet = asyncio.ensure_future(handler.wait_idle(TIMEOUT))
             await first.aclose()
             await waiting
             assert handler.in_flight == 1
@@ -342,7 +342,7 @@ def test_every_change_of_what_is_in_flight_is_told() -> None:
     async def body() -> None:
         with ScriptedEngine() as engine:
             told: list[int] = []
-            handler = RequestHandler(engine, InvalidArgumentError, EngineShutdownError, on_change=told.append)
+            handler = RequestHandler(engine, InvalidArgumentError, EngineShutdownError, on_in_flight=told.append)
             first, second = (handler.generate(prompt(), Context(name)) for name in ("a", "b"))
             await anext(first)
             await anext(second)
@@ -374,7 +374,7 @@ def test_no_chunk_is_lost_or_reordered(count: int) -> None:
     """A producer as fast as Python allows, with threads changed over as often as it allows."""
 
     async def body() -> None:
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        mailbox = _ChunkQueue(asyncio.get_running_loop())
 
         def produce() -> None:
             for token in range(count):
@@ -384,7 +384,7 @@ def test_no_chunk_is_lost_or_reordered(count: int) -> None:
         thread.start()
         seen: list[int] = []
         while True:
-            chunk = await mailbox.take()
+            chunk = await mailbox.get()
             seen += chunk.token_ids
             if chunk.finish_reason is not None:
                 break
@@ -402,30 +402,30 @@ def test_no_chunk_is_lost_or_reordered(count: int) -> None:
 
 def test_a_slow_producer_is_heard_chunk_by_chunk() -> None:
     async def body() -> None:
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        mailbox = _ChunkQueue(asyncio.get_running_loop())
         loop = asyncio.get_running_loop()
         for token in range(200):
             await loop.run_in_executor(None, mailbox.put, TokenChunk((token,)))
-            assert (await mailbox.take()).token_ids == (token,)
+            assert (await mailbox.get()).token_ids == (token,)
 
     run(body())
 
 
 def test_what_has_piled_up_is_one_chunk() -> None:
     async def body() -> None:
-        mailbox = _Mailbox(asyncio.get_running_loop())
+        mailbox = _ChunkQueue(asyncio.get_running_loop())
         for chunk in (TokenChunk((1,)), TokenChunk((2, 3)), TokenChunk((), "error", "why")):
             mailbox.put(chunk)
-        assert await mailbox.take() == TokenChunk((1, 2, 3), "error", "why")
+        assert await mailbox.get() == TokenChunk((1, 2, 3), "error", "why")
 
     run(body())
 
 
 def test_an_engine_outlives_the_loop() -> None:
-    mailboxes: list[_Mailbox] = []
+    mailboxes: list[_ChunkQueue] = []
 
     async def body() -> None:
-        mailboxes.append(_Mailbox(asyncio.get_running_loop()))
+        mailboxes.append(_ChunkQueue(asyncio.get_running_loop()))
 
     run(body())
     mailboxes[0].put(TokenChunk((1,)))

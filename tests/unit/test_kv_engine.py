@@ -70,7 +70,7 @@ def wipe(decode: ReferenceEngine) -> None:
 
 def until_empty(prefill: ReferenceEngine, seconds: float) -> None:
     end = time.monotonic() + seconds
-    while prefill.unfetched:
+    while prefill.pending_kv_transfers:
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -105,7 +105,7 @@ def test_many_at_once_more_than_there_are_slots(
 
 def test_what_was_fetched_is_released(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
     offer = offer_of(prefill)
-    assert prefill.unfetched == 1
+    assert prefill.pending_kv_transfers == 1
 
     go_on(decode, offer, max_tokens=2).done()
 

@@ -53,7 +53,7 @@ def test_a_command_survives_the_wire(command: Command) -> None:
     "words", [b"x" * 8, b'["Keep"]', b'["Stop", {}]', b'["Drop", {"id":0}]', b'["Poll", {"numbers": 1}]', b"[1, 2]  "]
 )
 def test_other_words_are_no_command(words: bytes) -> None:
-    with pytest.raises(ValueError, match="no command"):
+    with pytest.raises(ValueError, match="invalid command"):
         decode_command(np.frombuffer(words.ljust(-(-len(words) // 8) * 8), np.int64))
 
 
@@ -125,7 +125,7 @@ def test_decode_goes_on_from_what_prefill_has_offered() -> None:
 
 @pytest.mark.parametrize("result", [None, [], {}, {"disaggregated_params": None}, {"disaggregated_params": "x"}])
 def test_decode_serves_nothing_that_prefill_has_not_seen(result: object) -> None:
-    with pytest.raises(EngineError, match="no prefill worker has seen"):
+    with pytest.raises(EngineError, match="without a prefill worker's result"):
         for_role(REQUEST, {**RAW, "prefill_result": result}, "decode")
 
 

@@ -232,17 +232,20 @@ def _lie(
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (_lie(lambda shard: replace(shard, tokens=5), b""), "something else"),
-        (_lie(lambda shard: replace(shard, heads=range(2, 4)), b""), "something else"),
-        (_lie(lambda shard: replace(shard, size=2**63), b""), "something else"),
-        (_lie(lambda shard: replace(shard, dtype=2), b""), "something else"),
+        (_lie(lambda shard: replace(shard, tokens=5), b""), "another shard"),
+        (_lie(lambda shard: replace(shard, heads=range(2, 4)), b""), "another shard"),
+        (_lie(lambda shard: replace(shard, size=2**63), b""), "another shard"),
+        (_lie(lambda shard: replace(shard, dtype=2), b""), "another shard"),
         (_lie(lambda shard: shard, bytes(1000)), "closed the connection"),
         (_lie(lambda shard: shard, bytes(VALUES[:, 1:3, 1:3].nbytes)), "checksum"),
         (_lie(lambda shard: shard, b"", b"?" * 32), "doesn't know the secret"),
-        (_lie(lambda shard: shard, b"", honest=np.full(2 * 2 * 2 * 6 * 8, np.nan, "<f4").tobytes()), "no KV cache has"),
-        (_lie(lambda shard: shard, b"", honest=np.full(2 * 2 * 2 * 6 * 8, 1e30, "<f4").tobytes()), "no KV cache has"),
-        (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "doesn't speak this protocol"),
-        (lambda connection: connection.sendall(encode(Refused("no"))), "doesn't begin"),
+        (
+            _lie(lambda shard: shard, b"", honest=np.full(2 * 2 * 2 * 6 * 8, np.nan, "<f4").tobytes()),
+            "too large or NaN",
+        ),
+        (_lie(lambda shard: shard, b"", honest=np.full(2 * 2 * 2 * 6 * 8, 1e30, "<f4").tobytes()), "too large or NaN"),
+        (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n"), "uses another protocol"),
+        (lambda connection: connection.sendall(encode(Refused("no"))), "is not a KV server"),
         (lambda connection: connection.close(), "closed the connection"),
     ],
 )

@@ -14,7 +14,7 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
-from dynamo_mpi.runtime.engine_runner import describe_failures, failures_of
+from dynamo_mpi.runtime.engine_runner import decode_failures, describe_failures
 
 CARDS = [RankReport(host, "", "1.0", ()) for host in ("n1", "n1", "n2", "n2")]
 
@@ -24,7 +24,7 @@ def report(code: ExitCode, text: str) -> bytes:
 
 
 def test_a_reason_that_ranks_share_is_told_once() -> None:
-    text, code = describe_failures(failures_of([b"", *[report(ExitCode.NO_MODEL, "no weights")] * 3]), CARDS)
+    text, code = describe_failures(decode_failures([b"", *[report(ExitCode.NO_MODEL, "no weights")] * 3]), CARDS)
     assert code is ExitCode.NO_MODEL
     assert text.count("no weights") == 1
     assert "ranks 1 on n1 and 2-3 on n2" in text
@@ -32,7 +32,7 @@ def test_a_reason_that_ranks_share_is_told_once() -> None:
 
 def test_the_lowest_rank_decides_the_code_and_every_reason_is_told() -> None:
     reports = [b"", report(ExitCode.ENGINE, "out of memory"), report(ExitCode.NO_MODEL, "no weights"), b""]
-    text, code = describe_failures(failures_of(reports), CARDS)
+    text, code = describe_failures(decode_failures(reports), CARDS)
     assert code is ExitCode.ENGINE
     assert "rank 1 on n1: out of memory" in text
     assert "rank 2 on n2: no weights" in text

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_consequences, root_cause
 from dynamo_mpi.supervisor import heartbeat_client as lifeline_module
-from dynamo_mpi.supervisor import join as reception
+from dynamo_mpi.supervisor import join
 from dynamo_mpi.supervisor.frame_connection import FrameConnection
 from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import (
-    MOST_BODY,
+    MAX_BODY,
     NONCE_BYTES,
     TOKEN_BYTES,
     FailureReport,
@@ -50,23 +50,23 @@ class Watchtower:
     def __init__(self, timeout: float | None = None) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        self.meeting = Rendezvous("n0", "127.0.0.1", port, secrets.token_hex(TOKEN_BYTES), timeout)
+        self.rendezvous = Rendezvous("n0", "127.0.0.1", port, secrets.token_hex(TOKEN_BYTES), timeout)
         self.seen: queue.SimpleQueue[Failure] = queue.SimpleQueue()
         self.signals: queue.SimpleQueue[tuple[int, SignalMessage]] = queue.SimpleQueue()
-        self.lookout = HeartbeatServer(
+        self.server = HeartbeatServer(
             SIZE,
-            self.meeting,
+            self.rendezvous,
             listener,
             lambda: "serve",
             lambda rank: f"n{rank}",
             self.seen.put,
             lambda *news: self.signals.put(news),
         )
-        self.lookout.start()
+        self.server.start()
         self._lines: list[FrameConnection] = []
 
     def join(self, rank: int) -> FrameConnection:
-        line, _ = connect(self.meeting, rank)
+        line, _ = connect(self.rendezvous, rank)
         self._lines.append(line)  # one that nobody holds is closed
         return line
 
@@ -74,14 +74,14 @@ class Watchtower:
         return self.seen.get(timeout=PROMPT)
 
     def stranger(self) -> socket.socket:
-        return socket.create_connection((self.meeting.address, self.meeting.port), timeout=PROMPT)
+        return socket.create_connection((self.rendezvous.address, self.rendezvous.port), timeout=PROMPT)
 
 
 @pytest.fixture
 def tower() -> Iterator[Watchtower]:
     made = Watchtower()
     yield made
-    made.lookout.close()
+    made.server.close()
 
 
 def is_shut(connection: socket.socket) -> bool:
@@ -108,7 +108,7 @@ def test_a_closed_connection_is_a_death_within_a_tenth_of_a_second(tower: Watcht
 
 def test_who_leaves_in_order_is_not_dead(tower: Watchtower) -> None:
     leaver, dying = tower.join(1), tower.join(2)
-    leaver.send(Frame(FrameType.LEAVING))
+    leaver.send(Frame(FrameType.GOODBYE))
     leaver.close()
     dying.close()
     assert tower.next().rank == 2
@@ -128,11 +128,11 @@ def test_a_failure_is_told_once_with_all_that_is_known(tower: Watchtower) -> Non
 
 def test_who_comes_when_the_end_has_begun_hears_of_it_too(tower: Watchtower) -> None:
     first = tower.join(1)
-    ending = threading.Thread(target=tower.lookout.announce_abort, args=(70,))
+    ending = threading.Thread(target=tower.server.announce_abort, args=(70,))
     ending.start()
-    assert Frame(FrameType.ENDING, bytes([70])) in heard(first)
-    late, early = connect(tower.meeting, 2)
-    assert Frame(FrameType.ENDING, bytes([70])) in (early or heard(late))
+    assert Frame(FrameType.ABORTING, bytes([70])) in heard(first)
+    late, early = connect(tower.rendezvous, 2)
+    assert Frame(FrameType.ABORTING, bytes([70])) in (early or heard(late))
     late.close()
     ending.join()
 
@@ -141,7 +141,7 @@ def heard(line: FrameConnection) -> list[Frame]:
     """Return the frames that come next, but for heartbeats."""
     end = time.monotonic() + PROMPT
     while time.monotonic() < end:
-        if frames := [frame for frame in line.read() if frame.kind is not FrameType.BEAT]:
+        if frames := [frame for frame in line.read() if frame.kind is not FrameType.HEARTBEAT]:
             return frames
         time.sleep(0.01)
     raise AssertionError("nothing came")
@@ -156,7 +156,7 @@ def test_silence_is_seen_and_heartbeats_are_heard() -> None:
     def beat() -> None:
         while not end.wait(0.1):
             for rank in (1, 3):
-                lines[rank].send(Frame(FrameType.BEAT))
+                lines[rank].send(Frame(FrameType.HEARTBEAT))
 
     thread = threading.Thread(target=beat)
     thread.start()
@@ -165,13 +165,13 @@ def test_silence_is_seen_and_heartbeats_are_heard() -> None:
     thread.join()
     assert (failure.rank, failure.cause, failure.exit_code) == (2, DetectedBy.HEARTBEAT, 124)
     assert 0.5 < failure.at - silent_since < 2
-    tower.lookout.close()
+    tower.server.close()
 
 
 def test_a_signal_of_a_rank_is_passed_on_and_only_such_a_one(tower: Watchtower) -> None:
     line = tower.join(2)
-    line.send(Frame(FrameType.SIGNAL, SignalMessage(signal.SIGTERM, again=False).pack()))
-    assert tower.signals.get(timeout=PROMPT) == (2, SignalMessage(signal.SIGTERM, again=False))
+    line.send(Frame(FrameType.SIGNAL, SignalMessage(signal.SIGTERM, repeated=False).pack()))
+    assert tower.signals.get(timeout=PROMPT) == (2, SignalMessage(signal.SIGTERM, repeated=False))
     line.send(Frame(FrameType.SIGNAL, bytes([signal.SIGKILL, 0])))
     failure = tower.next()
     assert (failure.rank, failure.cause) == (2, DetectedBy.DISCONNECT), "what no rank of ours would say"
@@ -188,7 +188,7 @@ def test_a_rank_that_never_comes_is_told_with_the_address() -> None:
     failure = tower.next()
     assert (failure.rank, failure.exit_code) == (1, 64)
     assert "--liveness-network" in failure.text
-    tower.lookout.close()
+    tower.server.close()
 
 
 def test_stacks_come_from_those_who_answer(tower: Watchtower) -> None:
@@ -196,13 +196,13 @@ def test_stacks_come_from_those_who_answer(tower: Watchtower) -> None:
     tower.join(2)
 
     def answer() -> None:
-        while not any(frame.kind is FrameType.ASK for frame in line.read()):
+        while not any(frame.kind is FrameType.STACKS_REQUEST for frame in line.read()):
             time.sleep(0.01)
         line.send(Frame(FrameType.STACKS, b"in barrier"))
 
     thread = threading.Thread(target=answer)
     thread.start()
-    stacks = tower.lookout.stacks()
+    stacks = tower.server.stacks()
     thread.join()
     assert stacks.keys() == {0, 1}
     assert stacks[1] == "in barrier"
@@ -213,7 +213,7 @@ def test_stacks_come_from_those_who_answer(tower: Watchtower) -> None:
     [
         b"GET / HTTP/1.0\r\n\r\n",
         b"\0" * 64,
-        Frame(FrameType.BEAT).pack(),
+        Frame(FrameType.HEARTBEAT).pack(),
         Frame(FrameType.JOIN, b"").pack(),
         Frame(FrameType.JOIN, Join(1, bytes(NONCE_BYTES), bytes(32)).pack()).pack(),
         Frame(FrameType.JOIN, bytes(65)).pack(),
@@ -229,7 +229,7 @@ def test_strangers_are_shown_the_door(tower: Watchtower, said: bytes) -> None:
 
 
 def test_a_proof_is_worth_nothing_on_another_connection(tower: Watchtower) -> None:
-    token = bytes.fromhex(tower.meeting.token)
+    token = bytes.fromhex(tower.rendezvous.token)
     with tower.stranger() as first, tower.stranger() as second:
         hellos = [next(FrameDecoder().feed(connection.recv(4096))).body for connection in (first, second)]
         nonce = bytes(NONCE_BYTES)
@@ -239,7 +239,7 @@ def test_a_proof_is_worth_nothing_on_another_connection(tower: Watchtower) -> No
 
 def test_a_rank_comes_once(tower: Watchtower) -> None:
     tower.join(1)
-    token, nonce = bytes.fromhex(tower.meeting.token), bytes(NONCE_BYTES)
+    token, nonce = bytes.fromhex(tower.rendezvous.token), bytes(NONCE_BYTES)
     for rank in (1, 0, SIZE):
         with tower.stranger() as again:
             hello = next(FrameDecoder().feed(again.recv(4096))).body
@@ -249,17 +249,17 @@ def test_a_rank_comes_once(tower: Watchtower) -> None:
 
 
 def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reception, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(join, "_HANDSHAKE_SECONDS", 0.2)
     tower = Watchtower(timeout=2)
     with tower.stranger() as stranger:
         stranger.recv(4096)
         assert is_shut(stranger)
-    tower.lookout.close()
+    tower.server.close()
 
 
 def test_strangers_are_few_and_ranks_come_in_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reception, "_PATIENCE_SECONDS", 0.5)
-    monkeypatch.setattr(reception, "MAX_PENDING", 4)
+    monkeypatch.setattr(join, "_HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(join, "MAX_PENDING", 4)
     tower = Watchtower(timeout=4)
     crowd = [tower.stranger() for _ in range(SIZE + 4)]
     for stranger in crowd:
@@ -269,39 +269,39 @@ def test_strangers_are_few_and_ranks_come_in_after_them(monkeypatch: pytest.Monk
     tower.join(1)
     for stranger in crowd:
         stranger.close()
-    tower.lookout.close()
+    tower.server.close()
 
 
 def test_a_listener_that_does_not_know_the_token_is_not_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifeline_module, "_CONNECT_SECONDS", 0.5)
     tower = Watchtower()
     with pytest.raises(UsageError, match="can't be reached at 127") as caught:
-        connect(tower.meeting._replace(token=secrets.token_hex(TOKEN_BYTES)), 1)
+        connect(tower.rendezvous._replace(token=secrets.token_hex(TOKEN_BYTES)), 1)
     assert "--liveness-network" in caught.value.fix
-    tower.lookout.close()
+    tower.server.close()
 
 
 def test_rank_0_says_that_it_leaves() -> None:
     tower = Watchtower()
     line = tower.join(1)
-    tower.lookout.close()
+    tower.server.close()
     kinds = []
-    while FrameType.LEAVING not in kinds:
+    while FrameType.GOODBYE not in kinds:
         kinds += [frame.kind for frame in line.read()]
     assert tower.seen.empty()
 
 
 def test_loading_may_be_silent_for_longer_unless_the_user_says_otherwise() -> None:
-    meeting = Rendezvous("n0")
-    assert (meeting.heartbeat_timeout_for("load"), meeting.heartbeat_timeout_for("serve")) == (
+    rendezvous = Rendezvous("n0")
+    assert (rendezvous.heartbeat_timeout_for("load"), rendezvous.heartbeat_timeout_for("serve")) == (
         LOADING_SECONDS,
         SERVING_SECONDS,
     )
-    assert meeting._replace(heartbeat_timeout=2.0).heartbeat_timeout_for("load") == 2.0
-    assert meeting._replace(heartbeat_timeout=0.0).heartbeat_timeout_for("serve") is None
-    told, rest = Rendezvous.unpack(meeting._replace(heartbeat_timeout=0.0, failure_dir="/f").pack(b"rest"))
+    assert rendezvous._replace(heartbeat_timeout=2.0).heartbeat_timeout_for("load") == 2.0
+    assert rendezvous._replace(heartbeat_timeout=0.0).heartbeat_timeout_for("serve") is None
+    told, rest = Rendezvous.unpack(rendezvous._replace(heartbeat_timeout=0.0, failure_dir="/f").pack(b"rest"))
     assert (told.heartbeat_timeout, told.failure_dir, rest) == (0.0, "/f", b"rest")
-    assert Rendezvous.unpack(meeting.pack(b""))[0] == meeting
+    assert Rendezvous.unpack(rendezvous.pack(b""))[0] == rendezvous
 
 
 @given(
@@ -329,8 +329,8 @@ def test_nonsense_is_refused_or_waited_for(data: bytes) -> None:
 
 
 def test_a_long_traceback_keeps_its_end_and_fits() -> None:
-    told = FailureReport(70, "load", 1, "é" * MOST_BODY + "the end").pack()
-    assert len(told) <= MOST_BODY
+    told = FailureReport(70, "load", 1, "é" * MAX_BODY + "the end").pack()
+    assert len(told) <= MAX_BODY
     assert FailureReport.unpack(told).text.endswith("the end")
     assert clip("short") == "short"
 

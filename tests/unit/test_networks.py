@@ -29,7 +29,7 @@ from dynamo_mpi.common.networks import (
     usable,
 )
 from dynamo_mpi.runtime import reach
-from dynamo_mpi.runtime.reach import let_runtime_be_reached, meeting_place
+from dynamo_mpi.runtime.reach import choose_rank0_address, set_runtime_address
 
 LO = Interface("lo", ("127.0.0.1/8", "::1/128"), kind=LOOPBACK)
 DEFAULT = ("0.0.0.0/0",)
@@ -330,16 +330,16 @@ def card(one: HostNetworks, *, tells: bool = True) -> RankReport:
 
 def test_where_all_ranks_are_on_one_host_nothing_is_chosen() -> None:
     n1, n2 = host("n1", eth(1)), host("n2", eth(2))
-    assert meeting_place([card(n1), card(n1, tells=False)], None) is None
+    assert choose_rank0_address([card(n1), card(n1, tells=False)], None) is None
     # two names, one network namespace
-    assert meeting_place([card(n1), card(n2._replace(namespace=n1.namespace))], "nonsense") is None
+    assert choose_rank0_address([card(n1), card(n2._replace(namespace=n1.namespace))], "nonsense") is None
 
 
 def test_the_ranks_of_several_hosts_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reach, "known_address", lambda: "")
     n1, n2 = host("n1", eth(1)), host("n2", eth(2))
     # rank 0 isn't the first of its node
-    choice = meeting_place([card(n1, tells=False), card(n2), card(n1)], None)
+    choice = choose_rank0_address([card(n1, tells=False), card(n2), card(n1)], None)
     assert choice is not None
     assert choice.address == "10.1.0.1"
 
@@ -371,10 +371,10 @@ def test_what_the_runtime_is_told_on_one_host(
     monkeypatch.setattr(reach, "host_address", lambda *_: best_address(own))
     monkeypatch.setattr(reach, "source_address", lambda _, address: "10.1.0.1" if address == "10.1.0.7" else address)
     environ: dict[str, str] = {}
-    let_runtime_be_reached(None, etcd, environ)
+    set_runtime_address(None, etcd, environ)
     assert environ == wanted
     chosen = dict.fromkeys(("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST"), "the user's")
-    let_runtime_be_reached(None, etcd, chosen)
+    set_runtime_address(None, etcd, chosen)
     assert set(chosen.values()) == {"the user's"}
 
 
@@ -389,5 +389,5 @@ def test_what_the_runtime_is_told_on_several_hosts(monkeypatch: pytest.MonkeyPat
     sources = {"10.1.0.7": "10.1.0.1", "10.9.3.3": "10.9.0.1"}
     monkeypatch.setattr(reach, "source_address", lambda _, there: sources.get(there, there))
     environ = {"DYN_TCP_RPC_HOST": ""}
-    let_runtime_be_reached(choice, [etcd], environ)
+    set_runtime_address(choice, [etcd], environ)
     assert environ == {"DYN_TCP_RPC_HOST": address}

@@ -130,43 +130,43 @@ def test_a_follower_tells_the_worlds_truth(node: Node) -> None:
     node.do("begin mpi_init")
     found = node.says("/health", 503, phase="mpi_init", rank=2, host="n2", status="notready")
     assert (found["waits_for"], found["pid"]) == ("all ranks of all nodes to start MPI", node.process.pid)
-    node.do(f"join {tower.meeting.pack(b'').hex()}")
+    node.do(f"join {tower.rendezvous.pack(b'').hex()}")
     node.do("begin load")
     node.says("/health", 503, phase="load", role="decode")
     # this rank is through, the world isn't
     node.do("begin serve")
     node.says("/health", 503, phase="load", rank_phase="serve")
     for phase, status in (("warmup", 503), ("serve", 200), ("drain", 503)):
-        tower.lookout.broadcast(Frame(FrameType.PHASE, phase.encode()))
+        tower.server.broadcast(Frame(FrameType.PHASE, phase.encode()))
         node.says("/health", status, phase=phase)
         assert node.says("/live", 200)["endpoints"] == {}
-    tower.lookout.announce_abort(70)
+    tower.server.announce_abort(70)
     assert node.says("/live", 503)["error"] == "rank 0 on n0 ends the world"
     assert node.process.wait(PROMPT) == 70
-    tower.lookout.close()
+    tower.server.close()
 
 
 def test_a_follower_that_fails_says_so_until_the_world_ends(node: Node) -> None:
     tower = Watchtower()
-    node.do(f"join {tower.meeting.pack(b'').hex()}")
+    node.do(f"join {tower.rendezvous.pack(b'').hex()}")
     node.do("fail no weights")
     # where in our code it came from is for the log
     assert node.says("/live", 503)["error"] == "RuntimeError: no weights"
     assert node.says("/health", 503)["error"]
-    tower.lookout.announce_abort(66)
-    tower.lookout.close()
+    tower.server.announce_abort(66)
+    tower.server.close()
     node.process.wait(PROMPT)
 
 
 def test_a_follower_that_has_lost_rank_0_says_so(node: Node) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        meeting = Rendezvous("n0", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
-        node.do(f"join {meeting.pack(b'').hex()}")
+        rendezvous = Rendezvous("n0", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
+        node.do(f"join {rendezvous.pack(b'').hex()}")
         connection, _ = listener.accept()
     with contextlib.closing(FrameConnection(connection)) as line:
         line.send(Frame(FrameType.HELLO, secrets.token_bytes(NONCE_BYTES)))
         (join, *_) = heard(line)
-        proof = leader_mac(bytes.fromhex(meeting.token), Join.unpack(join.body).nonce, 2)
+        proof = leader_mac(bytes.fromhex(rendezvous.token), Join.unpack(join.body).nonce, 2)
         for frame in (Frame(FrameType.WELCOME, proof), Frame(FrameType.PHASE, b"serve")):
             line.send(frame)
         node.says("/health", 200)

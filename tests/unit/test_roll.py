@@ -10,7 +10,7 @@ import pytest
 from dynamo_mpi.common.codec import encode_strings
 from dynamo_mpi.common.phases import PROCESS_START, PhaseProgress, PhaseTracker, RankTimings, Span
 from dynamo_mpi.supervisor.heartbeat_protocol import WireError
-from dynamo_mpi.supervisor.progress import ProgressTracker, pack_spans, progress_of
+from dynamo_mpi.supervisor.progress import ProgressTracker, pack_timings, progress_of
 
 
 def rank(number: int, *spans: Span, began: float = 100.0) -> RankTimings:
@@ -71,8 +71,8 @@ def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.Monkey
         phases.mark_local_done()
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() - 1000)
-    early = pack_spans(phases)
-    late = pack_spans(phases)
+    early = pack_timings(phases)
+    late = pack_timings(phases)
     monkeypatch.undo()
     began = time.time() - phases.age
     roll.update(1, late)
@@ -108,7 +108,7 @@ def test_what_a_rank_tells_stands_by_rank_zeros_clock(monkeypatch: pytest.Monkey
 )
 def test_what_is_no_roll_call_is_refused(body: bytes) -> None:
     roll = ProgressTracker(["n0", "n1"], PhaseTracker())
-    with pytest.raises(WireError, match="no spans"):
+    with pytest.raises(WireError, match="invalid TIMINGS"):
         roll.update(1, body)
     assert roll.ranks()[1].spans == ()
 

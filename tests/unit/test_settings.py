@@ -327,7 +327,7 @@ def test_a_model_is_needed() -> None:
         ("a: 2024-13-45", "is not YAML"),
         ("model: '\0'", "is not YAML"),
         (r'model: "\ud800"', "is not YAML"),
-        ("model: /m\nmodel: /n", "line 2: the key 'model' stands there for the second time"),
+        ("model: /m\nmodel: /n", "line 2: the key 'model' is a duplicate"),
     ],
 )
 def test_a_bad_settings_file_is_named(tmp_path: Path, text: str, words: str) -> None:
@@ -432,4 +432,4 @@ def test_a_word_without_a_flag_is_refused_before_anything_is_started() -> None:
 def test_the_nixl_transport_is_refused_with_the_fix() -> None:
     with pytest.raises(UsageError, match=r"--kv-transport .* is 'nixl'") as caught:
         load("--model", "/m", "--kv-transport", "nixl")
-    assert (caught.value.needed, caught.value.fix[:22]) == ("tcp, or the option left out", "remove --kv-transport;")
+    assert (caught.value.needed, caught.value.fix[:22]) == ("tcp, or no such option", "remove --kv-transport;")

@@ -15,7 +15,7 @@ import pytest
 
 from dynamo_mpi.common.host_address import is_here
 from dynamo_mpi.common.ports import holds_port
-from dynamo_mpi.engines.trtllm.readiness_main import find_instance, proof_request
+from dynamo_mpi.engines.trtllm.readiness_main import completion_request, find_instance
 
 
 def instance(number: int, address: str, kind: str = "tcp") -> Any:
@@ -68,7 +68,7 @@ def test_over_nats_it_is_the_one_that_came() -> None:
 
 @pytest.mark.parametrize("role", ["agg", "prefill", "decode"])
 def test_a_role_that_needs_a_peer_is_asked_for_both_steps(role: str) -> None:
-    request = proof_request(role, 7)
+    request = completion_request(role, 7)
     assert request["token_ids"] == [7]
     assert request["stop_conditions"]["max_tokens"] == 2
     assert ("disaggregated_params" in request) is (role != "agg")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamo_mpi.common.backoff import News
+from dynamo_mpi.common.backoff import ReminderSchedule
 from dynamo_mpi.common.errors import EngineError, UsageError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.log_tail import last_lines
@@ -224,7 +224,7 @@ class LocalStack(ServiceStack):
         return path
 
     def _await_workers(self) -> dict[str, dict[str, Any]]:
-        reminders = News(*REMINDER_SECONDS)
+        reminders = ReminderSchedule(*REMINDER_SECONDS)
         found: dict[str, dict[str, Any]] = {}
         while missing := self._look_for_ready(found):
             self.wait(missing[0], "it has not registered")

@@ -4,14 +4,14 @@
 Importing this package imports neither numpy nor MPI, so that `factory` can set the number of BLAS threads first.
 
     factory        builds the engine of one rank from its spec
-    engine         requests in, chunks out; rank 0's thread steps all ranks
+    engine         accepts requests, emits chunks; rank 0's thread steps all ranks
     loading        the parts of one rank's engine: communicators, weights, KV cache, KV server
     config         its settings
-    requests       which requests are refused, and those in flight
+    requests       checks requests and keeps those in flight
     scheduler      continuous batching; step_plan: one step, as integers; step_channel: steps and KV commands from rank 0 to all
     transformer    the forward pass; attention: the KV cache; collectives: sums and rows over ranks; sampling: from logits to a token
-    shape          sizes of a llama, and what each rank holds; weights: that share, mapped from the converted file
-    convert_gguf   makes a model folder from a GGUF file, once; gguf_model: its contents
+    shape          sizes of a llama, and each rank's shard; weights: that shard, mapped from the converted file
+    convert_gguf   converts a GGUF file to a model directory, once; gguf_model: its content
     kv_transfer    KV from prefill to decode ranks: rank 0's scheduler, each rank's worker; consensus: one result for all ranks
-    kv_descriptor  whose KV it is and where; kv_tcp: server and client; kv_wire: frames
+    kv_descriptor  which ranks hold the KV; kv_tcp: server and client; kv_wire: frames
 """

@@ -15,16 +15,16 @@ from dynamo_mpi.engines.reference.step_plan import StepPlan
 from dynamo_mpi.engines.reference.weights import Float32Array
 
 _WORTH_BATCHING = 64
-"""Cache positions whose reading costs about as much as one more pass through numpy."""
+"""Number of cache positions that take as long to read as one more pass through numpy."""
 
 
 class KeyValueCache:
     """Keys and values of every slot: ``[slots, layers, kv heads, positions, head_dim]``, float32.
 
-    Memory is taken from the system page by page, as sequences grow into it.
+    The system allocates memory page by page as sequences grow.
 
     Raises:
-        MemoryError: the system does not promise this much.
+        MemoryError: the system does not reserve this much.
     """
 
     def __init__(self, layers: int, slots: int, kv_heads: int, positions: int, head_dim: int) -> None:
@@ -34,7 +34,7 @@ class KeyValueCache:
 
 
 def _zeros_in_small_pages(size: tuple[int, ...]) -> Float32Array:
-    """Return zeros that cost nothing until they are written.
+    """Return zeros whose memory is allocated when it is written.
 
     numpy asks for huge pages. A slot's first tokens would then take all of the slot's memory at once, as they go to
     every layer and head: measured, that is 0.2 s in the first step of each slot.
@@ -44,7 +44,7 @@ def _zeros_in_small_pages(size: tuple[int, ...]) -> Float32Array:
     except (OSError, OverflowError, ValueError) as error:
         raise MemoryError(f"{math.prod(size) * 4} bytes for a KV cache") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages has none to refuse
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.float32).reshape(size)
 
@@ -142,7 +142,7 @@ def _batching_pays(slots: list[int], lengths: list[int]) -> bool:
 def _lay_out_batch(rows: NDArray[np.intp], slots: list[int], lengths: list[int]) -> _Batch:
     lowest, longest = min(slots), max(lengths)
     places = np.array(slots) - lowest
-    # A slot between them that takes no part sees position 0 only: its row must not become 0/0.
+    # an unused slot between them sees position 0 only, so that its row doesn't become 0/0
     visible = np.ones(max(slots) - lowest + 1, np.intp)
     visible[places] = lengths
     mask = np.where(np.arange(longest) < visible[:, None], np.float32(0), np.float32(-np.inf))
@@ -173,7 +173,7 @@ def _attend_alone(
 
 
 def _weighted(scores: Float32Array, values: Float32Array) -> Float32Array:
-    """Return ``softmax(scores) @ values``, divided after the product, where there is less to divide."""
+    """Return ``softmax(scores) @ values``, divided after the product, which has fewer numbers."""
     scores -= scores.max(-1, keepdims=True)
     np.exp(scores, out=scores)
     product: Float32Array = scores @ values

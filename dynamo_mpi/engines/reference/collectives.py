@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks of an engine exchange: sums inside a stage, rows between stages, logits to rank 0. Over MPI, or for one rank alone."""
+"""Collectives of an engine's ranks: sums inside a stage, rows between stages, logits to rank 0. Over MPI, or for one rank."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 class Collectives(Protocol):
-    """What the transformer needs of the other ranks."""
+    """The collectives of the ranks of one stage."""
 
     def sum_over_ranks(self, values: Float32Array) -> Float32Array:
         """Return the sum of all ranks' ``values`` on every rank; ``values`` itself may be overwritten."""
 
     def gather_columns(self, values: Float32Array, widths: tuple[int, ...]) -> Float32Array | None:
-        """Put the ranks' ``[rows, widths[rank]]`` side by side on rank 0; None on the others."""
+        """Concatenate the ranks' ``[rows, widths[rank]]`` on rank 0; None on the others."""
 
 
 class SingleRank:
-    """A world of one: nothing to exchange, and no MPI needed."""
+    """A world of one rank, without MPI."""
 
     def sum_over_ranks(self, values: Float32Array) -> Float32Array:
         return values
@@ -37,10 +37,10 @@ class SingleRank:
 
 
 class MpiCollectives:
-    """Over a communicator of its own.
+    """Collectives over a communicator of their own.
 
     Args:
-        communicator: of all ranks of the engine, in the order of their shares.
+        communicator: all ranks of the stage, in the order of their shards.
     """
 
     def __init__(self, communicator: MPI.Intracomm) -> None:
@@ -71,20 +71,20 @@ _HIDDEN_TAG, _LOGITS_TAG = 1, 2
 
 
 class Pipeline(Protocol):
-    """What the transformer needs of the other stages."""
+    """Communication between the stages."""
 
     def receive_hidden(self, tokens: int, hidden_size: int) -> Float32Array:
-        """Return ``[tokens, hidden]`` of the stage before."""
+        """Receive ``[tokens, hidden]`` from the previous stage."""
 
     def send_hidden(self, hidden: Float32Array) -> None:
-        """Hand ``[tokens, hidden]`` to the stage after."""
+        """Send ``[tokens, hidden]`` to the next stage."""
 
     def return_logits(self, logits: Float32Array | None, rows: int, vocab_size: int) -> Float32Array | None:
-        """Bring the last stage's ``[rows, vocabulary]``, which one rank of it holds, to rank 0; None on all others."""
+        """Send the last stage's ``[rows, vocabulary]``, which one of its ranks has, to rank 0; None on all others."""
 
 
 class SingleStage:
-    """No pipeline: the logits are where they are needed."""
+    """A single stage: the logits are on rank 0 already."""
 
     def receive_hidden(self, tokens: int, hidden_size: int) -> Float32Array:
         raise AssertionError("there is no stage before this one")
@@ -97,12 +97,12 @@ class SingleStage:
 
 
 class MpiPipeline:
-    """Over the engine's communicator of all ranks.
+    """Stages over the engine's communicator.
 
     Args:
         communicator: all ranks of all stages.
         tp_size: ranks of one stage.
-        stage: this rank's.
+        stage: this rank's stage.
     """
 
     def __init__(self, communicator: MPI.Intracomm, tp_size: int, stage: Stage) -> None:
@@ -130,7 +130,7 @@ class MpiPipeline:
 
 
 def wait_politely(request: MPI.Request) -> None:
-    """Wait without burning the core that the stage waited for may need."""
+    """Wait by sleeping, because the other stage may need the core."""
     began = time.monotonic()
     while not request.Test():
         time.sleep(sleep_seconds(time.monotonic() - began))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings of a reference engine, from the keys an engine YAML has for TensorRT-LLM."""
+"""The settings of a reference engine, read from the keys of a TensorRT-LLM engine YAML."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ _DEFAULT_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """What one engine is to be.
+    """The settings of one engine.
 
     Args:
-        model_dir: a folder that `convert_gguf` has made.
+        model_dir: a directory that `convert_gguf` has written.
         tp_size: ranks that share a stage.
-        max_batch_size: sequences that run at once; one KV-cache slot each.
+        max_batch_size: number of sequences that run at once; each has one KV-cache slot.
         max_num_tokens: tokens of one step over all sequences; longer prompts enter in chunks.
-        max_seq_len: prompt and output tokens of one request; default the model's context, 2048 at the most.
+        max_seq_len: prompt and output tokens of one request; by default the model's context, but at most 2048.
         kv_block_size: tokens of a KV-cache block, as reported.
         pp_size: stages of layers; times ``tp_size`` it is the engine's world.
-        cp_size: has to be 1.
-        serves_kv: whether decode workers may fetch KV from this engine: it is a prefill worker's.
-        kv_network: interface, network or address to serve it at; None takes the host's own address.
+        cp_size: must be 1.
+        serves_kv: whether decode workers may fetch KV from this engine, which then belongs to a prefill worker.
+        kv_network: interface, network or address at which KV is served; None for the host's own address.
         kv_keep_seconds: how long KV waits to be fetched.
         kv_pull_seconds: how long fetching the KV of one request may take.
 
     Raises:
-        ConfigFileError: a value that no engine can have.
-        LayoutError: context parallelism.
+        ConfigFileError: a value is invalid.
+        LayoutError: context parallelism is requested.
     """
 
     model_dir: Path
@@ -68,10 +68,10 @@ class ReferenceConfig:
             )
 
     def context_length(self, model_context: int) -> int:
-        """Return the tokens one request may have.
+        """Return the largest number of tokens of a request.
 
         Raises:
-            ConfigFileError: ``max_seq_len`` is beyond what the model was made for.
+            ConfigFileError: ``max_seq_len`` exceeds the model's context.
         """
         if self.max_seq_len is None:
             return min(model_context, _DEFAULT_CONTEXT)

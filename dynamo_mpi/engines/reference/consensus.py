@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How all ranks of an engine come to one view of something that may have gone differently on each."""
+"""Lets all ranks of an engine agree on a result that may differ between ranks."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _TEXT_BYTES = 400
 
 
 class Consensus(Protocol):
-    """Collective: all ranks call the same methods in the same order."""
+    """Collective operations: all ranks must call the same methods in the same order."""
 
     def lowest(self, values: Sequence[int]) -> list[int]:
-        """Return, on every rank, the lowest of all ranks' values, place by place."""
+        """Return, on every rank, the element-wise minimum of all ranks' values."""
 
     def texts(self, text: str) -> list[str]:
-        """Return all ranks' texts, by rank, on rank 0; nothing on the others. Long ones are cut off."""
+        """Return all ranks' texts by rank on rank 0; nothing on the others. Long texts are cut."""
 
 
 class SingleRankConsensus:
-    """A world of one."""
+    """A world of one rank."""
 
     def lowest(self, values: Sequence[int]) -> list[int]:
         return list(values)
@@ -37,10 +37,10 @@ class SingleRankConsensus:
 
 
 class MpiConsensus:
-    """Over the engine's communicator; waits sleep, as a rank may come late.
+    """Consensus over the engine's communicator; waits by sleeping, because a rank may be late.
 
     Args:
-        communicator: of all ranks of the engine.
+        communicator: all ranks of the engine.
     """
 
     def __init__(self, communicator: MPI.Intracomm) -> None:

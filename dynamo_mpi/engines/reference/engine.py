@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference engine itself: requests in, chunks out, one thread that steps all ranks.
+"""The reference engine: accepts requests, emits chunks, and steps all ranks from one thread.
 
-Rank 0's thread is the only one that touches the scheduler and, after ``start``, the engine's communicator. It sleeps on
-a condition while there is nothing to do.
+Only rank 0's engine thread uses the scheduler and, after ``start``, the engine's communicator. It waits on a condition while there is no
+work.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class ReferenceEngine:
     """An ``Engine`` that runs a llama model on the CPUs of all ranks.
 
     Args:
-        comm: all ranks of the engine. ``load`` duplicates it, so the caller may go on using it. None is a world of one
-            rank, without MPI.
-        config: what the engine is to be; the same on every rank.
+        comm: all ranks of the engine. ``load`` duplicates it, so the caller may continue to use it. None is a world of one rank, without
+            MPI.
+        config: the engine's settings; the same on every rank.
 
     Raises:
         LayoutError: the number of ranks is not ``config.tp_size * config.pp_size``.
@@ -72,28 +72,28 @@ class ReferenceEngine:
 
     @property
     def limits(self) -> EngineLimits:
-        """What the engine can hold. Raises EngineError before ``load``."""
+        """The engine's capacity. Raises EngineError before ``load``."""
         return self._require_loaded().limits
 
     @property
-    def unfetched(self) -> int:
-        """Rank 0: prompts whose KV waits for decode workers."""
-        return 0 if self._loaded is None else self._loaded.kv_worker.unfetched
+    def pending_kv_transfers(self) -> int:
+        """Rank 0: the number of prompts whose KV decode workers have not fetched yet."""
+        return 0 if self._loaded is None else self._loaded.kv_worker.pending_kv_transfers
 
     def load(self) -> None:
-        """Read this rank's share of the weights and lay out its KV cache. Collective.
+        """Map this rank's shard of the weights and allocate its KV cache. Collective.
 
         Raises:
             ModelNotFoundError: the model can't be read, or is not one this engine computes.
             LayoutError: the model can't be split like this.
             ConfigFileError: ``max_seq_len`` is beyond the model's context.
-            UsageError: this host has no address for KV as it was asked for.
+            UsageError: this host has no address in the KV network.
             EngineError: the memory is too small, or KV can't be served.
         """
         self._loaded = load_parts(self._comm, self._config, self._rank)
 
     def start(self) -> None:
-        """Rank 0: begin to run requests.
+        """Rank 0: start the engine's thread, which runs requests.
 
         Raises:
             EngineError: the engine is not loaded, was started before, or MPI does not allow a second thread.
@@ -113,15 +113,15 @@ class ReferenceEngine:
         """Rank 0: queue a request.
 
         Raises:
-            RequestError: the request can't be served as it is.
-            EngineError: the engine is not running, or can't go on from what another worker offers.
+            RequestError: the request is invalid.
+            EngineError: the engine is not running, or can't continue from another worker's KV.
         """
         loaded = self._require_loaded()
         check_request(request, vocab_size=loaded.vocab_size, context_length=loaded.limits.context_length)
         generator = generator_of(request.sampling.seed)
         descriptor = None if loaded.kv_scheduler is None else loaded.kv_scheduler.accept(request, loaded.vocab_size)
         if descriptor is not None and request.sampling.temperature != 0:
-            generator.random()  # the draw that gave the first token: prefill has made it
+            generator.random()  # skip the draw of the first token, which prefill has made
         entry = Served(sink, generator, descriptor)
         with self._wake:
             if self._failure is not None:
@@ -133,14 +133,14 @@ class ReferenceEngine:
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
-        """Rank 0: end a request soon."""
+        """Rank 0: cancel a request."""
         with self._wake:
             if request_id in self._in_flight:
                 self._commands.append(_Cancellation(request_id))
                 self._wake.notify()
 
     def on_failure(self, callback: Callable[[BaseException], None]) -> None:
-        """Rank 0: call this once if the engine can't go on; at once if it has failed already."""
+        """Rank 0: call ``callback`` once if the engine can't go on; immediately if it has failed already."""
         with self._wake:
             failure = self._failure
             if failure is None:
@@ -149,10 +149,9 @@ class ReferenceEngine:
             callback(failure)
 
     def close(self) -> None:
-        """Rank 0: cancel what is left, release the other ranks, join the thread. Idempotent; nothing on other ranks.
+        """Rank 0: cancel the remaining requests, release the other ranks, join the thread. Idempotent; does nothing on other ranks.
 
-        After a failure the other ranks are not released: they may be in the middle of a step, and only ending the
-        world frees them.
+        After a failure the other ranks are not released: they may be inside a step, which only an abort of the world ends.
         """
         with self._wake:
             first = not self._closing
@@ -168,7 +167,7 @@ class ReferenceEngine:
             self._loaded.kv_worker.close()
 
     def follow(self) -> None:
-        """Other ranks: compute what rank 0 plans until it closes the engine. What goes wrong in a step is raised.
+        """Other ranks: compute rank 0's steps until it closes the engine. An error in a step is raised.
 
         The duplicated communicator is left to MPI_Finalize: freeing it is collective, and could hang a shutdown.
         """
@@ -204,11 +203,11 @@ class ReferenceEngine:
             loaded.kv_worker.wait_for_readers()
             if loaded.channel is not None:
                 loaded.channel.send_stop()
-        except BaseException as error:  # there is no caller above this thread: clients and owner must be informed here
+        except BaseException as error:  # this thread has no caller: report to clients and owner here
             self._fail(error)
 
     def _take_commands(self, scheduler: Scheduler, transfers: KvTransferScheduler) -> bool:
-        """Wait for work and hand new requests and cancellations to the scheduler. Returns False to close."""
+        """Wait for work, and pass new requests and cancellations to the scheduler. Return False to close."""
         with self._wake:
             while not (self._commands or self._closing or scheduler.has_work):
                 self._wake.wait()
@@ -229,7 +228,7 @@ class ReferenceEngine:
                 self._wake.wait(seconds)
 
     def _fetch_prompts(self, scheduler: Scheduler, transfers: KvTransferScheduler) -> None:
-        """Begin to fetch the KV of requests that have got a slot, and let those go on whose KV has come."""
+        """Begin to fetch the KV of requests that got a slot, and schedule those whose KV has arrived."""
         for request, slot in scheduler.to_fetch():
             descriptor = self._in_flight[request.request_id].descriptor
             if descriptor is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the reference engine on one rank. Imports numpy, but not before its BLAS knows how many threads it may use."""
+"""Builds the reference engine on one rank. Imports numpy only after the number of BLAS threads is set."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def thread_environment(local_size: int, cores: int | None = None) -> dict[str, s
 
 
 def build_reference_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: int) -> Engine:
-    """Build this rank's part of the reference engine.
+    """Build this rank's shard of the reference engine.
 
     Raises:
-        EngineError: a package that it needs is missing.
+        EngineError: a package that the engine needs is missing.
     """
     for name, value in thread_environment(local_size).items():
         os.environ.setdefault(name, value)
@@ -69,7 +69,7 @@ def build_reference_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: in
         "kv_block_size": spec.tokens_per_block,
     }
     if spec.max_batch_size is not None and spec.max_num_tokens is None:
-        # a step holds a token of every running request; who raised only the one meant both
+        # a step must hold a token of every running request, so raising max_batch_size alone raises both
         given["max_num_tokens"] = max(spec.max_batch_size, ReferenceConfig.max_num_tokens)
     sizes = {name: value for name, value in given.items() if value is not None}
     layout = {"tp_size": spec.tp_size, "pp_size": spec.pp_size, "cp_size": spec.cp_size}

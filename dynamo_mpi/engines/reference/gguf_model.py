@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The llama model in a GGUF file: the sizes, the tensors, and the Hugging Face files that Dynamo reads.
 
-Only the conversion reads GGUF, by the ``gguf`` package: see `convert_gguf`.
+Only the conversion reads GGUF, with the ``gguf`` package: see `convert_gguf`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ JsonObject = dict[str, Any]  # Any: the values of JSON documents in formats of o
 
 _CONTROL, _USER_DEFINED = 3, 4
 _DIGIT_SPLITTING = frozenset({"smollm"})
-"""Pre-tokenizers that split off single digits before GPT-2's byte-level pattern. Without it, numbers get other tokens."""
+"""Pre-tokenizers that split single digits before GPT-2's byte-level pattern. Without this, numbers get other tokens."""
 # Templates of text models add `content` to strings: content in parts, such as a text and an image, is an error of the template, which
 # Dynamo's frontend reports as its own (500). With the texts alone in its place, the request reaches the worker, which refuses the image.
 _CONTENT_PARTS = """\
@@ -45,7 +45,7 @@ class GgufModel:
         path: the file.
 
     Raises:
-        ModelNotFoundError: the file can't be read, is no complete GGUF, or the ``gguf`` package is missing.
+        ModelNotFoundError: the file can't be read or is not a complete GGUF file, or the ``gguf`` package is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,13 +64,13 @@ class GgufModel:
             raise ModelNotFoundError(
                 f"{path} cannot be read: {error.strerror}", needed="a readable GGUF file", fix="check the path"
             ) from error
-        except Exception as error:  # the package raises what its array operations raise, and has no error of its own
+        except Exception as error:  # the package has no exceptions of its own
             raise self.malformed(f"{type(error).__name__}: {error}") from error
         self._fields: dict[str, Any] = reader.fields
         self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
 
     def malformed(self, what: str) -> ModelNotFoundError:
-        """Return the error that says ``what`` is wrong with this file."""
+        """Return the error that this file is invalid because of ``what``."""
         return ModelNotFoundError(
             f"{self.path} is not a usable GGUF file: {what}",
             needed="a complete GGUF file of version 2 or 3",
@@ -81,10 +81,10 @@ class GgufModel:
         return key in self._fields
 
     def get(self, key: str, kind: type[Value], default: Value | None = None) -> Value:
-        """Return a value of the metadata.
+        """Return a metadata value.
 
         Raises:
-            ModelNotFoundError: it is of another type, or absent and has no default.
+            ModelNotFoundError: it has another type, or is missing and has no default.
         """
         value = self._contents(key) if key in self._fields or default is None else default
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -94,10 +94,10 @@ class GgufModel:
         return value
 
     def items(self, key: str, kind: type[Value]) -> list[Value]:
-        """Return an array of the metadata.
+        """Return a metadata array.
 
         Raises:
-            ModelNotFoundError: it is absent or of another type.
+            ModelNotFoundError: it is missing or has another type.
         """
         values = self._contents(key)
         if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
@@ -114,10 +114,10 @@ class GgufModel:
 
 
 def llama_shape(model: GgufModel) -> LlamaShape:
-    """Return the sizes of a llama.
+    """Return the sizes of a llama model.
 
     Raises:
-        ModelNotFoundError: another architecture, a variant that the engine doesn't compute, or sizes that contradict each other.
+        ModelNotFoundError: another architecture, an unsupported variant, or contradictory sizes.
     """
     architecture = model.get("general.architecture", str)
     if architecture != "llama":
@@ -165,10 +165,10 @@ def _unsupported(model: GgufModel, what: str) -> ModelNotFoundError:
 
 
 def hugging_face_files(model: GgufModel) -> dict[str, JsonObject]:
-    """Return the contents of config.json, generation_config.json, tokenizer.json and tokenizer_config.json.
+    """Return the content of config.json, generation_config.json, tokenizer.json and tokenizer_config.json.
 
     Raises:
-        ModelNotFoundError: the tokenizer or the architecture is not one that this module knows.
+        ModelNotFoundError: the tokenizer or the architecture is not supported.
     """
     special = {
         name: model.get(f"tokenizer.ggml.{key}_token_id", int)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which KV a prefill worker has for a decode worker, on which ranks it is, and which rank fetches what from whom. Pure.
+"""Describes the KV that a prefill worker offers a decode worker: which ranks hold it, and which rank fetches what. Pure.
 
-A rank holds a rectangle of the model's KV: layers (its pipeline stage) x KV heads (its share of the tensor parallelism). Prefill and decode
-may be split differently; if several ranks hold the same head, any of them will do.
+A rank holds a rectangle of the model's KV: layers (its pipeline stage) x KV heads (its tensor-parallel shard). Prefill and decode may be
+split differently; if several ranks hold the same head, any of them can be used.
 
-The descriptor travels as JSON in Dynamo's ``disaggregated_params``, through the frontend. Who has it can fetch the KV of this one
-request, once.
+The descriptor is sent as JSON in Dynamo's ``disaggregated_params``, through the frontend. It allows fetching the KV of this one request,
+once.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _MOST = 2**31
 
 
 class DescriptorError(ValueError):
-    """A descriptor that this engine can't use; the text says why."""
+    """A descriptor that this engine can't use; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What two engines have to have in common before one can go on from the other's KV.
+    """The KV layout, which must be equal on two engines if one continues from the other's KV.
 
     Args:
         model: fingerprint of the weights.
-        layers: of the model.
-        kv_heads: of the model.
+        layers: the model's number of layers.
+        kv_heads: the model's number of KV heads.
         head_dim: numbers per head.
         block_size: tokens of a KV block.
         dtype: number format.
@@ -55,7 +55,7 @@ class CacheLayout:
 
 @dataclass(frozen=True)
 class RankShard:
-    """One prefill rank: where its KV server listens, and what the rank holds."""
+    """One prefill rank: its KV server's address, and its shard."""
 
     host: str
     port: int
@@ -67,15 +67,15 @@ class KvDescriptor:
     """KV of one prompt.
 
     Args:
-        transfer_id: names it at the KV servers.
-        secret: proves that one may have it.
-        layout: of the prefill engine.
-        tp_size: of the prefill engine.
-        pp_size: of the prefill engine.
-        prompt_tokens: positions whose KV is there.
+        transfer_id: identifies it at the KV servers.
+        secret: the secret that a client must know.
+        layout: the prefill engine's layout.
+        tp_size: the prefill engine's tensor-parallel size.
+        pp_size: the prefill engine's pipeline-parallel size.
+        prompt_tokens: number of positions with KV.
         prompt_digest: see `digest_of`.
-        first_token: that prefill has chosen after the prompt.
-        ranks: where each prefill rank serves its part.
+        first_token: the token that prefill has generated.
+        ranks: each prefill rank's server and shard.
     """
 
     transfer_id: bytes
@@ -115,15 +115,15 @@ class KvDescriptor:
 
 
 def digest_of(prompt: Sequence[int]) -> str:
-    """Return what tells one prompt from another."""
+    """Return a digest that identifies a prompt."""
     return hashlib.sha256(b"".join(token.to_bytes(8, "little") for token in prompt)).hexdigest()
 
 
 def parse_descriptor(document: object) -> KvDescriptor:
-    """Read a descriptor from JSON values.
+    """Parse a descriptor from JSON values.
 
     Raises:
-        DescriptorError: it isn't one, or of another version.
+        DescriptorError: it is invalid, or has another version.
     """
     if not isinstance(document, Mapping) or document.get("kind") != KIND:
         raise DescriptorError("the KV of this request comes from another kind of prefill worker")
@@ -159,10 +159,10 @@ def parse_descriptor(document: object) -> KvDescriptor:
 
 
 def check_descriptor(descriptor: KvDescriptor, layout: CacheLayout, prompt: Sequence[int], vocab_size: int) -> None:
-    """Return if an engine with ``layout`` can continue ``prompt`` from ``descriptor``.
+    """Check that an engine with ``layout`` can continue ``prompt`` from ``descriptor``.
 
     Raises:
-        DescriptorError: it would go on from something else than this prompt's KV in this model.
+        DescriptorError: the KV is not that of this prompt in this model.
     """
     for name, ours in vars(layout).items():
         theirs = getattr(descriptor.layout, name)
@@ -190,7 +190,7 @@ def _rank_shard(rank: object) -> RankShard:
         raise DescriptorError(f"the KV offer has port {port}")
     host = _text(rank, "host")
     try:
-        address = ip_address(host)  # no names: looking one up has no deadline
+        address = ip_address(host)  # no names: name resolution has no timeout
     except ValueError:
         raise DescriptorError(f"the KV offer has a rank at {host!r}, which is no IP address") from None
     if isinstance(address, IPv6Address) and address.is_link_local:
@@ -236,11 +236,11 @@ def _hex(fields: Mapping[str, Any], name: str, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class KvShard:
-    """What one rank holds, in the model's numbers.
+    """One rank's shard of the KV, in the model's numbers.
 
     Args:
-        layers: contiguous.
-        heads: KV heads, contiguous.
+        layers: contiguous layers.
+        heads: contiguous KV heads.
     """
 
     layers: range
@@ -249,7 +249,7 @@ class KvShard:
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """What to get from one rank: ``layers`` x ``heads`` of ``rank``."""
+    """The part to fetch from one rank: ``layers`` x ``heads`` of ``rank``."""
 
     rank: int
     layers: range
@@ -257,15 +257,15 @@ class ShardSlice:
 
 
 def slices_of(need: KvShard, holders: Sequence[KvShard], preference: int = 0) -> tuple[ShardSlice, ...]:
-    """Return rectangles that cover ``need`` exactly once, each held by the rank that it names.
+    """Return rectangles that cover ``need`` exactly once, each with a rank that holds it.
 
     Args:
-        need: of the rank that asks.
-        holders: what the other side's ranks hold, by rank.
-        preference: number of the rank that asks: ranks that could take the same from several take it from different ones.
+        need: the shard that the fetching rank needs.
+        holders: the shards of the other engine's ranks, by rank.
+        preference: the fetching rank's number: ranks that have a choice fetch from different ranks.
 
     Raises:
-        ValueError: no rank holds a part of it.
+        ValueError: no rank holds some part of it.
     """
     edges = {need.layers.start, need.layers.stop}
     for holder in holders:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KV over TCP: what a prefill rank stores and serves, and how a decode rank fetches and releases it.
+"""KV transfer over TCP: a prefill rank stores and serves KV, a decode rank fetches and releases it.
 
-Prefill stores copies, so that a slot of the KV cache is free at once. A copy is removed when decode releases it, or when its time is over.
-What a server thread is sending at that moment stays whole: it holds the copy itself, which nothing writes to.
+Prefill stores copies, so that a slot of the KV cache is free at once. A copy is removed when decode releases it, or when it expires. A
+server thread that is sending it keeps a reference, and stored copies are never modified.
 
-One thread listens and removes what has expired; each connection has a thread of its own, limited in number and time. A peer that stalls or
-breaks the protocol loses its connection, no more.
+One thread listens and removes expired copies; each connection has a thread of its own; their number and duration are limited. A peer that
+stalls or violates the protocol only loses its connection.
 
-Nothing that a peer says is trusted: it must know the transfer's secret, and shape, format, size and checksum must be those asked for.
-Memory is taken by what *we* asked for, never by what a peer announces.
+Peers are not trusted: a peer must know the transfer's secret, and shape, format, size and checksum must be the requested ones. Memory is
+allocated by the size of the *request*, never by what a peer announces.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from dynamo_mpi.engines.reference.weights import Float32Array
 
 
 class StoreFullError(Exception):
-    """As much as the store may hold waits to be fetched."""
+    """The store is full of KV that has not been fetched."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class StoredKv:
     """KV of one prompt on one rank.
 
     Args:
-        secret: a client that fetches must know it.
-        shard: which layers and heads of the model these are.
+        secret: the secret that a client must know.
+        shard: the layers and heads of the values.
         values: ``[2, layers, heads, tokens, head_dim]``, keys first.
-        expires: by the store's clock.
+        expires: expiry by the store's clock.
     """
 
     secret: bytes
@@ -71,11 +71,11 @@ class StoredKv:
 
 
 class KvStore:
-    """Transfers by their id. Thread-safe.
+    """Stored KV by transfer id. Thread-safe.
 
     Args:
-        most_tokens: stored at a time.
-        keep_seconds: how long one waits to be fetched.
+        most_tokens: largest number of stored tokens.
+        keep_seconds: how long KV is kept if it isn't fetched.
         clock: monotonic seconds.
     """
 
@@ -92,16 +92,16 @@ class KvStore:
             return len(self._stored)
 
     def keep(self, transfer_id: bytes, secret: bytes, shard: KvShard, halves: Sequence[Float32Array]) -> None:
-        """Keep a copy. One thread does.
+        """Store a copy. Called by one thread only.
 
         Args:
-            transfer_id: to find it by.
-            secret: a client that fetches must know it.
-            shard: which layers and heads of the model these are.
+            transfer_id: its id.
+            secret: the secret that a client must know.
+            shard: the layers and heads of the values.
             halves: keys and values, each ``[layers, heads, tokens, head_dim]``.
 
         Raises:
-            StoreFullError: there is no room.
+            StoreFullError: the store is full.
         """
         tokens = halves[0].shape[2]
         with self._lock:
@@ -117,18 +117,18 @@ class KvStore:
             self._stored[transfer_id] = StoredKv(secret, shard, values, self._clock() + self._keep_seconds)
 
     def find(self, transfer_id: bytes) -> StoredKv | None:
-        """Return what is stored under ``transfer_id``, None if nothing is or its time is over."""
+        """Return the KV of ``transfer_id``; None if there is none or it has expired."""
         with self._lock:
             self._expire()
             return self._stored.get(transfer_id)
 
     def release(self, transfer_id: bytes) -> None:
-        """Remove it; unknown ids are ignored."""
+        """Remove a transfer's KV; unknown ids are ignored."""
         with self._lock:
             self._stored.pop(transfer_id, None)
 
     def expire(self) -> None:
-        """Remove what was not fetched in time."""
+        """Remove expired KV."""
         with self._lock:
             self._expire()
 
@@ -149,12 +149,12 @@ class KvServer:
     """Serves a store over TCP, from construction until `close`.
 
     Args:
-        store: what is handed out.
+        store: the stored KV.
         host: address to listen on; the system chooses the port.
-        connection_seconds: how long a connection may last after a request that knows a secret; 5 s before one.
+        connection_seconds: duration limit of a connection after an authenticated request; 5 s before one.
 
     Raises:
-        OSError: the address can't be listened on.
+        OSError: it can't listen at the address.
     """
 
     def __init__(self, store: KvStore, host: str, connection_seconds: float = 30.0) -> None:
@@ -170,12 +170,12 @@ class KvServer:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port it listens on."""
+        """The host and port at which it listens."""
         host, port = self._listener.getsockname()[:2]
         return str(host), int(port)
 
     def close(self) -> None:
-        """Stop listening; connections that are open end by themselves. Idempotent."""
+        """Stop listening; open connections end by themselves. Idempotent."""
         self._closing.set()
         with contextlib.suppress(OSError):  # closed before
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -189,7 +189,7 @@ class KvServer:
                 connection, _ = self._listener.accept()
             except TimeoutError:
                 continue
-            except OSError as error:  # out of descriptors, say: connections that end make room again
+            except OSError as error:  # for instance no free descriptors, until connections end
                 if self._closing.is_set():
                     return
                 _log.warning("the KV server can't accept a connection: %s", error)
@@ -200,7 +200,7 @@ class KvServer:
                 continue
             try:
                 threading.Thread(target=self._serve, args=(connection,), name="kv-connection", daemon=True).start()
-            except RuntimeError as error:  # no more threads on this host
+            except RuntimeError as error:  # thread limit reached
                 _log.warning("the KV server can't serve a connection: %s", error)
                 connection.close()
                 self._room.release()
@@ -217,13 +217,13 @@ class KvServer:
                         peer.send(Refused(str(error)))
         except OSError as error:
             _log.info("a KV connection ended: %s", error)
-        except Exception:  # of one connection: the others go on
+        except Exception:  # an error of one connection must not end the others
             _log.exception("a KV connection failed")
         finally:
             self._room.release()
 
     def _converse(self, peer: FrameSocket) -> None:
-        """Answer requests until the peer closes the connection or is refused something."""
+        """Answer requests until the peer closes the connection or a request is refused."""
         nonce = secrets.token_bytes(NONCE_BYTES)
         peer.send(Hello(nonce))
         while True:
@@ -234,7 +234,7 @@ class KvServer:
             if not isinstance(request, (Fetch, Release)):
                 raise WireError("this server answers fetch and release")
             stored = self._store.find(request.transfer_id)
-            # the same words for both, so that no client can find out which transfers there are
+            # the same text for all cases, so that a client can't find out which transfers exist
             if stored is None or not is_signed(request, stored.secret, nonce):
                 raise WireError("no such transfer: never offered, expired, released, or not yours")
             peer.deadline = Deadline.after(self._connection_seconds)
@@ -271,24 +271,24 @@ def _shard(stored: StoredKv, request: Fetch, checksum: int) -> Shard:
 
 
 def _describe(shard: KvShard) -> str:
-    """Return in words what a rank holds."""
+    """Describe a rank's shard."""
     layers, heads = shard.layers, shard.heads
     return f"layers {layers.start} to {layers.stop - 1}, KV heads {heads.start} to {heads.stop - 1}"
 
 
 _MOST_PLAUSIBLE = 1e6
-"""Larger keys could overflow, and NaN spreads: attention over a range of slots multiplies by zero what is masked, of all requests."""
+"""The largest allowed number: larger keys could overflow, and NaN would spread to other requests through masked slots."""
 
 
 class FetchError(Exception):
-    """KV was not received; the text has the rank and the reason."""
+    """KV could not be fetched; the text has the rank and the reason."""
 
 
 def fetch(descriptor: KvDescriptor, part: ShardSlice, deadline: Deadline) -> Float32Array:
     """Return one part, ``[2, layers, heads, tokens, head_dim]``, keys first.
 
     Raises:
-        FetchError: the peer is gone, slow, refuses, or sends something else.
+        FetchError: the peer is gone or slow, refuses, or sends invalid data.
     """
     with _conversation(descriptor, part.rank, deadline) as talk:
         talk.send(Fetch(descriptor.transfer_id, part.layers, part.heads))
@@ -298,18 +298,18 @@ def fetch(descriptor: KvDescriptor, part: ShardSlice, deadline: Deadline) -> Flo
         values = np.empty(shape, "<f4")
         checksum = talk.peer.receive_payload(memoryview(values.data).cast("B"))
         if checksum != shard.checksum:
-            raise WireError("what came is damaged: its checksum is wrong")
-        # both are NaN where one number is, and no comparison holds for that
+            raise WireError("the received KV is damaged: its checksum is wrong")
+        # minimum and maximum are NaN if one number is, and comparisons with NaN are false
         if not (values.max() <= _MOST_PLAUSIBLE and values.min() >= -_MOST_PLAUSIBLE):
-            raise WireError("what came holds numbers that no KV cache has")
+            raise WireError("the received KV contains numbers that are too large or NaN")
         return values.astype(np.float32, copy=False)
 
 
 def release(descriptor: KvDescriptor, deadline: Deadline) -> list[str]:
-    """Release a transfer at all prefill ranks: it will not be fetched any more.
+    """Release a transfer at all prefill ranks, after which it can't be fetched any more.
 
     Returns:
-        What went wrong: those ranks keep it until its time is over.
+        The errors; ranks with errors keep the KV until it expires.
     """
     failures = []
     for rank in range(len(descriptor.ranks)):
@@ -318,7 +318,9 @@ def release(descriptor: KvDescriptor, deadline: Deadline) -> list[str]:
                 talk.send(Release(descriptor.transfer_id))
                 answer = talk.peer.receive()
                 if not isinstance(answer, Released):
-                    raise WireError(answer.reason if isinstance(answer, Refused) else "an answer to something else")
+                    raise WireError(
+                        answer.reason if isinstance(answer, Refused) else "the answer belongs to another request"
+                    )
         except FetchError as error:
             failures.append(str(error))
     return failures
@@ -326,7 +328,7 @@ def release(descriptor: KvDescriptor, deadline: Deadline) -> list[str]:
 
 @dataclass(frozen=True)
 class _Conversation:
-    """With one prefill rank, about one transfer."""
+    """A client of one prefill rank for one transfer."""
 
     peer: FrameSocket
     secret: bytes
@@ -336,7 +338,7 @@ class _Conversation:
         self.peer.send(sign(message, self.secret, self.nonce))
 
     def receive(self) -> Shard:
-        """Return the peer's answer, which has to be a signed shard."""
+        """Return the peer's answer, which must be a signed shard."""
         answer = self.peer.receive()
         if isinstance(answer, Refused):
             raise WireError(f"refused: {answer.reason}")
@@ -354,7 +356,7 @@ def _conversation(descriptor: KvDescriptor, rank: int, deadline: Deadline) -> It
             peer = FrameSocket(connection, deadline)
             hello = peer.receive()
             if not isinstance(hello, Hello):
-                raise WireError("the peer doesn't begin as a KV server does")
+                raise WireError("the peer is not a KV server")
             yield _Conversation(peer, descriptor.secret, hello.nonce)
     except (OSError, WireError, MemoryError) as error:
         raise FetchError(f"prefill rank {rank} at {_place(there)}: {error or type(error).__name__}") from None
@@ -365,7 +367,7 @@ def _check_shape(shard: Shard, descriptor: KvDescriptor, part: ShardSlice) -> No
     size = 2 * len(part.layers) * len(part.heads) * tokens * head_dim * 4
     expected = (part.layers, part.heads, tokens, head_dim, FLOAT32, size)
     if (shard.layers, shard.heads, shard.tokens, shard.head_dim, shard.dtype, shard.size) != expected:
-        raise WireError("the peer offers something else than was asked for")
+        raise WireError("the peer offers another shard than the requested one")
 
 
 def _place(there: RankShard) -> str:

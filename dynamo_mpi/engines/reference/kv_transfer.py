@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transfer of prompts' KV between engines: rank 0 schedules it, every rank runs the same commands in the same order.
+"""Transfers prompts' KV between engines: rank 0 schedules, every rank executes the same commands in the same order.
 
-Prefill: every rank stores a copy of a slot, and rank 0 describes where. Decode: every rank fetches its part in a thread, while the engine's
-steps go on. What comes is kept beside the KV cache until all ranks have their parts, since the slot may be given to another request before a
-late peer answers.
+Prefill: every rank stores a copy of a slot, and rank 0 creates the descriptor. Decode: every rank fetches its part in a thread, while the
+engine's steps continue. Fetched KV is kept outside the KV cache until all ranks have their parts, because the slot may be assigned to another
+request before a slow peer answers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dynamo_mpi.engines.reference.weights import Float32Array
 _log = logging.getLogger(__name__)
 
 FAILED, PENDING, DONE = 0, 1, 2
-"""The status of a pull; the lowest of all ranks is its status for the engine."""
+"""The status of a pull; the engine uses the lowest of all ranks."""
 
 _GRACE_SECONDS = 1.0
 _READERS_SECONDS = 3.0
@@ -51,13 +51,13 @@ _PAUSE_SHARE = 0.1
 
 
 class BackgroundPull:
-    """One rank's fetching of one prompt's KV. Starts when it is made; an error becomes its status, none is raised.
+    """One rank's pull of one prompt's KV. Starts when it is created. Errors set its status and are not raised.
 
     Args:
-        descriptor: of the KV.
-        need: what this rank holds of the model.
+        descriptor: the KV's descriptor.
+        need: this rank's shard.
         rank: this rank's number.
-        seconds: for all of it.
+        seconds: the time limit.
     """
 
     def __init__(self, descriptor: KvDescriptor, need: KvShard, rank: int, seconds: float) -> None:
@@ -71,7 +71,7 @@ class BackgroundPull:
         thread = threading.Thread(target=self._run, args=(rank,), name="kv-pull", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # no more threads on this host
+        except RuntimeError as error:  # thread limit reached
             self._failure = str(error)
 
     def status(self) -> int:
@@ -87,11 +87,11 @@ class BackgroundPull:
 
     @property
     def failure(self) -> str:
-        """Why it failed; empty otherwise."""
+        """The error if it failed; otherwise empty."""
         return self._failure
 
     def put_into(self, cache: KeyValueCache, slot: int) -> None:
-        """Write what was fetched to the slot's first positions; only if it is DONE."""
+        """Write the fetched KV to the slot's first positions; only if the status is DONE."""
         for part, values in self._fetched or ():
             layers = _within(part.layers, self._need.layers)
             heads = _within(part.heads, self._need.heads)
@@ -100,7 +100,7 @@ class BackgroundPull:
             cache.values[slot, layers, heads, :tokens] = values[1]
 
     def abandon(self) -> None:
-        """Fetch nothing more; what is under way ends by its deadline, and is dropped."""
+        """Stop fetching; a request in progress ends by its deadline and is dropped."""
         self._abandoned.set()
 
     def _run(self, rank: int) -> None:
@@ -113,7 +113,7 @@ class BackgroundPull:
             self._fetched = fetched
         except (FetchError, ValueError) as error:
             self._failure = str(error) or type(error).__name__
-        except Exception as error:  # of this request alone, whatever it is
+        except Exception as error:  # any error fails this request only
             self._failure = f"{type(error).__name__}: {error}"
 
 
@@ -126,8 +126,8 @@ class Settled:
     """A pull that has ended on all ranks.
 
     Args:
-        number: of the pull.
-        failures: what went wrong, by rank, on rank 0 alone; empty if the KV is in its slot.
+        number: the pull's number.
+        failures: errors by rank, on rank 0 only; empty if the KV is in its slot.
     """
 
     number: int
@@ -138,13 +138,13 @@ class KvTransferWorker:
     """One rank's part of every transfer.
 
     Args:
-        rank: its number.
-        shard: what its KV cache holds of the model.
-        cache: its KV cache.
-        consensus: with the other ranks.
+        rank: this rank's number.
+        shard: this rank's shard.
+        cache: this rank's KV cache.
+        consensus: agreement with the other ranks.
         pull_seconds: how long a pull may take.
-        store: of a prefill worker.
-        server: of a prefill worker, serving ``store``.
+        store: a prefill worker's store.
+        server: a prefill worker's server of ``store``.
     """
 
     def __init__(
@@ -167,12 +167,12 @@ class KvTransferWorker:
         self._pulls: dict[int, tuple[int, BackgroundPull]] = {}
 
     @property
-    def unfetched(self) -> int:
-        """Prompts whose KV this rank stores for decode workers. Thread-safe."""
+    def pending_kv_transfers(self) -> int:
+        """The number of prompts whose KV this rank stores for decode workers. Thread-safe."""
         return 0 if self._store is None else len(self._store)
 
     def run(self, command: Command) -> None:
-        """Run a command of rank 0."""
+        """Execute a command of rank 0."""
         if isinstance(command, Keep):
             self.keep(command)
         elif isinstance(command, Poll):
@@ -190,7 +190,7 @@ class KvTransferWorker:
         """Copy a slot into the store. Collective.
 
         Returns:
-            What went wrong, by rank, on rank 0; nothing if all ranks have stored it.
+            Errors by rank, on rank 0; empty if all ranks have stored it.
         """
         failure = ""
         try:
@@ -205,7 +205,7 @@ class KvTransferWorker:
         return tuple(self._consensus.texts(failure))
 
     def poll(self, command: Poll) -> list[Settled]:
-        """Agree on the status of pulls, and end those that are done on all ranks or have failed on any. Collective."""
+        """Agree on the status of pulls, and finish those that are done on all ranks or have failed on any. Collective."""
         statuses = [self._pulls[number][1].status() for number in command.numbers]
         settled = []
         for number, status in zip(command.numbers, self._consensus.lowest(statuses), strict=True):
@@ -221,9 +221,9 @@ class KvTransferWorker:
         return settled
 
     def wait_for_readers(self) -> None:
-        """Wait up to 3 s for decode workers to fetch what is stored. Rank 0, before the others are released."""
+        """Wait up to 3 s until decode workers have fetched the stored KV. On rank 0, before the others are released."""
         end = time.monotonic() + _READERS_SECONDS
-        while self.unfetched and time.monotonic() < end:
+        while self.pending_kv_transfers and time.monotonic() < end:
             time.sleep(_LOOK_SECONDS)
 
     def close(self) -> None:
@@ -234,13 +234,13 @@ class KvTransferWorker:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A request whose KV is in its slot on all ranks, or will never be.
+    """A request whose KV is in its slot on all ranks, or whose pull has failed.
 
     Args:
-        request_id: of the request.
-        first_token: that prefill has chosen.
-        seconds: that fetching took.
-        error: why there is no KV; empty if there is.
+        request_id: the request's id.
+        first_token: the token that prefill has generated.
+        seconds: duration of the pull.
+        error: why the pull failed; empty if it didn't.
     """
 
     request_id: str
@@ -260,10 +260,10 @@ class KvTransferScheduler:
     """Rank 0's side of all transfers of one engine. Runs in the engine's thread, except `accept` and the releases.
 
     Args:
-        send: a command to all other ranks.
-        worker: rank 0's own part.
-        layout: of this engine's KV.
-        ranks: where this engine's ranks serve their KV; empty except for prefill workers.
+        send: sends a command to all other ranks.
+        worker: rank 0's worker.
+        layout: this engine's KV layout.
+        ranks: the KV servers of this engine's ranks; empty except for prefill workers.
         sizes: this engine's tensor- and pipeline-parallel size.
         pull_seconds: how long a pull may take.
     """
@@ -287,10 +287,10 @@ class KvTransferScheduler:
         self._pulling: dict[int, _Pulling] = {}
 
     def accept(self, request: GenerationRequest, vocab_size: int) -> KvDescriptor | None:
-        """Return the descriptor that a request brings, checked; None if it brings none. Thread-safe.
+        """Return a request's descriptor after checking it; None if it has none. Thread-safe.
 
         Raises:
-            EngineError: this engine can't continue from it, or the request wants KV stored and this is no prefill worker.
+            EngineError: this engine can't continue from it, or the request requires a prefill worker.
         """
         if request.offer_kv and not self._rank_shards:
             raise EngineError("this engine serves no KV", needed="a prefill worker", fix="start it with --role prefill")
@@ -327,13 +327,13 @@ class KvTransferScheduler:
         return replace(chunk, kv_offer=descriptor.to_json())
 
     def begin(self, request_id: str, slot: int, descriptor: KvDescriptor) -> None:
-        """Have all ranks begin to fetch."""
+        """Let all ranks begin to fetch."""
         number = next(self._numbers)
         self._run_on_all(Pull(number, slot, descriptor.to_json()))
         self._pulling[number] = _Pulling(request_id, descriptor, time.monotonic())
 
     def poll(self) -> list[Prefilled]:
-        """Return the requests whose fetching has ended since the last call."""
+        """Return the requests whose pulls have finished since the last call."""
         if not self._pulling:
             return []
         poll = Poll(tuple(self._pulling))
@@ -350,13 +350,13 @@ class KvTransferScheduler:
         return ended
 
     def cancel(self, request_id: str) -> None:
-        """Have all ranks abandon a request's fetching, if there is any."""
+        """Let all ranks abandon a request's pull, if there is one."""
         for number in [number for number, pulling in self._pulling.items() if pulling.request_id == request_id]:
             self._run_on_all(Abandon(number))
             self._release_in_background(self._pulling.pop(number).descriptor)
 
     def pause_seconds(self) -> float:
-        """Return how long to sleep before the next poll: short at first, in proportion to the wait so far later."""
+        """Return the seconds until the next poll, which grow with the time waited so far."""
         waited = time.monotonic() - max((pulling.began for pulling in self._pulling.values()), default=0.0)
         return min(max(_FIRST_PAUSE_SECONDS, waited * _PAUSE_SHARE), _LONGEST_PAUSE_SECONDS)
 
@@ -365,10 +365,10 @@ class KvTransferScheduler:
         self._worker.run(command)
 
     def _release_in_background(self, descriptor: KvDescriptor) -> None:
-        """Release the KV at the prefill ranks; no request has to wait for that."""
+        """Release the KV at the prefill ranks, in the background."""
         try:
             threading.Thread(target=self._release, args=(descriptor,), name="kv-release", daemon=True).start()
-        except RuntimeError as error:  # no more threads on this host: the KV expires
+        except RuntimeError as error:  # thread limit reached: the KV expires by itself
             _log.warning("KV was not released at the prefill worker: %s", error)
 
     def _release(self, descriptor: KvDescriptor) -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol of decode and prefill ranks over TCP: messages as frames, and a socket that keeps one deadline.
+"""The TCP protocol between decode and prefill ranks: messages as frames, and a socket with one deadline.
 
     prefill: Hello(nonce)
     decode:  Fetch(transfer, layers, heads)   prefill: Shard(shape, size, checksum) and the keys and values, or Refused
     decode:  Release(transfer)                prefill: Released, or Refused
 
-A frame is a header of fixed size and a body of at most `MOST_BODY` bytes, made of integers of fixed width: nothing that is received is
-ever run or unpickled. Both sides know the transfer's secret and prove it by an HMAC over the nonce and the frame. The HMAC of a ``Shard``
-covers the payload's CRC-32, which finds damage; against an attacker who alters bytes on their way, encrypt the network.
+A frame is a header of fixed size and a body of at most `MOST_BODY` bytes, made of integers of fixed width: received data is never executed
+or unpickled. Both sides know the transfer's secret and prove it by an HMAC over the nonce and the frame. The HMAC of a ``Shard`` covers the
+payload's CRC-32, which detects accidental damage; encrypt the network if attackers may change the data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NONCE_BYTES = 16
 TRANSFER_ID_BYTES = 16
 SECRET_BYTES = 32
 FLOAT32 = 1
-"""The one number format there is yet: little-endian float32."""
+"""The only number format: little-endian float32."""
 
 _HEADER = struct.Struct("!4sB3xI")
 HEADER_BYTES = _HEADER.size
@@ -38,19 +38,19 @@ _MOST_REASON = 300
 
 
 class WireError(ValueError):
-    """What came is no frame of this protocol, or not the one that was due."""
+    """The data is not a frame of this protocol, or not the expected one."""
 
 
 @dataclass(frozen=True)
 class Hello:
-    """Opens a connection; ``nonce`` makes this connection's HMACs worthless on any other."""
+    """Opens a connection; its ``nonce`` makes HMACs valid on this connection only."""
 
     nonce: bytes
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Asks for layers x KV heads of one transfer, both in the model's numbers."""
+    """Requests layers x KV heads of one transfer, both in the model's numbers."""
 
     transfer_id: bytes
     layers: range
@@ -82,12 +82,12 @@ class Release:
 
 @dataclass(frozen=True)
 class Released:
-    """It is forgotten."""
+    """The transfer's KV has been removed."""
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Why there is no answer; nothing follows on this connection."""
+    """The reason of a refusal; nothing follows on this connection."""
 
     reason: str
 
@@ -106,7 +106,7 @@ _KINDS: dict[type[Message], int] = {
 
 
 def sign(message: Signed, secret: bytes, nonce: bytes) -> Signed:
-    """Return ``message`` with the proof that its sender knows ``secret``."""
+    """Return ``message`` with the HMAC that proves that its sender knows ``secret``."""
     return replace(message, mac=_mac(message, secret, nonce))
 
 
@@ -125,7 +125,7 @@ def body_size(header: bytes) -> int:
     """Return how many bytes follow a header.
 
     Raises:
-        WireError: it is none, or announces too many.
+        WireError: it is invalid, or announces too many.
     """
     return _read_header(header)[1]
 
@@ -134,7 +134,7 @@ def decode(frame: bytes) -> Message:
     """Return the message of one whole frame.
 
     Raises:
-        WireError: ``frame`` is none, is cut off, or has bytes left over.
+        WireError: ``frame`` is invalid, incomplete, or has extra bytes.
     """
     kind, size = _read_header(frame[:HEADER_BYTES])
     body = frame[HEADER_BYTES:]
@@ -151,7 +151,7 @@ def _read_header(header: bytes) -> tuple[int, int]:
         raise WireError(f"a header has {HEADER_BYTES} bytes, not {len(header)}")
     magic, kind, size = _HEADER.unpack(header)
     if magic != MAGIC or header != _HEADER.pack(magic, kind, size):
-        raise WireError("the peer doesn't speak this protocol, or another version of it")
+        raise WireError("the peer uses another protocol, or another version of it")
     if kind not in _KINDS.values():
         raise WireError(f"there is no frame of kind {kind}")
     if size > MOST_BODY:
@@ -181,7 +181,7 @@ def _parse(kind: int, body: bytes) -> Message:
         if body:
             raise WireError("a frame without contents has some")
         return Released()
-    # of a peer that may lie: no control characters into our logs
+    # the peer is not trusted: no control characters in logs
     return Refused("".join(c if c.isprintable() else "?" for c in body.decode(errors="replace")))
 
 
@@ -236,10 +236,10 @@ class Deadline:
         return cls(time.monotonic() + seconds)
 
     def left(self) -> float:
-        """Return the seconds that are left.
+        """Return the remaining seconds.
 
         Raises:
-            TimeoutError: none are.
+            TimeoutError: the deadline has passed.
         """
         seconds = self.moment - time.monotonic()
         if seconds <= 0:
@@ -251,8 +251,8 @@ class FrameSocket:
     """One connection.
 
     Args:
-        connection: connected; the caller closes it.
-        deadline: for everything that is still to come; it may be moved.
+        connection: a connected socket; the caller closes it.
+        deadline: the deadline of all further operations; it may be changed.
     """
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
@@ -267,7 +267,7 @@ class FrameSocket:
         """Return the next frame.
 
         Raises:
-            WireError: what came is none.
+            WireError: the data is not a frame.
             ConnectionError: the peer has gone.
             TimeoutError: the deadline has passed.
         """
@@ -284,7 +284,7 @@ class FrameSocket:
             payload = payload[self._socket.send(payload) :]
 
     def receive_payload(self, target: memoryview) -> int:
-        """Fill ``target``; return its CRC-32, made of each part while the next is on its way."""
+        """Fill ``target`` and return its CRC-32, which is computed while further parts arrive."""
         checksum = 0
         while target:
             self._socket.settimeout(self.deadline.left())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds all parts of one rank's engine: communicators, weights, KV cache, and what hands KV over. Collective."""
+"""Builds all parts of one rank's engine: communicators, weights, KV cache, KV transfer. Collective."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ class Loaded:
 
 
 def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> Loaded:
-    """Read this rank's share of the weights and lay out its KV cache. Collective.
+    """Map this rank's shard of the weights and allocate its KV cache. Collective.
 
     Raises:
         ModelNotFoundError: the model can't be read, or is not one this engine computes.
         LayoutError: the model can't be split like this.
         ConfigFileError: ``max_seq_len`` is beyond the model's context.
-        UsageError: this host has no address for KV as it was asked for.
+        UsageError: this host has no address in the KV network.
         EngineError: the memory is too small, or KV can't be served.
     """
-    # First of all: a rank that failed below would leave the others waiting in these.
+    # first, because these are collective: if a rank failed before them, the others would wait
     comm = None if communicator is None or communicator.Get_size() == 1 else communicator.Dup()
     stage = _stage_of(comm, config, rank)
     consensus: Consensus = SingleRankConsensus() if comm is None else MpiConsensus(comm)
@@ -77,7 +77,7 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
         ) from error
     channel = None if comm is None else StepChannel(comm)
     if serving is not None:
-        # as much again as the KV cache itself
+        # as large as the KV cache itself
         serving.store.most_tokens = config.max_batch_size * context
     kv_worker = KvTransferWorker(
         rank,
@@ -106,11 +106,11 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
 
 
 class _Serving:
-    """A prefill rank's store and server. Collective: all ranks get all addresses before one that can't serve raises.
+    """A prefill rank's store and server. Collective: all ranks exchange their addresses before a rank that can't serve raises.
 
     Raises:
         UsageError: this host has no such address.
-        EngineError: it can't be listened on.
+        EngineError: it can't listen there.
     """
 
     def __init__(self, config: ReferenceConfig, consensus: Consensus) -> None:
@@ -123,7 +123,7 @@ class _Serving:
         except OSError as error:
             raise EngineError(
                 f"KV can't be served: {error}",
-                needed="an address of this host that can be listened on",
+                needed="an address of this host at which it can listen",
                 fix="set --kv-network / DYN_MPI_KV_NETWORK to an interface or network of every rank's host",
             ) from None
         finally:
@@ -142,7 +142,7 @@ def _kv_scheduler(
         host, _, port = place.rpartition(":")
         layers = stage_of(shape.num_hidden_layers, rank, config.tp_size, config.pp_size).layers
         heads = share_of(shape, rank % config.tp_size, config.tp_size).kv_heads
-        # a rank without a port has failed: this engine will never start
+        # a rank without a port has failed, so this engine doesn't start
         ranks.append(RankShard(host, int(port or 0), KvShard(layers, heads)))
     layout = CacheLayout(
         model=model.fingerprint,
@@ -167,7 +167,7 @@ def _kv_scheduler(
 
 
 def _stage_of(comm: MPI.Intracomm | None, config: ReferenceConfig, rank: int) -> MPI.Intracomm | None:
-    """Return the communicator of this rank's stage, ``comm`` itself where there is only one. Collective."""
+    """Return the communicator of this rank's stage; ``comm`` itself if there is only one stage. Collective."""
     if comm is None or config.pp_size == 1:
         return comm
     return cast("MPI.Intracomm", comm.Split(rank // config.tp_size, rank))

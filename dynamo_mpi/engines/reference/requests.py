@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of an engine: which are refused before they queue, and those that it has accepted and not ended yet."""
+"""Checks an engine's requests before they are queued, and keeps those that are accepted and not finished."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Served:
-    """What an engine keeps of a request beside its schedule.
+    """A request's data besides its schedule.
 
     Args:
-        sink: where its chunks go.
-        generator: that chooses its tokens.
-        descriptor: of its prompt's KV, if another worker has made it.
+        sink: called with its chunks.
+        generator: the random generator for its tokens.
+        descriptor: the descriptor of its prompt's KV, if another worker has computed it.
     """
 
     sink: Sink
@@ -47,7 +47,7 @@ class InFlight:
             return self._requests[request_id]
 
     def add(self, request_id: str, request: Served) -> None:
-        """Begin to serve a request.
+        """Add a request.
 
         Raises:
             RequestError: its id is in use.
@@ -58,14 +58,14 @@ class InFlight:
             self._requests[request_id] = request
 
     def deliver(self, request_id: str, chunk: TokenChunk) -> bool:
-        """Hand a chunk to its sink. Returns whether the request goes on to be served."""
+        """Pass a chunk to its sink. Return whether the request continues."""
         with self._lock:
             request = self._requests[request_id]
             if chunk.finish_reason is not None:
                 del self._requests[request_id]
         try:
             request.sink(chunk)
-        except Exception:  # a sink is its caller's code; its error must not end the other requests
+        except Exception:  # an error of one sink must not end the other requests
             _log.exception("the receiver of request %s failed; the request is dropped", request_id)
             with self._lock:
                 if self._requests.get(request_id) is request:
@@ -82,10 +82,10 @@ class InFlight:
 
 
 def check_request(request: GenerationRequest, *, vocab_size: int, context_length: int) -> None:
-    """Return if the engine can serve ``request``.
+    """Check that the engine can serve ``request``.
 
     Raises:
-        RequestError: it can't; the text tells the client why and what would be served.
+        RequestError: it can't; the text, for the client, contains the reason and what is allowed.
     """
     _check_lengths(request, context_length)
     for token_id in request.prompt_token_ids:

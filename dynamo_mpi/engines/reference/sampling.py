@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to a token: greedy, temperature, top-k, top-p. Pure."""
+"""Samples a token from logits: greedy, temperature, top-k, top-p. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SEED_RANGE = 2**64
 
 
 def generator_of(seed: int | None) -> np.random.Generator:
-    """Return the source of randomness of one request: the same for the same seed, which may be any integer."""
+    """Return the random generator of one request: the same for the same seed, which may be any integer."""
     return np.random.default_rng(None if seed is None else seed % _SEED_RANGE)
 
 
@@ -24,14 +24,13 @@ def choose_token(
 ) -> int:
     """Return the next token.
 
-    A draw takes one number from ``generator`` whatever the logits are, so that a request's draws don't depend on
-    what runs beside it.
+    Each call takes exactly one number from ``generator``, so that a request's tokens don't depend on other requests.
 
     Args:
         logits: ``[vocabulary]``; not changed.
         sampling: temperature, then top-k, then top-p are applied. ``top_k`` below 1 keeps all tokens.
-        generator: the request's own.
-        banned: token ids that must not come now; those outside the vocabulary are ignored.
+        generator: the request's generator.
+        banned: token ids that must not be chosen; those outside the vocabulary are ignored.
     """
     inside = [token for token in banned if 0 <= token < len(logits)]
     if inside:
@@ -39,7 +38,7 @@ def choose_token(
         logits[inside] = -np.inf
     if sampling.temperature == 0:
         return int(logits.argmax())
-    with np.errstate(over="ignore"):  # -infinity, for a temperature next to 0, is right
+    with np.errstate(over="ignore"):  # -infinity is correct for a temperature near 0
         weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
     candidates = _kept(weights / weights.sum(), sampling.top_k, sampling.top_p)
     cumulative = np.cumsum(weights[candidates])
@@ -48,7 +47,7 @@ def choose_token(
 
 
 def _kept(probabilities: NDArray[np.float64], top_k: int, top_p: float) -> NDArray[np.intp]:
-    """Return the token ids that stay, the most likely first where some are dropped."""
+    """Return the token ids that remain; if some are dropped, the most likely first."""
     count = len(probabilities)
     candidates = np.arange(count)
     if 1 <= top_k < count:
@@ -56,7 +55,7 @@ def _kept(probabilities: NDArray[np.float64], top_k: int, top_p: float) -> NDArr
     if top_p >= 1:
         return candidates
     total = probabilities[candidates].sum()
-    # Together, tokens below this have less than 1 - top_p: none belongs to the set, and none needs sorting.
+    # tokens below this have together less than 1 - top_p: none is in the set, so none needs sorting
     candidates = candidates[probabilities[candidates] >= (1 - top_p) * total / count]
     candidates = candidates[np.argsort(-probabilities[candidates], kind="stable")]
     before = np.cumsum(probabilities[candidates]) - probabilities[candidates]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continuous batching: which tokens of which sequences enter the next step, and what became of them. Pure.
+"""Continuous batching: selects the tokens of the next step and processes its results. Pure.
 
-A request waits until a slot of the KV cache is free, then belongs to it until it ends. Every step takes one token of
-each sequence that is generating and fills what is left of ``max_num_tokens`` with prompts, the oldest first, in chunks
-where they don't fit. A request whose prompt another worker has computed takes part once its KV has come into its slot.
+A request waits until a slot of the KV cache is free, and keeps it until it ends. Every step contains one token of each generating sequence
+and fills the rest of ``max_num_tokens`` with prompts, the oldest first, in chunks if they don't fit. A request whose prompt another worker
+has computed is scheduled after its KV is in its slot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dynamo_mpi.engines.reference.step_plan import SequencePart, StepPlan
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """One row of the step's logits: whose token it gives, and which tokens must not come now."""
+    """One row of the step's logits: its request, and the tokens that must not be chosen."""
 
     request: GenerationRequest
     banned: frozenset[int]
@@ -27,7 +27,7 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class Step:
-    """What all ranks compute, and what rank 0 makes of the logits, row by row."""
+    """The plan for all ranks, and rank 0's choices for the rows of the logits."""
 
     plan: StepPlan
     choices: tuple[TokenChoice, ...]
@@ -47,7 +47,7 @@ class _RunningSequence:
         return self.computed >= len(self.request.prompt_token_ids)
 
     def next_part(self, budget: int) -> SequencePart:
-        """Return at most ``budget`` tokens that follow those in the cache."""
+        """Return the next tokens after those in the cache, at most ``budget``."""
         prompt = self.request.prompt_token_ids
         if self.prompt_done:
             return SequencePart(self.slot, self.computed, (self.generated[-1],), True)
@@ -61,12 +61,12 @@ class _RunningSequence:
 
 
 class Scheduler:
-    """Requests in flight and the slots they hold.
+    """Requests in flight and their slots.
 
     Args:
-        max_batch_size: slots.
-        max_num_tokens: tokens of one step, at least ``max_batch_size``: so no sequence can starve.
-        context_length: tokens a slot holds; a request must have passed ``check_request`` for it.
+        max_batch_size: number of slots.
+        max_num_tokens: tokens of one step, at least ``max_batch_size``, so that no sequence starves.
+        context_length: tokens of a slot; requests must have passed ``check_request`` for it.
     """
 
     def __init__(self, max_batch_size: int, max_num_tokens: int, context_length: int) -> None:
@@ -93,7 +93,7 @@ class Scheduler:
         self._waiting.append(request)
 
     def cancel(self, request_id: str) -> bool:
-        """Remove a request between two steps and free its slot. Returns whether there was one."""
+        """Remove a request between two steps and free its slot. Return whether it existed."""
         if self._in_step:
             raise RuntimeError("a request was cancelled between next_step and apply")
         sequence = self._running.get(request_id)
@@ -106,13 +106,13 @@ class Scheduler:
         return found
 
     def to_fetch(self) -> list[tuple[GenerationRequest, int]]:
-        """Return the requests that have got a slot since the last call and whose KV has to be fetched into it."""
+        """Return the requests that got a slot since the last call and whose KV must be fetched."""
         self._admit()
         sequences, self._to_fetch = self._to_fetch, []
         return [(sequence.request, sequence.slot) for sequence in sequences]
 
     def continue_after(self, request_id: str, first_token: int) -> TokenChunk:
-        """Let a request take part whose prompt's KV has come into its slot; ``first_token`` is the one after the prompt."""
+        """Schedule a request whose prompt's KV is in its slot; ``first_token`` is the token after the prompt."""
         sequence = self._running[request_id]
         sequence.awaits_kv = False
         sequence.computed = len(sequence.request.prompt_token_ids)
@@ -123,14 +123,14 @@ class Scheduler:
         return TokenChunk((first_token,), reason)
 
     def next_step(self) -> Step | None:
-        """Return the next step, None without anything to compute. ``apply`` must follow before anything else."""
+        """Return the next step; None if there is nothing to compute. Call ``apply`` before any other method."""
         self._admit()
         ready = [sequence for sequence in self._running.values() if not sequence.awaits_kv]
         if not ready:
             return None
         budget = self._max_num_tokens
         parts: list[tuple[_RunningSequence, SequencePart]] = []
-        # Generating sequences first: their next token must not wait behind a long prompt. The sort keeps arrival order.
+        # generating sequences first: their next token must not wait for a long prompt; the sort keeps the order of arrival
         by_phase = sorted(ready, key=lambda sequence: not sequence.prompt_done)
         for sequence in by_phase:
             if budget == 0:
@@ -143,7 +143,7 @@ class Scheduler:
         return Step(StepPlan(tuple(part for _, part in parts)), choices)
 
     def apply(self, tokens: Sequence[int]) -> list[tuple[str, TokenChunk]]:
-        """Take the step's result: one token per choice, in their order. Returns what each request got."""
+        """Process the step's result: one token per choice, in their order. Return each request's output."""
         remaining = iter(tokens)
         chunks: list[tuple[str, TokenChunk]] = []
         parts, self._in_step = self._in_step, []
@@ -164,7 +164,7 @@ class Scheduler:
             request = self._waiting.popleft()
             room = self._context_length - len(request.prompt_token_ids)
             limit = room if request.max_tokens is None else min(request.max_tokens, room)
-            # The lowest slot keeps the used ones together, which attention over a range of slots profits from.
+            # the lowest slot keeps used slots together, which is faster for attention over a range of slots
             slot, awaits_kv = heapq.heappop(self._free_slots), request.kv_offer is not None
             sequence = _RunningSequence(request, slot, limit, awaits_kv)
             self._running[request.request_id] = sequence

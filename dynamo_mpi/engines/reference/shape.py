@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sizes of a llama model, and what each rank holds of it. Pure.
+"""The sizes of a llama model, and each rank's shard of it. Pure.
 
-Ranks are numbered as TensorRT-LLM numbers them: tensor parallelism fastest, pipeline slowest (its ``MpiTopology``), so that
-with blocks of ranks per node the tensor-parallel sums stay inside a node and only one row per token crosses between nodes.
+Ranks are numbered as in TensorRT-LLM: tensor parallelism fastest, pipeline slowest (its ``MpiTopology``), so that with blocks of ranks per
+node the tensor-parallel sums stay inside a node and only one row per token is sent between nodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dynamo_mpi.layout.heads import legal_tp_sizes
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes of one model, named as in its Hugging Face configuration where they are in it."""
+    """Sizes of one model, with the names of its Hugging Face configuration if they are in it."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -31,11 +31,11 @@ class LlamaShape:
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank holds. All ranges are contiguous and in global numbers.
+    """One rank's shard. All ranges are contiguous and in global numbers.
 
     Args:
         query_heads: whole heads of the attention.
-        kv_heads: the key/value heads those need; ranks share one where ``tp_size`` exceeds their number.
+        kv_heads: the key/value heads of these; ranks share one if ``tp_size`` exceeds their number.
         intermediate: columns of the feed-forward layer.
         vocabulary: token ids.
     """
@@ -51,9 +51,9 @@ class Stage:
     """The layers of one rank.
 
     Args:
-        index: of this stage, from 0.
-        count: of all stages.
-        layers: global numbers of its layers.
+        index: the stage's number, from 0.
+        count: number of stages.
+        layers: global numbers of the stage's layers.
     """
 
     index: int
@@ -70,10 +70,10 @@ class Stage:
 
 
 def share_of(shape: LlamaShape, rank: int, tp_size: int) -> Share:
-    """Return what ``rank`` of ``tp_size`` holds.
+    """Return the shard of ``rank`` of ``tp_size``.
 
     Raises:
-        LayoutError: the heads cannot be shared out like this.
+        LayoutError: the heads cannot be divided like this.
     """
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
     legal = legal_tp_sizes(heads, kv_heads)
@@ -94,7 +94,7 @@ def share_of(shape: LlamaShape, rank: int, tp_size: int) -> Share:
 
 
 def stage_of(layers: int, rank: int, tp_size: int, pp_size: int) -> Stage:
-    """Return the stage of ``rank``; the first stages hold one layer more where it doesn't come out even (F1: ``mapping.py: pp_layers``).
+    """Return the stage of ``rank``; the first stages hold one layer more if the number isn't divisible (F1: ``mapping.py: pp_layers``).
 
     Raises:
         LayoutError: there are more stages than layers (F3).

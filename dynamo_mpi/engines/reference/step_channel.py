@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0 has all ranks do, steps and KV commands, and how they wait for it without burning a core.
+"""Sends steps and KV commands from rank 0 to all ranks; ranks wait without using a core.
 
-MPI's own waits spin: a rank in a blocking broadcast takes a whole core, which on CPUs the other ranks need. Followers
-start a non-blocking broadcast instead and look at it now and then: at once while steps follow each other, and after
-ever longer sleeps when none comes.
+MPI's own waits spin: a rank in a blocking broadcast uses a whole core, which the other ranks need. Followers start a non-blocking broadcast
+instead and poll it: without a pause while steps follow each other, with growing sleeps while there are none.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ _STEP, _STOP, _COMMAND = 1, 2, 3
 _WORD = 8
 _HEADER_WORDS = 2
 _INLINE_WORDS = 254
-"""Words that travel with the header: enough for a step of 50 sequences, and within MPI's eager limits."""
+"""Words that are sent with the header: enough for a step of 50 sequences, and within MPI's eager limits."""
 
 _SPIN_SECONDS = 0.002
 _FIRST_SLEEP_SECONDS = 0.00005
 _LONGEST_SLEEP_SECONDS = 0.004
 _SLEEP_SHARE = 0.05
-"""A sleep lasts this share of the time waited so far: what it adds to a wait stays in proportion."""
+"""A sleep lasts this fraction of the time waited so far."""
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Prefill: store a copy of the first ``tokens`` positions of ``slot``; who knows ``secret`` may fetch it."""
+    """Prefill: store a copy of the first ``tokens`` positions of ``slot``, which clients that know ``secret`` may fetch."""
 
     slot: int
     tokens: int
@@ -45,14 +44,14 @@ class Keep:
 
 @dataclass(frozen=True)
 class Drop:
-    """Prefill: remove what was just stored."""
+    """Prefill: remove the KV that was just stored."""
 
     transfer_id: bytes
 
 
 @dataclass(frozen=True)
 class Pull:
-    """Decode: begin to fetch, in the background, what this rank needs of a descriptor (JSON values), for ``slot`` later."""
+    """Decode: begin to fetch this rank's part of a descriptor (JSON values) in the background, for ``slot``."""
 
     number: int
     slot: int
@@ -61,14 +60,14 @@ class Pull:
 
 @dataclass(frozen=True)
 class Poll:
-    """Decode: agree on the status of these pulls; those that all ranks have are put into their slots."""
+    """Decode: agree on the status of these pulls; those that are done on all ranks are written to their slots."""
 
     numbers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Abandon:
-    """Decode: no request waits for this pull any more."""
+    """Decode: abandon this pull, because no request needs it any more."""
 
     number: int
 
@@ -86,10 +85,10 @@ def encode_command(command: Command) -> Int64Array:
 
 
 def decode_command(words: Int64Array) -> Command:
-    """Return the command that ``encode_command`` made ``words`` of.
+    """Decode the result of ``encode_command``.
 
     Raises:
-        ValueError: ``words`` are no command.
+        ValueError: ``words`` are not a command.
     """
     try:
         name, fields = json.loads(words.tobytes())
@@ -99,21 +98,21 @@ def decode_command(words: Int64Array) -> Command:
             fields["numbers"] = tuple(fields["numbers"])
         return _COMMANDS[name](**fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"rank 0 has sent what is no command: {error}") from None
+        raise ValueError(f"rank 0 has sent an invalid command: {error}") from None
 
 
 def sleep_seconds(waited: float) -> float:
-    """Return how long a follower sleeps before it looks again, after ``waited`` seconds without a step."""
+    """Return how long a follower sleeps before it polls again, after ``waited`` seconds without a step."""
     if waited < _SPIN_SECONDS:
         return 0.0
     return min(max(_FIRST_SLEEP_SECONDS, waited * _SLEEP_SHARE), _LONGEST_SLEEP_SECONDS)
 
 
 class StepChannel:
-    """From rank 0 to all others, over a communicator whose collectives all ranks call in the same order.
+    """Broadcasts from rank 0 over a communicator whose collectives all ranks call in the same order.
 
     Args:
-        communicator: of all ranks of the engine.
+        communicator: all ranks of the engine.
     """
 
     def __init__(self, communicator: MPI.Intracomm) -> None:
@@ -121,11 +120,11 @@ class StepChannel:
         self._message: Int64Array = np.zeros(_HEADER_WORDS + _INLINE_WORDS, np.int64)
 
     def send_step(self, plan: StepPlan) -> None:
-        """Rank 0: have all ranks run ``plan``."""
+        """Rank 0: let all ranks run ``plan``."""
         self._send(_STEP, encode(plan))
 
     def send_command(self, command: Command) -> None:
-        """Rank 0: have all ranks run ``command``."""
+        """Rank 0: let all ranks run ``command``."""
         self._send(_COMMAND, encode_command(command))
 
     def send_stop(self) -> None:

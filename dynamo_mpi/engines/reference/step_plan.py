@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all ranks compute in one step, and its form as plain integers on the wire."""
+"""What all ranks compute in one step, and its encoding as integers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class SequencePart:
     """The tokens of one sequence that enter the model in a step.
 
     Args:
-        slot: row of the KV cache that belongs to the sequence.
-        start: position of the first token; the cache holds all before it.
+        slot: the sequence's row of the KV cache.
+        start: position of the first token; the cache contains all earlier ones.
         token_ids: at least one.
-        wants_logits: whether a token is to be chosen after the last of these.
+        wants_logits: whether a token must be chosen after the last of these.
     """
 
     slot: int
@@ -38,7 +38,7 @@ class StepPlan:
 
     @property
     def parts_with_logits(self) -> tuple[SequencePart, ...]:
-        """Those after which a token is chosen, in the order of the logits' rows."""
+        """The parts after which a token is chosen, in the order of the logits' rows."""
         return tuple(part for part in self.parts if part.wants_logits)
 
     @property
@@ -56,10 +56,10 @@ def encode(plan: StepPlan) -> Int64Array:
 
 
 def decode(words: Int64Array) -> StepPlan:
-    """Return the plan that ``encode`` made ``words`` of.
+    """Decode the result of ``encode``.
 
     Raises:
-        ValueError: ``words`` are no plan.
+        ValueError: ``words`` are not a plan.
     """
     values, parts, position = words.tolist(), [], 0
     while position < len(values):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass of a llama model over one rank's share of it."""
+"""The forward pass of a llama model over one rank's shard."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Transformer:
     """One rank's weights and KV cache; ``forward`` is collective.
 
     Args:
-        weights: this rank's share.
-        collectives: the other ranks of this stage.
-        pipeline: the other stages.
-        tp_size: how many ranks share a stage.
-        slots: sequences the KV cache holds.
+        weights: this rank's shard.
+        collectives: communication with the other ranks of this stage.
+        pipeline: communication with the other stages.
+        tp_size: number of ranks of a stage.
+        slots: number of sequences in the KV cache.
         positions: tokens per sequence.
     """
 
@@ -51,7 +51,7 @@ class Transformer:
         """Run one step. Collective: every rank passes the same plan.
 
         Returns:
-            On rank 0 the logits ``[parts that want them, vocabulary]``, on the other ranks None.
+            On rank 0 the logits ``[parts with wants_logits, vocabulary]``, on the other ranks None.
         """
         weights, epsilon = self._weights, np.float32(self._weights.shape.rms_norm_eps)
         attention = StepAttention(plan, self.cache)
@@ -60,7 +60,7 @@ class Transformer:
             hidden = self._embed(plan, weights.embedding)
         else:
             hidden = self._pipeline.receive_hidden(plan.token_count, weights.shape.hidden_size)
-        # exp(-x) of a strongly negative gate is infinite, and gate / infinity the right zero.
+        # exp(-x) of a very negative gate is infinite, and gate / infinity is 0, which is correct
         with np.errstate(over="ignore"):
             for index, layer in enumerate(weights.layers):
                 normed = _rms_norm(hidden, layer.attention_norm, epsilon)
@@ -138,7 +138,7 @@ def _rms_norm(rows: Float32Array, weight: Float32Array, epsilon: np.float32) -> 
 
 
 def _project(rows: Float32Array, matrix: Float32Array) -> Float32Array:
-    """``rows @ matrix`` by the fastest of BLAS's ways for so few rows.
+    """Return ``rows @ matrix``, by the BLAS routine that is fastest for few rows.
 
     OpenBLAS's matrix product packs the whole matrix, which for 2 or 3 rows costs three times a matrix-vector
     product; and its kernels are made for multiples of 8 rows: 8 take less time than 5, 6 or 7.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank's share of a llama model, as float32 matrices mapped from the model's weights file.
+"""One rank's shard of a llama model, as float32 matrices mapped from the model's weights file.
 
-The file is made once by `convert_gguf`, in the safetensors format. It holds every matrix as ``[in, out]``, stacked over the layers, so that
-a rank maps its layers and its rows as they lie; only columns that are split between ranks are copied.
+`convert_gguf` writes the file once, in the safetensors format. It contains every matrix as ``[in, out]``, stacked over the layers, so that a
+rank maps its layers and rows directly; only columns that are split between ranks are copied.
 
 Column-parallel: query/key/value, gate/up, vocabulary. Row-parallel: attention output, down. The split is that of
 Shoeybi et al., "Megatron-LM", 2019, section 3.
@@ -36,10 +36,10 @@ class ModelFile:
     """A weights file, mapped.
 
     Args:
-        path: of the file.
-        fingerprint: tells one model from another.
-        shape: of the model.
-        tensors: by name; see `tensor_sizes`.
+        path: the file's path.
+        fingerprint: identifies the model.
+        shape: the model's sizes.
+        tensors: tensors by name; see `tensor_sizes`.
     """
 
     path: Path
@@ -71,16 +71,16 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class Weights:
-    """All that one rank holds.
+    """The weights of one rank.
 
     Args:
-        shape: of the whole model.
-        share: of this rank.
-        stage: which of the pipeline's stages this is.
-        layers: of this stage, from the first to the last.
-        embedding: ``[hidden, vocabulary]``; None but on the first stage.
-        final_norm: ``[hidden]``; None but on the last stage.
-        head: ``[hidden, vocabulary]``, the embedding itself where the model ties them; None but on the last stage.
+        shape: the whole model's sizes.
+        share: this rank's shard.
+        stage: this rank's pipeline stage.
+        layers: the stage's layers, in order.
+        embedding: ``[hidden, vocabulary]``; None except on the first stage.
+        final_norm: ``[hidden]``; None except on the last stage.
+        head: ``[hidden, vocabulary]``, the embedding itself if the model ties them; None except on the last stage.
     """
 
     shape: LlamaShape
@@ -93,7 +93,7 @@ class Weights:
 
 
 def tensor_sizes(shape: LlamaShape, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of a weights file by name, in their order; ``tied``: the embedding is the head too."""
+    """Return the sizes of a weights file's tensors by name, in order; ``tied``: the embedding is also the head."""
     layers, hidden, vocabulary, inner = (
         shape.num_hidden_layers, shape.hidden_size, shape.vocab_size, shape.intermediate_size
     )  # fmt: skip
@@ -112,7 +112,7 @@ def tensor_sizes(shape: LlamaShape, *, tied: bool) -> dict[str, tuple[int, ...]]
 
 
 def file_header(shape: LlamaShape, fingerprint: str, *, tied: bool) -> bytes:
-    """Return what precedes the tensors in a weights file, which follow one another without gaps."""
+    """Return the header of a weights file; the tensors follow without gaps."""
     metadata = {"format": FORMAT, "fingerprint": fingerprint, "shape": json.dumps(asdict(shape))}
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
@@ -125,10 +125,10 @@ def file_header(shape: LlamaShape, fingerprint: str, *, tied: bool) -> bytes:
 
 
 def open_model(model_dir: Path) -> ModelFile:
-    """Map the weights file of a model folder; pages are read as they are used.
+    """Map the weights file of a model directory; pages are read when they are used.
 
     Raises:
-        ModelNotFoundError: there is none, or it is incomplete or of another version.
+        ModelNotFoundError: it is missing or incomplete, or has another version.
     """
     path = model_dir / WEIGHTS_NAME
     convert = f"python -m dynamo_mpi.engines.reference.convert_gguf MODEL.gguf {model_dir}"
@@ -167,7 +167,7 @@ def open_model(model_dir: Path) -> ModelFile:
 
 
 def load_weights(model: ModelFile, rank: int, tp_size: int, pp_size: int = 1) -> Weights:
-    """Return what ``rank`` of ``tp_size * pp_size`` holds of the model.
+    """Return the weights of ``rank`` of ``tp_size * pp_size``.
 
     Raises:
         LayoutError: the model can't be split into ``tp_size`` shares of ``pp_size`` stages.
@@ -208,7 +208,7 @@ def _layer(tensors: Mapping[str, Float32Array], index: int, shape: LlamaShape, s
 
 
 def _columns(matrix: Float32Array, *parts: range) -> Float32Array:
-    """Return the parts side by side, contiguous; the mapped matrix itself where they are all of it."""
+    """Return the parts concatenated and contiguous; the mapped matrix itself if they are all of it."""
     if sum(map(len, parts)) == matrix.shape[1]:
         return matrix
     return np.concatenate([matrix[:, part.start : part.stop] for part in parts], axis=1)

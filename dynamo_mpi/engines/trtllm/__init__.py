@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT-LLM over this world: rank 0 leads TensorRT-LLM's session, all ranks run its tasks, and ``dynamo.trtllm``, unmodified, is
+"""TensorRT-LLM in this world: rank 0 serves TensorRT-LLM's session, all ranks run its tasks, and ``dynamo.trtllm``, unmodified, runs as
 rank 0's child outside MPI.
 
     rank 0  MPI process: session server <--- TensorRT-LLM's proxy channel (unix socket, HMAC) ---> dynamo.trtllm (child)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.config.worker import Settings
 
-# What a launcher tells a rank. In a process that is none, an MPI library would take it for its own and hang or abort in MPI_Init.
-# TensorRT-LLM's launcher removes UCX_ too, and with it the tuning of KV transfer. MPI4PY_* and names like OPAL_PREFIX say where the library
-# is.
+# Variables that a launcher sets for a rank. In a process that is not a rank, they would make the MPI library hang or abort in MPI_Init.
+# TensorRT-LLM's launcher removes UCX_ too, which would lose the tuning of KV transfer. MPI4PY_* and names like OPAL_PREFIX locate the
+# library and stay.
 LAUNCH_PREFIXES = (
     "OMPI_",
     "PMIX_",
@@ -37,30 +37,30 @@ LAUNCH_PREFIXES = (
     "CRAY_",
     "ALPS_",
 )
-# ours to say; what a shell launcher around us may have left is not meant for this child
+# set by this module; values of an outer launcher must not reach the child
 _SESSION_PREFIXES = ("TLLM_SPAWN_PROXY_PROCESS", "TLLM_DISABLE_MPI", "tllm_mpi_size")
-_HANDED_ON = {
+_RENAMED_VARIABLES = {
     "SLURM_JOB_ID": "DYN_MPI_JOB_ID",
     "SLURM_STEP_ID": "DYN_MPI_STEP_ID",
     "SLURM_JOB_NAME": "DYN_MPI_JOB_NAME",
     "SLURM_CLUSTER_NAME": "DYN_MPI_CLUSTER_NAME",
 }
-# as Dynamo's Slurm example has it
+# the first is the variable of Dynamo's Slurm example
 _MODALITY = ("MODALITY", "DYN_TRTLLM_MODALITY")
-_OURS_ALONE = ("trtllm_version",)
-# Dynamo deregisters, waits for the grace period, then cuts off what dynamo.trtllm still answers, and waits for that
+_OWN_OPTIONS = ("trtllm_version",)
+# Dynamo deregisters, waits for the grace period, then cancels the requests in flight and waits for them
 _GRACE_VARIABLE = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
 _DRAIN_VARIABLE = "DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"
-_USUAL_GRACE_SECONDS = 5.0
+_DEFAULT_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class SessionAddress:
-    """How the child finds TensorRT-LLM's session.
+    """How the child connects to TensorRT-LLM's session.
 
     Args:
         address: ZeroMQ address of rank 0's session server.
-        key: HMAC key, 64 hexadecimal digits; versions since 1.3.0rc29 take no other length.
+        key: HMAC key, 64 hexadecimal digits; versions since 1.3.0rc29 accept no other length.
         size: ranks of the world.
     """
 
@@ -75,73 +75,72 @@ class SessionAddress:
 def child_command(settings: Settings, gpus_per_node: int) -> tuple[str, ...]:
     """Return the command that runs this worker's ``dynamo.trtllm``.
 
-    Only what was said is said again, by the flag's own name; the rest stays ``dynamo.trtllm``'s to default. Variables
-    (``DYN_*``) reach it by its environment.
+    Only options that the user set are passed; for the rest, the defaults of ``dynamo.trtllm`` apply. It inherits ``DYN_*`` variables.
 
     Args:
-        settings: the worker's; flags of ``dynamo.trtllm`` that aren't ours are handed on as they were written.
-        gpus_per_node: GPUs, and ranks, of each node: without it the engine takes what it sees on rank 0's (A10).
+        settings: the worker's settings; flags that only ``dynamo.trtllm`` knows are passed on unchanged.
+        gpus_per_node: number of GPUs, and of ranks, of each node: without it the engine uses the number visible on rank 0's node (A10).
     """
-    words = ["--model", str(settings.model), "--served-model-name", settings.served_model_name]
-    words += ["--endpoint", settings.endpoint, "--disaggregation-mode", settings.role]
-    words += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
+    argv = ["--model", str(settings.model), "--served-model-name", settings.served_model_name]
+    argv += ["--endpoint", settings.endpoint, "--disaggregation-mode", settings.role]
+    argv += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
     for option in ENGINE_OPTIONS:
         value = getattr(settings, option.name)
-        if value is None or option.name in _OURS_ALONE:
+        if value is None or option.name in _OWN_OPTIONS:
             continue
         flag = "--" + option.name.replace("_", "-")
         if option.name == "engine_config":
             flag = "--extra-engine-args"
         if option.switch:
-            words.append(flag if value else "--no-" + flag[2:])
+            argv.append(flag if value else "--no-" + flag[2:])
         else:
-            words += [flag, str(value)]
-    words += ["--gpus-per-node", str(gpus_per_node)]
-    return (sys.executable, "-m", "dynamo.trtllm", *words, *settings.passed_on, *settings.dynamic_flags)
+            argv += [flag, str(value)]
+    argv += ["--gpus-per-node", str(gpus_per_node)]
+    return (sys.executable, "-m", "dynamo.trtllm", *argv, *settings.passed_on, *settings.dynamic_flags)
 
 
 def child_environment(environ: Mapping[str, str], session: SessionAddress, settings: Settings) -> dict[str, str]:
-    """Return the child's environment: this rank's without the launch, with the way to the session.
+    """Return the child's environment: this rank's, without the launcher's variables and with the session's address.
 
     Args:
-        environ: this rank's.
-        session: where the session is; a worker of one rank has one, too: without it the engine would spawn its rank.
-        settings: the worker's; what the variables say of the drain is stronger.
+        environ: this rank's environment.
+        session: the session's address; a worker of one rank has a session too: without it the engine would spawn its rank.
+        settings: the worker's settings; variables about the drain take precedence.
     """
-    kept = {name: value for name, value in environ.items() if not _is_of_the_launch(name)}
-    for name, ours in _HANDED_ON.items():
+    kept = {name: value for name, value in environ.items() if not _is_launch_variable(name)}
+    for name, renamed in _RENAMED_VARIABLES.items():
         if name in environ:
-            kept.setdefault(ours, environ[name])
+            kept.setdefault(renamed, environ[name])
     example, variable = _MODALITY
     if environ.get(example):
         kept[variable] = environ.get(variable) or environ[example]
-    # without it Dynamo waits for ever
+    # without it Dynamo waits forever
     kept.setdefault(_DRAIN_VARIABLE, f"{settings.drain_timeout:.0f}")
     if settings.origins["drain_timeout"] != "default":
-        # not by default: it waits for all of it, also when there is nothing to wait for
+        # not by default: Dynamo waits for the whole period, even if no request is in flight
         kept.setdefault(_GRACE_VARIABLE, f"{settings.drain_timeout:g}")
     return kept | {
         "TLLM_SPAWN_PROXY_PROCESS": "1",
         "TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR": session.address,
         "TLLM_SPAWN_PROXY_PROCESS_IPC_HMAC_KEY": session.key,
         "tllm_mpi_size": str(session.size),
-        # MPI's start in the child, a world of one, would leave 16 MiB in /dev/shm whenever the child is killed
+        # otherwise MPI_Init in the child, a world of one rank, leaves 16 MiB in /dev/shm if the child is killed
         "OMPI_MCA_btl": "self",
     }
 
 
-def _is_of_the_launch(name: str) -> bool:
+def _is_launch_variable(name: str) -> bool:
     return name.startswith(_SESSION_PREFIXES) or (name.startswith(LAUNCH_PREFIXES) and not name.endswith("_PREFIX"))
 
 
 def drain_seconds(environment: Mapping[str, str]) -> float:
-    """Return how long a child with this environment may take after SIGTERM until it begins to end its engine."""
-    return _seconds(environment, _GRACE_VARIABLE, _USUAL_GRACE_SECONDS) + _seconds(environment, _DRAIN_VARIABLE, 0.0)
+    """Return the seconds that a child with this environment may take after SIGTERM until it shuts down its engine."""
+    return _seconds(environment, _GRACE_VARIABLE, _DEFAULT_GRACE_SECONDS) + _seconds(environment, _DRAIN_VARIABLE, 0.0)
 
 
-def _seconds(environment: Mapping[str, str], name: str, usual: float) -> float:
-    """Read a number of seconds as Dynamo does, which ignores what is none."""
+def _seconds(environment: Mapping[str, str], name: str, default: float) -> float:
+    """Read a number of seconds like Dynamo, which ignores invalid values."""
     try:
-        return min(max(0.0, float(environment.get(name) or usual)), MAX_SECONDS)
+        return min(max(0.0, float(environment.get(name) or default)), MAX_SECONDS)
     except ValueError:
-        return usual
+        return default

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways in which a TensorRT-LLM worker ends otherwise than by itself and in order."""
+"""The errors with which a TensorRT-LLM worker ends."""
 
 from __future__ import annotations
 
@@ -17,70 +17,70 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.engines.trtllm.session import Session
 
-_LINES_TOLD = 12
-_LOST_WORDS = "Unable to maintain lease"
+_REPORTED_LINES = 12
+_LEASE_LOST_TEXT = "Unable to maintain lease"
 
 
 def stopped(seconds: float, pid: int) -> DynamoMpiError:
-    """Say that ``dynamo.trtllm`` has been stopped, as by SIGSTOP, for too long."""
+    """Return the error for a ``dynamo.trtllm`` that has been stopped (SIGSTOP) for too long."""
     return PhaseTimeoutError(
         f"dynamo.trtllm has been stopped for {seconds:g} s",
-        needed="a process that runs: nobody is answered meanwhile, and its lease in etcd ends",
-        fix=f"find out who has stopped process {pid}, a debugger perhaps; --heartbeat-timeout gives it longer",
+        needed="a running process: while it is stopped it answers no request, and its lease in etcd expires",
+        fix=f"find out what stopped process {pid}, perhaps a debugger; --heartbeat-timeout sets the time",
     )
 
 
 class ChildExitError(DynamoMpiError):
-    """``dynamo.trtllm`` ended and nobody had asked it to, or otherwise than it was asked to.
+    """``dynamo.trtllm`` exited without being asked to, or with an error.
 
     Args:
         code: as `subprocess.Popen.returncode` gives it.
-        lines: what it wrote last.
-        loss: what has become of its lease, where that is lost.
+        lines: its last output lines.
+        loss: why its lease is lost; empty if it isn't.
     """
 
     def __init__(self, code: int, lines: Sequence[str], loss: str = "") -> None:
         found = f"dynamo.trtllm {describe_end(code)}"
         fix = "look at its last lines"
         if code == 0:
-            found += " although nobody asked it to"
-            fix = "start the worker again; if it comes back, look at who ends it"
-            # its runtime's words; one that ends in order gives its lease back, so that etcd alone can't tell
-            if loss and any(_LOST_WORDS in line for line in lines):
+            found += " although it was not asked to end"
+            fix = "start the worker again; if it happens again, find out what ends it"
+            # by its runtime's output: an orderly exit revokes the lease too, so etcd's state alone is not enough
+            if loss and any(_LEASE_LOST_TEXT in line for line in lines):
                 found += f": {loss}"
-                fix = "start the worker again; if it comes back, look at etcd and the network between"
+                fix = "start the worker again; if it happens again, check etcd and the network to it"
             elif loss:
-                found += f", with a signal of somebody else's, or because its lease was lost ({loss})"
+                found += f", after a signal of another process, or because its lease was lost ({loss})"
         if lines:
-            found += "; its last lines:\n" + "\n".join(f"    {line}" for line in lines[-_LINES_TOLD:])
+            found += "; its last lines:\n" + "\n".join(f"    {line}" for line in lines[-_REPORTED_LINES:])
         super().__init__(found, fix=fix)
         self.code = code
         if code == 0:
             self.exit_code = ExitCode.TEMPORARY
 
 
-def proof_error(news: Mapping[str, Any], *, registered: bool) -> DynamoMpiError:
-    """Return why a worker could not be proven.
+def readiness_error(message: Mapping[str, Any], *, registered: bool) -> DynamoMpiError:
+    """Return the error of a readiness probe that failed.
 
     Args:
-        news: what the prover wrote.
-        registered: it had seen the worker.
+        message: the probe's last message.
+        registered: whether the probe had found the worker's registration.
     """
-    if died := news.get("died"):
-        return EngineError(died, fix="start the worker again; if memory ran out on this node, dmesg says so")
-    text = news.get("error", news)
+    if died := message.get("died"):
+        return EngineError(died, fix="start the worker again; check dmesg for a lack of memory on this node")
+    text = message.get("error", message)
     if registered:
         return EngineError(f"the first completion failed: {text}", fix="look at the lines of dynamo.trtllm above")
     return DiscoveryError(
-        f"rank 0 can't see whether the worker is registered: {text}",
-        needed="etcd, and NATS where it is used, that answer",
-        fix="look at both; ETCD_ENDPOINTS and NATS_SERVER say where they are",
+        f"rank 0 can't find out whether the worker is registered: {text}",
+        needed="etcd, and NATS if it is used, must answer",
+        fix="check both; ETCD_ENDPOINTS and NATS_SERVER are their addresses",
     )
 
 
 @contextmanager
 def call_if_late(seconds: float, late: Callable[[], object]) -> Iterator[None]:
-    """Call ``late``, from a thread, when the body takes longer."""
+    """Call ``late`` from a thread if the body takes longer than ``seconds``."""
     timer = threading.Timer(seconds, late)
     timer.daemon = True
     timer.start()
@@ -95,7 +95,7 @@ def close_session(session: Session, seconds: float) -> None:
 
     Raises:
         PhaseTimeoutError: it did not close within ``seconds``.
-        Exception: what closing it has raised.
+        Exception: the error of closing it.
     """
     outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
@@ -113,8 +113,8 @@ def close_session(session: Session, seconds: float) -> None:
     except queue.Empty:
         raise PhaseTimeoutError(
             f"the ranks did not leave TensorRT-LLM within {seconds:g} s after dynamo.trtllm had ended",
-            needed="ranks that end their engine",
-            fix="look at the ranks' logs; the worker is already out of discovery",
+            needed="all ranks must shut down their engine",
+            fix="look at the ranks' logs; the worker is already deregistered",
         ) from None
     if error is not None:
         raise error

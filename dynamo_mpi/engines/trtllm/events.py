@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rank 0's main thread waits for while a TensorRT-LLM worker lives. Threads put it in a queue."""
+"""The events that rank 0's main thread waits for while a TensorRT-LLM worker runs. Threads put them into a queue."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 class ChildExited(NamedTuple):
-    """The child has ended: its code as `subprocess.Popen.returncode` gives it, and the last lines that it wrote."""
+    """The child has exited: its code as in `subprocess.Popen.returncode`, and its last output lines."""
 
     code: int
     lines: list[str]
 
 
 class SignalReceived(NamedTuple):
-    """Somebody wants an end: a signal, or, as SIGUSR1, the end of the job's time."""
+    """A shutdown is requested by a signal, or, as SIGUSR1, by the job's time limit."""
 
     number: int
 
@@ -29,11 +29,11 @@ class LeaseLost(NamedTuple):
 
 
 class Registered(NamedTuple):
-    """It is in discovery."""
+    """The worker is registered."""
 
 
 class FirstCompletion(NamedTuple):
-    """It has answered a completion."""
+    """The worker has answered its first completion."""
 
 
 Event = ChildExited | SignalReceived | LeaseLost | Registered | FirstCompletion

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``dynamo.trtllm``, which rank 0 starts beside MPI: it ends with rank 0, and its last lines are kept for the report of its end."""
+"""The process of ``dynamo.trtllm``, a child of rank 0 that ends with it; its last output lines are kept for reports."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _USAGE_CODE = 2  # argparse's
 
 
 class TrtllmProcess(ManagedProcess):
-    """A running child. Its stdout and stderr go on to rank 0's stderr, line by line.
+    """A running child. Its stdout and stderr are forwarded to rank 0's stderr, line by line.
 
     Args:
-        command: what to run.
-        environment: all of its environment.
-        on_end: called from a thread with the exit code, as `subprocess.Popen.returncode` gives it, and the last lines that it wrote.
-        on_stop: called from the same thread when it is stopped (True) or resumed (False). It has to be quick.
-        secret: removed from what it writes: at its more talkative log levels, Dynamo logs its environment.
+        command: the command to run.
+        environment: the whole environment.
+        on_end: called from a thread with the exit code, as in `subprocess.Popen.returncode`, and the last output lines.
+        on_stop: called from the same thread when the child is stopped (True) or resumed (False). It must be quick.
+        secret: removed from the output: at verbose log levels, Dynamo logs its environment.
     """
 
     def __init__(
@@ -54,21 +54,21 @@ class TrtllmProcess(ManagedProcess):
             "dynamo.trtllm", command, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         self._output = cast("IO[bytes]", self.popen.stdout)
-        with contextlib.suppress(OSError):  # a larger pipe only makes waiting for us rarer
+        with contextlib.suppress(OSError):  # a larger pipe is only an optimization
             fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._pump = threading.Thread(target=self._forward, name="child output", daemon=True)
         self._pump.start()
         threading.Thread(target=self._watch, name="child end", daemon=True).start()
 
-    # only the watching thread asks the kernel: a child whose end another thread has collected has none for it to see
+    # only the watching thread calls wait: a child that another thread has reaped can't be waited for again
 
     def exit_code(self) -> int | None:
-        """Return None while it runs, then its exit code as a shell would give it."""
+        """Return the exit code as in a shell; None while the child runs."""
         code = self._code
         return code if code is None or code >= 0 else of_signal(-code)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until it has ended, but no longer than ``seconds``; return whether it has."""
+        """Wait until the child has exited, at most ``seconds``; return whether it has."""
         return self._exited.wait(seconds)
 
     def _forward(self) -> None:
@@ -81,7 +81,7 @@ class TrtllmProcess(ManagedProcess):
 
     def _watch(self) -> None:
         stops = os.WSTOPPED | os.WCONTINUED
-        # while it is a zombie its number is nobody else's: what it has left behind in its session can be ended
+        # while it is a zombie its pid is not reused, so the rest of its session can be killed safely
         while (seen := os.waitid(os.P_PID, self.pid, os.WEXITED | stops | os.WNOWAIT)) is not None:
             if seen.si_code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
                 self._code = seen.si_status if seen.si_code == os.CLD_EXITED else -seen.si_status
@@ -92,17 +92,17 @@ class TrtllmProcess(ManagedProcess):
             os.killpg(self.pid, signal.SIGKILL)
         code = self.popen.wait()
         self._exited.set()
-        # what it wrote last explains its end
+        # its last lines explain its exit
         self._pump.join(1.0)
-        # they go into reports; together, because a secret may have several lines
+        # redacted together, because a secret may span several lines
         self._on_end(code, own_redactor().redact("\n".join(self._lines)).splitlines())
 
 
 def describe_end(code: int) -> str:
-    """Say how a process ended.
+    """Describe how a process ended.
 
     Args:
-        code: as `subprocess.Popen.returncode` gives it: negative for a signal.
+        code: as in `subprocess.Popen.returncode`: negative for a signal.
     """
     if code >= 0:
         return f"ended with code {code}"
@@ -114,9 +114,9 @@ def describe_end(code: int) -> str:
 
 
 def exit_code_for(code: int) -> int:
-    """Translate how ``dynamo.trtllm`` ended, unasked, into this worker's exit code.
+    """Translate the exit code of ``dynamo.trtllm``, if it exited by itself, into this worker's exit code.
 
-    0 is a lost lease (``dynamo.trtllm`` returns in that case as if all were well), 2 is what ``argparse`` leaves with.
+    0 means a lost lease (``dynamo.trtllm`` returns 0 in that case), 2 an error of ``argparse``.
     """
     if code < 0:
         return of_signal(-code)

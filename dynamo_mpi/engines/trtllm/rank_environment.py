@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rank's own environment needs before TensorRT-LLM is imported in it."""
+"""Sets the environment variables that a rank needs before it imports TensorRT-LLM."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from typing import Any
 
 
 def prepare_rank(rank: int) -> None:
-    """Set what TensorRT-LLM's own launcher sets for a rank, where the user has not.
+    """Set the variables that TensorRT-LLM's own launcher sets for a rank, unless the user has set them.
 
-    FlashInfer compiles into its workspace, and ranks that share one get in each other's way; the cubins that it downloads
-    stay shared.
+    FlashInfer compiles into its workspace, and ranks that share one disturb each other; the cubins that it downloads stay shared.
     """
-    # it would make the ranks of this world ignore each other
+    # with it, the ranks of this world would ignore each other
     os.environ.pop("TLLM_DISABLE_MPI", None)
     if "FLASHINFER_WORKSPACE_BASE" in os.environ or os.environ.get("TRTLLM_FLASHINFER_WORKSPACE_PER_PROCESS") == "0":
         return
     try:
         cache = Path.home() / ".cache"
-    except RuntimeError:  # nobody's home is known; FlashInfer will say what it thinks of that
+    except RuntimeError:  # no home directory: FlashInfer reports that itself
         return
     os.environ["FLASHINFER_WORKSPACE_BASE"] = str(cache / "tensorrt_llm" / "flashinfer" / f"rank-{rank}")
     os.environ.setdefault("FLASHINFER_CUBIN_DIR", str(cache / "flashinfer" / "cubins"))
 
 
 def take_own_gpu(rank: int) -> None:
-    """Make this rank's GPU (K9) the current one, where TensorRT-LLM has brought torch: loading a task from bytes may touch a GPU, and would
-    otherwise touch the node's first."""
+    """Make this rank's GPU (K9) the current one if TensorRT-LLM has imported torch: loading a task from bytes may use a GPU, which would
+    otherwise be the node's first."""
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rank 0's end of `prover`: starts it, and hands on what it writes."""
+"""Starts the readiness probe and passes its results to rank 0."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class ReadinessProbe:
-    """A running prover.
+    """A running readiness probe.
 
     Args:
-        settings: the worker's.
-        pid: process of ``dynamo.trtllm``.
-        token_id: a token to begin with.
-        environment: the child's; it finds etcd as that does.
-        on_news: called from a thread with each object that it writes, and with ``{"died": …}`` if it ends without a result.
+        settings: the worker's settings.
+        pid: process id of ``dynamo.trtllm``.
+        token_id: the prompt, one token.
+        environment: the child's environment, from which the probe finds etcd.
+        on_message: called from a thread with each object that the probe writes, and with ``{"died": …}`` if it exits without a result.
     """
 
     def __init__(
@@ -35,35 +35,35 @@ class ReadinessProbe:
         pid: int,
         token_id: int,
         environment: Mapping[str, str],
-        on_news: Callable[[dict[str, Any]], None],
+        on_message: Callable[[dict[str, Any]], None],
     ) -> None:
         command = [sys.executable, "-m", "dynamo_mpi.engines.trtllm.readiness_main"]
         command += ["--pid", str(pid), "--token-id", str(token_id)]
         command += ["--endpoint", settings.endpoint, "--role", settings.role]
         command += ["--discovery-backend", settings.discovery_backend, "--request-plane", settings.request_plane]
-        quiet = {name: value for name, value in environment.items() if not name.startswith("TLLM_")}
-        # its runtime has nothing to tell beside what it writes; a port of its own would be the child's
-        quiet |= {"DYN_LOG": "error"}
+        probe_environment = {name: value for name, value in environment.items() if not name.startswith("TLLM_")}
+        # its runtime must not log, nor use the child's ports
+        probe_environment |= {"DYN_LOG": "error"}
         for name in ("DYN_SYSTEM_PORT", "DYN_TCP_RPC_PORT"):
-            quiet.pop(name, None)
-        self._on_news = on_news
-        self._process = ManagedProcess("proof", command, environment=quiet, stdout=subprocess.PIPE)
+            probe_environment.pop(name, None)
+        self._on_message = on_message
+        self._process = ManagedProcess("proof", command, environment=probe_environment, stdout=subprocess.PIPE)
         threading.Thread(target=self._read, name="proof", daemon=True).start()
 
     def kill(self) -> None:
-        """End it, if it still runs."""
+        """Kill the probe if it still runs."""
         self._process.kill_group()
 
     def _read(self) -> None:
         last: dict[str, Any] = {}
         for line in cast("IO[bytes]", self._process.popen.stdout):
             try:
-                news = json.loads(line)
-            except ValueError:  # something that the runtime prints
+                message = json.loads(line)
+            except ValueError:  # output of the runtime
                 continue
-            if isinstance(news, dict):
-                last = news
-                self._on_news(news)
+            if isinstance(message, dict):
+                last = message
+                self._on_message(message)
         code = self._process.popen.wait()
         if code != 0 and not {"error", "proven"} & last.keys():
-            self._on_news({"died": f"the process that proves the worker {describe_end(code)}"})
+            self._on_message({"died": f"the readiness probe {describe_end(code)}"})

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wait until ``dynamo.trtllm`` is registered, then ask it for one completion through its own endpoint, as a frontend would.
+"""Wait until ``dynamo.trtllm`` is registered, then request one completion through its endpoint, like a frontend.
 
-A process of its own (``python -m dynamo_mpi.engines.trtllm.readiness_main``): Dynamo's runtime brings a lease and threads that
-rank 0's MPI process, where the engine runs, should not have. It writes one JSON object per line to stdout: ``{"registered": ID}``,
-then ``{"proven": SECONDS}``, or ``{"error": TEXT}``.
+A separate process (``python -m dynamo_mpi.engines.trtllm.readiness_main``), because Dynamo's runtime has a lease and threads that rank 0's
+MPI process, where the engine runs, should not have. It writes one JSON object per line to stdout: ``{"registered": ID}``, then
+``{"proven": SECONDS}``, or ``{"error": TEXT}``.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _POLL_SECONDS = 0.1
-# far less than dynamo.trtllm needs to import what it needs
+# far less than dynamo.trtllm needs for its imports
 _SETTLE_SECONDS = 1.0
-_TOKENS = 2  # the first comes from the prompt, the second from the cache that the first one filled
-# keeps the request out of the cache of others: the engine's own dummy requests share a prompt of one token
+_TOKENS = 2  # the second is generated from the KV cache that the first one filled
+# keeps the request out of the shared prefix cache: the engine's own dummy requests have a prompt of one token too
 _CACHE_SALT = "dynamo_mpi-proof"
 
 
-def proof_request(role: str, token_id: int) -> dict[str, Any]:
+def completion_request(role: str, token_id: int) -> dict[str, Any]:
     """Return a request for two tokens.
 
-    Prefill and decode workers make both themselves: with ``context_and_generation`` the handler needs no peer, which it
-    allows for a health check only (`dynamo.trtllm.health_check`).
+    Prefill and decode workers generate both themselves: with ``context_and_generation`` the handler needs no peer, which it allows for
+    health checks only (`dynamo.trtllm.health_check`).
     """
     request: dict[str, Any] = {
         "token_ids": [token_id],
@@ -50,14 +50,14 @@ def proof_request(role: str, token_id: int) -> dict[str, Any]:
 
 
 async def find_instance(client: Any, pid: int) -> int:
-    """Wait for the instance that process ``pid`` serves, and return its id: others may serve the same endpoint."""
-    before: set[int] = set()
-    # a client knows nothing at first, and hears of those that are there a moment later
-    settled = time.monotonic() + _SETTLE_SECONDS
+    """Wait for the instance that process ``pid`` serves, and return its id: other processes may serve the same endpoint."""
+    existing: set[int] = set()
+    # a new client gets the existing instances with a delay
+    settled_at = time.monotonic() + _SETTLE_SECONDS
     while True:
         instances = list(client.instances())
-        if time.monotonic() < settled:
-            before |= {instance.instance_id for instance in instances}
+        if time.monotonic() < settled_at:
+            existing |= {instance.instance_id for instance in instances}
         for instance in instances:
             transport = instance.transport
             if transport.kind == "tcp":
@@ -65,13 +65,13 @@ async def find_instance(client: Any, pid: int) -> int:
                 host, _, port = transport.address.partition("/")[0].rpartition(":")
                 if port.isdecimal() and is_here(host.strip("[]")) and holds_port(pid, int(port)):
                     return int(instance.instance_id)
-            elif instance.instance_id not in before:
-                # a NATS subject doesn't say which process listens
+            elif instance.instance_id not in existing:
+                # a NATS subject doesn't identify the process
                 return int(instance.instance_id)
         await asyncio.sleep(_POLL_SECONDS)
 
 
-async def _ask(client: Any, request: dict[str, Any], instance: int) -> int:
+async def _complete(client: Any, request: dict[str, Any], instance: int) -> int:
     tokens = 0
     async for chunk in await client.direct(request, instance):
         if chunk.is_error():
@@ -85,8 +85,8 @@ async def _ask(client: Any, request: dict[str, Any], instance: int) -> int:
     return tokens
 
 
-async def prove(arguments: argparse.Namespace) -> None:
-    """Wait, ask, and write what came of it."""
+async def probe_readiness(arguments: argparse.Namespace) -> None:
+    """Wait for the registration, request a completion, and write the results."""
     from dynamo.runtime import DistributedRuntime
 
     runtime = DistributedRuntime(asyncio.get_running_loop(), arguments.discovery_backend, arguments.request_plane)
@@ -96,9 +96,9 @@ async def prove(arguments: argparse.Namespace) -> None:
     if arguments.role == "encode":
         return
     start = time.monotonic()
-    tokens = await _ask(client, proof_request(arguments.role, arguments.token_id), instance)
+    tokens = await _complete(client, completion_request(arguments.role, arguments.token_id), instance)
     if tokens == 0:
-        raise RuntimeError("no token came")
+        raise RuntimeError("the completion has no tokens")
     _write(proven=time.monotonic() - start)
 
 
@@ -116,11 +116,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; returns 0 when the completion came."""
+    """Run the probe; return 0 if the completion succeeded."""
     arguments = _parser().parse_args(argv)
     try:
-        asyncio.run(prove(arguments))
-    except Exception as error:  # the runtime has no finer type for any of its troubles
+        asyncio.run(probe_readiness(arguments))
+    except Exception as error:  # the runtime has no finer exception types
         _write(error=" ".join(f"{type(error).__name__}: {error}".split()))
         return 1
     return 0
@@ -129,5 +129,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    # the runtime's threads don't survive the interpreter's own end
+    # the runtime's threads crash during Python's finalization
     os._exit(code)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT-LLM's session over this world.
+"""Serves TensorRT-LLM's session in this world.
 
-``dynamo.trtllm`` sends tasks over TensorRT-LLM's proxy channel; rank 0 runs each of them on all ranks and sends the results back. It is what
-TensorRT-LLM's own ``mgmn_leader_node`` and ``mgmn_worker_node`` do, with its classes for the channel and the executor, but a task that
-fails on any rank is told at once: there, rank 0 never hears of it (K12). docs/trtllm-session.md lists what of
-TensorRT-LLM this relies on.
+``dynamo.trtllm`` sends tasks over TensorRT-LLM's proxy channel; rank 0 runs each of them on all ranks and returns the results. This replaces
+TensorRT-LLM's ``mgmn_leader_node`` and ``mgmn_worker_node``, with the same classes for the channel and the executor, but reports at once if
+a task fails on any rank, which rank 0 never learns there (K12). docs/trtllm-session.md lists what this relies on.
 """
 
 from __future__ import annotations
@@ -28,24 +27,24 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-# of no run folder, which a user may have beside it
+# differs from the prefix of run directories, which may be in the same parent
 _PREFIX = "dynamo-mpi-session-"
-# the name of a unix socket holds 107 bytes, and the last part takes these
-_LONGEST_FOLDER = 107 - len("/session")
+# a unix socket's name has at most 107 bytes, including the last part
+_MAX_DIR_BYTES = 107 - len("/session")
 _POLL_SECONDS = 0.2
-# ranks that end together do so within it
+# ranks that exit together do so within this time
 _LEAVE_SECONDS = 2.0
 
 
 class SessionDir:
-    """A folder that nobody else can enter, for the session's socket. What ranks that were killed have left is removed by the next."""
+    """A private directory for the session's socket. Directories that killed ranks have left are removed by the next one."""
 
     def __init__(self) -> None:
         self._held = contextlib.ExitStack()
         self.path = self._make(None)
-        if len(os.fsencode(self.path)) > _LONGEST_FOLDER:
+        if len(os.fsencode(self.path)) > _MAX_DIR_BYTES:
             self.remove()
-            self.path = self._make(Path("/tmp"))  # noqa: S108 - a folder of our own is made in it
+            self.path = self._make(Path("/tmp"))  # noqa: S108 - a private directory is created in it
 
     @property
     def address(self) -> str:
@@ -53,7 +52,7 @@ class SessionDir:
         return f"ipc://{self.path}/session"
 
     def remove(self) -> None:
-        """Remove it. Those who are connected stay connected."""
+        """Remove the directory. Existing connections stay."""
         self._held.close()
 
     def _make(self, parent: Path | None) -> str:
@@ -61,56 +60,56 @@ class SessionDir:
 
 
 class Session:
-    """Rank 0's side. Building it is collective: the others call `serve_tasks` with the same communicator. The socket is bound by the
-    thread that builds it, and from `start` on belongs to the session's own.
+    """Rank 0's side of the session. Creating it is collective: the other ranks call `serve_tasks` with the same communicator. The creating
+    thread binds the socket; from `start` on only the session's thread uses it.
 
     Args:
-        comm: all ranks, for this session alone.
-        address: where the child connects.
+        comm: a communicator of all ranks that only this session uses.
+        address: the address to which the child connects.
         key: HMAC key, 32 bytes.
     """
 
     def __init__(self, comm: MPI.Intracomm, address: str, key: bytes) -> None:
         RemoteMpiCommSessionServer = import_session().RemoteMpiCommSessionServer
-        # a communicator that isn't COMM_WORLD itself has an executor that ends with the session, in every version
+        # with a communicator other than COMM_WORLD, the executor ends with the session in every version
         arguments = {"comm": comm, "addr": address, "is_comm": True, "n_workers": comm.Get_size(), "hmac_key": key}
         if "hmac_key" not in inspect.signature(RemoteMpiCommSessionServer).parameters:
             raise EngineError(
-                "this TensorRT-LLM's session takes no key, and would run whatever any process of this node sends",
+                "this TensorRT-LLM's session has no key: it would run tasks of any process of this node",
                 needed="TensorRT-LLM 1.2 or newer",
                 fix="use a newer container",
             )
         self._server: Any = RemoteMpiCommSessionServer(**arguments)
         self._size = comm.Get_size()
-        self._ending, self._closing = threading.Event(), threading.Event()
+        self._exit_allowed, self._closing = threading.Event(), threading.Event()
         self._running: list[concurrent.futures.Future[Any]] = []
         self._thread: threading.Thread | None = None
 
     def start(self, on_left: Callable[[Sequence[int]], None], on_failure: Callable[[BaseException], None]) -> None:
-        """Run tasks from now on, in a thread.
+        """Start the thread that runs tasks.
 
         Args:
-            on_left: called from that thread with the ranks that ended a task which the others go on with.
-            on_failure: called from that thread if it can't go on.
+            on_left: called from that thread with the ranks that left a task while others continue it.
+            on_failure: called from that thread with an error that stops it.
         """
 
         def run() -> None:
             try:
                 self._serve(on_left)
             except BaseException as error:
-                # whatever it is: the child would wait for ever
+                # any error: otherwise the child would wait forever
                 on_failure(error)
 
         self._thread = threading.Thread(target=run, name="session", daemon=True)
         self._thread.start()
 
     def allow_exit(self) -> None:
-        """Let ranks leave their task from now on, one after the other."""
-        self._ending.set()
+        """From now on, allow ranks to leave their task before others."""
+        self._exit_allowed.set()
 
     def close(self) -> None:
-        """Wait until the running tasks have ended on all ranks, and release these from `serve_tasks`."""
-        self._ending.set()
+        """Wait until the running tasks have ended on all ranks, and release the ranks from `serve_tasks`."""
+        self._exit_allowed.set()
         self._closing.set()
         if self._thread is not None:
             self._thread.join()
@@ -118,7 +117,7 @@ class Session:
         self._server.session.shutdown()
 
     def _serve(self, on_left: Callable[[Sequence[int]], None]) -> None:
-        # ZeroMQ's sockets belong to one thread: only this one reads and writes
+        # ZeroMQ's sockets are not thread-safe: only this thread uses them
         queue = self._server.queue
         try:
             self._run_tasks(queue, on_left)
@@ -128,14 +127,14 @@ class Session:
     def _run_tasks(self, queue: Any, on_left: Callable[[Sequence[int]], None]) -> None:
         while not self._closing.is_set():
             if self._running:
-                self._look_for_leavers(on_left)
+                self._check_early_exits(on_left)
             if not queue.poll(_POLL_SECONDS):
                 continue
             message = queue.get()
             if message is None:
-                # TensorRT-LLM's launcher says so when its command has ended; here, rank 0 sees that itself
+                # TensorRT-LLM's launcher sends None when its command has exited; here, rank 0 notices that itself
                 continue
-            # each rank holds one task at a time: the next waits until all have ended this one
+            # each rank runs one task at a time: wait until all ranks have ended the previous one
             self._finish()
             task = Task(message.task, keeps_result=message.sync)
             self._running = list(self._server.session.submit(task, *message.args, **message.kwargs))
@@ -146,61 +145,61 @@ class Session:
                 self._running = []
 
     def _finish(self) -> bool:
-        """Wait for the running tasks; False if the session is closed before."""
+        """Wait for the running tasks; return False if the session is closed before."""
         while not self._closing.is_set():
             late = concurrent.futures.wait(self._running, timeout=_POLL_SECONDS).not_done
-            self._refuse_unloaded()
+            self._raise_load_errors()
             if not late:
                 return True
         return False
 
-    def _refuse_unloaded(self) -> None:
-        """A task that fails tells so itself; an exception here is of one that could not even be made from its bytes.
+    def _raise_load_errors(self) -> None:
+        """Raise if a rank could not load a task from its bytes. A task that fails later reports that itself.
 
         Raises:
-            EngineError: there is one.
+            EngineError: a task could not be loaded.
         """
         for future in self._running:
             if future.done() and (error := future.exception()) is not None:
                 raise EngineError(
                     f"a rank other than 0 could not load a task of dynamo.trtllm: {type(error).__name__}: {error}",
-                    needed="the same Python packages, and the same code of the model, on all nodes",
-                    fix="start all ranks in the same container, with the same HF_HOME or a model folder that holds its code",
+                    needed="the same Python packages and the same model code on all nodes",
+                    fix="start all ranks in the same container, with the same HF_HOME or a model folder that contains its code",
                 )
 
-    def _look_for_leavers(self, on_left: Callable[[Sequence[int]], None]) -> None:
-        """A rank whose engine can't be built logs that and returns, as if it were done (K12); the others wait for it for ever."""
-        self._refuse_unloaded()
+    def _check_early_exits(self, on_left: Callable[[Sequence[int]], None]) -> None:
+        """Report ranks that left a task early: a rank whose engine can't be built only logs that (K12), and the others wait forever."""
+        self._raise_load_errors()
         ended = [future for future in self._running if future.done()]
-        if not ended or self._ending.is_set():
+        if not ended or self._exit_allowed.is_set():
             return
         concurrent.futures.wait(self._running, timeout=_LEAVE_SECONDS)
-        if not self._ending.is_set():
+        if not self._exit_allowed.is_set():
             on_left(sorted(future.result() for future in ended))
             self._running = [future for future in self._running if not future.done()]
 
 
 def import_session() -> Any:
-    """Import TensorRT-LLM's session. A collective of its own (K1), which all ranks have to do at the same time.
+    """Import TensorRT-LLM's session. Collective (K1): all ranks must call it at the same time.
 
     Raises:
-        EngineError: TensorRT-LLM, or something that it needs, is missing here.
+        EngineError: TensorRT-LLM or one of its dependencies is missing.
     """
     try:
         return importlib.import_module("tensorrt_llm.llmapi.mpi_session")
     except ImportError as error:
         raise EngineError(
             f"TensorRT-LLM can't be imported: {error}",
-            needed="TensorRT-LLM, and what it needs, in every rank",
+            needed="TensorRT-LLM and its dependencies in every rank",
             fix="start all ranks in the same container",
         ) from error
 
 
 def serve_tasks(comm: MPI.Intracomm) -> None:
-    """Run the session's tasks on a rank other than 0, until rank 0 closes it. Building the executor is collective.
+    """Run the session's tasks on a rank other than 0 until rank 0 closes it. Creating the executor is collective.
 
     Raises:
-        EngineError: TensorRT-LLM, or something that it needs, is missing here.
+        EngineError: TensorRT-LLM or one of its dependencies is missing.
     """
     import_session()
     from mpi4py.futures import MPICommExecutor

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task of TensorRT-LLM's session on one rank: all ranks begin it together, and a failure is told before anybody waits for it.
+"""A task of TensorRT-LLM's session on one rank: all ranks begin it together, and failures are reported before any rank waits.
 
-The task travels to the ranks as an object of this module, which is loaded in each of them.
+The task is sent to the ranks as an object of this module, which each rank imports.
 """
 
 from __future__ import annotations
@@ -14,51 +14,51 @@ if TYPE_CHECKING:
 
     from mpi4py import MPI
 
-_LONGEST_SLEEP_SECONDS = 0.005
+_POLL_SECONDS = 0.005
 
 
-class _Rank(NamedTuple):
-    """What this process knows of its place."""
+class _RankContext(NamedTuple):
+    """This rank's communicator and abort function."""
 
     comm: MPI.Intracomm
-    fail: Callable[[BaseException], None]
+    abort: Callable[[BaseException], None]
 
 
-# a task is loaded from bytes and finds its place here; set once, before the first
-_here: list[_Rank] = []
+# a task that is loaded from bytes finds its context here; set once, before the first task
+_context: list[_RankContext] = []
 
 
-def install(comm: MPI.Intracomm, fail: Callable[[BaseException], None]) -> None:
+def install(comm: MPI.Intracomm, abort: Callable[[BaseException], None]) -> None:
     """Prepare this rank for tasks.
 
     Args:
-        comm: all ranks, for the tasks' own barrier.
-        fail: called with what a task has raised. The world is to end of it, so it doesn't return.
+        comm: a communicator of all ranks for the tasks' barrier.
+        abort: called with the exception of a task. It ends the world and doesn't return.
     """
-    _here[:] = [_Rank(comm, fail)]
+    _context[:] = [_RankContext(comm, abort)]
 
 
 class Task:
-    """Wraps what the child wants to be run; picklable where that is.
+    """Wraps a function that the child sends; picklable if the function is.
 
     Args:
-        function: what to run on every rank.
-        keeps_result: return what it returns; else the rank, which tells who has ended.
+        function: the function to run on every rank.
+        keeps_result: whether to return its result; otherwise the rank is returned.
     """
 
     def __init__(self, function: Callable[..., Any], *, keeps_result: bool) -> None:
         self.function, self.keeps_result = function, keeps_result
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it once all ranks have one: an executor would give an idle rank the task of a slow one as well."""
-        comm, fail = _here[0]
+        """Run the function after all ranks have a task: an executor would give an idle rank the task of a slow one as well."""
+        comm, abort = _context[0]
         try:
             started = comm.Ibarrier()
             while not started.Test():
-                time.sleep(_LONGEST_SLEEP_SECONDS)
+                time.sleep(_POLL_SECONDS)
             result = self.function(*args, **kwargs)
             return result if self.keeps_result else comm.Get_rank()
         except BaseException as error:
-            # Rank 0 sits in this task too, and the others in collectives that this rank will never join.
-            fail(error)
+            # rank 0 is in this task too, and the others are in collectives that this rank will never join
+            abort(error)
             raise

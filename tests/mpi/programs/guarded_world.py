@@ -105,16 +105,16 @@ def lead(world: World, what: str, victim: int) -> None:
 
 
 def follow(world: World, what: str, victim: int) -> None:
-    meeting, _ = Rendezvous.unpack(world.broadcast())
-    lifeline = HeartbeatClient(meeting, world, PhaseTracker(), RankLogger(world.rank, "here"))
+    rendezvous, _ = Rendezvous.unpack(world.broadcast())
+    client = HeartbeatClient(rendezvous, world, PhaseTracker(), RankLogger(world.rank, "here"))
     world.barrier(10)
     try:
         if victim == world.rank:
             suffer(what)
         meet(world)
     except ValueError as error:
-        lifeline.report_failure(error)
-    lifeline.close()
+        client.report_failure(error)
+    client.close()
 
 
 def main() -> None:

@@ -65,16 +65,16 @@ def lead(world: World, plan: HardwareCheckPlan, phases: PhaseTracker, kind: str 
 
 def follow(world: World, plan: HardwareCheckPlan, phases: PhaseTracker) -> int:
     world.gather(own_card().pack())
-    meeting, _ = Rendezvous.unpack(world.broadcast())
-    lifeline = HeartbeatClient(meeting, world, phases, RankLogger(world.rank, host_name()))
+    rendezvous, _ = Rendezvous.unpack(world.broadcast())
+    client = HeartbeatClient(rendezvous, world, phases, RankLogger(world.rank, host_name()))
     world.barrier(30)
     try:
         with phases.enter("hardware_check"):
             run_local(world, plan, os.environ)
     except (DynamoMpiError, ValueError) as error:
-        lifeline.report_failure(error)
+        client.report_failure(error)
     code = world.broadcast()[0]
-    lifeline.close()
+    client.close()
     return code
 
 

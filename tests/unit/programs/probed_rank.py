@@ -41,26 +41,26 @@ def main() -> None:
     phases.on_phase(reporter.send_phase)
     reporter.start()
     print(reporter.address.port, reporter.pid, flush=True)
-    lifeline: HeartbeatClient | None = None
+    client: HeartbeatClient | None = None
     for line in sys.stdin:
         word, _, text = line.rstrip("\n").partition(" ")
         if word == "begin":
             phases.begin(text)
         elif word == "join":
-            meeting, _ = Rendezvous.unpack(bytes.fromhex(text))
-            lifeline = HeartbeatClient(meeting, cast("World", NoWorld()), phases, log)
-            reporter.follow(lifeline, {"role": "decode"})
+            rendezvous, _ = Rendezvous.unpack(bytes.fromhex(text))
+            client = HeartbeatClient(rendezvous, cast("World", NoWorld()), phases, log)
+            reporter.follow(client, {"role": "decode"})
         elif word == "fork":
             # it inherits all that is open here, as an engine's helpers may
             if (child := os.fork()) == 0:
                 signal.pause()
             print(child, flush=True)
-        elif word == "fail" and lifeline is not None:
-            lifeline.report_failure(RuntimeError(text))
+        elif word == "fail" and client is not None:
+            client.report_failure(RuntimeError(text))
         else:
             reporter.send(word, text)
-    if lifeline is not None:
-        lifeline.close()
+    if client is not None:
+        client.close()
 
 
 if __name__ == "__main__":

@@ -51,11 +51,11 @@ def be_rank_0(network: str, timeout: float, what: str) -> None:
     address = host_address(NETWORKS[network][0], "the test's network")
     family = socket.AF_INET6 if network == "6" else socket.AF_INET
     listener = socket.create_server((address, 0), family=family)
-    meeting = Rendezvous("near", address, listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES), timeout)
+    rendezvous = Rendezvous("near", address, listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES), timeout)
     seen: queue.SimpleQueue[Failure] = queue.SimpleQueue()
-    lookout = HeartbeatServer(2, meeting, listener, lambda: "serve", lambda _: "far", seen.put, lambda *_: None)
-    lookout.start()
-    words = ["ip", "netns", "exec", "far", sys.executable, __file__, "rank", meeting.pack(b"").hex()]
+    server = HeartbeatServer(2, rendezvous, listener, lambda: "serve", lambda _: "far", seen.put, lambda *_: None)
+    server.start()
+    words = ["ip", "netns", "exec", "far", sys.executable, __file__, "rank", rendezvous.pack(b"").hex()]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as rank:
         assert rank.stdout is not None
         assert rank.stdout.readline() == "connected\n"
@@ -75,8 +75,8 @@ def be_rank_0(network: str, timeout: float, what: str) -> None:
         rank.kill()
 
 
-def be_rank_1(meeting: Rendezvous) -> None:
-    line, _ = connect(meeting, 1)
+def be_rank_1(rendezvous: Rendezvous) -> None:
+    line, _ = connect(rendezvous, 1)
     print("connected", flush=True)
     heard = time.monotonic()
     wake = threading.Event()
@@ -87,11 +87,11 @@ def be_rank_1(meeting: Rendezvous) -> None:
         except ClosedError as end:
             print(json.dumps(["lost" if end.lost else "closed", time.monotonic()]), flush=True)
             return
-        if meeting.heartbeat_timeout and time.monotonic() - heard > meeting.heartbeat_timeout:
+        if rendezvous.heartbeat_timeout and time.monotonic() - heard > rendezvous.heartbeat_timeout:
             print(json.dumps(["lost" if line.has_unacked_data else "silent", time.monotonic()]), flush=True)
             return
-        line.send(Frame(FrameType.BEAT))
-        wake.wait(meeting.heartbeat_interval / 2)
+        line.send(Frame(FrameType.HEARTBEAT))
+        wake.wait(rendezvous.heartbeat_interval / 2)
 
 
 if __name__ == "__main__":
