@@ -33,7 +33,15 @@ _EXECUTOR_FILES = (
     "/dynamo_mpi/engines/trtllm/",
     *(
         f"/dynamo_mpi/{name}.py"
-        for name in ("worker", "runtime/main", "runtime/leader", "runtime/follower", "mpi/world")
+        for name in (
+            "worker",
+            "runtime/main",
+            "runtime/leader",
+            "runtime/follower",
+            "runtime/trtllm_runner",
+            "runtime/trtllm_follower",
+            "mpi/world",
+        )
     ),
 )
 
