@@ -31,7 +31,7 @@ find_python() {
             return
         fi
     done
-    fail 64 "no Python 3.10 or newer on PATH" "  do:     install one, or name it: PYTHON=/path/to/python3 $0"
+    fail 64 "no Python 3.10 or newer on PATH" "  fix:      install one, or name it: PYTHON=/path/to/python3 $0"
 }
 
 # step TEXT COMMAND...: runs the command silently; one line with its seconds, or its whole output when it fails.
@@ -52,7 +52,7 @@ make_venv() {
     local python
     python=$(find_python)
     "$python" -c 'import ensurepip, venv' 2>/dev/null || fail 64 "$python has no venv module" \
-        "  do:     install it (Debian, Ubuntu: apt-get install python3-venv), or PYTHON=… names another interpreter"
+        "  fix:      install it (Debian, Ubuntu: apt-get install python3-venv), or PYTHON=… names another interpreter"
     # A half-made .venv of an interrupted run would look like a whole one.
     step "made .venv with $("$python" --version)" "$python" -m venv --clear "$venv"
 }

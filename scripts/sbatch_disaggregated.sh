@@ -44,7 +44,7 @@ submit() {
     done
     for name in NUM_PREFILL_NODES NUM_PREFILL_WORKERS NUM_DECODE_NODES NUM_DECODE_WORKERS NUM_GPUS_PER_NODE; do
         if [[ ! ${!name:-1} =~ ^[1-9][0-9]*$ ]]; then
-            printf '%s\n' "environment $name is '${!name}'" "  needed: a positive whole number" >&2
+            printf '%s\n' "environment $name is '${!name}'" "  expected: a positive whole number" >&2
             exit 64
         fi
     done
@@ -72,7 +72,7 @@ if [[ -z ${SLURM_JOB_ID:-} ]]; then
     submit "$@"
 fi
 if [[ ! -x $root/scripts/srun_disaggregated.sh ]]; then
-    printf '%s\n' "no scripts/srun_disaggregated.sh in $root" "  do:     submit from the checkout, or export DYN_MPI_CHECKOUT=…" >&2
+    printf '%s\n' "no scripts/srun_disaggregated.sh in $root" "  fix:      submit from the checkout, or export DYN_MPI_CHECKOUT=…" >&2
     exit 64
 fi
 

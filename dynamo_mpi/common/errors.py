@@ -29,9 +29,9 @@ class DynamoMpiError(Exception):
     def __str__(self) -> str:
         lines = [self.found]
         if self.needed:
-            lines.append(f"  needed: {self.needed}")
+            lines.append(f"  expected: {self.needed}")
         if self.fix:
-            lines.append(f"  do:     {self.fix}")
+            lines.append(f"  fix:      {self.fix}")
         return "\n".join(lines)
 
     def plain(self) -> dict[str, int | str]:

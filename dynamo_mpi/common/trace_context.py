@@ -51,6 +51,6 @@ def invalid_reason(environ: Mapping[str, str]) -> str:
     if not text.strip() or trace_of(environ) is not None:
         return ""
     return (
-        f"{PARENT_VARIABLE} is {text[:80]!r}, which names no trace: this worker runs without one; needed: "
+        f"{PARENT_VARIABLE} is {text[:80]!r}, which names no trace: this worker runs without one; expected: "
         "00-TRACE_ID-PARENT_ID-FLAGS with 32, 16 and 2 hexadecimal digits in lower case, the ids not all zero"
     )

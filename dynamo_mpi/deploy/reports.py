@@ -129,7 +129,7 @@ class Report(NamedTuple):
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.found}\n  needed: {self.needed}\n  do:     {self.fix}"
+        return f"{self.found}\n  expected: {self.needed}\n  fix:      {self.fix}"
 
 
 def is_reported(code: int, words: str) -> bool:

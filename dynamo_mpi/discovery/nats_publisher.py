@@ -216,5 +216,5 @@ class NatsPublisher:
             self._has_warned = True
             reason = " ".join(found.split())
             self._log_warning(
-                f"lifecycle events can't be sent over NATS for now, the worker goes on: {reason}; do: {fix}"
+                f"lifecycle events can't be sent over NATS for now, the worker goes on: {reason}; fix: {fix}"
             )

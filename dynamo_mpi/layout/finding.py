@@ -80,9 +80,9 @@ def render(findings: Sequence[Finding]) -> str:
         if finding.severity is Severity.INFO:
             lines[-1] += f" ({finding.fix})" if finding.fix else ""
             continue
-        for name, value in (("found", finding.found), ("needed", finding.needed), ("do", finding.fix)):
+        for name, value in (("found", finding.found), ("expected", finding.needed), ("fix", finding.fix)):
             if value:
                 first, *rest = value.split("\n")
-                lines.append(f"  {name + ':':<8}{first}")
-                lines += [" " * 10 + line for line in rest]
+                lines.append(f"  {name + ':':<10}{first}")
+                lines += [" " * 12 + line for line in rest]
     return "\n".join(lines)

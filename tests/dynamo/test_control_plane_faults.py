@@ -90,7 +90,7 @@ def lost(worker: RunningWorker, etcd: EtcdServer) -> str:
     """Wait for the end of a worker whose lease is lost, and return its one report."""
     assert worker.wait() == 75, worker.text()
     (report,) = re.findall(r"^dynamo_mpi: rank 0 on [^\n]*: error in (?:[^\n]|\n  )*", worker.text(), re.MULTILINE)
-    assert "needed: " in report or "do: " in report
+    assert "expected: " in report or "fix: " in report
     assert "MPI_ABORT" not in worker.text(), "the ranks have left in order"
     assert "Traceback" not in worker.text()
     assert session_members(worker.process.pid) == []

@@ -125,7 +125,7 @@ def test_a_worker_of_which_nobody_is_left_is_reported_by_launch(tmp_path: Path, 
         assert launch.wait() == 137, launch.err
         told = "prefill-0 ended with exit code 137: rank 0 on "
         assert launch.err.count(told) == 1, launch.err
-        assert "was killed by signal 9 (SIGKILL), and no rank was left to report it\n  needed: " in launch.err
+        assert "was killed by signal 9 (SIGKILL), and no rank was left to report it\n  expected: " in launch.err
         assert told in json.loads((launch.run_dir / "ended.json").read_text())["report"]
         (written,) = (launch.run_dir / "failures" / "prefill-0").iterdir()
         assert json.loads(written.read_text())["cause"] == "disconnect"

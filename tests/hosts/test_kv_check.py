@@ -151,7 +151,7 @@ def test_a_wrong_byte_is_found(four: Hosts, transport: str) -> None:
 
 def test_ranks_on_other_hosts_than_named_are_refused(four: Hosts) -> None:
     done = check(four, ranks_on=["h1", "h2", "h3"])
-    assert (done.returncode, "needed: one rank on each of h1, h2, h3, h4" in done.stderr) == (64, True), done.stderr
+    assert (done.returncode, "expected: one rank on each of h1, h2, h3, h4" in done.stderr) == (64, True), done.stderr
     done = check(four, prefill=["h1"], decode=["h2"], ranks_on=["h1", "h3"])
     assert (done.returncode, "h3: this host is none of h1, h2" in done.stderr) == (64, True), done.stderr
 

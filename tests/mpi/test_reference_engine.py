@@ -121,7 +121,7 @@ def test_two_ranks_are_refused(mpirun: Mpirun, model_dir: Path, tmp_path: Path) 
     done = mpirun(2, PROGRAMS / "reference_generate.py", str(model_dir), str(task))
 
     assert done.returncode == 78
-    assert "needed: tensor_parallel_size one of 1, 3, 9" in done.stderr
+    assert "expected: tensor_parallel_size one of 1, 3, 9" in done.stderr
 
 
 def test_an_error_on_another_rank_comes_out_of_follow(mpirun: Mpirun, model_dir: Path) -> None:

@@ -93,15 +93,15 @@ class Refusal(NamedTuple):
     mpi_started: bool = False
 
 
-NO_PLUGIN = ("2 tasks without an MPI plugin: each would be rank 0 of a world of 1", r"do: +srun --mpi=pmix")
-NEEDS_PMIX = ("by srun --mpi=pmi2, but mpi4py uses Open MPI v", r"do: +srun --mpi=pmix")
-NEEDS_PMI2 = ("by srun --mpi=pmix, but mpi4py uses MPICH Version: ", r"do: +srun --mpi=pmi2")
-UNEQUAL = ("spread unequally over 2 nodes: 2, 1", r"do: +srun --nodes=2 --ntasks-per-node=2")
-CYCLIC = ("the 4 ranks are not placed in blocks", r"do: +srun --distribution=block")
+NO_PLUGIN = ("2 tasks without an MPI plugin: each would be rank 0 of a world of 1", r"fix: +srun --mpi=pmix")
+NEEDS_PMIX = ("by srun --mpi=pmi2, but mpi4py uses Open MPI v", r"fix: +srun --mpi=pmix")
+NEEDS_PMI2 = ("by srun --mpi=pmix, but mpi4py uses MPICH Version: ", r"fix: +srun --mpi=pmi2")
+UNEQUAL = ("spread unequally over 2 nodes: 2, 1", r"fix: +srun --nodes=2 --ntasks-per-node=2")
+CYCLIC = ("the 4 ranks are not placed in blocks", r"fix: +srun --distribution=block")
 CYCLIC_MPICH = (
     "error A11: the ranks are not placed in blocks",
     "n1: 0, 2; n2: 1, 3",
-    r"do: +srun --distribution=block",
+    r"fix: +srun --distribution=block",
 )
 SIZE = ("error A1: the layout needs 3 ranks, but there are 2", "tensor 3 x pipeline 1 x context 1 = 3", "--ntasks=3")
 HEADS = ("error B1: 9 attention heads can't be divided over tp_size = [24]", "error B1.*\n.*\n.*\n.* one of 1, 3 ")
@@ -158,7 +158,7 @@ def test_a_layout_of_the_engine_config_that_needs_more_ranks(slurm: SlurmSession
 
 # -- without srun -----------------------------------------------------------------------------------------------------
 
-NO_SRUN = (r"started once, without srun, inside Slurm job \d+ of 2 tasks", r"do: +srun --mpi=pmix -n 2 python -m")
+NO_SRUN = (r"started once, without srun, inside Slurm job \d+ of 2 tasks", r"fix: +srun --mpi=pmix -n 2 python -m")
 
 
 @pytest.mark.full

@@ -28,7 +28,7 @@ def seen(
 
 
 def test_a_failure_travels_in_a_line_with_its_age() -> None:
-    one = seen(3, -5.0, "is lost\n  do:     look", cause=DetectedBy.HOST_UNREACHABLE)
+    one = seen(3, -5.0, "is lost\n  fix:      look", cause=DetectedBy.HOST_UNREACHABLE)
     line = encode_observed(one)
     assert "\n" not in line
     again = decode_observed(line)
@@ -45,7 +45,7 @@ def test_what_is_no_failure_is_none(text: str) -> None:
 
 
 def test_a_report_travels_whole() -> None:
-    report = Report(seen(1, -1).failure, "n1", "error in serve: died\n  needed: all", (seen(0, -0.5),), 0, "n0")
+    report = Report(seen(1, -1).failure, "n1", "error in serve: died\n  expected: all", (seen(0, -0.5),), 0, "n0")
     line = encode_report(report)
     assert "\n" not in line
     again = decode_report(line)

@@ -285,7 +285,7 @@ def test_a_model_config_that_is_none_is_65(check: Check, content: bytes, code: i
 def test_a_model_that_is_not_there_is_66(check: Check, model: str) -> None:
     code, out, err = check.run("--model", model)
     assert (code, out) == (66, "")
-    assert "needed: a model folder, its config.json, or a hub id" in err
+    assert "expected: a model folder, its config.json, or a hub id" in err
 
 
 def test_a_hub_id_is_found_in_the_cache(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:

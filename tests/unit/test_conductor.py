@@ -178,13 +178,15 @@ def test_a_check_that_refuses_is_the_end(run: Run, tmp_path: Path) -> None:
 def test_a_kv_check_that_fails_refuses_or_warns(run: Run, tmp_path: Path, kv_check: str, code: int, said: str) -> None:
     report = (
         "printf '0: dynamo_mpi: rank 0 on n1: error in kv check: 1 error, no worker was started\\n"
-        "1: other words\\n0: error T2: no KV comes through\\n0:   found:  n2 <- n1\\n0: dynamo_mpi: rank 0: bye\\n'; exit 75"
+        "1: other words\\n0: error T2: no KV comes through\\n0:   found:    n2 <- n1\\n0: dynamo_mpi: rank 0: bye\\n'; exit 75"
     )
     apart = (PREFILL, replace(DECODE, nodes=("n2",)))
     stop = (tmp_path / "run" / "stop").touch
     ended, words = run(READY, stop, workers=apart, changes={"kv_check": kv_check}, kv_check=report)
     assert (ended, said in words) == (code, True), words
-    assert ("no worker was started\nerror T2: no KV comes through\n  found:  n2 <- n1\n" in words) == (kv_check == "on")
+    assert ("no worker was started\nerror T2: no KV comes through\n  found:    n2 <- n1\n" in words) == (
+        kv_check == "on"
+    )
     assert (tmp_path / "run" / "logs" / "services.log").exists() == (kv_check != "on")
 
 
@@ -321,7 +323,7 @@ def test_a_death_of_which_no_rank_is_left_to_tell_is_reported(run: Run, tmp_path
     written = failure_file(tmp_path / "run" / "failures" / "decode-0")
     assert (written["rank"], written["attempt"], written["report"]) == (0, 1, failure.report)
     assert "needed: " in written["report"]
-    assert "do:     find out what killed it" in written["report"]
+    assert "fix:      find out what killed it" in written["report"]
 
 
 @pytest.mark.parametrize(

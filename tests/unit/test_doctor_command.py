@@ -76,7 +76,7 @@ def test_an_etcd_that_is_absent_is_69_and_nothing_secret_is_shown() -> None:
     assert "hunter2" not in done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert f"error   etcd: etcd does not answer (http://127.0.0.1:{port}: connection refused)" in lines
-    assert any(line.startswith("  do:     start etcd on the head node") for line in lines)
+    assert any(line.startswith("  fix:      start etcd on the head node") for line in lines)
     assert "2 errors" in lines[-1]
     assert "\x1b" not in done.stdout
 
@@ -190,11 +190,11 @@ def test_the_first_error_decides_the_code_and_the_text_has_cures() -> None:
         "ok      a: well",
         "warning b: one",
         "          two",
-        "  needed: three",
-        "  do:     four",
+        "  expected: three",
+        "  fix:      four",
         "error   c: http://<redacted>@h",
-        "  needed: five",
-        "  do:     six",
+        "  expected: five",
+        "  fix:      six",
     ]
     assert last.startswith("here: 1 ok, 1 warning, 2 errors, 1 skipped, in ")
     assert report.as_json()["sections"][0]["checks"][2]["found"] == "http://<redacted>@h"

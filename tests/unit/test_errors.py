@@ -38,7 +38,7 @@ def test_an_error_survives_pickling(kind: type[DynamoMpiError]) -> None:
 
 
 def test_an_error_says_what_was_found_what_is_needed_and_what_to_do() -> None:
-    assert str(DynamoMpiError("f", needed="n", fix="x")).split() == ["f", "needed:", "n", "do:", "x"]
+    assert str(DynamoMpiError("f", needed="n", fix="x")).split() == ["f", "expected:", "n", "fix:", "x"]
     assert str(DynamoMpiError("f")) == "f"
     assert "needed" not in str(DynamoMpiError("f", fix="x"))
 

@@ -32,7 +32,7 @@ from tests.servers import listening, running_etcd
 from tests.unit.worlds import world
 
 ORIGIN = WorkerIdentity.of(world("decode", launch="x-0"))
-FAILURE = Failure(3, 70, "it broke\n  do:     repair it", DetectedBy.DISCONNECT, "serve", 0.0)
+FAILURE = Failure(3, 70, "it broke\n  fix:      repair it", DetectedBy.DISCONNECT, "serve", 0.0)
 ENDED = WorldFailure((FAILURE,), "n2", "report")
 
 

@@ -355,7 +355,7 @@ def test_what_a_death_brings_with_it_is_no_first_cause() -> None:
 
 def test_consequences_take_a_line_for_each_kind() -> None:
     first = failure(3, "died", DetectedBy.DISCONNECT, 1.0)
-    rest = [failure(rank, "died: gone\n  needed: x", DetectedBy.DISCONNECT, 1.25) for rank in (1, 2)]
+    rest = [failure(rank, "died: gone\n  expected: x", DetectedBy.DISCONNECT, 1.25) for rank in (1, 2)]
     rest.append(failure(4, "Traceback (most recent call last):\nMemoryError: no", DetectedBy.REPORT, 1.5))
     text = describe_consequences(first, [first, *rest], lambda ranks: f"ranks {list(ranks)}")
     assert text.splitlines() == [

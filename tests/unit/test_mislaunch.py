@@ -32,14 +32,14 @@ Words = tuple[str, ...]
 """Patterns that the message and its cure have to match; none: the launch is let through."""
 
 OK: Words = ()
-NO_PLUGIN: Words = ("4 tasks without an MPI plugin", r"do: +srun --mpi=pmix", "--mpi=pmi2")
-NO_SRUN: Words = ("without srun", r"job \d+", r"do: +srun --mpi=pmix -n 4 python -m dynamo_mpi.worker")
-NEEDS_PMIX: Words = ("pmi2", "uses Open MPI v", r"do: +srun --mpi=pmix")
-NEEDS_PMI2: Words = ("--mpi=pmix", r"uses MPICH Version: 5\.0\.2", r"do: +srun --mpi=pmi2")
-NEEDS_MPIEXEC: Words = ("by Open MPI.s mpirun", r"uses MPICH Version: 5\.0\.2", r"do: +mpiexec", "MPI4PY_LIBMPI")
-NEEDS_MPIRUN: Words = ("by MPICH.s mpiexec", "uses Open MPI v", r"do: +mpirun", "MPI4PY_LIBMPI")
+NO_PLUGIN: Words = ("4 tasks without an MPI plugin", r"fix: +srun --mpi=pmix", "--mpi=pmi2")
+NO_SRUN: Words = ("without srun", r"job \d+", r"fix: +srun --mpi=pmix -n 4 python -m dynamo_mpi.worker")
+NEEDS_PMIX: Words = ("pmi2", "uses Open MPI v", r"fix: +srun --mpi=pmix")
+NEEDS_PMI2: Words = ("--mpi=pmix", r"uses MPICH Version: 5\.0\.2", r"fix: +srun --mpi=pmi2")
+NEEDS_MPIEXEC: Words = ("by Open MPI.s mpirun", r"uses MPICH Version: 5\.0\.2", r"fix: +mpiexec", "MPI4PY_LIBMPI")
+NEEDS_MPIRUN: Words = ("by MPICH.s mpiexec", "uses Open MPI v", r"fix: +mpirun", "MPI4PY_LIBMPI")
 UNEQUAL: Words = ("unequally over 2 nodes", r"--ntasks-per-node=2", "A11")
-SCATTERED: Words = ("not placed in blocks", r"do: +srun --distribution=block", "A11")
+SCATTERED: Words = ("not placed in blocks", r"fix: +srun --distribution=block", "A11")
 
 # columns as in LIBRARIES
 TABLE: dict[str, tuple[Words, Words, Words, Words]] = {

@@ -94,7 +94,7 @@ def test_a_nats_that_comes_late_gets_what_has_waited(line: Make, said: list[str]
         assert [body for _, body in heard.messages] == list(range(50, MOST + 50)), "the oldest have gone"
     assert len(said) == 1
     assert said[0].startswith("lifecycle events can't be sent over NATS for now, the worker goes on: ")
-    assert "do: check nats-server" in said[0]
+    assert "fix: check nats-server" in said[0]
 
 
 def test_a_nats_that_dies_and_comes_back_is_found_again(line: Make) -> None:

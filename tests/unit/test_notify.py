@@ -43,7 +43,7 @@ def test_each_phase_is_one_datagram(supervisor: tuple[socket.socket, str]) -> No
     notifier.worker = "M at dyn://a.b.c"
     notifier.on_ready()
     notifier.on_phase("drain")
-    notifier.report_failure("error in serve: rank 2\n  needed: it")
+    notifier.report_failure("error in serve: rank 2\n  expected: it")
     got = [listening.recv(4096).decode() for _ in range(5)]
     assert got == [
         "STATUS=preflight",

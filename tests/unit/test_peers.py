@@ -45,7 +45,7 @@ def test_whoever_comes_second_is_told_both_values_in_either_order(
         assert f"prefill {'cp_size ' * (name == 'cp_size')}{prefill[name]}, decode " in text
         assert f"{decode[name]}\n" in text
         assert f"{other.role} worker on {other.role}1, {other.role}2 (job 12.0)" in text
-        for word in ("needed:", "do:", "after 30 s", "--no-peer-check"):
+        for word in ("expected:", "fix:", "after 30 s", "--no-peer-check"):
             assert word in text
 
 

@@ -218,7 +218,7 @@ def test_findings_are_rendered_errors_first_and_complete() -> None:
     told = Finding("X1", Severity.INFO, "by the way", found="a", needed="b", fix="do c")
     assert render([told]) == "info X1: by the way (do c)"
     lines = [line.split() for line in text.splitlines()[1:5]]
-    assert lines == [["found:", "a"], ["needed:", "b"], ["do:", "c"], ["d"]]
+    assert lines == [["found:", "a"], ["expected:", "b"], ["fix:", "c"], ["d"]]
     assert errors([info, error]) == [error]
     assert json.loads(json.dumps(error.as_json())) == {
         "rule": "X2",

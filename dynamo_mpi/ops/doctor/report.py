@@ -80,11 +80,11 @@ def _section_lines(section: SectionReport) -> Iterator[str]:
         first, *rest = check.found.split("\n")
         yield f"{check.status.value:<{_WIDTH}} {check.id}: {first}"
         yield from (" " * 10 + line for line in rest)
-        for name, value in (("needed", check.needed), ("do", check.fix)):
+        for name, value in (("expected", check.needed), ("fix", check.fix)):
             if value and check.status is not Status.OK:
                 start, *more = value.split("\n")
-                yield f"  {name + ':':<8}{start}"
-                yield from (" " * 10 + line for line in more)
+                yield f"  {name + ':':<10}{start}"
+                yield from (" " * 12 + line for line in more)
     yield ""
 
 
