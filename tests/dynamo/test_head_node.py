@@ -276,7 +276,7 @@ def test_etcd_and_nats_alone_and_open(tmp_path: Path) -> None:
         assert nats_says(environment["NATS_SERVER"], None, None) == "PONG"
         assert head.end() == 0
         head.assert_nothing_left()
-        assert "whoever reaches etcd and NATS can use them" in head.err
+        assert "every process that can reach etcd and NATS can use them" in head.err
 
 
 def test_a_second_start_in_the_same_folder_is_refused(tmp_path: Path) -> None:

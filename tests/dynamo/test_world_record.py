@@ -153,7 +153,7 @@ def test_whoever_comes_second_and_does_not_fit_is_refused_before_it_loads(
     text = other.text()
     assert "error I1: prefill and decode differ in tokens per KV block" in text
     values = {first: 32, second: 64}
-    assert f"found:  prefill {values['prefill']}, decode {values['decode']}\n" in text
+    assert f"found:    prefill {values['prefill']}, decode {values['decode']}\n" in text
     assert f"this {second} worker does not fit the {first} worker on {os.uname().nodename}" in text
     assert f"(pid {earlier.rank_zero()})" in text
     assert "Traceback" not in text
@@ -174,7 +174,7 @@ def test_two_engines_make_no_pair(etcd: EtcdServer, start: Start) -> None:
     other = start("decode", engine="trtllm")
     assert other.wait() == 78, other.text()
     assert "error P5:" in other.text()
-    assert "found:  prefill reference, decode trtllm" in other.text()
+    assert "found:    prefill reference, decode trtllm" in other.text()
     terminate(earlier)
 
 

@@ -322,7 +322,7 @@ def test_a_death_of_which_no_rank_is_left_to_tell_is_reported(run: Run, tmp_path
     assert failure.report.splitlines()[0] == WHO
     written = failure_file(tmp_path / "run" / "failures" / "decode-0")
     assert (written["rank"], written["attempt"], written["report"]) == (0, 1, failure.report)
-    assert "needed: " in written["report"]
+    assert "expected: " in written["report"]
     assert "fix:      find out what killed it" in written["report"]
 
 

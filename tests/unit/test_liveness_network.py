@@ -40,7 +40,7 @@ def test_a_host_that_is_cut_off_is_lost_within_the_heartbeat_timeout(network: st
     cause, code, text, seconds = found["rank 0"]
     assert (cause, code) == ("HOST_UNREACHABLE", 75)
     assert text.startswith("is lost: its host doesn't answer"), text
-    assert "see whether far is up" in text
+    assert "check whether far is up" in text
     assert HEARTBEAT / 2 < seconds < 2 * HEARTBEAT
     kind, seconds = found["rank 1"]
     assert (kind, seconds < 2 * HEARTBEAT) == ("lost", True), found
