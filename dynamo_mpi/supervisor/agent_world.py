@@ -265,20 +265,13 @@ class WorldWatch:
                     return
                 # all that is known of rank 0's node is that its agent was lost first
                 error = host_lost(self.rendezvous.host)
-                failure = Failure(
-                    0,
-                    int(error.exit_code),
-                    str(error),
-                    DetectedBy.HOST_UNREACHABLE,
-                    self.history.phase,
-                    self._hub_lost_at,
-                )
+                how, phase = DetectedBy.HOST_UNREACHABLE, self.history.phase
+                failure = Failure(0, int(error.exit_code), str(error), how, phase, self._hub_lost_at)
                 self._observed.append(ObservedFailure(failure, self.rendezvous.host))
             observed = first_of_each_rank(self._observed)
             # before the preflight result each rank has a phase of its own
-            report = compose_report(
-                observed, self.history.phase_at(observed[0].failure.at) if self.rendezvous.token else ""
-            )
+            phase = self.history.phase_at(observed[0].failure.at) if self.rendezvous.token else ""
+            report = compose_report(observed, phase)
             self.report(report)
             # a launcher that noticed the death ends the other ranks by itself, with the better exit code
             delay = _LAUNCHER_SECONDS if report.failure.cause is DetectedBy.DISCONNECT else 0.0
@@ -313,13 +306,9 @@ class WorldWatch:
 
     def _decide_soon(self) -> None:
         agents = [] if self._network is None else self._network.agents
-        delay = (
-            _SINGLE_NODE_SETTLE_SECONDS
-            if self._network is None
-            else _SETTLE_SECONDS
-            if agents
-            else _NO_AGENTS_SETTLE_SECONDS
-        )
+        delay = _SETTLE_SECONDS if agents else _NO_AGENTS_SETTLE_SECONDS
+        if self._network is None:
+            delay = _SINGLE_NODE_SETTLE_SECONDS
         self.decide_at = min(self.decide_at, time.monotonic() + delay)
         if not self._unanswered:
             self._unanswered = set(agents)
