@@ -130,8 +130,8 @@ class WorkerHooks(WorkerHook):
 
     def wait(self, until: float) -> None:
         """Wait for the threads of `on_failure_detected` and `on_failure`, at most until this moment of the monotonic clock."""
-        while self._threads:
-            self._threads.pop().join(max(0.0, until - time.monotonic()))
+        for thread in tuple(self._threads):
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _start(self, method: str, *arguments: object) -> None:
         for hook in self._hooks:

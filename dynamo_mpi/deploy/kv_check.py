@@ -37,8 +37,13 @@ def kv_check_words(settings: LaunchSettings, source: CodeLocation, workers: Sequ
     transport = ("--transport", "tcp") if settings.engine == "reference" else ()
     # the same interface as for the workers
     words = settings.worker_args
-    network = [words[place : place + 2] for place, word in enumerate(words) if word == "--kv-network"]
-    return (*source.entry("check_kv.sh"), *roles, *transport, *(network[-1] if network else ()))
+    network: tuple[str, ...] = ()
+    for place, word in enumerate(words):
+        if word == "--kv-network":
+            network = tuple(words[place : place + 2])
+        elif word.startswith("--kv-network="):
+            network = (word,)
+    return (*source.entry("check_kv.sh"), *roles, *transport, *network)
 
 
 def report_of_kv_check(words: str) -> str:

@@ -162,7 +162,7 @@ def _create_notifier(launch: LaunchInfo, argv: Sequence[str]) -> SystemdNotifier
     from dynamo_mpi.supervisor.early_settings import Limits
     from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 
-    notifier = SystemdNotifier.from_env(os.environ, {"world": Limits.of(argv, os.environ).world_seconds})
+    notifier = SystemdNotifier.from_env(os.environ, {"mpi_init": Limits.of(argv, os.environ).world_seconds})
     return notifier if launch.rank == 0 else None
 
 

@@ -53,6 +53,8 @@ class LeaderHooks(WorkerHooks):
         self.add(self.leases)
         if notifier is not None:
             self.add(notifier)
+            # this phase began before there were hooks
+            notifier.on_phase(context.phases.current)
         context.phases.on_phase(self.on_phase)
 
     @property

@@ -179,7 +179,11 @@ def test_probes_follow_the_world_through_its_life(
     assert file.stat().st_mode & 0o777 == 0o644
     assert [path.name for path in tmp_path.glob(".world.prom*")] == []
     lines = told(supervisor)
-    order = [lines.index(line) for line in ("STATUS=mpi_init", "STATUS=load", "READY=1", "STATUS=drain", "STOPPING=1")]
+    assert lines[lines.index("STATUS=mpi_init") + 1].startswith("EXTEND_TIMEOUT_USEC="), lines
+    order = [
+        lines.index(line)
+        for line in ("STATUS=mpi_init", "STATUS=preflight", "STATUS=load", "READY=1", "STATUS=drain", "STOPPING=1")
+    ]
     assert order == sorted(order), lines
     assert "Traceback" not in worker.text()
 

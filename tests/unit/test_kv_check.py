@@ -39,6 +39,10 @@ from dynamo_mpi.checks.kv_pull import (
 from dynamo_mpi.checks.kv_rules import check_coverage, check_kv, slow_pairs, summary
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.log import RankLogger
+from dynamo_mpi.deploy.code_location import find_source
+from dynamo_mpi.deploy.deployment import Worker
+from dynamo_mpi.deploy.kv_check import kv_check_words
+from dynamo_mpi.deploy.settings import read_settings as read_launch_settings
 from tests.conftest import ROOT
 
 needs_nixl = pytest.mark.skipif(
@@ -424,3 +428,15 @@ def test_a_nixl_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_rank_that_can_not_take_part_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
     code, said = run_check(monkeypatch, kv_network="no-such-interface")
     assert (code, "this host has no address by no-such-interface" in said) == (64, True), said
+
+
+@pytest.mark.parametrize("words", [("--kv-network", "ib0"), ("--kv-network=ib0",)])
+def test_launch_gives_the_check_the_workers_network(words: tuple[str, ...]) -> None:
+    engines = {"prefill_engine_config": "p.yaml", "decode_engine_config": "d.yaml"}
+    settings = read_launch_settings(
+        {"model": "/m", "launcher": "slurm", **engines}, ("--kv-network", "eth0", *words), {}
+    )
+    workers = [Worker(f"{role}-0", role, "p.yaml", (node,), 1) for role, node in (("prefill", "n1"), ("decode", "n2"))]
+    command = kv_check_words(settings, find_source(None, None), workers)
+    assert command[-len(words) :] == words
+    assert "eth0" not in command
