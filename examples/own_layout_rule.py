@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dynamo_mpi.common.errors import DynamoMpiError
+from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.config.model_files import find_model
 from dynamo_mpi.layout.check import check_worker
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
@@ -41,8 +42,10 @@ def main(model: str, engine_config: str, nodes: str, gpus_per_node: str) -> int:
     """Check one worker; return the exit code."""
     try:
         files = find_model(model, os.environ)
-        merged = merge(EngineLayers(yaml_text=Path(engine_config).read_text(encoding="utf-8"), yaml_path=engine_config))
+        merged = merge(EngineLayers(yaml_text=read_small_text(Path(engine_config)), yaml_path=engine_config))
         spec = LayoutSpec(files.shape(), merged.config, Cluster(int(nodes), int(gpus_per_node)))
+    except OSError as problem:
+        sys.exit(f"{engine_config} can't be read: {problem.strerror}")
     except DynamoMpiError as problem:
         print(problem, file=sys.stderr)
         return problem.exit_code
@@ -53,4 +56,6 @@ def main(model: str, engine_config: str, nodes: str, gpus_per_node: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 5 or not (sys.argv[3] + sys.argv[4]).isdecimal():
+        sys.exit(__doc__)
     sys.exit(main(*sys.argv[1:]))

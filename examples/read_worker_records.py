@@ -3,6 +3,8 @@
 
     ETCD_ENDPOINTS=http://HEAD:2379 python examples/read_worker_records.py [NAMESPACE]
 
+The namespace is `dynamo` by default; `dynamo-mpi local` and the scripts of a job have one of their own, which `dynamo-mpi status` shows.
+
 Credentials are those of a worker: ETCD_AUTH_*. The exit code is 0, 69 if etcd does not answer, or 77 if it refuses the credentials.
 """
 

@@ -72,7 +72,7 @@ def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
     if exists:
         # in the hub's cache the file is a link to a blob
         return _read(path.stem if path.name != "config.json" else path.parent.resolve().name, path)
-    if not _HUB_ID.fullmatch(model):
+    if not _HUB_ID.fullmatch(model) or model.endswith((".json", ".gguf")):
         raise ModelNotFoundError(
             f"there is no model at {model}",
             needed="a model folder, its config.json, or a hub id that is in the cache",

@@ -16,7 +16,7 @@ def rank_died(host: str) -> DynamoMpiError:
     """Return the error for a process that exited without reporting an error."""
     return EngineError(
         "died: its process exited without reporting an error",
-        needed="all ranks, until the worker ends",
+        needed="every rank runs until the worker ends",
         fix="see the launcher's message below for the signal or exit code; signal 9 (code 137) that no user sent means out of memory: "
         f"check dmesg on {host}",
     )

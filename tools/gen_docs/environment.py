@@ -21,6 +21,11 @@ class Variable(NamedTuple):
 
 
 VARIABLES = (
+    Variable(
+        ("DYN_MPI_KV_CHECK_TRANSPORT", "DYN_MPI_KV_CHECK_SECONDS", "DYN_MPI_KV_MIN_RATE"),
+        "user → KV check",
+        "the transport (`auto`, `nixl`, `tcp`), the time limit, and the rate in GB/s that each pair must reach; see [probe.md](probe.md)",
+    ),
     Variable(("DYN_MPI_SETTINGS",), "user → worker", "the settings file, where `--settings` doesn't name it"),
     Variable(
         ("DYN_MPI_FAULT", "DYN_MPI_ALLOW_FAULTS"),
