@@ -144,7 +144,9 @@ def test_on_a_terminal_there_is_a_table_that_goes(tmp_path: Path, etcd: EtcdServ
     os.close(ours)
     assert process.returncode == 0, data.decode()
     text = data.decode().replace("\r\n", "\n")
-    drawn = re.findall(rf"load +ranks +slowest +seconds +read\n{HOST} +0/1 +rank 0 +\d+ s +[\d.]+ [MG]B\n", text)
+    drawn = re.findall(
+        rf"(?:load|warmup) +ranks +slowest +seconds +read\n{HOST} +0/1 +rank 0 +\d+ s +[\d.]+ [MG]B\n", text
+    )
     assert len(drawn) >= 2, text
     # each is taken away, by as many lines as it had
     assert text.count("\x1b[2A\r\x1b[J") == len(drawn)
