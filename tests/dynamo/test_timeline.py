@@ -71,7 +71,7 @@ def test_a_start_is_drawn_when_it_is_ready_and_at_its_end(start: Callable[..., R
 
 
 def test_a_rank_that_dies_while_loading_is_marked(start: Callable[..., RunningWorker], tmp_path: Path) -> None:
-    worker = start(DYN_MPI_FAULT="rank2:load:kill", DYN_MPI_ALLOW_FAULTS="1")
+    worker = start(DYN_MPI_FAULT="rank2:load+0.05:kill", DYN_MPI_ALLOW_FAULTS="1")
     assert worker.wait() != 0
     found = drawn(tmp_path)
     assert found is not None, worker.text()
