@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_seconds, to_switch, to_text
-from dynamo_mpi.ops.doctor.context import Context
-from dynamo_mpi.ops.doctor.examination import run_sections
-from dynamo_mpi.ops.doctor.registry import SECTIONS, chosen
+from dynamo_mpi.ops.doctor.check import Context
+from dynamo_mpi.ops.doctor.runner import SECTIONS, chosen, run_sections
 
 if TYPE_CHECKING:
     import argparse
 
-    from dynamo_mpi.ops.doctor.context import Section
+    from dynamo_mpi.ops.doctor.check import Section
 
 ONLY = Option(
     "only",
@@ -97,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _probe() -> tuple[tuple[Section, ...], dict[str, Any]]:
     """Run the hardware checks, and return their section with their figures."""
     from dynamo_mpi.checks.local_check import check_this_host
-    from dynamo_mpi.ops.doctor.probe import NAME, section_of
+    from dynamo_mpi.ops.doctor.runner import HARDWARE_SECTION, section_of
 
     here = check_this_host()
-    return (section_of(here),), {NAME: here.figures}
+    return (section_of(here),), {HARDWARE_SECTION: here.figures}

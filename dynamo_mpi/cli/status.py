@@ -20,7 +20,7 @@ from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output, find_deployment
 from dynamo_mpi.ops.status import ETCD_SECONDS, read_status
-from dynamo_mpi.ops.status_text import describe
+from dynamo_mpi.ops.status_output import describe
 
 if TYPE_CHECKING:
     import argparse
@@ -80,7 +80,7 @@ def _read(values: dict[str, Any], seconds: float) -> DeploymentStatus:
 def _shown(status: DeploymentStatus, output: str) -> str:
     if output == "text":
         return describe(status, shutil.get_terminal_size().columns) if _is_terminal() else describe(status)
-    from dynamo_mpi.ops.status_json import as_json
+    from dynamo_mpi.ops.status_output import as_json
 
     return json.dumps(as_json(status))
 
@@ -92,7 +92,7 @@ def _is_terminal() -> bool:
 def _shown_error(error: DynamoMpiError, output: str) -> str:
     if output == "text":
         return str(error)
-    from dynamo_mpi.ops.status_json import error_as_json
+    from dynamo_mpi.ops.status_output import error_as_json
 
     return json.dumps(error_as_json(error))
 

@@ -110,7 +110,7 @@ def _describe(outcome: WaitResult) -> str:
 def _as_json(outcome: WaitResult) -> dict[str, Any]:
     """Return the final state: what is missing, what has answered, and under ``status`` the output of `status`, null if etcd wasn't
     queried."""
-    from dynamo_mpi.ops.status_json import as_json
+    from dynamo_mpi.ops.status_output import as_json
 
     content: dict[str, Any] = {
         "schema": SCHEMA,

@@ -16,7 +16,7 @@ from dynamo_mpi.common.phases import PHASES
 from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.deploy.services import listed_models
 from dynamo_mpi.discovery.endpoints import strip_credentials
-from dynamo_mpi.discovery.etcd import etcd_endpoints
+from dynamo_mpi.discovery.etcd import EtcdClient, etcd_endpoints
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
 from dynamo_mpi.discovery.records import StoredRecord, list_workers
@@ -24,7 +24,6 @@ from dynamo_mpi.discovery.records import StoredRecord, list_workers
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dynamo_mpi.discovery.etcd import EtcdClient
     from dynamo_mpi.ops.deployment import Deployment, ExpectedWorker
 
 ETCD_SECONDS = 5.0

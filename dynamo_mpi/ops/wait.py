@@ -23,18 +23,16 @@ from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.common.timeout import within
 from dynamo_mpi.deploy.service_error import StepFailed
-from dynamo_mpi.ops.deployment import find_deployment
+from dynamo_mpi.ops.deployment import Deployment, find_deployment
 from dynamo_mpi.ops.format import format_failure, format_seconds
 from dynamo_mpi.ops.readiness import MissingItem, is_complete, missing_items, models_of, unrecoverable_failure
-from dynamo_mpi.ops.status import ETCD_SECONDS, read_status
+from dynamo_mpi.ops.status import ETCD_SECONDS, DeploymentStatus, read_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dynamo_mpi.deploy.local.ask import Answer
     from dynamo_mpi.discovery.failure_records import StoredFailure
-    from dynamo_mpi.ops.deployment import Deployment
-    from dynamo_mpi.ops.status import DeploymentStatus
 
 POLL_SECONDS = 1.0
 REMINDER_SECONDS = (5.0, 120.0)

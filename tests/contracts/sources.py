@@ -72,13 +72,13 @@ from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.layout.finding import render as render_findings
 from dynamo_mpi.ops.deployment import Deployment, DeploymentEnd, ExpectedWorker, RunningLaunch
 from dynamo_mpi.ops.doctor.check import Status, error, ok, skipped, warning
-from dynamo_mpi.ops.doctor.registry import SECTIONS as DOCTOR_SECTIONS
-from dynamo_mpi.ops.doctor.report import Report as DoctorReport
-from dynamo_mpi.ops.doctor.report import SectionReport
+from dynamo_mpi.ops.doctor.runner import SECTIONS as DOCTOR_SECTIONS
+from dynamo_mpi.ops.doctor.runner import Report as DoctorReport
+from dynamo_mpi.ops.doctor.runner import SectionReport
 from dynamo_mpi.ops.readiness import MissingItem
 from dynamo_mpi.ops.status import DeploymentStatus, Service
-from dynamo_mpi.ops.status_json import as_json as status_json
-from dynamo_mpi.ops.status_json import error_as_json
+from dynamo_mpi.ops.status_output import as_json as status_json
+from dynamo_mpi.ops.status_output import error_as_json
 from dynamo_mpi.ops.wait import WaitResult
 from dynamo_mpi.runtime.main import main as worker_main
 from dynamo_mpi.runtime.ready_file import ReadyFile

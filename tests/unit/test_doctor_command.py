@@ -19,11 +19,8 @@ from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.layout.finding import Finding, Severity
-from dynamo_mpi.ops.doctor.check import Check, Status, error, ok, skipped, warning
-from dynamo_mpi.ops.doctor.context import Context, Probe, Section
-from dynamo_mpi.ops.doctor.examination import run_sections
-from dynamo_mpi.ops.doctor.probe import checks_of
-from dynamo_mpi.ops.doctor.registry import SECTIONS, chosen
+from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, Status, error, ok, skipped, warning
+from dynamo_mpi.ops.doctor.runner import SECTIONS, checks_of, chosen, run_sections
 from tests.conftest import ROOT, mpi_environment, run_command
 from tests.servers import closed_port, listening
 

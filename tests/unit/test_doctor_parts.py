@@ -15,19 +15,27 @@ from dynamo_mpi.common.networks import HostNetworks, Interface
 from dynamo_mpi.mpi.launch_checks import MpiLibrary
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, mpi, packages, ports
-from dynamo_mpi.ops.doctor.cgroup import CgroupLimits, cpu_share, own_groups, read_limits
-from dynamo_mpi.ops.doctor.check import Check, Status
+from dynamo_mpi.ops.doctor.check import Check, Context, Status
 from dynamo_mpi.ops.doctor.commands import Output
-from dynamo_mpi.ops.doctor.context import Context
-from dynamo_mpi.ops.doctor.fabric_facts import (
+from dynamo_mpi.ops.doctor.fabric import (
     RdmaPort,
     missing_for_nccl,
     missing_for_open_mpi,
     missing_for_ucx,
     read_rdma_ports,
 )
-from dynamo_mpi.ops.doctor.mpi_child import loaded_libraries
-from dynamo_mpi.ops.doctor.shared_memory import Segment, mapped_path, own_segments, paths_in_use, unused
+from dynamo_mpi.ops.doctor.host_facts import (
+    CgroupLimits,
+    Segment,
+    cpu_share,
+    mapped_path,
+    own_groups,
+    own_segments,
+    paths_in_use,
+    read_limits,
+    unused,
+)
+from dynamo_mpi.ops.doctor.mpi import loaded_libraries
 from tests.conftest import ROOT
 
 GIB = 2**30

@@ -18,8 +18,7 @@ from dynamo_mpi.deploy.programs import find_nats_server
 from dynamo_mpi.deploy.services import Nats, authorization
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_http import HttpEtcdClient
-from dynamo_mpi.ops.doctor.check import Check, Status
-from dynamo_mpi.ops.doctor.context import Context
+from dynamo_mpi.ops.doctor.check import Check, Context, Status
 from dynamo_mpi.ops.doctor.services import (
     EtcdAnswers,
     check_etcd,

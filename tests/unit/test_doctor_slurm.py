@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.mpi.launcher import Launcher
-from dynamo_mpi.ops.doctor.check import Status
+from dynamo_mpi.ops.doctor.check import Context, Status
 from dynamo_mpi.ops.doctor.commands import Output
-from dynamo_mpi.ops.doctor.context import Context
-from dynamo_mpi.ops.doctor.examination import run_sections
+from dynamo_mpi.ops.doctor.runner import run_sections
 from dynamo_mpi.ops.doctor.slurm import (
     SECTION,
     check_job,

@@ -4,20 +4,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from dynamo_mpi.discovery.etcd import etcd_endpoints
 from dynamo_mpi.layout.format import listed
-from dynamo_mpi.ops.doctor.check import ok, skipped, warning
-from dynamo_mpi.ops.doctor.context import Context, Probe, Section
+from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, ok, skipped, warning
 from dynamo_mpi.ops.doctor.services import clients_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from dynamo_mpi.ops.doctor.check import Check
 
 _LOOPBACK = ("localhost", "127.0.0.1")
 _PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "grpc_proxy")

@@ -1,26 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doctor's checks of the GPUs, by NVML; a machine without any, such as a login node, has no problem."""
+"""Doctor's checks of the GPUs, by NVML; a machine without any, such as a login node, has no problem.
+
+``python -m dynamo_mpi.ops.doctor.gpus`` reads the facts in a process of its own, and writes them as JSON: a call about a GPU that has
+fallen off the bus may hang in the driver.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import socket
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.checks.gpu_facts import NodeGpus
+from dynamo_mpi.checks.gpu_facts import NodeGpus, device_files, optional, read_gpus
 from dynamo_mpi.checks.gpu_rules import check_alike, check_instances, describe_driver, describe_holders, is_busy
 from dynamo_mpi.checks.host_facts import HostFacts
 from dynamo_mpi.checks.rank_facts import RankFacts, lines
 from dynamo_mpi.layout.format import counted, gib, listed
-from dynamo_mpi.ops.doctor.check import error_or_warning, of_finding, ok, skipped, warning
-from dynamo_mpi.ops.doctor.commands import run_module
-from dynamo_mpi.ops.doctor.context import Context, Probe, Section
+from dynamo_mpi.ops.doctor.check import (
+    Check,
+    Context,
+    Probe,
+    Section,
+    error_or_warning,
+    of_finding,
+    ok,
+    skipped,
+    warning,
+)
+from dynamo_mpi.ops.doctor.commands import Output, run_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.ops.doctor.check import Check
-    from dynamo_mpi.ops.doctor.commands import Output
 
 # without a persistence daemon, NVML's initialisation on a node with eight GPUs takes seconds
 _LOOK_SECONDS = 60.0
@@ -62,7 +75,7 @@ class GpuLook(NamedTuple):
 
 def check_gpus(context: Context) -> Iterator[Check]:
     """Read NVML in a separate process, and evaluate the facts."""
-    output = run_module("dynamo_mpi.ops.doctor.gpu_child", context.environ, context.left(_LOOK_SECONDS))
+    output = run_module("dynamo_mpi.ops.doctor.gpus", context.environ, context.left(_LOOK_SECONDS))
     look = read_look(output)
     if isinstance(look, str):
         needed = "an answer of NVML: the preflight of --engine trtllm looks in the same way"
@@ -169,3 +182,46 @@ def judge_ecc(health: Sequence[GpuHealth]) -> Check:
 
 
 SECTION = Section("gpus", (Probe("nvml", check_gpus),))
+
+
+# the largest number of NVLinks of any GPU so far; NVML reports an error for missing ones
+_MOST_LINKS = 18
+# numbers from nvml.h: older releases of nvidia-ml-py don't have all names
+_UNCORRECTED, _VOLATILE = 1, 0
+
+
+def look_by_nvml() -> dict[str, Any]:
+    """Read everything; ``health`` has the fields of `GpuHealth`."""
+    facts = read_gpus(os.environ)
+    health = _health() if facts.gpus else []
+    return {"facts": facts.pack(), "devices": device_files(), "health": health}
+
+
+def _health() -> list[dict[str, Any]]:
+    nvml: Any = import_module("pynvml")
+    nvml.nvmlInit()
+    try:
+        # by NVML's index: GPUs that a cgroup hides have no health
+        handles = [optional(nvml, "nvmlDeviceGetHandleByIndex", index) for index in range(nvml.nvmlDeviceGetCount())]
+        return [_one(nvml, index, handle) for index, handle in enumerate(handles) if handle is not None]
+    finally:
+        optional(nvml, "nvmlShutdown")
+
+
+def _one(nvml: Any, index: int, handle: Any) -> dict[str, Any]:
+    states = [optional(nvml, "nvmlDeviceGetNvLinkState", handle, link) for link in range(_MOST_LINKS)]
+    known = [state for state in states if state is not None]
+    remapped = optional(nvml, "nvmlDeviceGetRemappedRows", handle)
+    return {
+        "number": index,
+        "links": len(known),
+        "links_up": sum(bool(state) for state in known),
+        "uncorrected": optional(nvml, "nvmlDeviceGetTotalEccErrors", handle, _UNCORRECTED, _VOLATILE) or 0,
+        # corrected, uncorrected, pending, failed
+        "remap_pending": bool(remapped and remapped[2]),
+        "remap_failed": bool(remapped and remapped[3]),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(look_by_nvml()))

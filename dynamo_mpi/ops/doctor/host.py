@@ -17,16 +17,12 @@ from dynamo_mpi.checks.host_rules import check_shared_memory
 from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.common.open_files_limit import SERVING_FILES
 from dynamo_mpi.layout.format import counted, gib, listed
-from dynamo_mpi.ops.doctor.cgroup import CgroupLimits, read_limits
-from dynamo_mpi.ops.doctor.check import error_or_warning, of_finding, ok, warning
-from dynamo_mpi.ops.doctor.context import Context, Probe, Section
-from dynamo_mpi.ops.doctor.shared_memory import own_segments, paths_in_use, unused
+from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error_or_warning, of_finding, ok, warning
+from dynamo_mpi.ops.doctor.host_facts import CgroupLimits, Segment, own_segments, paths_in_use, read_limits, unused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.ops.doctor.check import Check
-    from dynamo_mpi.ops.doctor.shared_memory import Segment
 
 SHM = "/dev/shm"  # noqa: S108 - not a temporary file: the mount that MPI and NCCL use
 # engines on many GPUs, their caches and a frontend's clients stay well below it

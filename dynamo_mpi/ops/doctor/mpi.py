@@ -1,25 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Doctor's checks of MPI: mpi4py's library, the launcher, and whether they are compatible. MPI isn't initialised."""
+"""Doctor's checks of MPI: mpi4py's library, the launcher, and whether they are compatible. MPI isn't initialised.
+
+``python -m dynamo_mpi.ops.doctor.mpi`` loads the library in a process of its own, and writes facts about it as JSON: a library may crash or
+hang, and can't be unloaded.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.checks.host_facts import version_of
-from dynamo_mpi.common.errors import LaunchError
+from dynamo_mpi.common.errors import DynamoMpiError, LaunchError
 from dynamo_mpi.mpi.launch_checks import MpiLibrary, check_launch, identify_mpi
-from dynamo_mpi.mpi.launcher import Launcher
-from dynamo_mpi.ops.doctor.check import error, of_error, ok, skipped, warning
-from dynamo_mpi.ops.doctor.commands import run_module
-from dynamo_mpi.ops.doctor.context import Context, Probe, Section
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
+from dynamo_mpi.mpi.world import load_mpi_library
+from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, of_error, ok, skipped, warning
+from dynamo_mpi.ops.doctor.commands import Output, run_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dynamo_mpi.mpi.launcher import LaunchInfo
-    from dynamo_mpi.ops.doctor.check import Check
-    from dynamo_mpi.ops.doctor.commands import Output
 
 # loading mpi4py and MPI from a network file system may take seconds
 _LOAD_SECONDS = 60.0
@@ -32,7 +36,7 @@ def check_mpi(context: Context) -> Iterator[Check]:
         yield judge_missing(in_rank=context.in_rank)
         yield describe_launch(context.launch)
         return
-    output = run_module("dynamo_mpi.ops.doctor.mpi_child", context.environ, context.left(_LOAD_SECONDS))
+    output = run_module("dynamo_mpi.ops.doctor.mpi", context.environ, context.left(_LOAD_SECONDS))
     library, checks = judge_library(output, in_rank=context.in_rank)
     yield from checks
     yield judge_launch(context.launch, library)
@@ -124,3 +128,42 @@ def _read(text: str) -> dict[str, str]:
 
 
 SECTION = Section("mpi", (Probe("library", check_mpi),))
+
+
+_LIBRARY = re.compile(r"/\S*/lib(mpi|pmix)\.so[^/\s]*$", re.MULTILINE)
+
+
+def look_at_library() -> dict[str, str]:
+    """Load the library; return its facts, or the error with which a rank would end."""
+    try:
+        said = load_mpi_library()
+    except DynamoMpiError as error:
+        return {"found": error.found, "needed": error.needed, "fix": error.fix}
+    import mpi4py
+
+    paths = loaded_libraries(Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace"))
+    return {
+        "library": said,
+        "mpi4py": mpi4py.__version__,
+        "path": paths.get("mpi", ""),
+        "pmix": _pmix_version(paths["pmix"]) if "pmix" in paths else "",
+    }
+
+
+def loaded_libraries(maps: str) -> dict[str, str]:
+    """Return the paths of libmpi and libpmix from the text of ``/proc/self/maps``."""
+    return {match[1]: match[0] for match in _LIBRARY.finditer(maps)}
+
+
+def _pmix_version(path: str) -> str:
+    """Return PMIx's version, without PMIx_Init."""
+    try:
+        version = ctypes.CDLL(path).PMIx_Get_version
+    except (OSError, AttributeError):
+        return ""
+    version.restype = ctypes.c_char_p
+    return (version() or b"").decode(errors="replace")
+
+
+if __name__ == "__main__":
+    print(json.dumps(look_at_library()))

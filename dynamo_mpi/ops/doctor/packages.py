@@ -10,13 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import dynamo_mpi
 from dynamo_mpi.checks.host_facts import UNKNOWN_VERSION, version_of
-from dynamo_mpi.ops.doctor.check import error, error_or_warning, ok, skipped, warning
-from dynamo_mpi.ops.doctor.context import Context, Probe, Section
+from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, error_or_warning, ok, skipped, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dynamo_mpi.ops.doctor.check import Check
 
 OLDEST_PYTHON = (3, 10)
 

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.ports import holder
 from dynamo_mpi.config.options import resolve
 from dynamo_mpi.deploy.head_node.settings import OPTIONS
-from dynamo_mpi.ops.doctor.check import error, ok, skipped, warning
-from dynamo_mpi.ops.doctor.context import Context, Probe, Section
+from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, ok, skipped, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dynamo_mpi.ops.doctor.check import Check
 
 SYSTEM_PORT = "DYN_SYSTEM_PORT"
 MAX_SYSTEM_PORT = 65535

@@ -16,14 +16,12 @@ from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_http import HttpEtcdClient
 from dynamo_mpi.discovery.records import worlds_of
 from dynamo_mpi.layout.format import counted, listed
-from dynamo_mpi.ops.doctor.check import error, of_error, ok, skipped, warning
-from dynamo_mpi.ops.doctor.context import Context, Probe, Section
+from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, of_error, ok, skipped, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from dynamo_mpi.ops.doctor.check import Check
 
 SERVICES = "services.json"
 # a lease of 30 s is renewed three times; a slower answer indicates a disk that is too busy

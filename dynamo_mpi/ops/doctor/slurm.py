@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 from dynamo_mpi.mpi.launcher import Launcher
-from dynamo_mpi.ops.doctor.check import Status, error, ok, skipped, warning
-from dynamo_mpi.ops.doctor.commands import find, run
-from dynamo_mpi.ops.doctor.context import Context, Probe, Section
+from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, Status, error, ok, skipped, warning
+from dynamo_mpi.ops.doctor.commands import Output, find, run
 from dynamo_mpi.ops.doctor.slurm_output import (
     first_node,
     pmix_refusal,
@@ -24,8 +23,6 @@ from dynamo_mpi.ops.doctor.slurm_output import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from dynamo_mpi.ops.doctor.check import Check
-    from dynamo_mpi.ops.doctor.commands import Output
 
 # the first version with --overlap, which launch uses for the services' step
 OLDEST = (20, 11)

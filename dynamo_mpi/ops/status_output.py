@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The status of a deployment as a table and some lines. Pure."""
+"""The status of a deployment as text for people, and as JSON for programs. Pure."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.ops.format import format_failure, format_nodes, format_progress, format_seconds, format_since
+from dynamo_mpi.ops.readiness import missing_items
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dynamo_mpi.common.errors import DynamoMpiError
+    from dynamo_mpi.discovery.failure_records import StoredFailure
     from dynamo_mpi.discovery.records import StoredRecord
     from dynamo_mpi.ops.deployment import ExpectedWorker
     from dynamo_mpi.ops.status import DeploymentStatus
@@ -92,3 +96,59 @@ def _events(status: DeploymentStatus) -> list[str]:
     if len(warnings) > _MOST_WARNINGS:
         warnings[_MOST_WARNINGS - 1 :] = [f"warning: and {len(warnings) - _MOST_WARNINGS + 1} more"]
     return lines + warnings
+
+
+SCHEMA = 1
+# for partners, not for operators
+_HIDDEN = ("contract", "probe")
+
+
+def as_json(status: DeploymentStatus) -> dict[str, Any]:
+    """Return the status as plain data."""
+    deployment, still = status.deployment, status.open_failures
+    launch, end = deployment.launch, deployment.end
+    return {
+        "schema": SCHEMA,
+        "ok": status.is_well,
+        "ready": not missing_items(status),
+        "time": status.time,
+        "run_dir": None if deployment.run_dir is None else str(deployment.run_dir),
+        "workers": [_worker(status, worker) for worker in status.workers],
+        "missing": [{"name": w.name, "role": w.role, "nodes": list(w.nodes)} for w in status.missing],
+        "failures": [_failure(status, failure, failure not in still) for failure in status.failures],
+        "services": [{"name": s.name, "url": s.url, "up": s.is_up, "note": s.note} for s in status.services],
+        "launcher": None
+        if launch is None
+        else {
+            "host": launch.host,
+            "pid": launch.pid,
+            "job": launch.job_id or None,
+            "gone": deployment.launcher_is_dead,
+        },
+        "ended": None if end is None else asdict(end),
+        "warnings": list(status.warnings),
+    }
+
+
+def error_as_json(error: DynamoMpiError) -> dict[str, Any]:
+    """Return the JSON of an error."""
+    return {"ok": False, "error": error.plain()}
+
+
+def _worker(status: DeploymentStatus, worker: StoredRecord) -> dict[str, Any]:
+    record, content = worker.record, asdict(worker.record)
+    for name in _HIDDEN:
+        content.pop(name, None)
+    # values that are missing in the record
+    for name in ("started", "engine", "endpoint", "dynamo_mpi"):
+        content[name] = content[name] or None
+    del content["layout"]["gpus_per_node"]
+    layout = {**content["layout"], "text": str(record.layout)} if record.layout.is_known else None
+    return {"key": sanitize(worker.key), **content, "layout": layout, "name": status.name_of(worker)}
+
+
+def _failure(status: DeploymentStatus, failure: StoredFailure, followed: bool) -> dict[str, Any]:
+    content = asdict(failure.record)
+    del content["endpoint"]
+    content |= {"key": sanitize(failure.key), "name": status.name_of(failure), "followed": followed}
+    return {**content, "rank": failure.record.rank if failure.record.rank >= 0 else None}

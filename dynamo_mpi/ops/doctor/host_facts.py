@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The limits of this process's cgroup, version 2 or 1: the smallest limit of the cgroup and its parents applies."""
+"""Facts about this host that doctor evaluates: the limits of its cgroup, and unused files in /dev/shm."""
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # version 1 writes "no limit" as a number of pages that no machine has
@@ -79,3 +84,85 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+
+
+# no process has a file open for a moment while it is created
+_YOUNG_SECONDS = 60.0
+
+
+class Segment(NamedTuple):
+    """A file of this user in shared memory.
+
+    Args:
+        path: its path.
+        size: its bytes.
+        age: seconds since the last write.
+    """
+
+    path: str
+    size: int
+    age: float
+
+
+def own_segments(folder: str) -> list[Segment]:
+    """Return this user's files in the folder and its subfolders."""
+    now = time.time()
+    found = []
+    for path in _files(folder):
+        try:
+            stat = os.lstat(path)
+        except OSError:
+            continue  # removed since
+        if stat.st_uid == os.getuid():
+            found.append(Segment(path, stat.st_size, max(0.0, now - stat.st_mtime)))
+    return found
+
+
+def unused(segments: Iterable[Segment], in_use: set[str]) -> list[Segment]:
+    """Return the files that no process has mapped or open, the largest first."""
+    left = [one for one in segments if one.path not in in_use and one.age > _YOUNG_SECONDS]
+    return sorted(left, key=lambda one: -one.size)
+
+
+def paths_in_use(folder: str) -> set[str]:
+    """Return the files in the folder that visible processes have mapped or open."""
+    start = folder.rstrip("/") + "/"
+    found: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            with (process / "maps").open(encoding="utf-8", errors="surrogateescape") as maps:
+                found.update(path for line in maps if (path := mapped_path(line)).startswith(start))
+            found.update(
+                path for one in os.listdir(process / "fd") if (path := _target(process / "fd" / one)).startswith(start)
+            )
+        except OSError:
+            continue  # another user's, or it has ended
+    return found
+
+
+def mapped_path(line: str) -> str:
+    """Return the file of a line of ``/proc/PID/maps``; empty if there is none."""
+    fields = line.rstrip("\n").split(maxsplit=5)
+    return fields[5] if len(fields) == 6 else ""
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
+
+
+def _files(folder: str) -> Iterable[str]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            try:
+                yield from sorted(one.path for one in os.scandir(entry.path) if one.is_file(follow_symlinks=False))
+            except OSError:
+                continue
+        else:
+            yield entry.path
