@@ -21,16 +21,14 @@ from dynamo_mpi.common.log_tail import Follower
 from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
-from dynamo_mpi.deploy.code_location import CHECKOUT_INSIDE, RUN_DIR_INSIDE, CodeLocation, find_source
 from dynamo_mpi.deploy.controller import DeploymentController
-from dynamo_mpi.deploy.deployment import assign, nodes_wanted
-from dynamo_mpi.deploy.kv_check import needs_kv_check
 from dynamo_mpi.deploy.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
-from dynamo_mpi.deploy.nodes import STAND_IN_JOB, Nodes, allocated, of_hostfile, stand_in
+from dynamo_mpi.deploy.nodes import STAND_IN_JOB, Nodes, allocated, assign, nodes_wanted, of_hostfile, stand_in
 from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
-from dynamo_mpi.deploy.service_error import StepFailed
+from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings
 from dynamo_mpi.deploy.srun import Container, Srun, mount, token_of
+from dynamo_mpi.deploy.step_commands import CHECKOUT_INSIDE, RUN_DIR_INSIDE, CodeLocation, find_source, needs_kv_check
 from dynamo_mpi.deploy.steps import MpirunStepController, SlurmStepController, end_of_job
 from dynamo_mpi.mpi.job_time_limit import VARIABLE as END
 
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Mapping
 
-    from dynamo_mpi.deploy.deployment import Worker
+    from dynamo_mpi.deploy.nodes import Worker
     from dynamo_mpi.deploy.steps import StepController
     from dynamo_mpi.deploy.workers import CommandBuilder
 

@@ -21,7 +21,7 @@ from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.config.options import to_file
 from dynamo_mpi.deploy.local.stack import LocalStack, Ready, StackSettings
 from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, worker_specs
-from dynamo_mpi.deploy.service_error import ServiceError
+from dynamo_mpi.deploy.services import ServiceError
 
 PROOF_QUESTION, PROOF_TOKENS = "Say hello.", 8
 ENGINE_OPTIONS = ("max_batch_size", "max_num_tokens", "max_seq_len")

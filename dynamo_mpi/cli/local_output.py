@@ -13,7 +13,7 @@ from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.deploy.local.ask import Answer
 from dynamo_mpi.deploy.local.stack import Ready, StackSettings
 from dynamo_mpi.deploy.local.workers import StackRole
-from dynamo_mpi.deploy.service_error import ServiceError
+from dynamo_mpi.deploy.services import ServiceError
 
 
 def curl_line(url: str, model: str) -> str:

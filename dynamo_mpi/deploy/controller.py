@@ -11,28 +11,23 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.backoff import ReminderSchedule
 from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.common.signals import Interrupted
+from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.subprocess import await_exit
-from dynamo_mpi.deploy.kv_check import needs_kv_check, report_of_kv_check
-from dynamo_mpi.deploy.launch_timings import Milestones
-from dynamo_mpi.deploy.service_error import StepFailed
-from dynamo_mpi.deploy.services import listed_models
+from dynamo_mpi.deploy.services import StepFailed, listed_models
 from dynamo_mpi.deploy.srun import without_srun_input
-from dynamo_mpi.deploy.steps import start
-from dynamo_mpi.deploy.workers import WorkerSet
+from dynamo_mpi.deploy.step_commands import Command, needs_kv_check, report_of_kv_check
+from dynamo_mpi.deploy.steps import Step, StepController, start
+from dynamo_mpi.deploy.timeline import Milestones
+from dynamo_mpi.deploy.workers import CommandBuilder, WorkerSet
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from dynamo_mpi.common.signals import Interrupts
-    from dynamo_mpi.deploy.command import Command
-    from dynamo_mpi.deploy.deployment import Worker
+    from dynamo_mpi.deploy.nodes import Worker
     from dynamo_mpi.deploy.run_dir import RunDir
     from dynamo_mpi.deploy.settings import LaunchSettings
-    from dynamo_mpi.deploy.steps import Step, StepController
-    from dynamo_mpi.deploy.workers import CommandBuilder
 
 POLL_SECONDS = 0.5
 REMINDER_SECONDS = (15.0, 300.0)

@@ -7,20 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.deploy.command import SERVICE_VARIABLES, Command
-from dynamo_mpi.deploy.kv_check import NAME as KV_CHECK
-from dynamo_mpi.deploy.kv_check import kv_check_words, nodes_of
 from dynamo_mpi.deploy.srun import token_of
-from dynamo_mpi.deploy.step_programs import check_words, services_words, worker_environment, worker_words
+from dynamo_mpi.deploy.step_commands import KV_CHECK_STEP as KV_CHECK
+from dynamo_mpi.deploy.step_commands import (
+    SERVICE_VARIABLES,
+    CodeLocation,
+    Command,
+    check_words,
+    kv_check_words,
+    nodes_of,
+    services_words,
+    worker_environment,
+    worker_words,
+)
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.restart_count import VARIABLE as ATTEMPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
-    from dynamo_mpi.deploy.code_location import CodeLocation
-    from dynamo_mpi.deploy.deployment import Worker
+    from dynamo_mpi.deploy.nodes import Worker
     from dynamo_mpi.deploy.settings import LaunchSettings
 
 

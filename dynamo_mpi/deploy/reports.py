@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports failures in place of the ranks: if no process of a worker has reported why it ended, the launcher does, from its output."""
+"""What the launcher does for a worker of which all processes ended without doing it: it reports the failure, and deregisters the worker.
+
+If one of the worker's node agents survives, the agent does both, see `supervisor.lease_revoker`.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ from dynamo_mpi.supervisor.rendezvous import Rendezvous
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_mpi.deploy.command import Command
-    from dynamo_mpi.deploy.deployment import Worker
+    from dynamo_mpi.deploy.nodes import Worker
+    from dynamo_mpi.deploy.step_commands import Command
     from dynamo_mpi.deploy.steps import Step
     from dynamo_mpi.discovery.etcd import EtcdClient
 
@@ -274,3 +277,38 @@ def _files(folder: Path) -> frozenset[tuple[str, int, int]]:
     except OSError:  # not created yet, or on another host
         pass
     return frozenset(found)
+
+
+REVOKE_SECONDS = 2.0
+
+
+def revoke_registrations(launch: str, environ: Mapping[str, str]) -> bool:
+    """Revoke the leases of a worker that no longer runs. Takes at most `REVOKE_SECONDS`.
+
+    Args:
+        launch: the launch name that its ranks got.
+        environ: has etcd's endpoints and credentials, as for the worker.
+
+    Returns:
+        Whether it was still registered.
+
+    Raises:
+        DiscoveryError: no endpoint has answered in time.
+        AuthorizationError: they reject our credentials.
+        UsageError: the settings for etcd can't be used.
+    """
+    return query_etcd(environ, REVOKE_SECONDS, lambda etcd: _clear(launch, etcd))
+
+
+def _clear(launch: str, etcd: EtcdClient) -> bool:
+    registered = False
+    for worker in list_workers(etcd)[0]:
+        if worker.record.launch != launch:
+            continue
+        with contextlib.suppress(ValueError):  # its instance is not a number
+            instance = int(worker.record.instance or "0", 16)
+            # the instance first, so that it gets no more requests
+            registered |= 0 < instance < 2**63 and etcd.revoke(instance)
+            if worker.lease:
+                etcd.revoke(worker.lease)
+    return registered

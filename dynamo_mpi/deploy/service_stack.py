@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Generic
 
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.subprocess import POLL_SECONDS, LoggedProcess, stop
-from dynamo_mpi.deploy.service_error import LOG_LINES, ProcessExited, StartTimeout
-from dynamo_mpi.deploy.services import ServiceT, is_up, lost_its_port
+from dynamo_mpi.deploy.services import LOG_LINES, ProcessExited, ServiceT, StartTimeout, is_up, lost_its_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

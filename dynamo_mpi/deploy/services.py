@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""etcd, NATS and Dynamo's frontend as child processes: command lines, environments, addresses and readiness."""
+"""etcd, NATS and Dynamo's frontend as child processes: command lines, environments, addresses, readiness, and the errors of their end."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.http import PROBE_SECONDS, get_json
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, holds_port, in_url
-from dynamo_mpi.deploy.service_error import LOG_LINES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +21,37 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.common.subprocess import LoggedProcess
     from dynamo_mpi.deploy.certificates import Certificates
+
+LOG_LINES = 20
+
+
+class ServiceError(DynamoMpiError):
+    """A process of the stack failed.
+
+    Args:
+        found: the problem.
+        status: the exit code; any code is possible, as a worker's own is passed on.
+        log: the end of its log, to be printed unchanged.
+        part: the name of the process.
+        needed: what is expected.
+        fix: the fix.
+    """
+
+    def __init__(self, found: str, *, status: int, log: str, part: str = "", needed: str = "", fix: str = "") -> None:
+        super().__init__(found, needed=needed, fix=fix)
+        self.part, self.status, self.log = part, status, log
+
+
+class ProcessExited(ServiceError):
+    """A process ended unexpectedly."""
+
+
+class StartTimeout(ServiceError):
+    """A process was not ready in time."""
+
+
+class StepFailed(ServiceError):
+    """A step of a deployment ended, and the deployment with it."""
 
 
 class Service(Protocol):

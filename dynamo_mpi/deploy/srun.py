@@ -8,10 +8,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.deploy.command import SERVICE_VARIABLES, Command
-from dynamo_mpi.deploy.kv_check import NAME as KV_CHECK
-from dynamo_mpi.deploy.kv_check import kv_check_words, nodes_of
-from dynamo_mpi.deploy.step_programs import check_words, services_words, worker_environment, worker_words
+from dynamo_mpi.deploy.step_commands import KV_CHECK_STEP as KV_CHECK
+from dynamo_mpi.deploy.step_commands import (
+    SERVICE_VARIABLES,
+    CodeLocation,
+    Command,
+    check_words,
+    kv_check_words,
+    nodes_of,
+    services_words,
+    worker_environment,
+    worker_words,
+)
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.restart_count import VARIABLE as ATTEMPT
 
@@ -19,9 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from dynamo_mpi.deploy.code_location import CodeLocation
-    from dynamo_mpi.deploy.deployment import Worker
-    from dynamo_mpi.deploy.nodes import Nodes
+    from dynamo_mpi.deploy.nodes import Nodes, Worker
     from dynamo_mpi.deploy.settings import LaunchSettings
 
 # srun takes options from its environment, in which salloc and sbatch leave theirs. Our flags override some; the others, listed here, would

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from dynamo_mpi.deploy.command import Command
+    from dynamo_mpi.deploy.step_commands import Command
 
 _SLURM_SECONDS = 20.0
 

@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Protocol
 from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.deploy.first_death import first_death
-from dynamo_mpi.deploy.reports import MISTAKES, Beginning, Trace, is_reported, report_death, trace_in_etcd
-from dynamo_mpi.deploy.revoke_registrations import revoke_registrations
-from dynamo_mpi.deploy.service_error import StepFailed
-from dynamo_mpi.deploy.steps import start
+from dynamo_mpi.deploy.reports import (
+    MISTAKES,
+    Beginning,
+    Trace,
+    is_reported,
+    report_death,
+    revoke_registrations,
+    trace_in_etcd,
+)
+from dynamo_mpi.deploy.services import StepFailed
+from dynamo_mpi.deploy.steps import Step, StepController, start
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.restart_count import VARIABLE as ATTEMPT
 from dynamo_mpi.mpi.restart_count import starts_before
@@ -20,10 +27,9 @@ from dynamo_mpi.mpi.restart_count import starts_before
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from dynamo_mpi.deploy.command import Command
-    from dynamo_mpi.deploy.deployment import Worker
+    from dynamo_mpi.deploy.nodes import Worker
     from dynamo_mpi.deploy.run_dir import RunDir
-    from dynamo_mpi.deploy.steps import Step, StepController
+    from dynamo_mpi.deploy.step_commands import Command
 
 # rank 0's last log line in an orderly end
 GOODBYE = "exit: done"

@@ -22,7 +22,7 @@ from dynamo_mpi.common.errors import (
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.common.timeout import within
-from dynamo_mpi.deploy.service_error import StepFailed
+from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.ops.deployment import Deployment, find_deployment
 from dynamo_mpi.ops.format import format_failure, format_seconds
 from dynamo_mpi.ops.readiness import MissingItem, is_complete, missing_items, models_of, unrecoverable_failure

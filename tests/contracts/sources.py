@@ -38,9 +38,7 @@ from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.config.options import Option
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.config.worker_options import OPTIONS as WORKER_OPTIONS
-from dynamo_mpi.deploy.command import Command
 from dynamo_mpi.deploy.controller import DeploymentController
-from dynamo_mpi.deploy.deployment import Worker as LaunchedWorker
 from dynamo_mpi.deploy.head_node.__main__ import main as head_node_main
 from dynamo_mpi.deploy.head_node.head_node import services as services_json
 from dynamo_mpi.deploy.head_node.settings import OPTIONS as HEAD_NODE_OPTIONS
@@ -49,11 +47,13 @@ from dynamo_mpi.deploy.kubernetes.settings import JOIN_OPTIONS, LEAD_OPTIONS
 from dynamo_mpi.deploy.local.ask import Answer
 from dynamo_mpi.deploy.local.stack import Ready, StackSettings
 from dynamo_mpi.deploy.local.workers import WorkerSpec
+from dynamo_mpi.deploy.nodes import Worker as LaunchedWorker
 from dynamo_mpi.deploy.reports import MISTAKES
 from dynamo_mpi.deploy.run_dir import RunDir
-from dynamo_mpi.deploy.service_error import ServiceError, StepFailed
+from dynamo_mpi.deploy.services import ServiceError, StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS as LAUNCH_OPTIONS
 from dynamo_mpi.deploy.settings import read_settings as read_launch_settings
+from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import MpirunStepController
 from dynamo_mpi.discovery.etcd import KeyValue
 from dynamo_mpi.discovery.failure_records import (

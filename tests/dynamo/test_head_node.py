@@ -28,8 +28,7 @@ from dynamo_mpi.common.ports import free_port, is_free
 from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess
-from dynamo_mpi.deploy.head_node.head_node import HeadNode
-from dynamo_mpi.deploy.head_node.ports import candidates
+from dynamo_mpi.deploy.head_node.head_node import HeadNode, candidates
 from dynamo_mpi.deploy.head_node.settings import Port, load_settings
 from dynamo_mpi.deploy.run_dir import ServicesDir
 from tests.conftest import ROOT, find_mpirun, mpi_environment
@@ -226,7 +225,8 @@ def test_a_port_that_is_lost_between_look_and_bind(tmp_path: Path, part: str, mo
         change: dict[str, Any] = {f"{part}_port": lost}
         settings = replace(settings, **change)
         monkeypatch.setattr(
-            "dynamo_mpi.deploy.head_node.ports.is_free", lambda port, host: port == lost.number or is_free(port, host)
+            "dynamo_mpi.deploy.head_node.head_node.is_free",
+            lambda port, host: port == lost.number or is_free(port, host),
         )
         said: list[str] = []
         with contextlib.closing(ServicesDir(run_dir, "9", said.append)) as run, private_dir(tmp_path) as private:

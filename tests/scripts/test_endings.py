@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.deploy.command import Command
 from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import SlurmStepController, Step, start
 from tests.dynamo.running import eventually
 

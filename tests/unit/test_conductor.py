@@ -21,12 +21,12 @@ from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.deploy import controller as conductors
 from dynamo_mpi.deploy import reports
 from dynamo_mpi.deploy import workers as workers_module
-from dynamo_mpi.deploy.command import Command
 from dynamo_mpi.deploy.controller import DeploymentController
-from dynamo_mpi.deploy.deployment import Worker
+from dynamo_mpi.deploy.nodes import Worker
 from dynamo_mpi.deploy.run_dir import RunDir
-from dynamo_mpi.deploy.service_error import StepFailed
+from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.settings import LaunchSettings, read_settings
+from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import MpirunStepController
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient

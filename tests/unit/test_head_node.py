@@ -29,8 +29,7 @@ from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.certificates import Certificates, make_certificates, openssl_calls, openssl_config
 from dynamo_mpi.deploy.environment import frontend_environment, server_environment
 from dynamo_mpi.deploy.head_node.__main__ import main
-from dynamo_mpi.deploy.head_node.head_node import services
-from dynamo_mpi.deploy.head_node.ports import Ports, candidates, offset
+from dynamo_mpi.deploy.head_node.head_node import Ports, candidates, offset, services
 from dynamo_mpi.deploy.head_node.settings import MAX_PORT, Port, load_settings
 from dynamo_mpi.deploy.run_dir import ServicesDir
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats, authorization
@@ -140,7 +139,7 @@ def test_a_default_does_not_move_to_where_another_of_the_job_goes() -> None:
 
 
 def test_when_all_ports_are_taken_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynamo_mpi.deploy.head_node.ports.is_free", lambda port, host: False)
+    monkeypatch.setattr("dynamo_mpi.deploy.head_node.head_node.is_free", lambda port, host: False)
     with pytest.raises(DiscoveryError, match="so are the 10 others"):
         Ports(Port(2379, False, "--etcd-port"), "127.0.0.1", "3").next()
 

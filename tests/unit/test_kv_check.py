@@ -39,10 +39,9 @@ from dynamo_mpi.checks.kv_pull import (
 from dynamo_mpi.checks.kv_rules import check_coverage, check_kv, slow_pairs, summary
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.deploy.code_location import find_source
-from dynamo_mpi.deploy.deployment import Worker
-from dynamo_mpi.deploy.kv_check import kv_check_words
+from dynamo_mpi.deploy.nodes import Worker
 from dynamo_mpi.deploy.settings import read_settings as read_launch_settings
+from dynamo_mpi.deploy.step_commands import find_source, kv_check_words
 from tests.conftest import ROOT
 
 needs_nixl = pytest.mark.skipif(

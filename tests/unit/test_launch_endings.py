@@ -13,8 +13,8 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.deploy.command import Command
 from dynamo_mpi.deploy.run_dir import RunDir
+from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import SlurmStepController, Step, end_of_job, start
 
 # steps are lines of a file; scancel writes down what it is asked, and a step that is cancelled is gone

@@ -16,7 +16,7 @@ import pytest
 from dynamo_mpi.common.errors import AuthorizationError, DynamoMpiError, PhaseTimeoutError, UsageError
 from dynamo_mpi.common.ports import free_port
 from dynamo_mpi.common.subprocess import session_members
-from dynamo_mpi.deploy.kubernetes.daemon_command import read_agent_words, refuse_other_than_daemon
+from dynamo_mpi.deploy.kubernetes.agent import read_agent_words, refuse_other_than_daemon
 from dynamo_mpi.deploy.kubernetes.leader_pod import LeaderPod, mpirun_environment
 from dynamo_mpi.deploy.kubernetes.settings import JoinSettings, LeadSettings, load_join, load_lead
 from dynamo_mpi.deploy.kubernetes.wire import Channel, accept, enable_keepalive, join

@@ -20,7 +20,7 @@ from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, UsageEr
 from dynamo_mpi.common.ports import free_port
 from dynamo_mpi.deploy import services
 from dynamo_mpi.deploy.programs import find_etcd
-from dynamo_mpi.deploy.revoke_registrations import SECONDS, revoke_registrations
+from dynamo_mpi.deploy.reports import REVOKE_SECONDS, revoke_registrations
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import record_key
@@ -220,7 +220,7 @@ def test_where_no_etcd_answers_it_ends_in_time_and_says_why(name: str) -> None:
         begin = time.monotonic()
         with pytest.raises(DiscoveryError) as caught:
             revoke_registrations(LAUNCH, {"ETCD_ENDPOINTS": f"http://user:secret@127.0.0.1:{port}"})
-        assert time.monotonic() - begin < SECONDS + MARGIN_SECONDS
+        assert time.monotonic() - begin < REVOKE_SECONDS + MARGIN_SECONDS
     assert words in caught.value.found
     assert "secret" not in caught.value.found
 
@@ -242,7 +242,7 @@ def test_an_address_that_is_none(url: str, words: str) -> None:
 _PROGRAM = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from dynamo_mpi.deploy.revoke_registrations import revoke_registrations
+from dynamo_mpi.deploy.reports import revoke_registrations
 print(revoke_registrations(sys.argv[2], os.environ))
 assert not [name for name in sys.modules if name.partition(".")[0] in ("grpc", "pyetcd", "yaml", "mpi4py", "numpy")]
 """

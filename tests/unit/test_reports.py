@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.deploy.command import Command
-from dynamo_mpi.deploy.deployment import Worker
+from dynamo_mpi.deploy.nodes import Worker
 from dynamo_mpi.deploy.reports import Beginning, is_reported
+from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.discovery.failure_records import WorkerIdentity
 
 DECODE = Worker("decode-0", "decode", "e.yaml", ("n1", "n2"), 2)

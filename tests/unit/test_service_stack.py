@@ -18,8 +18,8 @@ from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.ports import free_port, loopback_ports
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess, await_exit, stop
-from dynamo_mpi.deploy.service_error import ProcessExited, StartTimeout
 from dynamo_mpi.deploy.service_stack import ServiceStack
+from dynamo_mpi.deploy.services import ProcessExited, StartTimeout
 from tests.dynamo.running import eventually
 
 SERVE = "import socket, sys, time; server = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(600)"

@@ -14,7 +14,7 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.deploy.launch_timings import Milestones
+from dynamo_mpi.deploy.timeline import Milestones
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.trace_writer import write_timeline
 from tests.conftest import ROOT

@@ -15,7 +15,7 @@ from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.deploy.head_node.head_node import HeadNode
 from dynamo_mpi.deploy.head_node.settings import load_settings
 from dynamo_mpi.deploy.run_dir import ServicesDir
-from dynamo_mpi.deploy.service_error import ServiceError
+from dynamo_mpi.deploy.services import ServiceError
 
 PREFIX = "dynamo-mpi-services-"
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.deploy.kubernetes.leader_pod import LeaderPod
-from dynamo_mpi.deploy.kubernetes.settings import PROGRAM, load_join, load_lead
+from dynamo_mpi.deploy.kubernetes.settings import PROGRAM, JoinSettings, LeadSettings, load_join, load_lead
 from dynamo_mpi.deploy.kubernetes.worker_pod import WorkerPod
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from dynamo_mpi.deploy.kubernetes.settings import JoinSettings, LeadSettings
 
 PREFIX = "dynamo-mpi-pods-"
 

@@ -27,9 +27,8 @@ from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.environment import RequestPlane, discovery_environment, local_environment
 from dynamo_mpi.deploy.local.ask import Answer, NotServedYet, ask
 from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpec, prepare_model
-from dynamo_mpi.deploy.service_error import LOG_LINES
 from dynamo_mpi.deploy.service_stack import ServiceStack
-from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
+from dynamo_mpi.deploy.services import LOG_LINES, Etcd, Frontend, Nats
 
 REMINDER_SECONDS = (5.0, 30.0)
 # longer than a worker's own limit for its requests
@@ -185,7 +184,7 @@ class LocalStack(ServiceStack):
             UsageError: it can't be written.
         """
         if self._settings.timeline is not None:
-            from dynamo_mpi.deploy.local.timeline import draw_stack
+            from dynamo_mpi.deploy.timeline import draw_stack
 
             pages = [worker.timeline for worker in self._workers.values() if worker.timeline is not None]
             now = time.time()

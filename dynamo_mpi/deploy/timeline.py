@@ -1,20 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The timeline of the stack's start: the services, and every rank of the workers."""
+"""The timelines of a start apart from the workers' own: the launcher's steps, and the stack of ``dynamo-mpi local``."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.phases import RankTimings, Span
-from dynamo_mpi.telemetry.startup_trace import ENDED, StartupTrace, printable, read_traces
+from dynamo_mpi.telemetry.startup_trace import (
+    ENDED,
+    FAILED,
+    StartupTrace,
+    encode_traces,
+    printable,
+    read_traces,
+    write_atomically,
+)
 from dynamo_mpi.telemetry.trace_writer import write_timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
+
+
+class Milestones:
+    """Measures steps, and writes the file after each.
+
+    Args:
+        path: the file; an error in writing it is ignored.
+        name: the launcher's name.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name, self._began = path, name, time.time()
+        self._spans: list[Span] = []
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measure the block."""
+        began = time.time()
+        outcome = FAILED
+        try:
+            yield
+            outcome = ENDED
+        finally:
+            now = time.time()
+            self._spans.append(Span(name, began - self._began, None, now - began))
+            with contextlib.suppress(OSError):
+                write_atomically(self._path, json.dumps(encode_traces([self._start(outcome, now)])) + "\n")
+
+    def _start(self, outcome: str, now: float) -> StartupTrace:
+        host = printable(os.uname().nodename.partition(".")[0])
+        rank = RankTimings(0, host, self._began, tuple(self._spans))
+        return StartupTrace(printable(self._name), "launch", "", "", "", outcome, now, None, (rank,))
+
 
 _SERVICES = ("etcd", "nats", "frontend")
 
