@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.common.files import read_small_text
+from dynamo_mpi.common.frozen import dataclass
 from dynamo_mpi.layout.model_config import parse_model_shape
 
 if TYPE_CHECKING:

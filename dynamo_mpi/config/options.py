@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.frozen import dataclass
 from dynamo_mpi.layout.engine_config import MAX_RANKS
 
 if TYPE_CHECKING:

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.config_reader import Reader
+from dynamo_mpi.common.frozen import dataclass, field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,10 +6,11 @@ The engine refuses a file with a single key that it doesn't know, and between 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.frozen import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,11 +7,11 @@ finding (H14).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.config_reader import Reader, parse_json, parse_yaml
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.layout.engine_config import EngineConfig, read_balancer, type_engine_config
 from dynamo_mpi.layout.finding import Finding, Severity
 

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.engine_config import Transceiver
 from dynamo_mpi.layout.format import short_name
 from dynamo_mpi.layout.kv_cache import tokens_per_block

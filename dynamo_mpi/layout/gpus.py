@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.frozen import dataclass
 
 _MIB = 2**20
 

@@ -6,9 +6,9 @@ Only large matrices count; norms and biases are less than one per cent of any mo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.frozen import dataclass
 from dynamo_mpi.layout.divisibility import common_split, dense_block
 from dynamo_mpi.layout.model_shape import Feed, Mixer
 

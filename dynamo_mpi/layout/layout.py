@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.layout.format import counted
 from dynamo_mpi.layout.gpus import GPUS
 

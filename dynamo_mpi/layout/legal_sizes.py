@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.divisibility import MOST_CONTEXT_RANKS, divisors, legal_tp_sizes
 from dynamo_mpi.layout.finding import errors
 from dynamo_mpi.layout.layout import HELIX, Cluster

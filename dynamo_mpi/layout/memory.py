@@ -7,9 +7,9 @@ of some GiB per GPU, so a layout that just fits by estimate may fail, and the ot
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.frozen import dataclass
 from dynamo_mpi.layout.engine_config import DEFAULT_FREE_GPU_MEMORY_FRACTION
 from dynamo_mpi.layout.gpus import find_gpu
 from dynamo_mpi.layout.kv_cache import kv_bytes, kv_dtype_known, resolve_kv_dtype, state_bytes, tokens_per_block
@@ -152,7 +152,7 @@ class MemoryEstimate:
             "kv_cache_fraction": self.fraction,
             "weights_total_bytes": self.weights_total_bytes,
             "stages": [
-                {**asdict(stage), "windows": [{"tokens": t, "bytes_per_token": b} for t, b in stage.windows]}
+                {**vars(stage), "windows": [{"tokens": t, "bytes_per_token": b} for t, b in stage.windows]}
                 for stage in self.stages
             ],
             "assumptions": list(self.assumptions),

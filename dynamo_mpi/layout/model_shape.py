@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.frozen import dataclass
 
 if TYPE_CHECKING:
     from dynamo_mpi.layout.quantisation import Quantisation

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from math import log2
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.layout import heads
 from dynamo_mpi.layout.divisibility import MOST_CONTEXT_RANKS, divisors
 from dynamo_mpi.layout.engine_config import EngineConfig

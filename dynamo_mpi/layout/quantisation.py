@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+
+from dynamo_mpi.common.frozen import dataclass
 
 if TYPE_CHECKING:
     import re

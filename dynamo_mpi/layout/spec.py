@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.frozen import dataclass, field
 from dynamo_mpi.layout.layout import Cluster, Layout, layout_of
 
 if TYPE_CHECKING:

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.finding import errors
 from dynamo_mpi.layout.format import short_name
 from dynamo_mpi.layout.layout import HELIX

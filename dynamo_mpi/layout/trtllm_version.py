@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.frozen import dataclass, field
 
 if TYPE_CHECKING:
     import re

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.frozen import dataclass
 from dynamo_mpi.layout.layer_weights import Elements, Split, dtype_bytes, end_elements, layer_bytes, layer_elements
 from dynamo_mpi.layout.model_shape import Feed, Layer, Mixer
 
@@ -163,4 +163,4 @@ def _sum(parts: Iterable[tuple[Elements, int]]) -> Elements:
     return Elements(*(sum(getattr(part, name) * count for part, count in found) for name in _PARTS))
 
 
-_PARTS = tuple(field.name for field in fields(Elements))
+_PARTS = Elements.__match_args__

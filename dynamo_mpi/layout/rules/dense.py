@@ -6,9 +6,9 @@ Under attention DP dense MLPs and shared experts are held whole by each rank (``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.frozen import dataclass
 from dynamo_mpi.layout import heads
 from dynamo_mpi.layout.divisibility import common_split, dense_block
 from dynamo_mpi.layout.finding import error, info, warning
