@@ -6,7 +6,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # five minutes before the time limit the deployment is told to finish what is in flight
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=B:USR2@300
 #
 # srun_disaggregated.sh as a batch job. Run it to submit itself, with nodes, GPUs, PARTITION and ACCOUNT from the environment; or
 # `sbatch --nodes=8 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue.
@@ -78,7 +78,7 @@ fi
 
 "$root/scripts/srun_disaggregated.sh" "$@" &
 launcher=$!
-for name in USR1 TERM INT; do
+for name in USR2 USR1 TERM INT; do
     # shellcheck disable=SC2064 # both are known now
     trap "kill -s $name $launcher 2>/dev/null || true" "$name"
 done

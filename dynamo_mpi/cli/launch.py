@@ -2,7 +2,7 @@
 """Launch a whole deployment: etcd, NATS and Dynamo's frontend on the head node, and prefill and decode (or aggregated) workers.
 
 Inside a Slurm allocation each part is a job step on nodes of its own; with --hostfile mpirun starts it. Arguments after ``--`` are passed to
-every worker. It runs until Ctrl-C, SIGTERM, SIGUSR1 (a batch script's warning before its time limit), a few minutes before the end of the
+every worker. It runs until Ctrl-C, SIGTERM, SIGUSR2 (a batch script's warning before its time limit), a few minutes before the end of the
 job's time (SLURM_JOB_END_TIME), or `dynamo-mpi down`, and ends only the steps that it started. The exit code is that of the failed step.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.log_tail import Follower
 from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
 from dynamo_mpi.deploy.controller import DeploymentController
@@ -113,7 +113,7 @@ def _conduct(
     only = () if verbose else _OURS
     follower = Follower(run_dir.logs, "*.log", sys.stderr, only=only, period_seconds=_FOLLOW_SECONDS)
     try:
-        with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts, _environment(settings) as environ:
+        with Interrupts((*SIGNALS, *DRAIN_SIGNALS)) as interrupts, _environment(settings) as environ:
             follower.start()
             try:
                 code = DeploymentController(

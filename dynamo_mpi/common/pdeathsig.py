@@ -59,7 +59,8 @@ def main() -> None:
     if arguments.rank_logs:
         write_to_rank_log(arguments.rank_logs)
     # Slurm sends its time limit warning to all processes of a step; only the parent decides how this process reacts
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     try:
         os.execvp(arguments.command[0], arguments.command)  # noqa: S606 - no shell is the point
     except OSError as error:

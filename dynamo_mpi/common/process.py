@@ -4,6 +4,12 @@
 from __future__ import annotations
 
 import os
+import signal
+
+DRAIN_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1)
+"""They ask for an orderly end, as ``--signal`` of a batch job does before its time limit. SIGUSR1 stays for one release: NCCL and a batch
+job's submitter may use it themselves."""
+SHUTDOWN_SIGNALS = (signal.SIGTERM, signal.SIGINT, *DRAIN_SIGNALS)
 
 
 def host_name() -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.backoff import ReminderSchedule
 from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.subprocess import await_exit
 from dynamo_mpi.deploy.services import StepFailed, listed_models
@@ -109,9 +110,9 @@ class DeploymentController:
         except _AskedToStop as end:
             self._say(str(end))
         except Interrupted as end:
-            if end.number != signal.SIGUSR1:
+            if end.number not in DRAIN_SIGNALS:
                 raise
-            self._say("the time is nearly up (SIGUSR1): ending")
+            self._say(f"the time is nearly up ({signal.Signals(end.number).name}): ending")
         finally:
             self._stop()
         return ExitCode.OK

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,8 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 VARIABLE = "SLURM_JOB_END_TIME"
-TIME_LIMIT_REACHED = "the launcher says that its time is nearly up (SIGUSR1): ending in order"
-"""The reason of a shutdown that Slurm's ``--signal`` requests."""
 
 
 class JobTimeLimit(NamedTuple):
@@ -49,6 +48,11 @@ class JobTimeLimit(NamedTuple):
     @property
     def _clock(self) -> str:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.end))
+
+
+def time_limit_reached(number: int) -> str:
+    """Return the reason of the shutdown that a signal requests, as Slurm's ``--signal`` does."""
+    return f"the launcher says that its time is nearly up ({signal.Signals(number).name}): ending in order"
 
 
 def schedule_drain(

@@ -16,9 +16,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_mpi.common.errors import EngineError
+from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.discovery.registration_monitor import lease_error
 from dynamo_mpi.discovery.runtime_compat import remove_empty_credentials
-from dynamo_mpi.mpi.job_time_limit import TIME_LIMIT_REACHED, schedule_drain
+from dynamo_mpi.mpi.job_time_limit import schedule_drain, time_limit_reached
 from dynamo_mpi.runtime.runtime_error import runtime_error
 from dynamo_mpi.runtime.serving_handler import RequestHandler
 
@@ -87,7 +88,7 @@ async def serve(
     on_drain_request: Callable[[Callable[[int], object]], object],
     on_in_flight: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Register ``engine`` with Dynamo, serve until SIGTERM, SIGINT, SIGUSR1 or shortly before the job's time limit, then drain.
+    """Register ``engine`` with Dynamo, serve until SIGTERM, SIGINT, SIGUSR2 or shortly before the job's time limit, then drain.
 
     Args:
         registration: the registration's data.
@@ -118,8 +119,8 @@ async def serve(
     reasons: list[str] = []
 
     def request_drain(number: int) -> None:
-        if number == signal.SIGUSR1 and not stop.done() and not reasons:
-            log.info(TIME_LIMIT_REACHED)
+        if number in DRAIN_SIGNALS and not stop.done() and not reasons:
+            log.info(time_limit_reached(number))
         _from_thread(loop, stop, number)
 
     def drain_because(reason: str) -> None:
@@ -127,9 +128,9 @@ async def serve(
             log.info(reason)
         reasons.append(reason)
         # as a signal, so that the next signal counts as the second
-        os.kill(os.getpid(), signal.SIGUSR1)
-        # directly too, as not every launch handles SIGUSR1
-        _from_thread(loop, stop, signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        # directly too: a signal that follows another within a second is ignored
+        _from_thread(loop, stop, signal.SIGUSR2)
 
     on_drain_request(request_drain)
 

@@ -19,6 +19,7 @@ from dynamo_mpi.common.exit_codes import ExitCode, of_signal
 from dynamo_mpi.common.failure import TerminatedBySignal
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.log import print_trtllm_launch_line
+from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.threads import start_thread
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
@@ -29,7 +30,7 @@ from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.readiness import ReadinessProbe
 from dynamo_mpi.engines.trtllm.session import Session, SessionDir
 from dynamo_mpi.engines.trtllm.task import install
-from dynamo_mpi.mpi.job_time_limit import TIME_LIMIT_REACHED, schedule_drain
+from dynamo_mpi.mpi.job_time_limit import schedule_drain, time_limit_reached
 from dynamo_mpi.runtime.ready_file import remove_ready_file
 from dynamo_mpi.supervisor.signal_thread import SAME_SIGNAL_SECONDS, SignalThread, signals_of
 
@@ -80,7 +81,7 @@ class TrtllmRunner(WorkerHook):
         self._session_dir: SessionDir | None = None
 
     def run(self, on_ready: Callable[[], None]) -> ExitCode:
-        """Run the worker until SIGTERM, SIGINT, SIGUSR1, shortly before the job's time limit, or the loss of its lease. Any other failure
+        """Run the worker until SIGTERM, SIGINT, SIGUSR2, shortly before the job's time limit, or the loss of its lease. Any other failure
         aborts the world.
 
         Args:
@@ -221,12 +222,12 @@ class TrtllmRunner(WorkerHook):
         if not self._shutdown_requested:
             self._shutdown_requested = True
             self._log.info(why)
-            self._events.put(SignalReceived(signal.SIGUSR1))
+            self._events.put(SignalReceived(signal.SIGUSR2))
 
     def _on_signal(self, number: int) -> None:
         self._supervisor.note_signal(number)
-        if number == signal.SIGUSR1 and self._serving:
-            self._on_time_limit(TIME_LIMIT_REACHED)
+        if number in DRAIN_SIGNALS and self._serving:
+            self._on_time_limit(time_limit_reached(number))
             return
         if not self._serving or self._phases.current == "exit":
             self._supervisor.abort(TerminatedBySignal(number), of_signal(number))

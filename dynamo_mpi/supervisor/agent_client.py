@@ -20,7 +20,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.exit_codes import of_signal
-from dynamo_mpi.common.process import is_stopped
+from dynamo_mpi.common.process import SHUTDOWN_SIGNALS, is_stopped
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_socket import agent_socket_name, peer_is_ours
 
@@ -36,7 +36,6 @@ _MAX_DELAY_SECONDS = 5.0
 _CHECK_SECONDS = 1
 _READ_BYTES = 4096
 _FRAMES = 12
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PUBLISH_SECONDS = 2.0
 _MAX_AGENTS = 5
 _MARK_BYTES = 8
@@ -126,16 +125,16 @@ class NodeAgentClient:
             _signal(self._agent_pid, signal.SIGCONT)
 
     def install_signal_handlers(self) -> None:
-        """Make SIGTERM, SIGINT and SIGUSR1 notify the agent and end this rank, whatever the main thread does. Call from the main thread."""
+        """Make the signals of a shutdown notify the agent and end this rank, whatever the main thread does. Call from the main thread."""
         self._wakeup = reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        for number in _SIGNALS:
+        for number in SHUTDOWN_SIGNALS:
             # Python writes the number to the wakeup descriptor only if a Python handler is installed
             signal.signal(number, signal.SIG_IGN if number in self._ignored else _on_signal)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         if not _start(self._wait_for_signal, reader):
             self.uninstall_signal_handlers()
-            for number in _SIGNALS:
+            for number in SHUTDOWN_SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
 
     def uninstall_signal_handlers(self) -> None:

@@ -17,12 +17,12 @@ nonce; the token itself is never sent. Frames are not protected against changes 
 from __future__ import annotations
 
 import hmac
-import signal
 import struct
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.codec import decode_strings, encode_strings
+from dynamo_mpi.common.process import SHUTDOWN_SIGNALS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,7 +150,7 @@ class SignalMessage(NamedTuple):
     """A signal that a rank other than 0 got.
 
     Args:
-        number: the number of SIGTERM, SIGINT or SIGUSR1.
+        number: the signal's number, one of `SHUTDOWN_SIGNALS`.
         repeated: whether it is not that rank's first signal.
     """
 
@@ -168,7 +168,7 @@ class SignalMessage(NamedTuple):
         Raises:
             WireError: the body is invalid.
         """
-        if len(body) != 2 or body[0] not in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) or body[1] > 1:
+        if len(body) != 2 or body[0] not in SHUTDOWN_SIGNALS or body[1] > 1:
             raise WireError("invalid SIGNAL frame")
         return cls(body[0], bool(body[1]))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Signals of rank 0: the first requests an orderly shutdown if one is possible, any other ends the world at once.
 
-SIGUSR1 warns that a batch job's time limit is near (``--signal``); it is ignored once a shutdown has begun.
+SIGUSR2 (or SIGUSR1) asks for a drain, as a batch job's ``--signal`` does before the time limit; it is ignored once a shutdown has begun.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.supervisor.signal_thread import SAME_SIGNAL_SECONDS, SIGNALS, SignalThread
+from dynamo_mpi.common.process import DRAIN_SIGNALS, SHUTDOWN_SIGNALS
+from dynamo_mpi.supervisor.signal_thread import SAME_SIGNAL_SECONDS, SignalThread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ class ShutdownSignals:
     def __init__(
         self,
         terminate_now: Callable[[int], object],
-        signals: Sequence[signal.Signals] = SIGNALS,
+        signals: Sequence[signal.Signals] = SHUTDOWN_SIGNALS,
         on_signal: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._terminate_now, self._on_signal = terminate_now, on_signal
@@ -80,7 +81,7 @@ class ShutdownSignals:
                 return
             self._last_signal_at = now
             start_drain, self._start_drain = self._start_drain, None
-            if start_drain is None and self._requested and number == signal.SIGUSR1:
+            if start_drain is None and self._requested and number in DRAIN_SIGNALS:
                 return
             self._requested = True
         self._on_signal(number)

@@ -9,12 +9,12 @@ import signal
 import threading
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.process import SHUTDOWN_SIGNALS
 from dynamo_mpi.mpi.launcher import Launcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_SECONDS = 1.0
 """Repetitions within this time are ignored: some launchers deliver a signal twice, through srun and to every rank."""
 _STOP = b"\0"  # no signal's number
@@ -23,25 +23,26 @@ _STOP = b"\0"  # no signal's number
 def signals_of(launcher: Launcher) -> Sequence[signal.Signals]:
     """Return the signals that request a rank's shutdown. Not SIGUSR1 under MPICH's mpiexec: with ``-disable-auto-cleanup`` it sends it to
     the remaining ranks when one has died."""
-    return SIGNALS[:2] if launcher is Launcher.HYDRA else SIGNALS
+    ignored = signal.SIGUSR1 if launcher is Launcher.HYDRA else None
+    return [number for number in SHUTDOWN_SIGNALS if number is not ignored]
 
 
 class SignalThread:
-    """Calls ``on_signal`` with the number of each SIGTERM, SIGINT and SIGUSR1, from a thread. Create and close it in the main thread.
+    """Calls ``on_signal`` with the number of each of the signals, from a thread. Create and close it in the main thread.
 
     Args:
         on_signal: must be quick, or not return. With None, signals are kept until `begin`.
-        signals: the handled signals; others of `SIGNALS` are ignored.
+        signals: the handled signals; others of `SHUTDOWN_SIGNALS` are ignored.
     """
 
     def __init__(
-        self, on_signal: Callable[[int], None] | None = None, signals: Sequence[signal.Signals] = SIGNALS
+        self, on_signal: Callable[[int], None] | None = None, signals: Sequence[signal.Signals] = SHUTDOWN_SIGNALS
     ) -> None:
         self._on_signal, self._signals = on_signal, signals
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in SHUTDOWN_SIGNALS:
             # Python writes the number to the wakeup descriptor only if a Python handler is installed
             signal.signal(number, (lambda *_: None) if number in signals else signal.SIG_IGN)
             # signals must not interrupt the engine's native system calls
@@ -57,7 +58,7 @@ class SignalThread:
 
     def close(self) -> None:
         """Ignore signals from now on: the rest of the shutdown is short and must not be interrupted."""
-        for number in SIGNALS:
+        for number in SHUTDOWN_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(self._before)
         # closing the pipe would not end the thread while a forked process holds a copy

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of the job's time as a reason to drain: both kinds of worker are told of it as Slurm tells it, by a variable or by SIGUSR1."""
+"""The end of the job's time as a reason to drain: both kinds of worker are told of it as Slurm tells it, by a variable or by SIGUSR2."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_a_signal_that_time_is_nearly_up_comes_to_all_ranks_and_more_than_once(
         leader = late.rank_zero()
         for worker in (late, other):
             for pid in worker.ranks():
-                os.kill(pid, signal.SIGUSR1)
+                os.kill(pid, signal.SIGUSR2)
         eventually(lambda: "drain: " in late.text(), "it drains")
         with contextlib.suppress(ProcessLookupError):
             os.kill(leader, signal.SIGUSR1)
         assert list(events)[-1] == "[DONE]"
     for worker in (late, other):
-        drained(worker, "the launcher says that its time is nearly up (SIGUSR1)")
+        drained(worker, "the launcher says that its time is nearly up (SIGUSR2)")
     assert etcd.keys() == [] == etcd.worlds()

@@ -120,7 +120,7 @@ def until_up(leader: subprocess.Popen[str]) -> list[str]:
 
 
 def test_a_signal_to_any_pod_asks_all_ranks_for_an_orderly_end(tmp_path: Path) -> None:
-    wait = "import signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); print('up', flush=True); signal.pause()"
+    wait = "import signal, sys; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(0)); print('up', flush=True); signal.pause()"
     with pods(tmp_path, sys.executable, "-c", wait) as found:
         leader = found[0]
         until_up(leader)
@@ -131,7 +131,7 @@ def test_a_signal_to_any_pod_asks_all_ranks_for_an_orderly_end(tmp_path: Path) -
 
 
 def test_a_second_signal_to_the_leader_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
-    deaf = "import signal; signal.signal(signal.SIGUSR1, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+    deaf = "import signal; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print('up', flush=True); signal.pause()"
     with pods(tmp_path, sys.executable, "-c", deaf) as found:
         leader = found[0]
         heard = until_up(leader)

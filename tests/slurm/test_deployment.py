@@ -321,9 +321,9 @@ def test_as_a_batch_job_that_ends_before_its_time_is_up(slurm: SlurmSession, tmp
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.strip()
     eventually(lambda: log.exists() and "ready: smollm2. Try:" in log.read_text(), "it is ready", 90)
-    # as Slurm does it when the time limit is near (--signal=B:USR1@300)
-    slurm.exec("scancel", "--batch", "--signal=USR1", job)
+    # as Slurm does it when the time limit is near (--signal=B:USR2@300)
+    slurm.exec("scancel", "--batch", "--signal=USR2", job)
     facts: dict[str, Any] = slurm.wait_for_job(job)
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
-    assert "the time is nearly up (SIGUSR1): ending" in log.read_text()
+    assert "the time is nearly up (SIGUSR2): ending" in log.read_text()
     assert "drain: deregistered" in log.read_text()

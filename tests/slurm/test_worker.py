@@ -228,10 +228,10 @@ def test_where_a_step_was_killed_the_next_serves_until_slurms_warning(start: Sta
     worker.says("ready: ")
     ready = worker.ready()
     assert (ready["attempt"], ready["pid"] != old["pid"]) == (2, True)
-    # as `--signal=USR1@120` has it done: for the processes of all ranks
-    assert stack.slurm.exec("scancel", "--signal=USR1", f"{worker.job}.0").returncode == 0
+    # as `--signal=USR2@120` has it done: for the processes of all ranks
+    assert stack.slurm.exec("scancel", "--signal=USR2", f"{worker.job}.0").returncode == 0
     assert worker.wait() == 0, worker.text()
-    assert "the launcher says that its time is nearly up (SIGUSR1): ending in order" in worker.text()
+    assert "the launcher says that its time is nearly up (SIGUSR2): ending in order" in worker.text()
     assert "drain: deregistered" in worker.text()
     assert worker.ranks() == {}
     assert shared_memory(stack) == before, "the killed step's shared memory"

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.common.failure import Failure
+from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.deploy import controller as conductors
 from dynamo_mpi.deploy import reports
@@ -116,7 +117,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
 
         run_dir = RunDir(folder)
         try:
-            with Interrupts((*SIGNALS, signal.SIGUSR1)) as interrupts:
+            with Interrupts((*SIGNALS, *DRAIN_SIGNALS)) as interrupts:
                 conductor = DeploymentController(
                     replace(settings, max_restarts=max_restarts, **changes),  # type: ignore[arg-type] # texts
                     workers,
@@ -146,7 +147,8 @@ READY = "ready, according to its workers"
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 0)]
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR2, 0), (signal.SIGUSR1, 0)],
 )
 def test_a_signal_ends_prefill_then_decode_then_the_services(run: Run, number: signal.Signals, code: int) -> None:
     ended, said = run(READY, raise_signal(number))
@@ -237,7 +239,7 @@ def test_before_the_jobs_time_ends_all_is_ended_in_order(run: Run, monkeypatch: 
 
 def test_where_the_time_is_too_short_from_the_start_it_is_only_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 5))
-    code, said = run(READY, raise_signal(signal.SIGUSR1))
+    code, said = run(READY, raise_signal(signal.SIGUSR2))
     assert (code, "ending in order" in said) == (0, False)
     assert "warning: the job's time ends at " in said
     assert "an orderly end may take 102 s" in said

@@ -110,9 +110,15 @@ def test_under_mpichs_mpiexec_sigusr1_is_no_word_of_the_time(loop: str) -> None:
         process.send_signal(signal.SIGUSR1)
         process.send_signal(signal.SIGTERM)
         assert line(process) == "drain 15"
+
+
+@LOOPS
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGUSR1])
+def test_both_drain_signals_request_a_drain(loop: str, number: signal.Signals) -> None:
+    pytest.importorskip(loop)
     with running(loop, "0") as process:
-        process.send_signal(signal.SIGUSR1)
-        assert line(process) == "drain 10"
+        process.send_signal(number)
+        assert line(process) == f"drain {int(number)}"
 
 
 @LOOPS

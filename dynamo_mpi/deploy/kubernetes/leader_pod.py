@@ -173,11 +173,11 @@ class LeaderPod:
         self._changed.set()
         if self._mpirun is None or self._mpirun.returncode is not None:
             return
-        # mpirun forwards SIGUSR1, which requests a worker's orderly end; after SIGTERM it would kill the ranks at once
+        # mpirun forwards SIGUSR2, which requests a worker's orderly end; after SIGTERM it would kill the ranks at once
         if first:
             self._asked = now
             self._print(f"{who} got {signal.Signals(number).name}: ending in order")
-            self._mpirun.send_signal(signal.SIGUSR1)
+            self._mpirun.send_signal(signal.SIGUSR2)
         elif who == "this pod" and self._asked is not None and now - self._asked > _HURRY_SECONDS:
             self._mpirun.send_signal(signal.SIGTERM)
 

@@ -17,7 +17,7 @@ class ChildExited(NamedTuple):
 
 
 class SignalReceived(NamedTuple):
-    """A shutdown is requested by a signal, or, as SIGUSR1, by the job's time limit."""
+    """A shutdown is requested by a signal, or, as SIGUSR2, by the job's time limit."""
 
     number: int
 
