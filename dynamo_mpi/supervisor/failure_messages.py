@@ -42,7 +42,7 @@ def heartbeat_missed(seconds: float, host: str) -> DynamoMpiError:
 
 def never_connected(seconds: float, rendezvous: Rendezvous) -> DynamoMpiError:
     """Return the error for a rank that never connected."""
-    return UsageError(
+    return RetryableError(
         f"has not connected to rank 0 within {seconds:.0f} s",
         needed=f"a TCP connection from every node to {rendezvous.host}, {rendezvous.address}, port {rendezvous.port}",
         fix="set --liveness-network to a network of all nodes, and open its TCP ports",
@@ -66,7 +66,7 @@ def cannot_listen(address: str, error: OSError) -> DynamoMpiError:
 
 def cannot_connect(rendezvous: Rendezvous, reason: str) -> DynamoMpiError:
     """Return the error for a rank 0 that can't be reached from this host."""
-    return UsageError(
+    return RetryableError(
         f"rank 0 on {rendezvous.host} can't be reached at {rendezvous.address}, port {rendezvous.port}: {reason}",
         needed="a TCP connection from every rank to rank 0",
         fix="if rank 0 died, its own report says why; otherwise set --liveness-network to a network of all nodes, and open its TCP ports",

@@ -85,7 +85,7 @@ class HeartbeatClient:
         agent: this rank's connection to its node agent.
 
     Raises:
-        UsageError: rank 0 can't be reached.
+        RetryableError: rank 0 can't be reached.
     """
 
     def __init__(

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Authenticates connections to rank 0. The number of unauthenticated connections and their duration are limited."""
+"""Accepts and authenticates connections to rank 0 and to node agents."""
 
 from __future__ import annotations
 
+import math
 import secrets
 import selectors
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.admission import Admission
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     NONCE_BYTES,
@@ -33,7 +35,6 @@ _MAX_ACCEPTS_PER_EVENT = 64
 class _PendingConnection(NamedTuple):
     connection: FrameConnection
     nonce: bytes
-    deadline: float
     on_readable: Callable[[], None]
 
 
@@ -47,7 +48,7 @@ class JoinHandler:
         size: ranks of the world: at most as many connections as ranks are missing, and `MAX_PENDING` more, may be unauthenticated.
         admit: called with the number and the connection of each authenticated rank; returns whether it was expected.
         on_joined: called with a rank's number after WELCOME has been sent to it.
-        may_rejoin: whether each rank may join more than once.
+        may_rejoin: whether each rank may join more than once; if not, the listener is closed once all have joined.
     """
 
     def __init__(
@@ -62,12 +63,9 @@ class JoinHandler:
         may_rejoin: bool = False,
     ) -> None:
         self._selector, self._listener, self._token = selector, listener, token
-        self._capacity, self._admit, self._on_joined, self._may_rejoin = (
-            size + MAX_PENDING,
-            admit,
-            on_joined,
-            may_rejoin,
-        )
+        self._admit, self._on_joined = admit, on_joined
+        self._missing = math.inf if may_rejoin else size - 1
+        self._admission: Admission[int] = Admission(size + MAX_PENDING, _HANDSHAKE_SECONDS)
         self._pending: dict[int, _PendingConnection] = {}
         listener.setblocking(False)
         self._open = False
@@ -75,10 +73,9 @@ class JoinHandler:
 
     def tick(self) -> None:
         """Drop connections that took too long to authenticate, and listen again if that was interrupted."""
-        now = time.monotonic()
-        for pending in [pending for pending in self._pending.values() if now > pending.deadline]:
-            self._drop(pending).close()
-        if not self._open:
+        for number in self._admission.expired(time.monotonic()):
+            self._drop(self._pending[number]).close()
+        if not self._open and self._missing:
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
             self._open = True
 
@@ -96,7 +93,7 @@ class JoinHandler:
             return
         for _ in range(_MAX_ACCEPTS_PER_EVENT):
             try:
-                connection, _ = self._listener.accept()
+                connection, peer = self._listener.accept()
             except BlockingIOError:
                 return
             except ConnectionError:  # closed before it was accepted
@@ -107,19 +104,17 @@ class JoinHandler:
                 self._selector.unregister(self._listener)
                 self._open = False
                 return
-            if len(self._pending) >= self._capacity:
-                connection.close()
-                continue
-            self._handshake(FrameConnection(connection))
+            self._handshake(FrameConnection(connection), peer[0])
 
-    def _handshake(self, connection: FrameConnection) -> None:
+    def _handshake(self, connection: FrameConnection, address: str) -> None:
         number = connection.fileno()
-        pending = _PendingConnection(
-            connection,
-            secrets.token_bytes(NONCE_BYTES),
-            time.monotonic() + _HANDSHAKE_SECONDS,
-            lambda: self._receive(number),
-        )
+        displaced = self._admission.enter(number, address, time.monotonic())
+        if number in displaced:
+            connection.close()
+            return
+        for other in displaced:
+            self._drop(self._pending[other]).close()
+        pending = _PendingConnection(connection, secrets.token_bytes(NONCE_BYTES), lambda: self._receive(number))
         self._pending[number] = pending
         self._selector.register(connection, selectors.EVENT_READ, pending.on_readable)
         connection.send(Frame(FrameType.HELLO, pending.nonce))
@@ -131,6 +126,7 @@ class JoinHandler:
         try:
             frames = pending.connection.read()
             if not frames:
+                self._admission.begin_request(number, time.monotonic())
                 return
             # a rank waits for WELCOME before it sends more
             (frame,) = frames
@@ -143,12 +139,17 @@ class JoinHandler:
         if not is_valid_mac(join.mac, expected) or not self._admit(join.rank, connection):
             connection.close()
             return
-        if not self._may_rejoin:
-            self._capacity -= 1
         connection.send(Frame(FrameType.WELCOME, leader_mac(self._token, join.nonce, join.rank)))
         self._on_joined(join.rank)
+        self._missing -= 1
+        if self._missing < math.inf:
+            self._admission.places -= 1
+        if not self._missing:
+            self.close()
 
     def _drop(self, pending: _PendingConnection) -> FrameConnection:
+        number = pending.connection.fileno()
         self._selector.unregister(pending.connection)
-        del self._pending[pending.connection.fileno()]
+        self._admission.leave(number)
+        del self._pending[number]
         return pending.connection

@@ -30,6 +30,7 @@ from dynamo_mpi.common.hard_exit import hard_exit_after
 from dynamo_mpi.common.hooks import WorkerHooks, WorldFailure
 from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.common.open_files_limit import raise_nofile_limit
+from dynamo_mpi.common.ports import LOOPBACK, is_free
 from dynamo_mpi.common.redact import own_redactor
 from dynamo_mpi.mpi.placement import describe_ranks
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report, encode_report
@@ -104,6 +105,7 @@ class WorldSupervisor:
     ) -> None:
         self._world, self._phases, self._log = context.world, context.phases, context.log
         self._agent = context.agent
+        self._all_ranks_here = context.launch.local_size == context.world.size
         self._ranks, self._hooks = ranks, hooks or WorkerHooks()
         self.tracker = ProgressTracker([placement.host for placement in ranks], context.phases)
         self.failures: tuple[Failure, ...] = ()
@@ -123,7 +125,7 @@ class WorldSupervisor:
         raise_nofile_limit(self._world.size + MAX_PENDING)
         address = config.network or "the address of its name"
         try:
-            address = config.address or host_address(config.network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
+            address = config.address or self._default_address(config.network)
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             # all ranks connect at the same moment
             listener = socket.create_server((address, 0), family=family, backlog=max(128, self._world.size))
@@ -150,6 +152,12 @@ class WorldSupervisor:
         self._phases.on_phase(lambda name: self._broadcast(Frame(FrameType.PHASE, name.encode())))
         server.start()
         return rendezvous
+
+    def _default_address(self, network: str | None) -> str:
+        """Return loopback if the launcher says that all ranks are on this host: no other host may connect then."""
+        if network is None and self._all_ranks_here and is_free(0, LOOPBACK):
+            return LOOPBACK
+        return host_address(network, "--liveness-network (DYN_MPI_LIVENESS_NETWORK)")
 
     def _listen_for_agents(self, address: str, family: int) -> tuple[int, str]:
         """Let rank 0's node agent accept the agents of other nodes; return the port, 0 for none, and the token."""

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.errors import RetryableError
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_consequences, root_cause
 from dynamo_mpi.supervisor import heartbeat_client as lifeline_module
 from dynamo_mpi.supervisor import join
@@ -183,10 +183,10 @@ def test_other_signals_are_none(body: bytes) -> None:
         SignalMessage.unpack(body)
 
 
-def test_a_rank_that_never_comes_is_told_with_the_address() -> None:
+def test_a_rank_that_never_connects_is_reported_with_the_address() -> None:
     tower = Watchtower(timeout=0.4)
     failure = tower.next()
-    assert (failure.rank, failure.exit_code) == (1, 64)
+    assert (failure.rank, failure.exit_code) == (1, 75)
     assert "--liveness-network" in failure.text
     tower.server.close()
 
@@ -257,25 +257,35 @@ def test_who_says_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     tower.server.close()
 
 
-def test_strangers_are_few_and_ranks_come_in_after_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(join, "_HANDSHAKE_SECONDS", 0.5)
+def test_ranks_join_while_idle_connections_fill_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(join, "MAX_PENDING", 4)
     tower = Watchtower(timeout=4)
     crowd = [tower.stranger() for _ in range(SIZE + 4)]
     for stranger in crowd:
         stranger.recv(4096)
-    with tower.stranger() as one_more:
-        assert is_shut(one_more)
     tower.join(1)
+    assert is_shut(crowd[0])  # the oldest made room
     for stranger in crowd:
         stranger.close()
+    tower.server.close()
+
+
+def test_the_listener_is_closed_once_all_ranks_have_joined() -> None:
+    tower = Watchtower(timeout=4)
+    with tower.stranger() as early:
+        lines = [tower.join(rank) for rank in range(1, SIZE)]
+        assert is_shut(early)
+        with pytest.raises(ConnectionRefusedError):
+            tower.stranger()
+    for line in lines:
+        line.close()
     tower.server.close()
 
 
 def test_a_listener_that_does_not_know_the_token_is_not_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lifeline_module, "_CONNECT_SECONDS", 0.5)
     tower = Watchtower()
-    with pytest.raises(UsageError, match="can't be reached at 127") as caught:
+    with pytest.raises(RetryableError, match="can't be reached at 127") as caught:
         connect(tower.rendezvous._replace(token=secrets.token_hex(TOKEN_BYTES)), 1)
     assert "--liveness-network" in caught.value.fix
     tower.server.close()
