@@ -48,6 +48,7 @@ bench:
 	$(BIN)/python tests/bench/check_start.py
 	$(BIN)/python tests/bench/status_start.py
 	$(BIN)/python tests/bench/launch_to_verdict.py
+	$(BIN)/python tests/bench/launch_to_verdict.py --engine trtllm --ranks 8 16 32 64 --runs 3
 	$(BIN)/python tests/bench/serving_rate.py
 	$(BIN)/python tests/bench/hand_over.py
 	$(BIN)/python tests/bench/liveness.py
