@@ -10,8 +10,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.checks.fabric_steps import EXCHANGE
-from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.layout.finding import error
 from dynamo_mpi.layout.format import listed
 

@@ -23,13 +23,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dynamo_mpi.checks import kv_pull, kv_rules
 from dynamo_mpi.checks.kv_pull import CONNECT_SECONDS, FAILED, NIXL, PULL_SECONDS, TCP, PairResult, Source
-from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError, RetryableError, UsageError
-from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.common.hard_exit import hard_exit_after
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, PhaseTimeoutError, RetryableError, UsageError
 from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.ports import is_free
-from dynamo_mpi.common.process import host_name
+from dynamo_mpi.common.process import hard_exit_after, host_name
 from dynamo_mpi.layout.finding import errors, render
 from dynamo_mpi.layout.format import counted, listed
 from dynamo_mpi.mpi.launch_checks import check_launch, identify_mpi

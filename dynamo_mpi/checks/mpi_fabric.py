@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, EXCHANGE, OK, FabricAnswer, Timing, segments
 from dynamo_mpi.checks.hang_diagnosis import WaitState
-from dynamo_mpi.common.activity import set_activity
 from dynamo_mpi.common.fabric_payload import expected, expected_sum, outgoing
+from dynamo_mpi.common.process import set_activity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.checks.fabric_steps import FAILED, LATE, OK, SKIPPED, FabricAnswer, Timing
 from dynamo_mpi.checks.hang_diagnosis import WaitState
 from dynamo_mpi.checks.hardware_check_plan import START_SHARE
-from dynamo_mpi.common.activity import set_activity
 from dynamo_mpi.common.codec import decode_strings, encode_strings
 from dynamo_mpi.common.fabric_payload import corruption_injected
+from dynamo_mpi.common.process import set_activity
 from dynamo_mpi.common.subprocess import ManagedProcess
 
 if TYPE_CHECKING:

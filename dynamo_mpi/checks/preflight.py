@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.checks.hardware_check_plan import memory_is_awaited
 from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportRequest, weight_files
 from dynamo_mpi.checks.rank_rules import check_ranks
-from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ConfigFileError, ExitCode, ModelNotFoundError
 from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.layout.check import check_worker, exit_code_of
 from dynamo_mpi.layout.engine_config import EngineConfig

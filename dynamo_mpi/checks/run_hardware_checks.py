@@ -15,8 +15,7 @@ from dynamo_mpi.checks.hang_diagnosis import HangError, find_blocking_ranks, rea
 from dynamo_mpi.checks.hardware import CheckContext
 from dynamo_mpi.checks.hardware_check_plan import START_SHARE, WAIT_SHARE
 from dynamo_mpi.common.codec import decode_strings, encode_strings
-from dynamo_mpi.common.errors import RetryableError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode, RetryableError
 from dynamo_mpi.layout.finding import Severity, errors, render
 
 if TYPE_CHECKING:

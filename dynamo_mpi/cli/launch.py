@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
-from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options

@@ -12,11 +12,10 @@ import sys
 from pathlib import Path
 
 from dynamo_mpi.cli.local_output import JsonPrinter, Printer, TextPrinter, curl_line, failure, say, success
-from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
 from dynamo_mpi.common.ports import LOOPBACK
-from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.config.options import to_file
 from dynamo_mpi.deploy.local.stack import LocalStack, Ready, StackSettings

@@ -16,8 +16,7 @@ from typing import NoReturn
 
 from dynamo_mpi import __version__
 from dynamo_mpi.cli.style import silence_stdout, write_out
-from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, UsageError, of_signal
 
 PROGRAM = "dynamo-mpi"
 VERBS = {
@@ -47,15 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for ``sys.argv``.
 
     Returns:
-        the exit code; see ``dynamo_mpi.common.exit_codes``.
+        the exit code; see ``dynamo_mpi.common.errors``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)
     except DynamoMpiError as error:
-        from dynamo_mpi.common.redact import own_redactor  # imported here, so that a start without errors is fast
+        from dynamo_mpi.common.redact import process_redactor  # imported here, so that a start without errors is fast
 
-        redact = own_redactor().redact
+        redact = process_redactor().redact
         print(f"{PROGRAM}: {redact(str(error))}", file=sys.stderr)
         _print_error_json(words, {k: redact(v) if isinstance(v, str) else v for k, v in error.plain().items()})
         return error.exit_code

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
-from dynamo_mpi.common.errors import LayoutError, UsageError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode, LayoutError, UsageError
 from dynamo_mpi.config.options import Option, to_count
 from dynamo_mpi.layout.check import exit_code_of
 from dynamo_mpi.layout.engine_yaml import for_role

@@ -15,8 +15,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, ExitCode
 from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output, find_deployment
 from dynamo_mpi.ops.status import ETCD_SECONDS, read_status

@@ -8,8 +8,7 @@ import traceback
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ from functools import partial
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.threads import start_thread
+from dynamo_mpi.common.waiting import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

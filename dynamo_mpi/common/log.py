@@ -49,7 +49,7 @@ class RankLogger:
 
     def _emit(self, level: str, text: str, fields: Mapping[str, Fact] | None = None) -> None:
         try:
-            from dynamo_mpi.common.log_levels import Level
+            from dynamo_mpi.common.log_record import Level
             from dynamo_mpi.common.log_writer import log_writer
         except Exception as error:  # the file system is gone, or a signal interrupted this import
             with contextlib.suppress(OSError):
@@ -67,7 +67,7 @@ def print_trtllm_launch_line(kind: str, rank: int, size: int) -> None:
         rank: this rank.
         size: ranks of the world.
     """
-    from dynamo_mpi.common.log_levels import Level
+    from dynamo_mpi.common.log_record import Level
     from dynamo_mpi.common.log_writer import log_writer
 
     text = f"rank{rank} run mgmn {kind} node with mpi_world_size: {size} ..."

@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes all log lines of this process, with secrets redacted, to stderr and, if there is one, to the rank's log file.
-
-It may be called from any thread and from signal handlers. A line is written by one system call, so that lines of different ranks don't mix.
-Status lines at the end of a terminal are erased before it and drawn again after it.
-"""
+"""Writes all log lines of this process, with secrets redacted, to stderr and, if there is one, to the rank's log file of limited size."""
 
 from __future__ import annotations
 
@@ -15,15 +11,70 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.log_levels import Level, is_true, least_level
-from dynamo_mpi.common.log_record import Line
-from dynamo_mpi.common.redact import own_redactor
-from dynamo_mpi.common.rotating_file import LogFile
+from dynamo_mpi.common.log_record import Fact, Level, Line, is_true, least_level
+from dynamo_mpi.common.redact import process_redactor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from dynamo_mpi.common.log_record import Fact
+FILE_BYTES = 16 << 20
+FILES = 3
+
+
+class LogFile:
+    """Appends to a file that only its owner can read; the file is created with the first line.
+
+    Args:
+        path: the file. A missing directory is created, for its owner only.
+        most: largest size of one file in bytes.
+        files: number of files that are kept, including the current one.
+    """
+
+    def __init__(self, path: str, most: int = FILE_BYTES, files: int = FILES) -> None:
+        self.path, self._most, self._files = path, most, files
+        self._descriptor = -1
+        self._bytes = 0
+
+    def write(self, data: bytes) -> None:
+        """Append whole lines.
+
+        Raises:
+            OSError: they can't be written.
+        """
+        if self._descriptor < 0:
+            self._open()
+        elif self._bytes and self._bytes + len(data) > self._most:
+            self._rotate()
+        while data:
+            written = os.write(self._descriptor, data)
+            self._bytes += written
+            data = data[written:]
+
+    def close(self) -> None:
+        """Close the file; the next line opens it again. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> None:
+        folder = os.path.dirname(self.path)
+        if folder:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        # not through a link: another user could make us write to another file
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(self.path, flags, 0o600)
+        self._bytes = os.fstat(self._descriptor).st_size
+
+    def _rotate(self) -> None:
+        self.close()
+        for number in range(self._files - 1, 0, -1):
+            older = self.path if number == 1 else f"{self.path}.{number - 1}"
+            try:
+                os.replace(older, f"{self.path}.{number}")
+            except FileNotFoundError:
+                continue
+        self._open()
+
 
 _LINES_KEPT = 100
 _WIDTH = 80
@@ -77,7 +128,7 @@ class LogWriter:
         if level < self.format.least and level < Level.ERROR:
             return
         cleaned = {name: _clean(fact) for name, fact in (fields or {}).items()}
-        line = Line(time.time(), level, rank, host, own_redactor().redact(text), cleaned)
+        line = Line(time.time(), level, rank, host, process_redactor().redact(text), cleaned)
         shown = line.as_json() if self.format.jsonl else line.as_text()
         with self._locked():
             self._show(_encoded(shown))
@@ -168,7 +219,7 @@ class LogWriter:
 
 
 def _clean(fact: Fact) -> Fact:
-    return own_redactor().redact(fact) if isinstance(fact, str) else fact
+    return process_redactor().redact(fact) if isinstance(fact, str) else fact
 
 
 def _encoded(text: str) -> bytes:

@@ -1,10 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts about this host and its processes. Every rank imports it before the preflight result."""
+"""This process and its host: name, signals, title, activity, limit of open files, exit without Python.
+
+Every rank imports it before the preflight result.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import math
 import os
 import signal
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 DRAIN_SIGNALS = (signal.SIGUSR2, signal.SIGUSR1)
 """They ask for an orderly end, as ``--signal`` of a batch job does before its time limit. SIGUSR1 stays for one release: NCCL and a batch
@@ -24,3 +36,118 @@ def is_stopped(pid: int) -> bool:
             return file.read().rpartition(")")[2].split()[0] in "Tt"
     except (OSError, IndexError):
         return False
+
+
+# fields of /proc/PID/stat, counted from the third (proc(5)): start and end of the command line
+_BEGIN, _END = 45, 46
+
+
+def set_process_title(title: str) -> None:
+    """Set the title, cut to the length of the original command line. Does not raise."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            # the name before it may contain any character
+            fields = file.read().rpartition(")")[2].split()
+        begin, room = int(fields[_BEGIN]), int(fields[_END]) - int(fields[_BEGIN])
+        if begin and room > 0:
+            ctypes.memmove(begin, title.encode()[: room - 1].ljust(room, b"\0"), room)
+
+
+_doing = ""
+
+
+def set_activity(text: str) -> None:
+    """Set the current activity; an empty text clears it. Costs next to nothing."""
+    global _doing
+    _doing = text
+
+
+def activity() -> str:
+    """Return the current activity."""
+    return _doing
+
+
+def format_frames(frame: FrameType | None) -> list[str]:
+    """Return a thread's Python frames, the innermost first."""
+    lines: list[str] = []
+    while frame is not None:
+        # without the source line: its file system may be what all ranks wait for
+        lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
+        frame = frame.f_back
+    return lines
+
+
+SERVING_FILES = 256
+"""Files that rank 0 opens besides the connections to the ranks: the engine's libraries, etcd, Dynamo's runtime, clients."""
+
+
+def raise_nofile_limit(connections: int) -> None:
+    """Raise this process's soft limit of open files if it is too low for ``connections``.
+
+    Raises:
+        UsageError: the hard limit is too low.
+    """
+    import resource  # on rank 0 alone
+
+    needed = connections + SERVING_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        with contextlib.suppress(OSError, ValueError):  # then the kernel's limit is lower
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+            return
+    raise UsageError(
+        f"rank 0 may have {hard} files open",
+        needed=f"{needed}: a connection to each of the other ranks, and files for serving",
+        fix=f"raise the limit on rank 0's node: ulimit -n {needed} where the ranks are started, LimitNOFILE= of slurmd's unit (srun's "
+        "--propagate=NOFILE hands on the submitting shell's), --ulimit nofile of a container",
+    )
+
+
+_SIGEV_THREAD = 2
+_CLOCK_MONOTONIC = 1
+
+
+class _Event(ctypes.Structure):
+    """``struct sigevent`` of 64-bit glibc."""
+
+    _fields_ = (
+        ("value", ctypes.c_uint64),
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("function", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 32),
+    )
+
+
+def hard_exit_after(seconds: float, code: int) -> None:
+    """Exit with ``code`` after ``seconds``, whatever the process's threads do then. It can't be cancelled."""
+    try:
+        _exit_by_timer(seconds, code)
+    except (OSError, AttributeError):
+        # the default action of SIGALRM ends the process, though with another code
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+
+
+def _exit_by_timer(seconds: float, code: int) -> None:
+    """Let the C library call ``_exit(code)`` from a thread of its own.
+
+    Raises:
+        OSError: the timer can't be created.
+        AttributeError: the C library has no timers.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    with contextlib.suppress(OSError):  # before glibc 2.34, timers are in a separate library
+        library = ctypes.CDLL("librt.so.1", use_errno=True)
+    leave = ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p)
+    event = _Event(value=code, notify=_SIGEV_THREAD, function=leave)
+    timer = ctypes.c_void_p()
+    if library.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)):
+        raise OSError(ctypes.get_errno(), "timer_create")
+    fraction, whole = math.modf(max(seconds, 0.001))
+    # interval, then first expiry, each in seconds and nanoseconds
+    times = (ctypes.c_long * 4)(0, 0, int(whole), int(fraction * 1e9))
+    if library.timer_settime(timer, 0, ctypes.byref(times), None):
+        raise OSError(ctypes.get_errno(), "timer_settime")

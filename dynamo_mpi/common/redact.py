@@ -12,6 +12,8 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.failure import in_short
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -120,7 +122,7 @@ class Redactor:
 
 
 @functools.lru_cache(maxsize=1)
-def own_redactor() -> Redactor:
+def process_redactor() -> Redactor:
     """Return the redactor for this process's environment at the time of the first call."""
     return Redactor.of(os.environ)
 
@@ -213,3 +215,8 @@ def _without_tails(text: str) -> str:
             kept.pop()
         kept.append(MASK + line[end:])
     return "".join(kept)
+
+
+def safe_first_line(text: str) -> str:
+    """Return an error as one line that is safe to publish."""
+    return process_redactor().redact(in_short(text))

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-from dynamo_mpi.common.exit_codes import of_signal
+from dynamo_mpi.common.errors import of_signal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

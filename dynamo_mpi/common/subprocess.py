@@ -7,19 +7,47 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from dynamo_mpi.common.exit_codes import of_signal
+from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.log_tail import last_lines, last_text
-from dynamo_mpi.common.pdeathsig_command import with_pdeathsig
 from dynamo_mpi.common.process import is_stopped
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from dynamo_mpi.common.signals import Interrupts
+
+_PDEATHSIG = Path(__file__).with_name("pdeathsig.py")
+
+
+def with_pdeathsig(
+    command: Sequence[str],
+    *,
+    parent: int | None = None,
+    rank_logs: Path | None = None,
+    end_with: signal.Signals = signal.SIGKILL,
+) -> tuple[str, ...]:
+    """Return the command line that runs ``command`` so that it is killed when its parent exits.
+
+    Args:
+        command: the command.
+        parent: the parent's process id, if it is known in advance; avoids a race at the start.
+        rank_logs: directory for one log per MPI rank.
+        end_with: the signal that it gets then.
+    """
+    words = [sys.executable, "-I", "-S", str(_PDEATHSIG)]
+    if parent is not None:
+        words += ["--parent", str(parent)]
+    if end_with is not signal.SIGKILL:
+        words += ["--signal", str(int(end_with))]
+    if rank_logs is not None:
+        words += ["--rank-logs", str(rank_logs)]
+    return (*words, "--", *command)
+
 
 # a killed process exits at once unless it hangs in the kernel
 KILL_SECONDS, POLL_SECONDS, _LOOK_SECONDS = 5.0, 0.05, 0.005

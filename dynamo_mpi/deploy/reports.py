@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.deploy.first_death import Death, first_death, spell_signal
 from dynamo_mpi.discovery.etcd_http import query_etcd

@@ -27,7 +27,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.common.private_dir import require_private
+from dynamo_mpi.common.files import require_private
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

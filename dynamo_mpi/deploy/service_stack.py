@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.subprocess import POLL_SECONDS, LoggedProcess, stop
 from dynamo_mpi.deploy.services import LOG_LINES, ProcessExited, ServiceT, StartTimeout, is_up, lost_its_port
 

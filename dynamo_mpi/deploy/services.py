@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import site
 import socket
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.http import PROBE_SECONDS, get_json
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, holds_port, in_url
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Mapping
     from pathlib import Path
 
@@ -247,3 +248,34 @@ def listed_models(url: str, seconds: float = 5.0) -> list[str] | None:
         return [str(model["id"]) for model in body["data"]] if status == 200 else None
     except (KeyError, TypeError):
         return None
+
+
+PROBE_SECONDS = 1.0
+
+
+def get_json(
+    port: int, path: str, *, host: str = LOOPBACK, tls: ssl.SSLContext | None = None, seconds: float = PROBE_SECONDS
+) -> tuple[int, dict[str, Any]]:
+    """Send a GET request; the status is 0 if the service doesn't answer.
+
+    Args:
+        port: the service's port.
+        path: the URL's path.
+        host: the service's address.
+        tls: TLS context; None for plain HTTP.
+        seconds: the timeout of each read.
+    """
+    connection = (
+        http.client.HTTPConnection(host, port, timeout=seconds)
+        if tls is None
+        else http.client.HTTPSConnection(host, port, timeout=seconds, context=tls)
+    )
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = json.loads(response.read() or b"{}")
+        return response.status, body if isinstance(body, dict) else {}
+    except (OSError, http.client.HTTPException, ValueError):
+        return 0, {}
+    finally:
+        connection.close()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError
-from dynamo_mpi.common.timeout import within
+from dynamo_mpi.common.waiting import call_with_timeout
 from dynamo_mpi.discovery.endpoints import is_certificate_refusal, remaining, short_reason, strip_credentials
 from dynamo_mpi.discovery.etcd import (
     DEFAULT_PORT,
@@ -235,7 +235,7 @@ def query_etcd(
     """
     deadline = time.monotonic() + seconds
     try:
-        return within(seconds, lambda: _query_in_turn(environ, deadline, query), "etcd")
+        return call_with_timeout(seconds, lambda: _query_in_turn(environ, deadline, query), "etcd")
     except (TimeoutError, DiscoveryError) as error:
         if or_grpc:
             with contextlib.suppress(ImportError):

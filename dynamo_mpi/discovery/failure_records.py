@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.failure import first_line
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.record_codec import parse_object, read_fields, sanitize_lines
-from dynamo_mpi.common.redact import own_redactor
+from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import SCHEMA, read_stored
 
@@ -230,7 +230,7 @@ def failure_record(worker: WorkerIdentity, failure: Failure, host: str, report: 
         host: its host.
         report: the logged report.
     """
-    redact = own_redactor().redact
+    redact = process_redactor().redact
     line = first_line(redact(failure.text))
     return FailureRecord(
         **asdict(worker),

@@ -6,7 +6,7 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.layout.finding import Finding, errors
 from dynamo_mpi.layout.format import short_name

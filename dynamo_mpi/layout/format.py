@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Formats numbers, sizes and layouts for findings and reports."""
+"""Formats numbers, sizes, layouts and tables for findings and reports."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from dynamo_mpi.layout.spec import LayoutSpec
 
@@ -41,3 +41,23 @@ def short_name(subject: LayoutSpec) -> str:
     if layout.enable_attention_dp:
         text += " with attention DP"
     return text + (" on a decode worker" if layout.is_helix else "")
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    """Format a table.
+
+    Args:
+        head: the columns' names.
+        rows: the cells.
+        right: columns that are aligned right, for numbers.
+    """
+    table = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    lines = []
+    for row in table:
+        cells = [
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

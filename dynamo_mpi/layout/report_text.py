@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.tables import columns
 from dynamo_mpi.layout.engine_yaml import engine_yaml, srun_line
 from dynamo_mpi.layout.finding import Severity, errors, render
-from dynamo_mpi.layout.format import counted, gib, short_name
+from dynamo_mpi.layout.format import columns, counted, gib, short_name
 from dynamo_mpi.layout.suggestions import suggestions
 
 if TYPE_CHECKING:

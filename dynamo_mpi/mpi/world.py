@@ -68,7 +68,7 @@ class World:
 
     def abort(self, code: int) -> None:
         """End all ranks with exit code ``code``, if the launcher passes it on. Does not return."""
-        from dynamo_mpi.common.hard_exit import hard_exit_after
+        from dynamo_mpi.common.process import hard_exit_after
 
         # exit even if MPI can't end the ranks
         hard_exit_after(_ABORT_SECONDS, code)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
-from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode
 from dynamo_mpi.common.phases import PHASES
 from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.deploy.services import listed_models

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dynamo_mpi.common.backoff import ReminderSchedule
 from dynamo_mpi.common.errors import (
     AuthorizationError,
     DiscoveryError,
     DynamoMpiError,
     EngineError,
+    ExitCode,
     PhaseTimeoutError,
     RetryableError,
 )
-from dynamo_mpi.common.exit_codes import ExitCode
 from dynamo_mpi.common.record_codec import sanitize
-from dynamo_mpi.common.timeout import within
+from dynamo_mpi.common.waiting import ReminderSchedule, call_with_timeout
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.ops.deployment import Deployment, find_deployment
 from dynamo_mpi.ops.format import format_failure, format_seconds
@@ -246,7 +245,7 @@ def _complete(url: str, model: str, seconds: float) -> Answer:
         )
 
     try:
-        return within(seconds, complete, "completion")
+        return call_with_timeout(seconds, complete, "completion")
     except NotServedYet as error:
         raise EngineError(f"it serves no completion yet: {error}") from None
     except TimeoutError:

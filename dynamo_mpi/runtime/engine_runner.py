@@ -9,8 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.codec import decode_strings
-from dynamo_mpi.common.errors import DynamoMpiError, EngineError, PhaseTimeoutError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DynamoMpiError, EngineError, ExitCode, PhaseTimeoutError
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.warmup import run_first_completion

@@ -13,12 +13,11 @@ from dynamo_mpi.checks.frontend_compat import check_frontend_can_load
 from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan, obsolete, plan_hardware_checks, skipped_checks
 from dynamo_mpi.checks.preflight import evaluate, load_inputs
 from dynamo_mpi.checks.rank_report import RankReport, collect_rank_report
-from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, of_signal
 from dynamo_mpi.common.failure import Failure, TerminatedBySignal, describe_error
 from dynamo_mpi.common.hooks import WorldFailure
 from dynamo_mpi.common.log_writer import log_writer
-from dynamo_mpi.common.threads import run_suppressed
+from dynamo_mpi.common.waiting import run_suppressed
 from dynamo_mpi.config.model_dir import resolve_model_dir
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.discovery.connectivity import check_connectivity

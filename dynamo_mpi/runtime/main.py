@@ -16,8 +16,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.common.process import host_name
@@ -196,7 +195,7 @@ def _finalize(world: World, client: NodeAgentClient, code: int) -> int:
     if not world.barrier(_SHUTDOWN_SECONDS):
         # a rank hangs, so code 0 would be wrong
         world.abort(code or ExitCode.DEADLINE)
-    from dynamo_mpi.common.hard_exit import hard_exit_after
+    from dynamo_mpi.common.process import hard_exit_after
 
     # MPI_Finalize waits for all ranks too, without a limit
     hard_exit_after(_SHUTDOWN_SECONDS, code or ExitCode.DEADLINE)
@@ -214,8 +213,8 @@ def _abort_world(
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be inside a collective."""
     from dynamo_mpi.common.failure import Failure, describe_error
-    from dynamo_mpi.common.hard_exit import hard_exit_after
     from dynamo_mpi.common.log_writer import log_writer
+    from dynamo_mpi.common.process import hard_exit_after
     from dynamo_mpi.supervisor.early_settings import Limits
     from dynamo_mpi.supervisor.failure_files import write_failure
     from dynamo_mpi.supervisor.rendezvous import Rendezvous

@@ -14,13 +14,12 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import DynamoMpiError, EngineError, RetryableError
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import DynamoMpiError, EngineError, ExitCode, RetryableError, of_signal
 from dynamo_mpi.common.failure import TerminatedBySignal
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.log import print_trtllm_launch_line
 from dynamo_mpi.common.process import DRAIN_SIGNALS
-from dynamo_mpi.common.threads import start_thread
+from dynamo_mpi.common.waiting import start_thread
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
 from dynamo_mpi.engines.trtllm.endings import ChildExitError, call_if_late, close_session, readiness_error, stopped

@@ -19,7 +19,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.exit_codes import of_signal
+from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.process import SHUTDOWN_SIGNALS, is_stopped
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_socket import agent_socket_name, peer_is_ours
@@ -310,7 +310,7 @@ class NodeAgentClient:
             if self._published.locked():
                 self._published.release()
         elif command == ["stacks"]:
-            from dynamo_mpi.common.frames import format_frames
+            from dynamo_mpi.common.process import format_frames
 
             lines = format_frames(sys._current_frames().get(self._main))[:_FRAMES]
             self.send("stacks " + "\v".join(lines))

@@ -165,7 +165,7 @@ def _listen(address: str, launch: LaunchInfo, *, wait_for_name: bool = False) ->
 def warn(text: str, host: str = "") -> None:
     """Log a warning about this node. Does not raise."""
     with contextlib.suppress(Exception):  # for instance, the file system is gone
-        from dynamo_mpi.common.log_levels import Level
+        from dynamo_mpi.common.log_record import Level
         from dynamo_mpi.common.log_writer import log_writer
 
         log_writer.emit(None, host or os.uname().nodename.partition(".")[0], f"warning: {text}", Level.WARN)

@@ -15,7 +15,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import (

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.redact import own_redactor
+from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.common.trace_context import trace_of
 from dynamo_mpi.mpi.restart_count import restart_count
 
@@ -95,7 +95,7 @@ def remove_stale_failure_files(folder: Path | None, label: str) -> str:
 
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, str):
-        return own_redactor().redact(value)
+        return process_redactor().redact(value)
     if isinstance(value, dict):
         return {name: _without_secrets(each) for name, each in value.items()}
     return [_without_secrets(each) for each in value] if isinstance(value, list) else value

@@ -18,10 +18,10 @@ import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_error
-from dynamo_mpi.common.hard_exit import hard_exit_after
-from dynamo_mpi.common.redact import own_redactor
+from dynamo_mpi.common.process import hard_exit_after
+from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, encode_observed
 from dynamo_mpi.supervisor.failure_files import write_failure
 from dynamo_mpi.supervisor.failure_messages import cannot_connect, heartbeat_missed, host_lost, rank_died
@@ -136,7 +136,7 @@ class HeartbeatClient:
         report = FailureReport(failure.exit_code, failure.phase, failure.sequence, failure.text)
         self._send(Frame(FrameType.FAILED, report.pack()))
         if self._agent is not None:
-            redacted = failure._replace(text=own_redactor().redact(failure.text))
+            redacted = failure._replace(text=process_redactor().redact(failure.text))
             self._agent.send(f"failure {encode_observed(ObservedFailure(redacted, self._log.host))}")
         write_failure(self._rendezvous, failure, self._log.host)
         # rank 0 writes the report and ends all ranks
@@ -272,7 +272,7 @@ class HeartbeatClient:
         host = self._log.host if rank else self._rendezvous.host
         named = text if rank else f"rank 0 on {host} {text}"
         self._on_rank0_lost(named)
-        failure = Failure(rank, code, own_redactor().redact(text), cause, self.world_phase, time.monotonic())
+        failure = Failure(rank, code, process_redactor().redact(text), cause, self.world_phase, time.monotonic())
         if (
             self._agent is not None
             and self._rendezvous.has_agent

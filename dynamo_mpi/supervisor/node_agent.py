@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 
 from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError
 from dynamo_mpi.common.failure import DetectedBy, Failure
-from dynamo_mpi.common.process_title import set_process_title
+from dynamo_mpi.common.process import set_process_title
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report, decode_observed, decode_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours

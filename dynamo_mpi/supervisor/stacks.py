@@ -7,8 +7,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.activity import activity
-from dynamo_mpi.common.frames import format_frames
+from dynamo_mpi.common.process import activity, format_frames
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

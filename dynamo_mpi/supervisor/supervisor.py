@@ -16,8 +16,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from dynamo_mpi.common.errors import PhaseTimeoutError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode, PhaseTimeoutError
 from dynamo_mpi.common.failure import (
     DetectedBy,
     Failure,
@@ -26,12 +25,11 @@ from dynamo_mpi.common.failure import (
     describe_error,
     root_cause,
 )
-from dynamo_mpi.common.hard_exit import hard_exit_after
 from dynamo_mpi.common.hooks import WorkerHooks, WorldFailure
 from dynamo_mpi.common.host_address import host_address
-from dynamo_mpi.common.open_files_limit import raise_nofile_limit
 from dynamo_mpi.common.ports import LOOPBACK, is_free
-from dynamo_mpi.common.redact import own_redactor
+from dynamo_mpi.common.process import hard_exit_after, raise_nofile_limit
+from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.mpi.placement import describe_ranks
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report, encode_report
 from dynamo_mpi.supervisor.failure_files import as_document, write_failure
@@ -349,7 +347,7 @@ class WorldSupervisor:
 
     def _publish_by_agent(self, failures: Sequence[Failure], text: str) -> bool:
         """Let the node agent write the report, which is sent in one message because MPI may end this process at any moment."""
-        redact = own_redactor().redact
+        redact = process_redactor().redact
         first, *consequences = [
             ObservedFailure(one._replace(text=redact(one.text)), self._ranks[one.rank].host) for one in failures
         ]

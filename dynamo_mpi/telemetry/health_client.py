@@ -8,7 +8,7 @@ import socket
 import threading
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.safe_text import safe_first_line
+from dynamo_mpi.common.redact import safe_first_line
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.telemetry.health_state import escape
 

@@ -120,7 +120,7 @@ def _serve(
         first, second = sorted((listener.fileno(), rank.fileno()))
         for low, high in ((3, first), (first + 1, second), (second + 1, _MOST_FILES)):
             os.closerange(low, high)
-        from dynamo_mpi.common.process_title import set_process_title
+        from dynamo_mpi.common.process import set_process_title
         from dynamo_mpi.telemetry.health_server import HealthServer
         from dynamo_mpi.telemetry.health_state import HealthState
 

@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.threads import start_thread
+from dynamo_mpi.common.waiting import start_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.safe_text import safe_first_line
+from dynamo_mpi.common.redact import safe_first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from dynamo_mpi.common.exit_codes import of_signal
+from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.deploy.local.stack import LocalStack, Ready, StackSettings
 from dynamo_mpi.deploy.local.workers import WorkerSpec, mpi_environment

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dynamo_mpi.common.open_files_limit import raise_nofile_limit
+from dynamo_mpi.common.process import raise_nofile_limit
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection
 from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import (

@@ -26,12 +26,10 @@ from dynamo_mpi.cli.local_output import failure as local_failure
 from dynamo_mpi.cli.local_output import success as local_success
 from dynamo_mpi.cli.main import VERBS
 from dynamo_mpi.cli.main import main as dynamo_mpi_main
-from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError, UsageError
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, PhaseTimeoutError, UsageError, of_signal
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.log_levels import Level
-from dynamo_mpi.common.log_record import Line
+from dynamo_mpi.common.log_record import Level, Line
 from dynamo_mpi.common.phases import PHASES, PhaseTracker, RankTimings, Span
 from dynamo_mpi.common.phases import PhaseProgress as Progress
 from dynamo_mpi.common.signals import Interrupts

@@ -23,9 +23,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import ExitCode, of_signal
+from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.ports import free_port, is_free
-from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess
 from dynamo_mpi.deploy.head_node.head_node import HeadNode, candidates

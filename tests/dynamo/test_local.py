@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.common import ports as service_ports
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import ExitCode, of_signal
+from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.ports import free_port
-from dynamo_mpi.common.private_dir import private_dir
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.deploy.local.stack import LocalStack, StackSettings
 from dynamo_mpi.deploy.local.workers import WorkerSpec

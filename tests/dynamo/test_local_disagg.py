@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import ExitCode, of_signal
 from tests.dynamo.local_command import LocalCommand
 from tests.dynamo.running import eventually
 

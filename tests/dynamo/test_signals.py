@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import of_signal
+from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.subprocess import session_members
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.marked_command import MarkedCommand

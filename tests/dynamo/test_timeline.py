@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import ExitCode, of_signal
 from dynamo_mpi.common.phases import PROCESS_START
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME
 from dynamo_mpi.telemetry.startup_summary import describe_failure

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from tests.conftest import ROOT
 from tests.unit.models import SMOLLM2
 

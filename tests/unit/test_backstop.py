@@ -15,9 +15,9 @@ from tests.conftest import ROOT
 # PyDLL keeps Python's lock, as mpi4py's Abort does
 STUCK = """
 import ctypes, sys
-from dynamo_mpi.common import hard_exit as backstop
+from dynamo_mpi.common import process
 {prepare}
-backstop.hard_exit_after(float(sys.argv[1]), int(sys.argv[2]))
+process.hard_exit_after(float(sys.argv[1]), int(sys.argv[2]))
 ctypes.PyDLL(None).pthread_mutex_lock(lock := ctypes.create_string_buffer(64))
 ctypes.PyDLL(None).pthread_mutex_lock(lock)
 """
@@ -42,5 +42,5 @@ def test_no_time_at_all_is_soon() -> None:
 
 
 def test_without_timers_in_the_c_library_an_alarm_ends_it() -> None:
-    prepare = "def refuse(*_): raise AttributeError\nbackstop._exit_by_timer = refuse"
+    prepare = "def refuse(*_): raise AttributeError\nprocess._exit_by_timer = refuse"
     assert run(prepare)[0] == -14

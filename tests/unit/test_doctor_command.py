@@ -16,8 +16,7 @@ import pytest
 
 from dynamo_mpi.checks.local_check import LocalResult
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, Status, error, ok, skipped, warning
 from dynamo_mpi.ops.doctor.runner import SECTIONS, checks_of, chosen, run_sections

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.ops import stop
 from tests.dynamo.running import eventually
 from tests.unit.board import Board

@@ -11,8 +11,7 @@ import subprocess
 import pytest
 
 from dynamo_mpi.common import errors
-from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, of_signal
 
 KINDS = [
     kind

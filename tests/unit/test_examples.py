@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.config.worker import load_settings
 from tests.conftest import ROOT
 from tests.servers import closed_port

@@ -21,8 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, UsageError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode, UsageError
 from dynamo_mpi.common.host_address import host_address, service_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, holder, holds_port, is_free, listeners
 from dynamo_mpi.deploy import programs

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import SlurmStepController, Step, end_of_job, start

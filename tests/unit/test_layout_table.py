@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.layout.check import Report, check_pair, check_worker, exit_code_of
 from dynamo_mpi.layout.contract import check_contracts, contract_of
 from dynamo_mpi.layout.engine_config import EngineConfig

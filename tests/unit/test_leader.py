@@ -10,8 +10,7 @@ import pytest
 from dynamo_mpi.checks.preflight import load_inputs
 from dynamo_mpi.checks.rank_report import RankReport
 from dynamo_mpi.common.codec import encode_strings
-from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
 from dynamo_mpi.runtime.engine_runner import decode_failures, describe_failures

@@ -17,7 +17,7 @@ from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
 from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
-from dynamo_mpi.common.open_files_limit import raise_nofile_limit
+from dynamo_mpi.common.process import raise_nofile_limit
 from dynamo_mpi.supervisor.join import MAX_PENDING
 soft, hard, ranks = map(int, sys.argv[1:4])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

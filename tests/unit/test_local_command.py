@@ -13,8 +13,7 @@ import pytest
 
 from dynamo_mpi.cli.local_output import curl_line
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.deploy import programs
 
 

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common import private_dir as folders
+from dynamo_mpi.common import files as folders
 from dynamo_mpi.common.log_tail import Follower, last_lines
-from dynamo_mpi.common.pdeathsig_command import with_pdeathsig
 from dynamo_mpi.common.ports import free_port, holds_port, is_free, listeners
 from dynamo_mpi.common.signals import Interrupted, Interrupts
-from dynamo_mpi.common.subprocess import LoggedProcess, session_members
+from dynamo_mpi.common.subprocess import LoggedProcess, session_members, with_pdeathsig
 from tests.dynamo.running import eventually
 
 PROC_NET_TCP = """\

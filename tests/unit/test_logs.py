@@ -14,11 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.log_levels import Level, least_level
-from dynamo_mpi.common.log_record import Line
-from dynamo_mpi.common.log_writer import LogFormat, LogWriter, log_writer
+from dynamo_mpi.common.log_record import Level, Line, least_level
+from dynamo_mpi.common.log_writer import LogFile, LogFormat, LogWriter, log_writer
 from dynamo_mpi.common.redact import MASK
-from dynamo_mpi.common.rotating_file import LogFile
 
 
 @pytest.mark.parametrize(

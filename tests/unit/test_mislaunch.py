@@ -7,8 +7,7 @@ import re
 
 import pytest
 
-from dynamo_mpi.common.errors import LaunchError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode, LaunchError
 from dynamo_mpi.mpi.launch_checks import MpiLibrary, check_launch, check_world_size, identify_mpi
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, detect_launcher
 from tests.unit.recordings import RECORDED, ranks_of

@@ -30,7 +30,7 @@ from dynamo_mpi.checks.hardware_check_plan import (
 )
 from dynamo_mpi.checks.local_check import check_this_host
 from dynamo_mpi.checks.run_hardware_checks import Report, allowed_seconds
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.layout.finding import Severity
 from tests.conftest import ROOT

@@ -171,7 +171,7 @@ def test_a_quick_phase_says_nothing_and_off_is_off(capfd: pytest.CaptureFixture[
 
 
 PROGRAM = """
-from dynamo_mpi.common.log_levels import Level
+from dynamo_mpi.common.log_record import Level
 from dynamo_mpi.common.log_writer import log_writer
 log_writer.set_status_lines(["a table", "of two lines"])
 log_writer.emit(0, "n1", "in between", Level.INFO)

@@ -14,8 +14,7 @@ import jinja2.sandbox
 import pytest
 from tokenizers import Tokenizer
 
-from dynamo_mpi.common.errors import ModelNotFoundError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode, ModelNotFoundError
 from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf, main
 from dynamo_mpi.engines.reference.weights import WEIGHTS_NAME, open_model
 from tests.unit.small_llama import write_gguf

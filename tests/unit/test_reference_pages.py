@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 import pytest
 
 from dynamo_mpi.cli.main import VERBS
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from tests.conftest import ROOT
 from tools.gen_docs import exit_codes, markdown
 from tools.gen_docs.__main__ import PAGES

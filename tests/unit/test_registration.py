@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common.errors import RetryableError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode, RetryableError
 from dynamo_mpi.discovery.etcd import EtcdAuth, Lease
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.ports import free_port, loopback_ports
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess, await_exit, stop

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.ops.deployment import find_deployment
 from tests.certificates import certificates, without_certificate

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.cli.main import main
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.deploy.timeline import Milestones
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.trace_writer import write_timeline

@@ -15,8 +15,7 @@ from dynamo_mpi.checks.host_facts import HostFacts
 from dynamo_mpi.checks.preflight import PreflightInputs, PreflightResult, evaluate, load_inputs
 from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.checks.rank_report import RankReport
-from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ConfigFileError, ExitCode, ModelNotFoundError
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.layout.finding import errors
 from tests.unit.models import LLAMA_4, SMOLLM2

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 
 from dynamo_mpi.common import errors
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from tools.gen_docs.markdown import WRITTEN, code, member_notes, plain, table
 
 TO_DO = {

@@ -8,9 +8,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.deploy.head_node.head_node import HeadNode
 from dynamo_mpi.deploy.head_node.settings import load_settings
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for ``sys.argv``.
 
     Returns:
-        the exit code: 0 after SIGTERM or Ctrl-C, 128 + n if they came before everything was ready; else see ``dynamo_mpi.common.exit_codes``.
+        the exit code: 0 after SIGTERM or Ctrl-C, 128 + n if they came before everything was ready; else see ``dynamo_mpi.common.errors``.
     """
     os.umask(0o077)  # all files of the services are for this user only
     try:

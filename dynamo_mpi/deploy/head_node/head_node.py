@@ -9,8 +9,7 @@ import secrets
 import socket
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, UsageError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode, UsageError
 from dynamo_mpi.common.host_address import service_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, holder, is_free
 from dynamo_mpi.deploy import programs

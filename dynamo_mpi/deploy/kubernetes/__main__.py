@@ -10,7 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.deploy.kubernetes.leader_pod import LeaderPod
 from dynamo_mpi.deploy.kubernetes.settings import PROGRAM, JoinSettings, LeadSettings, load_join, load_lead
 from dynamo_mpi.deploy.kubernetes.worker_pod import WorkerPod

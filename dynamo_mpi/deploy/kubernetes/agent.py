@@ -16,7 +16,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

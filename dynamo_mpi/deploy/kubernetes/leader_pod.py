@@ -13,8 +13,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError, UsageError
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, PhaseTimeoutError, UsageError, of_signal
 from dynamo_mpi.common.host_address import service_address
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.agent import ANSWER_SECONDS, SOCKET_VARIABLE

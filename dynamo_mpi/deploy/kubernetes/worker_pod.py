@@ -10,8 +10,7 @@ import shutil
 import signal
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import PhaseTimeoutError
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import ExitCode, PhaseTimeoutError, of_signal
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.agent import refuse_other_than_daemon
 from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, enable_keepalive, join

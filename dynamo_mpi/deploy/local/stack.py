@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamo_mpi.common.backoff import ReminderSchedule
-from dynamo_mpi.common.errors import EngineError, UsageError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import EngineError, ExitCode, UsageError
 from dynamo_mpi.common.log_tail import last_lines
 from dynamo_mpi.common.ports import LOOPBACK, is_free, loopback_ports
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess, await_exit, stop
+from dynamo_mpi.common.waiting import ReminderSchedule
 from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.environment import RequestPlane, discovery_environment, local_environment
 from dynamo_mpi.deploy.local.ask import Answer, NotServedYet, ask

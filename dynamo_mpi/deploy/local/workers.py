@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynamo_mpi.common.errors import ModelNotFoundError, UsageError
-from dynamo_mpi.common.pdeathsig_command import with_pdeathsig
 from dynamo_mpi.common.ports import LOOPBACK
+from dynamo_mpi.common.subprocess import with_pdeathsig
 
 
 def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:

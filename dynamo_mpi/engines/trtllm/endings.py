@@ -8,8 +8,7 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, EngineError, PhaseTimeoutError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, EngineError, ExitCode, PhaseTimeoutError
 from dynamo_mpi.engines.trtllm.process import describe_end
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import subprocess
 import threading
 from typing import IO, TYPE_CHECKING, cast
 
-from dynamo_mpi.common.exit_codes import ExitCode, of_signal
+from dynamo_mpi.common.errors import ExitCode, of_signal
 from dynamo_mpi.common.log_writer import log_writer
-from dynamo_mpi.common.redact import own_redactor
+from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.common.subprocess import ManagedProcess
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class TrtllmProcess(ManagedProcess):
         # its last lines explain its exit
         self._pump.join(1.0)
         # redacted together, because a secret may span several lines
-        self._on_end(code, own_redactor().redact("\n".join(self._lines)).splitlines())
+        self._on_end(code, process_redactor().redact("\n".join(self._lines)).splitlines())
 
 
 def describe_end(code: int) -> str:

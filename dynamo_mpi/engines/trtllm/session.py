@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import EngineError
-from dynamo_mpi.common.private_dir import private_dir
+from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.engines.trtllm.rank_environment import take_own_gpu
 from dynamo_mpi.engines.trtllm.task import Task
 

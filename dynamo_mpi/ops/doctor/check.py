@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.layout.finding import Finding, Severity
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, detect_launcher
 

@@ -10,9 +10,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.common.exit_codes import ExitCode
-from dynamo_mpi.common.redact import own_redactor
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, UsageError
+from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.layout.format import counted
 from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, mpi, packages, ports, services, slurm
 from dynamo_mpi.ops.doctor.check import (
@@ -111,7 +110,7 @@ def _section_lines(section: SectionReport) -> Iterator[str]:
 
 
 def _redacted(check: Check) -> Check:
-    redact = own_redactor().redact
+    redact = process_redactor().redact
     return check._replace(found=redact(check.found), needed=redact(check.needed), fix=redact(check.fix))
 
 

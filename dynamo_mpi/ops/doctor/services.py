@@ -8,8 +8,7 @@ import os
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError
-from dynamo_mpi.common.exit_codes import ExitCode
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, ExitCode
 from dynamo_mpi.discovery.connectivity import check_etcd_endpoints, nats_server, require_nats_server
 from dynamo_mpi.discovery.endpoints import strip_credentials
 from dynamo_mpi.discovery.etcd import EtcdAuth
