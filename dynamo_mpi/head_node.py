@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.deploy.head_node.__main__ import main
+from dynamo_mpi.deploy.head_node import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -21,12 +21,11 @@ from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
 from dynamo_mpi.deploy.controller import DeploymentController
-from dynamo_mpi.deploy.mpirun import FOLDER_PREFIX, Mpirun, folder_environment
+from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, Container, Mpirun, Srun, folder_environment, mount, token_of
 from dynamo_mpi.deploy.nodes import STAND_IN_JOB, Nodes, allocated, assign, nodes_wanted, of_hostfile, stand_in
 from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings
-from dynamo_mpi.deploy.srun import Container, Srun, mount, token_of
 from dynamo_mpi.deploy.step_commands import CHECKOUT_INSIDE, RUN_DIR_INSIDE, CodeLocation, find_source, needs_kv_check
 from dynamo_mpi.deploy.steps import MpirunStepController, SlurmStepController, end_of_job
 from dynamo_mpi.mpi.job_time_limit import VARIABLE as END

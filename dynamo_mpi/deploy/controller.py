@@ -14,8 +14,8 @@ from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.subprocess import await_exit
 from dynamo_mpi.common.waiting import ReminderSchedule
+from dynamo_mpi.deploy.launchers import without_srun_input
 from dynamo_mpi.deploy.services import StepFailed, listed_models
-from dynamo_mpi.deploy.srun import without_srun_input
 from dynamo_mpi.deploy.step_commands import Command, needs_kv_check, report_of_kv_check
 from dynamo_mpi.deploy.steps import Step, StepController, start
 from dynamo_mpi.deploy.timeline import Milestones

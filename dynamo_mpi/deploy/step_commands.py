@@ -148,7 +148,7 @@ def check_words(settings: LaunchSettings, source: CodeLocation) -> tuple[str, ..
     return (*words, "--gpus-per-node", str(settings.gpus_per_node))
 
 
-KV_CHECK_STEP = "kv-check"
+KV_CHECK = "kv-check"
 _ERROR = "error in kv check: "
 # the beginnings of a report's lines after the first
 _MORE = re.compile(r"  |(?:error|warning|info) T\d+: ")

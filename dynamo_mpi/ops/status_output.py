@@ -7,8 +7,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.record_codec import sanitize
-from dynamo_mpi.ops.format import format_failure, format_nodes, format_progress, format_seconds, format_since
-from dynamo_mpi.ops.readiness import missing_items
+from dynamo_mpi.ops.readiness import (
+    format_failure,
+    format_nodes,
+    format_progress,
+    format_seconds,
+    format_since,
+    missing_items,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, PhaseTimeoutError, UsageError
 from dynamo_mpi.deploy.steps import SlurmStepController
-from dynamo_mpi.ops.format import format_nodes, format_position
+from dynamo_mpi.ops.readiness import format_nodes, format_position
 from dynamo_mpi.ops.status import read_status
 
 if TYPE_CHECKING:

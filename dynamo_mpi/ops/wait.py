@@ -23,8 +23,15 @@ from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.common.waiting import ReminderSchedule, call_with_timeout
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.ops.deployment import Deployment, find_deployment
-from dynamo_mpi.ops.format import format_failure, format_seconds
-from dynamo_mpi.ops.readiness import MissingItem, is_complete, missing_items, models_of, unrecoverable_failure
+from dynamo_mpi.ops.readiness import (
+    MissingItem,
+    format_failure,
+    format_seconds,
+    is_complete,
+    missing_items,
+    models_of,
+    unrecoverable_failure,
+)
 from dynamo_mpi.ops.status import ETCD_SECONDS, DeploymentStatus, read_status
 
 if TYPE_CHECKING:

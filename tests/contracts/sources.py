@@ -37,9 +37,9 @@ from dynamo_mpi.config.options import Option
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.config.worker_options import OPTIONS as WORKER_OPTIONS
 from dynamo_mpi.deploy.controller import DeploymentController
-from dynamo_mpi.deploy.head_node.__main__ import main as head_node_main
-from dynamo_mpi.deploy.head_node.head_node import services as services_json
-from dynamo_mpi.deploy.head_node.settings import OPTIONS as HEAD_NODE_OPTIONS
+from dynamo_mpi.deploy.head_node import main as head_node_main
+from dynamo_mpi.deploy.head_node import services as services_json
+from dynamo_mpi.deploy.head_node_settings import OPTIONS as HEAD_NODE_OPTIONS
 from dynamo_mpi.deploy.kubernetes.__main__ import main as pods_main
 from dynamo_mpi.deploy.kubernetes.settings import JOIN_OPTIONS, LEAD_OPTIONS
 from dynamo_mpi.deploy.local.ask import Answer

@@ -28,8 +28,8 @@ from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.ports import free_port, is_free
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess
-from dynamo_mpi.deploy.head_node.head_node import HeadNode, candidates
-from dynamo_mpi.deploy.head_node.settings import Port, load_settings
+from dynamo_mpi.deploy.head_node import HeadNode, candidates
+from dynamo_mpi.deploy.head_node_settings import Port, load_settings
 from dynamo_mpi.deploy.run_dir import ServicesDir
 from tests.conftest import ROOT, find_mpirun, mpi_environment
 from tests.dynamo.head_node_command import HeadNodeCommand
@@ -225,7 +225,7 @@ def test_a_port_that_is_lost_between_look_and_bind(tmp_path: Path, part: str, mo
         change: dict[str, Any] = {f"{part}_port": lost}
         settings = replace(settings, **change)
         monkeypatch.setattr(
-            "dynamo_mpi.deploy.head_node.head_node.is_free",
+            "dynamo_mpi.deploy.head_node.is_free",
             lambda port, host: port == lost.number or is_free(port, host),
         )
         said: list[str] = []

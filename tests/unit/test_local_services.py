@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.common.subprocess import with_pdeathsig
-from dynamo_mpi.deploy.environment import discovery_environment, local_environment
 from dynamo_mpi.deploy.local.workers import MpirunWorker, WorkerRole, WorkerSpec, mpi_environment, served_name
+from dynamo_mpi.deploy.programs import discovery_environment, local_environment
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
 
 ETCD = Etcd(Path("/bin/etcd"), 2379, Path("/run/etcd"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.checks import kv
 from dynamo_mpi.cli.main import PROGRAM, VERBS, Parser
 from dynamo_mpi.config import worker
-from dynamo_mpi.deploy.head_node import settings as head_node
+from dynamo_mpi.deploy import head_node_settings as head_node
 from dynamo_mpi.deploy.kubernetes import settings as pods
 from tools.gen_docs.markdown import WRITTEN, code, plain, table
 

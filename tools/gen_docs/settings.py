@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.config import worker_options as worker
+from dynamo_mpi.deploy import head_node_settings as head_node
 from dynamo_mpi.deploy import settings as launch
-from dynamo_mpi.deploy.head_node import settings as head_node
 from dynamo_mpi.deploy.kubernetes import settings as pods
 from tools.gen_docs.environment import VARIABLES
 from tools.gen_docs.markdown import WRITTEN, code, table

@@ -18,7 +18,7 @@ from dynamo_mpi.common.host_address import service_address
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.agent import ANSWER_SECONDS, SOCKET_VARIABLE
 from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, accept, enable_keepalive
-from dynamo_mpi.deploy.mpirun import folder_environment
+from dynamo_mpi.deploy.launchers import folder_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

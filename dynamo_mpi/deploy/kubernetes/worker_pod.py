@@ -14,7 +14,7 @@ from dynamo_mpi.common.errors import ExitCode, PhaseTimeoutError, of_signal
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.agent import refuse_other_than_daemon
 from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, enable_keepalive, join
-from dynamo_mpi.deploy.mpirun import folder_environment
+from dynamo_mpi.deploy.launchers import folder_environment
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,9 +23,9 @@ from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess, await_exit, stop
 from dynamo_mpi.common.waiting import ReminderSchedule
 from dynamo_mpi.deploy import programs
-from dynamo_mpi.deploy.environment import RequestPlane, discovery_environment, local_environment
 from dynamo_mpi.deploy.local.ask import Answer, NotServedYet, ask
 from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, MpirunWorker, WorkerSpec, prepare_model
+from dynamo_mpi.deploy.programs import RequestPlane, discovery_environment, local_environment
 from dynamo_mpi.deploy.service_stack import ServiceStack
 from dynamo_mpi.deploy.services import LOG_LINES, Etcd, Frontend, Nats
 

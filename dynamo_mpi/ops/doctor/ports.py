@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.ports import holder
 from dynamo_mpi.config.options import resolve
-from dynamo_mpi.deploy.head_node.settings import OPTIONS
+from dynamo_mpi.deploy.head_node_settings import OPTIONS
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, ok, skipped, warning
 
 if TYPE_CHECKING:
