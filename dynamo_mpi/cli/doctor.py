@@ -14,7 +14,8 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_seconds, to_switch, to_text
+from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_switch, to_text
+from dynamo_mpi.config.sources import to_seconds
 from dynamo_mpi.ops.doctor.check import Context
 from dynamo_mpi.ops.doctor.runner import SECTIONS, chosen, run_sections
 

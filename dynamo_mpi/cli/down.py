@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.errors import AuthorizationError, PhaseTimeoutError, UsageError
 from dynamo_mpi.common.record_codec import sanitize
-from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve, to_seconds
+from dynamo_mpi.config.options import Option, add_options, resolve
+from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
 from dynamo_mpi.deploy.steps import SlurmStepController
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, find_run_dir
 from dynamo_mpi.ops.stop import WorkerSelector, stop_method_for, stop_workers

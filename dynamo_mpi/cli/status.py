@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, ExitCode
-from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve
+from dynamo_mpi.config.options import Option, add_options, resolve
+from dynamo_mpi.config.sources import MAX_SECONDS
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output, find_deployment
 from dynamo_mpi.ops.status import ETCD_SECONDS, read_status
 from dynamo_mpi.ops.status_output import describe

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.config.options import MAX_SECONDS, Option, add_options, resolve, to_role, to_seconds
+from dynamo_mpi.config.options import Option, add_options, resolve, to_role
+from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output
 from dynamo_mpi.ops.wait import ReadinessWaiter, WaitRequest
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.config.sources import pick
 from dynamo_mpi.layout.engine_config import MAX_RANKS
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-MAX_SECONDS = 1e8
 MAX_RUNTIME_PORT = 2**15 - 1
 PROBES = ("gpu", "fabric")
 # accepted until 0.2: its check is a step of `dynamo-mpi launch` now
@@ -69,17 +69,6 @@ def to_runtime_port(text: str) -> int:
     """Parse a port for the Dynamo runtime, which reads it as a signed 16-bit number."""
     if (value := to_size(text)) > MAX_RUNTIME_PORT:
         raise ValueError(f"a TCP port, at most {MAX_RUNTIME_PORT}")
-    return value
-
-
-def to_seconds(text: str) -> float:
-    """Parse a number of seconds, at most three years."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f"a number of seconds from 0 to {MAX_SECONDS:.0f}")
     return value
 
 
@@ -197,7 +186,11 @@ def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:
 
 
 def resolve(
-    options: Sequence[Option], given: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
+    options: Sequence[Option],
+    given: Mapping[str, Any],
+    environ: Mapping[str, str],
+    file: Mapping[str, Any],
+    picked: Mapping[str, tuple[str | None, str]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Resolve every option's value.
 
@@ -206,6 +199,7 @@ def resolve(
         given: parsed flags by option name.
         environ: environment variables.
         file: a settings file's values by option name.
+        picked: texts and origins of options that are resolved already, see `sources.pick`.
 
     Returns:
         Values and origins by option name.
@@ -216,29 +210,12 @@ def resolve(
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for option in options:
-        text, origin = _pick(option, given, environ, file)
+        text, origin = (picked or {}).get(option.name) or pick(
+            option.name, option.flags[0], option.variables, given.get(option.name), environ, file
+        )
         origins[option.name] = origin
         values[option.name] = option.default if text is None else _convert(option, text, origin)
     return values, origins
-
-
-def _pick(
-    option: Option, given: Mapping[str, Any], environ: Mapping[str, str], file: Mapping[str, Any]
-) -> tuple[str | None, str]:
-    if given.get(option.name) is not None:
-        return given[option.name], f"flag {option.flags[0]}"
-    for variable in option.variables:
-        # batch scripts set a variable empty for "not set"
-        if environ.get(variable):
-            return environ[variable], f"environment {variable}"
-    if file.get(option.name) is not None:
-        value = file[option.name]
-        if isinstance(value, dict):  # a JSON value of a flag may be written as YAML here
-            import json
-
-            return json.dumps(value, default=str), "settings file"
-        return str(value).lower() if isinstance(value, bool) else str(value), "settings file"
-    return None, "default"
 
 
 def _convert(option: Option, text: str, origin: str) -> Any:

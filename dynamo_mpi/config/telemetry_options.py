@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.config.options import Option, to_file, to_path, to_runtime_port, to_seconds
+from dynamo_mpi.config.options import Option, to_file, to_path, to_runtime_port
+from dynamo_mpi.config.sources import to_seconds
 
 MODES = ("auto", "plain", "live", "off")
 OBSERVE_OPTIONS: tuple[Option, ...] = (

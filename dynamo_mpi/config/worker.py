@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi import __version__
-from dynamo_mpi.common.config_reader import parse_yaml
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
-from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.config.engine import engine_flags
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.worker_options import OPTIONS, ROLE
 from dynamo_mpi.layout.engine_layers import split_dynamic_flags
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
+
+    from dynamo_mpi.config.sources import WorkerSources
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+def load_settings(sources: WorkerSources) -> Settings:
     """Load settings from a command line, environment variables and the settings file that either names.
 
     Raises:
         UsageError: an unknown flag, an invalid value, no model, or a role that the engine doesn't have.
         ConfigFileError: the settings file can't be used.
     """
-    words, dynamic = split_dynamic_flags(argv)
+    words, dynamic = split_dynamic_flags(sources.argv)
     parsed, passed_on = build_parser().parse_known_args(words)
-    given = vars(parsed)
-    file = _settings_file(given.pop("settings", None) or environ.get("DYN_MPI_SETTINGS"))
+    given, environ, file = vars(parsed), sources.environ, _known(sources)
     role = resolve([ROLE], given, environ, file)[0]["role"]
-    values, origins = resolve([_for_role(option, role) for option in OPTIONS], given, environ, file)
+    options = [_for_role(option, role) for option in OPTIONS]
+    values, origins = resolve(options, given, environ, file, sources.early_texts)
     if values["engine"] == "auto":
         # found, not imported: importing it is collective (K1)
         values["engine"] = "trtllm" if role != "agg" or find_spec("tensorrt_llm") is not None else "reference"
@@ -165,22 +165,13 @@ def _for_role(option: Option, role: str) -> Option:
     return replace(option, variables=(*option.variables, f"{role.upper()}_ENGINE_CONFIG"))
 
 
-def _settings_file(path: str | None) -> dict[str, Any]:
-    if not path:
-        return {}
-    try:
-        loaded = parse_yaml(
-            read_small_text(Path(path)), f"the settings file {path}", "`name: value` lines", may_be_empty=True
-        )
-    except OSError as error:
-        raise ConfigFileError(
-            f"the settings file {path} can't be read: {error.strerror}", fix="check its path and rights"
-        ) from None
+def _known(sources: WorkerSources) -> dict[str, Any]:
+    """Return the settings file's values by option name; refuse those that are no option."""
     known = {option.name for option in OPTIONS}
-    by_name = {str(key).replace("-", "_"): value for key, value in loaded.items()}
-    named = {_FORMER_NAMES.get(name, name): value for name, value in by_name.items()}
+    named = {_FORMER_NAMES.get(name, name): value for name, value in sources.file.items()}
     if unknown := sorted(set(named) - known):
         raise ConfigFileError(
-            f"the settings file {path} has unknown settings: {', '.join(unknown)}", needed=", ".join(sorted(known))
+            f"the settings file {sources.file_name} has unknown settings: {', '.join(unknown)}",
+            needed=", ".join(sorted(known)),
         )
     return named

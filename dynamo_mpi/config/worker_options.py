@@ -12,10 +12,10 @@ from dynamo_mpi.config.options import (
     to_path,
     to_probes,
     to_role,
-    to_seconds,
     to_switch,
     to_text,
 )
+from dynamo_mpi.config.sources import WORLD_SECONDS, to_seconds
 from dynamo_mpi.config.telemetry_options import OBSERVE_OPTIONS
 
 ROLE = Option(
@@ -219,7 +219,7 @@ OPTIONS: tuple[Option, ...] = (
         "world_timeout",
         ("--world-timeout",),
         ("DYN_MPI_WORLD_TIMEOUT",),
-        600.0,
+        WORLD_SECONDS,
         to_seconds,
         "seconds from a node's first rank to the preflight result; after them each node reports its missing ranks and the others' stacks",
     ),

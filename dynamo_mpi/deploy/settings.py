@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.options import Option, resolve, to_count, to_path, to_seconds, to_switch, to_text
+from dynamo_mpi.config.options import Option, resolve, to_count, to_path, to_switch, to_text
+from dynamo_mpi.config.sources import to_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.checks.preflight import PreflightInputs, PreflightResult
     from dynamo_mpi.common.networks import Choice
+    from dynamo_mpi.config.sources import WorkerSources
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.discovery.record_publisher import RecordPublisher
     from dynamo_mpi.engines.spec import EngineSpec
@@ -54,11 +55,12 @@ class LeaderRank:
 
     Args:
         context: rank 0's context.
+        sources: the worker's command line, variables and settings file.
         hooks: the observers of the worker's lifecycle.
     """
 
-    def __init__(self, context: RankContext, hooks: LeaderHooks) -> None:
-        self._context = context
+    def __init__(self, context: RankContext, sources: WorkerSources, hooks: LeaderHooks) -> None:
+        self._context, self._sources = context, sources
         self._world, self._phases, self._log = context.world, context.phases, context.log
         self._hooks = hooks
         self._preflight_seconds = 0.0
@@ -87,7 +89,7 @@ class LeaderRank:
         argv = self._context.argv
         with self._phases.enter("preflight"):
             try:
-                settings = load_settings(argv, os.environ)
+                settings = load_settings(self._sources)
                 log_writer.open_file(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 self._hooks.add_status_hooks(settings)
                 check_engine_installed(settings)
@@ -289,6 +291,8 @@ def _label(settings: Settings) -> str:
     return settings.endpoint.removeprefix("dyn://").split(".")[1]
 
 
-def run_leader(context: RankContext, health_client: HealthClient | None, notifier: SystemdNotifier | None) -> int:
+def run_leader(
+    context: RankContext, sources: WorkerSources, health_client: HealthClient | None, notifier: SystemdNotifier | None
+) -> int:
     """Run rank 0 and return the exit code. See `LeaderRank`."""
-    return LeaderRank(context, LeaderHooks(context, health_client, notifier)).run()
+    return LeaderRank(context, sources, LeaderHooks(context, health_client, notifier)).run()

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from functools import cache
 from typing import TYPE_CHECKING, NoReturn
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
@@ -27,12 +28,15 @@ from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 from dynamo_mpi.supervisor.context import RankContext
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
+    from dynamo_mpi.config.sources import WorkerSources
     from dynamo_mpi.supervisor.agent_client import Agent
     from dynamo_mpi.supervisor.fault_injection import InjectedFault
     from dynamo_mpi.telemetry.health_client import HealthClient
     from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
+
+    Sources = Callable[[], WorkerSources]
 
 # how long a rank that exits before MPI_Init waits, so that all ranks have started and rank 0 has logged the reason: a launcher ends the
 # other ranks when the first process fails
@@ -70,17 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_launch(launch, library)
     except DynamoMpiError as error:
         return _exit_before_mpi(error, launch, log)
-    agent = _spawn_node_agent(launch, log.host, argv)
+    # once per process, and not at all on a rank that needs no settings
+    sources = cache(lambda: _sources(argv))
+    agent = _spawn_node_agent(launch, log.host, sources)
     # before any thread is started, and after the agent, which would keep inherited descriptors open
-    health = _start_health_server(launch, log, argv)
-    client = NodeAgentClient(launch, os.environ, agent, lambda: _respawn_node_agent(launch, log.host, argv))
+    health = _start_health_server(launch, log, sources)
+    client = NodeAgentClient(launch, os.environ, agent, lambda: _respawn_node_agent(launch, log.host, sources))
     client.install_signal_handlers()
     phases.on_phase(lambda name: client.send(f"phase {name}"), first=True)
     health_client = None if isinstance(health, DynamoMpiError) else health
     if health_client is not None:
         phases.on_phase(health_client.send_phase, first=True)
         health_client.start()
-    notifier = _create_notifier(launch, argv)
+    notifier = _create_notifier(launch, sources)
     if notifier is not None:
         # in later phases it is one of rank 0's hooks
         notifier.on_phase("mpi_init")
@@ -107,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         client.send(f"failed {code}")
         return code
     except Exception as error:
-        return _abort_world(error, None, launch, client, log, phases, argv)
+        return _abort_world(error, None, launch, client, log, phases, sources)
     client.set_abort(world.abort)
     log = RankLogger(world.rank, log.host)
     context = RankContext(world, launch, argv, phases, log, client, library.version)
@@ -119,49 +125,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.rank == 0:
             from dynamo_mpi.runtime.leader import run_leader
 
-            return _finalize(world, client, run_leader(context, health_client, notifier))
+            return _finalize(world, client, run_leader(context, sources(), health_client, notifier))
         from dynamo_mpi.runtime.follower import run_follower
 
         return _finalize(world, client, run_follower(context, fault, health_client))
     except Exception as error:
-        return _abort_world(error, world, launch, client, log, phases, argv)
+        return _abort_world(error, world, launch, client, log, phases, sources)
 
 
-def _spawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str]) -> Agent | None:
+def _sources(argv: Sequence[str]) -> WorkerSources:
+    from dynamo_mpi.config.sources import WorkerSources
+
+    return WorkerSources(argv, os.environ)
+
+
+def _spawn_node_agent(launch: LaunchInfo, host: str, sources: Sources) -> Agent | None:
     """Fork the agent of this node if this is the node's first rank."""
     if launch.local_rank not in (0, None):
         return None
     from dynamo_mpi.supervisor.agent_start import spawn_node_agent
 
-    return spawn_node_agent(launch, host, argv, os.environ)
+    return spawn_node_agent(launch, host, sources().early, os.environ)
 
 
-def _respawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str]) -> Agent | None:
+def _respawn_node_agent(launch: LaunchInfo, host: str, sources: Sources) -> Agent | None:
     """Start a successor of an agent that has exited."""
     from dynamo_mpi.supervisor.agent_start import respawn_node_agent
 
-    return respawn_node_agent(launch, host, argv, os.environ)
+    return respawn_node_agent(launch, host, sources().early, os.environ)
 
 
-def _start_health_server(
-    launch: LaunchInfo, log: RankLogger, argv: Sequence[str]
-) -> HealthClient | DynamoMpiError | None:
+def _start_health_server(launch: LaunchInfo, log: RankLogger, sources: Sources) -> HealthClient | DynamoMpiError | None:
     """Fork this node's health server if it is enabled and this is the node's first rank."""
     if not os.environ.get("DYN_SYSTEM_PORT"):
         return None
     from dynamo_mpi.telemetry.health_start import start_health_server
 
-    return start_health_server(launch, log, argv, os.environ)
+    return start_health_server(launch, log, sources().early.heartbeat_timeout, os.environ)
 
 
-def _create_notifier(launch: LaunchInfo, argv: Sequence[str]) -> SystemdNotifier | None:
+def _create_notifier(launch: LaunchInfo, sources: Sources) -> SystemdNotifier | None:
     """Return the sd_notify client, on rank 0, if a service manager wants notifications."""
     if not os.environ.get("NOTIFY_SOCKET"):
         return None
-    from dynamo_mpi.supervisor.early_settings import Limits
     from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 
-    notifier = SystemdNotifier.from_env(os.environ, {"mpi_init": Limits.of(argv, os.environ).world_seconds})
+    notifier = SystemdNotifier.from_env(os.environ, {"mpi_init": sources().early.world_timeout})
     return notifier if launch.rank == 0 else None
 
 
@@ -209,13 +218,12 @@ def _abort_world(
     client: NodeAgentClient,
     log: RankLogger,
     phases: PhaseTracker,
-    argv: Sequence[str],
+    sources: Sources,
 ) -> NoReturn:
     """End all ranks because this one can't go on; the others may be inside a collective."""
     from dynamo_mpi.common.failure import Failure, describe_error
     from dynamo_mpi.common.log_writer import log_writer
     from dynamo_mpi.common.process import hard_exit_after
-    from dynamo_mpi.supervisor.early_settings import Limits
     from dynamo_mpi.supervisor.failure_files import write_failure
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
@@ -223,10 +231,9 @@ def _abort_world(
     # exit even if logging or a file system blocks
     hard_exit_after(_SHUTDOWN_SECONDS, code)
     report = f"error in {phases.current}: {text.rstrip()}"
-    limits = Limits.of(argv, os.environ)
-    rendezvous = Rendezvous(log.host, failure_dir=limits.failure_dir)
+    rendezvous = Rendezvous(log.host, failure_dir=sources().early.failure_dir)
     if not log_writer.has_destination:
-        log_writer.open_file(limits.log_dir, rendezvous.label, log.rank)
+        log_writer.open_file(sources().early.log_dir, rendezvous.label, log.rank)
     log.error(report)
     failure = Failure(log.rank, code, text, phase=phases.current, at=time.monotonic())
     write_failure(rendezvous, failure, log.host, report={"report": report, "consequences": []})

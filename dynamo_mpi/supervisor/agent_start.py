@@ -12,11 +12,12 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.config.sources import EarlySettings
 from dynamo_mpi.supervisor.agent_client import Agent
 from dynamo_mpi.supervisor.agent_socket import agent_socket_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from dynamo_mpi.mpi.launcher import LaunchInfo
 
@@ -27,14 +28,16 @@ _NAME_SECONDS = 1.0
 _RETRY_SECONDS = 0.01
 
 
-def spawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> Agent | None:
+def spawn_node_agent(
+    launch: LaunchInfo, host: str, settings: EarlySettings, environ: Mapping[str, str]
+) -> Agent | None:
     """Fork the agent of this node if this rank is the node's first. Call it before MPI and any thread is started. Does not raise.
 
     Args:
         launch: how this rank was started.
         host: this node.
-        argv: the worker's command line, without the program.
-        environ: environment variables; they identify the world and hold the agent's settings.
+        settings: the agent's settings.
+        environ: environment variables; they identify the world.
 
     Returns:
         The agent; None if another rank of this node starts it, or if it can't be started.
@@ -61,21 +64,23 @@ def spawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], environ
         rank_end.close()
         os.setsid()
         # in this process: a new interpreter would start too late to see an early death
-        _run_agent(None if listener is None else listener.detach(), agent_end.detach(), launch, host, argv, environ)
+        _run_agent(None if listener is None else listener.detach(), agent_end.detach(), launch, host, settings)
     except BaseException as error:  # after any error, this process must not go on as a rank
         warn(f"the node agent of {host} has failed: {type(error).__name__}: {error}", host)
     finally:
         os._exit(0)
 
 
-def respawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]) -> Agent | None:
+def respawn_node_agent(
+    launch: LaunchInfo, host: str, settings: EarlySettings, environ: Mapping[str, str]
+) -> Agent | None:
     """Start a successor of the agent that this rank started: as a new process, because MPI and threads run in this one.
 
     Args:
         launch: how this rank was started.
         host: this node.
-        argv: the worker's command line, without the program.
-        environ: environment variables; they identify the world and hold the agent's settings.
+        settings: the agent's settings.
+        environ: environment variables; they identify the world.
 
     Returns:
         The agent; None if it can't be started.
@@ -109,7 +114,7 @@ def respawn_node_agent(launch: LaunchInfo, host: str, argv: Sequence[str], envir
         if listener is not None:
             listener.close()
     agent_end.close()
-    start = {"launch": [launch.launcher.name, *launch[1:5]], "host": host, "argv": list(argv)}
+    start = {"launch": [launch.launcher.name, *launch[1:5]], "host": host, "settings": list(settings)}
     with contextlib.suppress(OSError):
         rank_end.sendall(json.dumps(start).encode() + b"\n")
     # otherwise `Popen` warns, when the object is deleted, that its process still runs
@@ -132,17 +137,15 @@ def main(first: str, listener: str | None = None) -> None:
     name, *rest = start["launch"]
     launch = LaunchInfo(Launcher[name], *rest)
     listening = None if listener is None else int(listener)
-    _run_agent(listening, connection.detach(), launch, start["host"], start["argv"], os.environ)
+    _run_agent(listening, connection.detach(), launch, start["host"], EarlySettings(*start["settings"]))
 
 
-def _run_agent(
-    listener: int | None, first: int, launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]
-) -> None:
+def _run_agent(listener: int | None, first: int, launch: LaunchInfo, host: str, settings: EarlySettings) -> None:
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     from dynamo_mpi.supervisor.node_agent import run_node_agent
 
-    run_node_agent(listener, first, launch, host, argv, environ)
+    run_node_agent(listener, first, launch, host, settings)
 
 
 def _listen(address: str, launch: LaunchInfo, *, wait_for_name: bool = False) -> _socket.socket:

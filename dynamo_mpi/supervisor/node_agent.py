@@ -26,15 +26,15 @@ from dynamo_mpi.supervisor.agent_socket import peer_is_ours
 from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.descendants import end_descendants
-from dynamo_mpi.supervisor.early_settings import Limits
 from dynamo_mpi.supervisor.failure_messages import heartbeat_missed, rank_died
 from dynamo_mpi.supervisor.local_rank import LocalRank, describe_missing_ranks
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.supervisor.shared_memory import remove_segments, segments_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
+    from dynamo_mpi.config.sources import EarlySettings
     from dynamo_mpi.mpi.launcher import LaunchInfo
 
 _TICK_SECONDS = 0.25
@@ -59,16 +59,21 @@ class NodeAgent:
         first: the connection to the rank that started the agent.
         launch: how that rank was started.
         host: this node.
-        limits: the agent's settings.
+        settings: the agent's settings.
     """
 
     def __init__(
-        self, listener: socket.socket | None, first: socket.socket, launch: LaunchInfo, host: str, limits: Limits
+        self,
+        listener: socket.socket | None,
+        first: socket.socket,
+        launch: LaunchInfo,
+        host: str,
+        settings: EarlySettings,
     ) -> None:
-        self._launch, self._host, self._limits = launch, host, limits
+        self._launch, self._host, self._world_timeout = launch, host, settings.world_timeout
         self._selector = selectors.DefaultSelector()
-        self._writer = ReportWriter(limits.log_dir)
-        rendezvous = Rendezvous(host, heartbeat_timeout=limits.heartbeat_timeout, failure_dir=limits.failure_dir)
+        self._writer = ReportWriter(settings.log_dir)
+        rendezvous = Rendezvous(host, heartbeat_timeout=settings.heartbeat_timeout, failure_dir=settings.failure_dir)
         self._watch = WorldWatch(
             self._selector, launch, host, self._writer, rendezvous, self._end_local_ranks, self._rank0_reports
         )
@@ -276,7 +281,7 @@ class NodeAgent:
         if self._stop_at < math.inf:
             return
         waiting = [local for local in self._ranks if not (local.preflight_done or local.detached)]
-        if waiting and now - self._started_at > self._limits.world_seconds:
+        if waiting and now - self._started_at > self._world_timeout:
             self._report_missing(waiting)
             return
         rendezvous = self._watch.rendezvous
@@ -308,7 +313,7 @@ class NodeAgent:
             for key, _ in self._selector.select(_TICK_SECONDS):
                 key.data()
         error = PhaseTimeoutError(
-            f"no verdict after {self._limits.world_seconds:g} s",
+            f"no verdict after {self._world_timeout:g} s",
             needed="all ranks of all nodes must start MPI and answer rank 0",
             fix="look at the ranks and nodes that are missing or differ from the others; --world-timeout sets the time",
         )
@@ -337,9 +342,7 @@ class NodeAgent:
             local.send(f"end {code}")
 
 
-def run_node_agent(
-    listener: int | None, first: int, launch: LaunchInfo, host: str, argv: Sequence[str], environ: Mapping[str, str]
-) -> None:
+def run_node_agent(listener: int | None, first: int, launch: LaunchInfo, host: str, settings: EarlySettings) -> None:
     """Run the agent, in a process of its own, until the ranks of this node don't need it any more.
 
     Args:
@@ -347,13 +350,12 @@ def run_node_agent(
         first: descriptor of the connection to the rank that started the agent.
         launch: how that rank was started.
         host: this node.
-        argv: the worker's command line, without the program.
-        environ: that rank's environment variables.
+        settings: the agent's settings.
     """
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
     listening = None if listener is None else socket.socket(fileno=listener)
-    agent = NodeAgent(listening, socket.socket(fileno=first), launch, host, Limits.of(argv, environ))
+    agent = NodeAgent(listening, socket.socket(fileno=first), launch, host, settings)
     set_process_title(f"dynamo_mpi: node agent on {host}")
     agent.run()

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.mpi.restart_count import restart_count
-from dynamo_mpi.supervisor.early_settings import Limits
 from dynamo_mpi.telemetry.health_address import HOST_VARIABLE, PORT_VARIABLE, HealthAddress
 from dynamo_mpi.telemetry.health_client import HealthClient
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from dynamo_mpi.common.log import RankLogger
     from dynamo_mpi.mpi.launcher import LaunchInfo
@@ -31,14 +30,14 @@ _MOST_FILES = 1 << 20
 
 
 def start_health_server(
-    launch: LaunchInfo, log: RankLogger, argv: Sequence[str], environ: Mapping[str, str]
+    launch: LaunchInfo, log: RankLogger, heartbeat_timeout: float | None, environ: Mapping[str, str]
 ) -> HealthClient | UsageError | None:
     """Fork this node's health server, if this rank is the one that must. Call it before MPI and any thread is started.
 
     Args:
         launch: how this rank was started.
         log: logs a warning if the health server of a node other than rank 0's can't start.
-        argv: the worker's command line, without the program.
+        heartbeat_timeout: see `Rendezvous`.
         environ: has the address.
 
     Returns:
@@ -56,7 +55,6 @@ def start_health_server(
             return error
         log.warning(f"this node has no health server: {error}")
         return None
-    limits = Limits.of(argv, environ)
     where = address._replace(port=listener.getsockname()[1])
     # a signal that arrives meanwhile is delivered only to this rank
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_IT)
@@ -72,11 +70,11 @@ def start_health_server(
         for number in _NOT_FOR_IT:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        _serve(where, listener, its, launch, log, limits, environ)
+        _serve(where, listener, its, launch, log, heartbeat_timeout, environ)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     listener.close()
     its.close()
-    return HealthClient(ours, where, pid, limits.heartbeat_timeout)
+    return HealthClient(ours, where, pid, heartbeat_timeout)
 
 
 def _listen(address: HealthAddress) -> socket.socket:
@@ -106,7 +104,7 @@ def _serve(
     rank: socket.socket,
     launch: LaunchInfo,
     log: RankLogger,
-    limits: Limits,
+    heartbeat_timeout: float | None,
     environ: Mapping[str, str],
 ) -> None:
     """Run the forked process. Does not return."""
@@ -127,7 +125,7 @@ def _serve(
         now, wall = time.monotonic(), time.time()
         state = HealthState(launch.rank, log.host, parent, wall, now, restart_count(environ), since=wall, last_seen=now)
         set_process_title(f"dynamo_mpi: answers probes on {log.host}")
-        state = state._replace(heartbeat_timeout=limits.heartbeat_timeout)
+        state = state._replace(heartbeat_timeout=heartbeat_timeout)
         HealthServer(address, state, listener).serve(rank)
     except BaseException as error:  # in any case this process must not continue as a rank
         text = str(error) if isinstance(error, DynamoMpiError) else f"{type(error).__name__}: {error}"

@@ -251,7 +251,7 @@ def ready_file() -> str:
     samples = []
     with tempfile.TemporaryDirectory() as folder, fixed_environment(DYN_MPI_ATTEMPT="2"):
         path = Path(folder, "ready.json")
-        settings = sources.load_settings(["--model", "/models/M", "--ready-file", str(path)], {})
+        settings = sources.load_settings(sources.WorkerSources(["--model", "/models/M", "--ready-file", str(path)], {}))
         context = rank_context(phases_of("load"), ranks=8)
         for system in ("http://n1:9090", None):
             sources.ReadyFile(context, settings, 1.5, system).on_ready()

@@ -53,7 +53,9 @@ def metrics_file() -> str:
     """The names and labels in a file for node_exporter; its values are those of `metrics`."""
     with tempfile.TemporaryDirectory() as folder, fixed_environment(SLURM_JOB_ID="12", SLURM_STEP_ID="3"):
         path = Path(folder, "w.prom")
-        settings = sources.load_settings(["--model", "/models/M", "--metrics-file", str(path)], {})
+        settings = sources.load_settings(
+            sources.WorkerSources(["--model", "/models/M", "--metrics-file", str(path)], {})
+        )
         hooks = sources.LeaderHooks(rank_context(phases_of("load"), host="n1"), None, None)
         hooks.add_status_hooks(settings)
         hooks.on_exit(0)

@@ -34,6 +34,7 @@ from dynamo_mpi.common.phases import PHASES, PhaseTracker, RankTimings, Span
 from dynamo_mpi.common.phases import PhaseProgress as Progress
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.config.options import Option
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.config.worker_options import OPTIONS as WORKER_OPTIONS
 from dynamo_mpi.deploy.controller import DeploymentController

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.common.errors import ExitCode
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from tests.conftest import ROOT
 from tests.servers import closed_port
@@ -44,7 +45,7 @@ def test_the_command_line_is_the_documented_one(case: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     started, _, worker = done.stdout.partition(" python3 -m dynamo_mpi.worker ")
     assert shlex.split(started) == launcher.split()
-    settings = load_settings(shlex.split(worker), {})
+    settings = load_settings(WorkerSources(shlex.split(worker), {}))
     assert (settings.engine, settings.model, settings.preflight_only) == ("reference", Path("a model"), True)
     assert settings.engine_config is not None
     sizes = dict(

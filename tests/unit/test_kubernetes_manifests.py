@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.deploy.kubernetes.settings import load_join, load_lead
 from tests.conftest import ROOT
@@ -99,7 +100,7 @@ def test_our_programs_take_what_the_pods_say(name: str, part: str, template: dic
     assert (leading.pods, leading.ranks_per_pod) == (2, int(container["resources"]["limits"]["nvidia.com/gpu"]))
     assert leading.port in [port["containerPort"] for port in container["ports"]]
     assert leading.command[:3] == ("python3", "-m", "dynamo_mpi.worker")
-    worker = load_settings(leading.command[3:], environ)
+    worker = load_settings(WorkerSources(leading.command[3:], environ))
     assert template["spec"]["terminationGracePeriodSeconds"] > worker.drain_timeout + 60
     probe = container["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] > LONGEST_START_SECONDS

@@ -11,6 +11,7 @@ from dynamo_mpi.checks.preflight import load_inputs
 from dynamo_mpi.checks.rank_report import RankReport
 from dynamo_mpi.common.codec import encode_strings
 from dynamo_mpi.common.errors import ExitCode, UsageError
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
 from dynamo_mpi.runtime.engine_runner import decode_failures, describe_failures
@@ -46,7 +47,7 @@ def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None
         "max_num_tokens: 64\nmax_seq_len: 256\nkv_cache_config: {tokens_per_block: 16}\n"
     )
     argv = ["--model", str(tmp_path), "--engine-config", str(engine), *flags]
-    settings = load_settings(argv, {})
+    settings = load_settings(WorkerSources(argv, {}))
     spec = engine_spec(settings, load_inputs(settings, argv))
     assert (spec.engine, spec.model_dir) == ("reference", str(tmp_path))
     assert (spec.tp_size, spec.max_seq_len) == (3, 256)
@@ -57,8 +58,8 @@ def test_the_engine_is_told_every_size(tmp_path: Path, flags: list[str]) -> None
 def test_tensorrt_llm_needs_dynamos_worker_for_it_only_where_it_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dynamo_mpi.runtime.engine_choice.find_spec", lambda name: None)
     words = ["--model", "/m", "--engine", "trtllm"]
-    check_engine_installed(load_settings([*words, "--preflight-only"], {}))
-    check_engine_installed(load_settings(["--model", "/m"], {}))
+    check_engine_installed(load_settings(WorkerSources([*words, "--preflight-only"], {})))
+    check_engine_installed(load_settings(WorkerSources(["--model", "/m"], {})))
     with pytest.raises(UsageError, match=r"there is no dynamo\.trtllm") as caught:
-        check_engine_installed(load_settings(words, {}))
+        check_engine_installed(load_settings(WorkerSources(words, {})))
     assert "container" in caught.value.fix

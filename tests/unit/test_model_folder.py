@@ -9,11 +9,12 @@ import pytest
 
 from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.config.model_dir import resolve_model_dir
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 
 
 def found(model: str | Path, *words: str, cache: Path = Path("/nowhere")) -> tuple[str, str]:
-    settings = load_settings(["--model", str(model), *words], {})
+    settings = load_settings(WorkerSources(["--model", str(model), *words], {}))
     located = resolve_model_dir(settings, {"HF_HUB_CACHE": str(cache)})
     return str(located.model), located.served_model_name
 

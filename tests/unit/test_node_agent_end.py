@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
+from dynamo_mpi.config.sources import EarlySettings
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor import agent_writer
-from dynamo_mpi.supervisor.early_settings import Limits
 from dynamo_mpi.supervisor.local_rank import LocalRank
 from dynamo_mpi.supervisor.node_agent import NodeAgent
 
@@ -24,7 +24,9 @@ def test_a_file_system_that_hangs_does_not_keep_the_ranks(monkeypatch: pytest.Mo
     monkeypatch.setattr(LocalRank, "kill", lambda _: None)
     ours, its = socket.socketpair()
     launch = LaunchInfo(Launcher.OPEN_MPI, size=2, local_rank=0)
-    watching = threading.Thread(target=NodeAgent(None, its, launch, "n1", Limits(world_seconds=0.1)).run, daemon=True)
+    watching = threading.Thread(
+        target=NodeAgent(None, its, launch, "n1", EarlySettings(world_timeout=0.1)).run, daemon=True
+    )
     try:
         watching.start()
         ours.settimeout(10)

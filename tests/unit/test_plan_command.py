@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from dynamo_mpi.cli.main import main
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from tests.unit.model_zoo import ZOO
 
@@ -223,7 +224,7 @@ def test_the_srun_line_is_one_that_the_worker_understands(
     assert expected <= set(words)
     after = words[words.index("dynamo_mpi.worker") + 1 :]
     assert after[:4] == ["--engine", engine, "--role", "agg"]
-    settings = load_settings(after, {})
+    settings = load_settings(WorkerSources(after, {}))
     assert (settings.model, settings.engine) == (tmp_path / "config.json", engine)
 
 

@@ -14,6 +14,7 @@ import pytest
 from dynamo_mpi.common.errors import AuthorizationError, UsageError
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseProgress
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import Settings, load_settings
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
@@ -32,7 +33,7 @@ def etcd() -> Iterator[str]:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return load_settings(["--model", str(tmp_path), "--probe-timeout", "1"], {})
+    return load_settings(WorkerSources(["--model", str(tmp_path), "--probe-timeout", "1"], {}))
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from dynamo_mpi.checks.hardware_check_plan import (
 from dynamo_mpi.checks.local_check import check_this_host
 from dynamo_mpi.checks.run_hardware_checks import Report, allowed_seconds
 from dynamo_mpi.common.errors import ExitCode
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.layout.finding import Severity
 from tests.conftest import ROOT
@@ -266,16 +267,16 @@ def test_what_is_probed_depends_on_the_engine_and_on_what_is_asked() -> None:
         ((*reference, "--probe", "Fabric, gpu"), 4, ("gpu", "fabric")),
         ((*reference, "--probe", "fabric"), 1, ()),
     ):
-        assert chosen_checks(load_settings(flags, {}), size) == wanted
-    assert memory_is_awaited(load_settings(trtllm, {}))
+        assert chosen_checks(load_settings(WorkerSources(flags, {})), size) == wanted
+    assert memory_is_awaited(load_settings(WorkerSources(trtllm, {})))
     for flags in ((*trtllm, "--preflight-only"), (*trtllm, "--probe", "fabric"), reference):
-        assert not memory_is_awaited(load_settings(flags, {}))
+        assert not memory_is_awaited(load_settings(WorkerSources(flags, {})))
 
 
 def test_a_plan_has_the_groups_of_the_layout() -> None:
     from dynamo_mpi.layout.layout import Layout
 
-    settings = load_settings(("--model", "/m", "--engine", "trtllm", "--probe-seconds", "9"), {})
+    settings = load_settings(WorkerSources(("--model", "/m", "--engine", "trtllm", "--probe-seconds", "9"), {}))
     layout = Layout(tp_size=2, pp_size=2, moe_ep_size=2)
     plan = plan_hardware_checks(settings, layout, {"n1": [0, 1], "n2": [2, 3]})
     assert plan is not None
@@ -288,7 +289,7 @@ def test_a_plan_has_the_groups_of_the_layout() -> None:
     }
     assert (
         plan_hardware_checks(
-            load_settings(("--model", "/m", "--engine", "reference"), {}), layout, {"n1": [0, 1, 2, 3]}
+            load_settings(WorkerSources(("--model", "/m", "--engine", "reference"), {})), layout, {"n1": [0, 1, 2, 3]}
         )
         is None
     )
@@ -326,6 +327,6 @@ NO_EFFECT = "--probe-kv-seconds has no effect any more: the KV check is a step o
     ],
 )
 def test_what_was_asked_for_in_vain_is_said(words: list[str], size: int, said: list[str]) -> None:
-    settings = load_settings(["--model", "/m", "--engine", "reference", *words], {})
+    settings = load_settings(WorkerSources(["--model", "/m", "--engine", "reference", *words], {}))
     assert [*skipped_checks(settings, size), *obsolete(settings)] == said
     assert "kv" not in chosen_checks(settings, size)

@@ -394,7 +394,7 @@ def test_a_taken_port_is_an_error_on_rank_0_and_a_warning_elsewhere(capfd: pytes
 
         def begin(rank: int, local_rank: int | None) -> object:
             launch = LaunchInfo(Launcher.SLURM_PMIX, rank, 4, local_rank)
-            return start_health_server(launch, RankLogger(rank, "n1"), (), where)
+            return start_health_server(launch, RankLogger(rank, "n1"), None, where)
 
         for local_rank in (0, None):
             error = begin(0, local_rank)

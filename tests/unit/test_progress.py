@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common.log_writer import LogFormat, LogWriter
 from dynamo_mpi.common.phases import PhaseProgress, PhaseTracker, RankTimings, Span
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.supervisor.progress import ProgressTracker
 from dynamo_mpi.telemetry.progress import Terminal, describe, facts, intervals, size, table
@@ -119,7 +120,9 @@ def ticker_of(
     roll: ProgressTracker, phases: PhaseTracker, on_progress: Callable[[PhaseProgress], object], mode: str, first: float
 ) -> ProgressReporter:
     settings = load_settings(
-        ["--model", ".", "--engine", "reference", "--progress", mode, "--progress-interval", f"{first}"], {}
+        WorkerSources(
+            ["--model", ".", "--engine", "reference", "--progress", mode, "--progress-interval", f"{first}"], {}
+        )
     )
     ticker = ProgressReporter(rank_context(phases), roll, settings, on_progress)
     phases.on_phase(ticker.on_phase)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError, UsageError
 from dynamo_mpi.config.options import Option
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import Settings, build_parser, load_settings
 from dynamo_mpi.config.worker_options import OPTIONS
 
@@ -74,7 +75,7 @@ SAMPLES = {
 
 def load(*argv: str, file: Path | None = None, environ: Mapping[str, str] | None = None) -> Settings:
     named = {} if file is None else {"DYN_MPI_SETTINGS": str(file)}
-    return load_settings(argv, {**(environ or {}), **named})
+    return load_settings(WorkerSources(argv, {**(environ or {}), **named}))
 
 
 def shown(settings: Settings, name: str) -> str:
@@ -364,7 +365,7 @@ def test_any_command_line_is_understood_or_refused(words: list[str], environ: di
     if {"-h", "--help", "--version"} & set(words):
         return
     try:
-        settings = load_settings(words, environ)
+        settings = load_settings(WorkerSources(words, environ))
     except DynamoMpiError as error:
         assert error.found
     else:

@@ -16,6 +16,7 @@ from dynamo_mpi.checks.preflight import PreflightInputs, PreflightResult, evalua
 from dynamo_mpi.checks.rank_facts import RankFacts
 from dynamo_mpi.checks.rank_report import RankReport
 from dynamo_mpi.common.errors import ConfigFileError, ExitCode, ModelNotFoundError
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.layout.finding import errors
 from tests.unit.models import LLAMA_4, SMOLLM2
@@ -30,7 +31,7 @@ def make_plan(
     if engine is not None:
         (folder / "engine.yaml").write_text(engine)
         argv += ["--engine-config", str(folder / "engine.yaml")]
-    return load_inputs(load_settings(argv, {}), argv)
+    return load_inputs(load_settings(WorkerSources(argv, {})), argv)
 
 
 def cards(*hosts: str, problems: dict[int, tuple[str, ...]] | None = None) -> list[RankReport]:
@@ -57,7 +58,7 @@ def test_without_an_engine_config_the_model_alone_is_watched(tmp_path: Path) -> 
 def test_a_missing_model_is_a_model_error(tmp_path: Path) -> None:
     for folder, words in ((tmp_path / "absent", "model folder .*absent"), (tmp_path, r"model config .*config\.json")):
         with pytest.raises(ModelNotFoundError, match=f"{words}.* can't be read") as caught:
-            load_inputs(load_settings(["--model", str(folder)], {}), [])
+            load_inputs(load_settings(WorkerSources(["--model", str(folder)], {})), [])
         assert caught.value.exit_code == 66
 
 
@@ -65,7 +66,7 @@ def test_a_file_in_the_folders_place_is_a_model_error(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.touch()
     with pytest.raises(ModelNotFoundError, match="Not a directory"):
-        load_inputs(load_settings(["--model", str(path)], {}), [])
+        load_inputs(load_settings(WorkerSources(["--model", str(path)], {})), [])
 
 
 @pytest.mark.parametrize("make", ["absent", "folder", "binary", "list"])
@@ -79,7 +80,7 @@ def test_a_bad_engine_config_is_a_data_error(tmp_path: Path, make: str) -> None:
     elif make == "list":
         path.write_text("- a")
     with pytest.raises(ConfigFileError, match=r"engine\.yaml") as caught:
-        load_inputs(load_settings(["--model", str(tmp_path), "--engine-config", str(path)], {}), [])
+        load_inputs(load_settings(WorkerSources(["--model", str(tmp_path), "--engine-config", str(path)], {})), [])
     assert caught.value.exit_code == 65
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_path, to_seconds, to_text
+from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_path, to_text
+from dynamo_mpi.config.sources import to_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

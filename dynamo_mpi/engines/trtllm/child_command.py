@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.config.engine import ENGINE_OPTIONS
-from dynamo_mpi.config.options import MAX_SECONDS
+from dynamo_mpi.config.sources import MAX_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

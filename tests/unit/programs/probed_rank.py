@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
+from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
@@ -34,7 +35,7 @@ def main() -> None:
     """Begin, tell the port, and obey."""
     log = RankLogger(RANK, "n2")
     launch = LaunchInfo(Launcher.SLURM_PMIX, rank=RANK, size=SIZE, local_rank=0, local_size=2)
-    reporter = start_health_server(launch, log, sys.argv[1:], os.environ)
+    reporter = start_health_server(launch, log, WorkerSources(sys.argv[1:], {}).early.heartbeat_timeout, os.environ)
     assert reporter is not None, "no answers"
     assert not isinstance(reporter, Exception), reporter
     phases = PhaseTracker()
