@@ -65,12 +65,14 @@ class TokenChunk:
         token_ids: new tokens, none in a chunk that only ends the request.
         finish_reason: set on the last chunk.
         error: the error, if ``finish_reason`` is ``"error"``.
+        engine_failed: whether an error concerns the whole engine, not only this request.
         kv_offer: on the last chunk of a request with ``offer_kv``: JSON values that describe the KV for a decode worker.
     """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str | None = None
+    engine_failed: bool = True
     kv_offer: Mapping[str, Any] | None = None
 
 

@@ -21,7 +21,7 @@ from dynamo_mpi.discovery.registration_monitor import lease_error
 from dynamo_mpi.discovery.runtime_compat import remove_empty_credentials
 from dynamo_mpi.mpi.job_time_limit import schedule_drain, time_limit_reached
 from dynamo_mpi.runtime.runtime_error import runtime_error
-from dynamo_mpi.runtime.serving_handler import RequestHandler
+from dynamo_mpi.runtime.serving_handler import RequestHandler, RuntimeErrors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -105,7 +105,7 @@ async def serve(
         EngineError: the engine failed.
         RetryableError: the worker's lease was lost.
     """
-    from dynamo.llm.exceptions import EngineShutdown, InvalidArgument
+    from dynamo.llm.exceptions import EngineShutdown, InvalidArgument, Unknown
     from dynamo.runtime import DistributedRuntime
 
     loop = asyncio.get_running_loop()
@@ -113,7 +113,9 @@ async def serve(
     failed: asyncio.Future[BaseException] = loop.create_future()
     lost: asyncio.Future[RetryableError] = loop.create_future()
     engine.on_failure(lambda error: _from_thread(loop, failed, error))
-    handler = RequestHandler(engine, InvalidArgument, EngineShutdown, registration.role, on_in_flight)
+    handler = RequestHandler(
+        engine, RuntimeErrors(InvalidArgument, EngineShutdown, Unknown), registration.role, on_in_flight
+    )
     on_in_flight(handler.in_flight)
 
     reasons: list[str] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import EngineError
@@ -24,13 +24,27 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
 
 
+@dataclass(frozen=True)
+class RuntimeErrors:
+    """The exceptions of the Dynamo runtime.
+
+    Args:
+        invalid_argument: reported as a client's error.
+        engine_shutdown: the frontend retries on another worker, and sends this one no requests for a while.
+        request_failed: this request alone has failed; the worker keeps serving.
+    """
+
+    invalid_argument: Callable[[str], Exception]
+    engine_shutdown: Callable[[str], Exception]
+    request_failed: Callable[[str], Exception]
+
+
 class RequestHandler:
     """Serves requests with an engine and counts those in flight.
 
     Args:
         engine: a started engine.
-        invalid_argument: the exception that the runtime reports as a client error.
-        engine_shutdown: the exception that makes the frontend retry on another worker.
+        errors: the runtime's exceptions.
         role: ``"agg"``, ``"prefill"`` or ``"decode"``.
         on_in_flight: called with the number of requests in flight when it changes; it must be quick.
     """
@@ -38,15 +52,13 @@ class RequestHandler:
     def __init__(
         self,
         engine: Engine,
-        invalid_argument: Callable[[str], Exception],
-        engine_shutdown: Callable[[str], Exception],
+        errors: RuntimeErrors,
         role: str = "agg",
         on_in_flight: Callable[[int], object] = lambda _: None,
     ) -> None:
         self._engine = engine
         self._on_in_flight = on_in_flight
-        self._invalid_argument = invalid_argument
-        self._engine_shutdown = engine_shutdown
+        self._errors = errors
         self._role = role
         self._request_ids: set[str] = set()
         self._idle = asyncio.Event()
@@ -88,9 +100,9 @@ class RequestHandler:
             generation = for_role(to_generation_request(request_id, request), request, self._role)
             self._engine.submit(generation, chunks.put)
         except RequestError as error:
-            raise self._invalid_argument(str(error)) from None
+            raise self._errors.invalid_argument(str(error)) from None
         except EngineError as error:
-            raise self._engine_shutdown(error.found) from None
+            raise self._errors.engine_shutdown(error.found) from None
         self._request_ids.add(request_id)
         self._idle.clear()
         self._on_in_flight(self.in_flight)
@@ -104,7 +116,8 @@ class RequestHandler:
                 generated += len(chunk.token_ids)
                 finished = chunk.finish_reason is not None
                 if chunk.finish_reason == "error":
-                    raise self._engine_shutdown(chunk.error or "the engine failed")
+                    kind = self._errors.engine_shutdown if chunk.engine_failed else self._errors.request_failed
+                    raise kind(chunk.error or "the engine failed")
                 yield to_response(chunk, len(generation.prompt_token_ids), generated)
         finally:
             if not finished:

@@ -116,3 +116,16 @@ def test_each_role_alone_is_proven_and_healthy(start: Start, role: str) -> None:
     eventually(lambda: http_get(f"http://127.0.0.1:{port}/health")[0] == 200, "/health is 200", 20)
     os.kill(worker.rank_zero(), signal.SIGTERM)
     assert worker.wait() == 0, worker.text()
+
+
+def test_a_lost_kv_fetch_fails_its_request_alone(
+    etcd: EtcdServer, start: Start, tmp_path: Path, model_dir: Path
+) -> None:
+    """No fetch succeeds in a microsecond. If that counted against the decode worker, the frontend would drop it and answer 503."""
+    workers = [start("decode", 1, "--kv-pull-timeout", "0.000001"), start("prefill", 1)]
+    for worker in workers:
+        worker.ready()
+    with running_frontend(tmp_path, etcd) as frontend:
+        # until the frontend knows both workers it answers 404 or 503
+        eventually(lambda: ask(frontend, model_dir.name)[0] == 500, "the worker's error")
+        assert {ask(frontend, model_dir.name)[0] for _ in range(4)} == {500}

@@ -16,7 +16,7 @@ import pytest
 
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
-from dynamo_mpi.runtime.serving_handler import RequestHandler, _ChunkQueue
+from dynamo_mpi.runtime.serving_handler import RequestHandler, RuntimeErrors, _ChunkQueue
 from tests.unit.engines import Script, ScriptedEngine
 
 TIMEOUT = 20.0
@@ -28,6 +28,13 @@ class InvalidArgumentError(Exception):
 
 class EngineShutdownError(Exception):
     pass
+
+
+class RequestFailedError(Exception):
+    pass
+
+
+ERRORS = RuntimeErrors(InvalidArgumentError, EngineShutdownError, RequestFailedError)
 
 
 class Context:
@@ -62,7 +69,7 @@ class Sender:
 
 
 def handler_of(engine: ScriptedEngine) -> RequestHandler:
-    return RequestHandler(engine, InvalidArgumentError, EngineShutdownError)
+    return RequestHandler(engine, ERRORS)
 
 
 def prompt(max_tokens: int = 4) -> dict[str, Any]:
@@ -315,6 +322,19 @@ def test_an_engine_that_fails_half_way_lets_the_frontend_try_elsewhere() -> None
     run(body())
 
 
+def test_an_error_of_one_request_does_not_count_against_the_worker() -> None:
+    def script(request: GenerationRequest) -> Iterable[TokenChunk]:
+        yield TokenChunk((), "error", "its KV could not be fetched", engine_failed=False)
+
+    async def body() -> None:
+        with ScriptedEngine(script) as engine:
+            with pytest.raises(RequestFailedError, match="could not be fetched"):
+                async for _ in handler_of(engine).generate(prompt(), Context()):
+                    pass
+
+    run(body())
+
+
 def test_quiet_is_when_the_last_request_has_ended() -> None:
     async def body() -> None:
         with ScriptedEngine(endless(threading.Event())) as engine:
@@ -342,7 +362,7 @@ def test_every_change_of_what_is_in_flight_is_told() -> None:
     async def body() -> None:
         with ScriptedEngine() as engine:
             told: list[int] = []
-            handler = RequestHandler(engine, InvalidArgumentError, EngineShutdownError, on_in_flight=told.append)
+            handler = RequestHandler(engine, ERRORS, on_in_flight=told.append)
             first, second = (handler.generate(prompt(), Context(name)) for name in ("a", "b"))
             await anext(first)
             await anext(second)

@@ -251,4 +251,14 @@ def _lie(
 )
 def test_a_peer_that_lies_is_an_error(answer: Callable[[socket.socket], None], words: str) -> None:
     with peer(answer) as port:
-        assert words in refused(at(port))
+        assert words in refused(at(port), seconds=1.0)
+
+
+def test_idle_connections_do_not_keep_a_decode_rank_out(server: KvServer) -> None:
+    crowd = [socket.create_connection(server.address) for _ in range(200)]
+    try:
+        for _ in range(20):
+            get(at(server.address[1]))
+    finally:
+        for connection in crowd:
+            connection.close()

@@ -237,7 +237,7 @@ class ReferenceEngine:
             request_id = prefilled.request_id
             if prefilled.error:
                 scheduler.cancel(request_id)
-                self._in_flight.deliver(request_id, TokenChunk((), "error", prefilled.error))
+                self._in_flight.deliver(request_id, TokenChunk((), "error", prefilled.error, engine_failed=False))
                 continue
             _log.info("request %s: its prompt's KV came in %.1f ms", request_id, prefilled.seconds * 1000)
             chunk = scheduler.continue_after(request_id, prefilled.first_token)

@@ -4,8 +4,8 @@
 Prefill stores copies, so that a slot of the KV cache is free at once. A copy is removed when decode releases it, or when it expires. A
 server thread that is sending it keeps a reference, and stored copies are never modified.
 
-One thread listens and removes expired copies; each connection has a thread of its own; their number and duration are limited. A peer that
-stalls or violates the protocol only loses its connection.
+One thread listens and removes expired copies; each connection has a thread of its own; the number of unauthenticated ones and the duration of
+all are limited. A peer that stalls or violates the protocol only loses its connection.
 
 Peers are not trusted: a peer must know the transfer's secret, and shape, format, size and checksum must be the requested ones. Memory is
 allocated by the size of the *request*, never by what a peer announces.
@@ -14,6 +14,7 @@ allocated by the size of the *request*, never by what a peer announces.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import secrets
 import socket
@@ -22,9 +23,11 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
+from dynamo_mpi.common.admission import Admission, Throttle
 from dynamo_mpi.engines.reference.kv_descriptor import KvDescriptor, KvShard, RankShard, ShardSlice, covers
 from dynamo_mpi.engines.reference.kv_wire import (
     FLOAT32,
@@ -138,11 +141,13 @@ class KvStore:
             del self._stored[transfer_id]
 
 
+Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
-_MOST_CONNECTIONS = 64
+_MOST_STRANGERS = 64
 _LOOK_SECONDS = 0.5
 _STRANGER_SECONDS = 5.0
 _BACKLOG = 128
+_RETRY_SECONDS = 0.05
 
 
 class KvServer:
@@ -164,7 +169,9 @@ class KvServer:
         self._listener = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
         self._listener.settimeout(_LOOK_SECONDS)
         self._closing = threading.Event()
-        self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._admission: Admission[socket.socket] = Admission(_MOST_STRANGERS, _STRANGER_SECONDS)
+        self._admission_lock = threading.Lock()
+        self._accept_warnings = Throttle()
         self._thread = threading.Thread(target=self._listen, name="kv-server", daemon=True)
         self._thread.start()
 
@@ -186,24 +193,30 @@ class KvServer:
         while not self._closing.is_set():
             self._store.expire()
             try:
-                connection, _ = self._listener.accept()
+                connection, peer = self._listener.accept()
             except TimeoutError:
                 continue
             except OSError as error:  # for instance no free descriptors, until connections end
                 if self._closing.is_set():
                     return
-                _log.warning("the KV server can't accept a connection: %s", error)
+                if (suppressed := self._accept_warnings.permit(time.monotonic())) is not None:
+                    _log.warning("the KV server can't accept a connection: %s (%d times before)", error, suppressed)
                 self._closing.wait(_LOOK_SECONDS)
                 continue
-            if not self._room.acquire(blocking=False):
+            with self._admission_lock:
+                displaced = self._admission.enter(connection, peer[0], time.monotonic())
+            for stranger in displaced:
+                with contextlib.suppress(OSError):  # its thread, if it has one, closes it
+                    stranger.shutdown(socket.SHUT_RDWR)
+            if connection in displaced:
                 connection.close()
                 continue
             try:
                 threading.Thread(target=self._serve, args=(connection,), name="kv-connection", daemon=True).start()
             except RuntimeError as error:  # thread limit reached
                 _log.warning("the KV server can't serve a connection: %s", error)
+                self._leave(connection)
                 connection.close()
-                self._room.release()
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -211,7 +224,7 @@ class KvServer:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 peer = FrameSocket(connection, Deadline.after(min(_STRANGER_SECONDS, self._connection_seconds)))
                 try:
-                    self._converse(peer)
+                    self._converse(connection, peer)
                 except WireError as error:
                     with contextlib.suppress(OSError):
                         peer.send(Refused(str(error)))
@@ -220,14 +233,22 @@ class KvServer:
         except Exception:  # an error of one connection must not end the others
             _log.exception("a KV connection failed")
         finally:
-            self._room.release()
+            self._leave(connection)
 
-    def _converse(self, peer: FrameSocket) -> None:
+    def _leave(self, connection: socket.socket) -> None:
+        """Count a connection no longer as a stranger's."""
+        with self._admission_lock:
+            self._admission.leave(connection)
+
+    def _converse(self, connection: socket.socket, peer: FrameSocket) -> None:
         """Answer requests until the peer closes the connection or a request is refused."""
         nonce = secrets.token_bytes(NONCE_BYTES)
         peer.send(Hello(nonce))
         while True:
             try:
+                peer.wait_readable()
+                with self._admission_lock:
+                    self._admission.begin_request(connection, time.monotonic())
                 request = peer.receive()
             except ConnectionError:
                 return
@@ -237,6 +258,7 @@ class KvServer:
             # the same text for all cases, so that a client can't find out which transfers exist
             if stored is None or not is_signed(request, stored.secret, nonce):
                 raise WireError("no such transfer: never offered, expired, released, or not yours")
+            self._leave(connection)
             peer.deadline = Deadline.after(self._connection_seconds)
             if isinstance(request, Release):
                 self._store.release(request.transfer_id)
@@ -284,19 +306,30 @@ class FetchError(Exception):
     """KV could not be fetched; the text has the rank and the reason."""
 
 
+class DisplacedError(FetchError):
+    """The server closed the connection before it answered: others displaced it. Worth another attempt."""
+
+
 def fetch(descriptor: KvDescriptor, part: ShardSlice, deadline: Deadline) -> Float32Array:
     """Return one part, ``[2, layers, heads, tokens, head_dim]``, keys first.
 
     Raises:
         FetchError: the peer is gone or slow, refuses, or sends invalid data.
     """
+    return _until_admitted(lambda: _fetch_once(descriptor, part, deadline), deadline)
+
+
+def _fetch_once(descriptor: KvDescriptor, part: ShardSlice, deadline: Deadline) -> Float32Array:
     with _conversation(descriptor, part.rank, deadline) as talk:
         talk.send(Fetch(descriptor.transfer_id, part.layers, part.heads))
         shape = (2, len(part.layers), len(part.heads), descriptor.prompt_tokens, descriptor.layout.head_dim)
         shard = talk.receive()
         _check_shape(shard, descriptor, part)
         values = np.empty(shape, "<f4")
-        checksum = talk.peer.receive_payload(memoryview(values.data).cast("B"))
+        try:
+            checksum = talk.peer.receive_payload(memoryview(values.data).cast("B"))
+        except ConnectionError:  # no stranger can have displaced it any more
+            raise WireError("the peer closed the connection during the transfer") from None
         if checksum != shard.checksum:
             raise WireError("the received KV is damaged: its checksum is wrong")
         # minimum and maximum are NaN if one number is, and comparisons with NaN are false
@@ -314,16 +347,33 @@ def release(descriptor: KvDescriptor, deadline: Deadline) -> list[str]:
     failures = []
     for rank in range(len(descriptor.ranks)):
         try:
-            with _conversation(descriptor, rank, deadline) as talk:
-                talk.send(Release(descriptor.transfer_id))
-                answer = talk.peer.receive()
-                if not isinstance(answer, Released):
-                    raise WireError(
-                        answer.reason if isinstance(answer, Refused) else "the answer belongs to another request"
-                    )
+            _until_admitted(functools.partial(_release_once, descriptor, rank, deadline), deadline)
         except FetchError as error:
             failures.append(str(error))
     return failures
+
+
+def _release_once(descriptor: KvDescriptor, rank: int, deadline: Deadline) -> None:
+    with _conversation(descriptor, rank, deadline) as talk:
+        talk.send(Release(descriptor.transfer_id))
+        answer = talk.peer.receive()
+        if not isinstance(answer, Released):
+            raise WireError(answer.reason if isinstance(answer, Refused) else "the answer belongs to another request")
+
+
+def _until_admitted(attempt: Callable[[], Result], deadline: Deadline) -> Result:
+    """Call ``attempt`` until it isn't displaced any more, or the deadline has passed."""
+    displaced: DisplacedError | None = None
+    while True:
+        try:
+            return attempt()
+        except DisplacedError as error:
+            displaced = error
+        except FetchError:
+            if displaced is not None and time.monotonic() >= deadline.moment:
+                raise displaced from None
+            raise
+        time.sleep(_RETRY_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -359,7 +409,8 @@ def _conversation(descriptor: KvDescriptor, rank: int, deadline: Deadline) -> It
                 raise WireError("the peer is not a KV server")
             yield _Conversation(peer, descriptor.secret, hello.nonce)
     except (OSError, WireError, MemoryError) as error:
-        raise FetchError(f"prefill rank {rank} at {_place(there)}: {error or type(error).__name__}") from None
+        was_displaced = isinstance(error, ConnectionError) and not isinstance(error, ConnectionRefusedError)
+        raise (DisplacedError if was_displaced else FetchError)(f"prefill rank {rank} at {_place(there)}: {error or type(error).__name__}") from None
 
 
 def _check_shape(shard: Shard, descriptor: KvDescriptor, part: ShardSlice) -> None:

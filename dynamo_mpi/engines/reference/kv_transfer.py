@@ -311,7 +311,8 @@ class KvTransferScheduler:
         self._send(keep)
         if failures := self._worker.keep(keep):
             self._run_on_all(Drop(transfer_id))
-            return TokenChunk((), "error", f"the prompt's KV could not be kept for decode: {_first(failures)}")
+            error = f"the prompt's KV could not be kept for decode: {_first(failures)}"
+            return TokenChunk((), "error", error, engine_failed=False)
         tp_size, pp_size = self._sizes
         descriptor = KvDescriptor(
             transfer_id=transfer_id,

@@ -263,6 +263,15 @@ class FrameSocket:
         """Send one frame."""
         self.send_payload(memoryview(encode(message)))
 
+    def wait_readable(self) -> None:
+        """Wait until data has arrived, or the peer has closed the connection.
+
+        Raises:
+            TimeoutError: the deadline has passed.
+        """
+        self._socket.settimeout(self.deadline.left())
+        self._socket.recv(1, socket.MSG_PEEK)
+
     def receive(self) -> Message:
         """Return the next frame.
 
