@@ -327,10 +327,9 @@ def test_an_error_of_one_request_does_not_count_against_the_worker() -> None:
         yield TokenChunk((), "error", "its KV could not be fetched", engine_failed=False)
 
     async def body() -> None:
-        with ScriptedEngine(script) as engine:
-            with pytest.raises(RequestFailedError, match="could not be fetched"):
-                async for _ in handler_of(engine).generate(prompt(), Context()):
-                    pass
+        with ScriptedEngine(script) as engine, pytest.raises(RequestFailedError, match="could not be fetched"):
+            async for _ in handler_of(engine).generate(prompt(), Context()):
+                pass
 
     run(body())
 

@@ -180,6 +180,30 @@ def test_the_others_leave_with_the_code_of_what_keeps_the_leader_from_starting(
     assert told == {"end": code}
 
 
+def test_a_pod_joins_beside_hundreds_of_idle_connections(tmp_path: Path) -> None:
+    async def joined_in_a_crowd() -> tuple[bool, list[str]]:
+        settings = lead_settings("mpirun", 3, 5)
+        printed: list[str] = []
+        crowd: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        leading = asyncio.ensure_future(LeaderPod(settings, tmp_path, printed.append).run())
+        while len(crowd) < 300:
+            try:
+                crowd.append(await asyncio.open_connection("127.0.0.1", settings.port))
+            except OSError:
+                await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection("127.0.0.1", settings.port)
+        channel = await join(reader, writer, SECRET, 1, "lws-0-1")
+        for _, stranger in crowd:
+            stranger.close()
+        leading.cancel()
+        await asyncio.wait([leading])
+        return channel is not None, [line for line in printed if "rejected" in line]
+
+    is_in, rejections = asyncio.run(asyncio.wait_for(joined_in_a_crowd(), 20))
+    assert is_in
+    assert len(rejections) == 1, "the others are counted, not logged"
+
+
 def test_a_signal_that_comes_while_mpirun_starts_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start = asyncio.create_subprocess_exec
 

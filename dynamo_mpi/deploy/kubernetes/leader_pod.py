@@ -13,8 +13,10 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.common.admission import Admission, Throttle
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, PhaseTimeoutError, UsageError, of_signal
 from dynamo_mpi.common.host_address import service_address
+from dynamo_mpi.common.process import raise_nofile_limit
 from dynamo_mpi.common.subprocess import kill_session
 from dynamo_mpi.deploy.kubernetes.agent import ANSWER_SECONDS, SOCKET_VARIABLE
 from dynamo_mpi.deploy.kubernetes.wire import HANDSHAKE_SECONDS, MOST_LINE, Channel, accept, enable_keepalive
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _NOT_OURS = ("default_hostfile", "rsh_args", "ssh_args", "set_default_slots", "keep_fqdn_hostnames")
 _HURRY_SECONDS = 1.0
 _PARTING_SECONDS = 5.0
+_MOST_STRANGERS = 64
 
 
 class _Pod(NamedTuple):
@@ -56,6 +59,8 @@ class LeaderPod:
         self._asked: float | None = None
         self._signal = 0
         self._ended: dict[int, bool] = {}
+        self._admission: Admission[asyncio.StreamWriter] = Admission(_MOST_STRANGERS, HANDSHAKE_SECONDS)
+        self._rejections = Throttle()
 
     async def run(self) -> int:
         """Run the group until its end; return mpirun's exit code, or 128 + n if a signal arrived before.
@@ -64,6 +69,7 @@ class LeaderPod:
             PhaseTimeoutError: not all pods have joined in time.
             UsageError: this pod has no such address, or mpirun can't be started.
         """
+        raise_nofile_limit(self._settings.pods + _MOST_STRANGERS)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, number, "this pod")
@@ -181,14 +187,22 @@ class LeaderPod:
             self._mpirun.send_signal(signal.SIGTERM)
 
     async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = writer.get_extra_info("peername")
+        address, *_ = writer.get_extra_info("peername") or ("a connection",)
+        now = asyncio.get_running_loop().time()
+        for stranger in self._admission.enter(writer, address, now):
+            # its own call of this method ends by that
+            stranger.transport.abort()
         try:
             enable_keepalive(writer)
             joined = await asyncio.wait_for(accept(reader, writer, self._settings.secret), HANDSHAKE_SECONDS)
         except (OSError, asyncio.TimeoutError):
             joined = None
+        finally:
+            self._admission.leave(writer)
         if joined is None or not 1 <= joined[1] < self._settings.pods or joined[1] in self._pods:
-            self._print(f"{peer[0] if peer else 'a connection'} was rejected: " + _reason(joined, self._settings.pods))
+            if (suppressed := self._rejections.permit(now)) is not None:
+                more = f" ({suppressed} more since the last such line)" if suppressed else ""
+                self._print(f"{address} was rejected: {_reason(joined, self._settings.pods)}{more}")
             writer.close()
             return
         channel, index, host = joined

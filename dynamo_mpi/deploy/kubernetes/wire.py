@@ -98,6 +98,7 @@ async def accept(
     if type(index) is not int or not all(isinstance(part, str) for part in (host, theirs, proof)):
         return None
     if not _is_same(str(proof), _prove(secret, "pod", nonce, theirs, index, host)):
+        writer.write(json.dumps({"refused": "the secret is another"}).encode() + b"\n")
         return None
     writer.write(json.dumps({"proof": _prove(secret, "lead", nonce, theirs, index, host)}).encode() + b"\n")
     return Channel(reader, writer, _key(secret, nonce, theirs), "lead", "pod"), index, str(host)
@@ -121,7 +122,10 @@ async def join(
     theirs = (_object(hello) or {}).get("nonce")
     proof = _prove(secret, "pod", theirs, nonce, index, host)
     writer.write(json.dumps({"nonce": nonce, "index": index, "host": host, "proof": proof}).encode() + b"\n")
-    answer = (_object(await _line(reader)) or {}).get("proof")
+    reply = await _line(reader)
+    if not reply:
+        return None
+    answer = (_object(reply) or {}).get("proof")
     if not isinstance(answer, str) or not _is_same(answer, _prove(secret, "lead", theirs, nonce, index, host)):
         raise AuthorizationError(
             "the leader refused this pod, or couldn't prove that it is the leader",

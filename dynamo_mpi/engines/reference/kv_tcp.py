@@ -410,7 +410,9 @@ def _conversation(descriptor: KvDescriptor, rank: int, deadline: Deadline) -> It
             yield _Conversation(peer, descriptor.secret, hello.nonce)
     except (OSError, WireError, MemoryError) as error:
         was_displaced = isinstance(error, ConnectionError) and not isinstance(error, ConnectionRefusedError)
-        raise (DisplacedError if was_displaced else FetchError)(f"prefill rank {rank} at {_place(there)}: {error or type(error).__name__}") from None
+        raise (DisplacedError if was_displaced else FetchError)(
+            f"prefill rank {rank} at {_place(there)}: {error or type(error).__name__}"
+        ) from None
 
 
 def _check_shape(shard: Shard, descriptor: KvDescriptor, part: ShardSlice) -> None:
