@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi import __version__
-from dynamo_mpi.cli.style import silence_stdout, write_out
+from dynamo_mpi.cli.style import silence_stdout, terminal_width, write_out
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, UsageError, of_signal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PROGRAM = "dynamo-mpi"
 VERBS = {
@@ -32,8 +33,22 @@ VERBS = {
 }
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """argparse's formatter, without its import of `shutil` for the width: argparse makes one for every flag, help or not."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=terminal_width() - 2)
+
+
+class _ListFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with our exit code for wrong flags; its own, 2, is not in our table of exit codes."""
+
+    def __init__(self, formatter_class: type[HelpFormatter] = HelpFormatter, **settings: Any) -> None:
+        super().__init__(formatter_class=formatter_class, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, fix=f"{self.prog} --help")
@@ -59,20 +74,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_error_json(words, {k: redact(v) if isinstance(v, str) else v for k, v in error.plain().items()})
         return error.exit_code
     except KeyboardInterrupt:
-        return of_signal(signal.SIGINT)
+        return _code_of("SIGINT")
     except BrokenPipeError:
         silence_stdout()  # the reader has exited (| head)
-        return of_signal(signal.SIGPIPE)
+        return _code_of("SIGPIPE")
+
+
+def _code_of(name: str) -> int:
+    import signal  # takes a millisecond
+
+    return of_signal(signal.Signals[name])
 
 
 def _run(words: list[str]) -> int:
-    parser = _parser()
     if not words:
-        parser.print_help(sys.stderr)
+        _parser().print_help(sys.stderr)
         return ExitCode.USAGE
-    chosen = parser.parse_args(words[:1])  # ends here for --help and --version
-    module = importlib.import_module(f"dynamo_mpi.cli.{chosen.verb}")
-    verb_parser = Parser(prog=f"{PROGRAM} {chosen.verb}", description=module.__doc__)
+    verb = words[0] if words[0] in VERBS else _parser().parse_args(words[:1]).verb  # ends here for --help and --version
+    module = importlib.import_module(f"dynamo_mpi.cli.{verb}")
+    verb_parser = Parser(prog=f"{PROGRAM} {verb}", description=module.__doc__)
     module.add_arguments(verb_parser)
     rest, dynamic, further = words[1:], list[str](), list[str]()
     if getattr(module, "TAKES_FURTHER_WORDS", False) and "--" in rest:
@@ -108,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         description="MPI-native bootstrap for multi-node TensorRT-LLM workers of NVIDIA Dynamo.",
         epilog="verbs:\n" + "\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_ListFormatter,
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     parser.add_argument("verb", choices=sorted(VERBS), metavar="VERB")

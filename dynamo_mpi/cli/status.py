@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.cli.style import write_out
+from dynamo_mpi.cli.style import terminal_width, write_out
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, ExitCode
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS
@@ -79,7 +78,7 @@ def _read(values: dict[str, Any], seconds: float) -> DeploymentStatus:
 
 def _shown(status: DeploymentStatus, output: str) -> str:
     if output == "text":
-        return describe(status, shutil.get_terminal_size().columns) if _is_terminal() else describe(status)
+        return describe(status, terminal_width()) if _is_terminal() else describe(status)
     from dynamo_mpi.ops.status_output import as_json
 
     return json.dumps(as_json(status))

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from typing import TextIO
 
 from dynamo_mpi.common.errors import UsageError
 
 _COLOURS = {"error": "31;1", "warning": "33;1", "info": "36", "ok": "32;1", "skipped": "2"}
-_SEVERITY = re.compile(r"^(error|warning|info|ok|skipped)\b", re.MULTILINE)
 
 
 def wants_colour(stream: TextIO) -> bool:
@@ -28,7 +26,21 @@ def paint(text: str, stream: TextIO) -> str:
     """Colour the severity at the beginning of each line."""
     if not wants_colour(stream):
         return text
-    return _SEVERITY.sub(lambda match: f"\x1b[{_COLOURS[match[0]]}m{match[0]}\x1b[0m", text)
+    import re  # here, and so compiled only for a terminal
+
+    severities = re.compile(rf"^({'|'.join(_COLOURS)})\b", re.MULTILINE)
+    return severities.sub(lambda match: f"\x1b[{_COLOURS[match[0]]}m{match[0]}\x1b[0m", text)
+
+
+def terminal_width() -> int:
+    """Return the columns of the terminal, as `shutil.get_terminal_size` does, whose import takes milliseconds."""
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    try:
+        return os.get_terminal_size(1).columns or 80
+    except OSError:
+        return 80
 
 
 def write_out(text: str) -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.cli.style import write_out
+from dynamo_mpi.cli.style import terminal_width, write_out
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path
 from dynamo_mpi.telemetry.startup_trace import read_traces, write_atomically
@@ -78,7 +77,7 @@ def _render(starts: Sequence[StartupTrace], kind: str) -> str:
         return page(starts)
     if kind == "trace":
         return json.dumps(perfetto_trace(starts), separators=(",", ":")) + "\n"
-    return text(starts, shutil.get_terminal_size().columns) + "\n"
+    return text(starts, terminal_width()) + "\n"
 
 
 def _place(start: StartupTrace) -> tuple[int, str, str, float]:
