@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.config.model_files import find_model
 from dynamo_mpi.layout.check import check_worker
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.checks.hardware_check_plan import memory_is_awaited
 from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportRequest, weight_files
 from dynamo_mpi.checks.rank_rules import check_ranks
+from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ConfigFileError, ExitCode, ModelNotFoundError
-from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.layout.check import check_worker, exit_code_of
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
@@ -179,10 +179,8 @@ def evaluate(plan: PreflightInputs, cards: Sequence[RankReport]) -> PreflightRes
     rows = _rows(cards) if plan.inquiry.hosts and not any(finding.rule == "P4" for finding in roster) else []
     gpu = plan.gpu or _kind(rows)
     cluster = Cluster(1, len(cards), gpu) if scattered else Cluster(len(nodes), len(cards) // len(nodes), gpu)
-    # an encode worker transfers no KV: the rules of an aggregated worker apply to it
-    role = "agg" if plan.role == "encode" else plan.role
     subject = LayoutSpec(
-        plan.shape, plan.config, cluster, role, plan.version, plan.engine, plan.min_requests, launched=True
+        plan.shape, plan.config, cluster, plan.role, plan.version, plan.engine, plan.min_requests, launched=True
     )
     checked = check_worker(subject, plan.merged.findings)
     ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]

@@ -12,7 +12,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
+from dynamo_mpi.cli.worker_inputs import (
+    add_worker_options,
+    read_engine,
+    read_model,
+    read_values,
+    read_version,
+    role_engine_config,
+)
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.config.options import Option, to_count, to_path
 from dynamo_mpi.layout.check import Report, check_pair, check_worker
@@ -54,7 +61,7 @@ PAIR = tuple(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
-    parser.set_defaults(options=add_worker_options(parser, ROLE, NODES, *PAIR))
+    parser.set_defaults(options=add_worker_options(parser, NODES, *PAIR))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -88,8 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         role, config, nodes = values["role"], values["engine_config"], values["nodes"]
         if config is None and role != "agg":
-            config = values[f"{role}_engine_config"]
-            nodes = values[f"{role}_nodes"] if arguments.nodes is None else nodes
+            config = values.get(f"{role}_engine_config") or role_engine_config(values)
+            nodes = values.get(f"{role}_nodes", nodes) if arguments.nodes is None else nodes
         result = judge(role, config, nodes)
         text = describe_report(files.name, result)
     if arguments.output == "json":

@@ -21,7 +21,16 @@ from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
 from dynamo_mpi.deploy.controller import DeploymentController
-from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, Container, Mpirun, Srun, folder_environment, mount, token_of
+from dynamo_mpi.deploy.launchers import (
+    FOLDER_PREFIX,
+    Container,
+    Mpirun,
+    Srun,
+    folder_environment,
+    image_warning,
+    mount,
+    token_of,
+)
 from dynamo_mpi.deploy.nodes import STAND_IN_JOB, Nodes, allocated, assign, nodes_wanted, of_hostfile, stand_in
 from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
 from dynamo_mpi.deploy.services import StepFailed
@@ -84,6 +93,8 @@ def _refused_at(arguments: argparse.Namespace) -> Path | None:
 
 def _run(arguments: argparse.Namespace) -> int:
     settings = read_settings(vars(arguments), arguments.further_words, os.environ)
+    if settings.image is not None and (problem := image_warning(settings.image)):
+        _say(f"dynamo-mpi launch: warning: {problem}")
     nodes = _nodes(settings, arguments.dry_run)
     workers = assign(settings, nodes)
     path = Path(os.path.abspath(settings.run_dir or _default_run_dir(nodes)))

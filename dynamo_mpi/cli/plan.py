@@ -11,7 +11,14 @@ import json
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
-from dynamo_mpi.cli.worker_inputs import ROLE, add_worker_options, read_engine, read_model, read_values, read_version
+from dynamo_mpi.cli.worker_inputs import (
+    add_worker_options,
+    read_engine,
+    read_model,
+    read_values,
+    read_version,
+    role_engine_config,
+)
 from dynamo_mpi.common.errors import ExitCode, LayoutError, UsageError
 from dynamo_mpi.config.options import Option, to_count
 from dynamo_mpi.layout.check import exit_code_of
@@ -34,7 +41,7 @@ LIMIT = Option("limit", ("--limit",), (), 10, to_count, "layouts to show as text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's flags."""
-    parser.set_defaults(options=add_worker_options(parser, ROLE, GPUS, LIMIT))
+    parser.set_defaults(options=add_worker_options(parser, GPUS, LIMIT))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
             fix=f"--gpus {values['gpus'] // per_node * per_node}, or another --gpus-per-node",
         )
     files = read_model(values)
-    merged = read_engine(values, values["engine_config"], arguments.dynamic_flags)
+    merged = read_engine(values, values["engine_config"] or role_engine_config(values), arguments.dynamic_flags)
     subject = LayoutSpec(
         files.shape(),
         for_role(merged.config, values["role"]),

@@ -8,28 +8,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
-from dynamo_mpi.common.files import read_small_text
-from dynamo_mpi.config.engine import ENGINE_OPTIONS, GPU, MIN_REQUESTS, engine_flags
+from dynamo_mpi.config.engine import ENGINE_OPTIONS, GPU, MIN_REQUESTS, ROLE, engine_flags
 from dynamo_mpi.config.model_files import ModelFiles, find_model
-from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_role, to_text
+from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_text
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 
 if TYPE_CHECKING:
     import argparse
 
     from dynamo_mpi.layout.trtllm_version import TrtllmVersion
-
-ROLES = ("agg", "prefill", "decode")
-ROLE = Option(
-    "role",
-    ("--role", "--disaggregation-mode"),
-    ("DYN_MPI_ROLE", "DYN_TRTLLM_DISAGGREGATION_MODE"),
-    "agg",
-    to_role,
-    "of the worker",
-    ROLES,
-)
 
 
 def to_engine(text: str) -> str:
@@ -60,7 +49,7 @@ GPUS_PER_NODE = Option(
 
 def add_worker_options(parser: argparse.ArgumentParser, *more: Option) -> tuple[Option, ...]:
     """Declare the options that describe a worker, and return them."""
-    options = (MODEL, ENGINE, *more, *ENGINE_OPTIONS, GPUS_PER_NODE, GPU, MIN_REQUESTS)
+    options = (MODEL, ENGINE, ROLE, *more, *ENGINE_OPTIONS, GPUS_PER_NODE, GPU, MIN_REQUESTS)
     add_options(parser, options)
     parser.add_argument("--output", choices=("text", "json"), default="text", help="of stdout (default: %(default)s)")
     return options
@@ -75,7 +64,18 @@ def read_values(arguments: argparse.Namespace, options: tuple[Option, ...]) -> d
     values, _ = resolve(options, vars(arguments), os.environ, {})
     if values["model"] is None:
         raise UsageError("no model was given", needed="a model", fix="--model DIR, or MODEL_PATH=DIR")
+    if values["role"] == "encode" and values["engine"] == "reference":
+        raise UsageError(
+            "the reference engine doesn't encode images: the role is 'encode'",
+            needed="--role agg, prefill or decode, or --engine trtllm",
+        )
     return values
+
+
+def role_engine_config(values: dict[str, Any]) -> Path | None:
+    """Return the engine config of the role's variable, ``PREFILL_ENGINE_CONFIG`` and the like, as the worker uses it."""
+    path = os.environ.get(f"{values['role'].upper()}_ENGINE_CONFIG", "") if values["role"] != "agg" else ""
+    return Path(path) if path else None
 
 
 def read_model(values: dict[str, Any]) -> ModelFiles:

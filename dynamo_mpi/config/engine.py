@@ -6,8 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.options import Option, to_fraction, to_path, to_size, to_switch, to_text
+from dynamo_mpi.config.options import Option, to_fraction, to_path, to_role, to_size, to_switch, to_text
 from dynamo_mpi.layout.gpus import GPUS, find_gpu
+from dynamo_mpi.layout.spec import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +29,16 @@ def _size(name: str, *more: str) -> Option:
     )
 
 
+ROLE = Option(
+    "role",
+    ("--role", "--disaggregation-mode"),
+    ("DYN_MPI_ROLE", "DYN_TRTLLM_DISAGGREGATION_MODE"),
+    "agg",
+    to_role,
+    "this worker's role; encode needs TensorRT-LLM; prefill and decode use PREFILL_ENGINE_CONFIG or DECODE_ENGINE_CONFIG if neither "
+    "--engine-config nor ENGINE_CONFIG is set",
+    ROLES,
+)
 GPUS_PER_NODE = _size("gpus_per_node")
 ENGINE_OPTIONS: tuple[Option, ...] = (
     Option(

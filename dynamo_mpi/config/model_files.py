@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ModelNotFoundError
-from dynamo_mpi.common.files import read_small_text
 from dynamo_mpi.common.frozen import dataclass
 from dynamo_mpi.layout.model_config import parse_model_shape
 

@@ -69,8 +69,7 @@ class WorkerSources:
         # imported here, so that a rank without a settings file opens no file for it
         from pathlib import Path
 
-        from dynamo_mpi.common.config_reader import parse_yaml
-        from dynamo_mpi.common.files import read_small_text
+        from dynamo_mpi.common.config_reader import parse_yaml, read_small_text
 
         try:
             text = read_small_text(Path(path))

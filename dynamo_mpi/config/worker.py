@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
-from dynamo_mpi.config.engine import engine_flags
+from dynamo_mpi.config.engine import ROLE, engine_flags
 from dynamo_mpi.config.options import Option, add_options, resolve
-from dynamo_mpi.config.worker_options import OPTIONS, ROLE
+from dynamo_mpi.config.worker_options import OPTIONS
 from dynamo_mpi.layout.engine_layers import split_dynamic_flags
 
 if TYPE_CHECKING:

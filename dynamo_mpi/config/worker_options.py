@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dynamo_mpi.config.engine import ENGINE_OPTIONS, GPU, GPUS_PER_NODE, MIN_REQUESTS
+from dynamo_mpi.config.engine import ENGINE_OPTIONS, GPU, GPUS_PER_NODE, MIN_REQUESTS, ROLE
 from dynamo_mpi.config.options import (
     Option,
     to_endpoint,
@@ -11,23 +11,12 @@ from dynamo_mpi.config.options import (
     to_name,
     to_path,
     to_probes,
-    to_role,
     to_switch,
     to_text,
 )
 from dynamo_mpi.config.sources import WORLD_SECONDS, to_seconds
 from dynamo_mpi.config.telemetry_options import OBSERVE_OPTIONS
 
-ROLE = Option(
-    "role",
-    ("--role", "--disaggregation-mode"),
-    ("DYN_MPI_ROLE", "DYN_TRTLLM_DISAGGREGATION_MODE"),
-    "agg",
-    to_role,
-    "this worker's role; encode needs TensorRT-LLM; prefill and decode use PREFILL_ENGINE_CONFIG or DECODE_ENGINE_CONFIG if neither "
-    "--engine-config nor ENGINE_CONFIG is set",
-    ("agg", "prefill", "decode", "encode"),
-)
 OPTIONS: tuple[Option, ...] = (
     ROLE,
     Option(

@@ -82,6 +82,29 @@ class Container:
         )
 
 
+def image_warning(image: str) -> str:
+    """Return what is wrong with an image's name for Pyxis; empty if nothing is.
+
+    Pyxis takes what begins with ``/`` or ``.`` for a file, all else for ``[USER@][REGISTRY#]IMAGE[:TAG]``: without ``#`` for a name of
+    Docker Hub (pyxis_slurmstepd.c, enroot's docker.sh). Other tools, Kubernetes among them, write ``REGISTRY/IMAGE``.
+    """
+    scheme, name = ("docker://", image[9:]) if image.startswith("docker://") else ("", image)
+    if name.startswith(("/", ".")) or "://" in name or "#" in name:
+        return ""
+    if not scheme and name.endswith((".sqsh", ".squashfs")):
+        return f"Pyxis takes the image {image} for a name of Docker Hub\n  expected: a file's absolute path, or ./ before it"
+    user, at, rest = name.rpartition("@") if "@" in name.partition("/")[0] else ("", "", name)
+    registry, slash, path = rest.partition("/")
+    if not slash or not (set(".:") & set(registry) or registry == "localhost"):
+        return ""
+    # Docker Hub's own registry is the default
+    meant = path if registry in ("docker.io", "index.docker.io") else f"{registry}#{path}"
+    return (
+        f"Pyxis takes the image {image} for a name of Docker Hub\n  expected: the registry before a #\n"
+        f"  fix:      --image '{scheme}{user}{at}{meant}'"
+    )
+
+
 # a rank of the KV check that can't reach rank 0 ends by itself before
 _CHECK_WAIT_SECONDS = 20
 

@@ -7,8 +7,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
-from dynamo_mpi.common.files import read_small_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -39,7 +39,7 @@ def for_role(config: EngineConfig, role: str) -> EngineConfig:
     if role == "prefill" and config.keys.get("disable_overlap_scheduler") is None:
         missing["disable_overlap_scheduler"] = True
         config = replace(config, disable_overlap_scheduler=True)
-    if role != "agg" and config.transceiver is None:
+    if role in ("prefill", "decode") and config.transceiver is None:
         missing["cache_transceiver_config"] = {"backend": "UCX"}
         config = replace(config, transceiver=Transceiver("UCX"))
     return replace(config, keys={**missing, **config.keys, **missing})

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.frozen import dataclass, field
 from dynamo_mpi.layout.layout import Cluster, Layout, layout_of
 
+ROLES = ("agg", "prefill", "decode", "encode")
+"""Roles of a worker. An encode worker hands embeddings over, no KV: the rules see it as an aggregated one."""
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -25,7 +28,7 @@ class LayoutSpec:
         shape: the model.
         config: the engine config.
         cluster: the GPUs it gets.
-        role: ``agg``, ``prefill`` or ``decode``.
+        role: one of `ROLES`.
         version: TensorRT-LLM's version; None for the newest known one.
         engine: ``trtllm`` or ``reference``.
         launched: whether the ranks are running, so that a file that doesn't exist here is missing; otherwise it may be on another machine.

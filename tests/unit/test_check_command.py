@@ -589,3 +589,44 @@ def test_every_known_model_gets_a_verdict_and_a_plan(check: Check, name: str) ->
     assert (code, rules(report)) == (0, [])
     plan_code = main(["plan", "--model", check.model(name), "--gpus", "8", "--gpus-per-node", "8"])
     assert plan_code == 0
+
+
+# roles
+
+
+def test_a_role_of_the_worker_is_one_of_check_and_plan(
+    check: Check, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An encode worker hands no KV over: no transceiver is missing, and beams are allowed."""
+    model = check.model("Llama-3.1-8B")
+    monkeypatch.setenv("DYN_MPI_ROLE", "encode")
+    code, report = check.json("--model", model, "--max-beam-width", "2")
+    assert (code, report["role"], rules(report)) == (0, "encode", [])
+    code, out, _ = check.run("--model", model)
+    assert (code, "role encode:" in out) == (0, True)
+    assert main(["plan", "--model", model, "--gpus", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "--role encode" in out and "cache_transceiver_config" not in out
+    for other, known in (("pd", "agg"), ("prefill_and_decode", "agg"), ("prefill", "prefill")):
+        monkeypatch.setenv("DYN_MPI_ROLE", other)
+        assert check.json("--model", model)[1]["role"] == known
+    monkeypatch.setenv("DYN_MPI_ROLE", "encoder")
+    assert "one of agg, prefill, decode, encode" in check.run("--model", model)[2]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode", "encode"])
+def test_a_roles_own_engine_config_is_used(
+    check: Check, role: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml = check.yaml("max_batch_size: 7\ndisable_overlap_scheduler: true\ncache_transceiver_config: {backend: NIXL}\n")
+    monkeypatch.setenv(f"{role.upper()}_ENGINE_CONFIG", yaml)
+    words = ("--model", check.model("Llama-3.1-8B"), "--role", role)
+    assert check.run(*words)[0] == 0
+    assert main(["plan", *words, "--gpus", "1"]) == 0
+    assert "max_batch_size: 7" in capsys.readouterr().out
+
+
+def test_the_reference_engine_has_no_encode_worker(check: Check) -> None:
+    code, _, err = check.run("--model", check.model("Llama-3.1-8B"), "--role", "encode", "--engine", "reference")
+    assert code == 64
+    assert "the reference engine doesn't encode images" in err

@@ -95,6 +95,55 @@ def test_the_launch(launch: LaunchInfo, library: MpiLibrary | None, status: Stat
     assert check.code == (64 if status is Status.ERROR else 0)
 
 
+OPEN_MPI_4 = MpiLibrary("openmpi", "Open MPI v4.1.4")
+
+
+@pytest.mark.parametrize(
+    ("library", "environ", "ignored", "meant"),
+    [
+        (OPEN_MPI, "OMPI_MCA_orte_default_hostfile", "OMPI_MCA_orte_default_hostfile", "PRTE_MCA_prte_default_hostfile=…"),
+        (OPEN_MPI, "OMPI_MCA_plm_rsh_agent", "OMPI_MCA_plm_rsh_agent", "PRTE_MCA_plm_ssh_agent=…"),
+        (OPEN_MPI, "OMPI_MCA_plm_base_verbose", "OMPI_MCA_plm_base_verbose", "PRTE_MCA_plm_base_verbose=…"),
+        (OPEN_MPI, "OMPI_MCA_odls_base_verbose", "OMPI_MCA_odls_base_verbose", "PRTE_MCA_odls_base_verbose=…"),
+        (OPEN_MPI, "OMPI_MCA_ras_base_verbose", "OMPI_MCA_ras_base_verbose", "PRTE_MCA_ras_base_verbose=…"),
+        (OPEN_MPI, "OMPI_MCA_prte_tmpdir_base", "OMPI_MCA_prte_tmpdir_base", "PRTE_MCA_prte_tmpdir_base=…"),
+        (
+            OPEN_MPI,
+            "OMPI_MCA_rmaps_base_oversubscribe OMPI_MCA_rmaps_base_mapping_policy",
+            "OMPI_MCA_rmaps_base_mapping_policy",
+            "PRTE_MCA_rmaps_default_mapping_policy=…",
+        ),
+        (
+            OPEN_MPI,
+            "OMPI_MCA_hwloc_base_binding_policy",
+            "OMPI_MCA_hwloc_base_binding_policy",
+            "PRTE_MCA_hwloc_default_binding_policy=…",
+        ),
+        (OPEN_MPI_4, "PRTE_MCA_prte_default_hostfile", "PRTE_MCA_prte_default_hostfile", "OMPI_MCA_orte_default_hostfile=…"),
+    ],
+)  # fmt: skip
+def test_parameters_of_another_open_mpi(library: MpiLibrary, environ: str, ignored: str, meant: str) -> None:
+    (check,) = mpi.judge_parameters(dict.fromkeys(environ.split(), "1"), library)
+    assert check.status is Status.WARNING
+    assert f"Open MPI {library.version[10]} ignores " in check.found and ignored in check.found
+    assert check.fix == f"export {meant}"
+
+
+@pytest.mark.parametrize(
+    ("library", "environ"),
+    [
+        (OPEN_MPI, "PRTE_MCA_prte_default_hostfile OMPI_MCA_btl OMPI_MCA_hwloc_base_verbose OMPI_MCA_coll_tuned_priority"),
+        (OPEN_MPI, "OMPI_MCA_orte_default_hostfile PRTE_MCA_prte_default_hostfile"),
+        (OPEN_MPI, "OMPI_MCA_rmaps_base_oversubscribe PRTE_MCA_rmaps_default_mapping_policy"),
+        (OPEN_MPI_4, "OMPI_MCA_orte_default_hostfile PRTE_MCA_prte_default_hostfile"),
+        (OPEN_MPI_4, "OMPI_MCA_plm_rsh_agent"),
+        (MPICH, "OMPI_MCA_orte_default_hostfile"),
+    ],
+)  # fmt: skip
+def test_parameters_that_count_are_not_mentioned(library: MpiLibrary, environ: str) -> None:
+    assert list(mpi.judge_parameters(dict.fromkeys(environ.split(), "1"), library)) == []
+
+
 FAKES = {
     "crash": ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", Status.ERROR, "SIGSEGV"),
     "exit": ("import os\nprint('no licence', flush=True)\nos._exit(3)\n", Status.ERROR, "exit code 3: no licence"),

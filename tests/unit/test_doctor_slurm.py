@@ -175,12 +175,52 @@ def test_little_time_is_told() -> None:
     assert judge_time_left(3600).found == "60 minutes"
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("n1", "n1"), ("n[1-4]", "n1"), ("n[03-05,7],m1", "n03"), ("a,b", "a"), ("r[1-2]c", "r1c"), ("", "")],
+# a host list, and the first host that `scontrol show hostnames` of Slurm 22.05.8 and of 24.11.5 answered; both exit 0 for invalid lists
+HOST_LISTS = (
+    ("n1", "n1", "n1"),
+    ("a,b", "a", "a"),
+    ("n[1-4]", "n1", "n1"),
+    ("n[03-05,7],m1", "n03", "n03"),
+    ("n[10,2-3]", "n10", "n10"),
+    ("n[001-003]", "n001", "n001"),
+    ("n[00-1]", "n00", "n00"),
+    ("n[1-1]", "n1", "n1"),
+    ("[1-2]", "1", "1"),
+    (",n1", "n1", "n1"),
+    (" n1", "n1", "n1"),
+    ("n1, n2", "n1", "n1"),
+    ("n1,,n2", "n1", "n1"),
+    ("n[1-2],n[1-2]", "n1", "n1"),
+    ("rack[0-3]node[0-15]", "rack0node0", "rack0node0"),
+    ("r[0-1]n[00-01]", "r0n00", "r0n00"),
+    ("a[1]b[2]c[3-4]", "a1b2c3", "a1b2c3"),
+    ("node[01-02,10]x[5],z9", "node01x5", "node01x5"),
+    ("n[1]-[2]", "n1-2", "n1-2"),
+    ("r[1-2]c", "", "r1c"),
+    ("n[2]m", "", "n2m"),
+    ("n[1-2]-ib", "", "n1-ib"),
+    ("r[0-1]n[00-01]-ib", "", "r0n00-ib"),
+    ("a-b.c[1-2].d", "", "a-b.c1.d"),
+    ("n[1-2]x,m[3-4]", "", "n1x"),
+    ("", "", ""),
+    ("n[]", "", ""),
+    ("n[a-b]", "", ""),
+    ("n[3-1]", "", ""),
+    ("[n1]", "", ""),
+    # 22.05 answers n]
+    ("n[1-2", "", ""),
+    ("n[1-", "", ""),
 )
-def test_the_first_of_a_list_of_nodes(nodes: str, first: str) -> None:
-    assert first_node(nodes) == first
+
+
+@pytest.mark.parametrize(("nodes", "in_22_05", "in_24_11"), HOST_LISTS)
+def test_first_node_is_what_scontrol_answers(nodes: str, in_22_05: str, in_24_11: str) -> None:
+    assert first_node(nodes) == in_24_11
+    assert in_22_05 in (in_24_11, "")
+
+
+def test_a_long_invalid_host_list_takes_no_time() -> None:
+    assert first_node("n" * 100_000 + "[") == ""
 
 
 def test_a_step_that_begins_elsewhere_than_its_job() -> None:
@@ -188,6 +228,16 @@ def test_a_step_that_begins_elsewhere_than_its_job() -> None:
     check = judge_step_nodes(environ, Launcher.SLURM_PMIX)
     assert check is not None
     assert "SLURM_JOB_NODELIST=n[3-4] srun" in check.fix
+    # racks are told apart by their second brackets
+    racks = {"SLURM_JOB_NODELIST": "rack[0-3]node[0-15]", "SLURM_STEP_NODELIST": "rack0node[8-15]"}
+    check = judge_step_nodes(racks, Launcher.SLURM_PMIX)
+    assert check is not None
+    assert check.found == "this step begins on rack0node8, the job on rack0node0"
+
+
+def test_a_host_list_that_slurm_refuses_is_not_compared() -> None:
+    environ = {"SLURM_JOB_NODELIST": "n[1-4]", "SLURM_STEP_NODELIST": "n[3-1]"}
+    assert judge_step_nodes(environ, Launcher.SLURM_PMIX) is None
     assert judge_step_nodes(environ, Launcher.SLURM_PMI2) is None
     assert judge_step_nodes({**environ, "SLURM_STEP_NODELIST": "n1"}, Launcher.SLURM_PMIX) is None
 

@@ -16,10 +16,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.common import files as text_files
-from dynamo_mpi.common.config_reader import MAX_SIZE, Reader, parse_json, parse_yaml
+from dynamo_mpi.common import config_reader
+from dynamo_mpi.common.config_reader import MAX_BYTES, MAX_SIZE, Reader, parse_json, parse_yaml, read_small_text
 from dynamo_mpi.common.errors import ConfigFileError
-from dynamo_mpi.common.files import MAX_BYTES, read_small_text
 
 PATH = "/some/where.cfg"
 NEEDED = "something better"
@@ -328,8 +327,8 @@ def test_a_pipe_that_is_written_to_is_read_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_pipe_that_nobody_writes_to_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert text_files._PIPE_SECONDS == 5
-    monkeypatch.setattr(text_files, "_PIPE_SECONDS", 0.05)
+    assert config_reader._PIPE_SECONDS == 5
+    monkeypatch.setattr(config_reader, "_PIPE_SECONDS", 0.05)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(ConfigFileError, match=f"nothing was written to the pipe {pipe} within 0.05 s"):

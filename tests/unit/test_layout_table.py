@@ -189,6 +189,7 @@ CASES = [
     Case(LLAMA, TP8 + "enable_lm_head_tp_in_adp: true", 1, 8, "A7"),
     Case(R1, TP8 + ADP + "enable_lm_head_tp_in_adp: true", 1, 8),
     Case(LLAMA_70B, TP16 + "gpus_per_node: 4", 2, 8, "A10"),
+    Case(LLAMA_70B, TP4 + "gpus_per_node: 2", 1, 8, "A10"),
     Case(LLAMA_70B, TP4 + "gpus_per_node: 8", 1, 4),
     Case(LLAMA_70B, TP8 + "gpus_per_node: 8", 2, 4, "A10", "A14"),
     Case(LLAMA_70B, TP8 + "gpus_per_node: 4", 2, 4, "", "", gpu="gb200"),
@@ -456,6 +457,9 @@ def test_what_is_good_to_know(case: Case, rule: str) -> None:
         (Case(LLAMA, TP8, 1, 8), "A1"),
         (Case(LLAMA_70B, TP8 + "pipeline_parallel_size: 2\ngpus_per_node: 8", 2, 8), "A10"),
         (Case(LLAMA_70B, TP8, 1, 8), "A10"),
+        # a world that is smaller than its node: rank // gpus_per_node is 0 either way
+        (Case(LLAMA_70B, TP4 + "gpus_per_node: 4", 1, 8), "A10"),
+        (Case(LLAMA_70B, TP4 + "gpus_per_node: 16", 1, 8), "A10"),
         (Case(LLAMA, "attn_backend: FLASHINFER\n" + kv("enable_block_reuse: false"), 1, 1), "H8"),
         (Case(LLAMA, "attn_backend: TRTLLM", 1, 1), "H8"),
         (Case(R1, TP8 + EP8, 1, 8), "A3"),

@@ -174,7 +174,9 @@ def check_gpus_per_node(subject: LayoutSpec) -> Iterator[Finding]:
             needed="gpus_per_node in the engine config",
             fix=f"set gpus_per_node: {cluster.gpus_per_node}",
         )
-    if said is None or said == cluster.gpus_per_node or (cluster.nodes == 1 and said >= cluster.world_size):
+    # ranks beyond the world aren't there: rank // gpus_per_node is the same for all of them if both values reach over the world
+    ranks = subject.layout.world_size
+    if said is None or min(said, ranks) == min(cluster.gpus_per_node, ranks):
         return
     yield error(
         "A10",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.key_rules import check_keys
 from dynamo_mpi.layout.rules import (
     architecture,
@@ -63,4 +64,6 @@ def all_findings(subject: LayoutSpec) -> list[Finding]:
 
 
 def _apply(rules: Iterable[Rule], subject: LayoutSpec) -> list[Finding]:
+    if subject.role == "encode":
+        subject = replace(subject, role="agg")
     return [finding for rule in rules for finding in rule(subject)]

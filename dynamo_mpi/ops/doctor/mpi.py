@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.checks.host_facts import version_of
 from dynamo_mpi.common.errors import DynamoMpiError, LaunchError
+from dynamo_mpi.layout.format import listed
 from dynamo_mpi.mpi.launch_checks import MpiLibrary, check_launch, identify_mpi
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.mpi.world import load_mpi_library
@@ -22,11 +23,42 @@ from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, o
 from dynamo_mpi.ops.doctor.commands import Output, run_module
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 # loading mpi4py and MPI from a network file system may take seconds
 _LOAD_SECONDS = 60.0
+_FIRST_WITH_PRRTE = 5
+# what starts ranks: ORTE up to Open MPI 4.1, PRRTE from 5.0 on; framework names by their folders in both
+_LAUNCHER_FRAMEWORKS = (
+    *(
+        "orte",
+        "prte",
+        "plm",
+        "rmaps",
+        "odls",
+        "ras",
+        "ess",
+        "iof",
+        "oob",
+        "rml",
+        "routed",
+        "grpcomm",
+        "errmgr",
+        "filem",
+        "state",
+    ),
+    *("schizo", "rtc"),
+)
+_RENAMED = {
+    "orte_": "prte_",
+    "plm_rsh_": "plm_ssh_",
+    "rmaps_base_mapping_policy": "rmaps_default_mapping_policy",
+    "rmaps_base_ranking_policy": "rmaps_default_ranking_policy",
+    "rmaps_base_oversubscribe": "rmaps_default_mapping_policy",
+    "rmaps_base_no_oversubscribe": "rmaps_default_mapping_policy",
+    "hwloc_base_binding_policy": "hwloc_default_binding_policy",
+}
 _IN_A_RANK = "srun --mpi=pmix -n1 [--container-image=…] dynamo-mpi doctor looks where ranks run"
 
 
@@ -39,6 +71,8 @@ def check_mpi(context: Context) -> Iterator[Check]:
     output = run_module("dynamo_mpi.ops.doctor.mpi", context.environ, context.left(_LOAD_SECONDS))
     library, checks = judge_library(output, in_rank=context.in_rank)
     yield from checks
+    if library is not None:
+        yield from judge_parameters(context.environ, library)
     yield judge_launch(context.launch, library)
 
 
@@ -94,6 +128,45 @@ def judge_interface(library: MpiLibrary, pmix: str) -> Check:
         "Open MPI, or MPICH or a relative of it",
         "load one of them, or MPI4PY_LIBMPI=/path/to/libmpi.so; TensorRT-LLM needs Open MPI",
     )
+
+
+def judge_parameters(environ: Mapping[str, str], library: MpiLibrary) -> Iterator[Check]:
+    """Find parameters of the launcher that are set for another Open MPI: since 5.0 its launcher is PRRTE, with a prefix of its own, and it
+    ignores ``OMPI_MCA_orte_…``, ``OMPI_MCA_plm_…`` and the like without a word; up to 4.1 ``PRTE_MCA_…`` means nothing."""
+    match = re.search(r"v(\d+)\.", library.version) if library.family == "openmpi" else None
+    if match is None:
+        return
+    major = int(match[1])
+    # with PRRTE's names; a batch script may serve both versions by setting both
+    old = {name: f"PRTE_MCA_{prrte_name(name[9:])}" for name in sorted(environ) if _is_of_launcher(name)}
+    if major >= _FIRST_WITH_PRRTE:
+        prefix, ignored = "PRTE_MCA_", {name: meant for name, meant in old.items() if meant not in environ}
+    else:
+        new = [name for name in sorted(environ) if name.startswith("PRTE_MCA_") and name not in old.values()]
+        prefix, ignored = "OMPI_MCA_", {name: f"OMPI_MCA_{name[9:].replace('prte_', 'orte_', 1)}" for name in new}
+    if ignored:
+        yield warning(
+            "parameters",
+            f"Open MPI {major} ignores {listed(ignored)}",
+            f"parameters of its launcher with the prefix {prefix}",
+            "export " + " ".join(f"{meant}=…" for meant in dict.fromkeys(ignored.values())),
+        )
+
+
+def prrte_name(name: str) -> str:
+    """Return PRRTE's name of a parameter of Open MPI 4's launcher, both without prefix (PRRTE 3.0, the launcher of Open MPI 5.0)."""
+    for old, new in _RENAMED.items():
+        if name == old or (old.endswith("_") and name.startswith(old)):
+            return new + name[len(old) :]
+    return name
+
+
+def _is_of_launcher(name: str) -> bool:
+    """Return whether a variable sets a parameter of Open MPI 4's launcher, not of the library. What chooses a component, such as
+    ``OMPI_MCA_plm``, has a check of its own."""
+    parameter = name[9:]
+    frameworks = tuple(f"{framework}_" for framework in _LAUNCHER_FRAMEWORKS)
+    return name.startswith("OMPI_MCA_") and (parameter.startswith(frameworks) or parameter in _RENAMED)
 
 
 def judge_launch(launch: LaunchInfo, library: MpiLibrary | None) -> Check:

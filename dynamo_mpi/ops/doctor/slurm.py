@@ -200,11 +200,12 @@ def judge_time_left(seconds: int) -> Check:
 def judge_step_nodes(environ: Mapping[str, str], launcher: Launcher) -> Check | None:
     """Check a step that doesn't begin on the job's first node: Slurm's PMIx plugin may then contact the wrong node, and MPI's start hangs."""
     step, job = environ.get("SLURM_STEP_NODELIST", ""), environ.get("SLURM_JOB_NODELIST", "")
-    if launcher is not Launcher.SLURM_PMIX or not step or not job or first_node(step) == first_node(job):
+    first, job_first = first_node(step), first_node(job)
+    if launcher is not Launcher.SLURM_PMIX or not first or not job_first or first == job_first:
         return None
     return warning(
         "step-nodes",
-        f"this step begins on {first_node(step)}, the job on {first_node(job)}",
+        f"this step begins on {first}, the job on {job_first}",
         "a step that begins on the job's first node, as Slurm's PMIx plugin sees it: MPI's start may hang otherwise",
         f"SLURM_JOB_NODELIST={step} srun --mpi=pmix …, as dynamo-mpi launch does it",
     )

@@ -11,6 +11,9 @@ _VERSION = re.compile(r"\b(\d+)\.(\d+)(?:\.(\d+))?")
 _SPECIFIC = "specific pmix plugin versions available:"
 # D-HH:MM:SS and its shorter forms: squeue's format of the remaining time
 _LEFT = re.compile(r"(?:(\d+)-)?(?:(?:(\d+):)?(\d+):)?(\d+)")
+# the first host of a list: text and brackets with ranges, up to a comma or a blank
+_RANGES = re.compile(r"\[(\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*)\]")
+_FIRST_HOST = re.compile(r"[\s,]*((?:[^\s,\[\]]|\[\d[\d,-]*\])+)(?=[\s,]|$)")
 
 
 class MpiPlugins(NamedTuple):
@@ -83,6 +86,18 @@ def read_time_left(text: str) -> int | None:
 
 
 def first_node(nodelist: str) -> str:
-    """Return the first node of Slurm's compressed list: ``n[03-05,7],m1`` begins with ``n03``."""
-    match = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodelist.strip())
-    return "".join(part or "" for part in match.groups()) if match else ""
+    """Return the first node of Slurm's compressed list; empty if Slurm would refuse it.
+
+    ``n[03-05,7],m1`` begins with ``n03``, ``rack[0-3]node[0-15]`` with ``rack0node0``. Text behind brackets, as in ``r[0-1]-ib``, is taken,
+    as by Slurm 24.11; 22.05 refuses it.
+    """
+    match = _FIRST_HOST.match(nodelist)
+    ranges = _RANGES.findall(match[1]) if match else []
+    if match is None or any(_is_reversed(one) for text in ranges for one in text.split(",")):
+        return ""
+    return _RANGES.sub(lambda found: re.split("[-,]", found[1])[0], match[1])
+
+
+def _is_reversed(text: str) -> bool:
+    low, _, high = text.partition("-")
+    return bool(high) and int(low) > int(high)
