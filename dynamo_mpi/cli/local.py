@@ -149,6 +149,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--request-plane", choices=("tcp", "nats"), default="tcp", help="how requests reach the workers (%(default)s)"
     )
+    parser.add_argument(
+        "--credentials",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: only this run's processes can use its etcd and NATS (needs openssl); none: all users of this machine can (%(default)s)",
+    )
     for option in ENGINE_OPTIONS:
         flag = "--" + option.replace("_", "-")
         parser.add_argument(flag, type=_positive, metavar="N", help=f"{option} of the engine's YAML")
@@ -190,6 +196,7 @@ def _settings(arguments: argparse.Namespace) -> StackSettings:
         mpirun=arguments.mpirun,
         timeout_seconds=arguments.timeout,
         timeline=arguments.timeline,
+        credentials=arguments.credentials == "auto",
     )
 
 
