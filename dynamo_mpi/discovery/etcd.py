@@ -151,11 +151,12 @@ class EtcdAuth:
         Raises:
             UsageError: a text is no certificate or key.
         """
-        try:
-            # with an authority of its own, the system's authorities are not trusted
-            context = ssl.create_default_context(cadata=self.authority or None)
-        except (OSError, ValueError, TypeError):
-            raise _no_pem("ETCD_AUTH_CA holds no certificate") from None
+        context = ssl.create_default_context()
+        if self.authority:
+            try:
+                context.load_verify_locations(cadata=self.authority)
+            except (OSError, ValueError, TypeError):
+                raise _no_pem("ETCD_AUTH_CA holds no certificate") from None
         if self.certificate:
             try:
                 # for a key with a passphrase, OpenSSL would ask on the terminal
