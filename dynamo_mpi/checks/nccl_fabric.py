@@ -23,7 +23,7 @@ from dynamo_mpi.checks.hardware_check_plan import START_SHARE
 from dynamo_mpi.common.codec import decode_strings, encode_strings
 from dynamo_mpi.common.fabric_payload import corruption_injected
 from dynamo_mpi.common.process import set_activity
-from dynamo_mpi.common.subprocess import ManagedProcess
+from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,9 +61,7 @@ class CheckProcess:
             "fabric check",
             [*words, "--spoil"] if corruption_injected() else words,
             environment=environ,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
+            streams=Streams(subprocess.PIPE, subprocess.PIPE, self._stderr),
         )
         self._input, self._output = self._process.popen.stdin, self._process.popen.stdout
         self._text = b""

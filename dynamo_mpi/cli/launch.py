@@ -20,7 +20,7 @@ from dynamo_mpi.common.log_tail import Follower
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
-from dynamo_mpi.deploy.controller import DeploymentController
+from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
 from dynamo_mpi.deploy.launchers import (
     FOLDER_PREFIX,
     Container,
@@ -125,9 +125,8 @@ def _conduct(
         with Interrupts((*SIGNALS, *DRAIN_SIGNALS)) as interrupts, _environment(settings) as environ:
             follower.start()
             try:
-                code = DeploymentController(
-                    settings, workers, renderer, endings, run_dir, interrupts, _say, environ
-                ).run()
+                context = LaunchContext(run_dir, interrupts, _say, environ)
+                code = DeploymentController(settings, workers, renderer, endings, context).run()
             finally:
                 follower.close()
     except Interrupted as end:

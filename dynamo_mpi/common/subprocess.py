@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.log_tail import last_lines, last_text
@@ -53,6 +53,17 @@ def with_pdeathsig(
 KILL_SECONDS, POLL_SECONDS, _LOOK_SECONDS = 5.0, 0.05, 0.005
 
 
+class Streams(NamedTuple):
+    """The standard streams of a child, as in `subprocess.Popen`."""
+
+    stdin: int | IO[bytes] = subprocess.DEVNULL
+    stdout: int | IO[bytes] | None = None
+    stderr: int | IO[bytes] | None = None
+
+
+_NO_STREAMS = Streams()
+
+
 class ManagedProcess:
     """A running child, leader of a session of its own.
 
@@ -63,7 +74,7 @@ class ManagedProcess:
         name: its name in messages.
         command: its command line.
         environment: its whole environment.
-        stdin, stdout, stderr: as in `subprocess.Popen`.
+        streams: its standard streams.
         end_with: the signal that it gets if this process exits without having ended it: a launcher needs one that lets it end its ranks.
 
     Raises:
@@ -76,17 +87,15 @@ class ManagedProcess:
         command: Sequence[str],
         *,
         environment: Mapping[str, str],
-        stdin: int | IO[bytes] = subprocess.DEVNULL,
-        stdout: int | IO[bytes] | None = None,
-        stderr: int | IO[bytes] | None = None,
+        streams: Streams = _NO_STREAMS,
         end_with: signal.Signals = signal.SIGKILL,
     ) -> None:
         self.name = name
         self.popen = subprocess.Popen(
             with_pdeathsig(command, parent=os.getpid(), end_with=end_with),
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
+            stdin=streams.stdin,
+            stdout=streams.stdout,
+            stderr=streams.stderr,
             env=dict(environment),
             start_new_session=True,
         )
@@ -175,9 +184,8 @@ class LoggedProcess(ManagedProcess):
         self.log = log
         with log.open("ab") as output:
             self._log_start = output.tell()
-            super().__init__(
-                name, command, environment=environment, stdout=output, stderr=subprocess.STDOUT, end_with=end_with
-            )
+            streams = Streams(stdout=output, stderr=subprocess.STDOUT)
+            super().__init__(name, command, environment=environment, streams=streams, end_with=end_with)
 
     def last_lines(self, count: int) -> list[str]:
         """Return the last lines of its output, without older lines of the log."""

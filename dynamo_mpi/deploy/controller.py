@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import ExitCode
@@ -48,6 +49,23 @@ class _AskedToStop(Exception):
     """`dynamo-mpi down`, or the end of the job's time, requests the end."""
 
 
+@dataclass(frozen=True)
+class LaunchContext:
+    """What a deployment's launcher works with.
+
+    Args:
+        run_dir: the deployment's folder.
+        interrupts: checked in every wait.
+        say: prints one line of progress.
+        environ: the steps' base environment.
+    """
+
+    run_dir: RunDir
+    interrupts: Interrupts
+    say: Callable[[str], None]
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+
 class DeploymentController:
     """Runs one deployment. Use it from the main thread.
 
@@ -56,10 +74,7 @@ class DeploymentController:
         workers: the workers and their nodes.
         renderer: builds the command lines of the steps.
         endings: ends the steps.
-        run_dir: the deployment's folder.
-        interrupts: checked in every wait.
-        say: prints one line of progress.
-        environ: the steps' base environment.
+        context: its folder, interrupts, output and environment.
     """
 
     def __init__(
@@ -68,21 +83,18 @@ class DeploymentController:
         workers: Sequence[Worker],
         renderer: CommandBuilder,
         endings: StepController,
-        run_dir: RunDir,
-        interrupts: Interrupts,
-        say: Callable[[str], None],
-        environ: Mapping[str, str] = os.environ,
+        context: LaunchContext,
     ) -> None:
         self._settings, self._workers, self._renderer, self._endings = settings, workers, renderer, endings
-        self._run_dir, self._interrupts, self._print_line = run_dir, interrupts, say
+        self._run_dir, self._interrupts, self._print_line = context.run_dir, context.interrupts, context.say
         self._began = time.monotonic()
-        self._environment = without_srun_input(environ)
+        self._environment = without_srun_input(context.environ)
         self._services: Step | None = None
         self._others: dict[str, Step] = {}
-        self._worker_steps = WorkerSet(workers, settings.max_restarts, renderer, endings, run_dir, self._say)
+        self._worker_steps = WorkerSet(workers, settings.max_restarts, renderer, endings, self._run_dir, self._say)
         self._url = ""
-        self._limit = JobTimeLimit.of(environ)
-        self._milestones = Milestones(run_dir.milestones, "launch")
+        self._limit = JobTimeLimit.of(context.environ)
+        self._milestones = Milestones(self._run_dir.milestones, "launch")
 
     def run(self) -> int:
         """Run the deployment until its end.

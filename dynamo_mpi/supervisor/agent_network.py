@@ -21,7 +21,7 @@ from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
 from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import MAX_BODY, Frame, FrameType, WireError
-from dynamo_mpi.supervisor.join import MAX_PENDING, JoinHandler
+from dynamo_mpi.supervisor.join import JoinHandler
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
@@ -74,10 +74,9 @@ class AgentNetwork:
             self._selector,
             listener,
             bytes.fromhex(self._token),
-            MAX_PENDING,
+            None,
             self._admit,
             self._on_joined,
-            may_rejoin=True,
         )
 
     def connect(self, node: int, host: str, addresses: Sequence[str], port: int) -> None:

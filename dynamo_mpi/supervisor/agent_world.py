@@ -13,7 +13,7 @@ import json
 import math
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure
@@ -57,17 +57,29 @@ _FLUSH_SECONDS = 0.5
 _PRINT_SECONDS = 0.15
 
 
+class LocalRanks(NamedTuple):
+    """The ranks of an agent's node, as the watch of the world sees them.
+
+    Args:
+        host: the node.
+        end: ends them with an exit code.
+        rank0_reports: returns whether rank 0 is among them, alive, and supervises the other ranks.
+    """
+
+    host: str
+    end: Callable[[int], None]
+    rank0_reports: Callable[[], bool]
+
+
 class WorldWatch:
     """An agent's state of the whole world. Everything runs in the agent's thread.
 
     Args:
         selector: the agent's selector.
         launch: how the ranks of this node were started.
-        host: this node.
+        local_ranks: the ranks of this node.
         writer: writes reports and revokes leases.
         rendezvous: the settings until rank 0 sends its own.
-        end_local_ranks: ends the ranks of this node with an exit code.
-        rank0_reports: returns whether rank 0 is on this node, alive, and supervises the other ranks.
 
     Attributes:
         rendezvous: names the directories for reports and the heartbeat timeouts.
@@ -81,14 +93,12 @@ class WorldWatch:
         self,
         selector: selectors.BaseSelector,
         launch: LaunchInfo,
-        host: str,
+        local_ranks: LocalRanks,
         writer: ReportWriter,
         rendezvous: Rendezvous,
-        end_local_ranks: Callable[[int], None],
-        rank0_reports: Callable[[], bool],
     ) -> None:
-        self._selector, self._launch, self._host, self._writer = selector, launch, host, writer
-        self._end_local_ranks, self._rank0_reports = end_local_ranks, rank0_reports
+        self._selector, self._launch, self._local_ranks, self._writer = selector, launch, local_ranks, writer
+        self._host = local_ranks.host
         self.rendezvous = rendezvous
         self.history = History(launch.size)
         self.decide_at = self._keep_until = math.inf
@@ -199,7 +209,7 @@ class WorldWatch:
         """End the ranks of all nodes."""
         self._end_code = code
         self._broadcast({"end": code})
-        self._end_local_ranks(code)
+        self._local_ranks.end(code)
 
     def on_rank0_exit(self, *, in_order: bool) -> None:
         """Handle the exit of rank 0, which runs on this node."""
@@ -247,7 +257,7 @@ class WorldWatch:
         if self._launch.launcher is Launcher.HYDRA and observed.failure.cause is DetectedBy.DISCONNECT:
             # mpiexec kills all other ranks at once, and with them the connection to its output
             self.decide_at = now
-        elif self._rank0_reports() and not self._rank0_lost:
+        elif self._local_ranks.rank0_reports() and not self._rank0_lost:
             self.decide_at = min(self.decide_at, now + _RANK0_REPORT_SECONDS)
         else:
             self._decide_soon()
@@ -394,7 +404,7 @@ class WorldWatch:
             self.reported, self.decide_at = True, math.inf
             self._wait_for_printing()
         if isinstance(code := message.get("end"), int):
-            self._end_local_ranks(code)
+            self._local_ranks.end(code)
 
     def _on_agent_joined(self, number: int) -> None:
         """Send a newly joined agent the current state."""

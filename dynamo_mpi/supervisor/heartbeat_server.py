@@ -8,7 +8,7 @@ import queue
 import selectors
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_error
 from dynamo_mpi.supervisor.failure_messages import heartbeat_missed, host_lost, never_connected, rank_died
@@ -48,6 +48,20 @@ class _Peer:
         self.done = False
 
 
+class RankEvents(NamedTuple):
+    """What is called from the server's thread. Each must be quick.
+
+    Args:
+        on_failure: with each failure.
+        on_signal: with a rank and a signal that it got.
+        on_timings: with a rank and the body of its TIMINGS frame.
+    """
+
+    on_failure: Callable[[Failure], None]
+    on_signal: Callable[[int, SignalMessage], None]
+    on_timings: Callable[[int, bytes], None] = lambda *_: None
+
+
 class HeartbeatServer:
     """Exchanges heartbeats with the ranks other than 0, from `start` to `close`, and detects their failures.
 
@@ -57,9 +71,7 @@ class HeartbeatServer:
         listener: the socket that listens at that address.
         phase: returns the world's phase.
         host: returns a rank's host.
-        on_failure: called from the server's thread with each failure. It must be quick.
-        on_signal: the same, with a rank and a signal that it got.
-        on_timings: the same, with a rank and the body of its TIMINGS frame.
+        events: called from the server's thread.
     """
 
     def __init__(
@@ -69,13 +81,10 @@ class HeartbeatServer:
         listener: socket.socket,
         phase: Callable[[], str],
         host: Callable[[int], str],
-        on_failure: Callable[[Failure], None],
-        on_signal: Callable[[int, SignalMessage], None],
-        on_timings: Callable[[int, bytes], None] = lambda *_: None,
+        events: RankEvents,
     ) -> None:
         self._size, self._rendezvous = size, rendezvous
-        self._phase, self._host, self._on_failure, self._on_signal = phase, host, on_failure, on_signal
-        self._on_timings = on_timings
+        self._phase, self._host, self._events = phase, host, events
         self._selector = selectors.DefaultSelector()
         self._waker = Waker()
         self._selector.register(self._waker, selectors.EVENT_READ, self._waker.clear)
@@ -133,7 +142,7 @@ class HeartbeatServer:
             self._watch()
         except Exception as error:  # without this thread, failures would go unnoticed
             text, code = describe_error(error)
-            self._on_failure(Failure(0, code, text, at=time.monotonic()))
+            self._events.on_failure(Failure(0, code, text, at=time.monotonic()))
         finally:
             self._join_handler.close()
             for peer in self._peers.values():
@@ -231,15 +240,15 @@ class HeartbeatServer:
         elif frame.kind is FrameType.PHASE:
             peer.phase = frame.body.decode("utf-8", "replace")
         elif frame.kind is FrameType.TIMINGS:
-            self._on_timings(peer.number, frame.body)
+            self._events.on_timings(peer.number, frame.body)
         elif frame.kind is FrameType.GOODBYE:
             peer.done = True
         elif frame.kind is FrameType.SIGNAL:
-            self._on_signal(peer.number, SignalMessage.unpack(frame.body))
+            self._events.on_signal(peer.number, SignalMessage.unpack(frame.body))
         elif frame.kind is FrameType.FAILED:
             report = FailureReport.unpack(frame.body)
             peer.done = True
-            self._on_failure(
+            self._events.on_failure(
                 Failure(
                     peer.number,
                     report.exit_code,
@@ -281,4 +290,4 @@ class HeartbeatServer:
     def _report_failure(self, number: int, phase: str, error: DynamoMpiError, cause: DetectedBy) -> None:
         # a rank that has just joined has not sent its phase yet
         phase = phase or self._phase()
-        self._on_failure(Failure(number, int(error.exit_code), str(error), cause, phase, time.monotonic()))
+        self._events.on_failure(Failure(number, int(error.exit_code), str(error), cause, phase, time.monotonic()))

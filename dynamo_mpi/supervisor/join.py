@@ -45,10 +45,9 @@ class JoinHandler:
         selector: the server's selector.
         listener: the listening socket.
         token: the secret that ranks must know.
-        size: ranks of the world: at most as many connections as ranks are missing, and `MAX_PENDING` more, may be unauthenticated.
+        size: ranks of the world, each of which joins once: the listener is closed when all have joined. None if ranks may join again.
         admit: called with the number and the connection of each authenticated rank; returns whether it was expected.
         on_joined: called with a rank's number after WELCOME has been sent to it.
-        may_rejoin: whether each rank may join more than once; if not, the listener is closed once all have joined.
     """
 
     def __init__(
@@ -56,16 +55,16 @@ class JoinHandler:
         selector: selectors.BaseSelector,
         listener: socket.socket,
         token: bytes,
-        size: int,
+        size: int | None,
         admit: Callable[[int, FrameConnection], bool],
         on_joined: Callable[[int], None] = lambda _: None,
-        *,
-        may_rejoin: bool = False,
     ) -> None:
         self._selector, self._listener, self._token = selector, listener, token
         self._admit, self._on_joined = admit, on_joined
-        self._missing = math.inf if may_rejoin else size - 1
-        self._admission: Admission[int] = Admission(size + MAX_PENDING, _HANDSHAKE_SECONDS)
+        self._missing = math.inf if size is None else size - 1
+        # all of a world's ranks may connect at once
+        places = MAX_PENDING + (MAX_PENDING if size is None else size)
+        self._admission: Admission[int] = Admission(places, _HANDSHAKE_SECONDS)
         self._pending: dict[int, _PendingConnection] = {}
         listener.setblocking(False)
         self._open = False

@@ -23,7 +23,7 @@ from dynamo_mpi.common.process import set_process_title
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report, decode_observed, decode_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours
-from dynamo_mpi.supervisor.agent_world import WorldWatch
+from dynamo_mpi.supervisor.agent_world import LocalRanks, WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.descendants import end_descendants
 from dynamo_mpi.supervisor.failure_messages import heartbeat_missed, rank_died
@@ -74,9 +74,8 @@ class NodeAgent:
         self._selector = selectors.DefaultSelector()
         self._writer = ReportWriter(settings.log_dir)
         rendezvous = Rendezvous(host, heartbeat_timeout=settings.heartbeat_timeout, failure_dir=settings.failure_dir)
-        self._watch = WorldWatch(
-            self._selector, launch, host, self._writer, rendezvous, self._end_local_ranks, self._rank0_reports
-        )
+        local_ranks = LocalRanks(host, self._end_local_ranks, self._rank0_reports)
+        self._watch = WorldWatch(self._selector, launch, local_ranks, self._writer, rendezvous)
         self._ranks: list[LocalRank] = []
         self._disconnected: list[LocalRank] = []
         # ranks that have closed their connection and whose process still runs

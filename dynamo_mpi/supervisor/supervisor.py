@@ -35,7 +35,7 @@ from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report, encode
 from dynamo_mpi.supervisor.failure_files import as_document, write_failure
 from dynamo_mpi.supervisor.failure_messages import cannot_listen
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES, Frame, FrameType
-from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
+from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
 from dynamo_mpi.supervisor.join import MAX_PENDING
 from dynamo_mpi.supervisor.progress import ProgressTracker
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
@@ -141,9 +141,7 @@ class WorldSupervisor:
                 listener,
                 lambda: self._phases.current,
                 lambda rank: self._ranks[rank].host,
-                self._failures_seen.put,
-                self._on_signal_of_rank,
-                self.tracker.update,
+                RankEvents(self._failures_seen.put, self._on_signal_of_rank, self.tracker.update),
             )
         except OSError as error:
             raise cannot_listen(address, error) from None

@@ -41,7 +41,7 @@ from dynamo_mpi.supervisor.heartbeat_protocol import (
     Join,
     leader_mac,
 )
-from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
+from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
 from dynamo_mpi.supervisor.join import MAX_PENDING
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
@@ -133,7 +133,12 @@ def watch_by_lookout(
 ) -> HeartbeatServer:
     """Watch as rank 0 does."""
     server = HeartbeatServer(
-        ranks + 1, rendezvous, listener, lambda: "serve", str, lambda failure: ends.put(failure.at), lambda *_: None
+        ranks + 1,
+        rendezvous,
+        listener,
+        lambda: "serve",
+        str,
+        RankEvents(lambda failure: ends.put(failure.at), lambda *_: None),
     )
     server.start()
     return server

@@ -285,7 +285,8 @@ def _deployment_json(path: Path) -> Any:
     with sources.Interrupts() as interrupts, contextlib.suppress(sources.StepFailed), fixed_environment():
         steps: Any = _Steps()
         endings = sources.MpirunStepController()
-        sources.DeploymentController(settings, (worker,), steps, endings, run_dir, interrupts, lambda text: None).run()
+        context = sources.LaunchContext(run_dir, interrupts, lambda text: None)
+        sources.DeploymentController(settings, (worker,), steps, endings, context).run()
     content = json.loads((path / "deployment.json").read_text(encoding="utf-8"))
     run_dir.close()
     run_dir.write_end(70, "decode-0 ended with exit code 70")

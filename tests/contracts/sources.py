@@ -37,7 +37,7 @@ from dynamo_mpi.config.options import Option
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.config.worker_options import OPTIONS as WORKER_OPTIONS
-from dynamo_mpi.deploy.controller import DeploymentController
+from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
 from dynamo_mpi.deploy.head_node import main as head_node_main
 from dynamo_mpi.deploy.head_node import services as services_json
 from dynamo_mpi.deploy.head_node_settings import OPTIONS as HEAD_NODE_OPTIONS

@@ -16,7 +16,7 @@ import pytest
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report
-from dynamo_mpi.supervisor.agent_world import WorldWatch
+from dynamo_mpi.supervisor.agent_world import LocalRanks, WorldWatch
 from dynamo_mpi.supervisor.agent_writer import PendingReport, ReportWriter
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
@@ -68,11 +68,9 @@ class Agent:
         self.watch = WorldWatch(
             self.selector,
             LaunchInfo(launcher, rank, 3, 0, 1),
-            self.host,
+            LocalRanks(self.host, self.ended.append, lambda: self.rank_0_lives),
             cast(ReportWriter, self.notes),
             Rendezvous(self.host),
-            self.ended.append,
-            lambda: self.rank_0_lives,
         )
         self.meeting = Rendezvous("n0", "127.0.0.1", 1, TOKEN, has_agent=True, agent_port=port, agent_token=TOKEN)
 

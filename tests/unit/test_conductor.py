@@ -22,7 +22,7 @@ from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.deploy import controller as conductors
 from dynamo_mpi.deploy import reports
 from dynamo_mpi.deploy import workers as workers_module
-from dynamo_mpi.deploy.controller import DeploymentController
+from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
 from dynamo_mpi.deploy.nodes import Worker
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.deploy.services import StepFailed
@@ -123,9 +123,7 @@ def run(tmp_path: Path, settings: LaunchSettings, monkeypatch: pytest.MonkeyPatc
                     workers,
                     Rendered(Steps(folder, **scripts)),
                     MpirunStepController(),
-                    run_dir,
-                    interrupts,
-                    say,
+                    LaunchContext(run_dir, interrupts, say),
                 )
                 try:
                     return conductor.run(), "\n".join(said)

@@ -35,7 +35,7 @@ from dynamo_mpi.supervisor.heartbeat_protocol import (
     clip,
     rank_mac,
 )
-from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
+from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
 from dynamo_mpi.supervisor.rendezvous import LOADING_SECONDS, SERVING_SECONDS, Rendezvous
 
 pytestmark = pytest.mark.slow
@@ -59,8 +59,7 @@ class Watchtower:
             listener,
             lambda: "serve",
             lambda rank: f"n{rank}",
-            self.seen.put,
-            lambda *news: self.signals.put(news),
+            RankEvents(self.seen.put, lambda *news: self.signals.put(news)),
         )
         self.server.start()
         self._lines: list[FrameConnection] = []

@@ -15,7 +15,7 @@ import queue, resource, secrets, socket, sys
 from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES
-from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
+from dynamo_mpi.supervisor.heartbeat_server import RankEvents, HeartbeatServer
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.common.process import raise_nofile_limit
 from dynamo_mpi.supervisor.join import MAX_PENDING
@@ -33,7 +33,7 @@ CONNECT = (
     + """
 listener = socket.create_server(("127.0.0.1", 0), backlog=ranks)
 meeting = Rendezvous("here", "127.0.0.1", listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES))
-lookout = HeartbeatServer(ranks + 1, meeting, listener, lambda: "serve", str, print, print)
+lookout = HeartbeatServer(ranks + 1, meeting, listener, lambda: "serve", str, RankEvents(print, print))
 lookout.start()
 lines = [connect(meeting, rank)[0] for rank in range(1, ranks + 1)]
 print(len(lines), "ranks")

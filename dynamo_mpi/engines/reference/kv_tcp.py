@@ -163,7 +163,7 @@ class KvServer:
     """
 
     def __init__(self, store: KvStore, host: str, connection_seconds: float = 30.0) -> None:
-        self._store = store
+        self.store = store
         self._connection_seconds = connection_seconds
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, 0), family=family, backlog=_BACKLOG)
@@ -191,7 +191,7 @@ class KvServer:
 
     def _listen(self) -> None:
         while not self._closing.is_set():
-            self._store.expire()
+            self.store.expire()
             try:
                 connection, peer = self._listener.accept()
             except TimeoutError:
@@ -254,14 +254,14 @@ class KvServer:
                 return
             if not isinstance(request, (Fetch, Release)):
                 raise WireError("this server answers fetch and release")
-            stored = self._store.find(request.transfer_id)
+            stored = self.store.find(request.transfer_id)
             # the same text for all cases, so that a client can't find out which transfers exist
             if stored is None or not is_signed(request, stored.secret, nonce):
                 raise WireError("no such transfer: never offered, expired, released, or not yours")
             self._leave(connection)
             peer.deadline = Deadline.after(self._connection_seconds)
             if isinstance(request, Release):
-                self._store.release(request.transfer_id)
+                self.store.release(request.transfer_id)
                 peer.send(Released())
             else:
                 _send(peer, stored, request, nonce)

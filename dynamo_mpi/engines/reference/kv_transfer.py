@@ -32,7 +32,7 @@ from dynamo_mpi.engines.reference.kv_descriptor import (
     parse_descriptor,
     slices_of,
 )
-from dynamo_mpi.engines.reference.kv_tcp import FetchError, KvServer, KvStore, StoreFullError, fetch, release
+from dynamo_mpi.engines.reference.kv_tcp import FetchError, KvServer, StoreFullError, fetch, release
 from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES, Deadline
 from dynamo_mpi.engines.reference.step_channel import Abandon, Command, Drop, Keep, Poll, Pull
 from dynamo_mpi.engines.reference.weights import Float32Array
@@ -143,8 +143,7 @@ class KvTransferWorker:
         cache: this rank's KV cache.
         consensus: agreement with the other ranks.
         pull_seconds: how long a pull may take.
-        store: a prefill worker's store.
-        server: a prefill worker's server of ``store``.
+        server: a prefill worker's server.
     """
 
     def __init__(
@@ -154,7 +153,6 @@ class KvTransferWorker:
         cache: KeyValueCache,
         consensus: Consensus,
         pull_seconds: float,
-        store: KvStore | None = None,
         server: KvServer | None = None,
     ) -> None:
         self._rank = rank
@@ -162,7 +160,7 @@ class KvTransferWorker:
         self._cache = cache
         self._consensus = consensus
         self._pull_seconds = pull_seconds
-        self._store = store
+        self._store = None if server is None else server.store
         self._server = server
         self._pulls: dict[int, tuple[int, BackgroundPull]] = {}
 

@@ -78,14 +78,13 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
     channel = None if comm is None else StepChannel(comm)
     if serving is not None:
         # as large as the KV cache itself
-        serving.store.most_tokens = config.max_batch_size * context
+        serving.server.store.most_tokens = config.max_batch_size * context
     kv_worker = KvTransferWorker(
         rank,
         KvShard(weights.stage.layers, weights.share.kv_heads),
         transformer.cache,
         consensus,
         config.kv_pull_seconds,
-        None if serving is None else serving.store,
         None if serving is None else serving.server,
     )
     return Loaded(
@@ -106,7 +105,7 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
 
 
 class _Serving:
-    """A prefill rank's store and server. Collective: all ranks exchange their addresses before a rank that can't serve raises.
+    """A prefill rank's server. Collective: all ranks exchange their addresses before a rank that can't serve raises.
 
     Raises:
         UsageError: this host has no such address.
@@ -114,10 +113,10 @@ class _Serving:
     """
 
     def __init__(self, config: ReferenceConfig, consensus: Consensus) -> None:
-        self.store = KvStore(0, config.kv_keep_seconds)
+        store = KvStore(0, config.kv_keep_seconds)
         place = ""
         try:
-            self.server = KvServer(self.store, host_address(config.kv_network, "--kv-network / DYN_MPI_KV_NETWORK"))
+            self.server = KvServer(store, host_address(config.kv_network, "--kv-network / DYN_MPI_KV_NETWORK"))
             host, port = self.server.address
             place = f"{host}:{port}"
         except OSError as error:

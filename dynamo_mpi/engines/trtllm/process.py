@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, cast
 from dynamo_mpi.common.errors import ExitCode, of_signal
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.redact import process_redactor
-from dynamo_mpi.common.subprocess import ManagedProcess
+from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,9 +50,8 @@ class TrtllmProcess(ManagedProcess):
         self._on_end, self._on_stop = on_end, on_stop
         self._code: int | None = None
         self._exited = threading.Event()
-        super().__init__(
-            "dynamo.trtllm", command, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        streams = Streams(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        super().__init__("dynamo.trtllm", command, environment=environment, streams=streams)
         self._output = cast("IO[bytes]", self.popen.stdout)
         with contextlib.suppress(OSError):  # a larger pipe is only an optimization
             fcntl.fcntl(self._output, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)

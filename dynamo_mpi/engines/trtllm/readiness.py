@@ -9,7 +9,7 @@ import sys
 import threading
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from dynamo_mpi.common.subprocess import ManagedProcess
+from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 from dynamo_mpi.engines.trtllm.process import describe_end
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ class ReadinessProbe:
         for name in ("DYN_SYSTEM_PORT", "DYN_TCP_RPC_PORT"):
             probe_environment.pop(name, None)
         self._on_message = on_message
-        self._process = ManagedProcess("proof", command, environment=probe_environment, stdout=subprocess.PIPE)
+        self._process = ManagedProcess(
+            "proof", command, environment=probe_environment, streams=Streams(stdout=subprocess.PIPE)
+        )
         threading.Thread(target=self._read, name="proof", daemon=True).start()
 
     def kill(self) -> None:

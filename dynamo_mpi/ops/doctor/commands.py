@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.subprocess import ManagedProcess
+from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -66,7 +66,9 @@ def run(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> O
 
     Call it from a thread that runs longer than the program: the program ends with the thread.
     """
-    process = ManagedProcess(command[0], command, environment=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = ManagedProcess(
+        command[0], command, environment=environ, streams=Streams(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    )
     with _lock:
         _running.add(process)
     try:

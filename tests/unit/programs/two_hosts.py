@@ -24,7 +24,7 @@ from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.supervisor.frame_connection import ClosedError
 from dynamo_mpi.supervisor.heartbeat_client import connect
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES, Frame, FrameType
-from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer
+from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 NETWORKS = {"4": ("10.9.8.1/24", "10.9.8.2/24"), "6": ("fd00:9:8::1/64", "fd00:9:8::2/64")}
@@ -53,7 +53,9 @@ def be_rank_0(network: str, timeout: float, what: str) -> None:
     listener = socket.create_server((address, 0), family=family)
     rendezvous = Rendezvous("near", address, listener.getsockname()[1], secrets.token_hex(TOKEN_BYTES), timeout)
     seen: queue.SimpleQueue[Failure] = queue.SimpleQueue()
-    server = HeartbeatServer(2, rendezvous, listener, lambda: "serve", lambda _: "far", seen.put, lambda *_: None)
+    server = HeartbeatServer(
+        2, rendezvous, listener, lambda: "serve", lambda _: "far", RankEvents(seen.put, lambda *_: None)
+    )
     server.start()
     words = ["ip", "netns", "exec", "far", sys.executable, __file__, "rank", rendezvous.pack(b"").hex()]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as rank:
