@@ -45,7 +45,7 @@ def run_follower(
     Args:
         context: this rank's context.
         fault: an injected fault.
-        health_client: connection to this node's health server, on the rank that started it.
+        health_client: sends this rank's state to the node agent, on the node's first rank with a health endpoint.
 
     Returns:
         The exit code that rank 0 has sent.

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dynamo_mpi.config.sources import WorkerSources
-    from dynamo_mpi.supervisor.agent_client import Agent
+    from dynamo_mpi.supervisor.agent_socket import Agent
     from dynamo_mpi.supervisor.fault_injection import InjectedFault
-    from dynamo_mpi.telemetry.health_client import HealthClient
+    from dynamo_mpi.telemetry.health_address import HealthEndpoint
     from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 
     Sources = Callable[[], WorkerSources]
@@ -76,24 +76,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exit_before_mpi(error, launch, log)
     # once per process, and not at all on a rank that needs no settings
     sources = cache(lambda: _sources(argv))
-    agent = _spawn_node_agent(launch, log.host, sources)
-    # before any thread is started, and after the agent, which would keep inherited descriptors open
-    health = _start_health_server(launch, log, sources)
-    client = NodeAgentClient(launch, os.environ, agent, lambda: _respawn_node_agent(launch, log.host, sources))
+    # before any thread is started
+    endpoint = _open_health_endpoint(launch, log)
+    health = None if isinstance(endpoint, DynamoMpiError) else endpoint
+    agent, respawn = _spawn_node_agent(launch, log.host, sources, health)
+    client = NodeAgentClient(launch, os.environ, agent, respawn)
     client.install_signal_handlers()
     phases.on_phase(lambda name: client.send(f"phase {name}"), first=True)
-    health_client = None if isinstance(health, DynamoMpiError) else health
-    if health_client is not None:
+    health_client = None
+    if health is not None and agent is not None:
+        from dynamo_mpi.telemetry.health_client import HealthClient
+
+        health_client = HealthClient(client, health.address, sources().early.heartbeat_timeout)
         phases.on_phase(health_client.send_phase, first=True)
-        health_client.start()
     notifier = _create_notifier(launch, sources)
     if notifier is not None:
         # in later phases it is one of rank 0's hooks
         notifier.on_phase("mpi_init")
     try:
         with phases.enter("mpi_init"):
-            if isinstance(health, DynamoMpiError):
-                raise health
+            if isinstance(endpoint, DynamoMpiError):
+                raise endpoint
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SRUN_WITHOUT_MPI)
             world = init_mpi(alone=alone, alone_on_node=launch.local_size == 1)
             if launch.launcher is Launcher.HYDRA and launch.size > 1:
@@ -139,29 +142,29 @@ def _sources(argv: Sequence[str]) -> WorkerSources:
     return WorkerSources(argv, os.environ)
 
 
-def _spawn_node_agent(launch: LaunchInfo, host: str, sources: Sources) -> Agent | None:
-    """Fork the agent of this node if this is the node's first rank."""
-    if launch.local_rank not in (0, None):
+def _spawn_node_agent(
+    launch: LaunchInfo, host: str, sources: Sources, health: HealthEndpoint | None
+) -> tuple[Agent | None, Callable[[], Agent | None] | None]:
+    """Fork the agent of this node if this is the node's first rank; return it, and what starts its successors."""
+    if not _is_first_of_node(launch):
+        return None, None
+    from dynamo_mpi.runtime.agent_process import AgentStarter
+
+    starter = AgentStarter(launch, host, sources().early, os.environ, health)
+    return starter.spawn(), starter.respawn
+
+
+def _open_health_endpoint(launch: LaunchInfo, log: RankLogger) -> HealthEndpoint | DynamoMpiError | None:
+    """Listen for health requests if that is enabled and this is the node's first rank."""
+    if not os.environ.get("DYN_SYSTEM_PORT") or not _is_first_of_node(launch):
         return None
-    from dynamo_mpi.supervisor.agent_start import spawn_node_agent
+    from dynamo_mpi.telemetry.health_address import open_health_endpoint
 
-    return spawn_node_agent(launch, host, sources().early, os.environ)
-
-
-def _respawn_node_agent(launch: LaunchInfo, host: str, sources: Sources) -> Agent | None:
-    """Start a successor of an agent that has exited."""
-    from dynamo_mpi.supervisor.agent_start import respawn_node_agent
-
-    return respawn_node_agent(launch, host, sources().early, os.environ)
+    return open_health_endpoint(launch, log, os.environ)
 
 
-def _start_health_server(launch: LaunchInfo, log: RankLogger, sources: Sources) -> HealthClient | DynamoMpiError | None:
-    """Fork this node's health server if it is enabled and this is the node's first rank."""
-    if not os.environ.get("DYN_SYSTEM_PORT"):
-        return None
-    from dynamo_mpi.telemetry.health_start import start_health_server
-
-    return start_health_server(launch, log, sources().early.heartbeat_timeout, os.environ)
+def _is_first_of_node(launch: LaunchInfo) -> bool:
+    return launch.local_rank == 0 or (launch.local_rank is None and launch.rank == 0)
 
 
 def _create_notifier(launch: LaunchInfo, sources: Sources) -> SystemdNotifier | None:

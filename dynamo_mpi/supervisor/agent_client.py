@@ -17,12 +17,12 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.process import SHUTDOWN_SIGNALS, is_stopped
 from dynamo_mpi.mpi.launcher import Launcher
-from dynamo_mpi.supervisor.agent_socket import agent_socket_name, peer_is_ours
+from dynamo_mpi.supervisor.agent_socket import Agent, agent_socket_name, peer_is_ours, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,22 +37,9 @@ _CHECK_SECONDS = 1
 _READ_BYTES = 4096
 _FRAMES = 12
 _PUBLISH_SECONDS = 2.0
-_MAX_AGENTS = 5
 _MARK_BYTES = 8
 # the rank's state, in the order in which a new agent must receive it
 _STATE_KEYS = ("rank", "segments", "phase", "agents", "preflight_done", "leases", "reported")
-
-
-class Agent(NamedTuple):
-    """A node agent that this rank has started.
-
-    Args:
-        connection: connection to the agent.
-        pid: the agent's process, a child of this one.
-    """
-
-    connection: _socket.socket
-    pid: int
 
 
 class NodeAgentClient:
@@ -84,7 +71,9 @@ class NodeAgentClient:
         self._unsent = b""
         self._detached = False
         self._wakeup: tuple[int, int] | None = None
-        self._agent, self._replace, self._agent_count = agent, replace, 1
+        self._agent, self._replace = agent, replace
+        # lines that were sent before the first connection; a successor gets the state alone
+        self._is_first_agent = True
         # descriptor of the socket on which rank 0's agent listens for the other agents; kept open for the agent's successor
         self._listener = -1
         # secret of all node agents of this world; set on rank 0 alone
@@ -152,9 +141,14 @@ class NodeAgentClient:
     def send(self, line: str) -> None:
         """Send the agent a line without waiting. Lines that describe this rank's state are also sent to the agent's successors."""
         key, _, value = line.partition(" ")
+        if key == "health":
+            word, _, value = value.partition(" ")
+            key = f"health {word}"
         with self._lock:
-            if key in _STATE_KEYS:
+            if key in _STATE_KEYS or key.startswith("health "):
                 self._state[key] = value
+            if self._connection is None and key.startswith("health "):
+                return  # it is part of the state, and comes again and again
             self._unsent += line.encode("utf-8", "replace") + b"\n"
             self._flush()
 
@@ -210,9 +204,11 @@ class NodeAgentClient:
             self._connection = connection
             if self._listener >= 0:
                 self._send_listener(connection)
-            lines = [f"{key} {self._state[key]}" for key in _STATE_KEYS if key in self._state]
+            health = [key for key in self._state if key.startswith("health ")]
+            lines = [f"{key} {self._state[key]}" for key in (*_STATE_KEYS, *health) if key in self._state]
             lines.insert(0, f"mark {self._mark} {inode}")
-            early = self._unsent if self._agent_count == 1 else b""
+            early = self._unsent if self._is_first_agent else b""
+            self._is_first_agent = False
             self._unsent = "".join(f"{line}\n" for line in lines).encode("utf-8", "replace") + early
             self._flush()
             if self._detached:
@@ -287,12 +283,9 @@ class NodeAgentClient:
 
     def _replace_agent(self) -> _socket.socket | None:
         """Start a successor of an agent that has exited and return the connection to it; None if that fails."""
-        from dynamo_mpi.supervisor.agent_start import warn
-
         if self._agent is not None:
             _reap(self._agent.pid)
-        self._agent_count += 1
-        self._agent = self._replace() if self._replace is not None and self._agent_count <= _MAX_AGENTS else None
+        self._agent = None if self._replace is None else self._replace()
         if self._agent is None:
             warn("the node agent has ended and could not be restarted: from now on rank 0 alone reports why ranks end")
             return None

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names the socket through which the ranks of one node reach their node agent. Every rank imports it before the preflight result."""
+"""The socket through which the ranks of one node reach their node agent. Every rank imports it before the preflight result."""
 
 from __future__ import annotations
 
 import _socket
 import binascii
+import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.mpi.launcher import Launcher
 
@@ -21,6 +22,18 @@ _MAX_WORLD_CHARS = 40
 _HYDRA_PROXY = "hydra_pmi_proxy"
 _COMMAND_LENGTH = 15  # of /proc/PID/stat, see proc(5)
 _MAX_PARENTS = 8
+
+
+class Agent(NamedTuple):
+    """A node agent that this rank has started.
+
+    Args:
+        connection: connection to the agent.
+        pid: the agent's process, a child of this one.
+    """
+
+    connection: _socket.socket
+    pid: int
 
 
 def agent_socket_name(launch: LaunchInfo, environ: Mapping[str, str]) -> str:
@@ -67,3 +80,12 @@ def peer_is_ours(connection: _socket.socket) -> bool:
     """Return whether the peer of a unix connection runs as the same user."""
     credentials = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _CREDENTIALS_BYTES)
     return int.from_bytes(credentials[4:8], sys.byteorder) == os.getuid()
+
+
+def warn(text: str, host: str = "") -> None:
+    """Log a warning about this node. Does not raise."""
+    with contextlib.suppress(Exception):  # for instance, the file system is gone
+        from dynamo_mpi.common.log_record import Level
+        from dynamo_mpi.common.log_writer import log_writer
+
+        log_writer.emit(None, host or os.uname().nodename.partition(".")[0], f"warning: {text}", Level.WARN)

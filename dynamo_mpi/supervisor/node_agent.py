@@ -15,11 +15,10 @@ import selectors
 import socket
 import time
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError
 from dynamo_mpi.common.failure import DetectedBy, Failure
-from dynamo_mpi.common.process import set_process_title
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report, decode_observed, decode_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours
@@ -51,6 +50,16 @@ _SHUTDOWN_GRACE_SECONDS = 45.0
 _RETRY_SECONDS = 0.05
 
 
+class RankObserver(Protocol):
+    """Shows the state of the rank that started the agent. Its methods are called in the agent's thread; they neither raise nor wait."""
+
+    def on_message(self, text: str) -> None:
+        """Called whenever that rank is heard; ``text`` is what it says about its state, or empty."""
+
+    def on_exit(self) -> None:
+        """Called when that rank's process has exited."""
+
+
 class NodeAgent:
     """The agent. Everything runs in one thread, except what waits for files and etcd.
 
@@ -60,6 +69,7 @@ class NodeAgent:
         launch: how that rank was started.
         host: this node.
         settings: the agent's settings.
+        observer: shows the state of the rank that started the agent; None if nothing does.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class NodeAgent:
         launch: LaunchInfo,
         host: str,
         settings: EarlySettings,
+        observer: RankObserver | None = None,
     ) -> None:
         self._launch, self._host, self._world_timeout = launch, host, settings.world_timeout
         self._selector = selectors.DefaultSelector()
@@ -84,7 +95,7 @@ class NodeAgent:
         self._segments: frozenset[str] = frozenset()
         self._started_at = time.monotonic()
         self._decide_at = self._kill_at = self._stop_at = self._reported_at = math.inf
-        self._add_rank(first)
+        self._observer, self._first = observer, self._add_rank(first)
         if listener is not None:
             listener.setblocking(False)
             self._selector.register(listener, selectors.EVENT_READ, lambda: self._accept(listener))
@@ -110,6 +121,8 @@ class NodeAgent:
         # usually the launcher removes them; while a rank runs, they are in use
         if not self._ranks:
             remove_segments(self._segments)
+        if self._observer is not None:
+            self._observer.on_exit()
         self._writer.finish()
         self._watch.close()
 
@@ -126,6 +139,8 @@ class NodeAgent:
             for local in self._ranks:
                 local.last_seen += late
                 local.last_ping += late
+            if self._observer is not None:
+                self._observer.on_message("")
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -138,13 +153,17 @@ class NodeAgent:
         else:
             connection.close()
 
-    def _add_rank(self, connection: socket.socket) -> None:
+    def _add_rank(self, connection: socket.socket) -> LocalRank:
         local = LocalRank(connection)
         self._ranks.append(local)
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._read(local))
         if local.pidfd is not None:
             # a fork of the rank may keep its connection open
             self._selector.register(local.pidfd, selectors.EVENT_READ, lambda: self._on_process_exit(local))
+        return local
+
+    def _observer_of(self, local: LocalRank) -> RankObserver | None:
+        return self._observer if local is self._first else None
 
     def _read(self, local: LocalRank) -> None:
         # the rank was removed earlier in the same round
@@ -163,6 +182,8 @@ class NodeAgent:
             for line in local.read()[0]:
                 self._handle_message(local, line)
             self._on_disconnect(local)
+        if observer := self._observer_of(local):
+            observer.on_exit()
         self._selector.unregister(cast("int", local.pidfd))
         local.close_process()
         self._exiting.discard(local)
@@ -172,6 +193,8 @@ class NodeAgent:
     def _handle_message(self, local: LocalRank, line: str) -> None:
         """Handle a line that a rank of this node sends about itself."""
         key, _, value = line.partition(" ")
+        if observer := self._observer_of(local):
+            observer.on_message(value if key == "health" else "")
         if key == "rank" and value.isdecimal():
             local.rank = int(value)
             local.send(f"agent {os.getpid()}")
@@ -234,7 +257,9 @@ class NodeAgent:
         if local.pidfd is not None:
             self._exiting.add(local)
             self._exit_deadline = now + _SHUTDOWN_GRACE_SECONDS
-        elif local.mark:
+        elif observer := self._observer_of(local):
+            observer.on_exit()
+        if local.pidfd is None and local.mark:
             self._writer.later(partial(end_descendants, local.mark, local.inode, frozenset({local.pid})))
         if not local.detached:
             self._segments |= local.segments
@@ -268,6 +293,9 @@ class NodeAgent:
 
     def _check(self, now: float) -> None:
         self._watch.tick()
+        if self._observer is not None and self._first.detached:
+            # it exits in order, and answers nothing any more; its exit has a time limit of its own
+            self._observer.on_message("")
         if self._launch.launcher is Launcher.HYDRA:
             for local in self._ranks:
                 if local.phase == "mpi_init":
@@ -285,13 +313,14 @@ class NodeAgent:
             return
         rendezvous = self._watch.rendezvous
         for local in self._ranks:
-            timeout = rendezvous.heartbeat_timeout_for(local.phase)
-            if timeout is None or local.detached or local.is_watched_by_rank0:
+            timeout = None if local.is_watched_by_rank0 else rendezvous.heartbeat_timeout_for(local.phase)
+            if local.detached or (timeout is None and self._observer_of(local) is None):
                 continue
-            if now - local.last_ping > min(rendezvous.heartbeat_interval, timeout / 4):
+            interval = rendezvous.heartbeat_interval
+            if now - local.last_ping > (interval if timeout is None else min(interval, timeout / 4)):
                 local.last_ping = now
                 local.send("ping")
-            if now - local.last_seen > timeout:
+            if timeout is not None and now - local.last_seen > timeout:
                 self._report_hung(local, now)
                 return
 
@@ -339,22 +368,3 @@ class NodeAgent:
         self._kill_at = min(self._kill_at, now + _KILL_DELAY_SECONDS)
         for local in self._ranks:
             local.send(f"end {code}")
-
-
-def run_node_agent(listener: int | None, first: int, launch: LaunchInfo, host: str, settings: EarlySettings) -> None:
-    """Run the agent, in a process of its own, until the ranks of this node don't need it any more.
-
-    Args:
-        listener: the listening socket's descriptor; None in a world of one rank.
-        first: descriptor of the connection to the rank that started the agent.
-        launch: how that rank was started.
-        host: this node.
-        settings: the agent's settings.
-    """
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    listening = None if listener is None else socket.socket(fileno=listener)
-    agent = NodeAgent(listening, socket.socket(fileno=first), launch, host, settings)
-    set_process_title(f"dynamo_mpi: node agent on {host}")
-    agent.run()

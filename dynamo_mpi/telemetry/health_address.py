@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The address of a node's health server, from Dynamo's own variables. Pure. Imported before the preflight if ``DYN_SYSTEM_PORT`` is set."""
+"""Where a node's agent answers health requests: the address, from Dynamo's own variables, and the listening socket.
+
+Imported before MPI runs, if ``DYN_SYSTEM_PORT`` is set.
+"""
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import UsageError
@@ -10,10 +14,14 @@ from dynamo_mpi.common.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dynamo_mpi.common.log import RankLogger
+    from dynamo_mpi.mpi.launcher import LaunchInfo
+
 PORT_VARIABLE, HOST_VARIABLE = "DYN_SYSTEM_PORT", "DYN_SYSTEM_HOST"
 _HEALTH_VARIABLE, _LIVE_VARIABLE = "DYN_SYSTEM_HEALTH_PATH", "DYN_SYSTEM_LIVE_PATH"
 _EVERYWHERE = ("", "0.0.0.0", "::", "[::]")  # noqa: S104 - what a user may choose, and Dynamo's default
 _MOST_PORT = 65535
+_BACKLOG = 128
 
 
 class HealthAddress(NamedTuple):
@@ -64,3 +72,57 @@ class HealthAddress(NamedTuple):
             environ.get(_HEALTH_VARIABLE) or "/health",
             environ.get(_LIVE_VARIABLE) or "/live",
         )
+
+
+class HealthEndpoint(NamedTuple):
+    """The address with the actual port, and the socket that listens there."""
+
+    address: HealthAddress
+    listener: socket.socket
+
+
+def open_health_endpoint(
+    launch: LaunchInfo, log: RankLogger, environ: Mapping[str, str]
+) -> HealthEndpoint | UsageError | None:
+    """Listen for health requests, on the first rank of a node.
+
+    Args:
+        launch: how this rank was started.
+        log: logs a warning if a node other than rank 0's can't listen.
+        environ: has the address.
+
+    Returns:
+        The endpoint; None if there is none; an error if rank 0's node can't listen.
+    """
+    try:
+        address = HealthAddress.of(environ)
+        if address is None:
+            return None
+        listener = _listen(address)
+    except UsageError as error:
+        if launch.rank == 0:
+            return error
+        log.warning(f"this node has no health server: {error}")
+        return None
+    return HealthEndpoint(address._replace(port=listener.getsockname()[1]), listener)
+
+
+def _listen(address: HealthAddress) -> socket.socket:
+    host = address.host.strip("[]")
+    try:
+        if host == "::" and socket.has_dualstack_ipv6():
+            return socket.create_server(
+                (host, address.port), family=socket.AF_INET6, backlog=_BACKLOG, dualstack_ipv6=True
+            )
+        family, *_, place = socket.getaddrinfo(host, address.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(place[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        from dynamo_mpi.common.ports import holder
+
+        who = holder(address.port) if address.port else None
+        why = f"{who} listens there" if who else error.strerror or str(error)
+        raise UsageError(
+            f"{PORT_VARIABLE}={address.port}: /health, /live and /metrics can't be served at {address.host}:{address.port}: {why}",
+            needed=f"a free port on every node, and an address of each in {HOST_VARIABLE}",
+            fix=f"free it, or choose another {PORT_VARIABLE}; of two workers on a node, each needs its own",
+        ) from None

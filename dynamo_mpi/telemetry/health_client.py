@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's side of the health server: sends the rank's state, and heartbeats. Nothing here raises or waits."""
+"""A rank's side of the health endpoint: sends the rank's state to the node agent. Nothing here raises or waits."""
 
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.redact import safe_first_line
+from dynamo_mpi.common.waiting import start_thread
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.telemetry.health_state import escape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from dynamo_mpi.supervisor.agent_client import NodeAgentClient
     from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
     from dynamo_mpi.telemetry.health_address import HealthAddress
 
@@ -22,47 +24,31 @@ _SETTLE_SECONDS = 0.05
 
 
 class HealthClient:
-    """Sends a rank's state to the health server.
+    """Sends a rank's state to its node agent, which answers health requests.
 
     Args:
-        connection: the connection to the health server's process.
-        address: the health server's address.
-        pid: the health server's process id.
+        agent: the connection to the node agent.
+        address: where the agent answers.
         heartbeat_timeout: see `Rendezvous`.
     """
 
-    def __init__(
-        self, connection: socket.socket, address: HealthAddress, pid: int, heartbeat_timeout: float | None
-    ) -> None:
-        self.address, self.pid = address, pid
-        self._connection = connection
-        connection.setblocking(False)
+    def __init__(self, agent: NodeAgentClient, address: HealthAddress, heartbeat_timeout: float | None) -> None:
+        self.address, self._agent = address, agent
         self._period = Rendezvous("", heartbeat_timeout=heartbeat_timeout).heartbeat_interval
-        # a signal handler may send something while the thread that it interrupts is sending
-        self._lock = threading.RLock()
-        self._unsent = b""
-        self._news = threading.Event()
-        self._collect: Callable[[], Mapping[str, str]] | None = None
-
-    def start(self) -> None:
-        """Start to send heartbeats. Call it after the last fork."""
-        threading.Thread(target=self._run, name="probes", daemon=True).start()
+        self._changed = threading.Event()
 
     def send(self, word: str, text: str = "") -> None:
         """Send one value; ``word`` is one that `health_state.note` knows."""
-        line = f"{word} {text}".rstrip(" ").encode("utf-8", "replace") + b"\n"
-        with self._lock:
-            self._unsent += line
-            self._flush()
-        self._news.set()
+        self._agent.send(f"health {word} {text}".rstrip(" "))
+        self._changed.set()
 
     def send_phase(self, phase: str) -> None:
         """Send the phase that this rank begins."""
-        self.send("phase", phase)
+        self.send("phase", f"{phase} {time.time()}")
 
     def send_world_phase(self, phase: str) -> None:
         """Send the phase that the world begins, as rank 0 has announced it."""
-        self.send("world", phase)
+        self.send("world", f"{phase} {time.time()}")
 
     def send_failure(self, why: str = "") -> None:
         """Send that the world ends because of a failure."""
@@ -81,31 +67,16 @@ class HealthClient:
         self.send_world_phase(client.world_phase)
 
     def collect_by(self, collect: Callable[[], Mapping[str, str]]) -> None:
-        """Send the values that ``collect`` returns, regularly and after the start of each phase."""
-        self._collect = collect
-        self._news.set()
+        """Send the values that ``collect`` returns, regularly and after the start of each phase, from a thread."""
+        start_thread(lambda: self._run(collect))
 
-    def _flush(self) -> None:
-        try:
-            while self._unsent:
-                self._unsent = self._unsent[self._connection.send(self._unsent) :]
-        except BlockingIOError:
-            return
-        except OSError:  # the health server has exited
-            self._unsent = b""
-
-    def _run(self) -> None:
+    def _run(self, collect: Callable[[], Mapping[str, str]]) -> None:
         while True:
-            self._news.wait(self._period)
-            # collect what arrives together
-            self._news.clear()
-            numbers = ""
-            with contextlib.suppress(Exception):  # a number that can't be read must not stop the heartbeats
-                collected = self._collect() if self._collect else {}
-                numbers = "".join(f"{word} {escape(text)}\n" for word, text in collected.items())
-            with self._lock:
-                # if the server doesn't read, the values are sent when it does
-                if not self._unsent:
-                    self._unsent = (numbers or "beat\n").encode()
-                self._flush()
-            threading.Event().wait(_SETTLE_SECONDS)
+            # what is sent below must not wake this thread
+            self._changed.clear()
+            with contextlib.suppress(Exception):  # a number that can't be read must not stop the others
+                for word, text in collect().items():
+                    self._agent.send(f"health {word} {escape(text)}")
+            self._changed.wait(self._period)
+            # collect what changes together
+            time.sleep(_SETTLE_SECONDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of the whole worker as metrics and facts: for the health server and for the metrics file."""
+"""The state of the whole worker as metrics and facts: for the health endpoint and for the metrics file."""
 
 from __future__ import annotations
 
@@ -113,20 +113,20 @@ class WorldStatus(WorkerHook):
 
 
 class HealthPublisher(WorkerHook):
-    """Sends the world's state to the health server.
+    """Sends the world's state to the node agent, which answers health requests.
 
     Args:
-        reporter: the client of the health server.
+        client: sends it.
         status: the world's state.
     """
 
-    def __init__(self, reporter: HealthClient, status: WorldStatus) -> None:
-        self._reporter, self._status = reporter, status
-        reporter.send_facts(status.facts)
+    def __init__(self, client: HealthClient, status: WorldStatus) -> None:
+        self._client, self._status = client, status
+        client.send_facts(status.facts)
 
     def collect(self) -> None:
         """Start to send the numbers, now that the ranks are watched."""
-        self._reporter.collect_by(self._status.numbers)
+        self._client.collect_by(self._status.numbers)
 
     def assign_runtime_port(self, settings: Settings) -> None:
         """Choose a port for the Dynamo runtime's own server, and set it in the environment.
@@ -137,17 +137,17 @@ class HealthPublisher(WorkerHook):
         from dynamo_mpi.telemetry.health_address import PORT_VARIABLE
         from dynamo_mpi.telemetry.runtime_port import runtime_port
 
-        port = runtime_port(self._reporter.address, settings.runtime_system_port)
+        port = runtime_port(self._client.address, settings.runtime_system_port)
         os.environ[PORT_VARIABLE] = str(port)
-        self._reporter.send("runtime", str(port))
+        self._client.send("runtime", str(port))
 
     def on_failure_detected(self) -> None:
         """Send at once that the world ends."""
-        self._reporter.send_failure()
+        self._client.send_failure()
 
     def on_failure(self, failure: WorldFailure) -> None:
         """Send why the world ends."""
-        self._reporter.send_failure(failure.report)
+        self._client.send_failure(failure.report)
 
 
 def facts_of(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The health server: a process beside a node's first rank that answers Kubernetes probes and serves metrics.
+"""The HTTP side of the health endpoint, in threads of the node agent: Kubernetes probes, metrics, and what the Dynamo runtime answers.
 
-It is no thread of the rank, because native code may block the rank's interpreter for minutes during the load, and Kubernetes would restart
-a pod whose probe isn't answered. The process ends with its rank.
+The number of connections, of forwarded requests and the time of each are bounded.
 """
 
 from __future__ import annotations
@@ -10,20 +9,19 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
-import select
 import socket
 import struct
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dynamo_mpi.telemetry.health_state import Answer, HealthState, health, live, metrics_of, note
+from dynamo_mpi.telemetry.health_state import Answer, health, live, metrics_of
 from dynamo_mpi.telemetry.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
-    from dynamo_mpi.telemetry.health_address import HealthAddress
+    from dynamo_mpi.telemetry.health_address import HealthEndpoint
+    from dynamo_mpi.telemetry.health_state import HealthState
 
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
 # time limit for a client to send its request and read the answer; a probe takes milliseconds
@@ -34,53 +32,60 @@ _MAX_CONNECTIONS = 64
 _MAX_RELAYS = 64
 _MAX_METRICS = 16 << 20
 _CHUNK_BYTES = 64 << 10
-_MAX_LINE = 32 << 20
+_RETRY_SECONDS = 0.05
 # they would keep a connection open for requests that this server must answer
 _PER_CONNECTION = ("connection", "keep-alive", "proxy-connection", "upgrade")
+
+
+class HasState(Protocol):
+    """Has the rank's current state."""
+
+    @property
+    def state(self) -> HealthState:
+        """The state."""
 
 
 class HealthServer(ThreadingHTTPServer):
     """Answers HTTP requests from the rank's reported state, with one request per connection and thread.
 
     Args:
-        address: its address, and the paths that it answers.
-        state: the initial state.
-        listener: the listening socket.
+        endpoint: its address, the paths that it answers, and the listening socket.
+        source: has the rank's state.
     """
 
     daemon_threads = True
 
-    def __init__(self, address: HealthAddress, state: HealthState, listener: socket.socket) -> None:
+    def __init__(self, endpoint: HealthEndpoint, source: HasState) -> None:
+        listener = endpoint.listener
         super().__init__(listener.getsockname()[:2], _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
-        self.address, self.state = address, state
+        self.address, self._source = endpoint.address, source
         self.relays = threading.BoundedSemaphore(_MAX_RELAYS)
         self._lock = threading.Lock()
         # when each connection was accepted, the oldest first
         self._open: dict[socket.socket, float] = {}
 
-    def serve(self, rank: socket.socket) -> None:
-        """Serve until the rank has ended.
+    @property
+    def state(self) -> HealthState:
+        """What the rank has said last."""
+        return self._source.state
 
-        Args:
-            rank: a connection from the rank; nothing is written to it.
-        """
-        threading.Thread(target=self.serve_forever, name="http", daemon=True).start()
-        poll = select.poll()
-        poll.register(rank, select.POLLIN)
-        # processes that the rank has forked may keep its connection open, so its pidfd is watched too, if kernel and Python support that
-        with contextlib.suppress(OSError, AttributeError):
-            pidfd = os.pidfd_open(self.state.pid)
-            poll.register(pidfd, select.POLLIN)
-        rest = b""
-        while [descriptor for descriptor, _ in poll.poll()] == [rank.fileno()]:
-            data = rank.recv(_CHUNK_BYTES)
-            if not data or len(rest) > _MAX_LINE:
-                return
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self.state = note(self.state, line.decode("utf-8", "replace"), time.monotonic(), time.time())
+    def close(self) -> None:
+        """Close the listening socket and all connections."""
+        self.shutdown()
+        self.server_close()
+        with self._lock:
+            for connection in list(self._open):
+                self._cut(connection)
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        """Accept a connection."""
+        try:
+            return super().get_request()
+        except OSError:  # for instance too many open files; the listener stays readable
+            time.sleep(_RETRY_SECONDS)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for the request; with too many connections, close the oldest: it is no probe, and must not block one."""

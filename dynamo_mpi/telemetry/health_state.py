@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a rank and its world in the health server, and the answers to probes. Pure.
+"""The state of a rank and its world in the node agent, and the answers to health requests. Pure.
 
-A rank sends it in lines of a word and a text; nothing is sent to the rank.
+The rank sends each value as a word and a text.
 """
 
 from __future__ import annotations
@@ -105,10 +105,8 @@ def note(state: HealthState, line: str, now: float, wall: float) -> HealthState:
     """
     state = state._replace(last_seen=now)
     word, _, text = line.partition(" ")
-    if word in ("phase", "world") and text in PHASES:
-        before = state.world_phase
-        state = state._replace(phase=text) if word == "phase" else state._replace(world=text)
-        return state if state.world_phase == before and state.since else state._replace(since=wall, progress="")
+    if word in ("phase", "world"):
+        return _enter(state, word, text, wall)
     if word == "rank" and text.isdecimal():
         return state._replace(rank=int(text))
     if word == "runtime" and text.isdecimal():
@@ -123,6 +121,22 @@ def note(state: HealthState, line: str, now: float, wall: float) -> HealthState:
     if word in FACTS:
         return state._replace(facts=tuple({**dict(state.facts), word: unescape(text)}.items()))
     return state
+
+
+def _enter(state: HealthState, word: str, text: str, wall: float) -> HealthState:
+    """Return the state in another phase; ``text`` is its name, and maybe since when."""
+    phase, _, since = text.partition(" ")
+    if phase not in PHASES:
+        return state
+    before = state.world_phase
+    state = state._replace(phase=phase) if word == "phase" else state._replace(world=phase)
+    if state.world_phase == before and state.since:
+        return state
+    try:
+        began = float(since)
+    except ValueError:
+        began = wall
+    return state._replace(since=began, progress="")
 
 
 def escape(text: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from dynamo_mpi.common.subprocess import session_members
 from tests.conftest import ROOT
-from tests.dynamo.running import EtcdServer, RunningWorker, eventually
+from tests.dynamo.running import EtcdServer, RunningWorker, eventually, http_get, system_port
 from tests.fault_traces import find_agent, has_ended, processes_with, remaining
 
 pytestmark = pytest.mark.dynamo
@@ -64,13 +64,19 @@ def assert_one_report(worker: RunningWorker, folder: Path, rank: int) -> None:
 def test_one_that_ends_or_is_stopped_is_replaced(
     number: signal.Signals, rank: int, start: Start, tmp_path: Path, etcd: EtcdServer
 ) -> None:
-    worker = start()
-    first = agent_of(tmp_path)
+    port = system_port()
+    worker = start(DYN_SYSTEM_PORT=str(port), DYN_SYSTEM_HOST="127.0.0.1")
+    first, before = agent_of(tmp_path), json.loads(http_get(f"http://127.0.0.1:{port}/health")[1])
     os.kill(first, number)
     eventually(lambda: agent_of(tmp_path) not in (0, first), "another agent", 10)
     assert REPLACED in worker.text()
     assert has_ended(first)
     assert worker.process.poll() is None
+    # it answers as the one before did
+    status, text = http_get(f"http://127.0.0.1:{port}/health")
+    after = json.loads(text)
+    changing = ("uptime", "rank_silent_seconds")
+    assert (status, {**after, **{key: before[key] for key in changing}}) == (200, before)
     begin = time.monotonic()
     os.kill(worker.ranks()[rank], signal.SIGKILL)
     eventually(lambda: not etcd.keys() and not etcd.worlds(), "the keys are gone", 1.5)

@@ -104,12 +104,12 @@ def of(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
 
 
 def answering(worker: RunningWorker) -> list[int]:
-    """Return the processes that answer probes for ranks of this worker."""
+    """Return the node agents that answer health requests for ranks of this worker."""
     found = []
     for pid in worker.members():
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             with contextlib.suppress(OSError):
-                if b"answers probes" in Path(f"/proc/{child}/cmdline").read_bytes():
+                if b"node agent on" in Path(f"/proc/{child}/cmdline").read_bytes():
                     found.append(int(child))
     return found
 

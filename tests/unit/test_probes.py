@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that answers a node's probes: what it says, what it hands on, and that it ends with its rank."""
+"""A node agent that answers health requests: its answers, what it forwards, that it ends with its rank, and watches whatever clients do."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,8 +29,8 @@ from dynamo_mpi.supervisor.frame_connection import FrameConnection
 from dynamo_mpi.supervisor.heartbeat_protocol import NONCE_BYTES, TOKEN_BYTES, Frame, FrameType, Join, leader_mac
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.telemetry import health_server as server
-from dynamo_mpi.telemetry.health_address import HealthAddress
-from dynamo_mpi.telemetry.health_start import start_health_server
+from dynamo_mpi.telemetry.health_address import HealthAddress, HealthEndpoint, open_health_endpoint
+from dynamo_mpi.telemetry.health_service import HealthService
 from dynamo_mpi.telemetry.health_state import HealthState
 from dynamo_mpi.telemetry.runtime_port import runtime_port, url_of
 from tests.conftest import ROOT
@@ -179,6 +180,8 @@ def test_silence_is_too_long_only_when_it_is(node: Node) -> None:
     quick = Node("--heartbeat-timeout", "1")
     try:
         for each in (quick, node):
+            # rank 0 watches it from now on; otherwise the agent would end it
+            each.do("agent preflight_done {}")
             each.says("/live", 200)
             os.kill(each.process.pid, signal.SIGSTOP)
         assert "the process is stopped or hung" in quick.says("/live", 503)["error"]
@@ -203,15 +206,62 @@ def test_it_ends_with_its_rank_and_only_then(node: Node) -> None:
     assert node.process.stdout.read() == ""
 
 
-def test_a_rank_goes_on_without_its_answers(node: Node) -> None:
-    node.says("/live", 200)
+def test_a_successor_of_the_agent_answers_the_same(node: Node) -> None:
+    for line in ("begin mpi_init", "role decode", "begin preflight", "world load 1700000000.5"):
+        node.do(line)
+    before = node.says("/live", 200, phase="load", rank_phase="preflight", role="decode")
     os.kill(node.server, signal.SIGKILL)
-    assert node.has_ended()
-    for phase in ("mpi_init", "preflight", "load"):
-        node.do(f"begin {phase}")
-    assert node.process.stdin is not None
-    node.process.stdin.close()
-    assert node.process.wait(PROMPT) == 0
+    # a request that arrives meanwhile waits for the successor
+    after = node.says("/live", 200, phase="load", rank_phase="preflight", role="decode", pid=node.process.pid)
+    assert after["phase_since"] == before["phase_since"] == 1700000000.5
+    assert after["uptime"]["secs"] >= before["uptime"]["secs"]
+    assert is_gone(node.server)
+    node.do("begin load")
+    node.says("/health", 503, rank_phase="load")
+
+
+def test_hostile_clients_do_not_delay_the_watch(node: Node) -> None:
+    node.do("begin mpi_init")
+    node.says("/live", 200, phase="mpi_init")
+    done = threading.Event()
+
+    def trickle() -> None:
+        while not done.is_set():
+            with contextlib.suppress(OSError), node.raw() as connection:
+                for byte in b"GET /metrics HTTP/1.1\r\nX: " + b"a" * 500 + b"\r\n\r\n":
+                    connection.send(bytes([byte]))
+
+    clients = [threading.Thread(target=trickle) for _ in range(20)]
+    for client in clients:
+        client.start()
+    try:
+        node.says("/live", 200)
+        begin = time.monotonic()
+        os.kill(node.process.pid, signal.SIGKILL)
+        assert node.has_ended()
+        assert time.monotonic() - begin < 2.0
+    finally:
+        done.set()
+        for client in clients:
+            client.join()
+
+
+def test_an_error_of_the_server_does_not_end_the_watch() -> None:
+    # it can't serve: nothing listens
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    endpoint = HealthEndpoint(HealthAddress("127.0.0.1", 1), listener)
+    launch = LaunchInfo(Launcher.SLURM_PMIX, rank=2, size=4, local_rank=0, local_size=2)
+    service = HealthService(endpoint, launch, "n2", None, (os.getpid(), time.time(), time.monotonic()))
+    service.on_message("phase load nonsense")
+    service.on_message("rank " + "9" * 5000)
+    service.on_message("phase")
+    assert service.state.phase == "load"
+    service.start()
+    service.on_message("world serve")
+    assert service.state.world_phase == "serve"
+    service.on_exit()
+    service.on_exit()
 
 
 @pytest.mark.parametrize(
@@ -282,9 +332,11 @@ def test_it_ends_with_its_rank_though_what_that_has_forked_lives_on(node: Node) 
     try:
         os.kill(node.process.pid, signal.SIGKILL)
         assert node.has_ended()
-        assert not is_gone(child)
+        # the agent has ended it, too
+        assert is_gone(child)
     finally:
-        os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 @pytest.fixture
@@ -394,14 +446,12 @@ def test_a_taken_port_is_an_error_on_rank_0_and_a_warning_elsewhere(capfd: pytes
 
         def begin(rank: int, local_rank: int | None) -> object:
             launch = LaunchInfo(Launcher.SLURM_PMIX, rank, 4, local_rank)
-            return start_health_server(launch, RankLogger(rank, "n1"), None, where)
+            return open_health_endpoint(launch, RankLogger(rank, "n1"), where)
 
         for local_rank in (0, None):
             error = begin(0, local_rank)
             assert isinstance(error, UsageError)
             assert f"process {os.getpid()} (" in str(error)
-        assert (begin(1, 1), begin(1, None)) == (None, None)
-        assert capfd.readouterr().err == ""
         assert begin(2, 0) is None
     assert capfd.readouterr().err.startswith("dynamo_mpi: rank 2 on n1: warning: this node has no health server: ")
 
@@ -421,7 +471,8 @@ def test_a_client_that_sends_slowly_is_cut(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(server, "_CLIENT_SECONDS", 0.2)
     listener = socket.create_server(("127.0.0.1", 0))
     state = HealthState(0, "n0", os.getpid(), time.time(), time.monotonic(), last_seen=time.monotonic())
-    with server.HealthServer(HealthAddress("127.0.0.1", 0), state, listener) as answering:
+    endpoint = HealthEndpoint(HealthAddress("127.0.0.1", 0), listener)
+    with server.HealthServer(endpoint, SimpleNamespace(state=state)) as answering:
         thread = threading.Thread(target=answering.serve_forever)
         thread.start()
         try:

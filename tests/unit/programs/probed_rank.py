@@ -12,9 +12,12 @@ from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
+from dynamo_mpi.runtime.agent_process import AgentStarter
+from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
-from dynamo_mpi.telemetry.health_start import start_health_server
+from dynamo_mpi.telemetry.health_address import HealthEndpoint, open_health_endpoint
+from dynamo_mpi.telemetry.health_client import HealthClient
 
 if TYPE_CHECKING:
     from dynamo_mpi.mpi.world import World
@@ -32,16 +35,21 @@ class NoWorld:
 
 
 def main() -> None:
-    """Begin, tell the port, and obey."""
+    """Begin, print the port and the agent's process, and do what comes in."""
     log = RankLogger(RANK, "n2")
     launch = LaunchInfo(Launcher.SLURM_PMIX, rank=RANK, size=SIZE, local_rank=0, local_size=2)
-    reporter = start_health_server(launch, log, WorkerSources(sys.argv[1:], {}).early.heartbeat_timeout, os.environ)
-    assert reporter is not None, "no answers"
-    assert not isinstance(reporter, Exception), reporter
+    endpoint = open_health_endpoint(launch, log, os.environ)
+    assert isinstance(endpoint, HealthEndpoint), endpoint
+    early = WorkerSources(sys.argv[1:], {}).early
+    starter = AgentStarter(launch, "n2", early, os.environ, endpoint)
+    started = starter.spawn()
+    assert started is not None, "no agent"
+    agent = NodeAgentClient(launch, os.environ, started, starter.respawn)
+    reporter = HealthClient(agent, endpoint.address, early.heartbeat_timeout)
     phases = PhaseTracker()
+    phases.on_phase(lambda name: agent.send(f"phase {name}"))
     phases.on_phase(reporter.send_phase)
-    reporter.start()
-    print(reporter.address.port, reporter.pid, flush=True)
+    print(endpoint.address.port, started.pid, flush=True)
     client: HeartbeatClient | None = None
     for line in sys.stdin:
         word, _, text = line.rstrip("\n").partition(" ")
@@ -56,12 +64,15 @@ def main() -> None:
             if (child := os.fork()) == 0:
                 signal.pause()
             print(child, flush=True)
+        elif word == "agent":
+            agent.send(text)
         elif word == "fail" and client is not None:
             client.report_failure(RuntimeError(text))
         else:
             reporter.send(word, text)
     if client is not None:
         client.close()
+    agent.detach()
 
 
 if __name__ == "__main__":
