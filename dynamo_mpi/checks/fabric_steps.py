@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from dynamo_mpi.checks.hardware_check_plan import NODE
+from dynamo_mpi.checks.hardware import NODE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.checks.hardware_check_plan import Groups, HardwareCheckPlan
+    from dynamo_mpi.checks.hardware import Groups, HardwareCheckPlan
 
 T = TypeVar("T")
 KIB, MIB = 2**10, 2**20

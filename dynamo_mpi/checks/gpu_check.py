@@ -10,8 +10,7 @@ from dynamo_mpi.checks.gpu_facts import NodeGpus
 from dynamo_mpi.checks.gpu_health import GpuHealth, health_of_rank
 from dynamo_mpi.checks.gpu_health_rules import HealthRow, check_health
 from dynamo_mpi.checks.gpu_rules import check_busy, is_busy
-from dynamo_mpi.checks.hardware import CheckResult
-from dynamo_mpi.checks.hardware_check_plan import WAIT_SHARE
+from dynamo_mpi.checks.hardware import WAIT_SHARE, CheckResult
 from dynamo_mpi.checks.host_facts import HostFacts
 from dynamo_mpi.checks.rank_facts import RankFacts, Requirements
 

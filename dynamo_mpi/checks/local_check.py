@@ -16,8 +16,7 @@ from dynamo_mpi.checks.gpu_facts import visible_gpus
 from dynamo_mpi.checks.gpu_health import health_of_node
 from dynamo_mpi.checks.gpu_health_rules import HealthRow, check_health
 from dynamo_mpi.checks.gpu_rules import kind_of
-from dynamo_mpi.checks.hardware import CheckResult, EvaluationInput
-from dynamo_mpi.checks.hardware_check_plan import NODE, HardwareCheckPlan
+from dynamo_mpi.checks.hardware import NODE, CheckResult, EvaluationInput, HardwareCheckPlan
 from dynamo_mpi.checks.nccl_fabric import CheckProcess, EndedError, LateError, read_results
 from dynamo_mpi.common.process import host_name
 

@@ -24,7 +24,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.checks.fabric_steps import ALL_REDUCE, EXCHANGE, Step, segments, steps_of
-from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
+from dynamo_mpi.checks.hardware import HardwareCheckPlan
 from dynamo_mpi.checks.nccl_library import Cuda, CudaError, Nccl, NcclError
 from dynamo_mpi.common.fabric_payload import corrupt_payload, expected, expected_sum, outgoing
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.checks.fabric_steps import FAILED, LATE, OK, SKIPPED, FabricAnswer, Timing
 from dynamo_mpi.checks.hang_diagnosis import WaitState
-from dynamo_mpi.checks.hardware_check_plan import START_SHARE
+from dynamo_mpi.checks.hardware import START_SHARE
 from dynamo_mpi.common.codec import decode_strings, encode_strings
 from dynamo_mpi.common.fabric_payload import corruption_injected
 from dynamo_mpi.common.process import set_activity
@@ -28,7 +28,7 @@ from dynamo_mpi.common.subprocess import ManagedProcess, Streams
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
+    from dynamo_mpi.checks.hardware import HardwareCheckPlan
     from dynamo_mpi.mpi.world import World
 
 _READ_BYTES = 65536

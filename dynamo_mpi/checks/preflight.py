@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.checks.hardware_check_plan import memory_is_awaited
+from dynamo_mpi.checks.hardware import memory_is_awaited
 from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportRequest, weight_files
 from dynamo_mpi.checks.rank_rules import check_ranks
 from dynamo_mpi.common.config_reader import read_small_text
@@ -32,6 +33,38 @@ if TYPE_CHECKING:
     from dynamo_mpi.checks.rank_facts import RankFacts
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.layout.memory import MemoryEstimate
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tiktoken.model")
+
+
+def check_frontend_can_load(folder: Path, config_text: str) -> None:
+    """Reject a model folder that a worker could load but the frontend could not serve.
+
+    The frontend reads config.json and the tokenizer itself; if it can't, the worker is registered but its model never appears, and only the
+    frontend's log has the reason.
+
+    Args:
+        folder: the model folder.
+        config_text: its config.json, a JSON object.
+
+    Raises:
+        ModelNotFoundError: it holds no tokenizer.
+        ConfigFileError: its config.json names no architecture.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelNotFoundError(
+            f"the model folder {folder} holds no tokenizer: the frontend could not serve this model",
+            needed=f"one of {', '.join(TOKENIZER_FILES)} beside config.json",
+            fix="copy the tokenizer's files from where the model comes from",
+        )
+    architectures = json.loads(config_text).get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise ConfigFileError(
+            f"{folder / 'config.json'} names no architectures: the frontend could not serve this model",
+            needed='the model\'s own config.json, with "architectures": ["..."]',
+            fix="copy config.json from where the model comes from",
+        )
+
 
 # exit codes of rules that aren't about the layout itself; problems of hosts and GPUs need another launch
 _EXIT_CODES = {

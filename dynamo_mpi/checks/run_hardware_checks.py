@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.checks.fabric_steps import steps_of
 from dynamo_mpi.checks.hang_diagnosis import HangError, find_blocking_ranks, read_note
-from dynamo_mpi.checks.hardware import CheckContext
-from dynamo_mpi.checks.hardware_check_plan import START_SHARE, WAIT_SHARE
+from dynamo_mpi.checks.hardware import START_SHARE, WAIT_SHARE, CheckContext
 from dynamo_mpi.common.codec import decode_strings, encode_strings
 from dynamo_mpi.common.errors import ExitCode, RetryableError
 from dynamo_mpi.layout.finding import Severity, errors, render
@@ -21,8 +20,7 @@ from dynamo_mpi.layout.finding import Severity, errors, render
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from dynamo_mpi.checks.hardware import CheckResult, EvaluationInput
-    from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
+    from dynamo_mpi.checks.hardware import CheckResult, EvaluationInput, HardwareCheckPlan
     from dynamo_mpi.common.errors import DynamoMpiError
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.mpi.world import World

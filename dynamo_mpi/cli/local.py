@@ -8,19 +8,120 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from dynamo_mpi.cli.local_output import JsonPrinter, Printer, TextPrinter, curl_line, failure, say, success
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
 from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.config.options import to_file
+from dynamo_mpi.deploy.local.ask import Answer
 from dynamo_mpi.deploy.local.stack import LocalStack, Ready, StackSettings
-from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, worker_specs
+from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, StackRole, worker_specs
 from dynamo_mpi.deploy.services import ServiceError
+
+
+def curl_line(url: str, model: str) -> str:
+    """Return a command that asks the served model."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32})
+    words = ["curl", "-s", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
+    return shlex.join(words)
+
+
+def success(
+    role: StackRole, settings: StackSettings, ready: Ready, answer: Answer, url: str, processes: dict[str, list[int]]
+) -> dict[str, Any]:
+    """Return what ``--output json`` prints. Keys are added, never removed; ``tp_size`` and ``worker`` are only for a single worker."""
+    workers = {spec.role: {"tp_size": spec.tp_size, "worker": ready.workers[spec.role]} for spec in settings.workers}
+    return {
+        "ok": True,
+        "role": role,
+        "model": ready.model,
+        "url": url,
+        **(workers["agg"] if role == "agg" else {}),
+        "request_plane": settings.request_plane,
+        "answer": {
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "completion_tokens": answer.completion_tokens,
+        },
+        "seconds": {
+            "verdict": _slowest(worker.get("verdict_seconds") for worker in ready.workers.values()),
+            "load": _slowest((worker.get("phases") or {}).get("load") for worker in ready.workers.values()),
+            "ready": ready.seconds["ready"],
+            "first_token": answer.first_token_seconds,
+            "answer": answer.total_seconds,
+        },
+        "tokens_per_second": answer.tokens_per_second,
+        "milestones": ready.seconds,
+        "workers": workers,
+        "processes": processes,
+    }
+
+
+def failure(error: DynamoMpiError, status: int) -> dict[str, Any]:
+    """Return what ``--output json`` prints for a failed run."""
+    part = error.part if isinstance(error, ServiceError) else None
+    return {"ok": False, "part": part, "exit_code": int(status), "error": error.found, "fix": error.fix}
+
+
+def _slowest(seconds: Iterable[float | None]) -> float | None:
+    return max((value for value in seconds if value is not None), default=None)
+
+
+class Printer:
+    """Prints the data."""
+
+    def piece(self, text: str) -> None:
+        """Print a piece of the answer when it arrives."""
+
+    def done(self, report: dict[str, Any]) -> None:
+        """Print the whole result."""
+
+    def failed(self, report: dict[str, Any]) -> None:
+        """Print the failure."""
+
+
+class JsonPrinter(Printer):
+    """One JSON object on one line of stdout."""
+
+    def done(self, report: dict[str, Any]) -> None:
+        print(json.dumps(report), flush=True)
+
+    failed = done
+
+
+class TextPrinter(Printer):
+    """The answer on stdout when it arrives, the timings on stderr."""
+
+    def __init__(self) -> None:
+        self._wrote = False
+
+    def piece(self, text: str) -> None:
+        self._wrote = True
+        print(text, end="", flush=True)
+
+    def done(self, report: dict[str, Any]) -> None:
+        if self._wrote:
+            print(flush=True)
+        names = {"verdict": "verdict", "load": "load", "ready": "ready", "first_token": "first token"}
+        seconds = report["seconds"]
+        times = [f"{name} {seconds[key]:.2f} s" for key, name in names.items() if seconds[key] is not None]
+        rate = report["tokens_per_second"]
+        say(", ".join(times) + (f", {rate:.1f} tokens/s" if rate else ""))
+
+
+def say(text: str) -> None:
+    """Print one line of progress, or the error, to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
 
 PROOF_QUESTION, PROOF_TOKENS = "Say hello.", 8
 ENGINE_OPTIONS = ("max_batch_size", "max_num_tokens", "max_seq_len")
@@ -47,6 +148,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--http-port", type=_port, metavar="PORT", help="the frontend's port (default: a free one)")
     parser.add_argument(
         "--request-plane", choices=("tcp", "nats"), default="tcp", help="how requests reach the workers (%(default)s)"
+    )
+    parser.add_argument(
+        "--credentials",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: only this run's processes can use its etcd and NATS (needs openssl); none: all users of this machine can (%(default)s)",
     )
     for option in ENGINE_OPTIONS:
         flag = "--" + option.replace("_", "-")
@@ -89,6 +196,7 @@ def _settings(arguments: argparse.Namespace) -> StackSettings:
         mpirun=arguments.mpirun,
         timeout_seconds=arguments.timeout,
         timeline=arguments.timeline,
+        credentials=arguments.credentials == "auto",
     )
 
 

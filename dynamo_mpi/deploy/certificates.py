@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Creates a certificate authority for one run, and its two certificates: the server's, and one that all clients share.
+"""Creates the credentials of one run: for etcd, a certificate authority with two certificates, the server's and one that all clients share;
+for NATS, a password.
 
 Uses the ``openssl`` program, 1.1.1 or newer, so that no Python package must be installed in the container. The authority's key
 is deleted before the services start, so that no third certificate can be signed.
@@ -7,6 +8,8 @@ is deleted before the services start, so that no third certificate can be signed
 
 from __future__ import annotations
 
+import json
+import secrets
 import shutil
 import ssl
 import subprocess
@@ -19,9 +22,10 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+NATS_USER = "dynamo"
 OPENSSL_SECONDS = 60.0  # each call takes some 10 ms
 _EARLIER = timedelta(days=1)  # clocks of other nodes may be behind
 _LIFE = timedelta(days=3650)  # longer than any job, so that no certificate expires during one
@@ -72,6 +76,42 @@ class Certificates:
             "ETCD_AUTH_CLIENT_CERT": self.client.read_text(),
             "ETCD_AUTH_CLIENT_KEY": self.client_key.read_text(),
         }
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a run's services ask of their clients.
+
+    Args:
+        certificates: etcd's.
+        nats_config: NATS's configuration file, which holds its password.
+        client_environment: the variables that clients need.
+    """
+
+    certificates: Certificates
+    nats_config: Path
+    client_environment: Mapping[str, str]
+
+
+def make_credentials(folder: Path, names: Sequence[str]) -> Credentials:
+    """Create the credentials of one run.
+
+    Args:
+        folder: a private folder.
+        names: addresses and host names of the services.
+
+    Raises:
+        UsageError: openssl isn't installed.
+        DynamoMpiError: it failed.
+    """
+    certificates = make_certificates(folder / "certificates", names)
+    password = secrets.token_hex(24)
+    config = folder / "nats.conf"
+    config.touch(mode=0o600)
+    # NATS accepts JSON strings
+    config.write_text(f"authorization {{ user: {json.dumps(NATS_USER)}, password: {json.dumps(password)} }}\n")
+    nats = {"NATS_AUTH_USERNAME": NATS_USER, "NATS_AUTH_PASSWORD": password}
+    return Credentials(certificates, config, {**certificates.client_environment(), **nats})
 
 
 def make_certificates(folder: Path, names: Sequence[str], now: datetime | None = None) -> Certificates:

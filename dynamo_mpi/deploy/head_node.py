@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import socket
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,12 +20,12 @@ from dynamo_mpi.common.host_address import service_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, holder, is_free
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.deploy import programs
-from dynamo_mpi.deploy.certificates import Certificates, make_certificates
+from dynamo_mpi.deploy.certificates import Credentials
 from dynamo_mpi.deploy.head_node_settings import MAX_PORT, Port, Settings, load_settings
 from dynamo_mpi.deploy.programs import frontend_environment, server_environment
 from dynamo_mpi.deploy.run_dir import ServicesDir
 from dynamo_mpi.deploy.service_stack import ServiceStack
-from dynamo_mpi.deploy.services import Etcd, Frontend, Nats, ServiceError, authorization
+from dynamo_mpi.deploy.services import Etcd, Frontend, Nats, ServiceError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +86,6 @@ class Ports:
 
 
 SCHEMA = 1
-NATS_USER = "dynamo"
 
 
 class HeadNode(ServiceStack):
@@ -124,7 +122,9 @@ class HeadNode(ServiceStack):
         address = service_address(settings.address, "--address / DYN_MPI_ADDRESS / HEAD_NODE_IP")
         http_host = self._http_host(address)
         self._scratch.mkdir()
-        certificates, config, credentials = self._credentials(address)
+        credentials = self._credentials(address)
+        certificates = None if credentials is None else credentials.certificates
+        config = None if credentials is None else credentials.nats_config
 
         def make_etcd(port: int) -> Etcd:
             return Etcd(etcd_binary, port, self._folder / "etcd", host=address, certificates=certificates)
@@ -136,7 +136,8 @@ class HeadNode(ServiceStack):
         starting_etcd = self.start_service(make_etcd, self._ports(settings.etcd_port, address), variables)
         starting_nats = self.start_service(make_nats, self._ports(settings.nats_port, address), variables)
         etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
-        environment = {"ETCD_ENDPOINTS": etcd.url, "NATS_SERVER": nats.url, **credentials}
+        secrets = {} if credentials is None else credentials.client_environment
+        environment = {"ETCD_ENDPOINTS": etcd.url, "NATS_SERVER": nats.url, **secrets}
         url = None
         if settings.frontend:
 
@@ -162,28 +163,16 @@ class HeadNode(ServiceStack):
             return address
         return chosen if chosen in ANY_ADDRESS else service_address(chosen, "--http-host / DYN_MPI_HTTP_HOST")
 
-    def _credentials(self, address: str) -> tuple[Certificates | None, Path | None, dict[str, str]]:
-        """Create the credentials; return etcd's certificates, NATS's configuration, and the clients' variables."""
+    def _credentials(self, address: str) -> Credentials | None:
         if not self._settings.credentials:
             self._say("without credentials: every process that can reach etcd and NATS can use them")
-            return None, None, {}
+            return None
         if ":" in address:
             raise UsageError(
                 f"etcd is to listen at {address} with certificates, and Dynamo's runtime takes no IPv6 address in an https:// endpoint",
                 fix="an IPv4 --address, or --credentials none",
             )
-        names = (address, LOOPBACK, "localhost", socket.gethostname())
-        try:
-            certificates = make_certificates(self._folder / "certificates", names)
-        except DynamoMpiError:
-            self._interrupts.check()  # Ctrl-C and scancel also end openssl
-            raise
-        password = secrets.token_hex(24)
-        config = self._folder / "nats.conf"
-        config.touch(mode=0o600)
-        config.write_text(authorization(NATS_USER, password))
-        nats = {"NATS_AUTH_USERNAME": NATS_USER, "NATS_AUTH_PASSWORD": password}
-        return certificates, config, {**certificates.client_environment(), **nats}
+        return self.make_credentials(address, LOOPBACK, "localhost", socket.gethostname())
 
     def _ports(self, port: Port, host: str) -> Callable[[], int]:
         settings = self._settings

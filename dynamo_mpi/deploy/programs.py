@@ -16,6 +16,7 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.ports import LOOPBACK, LOOPBACK_INTERFACE
 
 if TYPE_CHECKING:
+    from dynamo_mpi.deploy.certificates import Credentials
     from dynamo_mpi.deploy.services import Etcd, Nats
 
 FRONTEND_PACKAGES = {"dynamo.frontend": "ai-dynamo"}
@@ -153,11 +154,14 @@ def local_environment(own: Mapping[str, str], scratch: Path) -> dict[str, str]:
         own: this process's environment.
         scratch: folder for temporary files, removed with the run's folder.
     """
-    variables = {"DYN_LOG": "warn", **_without(own, _FOREIGN, _KEPT)}
+    # the ranks are on one host, so Open MPI needs no TCP between them, whose ports would be open to everybody
+    variables = {"DYN_LOG": "warn", "OMPI_MCA_btl": "^tcp", **_without(own, _FOREIGN, _KEPT)}
     return variables | _common(own, scratch)  # gRPC would use a proxy even for loopback
 
 
-def discovery_environment(etcd: Etcd, nats: Nats, request_plane: RequestPlane) -> dict[str, str]:
+def discovery_environment(
+    etcd: Etcd, nats: Nats, request_plane: RequestPlane, credentials: Credentials | None
+) -> dict[str, str]:
     """Return the variables by which the local stack's frontend and workers find etcd and NATS: on loopback, so that no network is needed.
 
     ``NATS_SERVER`` is set only for the nats plane: Dynamo's runtime connects whenever it is set, even if NATS isn't needed.
@@ -169,6 +173,8 @@ def discovery_environment(etcd: Etcd, nats: Nats, request_plane: RequestPlane) -
         "DYN_TCP_RPC_HOST": LOOPBACK,
         "DYN_TCP_RESPONSE_STREAM_HOST": LOOPBACK_INTERFACE,
     }
+    if credentials is not None:
+        variables |= credentials.client_environment
     return variables | ({"NATS_SERVER": nats.url} if request_plane == "nats" else {})
 
 

@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic
 
-from dynamo_mpi.common.errors import ExitCode
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.subprocess import POLL_SECONDS, LoggedProcess, stop
+from dynamo_mpi.deploy.certificates import make_credentials
 from dynamo_mpi.deploy.services import LOG_LINES, ProcessExited, ServiceT, StartTimeout, is_up, lost_its_port
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from dynamo_mpi.common.signals import Interrupts
+    from dynamo_mpi.deploy.certificates import Credentials
 
 WATCH_SECONDS, SIGNAL_SECONDS = 0.2, 0.5
 # together less than the 30 s between Slurm's SIGTERM and SIGKILL (KillWait)
@@ -75,6 +77,20 @@ class ServiceStack:
         """Record when a milestone was reached, and print it."""
         self.seconds[milestone] = seconds = self.age
         self._say(f"{seconds:5.1f} s  {text}")
+
+    def make_credentials(self, *names: str) -> Credentials:
+        """Create the credentials of this run's services, which have these addresses and host names.
+
+        Raises:
+            UsageError: openssl isn't installed.
+            DynamoMpiError: it failed.
+            Interrupted: a signal requests the end.
+        """
+        try:
+            return make_credentials(self._folder, names)
+        except DynamoMpiError:
+            self._interrupts.check()  # Ctrl-C and scancel also end openssl
+            raise
 
     def start_service(
         self, make: Callable[[int], ServiceT], next_port: Callable[[], int | None], environment: Mapping[str, str]

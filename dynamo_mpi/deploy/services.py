@@ -142,7 +142,7 @@ class Nats:
         port: the port for clients.
         data: folder for JetStream's store.
         host: the address for clients.
-        config: file with the credentials (`authorization`), which must not appear in a command line; None accepts all clients.
+        config: file with the credentials, which must not appear in a command line; None accepts all clients.
     """
 
     binary: Path
@@ -169,11 +169,6 @@ class Nats:
                 return connection.recv(5) == b"INFO "
         except OSError:
             return False
-
-
-def authorization(user: str, password: str) -> str:
-    """Return a configuration with one user. NATS accepts JSON strings."""
-    return f"authorization {{ user: {json.dumps(user)}, password: {json.dumps(password)} }}\n"
 
 
 @dataclass(frozen=True)

@@ -151,12 +151,11 @@ class EtcdAuth:
         Raises:
             UsageError: a text is no certificate or key.
         """
-        context = ssl.create_default_context()
-        if self.authority:
-            try:
-                context.load_verify_locations(cadata=self.authority)
-            except (OSError, ValueError, TypeError):
-                raise _no_pem("ETCD_AUTH_CA holds no certificate") from None
+        try:
+            # with an authority of its own, the system's authorities are not trusted
+            context = ssl.create_default_context(cadata=self.authority or None)
+        except (OSError, ValueError, TypeError):
+            raise _no_pem("ETCD_AUTH_CA holds no certificate") from None
         if self.certificate:
             try:
                 # for a key with a passphrase, OpenSSL would ask on the terminal

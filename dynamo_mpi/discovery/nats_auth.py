@@ -151,14 +151,13 @@ class NatsAuth:
         Raises:
             UsageError: a file is no certificate or key.
         """
-        context = ssl.create_default_context()
-        if self.insecure:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
-            if self.authority:
-                context.load_verify_locations(self.authority)
+            # with an authority of its own, the system's authorities are not trusted
+            context = ssl.create_default_context(cafile=self.authority or None)
         except (OSError, ValueError):
             raise _no_pem("NATS_TLS_CA_CERT_PATH names a file that holds no certificate") from None
+        if self.insecure:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
             if self.certificate:
                 # for a key with a passphrase, OpenSSL would ask on the terminal

@@ -108,7 +108,7 @@ def _forward_signal(agent: NodeAgentClient, heartbeat: HeartbeatClient, number: 
 
 def _check_hardware(world: World, spec: EngineSpec, phases: PhaseTracker) -> int | None:
     """Run this rank's part of the hardware checks; return the exit code if rank 0 refuses the hardware."""
-    from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
+    from dynamo_mpi.checks.hardware import HardwareCheckPlan
     from dynamo_mpi.checks.run_hardware_checks import run_local
 
     with phases.enter("hardware_check"):

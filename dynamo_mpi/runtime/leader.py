@@ -9,9 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.checks.frontend_compat import check_frontend_can_load
-from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan, obsolete, plan_hardware_checks, skipped_checks
-from dynamo_mpi.checks.preflight import evaluate, load_inputs
+from dynamo_mpi.checks.hardware import HardwareCheckPlan, obsolete, plan_hardware_checks, skipped_checks
+from dynamo_mpi.checks.preflight import check_frontend_can_load, evaluate, load_inputs
 from dynamo_mpi.checks.rank_report import RankReport, collect_rank_report
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, of_signal
 from dynamo_mpi.common.failure import Failure, TerminatedBySignal, describe_error

@@ -6,9 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.log import print_trtllm_launch_line
-from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.session import serve_tasks
-from dynamo_mpi.engines.trtllm.task import install
+from dynamo_mpi.engines.trtllm.task import install, prepare_rank
 
 if TYPE_CHECKING:
     from dynamo_mpi.mpi.world import World

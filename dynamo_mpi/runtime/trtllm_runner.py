@@ -22,13 +22,23 @@ from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.waiting import start_thread
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.trtllm.child_command import SessionAddress, child_command, child_environment, drain_seconds
-from dynamo_mpi.engines.trtllm.endings import ChildExitError, call_if_late, close_session, readiness_error, stopped
-from dynamo_mpi.engines.trtllm.events import ChildExited, Event, FirstCompletion, LeaseLost, Registered, SignalReceived
+from dynamo_mpi.engines.trtllm.endings import (
+    ChildExited,
+    ChildExitError,
+    Event,
+    FirstCompletion,
+    LeaseLost,
+    Registered,
+    SignalReceived,
+    call_if_late,
+    close_session,
+    readiness_error,
+    stopped,
+)
 from dynamo_mpi.engines.trtllm.process import TrtllmProcess, exit_code_for
-from dynamo_mpi.engines.trtllm.rank_environment import prepare_rank
 from dynamo_mpi.engines.trtllm.readiness import ReadinessProbe
 from dynamo_mpi.engines.trtllm.session import Session, SessionDir
-from dynamo_mpi.engines.trtllm.task import install
+from dynamo_mpi.engines.trtllm.task import install, prepare_rank
 from dynamo_mpi.mpi.job_time_limit import schedule_drain, time_limit_reached
 from dynamo_mpi.runtime.ready_file import remove_ready_file
 from dynamo_mpi.supervisor.signal_thread import SAME_SIGNAL_SECONDS, SignalThread, signals_of

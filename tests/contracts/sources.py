@@ -22,8 +22,8 @@ from dynamo_mpi.cli import plan as plan_verb
 from dynamo_mpi.cli import status as status_verb
 from dynamo_mpi.cli import timeline as timeline_verb
 from dynamo_mpi.cli import wait as wait_verb
-from dynamo_mpi.cli.local_output import failure as local_failure
-from dynamo_mpi.cli.local_output import success as local_success
+from dynamo_mpi.cli.local import failure as local_failure
+from dynamo_mpi.cli.local import success as local_success
 from dynamo_mpi.cli.main import VERBS
 from dynamo_mpi.cli.main import main as dynamo_mpi_main
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, PhaseTimeoutError, UsageError, of_signal

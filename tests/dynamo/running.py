@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from dynamo_mpi.discovery.records import WorkerRecord, worlds_of
 from tests.conftest import find_mpirun, mpi_environment
 
 T = TypeVar("T")
+_LISTEN = "0A"  # a state in /proc/net/tcp
 
 
 def eventually(read: Callable[[], T | None], what: str, seconds: float = 60) -> T:
@@ -49,6 +51,22 @@ def shared_memory_of(pids: Sequence[int]) -> set[str]:
         with contextlib.suppress(OSError):
             names.update(re.findall(r"(/dev/shm/\S+)$", Path(f"/proc/{pid}/maps").read_text(), re.M))
     return names
+
+
+def listening(pids: Sequence[int]) -> set[tuple[str, int]]:
+    """Return the IPv4 addresses and ports that these processes listen at."""
+    sockets = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(descriptor))
+    places = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == _LISTEN and f"socket:[{fields[9]}]" in sockets:
+            address, _, port = fields[1].partition(":")
+            places.add((socket.inet_ntoa(bytes.fromhex(address)[::-1]), int(port, 16)))
+    return places
 
 
 class NatsServer:

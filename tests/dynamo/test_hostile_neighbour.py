@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import worlds_of
 from tests.dynamo.head_node_command import HeadNodeCommand
-from tests.dynamo.running import RunningWorker, eventually
+from tests.dynamo.running import RunningWorker, eventually, listening
 from tests.dynamo.test_head_node import ask, nats_says
 
 pytestmark = [
@@ -36,7 +35,6 @@ pytestmark = [
 NEIGHBOUR = Path(__file__).parent / "programs" / "neighbour.py"
 NOBODY = 65534
 RANKS = 3
-LISTEN = "0A"
 MARKER = "a secret that anybody may read"
 
 
@@ -145,22 +143,6 @@ def found(deployment: Deployment) -> dict[str, Any]:
     assert deployment.keys() == keys
     assert deployment.answers()
     return result
-
-
-def listening(pids: list[int]) -> set[tuple[str, int]]:
-    """Return the IPv4 addresses and ports that these processes listen at."""
-    sockets = set()
-    for pid in pids:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                sockets.add(os.readlink(descriptor))
-    places = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == LISTEN and f"socket:[{fields[9]}]" in sockets:
-            address, _, port = fields[1].partition(":")
-            places.add((socket.inet_ntoa(bytes.fromhex(address)[::-1]), int(port, 16)))
-    return places
 
 
 def test_another_user_reads_no_secret(deployment: Deployment, found: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,16 +18,18 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.common import ports as service_ports
-from dynamo_mpi.common.errors import ExitCode, of_signal
+from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, of_signal
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.ports import free_port
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.deploy.local.stack import LocalStack, StackSettings
 from dynamo_mpi.deploy.local.workers import WorkerSpec
+from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from tests.conftest import run_command
 from tests.dynamo.local_command import LocalCommand
-from tests.dynamo.running import eventually
+from tests.dynamo.running import eventually, listening
 
 pytestmark = pytest.mark.dynamo
 
@@ -46,6 +49,19 @@ def test_ask_answers_on_stdout_and_leaves_nothing(tmp_path: Path) -> None:
         times = re.search(r"verdict .* s, load .* s, ready .* s, first token .* s, .* tokens/s", command.err)
         assert times, command.err
         assert "\r" not in command.err
+
+
+def test_no_other_user_or_host_can_use_its_services(tmp_path: Path) -> None:
+    with LocalCommand(tmp_path, "--tp", "3", "--keep", "--output", "json") as command:
+        command.until_said("serving until")
+        # Open MPI's launcher itself listens at all addresses, whatever its parameters (PRRTE 3.0)
+        names = {pid: Path(f"/proc/{pid}/comm").read_text().strip() for pid in command.survivors()}
+        ours = [pid for pid, name in names.items() if name not in ("mpirun", "prterun", "orterun")]
+        assert {address for address, _ in listening(ours)} == {"127.0.0.1"}
+        etcd = re.search(r"etcd at (\S+)", command.err)
+        assert etcd is not None
+        with contextlib.closing(GrpcEtcdClient([etcd[1]], EtcdAuth(), 2)) as client, pytest.raises(DynamoMpiError):
+            client.get_prefix("v1/")
 
 
 @pytest.mark.full

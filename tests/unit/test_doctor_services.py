@@ -15,7 +15,7 @@ from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, UsageEr
 from dynamo_mpi.common.ports import free_port
 from dynamo_mpi.deploy.certificates import Certificates
 from dynamo_mpi.deploy.programs import find_nats_server
-from dynamo_mpi.deploy.services import Nats, authorization
+from dynamo_mpi.deploy.services import Nats
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.etcd_http import HttpEtcdClient
 from dynamo_mpi.ops.doctor.check import Check, Context, Status
@@ -141,7 +141,7 @@ def test_nats() -> None:
 def test_a_nats_that_wants_a_password() -> None:
     def guarded(folder: Path) -> Nats:
         config = folder / "nats.conf"
-        config.write_text(authorization("dynamo", "hunter2"))
+        config.write_text('authorization { user: "dynamo", password: "hunter2" }')
         return Nats(find_nats_server(), free_port(), folder, config=config)
 
     with running(guarded) as server:

@@ -30,7 +30,7 @@ from dynamo_mpi.deploy.head_node import Ports, candidates, main, offset, service
 from dynamo_mpi.deploy.head_node_settings import MAX_PORT, Port, load_settings
 from dynamo_mpi.deploy.programs import frontend_environment, server_environment
 from dynamo_mpi.deploy.run_dir import ServicesDir
-from dynamo_mpi.deploy.services import Etcd, Frontend, Nats, authorization
+from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
 from tests.conftest import ROOT
 
 STRANGE = ["run", "a b", "it's", 'say "no"', "$HOME;`id`", "ü", "-x"]
@@ -200,11 +200,6 @@ def test_ipv6_stands_in_brackets() -> None:
 
 def test_a_frontend_at_all_addresses_is_reached_at_the_jobs() -> None:
     assert Frontend(8000, {}, host=ANY_ADDRESS[0], reach="10.0.0.1").url == "http://10.0.0.1:8000"
-
-
-@pytest.mark.parametrize("user", ["dynamo", 'qu"ote', "back\\slash"])
-def test_nats_configuration_keeps_odd_words(user: str) -> None:
-    assert authorization(user, "p") == f'authorization {{ user: {json.dumps(user)}, password: "p" }}\n'
 
 
 # environments

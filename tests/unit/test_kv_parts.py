@@ -16,8 +16,8 @@ from dynamo_mpi.common.errors import EngineError, UsageError
 from dynamo_mpi.common.host_address import host_address, interface_addresses
 from dynamo_mpi.common.networks import Interface
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
-from dynamo_mpi.engines.reference.consensus import SingleRankConsensus
-from dynamo_mpi.engines.reference.step_channel import (
+from dynamo_mpi.engines.reference.collectives import SingleRankConsensus
+from dynamo_mpi.engines.reference.steps import (
     Abandon,
     Command,
     Drop,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.cli.local_output import curl_line
+from dynamo_mpi.cli.local import curl_line
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.deploy import programs

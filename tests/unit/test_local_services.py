@@ -58,7 +58,7 @@ def test_etcd_needs_no_fixed_peer_port() -> None:
 
 @pytest.mark.parametrize(("plane", "servers"), [("tcp", None), ("nats", "nats://127.0.0.1:4222")])
 def test_nats_is_named_on_its_own_plane_only(plane: str, servers: str | None) -> None:
-    variables = discovery_environment(ETCD, NATS, plane)  # type: ignore[arg-type]  # parametrize knows no literals
+    variables = discovery_environment(ETCD, NATS, plane, None)  # type: ignore[arg-type]  # parametrize knows no literals
     assert variables.get("NATS_SERVER") == servers
     assert variables["ETCD_ENDPOINTS"] == "http://127.0.0.1:2379"
     assert variables["DYN_REQUEST_PLANE"] == plane

@@ -15,6 +15,7 @@ from dynamo_mpi.common.errors import AuthorizationError, UsageError
 from dynamo_mpi.deploy.certificates import Certificates, make_certificates
 from dynamo_mpi.discovery.connectivity import check_connectivity
 from dynamo_mpi.discovery.endpoints import ConnectivityError, read_address
+from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.nats_auth import NatsAuth
 from dynamo_mpi.discovery.nats_check import check_nats, nats_refused, nats_unanswered
 from tests.certificates import certificates
@@ -240,3 +241,10 @@ def test_the_probe_of_all_refuses_before_anything_is_loaded() -> None:
         for plane in ("tcp", "nats"):
             with pytest.raises(AuthorizationError, match="NATS requires credentials, and none are set"):
                 check_connectivity(environ, plane, 10)
+
+
+def test_with_an_authority_of_its_own_no_other_is_trusted(tmp_path: Path) -> None:
+    ours = make_certificates(tmp_path / "ours", ("127.0.0.1",))
+    etcd = EtcdAuth.from_env({"ETCD_AUTH_CA": ours.authority.read_text()}).tls()
+    nats = NatsAuth.from_env({"NATS_TLS_CA_CERT_PATH": str(ours.authority)}).tls()
+    assert [len(context.get_ca_certs()) for context in (etcd, nats)] == [1, 1]

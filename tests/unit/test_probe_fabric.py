@@ -39,8 +39,7 @@ from dynamo_mpi.checks.fabric_steps import (
     steps_of,
 )
 from dynamo_mpi.checks.hang_diagnosis import START, WaitState, find_blocking_ranks, read_note
-from dynamo_mpi.checks.hardware import EvaluationInput
-from dynamo_mpi.checks.hardware_check_plan import NODE, HardwareCheckPlan
+from dynamo_mpi.checks.hardware import NODE, EvaluationInput, HardwareCheckPlan
 from dynamo_mpi.checks.nccl_child import _agree
 from dynamo_mpi.checks.nccl_fabric import (
     CheckProcess,

@@ -19,8 +19,8 @@ from dynamo_mpi.checks.gpu_check import figures_of, judge
 from dynamo_mpi.checks.gpu_facts import GpuFacts
 from dynamo_mpi.checks.gpu_health import GpuHealth, health_of_node, health_of_rank, no_health
 from dynamo_mpi.checks.gpu_rules import is_busy
-from dynamo_mpi.checks.hardware import EvaluationInput
-from dynamo_mpi.checks.hardware_check_plan import (
+from dynamo_mpi.checks.hardware import (
+    EvaluationInput,
     HardwareCheckPlan,
     chosen_checks,
     memory_is_awaited,

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.engines.reference.attention import KeyValueCache, StepAttention
 from dynamo_mpi.engines.reference.factory import thread_environment, usable_cores
-from dynamo_mpi.engines.reference.step_channel import sleep_seconds
-from dynamo_mpi.engines.reference.step_plan import SequencePart, StepPlan, decode, encode
+from dynamo_mpi.engines.reference.steps import SequencePart, StepPlan, decode, encode, sleep_seconds
 
 part = st.builds(
     SequencePart,

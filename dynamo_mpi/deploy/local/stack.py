@@ -47,6 +47,7 @@ class StackSettings:
         mpirun: the launcher's command line; None to find one.
         timeout_seconds: time limit from the start to the first completion.
         timeline: file for the timeline of the start; None for no timeline.
+        credentials: whether clients of etcd and NATS must authenticate.
     """
 
     workers: tuple[WorkerSpec, ...] = (WorkerSpec("agg", AGG_TP_SIZE),)
@@ -57,6 +58,7 @@ class StackSettings:
     mpirun: str | None = None
     timeout_seconds: float = 120.0
     timeline: Path | None = None
+    credentials: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,16 +114,23 @@ class LocalStack(ServiceStack):
         self._scratch.mkdir()
 
         variables = local_environment(os.environ, self._scratch)
+        credentials = self.make_credentials(LOOPBACK, "localhost") if self._settings.credentials else None
+        certificates = None if credentials is None else credentials.certificates
+        config = None if credentials is None else credentials.nats_config
         starting_etcd = self.start_service(
-            lambda port: Etcd(etcd_binary, port, self._folder / "etcd"), loopback_ports(), variables
+            lambda port: Etcd(etcd_binary, port, self._folder / "etcd", host=LOOPBACK, certificates=certificates),
+            loopback_ports(),
+            variables,
         )
         starting_nats = self.start_service(
-            lambda port: Nats(nats_binary, port, self._folder / "nats"), loopback_ports(), variables
+            lambda port: Nats(nats_binary, port, self._folder / "nats", host=LOOPBACK, config=config),
+            loopback_ports(),
+            variables,
         )
         model, name = prepare_model(self._settings.model, self._folder / "model")
         self.mark("model", f"model {name}")
         etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
-        discovery = discovery_environment(etcd, nats, self._settings.request_plane)
+        discovery = discovery_environment(etcd, nats, self._settings.request_plane, credentials)
 
         starting_frontend = self.start_service(
             lambda port: Frontend(port, discovery, self._scratch), loopback_ports(http_port), variables

@@ -8,10 +8,10 @@ Importing this package imports neither numpy nor MPI, so that `factory` can set 
     loading        the parts of one rank's engine: communicators, weights, KV cache, KV server
     config         its settings
     requests       checks requests and keeps those in flight
-    scheduler      continuous batching; step_plan: one step, as integers; step_channel: steps and KV commands from rank 0 to all
-    transformer    the forward pass; attention: the KV cache; collectives: sums and rows over ranks; sampling: from logits to a token
+    scheduler      continuous batching; steps: one step, as integers, and how rank 0 sends it
+    transformer    the forward pass; attention: the KV cache; collectives: sums, rows, agreement; sampling: from logits to a token
     shape          sizes of a llama, and each rank's shard; weights: that shard, mapped from the converted file
     convert_gguf   converts a GGUF file to a model directory, once; gguf_model: its content
-    kv_transfer    KV from prefill to decode ranks: rank 0's scheduler, each rank's worker; consensus: one result for all ranks
+    kv_transfer    KV from prefill to decode ranks: rank 0's scheduler, each rank's worker
     kv_descriptor  which ranks hold the KV; kv_tcp: server and client; kv_wire: frames
 """

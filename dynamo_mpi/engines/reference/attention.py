@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dynamo_mpi.engines.reference.step_plan import StepPlan
+from dynamo_mpi.engines.reference.steps import StepPlan
 from dynamo_mpi.engines.reference.weights import Float32Array
 
 _WORTH_BATCHING = 64

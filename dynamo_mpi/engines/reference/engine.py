@@ -22,7 +22,7 @@ from dynamo_mpi.engines.reference.loading import Loaded, load_parts
 from dynamo_mpi.engines.reference.requests import InFlight, Served, check_request
 from dynamo_mpi.engines.reference.sampling import choose_token, generator_of
 from dynamo_mpi.engines.reference.scheduler import Scheduler, Step, TokenChoice
-from dynamo_mpi.engines.reference.step_plan import StepPlan
+from dynamo_mpi.engines.reference.steps import StepPlan
 from dynamo_mpi.engines.reference.weights import Float32Array
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.engines.protocol import GenerationRequest, TokenChunk
 from dynamo_mpi.engines.reference.attention import KeyValueCache
-from dynamo_mpi.engines.reference.consensus import Consensus
+from dynamo_mpi.engines.reference.collectives import Consensus
 from dynamo_mpi.engines.reference.kv_descriptor import (
     CacheLayout,
     DescriptorError,
@@ -34,7 +34,7 @@ from dynamo_mpi.engines.reference.kv_descriptor import (
 )
 from dynamo_mpi.engines.reference.kv_tcp import FetchError, KvServer, StoreFullError, fetch, release
 from dynamo_mpi.engines.reference.kv_wire import SECRET_BYTES, TRANSFER_ID_BYTES, Deadline
-from dynamo_mpi.engines.reference.step_channel import Abandon, Command, Drop, Keep, Poll, Pull
+from dynamo_mpi.engines.reference.steps import Abandon, Command, Drop, Keep, Poll, Pull
 from dynamo_mpi.engines.reference.weights import Float32Array
 
 _log = logging.getLogger(__name__)

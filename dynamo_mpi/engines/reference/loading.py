@@ -11,20 +11,22 @@ from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.engines.protocol import EngineLimits
 from dynamo_mpi.engines.reference.collectives import (
     Collectives,
+    Consensus,
     MpiCollectives,
+    MpiConsensus,
     MpiPipeline,
     Pipeline,
     SingleRank,
+    SingleRankConsensus,
     SingleStage,
 )
 from dynamo_mpi.engines.reference.config import ReferenceConfig
-from dynamo_mpi.engines.reference.consensus import Consensus, MpiConsensus, SingleRankConsensus
 from dynamo_mpi.engines.reference.kv_descriptor import CacheLayout, KvShard, RankShard
 from dynamo_mpi.engines.reference.kv_tcp import KvServer, KvStore
 from dynamo_mpi.engines.reference.kv_transfer import KvTransferScheduler, KvTransferWorker
 from dynamo_mpi.engines.reference.scheduler import Scheduler
 from dynamo_mpi.engines.reference.shape import share_of, stage_of
-from dynamo_mpi.engines.reference.step_channel import Command, StepChannel
+from dynamo_mpi.engines.reference.steps import Command, StepChannel
 from dynamo_mpi.engines.reference.transformer import Transformer
 from dynamo_mpi.engines.reference.weights import ModelFile, load_weights, open_model
 

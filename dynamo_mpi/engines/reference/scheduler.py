@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dynamo_mpi.engines.protocol import FinishReason, GenerationRequest, TokenChunk
-from dynamo_mpi.engines.reference.step_plan import SequencePart, StepPlan
+from dynamo_mpi.engines.reference.steps import SequencePart, StepPlan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from dynamo_mpi.engines.reference.attention import KeyValueCache, StepAttention
 from dynamo_mpi.engines.reference.collectives import Collectives, Pipeline
 from dynamo_mpi.engines.reference.shape import part_of
-from dynamo_mpi.engines.reference.step_plan import StepPlan
+from dynamo_mpi.engines.reference.steps import StepPlan
 from dynamo_mpi.engines.reference.weights import Float32Array, LayerWeights, Weights
 
 _MATRIX_VECTOR_ROWS = 4

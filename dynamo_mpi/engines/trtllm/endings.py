@@ -1,20 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors with which a TensorRT-LLM worker ends."""
+"""How a TensorRT-LLM worker ends: the events that rank 0's main thread waits for while it runs, and the errors."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, EngineError, ExitCode, PhaseTimeoutError
+from dynamo_mpi.common.errors import (
+    DiscoveryError,
+    DynamoMpiError,
+    EngineError,
+    ExitCode,
+    PhaseTimeoutError,
+    RetryableError,
+)
 from dynamo_mpi.engines.trtllm.process import describe_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from dynamo_mpi.engines.trtllm.session import Session
+
+
+class ChildExited(NamedTuple):
+    """The child has exited: its code as in `subprocess.Popen.returncode`, and its last output lines."""
+
+    code: int
+    lines: list[str]
+
+
+class SignalReceived(NamedTuple):
+    """A shutdown is requested by a signal, or, as SIGUSR2, by the job's time limit."""
+
+    number: int
+
+
+class LeaseLost(NamedTuple):
+    """The worker's lease is lost."""
+
+    error: RetryableError
+
+
+class Registered(NamedTuple):
+    """The worker is registered."""
+
+
+class FirstCompletion(NamedTuple):
+    """The worker has answered its first completion."""
+
+
+Event = ChildExited | SignalReceived | LeaseLost | Registered | FirstCompletion
+
 
 _REPORTED_LINES = 12
 _LEASE_LOST_TEXT = "Unable to maintain lease"

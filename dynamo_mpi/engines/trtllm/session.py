@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import EngineError
 from dynamo_mpi.common.files import private_dir
-from dynamo_mpi.engines.trtllm.rank_environment import take_own_gpu
-from dynamo_mpi.engines.trtllm.task import Task
+from dynamo_mpi.engines.trtllm.task import Task, take_own_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,18 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task of TensorRT-LLM's session on one rank: all ranks begin it together, and failures are reported before any rank waits.
+"""A task of TensorRT-LLM's session on one rank, and what a rank needs before it imports TensorRT-LLM.
 
 The task is sent to the ranks as an object of this module, which each rank imports.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpi4py import MPI
+
+
+def prepare_rank(rank: int) -> None:
+    """Set the variables that TensorRT-LLM's own launcher sets for a rank, unless the user has set them.
+
+    FlashInfer compiles into its workspace, and ranks that share one disturb each other; the cubins that it downloads stay shared.
+    """
+    # with it, the ranks of this world would ignore each other
+    os.environ.pop("TLLM_DISABLE_MPI", None)
+    if "FLASHINFER_WORKSPACE_BASE" in os.environ or os.environ.get("TRTLLM_FLASHINFER_WORKSPACE_PER_PROCESS") == "0":
+        return
+    try:
+        cache = Path.home() / ".cache"
+    except RuntimeError:  # no home directory: FlashInfer reports that itself
+        return
+    os.environ["FLASHINFER_WORKSPACE_BASE"] = str(cache / "tensorrt_llm" / "flashinfer" / f"rank-{rank}")
+    os.environ.setdefault("FLASHINFER_CUBIN_DIR", str(cache / "flashinfer" / "cubins"))
+
+
+def take_own_gpu(rank: int) -> None:
+    """Make this rank's GPU (K9) the current one if TensorRT-LLM has imported torch: loading a task from bytes may use a GPU, which would
+    otherwise be the node's first."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+
 
 _POLL_SECONDS = 0.005
 

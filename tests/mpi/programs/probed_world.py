@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 from dynamo_mpi import __version__
-from dynamo_mpi.checks.hardware import EvaluationInput
-from dynamo_mpi.checks.hardware_check_plan import HardwareCheckPlan
+from dynamo_mpi.checks.hardware import EvaluationInput, HardwareCheckPlan
 from dynamo_mpi.checks.rank_report import RankReport
 from dynamo_mpi.checks.run_hardware_checks import run_hardware_checks, run_local
 from dynamo_mpi.common.errors import DynamoMpiError

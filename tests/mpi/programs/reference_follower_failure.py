@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from dynamo_mpi.engines.protocol import GenerationRequest
 from dynamo_mpi.engines.reference.engine import ReferenceConfig, ReferenceEngine
-from dynamo_mpi.engines.reference.step_plan import StepPlan
+from dynamo_mpi.engines.reference.steps import StepPlan
 from dynamo_mpi.engines.reference.weights import Float32Array
 
 
