@@ -205,8 +205,8 @@ class Reader:
 
     def size(self, *keys: str, minimum: int = 1, maximum: int = MAX_SIZE) -> int | None:
         """Return the value of the first of ``keys`` that has one, a whole number; None if none has."""
-        for key in keys:
-            value = self.values.get(key)
+        # all are asked for: a mapping may remember which keys were
+        for key, value in [(key, self.values.get(key)) for key in keys]:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:

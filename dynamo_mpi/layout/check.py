@@ -54,8 +54,13 @@ class Report:
 
     @property
     def unknown(self) -> tuple[str, ...]:
+        """What rules and estimates need and the model's config lacks, and the config's keys that aren't known here."""
+        return tuple(dict.fromkeys((*self.missing, *self.subject.shape.unread)))
+
+    @property
+    def missing(self) -> tuple[str, ...]:
         """The values that rules and estimates need and the model's config lacks."""
-        return tuple(dict.fromkeys((*self.subject.shape.unknown, *missing_sizes(self.subject.shape))))
+        return tuple(dict.fromkeys((*self.subject.shape.missing, *missing_sizes(self.subject.shape))))
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data, in the stable format for scripts."""

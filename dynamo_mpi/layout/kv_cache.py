@@ -8,20 +8,20 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.layout.engine_config import DEFAULT_TOKENS_PER_BLOCK
-from dynamo_mpi.layout.layer_weights import dtype_bytes
+from dynamo_mpi.layout.layer_weights import HEAVILY_COMPRESSED, dtype_bytes
 from dynamo_mpi.layout.model_shape import Mixer
 from dynamo_mpi.layout.weights import mtp_layer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dynamo_mpi.layout.model_shape import ModelShape
+    from dynamo_mpi.layout.model_shape import AttentionSizes, ModelShape
     from dynamo_mpi.layout.spec import LayoutSpec
     from dynamo_mpi.layout.weights import StageWeights
 
 _SAME_DTYPE = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 _BYTES = {"fp8": 1.0, "int8": 1.0, "bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "nvfp4": 0.5 + 1 / 16}
-_STATE_BYTES = 4  # an element of a state space's state: float32 in the checkpoints that specify it
+_STATE_BYTES = 4  # of an unknown type: float32 in most checkpoints that specify it
 
 
 def tokens_per_block(subject: LayoutSpec) -> int:
@@ -65,15 +65,20 @@ def kv_bytes(subject: LayoutSpec, held: StageWeights) -> tuple[int, tuple[tuple[
     counts = Counter(_attention_layers(subject, held))
     extra = mtp_layer(subject)
     if extra is not None and held.stage == subject.layout.pp_size - 1:
-        counts[None, None] += extra[1]
+        counts[None, extra[0].sizes] += extra[1]
     sizes = Counter[int | None]()
-    for (window, kv_heads), count in counts.items():
-        sizes[window] += count * _layer_bytes(subject.shape, kv_heads, ranks, element)
-    return sizes[None], tuple(sorted((window, size) for window, size in sizes.items() if window is not None))
+    shared = 0.0
+    for (window, own), count in counts.items():
+        if own.shares_kv:
+            continue
+        sizes[window] += count * _layer_bytes(subject.shape, own, ranks, element)
+        if own.compress_ratio:
+            shared += count * _compressed_bytes(subject.shape, own, element)
+    return sizes[None] + ceil(shared), tuple(sorted((w, size) for w, size in sizes.items() if w is not None))
 
 
-def _attention_layers(subject: LayoutSpec, held: StageWeights) -> Iterator[tuple[int | None, int | None]]:
-    """The window and the KV heads of each attention layer of a stage; None for no limit, and for the model's number."""
+def _attention_layers(subject: LayoutSpec, held: StageWeights) -> Iterator[tuple[int | None, AttentionSizes]]:
+    """The window and the sizes of each attention layer of a stage; None for no limit."""
     kinds, order = subject.shape.kinds
     said, length = subject.config.kv_cache.max_attention_window, subject.config.max_seq_len
     for index in range(held.first_layer, held.first_layer + held.layers):
@@ -82,16 +87,26 @@ def _attention_layers(subject: LayoutSpec, held: StageWeights) -> Iterator[tuple
             continue
         window = layer.window if not said else max(1, said[index % len(said)])
         beyond = window is not None and said and length is not None and window >= length
-        yield None if beyond else window, layer.kv_heads
+        yield None if beyond else window, layer.sizes
 
 
-def _layer_bytes(shape: ModelShape, kv_heads: int | None, ranks: int, element: float) -> int:
-    if shape.latent is None:
-        heads = -(-(kv_heads or shape.kv_heads or 0) // ranks)
-        return _packed(heads * ((shape.head_dim or 0) + (shape.value_size or 0)), element)
-    size = _packed(shape.latent.kv_lora_rank + (shape.latent.qk_rope_head_dim or 0), element)
-    # DSA: the indexer's keys in FP8, with a scale for each 128
-    return size + (shape.index_head_dim + 4 * -(-shape.index_head_dim // 128) if shape.index_head_dim else 0)
+def _layer_bytes(shape: ModelShape, own: AttentionSizes, ranks: int, element: float) -> int:
+    # keys of the sparse-attention indexer in FP8, with a scale for each 128; DeepSeek-V4's are compressed
+    index = shape.index_head_dim if own.indexed and shape.compressed is None else None
+    indexer = index + 4 * -(-index // 128) if index else 0
+    if shape.latent is not None:
+        return _packed(shape.latent.kv_lora_rank + (shape.latent.qk_rope_head_dim or 0), element) + indexer
+    heads = -(-(own.kv_heads or shape.kv_heads or 0) // ranks)
+    if shape.compressed is not None:  # one head that is key and value
+        return _packed(heads * shape.head_sizes(own)[0], element)
+    return _packed(heads * sum(shape.head_sizes(own)), element) + indexer
+
+
+def _compressed_bytes(shape: ModelShape, own: AttentionSizes, element: float) -> float:
+    """DeepSeek-V4: an entry for `compress_ratio` tokens, beside those in the window; with it one of the indexer where there is one."""
+    size = _packed(own.kv_heads or shape.kv_heads or 1, element) * (own.head_dim or shape.head_dim or 0)
+    index = (shape.index_head_dim or 0) if own.compress_ratio < HEAVILY_COMPRESSED else 0
+    return (size + index + 4 * -(-index // 128)) / own.compress_ratio
 
 
 def _packed(elements: int, element: float) -> int:
@@ -108,8 +123,23 @@ def state_bytes(subject: LayoutSpec, held: StageWeights) -> int:
         return 0
     kinds, order = shape.kinds
     counts = Counter(order[held.first_layer : held.first_layer + held.layers])
-    layers = sum(count for kind, count in counts.items() if kinds[kind].mixer in (Mixer.MAMBA2, Mixer.GATED_DELTA))
-    heads = -(-state.heads // ranks)
-    convolution = -(-(state.conv_dim or 0) // ranks) * max(0, (state.kernel or 1) - 1)
-    size = heads * (state.head_dim or 0) * (state.state_size or 0) * _STATE_BYTES
-    return layers * (size + convolution * dtype_bytes(shape))
+    total = 0
+    for kind, count in counts.items():
+        mixer = kinds[kind].mixer
+        taps = max(0, (state.kernel or 1) - 1) * dtype_bytes(shape)
+        if mixer is Mixer.CONVOLUTION:
+            total += count * -(-(shape.hidden_size or 0) // ranks) * taps
+        elif mixer.keeps_state:
+            heads = -(-state.heads // ranks)
+            size = heads * (state.head_dim or 0) * (state.state_size or 0) * state_element_bytes(subject)
+            total += count * (size + -(-(state.conv_dim or 0) // ranks) * taps)
+    return total
+
+
+def state_element_bytes(subject: LayoutSpec) -> int:
+    """Return the bytes of an element of a state: as the engine config has it, else the model's, else float32."""
+    state = subject.shape.state_space
+    said = (subject.config.kv_cache.state_dtype or "auto").lower()
+    if said == "auto":
+        said = ((state.dtype if state is not None else None) or "float32").lower()
+    return int(_BYTES.get(_SAME_DTYPE.get(said, said), _STATE_BYTES))

@@ -269,5 +269,9 @@ def _assumptions(subject: LayoutSpec) -> Iterable[str]:
         yield "the model's config doesn't specify the number of experts per token: no workspace counted"
     if shape.context_length is None and subject.config.max_seq_len is None:
         yield "neither config specifies the longest request: windows not counted"
-    if shape.state_space is not None:
+    if (
+        shape.state_space is not None
+        and shape.state_space.dtype is None
+        and subject.config.kv_cache.state_dtype is None
+    ):
         yield "states of a hybrid's layers are assumed to be float32"

@@ -3,14 +3,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dynamo_mpi.common.config_reader import Reader, parse_json
-from dynamo_mpi.layout.layer_patterns import read_layers
-from dynamo_mpi.layout.model_shape import Experts, Feed, LatentAttention, Layer, ModelShape, StateSpace
-from dynamo_mpi.layout.quantisation import read_quantisation
+from dynamo_mpi.common.frozen import replace
+from dynamo_mpi.layout.config_keys import TrackedKeys, judge_unread
+from dynamo_mpi.layout.encoders import read_encoders
+from dynamo_mpi.layout.layer_formats import mtp_format, with_formats
+from dynamo_mpi.layout.layer_patterns import count_layers, read_layers
+from dynamo_mpi.layout.model_shape import (
+    CompressedAttention,
+    Experts,
+    Feed,
+    LatentAttention,
+    Layer,
+    Mixer,
+    ModelShape,
+    StateSpace,
+)
+from dynamo_mpi.layout.quantisation import MXFP4, WeightFormat
+from dynamo_mpi.layout.quantisation_config import read_quantisation
+
+if TYPE_CHECKING:
+    from dynamo_mpi.layout.quantisation import Quantisation
 
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "language_model")
 _MAX_HEADS = 65_536
-_MAX_LAYERS = 10_000
 _MAX_EXPERTS = 65_536
 # model types whose MLP has no gate: up and down only
 _UNGATED = (
@@ -28,7 +46,7 @@ _UNGATED = (
     "bart",
     "whisper",
 )
-_GATED_IN_SPITE_OF_NAME = ("phi3", "phimoe", "phi4", "phi-msft")
+_GATED_IN_SPITE_OF_NAME = ("phi3", "phimoe", "phi4", "phi-msft", "nemotron-nas")
 
 
 def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> ModelShape:
@@ -43,7 +61,8 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
         ConfigFileError: one of them isn't JSON, isn't an object, or a size in it isn't a whole number in a sensible range.
     """
     needed = "the model's own config.json"
-    config = Reader(parse_json(text, path, needed), path)
+    keys = TrackedKeys(parse_json(text, path, needed))
+    config = Reader(keys, path)
     quant_file = None
     if quant_text is not None:
         quant_path = path.rpartition("/")[0] + "/hf_quant_config.json"
@@ -52,16 +71,23 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
     quantisation = read_quantisation(config, quant_file)
     heads = body.size("num_attention_heads", "n_head", "n_heads", "num_heads", maximum=_MAX_HEADS)
     hidden_size = body.size("hidden_size", "n_embd", "d_model", "dim")
-    num_layers = body.size("num_hidden_layers", "n_layer", "n_layers", "num_layers", maximum=_MAX_LAYERS)
-    latent = _latent(body)
+    num_layers = count_layers(body)
+    latent, compressed = _latent(body), _compressed(body)
     experts = _experts(body)
-    layers = None
+    layers, unknown_layers = None, tuple[str, ...]()
     if num_layers is not None:
-        layers = read_layers(body, num_layers, experts=experts is not None, quantisation=quantisation)
-    return ModelShape(
+        layers, unknown_layers = read_layers(
+            body, num_layers, experts=experts is not None, heads=heads, hidden_size=hidden_size
+        )
+    expert_format = WeightFormat(MXFP4) if body.text("expert_dtype") == "fp4" else None
+    if layers is not None:
+        layers = with_formats(layers, quantisation, expert_format)
+    nextn = _nextn(body)
+    index_heads, index_head_dim = _indexer(body)
+    shape = ModelShape(
         name=_name(config),
         attention_heads=heads,
-        kv_heads=None if latent else _kv_heads(body, heads),
+        kv_heads=None if latent else _kv_heads(body, heads, layers),
         head_dim=_head_dim(body, heads, hidden_size),
         value_head_dim=None if latent else body.size("v_head_dim"),
         num_layers=num_layers,
@@ -73,20 +99,31 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
         experts=experts,
         state_space=_state_space(body),
         layers=layers,
-        output_groups=body.size("o_groups", maximum=_MAX_HEADS),
-        index_head_dim=body.size("index_head_dim") if body.has("index_topk") else None,
-        index_heads=body.size("index_n_heads") if body.has("index_topk") else None,
-        output_gate=body.values.get("attn_output_gate") is True or _model_type(body) == "qwen3_next",
+        unknown_layers=unknown_layers,
+        compressed=compressed,
+        index_head_dim=index_head_dim,
+        index_heads=index_heads,
+        output_gate=_output_gate(body),
+        head_gate=body.values.get("use_head_wise_attn_gate") is True,
         gated_mlp=_gated(body),
         tied_embeddings=_tied(body, config),
-        nextn_layers=body.size("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", minimum=0) or 0,
-        encoder_decoder=config.values.get("is_encoder_decoder") is True,
-        dtype=_dtype(body) or _dtype(config),
+        per_layer_input=body.size("hidden_size_per_layer_input", minimum=0) or 0,
+        per_layer_vocab=body.size("vocab_size_per_layer_input") or 0,
+        head_format=_head_format(quantisation),
+        nextn_layers=nextn,
+        nextn_layer=_nextn_layer(layers, quantisation, expert_format) if nextn else None,
+        encoder_decoder=True in [reader.values.get("is_encoder_decoder") for reader in (config, body)],
+        dtype=_dtype(body, config),
         quantisation=quantisation,
         bos_token_id=_token(config.values.get("bos_token_id", body.values.get("bos_token_id"))),
         model_type=_model_type(body),
-        unknown=_unknown(body, heads, num_layers, layers, latent),
+        encoders=read_encoders(config),
     )
+    unread, inexact, which_layers = judge_unread(keys)
+    if which_layers and layers is not None:
+        # a list of kinds that nobody read: all layers alike would be a guess
+        shape = replace(shape, layers=None, nextn_layer=None, unknown_layers=which_layers)
+    return replace(shape, missing=_missing(body, shape), unread=unread, inexact=inexact)
 
 
 def _body(config: Reader) -> Reader:
@@ -114,13 +151,19 @@ def _model_type(body: Reader) -> str:
     return str(body.values.get("model_type", ""))
 
 
-def _kv_heads(body: Reader, heads: int | None) -> int | None:
+def _kv_heads(body: Reader, heads: int | None, layers: tuple[Layer, ...] | None) -> int | None:
     if body.values.get("multi_query") is True:  # Falcon-7B, StarCoder
         return 1
     inner = body.section("attn_config") if isinstance(body.values.get("attn_config"), dict) else body
-    found = body.size("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num", maximum=_MAX_HEADS)
+    found = body.size(
+        *("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num", "num_attention_groups"),
+        maximum=_MAX_HEADS,
+    )
+    found = found or inner.size("kv_n_heads", maximum=_MAX_HEADS)
+    if found is None and layers is not None and body.has("block_configs"):
+        return max((layer.sizes.kv_heads or 0 for layer in layers), default=0) or None
     # if the key is missing, every attention head has its own KV head, in every class of transformers
-    return found or inner.size("kv_n_heads", maximum=_MAX_HEADS) or heads
+    return found or (None if body.has("block_configs") else heads)
 
 
 def _head_dim(body: Reader, heads: int | None, hidden_size: int | None) -> int | None:
@@ -144,9 +187,28 @@ def _latent(body: Reader) -> LatentAttention | None:
     )
 
 
+def _compressed(body: Reader) -> CompressedAttention | None:
+    groups = body.size("o_groups", maximum=_MAX_HEADS)
+    if groups is None:
+        return None
+    return CompressedAttention(body.size("q_lora_rank"), body.size("o_lora_rank"), groups)
+
+
+def _indexer(body: Reader) -> tuple[int | None, int | None]:
+    """Return heads and head size of the sparse-attention indexer."""
+    if isinstance(body.values.get("sparse_attention_config"), dict):  # MiniMax-M3
+        section = body.section("sparse_attention_config")
+        if section.values.get("use_sparse_attention") is False:
+            return None, None
+        return section.size("sparse_num_index_heads", maximum=_MAX_HEADS), section.size("sparse_index_dim")
+    if body.has("index_topk") or body.has("index_topk_blocks"):
+        return body.size("index_n_heads", maximum=_MAX_HEADS), body.size("index_head_dim")
+    return None, None
+
+
 def _experts(body: Reader) -> Experts | None:
     count = body.size(
-        "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", minimum=0, maximum=_MAX_EXPERTS
+        *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), minimum=0, maximum=_MAX_EXPERTS
     )
     inner = body
     if count is None and isinstance(body.values.get("ffn_config"), dict):  # DBRX
@@ -154,33 +216,50 @@ def _experts(body: Reader) -> Experts | None:
         count = inner.size("moe_num_experts", minimum=0, maximum=_MAX_EXPERTS)
     if not count:
         return None
-    per_token = inner.size("num_experts_per_tok", "experts_per_token", "moe_top_k", "moe_topk", "moe_k", minimum=0)
-    width = inner.size("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size", "ffn_hidden_size")
-    return Experts(count, per_token, width, _shared_size(body, width), inner.size("moe_latent_size"))
+    per_token = inner.size(
+        *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "experts_per_token"),
+        *("moe_top_k", "moe_topk", "moe_k", "num_selected_experts"),
+        minimum=0,
+    )
+    width = inner.size(
+        *("moe_intermediate_size", "expert_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"),
+        *("intermediate_size", "ffn_hidden_size"),
+    )
+    latent = inner.size("moe_latent_size", "routed_expert_hidden_size")
+    return Experts(count, per_token, width, _shared_size(body, width), latent)
 
 
 def _shared_size(body: Reader, expert_width: int | None) -> int:
     found = body.size(
-        "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size", minimum=0
+        *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
+        "share_expert_dim",
+        minimum=0,
+    )
+    shared = body.size(
+        "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", minimum=0, maximum=_MAX_EXPERTS
     )
     if found is not None:
         return found
     if _model_type(body).startswith("llama4"):
         return expert_width or 0  # one beside the routed ones, with the same width
-    shared = body.size(
-        "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", minimum=0, maximum=_MAX_EXPERTS
-    )
     return (shared or 0) * (expert_width or 0)
 
 
 def _dense_size(body: Reader, experts: Experts | None, layers: tuple[Layer, ...] | None) -> int | None:
     """Width of the dense MLP: None if no layer has one; then the key means the experts, or nothing."""
-    if experts is not None and layers is not None and not any(layer.feed is Feed.DENSE for layer in layers):
+    if (
+        experts is not None
+        and layers is not None
+        and not any(layer.feed is Feed.DENSE or layer.mlp_beside_experts for layer in layers)
+    ):
         return None
-    return body.size("intermediate_size_mlp", "intermediate_size", "ffn_hidden_size", "n_inner", "d_ff")
+    return body.size(
+        *("intermediate_size_mlp", "dense_intermediate_size", "intermediate_size", "ffn_hidden_size", "n_inner", "d_ff")
+    )
 
 
 def _state_space(body: Reader) -> StateSpace | None:
+    dtype = body.text("mamba_ssm_cache_dtype") or body.text("mamba_ssm_dtype")
     heads = body.size("linear_num_value_heads", maximum=_MAX_HEADS)
     if heads is not None:
         groups = body.size("linear_num_key_heads", maximum=_MAX_HEADS)
@@ -190,7 +269,19 @@ def _state_space(body: Reader) -> StateSpace | None:
             body.size("linear_value_head_dim"),
             body.size("linear_key_head_dim"),
             body.size("linear_conv_kernel_dim"),
+            dtype=dtype,
         )
+    if isinstance(body.values.get("linear_attn_config"), dict):  # Kimi-Linear
+        section = body.section("linear_attn_config")
+        heads = section.size("num_heads", maximum=_MAX_HEADS)
+        if heads is None:
+            return None
+        size, kernel = section.size("head_dim"), section.size("short_conv_kernel_size")
+        full_rank = section.values.get("use_full_rank_gate") is True
+        return StateSpace(heads, heads, size, size, kernel, full_rank, dtype)
+    kernel = body.size("conv_L_cache")
+    if kernel is not None:  # LFM2
+        return StateSpace(1, 1, None, None, kernel, dtype=dtype)
     heads = body.size("mamba_num_heads", "mamba_n_heads", maximum=_MAX_HEADS)
     if heads is None:
         return None
@@ -200,7 +291,41 @@ def _state_space(body: Reader) -> StateSpace | None:
         body.size("mamba_head_dim", "mamba_d_head"),
         body.size("ssm_state_size", "mamba_d_state"),
         body.size("conv_kernel", "mamba_d_conv"),
+        dtype=dtype,
     )
+
+
+def _output_gate(body: Reader) -> bool:
+    gates = ("attn_output_gate", "attention_output_gate", "mla_use_output_gate")
+    return any(body.values.get(key) is True for key in gates) or _model_type(body) == "qwen3_next"
+
+
+def _head_format(quantisation: Quantisation | None) -> WeightFormat | None:
+    if quantisation is None or not (quantisation.covers_head or quantisation.modules):
+        return None
+    if quantisation.excludes("lm_head"):
+        return None
+    form = quantisation.format_of(("lm_head",))
+    return form if quantisation.covers_head or form != quantisation.base else None
+
+
+def _nextn(body: Reader) -> int:
+    found = body.size(
+        *("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_num_layers"), minimum=0
+    )
+    return found or 0
+
+
+def _nextn_layer(
+    layers: tuple[Layer, ...] | None, quantisation: Quantisation | None, experts: WeightFormat | None
+) -> Layer | None:
+    """F6: one layer for multi-token prediction: attention without a window, and what the last layer feeds to."""
+    if not layers:
+        return None
+    attention = next((layer for layer in reversed(layers) if layer.mixer is Mixer.ATTENTION), Layer())
+    feed = next((layer for layer in reversed(layers) if layer.feed is not Feed.NONE), Layer())
+    layer = replace(feed, mixer=Mixer.ATTENTION, window=None, sizes=attention.sizes)
+    return mtp_format(layer, len(layers), quantisation, experts)
 
 
 def _gated(body: Reader) -> bool:
@@ -211,40 +336,30 @@ def _gated(body: Reader) -> bool:
 
 
 def _tied(body: Reader, config: Reader) -> bool | None:
-    for reader in (body, config):
-        if (said := reader.switch("tie_word_embeddings")) is not None:
-            return said
+    said = [reader.switch("tie_word_embeddings") for reader in (body, config)]
+    if said != [None, None]:
+        return said[1] if said[0] is None else said[0]
     # transformers' Gemma classes tie by default, and their configs may lack the key
     return True if _model_type(body).startswith("gemma") else None
 
 
-def _dtype(reader: Reader) -> str | None:
-    value = reader.values.get("torch_dtype", reader.values.get("dtype"))
-    return value.removeprefix("torch.") if isinstance(value, str) else None
+def _dtype(*readers: Reader) -> str | None:
+    named = [reader.values.get(key) for reader in readers for key in ("torch_dtype", "dtype")]
+    return next((value.removeprefix("torch.") for value in named if isinstance(value, str)), None)
 
 
 def _token(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _unknown(
-    body: Reader,
-    heads: int | None,
-    num_layers: int | None,
-    layers: tuple[Layer, ...] | None,
-    latent: LatentAttention | None,
-) -> tuple[str, ...]:
-    """Name the missing values that rules need."""
-    missing = [] if heads is not None else ["num_attention_heads"]
-    if num_layers is None:
+def _missing(body: Reader, shape: ModelShape) -> tuple[str, ...]:
+    """Name the missing values that rules need, and keys with kinds of layers that aren't known."""
+    missing = [] if shape.attention_heads is not None else ["num_attention_heads"]
+    if shape.num_layers is None:
         missing.append("num_hidden_layers")
-    elif layers is None:
-        missing.append("the kinds of its layers")
-    missing += [
-        key
-        for key in ("hidden_size", "vocab_size")
-        if not (body.has(key) or body.has({"hidden_size": "n_embd"}.get(key, key)))
-    ]
-    if latent is not None:
+    elif shape.layers is None:
+        missing += shape.unknown_layers or ("the kinds of its layers",)
+    missing += [key for key in ("hidden_size", "vocab_size") if getattr(shape, key) is None]
+    if shape.latent is not None:
         missing += [key for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim") if not body.has(key)]
     return tuple(missing)

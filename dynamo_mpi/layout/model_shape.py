@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.frozen import dataclass
 
 if TYPE_CHECKING:
-    from dynamo_mpi.layout.quantisation import Quantisation
+    from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
 
 # DeepSeek-V3 and its relatives split a dense MLP by a common divisor instead of by tp (E9)
 _GCD_FAMILIES = ("deepseek", "kimi", "glm4moe", "glmmoe", "exaonemoe")
@@ -22,7 +22,15 @@ class Mixer(Enum):
     ATTENTION = "attention"
     MAMBA2 = "mamba2"
     GATED_DELTA = "gated delta"
+    KIMI_DELTA = "kimi delta"
+    CONVOLUTION = "convolution"
+    LINEAR = "linear"
     NONE = "none"
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether it keeps a state of each request instead of each token's keys and values."""
+        return self in (Mixer.MAMBA2, Mixer.GATED_DELTA, Mixer.KIMI_DELTA, Mixer.CONVOLUTION)
 
 
 class Feed(Enum):
@@ -30,7 +38,50 @@ class Feed(Enum):
 
     DENSE = "dense"
     EXPERTS = "experts"
+    LINEAR = "linear"
     NONE = "none"
+
+
+@dataclass(frozen=True)
+class AttentionSizes:
+    """Sizes of one layer's attention that differ from the model's; None for the model's own.
+
+    Args:
+        heads: query heads, over all ranks.
+        kv_heads: key/value heads, over all ranks.
+        head_dim: elements of a head.
+        value_head_dim: elements of a value head, if it isn't as long.
+        keys_are_values: one projection makes keys and values (Gemma-4's global layers).
+        shares_kv: it reads the keys and values of an earlier layer.
+        compress_ratio: tokens that share one entry of the compressed KV cache (DeepSeek-V4); 0 for none.
+        indexed: it has a sparse-attention indexer of its own, if the model has any.
+    """
+
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+    keys_are_values: bool = False
+    shares_kv: bool = False
+    compress_ratio: int = 0
+    indexed: bool = True
+
+
+@dataclass(frozen=True)
+class LayerFormats:
+    """Number formats of one layer's weights; None where they aren't quantised.
+
+    Args:
+        mixer: the mixer's projections of its input.
+        output: its output projection.
+        feed: the MLP, or the routed experts.
+        shared: shared experts, or the MLP beside the experts.
+    """
+
+    mixer: WeightFormat | None = None
+    output: WeightFormat | None = None
+    feed: WeightFormat | None = None
+    shared: WeightFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -41,19 +92,19 @@ class Layer:
         mixer: attention, a state space, or nothing (Nemotron-H has layers of one part).
         feed: MLP, experts or nothing.
         window: tokens that its attention looks back; None for all.
-        mixer_quantised: the checkpoint's quantisation covers the mixer's projections.
-        feed_quantised: it covers the MLP or the routed experts.
-        shared_quantised: it covers the shared experts.
-        kv_heads: of its attention, over all ranks; None for the model's own number.
+        formats: number formats of its weights.
+        sizes: of its attention, where they aren't the model's.
+        width: of its dense MLP; None for the model's own.
+        mlp_beside_experts: it has a dense MLP and experts (Gemma-4).
     """
 
     mixer: Mixer = Mixer.ATTENTION
     feed: Feed = Feed.DENSE
     window: int | None = None
-    mixer_quantised: bool = False
-    feed_quantised: bool = False
-    shared_quantised: bool = False
-    kv_heads: int | None = None
+    formats: LayerFormats = LayerFormats()
+    sizes: AttentionSizes = AttentionSizes()
+    width: int | None = None
+    mlp_beside_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +116,21 @@ class LatentAttention:
     qk_nope_head_dim: int | None
     qk_rope_head_dim: int | None
     v_head_dim: int | None
+
+
+@dataclass(frozen=True)
+class CompressedAttention:
+    """DeepSeek-V4's attention: one KV head, low-rank queries and grouped low-rank outputs.
+
+    Args:
+        q_lora_rank: width of the queries' latent.
+        o_lora_rank: width of one output group's latent.
+        output_groups: number of output groups.
+    """
+
+    q_lora_rank: int | None
+    o_lora_rank: int | None
+    output_groups: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +154,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class StateSpace:
-    """The state heads of a hybrid model, Mamba2's or the gated delta rule's.
+    """The state heads of a hybrid model, Mamba2's or a delta rule's; of a convolution only `kernel` counts.
 
     Args:
         heads: state heads (``mamba_num_heads``, ``linear_num_value_heads``).
@@ -96,6 +162,8 @@ class StateSpace:
         head_dim: width of a state head.
         state_size: length of a head's state (``ssm_state_size``, ``linear_key_head_dim``).
         kernel: taps of the convolution.
+        full_rank_gate: the output gate is one matrix (Kimi-K3) instead of two through `head_dim`.
+        dtype: of the states, as the config has it.
     """
 
     heads: int
@@ -103,6 +171,8 @@ class StateSpace:
     head_dim: int | None
     state_size: int | None
     kernel: int | None
+    full_rank_gate: bool = False
+    dtype: str | None = None
 
     @property
     def conv_dim(self) -> int | None:
@@ -110,6 +180,21 @@ class StateSpace:
         if self.head_dim is None or self.state_size is None:
             return None
         return self.heads * self.head_dim + 2 * self.groups * self.state_size
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder of images, video or sound, beside the language model.
+
+    Args:
+        key: its section in the config.
+        parameters: of the encoder and its projector; None if the config lacks sizes.
+        missing: those sizes.
+    """
+
+    key: str
+    parameters: int | None
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,20 +215,29 @@ class ModelShape:
         latent: multi-head latent attention.
         experts: mixture of experts.
         state_space: state heads of a hybrid.
-        layers: each layer, in order; None if the config doesn't specify them.
-        output_groups: groups of the output projection (DeepSeek-V4's ``o_groups``).
+        layers: each layer, in order; None if the config doesn't specify them, or has kinds that aren't known here.
+        unknown_layers: the keys with such kinds.
+        compressed: compressed attention (DeepSeek-V4).
         index_head_dim: of the sparse-attention indexer (DSA).
         index_heads: of the same.
-        output_gate: the query projection also makes a gate of the same width (Qwen3-Next).
+        output_gate: the query projection also makes a gate of the same width (Qwen3-Next, Kimi-K3).
+        head_gate: attention has a gate of one element per head (Step-3.5).
         gated_mlp: the MLP has gate, up and down projections; else up and down.
         tied_embeddings: embedding and LM head share their weights, as the config or the model's class has it.
+        per_layer_input: width of each layer's own embedding of the tokens (Gemma-4); 0 for none.
+        per_layer_vocab: tokens of that embedding.
+        head_format: number format of the LM head; None if it isn't quantised.
         nextn_layers: layers for multi-token prediction in the checkpoint.
+        nextn_layer: one of them; None if the model has none, or its layers aren't known.
         encoder_decoder: T5, BART, Whisper.
         dtype: of weights that aren't quantised, as torch names it.
         quantisation: of the checkpoint; None if it has none.
         bos_token_id: first token of a sequence.
         model_type: as the config has it, of the language model inside.
-        unknown: missing values that rules need.
+        encoders: encoders of other inputs than text.
+        missing: values that rules need and the config lacks, and values of keys that aren't known.
+        unread: keys that were neither used nor are known to be harmless.
+        inexact: those of them that may change a figure.
     """
 
     name: str
@@ -160,19 +254,28 @@ class ModelShape:
     experts: Experts | None = None
     state_space: StateSpace | None = None
     layers: tuple[Layer, ...] | None = None
-    output_groups: int | None = None
+    unknown_layers: tuple[str, ...] = ()
+    compressed: CompressedAttention | None = None
     index_head_dim: int | None = None
     index_heads: int | None = None
     output_gate: bool = False
+    head_gate: bool = False
     gated_mlp: bool = True
     tied_embeddings: bool | None = None
+    per_layer_input: int = 0
+    per_layer_vocab: int = 0
+    head_format: WeightFormat | None = None
     nextn_layers: int = 0
+    nextn_layer: Layer | None = None
     encoder_decoder: bool = False
     dtype: str | None = None
     quantisation: Quantisation | None = None
     bos_token_id: int | None = None
     model_type: str = ""
-    unknown: tuple[str, ...] = ()
+    encoders: tuple[Encoder, ...] = ()
+    missing: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    inexact: tuple[str, ...] = ()
 
     @property
     def splits_dense_by_gcd(self) -> bool:
@@ -195,8 +298,54 @@ class ModelShape:
     def has(self, feed: Feed) -> bool:
         """Return whether any layer has this kind of feed-forward part; without a list of layers, the sizes decide."""
         if self.layers is not None:
-            return any(layer.feed is feed for layer in self.layers)
+            beside = feed is Feed.DENSE
+            return any(layer.feed is feed or (beside and layer.mlp_beside_experts) for layer in self.kinds[0])
         return (self.experts is not None) == (feed is Feed.EXPERTS)
+
+    def head_sizes(self, own: AttentionSizes) -> tuple[int, int]:
+        """Return the elements of a key head and of a value head of a layer; 0 where they aren't known."""
+        if own.head_dim is None:
+            return self.head_dim or 0, own.value_head_dim or self.value_size or 0
+        return own.head_dim, own.value_head_dim or own.head_dim
+
+    @property
+    def output_groups(self) -> int | None:
+        """Groups of the output projection (DeepSeek-V4's ``o_groups``); None if it has none."""
+        return None if self.compressed is None else self.compressed.output_groups
+
+    @property
+    def kv_head_counts(self) -> tuple[int, ...]:
+        """The numbers of KV heads of its attention layers, ascending; more than one if layers differ, none with latent attention."""
+        counts = {
+            layer.sizes.kv_heads or self.kv_heads
+            for layer in self.kinds[0]
+            if layer.mixer is Mixer.ATTENTION and not layer.sizes.shares_kv
+        }
+        if self.layers is None or self.latent is not None:
+            counts = {self.kv_heads}
+        return tuple(sorted(count for count in counts if count is not None))
+
+    @property
+    def dense_widths(self) -> tuple[int, ...]:
+        """The widths of its dense MLPs, ascending; more than one if layers differ."""
+        widths = {
+            layer.width or self.intermediate_size
+            for layer in self.kinds[0]
+            if layer.feed is Feed.DENSE or layer.mlp_beside_experts
+        }
+        if self.layers is None:
+            widths = {self.intermediate_size}
+        return tuple(sorted(width for width in widths if width is not None))
+
+    def formats(self, part: str, *, feed: Feed | None = None) -> tuple[WeightFormat, ...]:
+        """Return the distinct number formats of a part of its layers, without those that aren't quantised.
+
+        Args:
+            part: a field of `LayerFormats`.
+            feed: only layers with this feed-forward part.
+        """
+        found = (getattr(layer.formats, part) for layer in self.kinds[0] if feed is None or layer.feed is feed)
+        return tuple(dict.fromkeys(form for form in found if form is not None))
 
     @property
     def suits_attention_dp(self) -> bool:

@@ -7,8 +7,7 @@ from math import log2
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass, replace
-from dynamo_mpi.layout import heads
-from dynamo_mpi.layout.divisibility import MOST_CONTEXT_RANKS, divisors
+from dynamo_mpi.layout.divisibility import MOST_CONTEXT_RANKS, divisors, kv_copies
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.finding import errors
 from dynamo_mpi.layout.layout import HELIX, Layout, cluster_for
@@ -181,10 +180,10 @@ def _judge(candidate: LayoutSpec) -> Plan | None:
 
 def _kv_copies(subject: LayoutSpec) -> int:
     """B4: number of ranks that hold the same keys and values. A latent (MLA) is on every tp rank."""
-    kv_heads, tp_size = subject.shape.kv_heads, subject.layout.attention_tp_size
+    tp_size = subject.layout.attention_tp_size
     if subject.shape.latent is not None:
         return tp_size
-    return 1 if kv_heads is None else heads.kv_copies(kv_heads, tp_size)
+    return max((kv_copies(count, tp_size) for count in subject.shape.kv_head_counts), default=1)
 
 
 def _crosses(subject: LayoutSpec) -> int:

@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a checkpoint is quantised, from ``quantization_config`` (Hugging Face) or ``hf_quant_config.json`` (ModelOpt), with its exclusions."""
+"""How a checkpoint is quantised: the formats of its weights, and which module has which.
+
+Module names here begin at ``layers.<n>``, or are ``lm_head``: what stands above differs between checkpoint, transformers and engine.
+"""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass
 
 if TYPE_CHECKING:
     import re
-
-    from dynamo_mpi.common.config_reader import Reader
+    from collections.abc import Iterable, Iterator
 
 # names as TensorRT-LLM's QuantAlgo has them
 FP8 = "FP8"
 FP8_BLOCK_SCALES = "FP8_BLOCK_SCALES"
 FP8_ROWWISE = "FP8_ROWWISE"
+MXFP8 = "MXFP8"
 NVFP4 = "NVFP4"
+W4A16_NVFP4 = "W4A16_NVFP4"
 MXFP4 = "MXFP4"
 W4A16_AWQ = "W4A16_AWQ"
 W4A8_AWQ = "W4A8_AWQ"
@@ -35,7 +39,9 @@ _FORMATS: dict[str, tuple[float, int]] = {
     FP8_ROWWISE: (1.0, 1),
     "FP8_PER_CHANNEL_PER_TOKEN": (1.0, 1),
     FP8_BLOCK_SCALES: (1.0 + 4 / FP8_BLOCK**2, FP8_BLOCK),
+    MXFP8: (1.0 + 1 / 32, 32),
     NVFP4: (0.5 + 1 / NVFP4_BLOCK, NVFP4_BLOCK),
+    W4A16_NVFP4: (0.5 + 1 / NVFP4_BLOCK, NVFP4_BLOCK),
     **dict.fromkeys(MICROSCALED, (0.5 + 1 / 32, 32)),
     **dict.fromkeys(GROUPED, (0.5 + 2 / 128, 128)),
     "W8A16": (1.0, 1),
@@ -43,33 +49,23 @@ _FORMATS: dict[str, tuple[float, int]] = {
     "INT8": (1.0, 1),
 }
 
-
 # parts of a model whose layers have numbers of their own
 _OTHER_PARTS = ("vision", "visual", "image", "audio", "speech", "mtp")
 # the prefix of `layers.<n>` in a regular expression, with escaped dots or not
-_ABOVE_LAYERS = r"\^?(?:(?:language_model|model)\\?\.)*"
+_ABOVE_LAYERS = r"\^?(?:(?:language_model|model|backbone)\\?\.)*"
 
 
 @dataclass(frozen=True)
-class Quantisation:
-    """A checkpoint's quantisation.
+class WeightFormat:
+    """A number format of weights.
 
     Args:
-        algo: TensorRT-LLM's name of the format, or the checkpoint's own if TensorRT-LLM's isn't known.
+        algo: TensorRT-LLM's name of it, or the checkpoint's own if TensorRT-LLM's isn't known.
         group_size: elements that share a scale, along the reduced dimension; None for the format's own.
-        kv_algo: format of the KV cache for which the checkpoint was calibrated.
-        excluded: names or patterns of modules that are not quantised.
-        certain: whether all modules that aren't excluded are quantised; False if the checkpoint selects them in a way that isn't supported
-            here.
-        source: the file or key it was read from.
     """
 
     algo: str
     group_size: int | None = None
-    kv_algo: str | None = None
-    excluded: tuple[str, ...] = ()
-    certain: bool = True
-    source: str = ""
 
     @property
     def known(self) -> bool:
@@ -92,29 +88,112 @@ class Quantisation:
         """Number of elements that share a scale; 1 if whole tensors or rows do."""
         return self.group_size or (_FORMATS[self.algo][1] if self.known else 1)
 
+
+@dataclass(frozen=True)
+class Quantisation:
+    """A checkpoint's quantisation.
+
+    Args:
+        algo: the format of quantised modules, ``MIXED_PRECISION`` for several, ``NONE`` if only the KV cache was calibrated.
+        group_size: elements that share a scale, along the reduced dimension; None for the format's own.
+        kv_algo: format of the KV cache for which the checkpoint was calibrated.
+        excluded: names or patterns of modules that are not quantised.
+        certain: whether all modules that aren't excluded are quantised; False if the checkpoint selects them in a way that isn't supported
+            here.
+        source: the file or key it was read from.
+        modules: for ``MIXED_PRECISION``, each quantised module's name or pattern, and its format.
+        base: format of the modules that `modules` leaves out (DeepSeek-V4: a checkpoint that was in FP8 before); None for the model's dtype.
+        covers_head: whether the LM head is quantised too, unless it is excluded.
+    """
+
+    algo: str
+    group_size: int | None = None
+    kv_algo: str | None = None
+    excluded: tuple[str, ...] = ()
+    certain: bool = True
+    source: str = ""
+    modules: tuple[tuple[str, WeightFormat], ...] = ()
+    base: WeightFormat | None = None
+    covers_head: bool = False
+
+    @property
+    def format(self) -> WeightFormat:
+        """The format of quantised modules, if there is only one."""
+        return WeightFormat(self.algo, self.group_size)
+
     def excludes(self, module: str) -> bool:
-        """Return whether the module at ``layers.<n>.<path>`` (or ``lm_head``) is not quantised."""
-        parts = module.split(".")
-        prefixes = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        names, loose, globs = self._patterns
-        if any(prefix in names for prefix in prefixes):
-            return True
-        dotted = f".{module}."
-        return any(f".{part}." in dotted for part in loose) or any(
-            glob.fullmatch(prefix) for glob in globs for prefix in prefixes
-        )
+        """Return whether a module isn't quantised: its name, or that of a module above it, matches as a whole; ``*`` and ``?`` stand for
+        anything, ``re:`` begins a regular expression. (TensorRT-LLM, ``QuantConfig.is_module_excluded_from_quantization``)"""
+        return self._excluded.matches(module)
+
+    def format_of(self, modules: Iterable[str]) -> WeightFormat | None:
+        """Return the format of a part of a layer.
+
+        Args:
+            modules: the names that it may have; it is excluded if one of them is.
+
+        Returns:
+            The format; None if it isn't quantised.
+        """
+        names = tuple(modules)
+        if any(map(self.excludes, names)):
+            return self.base
+        if not self.modules:
+            return None if self.algo == "NONE" else self.format
+        exact, patterns = self._formats
+        for name in names:
+            for prefix in _prefixes(name):
+                if prefix in exact:
+                    return exact[prefix]
+            for pattern, form in patterns:
+                if pattern.matches(name):
+                    return form
+        return self.base
 
     @cached_property
-    def _patterns(self) -> tuple[frozenset[str], tuple[str, ...], tuple[re.Pattern[str], ...]]:
+    def _excluded(self) -> _Patterns:
+        return _Patterns(self.excluded)
+
+    @cached_property
+    def _formats(self) -> tuple[dict[str, WeightFormat], tuple[tuple[_Patterns, WeightFormat], ...]]:
+        exact: dict[str, WeightFormat] = {}
+        patterns: list[tuple[_Patterns, WeightFormat]] = []
+        for name, form in self.modules:
+            start = name.find("layers.")
+            if name.startswith("re:") or "*" in name or "?" in name:
+                patterns.append((_Patterns((name,)), form))
+            elif not any(part in name[: max(start, 0)] for part in _OTHER_PARTS):
+                exact.setdefault(name[start:] if start >= 0 else name, form)
+        return exact, tuple(patterns)
+
+
+def _prefixes(module: str) -> Iterator[str]:
+    """Yield a module's name and those of the modules above it."""
+    while module:
+        yield module
+        module = module.rpartition(".")[0]
+
+
+def _regex(glob: str) -> str:
+    from re import escape
+
+    return "".join({"*": ".*", "?": "."}.get(letter) or escape(letter) for letter in glob)
+
+
+class _Patterns:
+    """Names and patterns of modules; those that begin with a layer's number are looked up by it, as checkpoints list hundreds."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
         import re
 
-        names: set[str] = set()
-        loose: list[str] = []
-        globs: list[re.Pattern[str]] = []
-        for pattern in self.excluded:
+        self._names: set[str] = set()
+        self._loose: list[str] = []
+        self._anywhere: list[re.Pattern[str]] = []
+        self._in_layer: dict[str, list[re.Pattern[str]]] = {}
+        for pattern in patterns:
             if pattern.startswith("re:"):
                 try:
-                    globs.append(re.compile(r"(?:.*\.)?" + re.sub(_ABOVE_LAYERS, "", pattern[3:], count=1)))
+                    self._anywhere.append(re.compile(r"(?:.*\.)?" + re.sub(_ABOVE_LAYERS, "", pattern[3:], count=1)))
                 except (re.error, OverflowError, RecursionError):
                     continue
                 continue
@@ -122,117 +201,23 @@ class Quantisation:
             if any(part in pattern[: max(start, 0)] for part in _OTHER_PARTS):
                 continue
             tail = pattern[start:] if start >= 0 else pattern
-            if "*" in tail or "?" in tail:
-                escaped = re.escape(tail).replace(r"\*", ".*").replace(r"\?", ".")
-                globs.append(re.compile(escaped if start >= 0 else rf"(?:.*\.)?{escaped}"))
-            elif start >= 0:
-                names.add(tail)
-            else:
-                loose.append(tail)
-        return frozenset(names), tuple(loose), tuple(globs)
+            if "*" not in tail and "?" not in tail:
+                (self._names.add if start >= 0 else self._loose.append)(tail)
+                continue
+            # a.* stands for a itself too
+            glob = re.compile(
+                ("" if start >= 0 else r"(?:.*\.)?")
+                + (_regex(tail[:-2]) + r"(?:\..*)?" if tail.endswith(".*") else _regex(tail))
+            )
+            number = tail.split(".")[1] if start >= 0 else ""
+            (self._in_layer.setdefault(number, []) if number.isdecimal() else self._anywhere).append(glob)
 
-
-def read_quantisation(config: Reader, quant_file: Reader | None) -> Quantisation | None:
-    """Read a checkpoint's quantisation, ModelOpt's own file first, as TensorRT-LLM does.
-
-    Args:
-        config: the whole ``config.json``.
-        quant_file: ``hf_quant_config.json``, if it exists.
-
-    Raises:
-        ConfigFileError: one of the values has the wrong type.
-    """
-    if quant_file is not None and quant_file.has("quantization"):
-        return _modelopt(quant_file.section("quantization"), "hf_quant_config.json")
-    for holder in (config, *(config.section(key) for key in ("text_config", "llm_config") if config.has(key))):
-        if holder.has("quantization_config"):
-            return _hugging_face(holder.section("quantization_config"))
-    return None
-
-
-def _modelopt(section: Reader, source: str) -> Quantisation | None:
-    algo = section.text("quant_algo")
-    kv_algo = section.text("kv_cache_quant_algo")
-    if algo is None and kv_algo is None:
-        return None
-    return Quantisation(
-        algo=_canonical(algo or "none"),
-        group_size=section.size("group_size"),
-        kv_algo=kv_algo,
-        excluded=_names(section, "exclude_modules"),
-        certain=algo is not None and algo.upper() != MIXED_PRECISION,
-        source=source,
-    )
-
-
-# ModelOpt's name for block-scaled FP8 weights
-_ALIASES = {"FP8_PB_WO": FP8_BLOCK_SCALES}
-_PLAIN_METHODS = {"fbgemm_fp8": FP8_ROWWISE, "mxfp4": MXFP4, "awq": W4A16_AWQ, "gptq": W4A16_GPTQ}
-
-
-def _hugging_face(section: Reader) -> Quantisation | None:
-    source = "quantization_config"
-    excluded = tuple(
-        name
-        for key in ("modules_to_not_convert", "ignore", "exclude_modules", "ignored_layers")
-        for name in _names(section, key)
-    )
-    kv_scheme = section.values.get("kv_cache_scheme")
-    kv_algo = kv_scheme if isinstance(kv_scheme, str) else FP8 if isinstance(kv_scheme, dict) else None
-    algo = section.text("quant_algo")
-    method = section.text("quant_method")
-    if algo is not None:
-        return Quantisation(
-            _canonical(algo), section.size("group_size"), kv_algo, excluded, algo.upper() != MIXED_PRECISION, source
-        )
-    if method is None:
-        return None
-    if method == "fp8":
-        block = section.sizes("weight_block_size")
-        if block:
-            return Quantisation(FP8_BLOCK_SCALES, block[-1], kv_algo, excluded, True, source)
-        return Quantisation(FP8, None, kv_algo, excluded, True, source)
-    if method == "compressed-tensors":
-        found, size, certain = _compressed_tensors(section.values.get("config_groups"))
-        return Quantisation(found, size, kv_algo, excluded, certain, source)
-    group_size = (
-        section.size("group_size") if method in ("awq", "gptq") and section.values.get("group_size") != -1 else None
-    )
-    return Quantisation(
-        _PLAIN_METHODS.get(method, method), group_size, kv_algo, excluded, method in _PLAIN_METHODS, source
-    )
-
-
-def _compressed_tensors(groups: object) -> tuple[str, int | None, bool]:
-    """Name the format of compressed-tensors' first group: several groups, or targets other than all linear layers, are not certain."""
-    if not isinstance(groups, dict) or not groups:
-        return "compressed-tensors", None, False
-    first = next(iter(groups.values()))
-    weights: Any = first.get("weights") if isinstance(first, dict) else None
-    if not isinstance(weights, dict):
-        return "compressed-tensors", None, False
-    certain = len(groups) == 1 and first.get("targets", ["Linear"]) == ["Linear"]
-    bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
-    size = weights.get("group_size")
-    size = size if isinstance(size, int) and not isinstance(size, bool) and size > 0 else None
-    if (bits, kind) == (8, "float"):
-        named = {"block": FP8_BLOCK_SCALES, "channel": FP8_ROWWISE}.get(str(strategy), FP8)
-        return named, 128 if named == FP8_BLOCK_SCALES else None, certain
-    if (bits, kind) == (4, "float"):
-        return (MXFP4 if size == 32 else NVFP4), size, certain
-    if (bits, kind) == (4, "int"):
-        return W4A16_AWQ, size, certain
-    return "compressed-tensors", size, False
-
-
-def _canonical(algo: str) -> str:
-    return _ALIASES.get(algo.upper(), algo.upper())
-
-
-def _names(section: Reader, key: str) -> tuple[str, ...]:
-    value = section.values.get(key)
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise section.bad(key, "a list of module names")
-    return tuple(value)
+    def matches(self, module: str) -> bool:
+        """Return whether a module or one above it has such a name."""
+        parts = module.split(".")
+        globs = [*self._anywhere, *self._in_layer.get(parts[1] if len(parts) > 1 else "", ())]
+        for prefix in _prefixes(module):
+            if prefix in self._names or any(glob.fullmatch(prefix) for glob in globs):
+                return True
+        dotted = f".{module}."
+        return any(f".{part}." in dotted for part in self._loose)

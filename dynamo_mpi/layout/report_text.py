@@ -141,8 +141,13 @@ def _lines(model: str, report: Report) -> Iterator[str]:
     shape = subject.shape
     kind = "" if shape.name == model else f" ({shape.name})"
     yield f"{model}{kind}, role {subject.role}: {subject.layout} on {subject.cluster}"
-    if report.unknown:
-        yield f"not in config.json, so not checked: {', '.join(report.unknown)}"
+    absent = [name for name in report.missing if name not in shape.unknown_layers]
+    if absent:
+        yield f"not in config.json, so not checked: {', '.join(absent)}"
+    if shape.unknown_layers:
+        yield f"kinds of layers in config.json that aren't known here, so not checked: {', '.join(shape.unknown_layers)}"
+    if shape.unread:
+        yield f"keys of config.json that aren't known here, so not considered: {', '.join(shape.unread)}"
     # J's information is in the line about memory
     shown = [
         found for found in report.findings if (found.rule, found.severity) != ("J", Severity.INFO) or not report.memory

@@ -11,13 +11,14 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass
-from dynamo_mpi.layout.layer_weights import Elements, Split, dtype_bytes, end_elements, layer_bytes, layer_elements
-from dynamo_mpi.layout.model_shape import Feed, Layer, Mixer
+from dynamo_mpi.layout.layer_weights import Elements, Part, Split, bytes_of, elements_of, end_parts, layer_parts
+from dynamo_mpi.layout.model_shape import Feed, Mixer
+from dynamo_mpi.layout.quantisation import MIXED_PRECISION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from dynamo_mpi.layout.model_shape import ModelShape
+    from dynamo_mpi.layout.model_shape import Layer, ModelShape
     from dynamo_mpi.layout.spec import LayoutSpec
 
 
@@ -62,38 +63,57 @@ def missing_sizes(shape: ModelShape) -> tuple[str, ...]:
     if shape.encoder_decoder:
         missing.append("the encoder's layers")
     if shape.layers is None:
-        return (*missing, "num_hidden_layers" if shape.num_layers is None else "the kinds of its layers")
+        unknown = "num_hidden_layers" if shape.num_layers is None else "the kinds of its layers"
+        return (*missing, *(shape.unknown_layers or (unknown,)))
     kinds, _ = shape.kinds
     if any(kind.mixer is Mixer.ATTENTION for kind in kinds):
-        missing += _missing_of_attention(shape)
-    if any(kind.mixer in (Mixer.MAMBA2, Mixer.GATED_DELTA) for kind in kinds):
-        state = shape.state_space
-        known = state is not None and None not in (state.head_dim, state.state_size, state.kernel)
-        missing += [] if known else ["the sizes of its state space"]
-    if any(kind.feed is Feed.DENSE for kind in kinds) and shape.intermediate_size is None:
+        missing += _missing_of_attention(shape, kinds)
+    if any(kind.mixer.keeps_state for kind in kinds):
+        missing += _missing_of_states(shape, kinds)
+    dense = [kind for kind in kinds if kind.feed is Feed.DENSE or kind.mlp_beside_experts]
+    if any(kind.width is None for kind in dense) and shape.intermediate_size is None:
         missing.append("intermediate_size")
     if any(kind.feed is Feed.EXPERTS for kind in kinds):
         known = shape.experts is not None and shape.experts.intermediate_size is not None
         missing += [] if known else ["moe_intermediate_size"]
-    quantisation = shape.quantisation
-    if quantisation is not None and quantisation.algo != "NONE" and not quantisation.known:
-        missing.append(f"the size of weights in {quantisation.algo}")
-    return tuple(missing)
+    return (*missing, *_missing_formats(shape))
 
 
-def _missing_of_attention(shape: ModelShape) -> Iterator[str]:
+def _missing_of_attention(shape: ModelShape, kinds: Iterable[Layer]) -> Iterator[str]:
     if shape.attention_heads is None:
         yield "num_attention_heads"
     if shape.latent is not None:
         for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             if getattr(shape.latent, name) is None:
                 yield name
-    elif shape.output_groups is not None:
-        yield "the sizes of compressed attention"  # DeepSeek-V4: the sizes of its kernels aren't public
-    else:
-        yield from (
-            name for name, size in (("num_key_value_heads", shape.kv_heads), ("head_dim", shape.head_dim)) if not size
-        )
+        return
+    own = [kind.sizes for kind in kinds if kind.mixer is Mixer.ATTENTION]
+    if not shape.kv_heads and not all(sizes.kv_heads for sizes in own):
+        yield "num_key_value_heads"
+    if not shape.head_dim and not all(sizes.head_dim for sizes in own):
+        yield "head_dim"
+    if shape.compressed is not None:
+        yield from (name for name in ("q_lora_rank", "o_lora_rank") if getattr(shape.compressed, name) is None)
+
+
+def _missing_of_states(shape: ModelShape, kinds: Iterable[Layer]) -> Iterator[str]:
+    state = shape.state_space
+    convolutions = all(kind.mixer is Mixer.CONVOLUTION for kind in kinds if kind.mixer.keeps_state)
+    known = state is not None and state.kernel is not None
+    known = known and (convolutions or None not in (state and state.head_dim, state and state.state_size))
+    if not known:
+        yield "the sizes of its state space"
+
+
+def _missing_formats(shape: ModelShape) -> Iterator[str]:
+    quantisation = shape.quantisation
+    if quantisation is None or quantisation.algo == "NONE":
+        return
+    if quantisation.algo == MIXED_PRECISION and not quantisation.modules:
+        yield "quantized_layers, which MIXED_PRECISION needs"
+        return
+    forms = {form for part in ("mixer", "output", "feed", "shared") for form in shape.formats(part)}
+    yield from (f"the size of weights in {form.algo}" for form in sorted(forms, key=str) if not form.known)
 
 
 def stage_weights(subject: LayoutSpec) -> tuple[StageWeights, ...] | None:
@@ -107,22 +127,18 @@ def stage_weights(subject: LayoutSpec) -> tuple[StageWeights, ...] | None:
         return None
     split, layout = split_of(subject), subject.layout
     kinds, order = shape.kinds
-    of_kind = [layer_elements(shape, kind, split) for kind in kinds]
-    bytes_of_kind = [layer_bytes(shape, kind, part) for kind, part in zip(kinds, of_kind, strict=True)]
+    of_kind = [layer_parts(shape, kind, split) for kind in kinds]
     extra = mtp_layer(subject)
 
     @cache  # most stages of a long pipeline are equal
     def held(layers: tuple[int, ...], first: bool, last: bool) -> tuple[Elements, int]:
-        counts = Counter(layers)
-        parts = [(of_kind[kind], count) for kind, count in counts.items()]
-        total = sum(bytes_of_kind[kind] * count for kind, count in counts.items())
+        groups = [(of_kind[kind], count) for kind, count in Counter(layers).items()]
         if last and extra is not None:
-            part = layer_elements(shape, extra[0], split)
             joined = 2 * (shape.hidden_size or 0) ** 2  # eh_proj: embedding and hidden state, side by side
-            parts += [(part, extra[1]), (Elements(mixer=joined), extra[1])]
-            total += (layer_bytes(shape, extra[0], part) + joined * dtype_bytes(shape)) * extra[1]
-        ends = end_elements(shape, split, first=first, last=last)
-        return _sum([*parts, (ends, 1)]), round(total + ends.total * dtype_bytes(shape))
+            groups.append(((*layer_parts(shape, extra[0], split), Part("mixer", joined)), extra[1]))
+        groups.append((end_parts(shape, split, first=first, last=last), 1))
+        total = sum(bytes_of(shape, parts) * count for parts, count in groups)
+        return _sum((elements_of(parts), count) for parts, count in groups), round(total)
 
     stages, start = [], 0
     for stage, size in enumerate(layout.stage_sizes(len(order), subject.config.pp_partition)):
@@ -133,14 +149,22 @@ def stage_weights(subject: LayoutSpec) -> tuple[StageWeights, ...] | None:
 
 
 def total_parameters(shape: ModelShape) -> int | None:
-    """Count a model's parameters, without layers for multi-token prediction; None if the config lacks sizes."""
-    if missing_sizes(shape) or shape.layers is None:
+    """Count a language model's parameters, without layers for multi-token prediction; None if the config lacks sizes."""
+    return None if missing_sizes(shape) else sum(part.elements * count for part, count in _whole(shape))
+
+
+def checkpoint_bytes(shape: ModelShape) -> int | None:
+    """Count the bytes of those parameters, quantised as in the checkpoint; None if the config lacks sizes."""
+    if missing_sizes(shape):
         return None
+    return round(sum(bytes_of(shape, (part,)) * count for part, count in _whole(shape)))
+
+
+def _whole(shape: ModelShape) -> Iterator[tuple[Part, int]]:
     kinds, order = shape.kinds
-    whole = Split()
-    counts = Counter(order)
-    layers = sum(layer_elements(shape, kinds[kind], whole).total * count for kind, count in counts.items())
-    return layers + end_elements(shape, whole, first=True, last=True).total
+    for kind, count in Counter(order).items():
+        yield from ((part, count) for part in layer_parts(shape, kinds[kind], Split()))
+    yield from ((part, 1) for part in end_parts(shape, Split(), first=True, last=True))
 
 
 def mtp_layer(subject: LayoutSpec) -> tuple[Layer, int] | None:
@@ -148,14 +172,10 @@ def mtp_layer(subject: LayoutSpec) -> tuple[Layer, int] | None:
     shape, speculative = subject.shape, subject.config.speculative
     if speculative is None or (speculative.decoding_type or "").upper() != "MTP" or not shape.nextn_layers:
         return None
+    if shape.nextn_layer is None:
+        return None
     wanted = speculative.nextn_layers or speculative.max_draft_len or shape.nextn_layers
-    layers = shape.layers or ()
-    attention = next((layer for layer in reversed(layers) if layer.mixer is Mixer.ATTENTION), Layer())
-    feed = next((layer for layer in reversed(layers) if layer.feed is not Feed.NONE), Layer())
-    layer = Layer(
-        Mixer.ATTENTION, feed.feed, None, attention.mixer_quantised, feed.feed_quantised, feed.shared_quantised
-    )
-    return layer, min(max(1, wanted), shape.nextn_layers)
+    return shape.nextn_layer, min(max(1, wanted), shape.nextn_layers)
 
 
 def _sum(parts: Iterable[tuple[Elements, int]]) -> Elements:

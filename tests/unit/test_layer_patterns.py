@@ -11,6 +11,7 @@ import pytest
 
 from dynamo_mpi.common.config_reader import Reader
 from dynamo_mpi.common.errors import ConfigFileError
+from dynamo_mpi.layout.layer_formats import with_formats
 from dynamo_mpi.layout.layer_patterns import read_layers
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import Feed, Layer, Mixer
@@ -21,9 +22,10 @@ from tests.unit.model_zoo import ZOO
 def layers(
     count: int, experts: bool = True, quantisation: Quantisation | None = None, **body: Any
 ) -> tuple[Layer, ...]:
-    found = read_layers(Reader(body, "config.json"), count, experts=experts, quantisation=quantisation)
+    found, unknown = read_layers(Reader(body, "config.json"), count, experts=experts)
     assert found is not None
-    return found
+    assert unknown == ()
+    return with_formats(found, quantisation)
 
 
 def feeds(count: int, **body: Any) -> str:
@@ -32,6 +34,7 @@ def feeds(count: int, **body: Any) -> str:
 
 def mixers(count: int, **body: Any) -> str:
     letters = {Mixer.ATTENTION: "*", Mixer.MAMBA2: "M", Mixer.GATED_DELTA: "G", Mixer.NONE: "."}
+    letters |= {Mixer.KIMI_DELTA: "K", Mixer.CONVOLUTION: "C"}
     return "".join(letters[layer.mixer] for layer in layers(count, experts=False, **body))
 
 
@@ -112,7 +115,16 @@ def test_which_layers_hold_experts(body: dict[str, Any], expected: str) -> None:
     ("body", "expected"),
     [
         ({}, "********"),
-        ({"layer_types": ["linear_attention", "full_attention"] * 4}, "G*G*G*G*"),
+        ({"layer_types": ["linear_attention", "full_attention"] * 4, "linear_num_value_heads": 4}, "G*G*G*G*"),
+        ({"layer_types": ["linear_attention", "full_attention"] * 4, "mamba_num_heads": 4}, "M*M*M*M*"),
+        ({"layer_types": ["conv", "full_attention"] * 4}, "C*C*C*C*"),
+        ({"layer_types": ["deepseek_sparse_attention", "indexed_attention"] * 4}, "********"),
+        ({"layers_block_type": ["mamba", "moe", "attention", "mlp"] * 2}, "M.*.M.*."),
+        ({"attn_type_list": [1] * 8}, "********"),
+        (
+            {"linear_attn_config": {"kda_layers": [1, 2, 3, 5, 6, 7], "full_attn_layers": [4, 8]}},
+            "KKK*KKK*",
+        ),
         ({"layer_types": ["mamba", "attention", "mamba2", "sliding_attention"] * 2}, "M*M*M*M*"),
         ({"linear_num_value_heads": 4}, "GGG*GGG*"),
         ({"linear_num_value_heads": 4, "full_attention_interval": 2}, "G*G*G*G*"),
@@ -130,16 +142,33 @@ def test_nemotron_s_letters_say_both() -> None:
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "key"),
     [
-        {"layer_types": ["full_attention", "telepathy"]},
-        {"hybrid_override_pattern": "MZ"},
-        {"mamba_num_heads": 4},
-        {"mamba_n_heads": 4},
+        ({"layer_types": ["full_attention", "telepathy"]}, "layer_types ('telepathy')"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types ('linear_attention')"),
+        ({"layers_block_type": ["moe", "telepathy"]}, "layers_block_type ('telepathy')"),
+        ({"hybrid_override_pattern": "MZ"}, "hybrid_override_pattern ('Z')"),
+        ({"mamba_num_heads": 4}, "mamba_num_heads"),
+        ({"mamba_n_heads": 4}, "mamba_n_heads"),
+        ({"attn_type_list": [1, 0]}, "attn_type_list (0)"),
+        ({"block_configs": [{"attention": {"no_op": True}, "ffn": {}}] * 2}, "block_configs.ffn.ffn_mult"),
+        (
+            {"block_configs": [{"attention": {}, "ffn": {"no_op": True}}] * 2},
+            "block_configs.attention.n_heads_in_group",
+        ),
+        (
+            {"block_configs": [{"attention": {"no_op": True}, "ffn": {"no_op": True}, "ssm": {}}] * 2},
+            "block_configs.ssm",
+        ),
     ],
 )
-def test_kinds_that_nobody_knows_leave_all_open(body: dict[str, Any]) -> None:
-    assert read_layers(Reader(body, "config.json"), 2, experts=False, quantisation=None) is None
+def test_unknown_kinds_give_no_layers_and_their_key(body: dict[str, Any], key: str) -> None:
+    assert read_layers(Reader(body, "config.json"), 2, experts=False) == (None, (key,))
+
+
+def test_unknown_kind_of_mlp_gives_its_key() -> None:
+    body = {"mlp_layer_types": ["dense", "telepathy"]}
+    assert read_layers(Reader(body, "config.json"), 2, experts=True) == (None, ("mlp_layer_types ('telepathy')",))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +182,17 @@ def test_kinds_that_nobody_knows_leave_all_open(body: dict[str, Any]) -> None:
         ({"moe_layer_freq": [1]}, "moe_layer_freq"),
         ({"moe_layer_freq": "1"}, "moe_layer_freq"),
         ({"moe_layers": "1,2"}, "moe_layers"),
+        ({"moe_layers_enum": "1,x"}, "moe_layers_enum"),
+        ({"mlp_layer_types": ["dense"]}, "mlp_layer_types"),
+        ({"layers_block_type": ["moe"]}, "layers_block_type"),
+        ({"attn_type_list": [1]}, "attn_type_list"),
+        ({"attn_type_list": [1, "1"]}, "attn_type_list"),
+        ({"indexer_types": ["full"]}, "indexer_types"),
+        ({"compress_ratios": [4]}, "compress_ratios"),
+        ({"block_configs": [{}]}, "block_configs"),
+        ({"block_configs": [1, 2]}, "block_configs"),
+        ({"block_configs": [{"attention": 1}, {}]}, "block_configs"),
+        ({"linear_attn_config": {"kda_layers": [1]}}, "linear_attn_config.kda_layers"),
         ({"hybrid_layer_pattern": [1], "sliding_window": 8}, "hybrid_layer_pattern"),
         ({"sliding_window": "wide"}, "sliding_window"),
         ({"first_k_dense_replace": -1}, "first_k_dense_replace"),
@@ -187,7 +227,10 @@ def test_a_list_of_another_length_is_refused(body: dict[str, Any], key: str) -> 
         ({"sliding_window": 8, "layer_types": ["attention", "mamba"] * 3}, [8, None] * 3),
         # what is full is full, whatever window others might have
         ({"sliding_window": 8, "layer_types": ["full_attention"] * 6}, [None] * 6),
-        ({"sliding_window": 8, "layer_types": ["full_attention", "linear_attention"] * 3}, [None] * 6),
+        (
+            {"sliding_window": 8, "layer_types": ["full_attention", "mamba"] * 3},
+            [None] * 6,
+        ),
         ({"sliding_window": 8, "hybrid_layer_pattern": [1, 0, 0, 1, 1, 0]}, [8, None, None, 8, 8, None]),
         ({"attention_chunk_size": 16, "model_type": "llama4_text"}, [16, 16, 16, None, 16, 16]),
         (
@@ -207,7 +250,8 @@ def test_how_far_layers_look_back(body: dict[str, Any], expected: list[int | Non
 
 def quantised(excluded: tuple[str, ...], **body: Any) -> list[tuple[bool, bool, bool]]:
     found = layers(2, quantisation=Quantisation("FP8", excluded=excluded), **body)
-    return [(layer.mixer_quantised, layer.feed_quantised, layer.shared_quantised) for layer in found]
+    formats = [layer.formats for layer in found]
+    return [(form.mixer is not None, form.feed is not None, form.shared is not None) for form in formats]
 
 
 @pytest.mark.parametrize(
@@ -229,5 +273,5 @@ def test_which_parts_are_quantised(excluded: tuple[str, ...], expected: list[tup
 
 
 def test_a_layer_without_a_feed_has_none_to_quantise() -> None:
-    assert quantised((), hybrid_override_pattern="ME") == [(True, False, False), (True, True, True)]
-    assert quantised(("lm_head",), hybrid_override_pattern="ME") == [(True, False, False), (True, True, True)]
+    assert quantised((), hybrid_override_pattern="ME") == [(True, False, False), (False, True, True)]
+    assert quantised(("lm_head",), hybrid_override_pattern="ME") == [(True, False, False), (False, True, True)]

@@ -207,7 +207,7 @@ def test_what_was_taken_for_granted_is_said() -> None:
 
 
 def test_a_config_that_does_not_say_enough_gives_no_estimate() -> None:
-    assert estimate(subject("DeepSeek-V4-Pro")) is None
+    assert estimate(subject(replace(shape_of("DeepSeek-V4-Pro"), head_dim=None))) is None
 
 
 def test_a_kind_of_gpu_that_nobody_makes_is_refused() -> None:

@@ -74,7 +74,7 @@ def test_without_kv_heads_every_head_has_its_own() -> None:
 def test_value_heads_and_windowed_kv_heads_are_read() -> None:
     shape = parse(ZOO["MiMo-V2-Flash"])
     assert (shape.head_dim, shape.value_head_dim, shape.value_size) == (192, 128, 128)
-    assert {(layer.window, layer.kv_heads) for layer in shape.layers or ()} == {(None, None), (128, 8)}
+    assert {(layer.window, layer.sizes.kv_heads) for layer in shape.layers or ()} == {(None, None), (128, 8)}
     plain, latent = parse(SMOLLM2), parse(ZOO["DeepSeek-R1"])
     assert (plain.value_head_dim, plain.value_size) == (None, 64)
     assert (latent.value_head_dim, latent.value_size) == (None, 128)
@@ -103,7 +103,7 @@ def test_layers_of_a_kind_are_counted_once() -> None:
 
 def test_an_empty_config_says_nothing() -> None:
     missing = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
-    assert parse({}) == ModelShape("unknown", unknown=missing)
+    assert parse({}) == ModelShape("unknown", missing=missing)
 
 
 @pytest.mark.parametrize(("config", "name"), [({"model_type": "llama"}, "llama"), ({"architectures": []}, "unknown")])

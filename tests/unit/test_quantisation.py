@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dynamo_mpi.common.config_reader import Reader
 from dynamo_mpi.common.errors import ConfigFileError
 from dynamo_mpi.layout.model_config import parse_model_shape
-from dynamo_mpi.layout.quantisation import Quantisation, read_quantisation
+from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
+from dynamo_mpi.layout.quantisation_config import read_quantisation
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 
@@ -63,12 +64,12 @@ def group(**weights: Any) -> dict[str, Any]:
         ({"config_groups": group(num_bits=4, type="float", group_size=32)}, "MXFP4", 32, True),
         ({"config_groups": group(num_bits=4, type="int", group_size=32)}, "W4A16_AWQ", 32, True),
         ({"config_groups": group(num_bits=4, type="int", group_size=True)}, "W4A16_AWQ", None, True),
-        ({"config_groups": group(num_bits=8, type="int")}, "compressed-tensors", None, False),
+        ({"config_groups": group(num_bits=8, type="int")}, "INT8", None, True),
         ({"config_groups": {}}, "compressed-tensors", None, False),
         ({"config_groups": {"group_0": 3}}, "compressed-tensors", None, False),
         (
             {"config_groups": {**group(num_bits=8, type="float"), "b": {"weights": {}}}},
-            "FP8",
+            "compressed-tensors",
             None,
             False,
         ),
@@ -76,7 +77,7 @@ def group(**weights: Any) -> dict[str, Any]:
             {"config_groups": {"a": {"targets": ["re:.*mlp.*"], "weights": {"num_bits": 8, "type": "float"}}}},
             "FP8",
             None,
-            False,
+            True,
         ),
     ],
 )
@@ -121,7 +122,7 @@ def test_modelopt_s_own_file_comes_first() -> None:
 def test_a_calibrated_cache_alone_quantises_no_weights() -> None:
     found = modelopt(kv_cache_quant_algo="FP8")
     assert found is not None
-    assert (found.algo, found.kv_algo, found.certain, found.known) == ("NONE", "FP8", False, False)
+    assert (found.algo, found.kv_algo, found.certain, found.format.known) == ("NONE", "FP8", False, False)
 
 
 @pytest.mark.parametrize(
@@ -169,12 +170,12 @@ def test_values_of_the_wrong_type_are_named(config: dict[str, Any], words: str) 
     ],
 )
 def test_what_an_element_weighs(algo: str, size: int | None, each: float, block: int) -> None:
-    found = Quantisation(algo, size)
+    found = WeightFormat(algo, size)
     assert (found.known, found.bytes_per_element, found.block) == (True, each, block)
 
 
 def test_formats_that_nobody_knows() -> None:
-    found = Quantisation("W3A5")
+    found = WeightFormat("W3A5")
     assert (found.known, found.block) == (False, 1)
     with pytest.raises(KeyError):
         _ = found.bytes_per_element
@@ -255,5 +256,5 @@ def test_public_checkpoints(model: str, algo: str | None, attention: bool, feed:
     shape = parse_model_shape(json.dumps(ZOO[model]), "config.json", quant_file)
     assert (shape.quantisation.algo if shape.quantisation is not None else None) == algo
     layers = shape.layers or ()
-    found = [any(getattr(layer, f"{part}_quantised") for layer in layers) for part in ("mixer", "feed", "shared")]
+    found = [any(getattr(layer.formats, part) for layer in layers) for part in ("mixer", "feed", "shared")]
     assert found == [attention, feed, shared]

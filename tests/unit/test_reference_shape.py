@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common.errors import LayoutError
 from dynamo_mpi.engines.reference.shape import LlamaShape, part_of, share_of
-from dynamo_mpi.layout.heads import legal_tp_sizes
+from dynamo_mpi.layout.divisibility import head_divisors
 
 
 def shape_of(heads: int, kv_heads: int, vocab_size: int = 49152) -> LlamaShape:
@@ -32,7 +32,7 @@ def shape_of(heads: int, kv_heads: int, vocab_size: int = 49152) -> LlamaShape:
     [(9, 3, (1, 3, 9)), (32, 8, (1, 2, 4, 8, 16, 32)), (40, 8, (1, 2, 4, 8, 40)), (8, 8, (1, 2, 4, 8)), (7, 1, (1, 7))],
 )
 def test_legal_sizes(heads: int, kv_heads: int, legal: tuple[int, ...]) -> None:
-    assert legal_tp_sizes(heads, kv_heads) == legal
+    assert head_divisors(heads, kv_heads) == legal
 
 
 @given(kv_heads=st.integers(1, 16), group=st.integers(1, 16), data=st.data())
@@ -40,7 +40,7 @@ def test_shares_cover_the_model_and_hold_the_key_value_heads_they_need(
     kv_heads: int, group: int, data: st.DataObject
 ) -> None:
     heads = kv_heads * group
-    tp_size = data.draw(st.sampled_from(legal_tp_sizes(heads, kv_heads)))
+    tp_size = data.draw(st.sampled_from(head_divisors(heads, kv_heads)))
     shape = shape_of(heads, kv_heads, vocab_size=data.draw(st.integers(tp_size, 1000)))
 
     shares = [share_of(shape, rank, tp_size) for rank in range(tp_size)]

@@ -16,7 +16,7 @@ from dynamo_mpi.layout.finding import Finding, Severity, errors, render
 from dynamo_mpi.layout.format import counted
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
-from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.model_shape import CompressedAttention, ModelShape
 from dynamo_mpi.layout.rules.registry import all_findings, layout_findings
 from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.models import DEEPSEEK, LLAMA_4, PHI_4, SMOLLM2
@@ -182,7 +182,7 @@ def test_a_model_that_does_not_say_its_heads_is_not_judged_by_them() -> None:
         ModelShape,
         st.just("M"),
         *[st.none() | st.integers(1, 64)] * 8,
-        output_groups=st.none() | st.integers(1, 8),
+        compressed=st.none() | st.builds(CompressedAttention, st.none(), st.none(), st.integers(1, 8)),
         encoder_decoder=st.booleans(),
         dtype=st.none() | st.sampled_from(["bfloat16", "odd"]),
     ),

@@ -18,15 +18,17 @@ from dynamo_mpi.layout.gpus import GPUS
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import (
+    AttentionSizes,
     Experts,
     Feed,
     LatentAttention,
     Layer,
+    LayerFormats,
     Mixer,
     ModelShape,
     StateSpace,
 )
-from dynamo_mpi.layout.quantisation import Quantisation
+from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
 from dynamo_mpi.layout.rules import architecture, attention_dp, backends, dense, experts
 from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
@@ -258,8 +260,18 @@ def test_whole_embeddings(model: str, gigabytes: str | None) -> None:
 
 
 SIZE = st.none() | st.integers(1, 300)
+FORMAT = st.none() | st.builds(
+    WeightFormat, st.sampled_from(["FP8", "FP8_BLOCK_SCALES", "NVFP4", "MXFP4", "W4A16_AWQ", "odd"]), SIZE
+)
 LAYER = st.builds(
-    Layer, st.sampled_from(Mixer), st.sampled_from(Feed), SIZE, st.booleans(), st.booleans(), st.booleans()
+    Layer,
+    st.sampled_from(Mixer),
+    st.sampled_from(Feed),
+    SIZE,
+    st.builds(LayerFormats, FORMAT, FORMAT, FORMAT, FORMAT),
+    st.builds(AttentionSizes, SIZE, SIZE, SIZE, SIZE, st.booleans(), st.booleans(), st.integers(0, 128)),
+    SIZE,
+    st.booleans(),
 )
 QUANTISATION = st.builds(
     Quantisation,

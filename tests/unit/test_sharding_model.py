@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.finding import errors
 from dynamo_mpi.layout.layout import Cluster, Layout, layout_of
-from dynamo_mpi.layout.model_shape import Experts, Feed, Layer, ModelShape
-from dynamo_mpi.layout.quantisation import FP8_BLOCK_SCALES, Quantisation
+from dynamo_mpi.layout.model_shape import Experts, Feed, Layer, LayerFormats, ModelShape
+from dynamo_mpi.layout.quantisation import FP8_BLOCK_SCALES, Quantisation, WeightFormat
 from dynamo_mpi.layout.rules.registry import layout_findings
 from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 
 BLOCK = 128
+BLOCKS = WeightFormat(FP8_BLOCK_SCALES, BLOCK)
 
 
 def deal(items: int, ranks: int) -> list[list[int]]:
@@ -151,7 +152,7 @@ def test_e4_every_rank_has_whole_scaling_blocks_of_an_mlp(blocks: int, more: int
     shape = ModelShape(
         "M",
         intermediate_size=width,
-        layers=(Layer(feed_quantised=True),),
+        layers=(Layer(formats=LayerFormats(feed=BLOCKS)),),
         quantisation=Quantisation(FP8_BLOCK_SCALES, 128),
     )
     config = EngineConfig(tp, cp_size=cp, cp_type="HELIX" if cp > 1 else None)
@@ -171,7 +172,7 @@ def test_e4_every_rank_has_whole_scaling_blocks_of_heads(heads: int, kv_heads: i
         heads,
         kv_heads,
         size,
-        layers=(Layer(mixer_quantised=True),),
+        layers=(Layer(formats=LayerFormats(mixer=BLOCKS)),),
         quantisation=Quantisation(FP8_BLOCK_SCALES, 128),
     )
     found = told(shape, EngineConfig(tp))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynamo_mpi.common.errors import LayoutError
-from dynamo_mpi.layout.heads import legal_tp_sizes
+from dynamo_mpi.layout.divisibility import head_divisors
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def share_of(shape: LlamaShape, rank: int, tp_size: int) -> Share:
         LayoutError: the heads cannot be divided like this.
     """
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    legal = legal_tp_sizes(heads, kv_heads)
+    legal = head_divisors(heads, kv_heads)
     if tp_size not in legal:
         raise LayoutError(
             f"tensor_parallel_size {tp_size} does not fit {heads} attention heads and {kv_heads} key/value heads",

@@ -77,22 +77,37 @@ def format_runs(algo: str, sm: int) -> bool | None:
     return True if sm in runs else None if sm in doubtful else False
 
 
-def experts_quantised(shape: ModelShape) -> bool:
-    """E11: return whether the checkpoint's quantisation covers routed experts."""
-    return any(layer.feed is Feed.EXPERTS and layer.feed_quantised for layer in shape.layers or ())
+def experts_formats(shape: ModelShape) -> tuple[str, ...] | None:
+    """E11: return the formats of routed experts, an empty text for those that aren't quantised; None if that can't be told."""
+    if shape.layers is None:
+        return None if shape.quantisation is not None else ("",)
+    found = (layer.formats.feed for layer in shape.kinds[0] if layer.feed is Feed.EXPERTS)
+    return tuple(dict.fromkeys("" if form is None else form.algo for form in found))
 
 
-def experts_format(shape: ModelShape) -> str:
-    """Return the format of routed experts; empty if they aren't quantised."""
-    return shape.quantisation.algo if shape.quantisation is not None and experts_quantised(shape) else ""
+def weight_formats(shape: ModelShape) -> tuple[str, ...]:
+    """Return the formats of a checkpoint's quantised weights, by name: those of its layers, or where these aren't known its own."""
+    quantisation = shape.quantisation
+    if quantisation is None or quantisation.algo in ("", "NONE"):
+        return ()
+    forms = [form for part in ("mixer", "output", "feed", "shared") for form in shape.formats(part)]
+    forms += [shape.head_format] if shape.head_format is not None else []
+    if not forms and (shape.layers is None or not quantisation.certain):
+        return (quantisation.algo,)
+    return tuple(dict.fromkeys(form.algo for form in forms))
 
 
 def check_format(subject: LayoutSpec) -> Iterator[Finding]:
     """G: the format of the weights (``Unsupported SM version for FP8 block scaling GEMM`` and its like, once the weights are loaded)."""
+    if gpu_of(subject) is not None:
+        for algo in weight_formats(subject.shape):
+            yield from _check_format(subject, algo)
+
+
+def _check_format(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
     gpu, quantisation = gpu_of(subject), subject.shape.quantisation
-    if gpu is None or quantisation is None or quantisation.algo in ("", "NONE"):
+    if gpu is None or quantisation is None:
         return
-    algo = quantisation.algo
     found = f"{quantisation.source or 'the checkpoint'}: {algo}; {gpu.name}, SM {gpu.sm}"
     if algo not in _FORMATS:
         yield info("G", f"whether {gpu.name} runs the format {algo} can't be judged", found=found)
@@ -114,7 +129,12 @@ def check_format(subject: LayoutSpec) -> Iterator[Finding]:
         )
     elif gpu.sm in runs:
         return
-    elif algo == "NVFP4" and 89 <= gpu.sm <= 99 and experts_quantised(subject.shape) and not subject.older_than(1, 3):
+    elif (
+        algo == "NVFP4"
+        and 89 <= gpu.sm <= 99
+        and algo in (experts_formats(subject.shape) or ())
+        and not subject.older_than(1, 3)
+    ):
         yield warning(
             "G",
             f"{gpu.name} has no NVFP4 arithmetic: only experts run, with 16-bit activations; dense NVFP4 layers may not",

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.layout import heads
+from dynamo_mpi.layout.divisibility import kv_copies, kv_heads_fit
 from dynamo_mpi.layout.finding import error, warning
+from dynamo_mpi.layout.format import listed
 from dynamo_mpi.layout.rules import advice
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.model_shape import ModelShape
     from dynamo_mpi.layout.spec import LayoutSpec
 
 # classic attention kernels exist for multiples of 8 from 32 to 256 (TensorRT-LLM issues 679, 855)
@@ -40,26 +42,34 @@ def check_kv_heads(subject: LayoutSpec) -> Iterator[Finding]:
     """B3: KV heads divide over tp, or are replicated a whole number of times (``modeling_utils.py: duplicate_kv_weight``).
     B4: every replica costs its share of the KV cache again."""
     shape, tp_size = subject.shape, subject.layout.attention_tp_size
-    kv_heads = shape.kv_heads
-    if kv_heads is None or tp_size == 1:
+    if tp_size == 1:
         return
-    if not heads.kv_heads_fit(kv_heads, tp_size):
-        rule = "num_key_value_heads % tp_size == 0" if kv_heads >= tp_size else "tp_size % num_key_value_heads == 0"
-        yield error(
-            "B3",
-            f"{kv_heads} KV heads can neither be divided over nor replicated to tp_size = {tp_size}",
-            found=f"{shape.name}: num_key_value_heads {kv_heads}, tp_size {tp_size}",
-            needed=rule,
-            fix=advice.for_heads(subject),
+    for kv_heads in shape.kv_head_counts:
+        where = (
+            "" if len(shape.kv_head_counts) == 1 else f" in some of its layers, others have {_others(shape, kv_heads)}"
         )
-    elif (copies := heads.kv_copies(kv_heads, tp_size)) > 1:
-        yield warning(
-            "B4",
-            f"each of the {kv_heads} KV heads is held by {copies} ranks: the KV cache holds every token {copies} times",
-            found=f"num_key_value_heads {kv_heads}, tp_size {tp_size}",
-            needed=f"tp_size of at most {kv_heads} for a KV cache without copies",
-            fix="use attention DP, pipeline stages or a smaller tensor_parallel_size if the cache gets too small",
-        )
+        if not kv_heads_fit(kv_heads, tp_size):
+            rule = "num_key_value_heads % tp_size == 0" if kv_heads >= tp_size else "tp_size % num_key_value_heads == 0"
+            yield error(
+                "B3",
+                f"{kv_heads} KV heads can neither be divided over nor replicated to tp_size = {tp_size}",
+                found=f"{shape.name}: num_key_value_heads {kv_heads}{where}, tp_size {tp_size}",
+                needed=rule,
+                fix=advice.for_heads(subject),
+            )
+        elif (copies := kv_copies(kv_heads, tp_size)) > 1:
+            held = "the KV cache" if not where else "the KV cache of these layers"
+            yield warning(
+                "B4",
+                f"each of the {kv_heads} KV heads is held by {copies} ranks: {held} holds every token {copies} times",
+                found=f"num_key_value_heads {kv_heads}{where}, tp_size {tp_size}",
+                needed=f"tp_size of at most {kv_heads} for a KV cache without copies",
+                fix="use attention DP, pipeline stages or a smaller tensor_parallel_size if the cache gets too small",
+            )
+
+
+def _others(shape: ModelShape, kv_heads: int) -> str:
+    return listed([count for count in shape.kv_head_counts if count != kv_heads])
 
 
 def check_cross_attention(subject: LayoutSpec) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from dynamo_mpi.layout.finding import error, warning
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.layout.gpus import ADA, AMPERE, BLACKWELL, DATACENTRE_BLACKWELL, HOPPER
 from dynamo_mpi.layout.quantisation import FP8_BLOCK_SCALES, NVFP4
-from dynamo_mpi.layout.rules.architecture import experts_format, format_runs, gpu_of
+from dynamo_mpi.layout.rules.architecture import experts_formats, format_runs, gpu_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,9 +86,14 @@ def check_backend_name(subject: LayoutSpec) -> Iterator[Finding]:
 def check_backend(subject: LayoutSpec) -> Iterator[Finding]:
     """D9, G, G3: the chosen kernels serve the experts' format on this GPU, or the engine falls back to CUTLASS, or that has none either
     (``create_moe.get_moe_cls``, ``moe_resolution.resolve_moe_impl``)."""
-    gpu, experts, layout = gpu_of(subject), subject.shape.experts, subject.layout
-    algo = experts_format(subject.shape)
-    if gpu is None or experts is None or algo not in _KERNELS:
+    if subject.shape.experts is not None:
+        for algo in experts_formats(subject.shape) or ():
+            yield from _check_backend(subject, algo)
+
+
+def _check_backend(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
+    gpu, layout = gpu_of(subject), subject.layout
+    if gpu is None or algo not in _KERNELS:
         return
     serving = [name for name, architectures in _KERNELS[algo].items() if gpu.sm in architectures]
     serving = [name for name in serving if not subject.older_than(*_SINCE.get(name, (0,)))]

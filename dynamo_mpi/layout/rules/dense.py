@@ -9,22 +9,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass
-from dynamo_mpi.layout import heads
-from dynamo_mpi.layout.divisibility import common_split, dense_block
+from dynamo_mpi.layout.divisibility import common_split, dense_block, kv_heads_fit
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import counted
 from dynamo_mpi.layout.model_shape import Feed, Mixer
-from dynamo_mpi.layout.quantisation import FP8_BLOCK, FP8_BLOCK_SCALES, GROUPED, MICROSCALED, NVFP4, NVFP4_BLOCK
+from dynamo_mpi.layout.quantisation import (
+    FP8_BLOCK,
+    FP8_BLOCK_SCALES,
+    GROUPED,
+    MICROSCALED,
+    NVFP4,
+    NVFP4_BLOCK,
+    W4A16_NVFP4,
+)
 from dynamo_mpi.layout.rules import advice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.model_shape import Layer, ModelShape
+    from dynamo_mpi.layout.model_shape import ModelShape
+    from dynamo_mpi.layout.quantisation import WeightFormat
     from dynamo_mpi.layout.spec import LayoutSpec
 
     Say = Callable[..., Finding]
+
+_REDUCED = (NVFP4, W4A16_NVFP4, *MICROSCALED, *GROUPED)
 
 
 @dataclass(frozen=True)
@@ -35,13 +45,15 @@ class _Mlp:
         name: for messages.
         key: that its width stands under.
         width: over all ranks.
-        say: `error`, or `warning` where it isn't certain that it is quantised; None if it isn't quantised.
+        formats: number formats of its weights; none if it isn't quantised.
+        say: `error`, or `warning` where it isn't certain that it is quantised.
     """
 
     name: str
     key: str
     width: int
-    say: Say | None
+    formats: tuple[WeightFormat, ...]
+    say: Say
 
 
 def check_division(subject: LayoutSpec) -> Iterator[Finding]:
@@ -62,11 +74,9 @@ def check_division(subject: LayoutSpec) -> Iterator[Finding]:
 def check_scale_blocks(subject: LayoutSpec) -> Iterator[Finding]:
     """E4: FP8 blocks are 128 x 128, and no rank can hold part of one; nothing asserts it, so that a misaligned share ends as a size mismatch
     or as wrong scales (``FP8BlockScalesLinearMethod``)."""
-    quantisation, tp_size = subject.shape.quantisation, subject.layout.dense_tp_size
-    if quantisation is None or quantisation.algo != FP8_BLOCK_SCALES or tp_size == 1:
-        return
+    tp_size = subject.layout.dense_tp_size
     for mlp in _split_mlps(subject):
-        if mlp.say is not None and mlp.width % tp_size == 0 and (mlp.width // tp_size) % FP8_BLOCK:
+        if _has(mlp.formats, FP8_BLOCK_SCALES) and mlp.width % tp_size == 0 and (mlp.width // tp_size) % FP8_BLOCK:
             share = mlp.width // tp_size
             yield mlp.say(
                 "E4",
@@ -81,17 +91,19 @@ def check_scale_blocks(subject: LayoutSpec) -> Iterator[Finding]:
 def check_attention_blocks(subject: LayoutSpec) -> Iterator[Finding]:
     """E4, E11: query and KV heads of a rank are whole FP8 scaling blocks (``FP8BlockScalesLinearMethod``)."""
     shape, layout = subject.shape, subject.layout
-    quantisation, say = shape.quantisation, _attention(shape)
-    if quantisation is None or quantisation.algo != FP8_BLOCK_SCALES or say is None or layout.enable_attention_dp:
+    quantisation, say = shape.quantisation, _say(shape)
+    inputs = _formats(shape, ("mixer", "output"), mixer=Mixer.ATTENTION)
+    if quantisation is None or not _has(inputs, FP8_BLOCK_SCALES) or layout.enable_attention_dp:
         return
     if shape.latent is not None or shape.attention_heads is None or shape.head_dim is None:
         return
     count, split, tp_size = shape.attention_heads, layout.head_split, layout.attention_tp_size
-    if split == 1 or count % split or (shape.kv_heads is not None and not heads.kv_heads_fit(shape.kv_heads, tp_size)):
+    if split == 1 or count % split or not all(kv_heads_fit(kv_heads, tp_size) for kv_heads in shape.kv_head_counts):
         return  # B1 and B3 report the problem
     shares = [("query", "num_attention_heads", count, count // split)]
-    if shape.kv_heads is not None and tp_size > 1:
-        shares.append(("KV", "num_key_value_heads", shape.kv_heads, -(-shape.kv_heads // tp_size)))
+    if tp_size > 1:
+        by_share = {-(-heads // tp_size): heads for heads in reversed(shape.kv_head_counts)}
+        shares += [("KV", "num_key_value_heads", heads, share) for share, heads in by_share.items()]
     broken = [part for part in shares if part[3] * shape.head_dim % FP8_BLOCK]
     if not broken:
         return
@@ -110,95 +122,97 @@ def check_attention_blocks(subject: LayoutSpec) -> Iterator[Finding]:
 def check_reduced_blocks(subject: LayoutSpec) -> Iterator[Finding]:
     """E5, E6: a rank's share of the reduced dimension is whole blocks or groups: NVFP4 16, MXFP4 32, AWQ and GPTQ as in the checkpoint
     (``NVFP4LinearMethod``: ``in_features <x> must be divisible by scaling_vector_size 16``)."""
-    shape, layout, quantisation = subject.shape, subject.layout, subject.shape.quantisation
-    if quantisation is None or quantisation.algo not in (NVFP4, *MICROSCALED, *GROUPED):
-        return
-    algo = quantisation.algo
-    rule, block = ("E5", NVFP4_BLOCK) if algo == NVFP4 else ("E6", quantisation.block)
-    guessed = algo in GROUPED and quantisation.group_size is None
-    shares = [(mlp.say, mlp.name, mlp.key, mlp.width, layout.dense_tp_size) for mlp in _split_mlps(subject)]
+    shape, layout = subject.shape, subject.layout
+    shares = [(mlp.formats, mlp.name, mlp.key, mlp.width, layout.dense_tp_size) for mlp in _split_mlps(subject)]
     size = shape.value_size
     if shape.attention_heads is not None and size is not None and shape.attention_heads % layout.head_split == 0:
+        outputs = _formats(shape, ("output",), mixer=Mixer.ATTENTION)
         width = shape.attention_heads * size
-        shares.append(
-            (_attention(shape), "the attention output", "num_attention_heads x head_dim", width, layout.head_split)
-        )
-    for say, name, key, width, split in shares:
-        if say is None or split == 1 or width % split or (width // split) % block == 0:
-            continue
-        yield (warning if guessed else say)(
-            rule,
-            f"each rank would hold {width // split} of {name} of {width}, which isn't whole {algo} blocks of {block}",
-            found=f"{shape.name}: {key} {width} over {split} ranks; {width // split} / {block} = {width / split / block:g}",
-            needed=f"({key} / {split}) % {block} == 0",
-            fix=_advice(subject, width, block),
-        )
+        shares.append((outputs, "the attention output", "num_attention_heads x head_dim", width, layout.head_split))
+    for forms, name, key, width, split in shares:
+        for form in forms:
+            if form.algo in _REDUCED and split > 1 and width % split == 0 and (width // split) % form.block:
+                guessed = form.algo in GROUPED and form.group_size is None
+                yield (warning if guessed else _say(shape))(
+                    "E5" if form.block == NVFP4_BLOCK else "E6",
+                    f"each rank would hold {width // split} of {name} of {width}, which isn't whole {form.algo} blocks of {form.block}",
+                    found=f"{shape.name}: {key} {width} over {split} ranks; {width // split} / {form.block} = {width / split / form.block:g}",
+                    needed=f"({key} / {split}) % {form.block} == 0",
+                    fix=_advice(subject, width, form.block),
+                )
 
 
 def check_common_divisor(subject: LayoutSpec) -> Iterator[Finding]:
     """E9: DeepSeek-V3 and its relatives split the dense MLP by a common divisor of its scaling blocks, tp and the GPUs of a node
     (``modeling_deepseekv3.py: _compute_mlp_tp_size``)."""
-    shape, layout, block = subject.shape, subject.layout, dense_block(subject.shape.quantisation)
+    shape, layout = subject.shape, subject.layout
     if not shape.splits_dense_by_gcd:
         return
-    widths: list[tuple[str, str, int, Say | None]] = []
-    if shape.intermediate_size is not None and shape.has(Feed.DENSE):
-        widths.append(("the dense MLP", "intermediate_size", shape.intermediate_size, _covered(shape, _is_dense)))
-    if shape.experts is not None and shape.experts.shared_intermediate_size:
-        shared = shape.experts.shared_intermediate_size
-        widths.append(("the shared experts", "their intermediate size", shared, _covered(shape, _has_shared)))
-    for name, key, width, say in widths:
-        if say is not None and width % block:
-            yield say(
+    for mlp in _mlps(shape):
+        name, key, width = mlp.name, mlp.key, mlp.width
+        block = max(map(dense_block, mlp.formats), default=1)
+        if width % block:
+            yield mlp.say(
                 "E9",
                 f"{name} of {width} can't be divided into scaling blocks of {block}",
                 found=f"{shape.name}: {key} {width}, remainder {width % block}",
                 needed=f"{key} % {block} == 0",
                 fix="check that config.json is the checkpoint's own, or use another checkpoint",
             )
-        elif name == "the dense MLP" and width % block == 0 and not layout.enable_attention_dp:
+        elif name == "an MLP" and not layout.enable_attention_dp:
             tp_size, node = layout.dense_tp_size, subject.config.gpus_per_node or subject.cluster.gpus_per_node
             split = common_split(width, block, tp_size, node)
             if split < tp_size:
                 yield info(
                     "E9",
-                    f"{name} is divided over {split} ranks and held {tp_size // split} times: this family doesn't split it further",
+                    f"the dense MLP is divided over {split} ranks and held {tp_size // split} times: this family doesn't split it further",
                     found=f"{shape.name}: {key} {width}, scaling blocks of {block}, {_over(subject)} {tp_size}, {node} GPUs a node",
                 )
 
 
 def _split_mlps(subject: LayoutSpec) -> Iterator[_Mlp]:
     shape, layout = subject.shape, subject.layout
-    if layout.enable_attention_dp or shape.splits_dense_by_gcd or layout.dense_tp_size == 1:
-        return
-    if shape.intermediate_size is not None and shape.has(Feed.DENSE):
-        yield _Mlp("an MLP", "intermediate_size", shape.intermediate_size, _covered(shape, _is_dense))
+    if not (layout.enable_attention_dp or shape.splits_dense_by_gcd or layout.dense_tp_size == 1):
+        yield from _mlps(shape)
+
+
+def _mlps(shape: ModelShape) -> Iterator[_Mlp]:
+    if shape.has(Feed.DENSE):
+        formats = (*shape.formats("feed", feed=Feed.DENSE), *_formats_beside(shape))
+        for width in shape.dense_widths:
+            yield _Mlp("an MLP", "intermediate_size", width, _or_the_only(shape, formats), _say(shape))
     if shape.experts is not None and shape.experts.shared_intermediate_size:
         width = shape.experts.shared_intermediate_size
-        yield _Mlp("shared experts", "their intermediate size", width, _covered(shape, _has_shared))
+        formats = shape.formats("shared", feed=Feed.EXPERTS)
+        yield _Mlp("shared experts", "their intermediate size", width, _or_the_only(shape, formats), _say(shape))
 
 
-def _is_dense(layer: Layer) -> bool:
-    return layer.feed is Feed.DENSE and layer.feed_quantised
+def _formats_beside(shape: ModelShape) -> tuple[WeightFormat, ...]:
+    found = (layer.formats.shared for layer in shape.kinds[0] if layer.mlp_beside_experts)
+    return tuple(form for form in found if form is not None)
 
 
-def _has_shared(layer: Layer) -> bool:
-    return layer.feed is Feed.EXPERTS and layer.shared_quantised
+def _formats(shape: ModelShape, parts: tuple[str, ...], mixer: Mixer) -> tuple[WeightFormat, ...]:
+    """Return the distinct formats of some parts of the layers with this mixer."""
+    layers = [layer for layer in shape.kinds[0] if layer.mixer is mixer]
+    found = (getattr(layer.formats, part) for layer in layers for part in parts)
+    return _or_the_only(shape, tuple(dict.fromkeys(form for form in found if form is not None)))
 
 
-def _attention(shape: ModelShape) -> Say | None:
-    return _covered(shape, lambda layer: layer.mixer is Mixer.ATTENTION and layer.mixer_quantised)
+def _or_the_only(shape: ModelShape, formats: tuple[WeightFormat, ...]) -> tuple[WeightFormat, ...]:
+    """Return the checkpoint's format where its layers aren't known."""
+    quantisation = shape.quantisation
+    return formats if shape.layers is not None or quantisation is None else (quantisation.format,)
 
 
-def _covered(shape: ModelShape, quantised: Callable[[Layer], bool]) -> Say | None:
-    """E11: return the function that makes the finding for a part that isn't aligned: none if the checkpoint excludes it from quantisation."""
-    if shape.quantisation is None:
-        return None
-    if shape.layers is None:
-        return warning
-    if not any(quantised(layer) for layer in shape.layers):
-        return None
-    return error if shape.quantisation.certain else warning
+def _say(shape: ModelShape) -> Say:
+    """E11: return the function that makes the finding for a part that isn't aligned: a warning if it may not be quantised."""
+    sure = shape.quantisation is not None and shape.quantisation.certain and shape.layers is not None
+    return error if sure else warning
+
+
+def _has(formats: tuple[WeightFormat, ...], algo: str) -> bool:
+    return any(form.algo == algo for form in formats)
 
 
 def _over(subject: LayoutSpec) -> str:
@@ -207,8 +221,9 @@ def _over(subject: LayoutSpec) -> str:
 
 def _heads_align(shape: ModelShape, tp_size: int, cp_size: int) -> bool:
     """E4 for heads, at a size that divides them."""
-    count, kv_heads, size = shape.attention_heads or 0, shape.kv_heads or tp_size, shape.head_dim or 0
-    aligned = all(share * size % FP8_BLOCK == 0 for share in (count // (tp_size * cp_size), -(-kv_heads // tp_size)))
+    count, size = shape.attention_heads or 0, shape.head_dim or 0
+    shares = (count // (tp_size * cp_size), *(-(-kv_heads // tp_size) for kv_heads in shape.kv_head_counts))
+    aligned = all(share * size % FP8_BLOCK == 0 for share in shares)
     return aligned or tp_size * cp_size == 1
 
 

@@ -10,8 +10,15 @@ from dynamo_mpi.layout.engine_config import DEFAULT_MAX_NUM_TOKENS
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import counted, listed
 from dynamo_mpi.layout.model_shape import Feed
-from dynamo_mpi.layout.quantisation import FP8_BLOCK, FP8_BLOCK_SCALES, GROUPED, MICROSCALED, NVFP4, NVFP4_BLOCK
-from dynamo_mpi.layout.rules.architecture import experts_format
+from dynamo_mpi.layout.quantisation import (
+    FP8_BLOCK,
+    FP8_BLOCK_SCALES,
+    GROUPED,
+    MICROSCALED,
+    NVFP4,
+    NVFP4_BLOCK,
+    W4A16_NVFP4,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +27,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.spec import LayoutSpec
 
 # a rank's share of an expert must consist of such blocks; for other formats, of the checkpoint's groups
-_ERRS_AT = {FP8_BLOCK_SCALES: FP8_BLOCK, NVFP4: NVFP4_BLOCK}
+_ERRS_AT = {FP8_BLOCK_SCALES: FP8_BLOCK, NVFP4: NVFP4_BLOCK, W4A16_NVFP4: NVFP4_BLOCK}
 _WARNS_AT = dict.fromkeys(MICROSCALED, 128)
 # Sixteen ranks at the engine's default. Permuted activations take up to tokens x experts per token x hidden size x 2 bytes:
 # 15 GB for DeepSeek-R1 at this size, more than a KV cache can spare beside its weights.
@@ -237,9 +244,16 @@ def check_workspace(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def _block(subject: LayoutSpec) -> tuple[str, int]:
-    algo, quantisation = experts_format(subject.shape), subject.shape.quantisation
-    group = quantisation.block if quantisation is not None and algo in GROUPED else 1
-    return algo, _ERRS_AT.get(algo) or _WARNS_AT.get(algo) or group
+    """Return the format of the experts whose blocks are largest, and those blocks."""
+    forms, quantisation = list(subject.shape.formats("feed", feed=Feed.EXPERTS)), subject.shape.quantisation
+    if forms and quantisation is not None and quantisation.algo == FP8_BLOCK_SCALES:
+        forms.append(quantisation.format)  # DeepSeek-V4: experts in FP4 take activations in FP8 blocks
+    blocks = [
+        (_ERRS_AT.get(form.algo) or _WARNS_AT.get(form.algo) or (form.block if form.algo in GROUPED else 1), form.algo)
+        for form in forms
+    ]
+    block, algo = max(blocks, key=lambda found: (found[0], found[1] in _ERRS_AT), default=(1, ""))
+    return algo, block
 
 
 def _ep_advice(subject: LayoutSpec) -> str:

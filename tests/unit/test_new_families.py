@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dynamo-mpi check` on the model files of new families: their layers, sizes and formats as the checkpoint has them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamo_mpi.cli.main import main
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.rules.architecture import weight_formats
+
+CONFIGS = Path(__file__).resolve().parents[1] / "data" / "model_configs"
+GIB = 2**30
+
+
+def shape_of(name: str) -> ModelShape:
+    quant = CONFIGS / f"{name}.hf_quant_config.json"
+    text = quant.read_text(encoding="utf-8") if quant.exists() else None
+    return parse_model_shape((CONFIGS / f"{name}.json").read_text(encoding="utf-8"), f"{name}/config.json", text)
+
+
+class Check:
+    """Runs the verb on a model of tests/data, in a folder of its own."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._capsys = folder, capsys
+
+    def run(self, model: str, yaml: dict[str, Any], *words: str) -> tuple[int, dict[str, Any]]:
+        shutil.copy(CONFIGS / f"{model}.json", self.folder / "config.json")
+        if (quant := CONFIGS / f"{model}.hf_quant_config.json").exists():
+            shutil.copy(quant, self.folder / "hf_quant_config.json")
+        (self.folder / "engine.yaml").write_text(json.dumps(yaml), encoding="utf-8")
+        given = ("--model", str(self.folder), "--engine-config", str(self.folder / "engine.yaml"), *words)
+        code = main(["check", *given, "--output", "json"])
+        report: dict[str, Any] = json.loads(self._capsys.readouterr().out)
+        return code, report
+
+
+@pytest.fixture
+def check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Check:
+    return Check(tmp_path, capsys)
+
+
+def rules(report: dict[str, Any]) -> set[str]:
+    return {finding["rule"] for finding in report["findings"]}
+
+
+def test_c2_kimi_k3_weighs_what_its_checkpoint_does(check: Check) -> None:
+    layout = {"tensor_parallel_size": 8, "moe_expert_parallel_size": 8}
+    code, report = check.run("Kimi-K3", layout, "--gpus-per-node", "8", "--gpu", "b300")
+    assert code == 0
+    stage = report["memory"]["stages"][0]
+    # 1.56 TB over 8 ranks are 181.6 GiB; the projections into and out of the experts' width (9.5 GB) are whole on every rank
+    assert 181 * GIB < stage["weights_bytes"] < 192 * GIB
+    assert report["unknown"] == []
+
+
+def test_c4_layers_by_block_type_and_nvfp4_experts(check: Check) -> None:
+    yaml = {
+        "tensor_parallel_size": 4,
+        "moe_expert_parallel_size": 4,
+        "enable_attention_dp": True,
+        "moe_config": {"backend": "CUTEDSL"},
+    }
+    code, report = check.run("Nemotron-3-Ultra-550B-A55B-NVFP4", yaml, "--gpus-per-node", "4", "--gpu", "gb300")
+    assert code == 0
+    assert "D9" not in rules(report)
+    assert report["memory"]["stages"][0]["weights_bytes"] > 70 * GIB
+    kinds = Counter(
+        (layer.mixer.value, layer.feed.value) for layer in shape_of("Nemotron-3-Ultra-550B-A55B-NVFP4").layers or ()
+    )
+    assert kinds == {("mamba2", "none"): 48, ("none", "experts"): 48, ("attention", "none"): 12}
+
+
+def test_c5_experts_beside_an_excluded_mlp_are_quantised(check: Check) -> None:
+    yaml = {"tensor_parallel_size": 1, "moe_config": {"backend": "CUTEDSL"}}
+    code, report = check.run("Gemma-4-26B-A4B-NVFP4", yaml, "--gpus-per-node", "1", "--gpu", "b200")
+    assert code == 0
+    assert "D9" not in rules(report)
+    assert 16.4 * GIB < report["memory"]["stages"][0]["weights_bytes"] < 18 * GIB
+
+
+@pytest.mark.parametrize(
+    ("model", "formats", "gigabytes"),
+    [
+        # 743.4e9 parameters: 721.6e9 in experts and their like in NVFP4, 21.8e9 in bfloat16
+        ("GLM-5.2-NVFP4", ("NVFP4",), (436, 454)),
+        # experts in NVFP4, what DeepSeek published in FP8 blocks stays so
+        ("DeepSeek-V4-Pro-NVFP4", ("FP8_BLOCK_SCALES", "NVFP4"), (880, 916)),
+        ("DeepSeek-V3.2-NVFP4", ("NVFP4",), (380, 396)),
+    ],
+)
+def test_c12_formats_are_estimated_and_judged(
+    model: str, formats: tuple[str, ...], gigabytes: tuple[int, int], check: Check
+) -> None:
+    assert set(weight_formats(shape_of(model))) == set(formats)
+    code, report = check.run(model, {"tensor_parallel_size": 8}, "--gpus-per-node", "8", "--gpu", "b300")
+    assert code == 0
+    assert report["unknown"] == []
+    low, high = gigabytes
+    whole, ranks = report["memory"]["weights_total_bytes"], 8
+    assert low * 1e9 < whole < high * 1e9 + ranks * 30e9
+    # no Hopper GPU has NVFP4
+    code, report = check.run(model, {"tensor_parallel_size": 8}, "--gpus-per-node", "8", "--gpu", "a100")
+    assert (code, "G" in rules(report)) == (78, True)
+
+
+def test_an_unknown_kind_of_layer_is_never_unquantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((CONFIGS / "GLM-5.2-NVFP4.json").read_text(encoding="utf-8"))
+    config["layer_types"][5] = "telepathy"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ("--model", str(tmp_path), "--tp-size", "8", "--gpus-per-node", "8", "--gpu", "b300")
+    (tmp_path / "e.yaml").write_text("moe_config: {backend: CUTEDSL}\n")
+    assert main(["check", *words, "--engine-config", str(tmp_path / "e.yaml"), "--output", "json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["memory"] == {}
+    assert report["unknown"] == ["layer_types ('telepathy')"]
+    assert "D9" not in rules(report)
