@@ -105,6 +105,16 @@ def raise_nofile_limit(connections: int) -> None:
     )
 
 
+def raise_nofile_limit_to_hard() -> None:
+    """Raise this process's soft limit of open files to its hard limit, for the servers that it starts: clients use up their descriptors."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # then the kernel's limit is lower
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 _SIGEV_THREAD = 2
 _CLOCK_MONOTONIC = 1
 

@@ -26,6 +26,7 @@ from dynamo_mpi.deploy.programs import frontend_environment, server_environment
 from dynamo_mpi.deploy.run_dir import ServicesDir
 from dynamo_mpi.deploy.service_stack import ServiceStack
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats, ServiceError
+from dynamo_mpi.discovery.etcd import SAFE_ETCD, is_outdated_etcd
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,7 +117,7 @@ class HeadNode(ServiceStack):
             Interrupted: a signal requests the end.
         """
         settings = self._settings
-        etcd_binary, nats_binary = programs.find_etcd(), programs.find_nats_server()
+        etcd_binary, nats_binary = programs.find_etcd(settings.etcd), programs.find_nats_server()
         if settings.frontend:
             programs.require_packages(programs.FRONTEND_PACKAGES)
         address = service_address(settings.address, "--address / DYN_MPI_ADDRESS / HEAD_NODE_IP")
@@ -136,6 +137,11 @@ class HeadNode(ServiceStack):
         starting_etcd = self.start_service(make_etcd, self._ports(settings.etcd_port, address), variables)
         starting_nats = self.start_service(make_nats, self._ports(settings.nats_port, address), variables)
         etcd, nats = self.wait_ready(starting_etcd), self.wait_ready(starting_nats)
+        if is_outdated_etcd(version := etcd.version()):
+            self._say(
+                f"etcd {version} ({etcd_binary}) has known security holes: a client without credentials can make it refuse all others; "
+                f"expected: {SAFE_ETCD}; fix: put one on PATH, or --etcd PATH (DYN_MPI_ETCD)"
+            )
         secrets = {} if credentials is None else credentials.client_environment
         environment = {"ETCD_ENDPOINTS": etcd.url, "NATS_SERVER": nats.url, **secrets}
         url = None

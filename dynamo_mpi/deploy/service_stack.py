@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.process import raise_nofile_limit_to_hard
 from dynamo_mpi.common.subprocess import POLL_SECONDS, LoggedProcess, stop
 from dynamo_mpi.deploy.certificates import make_credentials
 from dynamo_mpi.deploy.services import LOG_LINES, ProcessExited, ServiceT, StartTimeout, is_up, lost_its_port
@@ -105,6 +106,7 @@ class ServiceStack:
         Raises:
             Interrupted: a signal requests the end.
         """
+        raise_nofile_limit_to_hard()
         port = next_port()
         assert port is not None  # noqa: S101 - the first always is
         start = StartingService(make, next_port, environment, make(port))

@@ -122,6 +122,11 @@ class Etcd:
         status, body = get_json(self.port, "/health", host=self.host, tls=tls)
         return status == 200 and str(body.get("health")) == "true"
 
+    def version(self) -> str:
+        """Return the running server's version; empty if it doesn't answer."""
+        tls = None if self.certificates is None else self.certificates.client_context
+        return str(get_json(self.port, "/version", host=self.host, tls=tls)[1].get("etcdserver", ""))
+
     def _tls_flags(self) -> tuple[str, ...]:
         if self.certificates is None:
             return ()

@@ -23,6 +23,20 @@ _LEASE_SECONDS = 30
 DEFAULT_ETCD = f"http://localhost:{DEFAULT_PORT}"
 
 
+# the first release of each minor version in which clients without credentials can't use up the server's descriptors (CVE-2026-73500)
+_SAFE_PATCH = {(3, 5): 33, (3, 6): 14, (3, 7): 1}
+SAFE_ETCD = "etcd 3.5.33, 3.6.14, 3.7.1 or newer"
+
+
+def is_outdated_etcd(version: str) -> bool:
+    """Return whether this release of etcd has known security holes that concern a shared cluster; False if its version can't be read."""
+    try:
+        major, minor, patch = (int(part) for part in version.partition("-")[0].split("."))
+    except ValueError:
+        return False
+    return (major, minor) < min(_SAFE_PATCH) or patch < _SAFE_PATCH.get((major, minor), 0)
+
+
 class KeyValue(NamedTuple):
     """One key with its value.
 

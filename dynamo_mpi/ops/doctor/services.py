@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, ExitCode
 from dynamo_mpi.discovery.connectivity import check_etcd_endpoints, nats_server, require_nats_server
 from dynamo_mpi.discovery.endpoints import strip_credentials
-from dynamo_mpi.discovery.etcd import EtcdAuth
+from dynamo_mpi.discovery.etcd import SAFE_ETCD, EtcdAuth, is_outdated_etcd
 from dynamo_mpi.discovery.etcd_http import HttpEtcdClient
 from dynamo_mpi.discovery.records import worlds_of
 from dynamo_mpi.layout.format import counted, listed
@@ -153,6 +153,9 @@ def judge_answers(answers: EtcdAnswers) -> Iterator[Check]:
         yield warning("etcd-read", found, needed, "a local disk for etcd's data, and a head node that isn't overloaded")
     else:
         yield ok("etcd-read", found)
+    if is_outdated_etcd(answers.version):
+        found = f"etcd {answers.version} has known security holes: a client without credentials can make it refuse all others"
+        yield warning("etcd-version", found, SAFE_ETCD, f"{SAFE_ETCD} on PATH of the head node, or DYN_MPI_ETCD=PATH")
     if answers.skew is not None:
         yield judge_clock(answers.skew)
 
