@@ -16,11 +16,11 @@ from pathlib import Path
 
 from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.config.model_files import find_model
-from dynamo_mpi.layout.check import check_worker
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.finding import Finding, error
 from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.model_files import find_model
+from dynamo_mpi.layout.report import check_worker
 from dynamo_mpi.layout.report_text import describe_report
 from dynamo_mpi.layout.spec import LayoutSpec
 

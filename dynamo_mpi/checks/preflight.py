@@ -15,7 +15,6 @@ from dynamo_mpi.checks.rank_report import ComparedFile, RankReport, ReportReques
 from dynamo_mpi.checks.rank_rules import check_ranks
 from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ConfigFileError, ExitCode, ModelNotFoundError
-from dynamo_mpi.layout.check import check_worker, exit_code_of
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.layout.finding import Finding, Severity, errors, render
@@ -23,6 +22,7 @@ from dynamo_mpi.layout.format import short_name
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.report import check_worker, exit_code_of
 from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import TrtllmVersion, installed_trtllm_version, parse_trtllm_version
 from dynamo_mpi.mpi.placement import hosts

@@ -22,8 +22,8 @@ from dynamo_mpi.cli.worker_inputs import (
 )
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.config.options import Option, to_count, to_path
-from dynamo_mpi.layout.check import Report, check_pair, check_worker
 from dynamo_mpi.layout.layout import Cluster
+from dynamo_mpi.layout.report import Report, check_pair, check_worker
 from dynamo_mpi.layout.report_text import describe_pair, describe_report
 from dynamo_mpi.layout.spec import LayoutSpec
 

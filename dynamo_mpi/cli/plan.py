@@ -21,11 +21,11 @@ from dynamo_mpi.cli.worker_inputs import (
 )
 from dynamo_mpi.common.errors import ExitCode, LayoutError, UsageError
 from dynamo_mpi.config.options import Option, to_count
-from dynamo_mpi.layout.check import exit_code_of
 from dynamo_mpi.layout.engine_yaml import for_role
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.layout.layout import cluster_for
 from dynamo_mpi.layout.planner import plan, workable_sizes
+from dynamo_mpi.layout.report import exit_code_of
 from dynamo_mpi.layout.report_text import describe_plans, plans_as_json
 from dynamo_mpi.layout.rules.registry import config_findings
 from dynamo_mpi.layout.spec import LayoutSpec

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
 from dynamo_mpi.config.engine import ENGINE_OPTIONS, GPU, MIN_REQUESTS, ROLE, engine_flags
-from dynamo_mpi.config.model_files import ModelFiles, find_model
 from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_text
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
+from dynamo_mpi.layout.model_files import ModelFiles, find_model
 
 if TYPE_CHECKING:
     import argparse

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import ModelNotFoundError
-from dynamo_mpi.config.model_files import find_model
+from dynamo_mpi.layout.model_files import find_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,4 +34,4 @@ def resolve_model_dir(settings: Settings, environ: Mapping[str, str]) -> Setting
     files = find_model(str(settings.model), environ)
     named = settings.origins["served_model_name"] != "default"
     name = settings.served_model_name if named else files.name
-    return replace(settings, model=files.config.parent, served_model_name=name)
+    return replace(settings, model=Path(files.config).parent, served_model_name=name)

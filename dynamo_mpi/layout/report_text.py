@@ -13,10 +13,10 @@ from dynamo_mpi.layout.suggestions import suggestions
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.layout.check import PairReport, Report
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.memory import MemoryEstimate
     from dynamo_mpi.layout.planner import Plan
+    from dynamo_mpi.layout.report import PairReport, Report
     from dynamo_mpi.layout.spec import LayoutSpec
 
 _ENGINE_CONFIG = "engine.yaml"

@@ -260,13 +260,13 @@ def test_followers_import_next_to_nothing_before_the_verdict(mpirun: Mpirun, mod
     )
     assert done.returncode == 0, done.stderr
     imported = {rank: set((tmp_path / str(rank)).read_text().split()) for rank in range(3)}
-    assert {"dynamo_mpi.runtime.leader", "dynamo_mpi.layout.check"} <= imported[0]
+    assert {"dynamo_mpi.runtime.leader", "dynamo_mpi.layout.report"} <= imported[0]
     for rank in (1, 2):
         foreign = {name for name in imported[rank] if not name.startswith("dynamo_mpi")}
         assert foreign - ALLOWED_BEFORE_THE_VERDICT == set()
         ours = {name for name in imported[rank] if name.startswith("dynamo_mpi")}
         assert "dynamo_mpi.runtime.follower" in ours
-        assert not ours & {"dynamo_mpi.runtime.leader", "dynamo_mpi.config.worker", "dynamo_mpi.layout.check"}
+        assert not ours & {"dynamo_mpi.runtime.leader", "dynamo_mpi.config.worker", "dynamo_mpi.layout.report"}
         # each is a file to open on every rank of a world of hundreds
         assert len(ours) <= 24, sorted(ours)
 

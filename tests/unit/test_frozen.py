@@ -93,6 +93,6 @@ def test_replace_takes_both_kinds() -> None:
 
 
 def test_layout_imports_no_standard_dataclasses() -> None:
-    code = "import sys, dynamo_mpi.layout.check, dynamo_mpi.layout.contract; print('dataclasses' in sys.modules)"
+    code = "import sys, dynamo_mpi.layout.report, dynamo_mpi.layout.contract; print('dataclasses' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False", "import dataclass from dynamo_mpi.common.frozen in layout/"

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.layout.check import check_worker
 from dynamo_mpi.layout.engine_config import EngineConfig, KvCache
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.engine_yaml import engine_yaml
@@ -23,6 +22,7 @@ from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.planner import Plan, nearest, plan, workable_sizes
+from dynamo_mpi.layout.report import check_worker
 from dynamo_mpi.layout.rules.registry import layout_findings
 from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.model_zoo import QUANT_FILES, ZOO

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from pathlib import Path
+import stat
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.config_reader import read_small_text
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.layout.model_shape import ModelShape
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_QUANT_FILE = "hf_quant_config.json"
+_CONFIG, _QUANT_FILE = "config.json", "hf_quant_config.json"
+_NEEDED = "a model folder, its config.json, or a hub id that is in the cache"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ModelFiles:
     """
 
     name: str
-    config: Path
+    config: str
     config_text: str
     quant_text: str | None
 
@@ -44,7 +45,7 @@ class ModelFiles:
         Raises:
             ConfigFileError: one of the files is invalid.
         """
-        return parse_model_shape(self.config_text, str(self.config), self.quant_text)
+        return parse_model_shape(self.config_text, self.config, self.quant_text)
 
 
 def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
@@ -58,65 +59,77 @@ def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
         ModelNotFoundError: there is no such model, or its config can't be read.
         ConfigFileError: the config is too large or not text.
     """
-    path = Path(model)
-    try:
-        is_folder, exists = path.is_dir(), path.exists()
-    except OSError as error:
-        raise ModelNotFoundError(
-            f"the model {model[:200]}{'...' if len(model) > 200 else ''} can't be read: {error.strerror}",
-            needed="a model folder, its config.json, or a hub id that is in the cache",
-            fix="check --model / MODEL_PATH, its rights, and that the container mounts it",
-        ) from None
-    if is_folder:
-        return _read(path.resolve().name, path / "config.json")
-    if exists:
+    mode = _mode(model)
+    if mode is not None and stat.S_ISDIR(mode):
+        return _read(os.path.basename(os.path.realpath(model)), os.path.join(model, _CONFIG))
+    if mode is not None:
         # in the hub's cache the file is a link to a blob
-        return _read(path.stem if path.name != "config.json" else path.parent.resolve().name, path)
-    if not _HUB_ID.fullmatch(model) or model.endswith((".json", ".gguf")):
+        folder, name = os.path.split(model)
+        stem = os.path.basename(os.path.realpath(folder)) if name == _CONFIG else os.path.splitext(name)[0]
+        return _read(stem, model)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.endswith((".json", ".gguf")):
         raise ModelNotFoundError(
             f"there is no model at {model}",
-            needed="a model folder, its config.json, or a hub id that is in the cache",
+            needed=_NEEDED,
             fix="check --model / MODEL_PATH, and that the container mounts it",
         )
     cache = hub_cache(environ)
-    snapshot = _snapshot(cache / f"models--{model.replace('/', '--')}")
+    snapshot = _snapshot(os.path.join(cache, f"models--{model.replace('/', '--')}"))
     if snapshot is None:
         raise ModelNotFoundError(
             f"there is no model {model}: neither a folder of this name, nor a snapshot in {cache}",
-            needed="a model folder, its config.json, or a hub id that is in the cache",
+            needed=_NEEDED,
             fix=f"huggingface-cli download {model}, or set HF_HOME to where it is",
         )
-    return _read(model, snapshot / "config.json")
+    return _read(model, os.path.join(snapshot, _CONFIG))
 
 
-def hub_cache(environ: Mapping[str, str]) -> Path:
+def hub_cache(environ: Mapping[str, str]) -> str:
     """Return the directory of the Hugging Face hub's cache, by the variables that its library uses."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
-            return Path(environ[name])
+            return environ[name]
     home = environ.get("HF_HOME")
     if home:
-        return Path(home) / "hub"
+        return os.path.join(home, "hub")
     base = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".cache")
-    return Path(base) / "huggingface" / "hub"
+    return os.path.join(base, "huggingface", "hub")
 
 
-def _snapshot(folder: Path) -> Path | None:
-    """Return the snapshot of ``main``, or else the newest one."""
+def _mode(path: str) -> int | None:
+    """Return the mode of a file or folder; None if there is none."""
     try:
-        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-        if commit and (folder / "snapshots" / commit).is_dir():
-            return folder / "snapshots" / commit
+        return os.stat(path).st_mode
+    except ValueError:  # a NUL, which no file's name has
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise ModelNotFoundError(
+            f"the model {path[:200]}{'...' if len(path) > 200 else ''} can't be read: {error.strerror}",
+            needed=_NEEDED,
+            fix="check --model / MODEL_PATH, its rights, and that the container mounts it",
+        ) from None
+
+
+def _snapshot(folder: str) -> str | None:
+    """Return the snapshot of ``main``, or else the newest one."""
+    snapshots = os.path.join(folder, "snapshots")
+    try:
+        with open(os.path.join(folder, "refs", "main"), encoding="utf-8") as stream:
+            commit = stream.read().strip()
+        if commit and os.path.isdir(os.path.join(snapshots, commit)):
+            return os.path.join(snapshots, commit)
     except (OSError, UnicodeDecodeError):
         pass
     try:
-        found = [path for path in (folder / "snapshots").iterdir() if path.is_dir()]
+        found = [entry.path for entry in os.scandir(snapshots) if entry.is_dir()]
     except OSError:
         return None
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    return max(found, key=lambda path: os.stat(path).st_mtime, default=None)
 
 
-def _read(name: str, config: Path) -> ModelFiles:
+def _read(name: str, config: str) -> ModelFiles:
     try:
         text = read_small_text(config)
     except OSError as error:
@@ -125,9 +138,8 @@ def _read(name: str, config: Path) -> ModelFiles:
             needed="a folder with config.json",
             fix="check --model / MODEL_PATH, its rights, and that the container mounts it",
         ) from None
-    quant = config.with_name(_QUANT_FILE)
-    if config.name != "config.json":
-        quant = config.with_name(f"{config.stem}.{_QUANT_FILE}")
+    folder, file = os.path.split(config)
+    quant = os.path.join(folder, _QUANT_FILE if file == _CONFIG else f"{os.path.splitext(file)[0]}.{_QUANT_FILE}")
     try:
         quant_text = read_small_text(quant)
     except FileNotFoundError:
