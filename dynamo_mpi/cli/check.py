@@ -3,37 +3,35 @@
 choices.
 
 The same rules run in the ranks before anything is loaded. With --prefill-engine-config and --decode-engine-config both workers of a
-disaggregated pair are checked, and whether they fit each other. Exit code 0 if there is no error.
+disaggregated pair are checked, and whether they fit each other. With --trtllm-version all, one table over all known versions. Exit code 0
+if there is no error; over versions, if there is none in any.
 """
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import write_out
 from dynamo_mpi.cli.worker_inputs import (
     add_worker_options,
-    read_engine,
+    engine_layers,
     read_model,
     read_values,
-    read_version,
     role_engine_config,
+    worker_of,
 )
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.options import Option, to_count, to_path
-from dynamo_mpi.layout.layout import Cluster
-from dynamo_mpi.layout.report import Report, check_pair, check_worker
+from dynamo_mpi.config.options import Option, to_count, to_path_text
+from dynamo_mpi.layout.library import check
+from dynamo_mpi.layout.report import PairReport, Report, check_pair
 from dynamo_mpi.layout.report_text import describe_pair, describe_report
-from dynamo_mpi.layout.spec import LayoutSpec
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
-
-    from dynamo_mpi.layout.engine_config import EngineConfig
 
 TAKES_DYNAMIC_FLAGS = True
+ALL_VERSIONS = "all"
 NODES = Option("nodes", ("--nodes",), (), 1, to_count, "nodes of the worker")
 PAIR = tuple(
     option
@@ -44,7 +42,7 @@ PAIR = tuple(
             (f"--{role}-engine-config",),
             (f"{role.upper()}_ENGINE_CONFIG",),
             None,
-            to_path,
+            to_path_text,
             f"engine config of the {role} worker of a pair",
         ),
         Option(
@@ -67,18 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the verb; return the exit code."""
     values = read_values(arguments, arguments.options)
-    dynamic = arguments.dynamic_flags
-    files = read_model(values)
-    shape = files.shape()
-    version = read_version(values)
-
-    def judge(role: str, path: Path | None, nodes: int) -> Report:
-        merged = read_engine(values, path, dynamic)
-        cluster = _cluster(values, merged.config, nodes)
-        subject = LayoutSpec(shape, merged.config, cluster, role, version, values["engine"], values["min_requests"])
-        return check_worker(subject, merged.findings)
-
-    result: Any
     pair = [values["prefill_engine_config"], values["decode_engine_config"]]
     single = arguments.role is not None or arguments.engine_config is not None
     asked = any((arguments.prefill_engine_config, arguments.decode_engine_config))
@@ -87,34 +73,36 @@ def run(arguments: argparse.Namespace) -> int:
             "the engine configs of a pair aren't complete, or flags of a single worker were given with them",
             needed="--prefill-engine-config and --decode-engine-config, without --engine-config and --role",
         )
-    if asked or (all(pair) and not single and values["engine_config"] is None):
-        result = check_pair(
-            judge("prefill", pair[0], values["prefill_nodes"]), judge("decode", pair[1], values["decode_nodes"])
-        )
-        text = describe_pair(files.name, result)
-    else:
+    as_pair = asked or (all(pair) and not single and values["engine_config"] is None)
+    model = read_model(values)
+
+    def judge(role: str, path: str | None, nodes: int, version: str | None) -> Report:
+        layers = engine_layers(values, path, arguments.dynamic_flags)
+        return check(model, layers, worker_of(values, role=role, nodes=nodes, trtllm_version=version))
+
+    def judge_all(version: str | None) -> Report | PairReport:
+        if as_pair:
+            return check_pair(
+                judge("prefill", pair[0], values["prefill_nodes"], version),
+                judge("decode", pair[1], values["decode_nodes"], version),
+            )
         role, config, nodes = values["role"], values["engine_config"], values["nodes"]
         if config is None and role != "agg":
-            config = values.get(f"{role}_engine_config") or role_engine_config(values)
+            config = role_engine_config(values)
             nodes = values.get(f"{role}_nodes", nodes) if arguments.nodes is None else nodes
-        result = judge(role, config, nodes)
-        text = describe_report(files.name, result)
+        return judge(role, config, nodes, version)
+
+    if values["trtllm_version"] == ALL_VERSIONS:
+        from dynamo_mpi.layout.versions import describe_versions, over_versions
+
+        over = over_versions(judge_all)
+        write_out(json.dumps(over.as_json()) if arguments.output == "json" else describe_versions(model.name, over))
+        return int(over.exit_code)
+    result = judge_all(values["trtllm_version"])
     if arguments.output == "json":
         write_out(json.dumps(result.as_json()))
+    elif isinstance(result, PairReport):
+        write_out(describe_pair(model.name, result))
     else:
-        write_out(text)
+        write_out(describe_report(model.name, result))
     return int(result.exit_code)
-
-
-def _cluster(values: dict[str, Any], config: EngineConfig, nodes: int) -> Cluster:
-    """Return the cluster from the flags; without them, the smallest that the layout needs."""
-    gpus, world_size = values["gpus_per_node"] or config.gpus_per_node, config.world_size
-    if gpus is None:
-        if world_size % nodes:
-            raise UsageError(
-                f"{world_size} ranks can't be spread evenly over {nodes} nodes",
-                needed="the number of GPUs of a node",
-                fix="--gpus-per-node G",
-            )
-        gpus = world_size // nodes
-    return Cluster(nodes, gpus, values["gpu"])

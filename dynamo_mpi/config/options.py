@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import UsageError
@@ -14,6 +13,7 @@ from dynamo_mpi.layout.engine_config import MAX_RANKS
 if TYPE_CHECKING:
     from argparse import ArgumentParser
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
 
 MAX_RUNTIME_PORT = 2**15 - 1
@@ -97,12 +97,19 @@ def to_text(text: str) -> str:
     return text
 
 
-def to_path(text: str) -> Path:
-    """Parse a path."""
+def to_path_text(text: str) -> str:
+    """Parse a path, and keep it as text."""
     # a settings file may contain what a command line can't: NULs and lone surrogates
     if not text or "\0" in text or any("\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in text):
         raise ValueError("a path")
-    return Path(text)
+    return text
+
+
+def to_path(text: str) -> Path:
+    """Parse a path."""
+    from pathlib import Path  # takes milliseconds, and `check` needs no Path
+
+    return Path(to_path_text(text))
 
 
 def to_file(text: str) -> Path:

@@ -6,8 +6,8 @@ The engine refuses a file with a single key that it doesn't know, and between 0.
 
 from __future__ import annotations
 
+import os
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass
@@ -106,7 +106,8 @@ def engine_keys() -> EngineKeys:
     # not at the top: most ranks import this module's neighbours without a config to check
     import json
 
-    data = json.loads(Path(__file__).with_name("engine_keys.json").read_text(encoding="utf-8"))
+    with open(os.path.join(os.path.dirname(__file__), "engine_keys.json"), encoding="utf-8") as table:
+        data = json.load(table)
     renamed: dict[str, tuple[Renamed, ...]] = {}
     for row in (row for group in data["renamed"].values() for row in group):
         values = tuple((old, new) for old, new in row.get("values", ()))

@@ -48,7 +48,7 @@ class ModelFiles:
         return parse_model_shape(self.config_text, self.config, self.quant_text)
 
 
-def find_model(model: str, environ: Mapping[str, str]) -> ModelFiles:
+def find_model(model: str, environ: Mapping[str, str] = os.environ) -> ModelFiles:
     """Find a model's files.
 
     Args:

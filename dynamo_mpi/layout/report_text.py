@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from dynamo_mpi.layout.finding import Finding
+    from dynamo_mpi.layout.library import PlanReport
     from dynamo_mpi.layout.memory import MemoryEstimate
     from dynamo_mpi.layout.planner import Plan
     from dynamo_mpi.layout.report import PairReport, Report
@@ -22,19 +23,14 @@ if TYPE_CHECKING:
 _ENGINE_CONFIG = "engine.yaml"
 
 
-def describe_plans(
-    model: str, path: str, subject: LayoutSpec, plans: Sequence[Plan], general: Sequence[Finding], limit: int
-) -> str:
+def describe_plans(report: PlanReport, limit: int) -> str:
     """Format the best layouts as a table, and the first one with its YAML and its srun command.
 
     Args:
-        model: the user's name of the model.
-        path: the model, as ``--model`` takes it.
-        subject: the requested worker.
-        plans: the layouts, best first.
-        general: findings that apply to every layout.
+        report: the layouts.
         limit: rows of the table.
     """
+    model, subject, plans, general = report.model, report.subject, report.layouts, report.findings
     shown = plans[:limit]
     head = ["", "layout", "fits", "weights", "KV copies", "room for tokens", "because"]
     rows = [[str(number), *_row(made)] for number, made in enumerate(shown, 1)]
@@ -54,7 +50,7 @@ def describe_plans(
         best = plans[0].subject
         parts.append(
             f"{_ENGINE_CONFIG} of the first:\n{_indent(engine_yaml(best, model))}\n"
-            f"start it:\n  {srun_line(best, path, _ENGINE_CONFIG)}"
+            f"start it:\n  {srun_line(best, report.path, _ENGINE_CONFIG)}"
         )
     return "\n\n".join(parts)
 
@@ -78,10 +74,9 @@ def _indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
 
-def plans_as_json(
-    model: str, path: str, subject: LayoutSpec, plans: Sequence[Plan], general: Sequence[Finding]
-) -> dict[str, Any]:
+def plans_as_json(report: PlanReport) -> dict[str, Any]:
     """Return all layouts as plain data, best first, each with its YAML and its srun command."""
+    model, subject = report.model, report.subject
     return {
         "model": model,
         "architecture": subject.shape.name,
@@ -91,7 +86,7 @@ def plans_as_json(
         "gpus_per_node": subject.cluster.gpus_per_node,
         "gpu": subject.cluster.gpu,
         "trtllm_version": None if subject.version is None else str(subject.version),
-        "findings": [finding.as_json() for finding in general],
+        "findings": [finding.as_json() for finding in report.findings],
         "layouts": [
             {
                 "name": short_name(made.subject),
@@ -102,9 +97,9 @@ def plans_as_json(
                 "findings": [finding.as_json() for finding in made.findings],
                 "memory": made.memory.as_json() if made.memory is not None else {},
                 "yaml": engine_yaml(made.subject, model),
-                "srun": srun_line(made.subject, path, _ENGINE_CONFIG),
+                "srun": srun_line(made.subject, report.path, _ENGINE_CONFIG),
             }
-            for made in plans
+            for made in report.layouts
         ],
     }
 

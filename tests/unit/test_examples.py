@@ -107,3 +107,31 @@ def test_etcd_that_does_not_answer_is_an_exit_code() -> None:
         done = run_example("read_worker_records.py", ETCD_ENDPOINTS=f"http://127.0.0.1:{port}")
     assert (done.returncode, done.stdout) == (ExitCode.UNAVAILABLE, "")
     assert "etcd" in done.stderr
+
+
+def test_a_folder_of_recipes_is_checked_in_one_process(tmp_path: Path) -> None:
+    model = str(ROOT / "tests" / "data" / "model_configs" / "Llama-4-Maverick-17B-128E-Instruct.json")
+    recipes = {
+        "ok": "tensor_parallel_size: 8\n",
+        "two_nodes": "tensor_parallel_size: 8\npipeline_parallel_size: 2\ngpus_per_node: 8\n",
+        "heads": "tensor_parallel_size: 7\n",
+        "key": "tensor_parallel_size: 8\nmax_batch_sise: 4\n",
+        "no_yaml": "[",
+    }
+    for name, text in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    done = run_example("check_recipes.py", model, str(tmp_path), "8", "h200")
+    found = dict(line.split(".yaml: ", 1) for line in done.stdout.splitlines())
+    assert {Path(name).name: said for name, said in found.items()} == {
+        "ok": "ok",
+        "two_nodes": "ok",
+        "heads": "B1: 40 attention heads can't be divided over tp_size = 7",
+        "key": "H: `max_batch_sise` is not a key of TensorRT-LLM's YAML",
+        "no_yaml": found[str(tmp_path / "no_yaml")],
+    }
+    assert "is not YAML" in found[str(tmp_path / "no_yaml")]
+    assert (done.returncode, done.stderr) == (ExitCode.ILLEGAL_LAYOUT, "")
+    (tmp_path / "heads.yaml").unlink()
+    assert run_example("check_recipes.py", model, str(tmp_path), "8").returncode == ExitCode.DATA
+    done = run_example("check_recipes.py", "/nowhere", str(tmp_path), "8")
+    assert (done.returncode, done.stdout) == (ExitCode.NO_MODEL, "")
