@@ -77,7 +77,8 @@ def mtp_format(layer: Layer, index: int, quantisation: Quantisation | None, expe
     if quantisation is None:
         return layer
     if any(name.startswith(("mtp", "model.mtp")) for name in quantisation.excluded):
-        return replace(layer, formats=LayerFormats())
+        base = quantisation.base
+        return replace(layer, formats=LayerFormats(base, base, (base and experts) or base, base))
     return replace(layer, formats=_formats(index, layer, quantisation, experts))
 
 

@@ -150,17 +150,18 @@ def stage_weights(subject: LayoutSpec) -> tuple[StageWeights, ...] | None:
 
 def total_parameters(shape: ModelShape) -> int | None:
     """Count a language model's parameters, without layers for multi-token prediction; None if the config lacks sizes."""
-    return None if missing_sizes(shape) else sum(part.elements * count for part, count in _whole(shape))
+    return None if missing_sizes(shape) else sum(part.elements * count for part, count in checkpoint_parts(shape))
 
 
 def checkpoint_bytes(shape: ModelShape) -> int | None:
     """Count the bytes of those parameters, quantised as in the checkpoint; None if the config lacks sizes."""
     if missing_sizes(shape):
         return None
-    return round(sum(bytes_of(shape, (part,)) * count for part, count in _whole(shape)))
+    return round(sum(bytes_of(shape, (part,)) * count for part, count in checkpoint_parts(shape)))
 
 
-def _whole(shape: ModelShape) -> Iterator[tuple[Part, int]]:
+def checkpoint_parts(shape: ModelShape) -> Iterator[tuple[Part, int]]:
+    """Yield the parts of a whole language model, each with the number of times that it has it."""
     kinds, order = shape.kinds
     for kind, count in Counter(order).items():
         yield from ((part, count) for part in layer_parts(shape, kinds[kind], Split()))

@@ -9,8 +9,12 @@ stands its repository.
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import ModelShape
 
 _CONFIGS = Path(__file__).resolve().parents[1] / "data" / "model_configs"
 
@@ -856,6 +860,25 @@ ZOO: dict[str, dict[str, Any]] = {
     },
 }
 
+# cut down as those above, one a line, with their repositories
+_MORE: dict[str, dict[str, Any]] = json.loads((_CONFIGS.parent / "model_shapes.json").read_text(encoding="utf-8"))
 QUANT_FILES: dict[str, dict[str, Any]] = {
     "Nemotron-3-Super-120B-A12B-FP8": {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}},
 }
+
+
+def texts(name: str) -> tuple[str, str | None]:
+    """Return a model's config.json, and its hf_quant_config.json if it has one."""
+    if (path := _CONFIGS / f"{name}.json").exists():
+        quant = _CONFIGS / f"{name}.hf_quant_config.json"
+        return path.read_text(encoding="utf-8"), quant.read_text(encoding="utf-8") if quant.exists() else None
+    quant_file = _MORE[name].get("quant") if name in _MORE else QUANT_FILES.get(name)
+    config = _MORE[name]["config"] if name in _MORE else ZOO[name]
+    return json.dumps(config), None if quant_file is None else json.dumps(quant_file)
+
+
+@cache
+def parsed(name: str) -> ModelShape:
+    """Return a model's shape."""
+    config, quant = texts(name)
+    return parse_model_shape(config, f"{name}/config.json", quant)
