@@ -116,6 +116,7 @@ class EngineConfig:
         speculative: ``speculative_config``; None if it isn't set.
         cuda_graph_batch_sizes: ``cuda_graph_config.batch_sizes``.
         cuda_graph_max_batch_size: ``cuda_graph_config.max_batch_size``.
+        cuda_graph_padding: ``cuda_graph_config.enable_padding``.
         cuda_graphs: whether they are enabled.
         load_format: how weights are read.
         orchestrator: ``orchestrator_type``.
@@ -150,6 +151,7 @@ class EngineConfig:
     speculative: Speculative | None = None
     cuda_graph_batch_sizes: tuple[int, ...] | None = None
     cuda_graph_max_batch_size: int | None = None
+    cuda_graph_padding: bool = False
     cuda_graphs: bool = True
     load_format: str | None = None
     orchestrator: str | None = None
@@ -205,6 +207,7 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
         speculative=_speculative(top),
         cuda_graph_batch_sizes=graphs.sizes("batch_sizes"),
         cuda_graph_max_batch_size=graphs.size("max_batch_size", minimum=0),
+        cuda_graph_padding=graphs.switch("enable_padding") or False,
         cuda_graphs=not ("cuda_graph_config" in keys and keys["cuda_graph_config"] is None),
         load_format=top.text("load_format"),
         orchestrator=top.text("orchestrator_type"),

@@ -11,7 +11,7 @@ from dynamo_mpi.layout.engine_keys import engine_keys
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 
 if TYPE_CHECKING:
-    from dynamo_mpi.layout.engine_keys import Renamed
+    from dynamo_mpi.layout.engine_keys import EngineKeys, Renamed
     from dynamo_mpi.layout.trtllm_version import TrtllmVersion
 
 _LONGEST = 60
@@ -23,12 +23,15 @@ class KeyLookup:
     Args:
         version: the engine's version; None if it isn't known; then a key of any version is accepted.
         other_backend: the config is for a backend whose own keys aren't known here.
+        keys: another table.
     """
 
-    def __init__(self, version: TrtllmVersion | None, *, other_backend: bool = False) -> None:
+    def __init__(
+        self, version: TrtllmVersion | None, *, other_backend: bool = False, keys: EngineKeys | None = None
+    ) -> None:
         self._version = version
         self._other_backend = other_backend
-        self._keys = engine_keys()
+        self._keys = keys or engine_keys()
 
     def row(self, path: str) -> Renamed | None:
         """Return the last renaming of the key at this path."""
@@ -38,6 +41,11 @@ class KeyLookup:
         if self._version is not None:
             rows = tuple(row for row in rows if release(row.since) <= self._version)
         return rows[-1] if rows else None
+
+    def has_removed(self, path: str, value: object) -> bool:
+        """Return whether this is a value that the key no longer accepts, in this version or in a later one."""
+        removed = self._keys.removed_values.get(path)
+        return removed is not None and isinstance(value, str) and value in removed.values
 
     def similar(self, section: str, key: str) -> str | None:
         """Return the path of the key that was probably meant."""

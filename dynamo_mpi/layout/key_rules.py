@@ -93,9 +93,8 @@ class _Check:
         """Return whether the engine rejects the key."""
         path = f"{section}.{key}" if section else key
         found = f"{shown}: {_shown(value)}"
-        removed = self._keys.removed_values.get(path)
-        if removed is not None and isinstance(value, str) and value in removed.values:
-            return self._add_removed_value(removed, value, found)
+        if isinstance(value, str) and self._known.has_removed(path, value):
+            return self._add_removed_value(self._keys.removed_values[path], value, found)
         row = self._known.row(path)
         if row is not None:
             return self._add_renamed(row, value, shown, found)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 HELIX = "HELIX"
 ULYSSES = "ULYSSES"
-CP_TYPES = (ULYSSES, "STAR", "RING", HELIX)
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,8 @@ ROWS: list[tuple[str, str, str | None, Severity, str]] = [
         ERROR,
         "remove the line; `acceptance_rate_threshold` takes its place, and is a rate from 0 to 1",
     ),
+    ("cp_config.cp_anchor_size", "8", NEWEST, ERROR, "remove the line; they belonged to cp_type STAR, which is gone"),
+    ("cp_config.block_size", "8", NEWEST, ERROR, "remove the line; they belonged to cp_type STAR, which is gone"),
     (
         "torch_compile_config.enable_piecewise_cuda_graph",
         "true",

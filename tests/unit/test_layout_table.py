@@ -332,7 +332,14 @@ CASES = [
     # limits
     Case(LLAMA, "cuda_graph_config: {batch_sizes: [1, 2, 64], max_batch_size: 128}", 1, 1, "H1"),
     Case(LLAMA, "cuda_graph_config: {batch_sizes: [1, 2, 128], max_batch_size: 128}", 1, 1),
-    Case(LLAMA, "max_batch_size: 8\ncuda_graph_config: {batch_sizes: [1, 2, 64]}", 1, 1, "", "H1"),
+    Case(LLAMA, "cuda_graph_config: {batch_sizes: [1, 2, 128], max_batch_size: 128}", 1, 1, "H1", version="1.1.0"),
+    Case(
+        LLAMA,
+        "cuda_graph_config: {batch_sizes: [1, 2, 4, 8, 12], max_batch_size: 12, enable_padding: true}",
+        1,
+        1,
+        version="1.1.0",
+    ),
     Case(LLAMA, "max_batch_size: 512\nmax_num_tokens: 256", 1, 1, "", "H2"),
     Case(LLAMA, "max_seq_len: 32768\nmax_num_tokens: 8192", 1, 1, "", "H3"),
     Case(LLAMA, "max_seq_len: 32768\nmax_num_tokens: 8192\nenable_chunked_prefill: true", 1, 1),
@@ -345,13 +352,18 @@ CASES = [
     Case(R1, TP8 + EP8 + "attn_backend: FLASHMLA\n" + kv("tokens_per_block: 32"), 1, 8, "", "H8"),
     Case(
         LLAMA,
-        "kv_connector_config: {connector_module: m}\nscheduler_config: {capacity_scheduler_policy: MAX_UTILIZATION}",
+        "kv_connector_config: {connector_module: m, connector_scheduler_class: s, connector_worker_class: w}\n"
+        "scheduler_config: {capacity_scheduler_policy: MAX_UTILIZATION}",
         1,
         1,
         "H10",
     ),
     Case(R1, TP8 + EP8 + "speculative_config: {decoding_type: MTP, max_draft_len: 0}", 1, 8, "H12"),
     Case(R1, TP8 + EP8 + "speculative_config: {decoding_type: MTP, max_draft_len: 1}", 1, 8),
+    Case(LLAMA, "speculative_config: {decoding_type: NGram}", 1, 1, "", "H12"),
+    Case(LLAMA, "speculative_config: {decoding_type: NGram}", 1, 1, "H12", version="1.2.1"),
+    Case(LLAMA, "speculative_config: {decoding_type: NGram}", 1, 1, version="1.1.0"),
+    Case(LLAMA, "speculative_config: {decoding_type: AUTO, max_draft_len: 0}", 1, 1, version="1.2.1"),
     Case(LLAMA, "speculative_config: {decoding_type: MTP, max_draft_len: 1}", 1, 1, "", "H12"),
     Case(LLAMA, "speculative_config: {decoding_type: Eagle, max_draft_len: 3}", 1, 1, "H12"),
     Case(LLAMA, "orchestrator_type: ray", 1, 1, "H15", version="1.2.1"),
@@ -372,7 +384,7 @@ CASES = [
     Case(R1, TP8 + EP8 + "moe_config: {backend: WIDEEP}", 1, 8, "H", version="1.3.0rc29"),
     # roles
     Case(LLAMA, TP2, 1, 2, "I6", role="decode"),
-    Case(LLAMA, TP2 + "cache_transceiver_config: {backend: PIGEON}", 1, 2, "I6", role="decode"),
+    Case(LLAMA, TP2 + "cache_transceiver_config: {backend: PIGEON}", 1, 2, "H", role="decode"),
     Case(LLAMA, TP2 + "cache_transceiver_config: {backend: DEFAULT}", 1, 2, "", "I6", role="decode"),
     Case(LLAMA, TP2 + "cache_transceiver_config: {backend: ucx}", 1, 2, "H", role="decode", version="1.2.1"),
     Case(
@@ -424,6 +436,13 @@ def name_of(case: Case) -> str:
     engine = "; ".join(case.engine.split("\n")).strip("; ")
     where = [f"{case.nodes}x{case.gpus}", case.gpu, case.version, None if case.role == "agg" else case.role]
     return ", ".join([case.model, engine, *(word for word in where if word)])
+
+
+def test_graphs_above_max_batch_size_are_dropped() -> None:
+    engine = "max_batch_size: 8\ncuda_graph_config: {enable_padding: true, batch_sizes: [1, 2, 4, 8, 16, 32]}"
+    (finding,) = (finding for finding in all_findings(subject_of(Case(LLAMA, engine, 1, 1))) if finding.rule == "H1")
+    assert finding.severity is Severity.INFO
+    assert finding.message.endswith("are dropped, not captured: 16, 32")
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)

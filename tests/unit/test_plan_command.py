@@ -160,7 +160,7 @@ def test_a_plan_repeats_what_was_asked(
         ("kv_cache_config: {dtype: fp7}\n", "G1", 78),
         ("kv_cache_config: {free_gpu_memory_fraction: 1.5}\n", "H5", 78),
         ("tensor_paralel_size: 8\nkv_cache_config: {dtype: fp7}\n", "G1", 78),
-        ("cache_transceiver_config: {backend: PIGEON}\n", "I6", 78),
+        ("cache_transceiver_config: {backend: PIGEON}\n", "H", 65),
     ],
 )
 def test_what_no_layout_mends_is_told_above_the_table_and_decides_the_code(

@@ -41,7 +41,7 @@ def test_names(model: str, backend: str, expected: list[str]) -> None:
         ("DeepSeek-R1", None, "b200", None, []),
         ("DeepSeek-R1", None, "b200", "1.1.0", ["error G"]),
         ("DeepSeek-R1", "AUTO", "b200", "1.2.1", []),
-        ("DeepSeek-R1", "AUTO", "b200", "1.0.0", ["warning D8"]),
+        ("DeepSeek-R1", "AUTO", "b200", "1.0.0", ["error D8"]),
         ("DeepSeek-R1", None, "l40s", None, ["error G"]),
         ("DeepSeek-R1", "VANILLA", "b200", None, []),
         ("DeepSeek-R1", "TRTLLM", "rtx-pro-6000", None, ["warning G3"]),

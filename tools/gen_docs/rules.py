@@ -11,7 +11,7 @@ from dynamo_mpi.checks import fabric_rules, gpu_rules, host_rules, kv_rules
 from dynamo_mpi.checks import gpu_health_rules as probe_gpu_rules
 from dynamo_mpi.checks import rank_rules as roster
 from dynamo_mpi.discovery import peer_compat as peers
-from dynamo_mpi.layout import contract, engine_layers, key_rules
+from dynamo_mpi.layout import contract, engine_layers, key_rules, value_rules
 from dynamo_mpi.layout.rules import registry
 from tools.gen_docs.markdown import WRITTEN
 
@@ -41,6 +41,7 @@ def _rows() -> Iterator[tuple[str, str]]:
         yield _row(rule)
     for other in (
         key_rules.check_keys,
+        value_rules.check_values,
         engine_layers.flag_without_effect,
         contract.check_contracts,
         *roster.RULES,

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.layout.engine_values import engine_values
 from dynamo_mpi.layout.finding import error, warning
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.layout.gpus import ADA, AMPERE, BLACKWELL, DATACENTRE_BLACKWELL, HOPPER
 from dynamo_mpi.layout.quantisation import FP8_BLOCK_SCALES, NVFP4
 from dynamo_mpi.layout.rules.architecture import experts_formats, format_runs, gpu_of
+from dynamo_mpi.layout.value_rules import accepted_texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,10 +20,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.spec import LayoutSpec
 
-_BACKENDS = (
-    *("AUTO", "CUTLASS", "CUTEDSL", "TRTLLM", "DEEPGEMM", "DENSEGEMM", "VANILLA", "TRITON"),
-    *("MARLIN", "MEGAMOE_DEEPGEMM", "MEGAMOE_CUTEDSL"),
-)
 _SINCE = {"AUTO": (1, 2), "DENSEGEMM": (1, 3), "MARLIN": (1, 3), "MEGAMOE_DEEPGEMM": (1, 3), "MEGAMOE_CUTEDSL": (1, 3)}
 _MXFP4 = {
     "CUTLASS": HOPPER | DATACENTRE_BLACKWELL,
@@ -57,30 +55,30 @@ _KERNELS: dict[str, dict[str, frozenset[int]]] = {
     "W4A8_AWQ": {"CUTLASS": ADA | HOPPER},
 }
 _MEGAMOE_HIDDEN = 512
+_KEY = "moe_config.backend"
 
 
 def check_backend_name(subject: LayoutSpec) -> Iterator[Finding]:
     """D8: the MoE backend's name (``MoeConfig``). WIDEEP, which was removed, is reported with other old keys (H)."""
-    backend = subject.config.moe.backend
-    if backend is None or backend == "WIDEEP":
+    backend, known = subject.config.moe.backend, _names(subject)
+    if backend is None or backend in known or backend.upper() == "WIDEEP":
         return
-    if backend not in _BACKENDS:
-        meant = backend.upper() if backend.upper() in _BACKENDS else "AUTO"
-        yield error(
-            "D8",
-            f"there is no MoE backend {backend!r}",
-            found=f"moe_config.backend {backend}",
-            needed=f"one of {', '.join(_BACKENDS)}",
-            fix=f"set moe_config: {{backend: {meant}}}",
-        )
-    elif backend in _SINCE and subject.older_than(*_SINCE[backend]):
-        yield warning(
-            "D8",
-            f"this version may not have the MoE backend {backend} yet",
-            found=f"moe_config.backend {backend}, TensorRT-LLM {subject.version}",
-            needed=f"TensorRT-LLM {'.'.join(map(str, _SINCE[backend]))}",
-            fix="set moe_config: {backend: CUTLASS}, or TRTLLM on SM 100",
-        )
+    newest = engine_values().newest
+    newer = subject.version is not None and subject.version > newest
+    later = backend in accepted_texts(_KEY, None)
+    fixed = backend.upper() if backend.upper() in known else "AUTO" if "AUTO" in known else "CUTLASS"
+    yield (warning if newer else error)(
+        "D8",
+        f"{'this version has' if later else 'there is'} no MoE backend {backend!r}"
+        + (f", as far as known here up to {newest}" if newer else ""),
+        found=f"moe_config.backend {backend}" + (f", TensorRT-LLM {subject.version}" if later else ""),
+        needed=f"one of {', '.join(known)}",
+        fix=f"set moe_config: {{backend: {fixed}}}",
+    )
+
+
+def _names(subject: LayoutSpec) -> list[str]:
+    return [name for name in accepted_texts(_KEY, subject.version) if name != "WIDEEP"]
 
 
 def check_backend(subject: LayoutSpec) -> Iterator[Finding]:
@@ -131,7 +129,7 @@ def _check_backend(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
             needed=f"hidden_size % {_MEGAMOE_HIDDEN} == 0",
             fix=fix,
         )
-    elif backend in serving or backend in ("AUTO", "VANILLA", "WIDEEP") or backend not in _BACKENDS:
+    elif backend in serving or backend in ("AUTO", "VANILLA", "WIDEEP") or backend not in _names(subject):
         return
     elif backend == "TRTLLM" and gpu.sm >= 120:
         falls_back = "CUTLASS" in serving and not subject.older_than(1, 3)

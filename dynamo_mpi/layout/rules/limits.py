@@ -19,15 +19,26 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.spec import LayoutSpec
 
 _NEEDS_A_MODEL = ("eagle", "eagle3", "draft_target", "medusa")
+_NEEDS_A_LENGTH = ("eagle", "eagle3", "ngram", "draft_target", "sa")
+_DRAFTS = (*_NEEDS_A_LENGTH, "mtp", "pard", "dflash", "dspark")
 
 
 def check_cuda_graphs(subject: LayoutSpec) -> Iterator[Finding]:
-    """H1: the largest captured batch is the configured one (``CudaGraphConfig``)."""
+    """H1: the largest captured batch is the configured one (``CudaGraphConfig``); larger ones than ``max_batch_size`` are dropped
+    (``model_engine._filter_cuda_graph_batch_sizes``)."""
     config = subject.config
     sizes, largest = config.cuda_graph_batch_sizes, config.cuda_graph_max_batch_size
     if not sizes:
         return
-    if largest and largest != max(sizes):
+    if largest and subject.older_than(1, 2) and sorted(sizes) != _generated_sizes(largest, config.cuda_graph_padding):
+        yield error(
+            "H1",
+            "cuda_graph_config has both batch_sizes and max_batch_size, which releases up to 1.1 refuse",
+            found=f"cuda_graph_config.max_batch_size {largest}, batch_sizes up to {max(sizes)}",
+            needed="one of them",
+            fix="leave cuda_graph_config.max_batch_size out",
+        )
+    elif largest and largest != max(sizes):
         yield error(
             "H1",
             "cuda_graph_config names two different largest batches",
@@ -36,13 +47,20 @@ def check_cuda_graphs(subject: LayoutSpec) -> Iterator[Finding]:
             fix="leave cuda_graph_config.max_batch_size out",
         )
     limit = config.max_batch_size or DEFAULT_MAX_BATCH_SIZE
-    if useless := [size for size in sizes if size > limit]:
-        yield warning(
+    if dropped := [size for size in sizes if size > limit]:
+        yield info(
             "H1",
-            f"CUDA graphs for batches above max_batch_size are captured and never used, up to 200 MB each: {useless[:5]}",
+            f"CUDA graphs for batches above max_batch_size are dropped, not captured: {', '.join(map(str, dropped[:5]))}",
             found=f"cuda_graph_config.batch_sizes up to {max(sizes)}, max_batch_size {limit}",
-            fix=f"remove sizes above {limit}",
+            fix=f"remove sizes above {limit}, or raise max_batch_size",
         )
+
+
+def _generated_sizes(largest: int, padding: bool) -> list[int]:
+    """Return the engine's own sizes for a largest batch (``CudaGraphConfig._generate_cuda_graph_batch_sizes``)."""
+    sizes = [1, 2, 4, *range(8, 129, 8)] if padding else [*range(1, 33), 64, 128]
+    sizes += [2**power for power in range(8, max(largest - 1, 1).bit_length())]
+    return sorted({*(size for size in sizes if size <= largest), largest})
 
 
 def check_batch_and_tokens(subject: LayoutSpec) -> Iterator[Finding]:
@@ -163,11 +181,20 @@ def check_speculation(subject: LayoutSpec) -> Iterator[Finding]:
     if speculative is None:
         return
     kind = (speculative.decoding_type or "").lower()
-    if speculative.max_draft_len is not None and speculative.max_draft_len < 1:
+    length = speculative.max_draft_len
+    if length is None and kind in _NEEDS_A_LENGTH and not subject.older_than(1, 2):
+        yield (error if subject.version is not None else warning)(
+            "H12",
+            f"speculative decoding of type {speculative.decoding_type} needs max_draft_len from TensorRT-LLM 1.2 on",
+            found="no speculative_config.max_draft_len",
+            needed="at least 1",
+            fix="set speculative_config.max_draft_len to the tokens to draft",
+        )
+    if length is not None and length < 1 and kind in _DRAFTS:
         yield error(
             "H12",
-            f"max_draft_len {speculative.max_draft_len} drafts nothing",
-            found=f"speculative_config.max_draft_len {speculative.max_draft_len}",
+            f"max_draft_len {length} drafts nothing",
+            found=f"speculative_config.max_draft_len {length}",
             needed="at least 1",
             fix="set it to the tokens to draft, or leave speculative_config out",
         )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.layout.divisibility import divisors
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import counted, listed
-from dynamo_mpi.layout.layout import CP_TYPES, HELIX
+from dynamo_mpi.layout.layout import HELIX
+from dynamo_mpi.layout.value_rules import accepted_texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -142,12 +143,13 @@ def check_lm_head(subject: LayoutSpec) -> Iterator[Finding]:
 def check_context_type(subject: LayoutSpec) -> Iterator[Finding]:
     """A8, B5, F8: context parallelism exists for HELIX alone; the other names pass the mapping and fail in attention."""
     cp_type, cp_size = subject.config.cp_type, subject.layout.cp_size
-    if cp_type is not None and cp_type not in CP_TYPES:
+    known = accepted_texts("cp_config.cp_type", subject.version)
+    if cp_type is not None and cp_type not in known:
         yield error(
             "A8",
             f"cp_type {cp_type} doesn't exist",
             found=f"cp_config.cp_type {cp_type}",
-            needed=f"one of {', '.join(CP_TYPES)}",
+            needed=f"one of {', '.join(known)}",
             fix=f"set cp_config: {{cp_type: {HELIX}}}, or leave cp_config out",
         )
     elif cp_size > 1 and subject.layout.cp_type != HELIX:

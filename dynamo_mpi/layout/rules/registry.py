@@ -21,6 +21,7 @@ from dynamo_mpi.layout.rules import (
     reference_engine,
     roles,
 )
+from dynamo_mpi.layout.value_rules import check_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,7 +49,7 @@ def layout_findings(subject: LayoutSpec) -> list[Finding]:
 
 def config_findings(subject: LayoutSpec) -> list[Finding]:
     """Apply the rules whose findings no layout can solve: keys, formats, limits, roles."""
-    return [*check_keys(subject.config.keys, subject.version), *_apply(CONFIG_RULES, subject)]
+    return [*_key_findings(subject), *_apply(CONFIG_RULES, subject)]
 
 
 def all_findings(subject: LayoutSpec) -> list[Finding]:
@@ -57,10 +58,12 @@ def all_findings(subject: LayoutSpec) -> list[Finding]:
     Returns:
         What the rules have to say, in their order; empty when there is nothing.
     """
-    return [
-        *check_keys(subject.config.keys, subject.version),
-        *_apply((*LAYOUT_RULES, *CONFIG_RULES, *CAPACITY_RULES), subject),
-    ]
+    return [*_key_findings(subject), *_apply((*LAYOUT_RULES, *CONFIG_RULES, *CAPACITY_RULES), subject)]
+
+
+def _key_findings(subject: LayoutSpec) -> list[Finding]:
+    keys, version = subject.config.keys, subject.version
+    return [*check_keys(keys, version), *check_values(keys, version)]
 
 
 def _apply(rules: Iterable[Rule], subject: LayoutSpec) -> list[Finding]:
