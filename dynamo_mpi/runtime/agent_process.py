@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.config.sources import EarlySettings
-from dynamo_mpi.supervisor.agent_socket import Agent, agent_socket_name, warn
+from dynamo_mpi.supervisor.agent_socket import Agent, agent_addresses, listen_for_ranks, remove_address, warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +54,7 @@ class AgentStarter:
     ) -> None:
         self._launch, self._host, self._settings = launch, host, settings
         self._environ, self._health = environ, health
-        self._address = agent_socket_name(launch, environ)
+        self._addresses = agent_addresses(launch, environ)
         self._started = (os.getpid(), time.time(), time.monotonic())
         self._count = 0
 
@@ -65,14 +65,12 @@ class AgentStarter:
             The agent; None if it can't be started.
         """
         self._count += 1
-        if not self._address and self._launch.size != 1 and self._health is None:
+        if not self._addresses and self._launch.size != 1 and self._health is None:
             return None
         # a signal that arrives meanwhile is delivered only to this rank
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED_SIGNALS)
         try:
             listener = self._listen_or_warn()
-            if listener is None and self._launch.size != 1 and self._health is None:
-                return None
             rank_end, agent_end = _socket.socketpair()
             pid = os.fork()
             if pid:
@@ -95,6 +93,7 @@ class AgentStarter:
             # in this process: a new interpreter would start too late to see an early death
             listening = None if listener is None else listener.detach()
             _run(listening, agent_end.detach(), self._launch, self._host, self._settings, self._health, self._started)
+            remove_address(self._addresses)
         except BaseException as error:  # after any error, this process must not go on as a rank
             warn(f"the node agent of {self._host} has failed: {type(error).__name__}: {error}", self._host)
         finally:
@@ -128,8 +127,9 @@ class AgentStarter:
         try:
             rank_end, agent_end = _socket.socketpair()
             numbers = [agent_end.fileno()]
-            if self._address:
-                listener = _listen(self._address, self._launch, wait_for_name=True)
+            if self._addresses:
+                listener = _listen(self._addresses, self._launch, wait_for_name=True)
+                start["addresses"] = self._addresses
                 start["listener"] = listener.fileno()
                 numbers.append(listener.fileno())
             if self._health is not None:
@@ -159,12 +159,15 @@ class AgentStarter:
         return Agent(rank_end, process.pid)
 
     def _listen_or_warn(self) -> _socket.socket | None:
-        """Listen for the other ranks of this node; if that fails, only this rank is watched, and only if it has a health endpoint."""
+        """Listen for the other ranks of this node; if that fails, only this rank is watched."""
         try:
-            return _listen(self._address, self._launch) if self._address else None
+            return _listen(self._addresses, self._launch) if self._addresses else None
         except OSError as error:
-            why = "another program holds its address" if error.errno == errno.EADDRINUSE else error.strerror
-            warn(f"no node agent watches the ranks of this node: {why}", self._host)
+            why = "other processes hold all of its addresses" if error.errno == errno.EADDRINUSE else error.strerror
+            warn(
+                f"the node agent watches rank {self._launch.rank} alone, not the other ranks of this node: {why}",
+                self._host,
+            )
             return None
 
     def _close_health(self) -> None:
@@ -194,6 +197,7 @@ def main(first: str) -> None:
         health = HealthEndpoint(HealthAddress(*address), socket.socket(fileno=number))
     started = tuple(start["started"])
     _run(start.get("listener"), connection.detach(), launch, start["host"], settings, health, started)
+    remove_address(start.get("addresses", ()))
 
 
 def _ignore_signals() -> None:
@@ -245,19 +249,15 @@ def _run(
     agent.run()
 
 
-def _listen(address: str, launch: LaunchInfo, *, wait_for_name: bool = False) -> _socket.socket:
-    """Listen at the address; with ``wait_for_name``, wait up to 1 s until an agent that has just exited has released it."""
-    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+def _listen(addresses: tuple[str, ...], launch: LaunchInfo, *, wait_for_name: bool = False) -> _socket.socket:
+    """Listen at one of the addresses; with ``wait_for_name``, wait up to 1 s until an agent that has just exited has released one."""
     end = time.monotonic() + (_NAME_SECONDS if wait_for_name else 0.0)
     while True:
         try:
-            listener.bind(address)
             # all ranks of a node connect at the same moment
-            listener.listen(max(_MIN_BACKLOG, launch.local_size or 0))
-            return listener
+            return listen_for_ranks(addresses, max(_MIN_BACKLOG, launch.local_size or 0))
         except OSError:
             if time.monotonic() > end:
-                listener.close()
                 raise
             time.sleep(_RETRY_SECONDS)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.process import SHUTDOWN_SIGNALS, is_stopped
 from dynamo_mpi.mpi.launcher import Launcher
-from dynamo_mpi.supervisor.agent_socket import Agent, agent_socket_name, peer_is_ours, warn
+from dynamo_mpi.supervisor.agent_socket import Agent, agent_addresses, connect_to_agent, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -59,7 +59,7 @@ class NodeAgentClient:
         agent: Agent | None,
         replace: Callable[[], Agent | None] | None = None,
     ) -> None:
-        self._address = agent_socket_name(launch, environ)
+        self._addresses = agent_addresses(launch, environ)
         # MPICH's mpiexec may send it when another rank has died; this rank must go on
         self._ignored = (signal.SIGUSR1,) if launch.launcher is Launcher.HYDRA else ()
         self._abort: Callable[[int], object] | None = None
@@ -83,14 +83,16 @@ class NodeAgentClient:
         self._mark = os.urandom(_MARK_BYTES).hex()
         # as the agent reports it: the kernel names the process that called listen(), which is the first rank
         self._agent_pid = 0
-        if agent is None and not self._address:
+        if agent is None and not self._addresses:
             return
         # identifies the processes that this rank starts: see `descendants.MARK_VARIABLE`
         os.environ["DYN_MPI_RANK_MARK"] = self._mark
         connection = None if agent is None else agent.connection
         # MPI_Init would wait for the first rank of this node anyway; once connected, a death in MPI_Init is seen
         end = time.monotonic() + _CONNECT_SECONDS
-        while connection is None and (connection := self._connect()) is None and time.monotonic() < end:
+        while connection is None and (connection := connect_to_agent(self._addresses)) is None:
+            if time.monotonic() > end:
+                break
             time.sleep(_RETRY_SECONDS)
         if connection is not None:
             self._use_connection(connection)
@@ -221,18 +223,6 @@ class NodeAgentClient:
         except OSError:
             return
 
-    def _connect(self) -> _socket.socket | None:
-        """Return a connection to an agent of the same user; None if there is none yet."""
-        connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
-        try:
-            connection.connect(self._address)
-            if peer_is_ours(connection):
-                return connection
-        except OSError:
-            pass
-        connection.close()
-        return None
-
     # the following methods run in threads
 
     def _run(self, connection: _socket.socket | None) -> None:
@@ -252,9 +242,9 @@ class NodeAgentClient:
 
     def _reconnect(self, delay: float) -> _socket.socket | None:
         """Connect to the agent or its successor, with growing delays between attempts; None if this rank has detached."""
-        while self._address and not self._detached:
+        while self._addresses and not self._detached:
             time.sleep(delay)
-            if (connection := self._connect()) is not None:
+            if (connection := connect_to_agent(self._addresses)) is not None:
                 self._use_connection(connection)
                 return connection
             delay = min(1.1 * delay, _MAX_DELAY_SECONDS)

@@ -7,13 +7,14 @@ import _socket
 import binascii
 import contextlib
 import os
+import stat
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.mpi.launcher import Launcher
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from dynamo_mpi.mpi.launcher import LaunchInfo
 
@@ -22,6 +23,9 @@ _MAX_WORLD_CHARS = 40
 _HYDRA_PROXY = "hydra_pmi_proxy"
 _COMMAND_LENGTH = 15  # of /proc/PID/stat, see proc(5)
 _MAX_PARENTS = 8
+_NAMES = 4
+_MAX_PATH_BYTES = 107
+_PAGE_BYTES = 4096
 
 
 class Agent(NamedTuple):
@@ -36,44 +40,132 @@ class Agent(NamedTuple):
     pid: int
 
 
-def agent_socket_name(launch: LaunchInfo, environ: Mapping[str, str]) -> str:
-    """Return a name in Linux's abstract socket name space, which needs no file; empty if there is no usable name.
+def agent_addresses(launch: LaunchInfo, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the addresses at which the node's agent may listen: it takes the first that it can have, and ranks try all.
 
-    The name differs between users and between worlds, even in containers that share a network, so that several worlds on a node stay
-    apart: it includes the address of the PMIx server. A world of one rank needs no name.
+    The first is a file in the launcher's private folder, if there is one: no other user can be there first. The others are names in
+    Linux's abstract name space, which need no file; another user can occupy them if it can compute them, so there are several. All differ
+    between users and between worlds, even in containers that share a network, as they include the address of the PMIx server. Empty for a
+    world of one rank, and if no variable that all ranks of a node share identifies their world.
     """
     if not sys.platform.startswith("linux") or launch.size == 1:
-        return ""
+        return ()
     step = f"{launch.job_id}.{launch.step_id}" if launch.job_id and launch.step_id else ""
     # no MPICH variable identifies a world, but each world has a proxy of its own on each node
-    proxy = _proxy_of(os.getppid()) if launch.launcher is Launcher.HYDRA else ""
+    proxy, secret = _proxy_of(os.getppid()) if launch.launcher is Launcher.HYDRA else ("", b"")
     world = environ.get("PMIX_NAMESPACE") or proxy or step
     if not world:
-        # no variable that all ranks of a node share identifies their world
-        return ""
+        return ()
     servers = "".join(environ[name] for name in sorted(environ) if name.startswith("PMIX_SERVER_URI"))
+    digest = binascii.crc32(f"{world} {servers}".encode() + secret)
     # a socket name has at most 107 bytes
-    digest = binascii.crc32(f"{world} {servers}".encode())
-    return f"\0dynamo_mpi {os.getuid()} {world[-_MAX_WORLD_CHARS:]} {digest:08x}"
+    name = f"\0dynamo_mpi {os.getuid()} {world[-_MAX_WORLD_CHARS:]} {digest:08x}"
+    names = tuple(f"{name} {number}" for number in range(_NAMES))
+    folder = environ.get("PMIX_SERVER_TMPDIR", "")
+    return (f"{folder.rstrip('/')}/dynamo_mpi.{digest:08x}", *names) if _is_private(folder) else names
 
 
-def _proxy_of(pid: int) -> str:
-    """Return an identifier of the Hydra proxy that is an ancestor of a process; empty if none is visible."""
+def _is_private(folder: str) -> bool:
+    """Return whether this is a folder of ours in which no other user can create files."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def connect_to_agent(addresses: tuple[str, ...]) -> _socket.socket | None:
+    """Return a connection to the agent at one of these addresses; None if none of them has one yet. Doesn't wait."""
+    for address in addresses:
+        connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        try:
+            # if another user listens there and accepts nothing, a blocking connect would wait without limit
+            connection.setblocking(False)
+            with _short(address) as name:
+                connection.connect(name)
+            if peer_is_ours(connection):
+                connection.setblocking(True)
+                return connection
+        except OSError:
+            pass
+        connection.close()
+    return None
+
+
+def listen_for_ranks(addresses: tuple[str, ...], backlog: int) -> _socket.socket:
+    """Listen at the first of these addresses that can be had.
+
+    Raises:
+        OSError: none can be had.
+    """
+    problem = OSError("no address")
+    for address in addresses:
+        listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+        try:
+            with _short(address) as name:
+                if not address.startswith("\0"):
+                    with contextlib.suppress(
+                        FileNotFoundError
+                    ):  # else it was left by a predecessor: the folder is private
+                        os.unlink(name)
+                listener.bind(name)
+            listener.listen(backlog)
+            return listener
+        except OSError as error:
+            listener.close()
+            problem = error
+    raise problem
+
+
+def remove_address(addresses: tuple[str, ...]) -> None:
+    """Remove the file of the agent's socket, if it has one. Does not raise."""
+    for address in addresses:
+        if not address.startswith("\0"):
+            with contextlib.suppress(OSError):
+                os.unlink(address)
+
+
+@contextlib.contextmanager
+def _short(address: str) -> Iterator[str]:
+    """Provide an address for a socket, whose path may have 107 bytes only."""
+    if address.startswith("\0") or len(os.fsencode(address)) <= _MAX_PATH_BYTES:
+        yield address
+        return
+    folder, _, name = address.rpartition("/")
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{name}"
+    finally:
+        os.close(descriptor)
+
+
+def _proxy_of(pid: int) -> tuple[str, bytes]:
+    """Return an identifier of the Hydra proxy that is an ancestor of a process, and bytes that only its user can read; empty if none is
+    visible."""
     for _ in range(_MAX_PARENTS):
         try:
             with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
                 # the name may contain any character, even parentheses
                 name, _, rest = file.read().partition("(")[2].rpartition(")")
         except OSError:
-            return ""
+            return "", b""
         fields = rest.split()
         if name == _HYDRA_PROXY[:_COMMAND_LENGTH]:
             # with its start time, as process ids are reused
-            return f"hydra {pid} {fields[19]}"
+            return f"hydra {pid} {fields[19]}", _random_addresses(pid)
         pid = int(fields[1])
         if pid <= 1:
-            return ""
-    return ""
+            return "", b""
+    return "", b""
+
+
+def _random_addresses(pid: int) -> bytes:
+    """Return where the kernel has put a process in its address space, by chance; another user can't read it (proc(5), auxv)."""
+    try:
+        with open(f"/proc/{pid}/auxv", "rb") as file:
+            return file.read(_PAGE_BYTES)
+    except OSError:
+        return b""
 
 
 def peer_is_ours(connection: _socket.socket) -> bool:

@@ -14,8 +14,6 @@ from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError, UsageError
 from dynamo_mpi.config.sources import EARLY, WORLD_SECONDS, EarlySettings, WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.config.worker_options import OPTIONS
-from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
-from dynamo_mpi.supervisor.agent_socket import agent_socket_name
 
 
 @pytest.mark.parametrize(
@@ -101,30 +99,3 @@ def test_unknown_settings_name_their_file(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text("modle: m\n")
     with pytest.raises(ConfigFileError, match=r"s\.yaml has unknown settings: modle"):
         load_settings(WorkerSources(["--settings", str(tmp_path / "s.yaml")], {}))
-
-
-def test_worlds_that_share_a_node_do_not_share_an_address() -> None:
-    two = LaunchInfo(Launcher.OPEN_MPI, size=2)
-    step = LaunchInfo(Launcher.SLURM_PMIX, size=2, job_id="7", step_id="1")
-    addresses = [
-        agent_socket_name(
-            two, {"PMIX_NAMESPACE": "prterun-host-7@1", "PMIX_SERVER_URI4": "pmix.0;tcp4://127.0.0.1:4001"}
-        ),
-        # another container with a pid namespace of its own, and this network
-        agent_socket_name(
-            two, {"PMIX_NAMESPACE": "prterun-host-7@1", "PMIX_SERVER_URI4": "pmix.0;tcp4://127.0.0.1:4002"}
-        ),
-        agent_socket_name(step, {}),
-        agent_socket_name(step._replace(step_id="2"), {}),
-        agent_socket_name(two, {"PMIX_NAMESPACE": "prterun-" + "very-long-name." * 20 + "@1"}),
-    ]
-    assert len(set(addresses)) == len(addresses)
-    assert all(address.startswith("\0dynamo_mpi ") and len(address) <= 107 for address in addresses)
-
-
-def test_a_rank_that_is_alone_or_nameless_has_none() -> None:
-    assert (
-        agent_socket_name(LaunchInfo(Launcher.SLURM_PMIX, size=1, job_id="7", step_id="1"), {"PMIX_NAMESPACE": "x"})
-        == ""
-    )
-    assert agent_socket_name(LaunchInfo(Launcher.HYDRA, size=2), {}) == ""
