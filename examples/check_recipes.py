@@ -37,7 +37,7 @@ def main(model: str, folder: str, gpus_per_node: int, gpu: str | None = None) ->
         try:
             report = check(files, recipe, worker)
         except DynamoMpiError as problem:
-            print(f"{recipe}: {problem.found}")
+            print(f"{recipe}: {problem.problem}")
             worst = max(worst, problem.exit_code)
             continue
         print(f"{recipe}: {result_of(report)}")

@@ -33,7 +33,7 @@ def check_tensor_parallel_in_node(spec: LayoutSpec) -> Iterator[Finding]:
             "X1",
             "tensor parallelism goes over the network",
             found=f"tp_size {tp_size}, {gpus} GPUs in a node",
-            needed="tp_size <= GPUs of a node",
+            expected="tp_size <= GPUs of a node",
             fix=f"set tensor_parallel_size to {gpus} or less, and pipeline_parallel_size for the other nodes",
         )
 

@@ -137,7 +137,7 @@ def check_data(case: FabricCase) -> Iterator[Finding]:
         "N1",
         f"data are wrong when they arrive{f': {who}' if who else ''}",
         found=lines(list(dict.fromkeys(details or groups))),
-        needed="what was sent: every answer of the engine rests on it",
+        expected="what was sent: every answer of the engine rests on it",
         fix="leave the node out (sbatch --exclude=...), and have its memory, GPUs and cables checked (dcgmi diag -r 3)",
     )
 
@@ -191,7 +191,7 @@ def check_pairs(case: FabricCase) -> Iterator[Finding]:
         "N3",
         message,
         found=lines(details),
-        needed=f"pairs of one kind within a factor of {factor:g}: the slowest sets the pace of all",
+        expected=f"pairs of one kind within a factor of {factor:g}: the slowest sets the pace of all",
         fix=f"look at the links of {listed(hosts)} (ibstat, ethtool, nvidia-smi nvlink -s), or leave the node out (sbatch --exclude=...)",
     )
 
@@ -214,7 +214,7 @@ def check_groups(case: FabricCase) -> Iterator[Finding]:
             "N4",
             f"{counted(len(slow), 'group')} of ranks {'is' if len(slow) == 1 else 'are'} far slower than others",
             found=lines(details),
-            needed=f"groups of one kind within a factor of {factor:g}",
+            expected=f"groups of one kind within a factor of {factor:g}",
             fix="look at the links of their nodes; if one pair or node is the cause, N3 names it",
         )
 
@@ -238,7 +238,7 @@ def check_expectation(case: FabricCase) -> Iterator[Finding]:
             "N5",
             f"{counted(len(below), 'pair')} of GPUs {'is' if len(below) == 1 else 'are'} slower than {link} has to be",
             found=lines([f"{pair_of(case, one)}: {rate_text(one.rate)}{links_of(case, one)}" for one in below]),
-            needed=f"at least {rate_text(least)} each way",
+            expected=f"at least {rate_text(least)} each way",
             fix="nvidia-smi topo -m and nvidia-smi nvlink -s on the node; NCCL_P2P_DISABLE and NCCL_P2P_LEVEL have to be unset; in a "
             "container or VM, see that peer access is allowed",
         )
@@ -252,7 +252,7 @@ def check_network(case: FabricCase) -> Iterator[Finding]:
             "N6",
             f"NCCL goes over TCP between nodes that have InfiniBand or RoCE: {case.name(sockets)}",
             found='NCCL chose the network "Socket"; /sys/class/infiniband has a port that is ACTIVE',
-            needed="NCCL over verbs: TCP reaches a tenth of its rate",
+            expected="NCCL over verbs: TCP reaches a tenth of its rate",
             fix="unset NCCL_IB_DISABLE and NCCL_NET; give the container /dev/infiniband and libibverbs; NCCL_DEBUG=INFO says why",
         )
 
@@ -269,7 +269,7 @@ def check_run(case: FabricCase) -> Iterator[Finding]:
             "N7",
             f"the fabric could not be checked: {case.name(failed)}",
             found=lines([f"{case.name(ranks)}: {text}" for text, ranks in reasons.items()]),
-            needed="NCCL (libnccl.so.2) and a GPU in every rank, as the engine needs them",
+            expected="NCCL (libnccl.so.2) and a GPU in every rank, as the engine needs them",
             fix="correct what NCCL reports; NCCL_DEBUG=INFO shows more; --probe none skips this check",
         )
 
@@ -291,7 +291,7 @@ def check_loss(case: FabricCase) -> Iterator[Finding]:
             found=lines(
                 [f"{pair_of(case, one)}: {one.resent} TCP segments retransmitted, {one.sent} sent" for one in pairs]
             ),
-            needed=f"less than {_LOSS[case.over]:.0%} of them",
+            expected=f"less than {_LOSS[case.over]:.0%} of them",
             fix="look at cables, ports and MTU of these nodes (ethtool -S, ip -s link), or leave them out (sbatch --exclude=...)",
         )
 

@@ -73,7 +73,7 @@ def check_recovery(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             "V9",
             f"GPUs need recovery: {_name(affected, rows)}",
             found=lines([*affected.values()]),
-            needed='recovery action "None" in nvidia-smi -q',
+            expected='recovery action "None" in nvidia-smi -q',
             fix="recover the GPU as the driver asks (nvidia-smi --gpu-reset, or a reboot), or exclude the nodes: "
             f"sbatch --exclude={_hosts(affected, rows)}",
         )
@@ -94,7 +94,7 @@ def check_memory_errors(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             "V10",
             f"GPUs have errors in their memory: {_name(affected, rows)}",
             found=lines([*affected.values()]),
-            needed="none: the next one ends the engine (XID 48, 63, 64, 94, 95)",
+            expected="none: the next one ends the engine (XID 48, 63, 64, 94, 95)",
             fix="reset the GPU (nvidia-smi --gpu-reset); replace a GPU whose row could not be remapped: "
             f"exclude the nodes until then, sbatch --exclude={_hosts(affected, rows)}",
         )
@@ -112,7 +112,7 @@ def check_slowdown(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             "V11",
             f"GPUs are slowed down: {_name(affected, rows)}",
             found=lines([*affected.values()]),
-            needed="full clocks: all ranks wait for the slowest",
+            expected="full clocks: all ranks wait for the slowest",
             fix=f"look at cooling and power (nvidia-smi -q -d PERFORMANCE,TEMPERATURE,POWER), or leave {_hosts(affected, rows)} out",
         )
 
@@ -133,7 +133,7 @@ def check_links(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             "V12",
             f"NVLinks are down: {_name(affected, rows)}",
             found=lines([*affected.values()]),
-            needed="all NVLinks up: tensor parallelism runs at the rate of the slowest",
+            expected="all NVLinks up: tensor parallelism runs at the rate of the slowest",
             fix="nvidia-smi nvlink -s on the node; see that the fabric manager runs (systemctl status nvidia-fabricmanager); "
             f"or leave {_hosts(affected, rows)} out",
         )
@@ -148,7 +148,7 @@ def check_compute_mode(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             "V13",
             f"no process may use the GPU: {_name(prohibited, rows)}",
             found=lines([*prohibited.values()]),
-            needed="compute mode Default",
+            expected="compute mode Default",
             fix="as root on the node: nvidia-smi -c DEFAULT",
         )
     single = _affected(rows, lambda one: "compute mode Exclusive_Process" if one.compute_mode == _EXCLUSIVE else "")
@@ -157,7 +157,7 @@ def check_compute_mode(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             "V13",
             f"only one process may use the GPU: {_name(single, rows)}",
             found=lines([*single.values()]),
-            needed="compute mode Default: a second process, such as a helper of the engine or a hardware check, gets an error",
+            expected="compute mode Default: a second process, such as a helper of the engine or a hardware check, gets an error",
             fix="as root on the node: nvidia-smi -c DEFAULT",
         )
 
@@ -191,7 +191,7 @@ def check_odd(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             "V14",
             f"GPUs are unlike the others: {_name(affected, rows)}",
             found=lines([*affected.values()]),
-            needed="GPUs of one make with the same settings: all ranks wait for the slowest",
+            expected="GPUs of one make with the same settings: all ranks wait for the slowest",
             fix="nvidia-smi -q on both; set what can be set (nvidia-smi -pl, -e), reseat a card with too few lanes, or leave the node out",
         )
 
@@ -208,7 +208,7 @@ def check_readable(rows: Sequence[HealthRow]) -> Iterator[Finding]:
             "V15",
             f"the health of GPUs isn't known: {_name(affected, rows)}",
             found=lines([*affected.values()]),
-            needed="NVML and a GPU in every rank; where a node has several kinds, CUDA_DEVICE_ORDER=PCI_BUS_ID",
+            expected="NVML and a GPU in every rank; where a node has several kinds, CUDA_DEVICE_ORDER=PCI_BUS_ID",
             fix="pip install nvidia-ml-py where it is missing, give the rank a GPU (K9); --probe fabric leaves the GPUs out",
         )
 

@@ -104,7 +104,7 @@ def check_alike(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "G6",
             "the GPUs are of different architectures",
             found=found,
-            needed="one architecture in the whole world: each rank picks its kernels by its own GPU, and collectives hang where they differ",
+            expected="one architecture in the world: each rank picks its kernels by its own GPU, and collectives hang where they differ",
             fix="ask for nodes of one kind (sbatch --constraint=..., --gres=gpu:h100:8), and on a mixed node set CUDA_VISIBLE_DEVICES",
         )
     elif sizes and min(sizes) < max(sizes) * (1 - _SAME_MEMORY):
@@ -112,7 +112,7 @@ def check_alike(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "G6",
             "the GPUs have different amounts of memory",
             found=found,
-            needed="the same on every rank: the smallest decides how many tokens the KV cache holds on all",
+            expected="the same on every rank: the smallest decides how many tokens the KV cache holds on all",
             fix="ask for nodes of one kind (sbatch --constraint=..., --gres=gpu:h100:8)",
         )
     elif len({name for _, name, _ in kinds}) > 1:
@@ -120,7 +120,7 @@ def check_alike(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "G6",
             "the GPUs are of different products",
             found=found,
-            needed="one product: the slowest sets the pace, and each rank tunes its kernels by itself",
+            expected="one product: the slowest sets the pace, and each rank tunes its kernels by itself",
             fix="ask for nodes of one kind (sbatch --constraint=...)",
         )
 
@@ -140,7 +140,7 @@ def check_counts(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "G6",
             "the nodes show unequal numbers of GPUs",
             found=groups(counts),
-            needed="the same number on each node: the engine takes rank // gpus_per_node for the node",
+            expected="the same number on each node: the engine takes rank // gpus_per_node for the node",
             fix="srun --gpus-per-node=N for all nodes; drain a node that has lost a GPU",
         )
 
@@ -156,7 +156,7 @@ def check_drivers(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "V6",
             "the nodes have different NVIDIA drivers",
             found=groups(drivers),
-            needed="one driver everywhere, new enough for the container's CUDA",
+            expected="one driver everywhere, new enough for the container's CUDA",
             fix="leave the odd nodes out (sbatch --exclude=...), or have them updated",
         )
 
@@ -178,7 +178,7 @@ def check_instances(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "V8",
             f"GPUs are split into instances (MIG): {where(cut, rows)}",
             found=f"MIG is on, on {on_hosts(row.host for row in cut)}",
-            needed="whole GPUs: NCCL needs access to other GPUs' memory, which instances don't have",
+            expected="whole GPUs: NCCL needs access to other GPUs' memory, which instances don't have",
             fix="ask for whole GPUs (--gres=gpu:...), or as root: nvidia-smi -mig 0",
         )
 
@@ -203,12 +203,12 @@ def check_busy(rows: Sequence[RankFacts], needs: Requirements) -> Iterator[Findi
     if full:
         message = f"the weights don't fit into what is free on the GPU of {counted(len(full), 'rank')}"
         yield error(
-            "V2", message, found=lines(full), needed="room for the rank's weights, and for the KV cache", fix=fix
+            "V2", message, found=lines(full), expected="room for the rank's weights, and for the KV cache", fix=fix
         )
     if busy:
         message = f"{counted(len(busy), 'GPU')} {'is' if len(busy) == 1 else 'are'} in use by others"
         needed_text = "free GPUs: the fullest one decides how many tokens the KV cache holds on all ranks"
-        yield warning("V2", message, found=lines([*busy.values()]), needed=needed_text, fix=fix)
+        yield warning("V2", message, found=lines([*busy.values()]), expected=needed_text, fix=fix)
 
 
 def is_busy(gpu: GpuFacts) -> bool:

@@ -48,7 +48,7 @@ def check_seen(rows: Sequence[RankFacts]) -> Iterator[Finding]:
         "V1",
         message,
         found=lines(details),
-        needed="NVIDIA GPUs in every rank, and NVML to look at them before anything is loaded",
+        expected="NVIDIA GPUs in every rank, and NVML to look at them before anything is loaded",
         fix="ask for GPUs (sbatch or srun --gpus-per-node=N), and start the container with them; where there are to be none, "
         "--allow-no-gpu leaves these checks out",
     )
@@ -84,7 +84,7 @@ def check_visible(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "K9",
             f"each rank sees one GPU only, and not the same: {where(single, rows)}",
             found=_seen(single),
-            needed=_ALL_GPUS,
+            expected=_ALL_GPUS,
             fix=_WHOLE_NODE.format(count=per_node),
         )
     if unequal:
@@ -93,7 +93,7 @@ def check_visible(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "K9",
             f"ranks of one node see different GPUs, or in another order: {where(unequal, rows)}",
             found=_seen(unequal),
-            needed=_ALL_GPUS,
+            expected=_ALL_GPUS,
             fix=f"{_WHOLE_NODE.format(count=per_node)}, and leave CUDA_VISIBLE_DEVICES to Slurm",
         )
     if not single and not unequal:
@@ -132,7 +132,7 @@ def _spare_gpus(rows: Sequence[RankFacts]) -> Iterator[Finding]:
                 f"each rank sees {visible} GPUs, but only {len(some)} ranks are on a node",
                 found=f"{where(some, rows)}: {visible} of {counted(there, 'GPU')} visible; "
                 f"rank {some[0].rank} takes number {some[0].rank % visible}",
-                needed="as many visible GPUs as ranks on each node: a rank takes GPU rank % visible, whatever its place on the node",
+                expected="as many visible GPUs as ranks on each node: a rank takes GPU rank % visible, whatever its place on the node",
                 fix=f"srun --gpus-per-node={len(some)}, or {visible} ranks on each node",
             )
             return
@@ -148,7 +148,7 @@ def check_shared(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "K9",
             f"{ranks} ranks would share {counted(gpus, 'GPU')}: {where(all_short, rows)}",
             found=lines([_few(some) for some in short]),
-            needed="a GPU for each rank",
+            expected="a GPU for each rank",
             fix=f"srun --gpus-per-node={ranks}, or --ntasks-per-node={gpus} with a layout for as many ranks",
         )
     takers: dict[str, list[RankFacts]] = {}
@@ -161,7 +161,7 @@ def check_shared(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "K9",
             "ranks in different hosts or containers would take the same GPU",
             found=lines([f"{name}: {where(some, rows)}" for name, some in twice.items()]),
-            needed="a GPU for each rank",
+            expected="a GPU for each rank",
             fix="give each container GPUs of its own, or start one container for each node",
         )
 

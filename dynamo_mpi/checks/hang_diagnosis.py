@@ -89,7 +89,7 @@ class HangError(DynamoMpiError):
     @classmethod
     def of(cls, finding: Finding) -> HangError:
         """Make it from the finding."""
-        return cls(f"{finding.rule}: {finding.message}", needed=finding.needed, fix=finding.fix)
+        return cls(f"{finding.rule}: {finding.message}", expected=finding.expected, fix=finding.fix)
 
 
 def find_blocking_ranks(
@@ -119,14 +119,14 @@ def find_blocking_ranks(
         return error(
             "N2",
             found,
-            needed=needed,
+            expected=needed,
             fix=f"look at {listed(dict.fromkeys(hosts[rank] for rank in silent))}: the process is stopped or hung, or its host is",
         )
     if not stuck:
         return error(
             "N2",
             f"the check did not end in {seconds:g} s, and no rank reports what it waits for",
-            needed=needed,
+            expected=needed,
             fix="--probe-seconds sets a longer limit, --probe none skips the check",
         )
     first = min(note.step for note in stuck.values())
@@ -135,7 +135,7 @@ def find_blocking_ranks(
         return error(
             "N2",
             f"the check hangs while NCCL's ranks connect: {name(ranks)}",
-            needed=needed,
+            expected=needed,
             fix=_cure(list(dict.fromkeys(hosts))),
         )
     step = steps[first]
@@ -147,14 +147,14 @@ def find_blocking_ranks(
         cut = _pairs_without_ping(there)
         if not cut:
             return error(
-                "N2", found + _slowest(notes, name), needed=needed, fix=_cure(sorted({hosts[rank] for rank in ranks}))
+                "N2", found + _slowest(notes, name), expected=needed, fix=_cure(sorted({hosts[rank] for rank in ranks}))
             )
         described, suspects = _pairs(cut, hosts, name)
-        return error("N2", f"{found}: no message arrives between {described}", needed=needed, fix=_cure(suspects))
+        return error("N2", f"{found}: no message arrives between {described}", expected=needed, fix=_cure(suspects))
     pairs = sorted({(min(rank, peer), max(rank, peer)) for rank, note in there.items() for peer in note.waits})
     described, suspects = _pairs(pairs, hosts, name)
     found = f"the check hangs: a message of {size} bytes does not arrive between {described}"
-    return error("N2", found, needed=needed, fix=_cure(suspects))
+    return error("N2", found, expected=needed, fix=_cure(suspects))
 
 
 def _pairs(

@@ -85,7 +85,7 @@ def check_packages(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "D10",
             f"the nodes have different versions of {listed(decisive)}",
             found=lines([differing[package] for package in decisive]),
-            needed="the same on all nodes: each rank picks its kernels by what its node has, and collectives between unlike ones hang",
+            expected="the same on all nodes: each rank picks its kernels by what its node has, and collectives between unlike ones hang",
             fix=_ONE_IMAGE,
         )
     if others:
@@ -93,7 +93,7 @@ def check_packages(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "D10",
             f"the nodes have different versions of {listed(others)}",
             found=lines([differing[package] for package in others]),
-            needed="the same on all nodes",
+            expected="the same on all nodes",
             fix=_ONE_IMAGE,
         )
 
@@ -106,7 +106,7 @@ def check_engine(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "D10",
             "TensorRT-LLM isn't installed",
             found=f"no distribution tensorrt_llm on {on_hosts(row.host for row in speakers)}",
-            needed="tensorrt_llm in the Python that runs the ranks",
+            expected="tensorrt_llm in the Python that runs the ranks",
             fix="run inside Dynamo's TensorRT-LLM container (srun --container-image=..., IMAGE); check that this Python is the container's, "
             "or use --engine reference",
         )
@@ -123,7 +123,7 @@ def check_mpi(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "K1",
             f"the MPI library isn't Open MPI: {where([row for some in foreign.values() for row in some], rows)}",
             found=lines([f"{name}: {where(some, rows)}" for name, some in foreign.items()]),
-            needed="Open MPI: importing tensorrt_llm splits the world with Open MPI's own kind of split",
+            expected="Open MPI: importing tensorrt_llm splits the world with Open MPI's own kind of split",
             fix="use the container's mpi4py and Open MPI, and start with srun --mpi=pmix or Open MPI's mpirun",
         )
     elif len(libraries) > 1:
@@ -131,7 +131,7 @@ def check_mpi(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "K1",
             "the ranks run on different versions of Open MPI",
             found=lines([f"{name}: {where(some, rows)}" for name, some in libraries.items()]),
-            needed="one version in all ranks",
+            expected="one version in all ranks",
             fix=_ONE_IMAGE,
         )
 
@@ -153,7 +153,7 @@ def check_shared_memory(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "V3",
             "there is little room in shared memory",
             found=lines(short),
-            needed="1 GiB for each rank of a node: NCCL, Open MPI and torch fail in the middle of the load if it runs out",
+            expected="1 GiB for each rank of a node: NCCL, Open MPI and torch fail in the middle of the load if it runs out",
             fix=f"docker run --shm-size={size_needed}g (or --ipc=host); where a container sees the host's own /dev/shm, as under enroot and "
             f"Apptainer, on the host as root: mount -o remount,size={size_needed}G /dev/shm",
         )
@@ -176,7 +176,7 @@ def check_leftovers(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "V4",
             "earlier workers of yours may have left segments in shared memory",
             found=lines(found),
-            needed="none, unless another worker of yours runs there now: they take memory, and a load balancer fails on names that exist",
+            expected="none, unless another worker of yours runs there now: they take memory, and a load balancer fails on names that exist",
             fix=f"if none runs there: rm {paths[0]}/moe_* on {on_hosts(row.host for row in rows if row.facts.leftovers)}",
         )
 
@@ -214,7 +214,7 @@ def check_threads(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "V5",
             f"OMP_NUM_THREADS is not set: {where(unset, rows)}",
             found="each rank would start a thread for each CPU that it may use, on CPUs that it shares",
-            needed="the CPUs of a node, shared out among its ranks",
+            expected="the CPUs of a node, shared out among its ranks",
             fix=f"export OMP_NUM_THREADS={min(values)}",
         )
     if crowded:
@@ -222,7 +222,7 @@ def check_threads(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "V5",
             "OMP_NUM_THREADS asks for more threads than there are CPUs",
             found=lines(crowded),
-            needed="ranks on the node x OMP_NUM_THREADS <= CPUs of the node",
+            expected="ranks on the node x OMP_NUM_THREADS <= CPUs of the node",
             fix=f"export OMP_NUM_THREADS={min(values)}",
         )
     if bound := [row for row in rows if len(row.facts.cpus) == 1]:
@@ -230,7 +230,7 @@ def check_threads(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "V5",
             f"ranks may run on one CPU only: {where(bound, rows)}",
             found="one CPU for all threads of a rank: the engine's, NCCL's, MPI's",
-            needed="several CPUs for each rank",
+            expected="several CPUs for each rank",
             fix="mpirun --bind-to none, srun --cpus-per-task=N (or --cpu-bind=none)",
         )
 
@@ -259,7 +259,7 @@ def check_variables(rows: Sequence[RankFacts]) -> Iterator[Finding]:
             "V7",
             "environment variables that the engine reads differ between ranks",
             found=lines(found),
-            needed="the same in every rank, or none",
+            expected="the same in every rank, or none",
             fix="set them where the job starts (srun --export=ALL, mpirun -x NAME), not in a shell profile of some nodes",
         )
 

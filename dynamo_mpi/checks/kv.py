@@ -250,7 +250,7 @@ class KvPathCheck:
         if len(hellos) != len(hosts) or len(set(found)) < len(found):
             raise UsageError(
                 f"{counted(len(hellos), 'rank')} on {listed(sorted(found))}, for {counted(len(hosts), 'host')}",
-                needed=f"one rank on each of {listed(hosts)}",
+                expected=f"one rank on each of {listed(hosts)}",
                 fix="srun --ntasks-per-node=1, or mpirun --map-by ppr:1:node",
             )
 
@@ -291,7 +291,7 @@ def find_host(hosts: Sequence[str], environ: Mapping[str, str]) -> str:
     if len(found) != 1:
         raise UsageError(
             f"this host is {listed(found) or 'none'} of {listed(hosts)}",
-            needed="each host by one name, as Slurm or the hostfile has it, and one rank on each",
+            expected="each host by one name, as Slurm or the hostfile has it, and one rank on each",
             fix="correct --prefill and --decode; srun --ntasks-per-node=1, or mpirun --map-by ppr:1:node",
         )
     return found[0]

@@ -32,7 +32,7 @@ def check_bytes(results: Sequence[PairResult]) -> Iterator[Finding]:
             "T1",
             f"wrong bytes arrive between {counted(len(wrong), 'pair')} of hosts{_common(results, wrong)}",
             found=lines(list(map(describe_pair, wrong))),
-            needed="the bytes that the prefill host has sent",
+            expected="the bytes that the prefill host has sent",
             fix=f"have memory, card and cable checked, or {_LEAVE_OUT}",
         )
 
@@ -45,7 +45,7 @@ def check_connection(results: Sequence[PairResult]) -> Iterator[Finding]:
             "T2",
             f"no KV comes through between {count}{_common(results, failed)}",
             found=lines([f"{describe_pair(result)}: {result.text}" for result in failed]),
-            needed="every decode host reaches every prefill host; otherwise the first request hangs or fails",
+            expected="every decode host reaches every prefill host; otherwise the first request hangs or fails",
             fix=f"check interface, firewall and UCX_NET_DEVICES of these hosts, or {_LEAVE_OUT}",
         )
 
@@ -58,7 +58,7 @@ def check_rates(results: Sequence[PairResult], least_rate: float = 0.0) -> Itera
             "T3",
             f"KV is too slow between {counted(len(slow), 'pair')} of hosts{_common(results, list(slow))}",
             found=lines([f"{describe_pair(result)}: {why}" for result, why in slow.items()]),
-            needed="the rate that is expected: a request waits for its slowest part",
+            expected="the rate that is expected: a request waits for its slowest part",
             fix=f"check the links of these hosts (ibstat, ethtool), or {_LEAVE_OUT}",
         )
 
@@ -70,7 +70,7 @@ def check_sockets(results: Sequence[PairResult]) -> Iterator[Finding]:
             "T4",
             f"KV goes over TCP between {counted(len(fallen), 'pair')} of hosts that have InfiniBand or RoCE",
             found=lines(list(map(describe_pair, fallen))),
-            needed="UCX over verbs: TCP reaches a tenth of its rate",
+            expected="UCX over verbs: TCP reaches a tenth of its rate",
             fix="unset UCX_TLS and UCX_NET_DEVICES, or name the cards there; give the container /dev/infiniband and libibverbs",
         )
 

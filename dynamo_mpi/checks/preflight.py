@@ -54,14 +54,14 @@ def check_frontend_can_load(folder: Path, config_text: str) -> None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelNotFoundError(
             f"the model folder {folder} holds no tokenizer: the frontend could not serve this model",
-            needed=f"one of {', '.join(TOKENIZER_FILES)} beside config.json",
+            expected=f"one of {', '.join(TOKENIZER_FILES)} beside config.json",
             fix="copy the tokenizer's files from where the model comes from",
         )
     architectures = json.loads(config_text).get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise ConfigFileError(
             f"{folder / 'config.json'} names no architectures: the frontend could not serve this model",
-            needed='the model\'s own config.json, with "architectures": ["..."]',
+            expected='the model\'s own config.json, with "architectures": ["..."]',
             fix="copy config.json from where the model comes from",
         )
 
@@ -145,7 +145,7 @@ def load_inputs(settings: Settings, argv: Sequence[str]) -> PreflightInputs:
     except OSError as error:
         raise ModelNotFoundError(
             f"the model folder {folder} can't be read: {error.strerror}",
-            needed="a folder with config.json, the tokenizer's files and the weights, on every node",
+            expected="a folder with config.json, the tokenizer's files and the weights, on every node",
             fix="check --model / MODEL_PATH, and that the container mounts it",
         ) from None
     files = [_watch("model config", folder / "config.json", ModelNotFoundError)]

@@ -37,7 +37,7 @@ def _placement(cards: Sequence[RankReport]) -> list[Finding]:
     else:
         return []
     needed = "equally many, consecutive ranks on each node"
-    return [Finding("A11", Severity.ERROR, message, found=found, needed=needed, fix=fix)]
+    return [Finding("A11", Severity.ERROR, message, found=found, expected=needed, fix=fix)]
 
 
 _SUBJECTS = {
@@ -67,7 +67,7 @@ def _problems(cards: Sequence[RankReport]) -> list[Finding]:
                 Severity.ERROR,
                 f"the {label} is not the same everywhere: {describe_ranks(ranks, cards)}",
                 found=text,
-                needed=f"the same {label} on all {len(cards)} ranks",
+                expected=f"the same {label} on all {len(cards)} ranks",
                 fix=fix,
             )
         )
@@ -85,7 +85,7 @@ def _versions(cards: Sequence[RankReport]) -> list[Finding]:
             Severity.ERROR,
             f"dynamo_mpi is not the same everywhere: {describe_ranks(odd, cards)}",
             found=", ".join(sorted({cards[rank].version for rank in odd})) + f"; rank 0 has {cards[0].version}",
-            needed=f"version {cards[0].version} on all {len(cards)} ranks",
+            expected=f"version {cards[0].version} on all {len(cards)} ranks",
             fix="install one version everywhere, or mount one checkout",
         )
     ]

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     if asked and (single or not all(pair)):
         raise UsageError(
             "the engine configs of a pair aren't complete, or flags of a single worker were given with them",
-            needed="--prefill-engine-config and --decode-engine-config, without --engine-config and --role",
+            expected="--prefill-engine-config and --decode-engine-config, without --engine-config and --role",
         )
     as_pair = asked or (all(pair) and not single and values["engine_config"] is None)
     model = read_model(values)

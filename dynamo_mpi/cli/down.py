@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.folder and arguments.run_dir and arguments.folder != arguments.run_dir:
         raise UsageError(
             f"two folders are named: {arguments.folder}, and --run-dir {arguments.run_dir}",
-            needed="one deployment to end",
+            expected="one deployment to end",
             fix="leave one out",
         )
     given = {**vars(arguments), "run_dir": arguments.run_dir or arguments.folder}
@@ -77,21 +77,23 @@ def run(arguments: argparse.Namespace) -> int:
         return _end_workers(values, dry_run=arguments.dry_run)
     named = values["run_dir"]
     if named is None and values["job"]:
-        raise UsageError("--job alone doesn't select workers", needed="their etcd or their name", fix=_SAY_WHICH)
+        raise UsageError("--job alone doesn't select workers", expected="their etcd or their name", fix=_SAY_WHICH)
     run_dir = Path(os.path.abspath(named or _find()))
     try:
         return _end(run_dir, values, is_named=named is not None, dry_run=arguments.dry_run)
     except PermissionError:
         raise AuthorizationError(
             f"{run_dir} can't be used by this user",
-            needed="a run folder of this user's",
+            expected="a run folder of this user's",
             fix="ask the user who launched it",
         ) from None
 
 
 def _end(run_dir: Path, values: dict[str, Any], *, is_named: bool, dry_run: bool) -> int:
     if not run_dir.is_dir():
-        raise UsageError(f"there is no folder {run_dir}", needed="the run folder of a deployment", fix="--run-dir DIR")
+        raise UsageError(
+            f"there is no folder {run_dir}", expected="the run folder of a deployment", fix="--run-dir DIR"
+        )
     description = run_dir / "deployment.json"
     if values["job"] or (is_named and not description.exists() and (run_dir / "services.json").exists()):
         return _end_workers(values, dry_run=dry_run)
@@ -141,7 +143,7 @@ def _find() -> Path:
     if (found := find_run_dir(os.environ)) is None:
         raise UsageError(
             f"no deployment runs in a ./dynamo_mpi-* of {Path.cwd()}",
-            needed="its folder, or whose workers are meant",
+            expected="its folder, or whose workers are meant",
             fix=_SAY_WHICH,
         )
     return found
@@ -162,7 +164,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _unreadable(path: Path, why: str) -> UsageError:
     return UsageError(
         f"{path} can't be read ({why}), so what runs there isn't known",
-        needed="what launch has written there",
+        expected="what launch has written there",
         fix="look at squeue --steps, and end the steps with scancel",
     )
 

@@ -69,7 +69,7 @@ def success(
 def failure(error: DynamoMpiError, status: int) -> dict[str, Any]:
     """Return what ``--output json`` prints for a failed run."""
     part = error.part if isinstance(error, ServiceError) else None
-    return {"ok": False, "part": part, "exit_code": int(status), "error": error.found, "fix": error.fix}
+    return {"ok": False, "part": part, "exit_code": int(status), "error": error.problem, "fix": error.fix}
 
 
 def _slowest(seconds: Iterable[float | None]) -> float | None:

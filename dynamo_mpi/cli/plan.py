@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the verb; return the exit code."""
     values = read_values(arguments, arguments.options)
     if values["gpus"] is None:
-        raise UsageError("the number of GPUs was not given", needed="GPUs of the worker", fix="--gpus N")
+        raise UsageError("the number of GPUs was not given", expected="GPUs of the worker", fix="--gpus N")
     path = values["engine_config"] or role_engine_config(values)
     layers = engine_layers(values, path, arguments.dynamic_flags)
     report = plan(values["model"], values["gpus"], layers, worker_of(values))
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         sizes = listed(report.workable_sizes())
         raise LayoutError(
             f"no layout of {report.model} uses {report.subject.cluster} to the full",
-            needed="a number of GPUs that heads, experts and layers can be divided over",
+            expected="a number of GPUs that heads, experts and layers can be divided over",
             fix=f"give the worker {sizes} GPUs" if sizes else "check that config.json is the model's own",
         )
     if arguments.output == "json":

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigFileError: a file is no timeline.
     """
     if arguments.files and arguments.run_dir:
-        raise UsageError("both files and --run-dir were given", needed="one of them")
+        raise UsageError("both files and --run-dir were given", expected="one of them")
     files = arguments.files or _files_of(_run_dir(arguments))
     starts = sorted((start for path in files for start in read_traces(path)), key=_place)
     out: Path | None = arguments.out
@@ -98,11 +98,11 @@ def _run_dir(arguments: argparse.Namespace) -> Path:
         return found[0]
     if not found:
         raise UsageError(
-            f"no ./dynamo_mpi-* of {Path.cwd()} has timelines", needed="a file or a run folder", fix="--run-dir DIR"
+            f"no ./dynamo_mpi-* of {Path.cwd()} has timelines", expected="a file or a run folder", fix="--run-dir DIR"
         )
     raise UsageError(
         f"{len(found)} folders of {Path.cwd()} have timelines: {', '.join(path.name for path in found)}",
-        needed="one of them",
+        expected="one of them",
         fix="--run-dir DIR",
     )
 
@@ -116,7 +116,7 @@ def _files_of(run_dir: Path) -> list[Path]:
     if not files:
         raise UsageError(
             f"there is no timeline in {folder}",
-            needed="a deployment of which a worker has become ready, or has failed after the preflight",
+            expected="a deployment of which a worker has become ready, or has failed after the preflight",
             fix="wait for it, or name the run folder: --run-dir DIR",
         )
     return [path for path in files if not path.name.startswith(".")]

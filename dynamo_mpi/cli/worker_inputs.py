@@ -64,7 +64,7 @@ def read_values(arguments: argparse.Namespace, options: tuple[Option, ...]) -> d
     """
     values, _ = resolve(options, vars(arguments), os.environ, {})
     if values["model"] is None:
-        raise UsageError("no model was given", needed="a model", fix="--model DIR, or MODEL_PATH=DIR")
+        raise UsageError("no model was given", expected="a model", fix="--model DIR, or MODEL_PATH=DIR")
     return values
 
 

@@ -42,7 +42,7 @@ def read_small_text(path: str | os.PathLike[str]) -> str:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ConfigFileError(
-            f"{path} is larger than {MAX_BYTES // 2**20} MiB", needed="a config, not weights or a log"
+            f"{path} is larger than {MAX_BYTES // 2**20} MiB", expected="a config, not weights or a log"
         )
     try:
         return data.decode("utf-8")
@@ -55,18 +55,18 @@ def _await_writer(pipe: int, path: str | os.PathLike[str]) -> None:
 
     if not select.select([pipe], [], [], _PIPE_SECONDS)[0]:
         raise ConfigFileError(
-            f"nothing was written to the pipe {path} within {_PIPE_SECONDS:g} s", needed="a file with the config"
+            f"nothing was written to the pipe {path} within {_PIPE_SECONDS:g} s", expected="a file with the config"
         )
     os.set_blocking(pipe, True)
 
 
-def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
+def parse_json(text: str, path: str, expected: str) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         text: its text.
         path: the file's path, for messages.
-        needed: what is expected, for messages.
+        expected: what is expected, for messages.
 
     Raises:
         ConfigFileError: the text isn't JSON, isn't an object, or has a duplicate key.
@@ -80,7 +80,7 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ConfigFileError(
                 f"{path} has the key {_short(twice)} twice in one object",
-                needed="each key once",
+                expected="each key once",
                 fix="remove one of them",
             )
         return mapping
@@ -88,19 +88,19 @@ def parse_json(text: str, path: str, needed: str) -> dict[str, Any]:
     try:
         loaded = json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ConfigFileError(f"{path} is not JSON: {error}", needed=needed) from None
+        raise ConfigFileError(f"{path} is not JSON: {error}", expected=expected) from None
     if not isinstance(loaded, dict):
-        raise ConfigFileError(f"{path} holds a {type(loaded).__name__}, not an object", needed=needed)
+        raise ConfigFileError(f"{path} holds a {type(loaded).__name__}, not an object", expected=expected)
     return loaded
 
 
-def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False) -> dict[str, Any]:
+def parse_yaml(text: str, path: str, expected: str, *, may_be_empty: bool = False) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Args:
         text: its text.
         path: the file's path, for messages.
-        needed: what is expected, for messages.
+        expected: what is expected, for messages.
         may_be_empty: an empty text is an empty mapping; otherwise it is refused, as by TensorRT-LLM.
 
     Raises:
@@ -119,19 +119,19 @@ def parse_yaml(text: str, path: str, needed: str, *, may_be_empty: bool = False)
     # PyYAML doesn't catch the errors of int() and date() for invalid numbers and dates
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split()).replace('in "<unicode string>", line', "at line")
-        raise ConfigFileError(f"{path} is not YAML: {reason}", needed=needed, fix="correct it there") from None
+        raise ConfigFileError(f"{path} is not YAML: {reason}", expected=expected, fix="correct it there") from None
     # nor those of "!!bool 7"
     except (LookupError, AttributeError):
-        raise ConfigFileError(f"{path} is not YAML: a value doesn't fit its tag (!!name)", needed=needed) from None
+        raise ConfigFileError(f"{path} is not YAML: a value doesn't fit its tag (!!name)", expected=expected) from None
     finally:
         if loader is not None:
             loader.dispose()
     if loaded is None and may_be_empty:
         return {}
     if loaded is None:
-        raise ConfigFileError(f"{path} is empty", needed=needed, fix="write the config, or omit the flag")
+        raise ConfigFileError(f"{path} is empty", expected=expected, fix="write the config, or omit the flag")
     if not isinstance(loaded, dict):
-        raise ConfigFileError(f"{path} holds a {type(loaded).__name__}, not a mapping", needed="`key: value` lines")
+        raise ConfigFileError(f"{path} holds a {type(loaded).__name__}, not a mapping", expected="`key: value` lines")
     return loaded
 
 
@@ -148,7 +148,7 @@ def _check_node(root: Any, path: str) -> None:
         if id(node) in above:
             raise ConfigFileError(
                 f"{path}, line {node.start_mark.line + 1}: a value contains itself through an alias (*name)",
-                needed="a finite config",
+                expected="a finite config",
             )
         if seen > _MAX_NODES or depth > _MAX_DEPTH:
             raise ConfigFileError(f"{path} is too large or too deeply nested after its aliases are expanded")
@@ -160,7 +160,7 @@ def _check_node(root: Any, path: str) -> None:
                     if (key.tag, key.value) in keys:
                         raise ConfigFileError(
                             f"{path}, line {key.start_mark.line + 1}: the key {_short(key.value)} is a duplicate",
-                            needed="each key once",
+                            expected="each key once",
                             fix="remove one of them",
                         )
                     keys.add((key.tag, key.value))
@@ -173,7 +173,7 @@ def _check_node(root: Any, path: str) -> None:
             # Python's `str` and `repr` refuse such numbers
             raise ConfigFileError(
                 f"{path}, line {node.start_mark.line + 1}: a number of {len(node.value)} characters",
-                needed=f"at most {_MAX_DIGITS}",
+                expected=f"at most {_MAX_DIGITS}",
             )
         above.discard(id(node))
 
@@ -185,7 +185,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-class Reader:
+class ConfigReader:
     """Reads typed values from one mapping; errors contain the path and the key.
 
     Args:
@@ -210,8 +210,8 @@ class Reader:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-                needed = "a positive whole number" if minimum == 1 else f"a whole number of at least {minimum}"
-                raise self.bad(key, needed if maximum == MAX_SIZE else f"{needed}, at most {maximum}")
+                expected = "a positive whole number" if minimum == 1 else f"a whole number of at least {minimum}"
+                raise self.bad(key, expected if maximum == MAX_SIZE else f"{expected}, at most {maximum}")
             return value
         return None
 
@@ -249,15 +249,17 @@ class Reader:
             raise self.bad(key, f"a list of whole numbers of at least {minimum}")
         return tuple(value)
 
-    def section(self, key: str) -> Reader:
+    def section(self, key: str) -> ConfigReader:
         """Return a nested mapping; an empty one if it is missing."""
         value = self.values.get(key)
         if value is None:
             value = {}
         if not isinstance(value, dict):
             raise self.bad(key, "a mapping")
-        return Reader(value, self._path, f"{self._prefix}{key}.")
+        return ConfigReader(value, self._path, f"{self._prefix}{key}.")
 
-    def bad(self, key: str, needed: str) -> ConfigFileError:
+    def bad(self, key: str, expected: str) -> ConfigFileError:
         """Return the error for the value of ``key``."""
-        return ConfigFileError(f"{self._path}: {self._prefix}{key} is {_short(self.values.get(key))}", needed=needed)
+        return ConfigFileError(
+            f"{self._path}: {self._prefix}{key} is {_short(self.values.get(key))}", expected=expected
+        )

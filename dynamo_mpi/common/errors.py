@@ -46,37 +46,37 @@ class DynamoMpiError(Exception):
     """Base class of all errors that a user may get.
 
     Args:
-        found: the problem, as one sentence without a full stop.
-        needed: what is expected instead.
+        problem: one sentence without a full stop.
+        expected: what is expected instead.
         fix: what the user can do, with a command if there is one.
     """
 
     exit_code: ExitCode = ExitCode.ENGINE
 
-    def __init__(self, found: str, *, needed: str = "", fix: str = "") -> None:
-        super().__init__(found)
-        self.found = found
-        self.needed = needed
+    def __init__(self, problem: str, *, expected: str = "", fix: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.expected = expected
         self.fix = fix
 
     def __str__(self) -> str:
-        lines = [self.found]
-        if self.needed:
-            lines.append(f"  expected: {self.needed}")
+        lines = [self.problem]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
         if self.fix:
             lines.append(f"  fix:      {self.fix}")
         return "\n".join(lines)
 
     def plain(self) -> dict[str, int | str]:
         """Return the error as JSON values, for programs."""
-        return {"exit_code": int(self.exit_code), "found": self.found, "needed": self.needed, "fix": self.fix}
+        return {"exit_code": int(self.exit_code), "found": self.problem, "needed": self.expected, "fix": self.fix}
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.found, self.needed, self.fix)
+        return _rebuild, (type(self), self.problem, self.expected, self.fix)
 
 
-def _rebuild(kind: type[DynamoMpiError], found: str, needed: str, fix: str) -> DynamoMpiError:
-    return kind(found, needed=needed, fix=fix)
+def _rebuild(kind: type[DynamoMpiError], problem: str, expected: str, fix: str) -> DynamoMpiError:
+    return kind(problem, expected=expected, fix=fix)
 
 
 class UsageError(DynamoMpiError):

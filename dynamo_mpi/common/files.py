@@ -86,12 +86,12 @@ def require_private(folder: Path) -> None:
     if status.st_uid != os.geteuid():
         raise UsageError(
             f"the job's folder {folder} belongs to user {status.st_uid}",
-            needed=f"a folder of user {os.geteuid()}: it holds the job's credentials",
+            expected=f"a folder of user {os.geteuid()}: it holds the job's credentials",
             fix="another --run-dir",
         )
     if status.st_mode & _WRITABLE_BY_OTHERS:
         raise UsageError(
             f"others can write in the job's folder {folder} (mode {status.st_mode & 0o7777:04o})",
-            needed="a folder that only you can write: it holds the job's credentials",
+            expected="a folder that only you can write: it holds the job's credentials",
             fix=shlex.join(["chmod", "700", str(folder)]),
         )

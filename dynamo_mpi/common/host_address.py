@@ -40,13 +40,13 @@ def host_address(choice: str | None, setting: str) -> str:
     if fitting:
         raise UsageError(
             f"by {choice} this host has only {fitting[0]}, a link-local address",
-            needed="an address that is valid on every host: a link-local one is valid in one network segment only",
+            expected="an address that is valid on every host: a link-local one is valid in one network segment only",
             fix=f"give the interface another address, or set {setting} to another",
         )
     raise UsageError(
         f"this host has no address by {choice}; it has "
         + (", ".join(f"{name} {' '.join(map(str, addresses))}" for name, addresses in found.items()) or "none"),
-        needed="an interface, a network or an address of this host",
+        expected="an interface, a network or an address of this host",
         fix=f"correct {setting}",
     )
 

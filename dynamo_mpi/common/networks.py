@@ -207,7 +207,7 @@ def choose(hosts: Sequence[HostNetworks], preferred: str, setting: str | None = 
             return Choice(str(own.ip), "", f"{line}; --liveness-network chooses another address")
     raise UsageError(
         f"the hosts of this worker share no network\n{_listed(hosts)}",
-        needed="a network in which each host has an address of its own, on an interface that is up, or routes from all hosts to rank 0's; "
+        expected="a network in which each host has an address of its own, on an interface that is up, or routes from all hosts to rank 0's; "
         "loopback, link-local addresses and bridges of containers don't count",
         fix=f"ip address, ip route: give the hosts addresses in one network, or name an interface or a network by {SETTING}",
     )
@@ -218,7 +218,7 @@ def _chosen(hosts: Sequence[HostNetworks], setting: str) -> Choice:
     if not first:
         raise UsageError(
             f"rank 0's host {hosts[0].host} has no address by {setting}\n{_listed(hosts[:1])}",
-            needed="an interface, a network or an address of every host's, on an interface that is up, and neither loopback nor link-local",
+            expected="an interface, a network or an address of every host's, on an interface that is up, and neither loopback nor link-local",
             fix=f"correct {SETTING}",
         )
     name, own = first[0]
@@ -232,13 +232,13 @@ def _chosen(hosts: Sequence[HostNetworks], setting: str) -> Choice:
         who = ", ".join(host.host for host in away[:_MOST_HOSTS]) + (" …" if len(away) > _MOST_HOSTS else "")
         raise UsageError(
             f"{len(away)} of {len(hosts)} hosts have no address by {setting}: {who}\n{_listed(away)}",
-            needed="an interface or a network that every host of the worker has, up, and neither loopback nor link-local",
+            expected="an interface or a network that every host of the worker has, up, and neither loopback nor link-local",
             fix=f"set {SETTING} to one that all have, or leave it out",
         )
     if twice := _twice(hosts, own.network):
         raise UsageError(
             f"{setting} is not one network: {' and '.join(twice[1:])} both have {twice[0]}",
-            needed="a network in which each host has an address of its own",
+            expected="a network in which each host has an address of its own",
             fix=f"set {SETTING} to another, or leave it out",
         )
     return Choice(

@@ -99,7 +99,7 @@ def raise_nofile_limit(connections: int) -> None:
             return
     raise UsageError(
         f"rank 0 may have {hard} files open",
-        needed=f"{needed}: a connection to each of the other ranks, and files for serving",
+        expected=f"{needed}: a connection to each of the other ranks, and files for serving",
         fix=f"raise the limit on rank 0's node: ulimit -n {needed} where the ranks are started, LimitNOFILE= of slurmd's unit (srun's "
         "--propagate=NOFILE hands on the submitting shell's), --ulimit nofile of a container",
     )

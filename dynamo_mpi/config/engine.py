@@ -19,7 +19,7 @@ def to_gpu(text: str) -> str:
     try:
         return find_gpu(text).name
     except UsageError as error:
-        raise ValueError(error.needed) from None
+        raise ValueError(error.expected) from None
 
 
 def _size(name: str, *more: str) -> Option:

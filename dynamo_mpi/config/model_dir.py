@@ -28,7 +28,7 @@ def resolve_model_dir(settings: Settings, environ: Mapping[str, str]) -> Setting
     if os.path.isfile(settings.model) and settings.model.name != "config.json":
         raise ModelNotFoundError(
             f"the model {settings.model} is a file",
-            needed="a model folder, its config.json, or a hub id that is in the cache",
+            expected="a model folder, its config.json, or a hub id that is in the cache",
             fix="set --model to the folder with config.json, the tokenizer's files and the weights",
         )
     files = find_model(str(settings.model), environ)

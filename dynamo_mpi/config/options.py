@@ -147,7 +147,7 @@ def to_kv_transport(text: str) -> str:
     if text == "nixl":
         raise UsageError(
             "--kv-transport / DYN_MPI_KV_TRANSPORT is 'nixl', which the reference engine no longer has",
-            needed="tcp, or no such option",
+            expected="tcp, or no such option",
             fix="remove --kv-transport; for KV by NIXL use --engine trtllm with cache_transceiver_config: {backend: NIXL}",
         )
     return text
@@ -229,7 +229,7 @@ def _convert(option: Option, text: str, origin: str) -> Any:
     try:
         value = option.convert(text)
     except ValueError as error:
-        raise UsageError(f"{origin} is {text!r}", needed=str(error)) from None
+        raise UsageError(f"{origin} is {text!r}", expected=str(error)) from None
     if option.choices and value not in option.choices:
-        raise UsageError(f"{origin} is {text!r}", needed=f"one of {', '.join(option.choices)}")
+        raise UsageError(f"{origin} is {text!r}", expected=f"one of {', '.join(option.choices)}")
     return value

@@ -139,15 +139,15 @@ def load_settings(sources: WorkerSources) -> Settings:
     if passed_on and not passed_on[0].startswith("--"):
         raise UsageError(
             f"{passed_on[0]!r} belongs to no flag",
-            needed="flags, each with its value",
+            expected="flags, each with its value",
             fix="look at the quotes around values",
         )
     if values["model"] is None:
-        raise UsageError("no model was given", needed="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
+        raise UsageError("no model was given", expected="a model folder", fix="--model DIR, or MODEL_PATH=DIR")
     if role == "encode" and values["engine"] == "reference":
         raise UsageError(
             f"{origins['role']} is {role!r}: the reference engine doesn't encode images",
-            needed="--role agg, prefill or decode, or --engine trtllm",
+            expected="--role agg, prefill or decode, or --engine trtllm",
         )
     if values["served_model_name"] is None:
         values["served_model_name"] = values["model"].resolve().name
@@ -172,6 +172,6 @@ def _known(sources: WorkerSources) -> dict[str, Any]:
     if unknown := sorted(set(named) - known):
         raise ConfigFileError(
             f"the settings file {sources.file_name} has unknown settings: {', '.join(unknown)}",
-            needed=", ".join(sorted(known)),
+            expected=", ".join(sorted(known)),
         )
     return named

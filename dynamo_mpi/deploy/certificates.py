@@ -130,7 +130,7 @@ def make_certificates(folder: Path, names: Sequence[str], now: datetime | None =
     if openssl is None:
         raise UsageError(
             "no openssl on PATH: it makes the certificates for etcd",
-            needed="openssl 1.1.1 or newer",
+            expected="openssl 1.1.1 or newer",
             fix=f"install it, {_WITHOUT}",
         )
     folder.mkdir(mode=0o700)
@@ -226,7 +226,7 @@ def _run(openssl: str, words: Sequence[str], folder: Path) -> None:
         last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise DynamoMpiError(
             f"openssl {words[0]} failed with exit code {done.returncode}: {last}",
-            needed="openssl 1.1.1 or newer",
+            expected="openssl 1.1.1 or newer",
             fix=f"another openssl on PATH, {_WITHOUT}",
         )
 

@@ -181,7 +181,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if values["run_dir"] is None:
         raise UsageError(
             "no folder for this job was given",
-            needed="one on a file system that all its nodes share",
+            expected="one on a file system that all its nodes share",
             fix="--run-dir DIR, or DYN_MPI_RUN_DIR=DIR",
         )
     if moved := [word for word in rest if word.partition("=")[0] in _OURS]:
@@ -195,7 +195,7 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     if len(set(numbers)) < len(numbers):
         raise UsageError(
             f"etcd, NATS and the frontend are to have ports {numbers[0]}, {numbers[1]} and {numbers[2]}",
-            needed="three different ones",
+            expected="three different ones",
             fix="correct --etcd-port, --nats-port or --http-port",
         )
     return Settings(

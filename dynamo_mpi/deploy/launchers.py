@@ -233,7 +233,7 @@ def mount(source: str, target: str, flags: str = "") -> str:
         if any(character in path for character in _SEPARATORS):
             raise UsageError(
                 f"{path!r} can't be mounted: Pyxis reads commas and colons as separators",
-                needed="a path without either",
+                expected="a path without either",
                 fix="move or link it, or another --run-dir",
             )
     return ":".join(filter(None, (source, target, flags)))

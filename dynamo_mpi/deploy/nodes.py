@@ -53,7 +53,7 @@ def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> No
         )
         raise UsageError(
             "this is no Slurm allocation: SLURM_JOB_ID isn't set",
-            needed=f"a shell or a batch script with {wanted} nodes",
+            expected=f"a shell or a batch script with {wanted} nodes",
             fix=f"salloc --nodes={wanted} --exclusive --gpus-per-node={gpus_per_node}{more}, and this command in its "
             "shell; or sbatch scripts/sbatch_disaggregated.sh",
         )
@@ -68,7 +68,7 @@ def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> No
             stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError:
-        raise UsageError("scontrol isn't on PATH", needed="Slurm's commands, on the host") from None
+        raise UsageError("scontrol isn't on PATH", expected="Slurm's commands, on the host") from None
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
         raise UsageError(f"Slurm doesn't say which nodes job {job_id} has: {said}") from None
@@ -99,12 +99,12 @@ def of_hostfile(path: Path, here: str) -> Nodes:
         lines = read_small_text(path).splitlines()
     except OSError as error:
         raise ConfigFileError(
-            f"the hostfile {path} can't be read: {error.strerror}", needed="one host on a line"
+            f"the hostfile {path} can't be read: {error.strerror}", expected="one host on a line"
         ) from None
     words = (line.partition("#")[0].split() for line in lines)
     names = tuple(dict.fromkeys(first for first, *_ in filter(None, words)))
     if not names:
-        raise ConfigFileError(f"the hostfile {path} names no host", needed="one host on a line")
+        raise ConfigFileError(f"the hostfile {path} names no host", expected="one host on a line")
     return Nodes(names, here)
 
 
@@ -152,7 +152,7 @@ def assign(settings: LaunchSettings, nodes: Nodes) -> tuple[Worker, ...]:
         where = f"job {nodes.job_id}" if nodes.job_id else f"the hostfile {settings.hostfile}"
         raise UsageError(
             f"{listed}: that takes {wanted} nodes, and {where} has {len(nodes.names)} ({', '.join(nodes.names)})",
-            needed=f"at least {wanted} nodes",
+            expected=f"at least {wanted} nodes",
             fix="a larger allocation, or fewer nodes or workers: NUM_PREFILL_NODES, NUM_DECODE_NODES, NUM_NODES and their _WORKERS",
         )
     free = iter(nodes.names)

@@ -40,7 +40,7 @@ def find_etcd(given: str | None = None) -> Path:
         if _runnable(Path(given)):
             return Path(given)
         raise UsageError(
-            f"--etcd {given!r} is not a program", needed="etcd's program", fix="correct --etcd (DYN_MPI_ETCD)"
+            f"--etcd {given!r} is not a program", expected="etcd's program", fix="correct --etcd (DYN_MPI_ETCD)"
         )
     with contextlib.suppress(UsageError):
         return _on_path("etcd")
@@ -75,10 +75,10 @@ def find_mpirun(given: str | None = None) -> tuple[str, ...]:
         words = tuple(shlex.split(given))
     except ValueError as error:
         raise UsageError(
-            f"--mpirun {given!r} can't be read: {error}", needed="a command line", fix="close its quotes"
+            f"--mpirun {given!r} can't be read: {error}", expected="a command line", fix="close its quotes"
         ) from None
     if not words or shutil.which(words[0]) is None:
-        raise UsageError(f"--mpirun {given!r} is not a program", needed="an mpirun that takes -n", fix="leave it out")
+        raise UsageError(f"--mpirun {given!r} is not a program", expected="an mpirun that takes -n", fix="leave it out")
     return words
 
 

@@ -122,16 +122,16 @@ class Report(NamedTuple):
 
     Args:
         found: the problem.
-        needed: what is expected.
+        expected: what is expected.
         fix: the fix.
     """
 
     found: str
-    needed: str
+    expected: str
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.found}\n  expected: {self.needed}\n  fix:      {self.fix}"
+        return f"{self.found}\n  expected: {self.expected}\n  fix:      {self.fix}"
 
 
 def is_reported(code: int, words: str) -> bool:

@@ -71,7 +71,7 @@ class _HeldFolder:
         except OSError as error:
             raise UsageError(
                 f"the run folder {path} can't be used: {error.strerror}",
-                needed="a folder that all nodes see and that this user can make and write",
+                expected="a folder that all nodes see and that this user can make and write",
                 fix="--run-dir FOLDER, or DYN_MPI_RUN_DIR",
             ) from None
 
@@ -235,7 +235,9 @@ def _take_lock(path: Path, name: str, held: tuple[str, str], warn: Callable[[str
         except BlockingIOError:
             owner = os.read(lock, 4096).decode(errors="replace")
             os.close(lock)
-            raise UsageError(f"{held[0]} {path}: {_owner(owner)}", needed="one folder for each", fix=held[1]) from None
+            raise UsageError(
+                f"{held[0]} {path}: {_owner(owner)}", expected="one folder for each", fix=held[1]
+            ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 os.close(lock)

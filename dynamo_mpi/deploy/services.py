@@ -30,16 +30,18 @@ class ServiceError(DynamoMpiError):
     """A process of the stack failed.
 
     Args:
-        found: the problem.
+        problem: one sentence without a full stop.
         status: the exit code; any code is possible, as a worker's own is passed on.
         log: the end of its log, to be printed unchanged.
         part: the name of the process.
-        needed: what is expected.
+        expected: what is expected.
         fix: the fix.
     """
 
-    def __init__(self, found: str, *, status: int, log: str, part: str = "", needed: str = "", fix: str = "") -> None:
-        super().__init__(found, needed=needed, fix=fix)
+    def __init__(
+        self, problem: str, *, status: int, log: str, part: str = "", expected: str = "", fix: str = ""
+    ) -> None:
+        super().__init__(problem, expected=expected, fix=fix)
         self.part, self.status, self.log = part, status, log
 
 

@@ -234,20 +234,20 @@ def read_settings(
     if values["launcher"] == "auto":
         values["launcher"] = "mpirun" if values["hostfile"] is not None else "slurm"
     if values["model"] is None:
-        raise UsageError("no model was given", needed="a model", fix="--model DIR, or MODEL_PATH=DIR")
+        raise UsageError("no model was given", expected="a model", fix="--model DIR, or MODEL_PATH=DIR")
     settings = LaunchSettings(**values, worker_args=worker_args)
     for role in settings.worker_roles:
         if settings.of(role)[0] is None:
             flag = "" if role == "agg" else f"{role}-"
             raise UsageError(
                 f"no engine config for the {role} worker was given",
-                needed="TensorRT-LLM's YAML",
+                expected="TensorRT-LLM's YAML",
                 fix=f"--{flag}engine-config FILE, or {flag.upper().replace('-', '_')}ENGINE_CONFIG=FILE",
             )
     if settings.launcher == "mpirun" and settings.image is not None:
         raise UsageError(
             "a container image was given for mpirun, which starts none",
-            needed="ranks on bare metal, or all of it inside a container",
+            expected="ranks on bare metal, or all of it inside a container",
             fix="unset IMAGE, or launch with Slurm and Pyxis",
         )
     if settings.launcher == "mpirun" and settings.hostfile is None:

@@ -179,7 +179,7 @@ class WorkerSet:
         restarts = self._restarts.get(worker.name, 0)
         if code in MISTAKES or restarts >= self._max_restarts:
             found, needed, fix = report or (f"{worker.name} ended with exit code {code}", "", "")
-            raise StepFailed(found, status=code, log=step.last_words(), needed=needed, fix=fix)
+            raise StepFailed(found, status=code, log=step.last_words(), expected=needed, fix=fix)
         if report is not None:
             self._say(str(report))
         self._restarts[worker.name] = restarts + 1
@@ -209,7 +209,7 @@ class WorkerSet:
             if name in self._ready:
                 self._say(
                     f"warning: {name} may stay registered until its lease ends, and requests to it fail until then: "
-                    f"etcd can't be reached from this host ({error.found})"
+                    f"etcd can't be reached from this host ({error.problem})"
                 )
 
     def _is_pending(self, name: str) -> bool:

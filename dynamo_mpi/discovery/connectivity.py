@@ -126,7 +126,7 @@ class _Etcd(NamedTuple):
         addresses = [read_address(url, DEFAULT_PORT, ("http", "https"), "ETCD_ENDPOINTS") for url in endpoints]
         if not endpoints:
             raise UsageError(
-                "ETCD_ENDPOINTS names no endpoint", needed="http://HOST:PORT, or several with commas between"
+                "ETCD_ENDPOINTS names no endpoint", expected="http://HOST:PORT, or several with commas between"
             )
         auth = EtcdAuth.from_env(environ)
         secured = any(address.scheme == "https" for address in addresses)
@@ -147,7 +147,7 @@ class _Etcd(NamedTuple):
             raise _etcd_refused(listed, self.auth)
         raise DiscoveryError(
             f"etcd does not answer ({listed})",
-            needed=f"an etcd that answers within {timeout:g} s",
+            expected=f"an etcd that answers within {timeout:g} s",
             fix="start etcd on the head node, or set ETCD_ENDPOINTS=http://HOST:2379",
         )
 
@@ -156,12 +156,12 @@ def _etcd_refused(listed: str, auth: EtcdAuth) -> AuthorizationError:
     if auth.certificate:
         return AuthorizationError(
             f"etcd refuses this worker's certificate ({listed})",
-            needed="a client certificate that is signed by etcd's authority (its --trusted-ca-file) and not expired",
+            expected="a client certificate that is signed by etcd's authority (its --trusted-ca-file) and not expired",
             fix="correct ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY; openssl x509 -noout -text shows the certificate",
         )
     return AuthorizationError(
         f"etcd refuses a worker without a certificate ({listed})",
-        needed="a client certificate",
+        expected="a client certificate",
         fix="set ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY to PEM texts",
     )
 

@@ -98,7 +98,7 @@ class EtcdClient(Protocol):
 
 def lease_lost() -> LeaseLostError:
     """Return the error of a call whose lease does not exist."""
-    return LeaseLostError("the lease in etcd is lost", needed="a lease that is kept alive", fix="look at etcd")
+    return LeaseLostError("the lease in etcd is lost", expected="a lease that is kept alive", fix="look at etcd")
 
 
 def end_of_prefix(prefix: str) -> bytes:
@@ -154,7 +154,7 @@ class EtcdAuth:
                 there, missing = (one, other) if values[one] else (other, one)
                 raise UsageError(
                     f"ETCD_AUTH_{there} is set and ETCD_AUTH_{missing} isn't",
-                    needed="both, or neither",
+                    expected="both, or neither",
                     fix=f"set ETCD_AUTH_{missing}, or unset ETCD_AUTH_{there}",
                 )
         return cls(*values.values())
@@ -183,7 +183,7 @@ class EtcdAuth:
 def _no_pem(found: str) -> UsageError:
     return UsageError(
         found,
-        needed="the PEM text itself, not a path, as for Dynamo's runtime",
+        expected="the PEM text itself, not a path, as for Dynamo's runtime",
         fix='export ETCD_AUTH_CA="$(cat ca.crt)", and likewise the others',
     )
 

@@ -263,19 +263,19 @@ def _our_error(error: Any, auth: EtcdAuth) -> DynamoMpiError:
     if _mentions(error, "authentication failed", "invalid user ID"):
         return CredentialsError(
             f"etcd refuses user {auth.username}: {text}",
-            needed="a user of etcd and the right password",
+            expected="a user of etcd and the right password",
             fix="correct ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD",
         )
     codes = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
     if error.code() in codes or _mentions(error, "user name is empty"):
         return AuthorizationError(
             f"etcd refuses us: {text}",
-            needed=f"a user with the right to read and write under dynamo_mpi/; {_who(auth)}",
+            expected=f"a user with the right to read and write under dynamo_mpi/; {_who(auth)}",
             fix="etcdctl role grant-permission ROLE --prefix=true readwrite dynamo_mpi/, or correct ETCD_AUTH_*",
         )
     return DiscoveryError(
         f"etcd does not answer: {text}",
-        needed="an etcd that answers",
+        expected="an etcd that answers",
         fix="look at etcd; ETCD_ENDPOINTS says where it is",
     )
 

@@ -260,7 +260,7 @@ def _query_in_turn(environ: Mapping[str, str], deadline: float, query: Callable[
                 client.authenticate()
                 return query(client)
         except (DiscoveryError, AuthorizationError) as error:
-            problems.append(error.found)
+            problems.append(error.problem)
             refusals += isinstance(error, AuthorizationError)
     found = "; ".join(problems) or "ETCD_ENDPOINTS names no endpoint"
     raise _refused(found) if refusals else _unanswered(found)
@@ -269,7 +269,7 @@ def _query_in_turn(environ: Mapping[str, str], deadline: float, query: Callable[
 def _unanswered(found: str) -> DiscoveryError:
     return DiscoveryError(
         found,
-        needed="an etcd that answers this host",
+        expected="an etcd that answers this host",
         fix="check etcd, and its address and credentials in ETCD_ENDPOINTS and ETCD_AUTH_*",
     )
 
@@ -277,7 +277,7 @@ def _unanswered(found: str) -> DiscoveryError:
 def _refused(found: str) -> AuthorizationError:
     return AuthorizationError(
         found,
-        needed="credentials that etcd accepts",
+        expected="credentials that etcd accepts",
         fix="--run-dir DIR of the deployment, whose services.json has them; or correct ETCD_AUTH_*",
     )
 

@@ -66,7 +66,7 @@ class NatsAuth:
         if "@" in environ.get("NATS_SERVER", ""):
             raise UsageError(
                 "NATS_SERVER holds credentials, which Dynamo's runtime does not read there",
-                needed="an address alone, nats://HOST:PORT",
+                expected="an address alone, nats://HOST:PORT",
                 fix="set NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, or NATS_AUTH_TOKEN",
             )
         for name in ("NATS_AUTH_CREDENTIALS_FILE", *(f"NATS_TLS_{name}" for name in _TLS)):
@@ -74,7 +74,7 @@ class NatsAuth:
         if given["NATS_AUTH_NKEY"] and not _NKEY_SEED.fullmatch(given["NATS_AUTH_NKEY"]):
             raise UsageError(
                 "NATS_AUTH_NKEY is no seed of a user's nkey",
-                needed="the seed itself: SU and 56 letters and digits",
+                expected="the seed itself: SU and 56 letters and digits",
                 fix="nk -gen user makes one; a file with a JWT belongs in NATS_AUTH_CREDENTIALS_FILE",
             )
         insecure = environ.get("NATS_TLS_INSECURE", "").lower() in _YES
@@ -172,7 +172,7 @@ def _require_both(given: Mapping[str, str], one: str, other: str) -> None:
     if bool(given[one]) != bool(given[other]):
         there, missing = (one, other) if given[one] else (other, one)
         raise UsageError(
-            f"{there} is set and {missing} isn't", needed="both, or neither", fix=f"set {missing}, or unset {there}"
+            f"{there} is set and {missing} isn't", expected="both, or neither", fix=f"set {missing}, or unset {there}"
         )
 
 
@@ -187,7 +187,7 @@ def _require_readable(name: str, path: str) -> None:
             "is the text itself" if "-----BEGIN" in path else (getattr(error, "strerror", None) or "is no path").lower()
         )
         raise UsageError(
-            f"{name} can't be read on rank 0's node: {why}", needed="the path of a file there", fix=f"correct {name}"
+            f"{name} can't be read on rank 0's node: {why}", expected="the path of a file there", fix=f"correct {name}"
         ) from None
 
 
@@ -196,4 +196,4 @@ def _decoded(part: str) -> bytes:
 
 
 def _no_pem(found: str) -> UsageError:
-    return UsageError(found, needed="the paths of PEM files, the key without a passphrase", fix="correct NATS_TLS_*")
+    return UsageError(found, expected="the paths of PEM files, the key without a passphrase", fix="correct NATS_TLS_*")

@@ -135,12 +135,12 @@ def nats_unanswered(server: str, text: str, seconds: float) -> DiscoveryError:
     if "certificate verify failed" in text:
         return DiscoveryError(
             f"NATS shows a certificate that isn't to be trusted ({server}: {text})",
-            needed="one of an authority that this worker knows, for this address, and not expired",
+            expected="one of an authority that this worker knows, for this address, and not expired",
             fix="set NATS_TLS_CA_CERT_PATH to that authority's certificate, or renew NATS's own",
         )
     return DiscoveryError(
         f"NATS does not answer ({server}: {text})",
-        needed=f"a NATS server that answers within {seconds:g} s",
+        expected=f"a NATS server that answers within {seconds:g} s",
         fix="start nats-server on the head node and set NATS_SERVER=nats://HOST:4222, "
         "or leave NATS_SERVER unset and use the tcp request plane",
     )
@@ -158,17 +158,17 @@ def nats_refused(server: str, text: str, auth: NatsAuth) -> AuthorizationError:
         what = "this worker's certificate" if auth.certificate else "a worker without a certificate"
         return AuthorizationError(
             f"NATS refuses {what} ({server}: {text})",
-            needed="a certificate of the authority that NATS trusts (ca_file of its tls block), for clients, and not expired",
+            expected="a certificate of the authority that NATS trusts (ca_file of its tls block), for clients, and not expired",
             fix="set NATS_TLS_CLIENT_CERT_PATH and NATS_TLS_CLIENT_KEY_PATH; openssl x509 -noout -text shows what a certificate is",
         )
     if not auth.kind:
         return AuthorizationError(
             f"NATS requires credentials, and none are set ({server}: {text})",
-            needed="credentials that NATS knows",
+            expected="credentials that NATS knows",
             fix="set NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD, NATS_AUTH_TOKEN, NATS_AUTH_NKEY or NATS_AUTH_CREDENTIALS_FILE",
         )
     return AuthorizationError(
         f"NATS refuses this worker's credentials ({server}: {text})",
-        needed="credentials that NATS knows, and that have not expired",
+        expected="credentials that NATS knows, and that have not expired",
         fix=f"correct {auth.kind}, which counts before any other that is set",
     )

@@ -39,7 +39,7 @@ def _engines(own: WorkerRecord, peer: WorkerRecord) -> Iterator[Finding]:
             "P5",
             "prefill and decode run different engines: one can't use the other's KV",
             found=", ".join(f"{side.role} {side.engine}" for side in _in_order(own, peer)),
-            needed="the same engine",
+            expected="the same engine",
             fix="set the same --engine on both sides",
         )
 

@@ -85,7 +85,7 @@ class RecordKeeper:
         if came is None:
             raise DiscoveryError(
                 "etcd lost this worker's record immediately after it was written",
-                needed="an etcd that keeps leases for their whole time",
+                expected="an etcd that keeps leases for their whole time",
                 fix="check etcd's log, and ETCD_LEASE_TTL",
             )
         self._peers = peers_of(self._record, worlds)
@@ -178,7 +178,9 @@ class RecordKeeper:
         except DynamoMpiError as error:
             if not self._away:
                 self._away = True
-                self._log.warning(f"the worker record in etcd can't be kept for now, the worker goes on: {error.found}")
+                self._log.warning(
+                    f"the worker record in etcd can't be kept for now, the worker goes on: {error.problem}"
+                )
             return
         if self._away:
             self._away = False

@@ -144,6 +144,6 @@ class RecordPublisher(WorkerHook):
 def _needless() -> UsageError:
     return UsageError(
         "ETCD_AUTH_USERNAME is set, but this etcd has no users: Dynamo's runtime can't connect to it with a password",
-        needed="no password, or an etcd with users",
+        expected="no password, or an etcd with users",
         fix="unset ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, or etcdctl auth enable",
     )

@@ -94,7 +94,7 @@ class RegistrationMonitor:
         try:
             return _LEASE_LOST if self._connected().lease_ttl(self._instance) is None else ""
         except DynamoMpiError as error:
-            return f"etcd was away for longer than this worker's lease lives: {error.found}"
+            return f"etcd was away for longer than this worker's lease lives: {error.problem}"
 
     def _connected(self) -> GrpcEtcdClient:
         if self._etcd is None:
@@ -178,13 +178,13 @@ class RegistrationMonitor:
         if away < self._seconds * 4 / 3 or self._failures < _FAILURES:
             return None
         return lease_error(
-            f"etcd has not answered for {away:.0f} s, longer than this worker's lease lives ({self._seconds} s): {error.found}"
+            f"etcd has not answered for {away:.0f} s, longer than this worker's lease lives ({self._seconds} s): {error.problem}"
         )
 
     def _refuse(self, error: DynamoMpiError) -> None:
         if not self._refused:
             self._refused = True
-            self._log.warning(f"whether this worker is still registered can't be checked: {error.found}")
+            self._log.warning(f"whether this worker is still registered can't be checked: {error.problem}")
 
 
 class InstanceLease(WorkerHook):
@@ -261,6 +261,6 @@ def lease_error(found: str) -> RetryableError:
     """Return the error of a worker whose lease is lost."""
     return RetryableError(
         found,
-        needed="an etcd that keeps this worker's lease",
+        expected="an etcd that keeps this worker's lease",
         fix="start the worker again; if that happens again, check etcd and the network to it",
     )

@@ -62,7 +62,7 @@ def check_runtime_can_use(endpoints: Sequence[str], auth: EtcdAuth) -> list[str]
     if auth.username and secured:
         raise UsageError(
             "ETCD_AUTH_USERNAME is set, and etcd is https://: Dynamo's runtime sends etcd a password only without TLS",
-            needed="certificates, whose CN is the user's name for etcd",
+            expected="certificates, whose CN is the user's name for etcd",
             fix="unset ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, and set ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY "
             "to PEM texts",
         )
@@ -70,14 +70,14 @@ def check_runtime_can_use(endpoints: Sequence[str], auth: EtcdAuth) -> list[str]
         raise UsageError(
             "etcd is https://, and not all of ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY are set: Dynamo's runtime uses "
             "TLS to etcd only with all three",
-            needed="all three as PEM texts, even if etcd requires no client certificate",
+            expected="all three as PEM texts, even if etcd requires no client certificate",
             fix='export ETCD_AUTH_CA="$(cat ca.crt)" ETCD_AUTH_CLIENT_CERT="$(cat client.crt)" ETCD_AUTH_CLIENT_KEY="$(cat client.key)"',
         )
     if all(certificates) and not auth.username and len(secured) < len(endpoints):
         raise UsageError(
             "ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY are set, and etcd is not https://: Dynamo's runtime would send "
             "certificates to an etcd without TLS",
-            needed="https:// for all endpoints, or no certificates",
+            expected="https:// for all endpoints, or no certificates",
             fix="correct ETCD_ENDPOINTS, or unset ETCD_AUTH_CA, ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY",
         )
     return [TOKENS_END.format(user=auth.username)] if auth.username else []
@@ -100,13 +100,13 @@ def require_nats(
     if (is_tls or tls_required) and installed is not None and installed < _NATS_TLS_SINCE:
         raise UsageError(
             f"this NATS needs TLS, which Dynamo's runtime {'.'.join(map(str, installed))} can't do",
-            needed="ai-dynamo-runtime 1.5 or newer, or a NATS without TLS",
+            expected="ai-dynamo-runtime 1.5 or newer, or a NATS without TLS",
             fix="upgrade ai-dynamo, or leave NATS_SERVER unset and use the tcp request plane, which needs no NATS",
         )
     if (tls_required or auth.has_tls) and not is_tls:
         why = "this NATS requires TLS" if tls_required else "NATS_TLS_* is set"
         raise UsageError(
             f"NATS_SERVER is not tls://, and {why}: Dynamo's runtime uses TLS only for a tls:// address",
-            needed="NATS_SERVER=tls://HOST:PORT",
+            expected="NATS_SERVER=tls://HOST:PORT",
             fix="correct NATS_SERVER" if tls_required else "correct NATS_SERVER, or unset NATS_TLS_*",
         )

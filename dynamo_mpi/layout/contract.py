@@ -136,7 +136,7 @@ def _shared(prefill: Contract, decode: Contract) -> Iterator[Finding]:
                 rule,
                 f"whether prefill and decode have the same {name} is left to their engines",
                 found=f"prefill {ours}, decode {theirs}",
-                needed=f"the same {name}, by name",
+                expected=f"the same {name}, by name",
                 fix=fix,
             )
             continue
@@ -144,7 +144,7 @@ def _shared(prefill: Contract, decode: Contract) -> Iterator[Finding]:
             rule,
             f"prefill and decode differ in {name}: one can't use the other's KV",
             found=f"prefill {ours}, decode {theirs}",
-            needed=f"the same {name}",
+            expected=f"the same {name}",
             fix=fix,
         )
 
@@ -160,7 +160,7 @@ def _context(prefill: Contract, decode: Contract) -> Iterator[Finding]:
             "I4",
             "both sides use context parallelism",
             found=f"prefill cp_size {prefill.cp_size}, decode cp_size {decode.cp_size}",
-            needed="cp_size 1 on the prefill side",
+            expected="cp_size 1 on the prefill side",
             fix="set context_parallel_size: 1 on the prefill worker",
         )
 
@@ -176,7 +176,7 @@ def _advice(prefill: Contract, decode: Contract) -> Iterator[Finding]:
             "I1",
             "prefill and decode run different releases of TensorRT-LLM, whose hand-over may differ",
             found=f"prefill {prefill.trtllm_version}, decode {decode.trtllm_version}",
-            needed="one release",
+            expected="one release",
             fix="use one container image",
         )
     if prefill.pp_size > 1 and decode.tp_size > 1 and any(map(_is_1_2, versions)):
@@ -184,14 +184,14 @@ def _advice(prefill: Contract, decode: Contract) -> Iterator[Finding]:
             "F11",
             "TensorRT-LLM 1.2 can hang when prefill has pipeline stages and decode has tensor parallelism",
             found=f"prefill pp_size {prefill.pp_size}, decode tp_size {decode.tp_size}",
-            needed="pipeline_parallel_size 1 on the prefill side, or another release",
+            expected="pipeline_parallel_size 1 on the prefill side, or another release",
         )
     if prefill.max_seq_len is not None and decode.max_seq_len is not None and prefill.max_seq_len > decode.max_seq_len:
         yield warning(
             "I8",
             "prefill accepts longer requests than decode can continue",
             found=f"max_seq_len: prefill {prefill.max_seq_len}, decode {decode.max_seq_len}",
-            needed="max_seq_len of decode at least that of prefill",
+            expected="max_seq_len of decode at least that of prefill",
             fix=f"set max_seq_len: {prefill.max_seq_len} on the decode worker, or less on the prefill worker",
         )
     for side in (prefill, decode):
@@ -201,6 +201,6 @@ def _advice(prefill: Contract, decode: Contract) -> Iterator[Finding]:
                 "I8",
                 f"the {side.role} worker's transfer buffer is smaller than the longest prompt: such transfers are slow",
                 found=f"cache_transceiver_config.max_tokens_in_buffer {buffer}, longest request {length}",
-                needed=f"at least {length}",
+                expected=f"at least {length}",
                 fix=f"set max_tokens_in_buffer: {length} in cache_transceiver_config",
             )

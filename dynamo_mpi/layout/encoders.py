@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.layout.model_shape import Encoder
 
 if TYPE_CHECKING:
-    from dynamo_mpi.common.config_reader import Reader
+    from dynamo_mpi.common.config_reader import ConfigReader
 
 _SECTIONS = ("vision_config", "audio_config", "vision_tower_config", "speech_config", "sound_config")
 _WITHOUT_LANGUAGE = ("thinker_config",)  # Qwen-Omni keeps them inside
@@ -20,7 +20,7 @@ _WITHOUT_LANGUAGE = ("thinker_config",)  # Qwen-Omni keeps them inside
 _GATED = ("qwen2_5_vl", "pixtral", "gemma4_vision", "step3", "llama4_vision_gated")
 
 
-def read_encoders(config: Reader) -> tuple[Encoder, ...]:
+def read_encoders(config: ConfigReader) -> tuple[Encoder, ...]:
     """Read all encoders of a config.
 
     Raises:
@@ -35,7 +35,7 @@ def read_encoders(config: Reader) -> tuple[Encoder, ...]:
     )
 
 
-def _encoder(section: Reader, key: str) -> Encoder:
+def _encoder(section: ConfigReader, key: str) -> Encoder:
     layers = section.size(
         "num_hidden_layers", "depth", "vt_num_hidden_layers", "encoder_layers", "layers", "num_layers"
     )
@@ -64,7 +64,7 @@ def _encoder(section: Reader, key: str) -> Encoder:
     return Encoder(key, layers * (4 * hidden * hidden + matrices * hidden * width) + embedding + projector)
 
 
-def _merged(section: Reader) -> int:
+def _merged(section: ConfigReader) -> int:
     """Return how many patches become one token."""
     kernel = section.sizes("merge_kernel_size") if isinstance(section.values.get("merge_kernel_size"), list) else None
     if kernel and len(kernel) == 2 and max(kernel) <= 16:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.config_reader import Reader
+from dynamo_mpi.common.config_reader import ConfigReader
 from dynamo_mpi.common.frozen import dataclass, field
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
     Raises:
         ConfigFileError: one of the values has the wrong type or is out of every range.
     """
-    top = Reader(keys, path)
+    top = ConfigReader(keys, path)
     cp_config = top.section("cp_config")
     graphs = top.section("cuda_graph_config")
     balance = top.section("attention_dp_config")
@@ -218,12 +218,12 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
     )
 
 
-def _moe_size(top: Reader, key: str) -> int | None:
+def _moe_size(top: ConfigReader, key: str) -> int | None:
     """A3: -1 means the same as nothing."""
     return None if top.values.get(key) == -1 else top.size(key, maximum=MAX_RANKS)
 
 
-def _kv_cache(section: Reader) -> KvCache:
+def _kv_cache(section: ConfigReader) -> KvCache:
     reuse = section.switch("enable_block_reuse")
     return KvCache(
         dtype=(section.text("dtype") or "auto").lower(),
@@ -236,7 +236,7 @@ def _kv_cache(section: Reader) -> KvCache:
     )
 
 
-def _moe(section: Reader) -> Moe:
+def _moe(section: ConfigReader) -> Moe:
     found: dict[str, Any] = {"backend": section.text("backend"), "max_num_tokens": section.size("max_num_tokens")}
     balancer = section.values.get("load_balancer")
     if isinstance(balancer, str):
@@ -246,7 +246,7 @@ def _moe(section: Reader) -> Moe:
     return Moe(**found)
 
 
-def read_balancer(section: Reader) -> dict[str, Any]:
+def read_balancer(section: ConfigReader) -> dict[str, Any]:
     """Read an expert load balancer's settings, from the config or from the file that it names.
 
     Raises:
@@ -265,7 +265,7 @@ def read_balancer(section: Reader) -> dict[str, Any]:
     }
 
 
-def _transceiver(top: Reader) -> Transceiver | None:
+def _transceiver(top: ConfigReader) -> Transceiver | None:
     if not top.has("cache_transceiver_config"):
         return None
     section = top.section("cache_transceiver_config")
@@ -277,7 +277,7 @@ def _transceiver(top: Reader) -> Transceiver | None:
     )
 
 
-def _speculative(top: Reader) -> Speculative | None:
+def _speculative(top: ConfigReader) -> Speculative | None:
     if not top.has("speculative_config"):
         return None
     section = top.section("speculative_config")

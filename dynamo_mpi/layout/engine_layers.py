@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.config_reader import Reader, parse_json, parse_yaml
+from dynamo_mpi.common.config_reader import ConfigReader, parse_json, parse_yaml
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.layout.engine_config import EngineConfig, read_balancer, type_engine_config
@@ -103,7 +103,7 @@ def with_balancer(merged: MergedConfig, text: str) -> MergedConfig:
     """
     moe = merged.config.moe
     path = str(moe.balancer_path)
-    settings = read_balancer(Reader(parse_yaml(text, path, "the load balancer's YAML"), path))
+    settings = read_balancer(ConfigReader(parse_yaml(text, path, "the load balancer's YAML"), path))
     return replace(merged, config=replace(merged.config, moe=replace(moe, **settings)))
 
 
@@ -127,7 +127,7 @@ def split_dynamic_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         if at + 1 == len(words) or words[at + 1].startswith("--"):
             key, _, value = word.partition("=")
-            raise UsageError(f"{word} has no value", needed=f"{key} {value or 'VALUE'}, with a blank between them")
+            raise UsageError(f"{word} has no value", expected=f"{key} {value or 'VALUE'}, with a blank between them")
         dynamic += words[at : at + 2]
         at += 2
     return others, dynamic
@@ -137,7 +137,7 @@ def _override(layers: EngineLayers) -> dict[str, Any]:
     if layers.override_text and layers.dynamic:
         raise UsageError(
             "--override-engine-args and --trtllm.* flags were given together",
-            needed="one of them: Dynamo refuses both",
+            expected="one of them: Dynamo refuses both",
             fix="write all overrides in one of the two ways",
         )
     if layers.override_text:
@@ -208,6 +208,6 @@ def flag_without_effect(path: str, value: Any, found: Any, yaml_path: str) -> Fi
         Severity.WARNING,
         f"{flag} {value} has no effect: in Dynamo the engine config overrides flags",
         found=f"{flag} {value}; {yaml_path} says {path}: {found}",
-        needed="the value in one place",
+        expected="the value in one place",
         fix=f"set {path} in {yaml_path}, or give --override-engine-args, which overrides both",
     )

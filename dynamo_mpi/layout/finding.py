@@ -29,7 +29,7 @@ class Finding:
         severity: its severity.
         message: the problem, in one sentence.
         found: the values that were found.
-        needed: what is expected.
+        expected: what is expected.
         fix: the fix.
     """
 
@@ -37,7 +37,7 @@ class Finding:
     severity: Severity
     message: str
     found: str = ""
-    needed: str = ""
+    expected: str = ""
     fix: str = ""
 
     def as_json(self) -> dict[str, str]:
@@ -47,24 +47,24 @@ class Finding:
             "severity": self.severity.value,
             "message": self.message,
             "found": self.found,
-            "needed": self.needed,
+            "needed": self.expected,
             "fix": self.fix,
         }
 
 
-def error(rule: str, message: str, *, found: str = "", needed: str = "", fix: str = "") -> Finding:
+def error(rule: str, message: str, *, found: str = "", expected: str = "", fix: str = "") -> Finding:
     """Return a finding that stops a world."""
-    return Finding(rule, Severity.ERROR, message, found, needed, fix)
+    return Finding(rule, Severity.ERROR, message, found, expected, fix)
 
 
-def warning(rule: str, message: str, *, found: str = "", needed: str = "", fix: str = "") -> Finding:
+def warning(rule: str, message: str, *, found: str = "", expected: str = "", fix: str = "") -> Finding:
     """Return a finding that a user should check."""
-    return Finding(rule, Severity.WARNING, message, found, needed, fix)
+    return Finding(rule, Severity.WARNING, message, found, expected, fix)
 
 
-def info(rule: str, message: str, *, found: str = "", needed: str = "", fix: str = "") -> Finding:
+def info(rule: str, message: str, *, found: str = "", expected: str = "", fix: str = "") -> Finding:
     """Return a finding that is only information."""
-    return Finding(rule, Severity.INFO, message, found, needed, fix)
+    return Finding(rule, Severity.INFO, message, found, expected, fix)
 
 
 def errors(findings: Sequence[Finding]) -> list[Finding]:
@@ -81,7 +81,7 @@ def render(findings: Sequence[Finding]) -> str:
         if finding.severity is Severity.INFO:
             lines[-1] += f" ({finding.fix})" if finding.fix else ""
             continue
-        for name, value in (("found", finding.found), ("expected", finding.needed), ("fix", finding.fix)):
+        for name, value in (("found", finding.found), ("expected", finding.expected), ("fix", finding.fix)):
             if value:
                 first, *rest = value.split("\n")
                 lines.append(f"  {name + ':':<10}{first}")

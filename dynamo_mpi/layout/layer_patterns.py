@@ -12,7 +12,7 @@ from dynamo_mpi.layout.model_shape import AttentionSizes, Feed, Layer, Mixer
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dynamo_mpi.common.config_reader import Reader
+    from dynamo_mpi.common.config_reader import ConfigReader
 
 _MIXERS = {
     **dict.fromkeys(("full_attention", "sliding_attention", "chunked_attention", "attention"), Mixer.ATTENTION),
@@ -42,7 +42,7 @@ _LLAMA_4_GLOBAL_EVERY = 4  # transformers' Llama4TextConfig: every fourth layer 
 _MAX_LAYERS = 10_000
 
 
-def count_layers(body: Reader) -> int | None:
+def count_layers(body: ConfigReader) -> int | None:
     """Return the number of layers: as the config has it, or that of a list with an entry for each."""
     count = body.size("num_hidden_layers", "n_layer", "n_layers", "num_layers", maximum=_MAX_LAYERS)
     if count is not None:
@@ -55,7 +55,7 @@ def count_layers(body: Reader) -> int | None:
 
 
 def read_layers(
-    body: Reader, num_layers: int, *, experts: bool, heads: int | None = None, hidden_size: int | None = None
+    body: ConfigReader, num_layers: int, *, experts: bool, heads: int | None = None, hidden_size: int | None = None
 ) -> tuple[tuple[Layer, ...] | None, tuple[str, ...]]:
     """Return the kind of each layer, without number formats.
 
@@ -103,7 +103,7 @@ def read_layers(
     return tuple(layers), ()
 
 
-def _names(body: Reader, key: str, num_layers: int) -> list[str] | None:
+def _names(body: ConfigReader, key: str, num_layers: int) -> list[str] | None:
     """Read a list with a name for each layer."""
     names = body.values.get(key)
     if names is None:
@@ -113,7 +113,7 @@ def _names(body: Reader, key: str, num_layers: int) -> list[str] | None:
     return names
 
 
-def _flags(body: Reader, key: str, num_layers: int) -> list[bool]:
+def _flags(body: ConfigReader, key: str, num_layers: int) -> list[bool]:
     """Read a list with a number or a switch for each layer."""
     flags = body.values.get(key)
     if not isinstance(flags, list) or len(flags) != num_layers or not all(isinstance(flag, int) for flag in flags):
@@ -125,7 +125,7 @@ def _unknown(key: str, kind: str) -> str:
     return f"{key} ({kind[:40]!r})".encode("ascii", "backslashreplace").decode()
 
 
-def _layers_of_one_part(body: Reader, num_layers: int) -> list[tuple[Any, Any]] | None:
+def _layers_of_one_part(body: ConfigReader, num_layers: int) -> list[tuple[Any, Any]] | None:
     """Nemotron-H: each layer is a mixer, an MLP or experts, by a letter or by a name. None for another kind of model."""
     key = "hybrid_override_pattern"
     kinds: Iterable[str] | None = body.text(key)
@@ -141,7 +141,7 @@ def _layers_of_one_part(body: Reader, num_layers: int) -> list[tuple[Any, Any]] 
     return [_PARTS.get(kind) or (_unknown(key, kind), Feed.NONE) for kind in kinds or ()]
 
 
-def _mixers(body: Reader, num_layers: int) -> list[Mixer | str]:
+def _mixers(body: ConfigReader, num_layers: int) -> list[Mixer | str]:
     """Return what mixes tokens in each layer; a text where that isn't known."""
     for key in ("layer_types", "layers_block_type"):
         kinds = _names(body, key, num_layers)
@@ -167,7 +167,7 @@ def _mixers(body: Reader, num_layers: int) -> list[Mixer | str]:
     return [Mixer.ATTENTION if i % period == offset else Mixer.MAMBA2 for i in range(num_layers)]
 
 
-def _linear(body: Reader) -> Mixer | None:
+def _linear(body: ConfigReader) -> Mixer | None:
     """Return what ``linear_attention`` means in this config."""
     if body.has("linear_num_value_heads"):
         return Mixer.GATED_DELTA
@@ -176,7 +176,7 @@ def _linear(body: Reader) -> Mixer | None:
     return Mixer.MAMBA2 if body.has("mamba_num_heads") or body.has("mamba_n_heads") else None
 
 
-def _kimi(body: Reader, num_layers: int) -> list[Mixer | str]:
+def _kimi(body: ConfigReader, num_layers: int) -> list[Mixer | str]:
     """Kimi-Linear counts layers from 1."""
     section = body.section("linear_attn_config")
     full = set(section.sizes("full_attn_layers") or ())
@@ -187,14 +187,14 @@ def _kimi(body: Reader, num_layers: int) -> list[Mixer | str]:
     return [Mixer.ATTENTION if number in full else Mixer.KIMI_DELTA for number in range(1, num_layers + 1)]
 
 
-def _feeds(body: Reader, num_layers: int) -> list[Feed | str]:
+def _feeds(body: ConfigReader, num_layers: int) -> list[Feed | str]:
     kinds = _names(body, "mlp_layer_types", num_layers)
     if kinds is not None:
         return [_FEEDS.get(kind) or _unknown("mlp_layer_types", kind) for kind in kinds]
     return [Feed.EXPERTS if flag else Feed.DENSE for flag in _expert_layers(body, num_layers)]
 
 
-def _expert_layers(body: Reader, num_layers: int) -> list[bool]:
+def _expert_layers(body: ConfigReader, num_layers: int) -> list[bool]:
     """Return which layers have experts: by a list, after some dense ones, every n-th, or all."""
     if isinstance(body.values.get("moe_layer_freq"), list):
         return _flags(body, "moe_layer_freq", num_layers)
@@ -224,7 +224,7 @@ def _expert_layers(body: Reader, num_layers: int) -> list[bool]:
     return [i >= first and i % every == 0 and i not in dense_layers for i in range(num_layers)]
 
 
-def _listed(body: Reader) -> set[int] | None:
+def _listed(body: ConfigReader) -> set[int] | None:
     """The numbers of the layers with experts, as a list or as Step-3's text."""
     text = body.values.get("moe_layers_enum")
     if isinstance(text, str):
@@ -236,7 +236,7 @@ def _listed(body: Reader) -> set[int] | None:
     return None if listed is None else set(listed)
 
 
-def _attention_sizes(body: Reader, num_layers: int) -> list[AttentionSizes]:
+def _attention_sizes(body: ConfigReader, num_layers: int) -> list[AttentionSizes]:
     """What layers have of their own: heads under a window or without one, compression, and an indexer."""
     types = _names(body, "layer_types", num_layers) or [""] * num_layers
     windowed = [window is not None for window in _windows(body, num_layers)]
@@ -265,7 +265,7 @@ def _attention_sizes(body: Reader, num_layers: int) -> list[AttentionSizes]:
     return sizes
 
 
-def _sizes_under_window(body: Reader) -> AttentionSizes:
+def _sizes_under_window(body: ConfigReader) -> AttentionSizes:
     kv_heads = body.size("swa_num_key_value_heads", maximum=65_536)
     heads = body.size("swa_num_attention_heads", "num_sliding_attention_heads", maximum=65_536)
     if isinstance(body.values.get("attention_other_setting"), dict):  # Step-3.5
@@ -281,7 +281,7 @@ def _sizes_under_window(body: Reader) -> AttentionSizes:
     )
 
 
-def _windows(body: Reader, num_layers: int) -> list[int | None]:
+def _windows(body: ConfigReader, num_layers: int) -> list[int | None]:
     types = _names(body, "layer_types", num_layers)
     chunk = body.size("attention_chunk_size")
     window = None if body.values.get("use_sliding_window") is False else body.size("sliding_window", minimum=0) or None
@@ -311,7 +311,7 @@ def _windows(body: Reader, num_layers: int) -> list[int | None]:
 
 
 def _blocks(
-    body: Reader, num_layers: int, heads: int | None, hidden_size: int | None
+    body: ConfigReader, num_layers: int, heads: int | None, hidden_size: int | None
 ) -> tuple[tuple[Layer, ...] | None, tuple[str, ...]]:
     """Nemotron-NAS: each block has an attention and an MLP of its own size, a matrix in their place, or neither."""
     blocks = body.values.get("block_configs")

@@ -163,7 +163,7 @@ def plan(model: Model, gpus: int, engine_config: EngineInput = None, worker: Wor
     if cluster is None:
         raise UsageError(
             f"{gpus} GPUs are not a whole number of nodes with {per_node} each",
-            needed="equally many GPUs on each node",
+            expected="equally many GPUs on each node",
             fix=f"--gpus {gpus // per_node * per_node}, or another --gpus-per-node",
         )
     merged = MergedConfig(for_role(merged.config, worker.role), merged.findings)
@@ -203,7 +203,7 @@ def _plain(keys: Mapping[str, Any]) -> dict[str, Any]:
         copy: dict[str, Any] = json.loads(json.dumps(dict(keys), default=_plain_value))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigFileError(
-            f"the engine config holds what YAML can't: {error}", needed="keys and plain values"
+            f"the engine config holds what YAML can't: {error}", expected="keys and plain values"
         ) from None
     return copy
 
@@ -228,7 +228,7 @@ def read_engine_config(path: str | os.PathLike[str]) -> str:
         reason = getattr(error, "strerror", None) or error
         raise ConfigFileError(
             f"the engine config {os.fspath(path)} can't be read: {reason}",
-            needed="a YAML file",
+            expected="a YAML file",
             fix="check the path and its rights",
         ) from None
 
@@ -257,7 +257,7 @@ def _cluster(merged: MergedConfig, worker: Worker) -> Cluster:
         if world_size % nodes:
             raise UsageError(
                 f"{world_size} ranks can't be spread evenly over {nodes} nodes",
-                needed="the number of GPUs of a node",
+                expected="the number of GPUs of a node",
                 fix="--gpus-per-node G",
             )
         gpus = world_size // nodes
@@ -271,11 +271,11 @@ def _gpu(worker: Worker) -> str | None:
 def _check_worker(worker: Worker) -> None:
     for name, value, known in (("role", worker.role, ROLES), ("engine", worker.engine, ENGINES)):
         if value not in known:
-            raise UsageError(f"no {name} is called {value!r}", needed=f"one of {', '.join(known)}")
+            raise UsageError(f"no {name} is called {value!r}", expected=f"one of {', '.join(known)}")
     if worker.role == "encode" and worker.engine == "reference":
         raise UsageError(
             "the reference engine doesn't encode images: the role is 'encode'",
-            needed="--role agg, prefill or decode, or --engine trtllm",
+            expected="--role agg, prefill or decode, or --engine trtllm",
         )
     _check_size("nodes", 1 if worker.nodes is None else worker.nodes, MAX_RANKS)
     _check_size("gpus_per_node", 1 if worker.gpus_per_node is None else worker.gpus_per_node, MAX_RANKS)
@@ -284,4 +284,4 @@ def _check_worker(worker: Worker) -> None:
 
 def _check_size(name: str, value: object, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise UsageError(f"{name} is {value!r}", needed=f"a positive whole number, at most {most}")
+        raise UsageError(f"{name} is {value!r}", expected=f"a positive whole number, at most {most}")

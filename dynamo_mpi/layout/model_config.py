@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.config_reader import Reader, parse_json
+from dynamo_mpi.common.config_reader import ConfigReader, parse_json
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.config_keys import TrackedKeys, judge_unread
 from dynamo_mpi.layout.encoders import read_encoders
@@ -62,11 +62,11 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
     """
     needed = "the model's own config.json"
     keys = TrackedKeys(parse_json(text, path, needed))
-    config = Reader(keys, path)
+    config = ConfigReader(keys, path)
     quant_file = None
     if quant_text is not None:
         quant_path = path.rpartition("/")[0] + "/hf_quant_config.json"
-        quant_file = Reader(parse_json(quant_text, quant_path, "ModelOpt's hf_quant_config.json"), quant_path)
+        quant_file = ConfigReader(parse_json(quant_text, quant_path, "ModelOpt's hf_quant_config.json"), quant_path)
     body = _body(config)
     quantisation = read_quantisation(config, quant_file)
     heads = body.size("num_attention_heads", "n_head", "n_heads", "num_heads", maximum=_MAX_HEADS)
@@ -126,7 +126,7 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
     return replace(shape, missing=_missing(body, shape), unread=unread, inexact=inexact)
 
 
-def _body(config: Reader) -> Reader:
+def _body(config: ConfigReader) -> ConfigReader:
     """Find the language model inside a multimodal one."""
     body = config
     for _ in range(2):
@@ -137,7 +137,7 @@ def _body(config: Reader) -> Reader:
     return body
 
 
-def _name(config: Reader) -> str:
+def _name(config: ConfigReader) -> str:
     architectures = config.values.get("architectures")
     if isinstance(architectures, list) and architectures:
         architectures = architectures[0]
@@ -147,11 +147,11 @@ def _name(config: Reader) -> str:
     return str(config.values.get("model_type", "unknown"))
 
 
-def _model_type(body: Reader) -> str:
+def _model_type(body: ConfigReader) -> str:
     return str(body.values.get("model_type", ""))
 
 
-def _kv_heads(body: Reader, heads: int | None, layers: tuple[Layer, ...] | None) -> int | None:
+def _kv_heads(body: ConfigReader, heads: int | None, layers: tuple[Layer, ...] | None) -> int | None:
     if body.values.get("multi_query") is True:  # Falcon-7B, StarCoder
         return 1
     inner = body.section("attn_config") if isinstance(body.values.get("attn_config"), dict) else body
@@ -166,7 +166,7 @@ def _kv_heads(body: Reader, heads: int | None, layers: tuple[Layer, ...] | None)
     return found or (None if body.has("block_configs") else heads)
 
 
-def _head_dim(body: Reader, heads: int | None, hidden_size: int | None) -> int | None:
+def _head_dim(body: ConfigReader, heads: int | None, hidden_size: int | None) -> int | None:
     """B8: the engine takes ``head_dim`` if the config has one, else hidden size / heads, rounded down."""
     found = body.size("head_dim", "attention_head_dim", "kv_channels")
     if found is None and heads is not None and hidden_size is not None:
@@ -174,7 +174,7 @@ def _head_dim(body: Reader, heads: int | None, hidden_size: int | None) -> int |
     return found
 
 
-def _latent(body: Reader) -> LatentAttention | None:
+def _latent(body: ConfigReader) -> LatentAttention | None:
     rank = body.size("kv_lora_rank")
     if rank is None:
         return None
@@ -187,14 +187,14 @@ def _latent(body: Reader) -> LatentAttention | None:
     )
 
 
-def _compressed(body: Reader) -> CompressedAttention | None:
+def _compressed(body: ConfigReader) -> CompressedAttention | None:
     groups = body.size("o_groups", maximum=_MAX_HEADS)
     if groups is None:
         return None
     return CompressedAttention(body.size("q_lora_rank"), body.size("o_lora_rank"), groups)
 
 
-def _indexer(body: Reader) -> tuple[int | None, int | None]:
+def _indexer(body: ConfigReader) -> tuple[int | None, int | None]:
     """Return heads and head size of the sparse-attention indexer."""
     if isinstance(body.values.get("sparse_attention_config"), dict):  # MiniMax-M3
         section = body.section("sparse_attention_config")
@@ -206,7 +206,7 @@ def _indexer(body: Reader) -> tuple[int | None, int | None]:
     return None, None
 
 
-def _experts(body: Reader) -> Experts | None:
+def _experts(body: ConfigReader) -> Experts | None:
     count = body.size(
         *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), minimum=0, maximum=_MAX_EXPERTS
     )
@@ -229,7 +229,7 @@ def _experts(body: Reader) -> Experts | None:
     return Experts(count, per_token, width, _shared_size(body, width), latent)
 
 
-def _shared_size(body: Reader, expert_width: int | None) -> int:
+def _shared_size(body: ConfigReader, expert_width: int | None) -> int:
     found = body.size(
         *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
         "share_expert_dim",
@@ -245,7 +245,7 @@ def _shared_size(body: Reader, expert_width: int | None) -> int:
     return (shared or 0) * (expert_width or 0)
 
 
-def _dense_size(body: Reader, experts: Experts | None, layers: tuple[Layer, ...] | None) -> int | None:
+def _dense_size(body: ConfigReader, experts: Experts | None, layers: tuple[Layer, ...] | None) -> int | None:
     """Width of the dense MLP: None if no layer has one; then the key means the experts, or nothing."""
     if (
         experts is not None
@@ -258,7 +258,7 @@ def _dense_size(body: Reader, experts: Experts | None, layers: tuple[Layer, ...]
     )
 
 
-def _state_space(body: Reader) -> StateSpace | None:
+def _state_space(body: ConfigReader) -> StateSpace | None:
     dtype = body.text("mamba_ssm_cache_dtype") or body.text("mamba_ssm_dtype")
     heads = body.size("linear_num_value_heads", maximum=_MAX_HEADS)
     if heads is not None:
@@ -295,7 +295,7 @@ def _state_space(body: Reader) -> StateSpace | None:
     )
 
 
-def _output_gate(body: Reader) -> bool:
+def _output_gate(body: ConfigReader) -> bool:
     gates = ("attn_output_gate", "attention_output_gate", "mla_use_output_gate")
     return any(body.values.get(key) is True for key in gates) or _model_type(body) == "qwen3_next"
 
@@ -309,7 +309,7 @@ def _head_format(quantisation: Quantisation | None) -> WeightFormat | None:
     return form if quantisation.covers_head or form != quantisation.base else None
 
 
-def _nextn(body: Reader) -> int:
+def _nextn(body: ConfigReader) -> int:
     found = body.size(
         *("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_num_layers"), minimum=0
     )
@@ -328,14 +328,14 @@ def _nextn_layer(
     return mtp_format(layer, len(layers), quantisation, experts)
 
 
-def _gated(body: Reader) -> bool:
+def _gated(body: ConfigReader) -> bool:
     if body.values.get("mlp_hidden_act") == "relu2":
         return False
     kind = _model_type(body)
     return not kind.startswith(_UNGATED) or kind.startswith(_GATED_IN_SPITE_OF_NAME)
 
 
-def _tied(body: Reader, config: Reader) -> bool | None:
+def _tied(body: ConfigReader, config: ConfigReader) -> bool | None:
     said = [reader.switch("tie_word_embeddings") for reader in (body, config)]
     if said != [None, None]:
         return said[1] if said[0] is None else said[0]
@@ -343,7 +343,7 @@ def _tied(body: Reader, config: Reader) -> bool | None:
     return True if _model_type(body).startswith("gemma") else None
 
 
-def _dtype(*readers: Reader) -> str | None:
+def _dtype(*readers: ConfigReader) -> str | None:
     named = [reader.values.get(key) for reader in readers for key in ("torch_dtype", "dtype")]
     return next((value.removeprefix("torch.") for value in named if isinstance(value, str)), None)
 
@@ -352,7 +352,7 @@ def _token(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _missing(body: Reader, shape: ModelShape) -> tuple[str, ...]:
+def _missing(body: ConfigReader, shape: ModelShape) -> tuple[str, ...]:
     """Name the missing values that rules need, and keys with kinds of layers that aren't known."""
     missing = [] if shape.attention_heads is not None else ["num_attention_heads"]
     if shape.num_layers is None:

@@ -70,7 +70,7 @@ def find_model(model: str, environ: Mapping[str, str] = os.environ) -> ModelFile
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.endswith((".json", ".gguf")):
         raise ModelNotFoundError(
             f"there is no model at {model}",
-            needed=_NEEDED,
+            expected=_NEEDED,
             fix="check --model / MODEL_PATH, and that the container mounts it",
         )
     cache = hub_cache(environ)
@@ -78,7 +78,7 @@ def find_model(model: str, environ: Mapping[str, str] = os.environ) -> ModelFile
     if snapshot is None:
         raise ModelNotFoundError(
             f"there is no model {model}: neither a folder of this name, nor a snapshot in {cache}",
-            needed=_NEEDED,
+            expected=_NEEDED,
             fix=f"huggingface-cli download {model}, or set HF_HOME to where it is",
         )
     return _read(model, os.path.join(snapshot, _CONFIG))
@@ -107,7 +107,7 @@ def _mode(path: str) -> int | None:
             return None
         raise ModelNotFoundError(
             f"the model {path[:200]}{'...' if len(path) > 200 else ''} can't be read: {error.strerror}",
-            needed=_NEEDED,
+            expected=_NEEDED,
             fix="check --model / MODEL_PATH, its rights, and that the container mounts it",
         ) from None
 
@@ -135,7 +135,7 @@ def _read(name: str, config: str) -> ModelFiles:
     except OSError as error:
         raise ModelNotFoundError(
             f"the model config {config} can't be read: {error.strerror}",
-            needed="a folder with config.json",
+            expected="a folder with config.json",
             fix="check --model / MODEL_PATH, its rights, and that the container mounts it",
         ) from None
     folder, file = os.path.split(config)

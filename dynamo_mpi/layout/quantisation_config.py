@@ -23,7 +23,7 @@ from dynamo_mpi.layout.quantisation import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dynamo_mpi.common.config_reader import Reader
+    from dynamo_mpi.common.config_reader import ConfigReader
 
 # ModelOpt's name for block-scaled FP8 weights
 _ALIASES = {"FP8_PB_WO": FP8_BLOCK_SCALES}
@@ -36,7 +36,7 @@ _PLAIN_METHODS = {
 }
 
 
-def read_quantisation(config: Reader, quant_file: Reader | None) -> Quantisation | None:
+def read_quantisation(config: ConfigReader, quant_file: ConfigReader | None) -> Quantisation | None:
     """Read a checkpoint's quantisation, ModelOpt's own file first, as TensorRT-LLM does.
 
     Args:
@@ -61,7 +61,7 @@ def read_quantisation(config: Reader, quant_file: Reader | None) -> Quantisation
     return named
 
 
-def _modelopt(section: Reader, source: str, base: WeightFormat | None) -> Quantisation | None:
+def _modelopt(section: ConfigReader, source: str, base: WeightFormat | None) -> Quantisation | None:
     algo = section.text("quant_algo")
     kv_algo = section.text("kv_cache_quant_algo")
     if algo is None and kv_algo is None:
@@ -80,7 +80,7 @@ def _modelopt(section: Reader, source: str, base: WeightFormat | None) -> Quanti
     )
 
 
-def _modules(section: Reader) -> tuple[tuple[str, WeightFormat], ...]:
+def _modules(section: ConfigReader) -> tuple[tuple[str, WeightFormat], ...]:
     """Read ``quantized_layers``: the modules of a checkpoint of mixed precision. They repeat a few formats thousands of times."""
     made: dict[tuple[object, object], WeightFormat] = {}
     found = []
@@ -93,7 +93,7 @@ def _modules(section: Reader) -> tuple[tuple[str, WeightFormat], ...]:
     return tuple(found)
 
 
-def _base(section: Reader) -> WeightFormat | None:
+def _base(section: ConfigReader) -> WeightFormat | None:
     """Return the format of a checkpoint before ModelOpt quantised some of its modules further; None for the model's dtype."""
     if section.text("quant_method") != "fp8":
         return None
@@ -101,7 +101,7 @@ def _base(section: Reader) -> WeightFormat | None:
     return WeightFormat(FP8_BLOCK_SCALES, block[-1]) if block else WeightFormat(FP8)
 
 
-def _hugging_face(section: Reader) -> Quantisation | None:
+def _hugging_face(section: ConfigReader) -> Quantisation | None:
     source = "quantization_config"
     excluded = tuple(
         name
@@ -137,7 +137,7 @@ def _hugging_face(section: Reader) -> Quantisation | None:
     )
 
 
-def _compressed_tensors(section: Reader, kv_algo: str | None, excluded: tuple[str, ...]) -> Quantisation:
+def _compressed_tensors(section: ConfigReader, kv_algo: str | None, excluded: tuple[str, ...]) -> Quantisation:
     """Read compressed-tensors' groups: each has a format, and names the modules, or the class of modules, that it is for."""
     groups = section.values.get("config_groups")
     found = list(_groups(groups)) if isinstance(groups, dict) else []
@@ -197,7 +197,7 @@ def _canonical(algo: str) -> str:
     return _ALIASES.get(algo.upper(), algo.upper())
 
 
-def _names(section: Reader, key: str) -> tuple[str, ...]:
+def _names(section: ConfigReader, key: str) -> tuple[str, ...]:
     value = section.values.get(key)
     if value is None:
         return ()

@@ -62,7 +62,7 @@ def parse_trtllm_version(text: str) -> TrtllmVersion:
         shown = stripped if len(stripped) <= _LONGEST else stripped[:_LONGEST] + "..."
         raise UsageError(
             f"{shown!r} is not a version of TensorRT-LLM",
-            needed="one such as 1.2.1 or 1.3.0rc22",
+            expected="one such as 1.2.1 or 1.3.0rc22",
             fix="give what `pip show tensorrt_llm` calls Version",
         )
     numbers = [int(number) for number in match["release"].split(".")]

@@ -58,20 +58,20 @@ def _refuse_singletons(launch: LaunchInfo, library: MpiLibrary) -> None:
     if launch.launcher is Launcher.SRUN_WITHOUT_MPI and launch.size > 1:
         raise LaunchError(
             f"srun started {launch.size} tasks without an MPI plugin: each would be rank 0 of a world of 1",
-            needed=f"one MPI world of {launch.size} ranks",
+            expected=f"one MPI world of {launch.size} ranks",
             fix="srun --mpi=pmix ...   (see `srun --mpi=list`; with MPICH: --mpi=pmi2)",
         )
     if launch.launcher is Launcher.SRUN_WITHOUT_MPI and library.version.startswith("Open MPI v4."):
         # 5.x, and MPICH, form a world of one there
         raise LaunchError(
             f"srun started one task without an MPI plugin, where {library.version} can't even start alone",
-            needed="srun with the plugin of mpi4py's MPI library",
+            expected="srun with the plugin of mpi4py's MPI library",
             fix="srun --mpi=pmix ...   (see `srun --mpi=list`)",
         )
     if launch.launcher is Launcher.SLURM_SHELL and launch.size > 1:
         raise LaunchError(
             f"started once, without srun, inside Slurm job {launch.job_id} of {launch.size} tasks",
-            needed=f"one MPI world of {launch.size} ranks",
+            expected=f"one MPI world of {launch.size} ranks",
             fix=f"srun --mpi=pmix -n {launch.size} python -m dynamo_mpi.worker ...   (with MPICH: --mpi=pmi2)",
         )
 
@@ -94,7 +94,7 @@ def _refuse_wrong_library(launch: LaunchInfo, library: MpiLibrary) -> None:
     raise LaunchError(
         f"the ranks were started by {launch.launcher.value}, but mpi4py uses {library.version}: "
         "each rank would be alone",
-        needed=f"an mpi4py over {name}, or the launcher that goes with its library",
+        expected=f"an mpi4py over {name}, or the launcher that goes with its library",
         # not MPI4PY_MPIABI: with it, mpi4py doesn't open the library that MPI4PY_LIBMPI names
         fix=f"{command}, or choose the library: MPI4PY_LIBMPI=/path/to/{name.replace(' ', '-').lower()}/libmpi.so",
     )
@@ -107,7 +107,7 @@ def _refuse_placement(launch: LaunchInfo) -> None:
     if len(set(per_node)) > 1:
         raise LaunchError(
             f"the {launch.size} ranks are spread unequally over {len(per_node)} nodes: {', '.join(map(str, per_node))}",
-            needed="the same number of ranks on every node: the engine takes node = rank // ranks per node (A11)",
+            expected="the same number of ranks on every node: the engine takes node = rank // ranks per node (A11)",
             fix=f"srun --nodes={len(per_node)} --ntasks-per-node={-(-launch.size // len(per_node))} ...",
         )
 
@@ -116,7 +116,7 @@ def _refuse_scatter(launch: LaunchInfo) -> None:
     if launch.in_blocks is False:
         raise LaunchError(
             f"the {launch.size} ranks are not placed in blocks: ranks that follow each other are on different nodes",
-            needed="consecutive ranks on each node: the engine takes node = rank // ranks per node (A11)",
+            expected="consecutive ranks on each node: the engine takes node = rank // ranks per node (A11)",
             fix="srun --distribution=block ...",
         )
 
@@ -135,6 +135,6 @@ def check_world_size(launch: LaunchInfo, library: MpiLibrary, world_size: int) -
         raise LaunchError(
             f"{launch.launcher.value} started {launch.size} ranks ({variable}={launch.size}), "
             f"but MPI formed a world of {world_size} ({library.version})",
-            needed="an MPI library that understands its launcher",
+            expected="an MPI library that understands its launcher",
             fix="use the launcher that belongs to mpi4py's library, or `srun --mpi=pmix` with an Open MPI built with PMIx",
         )

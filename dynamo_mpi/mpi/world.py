@@ -95,7 +95,7 @@ def load_mpi_library() -> str:
     except (ImportError, RuntimeError, OSError) as error:
         raise LaunchError(
             f"mpi4py can't be used: {' '.join(str(error).split())}",
-            needed="mpi4py and the MPI library of the launcher",
+            expected="mpi4py and the MPI library of the launcher",
             fix="pip install mpi4py, and load the MPI module (or set MPI4PY_LIBMPI=/path/to/libmpi.so)",
         ) from None
 
@@ -123,7 +123,7 @@ def init_mpi(*, alone: bool = False, alone_on_node: bool = False) -> World:
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise LaunchError(
             "the MPI library grants less than MPI_THREAD_MULTIPLE",
-            needed="an MPI built with thread support: the engine uses MPI from a thread of its own",
+            expected="an MPI built with thread support: the engine uses MPI from a thread of its own",
             fix="use an Open MPI or MPICH built with --enable-mpi-threads / --enable-threads=multiple",
         )
     return World(MPI.COMM_WORLD.Dup())
@@ -144,7 +144,7 @@ def start_mpi() -> None:
     if start(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int())) != MPI.SUCCESS:
         raise LaunchError(
             "MPI could not be started",
-            needed="a launcher that goes with the MPI library",
+            expected="a launcher that goes with the MPI library",
             fix="see the library's messages above; dynamo-mpi's README lists the tested combinations",
         )
     # mpi4py does this when it starts MPI itself

@@ -142,7 +142,7 @@ def find_run_dir(environ: Mapping[str, str]) -> Path | None:
     if len(found) > 1:
         raise UsageError(
             f"{len(found)} deployments run in folders of {Path.cwd()}: {', '.join(path.name for path in found)}",
-            needed="one of them",
+            expected="one of them",
             fix="--run-dir DIR",
         )
     return found[0] if found else None
@@ -193,7 +193,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except PermissionError:
         raise AuthorizationError(
-            f"{path} can't be read", needed="a run folder of this user's", fix="ask the user who launched it"
+            f"{path} can't be read", expected="a run folder of this user's", fix="ask the user who launched it"
         ) from None
     except (OSError, ValueError, RecursionError):
         return {}

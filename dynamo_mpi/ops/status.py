@@ -161,12 +161,12 @@ def _without_services(deployment: Deployment) -> DiscoveryError:
         is_there = deployment.run_dir is not None and deployment.run_dir.is_dir()
         return DiscoveryError(
             f"nothing runs in {deployment.run_dir}" if is_there else f"there is no folder {deployment.run_dir}",
-            needed="a deployment, with its services.json",
+            expected="a deployment, with its services.json",
             fix="start it, or --run-dir DIR of another",
         )
     return DiscoveryError(
         f"the services of the deployment in {deployment.run_dir} aren't up yet",
-        needed="its etcd",
+        expected="its etcd",
         fix=f"wait, or look at {deployment.run_dir}/logs/services.log",
     )
 
@@ -176,7 +176,7 @@ def _unanswered(deployment: Deployment, error: DiscoveryError) -> DiscoveryError
         fix = f"look at {deployment.run_dir}/services/etcd.log; where its node is lost, dynamo-mpi down --run-dir {deployment.run_dir}"
     else:
         fix = "--run-dir DIR of the deployment, or where there is none ETCD_ENDPOINTS and ETCD_AUTH_*"
-    return DiscoveryError(f"etcd does not answer ({error.found})", needed="an etcd that this host reaches", fix=fix)
+    return DiscoveryError(f"etcd does not answer ({error.problem})", expected="an etcd that this host reaches", fix=fix)
 
 
 class _Services:

@@ -145,7 +145,7 @@ def stop_workers(selector: WorkerSelector, seconds: float, log: Callable[[str], 
     if lost := [method for method in methods if not method.exists]:
         raise UsageError(
             "; ".join(map(str, lost)),
-            needed="the host of its rank 0, or a step of Slurm's and scancel",
+            expected="the host of its rank 0, or a step of Slurm's and scancel",
             fix="dynamo-mpi down there, or end its launcher",
         )
 
@@ -163,7 +163,7 @@ def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: flo
         try:
             left = [worker for worker in selector.workers() if worker.key in keys]
         except (DiscoveryError, AuthorizationError) as error:
-            problem = f"; {error.found}"
+            problem = f"; {error.problem}"
         if not problem and not left and not any(m.pid and is_ours(m.worker.record) for m in methods):
             return
         if time.monotonic() >= end:

@@ -147,13 +147,13 @@ class ReadinessWaiter:
             status = read_status(deployment, request.namespace, request.model, seconds)
         except DiscoveryError as error:
             self._problem = error
-            outcome.missing = [MissingItem("etcd", error.found)]
+            outcome.missing = [MissingItem("etcd", error.problem)]
             return False
         except AuthorizationError as error:
             self._refusals, self._problem = self._refusals + 1, error
             if self._refusals >= REFUSALS:
                 raise
-            outcome.missing = [MissingItem("etcd", error.found)]
+            outcome.missing = [MissingItem("etcd", error.problem)]
             return False
         self._refusals = 0
         outcome.status, outcome.missing = status, missing_items(status, request.roles)
@@ -177,7 +177,7 @@ class ReadinessWaiter:
         if deployment.launcher_is_dead and find_deployment(self._request.run_dir, self._environ).launch == launch:
             raise RetryableError(
                 f"the launcher of the deployment in {deployment.run_dir} was killed",
-                needed="a deployment with a running launcher",
+                expected="a deployment with a running launcher",
                 fix=f"dynamo-mpi down --run-dir {deployment.run_dir}, and start it again",
             )
 
@@ -208,7 +208,7 @@ class ReadinessWaiter:
             try:
                 answers[model] = _complete(url, model, min(ANSWER_SECONDS, max(1.0, self._end - time.monotonic())))
             except EngineError as error:
-                return [MissingItem(f"a completion of {model} by {url}", sanitize(error.found, 500))]
+                return [MissingItem(f"a completion of {model} by {url}", sanitize(error.problem, 500))]
         return []
 
     def _log_missing(self) -> None:

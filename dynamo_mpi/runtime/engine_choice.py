@@ -25,7 +25,7 @@ def check_engine_installed(settings: Settings) -> None:
     if find_spec("dynamo") is None or find_spec("dynamo.trtllm") is None:
         raise UsageError(
             "Dynamo's TensorRT-LLM worker isn't installed: there is no dynamo.trtllm",
-            needed="ai-dynamo beside TensorRT-LLM, as in NVIDIA's tensorrtllm-runtime container",
+            expected="ai-dynamo beside TensorRT-LLM, as in NVIDIA's tensorrtllm-runtime container",
             fix="start the ranks in that container, or pip install ai-dynamo",
         )
 

@@ -162,7 +162,7 @@ def close(engine: Engine, seconds: float) -> None:
     if closing.is_alive():
         raise PhaseTimeoutError(
             f"the engine did not stop within {seconds:g} s",
-            needed="all ranks must still execute its steps",
+            expected="all ranks must still execute its steps",
             fix="look for a rank that hangs; the world is ended now",
         )
 

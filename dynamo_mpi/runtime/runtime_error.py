@@ -14,7 +14,7 @@ def runtime_error(error: BaseException) -> DynamoMpiError:
     if "address already in use" in text.lower():
         return UsageError(
             f"the Dynamo runtime can't bind its port: {text}",
-            needed="a free port on this node",
+            expected="a free port on this node",
             fix="free it, or choose another (DYN_TCP_RPC_PORT, DYN_SYSTEM_PORT)",
         )
     if any(
@@ -29,11 +29,11 @@ def runtime_error(error: BaseException) -> DynamoMpiError:
     ):
         return AuthorizationError(
             f"the Dynamo runtime was refused: {text}",
-            needed="credentials that etcd (and NATS, if it is used) accept",
+            expected="credentials that etcd (and NATS, if it is used) accept",
             fix="correct ETCD_AUTH_* or NATS_AUTH_*",
         )
     return DiscoveryError(
         f"the Dynamo runtime could not register the worker: {text}",
-        needed="etcd (and NATS, if it is used) must answer and accept the credentials",
+        expected="etcd (and NATS, if it is used) must answer and accept the credentials",
         fix="check etcd; the runtime uses ETCD_ENDPOINTS and ETCD_AUTH_*",
     )

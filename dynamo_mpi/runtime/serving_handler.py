@@ -102,7 +102,7 @@ class RequestHandler:
         except RequestError as error:
             raise self._errors.invalid_argument(str(error)) from None
         except EngineError as error:
-            raise self._errors.engine_shutdown(error.found) from None
+            raise self._errors.engine_shutdown(error.problem) from None
         self._request_ids.add(request_id)
         self._idle.clear()
         self._on_in_flight(self.in_flight)

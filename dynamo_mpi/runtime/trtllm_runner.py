@@ -287,7 +287,7 @@ class TrtllmRunner(WorkerHook):
         self._supervisor.abort(
             EngineError(
                 f"{self._supervisor.name(ranks)} left TensorRT-LLM's worker while dynamo.trtllm goes on",
-                needed="all ranks in it until dynamo.trtllm ends",
+                expected="all ranks in it until dynamo.trtllm ends",
                 fix="see the last output of that rank for the reason: TensorRT-LLM logs such an error there and returns",
             )
         )

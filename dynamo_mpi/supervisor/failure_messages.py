@@ -16,7 +16,7 @@ def rank_died(host: str) -> DynamoMpiError:
     """Return the error for a process that exited without reporting an error."""
     return EngineError(
         "died: its process exited without reporting an error",
-        needed="every rank runs until the worker ends",
+        expected="every rank runs until the worker ends",
         fix="see the launcher's message below for the signal or exit code; signal 9 (code 137) that no user sent means out of memory: "
         f"check dmesg on {host}",
     )
@@ -26,7 +26,7 @@ def host_lost(host: str) -> DynamoMpiError:
     """Return the error for a host that doesn't answer."""
     return RetryableError(
         "is lost: its host doesn't answer",
-        needed=f"{host} up and reachable over the network",
+        expected=f"{host} up and reachable over the network",
         fix=f"check whether {host} is up; start the worker again, without {host} if it is down",
     )
 
@@ -35,7 +35,7 @@ def heartbeat_missed(seconds: float, host: str) -> DynamoMpiError:
     """Return the error for a process that exists but sends no heartbeats."""
     return PhaseTimeoutError(
         f"is stopped or stuck: no heartbeat for {seconds:.0f} s",
-        needed="a heartbeat within the timeout, which Python sends if it runs there",
+        expected="a heartbeat within the timeout, which Python sends if it runs there",
         fix=f"look at the process on {host} (State in /proc/PID/status; py-spy dump); --heartbeat-timeout sets the timeout",
     )
 
@@ -44,7 +44,7 @@ def never_connected(seconds: float, rendezvous: Rendezvous) -> DynamoMpiError:
     """Return the error for a rank that never connected."""
     return RetryableError(
         f"has not connected to rank 0 within {seconds:.0f} s",
-        needed=f"a TCP connection from every node to {rendezvous.host}, {rendezvous.address}, port {rendezvous.port}",
+        expected=f"a TCP connection from every node to {rendezvous.host}, {rendezvous.address}, port {rendezvous.port}",
         fix="set --liveness-network to a network of all nodes, and open its TCP ports",
     )
 
@@ -59,7 +59,7 @@ def cannot_listen(address: str, error: OSError) -> DynamoMpiError:
     }
     return UsageError(
         f"rank 0 can't listen at {address} for the other ranks: {error.strerror or error}",
-        needed="an address of this host with a free port",
+        expected="an address of this host with a free port",
         fix=fixes.get(error.errno or 0, "set --liveness-network to an address of this host that takes TCP connections"),
     )
 
@@ -68,6 +68,6 @@ def cannot_connect(rendezvous: Rendezvous, reason: str) -> DynamoMpiError:
     """Return the error for a rank 0 that can't be reached from this host."""
     return RetryableError(
         f"rank 0 on {rendezvous.host} can't be reached at {rendezvous.address}, port {rendezvous.port}: {reason}",
-        needed="a TCP connection from every rank to rank 0",
+        expected="a TCP connection from every rank to rank 0",
         fix="if rank 0 died, its own report says why; otherwise set --liveness-network to a network of all nodes, and open its TCP ports",
     )

@@ -99,7 +99,7 @@ def parse_fault(text: str) -> Fault:
             return Fault(int(rank), phase, action, number, float(delay or 0.0), trigger or "")
     raise UsageError(
         f"{VARIABLE}={text!r} is not a valid fault",
-        needed="rankN:PHASE:ACTION, with PHASE+SECONDS for later in that phase, or PHASE@/PATH for when that file exists; "
+        expected="rankN:PHASE:ACTION, with PHASE+SECONDS for later in that phase, or PHASE@/PATH for when that file exists; "
         f"phases: {', '.join(PHASES)}; actions: kill, stop, hang, exception, exitCODE, slow, slow=SECONDS, corrupt",
         fix=f"set for instance {VARIABLE}=rank1:load:kill, or unset it",
     )
@@ -115,14 +115,14 @@ def arm(environ: Mapping[str, str], launch: LaunchInfo, phases: PhaseTracker, lo
     if environ.get(ALLOW_VARIABLE) != "1":
         raise UsageError(
             f"{VARIABLE}={environ[VARIABLE]} requests a fault, but faults aren't allowed here",
-            needed=f"{ALLOW_VARIABLE}=1 where faults are wanted: this worker would be broken on purpose",
+            expected=f"{ALLOW_VARIABLE}=1 where faults are wanted: this worker would be broken on purpose",
             fix=f"unset {VARIABLE}, or set {ALLOW_VARIABLE}=1 as well",
         )
     # the size is 0 if the launcher doesn't set it
     if launch.size and fault.rank >= launch.size:
         raise UsageError(
             f"{VARIABLE}={environ[VARIABLE]}: there is no rank {fault.rank}",
-            needed=f"a rank of this world, 0 to {launch.size - 1}",
+            expected=f"a rank of this world, 0 to {launch.size - 1}",
             fix="name one of them",
         )
     if launch.rank == 0:

@@ -342,7 +342,7 @@ class NodeAgent:
                 key.data()
         error = PhaseTimeoutError(
             f"no verdict after {self._world_timeout:g} s",
-            needed="all ranks of all nodes must start MPI and answer rank 0",
+            expected="all ranks of all nodes must start MPI and answer rank 0",
             fix="look at the ranks and nodes that are missing or differ from the others; --world-timeout sets the time",
         )
         text = f"{error}\n{describe_missing_ranks(ranks, self._launch)}"

@@ -242,7 +242,7 @@ class WorldSupervisor:
         longer = f"; {flag} gives it longer" if flag else ""
         error = PhaseTimeoutError(
             f"{what} after {seconds:g} s",
-            needed="all ranks must finish in time",
+            expected="all ranks must finish in time",
             fix=f"look at the ranks that differ from the others{longer}",
         )
         self.abort(error, code)  # does not return: `deadline` joins this thread

@@ -61,7 +61,7 @@ class HealthAddress(NamedTuple):
         if port > _MOST_PORT:
             raise UsageError(
                 f"{PORT_VARIABLE} is {text!r}",
-                needed=f"a TCP port, at most {_MOST_PORT}; 0 for any that is free; unset or negative for none",
+                expected=f"a TCP port, at most {_MOST_PORT}; 0 for any that is free; unset or negative for none",
                 fix=f"correct {PORT_VARIABLE}",
             )
         if port < 0:
@@ -123,6 +123,6 @@ def _listen(address: HealthAddress) -> socket.socket:
         why = f"{who} listens there" if who else error.strerror or str(error)
         raise UsageError(
             f"{PORT_VARIABLE}={address.port}: /health, /live and /metrics can't be served at {address.host}:{address.port}: {why}",
-            needed=f"a free port on every node, and an address of each in {HOST_VARIABLE}",
+            expected=f"a free port on every node, and an address of each in {HOST_VARIABLE}",
             fix=f"free it, or choose another {PORT_VARIABLE}; of two workers on a node, each needs its own",
         ) from None

@@ -37,7 +37,7 @@ def runtime_port(address: HealthAddress, choice: int | None) -> int:
         if not is_free(choice, host):
             raise UsageError(
                 f"the Dynamo runtime can't listen at its port {choice}: {holder(choice) or 'another program'} listens there",
-                needed="a free port beside DYN_SYSTEM_PORT, from which frontends fetch the model's tokenizer",
+                expected="a free port beside DYN_SYSTEM_PORT, from which frontends fetch the model's tokenizer",
                 fix="free it, or choose another --runtime-system-port (DYN_MPI_RUNTIME_SYSTEM_PORT), or none",
             )
         return choice
@@ -47,7 +47,7 @@ def runtime_port(address: HealthAddress, choice: int | None) -> int:
             return port
     raise UsageError(
         f"no port between {_LEAST} and {_MOST} is free for the Dynamo runtime",
-        needed="one beside DYN_SYSTEM_PORT",
+        expected="one beside DYN_SYSTEM_PORT",
         fix="name one by --runtime-system-port (DYN_MPI_RUNTIME_SYSTEM_PORT)",
     )
 

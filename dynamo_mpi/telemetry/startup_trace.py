@@ -154,7 +154,7 @@ def read_traces(path: Path) -> tuple[StartupTrace, ...]:
     except ValueError as error:
         raise ConfigFileError(
             f"{path} is no timeline: {error}",
-            needed="a page or a trace that a worker wrote with --timeline",
+            expected="a page or a trace that a worker wrote with --timeline",
             fix="name the file that --timeline named, or with --run-dir the folder of dynamo-mpi launch",
         ) from None
 

@@ -176,8 +176,8 @@ def enumerations() -> str:
 
 def errors() -> str:
     """How the parts of an error and of a finding are labelled."""
-    texts = {"needed": "what is needed,\nin two lines", "fix": "what to do,\nin two lines"}
-    error = sources.UsageError("what was found", needed="what is needed", fix="what to do")
+    texts = {"expected": "what is needed,\nin two lines", "fix": "what to do,\nin two lines"}
+    error = sources.UsageError("what was found", expected="what is needed", fix="what to do")
     findings = [
         sources.Finding("B1", severity, "a message", "what was found", **texts) for severity in sources.Severity
     ]

@@ -109,7 +109,7 @@ def _snapshots() -> list[Any]:
 
 
 def status() -> str:
-    error = sources.error_as_json(sources.DynamoMpiError("found", needed="needed", fix="fix"))
+    error = sources.error_as_json(sources.DynamoMpiError("found", expected="needed", fix="fix"))
     return members_of([*map(sources.status_json, _snapshots())]) + "\n# without an answer\n" + members_of([error])
 
 
@@ -117,7 +117,7 @@ def wait() -> str:
     answer = sources.Answer("Hello.", "stop", 9, 8, 0.25, 1.5)
     lack = sources.MissingItem("decode", "in load for 3 s")
     snapshot = _snapshots()[0]
-    late = sources.PhaseTimeoutError("not ready", needed="n", fix="f")
+    late = sources.PhaseTimeoutError("not ready", expected="n", fix="f")
     outcomes = [
         sources.WaitResult(2.5, snapshot, [], {"M": answer}),
         sources.WaitResult(2.5, snapshot, [lack], {}, late, sources.ExitCode.DEADLINE),

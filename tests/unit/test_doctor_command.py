@@ -139,14 +139,14 @@ def test_a_check_that_fails_is_an_error_of_doctor_itself() -> None:
     assert [check.id for check in again.checks] == ["twice", "twice-rest"]
 
     def refuse(context: Context) -> Iterator[Check]:
-        raise UsageError("x is y", needed="z")
+        raise UsageError("x is y", expected="z")
 
     report = run_sections([section(Probe("odd", fail), Probe("used", refuse))], Context.of({}, 10), "here")
     first, odd, used = report.checks
     assert first == ok("first", "well")
     assert (odd.id, odd.status, odd.code) == ("odd", Status.ERROR, ExitCode.ENGINE)
     assert "this check itself failed: KeyError: 'what'" in odd.found
-    assert (used.found, used.needed, used.code) == ("x is y", "z", ExitCode.USAGE)
+    assert (used.found, used.expected, used.code) == ("x is y", "z", ExitCode.USAGE)
     assert report.exit_code == ExitCode.ENGINE
 
 

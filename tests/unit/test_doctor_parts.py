@@ -256,7 +256,7 @@ def test_rdma_devices(tmp_path: Path) -> None:
     assert [check.status for check in fabric.judge_rdma(found, {}, usable=True)] == [Status.OK]
     named = list(fabric.judge_rdma(found, {"NCCL_IB_HCA": "=mlx5_0,mlx5_1:1"}, usable=False))
     assert [check.status for check in named] == [Status.WARNING] * 2
-    assert "mlx5_1:1, which" in named[0].needed
+    assert "mlx5_1:1, which" in named[0].expected
     assert [check.status for check in fabric.judge_rdma(found[1:], {}, usable=True)] == [Status.WARNING]
     assert [check.status for check in fabric.judge_rdma((), {}, usable=False)] == [Status.SKIPPED]
 

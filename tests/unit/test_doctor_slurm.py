@@ -115,7 +115,7 @@ def test_a_plugin_that_is_listed_and_can_not_be_loaded() -> None:
 def test_commands_that_give_no_answer_are_warnings(output: Output) -> None:
     for check in (judge_mpi_plugins(output), judge_pyxis(output, {}), judge_controller(output)):
         assert check.status is Status.WARNING
-        assert check.needed and check.fix
+        assert check.expected and check.fix
     unconfigured = said(err="srun: fatal: Could not establish a configuration source", code=1)
     assert judge_version(unconfigured).status is judge_pyxis(unconfigured, {}).status is Status.SKIPPED
     assert "exit code 1: srun: fatal" in judge_version(said(err="srun: fatal: x", code=1)).found

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo_mpi.common import config_reader
-from dynamo_mpi.common.config_reader import MAX_BYTES, MAX_SIZE, Reader, parse_json, parse_yaml, read_small_text
+from dynamo_mpi.common.config_reader import MAX_BYTES, MAX_SIZE, ConfigReader, parse_json, parse_yaml, read_small_text
 from dynamo_mpi.common.errors import ConfigFileError
 
 PATH = "/some/where.cfg"
@@ -36,9 +36,9 @@ def from_yaml(text: str) -> dict[str, Any]:
 def refused(parse: Callable[[str], object], text: str) -> ConfigFileError:
     with pytest.raises(ConfigFileError) as caught:
         parse(text)
-    assert PATH in caught.value.found
-    assert "\n" not in caught.value.found
-    assert len(caught.value.found) < 1000
+    assert PATH in caught.value.problem
+    assert "\n" not in caught.value.problem
+    assert len(caught.value.problem) < 1000
     return caught.value
 
 
@@ -68,7 +68,7 @@ def refused(parse: Callable[[str], object], text: str) -> ConfigFileError:
     ids=lambda value: ascii(value)[:24],
 )
 def test_what_is_no_json_object_is_refused(text: str, words: str) -> None:
-    assert words in refused(from_json, text).found
+    assert words in refused(from_json, text).problem
 
 
 def test_json_that_transformers_writes_is_read() -> None:
@@ -81,7 +81,7 @@ def test_json_that_transformers_writes_is_read() -> None:
 
 def test_a_duplicate_in_a_large_object_is_found_at_once() -> None:
     keys = ", ".join(f'"{number}": 0' for number in range(200_000))
-    assert "the key '199999' twice" in refused(from_json, f'{{{keys}, "199999": 0}}').found
+    assert "the key '199999' twice" in refused(from_json, f'{{{keys}, "199999": 0}}').problem
 
 
 # YAML
@@ -131,7 +131,7 @@ def test_a_duplicate_in_a_large_object_is_found_at_once() -> None:
     ids=lambda value: ascii(value)[:24],
 )
 def test_what_is_no_sound_yaml_mapping_is_refused(text: str, words: str) -> None:
-    assert words in refused(from_yaml, text).found
+    assert words in refused(from_yaml, text).problem
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_sound_yaml_is_read(text: str, found: dict[str, Any] | None) -> None:
 
 @pytest.mark.parametrize("text", ["", "# nothing", "---", "~", "null", "--- null\n..."])
 def test_an_empty_document_is_told_apart(text: str) -> None:
-    assert "is empty" in refused(from_yaml, text).found
+    assert "is empty" in refused(from_yaml, text).problem
 
 
 @pytest.mark.parametrize("name", ["CSafeLoader", "SafeLoader"])
@@ -249,7 +249,7 @@ def test_any_yaml_is_a_mapping_or_refused(text: str) -> None:
     try:
         assert isinstance(from_yaml(text), dict)
     except ConfigFileError as error:
-        assert PATH in error.found
+        assert PATH in error.problem
 
 
 @settings(max_examples=200)
@@ -261,7 +261,7 @@ def test_any_json_is_an_object_or_refused(text: str) -> None:
     try:
         assert isinstance(from_json(text), dict)
     except ConfigFileError as error:
-        assert PATH in error.found
+        assert PATH in error.problem
 
 
 VALUES = st.recursive(
@@ -296,7 +296,7 @@ def test_bytes_that_are_no_text_are_refused(data: bytes, tmp_path: Path) -> None
     file.write_bytes(data)
     with pytest.raises(ConfigFileError, match=r"is not text: .* at byte \d+") as caught:
         read_small_text(file)
-    assert str(file) in caught.value.found
+    assert str(file) in caught.value.problem
 
 
 def test_weights_in_place_of_a_config_are_not_read(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_pipe_that_nobody_writes_to_is_given_up(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize("text", ["", "# nothing", "---", "null"])
 def test_where_it_may_be_empty_nothing_is_no_key(text: str) -> None:
     assert parse_yaml(text, PATH, NEEDED, may_be_empty=True) == {}
-    assert "is empty" in refused(from_yaml, text).found
+    assert "is empty" in refused(from_yaml, text).problem
 
 
 def test_what_cannot_be_opened_is_the_caller_s_matter(tmp_path: Path) -> None:
@@ -358,8 +358,8 @@ def test_what_cannot_be_opened_is_the_caller_s_matter(tmp_path: Path) -> None:
 # typed values
 
 
-def reader(**values: Any) -> Reader:
-    return Reader(values, PATH)
+def reader(**values: Any) -> ConfigReader:
+    return ConfigReader(values, PATH)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.0, "1", [1], {}, MAX_SIZE + 1, 10**1000])
@@ -375,14 +375,14 @@ def test_the_first_key_with_a_value_counts() -> None:
     assert reader(a=MAX_SIZE).size("a") == MAX_SIZE
     with pytest.raises(ConfigFileError) as caught:
         reader(a=9).size("a", maximum=8)
-    assert caught.value.needed == "a positive whole number, at most 8"
+    assert caught.value.expected == "a positive whole number, at most 8"
 
 
 @pytest.mark.parametrize("value", ["1", True, [], {}, math.nan, math.inf, -math.inf, 1e301, -(10**301), 10**400])
 def test_a_number_is_finite(value: Any) -> None:
     with pytest.raises(ConfigFileError, match="a is ") as caught:
         reader(a=value).number("a")
-    assert caught.value.needed == "a number"
+    assert caught.value.expected == "a number"
 
 
 @pytest.mark.parametrize("value", [1, 0, -1.5, 2, 1e299, -(2**80)])
@@ -424,4 +424,4 @@ def test_sections_keep_the_path() -> None:
     assert not reader(a=None).has("a")
     with pytest.raises(ConfigFileError) as caught:
         reader(a=["x" * 500]).section("a")
-    assert len(caught.value.found) < 100
+    assert len(caught.value.problem) < 100

@@ -100,7 +100,7 @@ def test_impossible_values_are_named(text: str, words: str) -> None:
 def test_what_is_no_yaml_is_refused(text: str) -> None:
     with pytest.raises(ConfigFileError, match=r"/e\.yaml is not YAML") as caught:
         parse(text)
-    assert "\n" not in caught.value.found
+    assert "\n" not in caught.value.problem
 
 
 @given(st.text(alphabet="ab:-[]{}#&*!|>'\"%@`,?0x_ \n\t=.<~", max_size=30))
@@ -108,4 +108,4 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         parse(text)
     except ConfigFileError as error:
-        assert "/e.yaml" in error.found
+        assert "/e.yaml" in error.problem

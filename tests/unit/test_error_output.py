@@ -58,5 +58,5 @@ def test_and_nothing_where_it_is_not(words: list[str], capsys: pytest.CaptureFix
 
 
 def test_an_error_as_plain_data() -> None:
-    plain = UsageError("found", needed="needed", fix="fix").plain()
+    plain = UsageError("found", expected="needed", fix="fix").plain()
     assert plain == {"exit_code": 64, "found": "found", "needed": "needed", "fix": "fix"}

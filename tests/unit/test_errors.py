@@ -30,14 +30,14 @@ def test_every_code_but_ok_has_an_error() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_an_error_survives_pickling(kind: type[DynamoMpiError]) -> None:
-    error = kind("found", needed="needed", fix="fix")
+    error = kind("found", expected="needed", fix="fix")
     again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
     assert type(again) is kind
-    assert (again.found, again.needed, again.fix, again.exit_code) == ("found", "needed", "fix", kind.exit_code)
+    assert (again.problem, again.expected, again.fix, again.exit_code) == ("found", "needed", "fix", kind.exit_code)
 
 
 def test_an_error_says_what_was_found_what_is_needed_and_what_to_do() -> None:
-    assert str(DynamoMpiError("f", needed="n", fix="x")).split() == ["f", "expected:", "n", "fix:", "x"]
+    assert str(DynamoMpiError("f", expected="n", fix="x")).split() == ["f", "expected:", "n", "fix:", "x"]
     assert str(DynamoMpiError("f")) == "f"
     assert "needed" not in str(DynamoMpiError("f", fix="x"))
 

@@ -125,7 +125,7 @@ def test_a_taken_default_gives_way_and_a_taken_named_port_tells_its_holder() -> 
         assert moved != number
         with pytest.raises(UsageError) as caught:
             Ports(Port(number, True, "--etcd-port"), "127.0.0.1", "41").next()
-    assert f"port {number} of 127.0.0.1 is taken by process {os.getpid()}" in caught.value.found
+    assert f"port {number} of 127.0.0.1 is taken by process {os.getpid()}" in caught.value.problem
     assert "another --etcd-port" in caught.value.fix
 
 
@@ -373,7 +373,7 @@ def refused(folder: Path) -> str:
         with closing(ServicesDir(folder, "8", quiet)):
             return "it was let in"
     except UsageError as error:
-        return error.found
+        return error.problem
 
 
 # the command

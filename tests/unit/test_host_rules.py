@@ -72,7 +72,7 @@ def said(findings: Sequence[Finding]) -> list[str]:
 def judge(some: Sequence[RankFacts], needs: Requirements = Requirements()) -> list[Finding]:  # noqa: B008 - immutable
     findings = check_hosts(some, needs)
     for finding in findings:
-        assert finding.found and finding.needed and finding.fix, finding
+        assert finding.found and finding.expected and finding.fix, finding
     return findings
 
 

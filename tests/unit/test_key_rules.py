@@ -240,7 +240,7 @@ def test_every_renamed_key_has_its_line(
     assert (finding.severity, finding.fix) == (severity, fix)
     assert path in finding.message
     assert finding.found == f"{path}: {value}"
-    assert finding.needed
+    assert finding.expected
 
 
 def test_every_row_is_tested() -> None:

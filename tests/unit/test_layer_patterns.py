@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.common.config_reader import Reader
+from dynamo_mpi.common.config_reader import ConfigReader
 from dynamo_mpi.common.errors import ConfigFileError
 from dynamo_mpi.layout.layer_formats import with_formats
 from dynamo_mpi.layout.layer_patterns import read_layers
@@ -22,7 +22,7 @@ from tests.unit.model_zoo import ZOO
 def layers(
     count: int, experts: bool = True, quantisation: Quantisation | None = None, **body: Any
 ) -> tuple[Layer, ...]:
-    found, unknown = read_layers(Reader(body, "config.json"), count, experts=experts)
+    found, unknown = read_layers(ConfigReader(body, "config.json"), count, experts=experts)
     assert found is not None
     assert unknown == ()
     return with_formats(found, quantisation)
@@ -163,12 +163,12 @@ def test_nemotron_s_letters_say_both() -> None:
     ],
 )
 def test_unknown_kinds_give_no_layers_and_their_key(body: dict[str, Any], key: str) -> None:
-    assert read_layers(Reader(body, "config.json"), 2, experts=False) == (None, (key,))
+    assert read_layers(ConfigReader(body, "config.json"), 2, experts=False) == (None, (key,))
 
 
 def test_unknown_kind_of_mlp_gives_its_key() -> None:
     body = {"mlp_layer_types": ["dense", "telepathy"]}
-    assert read_layers(Reader(body, "config.json"), 2, experts=True) == (None, ("mlp_layer_types ('telepathy')",))
+    assert read_layers(ConfigReader(body, "config.json"), 2, experts=True) == (None, ("mlp_layer_types ('telepathy')",))
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_what_can_not_be_judged_is_a_documented_error(
 ) -> None:
     with pytest.raises(error) as caught:
         check(model_path or model, config, worker)
-    assert caught.value.found and int(caught.value.exit_code) in (64, 65, 66)
+    assert caught.value.problem and int(caught.value.exit_code) in (64, 65, 66)
 
 
 def test_a_config_that_contains_itself_is_refused(model: Path) -> None:
@@ -166,7 +166,7 @@ def test_no_mapping_raises_anything_else(keys: dict[str, Any]) -> None:
     try:
         check(files, keys)
     except (ConfigFileError, UsageError) as error:
-        assert error.found
+        assert error.problem
 
 
 # over versions

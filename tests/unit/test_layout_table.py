@@ -451,7 +451,7 @@ def test_what_is_wrong_and_nothing_else(case: Case) -> None:
     assert rules(found, Severity.ERROR) == set(case.errors.split())
     assert set(case.warnings.split()) <= rules(found, Severity.WARNING)
     for finding in errors(found):
-        assert finding.found and finding.needed and finding.fix, finding
+        assert finding.found and finding.expected and finding.fix, finding
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_apart_each_world_has_its_own_size_or_the_common_one(
 def test_a_size_without_its_world_is_refused(given: tuple[int | None, int | None, int | None], flag: str) -> None:
     with pytest.raises(UsageError) as caught:
         worker_specs("agg", *given)
-    assert flag in caught.value.found
+    assert flag in caught.value.problem
     assert "--role disagg" in caught.value.fix
 
 

@@ -145,21 +145,21 @@ def test_an_incomplete_download_is_told(tmp_path: Path) -> None:
     environ = {"HF_HUB_CACHE": str(tmp_path)}
     folder = tmp_path / f"models--{HUB_ID.replace('/', '--')}"
     folder.mkdir()
-    assert "there is no model" in refused(HUB_ID, environ).found
+    assert "there is no model" in refused(HUB_ID, environ).problem
     (folder / "snapshots").mkdir()
-    assert "there is no model" in refused(HUB_ID, environ).found
+    assert "there is no model" in refused(HUB_ID, environ).problem
     put(folder / "snapshots" / "a-file-here")
-    assert "there is no model" in refused(HUB_ID, environ).found
+    assert "there is no model" in refused(HUB_ID, environ).problem
     (folder / "snapshots" / "c0ffee").mkdir()
-    assert "config.json can't be read: No such file" in refused(HUB_ID, environ).found
+    assert "config.json can't be read: No such file" in refused(HUB_ID, environ).problem
     # the link is there, the blob isn't
     (folder / "snapshots" / "c0ffee" / "config.json").symlink_to("../../blobs/gone")
-    assert "config.json can't be read: No such file" in refused(HUB_ID, environ).found
+    assert "config.json can't be read: No such file" in refused(HUB_ID, environ).problem
 
 
 def test_a_hub_id_that_is_not_in_the_cache_is_told_how_to_get_it(tmp_path: Path) -> None:
     error = refused(HUB_ID, {"HF_HOME": str(tmp_path)})
-    assert str(tmp_path / "hub") in error.found
+    assert str(tmp_path / "hub") in error.problem
     assert f"huggingface-cli download {HUB_ID}" in error.fix
 
 
@@ -170,47 +170,47 @@ def test_a_hub_id_that_is_not_in_the_cache_is_told_how_to_get_it(tmp_path: Path)
     "model", ["/nowhere/at/all", "./nowhere", "a/b/c", "maker/", "/", "a\0b", "maker/a b", "~/model", "https://x.org/m"]
 )
 def test_what_is_no_model_is_refused(model: str) -> None:
-    assert refused(model).found
+    assert refused(model).problem
 
 
 def test_names_that_no_file_can_have() -> None:
     for model in ("a" * 300, "/" + "a" * 5000, "maker/" + "m" * 300, "x/" * 3000):
-        assert refused(model).found
+        assert refused(model).problem
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     error = refused(str(tmp_path))
-    assert f"the model config {tmp_path / 'config.json'} can't be read: No such file" in error.found
+    assert f"the model config {tmp_path / 'config.json'} can't be read: No such file" in error.problem
 
 
 def test_a_config_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
-    assert "Is a directory" in refused(str(tmp_path)).found
+    assert "Is a directory" in refused(str(tmp_path)).problem
     (tmp_path / "config.json").rmdir()
     put(tmp_path / "config.json")
     (tmp_path / "hf_quant_config.json").mkdir()
-    assert "hf_quant_config.json can't be read: Is a directory" in refused(str(tmp_path)).found
+    assert "hf_quant_config.json can't be read: Is a directory" in refused(str(tmp_path)).problem
 
 
 def test_a_path_below_a_file(tmp_path: Path) -> None:
-    assert refused(str(put(tmp_path / "x.json") / "config.json")).found
+    assert refused(str(put(tmp_path / "x.json") / "config.json")).problem
 
 
 def test_links_in_a_circle(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    assert refused(str(tmp_path / "a")).found
+    assert refused(str(tmp_path / "a")).problem
     (tmp_path / "config.json").symlink_to("config.json")
-    assert "symbolic links" in refused(str(tmp_path)).found
+    assert "symbolic links" in refused(str(tmp_path)).problem
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_config_without_rights(tmp_path: Path) -> None:
     put(tmp_path / "m" / "config.json").chmod(0)
-    assert "Permission denied" in refused(str(tmp_path / "m")).found
+    assert "Permission denied" in refused(str(tmp_path / "m")).problem
     (tmp_path / "m").chmod(0)
     try:
-        assert "Permission denied" in refused(str(tmp_path / "m" / "config.json")).found
+        assert "Permission denied" in refused(str(tmp_path / "m" / "config.json")).problem
     finally:
         (tmp_path / "m").chmod(0o755)
 
@@ -226,7 +226,7 @@ def test_a_config_that_cannot_be_opened(tmp_path: Path) -> None:
         error = refused(str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert "can't be read: Too many open files" in error.found
+    assert "can't be read: Too many open files" in error.problem
 
 
 def test_configs_that_are_none(tmp_path: Path) -> None:

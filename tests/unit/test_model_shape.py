@@ -150,6 +150,6 @@ def test_any_json_is_read_or_refused(config: object) -> None:
     try:
         shape = parse(config)
     except ConfigFileError as error:
-        assert "/m/config.json" in error.found
+        assert "/m/config.json" in error.problem
     else:
         assert shape.attention_heads is None or shape.attention_heads > 0

@@ -148,7 +148,7 @@ def test_no_shared_network_is_an_error_that_lists_them() -> None:
         "  n1: eth0 10.1.0.1/24 fe80::1/64, docker0 172.17.0.1/16 (bridge)",
         "  n2: eth0 10.2.0.2/24 fe80::2/64 (down), docker0 172.17.0.1/16 (bridge)",
     ]
-    assert raised.value.needed
+    assert raised.value.expected
     assert "--liveness-network" in raised.value.fix
 
 

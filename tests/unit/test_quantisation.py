@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.config_reader import Reader
+from dynamo_mpi.common.config_reader import ConfigReader
 from dynamo_mpi.common.errors import ConfigFileError
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
@@ -20,7 +20,8 @@ from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 def read(config: dict[str, Any], quant_file: dict[str, Any] | None = None) -> Quantisation | None:
     return read_quantisation(
-        Reader(config, "config.json"), None if quant_file is None else Reader(quant_file, "hf_quant_config.json")
+        ConfigReader(config, "config.json"),
+        None if quant_file is None else ConfigReader(quant_file, "hf_quant_config.json"),
     )
 
 

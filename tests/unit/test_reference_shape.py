@@ -59,7 +59,7 @@ def test_other_sizes_are_refused_with_the_legal_ones(tp_size: int) -> None:
     with pytest.raises(LayoutError) as refusal:
         share_of(shape_of(9, 3), 0, tp_size)
 
-    assert "1, 3, 9" in refusal.value.needed
+    assert "1, 3, 9" in refusal.value.expected
 
 
 @given(total=st.integers(0, 10_000), parts=st.integers(1, 64))

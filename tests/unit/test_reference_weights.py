@@ -179,7 +179,7 @@ def test_without_a_home_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.M
 def test_a_model_that_the_engine_cannot_run_is_refused(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ModelNotFoundError, match=complaint) as caught:
         export_model(write_gguf(tmp_path / "m.gguf", **changes), tmp_path / "model", copy=True)
-    assert caught.value.needed
+    assert caught.value.expected
     assert not (tmp_path / "model").exists()
 
 
@@ -225,7 +225,7 @@ def test_any_header_is_read_or_refused(small: Path, tmp_path: Path, position: in
     try:
         open_model(tmp_path)
     except ModelNotFoundError as error:
-        assert error.needed
+        assert error.expected
 
 
 def test_a_folder_without_weights_names_the_command(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_a_lease_that_is_lost_is_told_once(etcd: str, watched: Watched) -> None:
     worker.etcd.revoke(worker.lease.id, 5)
     error = watched.lost.get(timeout=20)
     assert error.exit_code == ExitCode.TEMPORARY
-    assert "etcd has lost this worker's lease" in error.found
+    assert "etcd has lost this worker's lease" in error.problem
     with pytest.raises(queue.Empty):
         watched.lost.get(timeout=2 * SECONDS)
 
@@ -162,7 +162,7 @@ def test_an_etcd_that_does_not_answer_is_waited_for_as_long_as_the_lease_lives(w
         watch = watched(f"http://127.0.0.1:{port}", 7)
         error = watched.lost.get(timeout=30)
         assert time.monotonic() - begin >= SECONDS
-        assert "longer than this worker's lease lives (3 s)" in error.found
+        assert "longer than this worker's lease lives (3 s)" in error.problem
         assert "etcd was away for longer" in watch.lost_lease_reason()
 
 

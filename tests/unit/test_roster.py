@@ -70,7 +70,7 @@ def test_ranks_with_the_same_trouble_share_a_finding() -> None:
     assert "1 on n1" in finding.message
     assert "2-3 on n2" in finding.message
     assert "/e.yaml differs" in finding.found
-    assert "4 ranks" in finding.needed
+    assert "4 ranks" in finding.expected
 
 
 @pytest.mark.parametrize(

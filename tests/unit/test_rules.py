@@ -208,14 +208,14 @@ def test_no_rule_trips_over_what_it_is_given(
 
 def test_findings_are_rendered_errors_first_and_complete() -> None:
     info = Finding("X1", Severity.INFO, "by the way")
-    error = Finding("X2", Severity.ERROR, "wrong", found="a", needed="b", fix="c\nd")
+    error = Finding("X2", Severity.ERROR, "wrong", found="a", expected="b", fix="c\nd")
     text = render([info, error])
     assert [line for line in text.splitlines() if not line.startswith(" ")] == [
         "error X2: wrong",
         "info X1: by the way",
     ]
     # what is only good to know takes one line, with what to do
-    told = Finding("X1", Severity.INFO, "by the way", found="a", needed="b", fix="do c")
+    told = Finding("X1", Severity.INFO, "by the way", found="a", expected="b", fix="do c")
     assert render([told]) == "info X1: by the way (do c)"
     lines = [line.split() for line in text.splitlines()[1:5]]
     assert lines == [["found:", "a"], ["expected:", "b"], ["fix:", "c"], ["d"]]

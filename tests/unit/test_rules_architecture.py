@@ -151,7 +151,7 @@ def test_what_is_said() -> None:
     (finding,) = findings_of(subject_of("Qwen3-32B-FP8", "a100"))
     assert finding.message == "a100 can't run FP8_BLOCK_SCALES weights"
     assert "SM 80" in finding.found
-    assert finding.needed == "SM 89, 90, 100, 103, 120"
+    assert finding.expected == "SM 89, 90, 100, 103, 120"
     (finding,) = findings_of(subject_of("Llama-3.1-8B", "a100", kv("fp8")))
     assert "support matrix has" in finding.message
     assert "may refuse" in finding.message

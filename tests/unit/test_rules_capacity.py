@@ -90,7 +90,7 @@ def test_weights_that_leave_nothing_only_warn() -> None:
     assert finding.severity is Severity.WARNING
     assert finding.message.startswith("by estimate nothing is left for the KV cache: about")
     assert "weights 79.3 GiB" in finding.found
-    assert finding.needed == "room for a block of 32 tokens"
+    assert finding.expected == "room for a block of 32 tokens"
     assert finding.fix == "divide it over more GPUs, or take GPUs with more memory, or lower max_num_tokens"
 
 
@@ -116,7 +116,7 @@ def test_a_cache_that_the_config_leaves_no_block_to(cache: KvCache, found: str) 
     assert finding.severity is Severity.WARNING
     assert finding.message.startswith("kv_cache_config leaves no block to the KV cache, though ")
     assert finding.found.startswith(found)
-    assert finding.needed == f"room for a block of {cache.tokens_per_block or 32} tokens"
+    assert finding.expected == f"room for a block of {cache.tokens_per_block or 32} tokens"
     assert finding.fix == "raise kv_cache_config.free_gpu_memory_fraction and leave max_tokens out"
 
 

@@ -127,8 +127,8 @@ def test_under_helix_context_ranks_share_the_mlp_too() -> None:
 
 def test_one_finding_for_all_three_projections() -> None:
     (finding,) = findings_of(subject_of(LLAMA | {"intermediate_size": 14337}, 2))
-    assert "down_proj" in finding.needed
-    assert "gate and up" in finding.needed
+    assert "down_proj" in finding.expected
+    assert "gate and up" in finding.expected
 
 
 @pytest.mark.parametrize(

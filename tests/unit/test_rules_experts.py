@@ -233,7 +233,7 @@ def test_what_to_do(model: str, engine: dict[str, Any], rule: str, fix: str) -> 
     finding = only(subject_of(model, engine), rule)
     assert fix in finding.fix
     assert finding.found
-    assert finding.needed
+    assert finding.expected
     assert not finding.message.endswith(".")
 
 
@@ -355,5 +355,5 @@ def test_no_rule_raises(shape: ModelShape, config: EngineConfig, cluster: Cluste
             for finding in rule(subject):
                 assert finding.message
                 assert not finding.message.endswith(".")
-                assert finding.found or finding.needed
+                assert finding.found or finding.expected
                 assert finding.fix or finding.severity is not Severity.ERROR

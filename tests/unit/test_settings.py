@@ -233,8 +233,8 @@ def test_the_served_name_is_the_folders(model: str) -> None:
 def test_impossible_values_are_named_with_flag_and_need(flag: str, value: str, needed: str) -> None:
     with pytest.raises(UsageError, match=needed) as caught:
         load(*MODEL, f"{flag}={value}")
-    assert flag in caught.value.found
-    assert repr(value) in caught.value.found
+    assert flag in caught.value.problem
+    assert repr(value) in caught.value.problem
 
 
 ROLE_CONFIGS = {"PREFILL_ENGINE_CONFIG": "/p.yaml", "DECODE_ENGINE_CONFIG": "/d.yaml"}
@@ -335,7 +335,7 @@ def test_a_bad_settings_file_is_named(tmp_path: Path, text: str, words: str) -> 
     path = settings_file(tmp_path, text)
     with pytest.raises(ConfigFileError, match=words) as caught:
         load(*MODEL, file=path)
-    assert str(path) in caught.value.found
+    assert str(path) in caught.value.problem
 
 
 def test_a_settings_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_settings_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.yaml", tmp_path, latin):
         with pytest.raises(ConfigFileError, match=r"can't be read|is not text") as caught:
             load(*MODEL, file=path)
-        assert str(path) in caught.value.found
+        assert str(path) in caught.value.problem
 
 
 @pytest.mark.parametrize("text", [r'model: "a\0b"', "model: ''", "tensor_parallel_size: 2.5", "role: [agg]"])
@@ -367,7 +367,7 @@ def test_any_command_line_is_understood_or_refused(words: list[str], environ: di
     try:
         settings = load_settings(WorkerSources(words, environ))
     except DynamoMpiError as error:
-        assert error.found
+        assert error.problem
     else:
         assert settings.model is not None
 
@@ -433,4 +433,4 @@ def test_a_word_without_a_flag_is_refused_before_anything_is_started() -> None:
 def test_the_nixl_transport_is_refused_with_the_fix() -> None:
     with pytest.raises(UsageError, match=r"--kv-transport .* is 'nixl'") as caught:
         load("--model", "/m", "--kv-transport", "nixl")
-    assert (caught.value.needed, caught.value.fix[:22]) == ("tcp, or no such option", "remove --kv-transport;")
+    assert (caught.value.expected, caught.value.fix[:22]) == ("tcp, or no such option", "remove --kv-transport;")

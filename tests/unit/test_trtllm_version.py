@@ -95,9 +95,9 @@ def test_parts(text: str, minor: tuple[int, int], final: bool) -> None:
 def test_what_is_no_version_is_refused(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_trtllm_version(text)
-    assert "1.3.0rc22" in caught.value.needed
+    assert "1.3.0rc22" in caught.value.expected
     assert "tensorrt_llm" in caught.value.fix
-    assert len(caught.value.found) < 120
+    assert len(caught.value.problem) < 120
 
 
 @given(st.text())

@@ -68,7 +68,7 @@ REFUSED: list[tuple[str, str | None, str]] = [
 def test_refused_values_name_what_is_allowed(text: str, version: str | None, needed: str) -> None:
     finding = refused(text, version)
     assert finding.severity is Severity.ERROR
-    assert needed in finding.needed and needed in finding.fix
+    assert needed in finding.expected and needed in finding.fix
 
 
 TAKEN: list[tuple[str, str | None]] = [

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
                 return asyncio.run(_join(joining, host, folder))
         raise UsageError(
             f"{argv[0]!r} was asked for" if argv else "nothing was asked for",
-            needed="lead or join",
+            expected="lead or join",
             fix=f"{PROGRAM} lead --help, {PROGRAM} join --help",
         )
     except DynamoMpiError as error:

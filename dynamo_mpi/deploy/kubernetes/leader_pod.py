@@ -86,7 +86,7 @@ class LeaderPod:
             server.close()
             raise UsageError(
                 f"no socket can be made in {self._folder}: {error.strerror or error}",
-                needed="a folder for temporary files whose path is shorter than about 80 characters",
+                expected="a folder for temporary files whose path is shorter than about 80 characters",
                 fix="TMPDIR=/tmp",
             ) from None
         code = of_signal(signal.SIGTERM)
@@ -121,7 +121,7 @@ class LeaderPod:
                 missing = sorted(set(range(1, self._settings.pods)) - self._pods.keys())
                 raise PhaseTimeoutError(
                     f"after {self._settings.timeout:g} s these pods have not joined: {', '.join(map(str, missing))}",
-                    needed="all pods of the group, each calling this one",
+                    expected="all pods of the group, each calling this one",
                     fix="kubectl get pods, and the logs of those that are missing; a NetworkPolicy must let them in",
                 ) from None
 
@@ -129,7 +129,7 @@ class LeaderPod:
         hosts = [socket.gethostname(), *(self._pods[index].host for index in sorted(self._pods))]
         if len(set(hosts)) < len(hosts):
             raise UsageError(
-                f"two pods have one host name: {', '.join(hosts)}", needed="a name for each", fix="hostname"
+                f"two pods have one host name: {', '.join(hosts)}", expected="a name for each", fix="hostname"
             )
         ranks = self._settings.ranks_per_pod
         hostfile = self._folder / "hosts"

@@ -191,7 +191,7 @@ def _with_secret(values: dict[str, Any]) -> dict[str, Any]:
     path: Path | None = values.pop("secret_file")
     fix = "mount a Secret in all pods of the group and give --secret-file, or DYN_MPI_PODS_SECRET_FILE"
     if path is None:
-        raise UsageError("no secret was given", needed="what only this group's pods know", fix=fix)
+        raise UsageError("no secret was given", expected="what only this group's pods know", fix=fix)
     try:
         secret = path.read_bytes().strip()
     except OSError as error:
@@ -199,7 +199,7 @@ def _with_secret(values: dict[str, Any]) -> dict[str, Any]:
     if len(secret) < LEAST_SECRET_BYTES:
         raise UsageError(
             f"the secret in {path} has {len(secret)} bytes",
-            needed=f"at least {LEAST_SECRET_BYTES}",
+            expected=f"at least {LEAST_SECRET_BYTES}",
             fix="openssl rand -hex 32",
         )
     return {**values, "secret": secret}

@@ -129,7 +129,7 @@ async def join(
     if not isinstance(answer, str) or not _is_same(answer, _prove(secret, "lead", theirs, nonce, index, host)):
         raise AuthorizationError(
             "the leader refused this pod, or couldn't prove that it is the leader",
-            needed="the same secret in all pods of a group",
+            expected="the same secret in all pods of a group",
             fix="mount one Secret in all of them; see --secret-file",
         )
     return Channel(reader, writer, _key(secret, theirs, nonce), "pod", "lead")

@@ -104,7 +104,7 @@ class WorkerPod:
             await asyncio.sleep(_AGAIN_SECONDS)
         raise PhaseTimeoutError(
             f"the leader {self._settings.leader} port {self._settings.port} can't be reached: {why}",
-            needed=f"the leader's pod, within {self._settings.timeout:g} s",
+            expected=f"the leader's pod, within {self._settings.timeout:g} s",
             fix="check its log; its name needs a headless service, and a NetworkPolicy must let this pod in",
         )
 

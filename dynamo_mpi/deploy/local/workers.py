@@ -35,7 +35,7 @@ def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:
     from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 
     if given is not None and not given.exists():
-        raise ModelNotFoundError(f"there is no {given}", needed="a model folder or a GGUF file")
+        raise ModelNotFoundError(f"there is no {given}", expected="a model folder or a GGUF file")
     if given is not None and given.is_dir():
         return given.resolve(), given.resolve().name
     gguf = find_default_gguf() if given is None else given.resolve()
@@ -97,7 +97,7 @@ def worker_specs(
     for flag, size in (("--prefill-tp", prefill_tp), ("--decode-tp", decode_tp)):
         if size is not None:
             raise UsageError(
-                f"{flag} {size} with --role agg", needed="one worker, whose size is --tp", fix="add --role disagg"
+                f"{flag} {size} with --role agg", expected="one worker, whose size is --tp", fix="add --role disagg"
             )
     return (WorkerSpec("agg", tp or AGG_TP_SIZE),)
 

@@ -52,18 +52,18 @@ class ReferenceConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigFileError(
-                    f"{name} is {value}", needed=f"{name} of at least 1", fix="correct the engine config"
+                    f"{name} is {value}", expected=f"{name} of at least 1", fix="correct the engine config"
                 )
         if self.max_num_tokens < self.max_batch_size:
             raise ConfigFileError(
                 f"max_num_tokens {self.max_num_tokens} is smaller than max_batch_size {self.max_batch_size}",
-                needed="room for one token of every running sequence in each step",
+                expected="room for one token of every running sequence in each step",
                 fix=f"set max_num_tokens to {self.max_batch_size} or more in the engine config",
             )
         if self.cp_size != 1:
             raise LayoutError(
                 f"context_parallel_size is {self.cp_size}",
-                needed="context_parallel_size: 1, as the reference engine knows tensor and pipeline parallelism only",
+                expected="context_parallel_size: 1, as the reference engine knows tensor and pipeline parallelism only",
                 fix="use tensor_parallel_size and pipeline_parallel_size for all ranks",
             )
 
@@ -78,7 +78,7 @@ class ReferenceConfig:
         if self.max_seq_len > model_context:
             raise ConfigFileError(
                 f"max_seq_len is {self.max_seq_len}, the model's context {model_context} tokens",
-                needed=f"max_seq_len of at most {model_context}",
+                expected=f"max_seq_len of at most {model_context}",
                 fix="lower max_seq_len in the engine config",
             )
         return self.max_seq_len

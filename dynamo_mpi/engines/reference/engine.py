@@ -57,7 +57,7 @@ class ReferenceEngine:
         if size != config.tp_size * config.pp_size:
             raise LayoutError(
                 f"the engine has {size} ranks; tensor_parallel_size is {config.tp_size}, pipeline_parallel_size {config.pp_size}",
-                needed="as many ranks as the product of the two",
+                expected="as many ranks as the product of the two",
                 fix=f"start {config.tp_size * config.pp_size} ranks, or change the sizes in the engine config",
             )
         self._loaded: Loaded | None = None
@@ -286,6 +286,6 @@ def _require_threads() -> None:
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise EngineError(
             "MPI was initialised without support for threads",
-            needed="MPI_THREAD_MULTIPLE: the engine's thread and the main thread both call MPI",
+            expected="MPI_THREAD_MULTIPLE: the engine's thread and the main thread both call MPI",
             fix="let mpi4py initialise MPI with its default thread level",
         )

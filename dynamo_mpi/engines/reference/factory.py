@@ -59,7 +59,7 @@ def build_reference_engine(spec: EngineSpec, comm: MPI.Intracomm, local_size: in
     except ImportError as error:
         raise EngineError(
             f"the reference engine can't be imported: {error}",
-            needed="numpy",
+            expected="numpy",
             fix="pip install 'dynamo-mpi[local]'",
         ) from None
     given = {

@@ -55,14 +55,14 @@ class GgufModel:
         except ImportError as error:
             raise ModelNotFoundError(
                 f"{path} cannot be converted: {error}",
-                needed="the packages gguf and numpy, for the conversion alone",
+                expected="the packages gguf and numpy, for the conversion alone",
                 fix="pip install 'dynamo-mpi[local]', or convert the model on another machine",
             ) from None
         try:
             reader = GGUFReader(path)
         except OSError as error:
             raise ModelNotFoundError(
-                f"{path} cannot be read: {error.strerror}", needed="a readable GGUF file", fix="check the path"
+                f"{path} cannot be read: {error.strerror}", expected="a readable GGUF file", fix="check the path"
             ) from error
         except Exception as error:  # the package has no exceptions of its own
             raise self.malformed(f"{type(error).__name__}: {error}") from error
@@ -73,7 +73,7 @@ class GgufModel:
         """Return the error that this file is invalid because of ``what``."""
         return ModelNotFoundError(
             f"{self.path} is not a usable GGUF file: {what}",
-            needed="a complete GGUF file of version 2 or 3",
+            expected="a complete GGUF file of version 2 or 3",
             fix="fetch the file again and compare its size and checksum with the publisher's",
         )
 
@@ -159,7 +159,7 @@ def llama_shape(model: GgufModel) -> LlamaShape:
 def _unsupported(model: GgufModel, what: str) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"the reference engine cannot run {model.path}: {what}",
-        needed="a dense llama model with full rotary embeddings",
+        expected="a dense llama model with full rotary embeddings",
         fix="use another model, or the trtllm engine",
     )
 
@@ -213,7 +213,7 @@ def _tokenizer(model: GgufModel, tokens: list[str]) -> JsonObject:
     if kind != "gpt2" or pre_tokenizer not in _DIGIT_SPLITTING:
         raise ModelNotFoundError(
             f"{model.path} has the tokenizer {kind}/{pre_tokenizer}, which cannot be converted here",
-            needed=f"tokenizer gpt2/{' or '.join(sorted(_DIGIT_SPLITTING))}",
+            expected=f"tokenizer gpt2/{' or '.join(sorted(_DIGIT_SPLITTING))}",
             fix="put the publisher's config.json and tokenizer files into the output folder and convert with --weights-only",
         )
     types = model.items("tokenizer.ggml.token_type", int)

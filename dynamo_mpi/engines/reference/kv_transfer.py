@@ -291,7 +291,9 @@ class KvTransferScheduler:
             EngineError: this engine can't continue from it, or the request requires a prefill worker.
         """
         if request.offer_kv and not self._rank_shards:
-            raise EngineError("this engine serves no KV", needed="a prefill worker", fix="start it with --role prefill")
+            raise EngineError(
+                "this engine serves no KV", expected="a prefill worker", fix="start it with --role prefill"
+            )
         if request.kv_offer is None:
             return None
         try:

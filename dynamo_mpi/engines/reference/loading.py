@@ -74,7 +74,7 @@ def load_parts(communicator: MPI.Intracomm | None, config: ReferenceConfig, rank
     except MemoryError as error:
         raise EngineError(
             f"the memory is too small for the model and a KV cache of {config.max_batch_size} sequences",
-            needed="room for this rank's weights and KV cache",
+            expected="room for this rank's weights and KV cache",
             fix="lower max_batch_size or max_seq_len in the engine config, or use more ranks",
         ) from error
     channel = None if comm is None else StepChannel(comm)
@@ -124,7 +124,7 @@ class _Serving:
         except OSError as error:
             raise EngineError(
                 f"KV can't be served: {error}",
-                needed="an address of this host at which it can listen",
+                expected="an address of this host at which it can listen",
                 fix="set --kv-network / DYN_MPI_KV_NETWORK to an interface or network of every rank's host",
             ) from None
         finally:

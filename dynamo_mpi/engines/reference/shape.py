@@ -80,7 +80,7 @@ def share_of(shape: LlamaShape, rank: int, tp_size: int) -> Share:
     if tp_size not in legal:
         raise LayoutError(
             f"tensor_parallel_size {tp_size} does not fit {heads} attention heads and {kv_heads} key/value heads",
-            needed=f"tensor_parallel_size one of {', '.join(map(str, legal))}",
+            expected=f"tensor_parallel_size one of {', '.join(map(str, legal))}",
             fix="set tensor_parallel_size in the engine config and start as many ranks",
         )
     query_heads = part_of(heads, tp_size, rank)
@@ -102,7 +102,7 @@ def stage_of(layers: int, rank: int, tp_size: int, pp_size: int) -> Stage:
     if layers < pp_size:
         raise LayoutError(
             f"{layers} layers are not enough for pipeline_parallel_size {pp_size}",
-            needed=f"pipeline_parallel_size of at most {layers}",
+            expected=f"pipeline_parallel_size of at most {layers}",
             fix="lower pipeline_parallel_size in the engine config and start fewer ranks",
         )
     index = rank // tp_size

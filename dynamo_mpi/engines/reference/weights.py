@@ -151,17 +151,17 @@ def open_model(model_dir: Path) -> ModelFile:
             f"the model folder {model_dir} does not exist"
             if not model_dir.is_dir()
             else f"the model folder {model_dir} holds no {WEIGHTS_NAME}",
-            needed=f"a folder with config.json, the tokenizer's files and {WEIGHTS_NAME}",
+            expected=f"a folder with config.json, the tokenizer's files and {WEIGHTS_NAME}",
             fix=convert,
         ) from None
     except OSError as error:
         raise ModelNotFoundError(
-            f"{path} cannot be read: {error.strerror}", needed="a readable file", fix="check its permissions"
+            f"{path} cannot be read: {error.strerror}", expected="a readable file", fix="check its permissions"
         ) from error
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ModelNotFoundError(
             f"{path} is not a usable weights file: {error}",
-            needed="a complete file, as this version of dynamo-mpi writes it",
+            expected="a complete file, as this version of dynamo-mpi writes it",
             fix=convert,
         ) from error
 

@@ -62,7 +62,7 @@ def stopped(seconds: float, pid: int) -> DynamoMpiError:
     """Return the error for a ``dynamo.trtllm`` that has been stopped (SIGSTOP) for too long."""
     return PhaseTimeoutError(
         f"dynamo.trtllm has been stopped for {seconds:g} s",
-        needed="a running process: while it is stopped it answers no request, and its lease in etcd expires",
+        expected="a running process: while it is stopped it answers no request, and its lease in etcd expires",
         fix=f"find out what stopped process {pid}, perhaps a debugger; --heartbeat-timeout sets the time",
     )
 
@@ -110,7 +110,7 @@ def readiness_error(message: Mapping[str, Any], *, registered: bool) -> DynamoMp
         return EngineError(f"the first completion failed: {text}", fix="look at the lines of dynamo.trtllm above")
     return DiscoveryError(
         f"rank 0 can't find out whether the worker is registered: {text}",
-        needed="etcd, and NATS if it is used, must answer",
+        expected="etcd, and NATS if it is used, must answer",
         fix="check both; ETCD_ENDPOINTS and NATS_SERVER are their addresses",
     )
 
@@ -150,7 +150,7 @@ def close_session(session: Session, seconds: float) -> None:
     except queue.Empty:
         raise PhaseTimeoutError(
             f"the ranks did not leave TensorRT-LLM within {seconds:g} s after dynamo.trtllm had ended",
-            needed="all ranks must shut down their engine",
+            expected="all ranks must shut down their engine",
             fix="look at the ranks' logs; the worker is already deregistered",
         ) from None
     if error is not None:

@@ -75,7 +75,7 @@ class Session:
         if "hmac_key" not in inspect.signature(RemoteMpiCommSessionServer).parameters:
             raise EngineError(
                 "this TensorRT-LLM's session has no key: it would run tasks of any process of this node",
-                needed="TensorRT-LLM 1.2 or newer",
+                expected="TensorRT-LLM 1.2 or newer",
                 fix="use a newer container",
             )
         self._server: Any = RemoteMpiCommSessionServer(**arguments)
@@ -162,7 +162,7 @@ class Session:
             if future.done() and (error := future.exception()) is not None:
                 raise EngineError(
                     f"a rank other than 0 could not load a task of dynamo.trtllm: {type(error).__name__}: {error}",
-                    needed="the same Python packages and the same model code on all nodes",
+                    expected="the same Python packages and the same model code on all nodes",
                     fix="start all ranks in the same container, with the same HF_HOME or a model folder that contains its code",
                 )
 
@@ -189,7 +189,7 @@ def import_session() -> Any:
     except ImportError as error:
         raise EngineError(
             f"TensorRT-LLM can't be imported: {error}",
-            needed="TensorRT-LLM and its dependencies in every rank",
+            expected="TensorRT-LLM and its dependencies in every rank",
             fix="start all ranks in the same container",
         ) from error
 

@@ -120,12 +120,12 @@ def _check_format(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
             "G",
             f"TensorRT-LLM's support matrix doesn't name {algo} for SM {gpu.sm}",
             found=found,
-            needed=needed,
+            expected=needed,
             fix=fix,
         )
     elif algo == "FP8_BLOCK_SCALES" and gpu.sm == 120 and subject.older_than(1, 1):
         yield error(
-            "G", f"this version has no {algo} for SM 120", found=f"{found}; {subject.version}", needed="1.1", fix=fix
+            "G", f"this version has no {algo} for SM 120", found=f"{found}; {subject.version}", expected="1.1", fix=fix
         )
     elif gpu.sm in runs:
         return
@@ -139,11 +139,11 @@ def _check_format(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
             "G",
             f"{gpu.name} has no NVFP4 arithmetic: only experts run, with 16-bit activations; dense NVFP4 layers may not",
             found=found,
-            needed=f"{needed}; moe_config.backend MARLIN on SM 89-99",
+            expected=f"{needed}; moe_config.backend MARLIN on SM 89-99",
             fix="set moe_config: {backend: MARLIN}, or use an FP8 checkpoint",
         )
     else:
-        yield error("G", f"{gpu.name} can't run {algo} weights", found=found, needed=needed, fix=fix)
+        yield error("G", f"{gpu.name} can't run {algo} weights", found=found, expected=needed, fix=fix)
 
 
 def check_dtype(subject: LayoutSpec) -> Iterator[Finding]:
@@ -154,7 +154,7 @@ def check_dtype(subject: LayoutSpec) -> Iterator[Finding]:
             "G",
             f"{gpu.name} has no bfloat16",
             found=f"{subject.shape.name}: torch_dtype bfloat16; {gpu.name}, SM {gpu.sm}",
-            needed="SM 80 or newer",
+            expected="SM 80 or newer",
             fix="use other GPUs, or set dtype: float16",
         )
 
@@ -167,7 +167,7 @@ def check_kv_dtype_name(subject: LayoutSpec) -> Iterator[Finding]:
             "G1",
             f"the KV cache has no data type {dtype!r}",
             found=f"kv_cache_config.dtype {dtype}",
-            needed=f"one of {', '.join(_KV_DTYPES)}, or a torch type such as bfloat16 or float16",
+            expected=f"one of {', '.join(_KV_DTYPES)}, or a torch type such as bfloat16 or float16",
             fix="set kv_cache_config: {dtype: auto}",
         )
 
@@ -185,7 +185,7 @@ def check_kv_format(subject: LayoutSpec) -> Iterator[Finding]:
             "G",
             "fp8_ds_mla is for models with sparse latent attention (DSA) alone",
             found=f"{shape.name}: no index_topk and index_head_dim; {found}",
-            needed="a model such as DeepSeek-V3.2 or GLM-5",
+            expected="a model such as DeepSeek-V3.2 or GLM-5",
             fix="set kv_cache_config: {dtype: fp8} or auto",
         )
         return
@@ -194,7 +194,7 @@ def check_kv_format(subject: LayoutSpec) -> Iterator[Finding]:
             "G",
             "an nvfp4 KV cache needs scales that this checkpoint doesn't have",
             found=found,
-            needed="a checkpoint that ModelOpt calibrated for it: kv_cache_quant_algo NVFP4",
+            expected="a checkpoint that ModelOpt calibrated for it: kv_cache_quant_algo NVFP4",
             fix="set kv_cache_config: {dtype: fp8}, or calibrate the checkpoint",
         )
     needed = {"fp8": _KV_FP8, "fp8_ds_mla": _SPARSE_MLA_KV, "nvfp4": BLACKWELL}.get(dtype)
@@ -206,7 +206,7 @@ def check_kv_format(subject: LayoutSpec) -> Iterator[Finding]:
             f"NVIDIA's support matrix has an fp8 KV cache for {gpu.name}, but TensorRT-LLM's kernels may refuse it: "
             "'FP8 FMHA can only be enabled on' SM 89 and newer",
             found=f"{found}; {gpu.name}, SM {gpu.sm}",
-            needed=f"SM {_names(needed)} to be sure",
+            expected=f"SM {_names(needed)} to be sure",
             fix="set kv_cache_config: {dtype: bfloat16}, or try it",
         )
     elif gpu.sm not in needed:
@@ -214,7 +214,7 @@ def check_kv_format(subject: LayoutSpec) -> Iterator[Finding]:
             "G",
             f"{gpu.name} can't hold a KV cache in {dtype}",
             found=f"{found}; {gpu.name}, SM {gpu.sm}",
-            needed=f"SM {_names(needed)}",
+            expected=f"SM {_names(needed)}",
             fix=f"set kv_cache_config: {{dtype: {'fp8' if dtype != 'fp8' and gpu.sm in _KV_FP8 else 'bfloat16'}}}",
         )
     elif dtype == "nvfp4" and gpu.sm in CONSUMER_BLACKWELL:
@@ -222,7 +222,7 @@ def check_kv_format(subject: LayoutSpec) -> Iterator[Finding]:
             "G",
             f"TensorRT-LLM's support matrix doesn't name an nvfp4 KV cache for SM {gpu.sm}",
             found=f"{found}; {gpu.name}",
-            needed=f"SM {_names(DATACENTRE_BLACKWELL)}",
+            expected=f"SM {_names(DATACENTRE_BLACKWELL)}",
             fix="set kv_cache_config: {dtype: fp8}",
         )
 
@@ -240,7 +240,7 @@ def check_cute_dsl(subject: LayoutSpec) -> Iterator[Finding]:
             "G2",
             f"{key} needs a Blackwell GPU",
             found=f"{key} true; {gpu.name}, SM {gpu.sm}",
-            needed="SM 100 or newer",
+            expected="SM 100 or newer",
             fix=f"leave {key} out",
         )
 
@@ -262,7 +262,7 @@ def check_latent_reuse(subject: LayoutSpec) -> Iterator[Finding]:
             "G4",
             f"the engine switches {' and '.join(asked)} off: latent attention doesn't have it on SM {gpu.sm}",
             found=f"{subject.shape.name}; {gpu.name}, SM {gpu.sm}; {', '.join(f'{name} true' for name in asked)}",
-            needed=f"SM {_names(_MLA_REUSE)}",
+            expected=f"SM {_names(_MLA_REUSE)}",
             fix="; ".join(f"set {name}: false" for name in asked),
         )
 
@@ -279,7 +279,7 @@ def check_indexer(subject: LayoutSpec) -> Iterator[Finding]:
             "the sparse indexer can't keep its keys in fp4 here",
             found=f"sparse_attention_config.indexer_k_dtype fp4, index_head_dim {size}"
             + (f"; {gpu.name}, SM {gpu.sm}" if gpu else ""),
-            needed="SM 100 or newer, index_head_dim 128",
+            expected="SM 100 or newer, index_head_dim 128",
             fix="set sparse_attention_config: {indexer_k_dtype: fp8}",
         )
 

@@ -33,7 +33,7 @@ def check_attention_heads(subject: LayoutSpec) -> Iterator[Finding]:
         "B2" if shape.latent else "B1",
         f"{count} attention heads can't be divided over {over} = {split}",
         found=f"{shape.name}: num_attention_heads {count}, {over} {split}, remainder {count % split}",
-        needed=f"num_attention_heads % ({over}) == 0",
+        expected=f"num_attention_heads % ({over}) == 0",
         fix=advice.for_heads(subject),
     )
 
@@ -54,7 +54,7 @@ def check_kv_heads(subject: LayoutSpec) -> Iterator[Finding]:
                 "B3",
                 f"{kv_heads} KV heads can neither be divided over nor replicated to tp_size = {tp_size}",
                 found=f"{shape.name}: num_key_value_heads {kv_heads}{where}, tp_size {tp_size}",
-                needed=rule,
+                expected=rule,
                 fix=advice.for_heads(subject),
             )
         elif (copies := kv_copies(kv_heads, tp_size)) > 1:
@@ -63,7 +63,7 @@ def check_kv_heads(subject: LayoutSpec) -> Iterator[Finding]:
                 "B4",
                 f"each of the {kv_heads} KV heads is held by {copies} ranks: {held} holds every token {copies} times",
                 found=f"num_key_value_heads {kv_heads}{where}, tp_size {tp_size}",
-                needed=f"tp_size of at most {kv_heads} for a KV cache without copies",
+                expected=f"tp_size of at most {kv_heads} for a KV cache without copies",
                 fix="use attention DP, pipeline stages or a smaller tensor_parallel_size if the cache gets too small",
             )
 
@@ -80,7 +80,7 @@ def check_cross_attention(subject: LayoutSpec) -> Iterator[Finding]:
             "B6",
             f"{shape.kv_heads} encoder KV heads can't be divided over tp_size = {tp_size}",
             found=f"{shape.name}: num_key_value_heads {shape.kv_heads}, tp_size {tp_size}",
-            needed="num_key_value_heads % tp_size == 0: cross-attention copies no KV heads",
+            expected="num_key_value_heads % tp_size == 0: cross-attention copies no KV heads",
             fix=advice.for_heads(subject),
         )
 
@@ -96,7 +96,7 @@ def check_output_groups(subject: LayoutSpec) -> Iterator[Finding]:
             "B7",
             f"{groups} output groups can't be divided over tp_size = {tp_size}",
             found=f"{shape.name}: o_groups {groups}, tp_size {tp_size}",
-            needed="o_groups % tp_size == 0",
+            expected="o_groups % tp_size == 0",
             fix=advice.for_heads(subject),
         )
     if shape.attention_heads is not None and shape.attention_heads % groups:
@@ -104,7 +104,7 @@ def check_output_groups(subject: LayoutSpec) -> Iterator[Finding]:
             "B7",
             f"{shape.attention_heads} attention heads can't be divided into {groups} output groups",
             found=f"{shape.name}: num_attention_heads {shape.attention_heads}, o_groups {groups}",
-            needed="num_attention_heads % o_groups == 0",
+            expected="num_attention_heads % o_groups == 0",
             fix="check that config.json is the model's own",
         )
 
@@ -124,7 +124,7 @@ def check_head_dim(subject: LayoutSpec) -> Iterator[Finding]:
         "B8",
         f"heads of {size} elements may have no attention kernel",
         found=f"{shape.name}: head_dim {size}",
-        needed=f"a multiple of 8 from {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}",
+        expected=f"a multiple of 8 from {_MIN_HEAD_DIM} to {_MAX_HEAD_DIM}",
         fix="try it on one GPU first, or set attn_backend",
     )
 
@@ -145,7 +145,7 @@ def check_state_heads(subject: LayoutSpec) -> Iterator[Finding]:
                 "B10",
                 f"{count} {name} can't be divided over tp_size = {tp_size}{remark}",
                 found=f"{subject.shape.name}: {state.heads} state heads in {state.groups} groups, tp_size {tp_size}",
-                needed=f"state heads, groups and convolution channels that are multiples of {tp_size}",
+                expected=f"state heads, groups and convolution channels that are multiples of {tp_size}",
                 fix=advice.for_heads(subject),
             )
             return

@@ -24,7 +24,7 @@ def check_lora_graphs(subject: LayoutSpec) -> Iterator[Finding]:
             "C5",
             "CUDA graphs specialised for LoRA can't be combined with attention DP",
             found="enable_attention_dp true, lora_config.cuda_graph_specialize_lora true",
-            needed="one of the two",
+            expected="one of the two",
             fix="set lora_config.cuda_graph_specialize_lora: false, or enable_attention_dp: false",
         )
 
@@ -41,7 +41,7 @@ def check_balance(subject: LayoutSpec) -> Iterator[Finding]:
                 "C7",
                 f"attention_dp_config.{key} is negative",
                 found=f"enable_balance true, {key} {value}",
-                needed=f"{key} >= 0",
+                expected=f"{key} >= 0",
                 fix=f"set attention_dp_config.{key} to 0 or more",
             )
 
@@ -72,7 +72,7 @@ def check_dense(subject: LayoutSpec) -> Iterator[Finding]:
             "C1",
             "attention DP is set for a dense model: its MLPs may not be written for it, and then its answers are wrong",
             found=f"enable_attention_dp true, {shape.name} without experts",
-            needed="a model with experts or latent attention",
+            expected="a model with experts or latent attention",
             fix="set enable_attention_dp: false, or compare its answers with those of a run without it",
         )
 

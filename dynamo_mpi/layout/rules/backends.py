@@ -72,7 +72,7 @@ def check_backend_name(subject: LayoutSpec) -> Iterator[Finding]:
         f"{'this version has' if later else 'there is'} no MoE backend {backend!r}"
         + (f", as far as known here up to {newest}" if newer else ""),
         found=f"moe_config.backend {backend}" + (f", TensorRT-LLM {subject.version}" if later else ""),
-        needed=f"one of {', '.join(known)}",
+        expected=f"one of {', '.join(known)}",
         fix=f"set moe_config: {{backend: {fixed}}}",
     )
 
@@ -107,7 +107,7 @@ def _check_backend(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
                 "G",
                 f"no MoE backend is known to run {what} on {gpu.name}",
                 found=found,
-                needed=f"SM {listed(sorted(set().union(*_KERNELS[algo].values())))}",
+                expected=f"SM {listed(sorted(set().union(*_KERNELS[algo].values())))}",
                 fix="use other GPUs, or a checkpoint in another format",
             )
         return
@@ -118,7 +118,7 @@ def _check_backend(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
             "D9",
             f"CUTEDSL has neither expert parallelism nor attention DP on SM {gpu.sm}",
             found=found,
-            needed=needed,
+            expected=needed,
             fix=fix,
         )
     elif backend == "MEGAMOE_DEEPGEMM" and backend in serving and (subject.shape.hidden_size or 0) % _MEGAMOE_HIDDEN:
@@ -126,7 +126,7 @@ def _check_backend(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
             "D9",
             f"MEGAMOE_DEEPGEMM needs a hidden size of whole {_MEGAMOE_HIDDEN}s, not {subject.shape.hidden_size}: the engine falls back",
             found=found,
-            needed=f"hidden_size % {_MEGAMOE_HIDDEN} == 0",
+            expected=f"hidden_size % {_MEGAMOE_HIDDEN} == 0",
             fix=fix,
         )
     elif backend in serving or backend in ("AUTO", "VANILLA", "WIDEEP") or backend not in _names(subject):
@@ -134,14 +134,14 @@ def _check_backend(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
     elif backend == "TRTLLM" and gpu.sm >= 120:
         falls_back = "CUTLASS" in serving and not subject.older_than(1, 3)
         yield (warning if falls_back else error)(
-            "G3", f"the MoE backend TRTLLM doesn't exist for SM {gpu.sm}", found=found, needed=needed, fix=fix
+            "G3", f"the MoE backend TRTLLM doesn't exist for SM {gpu.sm}", found=found, expected=needed, fix=fix
         )
     elif "CUTLASS" in serving:
         yield warning(
             "D9",
             f"the MoE backend {backend} can't run {what} on {gpu.name}: the engine falls back to CUTLASS",
             found=found,
-            needed=needed,
+            expected=needed,
             fix=fix,
         )
     else:
@@ -151,7 +151,7 @@ def _check_backend(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
             "G",
             f"the MoE backend {backend} can't run {what} on {gpu.name}{and_fallback}{because}",
             found=found,
-            needed=needed,
+            expected=needed,
             fix=fix,
         )
 

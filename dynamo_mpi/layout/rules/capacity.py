@@ -50,7 +50,7 @@ def _weights_too_large(subject: LayoutSpec, found: MemoryEstimate) -> Finding:
         "J",
         f"the weights don't fit: {gib(stage.weights_bytes)} on a GPU of {gib(room)}",
         found=f"{_ranks(found, stage.stage)}: {gib(stage.weights_bytes - room)} too much; {subject.layout} on {subject.cluster}",
-        needed=f"weights of less than {gib(room)} per rank, and room for activations and KV cache",
+        expected=f"weights of less than {gib(room)} per rank, and room for activations and KV cache",
         fix=_advice(subject),
     )
 
@@ -69,7 +69,7 @@ def _no_cache(subject: LayoutSpec, found: MemoryEstimate) -> Finding:
             "J",
             f"kv_cache_config leaves no block to the KV cache, though {gib(stage.left_bytes or 0)} are free",
             found=f"{keys}; {used}",
-            needed=needed,
+            expected=needed,
             fix="raise kv_cache_config.free_gpu_memory_fraction and leave max_tokens out",
         )
     steps = stage.activation_bytes + stage.workspace_bytes
@@ -78,7 +78,7 @@ def _no_cache(subject: LayoutSpec, found: MemoryEstimate) -> Finding:
         "J",
         f"by estimate nothing is left for the KV cache: about {gib(stage.fixed_bytes)} of {gib(room)} is used without it",
         found=used,
-        needed=needed,
+        expected=needed,
         fix=first,
     )
 
@@ -103,7 +103,7 @@ def _capacity(subject: LayoutSpec, found: MemoryEstimate, min_requests: int) -> 
             "J",
             f"{short}{each}: there is room for about {found.tokens} tokens",
             found=detail,
-            needed=f"room for {min_requests} x {found.length} tokens",
+            expected=f"room for {min_requests} x {found.length} tokens",
             fix=f"set max_seq_len to at most {_longest(subject, found, min_requests)}, or {_cache_advice(subject)}",
         )
     amount = "" if requests is None else f", {requests} requests of {found.length}"

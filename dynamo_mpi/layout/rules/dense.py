@@ -66,7 +66,7 @@ def check_division(subject: LayoutSpec) -> Iterator[Finding]:
                 "E1",
                 f"{mlp.name} of {mlp.width} can't be divided over {over} = {tp_size}",
                 found=f"{subject.shape.name}: {mlp.key} {mlp.width}, {over} {tp_size}, remainder {mlp.width % tp_size}",
-                needed=f"{mlp.key} % ({over}) == 0: down_proj splits its inputs, {parts}",
+                expected=f"{mlp.key} % ({over}) == 0: down_proj splits its inputs, {parts}",
                 fix=_advice(subject, mlp.width, 1),
             )
 
@@ -83,7 +83,7 @@ def check_scale_blocks(subject: LayoutSpec) -> Iterator[Finding]:
                 f"each rank would hold {share} of {mlp.name} of {mlp.width}, which isn't whole FP8 scaling blocks of {FP8_BLOCK}",
                 found=f"{subject.shape.name}: {mlp.key} {mlp.width}, {_over(subject)} {tp_size}; "
                 f"{share} / {FP8_BLOCK} = {share / FP8_BLOCK:g}",
-                needed=f"({mlp.key} / {_over(subject)}) % {FP8_BLOCK} == 0",
+                expected=f"({mlp.key} / {_over(subject)}) % {FP8_BLOCK} == 0",
                 fix=_advice(subject, mlp.width, FP8_BLOCK),
             )
 
@@ -114,7 +114,7 @@ def check_attention_blocks(subject: LayoutSpec) -> Iterator[Finding]:
         f"each rank would hold {held} of {size}, which isn't whole FP8 scaling blocks of {FP8_BLOCK}"
         + ("" if quantisation.certain else ", if attention is quantised"),
         found=f"{shape.name}: head_dim {size}, {', '.join(f'{key} {number}' for _, key, number, _ in broken)}, {_over(subject)} {split}",
-        needed=f"(heads of a rank x head_dim) % {FP8_BLOCK} == 0, for query and for KV heads",
+        expected=f"(heads of a rank x head_dim) % {FP8_BLOCK} == 0, for query and for KV heads",
         fix=advice.for_shares(subject, lambda tp: _heads_align(shape, tp, layout.cp_size)),
     )
 
@@ -137,7 +137,7 @@ def check_reduced_blocks(subject: LayoutSpec) -> Iterator[Finding]:
                     "E5" if form.block == NVFP4_BLOCK else "E6",
                     f"each rank would hold {width // split} of {name} of {width}, which isn't whole {form.algo} blocks of {form.block}",
                     found=f"{shape.name}: {key} {width} over {split} ranks; {width // split} / {form.block} = {width / split / form.block:g}",
-                    needed=f"({key} / {split}) % {form.block} == 0",
+                    expected=f"({key} / {split}) % {form.block} == 0",
                     fix=_advice(subject, width, form.block),
                 )
 
@@ -156,7 +156,7 @@ def check_common_divisor(subject: LayoutSpec) -> Iterator[Finding]:
                 "E9",
                 f"{name} of {width} can't be divided into scaling blocks of {block}",
                 found=f"{shape.name}: {key} {width}, remainder {width % block}",
-                needed=f"{key} % {block} == 0",
+                expected=f"{key} % {block} == 0",
                 fix="check that config.json is the checkpoint's own, or use another checkpoint",
             )
         elif name == "an MLP" and not layout.enable_attention_dp:

@@ -49,7 +49,7 @@ def check_expert_division(subject: LayoutSpec) -> Iterator[Finding]:
         "D1",
         f"{experts.count} experts can't be divided over ep_size = {ep_size}{old}",
         found=f"{subject.shape.name}: {experts.count} experts, ep_size {ep_size}, remainder {experts.count % ep_size}",
-        needed="experts % ep_size == 0"
+        expected="experts % ep_size == 0"
         + (": CUTEDSL alone shares them out unevenly" if uneven else ", or a load balancer"),
         fix=f"{_ep_advice(subject)}; or attention DP with moe_config: {{load_balancer: {{num_slots: {slots}}}}}",
     )
@@ -64,7 +64,7 @@ def check_balancer_file(subject: LayoutSpec) -> Iterator[Finding]:
             "D4",
             f"the load balancer's file {moe.balancer_path} can't be read here",
             found=f"moe_config.load_balancer {moe.balancer_path}",
-            needed="the file on the leader's node, and where this is checked",
+            expected="the file on the leader's node, and where this is checked",
             fix="mount it, or write its settings into moe_config.load_balancer",
         )
 
@@ -84,7 +84,7 @@ def check_slots(subject: LayoutSpec) -> Iterator[Finding]:
             "D2",
             "the expert load balancer has no num_slots",
             found=f"{key} not set{where}",
-            needed="a multiple of ep_size",
+            expected="a multiple of ep_size",
             fix=f"set num_slots: {legal}{where or ' in moe_config.load_balancer'}",
         )
         return
@@ -94,7 +94,7 @@ def check_slots(subject: LayoutSpec) -> Iterator[Finding]:
             "D2",
             f"{slots} expert slots can't be divided over ep_size = {ep_size}",
             found=f"{found}, remainder {slots % ep_size}",
-            needed="num_slots % ep_size == 0",
+            expected="num_slots % ep_size == 0",
             fix=f"set {key} to a multiple of {ep_size} of at least {experts.count}: {legal}",
         )
     if slots < experts.count:
@@ -102,7 +102,7 @@ def check_slots(subject: LayoutSpec) -> Iterator[Finding]:
             "D3",
             f"{slots} slots can't hold {experts.count} experts",
             found=found,
-            needed="num_slots >= experts",
+            expected="num_slots >= experts",
             fix=f"set {key}: {legal}, or more for copies of busy experts",
         )
 
@@ -129,7 +129,7 @@ def check_assignments(subject: LayoutSpec) -> Iterator[Finding]:
             "D3",
             f"initial_global_assignments don't fit the model in {counted(len(broken), 'layer')}",
             found="; ".join(broken[:3]) + ("; …" if len(broken) > 3 else ""),
-            needed="num_slots entries for each layer with experts, every expert among them",
+            expected="num_slots entries for each layer with experts, every expert among them",
             fix="correct moe_config.load_balancer.initial_global_assignments, or leave it out",
         )
 
@@ -144,7 +144,7 @@ def check_balancer(subject: LayoutSpec) -> Iterator[Finding]:
             "C6",
             "the expert load balancer works under attention DP and with expert parallelism alone",
             found=f"enable_attention_dp {str(layout.enable_attention_dp).lower()}, ep_size {layout.moe_ep_size}",
-            needed="enable_attention_dp true and ep_size > 1",
+            expected="enable_attention_dp true and ep_size > 1",
             fix=f"set enable_attention_dp: true and moe_expert_parallel_size: {layout.moe_world_size}, or leave moe_config.load_balancer out",
         )
     if config.keys.get("dwdp_config") is not None:
@@ -152,7 +152,7 @@ def check_balancer(subject: LayoutSpec) -> Iterator[Finding]:
             "D13",
             "DWDP and the expert load balancer exclude each other",
             found="dwdp_config and moe_config.load_balancer set",
-            needed="one of them",
+            expected="one of them",
             fix="leave moe_config.load_balancer or dwdp_config out",
         )
     if (config.load_format or "").upper() == "GMS":
@@ -160,7 +160,7 @@ def check_balancer(subject: LayoutSpec) -> Iterator[Finding]:
             "D14",
             "weights loaded through GMS can't be balanced",
             found="load_format GMS, moe_config.load_balancer set",
-            needed="one of them",
+            expected="one of them",
             fix="leave load_format or moe_config.load_balancer out",
         )
 
@@ -178,7 +178,7 @@ def check_expert_width(subject: LayoutSpec) -> Iterator[Finding]:
             "D5",
             f"experts of {width} can't be divided over moe_tp_size = {moe_tp}",
             found=f"{found}, remainder {width % moe_tp}",
-            needed="moe_intermediate_size % moe_tp_size == 0",
+            expected="moe_intermediate_size % moe_tp_size == 0",
             fix=_ep_advice(subject),
         )
         return
@@ -188,7 +188,7 @@ def check_expert_width(subject: LayoutSpec) -> Iterator[Finding]:
             "D6",
             f"a hidden size of {shape.hidden_size} isn't whole NVFP4 blocks of {block}",
             found=f"{shape.name}: hidden_size {shape.hidden_size}, remainder {shape.hidden_size % block}",
-            needed=f"hidden_size % {block} == 0",
+            expected=f"hidden_size % {block} == 0",
             fix="check that config.json is the checkpoint's own, or use another checkpoint",
         )
     if moe_tp <= 1 or (width // moe_tp) % block == 0:
@@ -200,7 +200,7 @@ def check_expert_width(subject: LayoutSpec) -> Iterator[Finding]:
         "D6",
         f"each rank would hold {share} of an expert's {width}, which isn't whole blocks of {block} ({algo}){padded}",
         found=f"{found}; {share} / {block} = {share / block:g}",
-        needed=f"(moe_intermediate_size / moe_tp_size) % {block} == 0",
+        expected=f"(moe_intermediate_size / moe_tp_size) % {block} == 0",
         fix=_ep_advice(subject),
     )
 
@@ -222,7 +222,7 @@ def check_all_to_all(subject: LayoutSpec) -> Iterator[Finding]:
         "D11",
         f"DeepEP can't exchange tokens between {ep_size} ranks with {node} on a node: the engine takes another way",
         found=f"ep_size {ep_size}, {subject.cluster}",
-        needed="2, 4 or 8 ranks of one node, or 2, 4, 8 or 16 nodes with 8 ranks each",
+        expected="2, 4 or 8 ranks of one node, or 2, 4, 8 or 16 nodes with 8 ranks each",
         fix="nothing to do where NVLink joins all ranks (MNNVL)",
     )
 
@@ -238,7 +238,7 @@ def check_workspace(subject: LayoutSpec) -> Iterator[Finding]:
             "C4",
             f"each rank makes room for the {tokens * layout.dp_size} tokens of all ranks beside its experts, and may run out of memory",
             found=f"max_num_tokens {tokens}{'' if config.max_num_tokens else ' (the default)'} x {layout.dp_size} ranks under attention DP",
-            needed=f"max_num_tokens x tp_size of at most {_MANY_TOKENS}, or moe_config.max_num_tokens",
+            expected=f"max_num_tokens x tp_size of at most {_MANY_TOKENS}, or moe_config.max_num_tokens",
             fix=f"set moe_config: {{max_num_tokens: {_MANY_TOKENS // 4}}}, or max_num_tokens: {max(_MANY_TOKENS // layout.dp_size, 1)}",
         )
 

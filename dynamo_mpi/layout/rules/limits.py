@@ -35,7 +35,7 @@ def check_cuda_graphs(subject: LayoutSpec) -> Iterator[Finding]:
             "H1",
             "cuda_graph_config has both batch_sizes and max_batch_size, which releases up to 1.1 refuse",
             found=f"cuda_graph_config.max_batch_size {largest}, batch_sizes up to {max(sizes)}",
-            needed="one of them",
+            expected="one of them",
             fix="leave cuda_graph_config.max_batch_size out",
         )
     elif largest and largest != max(sizes):
@@ -43,7 +43,7 @@ def check_cuda_graphs(subject: LayoutSpec) -> Iterator[Finding]:
             "H1",
             "cuda_graph_config names two different largest batches",
             found=f"cuda_graph_config.max_batch_size {largest}, batch_sizes up to {max(sizes)}",
-            needed="max_batch_size == max(batch_sizes), or one of them alone",
+            expected="max_batch_size == max(batch_sizes), or one of them alone",
             fix="leave cuda_graph_config.max_batch_size out",
         )
     limit = config.max_batch_size or DEFAULT_MAX_BATCH_SIZE
@@ -73,7 +73,7 @@ def check_batch_and_tokens(subject: LayoutSpec) -> Iterator[Finding]:
             "H2",
             f"a step of {tokens} tokens can't hold {batch} requests",
             found=f"max_batch_size {batch}, max_num_tokens {tokens}",
-            needed="max_batch_size <= max_num_tokens",
+            expected="max_batch_size <= max_num_tokens",
             fix=f"set max_batch_size to {tokens} or less, or raise max_num_tokens",
         )
 
@@ -94,7 +94,7 @@ def check_prompt_length(subject: LayoutSpec) -> Iterator[Finding]:
         found=f"max_num_tokens {tokens}, max_seq_len {length}"
         + (" (the model's)" if config.max_seq_len is None else "")
         + ", enable_chunked_prefill false",
-        needed="max_num_tokens >= max_seq_len, or chunked prefill",
+        expected="max_num_tokens >= max_seq_len, or chunked prefill",
         fix="set enable_chunked_prefill: true",
     )
 
@@ -108,7 +108,7 @@ def check_memory_fraction(subject: LayoutSpec) -> Iterator[Finding]:
         "H5",
         f"free_gpu_memory_fraction {fraction:g} is no fraction of the free memory",
         found=f"kv_cache_config.free_gpu_memory_fraction {fraction:g}",
-        needed="at least 0, less than 1",
+        expected="at least 0, less than 1",
         fix=f"set kv_cache_config: {{free_gpu_memory_fraction: {DEFAULT_FREE_GPU_MEMORY_FRACTION}}}",
     )
 
@@ -121,7 +121,7 @@ def check_windows(subject: LayoutSpec) -> Iterator[Finding]:
             "H6",
             "max_attention_window holds no usable windows",
             found=f"kv_cache_config.max_attention_window {list(windows)[:8]}",
-            needed="a list of positive numbers of tokens",
+            expected="a list of positive numbers of tokens",
             fix="leave max_attention_window out, or write one number per layer (they are repeated)",
         )
 
@@ -134,7 +134,7 @@ def check_sequence_length(subject: LayoutSpec) -> Iterator[Finding]:
             "H7",
             f"max_seq_len {asked} is beyond the {context} positions of the model",
             found=f"max_seq_len {asked}, max_position_embeddings {context}",
-            needed=f"max_seq_len of at most {context}",
+            expected=f"max_seq_len of at most {context}",
             fix=f"set max_seq_len: {context}",
         )
 
@@ -170,7 +170,7 @@ def check_connector(subject: LayoutSpec) -> Iterator[Finding]:
             "H10",
             "a KV connector needs the scheduler that never evicts",
             found=f"kv_connector_config, scheduler_config.capacity_scheduler_policy {str(policy)[:60]}",
-            needed="GUARANTEED_NO_EVICT",
+            expected="GUARANTEED_NO_EVICT",
             fix="set scheduler_config: {capacity_scheduler_policy: GUARANTEED_NO_EVICT}",
         )
 
@@ -187,7 +187,7 @@ def check_speculation(subject: LayoutSpec) -> Iterator[Finding]:
             "H12",
             f"speculative decoding of type {speculative.decoding_type} needs max_draft_len from TensorRT-LLM 1.2 on",
             found="no speculative_config.max_draft_len",
-            needed="at least 1",
+            expected="at least 1",
             fix="set speculative_config.max_draft_len to the tokens to draft",
         )
     if length is not None and length < 1 and kind in _DRAFTS:
@@ -195,7 +195,7 @@ def check_speculation(subject: LayoutSpec) -> Iterator[Finding]:
             "H12",
             f"max_draft_len {length} drafts nothing",
             found=f"speculative_config.max_draft_len {length}",
-            needed="at least 1",
+            expected="at least 1",
             fix="set it to the tokens to draft, or leave speculative_config out",
         )
     if kind in _NEEDS_A_MODEL and speculative.model is None:
@@ -203,7 +203,7 @@ def check_speculation(subject: LayoutSpec) -> Iterator[Finding]:
             "H12",
             f"speculative decoding of type {speculative.decoding_type} needs a draft model",
             found=f"speculative_config.decoding_type {speculative.decoding_type}, no speculative_model",
-            needed="speculative_config.speculative_model",
+            expected="speculative_config.speculative_model",
             fix="name the folder of the draft model",
         )
     if kind == "mtp" and subject.shape.nextn_layers == 0:
@@ -211,7 +211,7 @@ def check_speculation(subject: LayoutSpec) -> Iterator[Finding]:
             "H12",
             "the config asks for multi-token prediction, and the model's config.json names no layers for it",
             found=f"speculative_config.decoding_type {speculative.decoding_type}; {subject.shape.name}: none",
-            needed="num_nextn_predict_layers of at least 1 in config.json",
+            expected="num_nextn_predict_layers of at least 1 in config.json",
             fix="leave speculative_config out, or use a checkpoint with MTP layers",
         )
 
@@ -224,7 +224,7 @@ def check_orchestrator(subject: LayoutSpec) -> Iterator[Finding]:
             "H15",
             f"orchestrator_type {orchestrator} is not for a world of MPI ranks",
             found=f"orchestrator_type {orchestrator}",
-            needed="mpi, the default",
+            expected="mpi, the default",
             fix="leave orchestrator_type and all ray_* keys out",
         )
 

@@ -35,7 +35,7 @@ def check_world_size(subject: LayoutSpec) -> Iterator[Finding]:
         "A1",
         f"the layout needs {counted(layout.world_size, 'rank')}, but there are {started}",
         found=f"world size {started}; {product} = {layout.world_size}",
-        needed="world_size = tensor_parallel_size x pipeline_parallel_size x context_parallel_size",
+        expected="world_size = tensor_parallel_size x pipeline_parallel_size x context_parallel_size",
         fix=f"start {counted(layout.world_size, 'rank')} (srun --ntasks={layout.world_size}, mpirun -n {layout.world_size}), "
         f"or set sizes whose product is {started}",
     )
@@ -69,7 +69,7 @@ def check_moe_product(subject: LayoutSpec) -> Iterator[Finding]:
         "A2",
         message,
         found=f"{over} {layout.moe_world_size}, {', '.join(given)}: {product} != {layout.moe_world_size}{because}",
-        needed=f"moe_tp_size x moe_ep_size x moe_cluster_size = {over} = {layout.moe_world_size}",
+        expected=f"moe_tp_size x moe_ep_size x moe_cluster_size = {over} = {layout.moe_world_size}",
         fix=f"set moe_expert_parallel_size to one of {listed(_expert_sizes(subject))}, and leave moe_tensor_parallel_size out",
     )
 
@@ -82,7 +82,7 @@ def check_dense_experts(subject: LayoutSpec) -> Iterator[Finding]:
             "A3",
             f"{shape.name} has no experts to divide",
             found=f"moe_expert_parallel_size {config.moe_ep_size}, moe_tensor_parallel_size {config.moe_tp_size}",
-            needed="neither, for a dense model",
+            expected="neither, for a dense model",
             fix="leave moe_expert_parallel_size and moe_tensor_parallel_size out",
         )
 
@@ -100,7 +100,7 @@ def check_context_experts(subject: LayoutSpec) -> Iterator[Finding]:
             "A5",
             f"context parallelism of type {layout.cp_type} can't be combined with expert parallelism",
             found=f"cp_size {layout.cp_size}, cp_type {layout.cp_type}, ep_size {layout.moe_ep_size}",
-            needed=f"ep_size 1, or cp_type {HELIX} of TensorRT-LLM 1.2 or newer",
+            expected=f"ep_size 1, or cp_type {HELIX} of TensorRT-LLM 1.2 or newer",
             fix=f"set cp_config: {{cp_type: {HELIX}}} on a decode worker, or moe_expert_parallel_size: 1",
         )
 
@@ -115,7 +115,7 @@ def check_clusters(subject: LayoutSpec) -> Iterator[Finding]:
             "A6",
             "moe_cluster_parallel_size can't be combined with expert parallelism",
             found=f"moe_cluster_size {layout.moe_cluster_size}, ep_size {layout.moe_ep_size}",
-            needed="ep_size 1",
+            expected="ep_size 1",
             fix="leave moe_cluster_parallel_size out: it is deprecated",
         )
     if backend in ("TRTLLM", "TRITON"):
@@ -123,7 +123,7 @@ def check_clusters(subject: LayoutSpec) -> Iterator[Finding]:
             "D7",
             f"the MoE backend {backend} has no smart router",
             found=f"moe_cluster_size {layout.moe_cluster_size}, moe_config.backend {backend}",
-            needed="moe_cluster_size 1",
+            expected="moe_cluster_size 1",
             fix="leave moe_cluster_parallel_size out: it is deprecated",
         )
 
@@ -135,7 +135,7 @@ def check_lm_head(subject: LayoutSpec) -> Iterator[Finding]:
             "A7",
             "enable_lm_head_tp_in_adp is set without attention DP",
             found="enable_lm_head_tp_in_adp true, enable_attention_dp false",
-            needed="enable_attention_dp: true",
+            expected="enable_attention_dp: true",
             fix="set enable_attention_dp: true, or leave enable_lm_head_tp_in_adp out",
         )
 
@@ -149,7 +149,7 @@ def check_context_type(subject: LayoutSpec) -> Iterator[Finding]:
             "A8",
             f"cp_type {cp_type} doesn't exist",
             found=f"cp_config.cp_type {cp_type}",
-            needed=f"one of {', '.join(known)}",
+            expected=f"one of {', '.join(known)}",
             fix=f"set cp_config: {{cp_type: {HELIX}}}, or leave cp_config out",
         )
     elif cp_size > 1 and subject.layout.cp_type != HELIX:
@@ -158,7 +158,7 @@ def check_context_type(subject: LayoutSpec) -> Iterator[Finding]:
             "B5",
             f"attention has no context parallelism of type {subject.layout.cp_type}",
             found=f"cp_size {cp_size}, cp_type {said}",
-            needed=f"cp_type {HELIX}, on a decode worker",
+            expected=f"cp_type {HELIX}, on a decode worker",
             fix=f"set cp_config: {{cp_type: {HELIX}}} on a decode worker, or context_parallel_size: 1",
         )
 
@@ -173,7 +173,7 @@ def check_gpus_per_node(subject: LayoutSpec) -> Iterator[Finding]:
             "A10",
             "gpus_per_node isn't set: the engine takes what the leader's node shows for all nodes",
             found=f"{cluster}, no gpus_per_node",
-            needed="gpus_per_node in the engine config",
+            expected="gpus_per_node in the engine config",
             fix=f"set gpus_per_node: {cluster.gpus_per_node}",
         )
     # ranks beyond the world aren't there: rank // gpus_per_node is the same for all of them if both values reach over the world
@@ -184,7 +184,7 @@ def check_gpus_per_node(subject: LayoutSpec) -> Iterator[Finding]:
         "A10",
         f"gpus_per_node is {said}, but each node has {cluster.gpus_per_node}",
         found=f"gpus_per_node {said}; {cluster}",
-        needed=f"gpus_per_node {cluster.gpus_per_node}: the engine takes rank // gpus_per_node for the node",
+        expected=f"gpus_per_node {cluster.gpus_per_node}: the engine takes rank // gpus_per_node for the node",
         fix=f"set gpus_per_node: {cluster.gpus_per_node}",
     )
 
@@ -201,7 +201,7 @@ def check_placement(subject: LayoutSpec) -> Iterator[Finding]:
         "A14",
         f"tensor-parallel groups of {group} ranks reach over nodes of {cluster.gpus_per_node} GPUs, without NVLink between them",
         found=f"tp x cp = {group}, gpus_per_node {cluster.gpus_per_node}",
-        needed="tp x cp that divides the GPUs of a node; if NVLink joins nodes (NVL72), use --gpu gb200",
+        expected="tp x cp that divides the GPUs of a node; if NVLink joins nodes (NVL72), use --gpu gb200",
         fix="use pipeline stages over nodes, or attention DP with wide expert parallelism",
     )
 

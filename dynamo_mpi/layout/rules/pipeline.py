@@ -24,7 +24,7 @@ def check_layers(subject: LayoutSpec) -> Iterator[Finding]:
             "F3",
             f"{count} layers are not enough for pp_size = {stages}",
             found=f"{subject.shape.name}: num_hidden_layers {count}, pp_size {stages}",
-            needed="num_hidden_layers >= pp_size",
+            expected="num_hidden_layers >= pp_size",
             fix=f"set pipeline_parallel_size to {count} or less",
         )
 
@@ -39,7 +39,7 @@ def check_partition(subject: LayoutSpec) -> Iterator[Finding]:
             "F2",
             f"pp_partition has {len(partition)} entries for {stages} pipeline stages",
             found=f"len(pp_partition) {len(partition)}, pp_size {stages}",
-            needed="one number of layers per stage",
+            expected="one number of layers per stage",
             fix=f"write {stages} numbers, or leave pp_partition out",
         )
     elif count is not None and sum(partition) != count:
@@ -47,7 +47,7 @@ def check_partition(subject: LayoutSpec) -> Iterator[Finding]:
             "F2",
             f"pp_partition hands out {sum(partition)} of {count} layers",
             found=f"sum(pp_partition) {sum(partition)}, num_hidden_layers {count}",
-            needed="sum(pp_partition) == num_hidden_layers",
+            expected="sum(pp_partition) == num_hidden_layers",
             fix=f"correct the numbers, or leave pp_partition out: stages then hold {_stages(subject)} layers",
         )
 
@@ -64,7 +64,7 @@ def check_encoder_decoder(subject: LayoutSpec) -> Iterator[Finding]:
             "F5",
             "an encoder-decoder model has no pipeline parallelism",
             found=f"{subject.shape.name}: pp_size {subject.layout.pp_size}",
-            needed="pp_size 1",
+            expected="pp_size 1",
             fix="set pipeline_parallel_size: 1",
         )
 
@@ -89,7 +89,7 @@ def check_compressed_cache(subject: LayoutSpec) -> Iterator[Finding]:
             "F7",
             "DeepSeek-V4's cache has neither pipeline stages nor context parallelism",
             found=f"pp_size {layout.pp_size}, cp_size {layout.cp_size}",
-            needed="pp_size 1 and cp_size 1",
+            expected="pp_size 1 and cp_size 1",
             fix="use tensor_parallel_size with enable_attention_dp and moe_expert_parallel_size for all ranks",
         )
 
@@ -104,7 +104,7 @@ def check_helix(subject: LayoutSpec) -> Iterator[Finding]:
             "F9",
             f"HELIX context parallelism is for decode workers, this one is {_article(subject.role)} worker",
             found=f"role {subject.role}, cp_size {subject.layout.cp_size}, cp_type HELIX",
-            needed="role decode, with a prefill worker whose cp_size is 1",
+            expected="role decode, with a prefill worker whose cp_size is 1",
             fix="set context_parallel_size: 1, or run it with --role decode beside a prefill worker",
         )
     cache = tokens_per_block(subject)
@@ -113,7 +113,7 @@ def check_helix(subject: LayoutSpec) -> Iterator[Finding]:
             "F9",
             "context parallelism and KV cache have blocks of different sizes",
             found=f"cp_config.tokens_per_block {config.cp_tokens_per_block}, the KV cache {cache}",
-            needed="the same number of tokens",
+            expected="the same number of tokens",
             fix=f"set cp_config.tokens_per_block: {cache}",
         )
 
@@ -133,7 +133,7 @@ def check_known_bugs(subject: LayoutSpec) -> Iterator[Finding]:
             "F11",
             f"TensorRT-LLM {subject.version} has a known fault with Llama, pipeline stages and {algo}",
             found=f"{shape.name}, pp_size {layout.pp_size}, {algo}",
-            needed="TensorRT-LLM 1.1 or newer",
+            expected="TensorRT-LLM 1.1 or newer",
             fix="set TRTLLM_LLAMA_EAGER_FUSION_DISABLED=1",
         )
     if cluster.nodes > 1 and cluster.gpus_per_node == 1:
@@ -141,14 +141,14 @@ def check_known_bugs(subject: LayoutSpec) -> Iterator[Finding]:
             "F11",
             f"TensorRT-LLM {subject.version} is known to fail on several nodes with one GPU each",
             found=str(cluster),
-            needed="TensorRT-LLM 1.1 or newer, or more GPUs per node",
+            expected="TensorRT-LLM 1.1 or newer, or more GPUs per node",
         )
     if subject.role != "agg" and layout.pp_size > 1 and subject.config.kv_cache.enable_block_reuse:
         yield warning(
             "F11",
             f"TensorRT-LLM {subject.version} can hang with disaggregation, pipeline stages and block reuse",
             found=f"role {subject.role}, pp_size {layout.pp_size}, kv_cache_config.enable_block_reuse true",
-            needed="TensorRT-LLM 1.1 or newer",
+            expected="TensorRT-LLM 1.1 or newer",
             fix="set kv_cache_config: {enable_block_reuse: false}",
         )
 

@@ -26,7 +26,7 @@ def check_reference_engine(subject: LayoutSpec) -> Iterator[Finding]:
             "R1",
             f"the reference engine has no {' and no '.join(key for key, _ in parts)}",
             found=", ".join(f"{key} {value}" for key, value in parts),
-            needed="tensor_parallel_size and pipeline_parallel_size alone",
+            expected="tensor_parallel_size and pipeline_parallel_size alone",
             fix="leave it out, or use the trtllm engine",
         )
     if experts is not None:
@@ -34,7 +34,7 @@ def check_reference_engine(subject: LayoutSpec) -> Iterator[Finding]:
             "R1",
             "the reference engine has no experts",
             found=f"{subject.shape.name}: {experts.count} experts",
-            needed="a dense llama model",
+            expected="a dense llama model",
             fix="use another model, or the trtllm engine",
         )
 

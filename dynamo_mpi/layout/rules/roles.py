@@ -27,7 +27,7 @@ def check_transceiver(subject: LayoutSpec) -> Iterator[Finding]:
             "I6",
             f"this {subject.role} worker has no way to hand KV over",
             found="cache_transceiver_config.backend is not set",
-            needed="the same backend on prefill and decode workers",
+            expected="the same backend on prefill and decode workers",
             fix="set cache_transceiver_config: {backend: UCX} on both",
         )
     elif backend.upper() == "DEFAULT":
@@ -35,7 +35,7 @@ def check_transceiver(subject: LayoutSpec) -> Iterator[Finding]:
             "I6",
             "cache_transceiver_config.backend DEFAULT depends on the release and on TRTLLM_USE_*_KVCACHE variables",
             found=f"cache_transceiver_config.backend {backend}",
-            needed="one backend by name, the same on both sides",
+            expected="one backend by name, the same on both sides",
             fix="set cache_transceiver_config: {backend: UCX} (or NIXL) on both",
         )
 
@@ -50,7 +50,7 @@ def check_runtime(subject: LayoutSpec) -> Iterator[Finding]:
             "I7",
             "the Python transceiver works over NIXL alone",
             found=f"transceiver_runtime {transceiver.runtime}, backend {transceiver.backend}",
-            needed="backend NIXL",
+            expected="backend NIXL",
             fix="set cache_transceiver_config: {backend: NIXL, transceiver_runtime: PYTHON} on both",
         )
     keys = subject.config.keys.get("cache_transceiver_config")
@@ -59,7 +59,7 @@ def check_runtime(subject: LayoutSpec) -> Iterator[Finding]:
             "I7",
             "the Python transceiver needs a time after which it gives up",
             found="kv_transfer_timeout_ms null",
-            needed="a positive number of milliseconds",
+            expected="a positive number of milliseconds",
             fix="set cache_transceiver_config.kv_transfer_timeout_ms: 60000",
         )
 
@@ -76,7 +76,7 @@ def check_hybrid_transceiver(subject: LayoutSpec) -> Iterator[Finding]:
             "I5",
             f"{subject.shape.name} keeps a state besides its KV cache, which the C++ transceiver can't hand over by NIXL",
             found=f"backend {transceiver.backend}, transceiver_runtime {transceiver.runtime or 'auto'}",
-            needed="transceiver_runtime PYTHON",
+            expected="transceiver_runtime PYTHON",
             fix="set cache_transceiver_config: {backend: NIXL, transceiver_runtime: PYTHON} on both",
         )
 
@@ -90,7 +90,7 @@ def check_overlap(subject: LayoutSpec) -> Iterator[Finding]:
         "I9",
         "the overlap scheduler is on: releases up to 1.2 refuse every request on a prefill worker then",
         found="role prefill, disable_overlap_scheduler false",
-        needed="disable_overlap_scheduler: true",
+        expected="disable_overlap_scheduler: true",
         fix="set disable_overlap_scheduler: true",
     )
 
@@ -105,7 +105,7 @@ def check_beams(subject: LayoutSpec) -> Iterator[Finding]:
             "I10",
             "disaggregated serving has no beam search",
             found=f"role {subject.role}, max_beam_width {beams}",
-            needed="max_beam_width 1",
+            expected="max_beam_width 1",
             fix="set max_beam_width: 1",
         )
     if subject.shape.encoder_decoder:
@@ -113,7 +113,7 @@ def check_beams(subject: LayoutSpec) -> Iterator[Finding]:
             "I10",
             "disaggregated serving is for decoder-only models",
             found=f"role {subject.role}, {subject.shape.name}",
-            needed="a decoder-only model",
+            expected="a decoder-only model",
             fix="run it with --role agg",
         )
 

@@ -35,7 +35,7 @@ class Check(NamedTuple):
         id: its name for scripts, stable within its section.
         status: the result.
         found: what was found; for a skipped check, the reason.
-        needed: what is expected; empty if it is ok.
+        expected: what is expected; empty if it is ok.
         fix: the fix.
         code: for an error, the exit code of the command.
     """
@@ -43,7 +43,7 @@ class Check(NamedTuple):
     id: str
     status: Status
     found: str
-    needed: str = ""
+    expected: str = ""
     fix: str = ""
     code: ExitCode = ExitCode.OK
 
@@ -53,7 +53,7 @@ class Check(NamedTuple):
             "id": self.id,
             "status": self.status.value,
             "found": self.found,
-            "needed": self.needed,
+            "needed": self.expected,
             "fix": self.fix,
         }
 
@@ -68,26 +68,26 @@ def skipped(id: str, why: str, fix: str = "") -> Check:
     return Check(id, Status.SKIPPED, why, fix=fix)
 
 
-def warning(id: str, found: str, needed: str, fix: str = "") -> Check:
+def warning(id: str, found: str, expected: str, fix: str = "") -> Check:
     """Return a check with a problem that does not stop a worker."""
-    return Check(id, Status.WARNING, found, needed, fix)
+    return Check(id, Status.WARNING, found, expected, fix)
 
 
-def error(id: str, found: str, needed: str, fix: str = "", code: ExitCode = ExitCode.USAGE) -> Check:
+def error(id: str, found: str, expected: str, fix: str = "", code: ExitCode = ExitCode.USAGE) -> Check:
     """Return a check with a problem that stops a worker."""
-    return Check(id, Status.ERROR, found, needed, fix, code)
+    return Check(id, Status.ERROR, found, expected, fix, code)
 
 
 def error_or_warning(
-    id: str, found: str, needed: str, fix: str = "", *, fatal: bool, code: ExitCode = ExitCode.USAGE
+    id: str, found: str, expected: str, fix: str = "", *, fatal: bool, code: ExitCode = ExitCode.USAGE
 ) -> Check:
     """Return an error if ``fatal``, otherwise a warning."""
-    return error(id, found, needed, fix, code) if fatal else warning(id, found, needed, fix)
+    return error(id, found, expected, fix, code) if fatal else warning(id, found, expected, fix)
 
 
 def of_error(id: str, problem: DynamoMpiError, *, fatal: bool = True) -> Check:
     """Return the check for an error with which a worker would end."""
-    return error_or_warning(id, problem.found, problem.needed, problem.fix, fatal=fatal, code=problem.exit_code)
+    return error_or_warning(id, problem.problem, problem.expected, problem.fix, fatal=fatal, code=problem.exit_code)
 
 
 def of_finding(id: str, finding: Finding) -> Check:
@@ -95,7 +95,7 @@ def of_finding(id: str, finding: Finding) -> Check:
     text = f"{finding.message}: {finding.found}" if finding.found else finding.message
     if finding.severity is Severity.INFO:
         return ok(id, text)
-    return error_or_warning(id, text, finding.needed, finding.fix, fatal=finding.severity is Severity.ERROR)
+    return error_or_warning(id, text, finding.expected, finding.fix, fatal=finding.severity is Severity.ERROR)
 
 
 CALL_SECONDS = 5.0

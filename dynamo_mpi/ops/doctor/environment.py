@@ -32,13 +32,13 @@ class Harm(NamedTuple):
     Args:
         name: its name.
         when: returns whether a value is harmful.
-        needed: what is expected instead, and the effect.
+        expected: what is expected instead, and the effect.
         launched: whether a launcher sets it itself in its ranks, in which it is harmless.
     """
 
     name: str
     when: Callable[[str], bool]
-    needed: str
+    expected: str
     launched: bool = False
 
 
@@ -82,7 +82,7 @@ def judge_variables(environ: Mapping[str, str], *, in_rank: bool) -> Iterator[Ch
     for harm in HARMS:
         value = environ.get(harm.name, "")
         if harm.when(value) and not (harm.launched and in_rank):
-            yield warning(harm.name, f"{harm.name} is set", harm.needed, f"unset {harm.name}")
+            yield warning(harm.name, f"{harm.name} is set", harm.expected, f"unset {harm.name}")
 
 
 def describe_mca(environ: Mapping[str, str]) -> Check:

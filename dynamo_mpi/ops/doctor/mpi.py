@@ -103,7 +103,7 @@ def judge_library(output: Output, *, in_rank: bool) -> tuple[MpiLibrary | None, 
     if "library" not in facts:
         problem = LaunchError(
             facts.get("found") or "the MPI library can't be identified",
-            needed=facts.get("needed") or "mpi4py and an MPI library",
+            expected=facts.get("needed") or "mpi4py and an MPI library",
             fix=facts.get("fix", ""),
         )
         return None, [of_error("library", problem, fatal=in_rank)]
@@ -211,7 +211,7 @@ def look_at_library() -> dict[str, str]:
     try:
         said = load_mpi_library()
     except DynamoMpiError as error:
-        return {"found": error.found, "needed": error.needed, "fix": error.fix}
+        return {"found": error.problem, "needed": error.expected, "fix": error.fix}
     import mpi4py
 
     paths = loaded_libraries(Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace"))

@@ -101,7 +101,7 @@ def _section_lines(section: SectionReport) -> Iterator[str]:
         first, *rest = check.found.split("\n")
         yield f"{check.status.value:<{_WIDTH}} {check.id}: {first}"
         yield from (" " * 10 + line for line in rest)
-        for name, value in (("expected", check.needed), ("fix", check.fix)):
+        for name, value in (("expected", check.expected), ("fix", check.fix)):
             if value and check.status is not Status.OK:
                 start, *more = value.split("\n")
                 yield f"  {name + ':':<10}{start}"
@@ -111,7 +111,7 @@ def _section_lines(section: SectionReport) -> Iterator[str]:
 
 def _redacted(check: Check) -> Check:
     redact = process_redactor().redact
-    return check._replace(found=redact(check.found), needed=redact(check.needed), fix=redact(check.fix))
+    return check._replace(found=redact(check.found), expected=redact(check.expected), fix=redact(check.fix))
 
 
 def run_sections(sections: Sequence[Section], context: Context, host: str) -> Report:
@@ -218,9 +218,9 @@ def chosen(only: str | None, further: Sequence[Section] = ()) -> tuple[Section, 
     names = [name.strip() for name in only.split(",") if name.strip()]
     known = [section.name for section in everything]
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"--only: there is no section {', '.join(unknown)}", needed=f"some of {', '.join(known)}")
+        raise UsageError(f"--only: there is no section {', '.join(unknown)}", expected=f"some of {', '.join(known)}")
     if not names:
-        raise UsageError("--only names no section", needed=f"some of {', '.join(known)}")
+        raise UsageError("--only names no section", expected=f"some of {', '.join(known)}")
     return tuple(section for section in everything if section.name in names)
 
 

@@ -100,13 +100,13 @@ def check_etcd(context: Context) -> Iterator[Check]:
         yield judge_refusal(problem, EtcdAuth.from_env(environ))
     except DiscoveryError as problem:
         needed = "an answer of its JSON gateway, by which launch and doctor ask"
-        yield warning("etcd-read", problem.found, needed, "etcd --enable-grpc-gateway, which is on by default")
+        yield warning("etcd-read", problem.problem, needed, "etcd --enable-grpc-gateway, which is on by default")
 
 
 def judge_unnamed(problem: DiscoveryError) -> Check:
     """Evaluate an etcd that doesn't answer at the default address."""
     needed = "an etcd for workers that are started by hand; launch, local and head_node bring their own"
-    return warning("etcd", f"{problem.found}, and ETCD_ENDPOINTS isn't set", needed, problem.fix)
+    return warning("etcd", f"{problem.problem}, and ETCD_ENDPOINTS isn't set", needed, problem.fix)
 
 
 def is_named(environ: Mapping[str, str]) -> bool:
@@ -190,7 +190,7 @@ def judge_refusal(problem: AuthorizationError, auth: EtcdAuth) -> Check:
     who = f"user {auth.username!r}" if auth.username else "a client without a user"
     return error(
         "etcd-auth",
-        f"{problem.found} ({who})",
+        f"{problem.problem} ({who})",
         f"readwrite on the prefixes {listed(PREFIXES)}",
         "correct ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD, or etcdctl role grant-permission --prefix=true ROLE readwrite PREFIX",
         ExitCode.NOT_AUTHORISED,
