@@ -3,7 +3,8 @@
 
 A client without credentials can open connections and send nothing. It must not keep others out, so the number of such connections is
 limited, and a new one takes the place of an old one: of the address with the most connections, the one that has been silent for longest. A
-flood from one address therefore only displaces itself. A connection whose request has begun is displaced only after a grace period.
+flood from one address therefore only displaces itself. A connection whose request has begun is displaced only if no silent one is left, and
+not in its first second.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Iterator
 
 Key = TypeVar("Key", bound="Hashable")
 
 REQUEST_SECONDS = 1.0
-"""How long a connection whose request has begun is safe from being displaced: a real peer sends its request in one packet."""
+"""How long a connection whose request has begun can't be displaced at all: a real peer sends its request in one packet."""
 
 
 class Admission(Generic[Key]):
@@ -36,6 +37,9 @@ class Admission(Generic[Key]):
 
     def __len__(self) -> int:
         return len(self._since)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(list(self._since))
 
     def __contains__(self, key: object) -> bool:
         return key in self._since
@@ -82,10 +86,14 @@ class Admission(Generic[Key]):
         return late
 
     def _next_displaced(self, newest: Key, now: float) -> Key:
-        for keys in sorted(self._at_address.values(), key=len, reverse=True):
+        addresses = sorted(self._at_address.values(), key=len, reverse=True)
+        for keys in addresses:
             for key in keys:
-                request_since = self._request_since.get(key)
-                if key != newest and (request_since is None or now - request_since >= REQUEST_SECONDS):
+                if key not in self._request_since and key != newest:
+                    return key
+        for keys in addresses:
+            for key in keys:
+                if now - self._request_since.get(key, now) >= REQUEST_SECONDS:
                     return key
         return newest
 

@@ -16,6 +16,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dynamo_mpi.common.admission import Admission
 from dynamo_mpi.telemetry.health_state import Answer, health, live, metrics_of
 from dynamo_mpi.telemetry.metrics import CONTENT_TYPE
 
@@ -28,7 +29,8 @@ _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
 _CLIENT_SECONDS = 10
 # by default, a probe times out after a second
 _RUNTIME_SECONDS = 0.8
-_MAX_CONNECTIONS = 64
+_MAX_STRANGERS = 256
+_MAX_ANSWERS = 256
 _MAX_RELAYS = 64
 _MAX_METRICS = 16 << 20
 _CHUNK_BYTES = 64 << 10
@@ -63,8 +65,9 @@ class HealthServer(ThreadingHTTPServer):
         self.address, self._source = endpoint.address, source
         self.relays = threading.BoundedSemaphore(_MAX_RELAYS)
         self._lock = threading.Lock()
-        # when each connection was accepted, the oldest first
-        self._open: dict[socket.socket, float] = {}
+        # those that have not sent a whole request, and those that have
+        self._strangers: Admission[socket.socket] = Admission(_MAX_STRANGERS, _CLIENT_SECONDS)
+        self._answering: dict[socket.socket, float] = {}
 
     @property
     def state(self) -> HealthState:
@@ -76,8 +79,8 @@ class HealthServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         with self._lock:
-            for connection in list(self._open):
-                self._cut(connection)
+            for connection in (*self._strangers, *self._answering):
+                _cut(connection)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a connection."""
@@ -88,19 +91,38 @@ class HealthServer(ThreadingHTTPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the request; with too many connections, close the oldest: it is no probe, and must not block one."""
+        """Start a thread for the request, unless the connection must make room for others."""
         with self._lock:
-            if len(self._open) >= _MAX_CONNECTIONS:
-                self._cut(next(iter(self._open)))
-            self._open[request] = time.monotonic()
+            displaced = self._strangers.enter(request, client_address[0], time.monotonic())
+            for connection in displaced:
+                _cut(connection)
+        if request in displaced:
+            self.shutdown_request(request)
+            return
         super().process_request(request, client_address)
+
+    def begin_request(self, request: socket.socket) -> None:
+        """Note that a request has begun."""
+        with self._lock:
+            self._strangers.begin_request(request, time.monotonic())
+
+    def begin_answer(self, request: socket.socket) -> bool:
+        """Note that a request is whole: from now on, no other connection displaces this one. Return whether it may be answered."""
+        with self._lock:
+            if request not in self._strangers or len(self._answering) >= _MAX_ANSWERS:
+                return False
+            self._strangers.leave(request)
+            self._answering[request] = time.monotonic()
+            return True
 
     def service_actions(self) -> None:
         """Close the connections of clients that have not sent a request, or not read the answer, in time. Called every half second."""
-        late = time.monotonic() - _CLIENT_SECONDS
+        now = time.monotonic()
         with self._lock:
-            for connection in [connection for connection, accepted in self._open.items() if accepted < late]:
-                self._cut(connection)
+            late = [connection for connection, since in self._answering.items() if now - since > _CLIENT_SECONDS]
+            for connection in (*self._strangers.expired(now), *late):
+                self._answering.pop(connection, None)
+                _cut(connection)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection."""
@@ -110,16 +132,11 @@ class HealthServer(ThreadingHTTPServer):
     def release(self, request: socket.socket) -> None:
         """Remove a connection's time limit."""
         with self._lock:
-            self._open.pop(request, None)
+            self._strangers.leave(request)
+            self._answering.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore the error: the client has disconnected."""
-
-    def _cut(self, connection: socket.socket) -> None:
-        del self._open[connection]
-        # its thread, which waits for the client, continues and closes it
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
 
     def connect_to_runtime(self, timeout: float) -> socket.socket:
         """Connect to the Dynamo runtime's own port.
@@ -181,9 +198,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read the head; reject HTTP/0.9, and lines that are no header fields."""
+        self.server.begin_request(self.connection)
         if not super().parse_request():
             return False
         self.close_connection = True
+        if not self.server.begin_answer(self.connection):
+            return False
         if len(self.requestline.split()) != 3 or self.headers.defects:
             self.send_error(400, "this is no HTTP/1.1 request")
             return False
@@ -259,6 +279,12 @@ class _Handler(BaseHTTPRequestHandler):
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
             upload.join()
+
+
+def _cut(connection: socket.socket) -> None:
+    # its thread, which waits for the client, continues and closes it
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:

@@ -297,10 +297,15 @@ def test_requests_of_any_kind_get_an_answer(lasting_node: Node, said: bytes, sta
 
 def test_clients_that_say_nothing_keep_nobody_out(node: Node) -> None:
     with contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(node.raw()) for _ in range(150)]
+        silent = [stack.enter_context(node.raw()) for _ in range(200)]
+        half = stack.enter_context(node.raw())
+        half.sendall(b"GET /live HTTP/1.1\r\n")
+        silent += [stack.enter_context(node.raw()) for _ in range(400)]
         node.says("/live", 200)
-        # of too many, those that came first have to go
+        # of too many, those that came first have to go, and none that has begun a request
         assert silent[0].recv(1) == b""
+        half.sendall(b"\r\n")
+        assert half.recv(12) == b"HTTP/1.1 200"
     node.says("/live", 200)
 
 
