@@ -30,8 +30,7 @@ from dynamo_mpi.common.ports import is_free
 from dynamo_mpi.common.process import hard_exit_after, host_name
 from dynamo_mpi.layout.finding import errors, render
 from dynamo_mpi.layout.format import counted, listed
-from dynamo_mpi.mpi.launch_checks import check_launch, identify_mpi
-from dynamo_mpi.mpi.launcher import detect_launcher
+from dynamo_mpi.mpi.launcher import check_launch, detect_launcher, identify_mpi
 from dynamo_mpi.mpi.world import finalize_mpi, load_mpi_library, start_mpi
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's settings: flags, environment variables, settings file, defaults, each value with its origin.
+"""A worker's settings: flags, environment variables, settings file, defaults, each value with its origin; and the model's folder.
 
 Existing variables keep their names (``MODEL_PATH``, ``ENGINE_CONFIG``, ``DYN_*`` …); new ones are ``DYN_MPI_*``. Only rank 0 reads settings
 and sends the other ranks what they need.
@@ -8,17 +8,19 @@ and sends the other ranks what they need.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi import __version__
-from dynamo_mpi.common.errors import ConfigFileError, UsageError
+from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError, UsageError
 from dynamo_mpi.config.engine import ROLE, engine_flags
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.worker_options import OPTIONS
 from dynamo_mpi.layout.engine_layers import split_dynamic_flags
+from dynamo_mpi.layout.model_files import find_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -175,3 +177,23 @@ def _known(sources: WorkerSources) -> dict[str, Any]:
             expected=", ".join(sorted(known)),
         )
     return named
+
+
+def resolve_model_dir(settings: Settings, environ: Mapping[str, str]) -> Settings:
+    """Return the settings with the model's directory in place of a ``config.json`` or a hub id. The served model name stays the hub id or the
+    directory's name.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or only a file of it.
+        ConfigFileError: its config is not text, or too large.
+    """
+    if os.path.isfile(settings.model) and settings.model.name != "config.json":
+        raise ModelNotFoundError(
+            f"the model {settings.model} is a file",
+            expected="a model folder, its config.json, or a hub id that is in the cache",
+            fix="set --model to the folder with config.json, the tokenizer's files and the weights",
+        )
+    files = find_model(str(settings.model), environ)
+    named = settings.origins["served_model_name"] != "default"
+    name = settings.served_model_name if named else files.name
+    return replace(settings, model=Path(files.config).parent, served_model_name=name)

@@ -22,7 +22,7 @@ from dynamo_mpi.deploy.step_commands import (
     worker_words,
 )
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
-from dynamo_mpi.mpi.restart_count import VARIABLE as ATTEMPT
+from dynamo_mpi.mpi.launcher import ATTEMPT_VARIABLE as ATTEMPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

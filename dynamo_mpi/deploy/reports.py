@@ -22,8 +22,8 @@ from dynamo_mpi.deploy.first_death import Death, first_death, spell_signal
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.failure_records import WorkerIdentity, create_if_absent, failure_record, list_failures
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE, list_workers
-from dynamo_mpi.mpi.restart_count import restart_count
-from dynamo_mpi.supervisor.failure_files import write_failure
+from dynamo_mpi.mpi.launcher import restart_count
+from dynamo_mpi.supervisor.failure_reports import write_failure
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from dynamo_mpi.deploy.reports import (
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.steps import Step, StepController, start
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
-from dynamo_mpi.mpi.restart_count import VARIABLE as ATTEMPT
-from dynamo_mpi.mpi.restart_count import starts_before
+from dynamo_mpi.mpi.launcher import ATTEMPT_VARIABLE as ATTEMPT
+from dynamo_mpi.mpi.launcher import starts_before
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -115,7 +115,7 @@ class AgentStarter:
         import subprocess
         from pathlib import Path
 
-        from dynamo_mpi.supervisor.descendants import MARK_VARIABLE
+        from dynamo_mpi.supervisor.leftovers import MARK_VARIABLE
 
         listener: _socket.socket | None = None
         start: dict[str, Any] = {

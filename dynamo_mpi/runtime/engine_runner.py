@@ -15,8 +15,8 @@ from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.warmup import run_first_completion
 from dynamo_mpi.mpi.placement import describe_ranks
 from dynamo_mpi.runtime.follower import CONTINUE, abort_if_late, build_engine_shard, encode_error, load_engine_shard
-from dynamo_mpi.runtime.ready_file import remove_ready_file
 from dynamo_mpi.runtime.serving import Registration, run, serve
+from dynamo_mpi.runtime.worker_record import remove_ready_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.runtime.worker_context import WorkerContext
-    from dynamo_mpi.supervisor.shutdown_signals import ShutdownSignals
+    from dynamo_mpi.supervisor.signals import ShutdownSignals
 
 _CLOSE_SECONDS = 10.0
 

@@ -71,7 +71,7 @@ def run_follower(
     from dynamo_mpi.common.log_writer import log_writer
     from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
-    from dynamo_mpi.supervisor.signal_thread import SignalThread, signals_of
+    from dynamo_mpi.supervisor.signals import SignalThread, signals_of
 
     rendezvous, packed = Rendezvous.unpack(message[1:])
     log_writer.open_file(rendezvous.log_dir, rendezvous.label, world.rank)
@@ -127,8 +127,6 @@ def _follow(
 
 
 def _follow_trtllm(world: World, heartbeat: HeartbeatClient, phases: PhaseTracker) -> int:
-    from dynamo_mpi.runtime.trtllm_follower import follow_trtllm
-
     # what TensorRT-LLM does on this rank isn't visible, so the phase follows rank 0's
     heartbeat.on_phase(partial(_follow_phase, phases))
     with phases.enter("load"):
@@ -222,3 +220,19 @@ def encode_error(error: Exception | None) -> bytes:
 
     text, code = describe_error(error)
     return encode_strings([str(code), text])
+
+
+def follow_trtllm(world: World, heartbeat: HeartbeatClient) -> None:
+    """Join TensorRT-LLM's session and run its tasks until rank 0 closes it."""
+    from dynamo_mpi.common.log import print_trtllm_launch_line
+    from dynamo_mpi.engines.trtllm.session import serve_tasks
+    from dynamo_mpi.engines.trtllm.task import install, prepare_rank
+
+    comm, tasks = world.duplicate(), world.duplicate()
+    install(tasks, heartbeat.report_failure)
+    prepare_rank(world.rank)
+    print_trtllm_launch_line("worker", world.rank, world.size)
+    try:
+        serve_tasks(comm)
+    except BaseException as error:
+        heartbeat.report_failure(error)

@@ -17,8 +17,7 @@ from dynamo_mpi.common.failure import Failure, TerminatedBySignal, describe_erro
 from dynamo_mpi.common.hooks import WorldFailure
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.waiting import run_suppressed
-from dynamo_mpi.config.model_dir import resolve_model_dir
-from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.config.worker import load_settings, resolve_model_dir
 from dynamo_mpi.discovery.connectivity import check_connectivity
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.registration_monitor import InstanceLease
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.discovery.record_publisher import RecordPublisher
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.supervisor.context import RankContext
-    from dynamo_mpi.supervisor.shutdown_signals import ShutdownSignals
+    from dynamo_mpi.supervisor.signals import ShutdownSignals
     from dynamo_mpi.supervisor.supervisor import WorldSupervisor
     from dynamo_mpi.telemetry.health_client import HealthClient
     from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
@@ -179,7 +178,7 @@ class LeaderRank:
 
     def _start_supervisor(self, settings: Settings, reports: Sequence[RankReport], address: str) -> WorldSupervisor:
         """Start the supervisor, which listens at ``address`` or, if that is empty, at the host's own address."""
-        from dynamo_mpi.supervisor.failure_files import remove_stale_failure_files
+        from dynamo_mpi.supervisor.failure_reports import remove_stale_failure_files
         from dynamo_mpi.supervisor.supervisor import SupervisorConfig, WorldSupervisor
 
         label = _label(settings)
@@ -203,8 +202,7 @@ class LeaderRank:
         """Publish the worker record, and compare it with those of earlier peers."""
         # imported after the preflight result: a refused layout doesn't need it
         from dynamo_mpi.runtime.worker_record import record_of
-        from dynamo_mpi.supervisor.shutdown_signals import ShutdownSignals
-        from dynamo_mpi.supervisor.signal_thread import signals_of
+        from dynamo_mpi.supervisor.signals import ShutdownSignals, signals_of
 
         self._record_publisher = self._hooks.add_record_hooks(
             settings, record_of(settings, result.subject, reports, self._phases)

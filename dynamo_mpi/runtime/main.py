@@ -21,8 +21,7 @@ from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.mpi.launch_checks import check_launch, check_world_size, identify_mpi
-from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, detect_launcher
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, check_launch, check_world_size, detect_launcher, identify_mpi
 from dynamo_mpi.mpi.world import World, finalize_mpi, init_mpi, load_mpi_library
 from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 from dynamo_mpi.supervisor.context import RankContext
@@ -100,13 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SRUN_WITHOUT_MPI)
             world = init_mpi(alone=alone, alone_on_node=launch.local_size == 1)
             if launch.launcher is Launcher.HYDRA and launch.size > 1:
-                from dynamo_mpi.supervisor.shared_memory import segments_of
+                from dynamo_mpi.supervisor.leftovers import segments_of
 
                 # at once: mpiexec doesn't remove the segments of a rank that it kills
                 client.send(f"segments {' '.join(segments_of(os.getpid()))}")
             check_world_size(launch, library, world.size)
             if launch.local_size is not None and launch.local_size < world.size:
-                from dynamo_mpi.supervisor.agent_invitation import connect_agents
+                from dynamo_mpi.supervisor.agent_socket import connect_agents
 
                 connect_agents(world, launch.local_rank, client, log.host)
     except DynamoMpiError as error:
@@ -227,7 +226,7 @@ def _abort_world(
     from dynamo_mpi.common.failure import Failure, describe_error
     from dynamo_mpi.common.log_writer import log_writer
     from dynamo_mpi.common.process import hard_exit_after
-    from dynamo_mpi.supervisor.failure_files import write_failure
+    from dynamo_mpi.supervisor.failure_reports import write_failure
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
     text, code = describe_error(error)

@@ -20,8 +20,7 @@ from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.discovery.registration_monitor import lease_error
 from dynamo_mpi.discovery.runtime_compat import remove_empty_credentials
 from dynamo_mpi.mpi.job_time_limit import schedule_drain, time_limit_reached
-from dynamo_mpi.runtime.runtime_error import runtime_error
-from dynamo_mpi.runtime.serving_handler import RequestHandler, RuntimeErrors
+from dynamo_mpi.runtime.serving_handler import RequestHandler, RuntimeErrors, runtime_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

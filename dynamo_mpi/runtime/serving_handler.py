@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The endpoint's handler: one Dynamo request in, a stream of token chunks out.
+"""The endpoint's handler: one Dynamo request in, a stream of token chunks out; and what errors of the Dynamo runtime mean.
 
 The handler has two forms. *Push*: runtimes from 1.5 on pass a ``response_sender``, and each chunk is passed to Rust while the GIL is held
 anyway. *Pull*: older runtimes, and health checks in newer ones, iterate the generator. The runtime chooses by the parameter's name in the
@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import EngineError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError, EngineError, UsageError
 from dynamo_mpi.engines.protocol import RequestError, TokenChunk
 from dynamo_mpi.engines.requests import for_role, to_generation_request, to_response
 
@@ -22,6 +22,39 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from dynamo_mpi.engines.protocol import Engine
+
+
+def runtime_error(error: BaseException) -> DynamoMpiError:
+    """Return the `DynamoMpiError` for an error of the runtime."""
+    text = " ".join(str(error).split())
+    if "environment variable" in text:
+        return UsageError(f"the Dynamo runtime can't read its environment: {text}", fix="correct that DYN_* variable")
+    if "address already in use" in text.lower():
+        return UsageError(
+            f"the Dynamo runtime can't bind its port: {text}",
+            expected="a free port on this node",
+            fix="free it, or choose another (DYN_TCP_RPC_PORT, DYN_SYSTEM_PORT)",
+        )
+    if any(
+        word in text.lower()
+        for word in (
+            "user name is empty",
+            "authentication failed",
+            "permission denied",
+            "invalid auth",
+            "authorization violation",
+        )
+    ):
+        return AuthorizationError(
+            f"the Dynamo runtime was refused: {text}",
+            expected="credentials that etcd (and NATS, if it is used) accept",
+            fix="correct ETCD_AUTH_* or NATS_AUTH_*",
+        )
+    return DiscoveryError(
+        f"the Dynamo runtime could not register the worker: {text}",
+        expected="etcd (and NATS, if it is used) must answer and accept the credentials",
+        fix="check etcd; the runtime uses ETCD_ENDPOINTS and ETCD_AUTH_*",
+    )
 
 
 @dataclass(frozen=True)

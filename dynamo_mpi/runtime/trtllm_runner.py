@@ -40,8 +40,8 @@ from dynamo_mpi.engines.trtllm.readiness import ReadinessProbe
 from dynamo_mpi.engines.trtllm.session import Session, SessionDir
 from dynamo_mpi.engines.trtllm.task import install, prepare_rank
 from dynamo_mpi.mpi.job_time_limit import schedule_drain, time_limit_reached
-from dynamo_mpi.runtime.ready_file import remove_ready_file
-from dynamo_mpi.supervisor.signal_thread import SAME_SIGNAL_SECONDS, SignalThread, signals_of
+from dynamo_mpi.runtime.worker_record import remove_ready_file
+from dynamo_mpi.supervisor.signals import SAME_SIGNAL_SECONDS, SignalThread, signals_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

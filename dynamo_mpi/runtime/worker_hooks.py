@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHooks
 from dynamo_mpi.common.trace_context import PARENT_VARIABLE, STATE_VARIABLE, invalid_reason
-from dynamo_mpi.runtime.ready_file import ReadyFile, remove_ready_file
-from dynamo_mpi.supervisor.owned_leases import OwnedLeases
+from dynamo_mpi.runtime.worker_record import ReadyFile, remove_ready_file
+from dynamo_mpi.supervisor.leases import OwnedLeases
 from dynamo_mpi.telemetry.health_publisher import HealthPublisher, WorldStatus
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class LeaderHooks(WorkerHooks):
         """URL of the health server; None if there is none."""
         if self._health_client is None:
             return None
-        from dynamo_mpi.telemetry.runtime_port import url_of
+        from dynamo_mpi.telemetry.health_address import url_of
 
         return url_of(self._health_client.address)
 
@@ -129,7 +129,7 @@ class LeaderHooks(WorkerHooks):
 
     def add_supervision_hooks(self, settings: Settings, supervisor: WorldSupervisor, preflight_seconds: float) -> None:
         """Add the hooks that show the state of the supervised ranks."""
-        from dynamo_mpi.telemetry.progress_reporter import ProgressReporter
+        from dynamo_mpi.telemetry.progress import ProgressReporter
 
         if self.status is not None:
             self.status.tracker = supervisor.tracker

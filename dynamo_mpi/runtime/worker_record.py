@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""This worker's record, which rank 0 publishes in etcd from preflight on."""
+"""What rank 0 publishes about its worker: the record in etcd, from preflight on, and the ready file, while the worker accepts requests."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi import __version__
+from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE, RecordedLayout, WorkerRecord
 from dynamo_mpi.layout.contract import contract_of
+from dynamo_mpi.mpi.launcher import restart_count
 from dynamo_mpi.mpi.placement import hosts
-from dynamo_mpi.mpi.restart_count import restart_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from dynamo_mpi.checks.rank_report import RankReport
     from dynamo_mpi.common.phases import PhaseTracker
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.layout.spec import LayoutSpec
+    from dynamo_mpi.supervisor.context import RankContext
+
 
 _PAIRED = ("prefill", "decode")
 
@@ -69,3 +75,61 @@ def record_of(
         launch=os.environ.get(LAUNCH_VARIABLE) or None,
         attempt=restart_count(os.environ),
     )
+
+
+class ReadyFile(WorkerHook):
+    """Writes the ready file when the worker is ready, and removes it when it is not any more.
+
+    Args:
+        context: rank 0's context.
+        settings: the worker's settings; they name the file.
+        preflight_seconds: seconds from the start to the end of preflight.
+        system: URL of /health, /live and /metrics; None if they aren't served.
+    """
+
+    def __init__(self, context: RankContext, settings: Settings, preflight_seconds: float, system: str | None) -> None:
+        self._context, self._settings = context, settings
+        self._preflight_seconds, self._system = preflight_seconds, system
+
+    def on_ready(self) -> None:
+        """Write the file atomically."""
+        path, phases = self._settings.ready_file, self._context.phases
+        if path is None:
+            return
+        content = {
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+            "ranks": self._context.world.size,
+            "attempt": restart_count(os.environ),
+            "model": self._settings.served_model_name,
+            "endpoint": self._settings.endpoint,
+            "system": self._system,
+            "phases": phases.durations,
+            "verdict_seconds": self._preflight_seconds,
+            "ready_seconds": phases.age,
+        }
+        partial = path.with_name(path.name + ".partial")
+        try:
+            partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            self._context.log.warning(f"the ready file {path} can't be written: {error.strerror}")
+
+    def on_failure_detected(self) -> None:
+        """Remove the file."""
+        remove_ready_file(self._settings.ready_file)
+
+    def on_shutdown(self, code: int) -> None:
+        """Remove the file."""
+        remove_ready_file(self._settings.ready_file)
+
+    def on_exit(self, code: int) -> None:
+        """Remove the file."""
+        remove_ready_file(self._settings.ready_file)
+
+
+def remove_ready_file(path: Path | None) -> None:
+    """Remove the ready file, also one that an earlier, killed run has left."""
+    if path is not None:
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -19,6 +19,7 @@ from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import (
+    History,
     ObservedFailure,
     Report,
     compose_report,
@@ -26,9 +27,8 @@ from dynamo_mpi.supervisor.agent_failures import (
     encode_observed,
     first_of_each_rank,
 )
-from dynamo_mpi.supervisor.agent_history import History
 from dynamo_mpi.supervisor.agent_network import HUB, AgentNetwork
-from dynamo_mpi.supervisor.failure_messages import host_lost
+from dynamo_mpi.supervisor.failure_reports import host_lost
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:

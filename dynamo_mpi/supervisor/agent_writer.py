@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.log_record import Level
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.waiting import run_suppressed, start_thread
-from dynamo_mpi.supervisor.failure_files import as_document, write_failure
-from dynamo_mpi.supervisor.lease_revoker import LeaseRevoker
+from dynamo_mpi.supervisor.failure_reports import as_document, write_failure
+from dynamo_mpi.supervisor.leases import LeaseRevoker
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,8 +23,7 @@ from dynamo_mpi.common.failure import DetectedBy, Failure, describe_error
 from dynamo_mpi.common.process import hard_exit_after
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, encode_observed
-from dynamo_mpi.supervisor.failure_files import write_failure
-from dynamo_mpi.supervisor.failure_messages import cannot_connect, heartbeat_missed, host_lost, rank_died
+from dynamo_mpi.supervisor.failure_reports import cannot_connect, heartbeat_missed, host_lost, rank_died, write_failure
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     MAX_BODY,
@@ -41,7 +40,7 @@ from dynamo_mpi.supervisor.heartbeat_protocol import (
     rank_mac,
 )
 from dynamo_mpi.supervisor.progress import pack_timings
-from dynamo_mpi.supervisor.signal_thread import SAME_SIGNAL_SECONDS
+from dynamo_mpi.supervisor.signals import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervisor.stacks import dump_stacks
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.failure import DetectedBy, Failure, describe_error
-from dynamo_mpi.supervisor.failure_messages import heartbeat_missed, host_lost, never_connected, rank_died
+from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, host_lost, never_connected, rank_died
 from dynamo_mpi.supervisor.frame_connection import ClosedError, FrameConnection, Waker
 from dynamo_mpi.supervisor.heartbeat_protocol import (
     MAX_BODY,

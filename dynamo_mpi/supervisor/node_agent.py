@@ -24,11 +24,10 @@ from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours
 from dynamo_mpi.supervisor.agent_world import LocalRanks, WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
-from dynamo_mpi.supervisor.descendants import end_descendants
-from dynamo_mpi.supervisor.failure_messages import heartbeat_missed, rank_died
+from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, rank_died
+from dynamo_mpi.supervisor.leftovers import end_descendants, remove_segments, segments_of
 from dynamo_mpi.supervisor.local_rank import LocalRank, describe_missing_ranks
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
-from dynamo_mpi.supervisor.shared_memory import remove_segments, segments_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

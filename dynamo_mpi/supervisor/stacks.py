@@ -38,7 +38,6 @@ _EXECUTOR_FILES = (
             "runtime/leader",
             "runtime/follower",
             "runtime/trtllm_runner",
-            "runtime/trtllm_follower",
             "mpi/world",
         )
     ),

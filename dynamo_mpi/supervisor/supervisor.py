@@ -32,14 +32,13 @@ from dynamo_mpi.common.process import hard_exit_after, raise_nofile_limit
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.mpi.placement import describe_ranks
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report, encode_report
-from dynamo_mpi.supervisor.failure_files import as_document, write_failure
-from dynamo_mpi.supervisor.failure_messages import cannot_listen
+from dynamo_mpi.supervisor.failure_reports import as_document, cannot_listen, write_failure
 from dynamo_mpi.supervisor.heartbeat_protocol import TOKEN_BYTES, Frame, FrameType
 from dynamo_mpi.supervisor.heartbeat_server import HeartbeatServer, RankEvents
 from dynamo_mpi.supervisor.join import MAX_PENDING
 from dynamo_mpi.supervisor.progress import ProgressTracker
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
-from dynamo_mpi.supervisor.signal_thread import SAME_SIGNAL_SECONDS
+from dynamo_mpi.supervisor.signals import SAME_SIGNAL_SECONDS
 from dynamo_mpi.supervisor.stacks import describe_stacks, dump_stacks
 
 if TYPE_CHECKING:

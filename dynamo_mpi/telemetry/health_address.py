@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a node's agent answers health requests: the address, from Dynamo's own variables, and the listening socket.
+"""Where a node's agent answers health requests: the address, from Dynamo's own variables, the listening socket, and the runtime's own port.
+
+The Dynamo runtime has a server of its own on rank 0's node; what the agent doesn't answer is forwarded to it. The runtime writes its port
+into the model card, and frontends fetch the tokenizer's files from it, so it must not listen on loopback only.
 
 Imported before MPI runs, if ``DYN_SYSTEM_PORT`` is set.
 """
 
 from __future__ import annotations
 
+import secrets
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.host_address import host_address
+from dynamo_mpi.common.ports import holder, in_url, is_free
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dynamo_mpi.common.log import RankLogger
     from dynamo_mpi.mpi.launcher import LaunchInfo
+
 
 PORT_VARIABLE, HOST_VARIABLE = "DYN_SYSTEM_PORT", "DYN_SYSTEM_HOST"
 _HEALTH_VARIABLE, _LIVE_VARIABLE = "DYN_SYSTEM_HEALTH_PATH", "DYN_SYSTEM_LIVE_PATH"
@@ -126,3 +133,47 @@ def _listen(address: HealthAddress) -> socket.socket:
             expected=f"a free port on every node, and an address of each in {HOST_VARIABLE}",
             fix=f"free it, or choose another {PORT_VARIABLE}; of two workers on a node, each needs its own",
         ) from None
+
+
+# The runtime reads it as a signed 16-bit number. The system assigns dynamic ports from 32768 on, so a port below stays free until the
+# runtime uses it, which may be minutes later.
+_LEAST, _MOST = 20000, 32767
+_TRIES = 200
+
+
+def runtime_port(address: HealthAddress, choice: int | None) -> int:
+    """Return a port for the runtime.
+
+    Args:
+        address: the health server's address.
+        choice: the user's choice, if any.
+
+    Raises:
+        UsageError: the chosen port is in use, or none is free.
+    """
+    host = address.host.strip("[]")
+    if choice is not None:
+        if not is_free(choice, host):
+            raise UsageError(
+                f"the Dynamo runtime can't listen at its port {choice}: {holder(choice) or 'another program'} listens there",
+                expected="a free port beside DYN_SYSTEM_PORT, from which frontends fetch the model's tokenizer",
+                fix="free it, or choose another --runtime-system-port (DYN_MPI_RUNTIME_SYSTEM_PORT), or none",
+            )
+        return choice
+    for _ in range(_TRIES):
+        port = _LEAST + secrets.randbelow(_MOST - _LEAST + 1)
+        if is_free(port, host):
+            return port
+    raise UsageError(
+        f"no port between {_LEAST} and {_MOST} is free for the Dynamo runtime",
+        expected="one beside DYN_SYSTEM_PORT",
+        fix="name one by --runtime-system-port (DYN_MPI_RUNTIME_SYSTEM_PORT)",
+    )
+
+
+def url_of(address: HealthAddress) -> str:
+    """Return the health server's URL for other hosts."""
+    host = address.host.strip("[]")
+    if address.is_everywhere:
+        host = host_address(None, "")
+    return f"http://{in_url(host)}:{address.port}"

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.hooks import WorkerHook
 from dynamo_mpi.common.trace_context import trace_of
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
-from dynamo_mpi.mpi.restart_count import restart_count
+from dynamo_mpi.mpi.launcher import restart_count
 from dynamo_mpi.telemetry.health_state import HealthState, world_metrics
-from dynamo_mpi.telemetry.metrics import render
-from dynamo_mpi.telemetry.world_metrics import WorldNumbers, describe_progress, metrics_of_world
+from dynamo_mpi.telemetry.metrics import WorldNumbers, describe_progress, metrics_of_world, render
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -134,8 +133,7 @@ class HealthPublisher(WorkerHook):
         Raises:
             UsageError: no port is free.
         """
-        from dynamo_mpi.telemetry.health_address import PORT_VARIABLE
-        from dynamo_mpi.telemetry.runtime_port import runtime_port
+        from dynamo_mpi.telemetry.health_address import PORT_VARIABLE, runtime_port
 
         port = runtime_port(self._client.address, settings.runtime_system_port)
         os.environ[PORT_VARIABLE] = str(port)

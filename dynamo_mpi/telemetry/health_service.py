@@ -15,7 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.mpi.restart_count import restart_count
+from dynamo_mpi.mpi.launcher import restart_count
 from dynamo_mpi.supervisor.agent_socket import warn
 from dynamo_mpi.telemetry.health_state import HealthState, note
 

@@ -15,7 +15,7 @@ from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
 from dynamo_mpi.runtime.serving import Registration, run, serve
-from dynamo_mpi.supervisor.shutdown_signals import ShutdownSignals
+from dynamo_mpi.supervisor.signals import ShutdownSignals
 
 
 class EchoEngine:

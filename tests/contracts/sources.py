@@ -80,20 +80,20 @@ from dynamo_mpi.ops.status_output import as_json as status_json
 from dynamo_mpi.ops.status_output import error_as_json
 from dynamo_mpi.ops.wait import WaitResult
 from dynamo_mpi.runtime.main import main as worker_main
-from dynamo_mpi.runtime.ready_file import ReadyFile
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks
+from dynamo_mpi.runtime.worker_record import ReadyFile
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.fault_injection import ACTIONS
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.telemetry.health_state import HealthState, health, live, metrics_of
+from dynamo_mpi.telemetry.metrics import WorldNumbers, metrics_of_world
 from dynamo_mpi.telemetry.metrics import render as render_metrics
 from dynamo_mpi.telemetry.progress import facts as progress_facts
 from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, STOPPED
 from dynamo_mpi.telemetry.startup_trace import encode_traces as pack_starts
 from dynamo_mpi.telemetry.timeline_text import perfetto_trace as trace
-from dynamo_mpi.telemetry.world_metrics import WorldNumbers, metrics_of_world
 from tools.gen_docs.environment import VARIABLES
 from tools.gen_docs.markdown import member_notes
 from tools.gen_docs.rules import render as rules_page

@@ -25,7 +25,8 @@ def no_metadata(name):
     raise importlib.metadata.PackageNotFoundError(name)
 importlib.metadata.version = no_metadata
 import dynamo_mpi.worker, dynamo_mpi.runtime.leader, dynamo_mpi.runtime.follower
-import dynamo_mpi.runtime.trtllm_runner, dynamo_mpi.runtime.trtllm_follower, dynamo_mpi.engines.trtllm.readiness_main
+import dynamo_mpi.runtime.trtllm_runner, dynamo_mpi.engines.trtllm.session
+import dynamo_mpi.engines.trtllm.task, dynamo_mpi.engines.trtllm.readiness_main
 import dynamo_mpi.supervisor.supervisor, dynamo_mpi.checks.host_rules
 from dynamo_mpi.discovery.record_publisher import RecordPublisher
 class Log:

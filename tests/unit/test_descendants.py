@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 
-from dynamo_mpi.supervisor.descendants import MARK_VARIABLE, end_descendants
+from dynamo_mpi.supervisor.leftovers import MARK_VARIABLE, end_descendants
 
 
 def test_marked_processes_end_wherever_they_stand() -> None:

@@ -12,8 +12,7 @@ import pytest
 
 from dynamo_mpi.checks.gpu_facts import NodeGpus
 from dynamo_mpi.common.networks import HostNetworks, Interface
-from dynamo_mpi.mpi.launch_checks import MpiLibrary
-from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, MpiLibrary
 from dynamo_mpi.ops.doctor import environment, fabric, gpus, host, mpi, packages, ports
 from dynamo_mpi.ops.doctor.check import Check, Context, Status
 from dynamo_mpi.ops.doctor.commands import Output

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from dynamo_mpi.common.failure import DetectedBy, Failure
-from dynamo_mpi.supervisor.failure_files import remove_stale_failure_files, write_failure
+from dynamo_mpi.supervisor.failure_reports import remove_stale_failure_files, write_failure
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 

@@ -27,7 +27,7 @@ from dynamo_mpi.discovery.failure_records import (
     failures_of,
     is_successor,
 )
-from dynamo_mpi.supervisor.lease_revoker import LeaseRevoker, encode_leases
+from dynamo_mpi.supervisor.leases import LeaseRevoker, encode_leases
 from tests.servers import listening, running_etcd
 from tests.unit.worlds import world
 

@@ -8,8 +8,15 @@ import re
 import pytest
 
 from dynamo_mpi.common.errors import ExitCode, LaunchError
-from dynamo_mpi.mpi.launch_checks import MpiLibrary, check_launch, check_world_size, identify_mpi
-from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, detect_launcher
+from dynamo_mpi.mpi.launcher import (
+    Launcher,
+    LaunchInfo,
+    MpiLibrary,
+    check_launch,
+    check_world_size,
+    detect_launcher,
+    identify_mpi,
+)
 from tests.unit.recordings import RECORDED, ranks_of
 
 # as these libraries' MPI_Get_library_version returns them, but for the last, of which only the configure line is put in

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from dynamo_mpi.common.errors import ModelNotFoundError
-from dynamo_mpi.config.model_dir import resolve_model_dir
 from dynamo_mpi.config.sources import WorkerSources
-from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.config.worker import load_settings, resolve_model_dir
 
 
 def found(model: str | Path, *words: str, cache: Path = Path("/nowhere")) -> tuple[str, str]:

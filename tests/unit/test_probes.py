@@ -29,10 +29,15 @@ from dynamo_mpi.supervisor.frame_connection import FrameConnection
 from dynamo_mpi.supervisor.heartbeat_protocol import NONCE_BYTES, TOKEN_BYTES, Frame, FrameType, Join, leader_mac
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.telemetry import health_server as server
-from dynamo_mpi.telemetry.health_address import HealthAddress, HealthEndpoint, open_health_endpoint
+from dynamo_mpi.telemetry.health_address import (
+    HealthAddress,
+    HealthEndpoint,
+    open_health_endpoint,
+    runtime_port,
+    url_of,
+)
 from dynamo_mpi.telemetry.health_service import HealthService
 from dynamo_mpi.telemetry.health_state import HealthState
-from dynamo_mpi.telemetry.runtime_port import runtime_port, url_of
 from tests.conftest import ROOT
 from tests.unit.test_liveness import Watchtower, heard
 

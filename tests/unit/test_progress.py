@@ -22,8 +22,16 @@ from dynamo_mpi.common.phases import PhaseProgress, PhaseTracker, RankTimings, S
 from dynamo_mpi.config.sources import WorkerSources
 from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.supervisor.progress import ProgressTracker
-from dynamo_mpi.telemetry.progress import Terminal, describe, facts, intervals, size, table
-from dynamo_mpi.telemetry.progress_reporter import ProgressReporter, select_mode
+from dynamo_mpi.telemetry.progress import (
+    ProgressReporter,
+    Terminal,
+    describe,
+    facts,
+    intervals,
+    select_mode,
+    size,
+    table,
+)
 from tests.contexts import rank_context
 
 LOAD = PhaseProgress("load", 11, 16, 13, "n03", 142.4)

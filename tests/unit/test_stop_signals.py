@@ -17,10 +17,10 @@ from tests.conftest import ROOT
 LOOPS = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 PROGRAM = """
 import asyncio, ctypes, os, sys, time
-from dynamo_mpi.supervisor.shutdown_signals import ShutdownSignals
+from dynamo_mpi.supervisor.signals import ShutdownSignals
 say = lambda *words: os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 from dynamo_mpi.mpi.launcher import detect_launcher
-from dynamo_mpi.supervisor.signal_thread import signals_of
+from dynamo_mpi.supervisor.signals import signals_of
 signals = ShutdownSignals(lambda number: (say("hurry", number), os._exit(128 + number)), signals_of(detect_launcher(os.environ).launcher))
 if sys.argv[1] == "native":
     say("there")

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dynamo_mpi.mpi.job_time_limit import JobTimeLimit, schedule_drain
-from dynamo_mpi.mpi.restart_count import restart_count
+from dynamo_mpi.mpi.launcher import restart_count
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.checks.host_facts import version_of
 from dynamo_mpi.common.errors import DynamoMpiError, LaunchError
 from dynamo_mpi.layout.format import listed
-from dynamo_mpi.mpi.launch_checks import MpiLibrary, check_launch, identify_mpi
-from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
+from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, MpiLibrary, check_launch, identify_mpi
 from dynamo_mpi.mpi.world import load_mpi_library
 from dynamo_mpi.ops.doctor.check import Check, Context, Probe, Section, error, of_error, ok, skipped, warning
 from dynamo_mpi.ops.doctor.commands import Output, run_module

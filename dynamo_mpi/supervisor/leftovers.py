@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds and kills the processes that a rank started and left behind, in any session or process group, and no others.
+"""What a killed rank leaves on its node: processes that it started, and MPI's segments in /dev/shm. Nothing else is ended or removed.
 
 A process that called ``exec`` is identified by the mark that the rank put into its own environment; one that was only forked, by the rank's
 connection to its node agent, which it inherited. Both work even if the parent is gone, and no foreign process has them by chance.
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
 
 MARK_VARIABLE = "DYN_MPI_RANK_MARK"
 _MAX_ROUNDS = 5
@@ -82,3 +83,30 @@ def _holds(folder: str, link: str) -> bool:
             if os.readlink(f"{folder}/fd/{name}") == link:
                 return True
     return False
+
+
+_FOLDER = "/dev/shm/"  # noqa: S108 - not a temporary file: MPI's shared memory
+# MPICH's; Open MPI 5's and 4's
+_PREFIXES = ("mpich_shm_", "sm_segment.", "vader_segment.")
+
+
+def segments_of(pid: int) -> frozenset[str]:
+    """Return the MPI shared memory files that a process has mapped. Does not raise."""
+    found = set()
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            _, slash, name = line.rstrip("\n").partition(_FOLDER)
+            if slash and name.startswith(_PREFIXES):
+                found.add(_FOLDER + name)
+    return frozenset(found)
+
+
+def remove_segments(paths: frozenset[str]) -> None:
+    """Remove those that still exist and belong to this user. Does not raise."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if (
+                path.startswith(tuple(_FOLDER + prefix for prefix in _PREFIXES))
+                and os.lstat(path).st_uid == os.getuid()
+            ):
+                os.unlink(path)
