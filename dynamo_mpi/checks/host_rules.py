@@ -64,7 +64,7 @@ def weights_by_rank(estimate: MemoryEstimate | None) -> tuple[int, ...]:
     if estimate is None:
         return ()
     stages = sorted(estimate.stages, key=lambda stage: stage.first_rank)
-    return tuple(stage.weights_bytes for stage in stages for _ in range(stage.ranks))
+    return tuple(stage.loaded_bytes for stage in stages for _ in range(stage.ranks))
 
 
 def check_packages(rows: Sequence[RankFacts]) -> Iterator[Finding]:

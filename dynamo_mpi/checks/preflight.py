@@ -21,6 +21,7 @@ from dynamo_mpi.layout.finding import Finding, Severity, errors, render
 from dynamo_mpi.layout.format import short_name
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_files import find_draft
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.report import check_worker, exit_code_of
 from dynamo_mpi.layout.spec import LayoutSpec
@@ -94,6 +95,7 @@ class PreflightInputs:
         min_requests: requests of full length that should fit into the KV cache.
         inquiry: the request to every rank.
         memory_later: whether the GPU check will evaluate the GPUs' free memory.
+        draft: the draft model's shape; None without one, or where it can't be read.
     """
 
     shape: ModelShape
@@ -105,6 +107,7 @@ class PreflightInputs:
     min_requests: int
     inquiry: ReportRequest
     memory_later: bool = False
+    draft: ModelShape | None = None
 
     @property
     def config(self) -> EngineConfig:
@@ -191,6 +194,7 @@ def load_inputs(settings: Settings, argv: Sequence[str]) -> PreflightInputs:
             gpus=for_trtllm and not settings.allow_no_gpu,
         ),
         memory_later=for_trtllm and memory_is_awaited(settings),
+        draft=find_draft(merged.config, str(folder / "config.json")),
     )
 
 
@@ -213,7 +217,15 @@ def evaluate(plan: PreflightInputs, cards: Sequence[RankReport]) -> PreflightRes
     gpu = plan.gpu or _kind(rows)
     cluster = Cluster(1, len(cards), gpu) if scattered else Cluster(len(nodes), len(cards) // len(nodes), gpu)
     subject = LayoutSpec(
-        plan.shape, plan.config, cluster, plan.role, plan.version, plan.engine, plan.min_requests, launched=True
+        plan.shape,
+        plan.config,
+        cluster,
+        plan.role,
+        plan.version,
+        plan.engine,
+        plan.min_requests,
+        launched=True,
+        draft=plan.draft,
     )
     checked = check_worker(subject, plan.merged.findings)
     ours = [finding for finding in checked.findings if not (scattered and finding.rule in _PLACEMENT_RULES)]

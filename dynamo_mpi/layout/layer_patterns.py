@@ -6,7 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.config_reader import MAX_SIZE
-from dynamo_mpi.common.frozen import replace
+from dynamo_mpi.layout.attention_patterns import (
+    LLAMA_4_GLOBAL_EVERY,
+    attention_sizes,
+    attention_windows,
+    layer_flags,
+    layer_names,
+)
 from dynamo_mpi.layout.model_shape import AttentionSizes, Feed, Layer, Mixer
 
 if TYPE_CHECKING:
@@ -22,7 +28,6 @@ _MIXERS = {
     **dict.fromkeys(("mamba", "mamba2"), Mixer.MAMBA2),
     "conv": Mixer.CONVOLUTION,
 }
-_COMPRESSED = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 # layers of one part, by letter and by name (Nemotron-H)
 _PARTS = {
     "M": (Mixer.MAMBA2, Feed.NONE),
@@ -38,7 +43,6 @@ _PARTS = {
     "full_attention": (Mixer.ATTENTION, Feed.NONE),
 }
 _FEEDS = {"dense": Feed.DENSE, "sparse": Feed.EXPERTS, "moe": Feed.EXPERTS, "experts": Feed.EXPERTS}
-_LLAMA_4_GLOBAL_EVERY = 4  # transformers' Llama4TextConfig: every fourth layer without rotary embedding sees everything
 _MAX_LAYERS = 10_000
 
 
@@ -79,8 +83,8 @@ def read_layers(
         mixers = _mixers(body, num_layers)
         feeds = _feeds(body, num_layers) if experts else [Feed.DENSE] * num_layers
         parts = list(zip(mixers, feeds, strict=True))
-    sizes = _attention_sizes(body, num_layers)
-    windows = _windows(body, num_layers)
+    sizes = attention_sizes(body, num_layers)
+    windows = attention_windows(body, num_layers)
     unknown = {part for pair in parts for part in pair if isinstance(part, str)}
     if unknown:
         return None, tuple(sorted(unknown))
@@ -103,24 +107,6 @@ def read_layers(
     return tuple(layers), ()
 
 
-def _names(body: ConfigReader, key: str, num_layers: int) -> list[str] | None:
-    """Read a list with a name for each layer."""
-    names = body.values.get(key)
-    if names is None:
-        return None
-    if not isinstance(names, list) or len(names) != num_layers or not all(isinstance(name, str) for name in names):
-        raise body.bad(key, f"a list of {num_layers} names, as num_hidden_layers says")
-    return names
-
-
-def _flags(body: ConfigReader, key: str, num_layers: int) -> list[bool]:
-    """Read a list with a number or a switch for each layer."""
-    flags = body.values.get(key)
-    if not isinstance(flags, list) or len(flags) != num_layers or not all(isinstance(flag, int) for flag in flags):
-        raise body.bad(key, f"a list of {num_layers} numbers, as num_hidden_layers says")
-    return [bool(flag) for flag in flags]
-
-
 def _unknown(key: str, kind: str) -> str:
     return f"{key} ({kind[:40]!r})".encode("ascii", "backslashreplace").decode()
 
@@ -133,7 +119,7 @@ def _layers_of_one_part(body: ConfigReader, num_layers: int) -> list[tuple[Any, 
         raise body.bad(key, f"{num_layers} letters, as num_hidden_layers says")
     if kinds is None:
         for key in ("layers_block_type", "layer_types"):
-            kinds = _names(body, key, num_layers)
+            kinds = layer_names(body, key, num_layers)
             if kinds is not None and not {"moe", "mlp"}.isdisjoint(kinds):
                 break
         else:
@@ -144,18 +130,18 @@ def _layers_of_one_part(body: ConfigReader, num_layers: int) -> list[tuple[Any, 
 def _mixers(body: ConfigReader, num_layers: int) -> list[Mixer | str]:
     """Return what mixes tokens in each layer; a text where that isn't known."""
     for key in ("layer_types", "layers_block_type"):
-        kinds = _names(body, key, num_layers)
+        kinds = layer_names(body, key, num_layers)
         if kinds is not None:
             linear = _linear(body)
             known = _MIXERS if linear is None else {**_MIXERS, "linear_attention": linear}
             return [known.get(kind) or _unknown(key, kind) for kind in kinds]
     if body.has("attn_type_list"):  # MiniMax: 1 for attention, 0 for linear attention of its own
-        flags = _flags(body, "attn_type_list", num_layers)
+        flags = layer_flags(body, "attn_type_list", num_layers)
         return [Mixer.ATTENTION if flag else "attn_type_list (0)" for flag in flags]
     if body.has("linear_attn_config"):
         return _kimi(body, num_layers)
     if body.has("linear_num_value_heads"):
-        every = body.size("full_attention_interval") or _LLAMA_4_GLOBAL_EVERY
+        every = body.size("full_attention_interval") or LLAMA_4_GLOBAL_EVERY
         return [Mixer.GATED_DELTA if (i + 1) % every else Mixer.ATTENTION for i in range(num_layers)]
     period = body.size("attn_layer_period")
     if period is None:
@@ -188,7 +174,7 @@ def _kimi(body: ConfigReader, num_layers: int) -> list[Mixer | str]:
 
 
 def _feeds(body: ConfigReader, num_layers: int) -> list[Feed | str]:
-    kinds = _names(body, "mlp_layer_types", num_layers)
+    kinds = layer_names(body, "mlp_layer_types", num_layers)
     if kinds is not None:
         return [_FEEDS.get(kind) or _unknown("mlp_layer_types", kind) for kind in kinds]
     return [Feed.EXPERTS if flag else Feed.DENSE for flag in _expert_layers(body, num_layers)]
@@ -197,7 +183,7 @@ def _feeds(body: ConfigReader, num_layers: int) -> list[Feed | str]:
 def _expert_layers(body: ConfigReader, num_layers: int) -> list[bool]:
     """Return which layers have experts: by a list, after some dense ones, every n-th, or all."""
     if isinstance(body.values.get("moe_layer_freq"), list):
-        return _flags(body, "moe_layer_freq", num_layers)
+        return layer_flags(body, "moe_layer_freq", num_layers)
     listed = _listed(body)
     if listed is not None:
         return [i in listed for i in range(num_layers)]
@@ -234,80 +220,6 @@ def _listed(body: ConfigReader) -> set[int] | None:
         return set(map(int, numbers))
     listed = body.sizes("moe_layers", minimum=0)
     return None if listed is None else set(listed)
-
-
-def _attention_sizes(body: ConfigReader, num_layers: int) -> list[AttentionSizes]:
-    """What layers have of their own: heads under a window or without one, compression, and an indexer."""
-    types = _names(body, "layer_types", num_layers) or [""] * num_layers
-    windowed = [window is not None for window in _windows(body, num_layers)]
-    inside = _sizes_under_window(body)
-    outside = AttentionSizes(
-        kv_heads=body.size("num_global_key_value_heads", maximum=65_536),
-        head_dim=body.size("global_head_dim"),
-        keys_are_values=body.values.get("attention_k_eq_v") is True,
-    )
-    sizes = [inside if limited else outside for limited in windowed]
-    shared = body.size("num_kv_shared_layers", minimum=0) or 0
-    if shared:
-        sizes = [replace(own, shares_kv=True) if i >= num_layers - shared else own for i, own in enumerate(sizes)]
-    ratios = body.sizes("compress_ratios", minimum=0) or tuple(_COMPRESSED.get(kind, 0) for kind in types)
-    if any(ratios):
-        if len(ratios) < num_layers:
-            raise body.bad("compress_ratios", f"a list of at least {num_layers} numbers, as num_hidden_layers says")
-        sizes = [replace(own, compress_ratio=ratio) for own, ratio in zip(sizes, ratios, strict=False)]
-    kinds = _names(body, "indexer_types", num_layers)
-    if kinds is not None:
-        sizes = [replace(own, indexed=kind != "shared") for own, kind in zip(sizes, kinds, strict=True)]
-    section = body.values.get("sparse_attention_config")
-    if isinstance(section, dict) and "sparse_attention_freq" in section:
-        flags = _flags(body.section("sparse_attention_config"), "sparse_attention_freq", num_layers)
-        sizes = [replace(own, indexed=flag) for own, flag in zip(sizes, flags, strict=True)]
-    return sizes
-
-
-def _sizes_under_window(body: ConfigReader) -> AttentionSizes:
-    kv_heads = body.size("swa_num_key_value_heads", maximum=65_536)
-    heads = body.size("swa_num_attention_heads", "num_sliding_attention_heads", maximum=65_536)
-    if isinstance(body.values.get("attention_other_setting"), dict):  # Step-3.5
-        other = body.section("attention_other_setting")
-        heads = other.size("num_attention_heads", maximum=65_536) or heads
-        kv_heads = other.size("num_attention_groups", maximum=65_536) or kv_heads
-        return AttentionSizes(heads, kv_heads, other.size("head_dim"))
-    size, value = body.size("swa_head_dim"), body.size("swa_v_head_dim")
-    own = body.size("head_dim"), body.size("v_head_dim")
-    # None where they are the model's own, whose values may be shorter than its keys
-    return AttentionSizes(
-        heads, kv_heads, None if (size, value) == own else size, None if (size, value) == own else value
-    )
-
-
-def _windows(body: ConfigReader, num_layers: int) -> list[int | None]:
-    types = _names(body, "layer_types", num_layers)
-    chunk = body.size("attention_chunk_size")
-    window = None if body.values.get("use_sliding_window") is False else body.size("sliding_window", minimum=0) or None
-    if types is not None:
-        sizes = {
-            **dict.fromkeys(("sliding_attention", "attention", *_COMPRESSED), window),
-            "chunked_attention": chunk or window,
-        }
-        return [sizes.get(kind) for kind in types]
-    if body.has("hybrid_layer_pattern"):  # MiMo: 1 for a windowed layer
-        return [window if flag else None for flag in _flags(body, "hybrid_layer_pattern", num_layers)]
-    if chunk is not None and (body.text("model_type") or "").startswith("llama4"):
-        rotary = body.sizes("no_rope_layers", minimum=0)
-        if rotary is not None and len(rotary) == num_layers:
-            return [chunk if flag else None for flag in rotary]
-        every = body.size("no_rope_layer_interval") or _LLAMA_4_GLOBAL_EVERY
-        return [chunk if (i + 1) % every else None for i in range(num_layers)]
-    every_global = body.size("sliding_window_pattern", "global_attn_every_n_layers") if window else None
-    if window and every_global is None and (body.text("model_type") or "").startswith(("gemma3", "gemma2")):
-        every_global = 6 if (body.text("model_type") or "").startswith("gemma3") else 2
-    if every_global is not None:
-        return [window if (i + 1) % every_global else None for i in range(num_layers)]
-    if body.values.get("use_sliding_window") is True and body.has("max_window_layers"):
-        full = body.size("max_window_layers", minimum=0) or 0
-        return [window if i >= full else None for i in range(num_layers)]
-    return [window] * num_layers
 
 
 def _blocks(

@@ -276,7 +276,8 @@ def end_parts(shape: ModelShape, split: Split, *, first: bool, last: bool) -> tu
     rows = _share(shape.vocab_size or 0, split.vocabulary) * hidden
     parts = [Part("embedding", rows)] if first else []
     if last and not (shape.tied_embeddings and first):
-        parts.append(Part("head", rows, shape.head_format))
+        tokens = shape.draft_vocab_size or shape.vocab_size or 0
+        parts.append(Part("head", _share(tokens, split.vocabulary) * hidden, shape.head_format))
     if first and shape.per_layer_input:
         width = shape.per_layer_input * (shape.num_layers or 0)
         own = _share(shape.per_layer_vocab or shape.vocab_size or 0, split.vocabulary)

@@ -30,7 +30,7 @@ from dynamo_mpi.layout.engine_config import MAX_RANKS, type_engine_config
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.layout.gpus import find_gpu
 from dynamo_mpi.layout.layout import Cluster, cluster_for
-from dynamo_mpi.layout.model_files import ModelFiles, find_model
+from dynamo_mpi.layout.model_files import ModelFiles, find_draft, find_model
 from dynamo_mpi.layout.report import Report, check_worker
 from dynamo_mpi.layout.spec import ROLES, LayoutSpec
 from dynamo_mpi.layout.trtllm_version import installed_trtllm_version, parse_trtllm_version
@@ -235,7 +235,16 @@ def read_engine_config(path: str | os.PathLike[str]) -> str:
 
 def _spec(files: ModelFiles, merged: MergedConfig, worker: Worker, cluster: Cluster) -> LayoutSpec:
     version = version_of(worker)
-    return LayoutSpec(files.shape(), merged.config, cluster, worker.role, version, worker.engine, worker.min_requests)
+    return LayoutSpec(
+        files.shape(),
+        merged.config,
+        cluster,
+        worker.role,
+        version,
+        worker.engine,
+        worker.min_requests,
+        draft=find_draft(merged.config, files.config),
+    )
 
 
 def version_of(worker: Worker) -> TrtllmVersion | None:

@@ -7,15 +7,17 @@ of some GiB per GPU, so a layout that just fits by estimate may fail, and the ot
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.layout.engine_config import DEFAULT_FREE_GPU_MEMORY_FRACTION
+from dynamo_mpi.layout.extra_weights import ExtraWeights, draft_worker, extra_weights
 from dynamo_mpi.layout.gpus import find_gpu
 from dynamo_mpi.layout.kv_cache import kv_bytes, kv_dtype_known, resolve_kv_dtype, state_bytes, tokens_per_block
 from dynamo_mpi.layout.layer_weights import dtype_bytes, dtype_known
 from dynamo_mpi.layout.overheads import activation_bytes, outside_bytes, workspace_bytes
-from dynamo_mpi.layout.weights import stage_weights
+from dynamo_mpi.layout.weights import missing_sizes, stage_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -33,7 +35,10 @@ class StageMemory:
         layers: transformer layers that it holds.
         first_rank: lowest rank of the stage.
         ranks: number of ranks.
-        weights_bytes: weights.
+        weights_bytes: weights of the model, with its encoders.
+        encoder_bytes: those of encoders of other inputs than text.
+        draft_bytes: weights of a draft model.
+        adapter_bytes: device cache of LoRA adapters.
         activation_bytes: activations of the largest step.
         workspace_bytes: workspace for the exchange of tokens between experts.
         outside_bytes: NCCL, CUDA graphs and other memory outside torch.
@@ -55,13 +60,21 @@ class StageMemory:
     kv_bytes_per_token: int
     windows: tuple[tuple[int, int], ...] = ()
     state_bytes_per_request: int = 0
+    encoder_bytes: int = 0
+    draft_bytes: int = 0
+    adapter_bytes: int = 0
     left_bytes: int | None = None
     tokens: int | None = None
 
     @property
     def fixed_bytes(self) -> int:
         """Memory without the KV cache."""
-        return self.weights_bytes + self.activation_bytes + self.workspace_bytes + self.outside_bytes
+        return self.loaded_bytes + self.activation_bytes + self.workspace_bytes + self.outside_bytes
+
+    @property
+    def loaded_bytes(self) -> int:
+        """What is loaded: the model, a draft model, adapters."""
+        return self.weights_bytes + self.draft_bytes + self.adapter_bytes
 
     def request_bytes(self, length: int) -> int:
         """Bytes of one request of ``length`` tokens."""
@@ -85,6 +98,7 @@ class MemoryEstimate:
         full_length_requests: requests of full length among them.
         fullest_stage: the stage that decides.
         assumptions: values that the configs lack, and what is assumed instead.
+        at_least: keys whose meaning isn't known here, or that ask for what can't be counted: weights and caches may be larger.
     """
 
     stages: tuple[StageMemory, ...]
@@ -98,6 +112,7 @@ class MemoryEstimate:
     full_length_requests: int | None
     fullest_stage: int
     assumptions: tuple[str, ...] = ()
+    at_least: tuple[str, ...] = ()
 
     @property
     def fullest(self) -> StageMemory:
@@ -117,7 +132,7 @@ class MemoryEstimate:
     @property
     def weights_fit(self) -> bool:
         """Whether the weights alone fit. True if the kind of GPU isn't known."""
-        return self.gpu_bytes is None or all(stage.weights_bytes <= self.gpu_bytes for stage in self.stages)
+        return self.gpu_bytes is None or all(stage.loaded_bytes <= self.gpu_bytes for stage in self.stages)
 
     @property
     def cache_fits(self) -> bool:
@@ -156,6 +171,7 @@ class MemoryEstimate:
                 for stage in self.stages
             ],
             "assumptions": list(self.assumptions),
+            "at_least": list(self.at_least),
         }
 
 
@@ -167,11 +183,14 @@ def estimate(subject: LayoutSpec, *, fraction: float | None = None) -> MemoryEst
         fraction: share of what is left for the KV cache; None for the engine config's, or the engine's own 0.9.
 
     Returns:
-        The estimate; None if the model's config lacks sizes (`weights.missing_sizes`), or the layout is impossible (A2, F3).
+        The estimate; None if the model's config lacks sizes (`missing_values`), or the layout is impossible (A2, F3). An encode worker
+        holds encoders alone.
 
     Raises:
         UsageError: there is no such kind of GPU.
     """
+    if subject.role == "encode":
+        return _of_encoders(subject)
     possible = subject.layout.multiplies_out and subject.layout.pp_size <= (subject.shape.num_layers or 0)
     weights = stage_weights(subject) if possible else None
     if weights is None:
@@ -184,7 +203,8 @@ def estimate(subject: LayoutSpec, *, fraction: float | None = None) -> MemoryEst
     length = config.max_seq_len or subject.shape.context_length
     block = tokens_per_block(subject)
     room = None if gpu is None else gpu.memory
-    stages = tuple(_stages(subject, weights, room, fraction, length, block))
+    extra = extra_weights(subject)
+    stages = tuple(_stages(subject, weights, extra, room, fraction, length, block))
     counted = [stage.tokens for stage in stages if stage.tokens is not None]
     tokens = min(counted, default=None)
     # without a kind of GPU, the stage that uses most memory
@@ -201,6 +221,41 @@ def estimate(subject: LayoutSpec, *, fraction: float | None = None) -> MemoryEst
         full_length_requests=None if tokens is None or not length else tokens // length,
         fullest_stage=fullest.stage,
         assumptions=tuple(_assumptions(subject)),
+        at_least=tuple(dict.fromkeys((*subject.shape.inexact, *extra.uncounted))),
+    )
+
+
+def missing_values(subject: LayoutSpec) -> tuple[str, ...]:
+    """Name the values that the model's config lacks for an estimate; empty if none is missing."""
+    if subject.role != "encode":
+        return missing_sizes(subject.shape)
+    if not subject.shape.encoders:
+        return ("vision_config or audio_config",)
+    return tuple(name for encoder in subject.shape.encoders for name in encoder.missing)
+
+
+def _of_encoders(subject: LayoutSpec) -> MemoryEstimate | None:
+    """Estimate an encode worker's memory: encoders, whole on each rank, and no KV cache."""
+    if missing_values(subject):
+        return None
+    layout = subject.layout
+    gpu = None if subject.cluster.gpu is None else find_gpu(subject.cluster.gpu)
+    encoders = sum(encoder.parameters or 0 for encoder in subject.shape.encoders) * dtype_bytes(subject.shape)
+    stage = StageMemory(0, 0, 0, layout.world_size, encoders, 0, 0, outside_bytes(subject), 0, encoder_bytes=encoders)
+    left = None if gpu is None else gpu.memory - stage.fixed_bytes
+    return MemoryEstimate(
+        stages=(replace(stage, left_bytes=left),),
+        gpu=None if gpu is None else gpu.name,
+        gpu_bytes=None if gpu is None else gpu.memory,
+        length=None,
+        fraction=0.0,
+        tokens_per_block=0,
+        dp_size=1,
+        tokens=None,
+        full_length_requests=None,
+        fullest_stage=0,
+        assumptions=("an encode worker holds encoders alone; their activations aren't counted",),
+        at_least=subject.shape.inexact,
     )
 
 
@@ -213,6 +268,7 @@ def _room(stage: StageMemory) -> tuple[bool, float, int]:
 def _stages(
     subject: LayoutSpec,
     weights: Iterable[StageWeights],
+    extra: ExtraWeights,
     room: int | None,
     fraction: float,
     length: int | None,
@@ -222,19 +278,25 @@ def _stages(
     ranks = layout.tp_size * layout.cp_size
     activations, workspace, outside = activation_bytes(subject), workspace_bytes(subject), outside_bytes(subject)
     for held in weights:
+        last = held.stage == layout.pp_size - 1
         unlimited, windows = kv_bytes(subject, held)
+        if last:
+            unlimited, windows = _with_draft(subject, unlimited, windows)
         stage = StageMemory(
             stage=held.stage,
             layers=held.layers,
             first_rank=held.stage * ranks,
             ranks=ranks,
-            weights_bytes=held.bytes,
+            weights_bytes=held.bytes + extra.encoders,
             activation_bytes=activations,
             workspace_bytes=workspace if held.elements.experts else 0,
             outside_bytes=outside,
             kv_bytes_per_token=unlimited,
             windows=windows,
             state_bytes_per_request=state_bytes(subject, held),
+            encoder_bytes=extra.encoders,
+            draft_bytes=extra.draft if last else 0,
+            adapter_bytes=extra.adapters,
         )
         if room is None:
             yield stage
@@ -246,7 +308,21 @@ def _stages(
             tokens = tokens if limit is None else min(tokens, limit)
             # HELIX: each rank of a context-parallel group holds other tokens of a request
             tokens *= layout.cp_size if layout.is_helix else 1
-        yield StageMemory(**{**stage.__dict__, "left_bytes": left, "tokens": tokens})
+        yield replace(stage, left_bytes=left, tokens=tokens)
+
+
+def _with_draft(
+    subject: LayoutSpec, unlimited: int, windows: tuple[tuple[int, int], ...]
+) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Add the draft model's keys and values to those of the last stage."""
+    draft = draft_worker(subject)
+    held = None if draft is None else stage_weights(draft)
+    if draft is None or held is None:
+        return unlimited, windows
+    more, narrow = kv_bytes(draft, held[0])
+    sizes = Counter(dict(windows))
+    sizes.update(dict(narrow))
+    return unlimited + more, tuple(sorted(sizes.items()))
 
 
 def _tokens(stage: StageMemory, space: int, length: int | None) -> int | None:

@@ -11,16 +11,15 @@ from dynamo_mpi.layout.config_keys import TrackedKeys, judge_unread
 from dynamo_mpi.layout.encoders import read_encoders
 from dynamo_mpi.layout.layer_formats import mtp_format, with_formats
 from dynamo_mpi.layout.layer_patterns import count_layers, read_layers
-from dynamo_mpi.layout.model_shape import (
-    CompressedAttention,
-    Experts,
-    Feed,
-    LatentAttention,
-    Layer,
-    Mixer,
-    ModelShape,
-    StateSpace,
+from dynamo_mpi.layout.model_parts import (
+    MAX_HEADS,
+    read_compressed,
+    read_experts,
+    read_indexer,
+    read_latent,
+    read_state_space,
 )
+from dynamo_mpi.layout.model_shape import Experts, Feed, Layer, Mixer, ModelShape
 from dynamo_mpi.layout.quantisation import MXFP4, WeightFormat
 from dynamo_mpi.layout.quantisation_config import read_quantisation
 
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.quantisation import Quantisation
 
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "language_model")
-_MAX_HEADS = 65_536
-_MAX_EXPERTS = 65_536
 # model types whose MLP has no gate: up and down only
 _UNGATED = (
     "nemotron",
@@ -69,11 +66,11 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
         quant_file = ConfigReader(parse_json(quant_text, quant_path, "ModelOpt's hf_quant_config.json"), quant_path)
     body = _body(config)
     quantisation = read_quantisation(config, quant_file)
-    heads = body.size("num_attention_heads", "n_head", "n_heads", "num_heads", maximum=_MAX_HEADS)
+    heads = body.size("num_attention_heads", "n_head", "n_heads", "num_heads", maximum=MAX_HEADS)
     hidden_size = body.size("hidden_size", "n_embd", "d_model", "dim")
     num_layers = count_layers(body)
-    latent, compressed = _latent(body), _compressed(body)
-    experts = _experts(body)
+    latent, compressed = read_latent(body), read_compressed(body)
+    experts = read_experts(body)
     layers, unknown_layers = None, tuple[str, ...]()
     if num_layers is not None:
         layers, unknown_layers = read_layers(
@@ -83,7 +80,7 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
     if layers is not None:
         layers = with_formats(layers, quantisation, expert_format)
     nextn = _nextn(body)
-    index_heads, index_head_dim = _indexer(body)
+    index_heads, index_head_dim = read_indexer(body)
     shape = ModelShape(
         name=_name(config),
         attention_heads=heads,
@@ -94,10 +91,11 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
         hidden_size=hidden_size,
         intermediate_size=_dense_size(body, experts, layers),
         vocab_size=body.size("vocab_size", "padded_vocab_size"),
+        draft_vocab_size=body.size("draft_vocab_size"),
         context_length=body.size("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"),
         latent=latent,
         experts=experts,
-        state_space=_state_space(body),
+        state_space=read_state_space(body),
         layers=layers,
         unknown_layers=unknown_layers,
         compressed=compressed,
@@ -157,9 +155,9 @@ def _kv_heads(body: ConfigReader, heads: int | None, layers: tuple[Layer, ...] |
     inner = body.section("attn_config") if isinstance(body.values.get("attn_config"), dict) else body
     found = body.size(
         *("num_key_value_heads", "n_head_kv", "num_kv_heads", "multi_query_group_num", "num_attention_groups"),
-        maximum=_MAX_HEADS,
+        maximum=MAX_HEADS,
     )
-    found = found or inner.size("kv_n_heads", maximum=_MAX_HEADS)
+    found = found or inner.size("kv_n_heads", maximum=MAX_HEADS)
     if found is None and layers is not None and body.has("block_configs"):
         return max((layer.sizes.kv_heads or 0 for layer in layers), default=0) or None
     # if the key is missing, every attention head has its own KV head, in every class of transformers
@@ -174,77 +172,6 @@ def _head_dim(body: ConfigReader, heads: int | None, hidden_size: int | None) ->
     return found
 
 
-def _latent(body: ConfigReader) -> LatentAttention | None:
-    rank = body.size("kv_lora_rank")
-    if rank is None:
-        return None
-    return LatentAttention(
-        rank,
-        body.size("q_lora_rank"),
-        body.size("qk_nope_head_dim", minimum=0),
-        body.size("qk_rope_head_dim", minimum=0),
-        body.size("v_head_dim"),
-    )
-
-
-def _compressed(body: ConfigReader) -> CompressedAttention | None:
-    groups = body.size("o_groups", maximum=_MAX_HEADS)
-    if groups is None:
-        return None
-    return CompressedAttention(body.size("q_lora_rank"), body.size("o_lora_rank"), groups)
-
-
-def _indexer(body: ConfigReader) -> tuple[int | None, int | None]:
-    """Return heads and head size of the sparse-attention indexer."""
-    if isinstance(body.values.get("sparse_attention_config"), dict):  # MiniMax-M3
-        section = body.section("sparse_attention_config")
-        if section.values.get("use_sparse_attention") is False:
-            return None, None
-        return section.size("sparse_num_index_heads", maximum=_MAX_HEADS), section.size("sparse_index_dim")
-    if body.has("index_topk") or body.has("index_topk_blocks"):
-        return body.size("index_n_heads", maximum=_MAX_HEADS), body.size("index_head_dim")
-    return None, None
-
-
-def _experts(body: ConfigReader) -> Experts | None:
-    count = body.size(
-        *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), minimum=0, maximum=_MAX_EXPERTS
-    )
-    inner = body
-    if count is None and isinstance(body.values.get("ffn_config"), dict):  # DBRX
-        inner = body.section("ffn_config")
-        count = inner.size("moe_num_experts", minimum=0, maximum=_MAX_EXPERTS)
-    if not count:
-        return None
-    per_token = inner.size(
-        *("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "experts_per_token"),
-        *("moe_top_k", "moe_topk", "moe_k", "num_selected_experts"),
-        minimum=0,
-    )
-    width = inner.size(
-        *("moe_intermediate_size", "expert_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"),
-        *("intermediate_size", "ffn_hidden_size"),
-    )
-    latent = inner.size("moe_latent_size", "routed_expert_hidden_size")
-    return Experts(count, per_token, width, _shared_size(body, width), latent)
-
-
-def _shared_size(body: ConfigReader, expert_width: int | None) -> int:
-    found = body.size(
-        *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
-        "share_expert_dim",
-        minimum=0,
-    )
-    shared = body.size(
-        "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", minimum=0, maximum=_MAX_EXPERTS
-    )
-    if found is not None:
-        return found
-    if _model_type(body).startswith("llama4"):
-        return expert_width or 0  # one beside the routed ones, with the same width
-    return (shared or 0) * (expert_width or 0)
-
-
 def _dense_size(body: ConfigReader, experts: Experts | None, layers: tuple[Layer, ...] | None) -> int | None:
     """Width of the dense MLP: None if no layer has one; then the key means the experts, or nothing."""
     if (
@@ -255,43 +182,6 @@ def _dense_size(body: ConfigReader, experts: Experts | None, layers: tuple[Layer
         return None
     return body.size(
         *("intermediate_size_mlp", "dense_intermediate_size", "intermediate_size", "ffn_hidden_size", "n_inner", "d_ff")
-    )
-
-
-def _state_space(body: ConfigReader) -> StateSpace | None:
-    dtype = body.text("mamba_ssm_cache_dtype") or body.text("mamba_ssm_dtype")
-    heads = body.size("linear_num_value_heads", maximum=_MAX_HEADS)
-    if heads is not None:
-        groups = body.size("linear_num_key_heads", maximum=_MAX_HEADS)
-        return StateSpace(
-            heads,
-            groups or heads,
-            body.size("linear_value_head_dim"),
-            body.size("linear_key_head_dim"),
-            body.size("linear_conv_kernel_dim"),
-            dtype=dtype,
-        )
-    if isinstance(body.values.get("linear_attn_config"), dict):  # Kimi-Linear
-        section = body.section("linear_attn_config")
-        heads = section.size("num_heads", maximum=_MAX_HEADS)
-        if heads is None:
-            return None
-        size, kernel = section.size("head_dim"), section.size("short_conv_kernel_size")
-        full_rank = section.values.get("use_full_rank_gate") is True
-        return StateSpace(heads, heads, size, size, kernel, full_rank, dtype)
-    kernel = body.size("conv_L_cache")
-    if kernel is not None:  # LFM2
-        return StateSpace(1, 1, None, None, kernel, dtype=dtype)
-    heads = body.size("mamba_num_heads", "mamba_n_heads", maximum=_MAX_HEADS)
-    if heads is None:
-        return None
-    return StateSpace(
-        heads,
-        body.size("n_groups", "mamba_n_groups", "mamba_num_groups", maximum=_MAX_HEADS) or 1,
-        body.size("mamba_head_dim", "mamba_d_head"),
-        body.size("ssm_state_size", "mamba_d_state"),
-        body.size("conv_kernel", "mamba_d_conv"),
-        dtype=dtype,
     )
 
 

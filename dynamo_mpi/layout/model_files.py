@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -12,14 +13,17 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.common.frozen import dataclass
+from dynamo_mpi.layout.format import gib
 from dynamo_mpi.layout.model_config import parse_model_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dynamo_mpi.layout.engine_config import EngineConfig
     from dynamo_mpi.layout.model_shape import ModelShape
 
 _CONFIG, _QUANT_FILE = "config.json", "hf_quant_config.json"
+_PIPELINE = "model_index.json"  # of a diffusers pipeline: a visual generation worker's model
 _NEEDED = "a model folder, its config.json, or a hub id that is in the cache"
 
 
@@ -84,6 +88,25 @@ def find_model(model: str, environ: Mapping[str, str] = os.environ) -> ModelFile
     return _read(model, os.path.join(snapshot, _CONFIG))
 
 
+def find_draft(config: EngineConfig, target: str) -> ModelShape | None:
+    """Read the shape of the draft model that an engine config names; None if it names none, or one that isn't on this machine.
+
+    Args:
+        config: the engine config.
+        target: path of the target's config, which may be the draft itself.
+
+    Raises:
+        ConfigFileError: its config.json is invalid.
+    """
+    named = config.speculative.model if config.speculative is not None else None
+    if named is None or os.path.join(named, _CONFIG) == target:
+        return None
+    try:
+        return find_model(named).shape()
+    except ModelNotFoundError:
+        return None
+
+
 def hub_cache(environ: Mapping[str, str]) -> str:
     """Return the directory of the Hugging Face hub's cache, by the variables that its library uses."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
@@ -133,6 +156,8 @@ def _read(name: str, config: str) -> ModelFiles:
     try:
         text = read_small_text(config)
     except OSError as error:
+        if os.path.exists(os.path.join(os.path.dirname(config), _PIPELINE)):
+            raise _visual_generation(os.path.dirname(config)) from None
         raise ModelNotFoundError(
             f"the model config {config} can't be read: {error.strerror}",
             expected="a folder with config.json",
@@ -147,3 +172,19 @@ def _read(name: str, config: str) -> ModelFiles:
     except OSError as error:
         raise ModelNotFoundError(f"{quant} can't be read: {error.strerror}", fix="check its rights") from None
     return ModelFiles(name, config, text, quant_text)
+
+
+def _visual_generation(folder: str) -> ModelNotFoundError:
+    """Return the error for a diffusers pipeline, with what its parts weigh."""
+    sizes: dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        for part in os.scandir(folder):
+            if part.is_dir():
+                files = [entry for entry in os.scandir(part.path) if entry.name.endswith(".safetensors")]
+                sizes[part.name] = sum(entry.stat().st_size for entry in files)
+    weights = ", ".join(f"{name} {gib(size)}" for name, size in sorted(sizes.items()) if size)
+    return ModelNotFoundError(
+        f"{folder} is a diffusers pipeline ({_PIPELINE}), whose memory can't be estimated: it depends on the images and videos asked for",
+        expected="a language model's folder, with config.json",
+        fix=f"leave room on each GPU beside {weights or 'its weights'}; dynamo.trtllm starts a visual generation worker without this check",
+    )

@@ -211,6 +211,7 @@ class ModelShape:
         hidden_size: width of the residual stream.
         intermediate_size: width of the dense MLP.
         vocab_size: number of tokens.
+        draft_vocab_size: tokens that a draft model's head knows, if they are fewer (EAGLE-3).
         context_length: positions the model was made for.
         latent: multi-head latent attention.
         experts: mixture of experts.
@@ -249,6 +250,7 @@ class ModelShape:
     hidden_size: int | None = None
     intermediate_size: int | None = None
     vocab_size: int | None = None
+    draft_vocab_size: int | None = None
     context_length: int | None = None
     latent: LatentAttention | None = None
     experts: Experts | None = None

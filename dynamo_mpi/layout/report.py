@@ -11,10 +11,9 @@ from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.layout.finding import Finding, errors
 from dynamo_mpi.layout.format import short_name
 from dynamo_mpi.layout.legal_sizes import legal_sizes
-from dynamo_mpi.layout.memory import MemoryEstimate, estimate
+from dynamo_mpi.layout.memory import MemoryEstimate, estimate, missing_values
 from dynamo_mpi.layout.rules.registry import all_findings
 from dynamo_mpi.layout.suggestions import other_shapes, suggestions
-from dynamo_mpi.layout.weights import missing_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,7 +59,7 @@ class Report:
     @property
     def missing(self) -> tuple[str, ...]:
         """The values that rules and estimates need and the model's config lacks."""
-        return tuple(dict.fromkeys((*self.subject.shape.missing, *missing_sizes(self.subject.shape))))
+        return tuple(dict.fromkeys((*self.subject.shape.missing, *missing_values(self.subject))))
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data, in the stable format for scripts."""

@@ -161,13 +161,16 @@ def _lines(model: str, report: Report) -> Iterator[str]:
 def memory_line(memory: MemoryEstimate) -> str:
     """Format the memory of the fullest rank in one line."""
     stage = memory.fullest
-    parts = [f"weights {gib(stage.weights_bytes)}"]
+    least = "at least " if memory.at_least else ""
+    beside = (("draft model", stage.draft_bytes), ("adapters", stage.adapter_bytes))
+    parts = [f"weights {least}{gib(stage.weights_bytes)}", *(f"{name} {gib(size)}" for name, size in beside if size)]
     if stage.kv_bytes_per_token:
         parts.append(f"KV {stage.kv_bytes_per_token / 1024:.1f} KiB per token")
     if memory.tokens is not None and memory.fits:
-        room = f"room for about {memory.tokens:,} tokens"
+        room = f"room for {'at most' if memory.at_least else 'about'} {memory.tokens:,} tokens"
         if memory.full_length_requests is not None:
             room += f" ({memory.full_length_requests} requests of {memory.length})"
         parts.append(room + (f" on each of {memory.dp_size} ranks" if memory.dp_size > 1 else ""))
     where = f" on {memory.gpu}" if memory.gpu else ""
-    return f"memory of a rank{where}, the fullest being rank {memory.fullest_rank}: {', '.join(parts)}"
+    unknown = f"; not counted: {', '.join(memory.at_least)}" if memory.at_least else ""
+    return f"memory of a rank{where}, the fullest being rank {memory.fullest_rank}: {', '.join(parts)}{unknown}"

@@ -33,6 +33,7 @@ class LayoutSpec:
         engine: ``trtllm`` or ``reference``.
         launched: whether the ranks are running, so that a file that doesn't exist here is missing; otherwise it may be on another machine.
         min_requests: requests of full length that should fit into the KV cache.
+        draft: the draft model of speculative decoding, if it is known.
         layout: how the world is divided; derived from the config.
     """
 
@@ -44,6 +45,7 @@ class LayoutSpec:
     engine: str = "trtllm"
     min_requests: int = 1
     launched: bool = False
+    draft: ModelShape | None = None
     layout: Layout = field(init=False)
 
     def __post_init__(self) -> None:

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import gib
-from dynamo_mpi.layout.memory import estimate
+from dynamo_mpi.layout.memory import estimate, missing_values
 from dynamo_mpi.layout.spec import LayoutSpec
-from dynamo_mpi.layout.weights import missing_sizes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dynamo_mpi.layout.finding import Finding
-    from dynamo_mpi.layout.memory import MemoryEstimate
+    from dynamo_mpi.layout.memory import MemoryEstimate, StageMemory
 
 _MAX_WORLD = 256  # larger worlds aren't proposed
 
@@ -25,7 +24,7 @@ def check_capacity(subject: LayoutSpec) -> Iterator[Finding]:
     No finding if the kind of GPU isn't known."""
     if subject.cluster.gpu is None:
         return
-    found, missing = estimate(subject), missing_sizes(subject.shape)
+    found, missing = estimate(subject), missing_values(subject)
     if found is None and not missing:
         return  # A2 and F3 report the problem
     if found is None:
@@ -44,12 +43,13 @@ def check_capacity(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def _weights_too_large(subject: LayoutSpec, found: MemoryEstimate) -> Finding:
-    stage = max(found.stages, key=lambda stage: stage.weights_bytes)
+    stage = max(found.stages, key=lambda stage: stage.loaded_bytes)
     room = found.gpu_bytes or 0
     return error(
         "J",
-        f"the weights don't fit: {gib(stage.weights_bytes)} on a GPU of {gib(room)}",
-        found=f"{_ranks(found, stage.stage)}: {gib(stage.weights_bytes - room)} too much; {subject.layout} on {subject.cluster}",
+        f"the weights don't fit: {_at_least(found)}{gib(stage.loaded_bytes)} on a GPU of {gib(room)}",
+        found=f"{_ranks(found, stage.stage)}: {gib(stage.loaded_bytes - room)} too much{_beside(stage)}; "
+        f"{subject.layout} on {subject.cluster}",
         expected=f"weights of less than {gib(room)} per rank, and room for activations and KV cache",
         fix=_advice(subject),
     )
@@ -58,7 +58,7 @@ def _weights_too_large(subject: LayoutSpec, found: MemoryEstimate) -> Finding:
 def _no_cache(subject: LayoutSpec, found: MemoryEstimate) -> Finding:
     stage, room = found.fullest, found.gpu_bytes or 0
     used = (
-        f"{_ranks(found, stage.stage)}: weights {gib(stage.weights_bytes)}, activations {gib(stage.activation_bytes)}, "
+        f"{_ranks(found, stage.stage)}: {_loaded(found, stage)}, activations {gib(stage.activation_bytes)}, "
         f"workspace of experts {gib(stage.workspace_bytes)}, outside torch {gib(stage.outside_bytes)}"
     )
     needed = f"room for a block of {found.tokens_per_block} tokens"
@@ -73,7 +73,7 @@ def _no_cache(subject: LayoutSpec, found: MemoryEstimate) -> Finding:
             fix="raise kv_cache_config.free_gpu_memory_fraction and leave max_tokens out",
         )
     steps = stage.activation_bytes + stage.workspace_bytes
-    first = "lower max_num_tokens" if steps > stage.weights_bytes else f"{_advice(subject)}, or lower max_num_tokens"
+    first = "lower max_num_tokens" if steps > stage.loaded_bytes else f"{_advice(subject)}, or lower max_num_tokens"
     return warning(
         "J",
         f"by estimate nothing is left for the KV cache: about {gib(stage.fixed_bytes)} of {gib(room)} is used without it",
@@ -87,11 +87,13 @@ def _capacity(subject: LayoutSpec, found: MemoryEstimate, min_requests: int) -> 
     stage = found.fullest
     each = " in each rank's own cache" if found.dp_size > 1 else ""
     detail = (
-        f"{_ranks(found, stage.stage)}: weights {gib(stage.weights_bytes)} of {gib(found.gpu_bytes or 0)}, "
-        f"{stage.kv_bytes_per_token} bytes of KV per token"
+        f"{_ranks(found, stage.stage)}: {_loaded(found, stage)} of {gib(found.gpu_bytes or 0)}, "
+        f"{stage.kv_bytes_per_token} bytes of KV per token{unknown_keys(found)}"
     )
+    most = " at most" if found.at_least else " about"
     if found.tokens is None:
-        return info("J", "the weights fit, and no layer keeps tokens", found=detail)
+        held = "the encoders fit" if subject.role == "encode" else "the weights fit, and no layer keeps tokens"
+        return info("J", held, found=detail)
     requests = found.full_length_requests
     if requests is not None and requests < min_requests:
         short = (
@@ -101,13 +103,31 @@ def _capacity(subject: LayoutSpec, found: MemoryEstimate, min_requests: int) -> 
         )
         return warning(
             "J",
-            f"{short}{each}: there is room for about {found.tokens} tokens",
+            f"{short}{each}: there is room for{most} {found.tokens} tokens",
             found=detail,
             expected=f"room for {min_requests} x {found.length} tokens",
             fix=f"set max_seq_len to at most {_longest(subject, found, min_requests)}, or {_cache_advice(subject)}",
         )
     amount = "" if requests is None else f", {requests} requests of {found.length}"
-    return info("J", f"room for about {found.tokens} tokens{amount}{each}", found=detail)
+    return info("J", f"room for{most} {found.tokens} tokens{amount}{each}", found=detail)
+
+
+def _at_least(found: MemoryEstimate) -> str:
+    return "at least " if found.at_least else ""
+
+
+def _loaded(found: MemoryEstimate, stage: StageMemory) -> str:
+    return f"weights {_at_least(found)}{gib(stage.weights_bytes)}{_beside(stage)}"
+
+
+def _beside(stage: StageMemory) -> str:
+    parts = (("draft model", stage.draft_bytes), ("adapters", stage.adapter_bytes))
+    return "".join(f", {name} {gib(size)}" for name, size in parts if size)
+
+
+def unknown_keys(found: MemoryEstimate) -> str:
+    """Name the keys because of which a figure is only a lower bound; empty if there is none."""
+    return f"; not counted: {', '.join(found.at_least)}" if found.at_least else ""
 
 
 def _longest(subject: LayoutSpec, found: MemoryEstimate, requests: int) -> int:
