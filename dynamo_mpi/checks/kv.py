@@ -23,14 +23,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dynamo_mpi.checks import kv_pull, kv_rules
 from dynamo_mpi.checks.kv_pull import CONNECT_SECONDS, FAILED, NIXL, PULL_SECONDS, TCP, PairResult, Source
-from dynamo_mpi.common.errors import DynamoMpiError, ExitCode, PhaseTimeoutError, RetryableError, UsageError
+from dynamo_mpi.common.errors import (
+    DynamoMpiError,
+    ExitCode,
+    LaunchError,
+    PhaseTimeoutError,
+    RetryableError,
+    UsageError,
+)
 from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.ports import is_free
 from dynamo_mpi.common.process import hard_exit_after, host_name
 from dynamo_mpi.layout.finding import errors, render
 from dynamo_mpi.layout.format import counted, listed
-from dynamo_mpi.mpi.launcher import check_launch, detect_launcher, identify_mpi
+from dynamo_mpi.mpi.launcher import Launcher, check_launch, detect_launcher, identify_mpi
 from dynamo_mpi.mpi.world import finalize_mpi, load_mpi_library, start_mpi
 
 if TYPE_CHECKING:
@@ -327,6 +334,13 @@ def main(argv: Sequence[str]) -> int:
     log = RankLogger(launch.rank, host_name())
     try:
         settings = read_settings(argv, os.environ)
+        if launch.launcher is Launcher.ALONE:
+            # refused before MPI starts: without a launcher, Open MPI leaves 16 MiB in /dev/shm
+            raise LaunchError(
+                "the KV check was started without a launcher",
+                expected="one rank on each host of --prefill and --decode",
+                fix="srun --mpi=pmix --ntasks-per-node=1, or mpirun --map-by ppr:1:node",
+            )
         check_launch(launch, identify_mpi(load_mpi_library()))
         late = threading.Timer(START_SECONDS, _never_started, (log,))
         late.daemon = True

@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "the engine configs of a pair aren't complete, or flags of a single worker were given with them",
             expected="--prefill-engine-config and --decode-engine-config, without --engine-config and --role",
+            fix="add the missing one of the two, or check one worker: --engine-config FILE --role ROLE",
         )
     as_pair = asked or (all(pair) and not single and values["engine_config"] is None)
     model = read_model(values)

@@ -51,7 +51,9 @@ def write_out(text: str) -> None:
         UsageError: stdout is closed, or can't be written.
     """
     if sys.stdout is None:
-        raise UsageError("stdout is closed", expected="somewhere to write the answer to")
+        raise UsageError(
+            "stdout is closed", expected="somewhere to write the answer to", fix="open it: >FILE, or | less"
+        )
     try:
         try:
             print(paint(text, sys.stdout), flush=True)
@@ -61,7 +63,11 @@ def write_out(text: str) -> None:
         raise
     except OSError as error:
         silence_stdout()
-        raise UsageError(f"stdout can't be written: {error.strerror}", expected="room for the answer") from None
+        raise UsageError(
+            f"stdout can't be written: {error.strerror}",
+            expected="room for the answer",
+            fix="free some space, or write elsewhere",
+        ) from None
 
 
 def silence_stdout() -> None:

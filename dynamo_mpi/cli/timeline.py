@@ -56,7 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigFileError: a file is no timeline.
     """
     if arguments.files and arguments.run_dir:
-        raise UsageError("both files and --run-dir were given", expected="one of them")
+        raise UsageError(
+            "both files and --run-dir were given", expected="one of them", fix="omit the files, or --run-dir"
+        )
     files = arguments.files or _files_of(_run_dir(arguments))
     starts = sorted((start for path in files for start in read_traces(path)), key=_place)
     out: Path | None = arguments.out

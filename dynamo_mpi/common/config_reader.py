@@ -42,12 +42,18 @@ def read_small_text(path: str | os.PathLike[str]) -> str:
         data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ConfigFileError(
-            f"{path} is larger than {MAX_BYTES // 2**20} MiB", expected="a config, not weights or a log"
+            f"{path} is larger than {MAX_BYTES // 2**20} MiB",
+            expected="a config, not weights or a log",
+            fix="correct the path",
         )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigFileError(f"{path} is not text: {error.reason} at byte {error.start}") from None
+        raise ConfigFileError(
+            f"{path} is not text: {error.reason} at byte {error.start}",
+            expected="a file in UTF-8",
+            fix="correct the path, or convert the file: iconv -t UTF-8",
+        ) from None
 
 
 def _await_writer(pipe: int, path: str | os.PathLike[str]) -> None:
@@ -55,7 +61,9 @@ def _await_writer(pipe: int, path: str | os.PathLike[str]) -> None:
 
     if not select.select([pipe], [], [], _PIPE_SECONDS)[0]:
         raise ConfigFileError(
-            f"nothing was written to the pipe {path} within {_PIPE_SECONDS:g} s", expected="a file with the config"
+            f"nothing was written to the pipe {path} within {_PIPE_SECONDS:g} s",
+            expected="a file with the config",
+            fix="name a file, or check what writes to the pipe",
         )
     os.set_blocking(pipe, True)
 
@@ -88,9 +96,11 @@ def parse_json(text: str, path: str, expected: str) -> dict[str, Any]:
     try:
         loaded = json.loads(text, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ConfigFileError(f"{path} is not JSON: {error}", expected=expected) from None
+        raise ConfigFileError(f"{path} is not JSON: {error}", expected=expected, fix="correct it there") from None
     if not isinstance(loaded, dict):
-        raise ConfigFileError(f"{path} holds a {type(loaded).__name__}, not an object", expected=expected)
+        raise ConfigFileError(
+            f"{path} holds a {type(loaded).__name__}, not an object", expected=expected, fix="correct it, or the path"
+        )
     return loaded
 
 
@@ -122,7 +132,11 @@ def parse_yaml(text: str, path: str, expected: str, *, may_be_empty: bool = Fals
         raise ConfigFileError(f"{path} is not YAML: {reason}", expected=expected, fix="correct it there") from None
     # nor those of "!!bool 7"
     except (LookupError, AttributeError):
-        raise ConfigFileError(f"{path} is not YAML: a value doesn't fit its tag (!!name)", expected=expected) from None
+        raise ConfigFileError(
+            f"{path} is not YAML: a value doesn't fit its tag (!!name)",
+            expected=expected,
+            fix="correct the value or remove the tag",
+        ) from None
     finally:
         if loader is not None:
             loader.dispose()
@@ -131,7 +145,11 @@ def parse_yaml(text: str, path: str, expected: str, *, may_be_empty: bool = Fals
     if loaded is None:
         raise ConfigFileError(f"{path} is empty", expected=expected, fix="write the config, or omit the flag")
     if not isinstance(loaded, dict):
-        raise ConfigFileError(f"{path} holds a {type(loaded).__name__}, not a mapping", expected="`key: value` lines")
+        raise ConfigFileError(
+            f"{path} holds a {type(loaded).__name__}, not a mapping",
+            expected="`key: value` lines",
+            fix="correct it, or the path",
+        )
     return loaded
 
 
@@ -149,9 +167,14 @@ def _check_node(root: Any, path: str) -> None:
             raise ConfigFileError(
                 f"{path}, line {node.start_mark.line + 1}: a value contains itself through an alias (*name)",
                 expected="a finite config",
+                fix="write the value out",
             )
         if seen > _MAX_NODES or depth > _MAX_DEPTH:
-            raise ConfigFileError(f"{path} is too large or too deeply nested after its aliases are expanded")
+            raise ConfigFileError(
+                f"{path} is too large or too deeply nested after its aliases are expanded",
+                expected=f"at most {_MAX_NODES} values, {_MAX_DEPTH} levels deep",
+                fix="write it without aliases of aliases",
+            )
         above.add(id(node))
         if isinstance(node, yaml.MappingNode):
             keys: set[tuple[str, str]] = set()
@@ -174,6 +197,7 @@ def _check_node(root: Any, path: str) -> None:
             raise ConfigFileError(
                 f"{path}, line {node.start_mark.line + 1}: a number of {len(node.value)} characters",
                 expected=f"at most {_MAX_DIGITS}",
+                fix="write it in quotes if it is text",
             )
         above.discard(id(node))
 
@@ -261,5 +285,7 @@ class ConfigReader:
     def bad(self, key: str, expected: str) -> ConfigFileError:
         """Return the error for the value of ``key``."""
         return ConfigFileError(
-            f"{self._path}: {self._prefix}{key} is {_short(self.values.get(key))}", expected=expected
+            f"{self._path}: {self._prefix}{key} is {_short(self.values.get(key))}",
+            expected=expected,
+            fix="correct it there",
         )

@@ -14,8 +14,8 @@ PHASES = (
     *("environment", "mpi_init", "preflight", "hardware_check"),
     *("load", "warmup", "register", "serve", "drain", "exit"),
 )
-FORMER_NAMES = {"world": "mpi_init", "probe": "hardware_check", "prove": "warmup"}
-"""What phases were called before 0.1; accepted in `DYN_MPI_FAULT` for one release."""
+FORMER_PHASES = {"world": "mpi_init", "probe": "hardware_check", "prove": "warmup"}
+"""What phases were called before 0.1; accepted in `DYN_MPI_FAULT`, and in records of older workers, until 0.2."""
 PROCESS_START = "start"
 """The time before the first phase: Python's start and its imports."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import dataclass
-from dynamo_mpi.config.sources import pick
+from dynamo_mpi.config.sources import SETTINGS_FILE, pick
 from dynamo_mpi.layout.engine_config import MAX_RANKS
 
 if TYPE_CHECKING:
@@ -226,10 +226,12 @@ def resolve(
 
 
 def _convert(option: Option, text: str, origin: str) -> Any:
+    problem = f"{option.name} in the {origin} is {text!r}" if origin == SETTINGS_FILE else f"{origin} is {text!r}"
+    fix = f"correct the {origin.replace('environment', 'variable')}"
     try:
         value = option.convert(text)
     except ValueError as error:
-        raise UsageError(f"{origin} is {text!r}", expected=str(error)) from None
+        raise UsageError(problem, expected=str(error), fix=fix) from None
     if option.choices and value not in option.choices:
-        raise UsageError(f"{origin} is {text!r}", expected=f"one of {', '.join(option.choices)}")
+        raise UsageError(problem, expected=f"one of {', '.join(option.choices)}", fix=fix)
     return value

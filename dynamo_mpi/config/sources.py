@@ -20,6 +20,8 @@ MAX_SECONDS = 1e8
 WORLD_SECONDS = 600.0
 """Seconds until the preflight result by default: imports from a cold container image on hundreds of nodes take minutes."""
 SETTINGS_VARIABLE = "DYN_MPI_SETTINGS"
+SETTINGS_FILE = "settings file"
+"""The origin of a setting that the file has."""
 EARLY = ("heartbeat_timeout", "world_timeout", "failure_dir", "log_dir")
 """The settings that are needed before MPI runs. Flag and variable of each are made of its name."""
 
@@ -139,8 +141,8 @@ def pick(
         if isinstance(value, dict):  # a JSON value of a flag may be written as YAML here
             import json
 
-            return json.dumps(value, default=str), "settings file"
-        return str(value).lower() if isinstance(value, bool) else str(value), "settings file"
+            return json.dumps(value, default=str), SETTINGS_FILE
+        return str(value).lower() if isinstance(value, bool) else str(value), SETTINGS_FILE
     return None, "default"
 
 

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError, UsageError
+from dynamo_mpi.common.phases import FORMER_PHASES
 from dynamo_mpi.config.engine import ROLE, engine_flags
 from dynamo_mpi.config.options import Option, add_options, resolve
+from dynamo_mpi.config.sources import SETTINGS_FILE
 from dynamo_mpi.config.worker_options import OPTIONS
 from dynamo_mpi.layout.engine_layers import split_dynamic_flags
 from dynamo_mpi.layout.model_files import find_model
@@ -95,8 +97,26 @@ class Settings:
         return engine_flags(vars(self))
 
 
-# accepted for one release
+# accepted until 0.2
 _FORMER_NAMES = {"prove_timeout": "warmup_timeout"}
+
+
+def former_names(sources: WorkerSources) -> list[str]:
+    """Return a warning for each setting that was given by its former name."""
+    used = dict[str, str]()
+    for former, name in _FORMER_NAMES.items():
+        flag, new_flag = (f"--{text.replace('_', '-')}" for text in (former, name))
+        variable, new_variable = (f"DYN_MPI_{text.upper()}" for text in (former, name))
+        if any(word.partition("=")[0] == flag for word in sources.argv):
+            used[flag] = new_flag
+        if sources.environ.get(variable):
+            used[variable] = new_variable
+        if former in sources.file:
+            used[f"{former} in the {SETTINGS_FILE}"] = name
+    phase = sources.environ.get("DYN_MPI_FAULT", "").partition(":")[2].partition(":")[0]
+    if phase in FORMER_PHASES:
+        used[f"phase {phase} in DYN_MPI_FAULT"] = FORMER_PHASES[phase]
+    return [f"{former} is called {name} now; the former name is accepted until 0.2" for former, name in used.items()]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -150,6 +170,7 @@ def load_settings(sources: WorkerSources) -> Settings:
         raise UsageError(
             f"{origins['role']} is {role!r}: the reference engine doesn't encode images",
             expected="--role agg, prefill or decode, or --engine trtllm",
+            fix="correct one of them",
         )
     if values["served_model_name"] is None:
         values["served_model_name"] = values["model"].resolve().name
@@ -175,6 +196,7 @@ def _known(sources: WorkerSources) -> dict[str, Any]:
         raise ConfigFileError(
             f"the settings file {sources.file_name} has unknown settings: {', '.join(unknown)}",
             expected=", ".join(sorted(known)),
+            fix="correct or remove them",
         )
     return named
 

@@ -68,13 +68,25 @@ def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> No
             stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError:
-        raise UsageError("scontrol isn't on PATH", expected="Slurm's commands, on the host") from None
+        raise UsageError(
+            "scontrol isn't on PATH",
+            expected="Slurm's commands, on the host",
+            fix="run this on the host, not in a container, and add Slurm's bin folder to PATH",
+        ) from None
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
-        raise UsageError(f"Slurm doesn't say which nodes job {job_id} has: {said}") from None
+        raise UsageError(
+            f"scontrol show hostnames failed, so the nodes of job {job_id} are unknown: {said}",
+            expected=f"the nodes of SLURM_JOB_NODELIST={written}",
+            fix="try it in this shell, and scontrol ping; if the list is cut or wrong, start a new shell in the allocation",
+        ) from None
     names = tuple(done.stdout.split())
     if not names:
-        raise UsageError(f"job {job_id} has no nodes: SLURM_JOB_NODELIST is {written!r}")
+        raise UsageError(
+            f"job {job_id} has no nodes: SLURM_JOB_NODELIST is {written!r}",
+            expected="the nodes of the allocation",
+            fix="run this in the shell or the batch script of the allocation, with its variables",
+        )
     here = environ.get("SLURMD_NODENAME", "")
     return Nodes(names, here if here in names else names[0], job_id)
 
@@ -99,12 +111,14 @@ def of_hostfile(path: Path, here: str) -> Nodes:
         lines = read_small_text(path).splitlines()
     except OSError as error:
         raise ConfigFileError(
-            f"the hostfile {path} can't be read: {error.strerror}", expected="one host on a line"
+            f"the hostfile {path} can't be read: {error.strerror}",
+            expected="one host on a line",
+            fix="correct --hostfile, or the file's permissions",
         ) from None
     words = (line.partition("#")[0].split() for line in lines)
     names = tuple(dict.fromkeys(first for first, *_ in filter(None, words)))
     if not names:
-        raise ConfigFileError(f"the hostfile {path} names no host", expected="one host on a line")
+        raise ConfigFileError(f"the hostfile {path} names no host", expected="one host on a line", fix="add the hosts")
     return Nodes(names, here)
 
 

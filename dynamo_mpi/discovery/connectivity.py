@@ -126,7 +126,9 @@ class _Etcd(NamedTuple):
         addresses = [read_address(url, DEFAULT_PORT, ("http", "https"), "ETCD_ENDPOINTS") for url in endpoints]
         if not endpoints:
             raise UsageError(
-                "ETCD_ENDPOINTS names no endpoint", expected="http://HOST:PORT, or several with commas between"
+                "ETCD_ENDPOINTS names no endpoint",
+                expected="http://HOST:PORT, or several with commas between",
+                fix="set it to etcd's addresses, or unset it for http://localhost:2379",
             )
         auth = EtcdAuth.from_env(environ)
         secured = any(address.scheme == "https" for address in addresses)

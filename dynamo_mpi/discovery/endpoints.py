@@ -61,7 +61,11 @@ def read_address(url: str, default_port: int, schemes: Sequence[str], variable: 
     except ValueError:
         readable = False
     if not readable:
-        raise UsageError(f"{variable}: {strip_credentials(url)} can't be read", expected=f"{schemes[0]}://HOST:PORT")
+        raise UsageError(
+            f"{variable}: {strip_credentials(url)} can't be read",
+            expected=f"{schemes[0]}://HOST:PORT",
+            fix=f"correct {variable}",
+        )
     return Address(parts.scheme, host, port)
 
 

@@ -127,7 +127,11 @@ def split_dynamic_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
             continue
         if at + 1 == len(words) or words[at + 1].startswith("--"):
             key, _, value = word.partition("=")
-            raise UsageError(f"{word} has no value", expected=f"{key} {value or 'VALUE'}, with a blank between them")
+            raise UsageError(
+                f"{word} has no value",
+                expected=f"{key} {value or 'VALUE'}, with a blank between them",
+                fix="add the value",
+            )
         dynamic += words[at : at + 2]
         at += 2
     return others, dynamic
@@ -146,7 +150,11 @@ def _override(layers: EngineLayers) -> dict[str, Any]:
     for flag, text in zip(layers.dynamic[::2], layers.dynamic[1::2], strict=True):
         path = flag.removeprefix(DYNAMIC_PREFIX).split(".")
         if not all(path) or not _set(keys, path, _guess(text)):
-            raise UsageError(f"{flag} {text} names no engine key, or contradicts another such flag")
+            raise UsageError(
+                f"{flag} {text} names no engine key, or contradicts another such flag",
+                expected="--trtllm.KEY VALUE, or --trtllm.SECTION.KEY VALUE",
+                fix="correct or remove it",
+            )
     return keys
 
 

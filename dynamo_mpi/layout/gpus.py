@@ -64,5 +64,7 @@ def find_gpu(name: str) -> Gpu:
     """
     gpu = GPUS.get(name.strip().lower().replace("_", "-"))
     if gpu is None:
-        raise UsageError(f"no kind of GPU is called {name!r}", expected=f"one of {', '.join(sorted(GPUS))}")
+        raise UsageError(
+            f"no kind of GPU is called {name!r}", expected=f"one of {', '.join(sorted(GPUS))}", fix="correct --gpu"
+        )
     return gpu

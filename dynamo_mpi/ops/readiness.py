@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.phases import FORMER_PHASES
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -165,4 +167,5 @@ def _missing(name: str, workers: Sequence[StoredRecord], now: float) -> MissingI
 
 
 def _how_far(worker: WorkerRecord) -> int:
-    return _ORDER.index(worker.phase) if worker.phase in _ORDER else -1
+    phase = FORMER_PHASES.get(worker.phase, worker.phase)
+    return _ORDER.index(phase) if phase in _ORDER else -1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode
-from dynamo_mpi.common.phases import PHASES
+from dynamo_mpi.common.phases import FORMER_PHASES, PHASES
 from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.deploy.services import listed_models
 from dynamo_mpi.discovery.endpoints import strip_credentials
@@ -151,7 +151,7 @@ def _warnings(unreadable: Mapping[str, str], odd: Mapping[str, list[str]]) -> li
 
 def _unknown(worker: StoredRecord) -> list[str]:
     phase, role = worker.record.phase, worker.record.role
-    strange = [f"its phase {phase!r:.40}"] if phase not in PHASES else []
+    strange = [f"its phase {phase!r:.40}"] if FORMER_PHASES.get(phase, phase) not in PHASES else []
     strange += [f"its role {role!r:.40}"] if role not in _ROLES else []
     return [f"{sanitize(worker.key)}: {' and '.join(strange)} isn't known here"] if strange else []
 

@@ -17,7 +17,7 @@ from dynamo_mpi.common.failure import Failure, TerminatedBySignal, describe_erro
 from dynamo_mpi.common.hooks import WorldFailure
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.waiting import run_suppressed
-from dynamo_mpi.config.worker import load_settings, resolve_model_dir
+from dynamo_mpi.config.worker import former_names, load_settings, resolve_model_dir
 from dynamo_mpi.discovery.connectivity import check_connectivity
 from dynamo_mpi.discovery.etcd import EtcdAuth
 from dynamo_mpi.discovery.registration_monitor import InstanceLease
@@ -90,6 +90,8 @@ class LeaderRank:
                 settings = load_settings(self._sources)
                 log_writer.open_file(str(settings.log_dir or ""), _label(settings), self._world.rank)
                 self._hooks.add_status_hooks(settings)
+                for line in former_names(self._sources):
+                    self._log.warning(line)
                 check_engine_installed(settings)
                 settings = resolve_model_dir(settings, os.environ)
                 inputs = load_inputs(settings, argv)
@@ -106,11 +108,14 @@ class LeaderRank:
                     rank0_address = choose_rank0_address(reports, settings.liveness_network)
                 except DynamoMpiError as error:
                     return self._stop(f"error: {error}", error.exit_code)
-            if result.exit_code is not ExitCode.OK or settings.preflight_only:
+            if result.exit_code is not ExitCode.OK:
+                return self._stop(result.report, result.exit_code)
+            if rank0_address is not None:
+                self._log.info(rank0_address.line)
+            if settings.preflight_only:
                 return self._stop(result.report, result.exit_code)
             self._log.info(result.report)
             if rank0_address is not None:
-                self._log.info(rank0_address.line)
                 settings = replace(settings, kv_network=settings.kv_network or rank0_address.network or None)
             try:
                 endpoints = check_connectivity(os.environ, settings.request_plane, settings.probe_timeout)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.host_address import host_address, known_address, source_address
 from dynamo_mpi.common.interfaces import host_networks
-from dynamo_mpi.common.networks import HostNetworks, choose, distinct, usable
+from dynamo_mpi.common.networks import SETTING, HostNetworks, choose, distinct, usable
 from dynamo_mpi.common.ports import LOOPBACK, LOOPBACK_INTERFACE, in_url
 from dynamo_mpi.discovery.endpoints import read_address
 
@@ -33,12 +33,14 @@ def choose_rank0_address(reports: Sequence[RankReport], setting: str | None) -> 
         setting: ``--liveness-network``.
 
     Raises:
-        UsageError: there is no address that all hosts can reach.
+        UsageError: there is no address that all hosts can reach, or this host has none as the setting asks for.
     """
     known = [HostNetworks.unpack(report.host, report.networks) for report in reports if report.networks]
     known.sort(key=lambda host: host.host != reports[0].host)
     hosts = distinct(known)
     if len(hosts) < 2 or hosts[0].host != reports[0].host:
+        if setting is not None and len(reports) > 1:
+            host_address(setting, SETTING)
         return None
     return choose(hosts, known_address(), setting)
 

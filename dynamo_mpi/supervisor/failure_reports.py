@@ -31,8 +31,8 @@ def rank_died(host: str) -> DynamoMpiError:
     return EngineError(
         "died: its process exited without reporting an error",
         expected="every rank runs until the worker ends",
-        fix="see the launcher's message below for the signal or exit code; signal 9 (code 137) that no user sent means out of memory: "
-        f"check dmesg on {host}",
+        fix="look for the signal or exit code in the output of what started the process (srun, mpirun, the container runtime); signal 9 "
+        f"(code 137) that no user sent means out of memory: check dmesg on {host}",
     )
 
 

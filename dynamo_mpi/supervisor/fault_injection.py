@@ -21,7 +21,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.phases import FORMER_NAMES, PHASES
+from dynamo_mpi.common.phases import FORMER_PHASES, PHASES
 
 if TYPE_CHECKING:
     import asyncio
@@ -92,7 +92,7 @@ def parse_fault(text: str) -> Fault:
     match = _PATTERN.fullmatch(text.strip())
     if match is not None:
         rank, phase, delay, trigger, action, code, value = match.groups()
-        phase = FORMER_NAMES.get(phase, phase)
+        phase = FORMER_PHASES.get(phase, phase)
         right_value = (action == "exit") == (code is not None) and (value is None or action == "slow")
         if phase in PHASES and action in ACTIONS and right_value and int(code or 0) < 256:
             number = float(code or value or _DEFAULT_VALUES.get(action, 0.0))

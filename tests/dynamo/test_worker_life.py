@@ -122,7 +122,7 @@ def test_killed_follower_ends_the_world(start: Start) -> None:
 
 def test_nothing_is_registered_before_the_proof(etcd: EtcdServer, start: Start) -> None:
     before = etcd.revision()
-    worker = start(3, "--prove-timeout", "0")
+    worker = start(3, "--warmup-timeout", "0")
     assert worker.wait() == 124, worker.text()
     assert "the first completion took more than 0 s" in worker.text()
     assert etcd.written("v1/", before) == [], "not even for a moment"

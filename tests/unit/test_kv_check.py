@@ -37,7 +37,7 @@ from dynamo_mpi.checks.kv_pull import (
     run_pair,
 )
 from dynamo_mpi.checks.kv_rules import check_coverage, check_kv, slow_pairs, summary
-from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.deploy.nodes import Worker
 from dynamo_mpi.deploy.settings import read_settings as read_launch_settings
@@ -439,3 +439,13 @@ def test_launch_gives_the_check_the_workers_network(words: tuple[str, ...]) -> N
     command = kv_check_words(settings, find_source(None, None), workers)
     assert command[-len(words) :] == words
     assert "eth0" not in command
+
+
+def test_without_a_launcher_mpi_is_not_started(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "PMI", "OMPI_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(kv, "start_mpi", lambda: pytest.fail("MPI was started"))
+    assert kv.main(["--prefill", "a", "--decode", "b"]) == ExitCode.USAGE
+    assert "started without a launcher" in capfd.readouterr().err

@@ -332,7 +332,16 @@ def test_where_all_ranks_are_on_one_host_nothing_is_chosen() -> None:
     n1, n2 = host("n1", eth(1)), host("n2", eth(2))
     assert choose_rank0_address([card(n1), card(n1, tells=False)], None) is None
     # two names, one network namespace
-    assert choose_rank0_address([card(n1), card(n2._replace(namespace=n1.namespace))], "nonsense") is None
+    assert choose_rank0_address([card(n1), card(n2._replace(namespace=n1.namespace))], None) is None
+
+
+def test_a_setting_that_fits_no_address_is_refused() -> None:
+    n1 = host("n1", eth(1))
+    assert choose_rank0_address([card(n1), card(n1)], "127.0.0.1") is None
+    with pytest.raises(UsageError, match="this host has no address by nonsense"):
+        choose_rank0_address([card(n1), card(n1)], "nonsense")
+    # a world of one rank has no connections
+    assert choose_rank0_address([card(n1)], "nonsense") is None
 
 
 def test_the_ranks_of_several_hosts_meet(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,9 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "absent.gguf cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
+    assert main([]) == ExitCode.USAGE
+    assert "fix:      python -m dynamo_mpi.engines.reference.convert_gguf --help" in capsys.readouterr().err
+
 
 def test_weights_alone_leave_the_publishers_files(tmp_path: Path) -> None:
     gguf, folder = write_gguf(tmp_path / "m.gguf", pre_tokenizer="unknown"), tmp_path / "model"

@@ -18,6 +18,7 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode
+from dynamo_mpi.common.phases import FORMER_PHASES, PHASES
 from dynamo_mpi.deploy.run_dir import RunDir
 from dynamo_mpi.ops.deployment import find_deployment
 from tests.certificates import certificates, without_certificate
@@ -228,6 +229,13 @@ def test_what_is_no_record_is_a_warning(board: Board, run: Run, content: Any, wh
 def test_a_phase_and_a_role_that_are_not_known(board: Board, run: Run) -> None:
     board.worker("agg", role="router", phase="dance")
     assert "its phase 'dance' and its role 'router' isn't known here" in as_json(run)["warnings"][0]
+
+
+@pytest.mark.parametrize(("former", "phase"), FORMER_PHASES.items())
+def test_an_older_workers_phase_is_known(board: Board, run: Run, former: str, phase: str) -> None:
+    board.worker("agg", phase=former)
+    assert phase in PHASES
+    assert as_json(run)["warnings"] == []
 
 
 def test_where_no_etcd_answers(board: Board, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from dynamo_mpi.common.errors import ConfigFileError, DynamoMpiError, UsageError
 from dynamo_mpi.config.sources import EARLY, WORLD_SECONDS, EarlySettings, WorkerSources
-from dynamo_mpi.config.worker import load_settings
+from dynamo_mpi.config.worker import former_names, load_settings
 from dynamo_mpi.config.worker_options import OPTIONS
 
 
@@ -32,6 +32,29 @@ from dynamo_mpi.config.worker_options import OPTIONS
 )
 def test_flags_over_variables_over_defaults(argv: list[str], environ: dict[str, str], expected: EarlySettings) -> None:
     assert WorkerSources(argv, environ).early == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "file", "warned"),
+    [
+        (["--warmup-timeout", "5"], {"DYN_MPI_FAULT": "rank1:load:kill"}, "", ""),
+        (["--prove-timeout", "5"], {}, "", "--prove-timeout is called --warmup-timeout now"),
+        (["--prove-timeout=5"], {}, "", "--prove-timeout is called --warmup-timeout now"),
+        ([], {"DYN_MPI_PROVE_TIMEOUT": "5"}, "", "DYN_MPI_PROVE_TIMEOUT is called DYN_MPI_WARMUP_TIMEOUT now"),
+        ([], {}, "prove-timeout: 5", "prove_timeout in the settings file is called warmup_timeout now"),
+        ([], {"DYN_MPI_FAULT": "rank1:prove:kill"}, "", "phase prove in DYN_MPI_FAULT is called warmup now"),
+    ],
+)
+def test_a_former_name_gets_one_warning(
+    argv: list[str], environ: dict[str, str], file: str, warned: str, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.yaml").write_text(file + "\n")
+    sources = WorkerSources(["--model", "m", "--settings", str(tmp_path / "settings.yaml"), *argv], environ)
+    # the fault's variable isn't a setting
+    assert "DYN_MPI_FAULT" in environ or load_settings(sources).warmup_timeout == 5
+    warnings = former_names(sources)
+    assert len(warnings) == bool(warned)
+    assert not warned or warnings[0].startswith(warned)
 
 
 @pytest.mark.parametrize("sources", list(itertools.product((False, True), repeat=3)))

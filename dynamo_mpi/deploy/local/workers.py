@@ -35,7 +35,9 @@ def prepare_model(given: Path | None, folder: Path) -> tuple[Path, str]:
     from dynamo_mpi.engines.reference.convert_gguf import export_model, find_default_gguf
 
     if given is not None and not given.exists():
-        raise ModelNotFoundError(f"there is no {given}", expected="a model folder or a GGUF file")
+        raise ModelNotFoundError(
+            f"there is no {given}", expected="a model folder or a GGUF file", fix="correct the path"
+        )
     if given is not None and given.is_dir():
         return given.resolve(), given.resolve().name
     gguf = find_default_gguf() if given is None else given.resolve()

@@ -18,9 +18,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from dynamo_mpi.common.errors import DynamoMpiError, ModelNotFoundError
+from dynamo_mpi.common.errors import DynamoMpiError, ModelNotFoundError, UsageError
 from dynamo_mpi.engines.reference.gguf_model import GgufModel, hugging_face_files, llama_shape
 
 if TYPE_CHECKING:
@@ -209,9 +209,14 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()[:_FINGERPRINT_DIGITS]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message[:1].upper()}{message[1:]}", expected="[GGUF] OUT_DIR", fix=f"{self.prog} --help")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m dynamo_mpi.engines.reference.convert_gguf",
         description="Make a model folder (config.json, tokenizer, weights) from one GGUF file.",
     )
@@ -222,8 +227,8 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="leave the configuration and the tokenizer of the folder as they are",
     )
-    options = parser.parse_args(arguments)
     try:
+        options = parser.parse_args(arguments)
         gguf = find_default_gguf() if options.gguf is None else options.gguf
         _write(options.out_dir, lambda staged: _convert(gguf, staged, weights_only=options.weights_only))
         print(options.out_dir)

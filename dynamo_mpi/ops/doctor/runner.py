@@ -218,9 +218,15 @@ def chosen(only: str | None, further: Sequence[Section] = ()) -> tuple[Section, 
     names = [name.strip() for name in only.split(",") if name.strip()]
     known = [section.name for section in everything]
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"--only: there is no section {', '.join(unknown)}", expected=f"some of {', '.join(known)}")
+        raise UsageError(
+            f"--only: there is no section {', '.join(unknown)}",
+            expected=f"some of {', '.join(known)}",
+            fix="correct --only",
+        )
     if not names:
-        raise UsageError("--only names no section", expected=f"some of {', '.join(known)}")
+        raise UsageError(
+            "--only names no section", expected=f"some of {', '.join(known)}", fix="name one, or omit --only"
+        )
     return tuple(section for section in everything if section.name in names)
 
 
