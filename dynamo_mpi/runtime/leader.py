@@ -18,15 +18,9 @@ from dynamo_mpi.common.hooks import WorldFailure
 from dynamo_mpi.common.log_writer import log_writer
 from dynamo_mpi.common.waiting import run_suppressed
 from dynamo_mpi.config.worker import former_names, load_settings, resolve_model_dir
-from dynamo_mpi.discovery.connectivity import check_connectivity
-from dynamo_mpi.discovery.etcd import EtcdAuth
-from dynamo_mpi.discovery.registration_monitor import InstanceLease
-from dynamo_mpi.discovery.runtime_compat import check_runtime_can_use
 from dynamo_mpi.mpi.placement import hosts, ranks_by_host
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
 from dynamo_mpi.runtime.follower import CONTINUE, SHUTDOWN_SECONDS, STOP
-from dynamo_mpi.runtime.reach import choose_rank0_address, set_runtime_address
-from dynamo_mpi.runtime.serving import export_runtime_env
 from dynamo_mpi.runtime.worker_context import WorkerContext
 from dynamo_mpi.runtime.worker_hooks import LeaderHooks
 
@@ -38,6 +32,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.config.sources import WorkerSources
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.discovery.record_publisher import RecordPublisher
+    from dynamo_mpi.discovery.registration_monitor import InstanceLease
     from dynamo_mpi.engines.spec import EngineSpec
     from dynamo_mpi.supervisor.context import RankContext
     from dynamo_mpi.supervisor.signals import ShutdownSignals
@@ -103,7 +98,10 @@ class LeaderRank:
             if self._hooks.status is not None:
                 self._hooks.status.severities = tuple(finding.severity for finding in result.findings)
             rank0_address: Choice | None = None
-            if result.exit_code is ExitCode.OK:
+            # only ranks on several hosts report their networks
+            if result.exit_code is ExitCode.OK and any(report.networks for report in reports):
+                from dynamo_mpi.runtime.reach import choose_rank0_address
+
                 try:
                     rank0_address = choose_rank0_address(reports, settings.liveness_network)
                 except DynamoMpiError as error:
@@ -118,11 +116,7 @@ class LeaderRank:
             if rank0_address is not None:
                 settings = replace(settings, kv_network=settings.kv_network or rank0_address.network or None)
             try:
-                endpoints = check_connectivity(os.environ, settings.request_plane, settings.probe_timeout)
-                for line in check_runtime_can_use(endpoints, EtcdAuth.from_env(os.environ)):
-                    self._log.warning(line)
-                export_runtime_env(endpoints)
-                set_runtime_address(rank0_address, endpoints, os.environ)
+                self._prepare_runtime(settings, rank0_address)
                 self._hooks.assign_runtime_port(settings)
                 check_frontend_can_load(settings.model, inputs.inquiry.files[0].content)
                 signals = self._publish_record(settings, result, reports)
@@ -151,6 +145,20 @@ class LeaderRank:
             code = runner.run(spec, inputs.shape.bos_token_id or 0, partial(self._on_ready, settings))
         supervisor.close()
         return code
+
+    def _prepare_runtime(self, settings: Settings, rank0_address: Choice | None) -> None:
+        """Check that etcd and NATS answer, and set the variables of Dynamo's runtime. Its modules are imported after the verdict only."""
+        from dynamo_mpi.discovery.connectivity import check_connectivity
+        from dynamo_mpi.discovery.etcd import EtcdAuth
+        from dynamo_mpi.discovery.runtime_compat import check_runtime_can_use
+        from dynamo_mpi.runtime.reach import set_runtime_address
+        from dynamo_mpi.runtime.serving import export_runtime_env
+
+        endpoints = check_connectivity(os.environ, settings.request_plane, settings.probe_timeout)
+        for line in check_runtime_can_use(endpoints, EtcdAuth.from_env(os.environ)):
+            self._log.warning(line)
+        export_runtime_env(endpoints)
+        set_runtime_address(rank0_address, endpoints, os.environ)
 
     def _check_hardware(
         self,
@@ -223,6 +231,8 @@ class LeaderRank:
         self._context.agent.send(f"signalled {number}")
 
     def _instance_lease(self, settings: Settings) -> InstanceLease:
+        from dynamo_mpi.discovery.registration_monitor import InstanceLease
+
         instance_lease = InstanceLease(settings.endpoint, os.environ, self._hooks.on_registered)
         self._hooks.add(instance_lease)
         return instance_lease

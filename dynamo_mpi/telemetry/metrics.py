@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.failure import DetectedBy
@@ -172,6 +171,8 @@ def describe_progress(progress: PhaseProgress) -> str:
 
 
 def _durations(ranks: Sequence[RankTimings]) -> list[Sample]:
+    from statistics import median  # it imports as much as the preflight's rules
+
     by_phase: dict[str, list[float]] = {}
     first: dict[str, float] = {}
     for rank in ranks:
