@@ -93,7 +93,7 @@ class PreflightInputs:
         version: TensorRT-LLM's version; None for the newest known one.
         gpu: kind of GPU; None if it wasn't given.
         min_requests: requests of full length that should fit into the KV cache.
-        inquiry: the request to every rank.
+        report_request: the request to every rank.
         memory_later: whether the GPU check will evaluate the GPUs' free memory.
         draft: the draft model's shape; None without one, or where it can't be read.
     """
@@ -105,7 +105,7 @@ class PreflightInputs:
     version: TrtllmVersion | None
     gpu: str | None
     min_requests: int
-    inquiry: ReportRequest
+    report_request: ReportRequest
     memory_later: bool = False
     draft: ModelShape | None = None
 
@@ -185,7 +185,7 @@ def load_inputs(settings: Settings, argv: Sequence[str]) -> PreflightInputs:
         else installed_trtllm_version(),
         gpu=settings.gpu,
         min_requests=settings.min_requests,
-        inquiry=ReportRequest(
+        report_request=ReportRequest(
             tuple(argv),
             str(folder),
             weight_files(names),
@@ -207,15 +207,15 @@ def _watch(label: str, path: Path, error_type: type[ModelNotFoundError] | type[C
         ) from None
 
 
-def evaluate(plan: PreflightInputs, cards: Sequence[RankReport]) -> PreflightResult:
+def evaluate(plan: PreflightInputs, reports: Sequence[RankReport]) -> PreflightResult:
     """Apply all rules to the ranks' reports. Pure."""
-    roster = check_ranks(cards)
-    nodes = hosts(cards)
+    roster = check_ranks(reports)
+    nodes = hosts(reports)
     scattered = any(finding.rule == "A11" for finding in roster)
     # facts from ranks of another version can't be read
-    rows = _rows(cards) if plan.inquiry.hosts and not any(finding.rule == "P4" for finding in roster) else []
+    rows = _rows(reports) if plan.report_request.hosts and not any(finding.rule == "P4" for finding in roster) else []
     gpu = plan.gpu or _kind(rows)
-    cluster = Cluster(1, len(cards), gpu) if scattered else Cluster(len(nodes), len(cards) // len(nodes), gpu)
+    cluster = Cluster(1, len(reports), gpu) if scattered else Cluster(len(nodes), len(reports) // len(nodes), gpu)
     subject = LayoutSpec(
         plan.shape,
         plan.config,
@@ -239,7 +239,7 @@ def evaluate(plan: PreflightInputs, cards: Sequence[RankReport]) -> PreflightRes
             report += f"\nwould work: {works}"
         return PreflightResult(exit_code_of(findings, _EXIT_CODES), report, tuple(findings), subject)
     where = nodes[0] if len(nodes) == 1 else f"{len(nodes)} nodes ({nodes[0]} … {nodes[-1]})"
-    ranks = f"{len(cards)} rank{'' if len(cards) == 1 else 's'}"
+    ranks = f"{len(reports)} rank{'' if len(reports) == 1 else 's'}"
     report = f"preflight: ok: {plan.shape.name}, {subject.layout}, {ranks} on {where}" + (f", {gpu}" if gpu else "")
     text = report + (f"\n{details}" if details else "")
     return PreflightResult(ExitCode.OK, text, tuple(findings), subject, _weights(plan, checked.memory))
@@ -248,10 +248,10 @@ def evaluate(plan: PreflightInputs, cards: Sequence[RankReport]) -> PreflightRes
 # The reference engine has no requirements of hosts and GPUs, so its start need not import these modules.
 
 
-def _rows(cards: Sequence[RankReport]) -> list[RankFacts]:
+def _rows(reports: Sequence[RankReport]) -> list[RankFacts]:
     from dynamo_mpi.checks.rank_facts import rows_of
 
-    return rows_of(cards)
+    return rows_of(reports)
 
 
 def _kind(rows: Sequence[RankFacts]) -> str | None:
@@ -268,12 +268,12 @@ def _host_findings(plan: PreflightInputs, rows: Sequence[RankFacts], memory: Mem
     from dynamo_mpi.checks.host_rules import check_hosts
     from dynamo_mpi.checks.rank_facts import Requirements
 
-    needs = Requirements(_weights(plan, memory), not plan.inquiry.gpus, plan.memory_later)
+    needs = Requirements(_weights(plan, memory), not plan.report_request.gpus, plan.memory_later)
     return check_hosts(rows, needs)
 
 
 def _weights(plan: PreflightInputs, memory: MemoryEstimate | None) -> tuple[int, ...]:
-    if not plan.inquiry.gpus:
+    if not plan.report_request.gpus:
         return ()
     from dynamo_mpi.checks.host_rules import weights_by_rank
 

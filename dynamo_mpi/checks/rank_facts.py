@@ -49,16 +49,16 @@ class Requirements(NamedTuple):
     memory_later: bool = False
 
 
-def rows_of(cards: Sequence[RankReport]) -> list[RankFacts]:
+def rows_of(reports: Sequence[RankReport]) -> list[RankFacts]:
     """Unpack the facts about hosts and GPUs from the ranks' reports, which are in rank order and of this version."""
     return [
         RankFacts(
             rank,
-            card.host,
-            HostFacts.unpack(card.host_facts),
-            NodeGpus.unpack(card.gpu_facts) if card.gpu_facts else NodeGpus(),
+            report.host,
+            HostFacts.unpack(report.host_facts),
+            NodeGpus.unpack(report.gpu_facts) if report.gpu_facts else NodeGpus(),
         )
-        for rank, card in enumerate(cards)
+        for rank, report in enumerate(reports)
     ]
 
 

@@ -127,32 +127,32 @@ class RankReport(NamedTuple):
 
 
 def collect_rank_report(
-    inquiry: ReportRequest, launch: LaunchInfo, argv: Sequence[str], mpi_library: str = ""
+    report_request: ReportRequest, launch: LaunchInfo, argv: Sequence[str], mpi_library: str = ""
 ) -> RankReport:
-    """Answer ``inquiry`` for this rank. Never raises: what can't be read becomes a problem.
+    """Answer ``report_request`` for this rank. Never raises: what can't be read becomes a problem.
 
     Args:
-        inquiry: rank 0's request.
+        report_request: rank 0's request.
         launch: how this rank was started.
         argv: its command line, without the program.
         mpi_library: the MPI library's own version text.
     """
-    if inquiry.version != __version__:
+    if report_request.version != __version__:
         return RankReport(host_name(), os.environ.get("CUDA_VISIBLE_DEVICES", ""), __version__, ())
     first_of_node = launch.local_rank in (0, None)
     problems: list[str] = []
-    if tuple(argv) != inquiry.argv:
-        problems.append(f"command line: is `{' '.join(argv)}`, on rank 0 `{' '.join(inquiry.argv)}`")
-    problems += [f"{file.label}: {found}" for file in inquiry.files if (found := _compare(file))]
-    if inquiry.weights and (found := _weights(inquiry, each_file=first_of_node)):
+    if tuple(argv) != report_request.argv:
+        problems.append(f"command line: is `{' '.join(argv)}`, on rank 0 `{' '.join(report_request.argv)}`")
+    problems += [f"{file.label}: {found}" for file in report_request.files if (found := _compare(file))]
+    if report_request.weights and (found := _weights(report_request, each_file=first_of_node)):
         problems.append(f"model: {found}")
     return RankReport(
         host_name(),
         os.environ.get("CUDA_VISIBLE_DEVICES", ""),
         __version__,
         tuple(problems),
-        _host_facts(mpi_library, first_of_node) if inquiry.hosts else (),
-        _gpu_facts() if inquiry.gpus else (),
+        _host_facts(mpi_library, first_of_node) if report_request.hosts else (),
+        _gpu_facts() if report_request.gpus else (),
         # not needed if all ranks are on one node
         _networks() if first_of_node and launch.size != 1 and launch.local_size != launch.size else (),
     )
@@ -205,15 +205,15 @@ def weight_files(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if name.endswith((".safetensors", ".gguf", ".bin"))))
 
 
-def _weights(inquiry: ReportRequest, *, each_file: bool) -> str:
+def _weights(report_request: ReportRequest, *, each_file: bool) -> str:
     try:
-        names = set(weight_files(os.listdir(inquiry.model_dir)))
+        names = set(weight_files(os.listdir(report_request.model_dir)))
     except OSError as error:
-        return f"{inquiry.model_dir} can't be read: {error.strerror}"
-    if missing := [name for name in inquiry.weights if name not in names]:
-        return f"{inquiry.model_dir} lacks {len(missing)} of {len(inquiry.weights)} weight files, first {missing[0]}"
+        return f"{report_request.model_dir} can't be read: {error.strerror}"
+    if missing := [name for name in report_request.weights if name not in names]:
+        return f"{report_request.model_dir} lacks {len(missing)} of {len(report_request.weights)} weight files, first {missing[0]}"
     if each_file:  # once per node: if every rank opened hundreds of shards, a shared file system would be overloaded
-        for name in inquiry.weights:
-            if not os.access(os.path.join(inquiry.model_dir, name), os.R_OK):
-                return f"{os.path.join(inquiry.model_dir, name)} can't be read"
+        for name in report_request.weights:
+            if not os.access(os.path.join(report_request.model_dir, name), os.R_OK):
+                return f"{os.path.join(report_request.model_dir, name)} can't be read"
     return ""

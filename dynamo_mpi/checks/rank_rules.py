@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from dynamo_mpi.checks.rank_report import RankReport
 
 
-def check_ranks(cards: Sequence[RankReport]) -> list[Finding]:
+def check_ranks(reports: Sequence[RankReport]) -> list[Finding]:
     """Apply every rule to the reports, which are in rank order."""
     # problems that ranks of another version report may have another meaning
-    return [*_placement(cards), *(_versions(cards) or _problems(cards))]
+    return [*_placement(reports), *(_versions(reports) or _problems(reports))]
 
 
-def _placement(cards: Sequence[RankReport]) -> list[Finding]:
+def _placement(reports: Sequence[RankReport]) -> list[Finding]:
     """A11: the engine takes node = rank // ranks per node, so every node holds equally many, consecutive ranks
     (``mapping.py: MappingBase.node_rank``)."""
-    counts = {host: [i for i, card in enumerate(cards) if card.host == host] for host in hosts(cards)}
+    counts = {host: [i for i, report in enumerate(reports) if report.host == host] for host in hosts(reports)}
     if len(counts) == 1:
         return []
     found = "; ".join(f"{host}: {spans(ranks)}" for host, ranks in counts.items())
-    per_node = -(-len(cards) // len(counts))
+    per_node = -(-len(reports) // len(counts))
     if len({len(ranks) for ranks in counts.values()}) > 1:
         message = "the nodes hold unequal numbers of ranks"
         fix = f"srun --ntasks-per-node={per_node} ..., or mpirun --map-by ppr:{per_node}:node"
@@ -51,11 +51,11 @@ _SUBJECTS = {
 }
 
 
-def _problems(cards: Sequence[RankReport]) -> list[Finding]:
+def _problems(reports: Sequence[RankReport]) -> list[Finding]:
     """P1-P3: what must be the same on every rank. Ranks with the same problem share one finding."""
     groups: dict[str, list[int]] = {}
-    for rank, card in enumerate(cards):
-        for problem in card.problems:
+    for rank, report in enumerate(reports):
+        for problem in report.problems:
             groups.setdefault(problem, []).append(rank)
     findings = []
     for problem, ranks in groups.items():
@@ -65,27 +65,27 @@ def _problems(cards: Sequence[RankReport]) -> list[Finding]:
             Finding(
                 rule,
                 Severity.ERROR,
-                f"the {label} is not the same everywhere: {describe_ranks(ranks, cards)}",
+                f"the {label} is not the same everywhere: {describe_ranks(ranks, reports)}",
                 found=text,
-                expected=f"the same {label} on all {len(cards)} ranks",
+                expected=f"the same {label} on all {len(reports)} ranks",
                 fix=fix,
             )
         )
     return findings
 
 
-def _versions(cards: Sequence[RankReport]) -> list[Finding]:
+def _versions(reports: Sequence[RankReport]) -> list[Finding]:
     """P4: one dynamo_mpi everywhere: ranks of different versions may not understand each other."""
-    odd = [rank for rank, card in enumerate(cards) if card.version != cards[0].version]
+    odd = [rank for rank, report in enumerate(reports) if report.version != reports[0].version]
     if not odd:
         return []
     return [
         Finding(
             "P4",
             Severity.ERROR,
-            f"dynamo_mpi is not the same everywhere: {describe_ranks(odd, cards)}",
-            found=", ".join(sorted({cards[rank].version for rank in odd})) + f"; rank 0 has {cards[0].version}",
-            expected=f"version {cards[0].version} on all {len(cards)} ranks",
+            f"dynamo_mpi is not the same everywhere: {describe_ranks(odd, reports)}",
+            found=", ".join(sorted({reports[rank].version for rank in odd})) + f"; rank 0 has {reports[0].version}",
+            expected=f"version {reports[0].version} on all {len(reports)} ranks",
             fix="install one version everywhere, or mount one checkout",
         )
     ]

@@ -189,15 +189,15 @@ def _clean(run_dir: Path, content: dict[str, Any], end: float) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def _cancel(endings: SlurmStepController, names: set[str], job_id: str, end: float) -> None:
+def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, end: float) -> None:
     while True:
-        running = endings.running()
+        running = step_controller.running()
         left = [step for step, name in (running or {}).items() if name in names]
         if running is not None and not left:
             return
         if left:
             _say(f"cancelling {', '.join(left)}, which a killed launcher has left")
-            endings.cancel_ids(left)
+            step_controller.cancel_ids(left)
         if time.monotonic() > end:
             found = (
                 f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't list the steps of job {job_id}"

@@ -99,12 +99,12 @@ def _run(arguments: argparse.Namespace) -> int:
     workers = assign(settings, nodes)
     path = Path(os.path.abspath(settings.run_dir or _default_run_dir(nodes)))
     source = find_source(settings.image, settings.python)
-    renderer, endings = _launcher(settings, nodes, source, path)
+    builder, step_controller = _launcher(settings, nodes, source, path)
     if arguments.dry_run:
-        _show(settings, renderer, workers, nodes, path)
+        _show(settings, builder, workers, nodes, path)
         return 0
     with contextlib.closing(RunDir(path)) as run_dir:
-        code, report = _conduct(settings, workers, renderer, endings, run_dir, verbose=arguments.verbose)
+        code, report = _conduct(settings, workers, builder, step_controller, run_dir, verbose=arguments.verbose)
         run_dir.write_end(code, report)
         return code
 
@@ -112,8 +112,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _conduct(
     settings: LaunchSettings,
     workers: tuple[Worker, ...],
-    renderer: CommandBuilder,
-    endings: StepController,
+    builder: CommandBuilder,
+    step_controller: StepController,
     run_dir: RunDir,
     *,
     verbose: bool,
@@ -126,7 +126,7 @@ def _conduct(
             follower.start()
             try:
                 context = LaunchContext(run_dir, interrupts, _say, environ)
-                code = DeploymentController(settings, workers, renderer, endings, context).run()
+                code = DeploymentController(settings, workers, builder, step_controller, context).run()
             finally:
                 follower.close()
     except Interrupted as end:
@@ -186,20 +186,20 @@ def _launcher(
 
 
 def _show(
-    settings: LaunchSettings, renderer: CommandBuilder, workers: tuple[Worker, ...], nodes: Nodes, path: Path
+    settings: LaunchSettings, builder: CommandBuilder, workers: tuple[Worker, ...], nodes: Nodes, path: Path
 ) -> None:
     if nodes.job_id == STAND_IN_JOB:
         print(f"# not in an allocation: {nodes.head} … and {STAND_IN_JOB} stand for its nodes and its id\n")
-    commands = [] if settings.skip_check else [("the layouts, before anything starts", renderer.check())]
+    commands = [] if settings.skip_check else [("the layouts, before anything starts", builder.check())]
     if needs_kv_check(settings, workers):
         commands.append(
             (
                 "the check of KV transfer from prefill to decode nodes, before the workers start",
-                renderer.kv_check(workers),
+                builder.kv_check(workers),
             )
         )
-    commands.append((f"until {path}/services.json is there", renderer.services()))
-    commands += [("with what services.json gives, all at once", renderer.worker(worker)) for worker in workers]
+    commands.append((f"until {path}/services.json is there", builder.services()))
+    commands += [("with what services.json gives, all at once", builder.worker(worker)) for worker in workers]
     print("\n\n".join(f"# {command.name}: {note}\n{command.shown()}" for note, command in commands))
 
 

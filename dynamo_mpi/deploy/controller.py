@@ -72,8 +72,8 @@ class DeploymentController:
     Args:
         settings: the deployment's settings.
         workers: the workers and their nodes.
-        renderer: builds the command lines of the steps.
-        endings: ends the steps.
+        builder: builds the command lines of the steps.
+        step_controller: ends the steps.
         context: its folder, interrupts, output and environment.
     """
 
@@ -81,17 +81,24 @@ class DeploymentController:
         self,
         settings: LaunchSettings,
         workers: Sequence[Worker],
-        renderer: CommandBuilder,
-        endings: StepController,
+        builder: CommandBuilder,
+        step_controller: StepController,
         context: LaunchContext,
     ) -> None:
-        self._settings, self._workers, self._renderer, self._endings = settings, workers, renderer, endings
+        self._settings, self._workers, self._builder, self._step_controller = (
+            settings,
+            workers,
+            builder,
+            step_controller,
+        )
         self._run_dir, self._interrupts, self._print_line = context.run_dir, context.interrupts, context.say
         self._began = time.monotonic()
         self._environment = without_srun_input(context.environ)
         self._services: Step | None = None
         self._others: dict[str, Step] = {}
-        self._worker_steps = WorkerSet(workers, settings.max_restarts, renderer, endings, self._run_dir, self._say)
+        self._worker_steps = WorkerSet(
+            workers, settings.max_restarts, builder, step_controller, self._run_dir, self._say
+        )
         self._url = ""
         self._limit = JobTimeLimit.of(context.environ)
         self._milestones = Milestones(self._run_dir.milestones, "launch")
@@ -130,7 +137,7 @@ class DeploymentController:
         return ExitCode.OK
 
     def _check(self) -> None:
-        code, words = self._run_to_end(self._renderer.check())
+        code, words = self._run_to_end(self._builder.check())
         if code:
             raise StepFailed(
                 f"the check refused the deployment with exit code {code}; nothing was launched", status=code, log=words
@@ -138,7 +145,7 @@ class DeploymentController:
         self._say("check: passed")
 
     def _check_kv(self) -> None:
-        code, words = self._run_to_end(self._renderer.kv_check(self._workers))
+        code, words = self._run_to_end(self._builder.kv_check(self._workers))
         report = report_of_kv_check(words)
         # if Slurm has killed a rank that hung, the step's code is that of the kill
         code = min(code, ExitCode.TEMPORARY) if report else code
@@ -166,7 +173,7 @@ class DeploymentController:
 
     def _start_services(self) -> dict[str, str]:
         """Start the services; return the variables with their addresses and credentials."""
-        self._services = step = self._start(self._renderer.services())
+        self._services = step = self._start(self._builder.services())
         deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
         reminders = ReminderSchedule(*REMINDER_SECONDS)
         while (content := self._run_dir.services()) is None:
@@ -288,7 +295,7 @@ class DeploymentController:
                         "launch": command.environment.get(LAUNCH_VARIABLE),
                     }
                     for w in self._workers
-                    for command in [self._renderer.worker(w)]
+                    for command in [self._builder.worker(w)]
                 ],
                 "steps": [command.step for command in self._commands()],
             }
@@ -296,16 +303,16 @@ class DeploymentController:
 
     def _commands(self) -> list[Command]:
         """Return everything that this deployment may run."""
-        workers = [self._renderer.worker(worker) for worker in self._workers]
-        kv_check = [self._renderer.kv_check(self._workers)] if needs_kv_check(self._settings, self._workers) else []
-        return [self._renderer.check(), *kv_check, self._renderer.services(), *workers]
+        workers = [self._builder.worker(worker) for worker in self._workers]
+        kv_check = [self._builder.kv_check(self._workers)] if needs_kv_check(self._settings, self._workers) else []
+        return [self._builder.check(), *kv_check, self._builder.services(), *workers]
 
     def _stop(self) -> None:
         """End everything: prefill, whose KV decode still fetches while it drains, then decode, the services last."""
         # at most one: a second may have arrived since the first was handled
         signals_before = min(self._interrupts.count, 1)
         if self._services is not None and self._services.child.exit_code():
-            self._endings.signal([self._services])  # if only srun was killed, its step still runs
+            self._step_controller.signal([self._services])  # if only srun was killed, its step still runs
         for role in ("prefill", "decode", "agg"):
             self._end(self._worker_steps.steps_of(role), self._settings.stop_timeout, signals_before)
             if self._interrupts.count == signals_before:
@@ -313,20 +320,20 @@ class DeploymentController:
         rest = list(self._others.values())
         if self._interrupts.count != signals_before:
             # a second request, below, ends them at once; cancelling would leave their keys on the node
-            self._endings.signal(rest)
+            self._step_controller.signal(rest)
         self._end(rest, SERVICES_STOP_SECONDS, self._interrupts.count)
         if self._services is not None and self._services.child.exit_code():
-            self._endings.cancel([self._services])
+            self._step_controller.cancel([self._services])
 
     def _end(self, steps: list[Step], seconds: float, signals_before: int) -> None:
         running = [step for step in steps if step.child.exit_code() is None]
         if running and self._interrupts.count == signals_before:
             self._say(f"ending {', '.join(step.name for step in running)}")
-            self._endings.signal(running)
+            self._step_controller.signal(running)
             self._await_end(running, seconds, signals_before)
         if running := [step for step in running if step.child.exit_code() is None]:
             self._say(f"cancelling {', '.join(step.name for step in running)}")
-            self._endings.cancel(running)
+            self._step_controller.cancel(running)
             self._await_end(running, CANCEL_SECONDS, None)
         for step in steps:
             step.child.kill()

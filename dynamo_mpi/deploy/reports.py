@@ -199,9 +199,9 @@ def report_death(
         ):
             return None
     if beginning.failures is not None:
-        meeting = Rendezvous(os.uname().nodename, failure_dir=str(beginning.failures), label=origin.component)
+        rendezvous = Rendezvous(os.uname().nodename, failure_dir=str(beginning.failures), label=origin.component)
         more = {"report": str(report), "consequences": [], "attempt": origin.attempt}
-        write_failure(meeting, failure, host, by=0, report=more)
+        write_failure(rendezvous, failure, host, by=0, report=more)
     return report
 
 

@@ -60,8 +60,8 @@ class WorkerSet:
     Args:
         workers: the workers and their nodes.
         max_restarts: how often each may be restarted.
-        renderer: builds their commands.
-        endings: ends the remains of a step.
+        builder: builds their commands.
+        step_controller: ends the remains of a step.
         run_dir: the deployment's folder.
         say: prints one line.
     """
@@ -70,13 +70,13 @@ class WorkerSet:
         self,
         workers: Sequence[Worker],
         max_restarts: int,
-        renderer: CommandBuilder,
-        endings: StepController,
+        builder: CommandBuilder,
+        step_controller: StepController,
         run_dir: RunDir,
         say: Callable[[str], None],
     ) -> None:
-        self._workers, self._max_restarts, self._renderer = workers, max_restarts, renderer
-        self._endings, self._run_dir, self._say = endings, run_dir, say
+        self._workers, self._max_restarts, self._builder = workers, max_restarts, builder
+        self._step_controller, self._run_dir, self._say = step_controller, run_dir, say
         self._environment: Mapping[str, str] = {}
         self._services: tuple[str, ...] = ()
         self._running: dict[str, Step] = {}
@@ -130,7 +130,7 @@ class WorkerSet:
         ready_file = self._run_dir.ready_file(worker.name)
         ready_file.unlink(missing_ok=True)
         self._ready.discard(worker.name)
-        command = self._renderer.worker(worker, self._services)
+        command = self._builder.worker(worker, self._services)
         if worker.name in self._restarts:
             # if only srun was killed, its ranks may have registered before they were cancelled
             self._deregister(worker.name, command)
@@ -173,7 +173,7 @@ class WorkerSet:
             self._say(f"{worker.name}: {written}")
         trace = Trace() if is_known else trace_in_etcd(beginning, self._environment)
         self._deregister(worker.name, step.command)
-        self._endings.cancel([step])  # if only srun was killed, its ranks still run
+        self._step_controller.cancel([step])  # if only srun was killed, its ranks still run
         if not is_known:
             report = report_death(beginning, step, code, trace, self._environment)
         restarts = self._restarts.get(worker.name, 0)

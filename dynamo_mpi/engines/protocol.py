@@ -43,8 +43,8 @@ class GenerationRequest:
         min_tokens: stop tokens are ignored before this many generated tokens.
         stop_token_ids: a token of this set ends the request; it is part of the output.
         sampling: how tokens are sampled.
-        offer_kv: prefill: keep the prompt's KV for a decode worker; the last chunk describes where it is.
-        kv_offer: decode: the ``kv_offer`` of the prefill worker's last chunk; the prefill worker's token is generated first.
+        keep_kv: prefill: keep the prompt's KV for a decode worker; the last chunk describes where it is.
+        kv_transfer_params: decode: those of the prefill worker's last chunk; the prefill worker's token is generated first.
     """
 
     request_id: str
@@ -53,8 +53,8 @@ class GenerationRequest:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     sampling: Sampling = field(default_factory=Sampling)
-    offer_kv: bool = False
-    kv_offer: Mapping[str, Any] | None = None
+    keep_kv: bool = False
+    kv_transfer_params: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,14 @@ class TokenChunk:
         finish_reason: set on the last chunk.
         error: the error, if ``finish_reason`` is ``"error"``.
         engine_failed: whether an error concerns the whole engine, not only this request.
-        kv_offer: on the last chunk of a request with ``offer_kv``: JSON values that describe the KV for a decode worker.
+        kv_transfer_params: on the last chunk of a request with ``keep_kv``: JSON values that describe the KV for a decode worker.
     """
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str | None = None
     engine_failed: bool = True
-    kv_offer: Mapping[str, Any] | None = None
+    kv_transfer_params: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class EngineLimits:
     total_kv_blocks: int
 
 
-Sink = Callable[[TokenChunk], None]
+TokenCallback = Callable[[TokenChunk], None]
 
 
 class Engine(Protocol):
@@ -119,8 +119,8 @@ class Engine(Protocol):
     def start(self) -> None:
         """Rank 0: start the engine's thread, which runs requests."""
 
-    def submit(self, request: GenerationRequest, sink: Sink) -> None:
-        """Rank 0: queue a request. Thread-safe, never blocks. ``sink`` is called from the engine's thread,
+    def submit(self, request: GenerationRequest, callback: TokenCallback) -> None:
+        """Rank 0: queue a request. Thread-safe, never blocks. ``callback`` is called from the engine's thread,
         in order, and exactly once with a ``finish_reason``.
 
         Raises:

@@ -82,12 +82,12 @@ def for_role(generation: GenerationRequest, request: Mapping[str, Any], role: st
     if role == "agg" or request.get("_HEALTH_CHECK"):
         return generation
     if role == "prefill":
-        return replace(generation, max_tokens=1, min_tokens=min(generation.min_tokens, 1), offer_kv=True)
+        return replace(generation, max_tokens=1, min_tokens=min(generation.min_tokens, 1), keep_kv=True)
     result = request.get("prefill_result")
     offer = result.get("disaggregated_params") if isinstance(result, dict) else None
     if not isinstance(offer, dict):
         raise EngineError("this decode worker got a request without a prefill worker's result")
-    return replace(generation, kv_offer=offer)
+    return replace(generation, kv_transfer_params=offer)
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:
@@ -113,8 +113,8 @@ def to_response(chunk: TokenChunk, prompt_tokens: int, completion_tokens: int) -
         completion_tokens: tokens generated so far, including this chunk's.
     """
     response: dict[str, Any] = {"token_ids": list(chunk.token_ids), "index": 0}
-    if chunk.kv_offer is not None:
-        response["disaggregated_params"] = dict(chunk.kv_offer)
+    if chunk.kv_transfer_params is not None:
+        response["disaggregated_params"] = dict(chunk.kv_transfer_params)
     if chunk.finish_reason is not None:
         response["finish_reason"] = chunk.finish_reason
         response["completion_usage"] = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys of a model's config were read, and which of the others matter: a new family's key that nobody reads must show."""
+"""Which keys of a model's config were read, and which of the others matter: a new family's key that is never read must show."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def parse_model_shape(text: str, path: str, quant_text: str | None = None) -> Mo
     )
     unread, inexact, which_layers = judge_unread(keys)
     if which_layers and layers is not None:
-        # a list of kinds that nobody read: all layers alike would be a guess
+        # a list of kinds that no reader knows: all layers alike would be a guess
         shape = replace(shape, layers=None, nextn_layer=None, unknown_layers=which_layers)
     return replace(shape, missing=_missing(body, shape), unread=unread, inexact=inexact)
 

@@ -118,7 +118,7 @@ class LeaderRank:
             try:
                 self._prepare_runtime(settings, rank0_address)
                 self._hooks.assign_runtime_port(settings)
-                check_frontend_can_load(settings.model, inputs.inquiry.files[0].content)
+                check_frontend_can_load(settings.model, inputs.report_request.files[0].content)
                 signals = self._publish_record(settings, result, reports)
                 supervisor = self._start_supervisor(settings, reports, rank0_address.address if rank0_address else "")
             except DynamoMpiError as error:
@@ -246,9 +246,9 @@ class LeaderRank:
         self._world.abort(of_signal(number))
 
     def _collect_reports(self, inputs: PreflightInputs, argv: Sequence[str]) -> list[RankReport]:
-        self._world.broadcast(CONTINUE + inputs.inquiry.pack())
+        self._world.broadcast(CONTINUE + inputs.report_request.pack())
         answers = self._world.gather(
-            collect_rank_report(inputs.inquiry, self._context.launch, argv, self._context.mpi_version).pack()
+            collect_rank_report(inputs.report_request, self._context.launch, argv, self._context.mpi_version).pack()
         )
         return [RankReport.unpack(answer) for answer in answers]
 

@@ -13,7 +13,7 @@ from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.discovery.registration_monitor import RegistrationMonitor
-from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
+from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, TokenCallback, TokenChunk
 from dynamo_mpi.runtime.serving import Registration, run, serve
 from dynamo_mpi.supervisor.signals import ShutdownSignals
 
@@ -30,7 +30,7 @@ class EchoEngine:
     )
 
     def __init__(self) -> None:
-        self._running: dict[str, tuple[GenerationRequest, Sink, int]] = {}
+        self._running: dict[str, tuple[GenerationRequest, TokenCallback, int]] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -48,11 +48,11 @@ class EchoEngine:
         """Start the thread."""
         threading.Thread(target=self._run, daemon=True).start()
 
-    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+    def submit(self, request: GenerationRequest, callback: TokenCallback) -> None:
         """Queue a request."""
         self._loop = asyncio.get_running_loop()
         with self._changed:
-            self._running[request.request_id] = (request, sink, 0)
+            self._running[request.request_id] = (request, callback, 0)
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -76,7 +76,7 @@ class EchoEngine:
                 if self._closed:
                     return
                 step = list(self._running.items())
-            for request_id, (request, sink, made) in step:
+            for request_id, (request, callback, made) in step:
                 last = made + 1 == (request.max_tokens or 16)
                 with self._changed:
                     if request_id not in self._running:
@@ -84,8 +84,8 @@ class EchoEngine:
                     if last:
                         del self._running[request_id]
                     else:
-                        self._running[request_id] = (request, sink, made + 1)
-                sink(TokenChunk(((made + 1) % 32000,), "length" if last else None))
+                        self._running[request_id] = (request, callback, made + 1)
+                callback(TokenChunk(((made + 1) % 32000,), "length" if last else None))
             self._wait_for_a_turn()
 
     def _wait_for_a_turn(self) -> None:

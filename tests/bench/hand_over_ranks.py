@@ -75,8 +75,8 @@ def prefill(engine: ReferenceEngine, lengths: list[int], times: int, decode_root
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for length in lengths:
                 for number in range(times):
-                    request = GenerationRequest(f"p{length}-{number}", prompt_of(length), 1, offer_kv=True)
-                    offer = finish(engine, request).kv_offer
+                    request = GenerationRequest(f"p{length}-{number}", prompt_of(length), 1, keep_kv=True)
+                    offer = finish(engine, request).kv_transfer_params
                     MPI.COMM_WORLD.send(offer, decode_root)
                     payload = memoryview(np.ones(kv_bytes(offer), np.uint8).data)
                     connection.recv(1)
@@ -102,7 +102,7 @@ def decode(engine: ReferenceEngine, lengths: list[int], times: int) -> dict[int,
             handed, copied, size = [], [], 0
             for number in range(times):
                 offer = MPI.COMM_WORLD.recv(source=_PREFILL_ROOT)
-                finish(engine, GenerationRequest(f"d{length}-{number}", prompt_of(length), 2, kv_offer=offer))
+                finish(engine, GenerationRequest(f"d{length}-{number}", prompt_of(length), 2, kv_transfer_params=offer))
                 handed.append(arrivals.seconds.get(timeout=10))
                 size = kv_bytes(offer)
                 copied.append(copy(connection, memoryview(np.ones(size, np.uint8).data)))

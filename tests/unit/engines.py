@@ -7,7 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable
 
-from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, RequestError, Sink, TokenChunk
+from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, RequestError, TokenCallback, TokenChunk
 
 Script = Callable[[GenerationRequest], Iterable[TokenChunk]]
 
@@ -20,7 +20,7 @@ def count_up(request: GenerationRequest) -> Iterable[TokenChunk]:
 
 
 class ScriptedEngine:
-    """Runs one request at a time, in a thread; keeps the protocol's promises about ``sink`` and ``cancel``.
+    """Runs one request at a time, in a thread; keeps the protocol's promises about ``callback`` and ``cancel``.
 
     Args:
         script: what a request gets.
@@ -31,7 +31,7 @@ class ScriptedEngine:
 
     def __init__(self, script: Script = count_up) -> None:
         self._script = script
-        self._queue: queue.SimpleQueue[tuple[GenerationRequest, Sink] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[GenerationRequest, TokenCallback] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run)
         self._wanted: set[str] = set()
         self.cancelled: list[str] = []
@@ -49,13 +49,13 @@ class ScriptedEngine:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+    def submit(self, request: GenerationRequest, callback: TokenCallback) -> None:
         if self.refusal is not None:
             raise self.refusal
         if not request.prompt_token_ids:
             raise RequestError("the prompt is empty")
         self._wanted.add(request.request_id)
-        self._queue.put((request, sink))
+        self._queue.put((request, callback))
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
@@ -72,9 +72,9 @@ class ScriptedEngine:
 
     def _run(self) -> None:
         while (entry := self._queue.get()) is not None:
-            request, sink = entry
+            request, callback = entry
             for chunk in self._script(request):
                 if request.request_id not in self._wanted:
-                    sink(TokenChunk((), "cancelled"))
+                    callback(TokenChunk((), "cancelled"))
                     break
-                sink(chunk)
+                callback(chunk)

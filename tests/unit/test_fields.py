@@ -62,8 +62,8 @@ def test_foreign_bytes_are_read_or_refused(data: bytes) -> None:
         version=st.just(__version__),
     )
 )
-def test_an_inquiry_arrives_as_it_was(inquiry: ReportRequest) -> None:
-    assert ReportRequest.unpack(inquiry.pack()) == inquiry
+def test_an_inquiry_arrives_as_it_was(report_request: ReportRequest) -> None:
+    assert ReportRequest.unpack(report_request.pack()) == report_request
 
 
 @given(st.builds(RankReport, TEXT, TEXT, st.just(__version__), TEXTS, TEXTS, TEXTS))

@@ -41,8 +41,8 @@ def test_a_rank_that_sees_the_same_has_no_problem(tmp_path: Path, monkeypatch: p
     config = tmp_path / "engine.yaml"
     config.write_bytes(b"a: 1\r\nb: \xc3\xa9\r\n")
     (tmp_path / "model.safetensors").touch()
-    inquiry = ReportRequest(ARGV, str(tmp_path), ("model.safetensors",), (watch(config, "a: 1\r\nb: é\r\n"),))
-    card = collect_rank_report(inquiry, LAUNCH, ARGV)
+    report_request = ReportRequest(ARGV, str(tmp_path), ("model.safetensors",), (watch(config, "a: 1\r\nb: é\r\n"),))
+    card = collect_rank_report(report_request, LAUNCH, ARGV)
     assert card == RankReport(host_name(), "2,3", __version__, ())
     assert "." not in host_name()
 
@@ -147,27 +147,27 @@ def test_weight_files_are_known_by_their_endings() -> None:
 
 
 def test_nothing_is_told_of_host_and_gpus_unless_it_is_asked_for(tmp_path: Path) -> None:
-    inquiry = ReportRequest(ARGV, str(tmp_path), (), ())
-    card = collect_rank_report(inquiry, LAUNCH, ARGV, "Open MPI v5.0.8")
+    report_request = ReportRequest(ARGV, str(tmp_path), (), ())
+    card = collect_rank_report(report_request, LAUNCH, ARGV, "Open MPI v5.0.8")
     assert (card.host_facts, card.gpu_facts) == ((), ())
-    card = collect_rank_report(inquiry._replace(hosts=True), LAUNCH, ARGV, "Open MPI v5.0.8")
+    card = collect_rank_report(report_request._replace(hosts=True), LAUNCH, ARGV, "Open MPI v5.0.8")
     assert HostFacts.unpack(card.host_facts).mpi_library == "Open MPI v5.0.8"
     assert card.gpu_facts == ()
-    card = collect_rank_report(inquiry._replace(hosts=True, gpus=True), LAUNCH, ARGV)
+    card = collect_rank_report(report_request._replace(hosts=True, gpus=True), LAUNCH, ARGV)
     assert isinstance(NodeGpus.unpack(card.gpu_facts), NodeGpus)
 
 
 @pytest.mark.parametrize(("local_rank", "speaks"), [(0, True), (None, True), (1, False)])
 def test_one_rank_of_each_node_speaks_for_it(tmp_path: Path, local_rank: int | None, speaks: bool) -> None:
-    inquiry = ReportRequest(ARGV, str(tmp_path), (), (), hosts=True)
-    card = collect_rank_report(inquiry, LAUNCH._replace(local_rank=local_rank), ARGV)
+    report_request = ReportRequest(ARGV, str(tmp_path), (), (), hosts=True)
+    card = collect_rank_report(report_request, LAUNCH._replace(local_rank=local_rank), ARGV)
     assert HostFacts.unpack(card.host_facts).speaks_for_node is speaks
 
 
 def test_ranks_of_another_version_answer_with_no_more_than_theirs() -> None:
     """P4 is what has to be heard of them; the rest may mean something else there."""
-    inquiry = ReportRequest.unpack(encode_strings(["99.0", "what", "later", "versions", "ask"]))
-    card = collect_rank_report(inquiry, LAUNCH, ARGV)
+    report_request = ReportRequest.unpack(encode_strings(["99.0", "what", "later", "versions", "ask"]))
+    card = collect_rank_report(report_request, LAUNCH, ARGV)
     assert (card.host, card.version, card.problems) == (host_name(), __version__, ())
     assert RankReport.unpack(encode_strings(["n1", "0,1", "99.0", "what", "they", "tell"])) == RankReport(
         "n1", "0,1", "99.0", ()

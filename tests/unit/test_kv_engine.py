@@ -42,15 +42,17 @@ def decode(tiny_model_dir: Path) -> Iterator[ReferenceEngine]:
 
 def offer_of(prefill: ReferenceEngine, prompt: tuple[int, ...] = PROMPT, **settings: Any) -> dict[str, Any]:
     receiver = Receiver()
-    prefill.submit(GenerationRequest("p", prompt, 1, offer_kv=True, **settings), receiver)
+    prefill.submit(GenerationRequest("p", prompt, 1, keep_kv=True, **settings), receiver)
     chunk = receiver.done().chunks[-1]
-    assert chunk.kv_offer is not None, chunk
-    return dict(chunk.kv_offer)
+    assert chunk.kv_transfer_params is not None, chunk
+    return dict(chunk.kv_transfer_params)
 
 
 def go_on(decode: ReferenceEngine, offer: dict[str, Any], name: str = "d", **settings: Any) -> Receiver:
     receiver = Receiver()
-    decode.submit(GenerationRequest(name, settings.pop("prompt", PROMPT), kv_offer=offer, **settings), receiver)
+    decode.submit(
+        GenerationRequest(name, settings.pop("prompt", PROMPT), kv_transfer_params=offer, **settings), receiver
+    )
     return receiver
 
 
@@ -200,7 +202,7 @@ def test_a_full_store_is_an_error_of_the_request(prefill: ReferenceEngine, monke
     monkeypatch.setattr(store, "most_tokens", 2 * len(PROMPT) - 1)
     offer_of(prefill)
     receiver = Receiver()
-    prefill.submit(GenerationRequest("p", PROMPT, 1, offer_kv=True), receiver)
+    prefill.submit(GenerationRequest("p", PROMPT, 1, keep_kv=True), receiver)
 
     assert receiver.done().ends == ["error"]
     assert "waits for decode workers" in str(receiver.chunks[-1].error)
@@ -208,9 +210,9 @@ def test_a_full_store_is_an_error_of_the_request(prefill: ReferenceEngine, monke
 
 def test_only_a_prefill_engine_makes_offers(prefill: ReferenceEngine, decode: ReferenceEngine) -> None:
     with pytest.raises(EngineError, match="serves no KV"):
-        decode.submit(GenerationRequest("p", PROMPT, 1, offer_kv=True), Receiver())
+        decode.submit(GenerationRequest("p", PROMPT, 1, keep_kv=True), Receiver())
     with pytest.raises(RequestError, match="after its first token"):
-        prefill.submit(GenerationRequest("p", PROMPT, 2, offer_kv=True), Receiver())
+        prefill.submit(GenerationRequest("p", PROMPT, 2, keep_kv=True), Receiver())
 
 
 def test_a_prefill_engine_that_ends_waits_for_what_it_has_offered(

@@ -112,7 +112,7 @@ def test_a_link_local_address_is_refused(choice: str) -> None:
 def test_prefill_makes_one_token_and_offers_its_kv() -> None:
     generation = for_role(to_generation_request("r", RAW), RAW, "prefill")
 
-    assert (generation.max_tokens, generation.min_tokens, generation.offer_kv) == (1, 1, True)
+    assert (generation.max_tokens, generation.min_tokens, generation.keep_kv) == (1, 1, True)
 
 
 def test_decode_goes_on_from_what_prefill_has_offered() -> None:
@@ -120,7 +120,7 @@ def test_decode_goes_on_from_what_prefill_has_offered() -> None:
 
     generation = for_role(to_generation_request("r", raw), raw, "decode")
 
-    assert (generation.max_tokens, generation.min_tokens, generation.kv_offer) == (9, 3, {"kind": "x"})
+    assert (generation.max_tokens, generation.min_tokens, generation.kv_transfer_params) == (9, 3, {"kind": "x"})
 
 
 @pytest.mark.parametrize("result", [None, [], {}, {"disaggregated_params": None}, {"disaggregated_params": "x"}])
@@ -138,7 +138,7 @@ def test_health_checks_are_served_whole_by_every_role(role: str) -> None:
 
 
 def test_an_offer_reaches_dynamo_as_disaggregated_params() -> None:
-    response = to_response(TokenChunk((5,), "length", kv_offer={"kind": "x"}), 2, 1)
+    response = to_response(TokenChunk((5,), "length", kv_transfer_params={"kind": "x"}), 2, 1)
 
     assert response["disaggregated_params"] == {"kind": "x"}
     assert "disaggregated_params" not in to_response(TokenChunk((5,), "length"), 2, 1)

@@ -44,15 +44,15 @@ def test_a_plan_holds_what_rank_0_has_read(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, SMOLLM2, "tensor_parallel_size: 3\nmax_batch_size: 2\n", "--max-batch-size", "5")
     assert plan.shape.attention_heads == 9
     assert (plan.config.tp_size, plan.config.max_batch_size) == (3, 2)
-    assert plan.inquiry.model_dir == str(tmp_path)
-    assert plan.inquiry.weights == ("a.safetensors", "b.safetensors")
-    assert [file.label for file in plan.inquiry.files] == ["model config", "engine config"]
-    for file in plan.inquiry.files:
+    assert plan.report_request.model_dir == str(tmp_path)
+    assert plan.report_request.weights == ("a.safetensors", "b.safetensors")
+    assert [file.label for file in plan.report_request.files] == ["model config", "engine config"]
+    for file in plan.report_request.files:
         assert Path(file.path).read_text() == file.content
 
 
 def test_without_an_engine_config_the_model_alone_is_watched(tmp_path: Path) -> None:
-    assert [file.label for file in make_plan(tmp_path).inquiry.files] == ["model config"]
+    assert [file.label for file in make_plan(tmp_path).report_request.files] == ["model config"]
 
 
 def test_a_missing_model_is_a_model_error(tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_ranks_are_asked_for_facts_by_engine(tmp_path: Path) -> None:
         (("--engine", "trtllm"), (True, True)),
         (("--engine", "trtllm", "--allow-no-gpu"), (True, False)),
     ):
-        inquiry = make_plan(tmp_path, SMOLLM2, None, *flags).inquiry
-        assert (inquiry.hosts, inquiry.gpus) == asked
+        report_request = make_plan(tmp_path, SMOLLM2, None, *flags).report_request
+        assert (report_request.hosts, report_request.gpus) == asked
 
 
 def test_what_is_free_is_left_to_a_probe_that_waits_for_it(tmp_path: Path) -> None:

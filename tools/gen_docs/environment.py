@@ -35,12 +35,12 @@ VARIABLES = (
     Variable(
         ("DYN_MPI_LAUNCH",),
         "launch → worker",
-        "the name by which `launch` knows a worker; it stands in the world record as `launch`",
+        "the name by which `launch` knows a worker; it stands in the worker record as `launch`",
     ),
     Variable(
         ("DYN_MPI_ATTEMPT",),
         "launch → worker",
-        "which start of the worker this is, from 1 on; world record, ready file and failure files have it as `attempt`. Starts of a "
+        "which start of the worker this is, from 1 on; worker record, ready file and failure files have it as `attempt`. Starts of a "
         "requeued job (`SLURM_RESTART_COUNT`) are added",
     ),
     Variable(
@@ -120,7 +120,7 @@ VARIABLES = (
     Variable(
         ("TRACEPARENT", "TRACESTATE"),
         "user → worker, launch, Dynamo's runtime",
-        "the W3C trace that a worker is part of; one that can't be read is told, and left out",
+        "the W3C trace that a worker is part of; one that can't be read is logged, and left out",
     ),
     Variable(
         ("DYN_LOG",),

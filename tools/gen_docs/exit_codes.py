@@ -10,13 +10,13 @@ from dynamo_mpi.common.errors import ExitCode
 from tools.gen_docs.markdown import WRITTEN, code, member_notes, plain, table
 
 TO_DO = {
-    ExitCode.OK: ("nothing", "nobody"),
+    ExitCode.OK: ("nothing", "no one"),
     ExitCode.USAGE: (
         "correct the command line, the variable or the launch that the message names",
-        "nobody: it would end the same",
+        "no one: it would end in the same way",
     ),
-    ExitCode.DATA: ("correct the file that the message names", "nobody"),
-    ExitCode.NO_MODEL: ("make the model readable on every node, with the same files", "nobody"),
+    ExitCode.DATA: ("correct the file that the message names", "no one"),
+    ExitCode.NO_MODEL: ("make the model readable on every node, with the same files", "no one"),
     ExitCode.UNAVAILABLE: (
         "look at etcd or NATS: do they run, is the address right, is there a firewall?",
         "`launch --max-restarts`; a batch job isn't requeued",
@@ -26,8 +26,8 @@ TO_DO = {
         "start it again",
         "`launch --max-restarts`, and `sbatch_disaggregated.sh`, which requeues its job on this code alone",
     ),
-    ExitCode.NOT_AUTHORISED: ("correct the credentials, or the user's rights in etcd", "nobody"),
-    ExitCode.ILLEGAL_LAYOUT: ("take one of the layouts that the message names; `dynamo-mpi plan` has all", "nobody"),
+    ExitCode.NOT_AUTHORISED: ("correct the credentials, or the user's rights in etcd", "no one"),
+    ExitCode.ILLEGAL_LAYOUT: ("take one of the layouts that the message names; `dynamo-mpi plan` has all", "no one"),
     ExitCode.DEADLINE: (
         "read where every rank stood; a longer `--…-timeout` where the work just takes long",
         "`launch --max-restarts`",
@@ -64,7 +64,7 @@ def render() -> str:
             "",
             "Ended by signal n, as a shell says it: 137 SIGKILL, 143 SIGTERM.",
             "see who sent it: Slurm, the kernel out of memory, an operator",
-            "`launch --max-restarts`, unless it was told to end",
+            "`launch --max-restarts`, unless the end was requested",
             "",
         )
     )

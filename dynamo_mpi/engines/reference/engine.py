@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import EngineError, LayoutError
-from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
+from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, TokenCallback, TokenChunk
 from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.kv_transfer import KvTransferScheduler
 from dynamo_mpi.engines.reference.loading import Loaded, load_parts
@@ -109,7 +109,7 @@ class ReferenceEngine:
             self._thread = threading.Thread(target=self._run, args=(loaded,), name="reference-engine", daemon=True)
             self._thread.start()
 
-    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+    def submit(self, request: GenerationRequest, callback: TokenCallback) -> None:
         """Rank 0: queue a request.
 
         Raises:
@@ -122,7 +122,7 @@ class ReferenceEngine:
         descriptor = None if loaded.kv_scheduler is None else loaded.kv_scheduler.accept(request, loaded.vocab_size)
         if descriptor is not None and request.sampling.temperature != 0:
             generator.random()  # skip the draw of the first token, which prefill has made
-        entry = Served(sink, generator, descriptor)
+        entry = Served(callback, generator, descriptor)
         with self._wake:
             if self._failure is not None:
                 raise EngineError(f"the engine has failed: {self._failure}", fix="start the worker again")
@@ -255,7 +255,7 @@ class ReferenceEngine:
         offering = {
             choice.request.request_id: (choice.request, part.slot)
             for choice, part in zip(step.choices, step.plan.parts_with_logits, strict=True)
-            if choice.request.offer_kv
+            if choice.request.keep_kv
         }
         for request_id, chunk in loaded.scheduler.apply(tokens):
             if chunk.finish_reason is not None and request_id in offering:

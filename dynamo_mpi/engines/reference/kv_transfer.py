@@ -290,14 +290,14 @@ class KvTransferScheduler:
         Raises:
             EngineError: this engine can't continue from it, or the request requires a prefill worker.
         """
-        if request.offer_kv and not self._rank_shards:
+        if request.keep_kv and not self._rank_shards:
             raise EngineError(
                 "this engine serves no KV", expected="a prefill worker", fix="start it with --role prefill"
             )
-        if request.kv_offer is None:
+        if request.kv_transfer_params is None:
             return None
         try:
-            descriptor = parse_descriptor(request.kv_offer)
+            descriptor = parse_descriptor(request.kv_transfer_params)
             check_descriptor(descriptor, self._layout, request.prompt_token_ids, vocab_size)
         except DescriptorError as error:
             raise EngineError(str(error)) from None
@@ -325,7 +325,7 @@ class KvTransferScheduler:
             first_token=chunk.token_ids[-1],
             ranks=self._rank_shards,
         )
-        return replace(chunk, kv_offer=descriptor.to_json())
+        return replace(chunk, kv_transfer_params=descriptor.to_json())
 
     def begin(self, request_id: str, slot: int, descriptor: KvDescriptor) -> None:
         """Let all ranks begin to fetch."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dynamo_mpi.engines.protocol import FinishReason, GenerationRequest, RequestError, Sink, TokenChunk
+from dynamo_mpi.engines.protocol import FinishReason, GenerationRequest, RequestError, TokenCallback, TokenChunk
 from dynamo_mpi.engines.reference.kv_descriptor import KvDescriptor
 
 _log = logging.getLogger(__name__)
@@ -21,18 +21,18 @@ class Served:
     """A request's data besides its schedule.
 
     Args:
-        sink: called with its chunks.
+        callback: called with its chunks.
         generator: the random generator for its tokens.
         descriptor: the descriptor of its prompt's KV, if another worker has computed it.
     """
 
-    sink: Sink
+    callback: TokenCallback
     generator: np.random.Generator
     descriptor: KvDescriptor | None = None
 
 
 class InFlight:
-    """Requests by their id, each until its last chunk is delivered. Thread-safe; no lock is held while a sink runs."""
+    """Requests by their id, each until its last chunk is delivered. Thread-safe; no lock is held while a callback runs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -58,14 +58,14 @@ class InFlight:
             self._requests[request_id] = request
 
     def deliver(self, request_id: str, chunk: TokenChunk) -> bool:
-        """Pass a chunk to its sink. Return whether the request continues."""
+        """Pass a chunk to its callback. Return whether the request continues."""
         with self._lock:
             request = self._requests[request_id]
             if chunk.finish_reason is not None:
                 del self._requests[request_id]
         try:
-            request.sink(chunk)
-        except Exception:  # an error of one sink must not end the other requests
+            request.callback(chunk)
+        except Exception:  # an error of one callback must not end the other requests
             _log.exception("the receiver of request %s failed; the request is dropped", request_id)
             with self._lock:
                 if self._requests.get(request_id) is request:
@@ -91,7 +91,7 @@ def check_request(request: GenerationRequest, *, vocab_size: int, context_length
     for token_id in request.prompt_token_ids:
         if not 0 <= token_id < vocab_size:
             raise RequestError(f"the prompt holds token id {token_id}; this model's ids are 0 to {vocab_size - 1}")
-    if request.offer_kv and request.max_tokens != 1:
+    if request.keep_kv and request.max_tokens != 1:
         raise RequestError(f"max_tokens is {request.max_tokens}: a prompt's KV is handed over after its first token")
     sampling = request.sampling
     if not math.isfinite(sampling.temperature) or sampling.temperature < 0:

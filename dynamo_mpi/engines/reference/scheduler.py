@@ -165,7 +165,7 @@ class Scheduler:
             room = self._context_length - len(request.prompt_token_ids)
             limit = room if request.max_tokens is None else min(request.max_tokens, room)
             # the lowest slot keeps used slots together, which is faster for attention over a range of slots
-            slot, awaits_kv = heapq.heappop(self._free_slots), request.kv_offer is not None
+            slot, awaits_kv = heapq.heappop(self._free_slots), request.kv_transfer_params is not None
             sequence = _RunningSequence(request, slot, limit, awaits_kv)
             self._running[request.request_id] = sequence
             if awaits_kv:

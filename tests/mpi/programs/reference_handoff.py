@@ -43,8 +43,8 @@ def run(engine: ReferenceEngine, request: GenerationRequest) -> tuple[list[Token
 
 def lead_prefill(engine: ReferenceEngine, task: dict[str, Any], decode_root: int) -> None:
     for number, prompt in enumerate(task["prompts"]):
-        request = GenerationRequest(f"p{number}", tuple(prompt), 1, offer_kv=True)
-        MPI.COMM_WORLD.send(run(engine, request)[0][-1].kv_offer, decode_root)
+        request = GenerationRequest(f"p{number}", tuple(prompt), 1, keep_kv=True)
+        MPI.COMM_WORLD.send(run(engine, request)[0][-1].kv_transfer_params, decode_root)
 
 
 def lead_decode(engine: ReferenceEngine, task: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def lead_decode(engine: ReferenceEngine, task: dict[str, Any]) -> dict[str, Any]
         offer = MPI.COMM_WORLD.recv(source=0)
         if task.get("spoil") is not None:
             offer["ranks"][task["spoil"]]["port"] = 1
-        request = GenerationRequest(f"d{number}", tuple(prompt), task["max_tokens"], kv_offer=offer)
+        request = GenerationRequest(f"d{number}", tuple(prompt), task["max_tokens"], kv_transfer_params=offer)
         chunks, milliseconds = run(engine, request)
         output["tokens"].append([token for chunk in chunks for token in chunk.token_ids])
         output["milliseconds"].append(milliseconds)

@@ -43,9 +43,9 @@ def for_role(request: GenerationRequest, params: DisaggregatedParams | None) -> 
     if params is None or params.request_type in (None, "context_and_generation"):
         return request
     if (params.request_type, ROLE) == ("context_only", "prefill"):
-        return replace(request, max_tokens=1, offer_kv=True)
+        return replace(request, max_tokens=1, keep_kv=True)
     if (params.request_type, ROLE) == ("generation_only", "decode") and params.opaque_state is not None:
-        return replace(request, kv_offer=json.loads(params.opaque_state))
+        return replace(request, kv_transfer_params=json.loads(params.opaque_state))
     raise NotImplementedError(f"the stand-in is loaded for role {ROLE}: request_type is {params.request_type}")
 
 
@@ -53,7 +53,7 @@ def offered(
     chunk: TokenChunk, request_id: int, token_ids: list[int], asked: DisaggregatedParams | None
 ) -> DisaggregatedParams | None:
     """Return what decode has to know of a prompt that this worker has prefilled; None where it has not been asked to."""
-    if chunk.kv_offer is None or asked is None:
+    if chunk.kv_transfer_params is None or asked is None:
         return None
-    state = json.dumps(dict(chunk.kv_offer)).encode()
+    state = json.dumps(dict(chunk.kv_transfer_params)).encode()
     return replace(asked, ctx_request_id=request_id, first_gen_tokens=list(token_ids), opaque_state=state)

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from mpi4py import MPI
 
-from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, Sink, TokenChunk
+from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, TokenCallback, TokenChunk
 from dynamo_mpi.engines.spec import EngineSpec
 from tensorrt_llm._environment import reports_worker_death
 from tensorrt_llm.llmapi.mpi_session import MpiSession, RemoteMpiCommSessionClient
@@ -28,7 +28,7 @@ class GenerationExecutor(Protocol):
     limits: EngineLimits
     _fatal_error: BaseException | None
 
-    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+    def submit(self, request: GenerationRequest, callback: TokenCallback) -> None:
         """Start a request."""
 
     def cancel(self, request_id: str) -> None:
@@ -64,7 +64,7 @@ class GenerationExecutorProxy:
     def __init__(self, spec: EngineSpec, session: MpiSession) -> None:
         self._fatal_error: BaseException | None = None
         self._session = session
-        self._sinks: dict[str, Sink] = {}
+        self._sinks: dict[str, TokenCallback] = {}
         self._lock = threading.Lock()  # of the request queue and the sinks
         self._stopping = threading.Event()
         self._folder = tempfile.mkdtemp(prefix="standin-trtllm-")
@@ -81,10 +81,10 @@ class GenerationExecutorProxy:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, request: GenerationRequest, sink: Sink) -> None:
+    def submit(self, request: GenerationRequest, callback: TokenCallback) -> None:
         """Start a request; what the engine has against it comes as a chunk."""
         with self._lock:
-            self._sinks[request.request_id] = sink
+            self._sinks[request.request_id] = callback
             self._requests.put(Submission(request))
 
     def cancel(self, request_id: str) -> None:
@@ -136,16 +136,16 @@ class GenerationExecutorProxy:
             elif isinstance(message, Response):
                 with self._lock:
                     ends = message.chunk.finish_reason is not None
-                    sink = self._sinks.pop(message.request_id) if ends else self._sinks[message.request_id]
-                sink(message.chunk)
+                    callback = self._sinks.pop(message.request_id) if ends else self._sinks[message.request_id]
+                callback(message.chunk)
 
     def _watch_workers(self) -> None:
         while not self._stopping.wait(0.5):
             error = self._worker_error()
             if error is not None:
                 self._fatal_error = error
-                for sink in list(self._sinks.values()):
-                    sink(TokenChunk((), "error", str(error)))
+                for callback in list(self._sinks.values()):
+                    callback(TokenChunk((), "error", str(error)))
                 return
 
     def _close(self) -> None:
