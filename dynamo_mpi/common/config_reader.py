@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 MAX_SIZE = 2**31 - 1
 """The largest size: the engine stores sizes in 32 bits."""
-_LARGEST = 1e300
+LARGEST = 1e300
+"""Numbers from here on are refused."""
 _MAX_NODES = 100_000
 _MAX_DEPTH = 100
 _MAX_DIGITS = 1000
@@ -220,8 +221,8 @@ class ConfigReader:
 
     def __init__(self, values: Mapping[str, Any], path: str, prefix: str = "") -> None:
         self.values = values
-        self._path = path
-        self._prefix = prefix
+        self.path = path
+        self.prefix = prefix
 
     def has(self, key: str) -> bool:
         """Return whether there is a value other than null."""
@@ -234,8 +235,7 @@ class ConfigReader:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-                expected = "a positive whole number" if minimum == 1 else f"a whole number of at least {minimum}"
-                raise self.bad(key, expected if maximum == MAX_SIZE else f"{expected}, at most {maximum}")
+                raise self.bad_size(key, minimum, maximum)
             return value
         return None
 
@@ -244,7 +244,7 @@ class ConfigReader:
         value = self.values.get(key)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < LARGEST:
             raise self.bad(key, "a number")
         return float(value)
 
@@ -280,12 +280,17 @@ class ConfigReader:
             value = {}
         if not isinstance(value, dict):
             raise self.bad(key, "a mapping")
-        return ConfigReader(value, self._path, f"{self._prefix}{key}.")
+        return ConfigReader(value, self.path, f"{self.prefix}{key}.")
+
+    def bad_size(self, key: str, minimum: int, maximum: int) -> ConfigFileError:
+        """Return the error for a size outside its limits."""
+        expected = "a positive whole number" if minimum == 1 else f"a whole number of at least {minimum}"
+        return self.bad(key, expected if maximum == MAX_SIZE else f"{expected}, at most {maximum}")
 
     def bad(self, key: str, expected: str) -> ConfigFileError:
         """Return the error for the value of ``key``."""
         return ConfigFileError(
-            f"{self._path}: {self._prefix}{key} is {_short(self.values.get(key))}",
+            f"{self.path}: {self.prefix}{key} is {_short(self.values.get(key))}",
             expected=expected,
             fix="correct it there",
         )

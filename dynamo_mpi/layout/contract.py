@@ -196,7 +196,8 @@ def _advice(prefill: Contract, decode: Contract) -> Iterator[Finding]:
         )
     for side in (prefill, decode):
         buffer, length = side.max_tokens_in_buffer, prefill.max_seq_len
-        if buffer is not None and length is not None and buffer < length:
+        # zero is "no limit of its own" too (`CacheTransceiverConfig`)
+        if buffer is not None and length is not None and 0 < buffer < length:
             yield warning(
                 "I8",
                 f"the {side.role} worker's transfer buffer is smaller than the longest prompt: such transfers are slow",

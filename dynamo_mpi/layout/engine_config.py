@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.config_reader import ConfigReader
+from dynamo_mpi.common.coerce import as_int
 from dynamo_mpi.common.frozen import dataclass, field
+from dynamo_mpi.layout.engine_reader import ANY, EngineReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -176,7 +177,7 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
     Raises:
         ConfigFileError: one of the values has the wrong type or is out of every range.
     """
-    top = ConfigReader(keys, path)
+    top = EngineReader(keys, path)
     cp_config = top.section("cp_config")
     graphs = top.section("cuda_graph_config")
     balance = top.section("attention_dp_config")
@@ -205,39 +206,39 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
         moe=_moe(top.section("moe_config")),
         transceiver=_transceiver(top),
         speculative=_speculative(top),
-        cuda_graph_batch_sizes=graphs.sizes("batch_sizes"),
-        cuda_graph_max_batch_size=graphs.size("max_batch_size", minimum=0),
+        cuda_graph_batch_sizes=graphs.sizes("batch_sizes", minimum=ANY),
+        cuda_graph_max_batch_size=graphs.positive("max_batch_size"),
         cuda_graph_padding=graphs.switch("enable_padding") or False,
         cuda_graphs=not ("cuda_graph_config" in keys and keys["cuda_graph_config"] is None),
         load_format=top.text("load_format"),
         orchestrator=top.text("orchestrator_type"),
         lora_cuda_graph=top.section("lora_config").switch("cuda_graph_specialize_lora") or False,
-        adp_timeout_iters=balance.size("timeout_iters", minimum=-(2**31)),
-        adp_wait_iters=balance.size("batching_wait_iters", minimum=-(2**31)),
+        adp_timeout_iters=balance.size("timeout_iters", minimum=ANY),
+        adp_wait_iters=balance.size("batching_wait_iters", minimum=ANY),
         keys=keys,
     )
 
 
-def _moe_size(top: ConfigReader, key: str) -> int | None:
+def _moe_size(top: EngineReader, key: str) -> int | None:
     """A3: -1 means the same as nothing."""
-    return None if top.values.get(key) == -1 else top.size(key, maximum=MAX_RANKS)
+    return None if as_int(top.values.get(key)) == -1 else top.size(key, maximum=MAX_RANKS)
 
 
-def _kv_cache(section: ConfigReader) -> KvCache:
+def _kv_cache(section: EngineReader) -> KvCache:
     reuse = section.switch("enable_block_reuse")
     return KvCache(
         dtype=(section.text("dtype") or "auto").lower(),
         tokens_per_block=section.size("tokens_per_block"),
         free_gpu_memory_fraction=section.number("free_gpu_memory_fraction"),
-        max_tokens=section.size("max_tokens"),
+        max_tokens=section.positive("max_tokens"),
         enable_block_reuse=True if reuse is None else reuse,
-        max_attention_window=section.sizes("max_attention_window", minimum=-(2**31)),
+        max_attention_window=section.sizes("max_attention_window", minimum=ANY),
         state_dtype=section.text("mamba_ssm_cache_dtype"),
     )
 
 
-def _moe(section: ConfigReader) -> Moe:
-    found: dict[str, Any] = {"backend": section.text("backend"), "max_num_tokens": section.size("max_num_tokens")}
+def _moe(section: EngineReader) -> Moe:
+    found: dict[str, Any] = {"backend": section.text("backend"), "max_num_tokens": section.positive("max_num_tokens")}
     balancer = section.values.get("load_balancer")
     if isinstance(balancer, str):
         found |= {"balancer_path": balancer, "balanced": True, "balancer_read": False}
@@ -246,7 +247,7 @@ def _moe(section: ConfigReader) -> Moe:
     return Moe(**found)
 
 
-def read_balancer(section: ConfigReader) -> dict[str, Any]:
+def read_balancer(section: EngineReader) -> dict[str, Any]:
     """Read an expert load balancer's settings, from the config or from the file that it names.
 
     Raises:
@@ -265,25 +266,25 @@ def read_balancer(section: ConfigReader) -> dict[str, Any]:
     }
 
 
-def _transceiver(top: ConfigReader) -> Transceiver | None:
+def _transceiver(top: EngineReader) -> Transceiver | None:
     if not top.has("cache_transceiver_config"):
         return None
     section = top.section("cache_transceiver_config")
     return Transceiver(
         section.text("backend"),
         section.text("transceiver_runtime"),
-        section.size("max_tokens_in_buffer"),
-        section.size("kv_transfer_timeout_ms", minimum=0),
+        section.positive("max_tokens_in_buffer"),
+        section.size("kv_transfer_timeout_ms", minimum=ANY),
     )
 
 
-def _speculative(top: ConfigReader) -> Speculative | None:
+def _speculative(top: EngineReader) -> Speculative | None:
     if not top.has("speculative_config"):
         return None
     section = top.section("speculative_config")
     return Speculative(
         section.text("decoding_type"),
-        section.size("max_draft_len", minimum=-(2**31)),
-        section.size("num_nextn_predict_layers", minimum=0),
+        section.size("max_draft_len", minimum=ANY),
+        section.positive("num_nextn_predict_layers"),
         section.text("speculative_model") or section.text("speculative_model_dir"),
     )

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.config_reader import ConfigReader, parse_json, parse_yaml
+from dynamo_mpi.common.config_reader import parse_json, parse_yaml
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.layout.engine_config import EngineConfig, read_balancer, type_engine_config
+from dynamo_mpi.layout.engine_reader import EngineReader
 from dynamo_mpi.layout.finding import Finding, Severity
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def with_balancer(merged: MergedConfig, text: str) -> MergedConfig:
     """
     moe = merged.config.moe
     path = str(moe.balancer_path)
-    settings = read_balancer(ConfigReader(parse_yaml(text, path, "the load balancer's YAML"), path))
+    settings = read_balancer(EngineReader(parse_yaml(text, path, "the load balancer's YAML"), path))
     return replace(merged, config=replace(merged.config, moe=replace(moe, **settings)))
 
 

@@ -54,7 +54,7 @@ def test_the_file_lies_over_the_flags_as_in_dynamo() -> None:
     assert (config.tp_size, config.max_batch_size, config.max_seq_len) == (4, 16, 99)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "2.0", "two", "true", "[2]", "'2'", "{}"])
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "two", "false", "[2]", "'2x'", "{}"])
 @pytest.mark.parametrize("key", ["tensor_parallel_size", "context_parallel_size", "max_batch_size", "max_seq_len"])
 def test_a_size_is_a_positive_whole_number(key: str, value: str) -> None:
     with pytest.raises(ConfigFileError, match=f"/e.yaml: {key} is "):
@@ -62,10 +62,41 @@ def test_a_size_is_a_positive_whole_number(key: str, value: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{tensor_parallel_size: '2', max_batch_size: 8.0, max_num_tokens: '16.0'}", (2, 8, 16, False)),
+        ("{tensor_parallel_size: true, enable_attention_dp: 1}", (1, None, None, True)),
+        ("enable_attention_dp: 'yes'", (1, None, None, True)),
+        ("{moe_expert_parallel_size: '-1', kv_cache_config: {free_gpu_memory_fraction: '.8'}}", (1, None, None, False)),
+    ],
+)
+def test_values_are_converted_as_by_the_engine(text: str, expected: tuple[object, ...]) -> None:
+    config = parse(text)
+    assert (config.tp_size, config.max_batch_size, config.max_num_tokens, config.enable_attention_dp) == expected
+
+
+def test_numbers_that_the_engine_doesnt_bound() -> None:
+    config = parse(
+        """
+        cache_transceiver_config: {backend: UCX, max_tokens_in_buffer: 0, kv_transfer_timeout_ms: -1}
+        kv_cache_config: {max_tokens: 0}
+        moe_config: {max_num_tokens: -1}
+        cuda_graph_config: {batch_sizes: [0, 1], max_batch_size: 0}
+        speculative_config: {decoding_type: MTP, num_nextn_predict_layers: 0}
+        """
+    )
+    assert config.transceiver is not None and config.transceiver.max_tokens_in_buffer is None
+    assert (config.kv_cache.max_tokens, config.moe.max_num_tokens) == (None, None)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("enable_attention_dp: 1", "enable_attention_dp is 1"),
-        ("enable_attention_dp: 'yes'", "enable_attention_dp is 'yes'"),
+        ("enable_attention_dp: 2", "enable_attention_dp is 2"),
+        ("enable_attention_dp: 'maybe'", "enable_attention_dp is 'maybe'"),
+        ("pp_partition: [1, x]", "pp_partition is"),
+        ("pp_partition: 3", "pp_partition is 3"),
+        ("kv_cache_config: {free_gpu_memory_fraction: half}", "free_gpu_memory_fraction is 'half'"),
         ("kv_cache_config: 3", "kv_cache_config is 3"),
         ("kv_cache_config: [a]", "kv_cache_config is"),
         ("kv_cache_config: {tokens_per_block: 0}", "kv_cache_config.tokens_per_block is 0"),

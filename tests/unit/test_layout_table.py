@@ -633,6 +633,10 @@ PAIRS = [
         "max_seq_len: 8192\ncache_transceiver_config: {backend: UCX, max_tokens_in_buffer: 8192}",
         "max_seq_len: 8192\n" + UCX,
     ),
+    Pair(
+        "max_seq_len: 8192\ncache_transceiver_config: {backend: UCX, max_tokens_in_buffer: 0}",
+        "max_seq_len: 8192\n" + UCX,
+    ),
 ]
 
 
