@@ -16,6 +16,7 @@ from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.rules import architecture
 from dynamo_mpi.layout.spec import LayoutSpec
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
+from tests.conftest import ROOT
 from tests.unit.model_zoo import QUANT_FILES, ZOO
 
 LLAMA = ZOO["Llama-3.1-8B"]
@@ -57,7 +58,7 @@ def kv(dtype: str, **others: Any) -> dict[str, Any]:
         ("Qwen3-32B-FP8", "l4 h100 b200 b300 rtx-pro-6000", "gb10", "a100 a100-40"),
         (LLAMA | {"quantization_config": {"quant_method": "fbgemm_fp8"}}, "h100 h200", "b200 l40s", "a100"),
         (LLAMA | modelopt("NVFP4"), "b200 gb300 rtx-pro-6000 gb10", "", "h100 l40s a100"),
-        (ZOO["Mixtral-8x7B"] | modelopt("NVFP4"), "b200 gb10", "h100 l40s", "a100"),
+        (ZOO["Mixtral-8x7B"] | modelopt("NVFP4"), "b200 gb10", "", "h100 l40s a100"),
         ("gpt-oss-120b", "h100 b200 rtx-pro-6000", "", "a100 l40s"),
         (LLAMA | modelopt("W4A8_AWQ"), "l40s h100", "b200 rtx-pro-6000", "a100"),
         (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "a100 l40s h100 b200", "gb10", ""),
@@ -86,11 +87,66 @@ def test_block_scales_came_to_sm_120_later(version: str | None, expected: list[s
     assert told(subject_of("Qwen3-32B-FP8", "rtx-pro-6000", version=version)) == expected
 
 
-def test_experts_in_nvfp4_run_on_hopper_from_1_3_alone() -> None:
-    model = ZOO["Mixtral-8x7B"] | modelopt("NVFP4")
-    assert told(subject_of(model, "h100", version="1.2.1")) == ["error G"]
-    (finding,) = findings_of(subject_of(model, "h100", version="1.3.0rc22"))
-    assert "MARLIN" in finding.fix
+GEMM, MOE = {"nvfp4_gemm_config": {"allowed_backends": ["marlin"]}}, {"moe_config": {"backend": "MARLIN"}}
+GEMM_LINE, MOE_LINE = "nvfp4_gemm_config: {allowed_backends: [marlin]}", "moe_config: {backend: MARLIN}"
+EXPERTS_ALONE = ["lm_head", "*self_attn*"]
+
+
+@pytest.mark.parametrize("gpu", ["h100", "l40s"])
+@pytest.mark.parametrize(
+    ("model", "excluded", "engine", "missing"),
+    [
+        ("Mixtral-8x7B", [], {}, [GEMM_LINE, MOE_LINE]),
+        ("Mixtral-8x7B", [], MOE, [GEMM_LINE]),
+        ("Mixtral-8x7B", [], GEMM, [MOE_LINE]),
+        ("Mixtral-8x7B", [], GEMM | MOE, []),
+        ("Mixtral-8x7B", EXPERTS_ALONE, {}, [MOE_LINE]),
+        ("Mixtral-8x7B", EXPERTS_ALONE, MOE, []),
+        ("Llama-3.1-8B", [], MOE, [GEMM_LINE]),
+        ("Llama-3.1-8B", [], GEMM, []),
+        ("Llama-3.1-8B", [], {"nvfp4_gemm_config": {"allowed_backends": ["cutlass"]}}, [GEMM_LINE]),
+    ],
+)
+def test_nvfp4_before_blackwell(
+    model: str, excluded: list[str], engine: dict[str, Any], missing: list[str], gpu: str
+) -> None:
+    quantisation = modelopt("NVFP4")["quantization_config"] | {"ignore": excluded}
+    subject = subject_of(ZOO[model] | {"quantization_config": quantisation}, gpu, engine)
+    (finding,) = findings_of(subject)
+    assert (finding.rule, finding.severity.value) == ("G", "error" if missing else "info")
+    assert [line for line in (GEMM_LINE, MOE_LINE) if line in finding.fix] == missing
+
+
+@pytest.mark.parametrize(
+    ("engine", "missing"), [({}, [GEMM_LINE, MOE_LINE]), (MOE, [GEMM_LINE]), (GEMM, [MOE_LINE]), (GEMM | MOE, [])]
+)
+def test_nemotron_in_nvfp4_before_blackwell(engine: dict[str, Any], missing: list[str]) -> None:
+    folder, name = ROOT / "tests/data/model_configs", "Nemotron-3-Ultra-550B-A55B-NVFP4"
+    quant_text = (folder / f"{name}.hf_quant_config.json").read_text()
+    shape = parse_model_shape((folder / f"{name}.json").read_text(), "config.json", quant_text)
+    config = merge(EngineLayers(yaml_text=json.dumps(engine))).config
+    (finding,) = findings_of(LayoutSpec(shape, config, Cluster(1, 8, "h100")))
+    assert finding.severity.value == ("error" if missing else "info")
+    assert [line for line in (GEMM_LINE, MOE_LINE) if line in finding.fix] == missing
+
+
+def test_nvfp4_runs_before_blackwell_from_1_3_alone() -> None:
+    (finding,) = findings_of(subject_of(ZOO["Mixtral-8x7B"] | modelopt("NVFP4"), "h100", GEMM | MOE, version="1.2.1"))
+    assert (finding.severity.value, "marlin" in finding.fix) == ("error", False)
+
+
+@pytest.mark.parametrize(
+    ("cache", "version", "expected"),
+    [
+        ({"enable_block_reuse": True}, "1.2.0", ["error G4"]),
+        ({"enable_block_reuse": True}, "1.3.0rc22", []),
+        ({"enable_block_reuse": False}, "1.2.0", []),
+        ({}, "1.2.0", []),
+    ],
+)
+def test_hybrids_reuse_blocks_from_1_3_on(cache: dict[str, Any], version: str, expected: list[str]) -> None:
+    subject = subject_of("Nemotron-3-Super-120B-A12B-FP8", None, {"kv_cache_config": cache}, version)
+    assert told(subject) == expected
 
 
 def test_bfloat16_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +190,7 @@ def test_bfloat16_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
         ("GLM-5", kv("auto", enable_block_reuse=False), "a100", []),
         ("GLM-5", kv("auto", enable_block_reuse=False) | {"enable_chunked_prefill": True}, "a100", ["warning G4"]),
         ("Llama-3.1-8B", {}, "a100", []),
+        ("Nemotron-3-Super-120B-A12B-FP8", kv("auto", enable_block_reuse=True), None, []),
         # G5
         ("GLM-5", {"sparse_attention_config": {"indexer_k_dtype": "fp4"}}, "b200", []),
         ("GLM-5", {"sparse_attention_config": {"indexer_k_dtype": "fp4"}}, "h100", ["error G5"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.coerce import as_bool
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import listed
 from dynamo_mpi.layout.gpus import (
@@ -20,7 +21,9 @@ from dynamo_mpi.layout.gpus import (
     HOPPER,
 )
 from dynamo_mpi.layout.kv_cache import resolve_kv_dtype
-from dynamo_mpi.layout.model_shape import Feed
+from dynamo_mpi.layout.model_shape import Feed, Mixer
+from dynamo_mpi.layout.quantisation import NVFP4
+from dynamo_mpi.layout.value_rules import accepted_texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -41,7 +44,7 @@ _FORMATS: dict[str, tuple[frozenset[int], frozenset[int]]] = {
     "FP8_PER_CHANNEL_PER_TOKEN": (frozenset({90}), _ADA_UP - {90}),
     "FP8_ROWWISE": (frozenset({90}), _ADA_UP - {90}),
     "FP8_BLOCK_SCALES": (_ADA_UP - {121}, frozenset({121})),
-    "NVFP4": (BLACKWELL, _NONE),
+    NVFP4: (BLACKWELL, _NONE),
     "MXFP4": (_HOPPER_UP, _NONE),
     "W4A16_MXFP4": (_HOPPER_UP, _NONE),
     "W4A8_MXFP4_FP8": (_HOPPER_UP, _NONE),
@@ -50,6 +53,7 @@ _FORMATS: dict[str, tuple[frozenset[int], frozenset[int]]] = {
     "W4A16_AWQ": (_AMPERE_UP - CONSUMER_BLACKWELL, CONSUMER_BLACKWELL),
     "W4A16_GPTQ": (_AMPERE_UP - CONSUMER_BLACKWELL, CONSUMER_BLACKWELL),
 }
+_MARLIN = frozenset(range(89, 100))
 _KV_FP8 = _ADA_UP
 _SPARSE_MLA_KV = frozenset({90, 120, 121})
 _MLA_REUSE = frozenset({90, 100, 103, 120})
@@ -129,21 +133,49 @@ def _check_format(subject: LayoutSpec, algo: str) -> Iterator[Finding]:
         )
     elif gpu.sm in runs:
         return
-    elif (
-        algo == "NVFP4"
-        and 89 <= gpu.sm <= 99
-        and algo in (experts_formats(subject.shape) or ())
-        and not subject.older_than(1, 3)
-    ):
-        yield warning(
-            "G",
-            f"{gpu.name} has no NVFP4 arithmetic: only experts run, with 16-bit activations; dense NVFP4 layers may not",
-            found=found,
-            expected=f"{needed}; moe_config.backend MARLIN on SM 89-99",
-            fix="set moe_config: {backend: MARLIN}, or use an FP8 checkpoint",
-        )
+    elif algo == NVFP4 and gpu.sm in _MARLIN and "MARLIN" in accepted_texts("moe_config.backend", subject.version):
+        yield _by_marlin(subject, gpu, found)
     else:
         yield error("G", f"{gpu.name} can't run {algo} weights", found=found, expected=needed, fix=fix)
+
+
+def _by_marlin(subject: LayoutSpec, gpu: Gpu, found: str) -> Finding:
+    """Return what is missing for Marlin, which runs NVFP4 without NVFP4 arithmetic, where the config asks for it (PR 13476, PR 16749)."""
+    shape, keys = subject.shape, subject.config.keys.get("nvfp4_gemm_config")
+    said = keys.get("allowed_backends") if isinstance(keys, dict) else None
+    needed = []
+    if _has_dense_nvfp4(shape):
+        needed.append(("dense layers", "nvfp4_gemm_config: {allowed_backends: [marlin]}", "marlin" in (said or ())))
+    if NVFP4 in (experts_formats(shape) or (NVFP4 if shape.experts is not None else "",)):
+        by_marlin = (subject.config.moe.backend or "").upper() == "MARLIN"
+        needed.append(("experts", "moe_config: {backend: MARLIN}", by_marlin))
+    missing = [(part, line) for part, line, is_set in needed if not is_set]
+    if not missing:
+        return info("G", f"{gpu.name} has no NVFP4 arithmetic: Marlin computes with 16-bit activations", found=found)
+    lines = " and ".join(line for _, line in missing)
+    return error(
+        "G",
+        f"{gpu.name} has no NVFP4 arithmetic, and runs {' and '.join(part for part, _ in missing)} in NVFP4 by Marlin alone, "
+        "which isn't asked for: the engine fails late",
+        found=found,
+        expected=f"SM {_names(_FORMATS[NVFP4][0])}, or {lines}",
+        fix=f"set {lines}, or use an FP8 checkpoint",
+    )
+
+
+def _has_dense_nvfp4(shape: ModelShape) -> bool:
+    if shape.layers is None:
+        return True
+    shared = shape.experts is not None and shape.experts.shared_intermediate_size > 0
+    forms = [shape.head_format]
+    for layer in shape.kinds[0]:
+        if layer.mixer is not Mixer.NONE:
+            forms += [layer.formats.mixer, layer.formats.output]
+        if layer.feed in (Feed.DENSE, Feed.LINEAR):
+            forms.append(layer.formats.feed)
+        if layer.mlp_beside_experts or (shared and layer.feed is Feed.EXPERTS):
+            forms.append(layer.formats.shared)
+    return any(form is not None and form.algo == NVFP4 for form in forms)
 
 
 def check_dtype(subject: LayoutSpec) -> Iterator[Finding]:
@@ -233,7 +265,7 @@ def check_cute_dsl(subject: LayoutSpec) -> Iterator[Finding]:
     if gpu is None or gpu.sm >= 100:
         return
     switched_on = [
-        key for key in keys if isinstance(key, str) and key.startswith("use_cute_dsl_") and keys[key] is True
+        key for key in keys if isinstance(key, str) and key.startswith("use_cute_dsl_") and as_bool(keys[key])
     ]
     for key in switched_on:
         yield error(
@@ -264,6 +296,21 @@ def check_latent_reuse(subject: LayoutSpec) -> Iterator[Finding]:
             found=f"{subject.shape.name}; {gpu.name}, SM {gpu.sm}; {', '.join(f'{name} true' for name in asked)}",
             expected=f"SM {_names(_MLA_REUSE)}",
             fix="; ".join(f"set {name}: false" for name in asked),
+        )
+
+
+def check_state_reuse(subject: LayoutSpec) -> Iterator[Finding]:
+    """G4: hybrids keep no states for reused blocks up to 1.2, whose cache manager asserts that reuse is off if the config turns it on
+    (``mamba hybrid cache requires block reuse to be disabled in KV cache config``)."""
+    keys = subject.config.keys.get("kv_cache_config")
+    asked = isinstance(keys, dict) and as_bool(keys.get("enable_block_reuse"))
+    if asked and subject.shape.state_space is not None and subject.older_than(1, 3):
+        yield error(
+            "G4",
+            f"{subject.shape.name} keeps a state, which this version can't have together with block reuse",
+            found=f"kv_cache_config.enable_block_reuse true; TensorRT-LLM {subject.version}",
+            expected="enable_block_reuse: false, or TensorRT-LLM 1.3",
+            fix="set kv_cache_config: {enable_block_reuse: false}",
         )
 
 
@@ -300,5 +347,6 @@ RULES = (
     check_kv_format,
     check_cute_dsl,
     check_latent_reuse,
+    check_state_reuse,
     check_indexer,
 )
