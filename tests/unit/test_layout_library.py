@@ -109,7 +109,7 @@ def test_a_pair(model: Path) -> None:
         ("/nowhere", {}, Worker(), ModelNotFoundError),
         ("", "/nowhere.yaml", Worker(), ConfigFileError),
         ("", "a\0b", Worker(), ConfigFileError),
-        ("", {"tensor_parallel_size": "8"}, Worker(), ConfigFileError),
+        ("", {"tensor_parallel_size": "eight"}, Worker(), ConfigFileError),
         ("", {"kv_cache_config": 3}, Worker(), ConfigFileError),
         ("", {"load_format": object()}, Worker(), ConfigFileError),
         ("", {}, Worker(role="encoder"), UsageError),
