@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.codec import decode_strings, encode_strings
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.process import host_name
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ Not JSON, because importing it opens a dozen more files on every rank.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

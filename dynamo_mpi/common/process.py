@@ -11,9 +11,9 @@ import ctypes
 import math
 import os
 import signal
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from types import FrameType

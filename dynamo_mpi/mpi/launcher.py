@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import LaunchError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -10,9 +10,9 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import LaunchError
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.checks.rank_report import ReportRequest, collect_rank_report
 from dynamo_mpi.common.codec import encode_strings
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.engines.spec import EngineSpec, build_engine
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import signal
 import sys
 import time
 from functools import cache
-from typing import TYPE_CHECKING, NoReturn
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.common.process import host_name
@@ -28,6 +28,7 @@ from dynamo_mpi.supervisor.context import RankContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import NoReturn
 
     from dynamo_mpi.config.sources import WorkerSources
     from dynamo_mpi.supervisor.agent_socket import Agent

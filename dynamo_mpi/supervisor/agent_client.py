@@ -17,9 +17,9 @@ import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import of_signal
+from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.process import SHUTDOWN_SIGNALS, is_stopped
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_socket import Agent, agent_addresses, connect_to_agent, warn

@@ -9,8 +9,8 @@ import contextlib
 import os
 import stat
 import sys
-from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.light_typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.mpi.launcher import Launcher
 
 if TYPE_CHECKING:
