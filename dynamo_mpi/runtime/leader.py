@@ -192,7 +192,8 @@ class LeaderRank:
     def _start_supervisor(self, settings: Settings, reports: Sequence[RankReport], address: str) -> WorldSupervisor:
         """Start the supervisor, which listens at ``address`` or, if that is empty, at the host's own address."""
         from dynamo_mpi.supervisor.failure_reports import remove_stale_failure_files
-        from dynamo_mpi.supervisor.supervisor import SupervisorConfig, WorldSupervisor
+        from dynamo_mpi.supervisor.rendezvous import SupervisorConfig
+        from dynamo_mpi.supervisor.supervisor import WorldSupervisor
 
         label = _label(settings)
         if problem := remove_stale_failure_files(settings.failure_dir, label):

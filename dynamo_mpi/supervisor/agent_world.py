@@ -13,7 +13,7 @@ import json
 import math
 import socket
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure
@@ -27,16 +27,18 @@ from dynamo_mpi.supervisor.agent_failures import (
     encode_observed,
     first_of_each_rank,
 )
-from dynamo_mpi.supervisor.agent_network import HUB, AgentNetwork
+from dynamo_mpi.supervisor.agent_network import HUB
+from dynamo_mpi.supervisor.agent_peers import AgentPeers
 from dynamo_mpi.supervisor.failure_reports import host_lost
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
     import selectors
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from dynamo_mpi.mpi.launcher import LaunchInfo
     from dynamo_mpi.supervisor.agent_writer import PendingReport, ReportWriter
+    from dynamo_mpi.supervisor.local_rank import LocalRanks
 
 # wait for the other agents' answers, or for their joining if none has joined yet
 _SETTLE_SECONDS = 0.4
@@ -53,22 +55,7 @@ _SUCCESSOR_SECONDS = 1.0
 _CAUSE_SECONDS = 3.0
 _NOT_JOINED_SECONDS = 1.0
 _LAUNCHER_SECONDS = 0.25
-_FLUSH_SECONDS = 0.5
 _PRINT_SECONDS = 0.15
-
-
-class LocalRanks(NamedTuple):
-    """The ranks of an agent's node, as the watch of the world sees them.
-
-    Args:
-        host: the node.
-        end: ends them with an exit code.
-        rank0_reports: returns whether rank 0 is among them, alive, and supervises the other ranks.
-    """
-
-    host: str
-    end: Callable[[int], None]
-    rank0_reports: Callable[[], bool]
 
 
 class WorldWatch:
@@ -97,18 +84,12 @@ class WorldWatch:
         writer: ReportWriter,
         rendezvous: Rendezvous,
     ) -> None:
-        self._selector, self._launch, self._local_ranks, self._writer = selector, launch, local_ranks, writer
+        self._launch, self._local_ranks, self._writer = launch, local_ranks, writer
         self._host = local_ranks.host
-        self.rendezvous = rendezvous
-        self.history = History(launch.size)
+        self.rendezvous, self.history = rendezvous, History(launch.size)
         self.decide_at = self._keep_until = math.inf
-        self.reported = self.closing = False
-        self._network: AgentNetwork | None = None
-        self._listener: socket.socket | None = None
-        self._hub_endpoint: tuple[str, Sequence[str], int] = "", (), 0
-        self._is_hub = self._is_deputy = self._rank0_lost = False
-        self._deputy: tuple[int, dict[str, Any]] | None = None
-        self._leases = ""
+        self.reported = self.closing = self._rank0_lost = False
+        self._peers = AgentPeers(selector, self._host, self)
         self._observed: list[ObservedFailure] = []
         self._end_code = int(ExitCode.ENGINE)
         # agents that have not answered yet, and agents that wait for our answer
@@ -116,37 +97,34 @@ class WorldWatch:
         self._answer_to: list[int] = []
         self._pending_report: PendingReport | None = None
         self._hub_lost_at = self._print_until = 0.0
-        self._deputy_endpoint: dict[str, Any] = {}
 
     @property
     def has_network(self) -> bool:
         """Whether this agent is, or will be, connected to other agents."""
-        return self._network is not None
+        return self._peers.exist
 
     @property
     def is_waiting(self) -> bool:
         """Whether an agent without ranks must stay: a decision is due, or the cause of their exit isn't reported yet."""
         if time.monotonic() < self._print_until:
             return True
-        if self.decide_at < math.inf and not (self.reported and self._network is None):
+        if self.decide_at < math.inf and not (self.reported and not self._peers.exist):
             return True
-        settled = self.closing or self.reported or self._network is None or not self._observed
+        settled = self.closing or self.reported or not self._peers.exist or not self._observed
         return not settled and time.monotonic() < self._keep_until
 
     # -- messages of this node's ranks ---------------------------------------------------------------------------------
 
     def set_listener(self, listener: socket.socket) -> None:
         """Accept the agents of other nodes on this socket."""
-        self._listener = listener
-        if self._network is not None:
-            self._network.listen(listener)
+        self._peers.listen(listener)
 
     def connect_agents(self, rank: int, text: str) -> None:
         """Connect to the other agents as soon as MPI runs; ``text`` is the result of `agent_invitation`."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             content = json.loads(text)
-            self._is_hub |= rank == 0
-            self._join(rank, content["token"], content["host"], content["addresses"], int(content["port"]))
+            self._peers.is_hub |= rank == 0
+            self._peers.join(rank, content["token"], content["host"], content["addresses"], int(content["port"]))
 
     def join(self, rank: int, text: str) -> None:
         """Apply what rank 0 sent with the preflight result; ``text`` is the result of `Rendezvous.as_json`."""
@@ -154,26 +132,24 @@ class WorldWatch:
             self.rendezvous = rendezvous = Rendezvous(**json.loads(text)["meeting"])
         except (ValueError, KeyError, TypeError):
             return
-        self._is_hub |= rank == 0
+        self._peers.is_hub |= rank == 0
         if rendezvous.agent_port:
-            self._join(rank, rendezvous.agent_token, rendezvous.host, [rendezvous.address], rendezvous.agent_port)
+            self._peers.join(rank, rendezvous.agent_token, rendezvous.host, [rendezvous.address], rendezvous.agent_port)
 
     def set_phase(self, phase: str) -> None:
         """Record rank 0's phase and send it to the other agents."""
         self.history.note_phase(phase)
-        self._broadcast({"phase": phase})
+        self._peers.broadcast({"phase": phase})
 
     def set_leases(self, encoded: str) -> None:
         """Set the leases that the worker owns in etcd, here and in the deputy."""
-        self._leases = encoded
         self._writer.set_leases(encoded)
-        if self._deputy is not None:
-            self._send(self._deputy[0], {"leases": encoded})
+        self._peers.set_leases(encoded)
 
     def note_signal(self, rank: int) -> None:
         """Record that a rank got a signal to end."""
         self.history.note_signal(rank)
-        self._broadcast({"signalled": rank})
+        self._peers.broadcast({"signalled": rank})
 
     def publish(self, report: Report, on_logged: Callable[[], object]) -> None:
         """Write rank 0's report unless one is written already; then call ``on_logged``."""
@@ -192,23 +168,22 @@ class WorldWatch:
     ) -> PendingReport:
         self.reported, self.decide_at, self._end_code = True, math.inf, report.failure.exit_code
         # the lost hub, or a deputy before a new hub, may have written a report: then etcd has it
-        is_alone = self._network is not None and not self._network.agents
-        only_if_first = by is None and (self._is_deputy or is_alone)
-        wake = (lambda: None) if self._network is None else self._network.wake
+        is_alone = self._peers.exist and not self._peers.agents
+        only_if_first = by is None and (self._peers.is_deputy or is_alone)
         self._pending_report = self._writer.publish(
-            report, self.rendezvous, by, on_logged, wake, for_node=for_node, only_if_first=only_if_first
+            report, self.rendezvous, by, on_logged, self._peers.wake, for_node=for_node, only_if_first=only_if_first
         )
         return self._pending_report
 
     def set_reported(self) -> None:
         """Record that a rank of this node has written a report by itself."""
         self.reported, self.decide_at = True, math.inf
-        self._broadcast({"reported": True})
+        self._peers.broadcast({"reported": True})
 
     def end_all(self, code: int) -> None:
         """End the ranks of all nodes."""
         self._end_code = code
-        self._broadcast({"end": code})
+        self._peers.broadcast({"end": code})
         self._local_ranks.end(code)
 
     def on_rank0_exit(self, *, in_order: bool) -> None:
@@ -227,13 +202,12 @@ class WorldWatch:
         """From now on, treat no exit of a rank as a failure."""
         if not self._observed:
             self.closing = True
-            self._broadcast({"closing": True})
+            self._peers.broadcast({"closing": True})
 
     def on_rank0_lost(self, observed: ObservedFailure) -> None:
         """Handle the report of a local rank that has lost rank 0."""
-        if self._is_hub:
-            return
-        self.on_failure(observed)
+        if not self._peers.is_hub:
+            self.on_failure(observed)
 
     def on_failure(self, observed: ObservedFailure) -> None:
         """Handle a failure of a rank of any node."""
@@ -242,18 +216,16 @@ class WorldWatch:
         self._observed.append(observed)
         self._writer.revoke()
         now = time.monotonic()
-        has_network = self._network is not None and self._network.agents
-        self._keep_until = now + (_CAUSE_SECONDS if has_network else _NOT_JOINED_SECONDS)
+        self._keep_until = now + (_CAUSE_SECONDS if self._peers.agents else _NOT_JOINED_SECONDS)
         self._rank0_lost |= observed.failure.rank == 0 and observed.failure.cause is not DetectedBy.REPORT
-        if not self._is_hub and self._network is not None:
+        if not self._peers.is_hub and self._peers.exist:
             # to all, so that the deputy gets it too
             if observed.host == self._host:
-                self._network.broadcast({"failure": encode_observed(observed)})
-            if self._is_deputy:
+                self._peers.broadcast({"failure": encode_observed(observed)})
+            if self._peers.is_deputy:
                 self._decide_for_hub()
             return
-        if self._deputy is not None:
-            self._send(self._deputy[0], {"failure": encode_observed(observed)})
+        self._peers.send_to_deputy({"failure": encode_observed(observed)})
         if self._launch.launcher is Launcher.HYDRA and observed.failure.cause is DetectedBy.DISCONNECT:
             # mpiexec kills all other ranks at once, and with them the connection to its output
             self.decide_at = now
@@ -270,8 +242,8 @@ class WorldWatch:
         if self.reported:
             self.end_all(self._end_code)
         elif self._observed:
-            if self._is_deputy and not self._rank0_lost:
-                if self._has_hub:
+            if self._peers.is_deputy and not self._rank0_lost:
+                if self._peers.has_hub:
                     return
                 # all that is known of rank 0's node is that its agent was lost first
                 error = host_lost(self.rendezvous.host)
@@ -284,8 +256,8 @@ class WorldWatch:
             report = compose_report(observed, phase)
             self.report(report)
             # a launcher that noticed the death ends the other ranks by itself, with the better exit code
-            delay = _LAUNCHER_SECONDS if report.failure.cause is DetectedBy.DISCONNECT else 0.0
-            self.decide_at = time.monotonic() + delay
+            by_launcher = report.failure.cause is DetectedBy.DISCONNECT
+            self.decide_at = time.monotonic() + (_LAUNCHER_SECONDS if by_launcher else 0.0)
 
     def answer(self) -> None:
         """Answer the agents that asked: all failures that this agent observed have been sent before."""
@@ -293,21 +265,18 @@ class WorldWatch:
         if self._pending_report is not None and self._pending_report.is_done:
             self._pending_report = None
             self._wait_for_printing()
-            self._broadcast({"reported": True})
+            self._peers.broadcast({"reported": True})
         recipients, self._answer_to = self._answer_to, []
         for number in recipients:
-            self._send(number, {"answer": True})
+            self._peers.send(number, {"answer": True})
 
     def tick(self) -> None:
         """Do the periodic work."""
-        if self._network is not None:
-            self._network.tick()
+        self._peers.tick()
 
     def close(self) -> None:
         """Close all connections."""
-        if self._network is not None:
-            self._network.flush(_FLUSH_SECONDS)
-            self._network.close()
+        self._peers.close()
 
     def _wait_for_printing(self) -> None:
         """Give MPICH's mpiexec time to print the report: it ends its proxies when the dead rank's outputs are closed."""
@@ -315,82 +284,38 @@ class WorldWatch:
             self._print_until = time.monotonic() + _PRINT_SECONDS
 
     def _decide_soon(self) -> None:
-        agents = [] if self._network is None else self._network.agents
+        agents = self._peers.agents
         delay = _SETTLE_SECONDS if agents else _NO_AGENTS_SETTLE_SECONDS
-        if self._network is None:
+        if not self._peers.exist:
             delay = _SINGLE_NODE_SETTLE_SECONDS
         self.decide_at = min(self.decide_at, time.monotonic() + delay)
         if not self._unanswered:
             self._unanswered = set(agents)
-            self._broadcast({"ask": True})
-
-    @property
-    def _has_hub(self) -> bool:
-        return self._network is not None and HUB in self._network.agents
+            self._peers.broadcast({"ask": True})
 
     def _decide_for_hub(self) -> None:
         """Schedule a decision in place of the hub, if the hub is lost together with rank 0 or its successor doesn't join."""
-        if self._has_hub and not self._rank0_lost:
+        if self._peers.has_hub and not self._rank0_lost:
             return
-        delay = _HUB_REPORT_SECONDS if self._has_hub else _HUB_GONE_SECONDS if self._rank0_lost else _SUCCESSOR_SECONDS
+        delay = (
+            _HUB_REPORT_SECONDS
+            if self._peers.has_hub
+            else _HUB_GONE_SECONDS
+            if self._rank0_lost
+            else _SUCCESSOR_SECONDS
+        )
         self.decide_at = min(self.decide_at, time.monotonic() + delay)
 
-    # -- the other agents ----------------------------------------------------------------------------------------------
+    # -- the other agents, see `PeerEvents` -----------------------------------------------------------------------------
 
-    def _join(self, node: int, token: str, host: str, addresses: Sequence[str], port: int) -> None:
-        previous, self._hub_endpoint = self._hub_endpoint, (host, addresses, port)
-        if self._network is not None:
-            if not (self._is_hub or self._has_hub) and previous != self._hub_endpoint:
-                self._connect_to_hub()
-            return
-        self._network = AgentNetwork(self._selector, node, token, self._on_message, self._on_agent_lost)
-        if not self._is_hub:
-            self._connect_to_hub()
-        elif self._listener is not None:
-            self._network.listen(self._listener)
-
-    def _connect_to_hub(self) -> None:
-        if self._network is not None:
-            self._network.connect(HUB, *self._hub_endpoint)
-
-    def _send(self, number: int, message: dict[str, Any]) -> None:
-        if self._network is not None:
-            self._network.send(number, message)
-
-    def _broadcast(self, message: dict[str, Any]) -> None:
-        if self._network is not None:
-            self._network.broadcast(message)
-
-    def _on_message(self, number: int, message: dict[str, Any]) -> None:
+    def on_message(self, number: int, message: dict[str, Any]) -> None:
         """Handle a message of another agent; agents of other versions may send other keys, so each key is checked."""
-        if message.get("joined"):
-            self._on_agent_joined(number)
-        if message.get("deputy"):
-            self._become_deputy()
-        elif "deputy" in message:
-            self._is_deputy = False
-        if isinstance(endpoint := message.get("listens"), dict):
-            if self._deputy is not None and self._deputy[0] != number:
-                # a new hub may have chosen another deputy before the existing one joined
-                self._send(self._deputy[0], {"deputy": False})
-            self._deputy = number, endpoint
-            self._send(number, {"leases": self._leases})
-            for other in () if self._network is None else self._network.agents:
-                if other != number:
-                    self._send(other, {"deputy_at": [number, endpoint]})
-        if isinstance(at := message.get("deputy_at"), list) and len(at) == 2 and not self._is_deputy:
-            with contextlib.suppress(KeyError, TypeError, ValueError):
-                if self._network is not None:
-                    self._network.connect(int(at[0]), at[1]["host"], [at[1]["address"]], at[1]["port"])
         if isinstance(leases := message.get("leases"), str):
             self._writer.set_leases(leases)
         if isinstance(phase := message.get("phase"), str):
             self.history.note_phase(phase)
         if isinstance(text := message.get("failure"), str) and (observed := decode_observed(text)) is not None:
             self.on_failure(observed)
-        self._on_end_message(number, message)
-
-    def _on_end_message(self, number: int, message: dict[str, Any]) -> None:
         self.closing |= bool(message.get("closing"))
         if message.get("ask"):
             self._answer_to.append(number)
@@ -406,52 +331,20 @@ class WorldWatch:
         if isinstance(code := message.get("end"), int):
             self._local_ranks.end(code)
 
-    def _on_agent_joined(self, number: int) -> None:
-        """Send a newly joined agent the current state."""
-        if not self._is_hub:
-            if self._is_deputy and number == HUB:
-                self._send(HUB, {"listens": self._deputy_endpoint})
-            for observed in self._observed:
-                if observed.host == self._host:
-                    self._send(number, {"failure": encode_observed(observed)})
+    def greet(self, number: int) -> None:
+        """Send an agent that has joined what it must know."""
+        if self._peers.is_hub:
+            self._peers.send(number, {"phase": self.history.phase})
             return
-        self._send(number, {"phase": self.history.phase})
-        if self._deputy is None:
-            # its endpoint arrives with its answer
-            self._deputy = number, {}
-            self._send(number, {"deputy": True, "leases": self._leases})
-        elif self._deputy[1]:
-            self._send(number, {"deputy_at": list(self._deputy)})
+        for observed in self._observed:
+            if observed.host == self._host:
+                self._peers.send(number, {"failure": encode_observed(observed)})
 
-    def _become_deputy(self) -> None:
-        if self._network is None:
-            return
-        if self._is_deputy:
-            # a new hub doesn't know the endpoint
-            self._send(HUB, {"listens": self._deputy_endpoint})
-            return
-        self._is_deputy = True
-        address = self._network.address_of(HUB)
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with contextlib.suppress(OSError):
-            listener = socket.create_server((address, 0), family=family, backlog=128)
-            self._network.listen(listener)
-            self._deputy_endpoint = {"host": self._host, "address": address, "port": listener.getsockname()[1]}
-            self._send(HUB, {"listens": self._deputy_endpoint})
-
-    def _on_agent_lost(self, number: int) -> None:
-        """Handle the loss of the connection to an agent."""
+    def on_peer_lost(self, number: int) -> bool:
+        """Handle the loss of the connection to an agent; return whether it must be replaced."""
         self._unanswered.discard(number)
-        if self._network is None or self.closing:
-            return
-        if self._is_hub:
-            if self._deputy is not None and number == self._deputy[0]:
-                self._deputy = None
-                if rest := self._network.agents:
-                    self._on_agent_joined(rest[0])
-        elif number == HUB:
-            # its successor will listen at the same endpoint
-            self._connect_to_hub()
+        if not (self._peers.is_hub or self.closing) and number == HUB:
             self._hub_lost_at = time.monotonic()
-            if self._is_deputy and self._observed and not self.reported:
+            if self._peers.is_deputy and self._observed and not self.reported:
                 self._decide_for_hub()
+        return not self.closing

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A node agent's connection to a rank of its node, and the description of missing ranks."""
+"""A node agent's ranks: its connection to each rank of its node, and the description of missing ranks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import signal
 import socket
 import struct
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from dynamo_mpi.supervisor.stacks import describe_stacks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from dynamo_mpi.mpi.launcher import LaunchInfo
 
@@ -81,6 +81,26 @@ class LocalRank:
                 self._unread = b""
             found += [line.decode("utf-8", "replace") for line in lines]
 
+    def note(self, key: str, value: str) -> bool:
+        """Note what the rank says about itself; return False if it is about something else."""
+        if key == "rank" and value.isdecimal():
+            self.rank = int(value)
+            self.send(f"agent {os.getpid()}")
+        elif key == "mark":
+            mark, _, inode = value.partition(" ")
+            self.mark, self.inode = mark, int(inode) if inode.isdecimal() else 0
+        elif key == "phase":
+            self.phase = value
+        elif key == "stacks":
+            self.stacks = value.replace("\v", "\n")
+        elif key == "segments":
+            self.segments |= frozenset(value.split())
+        elif key == "detach":
+            self.detached = True
+        else:
+            return False
+        return True
+
     def send(self, line: str) -> None:
         """Send the rank a line. Does not raise: the heartbeat timeout detects a rank that reads nothing."""
         with contextlib.suppress(OSError):
@@ -105,6 +125,30 @@ class LocalRank:
         if self.pidfd is not None:
             os.close(self.pidfd)
             self.pidfd = None
+
+
+class RankObserver(Protocol):
+    """Shows the state of the rank that started the agent. Its methods are called in the agent's thread; they neither raise nor wait."""
+
+    def on_message(self, text: str) -> None:
+        """Called whenever that rank is heard; ``text`` is what it says about its state, or empty."""
+
+    def on_exit(self) -> None:
+        """Called when that rank's process has exited."""
+
+
+class LocalRanks(NamedTuple):
+    """The ranks of an agent's node, as the watch of the world sees them.
+
+    Args:
+        host: the node.
+        end: ends them with an exit code.
+        rank0_reports: returns whether rank 0 is among them, alive, and supervises the other ranks.
+    """
+
+    host: str
+    end: Callable[[int], None]
+    rank0_reports: Callable[[], bool]
 
 
 def _open_pidfd(pid: int) -> int | None:

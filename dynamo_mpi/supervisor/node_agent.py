@@ -10,23 +10,22 @@ revoke the worker's leases in etcd, and kill the remaining ranks and their desce
 from __future__ import annotations
 
 import math
-import os
 import selectors
 import socket
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 from dynamo_mpi.common.errors import DynamoMpiError, PhaseTimeoutError
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.mpi.launcher import Launcher
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, compose_report, decode_observed, decode_report
 from dynamo_mpi.supervisor.agent_socket import peer_is_ours
-from dynamo_mpi.supervisor.agent_world import LocalRanks, WorldWatch
+from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import ReportWriter
 from dynamo_mpi.supervisor.failure_reports import heartbeat_missed, rank_died
 from dynamo_mpi.supervisor.leftovers import end_descendants, remove_segments, segments_of
-from dynamo_mpi.supervisor.local_rank import LocalRank, describe_missing_ranks
+from dynamo_mpi.supervisor.local_rank import LocalRank, LocalRanks, RankObserver, describe_missing_ranks
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
@@ -47,16 +46,6 @@ _KILL_DELAY_SECONDS = 1.0
 # in a shutdown, the ranks' last barrier and MPI_Finalize take up to 20 s each
 _SHUTDOWN_GRACE_SECONDS = 45.0
 _RETRY_SECONDS = 0.05
-
-
-class RankObserver(Protocol):
-    """Shows the state of the rank that started the agent. Its methods are called in the agent's thread; they neither raise nor wait."""
-
-    def on_message(self, text: str) -> None:
-        """Called whenever that rank is heard; ``text`` is what it says about its state, or empty."""
-
-    def on_exit(self) -> None:
-        """Called when that rank's process has exited."""
 
 
 class NodeAgent:
@@ -181,35 +170,25 @@ class NodeAgent:
             for line in local.read()[0]:
                 self._handle_message(local, line)
             self._on_disconnect(local)
-        if observer := self._observer_of(local):
-            observer.on_exit()
         self._selector.unregister(cast("int", local.pidfd))
         local.close_process()
         self._exiting.discard(local)
+        self._on_exit(local)
+
+    def _on_exit(self, local: LocalRank, excluded: frozenset[int] = frozenset()) -> None:
+        if observer := self._observer_of(local):
+            observer.on_exit()
         if local.mark:
-            self._writer.later(partial(end_descendants, local.mark, local.inode))
+            self._writer.later(partial(end_descendants, local.mark, local.inode, excluded))
 
     def _handle_message(self, local: LocalRank, line: str) -> None:
         """Handle a line that a rank of this node sends about itself."""
         key, _, value = line.partition(" ")
         if observer := self._observer_of(local):
             observer.on_message(value if key == "health" else "")
-        if key == "rank" and value.isdecimal():
-            local.rank = int(value)
-            local.send(f"agent {os.getpid()}")
-        elif key == "mark":
-            mark, _, inode = value.partition(" ")
-            local.mark, local.inode = mark, int(inode) if inode.isdecimal() else 0
-        elif key == "phase":
-            local.phase = value
-            if local.rank == 0:
+        if local.note(key, value):
+            if key == "phase" and local.rank == 0:
                 self._watch.set_phase(value)
-        elif key == "stacks":
-            local.stacks = value.replace("\v", "\n")
-        elif key == "segments":
-            local.segments |= frozenset(value.split())
-        elif key == "detach":
-            local.detached = True
         elif key == "reported":
             local.reported = True
             self._reported_at = min(self._reported_at, time.monotonic())
@@ -256,10 +235,8 @@ class NodeAgent:
         if local.pidfd is not None:
             self._exiting.add(local)
             self._exit_deadline = now + _SHUTDOWN_GRACE_SECONDS
-        elif observer := self._observer_of(local):
-            observer.on_exit()
-        if local.pidfd is None and local.mark:
-            self._writer.later(partial(end_descendants, local.mark, local.inode, frozenset({local.pid})))
+        else:
+            self._on_exit(local, frozenset({local.pid}))
         if not local.detached:
             self._segments |= local.segments
         if local.rank == 0:

@@ -15,6 +15,26 @@ _MAX_INTERVAL_SECONDS = 5.0
 _LENGTH_BYTES = 4
 
 
+class SupervisorConfig(NamedTuple):
+    """How a world is supervised; the fields are settings of the same names.
+
+    Args:
+        network: the network in which rank 0 listens.
+        heartbeat_timeout: see `Rendezvous`.
+        failure_dir: see `Rendezvous`.
+        label: see `Rendezvous`.
+        log_dir: see `Rendezvous`.
+        address: the address of this host at which rank 0 listens; empty for the one in ``network``.
+    """
+
+    network: str | None = None
+    heartbeat_timeout: float | None = None
+    failure_dir: str = ""
+    label: str = "worker"
+    log_dir: str = ""
+    address: str = ""
+
+
 class Rendezvous(NamedTuple):
     """How the other ranks reach rank 0, and the settings of the supervision.
 

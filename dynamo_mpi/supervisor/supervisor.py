@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dynamo_mpi.common.errors import ExitCode, PhaseTimeoutError
 from dynamo_mpi.common.failure import (
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.mpi.placement import HasHost
     from dynamo_mpi.supervisor.context import RankContext
     from dynamo_mpi.supervisor.heartbeat_protocol import SignalMessage
+    from dynamo_mpi.supervisor.rendezvous import SupervisorConfig
 
 
 _HARD_EXIT_SECONDS = 15.0
@@ -58,26 +59,6 @@ _SETTLE_AFTER_DEATH_SECONDS = 0.03
 _HOOKS_SECONDS = 1.0
 _ENDING_PHASES = ("drain", "exit")
 _URGENT_CAUSES = (DetectedBy.DISCONNECT, DetectedBy.HOST_UNREACHABLE, DetectedBy.SIGNAL)
-
-
-class SupervisorConfig(NamedTuple):
-    """How a world is supervised; the fields are settings of the same names.
-
-    Args:
-        network: the network in which rank 0 listens.
-        heartbeat_timeout: see `Rendezvous`.
-        failure_dir: see `Rendezvous`.
-        label: see `Rendezvous`.
-        log_dir: see `Rendezvous`.
-        address: the address of this host at which rank 0 listens; empty for the one in ``network``.
-    """
-
-    network: str | None = None
-    heartbeat_timeout: float | None = None
-    failure_dir: str = ""
-    label: str = "worker"
-    log_dir: str = ""
-    address: str = ""
 
 
 class WorldSupervisor:

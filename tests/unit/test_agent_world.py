@@ -16,8 +16,9 @@ import pytest
 from dynamo_mpi.common.failure import DetectedBy, Failure
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
 from dynamo_mpi.supervisor.agent_failures import ObservedFailure, Report
-from dynamo_mpi.supervisor.agent_world import LocalRanks, WorldWatch
+from dynamo_mpi.supervisor.agent_world import WorldWatch
 from dynamo_mpi.supervisor.agent_writer import PendingReport, ReportWriter
+from dynamo_mpi.supervisor.local_rank import LocalRanks
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 
 TOKEN = "ab" * 32

@@ -19,8 +19,8 @@ from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.mpi.world import World, init_mpi, load_mpi_library
 from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
-from dynamo_mpi.supervisor.rendezvous import Rendezvous
-from dynamo_mpi.supervisor.supervisor import SupervisorConfig, WorldSupervisor
+from dynamo_mpi.supervisor.rendezvous import Rendezvous, SupervisorConfig
+from dynamo_mpi.supervisor.supervisor import WorldSupervisor
 from tests.contexts import rank_context
 
 KEPT: list[socket.socket] = []

@@ -26,8 +26,8 @@ from dynamo_mpi.mpi.launcher import detect_launcher
 from dynamo_mpi.mpi.world import World, init_mpi, load_mpi_library
 from dynamo_mpi.supervisor.fault_injection import arm
 from dynamo_mpi.supervisor.heartbeat_client import HeartbeatClient
-from dynamo_mpi.supervisor.rendezvous import Rendezvous
-from dynamo_mpi.supervisor.supervisor import SupervisorConfig, WorldSupervisor
+from dynamo_mpi.supervisor.rendezvous import Rendezvous, SupervisorConfig
+from dynamo_mpi.supervisor.supervisor import WorldSupervisor
 from tests.contexts import rank_context
 
 
