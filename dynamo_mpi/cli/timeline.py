@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import terminal_width, write_out
 from dynamo_mpi.common.errors import UsageError
+from dynamo_mpi.common.files import write_atomically
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path
-from dynamo_mpi.telemetry.startup_trace import read_traces, write_atomically
+from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.timeline_page import page
 from dynamo_mpi.telemetry.timeline_text import perfetto_trace, text
 

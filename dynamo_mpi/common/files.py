@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories that only this user may access.
+"""Directories that only this user may access, and files that other processes see whole or not at all.
 
 A run holds the lock of its private directory's lock file until it ends. A run that was killed with SIGKILL can't remove its directory; the
 next run does, because the lock is free.
@@ -95,3 +95,19 @@ def require_private(folder: Path) -> None:
             expected="a folder that only you can write: it holds the job's credentials",
             fix=shlex.join(["chmod", "700", str(folder)]),
         )
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a file, readable by its owner alone, that other processes see whole or not at all.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError:
+        os.unlink(temporary)
+        raise

@@ -10,16 +10,9 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
+from dynamo_mpi.common.files import write_atomically
 from dynamo_mpi.common.phases import RankTimings, Span
-from dynamo_mpi.telemetry.startup_trace import (
-    ENDED,
-    FAILED,
-    StartupTrace,
-    encode_traces,
-    printable,
-    read_traces,
-    write_atomically,
-)
+from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, StartupTrace, encode_traces, printable, read_traces
 from dynamo_mpi.telemetry.trace_writer import write_timeline
 
 if TYPE_CHECKING:

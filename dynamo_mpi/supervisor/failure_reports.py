@@ -9,12 +9,12 @@ import contextlib
 import errno
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import DynamoMpiError, EngineError, PhaseTimeoutError, RetryableError, UsageError
+from dynamo_mpi.common.files import write_atomically
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.common.trace_context import trace_of
 from dynamo_mpi.mpi.launcher import restart_count
@@ -114,16 +114,7 @@ def write_failure(
         if keep and path.exists():
             return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # readable by its owner alone, and replaced atomically
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(content, file)
-                file.write("\n")
-            os.replace(temporary, path)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, json.dumps(content) + "\n")
 
 
 def as_document(failure: Failure, host: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a startup trace shows, for every form of output: bars on one clock, each phase's durations, the time axis, sentences. Pure."""
+"""What a startup trace shows, for every form of output: each phase's durations, the time axis, sentences. Pure."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.phases import PHASES, PROCESS_START
 from dynamo_mpi.layout.format import counted
-from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, STOPPED
+from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, STOPPED, Bar, Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from dynamo_mpi.common.phases import RankTimings
     from dynamo_mpi.telemetry.startup_trace import FailureMark, StartupTrace
 
 ORDER = (PROCESS_START, *PHASES)
 _NOT_STARTUP = ORDER[ORDER.index("serve") :]
 # ranks begin their first phase independently
 _TOGETHER = PHASES[1:]
-# smaller differences come from a cluster's clocks and from the delay of messages
-_TOLERANCE_SECONDS = 0.005
-# with one time axis for starts that are hours apart, the starts themselves would be too short to see
-_MAX_SPREAD = 4.0
 _NAMED_SHARE = 0.1
 _MAX_NAMED = 2
 _ALIKE_SECONDS, _ALIKE_SHARE = 0.05, 0.02
@@ -33,94 +28,6 @@ _TICKS = 9
 _CALM_WIDTH, _CALM_FACTOR, _CALM_MARGIN = 0.09, 0.25, 0.04
 _MIN_DRAWN_SECONDS = 0.001
 _LONG_STEPS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 36000, 86400)
-
-
-class Bar(NamedTuple):
-    """One phase of one rank, in seconds from the beginning of the picture.
-
-    Args:
-        phase: its name.
-        begin: when it began.
-        own_end: when the rank's own part was done; from then on it waited for other ranks.
-        end: when it ended.
-        reported: whether the rank has reported when its own part was done.
-        open: whether it had not ended when this was written.
-    """
-
-    phase: str
-    begin: float
-    own_end: float
-    end: float
-    reported: bool
-    open: bool
-
-    @property
-    def own(self) -> float:
-        """How long the rank's own part took, as far as is known."""
-        return self.own_end - self.begin
-
-
-class Row(NamedTuple):
-    """One rank: its bars in order, without overlap, and how many of them had to be clipped for that."""
-
-    rank: int
-    host: str
-    bars: tuple[Bar, ...]
-    clipped: int
-
-
-class AlignedTrace(NamedTuple):
-    """A trace on the picture's clock, which begins at ``origin``, in seconds since 1970."""
-
-    trace: StartupTrace
-    rows: tuple[Row, ...]
-    origin: float
-
-
-def rows_of(trace: StartupTrace, origin: float) -> tuple[Row, ...]:
-    """Return a worker's rows, in rank order.
-
-    Args:
-        trace: the worker's.
-        origin: the beginning of the picture, in seconds since 1970.
-    """
-    now = max(0.0, trace.written - origin)
-    return tuple(_row(rank, origin, now) for rank in sorted(trace.ranks, key=lambda rank: rank.rank))
-
-
-def _row(rank: RankTimings, origin: float, now: float) -> Row:
-    bars: list[Bar] = []
-    clipped, free = 0, 0.0
-    for span in rank.spans:
-        began = rank.began + span.began - origin
-        ended = max(began, now) if span.total is None else began + span.total
-        done = ended if span.local is None else began + span.local
-        begin = max(began, free)
-        end = max(begin, ended)
-        own_end = min(max(begin, done), end)
-        moved = max(begin - began, end - ended, done - ended if span.total is not None else 0.0, begin - done)
-        clipped += moved > _TOLERANCE_SECONDS
-        bars.append(Bar(span.phase, begin, own_end, end, span.local is not None, span.total is None))
-        free = end
-    return Row(rank.rank, rank.host, tuple(bars), clipped)
-
-
-def align(traces: Sequence[StartupTrace]) -> tuple[list[AlignedTrace], bool]:
-    """Put all traces on one clock, or each on its own if they are far apart; the second result is whether they share one."""
-    alone = [AlignedTrace(trace, rows_of(trace, trace.origin), trace.origin) for trace in traces]
-    lengths = [_startup_seconds(one) for one in alone]
-    first = min(one.origin for one in alone)
-    if max(one.origin - first + length for one, length in zip(alone, lengths, strict=True)) > _MAX_SPREAD * max(
-        lengths
-    ):
-        return alone, False
-    return [AlignedTrace(trace, rows_of(trace, first), first) for trace in traces], True
-
-
-def _startup_seconds(one: AlignedTrace) -> float:
-    if one.trace.ready is not None:
-        return max(0.001, one.trace.ready - one.origin)
-    return max([0.001, *(bar.end for row in one.rows for bar in row.bars)])
 
 
 class PhaseSummary(NamedTuple):

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trace of a worker's start: what the worker is, how the start ended, and every rank's phases; and the files that hold it."""
+"""The trace of a worker's start: the worker, how the start ended, every rank's phases; files that hold it; the same as bars on one clock."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
 from dynamo_mpi.common.phases import RankTimings, Span
@@ -27,6 +25,10 @@ _MAX_SECONDS = 1e11
 _MAX_TEXT = 500
 _MAX_FILE_BYTES = 64 * 2**20
 _SPAN_FIELDS = 4
+# smaller differences come from a cluster's clocks and from the delay of messages
+_TOLERANCE_SECONDS = 0.005
+# with one time axis for starts that are hours apart, the starts themselves would be too short to see
+_MAX_SPREAD = 4.0
 
 
 @dataclass(frozen=True)
@@ -159,22 +161,6 @@ def read_traces(path: Path) -> tuple[StartupTrace, ...]:
         ) from None
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write a file, readable by its owner alone, that other processes see whole or not at all.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
-
-
 def _encode(trace: StartupTrace) -> dict[str, Any]:
     plain = {name: value for name, value in vars(trace).items() if name not in ("ranks", "layout", "failure")}
     return {
@@ -240,3 +226,91 @@ def _seconds(value: object) -> float | None:
     if not number or not -_MAX_SECONDS <= value <= _MAX_SECONDS:  # type: ignore[operator,unused-ignore] # it is one
         raise ValueError("a time is no number of seconds")
     return float(value)  # type: ignore[arg-type] # it is a number
+
+
+class Bar(NamedTuple):
+    """One phase of one rank, in seconds from the beginning of the picture.
+
+    Args:
+        phase: its name.
+        begin: when it began.
+        own_end: when the rank's own part was done; from then on it waited for other ranks.
+        end: when it ended.
+        reported: whether the rank has reported when its own part was done.
+        open: whether it had not ended when this was written.
+    """
+
+    phase: str
+    begin: float
+    own_end: float
+    end: float
+    reported: bool
+    open: bool
+
+    @property
+    def own(self) -> float:
+        """How long the rank's own part took, as far as is known."""
+        return self.own_end - self.begin
+
+
+class Row(NamedTuple):
+    """One rank: its bars in order, without overlap, and how many of them had to be clipped for that."""
+
+    rank: int
+    host: str
+    bars: tuple[Bar, ...]
+    clipped: int
+
+
+class AlignedTrace(NamedTuple):
+    """A trace on the picture's clock, which begins at ``origin``, in seconds since 1970."""
+
+    trace: StartupTrace
+    rows: tuple[Row, ...]
+    origin: float
+
+
+def rows_of(trace: StartupTrace, origin: float) -> tuple[Row, ...]:
+    """Return a worker's rows, in rank order.
+
+    Args:
+        trace: the worker's.
+        origin: the beginning of the picture, in seconds since 1970.
+    """
+    now = max(0.0, trace.written - origin)
+    return tuple(_row(rank, origin, now) for rank in sorted(trace.ranks, key=lambda rank: rank.rank))
+
+
+def _row(rank: RankTimings, origin: float, now: float) -> Row:
+    bars: list[Bar] = []
+    clipped, free = 0, 0.0
+    for span in rank.spans:
+        began = rank.began + span.began - origin
+        ended = max(began, now) if span.total is None else began + span.total
+        done = ended if span.local is None else began + span.local
+        begin = max(began, free)
+        end = max(begin, ended)
+        own_end = min(max(begin, done), end)
+        moved = max(begin - began, end - ended, done - ended if span.total is not None else 0.0, begin - done)
+        clipped += moved > _TOLERANCE_SECONDS
+        bars.append(Bar(span.phase, begin, own_end, end, span.local is not None, span.total is None))
+        free = end
+    return Row(rank.rank, rank.host, tuple(bars), clipped)
+
+
+def align(traces: Sequence[StartupTrace]) -> tuple[list[AlignedTrace], bool]:
+    """Put all traces on one clock, or each on its own if they are far apart; the second result is whether they share one."""
+    alone = [AlignedTrace(trace, rows_of(trace, trace.origin), trace.origin) for trace in traces]
+    lengths = [_startup_seconds(one) for one in alone]
+    first = min(one.origin for one in alone)
+    if max(one.origin - first + length for one, length in zip(alone, lengths, strict=True)) > _MAX_SPREAD * max(
+        lengths
+    ):
+        return alone, False
+    return [AlignedTrace(trace, rows_of(trace, first), first) for trace in traces], True
+
+
+def _startup_seconds(one: AlignedTrace) -> float:
+    if one.trace.ready is not None:
+        return max(0.001, one.trace.ready - one.origin)
+    return max([0.001, *(bar.end for row in one.rows for bar in row.bars)])

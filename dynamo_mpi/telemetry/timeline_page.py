@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.layout.format import counted
 from dynamo_mpi.telemetry.startup_summary import (
     ORDER,
-    AlignedTrace,
-    align,
     columns,
     describe_failure,
     describe_phases,
@@ -26,13 +24,13 @@ from dynamo_mpi.telemetry.startup_summary import (
     scale_for,
     summarize_phases,
 )
-from dynamo_mpi.telemetry.startup_trace import DATA_BEGINS, DATA_ENDS, encode_traces
+from dynamo_mpi.telemetry.startup_trace import DATA_BEGINS, DATA_ENDS, AlignedTrace, align, encode_traces
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.telemetry.startup_summary import Bar, PhaseSummary, Row, Scale
-    from dynamo_mpi.telemetry.startup_trace import StartupTrace
+    from dynamo_mpi.telemetry.startup_summary import PhaseSummary, Scale
+    from dynamo_mpi.telemetry.startup_trace import Bar, Row, StartupTrace
 
 _WIDTH, _LEFT, _RIGHT, _TOP, _LINE = 1200.0, 176.0, 24.0, 34.0, 15.0
 _MAX_HEIGHT, _MAX_ROW, _MIN_ROW, _LABELLED_ROW = 1536.0, 24.0, 3.0, 16.0

@@ -10,8 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.telemetry.startup_summary import (
-    AlignedTrace,
-    align,
     columns,
     describe_failure,
     describe_phases,
@@ -19,17 +17,16 @@ from dynamo_mpi.telemetry.startup_summary import (
     format_seconds,
     headline,
     part_of,
-    rows_of,
     scale_for,
     summarize_phases,
 )
-from dynamo_mpi.telemetry.startup_trace import encode_traces
+from dynamo_mpi.telemetry.startup_trace import AlignedTrace, align, encode_traces, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dynamo_mpi.telemetry.startup_summary import PhaseSummary, Row, Scale
-    from dynamo_mpi.telemetry.startup_trace import StartupTrace
+    from dynamo_mpi.telemetry.startup_summary import PhaseSummary, Scale
+    from dynamo_mpi.telemetry.startup_trace import Row, StartupTrace
 
 Event = dict[str, Any]
 LETTERS = {

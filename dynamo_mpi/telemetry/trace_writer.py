@@ -45,7 +45,7 @@ def write_timeline(path: Path, traces: Sequence[StartupTrace]) -> None:
         OSError: they can't be written.
     """
     # imported in the thread that writes: all ranks wait for rank 0 before they load, and must not wait for this
-    from dynamo_mpi.telemetry.startup_trace import write_atomically
+    from dynamo_mpi.common.files import write_atomically
     from dynamo_mpi.telemetry.timeline_page import page
     from dynamo_mpi.telemetry.timeline_text import perfetto_trace
 

@@ -19,12 +19,10 @@ from dynamo_mpi.common.errors import ConfigFileError, UsageError
 from dynamo_mpi.common.phases import PHASES, PROCESS_START, RankTimings, Span
 from dynamo_mpi.telemetry.startup_summary import (
     Scale,
-    align,
     describe_phases,
     describe_worker,
     format_seconds,
     headline,
-    rows_of,
     scale_for,
     summarize_phases,
 )
@@ -32,10 +30,12 @@ from dynamo_mpi.telemetry.startup_trace import (
     FAILED,
     STOPPED,
     StartupTrace,
+    align,
     decode_traces,
     encode_traces,
     printable,
     read_traces,
+    rows_of,
 )
 from dynamo_mpi.telemetry.timeline_page import page
 from dynamo_mpi.telemetry.timeline_text import perfetto_trace, text
