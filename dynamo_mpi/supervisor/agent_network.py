@@ -27,7 +27,6 @@ from dynamo_mpi.supervisor.rendezvous import Rendezvous
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-HUB = 0
 _RETRY_SECONDS = 0.2
 _CONNECT_SECONDS = 2.0
 

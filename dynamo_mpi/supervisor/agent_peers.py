@@ -10,12 +10,14 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dynamo_mpi.supervisor.agent_network import HUB, AgentNetwork
-
 if TYPE_CHECKING:
     import selectors
     from collections.abc import Sequence
 
+    from dynamo_mpi.supervisor.agent_network import AgentNetwork
+
+HUB = 0
+"""The hub's number."""
 _FLUSH_SECONDS = 0.5
 
 
@@ -92,6 +94,9 @@ class AgentPeers:
             if not (self.is_hub or self.has_hub) and previous != self._hub_endpoint:
                 self._network.connect(HUB, *self._hub_endpoint)
             return
+        # half of what an agent imports, and no agent of a single node needs it: imports delay the watch
+        from dynamo_mpi.supervisor.agent_network import AgentNetwork
+
         self._network = AgentNetwork(self._selector, node, token, self._on_message, self._on_lost)
         if not self.is_hub:
             self._network.connect(HUB, *self._hub_endpoint)

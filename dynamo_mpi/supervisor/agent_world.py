@@ -27,8 +27,7 @@ from dynamo_mpi.supervisor.agent_failures import (
     encode_observed,
     first_of_each_rank,
 )
-from dynamo_mpi.supervisor.agent_network import HUB
-from dynamo_mpi.supervisor.agent_peers import AgentPeers
+from dynamo_mpi.supervisor.agent_peers import HUB, AgentPeers
 from dynamo_mpi.supervisor.failure_reports import host_lost
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 

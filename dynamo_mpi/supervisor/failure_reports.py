@@ -10,17 +10,16 @@ import errno
 import json
 import os
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import DynamoMpiError, EngineError, PhaseTimeoutError, RetryableError, UsageError
-from dynamo_mpi.common.files import write_atomically
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.common.trace_context import trace_of
 from dynamo_mpi.mpi.launcher import restart_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from dynamo_mpi.common.failure import Failure
     from dynamo_mpi.supervisor.rendezvous import Rendezvous
@@ -108,6 +107,9 @@ def write_failure(
     """
     if not rendezvous.failure_dir:
         return
+    # not before a failure: what an agent imports delays its watch
+    from dynamo_mpi.common.files import write_atomically
+
     content = _without_secrets({**as_document(failure, host), **(report or {})})
     path = _path(rendezvous, failure.rank if by is None else by)
     with contextlib.suppress(OSError):
@@ -158,4 +160,6 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _path(rendezvous: Rendezvous, rank: int) -> Path:
+    from pathlib import Path
+
     return Path(rendezvous.failure_dir) / f"{rendezvous.label}-rank-{rank}.json"

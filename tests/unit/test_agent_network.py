@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from dynamo_mpi.supervisor.agent_network import HUB, AgentNetwork
+from dynamo_mpi.supervisor.agent_network import AgentNetwork
+from dynamo_mpi.supervisor.agent_peers import HUB
 
 TOKEN = "ab" * 32
 
