@@ -11,15 +11,13 @@ fail.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import secrets
-import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi.checks import kv_pull, kv_rules
 from dynamo_mpi.checks.kv_pull import CONNECT_SECONDS, FAILED, NIXL, PULL_SECONDS, TCP, PairResult, Source
@@ -33,7 +31,6 @@ from dynamo_mpi.common.errors import (
 )
 from dynamo_mpi.common.host_address import host_address
 from dynamo_mpi.common.log import RankLogger
-from dynamo_mpi.common.ports import is_free
 from dynamo_mpi.common.process import hard_exit_after, host_name
 from dynamo_mpi.layout.finding import errors, render
 from dynamo_mpi.layout.format import counted, listed
@@ -47,6 +44,8 @@ if TYPE_CHECKING:
 
     Content = dict[str, Any]
 
+from dynamo_mpi.checks.kv_settings import KvCheckSettings, find_host, read_settings
+
 START_SECONDS = 600.0
 """Time limit until all ranks have started, including the import of a container image."""
 # time limits: for each rank's first message, to load NIXL, for one pair
@@ -54,59 +53,6 @@ HELLO_SECONDS, _LOAD_SECONDS, _ROUND_SECONDS = 15.0, 20.0, CONNECT_SECONDS + PUL
 _MOST_AGAIN = 4
 _REST_SECONDS = HELLO_SECONDS + _LOAD_SECONDS + (_MOST_AGAIN + 1) * _ROUND_SECONDS
 _POLL_SECONDS, _PART_SECONDS, _LEAVE_SECONDS = 0.002, 1.0, 5.0
-_VARIABLES = {
-    "--transport": "DYN_MPI_KV_CHECK_TRANSPORT",
-    "--kv-network": "DYN_MPI_KV_NETWORK",
-    "--seconds": "DYN_MPI_KV_CHECK_SECONDS",
-    "--min-rate": "DYN_MPI_KV_MIN_RATE",
-}
-
-
-class KvCheckSettings(NamedTuple):
-    """Settings of the check; ``min_rate`` in GB/s."""
-
-    prefill: tuple[str, ...]
-    decode: tuple[str, ...]
-    transport: str
-    kv_network: str | None
-    seconds: float
-    min_rate: float
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, fix=f"{self.prog} --help")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the check's command line."""
-    parser = _Parser(prog="python -m dynamo_mpi.checks.kv", description=(__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
-    add("--prefill", type=_hosts, required=True, help="hosts of prefill workers, separated by commas")
-    add("--decode", type=_hosts, required=True, help="hosts of decode workers, separated by commas")
-    add("--transport", choices=("auto", NIXL, TCP), default="auto", help="auto: NIXL if all hosts have it, else TCP")
-    add("--kv-network", help="interface, network or address at which prefill hosts listen, for TCP")
-    add("--seconds", type=float, default=30.0, help="for all pairs; those left over are reported, and pass (30)")
-    add("--min-rate", type=float, default=0.0, help="GB/s that each pair must reach; pairs are compared in any case")
-    parser.epilog = f"Environment: {', '.join(f'{name} for {flag}' for flag, name in _VARIABLES.items())}"
-    return parser
-
-
-def read_settings(argv: Sequence[str], environ: Mapping[str, str]) -> KvCheckSettings:
-    """Read the command line and the environment; raises UsageError."""
-    words = [f"{flag}={environ[name]}" for flag, name in _VARIABLES.items() if environ.get(name)]
-    parser = build_parser()
-    settings = KvCheckSettings(**vars(parser.parse_args([*words, *argv])))
-    if set(settings.prefill) & set(settings.decode):
-        parser.error("a host is named both with --prefill and with --decode")
-    return settings
-
-
-def _hosts(text: str) -> tuple[str, ...]:
-    hosts = tuple(text.split(","))
-    if not all(hosts) or len(set(hosts)) < len(hosts):
-        raise ValueError
-    return hosts
 
 
 def rounds(prefill: Sequence[str], decode: Sequence[str]) -> list[list[tuple[str, str]]]:
@@ -288,26 +234,6 @@ class KvPathCheck:
             else:
                 answers[host] = answer
         return answers
-
-
-def find_host(hosts: Sequence[str], environ: Mapping[str, str]) -> str:
-    """Return which of the hosts this one is: by Slurm's name of it, its own, or an address. UsageError for none of them, or several."""
-    own = {environ.get("SLURMD_NODENAME"), os.uname().nodename, host_name()}
-    found = [host for host in hosts if host in own] or [host for host in hosts if _is_here(host)]
-    if len(found) != 1:
-        raise UsageError(
-            f"this host is {listed(found) or 'none'} of {listed(hosts)}",
-            expected="each host by one name, as Slurm or the hostfile has it, and one rank on each",
-            fix="correct --prefill and --decode; srun --ntasks-per-node=1, or mpirun --map-by ppr:1:node",
-        )
-    return found[0]
-
-
-def _is_here(host: str) -> bool:
-    try:
-        return any(is_free(0, str(place[0])) for *_, place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM))
-    except (OSError, UnicodeError):
-        return False
 
 
 def _is_corrupt(rank: int, environ: Mapping[str, str]) -> bool:

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.checks.fabric import judge_fabric
 from dynamo_mpi.checks.fabric_steps import FAILED, SKIPPED, FabricAnswer
-from dynamo_mpi.checks.gpu_check import figures_of
+from dynamo_mpi.checks.gpu_check import HealthRow, check_health, figures_of
 from dynamo_mpi.checks.gpu_facts import visible_gpus
 from dynamo_mpi.checks.gpu_health import health_of_node
-from dynamo_mpi.checks.gpu_health_rules import HealthRow, check_health
 from dynamo_mpi.checks.gpu_rules import kind_of
 from dynamo_mpi.checks.hardware import NODE, CheckResult, EvaluationInput, HardwareCheckPlan
 from dynamo_mpi.checks.nccl_fabric import CheckProcess, EndedError, LateError, read_results

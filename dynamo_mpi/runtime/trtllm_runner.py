@@ -35,8 +35,7 @@ from dynamo_mpi.engines.trtllm.endings import (
     readiness_error,
     stopped,
 )
-from dynamo_mpi.engines.trtllm.process import TrtllmProcess, exit_code_for
-from dynamo_mpi.engines.trtllm.readiness import ReadinessProbe
+from dynamo_mpi.engines.trtllm.process import ReadinessProbe, TrtllmProcess, exit_code_for
 from dynamo_mpi.engines.trtllm.session import Session, SessionDir
 from dynamo_mpi.engines.trtllm.task import install, prepare_rank
 from dynamo_mpi.mpi.job_time_limit import schedule_drain, time_limit_reached

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.checks import kv, kv_pull
-from dynamo_mpi.checks.kv import KvCheckSettings, KvPathCheck, find_host, read_settings, rounds
+from dynamo_mpi.checks.kv import KvPathCheck, rounds
 from dynamo_mpi.checks.kv_pull import (
     FAILED,
     LATE,
@@ -37,6 +37,7 @@ from dynamo_mpi.checks.kv_pull import (
     run_pair,
 )
 from dynamo_mpi.checks.kv_rules import check_coverage, check_kv, slow_pairs, summary
+from dynamo_mpi.checks.kv_settings import KvCheckSettings, find_host, read_settings
 from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.deploy.nodes import Worker

@@ -15,7 +15,7 @@ import pytest
 from dynamo_mpi.common.errors import EngineError, UsageError
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, Sampling
 from dynamo_mpi.engines.reference.engine import ReferenceEngine
-from dynamo_mpi.engines.reference.kv_tcp import KvStore
+from dynamo_mpi.engines.reference.kv_server import KvStore
 from tests.unit.test_reference_engine import PROMPT, PROMPTS, Receiver, build
 
 pytestmark = pytest.mark.slow

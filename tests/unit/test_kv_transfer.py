@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from dynamo_mpi.engines.reference.kv_client import FetchError, fetch, release
 from dynamo_mpi.engines.reference.kv_descriptor import (
     CacheLayout,
     KvDescriptor,
@@ -22,7 +23,7 @@ from dynamo_mpi.engines.reference.kv_descriptor import (
     ShardSlice,
     digest_of,
 )
-from dynamo_mpi.engines.reference.kv_tcp import FetchError, KvServer, KvStore, StoreFullError, fetch, release
+from dynamo_mpi.engines.reference.kv_server import KvServer, KvStore, StoreFullError
 from dynamo_mpi.engines.reference.kv_wire import Deadline, Fetch, FrameSocket, Hello, Refused, Shard, encode, sign
 from dynamo_mpi.engines.reference.weights import Float32Array
 from tests.unit.kv_hosts import needs_ipv6

@@ -7,7 +7,7 @@ import argparse
 import importlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.checks import kv
+from dynamo_mpi.checks import kv_settings
 from dynamo_mpi.cli.main import PROGRAM, VERBS, Parser
 from dynamo_mpi.config import worker
 from dynamo_mpi.deploy import head_node_settings as head_node
@@ -62,7 +62,7 @@ def _programs() -> Iterator[_Command]:
         worker.build_parser(),
         "With `--engine trtllm` all other flags are `dynamo.trtllm`'s, and `--trtllm.KEY.KEY VALUE` is laid over the engine config.",
     )
-    kv_check = kv.build_parser()
+    kv_check = kv_settings.build_parser()
     yield _Command(kv_check.prog, "the KV check, one rank a host; `launch` runs it", kv_check, kv_check.epilog or "")
     yield _Command(
         head_node.PROGRAM,

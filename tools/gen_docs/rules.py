@@ -7,8 +7,7 @@ import inspect
 import re
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.checks import fabric_rules, gpu_rules, host_rules, kv_rules
-from dynamo_mpi.checks import gpu_health_rules as probe_gpu_rules
+from dynamo_mpi.checks import fabric_rules, gpu_check, gpu_rules, host_rules, kv_rules
 from dynamo_mpi.checks import rank_rules as roster
 from dynamo_mpi.discovery import peer_compat as peers
 from dynamo_mpi.layout import contract, engine_layers, key_rules, value_rules
@@ -48,7 +47,7 @@ def _rows() -> Iterator[tuple[str, str]]:
         *peers.RULES,
         *gpu_rules.RULES,
         *host_rules.RULES,
-        *probe_gpu_rules.RULES,
+        *gpu_check.RULES,
         *fabric_rules.RULES,
         *kv_rules.RULES,
     ):

@@ -22,7 +22,7 @@ from dynamo_mpi.engines.reference.collectives import (
 )
 from dynamo_mpi.engines.reference.config import ReferenceConfig
 from dynamo_mpi.engines.reference.kv_descriptor import CacheLayout, KvShard, RankShard
-from dynamo_mpi.engines.reference.kv_tcp import KvServer, KvStore
+from dynamo_mpi.engines.reference.kv_server import KvServer, KvStore
 from dynamo_mpi.engines.reference.kv_transfer import KvTransferScheduler, KvTransferWorker
 from dynamo_mpi.engines.reference.scheduler import Scheduler
 from dynamo_mpi.engines.reference.shape import share_of, stage_of
