@@ -188,6 +188,14 @@ class EtcdServer:
             cancel()
         return changes
 
+    def lease_lifetimes(self) -> set[int]:
+        """Return the lifetimes, in seconds, of the leases of all keys that there are."""
+        import pyetcd
+
+        with contextlib.closing(pyetcd.client(host="127.0.0.1", port=self.service.port)) as client:
+            leases = {meta.lease_id for _, meta in client.get_all()}
+            return {client.get_lease_info(lease).grantedTTL for lease in leases}
+
     def revoke_leases(self) -> None:
         """Take all leases away, as if nobody had renewed them."""
         import pyetcd

@@ -258,6 +258,14 @@ def test_a_signal_while_it_loads_takes_it_away(engine: str, fault: str, etcd: Et
     assert not worker.ready_file.exists()
 
 
+def test_all_leases_live_as_long_as_documented(etcd: EtcdServer, start: Start) -> None:
+    """By itself, the runtime of ai-dynamo 1.4.2 takes 10 s, that of 1.6.1 takes 30 s."""
+    worker = start("agg", ETCD_LEASE_TTL="")
+    worker.ready()
+    assert etcd.lease_lifetimes() == {30}
+    terminate(worker)
+
+
 def test_in_an_etcd_that_is_back_empty_no_record_outlives_the_worker(etcd: EtcdServer, start: Start) -> None:
     """The record alone could be had again; the worker's own lease can't."""
     worker = start("agg", ETCD_LEASE_TTL="9")
