@@ -7,7 +7,6 @@ A verb's module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Dat
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -116,6 +115,7 @@ def _print_error_json(words: Sequence[str], error: dict[str, int | str]) -> None
     except argparse.ArgumentError:
         return  # --output without a value
     if chosen.output == "json":
+        import contextlib
         import json
 
         with contextlib.suppress(UsageError, BrokenPipeError):  # the error may be about stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from typing import TextIO
 
 from dynamo_mpi.common.errors import UsageError
@@ -32,6 +33,7 @@ def paint(text: str, stream: TextIO) -> str:
     return severities.sub(lambda match: f"\x1b[{_COLOURS[match[0]]}m{match[0]}\x1b[0m", text)
 
 
+@cache
 def terminal_width() -> int:
     """Return the columns of the terminal, as `shutil.get_terminal_size` does, whose import takes milliseconds."""
     columns = os.environ.get("COLUMNS", "")

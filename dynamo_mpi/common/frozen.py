@@ -8,6 +8,7 @@ used here: no inheritance of fields, no class that can change. The standard libr
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -121,9 +122,8 @@ def _add_methods(cls: Any, fields: _Fields, order: bool) -> None:
         if finish is not None:
             finish(self)
 
-    def key(instance: Any) -> tuple[Any, ...]:
-        values = instance.__dict__
-        return tuple([values[name] for name in compared])
+    # with one name, attrgetter returns no tuple; what is added counts for nothing
+    key = attrgetter(*compared, "__class__", "__class__")
 
     def __repr__(self: Any) -> str:
         return f"{cls.__qualname__}({', '.join(f'{name}={self.__dict__[name]!r}' for name in fields.shown)})"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.frozen import replace
@@ -84,6 +83,8 @@ def srun_line(subject: LayoutSpec, model: str, engine_config: str) -> str:
         model: model folder, as ``--model`` takes it.
         engine_config: the engine config's path.
     """
+    import shlex  # here, because a check imports this module and writes no command
+
     cluster = subject.cluster
     words = [
         "srun",

@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import ExitCode
-from dynamo_mpi.common.frozen import dataclass, field, replace
+from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.layout.finding import Finding, errors
 from dynamo_mpi.layout.format import short_name
-from dynamo_mpi.layout.legal_sizes import legal_sizes
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate, missing_values
 from dynamo_mpi.layout.rules.registry import all_findings
-from dynamo_mpi.layout.suggestions import other_shapes, suggestions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,13 +32,25 @@ class Report:
         subject: the worker.
         findings: the findings of all rules, in the rules' order.
         memory: its memory estimate; None if the config lacks sizes.
-        nearest: for an error, layouts that would work: first those that match the likely intention, then those on the same GPUs.
+        suggest: whether to find layouts that would work.
     """
 
     subject: LayoutSpec
     findings: tuple[Finding, ...]
     memory: MemoryEstimate | None
-    nearest: tuple[LayoutSpec, ...] = field(default=())
+    suggest: bool = True
+
+    @cached_property
+    def nearest(self) -> tuple[LayoutSpec, ...]:
+        """For an error about the layout, layouts that would work: first those that match the likely intention, then those on the same GPUs.
+
+        Found when they are first asked for: that takes ten times as long as the check itself.
+        """
+        if not self.suggest or not any(map(_is_about_layout, errors(self.findings))):
+            return ()
+        from dynamo_mpi.layout.suggestions import suggestions
+
+        return tuple(suggestions(self.subject))
 
     @property
     def ok(self) -> bool:
@@ -63,6 +74,8 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """Return it as plain data, in the stable format for scripts."""
+        from dynamo_mpi.layout.legal_sizes import legal_sizes
+
         subject = self.subject
         return {
             "ok": self.ok,
@@ -154,10 +167,13 @@ def check_worker(subject: LayoutSpec, more: Sequence[Finding] = (), *, suggest: 
         more: earlier findings, e.g. from merging its config.
         suggest: whether to find layouts that would work if there is an error.
     """
-    findings = [*more, *all_findings(subject)]
-    better = suggestions(subject) if suggest and any(map(_is_about_layout, errors(findings))) else []
-    findings = [_with_what_was_meant(finding, subject, better) for finding in findings]
-    return Report(subject, tuple(findings), estimate(subject), tuple(better))
+    report = Report(subject, (*more, *all_findings(subject)), estimate(subject), suggest)
+    if suggest and any(finding.rule == "A2" for finding in report.findings):
+        findings = tuple(_with_what_was_meant(finding, report) for finding in report.findings)
+        changed = replace(report, findings=findings)
+        vars(changed)["nearest"] = report.nearest  # found already
+        return changed
+    return report
 
 
 def _is_about_layout(finding: Finding) -> bool:
@@ -165,12 +181,15 @@ def _is_about_layout(finding: Finding) -> bool:
     return not finding.rule.startswith(("H", "I", "G"))
 
 
-def _with_what_was_meant(finding: Finding, subject: LayoutSpec, better: Sequence[LayoutSpec]) -> Finding:
+def _with_what_was_meant(finding: Finding, report: Report) -> Finding:
     """A2: name layouts with the given tp and ep, on as many ranks as they need."""
-    wider = [other for other in better if other.layout.world_size > subject.layout.world_size]
+    from dynamo_mpi.layout.suggestions import other_shapes
+
+    layout = report.subject.layout
+    wider = [other for other in report.nearest if other.layout.world_size > layout.world_size]
     if finding.rule != "A2" or not wider:
         return finding
-    shapes, ranks = other_shapes(wider), subject.layout.moe_world_size
+    shapes, ranks = other_shapes(wider), layout.moe_world_size
     return replace(finding, fix=f"on {shapes}; on these {ranks} ranks {finding.fix}")
 
 

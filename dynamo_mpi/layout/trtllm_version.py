@@ -88,9 +88,7 @@ def installed_trtllm_version() -> TrtllmVersion | None:
 
     Reads the distribution's metadata: importing the package initialises MPI and loads CUDA libraries.
     """
-    from importlib.util import find_spec
-
-    if find_spec("tensorrt_llm") is None:
+    if all(finder.find_spec("tensorrt_llm", None) is None for finder in sys.meta_path):
         return None  # without reading metadata, which takes longer on a login node than all the rules
     from importlib import metadata
 
