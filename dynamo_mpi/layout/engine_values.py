@@ -7,8 +7,8 @@ candidate may have been the one that changed: it accepts what either side accept
 
 from __future__ import annotations
 
+import os
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.frozen import dataclass
@@ -110,4 +110,5 @@ def engine_values() -> EngineValues:
     """Return the table."""
     import json
 
-    return EngineValues(json.loads(Path(__file__).with_name("engine_values.json").read_text(encoding="utf-8")))
+    with open(os.path.join(os.path.dirname(__file__), "engine_values.json"), encoding="utf-8") as table:
+        return EngineValues(json.load(table))
