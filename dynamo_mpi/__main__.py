@@ -3,7 +3,7 @@
 
 import sys
 
-from dynamo_mpi.cli.main import main
+from dynamo_mpi.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

@@ -7,6 +7,8 @@ A verb's module has ``add_arguments(parser)`` and ``run(arguments) -> int``. Dat
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -85,6 +87,17 @@ def _code_of(name: str) -> int:
     return of_signal(signal.Signals[name])
 
 
+def entry() -> int:
+    """Run one verb as this process: `main`, for those that end at once without the garbage collector, which takes a tenth of their time."""
+    at_once = sys.argv[1:2] in (["check"], ["plan"])
+    if at_once:
+        gc.disable()
+    code = main()
+    if at_once:
+        gc.freeze()  # or else Python looks through all objects at its end
+    return code
+
+
 def _run(words: list[str]) -> int:
     if not words:
         _parser().print_help(sys.stderr)
@@ -115,7 +128,6 @@ def _print_error_json(words: Sequence[str], error: dict[str, int | str]) -> None
     except argparse.ArgumentError:
         return  # --output without a value
     if chosen.output == "json":
-        import contextlib
         import json
 
         with contextlib.suppress(UsageError, BrokenPipeError):  # the error may be about stdout
@@ -136,4 +148,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

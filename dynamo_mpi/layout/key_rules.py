@@ -92,18 +92,17 @@ class _Check:
     def _check_key(self, section: str, key: str, value: object, shown: str) -> bool:
         """Return whether the engine rejects the key."""
         path = f"{section}.{key}" if section else key
-        found = f"{shown}: {_shown(value)}"
         if isinstance(value, str) and self._known.has_removed(path, value):
-            return self._add_removed_value(self._keys.removed_values[path], value, found)
+            return self._add_removed_value(self._keys.removed_values[path], value, _found(shown, value))
         row = self._known.row(path)
         if row is not None:
-            return self._add_renamed(row, value, shown, found)
+            return self._add_renamed(row, value, shown, _found(shown, value))
         known = self._keys.keys_of(section).get(key)
         if known is None:
             if section or not self._other_backend:
-                self._explain_unknown(section, key, value, shown, found)
+                self._explain_unknown(section, key, value, shown, _found(shown, value))
             return True
-        return self._add_out_of_time(known, shown, found)
+        return self._add_out_of_time(known, shown, value)
 
     def _add_removed_value(self, row: RemovedValues, value: str, found: str) -> bool:
         severity = self._severity(row.refused)
@@ -143,7 +142,7 @@ class _Check:
             self.walk("", value, f"{shown}.")
         return severity is Severity.ERROR
 
-    def _add_out_of_time(self, key: Key, shown: str, found: str) -> bool:
+    def _add_out_of_time(self, key: Key, shown: str, value: object) -> bool:
         version = self._version
         if version is None:
             return False
@@ -151,14 +150,16 @@ class _Check:
             since = _dotted(key.since)
             message = f"`{shown}` is known from TensorRT-LLM {since} on, and this is {version}"
             needed, fix = f"TensorRT-LLM {since} or newer", "remove the line, or install a newer TensorRT-LLM"
-            self._findings.append(Finding(RULE, Severity.ERROR, message, found, needed, fix))
+            self._findings.append(Finding(RULE, Severity.ERROR, message, _found(shown, value), needed, fix))
             return True
         if key.until is not None and version.minor >= key.until:
             # it was removed in one of that release's candidates; which one isn't known
             unsure = version.minor == key.until and not version.is_final
             severity = Severity.WARNING if unsure else Severity.ERROR
             message = f"`{shown}` is {self._refused(_dotted(key.until))}"
-            self._findings.append(Finding(RULE, severity, message, found, "no such line", "remove the line"))
+            self._findings.append(
+                Finding(RULE, severity, message, _found(shown, value), "no such line", "remove the line")
+            )
             return severity is Severity.ERROR
         return False
 
@@ -268,6 +269,10 @@ def _carried(row: Renamed, value: object) -> object:
         if value is old:
             return new
     return value
+
+
+def _found(shown: str, value: object) -> str:
+    return f"{shown}: {_shown(value)}"
 
 
 def _since(since: str) -> str:

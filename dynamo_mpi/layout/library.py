@@ -18,6 +18,7 @@ All results are frozen, with ``ok``, ``exit_code`` and, as the command line prin
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -179,8 +180,6 @@ def _read(model: Model, engine_config: EngineInput, worker: Worker) -> tuple[Mod
     merged = _merge(engine_config)
     balancer = merged.config.moe.balancer_path
     if balancer is not None:
-        import contextlib
-
         with contextlib.suppress(OSError, ValueError):  # D4 reports it; ValueError: a NUL in the path
             merged = with_balancer(merged, read_small_text(balancer))
     return files, merged

@@ -57,6 +57,12 @@ def parse_trtllm_version(text: str) -> TrtllmVersion:
         UsageError: it has another format.
     """
     stripped = text.strip()
+    # most versions, the tables' among them, are 1.2.1 or 1.3.0rc22: the pattern takes a millisecond to compile
+    head, candidate, number = stripped.partition("rc")
+    parts = head.split(".")
+    if len(parts) == 3 and _are_numbers(*parts) and (not candidate or _are_numbers(number)):
+        phase = (_PHASES["rc"], int(number)) if candidate else _FINAL
+        return TrtllmVersion(tuple(map(int, parts)), phase, text=stripped)
     match = _pattern().fullmatch(stripped) if len(stripped) <= _LONGEST else None
     if match is None:
         shown = stripped if len(stripped) <= _LONGEST else stripped[:_LONGEST] + "..."
@@ -81,6 +87,10 @@ def parse_trtllm_version(text: str) -> TrtllmVersion:
         sys.maxsize if match["dev"] is None else int(match["dev"] or 0),
         stripped,
     )
+
+
+def _are_numbers(*texts: str) -> bool:
+    return all(text.isascii() and text.isdecimal() and len(text) <= _LONGEST for text in texts)
 
 
 def installed_trtllm_version() -> TrtllmVersion | None:

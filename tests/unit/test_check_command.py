@@ -630,3 +630,34 @@ def test_the_reference_engine_has_no_encode_worker(check: Check) -> None:
     code, _, err = check.run("--model", check.model("Llama-3.1-8B"), "--role", "encode", "--engine", "reference")
     assert code == 64
     assert "the reference engine doesn't encode images" in err
+
+
+# its start
+
+
+def test_a_check_imports_nothing_that_takes_milliseconds(check: Check) -> None:
+    """tests/bench/check_start.py measures the start; `dataclass` and `replace` come from `common.frozen`, paths are texts."""
+    slow = (
+        "dataclasses",
+        "inspect",
+        "pathlib",
+        "shutil",
+        "importlib.util",
+        "shlex",
+        "signal",
+        "subprocess",
+    )
+    code = (
+        "import sys; before = set(sys.modules); from dynamo_mpi.cli.main import main; code = main(sys.argv[1:]); "
+        f"print([name for name in {slow!r} if name in sys.modules and name not in before], file=sys.stderr); sys.exit(code)"
+    )
+    words = ["check", "--model", check.model("DeepSeek-R1"), "--engine-config", check.yaml("tensor_parallel_size: 8\n")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
+def test_the_process_prints_and_exits_as_the_function(check: Check) -> None:
+    words = ["check", "--model", check.model("Phi-4"), "--tp-size", "8"]
+    code, out, _ = check.run(*words[1:])
+    done = subprocess.run([sys.executable, "-m", "dynamo_mpi", *words], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (code, out) == (78, out)

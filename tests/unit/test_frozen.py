@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -90,9 +88,3 @@ def test_a_frozen_instance_refuses_changes() -> None:
 
 def test_replace_takes_both_kinds() -> None:
     assert repr(frozen.replace(OURS(1, "x"), size=4)) == repr(frozen.replace(STANDARD(1, "x"), size=4))
-
-
-def test_layout_imports_no_standard_dataclasses() -> None:
-    code = "import sys, dynamo_mpi.layout.report, dynamo_mpi.layout.contract; print('dataclasses' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False", "import dataclass from dynamo_mpi.common.frozen in layout/"
