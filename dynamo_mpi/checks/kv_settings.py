@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.checks.kv_pull import NIXL, TCP
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.ports import is_free
 from dynamo_mpi.common.process import host_name
+from dynamo_mpi.config.options import usage_parser
 from dynamo_mpi.layout.format import listed
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
     from collections.abc import Mapping, Sequence
 
 _DESCRIPTION = "The KV check: before any worker starts, each decode host pulls a checked pattern from each prefill host; then it ends."
@@ -37,14 +38,9 @@ class KvCheckSettings(NamedTuple):
     min_rate: float
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, fix=f"{self.prog} --help")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Return the parser of the check's command line."""
-    parser = _Parser(prog="python -m dynamo_mpi.checks.kv", description=_DESCRIPTION)
+    parser = usage_parser(prog="python -m dynamo_mpi.checks.kv", description=_DESCRIPTION)
     add = parser.add_argument
     add("--prefill", type=_hosts, required=True, help="hosts of prefill workers, separated by commas")
     add("--decode", type=_hosts, required=True, help="hosts of decode workers, separated by commas")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.frozen import dataclass
@@ -172,6 +172,23 @@ def to_fraction(text: str) -> float:
     if not abs(value) < float("inf"):
         raise ValueError("a number")
     return value
+
+
+def usage_parser(expected: str = "", note: str = "", **settings: Any) -> ArgumentParser:
+    """Return a parser that raises a `UsageError` for a wrong command line, where argparse's own exits with 2.
+
+    Args:
+        expected: what is expected, for the error.
+        note: added to the error's fix.
+        settings: as for `argparse.ArgumentParser`.
+    """
+    import argparse  # not for each import of this module
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"{message[:1].upper()}{message[1:]}", expected=expected, fix=f"{self.prog} --help{note}")
+
+    return Parser(**settings)
 
 
 def add_options(parser: ArgumentParser, options: Sequence[Option]) -> None:

@@ -7,24 +7,24 @@ and sends the other ranks what they need.
 
 from __future__ import annotations
 
-import argparse
 import os
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.errors import ConfigFileError, ModelNotFoundError, UsageError
 from dynamo_mpi.common.phases import FORMER_PHASES
 from dynamo_mpi.config.engine import ROLE, engine_flags
-from dynamo_mpi.config.options import Option, add_options, resolve
+from dynamo_mpi.config.options import Option, add_options, resolve, usage_parser
 from dynamo_mpi.config.sources import SETTINGS_FILE
 from dynamo_mpi.config.worker_options import OPTIONS
 from dynamo_mpi.layout.engine_layers import split_dynamic_flags
 from dynamo_mpi.layout.model_files import find_model
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
     from collections.abc import Mapping
 
     from dynamo_mpi.config.sources import WorkerSources
@@ -119,14 +119,9 @@ def former_names(sources: WorkerSources) -> list[str]:
     return [f"{former} is called {name} now; the former name is accepted until 0.2" for former, name in used.items()]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].upper()}{message[1:]}", fix="python -m dynamo_mpi.worker --help")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Return the parser of the worker's command line."""
-    parser = _Parser(
+    parser = usage_parser(
         prog="python -m dynamo_mpi.worker",
         description="One rank of a Dynamo worker. Start it once per rank: srun --mpi=pmix, or mpirun.",
         allow_abbrev=False,

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_switch, to_text
+from dynamo_mpi.config.options import Option, add_options, resolve, to_path, to_switch, to_text, usage_parser
 from dynamo_mpi.config.sources import to_seconds
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
@@ -149,16 +149,10 @@ class Settings:
     job_id: str | None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(
-            f"{message[:1].upper()}{message[1:]}", fix=f"{PROGRAM} --help; flags of dynamo.frontend follow a --"
-        )
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """Return the parser of the arguments before ``--``."""
-    parser = _Parser(
+    parser = usage_parser(
+        note="; flags of dynamo.frontend follow a --",
         prog=PROGRAM,
         usage=f"{PROGRAM} --run-dir DIR [FLAGS] [-- FLAGS OF dynamo.frontend]",
         description="etcd, NATS and the Dynamo frontend of one job, until SIGTERM or Ctrl-C. What workers need to reach them stands in "

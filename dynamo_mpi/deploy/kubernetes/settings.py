@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_path, to_text
+from dynamo_mpi.config.options import Option, add_options, resolve, to_count, to_path, to_text, usage_parser
 from dynamo_mpi.config.sources import to_seconds
 
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
@@ -124,14 +124,9 @@ class JoinSettings:
     timeout: float
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].upper()}{message[1:]}", fix=f"{self.prog} --help")
-
-
-def build_lead_parser() -> argparse.ArgumentParser:
+def build_lead_parser() -> ArgumentParser:
     """Return the parser of ``lead``'s arguments before ``--``."""
-    parser = _Parser(
+    parser = usage_parser(
         prog=f"{PROGRAM} lead",
         usage=f"{PROGRAM} lead [FLAGS] -- COMMAND OF EACH RANK",
         description="Wait for the other pods, then run a command in all ranks of all pods by mpirun. SIGTERM ends it in order.",
@@ -141,9 +136,9 @@ def build_lead_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_join_parser() -> argparse.ArgumentParser:
+def build_join_parser() -> ArgumentParser:
     """Return the parser of ``join``'s arguments."""
-    parser = _Parser(
+    parser = usage_parser(
         prog=f"{PROGRAM} join",
         description="Be one of the other pods: run the ranks that the leader's mpirun has for this one, and leave with its exit code.",
         allow_abbrev=False,

@@ -7,7 +7,6 @@ It runs once before the ranks start, and is the only module that needs the ``ggu
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -18,9 +17,10 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import DynamoMpiError, ModelNotFoundError, UsageError
+from dynamo_mpi.common.errors import DynamoMpiError, ModelNotFoundError
+from dynamo_mpi.config.options import usage_parser
 from dynamo_mpi.engines.reference.gguf_model import GgufModel, hugging_face_files, llama_shape
 
 if TYPE_CHECKING:
@@ -209,14 +209,10 @@ def _fingerprint(path: Path) -> str:
     return digest.hexdigest()[:_FINGERPRINT_DIGITS]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message[:1].upper()}{message[1:]}", expected="[GGUF] OUT_DIR", fix=f"{self.prog} --help")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = _Parser(
+    parser = usage_parser(
+        "[GGUF] OUT_DIR",
         prog="python -m dynamo_mpi.engines.reference.convert_gguf",
         description="Make a model folder (config.json, tokenizer, weights) from one GGUF file.",
     )
