@@ -13,8 +13,8 @@ from __future__ import annotations
 import os
 import sys
 
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import DynamoMpiError
-from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.records import list_workers
 

@@ -3,15 +3,14 @@
 
 If its launcher was killed, its remaining steps are cancelled. Workers that were started without `launch` are found by their records in
 etcd: with --namespace or --model only matching ones, with a --run-dir that has its own services all of its workers. Each gets SIGTERM,
-prefill first: by its process on this host, or by its Slurm step. Exit code 0 if nothing of it runs any longer, 124 if something still runs
-after --timeout.
+prefill first: by its process on this host, or by its Slurm step, which `launch` or --job JOB.STEP must have named. Exit code 0 if nothing of
+it runs any longer, 124 if something still runs after --timeout.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import sys
@@ -20,17 +19,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.cli.style import write_out
+from dynamo_mpi.common.display import shell_word, without_controls
 from dynamo_mpi.common.errors import AuthorizationError, PhaseTimeoutError, UsageError
-from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.config.options import Option, add_options, resolve
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
-from dynamo_mpi.deploy.steps import SlurmStepController
-from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, find_run_dir
-from dynamo_mpi.ops.stop import WorkerSelector, stop_method_for, stop_workers
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, LOCK, SERVICES, STOP, open_run_dir
+from dynamo_mpi.deploy.steps import SlurmStepController, is_step_name
+from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, find_deployment, find_run_dir, read_launch
+from dynamo_mpi.ops.stop import WorkerSelector, stop_workers
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
+
+    from dynamo_mpi.common.own_files import OwnFolder
+    from dynamo_mpi.ops.deployment import RunningLaunch
 
 POLL_SECONDS = 0.5
 _SAY_WHICH = "--run-dir DIR; or --namespace NAME, --model NAME"
@@ -80,7 +83,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--job alone doesn't select workers", expected="their etcd or their name", fix=_SAY_WHICH)
     run_dir = Path(os.path.abspath(named or _find()))
     try:
-        return _end(run_dir, values, is_named=named is not None, dry_run=arguments.dry_run)
+        with open_run_dir(run_dir) as folder:
+            return _end(run_dir, folder, values, is_named=named is not None, dry_run=arguments.dry_run)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"there is no folder {run_dir}", expected="the run folder of a deployment", fix="--run-dir DIR"
+        ) from None
     except PermissionError:
         raise AuthorizationError(
             f"{run_dir} can't be used by this user",
@@ -89,23 +97,18 @@ def run(arguments: argparse.Namespace) -> int:
         ) from None
 
 
-def _end(run_dir: Path, values: dict[str, Any], *, is_named: bool, dry_run: bool) -> int:
-    if not run_dir.is_dir():
-        raise UsageError(
-            f"there is no folder {run_dir}", expected="the run folder of a deployment", fix="--run-dir DIR"
-        )
-    description = run_dir / "deployment.json"
-    if values["job"] or (is_named and not description.exists() and (run_dir / "services.json").exists()):
+def _end(run_dir: Path, folder: OwnFolder, values: dict[str, Any], *, is_named: bool, dry_run: bool) -> int:
+    names = folder.names()
+    if values["job"] or (is_named and DEPLOYMENT not in names and SERVICES in names):
         return _end_workers(values, dry_run=dry_run)
-    if not description.exists():
+    launch = read_launch(run_dir, folder)
+    if launch is None:
         _say(f"nothing runs in {run_dir}")
         return 0
-    content = _read(description)
     if dry_run:
-        names = [sanitize(str(worker.get("name"))) for worker in content.get("workers", ()) if isinstance(worker, dict)]
-        write_out(f"the deployment in {run_dir}: {', '.join(names)}, and its services")
+        write_out(f"the deployment in {run_dir}: {', '.join(w.name for w in launch.workers)}, and its services")
         return 0
-    _end_deployment(run_dir, content, values["timeout"])
+    _end_deployment(run_dir, folder, launch, values["timeout"])
     _say(f"ended: {run_dir}")
     return 0
 
@@ -116,25 +119,25 @@ def _end_workers(values: dict[str, Any], *, dry_run: bool) -> int:
     if not dry_run:
         stop_workers(selector, values["timeout"], _say)
         _say("ended")
-    elif methods := [stop_method_for(worker) for worker in selector.workers()]:
+    elif methods := selector.methods():
         write_out("\n".join(map(str, methods)))
     else:
         _say("no such worker is there")
     return 0
 
 
-def _end_deployment(run_dir: Path, content: dict[str, Any], seconds: float) -> None:
-    (run_dir / "stop").touch(mode=0o600)
+def _end_deployment(run_dir: Path, folder: OwnFolder, launch: RunningLaunch, seconds: float) -> None:
+    os.close(folder.open(STOP, os.O_WRONLY | os.O_CREAT))
     end = time.monotonic() + seconds
-    while "deployment.json" in os.listdir(run_dir):
-        with _lock_of_dead_launcher(run_dir) as held:
+    while DEPLOYMENT in folder.names():
+        with _lock_of_dead_launcher(folder) as held:
             if held:
-                _clean(run_dir, content, end)
+                _clean(folder, launch, end)
                 break
         if time.monotonic() > end:
             raise PhaseTimeoutError(
                 f"the deployment in {run_dir} has not ended after {seconds:g} s",
-                fix=f"look at its log, or scancel {content.get('job_id') or 'its job'}",
+                fix=f"look at its log, or scancel {shell_word(launch.job_id) if launch.job_id else 'its job'}",
             )
         time.sleep(POLL_SECONDS)
 
@@ -149,44 +152,25 @@ def _find() -> Path:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, str(error)) from None
-    if not isinstance(content, dict):
-        raise _unreadable(path, "no JSON object")
-    return content
-
-
-def _unreadable(path: Path, why: str) -> UsageError:
-    return UsageError(
-        f"{path} can't be read ({why}), so what runs there isn't known",
-        expected="what launch has written there",
-        fix="look at squeue --steps, and end the steps with scancel",
-    )
-
-
 @contextlib.contextmanager
-def _lock_of_dead_launcher(run_dir: Path) -> Iterator[bool]:
+def _lock_of_dead_launcher(folder: OwnFolder) -> Iterator[bool]:
     """Hold the folder's lock if its launcher has ended, so that no other launch starts in it during the cleanup."""
     with contextlib.ExitStack() as stack:
         held = False
         with contextlib.suppress(OSError):
-            lock = stack.enter_context(open(run_dir / "lock", "rb+"))
+            lock = folder.open(LOCK, os.O_RDWR)
+            stack.callback(os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = True
         yield held
 
 
-def _clean(run_dir: Path, content: dict[str, Any], end: float) -> None:
+def _clean(folder: OwnFolder, launch: RunningLaunch, end: float) -> None:
     """Cancel the steps of a killed launcher, and remove the files of a running deployment."""
-    if job_id := str(content.get("job_id", "")):
-        _cancel(SlurmStepController(job_id), set(content.get("steps", ())), job_id, end)
-    for name in ("services.json", "stop", "deployment.json"):
-        (run_dir / name).unlink(missing_ok=True)
+    if launch.job_id:
+        _cancel(SlurmStepController(launch.job_id), set(filter(is_step_name, launch.steps)), launch.job_id, end)
+    for name in (SERVICES, STOP, DEPLOYMENT):
+        folder.remove(name)
 
 
 def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, end: float) -> None:
@@ -202,9 +186,9 @@ def _cancel(step_controller: SlurmStepController, names: set[str], job_id: str, 
             found = (
                 f"steps {', '.join(left)} have not ended" if left else f"Slurm doesn't list the steps of job {job_id}"
             )
-            raise PhaseTimeoutError(found, fix=f"scancel {job_id}")
+            raise PhaseTimeoutError(found, fix=f"scancel {shell_word(job_id)}")
         time.sleep(POLL_SECONDS)
 
 
 def _say(text: str) -> None:
-    print(f"dynamo-mpi down: {text}", file=sys.stderr, flush=True)
+    print(without_controls(f"dynamo-mpi down: {text}"), file=sys.stderr, flush=True)

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.cli.style import write_out
+from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
@@ -200,9 +202,9 @@ def _show(
         )
     commands.append((f"until {path}/services.json is there", builder.services()))
     commands += [("with what services.json gives, all at once", builder.worker(worker)) for worker in workers]
-    print("\n\n".join(f"# {command.name}: {note}\n{command.shown()}" for note, command in commands))
+    write_out("\n\n".join(f"# {command.name}: {note}\n{command.shown()}" for note, command in commands))
 
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # the reader of our output has exited: no reason not to end in order
-        print(text, file=sys.stderr, flush=True)
+        print(without_controls(text), file=sys.stderr, flush=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.log_tail import Follower
@@ -24,14 +24,7 @@ from dynamo_mpi.config.options import to_file
 from dynamo_mpi.deploy.local.ask import Answer
 from dynamo_mpi.deploy.local.stack import LocalStack, Ready, StackSettings
 from dynamo_mpi.deploy.local.workers import AGG_TP_SIZE, DECODE_TP_SIZE, PREFILL_TP_SIZE, StackRole, worker_specs
-from dynamo_mpi.deploy.services import ServiceError
-
-
-def curl_line(url: str, model: str) -> str:
-    """Return a command that asks the served model."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32})
-    words = ["curl", "-s", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body]
-    return shlex.join(words)
+from dynamo_mpi.deploy.services import ServiceError, curl_line
 
 
 def success(
@@ -106,7 +99,7 @@ class TextPrinter(Printer):
 
     def piece(self, text: str) -> None:
         self._wrote = True
-        print(text, end="", flush=True)
+        print(without_controls(text), end="", flush=True)
 
     def done(self, report: dict[str, Any]) -> None:
         if self._wrote:
@@ -120,7 +113,7 @@ class TextPrinter(Printer):
 
 def say(text: str) -> None:
     """Print one line of progress, or the error, to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(without_controls(text), file=sys.stderr, flush=True)
 
 
 PROOF_QUESTION, PROOF_TOKENS = "Say hello.", 8
@@ -218,7 +211,7 @@ def _run(arguments: argparse.Namespace, settings: StackSettings, printer: Printe
             drain = False
             shown = arguments.verbose and error.part in {worker.name for worker in settings.workers}
             if error.log and not shown:
-                print(error.log, file=sys.stderr)
+                print(without_controls(error.log), file=sys.stderr)
             raise
         finally:
             stack.stop(drain=drain)
@@ -236,7 +229,7 @@ def _serve(
         answer = stack.ask(ready, arguments.ask, max_tokens=arguments.max_tokens, on_text=printer.piece)
     printer.done(success(arguments.role, settings, ready, answer, url, stack.processes))
     if arguments.keep:
-        say(f"serving until Ctrl-C. Try:\n{curl_line(url, ready.model)}")
+        say(f"serving until Ctrl-C. Try:\n{curl_line(url, ready.model, max_tokens=32)}")
         stack.watch()
 
 

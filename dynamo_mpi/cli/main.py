@@ -68,10 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(words)
     except DynamoMpiError as error:
+        from dynamo_mpi.common.display import without_controls
         from dynamo_mpi.common.redact import process_redactor  # imported here, so that a start without errors is fast
 
         redact = process_redactor().redact
-        print(f"{PROGRAM}: {redact(str(error))}", file=sys.stderr)
+        print(without_controls(f"{PROGRAM}: {redact(str(error))}"), file=sys.stderr)
         _print_error_json(words, {k: redact(v) if isinstance(v, str) else v for k, v in error.plain().items()})
         return error.exit_code
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import paint, write_out
+from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.signals import Interrupts
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def watch(look: Callable[[], str], period_seconds: float, *, redraw: bool, title
         _write(_ENTER)
         try:
             while True:
-                text = look()
+                text = without_controls(look())
                 clock = time.strftime("%H:%M:%S")
                 _draw([f"{title}, every {period_seconds:g} s, {clock}", "", *text.splitlines()])
                 interrupts.pause(period_seconds)

@@ -8,6 +8,7 @@ import sys
 from functools import cache
 from typing import TextIO
 
+from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import UsageError
 
 _COLOURS = {"error": "31;1", "warning": "33;1", "info": "36", "ok": "32;1", "skipped": "2"}
@@ -46,7 +47,7 @@ def terminal_width() -> int:
 
 
 def write_out(text: str) -> None:
-    """Write a verb's data to stdout.
+    """Write a verb's data to stdout. Control characters in it, from a name or a file, don't reach the terminal.
 
     Raises:
         BrokenPipeError: the reader has exited.
@@ -56,6 +57,7 @@ def write_out(text: str) -> None:
         raise UsageError(
             "stdout is closed", expected="somewhere to write the answer to", fix="open it: >FILE, or | less"
         )
+    text = without_controls(text)
     try:
         try:
             print(paint(text, sys.stdout), flush=True)

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.cli.style import terminal_width, write_out
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.files import write_atomically
+from dynamo_mpi.common.own_files import write_own
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path
+from dynamo_mpi.deploy.run_files import open_run_dir
+from dynamo_mpi.ops.deployment import select_run_dirs
 from dynamo_mpi.telemetry.startup_trace import read_traces
 from dynamo_mpi.telemetry.timeline_page import page
 from dynamo_mpi.telemetry.timeline_text import perfetto_trace, text
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
+    from dynamo_mpi.common.own_files import OwnFolder
     from dynamo_mpi.telemetry.startup_trace import StartupTrace
 
 FOLDER = "timeline"
@@ -60,8 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "both files and --run-dir were given", expected="one of them", fix="omit the files, or --run-dir"
         )
-    files = arguments.files or _files_of(_run_dir(arguments))
-    starts = sorted((start for path in files for start in read_traces(path)), key=_place)
+    named: list[Path] = arguments.files
+    starts = [start for path in named for start in read_traces(path)] if named else _starts_of(_run_dir(arguments))
+    starts.sort(key=_place)
     out: Path | None = arguments.out
     kind = arguments.output or (_BY_SUFFIX.get(out.suffix, "text") if out else "text")
     content = _render(starts, kind)
@@ -69,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_out(content.rstrip("\n"))
         return 0
     try:
-        write_atomically(out, content)
+        write_own(out, content.encode(errors="replace"))
     except OSError as error:
         raise UsageError(f"{out} can't be written: {error.strerror}", fix="check its folder and rights") from None
     return 0
@@ -96,7 +101,7 @@ def _run_dir(arguments: argparse.Namespace) -> Path:
         return Path(values["run_dir"])
     if job := os.environ.get("SLURM_JOB_ID"):
         return Path(f"dynamo_mpi-{job}")
-    found = sorted({path.parent.parent for path in Path().glob(f"dynamo_mpi-*/{FOLDER}/*")})
+    found = select_run_dirs(_has_timelines)
     if len(found) == 1:
         return found[0]
     if not found:
@@ -104,22 +109,32 @@ def _run_dir(arguments: argparse.Namespace) -> Path:
             f"no ./dynamo_mpi-* of {Path.cwd()} has timelines", expected="a file or a run folder", fix="--run-dir DIR"
         )
     raise UsageError(
-        f"{len(found)} folders of {Path.cwd()} have timelines: {', '.join(path.name for path in found)}",
+        f"{len(found)} folders of {Path.cwd()} have timelines: {', '.join(sanitize(path.name) for path in found)}",
         expected="one of them",
         fix="--run-dir DIR",
     )
 
 
-def _files_of(run_dir: Path) -> list[Path]:
-    folder = run_dir / FOLDER
+def _has_timelines(run_dir: OwnFolder) -> bool:
+    with run_dir.subfolder(FOLDER) as folder:
+        return bool(folder.names())
+
+
+def _starts_of(run_dir: Path) -> list[StartupTrace]:
+    path = run_dir / FOLDER
     try:
-        files = sorted(path for path in folder.glob("*") if path.suffix == ".html" or path.name == "launch.json")
+        with open_run_dir(run_dir) as parent, parent.subfolder(FOLDER) as folder:
+            names = [name for name in folder.names() if name.endswith(".html") or name == "launch.json"]
+            files = [path / name for name in names if not name.startswith(".")]
+            starts = [start for file in files for start in read_traces(file, folder)]
+    except FileNotFoundError:
+        starts = []
     except OSError as error:
-        raise UsageError(f"{folder} can't be read: {error.strerror}", fix="check its rights") from None
-    if not files:
+        raise UsageError(f"{path} can't be read: {error.strerror}", fix="check its rights") from None
+    if not starts:
         raise UsageError(
-            f"there is no timeline in {folder}",
+            f"there is no timeline in {path}",
             expected="a deployment of which a worker has become ready, or has failed after the preflight",
             fix="wait for it, or name the run folder: --run-dir DIR",
         )
-    return [path for path in files if not path.name.startswith(".")]
+    return starts

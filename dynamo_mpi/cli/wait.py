@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dynamo_mpi.cli.style import write_out
+from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.config.options import Option, add_options, resolve, to_role
 from dynamo_mpi.config.sources import MAX_SECONDS, to_seconds
 from dynamo_mpi.ops.deployment import MODEL, NAMESPACE, RUN_DIR, add_output
@@ -131,4 +132,4 @@ def _as_json(outcome: WaitResult) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    print(f"dynamo-mpi wait: {text}", file=sys.stderr, flush=True)
+    print(without_controls(f"dynamo-mpi wait: {text}"), file=sys.stderr, flush=True)

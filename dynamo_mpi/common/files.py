@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Directories that only this user may access, and files that other processes see whole or not at all.
+"""Directories that only this user may access.
 
 A run holds the lock of its private directory's lock file until it ends. A run that was killed with SIGKILL can't remove its directory; the
 next run does, because the lock is free.
@@ -10,17 +10,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from dynamo_mpi.common.errors import UsageError
-
 PREFIX = "dynamo-mpi-local-"
 LOCK = "lock"
-_WRITABLE_BY_OTHERS = 0o022
 
 
 @contextlib.contextmanager
@@ -73,41 +69,3 @@ def _create(parent: Path, prefix: str) -> tuple[Path, int]:
         if (folder / LOCK).exists():
             return folder, lock
         os.close(lock)  # another run has removed the directory
-
-
-def require_private(folder: Path) -> None:
-    """Check that a directory belongs to this user and that others can't write to it.
-
-    Raises:
-        UsageError: it doesn't, or they can.
-        OSError: it can't be read.
-    """
-    status = folder.stat()
-    if status.st_uid != os.geteuid():
-        raise UsageError(
-            f"the job's folder {folder} belongs to user {status.st_uid}",
-            expected=f"a folder of user {os.geteuid()}: it holds the job's credentials",
-            fix="another --run-dir",
-        )
-    if status.st_mode & _WRITABLE_BY_OTHERS:
-        raise UsageError(
-            f"others can write in the job's folder {folder} (mode {status.st_mode & 0o7777:04o})",
-            expected="a folder that only you can write: it holds the job's credentials",
-            fix=shlex.join(["chmod", "700", str(folder)]),
-        )
-
-
-def write_atomically(path: Path, content: str) -> None:
-    """Write a file, readable by its owner alone, that other processes see whole or not at all.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise

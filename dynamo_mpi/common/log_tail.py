@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
+
+from dynamo_mpi.common.display import without_controls
+from dynamo_mpi.common.own_files import open_own
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +39,7 @@ def last_text(log: Path, since: int = 0, most_bytes: int = MOST_TAIL_BYTES) -> s
         most_bytes: largest number of bytes.
     """
     try:
-        with log.open("rb") as file:
+        with open(open_own(log, os.O_RDONLY), "rb") as file:
             file.seek(0, 2)
             file.seek(max(since, file.tell() - most_bytes))
             return file.read().decode(errors="replace")
@@ -83,7 +87,7 @@ class Follower:
         """Copy complete lines; with ``whole`` also an incomplete last line."""
         for log in sorted(self._folder.glob(self._pattern)):
             try:
-                with log.open("rb") as file:
+                with open(open_own(log, os.O_RDONLY), "rb") as file:
                     file.seek(self._offsets.get(log, 0))
                     new = file.read()
             except OSError:
@@ -93,7 +97,9 @@ class Follower:
             place = log.relative_to(self._folder).with_suffix("")
             lines = new[:end].decode(errors="replace").splitlines()
             with contextlib.suppress(OSError):  # the stream's reader is gone
-                self._stream.writelines(f"[{place}] {line}\n" for line in lines if self._is_wanted(line))
+                self._stream.writelines(
+                    without_controls(f"[{place}] {line}\n") for line in lines if self._is_wanted(line)
+                )
                 self._stream.flush()
 
     def _is_wanted(self, line: str) -> bool:

@@ -11,7 +11,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.log_record import Fact, Level, Line, is_true, least_level
+from dynamo_mpi.common.own_files import open_own
 from dynamo_mpi.common.redact import process_redactor
 
 if TYPE_CHECKING:
@@ -60,9 +62,7 @@ class LogFile:
         folder = os.path.dirname(self.path)
         if folder:
             os.makedirs(folder, mode=0o700, exist_ok=True)
-        # not through a link: another user could make us write to another file
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(self.path, flags, 0o600)
+        self._descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._bytes = os.fstat(self._descriptor).st_size
 
     def _rotate(self) -> None:
@@ -128,7 +128,7 @@ class LogWriter:
         if level < self.format.least and level < Level.ERROR:
             return
         cleaned = {name: _clean(fact) for name, fact in (fields or {}).items()}
-        line = Line(time.time(), level, rank, host, process_redactor().redact(text), cleaned)
+        line = Line(time.time(), level, rank, host, without_controls(process_redactor().redact(text)), cleaned)
         shown = line.as_json() if self.format.jsonl else line.as_text()
         with self._locked():
             self._show(_encoded(shown))

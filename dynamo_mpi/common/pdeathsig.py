@@ -42,7 +42,8 @@ def write_to_rank_log(folder: str) -> None:
     rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), None)
     if rank is None:
         return
-    log = os.open(os.path.join(folder, f"rank-{int(rank)}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+    log = os.open(os.path.join(folder, f"rank-{int(rank)}.log"), flags, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
+from dynamo_mpi.common.display import sanitize
+
 T = TypeVar("T")
-DISPLAY_CHARACTERS = 256
 _MAX_CHARACTERS, _MAX_ITEMS, _MAX_NUMBER = 4096, 4096, 1e15
 _LIST = "tuple[str, ...]"
 _ZEROS: dict[str, object] = {"str": "", "int": 0, "float": 0.0, "bool": False, _LIST: ()}
@@ -77,20 +78,6 @@ def read_fields(
     return kind(**values)
 
 
-def sanitize(text: str, max_characters: int = DISPLAY_CHARACTERS) -> str:
-    """Return a text that is safe to display on one line: non-printable characters are escaped, and a long text is cut."""
-    cut = text[: max_characters + 1]
-    safe = cut if cut.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in cut)
-    return safe if len(safe) <= max_characters else safe[: max_characters - 1] + "…"
-
-
-def sanitize_lines(text: str, max_characters: int) -> str:
-    """Return a text of several lines that is safe to display, see `sanitize`."""
-    cut = text[: max_characters + 1]
-    lines = "\n".join(sanitize(line, max_characters) for line in cut.split("\n"))
-    return lines if len(lines) <= max_characters else lines[: max_characters - 1] + "…"
-
-
 def _read(name: str, wanted: str, value: object, tolerant: bool) -> object:
     base, *rest = wanted.split(" | ")
     if value is None and rest:
@@ -130,8 +117,3 @@ def _fallback(field: Field[Any]) -> object:
     if field.default is not MISSING:
         return field.default
     return None if str(field.type).endswith("| None") else _ZEROS[str(field.type)]
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import of_signal
 from dynamo_mpi.common.log_tail import last_lines, last_text
+from dynamo_mpi.common.own_files import open_own
 from dynamo_mpi.common.process import is_stopped
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ class LoggedProcess(ManagedProcess):
         end_with: signal.Signals = signal.SIGKILL,
     ) -> None:
         self.log = log
-        with log.open("ab") as output:
+        with open(open_own(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as output:
             self._log_start = output.tell()
             streams = Streams(stdout=output, stderr=subprocess.STDOUT)
             super().__init__(name, command, environment=environment, streams=streams, end_with=end_with)

@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import Interrupted, Interrupts
 from dynamo_mpi.common.subprocess import await_exit
 from dynamo_mpi.common.waiting import ReminderSchedule
 from dynamo_mpi.deploy.launchers import without_srun_input
-from dynamo_mpi.deploy.services import StepFailed, listed_models
+from dynamo_mpi.deploy.services import StepFailed, curl_line, listed_models
 from dynamo_mpi.deploy.step_commands import Command, needs_kv_check, report_of_kv_check
 from dynamo_mpi.deploy.steps import Step, StepController, start
 from dynamo_mpi.deploy.timeline import Milestones
@@ -176,7 +176,7 @@ class DeploymentController:
         self._services = step = self._start(self._builder.services())
         deadline, seen = time.monotonic() + self._settings.start_timeout, 0.0
         reminders = ReminderSchedule(*REMINDER_SECONDS)
-        while (content := self._run_dir.services()) is None:
+        while (access := self._run_dir.services()) is None:
             self._require_services()
             if time.monotonic() > deadline:
                 raise StepFailed(
@@ -197,10 +197,10 @@ class DeploymentController:
                         fix="--run-dir on a file system that the nodes and this host share",
                     )
             self._pause()
-        self._url = str(content.get("url") or "")
+        self._url = access.url
         frontend = f"frontend at {self._url}" if self._url else "no frontend"
-        self._say(f"services on {content.get('host')}: etcd, NATS, {frontend}")
-        return {str(name): str(value) for name, value in content.get("environment", {}).items()}
+        self._say(f"services on {sanitize(access.host)}: etcd, NATS, {frontend}")
+        return access.environment
 
     def _start(self, command: Command) -> Step:
         step = start(command, self._environment, self._run_dir.log(command.name))
@@ -270,11 +270,7 @@ class DeploymentController:
         elif not models:
             self._say(f"warning: all workers are ready, but {self._url} lists no model after {LISTED_SECONDS:g} s")
         else:
-            body = json.dumps({"model": name or models[0], "messages": [{"role": "user", "content": "Hello!"}]})
-            self._say(
-                f"ready: {', '.join(models)}. Try:\ncurl {self._url}/v1/chat/completions "
-                f"-H 'Content-Type: application/json' -d '{body}'"
-            )
+            self._say(f"ready: {', '.join(map(sanitize, models))}. Try:\n{curl_line(self._url, name or models[0])}")
 
     def _describe(self) -> None:
         self._run_dir.describe(

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode, UsageError
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.common.host_address import service_address
@@ -270,4 +271,4 @@ def _run(argv: list[str]) -> int:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError):  # the reader of our output has exited: no reason to end the services
-        print(f"head node: {text}", file=sys.stderr, flush=True)
+        print(without_controls(f"head node: {text}"), file=sys.stderr, flush=True)

@@ -12,6 +12,7 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.deploy.step_commands import (
     KV_CHECK,
     SERVICE_VARIABLES,
+    STEP_PREFIX,
     CodeLocation,
     Command,
     check_words,
@@ -203,7 +204,7 @@ class Srun:
         return Command(name, step, (*lines, words), given)
 
     def _step_name(self, name: str) -> str:
-        return f"dynmpi-{self.token}-{name}"
+        return f"{STEP_PREFIX}{self.token}-{name}"
 
 
 def _on_nodes(command: Command, nodes: Sequence[str]) -> Command:
@@ -285,7 +286,7 @@ class Mpirun:
 
     def worker(self, worker: Worker, services: Iterable[str] = SERVICE_VARIABLES) -> Command:
         """One worker, with a rank for each GPU; ``services`` as for `Srun`."""
-        launch = f"dynmpi-{token_of(Path(self.run_dir))}-{worker.name}"
+        launch = f"{STEP_PREFIX}{token_of(Path(self.run_dir))}-{worker.name}"
         environment = {**self._environment(), LAUNCH_VARIABLE: launch}
         names = {*services, *environment, *self.forwarded, ATTEMPT}
         placed = self._placed(worker.nodes, worker.ranks_per_node, names)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.common.failure import DetectedBy, Failure
+from dynamo_mpi.common.own_files import read_own
 from dynamo_mpi.deploy.first_death import Death, first_death, spell_signal
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.failure_records import WorkerIdentity, create_if_absent, failure_record, list_failures
@@ -93,7 +94,7 @@ class Beginning(NamedTuple):
         reports = []
         for name, _, _ in _files(self.failures) - self.earlier if self.failures is not None else ():
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                content = json.loads((Path(self.failures or "") / name).read_text(encoding="utf-8"))
+                content = json.loads(read_own(Path(self.failures or "") / name))
                 text = f"rank {content['rank']} on {content['host']}: {content['report']}"
                 reports.append((float(content["time"]), text))
         return min(reports, default=(0.0, ""))[1]
@@ -271,8 +272,10 @@ def _files(folder: Path) -> frozenset[tuple[str, int, int]]:
     try:
         for entry in os.scandir(folder):
             if entry.name.endswith(".json") and not entry.name.startswith("."):
-                status = entry.stat()
-                found.append((entry.name, status.st_ino, status.st_mtime_ns))
+                status = entry.stat(follow_symlinks=False)
+                # another user may write there, too
+                if status.st_uid == os.geteuid():
+                    found.append((entry.name, status.st_ino, status.st_mtime_ns))
     except OSError:  # not created yet, or on another host
         pass
     return frozenset(found)

@@ -26,18 +26,21 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.common.files import require_private
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, SERVICES, STOP, open_run_dir, read_services
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from dynamo_mpi.common.own_files import OwnFolder
+    from dynamo_mpi.deploy.run_files import ServiceAccess
+
 ENDED_SCHEMA = 1
 # limit of the report in ended.json: the logs have all of it
 _LONGEST_REPORT = 8192
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _HeldFolder:
@@ -51,7 +54,8 @@ class _HeldFolder:
         warn: logs a warning if the file system has no locks.
 
     Raises:
-        UsageError: it can't be created or used, others can write in it, or another process holds it.
+        UsageError: it can't be created or used, others can write in it or replace it, or another process holds it.
+        AuthorizationError: it is another user's.
     """
 
     def __init__(
@@ -64,10 +68,15 @@ class _HeldFolder:
     ) -> None:
         self.path = path
         try:
-            self._lock = _take_lock(path, lock, held, warn)
-            owner = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": job_id}
-            os.write(self._lock, json.dumps(owner).encode())
-            self._prepare()
+            with contextlib.ExitStack() as stack:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._folder = stack.enter_context(open_run_dir(path))
+                self._lock = _take_lock(self._folder, lock, held, warn)
+                stack.callback(os.close, self._lock)
+                owner = {"host": socket.gethostname(), "pid": os.getpid(), "job_id": job_id}
+                os.write(self._lock, json.dumps(owner).encode())
+                self._prepare()
+                stack.pop_all()
         except OSError as error:
             raise UsageError(
                 f"the run folder {path} can't be used: {error.strerror}",
@@ -78,11 +87,12 @@ class _HeldFolder:
     @property
     def services_file(self) -> Path:
         """The file with the services' addresses and credentials; it exists when they are ready."""
-        return self.path / "services.json"
+        return self.path / SERVICES
 
     def close(self) -> None:
         """Release the folder."""
         os.close(self._lock)
+        self._folder.close()
 
     def _prepare(self) -> None:
         """Create the folder's entries, and remove those of an earlier process."""
@@ -106,30 +116,28 @@ class ServicesDir(_HeldFolder):
 
     def new_log(self, name: str) -> Path:
         """Return an empty file for a service's output, which only this user can read."""
-        log = self.path / "services" / f"{name}.log"
-        descriptor = os.open(log, _NEW | os.O_TRUNC, 0o600)
-        os.fchmod(descriptor, 0o600)
-        os.close(descriptor)
-        return log
+        with self._folder.subfolder("services") as logs:
+            descriptor = logs.open(f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.fchmod(descriptor, 0o600)
+            os.close(descriptor)
+        return self.path / "services" / f"{name}.log"
 
     def publish(self, content: Mapping[str, Any]) -> None:
         """Write ``services.json``."""
-        _write(self.services_file, content)
+        _write(self._folder, SERVICES, content)
 
     def retract(self) -> None:
         """Remove ``services.json``. Idempotent."""
-        self.services_file.unlink(missing_ok=True)
+        self._folder.remove(SERVICES)
 
     def close(self) -> None:
         """Remove ``services.json``, and release the folder."""
         self.retract()
-        (self.path / "services.lock").unlink(missing_ok=True)
+        self._folder.remove("services.lock")
         super().close()
 
     def _prepare(self) -> None:
-        logs = self.path / "services"
-        logs.mkdir(mode=0o700, exist_ok=True)
-        logs.chmod(0o700)
+        self._folder.subfolder("services", create=True).close()
         self.retract()
 
 
@@ -140,14 +148,13 @@ class RunDir(_HeldFolder):
         path: the folder; created if it doesn't exist.
 
     Raises:
-        UsageError: it can't be created or used, others can write in it, or another process holds it.
+        UsageError, AuthorizationError: as for `ServicesDir`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.logs, self._ready, self._timelines = path / "logs", path / "ready", path / "timeline"
-        self._deployment, self._ended, self._stop = path / "deployment.json", path / "ended.json", path / "stop"
-        held = ("another deployment runs in", "another --run-dir, or end that one: dynamo-mpi down --run-dir …")
-        super().__init__(path, "lock", held)
+        self.logs = path / "logs"
+        fix = f"another --run-dir, or end that one: dynamo-mpi down --run-dir {shell_word(path)}"
+        super().__init__(path, LOCK, ("another deployment runs in", fix))
 
     def log(self, name: str) -> Path:
         """Return the log file of a step."""
@@ -155,7 +162,7 @@ class RunDir(_HeldFolder):
 
     def ready_file(self, name: str) -> Path:
         """Return the path of a worker's ready file."""
-        return self._ready / f"{name}.json"
+        return self.path / "ready" / f"{name}.json"
 
     def failures(self, name: str) -> Path:
         """Return the folder of a worker's failure files."""
@@ -164,23 +171,30 @@ class RunDir(_HeldFolder):
     @property
     def milestones(self) -> Path:
         """The file with the durations of the launcher's own steps."""
-        return self._timelines / "launch.json"
+        return self.path / "timeline" / "launch.json"
 
-    def services(self) -> dict[str, Any] | None:
+    def services(self) -> ServiceAccess | None:
         """Return the content of ``services.json``; None if it doesn't exist yet."""
-        return _read(self.services_file) if self.services_file.name in _names(self.path) else None
+        return read_services(self._folder)
 
     def is_ready(self, name: str) -> bool:
         """Return whether a worker serves."""
-        return f"{name}.json" in _names(self._ready)
+        with contextlib.suppress(OSError), self._folder.subfolder("ready") as ready:
+            return f"{name}.json" in ready.names()
+        return False
+
+    def remove_ready_file(self, name: str) -> None:
+        """Remove a worker's ready file, if an earlier start has left one."""
+        with self._folder.subfolder("ready") as ready:
+            ready.remove(f"{name}.json")
 
     def stop_requested(self) -> bool:
         """Return whether the end was requested."""
-        return self._stop.name in _names(self.path)
+        return STOP in _names(self._folder)
 
     def describe(self, content: Mapping[str, Any]) -> None:
         """Write ``deployment.json``, for the operator's commands."""
-        _write(self._deployment, content)
+        _write(self._folder, DEPLOYMENT, content)
 
     def write_end(self, exit_code: int, report: str) -> None:
         """Write how the deployment has ended, for `dynamo-mpi wait`. Does not raise.
@@ -189,25 +203,32 @@ class RunDir(_HeldFolder):
             exit_code: the launcher's exit code.
             report: its report.
         """
-        _write_end(self._ended, exit_code, report)
+        _write_end(self._folder, exit_code, report)
 
     def close(self) -> None:
         """Remove the files of a running deployment, and release the folder; logs stay."""
-        ready = [self._ready / name for name in _names(self._ready)]
-        for path in (*ready, self.services_file, self._stop, self._deployment):
+        with contextlib.suppress(OSError):
+            self._clear("ready")
+        for name in (SERVICES, STOP, DEPLOYMENT):
             with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+                self._folder.remove(name)
         super().close()
 
     def _prepare(self) -> None:
-        for folder in (self.logs, self._ready, self._timelines):
-            folder.mkdir(mode=0o700, exist_ok=True)
-        for log in self.logs.glob("*.log"):
-            log.replace(log.with_suffix(".log.old"))
-        pages = (*self._timelines.glob("*.html"), *self._timelines.glob("*.json"))
-        states = (self.services_file, self._stop, self._deployment, self._ended)
-        for stale in (*self._ready.iterdir(), *pages, *states):
-            stale.unlink(missing_ok=True)
+        with self._folder.subfolder("logs", create=True) as logs:
+            for name in logs.names():
+                if name.endswith(".log"):
+                    logs.rename(name, f"{name}.old")
+        self._clear("ready")
+        self._clear("timeline", ".html", ".json")
+        for name in (SERVICES, STOP, DEPLOYMENT, ENDED):
+            self._folder.remove(name)
+
+    def _clear(self, subfolder: str, *endings: str) -> None:
+        with self._folder.subfolder(subfolder, create=True) as folder:
+            for name in folder.names():
+                if name.endswith(endings or ("",)):
+                    folder.remove(name)
 
 
 def write_refusal(path: Path, exit_code: int, report: str) -> None:
@@ -219,17 +240,18 @@ def write_refusal(path: Path, exit_code: int, report: str) -> None:
         report: its report.
     """
     with contextlib.suppress(OSError, DynamoMpiError), contextlib.ExitStack() as stack:
-        lock = _take_lock(path, "lock", ("", ""), lambda text: None)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = stack.enter_context(open_run_dir(path))
+        lock = _take_lock(folder, LOCK, ("", ""), lambda text: None)
         stack.callback(os.close, lock)
-        _write_end(path / "ended.json", exit_code, report)
+        _write_end(folder, exit_code, report)
 
 
-def _take_lock(path: Path, name: str, held: tuple[str, str], warn: Callable[[str], None]) -> int:
-    """Create the folder, and return its locked and empty lock file."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    require_private(path)
+def _take_lock(folder: OwnFolder, name: str, held: tuple[str, str], warn: Callable[[str], None]) -> int:
+    """Return the folder's locked and empty lock file."""
+    path = folder.path
     while True:
-        lock = os.open(path / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        lock = folder.open(name, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -243,17 +265,10 @@ def _take_lock(path: Path, name: str, held: tuple[str, str], warn: Callable[[str
                 os.close(lock)
                 raise
             warn(f"{path} can't be locked ({error.strerror}): make sure that no other job uses it")
-        if _is_still(lock, path / name):
+        if folder.holds(name, lock):
             os.ftruncate(lock, 0)
             return lock
         os.close(lock)  # its owner removed it between our two calls
-
-
-def _is_still(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _owner(text: str) -> str:
@@ -265,38 +280,23 @@ def _owner(text: str) -> str:
         return "one that has just started"
 
 
-def _write_end(path: Path, exit_code: int, report: str) -> None:
+def _write_end(folder: OwnFolder, exit_code: int, report: str) -> None:
     content = {"schema": ENDED_SCHEMA, "exit_code": exit_code, "report": report[:_LONGEST_REPORT]}
     with contextlib.suppress(OSError):
-        _write(path, {**content, "time": time.time()})
+        _write(folder, ENDED, {**content, "time": time.time()})
 
 
-def _names(folder: Path) -> list[str]:
+def _names(folder: OwnFolder) -> list[str]:
     """List a folder; empty if its file system fails for a moment, which must not end a deployment.
 
     A look-up of a single file isn't enough: a network file system may cache for some time that it didn't exist.
     """
     try:
-        return os.listdir(folder)
+        return folder.names()
     except OSError:
         return []
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def _write(folder: OwnFolder, name: str, content: Mapping[str, Any]) -> None:
     """Write JSON that only its owner can read, atomically."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with os.fdopen(os.open(partial, _NEW | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    folder.write(name, f"{json.dumps(content, indent=2)}\n".encode(), sync=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.errors import DynamoMpiError
 from dynamo_mpi.common.ports import ANY_ADDRESS, LOOPBACK, holds_port, in_url
 
@@ -250,6 +251,19 @@ def listed_models(url: str, seconds: float = 5.0) -> list[str] | None:
         return [str(model["id"]) for model in body["data"]] if status == 200 else None
     except (KeyError, TypeError):
         return None
+
+
+def curl_line(url: str, model: str, **options: int) -> str:
+    """Return a command that asks a frontend, for a person to paste.
+
+    Args:
+        url: the frontend's.
+        model: the model's served name.
+        options: further members of the request.
+    """
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}], **options})
+    words = ("curl", "-s", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", "-d", body)
+    return " ".join(map(shell_word, words))
 
 
 PROBE_SECONDS = 1.0

@@ -26,6 +26,8 @@ SERVICE_VARIABLES = (
     "NATS_AUTH_USERNAME",
     "NATS_AUTH_PASSWORD",
 )
+# begins the name of each step that `launch` starts; other steps of a job are never ended by what a file or a record says
+STEP_PREFIX = "dynmpi-"
 
 
 @dataclass(frozen=True)

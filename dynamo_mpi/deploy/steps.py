@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -11,7 +10,10 @@ import subprocess
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from dynamo_mpi.common.own_files import read_own
 from dynamo_mpi.common.subprocess import LoggedProcess
+from dynamo_mpi.common.worker_process import signal_worker
+from dynamo_mpi.deploy.step_commands import STEP_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -106,6 +108,11 @@ class SlurmStepController:
         return {step: name for step, _, name in (line.partition("|") for line in text.splitlines())}
 
 
+def is_step_name(name: str) -> bool:
+    """Return whether a step's name is one that `launch` gives."""
+    return name.startswith(STEP_PREFIX)
+
+
 def end_of_job(job_id: str) -> str:
     """Return when the job's time ends according to Slurm, in seconds since 1970; empty if it isn't known."""
     environ = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
@@ -120,10 +127,7 @@ class MpirunStepController:
         for step in steps:
             if step.ready_file is None:
                 step.child.send(signal.SIGTERM)
-            elif (leader := _rank_zero_here(step.ready_file)) is not None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.kill(leader, signal.SIGTERM)
-            else:
+            elif not _signal_rank_zero(step.ready_file):
                 # mpirun then kills its ranks at once: it forwards no signal that makes them drain
                 step.child.send(signal.SIGTERM)
 
@@ -151,11 +155,12 @@ def _ask_slurm(*words: str, environ: Mapping[str, str] | None = None) -> str | N
     return done.stdout if done.returncode == 0 else None
 
 
-def _rank_zero_here(ready_file: Path) -> int | None:
-    """Return rank 0's pid if it runs on this host."""
+def _signal_rank_zero(ready_file: Path) -> bool:
+    """Let rank 0 drain, if it runs on this host; return whether it does."""
     try:
-        content = json.loads(ready_file.read_text(encoding="utf-8"))
-        pid, host = int(content["pid"]), content["host"]
+        content = json.loads(read_own(ready_file))
+        pid, host, started = content["pid"], content["host"], content["started"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return pid if host == os.uname().nodename else None
+        return False
+    is_read = isinstance(pid, int) and isinstance(started, float) and host == os.uname().nodename
+    return is_read and signal_worker(pid, started, signal.SIGTERM)

@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.common.files import write_atomically
+from dynamo_mpi.common.own_files import write_own
 from dynamo_mpi.common.phases import RankTimings, Span
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, StartupTrace, encode_traces, printable, read_traces
 from dynamo_mpi.telemetry.trace_writer import write_timeline
@@ -44,7 +44,7 @@ class Milestones:
             now = time.time()
             self._spans.append(Span(name, began - self._began, None, now - began))
             with contextlib.suppress(OSError):
-                write_atomically(self._path, json.dumps(encode_traces([self._start(outcome, now)])) + "\n")
+                write_own(self._path, f"{json.dumps(encode_traces([self._start(outcome, now)]))}\n".encode())
 
     def _start(self, outcome: str, now: float) -> StartupTrace:
         host = printable(os.uname().nodename.partition(".")[0])

@@ -128,7 +128,7 @@ class WorkerSet:
 
     def _start(self, worker: Worker) -> None:
         ready_file = self._run_dir.ready_file(worker.name)
-        ready_file.unlink(missing_ok=True)
+        self._run_dir.remove_ready_file(worker.name)
         self._ready.discard(worker.name)
         command = self._builder.worker(worker, self._services)
         if worker.name in self._restarts:

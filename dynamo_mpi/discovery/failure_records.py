@@ -11,9 +11,10 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.display import sanitize_lines
 from dynamo_mpi.common.failure import first_line
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.record_codec import parse_object, read_fields, sanitize_lines
+from dynamo_mpi.common.record_codec import parse_object, read_fields
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import SCHEMA, read_stored

@@ -7,7 +7,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-from dynamo_mpi.common.record_codec import parse_object, read_fields, sanitize
+from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.common.record_codec import parse_object, read_fields
 from dynamo_mpi.layout.contract import Contract
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.display import shell_word
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.engine_config import Transceiver
 from dynamo_mpi.layout.format import short_name
@@ -83,7 +84,6 @@ def srun_line(subject: LayoutSpec, model: str, engine_config: str) -> str:
         model: model folder, as ``--model`` takes it.
         engine_config: the engine config's path.
     """
-    import shlex  # here, because a check imports this module and writes no command
 
     cluster = subject.cluster
     words = [
@@ -107,4 +107,4 @@ def srun_line(subject: LayoutSpec, model: str, engine_config: str) -> str:
         "--engine-config",
         engine_config,
     ]
-    return shlex.join(words)
+    return " ".join(map(shell_word, words))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.config_reader import ConfigReader, parse_json
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.config_keys import TrackedKeys, judge_unread
 from dynamo_mpi.layout.encoders import read_encoders
@@ -141,8 +142,8 @@ def _name(config: ConfigReader) -> str:
         architectures = architectures[0]
     if isinstance(architectures, str) and architectures:
         # JSON can contain a lone surrogate, which can't be printed
-        return architectures.encode("utf-8", "replace").decode()
-    return str(config.values.get("model_type", "unknown"))
+        return sanitize(architectures.encode("utf-8", "replace").decode())
+    return sanitize(str(config.values.get("model_type", "unknown")))
 
 
 def _model_type(body: ConfigReader) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.layout.engine_yaml import engine_yaml, srun_line
 from dynamo_mpi.layout.finding import Severity, errors, render
 from dynamo_mpi.layout.format import columns, counted, gib, short_name
@@ -30,7 +31,7 @@ def describe_plans(report: PlanReport, limit: int) -> str:
         report: the layouts.
         limit: rows of the table.
     """
-    model, subject, plans, general = report.model, report.subject, report.layouts, report.findings
+    model, subject, plans, general = sanitize(report.model), report.subject, report.layouts, report.findings
     shown = plans[:limit]
     head = ["", "layout", "fits", "weights", "KV copies", "room for tokens", "because"]
     rows = [[str(number), *_row(made)] for number, made in enumerate(shown, 1)]
@@ -111,7 +112,7 @@ def describe_report(model: str, report: Report) -> str:
         model: the user's name of the model.
         report: the findings.
     """
-    return "\n".join(_lines(model, report))
+    return "\n".join(_lines(sanitize(model), report))
 
 
 def describe_pair(model: str, report: PairReport) -> str:

@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.errors import AuthorizationError, UsageError
+from dynamo_mpi.common.display import sanitize
+from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.record_codec import read_fields
 from dynamo_mpi.config.options import Option, to_name, to_path, to_text
+from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, open_run_dir, read_object, read_services
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from dynamo_mpi.common.own_files import OwnFolder
 
 _OURS = ("ETCD_ENDPOINTS", "ETCD_AUTH_", "NATS_SERVER", "NATS_AUTH_")
 _NAME_ETCD = ("ETCD_ENDPOINTS", "HEAD_NODE", "HEAD_NODE_IP")
@@ -69,12 +73,14 @@ class RunningLaunch:
         job_id: Slurm's job id; empty without Slurm.
         host: the launcher's host.
         pid: the launcher's process id.
+        steps: names of all steps that it may start.
     """
 
     workers: tuple[ExpectedWorker, ...]
     job_id: str
     host: str
     pid: int
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,18 @@ class Deployment:
         if self.run_dir is None or launch is None or launch.host != os.uname().nodename:
             return False
         # check the process first: trying the lock of a running launcher could block one that starts
-        return not os.path.exists(f"/proc/{launch.pid}") and _is_free(self.run_dir / "lock")
+        return not os.path.exists(f"/proc/{launch.pid}") and _is_free(self.run_dir)
+
+
+def select_run_dirs(has: Callable[[OwnFolder], bool]) -> list[Path]:
+    """Return the current folder's run folders of this user for which ``has`` is true; others aren't looked into."""
+    found = []
+    for name in sorted(os.listdir()):
+        if name.startswith("dynamo_mpi-"):
+            with contextlib.suppress(OSError, DynamoMpiError), open_run_dir(Path(name)) as folder:
+                if has(folder):
+                    found.append(Path(name))
+    return found
 
 
 def find_run_dir(environ: Mapping[str, str]) -> Path | None:
@@ -138,10 +155,10 @@ def find_run_dir(environ: Mapping[str, str]) -> Path | None:
     """
     if job := environ.get("SLURM_JOB_ID"):
         return Path(f"dynamo_mpi-{job}")
-    found = sorted(path.parent for path in Path().glob("dynamo_mpi-*/deployment.json"))
+    found = select_run_dirs(lambda folder: DEPLOYMENT in folder.names())
     if len(found) > 1:
         raise UsageError(
-            f"{len(found)} deployments run in folders of {Path.cwd()}: {', '.join(path.name for path in found)}",
+            f"{len(found)} deployments run in folders of {Path.cwd()}: {', '.join(sanitize(path.name) for path in found)}",
             expected="one of them",
             fix="--run-dir DIR",
         )
@@ -167,47 +184,58 @@ def find_deployment(run_dir: Path | None, environ: Mapping[str, str]) -> Deploym
             return Deployment(None, environ)
         run_dir = found
     run_dir = Path(os.path.abspath(run_dir))
-    services = _read_object(run_dir / "services.json")
-    variables = services.get("environment")
-    found_environ = None
-    if isinstance(variables, dict):
+    try:
+        with open_run_dir(run_dir) as folder:
+            return _read_deployment(run_dir, folder, environ)
+    except OSError:  # it doesn't exist (yet), or its file system fails for a moment
+        return Deployment(run_dir, None)
+
+
+def _read_deployment(run_dir: Path, folder: OwnFolder, environ: Mapping[str, str]) -> Deployment:
+    services, found_environ = read_services(folder), None
+    if services is not None:
         own = {name: value for name, value in environ.items() if not name.startswith(_OURS)}
-        found_environ = own | {str(name): str(value) for name, value in variables.items()}
-    launch = _read_launch(_read_object(run_dir / "deployment.json"))
+        found_environ = own | services.environment
+    launch = _read_launch(_read_or_empty(folder, DEPLOYMENT))
     # services that were started in the folder later belong to another deployment
     is_over = launch is None and found_environ is None
-    end = _read_end(_read_object(run_dir / "ended.json")) if is_over else None
-    return Deployment(run_dir, found_environ, str(services.get("url") or ""), launch, end)
+    end = _read_end(_read_or_empty(folder, ENDED)) if is_over else None
+    return Deployment(run_dir, found_environ, "" if services is None else services.url, launch, end)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if it doesn't exist, or is no object.
+def read_launch(run_dir: Path, folder: OwnFolder) -> RunningLaunch | None:
+    """Read ``deployment.json``; None if no launch runs in the folder.
 
     Raises:
-        AuthorizationError: this user may not read it.
+        UsageError: it makes no sense.
+        OSError: the folder can't be read.
     """
     try:
-        # list the folder first: a network file system caches for some time that a file didn't exist
-        if path.name not in os.listdir(path.parent):
-            return {}
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except PermissionError:
-        raise AuthorizationError(
-            f"{path} can't be read", expected="a run folder of this user's", fix="ask the user who launched it"
+        if (content := read_object(folder, DEPLOYMENT)) == {}:
+            raise ValueError("it is empty")
+    except ValueError as error:
+        raise UsageError(
+            f"{run_dir / DEPLOYMENT} can't be read ({error}), so what runs there isn't known",
+            expected="what launch has written there",
+            fix="look at squeue --steps, and end the steps with scancel",
         ) from None
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return None if content is None else _read_launch(content)
 
 
-def _is_free(lock: Path) -> bool:
+def _read_or_empty(folder: OwnFolder, name: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        return read_object(folder, name) or {}
+    return {}
+
+
+def _is_free(run_dir: Path) -> bool:
     """Return whether no process holds the lock. A process id isn't enough: it may be another one inside a container."""
-    try:
-        with lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(OSError, DynamoMpiError), open_run_dir(run_dir) as folder, contextlib.ExitStack() as stack:
+        lock = folder.open(LOCK, os.O_RDONLY)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _read_launch(content: dict[str, Any]) -> RunningLaunch | None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
+from dynamo_mpi.common.display import sanitize, shell_word
 from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode
 from dynamo_mpi.common.phases import FORMER_PHASES, PHASES
-from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.deploy.services import listed_models
 from dynamo_mpi.discovery.endpoints import strip_credentials
 from dynamo_mpi.discovery.etcd import EtcdClient, etcd_endpoints
@@ -173,7 +173,8 @@ def _without_services(deployment: Deployment) -> DiscoveryError:
 
 def _unanswered(deployment: Deployment, error: DiscoveryError) -> DiscoveryError:
     if deployment.run_dir is not None:
-        fix = f"look at {deployment.run_dir}/services/etcd.log; where its node is lost, dynamo-mpi down --run-dir {deployment.run_dir}"
+        command = f"dynamo-mpi down --run-dir {shell_word(deployment.run_dir)}"
+        fix = f"look at {deployment.run_dir}/services/etcd.log; where its node is lost, {command}"
     else:
         fix = "--run-dir DIR of the deployment, or where there is none ETCD_ENDPOINTS and ETCD_AUTH_*"
     return DiscoveryError(f"etcd does not answer ({error.problem})", expected="an etcd that this host reaches", fix=fix)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.record_codec import sanitize
+from dynamo_mpi.common.display import sanitize, shell_word
 from dynamo_mpi.ops.readiness import (
     format_failure,
     format_nodes,
@@ -93,7 +93,9 @@ def _events(status: DeploymentStatus) -> list[str]:
         )
         lines.append(f"services: {', '.join(states)}")
     if deployment.launcher_is_dead:
-        lines.append(f"warning: its launcher was killed; dynamo-mpi down --run-dir {deployment.run_dir} clears up")
+        lines.append(
+            f"warning: its launcher was killed; dynamo-mpi down --run-dir {shell_word(deployment.run_dir)} clears up"
+        )
     if deployment.end is not None:
         ago = format_seconds(now - deployment.end.time)
         report = sanitize(" ".join(deployment.end.report.split()), _LONGEST_LINE)

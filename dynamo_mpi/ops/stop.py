@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
 import shutil
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, PhaseTimeoutError, UsageError
-from dynamo_mpi.deploy.steps import SlurmStepController
+from dynamo_mpi.common.process import host_name
+from dynamo_mpi.common.worker_process import is_worker, signal_worker
+from dynamo_mpi.deploy.steps import SlurmStepController, is_step_name
 from dynamo_mpi.ops.readiness import format_nodes, format_position
 from dynamo_mpi.ops.status import read_status
 
@@ -27,9 +27,6 @@ POLL_SECONDS = 0.5
 # decode still fetches KV from prefill while prefill drains; in the other order that would fail
 _GROUPS = (("prefill",), ("decode",))
 _JOB, _STEP = re.compile(r"\d+(_\d+)?(\+\d+)?"), re.compile(r"\d+")
-_WORKER = b"dynamo_mpi.worker"
-# a record has the time after Python's start; imports from a slow file system may come before it, nothing after it
-_EARLIER_SECONDS, _LATER_SECONDS = 900.0, 5.0
 
 
 class WorkerSelector(NamedTuple):
@@ -53,6 +50,10 @@ class WorkerSelector(NamedTuple):
         found = read_status(self.deployment, self.namespace, self.model).workers
         return [w for w in found if (not job or w.record.job == job) and (not step or w.record.step == step)]
 
+    def methods(self) -> list[StopMethod]:
+        """Return how to stop them; raises like `workers`."""
+        return stop_methods(self.workers(), self.job)
+
 
 class StopMethod(NamedTuple):
     """How to stop a worker.
@@ -61,11 +62,13 @@ class StopMethod(NamedTuple):
         worker: its record.
         pid: its rank 0's process id, if that is this user's on this host; otherwise 0.
         step: ``JOB.STEP``; empty if Slurm can't signal it.
+        doubt: why the record's step isn't signalled; empty if it names none.
     """
 
     worker: StoredRecord
     pid: int
     step: str
+    doubt: str = ""
 
     @property
     def exists(self) -> bool:
@@ -79,43 +82,58 @@ class StopMethod(NamedTuple):
             return f"{where}: kill -TERM {self.pid}"
         if self.step:
             return f"{where}: scancel --signal=TERM {self.step}"
-        return (
-            f"{where}: its rank 0 is process {record.pid} on {record.host}, in no step that scancel reaches from here"
-        )
+        why = self.doubt or "in no step that scancel reaches from here"
+        return f"{where}: its rank 0 is process {record.pid} on {record.host}, {why}"
 
     def stop(self) -> None:
         """Request that it drains and ends."""
         if self.pid:
-            _signal(self.worker.record)
+            signal_worker(self.pid, self.worker.record.started, signal.SIGTERM)
         elif self.step:
             SlurmStepController(self.step.partition(".")[0]).cancel_ids([self.step], "--signal=TERM")
 
 
-def stop_method_for(worker: StoredRecord) -> StopMethod:
-    """Return how to stop a worker.
+def stop_methods(workers: Sequence[StoredRecord], named_step: str | None = None) -> list[StopMethod]:
+    """Return how to stop workers.
 
-    A signal to rank 0's process is preferred: in a step with mpirun, Slurm would signal mpirun's processes, which kill their ranks.
+    A signal to rank 0's process is preferred: in a step with mpirun, Slurm would signal mpirun's processes, which kill their ranks. Who may
+    write to etcd may write any step into a record: a step is signalled only if `launch` has named it, or if the user names it.
+
+    Args:
+        workers: their records.
+        named_step: the step that the user named, ``JOB.STEP``.
     """
+    listed: dict[str, dict[str, str] | None] = {}
+    return [_stop_method(worker, named_step, listed) for worker in workers]
+
+
+def _stop_method(worker: StoredRecord, named_step: str | None, listed: dict[str, dict[str, str] | None]) -> StopMethod:
     record = worker.record
     if is_ours(record):
         return StopMethod(worker, record.pid, "")
-    job, step = record.job or "", record.step or ""
-    has_step = _JOB.fullmatch(job) and _STEP.fullmatch(step) and shutil.which("scancel")
-    return StopMethod(worker, 0, f"{job}.{step}" if has_step else "")
+    job, step = record.job or "", f"{record.job}.{record.step}"
+    if not (_JOB.fullmatch(job) and _STEP.fullmatch(record.step or "") and shutil.which("scancel")):
+        return StopMethod(worker, 0, "")
+    if step == named_step:
+        return StopMethod(worker, 0, step)
+    if job not in listed:
+        listed[job] = SlurmStepController(job).running()
+    name = (listed[job] or {}).get(step)
+    if name is None:
+        state = "doesn't answer" if listed[job] is None else "doesn't list it"
+        return StopMethod(worker, 0, "", f"and its step {step} isn't known to be a worker's, as Slurm {state}")
+    if is_step_name(name) and name == record.launch:
+        return StopMethod(worker, 0, step)
+    shown = sanitize(name, 40)
+    doubt = (
+        f"and its step {step} has the name {shown!r}, not one that launch gives; if it is the worker's: --job {step}"
+    )
+    return StopMethod(worker, 0, "", doubt)
 
 
 def is_ours(worker: WorkerRecord) -> bool:
     """Return whether the record's process is on this host, is this user's, and is still the same worker, not another process with its id."""
-    if worker.host != os.uname().nodename.partition(".")[0] or not worker.started or worker.pid < 2:
-        return False
-    folder = Path(f"/proc/{worker.pid}")
-    try:
-        owner, words = folder.stat().st_uid, (folder / "cmdline").read_bytes()
-        began = _boot() + int((folder / "stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError):
-        return False
-    is_then = worker.started - _EARLIER_SECONDS <= began <= worker.started + _LATER_SECONDS
-    return owner == os.geteuid() and _WORKER in words.split(b"\0") and is_then
+    return worker.host == host_name() and is_worker(worker.pid, worker.started)
 
 
 def stop_workers(selector: WorkerSelector, seconds: float, log: Callable[[str], None]) -> None:
@@ -133,7 +151,7 @@ def stop_workers(selector: WorkerSelector, seconds: float, log: Callable[[str], 
         AuthorizationError: etcd rejects our credentials; nothing was done.
     """
     end = time.monotonic() + seconds
-    methods = [stop_method_for(worker) for worker in selector.workers()]
+    methods = selector.methods()
     if not methods:
         log("no such worker is there")
     for group in (*_GROUPS, ()):
@@ -145,8 +163,8 @@ def stop_workers(selector: WorkerSelector, seconds: float, log: Callable[[str], 
     if lost := [method for method in methods if not method.exists]:
         raise UsageError(
             "; ".join(map(str, lost)),
-            expected="the host of its rank 0, or a step of Slurm's and scancel",
-            fix="dynamo-mpi down there, or end its launcher",
+            expected="the host of its rank 0; or scancel, and a step that launch or --job JOB.STEP has named",
+            fix="dynamo-mpi down there, --job JOB.STEP, or end its launcher",
         )
 
 
@@ -174,23 +192,3 @@ def _await_end(selector: WorkerSelector, methods: Sequence[StopMethod], end: flo
                 fix="a longer --timeout where requests take longer, or end its launcher",
             )
         time.sleep(max(0.0, min(POLL_SECONDS, end - time.monotonic())))
-
-
-def _signal(worker: WorkerRecord) -> None:
-    """Signal the process that was checked, never another that has got its id meanwhile."""
-    with contextlib.suppress(OSError):  # it has exited
-        if not hasattr(os, "pidfd_open"):  # a Python built for older kernels, such as conda's
-            if is_ours(worker):
-                os.kill(worker.pid, signal.SIGTERM)
-            return
-        descriptor = os.pidfd_open(worker.pid)
-        try:
-            if is_ours(worker):
-                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-        finally:
-            os.close(descriptor)
-
-
-def _boot() -> float:
-    """Return the machine's boot time, to which times in /proc are relative."""
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from dynamo_mpi.common.display import sanitize, shell_word
 from dynamo_mpi.common.errors import (
     AuthorizationError,
     DiscoveryError,
@@ -19,7 +20,6 @@ from dynamo_mpi.common.errors import (
     PhaseTimeoutError,
     RetryableError,
 )
-from dynamo_mpi.common.record_codec import sanitize
 from dynamo_mpi.common.waiting import ReminderSchedule, call_with_timeout
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.ops.deployment import Deployment, find_deployment
@@ -178,7 +178,7 @@ class ReadinessWaiter:
             raise RetryableError(
                 f"the launcher of the deployment in {deployment.run_dir} was killed",
                 expected="a deployment with a running launcher",
-                fix=f"dynamo-mpi down --run-dir {deployment.run_dir}, and start it again",
+                fix=f"dynamo-mpi down --run-dir {shell_word(deployment.run_dir)}, and start it again",
             )
 
     def _new(self, status: DeploymentStatus) -> list[StoredFailure]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.hooks import WorkerHook
+from dynamo_mpi.common.own_files import remove_own, write_own
 from dynamo_mpi.common.process import host_name
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE, RecordedLayout, WorkerRecord
 from dynamo_mpi.layout.contract import contract_of
@@ -99,6 +99,7 @@ class ReadyFile(WorkerHook):
         content = {
             "pid": os.getpid(),
             "host": os.uname().nodename,
+            "started": time.time() - phases.age,
             "ranks": self._context.world.size,
             "attempt": restart_count(os.environ),
             "model": self._settings.served_model_name,
@@ -108,10 +109,9 @@ class ReadyFile(WorkerHook):
             "verdict_seconds": self._preflight_seconds,
             "ready_seconds": phases.age,
         }
-        partial = path.with_name(path.name + ".partial")
         try:
-            partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-            partial.replace(path)
+            # as the umask allows: other users' scripts may wait for it, and it contains no secret
+            write_own(path, f"{json.dumps(content)}\n".encode(), 0o666)
         except OSError as error:
             self._context.log.warning(f"the ready file {path} can't be written: {error.strerror}")
 
@@ -131,5 +131,4 @@ class ReadyFile(WorkerHook):
 def remove_ready_file(path: Path | None) -> None:
     """Remove the ready file, also one that an earlier, killed run has left."""
     if path is not None:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        remove_own(path)

@@ -108,7 +108,7 @@ def write_failure(
     if not rendezvous.failure_dir:
         return
     # not before a failure: what an agent imports delays its watch
-    from dynamo_mpi.common.files import write_atomically
+    from dynamo_mpi.common.own_files import write_own
 
     content = _without_secrets({**as_document(failure, host), **(report or {})})
     path = _path(rendezvous, failure.rank if by is None else by)
@@ -116,7 +116,7 @@ def write_failure(
         if keep and path.exists():
             return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content) + "\n")
+        write_own(path, f"{json.dumps(content)}\n".encode())
 
 
 def as_document(failure: Failure, host: str) -> dict[str, Any]:
@@ -145,9 +145,12 @@ def remove_stale_failure_files(folder: Path | None, label: str) -> str:
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return f"no failure files: {existing} is no folder that can be written; correct --failure-dir"
-    for path in folder.glob(f"{label}-rank-*.json"):
-        with contextlib.suppress(OSError):
-            path.unlink()
+    from dynamo_mpi.common.own_files import OwnFolder
+
+    with contextlib.suppress(OSError), OwnFolder(folder) as opened:
+        for name in opened.names():
+            if name.startswith(f"{label}-rank-") and name.endswith(".json"):
+                opened.remove(name)
     return ""
 
 

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHook
+from dynamo_mpi.common.own_files import write_own
 from dynamo_mpi.common.waiting import start_thread
 
 if TYPE_CHECKING:
@@ -71,30 +70,10 @@ class MetricsFile(WorkerHook):
 
     def _write(self) -> None:
         try:
-            write_atomically(self._path, self._render())
+            write_own(self._path, self._render().encode(), _MODE, exact=True)
         except OSError as error:
             self._warn(f"the metrics file {self._path} can't be written: {error.strerror}")
             self._warn = _nothing
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file atomically: a reader sees the whole old content or the whole new one.
-
-    Raises:
-        OSError: it can't be written.
-    """
-    # the collector ignores a file with this ending; the name is always the same, so that the file of a killed writer is overwritten
-    partial = path.with_name(f".{path.name}.partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), _MODE)
-            file.write(text)
-        os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
 
 
 def _nothing(_: str) -> None:

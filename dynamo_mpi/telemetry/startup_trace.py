@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from dynamo_mpi.common.own_files import OwnFolder
+
 SCHEMA = 1
 """Increases if a field is removed or changes its meaning, not if a field is added."""
 READY, ENDED, FAILED, STOPPED = "ready", "ended", "failed", "stopped"
@@ -23,7 +25,7 @@ DATA_BEGINS, DATA_ENDS = '<script type="application/json" id="dynamo-mpi-timelin
 """What surrounds the JSON in a page."""
 _MAX_SECONDS = 1e11
 _MAX_TEXT = 500
-_MAX_FILE_BYTES = 64 * 2**20
+MOST_FILE_BYTES = 64 * 2**20
 _SPAN_FIELDS = 4
 # smaller differences come from a cluster's clocks and from the delay of messages
 _TOLERANCE_SECONDS = 0.005
@@ -127,23 +129,30 @@ def decode_traces(text: str) -> tuple[StartupTrace, ...]:
     return tuple(_decode(worker) for worker in workers)
 
 
-def read_traces(path: Path) -> tuple[StartupTrace, ...]:
+def read_traces(path: Path, folder: OwnFolder | None = None) -> tuple[StartupTrace, ...]:
     """Read a page or a Perfetto trace that a worker, or ``dynamo-mpi timeline``, has written.
+
+    Args:
+        path: the file.
+        folder: the folder that it is in, if the file must be this user's; None for a file that the user names, whoever has written it.
 
     Raises:
         UsageError: the file can't be read.
         ConfigFileError: the file contains no timeline.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
+        if folder is not None:
+            content = folder.read(path.name, MOST_FILE_BYTES).decode()
+        else:
+            with open(path, encoding="utf-8") as file:
+                content = file.read(MOST_FILE_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path} can't be read: {error.strerror}", fix="check its path and rights") from None
     except UnicodeDecodeError:
         content = ""
     try:
-        if len(content) > _MAX_FILE_BYTES:
-            raise ValueError(f"larger than {_MAX_FILE_BYTES // 2**20} MiB")
+        if len(content) > MOST_FILE_BYTES:
+            raise ValueError(f"larger than {MOST_FILE_BYTES // 2**20} MiB")
         if content.lstrip().startswith("<"):
             _, found, rest = content.partition(DATA_BEGINS)
             if not found:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.failure import DetectedBy
 from dynamo_mpi.common.hooks import WorkerHook
+from dynamo_mpi.common.own_files import remove_own, write_own
 from dynamo_mpi.common.redact import safe_first_line
 
 if TYPE_CHECKING:
@@ -34,8 +35,7 @@ def perfetto_path(path: Path) -> Path:
 def remove_stale_timeline(path: Path) -> None:
     """Remove the page and the Perfetto trace of an earlier start."""
     for stale in (path, perfetto_path(path)):
-        with contextlib.suppress(OSError):
-            stale.unlink()
+        remove_own(stale)
 
 
 def write_timeline(path: Path, traces: Sequence[StartupTrace]) -> None:
@@ -45,15 +45,14 @@ def write_timeline(path: Path, traces: Sequence[StartupTrace]) -> None:
         OSError: they can't be written.
     """
     # imported in the thread that writes: all ranks wait for rank 0 before they load, and must not wait for this
-    from dynamo_mpi.common.files import write_atomically
     from dynamo_mpi.telemetry.timeline_page import page
     from dynamo_mpi.telemetry.timeline_text import perfetto_trace
 
     # a file where the folder should be: the write below reports it
     with contextlib.suppress(FileExistsError):
         path.parent.mkdir(mode=0o700, parents=True)
-    write_atomically(path, page(traces))
-    write_atomically(perfetto_path(path), json.dumps(perfetto_trace(traces), separators=(",", ":")) + "\n")
+    write_own(path, page(traces).encode(errors="replace"))
+    write_own(perfetto_path(path), f"{json.dumps(perfetto_trace(traces), separators=(',', ':'))}\n".encode())
 
 
 class TraceWriter(WorkerHook):

@@ -256,7 +256,7 @@ def ready_file() -> str:
         for system in ("http://n1:9090", None):
             sources.ReadyFile(context, settings, 1.5, system).on_ready()
             samples.append(json.loads(path.read_text()))
-    return members_of(samples, maps=("phases",), varying=("pid", "host", "ready_seconds", "<key>"))
+    return members_of(samples, maps=("phases",), varying=("pid", "host", "started", "ready_seconds", "<key>"))
 
 
 def failure_file() -> str:
@@ -288,8 +288,8 @@ def _deployment_json(path: Path) -> Any:
         context = sources.LaunchContext(run_dir, interrupts, lambda text: None)
         sources.DeploymentController(settings, (worker,), steps, endings, context).run()
     content = json.loads((path / "deployment.json").read_text(encoding="utf-8"))
-    run_dir.close()
     run_dir.write_end(70, "decode-0 ended with exit code 70")
+    run_dir.close()
     return content
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -28,6 +30,17 @@ def run(script: str, *words: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@contextlib.contextmanager
+def no_larger_files_than(size: int) -> Iterator[None]:
+    """Let writes fail as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_an_interpreter_that_is_not_there_is_told() -> None:
     code, said = run("stop.sh", PYTHON="/nope/python3")
     assert (code, "PYTHON=/path/to/python3" in said) == (64, True), said
@@ -40,11 +53,12 @@ def test_a_number_of_nodes_that_is_none_is_not_submitted(value: str) -> None:
 
 
 def test_a_folder_that_fails_the_launcher_is_an_error_and_no_traceback(tmp_path: Path) -> None:
-    # as a full disk would, it keeps the launcher from saying what runs
-    (tmp_path / "deployment.json.partial").mkdir()
     tmp_path.chmod(0o700)
     job = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NODELIST": "n[1-4]", "NUM_PREFILL_NODES": "2", "NUM_DECODE_NODES": "2"}
-    code, said = run("srun_disaggregated.sh", MODEL_PATH="/m", DYN_MPI_RUN_DIR=str(tmp_path), **job)
+    # the lock file still fits; Python would keep the beginning of a compiled module
+    job["PYTHONDONTWRITEBYTECODE"] = "1"
+    with no_larger_files_than(256):
+        code, said = run("srun_disaggregated.sh", MODEL_PATH="/m", DYN_MPI_RUN_DIR=str(tmp_path), **job)
     assert (code, "file system error" in said, "Traceback" in said) == (70, True, False), said
 
 

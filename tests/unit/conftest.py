@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +48,12 @@ def tiny_tokens(tiny_model_dir: Path) -> list[list[int]]:
         return [submit(engine, prompt=prompt, max_tokens=40).done().tokens for prompt in PROMPTS]
     finally:
         engine.close()
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder like /tmp, in which every user may make files; pytest's own folders are closed to others."""
+    with tempfile.TemporaryDirectory(prefix="shared-") as text:
+        folder = Path(text)
+        folder.chmod(0o1777)
+        yield folder

@@ -50,7 +50,9 @@ class Steps:
     folder: Path
     check: str = "true"
     kv_check: str = "true"
-    services: str = f'echo \'{{"environment": {{"SECRET": "s"}}, "url": "", "host": "h"}}\' > services.json; {WAIT}'
+    services: str = (
+        f'echo \'{{"environment": {{"NATS_AUTH_PASSWORD": "s"}}, "url": "", "host": "h"}}\' > services.json; {WAIT}'
+    )
     prefill: str = SERVE
     decode: str = SERVE
 
@@ -250,7 +252,7 @@ def test_a_mistake_is_not_tried_again(run: Run, code: int) -> None:
 
 
 def with_etcd(url: str) -> str:
-    return Steps.services.replace('"SECRET"', f'"ETCD_ENDPOINTS": "{url}", "SECRET"')
+    return Steps.services.replace('"NATS_AUTH_PASSWORD"', f'"ETCD_ENDPOINTS": "{url}", "NATS_AUTH_PASSWORD"')
 
 
 @contextlib.contextmanager
@@ -445,8 +447,17 @@ def test_a_second_signal_does_not_wait(run: Run, monkeypatch: pytest.MonkeyPatch
 
 def test_workers_get_what_the_services_say(run: Run, tmp_path: Path) -> None:
     seen = tmp_path / "seen"
-    run(READY, raise_signal(signal.SIGTERM), decode=f"echo $SECRET > {seen}; {SERVE}")
+    run(READY, raise_signal(signal.SIGTERM), decode=f"echo $NATS_AUTH_PASSWORD > {seen}; {SERVE}")
     assert seen.read_text() == "s\n"
+
+
+def test_services_set_no_other_variable_of_workers(run: Run, tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    services = Steps.services.replace('"s"', '"s", "LD_AUDIT_": "x", "MODEL_NAME": "x", "ETCD_AUTH_CA": "a\\\\u0000b"')
+    run(READY, raise_signal(signal.SIGTERM), services=services, decode=f"env > {seen}; {SERVE}")
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert "NATS_AUTH_PASSWORD" in names
+    assert not names & {"LD_AUDIT_", "MODEL_NAME", "ETCD_AUTH_CA"}
 
 
 def test_what_runs_is_described(run: Run, tmp_path: Path) -> None:

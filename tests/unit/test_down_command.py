@@ -146,10 +146,17 @@ def test_prefill_goes_before_decode(board: Board, run: Run, start: Callable[...,
 
 
 def test_a_step_of_slurms_is_signalled_by_its_id(board: Board, run: Run, slurm: Slurm) -> None:
-    key = board.worker("agg", job="7", step="3", host="n1")
+    slurm.lists("7.3|dynmpi-x-agg-0", "7.4|dynmpi-x-agg-1")
+    key = board.worker("agg", job="7", step="3", host="n1", launch="dynmpi-x-agg-0")
     board.worker("agg", "b", job="8", step="3", host="n1")
-    board.worker("agg", "c", job="7", step="4", host="n1")
+    board.worker("agg", "c", job="7", step="4", host="n1", launch="dynmpi-x-agg-1")
     assert run("--namespace", "dynamo", "--job", "7", "--dry-run")[1].count("scancel --signal=TERM 7.") == 2
+    code, err = ended_with(board, run, slurm, key, "--job", "7.3")
+    assert (code, slurm.asked) == (0, ["--signal=TERM 7.3"]), err
+
+
+def ended_with(board: Board, run: Run, slurm: Slurm, key: str, *words: str) -> tuple[int, str]:
+    """Run the verb, and remove the record as soon as Slurm is asked to signal."""
 
     def follow() -> None:
         eventually(lambda: slurm.asked, "scancel is asked", 10)
@@ -157,9 +164,40 @@ def test_a_step_of_slurms_is_signalled_by_its_id(board: Board, run: Run, slurm: 
 
     thread = threading.Thread(target=follow)
     thread.start()
-    code, _, err = run("--namespace", "dynamo", "--job", "7.3")
+    code, _, err = run("--namespace", "dynamo", *words)
     thread.join()
+    return code, err
+
+
+@pytest.mark.parametrize(
+    ("name", "launch"),
+    [
+        ("python", None),
+        ("train", "train"),
+        ("python", "dynmpi-x-agg-0"),
+        ("dynmpi-x-agg-1", "dynmpi-x-agg-0"),
+        (None, "dynmpi-x-agg-0"),
+    ],
+)
+def test_a_step_with_another_name_gets_no_signal(
+    board: Board, run: Run, slurm: Slurm, name: str | None, launch: str | None
+) -> None:
+    slurm.lists(*([] if name is None else [f"7.3|{name}"]), "7.4|dynmpi-x-agg-0")
+    key = board.worker("agg", job="7", step="3", host="n1", launch=launch)
+    for words in ((), ("--job", "7")):
+        code, _, err = run("--namespace", "dynamo", "--timeout", "1", *words)
+        assert (code, slurm.asked) == (ExitCode.USAGE, []), err
+    assert (f"has the name '{name}'" if name else "Slurm doesn't list it") in err
+    # the user names it
+    code, err = ended_with(board, run, slurm, key, "--job", "7.3")
     assert (code, slurm.asked) == (0, ["--signal=TERM 7.3"]), err
+
+
+def test_without_slurms_answer_no_step_is_signalled(board: Board, run: Run, slurm: Slurm) -> None:
+    slurm.fails("Unable to contact slurm controller")
+    board.worker("agg", job="7", step="3", host="n1", launch="dynmpi-x-agg-0")
+    code, _, err = run("--namespace", "dynamo", "--timeout", "1")
+    assert (code, slurm.asked, "Slurm doesn't answer" in err) == (ExitCode.USAGE, [], True)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamo_mpi.common.errors import DiscoveryError, DynamoMpiError, ExitCode, UsageError
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError, ExitCode, UsageError
 from dynamo_mpi.common.host_address import host_address, service_address
 from dynamo_mpi.common.ports import ANY_ADDRESS, holder, holds_port, is_free, listeners
 from dynamo_mpi.deploy import programs
@@ -344,7 +344,7 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, mode: int) ->
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, 12345, 12345)
-    with pytest.raises(UsageError, match="belongs to user 12345"), closing(ServicesDir(tmp_path, None, quiet)):
+    with pytest.raises(AuthorizationError, match="belongs to user 12345"), closing(ServicesDir(tmp_path, None, quiet)):
         pass
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dynamo_mpi.cli.local import curl_line
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode, UsageError
 from dynamo_mpi.deploy import programs
+from dynamo_mpi.deploy.services import curl_line
 
 
 @pytest.mark.parametrize(

@@ -336,8 +336,8 @@ def test_an_end_that_makes_no_sense(tmp_path: Path, changes: dict[str, Any], kno
 def test_what_a_worker_died_of_breaks_no_terminal(board: Board, run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     run_dir = describe(folder)
-    run_dir.close()
     run_dir.write_end(66, "no \x1b[2Jweights")
+    run_dir.close()
     text = run("--run-dir", str(folder))[1]
     assert "\x1b" not in text
     assert text.endswith("with exit code 66: no \\x1b[2Jweights\n")

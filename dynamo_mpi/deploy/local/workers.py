@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynamo_mpi.common.errors import ModelNotFoundError, UsageError
+from dynamo_mpi.common.own_files import read_own
 from dynamo_mpi.common.ports import LOOPBACK
 from dynamo_mpi.common.subprocess import with_pdeathsig
 
@@ -144,7 +145,7 @@ class MpirunWorker:
     def ready(self) -> dict[str, Any] | None:
         """Return the ready file's content; None if it doesn't exist. It is written atomically."""
         try:
-            contents = json.loads(self.ready_file.read_text())
+            contents = json.loads(read_own(self.ready_file))
         except FileNotFoundError:
             return None
         return contents if isinstance(contents, dict) else None

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, ExitCode
+from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, DynamoMpiError, ExitCode
+from dynamo_mpi.deploy.run_files import SERVICES, open_run_dir, read_services
 from dynamo_mpi.discovery.connectivity import check_etcd_endpoints, nats_server, require_nats_server
 from dynamo_mpi.discovery.endpoints import strip_credentials
 from dynamo_mpi.discovery.etcd import SAFE_ETCD, EtcdAuth, is_outdated_etcd
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-SERVICES = "services.json"
 # a lease of 30 s is renewed three times; a slower answer indicates a disk that is too busy
 _SLOW_SECONDS = 0.5
 # certificates that a job creates for itself are valid from the minute before
@@ -57,30 +56,34 @@ def clients_of(context: Context) -> Mapping[str, str]:
 
 def client_environment(run_dir: Path, environ: Mapping[str, str]) -> dict[str, str]:
     """Return ``environ`` with the variables from a deployment's services.json; unchanged if there are none."""
-    try:
-        content = json.loads((run_dir / SERVICES).read_text(encoding="utf-8"))
-        given = {str(name): str(value) for name, value in content["environment"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        given = {}
-    return {**environ, **given}
+    with contextlib.suppress(OSError, DynamoMpiError), open_run_dir(run_dir) as folder:
+        services = read_services(folder)
+        return {**environ, **({} if services is None else services.environment)}
+    return dict(environ)
 
 
 def check_run_dir(context: Context) -> Iterator[Check]:
     """Check whether the run folder has running services."""
     if context.run_dir is None:
         return
-    path = context.run_dir / SERVICES
-    if client_environment(context.run_dir, {}):
-        yield ok("run-dir", f"{path} says how to reach the services")
-    else:
-        problem = "isn't there" if not os.path.exists(path) else "can't be read"
-        needed = "that of a deployment whose services answer"
-        yield warning(
-            "run-dir",
-            f"{path} {problem}: the environment's addresses are asked",
-            needed,
-            "--run-dir DIR; dynamo-mpi launch makes it",
-        )
+    path, problem = context.run_dir / SERVICES, "isn't there"
+    try:
+        with open_run_dir(context.run_dir) as folder:
+            if read_services(folder) is not None:
+                yield ok("run-dir", f"{path} says how to reach the services")
+                return
+            problem = "can't be read" if SERVICES in folder.names() else problem
+    except OSError:
+        pass
+    except DynamoMpiError as error:
+        yield of_error("run-dir", error)
+        return
+    yield warning(
+        "run-dir",
+        f"{path} {problem}: the environment's addresses are asked",
+        "that of a deployment whose services answer",
+        "--run-dir DIR; dynamo-mpi launch makes it",
+    )
 
 
 def check_etcd(context: Context) -> Iterator[Check]:

@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and folders of this user, in places where others may write too: nothing of theirs is followed, read, waited for or overwritten.
+
+A path is walked from the root, one directory after the other, each by the descriptor of the one before: what is renamed or replaced
+afterwards changes nothing. On the way
+
+- a link is followed only if root or this user has made it;
+- for a run folder (``guarded``), nobody else may replace what is there: a directory is root's, this user's, or one that its group shares with
+  this user (group-writable); one that everybody may write has the sticky bit, as ``/tmp``.
+
+Files are opened without following a link, without waiting (a FIFO never holds the caller), and used only if they are regular and this user's.
+They are replaced atomically: the new content is written under a name that nobody can guess, then renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from dynamo_mpi.common.display import sanitize, shell_word
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+MOST_BYTES = 8 * 2**20
+"""Default size limit of a file that is read."""
+_STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_MOST_LINKS = 40
+_MOST_SHOWN = 1000
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_WHOLE_MAP = ["0", "0", "4294967295"]
+
+
+class UnsafeFileError(PermissionError):
+    """Other users have, or may change, a file or folder or the way to it. ``strerror`` says why.
+
+    Args:
+        path: the file or folder.
+        problem: the problem, beginning with a verb: ``is a link``.
+        fix: what the user can do; empty if there is nothing but another path.
+    """
+
+    def __init__(self, path: str, problem: str, fix: str = "") -> None:
+        super().__init__(errno.EPERM, f"{sanitize(path, _MOST_SHOWN)} {problem}")
+        self.fix = fix
+
+
+class ForeignFileError(UnsafeFileError):
+    """A file or folder belongs to another user."""
+
+
+class OwnFolder:
+    """A directory, held by its descriptor until `close`. All names are of its entries.
+
+    Args:
+        path: the directory.
+        guarded: it must be this user's, nobody else may write in it, and nobody else may replace it.
+
+    Raises:
+        UnsafeFileError: the way to it leads through a link of somebody else, or it isn't as ``guarded`` requires.
+        OSError: it can't be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, guarded: bool = False) -> None:
+        self.path = os.fspath(path)
+        self._descriptor = _walk(self.path, guarded)
+
+    @classmethod
+    def _of(cls, path: str, descriptor: int) -> OwnFolder:
+        folder = cls.__new__(cls)
+        folder.path, folder._descriptor = path, descriptor
+        return folder
+
+    def __enter__(self) -> OwnFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def names(self) -> list[str]:
+        """Return the names of its entries, sorted."""
+        descriptor = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._descriptor)
+        try:
+            return sorted(os.listdir(descriptor))
+        finally:
+            os.close(descriptor)
+
+    def subfolder(self, name: str, *, create: bool = False) -> OwnFolder:
+        """Open a directory in it, which must be this user's.
+
+        Args:
+            name: its name.
+            create: create it, for this user only, if it doesn't exist.
+        """
+        path = os.path.join(self.path, name)
+        if create:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=self._descriptor)
+        descriptor = os.open(name, _STEP | os.O_DIRECTORY, dir_fd=self._descriptor)
+        try:
+            _require_own(path, os.fstat(descriptor))
+        except OSError:
+            os.close(descriptor)
+            raise
+        return OwnFolder._of(path, descriptor)
+
+    def open(self, name: str, flags: int, mode: int = 0o600) -> int:
+        """Open a regular file of this user's; return the descriptor.
+
+        Args:
+            name: its name.
+            flags: as for `os.open`.
+            mode: of a new file.
+
+        Raises:
+            UnsafeFileError: it is a link, no regular file, or somebody else's.
+            OSError: it can't be opened.
+        """
+        path = os.path.join(self.path, name)
+        if flags & os.O_CREAT:
+            # a new file is ours, even if the file system shows another owner
+            with contextlib.suppress(FileExistsError):
+                new = flags | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                return os.open(name, new, mode, dir_fd=self._descriptor)
+            flags &= ~os.O_CREAT
+        try:
+            descriptor = os.open(name, (flags & ~os.O_TRUNC) | _FILE, dir_fd=self._descriptor)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise UnsafeFileError(path, "is a link") from None
+            if error.errno == errno.ENXIO:
+                raise UnsafeFileError(path, "is no regular file") from None
+            raise
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise UnsafeFileError(path, "is no regular file")
+            _require_own(path, status)
+            if flags & os.O_ACCMODE != os.O_RDONLY and status.st_nlink > 1:
+                raise UnsafeFileError(path, "is a further name of another file")
+            if flags & os.O_TRUNC:
+                os.ftruncate(descriptor, 0)
+            os.set_blocking(descriptor, True)
+        except OSError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def read(self, name: str, most_bytes: int = MOST_BYTES) -> bytes:
+        """Return the content of a file.
+
+        Raises:
+            UnsafeFileError: as for `open`.
+            OSError: it can't be read, or is larger than ``most_bytes``.
+        """
+        with os.fdopen(self.open(name, os.O_RDONLY), "rb") as file:
+            data = file.read(most_bytes + 1)
+        if len(data) > most_bytes:
+            raise OSError(errno.EFBIG, f"{os.path.join(self.path, name)} is larger than {most_bytes} bytes")
+        return data
+
+    def write(self, name: str, data: bytes, mode: int = 0o600, *, exact: bool = False, sync: bool = False) -> None:
+        """Write a file that others see whole or not at all. It replaces whatever has its name, and follows no link.
+
+        Args:
+            name: its name.
+            data: its content.
+            mode: its permissions.
+            exact: whatever the umask.
+            sync: wait until it is stored.
+        """
+        partial = f".{name}.{os.urandom(8).hex()}"
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _FILE, mode, dir_fd=self._descriptor)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                if exact:
+                    os.fchmod(descriptor, mode)
+                file.write(data)
+                if sync:
+                    file.flush()
+                    os.fsync(descriptor)
+            os.replace(partial, name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(partial, dir_fd=self._descriptor)
+            raise
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or a link itself; no error if it doesn't exist."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._descriptor)
+
+    def rename(self, name: str, new: str) -> None:
+        """Rename an entry; it replaces another one."""
+        os.replace(name, new, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+
+    def holds(self, name: str, descriptor: int) -> bool:
+        """Return whether an entry is still the file that ``descriptor`` has open."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(name, dir_fd=self._descriptor, follow_symlinks=False))
+        except FileNotFoundError:
+            return False
+
+
+def open_own(path: str | os.PathLike[str], flags: int, mode: int = 0o600) -> int:
+    """Open a file by its path, see `OwnFolder.open`."""
+    with _parent(path) as (folder, name):
+        return folder.open(name, flags, mode)
+
+
+def read_own(path: str | os.PathLike[str], most_bytes: int = MOST_BYTES) -> bytes:
+    """Read a file by its path, see `OwnFolder.read`."""
+    with _parent(path) as (folder, name):
+        return folder.read(name, most_bytes)
+
+
+def write_own(path: str | os.PathLike[str], data: bytes, mode: int = 0o600, *, exact: bool = False) -> None:
+    """Write a file by its path, see `OwnFolder.write`."""
+    with _parent(path) as (folder, name):
+        folder.write(name, data, mode, exact=exact)
+
+
+def remove_own(path: str | os.PathLike[str]) -> None:
+    """Remove a file by its path, see `OwnFolder.remove`. Does not raise."""
+    with contextlib.suppress(OSError), _parent(path) as (folder, name):
+        folder.remove(name)
+
+
+@contextlib.contextmanager
+def _parent(path: str | os.PathLike[str]) -> Iterator[tuple[OwnFolder, str]]:
+    head, name = os.path.split(os.fspath(path))
+    with OwnFolder(head or ".") as folder:
+        yield folder, name
+
+
+def _walk(path: str, guarded: bool) -> int:
+    """Return the descriptor of a directory."""
+    parts = [part for part in os.path.join(os.getcwd(), path).split("/") if part][::-1]
+    links, place, here = 0, "/", os.open("/", _STEP | os.O_DIRECTORY)
+    try:
+        while parts:
+            if guarded:
+                _require_guarded(place, os.fstat(here))
+            name = parts.pop()
+            try:
+                # the flag has automounts mounted
+                following = os.open(name, _STEP | os.O_DIRECTORY, dir_fd=here)
+            except NotADirectoryError:
+                links += 1
+                target = _target(os.path.join(place, name), name, here, links)
+                parts += [part for part in target.split("/") if part][::-1]
+                if not target.startswith("/"):
+                    continue
+                name, following = "/", os.open("/", _STEP | os.O_DIRECTORY)
+            os.close(here)
+            here, place = following, os.path.normpath(os.path.join(place, name))
+        if guarded:
+            _require_private(place, os.fstat(here))
+    except OSError:
+        os.close(here)
+        raise
+    return here
+
+
+def _target(path: str, name: str, parent: int, links: int) -> str:
+    """Return where a link leads."""
+    link = os.open(name, _STEP, dir_fd=parent)
+    try:
+        status = os.fstat(link)
+        if not stat.S_ISLNK(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        if links > _MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        target = os.readlink("", dir_fd=link)
+        if status.st_uid not in _trusted():
+            raise UnsafeFileError(
+                path, f"is a link of user {status.st_uid}", f"name the folder itself: {shell_word(target)}"
+            )
+        return target
+    finally:
+        os.close(link)
+
+
+def _require_own(path: str, status: os.stat_result) -> None:
+    if status.st_uid != os.geteuid():
+        raise ForeignFileError(path, f"belongs to user {status.st_uid}")
+
+
+def _require_private(path: str, status: os.stat_result) -> None:
+    _require_own(path, status)
+    if status.st_mode & _WRITABLE_BY_OTHERS:
+        mode = stat.S_IMODE(status.st_mode)
+        raise UnsafeFileError(
+            path, f"is a folder that others can write (mode {mode:04o})", f"chmod 700 {shell_word(path)}"
+        )
+
+
+def _require_guarded(path: str, status: os.stat_result) -> None:
+    """Check a directory on the way to a guarded one."""
+    is_shared = status.st_mode & stat.S_IWGRP and status.st_gid in (os.getegid(), *os.getgroups())
+    if status.st_uid not in _trusted() and not is_shared:
+        raise UnsafeFileError(path, f"belongs to user {status.st_uid}, who can replace what is in it")
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        raise UnsafeFileError(path, "lets everybody replace what is in it", f"chmod o-w {shell_word(path)}")
+
+
+def _trusted() -> tuple[int, ...]:
+    """Return the users whose links and directories are trusted on the way."""
+    return (0, os.geteuid(), *_outside())
+
+
+@functools.cache
+def _outside() -> tuple[int, ...]:
+    """Return the user who stands for all users outside of this user namespace, root among them: in a rootless container."""
+    with contextlib.suppress(OSError, ValueError):
+        with open("/proc/self/uid_map", encoding="ascii") as file:
+            if file.read().split() == _WHOLE_MAP:
+                return ()
+        with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+            return (int(file.read()),)
+    return ()

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opens a run folder and reads its files, for everything but the two processes that hold it (`deploy.run_dir`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dynamo_mpi.common.errors import AuthorizationError, DynamoMpiError, UsageError
+from dynamo_mpi.common.own_files import ForeignFileError, OwnFolder, UnsafeFileError
+from dynamo_mpi.deploy.step_commands import SERVICE_VARIABLES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+DEPLOYMENT, ENDED, LOCK, SERVICES, STOP = "deployment.json", "ended.json", "lock", "services.json", "stop"
+
+
+def open_run_dir(path: Path) -> OwnFolder:
+    """Open a run folder: it must be this user's alone, and nobody else may replace it.
+
+    Raises:
+        AuthorizationError: it is another user's, or this user may not read it.
+        UsageError: others can write in it, or replace it.
+        OSError: it doesn't exist, or can't be opened.
+    """
+    try:
+        return OwnFolder(path, guarded=True)
+    except PermissionError as error:
+        raise _refusal(path, error) from None
+
+
+def _refusal(path: Path, error: PermissionError) -> DynamoMpiError:
+    if not isinstance(error, UnsafeFileError):
+        return AuthorizationError(
+            f"the run folder {path} can't be read: {error.strerror}",
+            expected="a run folder of this user's",
+            fix="ask the user who launched it",
+        )
+    found = str(error.strerror)
+    if isinstance(error, ForeignFileError):
+        needed = f"a run folder of user {os.geteuid()}: it holds credentials"
+        return AuthorizationError(found, expected=needed, fix="ask the user who launched it, or take another --run-dir")
+    return UsageError(
+        found,
+        expected="a run folder, with credentials, that nobody else can write or replace",
+        fix=error.fix or "another --run-dir",
+    )
+
+
+def read_object(folder: OwnFolder, name: str) -> dict[str, Any] | None:
+    """Return the content of one of a run folder's JSON files; None if it doesn't exist.
+
+    Raises:
+        ValueError: it is no JSON object, or can't be read; the text says why.
+    """
+    # list the folder first: a network file system caches for some time that a file didn't exist
+    if name not in folder.names():
+        return None
+    try:
+        content = json.loads(folder.read(name))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON") from None
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+class ServiceAccess(NamedTuple):
+    """What ``services.json`` says.
+
+    Args:
+        url: the frontend's; empty if there is none.
+        host: where the services run.
+        environment: the variables for their clients, those of `SERVICE_VARIABLES` alone: the file can't set a rank's PATH.
+    """
+
+    url: str
+    host: str
+    environment: dict[str, str]
+
+
+def read_services(folder: OwnFolder) -> ServiceAccess | None:
+    """Read ``services.json``; None if it doesn't exist yet, or makes no sense."""
+    try:
+        content = read_object(folder, SERVICES)
+    except (OSError, ValueError):
+        return None
+    given = (content or {}).get("environment")
+    if content is None or not isinstance(given, dict):
+        return None
+    known = {name: str(given[name]) for name in SERVICE_VARIABLES if name in given}
+    environment = {name: value for name, value in known.items() if "\0" not in value}
+    return ServiceAccess(str(content.get("url") or ""), str(content.get("host") or ""), environment)
