@@ -76,13 +76,13 @@ class Deployment:
 
 @pytest.fixture(scope="module")
 def deployment(model_dir: Path) -> Iterator[Deployment]:
-    """Services with credentials, and a worker of three ranks, in a folder that anybody may enter."""
+    """Services with credentials, and a worker of three ranks, in a folder that anybody may enter and write, as /tmp."""
     mask = os.umask(0)
     try:
         # the agent of a worker that is stopped may write its report while the folder is removed
         with tempfile.TemporaryDirectory(prefix="neighbour-", ignore_cleanup_errors=True) as text:
             folder = Path(text)
-            folder.chmod(0o777)
+            folder.chmod(0o1777)
             (folder / "open.txt").write_text(MARKER)
             with HeadNodeCommand(folder, NATS_SERVER="") as head:
                 services = head.services()
