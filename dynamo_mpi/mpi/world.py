@@ -100,12 +100,12 @@ def load_mpi_library() -> str:
         ) from None
 
 
-def init_mpi(*, alone: bool = False, alone_on_node: bool = False) -> World:
+def init_mpi(*, alone: bool = False, local_size: int | None = None) -> World:
     """Start MPI and return the world. Collective; call it only once.
 
     Args:
         alone: whether no launcher has started this rank.
-        alone_on_node: whether it is the only rank of its node.
+        local_size: number of ranks on this node; None if it isn't known.
 
     Raises:
         LaunchError: the MPI library doesn't support MPI_THREAD_MULTIPLE, which the engines need.
@@ -115,9 +115,12 @@ def init_mpi(*, alone: bool = False, alone_on_node: bool = False) -> World:
     if alone:
         # without a launcher, Open MPI's shared memory for local ranks would remain: 16 MiB of /dev/shm per start
         os.environ.setdefault("OMPI_MCA_btl", "self")
-    elif alone_on_node:
+    elif local_size == 1:
         # likewise with Open MPI 5 if the launcher kills the rank
         os.environ.setdefault("OMPI_MCA_btl", "^sm")
+    elif local_size is not None and local_size > (os.cpu_count() or local_size):
+        # Open MPI's ranks poll while they wait; each would keep others from computing until the system's scheduler interrupts it
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     if not MPI.Is_initialized():
         start_mpi()
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(endpoint, DynamoMpiError):
                 raise endpoint
             alone = launch.launcher in (Launcher.ALONE, Launcher.SLURM_SHELL, Launcher.SRUN_WITHOUT_MPI)
-            world = init_mpi(alone=alone, alone_on_node=launch.local_size == 1)
+            world = init_mpi(alone=alone, local_size=launch.local_size)
             if launch.launcher is Launcher.HYDRA and launch.size > 1:
                 from dynamo_mpi.supervisor.leftovers import segments_of
 

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 
 from dynamo_mpi.common.errors import EngineError, PhaseTimeoutError
 from dynamo_mpi.engines.protocol import GenerationRequest, RequestError, TokenChunk
+from dynamo_mpi.engines.reference.config import ReferenceConfig
+from dynamo_mpi.engines.reference.engine import ReferenceEngine
 from dynamo_mpi.engines.warmup import run_first_completion
 from tests.unit.engines import ScriptedEngine
 
@@ -105,3 +110,20 @@ def test_a_trickle_does_not_extend_the_deadline() -> None:
                 run_first_completion(engine, 1, 0.2)
         finally:
             stop.set()
+
+
+def test_damaged_weights_are_found_before_the_worker_registers(tiny_model_dir: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    weights = max(damaged.iterdir(), key=lambda path: path.stat().st_size)
+    with weights.open("r+b") as file:
+        file.seek(-4096, os.SEEK_END)
+        file.write(b"\xff" * 4096)  # not a number, in every format of weights
+    engine = ReferenceEngine(None, ReferenceConfig(damaged, 1))
+    engine.load()
+    engine.start()
+    try:
+        for _ in range(2):  # it goes on after such a request
+            with pytest.raises(EngineError, match="weights are damaged"):
+                run_first_completion(engine, 1, 30)
+    finally:
+        engine.close()

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dynamo_mpi.common.errors import EngineError, LayoutError
 from dynamo_mpi.engines.protocol import EngineLimits, GenerationRequest, TokenCallback, TokenChunk
 from dynamo_mpi.engines.reference.config import ReferenceConfig
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["ReferenceConfig", "ReferenceEngine"]
 
 _log = logging.getLogger(__name__)
+_NOT_FINITE = "the model's output is not a number: its weights are damaged; compare the model's files with their source"
 
 
 @dataclass(frozen=True)
@@ -250,7 +253,13 @@ class ReferenceEngine:
         logits = loaded.transformer.forward(step.plan)
         if logits is None:
             raise EngineError("rank 0 got no logits")
-        tokens = [self._choose(choice, row) for choice, row in zip(step.choices, logits, strict=True)]
+        # damaged weights or KV: such a row has no token, and argmax would give one all the same
+        finite = [bool(np.isfinite(row).all()) for row in logits]
+        damaged = {choice.request.request_id for choice, good in zip(step.choices, finite, strict=True) if not good}
+        tokens = [
+            self._choose(choice, row) if good else 0
+            for choice, row, good in zip(step.choices, logits, finite, strict=True)
+        ]
         # the slots of requests that end here are free from here on, and hold their KV until the next step
         offering = {
             choice.request.request_id: (choice.request, part.slot)
@@ -258,6 +267,10 @@ class ReferenceEngine:
             if choice.request.keep_kv
         }
         for request_id, chunk in loaded.scheduler.apply(tokens):
+            if request_id in damaged:
+                loaded.scheduler.cancel(request_id)
+                self._in_flight.deliver(request_id, TokenChunk((), "error", _NOT_FINITE, engine_failed=False))
+                continue
             if chunk.finish_reason is not None and request_id in offering:
                 chunk = transfers.with_descriptor(*offering[request_id], chunk)
             if not self._in_flight.deliver(request_id, chunk):
