@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.coerce import as_int
-from dynamo_mpi.common.frozen import dataclass, field
+from dynamo_mpi.common.frozen import dataclass, field, replace
 from dynamo_mpi.layout.engine_reader import ANY, EngineReader
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ DEFAULT_TOKENS_PER_BLOCK = 32
 DEFAULT_FREE_GPU_MEMORY_FRACTION = 0.9
 # limit for any world size: rules iterate over its stages and divisors
 MAX_RANKS = 65_536
+PYTORCH, AUTODEPLOY, TENSORRT = "pytorch", "_autodeploy", "tensorrt"
+"""The engine's own backends (``backend``)."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class EngineConfig:
         lora_cuda_graph: ``lora_config.cuda_graph_specialize_lora``.
         adp_timeout_iters: ``attention_dp_config.timeout_iters``.
         adp_wait_iters: ``attention_dp_config.batching_wait_iters``.
+        backend: `PYTORCH`, `AUTODEPLOY` or `TENSORRT`.
         keys: the whole config as a mapping, for rules about keys.
     """
 
@@ -159,6 +162,7 @@ class EngineConfig:
     lora_cuda_graph: bool = False
     adp_timeout_iters: int | None = None
     adp_wait_iters: int | None = None
+    backend: str = PYTORCH
     keys: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -182,7 +186,8 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
     graphs = top.section("cuda_graph_config")
     balance = top.section("attention_dp_config")
     cp_type = cp_config.text("cp_type")
-    return EngineConfig(
+    backend = _backend(top)
+    config = EngineConfig(
         tp_size=top.size("tensor_parallel_size", maximum=MAX_RANKS) or 1,
         pp_size=top.size("pipeline_parallel_size", maximum=MAX_RANKS) or 1,
         cp_size=top.size("context_parallel_size", maximum=MAX_RANKS) or 1,
@@ -215,7 +220,30 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
         lora_cuda_graph=top.section("lora_config").switch("cuda_graph_specialize_lora") or False,
         adp_timeout_iters=balance.size("timeout_iters", minimum=ANY),
         adp_wait_iters=balance.size("batching_wait_iters", minimum=ANY),
+        backend=backend,
         keys=keys,
+    )
+    return _by_world_size(config, top) if backend == AUTODEPLOY else config
+
+
+def _backend(top: EngineReader) -> str:
+    said = (top.text("backend") or PYTORCH).lower()
+    return {"trt": TENSORRT, TENSORRT: TENSORRT, AUTODEPLOY: AUTODEPLOY}.get(said, PYTORCH)
+
+
+def _by_world_size(config: EngineConfig, top: EngineReader) -> EngineConfig:
+    """A16: AutoDeploy divides by ``world_size`` alone."""
+    return replace(
+        config,
+        tp_size=top.size("world_size", minimum=0, maximum=MAX_RANKS) or 1,
+        pp_size=1,
+        cp_size=1,
+        cp_type=None,
+        enable_attention_dp=False,
+        moe_tp_size=None,
+        moe_ep_size=None,
+        moe_cluster_size=None,
+        pp_partition=None,
     )
 
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.spec import LayoutSpec
 
 
-# keys that the layout decides, so that the planner writes them
-_SIZES = (
+LAYOUT_KEYS = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "context_parallel_size",
@@ -31,6 +30,7 @@ _SIZES = (
     "pp_partition",
     "gpus_per_node",
 )
+"""Keys that the layout decides, so that the planner writes them."""
 
 
 def for_role(config: EngineConfig, role: str) -> EngineConfig:
@@ -58,6 +58,8 @@ def engine_yaml(subject: LayoutSpec, model: str) -> str:
 
 def _keys(subject: LayoutSpec) -> dict[str, object]:
     layout = subject.layout
+    if subject.other_backend:
+        return dict(for_role(subject.config, subject.role).keys)
     keys: dict[str, object] = {
         "tensor_parallel_size": layout.tp_size,
         "pipeline_parallel_size": layout.pp_size,
@@ -65,7 +67,7 @@ def _keys(subject: LayoutSpec) -> dict[str, object]:
     if subject.shape.experts is not None:
         keys["moe_expert_parallel_size"] = layout.moe_ep_size
     keys |= {"enable_attention_dp": layout.enable_attention_dp, "gpus_per_node": subject.cluster.gpus_per_node}
-    rest = {key: value for key, value in for_role(subject.config, subject.role).keys.items() if key not in _SIZES}
+    rest = {key: value for key, value in for_role(subject.config, subject.role).keys.items() if key not in LAYOUT_KEYS}
     keys |= rest
     if layout.cp_size > 1:
         block = tokens_per_block(subject)

@@ -26,6 +26,8 @@ def legal_sizes(subject: LayoutSpec) -> dict[str, list[int]]:
         ``tp``, ``pp``, ``ep`` (with experts) and ``cp`` (on decode workers), on as many ranks as they need; and ``tp_by_heads``, what the
         heads alone allow without attention DP (B11). A list is missing where the model's config doesn't say enough.
     """
+    if subject.other_backend:
+        return {}
     shape, config, layout = subject.shape, subject.config, subject.layout
     by_heads = legal_tp_sizes(shape, layout.cp_size)
     legal: dict[str, list[int]] = {}

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from dynamo_mpi.common.config_reader import MAX_SIZE, read_small_text
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
 from dynamo_mpi.common.frozen import dataclass, field
-from dynamo_mpi.layout.engine_config import MAX_RANKS, type_engine_config
+from dynamo_mpi.layout.engine_config import MAX_RANKS, TENSORRT, type_engine_config
 from dynamo_mpi.layout.engine_layers import EngineLayers, MergedConfig, merge, with_balancer
 from dynamo_mpi.layout.gpus import find_gpu
 from dynamo_mpi.layout.layout import Cluster, cluster_for
@@ -165,6 +165,12 @@ def plan(model: Model, gpus: int, engine_config: EngineInput = None, worker: Wor
             f"{gpus} GPUs are not a whole number of nodes with {per_node} each",
             expected="equally many GPUs on each node",
             fix=f"--gpus {gpus // per_node * per_node}, or another --gpus-per-node",
+        )
+    if merged.config.backend == TENSORRT and worker.engine == "trtllm":
+        raise UsageError(
+            "layouts of the TensorRT engine backend can't be planned: they are those of its engine files",
+            expected="backend pytorch, the default, or _autodeploy",
+            fix="leave backend out of the engine config",
         )
     merged = MergedConfig(for_role(merged.config, worker.role), merged.findings)
     subject = _spec(files, merged, worker, cluster)

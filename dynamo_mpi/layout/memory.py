@@ -183,12 +183,14 @@ def estimate(subject: LayoutSpec, *, fraction: float | None = None) -> MemoryEst
         fraction: share of what is left for the KV cache; None for the engine config's, or the engine's own 0.9.
 
     Returns:
-        The estimate; None if the model's config lacks sizes (`missing_values`), or the layout is impossible (A2, F3). An encode worker
-        holds encoders alone.
+        The estimate; None if the model's config lacks sizes (`missing_values`), if the layout is impossible (A2, F3), or for an engine
+        backend that isn't PyTorch's. An encode worker holds encoders alone.
 
     Raises:
         UsageError: there is no such kind of GPU.
     """
+    if subject.other_backend:
+        return None
     if subject.role == "encode":
         return _of_encoders(subject)
     possible = subject.layout.multiplies_out and subject.layout.pp_size <= (subject.shape.num_layers or 0)

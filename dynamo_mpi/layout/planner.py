@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.layout.divisibility import MOST_CONTEXT_RANKS, divisors, kv_copies
 from dynamo_mpi.layout.engine_config import EngineConfig
+from dynamo_mpi.layout.engine_yaml import LAYOUT_KEYS
 from dynamo_mpi.layout.finding import errors
 from dynamo_mpi.layout.layout import HELIX, Layout, cluster_for
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate
@@ -117,6 +118,9 @@ def workable_sizes(subject: LayoutSpec, count: int = 3) -> list[int]:
 
 def _candidates(subject: LayoutSpec) -> Iterator[LayoutSpec]:
     world = subject.cluster.world_size
+    if subject.other_backend:
+        yield _autodeployed(subject)
+        return
     experts, suits = subject.shape.experts, subject.shape.suits_attention_dp
     helix = subject.role == "decode" and subject.shape.state_space is None
     for cp_size in divisors(world):
@@ -140,6 +144,15 @@ def _candidates(subject: LayoutSpec) -> Iterator[LayoutSpec]:
                             ep_size,
                         ),
                     )
+
+
+def _autodeployed(subject: LayoutSpec) -> LayoutSpec:
+    """A16: AutoDeploy has one layout for a number of ranks."""
+    config, world = subject.config, subject.cluster.world_size
+    keys = {key: value for key, value in config.keys.items() if key not in LAYOUT_KEYS}
+    per_node = subject.cluster.gpus_per_node
+    keys |= {"world_size": world, "gpus_per_node": per_node}
+    return replace(subject, config=replace(config, tp_size=world, gpus_per_node=per_node, keys=keys))
 
 
 def _resize(
@@ -172,6 +185,8 @@ def _judge(candidate: LayoutSpec) -> Plan | None:
     findings = layout_findings(candidate)
     if errors(findings):
         return None
+    if candidate.other_backend:
+        return Plan(candidate, tuple(findings), None, None, 1, ("AutoDeploy divides the model by itself: not judged",))
     memory = estimate(candidate)
     fits = memory.fits if memory is not None else None
     copies = _kv_copies(candidate)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass, field
+from dynamo_mpi.layout.engine_config import PYTORCH
 from dynamo_mpi.layout.layout import Cluster, Layout, layout_of
 
 ROLES = ("agg", "prefill", "decode", "encode")
@@ -50,6 +51,11 @@ class LayoutSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layout", layout_of(self.config, self.version))
+
+    @property
+    def other_backend(self) -> bool:
+        """A16: whether the engine's backend isn't PyTorch's, whose rules and estimates then don't apply."""
+        return self.engine == "trtllm" and self.config.backend != PYTORCH
 
     def layout_as_json(self) -> dict[str, object]:
         """Return the layout with its nodes as plain data."""

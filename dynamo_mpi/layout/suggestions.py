@@ -72,6 +72,8 @@ def suggestions(subject: LayoutSpec, count: int = 3) -> list[LayoutSpec]:
 
     Rules about keys and roles aren't applied: their findings are corrected in the config, independently of the layout.
     """
+    if subject.other_backend:
+        return []
     # imported here: the planner is needed only for errors
     from dynamo_mpi.layout.planner import nearest, plan
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.layout.divisibility import divisors
+from dynamo_mpi.layout.engine_config import AUTODEPLOY
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import counted, listed
 from dynamo_mpi.layout.layout import HELIX
@@ -28,6 +29,15 @@ def check_world_size(subject: LayoutSpec) -> Iterator[Finding]:
             "A1",
             f"the layout takes {layout.world_size} of the node's {started} GPUs",
             fix=f"start {counted(layout.world_size, 'rank')}",
+        )
+        return
+    if subject.config.backend == AUTODEPLOY:
+        yield error(
+            "A1",
+            f"AutoDeploy needs {counted(layout.world_size, 'rank')}, but there are {started}",
+            found=f"world size {started}; world_size {layout.world_size} in the engine config",
+            expected="the same number",
+            fix=f"start {counted(layout.world_size, 'rank')}, or set world_size: {started}",
         )
         return
     product = f"tensor {layout.tp_size} x pipeline {layout.pp_size} x context {layout.cp_size}"

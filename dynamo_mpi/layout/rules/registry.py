@@ -17,6 +17,7 @@ from dynamo_mpi.layout.rules import (
     experts,
     limits,
     mapping,
+    other_backends,
     pipeline,
     reference_engine,
     roles,
@@ -40,16 +41,19 @@ LAYOUT_RULES: tuple[Rule, ...] = (
 )
 CONFIG_RULES: tuple[Rule, ...] = (*backends.RULES, *architecture.RULES, *limits.RULES, *roles.RULES)
 CAPACITY_RULES: tuple[Rule, ...] = capacity.RULES
+# for an engine backend that isn't PyTorch's
+OTHER_LAYOUT_RULES: tuple[Rule, ...] = (mapping.check_world_size, mapping.check_moe_product, *other_backends.RULES)
+OTHER_CONFIG_RULES: tuple[Rule, ...] = (mapping.check_gpus_per_node, limits.check_orchestrator, roles.check_transceiver)
 
 
 def layout_findings(subject: LayoutSpec) -> list[Finding]:
     """Apply only the rules about sizes and ranks: the planner does so for every candidate."""
-    return _apply(LAYOUT_RULES, subject)
+    return _apply(OTHER_LAYOUT_RULES if subject.other_backend else LAYOUT_RULES, subject)
 
 
 def config_findings(subject: LayoutSpec) -> list[Finding]:
     """Apply the rules whose findings no layout can solve: keys, formats, limits, roles."""
-    return [*_key_findings(subject), *_apply(CONFIG_RULES, subject)]
+    return [*_key_findings(subject), *_apply(OTHER_CONFIG_RULES if subject.other_backend else CONFIG_RULES, subject)]
 
 
 def all_findings(subject: LayoutSpec) -> list[Finding]:
@@ -58,6 +62,8 @@ def all_findings(subject: LayoutSpec) -> list[Finding]:
     Returns:
         What the rules have to say, in their order; empty when there is nothing.
     """
+    if subject.other_backend:
+        return [*_key_findings(subject), *_apply((*OTHER_LAYOUT_RULES, *OTHER_CONFIG_RULES), subject)]
     return [*_key_findings(subject), *_apply((*LAYOUT_RULES, *CONFIG_RULES, *CAPACITY_RULES), subject)]
 
 
