@@ -290,7 +290,8 @@ MODEL_CONFIGS = [path for path in CONFIGS if "hf_quant_config" not in path.name]
 
 @pytest.mark.parametrize("config", MODEL_CONFIGS, ids=lambda path: path.stem)
 def test_every_config_of_a_real_model_is_read_and_gets_a_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--model", str(config), "--gpus", "16", "--gpu", "h200", "--output", "json"]) == 0
+    gpu = "b200" if "NVFP4" in config.stem else "h200"
+    assert main(["plan", "--model", str(config), "--gpus", "16", "--gpu", gpu, "--output", "json"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     best = layouts(out)[0]
