@@ -13,11 +13,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dynamo_mpi.checks.gpu_fabric import GpuFabric, read_fabric
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _UUID_PREFIXES = ("GPU-", "MIG-")
-_FIELDS_PER_GPU = 9
+_FIELDS_PER_GPU = 10
 # NVML's own messages are short; by the name of the exception
 _PROBLEMS = {
     "NVMLError_LibraryNotFound": "NVML (libnvidia-ml.so.1) isn't there: no NVIDIA driver, or a container that was started without GPUs",
@@ -40,6 +42,7 @@ class GpuFacts(NamedTuple):
         used_bytes: memory that processes hold; the driver's own reserve is neither free nor used.
         holders: the processes that NVML shows, each with its bytes; in a container it may show none.
         mig: whether it is cut into instances.
+        fabric: its place in an NVLink fabric; None if it has none, or if NVML doesn't report it.
     """
 
     number: int
@@ -51,6 +54,7 @@ class GpuFacts(NamedTuple):
     used_bytes: int = 0
     holders: tuple[tuple[int, int], ...] = ()
     mig: bool = False
+    fabric: GpuFabric | None = None
 
 
 class NodeGpus(NamedTuple):
@@ -224,6 +228,7 @@ def read_gpu(nvml: Any, index: int) -> GpuFacts:
         int(memory.used) if memory else 0,
         tuple((int(one.pid), int(one.usedGpuMemory or 0)) for one in processes if int(one.pid) != os.getpid()),
         bool(mig[0]),
+        read_fabric(nvml, handle),
     )
 
 
@@ -255,11 +260,13 @@ def device_files(folder: str = "/dev") -> int:
 def _pack_gpu(gpu: GpuFacts) -> tuple[str, ...]:
     holders = " ".join(f"{pid}:{size}" for pid, size in gpu.holders)
     numbers = (gpu.sm, gpu.total_bytes, gpu.free_bytes, gpu.used_bytes)
-    return (str(gpu.number), gpu.uuid, gpu.name, *map(str, numbers), holders, "mig" if gpu.mig else "")
+    fabric = "" if gpu.fabric is None else gpu.fabric.pack()
+    return (str(gpu.number), gpu.uuid, gpu.name, *map(str, numbers), holders, "mig" if gpu.mig else "", fabric)
 
 
 def _unpack_gpu(values: Sequence[str]) -> GpuFacts:
-    number, uuid, name, sm, total, free, used, holders, mig = values
+    number, uuid, name, sm, total, free, used, holders, mig, place = values
     pairs = [pair.partition(":") for pair in holders.split()]
     held = tuple((int(pid), int(size)) for pid, _, size in pairs)
-    return GpuFacts(int(number), uuid, name, int(sm), int(total), int(free), int(used), held, mig == "mig")
+    fabric = GpuFabric.unpack(place) if place else None
+    return GpuFacts(int(number), uuid, name, int(sm), int(total), int(free), int(used), held, mig == "mig", fabric)

@@ -8,6 +8,7 @@ only.
 | G6 | GPUs of one product and one size | warning |
 | V6 | one driver, with one supported CUDA version, on all nodes | warning |
 | V8 | no GPU is cut into instances (MIG) | error |
+| V16 | every GPU has joined its NVLink fabric, is healthy there, and over nodes all are in one clique | warning |
 | V2 | a rank's weights fit into what is free | error |
 | V2 | no other process holds memory on a rank's GPU | warning |
 """
@@ -86,7 +87,7 @@ def check_gpus(rows: Sequence[RankFacts], needs: Requirements) -> list[Finding]:
     findings = [finding for rule in visibility_rules.RULES for finding in rule(rows)]
     if not any(row.gpus.visible for row in rows):
         return findings
-    for rule in (check_alike, check_counts, check_drivers, check_instances):
+    for rule in (check_alike, check_counts, check_drivers, check_instances, check_nvlink_fabric):
         findings += rule(rows)
     return findings if needs.memory_later else [*findings, *check_busy(rows, needs)]
 
@@ -183,6 +184,47 @@ def check_instances(rows: Sequence[RankFacts]) -> Iterator[Finding]:
         )
 
 
+def check_nvlink_fabric(rows: Sequence[RankFacts]) -> Iterator[Finding]:
+    """V16: every GPU has joined its NVLink fabric and is healthy there; over nodes all are in one clique."""
+    places = {gpu.uuid: (row.host, gpu, gpu.fabric) for row in rows for gpu in row.gpus.visible_gpus if gpu.fabric}
+    late = [f"GPU {gpu.number} on {host}: {fabric.problem}" for host, gpu, fabric in places.values() if fabric.problem]
+    if late:
+        yield warning(
+            "V16",
+            f"{counted(len(late), 'GPU')} {'has' if len(late) == 1 else 'have'} not joined the NVLink fabric",
+            found=lines(late),
+            expected="registration completed: until then CUDA may refuse to start (error 802), and NVLink is not used",
+            fix="nvidia-smi -q | grep -A4 Fabric; see that the fabric manager, or on NVL72 the NMX controller, runs",
+        )
+    unwell = [
+        f"GPU {gpu.number} on {host}: {listed(fabric.faults)}" for host, gpu, fabric in places.values() if fabric.faults
+    ]
+    if unwell:
+        yield warning(
+            "V16",
+            f"the NVLink fabric reports faults of {counted(len(unwell), 'GPU')}",
+            found=lines(unwell),
+            expected="a healthy fabric: NCCL is slower over it, or fails at its start",
+            fix="take other nodes (sbatch --exclude=...), and report these: nvidia-smi -q shows Fabric, Health",
+        )
+    domains: dict[str, list[str]] = {}
+    for row in rows:
+        for gpu in row.gpus.visible_gpus:
+            domain = gpu.fabric.domain if gpu.fabric and not gpu.fabric.problem else ""
+            domains.setdefault(domain or "no clique", []).append(row.host)
+    if len(domains) < 2 or set(domains) == {"no clique"} or len({row.host for row in rows}) < 2:
+        return
+    most = max(domains, key=lambda name: len(domains[name]))
+    odd = on_hosts(host for name, hosts in domains.items() if name != most for host in hosts)
+    yield warning(
+        "V16",
+        f"NVLink doesn't join all nodes: the GPUs are in {counted(len(domains), 'clique')}, those of {odd} apart from the others",
+        found=groups(domains),
+        expected="one clique of one cluster: between cliques NCCL uses the network, and TensorRT-LLM's all-to-all over NVLink fails",
+        fix="ask for nodes of one NVLink domain (sbatch --segment=N or --switches=1), or leave the odd ones out (--exclude=...)",
+    )
+
+
 def check_busy(rows: Sequence[RankFacts], needs: Requirements) -> Iterator[Finding]:
     """V2: each rank's GPU has enough free memory for the rank's weights, and no other process computes on it."""
     full: list[str] = []
@@ -225,4 +267,12 @@ def describe_holders(gpu: GpuFacts) -> str:
     return listed(f"pid {pid} holds {gib(size)}" if size else f"pid {pid}" for pid, size in gpu.holders)
 
 
-RULES = (*visibility_rules.RULES, check_alike, check_counts, check_drivers, check_instances, check_busy)
+RULES = (
+    *visibility_rules.RULES,
+    check_alike,
+    check_counts,
+    check_drivers,
+    check_instances,
+    check_nvlink_fabric,
+    check_busy,
+)

@@ -12,7 +12,7 @@
 | V5 | a rank's threads have CPUs to run on | warning |
 | V7 | what the engine reads from the environment is the same in every rank | warning |
 
-`gpu_visibility` has V1 and K9, `gpu_rules` G6, V2, V6 and V8.
+`gpu_visibility` has V1 and K9, `gpu_rules` G6, V2, V6, V8 and V16.
 """
 
 from __future__ import annotations

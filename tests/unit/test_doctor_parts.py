@@ -219,6 +219,25 @@ def test_gpus_that_are_not(tmp_path: Path) -> None:
     assert hidden["visible"].found == "CUDA_VISIBLE_DEVICES leaves 1 of 2 GPUs"
 
 
+def test_the_nvlink_fabric_of_the_gpus(tmp_path: Path) -> None:
+    rack: dict[str, object] = {"fabric": {"state": 3, "cluster": "0a" * 16, "clique": 5, "health": 0xAA}}
+    assert "fabric" not in look(tmp_path, {}, {})
+    well = look(tmp_path, rack, rack)["fabric"]
+    assert (well.status, well.found) == (Status.OK, "2 GPUs registered and healthy: clique 5 of cluster 0a0a0a0a")
+    assert (
+        look(tmp_path, {"fabric": {"state": 3}})["fabric"].found
+        == "1 GPU registered and healthy: NVLink stays in the node"
+    )
+    late = look(tmp_path, rack, {"fabric": {"state": 2}})["fabric"]
+    assert (late.status, "GPU 1 on" in late.found, "registration in progress" in late.found) == (
+        Status.WARNING,
+        True,
+        True,
+    )
+    sick = look(tmp_path, rack, {"fabric": {"state": 3, "cluster": "0a" * 16, "clique": 5, "health": 1}})["fabric"]
+    assert "degraded bandwidth" in sick.found
+
+
 def test_no_gpu_is_no_error(tmp_path: Path) -> None:
     assert look(tmp_path)["nvml"].status is Status.SKIPPED
     driver = by_id(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from types import SimpleNamespace
@@ -13,11 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamo_mpi.checks import gpu_facts
+from dynamo_mpi.checks.gpu_fabric import COMPLETED, IN_PROGRESS, GpuFabric
 from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus, read_gpus, visible_gpus
 from dynamo_mpi.common.codec import decode_strings, encode_strings
 
 GIB = 2**30
 UUIDS = ("GPU-aa11", "GPU-aa22", "GPU-bb33")
+
+
+FABRIC_FIELDS: tuple[tuple[str, Any], ...] = (
+    ("clusterUuid", ctypes.c_uint8 * 16),
+    ("status", ctypes.c_uint),
+    ("cliqueId", ctypes.c_uint32),
+    ("state", ctypes.c_uint),
+)
 
 
 class NVMLError(Exception):
@@ -50,8 +60,14 @@ class FakeNvml:
     __spec__ = None
     nvmlMemory_v2 = 0x02000028
 
-    def __init__(self, faults: dict[str, Exception] | None = None, count: int = 3) -> None:
+    def __init__(
+        self,
+        faults: dict[str, Exception] | None = None,
+        count: int = 3,
+        fabrics: dict[int, dict[str, Any]] | None = None,
+    ) -> None:
         self.faults = faults or {}
+        self.fabrics = fabrics or {}
         self.count = count
         self.open = 0
 
@@ -108,14 +124,43 @@ class FakeNvml:
         hidden = SimpleNamespace(pid=78, usedGpuMemory=None)
         return [SimpleNamespace(pid=own, usedGpuMemory=GIB), other, hidden] if handle == 1 else []
 
+    class c_nvmlGpuFabricInfo_t(ctypes.Structure):
+        """As nvml.h has it."""
+
+        _fields_ = FABRIC_FIELDS
+
+    class c_nvmlGpuFabricInfo_v2_t(ctypes.Structure):
+        """As nvml.h has it; nvidia-ml-py sets the version."""
+
+        _fields_ = (("version", ctypes.c_uint), *FABRIC_FIELDS, ("healthMask", ctypes.c_uint32))
+
+        def __init__(self) -> None:
+            super().__init__(version=0x02000024)
+
+    def nvmlDeviceGetGpuFabricInfoV(self, handle: int, pointer: Any) -> int:
+        self._fail("nvmlDeviceGetGpuFabricInfoV", handle)
+        assert pointer.contents.version == ctypes.sizeof(pointer.contents) | 2 << 24
+        pointer.contents.healthMask = self.fabrics.get(handle, {}).get("healthMask", 0)
+        return self.nvmlDeviceGetGpuFabricInfo(handle, pointer)
+
+    def nvmlDeviceGetGpuFabricInfo(self, handle: int, pointer: Any) -> int:
+        self._fail("nvmlDeviceGetGpuFabricInfo", handle)
+        for name, value in self.fabrics.get(handle, {}).items():
+            if name == "clusterUuid":
+                pointer.contents.clusterUuid[:] = value
+            elif name != "healthMask":
+                setattr(pointer.contents, name, value)
+        return 0
+
 
 def read(
     monkeypatch: pytest.MonkeyPatch,
     faults: dict[str, Exception] | None = None,
     environ: dict[str, str] | None = None,
     count: int = 3,
+    fabrics: dict[int, dict[str, Any]] | None = None,
 ) -> NodeGpus:
-    fake = FakeNvml(faults, count)
+    fake = FakeNvml(faults, count, fabrics)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     facts = read_gpus(environ or {})
     assert fake.open == 0, "NVML was left open"
@@ -177,6 +222,63 @@ def test_a_gpu_that_is_lost_is_told_and_the_others_stay(monkeypatch: pytest.Monk
     facts = read(monkeypatch, {"nvmlDeviceGetHandleByIndex:1": NVMLError_GpuIsLost("GPU is lost")})
     assert [gpu.number for gpu in facts.gpus] == [0, 2]
     assert facts.problem == "GPU 1: NVML: GPU is lost"
+
+
+CLUSTER = bytes(range(16))
+HEALTHY = 0b01_01_0001_10_10_10_10
+# a GPU of a rack with NVLink over nodes, one of a node with NVSwitches, and one that has not joined
+FABRICS: dict[int, dict[str, Any]] = {
+    0: {"state": COMPLETED, "clusterUuid": CLUSTER, "cliqueId": 7, "healthMask": HEALTHY},
+    1: {"state": COMPLETED},
+    2: {"state": IN_PROGRESS, "status": 15},
+}
+
+
+def test_the_place_in_the_nvlink_fabric_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [gpu.fabric for gpu in read(monkeypatch, fabrics=FABRICS).gpus]
+    assert places[:2] == [GpuFabric(3, 0, CLUSTER.hex(), 7, HEALTHY), GpuFabric(3)]
+    assert places[0] is not None and places[1] is not None and places[2] is not None
+    assert (places[0].domain, places[1].domain) == ("clique 7 of cluster 00010203", "")
+    assert [place and (place.problem, place.faults) for place in places] == [
+        ("", ()),
+        ("", ()),
+        ("registration in progress", ()),
+    ]
+    failed = GpuFabric(3, status=999)
+    assert failed.problem == "registration failed with NVML's code 999"
+
+
+def test_a_gpu_without_a_fabric_has_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an H200 without NVSwitches answers: success, and state 0."""
+    assert [gpu.fabric for gpu in read(monkeypatch).gpus] == [None] * 3
+
+
+def test_an_old_driver_has_the_first_kind_of_fabric_info(monkeypatch: pytest.MonkeyPatch) -> None:
+    old: dict[str, Exception] = {"nvmlDeviceGetGpuFabricInfoV": NVMLError_NotSupported()}
+    assert read(monkeypatch, old, fabrics=FABRICS).gpus[0].fabric == GpuFabric(3, 0, CLUSTER.hex(), 7)
+    older = {**old, "nvmlDeviceGetGpuFabricInfo": NVMLError_NotSupported()}
+    assert read(monkeypatch, older, fabrics=FABRICS).gpus[0].fabric is None
+
+
+@pytest.mark.parametrize(
+    ("mask", "faults"),
+    [
+        (0, ()),
+        (0xAA, ()),
+        (HEALTHY, ()),
+        (0b01, ("degraded bandwidth",)),
+        (0b0100, ("a route is being recovered",)),
+        (0b01_0000, ("a route is unhealthy",)),
+        (0b01_00_0000, ("recovering from an access timeout",)),
+        (2 << 8, ("incorrect system GUID",)),
+        (5 << 8, ("too few NVLinks",)),
+        (0b10 << 12, ("no partition is assigned",)),
+        (0b10 << 14, ("disconnected from the fabric manager",)),
+        (0b01_1001, ("degraded bandwidth", "a route is unhealthy")),
+    ],
+)
+def test_the_health_mask_is_read(mask: int, faults: tuple[str, ...]) -> None:
+    assert GpuFabric(3, health=mask).faults == faults
 
 
 def test_what_a_gpu_does_not_support_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.checks import gpu_rules, host_rules
 from dynamo_mpi.checks import gpu_visibility as visibility_rules
+from dynamo_mpi.checks.gpu_fabric import GpuFabric
 from dynamo_mpi.checks.gpu_facts import GpuFacts, NodeGpus
 from dynamo_mpi.checks.gpu_rules import check_gpus
 from dynamo_mpi.checks.host_facts import PACKAGES, HostFacts, StaleFile
@@ -40,6 +41,19 @@ def node(host: str = "n1", count: int = 2, sees: Sequence[int] | None = None, **
     gpus = others.pop("gpus", tuple(gpu(host, number, kind) for number in range(count)))
     visible = tuple(gpus[number].uuid for number in (range(len(gpus)) if sees is None else sees))
     return NodeGpus(**{"gpus": gpus, "visible": visible, "driver": "570.1", "cuda": 12080, **others})
+
+
+GB200 = ("NVIDIA GB200", 100, 185)
+
+
+def place(host: str, number: int, **others: Any) -> GpuFacts:
+    """Return a GPU in an NVLink fabric over nodes, by default in clique 1."""
+    fabric = GpuFabric(**{"state": 3, "cluster": "aa" * 16, "clique": 1, "health": 0xAA, **others})
+    return gpu(host, number, GB200, fabric=fabric)
+
+
+def rack(host: str, count: int = 1, gpus: tuple[GpuFacts, ...] = (), **others: Any) -> NodeGpus:
+    return node(host, gpus=gpus or tuple(place(host, number, **others) for number in range(count)))
 
 
 def facts(**others: Any) -> HostFacts:
@@ -122,6 +136,44 @@ VISIBLE: dict[str, tuple[str, list[NodeGpus], list[str], str]] = {
     "another product": ("ab", [node("a", 1), node("b", 1, kind=("H100 PCIe", 90, 79))], ["warning G6"], "products"),
     "a mixed node": ("a", [node("a", gpus=(gpu("a", 0), gpu("a", 1, B200)))], ["error G6"], "SM100"),
     "the odd one is hidden": ("a", [node("a", gpus=(gpu("a", 0), gpu("a", 1, B200)), sees=[0])], [], ""),
+    "one clique over nodes": ("ab", [rack("a"), rack("b")], [], ""),
+    "cliques of one number in two clusters": (
+        "aab",
+        [rack("a", 2)] * 2 + [rack("b", 2, cluster="bb" * 16)],
+        ["warning V16"],
+        "clique 1 of cluster bbbbbbbb on b",
+    ),
+    "another clique on one node": (
+        "abc",
+        [rack("a"), rack("b", clique=2), rack("c")],
+        ["warning V16"],
+        "the GPUs are in 2 cliques, those of b apart from the others",
+    ),
+    "a node without a clique": (
+        "abc",
+        [rack("a"), rack("b", cluster=""), rack("c")],
+        ["warning V16"],
+        "no clique on b",
+    ),
+    "a GPU that has not joined": (
+        "aabb",
+        [rack("a", 2)] * 2 + [rack("b", gpus=(place("b", 0), place("b", 1, state=2)))] * 2,
+        ["warning V16", "warning V16"],
+        "GPU 1 on b: registration in progress",
+    ),
+    "a route is unhealthy": (
+        "ab",
+        [rack("a"), rack("b", health=0b01_0000)],
+        ["warning V16"],
+        "GPU 0 on b: a route is unhealthy",
+    ),
+    "NVSwitches in each node": ("ab", [rack("a", cluster=""), rack("b", cluster="")], [], ""),
+    "one node of a rack, partly without a clique": (
+        "aa",
+        [rack("a", gpus=(place("a", 0), place("a", 1, cluster="")))] * 2,
+        [],
+        "",
+    ),
     "another driver": ("ab", [node("a", 1), node("b", 1, driver="535.1")], ["warning V6"], "570.1 (CUDA 12.8) on a"),
     "another CUDA": ("ab", [node("a", 1), node("b", 1, cuda=13000)], ["warning V6"], "CUDA 13.0"),
     "MIG": ("a", [node("a", gpus=(gpu("a", 0, mig=True),))], ["error V8"], "rank 0 on a"),

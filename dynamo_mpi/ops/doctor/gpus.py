@@ -14,7 +14,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.checks.gpu_facts import NodeGpus, device_files, optional, read_gpus
-from dynamo_mpi.checks.gpu_rules import check_alike, check_instances, describe_driver, describe_holders, is_busy
+from dynamo_mpi.checks.gpu_rules import (
+    check_alike,
+    check_instances,
+    check_nvlink_fabric,
+    describe_driver,
+    describe_holders,
+    is_busy,
+)
 from dynamo_mpi.checks.host_facts import HostFacts
 from dynamo_mpi.checks.rank_facts import RankFacts, lines
 from dynamo_mpi.layout.format import counted, gib, listed
@@ -112,6 +119,7 @@ def judge(look: GpuLook, host: str, *, in_rank: bool) -> Iterator[Check]:
     row = RankFacts(0, host, HostFacts(False, ""), facts)
     for id, rule in (("alike", check_alike), ("mig", check_instances)):
         yield from (of_finding(id, finding) for finding in rule([row]))
+    yield from judge_fabric(row)
     yield judge_memory(facts)
     yield judge_links(look.health)
     yield judge_ecc(look.health)
@@ -135,6 +143,17 @@ def judge_visible(facts: NodeGpus, *, in_rank: bool) -> Check:
     fix = "unset CUDA_VISIBLE_DEVICES, or leave it to Slurm: srun --gpus-per-node=N"
     found = f"CUDA_VISIBLE_DEVICES leaves {visible} of {counted(there, 'GPU')}"
     return error_or_warning("visible", found, needed, fix, fatal=in_rank and not visible)
+
+
+def judge_fabric(row: RankFacts) -> Iterator[Check]:
+    """Check whether the GPUs have joined their NVLink fabric, and report its clique."""
+    found = [of_finding("fabric", finding) for finding in check_nvlink_fabric([row])]
+    fabrics = [gpu.fabric for gpu in row.gpus.gpus if gpu.fabric is not None]
+    if found or not fabrics:  # GPUs without NVSwitches have none
+        yield from found
+        return
+    domains = listed(dict.fromkeys(fabric.domain or "NVLink stays in the node" for fabric in fabrics))
+    yield ok("fabric", f"{counted(len(fabrics), 'GPU')} registered and healthy: {domains}")
 
 
 def judge_memory(facts: NodeGpus) -> Check:

@@ -3,12 +3,15 @@
 
 ``PYNVML_STANDIN`` names the file: ``{"driver": "570.86.15", "cuda": 12080, "gpus": [{"uuid": "GPU-0", "name": "NVIDIA H100 80GB HBM3",
 "sm": [9, 0], "total": 1, "free": 1, "used": 0, "processes": [[42, 1]], "mig": 0}]}``. A GPU may also say how it is: ``recovery_action``,
-``ecc``, ``uncorrected``, ``remapped``, ``reasons``, ``nvlinks``, ``compute_mode``, ``clocks``, ``power_limit``, ``pcie``; else all is well.
+``ecc``, ``uncorrected``, ``remapped``, ``reasons``, ``nvlinks``, ``compute_mode``, ``clocks``, ``power_limit``, ``pcie``,
+``fabric`` (``{"state": 3, "status": 0, "cluster": "<32 hexadecimal digits>", "clique": 1, "health": 170}``); else all is well, without a
+fabric.
 The file is read again by every call that asks for memory, so that memory may be given back.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -124,6 +127,31 @@ def nvmlDeviceGetNvLinkState(handle: dict[str, Any], link: int) -> int:
     if link >= len(states):
         raise NVMLError_InvalidArgument("Invalid Argument")
     return int(states[link])
+
+
+class c_nvmlGpuFabricInfo_v2_t(ctypes.Structure):
+    """As nvml.h has it."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint),
+        ("clusterUuid", ctypes.c_uint8 * 16),
+        ("status", ctypes.c_uint),
+        ("cliqueId", ctypes.c_uint32),
+        ("state", ctypes.c_uint),
+        ("healthMask", ctypes.c_uint32),
+    )
+
+    def __init__(self) -> None:
+        super().__init__(version=0x02000024)
+
+
+def nvmlDeviceGetGpuFabricInfoV(handle: dict[str, Any], pointer: Any) -> int:
+    info, fabric = pointer.contents, handle.get("fabric", {})
+    assert (info.version, ctypes.sizeof(info)) == (0x02000024, 0x24), "its version says its size"
+    info.state, info.status = fabric.get("state", 0), fabric.get("status", 0)
+    info.cliqueId, info.healthMask = fabric.get("clique", 0), fabric.get("health", 0)
+    info.clusterUuid[:] = bytes.fromhex(fabric.get("cluster", "00" * 16))
+    return 0
 
 
 def nvmlDeviceGetComputeMode(handle: dict[str, Any]) -> int:
