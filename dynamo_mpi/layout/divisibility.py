@@ -87,7 +87,8 @@ def legal_tp_sizes(shape: ModelShape, cp_size: int = 1) -> tuple[int, ...] | Non
     return tuple(
         tp
         for tp in head_divisors(shape.attention_heads, None, cp_size)
-        if all(count % tp == 0 for count in fixed)
+        if all(count % (tp * cp_size) == 0 for count in shape.head_counts)
+        and all(count % tp == 0 for count in fixed)
         and all(kv_heads_fit(count, tp) for count in shape.kv_head_counts)
         and not (shape.encoder_decoder and (shape.kv_heads or tp) % tp)
     )

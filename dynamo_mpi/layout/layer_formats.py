@@ -9,6 +9,8 @@ from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.model_shape import Feed, Layer, LayerFormats, Mixer
 
 if TYPE_CHECKING:
+    from collections.abc import Hashable
+
     from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
 
 # below `layers.<n>`, in the checkpoints of every family; a part is excluded if one of its names is
@@ -60,14 +62,13 @@ def with_formats(
     """
     if quantisation is None:
         return layers
-    made: dict[Layer, Layer] = {}
-    plain = not quantisation.excluded and not quantisation.modules
+    made: dict[Hashable, Layer] = {}
     found = []
     for index, layer in enumerate(layers):
-        # without exclusions all layers of a kind are alike
-        known = made.get(layer) if plain else None
+        kind = (layer, quantisation.key_of(index))
+        known = made.get(kind)
         if known is None:
-            known = made[layer] = replace(layer, formats=_formats(index, layer, quantisation, experts))
+            known = made[kind] = replace(layer, formats=_formats(index, layer, quantisation, experts))
         found.append(known)
     return tuple(found)
 

@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.layout.engine_config import DEFAULT_FREE_GPU_MEMORY_FRACTION
-from dynamo_mpi.layout.extra_weights import ExtraWeights, draft_worker, extra_weights
 from dynamo_mpi.layout.gpus import find_gpu
 from dynamo_mpi.layout.kv_cache import kv_bytes, kv_dtype_known, resolve_kv_dtype, state_bytes, tokens_per_block
 from dynamo_mpi.layout.layer_weights import dtype_bytes, dtype_known
-from dynamo_mpi.layout.overheads import activation_bytes, outside_bytes, workspace_bytes
+from dynamo_mpi.layout.overheads import (
+    ExtraWeights,
+    activation_bytes,
+    draft_worker,
+    extra_weights,
+    outside_bytes,
+    workspace_bytes,
+)
 from dynamo_mpi.layout.weights import missing_sizes, stage_weights
 
 if TYPE_CHECKING:

@@ -316,6 +316,14 @@ class ModelShape:
         return None if self.compressed is None else self.compressed.output_groups
 
     @property
+    def head_counts(self) -> tuple[int, ...]:
+        """The numbers of query heads of its attention layers, ascending; more than one if layers differ."""
+        counts = {
+            layer.sizes.heads or self.attention_heads for layer in self.kinds[0] if layer.mixer is Mixer.ATTENTION
+        }
+        return tuple(sorted({count for count in (*counts, self.attention_heads) if count is not None}))
+
+    @property
     def kv_head_counts(self) -> tuple[int, ...]:
         """The numbers of KV heads of its attention layers, ascending; more than one if layers differ, none with latent attention."""
         counts = {

@@ -13,7 +13,7 @@ from dynamo_mpi.common.frozen import dataclass
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Hashable, Iterable, Iterator
 
 # names as TensorRT-LLM's QuantAlgo has them
 FP8 = "FP8"
@@ -52,6 +52,8 @@ _FORMATS: dict[str, tuple[float, int]] = {
 # parts of a model whose layers have numbers of their own
 _OTHER_PARTS = ("vision", "visual", "image", "audio", "speech", "mtp")
 # the prefix of `layers.<n>` in a regular expression, with escaped dots or not
+# where a pattern may begin below
+_ABOVE = r"(?:.*\.)?"
 _ABOVE_LAYERS = r"\^?(?:(?:language_model|model|backbone)\\?\.)*"
 
 
@@ -150,6 +152,22 @@ class Quantisation:
                     return form
         return self.base
 
+    def key_of(self, layer: int) -> Hashable:
+        """Return a key that is equal for layers whose modules are named alike, exclusions and formats: most have few such kinds."""
+        return self._excluded.key_of(layer), self._formats_by_layer.get(str(layer)), self._patterns_by_layer and layer
+
+    @cached_property
+    def _formats_by_layer(self) -> dict[str, frozenset[tuple[str, WeightFormat]]]:
+        found: dict[str, set[tuple[str, WeightFormat]]] = {}
+        for name, form in self._formats[0].items():
+            _, number, rest = (*name.split(".", 2), "", "")[:3]
+            found.setdefault(number, set()).add((rest, form))
+        return {number: frozenset(rests) for number, rests in found.items()}
+
+    @cached_property
+    def _patterns_by_layer(self) -> bool:
+        return any(letter.isdigit() for name, _ in self.modules if "*" in name or name[:3] == "re:" for letter in name)
+
     @cached_property
     def _excluded(self) -> _Patterns:
         return _Patterns(self.excluded)
@@ -174,50 +192,84 @@ def _prefixes(module: str) -> Iterator[str]:
         module = module.rpartition(".")[0]
 
 
-def _regex(glob: str) -> str:
-    from re import escape
-
-    return "".join({"*": ".*", "?": "."}.get(letter) or escape(letter) for letter in glob)
-
-
 class _Patterns:
-    """Names and patterns of modules; those that begin with a layer's number are looked up by it, as checkpoints list hundreds."""
+    """Names and patterns of modules. Checkpoints list hundreds, most of one layer each: those are looked up by its number."""
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        import re
-
-        self._names: set[str] = set()
         self._loose: list[str] = []
         self._anywhere: list[re.Pattern[str]] = []
-        self._in_layer: dict[str, list[re.Pattern[str]]] = {}
+        # by a layer's number: names, and with a star what names begin with
+        self._of_layer: dict[str, set[str]] = {}
+        self._beginnings: list[str] = []
+        # whether another pattern may tell layers apart
+        self._by_number = False
         for pattern in patterns:
-            if pattern.startswith("re:"):
-                try:
-                    self._anywhere.append(re.compile(r"(?:.*\.)?" + re.sub(_ABOVE_LAYERS, "", pattern[3:], count=1)))
-                except (re.error, OverflowError, RecursionError):
-                    continue
-                continue
             start = pattern.find("layers.")
-            if any(part in pattern[: max(start, 0)] for part in _OTHER_PARTS):
-                continue
             tail = pattern[start:] if start >= 0 else pattern
-            if "*" not in tail and "?" not in tail:
-                (self._names.add if start >= 0 else self._loose.append)(tail)
+            if pattern.startswith("re:"):
+                self._add_regex(pattern[3:])
+            elif any(part in pattern[: max(start, 0)] for part in _OTHER_PARTS):
                 continue
-            # a.* stands for a itself too
-            glob = re.compile(
-                ("" if start >= 0 else r"(?:.*\.)?")
-                + (_regex(tail[:-2]) + r"(?:\..*)?" if tail.endswith(".*") else _regex(tail))
-            )
-            number = tail.split(".")[1] if start >= 0 else ""
-            (self._in_layer.setdefault(number, []) if number.isdecimal() else self._anywhere).append(glob)
+            elif "*" in tail[:-1] or "?" in tail or (start < 0 and "*" in tail):
+                self._add_glob(tail, start >= 0)
+            elif start < 0:
+                self._loose.append(tail)
+            else:
+                number, _, rest = tail[len("layers.") :].partition(".")
+                if number.isdecimal():
+                    names = self._of_layer.setdefault(number, set())
+                    names.add(rest or "*")
+                    if rest.endswith(".*"):  # a.* stands for a itself too
+                        names.add(rest[:-2])
+                elif tail.endswith("*"):  # layers.1*
+                    self._beginnings.append(tail[:-1])
+                else:
+                    self._loose.append(tail)
+
+        self._by_number |= any(letter.isdigit() for name in self._loose for letter in name)
 
     def matches(self, module: str) -> bool:
         """Return whether a module or one above it has such a name."""
-        parts = module.split(".")
-        globs = [*self._anywhere, *self._in_layer.get(parts[1] if len(parts) > 1 else "", ())]
-        for prefix in _prefixes(module):
-            if prefix in self._names or any(glob.fullmatch(prefix) for glob in globs):
-                return True
+        if self._of_layer and module.startswith("layers."):
+            number, _, path = module[len("layers.") :].partition(".")
+            for rest in self._of_layer.get(number, ()):
+                if path.startswith(rest[:-1]) if rest.endswith("*") else path == rest or path.startswith(f"{rest}."):
+                    return True
+        if any(map(module.startswith, self._beginnings)):
+            return True
+        if any(glob.fullmatch(prefix) for glob in self._anywhere for prefix in _prefixes(module)):
+            return True
         dotted = f".{module}."
         return any(f".{part}." in dotted for part in self._loose)
+
+    def key_of(self, layer: int) -> Hashable:
+        """Return a key that is equal for layers to which the same patterns apply."""
+        name = f"layers.{layer}"
+        begins = tuple(map(name.startswith, self._beginnings))
+        return frozenset(self._of_layer.get(str(layer), ())), begins, self._by_number and layer
+
+    def _add_regex(self, pattern: str) -> None:
+        import re
+
+        plain = pattern.replace(".*", "").replace("\\.", "")
+        self._by_number |= any(letter in "0123456789.?+*[{\\" for letter in plain)
+        tail = re.sub(_ABOVE_LAYERS, "", pattern, count=1)
+        # what stands above `layers.<n>` was cut off from names
+        above = "" if tail.startswith(".*") else _ABOVE
+        try:
+            self._anywhere.append(re.compile(above + tail))
+        except (re.error, OverflowError, RecursionError):
+            return
+
+    def _add_glob(self, tail: str, in_layers: bool) -> None:
+        import re
+
+        self._by_number |= any(letter.isdigit() or letter == "?" for letter in tail)
+
+        def regex(glob: str) -> str:
+            return "".join({"*": ".*", "?": "."}.get(letter) or re.escape(letter) for letter in glob)
+
+        above = "" if in_layers or tail.startswith("*") else _ABOVE
+        # a.* stands for a itself too
+        whole = regex(tail[:-2]) + r"(?:\..*)?" if tail.endswith(".*") else regex(tail)
+        self._anywhere.append(re.compile(above + whole))

@@ -12,9 +12,15 @@ from typing import Any
 import pytest
 
 from dynamo_mpi.cli.main import main
+from dynamo_mpi.layout.divisibility import legal_tp_sizes
+from dynamo_mpi.layout.engine_config import EngineConfig
+from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_shape import ModelShape
 from dynamo_mpi.layout.rules.architecture import weight_formats
+from dynamo_mpi.layout.rules.registry import layout_findings
+from dynamo_mpi.layout.spec import LayoutSpec
+from tests.unit.model_zoo import parsed
 
 CONFIGS = Path(__file__).resolve().parents[1] / "data" / "model_configs"
 GIB = 2**30
@@ -84,7 +90,7 @@ def test_c5_experts_beside_an_excluded_mlp_are_quantised(check: Check) -> None:
     code, report = check.run("Gemma-4-26B-A4B-NVFP4", yaml, "--gpus-per-node", "1", "--gpu", "b200")
     assert code == 0
     assert "D9" not in rules(report)
-    assert 16.4 * GIB < report["memory"]["stages"][0]["weights_bytes"] < 18 * GIB
+    assert 17 * GIB < report["memory"]["stages"][0]["weights_bytes"] < 18 * GIB
 
 
 @pytest.mark.parametrize(
@@ -123,3 +129,56 @@ def test_an_unknown_kind_of_layer_is_never_unquantised(tmp_path: Path, capsys: p
     assert report["memory"] == {}
     assert report["unknown"] == ["layer_types ('telepathy')"]
     assert "D9" not in rules(report)
+
+
+def test_r9_kv_heads_of_global_layers_are_copied_and_said_so(check: Check) -> None:
+    code, report = check.run(
+        "Gemma-4-26B-A4B-NVFP4", {"tensor_parallel_size": 4}, "--gpus-per-node", "4", "--gpu", "b200"
+    )
+    assert code == 0
+    (copies,) = [finding for finding in report["findings"] if finding["rule"] == "B4"]
+    assert "2 KV heads is held by 2 ranks" in copies["message"]
+    (stage,) = report["memory"]["stages"]
+    # 5 global layers of one head of 512 each, 25 under a window with two of 256
+    assert stage["kv_bytes_per_token"] == 5 * 2 * 1 * 512
+    assert stage["windows"] == [{"tokens": 1024, "bytes_per_token": 25 * 2 * 2 * 256}]
+
+
+def test_r9_a_plan_counts_copies_of_the_fewest_kv_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(CONFIGS / "Gemma-4-26B-A4B-NVFP4.json")
+    assert (
+        main(["plan", "--model", model, "--gpus", "4", "--gpus-per-node", "4", "--gpu", "b200", "--output", "json"])
+        == 0
+    )
+    made = {layout["name"]: layout for layout in json.loads(capsys.readouterr().out)["layouts"]}
+    assert {layout["kv_copies"] for layout in made.values() if layout["layout"]["tp_size"] == 4} >= {2}
+
+
+def test_r9_groups_of_heads_give_the_kv_heads_of_each_block() -> None:
+    shape = parsed("Llama-3.3-Nemotron-Super-49B")
+    assert (shape.kv_heads, shape.kv_head_counts) == (8, (8,))
+    assert Counter(layer.mixer.value for layer in shape.layers or ()) == {"attention": 49, "none": 31}
+    assert shape.dense_widths == (2816, 5632, 7168, 14336, 17920, 28672)
+
+
+def test_heads_that_differ_under_a_window_must_divide_too(check: Check) -> None:
+    # Step-3.5: 64 heads, and 96 under a window
+    config = {
+        "num_attention_heads": 64,
+        "num_attention_groups": 8,
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "vocab_size": 9,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 512,
+        "attention_other_setting": {"num_attention_heads": 96, "num_attention_groups": 8},
+    }
+    shape = parse_model_shape(json.dumps(config), "config.json")
+    assert (shape.head_counts, shape.missing, shape.unread) == ((64, 96), (), ())
+    found = layout_findings(LayoutSpec(shape, EngineConfig(64), Cluster(1, 64)))
+    assert [finding.message for finding in found if finding.rule == "B1"] == [
+        "96 attention heads can't be divided over tp_size = 64"
+    ]
+    assert legal_tp_sizes(shape) == (1, 2, 4, 8, 16, 32)

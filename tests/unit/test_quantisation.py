@@ -206,6 +206,10 @@ O_PROJ = "layers.3.self_attn.o_proj"
         ("*.mlp.gate", ["layers.3.mlp.gate"], ["layers.3.mlp.gate_proj"]),
         ("*lm_head*", ["lm_head"], [O_PROJ]),
         ("model.layers.?.self_attn*", [O_PROJ], ["layers.13.self_attn.o_proj"]),
+        ("model.layers.3?.self_attn*", ["layers.31.self_attn.o_proj"], [O_PROJ, "layers.13.self_attn.o_proj"]),
+        ("model.layers.3*", [O_PROJ, "layers.31.mlp.down_proj"], ["layers.13.self_attn.o_proj"]),
+        ("model.layers.3.*", [O_PROJ, "layers.3"], ["layers.31.self_attn.o_proj"]),
+        ("model.layers.3.mlp*", ["layers.3.mlp.down_proj", "layers.3.mlp_norm"], [O_PROJ, "layers.31.mlp.down_proj"]),
         # regular expressions
         ("re:.*self_attn.*", [O_PROJ], ["layers.3.mlp.down_proj"]),
         ("re:.*lm_head", ["lm_head"], [O_PROJ]),
@@ -259,3 +263,17 @@ def test_public_checkpoints(model: str, algo: str | None, attention: bool, feed:
     layers = shape.layers or ()
     found = [any(getattr(layer.formats, part) for layer in layers) for part in ("mixer", "feed", "shared")]
     assert found == [attention, feed, shared]
+
+
+NAMES = st.lists(
+    st.sampled_from(["model.", "layers.", "3", "1", ".", "self_attn", "o_proj", "*", "?", "mlp"]), max_size=7
+)
+
+
+@given(st.lists(NAMES.map("".join), max_size=4))
+def test_layers_with_equal_keys_are_excluded_alike(patterns: list[str]) -> None:
+    found = excluding(*patterns)
+    for left, right in ((3, 13), (3, 31), (1, 11), (0, 2)):
+        if found.key_of(left) == found.key_of(right):
+            for path in ("self_attn.o_proj", "mlp.up"):
+                assert found.excludes(f"layers.{left}.{path}") == found.excludes(f"layers.{right}.{path}")

@@ -25,17 +25,17 @@ def check_attention_heads(subject: LayoutSpec) -> Iterator[Finding]:
     """B1, B2: query heads divide over tp x cp, or over cp alone with attention DP (``attention.py: Attention.__init__``,
     ``mla.py: MLA.__init__``)."""
     shape, layout = subject.shape, subject.layout
-    count, split = shape.attention_heads, layout.head_split
-    if count is None or count % split == 0:
-        return
+    split = layout.head_split
     over = "cp_size" if layout.enable_attention_dp else "tp_size" if layout.cp_size == 1 else "tp_size x cp_size"
-    yield error(
-        "B2" if shape.latent else "B1",
-        f"{count} attention heads can't be divided over {over} = {split}",
-        found=f"{shape.name}: num_attention_heads {count}, {over} {split}, remainder {count % split}",
-        expected=f"num_attention_heads % ({over}) == 0",
-        fix=advice.for_heads(subject),
-    )
+    for count in shape.head_counts:
+        if count % split:
+            yield error(
+                "B2" if shape.latent else "B1",
+                f"{count} attention heads can't be divided over {over} = {split}",
+                found=f"{shape.name}: num_attention_heads {count}, {over} {split}, remainder {count % split}",
+                expected=f"num_attention_heads % ({over}) == 0",
+                fix=advice.for_heads(subject),
+            )
 
 
 def check_kv_heads(subject: LayoutSpec) -> Iterator[Finding]:

@@ -13,12 +13,12 @@ import pytest
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ModelNotFoundError
 from dynamo_mpi.layout.engine_config import type_engine_config
-from dynamo_mpi.layout.extra_weights import extra_weights
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.memory import estimate, missing_values
 from dynamo_mpi.layout.model_config import parse_model_shape
 from dynamo_mpi.layout.model_files import find_draft, find_model
 from dynamo_mpi.layout.model_shape import Encoder, ModelShape
+from dynamo_mpi.layout.overheads import extra_weights
 from dynamo_mpi.layout.spec import LayoutSpec
 from tests.unit.model_zoo import parsed, texts
 
@@ -138,7 +138,7 @@ def test_a_draft_model_s_cache_adds_to_the_last_stage() -> None:
     ("speculation", "uncounted"),
     [
         ({"decoding_type": "Eagle3", "speculative_model": "/nowhere"}, ("speculative_config.speculative_model",)),
-        ({"decoding_type": "Medusa"}, ("speculative_config.speculative_model",)),
+        ({"decoding_type": "Draft_Target"}, ("speculative_config.speculative_model",)),
         ({"decoding_type": "NGram"}, ()),
         ({"decoding_type": "MTP", "max_draft_len": 1}, ()),
     ],
