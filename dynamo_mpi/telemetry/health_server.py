@@ -13,28 +13,23 @@ import socket
 import struct
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, Protocol
+from http.server import BaseHTTPRequestHandler
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from dynamo_mpi.common.admission import Admission
 from dynamo_mpi.telemetry.health_state import Answer, health, live, metrics_of
 from dynamo_mpi.telemetry.metrics import CONTENT_TYPE
+from dynamo_mpi.telemetry.request_listener import CLIENT_SECONDS, RequestListener
 
 if TYPE_CHECKING:
     from dynamo_mpi.telemetry.health_address import HealthEndpoint
     from dynamo_mpi.telemetry.health_state import HealthState
 
 _JSON, _TEXT = "application/json", "text/plain; charset=utf-8"
-# time limit for a client to send its request and read the answer; a probe takes milliseconds
-_CLIENT_SECONDS = 10
 # by default, a probe times out after a second
 _RUNTIME_SECONDS = 0.8
-_MAX_STRANGERS = 256
-_MAX_ANSWERS = 256
 _MAX_RELAYS = 64
 _MAX_METRICS = 16 << 20
 _CHUNK_BYTES = 64 << 10
-_RETRY_SECONDS = 0.05
 # they would keep a connection open for requests that this server must answer
 _PER_CONNECTION = ("connection", "keep-alive", "proxy-connection", "upgrade")
 
@@ -47,96 +42,38 @@ class HasState(Protocol):
         """The state."""
 
 
-class HealthServer(ThreadingHTTPServer):
-    """Answers HTTP requests from the rank's reported state, with one request per connection and thread.
+class HealthServer:
+    """Answers HTTP requests from the rank's reported state, with one request per connection.
 
     Args:
         endpoint: its address, the paths that it answers, and the listening socket.
         source: has the rank's state.
     """
 
-    daemon_threads = True
-
     def __init__(self, endpoint: HealthEndpoint, source: HasState) -> None:
-        listener = endpoint.listener
-        super().__init__(listener.getsockname()[:2], _Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listener
         self.address, self._source = endpoint.address, source
         self.relays = threading.BoundedSemaphore(_MAX_RELAYS)
-        self._lock = threading.Lock()
-        # those that have not sent a whole request, and those that have
-        self._strangers: Admission[socket.socket] = Admission(_MAX_STRANGERS, _CLIENT_SECONDS)
-        self._answering: dict[socket.socket, float] = {}
+        self._requests = RequestListener(endpoint.listener, self._answer)
 
     @property
     def state(self) -> HealthState:
         """What the rank has said last."""
         return self._source.state
 
+    def run(self) -> None:
+        """Answer requests until `close` is called."""
+        self._requests.run()
+
     def close(self) -> None:
-        """Close the listening socket and all connections."""
-        self.shutdown()
-        self.server_close()
-        with self._lock:
-            for connection in (*self._strangers, *self._answering):
-                _cut(connection)
+        """Close the listening socket and all connections. From any thread."""
+        self._requests.close()
 
-    def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a connection."""
-        try:
-            return super().get_request()
-        except OSError:  # for instance too many open files; the listener stays readable
-            time.sleep(_RETRY_SECONDS)
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for the request, unless the connection must make room for others."""
-        with self._lock:
-            displaced = self._strangers.enter(request, client_address[0], time.monotonic())
-            for connection in displaced:
-                _cut(connection)
-        if request in displaced:
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def begin_request(self, request: socket.socket) -> None:
-        """Note that a request has begun."""
-        with self._lock:
-            self._strangers.begin_request(request, time.monotonic())
-
-    def begin_answer(self, request: socket.socket) -> bool:
-        """Note that a request is whole: from now on, no other connection displaces this one. Return whether it may be answered."""
-        with self._lock:
-            if request not in self._strangers or len(self._answering) >= _MAX_ANSWERS:
-                return False
-            self._strangers.leave(request)
-            self._answering[request] = time.monotonic()
-            return True
-
-    def service_actions(self) -> None:
-        """Close the connections of clients that have not sent a request, or not read the answer, in time. Called every half second."""
-        now = time.monotonic()
-        with self._lock:
-            late = [connection for connection, since in self._answering.items() if now - since > _CLIENT_SECONDS]
-            for connection in (*self._strangers.expired(now), *late):
-                self._answering.pop(connection, None)
-                _cut(connection)
-
-    def shutdown_request(self, request: Any) -> None:
-        """Close a connection."""
-        self.release(request)
-        super().shutdown_request(request)
-
-    def release(self, request: socket.socket) -> None:
+    def release(self, connection: socket.socket) -> None:
         """Remove a connection's time limit."""
-        with self._lock:
-            self._strangers.leave(request)
-            self._answering.pop(request, None)
+        self._requests.release(connection)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore the error: the client has disconnected."""
+    def _answer(self, connection: socket.socket, address: Any) -> None:
+        _Handler(connection, address, cast("Any", self))
 
     def connect_to_runtime(self, timeout: float) -> socket.socket:
         """Connect to the Dynamo runtime's own port.
@@ -190,20 +127,17 @@ class HealthServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     """Answers one request; forwards other paths to the Dynamo runtime."""
 
-    server: HealthServer
-    timeout = _CLIENT_SECONDS
+    server: HealthServer  # type: ignore[assignment] # only this project's methods use it
+    timeout = int(CLIENT_SECONDS)
     protocol_version = default_request_version = "HTTP/1.1"
     server_version, sys_version = "dynamo_mpi", ""
     error_message_format, error_content_type = "%(message)s\n", _TEXT
 
     def parse_request(self) -> bool:
         """Read the head; reject HTTP/0.9, and lines that are no header fields."""
-        self.server.begin_request(self.connection)
         if not super().parse_request():
             return False
         self.close_connection = True
-        if not self.server.begin_answer(self.connection):
-            return False
         if len(self.requestline.split()) != 3 or self.headers.defects:
             self.send_error(400, "this is no HTTP/1.1 request")
             return False
@@ -257,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
         # it may take minutes: an engine may profile itself
         self.server.release(self.connection)
         try:
-            runtime = self.server.connect_to_runtime(_CLIENT_SECONDS)
+            runtime = self.server.connect_to_runtime(CLIENT_SECONDS)
         except OSError:
             text = f"the Dynamo runtime does not answer at its port {self.server.state.runtime}\n"
             self._send(502, _TEXT, text)
@@ -270,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         with runtime:
             for sock in (self.connection, runtime):
                 sock.settimeout(None)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _CLIENT_SECONDS, 0))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(CLIENT_SECONDS), 0))
             runtime.sendall(head + body)
             upload = threading.Thread(target=_pump, args=(self.connection, runtime), name="upload", daemon=True)
             upload.start()
@@ -279,12 +213,6 @@ class _Handler(BaseHTTPRequestHandler):
                 with contextlib.suppress(OSError):
                     sock.shutdown(socket.SHUT_RDWR)
             upload.join()
-
-
-def _cut(connection: socket.socket) -> None:
-    # its thread, which waits for the client, continues and closes it
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:

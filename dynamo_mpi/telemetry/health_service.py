@@ -20,17 +20,14 @@ from dynamo_mpi.supervisor.agent_socket import warn
 from dynamo_mpi.telemetry.health_state import HealthState, note
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from dynamo_mpi.mpi.launcher import LaunchInfo
     from dynamo_mpi.telemetry.health_address import HealthEndpoint
     from dynamo_mpi.telemetry.health_server import HealthServer
 
-# The agent's thread waits at most this long for each busy thread that answers a request. Measured with 80 clients that send each byte by
-# itself: the agent reads a message 24 ms late at most; 97 ms with Python's default of 5 ms, 6 ms with the requests in another process.
+# how long the agent's thread waits at most for each busy thread that answers a request; docs/architecture.md has measurements
 _SWITCH_SECONDS = 0.0005
 # of requests: the agent has as many for its ranks as before
-_MAX_FILES = 320
+_MAX_FILES = 520
 
 
 class HealthService:
@@ -76,7 +73,11 @@ class HealthService:
         """Answer requests from now on. Does not raise."""
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._raise_files_limit()
-        self._start_thread(self._serve, "http")
+        try:
+            threading.Thread(target=self._serve, name="http", daemon=True).start()
+        except RuntimeError:
+            warn("this node has no health server: too many threads of this user", self._host)
+            self.on_exit()
 
     def on_message(self, text: str) -> None:
         """Note what the rank says about its state; see `RankObserver`."""
@@ -90,13 +91,13 @@ class HealthService:
                 return
             self._closed = True
             server = self._server
+        if server is not None:
+            server.close()
+            return
         with contextlib.suppress(OSError):
-            # at once, and also for a process that has inherited the socket
+            # a process that has inherited the socket would keep the port
             self._endpoint.listener.shutdown(socket.SHUT_RDWR)
-        if server is None:
-            self._endpoint.listener.close()
-        else:
-            self._start_thread(server.close, "close")
+        self._endpoint.listener.close()
 
     def _serve(self) -> None:
         try:
@@ -107,16 +108,10 @@ class HealthService:
                 if self._closed:
                     return
                 self._server = HealthServer(self._endpoint, self)
-            self._server.serve_forever()
+            self._server.run()
         except Exception as error:
             warn(f"this node's health server has ended: {type(error).__name__}: {error}", self._host)
             self.on_exit()
-
-    def _start_thread(self, run: Callable[[], object], name: str) -> None:
-        try:
-            threading.Thread(target=run, name=name, daemon=True).start()
-        except RuntimeError:
-            warn("this node has no health server: too many threads of this user", self._host)
 
     def _raise_files_limit(self) -> None:
         import resource

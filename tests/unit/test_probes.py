@@ -29,6 +29,7 @@ from dynamo_mpi.supervisor.frame_connection import FrameConnection
 from dynamo_mpi.supervisor.heartbeat_protocol import NONCE_BYTES, TOKEN_BYTES, Frame, FrameType, Join, leader_mac
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
 from dynamo_mpi.telemetry import health_server as server
+from dynamo_mpi.telemetry import request_listener
 from dynamo_mpi.telemetry.health_address import (
     HealthAddress,
     HealthEndpoint,
@@ -223,6 +224,34 @@ def test_a_successor_of_the_agent_answers_the_same(node: Node) -> None:
     assert is_gone(node.server)
     node.do("begin load")
     node.says("/health", 503, rank_phase="load")
+
+
+def test_unfinished_requests_take_no_threads(node: Node) -> None:
+    node.says("/live", 200)
+    with contextlib.ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(node.raw()).sendall(b"GET /metrics HTTP/1.1\r\nX: a")
+        node.says("/live", 200)
+        status = Path(f"/proc/{node.server}/status").read_text()
+        (threads,) = [int(line.split()[1]) for line in status.splitlines() if line.startswith("Threads:")]
+        assert threads < 10
+
+
+def test_an_end_of_input_ends_a_request(node: Node) -> None:
+    with node.raw() as connection:
+        connection.sendall(b"GET /live HTTP/1.1\r\nHost: n2\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(PROMPT)
+        assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+def test_a_request_in_parts_gets_its_answer(node: Node) -> None:
+    with node.raw() as connection:
+        connection.settimeout(PROMPT)
+        for part in (b"GET /live HT", b"TP/1.1\r\nHost: n2\r", b"\n\r", b"\n"):
+            connection.sendall(part)
+            node.says("/live", 200)
+        assert connection.recv(12) == b"HTTP/1.1 200"
 
 
 def test_hostile_clients_do_not_delay_the_watch(node: Node) -> None:
@@ -478,23 +507,27 @@ def test_the_runtimes_port_is_one_that_it_can_read() -> None:
 
 def test_a_client_that_sends_slowly_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its time is that of the whole request: each byte would renew a socket's own timeout."""
-    monkeypatch.setattr(server, "_CLIENT_SECONDS", 0.2)
+    monkeypatch.setattr(request_listener, "CLIENT_SECONDS", 0.2)
     listener = socket.create_server(("127.0.0.1", 0))
     state = HealthState(0, "n0", os.getpid(), time.time(), time.monotonic(), last_seen=time.monotonic())
     endpoint = HealthEndpoint(HealthAddress("127.0.0.1", 0), listener)
-    with server.HealthServer(endpoint, SimpleNamespace(state=state)) as answering:
-        thread = threading.Thread(target=answering.serve_forever)
-        thread.start()
-        try:
-            with socket.create_connection(listener.getsockname(), PROMPT) as slow:
-                slow.settimeout(0.01)
-                end = time.monotonic() + PROMPT
-                while time.monotonic() < end:
-                    with contextlib.suppress(TimeoutError):
-                        slow.sendall(b"x")
-                        if slow.recv(1) == b"":
-                            break
-                assert time.monotonic() < end
-        finally:
-            answering.shutdown()
-            thread.join()
+    answering = server.HealthServer(endpoint, SimpleNamespace(state=state))
+    thread = threading.Thread(target=answering.run)
+    thread.start()
+    try:
+        with socket.create_connection(listener.getsockname(), PROMPT) as slow:
+            slow.settimeout(0.01)
+            end = time.monotonic() + PROMPT
+            while time.monotonic() < end:
+                try:
+                    slow.sendall(b"x")
+                    if slow.recv(1) == b"":
+                        break
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    break
+            assert time.monotonic() < end
+    finally:
+        answering.close()
+        thread.join()
