@@ -19,6 +19,7 @@ from dynamo_mpi.discovery.etcd import EtcdClient, etcd_endpoints
 from dynamo_mpi.discovery.etcd_http import query_etcd
 from dynamo_mpi.discovery.failure_records import StoredFailure, list_failures
 from dynamo_mpi.discovery.records import StoredRecord, list_workers
+from dynamo_mpi.layout.spec import ROLES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 ETCD_SECONDS = 5.0
 _SERVICE_SECONDS = 1.5
-_ROLES = ("agg", "prefill", "decode", "encode")
 
 
 class Service(NamedTuple):
@@ -140,7 +140,7 @@ def read_status(
 
 def _order(worker: StoredRecord) -> tuple[object, ...]:
     record = worker.record
-    rank = _ROLES.index(record.role) if record.role in _ROLES else len(_ROLES)
+    rank = ROLES.index(record.role) if record.role in ROLES else len(ROLES)
     return (record.namespace, record.model, rank, record.launch or "", record.hosts, worker.key)
 
 
@@ -152,7 +152,7 @@ def _warnings(unreadable: Mapping[str, str], odd: Mapping[str, list[str]]) -> li
 def _unknown(worker: StoredRecord) -> list[str]:
     phase, role = worker.record.phase, worker.record.role
     strange = [f"its phase {phase!r:.40}"] if FORMER_PHASES.get(phase, phase) not in PHASES else []
-    strange += [f"its role {role!r:.40}"] if role not in _ROLES else []
+    strange += [f"its role {role!r:.40}"] if role not in ROLES else []
     return [f"{sanitize(worker.key)}: {' and '.join(strange)} isn't known here"] if strange else []
 
 

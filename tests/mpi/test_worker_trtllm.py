@@ -40,8 +40,9 @@ def installed(tmp_path: Path) -> dict[str, str]:
     return {**QUIET, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'standins'}:{folder}"}
 
 
-def node_with(folder: Path, used: Sequence[int]) -> dict[str, str]:
-    """Describe a node's GPUs by the GiB that somebody holds on each, and return the variable that names the description."""
+def node_with(folder: Path, used: Sequence[int], **more: Any) -> dict[str, str]:
+    """Describe a node's GPUs by the GiB that somebody holds on each, and return the variable that names the description; ``more`` is of the
+    last GPU."""
     total = 81559 * 2**20
     gpus: list[dict[str, Any]] = [
         {
@@ -56,6 +57,7 @@ def node_with(folder: Path, used: Sequence[int]) -> dict[str, str]:
         }
         for number, size in enumerate(used)
     ]
+    gpus[-1] |= more
     path = folder / "node.json"
     path.write_text(json.dumps({"driver": "570.86.15", "cuda": 12080, "gpus": gpus}))
     return {"PYNVML_STANDIN": str(path)}
@@ -113,6 +115,16 @@ def test_a_busy_gpu(mpirun: Mpirun, model: Path, installed: dict[str, str], tmp_
     environment = {**installed, **node_with(tmp_path, [0, 30])}
     done = mpirun.worker(2, "--model", str(model), "--pp-size", "2", *TRTLLM, env=environment)
     assert_refused(done, 0, "warning V2: 1 GPU is in use by others", "rank 1 on ", "pid 4242 holds 30.0 GiB")
+
+
+def test_a_gpu_outside_the_nvlink_fabric(
+    mpirun: Mpirun, model: Path, installed: dict[str, str], tmp_path: Path
+) -> None:
+    environment = {**installed, **node_with(tmp_path, [0, 0], fabric={"state": 2})}
+    done = mpirun.worker(2, "--model", str(model), "--pp-size", "2", *TRTLLM, env=environment)
+    assert_refused(
+        done, 0, "warning V16: 1 GPU has not joined the NVLink fabric", "GPU 1 on ", "registration in progress"
+    )
 
 
 def each_with_its_own_gpu(folder: Path, environment: dict[str, str], *arguments: str) -> Done:
