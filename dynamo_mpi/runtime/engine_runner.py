@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.checks.rank_report import RankReport
     from dynamo_mpi.engines.protocol import Engine
     from dynamo_mpi.engines.spec import EngineSpec
-    from dynamo_mpi.runtime.worker_context import WorkerContext
+    from dynamo_mpi.runtime.worker_hooks import WorkerContext
     from dynamo_mpi.supervisor.signals import ShutdownSignals
 
 _CLOSE_SECONDS = 10.0

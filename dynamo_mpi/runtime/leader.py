@@ -21,8 +21,7 @@ from dynamo_mpi.config.worker import former_names, load_settings, resolve_model_
 from dynamo_mpi.mpi.placement import hosts, ranks_by_host
 from dynamo_mpi.runtime.engine_choice import check_engine_installed, engine_spec
 from dynamo_mpi.runtime.follower import CONTINUE, SHUTDOWN_SECONDS, STOP
-from dynamo_mpi.runtime.worker_context import WorkerContext
-from dynamo_mpi.runtime.worker_hooks import LeaderHooks
+from dynamo_mpi.runtime.worker_hooks import LeaderHooks, WorkerContext
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -45,7 +45,7 @@ from dynamo_mpi.supervisor.signals import SAME_SIGNAL_SECONDS, SignalThread, sig
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dynamo_mpi.runtime.worker_context import WorkerContext
+    from dynamo_mpi.runtime.worker_hooks import WorkerContext
 
 _KEY_BYTES = 32
 # a prefill worker waits this long for its KV transfers

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Creates rank 0's hooks. A hook is imported only if the user has enabled what it does."""
+"""What the modules of rank 0 share, and its hooks. A hook is imported only if the user has enabled what it does."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,13 +15,40 @@ from dynamo_mpi.supervisor.leases import OwnedLeases
 from dynamo_mpi.telemetry.health_publisher import HealthPublisher, WorldStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dynamo_mpi.checks.rank_report import RankReport
+    from dynamo_mpi.common.hooks import WorkerHooks
     from dynamo_mpi.config.worker import Settings
     from dynamo_mpi.discovery.record_publisher import RecordPublisher
     from dynamo_mpi.discovery.records import WorkerRecord
+    from dynamo_mpi.discovery.registration_monitor import InstanceLease
     from dynamo_mpi.supervisor.context import RankContext
     from dynamo_mpi.supervisor.supervisor import WorldSupervisor
     from dynamo_mpi.telemetry.health_client import HealthClient
     from dynamo_mpi.telemetry.sd_notify import SystemdNotifier
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """The context of one worker on rank 0.
+
+    Args:
+        rank: rank 0's context.
+        settings: the worker's settings.
+        supervisor: supervises and ends the world.
+        hooks: the observers of the worker's lifecycle.
+        reports: the ranks' preflight reports, in rank order.
+        instance_lease: the lease of Dynamo's instance, for deregistration.
+    """
+
+    rank: RankContext
+    settings: Settings
+    supervisor: WorldSupervisor
+    hooks: WorkerHooks
+    reports: Sequence[RankReport]
+    instance_lease: InstanceLease
+
 
 # a shutdown's time besides the drain: deregistration, the engine's last step, the ranks' last barrier
 _END_SECONDS = 60.0

@@ -9,13 +9,11 @@ Imported before MPI runs, if ``DYN_SYSTEM_PORT`` is set.
 
 from __future__ import annotations
 
-import secrets
+import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.host_address import host_address
-from dynamo_mpi.common.ports import holder, in_url, is_free
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -151,6 +149,9 @@ def runtime_port(address: HealthAddress, choice: int | None) -> int:
     Raises:
         UsageError: the chosen port is in use, or none is free.
     """
+    # not before MPI runs: the first rank of a node imports this module there
+    from dynamo_mpi.common.ports import holder, is_free
+
     host = address.host.strip("[]")
     if choice is not None:
         if not is_free(choice, host):
@@ -161,7 +162,7 @@ def runtime_port(address: HealthAddress, choice: int | None) -> int:
             )
         return choice
     for _ in range(_TRIES):
-        port = _LEAST + secrets.randbelow(_MOST - _LEAST + 1)
+        port = _LEAST + int.from_bytes(os.urandom(4), "big") % (_MOST - _LEAST + 1)
         if is_free(port, host):
             return port
     raise UsageError(
@@ -173,6 +174,9 @@ def runtime_port(address: HealthAddress, choice: int | None) -> int:
 
 def url_of(address: HealthAddress) -> str:
     """Return the health server's URL for other hosts."""
+    from dynamo_mpi.common.host_address import host_address
+    from dynamo_mpi.common.ports import in_url
+
     host = address.host.strip("[]")
     if address.is_everywhere:
         host = host_address(None, "")
