@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.log_record import Fact, Level, Line, is_true, least_level
-from dynamo_mpi.common.own_files import open_own
+from dynamo_mpi.common.own_files import OwnFolder, open_own
 from dynamo_mpi.common.redact import process_redactor
 
 if TYPE_CHECKING:
@@ -67,12 +67,11 @@ class LogFile:
 
     def _rotate(self) -> None:
         self.close()
-        for number in range(self._files - 1, 0, -1):
-            older = self.path if number == 1 else f"{self.path}.{number - 1}"
-            try:
-                os.replace(older, f"{self.path}.{number}")
-            except FileNotFoundError:
-                continue
+        folder, name = os.path.split(self.path)
+        with OwnFolder(folder or ".") as opened:
+            for number in range(self._files - 1, 0, -1):
+                with contextlib.suppress(FileNotFoundError):
+                    opened.rename(name if number == 1 else f"{name}.{number - 1}", f"{name}.{number}")
         self._open()
 
 

@@ -315,7 +315,9 @@ def _require_guarded(path: str, status: os.stat_result) -> None:
     if status.st_uid not in _trusted() and not is_shared:
         raise UnsafeFileError(path, f"belongs to user {status.st_uid}, who can replace what is in it")
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
-        raise UnsafeFileError(path, "lets everybody replace what is in it", f"chmod o-w {shell_word(path)}")
+        raise UnsafeFileError(
+            path, "lets everybody replace what is in it", f"chmod +t {shell_word(path)}, or another --run-dir"
+        )
 
 
 def _trusted() -> tuple[int, ...]:
