@@ -17,7 +17,7 @@ usage() {
     cat <<'END'
 usage: sbatch_disaggregated.sh [--dry-run] [OPTIONS OF sbatch] [-- FLAGS OF srun_disaggregated.sh]
 
-  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/sbatch_disaggregated.sh --time=04:00:00
+  IMAGE=/images/dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/sbatch_disaggregated.sh --time=04:00:00
 
 Environment: that of srun_disaggregated.sh (--help), and
   PARTITION, ACCOUNT      of the job (Slurm's defaults)

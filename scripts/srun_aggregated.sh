@@ -11,8 +11,8 @@ usage() {
 usage: srun_aggregated.sh [--dry-run] [FLAGS OF dynamo-mpi launch] [-- FLAGS OF EVERY WORKER]
 
   salloc --nodes=4 --exclusive --gpus-per-node=4
-  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_aggregated.sh --dry-run    what would run
-  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_aggregated.sh
+  IMAGE=/images/dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_aggregated.sh --dry-run    what would run
+  IMAGE=/images/dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_aggregated.sh
 
 Environment (defaults in parentheses):
   IMAGE                   container image for Pyxis; without one everything runs on bare metal

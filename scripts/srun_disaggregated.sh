@@ -11,8 +11,8 @@ usage() {
 usage: srun_disaggregated.sh [--dry-run] [FLAGS OF dynamo-mpi launch] [-- FLAGS OF EVERY WORKER]
 
   salloc --nodes=8 --exclusive --gpus-per-node=4
-  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_disaggregated.sh --dry-run    what would run
-  IMAGE=dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_disaggregated.sh
+  IMAGE=/images/dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_disaggregated.sh --dry-run    what would run
+  IMAGE=/images/dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_disaggregated.sh
 
 Environment (defaults in parentheses):
   IMAGE                   container image for Pyxis; without one everything runs on bare metal

@@ -80,6 +80,8 @@ class Container:
             f"--container-image={self.image}",
             f"--container-mounts={','.join(self.mounts)}",
             f"--container-env={','.join(variables)}",
+            # where the cluster's default is to map the user to root, MPI doesn't recognise the user of Slurm's PMIx server
+            "--no-container-remap-root",
         )
 
 

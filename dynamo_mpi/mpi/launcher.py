@@ -67,7 +67,7 @@ class LaunchInfo(NamedTuple):
 
 def detect_launcher(environ: Mapping[str, str]) -> LaunchInfo:
     """Detect the launcher from environment variables. Does not raise: unreadable values are None."""
-    job, step = environ.get("SLURM_JOB_ID"), environ.get("SLURM_STEP_ID")
+    job, step = environ.get("SLURM_JOB_ID"), _step_id(environ)
     if "OMPI_COMM_WORLD_SIZE" in environ:
         return LaunchInfo(
             Launcher.OPEN_MPI,
@@ -94,6 +94,12 @@ def detect_launcher(environ: Mapping[str, str]) -> LaunchInfo:
     if job is not None and "SLURM_NTASKS" in environ:
         return LaunchInfo(Launcher.SLURM_SHELL, size=_number(environ, "SLURM_NTASKS") or 1, job_id=job)
     return LaunchInfo(Launcher.ALONE, job_id=job)
+
+
+def _step_id(environ: Mapping[str, str]) -> str | None:
+    """Return Slurm's step id; None outside of a step: Slurm 26.05 gives batch scripts the id -5."""
+    step = environ.get("SLURM_STEP_ID")
+    return None if step is None or step.startswith("-") else step
 
 
 def _slurm_step(environ: Mapping[str, str], job: str | None, step: str) -> LaunchInfo:
@@ -188,6 +194,26 @@ def check_launch(launch: LaunchInfo, library: MpiLibrary) -> None:
     _refuse_wrong_library(launch, library)
     _refuse_placement(launch)
     _refuse_scatter(launch)
+
+
+def check_user(launch: LaunchInfo, environ: Mapping[str, str], uid: int) -> None:
+    """Refuse a container in which the user of the job has become another, such as root, before MPI_Init.
+
+    Args:
+        launch: how this rank was started.
+        environ: its environment variables.
+        uid: its user id.
+
+    Raises:
+        LaunchError: MPI couldn't connect to Slurm's PMI server.
+    """
+    job_user = environ.get("SLURM_JOB_UID", "")
+    if launch.launcher in (Launcher.SLURM_PMIX, Launcher.SLURM_PMI2) and job_user.isdecimal() and int(job_user) != uid:
+        raise LaunchError(
+            f"this rank runs as user {uid}, the job as user {job_user}: MPI can't connect to Slurm's PMI server",
+            expected="the job's user in the container too",
+            fix="srun --no-container-remap-root ...   (Pyxis; the cluster's default is ENROOT_REMAP_ROOT)",
+        )
 
 
 def _refuse_singletons(launch: LaunchInfo, library: MpiLibrary) -> None:

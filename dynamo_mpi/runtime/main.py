@@ -21,7 +21,15 @@ from dynamo_mpi.common.light_typing import TYPE_CHECKING
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.phases import PhaseTracker
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo, check_launch, check_world_size, detect_launcher, identify_mpi
+from dynamo_mpi.mpi.launcher import (
+    Launcher,
+    LaunchInfo,
+    check_launch,
+    check_user,
+    check_world_size,
+    detect_launcher,
+    identify_mpi,
+)
 from dynamo_mpi.mpi.world import World, finalize_mpi, init_mpi, load_mpi_library
 from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 from dynamo_mpi.supervisor.context import RankContext
@@ -71,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fault = arm(os.environ, launch, phases, log)
         with phases.enter("environment"):
             library = identify_mpi(load_mpi_library())
+            check_user(launch, os.environ, os.getuid())
             check_launch(launch, library)
     except DynamoMpiError as error:
         return _exit_before_mpi(error, launch, log)

@@ -58,7 +58,7 @@ def test_a_launcher_needs_nothing_but_python() -> None:
         ((), {"NUM_DECODE_NODES": "none"}, "environment NUM_DECODE_NODES is 'none'"),
         ((), {"MODEL_PATH": ""}, "no model was given"),
         ((), {"SLURM_JOB_ID": ""}, "salloc --nodes=8 --exclusive --gpus-per-node=4 --partition=big"),
-        (("--prefill-nodes", "2"), {"SLURM_JOB_NODELIST": "x[1-4]"}, "Slurm doesn't say which nodes job 1234 has"),
+        (("--prefill-nodes", "2"), {"SLURM_JOB_NODELIST": "x[1-4]"}, "the nodes of job 1234 are unknown"),
         (("--hostfile", "/nowhere"), {}, "the hostfile /nowhere can't be read"),
         (("--launcher", "mpirun"), {}, "mpirun needs to know the hosts"),
         (("--hostfile", "x"), {"IMAGE": "y"}, "a container image was given for mpirun"),

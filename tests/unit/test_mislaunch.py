@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from dynamo_mpi.mpi.launcher import (
     LaunchInfo,
     MpiLibrary,
     check_launch,
+    check_user,
     check_world_size,
     detect_launcher,
     identify_mpi,
@@ -169,3 +171,18 @@ def test_a_world_that_fell_apart_is_noticed(launch: LaunchInfo, variable: str) -
 
 def test_a_launcher_that_does_not_say_its_size_is_believed() -> None:
     check_world_size(LaunchInfo(Launcher.PMIX, size=0), MpiLibrary("openmpi", "Open MPI v5.0.11"), 7)
+
+
+@pytest.mark.parametrize(
+    ("environ", "uid", "refused"),
+    [({}, 0, False), ({"SLURM_JOB_UID": "1000"}, 1000, False), ({"SLURM_JOB_UID": "1000"}, 0, True)],
+)
+def test_a_container_that_maps_the_user_to_root_is_refused(environ: dict[str, str], uid: int, refused: bool) -> None:
+    launch = LaunchInfo(Launcher.SLURM_PMIX, size=2)
+    with pytest.raises(LaunchError, match="user 0, the job as user 1000") if refused else contextlib.nullcontext():
+        check_user(launch, environ, uid)
+
+
+def test_a_batch_script_of_slurm_26_is_no_step() -> None:
+    batch = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "-5", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
+    assert detect_launcher(batch).launcher is Launcher.SLURM_SHELL
