@@ -143,6 +143,10 @@ def _mixers(body: ConfigReader, num_layers: int) -> list[Mixer | str]:
     if body.has("linear_num_value_heads"):
         every = body.size("full_attention_interval") or LLAMA_4_GLOBAL_EVERY
         return [Mixer.GATED_DELTA if (i + 1) % every else Mixer.ATTENTION for i in range(num_layers)]
+    for key, other in (("attn_layer_indices", Mixer.MAMBA2), ("full_attn_idxs", Mixer.CONVOLUTION)):  # Bamba; LFM2
+        numbers = body.sizes(key, minimum=0)
+        if numbers is not None:
+            return [Mixer.ATTENTION if i in numbers else other for i in range(num_layers)]
     period = body.size("attn_layer_period")
     if period is None:
         # some layers have a state space or linear attention, but the config doesn't specify which

@@ -9,12 +9,12 @@ from dynamo_mpi.common.config_reader import ConfigReader, parse_json
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.config_keys import TrackedKeys, judge_unread
-from dynamo_mpi.layout.encoders import read_encoders
 from dynamo_mpi.layout.layer_formats import mtp_format, with_formats
 from dynamo_mpi.layout.layer_patterns import count_layers, read_layers
 from dynamo_mpi.layout.model_parts import (
     MAX_HEADS,
     read_compressed,
+    read_encoders,
     read_experts,
     read_indexer,
     read_latent,
@@ -181,9 +181,28 @@ def _dense_size(body: ConfigReader, experts: Experts | None, layers: tuple[Layer
         and not any(layer.feed is Feed.DENSE or layer.mlp_beside_experts for layer in layers)
     ):
         return None
-    return body.size(
-        *("intermediate_size_mlp", "dense_intermediate_size", "intermediate_size", "ffn_hidden_size", "n_inner", "d_ff")
+    width = body.size(
+        *(
+            "block_ff_dim",
+            "intermediate_size_mlp",
+            "dense_intermediate_size",
+            "intermediate_size",
+            "ffn_hidden_size",
+            "n_inner",
+            "d_ff",
+            "ffn_dim",
+        )
     )
+    return _adjusted(body, width) if body.has("block_ff_dim") or _model_type(body).startswith("lfm2") else width
+
+
+def _adjusted(body: ConfigReader, width: int | None) -> int | None:
+    """LFM2 takes two thirds of the width that its config has, rounded up to whole multiples (``Lfm2MLP``)."""
+    factor, multiple = body.number("block_ffn_dim_multiplier"), body.size("block_multiple_of") or 256
+    if width is None or body.values.get("block_auto_adjust_ff_dim") is False:
+        return width
+    narrowed = int((1.0 if factor is None or not 0 < factor < 1000 else factor) * (2 * width // 3))
+    return -(-narrowed // multiple) * multiple
 
 
 def _output_gate(body: ConfigReader) -> bool:
@@ -202,7 +221,8 @@ def _head_format(quantisation: Quantisation | None) -> WeightFormat | None:
 
 def _nextn(body: ConfigReader) -> int:
     found = body.size(
-        *("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_num_layers"), minimum=0
+        *("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "mtp_num_layers", "num_mtp_layers"),
+        minimum=0,
     )
     return found or 0
 
@@ -227,11 +247,11 @@ def _gated(body: ConfigReader) -> bool:
 
 
 def _tied(body: ConfigReader, config: ConfigReader) -> bool | None:
-    said = [reader.switch("tie_word_embeddings") for reader in (body, config)]
-    if said != [None, None]:
-        return said[1] if said[0] is None else said[0]
-    # transformers' Gemma classes tie by default, and their configs may lack the key
-    return True if _model_type(body).startswith("gemma") else None
+    keys = ("tie_word_embeddings", "tie_embedding")
+    said = [reader.switch(key) for reader in (body, config) for key in keys]
+    # transformers' Gemma and LFM2 classes tie by default, and their configs may lack the key
+    default = True if _model_type(body).startswith(("gemma", "lfm2")) else None
+    return next((value for value in said if value is not None), default)
 
 
 def _dtype(*readers: ConfigReader) -> str | None:

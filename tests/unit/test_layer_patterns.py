@@ -121,6 +121,8 @@ def test_which_layers_hold_experts(body: dict[str, Any], expected: str) -> None:
         ({"layer_types": ["deepseek_sparse_attention", "indexed_attention"] * 4}, "********"),
         ({"layers_block_type": ["mamba", "moe", "attention", "mlp"] * 2}, "M.*.M.*."),
         ({"attn_type_list": [1] * 8}, "********"),
+        ({"full_attn_idxs": [1, 7]}, "C*CCCCC*"),
+        ({"attn_layer_indices": [2], "mamba_n_heads": 4}, "MM*MMMMM"),
         (
             {"linear_attn_config": {"kda_layers": [1, 2, 3, 5, 6, 7], "full_attn_layers": [4, 8]}},
             "KKK*KKK*",

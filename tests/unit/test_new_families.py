@@ -16,11 +16,13 @@ from dynamo_mpi.layout.divisibility import legal_tp_sizes
 from dynamo_mpi.layout.engine_config import EngineConfig
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.model_config import parse_model_shape
-from dynamo_mpi.layout.model_shape import ModelShape
+from dynamo_mpi.layout.model_shape import Feed, LayerFormats, ModelShape
+from dynamo_mpi.layout.quantisation import WeightFormat
 from dynamo_mpi.layout.rules.architecture import weight_formats
 from dynamo_mpi.layout.rules.registry import layout_findings
 from dynamo_mpi.layout.spec import LayoutSpec
-from tests.unit.model_zoo import parsed
+from dynamo_mpi.layout.weights import checkpoint_bytes, missing_sizes, total_parameters
+from tests.unit.model_zoo import parsed, texts
 
 CONFIGS = Path(__file__).resolve().parents[1] / "data" / "model_configs"
 GIB = 2**30
@@ -116,6 +118,69 @@ def test_c12_formats_are_estimated_and_judged(
     # no Hopper GPU has NVFP4
     code, report = check.run(model, {"tensor_parallel_size": 8}, "--gpus-per-node", "8", "--gpu", "a100")
     assert (code, "G" in rules(report)) == (78, True)
+
+
+def mixed(model: str, modules: dict[str, str], *excluded: str) -> ModelShape:
+    """A model whose checkpoint lists each quantised module, as ModelOpt's do, with its format."""
+    count = parsed(model).num_layers or 0
+    named = {name.replace("N", str(i)): form for i in range(count) for name, form in modules.items()}
+    section = {
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": {name: {"quant_algo": form} for name, form in named.items()},
+    }
+    quant = json.dumps({"quantization": {**section, "exclude_modules": list(excluded)}})
+    return parse_model_shape(texts(model)[0], "config.json", quant)
+
+
+def test_c12_mixed_precision_of_attention_experts_and_shared_experts() -> None:
+    above = "language_model.model.layers.N"
+    shape = mixed(
+        "MiniMax-M3",
+        {
+            f"{above}.self_attn.q_proj": "MXFP8",
+            f"{above}.self_attn.o_proj": "MXFP8",
+            f"{above}.mlp.down_proj": "MXFP8",
+            f"{above}.block_sparse_moe.experts.0.w2": "NVFP4",
+            f"{above}.block_sparse_moe.shared_experts.down_proj": "MXFP8",
+        },
+        f"{above}.block_sparse_moe.gate",
+        "lm_head",
+    )
+    assert {form.algo for part in ("mixer", "output", "shared") for form in shape.formats(part)} == {"MXFP8"}
+    assert [form.algo for form in shape.formats("feed", feed=Feed.EXPERTS)] == ["NVFP4"]
+    assert [form.algo for form in shape.formats("feed", feed=Feed.DENSE)] == ["MXFP8"]
+    assert shape.head_format is None
+    # 57 layers x 128 experts x 3 x 6144 x 3072 at 0.5625 bytes; the rest at about 1, embedding and head at 2
+    experts = 57 * 128 * 3 * 6144 * 3072
+    rest = (total_parameters(shape) or 0) - experts
+    assert checkpoint_bytes(shape) == pytest.approx(experts * 0.5625 + rest + 2 * 200064 * 6144, rel=0.01)
+
+
+def test_c12_mixed_precision_of_mlps_linear_attention_and_head() -> None:
+    above = "model.language_model.layers.N"
+    shape = mixed(
+        "Qwen3.5-27B",
+        {
+            f"{above}.mlp.down_proj": "W4A16_NVFP4",
+            f"{above}.linear_attn.in_proj_qkv": "FP8",
+            f"{above}.linear_attn.out_proj": "FP8",
+            f"{above}.self_attn.q_proj": "FP8",
+            f"{above}.self_attn.o_proj": "FP8",
+            "lm_head": "W4A16_NVFP4",
+        },
+        "mtp*",
+    )
+    assert [form.algo for form in shape.formats("feed")] == ["W4A16_NVFP4"]
+    assert {form.algo for part in ("mixer", "output") for form in shape.formats(part)} == {"FP8"}
+    assert shape.head_format == WeightFormat("W4A16_NVFP4")
+    assert shape.nextn_layer is not None
+    assert shape.nextn_layer.formats == LayerFormats()
+
+
+def test_mixed_precision_without_a_list_is_not_estimated() -> None:
+    quant = json.dumps({"quantization": {"quant_algo": "MIXED_PRECISION"}})
+    shape = parse_model_shape(texts("Llama-3.1-8B")[0], "config.json", quant)
+    assert missing_sizes(shape) == ("quantized_layers, which MIXED_PRECISION needs",)
 
 
 def test_an_unknown_kind_of_layer_is_never_unquantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

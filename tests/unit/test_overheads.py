@@ -99,6 +99,17 @@ def test_an_encode_worker_of_a_text_model_is_not_estimated() -> None:
     assert missing_values(subject) == ("vision_config or audio_config",)
 
 
+def test_check_says_what_an_encode_worker_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model, code, text in (
+        ("Kimi-K3", 0, "weights 0.7 GiB"),
+        ("Llama-3.1-8B", 0, "not in config.json, so not checked: vision_config or audio_config"),
+    ):
+        (tmp_path / "config.json").write_text(texts(model)[0])
+        words = ["check", "--model", str(tmp_path), "--role", "encode", "--gpus-per-node", "1", "--gpu", "h200"]
+        assert main(words) == code
+        assert text in capsys.readouterr().out
+
+
 def test_an_encoder_of_unknown_size_makes_a_lower_bound() -> None:
     shape = replace(parsed("Kimi-K3"), encoders=(Encoder("audio_config", None, ("audio_config.hidden_size",)),))
     memory = estimate(worker(shape, tensor_parallel_size=8))

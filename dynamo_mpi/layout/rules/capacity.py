@@ -32,7 +32,9 @@ def check_capacity(subject: LayoutSpec) -> Iterator[Finding]:
             "J",
             "whether it fits can't be estimated",
             found=f"{subject.shape.name}: config.json doesn't say {', '.join(missing)}",
-            fix="start with a small max_num_tokens, and read the engine's own report of its KV cache",
+            fix=""
+            if subject.role == "encode"
+            else "start with a small max_num_tokens, and read the engine's own report of its KV cache",
         )
     elif not found.weights_fit:
         yield _weights_too_large(subject, found)

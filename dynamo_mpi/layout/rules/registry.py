@@ -64,7 +64,9 @@ def all_findings(subject: LayoutSpec) -> list[Finding]:
     """
     if subject.other_backend:
         return [*_key_findings(subject), *_apply((*OTHER_LAYOUT_RULES, *OTHER_CONFIG_RULES), subject)]
-    return [*_key_findings(subject), *_apply((*LAYOUT_RULES, *CONFIG_RULES, *CAPACITY_RULES), subject)]
+    # an encode worker's memory is that of its encoders
+    capacity_findings = (finding for rule in CAPACITY_RULES for finding in rule(subject))
+    return [*_key_findings(subject), *_apply((*LAYOUT_RULES, *CONFIG_RULES), subject), *capacity_findings]
 
 
 def _key_findings(subject: LayoutSpec) -> list[Finding]:
