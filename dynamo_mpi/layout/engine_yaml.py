@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from dynamo_mpi.common.display import shell_word
+from dynamo_mpi.common.display import sanitize, shell_word
 from dynamo_mpi.common.frozen import replace
 from dynamo_mpi.layout.engine_config import Transceiver
 from dynamo_mpi.layout.format import short_name
@@ -52,7 +52,7 @@ def engine_yaml(subject: LayoutSpec, model: str) -> str:
         subject: the worker.
         model: its name, for the comment.
     """
-    head = f"# {' '.join(model.split())}: {short_name(subject)}, {subject.cluster}, role {subject.role}\n"
+    head = f"# {sanitize(' '.join(model.split()))}: {short_name(subject)}, {subject.cluster}, role {subject.role}\n"
     return head + "".join(f"{key}: {yaml_line(value)}\n" for key, value in _keys(subject).items())
 
 

@@ -9,6 +9,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING
 
+from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
 from dynamo_mpi.common.files import private_dir
 from dynamo_mpi.deploy.kubernetes.leader_pod import LeaderPod
@@ -54,7 +55,7 @@ async def _join(settings: JoinSettings, host: str, folder: Path) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"dynamo_mpi.pods: {text}", file=sys.stderr, flush=True)
+    print(without_controls(f"dynamo_mpi.pods: {text}"), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamo_mpi.common.errors import EngineError, ExitCode, UsageError
-from dynamo_mpi.common.log_tail import last_lines
+from dynamo_mpi.common.log_tail import last_lines, last_text
 from dynamo_mpi.common.ports import LOOPBACK, is_free, loopback_ports
 from dynamo_mpi.common.signals import Interrupts
 from dynamo_mpi.common.subprocess import LoggedProcess, await_exit, stop
@@ -271,7 +271,7 @@ class LocalStack(ServiceStack):
         rank_logs = self._workers[process.name].rank_logs
         rank_zero = rank_logs / "rank-0.log"
         if process.exit_code() in set(ExitCode) and rank_zero.is_file():
-            return rank_zero.read_text(errors="replace").rstrip("\n")
+            return last_text(rank_zero).rstrip("\n")
         sources = [*sorted(rank_logs.glob("rank-*.log")), process.log]
         return "\n".join(f"[{log.stem}] {line}" for log in sources for line in last_lines(log, LOG_LINES))
 
