@@ -7,7 +7,6 @@ of some GiB per GPU, so a layout that just fits by estimate may fail, and the ot
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.frozen import dataclass, replace
@@ -18,9 +17,9 @@ from dynamo_mpi.layout.layer_weights import dtype_bytes, dtype_known
 from dynamo_mpi.layout.overheads import (
     ExtraWeights,
     activation_bytes,
-    draft_worker,
     extra_weights,
     outside_bytes,
+    with_draft,
     workspace_bytes,
 )
 from dynamo_mpi.layout.weights import missing_sizes, stage_weights
@@ -289,7 +288,7 @@ def _stages(
         last = held.stage == layout.pp_size - 1
         unlimited, windows = kv_bytes(subject, held)
         if last:
-            unlimited, windows = _with_draft(subject, unlimited, windows)
+            unlimited, windows = with_draft(subject, unlimited, windows)
         stage = StageMemory(
             stage=held.stage,
             layers=held.layers,
@@ -317,20 +316,6 @@ def _stages(
             # HELIX: each rank of a context-parallel group holds other tokens of a request
             tokens *= layout.cp_size if layout.is_helix else 1
         yield replace(stage, left_bytes=left, tokens=tokens)
-
-
-def _with_draft(
-    subject: LayoutSpec, unlimited: int, windows: tuple[tuple[int, int], ...]
-) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """Add the draft model's keys and values to those of the last stage."""
-    draft = draft_worker(subject)
-    held = None if draft is None else stage_weights(draft)
-    if draft is None or held is None:
-        return unlimited, windows
-    more, narrow = kv_bytes(draft, held[0])
-    sizes = Counter(dict(windows))
-    sizes.update(dict(narrow))
-    return unlimited + more, tuple(sorted(sizes.items()))
 
 
 def _tokens(stage: StageMemory, space: int, length: int | None) -> int | None:

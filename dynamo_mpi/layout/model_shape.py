@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.common.frozen import dataclass
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
 
 # DeepSeek-V3 and its relatives split a dense MLP by a common divisor instead of by tp (E9)
@@ -318,34 +320,21 @@ class ModelShape:
     @property
     def head_counts(self) -> tuple[int, ...]:
         """The numbers of query heads of its attention layers, ascending; more than one if layers differ."""
-        counts = {
-            layer.sizes.heads or self.attention_heads for layer in self.kinds[0] if layer.mixer is Mixer.ATTENTION
-        }
-        return tuple(sorted({count for count in (*counts, self.attention_heads) if count is not None}))
+        own = [layer.sizes.heads for layer in self.kinds[0] if layer.mixer is Mixer.ATTENTION]
+        return _distinct([*own, None], self.attention_heads)
 
     @property
     def kv_head_counts(self) -> tuple[int, ...]:
         """The numbers of KV heads of its attention layers, ascending; more than one if layers differ, none with latent attention."""
-        counts = {
-            layer.sizes.kv_heads or self.kv_heads
-            for layer in self.kinds[0]
-            if layer.mixer is Mixer.ATTENTION and not layer.sizes.shares_kv
-        }
-        if self.layers is None or self.latent is not None:
-            counts = {self.kv_heads}
-        return tuple(sorted(count for count in counts if count is not None))
+        layers = [layer for layer in self.kinds[0] if layer.mixer is Mixer.ATTENTION and not layer.sizes.shares_kv]
+        alike = self.layers is None or self.latent is not None
+        return _distinct([None] if alike else [layer.sizes.kv_heads for layer in layers], self.kv_heads)
 
     @property
     def dense_widths(self) -> tuple[int, ...]:
         """The widths of its dense MLPs, ascending; more than one if layers differ."""
-        widths = {
-            layer.width or self.intermediate_size
-            for layer in self.kinds[0]
-            if layer.feed is Feed.DENSE or layer.mlp_beside_experts
-        }
-        if self.layers is None:
-            widths = {self.intermediate_size}
-        return tuple(sorted(width for width in widths if width is not None))
+        own = [layer.width for layer in self.kinds[0] if layer.feed is Feed.DENSE or layer.mlp_beside_experts]
+        return _distinct([None] if self.layers is None else own, self.intermediate_size)
 
     def formats(self, part: str, *, feed: Feed | None = None) -> tuple[WeightFormat, ...]:
         """Return the distinct number formats of a part of its layers, without those that aren't quantised.
@@ -361,3 +350,8 @@ class ModelShape:
     def suits_attention_dp(self) -> bool:
         """C1: whether attention DP is meant for this model: it has experts, or latent attention."""
         return self.experts is not None or self.latent is not None
+
+
+def _distinct(own: Iterable[int | None], default: int | None) -> tuple[int, ...]:
+    """Return the distinct sizes of layers, ascending; None stands for the model's."""
+    return tuple(sorted({size or default or 0 for size in own} - {0}))

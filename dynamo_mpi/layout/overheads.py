@@ -8,10 +8,12 @@ engine makes for them. Activations, workspaces and memory outside torch are rule
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.frozen import dataclass, replace
 from dynamo_mpi.layout.engine_config import DEFAULT_MAX_BATCH_SIZE, DEFAULT_MAX_NUM_TOKENS
+from dynamo_mpi.layout.kv_cache import kv_bytes
 from dynamo_mpi.layout.layer_weights import dtype_bytes
 from dynamo_mpi.layout.layout import Cluster
 from dynamo_mpi.layout.weights import stage_weights
@@ -106,6 +108,20 @@ def draft_worker(subject: LayoutSpec) -> LayoutSpec | None:
     return replace(
         subject, shape=subject.draft, draft=None, config=config, cluster=Cluster(1, ranks, subject.cluster.gpu)
     )
+
+
+def with_draft(
+    subject: LayoutSpec, unlimited: int, windows: tuple[tuple[int, int], ...]
+) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """Add the draft model's keys and values of a token to those of the last stage, as `kv_cache.kv_bytes` returns them."""
+    draft = draft_worker(subject)
+    held = None if draft is None else stage_weights(draft)
+    if draft is None or held is None:
+        return unlimited, windows
+    more, narrow = kv_bytes(draft, held[0])
+    sizes = Counter(dict(windows))
+    sizes.update(dict(narrow))
+    return unlimited + more, tuple(sorted(sizes.items()))
 
 
 def _eagle_elements(subject: LayoutSpec, draft: ModelShape) -> int:
