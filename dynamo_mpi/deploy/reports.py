@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the launcher does for a worker of which all processes ended without doing it: it reports the failure, and deregisters the worker.
 
-If one of the worker's node agents survives, the agent does both, see `supervisor.lease_revoker`.
+If one of the worker's node agents survives, the agent does both, see `supervisor.leases`.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ class NodeAgentClient:
         self._agent_pid = 0
         if agent is None and not self._addresses:
             return
-        # identifies the processes that this rank starts: see `descendants.MARK_VARIABLE`
+        # identifies the processes that this rank starts: see `leftovers.MARK_VARIABLE`
         os.environ["DYN_MPI_RANK_MARK"] = self._mark
         connection = None if agent is None else agent.connection
         # MPI_Init would wait for the first rank of this node anyway; once connected, a death in MPI_Init is seen

@@ -119,7 +119,7 @@ class WorldWatch:
         self._peers.listen(listener)
 
     def connect_agents(self, rank: int, text: str) -> None:
-        """Connect to the other agents as soon as MPI runs; ``text`` is the result of `agent_invitation`."""
+        """Connect to the other agents as soon as MPI runs; ``text`` is what `agent_socket.connect_agents` sends."""
         with contextlib.suppress(ValueError, KeyError, TypeError):
             content = json.loads(text)
             self._peers.is_hub |= rank == 0

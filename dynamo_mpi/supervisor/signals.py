@@ -93,7 +93,7 @@ class ShutdownSignals:
 
     Args:
         terminate_now: called from a thread with a signal that does not start an orderly shutdown.
-        signals: the handled signals, from `signal_thread.signals_of`.
+        signals: the handled signals, from `signals_of`.
         on_signal: called with each signal before it is handled. It must be quick.
     """
 

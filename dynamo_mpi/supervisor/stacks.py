@@ -19,7 +19,7 @@ _GROUP_FRAMES = 2
 IDLE_THREADS = frozenset(
     {
         *("watch", "child output", "child end", "proof", "session", "signals", "record", "registration", "time limit"),
-        *("progress", "events", "failure records", "metrics", "probes", "timeline"),
+        *("progress", "events", "failure records", "metrics", "health", "timeline"),
     }
 )
 # frames that only run a task say nothing about the task

@@ -68,7 +68,7 @@ class HealthClient:
 
     def collect_by(self, collect: Callable[[], Mapping[str, str]]) -> None:
         """Send the values that ``collect`` returns, regularly and after the start of each phase, from a thread."""
-        start_thread(lambda: self._run(collect))
+        start_thread(lambda: self._run(collect), "health")
 
     def _run(self, collect: Callable[[], Mapping[str, str]]) -> None:
         while True:

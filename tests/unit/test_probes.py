@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -25,9 +25,11 @@ from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.common.log import RankLogger
 from dynamo_mpi.common.ports import is_free
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
+from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 from dynamo_mpi.supervisor.frame_connection import FrameConnection
 from dynamo_mpi.supervisor.heartbeat_protocol import NONCE_BYTES, TOKEN_BYTES, Frame, FrameType, Join, leader_mac
 from dynamo_mpi.supervisor.rendezvous import Rendezvous
+from dynamo_mpi.supervisor.stacks import IDLE_THREADS
 from dynamo_mpi.telemetry import health_server as server
 from dynamo_mpi.telemetry import request_listener
 from dynamo_mpi.telemetry.health_address import (
@@ -37,6 +39,7 @@ from dynamo_mpi.telemetry.health_address import (
     runtime_port,
     url_of,
 )
+from dynamo_mpi.telemetry.health_client import HealthClient
 from dynamo_mpi.telemetry.health_service import HealthService
 from dynamo_mpi.telemetry.health_state import HealthState
 from tests.conftest import ROOT
@@ -531,3 +534,25 @@ def test_a_client_that_sends_slowly_is_cut(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         answering.close()
         thread.join()
+
+
+def test_values_are_sent_from_a_thread_that_counts_as_idle() -> None:
+    sent, arrived = list[str](), threading.Event()
+
+    def send(line: str) -> None:
+        sent.append(line)
+        arrived.set()
+
+    client = HealthClient(cast(NodeAgentClient, SimpleNamespace(send=send)), HealthAddress("127.0.0.1", 1), None)
+    client.collect_by(lambda: {"metrics": "a 1\n"})
+    assert arrived.wait(PROMPT)
+    assert sent == ["health metrics a 1\\n"]
+    assert "health" in IDLE_THREADS & {thread.name for thread in threading.enumerate()}
+
+
+def test_values_without_an_agent_are_not_collected() -> None:
+    client = NodeAgentClient(LaunchInfo(Launcher.ALONE), {}, None)
+    before = len(str(vars(client)))
+    for _ in range(100):
+        client.send("health metrics " + "x" * 10000)
+    assert len(str(vars(client))) - before < 50000
