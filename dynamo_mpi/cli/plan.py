@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """List all legal layouts of a model on N GPUs, best first, with the reasons, the YAML and the srun command.
 
-A layout is better if it fits, keeps tensor parallelism inside a node, has no copies of the KV cache, has fewer pipeline stages, and leaves
-more memory, in this order. --engine-config provides settings other than sizes: KV cache type, max_seq_len and so on.
+A layout is better if it fits, has no HELIX that the engine doesn't document, keeps tensor parallelism inside a node, has no copies of the
+KV cache, has fewer pipeline stages, and leaves more memory, in this order. --engine-config provides settings other than sizes: KV cache
+type, max_seq_len and so on.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from dynamo_mpi.layout.engine_yaml import LAYOUT_KEYS
 from dynamo_mpi.layout.finding import errors
 from dynamo_mpi.layout.layout import HELIX, Layout, cluster_for
 from dynamo_mpi.layout.memory import MemoryEstimate, estimate
+from dynamo_mpi.layout.rules.pipeline import is_documented_helix
 from dynamo_mpi.layout.rules.registry import layout_findings
 from dynamo_mpi.layout.spec import LayoutSpec
 
@@ -52,10 +53,11 @@ class Plan:
 
     @property
     def order(self) -> tuple[float, ...]:
-        """Smaller is better: fits, TP inside a node, warnings, copies of the KV cache, pipeline stages, memory left."""
+        """Smaller is better: fits, documented (HELIX), TP inside a node, warnings, copies of the KV cache, pipeline stages, memory left."""
         tokens = self.memory.world_tokens if self.memory is not None else None
         return (
             {True: 0, None: 1, False: 2}[self.fits],
+            int(self.layout.is_helix and not is_documented_helix(self.subject)),
             _crosses(self.subject),
             sum(finding.rule in _BAD for finding in self.findings),
             self.kv_copies,
@@ -213,6 +215,8 @@ def _reasons(subject: LayoutSpec, fits: bool | None, copies: int) -> Iterator[st
     layout, cluster = subject.layout, subject.cluster
     if fits is False:
         yield "does not fit"
+    if layout.is_helix and not is_documented_helix(subject):
+        yield "HELIX isn't documented for it"
     if _crosses(subject):
         yield "tensor parallelism over nodes"
     elif cluster.nodes > 1:

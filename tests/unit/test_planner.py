@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamo_mpi.layout.engine_config import EngineConfig, KvCache
+from dynamo_mpi.layout.engine_config import EngineConfig, KvCache, Speculative
 from dynamo_mpi.layout.engine_layers import EngineLayers, merge
 from dynamo_mpi.layout.engine_yaml import engine_yaml
 from dynamo_mpi.layout.finding import Severity, errors
@@ -172,10 +172,11 @@ def over_nodes(subject: LayoutSpec) -> bool:
 
 
 def promised_order(made: Plan) -> tuple[float, ...]:
-    """Smaller is better: fits, TP inside a node, warnings, copies of the KV cache, pipeline stages, memory left."""
+    """Smaller is better: fits, documented (HELIX), TP inside a node, warnings, copies of the KV cache, pipeline stages, memory left."""
     room = made.memory.world_tokens if made.memory is not None else None
     return (
         {True: 0, None: 1, False: 2}[made.fits],
+        any(finding.rule == "F13" for finding in layout_findings(made.subject)),
         over_nodes(made.subject),
         sum(
             finding.severity is Severity.WARNING and finding.rule in ("A14", "D6")
@@ -185,6 +186,36 @@ def promised_order(made: Plan) -> tuple[float, ...]:
         made.layout.pp_size,
         -(room or 0),
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "nodes", "gpus", "gpu", "documented"),
+    [
+        ("DeepSeek-V3.2", 2, 4, "gb200", False),
+        (R1, 1, 8, "h200", False),
+        ("Qwen3-32B-FP8", 1, 8, "b200", False),
+        (R1, 2, 4, "gb200", True),
+        (R1, 1, 8, None, True),
+    ],
+)
+def test_helix_ranks_below_where_it_isnt_documented(
+    model: str, nodes: int, gpus: int, gpu: str | None, documented: bool
+) -> None:
+    found = plan(worker(model, nodes, gpus, "decode", gpu))
+    helix = [made for made in found if made.layout.is_helix]
+    assert helix != []
+    assert any("F13" in [finding.rule for finding in made.findings] for made in helix) is not documented
+    assert all(("HELIX isn't documented for it" in made.reasons) is not documented for made in helix)
+    if not documented:
+        fitting = [made.layout.is_helix for made in found if made.fits is not False]
+        assert fitting == sorted(fitting)
+
+
+def test_helix_with_mtp_ranks_below() -> None:
+    subject = worker(R1, 2, 4, "decode", "gb200")
+    mtp = replace(subject, config=replace(subject.config, speculative=Speculative("MTP", 1)))
+    assert not plan(mtp)[0].layout.is_helix
+    assert all(made.findings for made in plan(mtp) if made.layout.is_helix)
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -11,7 +11,7 @@ from dynamo_mpi.checks import fabric_rules, gpu_check, gpu_rules, host_rules, kv
 from dynamo_mpi.checks import rank_rules as roster
 from dynamo_mpi.discovery import peer_compat as peers
 from dynamo_mpi.layout import contract, engine_layers, key_rules, value_rules
-from dynamo_mpi.layout.rules import registry
+from dynamo_mpi.layout.rules import other_backends, registry
 from tools.gen_docs.markdown import WRITTEN
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def _rows() -> Iterator[tuple[str, str]]:
     for rule in (*registry.LAYOUT_RULES, *registry.CONFIG_RULES, *registry.CAPACITY_RULES):
         yield _row(rule)
     for other in (
+        *other_backends.RULES,
         key_rules.check_keys,
         value_rules.check_values,
         engine_layers.flag_without_effect,

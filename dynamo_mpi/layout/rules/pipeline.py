@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.layout.finding import error, info, warning
+from dynamo_mpi.layout.format import listed
+from dynamo_mpi.layout.gpus import DATACENTRE_BLACKWELL, GPUS
 from dynamo_mpi.layout.kv_cache import tokens_per_block
 from dynamo_mpi.layout.quantisation import NVFP4
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.layout.finding import Finding
     from dynamo_mpi.layout.spec import LayoutSpec
+
+# DeepSeek-V3, R1 and V3-Lite
+_HELIX_MODELS = ("DeepseekV3ForCausalLM",)
 
 
 def check_layers(subject: LayoutSpec) -> Iterator[Finding]:
@@ -118,6 +123,45 @@ def check_helix(subject: LayoutSpec) -> Iterator[Finding]:
         )
 
 
+def is_documented_helix(subject: LayoutSpec) -> bool:
+    """F13: whether the engine's own page names HELIX for this model, for the kind of GPU if it is known, and for this speculation."""
+    return _is_named_for_helix(subject) and not _has_mtp(subject)
+
+
+def _is_named_for_helix(subject: LayoutSpec) -> bool:
+    gpu = GPUS.get(subject.cluster.gpu or "")
+    return subject.shape.name in _HELIX_MODELS and (gpu is None or gpu.sm in DATACENTRE_BLACKWELL)
+
+
+def _has_mtp(subject: LayoutSpec) -> bool:
+    speculative = subject.config.speculative
+    return speculative is not None and (speculative.decoding_type or "").upper() == "MTP"
+
+
+def check_helix_support(subject: LayoutSpec) -> Iterator[Finding]:
+    """F13: HELIX is documented for the latent attention of DeepSeek-V3 on Blackwell, and not together with MTP
+    (``docs/source/features/helix.md``; pull request 16003 is open)."""
+    if not subject.layout.is_helix:
+        return
+    on = subject.cluster.gpu
+    if not _is_named_for_helix(subject):
+        yield warning(
+            "F13",
+            f"HELIX isn't documented for {subject.shape.name}" + (f" on {on}" if on else ""),
+            found=f"cp_size {subject.layout.cp_size}, cp_type HELIX; {subject.shape.name}" + (f"; {on}" if on else ""),
+            expected=f"{', '.join(_HELIX_MODELS)} on SM {listed(sorted(DATACENTRE_BLACKWELL))}",
+            fix="set context_parallel_size: 1, or try it before you rely on it",
+        )
+    if _has_mtp(subject):
+        yield warning(
+            "F13",
+            "HELIX isn't documented together with multi-token prediction (MTP)",
+            found=f"cp_size {subject.layout.cp_size}, cp_type HELIX; speculative_config.decoding_type MTP",
+            expected="Eagle3 in one model, or no speculation",
+            fix="leave speculative_config out, or set context_parallel_size: 1",
+        )
+
+
 def _article(role: str) -> str:
     return f"an {role}regated" if role == "agg" else f"a {role}"
 
@@ -160,5 +204,6 @@ RULES = (
     check_speculation,
     check_compressed_cache,
     check_helix,
+    check_helix_support,
     check_known_bugs,
 )
