@@ -31,7 +31,7 @@ def check_capacity(subject: LayoutSpec) -> Iterator[Finding]:
         yield info(
             "J",
             "whether it fits can't be estimated",
-            found=f"{subject.shape.name}: config.json doesn't say {', '.join(missing)}",
+            found=f"{subject.shape.name}: config.json doesn't say, or this version doesn't know, {', '.join(missing)}",
             fix=""
             if subject.role == "encode"
             else "start with a small max_num_tokens, and read the engine's own report of its KV cache",
