@@ -5,11 +5,11 @@ A path is walked from the root, one directory after the other, each by the descr
 afterwards changes nothing. On the way
 
 - a link is followed only if root or this user has made it;
-- for a run folder (``guarded``), nobody else may replace what is there: a directory is root's, this user's, or one that its group shares with
-  this user (group-writable); one that everybody may write has the sticky bit, as ``/tmp``.
+- for a run folder (``guarded``), no other user may replace what is there: a directory is root's, this user's, or one that its group shares
+  with this user (group-writable); one that every user may write has the sticky bit, as ``/tmp``.
 
 Files are opened without following a link, without waiting (a FIFO never holds the caller), and used only if they are regular and this user's.
-They are replaced atomically: the new content is written under a name that nobody can guess, then renamed.
+They are replaced atomically: the new content is written under a random name, then renamed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class OwnFolder:
 
     Args:
         path: the directory.
-        guarded: it must be this user's, nobody else may write in it, and nobody else may replace it.
+        guarded: it must be this user's, and no other user may write in it or replace it.
 
     Raises:
         UnsafeFileError: the way to it leads through a link of somebody else, or it isn't as ``guarded`` requires.
@@ -151,7 +151,7 @@ class OwnFolder:
                 raise UnsafeFileError(path, "is no regular file")
             _require_own(path, status)
             if flags & os.O_ACCMODE != os.O_RDONLY and status.st_nlink > 1:
-                raise UnsafeFileError(path, "is a further name of another file")
+                raise UnsafeFileError(path, "has a second name (hard link)")
             if flags & os.O_TRUNC:
                 os.ftruncate(descriptor, 0)
             os.set_blocking(descriptor, True)
@@ -249,7 +249,9 @@ def _parent(path: str | os.PathLike[str]) -> Iterator[tuple[OwnFolder, str]]:
 
 def _walk(path: str, guarded: bool) -> int:
     """Return the descriptor of a directory."""
-    parts = [part for part in os.path.join(os.getcwd(), path).split("/") if part][::-1]
+    # the current folder may be gone, and an absolute path doesn't need it
+    whole = path if path.startswith("/") else os.path.join(os.getcwd(), path)
+    parts = [part for part in whole.split("/") if part][::-1]
     links, place, here = 0, "/", os.open("/", _STEP | os.O_DIRECTORY)
     try:
         while parts:
@@ -316,7 +318,9 @@ def _require_guarded(path: str, status: os.stat_result) -> None:
         raise UnsafeFileError(path, f"belongs to user {status.st_uid}, who can replace what is in it")
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         raise UnsafeFileError(
-            path, "lets everybody replace what is in it", f"chmod +t {shell_word(path)}, or another --run-dir"
+            path,
+            "can be written by every user and has no sticky bit",
+            f"chmod +t {shell_word(path)}, or another --run-dir",
         )
 
 

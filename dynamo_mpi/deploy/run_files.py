@@ -18,7 +18,7 @@ DEPLOYMENT, ENDED, LOCK, SERVICES, STOP = "deployment.json", "ended.json", "lock
 
 
 def open_run_dir(path: Path) -> OwnFolder:
-    """Open a run folder: it must be this user's alone, and nobody else may replace it.
+    """Open a run folder: it must be this user's alone, and no other user may replace it.
 
     Raises:
         AuthorizationError: it is another user's, or this user may not read it.
@@ -44,7 +44,7 @@ def _refusal(path: Path, error: PermissionError) -> DynamoMpiError:
         return AuthorizationError(found, expected=needed, fix="ask the user who launched it, or take another --run-dir")
     return UsageError(
         found,
-        expected="a run folder, with credentials, that nobody else can write or replace",
+        expected="a run folder, with credentials, that no other user can write or replace",
         fix=error.fix or "another --run-dir",
     )
 
