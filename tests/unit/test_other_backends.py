@@ -69,9 +69,15 @@ def test_no_rule_of_pytorch_applies(model: str) -> None:
 )
 def test_what_autodeploy_refuses(model: str, line: str) -> None:
     keys = yaml.safe_load(line) | {"backend": "_autodeploy", "world_size": 1}
-    (finding,) = errors(judged(model, json.dumps(keys)).findings)
+    (finding,) = errors(judged(model, json.dumps(keys), trtllm_version="1.3.0rc29").findings)
     assert finding.rule == "A16"
     assert next(iter(yaml.safe_load(line))) in finding.found
+
+
+def test_limits_of_autodeploy_warn_in_versions_that_werent_read(model: str) -> None:
+    report = judged(model, "{backend: _autodeploy, world_size: 1, max_beam_width: 2}")
+    assert report.ok
+    assert ("A16", Severity.WARNING) in [(finding.rule, finding.severity) for finding in report.findings]
 
 
 def test_a_size_becomes_world_size(model: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.coerce import as_bool, as_int
 from dynamo_mpi.layout.engine_config import AUTODEPLOY
-from dynamo_mpi.layout.finding import error, info
+from dynamo_mpi.layout.finding import error, info, warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,7 +32,7 @@ def check_not_judged(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_autodeploy_sizes(subject: LayoutSpec) -> Iterator[Finding]:
-    """A16: AutoDeploy divides a model by ``world_size`` alone, and refuses every other size but its default (``_torch/auto_deploy``)."""
+    """A16: AutoDeploy divides a model by ``world_size`` alone, and refuses other sizes (``_torch/auto_deploy/llm_args.py``)."""
     if subject.config.backend != AUTODEPLOY:
         return
     keys = subject.config.keys
@@ -52,13 +52,14 @@ def check_autodeploy_sizes(subject: LayoutSpec) -> Iterator[Finding]:
 
 
 def check_autodeploy_limits(subject: LayoutSpec) -> Iterator[Finding]:
-    """A16: AutoDeploy's own limits: one beam; graphs and batches that fit (``_torch/auto_deploy``)."""
+    """A16: AutoDeploy's own limits: one beam; graphs and batches that fit. A warning before 1.3 (``_torch/auto_deploy/llm_args.py``)."""
     config = subject.config
     if config.backend != AUTODEPLOY:
         return
+    say = warning if subject.older_than(1, 3) else error
     batch, graphs = config.max_batch_size, config.cuda_graph_max_batch_size
     if (config.max_beam_width or 1) > 1:
-        yield error(
+        yield say(
             "A16",
             "AutoDeploy has no beam search",
             found=f"max_beam_width {config.max_beam_width}",
@@ -66,7 +67,7 @@ def check_autodeploy_limits(subject: LayoutSpec) -> Iterator[Finding]:
             fix="leave max_beam_width out",
         )
     if batch is not None and config.max_num_tokens is not None and batch > config.max_num_tokens:
-        yield error(
+        yield say(
             "A16",
             "AutoDeploy refuses a max_batch_size above max_num_tokens",
             found=f"max_batch_size {batch}, max_num_tokens {config.max_num_tokens}",
@@ -74,7 +75,7 @@ def check_autodeploy_limits(subject: LayoutSpec) -> Iterator[Finding]:
             fix=f"set max_batch_size: {config.max_num_tokens}",
         )
     if batch is not None and graphs is not None and graphs > batch:
-        yield error(
+        yield say(
             "A16",
             "AutoDeploy refuses CUDA graphs above max_batch_size",
             found=f"cuda_graph_config.max_batch_size {graphs}, max_batch_size {batch}",
