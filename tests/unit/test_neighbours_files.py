@@ -246,7 +246,8 @@ def test_a_metrics_file_overwrites_nothing_else(shared: Path, tmp_path: Path, na
     said: list[str] = []
     with within(5):
         metrics = MetricsFile(shared / "x.prom", lambda: "a 1\n", said.append)
-        metrics._finish()
+        metrics.on_exit(0)
+    metrics.on_phase("exit")  # its thread ends
     assert (own.read_text(), said) == ("ours", [])
     assert (shared / "x.prom").read_text() == "a 1\n"
     assert (shared / "x.prom").stat().st_mode & 0o777 == 0o644
