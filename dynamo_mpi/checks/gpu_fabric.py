@@ -72,7 +72,7 @@ class GpuFabric(NamedTuple):
 
     def pack(self) -> str:
         """Write it as one word."""
-        return f"{self.state}:{self.status}:{self.cluster}:{self.clique}:{self.health}"
+        return f"{self.state}:{self.status}:{self.clique}:{self.health}:{self.cluster}"
 
     @classmethod
     def unpack(cls, text: str) -> GpuFabric:
@@ -81,7 +81,7 @@ class GpuFabric(NamedTuple):
         Raises:
             ValueError: ``text`` isn't such a word.
         """
-        state, status, cluster, clique, health = text.split(":")
+        state, status, clique, health, cluster = text.split(":", 4)
         return cls(int(state), int(status), cluster, int(clique), int(health))
 
 

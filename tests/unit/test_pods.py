@@ -195,6 +195,8 @@ def test_a_pod_joins_beside_hundreds_of_idle_connections(tmp_path: Path) -> None
         channel = await join(reader, writer, SECRET, 1, "lws-0-1")
         for _, stranger in crowd:
             stranger.close()
+        if channel is not None:
+            await channel.close()
         leading.cancel()
         await asyncio.wait([leading])
         return channel is not None, [line for line in printed if "rejected" in line]
