@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.common.config_reader import ConfigReader
 
 _COMPRESSED = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
-LLAMA_4_GLOBAL_EVERY = 4
-"""transformers' Llama4TextConfig: every fourth layer without rotary embedding sees everything."""
+# transformers' Llama4TextConfig: every fourth layer without rotary embedding sees everything
+_LLAMA_4_GLOBAL_EVERY = 4
 
 
 def layer_names(body: ConfigReader, key: str, num_layers: int) -> list[str] | None:
@@ -95,7 +95,7 @@ def attention_windows(body: ConfigReader, num_layers: int) -> list[int | None]:
         rotary = body.sizes("no_rope_layers", minimum=0)
         if rotary is not None and len(rotary) == num_layers:
             return [chunk if flag else None for flag in rotary]
-        every = body.size("no_rope_layer_interval") or LLAMA_4_GLOBAL_EVERY
+        every = body.size("no_rope_layer_interval") or _LLAMA_4_GLOBAL_EVERY
         return [chunk if (i + 1) % every else None for i in range(num_layers)]
     every_global = body.size("sliding_window_pattern", "global_attn_every_n_layers") if window else None
     if window and every_global is None and (body.text("model_type") or "").startswith(("gemma3", "gemma2")):

@@ -6,13 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.config_reader import MAX_SIZE
-from dynamo_mpi.layout.attention_patterns import (
-    LLAMA_4_GLOBAL_EVERY,
-    attention_sizes,
-    attention_windows,
-    layer_flags,
-    layer_names,
-)
+from dynamo_mpi.layout.attention_patterns import attention_sizes, attention_windows, layer_flags, layer_names
 from dynamo_mpi.layout.model_shape import AttentionSizes, Feed, Layer, Mixer
 
 if TYPE_CHECKING:
@@ -44,6 +38,8 @@ _PARTS = {
 }
 _FEEDS = {"dense": Feed.DENSE, "sparse": Feed.EXPERTS, "moe": Feed.EXPERTS, "experts": Feed.EXPERTS}
 _MAX_LAYERS = 10_000
+# transformers' Qwen3NextConfig: without full_attention_interval, every fourth layer has full attention
+_QWEN_ATTENTION_EVERY = 4
 
 
 def count_layers(body: ConfigReader) -> int | None:
@@ -141,7 +137,7 @@ def _mixers(body: ConfigReader, num_layers: int) -> list[Mixer | str]:
     if body.has("linear_attn_config"):
         return _kimi(body, num_layers)
     if body.has("linear_num_value_heads"):
-        every = body.size("full_attention_interval") or LLAMA_4_GLOBAL_EVERY
+        every = body.size("full_attention_interval") or _QWEN_ATTENTION_EVERY
         return [Mixer.GATED_DELTA if (i + 1) % every else Mixer.ATTENTION for i in range(num_layers)]
     for key, other in (("attn_layer_indices", Mixer.MAMBA2), ("full_attn_idxs", Mixer.CONVOLUTION)):  # Bamba; LFM2
         numbers = body.sizes(key, minimum=0)

@@ -7,6 +7,7 @@ Module names here begin at ``layers.<n>``, or are ``lm_head``: what stands above
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass
@@ -51,9 +52,9 @@ _FORMATS: dict[str, tuple[float, int]] = {
 
 # parts of a model whose layers have numbers of their own
 _OTHER_PARTS = ("vision", "visual", "image", "audio", "speech", "mtp")
-# the prefix of `layers.<n>` in a regular expression, with escaped dots or not
 # where a pattern may begin below
 _ABOVE = r"(?:.*\.)?"
+# the prefix of `layers.<n>` in a regular expression, with escaped dots or not
 _ABOVE_LAYERS = r"\^?(?:(?:language_model|model|backbone)\\?\.)*"
 
 
@@ -154,7 +155,8 @@ class Quantisation:
 
     def key_of(self, layer: int) -> Hashable:
         """Return a key that is equal for layers whose modules are named alike, exclusions and formats: most have few such kinds."""
-        return self._excluded.key_of(layer), self._formats_by_layer.get(str(layer)), self._patterns_by_layer and layer
+        patterns = tuple(pattern.key_of(layer) for pattern, _ in self._formats[1])
+        return self._excluded.key_of(layer), self._formats_by_layer.get(str(layer)), patterns
 
     @cached_property
     def _formats_by_layer(self) -> dict[str, frozenset[tuple[str, WeightFormat]]]:
@@ -165,24 +167,22 @@ class Quantisation:
         return {number: frozenset(rests) for number, rests in found.items()}
 
     @cached_property
-    def _patterns_by_layer(self) -> bool:
-        return any(letter.isdigit() for name, _ in self.modules if "*" in name or name[:3] == "re:" for letter in name)
-
-    @cached_property
     def _excluded(self) -> _Patterns:
         return _Patterns(self.excluded)
 
     @cached_property
     def _formats(self) -> tuple[dict[str, WeightFormat], tuple[tuple[_Patterns, WeightFormat], ...]]:
+        """The formats of modules by name, and those of patterns in order: one `_Patterns` for all that follow each other with one format."""
         exact: dict[str, WeightFormat] = {}
-        patterns: list[tuple[_Patterns, WeightFormat]] = []
+        patterns: list[tuple[str, WeightFormat]] = []
         for name, form in self.modules:
             start = name.find("layers.")
             if name.startswith("re:") or "*" in name or "?" in name:
-                patterns.append((_Patterns((name,)), form))
+                patterns.append((name, form))
             elif not any(part in name[: max(start, 0)] for part in _OTHER_PARTS):
                 exact.setdefault(name[start:] if start >= 0 else name, form)
-        return exact, tuple(patterns)
+        runs = groupby(patterns, key=lambda pattern: pattern[1])
+        return exact, tuple((_Patterns(name for name, _ in run), form) for form, run in runs)
 
 
 def _prefixes(module: str) -> Iterator[str]:

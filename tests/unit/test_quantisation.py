@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from dynamo_mpi.common.config_reader import ConfigReader
 from dynamo_mpi.common.errors import ConfigFileError
+from dynamo_mpi.layout.layer_formats import with_formats
 from dynamo_mpi.layout.model_config import parse_model_shape
+from dynamo_mpi.layout.model_shape import Layer
 from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
 from dynamo_mpi.layout.quantisation_config import read_quantisation
 from tests.unit.model_zoo import QUANT_FILES, ZOO
@@ -277,3 +279,40 @@ def test_layers_with_equal_keys_are_excluded_alike(patterns: list[str]) -> None:
         if found.key_of(left) == found.key_of(right):
             for path in ("self_attn.o_proj", "mlp.up"):
                 assert found.excludes(f"layers.{left}.{path}") == found.excludes(f"layers.{right}.{path}")
+
+
+FORMS = {"NVFP4": WeightFormat("NVFP4"), "FP8": WeightFormat("FP8")}
+PATTERNS = st.tuples(
+    st.sampled_from(["", "re:", "re:.*"]),
+    st.sampled_from(["layers.*", "layers.?", r"layers\.\d\d", "layers.1", "layers.[0-9]", r"layers\.(?:3|31)", ""]),
+    st.sampled_from([".mlp.down_proj", r"\.mlp\..*", ".mlp*", ".*", "mlp.*", ""]),
+)
+
+
+@given(st.lists(st.tuples(PATTERNS.map("".join), st.sampled_from([*FORMS.values()])), max_size=4))
+def test_layers_with_equal_keys_have_equal_formats(modules: list[tuple[str, WeightFormat]]) -> None:
+    found = Quantisation("MIXED_PRECISION", modules=tuple(modules))
+    for left, right in ((3, 13), (3, 31), (1, 11), (1, 2), (13, 31)):
+        if found.key_of(left) == found.key_of(right):
+            forms = [found.format_of([f"layers.{number}.mlp.down_proj"]) for number in (left, right)]
+            assert forms[0] == forms[1]
+
+
+@pytest.mark.parametrize(
+    ("modules", "kinds"),
+    [
+        ({"model.layers.?.mlp.down_proj": "NVFP4"}, "NNNNNNNNNN--"),
+        ({r"re:.*layers\.\d\.mlp\.down_proj": "NVFP4"}, "NNNNNNNNNN--"),
+        ({r"re:.*layers\.\d\d\..*": "NVFP4"}, "----------NN"),
+        (
+            {"model.layers.1.mlp*": "NVFP4", "model.layers.*.mlp*": "FP8", "model.layers.2.mlp*": "NVFP4"},
+            "FNFFFFFFFFFF",
+        ),
+        ({"model.layers.*.mlp*": "NVFP4"}, "NNNNNNNNNNNN"),
+    ],
+)
+def test_each_layer_has_the_format_of_its_pattern(modules: dict[str, str], kinds: str) -> None:
+    found = Quantisation("MIXED_PRECISION", modules=tuple((name, FORMS[form]) for name, form in modules.items()))
+    feeds = [layer.formats.feed for layer in with_formats((Layer(),) * 12, found)]
+    assert feeds == [found.format_of([f"layers.{number}.mlp.down_proj"]) for number in range(12)]
+    assert "".join("-" if form is None else form.algo[0] for form in feeds) == kinds
