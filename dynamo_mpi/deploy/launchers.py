@@ -95,7 +95,10 @@ def image_warning(image: str) -> str:
     if name.startswith(("/", ".")) or "://" in name or "#" in name:
         return ""
     if not scheme and name.endswith((".sqsh", ".squashfs")):
-        return f"Pyxis takes the image {image} for a name of Docker Hub\n  expected: a file's absolute path, or ./ before it"
+        return (
+            f"Pyxis takes the image {image} for a name of Docker Hub\n  expected: a file's absolute path, or ./ before it\n"
+            f"  fix:      --image './{name}'"
+        )
     user, at, rest = name.rpartition("@") if "@" in name.partition("/")[0] else ("", "", name)
     registry, slash, path = rest.partition("/")
     if not slash or not (set(".:") & set(registry) or registry == "localhost"):

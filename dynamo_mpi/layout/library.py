@@ -7,7 +7,7 @@
     for finding in report.findings: ...
 
 A layout, key or value that TensorRT-LLM refuses is a finding, never an exception. What can't be judged at all raises one of these, all of
-them `DynamoMpiError` with ``found``, ``needed``, ``fix`` and ``exit_code``:
+them `DynamoMpiError` with ``problem``, ``expected``, ``fix`` and ``exit_code``:
 
 - `ModelNotFoundError` (66): there is no such model, or its config.json can't be read;
 - `ConfigFileError` (65): config.json or the engine config is no JSON or YAML mapping, or one of its values has the wrong type;
@@ -209,7 +209,9 @@ def _plain(keys: Mapping[str, Any]) -> dict[str, Any]:
         copy: dict[str, Any] = json.loads(json.dumps(dict(keys), default=_plain_value))
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigFileError(
-            f"the engine config holds what YAML can't: {error}", expected="keys and plain values"
+            f"the engine config holds what YAML can't: {error}",
+            expected="keys and plain values",
+            fix="pass a mapping as yaml.safe_load returns it, or the path of the file",
         ) from None
     return copy
 
@@ -286,11 +288,16 @@ def _gpu(worker: Worker) -> str | None:
 def _check_worker(worker: Worker) -> None:
     for name, value, known in (("role", worker.role, ROLES), ("engine", worker.engine, ENGINES)):
         if value not in known:
-            raise UsageError(f"no {name} is called {value!r}", expected=f"one of {', '.join(known)}")
+            raise UsageError(
+                f"no {name} is called {value!r}",
+                expected=f"one of {', '.join(known)}",
+                fix=f"leave the {name} out for {known[0]}, or give another one",
+            )
     if worker.role == "encode" and worker.engine == "reference":
         raise UsageError(
             "the reference engine doesn't encode images: the role is 'encode'",
-            expected="--role agg, prefill or decode, or --engine trtllm",
+            expected="the role agg, prefill or decode",
+            fix="--role agg, or --engine trtllm",
         )
     _check_size("nodes", 1 if worker.nodes is None else worker.nodes, MAX_RANKS)
     _check_size("gpus_per_node", 1 if worker.gpus_per_node is None else worker.gpus_per_node, MAX_RANKS)
@@ -299,4 +306,8 @@ def _check_worker(worker: Worker) -> None:
 
 def _check_size(name: str, value: object, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise UsageError(f"{name} is {value!r}", expected=f"a positive whole number, at most {most}")
+        raise UsageError(
+            f"{name} is {value!r}",
+            expected=f"a positive whole number, at most {most}",
+            fix=f"give {name} as such a number",
+        )

@@ -31,7 +31,10 @@ def test_a_registry_without_a_hash_is_warned_of(image: str, meant: str) -> None:
 
 
 def test_a_file_without_a_folder_is_warned_of() -> None:
-    assert "absolute path" in image_warning("images/trt.sqsh")
+    warning = image_warning("images/trt.sqsh")
+    assert "absolute path" in warning
+    assert warning.endswith("\n  fix:      --image './images/trt.sqsh'")
+    assert image_warning("./images/trt.sqsh") == ""
 
 
 @pytest.mark.parametrize(

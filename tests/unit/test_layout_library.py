@@ -128,20 +128,24 @@ def test_what_can_not_be_judged_is_a_documented_error(
 ) -> None:
     with pytest.raises(error) as caught:
         check(model_path or model, config, worker)
-    assert caught.value.problem and int(caught.value.exit_code) in (64, 65, 66)
+    error_found = caught.value
+    assert error_found.problem and error_found.expected and error_found.fix
+    assert int(error_found.exit_code) in (64, 65, 66)
 
 
 def test_a_config_that_contains_itself_is_refused(model: Path) -> None:
     keys: dict[str, Any] = {"kv_cache_config": {}}
     keys["kv_cache_config"]["again"] = keys
-    with pytest.raises(ConfigFileError, match="what YAML can't"):
+    with pytest.raises(ConfigFileError, match="what YAML can't") as caught:
         check(model, keys)
+    assert "yaml.safe_load" in caught.value.fix
 
 
 def test_plan_refuses_what_is_no_number_of_gpus(model: Path) -> None:
     for gpus in (0, -8, 12, True, 2**40):
-        with pytest.raises(UsageError):
+        with pytest.raises(UsageError) as caught:
             plan(model, gpus)
+        assert caught.value.fix
 
 
 def test_plan_without_a_layout_names_sizes_that_have_one(model: Path) -> None:
