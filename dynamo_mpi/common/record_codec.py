@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dataclasses out of JSON that another process wrote: one reader, which checks types and sanitizes text, and is strict or tolerant. Pure.
+"""Dataclasses as JSON, and out of JSON that another process wrote. Pure: one writer, and one reader, which checks types and sanitizes text.
 
 Strict, for data that programs act on: the first problem is an error. Tolerant, for data that is only displayed: a missing or invalid field
 gets its default, or else its type's zero value, and the problem is listed. No value can break a terminal, a table or a calculation.
@@ -10,16 +10,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, fields
-from typing import Any, TypeVar
+from dataclasses import MISSING, Field, asdict, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynamo_mpi.common.display import sanitize
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 _MAX_CHARACTERS, _MAX_ITEMS, _MAX_NUMBER = 4096, 4096, 1e15
 _LIST = "tuple[str, ...]"
 _ZEROS: dict[str, object] = {"str": "", "int": 0, "float": 0.0, "bool": False, _LIST: ()}
 _NAMES = {"str": "a text", "int": "an integer", "float": "a number", "bool": "true or false", _LIST: "a list of texts"}
+
+
+def write_object(record: DataclassInstance, schema: int) -> bytes:
+    """Encode a record as the JSON object that `parse_object` and `read_fields` read."""
+    return json.dumps({"schema": schema, **asdict(record)}, separators=(",", ":")).encode()
 
 
 def parse_object(data: bytes, schema: int) -> dict[str, Any]:

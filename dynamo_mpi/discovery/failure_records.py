@@ -5,7 +5,6 @@ node."""
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.display import sanitize_lines
 from dynamo_mpi.common.failure import first_line
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.record_codec import parse_object, read_fields
+from dynamo_mpi.common.record_codec import parse_object, read_fields, write_object
 from dynamo_mpi.common.redact import process_redactor
 from dynamo_mpi.discovery.etcd_grpc import GrpcEtcdClient
 from dynamo_mpi.discovery.records import SCHEMA, read_stored
@@ -95,7 +94,7 @@ class FailureRecord(WorkerIdentity):
 
     def pack(self) -> bytes:
         """Encode as JSON."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, separators=(",", ":")).encode()
+        return write_object(self, SCHEMA)
 
     @classmethod
     def unpack(cls, data: bytes, problems: list[str] | None = None) -> FailureRecord:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from dynamo_mpi.common.display import sanitize
-from dynamo_mpi.common.record_codec import parse_object, read_fields
+from dynamo_mpi.common.record_codec import parse_object, read_fields, write_object
 from dynamo_mpi.layout.contract import Contract
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ class WorkerRecord:
 
     def pack(self) -> bytes:
         """Encode as JSON."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, separators=(",", ":")).encode()
+        return write_object(self, SCHEMA)
 
     @classmethod
     def unpack(cls, data: bytes, problems: list[str] | None = None) -> WorkerRecord:

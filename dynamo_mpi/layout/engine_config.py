@@ -89,8 +89,21 @@ class Speculative:
     model: str | None = None
 
 
+class ParallelSizes:
+    """What an engine config and the layout that follows from it have in common."""
+
+    tp_size: int
+    pp_size: int
+    cp_size: int
+
+    @property
+    def world_size(self) -> int:
+        """A1: number of ranks that the layout needs."""
+        return self.tp_size * self.pp_size * self.cp_size
+
+
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(ParallelSizes):
     """The keys of an engine config that affect layout, capacity and the KV transfer between roles. None means the engine's default.
 
     Args:
@@ -164,11 +177,6 @@ class EngineConfig:
     adp_wait_iters: int | None = None
     backend: str = PYTORCH
     keys: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def world_size(self) -> int:
-        """Ranks that the layout needs (A1)."""
-        return self.tp_size * self.pp_size * self.cp_size
 
 
 def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass, replace
+from dynamo_mpi.layout.engine_config import ParallelSizes
 from dynamo_mpi.layout.format import counted
 from dynamo_mpi.layout.gpus import GPUS
 
@@ -82,7 +83,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(ParallelSizes):
     """How the world is divided. All sizes include the engine's defaults.
 
     Args:
@@ -108,11 +109,6 @@ class Layout:
     enable_attention_dp: bool = False
     experts_over_cp: bool = True
     cp_fastest: bool = True
-
-    @property
-    def world_size(self) -> int:
-        """A1: number of ranks that it needs."""
-        return self.tp_size * self.pp_size * self.cp_size
 
     @property
     def multiplies_out(self) -> bool:
