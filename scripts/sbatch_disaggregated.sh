@@ -9,7 +9,7 @@
 #SBATCH --signal=B:USR2@300
 #
 # srun_disaggregated.sh as a batch job. Run it to submit itself, with nodes, GPUs, PARTITION and ACCOUNT from the environment; or
-# `sbatch --nodes=8 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue.
+# `sbatch --nodes=8 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue, some times.
 
 set -euo pipefail
 
@@ -21,6 +21,7 @@ usage: sbatch_disaggregated.sh [--dry-run] [OPTIONS OF sbatch] [-- FLAGS OF srun
 
 Environment: that of srun_disaggregated.sh (--help), and
   PARTITION, ACCOUNT      of the job (Slurm's defaults)
+  DYN_MPI_MAX_REQUEUES    how often it goes back into the queue after 75 (10)
 END
 }
 
@@ -89,8 +90,11 @@ while kill -0 "$launcher" 2>/dev/null; do
     code=0
     wait "$launcher" || code=$?
 done
-if ((code == 75)); then
-    echo "temporary failure (75): back into the queue" >&2
+requeues=${SLURM_RESTART_COUNT:-0}
+if ((code == 75 && requeues < ${DYN_MPI_MAX_REQUEUES:-10})); then
+    echo "temporary failure (75): back into the queue, for the $((requeues + 1)). time" >&2
     scontrol requeue "$SLURM_JOB_ID"
+elif ((code == 75)); then
+    echo "temporary failure (75) after $requeues requeues: the job ends (DYN_MPI_MAX_REQUEUES)" >&2
 fi
 exit "$code"

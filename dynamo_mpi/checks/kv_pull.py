@@ -27,6 +27,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dynamo_mpi.checks.nccl_fabric import has_cards
+from dynamo_mpi.common.admission import Admission
 from dynamo_mpi.common.host_address import interface_addresses
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _REPEATS = {SMALL_BYTES: 9, MIDDLE_BYTES: 3, LARGE_BYTES: 4}
 _NONCE_BYTES = 16
 _SIZE = struct.Struct("!I")
 _MOST_AT_ONCE = 1 << 20
+_MOST_STRANGERS = 256
 # prime, so that no part of the pattern looks like another part at a border of pages or packets
 _BLOCK_BYTES = 65521
 _CORRUPT_AT = 1000
@@ -143,23 +145,46 @@ class PatternServer(socketserver.ThreadingTCPServer):
     """A prefill host's side over TCP, in threads that end with the process; it listens at ``address``."""
 
     daemon_threads, block_on_close = True, False
+    request_queue_size = 128
 
     def __init__(self, address: str) -> None:
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         super().__init__((address, 0), socketserver.BaseRequestHandler)
         self.port: int = self.server_address[1]
         self._key = self._data = b""
+        self._strangers: Admission[socket.socket] = Admission(_MOST_STRANGERS, CONNECT_SECONDS)
+        self._lock = threading.Lock()
 
     def start(self, key: bytes, data: bytes) -> None:
         """Let those that know ``key`` pull ``data``."""
         self._key, self._data = key, data
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, unless it must make room for others."""
+        with self._lock:
+            displaced = self._strangers.enter(request, client_address[0], time.monotonic())
+        for connection in displaced:
+            with contextlib.suppress(OSError):  # its thread, if it has one, closes it
+                connection.shutdown(socket.SHUT_RDWR)
+        if request in displaced:
+            self.shutdown_request(request)
+        else:
+            super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        with self._lock:
+            self._strangers.leave(request)
+        super().shutdown_request(request)
+
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Serve one peer: it sends sizes, and gets that many bytes."""
         with contextlib.suppress(OSError):  # the peer sees that its connection is closed, and reports it
             peer = _Connection(request, time.monotonic() + CONNECT_SECONDS)
             peer.authenticate(self._key, b"prefill", b"decode")
+            with self._lock:
+                self._strangers.leave(request)
             peer.deadline += PULL_SECONDS
             while True:
                 peer.write(memoryview(self._data)[: _SIZE.unpack(peer.read(_SIZE.size))[0]])

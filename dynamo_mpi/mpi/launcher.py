@@ -205,12 +205,12 @@ def check_user(launch: LaunchInfo, environ: Mapping[str, str], uid: int) -> None
         uid: its user id.
 
     Raises:
-        LaunchError: MPI couldn't connect to Slurm's PMI server.
+        LaunchError: MPI couldn't connect to Slurm's PMIx server, which checks the user. PMI2 passes a descriptor instead.
     """
     job_user = environ.get("SLURM_JOB_UID", "")
-    if launch.launcher in (Launcher.SLURM_PMIX, Launcher.SLURM_PMI2) and job_user.isdecimal() and int(job_user) != uid:
+    if launch.launcher is Launcher.SLURM_PMIX and job_user.isdecimal() and int(job_user) != uid:
         raise LaunchError(
-            f"this rank runs as user {uid}, the job as user {job_user}: MPI can't connect to Slurm's PMI server",
+            f"this rank runs as user {uid}, the job as user {job_user}: MPI can't connect to Slurm's PMIx server",
             expected="the job's user in the container too",
             fix="srun --no-container-remap-root ...   (Pyxis; the cluster's default is ENROOT_REMAP_ROOT)",
         )

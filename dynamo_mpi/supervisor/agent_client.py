@@ -35,6 +35,7 @@ _FIRST_DELAY_SECONDS = 0.25
 _MAX_DELAY_SECONDS = 5.0
 _CHECK_SECONDS = 1
 _READ_BYTES = 4096
+_MOST_UNSENT_BYTES = 1 << 16
 _FRAMES = 12
 _PUBLISH_SECONDS = 2.0
 _MARK_BYTES = 8
@@ -149,8 +150,10 @@ class NodeAgentClient:
         with self._lock:
             if key in _STATE_KEYS or key.startswith("health "):
                 self._state[key] = value
-            if self._connection is None and key.startswith("health "):
-                return  # it is part of the state, and comes again and again
+            # health lines are part of the state, and come again and again
+            most = _MOST_UNSENT_BYTES if key.startswith("health ") else 8 * _MOST_UNSENT_BYTES
+            if (self._connection is None and key.startswith("health ")) or len(self._unsent) > most:
+                return
             self._unsent += line.encode("utf-8", "replace") + b"\n"
             self._flush()
 
@@ -192,8 +195,12 @@ class NodeAgentClient:
             return
         try:
             while self._unsent:
-                self._unsent = self._unsent[self._connection.send(self._unsent) :]
-        except OSError:  # its buffer is full or it has exited; it still sees our connection close
+                self._unsent = self._unsent[self._connection.send(self._unsent, _socket.MSG_DONTWAIT) :]
+        except (
+            BlockingIOError
+        ):  # the agent doesn't read now: the rest follows with the next line, and with its next ping
+            return
+        except OSError:  # it has exited; it still sees our connection close
             self._unsent = b""
 
     def _use_connection(self, connection: _socket.socket) -> None:

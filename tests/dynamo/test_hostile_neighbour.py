@@ -162,8 +162,15 @@ def test_no_secret_is_told(deployment: Deployment) -> None:
 
 def test_another_user_ends_nothing(found: dict[str, Any]) -> None:
     assert found["signals"] == []
-    # rank 0's node agent holds a socket without a name; the one at which the ranks of a node meet takes only its own user
-    assert set(found["agents"].values()) <= {"closed", "ConnectionResetError", "BrokenPipeError"}
+    # the socket at which the ranks of a node meet their agent: in a folder of this user's, or for this user alone
+    assert found["agents"]
+    assert set(found["agents"].values()) <= {
+        "closed",
+        "ConnectionResetError",
+        "BrokenPipeError",
+        "PermissionError",
+        "FileNotFoundError",
+    }
 
 
 def test_nobody_without_the_token_becomes_a_rank(found: dict[str, Any]) -> None:

@@ -214,6 +214,13 @@ def serving(key: bytes = KEY, *, corrupt: bool = False) -> Iterator[Source]:
         server.server_close()
 
 
+def test_idle_connections_keep_no_pair_from_its_measurement() -> None:
+    with serving() as source, contextlib.ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(socket.create_connection(("127.0.0.1", source.port)))
+        assert run_pair(source, "d", KEY, None).state == OK
+
+
 def test_a_pair_over_tcp_is_measured() -> None:
     with serving() as source:
         result = run_pair(source, "d", KEY, None)

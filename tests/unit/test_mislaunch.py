@@ -183,6 +183,10 @@ def test_a_container_that_maps_the_user_to_root_is_refused(environ: dict[str, st
         check_user(launch, environ, uid)
 
 
+def test_pmi2_does_not_check_the_user() -> None:
+    check_user(LaunchInfo(Launcher.SLURM_PMI2, size=2), {"SLURM_JOB_UID": "1000"}, 0)
+
+
 def test_a_batch_script_of_slurm_26_is_no_step() -> None:
     batch = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "-5", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}
     assert detect_launcher(batch).launcher is Launcher.SLURM_SHELL

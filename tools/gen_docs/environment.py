@@ -55,6 +55,11 @@ VARIABLES = (
         "the checkout, since Slurm runs a copy of the script; by default where it was submitted from",
     ),
     Variable(
+        ("DYN_MPI_MAX_REQUEUES",),
+        "user → `sbatch_disaggregated.sh`",
+        "how often the job goes back into the queue after 75: 10 by default",
+    ),
+    Variable(
         ("DYN_MPI_JOB_ID", "DYN_MPI_STEP_ID", "DYN_MPI_JOB_NAME", "DYN_MPI_CLUSTER_NAME"),
         "worker → `dynamo.trtllm`",
         "`SLURM_JOB_ID`, `SLURM_STEP_ID`, `SLURM_JOB_NAME`, `SLURM_CLUSTER_NAME`, which are taken out of the child's environment",

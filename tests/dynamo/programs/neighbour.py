@@ -65,9 +65,9 @@ def signalled(pid: int) -> bool:
 
 
 def agents() -> list[str]:
-    """Return the names in the abstract name space that look like ours."""
-    lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()
-    return sorted({name for line in lines if (name := line.partition("@")[2]).startswith("dynamo_mpi")})
+    """Return the addresses of unix sockets that look like ours: names in the abstract name space, and files."""
+    addresses = [line.split(maxsplit=7)[-1] for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()]
+    return sorted({address for address in addresses if "dynamo_mpi" in address})
 
 
 def talk_to(name: str) -> str:
@@ -75,7 +75,7 @@ def talk_to(name: str) -> str:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(SECONDS)
         try:
-            connection.connect("\0" + name)
+            connection.connect("\0" + name[1:] if name.startswith("@") else name)
             connection.sendall(b"rank 1\nphase load\nfailed 70\n")
             return connection.recv(4096).decode(errors="replace") or "closed"
         except TimeoutError:
