@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         return judge(role, config, nodes, version)
 
     if values["trtllm_version"] == ALL_VERSIONS:
-        from dynamo_mpi.layout.versions import describe_versions, over_versions
+        from dynamo_mpi.layout.versions_report import describe_versions, over_versions
 
         over = over_versions(judge_all)
         write_out(json.dumps(over.as_json()) if arguments.output == "json" else describe_versions(model.name, over))

@@ -3,6 +3,27 @@
 
 The names of `__all__` are the library: they stay. See `library.py` for how to use them. They are imported at first use, so that
 ``import dynamo_mpi.layout`` costs nothing in a rank.
+
+The model's file, config.json
+    model_files          finds it; model_config: reads it into a shape; config_keys: keys that were not read
+    model_shape          the shape: sizes, layers, parts; model_parts: reads latents, experts, states, encoders
+    layer_patterns       the kind of each layer; attention_patterns: windows, heads and head sizes of its own
+    quantisation         number formats, and which module has which; quantisation_config: reads them; layer_formats: those of each layer
+The engine config
+    engine_layers        merges flags, YAML and overrides; engine_config: the typed keys; engine_reader: values, as the engine reads them
+    engine_keys          which keys each version has; key_lookup: the key that was meant; key_rules: their findings
+    engine_values        which values each version accepts; value_spec: one key's; key_conflicts: keys that exclude each other;
+                         value_rules: their findings
+    engine_yaml          writes it for a layout; yaml_line: one value, to paste
+The rules
+    spec                 their input: a worker; layout: each rank's coordinates; gpus: kinds of GPU; trtllm_version: order of versions
+    rules/               one module per section, and the registry; contract: rules between prefill and decode
+    divisibility         how heads, MLPs and experts are divided; legal_sizes: the legal values of each size, by all rules
+Sizes in bytes
+    memory               each stage's memory; weights: of a rank; layer_weights: of one layer; kv_cache: of a token; overheads: the rest
+Results
+    library              `check` and `plan`; report: a worker's or pair's result; report_text: its text; versions_report: over all versions
+    finding              what a rule found; format: numbers and tables; planner: legal layouts, best first; suggestions: the nearest ones
 """
 
 from __future__ import annotations
@@ -18,7 +39,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.model_files import ModelFiles, find_model
     from dynamo_mpi.layout.planner import Plan
     from dynamo_mpi.layout.report import PairReport, Report, check_pair
-    from dynamo_mpi.layout.versions import VersionsReport, check_versions
+    from dynamo_mpi.layout.versions_report import VersionsReport, check_versions
 
 _MODULES = {
     "dynamo_mpi.common.errors": ("ConfigFileError", "DynamoMpiError", "ModelNotFoundError", "UsageError"),
@@ -29,7 +50,7 @@ _MODULES = {
     "dynamo_mpi.layout.model_files": ("ModelFiles", "find_model"),
     "dynamo_mpi.layout.planner": ("Plan",),
     "dynamo_mpi.layout.report": ("PairReport", "Report", "check_pair"),
-    "dynamo_mpi.layout.versions": ("VersionsReport", "check_versions"),
+    "dynamo_mpi.layout.versions_report": ("VersionsReport", "check_versions"),
 }
 __all__ = [
     "ConfigFileError",

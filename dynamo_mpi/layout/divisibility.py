@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from dynamo_mpi.layout.model_shape import ModelShape
     from dynamo_mpi.layout.quantisation import WeightFormat
 
-
+# DeepSeek-V3 and its relatives split a dense MLP by a common divisor instead of by tp (E9)
+_GCD_FAMILIES = ("deepseek", "kimi", "glm4moe", "glmmoe", "exaonemoe")
 MOST_CONTEXT_RANKS = 16
 """Larger context-parallel sizes aren't proposed."""
 
@@ -50,6 +51,12 @@ def divisors(number: int) -> list[int]:
     """Return the divisors of ``number``, ascending."""
     low = [n for n in range(1, int(number**0.5) + 1) if number % n == 0]
     return sorted({*low, *(number // n for n in low)})
+
+
+def splits_dense_by_gcd(shape: ModelShape) -> bool:
+    """E9: return whether this is one of the families whose dense and shared MLPs are split by a common divisor."""
+    names = (shape.name.lower(), shape.model_type.replace("_", "").lower())
+    return any(name.startswith(_GCD_FAMILIES) for name in names)
 
 
 def common_split(width: int, block: int, ranks: int, gpus_per_node: int) -> int:
@@ -100,7 +107,7 @@ def workable_tp_sizes(shape: ModelShape, cp_size: int = 1) -> tuple[int, ...]:
     Llama-4: 1, 2, 4, 8; its MLPs can't be divided by 40.
     """
     sizes = legal_tp_sizes(shape, cp_size) or ()
-    if shape.splits_dense_by_gcd:
+    if splits_dense_by_gcd(shape):
         return sizes
     widths = [*shape.dense_widths, shape.experts.shared_intermediate_size if shape.experts is not None else 0]
     return tuple(tp for tp in sizes if all(width % (tp * cp_size) == 0 for width in widths))

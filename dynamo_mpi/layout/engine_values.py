@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.frozen import dataclass
-from dynamo_mpi.layout.exclusions import read_exclusion
+from dynamo_mpi.layout.key_conflicts import read_conflict
 from dynamo_mpi.layout.trtllm_version import parse_trtllm_version
 from dynamo_mpi.layout.value_spec import ValueSpec, parse_spec
 
@@ -54,7 +54,7 @@ class EngineValues:
         self.newest = next(source.last for source in reversed(self.sources) if not source.partial)
         self._values: Mapping[str, Mapping[str, str | Mapping[str, str]]] = data["values"]
         self._code: Mapping[str, str | Mapping[str, str]] = data["code"]
-        self.exclusions = tuple(map(read_exclusion, data["exclusions"]))
+        self.conflicts = tuple(map(read_conflict, data["key_conflicts"]))
         above = {path.rpartition(".")[0] for path in self._code if "." in path}
         self.sections = frozenset({place for place in self._values if "=" not in place} - {"variants"} | above)
 

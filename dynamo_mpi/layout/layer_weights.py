@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass
-from dynamo_mpi.layout.divisibility import common_split, dense_block
+from dynamo_mpi.layout.divisibility import common_split, dense_block, splits_dense_by_gcd
 from dynamo_mpi.layout.model_shape import Feed, Mixer
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def _mlp_split(shape: ModelShape, width: int, form: WeightFormat | None, split: 
     """E9: some families divide by the common divisor of width and ranks, within a node; the others by all ranks."""
     if split.whole_mlps:
         return 1
-    if not shape.splits_dense_by_gcd:
+    if not splits_dense_by_gcd(shape):
         return split.dense
     return common_split(width, dense_block(form), split.dense, split.node)
 

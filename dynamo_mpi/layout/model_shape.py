@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
     from dynamo_mpi.layout.quantisation import Quantisation, WeightFormat
 
-# DeepSeek-V3 and its relatives split a dense MLP by a common divisor instead of by tp (E9)
-_GCD_FAMILIES = ("deepseek", "kimi", "glm4moe", "glmmoe", "exaonemoe")
-
 
 class Mixer(Enum):
     """The part of a layer that mixes tokens."""
@@ -280,12 +277,6 @@ class ModelShape:
     missing: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     inexact: tuple[str, ...] = ()
-
-    @property
-    def splits_dense_by_gcd(self) -> bool:
-        """E9: whether this is one of the families whose dense and shared MLPs are split by a common divisor."""
-        names = (self.name.lower(), self.model_type.replace("_", "").lower())
-        return any(name.startswith(_GCD_FAMILIES) for name in names)
 
     @property
     def value_size(self) -> int | None:

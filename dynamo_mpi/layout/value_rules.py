@@ -51,7 +51,7 @@ def check_values(config: Mapping[str, object], version: TrtllmVersion | None) ->
     more = len(findings) - _MOST
     if more > 0:
         findings[_MOST:] = [Finding(RULE, Severity.ERROR, f"{more} more values that the engine refuses")]
-    return [*findings, *_excluded(config, version)]
+    return [*findings, *_conflicts(config, version)]
 
 
 def accepted_texts(path: str, version: TrtllmVersion | None) -> tuple[str, ...]:
@@ -116,9 +116,9 @@ class _Check:
         return Finding(RULE, severity, message, f"{path}: {short_line(value, _SHOWN)}", needed, fix)
 
 
-def _excluded(config: Mapping[str, object], version: TrtllmVersion | None) -> Iterator[Finding]:
+def _conflicts(config: Mapping[str, object], version: TrtllmVersion | None) -> Iterator[Finding]:
     newest = engine_values().newest
-    for row in engine_values().exclusions:
+    for row in engine_values().conflicts:
         if (row.since and version is not None and version < release(row.since)) or not row.holds(config):
             continue
         message = str(row)

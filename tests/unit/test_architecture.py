@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
 
@@ -54,3 +57,17 @@ def test_no_package_imports_upward() -> None:
 def test_nothing_imports_an_entry_point() -> None:
     users = [path.name for path in PACKAGE.rglob("*.py") for _, other in imports(path) if other in ENTRY_POINTS]
     assert users == []
+
+
+@pytest.mark.parametrize("package", ["layout", "engines/reference"])
+def test_a_package_s_map_has_each_of_its_modules_once(package: str) -> None:
+    text = ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text(encoding="utf-8"))) or ""
+    rows = re.findall(r"^ {4}(\S.*(?:\n {5,}\S.*)*)", text, re.MULTILINE)
+    mapped: list[str] = []
+    for row in rows:
+        first, *others = re.split(r";\s+", row)
+        mapped += re.split(r" {2,}", first)[0].split(", ")
+        mapped += [name for other in others for name in other.partition(":")[0].split(", ")]
+    modules = [path.stem for path in (PACKAGE / package).glob("*.py") if path.stem != "__init__"]
+    folders = [f"{path.parent.name}/" for path in (PACKAGE / package).glob("*/__init__.py")]
+    assert sorted(mapped) == sorted([*modules, *folders])

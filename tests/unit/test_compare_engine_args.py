@@ -24,7 +24,7 @@ EMPTY: dict[str, Any] = {
     "variants": {},
     "validators": [],
     "code": {},
-    "exclusions": [],
+    "key_conflicts": [],
     "values": {},
 }
 

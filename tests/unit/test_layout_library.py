@@ -29,7 +29,7 @@ from dynamo_mpi.layout import (
     find_model,
     plan,
 )
-from dynamo_mpi.layout.versions import describe_versions, known_versions
+from dynamo_mpi.layout.versions_report import describe_versions, known_versions
 from tests.unit.model_zoo import ZOO
 
 KEYS = {"tensor_parallel_size": 8, "moe_expert_parallel_size": 8}

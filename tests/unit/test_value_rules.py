@@ -142,7 +142,7 @@ def test_keys_that_go_together(text: str, version: str | None) -> None:
     assert check(text, version) == []
 
 
-def test_an_exclusion_of_some_version_warns_if_it_isnt_known() -> None:
+def test_a_key_conflict_of_some_version_warns_if_it_isnt_known() -> None:
     finding = refused("peft_cache_config: {lora_prefetch_dir: /d}", None)
     assert finding.severity is Severity.WARNING
     assert "from TensorRT-LLM 1.3.0rc22 on" in finding.message
@@ -187,7 +187,7 @@ def test_every_spec_and_condition_can_be_read() -> None:
     names = {row["name"] for row in data["sources"]}
     assert all(set(row) <= names for row in texts if isinstance(row, dict))
     assert [row.first for row in TABLE.sources] == sorted(row.first for row in TABLE.sources)
-    for row in TABLE.exclusions:
+    for row in TABLE.conflicts:
         for condition in row.conditions:
             section, _, key = condition.path.rpartition(".")
             assert key in engine_keys().keys_of(section), condition.path

@@ -77,7 +77,7 @@ def dump(data: dict[str, Any]) -> str:
     parts.append(f'"variants": {json.dumps(data["variants"])}')
     parts.append(listed("validators", data["validators"]))
     parts.append(rows("code", data["code"], ""))
-    parts.append(listed("exclusions", data["exclusions"]))
+    parts.append(listed("key_conflicts", data["key_conflicts"]))
     parts.append(f'"values": {{\n{values}\n}}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 

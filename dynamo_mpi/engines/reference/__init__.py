@@ -4,7 +4,7 @@
 Importing this package imports neither numpy nor MPI, so that `factory` can set the number of BLAS threads first.
 
     factory        builds the engine of one rank from its spec
-    engine         accepts requests, emits chunks; rank 0's thread steps all ranks
+    engine         accepts requests and emits chunks: rank 0's thread steps all ranks
     loading        the parts of one rank's engine: communicators, weights, KV cache, KV server
     config         its settings
     requests       checks requests and keeps those in flight

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.frozen import dataclass
-from dynamo_mpi.layout.divisibility import common_split, dense_block, kv_heads_fit
+from dynamo_mpi.layout.divisibility import common_split, dense_block, kv_heads_fit, splits_dense_by_gcd
 from dynamo_mpi.layout.finding import error, info, warning
 from dynamo_mpi.layout.format import counted
 from dynamo_mpi.layout.model_shape import Feed, Mixer
@@ -146,7 +146,7 @@ def check_common_divisor(subject: LayoutSpec) -> Iterator[Finding]:
     """E9: DeepSeek-V3 and its relatives split the dense MLP by a common divisor of its scaling blocks, tp and the GPUs of a node
     (``modeling_deepseekv3.py: _compute_mlp_tp_size``)."""
     shape, layout = subject.shape, subject.layout
-    if not shape.splits_dense_by_gcd:
+    if not splits_dense_by_gcd(shape):
         return
     for mlp in _mlps(shape):
         name, key, width = mlp.name, mlp.key, mlp.width
@@ -172,7 +172,7 @@ def check_common_divisor(subject: LayoutSpec) -> Iterator[Finding]:
 
 def _split_mlps(subject: LayoutSpec) -> Iterator[_Mlp]:
     shape, layout = subject.shape, subject.layout
-    if not (layout.enable_attention_dp or shape.splits_dense_by_gcd or layout.dense_tp_size == 1):
+    if not (layout.enable_attention_dp or splits_dense_by_gcd(shape) or layout.dense_tp_size == 1):
         yield from _mlps(shape)
 
 

@@ -60,7 +60,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Exclusion:
+class KeyConflict:
     """One row.
 
     Args:
@@ -83,10 +83,10 @@ class Exclusion:
         return self.message or f"{' and '.join(condition.path for condition in self.conditions)} can't be combined"
 
 
-def read_exclusion(row: Mapping[str, Any]) -> Exclusion:
+def read_conflict(row: Mapping[str, Any]) -> KeyConflict:
     """Read a row of the table."""
     conditions = tuple(map(_condition, row["set"]))
-    return Exclusion(conditions, row["fix"], row.get("message", ""), row.get("since", ""))
+    return KeyConflict(conditions, row["fix"], row.get("message", ""), row.get("since", ""))
 
 
 def _condition(text: str) -> Condition:
