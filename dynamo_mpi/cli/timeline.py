@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dynamo_mpi.cli.style import terminal_width, write_out
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import UsageError
-from dynamo_mpi.common.own_files import write_own
+from dynamo_mpi.common.own_files import fix_for, write_own
 from dynamo_mpi.config.options import Option, add_options, resolve, to_path
 from dynamo_mpi.deploy.run_files import open_run_dir
 from dynamo_mpi.ops.deployment import select_run_dirs
@@ -76,7 +76,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         write_own(out, content.encode(errors="replace"))
     except OSError as error:
-        raise UsageError(f"{out} can't be written: {error.strerror}", fix="check its folder and rights") from None
+        raise UsageError(
+            f"{out} can't be written: {error.strerror}", fix=fix_for(error, "check its folder and rights")
+        ) from None
     return 0
 
 
@@ -130,7 +132,7 @@ def _starts_of(run_dir: Path) -> list[StartupTrace]:
     except FileNotFoundError:
         starts = []
     except OSError as error:
-        raise UsageError(f"{path} can't be read: {error.strerror}", fix="check its rights") from None
+        raise UsageError(f"{path} can't be read: {error.strerror}", fix=fix_for(error, "check its rights")) from None
     if not starts:
         raise UsageError(
             f"there is no timeline in {path}",

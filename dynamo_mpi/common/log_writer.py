@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dynamo_mpi.common.display import without_controls
 from dynamo_mpi.common.log_record import Fact, Level, Line, is_true, least_level
-from dynamo_mpi.common.own_files import OwnFolder, open_own
+from dynamo_mpi.common.own_files import OwnFolder, open_own, reason
 from dynamo_mpi.common.redact import process_redactor
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class LogWriter:
             self._file.write(line)
         except OSError as error:
             path, self._file = self._file.path, None
-            text = f"warning: the log file {path} can't be written, so there is none: {error.strerror}"
+            text = f"warning: the log file {path} can't be written, so there is none: {reason(error)}"
             self.emit(rank, host, text, Level.WARN)
 
 

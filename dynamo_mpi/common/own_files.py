@@ -55,6 +55,16 @@ class ForeignFileError(UnsafeFileError):
     """A file or folder belongs to another user."""
 
 
+def reason(error: OSError) -> str:
+    """Return why a file or folder can't be used, and what to do if the error says it: for a message without a ``fix`` of its own."""
+    return "; ".join(filter(None, (error.strerror or str(error), fix_for(error, ""))))
+
+
+def fix_for(error: OSError, otherwise: str) -> str:
+    """Return what the user can do, by the error itself if it says it."""
+    return (isinstance(error, UnsafeFileError) and error.fix) or otherwise
+
+
 class OwnFolder:
     """A directory, held by its descriptor until `close`. All names are of its entries.
 
@@ -234,10 +244,16 @@ def write_own(path: str | os.PathLike[str], data: bytes, mode: int = 0o600, *, e
         folder.write(name, data, mode, exact=exact)
 
 
-def remove_own(path: str | os.PathLike[str]) -> None:
-    """Remove a file by its path, see `OwnFolder.remove`. Does not raise."""
-    with contextlib.suppress(OSError), _parent(path) as (folder, name):
-        folder.remove(name)
+def remove_own(path: str | os.PathLike[str]) -> str:
+    """Remove a file by its path, see `OwnFolder.remove`. Does not raise; return why it can't be removed, or an empty text."""
+    try:
+        with _parent(path) as (folder, name):
+            folder.remove(name)
+    except (FileNotFoundError, NotADirectoryError):  # then there is no such file
+        return ""
+    except OSError as error:
+        return reason(error)
+    return ""
 
 
 @contextlib.contextmanager
@@ -315,7 +331,10 @@ def _require_guarded(path: str, status: os.stat_result) -> None:
     """Check a directory on the way to a guarded one."""
     is_shared = status.st_mode & stat.S_IWGRP and status.st_gid in (os.getegid(), *os.getgroups())
     if status.st_uid not in _trusted() and not is_shared:
-        raise UnsafeFileError(path, f"belongs to user {status.st_uid}, who can replace what is in it")
+        # root in a container often works in a mount of a user of the host
+        fix = f"run as that user (docker run --user {status.st_uid}:{status.st_gid}), or set --run-dir below a folder of root's"
+        whose = f"belongs to user {status.st_uid}, who can replace what is in it"
+        raise UnsafeFileError(path, whose, "" if os.geteuid() else fix)
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         raise UnsafeFileError(
             path,

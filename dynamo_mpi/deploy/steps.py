@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dynamo_mpi.common.own_files import read_own
 from dynamo_mpi.common.subprocess import LoggedProcess
-from dynamo_mpi.common.worker_process import signal_worker
+from dynamo_mpi.common.worker_process import ProcessStart, signal_worker
 from dynamo_mpi.deploy.step_commands import STEP_PREFIX
 
 if TYPE_CHECKING:
@@ -159,8 +159,9 @@ def _signal_rank_zero(ready_file: Path) -> bool:
     """Let rank 0 drain, if it runs on this host; return whether it does."""
     try:
         content = json.loads(read_own(ready_file))
-        pid, host, started = content["pid"], content["host"], content["started"]
-    except (OSError, ValueError, KeyError, TypeError):
+        pid, host = content["pid"], content["host"]
+        start = ProcessStart(content["started"], content.get("process_start"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    is_read = isinstance(pid, int) and isinstance(started, float) and host == os.uname().nodename
-    return is_read and signal_worker(pid, started, signal.SIGTERM)
+    is_read = isinstance(pid, int) and isinstance(start.time, float) and host == os.uname().nodename
+    return is_read and signal_worker(pid, start, signal.SIGTERM)

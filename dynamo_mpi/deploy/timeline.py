@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
-from dynamo_mpi.common.own_files import write_own
+from dynamo_mpi.common.own_files import fix_for, write_own
 from dynamo_mpi.common.phases import RankTimings, Span
 from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, StartupTrace, encode_traces, printable, read_traces
 from dynamo_mpi.telemetry.trace_writer import write_timeline
@@ -83,5 +83,5 @@ def draw_stack(path: Path, pages: Sequence[Path], began: float, written: float, 
         write_timeline(path, starts)
     except OSError as error:
         raise UsageError(
-            f"the timeline {path} can't be written: {error.strerror}", fix="check its folder and rights"
+            f"the timeline {path} can't be written: {error.strerror}", fix=fix_for(error, "check its folder and rights")
         ) from None

@@ -122,6 +122,7 @@ class WorkerRecord:
         system: URL of ``/health``, ``/live`` and ``/metrics``; None if they aren't served.
         trace: the W3C ``traceparent`` it runs under.
         probe: the measurements of the hardware checks, by check; None if none ran.
+        process_start: when rank 0's process began, as ``BOOT_ID:TICKS`` (since boot); None if that isn't known, or from an older writer.
     """
 
     role: str
@@ -150,6 +151,7 @@ class WorkerRecord:
     system: str | None = None
     trace: str | None = None
     probe: dict[str, Any] | None = None
+    process_start: str | None = None
 
     def pack(self) -> bytes:
         """Encode as JSON."""

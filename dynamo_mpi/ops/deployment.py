@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import DynamoMpiError, UsageError
+from dynamo_mpi.common.own_files import OwnFolder
 from dynamo_mpi.common.record_codec import read_fields
 from dynamo_mpi.config.options import Option, to_name, to_path, to_text
 from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, open_run_dir, read_object, read_services
@@ -19,8 +20,6 @@ from dynamo_mpi.deploy.run_files import DEPLOYMENT, ENDED, LOCK, open_run_dir, r
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping
-
-    from dynamo_mpi.common.own_files import OwnFolder
 
 _OURS = ("ETCD_ENDPOINTS", "ETCD_AUTH_", "NATS_SERVER", "NATS_AUTH_")
 _NAME_ETCD = ("ETCD_ENDPOINTS", "HEAD_NODE", "HEAD_NODE_IP")
@@ -137,13 +136,25 @@ class Deployment:
 
 
 def select_run_dirs(has: Callable[[OwnFolder], bool]) -> list[Path]:
-    """Return the current folder's run folders of this user for which ``has`` is true; others aren't looked into."""
+    """Return the current folder's run folders of this user for which ``has`` is true; others' aren't looked into.
+
+    Raises:
+        UsageError: one of them is refused, see `open_run_dir`.
+    """
     found = []
     for name in sorted(os.listdir()):
         if name.startswith("dynamo_mpi-"):
-            with contextlib.suppress(OSError, DynamoMpiError), open_run_dir(Path(name)) as folder:
-                if has(folder):
-                    found.append(Path(name))
+            try:
+                with open_run_dir(Path(name)) as folder:
+                    if has(folder):
+                        found.append(Path(name))
+            except UsageError:
+                # others may have written in it, so this only selects the refusal to report
+                with contextlib.suppress(OSError), OwnFolder(".") as here, here.subfolder(name) as folder:
+                    if has(folder):
+                        raise
+            except (OSError, DynamoMpiError):  # somebody else's, or no folder
+                continue
     return found
 
 
@@ -151,7 +162,7 @@ def find_run_dir(environ: Mapping[str, str]) -> Path | None:
     """Return the folder that `launch` uses in this job, or else the only one in the current folder in which a deployment runs.
 
     Raises:
-        UsageError: there are several.
+        UsageError: there are several, or the one is refused.
     """
     if job := environ.get("SLURM_JOB_ID"):
         return Path(f"dynamo_mpi-{job}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from dynamo_mpi.common.display import sanitize
 from dynamo_mpi.common.errors import AuthorizationError, DiscoveryError, PhaseTimeoutError, UsageError
 from dynamo_mpi.common.process import host_name
-from dynamo_mpi.common.worker_process import is_worker, signal_worker
+from dynamo_mpi.common.worker_process import ProcessStart, is_worker, signal_worker
 from dynamo_mpi.deploy.steps import SlurmStepController, is_step_name
 from dynamo_mpi.ops.readiness import format_nodes, format_position
 from dynamo_mpi.ops.status import read_status
@@ -88,7 +88,7 @@ class StopMethod(NamedTuple):
     def stop(self) -> None:
         """Request that it drains and ends."""
         if self.pid:
-            signal_worker(self.pid, self.worker.record.started, signal.SIGTERM)
+            signal_worker(self.pid, _start_of(self.worker.record), signal.SIGTERM)
         elif self.step:
             SlurmStepController(self.step.partition(".")[0]).cancel_ids([self.step], "--signal=TERM")
 
@@ -133,7 +133,11 @@ def _stop_method(worker: StoredRecord, named_step: str | None, listed: dict[str,
 
 def is_ours(worker: WorkerRecord) -> bool:
     """Return whether the record's process is on this host, is this user's, and is still the same worker, not another process with its id."""
-    return worker.host == host_name() and is_worker(worker.pid, worker.started)
+    return worker.host == host_name() and is_worker(worker.pid, _start_of(worker))
+
+
+def _start_of(worker: WorkerRecord) -> ProcessStart:
+    return ProcessStart(worker.started, worker.process_start)
 
 
 def stop_workers(selector: WorkerSelector, seconds: float, log: Callable[[str], None]) -> None:

@@ -80,7 +80,13 @@ class AgentStarter:
                 return Agent(rank_end, pid)
         except OSError as error:
             self._close_health()
-            warn(f"no node agent watches the ranks of this node: {error.strerror}", self._host)
+            warn(
+                "no node agent watches the ranks of this node"
+                f"{'' if self._health is None else ', and /health, /live and /metrics are not served here'}: {error.strerror}; "
+                "rank 0 alone watches them, from the preflight result on. Raise this user's limits of processes (ulimit -u), open files "
+                "(ulimit -n) or memory, and start the worker again",
+                self._host,
+            )
             return None
         finally:
             if os.getpid() == self._started[0]:
@@ -108,6 +114,11 @@ class AgentStarter:
         self._count += 1
         agent = self._start_process() if self._count <= _MAX_AGENTS else None
         if agent is None:
+            if self._health is not None:
+                warn(
+                    "/health, /live and /metrics are not served on this node any longer: the node agent has ended",
+                    self._host,
+                )
             self._close_health()
         return agent
 
@@ -163,9 +174,15 @@ class AgentStarter:
         try:
             return _listen(self._addresses, self._launch) if self._addresses else None
         except OSError as error:
-            why = "other processes hold all of its addresses" if error.errno == errno.EADDRINUSE else error.strerror
+            why = error.strerror
+            if error.errno == errno.EADDRINUSE:
+                why = (
+                    "other processes hold all of its addresses; ss -xlp | grep dynamo_mpi (as root) shows which; have them ended, and start "
+                    "the worker again"
+                )
             warn(
-                f"the node agent watches rank {self._launch.rank} alone, not the other ranks of this node: {why}",
+                f"the node agent watches rank {self._launch.rank} alone: the other ranks of this node are watched by rank 0 only, from the "
+                f"preflight result on. The agent can't listen for them: {why}",
                 self._host,
             )
             return None

@@ -95,11 +95,17 @@ class LeaderHooks(WorkerHooks):
 
     def add_status_hooks(self, settings: Settings) -> None:
         """Add the hooks that show the worker's status, and remove the files of an earlier start."""
-        remove_ready_file(settings.ready_file)
+        if problem := remove_ready_file(settings.ready_file):
+            self._context.log.warning(
+                f"a ready file of an earlier start, {settings.ready_file}, can't be removed: {problem}"
+            )
         if settings.timeline is not None:
             from dynamo_mpi.telemetry.trace_writer import remove_stale_timeline
 
-            remove_stale_timeline(settings.timeline)
+            if problem := remove_stale_timeline(settings.timeline):
+                self._context.log.warning(
+                    f"a timeline of an earlier start, {settings.timeline}, can't be removed: {problem}"
+                )
         if problem := invalid_reason(os.environ):
             self._context.log.warning(problem)
             # the engine and Dynamo would read the same, and warn again

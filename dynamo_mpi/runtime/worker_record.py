@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi import __version__
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.own_files import remove_own, write_own
+from dynamo_mpi.common.own_files import reason, remove_own, write_own
 from dynamo_mpi.common.process import host_name
+from dynamo_mpi.common.worker_process import process_start
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE, RecordedLayout, WorkerRecord
 from dynamo_mpi.layout.contract import contract_of
 from dynamo_mpi.mpi.launcher import restart_count
@@ -69,6 +70,7 @@ def record_of(
         job=os.environ.get("SLURM_JOB_ID") or None,
         step=os.environ.get("SLURM_STEP_ID") or None,
         started=began,
+        process_start=process_start(os.getpid()),
         phase_since=began + phases.spans[-1].began,
         pid=os.getpid(),
         host=host_name(),
@@ -100,6 +102,7 @@ class ReadyFile(WorkerHook):
             "pid": os.getpid(),
             "host": os.uname().nodename,
             "started": time.time() - phases.age,
+            "process_start": process_start(os.getpid()),
             "ranks": self._context.world.size,
             "attempt": restart_count(os.environ),
             "model": self._settings.served_model_name,
@@ -113,7 +116,7 @@ class ReadyFile(WorkerHook):
             # as the umask allows: other users' scripts may wait for it, and it contains no secret
             write_own(path, f"{json.dumps(content)}\n".encode(), 0o666)
         except OSError as error:
-            self._context.log.warning(f"the ready file {path} can't be written: {error.strerror}")
+            self._context.log.warning(f"the ready file {path} can't be written: {reason(error)}")
 
     def on_failure_detected(self) -> None:
         """Remove the file."""
@@ -128,7 +131,6 @@ class ReadyFile(WorkerHook):
         remove_ready_file(self._settings.ready_file)
 
 
-def remove_ready_file(path: Path | None) -> None:
-    """Remove the ready file, also one that an earlier, killed run has left."""
-    if path is not None:
-        remove_own(path)
+def remove_ready_file(path: Path | None) -> str:
+    """Remove the ready file, also one that an earlier, killed run has left; return why it can't be removed, or an empty text."""
+    return "" if path is None else remove_own(path)

@@ -5,7 +5,6 @@ many workers. Each text follows the rank's name. Rank 0's file holds the whole r
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -95,7 +94,7 @@ def write_failure(
     report: Mapping[str, Any] | None = None,
     keep: bool = False,
 ) -> None:
-    """Write a failure file if a failure directory is configured. Does not raise if it can't be written.
+    """Write a failure file if a failure directory is configured. Does not raise if it can't be written, but logs a warning.
 
     Args:
         rendezvous: names the directory.
@@ -108,15 +107,19 @@ def write_failure(
     if not rendezvous.failure_dir:
         return
     # not before a failure: what an agent imports delays its watch
-    from dynamo_mpi.common.own_files import write_own
+    from dynamo_mpi.common.own_files import reason, write_own
 
     content = _without_secrets({**as_document(failure, host), **(report or {})})
     path = _path(rendezvous, failure.rank if by is None else by)
-    with contextlib.suppress(OSError):
+    try:
         if keep and path.exists():
             return
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_own(path, f"{json.dumps(content)}\n".encode())
+    except OSError as error:
+        from dynamo_mpi.supervisor.agent_socket import warn
+
+        warn(f"the failure file {path} can't be written: {reason(error)}")
 
 
 def as_document(failure: Failure, host: str) -> dict[str, Any]:
@@ -145,12 +148,19 @@ def remove_stale_failure_files(folder: Path | None, label: str) -> str:
     existing = next((parent for parent in (folder, *folder.parents) if parent.exists()), folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return f"no failure files: {existing} is no folder that can be written; correct --failure-dir"
-    from dynamo_mpi.common.own_files import OwnFolder
+    from dynamo_mpi.common.own_files import OwnFolder, UnsafeFileError, reason
 
-    with contextlib.suppress(OSError), OwnFolder(folder) as opened:
-        for name in opened.names():
-            if name.startswith(f"{label}-rank-") and name.endswith(".json"):
-                opened.remove(name)
+    try:
+        with OwnFolder(folder) as opened:
+            for name in opened.names():
+                if name.startswith(f"{label}-rank-") and name.endswith(".json"):
+                    opened.remove(name)
+    except UnsafeFileError as error:
+        return f"no failure files: {reason(error)}"
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"failure files of an earlier start can't be removed from {folder}: {reason(error)}"
     return ""
 
 

@@ -7,7 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.own_files import write_own
+from dynamo_mpi.common.own_files import reason, write_own
 from dynamo_mpi.common.waiting import start_thread
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class MetricsFile(WorkerHook):
         try:
             write_own(self._path, self._render().encode(), _MODE, exact=True)
         except OSError as error:
-            self._warn(f"the metrics file {self._path} can't be written: {error.strerror}")
+            self._warn(f"the metrics file {self._path} can't be written: {reason(error)}")
             self._warn = _nothing
 
 

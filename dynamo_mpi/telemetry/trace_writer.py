@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.failure import DetectedBy
 from dynamo_mpi.common.hooks import WorkerHook
-from dynamo_mpi.common.own_files import remove_own, write_own
+from dynamo_mpi.common.own_files import reason, remove_own, write_own
 from dynamo_mpi.common.redact import safe_first_line
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ def perfetto_path(path: Path) -> Path:
     return path.with_suffix(".trace.json")
 
 
-def remove_stale_timeline(path: Path) -> None:
-    """Remove the page and the Perfetto trace of an earlier start."""
-    for stale in (path, perfetto_path(path)):
-        remove_own(stale)
+def remove_stale_timeline(path: Path) -> str:
+    """Remove the page and the Perfetto trace of an earlier start; return why they can't be removed, or an empty text."""
+    problems = [remove_own(stale) for stale in (path, perfetto_path(path))]
+    return next(filter(None, problems), "")
 
 
 def write_timeline(path: Path, traces: Sequence[StartupTrace]) -> None:
@@ -93,7 +93,7 @@ class TraceWriter(WorkerHook):
             try:
                 write_timeline(self._path, [self._trace(ended)])
             except OSError as error:
-                self._log.warning(f"the timeline {self._path} can't be written: {error.strerror}")
+                self._log.warning(f"the timeline {self._path} can't be written: {reason(error)}")
 
     def _trace(self, ended: bool) -> StartupTrace:
         from dynamo_mpi.telemetry.startup_trace import ENDED, FAILED, READY, STOPPED, StartupTrace, printable

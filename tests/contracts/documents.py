@@ -256,7 +256,9 @@ def ready_file() -> str:
         for system in ("http://n1:9090", None):
             sources.ReadyFile(context, settings, 1.5, system).on_ready()
             samples.append(json.loads(path.read_text()))
-    return members_of(samples, maps=("phases",), varying=("pid", "host", "started", "ready_seconds", "<key>"))
+    return members_of(
+        samples, maps=("phases",), varying=("pid", "process_start", "host", "started", "ready_seconds", "<key>")
+    )
 
 
 def failure_file() -> str:

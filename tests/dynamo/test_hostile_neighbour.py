@@ -27,15 +27,15 @@ from tests.conftest import ROOT
 from tests.dynamo.head_node_command import HeadNodeCommand
 from tests.dynamo.running import RunningWorker, eventually, listening
 from tests.dynamo.test_head_node import ask, nats_says
+from tests.unit.neighbour import NOBODY, needs_root
 
 pytestmark = [
     pytest.mark.dynamo,
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user"),
+    needs_root,
     pytest.mark.skipif(not Path("/usr/bin/python3").exists(), reason="no Python that another user may run"),
 ]
 
 NEIGHBOUR = Path(__file__).parent / "programs" / "neighbour.py"
-NOBODY = 65534
 RANKS = 3
 MARKER = "a secret that anybody may read"
 

@@ -16,16 +16,21 @@ NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
+def become_neighbour() -> None:
+    """Become another user, in a child process."""
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    os.umask(0)
+
+
 def as_neighbour(act: Callable[[], object]) -> None:
     """Do something as another user."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            os.umask(0)
+            become_neighbour()
             act()
             code = 0
         except BaseException:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -12,11 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from dynamo_mpi.config.sources import EarlySettings
 from dynamo_mpi.mpi.launcher import Launcher, LaunchInfo
+from dynamo_mpi.runtime.agent_process import AgentStarter
 from dynamo_mpi.supervisor.agent_client import NodeAgentClient
 from dynamo_mpi.supervisor.agent_socket import agent_addresses, connect_to_agent, listen_for_ranks, remove_address
+from dynamo_mpi.telemetry.health_address import HealthAddress, HealthEndpoint
+from tests.unit.neighbour import NOBODY, become_neighbour, needs_root
 
-NOBODY = 65534
 TWO = LaunchInfo(Launcher.OPEN_MPI, size=2)
 
 
@@ -33,8 +38,7 @@ def squatter(addresses: tuple[str, ...]) -> Iterator[None]:
     pid = os.fork()
     if not pid:
         try:
-            os.setgroups([])
-            os.setuid(NOBODY)
+            become_neighbour()
             listeners = [listen_for_ranks((address,), 0) for address in addresses]
             crowd = [connect_to_agent((address,)) for address in addresses for _ in range(2)]
             os.write(ready[1], b"x")
@@ -95,6 +99,7 @@ def test_the_launchers_private_folder_comes_first(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@needs_root
 @pytest.mark.parametrize(("mode", "owner"), [(0o777, 0), (0o720, 0), (0o700, NOBODY)])
 def test_a_folder_that_others_may_write_is_not_used(tmp_path: Path, mode: int, owner: int) -> None:
     tmp_path.chmod(mode)
@@ -111,6 +116,8 @@ def test_a_launcher_removes_its_folder_and_ranks_still_meet(tmp_path: Path) -> N
         assert connect_to_agent(addresses) is not None
 
 
+@needs_root
+@pytest.mark.slow
 def test_another_user_who_is_there_first_holds_no_rank_up() -> None:
     variables = world()
     addresses = agent_addresses(TWO, variables)
@@ -125,6 +132,8 @@ def test_another_user_who_is_there_first_holds_no_rank_up() -> None:
             client.detach()
 
 
+@needs_root
+@pytest.mark.slow
 def test_another_user_who_takes_all_names_costs_a_second_at_most() -> None:
     variables = world()
     addresses = agent_addresses(TWO, variables)
@@ -136,3 +145,33 @@ def test_another_user_who_takes_all_names_costs_a_second_at_most() -> None:
         client.detach()
         with pytest.raises(OSError, match="in use"):
             listen_for_ranks(addresses, 8)
+
+
+def test_an_agent_that_cannot_listen_says_what_to_do(capfd: pytest.CaptureFixture[str]) -> None:
+    variables = world()
+    addresses = agent_addresses(TWO, variables)
+    with contextlib.ExitStack() as stack:
+        for address in addresses:
+            stack.enter_context(contextlib.closing(listen_for_ranks((address,), 0)))
+        assert AgentStarter(TWO, "n1", EarlySettings(), variables)._listen_or_warn() is None
+    said = capfd.readouterr().err
+    assert "the node agent watches rank 0 alone: the other ranks of this node are watched by rank 0 only" in said
+    assert "ss -xlp | grep dynamo_mpi" in said
+
+
+@pytest.mark.parametrize("serves_health", [False, True])
+def test_no_agent_means_no_health_either(
+    serves_health: bool, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refuse)
+    listener = socket.socket()
+    health = HealthEndpoint(HealthAddress("127.0.0.1", 0), listener) if serves_health else None
+    assert AgentStarter(TWO, "n1", EarlySettings(), world(), health).spawn() is None
+    said = capfd.readouterr().err
+    assert "no node agent watches the ranks of this node" in said
+    assert ("/health, /live and /metrics are not served here" in said) == serves_health
+    assert (listener.fileno() == -1) == serves_health
+    listener.close()

@@ -17,9 +17,11 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode
+from dynamo_mpi.common.worker_process import process_start
 from dynamo_mpi.ops import stop
 from tests.dynamo.running import eventually
 from tests.unit.board import Board
+from tests.unit.neighbour import NOBODY, needs_root
 from tests.unit.test_launch_endings import Slurm
 from tests.unit.test_status_command import describe, serve
 
@@ -221,10 +223,19 @@ def test_who_can_not_be_reached_does_not_keep_the_others(board: Board, run: Run,
     assert "process 4711 on elsewhere" in err
 
 
+def test_a_clock_set_since_the_start_hides_no_worker(board: Board, run: Run, start: Callable[..., Rank]) -> None:
+    rank = start()
+    fields = rank.fields(started=time.time() - 7200, process_start=process_start(rank.process.pid))
+    remove_after(board, rank.process, board.worker("agg", **fields))
+    assert run("--namespace", "dynamo")[0] == 0
+    assert rank.process.wait(10) == 0
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"started": time.time() - 3600},
+        {"process_start": "another boot:7"},
         {"started": time.time() + 3600},
         {"started": None},
         {"host": "elsewhere"},
@@ -249,9 +260,9 @@ def test_a_program_that_is_no_worker_is_left_alone(board: Board, run: Run, start
     assert rank.runs
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start another user's process")
+@needs_root
 def test_another_users_process_is_left_alone(board: Board, run: Run, start: Callable[..., Rank]) -> None:
-    rank = start(user=65534)
+    rank = start(user=NOBODY)
     board.worker("agg", **rank.fields())
     assert run("--namespace", "dynamo")[0] == ExitCode.USAGE
     assert rank.runs
@@ -326,7 +337,7 @@ def test_another_users_folder_is_77(run: Run, tmp_path: Path, words: tuple[str, 
     owner, folder_mode = os.geteuid(), folder.stat().st_mode
     folder.chmod(0)
     if owner == 0:
-        os.seteuid(65534)  # root may read everything
+        os.seteuid(NOBODY)  # root may read everything
     try:
         code, _, err = run(str(folder), *words)
     finally:

@@ -32,6 +32,7 @@ from dynamo_mpi.deploy.programs import frontend_environment, server_environment
 from dynamo_mpi.deploy.run_dir import ServicesDir
 from dynamo_mpi.deploy.services import Etcd, Frontend, Nats
 from tests.conftest import ROOT
+from tests.unit.neighbour import NOBODY, needs_root
 
 STRANGE = ["run", "a b", "it's", 'say "no"', "$HOME;`id`", "ü", "-x"]
 NOW = datetime(2031, 2, 3, 4, 5, 6, tzinfo=timezone.utc)
@@ -341,10 +342,13 @@ def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, mode: int) ->
     assert caught.value.fix == f"chmod 700 {shlex.quote(str(folder))}"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@needs_root
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
-    os.chown(tmp_path, 12345, 12345)
-    with pytest.raises(AuthorizationError, match="belongs to user 12345"), closing(ServicesDir(tmp_path, None, quiet)):
+    os.chown(tmp_path, NOBODY, NOBODY)
+    with (
+        pytest.raises(AuthorizationError, match=f"belongs to user {NOBODY}"),
+        closing(ServicesDir(tmp_path, None, quiet)),
+    ):
         pass
 
 

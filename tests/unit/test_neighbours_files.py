@@ -20,6 +20,7 @@ from dynamo_mpi.cli.main import main
 from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.common.log_writer import LogFile
 from dynamo_mpi.common.subprocess import LoggedProcess
+from dynamo_mpi.common.worker_process import process_start
 from dynamo_mpi.deploy.services import curl_line
 from dynamo_mpi.deploy.step_commands import Command
 from dynamo_mpi.deploy.steps import MpirunStepController, Step
@@ -180,6 +181,23 @@ def test_a_run_folder_where_everybody_may_write(here: Path, run: Run) -> None:
     own.close()
 
 
+@pytest.mark.parametrize("words", [("down", "--timeout", "1"), ("status",), ("timeline",)])
+def test_an_own_folder_that_others_can_write_is_named(here: Path, run: Run, words: tuple[str, ...]) -> None:
+    own = describe(here / "dynamo_mpi-x")
+    (own.path / "timeline" / "launch.json").touch()
+    own.path.chmod(0o770)
+    code, _, err = run(*words)
+    assert (code, f"chmod 700 {own.path}" in err) == (ExitCode.USAGE, True), err
+    assert not own.stop_requested()
+    own.close()
+
+
+def test_an_own_folder_without_a_deployment_is_not_named(here: Path, run: Run) -> None:
+    (here / "dynamo_mpi-x").mkdir(mode=0o770)
+    (here / "dynamo_mpi-x").chmod(0o770)
+    assert "no deployment runs" in run("down", "--timeout", "1")[2]
+
+
 def test_a_group_shares_the_parent(shared: Path, run: Run) -> None:
     """A project's folder, as it is on many clusters."""
     shared.chmod(0o2770)
@@ -233,6 +251,7 @@ def test_a_ready_file_overwrites_nothing_else(shared: Path, tmp_path: Path, name
     if os.path.lexists(shared / "x.json") and not said:
         content = json.loads((shared / "x.json").read_text())
         assert abs(content["started"] - time.time()) < 60
+        assert content["process_start"] == process_start(os.getpid())
     assert sorted(os.listdir(shared)) == sorted({"x.json", name})
 
 
@@ -368,6 +387,8 @@ def mpirun(tmp_path: Path) -> Iterator[Step]:
         {"pid": True},
         {"pid": os.getpid()},
         {"started": time.time() - 3600},
+        {"process_start": "another boot:7"},
+        {"process_start": 7},
         {"started": None},
         {"started": float("nan")},
         {"host": "elsewhere"},
@@ -386,9 +407,13 @@ def test_a_ready_file_that_names_another_process(
     assert signalled == []
 
 
-def test_rank_0_of_the_ready_file_is_signalled(rank: subprocess.Popen[str], mpirun: Step) -> None:
+@pytest.mark.parametrize("is_older", [False, True])
+def test_rank_0_of_the_ready_file_is_signalled(rank: subprocess.Popen[str], mpirun: Step, is_older: bool) -> None:
+    """Whatever was done to the clock meanwhile; an older worker writes the time alone."""
     assert mpirun.ready_file is not None
-    mpirun.ready_file.write_text(json.dumps({"pid": rank.pid, "host": os.uname().nodename, "started": time.time()}))
+    exact = {"started": time.time() - 7200, "process_start": process_start(rank.pid)}
+    start = {"started": time.time()} if is_older else exact
+    mpirun.ready_file.write_text(json.dumps({"pid": rank.pid, "host": os.uname().nodename, **start}))
     MpirunStepController().signal([mpirun])
     assert rank.wait(10) == -signal.SIGTERM
     assert mpirun.child.exit_code() is None

@@ -170,8 +170,10 @@ def test_parents_of_somebody_else(shared: Path, mode: int, group: int, is_truste
     if is_trusted:
         assert guarded(shared / "run") == []
         return
-    with pytest.raises(UnsafeFileError, match=f"belongs to user {NOBODY}, who can replace"):
+    with pytest.raises(UnsafeFileError, match=f"belongs to user {NOBODY}, who can replace") as caught:
         guarded(shared / "run")
+    # as in a container with a user's folder mounted
+    assert f"docker run --user {NOBODY}:{group}" in caught.value.fix
 
 
 @needs_root
