@@ -145,6 +145,11 @@ def post(port: int, content: list[dict[str, Any]]) -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+def await_model(port: int) -> None:
+    """Wait until the model is served: the frontend lists it a moment before its chat finds it."""
+    eventually(lambda: post(port, [text("Hello")])[0] != 404, "the model is served")
+
+
 def text(words: str) -> dict[str, Any]:
     return {"type": "text", "text": words}
 
@@ -174,7 +179,7 @@ def test_images_and_texts_arrive_as_they_were_sent(
     worker = start(MODALITY="multimodal", DYN_MM_ALLOW_INTERNAL="1", DYN_LOG="warn")
     worker.ready()
     with running_frontend(tmp_path, etcd) as frontend:
-        eventually(lambda: "model" in frontend.models(), "the model is listed")
+        await_model(frontend.port)
 
         # Dynamo's example; the frontend keeps the engine's reason to itself
         status, body = post(frontend.port, [text("Describe the image"), image(images.url("red.png"))])
@@ -203,7 +208,7 @@ def test_addresses_inside_the_cluster_have_to_be_allowed(
 ) -> None:
     start("--modality", "multimodal").ready()
     with running_frontend(tmp_path, etcd) as frontend:
-        eventually(lambda: "model" in frontend.models(), "the model is listed")
+        await_model(frontend.port)
         status, body = post(frontend.port, [text("Describe the image"), image(images.url("red.png"))])
         assert (status, images.asked) == (400, []), body
         assert "DYN_MM_ALLOW_INTERNAL=1" in body

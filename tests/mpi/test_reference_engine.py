@@ -17,7 +17,8 @@ pytestmark = pytest.mark.mpi
 PROGRAMS = Path(__file__).with_name("programs")
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_tokens.json").read_text(encoding="utf-8"))["prompts"]
 
-UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none"}
+# ranks on fewer cores: as a worker sets it
+UNBOUND = {"PRTE_MCA_hwloc_default_binding_policy": "none", "OMPI_MCA_mpi_yield_when_idle": "1"}
 """Open MPI binds one or two ranks to a core each, which leaves the others to nobody."""
 
 Generate = Callable[..., dict[str, Any]]
