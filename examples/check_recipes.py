@@ -4,7 +4,8 @@
     python examples/check_recipes.py MODEL FOLDER GPUS_PER_NODE [GPU]
 
 Prints a line for each ``*.yaml`` below FOLDER: its path, the result, and the first error. A recipe takes as many nodes as its ranks
-fill. The exit code is the worst of all: 0, 78 for a layout that can't work, 65 for keys that TensorRT-LLM refuses or a file that is no YAML.
+fill. The exit code is the worst of all: 0, 78 for a layout that can't work, 65 for keys that TensorRT-LLM refuses or a file that is no YAML;
+64 for a folder without recipes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from dynamo_mpi.common.errors import ExitCode
 from dynamo_mpi.layout import DynamoMpiError, Report, Severity, Worker, check, find_model
 
 
@@ -32,8 +34,16 @@ def main(model: str, folder: str, gpus_per_node: int, gpu: str | None = None) ->
         print(problem, file=sys.stderr)
         return problem.exit_code
     worker = Worker(nodes=None, gpus_per_node=gpus_per_node, gpu=gpu)
+    recipes = sorted(Path(folder).rglob("*.yaml"))
+    if not recipes:
+        # a mistyped path must not look like a folder without mistakes
+        print(
+            f"no *.yaml below {folder}\n  expected: a folder with engine configs\n  fix:      correct FOLDER",
+            file=sys.stderr,
+        )
+        return ExitCode.USAGE
     worst = 0
-    for recipe in sorted(Path(folder).rglob("*.yaml")):
+    for recipe in recipes:
         try:
             report = check(files, recipe, worker)
         except DynamoMpiError as problem:

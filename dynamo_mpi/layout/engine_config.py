@@ -223,7 +223,8 @@ def type_engine_config(keys: Mapping[str, Any], path: str) -> EngineConfig:
         cuda_graph_max_batch_size=graphs.positive("max_batch_size"),
         cuda_graph_padding=graphs.switch("enable_padding") or False,
         cuda_graphs=not ("cuda_graph_config" in keys and keys["cuda_graph_config"] is None),
-        load_format=top.text("load_format"),
+        # the engine takes a number of its enumeration too; only names matter here
+        load_format=None if isinstance(keys.get("load_format"), int) else top.text("load_format"),
         orchestrator=top.text("orchestrator_type"),
         lora_cuda_graph=top.section("lora_config").switch("cuda_graph_specialize_lora") or False,
         adp_timeout_iters=balance.size("timeout_iters", minimum=ANY),

@@ -135,3 +135,11 @@ def test_a_folder_of_recipes_is_checked_in_one_process(tmp_path: Path) -> None:
     assert run_example("check_recipes.py", model, str(tmp_path), "8").returncode == ExitCode.DATA
     done = run_example("check_recipes.py", "/nowhere", str(tmp_path), "8")
     assert (done.returncode, done.stdout) == (ExitCode.NO_MODEL, "")
+
+
+def test_a_folder_without_recipes_is_no_success(tmp_path: Path) -> None:
+    model = str(ROOT / "tests" / "data" / "model_configs" / "Meta-Llama-3.1-8B.json")
+    for folder in (tmp_path, tmp_path / "mistyped"):
+        done = run_example("check_recipes.py", model, str(folder), "8")
+        assert (done.returncode, done.stdout) == (ExitCode.USAGE, "")
+        assert "no *.yaml below" in done.stderr

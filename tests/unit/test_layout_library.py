@@ -225,3 +225,8 @@ def test_a_pair_over_all_versions(model: Path, tmp_path: Path, capsys: pytest.Ca
 def test_plan_takes_one_version(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(model), "--gpus", "8", "--trtllm-version", "all"]) == 64
     assert "'all' is not a version" in capsys.readouterr().err
+
+
+def test_a_number_of_an_enumeration_is_read_as_the_engine_does(model: Path) -> None:
+    assert check(model, {**KEYS, "load_format": 1}, Worker(gpus_per_node=8)).ok
+    assert not check(model, {**KEYS, "load_format": 7}, Worker(gpus_per_node=8)).ok

@@ -47,7 +47,8 @@ Mistakes (64 to 66, 77, 78) are never retried by `launch`. In a batch script of 
     srun --mpi=pmix … python -m dynamo_mpi.worker … || code=$?
     if [ "${code:-0}" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 
-`dynamo-mpi check` ends with 0, 78 or 65 for what it judges, and 64 or 66 for what it can't read;
+`dynamo-mpi check` ends with 0, 78 or 65 for what it judges, 64 for flags, 65 for an engine
+config that can't be read, 66 for a model that can't;
 with `--trtllm-version all` with the worst of all versions.
 """
 
