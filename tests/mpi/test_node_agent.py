@@ -76,7 +76,10 @@ def variables(folder: Path, fault: str, **more: str) -> dict[str, str]:
 
 
 def failure_of(folder: Path, rank: int) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / f"worker-rank-{rank}.json").read_text())
+    file = folder / f"worker-rank-{rank}.json"
+    # the agent logs first, and the launcher may have ended before it has written the file
+    eventually(file.exists)
+    content: dict[str, Any] = json.loads(file.read_text())
     return content
 
 
