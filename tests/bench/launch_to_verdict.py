@@ -26,7 +26,7 @@ BASELINE = "from mpi4py import MPI\nMPI.COMM_WORLD.Barrier()\n"
 CONFIG = (
     '{"architectures": ["LlamaForCausalLM"], "num_attention_heads": 64, "num_key_value_heads": 64, "bos_token_id": 1}'
 )
-TRTLLM = ("--engine", "trtllm", "--allow-no-gpu")
+ENGINES = {"reference": ("--engine", "reference"), "trtllm": ("--engine", "trtllm", "--allow-no-gpu")}
 
 
 def main() -> int:
@@ -50,7 +50,7 @@ def main() -> int:
 
 def commands(folder: Path, ranks: int, engine: str) -> tuple[list[str], list[str]]:
     """Return the two command lines of a rank: ours and the baseline's."""
-    sizes = ["--tensor-parallel-size", str(ranks), *(TRTLLM if engine == "trtllm" else ())]
+    sizes = ["--tensor-parallel-size", str(ranks), *ENGINES[engine]]
     worker = [sys.executable, "-m", "dynamo_mpi.worker", "--model", str(folder), *sizes, "--preflight-only"]
     return worker, [sys.executable, str(folder / "baseline.py")]
 
