@@ -158,7 +158,7 @@ def _compressed_tensors(section: ConfigReader, kv_algo: str | None, excluded: tu
         )
     )
     algo, size = (form.algo, form.group_size) if len(formats) == 1 else (MIXED_PRECISION, None)
-    # other classes than Linear, e.g. a fused expert of a model's own, can't be told from names
+    # other classes than Linear, e.g. a fused expert of a model's own, can't be recognised by name
     certain = all("." in target or target.startswith("re:") or target == "Linear" for target, _ in found)
     return Quantisation(algo, size, kv_algo, excluded, certain, "quantization_config", modules, covers_head=True)
 

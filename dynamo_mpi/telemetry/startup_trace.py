@@ -134,7 +134,7 @@ def read_traces(path: Path, folder: OwnFolder | None = None) -> tuple[StartupTra
 
     Args:
         path: the file.
-        folder: the folder that it is in, if the file must be this user's; None for a file that the user names, whoever has written it.
+        folder: the folder that it is in, if the file must be this user's; None if the user names the file: any owner will do.
 
     Raises:
         UsageError: the file can't be read.

@@ -82,7 +82,7 @@ def format_runs(algo: str, sm: int) -> bool | None:
 
 
 def experts_formats(shape: ModelShape) -> tuple[str, ...] | None:
-    """E11: return the formats of routed experts, an empty text for those that aren't quantised; None if that can't be told."""
+    """E11: return the formats of routed experts, an empty text for those that aren't quantised; None if they are unknown."""
     if shape.layers is None:
         return None if shape.quantisation is not None else ("",)
     found = (layer.formats.feed for layer in shape.kinds[0] if layer.feed is Feed.EXPERTS)
