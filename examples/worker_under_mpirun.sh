@@ -42,5 +42,5 @@ if [[ ${1:-} == --dry-run ]]; then
     exit 0
 fi
 
-# The exit code is mpirun's: that of the ranks (docs/exit-codes.md). How to drain the worker first: docs/mpirun.md, "Ending".
+# The exit code is mpirun's: that of the ranks (docs/reference/exit-codes.md). How to drain the worker first: docs/guides/mpirun.md, "Ending".
 exec "${launcher[@]}" "${worker[@]}" "$@"

@@ -42,5 +42,5 @@ if [[ ${1:-} == --dry-run ]]; then
     exit 0
 fi
 
-# The exit code is srun's: the same for all ranks (docs/exit-codes.md). SIGTERM to the step drains the worker: scancel --signal=TERM JOB.STEP.
+# The exit code is srun's: the same for all ranks (docs/reference/exit-codes.md). SIGTERM to the step drains the worker: scancel --signal=TERM JOB.STEP.
 exec "${launcher[@]}" "${worker[@]}" "$@"

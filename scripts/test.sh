@@ -17,7 +17,7 @@ usage: scripts/test.sh [--slurm] [--full] [OPTIONS OF pytest]
   scripts/test.sh                  one real test of each mechanism and all pure ones, in three stages; without a real Slurm or several hosts
   scripts/test.sh --slurm          those on a real Slurm and on several hosts too: root on Debian, installs packages
   scripts/test.sh --full           every variant of each mechanism too
-  scripts/test.sh --stage fast     one stage: fast, parallel or alone (docs/testing.md)
+  scripts/test.sh --stage fast     one stage: fast, parallel or alone (docs/reference/testing.md)
   scripts/test.sh tests/unit -x    one run of pytest with these arguments
 
 Environment:

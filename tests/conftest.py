@@ -32,7 +32,7 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Offer the stages, and what only `.ci/full` runs."""
-    parser.addoption("--stage", choices=STAGES, help="only the tests of this stage (docs/testing.md)")
+    parser.addoption("--stage", choices=STAGES, help="only the tests of this stage (docs/reference/testing.md)")
     parser.addoption("--full", action="store_true", help="also the variants that the landing run leaves out")
     parser.addoption("--all-faults", action="store_true", help="--full, and all faults in all phases")
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from dynamo_mpi.checks.hardware import CheckContext, EvaluationInput
 
 _GB = 1e9
-# NVLink: a quarter of one direction of NVIDIA's figure for the GPU (product pages: A100 600 GB/s, H100, H200, H20 and GH200 900 GB/s, B200,
-# GB200, B300 and GB300 1800 GB/s, both directions together). docs/probe.md has measurements of two H200s. PCI Express: an eighth of what the
-# generation carries over 16 lanes one way (PCI-SIG: 16, 32, 64 GB/s for generations 3, 4, 5), since messages may go over the host's memory.
-# A lower bandwidth means that a link is down or missing; tuning doesn't explain it.
+# NVLink: a quarter of one direction of NVIDIA's figure for the GPU (product pages: A100 600 GB/s, H100, H200, H20 and GH200 900 GB/s,
+# B200, GB200, B300 and GB300 1800 GB/s, both directions together). docs/guides/probe.md has measurements of two H200s. PCI Express: an
+# eighth of what the generation carries over 16 lanes one way (PCI-SIG: 16, 32, 64 GB/s for generations 3, 4, 5), since messages may go
+# over the host's memory. A lower bandwidth means that a link is down or missing; tuning doesn't explain it.
 _NVLINK = {
     "a100": 300 * _GB,
     "a100-40": 300 * _GB,

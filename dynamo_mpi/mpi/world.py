@@ -148,7 +148,7 @@ def start_mpi() -> None:
         raise LaunchError(
             "MPI could not be started",
             expected="a launcher that goes with the MPI library",
-            fix="see the library's messages above; dynamo-mpi's README lists the tested combinations",
+            fix="see the library's messages above; docs/tested.md lists the tested combinations",
         )
     # mpi4py does this when it starts MPI itself
     for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):

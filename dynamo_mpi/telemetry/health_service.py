@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dynamo_mpi.telemetry.health_address import HealthEndpoint
     from dynamo_mpi.telemetry.health_server import HealthServer
 
-# how long the agent's thread waits at most for each busy thread that answers a request; docs/architecture.md has measurements
+# how long the agent's thread waits at most for each busy thread that answers a request; docs/concepts/architecture.md has measurements
 _SWITCH_SECONDS = 0.0005
 # of requests: the agent has as many for its ranks as before
 _MAX_FILES = 520

@@ -217,7 +217,7 @@ KINDS = {
 
 
 def kind_of(pid: int) -> str:
-    """Return what a process of the deployment is, as docs/security.md names it."""
+    """Return what a process of the deployment is, as docs/concepts/security.md names it."""
     if Path(f"/proc/{pid}/comm").read_text().strip() in ("mpirun", "prterun", "orterun"):
         return "mpirun"
     command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
@@ -225,14 +225,14 @@ def kind_of(pid: int) -> str:
 
 
 def place_of(address: str) -> str:
-    """Return where a process listens, as docs/security.md names it."""
+    """Return where a process listens, as docs/concepts/security.md names it."""
     return {"0.0.0.0": "all addresses", "127.0.0.1": "loopback"}.get(address, "the job's address")  # noqa: S104 - nothing is bound
 
 
 def test_the_table_of_listeners_is_what_listens(deployment: Deployment) -> None:
     pids = {*deployment.head.survivors(), *session_members(deployment.worker.process.pid), *deployment.worker.ranks()}
     seen = {(kind_of(pid), place_of(address)) for pid in pids for address, _ in listening([pid])}
-    page = (ROOT / "docs/security.md").read_text().partition("## What listens")[2].partition("\n## ")[0]
+    page = (ROOT / "docs/concepts/security.md").read_text().partition("## What listens")[2].partition("\n## ")[0]
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's walk-through of the four-node deployment, typed as it stands, up to where it needs GPUs."""
+"""The walk-throughs of the four-node deployment, typed as it stands, up to where it needs GPUs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ import os
 import subprocess
 import sys
 
-from tests.readme import commands_after
+import pytest
+
+from tests.pages import commands
 
 from .dry_runs import JOB, ROOT, STANDINS
 
+BLOCKS = {
+    "README.md": "four-nodes",
+    "docs/getting-started/four-nodes.md": "llama4",
+    "docs/guides/slurm-pyxis.md": "llama4",
+}
 
-def test_the_llama_deployment_is_what_it_says() -> None:
-    salloc, *commands = commands_after("Etcd, NATS and Dynamo's frontend on the head node")
+
+@pytest.mark.parametrize("page", BLOCKS)
+def test_the_llama_deployment_is_what_it_says(page: str) -> None:
+    salloc, *typed = commands(page, BLOCKS[page])
     assert salloc == "salloc --nodes=4 --exclusive --gpus-per-node=4"
-    *setting, dry_run, real = commands
+    *setting, dry_run, real = typed
     assert real == "scripts/srun_disaggregated.sh"
     environment = {**JOB, "PATH": f"{STANDINS}:{os.environ['PATH']}", "PYTHON": sys.executable}
     script = "\n".join(["set -eu", *setting, dry_run])

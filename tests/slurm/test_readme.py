@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's walk-through without GPUs, typed as it stands on a real Slurm, and its answer."""
+"""The walk-through of four nodes without GPUs, typed as it stands on a real Slurm, and its answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.readme import commands_after
+from tests.pages import commands
 
 from .deployment import Deployment
 from .session import SlurmSession
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.slurm
 
 
 @pytest.mark.full
-def test_the_deployment_of_the_readme(slurm: SlurmSession, tmp_path: Path) -> None:
-    export, salloc, *commands = commands_after("The same on any Slurm of four nodes")
+def test_the_deployment_of_the_first_pages(slurm: SlurmSession, tmp_path: Path) -> None:
+    export, salloc, *typed = commands("docs/getting-started/four-nodes.md", "reference")
     assert salloc == "salloc --nodes=4 --exclusive"
     # the reader stands in a checkout; this one stays as it is
     checkout = tmp_path / "checkout"
@@ -35,7 +35,7 @@ def test_the_deployment_of_the_readme(slurm: SlurmSession, tmp_path: Path) -> No
     subprocess.run(shlex.split(export), cwd=checkout, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
 
     environment = {**slurm.debian_openmpi_env, "OMPI_MCA_mpi_yield_when_idle": "1", "OMP_NUM_THREADS": "1"}
-    script = ["bash", "-c", "\n".join([f"cd {shlex.quote(str(checkout))}", *commands[:-1], f"exec {commands[-1]}"])]
+    script = ["bash", "-c", "\n".join([f"cd {shlex.quote(str(checkout))}", *typed[:-1], f"exec {typed[-1]}"])]
     deployment = Deployment(slurm, tmp_path, script, environment)
     try:
         deployment.says("ready: smollm2. Try:")

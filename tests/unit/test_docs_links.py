@@ -10,21 +10,23 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "findings" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("*/README.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_FENCE_OR_CODE = re.compile(r"^(?: {4}|```).*$|`[^`\n]*`", re.MULTILINE)
+_FENCE = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"^ {4}.*$|`[^`\n]*`", re.MULTILINE)
 
 
 def anchors(text: str) -> set[str]:
     """Return the names by which GitHub's pages link to headings."""
-    found = re.findall(r"^#+ (.+)$", re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE), re.MULTILINE)
+    text = re.sub(r"^ {4}.*$", "", _FENCE.sub("", text), flags=re.MULTILINE)
+    found = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {"".join(c for c in title.strip().lower() if c.isalnum() or c in " -_").replace(" ", "-") for title in found}
 
 
 def broken(page: Path, text: str) -> list[str]:
     """Return the relative links of a page that lead nowhere."""
     bad = []
-    for link in _LINK.findall(_FENCE_OR_CODE.sub("", text.replace("[`", "[").replace("`](", "]("))):
+    for link in _LINK.findall(_CODE.sub("", _FENCE.sub("", text).replace("[`", "[").replace("`](", "]("))):
         if re.match(r"[a-z]+:", link):
             continue
         path, _, anchor = link.partition("#")
@@ -41,5 +43,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_a_link_to_nowhere_is_found() -> None:
     page = ROOT / "README.md"
-    text = "[a](docs/rules.md#rules) [b](docs/none.md) [c](docs/rules.md#none) [d](https://x.org/) `[e](none)`\n"
-    assert broken(page, text) == ["docs/none.md", "docs/rules.md#none"]
+    text = "[a](docs/reference/rules.md#rules) [b](docs/none.md) [c](docs/reference/rules.md#none) [d](https://x.org/) `[e](none)`\n"
+    assert broken(page, text) == ["docs/none.md", "docs/reference/rules.md#none"]

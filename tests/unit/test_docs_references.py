@@ -18,6 +18,9 @@ from tests.unit.test_docs_links import PAGES
 _TOP = "dynamo_mpi|tests|tools|scripts|examples|findings"
 # `runtime/main.py:exit_process` or `tests/conftest.py`; pages leave dynamo_mpi/ out
 _FILE = re.compile(rf"(?<![\w./-])((?:{_TOP}|{'|'.join(ORDER)})/[\w./-]+\.(?:py|sh))(?::([A-Za-z_][\w.]*\w))?")
+# docs/source/ is TensorRT-LLM's
+_PAGE = re.compile(r"(?<![\w./-])docs/(?!source/)[\w/-]+\.md")
+LINKS_TEST = ROOT / "tests" / "unit" / "test_docs_links.py"
 _MODULE = re.compile(r"(?<![\w.-])dynamo_mpi(?:\.\w+)+")
 # subjects of NATS
 _NOT_MODULES = ("dynamo_mpi.v1",)
@@ -93,7 +96,20 @@ def test_a_missing_module_is_found() -> None:
     assert missing(f"python -m {text}.") == ["dynamo_mpi.none"]
 
 
+def test_pages_that_sources_name_exist() -> None:
+    """Comments, messages and scripts name pages by their path from the top."""
+    folders = ("dynamo_mpi", "tests", "tools", "scripts", "examples", ".ci")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in ("", ".py", ".sh")]
+    named = {}
+    for path in sources:
+        if path.is_file() and path != Path(__file__):
+            for page in _PAGE.findall(path.read_text(encoding="utf-8")):
+                named[page] = path
+    assert len(named) > 10
+    assert {page: path for page, path in named.items() if not (ROOT / page).is_file()} == {"docs/none.md": LINKS_TEST}
+
+
 def test_architecture_lists_packages_and_phases_in_order() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "concepts" / "architecture.md").read_text(encoding="utf-8")
     assert tuple(reversed(re.findall(r"^    (\w+)/ ", page, re.MULTILINE))) == ORDER
     assert tuple(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == PHASES

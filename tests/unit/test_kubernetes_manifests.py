@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/kubernetes/*.yaml: what a cluster would take, as far as schemas say it, and what our own programs take."""
+"""docs/guides/kubernetes/*.yaml: what a cluster would take, as far as schemas say it, and what our own programs take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dynamo_mpi.config.worker import load_settings
 from dynamo_mpi.deploy.kubernetes.settings import load_join, load_lead
 from tests.conftest import ROOT
 
-MANIFESTS = ROOT / "docs" / "kubernetes"
+MANIFESTS = ROOT / "docs" / "guides" / "kubernetes"
 SCHEMAS = ROOT / "tests" / "data" / "kubernetes"
 KINDS = {"mpijob": "mpijob-v2beta1.json", "leaderworkerset": "leaderworkerset-v1.json"}
 KUBERNETES = "1.33"

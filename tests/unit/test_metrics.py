@@ -167,5 +167,5 @@ def test_a_file_system_that_hangs_keeps_nobody(tmp_path: Path) -> None:
 def test_the_page_names_every_metric_and_no_other() -> None:
     numbers = WorldNumbers((RankTimings(0, "n0", 0.0, ()),), PhaseProgress("serve", 1, 1, None, None, 0.0))
     metrics = (*metrics_of_world(numbers), *world_metrics(STATE, ready=True))
-    page = (ROOT / "docs" / "observing.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guides" / "observing.md").read_text(encoding="utf-8")
     assert set(re.findall(r"`(dynamo_mpi_[a-z_]+)[`{]", page)) == {metric.name for metric in metrics}

@@ -24,7 +24,7 @@ def test_the_page_is_fresh(name: str) -> None:
 
 
 def test_every_verb_and_program_has_its_section() -> None:
-    text = PAGES["command-line.md"]()
+    text = PAGES["reference/command-line.md"]()
     for command in (
         *(f"dynamo-mpi {verb}" for verb in VERBS),
         *("python -m dynamo_mpi.worker", "python -m dynamo_mpi.head_node"),
@@ -36,7 +36,7 @@ def test_every_verb_and_program_has_its_section() -> None:
 
 
 def test_a_setting_has_its_flags_variables_key_default_and_meaning() -> None:
-    rows = PAGES["settings.md"]().splitlines()
+    rows = PAGES["reference/settings.md"]().splitlines()
     (row,) = [row for row in rows if row.startswith("| `--kv-pull-timeout`")]
     cells = [cell.strip() for cell in row.strip("|").split(" | ")]
     assert cells[:4] == ["`--kv-pull-timeout`", "`DYN_MPI_KV_PULL_TIMEOUT`", "`kv_pull_timeout`", "10"]
@@ -45,7 +45,7 @@ def test_a_setting_has_its_flags_variables_key_default_and_meaning() -> None:
 
 def test_every_variable_of_ours_in_the_source_stands_in_a_page() -> None:
     # a verb's own options stand with the verb
-    said = set(re.findall(r"\bDYN_MPI_\w+", PAGES["settings.md"]() + PAGES["command-line.md"]()))
+    said = set(re.findall(r"\bDYN_MPI_\w+", PAGES["reference/settings.md"]() + PAGES["reference/command-line.md"]()))
     patterns = [name for variable in VARIABLES for name in variable.names if name.endswith("*") and name != "DYN_*"]
     sources = [*(ROOT / "dynamo_mpi").rglob("*.py"), *(ROOT / "scripts").glob("*.sh"), *(ROOT / "tests").glob("*.py")]
     used = set()
@@ -62,7 +62,7 @@ def test_every_exit_code_says_what_to_do() -> None:
 
 
 def test_every_member_of_a_record_has_its_meaning() -> None:
-    rows = [row for row in PAGES["record.md"]().splitlines() if row.startswith("| `")]
+    rows = [row for row in PAGES["reference/record.md"]().splitlines() if row.startswith("| `")]
     assert len(rows) > 30
     assert [row for row in rows if row.endswith("| - |")] == []
 
@@ -72,7 +72,7 @@ def test_what_would_end_a_cell_does_not() -> None:
 
 
 def test_the_rules_that_a_user_looks_up_stand_there() -> None:
-    rows = [line.split("|")[1].strip() for line in PAGES["rules.md"]().splitlines() if line.startswith("| ")]
+    rows = [line.split("|")[1].strip() for line in PAGES["reference/rules.md"]().splitlines() if line.startswith("| ")]
     ids = {name for row in rows for name in row.replace("-", ", ").split(", ")}
     assert {"A1", "A2", "B1", "B3", "D1", "D5", "E1", "E4", "F3", "F9", "G", "H", "H14", "I1", "I6", "J", "R1"} <= ids
     assert {

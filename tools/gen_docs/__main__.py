@@ -9,11 +9,11 @@ from pathlib import Path
 from tools.gen_docs import command_line, exit_codes, record, rules, settings
 
 PAGES = {
-    "command-line.md": command_line.render,
-    "exit-codes.md": exit_codes.render,
-    "record.md": record.render,
-    "rules.md": rules.render,
-    "settings.md": settings.render,
+    "reference/command-line.md": command_line.render,
+    "reference/exit-codes.md": exit_codes.render,
+    "reference/record.md": record.render,
+    "reference/rules.md": rules.render,
+    "reference/settings.md": settings.render,
 }
 """How each page is made, by its name in ``docs``."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``docs/command-line.md``: every command with its flags, from the parsers themselves."""
+"""``docs/reference/command-line.md``: every command with its flags, from the parsers themselves."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Environment variables that are no options: what we read, set or hand on, for ``docs/settings.md``."""
+"""Environment variables that are no options: what we read, set or hand on, for ``docs/reference/settings.md``."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ VARIABLES = (
     Variable(
         ("DYN_MPI_KV_CHECK_TRANSPORT", "DYN_MPI_KV_CHECK_SECONDS", "DYN_MPI_KV_MIN_RATE"),
         "user → KV check",
-        "the transport (`auto`, `nixl`, `tcp`), the time limit, and the rate in GB/s that each pair must reach; see [probe.md](probe.md)",
+        "the transport (`auto`, `nixl`, `tcp`), the time limit, the rate in GB/s that each pair must reach; see [probes](../guides/probe.md)",
     ),
     Variable(("DYN_MPI_SETTINGS",), "user → worker", "the settings file, where `--settings` doesn't name it"),
     Variable(
         ("DYN_MPI_FAULT", "DYN_MPI_ALLOW_FAULTS"),
         "user → worker",
-        "a fault on purpose in one rank, `rank3:load:kill`; refused unless the other is 1; see [faults.md](faults.md)",
+        "a fault on purpose in one rank, `rank3:load:kill`; refused unless the other is 1; see [faults.md](../concepts/faults.md)",
     ),
     Variable(
         ("DYN_MPI_LAUNCH",),

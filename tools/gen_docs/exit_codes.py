@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``docs/exit-codes.md``: what a process ends with, from `ExitCode` and the errors that give it."""
+"""``docs/reference/exit-codes.md``: what a process ends with, from `ExitCode` and the errors that give it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ _HEAD = f"""# Exit codes
 
 {WRITTEN}
 All ranks leave with the code of the first cause, and `launch`, `pods` and the scripts with that of the
-worker that ended them. Where the launcher kills the ranks itself its own code comes instead: [faults.md](faults.md) has which, by fault.
+worker that ended them. Where the launcher kills the ranks itself its own code comes instead: [faults](../concepts/faults.md) has which,
+by fault. What to do, by code and by message: [troubleshooting](../troubleshooting.md).
 
 """
 _TAIL = """

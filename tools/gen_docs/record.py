@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``docs/record.md``: what a worker says of itself in etcd and over NATS, from the classes that write it."""
+"""``docs/reference/record.md``: what a worker says of itself in etcd and over NATS, from the classes that write it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``docs/rules.md``: every rule, from the docstrings of the functions that check them."""
+"""``docs/reference/rules.md``: every rule, from the docstrings of the functions that check them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``docs/settings.md``: every setting with its flags, variables, key and default, from the options themselves."""
+"""``docs/reference/settings.md``: every setting with its flags, variables, key and default, from the options themselves."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 
 ``dynamo.trtllm`` sends tasks over TensorRT-LLM's proxy channel; rank 0 runs each of them on all ranks and returns the results. This replaces
 TensorRT-LLM's ``mgmn_leader_node`` and ``mgmn_worker_node``, with the same classes for the channel and the executor, but reports at once if
-a task fails on any rank, which rank 0 never learns there (K12). docs/trtllm-session.md lists what this relies on.
+a task fails on any rank, which rank 0 never learns there (K12). docs/concepts/trtllm-session.md lists what this relies on.
 """
 
 from __future__ import annotations
