@@ -9,7 +9,7 @@
 #SBATCH --signal=B:USR2@300
 #
 # srun_disaggregated.sh as a batch job. Run it to submit itself, with nodes, GPUs, PARTITION and ACCOUNT from the environment; or
-# `sbatch --nodes=8 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue, some times.
+# `sbatch --nodes=4 … scripts/sbatch_disaggregated.sh` from the checkout. A job that ends with 75 (temporary) goes back into the queue, some times.
 
 set -euo pipefail
 
@@ -49,7 +49,7 @@ submit() {
             exit 64
         fi
     done
-    nodes=$((${NUM_PREFILL_NODES:-4} * ${NUM_PREFILL_WORKERS:-1} + ${NUM_DECODE_NODES:-4} * ${NUM_DECODE_WORKERS:-1}))
+    nodes=$((${NUM_PREFILL_NODES:-2} * ${NUM_PREFILL_WORKERS:-1} + ${NUM_DECODE_NODES:-2} * ${NUM_DECODE_WORKERS:-1}))
     command=(
         sbatch --nodes="$nodes" --gpus-per-node="${NUM_GPUS_PER_NODE:-4}"
         ${PARTITION:+--partition="$PARTITION"} ${ACCOUNT:+--account="$ACCOUNT"}

@@ -10,20 +10,24 @@ usage() {
     cat <<'END'
 usage: srun_aggregated.sh [--dry-run] [FLAGS OF dynamo-mpi launch] [-- FLAGS OF EVERY WORKER]
 
-  salloc --nodes=4 --exclusive --gpus-per-node=4
-  IMAGE=/images/dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_aggregated.sh --dry-run    what would run
-  IMAGE=/images/dynamo.sqsh MODEL_PATH=/models/M MOUNTS=/models:/models scripts/srun_aggregated.sh
+  salloc --nodes=2 --exclusive --gpus-per-node=4
+  export IMAGE=/images/dynamo.sqsh MOUNTS=$PWD:/mnt,/models:/models MODEL_PATH=/models/Llama-4-Maverick-17B-128E-Instruct
+  scripts/srun_aggregated.sh --dry-run                      the exact srun lines, and nothing is run
+  scripts/srun_aggregated.sh
+
+  scripts/srun_aggregated.sh --dry-run --nodes 'n[1-2]'    the same on a machine without Slurm
 
 Environment (defaults in parentheses):
   IMAGE                   container image for Pyxis; without one everything runs on bare metal
   MOUNTS                  HOST:CONTAINER[,…] (this checkout:/mnt)
-  MODEL_PATH              model folder or hub id, as the ranks see it
-  SERVED_MODEL_NAME       name that clients ask for (the model's)
+  MODEL_PATH              model folder or hub id, as the ranks see it (meta-llama/Llama-4-Maverick-17B-128E-Instruct, with the engine
+                          config below)
+  SERVED_MODEL_NAME       name that clients ask for (MODEL_PATH's last part, or the hub id)
   NUM_GPUS_PER_NODE       (4)
-  NUM_NODES               of one worker (4)
+  NUM_NODES               of one worker (2)
   NUM_WORKERS             (1)
-  ENGINE_CONFIG           (engine_configs/deepseek_r1/agg_wide_ep16.yaml)
-  MODALITY                for dynamo.trtllm: text, multimodal (text)
+  ENGINE_CONFIG           (engine_configs/multimodal/llama4/agg.yaml)
+  MODALITY                for dynamo.trtllm: text, multimodal (multimodal for a Llama-4 in MODEL_PATH, else text)
   DYN_MM_ALLOW_INTERNAL   1: dynamo.trtllm may fetch images from http:// and from private addresses
   SRUN_ARGS               further words for srun of each worker
   DYN_MPI_RUN_DIR         logs, and the services' keys (./dynamo_mpi-JOB)
@@ -51,10 +55,14 @@ else
     configs=$root/engine_configs
 fi
 
+# the example's model, unless the engine configs are another model's
+# shellcheck source=scripts/example_model.sh
+source "$root/scripts/example_model.sh"
+
 export NUM_GPUS_PER_NODE=${NUM_GPUS_PER_NODE:-4}
-export NUM_NODES=${NUM_NODES:-4}
+export NUM_NODES=${NUM_NODES:-2}
 export NUM_WORKERS=${NUM_WORKERS:-1}
-export ENGINE_CONFIG=${ENGINE_CONFIG:-$configs/deepseek_r1/agg_wide_ep16.yaml}
+export ENGINE_CONFIG=${ENGINE_CONFIG:-$configs/multimodal/llama4/agg.yaml}
 
 # One srun for each of: dynamo-mpi check, start_frontend_services.sh, and start_worker.sh of each worker.
 exec "$root/scripts/dynamo-mpi.sh" launch --role agg "$@"

@@ -33,7 +33,7 @@ from dynamo_mpi.deploy.launchers import (
     mount,
     token_of,
 )
-from dynamo_mpi.deploy.nodes import STAND_IN_JOB, Nodes, allocated, assign, nodes_wanted, of_hostfile, stand_in
+from dynamo_mpi.deploy.nodes import STAND_IN_JOB, Nodes, allocated, assign, nodes_wanted, of_dry_run, of_hostfile
 from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings
@@ -55,7 +55,7 @@ _FOLLOW_SECONDS = 0.5
 # our own lines in every rank's output; the load of a large model prints thousands of others
 _OURS = ("dynamo_mpi: rank ", '"target":"dynamo_mpi"')
 # variables that the user sets for the programs, and, without an image, for Python and the linker
-_FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "MODALITY", "NCCL_", "TLLM_", "TRACEPARENT", "TRACESTATE", "TRTLLM_", "UCX_")
+_FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "NCCL_", "TLLM_", "TRACEPARENT", "TRACESTATE", "TRTLLM_", "UCX_")
 _BARE_METAL = (
     "CUDA_VISIBLE_DEVICES",
     "LD_LIBRARY_PATH",
@@ -94,10 +94,11 @@ def _refused_at(arguments: argparse.Namespace) -> Path | None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    settings = read_settings(vars(arguments), arguments.further_words, os.environ)
+    count, named = _split_nodes(arguments.agg_nodes)
+    settings = read_settings({**vars(arguments), "agg_nodes": count}, arguments.further_words, os.environ)
     if settings.image is not None and (problem := image_warning(settings.image)):
         _say(f"dynamo-mpi launch: warning: {problem}")
-    nodes = _nodes(settings, arguments.dry_run)
+    nodes = _nodes(settings, arguments.dry_run, named)
     workers = assign(settings, nodes)
     path = Path(os.path.abspath(settings.run_dir or _default_run_dir(nodes)))
     source = find_source(settings.image, settings.python)
@@ -156,12 +157,18 @@ def _environment(settings: LaunchSettings) -> Iterator[Mapping[str, str]]:
         yield {**folder_environment(folder), **os.environ}
 
 
-def _nodes(settings: LaunchSettings, dry_run: bool) -> Nodes:
-    if dry_run and settings.launcher == "slurm" and not os.environ.get("SLURM_JOB_ID"):
-        return stand_in(nodes_wanted(settings))
+def _split_nodes(given: str | None) -> tuple[str | None, str | None]:
+    """Return what ``--nodes`` says: how many nodes a worker has, and which nodes there are."""
+    return (None, given) if given and not given.strip().isdecimal() else (given, None)
+
+
+def _nodes(settings: LaunchSettings, dry_run: bool, named: str | None) -> Nodes:
     if settings.hostfile is not None and settings.launcher == "mpirun":
         return of_hostfile(settings.hostfile, os.uname().nodename)
-    return allocated(os.environ, nodes_wanted(settings), settings.gpus_per_node)
+    environ = os.environ if named is None else {**os.environ, "SLURM_JOB_NODELIST": named}
+    if dry_run:
+        return of_dry_run(environ, nodes_wanted(settings), "SLURM_JOB_NODELIST" if named is None else "--nodes")
+    return allocated(environ, nodes_wanted(settings), settings.gpus_per_node)
 
 
 def _default_run_dir(nodes: Nodes) -> Path:
@@ -191,7 +198,9 @@ def _show(
     settings: LaunchSettings, builder: CommandBuilder, workers: tuple[Worker, ...], nodes: Nodes, path: Path
 ) -> None:
     if nodes.job_id == STAND_IN_JOB:
-        print(f"# not in an allocation: {nodes.head} … and {STAND_IN_JOB} stand for its nodes and its id\n")
+        print(
+            f"# not in an allocation: {', '.join(nodes.names[:2])} … and {STAND_IN_JOB} stand for its nodes and its id\n"
+        )
     commands = [] if settings.skip_check else [("the layouts, before anything starts", builder.check())]
     if needs_kv_check(settings, workers):
         commands.append(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dynamo_mpi.common.config_reader import read_small_text
 from dynamo_mpi.common.errors import ConfigFileError, UsageError
+from dynamo_mpi.deploy.hostlist import expand
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,14 +88,28 @@ def allocated(environ: Mapping[str, str], wanted: int, gpus_per_node: int) -> No
             expected="the nodes of the allocation",
             fix="run this in the shell or the batch script of the allocation, with its variables",
         )
+    return Nodes(names, _head(environ, names), job_id)
+
+
+def of_dry_run(environ: Mapping[str, str], wanted: int, origin: str) -> Nodes:
+    """Return the nodes for a dry run, without Slurm's commands: those that ``SLURM_JOB_NODELIST`` has, or made-up ones.
+
+    Args:
+        environ: the environment, of an allocation or of any shell.
+        wanted: number of nodes that the deployment needs.
+        origin: where the list comes from, for the error.
+
+    Raises:
+        UsageError: ``SLURM_JOB_NODELIST`` is no list of hosts.
+    """
+    written, job_id = environ.get("SLURM_JOB_NODELIST", ""), environ.get("SLURM_JOB_ID", "") or STAND_IN_JOB
+    names = expand(written, origin) if written else tuple(f"node{number}" for number in range(1, wanted + 1))
+    return Nodes(names, _head(environ, names), job_id)
+
+
+def _head(environ: Mapping[str, str], names: tuple[str, ...]) -> str:
     here = environ.get("SLURMD_NODENAME", "")
-    return Nodes(names, here if here in names else names[0], job_id)
-
-
-def stand_in(count: int) -> Nodes:
-    """Return nodes for a dry run outside an allocation."""
-    names = tuple(f"node{number}" for number in range(1, count + 1))
-    return Nodes(names, names[0], STAND_IN_JOB)
+    return here if here in names else names[0]
 
 
 def of_hostfile(path: Path, here: str) -> Nodes:
@@ -164,6 +179,7 @@ def assign(settings: LaunchSettings, nodes: Nodes) -> tuple[Worker, ...]:
             for _, count, workers in [settings.of(role)]
         )
         where = f"job {nodes.job_id}" if nodes.job_id else f"the hostfile {settings.hostfile}"
+        where = "the list of nodes" if nodes.job_id == STAND_IN_JOB else where
         raise UsageError(
             f"{listed}: that takes {wanted} nodes, and {where} has {len(nodes.names)} ({', '.join(nodes.names)})",
             expected=f"at least {wanted} nodes",

@@ -46,7 +46,13 @@ def _of_role(role: str) -> tuple[Option, ...]:
             f"engine config of a worker of role {role}, as its ranks see the path",
         ),
         Option(
-            f"{role}_nodes", (f"--{flag}nodes",), (f"NUM_{variable}NODES",), 1, to_count, f"nodes of one {role} worker"
+            f"{role}_nodes",
+            (f"--{flag}nodes",),
+            (f"NUM_{variable}NODES",),
+            1,
+            to_count,
+            f"nodes of one {role} worker"
+            + ("; or which nodes of the allocation to take, as Slurm writes them: n[1-4]" if role == "agg" else ""),
         ),
         Option(
             f"{role}_workers",
@@ -96,6 +102,14 @@ OPTIONS: tuple[Option, ...] = (
         None,
         to_text,
         "name that clients ask for; the folder's name or the hub id by default",
+    ),
+    Option(
+        "modality",
+        ("--modality",),
+        ("MODALITY", "DYN_TRTLLM_MODALITY"),
+        None,
+        to_text,
+        "what dynamo.trtllm takes: text, multimodal",
     ),
     *(option for role in ROLES for option in _of_role(role)),
     Option(
@@ -189,6 +203,7 @@ class LaunchSettings:
     mounts: str | None
     model: str
     served_model_name: str | None
+    modality: str | None
     agg_engine_config: str | None
     agg_nodes: int
     agg_workers: int

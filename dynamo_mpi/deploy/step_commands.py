@@ -106,7 +106,11 @@ def find_source(image: str | None, python: str | None) -> CodeLocation:
 
 def worker_environment(settings: LaunchSettings) -> dict[str, str]:
     """Return the settings that all workers of a deployment share, as variables: a model's path is the same on all nodes."""
-    shared = {"MODEL_PATH": settings.model, "SERVED_MODEL_NAME": settings.served_model_name}
+    shared = {
+        "MODEL_PATH": settings.model,
+        "SERVED_MODEL_NAME": settings.served_model_name,
+        "MODALITY": settings.modality,
+    }
     return {name: value for name, value in shared.items() if value is not None}
 
 

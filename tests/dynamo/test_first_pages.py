@@ -48,7 +48,12 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_all_that_is_typed_is_known() -> None:
-    typed = {line.partition("   #")[0].rstrip() for page, names in BLOCKS.items() for n in names for line in commands(page, n)}
+    typed = {
+        line.partition("   #")[0].rstrip()
+        for page, names in BLOCKS.items()
+        for n in names
+        for line in commands(page, n)
+    }
     assert typed == set(LINES)
 
 

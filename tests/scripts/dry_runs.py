@@ -16,8 +16,8 @@ STANDINS = HERE / "standins"
 LLAMA = {
     "MODEL_PATH": "meta-llama/Llama-4-Maverick-17B-128E-Instruct",
     "SERVED_MODEL_NAME": "meta-llama/Llama-4-Maverick-17B-128E-Instruct",
-    "PREFILL_ENGINE_CONFIG": "/mnt/engine_configs/llama4/maverick_prefill_tp8_2x4.yaml",
-    "DECODE_ENGINE_CONFIG": "/mnt/engine_configs/llama4/maverick_decode_tp8_2x4.yaml",
+    "PREFILL_ENGINE_CONFIG": "/mnt/engine_configs/multimodal/llama4/prefill.yaml",
+    "DECODE_ENGINE_CONFIG": "/mnt/engine_configs/multimodal/llama4/decode.yaml",
     "NUM_PREFILL_NODES": "2",
     "NUM_DECODE_NODES": "2",
 }

@@ -54,10 +54,10 @@ def test_a_launcher_needs_nothing_but_python() -> None:
 @pytest.mark.parametrize(
     ("words", "environment", "needle"),
     [
-        ((), {"NUM_PREFILL_NODES": "3"}, "takes 7 nodes, and job 1234 has 4 (n1, n2, n3, n4)"),
+        ((), {"NUM_PREFILL_NODES": "3"}, "takes 5 nodes, and job 1234 has 4 (n1, n2, n3, n4)"),
         ((), {"NUM_DECODE_NODES": "none"}, "environment NUM_DECODE_NODES is 'none'"),
         ((), {"MODEL_PATH": ""}, "no model was given"),
-        ((), {"SLURM_JOB_ID": ""}, "salloc --nodes=8 --exclusive --gpus-per-node=4 --partition=big"),
+        ((), {"SLURM_JOB_ID": ""}, "salloc --nodes=4 --exclusive --gpus-per-node=4 --partition=big"),
         (("--prefill-nodes", "2"), {"SLURM_JOB_NODELIST": "x[1-4]"}, "the nodes of job 1234 are unknown"),
         (("--hostfile", "/nowhere"), {}, "the hostfile /nowhere can't be read"),
         (("--launcher", "mpirun"), {}, "mpirun needs to know the hosts"),
@@ -65,6 +65,9 @@ def test_a_launcher_needs_nothing_but_python() -> None:
         ((), {"SRUN_ARGS": "'open"}, "words as a shell reads them"),
         (("--run-dir", "/a,b", "--prefill-nodes=2", "--decode-nodes=2"), {"IMAGE": "y"}, "Pyxis reads commas"),
         (("--nonsense",), {}, "unrecognized arguments: --nonsense"),
+        (("--dry-run", "--nodes", "n[1-4"), {}, "--nodes is 'n[1-4': '[1-4' is no further host"),
+        (("--dry-run", "--nodes", "n[1-3]"), {}, "takes 4 nodes, and job 1234 has 3 (n1, n2, n3)"),
+        (("--dry-run",), {"SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is 'n[1-': '[1-' is no further host"),
     ],
 )
 def test_a_mistake_is_told_before_anything_runs(

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +40,27 @@ def test_the_llama_deployment_is_what_it_says(page: str) -> None:
     assert "--nodelist=n1,n2 " in steps["prefill-0"]
     assert "--nodelist=n3,n4 " in steps["decode-0"]
     for role in ("prefill", "decode"):
-        config = f"/mnt/engine_configs/llama4/maverick_{role}_tp8_2x4.yaml"
+        config = f"/mnt/engine_configs/multimodal/llama4/{role}.yaml"
         assert f"/dynamo_mpi/scripts/start_worker.sh --role {role} --engine-config {config}" in steps[f"{role}-0"]
         assert (ROOT / config.removeprefix("/mnt/")).is_file()
         assert ",MODALITY" in steps[f"{role}-0"]
+    assert "MODALITY=multimodal" in steps["prefill-0"]
+
+
+LAPTOP = {"README.md": "dry-run", "docs/getting-started/four-nodes.md": "dry-run"}
+
+
+@pytest.mark.parametrize("page", LAPTOP)
+def test_a_dry_run_needs_no_slurm(page: str, tmp_path: Path) -> None:
+    for program in ("bash", "env", "dirname"):
+        found = shutil.which(program)
+        assert found is not None
+        (tmp_path / program).symlink_to(found)
+    (tmp_path / "python3").symlink_to(sys.executable)
+    (line,) = commands(page, LAPTOP[page])
+    words = ["bash", "-c", line]
+    done = subprocess.run(words, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("# not in an allocation: n1, n2 … and JOB stand for its nodes and its id\n")
+    assert re.findall(r"--nodelist=(\S+)", done.stdout) == ["n1", "n1,n2,n3,n4", "n1", "n1,n2", "n3,n4"]
+    assert "meta-llama/Llama-4-Maverick-17B-128E-Instruct" in done.stdout

@@ -72,7 +72,7 @@ def test_a_checkout_and_a_run_folder_may_be_called_anything(value: str, tmp_path
     shutil.copytree(ROOT / "dynamo_mpi", checkout / "dynamo_mpi", ignore=shutil.ignore_patterns("__pycache__"))
     (step,) = launch(checkout, folder, ["--run-dir", f"run {value}"], {"MODEL_PATH": "/m"})
     assert f"{checkout}/scripts/dynamo-mpi.sh" in step["words"]
-    assert f"{checkout}/engine_configs/deepseek_r1/prefill_wide_ep16.yaml" in step["words"]
+    assert f"{checkout}/engine_configs/multimodal/llama4/prefill.yaml" in step["words"]
     run_dir = folder / f"run {value}"
     assert (run_dir.stat().st_mode & 0o777, sorted(path.name for path in run_dir.iterdir())) == (
         0o700,

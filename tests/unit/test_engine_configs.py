@@ -13,6 +13,7 @@ import pytest
 
 from dynamo_mpi.cli.main import main
 from tests.unit.model_zoo import ZOO
+from tools.gen_docs.engine_configs import HEADER
 
 FOLDER = Path(__file__).resolve().parents[2] / "engine_configs"
 FILES = sorted(FOLDER.rglob("*.yaml"))
@@ -25,11 +26,6 @@ MODELS = {
     "Qwen/Qwen3-235B-A22B-FP8": "Qwen3-235B-A22B-FP8",
     "SmolLM2-135M-Instruct": "SmolLM2-135M",
 }
-HEADER = re.compile(
-    r"# model:        (?P<model>\S+)( \(.*\))?\n"
-    r"# role:         (?P<role>agg|prefill|decode)\n"
-    r"# nodes x GPUs: (?P<nodes>\d+) x (?P<gpus>\d+)( \((?P<gpu>\w+)\)|, ranks without GPUs)"
-)
 
 
 def name_of(file: Path) -> str:
@@ -71,15 +67,16 @@ def test_check_finds_nothing_wrong(file: Path, tmp_path: Path, capsys: pytest.Ca
 def test_what_the_issue_of_a_wide_deployment_needs_is_there() -> None:
     names = {name_of(file).removesuffix(".yaml") for file in FILES}
     assert {
-        "llama4/maverick_prefill_tp8",
-        "llama4/maverick_decode_tp8",
-        "llama4/maverick_decode_tp8_ep8",
-        "llama4/maverick_decode_wide_ep16",
+        *(f"multimodal/llama4/{role}" for role in ("prefill", "decode", "agg")),
+        "multimodal/llama4/prefill_tp8_1x8",
+        "multimodal/llama4/decode_tp8_1x8",
+        "multimodal/llama4/decode_tp8_ep8_1x8",
+        "multimodal/llama4/decode_wide_ep16_2x8",
         "deepseek_r1/prefill_tp8_ep8",
         "deepseek_r1/decode_wide_ep32",
         "deepseek_r1/decode_tp8_cp2_helix_ep16",
     } <= names
-    assert {name.partition("/")[0] for name in names} >= {"gpt_oss", "qwen3", "smollm2"}
+    assert {name.partition("/")[0] for name in names} >= {"multimodal", "gpt_oss", "qwen3", "smollm2"}
 
 
 def pairs() -> list[tuple[Path, Path]]:

@@ -76,17 +76,19 @@ def test_a_missing_model_is_named(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "nodes", "gpus", "code", "errors"),
     [
-        ("maverick_prefill_tp8.yaml", "1", "8", ExitCode.OK, []),
-        ("maverick_prefill_tp8_2x4.yaml", "2", "4", ExitCode.ILLEGAL_LAYOUT, ["X1"]),
+        ("prefill_tp8_1x8.yaml", "1", "8", ExitCode.OK, []),
+        ("prefill.yaml", "2", "4", ExitCode.ILLEGAL_LAYOUT, ["X1"]),
         # 16 ranks for tp 8
-        ("maverick_prefill_tp8.yaml", "2", "8", ExitCode.ILLEGAL_LAYOUT, ["A1"]),
+        ("prefill_tp8_1x8.yaml", "2", "8", ExitCode.ILLEGAL_LAYOUT, ["A1"]),
     ],
 )
 def test_own_rule_is_applied_with_the_others(
     config: str, nodes: str, gpus: str, code: ExitCode, errors: list[str]
 ) -> None:
     model = str(ROOT / "tests" / "data" / "model_configs" / "Llama-4-Maverick-17B-128E-Instruct.json")
-    done = run_example("own_layout_rule.py", model, str(ROOT / "engine_configs" / "llama4" / config), nodes, gpus)
+    done = run_example(
+        "own_layout_rule.py", model, str(ROOT / "engine_configs" / "multimodal" / "llama4" / config), nodes, gpus
+    )
     assert (done.returncode, done.stderr) == (code, "")
     lines = [line for line in done.stdout.splitlines() if line.startswith("error")]
     assert [line.split()[1].rstrip(":") for line in lines] == errors
