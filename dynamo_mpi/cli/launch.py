@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,17 +24,9 @@ from dynamo_mpi.common.process import DRAIN_SIGNALS
 from dynamo_mpi.common.signals import SIGNALS, Interrupted, Interrupts
 from dynamo_mpi.config.options import add_options
 from dynamo_mpi.deploy.controller import DeploymentController, LaunchContext
-from dynamo_mpi.deploy.launchers import (
-    FOLDER_PREFIX,
-    Container,
-    Mpirun,
-    Srun,
-    folder_environment,
-    image_warning,
-    mount,
-    token_of,
-)
+from dynamo_mpi.deploy.launchers import FOLDER_PREFIX, Mpirun, Srun, folder_environment, token_of
 from dynamo_mpi.deploy.nodes import STAND_IN_JOB, Nodes, allocated, assign, nodes_wanted, of_dry_run, of_hostfile
+from dynamo_mpi.deploy.pyxis import Container, mount, read_user_options, resolve_image
 from dynamo_mpi.deploy.run_dir import RunDir, write_refusal
 from dynamo_mpi.deploy.services import StepFailed
 from dynamo_mpi.deploy.settings import OPTIONS, LaunchSettings, read_settings
@@ -55,7 +48,9 @@ _FOLLOW_SECONDS = 0.5
 # our own lines in every rank's output; the load of a large model prints thousands of others
 _OURS = ("dynamo_mpi: rank ", '"target":"dynamo_mpi"')
 # variables that the user sets for the programs, and, without an image, for Python and the linker
-_FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "NCCL_", "TLLM_", "TRACEPARENT", "TRACESTATE", "TRTLLM_", "UCX_")
+_FORWARDED = ("DYN_", "HEAD_NODE", "HF_", "NCCL_", "OMP_", "TLLM_", "TRACEPARENT", "TRACESTATE", "TRTLLM_", "UCX_")
+# mpirun hands these to the ranks itself; an image may have its own
+_MPI_PARAMETERS = ("OMPI_MCA_", "PMIX_MCA_", "PRTE_MCA_")
 _BARE_METAL = (
     "CUDA_VISIBLE_DEVICES",
     "LD_LIBRARY_PATH",
@@ -96,8 +91,11 @@ def _refused_at(arguments: argparse.Namespace) -> Path | None:
 def _run(arguments: argparse.Namespace) -> int:
     count, named = _split_nodes(arguments.agg_nodes)
     settings = read_settings({**vars(arguments), "agg_nodes": count}, arguments.further_words, os.environ)
-    if settings.image is not None and (problem := image_warning(settings.image)):
-        _say(f"dynamo-mpi launch: warning: {problem}")
+    if settings.image is not None:
+        image, remark = resolve_image(settings.image)
+        settings = replace(settings, image=image)
+        if remark:
+            _say(f"dynamo-mpi launch: {remark}")
     nodes = _nodes(settings, arguments.dry_run, named)
     workers = assign(settings, nodes)
     path = Path(os.path.abspath(settings.run_dir or _default_run_dir(nodes)))
@@ -178,20 +176,27 @@ def _default_run_dir(nodes: Nodes) -> Path:
 def _launcher(
     settings: LaunchSettings, nodes: Nodes, source: CodeLocation, path: Path
 ) -> tuple[CommandBuilder, StepController]:
-    forwarded = tuple(sorted(name for name in os.environ if name.startswith(_FORWARDED)))
+    forwarded = _variables(_FORWARDED)
     if settings.launcher == "mpirun":
         bare = tuple(name for name in _BARE_METAL if name in os.environ)
         return Mpirun(settings, source, str(path), (*forwarded, *bare)), MpirunStepController()
     container, inside = None, str(path)
+    given = read_user_options(settings.srun_args, settings.image, os.environ)
     if settings.image is not None:
         own = [mount(str(path), RUN_DIR_INSIDE)]
         if source.checkout is not None:
             own.append(mount(str(source.checkout), CHECKOUT_INSIDE, "ro"))
-        container = Container(settings.image, tuple(filter(None, [settings.mounts, *own])))
+        mounts = tuple(filter(None, [settings.mounts, *given.mounts, *own]))
+        container = Container(settings.image, mounts, (*_variables(_MPI_PARAMETERS), *given.variables))
         inside = RUN_DIR_INSIDE
+    settings = replace(settings, srun_args=given.words)
     return Srun(settings, nodes, container, source, inside, token_of(path), forwarded), SlurmStepController(
         nodes.job_id
     )
+
+
+def _variables(begins: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in os.environ if name.startswith(begins)))
 
 
 def _show(

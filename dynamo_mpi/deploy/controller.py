@@ -17,10 +17,10 @@ from dynamo_mpi.common.subprocess import await_exit
 from dynamo_mpi.common.waiting import ReminderSchedule
 from dynamo_mpi.deploy.launchers import without_srun_input
 from dynamo_mpi.deploy.services import StepFailed, curl_line, listed_models
-from dynamo_mpi.deploy.step_commands import Command, needs_kv_check, report_of_kv_check
+from dynamo_mpi.deploy.step_commands import KV_CHECK, Command, needs_kv_check, nodes_of, report_of_kv_check
 from dynamo_mpi.deploy.steps import Step, StepController, start
 from dynamo_mpi.deploy.timeline import Milestones
-from dynamo_mpi.deploy.workers import CommandBuilder, WorkerSet
+from dynamo_mpi.deploy.workers import CommandBuilder, WorkerSet, require_container
 from dynamo_mpi.discovery.records import LAUNCH_VARIABLE
 from dynamo_mpi.mpi.job_time_limit import JobTimeLimit
 
@@ -138,6 +138,7 @@ class DeploymentController:
 
     def _check(self) -> None:
         code, words = self._run_to_end(self._builder.check())
+        require_container("check", words)
         if code:
             raise StepFailed(
                 f"the check refused the deployment with exit code {code}; nothing was launched", status=code, log=words
@@ -146,6 +147,7 @@ class DeploymentController:
 
     def _check_kv(self) -> None:
         code, words = self._run_to_end(self._builder.kv_check(self._workers))
+        require_container(KV_CHECK, words, nodes_of(self._workers, "prefill", "decode"))
         report = report_of_kv_check(words)
         # if Slurm has killed a rank that hung, the step's code is that of the kill
         code = min(code, ExitCode.TEMPORARY) if report else code
@@ -219,8 +221,8 @@ class DeploymentController:
                 return
             waiting = self._worker_steps.pending
             if not waiting and not announced:
-                announced = True
-                self._announce()
+                announced = self._announce()
+                continue
             if waiting and (seconds := reminders.due()):
                 self._say(f"waiting for {', '.join(waiting)}, {seconds:.0f} s; logs in {self._run_dir.logs}")
             self._pause()
@@ -248,21 +250,29 @@ class DeploymentController:
         step = self._services
         code = step.child.exit_code() if step is not None else None
         if step is not None and code is not None:
+            require_container("services", step.last_words(200))
             found = f"the services ended with exit code {code}" + (
                 "" if code else ": another process has ended their step"
             )
             raise StepFailed(found, status=code or ExitCode.UNAVAILABLE, log=step.last_words())
 
-    def _announce(self) -> None:
-        """Print that the deployment serves, when the frontend lists the model; it discovers workers a moment after their ready files."""
+    def _announce(self) -> bool:
+        """Print that the deployment serves, when the frontend lists the model; it discovers workers a moment after their ready files.
+
+        Returns:
+            Whether there is nothing more to print: False if a worker has to become ready again.
+        """
         name = self._settings.served_model_name
         if not self._url:
             self._say("ready, according to its workers; a frontend needs the addresses in services.json")
-            return
+            return True
         began = time.monotonic()
         models = listed_models(self._url)
         while not models and time.monotonic() < began + (REACHED_SECONDS if models is None else LISTED_SECONDS):
             self._require_services()
+            self._worker_steps.poll()
+            if not self._worker_steps.all_serve:
+                return not self._worker_steps.pending
             self._pause()
             models = listed_models(self._url)
         if models is None:
@@ -271,6 +281,7 @@ class DeploymentController:
             self._say(f"warning: all workers are ready, but {self._url} lists no model after {LISTED_SECONDS:g} s")
         else:
             self._say(f"ready: {', '.join(map(sanitize, models))}. Try:\n{curl_line(self._url, name or models[0])}")
+        return True
 
     def _describe(self) -> None:
         self._run_dir.describe(

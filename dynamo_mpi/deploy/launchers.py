@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynamo_mpi.common.errors import UsageError
 from dynamo_mpi.deploy.step_commands import (
     KV_CHECK,
     SERVICE_VARIABLES,
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from dynamo_mpi.deploy.nodes import Nodes, Worker
+    from dynamo_mpi.deploy.pyxis import Container
     from dynamo_mpi.deploy.settings import LaunchSettings
 
 # srun takes options from its environment, in which salloc and sbatch leave theirs. Our flags override some; the others, listed here, would
@@ -54,63 +54,6 @@ _SRUN_INPUT = (
 )
 # srun waits for the rest of a step when its first rank exits; ours all exit together
 _WAIT_SECONDS = 60
-# Pyxis separates mounts by commas and a mount's parts by colons, without quoting
-_SEPARATORS = ",:"
-
-
-@dataclass(frozen=True)
-class Container:
-    """The container image of all steps, for Pyxis.
-
-    Args:
-        image: ``REGISTRY#IMAGE:TAG``, or a .sqsh file.
-        mounts: ``HOST:CONTAINER[:FLAGS]``, ours after the user's.
-    """
-
-    image: str
-    mounts: tuple[str, ...]
-
-    def options(self, variables: Iterable[str]) -> tuple[str, ...]:
-        """Return srun's options.
-
-        Args:
-            variables: names of variables that the image must not override.
-        """
-        return (
-            f"--container-image={self.image}",
-            f"--container-mounts={','.join(self.mounts)}",
-            f"--container-env={','.join(variables)}",
-            # where the cluster's default is to map the user to root, MPI doesn't recognise the user of Slurm's PMIx server
-            "--no-container-remap-root",
-        )
-
-
-def image_warning(image: str) -> str:
-    """Return what is wrong with an image's name for Pyxis; empty if nothing is.
-
-    Pyxis takes what begins with ``/`` or ``.`` for a file, all else for ``[USER@][REGISTRY#]IMAGE[:TAG]``: without ``#`` for a name of
-    Docker Hub (pyxis_slurmstepd.c, enroot's docker.sh). Other tools, Kubernetes among them, write ``REGISTRY/IMAGE``.
-    """
-    scheme, name = ("docker://", image[9:]) if image.startswith("docker://") else ("", image)
-    if name.startswith(("/", ".")) or "://" in name or "#" in name:
-        return ""
-    if not scheme and name.endswith((".sqsh", ".squashfs")):
-        return (
-            f"Pyxis takes the image {image} for a name of Docker Hub\n  expected: a file's absolute path, or ./ before it\n"
-            f"  fix:      --image './{name}'"
-        )
-    user, at, rest = name.rpartition("@") if "@" in name.partition("/")[0] else ("", "", name)
-    registry, slash, path = rest.partition("/")
-    if not slash or not (set(".:") & set(registry) or registry == "localhost"):
-        return ""
-    # Docker Hub's own registry is the default
-    meant = path if registry in ("docker.io", "index.docker.io") else f"{registry}#{path}"
-    return (
-        f"Pyxis takes the image {image} for a name of Docker Hub\n  expected: the registry before a #\n"
-        f"  fix:      --image '{scheme}{user}{at}{meant}'"
-    )
-
-
 # a rank of the KV check that can't reach rank 0 ends by itself before
 _CHECK_WAIT_SECONDS = 20
 
@@ -227,22 +170,6 @@ def token_of(run_dir: Path) -> str:
 def without_srun_input(environ: Mapping[str, str]) -> dict[str, str]:
     """Return an environment without variables that change srun's command line."""
     return {name: value for name, value in environ.items() if name not in _SRUN_INPUT}
-
-
-def mount(source: str, target: str, flags: str = "") -> str:
-    """Return one mount.
-
-    Raises:
-        UsageError: Pyxis can't parse the paths.
-    """
-    for path in (source, target):
-        if any(character in path for character in _SEPARATORS):
-            raise UsageError(
-                f"{path!r} can't be mounted: Pyxis reads commas and colons as separators",
-                expected="a path without either",
-                fix="move or link it, or another --run-dir",
-            )
-    return ":".join(filter(None, (source, target, flags)))
 
 
 FOLDER_PREFIX = "dynamo-mpi-launch-"

@@ -164,7 +164,7 @@ def frontend_environment(own: Mapping[str, str], scratch: Path, hosts: Sequence[
         hosts: addresses that are reached without a proxy.
     """
     variables = _without(own, _CLIENTS + _LAUNCHERS) | {"DYN_DISCOVERY_BACKEND": "etcd"}
-    return variables | _common(own, scratch, hosts)
+    return variables | _common(own, scratch, hosts) | _writable_home(own, scratch)
 
 
 def local_environment(own: Mapping[str, str], scratch: Path) -> dict[str, str]:
@@ -203,6 +203,18 @@ def _common(own: Mapping[str, str], scratch: Path, hosts: Sequence[str] = ()) ->
     for name in ("no_proxy", "NO_PROXY"):
         variables[name] = ",".join(filter(None, (own.get(name), *hosts, LOOPBACK, "localhost")))
     return variables
+
+
+def _writable_home(own: Mapping[str, str], scratch: Path) -> dict[str, str]:
+    """Return another HOME if the present one can't be written, as in enroot's containers: Dynamo keeps models' cards in
+    ``$HOME/.cache/dynamo`` and nowhere else, and lists no model where it can't."""
+    home = Path(own.get("HOME") or Path.home())
+    cache = home / ".cache" / "dynamo" / "mdc" / "blobs"
+    nearest = next(folder for folder in (cache, *cache.parents) if os.path.exists(folder))
+    if os.access(nearest, os.W_OK | os.X_OK):
+        return {}
+    # what was downloaded before stays in use
+    return {"HF_HOME": own.get("HF_HOME") or str(home / ".cache" / "huggingface"), "HOME": str(scratch)}
 
 
 def _without(own: Mapping[str, str], prefixes: tuple[str, ...], kept: tuple[str, ...] = ()) -> dict[str, str]:

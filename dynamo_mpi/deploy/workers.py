@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from dynamo_mpi.common.errors import DynamoMpiError, ExitCode
 from dynamo_mpi.deploy.first_death import first_death
+from dynamo_mpi.deploy.pyxis import pyxis_failure
 from dynamo_mpi.deploy.reports import (
     MISTAKES,
     Beginning,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 # rank 0's last log line in an orderly end
 GOODBYE = "exit: done"
+_LOG_CHARACTERS = 4000
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 
 
@@ -43,6 +45,23 @@ def own_files(name: str, environ: Mapping[str, str]) -> dict[str, str]:
     if metrics := environ.get("DYN_MPI_METRICS_FILE"):
         files["DYN_MPI_METRICS_FILE"] = f"{metrics.removesuffix('.prom')}-{name}.prom"
     return files
+
+
+def require_container(name: str, output: str, nodes: Sequence[str] = (), ranks_per_node: int = 1) -> None:
+    """Check that a step which has ended had its container: another start would end the same way.
+
+    Args:
+        name: the step's name.
+        output: its output.
+        nodes: its nodes, if there are several.
+        ranks_per_node: its ranks on each.
+
+    Raises:
+        StepFailed: Pyxis could not start it.
+    """
+    if failure := pyxis_failure(output):
+        found, needed, fix = failure.describe(name, nodes, ranks_per_node)
+        raise StepFailed(found, status=failure.code, log=output[-_LOG_CHARACTERS:], expected=needed, fix=fix)
 
 
 class CommandBuilder(Protocol):
@@ -100,6 +119,11 @@ class WorkerSet:
     def pending(self) -> list[str]:
         """Names of the workers that must become ready and aren't yet."""
         return [worker.name for worker in self._workers if self._is_pending(worker.name)]
+
+    @property
+    def all_serve(self) -> bool:
+        """Whether every worker runs and is ready."""
+        return all(worker.name in self._running and worker.name in self._ready for worker in self._workers)
 
     @property
     def ended(self) -> bool:
@@ -166,8 +190,10 @@ class WorkerSet:
         if code == ExitCode.OK:
             self._say(f"{worker.name}: ended with 0 on request; it isn't restarted")
             return
+        output = step.child.output()
+        require_container(worker.name, output, worker.nodes, worker.ranks_per_node)
         beginning, report = self._starts[worker.name], None
-        is_printed = is_reported(code, step.child.output())
+        is_printed = is_reported(code, output)
         is_known = is_printed or beginning.has_files
         if not is_printed and (written := beginning.written()):
             self._say(f"{worker.name}: {written}")

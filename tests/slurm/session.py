@@ -53,6 +53,12 @@ class SlurmSession:
         """IPv4 address of ``login`` and of each node."""
         return self.cluster.settings.addresses
 
+    def image(self, name: str, **variables: str) -> Path:
+        """Make an image for the stand-in of Pyxis, a text file with the image's variables, in the folder in which commands start."""
+        path = self.cluster.settings.state / name
+        path.write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
+        return path
+
     @property
     def debian_openmpi_env(self) -> Mapping[str, str]:
         """Makes mpi4py use Debian's Open MPI, for ``srun --mpi=pmix``."""

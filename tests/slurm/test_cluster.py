@@ -142,48 +142,6 @@ def test_a_cut_cable_cuts_a_node_off_and_can_be_mended(slurm: SlurmSession) -> N
     assert slurm.exec(sys.executable, "-c", *connect, timeout=10).returncode == 0
 
 
-# -- container options ------------------------------------------------------------------------------------------------
-
-
-def in_container(
-    slurm: SlurmSession, mounts: str, *command: str, workdir: str = "/"
-) -> subprocess.CompletedProcess[str]:
-    image = (
-        "--container-image=nvcr.io#nvidia/some:image",
-        f"--container-mounts={mounts}",
-        f"--container-workdir={workdir}",
-    )
-    return slurm.srun("-N1", "-n1", *image, *command)
-
-
-@pytest.mark.full
-def test_container_mounts_are_seen_by_the_step_only(slurm: SlurmSession, tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target" / "deep"
-    source.mkdir()
-    (source / "weights").write_text("seen")
-    done = in_container(
-        slurm, f"{source}:{target}", "bash", "-c", "pwd; cat weights; echo :$PYXIS_STANDIN_IMAGE", workdir=str(target)
-    )
-    assert done.stdout.split() == [str(target), "seen:nvcr.io#nvidia/some:image"], done.stderr
-    assert list(target.iterdir()) == []
-    assert "weights" not in slurm.exec("ls", target, host="n1").stdout
-
-
-@pytest.mark.full
-def test_a_read_only_container_mount_cannot_be_written(slurm: SlurmSession, tmp_path: Path) -> None:
-    assert in_container(slurm, f"{tmp_path}:{tmp_path}:ro", "touch", f"{tmp_path}/new").returncode != 0
-    assert in_container(slurm, f"{tmp_path}:{tmp_path}", "touch", f"{tmp_path}/new").returncode == 0
-    assert (tmp_path / "new").exists()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("mounts", ["/no/such/source:/mnt", "relative:/mnt"])
-def test_a_container_mount_without_sense_is_refused(slurm: SlurmSession, mounts: str) -> None:
-    done = in_container(slurm, mounts, "true")
-    assert done.returncode != 0
-    assert "pyxis stand-in" in done.stderr
-
-
 # -- ends -------------------------------------------------------------------------------------------------------------
 
 

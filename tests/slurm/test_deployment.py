@@ -54,13 +54,15 @@ IMAGE_QUESTION = {
 
 def settings(slurm: SlurmSession, model_dir: Path, nodes: int, ranks_per_node: int, config: str) -> dict[str, str]:
     """Return what the user of the scripts has set, in a container as far as Pyxis's stand-in goes."""
+    # as NVIDIA's images; the file is named as by a user who stands in its folder
+    image = slurm.image("dynamo trtllm.sqsh", PYTORCH_VERSION="2.9.0", OMPI_MCA_coll_hcoll_enable="0", LC_ALL="C.UTF-8")
     return {
         **slurm.debian_openmpi_env,
         # the nodes share this machine's cores and don't know
         "OMPI_MCA_mpi_yield_when_idle": "1",
         "OMP_NUM_THREADS": "1",
         "DYN_LOG": "error",
-        "IMAGE": "dynamo trtllm.sqsh",
+        "IMAGE": image.name,
         "MOUNTS": f"{ROOT}:/mnt,{model_dir}:/models/smollm2",
         "MODEL_PATH": "/models/smollm2",
         "SERVED_MODEL_NAME": "smollm2",
@@ -288,7 +290,8 @@ def _step_ids(deployment: Deployment) -> Mapping[str, str]:
 def test_a_pair_that_does_not_fit_is_refused_before_anything_starts(launch: Launch, tmp_path: Path) -> None:
     config = tmp_path / "decode.yaml"
     config.write_text("tensor_parallel_size: 3\npipeline_parallel_size: 2\nkv_cache_config: {tokens_per_block: 64}\n")
-    deployment = launch(DECODE_ENGINE_CONFIG=str(config))
+    # a container's /tmp is its own
+    deployment = launch(DECODE_ENGINE_CONFIG="/own/decode.yaml", SRUN_ARGS=f"--container-mounts={tmp_path}:/own")
     assert deployment.wait() == 78, deployment.text()
     assert "error I1" in deployment.text()
     assert "nothing was launched" in deployment.text()
@@ -313,7 +316,12 @@ def test_down_ends_what_a_killed_launcher_has_left(launch: Launch, slurm: SlurmS
 @pytest.mark.full
 def test_as_a_batch_job_that_ends_before_its_time_is_up(slurm: SlurmSession, tmp_path: Path, model_dir: Path) -> None:
     variables = settings(slurm, model_dir, 1, 1, "/mnt/engine_configs/smollm2/tp1.yaml")
-    variables |= {"DYN_MPI_RUN_DIR": str(tmp_path / "run"), "MOUNTS": f"{ROOT}:/mnt,{model_dir}:/models/smollm2"}
+    image = str(slurm.image(variables["IMAGE"]))
+    variables |= {
+        "IMAGE": image,
+        "DYN_MPI_RUN_DIR": str(tmp_path / "run"),
+        "MOUNTS": f"{ROOT}:/mnt,{model_dir}:/models/smollm2",
+    }
     log = tmp_path / "batch.log"
     # longer than the script's warning before the end, or Slurm gives that itself as soon as it looks
     words = (f"--output={log}", "--error=" + str(log), "--parsable", "--time=10")

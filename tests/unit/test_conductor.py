@@ -251,6 +251,63 @@ def test_a_mistake_is_not_tried_again(run: Run, code: int) -> None:
     assert (ended, "start 2" in said) == (code, False)
 
 
+RECORDED = Path(__file__).resolve().parent.parent / "data" / "pyxis"
+
+
+@pytest.mark.parametrize("step", ["check", "services", "prefill"])
+def test_a_container_that_pyxis_cannot_start_is_a_mistake(run: Run, step: str) -> None:
+    # a mount that one node lacks: srun ends the other ranks, and with 143
+    fails = f"cat {RECORDED}/mount_missing.txt; exit 143"
+    code, said = run(max_restarts=2, **{step: fails})
+    assert (code, "start 2" in said) == (66, False)
+    name = "prefill-0" if step == "prefill" else step
+    assert f"{name}: Pyxis didn't start the container: --container-mounts: source path does not exist: /dev/shm" in said
+    assert "refused the deployment" not in said
+
+
+WITH_FRONTEND = Steps.services.replace('"url": ""', '"url": "http://h:1"')
+
+
+@pytest.mark.parametrize(("after", "code"), [("exit 70", 70), ("kill -9 $$", 137)])
+def test_a_worker_that_ends_before_the_frontend_lists_it_ends_the_wait(
+    run: Run, monkeypatch: pytest.MonkeyPatch, after: str, code: int
+) -> None:
+    monkeypatch.setattr(conductors, "listed_models", lambda url: [])
+    began = time.monotonic()
+    ended, said = run(services=WITH_FRONTEND, decode=f"{SERVE.split(';')[0]}; sleep 1; {after}")
+    assert ended == code
+    assert time.monotonic() < began + conductors.LISTED_SECONDS / 2
+    assert "all workers are ready" not in said
+
+
+def test_a_worker_that_is_started_again_meanwhile_is_waited_for_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(conductors, "listed_models", lambda url: ["m"] if (tmp_path / "again").exists() else [])
+    again = f"[ -e {tmp_path}/once ] && touch {tmp_path}/again"
+    once = f"touch {tmp_path}/once; {SERVE.split(';')[0]}; sleep 0.5; exit 70"
+    code, said = run(
+        "ready: m. Try:",
+        raise_signal(signal.SIGTERM),
+        1,
+        services=WITH_FRONTEND,
+        decode=f"if {again}; then {SERVE}; else {once}; fi",
+    )
+    assert code == 143
+    assert said.count("decode-0: ready") == 2
+    assert said.index("start 2 of at most 2") < said.index("ready: m. Try:")
+
+
+def test_a_worker_that_drains_meanwhile_is_not_called_ready(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conductors, "listed_models", lambda url: [])
+    drains = f'{SERVE.split(";")[0]}; sleep 0.5; rm "$READY"; exit 0'
+    code, said = run(
+        services=WITH_FRONTEND, decode=drains, prefill=f'{SERVE.split(";")[0]}; sleep 1; rm "$READY"; exit 0'
+    )
+    assert (code, "all workers have ended" in said) == (0, True)
+    assert "all workers are ready" not in said
+
+
 def with_etcd(url: str) -> str:
     return Steps.services.replace('"NATS_AUTH_PASSWORD"', f'"ETCD_ENDPOINTS": "{url}", "NATS_AUTH_PASSWORD"')
 

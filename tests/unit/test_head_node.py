@@ -211,12 +211,19 @@ def test_servers_take_no_flags_from_the_environment() -> None:
     assert server_environment(own, Path("/s")) == {"PATH": "/bin", "TMPDIR": "/s"}
 
 
-def test_the_frontend_keeps_its_settings_and_forgets_other_deployments() -> None:
+def test_the_frontend_keeps_its_settings_and_forgets_other_deployments(tmp_path: Path) -> None:
     foreign = {"ETCD_ENDPOINTS": "a", "ETCD_AUTH_PASSWORD": "b", "NATS_SERVER": "c", "NATS_AUTH_TOKEN": "d"}
-    kept = {"ETCD_LEASE_TTL": "5", "DYN_ROUTER_MODE": "kv", "HOME": "/h", "no_proxy": "corp"}
+    kept = {"ETCD_LEASE_TTL": "5", "DYN_ROUTER_MODE": "kv", "HOME": str(tmp_path), "no_proxy": "corp"}
     result = frontend_environment({**foreign, **kept, "PMI_RANK": "0"}, Path("/s"), ("10.0.0.1",))
     assert not {*foreign, "PMI_RANK"} & result.keys()
     assert {**kept, "no_proxy": "corp,10.0.0.1,127.0.0.1,localhost"}.items() <= result.items()
+
+
+def test_a_home_that_cannot_be_written_is_replaced_for_the_frontend() -> None:
+    # as in a container of enroot's; nobody, root neither, can make a folder there
+    given = frontend_environment({"HOME": "/proc/self"}, Path("/s"), ())
+    assert (given["HOME"], given["HF_HOME"]) == ("/s", "/proc/self/.cache/huggingface")
+    assert frontend_environment({"HOME": "/proc/self", "HF_HOME": "/hf"}, Path("/s"), ())["HF_HOME"] == "/hf"
 
 
 # certificates

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamo_mpi.deploy.launchers import image_warning
+from dynamo_mpi.deploy.pyxis import image_warning
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from dynamo_mpi.ops.doctor.slurm_output import (
     read_version,
     takes_containers,
 )
+from dynamo_mpi.ops.doctor.tmpfs import check_tmpfs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -268,6 +269,7 @@ SECTION = Section(
         Probe("mpi-plugins", check_mpi_plugins),
         Probe("pyxis", check_pyxis),
         Probe("enroot", check_enroot),
+        Probe("tmpfs", check_tmpfs),
         Probe("job", check_job),
         Probe("variables", check_variables),
     ),

@@ -9,10 +9,12 @@ import secrets
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 from tests.namespaces.errors import ClusterError
 
+from .entry import IMPORT_ROOT
 from .settings import LOGIN, SLURMCTLD_PORT, SLURMD_PORT, ClusterSettings
 
 LIBRARIES = Path("/usr/lib") / f"{platform.machine()}-linux-gnu"
@@ -96,6 +98,13 @@ def render_gres_conf(settings: ClusterSettings) -> str:
     return "\n".join(["AutoDetect=off", *lines]) + "\n"
 
 
+def render_plugstack_conf(settings: ClusterSettings) -> str:
+    """Pyxis's stand-in: its images are of this machine, and have this Python and these modules wherever they lie."""
+    held = dict.fromkeys((str(IMPORT_ROOT), sys.prefix, sys.base_prefix))
+    words = [f"spool={settings.state}/spool.", *(f"image={folder}" for folder in held)]
+    return f"required {settings.pyxis_plugin} {' '.join(words)}\n"
+
+
 def render_hosts(settings: ClusterSettings) -> str:
     lines = [f"{address} {name}" for name, address in settings.addresses.items()]
     return "\n".join(["127.0.0.1 localhost", "::1 localhost ip6-localhost", *lines]) + "\n"
@@ -105,6 +114,7 @@ def write_configuration(settings: ClusterSettings) -> None:
     """Fill the state folder with all that the daemons read."""
     for folder in (settings.logs, settings.munge_socket.parent, settings.state / "dev", settings.state / "slurmctld"):
         folder.mkdir(exist_ok=True)
+    settings.container_root.mkdir(exist_ok=True)
     settings.temporary.mkdir(exist_ok=True)
     settings.temporary.chmod(0o1777)
     settings.hosts.write_text(render_hosts(settings))
@@ -113,7 +123,7 @@ def write_configuration(settings: ClusterSettings) -> None:
     (settings.state / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     if settings.gpus_per_node:
         (settings.state / "gres.conf").write_text(render_gres_conf(settings))
-    (settings.state / "plugstack.conf").write_text(f"required {settings.pyxis_plugin}\n")
+    (settings.state / "plugstack.conf").write_text(render_plugstack_conf(settings))
     settings.munge_key.touch(mode=0o600)
     settings.munge_key.write_bytes(secrets.token_bytes(1024))
     for device in settings.gpu_devices:
@@ -136,6 +146,7 @@ def build_pyxis_standin(settings: ClusterSettings) -> None:
         "-O1",
         "-Wall",
         "-Wextra",
+        f'-DROOT="{settings.container_root}"',
         "-o",
         str(settings.pyxis_plugin),
         str(PYXIS_SOURCE),

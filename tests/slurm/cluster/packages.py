@@ -13,10 +13,10 @@ from pathlib import Path
 
 from tests.namespaces.errors import ClusterError
 
-SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "libpmix2")
+SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 BUILD_PACKAGES = ("gcc", "libc6-dev", "libslurm-dev")
 NETWORK_PACKAGES = ("iproute2",)
-MPI_PACKAGES = ("openmpi-bin", "libopenmpi3")
+MPI_PACKAGES = ("openmpi-bin",)
 ALL_PACKAGES = SLURM_PACKAGES + BUILD_PACKAGES + NETWORK_PACKAGES + MPI_PACKAGES
 POLICY = Path("/usr/sbin/policy-rc.d")
 DPKG_FOLDER = Path("/var/lib/dpkg")

@@ -99,7 +99,13 @@ class ClusterSettings:
 
     @property
     def pyxis_plugin(self) -> Path:
-        return self.state / "pyxis_standin.so"
+        """The stand-in under the real one's name, which Slurm's messages have."""
+        return self.state / "spank_pyxis.so"
+
+    @property
+    def container_root(self) -> Path:
+        """Where the stand-in mounts an image, in a mount namespace of each step's own."""
+        return self.state / "root"
 
     @property
     def pmix_library(self) -> Path:
